@@ -1,0 +1,79 @@
+"""pytest in -> rorqual imported with its shapes checked, on as many threads as there are cores for.
+
+Every jaxtyping annotation in rorqual is checked by beartype while tests run, and by nothing in production.
+torch.compile cannot trace the checks, so a test marked `compiled` runs in a process of its own without them.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jaxtyping
+import pytest
+
+CHECKED = os.environ.get("RORQUAL_SHAPES", "1") != "0"
+if CHECKED:
+    jaxtyping.install_import_hook("rorqual", "beartype.beartype")
+
+import torch  # noqa: E402 (after the hook and the threads, which it reads when it loads)
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Hands a test marked `compiled` to a process in which shapes are not checked."""
+    if not CHECKED or pyfuncitem.get_closest_marker("compiled") is None:
+        return None
+    pytest_quietly = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", ""]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, *pytest_quietly, pyfuncitem.nodeid],
+        cwd=pyfuncitem.config.rootpath,
+        env=environment | {"RORQUAL_SHAPES": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    return True
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same seed, whichever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that torch hands out uninitialised holds NaN or the largest integer: a read before a write shows."""
+    fills, strict = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(strict)
+    torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder: an untrained `tiny` with Engram, two blocks and a tokenizer of a few words."""
+    from rorqual import checkpoint, config
+    from rorqual.data import tokenizer
+    from rorqual.model import LanguageModel
+    from rorqual.presets import preset
+
+    text = ["The blue whale is the largest animal known to have lived.", "A fin whale sings below the sea."] * 40
+    words = tokenizer.train(text, 300)
+    small = preset("tiny")
+    for name, value in {"layers": 2, "vocabulary": words.vocabulary, "engram.rows_per_head": (50, 50)}.items():
+        small = config.replace(small, name, value)
+    folder = tmp_path_factory.mktemp("runs") / "engram"
+    checkpoint.save_model(folder, LanguageModel(small, torch.as_tensor(words.canonical_map())), words)
+    return folder

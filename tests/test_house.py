@@ -1,0 +1,215 @@
+"""The contract of docs/house.md: floors, ceilings, names, arrows, mirrors."""
+
+import ast
+import functools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+HOUSE = ROOT / "rorqual"
+FILES = sorted(HOUSE.rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+BANNED = {"utils", "util", "common", "base", "helpers", "helper", "misc", "core"}
+OPTIONAL = {  # what an extra or the user brings, and what takes seconds to load and is seldom needed
+    "accelerate", "datasets", "huggingface_hub", "lm_eval", "matplotlib", "numba", "olmo_core", "peft", "pyarrow",
+    "starlette", "tensorboard", "transformers", "triton", "uvicorn",
+}  # fmt: skip
+MAY_DISTRIBUTE = {"parallel.py", "checkpoint.py", "train"}  # the rest of the house does not know that others exist
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tracked() -> list[Path]:
+    """The files that a checkout holds; outside of one, those that an archive does."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        return [
+            path for folder in ("rorqual", "tests", "docs") for path in (ROOT / folder).rglob("*") if path.is_file()
+        ]
+    return [path for word in listed.stdout.split("\0") if word and (path := ROOT / word).is_file()]
+
+
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in ast.walk(tree_of(path)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def imports(tree: ast.AST) -> list[tuple[str, ast.stmt]]:
+    """(module, statement) of every import, `from a import b` as a.b."""
+    found: list[tuple[str, ast.stmt]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [(f"{node.module}.{alias.name}", node) for alias in node.names]
+    return found
+
+
+def optional(module: str) -> bool:
+    """Whether a module is brought by an extra, or is ours and imports one that is at its top."""
+    for end in (module, module.rpartition(".")[0]):
+        ours = ROOT / (end.replace(".", "/") + ".py")
+        if end.startswith("rorqual.") and ours.is_file():
+            top = [node for node in tree_of(ours).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+            return any(optional(found) for node in top for found, _ in imports(node))
+    return module.partition(".")[0] in OPTIONAL
+
+
+def test_every_file_opens_with_its_arrow() -> None:
+    wrong = []
+    for path in FILES:
+        first = (ast.get_docstring(tree_of(path)) or "").split("\n\n")[0]
+        if "->" not in first and not re.search(r"\bin\b.*\bout\b", first, re.DOTALL):
+            wrong.append(f"{name(path)}: got {first!r}, expected `x in -> y out.`")
+    assert not wrong
+
+
+def test_every_file_keeps_the_ceilings() -> None:
+    long = [name(path) for path in FILES if len(path.read_text(encoding="utf-8").splitlines()) >= 400]
+    for path in FILES:
+        for node in functions(path):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines >= 40:
+                long.append(f"{name(path)}:{node.lineno} {node.name} has {lines} lines")
+    assert not long
+
+
+def test_every_file_has_a_name_that_says_something() -> None:
+    parts = [(path, part.removesuffix(".py")) for path in FILES for part in path.relative_to(HOUSE).parts]
+    assert not [name(path) for path, part in parts if part in BANNED]
+
+
+def test_no_file_keeps_state() -> None:
+    """No `global`, and no list, dict or set at the top of a file but constants."""
+    wrong = []
+    for path in FILES:
+        wrong += [f"{name(path)}:{node.lineno}" for node in ast.walk(tree_of(path)) if isinstance(node, ast.Global)]
+        for node in tree_of(path).body:
+            value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+            if isinstance(value, (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                words = [target.id for target in targets if isinstance(target, ast.Name)]
+                wrong += [f"{name(path)}: {word}" for word in words if not word.isupper() and word != "__all__"]
+    assert not wrong
+
+
+def test_files_import_at_their_top() -> None:
+    """But for what is optional, and our files that cannot be loaded without it; the command line loads a room."""
+    wrong = []
+    for path in FILES:
+        if path.is_relative_to(HOUSE / "cli") or path == HOUSE / "__init__.py":
+            continue
+        for function in functions(path):
+            modules = [module for module, _ in imports(function)]
+            if modules and not any(optional(module) for module in modules):
+                wrong.append(f"{name(path)}:{function.lineno} {function.name} imports {modules}")
+    assert not wrong
+
+
+def test_only_upstairs_is_distributed() -> None:
+    rooms = [path for path in FILES if path.relative_to(HOUSE).parts[0] not in MAY_DISTRIBUTE]
+    assert not [name(path) for path in rooms if "torch.distributed" in path.read_text(encoding="utf-8")]
+
+
+def test_the_engine_is_named_in_train_only() -> None:
+    rooms = [path for path in FILES if not path.is_relative_to(HOUSE / "train")]
+    named = [(path, module.partition(".")[0]) for path in rooms for module, _ in imports(tree_of(path))]
+    assert not [name(path) for path, module in named if module == "olmo_core"]
+
+
+def test_nobody_inside_uses_the_front_door() -> None:
+    """`from rorqual import x` takes a room, never a name that rorqual/__init__.py offers to users."""
+    wrong = []
+    for path in FILES:
+        for module, _ in imports(tree_of(path)):
+            if module.startswith("rorqual.") and module.count(".") == 1 and module != "rorqual.__version__":
+                room = HOUSE / module.removeprefix("rorqual.")
+                if not room.is_dir() and not room.with_suffix(".py").is_file():
+                    wrong.append(f"{name(path)}: {module}")
+    assert not wrong
+
+
+def test_every_file_has_its_mirror() -> None:
+    """rorqual/layers/moe.py -> tests/layers/test_moe.py; twins are tested with the layer they are twins of."""
+    lonely = []
+    for path in FILES:
+        inside = path.relative_to(HOUSE)
+        if inside.name in ("__init__.py", "__main__.py") or inside.parts[0] == "kernels":
+            continue
+        if not (ROOT / "tests" / inside.parent / f"test_{inside.name}").is_file():
+            lonely.append(name(path))
+    assert not lonely
+
+
+def test_floors_hold() -> None:
+    """import-linter's contracts in pyproject.toml: strictly lower floors, every room named."""
+    lint = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
+    done = subprocess.run([sys.executable, "-c", lint], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_layers_kernels_and_storage_know_no_text() -> None:
+    rooms = [path for path in FILES if path.relative_to(HOUSE).parts[0] in ("layers", "kernels", "storage.py")]
+    assert rooms
+    for path in rooms:
+        for module, _ in imports(tree_of(path)):
+            assert module.partition(".")[0] not in ("tokenizers", "datasets"), name(path)
+            assert not module.startswith("rorqual.data"), name(path)
+
+
+def test_every_room_has_its_line_in_the_house() -> None:
+    said = (ROOT / "docs/house.md").read_text(encoding="utf-8")
+    for path in FILES:
+        word = path.name if path.name != "__init__.py" else f"{path.parent.name}/"
+        assert word in said, f"docs/house.md has no line for {name(path)}"
+
+
+def test_tests_mirror_a_file_each() -> None:
+    standing = {"test_house.py", "test_readme.py", "test_examples.py", "test_benchmarks.py"}
+    for path in TESTS:
+        if path.name.startswith("test_") and path.name not in standing:
+            inside = path.relative_to(ROOT / "tests")
+            word = inside.name.removeprefix("test_")
+            homes = (HOUSE / inside.parent / word, HOUSE / inside.parent / word.removesuffix(".py") / "__init__.py")
+            assert any(home.is_file() for home in homes), f"{name(path)} mirrors nothing"
+
+
+def test_nothing_is_left_to_do() -> None:
+    """No TODO without an issue, no banner, no path of somebody's machine."""
+    machine = re.compile(r"(?<![\w.}])/(?:work|root|home|tmp|Users)/[A-Za-z]")
+    for path in tracked():
+        if path.suffix not in (".py", ".md", ".toml", ".yaml", ".txt", "") or path == Path(__file__):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
+            where = f"{name(path)}:{number}"
+            assert not re.search(r"\b(TODO|FIXME|XXX)\b(?!.*#\d)", line), where
+            assert not re.match(r"\s*#\s*([-=*#~])\1{5,}", line), f"{where}: a banner"
+            assert not machine.search(line), f"{where}: a path of a machine"
+
+
+def test_every_dependency_has_its_reason() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(r"^dependencies = .*?^\[project\.scripts\]", text, re.DOTALL | re.MULTILINE)
+    assert listed
+    reasons = (ROOT / "docs/dependencies.md").read_text(encoding="utf-8")
+    for word in re.findall(r'"([A-Za-z][\w.-]*)(?:\[[\w,]+\])?(?:[<>=~!][^"]*)?"', listed[0]):
+        assert word == "rorqual" or f"`{word}`" in reasons, f"docs/dependencies.md gives no reason for {word}"
+
+
+def test_what_is_installed_is_pinned_once() -> None:
+    """pyproject.toml holds ranges, constraints.txt one exact version of everything."""
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        assert re.fullmatch(r"[\w.-]+==[\w.!]+|#.*|", line), line

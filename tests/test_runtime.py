@@ -1,0 +1,89 @@
+"""Devices, dtypes, seeds, ranks, threads, the clock and the log line."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from rorqual import runtime
+
+
+def test_device_by_name() -> None:
+    assert runtime.device("cpu") == torch.device("cpu")
+    assert runtime.device("meta") == torch.device("meta")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    assert runtime.device().type == (accelerator.type if accelerator is not None else "cpu")
+
+
+@pytest.mark.parametrize(("name", "said"), [("gpu please", "expected auto, cpu"), ("xpu", "expected one that is here")])
+def test_device_that_is_not_here(name: str, said: str) -> None:
+    if name == "xpu" and torch.xpu.is_available():
+        name = "hpu"
+    with pytest.raises(ValueError, match=said):
+        runtime.device(name)
+
+
+def test_dtype_by_name() -> None:
+    assert runtime.dtype("float32") is torch.float32
+    assert runtime.dtype("bfloat16") is torch.bfloat16
+    with pytest.raises(ValueError, match="did you mean 'bfloat16'"):
+        runtime.dtype("bfloat")
+
+
+def test_a_seed_repeats_every_generator() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    runtime.seed_everything(7)
+    first = draw()
+    runtime.seed_everything(7)
+    assert draw() == first
+    runtime.seed_everything(8)
+    assert draw() != first
+    for bad in (-1, 2**32):
+        with pytest.raises(ValueError, match=r"expected 0 <= seed < 2\*\*32"):
+            runtime.seed_everything(bad)
+
+
+def test_ranks_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert runtime.ranks() == (0, 1)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert runtime.ranks() == (1, 4)
+    monkeypatch.setenv("RANK", "4")
+    with pytest.raises(ValueError, match="expected 0 <= RANK < WORLD_SIZE"):
+        runtime.ranks()
+
+
+def test_threads_reach_torch_and_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    runtime.threads(2)
+    assert torch.get_num_threads() == 2
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+    torch.set_num_threads(before)
+    with pytest.raises(ValueError, match="expected at least 1"):
+        runtime.threads(0)
+
+
+def test_the_clock_only_goes_on() -> None:
+    clock = runtime.Clock()
+    laps = [clock.lap() for _ in range(3)]
+    assert all(lap >= 0 for lap in laps)
+    assert clock.seconds >= sum(laps) * (1 - 1e-9)
+
+
+def test_log_is_one_plain_line_on_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "loss [bold]3.2[/bold] " + "x" * 200
+    runtime.log(line)
+    caught = capsys.readouterr()
+    assert caught.err == line + "\n"
+    assert caught.out == ""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    runtime.log(line)
+    assert capsys.readouterr().err == ""
