@@ -1,0 +1,298 @@
+"""Hidden states in -> hidden states that have looked at the tokens before them out.
+
+MLA (arXiv 2405.04434, 2412.19437). Of each token, c = norm(W_dkv x) is its latent, r = rope(W_kr x) its one rotary key:
+
+    q_h   = [n_h | p_h],   n_h from W_q norm(W_dq x),  p_h = rope(...)
+    k_h   = [W_uk,h c | r],   v_h = W_uv,h c
+    out   = W_o concat_h softmax(scale q_h . k_h) v_h,   scale = (nope + rope)^-0.5 * mscale^2
+
+    expanded   k_h and v_h are formed for every key: training, prefill
+    absorbed   n_h . W_uk,h c = (W_uk,h^T n_h) . c  and  sum p W_uv,h c = W_uv,h sum p c: decoding reads [c | r] only,
+               kv_lora_rank + rope_dim values a token, as if H queries shared one key head
+
+GQA (arXiv 2305.13245): `heads` query heads share `kv_heads` key heads, optionally over the last `window` keys only
+(2004.05150), with a learned sink in the softmax's denominator (2309.17453, 2508.10925), with normed queries and keys.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from rorqual.layers.basics import Layout, RMSNorm, RopeConfig, rotate, softmax_factor
+from rorqual.layers.cache import Appended, Bundle
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MLAConfig:
+    """Sizes of multi-head latent attention; DeepSeek-V3: 128 heads, 1536, 512, 128, 64, 128."""
+
+    heads: int = 4
+    q_lora_rank: int | None = None  # None: queries come straight from the hidden state
+    kv_lora_rank: int = 32
+    nope_dim: int = 16  # per head, without position
+    rope_dim: int = 16  # per head, rotated; the key's is shared by all heads
+    value_dim: int = 16
+    eps: float = 1e-6  # of both latents' norms, whatever the model's is
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "kv_lora_rank", "nope_dim", "rope_dim", "value_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ValueError(f"q_lora_rank: got {self.q_lora_rank}, expected at least 1 or None")
+        if self.rope_dim % 2:
+            raise ValueError(f"rope_dim: got {self.rope_dim}, expected an even width")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GQAConfig:
+    """Sizes of grouped-query attention; kv_heads = heads is plain multi-head attention."""
+
+    heads: int = 4
+    kv_heads: int = 4
+    head_dim: int = 16
+    value_dim: int | None = None  # None: head_dim
+    window: int | None = None  # keys a query sees, itself included; None: all
+    sinks: bool = False  # one learned logit a head that takes probability and gives nothing
+    qk_norm: bool = False  # RMSNorm over each head's query and key, before rope
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads: got {self.kv_heads}, expected a divisor of {self.heads} heads")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: got {self.head_dim}, expected an even width, which rope rotates in pairs")
+        for name in ("value_dim", "window"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1 or None")
+
+
+def attend(
+    query: Float[Tensor, "B T H P"],
+    key: Float[Tensor, "B L G P"],
+    value: Float[Tensor, "B L G Q"],
+    scale: float,
+    mask: Bool[Tensor, "#B 1 #T L"] | None = None,
+    causal: bool = False,
+) -> Float[Tensor, "B T H Q"]:
+    """softmax(scale q . k) v, H query heads over G key heads; a query that sees no key gets zeros.
+
+    Query t sees the keys where `mask` is True; without a mask those up to t (`causal`, T = L) or all. The fused path
+    wants values as wide as keys: the narrower are padded with zeros, which change nothing.
+    """
+    key_width, value_width = key.shape[-1], value.shape[-1]
+    if value_width < key_width:
+        value = F.pad(value, (0, key_width - value_width))
+    elif value_width > key_width:
+        query, key = (F.pad(x, (0, value_width - key_width)) for x in (query, key))
+    out = F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return out.transpose(1, 2)[..., :value_width]
+
+
+def _visibility(layout: Layout, allowed: Tensor | None = None) -> tuple[Tensor | None, bool]:
+    """`mask` and `causal` for attend; one new token without a mask sees everything and needs neither."""
+    if allowed is not None:
+        return allowed & layout.visible(), False
+    if layout.mask is None and layout.past == 0:
+        return None, layout.positions.shape[1] > 1
+    if layout.mask is None and layout.positions.shape[1] == 1:
+        return None, False
+    return layout.visible(), False
+
+
+class MLA(nn.Module):
+    """Multi-head latent attention. Projections are named and laid out as in DeepSeek's checkpoints:
+
+    q per head [nope | rope], kv_a [latent | rope], kv_b per head [nope | value].
+    """
+
+    def __init__(self, config: MLAConfig, dim: int, rope: RopeConfig, inner: Any = None):
+        """`inner` chooses the keys each query may see (DSA): inner.allowed(...) -> Bool[B 1 T L]."""
+        super().__init__()
+        self.config, self.interleaved = config, rope.interleaved
+        self.inner: Any = inner
+        self.rope_dim = config.rope_dim
+        self.scale = (config.nope_dim + config.rope_dim) ** -0.5 * softmax_factor(rope)
+        query = config.heads * (config.nope_dim + config.rope_dim)
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(dim, query, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(dim, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.eps)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(dim, config.kv_lora_rank + config.rope_dim, bias=False)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.eps)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, config.heads * (config.nope_dim + config.value_dim), bias=False)
+        self.o_proj = nn.Linear(config.heads * config.value_dim, dim, bias=False)
+
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Bundle:
+        """Room for `capacity` tokens of kv_lora_rank + rope_dim values; allocated at the first token."""
+        inner = self.inner.new_cache(batch, capacity, dtype, device) if self.inner is not None else None
+        return Bundle(latent=Appended(capacity), inner=inner)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "B T D"],
+        layout: Layout,
+        cos: Float[Tensor, "B T F"],
+        sin: Float[Tensor, "B T F"],
+        cache: Bundle | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """cos and sin are rope_tables' at the new tokens. With a cache the new tokens are appended to it.
+
+        The form is whichever multiplies less; both give the same numbers to rounding.
+        """
+        query_latent = hidden if self.config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(hidden))
+        nope, rope, latent = self._project(hidden, query_latent, cos, sin)
+        if cache is not None:
+            kept = cache.latent.append(latent)
+            latent = kept if layout.past else latent
+        allowed = None
+        if self.inner is not None:
+            part = cache.inner if cache is not None else None
+            allowed = self.inner.allowed(hidden, query_latent, layout, cos, sin, part)
+        mask, causal = _visibility(layout, allowed)
+        form = self._absorbed if layout.past and self._absorbing_is_cheaper(hidden.shape[1]) else self._expanded
+        return self.o_proj(form(nope, rope, latent, mask, causal).flatten(2))
+
+    def _project(self, hidden: Tensor, query_latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries without position [B, T, H, nope] and with [B, T, H, rope]; the normed latent and the rotated key
+        side by side [B, T, kv_lora_rank + rope]."""
+        c = self.config
+        query = self.q_proj(hidden) if c.q_lora_rank is None else self.q_b_proj(query_latent)
+        nope, rope = query.unflatten(-1, (c.heads, -1)).split([c.nope_dim, c.rope_dim], dim=-1)
+        latent, key = self.kv_a_proj_with_mqa(hidden).split([c.kv_lora_rank, c.rope_dim], dim=-1)
+        turned = rotate(torch.cat([rope, key.unsqueeze(2)], dim=2), cos, sin, self.interleaved)
+        return nope, turned[:, :, :-1], torch.cat([self.kv_a_layernorm(latent), turned[:, :, -1]], dim=-1)
+
+    def _absorbing_is_cheaper(self, time: int) -> bool:
+        """Products a key and head: `time` wider ones, against expanding the key once and `time` narrower ones."""
+        c = self.config
+        expanded = c.kv_lora_rank * (c.nope_dim + c.value_dim) + time * (c.nope_dim + c.rope_dim + c.value_dim)
+        return time * (2 * c.kv_lora_rank + c.rope_dim) <= expanded
+
+    def _expanded(
+        self, nope: Tensor, rope: Tensor, latent: Tensor, mask: Tensor | None, causal: bool
+    ) -> Float[Tensor, "B T H Q"]:
+        c = self.config
+        latent, key = latent.split([c.kv_lora_rank, c.rope_dim], dim=-1)
+        up = self.kv_b_proj(latent).unflatten(-1, (c.heads, -1))  # [B, L, H, nope + value]
+        key_nope, value = up.split([c.nope_dim, c.value_dim], dim=-1)
+        key = torch.cat([key_nope, key.unsqueeze(2).expand(-1, -1, c.heads, -1)], dim=-1)
+        return attend(torch.cat([nope, rope], dim=-1), key, value, self.scale, mask, causal)
+
+    def _absorbed(
+        self, nope: Tensor, rope: Tensor, latent: Tensor, mask: Tensor | None, causal: bool
+    ) -> Float[Tensor, "B T H Q"]:
+        c, (batch, time) = self.config, nope.shape[:2]
+        key_up, value_up = self._up_weight().unflatten(0, (c.heads, -1)).split([c.nope_dim, c.value_dim], dim=1)
+        query = torch.cat([torch.einsum("bthn,hnr->bthr", nope, key_up), rope], dim=-1)
+        if mask is not None and time > 1:
+            mask = mask.repeat_interleave(c.heads, dim=2)  # each token's H queries see what it sees
+        summed = attend(query.flatten(1, 2).unsqueeze(2), latent.unsqueeze(2), latent.unsqueeze(2), self.scale, mask)
+        summed = summed[..., : c.kv_lora_rank].view(batch, time, c.heads, -1)
+        return torch.einsum("bthr,hvr->bthv", summed, value_up)
+
+    def _up_weight(self) -> Float[Tensor, "HQ R"]:
+        """kv_b_proj as a matrix, also where something that is not a Linear stands in its place (LoRA, quantised)."""
+        if type(self.kv_b_proj) is nn.Linear:
+            return self.kv_b_proj.weight
+        weight = self.o_proj.weight
+        return self.kv_b_proj(torch.eye(self.config.kv_lora_rank, dtype=weight.dtype, device=weight.device)).T
+
+
+class GQA(nn.Module):
+    """Grouped-query attention over q_proj, k_proj, v_proj, o_proj; every head's whole width is rotated."""
+
+    def __init__(self, config: GQAConfig, dim: int, rope: RopeConfig, inner: Any = None):
+        """`inner` attends in our place (NSA, MoBA): inner(q, k, v, hidden=, layout=, scale=, cache=) -> [B T H Q]."""
+        super().__init__()
+        if inner is not None and (config.window is not None or config.sinks):
+            raise ValueError("got window or sinks together with an inner attention, expected one or the other")
+        self.config, self.interleaved = config, rope.interleaved
+        self.inner: Any = inner
+        self.rope_dim, self.value_dim = config.head_dim, config.value_dim or config.head_dim
+        self.scale = config.head_dim**-0.5 * softmax_factor(rope)
+        self.q_proj = nn.Linear(dim, config.heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(dim, config.kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(dim, config.kv_heads * self.value_dim, bias=False)
+        self.o_proj = nn.Linear(config.heads * self.value_dim, dim, bias=False)
+        self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else None
+        self.sink_bias = nn.Parameter(torch.zeros(config.heads)) if config.sinks else None
+
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Bundle:
+        """Room for `capacity` tokens' keys and values; allocated at the first token."""
+        inner = self.inner.new_cache(batch, capacity, dtype, device) if hasattr(self.inner, "new_cache") else None
+        return Bundle(keys=Appended(capacity), values=Appended(capacity), inner=inner)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "B T D"],
+        layout: Layout,
+        cos: Float[Tensor, "B T F"],
+        sin: Float[Tensor, "B T F"],
+        cache: Bundle | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """cos and sin are rope_tables' at the new tokens. With a cache the new tokens are appended to it."""
+        query, key, value = self._project(hidden, cos, sin)
+        if cache is not None:
+            kept = cache.keys.append(key), cache.values.append(value)
+            key, value = kept if layout.past else (key, value)
+        if self.inner is not None:
+            part = cache.inner if cache is not None else None
+            out = self.inner(query, key, value, hidden=hidden, layout=layout, scale=self.scale, cache=part)
+        else:
+            out = self._attend(query, key, value, layout)
+        return self.o_proj(out.flatten(2))
+
+    def _project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c = self.config
+        query, key = (
+            projection(hidden).unflatten(-1, (heads, -1))
+            for projection, heads in ((self.q_proj, c.heads), (self.k_proj, c.kv_heads))
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        turned = rotate(torch.cat([query, key], dim=2), cos, sin, self.interleaved)
+        return turned[:, :, : c.heads], turned[:, :, c.heads :], self.v_proj(hidden).unflatten(-1, (c.kv_heads, -1))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+        window, time = self.config.window, query.shape[1]
+        if window is None or (layout.key_present is None and key.shape[1] <= window):
+            mask, causal = _visibility(layout)
+        else:
+            near = layout.positions[:, :, None] - layout.key_positions[:, None, :] < window
+            mask, causal = near[:, None] & layout.visible(), False
+            if layout.key_present is None:  # nothing further back is near
+                span = window + time - 1
+                key, value, mask = key[:, -span:], value[:, -span:], mask[..., -span:]
+        if self.sink_bias is not None:
+            return self._attend_with_sink(query, key, value, layout.visible() if causal else mask)
+        return attend(query, key, value, self.scale, mask, causal)
+
+    def _attend_with_sink(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """One more key, whose logit is the head's sink and whose value is zero, through one more width in which
+        every query is 1, every real key 0 and the sink's key what gives the logit."""
+        assert self.sink_bias is not None
+        heads = query.shape[2]
+        key, value = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (key, value))
+        sink = F.pad((self.sink_bias / self.scale).to(key.dtype)[:, None], (key.shape[-1], 0))  # [H, P + 1]
+        key = torch.cat([sink.expand(key.shape[0], 1, -1, -1), F.pad(key, (0, 1))], dim=1)
+        if mask is not None:
+            mask = F.pad(mask, (1, 0), value=True)
+        return attend(F.pad(query, (0, 1), value=1.0), key, F.pad(value, (0, 0, 0, 0, 1, 0)), self.scale, mask)

@@ -1,0 +1,304 @@
+"""Tensors in -> the same tensors normed, rotated, gated or scored out: what has no paper of its own.
+
+rms_norm(x)    = x / sqrt(mean(x^2) + eps) * weight                      float32 inside
+swiglu(x)      = W_down (silu(W_gate x) * W_up x)
+rotate(x)      = (a cos - b sin, a sin + b cos) for each pair (a, b)     rotary positions, arXiv:2104.09864
+YaRN           = rotary frequencies stretched where they are slow        arXiv:2309.00071
+layout(...)    = where each token of a call stands: position, document, presence, what it may see
+chunked_cross_entropy = cross-entropy of hidden @ weight.T, never holding all logits
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from rorqual.layers.cache import Past
+
+
+def rms_norm(x: Float[Tensor, "*B D"], weight: Float[Tensor, " D"] | None, eps: float) -> Float[Tensor, "*B D"]:
+    """x / sqrt(mean(x^2) + eps) * weight, in float32, returned in the dtype of x."""
+    return F.rms_norm(_wide(x), x.shape[-1:], None if weight is None else _wide(weight), eps).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it came so."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, with a learned weight that starts at one."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """W_down (silu(W_gate x) * W_up x), without biases: dim -> width -> dim."""
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, width, bias=False)
+        self.up_proj = nn.Linear(dim, width, bias=False)
+        self.down_proj = nn.Linear(width, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class YarnConfig:
+    """How a rotary base trained on `original_length` tokens is stretched to `factor` times as many."""
+
+    factor: float = 40.0
+    original_length: int = 4096
+    beta_fast: float = 32.0  # pairs that turn more often than this within original_length stay as they are
+    beta_slow: float = 1.0  # pairs that turn less often than this are slowed by the whole factor
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.factor < 1 or self.original_length < 1:
+            raise ValueError(
+                f"got factor {self.factor} and original_length {self.original_length}, expected both at least 1"
+            )
+        if not 0 < self.beta_slow < self.beta_fast:
+            raise ValueError(f"got beta_fast {self.beta_fast}, beta_slow {self.beta_slow}, expected 0 < slow < fast")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeConfig:
+    """Rotary positions. `interleaved`: pairs are (2i, 2i+1) as DeepSeek trains them, otherwise (i, i + dim/2)."""
+
+    base: float = 10000.0
+    interleaved: bool = True
+    yarn: YarnConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.base <= 1:
+            raise ValueError(f"got rope base {self.base}, expected more than 1")
+
+
+def _mscale(factor: float, weight: float) -> float:
+    """0.1 weight ln(factor) + 1: how much more sharply attention must look over a longer context."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _ramp_ends(yarn: YarnConfig, base: float, dim: int) -> tuple[float, float]:
+    """The pairs between which YaRN goes from the old frequencies to the slowed ones."""
+
+    def pair(turns: float) -> float:
+        return dim * math.log(yarn.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = max(math.floor(pair(yarn.beta_fast)), 0), min(math.ceil(pair(yarn.beta_slow)), dim - 1)
+    return float(low), high + 0.001 if low == high else float(high)
+
+
+def rope_frequencies(config: RopeConfig, dim: int) -> Float[Tensor, " F"]:
+    """Radians a token of each of the dim/2 pairs: f_i = base^(-2i/dim), and with YaRN f (1 - ramp) + f/s ramp,
+
+    ramp(i) = clamp((i - low) / (high - low), 0, 1). ValueError if dim is odd."""
+    if dim % 2:
+        raise ValueError(f"got a rotary width of {dim}, expected an even one")
+    frequencies = 1.0 / config.base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if config.yarn is None:
+        return frequencies
+    low, high = _ramp_ends(config.yarn, config.base, dim)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return frequencies * (1 - ramp) + frequencies / config.yarn.factor * ramp
+
+
+def rope_tables(
+    config: RopeConfig, dim: int, positions: Int[Tensor, "B T"]
+) -> tuple[Float[Tensor, "B T F"], Float[Tensor, "B T F"]]:
+    """cos and sin of position * frequency in float32, times YaRN's mscale(s, mscale) / mscale(s, mscale_all_dim)."""
+    angles = positions.unsqueeze(-1).float() * rope_frequencies(config, dim).to(positions.device)
+    if config.yarn is None:
+        return angles.cos(), angles.sin()
+    yarn = config.yarn
+    factor = _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def rotate(
+    x: Float[Tensor, "B T *H P"], cos: Float[Tensor, "B T F"], sin: Float[Tensor, "B T F"], interleaved: bool
+) -> Float[Tensor, "B T *H P"]:
+    """Each pair (a, b) of the last axis to (a cos - b sin, a sin + b cos), P = 2 F; heads may lie between T and P."""
+    shape = (*cos.shape[:2], *(1,) * (x.dim() - 3), cos.shape[-1])
+    cos, sin = cos.view(shape), sin.view(shape)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
+    turned = first * cos - second * sin, first * sin + second * cos
+    return (torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)).to(x.dtype)
+
+
+def softmax_factor(config: RopeConfig) -> float:
+    """What YaRN multiplies the softmax scale by: mscale(s, mscale_all_dim)^2 (1.8739 for DeepSeek-V3), else 1."""
+    return 1.0 if config.yarn is None else _mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
+
+
+def longest_context(base: float, factor: float = 1.0) -> int:
+    """Tokens that a rotary base tells apart, pi * base * YaRN factor.
+
+    The slowest pair turns once in about 2 pi base tokens, and angles theta and 2 pi - theta have one cosine, so half
+    a turn is usable."""
+    return int(math.pi * base * factor)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Where the T new tokens of a call stand, and the L = past + T keys that they may look at.
+
+    `documents` None means one document a row, `present` None that nothing is padding, and `mask` None that query t
+    sees the cached keys and the new ones up to t. The `key_` fields are the same for all L keys.
+    """
+
+    positions: Int[Tensor, "B T"]  # within its document, padding not counted
+    documents: Int[Tensor, "B T"] | None
+    present: Bool[Tensor, "B T"] | None
+    mask: Bool[Tensor, "B 1 T L"] | None
+    key_positions: Int[Tensor, "B L"]
+    key_documents: Int[Tensor, "B L"] | None
+    key_present: Bool[Tensor, "B L"] | None
+    past: int = 0  # tokens cached before this call
+
+    def visible(self) -> Bool[Tensor, "B 1 T L"]:
+        """`mask`, or the plain causal mask (batch axis 1) where it is None."""
+        if self.mask is not None:
+            return self.mask
+        time = self.positions.shape[1]
+        return _causal(time, self.past + time, self.positions.device)[None, None]
+
+
+def _causal(time: int, length: int, device: torch.device) -> Bool[Tensor, "T L"]:
+    """The last `time` of `length` tokens as queries: each sees the keys up to itself."""
+    return torch.ones(time, length, dtype=torch.bool, device=device).tril(length - time)
+
+
+def _count(documents: Tensor | None, present: Tensor | None) -> Tensor:
+    """Positions [B, L]: present tokens since the start of the document; padding repeats its predecessor's."""
+    known = present if present is not None else documents
+    assert known is not None
+    here = torch.ones_like(known, dtype=torch.long) if present is None else present.long()
+    count = here.cumsum(1)
+    if documents is not None:
+        begins = torch.ones_like(documents, dtype=torch.bool)
+        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        count = count - torch.where(begins, count - here, 0).cummax(1).values
+    return (count - 1).clamp_min(0)
+
+
+def _mask(time: int, documents: Tensor | None, present: Tensor | None) -> Tensor:
+    """[B, 1, T, L]: causal, within the document, present keys only. A padding query sees itself alone, so that its
+    softmax is defined; nobody else sees it."""
+    known = documents if documents is not None else present
+    assert known is not None
+    length = known.shape[1]
+    mask = _causal(time, length, known.device)[None]
+    if documents is not None:
+        mask = mask & (documents[:, -time:, None] == documents[:, None, :])
+    if present is not None:
+        mask = mask & present[:, None, :]
+        own = torch.eye(time, dtype=torch.bool, device=known.device)
+        mask[:, :, length - time :] |= own & ~present[:, -time:, None]
+    return mask[:, None]
+
+
+def layout(
+    batch: int,
+    time: int,
+    device: torch.device | str,
+    *,
+    documents: Int[Tensor, "B T"] | None = None,
+    present: Bool[Tensor, "B T"] | None = None,
+    past: Past | None = None,
+) -> Layout:
+    """Where `time` new tokens stand behind what `past` holds. The new tokens are appended to `past`.
+
+    The mask is None whenever neither documents nor present is known, of new or cached tokens.
+    """
+    cached = 0 if past is None else past.length
+    every_document, everyone = documents, present
+    if past is not None:
+        every_document, everyone = past.append(batch, time, documents, present)
+    known = every_document is not None or everyone is not None
+    if known:
+        places = _count(every_document, everyone)
+    else:
+        places = torch.arange(cached + time, device=device).expand(batch, -1)
+    return Layout(
+        positions=places[:, cached:],
+        documents=None if every_document is None else every_document[:, cached:],
+        present=None if everyone is None else everyone[:, cached:],
+        mask=_mask(time, every_document, everyone) if known else None,
+        key_positions=places,
+        key_documents=every_document,
+        key_present=everyone,
+        past=cached,
+    )
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Chunk by chunk; where a gradient is wanted, it is formed beside the loss, from the same logits."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, graded: bool) -> Tensor:
+        total = _wide(hidden.new_zeros(()))
+        wants_hidden, wants_weight = graded and ctx.needs_input_grad[0], graded and ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = _wide(torch.zeros_like(weight)) if wants_weight else None
+        for start in range(0, hidden.shape[0], chunk):
+            rows, targets = hidden[start : start + chunk], labels[start : start + chunk]
+            logits = _wide(rows @ weight.T)
+            total += F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+            if wants_hidden or wants_weight:
+                error = _error(logits, targets).to(hidden.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[start : start + chunk] = error @ weight
+                if grad_weight is not None:
+                    grad_weight += error.T @ rows
+        ctx.gradients = grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        hidden, weight = (None if g is None else g * grads[0].to(g.dtype) for g in ctx.gradients)
+        return hidden, weight, None, None, None
+
+
+def _error(logits: Tensor, targets: Tensor) -> Tensor:
+    """softmax(logits) - onehot(targets), zero where the target is ignored."""
+    kept = (targets != -100).unsqueeze(1)
+    error = logits.softmax(-1)
+    error.scatter_add_(1, targets.clamp_min(0).unsqueeze(1), -torch.ones_like(error[:, :1]))
+    return error * kept
+
+
+def chunked_cross_entropy(
+    hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, " N"], chunk: int = 2048
+) -> Float[Tensor, ""]:
+    """Sum over rows of -log softmax(hidden @ weight.T)[label] in nats, rows with label -100 left out.
+
+    At most `chunk` rows of logits exist at a time. The product is taken in the dtype of its operands, all that
+    follows in float32. Once differentiable.
+    """
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, torch.is_grad_enabled())
+
+
+def largest(scores: Float[Tensor, "*B L"], count: int) -> Int[Tensor, "*B K"]:
+    """Indices of the `count` largest float32 scores of each row, of equal ones the last.
+
+    topk leaves ties open, and then one call over all tokens and many over a cache choose differently; here the index
+    stands in the low half of what is compared, under the score's bits in an order in which integers compare as floats.
+    """
+    bits = (scores + 0.0).view(torch.int32)  # -0 becomes 0
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
+    ordered = ordered | torch.arange(scores.shape[-1], device=scores.device)
+    return ordered.topk(min(count, scores.shape[-1]), dim=-1).values & 0xFFFFFFFF

@@ -1,0 +1,331 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoConfig
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
+
+from rorqual.layers.attention import GQA, MLA, GQAConfig, MLAConfig, attend
+from rorqual.layers.basics import RopeConfig, YarnConfig, layout, rope_tables
+from rorqual.layers.cache import Bundle, Past
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SIZES = {"heads": 4, "kv_lora_rank": 16, "nope_dim": 12, "rope_dim": 8, "value_dim": 10}
+YARN = YarnConfig(factor=4.0, original_length=64)
+RELEASES = {
+    "deepseek_v3_tiny": (MLAConfig(q_lora_rank=20, **SIZES), RopeConfig(yarn=YARN), DeepseekV3Attention, 48),
+    "deepseek_v2_lite_tiny": (MLAConfig(**SIZES), RopeConfig(), DeepseekV2Attention, 48),
+}
+VARIANTS = {
+    "mla": (MLA, MLAConfig(q_lora_rank=20, **SIZES)),
+    "mla wide values": (MLA, MLAConfig(heads=3, kv_lora_rank=7, nope_dim=4, rope_dim=2, value_dim=11)),
+    "gqa": (GQA, GQAConfig(heads=6, kv_heads=2, head_dim=8, value_dim=5)),
+    "window": (GQA, GQAConfig(heads=4, kv_heads=1, head_dim=6, window=3)),
+    "sinks": (GQA, GQAConfig(heads=4, kv_heads=2, head_dim=6, sinks=True)),
+    "window and sinks": (GQA, GQAConfig(heads=4, kv_heads=2, head_dim=6, window=4, sinks=True, value_dim=9)),
+    "normed": (GQA, GQAConfig(heads=4, kv_heads=4, head_dim=6, qk_norm=True)),
+}
+
+
+def build(name: str, dim: int = 24, rope: RopeConfig | None = None) -> nn.Module:
+    kind, config = VARIANTS[name]
+    layer = kind(config, dim, rope or RopeConfig(base=50.0, yarn=YARN))
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3 if parameter.dim() > 1 else 1.0)
+    return layer
+
+
+def run(layer, hidden, past=None, cache=None, rope=None, **known):
+    where = layout(*hidden.shape[:2], hidden.device, past=past, **known)
+    rope = rope or RopeConfig(base=50.0, yarn=YARN)
+    return layer(hidden, where, *rope_tables(rope, layer.rope_dim, where.positions), cache)
+
+
+def in_pieces(layer, hidden, pieces, **known):
+    """What the layer gives when the tokens come in calls of these lengths."""
+    past, cache, begin, outs = Past(), layer.new_cache(hidden.shape[0], 8, hidden.dtype, hidden.device), 0, []
+    for time in pieces:
+        part = slice(begin, begin + time)
+        outs.append(
+            run(layer, hidden[:, part], past=past, cache=cache, **{name: x[:, part] for name, x in known.items()})
+        )
+        begin += time
+    return torch.cat(outs, 1)
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_mla_agrees_with_transformers(name):
+    config, rope, oracle, dim = RELEASES[name]
+    theirs_config = AutoConfig.from_pretrained(GOLDEN / name, attn_implementation="eager")
+    weights = load_file(GOLDEN / name / "model.safetensors")
+    prefix = "model.layers.1.self_attn."
+    weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    ours, theirs = MLA(config, dim, rope), oracle(theirs_config, 0)
+    ours.load_state_dict(weights)
+    theirs.load_state_dict(weights)
+    hidden = torch.randn(2, 61, dim, requires_grad=True)
+    where = layout(2, 61, "cpu")
+    rotary = DeepseekV3RotaryEmbedding if oracle is DeepseekV3Attention else DeepseekV2RotaryEmbedding
+    embeddings = rotary(theirs_config)(hidden, where.positions)
+    hides = torch.full((61, 61), -torch.inf).triu(1)[None, None]
+    expected = theirs(hidden, position_embeddings=embeddings, attention_mask=hides)[0]
+    out = run(ours, hidden, rope=rope)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    toward = torch.randn_like(out)
+    mine = torch.autograd.grad(out, [hidden, *map(ours.get_parameter, weights)], toward)
+    wanted = torch.autograd.grad(expected, [hidden, *map(theirs.get_parameter, weights)], toward)
+    for key, a, b in zip(("hidden", *weights), mine, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item(), msg=lambda m, key=key: key + m)
+
+
+@pytest.mark.parametrize("pieces", [[13], [1] * 13, [5, 1, 1, 6], [2, 11], [12, 1]])
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_calls_in_pieces_equal_one_call(name, pieces):
+    layer, hidden = build(name), torch.randn(2, 13, 24)
+    torch.testing.assert_close(in_pieces(layer, hidden, pieces), run(layer, hidden), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pieces", [[13], [1] * 13, [5, 1, 1, 6]])
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_calls_in_pieces_equal_one_call_with_documents_and_padding(name, pieces):
+    layer, hidden = build(name), torch.randn(2, 13, 24)
+    documents = torch.tensor([[0] * 4 + [1] * 9, [3] * 7 + [4] * 6])
+    present = torch.tensor([[False] * 2 + [True] * 8 + [False] * 2 + [True], [True] * 13])
+    known = {"documents": documents, "present": present}
+    torch.testing.assert_close(
+        in_pieces(layer, hidden, pieces, **known)[present], run(layer, hidden, **known)[present], rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+@pytest.mark.parametrize("name", RELEASES)
+@torch.no_grad()
+def test_mla_absorbed_equals_expanded(name, form, monkeypatch):
+    config, rope, _, dim = RELEASES[name]
+    layer, hidden = MLA(config, dim, rope), torch.randn(2, 150, dim)
+    used = []
+    for each in ("_absorbed", "_expanded"):
+        plain = getattr(layer, each)
+        monkeypatch.setattr(layer, each, lambda *a, each=each, plain=plain: used.append(each) or plain(*a))
+    monkeypatch.setattr(layer, "_absorbing_is_cheaper", lambda time: form == "absorbed")
+    past, cache = Past(), layer.new_cache(2, 150, hidden.dtype, hidden.device)
+    outs = [run(layer, part, past=past, cache=cache, rope=rope) for part in hidden.split([100, 1, 49], 1)]
+    assert used == ["_expanded"] + 2 * ["_" + form]
+    whole = run(layer, hidden, rope=rope)
+    torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-5, atol=1e-5 * whole.abs().max().item())
+
+
+def test_mla_chooses_the_form_that_multiplies_less():
+    v3 = MLA(MLAConfig(heads=1, kv_lora_rank=512, nope_dim=128, rope_dim=64, value_dim=128), 8, RopeConfig())
+    assert [v3._absorbing_is_cheaper(time) for time in (1, 170, 171, 4096)] == [True, True, False, False]
+
+
+@torch.no_grad()
+def test_mla_caches_the_latent_and_the_rotary_key_only():
+    layer = MLA(MLAConfig(heads=2, kv_lora_rank=512, nope_dim=8, rope_dim=64, value_dim=8), 16, RopeConfig())
+    past, cache = Past(), layer.new_cache(3, 20, torch.float32, torch.device("cpu"))
+    run(layer, torch.randn(3, 5, 16), past=past, cache=cache)
+    assert cache.latent.buffer.shape == (3, 20, 576)
+
+
+@torch.no_grad()
+def test_mla_decodes_through_what_stands_in_for_a_projection():
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Linear):
+            super().__init__()
+            self.base, self.weight = base, base.weight
+            self.low, self.high = torch.randn(2, base.in_features), torch.randn(base.out_features, 2)
+
+        def forward(self, x):
+            return self.base(x) + x @ self.low.T @ self.high.T
+
+    layer, hidden = build("mla"), torch.randn(2, 9, 24)
+    layer.kv_b_proj = Adapted(layer.kv_b_proj)
+    torch.testing.assert_close(in_pieces(layer, hidden, [4, 1, 4]), run(layer, hidden), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_later_tokens_and_other_documents_do_not_matter(name):
+    layer, hidden = build(name), torch.randn(1, 9, 24, requires_grad=True)
+    (seen,) = torch.autograd.grad(run(layer, hidden)[0, 5].sum(), hidden)
+    assert not seen[0, 6:].any() and seen[0, 4:6].any()
+    documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]])
+    (seen,) = torch.autograd.grad(run(layer, hidden, documents=documents)[0, 5].sum(), hidden)
+    assert not seen[0, :4].any() and seen[0, 4].any()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_a_packed_document_equals_the_document_alone(name):
+    layer, hidden = build(name), torch.randn(1, 9, 24)
+    packed = run(layer, hidden, documents=torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]]))
+    torch.testing.assert_close(packed[:, 4:], run(layer, hidden[:, 4:]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_padding_changes_nothing_and_is_finite(name, side, poisoned):
+    layer, hidden = build(name), torch.randn(2, 9, 24, requires_grad=True)
+    present = torch.ones(2, 9, dtype=torch.bool)
+    present[0, :4] = False
+    if side == "right":
+        present = present.flip(1)
+    out = run(layer, hidden, present=present)
+    torch.testing.assert_close(out[0, present[0]], run(layer, hidden[:1, present[0]])[0], rtol=1e-5, atol=1e-5)
+    assert out.isfinite().all()
+    (out[present].sum()).backward()
+    assert hidden.grad.isfinite().all() and not hidden.grad[~present].any()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+def slowly(query, key, value, scale, visible, sink=None):
+    """Attention of one row, a query and a head at a time."""
+    out = torch.zeros(query.shape[0], query.shape[1], value.shape[-1], dtype=query.dtype)
+    for t in range(query.shape[0]):
+        for h in range(query.shape[1]):
+            group = h * key.shape[1] // query.shape[1]
+            logits = torch.stack([scale * query[t, h] @ key[s, group] for s in range(len(key)) if visible[t, s]])
+            values = torch.stack([value[s, group] for s in range(len(key)) if visible[t, s]])
+            if sink is not None:
+                logits, values = torch.cat([logits, sink[h, None]]), torch.cat([values, torch.zeros_like(values[:1])])
+            out[t, h] = logits.softmax(0) @ values
+    return out
+
+
+@pytest.mark.parametrize("name", ["gqa", "window", "sinks", "window and sinks", "normed"])
+def test_gqa_equals_one_query_at_a_time(name):
+    layer = build(name).double()
+    c, hidden = layer.config, torch.randn(1, 11, 24, dtype=torch.float64, requires_grad=True)
+    where = layout(1, 11, "cpu")
+    cos, sin = rope_tables(RopeConfig(base=50.0, yarn=YARN), c.head_dim, where.positions)
+    query, key, value = layer._project(hidden, cos, sin)
+    gap = torch.arange(11)[:, None] - torch.arange(11)
+    visible = (gap >= 0) & (gap < (c.window or 99))
+    expected = layer.o_proj(slowly(query[0], key[0], value[0], layer.scale, visible, layer.sink_bias).flatten(1))
+    out = layer(hidden, where, cos, sin)[0]
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    toward, sources = torch.randn_like(out), (hidden, *layer.parameters())
+    pairs = zip(torch.autograd.grad(out, sources, toward), torch.autograd.grad(expected, sources, toward), strict=True)
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("widths", [(12, 12), (12, 5), (5, 12)])
+def test_attend_takes_any_two_widths_on_the_fused_path(widths, poisoned):
+    query, key = torch.randn(2, 7, 6, widths[0], requires_grad=True), torch.randn(2, 9, 3, widths[0])
+    value, mask = torch.randn(2, 9, 3, widths[1]), torch.rand(2, 1, 7, 9) < 0.5
+    mask[..., 0] = True
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = attend(query, key, value, 0.3, mask)
+    for row in range(2):
+        torch.testing.assert_close(out[row], slowly(query[row], key[row], value[row], 0.3, mask[row, 0]))
+
+
+def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient(poisoned):
+    query, key, value = (torch.randn(1, 4, 2, 6, requires_grad=True) for _ in range(3))
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    mask[..., 2, :] = False
+    out = attend(query, key, value, 1.0, mask)
+    assert not out[:, 2].any() and out[:, [0, 1, 3]].all()
+    out.sum().backward()
+    assert not query.grad[:, 2].any() and key.grad.isfinite().all() and value.grad.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_large_sink_takes_the_attention():
+    layer, hidden = build("sinks"), torch.randn(1, 6, 24)
+    layer.sink_bias.fill_(60.0)
+    assert run(layer, hidden).abs().max() < 1e-6
+    without = GQA(GQAConfig(heads=4, kv_heads=2, head_dim=6), 24, RopeConfig(base=50.0, yarn=YARN))
+    without.load_state_dict(layer.state_dict(), strict=False)
+    layer.sink_bias.fill_(-60.0)
+    torch.testing.assert_close(run(layer, hidden), run(without, hidden))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_cropped_and_reordered_caches_go_on(name):
+    layer, hidden, order = build(name), torch.randn(2, 12, 24), torch.tensor([1, 1, 0])
+    past, cache = Past(), layer.new_cache(2, 4, hidden.dtype, hidden.device)
+    run(layer, hidden[:, :7], past=past, cache=cache)
+    run(layer, torch.randn(2, 3, 24), past=past, cache=cache)
+    for part in (past, cache):
+        part.crop(3)
+        part.select(order)
+    out = run(layer, hidden[order, 7:], past=past, cache=cache)
+    torch.testing.assert_close(out, run(layer, hidden)[order, 7:], rtol=1e-5, atol=1e-5)
+    for part in (past, cache):
+        part.reset()
+    torch.testing.assert_close(run(layer, hidden, past=past, cache=cache), run(layer, hidden), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_bfloat16_stays_near_float32(name):
+    layer, hidden = build(name), torch.randn(2, 17, 24)
+    expected = run(layer, hidden)
+    layer = layer.bfloat16()
+    out = run(layer, hidden.bfloat16())
+    assert out.dtype == torch.bfloat16
+    assert (out - expected).norm() < 0.03 * expected.norm()
+    with torch.no_grad():
+        decoded = in_pieces(layer, hidden.bfloat16(), [12, 1, 1, 3])
+    assert (decoded - expected).norm() < 0.03 * expected.norm()
+
+
+def test_an_inner_attention_gets_every_key_and_our_scale():
+    class Inner(nn.Module):
+        def new_cache(self, batch, capacity, dtype, device):
+            return Bundle()
+
+        def forward(self, query, key, value, *, hidden, layout, scale, cache):
+            assert hidden.shape[1] == query.shape[1] and isinstance(cache, Bundle | None)
+            return attend(query, key, value, scale, layout.visible())
+
+    layer = build("gqa")
+    layer.inner = Inner()
+    hidden = torch.randn(2, 9, 24)
+    plain = build("gqa")
+    plain.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(run(layer, hidden), run(plain, hidden))
+    with torch.no_grad():
+        torch.testing.assert_close(in_pieces(layer, hidden, [6, 1, 2]), run(plain, hidden), rtol=1e-5, atol=1e-5)
+
+
+def test_an_inner_choice_of_keys_hides_the_others():
+    class Even(nn.Module):
+        def new_cache(self, batch, capacity, dtype, device):
+            return Bundle()
+
+        def allowed(self, hidden, query_latent, layout, cos, sin, cache):
+            return (layout.key_positions % 2 == 0)[:, None, None].expand(-1, -1, hidden.shape[1], -1)
+
+    layer, hidden = build("mla"), torch.randn(2, 9, 24, requires_grad=True)
+    layer.inner = Even()
+    out = run(layer, hidden)
+    (seen,) = torch.autograd.grad(out[:, 5].sum(), hidden, retain_graph=True)
+    assert not seen[:, 1:5:2].any() and not seen[:, 6:].any() and seen[:, [0, 2, 4]].any(-1).all()
+    with torch.no_grad():
+        torch.testing.assert_close(in_pieces(layer, hidden, [6, 1, 2]), out, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "build, words",
+    [
+        (lambda: MLAConfig(rope_dim=7), "rope_dim: got 7"),
+        (lambda: MLAConfig(heads=0), "heads: got 0"),
+        (lambda: MLAConfig(q_lora_rank=0), "q_lora_rank: got 0"),
+        (lambda: GQAConfig(heads=4, kv_heads=3), "kv_heads: got 3"),
+        (lambda: GQAConfig(head_dim=5), "head_dim: got 5"),
+        (lambda: GQAConfig(window=0), "window: got 0"),
+        (lambda: GQA(GQAConfig(window=4), 8, RopeConfig(), nn.Identity()), "one or the other"),
+    ],
+)
+def test_impossible_sizes_are_refused(build, words):
+    with pytest.raises(ValueError, match=words):
+        build()

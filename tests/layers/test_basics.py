@@ -1,0 +1,255 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DeepseekV3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from rorqual.layers.basics import (
+    RMSNorm,
+    RopeConfig,
+    SwiGLU,
+    YarnConfig,
+    chunked_cross_entropy,
+    layout,
+    longest_context,
+    rms_norm,
+    rope_frequencies,
+    rope_tables,
+    rotate,
+    softmax_factor,
+)
+from rorqual.layers.cache import Past
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 1), (2, 3, 5)])
+def test_rms_norm_is_its_equation(shape):
+    x, weight = torch.randn(shape, dtype=torch.float64), torch.randn(shape[-1], dtype=torch.float64)
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    torch.testing.assert_close(rms_norm(x, weight, 1e-3), expected * weight, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(rms_norm(x, None, 1e-3), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_rms_norm_works_in_float32_and_answers_in_its_dtype():
+    norm, x = RMSNorm(512).bfloat16(), (1e18 * torch.randn(3, 512)).bfloat16()
+    out = norm(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, rms_norm(x.float(), None, 1e-6).bfloat16(), rtol=0, atol=0)
+
+
+def test_swiglu_is_its_equation():
+    layer, x = SwiGLU(6, 10), torch.randn(2, 3, 6)
+    gate, up = x @ layer.gate_proj.weight.T, x @ layer.up_proj.weight.T
+    torch.testing.assert_close(layer(x), (gate * gate.sigmoid() * up) @ layer.down_proj.weight.T)
+
+
+@pytest.mark.parametrize(
+    "dim, base, yarn",
+    [
+        (64, 10000.0, YarnConfig()),  # DeepSeek-V3
+        (8, 10000.0, YarnConfig(factor=4.0, original_length=64)),  # low would be -1 without its clamp
+        (64, 10000.0, YarnConfig(mscale=0.707, mscale_all_dim=0.707)),  # DeepSeek-V2
+        (32, 500.0, YarnConfig(factor=2.5, original_length=20, beta_fast=4.0, beta_slow=3.9, mscale_all_dim=0.5)),
+    ],
+)
+def test_yarn_agrees_with_transformers(dim, base, yarn):
+    parameters = {
+        "rope_type": "yarn",
+        "rope_theta": base,
+        "factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original_length,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+        "mscale": yarn.mscale,
+        "mscale_all_dim": yarn.mscale_all_dim,
+    }
+    theirs = DeepseekV3Config(qk_rope_head_dim=dim, max_position_embeddings=10**6, rope_parameters=parameters)
+    frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs)
+    config = RopeConfig(base=base, yarn=yarn)
+    torch.testing.assert_close(rope_frequencies(config, dim), frequencies, rtol=1e-6, atol=0)
+    positions = torch.tensor([[0, 1, 77, 1000]])
+    cos, sin = rope_tables(config, dim, positions)
+    torch.testing.assert_close(cos, (positions[..., None] * frequencies).cos() * factor, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(sin, (positions[..., None] * frequencies).sin() * factor, rtol=1e-5, atol=1e-4)
+
+
+def test_yarn_keeps_the_fast_pairs_and_slows_the_slow_ones():
+    plain, slowed = rope_frequencies(RopeConfig(), 64), rope_frequencies(RopeConfig(yarn=YarnConfig()), 64)
+    ratio = plain / slowed
+    torch.testing.assert_close(ratio[:10], torch.ones(10))
+    torch.testing.assert_close(ratio[-8:], torch.full((8,), 40.0))
+    assert (ratio.diff() >= -1e-5).all()
+
+
+@pytest.mark.parametrize("mscale, expected", [(1.0, 1.8739), (0.707, 1.5896)])
+def test_softmax_factor_of_the_releases(mscale, expected):
+    yarn = YarnConfig(factor=40.0, mscale=mscale, mscale_all_dim=mscale)
+    assert softmax_factor(RopeConfig(yarn=yarn)) == pytest.approx(expected, abs=5e-5)
+    assert softmax_factor(RopeConfig()) == 1.0
+    assert softmax_factor(RopeConfig(yarn=YarnConfig(factor=1.0))) == 1.0
+
+
+def test_rotate_interleaved_is_complex_multiplication():
+    x, positions = torch.randn(2, 5, 3, 8), torch.randint(0, 1000, (2, 5))
+    cos, sin = rope_tables(RopeConfig(), 8, positions)
+    expected = torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.complex(cos, sin)[:, :, None]
+    torch.testing.assert_close(rotate(x, cos, sin, True), torch.view_as_real(expected).flatten(-2))
+    torch.testing.assert_close(rotate(x[:, :, 0], cos, sin, True), rotate(x, cos, sin, True)[:, :, 0])
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rotation_depends_on_distance_only(interleaved):
+    query, key = torch.randn(2, 1, 1, 16)
+    config = RopeConfig(base=100.0, interleaved=interleaved)
+
+    def score(at: int, to: int) -> torch.Tensor:
+        turned = [
+            rotate(x[None], *rope_tables(config, 16, torch.tensor([[place]])), interleaved)
+            for x, place in ((query, at), (key, to))
+        ]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(score(7, 3), score(104, 100), rtol=1e-4, atol=1e-5)
+    assert abs(score(7, 3) - score(7, 4)) > 1e-4
+
+
+def test_the_two_pairings_are_one_permutation_apart():
+    x, order = torch.randn(1, 6, 2, 8), torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+    cos, sin = rope_tables(RopeConfig(), 8, torch.arange(6)[None])
+    torch.testing.assert_close(rotate(x, cos, sin, True)[..., order], rotate(x[..., order], cos, sin, False))
+    assert (rotate(x, cos, sin, True) - rotate(x, cos, sin, False)).abs().max() > 0.1
+
+
+def test_longest_context_is_half_a_turn_of_the_slowest_pair():
+    assert longest_context(10000.0) == 31415
+    assert longest_context(10000.0, 40.0) == 1256637
+    slowest = rope_frequencies(RopeConfig(base=1e4), 4096)[-1].item()
+    assert math.pi / slowest == pytest.approx(longest_context(1e4), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "build, words",
+    [
+        (lambda: YarnConfig(factor=0.5), "factor 0.5"),
+        (lambda: YarnConfig(beta_fast=1.0, beta_slow=2.0), "0 < slow < fast"),
+        (lambda: RopeConfig(base=1.0), "rope base 1.0"),
+        (lambda: rope_frequencies(RopeConfig(), 7), "width of 7"),
+    ],
+)
+def test_impossible_positions_are_refused(build, words):
+    with pytest.raises(ValueError, match=words):
+        build()
+
+
+def slow_layout(documents, present):
+    """Positions and mask of whole rows, one token at a time."""
+    batch, length = documents.shape
+    positions = torch.zeros(batch, length, dtype=torch.long)
+    mask = torch.zeros(batch, length, length, dtype=torch.bool)
+    for row in range(batch):
+        seen = 0
+        for t in range(length):
+            if t == 0 or documents[row, t] != documents[row, t - 1]:
+                seen = 0
+            seen += int(present[row, t])
+            positions[row, t] = max(seen - 1, 0)
+            for key in range(t + 1):
+                mask[row, t, key] = documents[row, t] == documents[row, key] and present[row, key]
+            mask[row, t, t] = True
+    return positions, mask[:, None]
+
+
+def slow_mask_of_absent(mask, present):
+    """A padding query sees itself and what a present one in its place would."""
+    return mask & present[:, None, :, None]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_layout_in_one_call_and_in_pieces(data):
+    length = data.draw(st.integers(1, 9))
+    starts = torch.tensor([data.draw(st.lists(st.booleans(), min_size=length, max_size=length)) for _ in range(2)])
+    present = torch.tensor([data.draw(st.lists(st.booleans(), min_size=length, max_size=length)) for _ in range(2)])
+    documents = starts.long().cumsum(1)
+    positions, mask = slow_layout(documents, present)
+    whole = layout(2, length, "cpu", documents=documents, present=present)
+    assert torch.equal(whole.positions, positions) and whole.past == 0
+    assert torch.equal(slow_mask_of_absent(whole.mask, present), slow_mask_of_absent(mask, present))
+    assert whole.mask.any(-1).all()
+    past, begin = Past(), 0
+    while begin < length:
+        end = data.draw(st.integers(begin + 1, length))
+        known = {"documents": documents[:, begin:end], "present": present[:, begin:end]}
+        part = layout(2, end - begin, "cpu", past=past, **known)
+        assert torch.equal(part.positions, positions[:, begin:end]) and part.past == begin
+        assert torch.equal(part.key_positions, positions[:, :end])
+        assert torch.equal(part.key_documents, documents[:, :end]) and torch.equal(part.key_present, present[:, :end])
+        here = present[:, begin:end]
+        assert torch.equal(slow_mask_of_absent(part.mask, here), slow_mask_of_absent(mask[:, :, begin:end, :end], here))
+        begin = end
+
+
+def test_layout_without_anything_to_hide_needs_no_mask():
+    past = Past()
+    for begin, time in ((0, 4), (4, 1), (5, 3)):
+        where = layout(2, time, "cpu", past=past)
+        assert where.mask is None and where.documents is None and where.present is None
+        assert where.positions.tolist() == [list(range(begin, begin + time))] * 2
+        assert torch.equal(where.visible()[0, 0], torch.ones(time, begin + time).tril(begin).bool())
+
+
+def test_decoding_goes_on_behind_left_padding():
+    past = Past()
+    layout(2, 3, "cpu", present=torch.tensor([[False, False, True], [True, True, True]]), past=past)
+    where = layout(2, 1, "cpu", past=past)
+    assert where.positions.tolist() == [[1], [3]]
+    assert where.mask[:, 0, 0].tolist() == [[False, False, True, True], [True] * 4]
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 23, 100])
+def test_chunked_cross_entropy_equals_the_whole(chunk):
+    hidden = torch.randn(23, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 11, (23,))
+    labels[[0, 7, 22]] = -100
+    ours = chunked_cross_entropy(hidden, weight, labels, chunk)
+    whole = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    torch.testing.assert_close(ours, whole)
+    mine, theirs = (torch.autograd.grad(3 * loss, (hidden, weight)) for loss in (ours, whole))
+    torch.testing.assert_close(mine, theirs)
+    assert torch.equal(torch.autograd.grad(chunked_cross_entropy(hidden, weight, labels), hidden)[0][7], torch.zeros(6))
+
+
+def test_chunked_cross_entropy_gives_only_the_gradients_asked_for():
+    hidden, weight, labels = torch.randn(9, 4), torch.randn(7, 4, requires_grad=True), torch.randint(0, 7, (9,))
+    chunked_cross_entropy(hidden, weight, labels, 4).backward()
+    assert hidden.grad is None and weight.grad is not None
+    with torch.no_grad():
+        assert not chunked_cross_entropy(hidden, weight, labels).requires_grad
+
+
+def test_chunked_cross_entropy_in_bfloat16_sums_in_float32():
+    hidden, weight = torch.randn(400, 32).bfloat16().requires_grad_(), torch.randn(50, 32).bfloat16().requires_grad_()
+    labels = torch.randint(0, 50, (400,))
+    ours = chunked_cross_entropy(hidden, weight, labels, 64)
+    whole = F.cross_entropy(hidden.float() @ weight.float().T, labels, reduction="sum")
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, whole, rtol=2e-3, atol=0)
+    mine, theirs = torch.autograd.grad(ours, weight)[0], torch.autograd.grad(whole, weight)[0]
+    assert mine.dtype == torch.bfloat16
+    assert (mine - theirs).float().norm() < 0.02 * theirs.float().norm()
+
+
+def test_chunked_cross_entropy_of_nothing_is_zero():
+    weight = torch.randn(7, 4, requires_grad=True)
+    loss = chunked_cross_entropy(torch.randn(3, 4), weight, torch.full((3,), -100))
+    loss.backward()
+    assert loss.item() == 0 and not weight.grad.any()
+
+
+def test_impossible_labels_are_refused():
+    with pytest.raises(IndexError):
+        chunked_cross_entropy(torch.randn(3, 4), torch.randn(7, 4), torch.tensor([1, 7, 2]))
