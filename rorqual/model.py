@@ -1,0 +1,391 @@
+"""token ids -> logits or loss: the block, the whole model, its cache, its initial values.
+
+    x_0     = embed(ids), copied to S streams                                  one stream without hyper-connections
+    x      <- x + engram(x)                                                    blocks that remember
+    x      <- H_res x + H_post^T attention(norm(H_pre x))                      x + attention(norm(x)) with one stream
+    x      <- H_res x + H_post^T ffn(norm(H_pre x))                            dense first, then a mixture of experts
+    logits  = head(norm(exit(x_n)))
+
+DeepSeek-V3 (arXiv 2412.19437), mHC (2512.24880), Engram (2601.07372).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from rorqual.layers.attention import GQA, MLA, GQAConfig, MLAConfig
+from rorqual.layers.balance import losses
+from rorqual.layers.basics import Layout, RMSNorm, RopeConfig, SwiGLU, chunked_cross_entropy, layout, rope_tables
+from rorqual.layers.cache import Bundle, Past, Recent
+from rorqual.layers.dsa import DSA, DSAConfig
+from rorqual.layers.engram import Addresses, Engram, EngramConfig, row_totals
+from rorqual.layers.hyper import Connection, Exit, HyperConfig, Residual, enter
+from rorqual.layers.moba import MoBA, MoBAConfig
+from rorqual.layers.moe import MoE, MoEConfig
+from rorqual.layers.mtp import MTP, MTPConfig
+from rorqual.layers.nsa import NSA, NSAConfig
+from rorqual.layers.router import Routing
+from rorqual.storage import DeviceTable
+
+IGNORED = -100  # a label that is no target
+ROW_STD = 0.02  # Engram's rows at the start
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Every size of a model. A part is off when its config is None; exactly one of `mla` and `gqa` is on."""
+
+    vocabulary: int = 4096
+    dim: int = 64
+    layers: int = 3
+    dense_width: int = 256  # SwiGLU width of blocks without experts
+    mla: MLAConfig | None = field(default_factory=MLAConfig)
+    gqa: GQAConfig | None = None
+    nsa: NSAConfig | None = None  # inner attention of gqa
+    moba: MoBAConfig | None = None  # inner attention of gqa
+    dsa: DSAConfig | None = None  # inner attention of mla
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    moe: MoEConfig | None = None
+    engram: EngramConfig | None = None
+    hyper: HyperConfig | None = None
+    mtp: MTPConfig | None = None
+    tied: bool = False  # the head is the embedding
+    eps: float = 1e-6  # of every RMSNorm but Engram's own
+    init_std: float = 0.006
+
+    def __post_init__(self) -> None:
+        for name in ("vocabulary", "dim", "layers", "dense_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        attention = [name for name in ("mla", "gqa") if getattr(self, name) is not None]
+        if len(attention) != 1:
+            raise ValueError(f"attention: got {' and '.join(attention) or 'none'}, expected exactly one of mla and gqa")
+        for inner, outer in (("nsa", "gqa"), ("moba", "gqa"), ("dsa", "mla")):
+            if getattr(self, inner) is not None and getattr(self, outer) is None:
+                raise ValueError(f"{inner}: got attention {attention[0]}, expected {outer}, which it works inside")
+        if self.nsa is not None and self.moba is not None:
+            raise ValueError("inner attention: got nsa and moba, expected at most one")
+        if self.engram is not None and (late := [i for i in self.engram.layers if not 0 <= i < self.layers]):
+            raise ValueError(f"engram.layers: got {late}, expected block indices 0..{self.layers - 1}")
+        if self.moe is not None and self.moe.first_dense > self.layers:
+            raise ValueError(f"moe.first_dense: got {self.moe.first_dense}, expected at most {self.layers} layers")
+
+    @property
+    def streams(self) -> int:
+        return self.hyper.streams if self.hyper is not None else 1
+
+    def has_experts(self, index: int) -> bool:
+        """Whether block `index` holds experts; MTP's blocks, counted on after the last, do."""
+        return self.moe is not None and index >= self.moe.first_dense
+
+    def remembers(self, index: int) -> bool:
+        return self.engram is not None and index in self.engram.layers
+
+
+class Loss(NamedTuple):
+    """What one batch cost, in nats; `total` is what is minimised."""
+
+    total: Float[Tensor, ""]
+    next_token: Float[Tensor, ""]  # mean over the labels that count
+    mtp: Float[Tensor, ""] | None  # mean over depths, unweighted
+    balance: dict[str, Tensor]  # weighted, summed over layers
+    counts: Int[Tensor, "layers E"] | None  # tokens each expert took
+    tokens: Int[Tensor, ""]  # labels that count
+
+
+class Step(NamedTuple):
+    """What a call carries from block to block beside the streams."""
+
+    layout: Layout
+    cos: Float[Tensor, "B T F"]
+    sin: Float[Tensor, "B T F"]
+    ids: Int[Tensor, "B T"]
+    live: Bool[Tensor, "B T"] | None = None  # False where nothing is recalled
+
+
+def _attention(config: ModelConfig) -> nn.Module:
+    if config.mla is not None:
+        inner = DSA(config.dsa, config.dim, config.mla, config.rope) if config.dsa is not None else None
+        return MLA(config.mla, config.dim, config.rope, inner)
+    assert config.gqa is not None
+    if config.nsa is not None:
+        return GQA(config.gqa, config.dim, config.rope, NSA(config.nsa, config.dim, config.gqa, config.rope))
+    return GQA(config.gqa, config.dim, config.rope, MoBA(config.moba) if config.moba is not None else None)
+
+
+class Block(nn.Module):
+    """Memory, attention, feed-forward; each reads the streams and adds to them."""
+
+    def __init__(self, config: ModelConfig, index: int, *, plain: bool = False) -> None:
+        """`plain`: one stream and no memory whatever the config says (MTP's blocks)."""
+        super().__init__()
+        hyper = None if plain else config.hyper
+        self.engram = (
+            Engram(config.engram, config.dim, config.streams)
+            if config.engram is not None and config.remembers(index) and not plain
+            else None
+        )
+        self.attention_norm = RMSNorm(config.dim, config.eps)
+        self.attention = _attention(config)
+        self.ffn_norm = RMSNorm(config.dim, config.eps)
+        self.ffn: nn.Module = (
+            MoE(config.moe, config.dim, index, config.vocabulary)
+            if config.moe is not None and config.has_experts(index)
+            else SwiGLU(config.dim, config.dense_width)
+        )
+        self.attention_site = Residual() if hyper is None else Connection(hyper, config.dim, 2 * index)
+        self.ffn_site = Residual() if hyper is None else Connection(hyper, config.dim, 2 * index + 1)
+
+    def forward(
+        self, streams: Float[Tensor, "B T S D"], step: Step, memory=None, carried=None, cache: Bundle | None = None
+    ) -> tuple[Float[Tensor, "B T S D"], Tensor | None, Routing | None]:
+        part = cache.parts if cache is not None else {}
+        if self.engram is not None:
+            recalled = memory.wait().flatten(-2)  # [B, T, M]
+            streams = streams + self.engram(streams, recalled, step.layout, part.get("engram"), step.live)
+        streams, carried = self.attention_site(
+            streams,
+            lambda hidden: self.attention(
+                self.attention_norm(hidden), step.layout, step.cos, step.sin, part.get("attention")
+            ),
+            carried,
+        )
+        routing: list[Routing] = []
+
+        def feed_forward(hidden: Tensor) -> Tensor:
+            normed = self.ffn_norm(hidden)
+            if not isinstance(self.ffn, MoE):
+                return self.ffn(normed)
+            out, chosen = self.ffn(normed, step.layout, step.ids)
+            routing.append(chosen)
+            return out
+
+        streams, carried = self.ffn_site(streams, feed_forward, carried)
+        return streams, carried, routing[0] if routing else None
+
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Bundle:
+        parts = {"attention": self.attention.new_cache(batch, capacity, dtype, device)}
+        if self.engram is not None:
+            parts["engram"] = self.engram.new_cache(batch, capacity, dtype, device)
+        return Bundle(**parts)
+
+
+class Cache:
+    """What a model keeps between calls: a bundle a block, who stands where, the last ids, and MTP's own.
+
+    select(index) keeps or reorders rows of the batch, crop(k) forgets the last k tokens, reset() forgets all.
+    """
+
+    def __init__(self, layers: list[Bundle], past: Past, ids: Recent | None, drafts: list[Bundle], draft_past: Past):
+        self.layers, self.past, self.ids = tuple(layers), past, ids
+        self.drafts, self.draft_past = tuple(drafts), draft_past
+
+    @property
+    def length(self) -> int:
+        """Tokens seen."""
+        return self.past.length
+
+    def _each(self, verb: Callable) -> None:
+        for part in (*self.layers, self.past, self.ids):
+            if part is not None:
+                verb(part)
+
+    def select(self, index: Int[Tensor, " B2"]) -> None:
+        self._each(lambda part: part.select(index))
+        for part in (*self.drafts, self.draft_past):
+            part.select(index)
+
+    def crop(self, k: int) -> None:
+        """Forget the last k tokens; drafts that went further are forgotten as far."""
+        if not 0 <= k <= self.length:
+            raise ValueError(f"crop: got {k}, expected 0..{self.length}, the tokens cached")
+        self._each(lambda part: part.crop(k))
+        ahead = self.draft_past.length - self.length
+        if ahead > 0:
+            for part in (*self.drafts, self.draft_past):
+                part.crop(ahead)
+
+    def reset(self) -> None:
+        self._each(lambda part: part.reset())
+        for part in (*self.drafts, self.draft_past):
+            part.reset()
+
+
+class LanguageModel(nn.Module):
+    """ids -> logits. `canonical_map` numbers the tokenizer's ids for Engram; loading a checkpoint restores it."""
+
+    def __init__(
+        self, config: ModelConfig, canonical_map: Int[Tensor, " V"] | None = None, *, seed: int | None = 0
+    ) -> None:
+        """Values are drawn by `init(self, seed)`; seed None leaves them as allocated (loading, meta device)."""
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocabulary, config.dim)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.layers))
+        self.exit = Exit(config.hyper, config.dim) if config.hyper is not None else None
+        self.norm = RMSNorm(config.dim, config.eps)
+        self.head = nn.Linear(config.dim, config.vocabulary, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        self.addresses = Addresses(config.engram, canonical_map, config.vocabulary) if config.engram else None
+        self.tables = (
+            nn.ModuleList(DeviceTable(rows, config.engram.head_dim) for rows in row_totals(config.engram))
+            if config.engram
+            else nn.ModuleList()
+        )
+        depth = config.mtp.depth if config.mtp is not None else 0
+        self.mtp = nn.ModuleList(
+            MTP(config.dim, config.eps, Block(config, config.layers + k, plain=True)) for k in range(depth)
+        )
+        if seed is not None:
+            init(self, seed)
+
+    def forward(self, ids: Int[Tensor, "B T"], *, documents=None, present=None, cache: Cache | None = None):
+        """Logits [B, T, V] of the token after each id; float32."""
+        return self.logits(self.hidden(ids, documents=documents, present=present, cache=cache)[0])
+
+    def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
+        """`hidden` comes from before the final norm."""
+        return self.head(self.norm(hidden)).float()
+
+    def hidden(
+        self, ids: Int[Tensor, "B T"], *, documents=None, present=None, cache: Cache | None = None
+    ) -> tuple[Float[Tensor, "B T D"], list[Routing]]:
+        """The last block's output before the final norm, and how every mixture of experts routed.
+
+        documents [B, T] numbers packed documents, which never see each other; present [B, T] is False at padding.
+        """
+        past = cache.past if cache is not None else None
+        where = layout(*ids.shape, ids.device, documents=documents, present=present, past=past)
+        pending = self._recall(ids, where, cache.ids if cache is not None else None)
+        live = self.addresses.live(ids, where) if self.addresses is not None else None
+        step = Step(where, *self._rope(where), ids, live)
+        embedded = self.embed(ids)  # [B, T, D]
+        streams = enter(embedded, self.config.hyper) if self.config.hyper else embedded[:, :, None]
+        carried, routings = None, []
+        for index, block in enumerate(self.blocks):
+            part = cache.layers[index] if cache is not None else None
+            streams, carried, routing = block(streams, step, pending.get(index), carried, part)
+            if routing is not None:
+                routings.append(routing)
+        hidden = self.exit(streams, carried) if self.exit is not None else streams[:, :, 0]
+        return hidden, routings
+
+    def _recall(self, ids: Tensor, where: Layout, history: Recent | None) -> dict[int, object]:
+        """All layers' addresses hashed once, all rows requested before the first block runs."""
+        if self.addresses is None or self.config.engram is None:
+            return {}
+        rows = self.addresses(ids, where, history)  # [Lm, B, T, R]
+        return {
+            layer: table.request(rows[n])
+            for n, (layer, table) in enumerate(zip(self.config.engram.layers, self.tables, strict=True))
+        }
+
+    def _rope(self, where: Layout) -> tuple[Tensor, Tensor]:
+        return rope_tables(self.config.rope, self.blocks[0].attention.rope_dim, where.positions)
+
+    def draft(
+        self,
+        hidden: Float[Tensor, "B T D"],
+        following: Int[Tensor, "B T"],
+        *,
+        depth: int = 0,
+        documents=None,
+        present=None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], Routing | None]:
+        """MTP module `depth`: hidden of positions i and the ids at i + 1 + depth -> hidden that foretells the next.
+
+        Its logits are head(mtp[depth].norm(hidden)); the hidden is what depth + 1 takes.
+        """
+        past = cache.draft_past if cache is not None else None
+        where = layout(*following.shape, following.device, documents=documents, present=present, past=past)
+        step = Step(where, *self._rope(where), following)
+        part = cache.drafts[depth] if cache is not None else None
+        return self.mtp[depth](hidden, self.embed(following), lambda x, block: block(x[:, :, None], step, cache=part))
+
+    def loss(self, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"], *, documents=None, present=None) -> Loss:
+        """Next-token nats, plus MTP and balance losses by their weights; labels[t] follows ids[t], -100 none."""
+        hidden, routings = self.hidden(ids, documents=documents, present=present)
+        tokens = (labels != IGNORED).sum()
+        next_token = self._nats(self.norm(hidden), labels)
+        mtp, more = self._mtp_loss(hidden, labels, documents, present)
+        balance: dict[str, Tensor] = {}
+        for routing in (*routings, *more):
+            assert self.config.moe is not None
+            for name, value in losses(routing, self.config.moe.balance, self.config.moe.active).items():
+                balance[name] = balance.get(name, 0.0) + value
+        total = next_token + sum(balance.values())
+        if mtp is not None and self.config.mtp is not None:
+            total = total + self.config.mtp.weight * mtp
+        counts = torch.stack([routing.counts() for routing in (*routings, *more)]) if routings else None
+        return Loss(total, next_token, mtp, balance, counts, tokens)
+
+    def _nats(self, normed: Tensor, labels: Tensor) -> Tensor:
+        summed = chunked_cross_entropy(normed.flatten(0, 1), self.head.weight, labels.flatten())
+        return summed / (labels != IGNORED).sum().clamp_min(1)
+
+    def _mtp_loss(self, hidden, labels, documents, present) -> tuple[Tensor | None, list[Routing]]:
+        """Depth k sees the ids up to t + k and foretells t + k + 1, within one document."""
+        if self.config.mtp is None:
+            return None, []
+        nats, routings, following = [], [], labels
+        for depth in range(self.config.mtp.depth):
+            known = following.clamp_min(0)
+            hidden, routing = self.draft(hidden, known, depth=depth, documents=documents, present=present)
+            target = torch.full_like(following, IGNORED)
+            target[:, :-1] = following[:, 1:]
+            target[following == IGNORED] = IGNORED
+            if documents is not None:
+                target[:, :-1][documents[:, 1:] != documents[:, :-1]] = IGNORED
+            nats.append(self._nats(self.mtp[depth].norm(hidden), target))
+            routings += [routing] if routing is not None else []
+            following = target
+        return torch.stack(nats).mean(), routings
+
+    def new_cache(self, batch: int, capacity: int = 256) -> Cache:
+        """An empty cache for `batch` rows, room for `capacity` tokens at first (it grows)."""
+        if batch < 1 or capacity < 1:
+            raise ValueError(f"cache: got batch {batch} and capacity {capacity}, expected at least 1 of each")
+        weight = self.embed.weight
+        of = (batch, capacity, weight.dtype, weight.device)
+        ids = self.addresses.new_cache(*of) if self.addresses is not None else None
+        drafts = [module.block.new_cache(*of) for module in self.mtp]
+        layers = [block.new_cache(*of) for block in self.blocks]
+        return Cache(layers, Past(capacity), ids, drafts, Past(capacity))
+
+
+def init(model: LanguageModel, seed: int = 0) -> None:
+    """Fill every parameter from one seed, on the CPU so that every device starts alike; the caller's RNG is untouched.
+
+    | parameter                                     | value                                              |
+    |-----------------------------------------------|----------------------------------------------------|
+    | embedding, head, projections, router, experts | normal, standard deviation `init_std`              |
+    | norm weights                                  | 1                                                  |
+    | biases, router biases, attention sinks        | 0                                                  |
+    | Engram's rows                                 | normal, standard deviation 0.02                    |
+    | Engram's convolution                          | 0                                                  |
+    | hyper-connections                             | phi normal(0, 1/(S D)), see `Connection`, `Exit`    |
+    """
+    std = model.config.init_std
+    starts_itself = (Connection, Exit)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if isinstance(module, starts_itself):
+                module.reset_parameters()
+        own = {id(p) for m in model.modules() if isinstance(m, starts_itself) for p in m.parameters()}
+        for name, parameter in model.named_parameters():
+            if id(parameter) in own:
+                continue
+            if name.endswith((".conv", "bias", "sinks")):
+                parameter.zero_()
+            elif parameter.dim() == 1 or name.endswith("norm"):
+                parameter.fill_(1.0)
+            else:
+                spread = ROW_STD if name.startswith("tables.") else std
+                parameter.copy_(torch.randn(parameter.shape, dtype=torch.float32) * spread)

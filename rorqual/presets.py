@@ -1,0 +1,145 @@
+"""name -> ModelConfig, data only.
+
+`classroom` and the paper's four are built from published sizes; what a paper does not publish is marked `ours`.
+DeepSeek: arXiv 2401.06066, 2405.04434, 2412.19437. Engram's four: 2601.07372.
+"""
+
+from dataclasses import replace
+
+from rorqual.config import choose
+from rorqual.layers.attention import GQAConfig, MLAConfig
+from rorqual.layers.balance import BalanceConfig
+from rorqual.layers.basics import RopeConfig, YarnConfig
+from rorqual.layers.engram import EngramConfig
+from rorqual.layers.hyper import HyperConfig
+from rorqual.layers.moe import MoEConfig
+from rorqual.layers.mtp import MTPConfig
+from rorqual.layers.router import RouterConfig
+from rorqual.model import ModelConfig
+
+_V1 = RouterConfig(score="softmax", renormalise=False, bias=False)
+_V2 = replace(_V1, groups=8, groups_kept=3, group_score="max", scale=16.0)
+_V3 = RouterConfig(score="sigmoid", groups=8, groups_kept=4, group_score="top2", renormalise=True, scale=2.5)
+_SOFTMAX_BALANCE = BalanceConfig(bias_rate=0.0, sequence=0.0, expert=0.003, device=0.05, communication=0.02, devices=8)
+_MLA = MLAConfig(heads=128, q_lora_rank=1536, kv_lora_rank=512, nope_dim=128, rope_dim=64, value_dim=128)
+_YARN = YarnConfig(factor=40.0, original_length=4096, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)
+
+TINY = ModelConfig(
+    vocabulary=4096,
+    dim=64,
+    layers=3,
+    dense_width=256,
+    mla=MLAConfig(heads=4, kv_lora_rank=32, nope_dim=16, rope_dim=16, value_dim=16),
+    moe=MoEConfig(routed=32, active=2, shared=1, width=32),
+    hyper=HyperConfig(),
+    init_std=0.02,
+)
+
+SMALL = ModelConfig(
+    vocabulary=8192,
+    dim=256,
+    layers=6,
+    dense_width=1024,
+    mla=MLAConfig(heads=8, q_lora_rank=96, kv_lora_rank=64, nope_dim=32, rope_dim=16, value_dim=32),
+    moe=MoEConfig(routed=16, active=4, shared=1, width=128, first_dense=1),
+    engram=EngramConfig(layers=(1,), rows_per_head=(8192, 8192), heads=4, head_dim=32),
+    hyper=HyperConfig(),
+    mtp=MTPConfig(),
+    init_std=0.02,
+)
+
+CLASSROOM = ModelConfig(
+    vocabulary=100,
+    dim=64,
+    layers=2,
+    dense_width=256,
+    mla=None,
+    gqa=GQAConfig(heads=4, kv_heads=4, head_dim=16),
+    moe=MoEConfig(routed=4, active=2, shared=0, width=8),
+    tied=True,
+    init_std=0.02,
+)
+
+DENSE_4B = ModelConfig(
+    vocabulary=129_280,
+    dim=2560,
+    layers=30,
+    dense_width=11_904,  # ours
+    mla=replace(_MLA, heads=32, q_lora_rank=768),  # both ranks ours
+    hyper=HyperConfig(),
+)
+
+MOE_27B = replace(
+    DENSE_4B,
+    dense_width=10_944,  # ours
+    moe=MoEConfig(
+        routed=72, active=6, shared=2, width=1536, first_dense=1, router=RouterConfig(scale=2.5)
+    ),  # width ours
+)
+
+ENGRAM_27B = replace(
+    MOE_27B,
+    moe=replace(MOE_27B.moe, routed=55),
+    engram=EngramConfig(layers=(1, 14), rows_per_head=(2_262_400, 2_262_400), heads=8, head_dim=80),
+)
+
+ENGRAM_40B = replace(ENGRAM_27B, engram=replace(ENGRAM_27B.engram, rows_per_head=(7_239_680, 7_239_680)))
+
+DEEPSEEK_V3 = ModelConfig(
+    vocabulary=129_280,
+    dim=7168,
+    layers=61,
+    dense_width=18_432,
+    mla=_MLA,
+    rope=RopeConfig(base=10_000.0, yarn=_YARN),
+    moe=MoEConfig(routed=256, active=8, shared=1, width=2048, first_dense=3, router=_V3),
+    mtp=MTPConfig(depth=1),
+)
+
+DEEPSEEK_V2 = ModelConfig(
+    vocabulary=102_400,
+    dim=5120,
+    layers=60,
+    dense_width=12_288,
+    mla=_MLA,
+    rope=RopeConfig(base=10_000.0, yarn=replace(_YARN, mscale=0.707, mscale_all_dim=0.707)),
+    moe=MoEConfig(routed=160, active=6, shared=2, width=1536, first_dense=1, router=_V2, balance=_SOFTMAX_BALANCE),
+)
+
+DEEPSEEK_V2_LITE = ModelConfig(
+    vocabulary=102_400,
+    dim=2048,
+    layers=27,
+    dense_width=10_944,
+    mla=replace(_MLA, heads=16, q_lora_rank=None),
+    rope=DEEPSEEK_V2.rope,
+    moe=MoEConfig(routed=64, active=6, shared=2, width=1408, first_dense=1, router=_V1, balance=_SOFTMAX_BALANCE),
+)
+
+DEEPSEEKMOE_16B = replace(
+    DEEPSEEK_V2_LITE,
+    layers=28,
+    mla=None,
+    gqa=GQAConfig(heads=16, kv_heads=16, head_dim=128),
+    rope=RopeConfig(base=10_000.0),
+    moe=replace(DEEPSEEK_V2_LITE.moe, balance=BalanceConfig(bias_rate=0.0, sequence=0.0, expert=0.001)),
+)
+
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": TINY,
+    "small": SMALL,
+    "classroom": CLASSROOM,
+    "dense-4b": DENSE_4B,
+    "moe-27b": MOE_27B,
+    "engram-27b": ENGRAM_27B,
+    "engram-40b": ENGRAM_40B,
+    "deepseek-v3": DEEPSEEK_V3,
+    "deepseek-v2": DEEPSEEK_V2,
+    "deepseek-v2-lite": DEEPSEEK_V2_LITE,
+    "deepseekmoe-16b": DEEPSEEKMOE_16B,
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The config of this name; ValueError, naming the nearest, when there is none."""
+    return PRESETS[choose("preset", name, PRESETS)]
