@@ -1,0 +1,134 @@
+"""Routing -> losses that spread tokens evenly, and the bias that does it without one.
+
+Of one sequence of T tokens, E experts, K chosen, s the scores:
+
+    f_i = E / (K T) * tokens that took i                 P_i = mean over t of s_i / sum_j s_j
+    sequence       a * sum_i f_i P_i                                                       V3, 1e-4
+    expert         the same, s as they are (softmax)                                       V1 and V2, 1e-3 to 1e-2
+    device         a * sum_d mean(f_i of d) * sum(P_i of d)                                V2, 0.05
+    communication  a * sum_d D / (M T) * tokens sent to d * sum(P_i of d)                  V2, 0.02
+    z_loss         a * mean over tokens of logsumexp(logits)^2                             ST-MoE, 1e-3
+    bias_i        <- bias_i + rate * sign(mean(counts) - counts_i)                         once a step, no gradient
+
+A loss is the mean over sequences, and exactly its coefficient when routing is uniform; the gradient flows through P.
+Padding takes no part in any. DeepSeekMoE arXiv:2401.06066, V2 2405.04434, V3 2412.19437; the bias: 2408.15664;
+ST-MoE: 2202.08906.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int, Num
+from torch import Tensor
+
+from rorqual.layers.router import SUM_EPS, Routing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BalanceConfig:
+    """Coefficients; 0 leaves a loss out. Device d holds the d-th of `devices` equal runs of experts."""
+
+    bias_rate: float = 1e-3  # gamma of the loss-free bias
+    sequence: float = 1e-4
+    expert: float = 0.0
+    device: float = 0.0
+    communication: float = 0.0
+    devices: int = 1  # D
+    device_limit: int = 1  # M, devices a token's experts may lie on
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("bias_rate", "sequence", "expert", "device", "communication", "z_loss"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"balance.{name}: got {getattr(self, name)}, expected 0 or more")
+        if self.devices < 1:
+            raise ValueError(f"balance.devices: got {self.devices}, expected at least 1")
+        if not 1 <= self.device_limit <= self.devices:
+            raise ValueError(
+                f"balance.device_limit: got {self.device_limit}, expected 1 to the {self.devices} of balance.devices"
+            )
+
+
+def losses(routing: Routing, config: BalanceConfig, active: int) -> dict[str, Float[Tensor, ""]]:
+    """Every loss with a coefficient, multiplied by it, by the name of its field; `active` is K.
+
+    Where token ids choose the experts, only the z-loss is left.
+    """
+    found = {}
+    if not routing.fixed and (config.sequence or config.expert or config.device or config.communication):
+        load = _load(routing, active)  # [B, E]
+        shares = routing.scores / (routing.scores.sum(-1, keepdim=True) + SUM_EPS)
+        if config.sequence:
+            found["sequence"] = config.sequence * _mean((load * _over_time(shares, routing)).sum(-1), routing)
+        probability = _over_time(routing.scores, routing)  # [B, E]
+        if config.expert:
+            found["expert"] = config.expert * _mean((load * probability).sum(-1), routing)
+        of_device = probability.unflatten(-1, (config.devices, -1)).sum(-1)  # [B, devices]
+        if config.device:
+            loads = load.unflatten(-1, (config.devices, -1)).mean(-1)
+            found["device"] = config.device * _mean((loads * of_device).sum(-1), routing)
+        if config.communication:
+            sent = _sent(routing, config.devices) * config.devices / config.device_limit
+            found["communication"] = config.communication * _mean((sent * of_device).sum(-1), routing)
+    if config.z_loss:
+        found["z_loss"] = config.z_loss * z_loss(routing.logits, routing.present)
+    return found
+
+
+def z_loss(logits: Float[Tensor, "B T E"], present: Bool[Tensor, "B T"] | None = None) -> Float[Tensor, ""]:
+    """Mean over present tokens of logsumexp(logits)^2: keeps router logits small."""
+    squared = logits.logsumexp(-1).square()
+    return squared.mean() if present is None else (squared * present).sum() / present.sum().clamp_min(1)
+
+
+@torch.no_grad()
+def update_bias(bias: Float[Tensor, " E"] | None, counts: Num[Tensor, " E"], rate: float) -> None:
+    """bias_i += rate * sign(mean(counts) - counts_i), in place; `counts` are those of a whole optimizer step, all
+    micro-batches and ranks added. A router without a bias (None) is left as it is."""
+    if bias is not None:
+        load = counts.to(bias.device, torch.float64)
+        bias += rate * (load.mean() - load).sign().to(bias.dtype)
+
+
+def max_violation(counts: Num[Tensor, " E"]) -> float:
+    """MaxVio = max(counts) / mean(counts) - 1: 0 when balanced (or empty), E/K - 1 when all tokens take the same K."""
+    load = counts.double()
+    return float(load.max() / load.mean()) - 1 if load.sum() else 0.0
+
+
+def _tokens(routing: Routing) -> Int[Tensor, " B"] | int:
+    return routing.scores.shape[1] if routing.present is None else routing.present.sum(1).clamp_min(1)
+
+
+def _per_token(summed: Tensor, routing: Routing) -> Float[Tensor, "B X"]:
+    tokens = _tokens(routing)
+    return summed / (tokens[:, None] if isinstance(tokens, Tensor) else max(tokens, 1))
+
+
+def _over_time(values: Float[Tensor, "B T E"], routing: Routing) -> Float[Tensor, "B E"]:
+    """Mean over present tokens."""
+    kept = values if routing.present is None else values * routing.present[..., None]
+    return _per_token(kept.sum(1), routing)
+
+
+def _mean(values: Float[Tensor, " B"], routing: Routing) -> Float[Tensor, ""]:
+    """Mean over the sequences that hold a token."""
+    if routing.present is None:
+        return values.mean() if routing.scores.shape[1] else values.sum()
+    return values.sum() / routing.present.any(1).sum().clamp_min(1)
+
+
+def _load(routing: Routing, active: int) -> Float[Tensor, "B E"]:
+    """f: 1 for every expert when routing is uniform."""
+    experts = routing.scores.shape[-1]
+    taken = routing.taken().flatten(1).to(routing.scores.dtype)
+    counts = taken.new_zeros(len(taken), experts).scatter_add_(1, routing.chosen.flatten(1), taken)
+    return _per_token(counts, routing) * (experts / active)
+
+
+def _sent(routing: Routing, devices: int) -> Float[Tensor, "B devices"]:
+    """Share of a sequence's tokens with at least one expert on each device."""
+    place = routing.chosen // (routing.scores.shape[-1] // devices)  # [B, T, K]
+    taken = routing.taken().to(routing.scores.dtype)
+    on = taken.new_zeros(*place.shape[:2], devices).scatter_reduce(-1, place, taken, "amax")
+    return _per_token(on.sum(1), routing)

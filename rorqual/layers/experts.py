@@ -1,0 +1,107 @@
+"""Rows grouped by expert -> rows, each through its own expert.
+
+    out = (silu(gate) * up) W_down[e],   [gate, up] = row W_gate_up[e]                     SwiGLU, expert e of the row
+
+All experts are one grouped product, which takes runs of rows of any length, none included. Fine-grained experts:
+DeepSeekMoE, arXiv:2401.06066.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+ALIGNED = 16  # bytes; the grouped product refuses rows that are no multiple of it
+GROUPED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def grouped_product(
+    rows: Float[Tensor, "N D"], weight: Float[Tensor, "E D F"], counts: Int[Tensor, " E"]
+) -> Float[Tensor, "N F"]:
+    """The first counts[0] rows times weight[0], the next counts[1] times weight[1], and so on; sum(counts) is N."""
+    ends = counts.cumsum(0, dtype=torch.int32)
+    if torch.compiler.is_compiling():
+        return _traced(rows, weight, ends)
+    return _Product.apply(rows, weight, ends)
+
+
+def _multiply(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """Per group: rows [N, D] times [E, D, F], or [D, N] times [N, F] to [E, D, F]."""
+    if left.dtype in GROUPED and all(t.element_size() * max(t.stride()[-2:]) % ALIGNED == 0 for t in (left, right)):
+        return F.grouped_mm(left, right, offs=ends)
+    return _one_by_one(left, right, ends)
+
+
+def _one_by_one(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """The same, a product an expert: for sizes and dtypes that the grouped product refuses."""
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    if right.dim() == 3:
+        return torch.cat([part @ own for part, own in zip(left.split(sizes), right, strict=True)])
+    parts = zip(left.split(sizes, dim=1), right.split(sizes), strict=True)
+    return torch.stack([part @ own for part, own in parts])
+
+
+def _gradients(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    grad = grad.contiguous()  # the grouped product refuses an expanded one
+    return _multiply(grad, weight.transpose(1, 2), ends), _multiply(rows.T, grad, ends)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        rows = rows.contiguous()
+        ctx.save_for_backward(rows, weight, ends)
+        return _multiply(rows, weight, ends)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *_gradients(grads[0], *ctx.saved_tensors), None
+
+
+# torch.compile refuses the grouped product in float32 and cannot cut rows by numbers it has not got: it calls these.
+@torch.library.custom_op("rorqual::grouped_product", mutates_args=())
+def _traced(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return _multiply(rows.contiguous(), weight, ends)
+
+
+@torch.library.custom_op("rorqual::grouped_product_gradients", mutates_args=())
+def _traced_gradients(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    return _gradients(grad, rows.contiguous(), weight, ends)
+
+
+@_traced.register_fake
+def _(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[2])
+
+
+@_traced_gradients.register_fake
+def _(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), weight.new_empty(weight.shape)
+
+
+def _keep(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _traced_backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *_traced_gradients(grad, *ctx.saved_tensors), None
+
+
+_traced.register_autograd(_traced_backward, setup_context=_keep)
+
+
+class Experts(nn.Module):
+    """E SwiGLU experts without biases, dim -> width -> dim."""
+
+    def __init__(self, experts: int, dim: int, width: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.randn(experts, dim, 2 * width) * dim**-0.5)  # gate first
+        self.down = nn.Parameter(torch.randn(experts, width, dim) * width**-0.5)
+
+    def forward(self, rows: Float[Tensor, "N D"], counts: Int[Tensor, " E"]) -> Float[Tensor, "N D"]:
+        """`rows` sorted by expert, counts[e] of them for expert e. Computed in the dtype of autocast, which the grouped
+        product does not see by itself, or else in that of the rows."""
+        kind = rows.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
+        gate, up = grouped_product(rows.to(dtype), self.gate_up.to(dtype), counts).chunk(2, dim=-1)
+        return grouped_product(F.silu(gate) * up, self.down.to(dtype), counts)

@@ -1,0 +1,164 @@
+"""Hidden states -> hidden states, through the shared experts and the few routed ones of each token.
+
+    y = shared(u) + sum over the K chosen of weight_i * expert_i(u)
+
+Tokens are copied to K slots, slots sorted by expert, so that all experts are one grouped product, and summed back.
+DeepSeekMoE, arXiv:2401.06066.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from rorqual.layers.balance import BalanceConfig
+from rorqual.layers.basics import Layout, SwiGLU
+from rorqual.layers.experts import Experts
+from rorqual.layers.router import Router, RouterConfig, Routing
+
+Exchange = Callable[[Float[Tensor, "N D"], Int[Tensor, " E"], Experts], Float[Tensor, "N D"]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoEConfig:
+    """A mixture of `routed` experts, `active` of them a token, beside shared ones that every token takes."""
+
+    routed: int = 32  # E
+    active: int = 2  # K
+    shared: int = 1  # 0 for none; they are one SwiGLU
+    width: int = 32  # of one expert
+    shared_width: int | None = None  # of the shared SwiGLU; None: shared * width
+    first_dense: int = 0  # blocks before this one have a dense feed-forward
+    router: RouterConfig = field(default_factory=RouterConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+
+    def __post_init__(self) -> None:
+        for name, least in (("routed", 1), ("width", 1), ("shared", 0), ("first_dense", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"moe.{name}: got {getattr(self, name)}, expected at least {least}")
+        if not 1 <= self.active <= self.routed:
+            raise ValueError(f"moe.active: got {self.active}, expected 1 to the {self.routed} routed experts")
+        if self.shared_width is not None and (self.shared_width < 1 or not self.shared):
+            raise ValueError(
+                f"moe.shared_width: got {self.shared_width} with shared {self.shared}, expected at least 1 of each"
+            )
+        self._check_groups()
+        if self.router.min_active > self.active:
+            raise ValueError(f"router.min_active: got {self.router.min_active}, expected at most active, {self.active}")
+        if self.routed % self.balance.devices:
+            raise ValueError(
+                f"balance.devices: got {self.balance.devices}, expected a divisor of {self.routed} experts"
+            )
+
+    def _check_groups(self) -> None:
+        router = self.router
+        if self.routed % router.groups:
+            raise ValueError(f"router.groups: got {router.groups}, expected a divisor of {self.routed} experts")
+        size = self.routed // router.groups
+        if router.groups_kept * size < self.active:
+            raise ValueError(
+                f"router.groups_kept: got {router.groups_kept} groups of {size}, expected room for {self.active}"
+            )
+        if router.groups_kept < router.groups and router.group_score == "top2" and size < 2:
+            raise ValueError("router.group_score: got 'top2' with groups of one expert, expected 'max'")
+
+    @property
+    def shared_hidden(self) -> int:
+        """Width of the shared SwiGLU, 0 without one."""
+        return self.shared * self.width if self.shared_width is None else self.shared_width
+
+
+class Slots(NamedTuple):
+    """Tokens copied to rows sorted by expert. Rows are fewer than N * K where slots are not taken."""
+
+    order: Int[Tensor, " R"]  # slot n * K + k that each row is
+    rows: Int[Tensor, "N K"]  # row of each slot; R for one not taken
+    counts: Int[Tensor, " E"]  # rows of each expert
+
+
+def sort_slots(routing: Routing, dropping: bool) -> Slots:
+    """Slots by expert, tokens in their order within one. `dropping`: slots of weight 0 get no row."""
+    experts = routing.scores.shape[-1]
+    chosen = routing.chosen.flatten()
+    if dropping:
+        chosen = chosen.where(routing.taken().flatten(), experts)
+    expert, order = chosen.sort(stable=True)
+    ends = torch.searchsorted(expert, torch.arange(experts + 1, device=expert.device))
+    rows = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    if dropping:
+        taken = int(ends[-1])
+        order, rows = order[:taken], rows.clamp_max(taken)
+    return Slots(order, rows.view(-1, routing.chosen.shape[-1]), ends.diff())
+
+
+def _summed(values: Tensor, slots: Slots, weights: Tensor | None) -> Tensor:
+    """For every token the (weighted) sum of its rows; a row that does not exist counts as 0."""
+    if len(slots.order) < slots.rows.numel():
+        values = torch.cat([values, values.new_zeros(1, values.shape[1])])
+    return F.embedding_bag(slots.rows, values, mode="sum", per_sample_weights=weights)
+
+
+class _Scatter(torch.autograd.Function):
+    """hidden [N, D] -> rows [R, D]. Its gradient adds a token's rows where they lie, K reads and no atomics."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, slots: Slots) -> Tensor:
+        ctx.slots = slots
+        return hidden.index_select(0, slots.order // slots.rows.shape[1])
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        return _summed(grads[0].contiguous(), ctx.slots, None), None
+
+
+class _Gather(torch.autograd.Function):
+    """rows [R, D], weights [N, K] -> hidden [N, D], the weighted sum in the dtype of the weights."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weights: Tensor, slots: Slots) -> Tensor:
+        ctx.slots = slots
+        ctx.save_for_backward(rows, weights)
+        return _summed(rows.to(weights.dtype), slots, weights)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weights = ctx.saved_tensors
+        order = ctx.slots.order
+        spread = grads[0].index_select(0, order // weights.shape[1])  # [R, D]
+        of_slot = (spread * rows).sum(-1)
+        own = weights.flatten()
+        to_weights = torch.zeros_like(own).index_copy(0, order, of_slot).view_as(weights)
+        return spread.mul_(own.index_select(0, order)[:, None]).to(rows.dtype), to_weights, None
+
+
+class MoE(nn.Module):
+    """`exchange`, when set, runs the experts in place of calling them: exchange(rows, counts, experts) -> rows in the
+    same order. Expert parallelism puts its all-to-all there and cuts `experts` over the ranks."""
+
+    def __init__(self, config: MoEConfig, dim: int, layer: int = 0, vocabulary: int | None = None) -> None:
+        """`layer`: the block's index; `vocabulary` is needed where experts are chosen by token id."""
+        super().__init__()
+        self.config = config
+        self.router = Router(config.router, dim, config.routed, config.active, layer, vocabulary)
+        self.experts = Experts(config.routed, dim, config.width)
+        self.shared = SwiGLU(dim, config.shared_hidden) if config.shared else None
+        self.exchange: Exchange | None = None
+
+    def forward(
+        self, hidden: Float[Tensor, "B T D"], layout: Layout | None = None, ids: Int[Tensor, "B T"] | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Routing]:
+        """Of `layout` only `present` is read: padding takes no routed expert. `ids`: see Router."""
+        present = layout.present if layout is not None else None
+        routing = self.router(hidden, ids, present)
+        # rows whose number is known only when they are sorted would break a traced graph in two
+        droppable = self.config.router.adaptive_mass is not None or present is not None
+        slots = sort_slots(routing, droppable and not torch.compiler.is_compiling())
+        rows = _Scatter.apply(hidden.flatten(0, 1), slots)
+        run = self.exchange or (lambda rows, counts, experts: experts(rows, counts))
+        rows = run(rows, slots.counts, self.experts)
+        out = _Gather.apply(rows, routing.weights.flatten(0, 1), slots).to(hidden.dtype).view_as(hidden)
+        return (out if self.shared is None else out + self.shared(hidden)), routing

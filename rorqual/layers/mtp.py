@@ -1,0 +1,57 @@
+"""Hidden states and the ids that follow -> hidden states that foretell one token further.
+
+    h'_i = block(W [norm_e(embed(t_{i+k})) ; norm_h(h_i)])          depth k = 1, 2, ..; h of depth k - 1
+    logits of t_{i+k+1} = head(norm(h'_i))                          embedding and head are the model's own
+
+h_i of depth 0 is the last block's output before the final norm; the embedding comes first, as released. In training
+each depth adds weight / depths times its cross-entropy; in decoding it drafts what the model then checks.
+DeepSeek-V3, arXiv:2412.19437, section 2.2.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rorqual.layers.basics import RMSNorm
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MTPConfig:
+    """How many tokens beyond the next are foretold, and what that counts for."""
+
+    depth: int = 1
+    weight: float = 0.3  # lambda, of the mean over depths; V3 lowers it to 0.1 late in training
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ValueError(f"mtp.depth: got {self.depth}, expected at least 1")
+        if not self.weight >= 0:
+            raise ValueError(f"mtp.weight: got {self.weight}, expected 0 or more")
+
+
+class MTP(nn.Module):
+    """One depth: two norms, the projection, one block of the model's kind, and a final norm of its own."""
+
+    def __init__(self, dim: int, eps: float, block: nn.Module) -> None:
+        super().__init__()
+        self.enorm = RMSNorm(dim, eps)
+        self.hnorm = RMSNorm(dim, eps)
+        self.eh_proj = nn.Linear(2 * dim, dim, bias=False)
+        self.block = block
+        self.norm = RMSNorm(dim, eps)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "B T D"],
+        embedded: Float[Tensor, "B T D"],
+        run: Callable[[Float[Tensor, "B T D"], nn.Module], tuple[Float[Tensor, "B T 1 D"], Any, Any]],
+    ) -> tuple[Float[Tensor, "B T D"], Any]:
+        """`embedded[:, i]` is the embedding of the token `depth` after i. `run(x, block)` applies the block to one
+        stream. Returns the block's output, before `norm`, which the next depth takes, and the block's routing."""
+        joined = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1))
+        streams, _, routing = run(joined, self.block)
+        return streams[:, :, 0], routing

@@ -1,0 +1,187 @@
+"""Hidden states -> the experts each token goes to, with their weights.
+
+    logits  = W hidden                                        float32; noise * N(0, 1) is added in training
+    scores  = softmax(logits) | sigmoid(logits) | sqrt(softplus(logits))
+    chosen  = the K best of scores + bias                     from the best groups only; or by a table of token ids
+    weights = scale * scores[chosen] (/ their sum + 1e-20)    without the bias
+
+| model       | score        | groups         | group score                | weights      | scale  |
+|-------------|--------------|----------------|----------------------------|--------------|--------|
+| DeepSeekMoE | softmax      | none           |                            | as scored    | 1      |
+| DeepSeek-V2 | softmax      | 8, 3 kept      | its best score             | as scored    | 16     |
+| DeepSeek-V3 | sigmoid      | 8, 4 kept      | sum of its two best biased | renormalised | 2.5    |
+| DeepSeek-V4 | sqrtsoftplus | none           | (first layers: token ids)  | renormalised | 1.5    |
+
+DeepSeekMoE arXiv:2401.06066, V2 2405.04434, V3 2412.19437; the bias: 2408.15664. Noise: Shazeer et al. 1701.06538; as
+many experts as a token needs: Huang et al. 2403.07652; choice by token id: Roller et al. 2106.04426.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+SUM_EPS = 1e-20  # keeps a token whose scores all vanished from dividing by zero
+SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
+GROUP_SCORES = ("top2", "max")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterConfig:
+    """How a token's experts are scored, chosen and weighted."""
+
+    score: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "sigmoid"
+    groups: int = 1  # experts come in this many equal groups ..
+    groups_kept: int = 1  # .. and a token takes all of its experts from this many of them
+    group_score: Literal["top2", "max"] = "top2"
+    renormalise: bool = True  # weights of the chosen sum to `scale`
+    scale: float = 1.0  # of the routed weights; shared experts have none
+    bias: bool = True  # a bias on choosing, moved by loss-free balancing
+    noise: float = 0.0  # standard deviation of the noise on the logits in training
+    adaptive_mass: float | None = None  # experts are taken, best first, until they hold this share of the scores
+    min_active: int = 1  # .. but never fewer than this
+    token_id_layers: int = 0  # the first so many layers choose by token id
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("score", SCORES), ("group_score", GROUP_SCORES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"router.{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        if not 1 <= self.groups_kept <= self.groups:
+            raise ValueError(f"router.groups_kept: got {self.groups_kept}, expected 1 to the {self.groups} groups")
+        if not self.scale > 0:
+            raise ValueError(f"router.scale: got {self.scale}, expected more than 0")
+        if not self.noise >= 0:
+            raise ValueError(f"router.noise: got {self.noise}, expected 0 or more")
+        if self.adaptive_mass is not None and not 0 < self.adaptive_mass <= 1:
+            raise ValueError(f"router.adaptive_mass: got {self.adaptive_mass}, expected more than 0, at most 1")
+        for name, least in (("min_active", 1), ("token_id_layers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"router.{name}: got {getattr(self, name)}, expected at least {least}")
+
+
+class Routing(NamedTuple):
+    """Where tokens went, K slots each, best first. A slot of weight 0 is not taken: adaptive k drops it, or padding."""
+
+    chosen: Int[Tensor, "B T K"]
+    weights: Float[Tensor, "B T K"]
+    scores: Float[Tensor, "B T E"]
+    logits: Float[Tensor, "B T E"]  # without noise
+    present: Bool[Tensor, "B T"] | None = None  # False at padding; None: no padding
+    fixed: bool = False  # chosen by token id: no balance loss could change it
+
+    def taken(self) -> Bool[Tensor, "B T K"]:
+        return self.weights != 0
+
+    def counts(self) -> Int[Tensor, " E"]:
+        """Tokens that each expert took, padding left out."""
+        taken = self.taken().flatten().long()
+        return taken.new_zeros(self.scores.shape[-1]).scatter_add_(0, self.chosen.flatten(), taken)
+
+
+def score(logits: Float[Tensor, "*N E"], kind: str) -> Float[Tensor, "*N E"]:
+    """softmax, sigmoid or sqrt(softplus); the root is kept off 0, where its slope is infinite."""
+    if kind == "softmax":
+        return logits.softmax(-1)
+    if kind == "sigmoid":
+        return logits.sigmoid()
+    return F.softplus(logits).clamp_min(torch.finfo(logits.dtype).tiny).sqrt()
+
+
+def within_groups(biased: Float[Tensor, "*N E"], groups: int, kept: int, group_score: str) -> Float[Tensor, "*N E"]:
+    """`biased`, with -inf (a bias may be negative, so not 0) outside of each token's `kept` best groups."""
+    if kept == groups:
+        return biased
+    grouped = biased.unflatten(-1, (groups, -1))
+    worth = grouped.amax(-1) if group_score == "max" else grouped.topk(2, -1).values.sum(-1)  # [*N, groups]
+    outside = torch.ones_like(worth, dtype=torch.bool).scatter(-1, worth.topk(kept, -1).indices, False)
+    return grouped.masked_fill(outside[..., None], -torch.inf).flatten(-2)
+
+
+def within_mass(
+    weights: Float[Tensor, "*N K"], total: Float[Tensor, "*N"], mass: float, least: int
+) -> Bool[Tensor, "*N K"]:
+    """True for the first slots up to the one with which their share of `total` reaches `mass`, and for `least`."""
+    before = weights.cumsum(-1) - weights
+    return (before < mass * total[..., None]) | (torch.arange(weights.shape[-1], device=weights.device) < least)
+
+
+def token_table(vocabulary: int, experts: int, active: int, seed: int) -> Int[Tensor, "V K"]:
+    """K different experts for every token id, drawn evenly; the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(vocabulary, experts, generator=generator, device="cpu").topk(active, -1).indices
+
+
+class Router(nn.Module):
+    """Scores every expert for every token and chooses `active` of them. In layers that choose by token id, the scores
+    still give the weights."""
+
+    def __init__(
+        self, config: RouterConfig, dim: int, experts: int, active: int, layer: int = 0, vocabulary: int | None = None
+    ) -> None:
+        """`layer` is the block's index; ValueError where it chooses by token id and `vocabulary` is None."""
+        super().__init__()
+        self.config, self.active = config, active
+        self.weight = nn.Parameter(torch.randn(experts, dim) * dim**-0.5)
+        self.e_score_correction_bias: Tensor | None
+        self.register_buffer("e_score_correction_bias", torch.zeros(experts) if config.bias else None)
+        self.table: Tensor | None
+        self.register_buffer("table", None)
+        if layer < config.token_id_layers:
+            if vocabulary is None:
+                raise ValueError("router.token_id_layers: got no vocabulary, expected its size")
+            self.table = token_table(vocabulary, experts, active, layer).to(self.weight.device)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "B T D"],
+        ids: Int[Tensor, "B T"] | None = None,
+        present: Bool[Tensor, "B T"] | None = None,
+    ) -> Routing:
+        """`ids` are needed in layers that choose by them; `present` is False at padding."""
+        logits = self._logits(hidden)
+        noisy = logits
+        if self.training and self.config.noise:
+            noisy = logits + self.config.noise * torch.randn_like(logits)
+        scores = score(noisy, self.config.score)
+        chosen = self._chosen(scores.detach(), ids)
+        weights = self._weights(scores, chosen, present)
+        return Routing(chosen, weights, scores, logits, present, self.table is not None)
+
+    def _apply(self, fn, recurse=True):
+        """Conversions of the model leave the bias in float32: steps of 0.001 would be lost in bfloat16."""
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        after = self.e_score_correction_bias
+        if before is not None and after is not None and after.dtype != before.dtype:
+            self.e_score_correction_bias = before.to(after.device)
+        return self
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(dtype), self.weight.to(dtype))
+
+    def _chosen(self, scores: Tensor, ids: Tensor | None) -> Tensor:
+        if self.table is not None:
+            if ids is None:
+                raise ValueError("router: got no token ids, expected them in a layer that chooses by token id")
+            return self.table[ids]
+        biased = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
+        config = self.config
+        return within_groups(biased, config.groups, config.groups_kept, config.group_score).topk(self.active).indices
+
+    def _weights(self, scores: Tensor, chosen: Tensor, present: Tensor | None) -> Tensor:
+        weights = scores.gather(-1, chosen)
+        if self.config.adaptive_mass is not None:
+            kept = within_mass(
+                weights.detach(), scores.detach().sum(-1), self.config.adaptive_mass, self.config.min_active
+            )
+            weights = weights * kept
+        if self.config.renormalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + SUM_EPS)
+        if self.config.scale != 1.0:
+            weights = weights * self.config.scale
+        return weights if present is None else weights * present[..., None]

@@ -1,0 +1,241 @@
+"""The mixture against transformers' own and against one expert at a time; padding, dropping, the seam, torch.compile."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DeepseekV2Config, DeepseekV3Config
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+from rorqual.layers.balance import BalanceConfig
+from rorqual.layers.basics import layout
+from rorqual.layers.experts import Experts
+from rorqual.layers.moe import MoE, MoEConfig, sort_slots
+from rorqual.layers.router import RouterConfig, Routing
+
+SIZES = {
+    "hidden_size": 24, "num_attention_heads": 2, "moe_intermediate_size": 16, "n_routed_experts": 8,
+    "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5,
+}  # fmt: skip
+V3 = RouterConfig(groups=4, groups_kept=2, scale=2.5)
+V2 = RouterConfig(score="softmax", groups=4, groups_kept=2, group_score="max", scale=2.5, renormalise=False, bias=False)
+
+
+def one_by_one(moe: MoE, hidden: Tensor, routing: Routing) -> Tensor:
+    """shared(u) + sum of weight * expert(u), an expert at a time."""
+    out = torch.zeros_like(hidden) if moe.shared is None else moe.shared(hidden)
+    for expert in range(moe.config.routed):
+        gate, up = (hidden @ moe.experts.gate_up[expert]).chunk(2, -1)
+        weight = (routing.weights * (routing.chosen == expert)).sum(-1, keepdim=True)
+        out = out + weight * ((F.silu(gate) * up) @ moe.experts.down[expert])
+    return out
+
+
+@pytest.mark.parametrize(("router", "shared"), [(V3, 1), (V2, 2)])
+def test_equal_to_transformers_forward_and_backward(router: RouterConfig, shared: int) -> None:
+    if router is V3:
+        oracle = DeepseekV3MoE(DeepseekV3Config(**SIZES, n_shared_experts=shared))
+    else:
+        config = DeepseekV2Config(**SIZES, n_shared_experts=shared, topk_method="group_limited_greedy")
+        oracle = DeepseekV2Moe(config)
+    own = MoE(MoEConfig(routed=8, active=3, shared=shared, width=16, router=router), 24)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        getattr(oracle.shared_experts, name).weight.data = getattr(own.shared, name).weight.data.clone()
+    oracle.gate.weight.data = own.router.weight.data.clone()
+    oracle.experts.gate_up_proj.data = own.experts.gate_up.data.transpose(1, 2).clone()
+    oracle.experts.down_proj.data = own.experts.down.data.transpose(1, 2).clone()
+    if router.bias:
+        oracle.gate.e_score_correction_bias = own.router.e_score_correction_bias = torch.randn(8) - 2
+    hidden = torch.randn(2, 23, 24)
+    gradients = []
+    for run in (oracle, lambda x: own(x)[0]):
+        leaf = hidden.clone().requires_grad_()
+        out = run(leaf)
+        (out * hidden.flip(-1)).sum().backward()
+        gradients.append((out.detach(), leaf.grad))
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(own.router.weight.grad, oracle.gate.weight.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        own.experts.down.grad, oracle.experts.down_proj.grad.transpose(1, 2), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shape", [(2, 7), (1, 1), (3, 0)])
+@pytest.mark.parametrize(
+    "router", [RouterConfig(), RouterConfig(adaptive_mass=0.3), RouterConfig(score="sqrtsoftplus")]
+)
+def test_equal_to_one_expert_at_a_time(router: RouterConfig, shape: tuple[int, int]) -> None:
+    moe = MoE(MoEConfig(routed=6, active=4, shared=1, width=5, router=router), 7)
+    hidden, wish = torch.randn(*shape, 7), torch.randn(*shape, 7)
+    found = []
+    for run in (lambda x: moe(x)[0], lambda x: one_by_one(moe, x, moe.router(x))):
+        leaf = hidden.clone().requires_grad_()
+        moe.zero_grad()
+        out = run(leaf)
+        (out * wish).sum().backward()
+        found.append([out.detach(), leaf.grad, *[p.grad.clone() for p in moe.parameters()]])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_those_of_the_formula() -> None:
+    router = RouterConfig(adaptive_mass=0.5, renormalise=False)
+    moe = MoE(MoEConfig(routed=4, active=3, shared=0, width=2, router=router), 4).double()
+    hidden = torch.randn(1, 6, 4, dtype=torch.float64, requires_grad=True)
+    parameters = tuple(moe.parameters())
+    assert torch.autograd.gradcheck(lambda x, *_: moe(x)[0], (hidden, *parameters))
+
+
+def test_rows_are_sorted_by_expert_and_stay_in_order_within() -> None:
+    routing = Routing(
+        chosen=torch.tensor([[[2, 0], [0, 1], [2, 1]]]),
+        weights=torch.tensor([[[0.5, 0.5], [1.0, 0.0], [0.3, 0.7]]]),
+        scores=torch.zeros(1, 3, 4),
+        logits=torch.zeros(1, 3, 4),
+    )
+    whole = sort_slots(routing, dropping=False)
+    assert whole.order.tolist() == [1, 2, 3, 5, 0, 4]
+    assert whole.rows.tolist() == [[4, 0], [1, 2], [5, 3]]
+    assert whole.counts.tolist() == [2, 2, 2, 0]
+    fewer = sort_slots(routing, dropping=True)
+    assert fewer.order.tolist() == [1, 2, 5, 0, 4]
+    assert fewer.rows.tolist() == [[3, 0], [1, 5], [4, 2]]
+    assert fewer.counts.tolist() == routing.counts().tolist() == [2, 1, 2, 0]
+
+
+def test_slots_that_are_not_taken_cost_no_row() -> None:
+    rows = []
+
+    def counted(given: Tensor, counts: Tensor, experts: Experts) -> Tensor:
+        rows.append((len(given), int(counts.sum())))
+        return experts(given, counts)
+
+    moe = MoE(MoEConfig(routed=8, active=4, width=4, router=RouterConfig(adaptive_mass=0.4, score="softmax")), 8)
+    moe.exchange = counted
+    _, routing = moe(3 * torch.randn(2, 30, 8))
+    assert rows == [(int(routing.taken().sum()),) * 2]
+    assert rows[0][0] < 2 * 30 * 4
+
+
+def test_padding_takes_no_expert_and_moves_no_other_token() -> None:
+    moe = MoE(MoEConfig(routed=8, active=2, shared=1, width=4), 8)
+    present = torch.ones(2, 6, dtype=torch.bool)
+    present[0, :2] = present[1, :5] = False
+    where = layout(2, 6, "cpu", present=present)
+    hidden = torch.randn(2, 6, 8, requires_grad=True)
+    out, routing = moe(hidden, where)
+    torch.testing.assert_close(out[present], moe(hidden)[0][present])
+    torch.testing.assert_close(out[~present], moe.shared(hidden)[~present])
+    assert int(routing.counts().sum()) == 2 * int(present.sum())
+    nothing, _ = moe(hidden, layout(2, 6, "cpu", present=torch.zeros_like(present)))
+    torch.testing.assert_close(nothing, moe.shared(hidden))
+    nothing.sum().backward()
+    assert moe.experts.down.grad.abs().sum() == 0
+
+
+def test_the_exchange_takes_the_place_of_the_experts() -> None:
+    moe = MoE(MoEConfig(routed=4, active=2, shared=0, width=4), 8)
+    hidden = torch.randn(2, 5, 8)
+    expected = moe(hidden)[0]
+
+    def swapped(rows: Tensor, counts: Tensor, experts: Experts) -> Tensor:
+        """Another machine holds the experts: it gets a copy and sends the results back."""
+        assert int(counts.sum()) == len(rows) == 2 * 5 * 2
+        return experts(rows.clone(), counts).clone()
+
+    moe.exchange = swapped
+    assert torch.equal(moe(hidden)[0], expected)
+
+
+def test_without_shared_experts_and_with_a_width_of_their_own() -> None:
+    assert MoE(MoEConfig(shared=0), 8).shared is None
+    assert MoEConfig(shared=2, width=16).shared_hidden == 32
+    wide = MoEConfig(shared=1, width=16, shared_width=40)
+    assert wide.shared_hidden == 40
+    assert MoE(wide, 8).shared.up_proj.weight.shape == (40, 8)
+    assert MoEConfig(shared=0).shared_hidden == 0
+
+
+def test_layers_that_choose_by_token_id_do_so() -> None:
+    config = MoEConfig(routed=8, active=2, width=4, router=RouterConfig(token_id_layers=1))
+    ids = torch.tensor([[3, 4, 3]])
+    moe = MoE(config, 8, 0, 20)
+    _, routing = moe(torch.randn(1, 3, 8), None, ids)
+    assert torch.equal(routing.chosen[0], moe.router.table[ids[0]])
+    assert not MoE(config, 8, 1, 20)(torch.randn(1, 3, 8), None, ids)[1].fixed
+
+
+@pytest.mark.parametrize("kind", ["autocast", "bfloat16"])
+def test_bfloat16_stays_near_float32(kind: str) -> None:
+    moe = MoE(MoEConfig(routed=8, active=2, shared=1, width=16), 32)
+    hidden = torch.randn(2, 20, 32)
+    expected, routing = moe(hidden)
+    if kind == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            out, again = moe(hidden)
+        assert torch.equal(again.chosen, routing.chosen)
+    else:
+        out, again = moe.bfloat16()(hidden.bfloat16())
+        assert out.dtype == torch.bfloat16
+    same = (again.chosen.sort(-1).values == routing.chosen.sort(-1).values).all(-1)
+    assert same.float().mean() > 0.9
+    torch.testing.assert_close(out.float()[same], expected[same], rtol=0.05, atol=0.05)
+
+
+def test_the_same_input_gives_the_same_bits() -> None:
+    moe, hidden = MoE(MoEConfig(), 16), torch.randn(4, 64, 16)
+    gradients = []
+    for _ in range(2):
+        moe.zero_grad()
+        moe(hidden)[0].square().sum().backward()
+        gradients.append([p.grad.clone() for p in moe.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
+
+
+@pytest.mark.compiled
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("router", "padded", "backend"),
+    [(V3, False, "inductor"), (V3, True, "aot_eager"), (RouterConfig(adaptive_mass=0.5), True, "aot_eager")],
+)
+def test_compiles_without_a_break(router: RouterConfig, padded: bool, backend: str) -> None:
+    moe = MoE(MoEConfig(routed=8, active=3, shared=1, width=16, router=router), 16)
+    hidden, present = torch.randn(2, 9, 16), torch.ones(2, 9, dtype=torch.bool)
+    if padded:
+        present[0, :4] = False
+    where = layout(2, 9, "cpu", present=present if padded else None)
+    found = []
+    for module in (moe, torch.compile(moe, fullgraph=True, backend=backend)):
+        leaf = hidden.clone().requires_grad_()
+        moe.zero_grad()
+        out = module(leaf, where)[0]
+        (out.square().sum(-1) * present).sum().backward()
+        found.append([out.detach()[present], leaf.grad, *[p.grad.clone() for p in moe.parameters()]])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"routed": 0}, "moe.routed"),
+        ({"active": 33}, "1 to the 32"),
+        ({"active": 0}, "moe.active"),
+        ({"width": 0}, "moe.width"),
+        ({"shared": -1}, "moe.shared"),
+        ({"first_dense": -1}, "first_dense"),
+        ({"shared_width": 0}, "shared_width"),
+        ({"shared_width": 8, "shared": 0}, "shared_width"),
+        ({"router": RouterConfig(groups=5)}, "divisor of 32"),
+        ({"active": 6, "router": RouterConfig(groups=8, groups_kept=1)}, "room for 6"),
+        ({"active": 1, "router": RouterConfig(groups=32, groups_kept=2)}, "expected 'max'"),
+        ({"router": RouterConfig(min_active=3)}, "at most active, 2"),
+        ({"balance": BalanceConfig(devices=5)}, "divisor of 32"),
+    ],
+)
+def test_impossible_configs_are_refused(change: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        MoEConfig(**change)

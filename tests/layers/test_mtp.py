@@ -1,0 +1,52 @@
+"""Multi-token prediction: the module is its formula, in the released order, and depths chain."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rorqual.layers.basics import SwiGLU
+from rorqual.layers.mtp import MTP, MTPConfig
+
+
+def one_stream(x: Tensor, block: nn.Module) -> tuple[Tensor, None, str]:
+    return (x + block(x))[:, :, None], None, "routing"
+
+
+def normed(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def test_is_the_formula_with_the_embedding_first() -> None:
+    module = MTP(6, 1e-6, SwiGLU(6, 9))
+    module.enorm.weight.data, module.hnorm.weight.data = torch.randn(6), torch.randn(6)
+    hidden, embedded = torch.randn(2, 5, 6), torch.randn(2, 5, 6)
+    out, routing = module(hidden, embedded, one_stream)
+    of_embedding, of_hidden = module.eh_proj.weight[:, :6], module.eh_proj.weight[:, 6:]
+    joined = normed(embedded, module.enorm.weight) @ of_embedding.T + normed(hidden, module.hnorm.weight) @ of_hidden.T
+    torch.testing.assert_close(out, joined + module.block(joined))
+    assert routing == "routing"
+
+
+def test_has_the_parts_that_are_published() -> None:
+    """Block, projection and three norms; embedding and head are the model's."""
+    names = {name for name, _ in MTP(6, 1e-6, nn.Identity()).named_parameters()}
+    assert names == {"enorm.weight", "hnorm.weight", "eh_proj.weight", "norm.weight"}
+    assert MTP(6, 1e-6, nn.Identity()).eh_proj.weight.shape == (6, 12)
+
+
+def test_depths_chain_and_every_depth_learns() -> None:
+    first, second = MTP(6, 1e-6, SwiGLU(6, 9)), MTP(6, 1e-6, SwiGLU(6, 9))
+    hidden = torch.randn(1, 4, 6, requires_grad=True)
+    one, _ = first(hidden, torch.randn(1, 4, 6), one_stream)
+    two, _ = second(one, torch.randn(1, 4, 6), one_stream)
+    second.norm(two).square().sum().backward()
+    learning = [*first.eh_proj.parameters(), *first.block.parameters(), *second.parameters()]
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in learning)
+    assert first.norm.weight.grad is None  # only its own logits go through its norm
+    assert hidden.grad is not None
+
+
+@pytest.mark.parametrize(("change", "words"), [({"depth": 0}, "mtp.depth"), ({"weight": -0.1}, "mtp.weight")])
+def test_impossible_configs_are_refused(change: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        MTPConfig(**change)
