@@ -1,0 +1,1 @@
+"""Text and files in -> ids, documents and batches out; nothing above them is known here."""

@@ -1,0 +1,206 @@
+"""Text in -> ids out; with them the canonical map, raw id -> number of all ids that read alike.
+
+    key(i)       = vocabulary string of i                             if its text holds U+FFFD, a piece of a character
+                 = strip(lower(no_accents(NFD(NFKC(text of i)))))     else; a lone blank stays one space
+                 = the text itself                                    if nothing is left
+    canonical(i) = how many different keys came before key(i) first came
+
+Engram addresses its rows with canonical ids, so that "Apple", " apple" and "APPLE" recall alike: tokenizer compression,
+section 2.2 of Conditional Memory via Scalable Lookup, arXiv:2601.07372.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+END = "<|end|>"
+_ENDS = (END, "<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
+_BYTES = 256
+_BLANK = "\ue000"  # stands for the single space while the others are stripped
+
+
+def _normalizer() -> normalizers.Normalizer:
+    steps = [
+        normalizers.NFKC(),
+        normalizers.NFD(),
+        normalizers.StripAccents(),  # categories Mn, Mc and Me; Mn alone gives 99,045 keys for DeepSeek-V3, not 98,627
+        normalizers.Lowercase(),
+        normalizers.Replace(Regex(r"[ \t\r\n]+"), " "),
+        normalizers.Replace(Regex(r"^ $"), _BLANK),
+        normalizers.Strip(),
+        normalizers.Replace(_BLANK, " "),
+    ]
+    return normalizers.Sequence(steps)
+
+
+def canonical_ids(backend: tokenizers.Tokenizer) -> np.ndarray:
+    """int32[V], from raw to canonical id, for any Hugging Face fast tokenizer (`fast.backend_tokenizer`).
+
+    Canonical ids number the keys in order of first appearance over all raw ids, added tokens included. About two
+    seconds for 129,000 ids.
+    """
+    size = _size(backend)
+    texts = backend.decode_batch([[i] for i in range(size)], skip_special_tokens=False)
+    normal = _normalizer()
+    numbers: dict[str, int] = {}
+    canonical = np.empty(size, dtype=np.int32)
+    for i, text in enumerate(texts):
+        key = (backend.id_to_token(i) if "\ufffd" in text else normal.normalize_str(text)) or text
+        canonical[i] = numbers.setdefault(key, len(numbers))
+    return canonical
+
+
+def _size(backend: tokenizers.Tokenizer) -> int:
+    """One more than the largest id; an unused id below it decodes to nothing."""
+    return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+class Tokenizer:
+    """A fast tokenizer with the three ids that a language model needs: `begin_id`, `end_id` and `pad_id`.
+
+    The text of a special token inside a document is text, not the token: nobody ends a document by writing about it.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, settings: Mapping[str, Any] | None = None) -> None:
+        """`settings` is the content of a tokenizer_config.json; ValueError if it names tokens that do not exist."""
+        self.backend = backend
+        self.settings = dict(settings or {})
+        self.vocabulary = _size(backend)
+        self.end_id = self._special("eos_token", None)
+        self.begin_id = self._special("bos_token", self.end_id)
+        self.pad_id = self._special("pad_token", self.end_id)
+        backend.encode_special_tokens = True
+        backend.no_padding()
+        backend.no_truncation()
+
+    def _special(self, name: str, otherwise: int | None) -> int:
+        named = self.settings.get(name)
+        text = named.get("content") if isinstance(named, Mapping) else named
+        if text is None and otherwise is not None:
+            return otherwise
+        known = [found for word in _ENDS if (found := self.backend.token_to_id(word)) is not None]
+        found = known[0] if text is None and known else self.backend.token_to_id(text or "")
+        if found is None:
+            what = f"{name} {text!r}, which is no token of it" if text else f"no {name} and none of {', '.join(_ENDS)}"
+            raise ValueError(f"tokenizer: got {what}, expected tokenizer_config.json to name {name}")
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the text, with no special token before or after."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, on all cores."""
+        return [found.ids for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids, special tokens written out; a piece of a character becomes U+FFFD."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token(self, i: int) -> str:
+        """The text of one id, or its vocabulary string where it is a piece of a character."""
+        if not 0 <= i < self.vocabulary:
+            raise ValueError(f"got id {i}, expected 0 to {self.vocabulary - 1}")
+        text = self.decode([i])
+        return (self.backend.id_to_token(i) if "\ufffd" in text else text) or text
+
+    def canonical_map(self) -> np.ndarray:
+        """int32[V]: see `canonical_ids`."""
+        return canonical_ids(self.backend)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` loads too."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {"bos_token": self.begin_id, "eos_token": self.end_id, "pad_token": self.pad_id}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        settings |= self.settings | {name: self.backend.id_to_token(i) for name, i in names.items()}
+        for name, content in (
+            ("tokenizer.json", self.backend.to_str()),
+            ("tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n"),
+        ):
+            beside = folder / f".{name}.{os.getpid()}"
+            beside.write_text(content, encoding="utf-8")
+            beside.replace(folder / name)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """From a folder, a tokenizer.json (with tokenizer_config.json beside it), or a Hugging Face hub id.
+
+        ValueError, naming the file, for one that is missing or is no tokenizer.
+        """
+        file = _find(path, "tokenizer.json")
+        if file is None:
+            raise ValueError(f"got {os.fspath(path)!r}, expected a folder with tokenizer.json, that file, or a hub id")
+        beside = file.parent if Path(path).exists() else path
+        config = _find(beside, "tokenizer_config.json")
+        try:
+            settings = json.loads(config.read_text(encoding="utf-8")) if config is not None else {}
+            if not isinstance(settings, dict):
+                raise ValueError(f"{config}: got {type(settings).__name__}, expected a JSON object")
+            return cls(tokenizers.Tokenizer.from_file(str(file)), settings)
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise ValueError(f"{file}: {error}") from error
+
+    @classmethod
+    def of(cls, fast: Any) -> "Tokenizer":
+        """From a transformers fast tokenizer, which keeps its own state. ValueError for one that is not fast."""
+        backend = getattr(fast, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError(f"got {type(fast).__name__}, expected a fast tokenizer (one with a backend_tokenizer)")
+        names = {name: getattr(fast, name, None) for name in ("bos_token", "eos_token", "pad_token")}
+        return cls(tokenizers.Tokenizer.from_str(backend.to_str()), {k: str(v) for k, v in names.items() if v})
+
+
+def _find(path: str | os.PathLike[str], name: str) -> Path | None:
+    """The local file, fetched from the hub if `path` is the id of a repository there."""
+    here = Path(path)
+    if here.exists():
+        file = here / name if here.is_dir() else here
+        return file if file.is_file() else None
+    if os.fspath(path).count("/") > 1 or os.path.isabs(path):
+        return None
+    import huggingface_hub  # optional: only for a name that is no path here
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(os.fspath(path), name))
+    except (EntryNotFoundError, HFValidationError, OSError):
+        return None
+
+
+def train(documents: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Byte-level BPE with one special token, "<|end|>" = id 0: beginning, end and padding of a document.
+
+    Lossless: decode(encode(text)) == text. The vocabulary is smaller than asked for if the documents hold too few
+    pairs, so read `.vocabulary`. ValueError below 257 (256 bytes and the special token), and for no documents.
+    """
+    if vocabulary < _BYTES + 1:
+        raise ValueError(f"got a vocabulary of {vocabulary}, expected at least {_BYTES + 1}: the bytes and {END}")
+    seen = 0
+
+    def counted() -> Iterable[str]:
+        nonlocal seen
+        for document in documents:
+            seen += 1
+            yield document
+
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(counted(), trainer)
+    if not seen:
+        raise ValueError("got no documents to train a tokenizer on, expected at least one")
+    return Tokenizer(backend, {"bos_token": END, "eos_token": END, "pad_token": END})

@@ -1,0 +1,82 @@
+"""The name of a layer's function in -> the fastest twin that runs here out, else the layer's own reference.
+
+A twin has the signature of its reference and gives the same numbers. The environment variable RORQUAL_KERNELS overrides
+the choice: "reference" takes the reference everywhere, "engram_rows=reference,other=numba" decides name by name.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from rorqual.config import choose
+from rorqual.kernels import engram
+
+VARIABLE = "RORQUAL_KERNELS"
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """`usable(*tensors_or_device)` is "" where `function` can run on them, else the reason why not."""
+
+    kind: str
+    function: Callable[..., Any]
+    usable: Callable[..., str]
+
+
+TWINS: Mapping[str, tuple[Twin, ...]] = MappingProxyType(
+    {"engram_rows": (Twin("numba", engram.hash_rows, engram.usable),)}
+)
+
+
+def pick(name: str, reference: Callable[..., Any], *where: Any) -> Callable[..., Any]:
+    """The first twin of `name` that is usable for these tensors (or this device), else `reference`.
+
+    Under torch.compile always the reference, which the compiler turns into a kernel of its own. ValueError where the
+    environment asks for a twin that cannot run here.
+    """
+    if torch.compiler.is_compiling():
+        return reference
+    wanted = _wanted(os.environ.get(VARIABLE, "")).get(name)
+    if wanted == REFERENCE:
+        return reference
+    for twin in TWINS.get(name, ()):
+        if wanted not in (None, twin.kind):
+            continue
+        reason = twin.usable(*where)
+        if not reason:
+            return twin.function
+        if wanted is not None:
+            raise ValueError(f"{VARIABLE} asks for {name}={wanted}, which does not run here: {reason}")
+    return reference
+
+
+def available() -> dict[str, dict[str, bool | str]]:
+    """{name: {twin: True, or the reason why it does not run}} for this machine's CPU and accelerator."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = [torch.device("cpu"), *([accelerator] if accelerator is not None else [])]
+    found: dict[str, dict[str, bool | str]] = {}
+    for name, twins in TWINS.items():
+        reasons = {twin.kind: [twin.usable(device) for device in devices] for twin in twins}
+        found[name] = {kind: True if "" in each else each[0] for kind, each in reasons.items()}
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def _wanted(text: str) -> Mapping[str, str]:
+    """What RORQUAL_KERNELS asks for, {name: kind}; ValueError for an unknown name or kind."""
+    if text.strip() in ("", REFERENCE):
+        return dict.fromkeys(TWINS, REFERENCE) if text.strip() else {}
+    wanted = {}
+    for item in text.split(","):
+        name, equals, kind = (part.strip() for part in item.partition("="))
+        if not equals:
+            raise ValueError(f"got {VARIABLE}={text!r}, expected 'reference' or name=kind,name=kind")
+        choose(f"{VARIABLE} name", name, TWINS)
+        wanted[name] = choose(f"kind of {name}", kind, [REFERENCE, *(twin.kind for twin in TWINS[name])])
+    return wanted

