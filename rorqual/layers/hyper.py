@@ -1,0 +1,386 @@
+"""Residual streams in -> residual streams out.
+
+    m    = (fn vec(x)) / rms(vec(x))                                   one norm over all S*D values, unweighted
+    pre  = sigmoid(scale_0 m_pre + base_pre) + eps                     how much of each stream the sublayer reads
+    post = 2 sigmoid(scale_1 m_post + base_post)                       how much of its output each stream takes
+    comb = Sinkhorn(scale_2 m_comb + base_comb)                        how the streams mix, doubly stochastic
+    x_k <- post_k F(sum_i pre_i x_i) + sum_j comb[j, k] x_j            transposed: H_res = comb^T
+
+mHC: Manifold-Constrained Hyper-Connections, arXiv:2512.24880, in the arithmetic of DeepSeek-V4; `kind="single_pass"`
+reads with the previous site's pre (V4.1). The unconstrained ancestor, `kind="hc"`, is Hyper-Connections, 2409.19606:
+
+    n = norm(x_j)     pre = s_a tanh(n W_m) + A_m0     post = s_b tanh(n W_b) + B_0     comb = s_a tanh(n W_r) + A_r0
+
+Coefficients are float32 whatever the streams are (float64 stays float64).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+STREAMS_PERMUTED = 6  # 6! = 720 weights a token; beyond that the permutations cost more than the sublayer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HyperConfig:
+    """How the residual is widened from one stream to several."""
+
+    kind: Literal["mhc", "single_pass", "hc"] = "mhc"
+    streams: int = 4
+    iterations: int = 20  # Sinkhorn normalisations of each axis
+    eps: float = 1e-6  # of the Sinkhorn sums and of pre
+    norm_eps: float = 1e-6  # inside the root of the norm
+    mix: Literal["sinkhorn", "identity", "permutations"] = "sinkhorn"
+    exit: Literal["kind", "learned", "mean", "sum", "last"] = "kind"  # "kind": mhc learned, single_pass last, hc sum
+    scale: float = 0.01  # a, the start of every learned scale
+    identity: float = 2.0  # start of comb's diagonal logits; much above 5 starves their gradient
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("kind", ("mhc", "single_pass", "hc")),
+            ("mix", ("sinkhorn", "identity", "permutations")),
+            ("exit", ("kind", "learned", "mean", "sum", "last")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"hyper.{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        for name in ("streams", "iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"hyper.{name}: got {getattr(self, name)}, expected at least 1")
+        for name in ("eps", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"hyper.{name}: got {getattr(self, name)}, expected more than 0")
+        if self.mix == "permutations" and self.streams > STREAMS_PERMUTED:
+            raise ValueError(
+                f"hyper.streams: got {self.streams} with mix='permutations', expected at most {STREAMS_PERMUTED}"
+            )
+        if self.kind == "hc" and self.mix != "sinkhorn":
+            raise ValueError(f"hyper.mix: got {self.mix!r} with kind='hc', whose mix is its own; leave it as it is")
+
+    @property
+    def leaving(self) -> str:
+        """The exit in force: "learned", "mean", "sum" or "last"."""
+        return {"mhc": "learned", "single_pass": "last", "hc": "sum"}[self.kind] if self.exit == "kind" else self.exit
+
+
+class Coefficients(NamedTuple):
+    """What a site computes from the streams. comb[j, k] is the way from stream j to stream k; None is the identity."""
+
+    pre: Float[Tensor, "B T S"]
+    post: Float[Tensor, "B T S"]
+    comb: Float[Tensor, "B T S S"] | None
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision of coefficients: float32, or float64 for float64 streams."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _Sinkhorn(torch.autograd.Function):
+    """Sinkhorn with the tokens last; stores the logits alone and walks the iterates again in backward.
+
+    One step c' = c / d, d = sum_axis c + eps, has, in P = c' dL/dc', the backward P <- P - c' sum_axis P: no division,
+    so no gradient can overflow however small a sum was. Backward keeps the sums d, a quarter of the iterates c = c' d.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, iterations, eps):
+        ctx.save_for_backward(logits)
+        ctx.iterations, ctx.eps = iterations, eps
+        return _walk(logits, iterations, eps)[1]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (logits,) = ctx.saved_tensors
+        start, comb, sums = _walk(logits, ctx.iterations, ctx.eps)
+        flow = gradient.contiguous() * comb  # a strided gradient would make every step strided
+        for axis, total in zip(reversed(_axes(ctx.iterations)), reversed(sums), strict=True):
+            flow.addcmul_(comb, flow.sum(axis, keepdim=True), value=-1)
+            comb.mul_(total)
+        flow.mul_(start).div_(start + ctx.eps)
+        return flow.addcmul_(start, flow.sum(1, keepdim=True), value=-1), None, None
+
+
+def _walk(logits: Tensor, iterations: int, eps: float) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The softmax, the matrix after all steps, and what each step divided by."""
+    start, sums = logits.softmax(1), []
+    comb = start + eps
+    for axis in _axes(iterations):
+        sums.append(comb.sum(axis, keepdim=True).add_(eps))
+        comb.div_(sums[-1])
+    return start, comb, sums
+
+
+def _axes(iterations: int) -> list[int]:
+    """The axes normalised after the softmax over axis 1, in order."""
+    return [0] + [1, 0] * (iterations - 1)
+
+
+def sinkhorn(logits: Float[Tensor, "S S N"], iterations: int = 20, eps: float = 1e-6) -> Float[Tensor, "S S N"]:
+    """c = softmax(logits, axis 1) + eps, axis 0 normalised; then iterations - 1 times axis 1 and axis 0 normalised.
+
+    Every normalisation divides by (sum + eps). Axis 0 sums to 1 within 1e-5; axis 1 only as far as it has converged
+    (3e-2 and more off for logits of deviation 2). The S*S matrices come first so that every step runs along the tokens.
+    """
+    return _Sinkhorn.apply(logits, iterations, eps)
+
+
+class _Project(torch.autograd.Function):
+    """(weight x^T) / rms(x): the norm commutes with the product, so the normalised streams are never stored."""
+
+    @staticmethod
+    def forward(ctx, flat, weight, eps):
+        mean = torch.linalg.vector_norm(flat, dim=-1).square() / flat.shape[-1]
+        inverse = (mean + eps).rsqrt()  # [N]
+        projected = (weight @ flat.T).mul_(inverse)  # [K, N]
+        ctx.save_for_backward(flat, weight, inverse, projected)
+        return projected
+
+    @staticmethod
+    def backward(ctx, gradient):
+        flat, weight, inverse, projected = ctx.saved_tensors
+        scaled = gradient * inverse
+        shrink = (gradient * projected).sum(0) * inverse.square() / -flat.shape[-1]
+        return (scaled.T @ weight).addcmul_(flat, shrink[:, None]), scaled @ flat, None
+
+
+def project(flat: Float[Tensor, "N F"], weight: Float[Tensor, "K F"], eps: float = 1e-6) -> Float[Tensor, "K N"]:
+    """m[k, n] = <weight_k, x_n> rsqrt(mean(x_n^2) + eps), tokens last."""
+    return _Project.apply(flat, weight, eps)
+
+
+def read(streams: Float[Tensor, "N S D"], pre: Float[Tensor, "S N"]) -> Float[Tensor, "N D"]:
+    """u = sum_i pre_i x_i, summed in the precision of pre, in the dtype of the streams."""
+    return (pre.T[..., None] * streams).sum(1).to(streams.dtype)
+
+
+def write(
+    streams: Float[Tensor, "N S D"],
+    out: Float[Tensor, "N D"],
+    post: Float[Tensor, "S N"],
+    comb: Float[Tensor, "S S N"] | None,
+) -> Float[Tensor, "N S D"]:
+    """x_k <- post_k out + sum_j comb[j, k] x_j, summed in the precision of post, in the dtype of the streams."""
+    mixed = streams if comb is None else comb.permute(2, 1, 0).contiguous() @ streams.to(comb.dtype)
+    return torch.addcmul(mixed, post.T[..., None], out[:, None].to(post.dtype)).to(streams.dtype)
+
+
+class Manifold(nn.Module):
+    """The coefficients of mHC. Parameters as in DeepSeek-V4: rows pre | post | comb, the last row-major [j, k].
+
+    At the start pre sums to 1 and post is 1 up to scale * noise, so equal streams make a plain residual network; fn is
+    random, for with fn = 0 and equal biases the streams would stay equal for ever.
+    """
+
+    def __init__(self, config: HyperConfig, dim: int):
+        super().__init__()
+        self.config = config
+        rows = {"sinkhorn": config.streams**2, "identity": 0, "permutations": math.factorial(config.streams)}
+        self.rows = rows[config.mix]
+        self.fn = nn.Parameter(torch.empty(2 * config.streams + self.rows, config.streams * dim))
+        self.base = nn.Parameter(torch.empty(2 * config.streams + self.rows))
+        self.scale = nn.Parameter(torch.empty(3))
+        if config.mix == "permutations":
+            table = torch.eye(config.streams)[torch.tensor(list(permutations(range(config.streams))))]
+            self.register_buffer("permutations", table, persistent=False)  # [S!, S, S]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """fn ~ N(0, 1/(S D)), so that m has deviation 1; base as the class says; scale = config.scale."""
+        streams = self.config.streams
+        with torch.no_grad():
+            self.fn.copy_(torch.randn(self.fn.shape) * self.fn.shape[1] ** -0.5)
+            self.scale.fill_(self.config.scale)
+            self.base.zero_()
+            self.base[:streams] = _even(streams)
+            if self.config.mix == "sinkhorn":
+                self.base[2 * streams :] = self.config.identity * torch.eye(streams).flatten()
+            elif self.config.mix == "permutations":  # the identity comes first
+                self.base[2 * streams] = self.config.identity + math.log(max(1, self.rows - 1))
+
+    def forward(self, streams: Float[Tensor, "N S D"]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """pre [S, N], post [S, N] and comb [S, S, N] or None, in wide precision."""
+        config, precision, S = self.config, wide(streams.dtype), self.config.streams
+        flat = streams.flatten(1).to(precision)
+        m = project(flat, self.fn.to(precision), config.norm_eps)  # [K, N]
+        scale, base = self.scale.to(precision), self.base.to(precision)[:, None]
+        pre = torch.sigmoid(m[:S] * scale[0] + base[:S]) + config.eps
+        post = 2 * torch.sigmoid(m[S : 2 * S] * scale[1] + base[S : 2 * S])
+        if config.mix == "identity":
+            return pre, post, None
+        logits = m[2 * S :] * scale[2] + base[2 * S :]
+        if config.mix == "sinkhorn":
+            return pre, post, sinkhorn(logits.view(S, S, -1), config.iterations, config.eps)
+        comb = self.permutations.to(precision).flatten(1).T @ logits.softmax(0)
+        return pre, post, comb.view(S, S, -1)
+
+
+class Unconstrained(nn.Module):
+    """The coefficients of Hyper-Connections; at the start a pre-norm residual network that reads stream site mod S."""
+
+    def __init__(self, config: HyperConfig, dim: int, site: int):
+        super().__init__()
+        self.config, self.site = config, site
+        streams = config.streams
+        self.fn = nn.Parameter(torch.empty(2 + streams, dim))  # rows W_m | W_b | W_r^T
+        self.base_pre = nn.Parameter(torch.empty(streams))
+        self.base_post = nn.Parameter(torch.empty(streams))
+        self.base_comb = nn.Parameter(torch.empty(streams, streams))
+        self.scale = nn.Parameter(torch.empty(2))  # s_a of pre and comb, s_b of post
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """W = 0, s = config.scale, B_0 = ones, A_m0 = e_{site mod S}, A_r0 = I."""
+        streams = self.config.streams
+        with torch.no_grad():
+            self.fn.zero_()
+            self.scale.fill_(self.config.scale)
+            self.base_post.fill_(1.0)
+            self.base_pre.copy_(torch.eye(streams)[self.site % streams])
+            self.base_comb.copy_(torch.eye(streams))
+
+    def forward(self, streams: Float[Tensor, "N S D"]) -> tuple[Tensor, Tensor, Tensor]:
+        """pre [S, N], post [S, N], comb [S, S, N] in wide precision; comb[j, k] is A_r's row of stream j."""
+        precision, S = wide(streams.dtype), self.config.streams
+        flat = streams.flatten(0, 1).to(precision)
+        m = project(flat, self.fn.to(precision), self.config.norm_eps).tanh()
+        m = m.view(2 + S, -1, S).transpose(1, 2)  # [2 + S, S, N]
+        scale = self.scale.to(precision)
+        pre = scale[0] * m[0] + self.base_pre.to(precision)[:, None]
+        post = scale[1] * m[1] + self.base_post.to(precision)[:, None]
+        return pre, post, scale[0] * m[2:].transpose(0, 1) + self.base_comb.to(precision)[..., None]
+
+
+class Connection(nn.Module):
+    """One site: streams around one sublayer, which is called with u and applies its own norm to it.
+
+    `site` counts sublayers from 0 through the whole model. `carried` is the pre that the site before returned (None at
+    the first site); it stays in wide precision and keeps its gradient, and only single_pass reads with it.
+    """
+
+    def __init__(self, config: HyperConfig, dim: int, site: int = 0):
+        super().__init__()
+        self.config = config
+        self.mixer = Unconstrained(config, dim, site) if config.kind == "hc" else Manifold(config, dim)
+
+    def reset_parameters(self) -> None:
+        """The start of every parameter, as the mixer's docstring says."""
+        self.mixer.reset_parameters()
+
+    def coefficients(self, streams: Float[Tensor, "B T S D"]) -> Coefficients:
+        """pre, post and comb for these streams, for measures and pictures."""
+        batch, time, S, _ = streams.shape
+        pre, post, comb = self.mixer(streams.flatten(0, 1))
+        if comb is not None:
+            comb = comb.permute(2, 0, 1).reshape(batch, time, S, S)
+        return Coefficients(pre.T.reshape(batch, time, S), post.T.reshape(batch, time, S), comb)
+
+    def forward(
+        self,
+        streams: Float[Tensor, "B T S D"],
+        sublayer: Callable[[Tensor], Tensor],
+        carried: Float[Tensor, "B T S"] | None = None,
+    ) -> tuple[Float[Tensor, "B T S D"], Float[Tensor, "B T S"]]:
+        """x_k <- post_k F(u) + sum_j comb[j, k] x_j; returns the streams and this site's pre, to be carried on."""
+        batch, time, S, dim = streams.shape
+        flat = streams.reshape(batch * time, S, dim)
+        pre, post, comb = self.mixer(flat)
+        if self.config.kind != "single_pass":
+            u = read(flat, pre).view(batch, time, dim)
+        elif carried is None:
+            u = streams[:, :, 0]  # the first site's pre is one-hot on stream 0
+        else:
+            u = read(flat, carried.flatten(0, 1).T).view(batch, time, dim)
+        out = sublayer(u).reshape(batch * time, dim)
+        return write(flat, out, post, comb).view_as(streams), pre.T.view(batch, time, S)
+
+
+class Residual(nn.Module):
+    """The plain residual connection with the face of Connection, for S = 1: x <- x + F(x)."""
+
+    def forward(
+        self,
+        streams: Float[Tensor, "B T 1 D"],
+        sublayer: Callable[[Tensor], Tensor],
+        carried: Float[Tensor, "B T S"] | None = None,
+    ) -> tuple[Float[Tensor, "B T 1 D"], Float[Tensor, "B T S"] | None]:
+        """x + F(x); hands `carried` on untouched."""
+        return streams + sublayer(streams[:, :, 0])[:, :, None], carried
+
+
+def enter(hidden: Float[Tensor, "B T D"], config: HyperConfig | None) -> Float[Tensor, "B T S D"]:
+    """Every stream is the embedding; one stream when config is None."""
+    return hidden[:, :, None].expand(-1, -1, config.streams if config else 1, -1)
+
+
+class Exit(nn.Module):
+    """Streams -> one, before the final norm; with config None it takes the only stream.
+
+    learned (V4): u = sum_i (sigmoid(scale m_i + base_i) + eps) x_i, m as in Manifold;   last: the last site's pre;
+    mean; sum.
+    """
+
+    def __init__(self, config: HyperConfig | None, dim: int):
+        super().__init__()
+        self.config = config
+        self.kind = config.leaving if config else "sum"
+        if config and self.kind == "learned":
+            self.fn = nn.Parameter(torch.empty(config.streams, config.streams * dim))
+            self.base = nn.Parameter(torch.empty(config.streams))
+            self.scale = nn.Parameter(torch.empty(1))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """fn ~ N(0, 1/(S D)), base so that the weights start at 1/S each, scale = config.scale."""
+        if self.config and self.kind == "learned":
+            with torch.no_grad():
+                self.fn.copy_(torch.randn(self.fn.shape) * self.fn.shape[1] ** -0.5)
+                self.base.fill_(_even(self.config.streams))
+                self.scale.fill_(self.config.scale)
+
+    def forward(
+        self, streams: Float[Tensor, "B T S D"], carried: Float[Tensor, "B T S"] | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """One stream of width D; `carried` is the last site's pre (one-hot on stream 0 if there was no site)."""
+        if streams.shape[2] == 1 and self.kind != "learned" and self.kind != "last":
+            return streams[:, :, 0]
+        if self.kind == "mean" or self.kind == "sum":
+            summed = streams.sum(2, dtype=wide(streams.dtype))
+            return (summed / streams.shape[2] if self.kind == "mean" else summed).to(streams.dtype)
+        if self.kind == "last":
+            if carried is None:
+                return streams[:, :, 0]
+            return read(streams.flatten(0, 1), carried.flatten(0, 1).T).view_as(streams[:, :, 0])
+        flat, precision = streams.flatten(0, 1), wide(streams.dtype)
+        m = project(flat.flatten(1).to(precision), self.fn.to(precision), self.config.norm_eps)
+        pre = torch.sigmoid(m * self.scale.to(precision) + self.base.to(precision)[:, None]) + self.config.eps
+        return read(flat, pre).view_as(streams[:, :, 0])
+
+
+def _even(streams: int) -> float:
+    """The logit whose sigmoid is 1/S; S = 1 has none, so it stops at 0.9999."""
+    return -math.log(streams - 1) if streams > 1 else math.log(9999.0)
+
+
+def composite_gain(combs: Sequence[Float[Tensor, "B T S S"]]) -> tuple[float, float]:
+    """Largest absolute row sum and column sum of H_res_L ... H_res_1 over all tokens, H_res = comb^T.
+
+    How far a signal (rows) and a gradient (columns) may grow along the streams alone: about 1 for mHC, thousands for
+    unconstrained HC (section 3 of arXiv:2512.24880). `combs` in the order of the sites.
+    """
+    total = torch.eye(combs[0].shape[-1], dtype=wide(combs[0].dtype), device=combs[0].device)
+    for comb in combs:
+        total = comb.to(total.dtype).transpose(-1, -2) @ total
+    return total.abs().sum(-1).max().item(), total.abs().sum(-2).max().item()
+
+
+def spread(streams: Float[Tensor, "B T S D"]) -> float:
+    """Root mean square of the streams around their mean over that of the mean; 0 when all streams are one."""
+    streams = streams.to(wide(streams.dtype))
+    mean = streams.mean(2, keepdim=True)
+    return ((streams - mean).square().mean() / mean.square().mean().clamp_min(1e-30)).sqrt().item()

@@ -1,0 +1,444 @@
+import math
+from itertools import permutations
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
+    DeepseekV4DecoderLayer,
+    DeepseekV4HyperConnection,
+    DeepseekV4HyperHead,
+)
+
+from rorqual.config import from_dict
+from rorqual.layers import hyper
+from rorqual.layers.hyper import Connection, Exit, HyperConfig, Residual, composite_gain, enter, sinkhorn, spread
+
+KINDS = {
+    "mhc": HyperConfig(),
+    "mhc, 3 streams": HyperConfig(streams=3),
+    "mhc, 1 stream": HyperConfig(streams=1),
+    "single pass": HyperConfig(kind="single_pass"),
+    "hc": HyperConfig(kind="hc"),
+    "identity": HyperConfig(mix="identity", exit="mean"),
+    "permutations": HyperConfig(mix="permutations", exit="sum"),
+    "permutations, 3 streams": HyperConfig(mix="permutations", streams=3, exit="last"),
+}
+
+
+def stirred(module: nn.Module, std: float = 1.0) -> nn.Module:
+    """Every parameter far from its start."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(
+                torch.randn_like(parameter) * std * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1)
+            )
+    return module
+
+
+def theirs(dim: int, streams: int = 4, cls=DeepseekV4HyperConnection) -> nn.Module:
+    return cls(SimpleNamespace(hc_mult=streams, hc_sinkhorn_iters=20, hc_eps=1e-6, rms_norm_eps=1e-6, hidden_size=dim))
+
+
+def plain(config: HyperConfig, site: Connection, x: torch.Tensor, sublayer) -> torch.Tensor:
+    """The equations of the file's docstring, a token and a stream at a time, by autograd alone."""
+    mixer, S, out = site.mixer, config.streams, torch.empty_like(x)
+    for b, t in torch.cartesian_prod(torch.arange(x.shape[0]), torch.arange(x.shape[1])).tolist():
+        f = x[b, t].flatten()
+        m = mixer.fn @ f / (f.square().mean() + 1e-6).sqrt()
+        pre = torch.sigmoid(m[:S] * mixer.scale[0] + mixer.base[:S]) + 1e-6
+        post = 2 * torch.sigmoid(m[S : 2 * S] * mixer.scale[1] + mixer.base[S : 2 * S])
+        c = ((m[2 * S :] * mixer.scale[2] + mixer.base[2 * S :]).view(S, S)).softmax(1) + 1e-6
+        c = c / (c.sum(0) + 1e-6)
+        for _ in range(config.iterations - 1):
+            c = c / (c.sum(1, keepdim=True) + 1e-6)
+            c = c / (c.sum(0, keepdim=True) + 1e-6)
+        result = sublayer(sum(pre[i] * x[b, t, i] for i in range(S)))
+        out[b, t] = torch.stack([post[k] * result + sum(c[j, k] * x[b, t, j] for j in range(S)) for k in range(S)])
+    return out
+
+
+def close(ours, expected, tolerance=1e-6):
+    torch.testing.assert_close(ours, expected, atol=tolerance * max(1.0, expected.abs().max().item()), rtol=0)
+
+
+class TestDeepSeekV4:
+    @pytest.mark.parametrize(("streams", "dim", "time"), [(4, 24, 7), (3, 5, 1), (2, 64, 33)])
+    def test_coefficients_forward_and_backward(self, streams, dim, time):
+        reference, site = stirred(theirs(dim, streams)), Connection(HyperConfig(streams=streams), dim)
+        site.mixer.load_state_dict(reference.state_dict())
+        x = torch.randn(2, time, streams, dim, requires_grad=True)
+        pulls = torch.randn(2, time, streams), torch.randn(2, time, streams, streams), torch.randn(2, time, dim)
+        post, comb, u = reference(x)
+        sum((a * b).sum() for a, b in zip((post, comb, u), pulls, strict=True)).backward()
+        expected, x.grad = x.grad, None
+        got = site.coefficients(x)
+        read = (got.pre.unsqueeze(-1) * x).sum(2)
+        for a, b in zip((got.post, got.comb, read), (post, comb, u), strict=True):
+            close(a, b)
+        sum((a * b).sum() for a, b in zip((got.post, got.comb, read), pulls, strict=True)).backward()
+        close(x.grad, expected)
+        for a, b in zip(site.mixer.parameters(), reference.parameters(), strict=True):
+            close(a.grad, b.grad, 3e-6)
+
+    def test_a_whole_decoder_layer_holds_the_transpose(self):
+        dim = 16
+        layer = DeepseekV4DecoderLayer.__new__(DeepseekV4DecoderLayer)
+        nn.Module.__init__(layer)
+        mix, feed = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        layer.attn_hc, layer.ffn_hc = stirred(theirs(dim)), stirred(theirs(dim))
+        layer.input_layernorm, layer.post_attention_layernorm = nn.RMSNorm(dim), nn.RMSNorm(dim)
+
+        class Attention(nn.Module):
+            def forward(self, hidden):
+                return mix(hidden).cumsum(1), None
+
+        class Experts(nn.Module):
+            def forward(self, hidden, input_ids=None):
+                return feed(hidden).tanh()
+
+        layer.self_attn, layer.mlp = Attention(), Experts()
+        sites = [Connection(HyperConfig(), dim, n) for n in range(2)]
+        for site, reference in zip(sites, (layer.attn_hc, layer.ffn_hc), strict=True):
+            site.mixer.load_state_dict(reference.state_dict())
+        x = torch.randn(2, 9, 4, dim, requires_grad=True)
+        expected = DeepseekV4DecoderLayer.forward(layer, x)
+        ours, _ = sites[0](x, lambda u: mix(layer.input_layernorm(u)).cumsum(1))
+        ours, _ = sites[1](ours, lambda u: feed(layer.post_attention_layernorm(u)).tanh())
+        close(ours, expected)
+        pull = torch.randn_like(expected)
+        close(*(torch.autograd.grad((y * pull).sum(), x)[0] for y in (ours, expected)), 2e-6)
+
+    def test_exit(self):
+        reference, exit = stirred(theirs(24, cls=DeepseekV4HyperHead)), Exit(HyperConfig(), 24)
+        exit.load_state_dict({name.removeprefix("hc_"): value for name, value in reference.state_dict().items()})
+        x = torch.randn(2, 5, 4, 24)
+        close(exit(x), reference(x))
+
+    def test_parameters_are_laid_out_as_released(self):
+        shapes = {name: tuple(p.shape) for name, p in Connection(HyperConfig(), 24).mixer.named_parameters()}
+        assert shapes == {"fn": (24, 96), "base": (24,), "scale": (3,)}
+
+
+class TestAlone:
+    """Against the equations, written out."""
+
+    @pytest.mark.parametrize("streams", [1, 2, 4, 5])
+    def test_a_site_is_its_equations(self, streams):
+        config = HyperConfig(streams=streams, iterations=7)
+        site = stirred(Connection(config, 6)).double()
+        x = torch.randn(2, 3, streams, 6, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(6, 6, dtype=torch.float64)
+        ours, _ = site(x, lambda u: (u @ weight).tanh())
+        expected = plain(config, site, x, lambda u: (u @ weight).tanh())
+        torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
+        pull, inputs = torch.randn_like(expected), [x, *site.parameters()]
+        grads = (torch.autograd.grad((y * pull).sum(), inputs, allow_unused=True) for y in (ours, expected))
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-9)
+
+    @pytest.mark.parametrize("name", KINDS)
+    def test_gradients(self, name):
+        config = KINDS[name]
+        sites = [stirred(Connection(config, 5, n)).double() for n in range(2)]
+        exit = stirred(Exit(config, 5)).double()
+
+        def run(hidden, *parameters):
+            streams, carried = enter(hidden, config), None
+            for site in sites:
+                streams, carried = site(streams, torch.tanh, carried)
+            return exit(streams, carried)
+
+        parameters = [p for module in (*sites, exit) for p in module.parameters()]
+        hidden = torch.randn(1, 2, 5, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(run, (hidden, *parameters), fast_mode=True)
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 20), st.floats(0.01, 4.0))
+    def test_sinkhorn_by_autograd(self, streams, iterations, tokens, deviation):
+        logits = (torch.randn(streams, streams, tokens, dtype=torch.float64) * deviation).requires_grad_()
+        comb = logits.softmax(1) + 1e-6
+        for axis in [0] + [1, 0] * (iterations - 1):
+            comb = comb / (comb.sum(axis, keepdim=True) + 1e-6)
+        pull = torch.randn_like(comb)
+        ours = sinkhorn(logits, iterations)
+        torch.testing.assert_close(ours, comb, atol=1e-12, rtol=0)
+        grads = [torch.autograd.grad((y * pull).sum(), logits)[0] for y in (ours, comb)]
+        torch.testing.assert_close(*grads, atol=1e-11, rtol=1e-9)
+
+    def test_nothing_of_the_iterations_is_stored(self):
+        saved = []
+        logits = torch.randn(4, 4, 100, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            sinkhorn(logits * 1.0, 20)
+        assert sum(x.numel() for x in saved) == logits.numel()
+
+    @pytest.mark.usefixtures("poisoned")
+    @pytest.mark.parametrize("name", KINDS)
+    def test_reads_no_memory_that_it_did_not_write(self, name):
+        site = Connection(KINDS[name], 7)
+        x = torch.randn(1, 5, KINDS[name].streams, 7, requires_grad=True)
+        out, _ = site(x, torch.tanh)
+        out.sum().backward()
+        assert out.isfinite().all()
+        assert x.grad.isfinite().all()
+
+    @pytest.mark.parametrize("time", [0, 1])
+    def test_few_tokens(self, time):
+        for config in KINDS.values():
+            out, carried = Connection(config, 6)(torch.randn(2, time, config.streams, 6), torch.tanh)
+            assert out.shape == (2, time, config.streams, 6)
+            assert Exit(config, 6)(out, carried).shape == (2, time, 6)
+
+
+class TestTraps:
+    def test_comb_is_applied_transposed(self):
+        site = Connection(HyperConfig(), 1)
+        with torch.no_grad():
+            site.mixer.base[8:] = torch.tensor([[0, 9, 0, 0], [0, 0, 9, 0], [0, 0, 0, 9], [9, 0, 0, 0.0]]).flatten()
+            site.mixer.base[4:8] = -50.0  # nothing of the sublayer
+        x = torch.arange(4.0).view(1, 1, 4, 1)
+        out, _ = site(x, torch.zeros_like)
+        close(out.flatten(), torch.tensor([3.0, 0.0, 1.0, 2.0]), 2e-3)  # stream j goes to j + 1
+
+    def test_zero_phi_with_equal_biases_keeps_the_streams_equal_for_ever(self):
+        def trained(reset):
+            torch.manual_seed(1)
+            sites, head = [Connection(HyperConfig(identity=0.0), 8, n) for n in range(4)], nn.Linear(8, 8)
+            layers = [nn.Linear(8, 8) for _ in sites]
+            for site in sites:
+                reset(site)
+            optimiser = torch.optim.SGD([p for m in (*sites, *layers, head) for p in m.parameters()], lr=0.5)
+            for _ in range(30):
+                streams, hidden = enter(torch.randn(4, 8, 8), HyperConfig()), None
+                hidden = streams[:, :, 0]
+                for site, layer in zip(sites, layers, strict=True):
+                    streams, _ = site(streams, lambda u, layer=layer: layer(u).tanh())
+                loss = (head(streams.mean(2)) - hidden.roll(1, -1)).square().mean()
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+            return spread(streams)
+
+        assert trained(lambda site: site.mixer.fn.data.zero_()) < 1e-6
+        assert trained(lambda site: None) > 1e-4
+
+    def test_a_saturated_mix_starves_its_gradient(self):
+        def gradient(identity):
+            site = Connection(HyperConfig(identity=identity), 16)
+            x = torch.randn(4, 8, 4, 16)
+            out, _ = site(x, torch.tanh)
+            (out * torch.randn_like(out)).sum().backward()
+            return site.mixer.base.grad[8:].norm().item()
+
+        assert gradient(16.0) < 1e-3 * gradient(HyperConfig().identity)
+
+    @pytest.mark.parametrize("deviation", [0.01, 1.0, 2.0, 5.0])
+    def test_only_the_axis_normalised_last_sums_to_one(self, deviation):
+        comb = sinkhorn(torch.randn(4, 4, 5000) * deviation)
+        assert (comb.sum(0) - 1).abs().max() < 1e-5
+        other = (comb.sum(1) - 1).abs().max()
+        assert other < 1e-4 if deviation < 0.5 else other < 1.0
+        if deviation >= 2:
+            assert other > 1e-2
+
+    def test_coefficients_of_bfloat16_streams_are_float32(self):
+        site, x = stirred(Connection(HyperConfig(), 32)).bfloat16(), torch.randn(2, 9, 4, 32).bfloat16()
+        got = site.coefficients(x)
+        assert {value.dtype for value in got} == {torch.float32}
+        assert (got.comb.sum(-2) - 1).abs().max() < 1e-5
+        assert (got.comb.bfloat16().float().sum(-2) - 1).abs().max() > 1e-3  # what bfloat16 would have made of it
+        out, carried = site(x, torch.tanh)
+        assert out.dtype == torch.bfloat16
+        assert carried.dtype == torch.float32
+        double = stirred(Connection(HyperConfig(), 32)).double()
+        double.load_state_dict(site.state_dict())
+        close(out.double(), double(x.double(), torch.tanh)[0], 2**-8)
+
+    def test_backward_does_not_overflow(self):
+        logits = (torch.randn(4, 4, 2000).sign() * 20).requires_grad_()
+        sinkhorn(logits).backward(torch.randn(4, 4, 2000) * 1e4)
+        assert logits.grad.isfinite().all()
+        assert logits.grad.abs().max() < 1e6
+
+    @pytest.mark.parametrize("config", [HyperConfig(exit="mean"), HyperConfig(kind="hc", exit="mean")], ids=str)
+    def test_equal_streams_make_the_plain_residual_network(self, config):
+        sites, layers = [Connection(config, 12, n) for n in range(6)], [nn.Linear(12, 12) for _ in range(6)]
+        for site in sites:
+            site.mixer.scale.data.zero_()  # post = 1, pre sums to 1
+        hidden = torch.randn(2, 5, 12)
+        streams, single = enter(hidden, config), enter(hidden, None)
+        for site, layer in zip(sites, layers, strict=True):
+            sublayer = lambda u, layer=layer: layer(nn.functional.rms_norm(u, (12,))).tanh()  # noqa: E731
+            streams, _ = site(streams, sublayer)
+            single, _ = Residual()(single, sublayer)
+        close(Exit(config, 12)(streams), Exit(None, 12)(single), 1e-5)
+
+    def test_the_start_is_nearly_the_plain_residual_network(self):
+        hidden = torch.randn(2, 5, 64)
+        for config in (HyperConfig(), HyperConfig(kind="single_pass"), HyperConfig(mix="permutations")):
+            streams, carried = enter(hidden, config), None
+            for n in range(3):
+                streams, carried = Connection(config, 64, n)(streams, torch.tanh, carried)
+            expected = hidden
+            for _ in range(3):
+                expected = expected + torch.tanh(expected)
+            close(Exit(config, 64)(streams, carried), expected, 0.05)
+
+
+class TestKinds:
+    def test_single_pass_reads_with_the_pre_of_the_site_before(self):
+        config = HyperConfig(kind="single_pass")
+        sites, seen = [stirred(Connection(config, 8, n)) for n in range(2)], []
+        x = torch.randn(1, 3, 4, 8)
+        first, carried = sites[0](x, lambda u: seen.append(u) or u.sin())
+        last, carried_on = sites[1](first, lambda u: seen.append(u) or u.cos(), carried)
+        close(seen[0], x[:, :, 0])
+        pre = sites[0].coefficients(x).pre
+        close(carried, pre)
+        close(seen[1], (pre[..., None] * first).sum(2))
+        exit = Exit(config, 8)
+        assert not list(exit.parameters())
+        close(exit(last, carried_on), (sites[1].coefficients(first).pre[..., None] * last).sum(2))
+
+    def test_the_carried_pre_keeps_its_gradient(self):
+        config = HyperConfig(kind="single_pass")
+        first, second = Connection(config, 8, 0), Connection(config, 8, 1)
+        streams, carried = first(torch.randn(1, 3, 4, 8), torch.tanh)
+        assert carried.requires_grad
+        out, _ = second(streams.detach(), torch.tanh, carried)
+        out.sum().backward()
+        assert first.mixer.base.grad[:4].abs().min() > 0
+
+    def test_hc_is_its_equations(self):
+        site = stirred(Connection(HyperConfig(kind="hc"), 6, 2)).double()
+        m, x = site.mixer, torch.randn(1, 1, 4, 6, dtype=torch.float64)
+        H = x[0, 0]
+        n = H / (H.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        B = m.scale[1] * torch.tanh(n @ m.fn[1]) + m.base_post
+        A_m = m.scale[0] * torch.tanh(n @ m.fn[0]) + m.base_pre
+        A_r = m.scale[0] * torch.tanh(n @ m.fn[2:].T) + m.base_comb
+        expected = torch.outer(B, (A_m @ H).sin()) + A_r.T @ H
+        torch.testing.assert_close(site(x, torch.sin)[0][0, 0], expected, atol=1e-12, rtol=0)
+
+    def test_hc_starts_as_a_residual_network_reading_stream_site_mod_s(self):
+        site, seen = Connection(HyperConfig(kind="hc"), 6, 6), []
+        x = torch.randn(2, 3, 4, 6)
+        out, _ = site(x, lambda u: seen.append(u) or u.sin())
+        close(seen[0], x[:, :, 2])
+        close(out, x + seen[0].sin()[:, :, None])
+
+    def test_permutations_are_doubly_stochastic_exactly(self):
+        site = stirred(Connection(HyperConfig(mix="permutations", streams=3), 8))
+        comb = site.coefficients(torch.randn(2, 50, 3, 8)).comb
+        for axis in (-1, -2):
+            close(comb.sum(axis), torch.ones(2, 50, 3))
+        with torch.no_grad():
+            site.mixer.scale.zero_()
+            site.mixer.base[6:] = torch.tensor([math.log(n) for n in (1, 2, 3, 4, 5, 6)])
+        expected = sum(
+            weight / 21 * torch.eye(3)[list(order)]
+            for weight, order in zip(range(1, 7), permutations(range(3)), strict=True)
+        )
+        close(site.coefficients(torch.randn(1, 1, 3, 8)).comb[0, 0], expected)
+
+    def test_identity_leaves_the_streams_apart(self):
+        site = Connection(HyperConfig(mix="identity"), 8)
+        assert site.mixer.fn.shape == (8, 32)
+        assert site.coefficients(torch.randn(1, 2, 4, 8)).comb is None
+        x = torch.randn(1, 2, 4, 8)
+        close(site(x, torch.zeros_like)[0], x)
+
+    def test_exits(self):
+        x, carried = torch.randn(2, 3, 4, 8), torch.rand(2, 3, 4)
+        close(Exit(HyperConfig(exit="mean"), 8)(x), x.mean(2))
+        close(Exit(HyperConfig(exit="sum"), 8)(x), x.sum(2))
+        close(Exit(HyperConfig(exit="last"), 8)(x, carried), (carried[..., None] * x).sum(2))
+        close(Exit(HyperConfig(exit="last"), 8)(x), x[:, :, 0])
+        close(Exit(None, 8)(x[:, :, :1]), x[:, :, 0])
+        assert [HyperConfig(kind=kind).leaving for kind in ("mhc", "single_pass", "hc")] == ["learned", "last", "sum"]
+
+    def test_entry(self):
+        hidden = torch.randn(2, 3, 8)
+        for config, streams in ((HyperConfig(streams=3), 3), (None, 1)):
+            entered = enter(hidden, config)
+            assert entered.shape == (2, 3, streams, 8)
+            assert (entered == hidden[:, :, None]).all()
+
+    def test_residual(self):
+        x, carried = torch.randn(2, 3, 1, 8), torch.rand(2, 3, 4)
+        out, handed = Residual()(x, torch.tanh, carried)
+        close(out, x + x.tanh())
+        assert handed is carried
+
+
+class TestHealth:
+    def test_composite_gain_of_known_matrices(self):
+        one = torch.tensor([[1.0, 2.0], [0.0, 1.0]]).expand(1, 1, 2, 2)  # H_res = [[1, 0], [2, 1]]
+        assert composite_gain([one]) == (3.0, 3.0)
+        two = torch.tensor([[1.0, 0.0], [3.0, 1.0]]).expand(1, 1, 2, 2)  # H_res_2 H_res_1 = [[7, 3], [2, 1]]
+        assert composite_gain([one, two]) == (10.0, 9.0)
+
+    def test_unconstrained_hc_drifts_where_mhc_stays(self):
+        def gain(config):
+            torch.manual_seed(3)
+            streams, combs = torch.randn(2, 16, 4, 32), []
+            for n in range(60):
+                site = Connection(config, 32, n)
+                with torch.no_grad():
+                    for name, parameter in site.mixer.named_parameters():
+                        if name != "scale":
+                            parameter += 0.3 * torch.randn_like(parameter)
+                        else:
+                            parameter.fill_(0.3)
+                    combs.append(site.coefficients(streams).comb)
+                    streams, _ = site(streams, lambda u: nn.functional.rms_norm(u, (32,)))
+            return max(composite_gain(combs))
+
+        assert gain(HyperConfig()) < 1.7
+        assert gain(HyperConfig(kind="hc")) > 100
+
+    def test_spread(self):
+        assert spread(enter(torch.randn(1, 2, 8), HyperConfig())) == 0
+        x = torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)
+        assert spread(x) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"kind": "mch"}, "kind.*'mch'.*mhc"),
+        ({"mix": "softmax"}, "mix.*'softmax'"),
+        ({"exit": "first"}, "exit.*'first'"),
+        ({"streams": 0}, "streams: got 0"),
+        ({"iterations": 0}, "iterations: got 0"),
+        ({"eps": 0.0}, "eps: got 0.0"),
+        ({"norm_eps": -1.0}, "norm_eps: got -1.0"),
+        ({"mix": "permutations", "streams": 7}, "expected at most 6"),
+        ({"kind": "hc", "mix": "identity"}, "kind='hc'"),
+    ],
+)
+def test_bad_configs_say_so(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(HyperConfig, wrong)
+
+
+@pytest.mark.compiled
+@pytest.mark.slow
+def test_compiled_equals_eager():
+    config = HyperConfig()
+    site, weight = stirred(Connection(config, 24)), torch.randn(24, 24) / 5
+
+    def loss(x):
+        return site(x, lambda u: (u @ weight).tanh())[0].square().sum()
+
+    for time in (5, 33):
+        x = torch.randn(2, time, 4, 24, requires_grad=True)
+        inputs = [x, *site.parameters()]
+        grads = (torch.autograd.grad(f(x), inputs) for f in (loss, torch.compile(loss)))
+        for a, b in zip(*grads, strict=True):
+            close(a, b, 2e-5)
+    assert hyper.wide(torch.bfloat16) == torch.float32

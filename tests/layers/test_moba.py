@@ -1,0 +1,223 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rorqual.layers import moba
+from rorqual.layers.attention import GQA, GQAConfig
+from rorqual.layers.basics import RopeConfig, layout, rope_tables
+from rorqual.layers.cache import Past
+from rorqual.layers.moba import BlockMeans, MoBA, MoBAConfig
+
+ROPE = RopeConfig(base=50.0)
+
+
+def brute(query, key, value, scale, block, chosen, past=0):
+    """The definition, a query head at a time, for one document that fills the row."""
+    out = query.new_zeros(*query.shape[:3], value.shape[-1])
+    for b in range(query.shape[0]):
+        for t in range(query.shape[1]):
+            for h in range(query.shape[2]):
+                g, last = h * key.shape[2] // query.shape[2], past + t
+                own = last // block
+                score = {
+                    i: (query[b, t, h] @ key[b, i * block : (i + 1) * block, g].mean(0)).item() for i in range(own)
+                }
+                kept = [own, *sorted(score, key=score.get, reverse=True)[: chosen - 1]]
+                columns = [s for i in kept for s in range(i * block, min((i + 1) * block, last + 1))]
+                weights = (key[b, columns, g] @ query[b, t, h] * scale).softmax(0)
+                out[b, t, h] = weights @ value[b, columns, g]
+    return out
+
+
+def tensors(batch, time, heads=4, groups=2, width=6, value_width=6, **kind):
+    shapes = (time, heads, width), (time, groups, width), (time, groups, value_width)
+    return [torch.randn(batch, *shape, requires_grad=True, **kind) for shape in shapes]
+
+
+def call(inner, q, k, v, past=0, cache=None, history=None, scale=0.4, **known):
+    where = layout(*q.shape[:2], q.device, past=history, **known)
+    return inner(q, k, v, hidden=q.flatten(2), layout=where, scale=scale, cache=cache)
+
+
+def layer(block=4, chosen=2, decode="sparse", kv_heads=2):
+    attention = GQA(
+        GQAConfig(heads=4, kv_heads=kv_heads, head_dim=6),
+        20,
+        ROPE,
+        MoBA(MoBAConfig(block=block, chosen=chosen, decode=decode)),
+    )
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return attention
+
+
+def run(attention, hidden, past=None, cache=None, **known):
+    where = layout(*hidden.shape[:2], hidden.device, past=past, **known)
+    return attention(hidden, where, *rope_tables(ROPE, attention.rope_dim, where.positions), cache)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 2),
+    st.integers(1, 23),
+    st.integers(1, 7),
+    st.integers(1, 5),
+    st.sampled_from([(1, 1), (4, 1), (6, 2), (3, 3)]),
+)
+def test_is_its_definition(batch, time, block, chosen, heads):
+    q, k, v = tensors(batch, time, *heads, value_width=5, dtype=torch.float64)
+    inner = MoBA(MoBAConfig(block=block, chosen=chosen))
+    ours, expected = call(inner, q, k, v), brute(q, k, v, 0.4, block, chosen)
+    torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
+    pull = torch.randn_like(expected)
+    grads = [torch.autograd.grad((y * pull).sum(), (q, k, v)) for y in (ours, expected)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("time", [1, 3, 4, 17, 32])
+def test_choosing_everything_is_full_attention(time):
+    q, k, v = tensors(2, time)
+    full = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, scale=0.4, enable_gqa=True
+    ).transpose(1, 2)
+    pull = torch.randn_like(full)
+    grads = torch.autograd.grad((full * pull).sum(), (q, k, v))
+    swapped = MoBA(MoBAConfig(block=4, chosen=1))
+    swapped.full = True
+    for inner in (MoBA(MoBAConfig(block=4, chosen=8)), MoBA(MoBAConfig(block=64, chosen=1)), swapped):
+        ours = call(inner, q, k, v)
+        torch.testing.assert_close(ours, full, atol=1e-5, rtol=0)
+        for a, b in zip(torch.autograd.grad((ours * pull).sum(), (q, k, v)), grads, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_one_block_is_block_diagonal():
+    q, k, v = tensors(1, 14)
+    ours = call(MoBA(MoBAConfig(block=4, chosen=1)), q, k, v)
+    pieces = [call(MoBA(MoBAConfig(block=4, chosen=1)), *(x[:, s : s + 4] for x in (q, k, v))) for s in range(0, 14, 4)]
+    torch.testing.assert_close(ours, torch.cat(pieces, 1), atol=1e-6, rtol=0)
+
+
+def test_no_query_sees_what_comes_after_it():
+    attention, hidden = layer(), torch.randn(1, 19, 20)
+    before = run(attention, hidden)
+    for t in range(19):
+        changed = hidden.clone()
+        changed[:, t:] += 3.0 * torch.randn(1, 19 - t, 20)
+        after = run(attention, changed)
+        torch.testing.assert_close(after[:, :t], before[:, :t], atol=1e-6, rtol=0)
+        assert (after[:, t] - before[:, t]).abs().max() > 1e-3
+
+
+def test_the_choice_and_the_means_carry_no_gradient():
+    q, k, v = tensors(1, 12, 1, 1)
+    call(MoBA(MoBAConfig(block=4, chosen=2)), q, k, v)[:, -1].sum().backward()
+    touched = k.grad[0].flatten(1).abs().sum(1) > 0
+    assert touched.view(3, 4).all(1).tolist().count(True) == 2  # own and one other; the third only had a mean
+
+
+def test_packed_documents_attend_as_if_alone():
+    attention, lengths = layer(), (7, 1, 13, 4)
+    hidden = torch.randn(1, sum(lengths), 20)
+    documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
+    alone = torch.cat([run(attention, part) for part in hidden.split(lengths, 1)], 1)
+    torch.testing.assert_close(run(attention, hidden, documents=documents), alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_changes_nothing(side):
+    attention, hidden = layer(), torch.randn(2, 15, 20)
+    left, right = 3 * (side != "right"), 5 * (side != "left")
+    padded = torch.cat([torch.randn(2, left, 20), hidden, torch.randn(2, right, 20)], 1)
+    present = torch.zeros(2, padded.shape[1], dtype=torch.bool)
+    present[:, left : left + 15] = True
+    out = run(attention, padded, present=present)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out[:, left : left + 15], run(attention, hidden), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pieces", [[1] * 40, [13] + [1] * 27, [20, 3, 1, 1, 7, 8], [40]])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_decoding_equals_one_call(pieces, kv_heads):
+    attention, hidden = layer(kv_heads=kv_heads), torch.randn(2, 40, 20)
+    past, cache, outs = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device), []
+    for part in hidden.split(pieces, 1):
+        outs.append(run(attention, part, past, cache))
+    torch.testing.assert_close(torch.cat(outs, 1), run(attention, hidden), atol=1e-5, rtol=0)
+
+
+def test_decoding_reads_the_chosen_blocks_only():
+    inner, history = MoBA(MoBAConfig(block=4, chosen=2)), Past()
+    q, k, v = (x.detach() for x in tensors(1, 41, 1, 1))
+    cache = inner.new_cache(1, 64, q.dtype, q.device)
+    call(inner, q[:, :40], k[:, :40], v[:, :40], cache=cache, history=history)
+    index, _ = moba.choose(q[:, 40:], cache.means.buffer[:, :10], torch.tensor([[10]]), torch.tensor([[0]]), 2)
+    spoiled = torch.full_like(v, torch.nan)
+    for i in index.flatten().tolist():
+        spoiled[:, 4 * i : 4 * i + 4] = v[:, 4 * i : 4 * i + 4]
+    k_spoiled = torch.where(spoiled.isnan(), torch.nan, k)
+    out = call(inner, q[:, 40:], k_spoiled, spoiled, cache=cache, history=history)
+    torch.testing.assert_close(out, brute(q, k, v, 0.4, 4, 2)[:, 40:], atol=1e-5, rtol=0)
+
+
+def test_the_cache_forgets_and_reorders():
+    attention, hidden = layer(), torch.randn(3, 33, 20)
+    past, cache = Past(), attention.new_cache(3, 8, hidden.dtype, hidden.device)
+    run(attention, hidden[:, :20], past, cache)
+    run(attention, torch.randn(3, 7, 20), past, cache)
+    for kept in (past, cache):
+        kept.crop(7)
+    index = torch.tensor([2, 0])
+    for kept in (past, cache):
+        kept.select(index)
+    outs = [run(attention, part, past, cache) for part in hidden[index, 20:].split(1, 1)]
+    torch.testing.assert_close(torch.cat(outs, 1), run(attention, hidden[index])[:, 20:], atol=1e-5, rtol=0)
+    past.reset()
+    cache.reset()
+    torch.testing.assert_close(run(attention, hidden[:2], past, cache), run(attention, hidden[:2]))
+
+
+def test_left_padded_rows_decode_as_if_alone():
+    attention, hidden, lead = layer(), torch.randn(2, 30, 20), [0, 6]
+    present = torch.stack([torch.arange(30) >= n for n in lead])
+    past, cache, outs = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device), []
+    for part, seen in zip(hidden.split([14] + [1] * 16, 1), present.split([14] + [1] * 16, 1), strict=True):
+        outs.append(run(attention, part, past, cache, present=seen))
+    out = torch.cat(outs, 1)
+    for row, n in enumerate(lead):
+        torch.testing.assert_close(out[row : row + 1, n:], run(attention, hidden[row : row + 1, n:]), atol=1e-5, rtol=0)
+
+
+def test_full_decoding_after_sparse_prefill():
+    sparse, full, hidden = layer(), layer(decode="full"), torch.randn(1, 25, 20)
+    full.load_state_dict(sparse.state_dict())
+    past, cache = Past(), full.new_cache(1, 8, hidden.dtype, hidden.device)
+    torch.testing.assert_close(run(full, hidden[:, :24], past, cache), run(sparse, hidden[:, :24]))
+    out = run(full, hidden[:, 24:], past, cache)
+    full.inner.full = True
+    torch.testing.assert_close(out, run(full, hidden)[:, 24:], atol=1e-5, rtol=0)
+
+
+def test_runs_of_queries_change_nothing(monkeypatch):
+    attention, hidden = layer(), torch.randn(2, 23, 20)
+    whole = run(attention, hidden)
+    monkeypatch.setattr(moba, "QUERIES", 5)
+    torch.testing.assert_close(run(attention, hidden), whole, atol=1e-6, rtol=0)
+
+
+def test_means_of_a_growing_sequence():
+    keys, means = torch.randn(2, 17, 2, 3), BlockMeans(4)
+    for length in (1, 4, 5, 17):
+        got = means.update(keys[:, :length])
+    torch.testing.assert_close(got, keys[:, :16].unflatten(1, (4, 4)).mean(2))
+    means.crop(2)
+    assert means.means.length == 3
+
+
+@pytest.mark.parametrize("wrong", [{"block": 0}, {"chosen": 0}])
+def test_bad_configs_say_so(wrong):
+    with pytest.raises(ValueError, match="got 0, expected at least 1"):
+        MoBAConfig(**wrong)

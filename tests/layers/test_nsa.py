@@ -1,0 +1,285 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rorqual.layers import nsa
+from rorqual.layers.attention import GQA, GQAConfig
+from rorqual.layers.basics import RopeConfig, layout, rope_tables, rotate
+from rorqual.layers.cache import Past
+from rorqual.layers.nsa import NSA, NSAConfig
+
+ROPE = RopeConfig(base=50.0)
+SMALL = NSAConfig(block=4, stride=2, select_block=4, chosen=3, window=5)
+SIZES = [
+    SMALL,
+    NSAConfig(block=6, stride=3, select_block=3, chosen=4, window=2),
+    NSAConfig(block=4, stride=4, select_block=4, chosen=3, window=1),
+    NSAConfig(block=2, stride=2, select_block=8, chosen=3, window=7),
+    NSAConfig(block=8, stride=1, select_block=2, chosen=5, window=3),
+]
+
+
+def layer(config=SMALL, heads=4, kv_heads=2, value_dim=None, dim=20):
+    gqa = GQAConfig(heads=heads, kv_heads=kv_heads, head_dim=6, value_dim=value_dim)
+    attention = GQA(gqa, dim, ROPE, NSA(config, dim, gqa, ROPE))
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return attention
+
+
+def run(attention, hidden, past=None, cache=None, **known):
+    where = layout(*hidden.shape[:2], hidden.device, past=past, **known)
+    return attention(hidden, where, *(x.to(hidden.dtype) for x in rope_tables(ROPE, 6, where.positions)), cache)
+
+
+def attended(q, keys, values, scale):
+    """One query over these keys; zero where there are none."""
+    return (keys @ q * scale).softmax(0) @ values if len(keys) else q.new_zeros(values.shape[-1])
+
+
+def brute(inner, q, k, v, hidden, scale):
+    """The definition, a query at a time, for one document that fills the row: (compressed, selected, window)."""
+    c, (batch, time, heads, _) = inner.config, q.shape
+    cos, sin = (x.to(q.dtype) for x in rope_tables(inner.rope, k.shape[-1], torch.arange(time).expand(batch, -1)))
+    own = []
+    for linear in (inner.compressed_kv, inner.window_kv):
+        key, value = linear(hidden).unflatten(-1, (k.shape[2], -1)).split([k.shape[-1], v.shape[-1]], -1)
+        own.append((rotate(key, cos, sin, inner.rope.interleaved), value))
+    outs = [q.new_zeros(batch, time, heads, v.shape[-1]) for _ in range(3)]
+    size, group = c.select_block, heads // k.shape[2]
+    for b, t, g in torch.cartesian_prod(*(torch.arange(n) for n in (batch, time, k.shape[2]))).tolist():
+        starts = [i * c.stride for i in range(time) if i * c.stride + c.block - 1 <= t]
+        small = [
+            torch.stack([net(x[b, s : s + c.block, g][None, None, None])[0, 0, 0] for s in starts])
+            if starts
+            else x[b, :0, g]
+            for net, x in ((inner.compress_key, own[0][0]), (inner.compress_value, own[0][1]))
+        ]
+        score = dict.fromkeys(range(t // size + 1), 0.0)
+        for h in range(g * group, (g + 1) * group):
+            outs[0][b, t, h] = attended(q[b, t, h], *small, scale)
+            weights = (small[0] @ q[b, t, h] * scale).softmax(0).tolist() if starts else []
+            for s, weight in zip(starts, weights, strict=True):
+                for piece in range(s, s + c.block, c.stride):
+                    score[piece // size] = score.get(piece // size, 0.0) + weight
+        forced = {0, t // size, max(0, t // size - 1)}
+        free = sorted((j for j in range(t // size + 1) if j not in forced), key=lambda j, p=score: (round(p[j], 6), j))
+        kept = sorted([*forced, *(free[-(c.chosen - len(forced)) :] if c.chosen > len(forced) else [])])
+        columns = [s for j in kept for s in range(j * size, min((j + 1) * size, t + 1))]
+        near = slice(max(0, t - c.window + 1), t + 1)
+        for h in range(g * group, (g + 1) * group):
+            outs[1][b, t, h] = attended(q[b, t, h], k[b, columns, g], v[b, columns, g], scale)
+            outs[2][b, t, h] = attended(q[b, t, h], own[1][0][b, near, g], own[1][1][b, near, g], scale)
+    return outs
+
+
+@pytest.mark.parametrize("config", SIZES, ids=str)
+@settings(max_examples=6, deadline=None)
+@given(
+    time=st.integers(1, 31),
+    heads=st.sampled_from([(1, 1), (3, 1), (4, 2), (2, 2)]),
+    value_dim=st.sampled_from([None, 5]),
+)
+def test_is_its_definition(config, time, heads, value_dim):
+    inner = layer(config, *heads, value_dim).inner
+    q, k = torch.randn(1, time, heads[0], 6), torch.randn(1, time, heads[1], 6)
+    v, hidden = torch.randn(1, time, heads[1], value_dim or 6), torch.randn(1, time, 20)
+    got = inner.branches(q, k, v, hidden=hidden, layout=layout(1, time, "cpu"), scale=0.4)
+    for name, ours, expected in zip(got._fields, got, brute(inner, q, k, v, hidden, 0.4), strict=True):
+        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_gradients_are_the_definitions():
+    inner, (time, heads, groups) = layer().inner, (18, 4, 2)
+    q, k, v = (torch.randn(1, time, n, 6, requires_grad=True) for n in (heads, groups, groups))
+    hidden, where = torch.randn(1, time, 20, requires_grad=True), layout(1, time, "cpu")
+    ours = inner(q, k, v, hidden=hidden, layout=where, scale=0.4)
+    gates = torch.sigmoid(inner.gate_down(F.silu(inner.gate_up(hidden)))).unflatten(-1, (3, heads))
+    expected = sum(gates[:, :, n, :, None] * x for n, x in enumerate(brute(inner, q, k, v, hidden, 0.4)))
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
+    pull, inputs = torch.randn_like(expected), [q, k, v, hidden, *inner.parameters()]
+    for a, b in zip(*(torch.autograd.grad((y * pull).sum(), inputs) for y in (ours, expected)), strict=True):
+        torch.testing.assert_close(a, b, atol=5e-5 * max(1.0, b.abs().max().item()), rtol=0)
+
+
+@pytest.mark.parametrize("time", [1, 3, 16, 29])
+def test_choosing_everything_is_full_attention(time):
+    inner = layer(NSAConfig(block=4, stride=2, select_block=4, chosen=8, window=32)).inner
+    q, k, v = (torch.randn(2, time, n, 6, requires_grad=True) for n in (4, 2, 2))
+    hidden, where = torch.randn(2, time, 20), layout(2, time, "cpu")
+
+    def full(key, value):
+        three = (x.transpose(1, 2) for x in (q, key, value))
+        return F.scaled_dot_product_attention(*three, is_causal=True, scale=0.4, enable_gqa=True).transpose(1, 2)
+
+    got = inner.branches(q, k, v, hidden=hidden, layout=where, scale=0.4)
+    torch.testing.assert_close(got.selected, full(k, v), atol=1e-5, rtol=0)
+    torch.testing.assert_close(got.window, full(*inner._own(inner.window_kv, hidden, where)), atol=1e-5, rtol=0)
+    pull = torch.randn_like(got.selected)
+    grads = (torch.autograd.grad((y * pull).sum(), (q, k, v)) for y in (got.selected, full(k, v)))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_importance_weights_of_the_paper():
+    inner = layer(NSAConfig(), heads=1, kv_heads=1).inner
+    keys = torch.randn(1, 512, 1, 6)
+    blocks = inner._compress(keys, keys, layout(1, 512, "cpu"), torch.arange(512)[None] // 64, None)
+    share = F.one_hot(blocks.pieces[0], 8).sum(1)  # [M, J]
+    assert share.shape[0] == 31
+    for j in range(1, 7):
+        assert share[4 * j - 1 : 4 * j + 4, j].tolist() == [1, 2, 2, 2, 1]
+        assert share[:, j].sum() == 8
+
+
+def test_a_query_before_the_first_complete_block_gets_nothing_from_the_compressed():
+    inner = layer().inner
+    q, k, v, hidden = torch.randn(1, 9, 4, 6), torch.randn(1, 9, 2, 6), torch.randn(1, 9, 2, 6), torch.randn(1, 9, 20)
+    compressed = inner.branches(q, k, v, hidden=hidden, layout=layout(1, 9, "cpu"), scale=0.4).compressed
+    assert (compressed[:, :3] == 0).all()
+    assert (compressed[:, 3:] != 0).all()
+
+
+@pytest.mark.parametrize("config", SIZES, ids=str)
+def test_no_query_sees_what_comes_after_it(config):
+    attention, hidden = layer(config), torch.randn(1, 17, 20)
+    before = run(attention, hidden)
+    for t in range(17):
+        changed = hidden.clone()
+        changed[:, t:] += 3.0 * torch.randn(1, 17 - t, 20)
+        after = run(attention, changed)
+        torch.testing.assert_close(after[:, :t], before[:, :t], atol=1e-5, rtol=0)
+        assert (after[:, t] - before[:, t]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("config", SIZES, ids=str)
+def test_packed_documents_attend_as_if_alone(config):
+    attention, lengths = layer(config), (7, 1, 19, 4)
+    hidden = torch.randn(1, sum(lengths), 20)
+    documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
+    alone = torch.cat([run(attention, part) for part in hidden.split(lengths, 1)], 1)
+    torch.testing.assert_close(run(attention, hidden, documents=documents), alone, atol=2e-5, rtol=0)
+
+
+def test_rows_may_be_packed_differently():
+    attention, hidden = layer(), torch.randn(2, 20, 20)
+    documents = torch.stack([torch.arange(20) // 15, torch.arange(20) // 2])
+    out = run(attention, hidden, documents=documents)
+    for row, lengths in enumerate(([15, 5], [2] * 10)):
+        alone = torch.cat([run(attention, part) for part in hidden[row : row + 1].split(lengths, 1)], 1)
+        torch.testing.assert_close(out[row : row + 1], alone, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("config", SIZES, ids=str)
+@pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 5), (3, 5)])
+def test_padding_changes_nothing(config, left, right):
+    attention, hidden = layer(config), torch.randn(2, 15, 20)
+    padded = torch.cat([torch.randn(2, left, 20), hidden, torch.randn(2, right, 20)], 1)
+    present = torch.zeros(2, padded.shape[1], dtype=torch.bool)
+    present[:, left : left + 15] = True
+    out = run(attention, padded, present=present)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out[:, left : left + 15], run(attention, hidden), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("config", SIZES, ids=str)
+@pytest.mark.parametrize("pieces", [[1] * 30, [9] + [1] * 21, [2, 11, 1, 1, 15]])
+def test_decoding_equals_one_call(config, pieces):
+    attention, hidden = layer(config), torch.randn(2, 30, 20)
+    past, cache = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device)
+    outs = [run(attention, part, past, cache) for part in hidden.split(pieces, 1)]
+    torch.testing.assert_close(torch.cat(outs, 1), run(attention, hidden), atol=2e-5, rtol=0)
+
+
+def test_the_cache_forgets_and_reorders():
+    attention, hidden, index = layer(), torch.randn(3, 33, 20), torch.tensor([2, 0])
+    past, cache = Past(), attention.new_cache(3, 8, hidden.dtype, hidden.device)
+    run(attention, hidden[:, :20], past, cache)
+    run(attention, torch.randn(3, 7, 20), past, cache)
+    for kept in (past, cache):
+        kept.crop(7)
+        kept.select(index)
+    outs = [run(attention, part, past, cache) for part in hidden[index, 20:].split(1, 1)]
+    torch.testing.assert_close(torch.cat(outs, 1), run(attention, hidden[index])[:, 20:], atol=2e-5, rtol=0)
+    for kept in (past, cache):
+        kept.reset()
+    torch.testing.assert_close(run(attention, hidden[:2], past, cache), run(attention, hidden[:2]))
+
+
+def test_left_padded_rows_decode_as_if_alone():
+    attention, hidden, lead = layer(), torch.randn(2, 30, 20), [0, 6]
+    present = torch.stack([torch.arange(30) >= n for n in lead])
+    past, cache, outs = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device), []
+    for part, seen in zip(hidden.split([14] + [1] * 16, 1), present.split([14] + [1] * 16, 1), strict=True):
+        outs.append(run(attention, part, past, cache, present=seen))
+    out = torch.cat(outs, 1)
+    for row, n in enumerate(lead):
+        torch.testing.assert_close(out[row : row + 1, n:], run(attention, hidden[row : row + 1, n:]), atol=2e-5, rtol=0)
+
+
+def test_decoding_reads_the_chosen_blocks_only():
+    config = NSAConfig(block=4, stride=2, select_block=4, chosen=3, window=5)
+    attention, hidden = layer(config), torch.randn(1, 41, 20)
+    expected = run(attention, hidden)[:, 40:]
+    past, cache = Past(), attention.new_cache(1, 64, hidden.dtype, hidden.device)
+    run(attention, hidden[:, :40], past, cache)
+    for kept in (cache.inner.compressed_keys, cache.inner.compressed_values):
+        kept.buffer[:, :36] = torch.nan  # compressed already
+    for kept in (cache.inner.window_keys, cache.inner.window_values):
+        kept.buffer[:, :36] = torch.nan  # out of the window
+    unread = [j for j in range(10) if not _reads(attention, cache, past, hidden, j)]
+    assert len(unread) >= 10 - 2 * 3  # two groups of three
+    for j in unread:
+        cache.keys.buffer[:, 4 * j : 4 * j + 4] = torch.nan
+    torch.testing.assert_close(run(attention, hidden[:, 40:], past, cache), expected, atol=2e-5, rtol=0)
+
+
+def _reads(attention, cache, past, hidden, block):
+    """Whether the next token's result depends on the keys of this selection block."""
+    held = cache.keys.buffer.clone()
+    cache.keys.buffer[:, 4 * block : 4 * block + 4] = torch.nan
+    out = run(attention, hidden[:, 40:], past, cache)
+    for kept in (past, cache):
+        kept.crop(1)
+    cache.keys.buffer[:, :40] = held[:, :40]
+    return bool(out.isnan().any())
+
+
+def test_each_branch_and_gate_learns():
+    attention = layer()
+    run(attention, torch.randn(2, 20, 20)).square().sum().backward()
+    for name, parameter in attention.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_the_choice_carries_no_gradient():
+    inner = layer().inner
+    q, k, v = (torch.randn(1, 20, n, 6) for n in (4, 2, 2))
+    hidden = torch.randn(1, 20, 20)
+    got = inner.branches(q, k.requires_grad_(), v, hidden=hidden, layout=layout(1, 20, "cpu"), scale=0.4)
+    got.selected.sum().backward()
+    assert all(parameter.grad is None for parameter in inner.parameters())
+
+
+def test_runs_of_queries_change_nothing(monkeypatch):
+    attention, hidden = layer(), torch.randn(2, 23, 20)
+    whole = run(attention, hidden)
+    monkeypatch.setattr(nsa, "QUERIES", 5)
+    torch.testing.assert_close(run(attention, hidden), whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"block": 24}, "block: got 24, expected a multiple of the stride, 16"),
+        ({"select_block": 40}, "select_block: got 40, expected a multiple of the stride, 16"),
+        ({"chosen": 2}, "chosen: got 2, expected at least 3"),
+        ({"window": 0}, "window: got 0, expected at least 1"),
+        ({"stride": 0}, "stride: got 0, expected at least 1"),
+    ],
+)
+def test_bad_configs_say_so(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        NSAConfig(**wrong)
