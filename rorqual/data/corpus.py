@@ -1,0 +1,149 @@
+"""The name of a source in -> documents out: clean, no two nearly alike, each on its own side of the split.
+
+    clean       UTF-8 with "\\n" line ends, no bytes that text never holds, at most `longest` bytes, else cut
+    alike       Jaccard(A, B) = |A and B| / |A or B| >= near, of the sets of 5-letter pieces; the first of two stays
+    side        validation where place(text) < 2%, place = hash of the text alone, in [0, 1)
+
+Jaccard is estimated from 128 minima of hashes (MinHash, Broder 1997), and only documents that share a band of minima
+are compared, so two that are just over the threshold may both stay. Imports `sources` and `files` beside it.
+"""
+
+import functools
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from typing import Literal
+
+import rensa
+
+from rorqual.data import files, sources
+
+VALIDATION = 0.02
+_LETTERS = 5  # of one piece: two words of Chinese, most of one of English
+_MINIMA = 128
+_READING = 1  # counts up whenever the same source gives other documents than before
+
+
+def place(text: str) -> float:
+    """Where the text falls in [0, 1): the same on every machine and in every corpus."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=6).digest(), "big") / 2**48
+
+
+def split(text: str) -> Literal["train", "validation"]:
+    """The side of a document, by its text alone: it stays there whatever else joins or leaves the corpus."""
+    return "validation" if place(text) < VALIDATION else "train"
+
+
+def open_corpus(
+    source: str = "wordnet",
+    *,
+    column: str = "text",
+    limit: int | None = None,
+    longest: int = files.LONGEST,
+    near: float | None = 0.8,
+) -> "Corpus":
+    """The corpus of that name (`sources` lists them); nothing is read yet but a folder's names or a dataset's header.
+
+    column: of a jsonl file, parquet file or dataset. limit: how many documents at most. longest: bytes of one document.
+    near: drop a document whose Jaccard similarity with an earlier one reaches this; None drops exact copies alone.
+    ValueError for a source that is not there, and for numbers out of range.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"got limit {limit}, expected at least 1 document")
+    if longest < 64:
+        raise ValueError(f"got longest {longest}, expected at least 64 bytes")
+    if near is not None and not 0 < near <= 1:
+        raise ValueError(f"got near {near}, expected 0 < near <= 1, or none")
+    return Corpus(sources.find(source, column=column, longest=longest), column, limit, longest, near)
+
+
+class Corpus:
+    """Documents with a name, a licence and a size.
+
+    name, license: str. bytes: int | None   of the source as it is read, None where a hub does not say.
+    skipped: Counter   of the latest pass: reason -> how many texts it cost. examples: reason -> the first place.
+    """
+
+    def __init__(
+        self, source: sources.Source, column: str, limit: int | None, longest: int, near: float | None
+    ) -> None:
+        self.name, self.license, self.bytes = source.name, source.license, source.bytes
+        self.skipped: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+        self._source, self._column, self._limit, self._longest, self._near = source, column, limit, longest, near
+        self._copies: dict[int, str] | None = None  # which texts a whole pass found to be copies, and how
+
+    def __str__(self) -> str:
+        return f"{self.name} ({'size unknown' if self.bytes is None else f'{self.bytes / 1e6:.1f} MB'}; {self.license})"
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of all that decides which documents come out; reads local files whole."""
+        settings = [self._column, self._limit, self._longest, self._near, _READING, rensa.RMinHash.ALGORITHM_VERSION]
+        said = json.dumps([self._source.stamp(), *settings])
+        return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+
+    def documents(self) -> Iterator[str]:
+        """Each document once, in the order of the source. ValueError at the end if there was none, with the reasons."""
+        self.skipped, self.examples = Counter(), {}
+        kept, copies = 0, {} if self._copies is None else self._copies
+        for text in islice(self._unlike(copies), self._limit):
+            kept += 1
+            yield text
+        self._copies = copies
+        if not kept:
+            met = ", ".join(f"{count} x {why} ({self.examples[why]})" for why, count in self.skipped.most_common(4))
+            raise ValueError(f"{self.name}: got no documents: {met or 'nothing there'}; expected at least one")
+
+    def _skip(self, reason: str, where: str) -> None:
+        self.skipped[reason] += 1
+        self.examples.setdefault(reason, where.encode("utf-8", "replace").decode("utf-8")[:400])
+
+    def _unlike(self, copies: dict[int, str]) -> Iterator[str]:
+        """Texts that are no copies of earlier ones. Fills `copies` on the first pass and believes it on later ones."""
+        known = self._copies is not None
+        seen: set[bytes] = set()
+        index = rensa.RMinHashDeduplicator(threshold=self._near or 1.0, num_perm=_MINIMA, use_lsh=True)
+        for number, (where, text) in enumerate(self._clean()):
+            if not known:
+                mark = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
+                if mark in seen:
+                    copies[number] = "duplicate"
+                elif self._near is not None and not index.add_pairs([(str(number), _pieces(text))])[0]:
+                    copies[number] = "near-duplicate"
+                seen.add(mark)
+            if number in copies:
+                self._skip(copies[number], where)
+            else:
+                yield text
+
+    def _clean(self) -> Iterator[tuple[str, str]]:
+        """(place, text), no longer than allowed."""
+        for where, raw in self._source.read(self._skip):
+            short = len(raw) <= self._longest
+            pieces = [(where, raw)] if short else files.cut(io.BytesIO(raw), where, self._longest, self._skip)
+            for _, piece in pieces:
+                text = self._decoded(piece, where)
+                if text is not None:
+                    yield where, text
+
+    def _decoded(self, piece: bytes, where: str) -> str | None:
+        if b"\0" in piece:
+            self._skip("binary or UTF-16 (a NUL byte)", where)
+            return None
+        try:
+            text = piece.decode("utf-8")
+        except UnicodeDecodeError as error:
+            self._skip("not UTF-8", f"{where}: {piece[error.start : error.start + 4]!r}")
+            return None
+        text = text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff").strip()
+        if not text:
+            self._skip("empty", where)
+        return text or None
+
+
+def _pieces(text: str) -> list[str]:
+    return [text[i : i + _LETTERS] for i in range(max(1, len(text) - _LETTERS + 1))]

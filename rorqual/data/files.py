@@ -1,0 +1,225 @@
+"""A file or folder in -> its texts out, undecoded: .txt and .md whole, .jsonl and .parquet one record a text.
+
+A reader yields (place, bytes) and calls `skip(reason, place)` for all that it leaves out, so that nothing is lost in
+silence. A text longer than asked for comes in pieces that end where a paragraph, a line or a word does.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Skip = Callable[[str, str], None]
+Raw = Iterator[tuple[str, bytes]]
+Reader = Callable[[io.BufferedIOBase, str, str, int, Skip], Raw]
+
+LONGEST = 2**16  # bytes of one document
+LONGEST_LINE = 2**26  # bytes of one JSON line; a longer one is left out
+_MARKS = (b"\n\n", b"\n", "。".encode(), b" ")
+_BLANK = re.compile(rb"\s|" + "。".encode())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listed:
+    """The readable files of a folder, or one file; `left` is what was met beside them, (reason, place)."""
+
+    root: Path
+    paths: tuple[Path, ...]
+    left: tuple[tuple[str, str], ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(os.path.getsize(path) for path in self.paths if os.path.isfile(path))
+
+    def stamp(self) -> str:
+        """Changes when a name or a content does."""
+        return digest(self.paths, root=self.root)
+
+    def read(self, column: str, longest: int, skip: Skip) -> Raw:
+        for reason, where in self.left:
+            skip(reason, where)
+        for path in self.paths:
+            yield from _file(path, column, longest, skip)
+
+
+def listed(path: Path) -> Listed:
+    """ValueError for a file of a kind that nobody reads here, and for a folder without any."""
+    if not path.is_dir():
+        if path.suffix.lower() not in _READERS:
+            raise ValueError(f"{printable(path)}: got {path.suffix or 'no extension'}, expected {_KINDS}")
+        return Listed(root=path.parent, paths=(path,), left=())
+    paths, left = _walk(path)
+    if not paths:
+        met = ", ".join(f"{count} {reason}" for reason, count in Counter(reason for reason, _ in left).items())
+        raise ValueError(f"{printable(path)}: got {met or 'an empty folder'}, expected {_KINDS} files in it")
+    return Listed(root=path, paths=tuple(paths), left=tuple(left))
+
+
+def _walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
+    """The readable files below a folder, in order of their names, and what else is there."""
+    paths: list[Path] = []
+    left: list[tuple[str, str]] = []
+
+    def unreadable(error: OSError) -> None:
+        left.append(("unreadable folder", printable(Path(error.filename))))
+
+    for here, folders, names in os.walk(folder, onerror=unreadable):
+        shut = {name for name in folders if name.startswith(".") or Path(here, name).is_symlink()}
+        folders[:] = sorted(set(folders) - shut)
+        left += [("hidden or linked folder", printable(Path(here, name))) for name in sorted(shut)]
+        for path in (Path(here, name) for name in sorted(names)):
+            if path.name.startswith("."):
+                left.append(("hidden file", printable(path)))
+            elif path.suffix.lower() in _READERS:
+                paths.append(path)
+            else:
+                left.append((f"{printable(Path(path.suffix or 'extensionless'))} file", printable(path)))
+    return paths, left
+
+
+def _file(path: Path, column: str, longest: int, skip: Skip) -> Raw:
+    where = printable(path)
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            skip("no regular file", where)
+        elif not status.st_size:
+            skip("empty file", where)
+        else:
+            with open(path, "rb") as file:
+                yield from _READERS[path.suffix.lower()](file, where, column, longest, skip)
+    except OSError as error:
+        skip(f"unreadable ({type(error).__name__})", where)
+
+
+def cut(file: io.BufferedIOBase, where: str, longest: int, skip: Skip) -> Raw:
+    """A text in pieces of at most `longest` bytes, each ending with a paragraph, else a line, else a word.
+
+    A word longer than half a piece is no prose: it is left out, as one, however long it is.
+    """
+    rest, half, lost = b"", longest // 2, False
+    while block := file.read(longest):
+        if lost:
+            block, lost = _behind(block)
+        rest += block
+        while len(rest) > longest:
+            at = next((end for end in _ends(rest, half, longest) if end), 0)
+            if at:
+                yield where, rest[:at]
+                rest = rest[at:]
+            else:
+                skip("word too long", f"{where}: over {half} bytes without white space")
+                at = max(_ends(rest, 0, half))
+                if at:
+                    yield where, rest[:at]
+                rest, lost = _behind(rest[at:])
+    if rest:
+        yield where, rest
+
+
+def _behind(text: bytes) -> tuple[bytes, bool]:
+    """(what follows the first word, whether that word goes on behind the text)."""
+    found = _BLANK.search(text)
+    return (text[found.end() :], False) if found else (b"", True)
+
+
+def _ends(text: bytes, first: int, last: int) -> list[int]:
+    """Where the last paragraph, line, sentence without blanks, and word between `first` and `last` end; 0 for none."""
+    places = (text.rfind(mark, first, last) + len(mark) for mark in _MARKS)
+    return [place if place >= len(mark) else 0 for mark, place in zip(_MARKS, places, strict=True)]
+
+
+def _text(file: io.BufferedIOBase, where: str, column: str, longest: int, skip: Skip) -> Raw:
+    return cut(file, where, longest, skip)
+
+
+def _jsonl(file: io.BufferedIOBase, where: str, column: str, longest: int, skip: Skip) -> Raw:
+    number = 0
+    while line := file.readline(LONGEST_LINE):
+        number += 1
+        place = f"{where} line {number}"
+        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+            while (more := file.readline(LONGEST_LINE)) and not more.endswith(b"\n"):
+                pass
+            skip("giant line", f"{place}: over {LONGEST_LINE} bytes")
+        elif line.strip():
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError:
+                skip("not UTF-8", place)
+            except (ValueError, RecursionError):
+                skip("not JSON", place)
+            else:
+                yield from cell(row, column, place, skip)
+
+
+def _parquet(file: io.BufferedIOBase, where: str, column: str, longest: int, skip: Skip) -> Raw:
+    try:
+        import pyarrow as arrow  # optional: it comes with the [hub] extra
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ValueError(f"{where}: a parquet file needs `pip install 'rorqual[hub]'`") from error
+    number = 0
+    try:
+        table = parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        if column not in names:
+            skip(f"no column {column!r}", f"{where}: has {', '.join(names[:9])}")
+            return
+        for batch in table.iter_batches(256, columns=[column]):
+            for value in batch.column(column).to_pylist():
+                number += 1
+                yield from cell({column: value}, column, f"{where} row {number}", skip)
+    except (arrow.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
+        skip("broken parquet", f"{where} after row {number}: {first_line(error)}")
+
+
+def cell(row: Any, column: str, where: str, skip: Skip) -> Raw:
+    """The text of one record."""
+    if not isinstance(row, dict):
+        skip("no JSON object", f"{where}: {type(row).__name__}")
+    elif column not in row:
+        has = ", ".join(list(row)[:9]) or "none"
+        skip(f"no column {column!r}", f"{where}: has {has}")
+    elif row[column] is None:
+        skip("empty", where)
+    elif not isinstance(row[column], str):
+        skip(f"column {column!r} is no text", f"{where}: {type(row[column]).__name__}")
+    else:
+        yield where, row[column].encode("utf-8", "surrogatepass")
+
+
+def digest(paths: Iterable[Path], *, root: Path) -> str:
+    """Of names below `root` and contents."""
+    total = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        content = hashlib.blake2b(digest_size=16)
+        try:
+            if os.path.isfile(path):  # a pipe would never end
+                with open(path, "rb") as file:
+                    while block := file.read(2**20):
+                        content.update(block)
+        except OSError:
+            content.update(b"unreadable")
+        total.update(os.fsencode(path.relative_to(root)) + b"\0" + content.digest())
+    return total.hexdigest()
+
+
+def printable(path: Path) -> str:
+    """A file name need not be text."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+_READERS: dict[str, Reader] = {".txt": _text, ".md": _text, ".jsonl": _jsonl, ".parquet": _parquet}
+_KINDS = ", ".join(_READERS)

@@ -1,0 +1,232 @@
+"""The name of a source in -> its raw texts out, undecoded and uncleaned, with licence and size.
+
+    wordnet                        WordNet 3.0, bundled with rorqual
+    docstrings[:PACKAGE,...]       docstrings of the Python packages installed here; parsed, never imported
+    gcide                          the Collaborative International Dictionary of English, from Debian's dict-gcide
+    hf:NAME[:CONFIG[:SPLIT]]       a Hugging Face dataset, streamed
+    a file or folder               .txt, .md, .jsonl, .parquet
+
+`corpus.open_corpus` makes documents of them. A reader yields (place, bytes) and calls `skip(reason, place)` for all
+that it leaves out, so that nothing is lost in silence. Imports `files` beside it.
+"""
+
+import ast
+import bz2
+import functools
+import gzip
+import importlib.metadata
+import os
+import re
+import string
+import struct
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rorqual.data import files
+from rorqual.data.files import Raw, Skip
+
+WORDNET = Path(__file__).with_name("texts") / "wordnet-3.0.txt.bz2"
+DICTD = Path("/usr/share/dictd")
+_DIGITS = {c: i for i, c in enumerate(string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/")}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """Where texts come from. `bytes` is the size of what is read, None where nobody says; `stamp` changes with it."""
+
+    name: str
+    license: str
+    bytes: int | None
+    read: Callable[[Skip], Raw]
+    stamp: Callable[[], str]
+
+
+def find(name: str, *, column: str = "text", longest: int = files.LONGEST) -> Source:
+    """The source of that name. Long files may come in pieces of `longest` bytes.
+
+    ValueError, with the mend, for a source that is not there.
+    """
+    kind, _, rest = name.partition(":")
+    if name == "wordnet":
+        return _wordnet()
+    if name == "gcide":
+        return _gcide(DICTD)
+    if kind == "docstrings":
+        return _docstrings([part for part in rest.split(",") if part])
+    if kind == "hf":
+        return _hub(rest, column)
+    if not os.path.exists(name):
+        known = "wordnet, docstrings, gcide, hf:NAME, or a file or folder that exists"
+        raise ValueError(f"got data {name!r}, expected {known}")
+    found = files.listed(Path(name))
+    return Source(
+        name=files.printable(Path(name)),
+        license="unstated: local files",
+        bytes=found.bytes,
+        read=lambda skip: found.read(column, longest, skip),
+        stamp=found.stamp,
+    )
+
+
+def _wordnet() -> Source:
+    def read(skip: Skip) -> Raw:
+        with bz2.open(WORDNET) as file:
+            for line in file:
+                yield "wordnet", line
+
+    return Source(
+        name="WordNet 3.0",
+        license="WordNet 3.0 licence, Princeton University 2006: free for any use, with its notice",
+        bytes=11_494_709,
+        read=read,
+        stamp=lambda: files.digest([WORDNET], root=WORDNET.parent),
+    )
+
+
+def _docstrings(packages: list[str]) -> Source:
+    found = {d.name: d for d in sorted(importlib.metadata.distributions(), key=lambda d: d.name or "") if d.name}
+    unknown = sorted({name.lower() for name in packages} - {name.lower() for name in found})
+    if unknown:
+        raise ValueError(f"got docstrings of {', '.join(unknown)}, expected installed packages (see `pip list`)")
+    wanted = {name.lower() for name in packages} or {name.lower() for name in found}
+    chosen = [d for name, d in found.items() if name.lower() in wanted]
+    listed = [file for d in chosen for file in d.files or () if file.suffix == ".py" and ".." not in file.parts]
+    paths = {str(file): Path(str(file.locate())) for file in listed}
+    sizes = [path.stat().st_size for path in paths.values() if path.is_file()]
+    versions = sorted(f"{d.name}=={d.version}" for d in chosen)
+
+    def read(skip: Skip) -> Raw:
+        for name, path in paths.items():
+            module = ".".join(Path(name).with_suffix("").parts).removesuffix(".__init__")
+            for title, text in _documented(path, module, skip):
+                yield name, f"{title}\n\n{text}".encode("utf-8", "surrogatepass")
+
+    return Source(
+        name=f"docstrings of {len(chosen)} packages" if len(chosen) != 1 else f"docstrings of {versions[0]}",
+        license="each package's own: " + _licenses(chosen),
+        bytes=sum(sizes),
+        read=read,
+        stamp=lambda: "\n".join(versions),
+    )
+
+
+def _licenses(chosen: Iterable[importlib.metadata.Distribution]) -> str:
+    """ "MIT (12), Apache-2.0 (7), ..." """
+    counts: Counter[str] = Counter()
+    for distribution in chosen:
+        said = distribution.metadata.get_all  # plain indexing by a field that is not there is deprecated
+        kinds = [kind.split(" :: ")[-1] for kind in said("Classifier", []) if kind.startswith("License :: ")]
+        named = said("License-Expression", []) or [" and ".join(kinds)] * bool(kinds) or said("License", [])
+        counts["".join(named[:1]).strip().partition("\n")[0][:40] or "unstated"] += 1
+    return ", ".join(f"{name} ({count})" for name, count in counts.most_common(8)) + (
+        ", ..." if len(counts) > 8 else ""
+    )
+
+
+def _documented(path: Path, module: str, skip: Skip) -> list[tuple[str, str]]:
+    """(qualified name, docstring) of a module and of all that it defines, in the order of the file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an invalid escape in somebody's source
+            tree = ast.parse(path.read_bytes())
+    except OSError as error:
+        skip(f"unreadable ({type(error).__name__})", files.printable(path))
+        return []
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        skip("no Python that parses", files.printable(path))
+        return []
+    found: list[tuple[str, str]] = []
+    open_nodes: list[tuple[str, ast.AST]] = [(module, tree)]
+    while open_nodes:
+        name, node = open_nodes.pop()
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            name = name if isinstance(node, ast.Module) else f"{name}.{node.name}"
+            if text := ast.get_docstring(node):
+                found.append((name, text))
+        inside = [child for part in ("body", "orelse", "handlers", "finalbody") for child in getattr(node, part, ())]
+        open_nodes += [(name, child) for child in reversed(inside)]
+    return found
+
+
+def _gcide(folder: Path) -> Source:
+    index, packed = folder / "gcide.index", folder / "gcide.dict.dz"
+    if not (index.is_file() and packed.is_file()):
+        raise ValueError("got data 'gcide', which is not installed here, expected `apt install dict-gcide` before")
+    return Source(
+        name="Collaborative International Dictionary of English (Debian dict-gcide)",
+        license="GPL-2.0-or-later",
+        bytes=struct.unpack("<I", packed.read_bytes()[-4:].rjust(4, b"\0"))[0],  # gzip ends with the length
+        read=lambda skip: _entries(index, packed, skip),
+        stamp=lambda: files.digest([index, packed], root=folder),
+    )
+
+
+def _entries(index: Path, packed: Path, skip: Skip) -> Raw:
+    """Each entry of a dictd dictionary once, however many headwords lead to it."""
+    try:
+        with gzip.open(packed) as file:
+            content = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{packed}: {error}, expected a dictzip file (apt reinstall dict-gcide)") from error
+    places: dict[tuple[int, int], str] = {}
+    for number, line in enumerate(index.read_bytes().split(b"\n"), 1):
+        if not line or line.startswith(b"00"):  # the dictionary's notes on itself
+            continue
+        try:
+            word, at, length = line.decode("utf-8").split("\t")
+            places.setdefault((_number(at), _number(length)), word)
+        except (ValueError, KeyError):
+            skip("broken line of the index", f"{index} line {number}")
+    for (begin, size), word in sorted(places.items()):
+        yield word, _entry(content[begin : begin + size])
+
+
+def _number(digits: str) -> int:
+    """dictd's base 64, most significant digit first."""
+    return functools.reduce(lambda value, digit: value * 64 + _DIGITS[digit], digits, 0)
+
+
+def _entry(text: bytes) -> bytes:
+    """Paragraphs on one line each, without source marks such as [1913 Webster] on lines of their own, and braces."""
+    lines = [line.strip() for line in text.split(b"\n")]
+    joined = b"\n".join(line for line in lines if not re.fullmatch(rb"\[[^\[\]]*\]( \S+)?", line))
+    plain = re.sub(rb" {2,}", b" ", re.sub(rb"(?<!\n)\n(?!\n)", b" ", joined))
+    return re.sub(rb"[{}]", b"", re.sub(rb"\s*\n\s*", b"\n", plain))
+
+
+def _hub(name: str, column: str) -> Source:
+    try:
+        import datasets  # optional: the [hub] extra
+    except ImportError as error:
+        raise ValueError(f"got data 'hf:{name}', which needs `pip install 'rorqual[hub]'`") from error
+    path, config, split, *more = [*name.split(":"), "", ""] if name.count(":") < 3 else name.split(":")
+    if not path or any(more):
+        raise ValueError(f"got data 'hf:{name}', expected hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
+    split = split or "train"
+    try:
+        builder = datasets.load_dataset_builder(path, config or None)
+        rows = builder.as_streaming_dataset(split=split)
+    except Exception as error:  # whatever a hub, a network or a dataset's files may raise
+        raise ValueError(f"hf:{name}: {files.first_line(error)}") from error
+    if rows.column_names is not None and column not in rows.column_names:
+        raise ValueError(f"hf:{name}: got column {column!r}, expected one of {', '.join(rows.column_names)} (--column)")
+
+    def read(skip: Skip) -> Raw:
+        number = 0
+        try:
+            for number, row in enumerate(rows, 1):
+                yield from files.cell(row, column, f"row {number}", skip)
+        except Exception as error:
+            raise ValueError(f"hf:{name}: broke off after row {number}: {files.first_line(error)}") from error
+
+    return Source(
+        name=f"hf:{name}",
+        license=builder.info.license or f"see the card of {path}",
+        bytes=builder.info.dataset_size or builder.info.download_size,
+        read=read,
+        stamp=lambda: f"{path} {builder.config_id} {split} {builder.hash}",
+    )

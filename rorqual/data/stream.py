@@ -1,0 +1,376 @@
+"""Documents in -> packed batches out, the same after any stop, on any number of ranks.
+
+    stored      <|end|> t1 .. tn, one document after another; flat files, two bytes an id, or four
+    epoch e     the documents in the order that (seed, e) draws; epochs follow each other without end
+    window w    the ids at w * length .. (w + 1) * length of that endless text; its labels stand one further on
+    row n       window W k + draw(seed, k)[n mod W],  k = n // W,  W = windows of an epoch
+    batch s     rows  s * rows * world + rank * rows  ..  + rows - 1
+
+So in every epoch each token is read once and foretold once: the label of a row's last token is the first token of the
+next window, that of a document's last token is the <|end|> that opens the next one. Where the stream stands is one
+number, n. Imports `corpus` and `tokenizer` beside it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from rorqual.data.corpus import VALIDATION, Corpus, place, split
+from rorqual.data.tokenizer import Tokenizer
+
+IGNORED = -100  # the label of what is only padding
+_FORMAT = 1
+_SIDES: tuple[Literal["train", "validation"], ...] = ("train", "validation")
+_BATCH_BYTES = 2**19  # of text handed to the tokenizer at once
+_ORDER, _WINDOWS = 0, 1  # what a draw is for
+
+Batch = dict[str, Int64[Tensor, "B T"]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tokens:
+    """One side of the split. Document d is ids[starts[d] : starts[d + 1]] and begins with `end_id`.
+
+    ids: uint16 or uint32 [tokens]; starts: int64 [documents + 1]; sizes: int64 [documents], UTF-8 bytes of the text;
+    digest: of ids and starts.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    sizes: np.ndarray
+    end_id: int
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def documents(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def bytes(self) -> int:
+        return int(self.sizes.sum())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenFolder:
+    """A tokenised corpus on disk. `about`: name, license, bytes of the source, and what was skipped, by reason."""
+
+    path: Path
+    train: Tokens
+    validation: Tokens
+    vocabulary: int
+    end_id: int
+    about: dict[str, Any]
+
+
+def tokenise(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    folder: str | os.PathLike[str],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> TokenFolder:
+    """The corpus in ids, below `folder`, under a name that changes with the documents and the tokenizer.
+
+    What is there already is opened, not made again; half-written folders are never seen. `progress` is told the bytes
+    of text done so far. Where no document falls to validation by itself, the one that came nearest does. ValueError
+    for a corpus of fewer than two documents.
+    """
+    said = [_FORMAT, VALIDATION, corpus.fingerprint, tokenizer.backend.to_str(), tokenizer.end_id]
+    path = Path(folder) / hashlib.blake2b(json.dumps(said).encode(), digest_size=10).hexdigest()
+    found = _opened(path)
+    if found is not None:
+        return found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        _write(corpus, tokenizer, beside, progress)
+        _put(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return open_tokens(path)
+
+
+def open_tokens(path: str | os.PathLike[str]) -> TokenFolder:
+    """A folder that `tokenise` wrote. ValueError for one that it did not, or that has been damaged since."""
+    found = _opened(Path(path))
+    if found is None:
+        raise ValueError(f"{os.fspath(path)}: got no whole token folder, expected one that tokenise() wrote")
+    return found
+
+
+def _put(beside: Path, path: Path) -> None:
+    """Gives the folder its name, unless another process was first; a damaged one makes room."""
+    for attempt in range(2):
+        try:
+            os.rename(beside, path)
+            break
+        except OSError:
+            if _opened(path) is not None:
+                return
+            if attempt:
+                raise
+            shutil.rmtree(path, ignore_errors=True)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: Callable[[int], None] | None) -> None:
+    dtype = np.dtype("<u2" if tokenizer.vocabulary <= 2**16 else "<u4")
+    writers = {side: _Writer(folder / f"{side}.bin", dtype, tokenizer.end_id) for side in _SIDES}
+    done = 0
+    for texts in _batches(_sides(corpus.documents())):
+        encoded = tokenizer.encode_batch([text for _, text in texts])
+        sizes = [len(text.encode("utf-8")) for _, text in texts]
+        for side, writer in writers.items():
+            mine = [i for i, (where, _) in enumerate(texts) if where == side]
+            writer.add([encoded[i] for i in mine], [sizes[i] for i in mine])
+        done += sum(sizes)
+        if progress is not None:
+            progress(done)
+    sides = {side: writer.close() for side, writer in writers.items()}
+    if not sides["train"]["documents"]:
+        raise ValueError(f"{corpus.name}: got one document, expected at least two, one of them to validate on")
+    about = {"name": corpus.name, "license": corpus.license, "bytes": corpus.bytes, "skipped": dict(corpus.skipped)}
+    meta = {"vocabulary": tokenizer.vocabulary, "end_id": tokenizer.end_id, "dtype": dtype.str, "about": about} | sides
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
+    for path in [*folder.iterdir(), folder]:
+        _sync(path)
+
+
+def _sides(documents: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(side, text). Until one falls to validation, the nearest so far is held back, to be it if nobody else will."""
+    held: str | None = None
+    validated = False
+    for text in documents:
+        side = split(text)
+        if side == "train" and not validated:
+            if held is None:
+                held = text
+                continue
+            if place(text) < place(held):
+                held, text = text, held
+        yield side, text
+        if side == "validation" and not validated:
+            validated = True
+            if held is not None:
+                yield "train", held
+    if held is not None and not validated:
+        yield "validation", held
+
+
+def _batches(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    batch: list[tuple[str, str]] = []
+    size = 0
+    for side, text in texts:
+        batch.append((side, text))
+        size += len(text)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class _Writer:
+    """Appends documents to one side's file."""
+
+    def __init__(self, path: Path, dtype: np.dtype, end_id: int) -> None:
+        self.path, self.dtype, self.end_id = path, dtype, end_id
+        self.digest = hashlib.blake2b(digest_size=16)
+        self.lengths: list[np.ndarray] = []
+        self.sizes: list[np.ndarray] = []
+
+    def add(self, documents: list[list[int]], sizes: list[int]) -> None:
+        flat = np.fromiter(chain.from_iterable([self.end_id, *ids] for ids in documents), dtype=self.dtype)
+        with open(self.path, "ab") as file:
+            file.write(flat.data)
+        self.digest.update(flat.data)
+        self.lengths.append(np.array([len(ids) + 1 for ids in documents], dtype=np.int64))
+        self.sizes.append(np.array(sizes, dtype=np.int64))
+
+    def close(self) -> dict[str, Any]:
+        starts = np.concatenate([np.zeros(1, np.int64), *self.lengths]).cumsum()
+        sizes = np.concatenate([np.zeros(0, np.int64), *self.sizes])
+        np.save(self.path.with_suffix(".starts.npy"), starts)
+        np.save(self.path.with_suffix(".sizes.npy"), sizes)
+        self.digest.update(starts.data)
+        return {
+            "tokens": int(starts[-1]),
+            "documents": len(sizes),
+            "bytes": int(sizes.sum()),
+            "digest": self.digest.hexdigest(),
+        }
+
+
+def _opened(path: Path) -> TokenFolder | None:
+    try:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        train, validation = (_side(path / f"{side}.bin", meta, side) for side in _SIDES)
+        return TokenFolder(path, train, validation, meta["vocabulary"], meta["end_id"], meta["about"])
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _side(path: Path, meta: dict[str, Any], side: str) -> Tokens:
+    said = meta[side]
+    ids = np.memmap(path, dtype=np.dtype(meta["dtype"]), mode="r")
+    starts = np.load(path.with_suffix(".starts.npy"), mmap_mode="r", allow_pickle=False)
+    sizes = np.load(path.with_suffix(".sizes.npy"), mmap_mode="r", allow_pickle=False)
+    if (len(ids), len(starts), len(sizes)) != (said["tokens"], said["documents"] + 1, said["documents"]):
+        raise ValueError(f"{path}: got {len(ids)} tokens, expected {said['tokens']}")
+    return Tokens(ids, starts, sizes, meta["end_id"], said["digest"])
+
+
+def _draw(seed: int, what: int, number: int, count: int) -> np.ndarray:
+    """int64 [count]: a permutation. Philox's raw bits and a stable sort are the same in every version of numpy."""
+    bits = np.random.Philox(key=np.array([seed, 2 * number + what], dtype=np.uint64)).random_raw(count)
+    return np.argsort(bits, kind="stable")
+
+
+class _Order:
+    """The documents one after another in a given order."""
+
+    def __init__(self, tokens: Tokens, order: np.ndarray) -> None:
+        starts = np.asarray(tokens.starts)
+        self.documents = order
+        self.ends = (starts[1:] - starts[:-1])[order].cumsum()
+        self.shift = starts[1:][order] - self.ends  # from a place in this order to the place in the file
+
+    def find(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places in this order -> (places in the file, ranks of their documents)."""
+        ranks = np.searchsorted(self.ends, at, side="right")
+        return at + self.shift[ranks], ranks
+
+
+def _windows_of(tokens: Tokens, rows: int, length: int, rank: int, world: int) -> int:
+    """Windows of one epoch; ValueError for numbers that make no batch."""
+    if rows < 1 or length < 1:
+        raise ValueError(f"got rows={rows} and length={length}, expected at least 1 of each")
+    if not 0 <= rank < world:
+        raise ValueError(f"got rank={rank} and world={world}, expected 0 <= rank < world")
+    if not len(tokens):
+        raise ValueError("got no tokens, expected at least one document")
+    return -(-len(tokens) // length)
+
+
+class Stream:
+    """Endless training batches of one rank: {"ids", "labels", "documents"}, each int64 [rows, length].
+
+    `documents` numbers the documents as they come, so two tokens belong together if and only if their numbers agree.
+    `rows` is per rank: rows * world rows of one stream are the same text, whatever the world. An iterator over itself;
+    state_dict() after a batch, and load_state_dict() of that elsewhere, goes on with the very next batch.
+    """
+
+    def __init__(self, tokens: Tokens, rows: int, length: int, seed: int = 0, rank: int = 0, world: int = 1) -> None:
+        self._windows = _windows_of(tokens, rows, length, rank, world)
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"got seed {seed}, expected 0 <= seed < 2**63")
+        self.tokens, self.rows, self.length, self.seed, self.rank, self.world = tokens, rows, length, seed, rank, world
+        self._row = 0
+        self._orders: dict[int, _Order] = {}
+        self._drawn: dict[int, np.ndarray] = {}
+
+    @property
+    def total_batches(self) -> int:
+        """Batches of one epoch, the last of which reaches into the next."""
+        return -(-self._windows // (self.rows * self.world))
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Batch:
+        first = self._row + self.rank * self.rows
+        places = self._placed(np.arange(first, first + self.rows))[:, None] * self.length
+        ids, documents = self._read(places + np.arange(self.length + 1))
+        self._row += self.rows * self.world
+        return _batch(ids[:, :-1], ids[:, 1:], documents[:, :-1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, as JSON knows it."""
+        return {"row": self._row, "seed": self.seed, "length": self.length, "tokens": self.tokens.digest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """ValueError for the state of another text, seed or length; rows and world may have changed."""
+        for name, own in (("seed", self.seed), ("length", self.length), ("tokens", self.tokens.digest)):
+            if state[name] != own:
+                raise ValueError(f"stream: got a state with {name} {state[name]}, expected {own}; it cannot be resumed")
+        self._row = int(state["row"])
+
+    def _placed(self, rows: np.ndarray) -> np.ndarray:
+        """Numbers of rows -> numbers of windows."""
+        groups = rows // self._windows
+        placed = np.empty_like(rows)
+        for group in np.unique(groups):
+            drawn = _kept(self._drawn, int(group), lambda k: _draw(self.seed, _WINDOWS, k, self._windows))
+            mine = groups == group
+            placed[mine] = group * self._windows + drawn[rows[mine] % self._windows]
+        return placed
+
+    def _read(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places in the endless text -> (ids, numbers of documents)."""
+        epochs = at // len(self.tokens)
+        files, documents = np.empty_like(at), np.empty_like(at)
+        for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
+            mine = epochs == epoch
+            if mine.any():
+                order = _kept(self._orders, epoch, lambda e: _Order(self.tokens, self._documents(e)))
+                files[mine], ranks = order.find(at[mine] - epoch * len(self.tokens))
+                documents[mine] = ranks + epoch * self.tokens.documents
+        return self.tokens.ids[files].astype(np.int64), documents
+
+    def _documents(self, epoch: int) -> np.ndarray:
+        return _draw(self.seed, _ORDER, epoch, self.tokens.documents)
+
+
+def _kept(kept: dict[int, Any], number: int, make: Callable[[int], Any]) -> Any:
+    """What was made for this number before, or is made now; the four latest are remembered."""
+    if number not in kept:
+        if len(kept) >= 4:
+            del kept[next(iter(kept))]
+        kept[number] = make(number)
+    return kept[number]
+
+
+def validation_batches(tokens: Tokens, rows: int, length: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+    """Every token once and every token foretold once, the last document's end among them, in batches as of `Stream`.
+
+    The documents come in an order drawn once and for all, so the first few batches are a fair sample; `documents` are
+    their numbers in `tokens` (with `tokens.sizes` for bits a byte). All batches have all rows, and all ranks equally
+    many batches: what is left over holds end_id with label -100 and document -1, so a rank may see no label at all.
+    """
+    windows = _windows_of(tokens, rows, length, rank, world)
+    order = _Order(tokens, _draw(0, _ORDER, 0, tokens.documents))
+    for first in range(0, windows, rows * world):
+        mine = np.arange(first + rank * rows, first + (rank + 1) * rows)
+        at = mine[:, None] * length + np.arange(length + 1)
+        there = at < len(tokens)
+        files, ranks = order.find(np.where(there, at, 0))
+        ids = np.where(there, tokens.ids[files], tokens.end_id).astype(np.int64)
+        documents = np.where(there, order.documents[ranks], -1)
+        labels = np.where(there[:, :-1], ids[:, 1:], IGNORED)
+        yield _batch(ids[:, :-1], labels, documents[:, :-1])
+
+
+def _batch(ids: np.ndarray, labels: np.ndarray, documents: np.ndarray) -> Batch:
+    arrays = {"ids": ids, "labels": labels, "documents": documents}
+    return {name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for name, array in arrays.items()}
