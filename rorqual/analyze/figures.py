@@ -1,0 +1,134 @@
+"""Numbers -> matplotlib figures: loss curves, the gate map, expert load, a sweep with error bars."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from rorqual.analyze.measures import Gates, Load
+
+COLOURS = ("#2f7fd1", "#e07b39", "#3a9d5d", "#b65fc2", "#c94f4f", "#8a8a2e")  # legible on white and on black
+_STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rorqual",
+    "legend.frameon": False,
+}
+
+
+def _figure(width: float, height: float) -> Figure:
+    with matplotlib.rc_context(_STYLE):
+        return Figure(figsize=(width, height), layout="constrained")
+
+
+def curves(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Figure:
+    """Training loss (thin, smoothed) and validation loss (dots) over tokens; seeds of an arm share a colour."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(7.5, 3.4)
+        axes = figure.subplots()
+        arms = list(dict.fromkeys(_arm(name) for name, _ in runs))
+        named: set[str] = set()
+        for name, records in runs:
+            arm = _arm(name)
+            colour = COLOURS[arms.index(arm) % len(COLOURS)]
+            steps = [(r["tokens"], r["loss"]) for r in records if "loss" in r and "tokens" in r]
+            tokens_at = {r["step"]: r["tokens"] for r in records if "tokens" in r}
+            checks = [
+                (tokens_at[r["step"]], r["validation_loss"])
+                for r in records
+                if "validation_loss" in r and r["step"] in tokens_at
+            ]
+            if steps:
+                tokens, losses = np.array(steps).T
+                axes.plot(tokens, smooth(losses), color=colour, lw=1, alpha=0.8, label=None if arm in named else arm)
+                named.add(arm)
+            if checks:
+                axes.plot(*np.array(checks).T, "o", color=colour, ms=4)
+        axes.set_xlabel("tokens trained on")
+        axes.set_ylabel("loss, nats a token")
+        axes.grid(alpha=0.2)
+        if named:
+            axes.legend()
+        _zoom(axes, runs)
+        return figure
+
+
+def _zoom(axes: Any, runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> None:
+    """The first steps would flatten everything after them: leave them out of the y axis."""
+    later = [r["loss"] for _, records in runs for r in list(records)[len(records) // 10 :] if "loss" in r]
+    if later:
+        margin = 0.05 * (max(later) - min(later)) + 1e-3
+        axes.set_ylim(min(later) - margin, max(later) + margin)
+
+
+def _arm(name: str) -> str:
+    head, _, tail = name.rpartition("-")
+    return head if head and tail.isdigit() else name
+
+
+def smooth(values: np.ndarray, span: int = 8) -> np.ndarray:
+    """Mean of the last `span` values at every point."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - span)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def gate_map(found: Gates, title: str = "") -> Figure:
+    """Tokens across, a row for each layer and stream, colour the gate."""
+    with matplotlib.rc_context(_STYLE):
+        layers, time, streams = found.values.shape
+        figure = _figure(max(5.0, 0.3 * time + 1.6), 1.25 + 0.24 * layers * streams)
+        axes = figure.subplots()
+        rows = found.values.permute(0, 2, 1).reshape(layers * streams, time).numpy()
+        image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0.0, vmax=1.0, interpolation="nearest")
+        axes.set_xticks(range(time), [word.strip() or "␣" for word in found.tokens], rotation=60, ha="right")
+        names = [
+            f"block {layer}" + (f", stream {s}" if streams > 1 else "")
+            for layer in found.layers
+            for s in range(streams)
+        ]
+        axes.set_yticks(range(layers * streams), names)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        figure.colorbar(image, ax=axes, label="gate", fraction=0.03, pad=0.01)
+        if title:
+            axes.set_title(title, loc="left")
+        return figure
+
+
+def load_map(load: Load) -> Figure:
+    """Each expert's share of its layer's tokens over the uniform share; 1 is balance."""
+    with matplotlib.rc_context(_STYLE):
+        layers, experts = load.counts.shape
+        figure = _figure(7.5, 0.9 + 0.32 * layers)
+        axes = figure.subplots()
+        over = (load.shares * experts).numpy()
+        image = axes.imshow(over, aspect="auto", cmap="cividis", vmin=0.0, vmax=max(2.0, float(over.max())))
+        axes.set_yticks(range(layers), [f"block {layer}" for layer in load.layers])
+        axes.set_xlabel("routed expert")
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        figure.colorbar(image, ax=axes, label="load / uniform", fraction=0.03, pad=0.01)
+        return figure
+
+
+def sweep(points: dict[str, Sequence[tuple[float, float, float]]], *, x: str, y: str, log: bool = False) -> Figure:
+    """Lines of (x, mean, standard error) with error bars."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(6.5, 3.6)
+        axes = figure.subplots()
+        for (name, rows), colour in zip(points.items(), COLOURS * 4, strict=False):
+            xs, means, errors = np.array(sorted(rows)).T
+            axes.errorbar(xs, means, yerr=errors, fmt="o-", color=colour, capsize=3, lw=1.2, ms=4, label=name)
+        if log:
+            axes.set_xscale("log")
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.grid(alpha=0.2)
+        axes.legend()
+        return figure

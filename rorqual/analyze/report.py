@@ -1,0 +1,202 @@
+"""Run folders -> one self-contained page: losses, curves, gates over a sentence, expert load, costs.
+
+No network, and no script but a sorter. Figures are matplotlib's, as SVG inside the page with the text's own colour, so
+that light, dark and print all read well.
+"""
+
+import html
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rorqual.analyze import figures
+from rorqual.analyze.measures import Gates, Load, expert_load, gates
+from rorqual.checkpoint import load_model
+from rorqual.costs import Costs, costs
+from rorqual.data.corpus import open_corpus, split
+from rorqual.data.tokenizer import Tokenizer
+from rorqual.model import LanguageModel, ModelConfig
+
+SENTENCE = "The Eiffel Tower is a famous tower in Paris, the capital of France."
+SAMPLE = 200  # documents of validation text for expert load
+_PAGE = Path(__file__).with_name("report.html")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a page says of one run."""
+
+    name: str
+    config: ModelConfig
+    costs: Costs
+    records: list[dict[str, Any]]
+    gates: Gates | None
+    load: Load | None
+    favourites: list[tuple[int, int, str]]  # layer, expert, the tokens it takes most above their frequency
+
+    def last(self, key: str) -> float | None:
+        """The newest value of a metric, None if it was never logged."""
+        return next((record[key] for record in reversed(self.records) if key in record), None)
+
+
+def read_run(folder: str | Path, *, sentence: str = SENTENCE, texts: Sequence[str] = ()) -> Reading:
+    """Everything the page needs of one run folder. FileNotFoundError, naming the folder, for what is no run."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"report: got {folder}, expected a run folder with config.json; train one with `rorqual train`"
+        )
+    model, tokenizer = load_model(folder), Tokenizer.load(folder)
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").split("\n")[:-1] if metrics.is_file() else []
+    load = _load(model, tokenizer, texts or sample()) if model.config.moe is not None else None
+    return Reading(
+        name=folder.name,
+        config=model.config,
+        costs=costs(model.config),
+        records=[json.loads(line) for line in lines if line.strip()],
+        gates=gates(model, tokenizer, sentence) if model.config.engram is not None else None,
+        load=load,
+        favourites=_favourites(load, tokenizer) if load is not None else [],
+    )
+
+
+def sample(source: str = "wordnet", count: int = SAMPLE) -> list[str]:
+    """The first validation documents of a corpus."""
+    found: list[str] = []
+    for document in open_corpus(source).documents():
+        if split(document) == "validation":
+            found.append(document)
+            if len(found) == count:
+                break
+    return found
+
+
+def _load(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str]) -> Load:
+    device = model.embed.weight.device
+    encoded = [[tokenizer.end_id, *ids] for ids in tokenizer.encode_batch(list(texts))]
+    return expert_load(model, (torch.tensor([ids], device=device) for ids in encoded))
+
+
+def _favourites(load: Load, tokenizer: Tokenizer, experts: int = 6) -> list[tuple[int, int, str]]:
+    """The busiest experts of every layer and what they take."""
+    rows = []
+    for n, layer in enumerate(load.layers):
+        for expert in load.counts[n].topk(min(experts, load.counts.shape[1])).indices.tolist():
+            words = [tokenizer.token(i).strip() or "␣" for i, _ in load.favourites(n, expert)]
+            rows.append((layer, expert, " · ".join(words)))
+    return rows
+
+
+def write_report(
+    runs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    title: str = "rorqual: what was trained, and what it learned",
+    sentence: str = SENTENCE,
+    texts: Sequence[str] = (),
+    note: str = "",
+) -> Path:
+    """Reads the run folders and writes the page; returns its path. `note` is a paragraph of text above the tables."""
+    if not runs:
+        raise ValueError("report: got no runs, expected at least one run folder")
+    readings = [read_run(folder, sentence=sentence, texts=texts) for folder in runs]
+    sections = [
+        ("Result", (f"<p>{html.escape(note)}</p>" if note else "") + results_table(readings)),
+        ("Loss", svg(figures.curves([(r.name, r.records) for r in readings]))),
+        ("How far each token trusts its memory", "".join(_gate_text(r) for r in readings if r.gates is not None)),
+        ("What the experts take", "".join(_load_part(r) for r in readings if r.load is not None)),
+        ("Costs", costs_table(readings)),
+        ("Configurations", "".join(_config_part(r) for r in readings)),
+    ]
+    body = "\n".join(f"<section><h2>{name}</h2>\n{content}</section>" for name, content in sections if content)
+    page = _PAGE.read_text(encoding="utf-8").replace("{{title}}", html.escape(title)).replace("{{body}}", body)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    return out
+
+
+def svg(figure: Any) -> str:
+    """A matplotlib figure as inline SVG whose black is the page's text colour."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    drawing = buffer.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+    drawing = re.sub(r'(width|height)="[\d.]+pt"', "", drawing, count=2)
+    return f"<figure>{drawing.replace('#000000', 'currentColor')}</figure>"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A sortable HTML table; cells are text and are escaped."""
+    cells = "".join(f"<th><button>{html.escape(name)}</button></th>" for name in head)
+    lines = ("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def results_table(readings: Sequence[Reading]) -> str:
+    """Losses and what they took, one row a run."""
+    head = ("run", "validation, nats a token", "bits a byte", "training loss", "tokens", "seconds", "max violation")
+    keys = (
+        ("validation_loss", 4),
+        ("bits_per_byte", 4),
+        ("loss", 3),
+        ("tokens", 0),
+        ("seconds", 0),
+        ("max_violation", 2),
+    )
+    return table(head, [(r.name, *(_number(r.last(key), digits) for key, digits in keys)) for r in readings])
+
+
+def costs_table(readings: Sequence[Reading]) -> str:
+    """Parameters, FLOPs and cache bytes, one row a run."""
+    head = ("run", "total parameters", "of them memory", "activated", "FLOPs a token", "cache bytes a token")
+    rows = []
+    for r in readings:
+        c = r.costs
+        values = (c.total, c.memory, c.activated, c.flops_per_token, c.cache_bytes_per_token)
+        rows.append((r.name, *(f"{value:,}" for value in values)))
+    return table(head, rows)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def _gate_text(reading: Reading) -> str:
+    """The sentence with each token tinted by its gate, the mean of the streams, a line a layer; then all streams."""
+    found = reading.gates
+    assert found is not None
+    lines = []
+    for n, layer in enumerate(found.layers):
+        means = found.values[n].mean(-1).tolist()
+        words = "".join(
+            f'<span style="--g:{value:.3f}" title="{value:.2f}">{html.escape(word)}</span>'
+            for word, value in zip(found.tokens, means, strict=True)
+        )
+        lines.append(f'<p class="gates"><b>{html.escape(reading.name)}, block {layer}</b> {words}</p>')
+    return "".join(lines) + svg(figures.gate_map(found))
+
+
+def _load_part(reading: Reading) -> str:
+    assert reading.load is not None
+    rows = [(str(layer), str(expert), words) for layer, expert, words in reading.favourites]
+    taken = table(("block", "expert", "tokens it takes most above their frequency"), rows)
+    return (
+        f"<h3>{html.escape(reading.name)}</h3>"
+        + svg(figures.load_map(reading.load))
+        + f"<details><summary>what the busiest experts take</summary>{taken}</details>"
+    )
+
+
+def _config_part(reading: Reading) -> str:
+    from rorqual.config import to_dict
+
+    text = html.escape(json.dumps(to_dict(reading.config), indent=2))
+    return f"<details><summary>{html.escape(reading.name)}</summary><pre>{text}</pre></details>"

@@ -1,0 +1,186 @@
+"""Nothing -> two trained arms and a page: the same budget spent on experts alone, and on experts with memory.
+
+text -> tokenizer -> token files (kept for the next time) -> one run an arm and seed, side by side -> losses, a
+continuation, a row of gates, and report.html.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rorqual.analyze.figures import gate_map
+from rorqual.analyze.measures import Gates, gates
+from rorqual.analyze.report import write_report
+from rorqual.experiments.plan import Plan, agreement, split_budget
+from rorqual.experiments.runs import Job, last, run
+from rorqual.presets import preset
+from rorqual.serve.generate import load
+from rorqual.train.optim import OptimConfig
+from rorqual.train.trainer import DataConfig, TrainConfig, prepare
+
+SENTENCE = "The blue whale is the largest mammal; Alexander the Great was king of Macedon, in northern Greece."
+PROMPT = "whale, "
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """What the demo trains and how long."""
+
+    preset: str = "tiny"
+    rho: float = 0.7  # share of the inactive experts that stay experts
+    data: str = "wordnet"
+    folder: str = "runs/demo"
+    cache: str = "runs/cache"
+    steps: int = 240
+    rows: int = 16  # sequences a step
+    length: int = 128  # tokens a sequence
+    lr: float = 8e-3
+    seeds: int = 2  # runs an arm
+    minutes: float = 7.0  # further seeds are left out when they would not end by then
+    sentence: str = SENTENCE
+    prompt: str = PROMPT
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1 or self.steps < 2:
+            raise ValueError(f"got {self.seeds} seeds and {self.steps} steps, expected at least 1 and 2")
+
+
+class Result(NamedTuple):
+    """What the demo measured."""
+
+    losses: dict[str, list[float]]  # arm -> validation nats a token, one a seed
+    bits: dict[str, list[float]]  # arm -> bits a byte
+    report: Path
+    seconds: float
+
+
+def main(config: DemoConfig, *, console: Console | None = None) -> Result:
+    """Runs it all; see the module. Finished runs of the same config are not repeated, interrupted ones go on."""
+    console, began = console or Console(), time.monotonic()
+    base = replace(preset(config.preset), engram=None)
+    data = DataConfig(source=config.data, vocabulary=base.vocabulary, cache=config.cache)
+    console.print(f"[bold]1. text[/bold] {config.data}; tokenizer and token files are kept in {data.cache}")
+    tokens = prepare(data)
+    console.print(f"   {tokens}", highlight=False)
+    plan = split_budget(replace(base, vocabulary=tokens.vocabulary), config.rho, context=config.length)
+    console.print(f"[bold]2. two models of one budget[/bold], rho {plan.rho:.2f}")
+    console.print(_plan_table(plan))
+    console.print("[bold]3. training[/bold], a process an arm")
+    jobs = _train(config, data, plan, began, console)
+    console.print("[bold]4. what came out[/bold]")
+    losses = {arm: [last(job.folder, "validation_loss")["validation_loss"] for job in own] for arm, own in jobs.items()}
+    bits = {arm: [last(job.folder, "bits_per_byte")["bits_per_byte"] for job in own] for arm, own in jobs.items()}
+    said = verdict(losses)
+    console.print(_score_table(losses, bits))
+    console.print(said, highlight=False)
+    report = _show(config, jobs, said, console)
+    seconds = time.monotonic() - began
+    _next(config, report, seconds, console)
+    return Result(losses, bits, report, seconds)
+
+
+def _jobs(config: DemoConfig, data: DataConfig, plan: Plan, seed: int) -> dict[str, Job]:
+    jobs = {}
+    for arm in (plan.moe, plan.engram):
+        name = arm.name if seed == 0 else f"{arm.name}-{seed + 1}"
+        folder = str(Path(config.folder) / name)
+        optim = OptimConfig(lr=config.lr)
+        sizes = {"steps": config.steps, "rows": config.rows, "length": config.length}
+        jobs[arm.name] = Job(
+            name, TrainConfig(model=arm.config, data=data, optim=optim, seed=seed, folder=folder, **sizes)
+        )
+    return jobs
+
+
+def _train(config: DemoConfig, data: DataConfig, plan: Plan, began: float, console: Console) -> dict[str, list[Job]]:
+    """Pairs of arms, a seed after the other, as long as the next pair is likely to end in time."""
+    done: dict[str, list[Job]] = {"moe": [], "engram": []}
+    for seed in range(config.seeds):
+        jobs, start = _jobs(config, data, plan, seed), time.monotonic()
+        run(list(jobs.values()), workers=2, console=console)
+        for arm, job in jobs.items():
+            done[arm].append(job)
+        took, spent = time.monotonic() - start, time.monotonic() - began
+        if seed + 1 < config.seeds and spent + took > 60 * config.minutes:
+            console.print(f"   {seed + 1} of {config.seeds} seeds: a further one would pass {config.minutes:g} minutes")
+            break
+    return done
+
+
+def verdict(losses: dict[str, list[float]]) -> str:
+    """One sentence on the two arms; with one seed it claims nothing."""
+    gaps = [a - b for a, b in zip(losses["moe"], losses["engram"], strict=True)]
+    gap = statistics.fmean(gaps)
+    winner = "less" if gap > 0 else "more"
+    said = f"Engram: {abs(gap):.4f} nats a token {winner} than the pure mixture of experts"
+    if len(gaps) < 2:
+        return f"{said}, with one seed: a difference, not a finding."
+    spread = f"{min(gaps):+.4f} to {max(gaps):+.4f}"
+    agreed = all(g > 0 for g in gaps) or all(g < 0 for g in gaps)
+    return f"{said} ({spread} over {len(gaps)} seeds); {'the seeds agree' if agreed else 'the seeds disagree'}."
+
+
+def _show(config: DemoConfig, jobs: dict[str, list[Job]], said: str, console: Console) -> Path:
+    """A continuation of each arm, a row of gates, the page and the picture."""
+    folder = Path(config.folder)
+    for arm, own in jobs.items():
+        text = load(own[0].folder).generate(config.prompt, max_new_tokens=40, temperature=0.7, seed=0)
+        console.print(Text.assemble((f"{arm}: ", "bold"), (config.prompt, "dim"), text))
+    memory = load(jobs["engram"][0].folder)
+    found = gates(memory.model, memory.tokenizer, config.sentence)
+    console.print("gates, mean over the streams (brighter: the token trusts what it recalled)")
+    console.print(gate_line(found))
+    gate_map(found).savefig(folder / "gates.png", dpi=160)
+    runs = [job.folder for own in jobs.values() for job in own]
+    title = "Experts alone, or experts and memory: one budget, two models"
+    return write_report(runs, folder / "report.html", title=title, sentence=config.sentence, note=said)
+
+
+def gate_line(found: Gates) -> Text:
+    """The sentence, each token on a background as bright as its gate."""
+    means = found.values.mean((0, 2)).tolist()
+    low, high = min(means), max(means)
+    line = Text("  ")
+    for word, value in zip(found.tokens, means, strict=True):
+        level = round(40 + 190 * (value - low) / max(high - low, 1e-6))
+        ink = "black" if level > 130 else "white"
+        line.append(word, style=f"{ink} on rgb({level // 3},{level * 2 // 3},{level})")
+    return line.append(f"   {low:.2f} to {high:.2f}", style="dim")
+
+
+def _plan_table(plan: Plan) -> Table:
+    table = Table("arm", "total parameters", "memory", "activated", "FLOPs a token", "routed experts", box=None)
+    for arm in (plan.moe, plan.engram):
+        c, moe = arm.costs, arm.config.moe
+        experts = str(moe.routed) if moe is not None else ""
+        table.add_row(arm.name, *(f"{v:,}" for v in (c.total, c.memory, c.activated, c.flops_per_token)), experts)
+    total, flops = agreement(plan)
+    table.caption = f"totals differ by {total:+.2%}, FLOPs by {flops:+.2%}"
+    return table
+
+
+def _score_table(losses: dict[str, list[float]], bits: dict[str, list[float]]) -> Table:
+    table = Table("arm", "validation loss, nats a token", "bits a byte", "each seed", box=None)
+    for arm, values in losses.items():
+        each = ", ".join(f"{value:.4f}" for value in values)
+        table.add_row(arm, f"{statistics.fmean(values):.4f}", f"{statistics.fmean(bits[arm]):.4f}", each)
+    return table
+
+
+def _next(config: DemoConfig, report: Path, seconds: float, console: Console) -> None:
+    engram = Path(config.folder) / "engram"
+    console.print(f"[bold]5. next[/bold] ({seconds:.0f} seconds so far)")
+    for line in (
+        f"open {report}",
+        f'rorqual generate {engram} "{config.prompt}"',
+        f"rorqual explore {engram}",
+        "rorqual train small --data PATH_TO_YOUR_TEXT",
+        "rorqual sweep allocation",
+    ):
+        console.print(f"   {line}", highlight=False, markup=False)

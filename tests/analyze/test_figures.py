@@ -1,0 +1,40 @@
+"""Figures hold the numbers they were given."""
+
+import numpy as np
+import pytest
+import torch
+
+from rorqual.analyze import figures
+from rorqual.analyze.measures import Gates, Load
+
+
+def test_smooth_is_a_running_mean():
+    values = np.array([1.0, 3.0, 5.0, 7.0])
+    assert figures.smooth(values, 2).tolist() == [1.0, 2.0, 4.0, 6.0]
+
+
+def test_curves_draw_every_run_and_name_every_arm_once():
+    records = [{"step": n, "tokens": 10 * n, "loss": 5.0 / n} for n in range(1, 20)]
+    records.append({"step": 19, "validation_loss": 0.4})
+    axes = figures.curves([("moe", records), ("moe-2", records), ("engram", records)]).axes[0]
+    assert len(axes.lines) == 6 and axes.lines[1].get_xdata().tolist() == [190.0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["moe", "engram"]
+    assert figures.curves([("empty", [])]).axes
+
+
+def test_gate_map_has_a_row_for_each_stream():
+    found = Gates(["a", " b", " "], (1, 4), torch.rand(2, 3, 4))
+    image = figures.gate_map(found, "title").axes[0].images[0].get_array()
+    assert image.shape == (8, 3)
+    assert image[5, 2] == pytest.approx(float(found.values[1, 2, 1]))
+
+
+def test_load_map_is_relative_to_uniform():
+    by_token = torch.ones(2, 4, 3, dtype=torch.long)
+    image = figures.load_map(Load((0, 2), by_token.sum(-1), by_token)).axes[0].images[0].get_array()
+    assert np.allclose(image, 1.0)
+
+
+def test_sweep_sorts_its_points():
+    axes = figures.sweep({"validation": [(2.0, 1.0, 0.1), (1.0, 2.0, 0.1)]}, x="rho", y="loss", log=True).axes[0]
+    assert axes.lines[0].get_xdata().tolist() == [1.0, 2.0] and axes.get_xscale() == "log"

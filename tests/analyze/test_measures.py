@@ -1,0 +1,117 @@
+"""Each measure against a closed form or a brute force."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rorqual.analyze import measures
+from rorqual.data.tokenizer import train as train_tokenizer
+from rorqual.layers.engram import EngramConfig
+from rorqual.model import LanguageModel
+from rorqual.presets import preset
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["the whale swims in the sea", "a river runs to the sea"] * 20, 300)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    config = replace(
+        preset("tiny"), vocabulary=tokenizer.vocabulary, engram=EngramConfig(layers=(0, 2), rows_per_head=(50, 60))
+    )
+    return LanguageModel(config, tokenizer.canonical_map(), seed=1)
+
+
+def test_hsic_equals_the_sum_over_distinct_samples():
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3), torch.randn(6, 2)
+    k, l = (x @ x.T).double(), (y @ y.T).double()
+    four = list(itertools.permutations(range(6), 4))
+    brute = sum(k[a, b] * (l[a, b] + l[c, d] - 2 * l[a, c]) for a, b, c, d in four) / len(four)
+    assert float(measures.hsic(x, y)) == pytest.approx(float(brute), rel=1e-6)
+
+
+def test_cka_of_equal_rotated_and_unrelated():
+    torch.manual_seed(0)
+    x = torch.randn(400, 8)
+    q = torch.linalg.qr(torch.randn(8, 8)).Q
+    batches = x.split(100)
+    assert measures.cka((b, 3 * b @ q) for b in batches) == pytest.approx(1, abs=1e-5)
+    assert abs(measures.cka((b, torch.randn(100, 8)) for b in batches)) < 0.1
+
+
+def test_cka_refuses_what_it_cannot_estimate():
+    with pytest.raises(ValueError, match="at least 4"):
+        measures.hsic(torch.randn(3, 2), torch.randn(3, 2))
+
+
+def test_alignment_of_a_shifted_diagonal():
+    table = torch.zeros(6, 4)
+    for j in range(4):
+        table[j + 2, j] = 1.0
+    assert torch.allclose(measures.alignment(table, k=1), torch.tensor([2.0, 3.0, 4.0, 5.0]))
+    table = torch.tensor([[0.5], [0.0], [0.5]])
+    assert float(measures.alignment(table, k=2)) == pytest.approx(1.0)
+
+
+def test_logit_lens_by_hand(model):
+    ids = torch.randint(0, model.config.vocabulary, (2, 7), generator=torch.Generator().manual_seed(0))
+    lens = measures.logit_lens(model, ids)
+    assert lens.shape == (3,) and float(lens[-1]) == pytest.approx(0, abs=1e-5)
+    assert (lens[:-1] > 0).all()
+
+
+def test_gates_are_those_of_the_layer(model, tokenizer):
+    found = measures.gates(model, tokenizer, "the whale swims")
+    assert "".join(found.tokens) == "the whale swims"
+    assert found.layers == (0, 2) and found.values.shape == (2, len(found.tokens), 4)
+    assert ((found.values > 0) & (found.values < 1)).all()
+    with pytest.raises(ValueError, match="empty text"):
+        measures.gates(model, tokenizer, "")
+    with pytest.raises(ValueError, match="without Engram"):
+        measures.gates(LanguageModel(replace(model.config, engram=None)), tokenizer, "the")
+
+
+def test_expert_load_counts_every_choice(model):
+    batches = [torch.randint(0, model.config.vocabulary, (2, 9)) for _ in range(3)]
+    load = measures.expert_load(model, batches)
+    assert load.counts.shape == (3, 32)
+    assert load.counts.sum(-1).tolist() == [3 * 2 * 9 * 2] * 3
+    assert torch.allclose(load.shares.sum(-1), torch.ones(3))
+    seen = torch.stack(batches).flatten().bincount(minlength=model.config.vocabulary) * 2
+    assert torch.equal(load.by_token[0].sum(0), seen)
+
+
+def test_favourites_put_the_over_represented_first():
+    by_token = torch.zeros(1, 2, 5, dtype=torch.long)
+    by_token[0, 0] = torch.tensor([10, 10, 0, 0, 0])
+    by_token[0, 1] = torch.tensor([10, 0, 5, 0, 0])
+    load = measures.Load((0,), by_token.sum(-1), by_token)
+    (first, lift), *_ = load.favourites(0, 0)
+    assert first == 1 and lift == pytest.approx((10 / 20) / (10 / 35))
+
+
+def test_suppression_equals_a_model_whose_memory_says_nothing(model):
+    torch.manual_seed(0)
+    ids = torch.randint(0, model.config.vocabulary, (2, 9))
+    labels = ids.roll(-1, 1)
+    whole, without = measures.suppression(model, ids, labels)
+    silent = LanguageModel(model.config, model.addresses.canonical_map, seed=None)
+    silent.load_state_dict(model.state_dict())
+    for block in silent.blocks:
+        if block.engram is not None:
+            torch.nn.init.zeros_(block.engram.value_proj.weight)
+    assert without == pytest.approx(silent.eval().loss(ids, labels).next_token.item(), abs=1e-6)
+    assert whole == pytest.approx(model.eval().loss(ids, labels).next_token.item(), abs=1e-6)
+    assert not math.isclose(whole, without, abs_tol=1e-9)
+
+
+def test_similarity_of_a_model_with_itself(model):
+    batches = [torch.randint(0, model.config.vocabulary, (4, 16)) for _ in range(2)]
+    table = measures.similarity(model, model, batches)
+    assert torch.allclose(table.diagonal(), torch.ones(3), atol=1e-4)
