@@ -59,16 +59,18 @@ def _flops(config: ModelConfig, model: LanguageModel, context: int, resting: int
     skipped = ("tables.", "mtp.", "embed.")
     weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and not name.startswith(skipped))
     weights += config.vocabulary * config.dim if config.tied else 0
-    attention = config.mla or config.gqa
-    key, value = (
-        (config.mla.nope_dim + config.mla.rope_dim, config.mla.value_dim)
-        if config.mla is not None
-        else (config.gqa.head_dim, config.gqa.value_dim or config.gqa.head_dim)
-    )
-    attended = attention.heads * (key + value) * context // 2
+    attended = _attended(config) * context // 2
     streams = config.streams
     mixing = 2 * config.dim * streams * (streams + 2) if config.hyper is not None else 0
     return 2 * (weights - resting + config.layers * (attended + mixing))
+
+
+def _attended(config: ModelConfig) -> int:
+    """Products of a query with one key, and of its probability with one value, over all heads."""
+    if config.mla is not None:
+        return config.mla.heads * (config.mla.nope_dim + config.mla.rope_dim + config.mla.value_dim)
+    assert config.gqa is not None
+    return config.gqa.heads * (config.gqa.head_dim + (config.gqa.value_dim or config.gqa.head_dim))
 
 
 def _cached_values(config: ModelConfig) -> int:

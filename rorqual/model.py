@@ -9,10 +9,10 @@
 DeepSeek-V3 (arXiv 2412.19437), mHC (2512.24880), Engram (2601.07372).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ class Step(NamedTuple):
     live: Bool[Tensor, "B T"] | None = None  # False where nothing is recalled
 
 
-def _attention(config: ModelConfig) -> nn.Module:
+def _attention(config: ModelConfig) -> MLA | GQA:
     if config.mla is not None:
         inner = DSA(config.dsa, config.dim, config.mla, config.rope) if config.dsa is not None else None
         return MLA(config.mla, config.dim, config.rope, inner)
@@ -132,7 +132,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.eps)
         self.attention = _attention(config)
         self.ffn_norm = RMSNorm(config.dim, config.eps)
-        self.ffn: nn.Module = (
+        self.ffn: MoE | SwiGLU = (
             MoE(config.moe, config.dim, index, config.vocabulary)
             if config.moe is not None and config.has_experts(index)
             else SwiGLU(config.dim, config.dense_width)
@@ -168,7 +168,7 @@ class Block(nn.Module):
         return streams, carried, routing[0] if routing else None
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Bundle:
-        parts = {"attention": self.attention.new_cache(batch, capacity, dtype, device)}
+        parts: dict[str, Any] = {"attention": self.attention.new_cache(batch, capacity, dtype, device)}
         if self.engram is not None:
             parts["engram"] = self.engram.new_cache(batch, capacity, dtype, device)
         return Bundle(**parts)
@@ -180,52 +180,57 @@ class Cache:
     select(index) keeps or reorders rows of the batch, crop(k) forgets the last k tokens, reset() forgets all.
     """
 
-    def __init__(self, layers: list[Bundle], past: Past, ids: Recent | None, drafts: list[Bundle], draft_past: Past):
+    def __init__(
+        self, layers: list[Bundle], past: Past, ids: Recent | None, drafts: list[Bundle], draft_past: Past
+    ) -> None:
         self.layers, self.past, self.ids = tuple(layers), past, ids
         self.drafts, self.draft_past = tuple(drafts), draft_past
+        self._model = Bundle(past=past, ids=ids, **{str(n): layer for n, layer in enumerate(layers)})
+        self._ahead = Bundle(past=draft_past, **{str(n): draft for n, draft in enumerate(drafts)})
 
     @property
     def length(self) -> int:
         """Tokens seen."""
         return self.past.length
 
-    def _each(self, verb: Callable) -> None:
-        for part in (*self.layers, self.past, self.ids):
-            if part is not None:
-                verb(part)
-
     def select(self, index: Int[Tensor, " B2"]) -> None:
-        self._each(lambda part: part.select(index))
-        for part in (*self.drafts, self.draft_past):
-            part.select(index)
+        self._model.select(index)
+        self._ahead.select(index)
 
     def crop(self, k: int) -> None:
         """Forget the last k tokens; drafts that went further are forgotten as far."""
         if not 0 <= k <= self.length:
             raise ValueError(f"crop: got {k}, expected 0..{self.length}, the tokens cached")
-        self._each(lambda part: part.crop(k))
-        ahead = self.draft_past.length - self.length
-        if ahead > 0:
-            for part in (*self.drafts, self.draft_past):
-                part.crop(ahead)
+        self._model.crop(k)
+        self._ahead.crop(max(0, self.draft_past.length - self.length))
 
     def reset(self) -> None:
-        self._each(lambda part: part.reset())
-        for part in (*self.drafts, self.draft_past):
-            part.reset()
+        self._model.reset()
+        self._ahead.reset()
 
 
 class LanguageModel(nn.Module):
     """ids -> logits. `canonical_map` numbers the tokenizer's ids for Engram; loading a checkpoint restores it."""
 
     def __init__(
-        self, config: ModelConfig, canonical_map: Int[Tensor, " V"] | None = None, *, seed: int | None = 0
+        self,
+        config: ModelConfig,
+        canonical_map: Int[Tensor, " V"] | Int[np.ndarray, " V"] | None = None,
+        *,
+        seed: int | None = 0,
     ) -> None:
         """Values are drawn by `init(self, seed)`; seed None leaves them as allocated (loading, meta device)."""
         super().__init__()
         self.config = config
+        with torch.random.fork_rng(devices=[]):  # modules draw as they are made; the values are init's
+            self._build(config, canonical_map)
+        if seed is not None:
+            init(self, seed)
+
+    def _build(self, config: ModelConfig, canonical_map) -> None:
         self.embed = nn.Embedding(config.vocabulary, config.dim)
-        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.layers))
+        blocks = [Block(config, index) for index in range(config.layers)]
+        self.blocks, self.rope_dim = nn.ModuleList(blocks), blocks[0].attention.rope_dim
         self.exit = Exit(config.hyper, config.dim) if config.hyper is not None else None
         self.norm = RMSNorm(config.dim, config.eps)
         self.head = nn.Linear(config.dim, config.vocabulary, bias=False)
@@ -241,8 +246,6 @@ class LanguageModel(nn.Module):
         self.mtp = nn.ModuleList(
             MTP(config.dim, config.eps, Block(config, config.layers + k, plain=True)) for k in range(depth)
         )
-        if seed is not None:
-            init(self, seed)
 
     def forward(self, ids: Int[Tensor, "B T"], *, documents=None, present=None, cache: Cache | None = None):
         """Logits [B, T, V] of the token after each id; float32."""
@@ -260,7 +263,7 @@ class LanguageModel(nn.Module):
         documents [B, T] numbers packed documents, which never see each other; present [B, T] is False at padding.
         """
         past = cache.past if cache is not None else None
-        where = layout(*ids.shape, ids.device, documents=documents, present=present, past=past)
+        where = layout(ids.shape[0], ids.shape[1], ids.device, documents=documents, present=present, past=past)
         pending = self._recall(ids, where, cache.ids if cache is not None else None)
         live = self.addresses.live(ids, where) if self.addresses is not None else None
         step = Step(where, *self._rope(where), ids, live)
@@ -281,12 +284,12 @@ class LanguageModel(nn.Module):
             return {}
         rows = self.addresses(ids, where, history)  # [Lm, B, T, R]
         return {
-            layer: table.request(rows[n])
+            layer: cast(DeviceTable, table).request(rows[n])
             for n, (layer, table) in enumerate(zip(self.config.engram.layers, self.tables, strict=True))
         }
 
     def _rope(self, where: Layout) -> tuple[Tensor, Tensor]:
-        return rope_tables(self.config.rope, self.blocks[0].attention.rope_dim, where.positions)
+        return rope_tables(self.config.rope, self.rope_dim, where.positions)
 
     def draft(
         self,
@@ -303,10 +306,14 @@ class LanguageModel(nn.Module):
         Its logits are head(mtp[depth].norm(hidden)); the hidden is what depth + 1 takes.
         """
         past = cache.draft_past if cache is not None else None
-        where = layout(*following.shape, following.device, documents=documents, present=present, past=past)
+        where = layout(
+            following.shape[0], following.shape[1], following.device, documents=documents, present=present, past=past
+        )
         step = Step(where, *self._rope(where), following)
         part = cache.drafts[depth] if cache is not None else None
-        return self.mtp[depth](hidden, self.embed(following), lambda x, block: block(x[:, :, None], step, cache=part))
+        return cast(MTP, self.mtp[depth])(
+            hidden, self.embed(following), lambda x, block: block(x[:, :, None], step, cache=part)
+        )
 
     def loss(self, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"], *, documents=None, present=None) -> Loss:
         """Next-token nats, plus MTP and balance losses by their weights; labels[t] follows ids[t], -100 none."""
@@ -342,7 +349,7 @@ class LanguageModel(nn.Module):
             target[following == IGNORED] = IGNORED
             if documents is not None:
                 target[:, :-1][documents[:, 1:] != documents[:, :-1]] = IGNORED
-            nats.append(self._nats(self.mtp[depth].norm(hidden), target))
+            nats.append(self._nats(cast(MTP, self.mtp[depth]).norm(hidden), target))
             routings += [routing] if routing is not None else []
             following = target
         return torch.stack(nats).mean(), routings
@@ -354,8 +361,8 @@ class LanguageModel(nn.Module):
         weight = self.embed.weight
         of = (batch, capacity, weight.dtype, weight.device)
         ids = self.addresses.new_cache(*of) if self.addresses is not None else None
-        drafts = [module.block.new_cache(*of) for module in self.mtp]
-        layers = [block.new_cache(*of) for block in self.blocks]
+        drafts = [cast(Block, cast(MTP, module).block).new_cache(*of) for module in self.mtp]
+        layers = [cast(Block, block).new_cache(*of) for block in self.blocks]
         return Cache(layers, Past(capacity), ids, drafts, Past(capacity))
 
 

@@ -22,6 +22,19 @@ _V2 = replace(_V1, groups=8, groups_kept=3, group_score="max", scale=16.0)
 _V3 = RouterConfig(score="sigmoid", groups=8, groups_kept=4, group_score="top2", renormalise=True, scale=2.5)
 _SOFTMAX_BALANCE = BalanceConfig(bias_rate=0.0, sequence=0.0, expert=0.003, device=0.05, communication=0.02, devices=8)
 _MLA = MLAConfig(heads=128, q_lora_rank=1536, kv_lora_rank=512, nope_dim=128, rope_dim=64, value_dim=128)
+_MOE_27B = MoEConfig(
+    routed=72, active=6, shared=2, width=1536, first_dense=1, router=RouterConfig(scale=2.5)
+)  # width ours
+_ENGRAM_27B = EngramConfig(layers=(1, 14), rows_per_head=(2_262_400, 2_262_400), heads=8, head_dim=80)
+_MOE_16B = MoEConfig(
+    routed=64,
+    active=6,
+    shared=2,
+    width=1408,
+    first_dense=1,
+    router=_V1,
+    balance=BalanceConfig(bias_rate=0.0, sequence=0.0, expert=0.001),
+)
 _YARN = YarnConfig(factor=40.0, original_length=4096, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)
 
 TINY = ModelConfig(
@@ -72,18 +85,16 @@ DENSE_4B = ModelConfig(
 MOE_27B = replace(
     DENSE_4B,
     dense_width=10_944,  # ours
-    moe=MoEConfig(
-        routed=72, active=6, shared=2, width=1536, first_dense=1, router=RouterConfig(scale=2.5)
-    ),  # width ours
+    moe=_MOE_27B,
 )
 
 ENGRAM_27B = replace(
     MOE_27B,
-    moe=replace(MOE_27B.moe, routed=55),
-    engram=EngramConfig(layers=(1, 14), rows_per_head=(2_262_400, 2_262_400), heads=8, head_dim=80),
+    moe=replace(_MOE_27B, routed=55),
+    engram=_ENGRAM_27B,
 )
 
-ENGRAM_40B = replace(ENGRAM_27B, engram=replace(ENGRAM_27B.engram, rows_per_head=(7_239_680, 7_239_680)))
+ENGRAM_40B = replace(ENGRAM_27B, engram=replace(_ENGRAM_27B, rows_per_head=(7_239_680, 7_239_680)))
 
 DEEPSEEK_V3 = ModelConfig(
     vocabulary=129_280,
@@ -113,7 +124,7 @@ DEEPSEEK_V2_LITE = ModelConfig(
     dense_width=10_944,
     mla=replace(_MLA, heads=16, q_lora_rank=None),
     rope=DEEPSEEK_V2.rope,
-    moe=MoEConfig(routed=64, active=6, shared=2, width=1408, first_dense=1, router=_V1, balance=_SOFTMAX_BALANCE),
+    moe=replace(_MOE_16B, balance=_SOFTMAX_BALANCE),
 )
 
 DEEPSEEKMOE_16B = replace(
@@ -122,7 +133,7 @@ DEEPSEEKMOE_16B = replace(
     mla=None,
     gqa=GQAConfig(heads=16, kv_heads=16, head_dim=128),
     rope=RopeConfig(base=10_000.0),
-    moe=replace(DEEPSEEK_V2_LITE.moe, balance=BalanceConfig(bias_rate=0.0, sequence=0.0, expert=0.001)),
+    moe=_MOE_16B,
 )
 
 PRESETS: dict[str, ModelConfig] = {

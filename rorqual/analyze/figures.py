@@ -1,6 +1,6 @@
 """Numbers -> matplotlib figures: loss curves, the gate map, expert load, a sweep with error bars."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -117,7 +117,7 @@ def load_map(load: Load) -> Figure:
         return figure
 
 
-def sweep(points: dict[str, Sequence[tuple[float, float, float]]], *, x: str, y: str, log: bool = False) -> Figure:
+def sweep(points: Mapping[str, Sequence[tuple[float, float, float]]], *, x: str, y: str, log: bool = False) -> Figure:
     """Lines of (x, mean, standard error) with error bars."""
     with matplotlib.rc_context(_STYLE):
         figure = _figure(6.5, 3.6)

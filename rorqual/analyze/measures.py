@@ -62,7 +62,7 @@ class Load(NamedTuple):
         here = self.by_token[layer, expert].float()
         everywhere = self.by_token[layer].sum(0).float()
         lift = (here / here.sum().clamp_min(1)) / (everywhere / everywhere.sum().clamp_min(1)).clamp_min(1e-9)
-        lift = torch.where(here >= max(2, here.sum() * 2e-3), lift, 0.0)
+        lift = torch.where(here >= max(2.0, float(here.sum()) * 2e-3), lift, 0.0)
         best = lift.topk(min(k, len(lift)))
         return [(int(i), float(v)) for v, i in zip(best.values, best.indices, strict=True) if v > 0]
 

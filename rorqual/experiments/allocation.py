@@ -89,10 +89,12 @@ def points(config: SweepConfig, base: ModelConfig) -> list[Point]:
     if config.kind == "layers":
         places = [replace(planned, engram=replace(memory, layers=(i,))) for i in range(base.layers)]
         return [Point(f"block-{i}", float(i), c) for i, c in enumerate(places)]
-    without = {"whole": {}, "no-conv": {"conv": False}, "raw-ids": {"canonical": False}}
-    variants = [(name, replace(memory, **change)) for name, change in without.items()]
-    total = sum(memory.rows_per_head)
-    variants.append(("bigrams-only", replace(memory, rows_per_head=(total,))))
+    variants = [
+        ("whole", memory),
+        ("no-conv", replace(memory, conv=False)),
+        ("raw-ids", replace(memory, canonical=False)),
+        ("bigrams-only", replace(memory, rows_per_head=(sum(memory.rows_per_head),))),
+    ]
     return [Point(name, float(i), replace(planned, engram=m)) for i, (name, m) in enumerate(variants)]
 
 

@@ -90,10 +90,18 @@ def _jobs(config: DemoConfig, data: DataConfig, plan: Plan, seed: int) -> dict[s
     for arm in (plan.moe, plan.engram):
         name = arm.name if seed == 0 else f"{arm.name}-{seed + 1}"
         folder = str(Path(config.folder) / name)
-        optim = OptimConfig(lr=config.lr)
-        sizes = {"steps": config.steps, "rows": config.rows, "length": config.length}
         jobs[arm.name] = Job(
-            name, TrainConfig(model=arm.config, data=data, optim=optim, seed=seed, folder=folder, **sizes)
+            name,
+            TrainConfig(
+                model=arm.config,
+                data=data,
+                optim=OptimConfig(lr=config.lr),
+                steps=config.steps,
+                rows=config.rows,
+                length=config.length,
+                seed=seed,
+                folder=folder,
+            ),
         )
     return jobs
 

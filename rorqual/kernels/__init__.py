@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rorqual.config import choose
-from rorqual.kernels import engram
+from rorqual.kernels import compiled, engram, moe
 
 VARIABLE = "RORQUAL_KERNELS"
 REFERENCE = "reference"
@@ -30,7 +30,11 @@ class Twin:
 
 
 TWINS: Mapping[str, tuple[Twin, ...]] = MappingProxyType(
-    {"engram_rows": (Twin("numba", engram.hash_rows, engram.usable),)}
+    {
+        "engram_rows": (Twin("numba", engram.hash_rows, compiled.usable),),
+        "best_experts": (Twin("numba", moe.best, compiled.usable),),
+        "sort_by_expert": (Twin("numba", moe.sort, compiled.usable),),
+    }
 )
 
 

@@ -9,49 +9,21 @@ x < 2^63, and three roundings of at most 2^-53 each put x * (1/p) off by at most
 at most one. Threads split the tokens; the compiled code holds no lock of Python's.
 """
 
-import inspect
 import itertools
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-try:
-    import numba
-except ImportError:  # the reference then does the work
-    numba = None
+from rorqual.kernels.compiled import compiled
 
 _EXACT_FROM = 8192  # the smallest prime for which one correction of the reciprocal's quotient is enough
 _WORTH_A_THREAD = 16384  # addresses; below, starting threads takes longer than the work
 
 
-def usable(*where: Tensor | torch.device) -> str:
-    """Why the twin cannot run on these tensors or devices; "" if it can."""
-    if numba is None:
-        return "numba is not installed"
-    for thing in where:
-        device = thing if isinstance(thing, torch.device) else thing.device
-        if device.type != "cpu":
-            return f"it runs on the cpu, not on {device.type}"
-    return ""
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Machine code at the first call, kept beside the source for the next process where that can be written."""
-    if numba is None:
-        return function
-    plain = inspect.unwrap(function)  # tests wrap every function to check its shapes
-    try:
-        return numba.njit(nogil=True, cache=True)(plain)
-    except RuntimeError:  # no writable place for numba's cache
-        return numba.njit(nogil=True)(plain)
-
-
-@_compiled
+@compiled
 def _hash(ids, reach, canonical, multipliers, primes, inverse, offsets, pad, out, first, last):  # pragma: no cover
     """Fills out[:, first:last], tokens counted over the batch; returns the place of a bad id, or -1."""
     layers, orders, heads = primes.shape

@@ -1,1 +1,1 @@
-"""Hidden states in -> hidden states out: one paper, or one part of one, a file. Nothing here knows text or processes."""
+"""Hidden states in -> hidden states out: one paper, or one part of one, a file; nothing here knows text or ranks."""

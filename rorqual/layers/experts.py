@@ -16,8 +16,8 @@ GROUPED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def grouped_product(
-    rows: Float[Tensor, "N D"], weight: Float[Tensor, "E D F"], counts: Int[Tensor, " E"]
-) -> Float[Tensor, "N F"]:
+    rows: Float[Tensor, "N D"], weight: Float[Tensor, "E D W"], counts: Int[Tensor, " E"]
+) -> Float[Tensor, "N W"]:
     """The first counts[0] rows times weight[0], the next counts[1] times weight[1], and so on; sum(counts) is N."""
     ends = counts.cumsum(0, dtype=torch.int32)
     if torch.compiler.is_compiling():
@@ -26,7 +26,7 @@ def grouped_product(
 
 
 def _multiply(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """Per group: rows [N, D] times [E, D, F], or [D, N] times [N, F] to [E, D, F]."""
+    """Per group: rows [N, D] times [E, D, W], or [D, N] times [N, W] to [E, D, W]."""
     if left.dtype in GROUPED and all(t.element_size() * max(t.stride()[-2:]) % ALIGNED == 0 for t in (left, right)):
         return F.grouped_mm(left, right, offs=ends)
     return _one_by_one(left, right, ends)
@@ -101,7 +101,21 @@ class Experts(nn.Module):
     def forward(self, rows: Float[Tensor, "N D"], counts: Int[Tensor, " E"]) -> Float[Tensor, "N D"]:
         """`rows` sorted by expert, counts[e] of them for expert e. Computed in the dtype of autocast, which the grouped
         product does not see by itself, or else in that of the rows."""
-        kind = rows.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
+        dtype = _dtype(rows)
         gate, up = grouped_product(rows.to(dtype), self.gate_up.to(dtype), counts).chunk(2, dim=-1)
         return grouped_product(F.silu(gate) * up, self.down.to(dtype), counts)
+
+    def few(self, rows: Float[Tensor, "N D"], chosen: Int[Tensor, "N K"]) -> Float[Tensor, "N K D"]:
+        """The same of unsorted rows, each through its K experts: a product a slot, for few rows."""
+        dtype, slots = _dtype(rows), chosen.flatten().tolist()
+        own = rows.to(dtype).repeat_interleave(chosen.shape[1], 0).split(1)
+        inner = [row @ self.gate_up[expert].to(dtype) for row, expert in zip(own, slots, strict=True)]
+        gate, up = torch.cat(inner).chunk(2, dim=-1)
+        hidden = (F.silu(gate) * up).split(1)
+        out = [row @ self.down[expert].to(dtype) for row, expert in zip(hidden, slots, strict=True)]
+        return torch.cat(out).view(*chosen.shape, -1)
+
+
+def _dtype(rows: Tensor) -> torch.dtype:
+    kind = rows.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype

@@ -185,6 +185,7 @@ class Manifold(nn.Module):
         self.fn = nn.Parameter(torch.empty(2 * config.streams + self.rows, config.streams * dim))
         self.base = nn.Parameter(torch.empty(2 * config.streams + self.rows))
         self.scale = nn.Parameter(torch.empty(3))
+        self.permutations: Tensor
         if config.mix == "permutations":
             table = torch.eye(config.streams)[torch.tensor(list(permutations(range(config.streams))))]
             self.register_buffer("permutations", table, persistent=False)  # [S!, S, S]
@@ -356,6 +357,7 @@ class Exit(nn.Module):
             if carried is None:
                 return streams[:, :, 0]
             return read(streams.flatten(0, 1), carried.flatten(0, 1).T).view_as(streams[:, :, 0])
+        assert self.config is not None
         flat, precision = streams.flatten(0, 1), wide(streams.dtype)
         m = project(flat.flatten(1).to(precision), self.fn.to(precision), self.config.norm_eps)
         pre = torch.sigmoid(m * self.scale.to(precision) + self.base.to(precision)[:, None]) + self.config.eps

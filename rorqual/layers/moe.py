@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from rorqual.kernels import pick
 from rorqual.layers.balance import BalanceConfig
 from rorqual.layers.basics import Layout, SwiGLU
 from rorqual.layers.experts import Experts
 from rorqual.layers.router import Router, RouterConfig, Routing
+
+FEW = 8  # slots; up to here a product a slot beats a grouped one
 
 Exchange = Callable[[Float[Tensor, "N D"], Int[Tensor, " E"], Experts], Float[Tensor, "N D"]]
 
@@ -75,9 +78,19 @@ class MoEConfig:
 class Slots(NamedTuple):
     """Tokens copied to rows sorted by expert. Rows are fewer than N * K where slots are not taken."""
 
-    order: Int[Tensor, " R"]  # slot n * K + k that each row is
+    order: Int[Tensor, " slots"]  # slot n * K + k that each row is
     rows: Int[Tensor, "N K"]  # row of each slot; R for one not taken
     counts: Int[Tensor, " E"]  # rows of each expert
+
+
+def sort_by_expert(
+    chosen: Int[Tensor, " slots"], experts: int
+) -> tuple[Int[Tensor, " slots"], Int[Tensor, " slots"], Int[Tensor, " E"]]:
+    """The slot of each row, the row of each slot, the end of each expert's rows; slots of no expert (E) come last."""
+    expert, order = chosen.sort(stable=True)
+    ends = torch.searchsorted(expert, torch.arange(experts, device=expert.device), right=True)
+    rows = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return order, rows, ends
 
 
 def sort_slots(routing: Routing, dropping: bool) -> Slots:
@@ -86,13 +99,11 @@ def sort_slots(routing: Routing, dropping: bool) -> Slots:
     chosen = routing.chosen.flatten()
     if dropping:
         chosen = chosen.where(routing.taken().flatten(), experts)
-    expert, order = chosen.sort(stable=True)
-    ends = torch.searchsorted(expert, torch.arange(experts + 1, device=expert.device))
-    rows = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    order, rows, ends = pick("sort_by_expert", sort_by_expert, chosen)(chosen, experts)
     if dropping:
         taken = int(ends[-1])
         order, rows = order[:taken], rows.clamp_max(taken)
-    return Slots(order, rows.view(-1, routing.chosen.shape[-1]), ends.diff())
+    return Slots(order, rows.view(-1, routing.chosen.shape[-1]), ends.diff(prepend=ends.new_zeros(1)))
 
 
 def _summed(values: Tensor, slots: Slots, weights: Tensor | None) -> Tensor:
@@ -152,13 +163,21 @@ class MoE(nn.Module):
         self, hidden: Float[Tensor, "B T D"], layout: Layout | None = None, ids: Int[Tensor, "B T"] | None = None
     ) -> tuple[Float[Tensor, "B T D"], Routing]:
         """Of `layout` only `present` is read: padding takes no routed expert. `ids`: see Router."""
-        present = layout.present if layout is not None else None
-        routing = self.router(hidden, ids, present)
-        # rows whose number is known only when they are sorted would break a traced graph in two
-        droppable = self.config.router.adaptive_mass is not None or present is not None
-        slots = sort_slots(routing, droppable and not torch.compiler.is_compiling())
-        rows = _Scatter.apply(hidden.flatten(0, 1), slots)
-        run = self.exchange or (lambda rows, counts, experts: experts(rows, counts))
-        rows = run(rows, slots.counts, self.experts)
-        out = _Gather.apply(rows, routing.weights.flatten(0, 1), slots).to(hidden.dtype).view_as(hidden)
+        routing = self.router(hidden, ids, layout.present if layout is not None else None)
+        rows, weights = hidden.flatten(0, 1), routing.weights.flatten(0, 1)
+        if self._few(routing):
+            out = (self.experts.few(rows, routing.chosen.flatten(0, 1)) * weights[..., None]).sum(1)
+        else:
+            # a number of rows that is known only when they are sorted would break a traced graph in two
+            droppable = self.config.router.adaptive_mass is not None or routing.present is not None
+            slots = sort_slots(routing, droppable and not torch.compiler.is_compiling())
+            run = self.exchange or (lambda rows, counts, experts: experts(rows, counts))
+            out = _Gather.apply(run(_Scatter.apply(rows, slots), slots.counts, self.experts), weights, slots)
+        out = out.to(hidden.dtype).view_as(hidden)
         return (out if self.shared is None else out + self.shared(hidden)), routing
+
+    def _few(self, routing: Routing) -> bool:
+        """Whether sorting would cost more than a product a slot: a token or two of decoding, on a device that waits for
+        nobody when it is asked which experts they chose."""
+        waits = routing.chosen.device.type != "cpu" or torch.compiler.is_compiling() or self.exchange is not None
+        return routing.chosen.numel() <= FEW and not waits and not torch.is_grad_enabled()

@@ -145,9 +145,9 @@ class NSA(nn.Module):
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Bundle:
         """Keys and values of both branches made here, and the compressed blocks."""
-        names = ("compressed_keys", "compressed_values", "window_keys", "window_values")
+        compressed, window = (Bundle(keys=Appended(capacity), values=Appended(capacity)) for _ in range(2))
         blocks = CompressedBlocks(self.config.block, self.config.stride)
-        return Bundle(blocks=blocks, **{name: Appended(capacity) for name in names})
+        return Bundle(blocks=blocks, compressed=compressed, window=window)
 
     def forward(
         self,
@@ -163,7 +163,7 @@ class NSA(nn.Module):
         """Attended values of the last T of L tokens; rotary positions are in query and key already."""
         gates = self.gates(hidden).to(query.dtype)[..., None]  # [B, T, 3, H, 1]
         branches = self.branches(query, key, value, hidden=hidden, layout=layout, scale=scale, cache=cache)
-        return sum(gates[:, :, n] * branch for n, branch in enumerate(branches))
+        return (gates * torch.stack(branches, dim=2)).sum(2)
 
     def gates(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T 3 H"]:
         """How much of the compressed, the selected and the window branch each head takes, each in (0, 1)."""
@@ -181,20 +181,11 @@ class NSA(nn.Module):
         cache: Bundle | None = None,
     ) -> Branches:
         """The three branches apart, for tests and pictures."""
-        raw_keys, raw_values = self._own(self.compressed_kv, hidden, layout)
-        near_keys, near_values = self._own(self.window_kv, hidden, layout)
-        if cache is not None:
-            raw_keys, raw_values, near_keys, near_values = (
-                kept if layout.past else new
-                for kept, new in (
-                    (cache.compressed_keys.append(raw_keys), raw_keys),
-                    (cache.compressed_values.append(raw_values), raw_values),
-                    (cache.window_keys.append(near_keys), near_keys),
-                    (cache.window_values.append(near_values), near_values),
-                )
-            )
+        kept = (cache.compressed, cache.window) if cache is not None else (None, None)
+        raw = self._own(self.compressed_kv, hidden, layout, kept[0])
+        near_keys, near_values = self._own(self.window_kv, hidden, layout, kept[1])
         segment = _segments(layout, self.config.select_block)
-        blocks = self._compress(raw_keys, raw_values, layout, segment, cache.blocks if cache is not None else None)
+        blocks = self._compress(*raw, layout, segment, cache.blocks if cache is not None else None)
         runs = []
         for start in range(0, query.shape[1], QUERIES):
             run = slice(start, min(start + QUERIES, query.shape[1]))
@@ -206,12 +197,18 @@ class NSA(nn.Module):
             runs.append((compressed, selected, near))
         return Branches(*(torch.cat(parts, dim=1) for parts in zip(*runs, strict=True)))
 
-    def _own(self, linear: nn.Linear, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """Rotated keys [B, T, G, P] and values [B, T, G, Q] of a branch."""
+    def _own(
+        self, linear: nn.Module, hidden: Tensor, layout: Layout, cache: Bundle | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rotated keys [B, L, G, P] and values [B, L, G, Q] of a branch."""
         both = linear(hidden).unflatten(-1, (self.groups, -1))
         key, value = both.split([self.key_dim, self.value_dim], dim=-1)
         cos, sin = rope_tables(self.rope, self.key_dim, layout.positions)
-        return rotate(key, cos, sin, self.rope.interleaved), value
+        key = rotate(key, cos, sin, self.rope.interleaved)
+        if cache is None:
+            return key, value
+        kept = cache.keys.append(key), cache.values.append(value)
+        return kept if layout.past else (key, value)
 
     def _compress(
         self, keys: Tensor, values: Tensor, layout: Layout, segment: Tensor, cache: CompressedBlocks | None

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from rorqual.kernels import pick
+
 SUM_EPS = 1e-20  # keeps a token whose scores all vanished from dividing by zero
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("top2", "max")
@@ -100,6 +102,11 @@ def within_groups(biased: Float[Tensor, "*N E"], groups: int, kept: int, group_s
     return grouped.masked_fill(outside[..., None], -torch.inf).flatten(-2)
 
 
+def best(scores: Float[Tensor, "*N E"], active: int) -> Int[Tensor, "*N K"]:
+    """The `active` best experts of every token, best first."""
+    return scores.topk(active, -1).indices
+
+
 def within_mass(
     weights: Float[Tensor, "*N K"], total: Float[Tensor, "*N"], mass: float, least: int
 ) -> Bool[Tensor, "*N K"]:
@@ -171,7 +178,8 @@ class Router(nn.Module):
             return self.table[ids]
         biased = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
         config = self.config
-        return within_groups(biased, config.groups, config.groups_kept, config.group_score).topk(self.active).indices
+        allowed = within_groups(biased, config.groups, config.groups_kept, config.group_score)
+        return pick("best_experts", best, allowed)(allowed, self.active)
 
     def _weights(self, scores: Tensor, chosen: Tensor, present: Tensor | None) -> Tensor:
         weights = scores.gather(-1, chosen)

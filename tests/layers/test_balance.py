@@ -158,7 +158,7 @@ def test_max_violation_in_numbers() -> None:
 
 
 def trained(config: BalanceConfig, score: str = "sigmoid", steps: int = 120) -> float:
-    """MaxVio after training a router that starts with all tokens on experts 0 and 1, which the task rewards a little."""
+    """MaxVio after training a router that starts with all tokens on experts 0 and 1, as the task rewards a little."""
     torch.manual_seed(0)
     router = Router(RouterConfig(score=score), 8, 8, 2)
     router.weight.data *= 0.3

@@ -530,6 +530,7 @@ def test_bad_maps_are_refused(config: dict, canonical: Tensor | None, vocabulary
         Engram(EngramConfig(), 0)
 
 
+@pytest.mark.slow  # torch.compile takes half a minute
 @pytest.mark.compiled
 def test_compiled_as_eager() -> None:
     rig = Rig()

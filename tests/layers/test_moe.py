@@ -1,4 +1,4 @@
-"""The mixture against transformers' own and against one expert at a time; padding, dropping, the seam, torch.compile."""
+"""The mixture against transformers' own and one expert at a time; padding, dropping, the seam, torch.compile, twins."""
 
 import pytest
 import torch
@@ -8,16 +8,18 @@ from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
+from rorqual.kernels import TWINS
 from rorqual.layers.balance import BalanceConfig
 from rorqual.layers.basics import layout
 from rorqual.layers.experts import Experts
-from rorqual.layers.moe import MoE, MoEConfig, sort_slots
+from rorqual.layers.moe import MoE, MoEConfig, sort_by_expert, sort_slots
 from rorqual.layers.router import RouterConfig, Routing
 
 SIZES = {
     "hidden_size": 24, "num_attention_heads": 2, "moe_intermediate_size": 16, "n_routed_experts": 8,
     "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5,
 }  # fmt: skip
+SORTERS = {twin.kind: twin.function for twin in TWINS["sort_by_expert"] if not twin.usable(torch.device("cpu"))}
 V3 = RouterConfig(groups=4, groups_kept=2, scale=2.5)
 V2 = RouterConfig(score="softmax", groups=4, groups_kept=2, group_score="max", scale=2.5, renormalise=False, bias=False)
 
@@ -104,6 +106,29 @@ def test_rows_are_sorted_by_expert_and_stay_in_order_within() -> None:
     assert fewer.order.tolist() == [1, 2, 5, 0, 4]
     assert fewer.rows.tolist() == [[3, 0], [1, 5], [4, 2]]
     assert fewer.counts.tolist() == routing.counts().tolist() == [2, 1, 2, 0]
+
+
+@pytest.mark.parametrize("kind", SORTERS)
+@pytest.mark.parametrize(("slots", "experts"), [(0, 3), (1, 1), (7, 3), (1000, 17), (4097, 256)])
+def test_twins_sort_alike(kind: str, slots: int, experts: int, poisoned: None) -> None:
+    chosen = torch.randint(experts + 1, (slots,))  # E is no expert
+    for own, wish in zip(SORTERS[kind](chosen, experts), sort_by_expert(chosen, experts), strict=True):
+        assert torch.equal(own, wish)
+
+
+def test_a_few_slots_are_not_sorted_and_come_out_the_same() -> None:
+    """Decoding without gradients takes another way to the same numbers."""
+    config = MoEConfig(routed=8, active=2, shared=1, width=5, router=RouterConfig(adaptive_mass=0.3))
+    moe, hidden = MoE(config, 6), torch.randn(2, 2, 6)
+    present = torch.tensor([[True, True], [False, True]])
+    for where in (None, layout(2, 2, "cpu", present=present)):
+        expected, _ = moe(hidden, where)
+        with torch.no_grad():
+            torch.testing.assert_close(moe(hidden, where)[0], expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = moe(hidden)[0]
+        with torch.no_grad():
+            torch.testing.assert_close(moe(hidden)[0], expected, rtol=0.02, atol=0.02)
 
 
 def test_slots_that_are_not_taken_cost_no_row() -> None:

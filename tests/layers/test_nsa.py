@@ -225,9 +225,9 @@ def test_decoding_reads_the_chosen_blocks_only():
     expected = run(attention, hidden)[:, 40:]
     past, cache = Past(), attention.new_cache(1, 64, hidden.dtype, hidden.device)
     run(attention, hidden[:, :40], past, cache)
-    for kept in (cache.inner.compressed_keys, cache.inner.compressed_values):
+    for kept in (cache.inner.compressed.keys, cache.inner.compressed.values):
         kept.buffer[:, :36] = torch.nan  # compressed already
-    for kept in (cache.inner.window_keys, cache.inner.window_values):
+    for kept in (cache.inner.window.keys, cache.inner.window.values):
         kept.buffer[:, :36] = torch.nan  # out of the window
     unread = [j for j in range(10) if not _reads(attention, cache, past, hidden, j)]
     assert len(unread) >= 10 - 2 * 3  # two groups of three
