@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rorqual.config import choose
-from rorqual.kernels import compiled, engram, moe
+from rorqual.kernels import compiled, engram, moe, rows
 
 VARIABLE = "RORQUAL_KERNELS"
 REFERENCE = "reference"
@@ -34,6 +34,7 @@ TWINS: Mapping[str, tuple[Twin, ...]] = MappingProxyType(
         "engram_rows": (Twin("numba", engram.hash_rows, compiled.usable),),
         "best_experts": (Twin("numba", moe.best, compiled.usable),),
         "sort_by_expert": (Twin("numba", moe.sort, compiled.usable),),
+        "row_adam": (Twin("numba", rows.row_adam, rows.usable),),
     }
 )
 

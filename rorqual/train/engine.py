@@ -1,0 +1,357 @@
+"""Our model, batches and checkpoints in -> what OLMo-core's trainer drives out.
+
+OLMo-core owns the loop, its callbacks and the signals. Here are the four parts it is given: `Module` (losses,
+gradients, the optimizer, the routers' biases), `Loader` (our stream), `Store` (our checkpoints) and `Keeper` (when to
+write them, which to drop). Its own checkpoints are pickles; `Store` leaves no way to them.
+"""
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from olmo_core.data import DataLoaderBase
+from olmo_core.train import Checkpointer, Duration, ReduceType, Trainer
+from olmo_core.train.callbacks import Callback, CheckpointerCallback
+from olmo_core.train.train_module import EvalBatchSpec, TrainModule
+from torch import Tensor, nn
+
+from rorqual import checkpoint, parallel
+from rorqual.data.stream import Stream
+from rorqual.layers.balance import max_violation, update_bias
+from rorqual.layers.moe import MoE
+from rorqual.model import IGNORED, Loss
+from rorqual.train.optim import Optimizer, schedule
+
+
+class Module(TrainModule):
+    """One optimizer step: the loss of `model.loss` over micro-batches, clipping, updates, balance.
+
+    micro_rows: rows a forward pass; None takes a batch whole. late: from this step on the routers' biases stay as they
+    are. mtp_late: MTP's weight in the last third of the steps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        steps: int,
+        micro_rows: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        late: int | None = None,
+        mtp_late: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.optimizer, self.steps = model, optimizer, steps
+        self.micro_rows, self.dtype, self.late, self.mtp_late = micro_rows, dtype, late, mtp_late
+        self.device = next(model.parameters()).device
+        self.mixtures = [module for module in model.modules() if isinstance(module, MoE)]
+        self.counts: Tensor | None = None  # tokens each expert took since the last optimizer step
+
+    def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
+        """Gradients of one batch, weighted by tokens over micro-batches and ranks. A dry run leaves no trace."""
+        self.model.train()
+        if dry_run:
+            with untouched_randomness():
+                self._accumulate(batch)
+            self.zero_grads()
+            return
+        for name, value in self._accumulate(batch).items():
+            self.record_metric(name, value, ReduceType.mean)
+
+    def _accumulate(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        ids, labels, documents = (batch[name].to(self.device) for name in ("input_ids", "labels", "documents"))
+        rows = self.micro_rows or len(ids)
+        tokens = parallel.total((labels != IGNORED).sum())
+        sums: dict[str, Tensor] = {}
+        self.counts = None
+        for at in range(0, len(ids), rows):
+            part = slice(at, at + rows)
+            with autocast(self.device, self.dtype):
+                loss = self.model.loss(ids[part], labels[part], documents=documents[part])  # type: ignore[operator]
+            # ranks average their gradients, so a rank's share is counted against the mean of all
+            share = loss.tokens * parallel.world() / tokens
+            (self._minimised(loss) * share).backward()
+            for name, value in _losses(loss).items():
+                sums[name] = sums.get(name, 0.0) + value.detach() * share
+            if loss.counts is not None:
+                self.counts = loss.counts if self.counts is None else self.counts + loss.counts
+        return sums
+
+    def _minimised(self, loss: Loss) -> Tensor:
+        """The total, with MTP at its late weight once that time has come."""
+        if loss.mtp is None or self.mtp_late is None or 3 * self.trainer.global_step <= 2 * self.steps:
+            return loss.total
+        return loss.total + (self.mtp_late - self.model.config.mtp.weight) * loss.mtp  # type: ignore[operator, union-attr]
+
+    def optim_step(self) -> None:
+        step = self.trainer.global_step - 1
+        factor = schedule(step, self.steps, self.optimizer.config)
+        for name in self.optimizer.rows:
+            parallel.mean_rows(self.optimizer.parameters[name])
+        self.record_metric("grad_norm", self.optimizer.clip())
+        self.optimizer.step(factor)
+        self.record_metric("lr", self.optimizer.config.lr * factor)
+        if self.counts is not None:
+            self._balance(parallel.total(self.counts), resting=self.late is not None and step >= self.late)
+
+    def _balance(self, counts: Tensor, resting: bool) -> None:
+        """Loss-free balancing: once a step, over all micro-batches and ranks."""
+        worst = [max_violation(count) for count in counts]
+        self.record_metric("max_violation", max(worst))
+        for mixture, count in zip(self.mixtures, counts, strict=True):
+            rate = 0.0 if resting else mixture.config.balance.bias_rate
+            if rate:
+                update_bias(mixture.router.e_score_correction_bias, count, rate)
+
+    def zero_grads(self) -> None:
+        self.optimizer.zero_grad()
+
+    def state_dict(self, *, optim: bool | None = None) -> dict[str, Any]:
+        """Flat name -> live tensor; filling these in place restores the module."""
+        state = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if optim is not False:
+            state |= {f"optim.{name}": tensor for name, tensor in self.optimizer.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        own = self.state_dict(optim=None)
+        for name, value in state_dict.items():
+            own[name].copy_(value)
+
+    def eval_batch(self, batch: dict[str, Any], labels: Any | None = None) -> Any:
+        del labels
+        self.model.eval()
+        with torch.no_grad():
+            return self.model(batch["input_ids"].to(self.device))
+
+    @property
+    def eval_batch_spec(self) -> EvalBatchSpec:
+        return EvalBatchSpec(rank_batch_size=self.micro_rows or 1)
+
+    def num_flops_per_token(self, seq_len: int) -> int | None:
+        return None
+
+    def global_num_flops_in_batch(self, batch: dict[str, Any]) -> int | None:
+        return None
+
+
+def _losses(loss: Loss) -> dict[str, Tensor]:
+    """What is recorded of a loss; OLMo-core stops the run when the one it knows is no number."""
+    found = {"train/CE loss": loss.next_token, "total": loss.total}
+    if loss.mtp is not None:
+        found["mtp"] = loss.mtp
+    return found | {f"balance/{name}": value for name, value in loss.balance.items()}
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Matrix products in `dtype`; parameters and sums stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+@contextmanager
+def untouched_randomness() -> Iterator[None]:
+    """Whatever is drawn inside, the generators of Python, numpy and torch stand as before after it."""
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+
+
+class Loader(DataLoaderBase):
+    """A `Stream` as OLMo-core wants it. `vocabulary`: ids below it occur (the dry run's are made of them)."""
+
+    def __init__(self, stream: Stream, work_dir: Path, vocabulary: int) -> None:
+        self.stream, self.vocabulary = stream, vocabulary
+        size = stream.rows * stream.length * stream.world
+        super().__init__(
+            work_dir=str(work_dir), global_batch_size=size, dp_world_size=stream.world, dp_rank=stream.rank
+        )
+
+    @property
+    def total_batches(self) -> int | None:
+        return None  # the stream never ends, so the engine sees one epoch
+
+    def reshuffle(self, epoch: int | None = None, **kwargs: Any) -> None:
+        self._epoch = epoch or 1
+
+    def _iter_batches(self) -> Iterable[dict[str, Any]]:
+        for batch in self.stream:
+            yield {"input_ids": batch["ids"], "labels": batch["labels"], "documents": batch["documents"]}
+
+    def get_mock_batch(self) -> dict[str, Any]:
+        rows, length = self.stream.rows, self.stream.length
+        ids = (torch.arange(rows * length) % self.vocabulary).view(rows, length)
+        return {"input_ids": ids, "labels": ids.roll(-1, 1), "documents": torch.zeros_like(ids)}
+
+    def global_num_tokens_in_batch(self, batch: dict[str, Any]) -> int | None:
+        return self.global_batch_size
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stream": self.stream.state_dict(), "batches_processed": self.batches_processed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state_dict["stream"])
+        self.batches_processed = state_dict["batches_processed"]
+
+
+class Written(Future):
+    """The future of work on another thread that completes only on the thread which asks, so callbacks run there."""
+
+    def __init__(self, work: Future) -> None:
+        super().__init__()
+        self.work = work
+
+    def _finish(self) -> None:
+        if super().done():
+            return
+        if error := self.work.exception():
+            self.set_exception(error)
+        else:
+            self.set_result(None)
+
+    def done(self) -> bool:
+        if self.work.done():
+            self._finish()
+        return super().done()
+
+    def result(self, timeout: float | None = None) -> None:
+        self._finish()
+        return super().result(timeout)
+
+
+class Store(Checkpointer):
+    """Checkpoints by `rorqual.checkpoint` alone: every way of the base class to its pickles is overridden."""
+
+    METADATA_FNAME: ClassVar[str] = checkpoint.DIGEST
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(work_dir=folder, save_overwrite=True)
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+
+    def save(self, dir: Any, train_module: TrainModule, train_state: dict[str, Any], ephemeral: bool = False) -> None:
+        checkpoint.save_state(_folder(dir), train_module.state_dict_to_save(), train_state, group=self.process_group)
+
+    def save_async(
+        self, dir: Any, train_module: TrainModule, train_state: dict[str, Any], ephemeral: bool = False
+    ) -> Future:
+        """Copies everything now, writes it on another thread."""
+        tensors = {name: tensor.detach().clone() for name, tensor in train_module.state_dict_to_save().items()}
+        state = checkpoint.decode(checkpoint.encode(train_state))
+        folder, group = _folder(dir), self.process_group
+        return Written(self.writer.submit(checkpoint.save_state, folder, tensors, state, group=group))
+
+    def load(
+        self,
+        dir: Any,
+        train_module: TrainModule,
+        *,
+        load_trainer_state: bool | None = None,
+        load_optim_state: bool | None = None,
+        reset_optimizer_states_on_load: bool | None = None,
+    ) -> dict[str, Any] | None:
+        """Fills the module in place; the engine asks for everything, always."""
+        if load_optim_state is False or load_trainer_state is False or reset_optimizer_states_on_load:
+            raise ValueError("got a part of a checkpoint asked for, expected the whole: load_model reads weights alone")
+        state = train_module.state_dict()
+        fixed = {name: tensor.clone() for name, tensor in state.items() if _fixed(name, tensor)}
+        values = checkpoint.load_state(_folder(dir), state, group=self.process_group)
+        for name, tensor in fixed.items():
+            if not torch.equal(tensor, state[name]):
+                raise ValueError(f"{dir}: got another {name}, expected this model's: another tokenizer made it")
+        return values
+
+    @classmethod
+    def dir_is_checkpoint(cls, dir: Any) -> bool:
+        return checkpoint.is_checkpoint(_folder(dir))
+
+    @classmethod
+    def find_checkpoints(cls, dir: Any, ephemeral: bool | None = None) -> Iterator[tuple[int, str]]:
+        yield from ((step, str(path)) for step, path in checkpoint.steps(_folder(dir)))
+
+    @classmethod
+    def latest_checkpoint(cls, dir: Any) -> str:
+        """The newest that `verify` finds good."""
+        found = checkpoint.latest(_folder(dir))
+        if found is None:
+            raise FileNotFoundError(f"{dir}: got no checkpoint, expected stepN")
+        return str(found)
+
+
+def _fixed(name: str, tensor: Tensor) -> bool:
+    """Whole numbers of a model are Engram's addresses: they are given, not learnt."""
+    return name.startswith("model.") and not tensor.is_floating_point()
+
+
+def _folder(dir: Any) -> Path:
+    if "://" in str(dir):
+        raise ValueError(f"got checkpoint folder {dir!r}, expected a local path")
+    return Path(dir)
+
+
+class Keeper(CheckpointerCallback):
+    """Writes every so many steps, while training goes on, and at the end; keeps the newest, of earlier sessions too."""
+
+    def __init__(self, every: int, keep: int) -> None:
+        super().__init__(save_interval=every, max_checkpoints=keep, pre_train_checkpoint=False)
+
+    def pre_train(self) -> None:
+        super().pre_train()
+        if parallel.rank() == 0:
+            found = self.checkpointer.find_checkpoints(self.save_folder)
+            self._checkpoints = [path for step, path in found if step <= self.step]
+        self._latest_checkpoint_step = self.step if self.trainer.checkpoint_loaded else -1
+
+    def post_train(self) -> None:
+        super().post_train()
+        self._remove_old_checkpoints()
+
+    def close(self) -> None:
+        """The engine has waited for all writes by now."""
+        writer = getattr(self.checkpointer, "writer", None)
+        if writer is not None:
+            writer.shutdown(wait=True)
+
+
+def fit(module: Module, loader: Loader, folder: Path, collect: int, callbacks: dict[str, Callback]) -> int:
+    """Run OLMo-core's trainer from the newest good checkpoint in `folder`; the step it ended at.
+
+    `collect`: steps between two looks at the metrics. Fewer than the module's steps were made if it was asked to stop.
+    """
+    if parallel.rank() == 0:
+        checkpoint.recover(folder)
+    trainer = Trainer(
+        work_dir=folder,
+        save_folder=str(folder),
+        train_module=module,
+        data_loader=loader,
+        device=module.device,
+        checkpointer=Store(folder),
+        callbacks=callbacks,
+        max_duration=Duration.steps(module.steps),
+        metrics_collect_interval=collect,
+        cancel_check_interval=1 if parallel.world() == 1 else 10,
+    )
+    try:
+        trainer.fit()
+    except RuntimeError as error:
+        if "loss encountered" not in str(error):
+            raise
+        raise RuntimeError(f"{error}: lower --optim.lr, or raise --optim.warmup") from error
+    return trainer.global_step
+
+
+def metrics_of(found: Mapping[str, float]) -> dict[str, float]:
+    """The engine's names of a step's metrics -> ours, in the order they are written."""
+    names = {"train/CE loss": "loss", "total": "total", "mtp": "mtp", "lr": "lr", "grad_norm": "grad_norm"}
+    ours = {ours: found[theirs] for theirs, ours in names.items() if theirs in found}
+    ours |= {name.replace("/", "_"): value for name, value in found.items() if name.startswith("balance/")}
+    return ours | ({"max_violation": found["max_violation"]} if "max_violation" in found else {})

@@ -1,0 +1,144 @@
+"""What the engine measured in -> metrics.jsonl, tensorboard and the caller's function out; validation among it.
+
+    {"step", "loss", "total", ..., "tokens", "tokens_per_second", "seconds", "seconds_left"}      every step
+    {"step", "validation_loss", "bits_per_byte", "seconds"}                                       every validation
+
+Losses are nats a token. A resumed run first drops the lines of steps that it is about to repeat.
+"""
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from olmo_core.train.callbacks import Callback, ConsoleLoggerCallback
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from rorqual import parallel
+from rorqual.train.engine import autocast, metrics_of, untouched_randomness
+
+METRICS = "metrics.jsonl"
+WINDOW = 20  # steps that the speed is a mean of
+
+
+class Recorder(ConsoleLoggerCallback):
+    """Stands where the engine's own console log would; writes on rank 0 only.
+
+    tokens: of one step, over all ranks. steps: of the whole run. `seconds`: of training steps, over all sessions.
+    """
+
+    priority: ClassVar[int] = 2  # before the checkpointer, whose time is not the step's
+
+    def __init__(
+        self, folder: Path, tokens: int, steps: int, on_metrics: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
+        super().__init__()
+        self.folder, self.tokens, self.steps, self.on_metrics = folder, tokens, steps, on_metrics
+        self.seconds = self._began = 0.0
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+        self._at: dict[int, tuple[float, float]] = {}  # step -> (seconds, seconds a step) when it ended
+        self._board: SummaryWriter | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds = state_dict["seconds"]
+
+    def pre_train(self) -> None:
+        if parallel.rank() == 0:
+            trim(self.folder / METRICS, self.step)
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
+
+    def pre_load_batch(self) -> None:
+        self._began = time.perf_counter()
+
+    def post_train_batch(self) -> None:
+        took = time.perf_counter() - self._began
+        self.seconds += took
+        self._recent.append(took)
+        self._at[self.step] = (self.seconds, sum(self._recent) / len(self._recent))
+
+    def post_step(self) -> None:
+        """Nothing to say before the metrics have been collected."""
+
+    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        ours = metrics_of(metrics)
+        if "loss" not in ours:
+            return
+        seconds, each = self._at.pop(step)
+        ours |= {"tokens": step * self.tokens, "tokens_per_second": round(self.tokens / each, 1)}
+        ours |= {"seconds": round(seconds, 3), "seconds_left": round((self.steps - step) * each, 1)}
+        self.write({"step": step, **ours})
+
+    def write(self, line: dict[str, Any]) -> None:
+        """One line more, whole when it is there."""
+        if parallel.rank() == 0:
+            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            if self._board is not None:
+                for name, value in line.items():
+                    if name != "step":
+                        self._board.add_scalar(name, value, line["step"])
+        if self.on_metrics is not None:
+            self.on_metrics(dict(line))
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+
+def trim(path: Path, step: int) -> None:
+    """Keep the lines of a metrics file up to `step`; a last line that a kill cut short goes too."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        if json.loads(line)["step"] <= step:
+            kept.append(line + "\n")
+    beside = path.with_suffix(".partial")
+    beside.write_text("".join(kept), encoding="utf-8")
+    beside.replace(path)
+
+
+class Validator(Callback):
+    """Scores the held-out documents every `every` steps but the last, whose score `write` is asked for."""
+
+    def __init__(self, score: Callable[[], dict[str, float]], recorder: Recorder, every: int | None = None) -> None:
+        super().__init__()
+        self.score, self.recorder, self.every = score, recorder, every
+
+    def post_step(self) -> None:
+        if self.every is not None and self.step % self.every == 0 and self.step < self.recorder.steps:
+            self.write()
+
+    def write(self) -> None:
+        self.recorder.write({"step": self.step, **self.score(), "seconds": round(self.recorder.seconds, 3)})
+
+
+def validate(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], bytes_per_token: float, dtype: torch.dtype
+) -> dict[str, float]:
+    """{"validation_loss": nats a token, "bits_per_byte": the same nats in bits over the bytes of the text}.
+
+    `batches` are this rank's share. Training goes on as if it had not been asked: mode and random numbers stay.
+    """
+    device, training = next(model.parameters()).device, model.training
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
+    model.eval()
+    with torch.no_grad(), untouched_randomness(), autocast(device, dtype):
+        for batch in batches:
+            ids, labels, documents = (batch[name].to(device) for name in ("ids", "labels", "documents"))
+            loss = model.loss(ids, labels, documents=documents)  # type: ignore[operator]
+            sums += torch.stack([loss.next_token.double() * loss.tokens, loss.tokens.double()])
+    model.train(training)
+    nats, tokens = parallel.total(sums).tolist()
+    if not tokens:
+        raise ValueError("got no validation documents, expected some: use a larger corpus, or no limit")
+    return {"validation_loss": nats / tokens, "bits_per_byte": nats / math.log(2) / (tokens * bytes_per_token)}

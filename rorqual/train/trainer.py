@@ -1,0 +1,289 @@
+"""A config in -> a run folder with a trained model out. The same config again goes on where it was stopped.
+
+    FOLDER/train.json, metrics.jsonl, tensorboard/           from the first step on
+    FOLDER/checkpoints/stepN/                                to resume from
+    FOLDER/config.json, model.safetensors, tokenizer.json    the model, when it is finished
+
+Resumed or not, the numbers are the same to the last bit (docs/train.md says on what that rests).
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from rorqual import checkpoint, parallel, runtime
+from rorqual import config as configs
+from rorqual.data.corpus import open_corpus, split
+from rorqual.data.stream import Stream, TokenFolder, tokenise, validation_batches
+from rorqual.data.tokenizer import Tokenizer
+from rorqual.data.tokenizer import train as train_tokenizer
+from rorqual.model import LanguageModel, ModelConfig
+from rorqual.train.optim import OptimConfig, Optimizer
+
+FIXED = ("model", "optim", "data", "rows", "length", "micro_rows", "seed", "dtype")  # others may change on resuming
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which text, in which tokens."""
+
+    source: str = "wordnet"  # a corpus name, a file, a folder, or a Hugging Face dataset
+    column: str = "text"  # of a jsonl, parquet or dataset source
+    limit: int | None = None  # documents at most
+    vocabulary: int | None = None  # of the tokenizer that is trained on the text; None: the model's
+    tokenizer: str | None = None  # a folder, a tokenizer.json or a hub id to take instead
+    cache: str = "runs/cache"  # tokenizers and token files, kept for the next time
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 2:
+            raise ValueError(f"limit: got {self.limit}, expected at least 2 documents, one of them to validate on")
+        if self.vocabulary is not None and self.vocabulary < 257:
+            raise ValueError(f"vocabulary: got {self.vocabulary}, expected at least 257: the bytes and the end")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """What is trained on what, for how long. A batch is `rows` sequences of `length` tokens over all ranks."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    folder: str = "runs/train"
+    steps: int = 1000
+    rows: int = 16
+    length: int = 256
+    micro_rows: int | None = None  # rows a forward pass; None: all of this rank's
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; parameters are float32
+    threads: int | None = None  # None: as many as torch takes
+    bias_rest: float = 0.05  # share of the steps at the end in which router biases stay as they are
+    mtp_late: float | None = None  # MTP's weight in the last third of the steps; None: as before
+    log_every: int = 1  # steps between two looks at the metrics; the steps between are written too
+    validate_every: int | None = None  # steps; None: at the end only
+    validation_tokens: int | None = None  # at most; None: all
+    save_every: int = 250  # steps between two checkpoints
+    keep: int = 2  # checkpoints
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "rows", "length", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        for name in ("micro_rows", "threads", "validate_every", "validation_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
+        if not 0 <= self.bias_rest <= 1:
+            raise ValueError(f"bias_rest: got {self.bias_rest}, expected 0..1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: got {self.seed}, expected 0 <= seed < 2**32")
+
+
+class Stopped(KeyboardInterrupt):
+    """Training was asked to stop (ctrl-C, SIGTERM); it saved first. The message says how to go on."""
+
+
+class Prepared(NamedTuple):
+    """A text, ready to train on."""
+
+    tokenizer: Tokenizer
+    tokens: TokenFolder
+
+    @property
+    def vocabulary(self) -> int:
+        return self.tokenizer.vocabulary
+
+    def __str__(self) -> str:
+        train, held = self.tokens.train, self.tokens.validation
+        about = f"{self.tokens.about['name']} ({self.tokens.about['license']})"
+        return (
+            f"{about}: {len(train):,} tokens of {train.documents:,} documents to train on, {len(held):,} of "
+            f"{held.documents:,} to validate; vocabulary {self.vocabulary:,}"
+        )
+
+
+def prepare(data: DataConfig, *, progress: Callable[[int], None] | None = None) -> Prepared:
+    """Text -> tokenizer and token files, from the cache where they are there. `progress`: bytes tokenised so far."""
+    cache, corpus = Path(data.cache), open_corpus(data.source, column=data.column, limit=data.limit)
+    if data.tokenizer is not None:
+        tokenizer = Tokenizer.load(data.tokenizer)
+    else:
+        vocabulary = data.vocabulary or ModelConfig().vocabulary
+        key = hashlib.blake2b(f"{corpus.fingerprint} {vocabulary}".encode(), digest_size=10).hexdigest()
+        folder = cache / "tokenizers" / key
+        if not (folder / "tokenizer_config.json").is_file():  # which `save` writes last
+            texts = (text for text in corpus.documents() if split(text) == "train")
+            train_tokenizer(texts, vocabulary).save(folder)
+        tokenizer = Tokenizer.load(folder)
+    return Prepared(tokenizer, tokenise(corpus, tokenizer, cache / "tokens", progress=progress))
+
+
+def train(config: TrainConfig, *, on_metrics: Callable[[dict[str, Any]], None] | None = None) -> Path:
+    """Train, or go on training, and return the folder with the finished model; at once if it is there already.
+
+    `on_metrics` is given every line of metrics.jsonl as it is written. Raises Stopped after ctrl-C or SIGTERM, when
+    everything is saved; ValueError for a folder that holds another run; Damaged when no checkpoint in it is good.
+    """
+    if config.threads is not None:
+        runtime.threads(config.threads)
+    folder, device = Path(config.folder), runtime.device(config.device)
+    if finished(config):
+        runtime.log(f"{folder} holds this model, finished; remove it or choose another --folder to train again")
+        return folder
+    joined = parallel.join(device)
+    try:
+        with _alone(folder):
+            _claim(folder, config)
+            return _train(config, folder, device, on_metrics)
+    finally:
+        if joined:
+            parallel.leave()
+
+
+def finished(config: TrainConfig) -> bool:
+    """Whether the folder holds the model of this very run, trained for as many steps."""
+    folder = Path(config.folder)
+    before = _before(folder)
+    same = before is not None and not _differences(before, config) and before.steps == config.steps
+    return same and (folder / "model.safetensors").is_file()
+
+
+def _train(config: TrainConfig, folder: Path, device: torch.device, on_metrics: Callable | None) -> Path:
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # which the engine would set to 8
+    os.environ.setdefault("OLMO_SHARED_FS", "1")
+    import olmo_core
+
+    logging.getLogger(olmo_core.__name__).setLevel(logging.CRITICAL)  # what it raises is enough
+    from rorqual.train import engine, record
+
+    data = _prepared(config)
+    runtime.seed_everything(config.seed)
+    model, dtype = _model(config, data, device), runtime.dtype(config.dtype)
+    late = round(config.steps * (1 - config.bias_rest))
+    module = engine.Module(
+        model,
+        Optimizer(model, config.optim),
+        steps=config.steps,
+        micro_rows=config.micro_rows,
+        dtype=dtype,
+        late=late,
+        mtp_late=config.mtp_late,
+    )
+    held = data.tokens.validation
+    validator = record.Validator(
+        score=lambda: record.validate(model, _held_out(config, data), held.bytes / len(held), dtype),
+        recorder=record.Recorder(folder, config.rows * config.length, config.steps, on_metrics),
+        every=config.validate_every,
+    )
+    loader = engine.Loader(_stream(config, data), folder, data.vocabulary)
+    keeper = engine.Keeper(config.save_every, config.keep)
+    callbacks = {"recorder": validator.recorder, "validator": validator, "checkpointer": keeper}
+    step = engine.fit(module, loader, folder / "checkpoints", config.log_every, callbacks)
+    if step < config.steps:
+        raise _stopped(f"stopped at step {step} of {config.steps}, saved in {folder}; the same command goes on")
+    validator.write()
+    checkpoint.save_model(folder, model, data.tokenizer)
+    return folder
+
+
+def _stopped(message: str) -> Stopped:
+    runtime.log(message)
+    return Stopped(message)
+
+
+def _stream(config: TrainConfig, data: Prepared) -> Stream:
+    rank, world = parallel.rank(), parallel.world()
+    return Stream(data.tokens.train, config.rows // world, config.length, config.seed, rank, world)
+
+
+def _held_out(config: TrainConfig, data: Prepared) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's share of the documents that are never trained on."""
+    rank, world = parallel.rank(), parallel.world()
+    batches = validation_batches(data.tokens.validation, config.rows // world, config.length, rank, world)
+    most, size = config.validation_tokens, config.rows * config.length
+    return islice(batches, None if most is None else -(-most // size))
+
+
+def _prepared(config: TrainConfig) -> Prepared:
+    """Rank 0 first, so that the others find it in the cache."""
+    data = (
+        config.data if config.data.vocabulary else configs.replace(config.data, "vocabulary", config.model.vocabulary)
+    )
+    found = parallel.first(lambda: prepare(data))
+    if found.vocabulary > config.model.vocabulary:
+        raise ValueError(
+            f"model.vocabulary: got {config.model.vocabulary}, expected at least the tokenizer's {found.vocabulary}"
+        )
+    if config.rows % parallel.world():
+        raise ValueError(f"rows: got {config.rows}, expected a multiple of the {parallel.world()} ranks")
+    runtime.log(str(found))
+    return found
+
+
+def _model(config: TrainConfig, data: Prepared, device: torch.device) -> LanguageModel:
+    canonical = None
+    if config.model.engram is not None and config.model.engram.canonical:
+        canonical = torch.from_numpy(data.tokenizer.canonical_map())
+    model = LanguageModel(config.model, canonical, seed=config.seed).to(device)
+    if parallel.world() > 1:
+        parallel.shard(model, dtype=runtime.dtype(config.dtype))
+    return model
+
+
+def _before(folder: Path) -> TrainConfig | None:
+    path = folder / "train.json"
+    return configs.load(TrainConfig, path) if path.is_file() else None
+
+
+def _differences(one: TrainConfig, other: TrainConfig) -> list[str]:
+    """Dotted names of the fields that a resumed run may not change, and that differ."""
+
+    def flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for name, part in value.items():
+                yield from flat(part, f"{path}.{name}".lstrip("."))
+        else:
+            yield path, value
+
+    whole = [{name: configs.to_dict(getattr(config, name)) for name in FIXED} for config in (one, other)]
+    left, right = (dict(flat(each, "")) for each in whole)
+    return [n for n in sorted(left.keys() | right.keys()) if left.get(n) != right.get(n) and n != "data.cache"]
+
+
+def _claim(folder: Path, config: TrainConfig) -> None:
+    """Write train.json. ValueError where a run with another config has checkpoints or a model already."""
+    before = _before(folder)
+    begun = bool(checkpoint.steps(folder / "checkpoints")) or (folder / "model.safetensors").is_file()
+    if before is not None and begun and (names := _differences(before, config)):
+        what = ", ".join(names[:4])
+        raise ValueError(f"{folder} holds another run ({what} differ): choose another --folder, or remove it")
+    if parallel.rank() == 0:
+        configs.save(config, folder / "train.json")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One training a folder: ValueError while another process holds it. The lock goes with its process, even killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        if parallel.rank() == 0:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{folder}: another process trains here; wait, or choose another --folder") from None
+        yield
+
+
+def losses(folder: str | os.PathLike[str]) -> list[float]:
+    """The training losses of a run, nats a token, one a step."""
+    lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]

@@ -1,0 +1,256 @@
+"""checkpoint.py: what comes back is what was written, damage is named, nothing is executed, a kill loses nothing."""
+
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rorqual.checkpoint import (
+    DIGEST,
+    Damaged,
+    decode,
+    encode,
+    latest,
+    load_model,
+    load_state,
+    recover,
+    save_model,
+    save_state,
+    steps,
+    verify,
+)
+from rorqual.model import LanguageModel, ModelConfig
+
+
+def some_tensors() -> dict[str, torch.Tensor]:
+    tied = torch.randn(7, 5)
+    return {
+        "model.weight": tied,
+        "model.tied": tied,
+        "model.view": torch.zeros(()).view(1),
+        "model.transposed": torch.randn(6, 4).t(),
+        "model.count": torch.arange(9, dtype=torch.int32),
+        "optim.step": torch.tensor([3.0]),
+        "half": torch.randn(3, 3).bfloat16(),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4),
+    }
+
+
+def blank(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.full_like(tensor, 99) for name, tensor in tensors.items()}
+
+
+def test_tensors_and_values_come_back_to_the_last_bit(tmp_path):
+    tensors = some_tensors()
+    values = {"step": 10, "rng": {"python": random.getstate(), "numpy": np.random.get_state()}, "loss": [0.1, 1e-300]}
+    save_state(tmp_path / "step10", tensors, values)
+    found = blank(tensors)
+    assert encode(load_state(tmp_path / "step10", found)) == encode(values)
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor), name
+        assert found[name].dtype == tensor.dtype
+
+
+def test_nothing_pickled_is_written_and_no_debris_stays(tmp_path):
+    save_state(tmp_path / "step1", some_tensors(), {})
+    suffixes = {path.suffix for path in (tmp_path / "step1").iterdir()}
+    assert suffixes == {".json", ".safetensors"}
+    assert [path.name for path in tmp_path.iterdir()] == ["step1"]
+
+
+def test_saving_again_replaces(tmp_path):
+    save_state(tmp_path / "step1", {"a": torch.zeros(3)}, 1)
+    save_state(tmp_path / "step1", {"a": torch.ones(3)}, 2)
+    found = {"a": torch.zeros(3)}
+    assert load_state(tmp_path / "step1", found) == 2
+    assert torch.equal(found["a"], torch.ones(3))
+
+
+class Bomb:
+    """Unpickling it makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def test_hostile_pickles_in_the_folder_are_never_executed(tmp_path):
+    marker, folder, tensors = tmp_path / "executed", tmp_path / "run" / "step1", some_tensors()
+    save_state(folder, tensors, {"step": 1})
+    bomb = pickle.dumps(Bomb(marker))
+    for name in (".metadata", "model_and_optim/.metadata", "train/rank0.pt", "rank0.pt", "model.pt", "__0_0.distcp"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(bomb)
+    assert latest(tmp_path / "run") == folder
+    assert load_state(folder, blank(tensors)) == {"step": 1}
+    save_state(folder, tensors, {"step": 2})
+    assert not marker.exists()
+    pickle.loads(bomb)
+    assert marker.exists()  # the bomb was live
+
+
+def damage_truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def damage_flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, Path.unlink])
+@pytest.mark.parametrize("kind", ["*.safetensors", "rank0.json", DIGEST])
+def test_a_damaged_file_is_refused_by_name_and_the_one_before_is_used(tmp_path, damage, kind, capsys):
+    for step in (5, 10, 15):
+        save_state(tmp_path / f"step{step}", {"a": torch.full((64,), float(step))}, {"step": step})
+    victim = next((tmp_path / "step15").glob(kind))
+    damage(victim)
+    with pytest.raises(Damaged, match=victim.name.replace(".", r"\.")):
+        load_state(tmp_path / "step15", {"a": torch.zeros(64)})
+    assert latest(tmp_path) == tmp_path / "step10"
+    if kind != DIGEST or damage is not Path.unlink:
+        assert victim.name in capsys.readouterr().err.replace("\n", "")
+
+
+def test_a_flip_anywhere_in_the_digest_is_noticed_or_harmless(tmp_path):
+    save_state(tmp_path / "step1", {"a": torch.ones(4)}, {"step": 1})
+    path = tmp_path / "step1" / DIGEST
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 7):
+        data = bytearray(whole)
+        data[at] ^= 1
+        path.write_bytes(data)
+        try:
+            verify(tmp_path / "step1")
+        except Damaged:
+            continue
+        assert json.loads(data)["files"] == json.loads(whole)["files"]
+
+
+def test_when_all_are_damaged_training_does_not_silently_start_again(tmp_path):
+    assert latest(tmp_path) is None
+    save_state(tmp_path / "step1", {"a": torch.ones(4)}, {})
+    damage_truncate(next((tmp_path / "step1").glob("*.safetensors")))
+    with pytest.raises(Damaged, match="every checkpoint is damaged"):
+        latest(tmp_path)
+
+
+def test_a_stranger_among_the_tensors_is_refused(tmp_path):
+    save_state(tmp_path / "step1", {"a": torch.ones(4)}, {})
+    source = next((tmp_path / "step1").glob("*.safetensors"))
+    (tmp_path / "step1" / "more.safetensors").write_bytes(source.read_bytes())
+    with pytest.raises(Damaged, match=r"more\.safetensors"):
+        verify(tmp_path / "step1")
+
+
+def test_other_names_or_shapes_are_refused_before_anything_is_read(tmp_path):
+    save_state(tmp_path / "step1", {"a": torch.ones(4), "b": torch.ones(2)}, {})
+    for asked, told in (({"a": torch.zeros(4)}, "'b'"), ({"a": torch.zeros(4), "c": torch.zeros(2)}, "'c'")):
+        with pytest.raises(ValueError, match=told):
+            load_state(tmp_path / "step1", asked)
+        assert not asked["a"].any()
+    with pytest.raises(ValueError, match=r"'b' of shape \(2,\), expected \(3,\)"):
+        load_state(tmp_path / "step1", {"a": torch.zeros(4), "b": torch.zeros(3)})
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    for step in (9, 100, 20):
+        save_state(tmp_path / f"step{step}", {"a": torch.ones(1)}, {})
+    (tmp_path / "step7").mkdir()
+    (tmp_path / "stepping").mkdir()
+    assert [step for step, _ in steps(tmp_path)] == [9, 20, 100]
+
+
+def test_recover_puts_back_what_a_kill_left_between_two_renames(tmp_path):
+    save_state(tmp_path / "step1", {"a": torch.ones(1)}, 1)
+    (tmp_path / "step1").rename(tmp_path / "step1.replaced")
+    (tmp_path / "step2.partial").mkdir()
+    recover(tmp_path)
+    assert load_state(tmp_path / "step1", {"a": torch.zeros(1)}) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["step1"]
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers(), inner),
+    max_leaves=12,
+)
+
+
+@given(plain)
+@settings(max_examples=60, deadline=None)
+def test_encode_survives_json(value):
+    assert decode(json.loads(json.dumps(encode(value)))) == value
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int64", "float32", "uint32"])
+def test_encode_keeps_arrays_and_tensors(dtype):
+    array = np.arange(6, dtype=dtype).reshape(2, 3)
+    found = decode(json.loads(json.dumps(encode({"a": array}))))["a"]
+    assert found.dtype == array.dtype
+    assert np.array_equal(found, array)
+    state = decode(encode(torch.get_rng_state()))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_encode_refuses_objects_and_decode_makes_none():
+    with pytest.raises(ValueError, match="object"):
+        encode({"a": object()})
+    with pytest.raises(ValueError, match="expected map"):
+        decode({"": "pickle", "value": ""})
+    with pytest.raises(ValueError, match="OBJECT"):
+        decode({"": "array", "dtype": "O", "shape": [1], "data": "AAAAAAAAAAA="})
+
+
+def tiny(**changes) -> ModelConfig:
+    return ModelConfig(vocabulary=50, dim=16, layers=1, dense_width=24, **changes)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_folder_comes_back(tmp_path, tied):
+    model = LanguageModel(tiny(tied=tied), seed=3).eval()
+    save_model(tmp_path, model)
+    found = load_model(tmp_path)
+    ids = torch.arange(12).view(2, 6)
+    assert found.config == model.config
+    assert not found.training
+    assert torch.equal(found(ids), model(ids))
+    assert (found.head.weight is found.embed.weight) == tied
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_folder_without_a_model_says_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json and no model\.safetensors"):
+        load_model(tmp_path)
+    save_model(tmp_path, LanguageModel(tiny()))
+    config = json.loads((tmp_path / "config.json").read_text()) | {"dim": 24}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="expected"):
+        load_model(tmp_path)
+
+
+@pytest.mark.slow
+def test_kills_lose_nothing():
+    """A tenth of the soak in benchmarks/kills.py: whatever was reported as saved is there, whole."""
+    script = Path(__file__).parents[1] / "benchmarks" / "kills.py"
+    command = [sys.executable, script, "--kills", "10", "--json"]
+    environment = os.environ | {"PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout)
+    assert result["kills"] == 10
+    assert result["lost"] == 0
+    assert result["mid_write"] >= 1, "no kill met a checkpoint being written: the test would prove nothing"

@@ -1,0 +1,204 @@
+"""parallel.py on two gloo processes against one process with both batches: the numbers are the same.
+
+Run as a script, this file is the two processes.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rorqual import checkpoint, parallel
+from rorqual.layers.attention import MLAConfig
+from rorqual.layers.balance import BalanceConfig
+from rorqual.layers.engram import EngramConfig
+from rorqual.layers.experts import Experts
+from rorqual.layers.moe import MoEConfig
+from rorqual.layers.mtp import MTPConfig
+from rorqual.model import LanguageModel, ModelConfig
+from rorqual.train.optim import OptimConfig, Optimizer
+from rorqual.train.trainer import DataConfig, TrainConfig, losses, train
+
+CONFIG = ModelConfig(
+    vocabulary=300,
+    dim=16,
+    layers=2,
+    dense_width=24,
+    mla=MLAConfig(heads=2, kv_lora_rank=8, nope_dim=8, rope_dim=4, value_dim=8),
+    moe=MoEConfig(routed=4, active=2, width=8, first_dense=1, balance=BalanceConfig(sequence=0.01)),
+    engram=EngramConfig(layers=(1,), rows_per_head=(61, 61), heads=2, head_dim=4),
+    mtp=MTPConfig(),
+    init_std=0.1,
+)
+STEPS, ROWS, LENGTH = 3, 4, 10
+CASES = {"whole": ("adamw", False), "experts": ("adamw", True), "muon": ("muon", False), "muon_experts": ("muon", True)}
+
+
+def steps(kind: str, prepare: Callable | None = None) -> tuple[LanguageModel, Optimizer, list[float]]:
+    """A few optimizer steps on this rank's share of the rows."""
+    model = LanguageModel(CONFIG, seed=2)
+    if prepare is not None:
+        prepare(model)
+    optimizer = Optimizer(model, OptimConfig(kind=kind, lr=1e-2, clip=0.5))
+    norms, share = [], ROWS // parallel.world()
+    for step in range(STEPS):
+        ids = torch.randint(0, 300, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+        mine = ids[parallel.rank() * share : (parallel.rank() + 1) * share]
+        model.loss(mine[:, :-1], mine[:, 1:]).total.backward()
+        for name in optimizer.rows:
+            parallel.mean_rows(optimizer.parameters[name])
+        norms.append(float(optimizer.clip()))
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer, norms
+
+
+def config_of(folder: Path, name: str) -> TrainConfig:
+    data = DataConfig(source=str(folder / "text.jsonl"), vocabulary=300, cache=str(folder / "cache"))
+    return TrainConfig(model=CONFIG, data=data, folder=str(folder / name), steps=4, rows=4, length=12, save_every=2)
+
+
+def one_of_two(folder: Path) -> None:
+    """What each of the two processes does; rank 0 leaves what there is to compare."""
+    parallel.join(torch.device("cpu"))
+    for name, (kind, experts) in CASES.items():
+        model, optimizer, norms = steps(kind, lambda model, experts=experts: parallel.shard(model, experts=experts))
+        state = {f"model.{key}": value for key, value in model.state_dict().items()}
+        state |= {f"optim.{key}": value for key, value in optimizer.state_dict().items()}
+        checkpoint.save_state(folder / name, state, {"norms": norms, "rank": parallel.rank()})
+        for tensor in state.values():
+            tensor.zero_()
+        assert checkpoint.load_state(folder / name, state)["rank"] == parallel.rank()
+        checkpoint.save_state(folder / f"{name}_again", state, {})
+        checkpoint.save_model(folder / f"{name}_model", model)
+    exchange(folder)
+    uneven = LanguageModel(replace(CONFIG, moe=replace(CONFIG.moe, routed=5)))
+    with pytest.raises(ValueError, match="got 2 ranks, expected a divisor of 5 experts"):
+        parallel.shard(uneven, experts=True)
+    train(config_of(folder, "two"))
+    parallel.leave()
+
+
+def exchange(folder: Path) -> None:
+    """All tokens of rank 1 go to experts of rank 0, and to none of expert 3."""
+    experts = Experts(4, 6, 5)
+    torch.nn.init.normal_(experts.down, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(experts.gate_up, generator=torch.Generator().manual_seed(2))
+    counts = torch.tensor([[3, 0, 2, 0], [1, 4, 0, 0]][parallel.rank()])
+    rows = torch.randn(5, 6, generator=torch.Generator().manual_seed(parallel.rank())).requires_grad_()
+    expected = experts(rows, counts)
+    mine = slice(2 * parallel.rank(), 2 * parallel.rank() + 2)
+    own = Experts(2, 6, 5)
+    own.gate_up.data, own.down.data = experts.gate_up[mine].detach().clone(), experts.down[mine].detach().clone()
+    found = parallel.Exchange()(rows, counts, own)
+    torch.testing.assert_close(found, expected)
+    weight = torch.arange(30.0).view(5, 6)
+    (grad,) = torch.autograd.grad((expected * weight).sum(), rows, retain_graph=True)
+    (found * weight).sum().backward()
+    torch.testing.assert_close(rows.grad, grad)
+    for name, parameter in experts.named_parameters():
+        (both,) = torch.autograd.grad((expected * weight).sum(), parameter, retain_graph=True)
+        both = parallel.total(both)[mine] / 2
+        torch.testing.assert_close(dict(own.named_parameters())[name].grad, both)
+    (folder / f"exchanged{parallel.rank()}").touch()
+
+
+def _end_with(work: Callable) -> None:
+    """Leave without cleaning up; who fails takes the other along, which would wait for it."""
+    try:
+        work()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
+
+
+def main(folder: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(2):
+        if (child := os.fork()) == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+            _end_with(lambda: one_of_two(folder))
+        children.append(child)
+    raise SystemExit(any(os.waitpid(child, 0)[1] for child in children))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the two processes left their results."""
+    folder = tmp_path_factory.mktemp("two")
+    lines = (json.dumps({"text": f"The {n}th whale met {n % 7} seals and {n % 5} boats."}) for n in range(300))
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, __file__, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, start_new_session=True)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(CASES))
+def test_two_ranks_make_the_steps_of_one(folder, name):
+    """Parameters, optimizer state and gradient norms; the checkpoint of two is read by one."""
+    model, optimizer, norms = steps(CASES[name][0])
+    expected = {f"model.{key}": value for key, value in model.state_dict().items()}
+    expected |= {f"optim.{key}": value for key, value in optimizer.state_dict().items()}
+    for written in (name, f"{name}_again"):
+        found = {key: torch.zeros_like(value) for key, value in expected.items()}
+        values = checkpoint.load_state(folder / written, found)
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
+        assert values.get("norms", norms) == pytest.approx(norms, rel=1e-4)
+    whole = checkpoint.load_model(folder / f"{name}_model").state_dict()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(whole[key], value, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_exchange_carries_rows_and_gradients(folder):
+    assert (folder / "exchanged0").exists()
+    assert (folder / "exchanged1").exists()
+
+
+@pytest.mark.slow
+def test_training_on_two_ranks_is_training_on_one(folder):
+    train(config_of(folder, "one"))
+    assert losses(folder / "two") == pytest.approx(losses(folder / "one"), rel=1e-4)
+    held = [
+        [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()][-1]
+        for name in ("one", "two")
+    ]
+    assert held[0]["validation_loss"] == pytest.approx(held[1]["validation_loss"], rel=1e-4)
+    assert {path.name for path in (folder / "two" / "checkpoints" / "step4").glob("rank*")} == {
+        "rank0.json",
+        "rank1.json",
+    }
+
+
+def test_alone_nothing_is_exchanged():
+    assert (parallel.rank(), parallel.world()) == (0, 1)
+    tensor, parameter = torch.ones(3), torch.nn.Parameter(torch.ones(2, 2))
+    assert parallel.total(tensor) is tensor
+    assert parallel.first(lambda: 5) == 5
+    parallel.mean_rows(parameter)
+    assert parameter.grad is None
+    assert not parallel.join(torch.device("cpu"))
+    parallel.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

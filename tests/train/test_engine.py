@@ -1,0 +1,355 @@
+"""engine.py under OLMo-core's own trainer: exact resume, one balance step, hostile checkpoints, signals."""
+
+import json
+import os
+import pickle
+import random
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from olmo_core.train.callbacks import Callback
+
+from rorqual import checkpoint
+from rorqual.data.stream import Stream, Tokens
+from rorqual.layers.attention import MLAConfig
+from rorqual.layers.balance import BalanceConfig
+from rorqual.layers.engram import EngramConfig
+from rorqual.layers.moe import MoE, MoEConfig
+from rorqual.layers.mtp import MTPConfig
+from rorqual.layers.router import RouterConfig
+from rorqual.model import LanguageModel, ModelConfig
+from rorqual.train.engine import Keeper, Loader, Module, Store, Written, fit, metrics_of, untouched_randomness
+from rorqual.train.optim import OptimConfig, Optimizer
+from rorqual.train.record import Recorder
+
+CONFIG = ModelConfig(
+    vocabulary=61,
+    dim=16,
+    layers=2,
+    dense_width=24,
+    mla=MLAConfig(heads=2, kv_lora_rank=8, nope_dim=8, rope_dim=4, value_dim=8),
+    moe=MoEConfig(
+        routed=4, active=2, width=8, first_dense=1, router=RouterConfig(noise=0.1), balance=BalanceConfig(sequence=0.01)
+    ),
+    engram=EngramConfig(layers=(1,), rows_per_head=(61, 61), heads=2, head_dim=4),
+    mtp=MTPConfig(),
+    init_std=0.02,
+)
+ROWS, LENGTH = 4, 12
+
+
+def tokens(seed: int = 0) -> Tokens:
+    """Forty documents of a language in which every word is followed by one of three."""
+    rng = np.random.default_rng(seed)
+    documents = []
+    for _ in range(40):
+        words = [int(rng.integers(1, 61))]
+        for _ in range(int(rng.integers(4, 30))):
+            words.append(1 + (words[-1] * 7 + int(rng.integers(3))) % 60)
+        documents.append([0, *words])
+    starts = np.cumsum([0, *map(len, documents)])
+    ids = np.array([word for document in documents for word in document], dtype=np.uint16)
+    return Tokens(ids, starts.astype(np.int64), np.array(list(map(len, documents))), 0, f"{seed}")
+
+
+def parts(steps: int = 20, kind: str = "adamw", config: ModelConfig = CONFIG, **module) -> tuple[Module, Stream]:
+    model = LanguageModel(config, seed=5)
+    optimizer = Optimizer(model, OptimConfig(kind=kind, lr=5e-3, warmup=3))
+    return Module(model, optimizer, steps=steps, **module), Stream(tokens(), ROWS, LENGTH, seed=3)
+
+
+class At(Callback):
+    """Does something when a step has been made."""
+
+    def __init__(self, step: int, what) -> None:
+        super().__init__()
+        self.when, self.what = step, what
+
+    def post_train_batch(self) -> None:
+        if self.step == self.when:
+            self.what(self.trainer)
+
+
+def run(folder: Path, module: Module, stream: Stream, *, every: int = 100, keep: int = 2, **callbacks) -> int:
+    folder.mkdir(exist_ok=True)
+    recorder = Recorder(folder, ROWS * LENGTH, module.steps)
+    keeper = Keeper(every, keep)
+    loader = Loader(stream, folder, 61)
+    return fit(module, loader, folder / "checkpoints", 1, {"recorder": recorder, "checkpointer": keeper, **callbacks})
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def cancel(trainer) -> None:
+    trainer.cancel_run("enough")
+
+
+@pytest.mark.parametrize(("kind", "half"), [("adamw", 10), ("muon", 3)])
+def test_ten_steps_and_ten_more_are_twenty_to_the_last_bit(tmp_path, kind, half):
+    """Parameters, optimizer state and every loss; the noisy router draws random numbers all the while."""
+    torch.manual_seed(1)
+    straight, stream = parts(2 * half, kind)
+    assert run(tmp_path / "straight", straight, stream) == 2 * half
+
+    torch.manual_seed(1)
+    assert run(tmp_path / "stopped", *parts(2 * half, kind), stop=At(half, cancel)) == half
+    for draw in (torch.rand, np.random.rand):
+        draw(17)
+    random.seed(99)
+    resumed, stream = parts(2 * half, kind)
+    torch.nn.init.zeros_(resumed.model.head.weight)
+    assert run(tmp_path / "stopped", resumed, stream) == 2 * half
+
+    found, expected = resumed.state_dict(), straight.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    timing = {"tokens_per_second", "seconds", "seconds_left"}
+    one, other = (
+        [{k: v for k, v in line.items() if k not in timing} for line in lines(tmp_path / f)]
+        for f in ("straight", "stopped")
+    )
+    assert one == other
+    assert [line["step"] for line in one] == list(range(1, 2 * half + 1))
+    assert one[-1]["loss"] < one[0]["loss"]
+
+
+def test_a_checkpoint_written_beside_training_is_of_its_own_step(tmp_path):
+    """Training goes on while it is written, on copies."""
+    torch.manual_seed(1)
+    run(tmp_path / "on", *parts(steps=6), every=3)
+    found = parts(steps=6)[0].state_dict()
+    checkpoint.load_state(tmp_path / "on" / "checkpoints" / "step3", found)
+    torch.manual_seed(1)
+    stopped, stream = parts(steps=6)
+    run(tmp_path / "stopped", stopped, stream, stop=At(3, cancel))
+    for name, tensor in stopped.state_dict().items():
+        assert torch.equal(found[name], tensor), name
+
+
+class Bomb:
+    """Unpickling it makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def test_hostile_engine_checkpoints_are_never_opened(tmp_path):
+    """The files that OLMo-core and DCP would unpickle, both beside our checkpoint and in it."""
+    module, stream = parts(steps=4)
+    run(tmp_path, module, stream, stop=At(2, cancel))
+    marker = tmp_path / "executed"
+    bomb = pickle.dumps(Bomb(marker))
+    for step in ("step2", "step3", "step999", "."):
+        for name in ("train/rank0.pt", "model_and_optim/.metadata", ".metadata", "rank0.pt"):
+            path = tmp_path / "checkpoints" / step / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(bomb)
+        (tmp_path / "checkpoints" / step / ".metadata.json").write_text('{"version": "3.0.0"}')
+    resumed, stream = parts(steps=4)
+    assert run(tmp_path, resumed, stream) == 4
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    assert not marker.exists()
+    assert not [
+        path for path in (tmp_path / "checkpoints" / "step4").iterdir() if path.suffix not in (".json", ".safetensors")
+    ]
+    pickle.loads(bomb)
+    assert marker.exists()  # the bomb was live
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+    run(tmp_path, *parts(steps=9), every=3, keep=3)
+    for victim in (tmp_path / "checkpoints" / "step9").glob("*.safetensors"):
+        victim.write_bytes(victim.read_bytes()[:-9])
+    module, stream = parts(steps=9)
+    assert run(tmp_path, module, stream) == 9
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 10))
+    checkpoint.verify(tmp_path / "checkpoints" / "step9")
+
+
+def test_another_models_checkpoint_is_refused(tmp_path):
+    run(tmp_path, *parts(steps=2))
+    module, stream = parts(steps=4, kind="muon")
+    with pytest.raises(ValueError, match="missing"):
+        run(tmp_path, module, stream)
+    module, stream = parts(steps=4)
+    module.model.addresses.multipliers += 2
+    with pytest.raises(ValueError, match=r"another model\.addresses\.multipliers"):
+        run(tmp_path, module, stream)
+
+
+def test_a_dry_run_leaves_no_trace():
+    module, stream = parts()
+    loader = Loader(stream, Path("."), 61)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), stream.state_dict()
+    module.train_batch(loader.get_mock_batch(), dry_run=True)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist(), stream.state_dict()) == states[1:]
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert all(parameter.grad is None for parameter in module.model.parameters())
+
+
+def test_untouched_randomness_after_an_error_too():
+    before = torch.get_rng_state(), random.getstate()
+    with pytest.raises(ZeroDivisionError), untouched_randomness():
+        _ = torch.rand(1), random.random(), 1 / 0
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+def quiet(config: ModelConfig) -> ModelConfig:
+    return replace(config, moe=replace(config.moe, router=RouterConfig()))
+
+
+def test_micro_batches_add_up_to_the_batch_weighted_by_tokens(monkeypatch):
+    """Rows with fewer targets count for less: the mean is over tokens, not over micro-batches."""
+    config = replace(
+        quiet(CONFIG), mtp=None, moe=replace(CONFIG.moe, router=RouterConfig(), balance=BalanceConfig(sequence=0.0))
+    )
+    batch = next(parts()[1])
+    batch["labels"][0, 3:] = -100
+    batch["labels"][1] = -100
+    batch = {"input_ids": batch["ids"], "labels": batch["labels"], "documents": batch["documents"]}
+    found = []
+    for rows in (None, 1, 3):
+        module, _ = parts(config=config, micro_rows=rows)
+        monkeypatch.setattr(module, "record_metric", lambda name, value, kind: found.append((name, float(value))))
+        module.train_batch(batch)
+        found.append(module)
+    losses = [value for item in found if isinstance(item, tuple) for name, value in [item] if name == "train/CE loss"]
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
+    modules = [item for item in found if isinstance(item, Module)]
+    for module in modules[1:]:
+        assert torch.equal(module.counts, modules[0].counts)
+        for one, other in zip(modules[0].model.parameters(), module.model.parameters(), strict=True):
+            if one.grad is not None:
+                torch.testing.assert_close(other.grad.to_dense(), one.grad.to_dense(), rtol=1e-4, atol=1e-6)
+
+
+def test_biases_move_once_a_step_by_the_counts_of_all_micro_batches(tmp_path):
+    seen = []
+
+    def look(trainer) -> None:
+        module = trainer.train_module
+        seen.append((module.counts.clone(), [m.router.e_score_correction_bias.clone() for m in module.mixtures]))
+
+    module, stream = parts(steps=1, config=quiet(CONFIG), micro_rows=1)
+    run(tmp_path, module, stream, look=At(1, look))
+    ((counts, biases),) = seen
+    assert len(module.mixtures) == 2  # the second block's and MTP's
+    assert [type(m) for m in module.mixtures] == [MoE, MoE]
+    assert counts.sum(1).tolist() == [ROWS * LENGTH * 2] * 2
+    for count, bias in zip(counts.double(), biases, strict=True):
+        torch.testing.assert_close(bias, 1e-3 * (count.mean() - count).sign().float())
+    assert lines(tmp_path)[0]["max_violation"] == pytest.approx(
+        float((counts.double().amax(1) / counts.double().mean(1)).max()) - 1
+    )
+
+
+def test_biases_rest_late(tmp_path):
+    module, stream = parts(steps=4, late=2)
+    biases = []
+    watch = {
+        f"at{step}": At(
+            step, lambda t: biases.append(t.train_module.mixtures[0].router.e_score_correction_bias.clone())
+        )
+        for step in (2, 4)
+    }
+    run(tmp_path, module, stream, **watch)
+    assert biases[0].any()
+    assert torch.equal(biases[0], biases[1])
+
+
+def test_mtp_weighs_less_late(tmp_path):
+    module, stream = parts(steps=6, mtp_late=0.1)
+    run(tmp_path, module, stream)
+    weight = CONFIG.mtp.weight
+    batch = {name.replace("ids", "input_ids"): value for name, value in next(stream).items()}
+    ids = (batch["input_ids"], batch["labels"])
+    loss = module.model.loss(*ids, documents=batch["documents"])
+    torch.testing.assert_close(module._minimised(loss), loss.total + (0.1 - weight) * loss.mtp)
+    module.steps = 60
+    assert module._minimised(loss) is loss.total
+
+
+def test_every_part_of_the_model_learns(tmp_path):
+    module, stream = parts(steps=3)
+    before = {name: p.detach().clone() for name, p in module.model.named_parameters()}
+    run(tmp_path, module, stream)
+    still = [name for name, p in module.model.named_parameters() if torch.equal(p, before[name])]
+    assert not still
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends(tmp_path, number):
+    handler = signal.getsignal(number)
+    step = run(tmp_path, *parts(), kill=At(3, lambda trainer: os.kill(os.getpid(), number)))
+    assert step == 3
+    assert [step for step, _ in checkpoint.steps(tmp_path / "checkpoints")] == [3]
+    assert signal.getsignal(number) is handler
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tmp_path):
+    def poison(trainer) -> None:
+        trainer.train_module.model.head.weight.data.fill_(torch.nan)
+
+    with pytest.raises(RuntimeError, match=r"nan loss .* step 4: lower --optim\.lr"):
+        run(tmp_path, *parts(), every=2, poison=At(3, poison))
+    assert [step for step, _ in checkpoint.steps(tmp_path / "checkpoints")] == [2]
+
+
+def test_the_newest_checkpoints_stay(tmp_path):
+    run(tmp_path, *parts(steps=12), every=2, stop=At(5, cancel))
+    assert [step for step, _ in checkpoint.steps(tmp_path / "checkpoints")] == [4, 5]
+    run(tmp_path, *parts(steps=12), every=2, stop=At(9, cancel))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step8", "step9"]
+
+
+def test_written_finishes_on_the_thread_that_asks():
+    where, gate = [], threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        future = Written(pool.submit(gate.wait))
+        future.add_done_callback(lambda _: where.append(threading.current_thread()))
+        assert not future.done()
+        gate.set()
+        future.result()
+        assert future.done()
+        failed = Written(pool.submit(lambda: 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            failed.result()
+    assert where == [threading.current_thread()]
+
+
+def test_the_store_takes_no_part_and_no_address(tmp_path):
+    store = Store(tmp_path)
+    with pytest.raises(ValueError, match="the whole"):
+        store.load(tmp_path, parts()[0], load_optim_state=False)
+    with pytest.raises(ValueError, match="local path"):
+        store.dir_is_checkpoint("s3://bucket/run")
+    with pytest.raises(FileNotFoundError):
+        store.latest_checkpoint(tmp_path)
+
+
+def test_metrics_are_named_by_us():
+    found = metrics_of(
+        {"throughput/x": 1.0, "lr": 0.1, "train/CE loss": 2.0, "balance/sequence": 3.0, "max_violation": 4.0}
+    )
+    assert found == {"loss": 2.0, "lr": 0.1, "balance_sequence": 3.0, "max_violation": 4.0}
+    assert next(iter(found)) == "loss"
+
+
+def test_the_engine_leaves_the_number_of_threads_alone():
+    assert os.environ["OMP_NUM_THREADS"] == str(torch.get_num_threads())

@@ -1,0 +1,361 @@
+"""optim.py against torch's own optimizers, closed forms, and a dense Adam that is told which rows were touched."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from rorqual import kernels
+from rorqual.config import from_dict
+from rorqual.layers.experts import Experts
+from rorqual.storage import DeviceTable
+from rorqual.train.optim import OptimConfig, Optimizer, coalesce, orthogonalise, roles, row_adam, schedule
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(6, 10)
+        self.norm = nn.LayerNorm(6, bias=False)
+        self.mix = nn.Parameter(torch.randn(4, 4))
+        self.experts = Experts(3, 6, 5)
+        nn.init.normal_(self.experts.gate_up)
+        nn.init.normal_(self.experts.down)
+
+
+class Double(nn.Module):
+    """Every kind of parameter a language model has."""
+
+    def __init__(self, rows: int = 40) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.blocks = nn.ModuleList([Block()])
+        self.tables = nn.ModuleList([DeviceTable(rows, 6)])
+        self.head = nn.Linear(6, 11, bias=False)
+
+    def forward(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        block = self.blocks[0]
+        hidden = block.norm(self.embed(ids) + self.tables[0].request(rows).wait())
+        experts = hidden @ block.experts.gate_up[0] @ block.experts.gate_up[1].mT @ block.experts.down[2].mT
+        return (self.head(hidden) ** 2).mean() + block.proj(hidden).sin().sum() + block.mix.cos().sum() + experts.mean()
+
+
+def gradients(model: nn.Module, seed: int) -> None:
+    """Random gradients: dense ones, and sparse ones with duplicates for the tables."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if isinstance(module, DeviceTable):
+                index = torch.randint(0, len(parameter), (1, 25), generator=generator)
+                values = torch.randn(25, parameter.shape[1], generator=generator)
+                parameter.grad = torch.sparse_coo_tensor(index, values, parameter.shape, check_invariants=False)
+            else:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def test_roles():
+    assert roles(Double()) == {
+        "embed.weight": "decayed",
+        "blocks.0.mix": "plain",
+        "blocks.0.proj.weight": "matrix",
+        "blocks.0.proj.bias": "plain",
+        "blocks.0.norm.weight": "plain",
+        "blocks.0.experts.gate_up": "matrix",
+        "blocks.0.experts.down": "matrix",
+        "tables.0.weight": "rows",
+        "head.weight": "decayed",
+    }
+
+
+def test_a_tied_head_is_one_parameter():
+    model = Double()
+    model.head.weight = model.embed.weight
+    found = roles(model)
+    assert "head.weight" not in found
+    assert found["embed.weight"] == "decayed"
+
+
+def test_dense_parameters_follow_torch_adamw_and_only_matrices_decay():
+    model, config = Double(), OptimConfig(lr=0.01, weight_decay=0.3, clip=1e9)
+    optimizer = Optimizer(model, config)
+    names = [name for name, role in roles(model).items() if role != "rows"]
+    copies = {name: nn.Parameter(model.get_parameter(name).detach().clone()) for name in names}
+    decayed = [copies[name] for name in names if roles(model)[name] != "plain"]
+    plain = [copies[name] for name in names if roles(model)[name] == "plain"]
+    expected = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.3}, {"params": plain, "weight_decay": 0.0}], lr=0.005, betas=(0.9, 0.95)
+    )
+    for step in range(4):
+        gradients(model, step)
+        for name in names:
+            copies[name].grad = model.get_parameter(name).grad.clone()
+        optimizer.clip()
+        optimizer.step(0.5)
+        expected.step()
+    for name in names:
+        torch.testing.assert_close(model.get_parameter(name), copies[name], rtol=1e-5, atol=1e-7)
+
+
+def choose_twin(twin: str, monkeypatch) -> None:
+    known = kernels.available()["row_adam"]
+    if twin not in ("reference", *known) or known.get(twin, True) is not True:
+        pytest.skip(f"no {twin} twin of row_adam here")
+    monkeypatch.setenv(kernels.VARIABLE, f"row_adam={twin}")
+
+
+def dense_rows(table, gradient, state, lr, betas, eps):
+    """Adam written out for every row by itself, in float64."""
+    for row in gradient.nonzero()[:, 0].unique().tolist():
+        state["n"][row] += 1
+        n, g = state["n"][row], gradient[row]
+        state["m"][row] = betas[0] * state["m"][row] + (1 - betas[0]) * g
+        state["v"][row] = betas[1] * state["v"][row] + (1 - betas[1]) * g * g
+        m, v = state["m"][row] / (1 - betas[0] ** n), state["v"][row] / (1 - betas[1] ** n)
+        table[row] -= lr * m / (v.sqrt() + eps)
+
+
+@pytest.mark.parametrize("twin", ["reference", "numba"])
+@pytest.mark.parametrize("rows", [40, 1, 1300])
+def test_rows_follow_adam_with_each_rows_own_count(rows, twin, monkeypatch):
+    choose_twin(twin, monkeypatch)
+    model, config = Double(rows), OptimConfig(lr=0.01, clip=1e9, weight_decay=0.5)
+    optimizer, table = Optimizer(model, config), model.tables[0].weight
+    expected = table.detach().double().clone()
+    state = {"m": torch.zeros_like(expected), "v": torch.zeros_like(expected), "n": [0] * rows}
+    for step in range(6):
+        gradients(model, step)
+        dense_rows(expected, table.grad.to_dense().double(), state, 0.05, config.betas, config.eps)
+        optimizer.clip()
+        optimizer.step()
+    torch.testing.assert_close(table.detach().double(), expected, rtol=1e-5, atol=1e-6)
+    assert optimizer.state["tables.0.weight.updates"].tolist() == state["n"]
+
+
+def test_untouched_rows_and_their_state_stay_bit_for_bit():
+    model = Double(4000)
+    optimizer, table = Optimizer(model, OptimConfig()), model.tables[0].weight
+    before = table.detach().clone()
+    for step in range(3):
+        gradients(model, step)
+        optimizer.clip()
+        optimizer.step()
+    touched = optimizer.state["tables.0.weight.updates"] > 0
+    assert 60 < int(touched.sum()) < 76
+    assert torch.equal(table[~touched], before[~touched])
+    assert (table[touched] != before[touched]).all()
+    assert not optimizer.state["tables.0.weight.exp_avg"][~touched].any()
+
+
+@pytest.mark.parametrize("twin", ["reference", "numba"])
+@pytest.mark.parametrize(("touched", "width", "threads"), [(0, 4, 1), (1, 1, 1), (777, 5, 1), (5000, 3, 2)])
+def test_row_adam_twins_agree_and_touch_nothing_else(twin, touched, width, threads, monkeypatch):
+    """Rows that are not touched hold NaN, and still do; a row's own numbers agree to float32 rounding."""
+    choose_twin(twin, monkeypatch)
+    index = torch.randperm(6000)[:touched]
+    tensors = [torch.full((6000, width), torch.nan) for _ in range(3)]
+    counts = torch.randint(0, 5, (6000,), dtype=torch.int32)
+    for tensor in tensors:
+        tensor[index] = torch.rand(touched, width)
+    copies = [tensor.double() for tensor in tensors]
+    before, gradient = counts.clone(), torch.randn(touched, width)
+    count, default = counts[index].double()[:, None] + 1, torch.get_num_threads()
+    torch.set_num_threads(threads)
+    update = kernels.pick("row_adam", row_adam, gradient)
+    update(*tensors, counts, index, gradient, 0.1, (0.9, 0.95), 1e-8)
+    torch.set_num_threads(default)
+    m, v = 0.9 * copies[1][index] + 0.1 * gradient, 0.95 * copies[2][index] + 0.05 * gradient**2
+    moved = 0.1 * (m / (1 - 0.9**count)) / ((v / (1 - 0.95**count)).sqrt() + 1e-8)
+    for tensor, expected in zip(tensors, (copies[0][index] - moved, m, v), strict=True):
+        torch.testing.assert_close(tensor[index].double(), expected, rtol=1e-5, atol=1e-6)
+        assert int(tensor.isnan().any(1).sum()) == 6000 - touched
+    before[index] += 1
+    assert torch.equal(counts, before)
+
+
+def test_a_row_seen_late_moves_as_far_as_one_seen_first():
+    """Adam's first step is lr * sign(g), whenever it comes; a table-wide count would give a late row 3 times less."""
+    table, first, second = torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3)
+    counts = torch.zeros(2, dtype=torch.int32)
+    arguments = (table, first, second, counts)
+    for _ in range(20):
+        row_adam(*arguments, torch.tensor([0]), torch.ones(1, 3), 0.1, (0.9, 0.999), 1e-8)
+    row_adam(*arguments, torch.tensor([1]), torch.full((1, 3), 1e-3), 0.1, (0.9, 0.999), 1e-8)
+    torch.testing.assert_close(table[1], torch.full((3,), -0.1), rtol=1e-4, atol=0)
+    assert counts.tolist() == [20, 1]
+
+
+@given(st.lists(st.integers(0, 5), max_size=30))
+@settings(max_examples=40, deadline=None)
+def test_coalesce_adds_duplicates(index):
+    values = torch.arange(len(index) * 2, dtype=torch.float32).view(-1, 2)
+    place = torch.tensor(index, dtype=torch.long)[None]
+    gradient = torch.sparse_coo_tensor(place, values, (6, 2), check_invariants=False)
+    found = coalesce(gradient)
+    assert found.is_coalesced()
+    assert found._indices()[0].tolist() == sorted(set(index))
+    assert torch.equal(found.to_dense(), gradient.to_dense())
+
+
+def test_an_empty_gradient_changes_nothing():
+    model = Double()
+    optimizer, before = Optimizer(model, OptimConfig()), model.tables[0].weight.detach().clone()
+    model.tables[0].request(torch.zeros(0, dtype=torch.long)).wait().sum().backward()
+    optimizer.clip()
+    optimizer.step()
+    assert torch.equal(model.tables[0].weight, before)
+
+
+def test_the_norm_is_of_everything_at_once_and_the_rows_are_clipped_with_it():
+    model = Double()
+    optimizer = Optimizer(model, OptimConfig(clip=0.25))
+    gradients(model, 0)
+    dense = [p.grad.to_dense().clone() for p in model.parameters()]
+    expected = torch.cat([g.flatten() for g in dense]).norm()
+    torch.testing.assert_close(optimizer.clip(), expected)
+    for parameter, gradient in zip(model.parameters(), dense, strict=True):
+        torch.testing.assert_close(parameter.grad.to_dense(), gradient * 0.25 / expected)
+    again = [p.grad.to_dense().clone() for p in model.parameters()]
+    optimizer.config = OptimConfig(clip=1.0)
+    torch.testing.assert_close(optimizer.clip(), torch.tensor(0.25))
+    assert all(torch.equal(p.grad.to_dense(), g) for p, g in zip(model.parameters(), again, strict=True))
+
+
+def test_gradients_really_flow_and_accumulate_over_micro_batches():
+    model = Double()
+    optimizer = Optimizer(model, OptimConfig(lr=0.02))
+    ids, rows = torch.tensor([1, 2, 3, 1]), torch.tensor([7, 7, 0, 39])
+    before = float(model(ids, rows).detach())
+    for _ in range(20):
+        optimizer.zero_grad()
+        for part in (slice(0, 2), slice(2, 4)):
+            (model(ids[part], rows[part]) / 2).backward()
+        optimizer.clip()
+        optimizer.step()
+    assert float(model(ids, rows).detach()) < before - 1
+    updates = optimizer.state["tables.0.weight.updates"]
+    assert updates[[7, 0, 39]].tolist() == [20] * 3
+    assert int(updates.sum()) == 60
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 12), (12, 5), (1, 7), (3, 6, 9), (2, 3, 9, 4)])
+def test_orthogonalise(shape):
+    matrix = torch.randn(shape)
+    turned = orthogonalise(matrix)
+    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+    found = torch.linalg.svdvals(turned)
+    assert found.max() < 1.3
+    assert found.median() > 0.6
+    inner = u.mT @ turned @ v.mT  # the singular vectors are kept: diagonal in their basis
+    off = inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))
+    assert off.abs().max() < 1e-3
+    assert values.shape == found.shape
+
+
+def test_orthogonalise_of_nothing_is_nothing():
+    assert not orthogonalise(torch.zeros(3, 4, 5)).any()
+
+
+def test_muon_follows_torch_muon_on_matrices():
+    """torch.optim.Muon takes two dimensions only and computes in bfloat16, hence the tolerance."""
+    model, config = Double(), OptimConfig(kind="muon", lr=0.01, weight_decay=0.1, clip=1e9)
+    optimizer = Optimizer(model, config)
+    ours = model.blocks[0].proj.weight
+    copy = nn.Parameter(ours.detach().clone())
+    start = copy.detach().clone()
+    theirs = torch.optim.Muon([copy], lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for step in range(3):
+        gradients(model, step)
+        copy.grad = ours.grad.clone()
+        optimizer.clip()
+        optimizer.step()
+        theirs.step()
+    assert (ours - copy).norm() < 0.02 * (copy - start).norm()
+
+
+def test_muon_turns_every_expert_and_both_of_its_input_matrices_by_themselves():
+    model, lr = Double(), 0.01
+    experts, optimizer = model.blocks[0].experts, Optimizer(model, OptimConfig(kind="muon", lr=lr, weight_decay=0.0))
+    gate_up, down = experts.gate_up.detach().clone(), experts.down.detach().clone()
+    gradients(model, 0)
+    g_in, g_out = experts.gate_up.grad.clone(), experts.down.grad.clone()
+    optimizer.step()
+    for expert in range(3):
+        for half in (slice(0, 5), slice(5, 10)):
+            moved = (experts.gate_up[expert, :, half] - gate_up[expert, :, half]) / (-lr * 0.2 * math.sqrt(6))
+            torch.testing.assert_close(moved, orthogonalise(g_in[expert, :, half].clone()), rtol=0, atol=1e-3)
+        moved = (experts.down[expert] - down[expert]) / (-lr * 0.2 * math.sqrt(6))
+        torch.testing.assert_close(moved, orthogonalise(g_out[expert].clone()), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_state_goes_out_and_in_and_training_goes_on_to_the_bit(kind):
+    models = [Double(), Double()]
+    models[1].load_state_dict(models[0].state_dict())
+    config = OptimConfig(kind=kind)
+    straight, stopped = (Optimizer(model, config) for model in models)
+    for step in range(3):
+        for model, optimizer in zip(models, (straight, stopped), strict=True):
+            gradients(model, step)
+            optimizer.clip()
+            optimizer.step()
+    saved = {name: tensor.clone() for name, tensor in stopped.state_dict().items()}
+    resumed = Optimizer(models[1], config)
+    resumed.load_state_dict(saved)
+    for step in range(3, 6):
+        for model, optimizer in zip(models, (straight, resumed), strict=True):
+            gradients(model, step)
+            optimizer.clip()
+            optimizer.step()
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_state_of_another_kind_is_refused():
+    model = Double()
+    with pytest.raises(ValueError, match="other names"):
+        Optimizer(model, OptimConfig(kind="muon")).load_state_dict(Optimizer(model, OptimConfig()).state_dict())
+
+
+def test_schedule():
+    config = OptimConfig(warmup=10, decay="cosine", decay_share=0.5)
+    found = [schedule(step, 110, config) for step in range(111)]
+    assert found[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert found[10:60] == [1.0] * 50
+    assert found[85] == pytest.approx(0.5)
+    assert found[110] == pytest.approx(0.0)
+    assert all(a >= b for a, b in zip(found[10:], found[11:], strict=False))
+    linear = OptimConfig(warmup=0, decay="linear")
+    assert [schedule(step, 4, linear) for step in range(5)] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    constant = OptimConfig(warmup=0, decay="constant")
+    assert schedule(3, 4, constant) == 1.0
+    assert schedule(0, 4, OptimConfig(warmup=0, decay_share=0.0)) == 1.0
+
+
+@given(st.integers(1, 300), st.integers(0, 300), st.floats(0, 1), st.sampled_from(["constant", "linear", "cosine"]))
+@settings(max_examples=60, deadline=None)
+def test_schedule_stays_within_0_and_1(total, warmup, share, decay):
+    config = OptimConfig(warmup=warmup, decay_share=share, decay=decay)
+    assert all(0 < schedule(step, total, config) <= 1 + 1e-9 for step in range(total))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"lr": 0.0}, "lr: got 0.0"),
+        ({"lr": float("nan")}, "lr"),
+        ({"betas": [0.9, 1.0]}, "betas: got 1.0"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"warmup": -1}, "warmup"),
+        ({"decay_share": 1.5}, "decay_share"),
+        ({"kind": "sgd"}, "'sgd', expected 'adamw' or 'muon'"),
+        ({"clip": 0.0}, "clip"),
+    ],
+)
+def test_a_wrong_config_is_refused(change, told):
+    with pytest.raises(ValueError, match=told):
+        from_dict(OptimConfig, change)

@@ -1,0 +1,211 @@
+"""trainer.py from text to a finished folder: files, figures, sameness, stopping and going on, what it refuses."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rorqual import config as configs
+from rorqual.checkpoint import load_model, steps
+from rorqual.data.stream import validation_batches
+from rorqual.data.tokenizer import Tokenizer
+from rorqual.layers.engram import EngramConfig
+from rorqual.layers.moe import MoEConfig
+from rorqual.layers.router import RouterConfig
+from rorqual.model import ModelConfig
+from rorqual.train.optim import OptimConfig
+from rorqual.train.record import validate
+from rorqual.train.trainer import DataConfig, Stopped, TrainConfig, finished, losses, prepare, train
+
+MODEL = ModelConfig(
+    vocabulary=300,
+    dim=16,
+    layers=2,
+    dense_width=24,
+    moe=MoEConfig(routed=4, active=2, width=8, first_dense=1, router=RouterConfig(noise=0.1)),
+    engram=EngramConfig(layers=(1,), rows_per_head=(97, 97), heads=2, head_dim=4),
+    init_std=0.02,
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    animals, places = ("whale", "otter", "heron", "lynx", "newt"), ("the sea", "a river", "the marsh", "a wood")
+    lines = [
+        json.dumps({"text": f"{number}. A {animal} lives in {place} with {number % 9} young, and eats {food}."})
+        for number in range(12)
+        for animal in animals
+        for place in places
+        for food in ("krill", "fish and frogs")
+    ]
+    (folder / "animals.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def config(text, tmp_path) -> TrainConfig:
+    data = DataConfig(source=str(text / "animals.jsonl"), vocabulary=300, cache=str(text / "cache"))
+    optim = OptimConfig(lr=1e-2, warmup=2)
+    return TrainConfig(
+        model=MODEL, optim=optim, data=data, folder=str(tmp_path / "run"), steps=8, rows=4, length=24, save_every=3
+    )
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_from_text_to_a_finished_folder(config, text):
+    config = replace(config, validate_every=4)
+    said: list[dict] = []
+    folder = train(config, on_metrics=said.append)
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"config.json", "train.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert lines(folder) == said
+    assert configs.load(TrainConfig, folder / "train.json") == config
+    assert [step for step, _ in steps(folder / "checkpoints")] == [6, 8]
+
+    training = [line for line in said if "loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 9))
+    assert {"loss", "total", "lr", "grad_norm", "max_violation", "balance_sequence"} <= training[0].keys()
+    assert {"tokens", "tokens_per_second", "seconds", "seconds_left"} <= training[0].keys()
+    assert training[-1]["tokens"] == 8 * 4 * 24
+    assert training[-1]["seconds_left"] == 0
+    assert training[-1]["loss"] < training[0]["loss"] - 0.3
+    assert losses(folder) == [line["loss"] for line in training]
+
+    held = [line for line in said if "validation_loss" in line]
+    assert [line["step"] for line in held] == [4, 8]
+    tokens = prepare(config.data).tokens.validation
+    again = validate(load_model(folder), validation_batches(tokens, 3, 24), tokens.bytes / len(tokens), torch.float32)
+    assert again["validation_loss"] == pytest.approx(held[-1]["validation_loss"], rel=1e-5)
+    assert again["bits_per_byte"] == pytest.approx(held[-1]["bits_per_byte"], rel=1e-5)
+    assert Tokenizer.load(folder).vocabulary == prepare(config.data).vocabulary
+
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert finished(config)
+    assert train(config) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(config, tmp_path):
+    found = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        folder = train(replace(config, folder=str(tmp_path / name), seed=seed, steps=4))
+        found.append((losses(folder), (folder / "model.safetensors").read_bytes()))
+    assert found[0] == found[1]
+    assert found[0][0][0] != found[2][0][0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_and_called_again_is_as_if_never_stopped(config, tmp_path, number, capsys):
+    straight = train(replace(config, folder=str(tmp_path / "straight"), validate_every=3))
+
+    def stop(line: dict) -> None:
+        if line["step"] == 5:
+            os.kill(os.getpid(), number)
+
+    config = replace(config, validate_every=3)
+    with pytest.raises(Stopped, match=r"stopped at step 5 of 8.*the same command goes on"):
+        train(config, on_metrics=stop)
+    assert "the same command goes on" in capsys.readouterr().err.replace("\n", " ")
+    assert not finished(config)
+    assert not (Path(config.folder) / "model.safetensors").exists()
+    folder = train(config)
+    assert (folder / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+    timing = {"tokens_per_second", "seconds", "seconds_left"}
+    one, other = ([{k: v for k, v in line.items() if k not in timing} for line in lines(f)] for f in (straight, folder))
+    assert one == other
+
+
+def test_longer_is_allowed_and_other_is_not(config):
+    folder = train(replace(config, steps=3))
+    with pytest.raises(ValueError, match=r"another run \(model\.dim differ\)"):
+        train(replace(config, model=replace(MODEL, dim=24)))
+    with pytest.raises(ValueError, match=r"optim\.lr"):
+        train(replace(config, optim=replace(config.optim, lr=0.5)))
+    train(replace(config, steps=5, log_every=2, keep=1))
+    assert [line["step"] for line in lines(folder) if "loss" in line] == [1, 2, 3, 4, 5]
+
+
+def test_one_training_a_folder(config):
+    folder = Path(config.folder)
+    folder.mkdir()
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process trains here"):
+            train(config)
+
+
+def test_a_small_model_vocabulary_is_refused(config):
+    with pytest.raises(ValueError, match=r"model\.vocabulary: got 280, expected at least the tokenizer's 300"):
+        train(replace(config, model=replace(MODEL, vocabulary=280)))
+
+
+def test_bfloat16_and_muon_train_too(config):
+    folder = train(replace(config, dtype="bfloat16", optim=replace(config.optim, kind="muon"), steps=6))
+    assert losses(folder)[-1] < losses(folder)[0] - 0.2
+
+
+def test_preparing_twice_reads_the_cache(config, text):
+    first = prepare(config.data)
+    marks = {path: path.stat().st_mtime_ns for path in (text / "cache").rglob("*") if path.is_file()}
+    second = prepare(config.data)
+    assert marks == {path: path.stat().st_mtime_ns for path in (text / "cache").rglob("*") if path.is_file()}
+    assert first.tokens.train.digest == second.tokens.train.digest
+    assert "480" in str(first).replace(",", "") or first.tokens.train.documents < 480
+    own = prepare(replace(config.data, tokenizer=str(next((text / "cache" / "tokenizers").iterdir()))))
+    assert own.tokens.train.digest == first.tokens.train.digest
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"steps": 0}, "steps: got 0"),
+        ({"rows": -1}, "rows: got -1"),
+        ({"micro_rows": 0}, "micro_rows"),
+        ({"bias_rest": 2.0}, "bias_rest"),
+        ({"seed": -1}, "seed"),
+        ({"dtype": "float8"}, "'float8', expected 'float32' or 'bfloat16'"),
+        ({"data": {"limit": 1}}, "limit: got 1"),
+        ({"data": {"vocabulary": 20}}, "vocabulary: got 20"),
+        ({"data": {"sauce": "x"}}, "source"),
+    ],
+)
+def test_a_wrong_config_is_refused(change, told):
+    with pytest.raises(ValueError, match=told):
+        configs.from_dict(TrainConfig, change)
+
+
+@pytest.mark.slow
+def test_killed_and_called_again_is_as_if_never_killed(config, tmp_path):
+    """kill -9 of the whole process, wherever it is; then the same command."""
+    config = replace(config, steps=60, save_every=10)
+    straight = train(replace(config, folder=str(tmp_path / "straight")))
+    configs.save(config, tmp_path / "wanted.json")
+    code = (
+        "import sys; from rorqual import config; from rorqual.train.trainer import TrainConfig, train\n"
+        "train(config.load(TrainConfig, sys.argv[1]), on_metrics=lambda line: print(line['step'], flush=True))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "wanted.json")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    for at in ("25", "47"):
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            next(line for line in process.stdout if line.strip() == at)
+            process.kill()
+    assert {step for step, _ in steps(Path(config.folder) / "checkpoints")} <= {20, 30, 40}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] in ("31", "41")
+    folder = Path(config.folder)
+    assert losses(folder) == losses(straight)
+    assert (folder / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
