@@ -1,0 +1,158 @@
+"""A model, and text or tasks -> scores.
+
+    nats a token = - sum of ln p(token | what came before it in its document) / tokens
+    bits a byte  = the same sum / ln 2 / bytes of UTF-8 text                 comparable between tokenizers
+
+Every token of a document is foretold once, its end included; a document longer than the window is read in windows.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rorqual import runtime
+from rorqual.data.corpus import open_corpus, split
+from rorqual.data.tokenizer import Tokenizer
+from rorqual.layers.basics import chunked_cross_entropy
+from rorqual.model import IGNORED, LanguageModel
+
+SPLITS = ("validation", "train", "all")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """What a text cost; `tokens` counts each document's end, `bytes` its UTF-8 text alone."""
+
+    nats_per_token: float
+    bits_per_byte: float
+    perplexity: float
+    tokens: int
+    bytes: int
+    documents: int
+    tokens_per_second: float
+
+
+def texts(source: str | Path, *, part: str = "validation", limit: int | None = None) -> Iterator[str]:
+    """Documents of a corpus (a name, a file, a folder) that belong to that part of it, at most `limit`."""
+    if part not in SPLITS:
+        raise ValueError(f"split: got {part!r}, expected one of {', '.join(SPLITS)}")
+    given = 0
+    for document in open_corpus(str(source)).documents():
+        if limit is not None and given >= limit:
+            return
+        if part == "all" or split(document) == part:
+            given += 1
+            yield document
+
+
+def score(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    documents: Iterable[str],
+    *,
+    length: int = 512,
+    rows: int = 8,
+) -> Score:
+    """The loss over documents, packed into rows of `length` tokens that never see each other's documents.
+
+    ValueError where there are none.
+    """
+    if length < 1 or rows < 1:
+        raise ValueError(f"got length={length} and rows={rows}, expected at least 1 of each")
+    clock, counted = runtime.Clock(), Counted()
+    nats = tokens = 0.0
+    for ids, labels, owners in pack(counted.over(documents), tokenizer, length=length, rows=rows):
+        nats += nats_of(model, ids, labels, owners)
+        tokens += int((labels != IGNORED).sum())
+    if not counted.documents:
+        raise ValueError("got no document to evaluate on, expected at least one (try --split all, or a larger corpus)")
+    return Score(
+        nats_per_token=nats / tokens,
+        bits_per_byte=nats / math.log(2) / max(counted.bytes, 1),
+        perplexity=math.exp(min(nats / tokens, 700.0)),
+        tokens=int(tokens),
+        bytes=counted.bytes,
+        documents=counted.documents,
+        tokens_per_second=tokens / max(clock.seconds, 1e-9),
+    )
+
+
+@dataclass(slots=True)
+class Counted:
+    """How much text has gone by."""
+
+    documents: int = 0
+    bytes: int = 0
+
+    def over(self, documents: Iterable[str]) -> Iterator[str]:
+        for document in documents:
+            self.documents += 1
+            self.bytes += len(document.encode())
+            yield document
+
+
+def pack(
+    documents: Iterable[str], tokenizer: Tokenizer, *, length: int, rows: int
+) -> Iterator[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"], Int[Tensor, "B T"]]]:
+    """(ids, labels, documents), each [at most rows, length]; the last row ends in padding that is no target."""
+    line: list[tuple[int, int, int]] = []  # id, label, document
+    batch: list[list[tuple[int, int, int]]] = []
+    for number, document in enumerate(documents):
+        ids = [tokenizer.begin_id, *tokenizer.encode(document), tokenizer.end_id]
+        line += [(token, following, number) for token, following in itertools.pairwise(ids)]
+        while len(line) >= length:
+            batch.append(line[:length])
+            line = line[length:]
+            if len(batch) == rows:
+                yield _columns(batch)
+                batch = []
+    if line:
+        batch.append(line + [(tokenizer.pad_id, IGNORED, -1)] * (length - len(line)))
+    if batch:
+        yield _columns(batch)
+
+
+def _columns(batch: list[list[tuple[int, int, int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    ids, labels, documents = torch.tensor(batch).unbind(-1)
+    return ids.contiguous(), labels.contiguous(), documents.contiguous()
+
+
+@torch.inference_mode()
+def nats_of(
+    model: LanguageModel, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"], documents: Int[Tensor, "B T"]
+) -> float:
+    """Summed nats of the labels, without balance or MTP losses."""
+    device = next(model.parameters()).device
+    hidden: Float[Tensor, "B T D"] = model.hidden(ids.to(device), documents=documents.to(device))[0]
+    normed = model.norm(hidden).flatten(0, 1)
+    return float(chunked_cross_entropy(normed, model.head.weight, labels.to(device).flatten()))
+
+
+def tasks(model: LanguageModel, tokenizer: Tokenizer, names: list[str], *, limit: int | None = None) -> dict[str, Any]:
+    """Scores of EleutherAI's evaluation harness, by task: {task: {metric: value}}.
+
+    ValueError where the harness is not installed or a task is unknown to it.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError("tasks need the evaluation harness: pip install lm-eval") from error
+    from rorqual.hub.auto import RorqualForCausalLM, fast_tokenizer
+
+    manager = TaskManager()
+    unknown = [name for name in names if name not in manager.all_tasks and not Path(name).exists()]
+    if unknown:
+        raise ValueError(f"tasks: got {', '.join(unknown)}, expected names that `lm-eval ls tasks` lists")
+    harness = HFLM(pretrained=RorqualForCausalLM.of(model), tokenizer=fast_tokenizer(tokenizer))
+    results = lm_eval.simple_evaluate(model=harness, tasks=names, limit=limit, task_manager=manager)
+    assert results is not None
+    return results["results"]

@@ -1,0 +1,264 @@
+"""A LanguageModel in -> the same model as transformers' Auto classes know models, out.
+
+import rorqual.hub.auto                     registers "rorqual" with AutoConfig and AutoModelForCausalLM
+RorqualForCausalLM.of(model)                the face: it holds the model and computes nothing itself
+AutoModelForCausalLM.from_pretrained(...)   another process imports this file first; no code comes with a checkpoint
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.cache_utils import Cache as HubCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from rorqual import config as configs
+from rorqual.data.tokenizer import Tokenizer
+from rorqual.model import IGNORED, Cache, LanguageModel, ModelConfig
+
+
+class RorqualConfig(PreTrainedConfig):
+    """`shape` is ModelConfig as plain JSON; the rest is what transformers asks of any config."""
+
+    model_type = "rorqual"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    def __init__(
+        self,
+        shape: dict[str, Any] | None = None,
+        *,
+        use_cache: bool = True,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        tie_word_embeddings: bool = False,
+        **fields: Any,
+    ) -> None:
+        self.shape, self.use_cache = shape, use_cache
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+        self.tie_word_embeddings = tie_word_embeddings
+        super().__init__(**fields)
+
+    @property
+    def model(self) -> ModelConfig:
+        return configs.from_dict(ModelConfig, self.shape or {})
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocabulary
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.dim
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.model.layers
+
+    @classmethod
+    def of(cls, config: ModelConfig, **fields: Any) -> "RorqualConfig":
+        return cls(shape=configs.to_dict(config), tie_word_embeddings=config.tied, **fields)
+
+
+class RorqualCache(HubCache):
+    """transformers' verbs, said to a model.Cache. The caches of `generate` are of this kind."""
+
+    def __init__(self, cache: Cache, rows: int) -> None:
+        super().__init__(layers=[])
+        self.cache, self.rows = cache, rows
+
+    def __repr__(self) -> str:
+        return f"RorqualCache({self.rows} rows, {self.cache.length} tokens)"
+
+    def __len__(self) -> int:
+        return len(self.cache.layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.cache.length
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.cache.length + query_length, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.cache.select(indices)
+        self.rows = len(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(self.rows).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """transformers counts what to remove below zero: crop(-3) forgets three tokens."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop: got {tokens_to_remove}, expected minus the number of tokens to forget")
+        self.cache.crop(-tokens_to_remove)
+
+    def reset(self) -> None:
+        self.cache.reset()
+
+    @property
+    def batch_size(self) -> int:
+        return self.rows
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return True
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self)
+
+
+class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
+    """`.model` is the LanguageModel; forward translates transformers' words into its own."""
+
+    config_class = RorqualConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = False
+    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
+    _no_split_modules = ("Block",)
+
+    def __init__(self, config: RorqualConfig, model: LanguageModel | None = None) -> None:
+        super().__init__(config)
+        shape = config.model
+        self.model = LanguageModel(shape, seed=None) if model is None else model
+        if shape.tied:
+            self._tied_weights_keys = {"model.head.weight": "model.embed.weight"}
+        if model is None:
+            self.post_init()
+        else:
+            self.all_tied_weights_keys = self.get_expanded_tied_weights_keys()
+
+    @classmethod
+    def of(cls, model: LanguageModel, tokenizer: Tokenizer | None = None) -> "RorqualForCausalLM":
+        """The face of this very model: its parameters are shared, not copied."""
+        names = {}
+        if tokenizer is not None:
+            names = {
+                "bos_token_id": tokenizer.begin_id,
+                "eos_token_id": tokenizer.end_id,
+                "pad_token_id": tokenizer.pad_id,
+            }
+        config = RorqualConfig.of(model.config, dtype=model.embed.weight.dtype, **names)
+        return cls(config, model).train(model.training)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
+        """As transformers' own; what Engram addresses with is then taken from the loaded map, and checked.
+
+        ValueError where the checkpoint's multipliers, primes or map are not those of its config.
+        """
+        loaded = super().from_pretrained(*args, **options)
+        face = loaded[0] if isinstance(loaded, tuple) else loaded
+        addresses = face.model.addresses
+        if addresses is not None:
+            addresses.load_state_dict(addresses.state_dict())
+            addresses.to(face.model.embed.weight.device)
+        return loaded
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # its own cache is made in forward
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Values come from LanguageModel's init or from a checkpoint."""
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.model.embed
+
+    def set_input_embeddings(self, value: torch.nn.Module) -> None:
+        raise ValueError("resizing the vocabulary is not supported: train a model with --model.vocabulary instead")
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.model.head
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: HubCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **unused: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and with `labels` (unshifted, -100 ignored) the loss.
+
+        The loss of a model in training mode is LanguageModel.loss's total, balance and MTP included; otherwise the
+        next token's alone. Positions follow from the mask, so position_ids are not read. ValueError for inputs_embeds
+        (memory is addressed by ids) and for a cache of another kind.
+        """
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("rorqual: got inputs_embeds, expected input_ids (experts and memory may be chosen by id)")
+        if unused.get("output_attentions") or unused.get("output_hidden_states"):
+            raise ValueError(
+                "rorqual: attentions and hidden states are not returned; read them with rorqual.analyze.taps"
+            )
+        if past_key_values is not None and not isinstance(past_key_values, RorqualCache):
+            raise ValueError(f"past_key_values: got {type(past_key_values).__name__}, expected a RorqualCache or None")
+        present = _present(attention_mask, input_ids)
+        loss = None if labels is None else self._loss(input_ids, labels, present)
+        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache) and labels is None:
+            past_key_values = RorqualCache(self.model.new_cache(len(input_ids)), len(input_ids))
+        cache = past_key_values.cache if past_key_values is not None else None
+        hidden = self.model.hidden(input_ids, present=present, cache=cache)[0]
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return CausalLMOutputWithPast(
+            loss=loss, logits=self.model.logits(hidden[:, kept]), past_key_values=past_key_values
+        )
+
+    def _loss(self, ids: Tensor, labels: Tensor, present: Tensor | None) -> Tensor:
+        following = torch.full_like(labels, IGNORED)
+        following[:, :-1] = labels[:, 1:]
+        loss = self.model.loss(ids, following, present=present)
+        return loss.total if self.training else loss.next_token
+
+
+def _present(mask: Tensor | None, ids: Tensor) -> Tensor | None:
+    """Which of the new tokens are there; None where all are."""
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.shape[1] < ids.shape[1]:
+        raise ValueError(f"attention_mask: got shape {tuple(mask.shape)}, expected [batch, cached + new tokens]")
+    present = mask[:, -ids.shape[1] :].bool()
+    return None if bool(present.all()) else present
+
+
+def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """The tokenizer as transformers knows it; a text that it encodes begins with `begin_id`, as in training."""
+    backend = Backend.from_str(tokenizer.backend.to_str())
+    begin, end, pad = (backend.id_to_token(i) for i in (tokenizer.begin_id, tokenizer.end_id, tokenizer.pad_id))
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, tokenizer.begin_id)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=begin, eos_token=end, pad_token=pad, padding_side="left"
+    )
+
+
+AutoConfig.register("rorqual", RorqualConfig, exist_ok=True)
+AutoModelForCausalLM.register(RorqualConfig, RorqualForCausalLM, exist_ok=True)

@@ -1,0 +1,254 @@
+"""Requests in -> one batched step for all of them out.
+
+    step:  admit (prefill what waits into its own cache)  ->  one id for every running row  ->  join  ->  evict
+
+Rows of different ages stand side by side as a left-padded batch does: `join` aligns the last tokens of two caches
+and marks what stands before a shorter one as absent, so that a row's ids do not depend on its neighbours.
+Continuous batching: Orca, OSDI 2022.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rorqual.layers.cache import Appended, Bundle, Past, Recent
+from rorqual.model import Cache, LanguageModel
+from rorqual.serve.decoding import pad_left, saw
+from rorqual.serve.sampling import GREEDY, Sampling, sample
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One prompt on its way. `ids` grows by one a step; `finish` is None until "stop", "length" or "cancelled"."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling
+    generator: torch.Generator
+    ids: list[int] = field(default_factory=list)
+    finish: str | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + len(self.ids)
+
+
+class Engine:
+    """At most `rows` requests at once over one cache; at most `context` tokens each, prompt and answer.
+
+    `submit` and `cancel` may be called from any thread, `step` and `run` from one.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        rows: int = 8,
+        context: int = 4096,
+        end_id: int | None = None,
+        pad_id: int = 0,
+        vocabulary: int | None = None,
+    ) -> None:
+        if rows < 1 or context < 2:
+            raise ValueError(f"got rows={rows} and context={context}, expected at least 1 row of 2 tokens")
+        self.model, self.rows, self.context, self.end_id, self.pad_id = model, rows, context, end_id, pad_id
+        self.vocabulary = vocabulary or model.config.vocabulary
+        self.running: list[Request] = []
+        self._waiting: deque[Request] = deque()
+        self._lock = threading.Lock()
+        self._admitted: list[Request] = []
+        self._cache: Cache | None = None
+
+    def submit(
+        self, prompt: Sequence[int], *, max_new_tokens: int = 64, sampling: Sampling = GREEDY, row: int = 0
+    ) -> Request:
+        """Put a prompt in the queue; `row` tells equal seeds apart, as `Sampling.generator` does.
+
+        ValueError where it is empty, too long, or holds ids the model has not.
+        """
+        if not prompt or not all(0 <= token < self.model.config.vocabulary for token in prompt):
+            raise ValueError(f"prompt: expected at least one id, each from 0 to {self.model.config.vocabulary - 1}")
+        if max_new_tokens < 1 or len(prompt) + max_new_tokens > self.context:
+            raise ValueError(
+                f"got a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens}, "
+                f"expected at least 1 new token and at most {self.context} tokens in all"
+            )
+        request = Request(tuple(prompt), max_new_tokens, sampling, sampling.generator(row))
+        with self._lock:
+            self._waiting.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Leave the batch at the next step; a finished request stays as it is."""
+        if request.finish is None:
+            request.finish = "cancelled"
+
+    def drop(self) -> list[Request]:
+        """Give up what runs, after a step that failed; returns it."""
+        dropped = [*self.running, *self._admitted]
+        for request in dropped:
+            request.finish = request.finish or "error"
+        self.running, self._admitted, self._cache = [], [], None
+        return dropped
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def idle(self) -> bool:
+        return not self.running and not self._waiting
+
+    def run(self, prompts: Sequence[Sequence[int]], **options) -> list[list[int]]:
+        """All prompts to their ends; the new ids of each, in order."""
+        requests = [self.submit(prompt, **options) for prompt in prompts]
+        while not self.idle:
+            self.step()
+        return [request.ids for request in requests]
+
+    @torch.inference_mode()
+    def step(self) -> list[Request]:
+        """Every running request, and every one that there was room to admit, gets one id; returns these requests."""
+        self._evict()
+        admitted = self._admitted = self._admit()
+        if self.running:
+            assert self._cache is not None
+            last = torch.tensor([[request.ids[-1]] for request in self.running], device=self._device)
+            self._give(self.running, last, None, self._cache)
+        if admitted:
+            ids, present = pad_left([request.prompt for request in admitted], self.pad_id, self._device)
+            cache = self.model.new_cache(len(admitted), capacity=ids.shape[1] + 64)
+            self._give(admitted, ids, present, cache)
+            self._cache = (
+                cache
+                if not self.running or self._cache is None
+                else join((self._cache, cache), (len(self.running), len(admitted)))
+            )
+            self.running, self._admitted = self.running + admitted, []
+        return list(self.running)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _admit(self) -> list[Request]:
+        admitted: list[Request] = []
+        with self._lock:
+            while self._waiting and len(self.running) + len(admitted) < self.rows:
+                request = self._waiting.popleft()
+                if request.finish is None:
+                    admitted.append(request)
+        return admitted
+
+    def _evict(self) -> None:
+        kept = [row for row, request in enumerate(self.running) if request.finish is None]
+        if len(kept) == len(self.running):
+            return
+        self.running = [self.running[row] for row in kept]
+        if not kept:
+            self._cache = None
+        elif self._cache is not None:
+            self._cache.select(torch.tensor(kept, device=self._device))
+
+    def _give(self, requests: list[Request], ids: Tensor, present: Tensor | None, cache: Cache) -> None:
+        hidden = self.model.hidden(ids, present=present, cache=cache)[0]
+        logits = self.model.logits(hidden[:, -1:])[:, 0, : self.vocabulary]
+        for row, request in enumerate(requests):
+            seen = None
+            if request.sampling.repetition_penalty != 1.0:
+                seen = saw([[*request.prompt, *request.ids]], self.vocabulary, self._device)
+            token = int(sample(logits[row : row + 1], request.sampling, [request.generator], seen))
+            request.ids.append(token)
+            if request.finish is None and token == self.end_id:
+                request.finish = "stop"
+            elif request.finish is None and len(request.ids) == request.max_new_tokens:
+                request.finish = "length"
+
+
+def join(caches: tuple[Cache, Cache], rows: tuple[int, int]) -> Cache:
+    """The rows of both caches in one, their last tokens aligned; what stood before every row is dropped.
+
+    ValueError where a layer keeps something that is not one entry a token, and so cannot be aligned.
+    """
+    left, right = caches
+    size = max(_held(left.past), _held(right.past))
+    layers = [_join(a, b, left.past, right.past, size) for a, b in zip(left.layers, right.layers, strict=True)]
+    ids = _join(left.ids, right.ids, left.past, right.past, size)
+    drafts = [Bundle(**dict.fromkeys(part.parts)) for part in left.drafts]
+    device = next(_tensors(left)).device
+    return Cache(layers, _join_past((left.past, right.past), rows, size, device), ids, drafts, Past())
+
+
+def _tensors(cache: Cache):
+    """The buffers of a cache, in order."""
+    stack: list = [*cache.layers]
+    while stack:
+        part = stack.pop()
+        stack += part.parts.values() if isinstance(part, Bundle) else []
+        if getattr(part, "buffer", None) is not None:
+            yield part.buffer
+
+
+def _held(past: Past) -> int:
+    """Tokens from the first that is present in any row."""
+    present = past.present
+    if not present.length or present.buffer is None:
+        return past.length
+    anywhere = present.buffer[:, : present.length].any(0)
+    return past.length - int(anywhere.int().argmax())
+
+
+def _join(a, b, left: Past, right: Past, size: int):
+    if a is None:
+        return None
+    if isinstance(a, Bundle):
+        return Bundle(**{name: _join(part, b.parts[name], left, right, size) for name, part in a.parts.items()})
+    if isinstance(a, Recent):
+        return _join_recent(a, b)
+    if isinstance(a, Appended) and a.length == left.length and b.length == right.length:
+        return _stack(_tail(a, size), _tail(b, size), size)
+    raise ValueError(f"continuous batching: got a layer that keeps {type(a).__name__} by blocks, expected by tokens")
+
+
+def _tail(kept: Appended, size: int) -> Tensor:
+    """The last `size` tokens, zeros before them where fewer are held."""
+    assert kept.buffer is not None
+    held = kept.buffer[:, max(0, kept.length - size) : kept.length]
+    if held.shape[1] == size:
+        return held
+    return torch.cat([held.new_zeros(held.shape[0], size - held.shape[1], *held.shape[2:]), held], 1)
+
+
+def _stack(a: Tensor, b: Tensor, size: int) -> Appended:
+    joined = Appended(size + 64)
+    joined.append(torch.cat([a, b]))
+    return joined
+
+
+def _join_recent(a: Recent, b: Recent) -> Recent:
+    """Both keep the same count; a joined row cannot be cropped further than the younger of the two."""
+    joined = Recent(a.count, a.slack, a.fill)
+    if a.buffer is None or b.buffer is None:
+        return joined
+    keep, buffers = a.count + a.slack, ((a.buffer, a.end), (b.buffer, b.end))
+    joined.extend(torch.cat([buffer[:, end - keep : end] for buffer, end in buffers]))
+    joined.length, joined.known = max(a.length, b.length), min(a.known, b.known)
+    return joined
+
+
+def _join_past(pasts: tuple[Past, Past], rows: tuple[int, int], size: int, device: torch.device) -> Past:
+    """Presence is named for every token from here on, unless both are equally long and nothing is absent."""
+    joined, present = Past(size + 64), []
+    for past, batch in zip(pasts, rows, strict=True):
+        known = past.present
+        if not known.length:
+            known = Appended()
+            known.append(torch.ones(batch, past.length, dtype=torch.bool, device=device))
+        present.append(_tail(known, size))
+    everyone = torch.cat(present)
+    joined.append(len(everyone), size, None, None if bool(everyone.all()) else everyone)
+    return joined

@@ -1,0 +1,312 @@
+"""A run folder, a hub folder or a hub id in -> the object that continues text out.
+
+text -> ids -> decoding.decode or decoding.speculate -> ids -> TextStream -> text that never splits a character
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+from rorqual import checkpoint, runtime
+from rorqual.data.tokenizer import Tokenizer
+from rorqual.hub import checkpoints
+from rorqual.model import LanguageModel, ModelConfig
+from rorqual.serve.decoding import Tally, decode, speculate
+from rorqual.serve.sampling import GREEDY, Sampling
+
+
+class TextStream:
+    """Ids one by one in -> text that can be shown at once out.
+
+    A character is held back until its last byte is there, and text that may become a stop string until it has not.
+    The pieces join to exactly the text of all ids (up to the first stop string).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stop = tokenizer, tuple(word for word in stop if word)
+        self.stopped = False
+        self._ids: list[int] = []  # since the last id at whose end every character was whole
+        self._before = 0  # ids of it that are context only
+        self._shown = 0  # characters of its text already given
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """What can be shown after one more id."""
+        if self.stopped:
+            return ""
+        self._ids.append(token)
+        text = self.tokenizer.decode(self._ids)
+        whole = not text.endswith("\ufffd")  # a broken last character may yet be completed; those before it cannot
+        fresh = text[self._shown : len(text) if whole else -1]
+        self._shown += len(fresh)
+        if whole:
+            self._ids = self._ids[self._before :]
+            self._before = len(self._ids)
+            self._shown = len(self.tokenizer.decode(self._ids))
+        return self._release(fresh)
+
+    def flush(self) -> str:
+        """What was held back, at the end."""
+        if self.stopped:
+            return ""
+        rest = self._release(self.tokenizer.decode(self._ids)[self._shown :]) if self._ids else ""
+        if self.stopped:
+            return rest
+        held, self._held = self._held, ""
+        self._ids, self._before, self._shown = [], 0, 0
+        return rest + held
+
+    def _release(self, fresh: str) -> str:
+        text = self._held + fresh
+        places = [place for word in self.stop if (place := text.find(word)) >= 0]
+        if places:
+            self.stopped, self._held = True, ""
+            return text[: min(places)]
+        keep = max((n for word in self.stop for n in range(1, len(word)) if text.endswith(word[:n])), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What followed one prompt. `finish`: "stop" (end of document or a stop string) or "length"."""
+
+    text: str
+    ids: tuple[int, ...]
+    finish: str
+    tally: Tally | None = None
+
+
+class Run:
+    """A model with its tokenizer: what `load` returns."""
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer | None, folder: Path | None = None) -> None:
+        self.model, self._tokenizer, self.folder = model.eval(), tokenizer, folder
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ValueError(f"{self.folder} holds no tokenizer.json: put the tokenizer's files beside the weights")
+        return self._tokenizer
+
+    def __repr__(self) -> str:
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        names = ("mla", "gqa", "nsa", "moba", "dsa", "moe", "engram", "hyper", "mtp")
+        parts = [name for name in names if getattr(self.config, name) is not None]
+        where = next(self.model.parameters())
+        return (
+            f"Run({self.folder or 'in memory'}: {size:,} parameters, {self.config.layers} layers of width "
+            f"{self.config.dim}, {' + '.join(parts)}, {str(where.dtype).removeprefix('torch.')} on {where.device})"
+        )
+
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a text that begins a document."""
+        return [self.tokenizer.begin_id, *self.tokenizer.encode(text)]
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """The ids of messages ({"role": .., "content": ..}) by the tokenizer's own template, ready to be answered.
+
+        ValueError where it has none. The template is text that jinja fills in a sandbox.
+        """
+        if self.folder is None or not chat_template(self.folder):
+            raise ValueError(f"{self.folder or 'this run'} has no chat template: ask for a completion instead")
+        from transformers import AutoTokenizer
+
+        fast = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        try:
+            return list(fast.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        except Exception as error:  # jinja raises what the template's author wrote
+            raise ValueError(f"messages: the chat template refuses them: {error}") from error
+
+    def complete(
+        self,
+        texts: Sequence[str],
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
+        speculative: bool = False,
+    ) -> list[Completion]:
+        """Continuations of a batch of prompts of any lengths, in order; ids, text and why each ended."""
+        tokenizer, tally = self.tokenizer, Tally() if speculative else None
+        streams = [TextStream(tokenizer, stop) for _ in texts]
+        ids: list[list[int]] = [[] for _ in texts]
+        pieces: list[list[str]] = [[] for _ in texts]
+        ended = [False] * len(texts)
+        for step in self._steps([self.prompt(text) for text in texts], max_new_tokens, sampling, tally):
+            for row, token in enumerate(step):
+                if token is None or ended[row]:
+                    continue
+                ids[row].append(token)
+                if token != tokenizer.end_id:
+                    pieces[row].append(streams[row].push(token))
+                ended[row] = token == tokenizer.end_id or streams[row].stopped
+            if all(ended):
+                break
+        return [
+            Completion(
+                text="".join([*pieces[row], streams[row].flush()]),
+                ids=tuple(ids[row]),
+                finish="stop" if ended[row] or streams[row].stopped else "length",
+                tally=tally,
+            )
+            for row in range(len(texts))
+        ]
+
+    @overload
+    def generate(self, text: str, **options: Any) -> str: ...
+
+    @overload
+    def generate(self, text: list[str], **options: Any) -> list[str]: ...
+
+    def generate(
+        self,
+        text: str | list[str],
+        *,
+        max_new_tokens: int = 64,
+        stop: Sequence[str] = (),
+        speculative: bool = False,
+        **options: Any,
+    ) -> str | list[str]:
+        """The continuation of a text, or of each of a list; without the text itself.
+
+        `options` are Sampling's fields: temperature (0 is greedy), top_k, top_p, min_p, repetition_penalty, seed.
+        Row i of a list draws with seed + i. `speculative` (greedy, one text, a model with MTP) says the same in fewer
+        forwards. ValueError for a number out of range.
+        """
+        texts = [text] if isinstance(text, str) else text
+        sampling = Sampling(**options)
+        done = self.complete(
+            texts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, speculative=speculative
+        )
+        return done[0].text if isinstance(text, str) else [completion.text for completion in done]
+
+    def stream(
+        self,
+        text: str,
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        tally: Tally | None = None,
+        **options: Any,
+    ) -> Iterator[str]:
+        """The continuation piece by piece, as soon as it can be shown; `options` are Sampling's fields.
+
+        With a `tally` it is decoded greedily by drafts, which the tally counts.
+        """
+        pieces = TextStream(self.tokenizer, stop)
+        sampling = sampling or Sampling(**options)
+        for (token,) in self._steps([self.prompt(text)], max_new_tokens, sampling, tally):
+            if token is None or token == self.tokenizer.end_id:
+                break
+            if piece := pieces.push(token):
+                yield piece
+            if pieces.stopped:
+                return
+        if piece := pieces.flush():
+            yield piece
+
+    def _steps(
+        self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, tally: Tally | None
+    ) -> Iterator[Sequence[int | None]]:
+        """The new ids of every prompt, a step at a time."""
+        if max_new_tokens < 1:
+            raise ValueError(f"got max_new_tokens={max_new_tokens}, expected at least 1")
+        end_id, vocabulary = self.tokenizer.end_id, min(self.tokenizer.vocabulary, self.config.vocabulary)
+        if tally is None:
+            yield from decode(
+                self.model,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                end_id=end_id,
+                pad_id=self.tokenizer.pad_id,
+                vocabulary=vocabulary,
+            )
+            return
+        if len(prompts) != 1 or sampling.temperature or sampling.repetition_penalty != 1.0:
+            raise ValueError("speculative: expected one text and temperature 0 without a repetition penalty")
+        ids = speculate(
+            self.model, prompts[0], max_new_tokens=max_new_tokens, end_id=end_id, vocabulary=vocabulary, tally=tally
+        )
+        yield from ([token] for token in ids)
+
+
+DEEPSEEK = ("deepseek_v2", "deepseek_v3")
+
+
+def load(where: str | Path, *, device: str = "auto", dtype: str | None = None) -> Run:
+    """A run folder, a DeepSeek hub folder, a folder that RorqualForCausalLM saved, or a hub id -> Run.
+
+    Only JSON and safetensors are read: no code of a checkpoint is ever run. dtype None keeps the stored one.
+    FileNotFoundError where nothing is; ValueError where a folder is not a model or disagrees with itself.
+    """
+    folder = find(where)
+    model = read(folder)
+    model.to(device=runtime.device(device), dtype=None if dtype is None else runtime.dtype(dtype))
+    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
+    return Run(model, tokenizer, folder)
+
+
+def find(where: str | Path) -> Path:
+    """The folder that holds the model: a local one, or a snapshot of a hub id's safetensors and JSON."""
+    folder = Path(where).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.is_dir():
+        inside = sorted(str(path.parent) for path in folder.glob("*/config.json"))
+        mend = f"did you mean {' or '.join(inside)}?" if inside else "has the run been trained and saved?"
+        raise FileNotFoundError(f"{where} holds no config.json: {mend}")
+    if folder.exists():
+        raise ValueError(f"{where} is a file, expected the folder it lies in, with config.json and model.safetensors")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(where)):
+        raise FileNotFoundError(f"no folder {where}: expected a run folder (make one with `rorqual train`) or a hub id")
+    return snapshot(str(where))
+
+
+def snapshot(name: str) -> Path:
+    """Download (or find in the cache) the JSON and safetensors of a hub id, nothing else."""
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise ValueError("a hub id needs huggingface_hub: pip install 'rorqual[hub]'") from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(f"no folder {name}, and the hub did not give a model of that name: {reason}") from error
+
+
+def read(folder: Path) -> LanguageModel:
+    """The model of a local folder, by what its config.json says it is."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json is not JSON ({error}): was it written to the end?") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind in DEEPSEEK:
+        return checkpoints.load(folder)
+    if kind == "rorqual":
+        from rorqual.hub.auto import RorqualForCausalLM
+
+        return RorqualForCausalLM.from_pretrained(folder).model
+    if kind is not None:
+        raise ValueError(f"{folder} is a {kind} model, expected a rorqual run, or one of {', '.join(DEEPSEEK)}")
+    return checkpoint.load_model(folder)
+
+
+def chat_template(folder: Path) -> bool:
+    """Whether the tokenizer beside a model says how messages are written."""
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    file = folder / "tokenizer_config.json"
+    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("chat_template"))

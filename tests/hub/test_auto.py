@@ -1,0 +1,207 @@
+"""The transformers face: same logits, its own cache, generate in every way, saved and loaded whole."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline
+
+from rorqual.data.tokenizer import train
+from rorqual.hub.auto import RorqualCache, RorqualConfig, RorqualForCausalLM, fast_tokenizer
+from rorqual.layers.engram import EngramConfig
+from rorqual.layers.hyper import HyperConfig
+from rorqual.layers.moe import MoEConfig
+from rorqual.layers.mtp import MTPConfig
+from rorqual.model import LanguageModel, ModelConfig
+from rorqual.serve.decoding import decode
+from rorqual.serve.generate import load
+
+SMALL = {"vocabulary": 290, "dim": 32, "layers": 2, "init_std": 0.2}
+CONFIGS = {
+    "all": ModelConfig(
+        **SMALL,
+        moe=MoEConfig(routed=6, active=2, width=16, first_dense=1),
+        engram=EngramConfig(layers=(0,), rows_per_head=(97, 97), heads=2, head_dim=8),
+        hyper=HyperConfig(streams=2, iterations=2),
+        mtp=MTPConfig(),
+    ),
+    "tied": ModelConfig(**SMALL, dense_width=48, tied=True),
+}
+PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [200, 3, 3]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train(["A whale lives in the SEA; a Whale in the sea. é è"] * 4, 280)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request, tokenizer):
+    canonical = torch.from_numpy(tokenizer.canonical_map())
+    return LanguageModel(CONFIGS[request.param], canonical, seed=2).eval()
+
+
+@pytest.fixture
+def face(model, tokenizer):
+    return RorqualForCausalLM.of(model, tokenizer)
+
+
+def padded() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.tensor([[0] * (5 - len(prompt)) + prompt for prompt in PROMPTS])
+    return ids, torch.tensor([[0] * (5 - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+
+
+def greedy(model, prompts, count=7) -> list[list[int]]:
+    return torch.tensor(list(decode(model, prompts, max_new_tokens=count, vocabulary=280))).T.tolist()
+
+
+OPTIONS = {"max_new_tokens": 7, "eos_token_id": None, "suppress_tokens": list(range(280, 290))}
+
+
+def test_the_face_holds_the_model_and_computes_what_it_does(face, model):
+    assert face.model is model
+    ids = torch.tensor([PROMPTS[0]])
+    out = face(ids)
+    assert torch.equal(out.logits, model(ids))
+    assert isinstance(out.past_key_values, RorqualCache)
+    assert out.past_key_values.get_seq_length() == 5
+    assert torch.equal(face(ids, logits_to_keep=2).logits, model(ids)[:, -2:])
+    assert face(ids, use_cache=False).past_key_values is None
+
+
+def test_greedy_with_padding_is_our_own(face, model):
+    ids, mask = padded()
+    out = face.generate(ids, attention_mask=mask, do_sample=False, **OPTIONS)
+    assert out[:, 5:].tolist() == greedy(model, PROMPTS)
+
+
+@pytest.mark.parametrize("how", [{"do_sample": False}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_a_cache_changes_nothing(face, how):
+    ids, mask = padded()
+    out = face.generate(ids, attention_mask=mask, **OPTIONS, **how)
+    assert torch.equal(out, face.generate(ids, attention_mask=mask, use_cache=False, **OPTIONS, **how))
+
+
+def test_sampling_repeats_by_seed(face):
+    ids, mask = padded()
+    rows = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        rows.append(face.generate(ids, attention_mask=mask, do_sample=True, temperature=1.5, top_k=20, **OPTIONS))
+    assert torch.equal(*rows)
+
+
+@torch.no_grad()
+def test_the_cache_knows_transformers_verbs(face, model):
+    ids = torch.tensor([PROMPTS[0], PROMPTS[0][::-1]])
+    cache = face(ids).past_key_values
+    cache.crop(-2)
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([3, 0]))
+    assert (cache.get_seq_length(), cache.batch_size, len(cache)) == (3, 2, 2)
+    more = torch.tensor([[50, 51], [52, 53]])
+    whole = torch.cat([ids[[1, 0], :3], more], 1)
+    got = face(more, past_key_values=cache).logits
+    torch.testing.assert_close(got, model(whole)[:, 3:], atol=1e-5, rtol=1e-4)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    with pytest.raises(ValueError, match="crop: got 2"):
+        cache.crop(2)
+
+
+def test_loss_is_the_models(face, model):
+    ids, mask = padded()
+    labels = ids.masked_fill(mask == 0, -100)
+    following = torch.cat([labels[:, 1:], torch.full((3, 1), -100)], 1)
+    own = model.loss(ids, following, present=mask.bool())
+    torch.testing.assert_close(face(ids, attention_mask=mask, labels=labels).loss, own.next_token)
+    face.train()
+    trained = face(ids, attention_mask=mask, labels=labels).loss
+    face.eval()
+    torch.testing.assert_close(trained, own.total)
+    trained.backward()
+    assert model.embed.weight.grad is not None
+    model.zero_grad()
+
+
+def test_saved_and_loaded_whole(face, model, tokenizer, tmp_path):
+    face.save_pretrained(tmp_path)
+    fast_tokenizer(tokenizer).save_pretrained(tmp_path)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), RorqualConfig)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, RorqualForCausalLM)
+    assert loaded.config.model == model.config
+    ids = torch.tensor([PROMPTS[0]])
+    assert torch.equal(loaded(ids).logits, model(ids))
+    assert {name: value.dtype for name, value in loaded.model.state_dict().items()} == {
+        name: value.dtype for name, value in model.state_dict().items()
+    }
+    loaded.to(torch.float32)
+    assert torch.equal(loaded(ids).logits, model(ids))
+    run = load(tmp_path, device="cpu")
+    assert torch.equal(run.model(ids), model(ids))
+    assert run.generate("A whale", max_new_tokens=3, temperature=0.0) == load(tmp_path).generate(
+        "A whale", max_new_tokens=3, temperature=0.0
+    )
+
+
+def test_half_precision_keeps_router_biases_whole(face, tmp_path):
+    face.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.model.embed.weight.dtype == torch.bfloat16
+    for name, buffer in loaded.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            assert buffer.dtype == torch.float32
+    assert torch.isfinite(loaded(torch.tensor([PROMPTS[0]])).logits).all()
+
+
+def test_pipeline(face, model, tokenizer):
+    fast = fast_tokenizer(tokenizer)
+    assert fast("A whale").input_ids == [tokenizer.begin_id, *tokenizer.encode("A whale")]
+    writer = pipeline("text-generation", model=face, tokenizer=fast)
+    said = writer("A whale", do_sample=False, return_full_text=False, **OPTIONS)[0]["generated_text"]
+    own = greedy(model, [[tokenizer.begin_id, *tokenizer.encode("A whale")]])[0]
+    assert said == tokenizer.decode(own)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tied"], indirect=True)
+def test_another_process_needs_the_import_and_no_code(face, tmp_path):
+    face.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+    script = (
+        "import sys, rorqual.hub.auto; from transformers import AutoModelForCausalLM;"
+        "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.strip() == "RorqualForCausalLM", done.stderr
+
+
+def test_what_it_cannot_take_is_refused(face):
+    ids = torch.tensor([PROMPTS[0]])
+    with pytest.raises(ValueError, match="got inputs_embeds, expected input_ids"):
+        face(inputs_embeds=torch.zeros(1, 2, 32))
+    with pytest.raises(ValueError, match="got DynamicCache, expected a RorqualCache"):
+        face(ids, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="attention_mask: got shape"):
+        face(ids, attention_mask=torch.ones(1, 1, 5, 5))
+    with pytest.raises(ValueError, match="resizing the vocabulary"):
+        face.resize_token_embeddings(300)
+
+
+def test_tokenizer_files_of_a_run_load_in_transformers(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    fast = AutoTokenizer.from_pretrained(tmp_path)
+    assert fast("A whale", add_special_tokens=False).input_ids == tokenizer.encode("A whale")
+
+
+def test_peft_trains_a_little_of_it(face):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    adapted = peft.get_peft_model(face, peft.LoraConfig(target_modules=["o_proj"], r=2, task_type="CAUSAL_LM"))
+    ids = torch.tensor([PROMPTS[0]])
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora" in name for name in trained)
+    adapted.unload()

@@ -1,0 +1,327 @@
+import importlib.util
+import json
+import os
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rorqual.hub import checkpoints
+from rorqual.hub.checkpoints import copies, dequantise, export, load, places
+from rorqual.layers.attention import MLAConfig
+from rorqual.layers.basics import RopeConfig, YarnConfig
+from rorqual.layers.moe import MoEConfig
+from rorqual.layers.mtp import MTPConfig
+from rorqual.layers.router import RouterConfig
+from rorqual.model import LanguageModel, ModelConfig
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FOLDERS = ["deepseek_v3_tiny", "deepseek_v2_lite_tiny"]
+
+MLA = MLAConfig(heads=4, q_lora_rank=12, kv_lora_rank=10, nope_dim=6, rope_dim=4, value_dim=5)
+V3 = ModelConfig(
+    vocabulary=61, dim=20, layers=3, dense_width=28, mla=MLA, init_std=0.3,
+    moe=MoEConfig(
+        routed=8, active=3, shared=2, width=12, first_dense=1, router=RouterConfig(groups=4, groups_kept=2, scale=2.5)
+    ),
+)  # fmt: skip
+YARN = YarnConfig(factor=3.0, original_length=16, mscale=0.7, mscale_all_dim=0.4)
+V2_ROUTER = RouterConfig(
+    score="softmax", groups=4, groups_kept=2, group_score="max", renormalise=False, scale=3.0, bias=False
+)
+CONFIGS = {
+    "v3": V3,
+    "v3, mtp": replace(V3, mtp=MTPConfig(depth=2)),
+    "v3, tied, half-split": replace(V3, tied=True, rope=RopeConfig(base=300.0, interleaved=False)),
+    "v3, yarn": replace(V3, rope=RopeConfig(yarn=YARN)),
+    "v3, weights as scored": replace(V3, moe=replace(V3.moe, router=replace(V3.moe.router, renormalise=False))),
+    "dense": replace(V3, moe=None, eps=1e-5),
+    "v2": replace(V3, moe=replace(V3.moe, router=V2_ROUTER)),
+    "v2, one group, no q latent": replace(
+        V3, mla=replace(MLA, q_lora_rank=None), moe=replace(V3.moe, router=replace(V2_ROUTER, groups=1, groups_kept=1))
+    ),
+}  # fmt: skip
+
+
+def build(name: str) -> LanguageModel:
+    model = LanguageModel(CONFIGS[name], seed=1)
+    for key, buffer in model.named_buffers():
+        if key.endswith("e_score_correction_bias"):
+            buffer.uniform_(-0.5, 0.1)
+    return model.eval()
+
+
+def golden_check():
+    spec = importlib.util.spec_from_file_location("golden_check", GOLDEN / "check.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A copy of the golden V3 folder, to be spoilt."""
+    shutil.copytree(GOLDEN / "deepseek_v3_tiny", tmp_path / "folder", ignore=shutil.ignore_patterns("expected*"))
+    return tmp_path / "folder"
+
+
+def rewrite(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_golden_folders_agree(name):
+    items = list(golden_check().check(GOLDEN / name))
+    assert len(items) > 12
+    assert not [f"{item.name}: {item.error}" for item in items if not item.right]
+
+
+def test_golden_check_sees_a_difference(folder):
+    shutil.copy(GOLDEN / "deepseek_v3_tiny" / "expected.safetensors", folder)
+    rewrite(folder, lambda tensors: tensors["model.norm.weight"].mul_(1.01))
+    wrong = {item.name for item in golden_check().check(folder) if not item.right}
+    assert {"logits", "hidden.3", "loss", "grad.model.norm.weight"} <= wrong and "hidden.2" not in wrong
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_table_covers_our_state_exactly_once(name):
+    with torch.device("meta"):
+        model = LanguageModel(CONFIGS[name], seed=None)
+    state = model.state_dict()
+    state.pop("head.weight", None) if model.config.tied else None
+    covered = dict.fromkeys(state, 0)
+    for place in places(model.config).values():
+        covered[place.name] += place.of(state).numel()
+    assert covered == {key: tensor.numel() for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_loads_what_we_export_with_equal_logits(name, tmp_path):
+    model, ids = build(name), torch.randint(0, 61, (2, 23))
+    export(model, tmp_path, eos_token_id=60)
+    theirs, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert theirs.config.eos_token_id == 60
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_we_load_what_we_export(name, tmp_path):
+    model = build(name)
+    export(model, tmp_path, shard_bytes=9000)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    again = load(tmp_path)
+    assert replace(again.config, moe=None, mtp=None) == replace(model.config, moe=None, mtp=None)
+    if model.config.moe is not None:
+        assert replace(again.config.moe, balance=model.config.moe.balance) == model.config.moe
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
+    assert (again.head.weight is again.embed.weight) == model.config.tied
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_golden_folder_survives_the_round_trip_bit_for_bit(name, tmp_path):
+    export(load(GOLDEN / name), tmp_path / "out")
+    before, after = load_file(GOLDEN / name / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    theirs = [AutoConfig.from_pretrained(path).to_dict() for path in (GOLDEN / name, tmp_path / "out")]
+    for config in theirs:
+        for key in ("bos_token_id", "eos_token_id", "num_nextn_predict_layers", "topk_method", "_name_or_path"):
+            config.pop(key, None)
+        config["rope_parameters"] = {k: v for k, v in config["rope_parameters"].items() if k != "type"}
+    known = theirs[0].keys() - {"max_position_embeddings"}
+    assert {key: theirs[0][key] for key in known} == {key: theirs[1].get(key) for key in known}
+
+
+def test_mtp_blocks_stand_behind_the_last_as_released(tmp_path):
+    model = build("v3, mtp")
+    export(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for depth in range(2):
+        prefix = f"model.layers.{3 + depth}."
+        assert torch.equal(tensors[prefix + "eh_proj.weight"], model.mtp[depth].eh_proj.weight)
+        assert torch.equal(tensors[prefix + "shared_head.norm.weight"], model.mtp[depth].norm.weight)
+        assert torch.equal(tensors[prefix + "embed_tokens.weight"], model.embed.weight)
+        assert torch.equal(tensors[prefix + "shared_head.head.weight"], model.head.weight)
+    for name in copies(model.config):
+        tensors.pop(name)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert load(tmp_path).config.mtp == MTPConfig(depth=2)
+    tensors["model.layers.4.shared_head.head.weight"] = model.head.weight.detach() + 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.layers.4.shared_head.head.weight differs .* head.weight"):
+        load(tmp_path)
+
+
+def test_half_an_mtp_block_is_refused(tmp_path):
+    export(build("v3, mtp"), tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.pop("model.layers.4.hnorm.weight"))
+    with pytest.raises(ValueError, match=r"missing: model.layers.4.hnorm.weight"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (256, 384), (130, 257), (1, 1), (200, 7)])
+def test_dequantise_scales_block_by_block(shape):
+    weight = torch.randn(shape).to(torch.float8_e4m3fn)
+    scale = torch.rand(-(-shape[0] // 128), -(-shape[1] // 128)) + 0.5
+    expected = weight.float()
+    for row in range(shape[0]):
+        for column in range(0, shape[1], 128):
+            expected[row, column : column + 128] *= scale[row // 128, column // 128]
+    assert torch.equal(dequantise(weight, scale), expected)
+
+
+def quantise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Projections as float8 with 128 x 128 scales, as V3 is published; the rest in bfloat16."""
+    out = {}
+    for name, tensor in tensors.items():
+        if "_proj" not in name:
+            out[name] = tensor if name.endswith("bias") else tensor.bfloat16()
+            continue
+        rows, columns = (-(-size // 128) for size in tensor.shape)
+        padded = torch.zeros(rows * 128, columns * 128)
+        padded[: tensor.shape[0], : tensor.shape[1]] = tensor
+        scale = padded.view(rows, 128, columns, 128).abs().amax((1, 3)) / 448
+        spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[: tensor.shape[0], : tensor.shape[1]]
+        out[name] = (tensor / spread).to(torch.float8_e4m3fn)
+        out[name + "_scale_inv"] = scale
+    return out
+
+
+def shard(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> None:
+    """Names dealt out in turn, so that a weight and its scale lie in different files."""
+    (folder / "model.safetensors").unlink()
+    where = {name: f"model-{i % count + 1:05}-of-{count:05}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(where.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if where[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def test_float8_shards_are_dequantised(folder):
+    plain, tensors = load(folder), quantise(load_file(folder / "model.safetensors"))
+    shard(folder, tensors, 3)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load(folder)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {b.dtype for key, b in model.named_buffers() if key.endswith("bias")} == {torch.float32}
+    wide, state = load(folder, dtype=torch.float32), plain.state_dict()
+    for name, place in places(wide.config).items():
+        expected = tensors[name].float()
+        if name + "_scale_inv" in tensors:
+            expected = dequantise(tensors[name], tensors[name + "_scale_inv"])
+            assert (expected - place.of(state)).abs().max() <= 0.07 * place.of(state).abs().max()
+        assert torch.equal(place.of(wide.state_dict()), expected), name
+    ids = torch.randint(0, 211, (2, 30))
+    with torch.no_grad():
+        assert (wide(ids) - plain(ids)).norm() < 0.25 * plain(ids).norm()  # some tokens change experts
+
+
+def test_one_file_is_open_at_a_time(folder, monkeypatch):
+    shard(folder, load_file(folder / "model.safetensors"), 4)
+    opened, plain = [], checkpoints._handle
+    monkeypatch.setattr(checkpoints, "_handle", lambda path: opened.append(path.name) or plain(path))
+    load(folder)
+    assert len(opened) <= 4 + 4 + 1 and len(set(opened)) == 4
+
+
+def test_pickled_weights_are_read_as_data_only(folder):
+    expected = load(folder).state_dict()
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    assert all(torch.equal(expected[key], tensor) for key, tensor in load(folder).state_dict().items())
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(folder / "executed"),)
+
+    torch.save(tensors | {"hostile": Hostile()}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin: not readable"):
+        load(folder)
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(ValueError, match=r"pytorch_model.bin: not readable"):
+        load(folder)
+    assert not (folder / "executed").exists()
+
+
+SPOILT = {
+    "a tensor is missing": (
+        lambda t: t.pop("model.layers.1.mlp.experts.5.up_proj.weight"),
+        r"missing: model.layers.1.mlp.experts.5.up_proj.weight$",
+    ),
+    "a tensor is left over": (
+        lambda t: t.update({"model.layers.0.self_attn.q_proj.weight": torch.zeros(80, 48)}),
+        r"not in this architecture: model.layers.0.self_attn.q_proj.weight$",
+    ),
+    "a tensor has another shape": (
+        lambda t: t.update({"lm_head.weight": torch.zeros(210, 48)}),
+        r"misshapen: lm_head.weight \(210, 48\), expected \(211, 48\)$",
+    ),
+    "a scale is missing": (
+        lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)}),
+        r"missing: lm_head.weight_scale_inv$",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_tensors_that_disagree_with_the_config_are_named(name, folder):
+    change, words = SPOILT[name]
+    rewrite(folder, change)
+    with pytest.raises(ValueError, match=words):
+        load(folder)
+
+
+def test_many_names_are_cut_short(folder):
+    rewrite(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if ".experts." in key])
+    with pytest.raises(ValueError, match=r"experts.1.gate_proj.weight, .* and 40 more"):
+        load(folder)
+
+
+def test_incomplete_folders_are_refused_with_the_name(folder):
+    shard(folder, load_file(folder / "model.safetensors"), 3)
+    whole = (folder / "model-00002-of-00003.safetensors").read_bytes()
+    (folder / "model-00002-of-00003.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"model-00002-of-00003.safetensors: not readable"):
+        load(folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"names model-00002-of-00003.safetensors, which the folder does not hold"):
+        load(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match=r"no weights, expected model.safetensors"):
+        load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config.json: not readable"):
+        load(folder)
+
+
+def test_a_weight_map_stays_inside_its_folder(folder):
+    outside = folder.parent / "outside.safetensors"
+    shutil.move(folder / "model.safetensors", outside)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../outside.safetensors"}}))
+    with pytest.raises(ValueError, match=r"names ../outside.safetensors"):
+        load(folder)
+
+
+def test_another_architecture_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    with pytest.raises(ValueError, match="model_type: got 'llama', expected deepseek_v2 or deepseek_v3"):
+        load(folder)
+
+
+def test_export_does_not_overwrite_a_model(folder):
+    with pytest.raises(ValueError, match="already holds a model"):
+        export(build("v3"), folder)

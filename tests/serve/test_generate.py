@@ -1,0 +1,229 @@
+"""Text in, text out: streaming, stops, batches, and what `load` finds and refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rorqual import checkpoint
+from rorqual.data.tokenizer import train
+from rorqual.layers.engram import EngramConfig
+from rorqual.layers.mtp import MTPConfig
+from rorqual.model import LanguageModel, ModelConfig
+from rorqual.serve.decoding import Tally
+from rorqual.serve.generate import Run, TextStream, load
+from rorqual.serve.sampling import GREEDY, Sampling
+
+TEXT = ["A whale is a mammal that lives in the sea.", "Ein Wal ist kein Fisch: é ü ß 鲸鱼 🐋 ☃."] * 4
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train(TEXT, 290)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    config = ModelConfig(
+        vocabulary=300,
+        dim=32,
+        layers=2,
+        dense_width=32,
+        engram=EngramConfig(layers=(0,), rows_per_head=(97, 97), heads=2, head_dim=8),
+        mtp=MTPConfig(),
+        init_std=0.2,
+    )
+    model = LanguageModel(config, torch.from_numpy(tokenizer.canonical_map()), seed=1)
+    with torch.no_grad():
+        model.head.weight[tokenizer.end_id] = 0.0  # an end would be too early for these tests
+    return model
+
+
+@pytest.fixture(scope="module")
+def run(model, tokenizer):
+    return Run(model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whale"
+    checkpoint.save_model(folder, model, tokenizer)
+    return folder
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(max_size=30))
+def test_streamed_text_is_the_text(tokenizer, text):
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in tokenizer.encode(text)] + [stream.flush()]
+    assert "".join(pieces) == text
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+
+
+@settings(max_examples=60, deadline=None)
+@given(ids=st.lists(st.integers(1, 288), max_size=25))
+def test_streamed_ids_are_their_text_even_when_they_are_no_text(tokenizer, ids):
+    stream = TextStream(tokenizer)
+    assert "".join([stream.push(token) for token in ids] + [stream.flush()]) == tokenizer.decode(ids)
+
+
+def test_a_character_comes_whole_and_at_once(tokenizer):
+    whale = [
+        tokenizer.backend.token_to_id(byte) for byte in "ðŁĲĭ"
+    ]  # the four bytes of a whale, as byte-level BPE spells
+    assert tokenizer.decode(whale) == "🐋"
+    stream = TextStream(tokenizer)
+    assert [stream.push(token) for token in [*whale, *tokenizer.encode("a")]] == ["", "", "", "🐋", "a"]
+    cut = TextStream(tokenizer)
+    assert [cut.push(token) for token in whale[:3]] + [cut.flush()] == ["", "", "", "\ufffd"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text("ab.c", max_size=20), stop=st.lists(st.text("ab.", min_size=1, max_size=4), max_size=3))
+def test_stop_strings_end_the_text_before_them(tokenizer, text, stop):
+    stream, pieces = TextStream(tokenizer, stop), []
+    for token in tokenizer.encode(text):
+        pieces.append(stream.push(token))
+    whole = "".join([*pieces, stream.flush()])
+    assert stream.stopped == any(word in text for word in stop)
+    if not stream.stopped:
+        assert whole == text
+    else:
+        assert text.startswith(whole)
+        assert not any(word in whole for word in stop)
+
+
+def test_what_is_streamed_is_what_is_generated(run):
+    for options in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 5, "top_p": 0.9}):
+        pieces = list(run.stream("A whale", max_new_tokens=12, **options))
+        assert "".join(pieces) == run.generate("A whale", max_new_tokens=12, **options)
+        assert all(pieces)
+
+
+def test_a_batch_of_texts_in_order(run):
+    texts = ["A whale is a mammal", "", "Ein"]
+    together = run.generate(texts, max_new_tokens=10, temperature=0.0)
+    assert together == [run.generate(text, max_new_tokens=10, temperature=0.0) for text in texts]
+
+
+def test_a_seed_repeats_and_none_does_not(run):
+    options = {"max_new_tokens": 6, "temperature": 5.0}
+    assert run.generate("A", seed=3, **options) == run.generate("A", seed=3, **options)
+    assert len({run.generate("A", **options) for _ in range(3)}) > 1
+
+
+def test_completions_say_why_they_ended(run):
+    plain = run.complete(["A whale"], max_new_tokens=8, sampling=GREEDY)[0]
+    assert (plain.finish, len(plain.ids), plain.text) == ("length", 8, run.tokenizer.decode(plain.ids))
+    stopped = run.complete(["A whale"], max_new_tokens=8, sampling=GREEDY, stop=[plain.text[1:3]])[0]
+    assert stopped.finish == "stop"
+    assert stopped.text == plain.text[: plain.text.index(plain.text[1:3])]
+
+
+def test_the_end_of_a_document_ends_the_text(run, monkeypatch):
+    free = run.complete(["A whale"], max_new_tokens=8, sampling=GREEDY)[0]
+    monkeypatch.setattr(run.tokenizer, "end_id", free.ids[3])
+    ended = run.complete(["A whale"], max_new_tokens=8, sampling=GREEDY)[0]
+    assert ended.finish == "stop"
+    assert ended.ids == free.ids[: free.ids.index(free.ids[3]) + 1]
+    assert ended.text == run.tokenizer.decode(ended.ids[:-1])
+    assert "".join(run.stream("A whale", max_new_tokens=8, sampling=GREEDY)) == ended.text
+
+
+def test_drafts_say_the_same_and_are_counted(run):
+    plain = run.complete(["A whale"], max_new_tokens=12, sampling=GREEDY)[0]
+    drafted = run.complete(["A whale"], max_new_tokens=12, sampling=GREEDY, speculative=True)[0]
+    assert (drafted.text, drafted.ids) == (plain.text, plain.ids)
+    assert drafted.tally.drafted > 0
+    assert 0 <= drafted.tally.acceptance <= 1
+    tally = Tally()
+    assert "".join(run.stream("A whale", max_new_tokens=12, sampling=GREEDY, tally=tally)) == plain.text
+    assert tally == drafted.tally
+
+
+def test_the_object_says_what_it_is(run, folder):
+    said = repr(load(folder))
+    for part in ("whale", "2 layers of width 32", "mla + engram + mtp", "float32 on cpu"):
+        assert part in said
+    assert "in memory" in repr(run)
+    assert run.config is run.model.config
+
+
+def test_a_run_folder_comes_back(run, folder):
+    loaded = load(folder, device="cpu")
+    options = {"max_new_tokens": 9, "temperature": 0.0}
+    assert loaded.generate("A whale", **options) == run.generate("A whale", **options)
+    assert not loaded.model.training
+    half = load(str(folder), device="cpu", dtype="bfloat16")
+    assert half.model.embed.weight.dtype == torch.bfloat16
+    half.generate("A whale", max_new_tokens=3)
+
+
+def test_a_folder_without_a_tokenizer_says_so_when_text_is_asked_for(folder, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    run = load(bare)
+    with pytest.raises(ValueError, match=r"holds no tokenizer\.json"):
+        run.generate("A")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda run: run.generate("A", max_new_tokens=0), "max_new_tokens=0, expected at least 1"),
+        (lambda run: run.generate("A", temperature=-1.0), "temperature"),
+        (lambda run: run.generate(["A", "B"], temperature=0.0, speculative=True), "speculative: expected one text"),
+        (lambda run: run.generate("A", speculative=True), "temperature 0"),
+        (lambda run: run.chat([{"role": "user", "content": "hi"}]), "no chat template"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(run, call, said):
+    with pytest.raises(ValueError, match=said):
+        call(run)
+
+
+def test_load_says_what_is_missing_and_what_to_do(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nothing.*expected a run folder"):
+        load(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match=f"did you mean .*{folder.name}"):
+        load(folder.parent)
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="is a file, expected the folder"):
+        load(folder / "model.safetensors")
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match="is not JSON"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="is a llama model, expected a rorqual run"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"dimm": 3}), encoding="utf-8")
+    with pytest.raises(ValueError):
+        load(tmp_path)
+
+
+def test_a_hub_id_that_cannot_be_had_is_one_line():
+    with pytest.raises(FileNotFoundError, match="the hub did not give a model of that name") as caught:
+        load("rorqual-test/no-such-model")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_chat_template_writes_the_messages(run, folder, tmp_path):
+    chatty = tmp_path / "chatty"
+    shutil.copytree(folder, chatty)
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    (chatty / "chat_template.jinja").write_text(template, encoding="utf-8")
+    loaded = load(chatty)
+    ids = loaded.chat([{"role": "user", "content": "A whale"}])
+    assert ids[0] == loaded.tokenizer.begin_id
+    assert loaded.tokenizer.decode(ids[1:]) == "user: A whale\nassistant:"
+
+
+def test_a_seeded_batch_row_is_its_own_draw(run):
+    sampling = Sampling(temperature=1.5, seed=2)
+    rows = run.complete(["A", "A"], max_new_tokens=12, sampling=sampling)
+    assert rows[0].text == run.complete(["A"], max_new_tokens=12, sampling=sampling)[0].text
+    assert rows[0].text != rows[1].text

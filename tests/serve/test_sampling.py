@@ -1,0 +1,91 @@
+"""Sampling against transformers' own logits processors, closed forms and bad input."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from rorqual.serve.sampling import GREEDY, Sampling, narrow, penalise, sample
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    temperature=st.floats(0.1, 5),
+    top_k=st.none() | st.integers(1, 40),
+    top_p=st.none() | st.floats(0.05, 1.0),
+    min_p=st.none() | st.floats(0.0, 1.0),
+)
+def test_narrow_is_transformers_chain(seed, temperature, top_k, top_p, min_p):
+    logits = torch.randn(3, 37, generator=torch.Generator().manual_seed(seed)) * 3
+    chain = [TemperatureLogitsWarper(temperature)]
+    chain += [TopKLogitsWarper(top_k)] if top_k else []
+    chain += [TopPLogitsWarper(top_p)] if top_p else []
+    chain += [MinPLogitsWarper(min_p)] if min_p is not None else []
+    expected = logits.clone()
+    for step in chain:
+        expected = step(None, expected)
+    got = narrow(logits, Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p))
+    torch.testing.assert_close(got, expected)
+
+
+def test_penalty_is_transformers():
+    logits, ids = torch.randn(2, 11), torch.tensor([[1, 4, 4], [0, 2, 10]])
+    seen = torch.zeros(2, 11, dtype=torch.bool).scatter(1, ids, True)
+    torch.testing.assert_close(penalise(logits, seen, 1.3), RepetitionPenaltyLogitsProcessor(1.3)(ids, logits.clone()))
+
+
+def test_top_p_keeps_the_likeliest_until_p():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    kept = narrow(logits, Sampling(temperature=1.0, top_p=0.7)).isfinite()
+    assert kept.tolist() == [[True, True, False, False]]
+    assert narrow(logits, Sampling(temperature=1.0, top_p=1e-6)).isfinite().sum() == 1
+
+
+def test_greedy_needs_no_generator_and_respects_the_penalty():
+    logits = torch.tensor([[1.0, 1.1, 0.0]])
+    assert sample(logits, GREEDY).tolist() == [1]
+    penalised = Sampling(temperature=0.0, repetition_penalty=2.0)
+    assert sample(logits, penalised, seen=torch.tensor([[False, True, False]])).tolist() == [0]
+
+
+def test_frequencies_follow_the_softmax():
+    logits = torch.tensor([[0.6, 0.3, 0.1]]).log()
+    sampling = Sampling(temperature=1.0, seed=7)
+    generator = sampling.generator()
+    drawn = torch.cat([sample(logits, sampling, [generator]) for _ in range(3000)])
+    torch.testing.assert_close(drawn.bincount(minlength=3) / 3000, logits[0].exp(), atol=0.03, rtol=0)
+
+
+def test_a_row_draws_the_same_whoever_stands_beside_it():
+    logits, sampling = torch.randn(4, 50), Sampling(seed=3)
+    together = sample(logits, sampling, [sampling.generator(row) for row in range(4)])
+    alone = torch.cat([sample(logits[row : row + 1], sampling, [sampling.generator(row)]) for row in range(4)])
+    assert torch.equal(together, alone)
+    again = sample(logits, sampling, [sampling.generator(row) for row in range(4)])
+    assert torch.equal(together, again)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": -1.0},
+        {"repetition_penalty": 0.0},
+        {"seed": -1},
+    ],
+)
+def test_out_of_range_is_refused_by_name(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))}.*expected"):
+        Sampling(**bad)

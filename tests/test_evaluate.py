@@ -1,0 +1,113 @@
+"""Scores against sums by hand: every token once, documents apart, bits a byte of the text's own bytes."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rorqual import evaluate
+from rorqual.data.corpus import split
+from rorqual.data.tokenizer import train
+from rorqual.layers.engram import EngramConfig
+from rorqual.layers.moe import MoEConfig
+from rorqual.layers.mtp import MTPConfig
+from rorqual.model import LanguageModel, ModelConfig
+
+TEXTS = ["A whale is a mammal.", "Ein Wal: é 🐋", "x", "the sea, the sea, the open sea " * 3, ""]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train(TEXTS, 280)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    config = ModelConfig(
+        vocabulary=290,
+        dim=32,
+        layers=2,
+        moe=MoEConfig(routed=4, active=2, width=16),
+        engram=EngramConfig(layers=(0,), rows_per_head=(97, 97), heads=2, head_dim=8),
+        mtp=MTPConfig(),
+        init_std=0.1,
+    )
+    return LanguageModel(config, torch.from_numpy(tokenizer.canonical_map())).eval()
+
+
+@torch.no_grad()
+def by_hand(model, tokenizer, texts) -> tuple[float, int]:
+    """Each document alone, its end foretold too."""
+    nats, tokens = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([[tokenizer.begin_id, *tokenizer.encode(text), tokenizer.end_id]])
+        nats += float(F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:], reduction="sum"))
+        tokens += ids.shape[1] - 1
+    return nats, tokens
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_score_is_the_sum_by_hand(model, tokenizer, rows):
+    nats, tokens = by_hand(model, tokenizer, TEXTS)
+    score = evaluate.score(model, tokenizer, TEXTS, length=512, rows=rows)
+    assert score.nats_per_token == pytest.approx(nats / tokens, rel=1e-5)
+    assert score.bits_per_byte == pytest.approx(nats / math.log(2) / sum(len(t.encode()) for t in TEXTS), rel=1e-5)
+    assert score.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+    assert (score.tokens, score.documents) == (tokens, len(TEXTS))
+    assert score.bytes == sum(len(text.encode()) for text in TEXTS)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    texts=st.lists(st.text("ab é", max_size=12), min_size=1, max_size=6),
+    length=st.integers(1, 9),
+    rows=st.integers(1, 4),
+)
+def test_every_token_is_foretold_once(tokenizer, texts, length, rows):
+    given_ids, labels, owners = [], [], []
+    for ids, targets, documents in evaluate.pack(texts, tokenizer, length=length, rows=rows):
+        assert ids.shape == targets.shape == documents.shape
+        assert ids.shape[1] == length
+        assert ids.shape[0] <= rows
+        kept = targets != -100
+        given_ids += ids[kept].tolist()
+        labels += targets[kept].tolist()
+        owners += documents[kept].tolist()
+    whole = [[tokenizer.begin_id, *tokenizer.encode(text), tokenizer.end_id] for text in texts]
+    assert given_ids == [token for ids in whole for token in ids[:-1]]
+    assert labels == [token for ids in whole for token in ids[1:]]
+    assert owners == [number for number, ids in enumerate(whole) for _ in ids[:-1]]
+
+
+def test_texts_of_a_file_by_side(tmp_path):
+    documents = [f"document number {n} about whale {n * 7}" for n in range(120)]
+    path = tmp_path / "notes.jsonl"
+    path.write_text("".join(f'{{"text": "{text}"}}\n' for text in documents), encoding="utf-8")
+    every = list(evaluate.texts(str(path), part="all"))
+    sides = {part: list(evaluate.texts(str(path), part=part)) for part in ("train", "validation")}
+    assert sorted(every) == sorted(sides["train"] + sides["validation"])
+    assert all(split(text) == part for part, texts in sides.items() for text in texts)
+    assert list(evaluate.texts(str(path), part="all", limit=3)) == every[:3]
+
+
+def test_nothing_to_score_and_bad_numbers(model, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="got no document"):
+        evaluate.score(model, tokenizer, [])
+    with pytest.raises(ValueError, match="length=0"):
+        evaluate.score(model, tokenizer, TEXTS, length=0)
+    with pytest.raises(ValueError, match="split: got 'test'"):
+        list(evaluate.texts("wordnet", part="test"))
+
+
+def test_tasks_need_the_harness(model, tokenizer):
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match="pip install lm-eval"):
+            evaluate.tasks(model, tokenizer, ["hellaswag"])
+    else:
+        with pytest.raises(ValueError, match="tasks: got no_such_task"):
+            evaluate.tasks(model, tokenizer, ["no_such_task"])
