@@ -1,0 +1,372 @@
+"""A run -> a live page: what each token reads, trusts, takes and foretells, and what an edit of its memory changes.
+
+    GET  /            explore.html, which loads nothing else
+    GET  /api/model   its sizes, and which parts it has
+    POST /api/read    {text}                         tokens, n-grams, rows, gates, experts, predictions
+    POST /api/edit    {text, token, order, source}   rows of the n-gram that ends at `token`: zeroed, or those that the
+                                                     last n-gram of `source` reads
+    POST /api/undo    {all}                          the last edit, or every one
+
+It listens on this machine alone and takes JSON alone, so that a page of another site cannot use it. Edits end with the
+process: the run's folder is never written.
+"""
+
+import json
+import socket
+import threading
+import webbrowser
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import uvicorn
+from jaxtyping import Float, Int
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+from torch import Tensor
+
+from rorqual import memory, runtime
+from rorqual.analyze.measures import without_memory
+from rorqual.analyze.taps import Taps, quiet
+from rorqual.config import from_dict
+from rorqual.layers.router import Routing
+from rorqual.memory import Editor
+from rorqual.serve.generate import Run, load
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+LARGEST = 1 << 20  # bytes of a request
+MOST = 512  # tokens of a text
+BEST = 8  # predictions of each kind that are shown
+ALIKE = 12  # other tokens of the same canonical id that are shown
+_PAGE = Path(__file__).with_name("explore.html")
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExploreConfig:
+    """Which run is shown, and where."""
+
+    run: str  # a run folder, a DeepSeek folder or a hub id
+    host: str = "127.0.0.1"
+    port: int = 8765  # 0: any that is free
+    open: bool = False  # in the browser
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.host not in LOCAL:
+            raise ValueError(
+                f"host: got {self.host!r}, expected {' or '.join(LOCAL)}: who reaches the page can edit the memory, so "
+                "other machines are kept out (an ssh tunnel lets you in)"
+            )
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port: got {self.port}, expected 0..65535")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Read:
+    """A text to be read."""
+
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise ValueError("text: got nothing, expected at least one character")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """The rows of the n-gram of `order` that ends at token `token` of `text`, 0 being the start of the document."""
+
+    text: str = ""
+    token: int = -1
+    order: int = 2
+    source: str | None = None  # put in the rows that this text's last n-gram reads; None: zeros
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Undo:
+    """Takes back the last change, or all."""
+
+    all: bool = False
+
+
+class Pass(NamedTuple):
+    """What one forward showed of a text."""
+
+    logs: Float[Tensor, "T V"]  # log-probabilities
+    gates: list[Float[Tensor, "T S"]]  # of each block that remembers
+    routings: list[Routing]
+
+
+class Explorer:
+    """A run under the glass: reads texts, and keeps the edits of its memory. Calls may come from several threads."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.model, self.tokenizer = run, run.model, run.tokenizer
+        self.engram = run.config.engram
+        self.name = run.folder.name if run.folder is not None else "a model in memory"
+        self.editor = Editor(self.model, self.tokenizer) if self.engram is not None else None
+        self.changes: list[str] = []  # each an edit in every block that remembers
+        self._lock = threading.RLock()
+        self._known = min(run.config.vocabulary, self.tokenizer.vocabulary)
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes and parts, for the page's head."""
+        config, engram = self.run.config, self.engram
+        experts = [i for i in range(config.layers) if config.has_experts(i)]
+        parts = ("mla", "gqa", "nsa", "moba", "dsa", "moe", "engram", "hyper", "mtp")
+        return {
+            "name": self.name,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "layers": config.layers,
+            "dim": config.dim,
+            "vocabulary": config.vocabulary,
+            "streams": config.streams,
+            "parts": [part for part in parts if getattr(config, part) is not None],
+            "most": MOST,
+            "memory": engram
+            and {
+                "layers": engram.layers,
+                "orders": list(range(2, engram.ngram + 1)),
+                "heads": engram.heads,
+                "rows": [table.rows for table in self.model.tables],
+            },
+            "experts": config.moe and {"layers": experts, "routed": config.moe.routed, "active": config.moe.active},
+        }
+
+    def read(self, ask: Read) -> dict[str, Any]:
+        """Everything the page shows of a text; position 0 is the start of the document."""
+        ids = self._ids(ask.text)
+        with self._lock:
+            now = self._forward(ids)
+            kinds = {"now": now.logs}
+            if self.engram is not None:
+                with without_memory(self.model):
+                    kinds["without"] = self._forward(ids).logs
+            if self.changes:
+                with self._untouched():
+                    kinds["before"] = self._forward(ids).logs
+            return {
+                "tokens": self._tokens(ids),
+                "ngrams": self._ngrams(ids),
+                "rows": [] if self.engram is None else memory.rows(self.model, self._batch(ids))[:, 0].tolist(),
+                "gates": [_round(values) for values in now.gates],
+                "experts": [_experts(routing) for routing in now.routings],
+                "kinds": list(kinds),
+                "predictions": self._predictions(kinds),
+                "effects": {kind: _round(_effect(now.logs, kinds[kind])) for kind in kinds if kind != "now"},
+                "surprise": _round(-now.logs[:-1].gather(1, _column(ids, now.logs)[1:])[:, 0]),
+                "edits": self.standing(),
+            }
+
+    def standing(self) -> list[dict[str, Any]]:
+        """The changes, oldest first, and the rows of each block that each one holds."""
+        if self.editor is None or self.engram is None:
+            return []
+        rows = [edit.rows.tolist() for edit in self.editor.edits]
+        step = len(self.engram.layers)
+        return [{"what": what, "rows": rows[n * step : (n + 1) * step]} for n, what in enumerate(self.changes)]
+
+    def edit(self, ask: Change) -> dict[str, Any]:
+        """Zeroes rows or overwrites them, in every block that remembers. ValueError for what cannot be edited."""
+        if self.editor is None or self.engram is None:
+            raise ValueError("edit: got a model without Engram, expected one with memory")
+        if not 2 <= ask.order <= self.engram.ngram:
+            raise ValueError(f"order: got {ask.order}, expected 2..{self.engram.ngram}, the lengths of its n-grams")
+        ids = self._ids(Read(text=ask.text).text)
+        if not 0 <= ask.token < len(ids):
+            raise ValueError(f"token: got {ask.token}, expected 0..{len(ids) - 1}, a position of the text")
+        source = None if ask.source is None else self._ids(Read(text=ask.source).text)
+        what, target = self._words(ids, ask.token, ask.order), self._ngram(ids, ask.token, ask.order)
+        with self._lock:
+            for layer in self.engram.layers:
+                if source is None:
+                    self.editor.suppress(target, layer)
+                else:
+                    self.editor.transplant(self._ngram(source, len(source) - 1, ask.order), target, layer)
+            read = "suppressed" if source is None else f"reads as {self._words(source, len(source) - 1, ask.order)}"
+            self.changes.append(f"{what} {read}")
+            return {"edits": self.standing()}
+
+    def undo(self, ask: Undo) -> dict[str, Any]:
+        """ValueError where nothing was edited."""
+        with self._lock:
+            if self.editor is None or self.engram is None or not self.changes:
+                raise ValueError("undo: got nothing to take back, expected an edit before it")
+            for _ in range(len(self.changes) if ask.all else 1):
+                self.changes.pop()
+                for _ in self.engram.layers:
+                    self.editor.undo()
+            return {"edits": self.standing()}
+
+    def _ids(self, text: str) -> list[int]:
+        ids = [self.tokenizer.begin_id, *self.tokenizer.encode(text)]
+        if len(ids) > MOST + 1:
+            raise ValueError(f"text: got {len(ids) - 1} tokens, expected at most {MOST}")
+        return ids
+
+    def _forward(self, ids: list[int]) -> Pass:
+        layers = self.engram.layers if self.engram is not None else ()
+        names = [f"blocks.{layer}.engram.gate" for layer in layers]
+        with quiet(self.model), Taps(self.model, *names) as taps:
+            hidden, routings = self.model.hidden(self._batch(ids))
+            logs = self.model.logits(hidden)[0, :, : self._known].log_softmax(-1)
+        if not logs.isfinite().all():
+            raise ValueError("model: got predictions that are not finite, expected a run that has not diverged")
+        return Pass(logs, [taps[name][0][0] for name in names], routings)
+
+    def _batch(self, ids: list[int]) -> Int[Tensor, "1 T"]:
+        return torch.tensor([ids], device=self.model.embed.weight.device)
+
+    def _ngram(self, ids: list[int], place: int, order: int) -> list[int]:
+        """The ids of the n-gram that ends at `place`; before the document stand pads, as Engram reads them."""
+        assert self.engram is not None
+        return ([self.engram.pad_id] * order + ids[: place + 1])[-order:]
+
+    def _tokens(self, ids: list[int]) -> list[dict[str, Any]]:
+        addresses = self.model.addresses
+        found = []
+        for token in ids:
+            one: dict[str, Any] = {"id": token, "text": self.tokenizer.token(token)}
+            if addresses is not None:
+                canonical = int(addresses.canonical_map[token])
+                alike = (addresses.canonical_map == canonical).nonzero()[: ALIKE + 1, 0].tolist()
+                one |= {"canonical": canonical, "alike": [self.tokenizer.token(i) for i in alike if i != token][:ALIKE]}
+            found.append(one)
+        return found
+
+    def _ngrams(self, ids: list[int]) -> list[list[str]]:
+        """For each token its n-grams in words, shortest first; what lies before the document is left out."""
+        orders = range(2, self.engram.ngram + 1) if self.engram is not None else ()
+        return [[self._words(ids, place, order) for order in orders] for place in range(len(ids))]
+
+    def _words(self, ids: list[int], place: int, order: int) -> str:
+        """The n-gram that ends at `place`; one that reaches back to the start of the document says so."""
+        text = "".join(self.tokenizer.token(i) for i in ids[max(1, place - order + 1) : place + 1])
+        return "“" + ("⟨start⟩" if place < order else "") + text.replace("\n", "⏎") + "”"
+
+    def _predictions(self, kinds: Mapping[str, Float[Tensor, "T V"]]) -> list[list[dict[str, Any]]]:
+        """After each token the best of every kind, with its probability in all of them; likeliest now first."""
+        best = [logs.topk(min(BEST, logs.shape[1])).indices for logs in kinds.values()]
+        ids = torch.cat(best, -1)  # [T, kinds * BEST]
+        chances = torch.stack([logs.gather(1, ids).exp() for logs in kinds.values()], -1)
+        found = []
+        for names, rows in zip(ids.tolist(), chances.tolist(), strict=True):
+            once = dict(zip(names, rows, strict=True))
+            order = sorted(once, key=lambda i: -once[i][0])
+            found.append([{"text": self.tokenizer.token(i), "p": [round(p, 5) for p in once[i]]} for i in order])
+        return found
+
+    @contextmanager
+    def _untouched(self) -> Iterator[None]:
+        """The memory as it was before every edit, for a `with` block."""
+        assert self.editor is not None and self.engram is not None
+        tables, held = dict(zip(self.engram.layers, self.model.tables.parameters(), strict=True)), []
+        for edit in reversed(self.editor.edits):
+            rows = tables[edit.layer].detach()
+            held.append((rows, edit.rows, rows[edit.rows].clone()))
+            rows[edit.rows] = edit.before
+        try:
+            yield
+        finally:
+            for rows, own, values in reversed(held):
+                rows[own] = values
+
+
+def _column(ids: list[int], like: Tensor) -> Int[Tensor, "T 1"]:
+    return torch.tensor(ids, device=like.device)[:, None]
+
+
+def _effect(now: Float[Tensor, "T V"], without: Float[Tensor, "T V"]) -> Float[Tensor, " T"]:
+    """How far the memory, or its edits, moved what follows each token: KL(now || without), nats."""
+    return (now.exp() * (now - without)).sum(-1).clamp_min(0.0)
+
+
+def _round(values: Tensor) -> Any:
+    return [[round(v, 6) for v in row] if isinstance(row, list) else round(row, 6) for row in values.float().tolist()]
+
+
+def _experts(routing: Routing) -> list[list[dict[str, Any]]]:
+    """Of every token the experts it took, heaviest first."""
+    rows = zip(routing.chosen[0].tolist(), routing.weights[0].float().tolist(), strict=True)
+    return [
+        [{"expert": e, "weight": round(w, 4)} for e, w in sorted(zip(*row, strict=True), key=lambda x: -x[1]) if w]
+        for row in rows
+    ]
+
+
+def app(run: Run) -> Starlette:
+    """The ASGI application of a run."""
+    explorer = Explorer(run)
+    page = _PAGE.read_text(encoding="utf-8")
+
+    async def root(_: Request) -> Response:
+        return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY, "Cache-Control": "no-store"})
+
+    async def model(_: Request) -> Response:
+        return JSONResponse(explorer.describe())
+
+    def answering(kind: type[Any], call: Callable[[Any], dict[str, Any]]) -> Callable[[Request], Any]:
+        async def answer(request: Request) -> Response:
+            try:
+                found = await run_in_threadpool(call, from_dict(kind, await _body(request)))
+                return JSONResponse(found)
+            except ValueError as error:
+                return JSONResponse({"error": str(error)}, status_code=400)
+
+        return answer
+
+    return Starlette(
+        routes=[
+            Route("/", root),
+            Route("/api/model", model),
+            Route("/api/read", answering(Read, explorer.read), methods=["POST"]),
+            Route("/api/edit", answering(Change, explorer.edit), methods=["POST"]),
+            Route("/api/undo", answering(Undo, explorer.undo), methods=["POST"]),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(LOCAL))],
+    )
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    kind = request.headers.get("content-type", "").split(";")[0].strip()
+    if kind != "application/json":
+        raise ValueError(f"content-type: got {kind or 'none'}, expected application/json")
+    content = bytearray()
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > LARGEST:
+            raise ValueError(f"body: got more than {LARGEST} bytes, expected a smaller request")
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"body: got no JSON, expected an object: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"body: got a {type(found).__name__}, expected an object")
+    return found
+
+
+def main(config: ExploreConfig) -> None:
+    """Shows the page until interrupted. ValueError for a port that is taken, and whatever `load` refuses."""
+    run = load(config.run, device=config.device)
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        listening = socket.create_server((config.host, config.port), family=family)
+    except OSError as error:
+        raise ValueError(f"port: got {config.port} ({error.strerror}), expected a free one; 0 takes any") from error
+    with listening:
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        address = f"http://{host}:{listening.getsockname()[1]}/"
+        runtime.log(f"exploring {run!r}")
+        runtime.log(f"{address} (ctrl-C ends it; edits are not saved)")
+        if config.open:
+            webbrowser.open(address)  # it is listening already: the browser waits for the first answer
+        uvicorn.Server(uvicorn.Config(app(run), log_level="warning")).run(sockets=[listening])
