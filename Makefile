@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	echo "installing into .venv (once; the first time takes a few minutes)"; \
 	pip="$(PY) -m pip --disable-pip-version-check --quiet"; \
 	$$pip install --no-index --no-deps "torch==2.13.*" 2>/dev/null || $$pip install -c constraints.txt "torch==2.13.*"; \
-	$$pip install -c constraints.txt hatchling; \
+	$$pip install -c constraints.txt hatchling editables; \
 	$$pip install -c constraints.txt --no-build-isolation -e ".[dev]"; \
 	{ pwd; cksum pyproject.toml constraints.txt; } > $@
 
@@ -35,8 +35,9 @@ lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m codespell_lib
-	$(PY) -c "import sys; from importlinter.cli import lint_imports_command as lint; lint(['--no-cache'])"
+	$(PY) -c "from importlinter.cli import lint_imports_command as lint; lint(['--no-cache'])"
 	$(PY) -m mypy
 
 test: lint
+	@$(PY) scripts/fetch_test_tokenizers.py
 	$(PY) -m pytest -n 2 $(if $(SLOW),-m "")

@@ -11,8 +11,6 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from rorqual.config import choose
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -39,7 +37,9 @@ def device(name: str = "auto") -> torch.device:
 
 def dtype(name: str) -> torch.dtype:
     """ "float32" or "bfloat16" -> the torch dtype."""
-    return DTYPES[choose("dtype", name, DTYPES)]
+    if name not in DTYPES:
+        raise ValueError(f"got dtype {name!r}, expected {' or '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def seed_everything(seed: int) -> None:

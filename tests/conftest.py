@@ -19,7 +19,7 @@ import pytest
 
 CHECKED = os.environ.get("RORQUAL_SHAPES", "1") != "0"
 if CHECKED:
-    jaxtyping.install_import_hook("rorqual", "beartype.beartype")
+    jaxtyping.install_import_hook("rorqual", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 import torch  # noqa: E402 (after the hook and the threads, which it reads when it loads)
 

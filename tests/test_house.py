@@ -179,8 +179,8 @@ def test_tests_mirror_a_file_each() -> None:
         if path.name.startswith("test_") and path.name not in standing:
             inside = path.relative_to(ROOT / "tests")
             word = inside.name.removeprefix("test_")
-            homes = (HOUSE / inside.parent / word, HOUSE / inside.parent / word.removesuffix(".py") / "__init__.py")
-            assert any(home.is_file() for home in homes), f"{name(path)} mirrors nothing"
+            kernel = inside.parts[0] == "kernels"  # what picks a twin is tested here, the twins with their layers
+            assert kernel or (HOUSE / inside.parent / word).is_file(), f"{name(path)} mirrors nothing"
 
 
 def test_nothing_is_left_to_do() -> None:
@@ -213,3 +213,11 @@ def test_what_is_installed_is_pinned_once() -> None:
     """pyproject.toml holds ranges, constraints.txt one exact version of everything."""
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         assert re.fullmatch(r"[\w.-]+==[\w.!]+|#.*|", line), line
+
+
+def test_the_index_leads_to_every_page() -> None:
+    index = ROOT / "docs/index.md"
+    reached = {
+        (index.parent / target).resolve() for target in re.findall(r"\]\(([^)#]+)", index.read_text(encoding="utf-8"))
+    }
+    assert not [name(page) for page in (ROOT / "docs").rglob("*.md") if page.resolve() not in reached | {index}]

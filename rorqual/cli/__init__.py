@@ -1,0 +1,1 @@
+"""A command line in -> one call into a room out."""

@@ -1,0 +1,109 @@
+"""Options of a command that looks at text, runs or this machine -> one call into its room out."""
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from rorqual.cli.parse import emit, parse_new, take
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """What a corpus holds: documents, bytes, licence, what was skipped and why, and a sample.
+
+    rorqual data wordnet
+    rorqual data notes/ --sample 3
+    """
+
+    source: Positional[str]  # a corpus name, a file, a folder, a Hugging Face data set
+    column: str = "text"  # the field of JSON lines, parquet and data sets that holds the text
+    limit: int | None = None  # stop after this many documents
+    sample: int = 2  # documents to print
+
+
+def data_command(argv: list[str]) -> int:
+    as_json, argv = take("--json", argv)
+    options = parse_new(Data, argv, "data")
+    from rorqual.data.corpus import open_corpus, split
+
+    corpus = open_corpus(options.source, column=options.column, limit=options.limit)
+    stream = corpus.documents()
+    sample = list(itertools.islice(stream, max(0, options.sample)))
+    documents = size = validation = 0
+    for document in itertools.chain(sample, stream):
+        documents, size = documents + 1, size + len(document.encode())
+        validation += split(document) == "validation"
+    found = {"name": corpus.name, "license": corpus.license, "documents": documents, "bytes": size}
+    found |= {"validation_documents": validation, "skipped": dict(corpus.skipped)}
+    if as_json:
+        emit(found | {"sample": sample})
+        return 0
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(corpus.skipped.items())) or "nothing"
+    print(f"{corpus.name}: {documents:,} documents, {size:,} bytes, {validation:,} of them kept for validation")
+    print(f"licence: {corpus.license}\nskipped: {skipped}")
+    for document in sample:
+        print("  | " + document[:400].strip().replace("\n", "\n  | ") + (" ..." if len(document) > 400 else ""))
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Doctor:
+    """What this machine has: versions, cores, devices, kernels, and what mends what is wrong (exit code 1 then).
+
+    rorqual doctor --json
+    """
+
+    folder: str = "."  # where runs would be written
+
+
+def doctor_command(argv: list[str]) -> int:
+    as_json, argv = take("--json", argv)
+    options = parse_new(Doctor, argv, "doctor")
+    from rorqual import doctor
+
+    report = doctor.examine(options.folder)
+    if as_json:
+        emit(report.to_dict())
+    else:
+        print(*doctor.lines(report), sep="\n")
+    return 0 if report.well else 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """One self-contained page of runs: costs, curves, gates over a sentence, what the experts take.
+
+    rorqual report runs/demo --out runs/demo/report.html
+    """
+
+    runs: Positional[tuple[str, ...]]  # run folders, or folders of them
+    out: str | None = None  # default: report.html in the first folder
+    sentence: str | None = None  # the gates are shown over it
+
+
+def report_command(argv: list[str]) -> int:
+    as_json, argv = take("--json", argv)
+    options = parse_new(Report, argv, "report")
+    from rorqual.analyze.report import write_report
+
+    runs = [run for folder in options.runs for run in runs_in(Path(folder))]
+    out = Path(options.out) if options.out else Path(options.runs[0]) / "report.html" if options.runs else Path()
+    words = {} if options.sentence is None else {"sentence": options.sentence}
+    page = write_report(runs, out, **words)
+    if as_json:
+        emit({"report": page, "runs": runs})
+    else:
+        print(f"{page}: {len(runs)} runs; open it in a browser")
+    return 0
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The folder, if it is a run, else the runs it holds. FileNotFoundError, saying how to make one, without any."""
+    if (folder / "config.json").is_file():
+        return [folder]
+    inside = sorted(path.parent for path in folder.glob("*/model.safetensors"))
+    if not inside:
+        raise FileNotFoundError(f"got {folder}, expected a run folder or a folder of them (make one: rorqual train)")
+    return inside

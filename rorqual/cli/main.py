@@ -1,0 +1,131 @@
+"""argv in -> one call and its exit code out.
+
+Neither torch nor the option parser is loaded here, so `rorqual --help` answers at once; a command loads the room that
+it calls.
+Exit codes: 0 done, 1 failed, 2 the command line is wrong, 130 stopped by ctrl-C.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from rorqual import __version__
+from rorqual.config import choose
+
+EXTRAS = {  # the module an optional part needs -> the extra that brings it
+    "olmo_core": "train",
+    "tensorboard": "train",
+    "datasets": "hub",
+    "pyarrow": "hub",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "matplotlib": "report",
+}
+
+
+class Command(NamedTuple):
+    """What it does, how it is typed, and the file of this folder that holds its function."""
+
+    what: str
+    example: str
+    home: str
+
+
+COMMANDS = {
+    "demo": Command("train a pure mixture of experts and one with Engram, compare them", "demo", "make"),
+    "data": Command("what a corpus holds: documents, sizes, licence, a sample", "data wordnet", "look"),
+    "train": Command("train a model; the same command resumes", "train tiny --data notes/ --steps 500", "make"),
+    "eval": Command("loss in nats a token and bits a byte on text", "eval runs/demo/engram --data notes/", "ask"),
+    "generate": Command("continue a text, as it comes", 'generate runs/demo/engram "A whale is"', "ask"),
+    "params": Command("parameters, FLOPs and cache bytes of models, side by side", "params moe-27b engram-27b", "make"),
+    "report": Command("runs -> one self-contained page", "report runs/demo", "look"),
+    "explore": Command("a run -> a live page: experts, memory rows, gates", "explore runs/demo/engram", "ask"),
+    "memory": Command(
+        "read and edit what a model remembers, with undo", 'memory runs/demo/engram "sperm whale"', "ask"
+    ),
+    "serve": Command("answer OpenAI-style requests over HTTP", "serve runs/demo/engram --port 8000", "ask"),
+    "plan": Command("a budget -> models of equal size and cost", "plan tiny --rho 0.75", "make"),
+    "sweep": Command("train a row of models, say what is established", "sweep allocation --seeds 3", "make"),
+    "doctor": Command("what this machine has: versions, cores, devices, kernels", "doctor", "look"),
+}
+
+HELP = """usage: rorqual COMMAND [ARGUMENTS]      rorqual COMMAND --help says more
+
+A laboratory for sparse language models: mixture of experts, Engram memory, latent attention, hyper-connections.
+
+{commands}
+
+A model is a preset's name first, then flags for what differs; a part that is off is put in by naming it:
+  rorqual train tiny --data notes/ --model.engram.rows-per-head 5000 5000
+  rorqual train small --data notes/ --model.engram none --model.dim 128
+Start here: rorqual demo (minutes, offline), then rorqual generate runs/demo/engram "A whale is".
+--json prints for machines. RORQUAL_DEBUG=1 shows the traceback of an error. --version."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; what a user got wrong is one or two lines on standard error, never a traceback."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        print("\nrorqual: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # whoever read our output has left; python would complain again when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        return _failed(error, words)
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"rorqual {__version__}")
+        return 0
+    try:
+        name = choose("command", words[0], COMMANDS)
+    except ValueError as error:
+        print(f"rorqual: error: {error}\nrorqual --help lists them, each with an example", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"rorqual.cli.{COMMANDS[name].home}")
+    command: Callable[[list[str]], int | None] = getattr(module, f"{name}_command")
+    return command(words[1:]) or 0
+
+
+def help_text() -> str:
+    """Every command, what it does and how it is typed."""
+    width = max(map(len, COMMANDS))
+    lines = (f"  {name:{width}}  {it.what}\n  {'':{width}}    rorqual {it.example}" for name, it in COMMANDS.items())
+    return HELP.format(commands="\n".join(lines))
+
+
+def _failed(error: Exception, words: list[str]) -> int:
+    """Says what went wrong. An exception that no user can cause keeps its traceback, since it is our mistake."""
+    usage = bool(getattr(error, "usage", False))
+    missing = isinstance(error, ModuleNotFoundError) and not (error.name or "rorqual").startswith("rorqual")
+    known = missing or isinstance(error, (ValueError, OSError, RuntimeError))
+    if os.environ.get("RORQUAL_DEBUG") or not known:
+        traceback.print_exception(error)
+        return 1
+    print(f"rorqual: error: {_message(error)}", file=sys.stderr)
+    if usage:
+        print(f"rorqual {words[0]} --help says more", file=sys.stderr)
+    return 2 if usage else 1
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        extra = EXTRAS.get(error.name.partition(".")[0])
+        mend = f"pip install 'rorqual[{extra}]'" if extra else f"pip install {error.name.partition('.')[0]}"
+        return f"got no module {error.name} here, expected it installed: {mend}"
+    if isinstance(error, FileNotFoundError) and error.filename and error.strerror:
+        return f"got {os.fspath(error.filename)!r}, expected a file or folder that exists"
+    return str(error) or type(error).__name__

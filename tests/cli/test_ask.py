@@ -1,0 +1,94 @@
+"""Commands that ask a trained model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rorqual.cli.main import main
+
+
+def test_generate_prints_the_text_and_what_follows(small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", str(small_run), "The blue whale", "--max-new-tokens", "5", "--seed", "1"]
+    assert main(words) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("The blue whale")
+    assert main(words) == 0
+    assert capsys.readouterr().out == first
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["prompt"] + found["text"] + "\n" == first
+    assert len(found["ids"]) == 5
+    assert found["finish"] in ("length", "stop")
+
+
+def test_generate_reads_standard_input(
+    small_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin.read", lambda: "A fin", raising=False)
+    assert main(["generate", str(small_run), "--max-new-tokens", "1"]) == 0
+    assert capsys.readouterr().out.startswith("A fin")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["generate", "{run}", "x", "--temperature", "-1"], 1, "got temperature=-1.0"),
+        (["generate", "{run}", "x", "--max-new-tokens", "0"], 1, "got max_new_tokens=0"),
+        (["generate", "{run}", "x", "--device", "gpu"], 1, "got device 'gpu'"),
+        (["generate", "{run}/..", "x"], 1, "did you mean"),
+        (["generate", "no-such-folder", "x"], 1, "no folder no-such-folder"),
+        (["generate"], 2, "Missing from rorqual generate: RUN"),
+        (["generate", "{run}", "x", "--dtype", "int8"], 2, "'int8'"),
+        (["eval", "{run}", "--split", "test"], 2, "'test'"),
+        (["eval", "{run}", "--data", "no-such-text.txt"], 1, "no-such-text.txt"),
+        (["serve", "{run}", "--port", "70000"], 2, "expected 0..65535"),
+        (["explore"], 2, "expected a run folder first"),
+        (["explore", "no-such-folder"], 1, "no folder no-such-folder"),
+    ],
+)
+def test_mistakes_are_a_line(
+    words: list[str], code: int, said: str, small_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word.format(run=small_run) for word in words]) == code
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert len(printed.splitlines()) <= 2
+
+
+def test_eval_scores_a_file(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("The blue whale is large.\n\nA fin whale sings.\n")
+    words = ["eval", str(small_run), "--data", str(tmp_path / "notes.txt"), "--split", "all", "--length", "16"]
+    assert main([*words, "--json"]) == 0
+    score = json.loads(capsys.readouterr().out)
+    assert 0 < score["nats_per_token"] < 20
+    assert score["documents"] >= 1
+    assert main(words) == 0
+    assert f"{score['nats_per_token']:.4f} nats a token" in capsys.readouterr().out
+
+
+def test_serve_passes_its_options_on(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+    monkeypatch.setattr("rorqual.serve.server.serve", lambda run, **options: asked.update(options, run=run))
+    assert main(["serve", str(small_run), "--port", "1234", "--rows", "2"]) == 0
+    assert asked.pop("run").config.layers == 2
+    assert asked == {"host": "127.0.0.1", "port": 1234, "rows": 2, "context": 4096}
+
+
+def test_explore_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("rorqual.explore.main", asked.append)
+    assert main(["explore", "runs/x", "--port", "1234"]) == 0
+    assert (asked[0].run, asked[0].port) == ("runs/x", 1234)
+
+
+def test_memory_shows_reads_and_what_an_edit_changes(small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["memory", str(small_run), "The blue whale", "--top", "3"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["next"]["as it is"]) == 3
+    assert all(0 < gate < 1 for read in found["reads"] for gate in read["gates"]["1"])
+    assert main([*words, "--suppress", "blue whale"[:2]]) == 0
+    assert "next, edited: " in capsys.readouterr().out
+    assert main([*words, "--suppress", "The blue whale is the largest"]) == 1
+    assert "expected 2 to 3" in capsys.readouterr().err

@@ -1,0 +1,106 @@
+"""The front door: what is loaded, what is said, which code it leaves with."""
+
+import subprocess
+import sys
+
+import pytest
+
+from rorqual.cli import main as front
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_help_loads_neither_torch_nor_the_parser() -> None:
+    done = run(
+        "import sys; from rorqual.cli.main import main; code = main(['--help']);"
+        "assert not {'torch', 'tyro', 'numpy', 'rich', 'transformers'} & set(sys.modules), sys.modules; sys.exit(code)"
+    )
+    assert done.returncode == 0, done.stderr
+    for name, command in front.COMMANDS.items():
+        assert f"  {name} " in done.stdout
+        assert f"rorqual {command.example}" in done.stdout
+
+
+def test_the_package_loads_no_room_and_knows_its_names() -> None:
+    done = run(
+        "import sys; import rorqual as rq; assert not {'torch', 'numpy'} & set(sys.modules);"
+        "assert all(hasattr(rq, name) for name in rq.__all__); assert set(rq.__all__) <= set(dir(rq));"
+        "print(rq.__version__)"
+    )
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        __import__("rorqual").nothing  # noqa: B018
+
+
+def test_version_and_the_module_as_a_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "rorqual", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "rorqual")
+
+
+def test_every_command_has_its_function() -> None:
+    for name, command in front.COMMANDS.items():
+        module = __import__(f"rorqual.cli.{command.home}", fromlist=["x"])
+        assert callable(getattr(module, f"{name}_command"))
+
+
+def test_an_unknown_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert front.main(["generat"]) == 2
+    said = capsys.readouterr().err
+    assert "did you mean 'generate'?" in said
+    assert len(said.splitlines()) == 2
+
+
+def raising(error: BaseException):
+    class Home:
+        @staticmethod
+        def doctor_command(argv: list[str]) -> int:
+            raise error
+
+    return Home
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ValueError("got 3, expected 4"), 1, "rorqual: error: got 3, expected 4\n"),
+        (FileNotFoundError("no folder x"), 1, "rorqual: error: no folder x\n"),
+        (
+            FileNotFoundError(2, "No such file", "x"),
+            1,
+            "rorqual: error: got 'x', expected a file or folder that exists\n",
+        ),
+        (PermissionError(13, "Permission denied", "x"), 1, "rorqual: error: [Errno 13] Permission denied: 'x'\n"),
+        (RuntimeError("run a ended"), 1, "rorqual: error: run a ended\n"),
+        (ModuleNotFoundError("no", name="olmo_core.train"), 1, "pip install 'rorqual[train]'\n"),
+        (ModuleNotFoundError("no", name="rorqual.nothing"), 1, "Traceback"),
+        (TypeError("ours"), 1, "Traceback"),
+        (KeyboardInterrupt(), 130, "rorqual: stopped\n"),
+        (SystemExit(3), 3, ""),
+        (SystemExit(), 0, ""),
+    ],
+)
+def test_errors_and_their_codes(
+    error: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RORQUAL_DEBUG", raising=False)
+    monkeypatch.setattr(front.importlib, "import_module", lambda name: raising(error))
+    assert front.main(["doctor"]) == code
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert ("Traceback" in printed) == (said == "Traceback")
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RORQUAL_DEBUG", "1")
+    monkeypatch.setattr(front.importlib, "import_module", lambda name: raising(ValueError("got 3, expected 4")))
+    assert front.main(["doctor"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    code = f"{sys.executable} -m rorqual --help | head -n 1"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.startswith("usage: rorqual")

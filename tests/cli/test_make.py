@@ -1,0 +1,92 @@
+"""Commands that make or weigh models."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rorqual import config as configs
+from rorqual.cli import make
+from rorqual.cli.main import main
+from rorqual.costs import costs
+from rorqual.model import ModelConfig
+from rorqual.presets import preset
+
+
+def test_params_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["params", "tiny", "classroom", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tiny"]["total"] == costs(preset("tiny")).total
+    assert found["classroom"]["activated"] == costs(preset("classroom")).activated
+    assert main(["params", "tiny", "classroom"]) == 0
+    said = capsys.readouterr().out
+    assert f"{found['tiny']['total']:,}" in said
+    assert f"{found['classroom']['flops_per_token']:,}" in said
+
+
+def test_params_of_what_flags_change(capsys: pytest.CaptureFixture[str], small_run: Path) -> None:
+    words = ["params", "tiny", "--model.engram.rows-per-head", "50", "60", "--context", "64", "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)["tiny"]
+    assert found == costs(configs.replace(preset("tiny"), "engram.rows_per_head", (50, 60)), 64)._asdict()
+    assert main(["params", str(small_run), "--model.engram", "none", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[str(small_run)]["memory"] == 0
+
+
+def test_named_knows_presets_and_runs(small_run: Path) -> None:
+    assert make.named("tiny") is preset("tiny")
+    assert make.named(str(small_run)) == configs.load(ModelConfig, small_run / "config.json")
+    with pytest.raises(ValueError, match="did you mean 'tiny'"):
+        make.named("tinny")
+
+
+def test_plan_spends_one_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny", "--rho", "0.6", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["engram"]["costs"]["total"] == pytest.approx(found["moe"]["costs"]["total"], rel=0.005)
+    model = configs.from_dict(ModelConfig, found["engram"]["config"])
+    assert model.engram is not None
+    assert main(["plan", "tiny", "--rho", "0.6"]) == 0
+    assert f"--model.engram.rows-per-head {model.engram.rows_per_head[0]} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["params"], 2, "expected presets or run folders first"),
+        (["params", "tinny"], 2, "did you mean 'tiny'"),
+        (["params", "tiny", "--model.dim", "0"], 2, "dim: got 0, expected at least 1"),
+        (["params", "tiny", "--model.engram.layers", "7"], 2, "expected block indices 0..2"),
+        (["plan", "--rho", "1"], 2, "expected a preset's name first"),
+        (["plan", "tiny", "--rho", "2"], 1, "expected 0..1"),
+        (["plan", "dense-4b"], 1, "expected moe to be on"),
+        (["train"], 2, "expected a preset's name or a run folder first"),
+        (["train", "tinny"], 2, "did you mean 'tiny'"),
+        (["sweep", "rows"], 2, "expected one of allocation"),
+        (["demo", "--seeds", "0"], 2, "expected at least 1"),
+    ],
+)
+def test_mistakes_are_a_line(words: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == code
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert len(printed.splitlines()) <= 2
+
+
+def test_renamed() -> None:
+    assert make.renamed(["--data", "x", "--data=y", "--data.source", "z"], {"--data": "--data.source"}) == [
+        "--data.source", "x", "--data.source=y", "--data.source", "z"
+    ]  # fmt: skip
+
+
+def test_demo_and_sweep_pass_their_options_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "conclusion.txt").write_text("nothing is established\n")
+    monkeypatch.setattr("rorqual.experiments.demo.main", lambda config, console: config.steps)
+    monkeypatch.setattr("rorqual.experiments.allocation.main", lambda config, console: tmp_path / config.kind / "..")
+    (tmp_path / "slots").mkdir()
+    assert main(["demo", "--steps", "7", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == 7
+    assert main(["sweep", "slots", "--data", "x", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["conclusion"] == "nothing is established"
