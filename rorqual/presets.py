@@ -20,7 +20,9 @@ from rorqual.model import ModelConfig
 _V1 = RouterConfig(score="softmax", renormalise=False, bias=False)
 _V2 = replace(_V1, groups=8, groups_kept=3, group_score="max", scale=16.0)
 _V3 = RouterConfig(score="sigmoid", groups=8, groups_kept=4, group_score="top2", renormalise=True, scale=2.5)
-_SOFTMAX_BALANCE = BalanceConfig(bias_rate=0.0, sequence=0.0, expert=0.003, device=0.05, communication=0.02, devices=8)
+_SOFTMAX_BALANCE = BalanceConfig(
+    bias_rate=0.0, sequence=0.0, expert=0.003, device=0.05, communication=0.02, devices=8, device_limit=3
+)
 _MLA = MLAConfig(heads=128, q_lora_rank=1536, kv_lora_rank=512, nope_dim=128, rope_dim=64, value_dim=128)
 _MOE_27B = MoEConfig(
     routed=72, active=6, shared=2, width=1536, first_dense=1, router=RouterConfig(scale=2.5)

@@ -1,6 +1,7 @@
 """Numbers -> matplotlib figures: loss curves, the gate map, expert load, a sweep with error bars."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import matplotlib
@@ -20,14 +21,19 @@ _STYLE = {
 }
 
 
+def style() -> AbstractContextManager[None]:
+    """Our look, for a `with` block around drawing and around saving."""
+    return matplotlib.rc_context(_STYLE)
+
+
 def _figure(width: float, height: float) -> Figure:
-    with matplotlib.rc_context(_STYLE):
+    with style():
         return Figure(figsize=(width, height), layout="constrained")
 
 
 def curves(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Figure:
     """Training loss (thin, smoothed) and validation loss (dots) over tokens; seeds of an arm share a colour."""
-    with matplotlib.rc_context(_STYLE):
+    with style():
         figure = _figure(7.5, 3.4)
         axes = figure.subplots()
         arms = list(dict.fromkeys(_arm(name) for name, _ in runs))
@@ -80,7 +86,7 @@ def smooth(values: np.ndarray, span: int = 8) -> np.ndarray:
 
 def gate_map(found: Gates, title: str = "") -> Figure:
     """Tokens across, a row for each layer and stream, colour the gate."""
-    with matplotlib.rc_context(_STYLE):
+    with style():
         layers, time, streams = found.values.shape
         figure = _figure(max(5.0, 0.3 * time + 1.6), 1.25 + 0.24 * layers * streams)
         axes = figure.subplots()
@@ -103,7 +109,7 @@ def gate_map(found: Gates, title: str = "") -> Figure:
 
 def load_map(load: Load) -> Figure:
     """Each expert's share of its layer's tokens over the uniform share; 1 is balance."""
-    with matplotlib.rc_context(_STYLE):
+    with style():
         layers, experts = load.counts.shape
         figure = _figure(7.5, 0.9 + 0.32 * layers)
         axes = figure.subplots()
@@ -119,7 +125,7 @@ def load_map(load: Load) -> Figure:
 
 def sweep(points: Mapping[str, Sequence[tuple[float, float, float]]], *, x: str, y: str, log: bool = False) -> Figure:
     """Lines of (x, mean, standard error) with error bars."""
-    with matplotlib.rc_context(_STYLE):
+    with style():
         figure = _figure(6.5, 3.6)
         axes = figure.subplots()
         for (name, rows), colour in zip(points.items(), COLOURS * 4, strict=False):

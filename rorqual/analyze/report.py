@@ -18,6 +18,7 @@ import torch
 from rorqual.analyze import figures
 from rorqual.analyze.measures import Gates, Load, expert_load, gates
 from rorqual.checkpoint import load_model
+from rorqual.config import to_dict
 from rorqual.costs import Costs, costs
 from rorqual.data.corpus import open_corpus, split
 from rorqual.data.tokenizer import Tokenizer
@@ -126,7 +127,8 @@ def write_report(
 def svg(figure: Any) -> str:
     """A matplotlib figure as inline SVG whose black is the page's text colour."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    with figures.style():
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     drawing = buffer.getvalue()
     drawing = drawing[drawing.index("<svg") :]
     drawing = re.sub(r'(width|height)="[\d.]+pt"', "", drawing, count=2)
@@ -196,7 +198,5 @@ def _load_part(reading: Reading) -> str:
 
 
 def _config_part(reading: Reading) -> str:
-    from rorqual.config import to_dict
-
     text = html.escape(json.dumps(to_dict(reading.config), indent=2))
     return f"<details><summary>{html.escape(reading.name)}</summary><pre>{text}</pre></details>"

@@ -29,7 +29,7 @@ from rorqual.train.optim import OptimConfig
 from rorqual.train.trainer import DataConfig, TrainConfig, prepare
 
 KINDS = ("allocation", "slots", "layers", "ablation")
-ESTABLISHED = 2.0  # standard errors
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student, two-sided
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +80,9 @@ def points(config: SweepConfig, base: ModelConfig) -> list[Point]:
     """The models of a sweep; the first is what the others are compared with."""
     if config.kind == "allocation":
         plans = [split_budget(base, rho, context=config.length) for rho in sorted(config.rhos, reverse=True)]
-        return [Point(f"rho-{plan.rho:.2f}", plan.rho, plan.engram.config) for plan in plans]
+        # the pure model pays for the projections too, or it would be the cheaper one
+        places = [Point("rho-1.00", 1.0, plans[-1].moe.config)]
+        return places + [Point(f"rho-{p.rho:.2f}", p.rho, p.engram.config) for p in plans if p.rho < 1]
     planned = split_budget(base, config.rho, context=config.length).engram.config
     memory = planned.engram or default_memory(base)
     if config.kind == "slots":
@@ -145,6 +147,11 @@ def compare(places: Sequence[Point], losses: Sequence[Sequence[float]]) -> list[
     return rows
 
 
+def t_factor(seeds: int) -> float:
+    """Standard errors that a mean of so many paired differences must be away from 0 to be established at 95 %."""
+    return T_95.get(seeds - 1, 2.228)
+
+
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     mean = statistics.fmean(values)
     return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -158,18 +165,19 @@ def conclusion(kind: str, rows: Sequence[Row]) -> str:
     first = rows[0].point.name
     if best is rows[0]:
         return f"{first} scored lowest ({best.mean:.4f} nats); no other point beat it."
-    clear = best.difference + ESTABLISHED * best.difference_error < 0
+    factor = t_factor(len(best.losses))
+    clear = best.difference + factor * best.difference_error < 0
     said = (
         f"{best.point.name} scored lowest ({best.mean:.4f} nats): {-best.difference:.4f} +- {best.difference_error:.4f}"
         f" below {first}, over {len(best.losses)} seeds; "
-        f"{'established' if clear else 'not established'} at two standard errors."
+        f"{'established' if clear else 'not established'} at 95 % (paired t)."
     )
     if kind != "allocation":
         return said
     inside = best is not rows[-1]
     after = [a - b for a, b in zip(rows[-1].losses, best.losses, strict=True)]
     gap, error = _mean_and_error(after)
-    u = inside and clear and gap > ESTABLISHED * error
+    u = inside and clear and gap > factor * error
     return said + f" A U-shape over rho is {'established' if u else 'not established'} here."
 
 

@@ -4,7 +4,10 @@ text -> tokenizer -> token files (kept for the next time) -> one run an arm and 
 continuation, a row of gates, and report.html.
 """
 
+import os
+import shutil
 import statistics
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -184,7 +187,9 @@ def _score_table(losses: dict[str, list[float]], bits: dict[str, list[float]]) -
 def _next(config: DemoConfig, report: Path, seconds: float, console: Console) -> None:
     engram = Path(config.folder) / "engram"
     console.print(f"[bold]5. next[/bold] ({seconds:.0f} seconds so far)")
+    activate = Path(sys.prefix) / "bin" / "activate"
     for line in (
+        *([f". {os.path.relpath(activate)}"] if shutil.which("rorqual") is None and activate.is_file() else []),
         f"open {report}",
         f'rorqual generate {engram} "{config.prompt}"',
         f"rorqual explore {engram}",

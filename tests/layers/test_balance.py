@@ -72,7 +72,7 @@ def by_hand(routing: Routing, name: str, active: int, devices: int, limit: int) 
                 count[i] += 1
             for d in {i * devices // experts for i in taken}:
                 sent[d] += 1
-            probability = [p + float(s) / len(there) for p, s in zip(probability, scores, strict=True)]
+            probability = [p + s / len(there) for p, s in zip(probability, scores.tolist(), strict=True)]
         load = [experts / (active * len(there)) * c for c in count]
         size = experts // devices
         groups = [slice(d * size, (d + 1) * size) for d in range(devices)]
