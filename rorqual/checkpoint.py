@@ -15,14 +15,17 @@ import json
 import os
 import re
 import shutil
+import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -57,8 +60,7 @@ def save_state(folder: str | os.PathLike, tensors: Mapping[str, Tensor], values:
     _barrier(group)
     (partial / f"rank{rank}.json").write_text(json.dumps(encode(values)), encoding="utf-8")
     writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # DCP warns of what it will change in later releases
+    with _one_process_is_meant():
         save(_packed(tensors), storage_writer=writer, process_group=group, no_dist=world == 1)
     _barrier(group)
     if rank == 0:
@@ -83,8 +85,7 @@ def load_state(folder: str | os.PathLike, tensors: Mapping[str, Tensor], *, grou
     entries = reader.read_metadata().state_dict_metadata.items()
     saved = {name: tuple(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
     _compare(folder, saved, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _one_process_is_meant():
         load(dict(tensors), storage_reader=reader, process_group=group, no_dist=world == 1)
     own = folder / f"rank{rank}.json"
     return decode(json.loads((own if own.exists() else folder / "rank0.json").read_text(encoding="utf-8")))
@@ -182,19 +183,27 @@ def save_model(folder: str | os.PathLike, model: LanguageModel, tokenizer: Any =
         state.pop("head.weight", None)  # safetensors takes no two names for one tensor
     partial = folder / "model.safetensors.partial"
     save_file(state, partial, metadata={"format": "pt"})
+    # safetensors lets nobody else read it; it shall be as open as any file made here
+    partial.chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))
     _flush(partial)
     partial.replace(folder / "model.safetensors")
     _flush(folder)
 
 
 def load_model(folder: str | os.PathLike, device: str | torch.device = "cpu") -> LanguageModel:
-    """The model of a folder that `save_model` wrote, in evaluation mode. ValueError when it is not such a folder."""
+    """The model of a folder that `save_model` wrote, in evaluation mode.
+
+    ValueError when it is not such a folder, Damaged when the weights in it are torn.
+    """
     folder = Path(folder)
     missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder}: got no {' and no '.join(missing)}, expected a finished run's folder")
     config = configs.load(ModelConfig, folder / "config.json")
-    state = load_file(folder / "model.safetensors", device=str(device))
+    try:
+        state = load_file(folder / "model.safetensors", device=str(device))
+    except SafetensorError as error:
+        raise Damaged(f"{folder / 'model.safetensors'}: got a torn file ({error}), expected safetensors") from error
     if config.tied:
         state.setdefault("head.weight", state["embed.weight"])
     with torch.device(device):
@@ -261,6 +270,14 @@ def _compare(folder: Path, saved: Mapping[str, tuple], wanted: Mapping[str, tupl
 def _measure(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+@contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    """Without DCP's warning that it takes a process without a group for the only one: here it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"torch\.distributed is .*assuming the intent is to (save|load)", UserWarning)
+        yield
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -1,13 +1,20 @@
 """ModelConfig -> parameters, FLOPs and cache bytes, counted, so that they can be held against the published figures.
 
 activated = total - resting experts - memory + recalled rows - input embedding
-FLOPs a token = 2 (activated matrices + attention over context / 2 keys + mixing of the streams)      forward
+FLOPs a token = 2 (activated matrices + attention + mixing of the streams + Engram)      forward
+
+Attention is the mean over the tokens of a context, which see context / 2 keys, or fewer: the last `window`, or those
+that DSA, NSA or MoBA choose, and then what choosing takes counts too. Additions alone, softmax and norms do not count.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 
+from rorqual.layers.attention import GQAConfig
+from rorqual.layers.moba import MoBAConfig
+from rorqual.layers.nsa import NSAConfig
 from rorqual.model import LanguageModel, ModelConfig
 
 
@@ -20,8 +27,8 @@ class Costs(NamedTuple):
     memory: int  # rows of Engram's tables, in parameters; never activated but for the few recalled
     mtp: int  # MTP's modules
     mtp_activated: int  # a token's way through them, the shared head included
-    flops_per_token: int  # forward, attention to `context / 2` keys on average
-    cache_bytes_per_token: int  # attention's, in bfloat16
+    flops_per_token: int  # forward, the mean over the tokens of a context
+    cache_bytes_per_token: int  # attention's and its choosers', in bfloat16
 
 
 def costs(config: ModelConfig, context: int = 4096) -> Costs:
@@ -50,31 +57,120 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
         mtp=mtp,
         mtp_activated=mtp - len(model.mtp) * resting * has_moe + (embedding if len(model.mtp) else 0),
         flops_per_token=_flops(config, model, context, blocks_with_experts * resting),
-        cache_bytes_per_token=2 * config.layers * _cached_values(config),
+        cache_bytes_per_token=_cached_bytes(config),
     )
 
 
 def _flops(config: ModelConfig, model: LanguageModel, context: int, resting: int) -> int:
-    """2 a weight a token goes through, 2 a query-key and probability-value product, the streams' mixing."""
-    skipped = ("tables.", "mtp.", "embed.")
-    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and not name.startswith(skipped))
-    weights += config.vocabulary * config.dim if config.tied else 0
-    attended = _attended(config) * context // 2
-    streams = config.streams
-    mixing = 2 * config.dim * streams * (streams + 2) if config.hyper is not None else 0
-    return 2 * (weights - resting + config.layers * (attended + mixing))
+    """2 a multiply and add: the matrices a token goes through, attention, the streams' mixing, Engram."""
+    once = 2 * (_matrices(config, model) - resting) + 2 * config.layers * _attention(config, context)
+    return once + 2 * (_hyper(config) + _engram(config))
 
 
-def _attended(config: ModelConfig) -> int:
-    """Products of a query with one key, and of its probability with one value, over all heads."""
+def _matrices(config: ModelConfig, model: LanguageModel) -> int:
+    """Weights that multiply each token once. Norms only scale; what is counted by its own function is left out."""
+    apart = ("tables.", "mtp.", "embed.", "exit.")
+    within = ("_site.", ".engram.", ".inner.compress_")
+    counted = [
+        p.numel()
+        for name, p in model.named_parameters()
+        if p.dim() > 1 and not name.startswith(apart) and not any(part in name for part in within)
+    ]
+    return sum(counted) + (config.vocabulary * config.dim if config.tied else 0)
+
+
+def _attention(config: ModelConfig, context: int) -> int:
+    """Products of one token in one block beside its projections, the mean over the tokens of a context."""
     if config.mla is not None:
-        return config.mla.heads * (config.mla.nope_dim + config.mla.rope_dim + config.mla.value_dim)
+        scored, seen = _dsa(config, context)
+        return scored + config.mla.heads * (
+            config.mla.nope_dim + config.mla.rope_dim + config.mla.value_dim
+        ) * seen // (2 * context)
     assert config.gqa is not None
-    return config.gqa.heads * (config.gqa.head_dim + (config.gqa.value_dim or config.gqa.head_dim))
+    if config.nsa is not None:
+        return _nsa(config.nsa, config.gqa, context)
+    if config.moba is not None:
+        return _moba(config.moba, config.gqa, context)
+    return _widths(config.gqa) * config.gqa.heads * _seen(context, config.gqa.window) // (2 * context)
 
 
-def _cached_values(config: ModelConfig) -> int:
+def _seen(context: int, most: int | None = None) -> int:
+    """Twice the query-key pairs of a context: a token sees those before it, `most` at most; context^2 without limit."""
+    reach = min(context, most or context)
+    return reach * (2 * context - reach)
+
+
+def _widths(gqa: GQAConfig) -> int:
+    """Width of a key and of a value: the products of one query with one key and of its probability with the value."""
+    return gqa.head_dim + (gqa.value_dim or gqa.head_dim)
+
+
+def _dsa(config: ModelConfig, context: int) -> tuple[int, int]:
+    """The indexer's products a token, each head's <q, k> and its weight over half the context, and twice the pairs
+    attended. Where every key is chosen nothing is scored."""
+    if config.dsa is None or context <= config.dsa.chosen:
+        return 0, _seen(context)
+    return config.dsa.heads * (config.dsa.dim + 1) * context // 2, _seen(context, config.dsa.chosen)
+
+
+def _nsa(nsa: NSAConfig, gqa: GQAConfig, context: int) -> int:
+    """Compressing, three branches, three gates. Compressed block i is seen from its last key on: i d + l - 1."""
+    value = gqa.value_dim or gqa.head_dim
+    blocks = max(0, (context - nsa.block) // nsa.stride + 1)
+    compressing = gqa.kv_heads * blocks * (nsa.block + 1) * (gqa.head_dim**2 + value**2)
+    pairs = blocks * (context - nsa.block + 1) - nsa.stride * blocks * (blocks - 1) // 2
+    near = _seen(context, nsa.window) + _seen(context, nsa.chosen * nsa.select_block)
+    attended = gqa.heads * _widths(gqa) * (2 * pairs + near)
+    return (2 * compressing + attended) // (2 * context) + 3 * gqa.heads * value
+
+
+def _moba(moba: MoBAConfig, gqa: GQAConfig, context: int) -> int:
+    """A query's score with the mean of every block before its own, and the keys of its own and the chosen ones."""
+    scored = seen = 0  # of the whole context; seen twice
+    for before in range(-(-context // moba.block)):
+        width = min(moba.block, context - before * moba.block)
+        scored += width * before
+        seen += width * width + 2 * width * moba.block * min(before, moba.chosen - 1)
+    return gqa.heads * (2 * gqa.head_dim * scored + _widths(gqa) * seen) // (2 * context)
+
+
+def _hyper(config: ModelConfig) -> int:
+    """Two sites a block and the exit: coefficients, reading S streams into one, writing one to S, mixing S with S."""
+    hyper, S, D = config.hyper, config.streams, config.dim
+    if hyper is None:
+        return 0
+    sites = 2 * config.layers
+    mixed = S * S * D
+    if hyper.kind == "hc":
+        coefficients = S * (2 + S) * D  # fn reads every stream by itself
+    else:
+        rows = {"sinkhorn": S * S, "identity": 0, "permutations": math.factorial(S)}[hyper.mix]
+        combining = {"sinkhorn": (2 * hyper.iterations - 1) * S * S, "identity": 0, "permutations": rows * S * S}
+        coefficients = (2 * S + rows) * S * D + combining[hyper.mix]
+        mixed = 0 if hyper.mix == "identity" else mixed
+    reads = sites - (hyper.kind == "single_pass")  # its first site takes stream 0
+    leaving = {"learned": S * S * D + S * D, "last": S * D, "mean": 0, "sum": 0}[hyper.leaving]
+    return sites * (coefficients + S * D + mixed) + reads * S * D + leaving
+
+
+def _engram(config: ModelConfig) -> int:
+    """Key and value projections, a gate for each stream and what it scales, the convolution."""
+    if config.engram is None:
+        return 0
+    wide = config.streams * config.dim
+    taps = config.engram.kernel if config.engram.conv else 0
+    return len(config.engram.layers) * (config.engram.memory_width * (wide + config.dim) + (2 + taps) * wide)
+
+
+def _cached_bytes(config: ModelConfig) -> int:
+    """Of all blocks, for each further token, in bfloat16 but for MoBA's float32 means. A window forgets nothing."""
     if config.mla is not None:
-        return config.mla.kv_lora_rank + config.mla.rope_dim
+        indexed = config.dsa.dim if config.dsa is not None else 0
+        return 2 * config.layers * (config.mla.kv_lora_rank + config.mla.rope_dim + indexed)
     assert config.gqa is not None
-    return config.gqa.kv_heads * (config.gqa.head_dim + (config.gqa.value_dim or config.gqa.head_dim))
+    pair = 2 * config.layers * config.gqa.kv_heads * _widths(config.gqa)
+    if config.nsa is not None:
+        return 3 * pair + pair // config.nsa.stride
+    if config.moba is not None:
+        return pair + 4 * config.layers * config.gqa.kv_heads * config.gqa.head_dim // config.moba.block
+    return pair

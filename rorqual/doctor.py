@@ -4,11 +4,13 @@ report = versions, cores, memory, devices, kernels, checks        a check that f
 """
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
+import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,29 +18,12 @@ from typing import Any
 import torch
 
 from rorqual import kernels, runtime
+from rorqual.layers.engram import EngramConfig
+from rorqual.layers.moe import MoEConfig
 from rorqual.model import LanguageModel, ModelConfig
 
-# distribution, import name, extra that brings it (None: always needed)
-PACKAGES = (
-    ("torch", "torch", None),
-    ("numpy", "numpy", None),
-    ("tokenizers", "tokenizers", None),
-    ("safetensors", "safetensors", None),
-    ("tyro", "tyro", None),
-    ("rich", "rich", None),
-    ("ai2-olmo-core", "olmo_core", "train"),
-    ("transformers", "transformers", None),
-    ("huggingface_hub", "huggingface_hub", "hub"),
-    ("datasets", "datasets", "hub"),
-    ("matplotlib", "matplotlib", "report"),
-    ("starlette", "starlette", "serve"),
-    ("uvicorn", "uvicorn", "serve"),
-    ("lm-eval", "lm_eval", None),
-    ("peft", "peft", None),
-    ("numba", "numba", None),
-    ("triton", "triton", None),
-)
-OPTIONAL = frozenset({"peft", "numba", "triton", "lm-eval"})
+BROUGHT = ("lm-eval", "peft", "triton")  # used where the user has them; no extra of ours brings them
+BUNDLES = ("all", "dev")  # extras made of the others, or for work on rorqual itself
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +49,7 @@ class Report:
     disk_free_bytes: int
     devices: tuple[str, ...]
     kernels: dict[str, dict[str, Any]]  # by name and twin: True, or the reason why it does not run here
+    kernels_picked: dict[str, str]  # by name: the twin that a call takes now, "reference", or "" where asking fails
     kernels_asked: str  # what the environment asks for; "" leaves the choice to us
     checks: tuple[Check, ...]
 
@@ -77,18 +63,20 @@ class Report:
 
 def examine(folder: str | Path = ".") -> Report:
     """Look at everything; `folder` is where runs would be written."""
+    picked = {name: _picked(name) for name in kernels.TWINS}
     return Report(
         rorqual=_version("rorqual") or "not installed (run from source)",
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        cores=_cores(),
+        cores=runtime.cores(),
         threads=torch.get_num_threads(),
         memory_bytes=_memory(),
         disk_free_bytes=shutil.disk_usage(folder).free,
         devices=tuple(_devices()),
         kernels={name: dict(twins) for name, twins in kernels.available().items()},
+        kernels_picked={name: kind for name, (kind, _) in picked.items()},
         kernels_asked=os.environ.get(kernels.VARIABLE, ""),
-        checks=(*_packages(), _python(), _compiler(), _threads(), _disk(folder), _arithmetic()),
+        checks=(*_packages(), _python(), _compiler(), _threads(), _disk(folder), _kernels(picked), _arithmetic()),
     )
 
 
@@ -104,11 +92,9 @@ def lines(report: Report) -> list[str]:
     if report.kernels_asked:
         head.append(f"{kernels.VARIABLE}={report.kernels_asked}")
     for name, twins in report.kernels.items():
-        usable = [twin for twin, state in twins.items() if state is True]
         reasons = [f"{twin}: {state}" for twin, state in twins.items() if state is not True]
-        head.append(
-            f"kernel {name}: {usable[0] if usable else 'reference'}" + (f" ({'; '.join(reasons)})" if reasons else "")
-        )
+        taken = report.kernels_picked[name] or "none"
+        head.append(f"kernel {name}: {taken}" + (f" ({'; '.join(reasons)})" if reasons else ""))
     order = {"ok": 0, "missing": 1, "wrong": 2}
     for check in sorted(report.checks, key=lambda check: order[check.state]):
         head.append(f"{check.state:8}{check.name}: {check.found}" + (f" -> {check.mend}" if check.mend else ""))
@@ -122,9 +108,28 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _cores() -> int:
-    """Cores this process may use, which in a container are fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _reference() -> None:
+    """Stands for the layer's own function when asking which twin would take its place."""
+
+
+def _picked(name: str) -> tuple[str, str]:
+    """What `kernels.pick` takes on this process's device, and "", or "" and why it refuses."""
+    try:
+        chosen = kernels.pick(name, _reference, runtime.device())
+    except ValueError as error:
+        return "", str(error)
+    return next((twin.kind for twin in kernels.TWINS[name] if twin.function is chosen), kernels.REFERENCE), ""
+
+
+def _kernels(picked: dict[str, tuple[str, str]]) -> Check:
+    errors = list(dict.fromkeys(error for _, error in picked.values() if error))
+    if errors:
+        mend = f"unset {kernels.VARIABLE}, or set it to what runs here"
+        return Check(name="kernels", state="wrong", found="; ".join(errors), mend=mend)
+    kinds = [kind for kind, _ in picked.values()]
+    return Check(
+        name="kernels", state="ok", found=", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+    )
 
 
 def _memory() -> int:
@@ -150,19 +155,35 @@ def _devices() -> list[str]:
     return found
 
 
+def _wanted() -> list[tuple[str, str | None]]:
+    """(distribution, the extra that brings it or None) of all that rorqual's own metadata names."""
+    found = []
+    for line in importlib.metadata.requires("rorqual") or ():
+        word, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"]([\w-]+)", line)
+        if word and word[0] != "rorqual" and (extra is None or extra[1] not in BUNDLES):
+            found.append((word[0], extra[1] if extra else None))
+    return found
+
+
 def _packages() -> list[Check]:
-    checks = []
-    for distribution, module, extra in PACKAGES:
-        version = _version(distribution) if importlib.util.find_spec(module) else None
-        if version is not None:
-            checks.append(Check(name=distribution, state="ok", found=version))
-            continue
-        needed = extra is None and distribution not in OPTIONAL
-        mend = f"pip install {distribution}" if extra is None else f"pip install 'rorqual[{extra}]'"
-        checks.append(
-            Check(name=distribution, state="wrong" if needed else "missing", found="not installed", mend=mend)
-        )
-    return checks
+    try:
+        wanted = _wanted()
+    except importlib.metadata.PackageNotFoundError:
+        mend = "pip install -e . in the checkout"
+        return [Check(name="rorqual", state="missing", found="not installed: what it needs is unknown", mend=mend)]
+    checks = [
+        _package(name, "missing" if extra else "wrong", f"'rorqual[{extra}]'" if extra else name)
+        for name, extra in wanted
+    ]
+    return checks + [_package(name, "missing", name) for name in BROUGHT]
+
+
+def _package(distribution: str, otherwise: str, brings: str) -> Check:
+    """`otherwise` is the state where it is not installed, `brings` what pip is then to be told."""
+    version = _version(distribution)
+    if version is not None:
+        return Check(name=distribution, state="ok", found=version)
+    return Check(name=distribution, state=otherwise, found="not installed", mend=f"pip install {brings}")
 
 
 def _python() -> Check:
@@ -184,7 +205,7 @@ def _compiler() -> Check:
 
 
 def _threads() -> Check:
-    cores, threads = _cores(), torch.get_num_threads()
+    cores, threads = runtime.cores(), torch.get_num_threads()
     if threads <= cores:
         return Check(name="threads", state="ok", found=f"{threads} for {cores} cores")
     return Check(
@@ -202,17 +223,43 @@ def _disk(folder: str | Path) -> Check:
     return Check(name="disk", state="ok" if good else "wrong", found=f"{free:.1f} GiB free in {folder}", mend=mend)
 
 
+@contextmanager
+def _asking(text: str) -> Iterator[None]:
+    """The environment's choice of kernels is `text` inside."""
+    before = os.environ.get(kernels.VARIABLE)
+    os.environ[kernels.VARIABLE] = text
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[kernels.VARIABLE]
+        else:
+            os.environ[kernels.VARIABLE] = before
+
+
 def _arithmetic() -> Check:
-    """A small model says the same twice, to the last bit, and nothing that is not a number."""
-    model = LanguageModel(ModelConfig(vocabulary=32, dim=64, layers=1, dense_width=32))
+    """A small model with experts and Engram says the same twice, to the last bit, and the same as by the references."""
+    engram = EngramConfig(layers=(0,), rows_per_head=(31, 31), heads=2, head_dim=8)
+    moe = MoEConfig(routed=8, active=2, width=16)
+    model = LanguageModel(ModelConfig(vocabulary=32, layers=1, dense_width=32, moe=moe, engram=engram))
     device = runtime.device()
     model.to(device)
-    ids = torch.arange(8, device=device)[None]
-    with torch.inference_mode():
-        first, second = model(ids), model(ids)
-    good = bool(torch.isfinite(first).all()) and torch.equal(first, second)
-    found = (
-        "a small model repeats itself to the last bit" if good else "a small model is not finite, or not itself twice"
-    )
-    mend = "" if good else "run with RORQUAL_KERNELS=reference; if that mends it, a kernel is at fault"
-    return Check(name="arithmetic", state="ok" if good else "wrong", found=found, mend=mend)
+    ids = torch.arange(32, device=device)[None]
+    try:
+        with torch.inference_mode():
+            first, second = model(ids), model(ids)
+            with _asking(kernels.REFERENCE):
+                plain = model(ids)
+    except ValueError as error:
+        mend = f"{kernels.VARIABLE}=reference rorqual doctor"
+        return Check(name="arithmetic", state="wrong", found=f"a small model does not run: {error}", mend=mend)
+    good = bool(torch.isfinite(first).all()) and torch.equal(first, second) and torch.allclose(first, plain, 1e-4, 1e-5)
+    if good:
+        return Check(
+            name="arithmetic",
+            state="ok",
+            found="a small model repeats itself to the last bit and agrees with the references",
+        )
+    found = "a small model is not finite, not itself twice, or not what the references say"
+    mend = f"run with {kernels.VARIABLE}=reference; if that mends it, a kernel is at fault"
+    return Check(name="arithmetic", state="wrong", found=found, mend=mend)

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rorqual import runtime
-from rorqual.data.corpus import open_corpus, split
+from rorqual.data.corpus import open_corpus
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.layers.basics import chunked_cross_entropy
 from rorqual.model import IGNORED, LanguageModel
@@ -39,17 +39,24 @@ class Score:
     tokens_per_second: float
 
 
-def texts(source: str | Path, *, part: str = "validation", limit: int | None = None) -> Iterator[str]:
-    """Documents of a corpus (a name, a file, a folder) that belong to that part of it, at most `limit`."""
+def texts(
+    source: str | Path,
+    *,
+    part: str = "validation",
+    limit: int | None = None,
+    column: str = "text",
+    within: int | None = None,
+) -> Iterator[str]:
+    """Documents of a corpus (a name, a file, a folder) that belong to that part of it, at most `limit`.
+
+    The parts are those of training. `within`: the corpus ends after so many documents, as a training's `data.limit`.
+    """
     if part not in SPLITS:
         raise ValueError(f"split: got {part!r}, expected one of {', '.join(SPLITS)}")
-    given = 0
-    for document in open_corpus(str(source)).documents():
-        if limit is not None and given >= limit:
-            return
-        if part == "all" or split(document) == part:
-            given += 1
-            yield document
+    corpus = open_corpus(str(source), column=column, limit=within)
+    if part == "all":
+        return itertools.islice(corpus.documents(), limit)
+    return itertools.islice((document for side, document in corpus.sided() if side == part), limit)
 
 
 def score(

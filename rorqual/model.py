@@ -329,7 +329,8 @@ class LanguageModel(nn.Module):
         total = next_token + sum(balance.values())
         if mtp is not None and self.config.mtp is not None:
             total = total + self.config.mtp.weight * mtp
-        counts = torch.stack([routing.counts() for routing in (*routings, *more)]) if routings else None
+        taken = [routing.counts() for routing in (*routings, *more)]
+        counts = torch.stack(taken) if taken else None
         return Loss(total, next_token, mtp, balance, counts, tokens)
 
     def _nats(self, normed: Tensor, labels: Tensor) -> Tensor:

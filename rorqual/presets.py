@@ -45,9 +45,9 @@ TINY = ModelConfig(
     layers=3,
     dense_width=256,
     mla=MLAConfig(heads=4, kv_lora_rank=32, nope_dim=16, rope_dim=16, value_dim=16),
-    moe=MoEConfig(routed=32, active=2, shared=1, width=32),
+    moe=MoEConfig(routed=32, active=2, shared=1, width=32, balance=BalanceConfig(bias_rate=0.01)),
     hyper=HyperConfig(),
-    init_std=0.02,
+    init_std=0.1,
 )
 
 SMALL = ModelConfig(

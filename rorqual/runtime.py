@@ -59,6 +59,11 @@ def ranks() -> tuple[int, int]:
     return rank, world
 
 
+def cores() -> int:
+    """Cores this process may use, which in a container or under taskset are fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def threads(count: int) -> None:
     """Lets torch, and every process started from here, use this many threads.
 

@@ -6,6 +6,7 @@ import pickle
 import random
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +241,34 @@ def test_a_folder_without_a_model_says_what_is_missing(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="expected"):
         load_model(tmp_path)
+
+
+def test_torn_weights_are_named(tmp_path):
+    save_model(tmp_path, LanguageModel(tiny()))
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for size in (0, 4, 100, len(whole) - 1):
+        (tmp_path / "model.safetensors").write_bytes(whole[:size])
+        with pytest.raises(Damaged, match=r"model\.safetensors: got a torn file"):
+            load_model(tmp_path)
+
+
+def test_the_weights_are_as_open_as_other_files(tmp_path):
+    for mask in (0o022, 0o007, 0o077):
+        before = os.umask(mask)
+        try:
+            save_model(tmp_path, LanguageModel(tiny()))
+        finally:
+            os.umask(before)
+        assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_only_the_expected_warning_is_kept_back(tmp_path, monkeypatch, recwarn):
+    save_state(tmp_path / "step1", {"a": torch.ones(2)}, {})
+    load_state(tmp_path / "step1", {"a": torch.ones(2)})
+    assert not recwarn.list
+    monkeypatch.setattr("rorqual.checkpoint.save", lambda *args, **options: warnings.warn("precision is lost"))  # noqa: B028
+    with pytest.warns(UserWarning, match="precision is lost"):
+        save_state(tmp_path / "step2", {"a": torch.ones(2)}, {})
 
 
 @pytest.mark.slow

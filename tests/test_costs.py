@@ -5,7 +5,13 @@ from dataclasses import replace
 import pytest
 
 from rorqual.costs import costs
-from rorqual.model import LanguageModel
+from rorqual.layers.attention import GQAConfig, MLAConfig
+from rorqual.layers.dsa import DSAConfig
+from rorqual.layers.engram import EngramConfig
+from rorqual.layers.hyper import HyperConfig
+from rorqual.layers.moba import MoBAConfig
+from rorqual.layers.nsa import NSAConfig
+from rorqual.model import LanguageModel, ModelConfig
 from rorqual.presets import PRESETS, preset
 
 PUBLISHED = {  # total, activated, with both embeddings; in the units of the reports
@@ -78,3 +84,94 @@ def test_experts_at_rest_cost_nothing():
 def test_every_preset_is_counted_on_no_memory():
     for name in PRESETS:
         assert costs(preset(name)).total > 0
+
+
+PLAIN = ModelConfig(
+    vocabulary=10, dim=8, layers=3, dense_width=4, mla=None, gqa=GQAConfig(heads=2, kv_heads=1, head_dim=4)
+)
+MATRICES = 3 * (8 * (8 + 4 + 4) + 8 * 8 + 3 * 8 * 4) + 8 * 10  # q k v, o, SwiGLU; head
+
+
+def products(config: ModelConfig, context: int = 100) -> int:
+    """Multiply-adds a token."""
+    flops = costs(config, context).flops_per_token
+    assert flops % 2 == 0
+    return flops // 2
+
+
+def test_plain_attention_by_hand():
+    assert products(PLAIN) == MATRICES + 3 * 2 * (4 + 4) * 50
+    assert costs(PLAIN).cache_bytes_per_token == 3 * 2 * (4 + 4)
+
+
+def test_a_window_limits_what_is_seen_but_not_what_is_kept():
+    windowed = replace(PLAIN, gqa=replace(PLAIN.gqa, window=20))
+    seen = (20 * 20 / 2 + 80 * 20) / 100  # the first 20 tokens see half of 20 on average
+    assert products(windowed) == MATRICES + 3 * 2 * (4 + 4) * seen
+    assert costs(windowed).cache_bytes_per_token == costs(PLAIN).cache_bytes_per_token
+    assert products(replace(PLAIN, gqa=replace(PLAIN.gqa, window=100))) == products(PLAIN)
+    far = costs(windowed, 2 * 32768).flops_per_token - costs(windowed, 32768).flops_per_token
+    assert far <= 2, "more context costs nothing more"
+
+
+def test_moba_by_hand():
+    moba = replace(PLAIN, moba=MoBAConfig(block=10, chosen=3))
+    before = sum(range(10)) / 10  # blocks before the own, the mean of ten
+    seen = 5 + 10 * (0 + 1 + 8 * 2) / 10
+    assert products(moba) == MATRICES + 3 * 2 * (4 * before + (4 + 4) * seen)
+    assert costs(moba).cache_bytes_per_token == 3 * (2 * (4 + 4) + 4) - 3 * 4 + 3 * 4 * 4 // 10
+    every = replace(PLAIN, moba=MoBAConfig(block=10, chosen=10))
+    assert products(every) == products(PLAIN) + 3 * 2 * 4 * before, "all blocks is full attention and the scores"
+    assert products(replace(PLAIN, moba=MoBAConfig(block=100))) == products(PLAIN)
+
+
+def test_nsa_by_hand():
+    nsa = replace(PLAIN, nsa=NSAConfig(block=4, stride=2, select_block=4, chosen=3, window=10))
+    projections = 3 * (2 * 8 * 8 + 8 * 6 + 6 * 6)  # two more pairs of keys and values; the gates' two layers
+    blocks = range(3, 100, 2)  # the last key of each
+    compressing = len(blocks) * 2 * (4 * 4 * 4 + 4 * 4) / 100
+    compressed = sum(100 - last for last in blocks) / 100
+    selected, near = (12 * 12 / 2 + 88 * 12) / 100, (10 * 10 / 2 + 90 * 10) / 100
+    each = compressing + 2 * (4 + 4) * (compressed + selected + near) + 3 * 2 * 4
+    assert products(nsa) == MATRICES + projections + 3 * int(each)
+    assert costs(nsa).cache_bytes_per_token == 3 * 2 * (4 + 4) * 3 + 3 * 2 * (4 + 4) // 2
+
+
+def test_dsa_by_hand():
+    mla = MLAConfig(heads=2, q_lora_rank=None, kv_lora_rank=6, nope_dim=4, rope_dim=2, value_dim=3)
+    dense = replace(PLAIN, gqa=None, mla=mla)
+    sparse = replace(dense, dsa=DSAConfig(heads=3, dim=5, chosen=20))
+    indexer = 8 * 3 * 5 + 8 * 5 + 8 * 3 + 3 * (5 + 1) * 50
+    seen = (20 * 20 / 2 + 80 * 20) / 100
+    assert products(sparse) - products(dense) == 3 * (indexer + 2 * (4 + 2 + 3) * (seen - 50))
+    assert costs(sparse).cache_bytes_per_token == 3 * 2 * (6 + 2 + 5)
+    assert products(sparse, 20) - products(dense, 20) == 3 * (8 * 3 * 5 + 8 * 5 + 8 * 3), "all are chosen: no scores"
+
+
+SITE = 2 * 4 * 8 + 4 * 4 * 8  # read, write, mix of 4 streams of width 8
+
+
+@pytest.mark.parametrize(
+    ("hyper", "by_hand"),
+    [
+        (HyperConfig(kind="mhc", iterations=20), 6 * (24 * 32 + 39 * 16 + SITE) + 4 * 32 + 32),
+        (HyperConfig(kind="mhc", mix="identity", exit="mean"), 6 * (8 * 32 + 2 * 32)),
+        (HyperConfig(kind="mhc", mix="permutations", exit="sum"), 6 * (32 * 32 + 24 * 16 + SITE)),
+        (HyperConfig(kind="single_pass"), 6 * (24 * 32 + 39 * 16 + SITE) - 32 + 32),
+        (HyperConfig(kind="hc"), 6 * (4 * 6 * 8 + SITE)),
+    ],
+    ids=["mhc", "identity", "permutations", "single_pass", "hc"],
+)
+def test_hyper_connections_by_hand(hyper, by_hand):
+    assert products(replace(PLAIN, hyper=hyper)) - products(PLAIN) == by_hand
+
+
+def test_engram_by_hand():
+    engram = EngramConfig(layers=(0, 2), rows_per_head=(11, 11), heads=2, head_dim=3, kernel=4)
+    memory, gate = 2 * 2 * 3, 2 * 8
+    one = memory * (8 + 8) + gate + 4 * 8
+    assert products(replace(PLAIN, engram=engram)) - products(PLAIN) == 2 * one
+    assert products(replace(PLAIN, engram=replace(engram, conv=False))) - products(PLAIN) == 2 * (one - 4 * 8)
+    hyper = HyperConfig()
+    streams = memory * (4 * 8 + 8) + 4 * gate + 4 * 4 * 8
+    assert products(replace(PLAIN, engram=engram, hyper=hyper)) - products(replace(PLAIN, hyper=hyper)) == 2 * streams

@@ -2,10 +2,13 @@
 
 import json
 import platform
+import tomllib
+from pathlib import Path
 
 import torch
 
-from rorqual import doctor
+from rorqual import doctor, kernels
+from rorqual.cli.main import main
 
 
 def test_the_report_is_true_and_speaks_json(tmp_path):
@@ -34,16 +37,75 @@ def test_the_text_names_everything_once(tmp_path):
 
 def test_what_is_missing_comes_with_its_mend(tmp_path, monkeypatch):
     real = doctor._version
-    absent = {"torch", "uvicorn", "peft"}
+    absent = {"torch", "uvicorn", "peft", "numba", "pyarrow"}
     monkeypatch.setattr(doctor, "_version", lambda name: None if name in absent else real(name))
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    monkeypatch.setattr(doctor, "_cores", lambda: 0)
+    monkeypatch.setattr(doctor.runtime, "cores", lambda: 0)
     report = doctor.examine(tmp_path)
     checks = {check.name: check for check in report.checks}
     assert (checks["torch"].state, checks["torch"].mend) == ("wrong", "pip install torch")
     assert (checks["uvicorn"].state, checks["uvicorn"].mend) == ("missing", "pip install 'rorqual[serve]'")
-    assert checks["peft"].state == "missing"
+    assert (checks["numba"].state, checks["numba"].mend) == ("missing", "pip install 'rorqual[kernels]'")
+    assert (checks["pyarrow"].state, checks["pyarrow"].mend) == ("missing", "pip install 'rorqual[hub]'")
+    assert (checks["peft"].state, checks["peft"].mend) == ("missing", "pip install peft")
     assert "apt install g++" in checks["C++ compiler"].mend
     assert "OMP_NUM_THREADS=0" in checks["threads"].mend
     assert not report.well
     assert doctor.lines(report)[-1].startswith("wrong")
+
+
+def test_every_dependency_of_the_project_is_looked_at(tmp_path):
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {name: lines for name, lines in project["optional-dependencies"].items() if name not in ("all", "dev")}
+    words = [
+        line.split(">")[0].split("=")[0] for lines in (project["dependencies"], *extras.values()) for line in lines
+    ]
+    seen = [check.name.replace("_", "-") for check in doctor.examine(tmp_path).checks]
+    assert not {word.replace("_", "-") for word in words} - set(seen)
+    assert len(seen) == len(set(seen))
+    assert "pytest" not in seen
+
+
+def test_not_installed_is_said_and_mended(tmp_path, monkeypatch):
+    def absent(name):
+        raise doctor.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", absent)
+    checks = {check.name: check for check in doctor.examine(tmp_path).checks}
+    assert checks["rorqual"].state == "missing"
+    assert "pip install" in checks["rorqual"].mend
+
+
+def test_the_kernel_reported_is_the_one_that_is_picked(tmp_path, monkeypatch):
+    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    picked = doctor.examine(tmp_path).kernels_picked
+    for name, kind in picked.items():
+        chosen = kernels.pick(name, print, doctor.runtime.device())
+        assert (kind == "reference") == (chosen is print)
+    monkeypatch.setenv(kernels.VARIABLE, "engram_rows=reference")
+    assert doctor.examine(tmp_path).kernels_picked == picked | {"engram_rows": "reference"}
+    monkeypatch.setenv(kernels.VARIABLE, "reference")
+    report = doctor.examine(tmp_path)
+    assert set(report.kernels_picked.values()) == {"reference"}
+    assert all(f"kernel {name}: reference" in doctor.lines(report) for name in report.kernels)
+    assert report.well
+
+
+def test_nonsense_asked_of_the_kernels_is_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(kernels.VARIABLE, "engram_rows=nonsense")
+    assert main(["doctor", "--folder", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "wrong   kernels: " in said
+    assert "nonsense" in said
+    assert "Traceback" not in said
+
+
+def test_a_kernel_that_says_something_else_is_found(tmp_path, monkeypatch):
+    def crooked(name, reference, *where):
+        asked = doctor.os.environ.get(kernels.VARIABLE) == "reference"
+        return reference if asked or name != "best_experts" else lambda *given: reference(*given).flip(1) * 0
+
+    monkeypatch.setattr("rorqual.layers.router.pick", crooked)
+    checks = {check.name: check for check in doctor.examine(tmp_path).checks}
+    assert checks["arithmetic"].state == "wrong"
+    assert "at fault" in checks["arithmetic"].mend

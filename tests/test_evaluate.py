@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rorqual import evaluate
-from rorqual.data.corpus import split
+from rorqual.data.corpus import open_corpus, split
+from rorqual.data.stream import tokenise
 from rorqual.data.tokenizer import train
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.moe import MoEConfig
@@ -91,6 +92,27 @@ def test_texts_of_a_file_by_side(tmp_path):
     assert sorted(every) == sorted(sides["train"] + sides["validation"])
     assert all(split(text) == part for part, texts in sides.items() for text in texts)
     assert list(evaluate.texts(str(path), part="all", limit=3)) == every[:3]
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_a_small_folder_validates_on_what_training_kept_apart(tmp_path, tokenizer, count):
+    (tmp_path / "notes").mkdir()
+    for n in range(count):
+        (tmp_path / "notes" / f"{n}.md").write_text(f"document number {n} about whale {n * 7}", encoding="utf-8")
+    found = tokenise(open_corpus(str(tmp_path / "notes"), near=None), tokenizer, tmp_path / "tokens")
+    for part in ("train", "validation"):
+        texts = list(evaluate.texts(tmp_path / "notes", part=part))
+        side = getattr(found, part)
+        assert sum(len(text.encode()) for text in texts) == side.bytes
+        assert [tokenizer.begin_id, *tokenizer.encode(texts[-1])] in [
+            side.ids[a:b].tolist() for a, b in zip(side.starts, side.starts[1:], strict=False)
+        ]
+
+
+def test_a_corpus_ends_where_training_ended_it(tmp_path):
+    path = tmp_path / "notes.jsonl"
+    path.write_text("".join(f'{{"body": "note {n}"}}\n' for n in range(9)), encoding="utf-8")
+    assert list(evaluate.texts(path, part="all", column="body", within=3)) == ["note 0", "note 1", "note 2"]
 
 
 def test_nothing_to_score_and_bad_numbers(model, tokenizer, tmp_path):

@@ -87,3 +87,11 @@ def test_log_is_one_plain_line_on_stderr(capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setenv("WORLD_SIZE", "2")
     runtime.log(line)
     assert capsys.readouterr().err == ""
+
+
+def test_cores_are_those_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 7}, raising=False)
+    assert runtime.cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert runtime.cores() == 1

@@ -1,11 +1,13 @@
 """Numbers -> matplotlib figures: loss curves, the gate map, expert load, a sweep with error bars."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from rorqual.analyze.measures import Gates, Load
@@ -21,9 +23,26 @@ _STYLE = {
 }
 
 
-def style() -> AbstractContextManager[None]:
+# tried in this order for what the usual font lacks; a name that is not installed would be complained about
+_MORE_FONTS = (
+    "Noto Sans CJK SC",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "SimHei",
+)
+
+
+@contextmanager
+def style() -> Iterator[None]:
     """Our look, for a `with` block around drawing and around saving."""
-    return matplotlib.rc_context(_STYLE)
+    installed = set(font_manager.get_font_names())
+    families = ["sans-serif", *(name for name in _MORE_FONTS if name in installed)]
+    with matplotlib.rc_context({**_STYLE, "font.family": families}), warnings.catch_warnings():
+        # text stays text in an SVG: the reader's fonts draw what the fonts here lack, only its width is a guess
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from", category=UserWarning)
+        yield
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -92,7 +111,8 @@ def gate_map(found: Gates, title: str = "") -> Figure:
         axes = figure.subplots()
         rows = found.values.permute(0, 2, 1).reshape(layers * streams, time).numpy()
         image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0.0, vmax=1.0, interpolation="nearest")
-        axes.set_xticks(range(time), [word.strip() or "␣" for word in found.tokens], rotation=60, ha="right")
+        words = [word.strip() or "␣" for word in found.tokens]
+        axes.set_xticks(range(time), words, rotation=60, ha="right", parse_math=False)  # "$x_$" is a token like others
         names = [
             f"block {layer}" + (f", stream {s}" if streams > 1 else "")
             for layer in found.layers
@@ -103,7 +123,7 @@ def gate_map(found: Gates, title: str = "") -> Figure:
         axes.spines[:].set_visible(False)
         figure.colorbar(image, ax=axes, label="gate", fraction=0.03, pad=0.01)
         if title:
-            axes.set_title(title, loc="left")
+            axes.set_title(title, loc="left", parse_math=False)
         return figure
 
 

@@ -40,7 +40,7 @@ def gates(model: LanguageModel, tokenizer: Tokenizer, text: str) -> Gates:
         raise ValueError("gates: got an empty text, expected at least one token")
     names = [f"blocks.{layer}.engram.gate" for layer in model.config.engram.layers]
     with quiet(model), Taps(model, *names) as taps:
-        model(torch.tensor([[tokenizer.end_id, *ids]], device=model.embed.weight.device))
+        model(torch.tensor([[tokenizer.begin_id, *ids]], device=model.embed.weight.device))
     values = torch.stack([taps[name][0][0, 1:].float().cpu() for name in names])
     return Gates([tokenizer.token(i) for i in ids], model.config.engram.layers, values)
 

@@ -4,23 +4,26 @@ No network, and no script but a sorter. Figures are matplotlib's, as SVG inside 
 that light, dark and print all read well.
 """
 
+import functools
 import html
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rorqual import runtime
 from rorqual.analyze import figures
 from rorqual.analyze.measures import Gates, Load, expert_load, gates
 from rorqual.checkpoint import load_model
 from rorqual.config import to_dict
 from rorqual.costs import Costs, costs
-from rorqual.data.corpus import open_corpus, split
+from rorqual.data.corpus import Trained, open_corpus, trained
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.model import LanguageModel, ModelConfig
 
@@ -46,42 +49,60 @@ class Reading:
         return next((record[key] for record in reversed(self.records) if key in record), None)
 
 
-def read_run(folder: str | Path, *, sentence: str = SENTENCE, texts: Sequence[str] = ()) -> Reading:
-    """Everything the page needs of one run folder. FileNotFoundError, naming the folder, for what is no run."""
+def sample(run: Trained | None, count: int = SAMPLE) -> tuple[str, ...]:
+    """The first documents kept apart from this training; WordNet's for an unknown one, or where its text is gone."""
+    if run is not None:
+        try:
+            return _held_out(run.source, run.column, run.limit, count)
+        except ValueError as error:
+            runtime.log(f"{error}; the load of experts is read over wordnet instead")
+    return _held_out("wordnet", "text", None, count)
+
+
+def _held_out(source: str, column: str, limit: int | None, count: int) -> tuple[str, ...]:
+    sided = open_corpus(source, column=column, limit=limit).sided()
+    return tuple(islice((text for side, text in sided if side == "validation"), count))
+
+
+def read_run(
+    folder: str | Path,
+    *,
+    sentence: str = SENTENCE,
+    texts: Sequence[str] = (),
+    draw: Callable[[Trained | None], Sequence[str]] = sample,
+) -> Reading:
+    """Everything the page needs of one run folder; costs are those at its context in training, 4,096 where unknown.
+
+    The load of experts is over `texts`, else over what `draw` gives for the run's training. FileNotFoundError, naming
+    the folder, for what is no run.
+    """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"report: got {folder}, expected a run folder with config.json; train one with `rorqual train`"
         )
-    model, tokenizer = load_model(folder), Tokenizer.load(folder)
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").split("\n")[:-1] if metrics.is_file() else []
-    load = _load(model, tokenizer, texts or sample()) if model.config.moe is not None else None
+    model, tokenizer, before = load_model(folder), Tokenizer.load(folder), trained(folder)
+    load = _load(model, tokenizer, texts or draw(before)) if model.config.moe is not None else None
     return Reading(
         name=folder.name,
         config=model.config,
-        costs=costs(model.config),
-        records=[json.loads(line) for line in lines if line.strip()],
+        costs=costs(model.config, before.length) if before is not None else costs(model.config),
+        records=_records(folder),
         gates=gates(model, tokenizer, sentence) if model.config.engram is not None else None,
         load=load,
         favourites=_favourites(load, tokenizer) if load is not None else [],
     )
 
 
-def sample(source: str = "wordnet", count: int = SAMPLE) -> list[str]:
-    """The first validation documents of a corpus."""
-    found: list[str] = []
-    for document in open_corpus(source).documents():
-        if split(document) == "validation":
-            found.append(document)
-            if len(found) == count:
-                break
-    return found
+def _records(folder: Path) -> list[dict[str, Any]]:
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").split("\n")[:-1] if metrics.is_file() else []
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 def _load(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str]) -> Load:
     device = model.embed.weight.device
-    encoded = [[tokenizer.end_id, *ids] for ids in tokenizer.encode_batch(list(texts))]
+    encoded = [[tokenizer.begin_id, *ids] for ids in tokenizer.encode_batch(list(texts))]
     return expert_load(model, (torch.tensor([ids], device=device) for ids in encoded))
 
 
@@ -107,7 +128,8 @@ def write_report(
     """Reads the run folders and writes the page; returns its path. `note` is a paragraph of text above the tables."""
     if not runs:
         raise ValueError("report: got no runs, expected at least one run folder")
-    readings = [read_run(folder, sentence=sentence, texts=texts) for folder in runs]
+    draw = functools.cache(sample)  # runs of one text share its sample
+    readings = [read_run(folder, sentence=sentence, texts=texts, draw=draw) for folder in runs]
     sections = [
         ("Result", (f"<p>{html.escape(note)}</p>" if note else "") + results_table(readings)),
         ("Loss", svg(figures.curves([(r.name, r.records) for r in readings]))),
@@ -131,7 +153,8 @@ def svg(figure: Any) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     drawing = buffer.getvalue()
     drawing = drawing[drawing.index("<svg") :]
-    drawing = re.sub(r'(width|height)="[\d.]+pt"', "", drawing, count=2)
+    drawing = re.sub(r'height="[\d.]+pt"', "", drawing, count=1)
+    drawing = re.sub(r'width="([\d.]+pt)"', r'style="--own: \1"', drawing, count=1)  # the page caps the width by it
     return f"<figure>{drawing.replace('#000000', 'currentColor')}</figure>"
 
 

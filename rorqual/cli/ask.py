@@ -2,11 +2,15 @@
 
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
 from rorqual.cli.parse import UsageError, emit, parse, parse_new, split_first, take
+
+if TYPE_CHECKING:
+    from rorqual.evaluate import Score
+    from rorqual.serve.generate import Run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,14 +66,18 @@ def generate_command(argv: list[str]) -> int:
 class Evaluate:
     """Loss of a model on text it may not have seen: nats a token, bits a byte. Or scores of lm-eval's tasks.
 
+    Without --data on the text that the run kept apart from its training.
+
+    rorqual eval runs/demo/engram
     rorqual eval runs/demo/engram --data notes/ --split all
     """
 
     run: Positional[str]  # a run folder, a DeepSeek folder or a hub id
-    data: str = "wordnet"  # a corpus name, a file, a folder, a Hugging Face data set
+    data: str | None = None  # a corpus name, a file, a folder, a Hugging Face data set; none: the run's own, or wordnet
+    column: str | None = None  # the field that holds the text; none: the run's for its own data, else text
     split: Literal["validation", "train", "all"] = "validation"  # which documents of it
     limit: int | None = None  # at most this many documents, or items a task
-    length: int = 512  # tokens of context
+    length: int | None = None  # tokens of context; none: as in the run's training, or 512
     rows: int = 8  # sequences at a time
     tasks: tuple[str, ...] = ()  # names that `lm-eval ls tasks` lists, instead of text
     device: str = "auto"
@@ -91,14 +99,32 @@ def eval_command(argv: list[str]) -> int:
             numbers = (f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, float))
             print(task, *numbers, sep="  ")
         return 0
-    documents = evaluate.texts(options.data, part=options.split, limit=options.limit)
-    score = evaluate.score(run.model, run.tokenizer, documents, length=options.length, rows=options.rows)
+    score = _score(run, options)
     if as_json:
         emit(score)
         return 0
     print(f"{score.nats_per_token:.4f} nats a token, {score.bits_per_byte:.4f} bits a byte")
     print(f"{score.tokens:,} tokens of {score.documents:,} documents, {score.bytes:,} bytes ({options.split})")
     return 0
+
+
+def _score(run: "Run", options: Evaluate) -> "Score":
+    """Over the text asked for, or else that of the run's own training."""
+    from rorqual import evaluate
+    from rorqual.data.corpus import trained
+
+    before = trained(options.run)
+    usual = before.length if before is not None else 512
+    length = usual if options.length is None else options.length
+    own = before if options.data is None else None
+    documents = evaluate.texts(
+        own.source if own is not None else options.data or "wordnet",
+        part=options.split,
+        limit=options.limit,
+        column=options.column or (own.column if own is not None else "text"),
+        within=own.limit if own is not None else None,
+    )
+    return evaluate.score(run.model, run.tokenizer, documents, length=length, rows=options.rows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,5 @@
 """Options of a command that looks at text, runs or this machine -> one call into its room out."""
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,15 +25,16 @@ class Data:
 def data_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
     options = parse_new(Data, argv, "data")
-    from rorqual.data.corpus import open_corpus, split
+    from rorqual.data.corpus import open_corpus
 
     corpus = open_corpus(options.source, column=options.column, limit=options.limit)
-    stream = corpus.documents()
-    sample = list(itertools.islice(stream, max(0, options.sample)))
+    sample: list[str] = []
     documents = size = validation = 0
-    for document in itertools.chain(sample, stream):
+    for side, document in corpus.sided():
         documents, size = documents + 1, size + len(document.encode())
-        validation += split(document) == "validation"
+        validation += side == "validation"
+        if len(sample) < options.sample:
+            sample.append(document)
     found = {"name": corpus.name, "license": corpus.license, "documents": documents, "bytes": size}
     found |= {"validation_documents": validation, "skipped": dict(corpus.skipped)}
     if as_json:

@@ -27,6 +27,19 @@ def demo_command(argv: list[str]) -> int:
     return 0
 
 
+TRAIN_ENDS = """examples:
+  rorqual train tiny --data notes/ --steps 500     a preset, on the text of a folder, into runs/tiny
+  rorqual train runs/tiny                          goes on where it was stopped; so does the first line, typed again
+  rorqual train runs/tiny --steps 1000             goes on for longer
+
+--data is short for --data.source: a corpus (wordnet), a file, a folder, or a Hugging Face dataset.
+
+The options above are those of the parts that are on. A part that is off (engram, mtp, hyper, moe, gqa, nsa, moba, dsa)
+is put in by naming one of its fields, or with `default`; `none` takes a part out:
+  rorqual train tiny --model.mtp.depth 1 --model.hyper default
+  rorqual train tiny --model.engram none"""
+
+
 def train_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
     name, flags = split_first(argv, "a preset's name or a run folder", "rorqual train tiny --data notes/")
@@ -36,10 +49,11 @@ def train_command(argv: list[str]) -> int:
     if name in ("-h", "--help"):
         start, flags = TrainConfig(), ["--help"]
     elif kept.is_file():
-        start = configs.load(TrainConfig, kept)
+        # where it was trained is not where it is, once it was moved
+        start = configs.replace(configs.load(TrainConfig, kept), "folder", name)
     else:
         start = TrainConfig(model=named(name), folder=f"runs/{name}")
-    options = parse(start, renamed(flags, {"--data": "--data.source"}), "train PRESET")
+    options = parse(start, renamed(flags, {"--data": "--data.source"}), "train PRESET", TRAIN_ENDS)
     folder = train(options, on_metrics=progress(options.steps))
     if as_json:
         emit({"folder": folder})
@@ -146,6 +160,8 @@ def plan_command(argv: list[str]) -> int:
         rows = " ".join(map(str, config.engram.rows_per_head))
         print(f"rho reached: {plan.rho:.4f}. The memory arm: --model.moe.routed {config.moe.routed}", end=" ")
         print(f"--model.engram.rows-per-head {rows}")
+    if plan.rho == 1:
+        print("rho reached: 1. No expert is given up, so the memory arm is the mixture of experts itself.")
     return 0
 
 

@@ -21,13 +21,13 @@ class UsageError(ValueError):
     usage = True
 
 
-def parse(default: T, argv: Sequence[str], command: str) -> T:
+def parse(default: T, argv: Sequence[str], command: str, epilogue: str = "") -> T:
     """The dataclass changed by argv. Sub-configs that a flag names are put in, and `--name none` takes one out.
 
-    UsageError, with the nearest flag, for what fits nothing; --help prints and leaves.
+    UsageError, with the nearest flag, for what fits nothing; --help prints, the epilogue last, and leaves.
     """
     filled, words = config.fill(default, argv)
-    return _parse(type(default), filled, words, command)
+    return _parse(type(default), filled, words, command, epilogue)
 
 
 def parse_new(cls: type[T], argv: Sequence[str], command: str) -> T:
@@ -35,7 +35,7 @@ def parse_new(cls: type[T], argv: Sequence[str], command: str) -> T:
     return _parse(cls, tyro.MISSING_NONPROP, list(argv), command)
 
 
-def _parse(cls: type[T], default: Any, words: list[str], command: str) -> T:
+def _parse(cls: type[T], default: Any, words: list[str], command: str, epilogue: str = "") -> T:
     heard = io.StringIO()
     switches = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName)
     try:
@@ -43,6 +43,8 @@ def _parse(cls: type[T], default: Any, words: list[str], command: str) -> T:
             return tyro.cli(cls, default=default, args=words, prog=f"rorqual {command}", config=switches)
     except SystemExit as stop:
         if not stop.code:
+            if epilogue:
+                print(epilogue)
             raise
         raise UsageError(plain(heard.getvalue())) from None
 

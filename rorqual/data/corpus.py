@@ -2,7 +2,8 @@
 
     clean       UTF-8 with "\\n" line ends, no bytes that text never holds, at most `longest` bytes, else cut
     alike       Jaccard(A, B) = |A and B| / |A or B| >= near, of the sets of 5-letter pieces; the first of two stays
-    side        validation where place(text) < 2%, place = hash of the text alone, in [0, 1)
+    side        validation where place(text) < 2%, place = hash of the text alone, in [0, 1); the pieces of a text that
+                was cut go with the first; where that leaves a side empty, the smallest place alone validates
 
 Jaccard is estimated from 128 minima of hashes (MinHash, Broder 1997), and only documents that share a band of minima
 are compared, so two that are just over the threshold may both stay. Imports `sources` and `files` beside it.
@@ -12,9 +13,13 @@ import functools
 import hashlib
 import io
 import json
+import math
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Literal
 
 import rensa
@@ -26,14 +31,19 @@ _LETTERS = 5  # of one piece: two words of Chinese, most of one of English
 _MINIMA = 128
 _READING = 1  # counts up whenever the same source gives other documents than before
 
+Side = Literal["train", "validation"]
+
 
 def place(text: str) -> float:
     """Where the text falls in [0, 1): the same on every machine and in every corpus."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=6).digest(), "big") / 2**48
 
 
-def split(text: str) -> Literal["train", "validation"]:
-    """The side of a document, by its text alone: it stays there whatever else joins or leaves the corpus."""
+def split(text: str) -> Side:
+    """The side of a whole text by itself: it stays there whatever else joins or leaves the corpus.
+
+    `Corpus.sided` knows of texts that were cut and of corpora too small to have both sides.
+    """
     return "validation" if place(text) < VALIDATION else "train"
 
 
@@ -58,6 +68,29 @@ def open_corpus(
     if near is not None and not 0 < near <= 1:
         raise ValueError(f"got near {near}, expected 0 < near <= 1, or none")
     return Corpus(sources.find(source, column=column, longest=longest), column, limit, longest, near)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """The text that a run was trained on, and its tokens of context."""
+
+    source: str
+    column: str
+    limit: int | None
+    length: int
+
+
+def trained(folder: str | os.PathLike[str]) -> Trained | None:
+    """What FOLDER/train.json says; None where there is none. ValueError for one that does not say it."""
+    path = Path(folder) / "train.json"
+    if not path.is_file():
+        return None
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        data = said["data"]
+        return Trained(source=data["source"], column=data["column"], limit=data["limit"], length=said["length"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: got {error!r}, expected the config of a training with data and length") from error
 
 
 class Corpus:
@@ -88,11 +121,34 @@ class Corpus:
 
     def documents(self) -> Iterator[str]:
         """Each document once, in the order of the source. ValueError at the end if there was none, with the reasons."""
+        return (text for text, _ in self._kept())
+
+    def sided(self) -> Iterator[tuple[Side, str]]:
+        """(side, document), in the order of the source: what every training, tokenizer and evaluation goes by."""
+        together, bound = self._rule
+        for text, at in self._kept():
+            yield "validation" if (at if together else place(text)) < bound else "train", text
+
+    @functools.cached_property
+    def _rule(self) -> tuple[bool, float]:
+        """Whether the pieces of a text stay together, and below which place a document validates.
+
+        A corpus of one text has no other to validate on, so each of its pieces is by itself. Reads until both sides
+        have been met, which small corpora alone do not show soon.
+        """
+        lowest, highest = _span(at for _, at in self._kept())
+        together = lowest < highest
+        if not together:
+            lowest, highest = _span(place(text) for text, _ in self._kept())
+        return together, VALIDATION if lowest < VALIDATION <= highest else math.nextafter(lowest, 1)
+
+    def _kept(self) -> Iterator[tuple[str, float]]:
+        """(document, place of the text that it is of)."""
         self.skipped, self.examples = Counter(), {}
         kept, copies = 0, {} if self._copies is None else self._copies
-        for text in islice(self._unlike(copies), self._limit):
+        for text, at in islice(self._unlike(copies), self._limit):
             kept += 1
-            yield text
+            yield text, at
         self._copies = copies
         if not kept:
             met = ", ".join(f"{count} x {why} ({self.examples[why]})" for why, count in self.skipped.most_common(4))
@@ -102,12 +158,12 @@ class Corpus:
         self.skipped[reason] += 1
         self.examples.setdefault(reason, where.encode("utf-8", "replace").decode("utf-8")[:400])
 
-    def _unlike(self, copies: dict[int, str]) -> Iterator[str]:
+    def _unlike(self, copies: dict[int, str]) -> Iterator[tuple[str, float]]:
         """Texts that are no copies of earlier ones. Fills `copies` on the first pass and believes it on later ones."""
         known = self._copies is not None
         seen: set[bytes] = set()
         index = rensa.RMinHashDeduplicator(threshold=self._near or 1.0, num_perm=_MINIMA, use_lsh=True)
-        for number, (where, text) in enumerate(self._clean()):
+        for number, (where, text, at) in enumerate(self._clean()):
             if not known:
                 mark = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
                 if mark in seen:
@@ -118,17 +174,20 @@ class Corpus:
             if number in copies:
                 self._skip(copies[number], where)
             else:
-                yield text
+                yield text, at
 
-    def _clean(self) -> Iterator[tuple[str, str]]:
-        """(place, text), no longer than allowed."""
+    def _clean(self) -> Iterator[tuple[str, str, float]]:
+        """(where it stands, text no longer than allowed, place of its first piece)."""
+        at: float | None = None
         for where, raw in self._source.read(self._skip):
             short = len(raw) <= self._longest
             pieces = [(where, raw)] if short else files.cut(io.BytesIO(raw), where, self._longest, self._skip)
             for _, piece in pieces:
+                at = at if isinstance(piece, files.Rest) else None
                 text = self._decoded(piece, where)
                 if text is not None:
-                    yield where, text
+                    at = place(text) if at is None else at
+                    yield where, text, at
 
     def _decoded(self, piece: bytes, where: str) -> str | None:
         if b"\0" in piece:
@@ -143,6 +202,16 @@ class Corpus:
         if not text:
             self._skip("empty", where)
         return text or None
+
+
+def _span(places: Iterable[float]) -> tuple[float, float]:
+    """The smallest and the largest place, or the first that lie on both sides."""
+    lowest, highest = 1.0, 0.0
+    for at in places:
+        lowest, highest = min(lowest, at), max(highest, at)
+        if lowest < VALIDATION <= highest:
+            break
+    return lowest, highest
 
 
 def _pieces(text: str) -> list[str]:

@@ -1,7 +1,8 @@
 """A file or folder in -> its texts out, undecoded: .txt and .md whole, .jsonl and .parquet one record a text.
 
 A reader yields (place, bytes) and calls `skip(reason, place)` for all that it leaves out, so that nothing is lost in
-silence. A text longer than asked for comes in pieces that end where a paragraph, a line or a word does.
+silence. A text longer than asked for comes in pieces that end where a paragraph, a line or a word does, and all but
+the first of them are of type `Rest`.
 """
 
 import hashlib
@@ -26,6 +27,10 @@ _MARKS = (b"\n\n", b"\n", "。".encode(), b" ")
 _BLANK = re.compile(rb"\s|" + "。".encode())
 
 
+class Rest(bytes):
+    """A piece of the same text as the piece before it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Listed:
     """The readable files of a folder, or one file; `left` is what was met beside them, (reason, place)."""
@@ -39,8 +44,8 @@ class Listed:
         return sum(os.path.getsize(path) for path in self.paths if os.path.isfile(path))
 
     def stamp(self) -> str:
-        """Changes when a name or a content does."""
-        return digest(self.paths, root=self.root)
+        """Changes when a name or a content does, and with it what is one text."""
+        return f"whole {digest(self.paths, root=self.root)}"
 
     def read(self, column: str, longest: int, skip: Skip) -> Raw:
         for reason, where in self.left:
@@ -104,6 +109,11 @@ def cut(file: io.BufferedIOBase, where: str, longest: int, skip: Skip) -> Raw:
 
     A word longer than half a piece is no prose: it is left out, as one, however long it is.
     """
+    for number, piece in enumerate(_cut(file, where, longest, skip)):
+        yield where, Rest(piece) if number else piece
+
+
+def _cut(file: io.BufferedIOBase, where: str, longest: int, skip: Skip) -> Iterator[bytes]:
     rest, half, lost = b"", longest // 2, False
     while block := file.read(longest):
         if lost:
@@ -112,16 +122,16 @@ def cut(file: io.BufferedIOBase, where: str, longest: int, skip: Skip) -> Raw:
         while len(rest) > longest:
             at = next((end for end in _ends(rest, half, longest) if end), 0)
             if at:
-                yield where, rest[:at]
+                yield rest[:at]
                 rest = rest[at:]
             else:
                 skip("word too long", f"{where}: over {half} bytes without white space")
                 at = max(_ends(rest, 0, half))
                 if at:
-                    yield where, rest[:at]
+                    yield rest[:at]
                 rest, lost = _behind(rest[at:])
     if rest:
-        yield where, rest
+        yield rest
 
 
 def _behind(text: bytes) -> tuple[bytes, bool]:

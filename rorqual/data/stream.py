@@ -1,14 +1,15 @@
 """Documents in -> packed batches out, the same after any stop, on any number of ranks.
 
-    stored      <|end|> t1 .. tn, one document after another; flat files, two bytes an id, or four
+    stored      begin t1 .. tn, one document after another; flat files, two bytes an id, or four
     epoch e     the documents in the order that (seed, e) draws; epochs follow each other without end
     window w    the ids at w * length .. (w + 1) * length of that endless text; its labels stand one further on
     row n       window W k + draw(seed, k)[n mod W],  k = n // W,  W = windows of an epoch
     batch s     rows  s * rows * world + rank * rows  ..  + rows - 1
 
-So in every epoch each token is read once and foretold once: the label of a row's last token is the first token of the
-next window, that of a document's last token is the <|end|> that opens the next one. Where the stream stands is one
-number, n. Imports `corpus` and `tokenizer` beside it.
+So in every epoch each token is read once, and foretold once but for `begin`: the label of a document's last token is
+`end`, whichever document follows; that of a row's last token, where its document goes on, is the first token of the
+next window. Many tokenizers have one token for both, <|end|>. Where the stream stands is one number, n. Imports
+`corpus` and `tokenizer` beside it.
 """
 
 import hashlib
@@ -20,19 +21,19 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from rorqual.data.corpus import VALIDATION, Corpus, place, split
+from rorqual.data.corpus import VALIDATION, Corpus, Side, place
 from rorqual.data.tokenizer import Tokenizer
 
 IGNORED = -100  # the label of what is only padding
 _FORMAT = 1
-_SIDES: tuple[Literal["train", "validation"], ...] = ("train", "validation")
+_SIDES: tuple[Side, ...] = ("train", "validation")
 _BATCH_BYTES = 2**19  # of text handed to the tokenizer at once
 _ORDER, _WINDOWS = 0, 1  # what a draw is for
 
@@ -41,7 +42,7 @@ Batch = dict[str, Int64[Tensor, "B T"]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tokens:
-    """One side of the split. Document d is ids[starts[d] : starts[d + 1]] and begins with `end_id`.
+    """One side of the split. Document d is ids[starts[d] : starts[d + 1]] and begins with the tokenizer's `begin_id`.
 
     ids: uint16 or uint32 [tokens]; starts: int64 [documents + 1]; sizes: int64 [documents], UTF-8 bytes of the text;
     digest: of ids and starts.
@@ -87,10 +88,10 @@ def tokenise(
     """The corpus in ids, below `folder`, under a name that changes with the documents and the tokenizer.
 
     What is there already is opened, not made again; half-written folders are never seen. `progress` is told the bytes
-    of text done so far. Where no document falls to validation by itself, the one that came nearest does. ValueError
-    for a corpus of fewer than two documents.
+    of text done so far. Sides are those of `Corpus.sided`. ValueError for a corpus of fewer than two documents.
     """
     said = [_FORMAT, VALIDATION, corpus.fingerprint, tokenizer.backend.to_str(), tokenizer.end_id]
+    said += [tokenizer.begin_id] * (tokenizer.begin_id != tokenizer.end_id)
     path = Path(folder) / hashlib.blake2b(json.dumps(said).encode(), digest_size=10).hexdigest()
     found = _opened(path)
     if found is not None:
@@ -136,9 +137,9 @@ def _sync(path: Path) -> None:
 
 def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: Callable[[int], None] | None) -> None:
     dtype = np.dtype("<u2" if tokenizer.vocabulary <= 2**16 else "<u4")
-    writers = {side: _Writer(folder / f"{side}.bin", dtype, tokenizer.end_id) for side in _SIDES}
+    writers = {side: _Writer(folder / f"{side}.bin", dtype, tokenizer.begin_id) for side in _SIDES}
     done = 0
-    for texts in _batches(_sides(corpus.documents())):
+    for texts in _batches(_ordered(corpus.sided())):
         encoded = tokenizer.encode_batch([text for _, text in texts])
         sizes = [len(text.encode("utf-8")) for _, text in texts]
         for side, writer in writers.items():
@@ -157,12 +158,11 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: Callabl
         _sync(path)
 
 
-def _sides(documents: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(side, text). Until one falls to validation, the nearest so far is held back, to be it if nobody else will."""
+def _ordered(sided: Iterable[tuple[Side, str]]) -> Iterator[tuple[Side, str]]:
+    """The nearest to validation so far waits until another validates: so token files were ordered from the first on."""
     held: str | None = None
     validated = False
-    for text in documents:
-        side = split(text)
+    for side, text in sided:
         if side == "train" and not validated:
             if held is None:
                 held = text
@@ -175,11 +175,11 @@ def _sides(documents: Iterable[str]) -> Iterator[tuple[str, str]]:
             if held is not None:
                 yield "train", held
     if held is not None and not validated:
-        yield "validation", held
+        yield "train", held
 
 
-def _batches(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    batch: list[tuple[str, str]] = []
+def _batches(texts: Iterable[tuple[Side, str]]) -> Iterator[list[tuple[Side, str]]]:
+    batch: list[tuple[Side, str]] = []
     size = 0
     for side, text in texts:
         batch.append((side, text))
@@ -194,14 +194,14 @@ def _batches(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]
 class _Writer:
     """Appends documents to one side's file."""
 
-    def __init__(self, path: Path, dtype: np.dtype, end_id: int) -> None:
-        self.path, self.dtype, self.end_id = path, dtype, end_id
+    def __init__(self, path: Path, dtype: np.dtype, begin_id: int) -> None:
+        self.path, self.dtype, self.begin_id = path, dtype, begin_id
         self.digest = hashlib.blake2b(digest_size=16)
         self.lengths: list[np.ndarray] = []
         self.sizes: list[np.ndarray] = []
 
     def add(self, documents: list[list[int]], sizes: list[int]) -> None:
-        flat = np.fromiter(chain.from_iterable([self.end_id, *ids] for ids in documents), dtype=self.dtype)
+        flat = np.fromiter(chain.from_iterable([self.begin_id, *ids] for ids in documents), dtype=self.dtype)
         with open(self.path, "ab") as file:
             file.write(flat.data)
         self.digest.update(flat.data)
@@ -303,7 +303,7 @@ class Stream:
         places = self._placed(np.arange(first, first + self.rows))[:, None] * self.length
         ids, documents = self._read(places + np.arange(self.length + 1))
         self._row += self.rows * self.world
-        return _batch(ids[:, :-1], ids[:, 1:], documents[:, :-1])
+        return _batch(ids[:, :-1], _following(ids, documents, self.tokens.end_id), documents[:, :-1])
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, as JSON knows it."""
@@ -352,7 +352,7 @@ def _kept(kept: dict[int, Any], number: int, make: Callable[[int], Any]) -> Any:
 
 
 def validation_batches(tokens: Tokens, rows: int, length: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-    """Every token once and every token foretold once, the last document's end among them, in batches as of `Stream`.
+    """Every token once, and foretold once but for begin, and each document's end, in batches as of `Stream`.
 
     The documents come in an order drawn once and for all, so the first few batches are a fair sample; `documents` are
     their numbers in `tokens` (with `tokens.sizes` for bits a byte). All batches have all rows, and all ranks equally
@@ -367,8 +367,13 @@ def validation_batches(tokens: Tokens, rows: int, length: int, rank: int = 0, wo
         files, ranks = order.find(np.where(there, at, 0))
         ids = np.where(there, tokens.ids[files], tokens.end_id).astype(np.int64)
         documents = np.where(there, order.documents[ranks], -1)
-        labels = np.where(there[:, :-1], ids[:, 1:], IGNORED)
+        labels = np.where(there[:, :-1], _following(ids, documents, tokens.end_id), IGNORED)
         yield _batch(ids[:, :-1], labels, documents[:, :-1])
+
+
+def _following(ids: np.ndarray, documents: np.ndarray, end_id: int) -> np.ndarray:
+    """[rows, length + 1] -> [rows, length]: the next id of the same document, or its end."""
+    return np.where(documents[:, 1:] == documents[:, :-1], ids[:, 1:], end_id)
 
 
 def _batch(ids: np.ndarray, labels: np.ndarray, documents: np.ndarray) -> Batch:

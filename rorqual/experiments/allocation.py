@@ -42,9 +42,9 @@ class SweepConfig:
     rows_per_head: tuple[int, ...] = (64, 512, 4096, 32768)
     rho: float = 0.7  # of the sweeps other than allocation
     data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=8e-3))
-    steps: int = 240
-    rows: int = 16
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(kind="muon", lr=0.02))
+    steps: int = 420
+    rows: int = 8
     length: int = 128
     seeds: int = 2
     folder: str = "runs/sweep"
@@ -81,8 +81,10 @@ def points(config: SweepConfig, base: ModelConfig) -> list[Point]:
     if config.kind == "allocation":
         plans = [split_budget(base, rho, context=config.length) for rho in sorted(config.rhos, reverse=True)]
         # the pure model pays for the projections too, or it would be the cheaper one
-        places = [Point("rho-1.00", 1.0, plans[-1].moe.config)]
-        return places + [Point(f"rho-{p.rho:.2f}", p.rho, p.engram.config) for p in plans if p.rho < 1]
+        pure = Point("rho-1.00", 1.0, plans[-1].moe.config)
+        distinct = {p.rho: p.engram.config for p in plans if p.rho < 1}  # two rhos may keep the same experts
+        digits = 2 if len({f"{rho:.2f}" for rho in (1.0, *distinct)}) > len(distinct) else 5
+        return [pure, *(Point(f"rho-{rho:.{digits}f}", rho, found) for rho, found in distinct.items())]
     planned = split_budget(base, config.rho, context=config.length).engram.config
     memory = planned.engram or default_memory(base)
     if config.kind == "slots":

@@ -9,7 +9,7 @@ import shutil
 import statistics
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from rorqual.train.optim import OptimConfig
 from rorqual.train.trainer import DataConfig, TrainConfig, prepare
 
 SENTENCE = "The blue whale is the largest mammal; Alexander the Great was king of Macedon, in northern Greece."
-PROMPT = "whale, "
+PROMPT = "whale,"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,10 +40,10 @@ class DemoConfig:
     data: str = "wordnet"
     folder: str = "runs/demo"
     cache: str = "runs/cache"
-    steps: int = 240
-    rows: int = 16  # sequences a step
+    steps: int = 420
+    rows: int = 8  # sequences a step
     length: int = 128  # tokens a sequence
-    lr: float = 8e-3
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(kind="muon", lr=0.02))
     seeds: int = 2  # runs an arm
     minutes: float = 7.0  # further seeds are left out when they would not end by then
     sentence: str = SENTENCE
@@ -98,7 +98,7 @@ def _jobs(config: DemoConfig, data: DataConfig, plan: Plan, seed: int) -> dict[s
             TrainConfig(
                 model=arm.config,
                 data=data,
-                optim=OptimConfig(lr=config.lr),
+                optim=config.optim,
                 steps=config.steps,
                 rows=config.rows,
                 length=config.length,
@@ -190,7 +190,7 @@ def _next(config: DemoConfig, report: Path, seconds: float, console: Console) ->
     activate = Path(sys.prefix) / "bin" / "activate"
     for line in (
         *([f". {os.path.relpath(activate)}"] if shutil.which("rorqual") is None and activate.is_file() else []),
-        f"open {report}",
+        f"xdg-open {report}",
         f'rorqual generate {engram} "{config.prompt}"',
         f"rorqual explore {engram}",
         "rorqual train small --data PATH_TO_YOUR_TEXT",

@@ -1,18 +1,21 @@
 """A budget -> the configs that spend it: pure mixture of experts, part of it given to memory, dense control.
 
     rho = (E - k) / (E0 - k)        share of the inactive experts that stay experts, of E0 in the pure model
-    E   = k + round(rho (E0 - k))   routed experts beside the memory, k chosen for a token
+    E   = k + round(rho (E0 - k))   routed experts beside the memory, k chosen for a token; then the nearest number
+                                    that the router's groups and the devices divide, with room for k
 
 What the other experts held goes to Engram's rows, after its projections have been paid for: the totals agree. Where the
 projections add more FLOPs a token than `FLOP_TOLERANCE`, the pure model's shared expert is widened by as many.
 Conditional Memory via Scalable Lookup, arXiv 2601.07372, section 3.
 """
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
 from rorqual.costs import Costs, costs
 from rorqual.layers.engram import EngramConfig
+from rorqual.layers.moe import MoEConfig
 from rorqual.model import ModelConfig
 
 FLOP_TOLERANCE = 0.01  # of the pure model's activated FLOPs
@@ -42,14 +45,15 @@ def split_budget(
     """Gives 1 - rho of the inactive experts of `base` to a memory shaped like `engram` (its rows are solved for).
 
     `widen` False keeps `base` as it is, to see what the projections cost. ValueError when rho is outside [0, 1], `base`
-    has no experts, or the projections cost more than the experts given up.
+    has no experts, or the projections cost more than the experts given up. Where no expert can be given up, the rho
+    reached is 1 and the memory arm is `base`.
     """
     if base.moe is None:
         raise ValueError("base: got a model without experts, expected moe to be on")
     if not 0.0 <= rho <= 1.0:
         raise ValueError(f"rho: got {rho}, expected 0..1, the share of inactive experts that stay experts")
     moe = replace(base, engram=None)
-    kept = base.moe.active + round(rho * (base.moe.routed - base.moe.active))
+    kept = _kept_experts(base.moe, rho)
     reached = (kept - base.moe.active) / max(1, base.moe.routed - base.moe.active)
     if kept == base.moe.routed:
         arm = Arm("moe", moe, costs(moe, context))
@@ -62,6 +66,16 @@ def split_budget(
     pure = Arm("moe", moe, costs(moe, context))
     config = replace(empty, engram=_solve_rows(pure.costs, empty, template, context))
     return Plan(reached, pure, Arm("engram", config, costs(config, context)), _dense(pure, context))
+
+
+def _kept_experts(moe: MoEConfig, rho: float) -> int:
+    router, step = moe.router, math.lcm(moe.router.groups, moe.balance.devices)
+    size = math.ceil(moe.active / router.groups_kept)  # least experts a group
+    if router.groups_kept < router.groups and router.group_score == "top2":
+        size = max(2, size)
+    least = math.ceil(router.groups * size / step) * step
+    wanted = moe.active + round(rho * (moe.routed - moe.active))
+    return min(moe.routed, max(least, step * round(wanted / step)))
 
 
 def default_memory(base: ModelConfig) -> EngramConfig:
@@ -84,8 +98,10 @@ def _widened(moe: ModelConfig, wanted: Costs, context: int) -> ModelConfig:
     if missing <= FLOP_TOLERANCE * have:
         return moe
     blocks = sum(moe.has_experts(i) for i in range(moe.layers))
-    more = round(missing / (2 * 3 * moe.dim * blocks))
-    return replace(moe, moe=replace(moe.moe, shared_width=moe.moe.shared_hidden + more))
+    more = round(missing / (2 * 3 * moe.dim * blocks)) if blocks else 0
+    if not more:
+        return moe
+    return replace(moe, moe=replace(moe.moe, shared=max(1, moe.moe.shared), shared_width=moe.moe.shared_hidden + more))
 
 
 def _solve_rows(target: Costs, empty: ModelConfig, template: EngramConfig, context: int) -> EngramConfig:

@@ -4,9 +4,9 @@ A run whose folder already holds the finished model of the same config is not ru
 where it stopped. Each process has its share of the cores, and its output goes to `log.txt` in its folder.
 """
 
+import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +19,7 @@ from rich.live import Live
 from rich.table import Table
 
 from rorqual import config as configs
+from rorqual import runtime
 from rorqual.train.trainer import Stopped, TrainConfig, finished, train
 
 POLL = 0.5  # seconds between two looks at the metrics
@@ -69,7 +70,7 @@ def run(jobs: Sequence[Job], *, workers: int | None = None, console: Console | N
     Ctrl-C stops the processes, which save first; the next call goes on.
     """
     console = console or Console(stderr=True)
-    workers = max(1, min(workers or os.cpu_count() or 1, len(jobs)))
+    workers = max(1, min(workers or runtime.cores(), len(jobs)))
     waiting = [job for job in jobs if not job.finished()]
     running: dict[Job, subprocess.Popen] = {}
     screen = Live(console=console, refresh_per_second=2, transient=False) if console.is_terminal else None
@@ -80,7 +81,7 @@ def run(jobs: Sequence[Job], *, workers: int | None = None, console: Console | N
         while waiting or running:
             while waiting and len(running) < workers:
                 job = waiting.pop(0)
-                running[job] = _start(job, max(1, (os.cpu_count() or 1) // workers))
+                running[job] = _start(job, max(1, runtime.cores() // workers))
             time.sleep(POLL)
             if screen is not None:
                 screen.update(_table(jobs))
@@ -101,15 +102,29 @@ def run(jobs: Sequence[Job], *, workers: int | None = None, console: Console | N
 
 
 def _start(job: Job, threads: int) -> subprocess.Popen:
-    if job.folder.exists() and not job.begun():
-        shutil.rmtree(job.folder)
-    job.folder.mkdir(parents=True, exist_ok=True)
+    make_room(job)
     wanted = job.folder / "wanted.json"
     configs.save(job.config, wanted)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "rorqual.experiments.runs", str(wanted)]
     with (job.folder / "log.txt").open("ab") as log:
         return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+
+def make_room(job: Job) -> None:
+    """An empty folder, or the job's own to go on in. Another run there is moved aside, to NAME.before-1 and so on.
+
+    ValueError for a folder that is not empty and holds no run: it is somebody's.
+    """
+    folder = job.folder
+    if folder.is_dir() and any(folder.iterdir()) and not job.begun():
+        if not (folder / "train.json").is_file() and not (folder / "wanted.json").is_file():
+            raise ValueError(
+                f"{folder}: got a folder with other files, expected none or a run; choose another --folder"
+            )
+        names = (folder.with_name(f"{folder.name}.before-{n}") for n in itertools.count(1))
+        folder.rename(next(name for name in names if not name.exists()))
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _check(job: Job, process: subprocess.Popen) -> None:

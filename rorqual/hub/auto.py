@@ -167,11 +167,11 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
-        """As transformers' own; what Engram addresses with is then taken from the loaded map, and checked.
+        """As transformers' own, from safetensors only; what Engram addresses with is taken from the map, and checked.
 
         ValueError where the checkpoint's multipliers, primes or map are not those of its config.
         """
-        loaded = super().from_pretrained(*args, **options)
+        loaded = super().from_pretrained(*args, **{**options, "use_safetensors": True})
         face = loaded[0] if isinstance(loaded, tuple) else loaded
         addresses = face.model.addresses
         if addresses is not None:

@@ -18,75 +18,117 @@ from rorqual.layers.router import RouterConfig
 from rorqual.model import ModelConfig
 
 KINDS = ("deepseek_v2", "deepseek_v3")
-REQUIRED = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "q_lora_rank",
-    "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+WHOLE = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "kv_lora_rank",
+    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip
+REQUIRED = (*WHOLE, "q_lora_rank")
 REQUIRED_WITH_EXPERTS = ("moe_intermediate_size", "num_experts_per_tok")
+DEFAULTS: dict[str, dict[str, Any]] = {  # transformers' DeepseekV2Config and DeepseekV3Config
+    "deepseek_v2": {
+        "n_routed_experts": 64, "n_shared_experts": 2, "first_k_dense_replace": 0, "n_group": None, "topk_group": None,
+        "topk_method": "greedy", "routed_scaling_factor": 1.0, "max_position_embeddings": 2048,
+    },
+    "deepseek_v3": {
+        "n_routed_experts": 256, "n_shared_experts": 1, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4,
+        "norm_topk_prob": True, "routed_scaling_factor": 2.5, "max_position_embeddings": 4096, "rope_interleave": True,
+    },
+}  # fmt: skip
+DEFAULTS_OF_BOTH = {
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+}
+ALIASES = {"deepseek_v2": {"num_experts": "n_routed_experts"}, "deepseek_v3": {"num_local_experts": "n_routed_experts"}}
 ONLY: dict[str, tuple[Any, ...]] = {  # None stands for absent, too
     "hidden_act": ("silu", None),
     "attention_bias": (False, None),
+    "attention_dropout": (0.0, None),
     "mlp_bias": (False, None),
     "moe_layer_freq": (1, None),
     "ep_size": (1, None),
+    "partial_rotary_factor": (1.0, None),
+    "mlp_layer_types": (None,),
+    "mlp_only_layers": ([], None),
+    "decoder_sparse_step": (1, None),
+    "sliding_window": (None,),
+    "use_qk_norm": (False, None),
+    "index_topk": (None,),
 }
 ONLY_OF: dict[str, dict[str, tuple[Any, ...]]] = {
     "deepseek_v2": {
         "scoring_func": ("softmax", None),
         "topk_method": ("greedy", "group_limited_greedy", None),
-        "norm_topk_prob": (False, None),
     },
     "deepseek_v3": {"scoring_func": ("sigmoid", None), "topk_method": ("noaux_tc", None)},
 }
+ROPE_KEYS = {
+    "rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
+    "mscale_all_dim", "attention_factor", "truncate", "partial_rotary_factor",
+}  # fmt: skip
 
 
 def config_of(description: Mapping[str, Any], mtp_depth: int = 0) -> ModelConfig:
     """The ModelConfig of a published config.json; `mtp_depth` is how many MTP blocks the folder really holds.
 
-    ValueError for another architecture, absent keys, or values that this architecture does not know.
+    What it leaves out is as transformers has it; what transformers reads past (V2's norm_topk_prob and rope_interleave)
+    is read past. ValueError for another architecture, absent sizes, or values that this architecture does not know.
     """
     kind = description.get("model_type")
     if kind not in KINDS:
         raise ValueError(f"model_type: got {kind!r}, expected {' or '.join(KINDS)}")
-    has_experts = description.get("n_routed_experts") is not None and description.get(
-        "first_k_dense_replace", _first_dense(kind)
-    ) < description.get("num_hidden_layers", 0)
+    said = {ALIASES[kind].get(key, key): value for key, value in description.items()}
+    d = DEFAULTS_OF_BOTH | DEFAULTS[kind] | said
+    has_experts = d["n_routed_experts"] is not None and (
+        "num_hidden_layers" not in d or _whole(d, "first_k_dense_replace") < _whole(d, "num_hidden_layers")
+    )
     needed = REQUIRED + (REQUIRED_WITH_EXPERTS if has_experts else ())
-    if lacking := [key for key in needed if key not in description]:
+    if lacking := [key for key in needed if key not in d]:
         raise ValueError(f"config.json: no {', '.join(lacking)}")
-    _refuse_unknown(description, kind)
-    d = description
+    size = {key: _whole(d, key) for key in WHOLE}
+    _refuse_unknown(d, kind)
     return ModelConfig(
-        vocabulary=d["vocab_size"],
-        dim=d["hidden_size"],
-        layers=d["num_hidden_layers"],
-        dense_width=d["intermediate_size"],
+        vocabulary=size["vocab_size"],
+        dim=size["hidden_size"],
+        layers=size["num_hidden_layers"],
+        dense_width=size["intermediate_size"],
         mla=MLAConfig(
-            heads=d["num_attention_heads"],
-            q_lora_rank=d["q_lora_rank"],
-            kv_lora_rank=d["kv_lora_rank"],
-            nope_dim=d["qk_nope_head_dim"],
-            rope_dim=d["qk_rope_head_dim"],
-            value_dim=d["v_head_dim"],
+            heads=size["num_attention_heads"],
+            q_lora_rank=None if d["q_lora_rank"] is None else _whole(d, "q_lora_rank"),
+            kv_lora_rank=size["kv_lora_rank"],
+            nope_dim=size["qk_nope_head_dim"],
+            rope_dim=size["qk_rope_head_dim"],
+            value_dim=size["v_head_dim"],
         ),
-        rope=_rope_of(d),
+        rope=_rope_of(d, interleaved=kind == "deepseek_v2" or bool(d["rope_interleave"])),
         moe=_moe_of(d, kind) if has_experts else None,
         mtp=MTPConfig(depth=mtp_depth) if mtp_depth else None,
-        tied=bool(d.get("tie_word_embeddings", False)),
-        eps=float(d.get("rms_norm_eps", 1e-6)),
-        init_std=float(d.get("initializer_range", 0.02)),
+        tied=bool(d["tie_word_embeddings"]),
+        eps=_number(d, "rms_norm_eps"),
+        init_std=_number(d, "initializer_range"),
     )
 
 
-def _first_dense(kind: str) -> int:
-    """transformers' default where a config.json does not say how many dense blocks come first."""
-    return 3 if kind == "deepseek_v3" else 0
+def _number(fields: Mapping[str, Any], key: str, within: str = "") -> float:
+    value = fields.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"config.json: {within}{key}: got {value!r}, expected a number")
+    return float(value)
+
+
+def _whole(fields: Mapping[str, Any], key: str, within: str = "") -> int:
+    value = fields.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+        raise ValueError(f"config.json: {within}{key}: got {value!r}, expected a whole number")
+    return int(value)
 
 
 def _refuse_unknown(description: Mapping[str, Any], kind: str) -> None:
     for key, allowed in {**ONLY, **ONLY_OF[kind]}.items():
         if (value := description.get(key)) not in allowed:
-            raise ValueError(f"{key}: got {value!r}, expected {' or '.join(str(x) for x in allowed if x is not None)}")
+            expected = " or ".join(str(x) for x in allowed if x is not None) or "none"
+            raise ValueError(f"config.json: {key}: got {value!r}, expected {expected}")
     heads, keys = description["num_attention_heads"], description.get("num_key_value_heads")
     if keys not in (None, heads):
         raise ValueError(f"num_key_value_heads: got {keys}, expected the {heads} of num_attention_heads, or none")
@@ -95,64 +137,87 @@ def _refuse_unknown(description: Mapping[str, Any], kind: str) -> None:
         raise ValueError(f"quantization_config.quant_method: got {method!r}, expected 'fp8' or none")
 
 
-def _rope_of(description: Mapping[str, Any]) -> RopeConfig:
-    """rope_parameters (transformers 5), or rope_theta with rope_scaling (as released)."""
-    said = description.get("rope_parameters") or description.get("rope_scaling") or {}
-    base = float(said.get("rope_theta", description.get("rope_theta", 10000.0)))
-    interleaved = description.get("rope_interleave", True) is not False
+def _rope_of(description: Mapping[str, Any], interleaved: bool) -> RopeConfig:
+    """rope_theta with rope_scaling (as released), or rope_parameters (transformers 5); of both, the first."""
+    key = "rope_scaling" if description.get("rope_scaling") else "rope_parameters"
+    said = description.get(key) or {}
+    if not isinstance(said, Mapping):
+        raise ValueError(f"config.json: {key}: got {said!r}, expected fields such as rope_theta, or none")
+    if unknown := sorted(said.keys() - ROPE_KEYS):
+        raise ValueError(f"config.json: {key}: got {', '.join(unknown)}, expected {', '.join(sorted(ROPE_KEYS))}")
+    if said.get("partial_rotary_factor") not in (1.0, None):
+        raise ValueError(f"config.json: {key}.partial_rotary_factor: got {said['partial_rotary_factor']}, expected 1.0")
+    base = _number({"rope_theta": description["rope_theta"], **said}, "rope_theta")
     kind = said.get("rope_type", said.get("type", "default"))
-    if kind == "default":
-        return RopeConfig(base=base, interleaved=interleaved)
-    if kind != "yarn":
-        raise ValueError(f"rope_scaling.type: got {kind!r}, expected 'yarn' or 'default'")
-    if said.get("attention_factor") is not None or said.get("truncate", True) is not True:
-        raise ValueError("rope_scaling: got attention_factor or truncate, expected mscale and mscale_all_dim only")
-    mscale, all_dim = said.get("mscale") or 0, said.get("mscale_all_dim") or 0
-    if all_dim and not mscale:
-        raise ValueError(f"rope_scaling: got mscale_all_dim {all_dim} without mscale, expected both or neither")
-    length = said.get("original_max_position_embeddings") or description.get("max_position_embeddings")
-    if length is None:
-        raise ValueError("rope_scaling: no original_max_position_embeddings")
-    yarn = YarnConfig(
-        factor=float(said["factor"]),
-        original_length=int(length),
-        beta_fast=float(said.get("beta_fast") or 32),
-        beta_slow=float(said.get("beta_slow") or 1),
-        mscale=float(mscale if all_dim else 1),  # alone, mscale counts for nothing in transformers
-        mscale_all_dim=float(all_dim),
-    )
+    if kind not in ("default", "yarn"):
+        raise ValueError(f"config.json: {key}.type: got {kind!r}, expected 'yarn' or 'default'")
+    yarn = _yarn_of(description, said, f"{key}.") if kind == "yarn" else None
     return RopeConfig(base=base, interleaved=interleaved, yarn=yarn)
+
+
+def _yarn_of(description: Mapping[str, Any], said: Mapping[str, Any], within: str) -> YarnConfig:
+    if said.get("attention_factor") is not None or said.get("truncate", True) is not True:
+        raise ValueError(f"{within[:-1]}: got attention_factor or truncate, expected mscale and mscale_all_dim only")
+    given = {key: value for key, value in said.items() if value}  # transformers reads past 0 and null
+    if "mscale_all_dim" in given and "mscale" not in given:
+        raise ValueError(f"{within[:-1]}: got mscale_all_dim {said['mscale_all_dim']} without mscale, expected both")
+    both = "mscale_all_dim" in given  # alone, mscale counts for nothing in transformers
+    length = "original_max_position_embeddings"
+    lengths = {length: description["max_position_embeddings"]} | given
+    if description.get(length) is not None:  # beside the rope fields it outranks them
+        lengths[length] = description[length]
+    return YarnConfig(
+        factor=_number(said, "factor", within),
+        original_length=_whole(lengths, length, within),
+        beta_fast=_number({"beta_fast": 32} | given, "beta_fast", within),
+        beta_slow=_number({"beta_slow": 1} | given, "beta_slow", within),
+        mscale=_number(given, "mscale", within) if both else 1.0,
+        mscale_all_dim=_number(given, "mscale_all_dim", within) if both else 0.0,
+    )
 
 
 def _moe_of(description: Mapping[str, Any], kind: str) -> MoEConfig:
     d = description
-    groups, kept, scale = d.get("n_group") or 1, d.get("topk_group") or 1, float(d.get("routed_scaling_factor") or 1)
-    if kind == "deepseek_v3":
-        renormalise = d.get("norm_topk_prob", True) is not False
-        router = RouterConfig(score="sigmoid", groups=groups, groups_kept=kept, renormalise=renormalise, scale=scale)
-        balance = BalanceConfig()
-    else:
-        if d.get("topk_method", "greedy") != "group_limited_greedy":
-            groups = kept = 1
-        router = RouterConfig(
-            score="softmax",
-            groups=groups,
-            groups_kept=kept,
-            group_score="max",
-            renormalise=False,
-            scale=scale,
-            bias=False,
-        )
-        balance = BalanceConfig(bias_rate=0.0, sequence=0.0, expert=float(d.get("aux_loss_alpha") or 0.001))
+    shared = d["n_shared_experts"]
+    sigmoid = kind == "deepseek_v3"
+    router, balance = (_sigmoid_router(d), BalanceConfig()) if sigmoid else (_softmax_router(d), _v2_balance(d))
     return MoEConfig(
-        routed=d["n_routed_experts"],
-        active=d["num_experts_per_tok"],
-        shared=d.get("n_shared_experts") or 0,
-        width=d["moe_intermediate_size"],
-        first_dense=d.get("first_k_dense_replace", _first_dense(kind)),
+        routed=_whole(d, "n_routed_experts"),
+        active=_whole(d, "num_experts_per_tok"),
+        shared=0 if shared is None else _whole(d, "n_shared_experts"),
+        width=_whole(d, "moe_intermediate_size"),
+        first_dense=_whole(d, "first_k_dense_replace"),
         router=router,
         balance=balance,
     )
+
+
+def _sigmoid_router(d: Mapping[str, Any]) -> RouterConfig:
+    return RouterConfig(
+        score="sigmoid",
+        groups=_whole(d, "n_group"),
+        groups_kept=_whole(d, "topk_group"),
+        renormalise=bool(d["norm_topk_prob"]),
+        scale=_number(d, "routed_scaling_factor"),
+    )
+
+
+def _softmax_router(d: Mapping[str, Any]) -> RouterConfig:
+    limited = d["topk_method"] == "group_limited_greedy"
+    return RouterConfig(
+        score="softmax",
+        groups=_whole(d, "n_group") if limited else 1,
+        groups_kept=_whole(d, "topk_group") if limited else 1,
+        group_score="max",
+        renormalise=False,
+        scale=_number(d, "routed_scaling_factor"),
+        bias=False,
+    )
+
+
+def _v2_balance(d: Mapping[str, Any]) -> BalanceConfig:
+    alpha = 0.001 if d.get("aux_loss_alpha") is None else _number(d, "aux_loss_alpha")
+    return BalanceConfig(bias_rate=0.0, sequence=0.0, expert=alpha)
 
 
 def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Engine:
         if rows < 1 or context < 2:
             raise ValueError(f"got rows={rows} and context={context}, expected at least 1 row of 2 tokens")
         self.model, self.rows, self.context, self.end_id, self.pad_id = model, rows, context, end_id, pad_id
-        self.vocabulary = vocabulary or model.config.vocabulary
+        self.vocabulary = min(vocabulary or model.config.vocabulary, model.config.vocabulary)
         self.running: list[Request] = []
         self._waiting: deque[Request] = deque()
         self._lock = threading.Lock()
@@ -68,10 +68,10 @@ class Engine:
     ) -> Request:
         """Put a prompt in the queue; `row` tells equal seeds apart, as `Sampling.generator` does.
 
-        ValueError where it is empty, too long, or holds ids the model has not.
+        ValueError where it is empty, too long, or holds ids that the model or its tokenizer has not.
         """
-        if not prompt or not all(0 <= token < self.model.config.vocabulary for token in prompt):
-            raise ValueError(f"prompt: expected at least one id, each from 0 to {self.model.config.vocabulary - 1}")
+        if not prompt or not all(0 <= token < self.vocabulary for token in prompt):
+            raise ValueError(f"prompt: expected at least one id, each from 0 to {self.vocabulary - 1}")
         if max_new_tokens < 1 or len(prompt) + max_new_tokens > self.context:
             raise ValueError(
                 f"got a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens}, "

@@ -3,10 +3,14 @@
 text -> ids -> decoding.decode or decoding.speculate -> ids -> TextStream -> text that never splits a character
 """
 
+import difflib
 import json
+import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -85,6 +89,7 @@ class Run:
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer | None, folder: Path | None = None) -> None:
         self.model, self._tokenizer, self.folder = model.eval(), tokenizer, folder
+        self._one_at_a_time = threading.Lock()  # a fast tokenizer refuses a second thread while it is set up
 
     @property
     def config(self) -> ModelConfig:
@@ -117,13 +122,18 @@ class Run:
         """
         if self.folder is None or not chat_template(self.folder):
             raise ValueError(f"{self.folder or 'this run'} has no chat template: ask for a completion instead")
-        from transformers import AutoTokenizer
-
-        fast = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         try:
-            return list(fast.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+            with self._one_at_a_time:
+                return list(self._chatty.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         except Exception as error:  # jinja raises what the template's author wrote
             raise ValueError(f"messages: the chat template refuses them: {error}") from error
+
+    @cached_property
+    def _chatty(self) -> Any:
+        """The tokenizer as transformers reads it, with its template."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
 
     def complete(
         self,
@@ -257,7 +267,10 @@ def load(where: str | Path, *, device: str = "auto", dtype: str | None = None) -
 
 
 def find(where: str | Path) -> Path:
-    """The folder that holds the model: a local one, or a snapshot of a hub id's safetensors and JSON."""
+    """The folder that holds the model: a local one, or a snapshot of a hub id's safetensors and JSON.
+
+    `owner/name` is a hub id where no `owner` is here; anything else that is missing is a mistake in a path.
+    """
     folder = Path(where).expanduser()
     if (folder / "config.json").is_file():
         return folder
@@ -267,9 +280,26 @@ def find(where: str | Path) -> Path:
         raise FileNotFoundError(f"{where} holds no config.json: {mend}")
     if folder.exists():
         raise ValueError(f"{where} is a file, expected the folder it lies in, with config.json and model.safetensors")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(where)):
-        raise FileNotFoundError(f"no folder {where}: expected a run folder (make one with `rorqual train`) or a hub id")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(where)) or Path(folder.parts[0]).exists():
+        guess = f"did you mean {' or '.join(map(str, found))}?" if (found := near(folder)) else ""
+        mend = guess or "expected a run folder (make one with `rorqual train`) or a hub id"
+        raise FileNotFoundError(f"no folder {where}: {mend}")
     return snapshot(str(where))
+
+
+def near(folder: Path) -> list[Path]:
+    """Folders that are there and called almost so, every part of the path mended in its turn; three at most."""
+    found = [Path(folder.anchor)]
+    for part in folder.relative_to(folder.anchor).parts:
+        mended: list[Path] = []
+        for parent in found:
+            exact = (parent / part).is_dir()
+            readable = not exact and os.access(parent, os.R_OK | os.X_OK)
+            names = [path.name for path in parent.iterdir() if path.is_dir()] if readable else []
+            close = [part] if exact else difflib.get_close_matches(part, names, 3)
+            mended += [parent / name for name in close]
+        found = mended[:3]
+    return found
 
 
 def snapshot(name: str) -> Path:

@@ -19,6 +19,7 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as Http
@@ -196,10 +197,12 @@ def application(service: Service, *, hosts: Sequence[str] = LOCAL) -> Starlette:
 async def _answer(service: Service, http: Http, *, chat: bool) -> Response:
     try:
         ask = parse(await _body(http), chat=chat)
-        prompts = service.prompts(ask)
+        prompts = await run_in_threadpool(service.prompts, ask)  # it may load a template and tokenise megabytes
         taken = service.submit(ask, prompts)
     except ValueError as error:
         return _error(400, str(error))
+    except RecursionError:  # json reads by recursion, and so do the messages about what it read
+        return _error(400, "body: got lists or objects too deep in one another, expected a request")
     words = Words(service.name, chat, sum(map(len, prompts)))
     if ask.stream:
         return StreamingResponse(_events(service, ask, taken, words), media_type="text/event-stream")

@@ -154,7 +154,7 @@ def coalesce(gradient: Tensor) -> Tensor:
         return gradient
     index, order = gradient._indices()[0].sort(stable=True)
     distinct, counts = torch.unique_consecutive(index, return_counts=True)
-    # a bag a row reads and adds in one pass; adding slice by slice (index_add) took 5 times as long
+    # a bag a row reads and adds in one pass; index_add adds slice by slice
     summed = F.embedding_bag(order, gradient._values(), counts.cumsum(0) - counts, mode="sum")
     return torch.sparse_coo_tensor(distinct[None], summed, gradient.shape, is_coalesced=True, check_invariants=False)
 

@@ -23,14 +23,18 @@ import torch
 
 from rorqual import checkpoint, parallel, runtime
 from rorqual import config as configs
-from rorqual.data.corpus import open_corpus, split
+from rorqual.data.corpus import open_corpus
 from rorqual.data.stream import Stream, TokenFolder, tokenise, validation_batches
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.data.tokenizer import train as train_tokenizer
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.train.optim import OptimConfig, Optimizer
 
-FIXED = ("model", "optim", "data", "rows", "length", "micro_rows", "seed", "dtype")  # others may change on resuming
+FIXED = (  # others may change on resuming
+    *("model", "optim", "data", "rows", "length", "micro_rows", "seed", "dtype"),
+    *("bias_rest", "mtp_late"),
+)
+SMALLEST = 257  # ids of a vocabulary that can write any text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,8 +51,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 2:
             raise ValueError(f"limit: got {self.limit}, expected at least 2 documents, one of them to validate on")
-        if self.vocabulary is not None and self.vocabulary < 257:
-            raise ValueError(f"vocabulary: got {self.vocabulary}, expected at least 257: the bytes and the end")
+        if self.vocabulary is not None and self.vocabulary < SMALLEST:
+            least = f"expected at least {SMALLEST}: the bytes and the end"
+            raise ValueError(f"vocabulary: got {self.vocabulary}, {least}; try --data.vocabulary 4096")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +126,7 @@ def prepare(data: DataConfig, *, progress: Callable[[int], None] | None = None) 
         key = hashlib.blake2b(f"{corpus.fingerprint} {vocabulary}".encode(), digest_size=10).hexdigest()
         folder = cache / "tokenizers" / key
         if not (folder / "tokenizer_config.json").is_file():  # which `save` writes last
-            texts = (text for text in corpus.documents() if split(text) == "train")
+            texts = (text for side, text in corpus.sided() if side == "train")
             train_tokenizer(texts, vocabulary).save(folder)
         tokenizer = Tokenizer.load(folder)
     return Prepared(tokenizer, tokenise(corpus, tokenizer, cache / "tokens", progress=progress))
@@ -215,14 +220,16 @@ def _held_out(config: TrainConfig, data: Prepared) -> Iterator[dict[str, torch.T
 
 def _prepared(config: TrainConfig) -> Prepared:
     """Rank 0 first, so that the others find it in the cache."""
-    data = (
-        config.data if config.data.vocabulary else configs.replace(config.data, "vocabulary", config.model.vocabulary)
-    )
+    data, room = config.data, config.model.vocabulary
+    if data.tokenizer is None and data.vocabulary is None:
+        if room < SMALLEST:
+            least = f"expected at least {SMALLEST} to write text in: the bytes and the end"
+            raise ValueError(f"model.vocabulary: got {room}, {least}; try --model.vocabulary 4096")
+        data = configs.replace(data, "vocabulary", room)
     found = parallel.first(lambda: prepare(data))
-    if found.vocabulary > config.model.vocabulary:
-        raise ValueError(
-            f"model.vocabulary: got {config.model.vocabulary}, expected at least the tokenizer's {found.vocabulary}"
-        )
+    if found.vocabulary > room:
+        wanted = f"expected at least the tokenizer's {found.vocabulary}"
+        raise ValueError(f"model.vocabulary: got {room}, {wanted}; try --model.vocabulary {found.vocabulary}")
     if config.rows % parallel.world():
         raise ValueError(f"rows: got {config.rows}, expected a multiple of the {parallel.world()} ranks")
     runtime.log(str(found))
@@ -230,10 +237,12 @@ def _prepared(config: TrainConfig) -> Prepared:
 
 
 def _model(config: TrainConfig, data: Prepared, device: torch.device) -> LanguageModel:
-    canonical = None
-    if config.model.engram is not None and config.model.engram.canonical:
+    shape, canonical = config.model, None
+    if shape.engram is not None and shape.engram.canonical:
         canonical = torch.from_numpy(data.tokenizer.canonical_map())
-    model = LanguageModel(config.model, canonical, seed=config.seed).to(device)
+    if shape.engram is not None:  # train.json keeps what was asked for, config.json says what it came to
+        shape = configs.replace(shape, "engram.pad_id", data.tokenizer.pad_id)
+    model = LanguageModel(shape, canonical, seed=config.seed).to(device)
     if parallel.world() > 1:
         parallel.shard(model, dtype=runtime.dtype(config.dtype))
     return model

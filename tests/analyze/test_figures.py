@@ -1,5 +1,9 @@
 """Figures hold the numbers they were given."""
 
+import io
+import re
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -38,3 +42,15 @@ def test_load_map_is_relative_to_uniform():
 def test_sweep_sorts_its_points():
     axes = figures.sweep({"validation": [(2.0, 1.0, 0.1), (1.0, 2.0, 0.1)]}, x="rho", y="loss", log=True).axes[0]
     assert axes.lines[0].get_xdata().tolist() == [1.0, 2.0] and axes.get_xscale() == "log"
+
+
+@pytest.mark.parametrize("words", [["$$", "$x_$", "a$^$"], ["中文", "词", "\U0001f40b"]], ids=["dollars", "no glyph"])
+def test_tokens_are_drawn_as_they_are(words):
+    buffer = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = figures.gate_map(Gates(words, (1,), torch.rand(1, 3, 1)), "costs $$ and $x_$")
+        with figures.style():
+            figure.savefig(buffer, format="svg")
+    drawn = re.findall(r">([^<>]+)</(?:text|tspan)>", buffer.getvalue())
+    assert [word for word in drawn if word in words] == words and "costs $$ and $x_$" in drawn

@@ -115,3 +115,12 @@ def test_similarity_of_a_model_with_itself(model):
     batches = [torch.randint(0, model.config.vocabulary, (4, 16)) for _ in range(2)]
     table = measures.similarity(model, model, batches)
     assert torch.allclose(table.diagonal(), torch.ones(3), atol=1e-4)
+
+
+def test_a_text_begins_as_a_document_does(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "begin_id", tokenizer.end_id + 5)
+    seen = []
+    handle = model.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    measures.gates(model, tokenizer, "the whale")
+    handle.remove()
+    assert seen[0][0].tolist() == [tokenizer.begin_id, *tokenizer.encode("the whale")]

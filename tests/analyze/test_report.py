@@ -2,13 +2,18 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
+from rorqual.analyze import report
 from rorqual.analyze.report import read_run, table, write_report
-from rorqual.checkpoint import save_model
+from rorqual.checkpoint import load_model, save_model
+from rorqual.costs import costs
+from rorqual.data.corpus import trained
+from rorqual.data.tokenizer import Tokenizer
 from rorqual.data.tokenizer import train as train_tokenizer
 from rorqual.layers.engram import EngramConfig
 from rorqual.model import LanguageModel
@@ -73,6 +78,28 @@ def test_a_reading_knows_its_run(runs):
     assert read_run(runs[0], texts=TEXTS).gates is None
 
 
+def test_costs_and_load_are_those_of_the_training(runs, tmp_path, monkeypatch):
+    notes = tmp_path / "notes.jsonl"
+    notes.write_text("".join(json.dumps({"body": f"the whale {n} swims in the sea"}) + "\n" for n in range(3)))
+    folders = []
+    for folder in runs:
+        folders.append(tmp_path / folder.name)
+        shutil.copytree(folder, folders[-1])
+        said = {"data": {"source": str(notes), "column": "body", "limit": None}, "length": 64}
+        (folders[-1] / "train.json").write_text(json.dumps(said))
+    drawn, draw = [], report._held_out
+    monkeypatch.setattr(report, "_held_out", lambda *given: drawn.append((given, draw(*given))) or drawn[-1][1])
+    write_report(folders, tmp_path / "report.html", sentence="the whale")
+    assert [given[:3] for given, _ in drawn] == [(str(notes), "body", None)], "once for both runs"
+    assert len(drawn[0][1]) == 1
+    assert read_run(folders[0], texts=TEXTS).costs == costs(read_run(folders[0], texts=TEXTS).config, 64)
+    notes.unlink()
+    monkeypatch.setattr(
+        report, "_held_out", lambda source, *_: draw(str(notes), "text", None, 1) if source != "wordnet" else ("a",)
+    )
+    assert report.sample(trained(folders[0])) == ("a",)
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a run folder"):
         write_report([tmp_path], tmp_path / "report.html")
@@ -82,3 +109,20 @@ def test_what_is_no_run_is_refused(tmp_path):
 
 def test_cells_are_escaped():
     assert "&lt;b&gt;" in table(["x"], [["<b>"]])
+
+
+def test_expert_load_begins_each_text_as_a_document(runs):
+    model, tokenizer = load_model(runs[0]), Tokenizer.load(runs[0])
+    tokenizer.begin_id = tokenizer.end_id + 5
+    taken = report._load(model, tokenizer, ["", ""]).by_token.sum((0, 1))
+    assert taken.nonzero().flatten().tolist() == [tokenizer.begin_id]
+
+
+def test_a_figure_is_shown_no_wider_than_it_was_drawn(runs, tmp_path):
+    from rorqual.analyze import figures
+    from rorqual.analyze.report import svg
+
+    drawing = svg(figures.curves([]))
+    assert 'style="--own: 540pt"' in drawing and 'height="' not in drawing.split(">")[1], "7.5 inches of 72 points"
+    page = write_report(runs[:1], tmp_path / "report.html", texts=TEXTS).read_text(encoding="utf-8")
+    assert "max-width: min(60rem, var(--own" in page

@@ -1,11 +1,14 @@
 """Commands that ask a trained model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from rorqual import evaluate
 from rorqual.cli.main import main
+from rorqual.data.corpus import open_corpus
 
 
 def test_generate_prints_the_text_and_what_follows(small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,6 +68,31 @@ def test_eval_scores_a_file(small_run: Path, tmp_path: Path, capsys: pytest.Capt
     assert score["documents"] >= 1
     assert main(words) == 0
     assert f"{score['nats_per_token']:.4f} nats a token" in capsys.readouterr().out
+
+
+def test_eval_is_on_the_text_kept_apart_from_training(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, notes = tmp_path / "run", tmp_path / "notes.jsonl"
+    shutil.copytree(small_run, run)
+    texts = [f"The whale number {n} sings below the sea." for n in range(12)]
+    notes.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    data = {"source": str(notes), "column": "body", "limit": 4}
+    (run / "train.json").write_text(json.dumps({"data": data, "length": 16}))
+    lengths = []
+    score = evaluate.score
+    monkeypatch.setattr(evaluate, "score", lambda *a, **given: lengths.append(given["length"]) or score(*a, **given))
+
+    def documents(*words: str) -> int:
+        assert main(["eval", str(run), "--json", *words]) == 0
+        return json.loads(capsys.readouterr().out)["documents"]
+
+    seen = sum(1 for _ in open_corpus(str(notes), column="body", limit=4).documents())
+    assert documents("--split", "all") == seen
+    assert documents("--split", "validation") + documents("--split", "train") == seen
+    assert documents("--data", str(notes), "--column", "body", "--length", "8") >= 1
+    assert lengths == [16, 16, 16, 8]
+    assert main(["eval", str(run), "--data", str(notes)]) == 1, "the run's column is its own data's"
 
 
 def test_serve_passes_its_options_on(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
 """Commands that make or weigh models."""
 
 import json
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -11,6 +13,7 @@ from rorqual.cli.main import main
 from rorqual.costs import costs
 from rorqual.model import ModelConfig
 from rorqual.presets import preset
+from rorqual.train.trainer import TrainConfig
 
 
 def test_params_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,6 +41,13 @@ def test_named_knows_presets_and_runs(small_run: Path) -> None:
     assert make.named(str(small_run)) == configs.load(ModelConfig, small_run / "config.json")
     with pytest.raises(ValueError, match="did you mean 'tiny'"):
         make.named("tinny")
+
+
+def test_plan_says_when_no_expert_is_given_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny", "--rho", "1.0"]) == 0
+    assert "No expert is given up" in capsys.readouterr().out
+    assert main(["plan", "tiny", "--rho", "0.6"]) == 0
+    assert "No expert" not in capsys.readouterr().out
 
 
 def test_plan_spends_one_budget(capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,6 +81,39 @@ def test_mistakes_are_a_line(words: list[str], code: int, said: str, capsys: pyt
     printed = capsys.readouterr().err
     assert said in printed
     assert len(printed.splitlines()) <= 2
+
+
+def test_a_moved_run_is_trained_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[TrainConfig] = []
+    monkeypatch.setattr("rorqual.train.trainer.train", lambda config, on_metrics: asked.append(config) or config.folder)
+    configs.save(TrainConfig(folder="runs/before", seed=3), tmp_path / "after" / "train.json")
+    assert main(["train", str(tmp_path / "after"), "--steps", "5"]) == 0
+    assert main(["train", str(tmp_path / "after"), "--folder", "elsewhere"]) == 0
+    assert asked == [
+        TrainConfig(folder=str(tmp_path / "after"), seed=3, steps=5), TrainConfig(folder="elsewhere", seed=3)
+    ]  # fmt: skip
+
+
+def test_train_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    said = capsys.readouterr().out.partition("examples:\n")[2]
+    for word in ("--data notes/", "goes on where it was stopped", "--model.engram none", "naming one of its fields"):
+        assert word in said
+    parts = re.search(r"A part that is off \((.*?)\)", said)
+    assert parts is not None
+    for name in parts[1].split(", "):
+        assert type(None) in get_args(ModelConfig.__annotations__[name])
+    asked: list[TrainConfig] = []
+    monkeypatch.setattr("rorqual.train.trainer.train", lambda config, on_metrics: asked.append(config) or config.folder)
+    lines = [line.split("     ")[0].split()[1:] for line in said.splitlines() if "  rorqual train" in line]
+    presets = [line for line in lines if line[1] == "tiny"]
+    assert len(presets) == 3
+    for line in presets:
+        assert main(line) == 0
+    assert asked[0].data.source == "notes/"
+    assert asked[1].model.mtp is not None
+    assert asked[1].model.hyper is not None
+    assert asked[2].model.engram is None
 
 
 def test_renamed() -> None:

@@ -88,6 +88,9 @@ def test_help_says_what_and_leaves(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "What it does." in said
     assert "how many" in said
+    with pytest.raises(SystemExit):
+        parse(Options(), ["--help"], "x", "examples: x --steps 3")
+    assert capsys.readouterr().out == said + "examples: x --steps 3\n"
 
 
 def test_split_first() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rorqual.data.corpus import VALIDATION, Corpus, open_corpus, place, split
+from rorqual.data.corpus import VALIDATION, Corpus, Trained, open_corpus, place, split, trained
 
 GOOD = "The rorqual swims in every ocean and sings below the ice."
 
@@ -255,3 +255,60 @@ def test_all_of_wordnet() -> None:
     assert len(documents) + corpus.skipped.total() == 117_659
     assert corpus.skipped == {"near-duplicate": 75}
     assert sum(split(text) == "validation" for text in documents) == 2360
+
+
+def records(folder: Path, texts: list[str], **options) -> Corpus:
+    path = folder / "records.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return open_corpus(str(path), near=None, **options)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 400).map(lambda i: f"text {i}"), unique=True, min_size=1))
+def test_both_sides_of_the_smallest_corpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+    """By `split`, unless that leaves a side empty: then the nearest alone validates."""
+    sided = list(records(tmp_path_factory.mktemp("few"), texts).sided())
+    assert [text for _, text in sided] == texts
+    plainly = [text for text in texts if split(text) == "validation"]
+    expected = plainly if 0 < len(plainly) < len(texts) else [min(texts, key=place)]
+    assert [text for side, text in sided if side == "validation"] == expected
+
+
+def paragraphs(name: str, count: int) -> str:
+    return "\n\n".join(f"{name} paragraph {i}. " + "word " * 20 for i in range(count))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_a_text_that_is_cut_stays_on_one_side(tmp_path: Path, kind: str) -> None:
+    texts = {f"book{i}": paragraphs(f"book{i}", 60) for i in range(30)}
+    if kind == "jsonl":
+        corpus = records(tmp_path, list(texts.values()), longest=1000)
+    else:
+        for name, text in texts.items():
+            (tmp_path / f"{name}.txt").write_text(text)
+        corpus = open_corpus(str(tmp_path), near=None, longest=1000)
+    sides: dict[str, set[str]] = {}
+    sided = list(corpus.sided())
+    for side, text in sided:
+        sides.setdefault(text.partition(" ")[0], set()).add(side)
+    assert len(sided) > 150
+    assert any(split(text) != side for side, text in sided), "pieces alone would lie on both sides"
+    assert {len(found) for found in sides.values()} == {1}
+    assert set.union(*sides.values()) == {"train", "validation"}
+
+
+def test_one_book_alone_has_both_sides(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(paragraphs("book", 60))
+    sided = list(open_corpus(str(tmp_path / "book.txt"), near=None, longest=1000).sided())
+    assert 1 <= sum(side == "validation" for side, _ in sided) < len(sided)
+
+
+def test_a_run_tells_its_text(tmp_path: Path) -> None:
+    assert trained(tmp_path) is None
+    (tmp_path / "train.json").write_text(
+        json.dumps({"data": {"source": "notes", "column": "body", "limit": 9}, "length": 64})
+    )
+    assert trained(tmp_path) == Trained(source="notes", column="body", limit=9, length=64)
+    (tmp_path / "train.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"train.json: got .* expected the config of a training"):
+        trained(tmp_path)

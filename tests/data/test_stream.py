@@ -329,12 +329,51 @@ def test_the_nearest_document_validates_where_none_would(tmp_path: Path, small: 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 400).map(lambda i: f"text {i}"), unique=True))
-def test_sides_lose_no_document(texts: list[str]) -> None:
-    sides = list(stream._sides(iter(texts)))
-    assert sorted(text for _, text in sides) == sorted(texts)
-    validated = [text for side, text in sides if side == "validation"]
-    expected = [text for text in texts if split(text) == "validation"] or sorted(texts, key=place)[:1]
-    assert validated == expected
+def test_ordering_keeps_every_document_on_its_side(texts: list[str]) -> None:
+    sided = [(split(text), text) for text in texts]
+    ordered = list(stream._ordered(iter(sided)))
+    assert sorted(ordered) == sorted(sided)
+
+
+BEGIN = 8
+
+
+def two_tokens(*documents: list[int]) -> Tokens:
+    """`tokens` for a tokenizer whose begin is not its end."""
+    side = tokens(*documents)
+    ids = side.ids.copy()
+    ids[side.starts[:-1]] = BEGIN
+    return Tokens(ids, side.starts, side.sizes, END, "digest")
+
+
+@pytest.mark.parametrize("length", [1, 3, 8])
+def test_a_document_ends_with_end_whichever_begins_next(length: int) -> None:
+    documents = [[100, 101, 102], [200], [], [300, 301]]
+    side = two_tokens(*documents)
+    expected = sorted((a, b) for ids in documents for a, b in zip([BEGIN, *ids], [*ids, END], strict=True))
+    read, labels, _ = endless(side, length, 1)
+    for epoch in range(2):
+        part = slice(epoch * len(side), (epoch + 1) * len(side))
+        assert sorted(zip(read[part], labels[part], strict=True)) == expected
+    batches = list(validation_batches(side, 2, length))
+    pairs = zip(flat(batches, "ids"), flat(batches, "labels"), strict=True)
+    assert sorted((a, b) for a, b in pairs if b != IGNORED) == expected
+
+
+def test_documents_are_stored_with_begin(tmp_path: Path) -> None:
+    trained = tokenizer.train(["the sea"] * 9, 270)
+    backend = type(trained.backend).from_str(trained.backend.to_str())
+    backend.add_special_tokens(["<begin>"])
+    both = Tokenizer(backend, trained.settings)
+    other = Tokenizer(backend, trained.settings | {"bos_token": "<begin>"})
+    assert other.begin_id != other.end_id == both.begin_id
+    found, plain = (tokenise(local(tmp_path / "text", list("abcd")), t, tmp_path / "tokens") for t in (other, both))
+    assert found.path != plain.path
+    for side in (found.train, found.validation):
+        assert set(side.ids[side.starts[:-1]].tolist()) == {other.begin_id}
+        labels = flat(list(validation_batches(side, 1, 4)), "labels")
+        assert labels.count(other.end_id) == side.documents
+        assert other.begin_id not in labels
 
 
 def test_too_small_a_corpus_is_an_error(tmp_path: Path, small: Tokenizer) -> None:

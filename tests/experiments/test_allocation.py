@@ -1,6 +1,7 @@
 """Sweeps compare what they say they compare, and claim no more than their seeds allow."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 
@@ -28,6 +29,14 @@ def test_allocation_keeps_the_budget():
     found = [costs(p.config, context=128) for p in places]
     assert max(c.total for c in found) / min(c.total for c in found) < 1.005
     assert max(c.flops_per_token for c in found) / min(c.flops_per_token for c in found) < 1.01
+
+
+def test_every_point_has_its_own_experts_and_its_own_name():
+    same = points(SweepConfig(rhos=(0.5, 0.8, 0.801, 1.0)), BASE)
+    assert [p.name for p in same] == ["rho-1.00", "rho-0.80", "rho-0.50"]
+    many = replace(BASE, moe=replace(BASE.moe, routed=600, active=2))
+    close = points(SweepConfig(rhos=(0.5, 0.7, 0.702, 0.704)), many)
+    assert len({p.name for p in close}) == len({p.config.moe.routed for p in close}) == len(close) == 5
 
 
 def test_slots_fix_the_backbone_and_layers_fix_the_budget():

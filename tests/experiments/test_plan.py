@@ -1,5 +1,6 @@
 """Budgets are equal to the last per cent, and the papers' own models come out."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rorqual.experiments.plan import FLOP_TOLERANCE, TOTAL_TOLERANCE, agreement, split_budget
+from rorqual.layers.router import RouterConfig
 from rorqual.presets import preset
 
 TINY = replace(preset("tiny"), engram=None)
@@ -32,6 +34,35 @@ def test_the_papers_models():
     assert plan.moe.config == preset("moe-27b"), "the projections stay within the tolerance: nothing is widened"
     total, flops = agreement(plan)
     assert abs(total) <= TOTAL_TOLERANCE and abs(flops) <= FLOP_TOLERANCE
+
+
+@pytest.mark.parametrize("rho", [0.3, 0.75])
+def test_without_a_shared_expert_one_is_made_to_widen(rho):
+    base = replace(TINY, moe=replace(TINY.moe, shared=0, shared_width=None))
+    plan = split_budget(base, rho, context=128)
+    assert plan.moe.config.moe.shared == 1 and plan.moe.config.moe.shared_width > 0
+    assert plan.engram.config.moe.shared == 0
+    total, flops = agreement(plan)
+    assert abs(total) <= TOTAL_TOLERANCE and abs(flops) <= FLOP_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2"])
+@pytest.mark.parametrize("rho", [0.0, 0.3, 0.743])
+def test_kept_experts_fill_groups_and_devices(name, rho):
+    base = preset(name)
+    moe = split_budget(base, rho).engram.config.moe  # MoEConfig itself refuses broken groups
+    step = math.lcm(moe.router.groups, moe.balance.devices)
+    wanted = moe.active + rho * (base.moe.routed - moe.active)
+    size = moe.routed // moe.router.groups
+    assert moe.routed % step == 0 and moe.router.groups_kept * size >= moe.active
+    assert abs(moe.routed - wanted) <= step / 2 + 0.5 or rho == 0
+
+
+def test_where_no_expert_can_be_given_up_the_rho_reached_is_one():
+    router = RouterConfig(groups=4, groups_kept=2, group_score="top2")
+    base = replace(TINY, moe=replace(TINY.moe, routed=8, active=4, router=router))
+    plan = split_budget(base, 0.0)
+    assert plan.rho == 1.0 and plan.engram.config == plan.moe.config == base
 
 
 def test_everything_kept_is_the_pure_model():

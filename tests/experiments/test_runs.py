@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from rorqual import config as configs
-from rorqual.experiments.runs import Job, last, main, records, run
+from rorqual.experiments.runs import Job, last, main, make_room, records, run
 from rorqual.train.trainer import TrainConfig
 
 
@@ -29,6 +29,20 @@ def test_begun_means_this_very_config(tmp_path):
     configs.save(job.config, tmp_path / "train.json")
     assert job.begun() and not job.finished()
     assert not _job(tmp_path, seed=1).begun()
+
+
+def test_nothing_is_lost_where_another_run_stands(tmp_path):
+    mine, other = _job(tmp_path / "run"), _job(tmp_path / "run", seed=1)
+    make_room(mine)
+    configs.save(mine.config, tmp_path / "run" / "train.json")
+    make_room(mine)
+    assert (tmp_path / "run" / "train.json").is_file(), "its own folder is gone on in"
+    make_room(other)
+    assert list((tmp_path / "run").iterdir()) == [] and (tmp_path / "run.before-1" / "train.json").is_file()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="choose another --folder"):
+        make_room(other)
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
 
 
 @pytest.mark.slow

@@ -146,6 +146,15 @@ def test_saved_and_loaded_whole(face, model, tokenizer, tmp_path):
     )
 
 
+def test_pickled_weights_are_not_opened(face, tmp_path):
+    face.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(face.state_dict(), tmp_path / "pytorch_model.bin")
+    for options in ({}, {"use_safetensors": False}):
+        with pytest.raises(OSError, match="safetensors"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+
+
 def test_half_precision_keeps_router_biases_whole(face, tmp_path):
     face.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)

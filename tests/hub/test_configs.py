@@ -1,8 +1,17 @@
+import copy
 from dataclasses import replace
 
 import pytest
-from transformers import DeepseekV2Config, DeepseekV3Config
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+)
 
+from rorqual.hub.checkpoints import load
 from rorqual.hub.configs import config_of, published
 from rorqual.layers.attention import GQAConfig, MLAConfig
 from rorqual.layers.basics import RopeConfig, YarnConfig
@@ -162,9 +171,89 @@ def test_absent_keys_are_named():
         config_of({key: V3[key] for key in V3 if key not in ("v_head_dim", "kv_lora_rank", "num_experts_per_tok")})
 
 
-def test_renormalised_softmax_is_refused():
-    with pytest.raises(ValueError, match="norm_topk_prob: got True"):
-        config_of(V2 | {"norm_topk_prob": True})
+def without(description: dict, *keys: str) -> dict:
+    return {key: value for key, value in description.items() if key not in keys}
+
+
+OPTIONAL = (
+    "n_routed_experts", "n_shared_experts", "first_k_dense_replace", "n_group", "topk_group", "topk_method",
+    "norm_topk_prob", "routed_scaling_factor", "scoring_func", "rms_norm_eps", "initializer_range", "rope_theta",
+    "tie_word_embeddings", "rope_scaling", "max_position_embeddings", "hidden_act", "num_key_value_heads",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("description", [V3, V2_LITE], ids=["v3", "v2"])
+@pytest.mark.parametrize("keys", [*((key,) for key in OPTIONAL), OPTIONAL], ids=lambda keys: keys[0] * (len(keys) == 1))
+def test_what_is_left_out_is_as_transformers_has_it(description, keys):
+    partial = without(description, *keys)
+    theirs = (DeepseekV3Config if description is V3 else DeepseekV2Config).from_dict(copy.deepcopy(partial))
+    assert config_of(partial) == config_of(theirs.to_dict() | {"aux_loss_alpha": None})
+
+
+def test_yarns_length_is_as_transformers_has_it():
+    scaling = without(YARN, "original_max_position_embeddings")
+    for description in (V3, V2, without(V2, "max_position_embeddings"), V3 | {"original_max_position_embeddings": 77}):
+        said = description | {"rope_scaling": scaling}
+        theirs = (DeepseekV3Config if said["model_type"] == "deepseek_v3" else DeepseekV2Config).from_dict(
+            copy.deepcopy(said)
+        )
+        theirs.standardize_rope_params()
+        expected = theirs.rope_parameters["original_max_position_embeddings"]
+        assert config_of(said).rope.yarn.original_length == expected
+
+
+NEW_STYLE = {"rope_type": "default", "rope_theta": 5.0}
+
+
+@pytest.mark.parametrize(
+    "said, base, stretched",
+    [
+        ({"rope_parameters": NEW_STYLE, "rope_theta": 7.0}, 5.0, False),
+        ({"rope_parameters": YARN | {"rope_theta": 5.0}}, 5.0, True),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 7.0}, 7.0, False),
+        ({"rope_parameters": NEW_STYLE, "rope_scaling": YARN}, 10000.0, True),
+        ({"rope_parameters": None, "rope_scaling": {}}, 10000.0, False),
+        ({"rope_parameters": NEW_STYLE | {"partial_rotary_factor": 1.0}}, 5.0, False),
+    ],
+)
+def test_both_ways_of_writing_rope_are_read_as_transformers_reads_them(said, base, stretched):
+    description = without(V3, "rope_scaling", "rope_theta") | said
+    theirs = DeepseekV3Config.from_dict(copy.deepcopy(description)).rope_parameters
+    assert (theirs["rope_theta"], theirs["rope_type"]) == (base, "yarn" if stretched else "default")
+    rope = config_of(description).rope
+    assert rope == RopeConfig(base=base, yarn=YarnConfig() if stretched else None)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"first_k_dense_replace": None}, "config.json: first_k_dense_replace: got None, expected a whole number"),
+        ({"num_hidden_layers": None}, "config.json: num_hidden_layers: got None"),
+        ({"hidden_size": "7168"}, "config.json: hidden_size: got '7168'"),
+        ({"num_experts_per_tok": None}, "config.json: num_experts_per_tok: got None"),
+        ({"n_group": None}, "config.json: n_group: got None"),
+        ({"routed_scaling_factor": None}, "config.json: routed_scaling_factor: got None, expected a number"),
+        ({"rms_norm_eps": None}, "config.json: rms_norm_eps: got None"),
+        ({"rope_theta": None}, "config.json: rope_theta: got None"),
+        ({"rope_scaling": without(YARN, "factor")}, "config.json: rope_scaling.factor: got None"),
+        ({"rope_scaling": YARN | {"factor": None}}, "config.json: rope_scaling.factor: got None"),
+        ({"rope_scaling": "yarn"}, "config.json: rope_scaling: got 'yarn'"),
+        ({"rope_scaling": YARN | {"short_factor": [1.0]}}, "config.json: rope_scaling: got short_factor"),
+        ({"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "rope_scaling.partial_rotary_factor: got 0.5"),
+        ({"partial_rotary_factor": 0.5}, "config.json: partial_rotary_factor: got 0.5, expected 1.0"),
+        ({"mlp_layer_types": ["dense", "sparse"]}, "config.json: mlp_layer_types: got .*, expected none"),
+        ({"attention_dropout": 0.1}, "config.json: attention_dropout: got 0.1"),
+    ],
+)
+def test_odd_values_are_refused_by_file_and_field(change, words):
+    with pytest.raises(ValueError, match=words):
+        config_of(V3 | change)
+
+
+def test_what_transformers_reads_past_is_read_past():
+    assert config_of(V2 | {"norm_topk_prob": True, "rope_interleave": False}) == config_of(V2)
+    assert config_of(without(V3, "n_routed_experts") | {"num_local_experts": 64}).moe.routed == 64
+    assert config_of(V2 | {"aux_loss_alpha": 0.0}).moe.balance.expert == 0.0
 
 
 @pytest.mark.parametrize(
@@ -186,3 +275,91 @@ def test_renormalised_softmax_is_refused():
 def test_what_the_format_cannot_hold_is_named(config, words):
     with pytest.raises(ValueError, match=words):
         published(config)
+
+
+# folders that transformers writes, loaded here, held against transformers' own numbers
+TINY = {
+    "vocab_size": 59, "hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 28, "moe_intermediate_size": 12,
+    "num_attention_heads": 4, "num_key_value_heads": None, "q_lora_rank": 10, "kv_lora_rank": 8, "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4, "v_head_dim": 5, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2,
+    "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "initializer_range": 0.3, "bos_token_id": None,
+    "eos_token_id": None, "max_position_embeddings": 64,
+}  # fmt: skip
+SHORT_YARN = {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 16, "mscale": 0.7}
+LIMITED = {"topk_method": "group_limited_greedy"}
+V3_FOLDERS = {
+    "as is": {},
+    "tied": {"tie_word_embeddings": True},
+    "one group": {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.7},
+    "experts everywhere, rope_scaling null": {"first_k_dense_replace": 0, "rope_scaling": None},
+    "no experts": {"first_k_dense_replace": 3},
+    "no q latent, weights as scored": {"q_lora_rank": None, "norm_topk_prob": False},
+    "null is false": {"norm_topk_prob": None, "rope_interleave": None},
+    "two groups": {"n_group": 2, "topk_group": 1, "n_routed_experts": 10, "rms_norm_eps": 1e-4},
+    "odd heads": {"num_attention_heads": 3, "qk_nope_head_dim": 7, "v_head_dim": 11, "qk_rope_head_dim": 10},
+    "yarn": {"rope_parameters": SHORT_YARN | {"mscale_all_dim": 0.4}},
+    "yarn, mscale alone": {"rope_parameters": SHORT_YARN | {"rope_theta": 500.0, "beta_fast": 8}},
+    "half-split rope": {"rope_interleave": False, "rope_theta": 300.0},
+}
+V2_FOLDERS = {
+    "as is": {},
+    "groups": LIMITED | {"routed_scaling_factor": 3.0},
+    "renormalised, it says": {"norm_topk_prob": True},
+    "tied, no q latent": {"tie_word_embeddings": True, "q_lora_rank": None},
+    "groups, experts everywhere, yarn": LIMITED
+    | {
+        "first_k_dense_replace": 0,
+        "n_group": 2,
+        "topk_group": 1,
+        "rope_parameters": SHORT_YARN | {"mscale_all_dim": 0.7},
+    },
+    "odd heads, half-split rope, it says": {"num_attention_heads": 3, "v_head_dim": 7, "rope_interleave": False},
+}
+CASES = [
+    pytest.param(kind, change, id=f"{kind}: {name}")
+    for kind, changes in (("v3", V3_FOLDERS), ("v2", V2_FOLDERS))
+    for name, change in changes.items()
+]
+
+
+def theirs_of(kind: str, change: dict) -> torch.nn.Module:
+    torch.manual_seed(3)
+    configs = {"v3": (DeepseekV3Config, DeepseekV3ForCausalLM), "v2": (DeepseekV2Config, DeepseekV2ForCausalLM)}
+    config, model = configs[kind]
+    theirs = model._from_config(config(**TINY | change), attn_implementation="eager").eval()
+    for name, buffer in theirs.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.uniform_(-0.5, 0.1)
+    for name, parameter in theirs.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return theirs
+
+
+@torch.no_grad()
+def agree(ours, theirs) -> None:
+    ids = torch.randint(0, 59, (2, 37))
+    expected = theirs(ids, labels=ids, output_hidden_states=True)
+    labels = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)
+    hidden = ours.norm(ours.hidden(ids)[0])
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(hidden, expected.hidden_states[-1], **close)
+    torch.testing.assert_close(ours(ids), expected.logits, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(ours.loss(ids, labels).next_token, expected.loss, **close)
+
+
+@pytest.mark.parametrize(("kind", "change"), CASES)
+def test_hidden_logits_and_loss_are_theirs(kind, change, tmp_path):
+    theirs = theirs_of(kind, change)
+    theirs.save_pretrained(tmp_path)
+    agree(load(tmp_path), theirs)
+
+
+@pytest.mark.parametrize("kind", ["v3", "v2"])
+def test_folders_in_bfloat16_and_in_shards(kind, tmp_path):
+    theirs_of(kind, {}).bfloat16().save_pretrained(tmp_path, max_shard_size="8KB")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    ours = load(tmp_path)
+    assert ours.embed.weight.dtype == torch.bfloat16
+    agree(load(tmp_path, dtype=torch.float32), theirs)

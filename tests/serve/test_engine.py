@@ -156,3 +156,15 @@ def test_join_of_a_cache_with_padding_keeps_positions():
         engine.step()
     for request, prompt in zip([*first, last], asked, strict=True):
         assert request.ids == alone(model, prompt, max_new_tokens=8)
+
+
+def test_ids_that_the_tokenizer_has_not_are_refused_alone(model):
+    engine = Engine(model, vocabulary=50)
+    good = engine.submit([3, 49], max_new_tokens=2)
+    for bad in ([50], [3, 60], [-1]):
+        with pytest.raises(ValueError, match="each from 0 to 49"):
+            engine.submit(bad, sampling=Sampling(repetition_penalty=1.2))
+    while not engine.idle:
+        engine.step()
+    assert len(good.ids) == 2
+    assert Engine(model, vocabulary=70).vocabulary == 61

@@ -13,6 +13,7 @@ from rorqual.data.tokenizer import train
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel, ModelConfig
+from rorqual.serve import generate
 from rorqual.serve.decoding import Tally
 from rorqual.serve.generate import Run, TextStream, load
 from rorqual.serve.sampling import GREEDY, Sampling
@@ -203,6 +204,18 @@ def test_load_says_what_is_missing_and_what_to_do(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"dimm": 3}), encoding="utf-8")
     with pytest.raises(ValueError):
         load(tmp_path)
+
+
+def test_a_mistyped_path_is_not_asked_of_the_hub(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "runs" / "demo")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generate, "snapshot", lambda name: pytest.fail(f"asked the hub for {name}"))
+    for path in ("runs/dmeo", "./runs/dmeo", "./rusn/demo", "runs/deno/", f"../{tmp_path.name}/runs/demoo"):
+        with pytest.raises(FileNotFoundError, match=r"no folder .*did you mean .*runs/demo\?"):
+            load(path)
+    for path in ("./a/b", "../a", "~/no-such-folder-here/b", "a/b/c", "plain", "runs/quite-other"):
+        with pytest.raises(FileNotFoundError, match=r"no folder .*expected a run folder"):
+            load(path)
 
 
 def test_a_hub_id_that_cannot_be_had_is_one_line():

@@ -1,5 +1,6 @@
 """The HTTP face: answers equal the run's own, streams equal wholes, errors are 400 with a sentence."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -164,7 +165,8 @@ def test_many_at_once_are_each_themselves(client, run):
         ({"prompt": "A", "tempreature": 1}, "did you mean temperature"),
         ({"prompt": "A", "max_tokens": 100}, "at most 64 tokens in all"),
         ({"prompt": "A " * 100}, "at most 64 tokens in all"),
-        ({"prompt": [9999]}, "each from 0 to 289"),
+        ({"prompt": [9999]}, "each from 0 to 279"),
+        ({"prompt": [285]}, "each from 0 to 279"),
         ({"prompt": "A", "top_p": 2}, "top_p: got 2"),
     ],
 )
@@ -180,6 +182,7 @@ def test_a_bad_request_is_told_what_is_wrong(client, body, said):
     [
         (b'{"prompt": "A"}', "text/plain", "got text/plain, expected application/json"),
         (b"{", "application/json; charset=utf-8", "body is not JSON"),
+        (b"[" * 100_000, "application/json", "too deep in one another"),
         (b" " * (9 * 2**20), "application/json", "expected a smaller request"),
     ],
 )
@@ -238,6 +241,28 @@ def test_a_chat_needs_a_template(client, folder, tmp_path):
         ]
         assert deltas[0] == {"role": "assistant", "content": ""}
         assert "".join(delta.get("content", "") for delta in deltas) == own.text
+
+
+def test_a_chat_template_is_read_once_and_not_by_the_thread_that_answers(folder, tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    chatty, read, loops = tmp_path / "chatty", AutoTokenizer.from_pretrained, []
+    shutil.copytree(folder, chatty)
+    (chatty / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+
+    def counted(*args, **options):
+        try:
+            loops.append(asyncio.get_running_loop())
+        except RuntimeError:
+            loops.append(None)
+        return read(*args, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", counted)
+    body = {"messages": [{"role": "user", "content": "A whale"}], "max_tokens": 2}
+    with serving(Service(load(chatty, device="cpu"), context=64)) as chat, ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: ask(chat, body, "/v1/chat/completions").status, range(6)))
+    assert answers == [200] * 6
+    assert loops == [None]
 
 
 def test_a_step_that_fails_takes_no_other_request_with_it(client, service, monkeypatch):

@@ -16,10 +16,12 @@ from rorqual import config as configs
 from rorqual.checkpoint import load_model, steps
 from rorqual.data.stream import validation_batches
 from rorqual.data.tokenizer import Tokenizer
+from rorqual.data.tokenizer import train as learn
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.router import RouterConfig
 from rorqual.model import ModelConfig
+from rorqual.train import trainer
 from rorqual.train.optim import OptimConfig
 from rorqual.train.record import validate
 from rorqual.train.trainer import DataConfig, Stopped, TrainConfig, finished, losses, prepare, train
@@ -132,6 +134,9 @@ def test_longer_is_allowed_and_other_is_not(config):
         train(replace(config, model=replace(MODEL, dim=24)))
     with pytest.raises(ValueError, match=r"optim\.lr"):
         train(replace(config, optim=replace(config.optim, lr=0.5)))
+    for name, value in (("bias_rest", 0.5), ("mtp_late", 0.1)):
+        with pytest.raises(ValueError, match=f"{name} differ"):
+            train(replace(config, **{name: value}))
     train(replace(config, steps=5, log_every=2, keep=1))
     assert [line["step"] for line in lines(folder) if "loss" in line] == [1, 2, 3, 4, 5]
 
@@ -148,6 +153,29 @@ def test_one_training_a_folder(config):
 def test_a_small_model_vocabulary_is_refused(config):
     with pytest.raises(ValueError, match=r"model\.vocabulary: got 280, expected at least the tokenizer's 300"):
         train(replace(config, model=replace(MODEL, vocabulary=280)))
+
+
+def test_a_vocabulary_below_the_bytes_says_what_to_type(config):
+    config = replace(config, model=replace(MODEL, vocabulary=100), data=replace(config.data, vocabulary=None))
+    with pytest.raises(
+        ValueError, match=r"model\.vocabulary: got 100, expected at least 257.*--model\.vocabulary 4096"
+    ):
+        train(config)
+
+
+def test_engram_stands_on_the_padding_of_the_tokenizer_it_is_given(config, tmp_path):
+    own = prepare(config.data).tokenizer
+    own.save(tmp_path / "foreign")
+    named = json.loads((tmp_path / "foreign" / "tokenizer_config.json").read_text()) | {"pad_token": own.token(40)}
+    (tmp_path / "foreign" / "tokenizer_config.json").write_text(json.dumps(named))
+    config = replace(config, data=replace(config.data, tokenizer=str(tmp_path / "foreign")), steps=2)
+    folder = train(config)
+    assert Tokenizer.load(tmp_path / "foreign").pad_id == 40
+    assert load_model(folder).config == configs.replace(MODEL, "engram.pad_id", 40)
+    assert configs.load(TrainConfig, folder / "train.json") == config
+    assert finished(config)
+    train(replace(config, steps=3))
+    assert len(losses(folder)) == 3
 
 
 def test_bfloat16_and_muon_train_too(config):
@@ -209,3 +237,14 @@ def test_killed_and_called_again_is_as_if_never_killed(config, tmp_path):
     folder = Path(config.folder)
     assert losses(folder) == losses(straight)
     assert (folder / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+
+
+def test_no_tokenizer_learns_from_what_validates(tmp_path, monkeypatch):
+    notes = ["a whale sings", "no fish flies", "the sea is deep"]
+    (tmp_path / "notes.jsonl").write_text("".join(json.dumps({"text": note}) + "\n" for note in notes))
+    learnt = []
+    monkeypatch.setattr(trainer, "train_tokenizer", lambda texts, size: learnt.extend(texts) or learn(notes, size))
+    data = DataConfig(source=str(tmp_path / "notes.jsonl"), vocabulary=260, cache=str(tmp_path / "cache"))
+    found = prepare(data)
+    held = found.tokenizer.decode(found.tokens.validation.ids[1:].tolist())
+    assert sorted([*learnt, held]) == notes
