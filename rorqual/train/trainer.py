@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -127,7 +127,9 @@ def prepare(data: DataConfig, *, progress: Callable[[int], None] | None = None) 
         folder = cache / "tokenizers" / key
         if not (folder / "tokenizer_config.json").is_file():  # which `save` writes last
             texts = (text for side, text in corpus.sided() if side == "train")
-            train_tokenizer(texts, vocabulary).save(folder)
+            if (first := next(texts, None)) is None:
+                raise ValueError(f"{corpus.name}: got one document, expected at least two, one of them to validate on")
+            train_tokenizer(chain([first], texts), vocabulary).save(folder)
         tokenizer = Tokenizer.load(folder)
     return Prepared(tokenizer, tokenise(corpus, tokenizer, cache / "tokens", progress=progress))
 

@@ -1,5 +1,6 @@
 """The front door: what is loaded, what is said, which code it leaves with."""
 
+import shlex
 import subprocess
 import sys
 
@@ -100,7 +101,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
-    code = f"{sys.executable} -m rorqual --help | head -n 1"
+    code = f"{shlex.quote(sys.executable)} -m rorqual --help | head -n 1"
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
     assert done.stderr == ""
     assert done.stdout.startswith("usage: rorqual")

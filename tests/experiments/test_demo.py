@@ -1,6 +1,7 @@
 """The demo's sentences claim what the numbers allow, and the whole of it runs on any text."""
 
 import io
+import json
 
 import pytest
 import torch
@@ -43,8 +44,8 @@ def test_from_nothing_to_a_page_and_again(tmp_path, monkeypatch):
         f"The {a} of the {b} is {c}, entry {n}."
         for n, (a, b, c) in enumerate((x, y, z) for x in words for y in words for z in words)
     ]
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(lines), encoding="utf-8")
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
     config = DemoConfig(
         data=str(text),
         folder=str(tmp_path / "demo"),

@@ -248,3 +248,9 @@ def test_no_tokenizer_learns_from_what_validates(tmp_path, monkeypatch):
     found = prepare(data)
     held = found.tokenizer.decode(found.tokens.validation.ids[1:].tolist())
     assert sorted([*learnt, held]) == notes
+
+
+def test_a_text_of_one_document_says_that_it_needs_another(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("A single short text.", encoding="utf-8")
+    with pytest.raises(ValueError, match="got one document, expected at least two"):
+        prepare(DataConfig(source=str(tmp_path / "one.txt"), vocabulary=300, cache=str(tmp_path / "cache")))
