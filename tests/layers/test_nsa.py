@@ -76,14 +76,22 @@ def brute(inner, q, k, v, hidden, scale):
 
 
 @pytest.mark.parametrize("config", SIZES, ids=str)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     time=st.integers(1, 31),
     heads=st.sampled_from([(1, 1), (3, 1), (4, 2), (2, 2)]),
     value_dim=st.sampled_from([None, 5]),
 )
 def test_is_its_definition(config, time, heads, value_dim):
-    inner = layer(config, *heads, value_dim).inner
+    inner = layer(config, *heads, value_dim).inner.double()  # in float32 rounding decides between nearly equal blocks
+    torch.set_default_dtype(torch.float64)
+    try:
+        _hold(inner, config, time, heads, value_dim)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _hold(inner, config, time, heads, value_dim):
     q, k = torch.randn(1, time, heads[0], 6), torch.randn(1, time, heads[1], 6)
     v, hidden = torch.randn(1, time, heads[1], value_dim or 6), torch.randn(1, time, 20)
     got = inner.branches(q, k, v, hidden=hidden, layout=layout(1, time, "cpu"), scale=0.4)
