@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rorqual.layers.attention import GQA, MLA, GQAConfig, MLAConfig
 from rorqual.layers.balance import losses
 from rorqual.layers.basics import Layout, RMSNorm, RopeConfig, SwiGLU, chunked_cross_entropy, layout, rope_tables
-from rorqual.layers.cache import Bundle, Past, Recent
+from rorqual.layers.cache import Bundle, Cache, Past, Recent
 from rorqual.layers.dsa import DSA, DSAConfig
 from rorqual.layers.engram import Addresses, Engram, EngramConfig, row_totals
 from rorqual.layers.hyper import Connection, Exit, HyperConfig, Residual, enter
@@ -172,41 +172,6 @@ class Block(nn.Module):
         if self.engram is not None:
             parts["engram"] = self.engram.new_cache(batch, capacity, dtype, device)
         return Bundle(**parts)
-
-
-class Cache:
-    """What a model keeps between calls: a bundle a block, who stands where, the last ids, and MTP's own.
-
-    select(index) keeps or reorders rows of the batch, crop(k) forgets the last k tokens, reset() forgets all.
-    """
-
-    def __init__(
-        self, layers: list[Bundle], past: Past, ids: Recent | None, drafts: list[Bundle], draft_past: Past
-    ) -> None:
-        self.layers, self.past, self.ids = tuple(layers), past, ids
-        self.drafts, self.draft_past = tuple(drafts), draft_past
-        self._model = Bundle(past=past, ids=ids, **{str(n): layer for n, layer in enumerate(layers)})
-        self._ahead = Bundle(past=draft_past, **{str(n): draft for n, draft in enumerate(drafts)})
-
-    @property
-    def length(self) -> int:
-        """Tokens seen."""
-        return self.past.length
-
-    def select(self, index: Int[Tensor, " B2"]) -> None:
-        self._model.select(index)
-        self._ahead.select(index)
-
-    def crop(self, k: int) -> None:
-        """Forget the last k tokens; drafts that went further are forgotten as far."""
-        if not 0 <= k <= self.length:
-            raise ValueError(f"crop: got {k}, expected 0..{self.length}, the tokens cached")
-        self._model.crop(k)
-        self._ahead.crop(max(0, self.draft_past.length - self.length))
-
-    def reset(self) -> None:
-        self._model.reset()
-        self._ahead.reset()
 
 
 class LanguageModel(nn.Module):

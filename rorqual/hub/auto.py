@@ -24,7 +24,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from rorqual import config as configs
 from rorqual.data.tokenizer import Tokenizer
-from rorqual.model import IGNORED, Cache, LanguageModel, ModelConfig
+from rorqual.layers.cache import Cache
+from rorqual.model import IGNORED, LanguageModel, ModelConfig
 
 
 class RorqualConfig(PreTrainedConfig):

@@ -1,4 +1,4 @@
-"""Ids of a window in -> the table rows they address out: the compiled twin of layers.engram.hash_rows, on the CPU.
+"""Ids of a window in -> the table rows they address out: the compiled twin of layers.addresses.hash_rows, on the CPU.
 
 One pass over the tokens, all layers and heads of a token together, without the reference's intermediate tensors. Where
 every prime exceeds 8191 the remainder is taken without a division, and still exactly:
@@ -65,7 +65,7 @@ def hash_rows(
     offsets: Int[Tensor, "Lm R"],
     pad: int,
 ) -> Int[Tensor, "Lm B T R"]:
-    """See layers.engram.hash_rows, whose numbers these are, bit for bit."""
+    """See layers.addresses.hash_rows, whose numbers these are, bit for bit."""
     batch, time = ids.shape[0], ids.shape[1] - primes.shape[1]
     out = torch.empty(len(primes), batch, time, offsets.shape[1], dtype=torch.int64)
     moduli = primes.numpy()

@@ -227,3 +227,38 @@ class Bundle:
         for part in self.parts.values():
             if part is not None:
                 part.reset()
+
+
+class Cache:
+    """What a model keeps between calls: a bundle a block, who stands where, the last ids, and MTP's own.
+
+    select(index) keeps or reorders rows of the batch, crop(k) forgets the last k tokens, reset() forgets all.
+    """
+
+    def __init__(
+        self, layers: list[Bundle], past: Past, ids: Recent | None, drafts: list[Bundle], draft_past: Past
+    ) -> None:
+        self.layers, self.past, self.ids = tuple(layers), past, ids
+        self.drafts, self.draft_past = tuple(drafts), draft_past
+        self._model = Bundle(past=past, ids=ids, **{str(n): layer for n, layer in enumerate(layers)})
+        self._ahead = Bundle(past=draft_past, **{str(n): draft for n, draft in enumerate(drafts)})
+
+    @property
+    def length(self) -> int:
+        """Tokens seen."""
+        return self.past.length
+
+    def select(self, index: Int[Tensor, " B2"]) -> None:
+        self._model.select(index)
+        self._ahead.select(index)
+
+    def crop(self, k: int) -> None:
+        """Forget the last k tokens; drafts that went further are forgotten as far."""
+        if not 0 <= k <= self.length:
+            raise ValueError(f"crop: got {k}, expected 0..{self.length}, the tokens cached")
+        self._model.crop(k)
+        self._ahead.crop(max(0, self.draft_past.length - self.length))
+
+    def reset(self) -> None:
+        self._model.reset()
+        self._ahead.reset()

@@ -1,7 +1,5 @@
-"""Engram: canonical ids and hidden states in -> remembered hidden states out.
+"""Recalled rows and hidden states in -> what is added to the hidden states out.
 
-    mix_n  = x[t] m_0 xor x[t-1] m_1 xor ... xor x[t-n+1] m_(n-1)                 the suffix n-gram, n = 2..N
-    row    = offset + mix_n mod prime                                             one row a head
     memory = table[row], all heads of all orders side by side                     constant-time recall
     gate_s = sigmoid(ssqrt(<norm(hidden_s), norm(W_k,s memory)> / sqrt(D)))       how far stream s trusts it
     v_s    = gate_s W_v memory
@@ -10,290 +8,49 @@
 Conditional Memory via Scalable Lookup, arXiv:2601.07372. The signed square root is in the authors' code, not in eq. 4.
 """
 
-import hashlib
-import itertools
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from rorqual.kernels import pick
+from rorqual.layers.addresses import (
+    Addresses,
+    EngramConfig,
+    draw_multipliers,
+    find_primes,
+    hash_rows,
+    last_columns,
+    row_totals,
+)
 from rorqual.layers.basics import Layout
 from rorqual.layers.cache import Recent
 
+# The paper's names have one door, this one.
+__all__ = [
+    "Addresses",
+    "Engram",
+    "EngramConfig",
+    "Gate",
+    "draw_multipliers",
+    "find_primes",
+    "gate",
+    "hash_rows",
+    "row_totals",
+]
+    "Addresses",
+    "Engram",
+    "EngramConfig",
+    "Gate",
+    "draw_multipliers",
+    "find_primes",
+    "gate",
+    "hash_rows",
+    "row_totals",
+]
+
 _FLAT = 1e-6  # below this |score| the signed square root is constant
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngramConfig:
-    """Which blocks remember, how much, and how. Every production variant is one setting of these fields."""
-
-    layers: tuple[int, ...] = (1,)  # blocks that remember, counted from 0
-    rows_per_head: tuple[int, ...] = (4096, 4096)  # one for each n-gram order, 2 first; rounded up to primes
-    heads: int = 4  # hash heads of each order
-    head_dim: int = 16  # width of a row
-    kernel: int = 4  # taps of the convolution over time
-    dilation: int | None = None  # tokens between two taps; None: the largest n-gram
-    conv: bool = True
-    bias: bool = False  # of the key and value projections
-    sign: Literal["sign", "copysign"] = "sign"  # of the square root at a score of exactly 0: gate 1/2, or a little more
-    eps: float = 1.1920929e-7  # of the gate's norms; what torch's rms_norm takes when it is told none
-    conv_eps: float = 1e-5  # of the norm before the convolution
-    seed: int = 0
-    canonical: bool = True  # address with canonical ids; False: with raw ones
-    pad_id: int = 0  # raw id that stands for missing left context
-    end_of_document: bool = True  # look-back and convolution stop where a document begins
-    dead_tokens: tuple[int, ...] = ()  # raw ids (images) that look-back stops at and that recall nothing
-
-    def __post_init__(self) -> None:
-        if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
-            raise ValueError(f"engram.layers: got {self.layers}, expected different block indices from 0")
-        if not self.rows_per_head or min(self.rows_per_head) < 2:
-            raise ValueError(
-                f"engram.rows_per_head: got {self.rows_per_head}, expected 2 or more for each n-gram order"
-            )
-        for name in ("heads", "head_dim", "kernel", "dilation"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"engram.{name}: got {value}, expected at least 1")
-        if self.sign not in ("sign", "copysign"):
-            raise ValueError(f"engram.sign: got {self.sign!r}, expected sign or copysign")
-        if min(self.seed, self.pad_id, *self.dead_tokens) < 0:
-            got = f"seed {self.seed}, pad_id {self.pad_id}, dead_tokens {self.dead_tokens}"
-            raise ValueError(f"engram: got {got}, expected none negative")
-
-    @property
-    def ngram(self) -> int:
-        """N, the largest n-gram."""
-        return len(self.rows_per_head) + 1
-
-    @property
-    def rows_per_token(self) -> int:
-        """R, the rows that one token reads in one layer."""
-        return self.heads * len(self.rows_per_head)
-
-    @property
-    def memory_width(self) -> int:
-        """M, the width of what one token recalls in one layer."""
-        return self.rows_per_token * self.head_dim
-
-    @property
-    def halo(self) -> int:
-        """How many earlier tokens the convolution of one token reads."""
-        return (self.kernel - 1) * (self.dilation or self.ngram) if self.conv else 0
-
-
-def _is_prime(n: int) -> bool:
-    return n == 2 or bool(n > 2 and n % 2 and (n % np.arange(3, math.isqrt(n) + 1, 2)).all())
-
-
-def find_primes(config: EngramConfig) -> np.ndarray:
-    """int64 [Lm, N-1, J]: each head's next prime >= its order's rows_per_head that no head before it has taken."""
-    seen: set[int] = set()
-    primes = []
-    for rows in config.rows_per_head * len(config.layers):
-        prime = rows - 1
-        for _ in range(config.heads):
-            prime = next(n for n in itertools.count(prime + 1) if n not in seen and _is_prime(n))
-            seen.add(prime)
-            primes.append(prime)
-    return np.array(primes, dtype=np.int64).reshape(len(config.layers), -1, config.heads)
-
-
-def row_totals(config: EngramConfig) -> tuple[int, ...]:
-    """Rows of each layer's table: the sums of its primes."""
-    return tuple(int(total) for total in find_primes(config).sum((1, 2)))
-
-
-def draw_multipliers(config: EngramConfig, canonical: int) -> np.ndarray:
-    """int64 [Lm, N], odd: 2 r + 1, r uniform below max(1, ((2^63 - 1) // V') // 2), drawn from seed + 10007 layer.
-
-    For ids below V' (`canonical`) no product leaves int64, no mix is negative. The first is the current token's.
-    """
-    half = max(1, ((2**63 - 1) // canonical) // 2)
-    streams = [np.random.default_rng(config.seed + 10007 * layer) for layer in config.layers]
-    return 2 * np.stack([stream.integers(0, half, config.ngram, dtype=np.int64) for stream in streams]) + 1
-
-
-def hash_rows(
-    ids: Int[Tensor, "B W"],
-    reach: Int[Tensor, "B T"] | None,
-    canonical_map: Int[Tensor, " V"],
-    multipliers: Int[Tensor, "Lm N"],
-    primes: Int[Tensor, "Lm O J"],
-    offsets: Int[Tensor, "Lm R"],
-    pad: int,
-) -> Int[Tensor, "Lm B T R"]:
-    """The rows of T tokens in every Engram layer, from the W = N-1 + T raw ids of them and of those before them.
-
-    reach[b, t] is how many earlier tokens token t may look back at (None: all N-1); the others read as `pad`, a
-    canonical id. Order-major, then head. IndexError if an id has no canonical id (-1 in the map, or outside it).
-    """
-    orders, time = primes.shape[1], ids.shape[1] - primes.shape[1]
-    strange = _strange(ids, canonical_map).any()
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(~strange, "Engram: an id has no canonical id")  # does not wait for the device
-    elif strange:
-        raise IndexError("an id has no canonical id")
-    known = canonical_map[ids].long()
-    mix = known[:, orders:] * multipliers[:, 0, None, None]  # [Lm, B, T]
-    rows = []
-    for k in range(1, orders + 1):
-        earlier = known[:, orders - k : orders - k + time]
-        if reach is not None:
-            earlier = torch.where(reach >= k, earlier, pad)
-        mix = mix ^ (earlier * multipliers[:, k, None, None])
-        rows.append(mix[..., None] % primes[:, k - 1, None, None])  # [Lm, B, T, J]
-    return torch.cat(rows, dim=-1) + offsets[:, None, None]
-
-
-def _strange(ids: Tensor, canonical_map: Tensor) -> Tensor:
-    """Which ids the tokenizer does not have."""
-    top = len(canonical_map) - 1
-    return (ids < 0) | (ids > top) | (canonical_map[ids.clamp(0, top)] < 0)
-
-
-def _last(held: Tensor, width: int, fill: int) -> Tensor:
-    """The last `width` columns of [B, L], with `fill` on the left where L is less."""
-    return F.pad(held, (max(0, width - held.shape[1]), 0), value=fill)[:, -width:]
-
-
-class Addresses(nn.Module):
-    """Raw ids -> the rows that every Engram layer reads; computed once for all layers, before the first block.
-
-    Multipliers, primes, the canonical map and its sha-256 are saved with the model; a checkpoint in which they are not
-    this model's is refused, naming which.
-    """
-
-    multipliers: Tensor
-    primes: Tensor
-    offsets: Tensor
-    canonical_map: Tensor
-    canonical_sha256: Tensor
-
-    def __init__(
-        self,
-        config: EngramConfig,
-        canonical_map: Int[Tensor, " V"] | Int[np.ndarray, " V"] | None = None,
-        vocabulary: int | None = None,
-    ) -> None:
-        """`canonical_map` is the tokenizer's; without one ids stand for themselves until a checkpoint brings its map.
-
-        A model vocabulary beyond the map's leaves raw ids without a canonical id; they are refused when they come.
-        """
-        super().__init__()
-        self.config = config
-        self.told = config.canonical and canonical_map is not None
-        if not self.told and vocabulary is None:
-            raise ValueError("Addresses: got neither a canonical map nor a vocabulary, expected one")
-        known = canonical_map if self.told else torch.arange(vocabulary or 0, device="cpu")
-        given = torch.as_tensor(known, device="cpu").numpy().astype(np.int32)
-        size = len(given) if vocabulary is None else vocabulary
-        if len(given) > size:
-            raise ValueError(f"canonical map: got {len(given)} ids, expected at most the model's vocabulary of {size}")
-        self._adopt(np.concatenate([given, np.full(size - len(given), -1, dtype=np.int32)]))
-
-    def _adopt(self, canonical_map: np.ndarray) -> None:
-        """Everything that follows from the config and this map."""
-        known = canonical_map[canonical_map >= 0]
-        if not len(known) or canonical_map.min() < -1 or len(np.unique(known)) != known.max() + 1:
-            raise ValueError("canonical map: got gaps or negative ids, expected every number from 0 up to the largest")
-        pad_id = self.config.pad_id
-        if pad_id >= len(canonical_map) or canonical_map[pad_id] < 0:
-            raise ValueError(f"engram.pad_id: got {pad_id}, expected an id of the tokenizer, below {len(known)}")
-        primes = find_primes(self.config)
-        flat = primes.reshape(len(primes), -1)  # [Lm, R]
-        digest = hashlib.sha256(known.astype("<i4").tobytes()).digest()
-        self.pad = int(canonical_map[pad_id])
-        self._exact: dict[str, np.ndarray] = {
-            "multipliers": draw_multipliers(self.config, int(known.max()) + 1),
-            "primes": primes,
-            "canonical_map": canonical_map,
-            "canonical_sha256": np.frombuffer(digest, dtype=np.uint8).copy(),
-            "offsets": np.cumsum(flat, axis=1) - flat,
-        }
-        for name, value in self._exact.items():
-            self.register_buffer(name, torch.tensor(value, device="cpu"), persistent=name != "offsets")
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "Addresses":
-        """Moves as any module does; memory that `to_empty` has just allocated gets its numbers back."""
-        super()._apply(fn, recurse)
-        for name, value in self._exact.items():
-            if (buffer := getattr(self, name)).device.type != "meta":
-                buffer.copy_(torch.from_numpy(value))
-        return self
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What decides every address, as JSON values; the sha-256 is of the map as little-endian int32."""
-        digest = self._exact["canonical_sha256"].tobytes().hex()
-        return {name: self._exact[name].tolist() for name in ("multipliers", "primes")} | {"canonical_sha256": digest}
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        saved = {name: state_dict[prefix + name] for name in self._exact if prefix + name in state_dict}
-        read = {name: value.cpu().numpy() for name, value in saved.items() if not value.is_meta}
-        if self.config.canonical and not self.told and len(read.get("canonical_map", ())) == len(self.canonical_map):
-            self._adopt(read["canonical_map"])
-        same = {name: np.array_equal(value, self._exact[name]) for name, value in read.items()}
-        differ = [name for name in ("multipliers", "primes") if not same.get(name, True)]
-        if not (same.get("canonical_map", True) and same.get("canonical_sha256", True)):
-            differ.append("canonical map")
-        if differ:
-            got = f"got a checkpoint with other {' and other '.join(differ)} than this model's, expected the same"
-            raise ValueError(f"Engram: {got}: take its tokenizer and its engram layers, rows_per_head, heads and seed")
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Recent:
-        """The last N-1 raw ids of every row."""
-        return Recent(self.config.ngram - 1, fill=self.config.pad_id)
-
-    def live(self, ids: Int[Tensor, "B T"], layout: Layout) -> Bool[Tensor, "B T"] | None:
-        """False at padding and dead tokens, where the gate is 0; None if there is neither."""
-        if not self.config.dead_tokens:
-            return layout.present
-        alive = ~torch.isin(ids, torch.tensor(self.config.dead_tokens, device=ids.device))
-        return alive if layout.present is None else alive & layout.present
-
-    def forward(
-        self, ids: Int[Tensor, "B T"], layout: Layout, history: Recent | None = None
-    ) -> Int[Tensor, "Lm B T R"]:
-        """Row ids into each layer's table. `history` holds the ids of earlier calls and takes these.
-
-        Missing context (before the start, behind padding, a dead token or a document's beginning) reads as the pad id.
-        ValueError for an id that the tokenizer does not have, unless it stands at padding.
-        """
-        before = self.config.ngram - 1
-        if layout.present is not None:
-            ids = torch.where(layout.present, ids, self.config.pad_id)
-        window = F.pad(ids, (before, 0), value=self.config.pad_id) if history is None else history.extend(ids)
-        given = (window, self._reach(window, layout), self.canonical_map, self.multipliers, self.primes, self.offsets)
-        try:
-            return pick("engram_rows", hash_rows, ids, self.primes)(*given, self.pad)
-        except IndexError:
-            got, known = window[_strange(window, self.canonical_map)][0].item(), (self.canonical_map >= 0).sum().item()
-            raise ValueError(f"Engram: got id {got}, expected one of the {known} that the tokenizer has") from None
-
-    def _reach(self, window: Tensor, layout: Layout) -> Tensor | None:
-        """How many earlier tokens each token may look back at, int64 [B, T]; None if nothing stops any."""
-        stops = []  # [B, W], True where looking back from the token behind it must end
-        documents = layout.key_documents if self.config.end_of_document else None
-        width, before = window.shape[1], self.config.ngram - 1
-        if layout.key_present is not None:
-            stops.append(~_last(layout.key_present, width, False))
-        if self.config.dead_tokens:
-            stops.append(torch.isin(window, torch.tensor(self.config.dead_tokens, device=window.device)))
-        if documents is not None:
-            kept = _last(documents, width, -1)
-            stops.append(F.pad(kept[:, 1:] != kept[:, :-1], (0, 1)))
-        if not stops:
-            return None
-        stop = torch.stack(stops).any(0)
-        clear = torch.stack([~stop[:, before - k : width - k] for k in range(1, before + 1)])  # [N-1, B, T]
-        return clear.long().cumprod(0).sum(0)
 
 
 class Gate(nn.Module):
@@ -383,7 +140,7 @@ class Engram(nn.Module):
         time, halo, kernel = normed.shape[1], self.config.halo, self.config.kernel
         window = normed if not halo else F.pad(normed, (0, 0, 0, 0, halo, 0)) if cache is None else cache.extend(normed)
         documents = layout.key_documents if self.config.end_of_document else None
-        kept = None if documents is None else _last(documents, halo + time, -1)
+        kept = None if documents is None else last_columns(documents, halo + time, -1)
         out = normed * self.conv[..., -1]
         for j in range(1, kernel):
             start = halo - j * (halo // (kernel - 1))

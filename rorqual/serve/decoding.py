@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rorqual.layers.cache import Cache
 from rorqual.layers.mtp import MTP
-from rorqual.model import Cache, LanguageModel
+from rorqual.model import LanguageModel
 from rorqual.serve.sampling import GREEDY, Sampling, sample
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rorqual.layers.cache import Appended, Bundle, Past, Recent
-from rorqual.model import Cache, LanguageModel
+from rorqual.layers.cache import Appended, Bundle, Cache, Past, Recent
+from rorqual.model import LanguageModel
 from rorqual.serve.decoding import pad_left, saw
 from rorqual.serve.sampling import GREEDY, Sampling, sample
 

@@ -1,0 +1,206 @@
+"""Row ids in -> rows out, wherever they live: device memory, host memory or a file.
+
+    pending = table.request(rows)    the fetch begins; rows [...] are int64 ids
+    values  = pending.wait()         float [..., width], on the device of `rows`
+
+A layer never knows which table it has. Ids follow from the text alone, so a caller asks for all layers' rows before the
+first block runs and waits for each at its layer; host and disk tables fetch meanwhile in a thread of their own. Row ids
+outside the table are refused with ValueError, a malformed or shrunken file with TableError, naming file and reason.
+
+Conditional Memory via Scalable Lookup, section 2.5, arXiv:2601.07372.
+"""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+_QUEUE = 16  # fetches asked for and not yet begun; asking for more waits
+
+
+class Pending(NamedTuple):
+    """Rows on their way; `wait()` returns them, float [..., width], once they are here."""
+
+    wait: Callable[[], Float[Tensor, "*B width"]]
+
+
+def _check(rows: Tensor, count: int) -> None:
+    """ValueError unless all ids lie in 0..count-1; on an accelerator an assertion that does not wait for it."""
+    if not rows.numel() or rows.is_meta:
+        return
+    low, high = rows.aminmax()
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async((low >= 0) & (high < count), "row ids outside the table")
+    elif low < 0 or high >= count:
+        raise ValueError(f"got row id {int(low if low < 0 else high)}, expected 0 to {count - 1}")
+
+
+class DeviceTable(nn.Module):
+    """Rows in a parameter `weight` [rows, width]; its gradients are sparse: row ids and a gradient for each."""
+
+    def __init__(self, rows: int, width: int, *, dtype: torch.dtype | None = None, sparse: bool = True) -> None:
+        super().__init__()
+        if rows < 1 or width < 1:
+            raise ValueError(f"table: got {rows} rows of width {width}, expected at least 1 of each")
+        self.rows, self.width, self.sparse = rows, width, sparse
+        self.weight = nn.Parameter(torch.empty(rows, width, dtype=dtype))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def request(self, rows: Int[Tensor, "*B"]) -> Pending:
+        """The rows are read when they are waited for: nothing is nearer than the device's own memory."""
+        _check(rows, self.rows)
+        return Pending(lambda: F.embedding(rows, self.weight, sparse=self.sparse))
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing is fetched, so nothing is counted."""
+        return {}
+
+
+class Fetched(nn.Module):
+    """What host and disk tables share: a worker that fetches behind the model's back, hot rows, and counts.
+
+    `hot_bytes` bounds the rows kept in memory in order of last use (0: none). Read only: gradients do not reach it.
+    """
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype, hot_bytes: int, prefetch: bool) -> None:
+        super().__init__()
+        if min(rows, width) < 1 or hot_bytes < 0:
+            raise ValueError(f"table: got {rows} rows of width {width}, {hot_bytes} bytes of them hot, expected counts")
+        self.rows, self.width, self.dtype = rows, width, dtype
+        self.prefetch = prefetch
+        self._hot = _Hot(min(rows, hot_bytes // (width * dtype.itemsize)), width, dtype)
+        self._lock = threading.Lock()
+        self._room = threading.BoundedSemaphore(_QUEUE)
+        self._worker: ThreadPoolExecutor | None = None
+        self._counts = {"rows": 0.0, "hits": 0.0, "bytes": 0.0, "wait_seconds": 0.0}
+
+    def request(self, rows: Int[Tensor, "*B"]) -> Pending:
+        """Begins the fetch; each row is fetched once however often it is named."""
+        _check(rows, self.rows)
+        ids = rows.detach().to("cpu", torch.int64, copy=True).flatten().numpy()
+        if not self.prefetch:
+            return Pending(lambda: self._deliver(self._fetch(ids), rows))
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="rows")
+        self._room.acquire()
+        future: Future[Tensor] = self._worker.submit(self._fetch, ids)
+        future.add_done_callback(lambda _: self._room.release())
+        return Pending(lambda: self._deliver(self._waited(future), rows))
+
+    def _waited(self, future: "Future[Tensor]") -> Tensor:
+        began = time.perf_counter()
+        found = future.result()
+        self._count(wait_seconds=time.perf_counter() - began)
+        return found
+
+    def _deliver(self, found: Tensor, rows: Tensor) -> Tensor:
+        return found.view(*rows.shape, self.width).to(rows.device, non_blocking=True)
+
+    def _fetch(self, ids: np.ndarray) -> Tensor:
+        unique, places = np.unique(ids, return_inverse=True)
+        found = torch.empty(len(unique), self.width, dtype=self.dtype)
+        with self._lock:
+            missing = self._hot.take(unique, found)
+            self._count(rows=len(ids), hits=len(unique) - len(missing))
+            if len(missing):
+                fresh = self._read(unique[missing])
+                found[torch.from_numpy(missing)] = fresh
+                self._hot.keep(unique[missing], fresh)
+        return found[torch.from_numpy(places)]
+
+    def _count(self, **more: int | float) -> None:
+        for name, value in more.items():
+            self._counts[name] += value
+
+    def _read(self, ids: np.ndarray) -> Tensor:
+        """The rows of these ids, each different, in rising order."""
+        raise AssertionError("a home says how it reads")
+
+    def metrics(self) -> dict[str, float]:
+        """Rows asked for, different rows found hot, bytes fetched from the home, seconds waited for the worker."""
+        return dict(self._counts)
+
+    def close(self) -> None:
+        """Ends the worker; the table can be asked again."""
+        if self._worker is not None:
+            self._worker.shutdown()
+            self._worker = None
+
+
+class _Hot:
+    """Rows by id in a fixed number of slots; the row that was used longest ago gives way."""
+
+    def __init__(self, slots: int, width: int, dtype: torch.dtype) -> None:
+        self.slots = slots
+        self.values = torch.empty(slots, width, dtype=dtype)
+        self.where: OrderedDict[int, int] = OrderedDict()
+
+    def take(self, ids: np.ndarray, into: Tensor) -> np.ndarray:
+        """Fills the rows that are hot; returns the places in `ids` of those that are not."""
+        held = [self.where.get(i, -1) for i in ids.tolist()]
+        for i, slot in zip(ids.tolist(), held, strict=True):
+            if slot >= 0:
+                self.where.move_to_end(i)
+        slots = np.array(held, dtype=np.int64)
+        hits = np.flatnonzero(slots >= 0)
+        into[torch.from_numpy(hits)] = self.values[torch.from_numpy(slots[hits])]
+        return np.flatnonzero(slots < 0)
+
+    def keep(self, ids: np.ndarray, values: Tensor) -> None:
+        """Puts new rows in; of more than there are slots only the last ones."""
+        if not self.slots:
+            return
+        kept = ids[-self.slots :].tolist()
+        slots = []
+        for i in kept:
+            slots.append(len(self.where) if len(self.where) < self.slots else self.where.popitem(last=False)[1])
+            self.where[i] = slots[-1]
+        self.values[torch.tensor(slots)] = values[-self.slots :]
+
+
+class HostTable(Fetched):
+    """Rows in host memory, pinned where there is a device to feed; rows are copied to where the ids are."""
+
+    def __init__(self, values: Float[Tensor, "rows width"], *, prefetch: bool = True) -> None:
+        super().__init__(values.shape[0], values.shape[1], values.dtype, 0, prefetch)
+        held = values.detach().cpu().contiguous()
+        self.values = held.pin_memory() if torch.accelerator.is_available() else held
+
+    def _fetch(self, ids: np.ndarray) -> Tensor:
+        self._count(rows=len(ids), bytes=len(ids) * self.width * self.dtype.itemsize)
+        return self.values.index_select(0, torch.from_numpy(ids))
+
+
+def measure(
+    table: DeviceTable | Fetched, *, rows_per_token: int = 16, seconds: float = 1.0, seed: int = 0
+) -> dict[str, float]:
+    """What this table gives on this machine with ids drawn uniformly, the worst case for hot rows.
+
+    rows_per_second in batches of 4,096 ids, and the median and 99th percentile of one token's fetch, in seconds.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def lap(count: int) -> float:
+        ids = torch.randint(table.rows, (count,), generator=draw)
+        began = time.perf_counter()
+        table.request(ids).wait()
+        return time.perf_counter() - began
+
+    def laps(count: int) -> list[float]:
+        stop, found = time.perf_counter() + seconds / 2, [lap(count)]
+        while time.perf_counter() < stop:
+            found.append(lap(count))
+        return found
+
+    with torch.no_grad():
+        bulk, steps = laps(4096), laps(rows_per_token)
+    p50, p99 = np.percentile(steps, [50, 99])
+    return {"rows_per_second": 4096 * len(bulk) / sum(bulk), "step_p50": float(p50), "step_p99": float(p99)}
