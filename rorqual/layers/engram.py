@@ -39,16 +39,6 @@ __all__ = [
     "hash_rows",
     "row_totals",
 ]
-    "Addresses",
-    "Engram",
-    "EngramConfig",
-    "Gate",
-    "draw_multipliers",
-    "find_primes",
-    "gate",
-    "hash_rows",
-    "row_totals",
-]
 
 _FLAT = 1e-6  # below this |score| the signed square root is constant
 
