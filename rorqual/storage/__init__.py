@@ -1,6 +1,21 @@
-"""Row ids in -> rows out, wherever they live; see tables.py for the interface and disk.py for the files."""
+"""Row ids in -> rows out, wherever they live; see tables.py for the interface and shards.py for the files."""
 
-from rorqual.storage.disk import DTYPES, DiskTable, TableError, write_table
+from rorqual.storage.disk import DiskTable
+from rorqual.storage.formats import dequantise, quantise, record_bytes
+from rorqual.storage.shards import Damage, TableError, verify, write_table
 from rorqual.storage.tables import DeviceTable, HostTable, Pending, measure
 
-__all__ = ["DTYPES", "DeviceTable", "DiskTable", "HostTable", "Pending", "TableError", "measure", "write_table"]
+__all__ = [
+    "Damage",
+    "DeviceTable",
+    "DiskTable",
+    "HostTable",
+    "Pending",
+    "TableError",
+    "dequantise",
+    "measure",
+    "quantise",
+    "record_bytes",
+    "verify",
+    "write_table",
+]

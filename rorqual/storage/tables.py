@@ -3,9 +3,10 @@
     pending = table.request(rows)    the fetch begins; rows [...] are int64 ids
     values  = pending.wait()         float [..., width], on the device of `rows`
 
-A layer never knows which table it has. Ids follow from the text alone, so a caller asks for all layers' rows before the
-first block runs and waits for each at its layer; host and disk tables fetch meanwhile in a thread of their own. Row ids
-outside the table are refused with ValueError, a malformed or shrunken file with TableError, naming file and reason.
+A layer never knows which table it has, nor in which format it is kept: fp8 rows arrive as float32. Ids follow from the
+text alone, so a caller asks for all layers' rows before the first block runs and waits for each at its layer; host and
+disk tables fetch meanwhile in a thread of their own. Row ids outside the table are refused with ValueError, a malformed
+or shrunken file with TableError, naming file and reason.
 
 Conditional Memory via Scalable Lookup, section 2.5, arXiv:2601.07372.
 """
@@ -20,8 +21,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
+
+from rorqual.kernels import pick
+from rorqual.storage.formats import FP8, dequantise, kept_as, recall, record_bytes, row_bytes
+from rorqual.storage.staging import Staging
 
 _QUEUE = 16  # fetches asked for and not yet begun; asking for more waits
 
@@ -36,28 +41,63 @@ def _check(rows: Tensor, count: int) -> None:
     """ValueError unless all ids lie in 0..count-1; on an accelerator an assertion that does not wait for it."""
     if not rows.numel() or rows.is_meta:
         return
-    low, high = rows.aminmax()
     if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        low, high = rows.aminmax()
         torch._assert_async((low >= 0) & (high < count), "row ids outside the table")
-    elif low < 0 or high >= count:
-        raise ValueError(f"got row id {int(low if low < 0 else high)}, expected 0 to {count - 1}")
+        return
+    ids = rows.detach().numpy()
+    unsigned = ids.view(f"u{ids.itemsize}")  # one pass for both ends: an id below 0 is a very large one here
+    if unsigned.max() >= count:
+        raise ValueError(f"got row id {ids.flat[unsigned.argmax()]}, expected 0 to {count - 1}")
+
+
+def gather(values: Tensor, rows: Tensor, width: int, staging: Staging) -> Tensor:
+    """[..., width] of kept rows, numbers as they are and records as float32; on a CPU in the staging's memory."""
+    if values.dtype == torch.uint8 and values.device.type != "cpu":
+        return pick("fp8_rows", recall, values, rows)(values, rows, width)
+    ids = rows.reshape(-1)
+    staged = values.device.type == "cpu" and not torch.compiler.is_compiling()
+    out = staging.take(len(ids), values.shape[1], values.dtype) if staged else None
+    found = torch.index_select(values, 0, ids, out=out)
+    if values.dtype == torch.uint8:
+        found = dequantise(found, width, out=staging.take(len(ids), width, torch.float32) if staged else None)
+    return found.view(*rows.shape, width)
 
 
 class DeviceTable(nn.Module):
-    """Rows in a parameter `weight` [rows, width]; its gradients are sparse: row ids and a gradient for each."""
+    """Rows in a parameter `weight` [rows, width]; its gradients are sparse: row ids and a gradient for each.
+
+    dtype float8_e4m3fn: `weight` holds fp8 records [rows, width + width / 32] in bytes, zero until they are loaded, and
+    is not trained: a recall with gradients in training mode is a ValueError.
+    """
 
     def __init__(self, rows: int, width: int, *, dtype: torch.dtype | None = None, sparse: bool = True) -> None:
         super().__init__()
         if rows < 1 or width < 1:
             raise ValueError(f"table: got {rows} rows of width {width}, expected at least 1 of each")
         self.rows, self.width, self.sparse = rows, width, sparse
-        self.weight = nn.Parameter(torch.empty(rows, width, dtype=dtype))
-        nn.init.normal_(self.weight, std=0.02)
+        if dtype == FP8:
+            self.weight = nn.Parameter(torch.zeros(rows, record_bytes(width), dtype=torch.uint8), requires_grad=False)
+        else:
+            self.weight = nn.Parameter(torch.empty(rows, width, dtype=dtype))
+            nn.init.normal_(self.weight, std=0.02)
+        self._staging = Staging()
 
     def request(self, rows: Int[Tensor, "*B"]) -> Pending:
         """The rows are read when they are waited for: nothing is nearer than the device's own memory."""
         _check(rows, self.rows)
-        return Pending(lambda: F.embedding(rows, self.weight, sparse=self.sparse))
+        return Pending(lambda: self._recall(rows))
+
+    def _recall(self, rows: Tensor) -> Tensor:
+        trained = torch.is_grad_enabled()
+        if trained and self.training and self.weight.dtype == torch.uint8:
+            raise ValueError(
+                "table: got a recall with gradients from fp8 rows, expected inference: call eval() or use"
+                " torch.no_grad(), or train rows in float32 or bfloat16 and quantise them afterwards"
+            )
+        if trained and self.weight.requires_grad:
+            return F.embedding(rows, self.weight, sparse=self.sparse)
+        return gather(self.weight, rows, self.width, self._staging)
 
     def metrics(self) -> dict[str, float]:
         """Nothing is fetched, so nothing is counted."""
@@ -75,8 +115,10 @@ class Fetched(nn.Module):
         if min(rows, width) < 1 or hot_bytes < 0:
             raise ValueError(f"table: got {rows} rows of width {width}, {hot_bytes} bytes of them hot, expected counts")
         self.rows, self.width, self.dtype = rows, width, dtype
+        self.row_bytes = row_bytes(width, dtype)
         self.prefetch = prefetch
-        self._hot = _Hot(min(rows, hot_bytes // (width * dtype.itemsize)), width, dtype)
+        self._staging = Staging(pinned=torch.accelerator.is_available())
+        self._hot = _Hot(min(rows, hot_bytes // self.row_bytes), self.row_bytes)
         self._lock = threading.Lock()
         self._room = threading.BoundedSemaphore(_QUEUE)
         self._worker: ThreadPoolExecutor | None = None
@@ -106,7 +148,7 @@ class Fetched(nn.Module):
 
     def _fetch(self, ids: np.ndarray) -> Tensor:
         unique, places = np.unique(ids, return_inverse=True)
-        found = torch.empty(len(unique), self.width, dtype=self.dtype)
+        found = torch.empty(len(unique), self.row_bytes, dtype=torch.uint8)
         with self._lock:
             missing = self._hot.take(unique, found)
             self._count(rows=len(ids), hits=len(unique) - len(missing))
@@ -114,14 +156,15 @@ class Fetched(nn.Module):
                 fresh = self._read(unique[missing])
                 found[torch.from_numpy(missing)] = fresh
                 self._hot.keep(unique[missing], fresh)
-        return found[torch.from_numpy(places)]
+        values = dequantise(found, self.width) if self.dtype == FP8 else found.view(self.dtype)
+        return gather(values, torch.from_numpy(places), self.width, self._staging)
 
     def _count(self, **more: int | float) -> None:
         for name, value in more.items():
             self._counts[name] += value
 
     def _read(self, ids: np.ndarray) -> Tensor:
-        """The rows of these ids, each different, in rising order."""
+        """The rows of these ids, each different, in rising order, as bytes [rows, row_bytes]."""
         raise AssertionError("a home says how it reads")
 
     def metrics(self) -> dict[str, float]:
@@ -138,9 +181,9 @@ class Fetched(nn.Module):
 class _Hot:
     """Rows by id in a fixed number of slots; the row that was used longest ago gives way."""
 
-    def __init__(self, slots: int, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, slots: int, row_bytes: int) -> None:
         self.slots = slots
-        self.values = torch.empty(slots, width, dtype=dtype)
+        self.values = torch.empty(slots, row_bytes, dtype=torch.uint8)
         self.where: OrderedDict[int, int] = OrderedDict()
 
     def take(self, ids: np.ndarray, into: Tensor) -> np.ndarray:
@@ -167,16 +210,19 @@ class _Hot:
 
 
 class HostTable(Fetched):
-    """Rows in host memory, pinned where there is a device to feed; rows are copied to where the ids are."""
+    """Rows in host memory, pinned where there is a device to feed; rows are copied to where the ids are.
 
-    def __init__(self, values: Float[Tensor, "rows width"], *, prefetch: bool = True) -> None:
-        super().__init__(values.shape[0], values.shape[1], values.dtype, 0, prefetch)
+    values: float32 or bfloat16 [rows, width], or fp8 records in bytes, [rows, width + width / 32].
+    """
+
+    def __init__(self, values: Shaped[Tensor, "rows kept"], *, prefetch: bool = True) -> None:
+        super().__init__(values.shape[0], *kept_as(values), 0, prefetch)
         held = values.detach().cpu().contiguous()
         self.values = held.pin_memory() if torch.accelerator.is_available() else held
 
     def _fetch(self, ids: np.ndarray) -> Tensor:
-        self._count(rows=len(ids), bytes=len(ids) * self.width * self.dtype.itemsize)
-        return self.values.index_select(0, torch.from_numpy(ids))
+        self._count(rows=len(ids), bytes=len(ids) * self.row_bytes)
+        return gather(self.values, torch.from_numpy(ids), self.width, self._staging)
 
 
 def measure(

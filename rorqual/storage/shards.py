@@ -1,0 +1,278 @@
+"""A table's files <-> rows at their positions: safetensors shards, checked to the last byte before the first row.
+
+    table-00001-of-00004.safetensors    one matrix `rows`: float32, bfloat16, or fp8 records in bytes (U8)
+    first_row, rows_in_all              where the shard stands in its table
+    format, width                       of fp8 records alone
+    xxh3_per_mib                        a checksum of every 2^20 bytes of rows, 16 hexadecimal digits each
+
+What does not fit is refused with TableError, naming file and reason. Files are read by position and never mapped.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from jaxtyping import Shaped
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rorqual.storage.formats import BLOCK, FP8, dequantise, kept_as, quantise, row_bytes
+
+KINDS = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": FP8}
+FORMAT = "fp8-e4m3-e8m0-32"
+_HEADER_LIMIT = 16 << 20  # bytes; a table's header is a few hundred and 16 a MiB
+_BLOCK = 1 << 20  # bytes that share a checksum
+
+
+class TableError(ValueError):
+    """A table's file that cannot be trusted; the message names the file and the reason."""
+
+
+class Shard:
+    """One safetensors file, its header checked to the last byte before anything is read.
+
+    rows, width, dtype: of the table's numbers; row_bytes: of one row as it is kept.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path = path
+        try:
+            self.file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise TableError(f"{path}: {error.strerror}") from error
+        try:
+            self.metadata, entry, self.start = _header(path, self.file, name)
+            self.dtype = KINDS[entry["dtype"]]
+            self.rows, kept = entry["shape"]
+            self.width = _fp8_width(path, self.metadata, kept) if self.dtype == FP8 else kept
+        except Exception:
+            self.close()
+            raise
+        self.row_bytes = kept * self.dtype.itemsize
+
+    def foretell(self, row: int, count: int) -> None:
+        """Tells the system that these rows will be read, so that it begins."""
+        if self.file >= 0:
+            size = self.row_bytes
+            os.posix_fadvise(self.file, self.start + row * size, count * size, os.POSIX_FADV_WILLNEED)
+
+    def read(self, row: int, into: memoryview) -> None:
+        """Fills `into` from the first byte of `row` on. TableError where the file has lost them."""
+        try:
+            got = os.preadv(self.file, [into], self.start + row * self.row_bytes) if self.file >= 0 else 0
+        except OSError as error:
+            raise TableError(f"{self.path}: {error.strerror} at row {row}") from error
+        if got != len(into):
+            lost, left = row + got // self.row_bytes, got % self.row_bytes
+            raise TableError(
+                f"{self.path}: got {left} bytes of row {lost}, expected {self.row_bytes}: cut or closed since it opened"
+            )
+
+    def damaged(self) -> list[int]:
+        """Numbers of the blocks whose bytes are not those that were written. TableError without checksums."""
+        size = self.rows * self.row_bytes
+        noted = self.metadata.get("xxh3_per_mib", "")
+        if len(noted) != 16 * -(-size // _BLOCK):
+            raise TableError(f"{self.path}: got no checksum for each MiB, expected a file that write_table wrote")
+        buffer, found = memoryview(bytearray(_BLOCK)), []
+        for number in range(len(noted) // 16):
+            part = buffer[: min(_BLOCK, size - number * _BLOCK)]
+            if os.preadv(self.file, [part], self.start + number * _BLOCK) != len(part):
+                raise TableError(f"{self.path}: cut since it opened")
+            if xxhash.xxh3_64_hexdigest(part) != noted[16 * number : 16 * number + 16]:
+                found.append(number)
+        return found
+
+    def close(self) -> None:
+        if self.file >= 0:
+            os.close(self.file)
+            self.file = -1
+
+
+def _fp8_width(path: Path, metadata: Mapping[str, str], kept: int) -> int:
+    """The width that fp8 records are said to have. TableError unless format and size agree with it."""
+    got, width = (metadata.get("format"), metadata.get("width")), kept * BLOCK // (BLOCK + 1)
+    if got != (FORMAT, str(width)) or kept % (BLOCK + 1):
+        raise TableError(
+            f"{path}: got {kept}-byte rows, format {got[0]!r}, width {got[1]!r}, expected {FORMAT!r}, 33 bytes for 32"
+        )
+    return width
+
+
+def _header(path: Path, file: int, name: str) -> tuple[Mapping[str, str], Mapping[str, Any], int]:
+    """Metadata, the entry of `name`, and where its bytes begin. TableError for anything that does not fit."""
+    total = os.fstat(file).st_size
+    if total < 8:
+        raise TableError(f"{path}: got {total} bytes, expected a safetensors file")
+    (size,) = struct.unpack("<Q", os.pread(file, 8, 0))
+    if size > min(_HEADER_LIMIT, total - 8):
+        raise TableError(f"{path}: got a header of {size} bytes, expected at most {min(_HEADER_LIMIT, total - 8)}")
+    try:
+        header = json.loads(os.pread(file, size, 8).decode("utf-8"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise TableError(f"{path}: its header is no JSON object with each name once ({error})") from error
+    if not isinstance(header, dict):
+        raise TableError(f"{path}: got a header that is a {type(header).__name__}, expected a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise TableError(f"{path}: got metadata that are not strings by name")
+    ends = sorted(_extent(path, key, entry) for key, entry in header.items())
+    edge = 0
+    for begin, end in ends:
+        if begin != edge:
+            raise TableError(f"{path}: got a tensor at byte {begin} of the data, expected byte {edge}: gap or overlap")
+        edge = end
+    if edge != total - 8 - size:
+        raise TableError(f"{path}: got {total - 8 - size} bytes of data, expected {edge}: cut or lengthened")
+    entry = header.get(name)
+    if entry is None:
+        raise TableError(f"{path}: got tensors {', '.join(list(header)[:5]) or 'none'}, expected {name!r}")
+    if entry["dtype"] not in KINDS or len(entry["shape"]) != 2 or min(entry["shape"]) < 1:
+        got = f"{entry['dtype']} of shape {entry['shape']}"
+        raise TableError(f"{path}: got {name!r} as {got}, expected rows by width in {' or '.join(KINDS)}")
+    return metadata, entry, 8 + size + entry["data_offsets"][0]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        raise ValueError("a name stands twice")
+    return named
+
+
+def _extent(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    """Where a tensor's bytes begin and end, from a header entry that must say so without contradiction."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise TableError(f"{path}: got an entry of {name!r} without exactly dtype, shape and data_offsets")
+    shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
+    lists = isinstance(shape, list) and isinstance(offsets, list) and isinstance(dtype, str)
+    if not lists or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
+        raise TableError(f"{path}: got shape {shape} and offsets {offsets} of {name!r}, expected counts from 0")
+    begin, end = offsets
+    size = KINDS[dtype].itemsize if dtype in KINDS else 0
+    if begin > end or (size and end - begin != size * math.prod(shape)):
+        raise TableError(f"{path}: got bytes {begin} to {end} for {name!r}, expected {dtype} of shape {shape}")
+    return begin, end
+
+
+def open_shards(path: Path, name: str) -> list[Shard]:
+    """The shards in order of their rows: a file alone, or every .safetensors file of a folder."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files:
+        raise TableError(f"{path}: got a folder without .safetensors files, expected a table's shards")
+    shards: list[Shard] = []
+    try:
+        for file in files:
+            shards.append(Shard(file, name))
+        return _in_order(path, shards) if path.is_dir() else shards
+    except TableError:
+        for shard in shards:
+            shard.close()
+        raise
+
+
+def _in_order(path: Path, shards: list[Shard]) -> list[Shard]:
+    """Shards sorted by their first row; TableError if one is missing, doubled or of another kind."""
+    places: list[tuple[int, int, Shard]] = []
+    for shard in shards:
+        numbers = [shard.metadata.get(key, "") for key in ("first_row", "rows_in_all")]
+        if not all(number.isascii() and number.isdigit() for number in numbers):
+            raise TableError(
+                f"{shard.path}: got no first_row and rows_in_all in its metadata, expected a table's shard"
+            )
+        places.append((int(numbers[0]), int(numbers[1]), shard))
+    places.sort(key=lambda place: place[0])
+    row, total, first = 0, places[0][1], places[0][2]
+    for begin, claimed, shard in places:
+        if (claimed, shard.width, shard.dtype) != (total, first.width, first.dtype):
+            raise TableError(f"{shard.path}: got a shard of another table than {first.path}")
+        if begin != row:
+            raise TableError(
+                f"{shard.path}: got rows from {begin}, expected rows from {row}: a shard missing or doubled"
+            )
+        row += shard.rows
+    if row != total:
+        raise TableError(f"{path}: got {row} rows in {len(places)} shards, expected {total}: the last ones are missing")
+    return [shard for _, _, shard in places]
+
+
+class Damage(NamedTuple):
+    """Rows that are not as they were written: `rows` of the table, in a block of `path`."""
+
+    path: Path
+    rows: range
+
+
+def verify(path: str | os.PathLike[str]) -> list[Damage]:
+    """Reads a whole table, a file or a folder of shards; returns every MiB that is not as it was written.
+
+    TableError for what DiskTable refuses, and for files without checksums.
+    """
+    shards = open_shards(Path(path), "rows")
+    try:
+        return [Damage(shard.path, _rows_of(shard, block)) for shard in shards for block in shard.damaged()]
+    finally:
+        for shard in shards:
+            shard.close()
+
+
+def _rows_of(shard: Shard, block: int) -> range:
+    begin = int(shard.metadata["first_row"])
+    first, end = block * _BLOCK // shard.row_bytes, -(-(block + 1) * _BLOCK // shard.row_bytes)
+    return range(begin + first, begin + min(end, shard.rows))
+
+
+def write_table(
+    folder: str | os.PathLike[str],
+    values: Shaped[Tensor, "rows kept"],
+    *,
+    dtype: torch.dtype | None = None,
+    shard_rows: int = 1 << 22,
+) -> Path:
+    """Writes a table as shards that DiskTable reads; each appears whole or not at all. ValueError if one is there.
+
+    values: float32 or bfloat16 [rows, width], or fp8 records in bytes. dtype: what they are to be kept in, float32,
+    bfloat16 or float8_e4m3fn (fp8 records); as they are if none. Every MiB gets a checksum, which `verify` reads.
+    """
+    folder = Path(folder)
+    width, given = kept_as(values)
+    dtype = dtype or given
+    if shard_rows < 1:
+        raise ValueError(f"got {shard_rows} rows a shard, expected at least 1")
+    for each in (given, dtype):
+        row_bytes(width, each)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.glob("*.safetensors")):
+        raise ValueError(f"got {folder}, which holds .safetensors files, expected a new or empty folder")
+    starts = range(0, len(values), shard_rows)
+    for number, start in enumerate(starts):
+        target = folder / f"table-{number + 1:05d}-of-{len(starts):05d}.safetensors"
+        beside = target.with_suffix(".part")
+        part = _kept(values[start : start + shard_rows].detach().cpu(), dtype).contiguous()
+        metadata = {"first_row": str(start), "rows_in_all": str(len(values)), "xxh3_per_mib": _checksums(part)}
+        if dtype == FP8:
+            metadata |= {"format": FORMAT, "width": str(width)}
+        save_file({"rows": part}, beside, metadata)
+        beside.replace(target)
+    return folder
+
+
+def _kept(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows as numbers or records -> the same rows as `dtype` keeps them."""
+    width, now = kept_as(values)
+    if now == dtype:
+        return values
+    numbers = dequantise(values, width) if now == FP8 else values
+    return quantise(numbers) if dtype == FP8 else numbers.to(dtype)
+
+
+def _checksums(rows: Tensor) -> str:
+    """16 hexadecimal digits for every MiB of their bytes."""
+    whole = rows.view(torch.uint8).numpy().data.cast("B")
+    return "".join(xxhash.xxh3_64_hexdigest(whole[at : at + _BLOCK]) for at in range(0, len(whole), _BLOCK))

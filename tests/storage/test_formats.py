@@ -1,0 +1,165 @@
+"""Values and records, ordinary and extreme, in -> the bytes, the numbers or the refusal that must come."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rorqual import kernels
+from rorqual.storage import dequantise, quantise, record_bytes
+from rorqual.storage.formats import recall, width_of
+
+pytestmark = pytest.mark.engram
+
+CODES = [code for code in range(256) if code & 0x7F != 0x7F]  # e4m3 has two that are no numbers and no infinities
+
+
+def number(code: int) -> float:
+    """What e4m3 means, from its definition: sign, 4 bits of exponent with bias 7, 3 bits of fraction."""
+    exponent, fraction = code >> 3 & 15, code & 7
+    size = (1 + fraction / 8) * 2.0 ** (exponent - 7) if exponent else fraction / 8 * 2.0**-6
+    return -size if code & 128 else size
+
+
+SIZES = np.array([number(code) for code in range(0x7F)])
+
+
+def expected(block: list[float]) -> tuple[float, list[float]]:
+    """The scale and the values of one block in exact double arithmetic, by looking at every e4m3 number."""
+    largest = max(abs(value) for value in block)
+    scale = next(2.0**e for e in range(-126, 128) if largest <= 448 * 2.0**e) if largest else 1.0
+    return scale, [nearest(value / scale) * scale for value in block]
+
+
+def nearest(value: float) -> float:
+    """The e4m3 number nearest to a value of at most 448; of two equally near, the one whose last bit is 0."""
+    distances = np.abs(SIZES - abs(value))
+    codes = np.flatnonzero(distances == distances.min())
+    return math.copysign(SIZES[min(codes, key=lambda code: code & 1)], value)
+
+
+def test_a_record_is_a_byte_a_value_and_a_byte_every_32() -> None:
+    assert [record_bytes(width) for width in (32, 64, 256)] == [33, 66, 264]
+    assert [width_of(record) for record in (33, 66, 264)] == [32, 64, 256]
+    assert quantise(torch.randn(5, 64)).shape == (5, 66)
+
+
+@pytest.mark.parametrize("exponent", [-126, -30, 0, 1, 100, 119])
+def test_every_e4m3_number_comes_back(exponent: int) -> None:
+    """In a block that holds 448 times its scale, every number that e4m3 knows is kept exactly."""
+    values = torch.full((len(CODES), 32), 448.0)
+    values[:, 1] = torch.tensor([number(code) for code in CODES])
+    values = (values.double() * 2.0**exponent).float()
+    records = quantise(values)
+    assert records[:, 1].tolist() == CODES
+    assert (records[:, 32] == exponent + 127).all()
+    assert torch.equal(dequantise(records, 32), values)
+
+
+def test_decoding_follows_the_definition_for_every_byte_and_scale() -> None:
+    codes, scales = torch.meshgrid(torch.tensor(CODES), torch.arange(255), indexing="ij")
+    records = torch.zeros(codes.numel(), 33, dtype=torch.uint8)
+    records[:, 5], records[:, 32] = codes.flatten(), scales.flatten()
+    exact = np.array([number(code) for code in CODES])[:, None] * 2.0 ** (np.arange(255) - 127.0)
+    with np.errstate(over="ignore"):
+        expected = torch.from_numpy(exact.astype(np.float32)).flatten()
+    found = dequantise(records, 32)
+    assert torch.equal(found[:, 5], expected)
+    assert not found[:, :5].any()
+    assert not found[:, 6:].any()
+
+
+def test_what_is_no_number_stays_none() -> None:
+    records = torch.zeros(3, 33, dtype=torch.uint8)
+    records[0, 2], records[1, 3], records[2, 32] = 0x7F, 0xFF, 255
+    found = dequantise(records, 32).isnan()
+    assert found[0].nonzero().tolist() == [[2]]
+    assert found[1].nonzero().tolist() == [[3]]
+    assert found[2].all()
+
+
+LARGEST = float(np.nextafter(np.float32(248 * 2.0**120), np.float32(0)))  # the next rounds to infinity
+FLOATS = st.floats(-LARGEST, LARGEST, width=32)
+TIES = [LARGEST, 448.0, 449.0, 464.0, 0.875, 17.0, 19.0, 2.0**-10, 3 * 2.0**-10, 2.0**-149, -0.0]
+BLOCKS = st.one_of(st.lists(FLOATS, min_size=1, max_size=32), st.lists(st.sampled_from(TIES), min_size=1, max_size=8))
+
+
+@settings(max_examples=300, deadline=None)
+@given(block=BLOCKS)
+def test_scale_and_rounding_are_those_of_exact_arithmetic(block: list[float]) -> None:
+    """Ties, subnormals, zeros, the largest float: against a search through all e4m3 numbers in double."""
+    block = block + [0.0] * (32 - len(block))
+    scale, values = expected(block)
+    records = quantise(torch.tensor([block], dtype=torch.float32))
+    assert 2.0 ** (int(records[0, 32]) - 127) == scale
+    assert dequantise(records, 32)[0].double().tolist() == values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width"), [(1, 32), (3, 96), (700, 256), (5, 65536 + 32)])
+def test_error_is_bounded_at_every_size(dtype: torch.dtype, rows: int, width: int) -> None:
+    """|v| / 16 where the value is normal beside its scale, s / 1024 below; blocks do not see each other."""
+    values = (torch.randn(rows, width) * torch.randn(rows, width).mul(8).exp2()).to(dtype)
+    records = quantise(values)
+    found, exact = dequantise(records, width), values.float()
+    scale = (records[:, width:].double() - 127).exp2().repeat_interleave(32, 1)
+    bound = torch.where(exact.abs() >= scale / 64, exact.abs() / 16, scale / 1024)
+    assert ((found - exact).abs() <= bound).all()
+    assert torch.equal(dequantise(quantise(found), width), found)
+    for block in range(0, width, max(32, width // 4 // 32 * 32)):
+        alone = dequantise(quantise(values[:, block : block + 32]), 32)
+        assert torch.equal(alone, found[:, block : block + 32])
+
+
+def test_any_shape_of_rows_into_given_memory() -> None:
+    records = quantise(torch.randn(24, 64))
+    flat = dequantise(records, 64)
+    assert torch.equal(dequantise(records.view(2, 3, 4, 66), 64), flat.view(2, 3, 4, 64))
+    assert dequantise(records[:0], 64).shape == (0, 64)
+    assert torch.equal(dequantise(records[3], 64), flat[3])
+    out = torch.full((24, 64), math.nan)
+    assert dequantise(records, 64, out=out) is out
+    assert torch.equal(out, flat)
+    wide = torch.zeros(24, 99, dtype=torch.uint8)
+    wide[:, :66] = records
+    assert torch.equal(dequantise(wide[::2, :66], 64), flat[::2])
+
+
+@pytest.mark.parametrize("width", [1, 31, 33, 80])
+def test_widths_without_whole_blocks_are_refused(width: int) -> None:
+    fitting = -(-width // 32) * 32
+    with pytest.raises(ValueError, match=f"got rows of width {width}, expected a multiple of 32.*zeros to {fitting}"):
+        quantise(torch.randn(2, width))
+    with pytest.raises(ValueError, match=f"got rows of width {width}"):
+        record_bytes(width)
+    with pytest.raises(ValueError, match="got records of 34 bytes"):
+        width_of(34)
+    with pytest.raises(ValueError, match="got records of 33 bytes, expected 66"):
+        dequantise(torch.zeros(2, 33, dtype=torch.uint8), 64)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -248 * 2.0**120])
+def test_values_that_are_no_numbers_are_refused(bad: float) -> None:
+    values: Tensor = torch.randn(7, 64)
+    values[4, 40] = bad
+    with pytest.raises(ValueError, match=r"got a value in row 4 that is nan, infinite or beyond 3.296e\+38"):
+        quantise(values)
+
+
+@pytest.mark.interpreted
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # 448 * 2^127 is inf, in numpy with a warning
+def test_tiles_recall_every_byte_under_every_scale(tiled: torch.device, poisoned: None) -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = codes.view(1, 8, 32).expand(256, 8, 32).reshape(-1, 32)
+    records = torch.cat([values, codes.repeat_interleave(8)[:, None]], 1).to(tiled)
+    for shape in ((0,), (), (1,), (3, 5, 7), (2048,)):
+        ids = torch.randperm(2048)[: math.prod(shape)].view(shape).to(tiled)
+        ours, expected = kernels.triton_twins.recall(records, ids, 32), recall(records, ids, 32)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+    records = quantise(torch.randn(5, 96)).to(tiled)
+    ids = torch.tensor([[4, 0, 4]], device=tiled)
+    assert torch.equal(kernels.triton_twins.recall(records, ids, 96), recall(records, ids, 96))

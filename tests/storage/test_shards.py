@@ -1,0 +1,293 @@
+"""Files, sound and broken in every way, in -> the table, the damaged rows or the refusal that must come."""
+
+import json
+import os
+import pathlib
+import shutil
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from rorqual.storage import DiskTable, TableError, dequantise, quantise, verify, write_table
+
+pytestmark = pytest.mark.engram
+
+FP8 = torch.float8_e4m3fn
+
+
+def damage(path: pathlib.Path, header: dict | str | bytes, data: bytes = bytes(24), size: int | None = None) -> None:
+    raw = header if isinstance(header, bytes) else (header if isinstance(header, str) else json.dumps(header)).encode()
+    path.write_bytes(struct.pack("<Q", len(raw) if size is None else size) + raw + data)
+
+
+def entry(**changes: object) -> dict:
+    return {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24], **changes}
+
+
+ENTRY = json.dumps(entry())
+
+
+@pytest.mark.parametrize(
+    ("header", "size", "reason"),
+    [
+        ({"rows": entry()}, 2**63, "got a header of 9223372036854775808 bytes"),
+        ({"rows": entry()}, 10**6, "expected at most"),
+        ({"rows": entry()}, 7, "no JSON object"),
+        ("[]", None, "is a list"),
+        ("null", None, "is a NoneType"),
+        ("{", None, "no JSON object"),
+        ("[" * 100_000, None, "no JSON object"),
+        (b"\xff\xfe", None, "no JSON object"),
+        (f'{{"rows": {ENTRY}, "rows": {ENTRY}}}', None, "stands twice"),
+        ({"rows": 3}, None, "without exactly"),
+        ({"rows": {"dtype": "F32", "shape": [2, 3]}}, None, "without exactly"),
+        ({"rows": entry(more=1)}, None, "without exactly"),
+        ({"rows": entry(shape=[2, -3])}, None, "expected counts from 0"),
+        ({"rows": entry(shape=[2, 3.0])}, None, "expected counts from 0"),
+        ({"rows": entry(shape=[True, 6])}, None, "expected counts from 0"),
+        ({"rows": entry(shape="23")}, None, "expected counts from 0"),
+        ({"rows": entry(shape=[3, 3])}, None, "expected F32 of shape"),
+        ({"rows": entry(dtype=["F32"])}, None, "expected counts from 0"),
+        ({"rows": entry(dtype="F16")}, None, "got 'rows' as F16"),
+        ({"rows": entry(dtype="BF16")}, None, "expected BF16 of shape"),
+        ({"rows": entry(shape=[6])}, None, "expected rows by width"),
+        ({"rows": entry(data_offsets=[24, 0])}, None, "got bytes 24 to 0"),
+        ({"rows": entry(data_offsets=[0, 24, 24])}, None, "expected counts from 0"),
+        ({"rows": entry(data_offsets=[8, 32])}, None, "gap or overlap"),
+        ({"rows": entry(), "more": entry()}, None, "gap or overlap"),
+        ({"rows": entry(shape=[1, 3], data_offsets=[0, 12])}, None, "cut or lengthened"),
+        ({"rows": entry(shape=[4, 3], data_offsets=[0, 48])}, None, "cut or lengthened"),
+        ({"row": entry()}, None, "got tensors row, expected 'rows'"),
+        ({"__metadata__": {"a": 1}, "rows": entry()}, None, "metadata"),
+        ({"__metadata__": [], "rows": entry()}, None, "metadata"),
+    ],
+)
+def test_malformed_files_are_refused(header, size: int | None, reason: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "bad.safetensors"
+    damage(path, header, size=size)
+    with pytest.raises(TableError, match=reason) as caught:
+        DiskTable(path)
+    assert str(path) in str(caught.value)
+
+
+def test_sound_file_of_the_same_making_opens(tmp_path: pathlib.Path) -> None:
+    damage(tmp_path / "good.safetensors", {"rows": entry()})
+    assert torch.equal(DiskTable(tmp_path / "good.safetensors").request(torch.tensor([1])).wait(), torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("content", [b"", b"1234567", b"12345678"])
+def test_fragments_are_refused(content: bytes, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(TableError):
+        DiskTable(path)
+    with pytest.raises(TableError, match="No such file"):
+        DiskTable(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TableError, match="without"):
+        DiskTable(tmp_path / "empty")
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_mutated_file_is_refused_or_read_within_itself(data: st.DataObject, tmp_path_factory) -> None:
+    """Bytes flipped, cut or inserted in the header: a TableError at once, or a table that fits its file exactly."""
+    folder = write_table(tmp_path_factory.mktemp("table") / "t", torch.randn(5, 3), shard_rows=9)
+    path = next(folder.glob("*.safetensors"))
+    raw = bytearray(path.read_bytes())
+    head = 8 + struct.unpack("<Q", raw[:8])[0]
+    place = data.draw(st.integers(0, head - 1))
+    kind = data.draw(st.sampled_from(["flip", "cut", "insert", "shorten"]))
+    if kind == "flip":
+        raw[place] ^= 1 << data.draw(st.integers(0, 7))
+    elif kind == "cut":
+        del raw[place]
+    elif kind == "insert":
+        raw.insert(place, data.draw(st.integers(0, 255)))
+    else:
+        del raw[len(raw) - data.draw(st.integers(1, len(raw))) :]
+    path.write_bytes(raw)
+    try:
+        table = DiskTable(folder, prefetch=False)
+    except TableError as error:
+        refusal = str(error)
+        table = None
+    if table is None:
+        assert str(folder) in refusal
+        return
+    assert table.request(torch.arange(table.rows)).wait().shape == (table.rows, table.width)
+    assert kind in ("flip", "insert", "cut")
+    table.close()
+
+
+def test_shards_missing_doubled_or_of_another_table_are_refused(tmp_path: pathlib.Path) -> None:
+    folder = write_table(tmp_path / "t", torch.randn(10, 3), shard_rows=3)
+    shards = sorted(folder.glob("*"))
+    assert [shard.name for shard in shards] == [f"table-0000{n}-of-00004.safetensors" for n in range(1, 5)]
+    kept = {shard: shard.read_bytes() for shard in shards}
+
+    def refused(reason: str) -> None:
+        with pytest.raises(TableError, match=reason):
+            DiskTable(folder)
+        for file in folder.glob("*"):
+            file.unlink()
+        for shard, content in kept.items():
+            shard.write_bytes(content)
+
+    shards[1].unlink()
+    refused("expected rows from 3: a shard missing or doubled")
+    shards[3].unlink()
+    refused("expected 10: the last ones are missing")
+    (folder / "table-copy.safetensors").write_bytes(kept[shards[0]])
+    refused("expected rows from 3: a shard missing or doubled")
+    save_file({"rows": torch.randn(3, 3)}, shards[2])
+    refused("no first_row")
+    save_file({"rows": torch.randn(3, 4)}, shards[2], {"first_row": "6", "rows_in_all": "10"})
+    refused("another table")
+    save_file({"rows": torch.randn(3, 3)}, shards[2], {"first_row": "6", "rows_in_all": "11"})
+    refused("another table")
+    assert DiskTable(folder).rows == 10
+
+
+def test_opening_a_refused_folder_leaves_no_file_open(tmp_path: pathlib.Path) -> None:
+    folder = write_table(tmp_path / "t", torch.randn(10, 3), shard_rows=3)
+    (folder / "z.safetensors").write_bytes(b"junk")
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    for _ in range(5):
+        with pytest.raises(TableError):
+            DiskTable(folder)
+    after = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    assert after == before
+
+
+def test_a_table_is_written_in_the_format_asked_for(tmp_path: pathlib.Path) -> None:
+    values = torch.randn(10, 64)
+    records = quantise(values)
+    for dtype, values_given, kept in [
+        (None, values, values),
+        (torch.bfloat16, values, values.bfloat16()),
+        (FP8, values, records),
+        (None, records, records),
+        (torch.float32, records, dequantise(records, 64)),
+        (FP8, values.bfloat16(), quantise(values.bfloat16())),
+        (None, values[::2, :3], values[::2, :3]),
+    ]:
+        folder = write_table(tmp_path / "t", values_given, dtype=dtype, shard_rows=4)
+        parts = [load_file(file)["rows"] for file in sorted(folder.glob("*"))]
+        assert torch.equal(torch.cat(parts), kept)
+        expected = dequantise(kept, 64) if kept.dtype == torch.uint8 else kept
+        table = DiskTable(folder)
+        assert (table.rows, table.width) == expected.shape
+        assert torch.equal(table.request(torch.arange(len(kept))).wait(), expected)
+        table.close()
+        shutil.rmtree(folder)
+
+
+def test_fp8_files_say_what_they_are(tmp_path: pathlib.Path) -> None:
+    folder = write_table(tmp_path / "t", torch.randn(3, 256), dtype=FP8)
+    with safe_open(next(folder.glob("*")), "pt") as file:
+        assert file.metadata()["format"] == "fp8-e4m3-e8m0-32"
+        assert file.metadata()["width"] == "256"
+        assert file.get_slice("rows").get_shape() == [3, 264]
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [
+        ([2, 66], {"format": None}),
+        ([2, 66], {"format": "fp8-e5m2"}),
+        ([2, 66], {"width": None}),
+        ([2, 66], {"width": "66"}),
+        ([2, 66], {"width": "x"}),
+        ([2, 67], {"width": "64"}),
+        ([2, 32], {"width": "31"}),
+    ],
+)
+def test_bytes_without_a_fitting_format_are_refused(shape: list[int], changes: dict, tmp_path: pathlib.Path) -> None:
+    said = {"format": "fp8-e4m3-e8m0-32", "width": "64", "first_row": "0", "rows_in_all": "2"}
+    said = {name: word for name, word in (said | changes).items() if word is not None}
+    save_file({"rows": torch.zeros(shape, dtype=torch.uint8)}, tmp_path / "bad.safetensors", said)
+    with pytest.raises(TableError, match=r"bad.safetensors: got \d+-byte rows.*expected 'fp8-e4m3-e8m0-32'"):
+        DiskTable(tmp_path)
+
+
+def test_shards_of_other_formats_are_of_another_table(tmp_path: pathlib.Path) -> None:
+    folder = write_table(tmp_path / "t", torch.randn(10, 64), dtype=FP8, shard_rows=5)
+    last = sorted(folder.glob("*"))[1]
+    save_file({"rows": torch.zeros(5, 66)}, last, {"first_row": "5", "rows_in_all": "10"})
+    with pytest.raises(TableError, match="another table"):
+        DiskTable(folder)
+
+
+def test_bad_sizes_and_places_are_refused(tmp_path: pathlib.Path) -> None:
+    folder = write_table(tmp_path / "t", torch.randn(4, 3))
+    with pytest.raises(ValueError, match="expected a new or empty folder"):
+        write_table(folder, torch.randn(4, 3))
+    with pytest.raises(ValueError, match=r"got torch.float64 rows, expected torch.float32, .*bfloat16, .*e4m3fn"):
+        write_table(tmp_path / "u", torch.randn(4, 3).double())
+    with pytest.raises(ValueError, match=r"got torch.float16 rows"):
+        write_table(tmp_path / "u", torch.randn(4, 3), dtype=torch.float16)
+    with pytest.raises(ValueError, match="got rows of width 3, expected a multiple of 32"):
+        write_table(tmp_path / "u", torch.randn(4, 3), dtype=FP8)
+    with pytest.raises(ValueError, match="got 0 rows a shard"):
+        write_table(tmp_path / "u", torch.randn(4, 3), shard_rows=0)
+    assert not (tmp_path / "u").exists()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_flipped_bit_among_the_rows_is_found_in_its_block(data: st.DataObject, tmp_path_factory) -> None:
+    """Shards of 2.5 MiB: the damaged rows that are named hold the one that was hit, and are no more than its MiB."""
+    folder = write_table(tmp_path_factory.mktemp("table") / "t", torch.zeros(1500, 1000), shard_rows=650)
+    files = sorted(folder.glob("*"))
+    assert verify(folder) == []
+    hits = data.draw(st.lists(st.tuples(st.integers(0, 1499), st.integers(0, 4000 * 8 - 1)), min_size=1, max_size=3))
+    for row, bit in set(hits):
+        path, within = files[row // 650], row % 650
+        rows = min(650, 1500 - row // 650 * 650)
+        raw = bytearray(path.read_bytes())
+        raw[len(raw) - rows * 4000 + within * 4000 + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(raw)
+    found = verify(folder)
+    for row, bit in set(hits):
+        block = (row % 650 * 4000 + bit // 8) >> 20
+        first = row // 650 * 650 + (block << 20) // 4000
+        assert any(each.path == files[row // 650] and each.rows.start == first and row in each.rows for each in found)
+    assert len(found) <= len(set(hits))
+    assert all(len(each.rows) <= (1 << 20) // 4000 + 2 for each in found)
+
+
+def test_every_flipped_bit_of_a_file_is_found(tmp_path: pathlib.Path) -> None:
+    """Header and rows, bit by bit: refused, or reported."""
+    (path,) = write_table(tmp_path / "t", torch.randn(1, 32), dtype=FP8).glob("*")
+    whole = path.read_bytes()
+
+    def found() -> bool:
+        try:
+            return bool(verify(path.parent))
+        except TableError as error:
+            return str(path.parent) in str(error)
+
+    assert not found()
+    missed = []
+    for place in range(len(whole)):
+        for bit in range(8):
+            raw = bytearray(whole)
+            raw[place] ^= 1 << bit
+            path.write_bytes(raw)
+            if not found():
+                missed.append((place, bit, bytes(raw[max(0, place - 9) : place + 9])))
+    assert missed == []
+
+
+def test_files_without_checksums_cannot_be_verified(tmp_path: pathlib.Path) -> None:
+    save_file({"rows": torch.randn(3, 3)}, tmp_path / "a.safetensors", {"first_row": "0", "rows_in_all": "3"})
+    with pytest.raises(TableError, match="got no checksum for each MiB, expected a file that write_table wrote"):
+        verify(tmp_path)
+    with pytest.raises(TableError, match="No such file"):
+        verify(tmp_path / "none")

@@ -1,0 +1,95 @@
+"""Sizes, and tensors that live or die, in -> the memory that they must get."""
+
+import copy
+import gc
+import pickle
+import threading
+
+import pytest
+import torch
+
+from rorqual.storage.staging import Staging
+
+pytestmark = pytest.mark.engram
+
+ROWS, WIDTH = 1000, 300  # 1.2 MB in float32, where memory begins to be kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize(("rows", "width"), [(0, 3), (3, 5), (ROWS, WIDTH), (1 << 15, 77), (1, 1 << 21)])
+def test_memory_has_the_shape_and_type_asked_for(dtype: torch.dtype, rows: int, width: int) -> None:
+    given = Staging().take(rows, width, dtype)
+    assert given.shape == (rows, width)
+    assert given.dtype == dtype
+    assert given.is_contiguous()
+    assert given.data_ptr() % 64 == 0 or not rows
+    given.fill_(3)
+    assert (given == 3).all()
+
+
+def test_living_tensors_never_share_memory() -> None:
+    staging = Staging()
+    given = [staging.take(ROWS, WIDTH, torch.float32).fill_(n) for n in range(5)]
+    assert all((each == n).all() for n, each in enumerate(given))
+
+
+def test_the_last_view_holds_the_memory() -> None:
+    staging = Staging()
+    given = staging.take(ROWS, WIDTH, torch.float32)
+    place, view = given.data_ptr(), given[3:5].t().view(torch.int32)
+    del given
+    other = staging.take(ROWS, WIDTH, torch.float32)
+    assert other.data_ptr() != place
+    array = view.numpy()
+    del view
+    third = staging.take(ROWS, WIDTH, torch.float32)
+    assert third.data_ptr() not in (place, other.data_ptr())
+    del array
+    assert staging.take(ROWS, WIDTH, torch.float32).data_ptr() == place
+
+
+def test_smaller_ones_go_where_larger_ones_were() -> None:
+    staging = Staging()
+    place = staging.take(4 * ROWS, WIDTH, torch.float32).data_ptr()
+    for rows in (4 * ROWS, ROWS, 2 * ROWS):
+        assert staging.take(rows, WIDTH, torch.float32).data_ptr() == place
+    staging.take(5 * ROWS, WIDTH, torch.float32)
+    assert 0 <= held(staging) - 5 * ROWS * WIDTH * 4 <= 64
+
+
+def held(staging: Staging) -> int:
+    return sum(len(piece) for piece, _ in staging._pieces)
+
+
+def test_what_is_kept_is_bounded() -> None:
+    staging = Staging()
+    given = [staging.take(ROWS, WIDTH, torch.float32) for _ in range(9)]
+    del given
+    gc.collect()
+    assert held(staging) <= 2 * (ROWS * WIDTH * 4 + 64)
+
+
+def test_copies_begin_with_nothing() -> None:
+    staging = Staging()
+    staging.take(ROWS, WIDTH, torch.float32)
+    for other in (copy.deepcopy(staging), pickle.loads(pickle.dumps(staging))):
+        assert held(other) == 0
+        assert other.take(ROWS, WIDTH, torch.float32).shape == (ROWS, WIDTH)
+
+
+def test_threads_get_memory_of_their_own() -> None:
+    staging, wrong = Staging(), []
+
+    def work(number: int) -> None:
+        for _ in range(200):
+            given = staging.take(ROWS, WIDTH, torch.float32)
+            given[:, 0].fill_(number)
+            if not (given[:, 0] == number).all():
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
