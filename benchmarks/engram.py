@@ -1,9 +1,17 @@
-"""Engram's addresses against a plain numpy loop over the heads, and recall against torch.index_select.
+"""Engram's addresses, recall and rows in training, each beside its peer in one run.
 
-    python benchmarks/engram.py --tokens 1000000
+    OMP_NUM_THREADS=2 python benchmarks/engram.py --tokens 1000000
 
-16 rows a token (bigrams and trigrams, 8 heads each). Both compute the same rows, which is checked. A decode step is one
-new token of each of 32 sequences, with the ids before it from the cache. Rounds are interleaved; medians are printed.
+addresses    one layer, 16 rows a token (bigrams and trigrams, 8 heads each), against a plain numpy loop over the heads
+             in the structure of the authors' code, spared what that computes twice; both must give the same rows, or
+             the run ends. Also on one thread.
+decode       two layers, 16 rows each, one new token of each of 32 sequences. The hash itself is the compiled twin on
+             ids that are there, with its result's memory; the whole step is what a model calls: the ids before from
+             the cache, these kept in it, the choice of the twin, the check of every id.
+recall       rows into memory that is there already, against torch.index_select(out=)
+sparse step  see rows.py, whose functions these are
+
+Rounds are interleaved; medians are printed.
 """
 
 import argparse
@@ -13,86 +21,129 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import rows as rows_benchmark
 import torch
 
+from rorqual.kernels import pick
+from rorqual.layers.addresses import Addresses, EngramConfig, follow_rows
 from rorqual.layers.basics import layout
-from rorqual.layers.engram import Addresses, EngramConfig
 from rorqual.storage import DeviceTable
 
 VOCABULARY = 32_768
+CPU = torch.device("cpu")
 
 
-def measure(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Milliseconds of each, the median of interleaved rounds after one to warm up."""
+def measure(steps: dict[str, Callable[[], object]], rounds: int, each: int = 1) -> dict[str, float]:
+    """Milliseconds of each, the median of interleaved rounds of `each` calls, after one to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):
         for name, step in steps.items():
             began = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - began)
+            for _ in range(each):
+                step()
+            seconds[name].append((time.perf_counter() - began) / each)
     return {name: statistics.median(times[1:]) * 1e3 for name, times in seconds.items()}
 
 
 def per_head(ids: np.ndarray, own: Addresses) -> np.ndarray:
-    """[T, R], a head at a time: the product of every order mixed by xor, then the remainder by the head's prime."""
+    """[B, T, R] of one layer: shift and mix every order, then the remainder, a head at a time."""
     known = own.canonical_map.numpy().astype(np.int64)[ids]
     multipliers, primes, offsets = own.multipliers[0].numpy(), own.primes[0].numpy(), own.offsets[0].numpy()
-    rows = np.empty((len(ids), len(offsets)), dtype=np.int64)
+    rows = np.empty((*ids.shape, len(offsets)), dtype=np.int64)
     mix = known * multipliers[0]
-    for order in range(1, len(primes) + 1):
-        earlier = np.concatenate([np.full(order, own.pad), known[:-order]])
+    for order, heads in enumerate(primes, start=1):
+        earlier = np.pad(known, ((0, 0), (order, 0)), constant_values=own.pad)[:, : known.shape[1]]
         mix = mix ^ (earlier * multipliers[order])
-        for head, prime in enumerate(primes[order - 1]):
-            column = (order - 1) * len(primes[0]) + head
-            rows[:, column] = mix % prime + offsets[column]
+        for head, prime in enumerate(heads):
+            column = (order - 1) * len(heads) + head
+            rows[..., column] = mix % prime + offsets[column]
     return rows
 
 
-def decoding(own: Addresses) -> Callable[[], object]:
-    """One new token of 32 sequences."""
-    history = own.new_cache(32, 64, torch.float32, torch.device("cpu"))
-    where = layout(32, 1, torch.device("cpu"))
+def config(rows: int, layers: tuple[int, ...] = (1,)) -> EngramConfig:
+    return EngramConfig(layers=layers, rows_per_head=(rows, rows), heads=8, head_dim=64)
+
+
+def hashing(tokens: int, rows: int, rounds: int) -> dict[str, float]:
+    own, where = Addresses(config(rows), None, VOCABULARY), layout(1, tokens, CPU)
+    ids, threads = torch.randint(VOCABULARY, (1, tokens)), torch.get_num_threads()
+    assert np.array_equal(own(ids, where)[0].numpy(), per_head(ids.numpy(), own)), "they do not compute the same rows"
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        own(ids, where)
+        torch.set_num_threads(threads)
+
+    steps = {"addresses": lambda: own(ids, where), "numpy": lambda: per_head(ids.numpy(), own)}
+    return measure(steps | {"addresses, one thread": alone}, rounds)
+
+
+def decoding(rows: int, rounds: int) -> dict[str, float]:
+    own = Addresses(config(rows, (1, 14)), None, VOCABULARY)
+    history, where = own.new_cache(32, 64, torch.float32, CPU), layout(32, 1, CPU)
     ids = torch.randint(VOCABULARY, (32, 1))
-    return lambda: own(ids, where, history)
+    own(ids, where, history)
+    buffer, at = history.claim(ids)
+    exact = (own.canonical_map, own.multipliers, own.primes, own.offsets)
+    twin = pick("engram_follow", follow_rows, ids, own.primes)
+    steps = {
+        "hash of a 32-token decode step": lambda: twin(ids, buffer, at, *exact, 0),
+        "whole step with history": lambda: own(ids, where, history),
+    }
+    return measure(steps, 20 * rounds, each=50)
 
 
-@torch.inference_mode()
+def recalling(rows: int, width: int, tokens: int, rounds: int) -> dict[str, float]:
+    table = DeviceTable(rows * 16, width)
+    asked = torch.randint(rows * 16, (tokens, 16))
+    flat, out = asked.flatten(), torch.empty(asked.numel(), width)
+    steps = {
+        "recall": lambda: table.request(asked).wait(),
+        "index_select": lambda: torch.index_select(table.weight, 0, flat, out=out),
+    }
+    return measure(steps, rounds)
+
+
+def training(rows: int, width: int, touched: int, rounds: int) -> dict[str, float]:
+    index, values = torch.randint(0, rows, (touched,)), torch.randn(touched, width)
+    steps = {
+        "sparse step": rows_benchmark.ours(rows, width, index, values),
+        "dense fused AdamW": rows_benchmark.dense(rows, width),
+    }
+    return rows_benchmark.measure(steps, rounds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--rows", type=int, default=65_536, help="of each head")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--recalled", type=int, default=16_384, help="tokens whose rows are read")
+    parser.add_argument("--width", type=int, default=64, help="of a row that is recalled")
+    parser.add_argument("--recalled", type=int, default=16_384, help="tokens whose 16 rows are read")
+    parser.add_argument("--trained", type=int, default=1_000_000, help="rows of 128 in the table that is trained")
+    parser.add_argument("--touched", type=int, default=16_384, help="of these in a step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
-    config = EngramConfig(rows_per_head=(options.rows, options.rows), heads=8, head_dim=options.width)
-    own = Addresses(config, None, VOCABULARY)
-    ids, where = torch.randint(VOCABULARY, (1, options.tokens)), layout(1, options.tokens, torch.device("cpu"))
-    rows = own(ids, where)[0, 0]
-    assert np.array_equal(rows.numpy(), per_head(ids[0].numpy(), own)), "the two do not compute the same rows"
-    table = DeviceTable(int(own.primes.sum()), options.width)
-    asked = rows[: options.recalled]
-    flat, out = asked.flatten(), torch.empty(asked.numel(), options.width)
-    hashing = {"addresses": lambda: own(ids, where), "numpy": lambda: per_head(ids[0].numpy(), own)}
-    reading = {
-        "recall": lambda: table.request(asked).wait(),
-        "index_select": lambda: torch.index_select(table.weight, 0, flat, out=out),
-    }
-    found = measure(hashing, options.rounds) | measure(reading, 5 * options.rounds)
-    found |= measure({"decode step of 32": decoding(own)}, 200)
+    with torch.inference_mode():
+        found = hashing(options.tokens, options.rows, options.rounds)
+        found |= decoding(options.rows, options.rounds)
+        found |= recalling(options.rows, options.width, options.recalled, 5 * options.rounds)
+    found |= training(options.trained, 128, options.touched, 2 * options.rounds)
     ratios = {
         "addresses_vs_numpy": found["numpy"] / found["addresses"],
+        "addresses_vs_numpy_one_thread": found["numpy"] / found["addresses, one thread"],
         "recall_vs_index_select": found["index_select"] / found["recall"],
-        "decode_microseconds": found["decode step of 32"] * 1e3,
+        "sparse_step_vs_dense": found["dense fused AdamW"] / found["sparse step"],
+        "decode_microseconds": found["hash of a 32-token decode step"] * 1e3,
+        "decode_step_microseconds": found["whole step with history"] * 1e3,
     }
     if options.json:
         print(json.dumps(ratios | {"milliseconds": found, "threads": torch.get_num_threads()}))
         return
     print(f"{options.tokens:,} tokens, 16 rows each, {torch.get_num_threads()} threads")
-    print(*(f"{name:20} {milliseconds:9.3f} ms" for name, milliseconds in found.items()), sep="\n")
-    print(*(f"{name:24} {ratio:9.2f}" for name, ratio in ratios.items()), sep="\n")
+    print(*(f"{name:32} {milliseconds:10.4f} ms" for name, milliseconds in found.items()), sep="\n")
+    print(*(f"{name:32} {ratio:10.2f}" for name, ratio in ratios.items()), sep="\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,13 @@
 
 `classroom` and the paper's four are built from published sizes; what a paper does not publish is marked `ours`.
 DeepSeek: arXiv 2401.06066, 2405.04434, 2412.19437. Engram's four: 2601.07372.
+
+Three presets publish a memory and stand for that alone; all else of them that is not named here is ours.
+
+    engram-demo           the authors' demo: memory, width 1024, 30 blocks, 4 streams; seed 0, pad id 2
+    deepseek-v4.1-flash   memory, width 5120, 4 streams. Set engram.dead_tokens to the image tokens of your tokenizer
+    qwen-ple              raw ids, one layer of 320,001,536 rows x 160: 16 heads of 20,000,000 rows make 320,001,446,
+                          the same when rounded up to a multiple of 512. Ours: which block, 2 orders of 8 heads, width
 """
 
 from dataclasses import replace
@@ -98,6 +105,47 @@ ENGRAM_27B = replace(
 
 ENGRAM_40B = replace(ENGRAM_27B, engram=replace(_ENGRAM_27B, rows_per_head=(7_239_680, 7_239_680)))
 
+ENGRAM_DEMO = replace(
+    DENSE_4B,
+    dim=1024,
+    dense_width=4096,
+    mla=replace(_MLA, heads=16, q_lora_rank=None),
+    engram=EngramConfig(
+        layers=(1, 15),
+        rows_per_head=(646_400, 646_400),
+        heads=8,
+        head_dim=64,
+        bias=True,
+        pad_id=2,
+        end_of_document=False,
+    ),
+)
+
+DEEPSEEK_V4_1_FLASH = replace(
+    DENSE_4B,
+    dim=5120,
+    dense_width=13_824,
+    engram=EngramConfig(
+        layers=(1, 14),
+        rows_per_head=(16_000_000, 16_000_000, 16_000_000),
+        heads=8,
+        head_dim=256,
+        conv=False,
+        sign="copysign",
+        pad_id=2,
+    ),
+)
+
+QWEN_PLE = ModelConfig(
+    vocabulary=151_936,
+    dim=2048,
+    layers=28,
+    dense_width=6144,
+    mla=None,
+    gqa=GQAConfig(heads=16, kv_heads=8, head_dim=128, qk_norm=True),
+    engram=EngramConfig(layers=(1,), rows_per_head=(20_000_000, 20_000_000), heads=8, head_dim=160, canonical=False),
+)
+
 DEEPSEEK_V3 = ModelConfig(
     vocabulary=129_280,
     dim=7168,
@@ -146,6 +194,9 @@ PRESETS: dict[str, ModelConfig] = {
     "moe-27b": MOE_27B,
     "engram-27b": ENGRAM_27B,
     "engram-40b": ENGRAM_40B,
+    "engram-demo": ENGRAM_DEMO,
+    "deepseek-v4.1-flash": DEEPSEEK_V4_1_FLASH,
+    "qwen-ple": QWEN_PLE,
     "deepseek-v3": DEEPSEEK_V3,
     "deepseek-v2": DEEPSEEK_V2,
     "deepseek-v2-lite": DEEPSEEK_V2_LITE,

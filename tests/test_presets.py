@@ -1,8 +1,13 @@
 """Presets are data: they validate, survive JSON, and a misspelt one is named."""
 
+import runpy
+
 import pytest
 
+from rorqual import presets
 from rorqual.config import from_dict, to_dict
+from rorqual.layers import addresses
+from rorqual.layers.engram import EngramConfig, row_totals
 from rorqual.model import ModelConfig
 from rorqual.presets import PRESETS, preset
 
@@ -21,3 +26,52 @@ def test_the_published_sizes():
     assert preset("engram-27b").moe.routed == 55 and preset("moe-27b").moe.routed == 72
     assert preset("engram-27b").engram.layers == (1, 14), "layers 2 and 15, counted from 1"
     assert preset("deepseek-v3").moe.router.scale == 2.5
+
+
+def memory(name: str) -> EngramConfig:
+    found = preset(name).engram
+    assert found is not None
+    return found
+
+
+@pytest.mark.engram
+@pytest.mark.parametrize(
+    ("name", "totals"),
+    [
+        ("deepseek-v4.1-flash", (384_006_168, 384_016_682)),
+        ("qwen-ple", (320_001_446,)),
+    ],
+)
+def test_rows_of_the_production_memories(name, totals):
+    assert row_totals(memory(name)) == totals
+
+
+@pytest.mark.engram
+def test_the_published_rows_of_qwen_ple_are_ours_rounded_up():
+    shape, (rows,) = memory("qwen-ple"), row_totals(memory("qwen-ple"))
+    assert -(-rows // 512) * 512 == 320_001_536
+    assert shape.head_dim == 160 and len(shape.layers) == 1 and shape.rows_per_token == 16
+    assert not shape.canonical and shape.end_of_document and shape.conv and not shape.bias
+
+
+@pytest.mark.engram
+@pytest.mark.parametrize(("name", "billions"), [("engram-27b", 5.79), ("engram-40b", 18.53)])
+def test_parameters_of_the_papers_memories(name, billions):
+    shape = memory(name)
+    assert round(sum(row_totals(shape)) * shape.head_dim / 1e9, 2) == billions
+
+
+@pytest.mark.engram
+def test_the_demo_and_v41_are_what_their_authors_wrote():
+    demo, flash = memory("engram-demo"), memory("deepseek-v4.1-flash")
+    assert (demo.rows_per_head, demo.heads, demo.memory_width, demo.layers) == ((646_400, 646_400), 8, 1024, (1, 15))
+    assert demo.bias and demo.conv and demo.sign == "sign" and demo.halo == 9 and not demo.end_of_document
+    assert preset("deepseek-v4.1-flash").streams == 4 and preset("deepseek-v4.1-flash").dim == 5120
+    assert (flash.ngram, flash.memory_width, flash.halo, flash.sign) == (4, 6144, 0, "copysign")
+    assert not flash.bias
+
+
+def test_no_prime_is_searched_for_by_a_preset(monkeypatch):
+    """A search near 16e6 belongs to the model that needs it, not to everybody's import."""
+    monkeypatch.setattr(addresses, "_is_prime", lambda n: pytest.fail(f"looked whether {n} is prime"))
+    assert runpy.run_path(presets.__file__)["PRESETS"] == PRESETS

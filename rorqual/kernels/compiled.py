@@ -1,35 +1,57 @@
-"""A Python loop over arrays in -> machine code out, where numba is installed and the tensors lie on the CPU."""
+"""A Python loop over arrays in -> machine code out, for tensors on the CPU."""
 
 import inspect
+import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numba
 import torch
+from numba.core import cgutils
+from numba.extending import intrinsic
 from torch import Tensor
-
-try:
-    import numba
-except ImportError:  # the reference then does the work
-    numba = None
 
 
 def usable(*where: Tensor | torch.device) -> str:
     """Why a compiled twin cannot run on these tensors or devices; "" if it can."""
-    if numba is None:
-        return "numba is not installed"
     for thing in where:
+        if not isinstance(thing, torch.device) and thing.is_cpu:
+            continue  # at decode naming the device costs as much as the work
         device = thing if isinstance(thing, torch.device) else thing.device
         if device.type != "cpu":
             return f"it runs on the cpu, not on {device.type}"
     return ""
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Machine code at the first call, kept beside the source for the next process where that can be written."""
-    if numba is None:
-        return function
+def compiled(function: Callable[..., Any], *, any_order: bool = False) -> Callable[..., Any]:
+    """Machine code at the first call, kept beside the source for the next process where that can be written.
+
+    `any_order` lets sums of floats be taken in any order, and so on vectors.
+    """
     plain = inspect.unwrap(function)  # tests wrap every function to check its shapes
+    options = {"nogil": True, "fastmath": {"reassoc", "contract"} if any_order else False}
     try:
-        return numba.njit(nogil=True, cache=True)(plain)
+        return numba.njit(**options, cache=True)(plain)
     except RuntimeError:  # no writable place for numba's cache
-        return numba.njit(nogil=True)(plain)
+        return numba.njit(**options)(plain)
+
+
+@intrinsic
+def pointer(context, address):
+    """In compiled code: a whole number, such as a tensor's data_ptr(), as what numba.carray reads from."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return numba.types.voidptr(address), generate
+
+
+def spread(loop: Callable[[int, int, int], None], count: int, parts: int) -> None:
+    """loop(part, first, last) for `parts` equal parts of `count`, each on a thread; compiled code holds no lock."""
+    edges = [count * i // parts for i in range(parts + 1)]
+    if parts == 1:
+        loop(0, 0, count)
+        return
+    with ThreadPoolExecutor(parts) as pool:
+        list(pool.map(lambda part: loop(part[0], *part[1]), enumerate(itertools.pairwise(edges))))

@@ -1,59 +1,124 @@
-"""Ids of a window in -> the table rows they address out: the compiled twin of layers.addresses.hash_rows, on the CPU.
+"""Ids in -> the table rows they address out: the compiled twins of layers.addresses, on the CPU.
 
-One pass over the tokens, all layers and heads of a token together, without the reference's intermediate tensors. Where
-every prime exceeds 8191 the remainder is taken without a division, and still exactly:
+hash_rows     ids of a window -> rows              twin of layers.addresses.hash_rows
+follow_rows   new ids behind those held -> rows    twin of layers.addresses.follow_rows
 
-    q = trunc(x * (1/p)) in float64,  r = x - q p in int64,  then r + p if r < 0, r - p if r >= p
+Tokens are taken in blocks, a head at a time over a block, so that all arithmetic runs on vectors. Where every prime
+exceeds 8191 the remainder is taken without a division, and still exactly. With u = 2^-53, in float64,
 
-x < 2^63, and three roundings of at most 2^-53 each put x * (1/p) off by at most 3 * 2^10 / p < 1, so that q is off by
-at most one. Threads split the tokens; the compiled code holds no lock of Python's.
+    i = (1/p) (1 - 4u),   q = trunc(x i),   r = x - q p in int64,   then r - p if r >= p
+
+1/p, i, x < 2^63 and x i are each rounded once, by at most u: x i lies below x/p, and by less than 8u 2^63/p <= 1, so
+that q is the quotient or one less. Threads split the tokens; the compiled code holds no lock of Python's. It is handed
+addresses of memory, since an array a tensor costs more than the hash of a whole decode step.
 """
 
 import itertools
+import math
 from concurrent.futures import ThreadPoolExecutor
 
+import numba
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from rorqual.kernels.compiled import compiled
+from rorqual.kernels.compiled import compiled, pointer
 
-_EXACT_FROM = 8192  # the smallest prime for which one correction of the reciprocal's quotient is enough
+_BLOCK = 64  # tokens at a time: what is computed of them stays in the nearest cache
+_EXACT_FROM = 8192  # the smallest prime for which the proof above holds
 _WORTH_A_THREAD = 16384  # addresses; below, starting threads takes longer than the work
+_LARGE = (
+    1 << 22
+)  # bytes; NumPy asks for large pages from here on, torch does not, and small ones cost as much as hashing
 
 
 @compiled
-def _hash(ids, reach, canonical, multipliers, primes, inverse, offsets, pad, out, first, last):  # pragma: no cover
-    """Fills out[:, first:last], tokens counted over the batch; returns the place of a bad id, or -1."""
-    layers, orders, heads = primes.shape
-    time = ids.shape[1] - orders
-    known = np.empty(orders + 1, np.int64)
-    for n in range(first, last):
-        row, t = n // time, n % time + orders
-        allowed = orders if reach.shape[0] == 0 else reach[row, t - orders]
-        for k in range(orders + 1):
-            raw = ids[row, t - k]
-            if raw < 0 or raw >= canonical.shape[0] or canonical[raw] < 0:
-                return n
-            known[k] = canonical[raw] if k <= allowed else pad
+def _look_up(ids, stride, lead, time, reach, canonical, pad, known, start, count):  # pragma: no cover
+    """known[k, j] = canonical id k before token start + j; False if an id has none. `lead` ids stand before a row."""
+    strange, done, top = False, 0, len(canonical)
+    while done < count:
+        row, t = (start + done) // time, (start + done) % time
+        run, at = min(count - done, time - t), row * stride + lead + t
+        for j in range(run):
+            raw = ids[at + j]
+            safe = raw if raw >= 0 and raw < top else 0
+            value = np.int64(canonical[safe])
+            strange |= (raw != safe) | (value < 0)
+            known[0, done + j] = value
+        for k in range(1, len(known)):
+            known[k, done] = pad
+            if k <= t + lead:
+                raw = ids[at - k]
+                strange |= raw < 0 or raw >= top or canonical[raw] < 0
+                known[k, done] = canonical[raw] if not strange else 0
+            for j in range(done + 1, done + run):
+                known[k, j] = known[k - 1, j - 1]
+        done += run
+    if len(reach):
+        for k in range(1, len(known)):
+            for j in range(count):
+                known[k, j] = known[k, j] if reach[start + j] >= k else pad
+    return not strange
+
+
+@compiled
+def _mix(known, multipliers, primes, inverse, offsets, mix, wide, rows, count):  # pragma: no cover
+    """rows[head, j] of one layer, its orders side by side; divides where `inverse` is empty."""
+    orders, heads = primes.shape
+    for j in range(count):
+        mix[j] = known[0, j] * multipliers[0]
+    for order in range(orders):
+        for j in range(count):
+            mix[j] ^= known[order + 1, j] * multipliers[order + 1]
+            wide[j] = np.float64(mix[j])
+        for head in range(heads):
+            prime, place = primes[order, head], order * heads + head
+            offset = offsets[place]
+            if len(inverse):
+                part = inverse[order, head]
+                for j in range(count):
+                    rest = mix[j] - np.int64(wide[j] * part) * prime
+                    rest -= prime if rest >= prime else 0
+                    rows[place, j] = rest + offset
+            else:
+                for j in range(count):
+                    rows[place, j] = mix[j] % prime + offset
+
+
+@compiled
+def _hash(
+    new, new_stride, ids, stride, lead, batch, time, reach, canonical, top, multipliers, primes, offsets,
+    layers, orders, heads, pad, out, first, last,
+):  # pragma: no cover  # fmt: skip
+    """Fills out[:, first:last], tokens counted over the batch; False if an id is not known. `new` is written first."""
+    width, memory = orders * heads, numba.carray(pointer(ids), batch * stride, np.int64)
+    if new:
+        source = numba.carray(pointer(new), batch * new_stride, np.int64)
+        for row in range(batch):
+            for t in range(time):
+                memory[row * stride + lead + t] = source[row * new_stride + t]
+    near = numba.carray(pointer(reach), batch * time if reach else 0, np.int64)
+    folded = numba.carray(pointer(canonical), top, np.int32)
+    factors = numba.carray(pointer(multipliers), (layers, orders + 1), np.int64)
+    moduli = numba.carray(pointer(primes), (layers, orders, heads), np.int64)
+    starts = numba.carray(pointer(offsets), (layers, width), np.int64)
+    rows = numba.carray(pointer(out), (layers, batch * time, width), np.int64)
+    inverse = 1.0 / moduli * (1.0 - 2.0**-51)
+    if moduli.min() < _EXACT_FROM:
+        inverse = inverse[:, :0]
+    known, block = np.empty((orders + 1, _BLOCK), np.int64), np.empty((width, _BLOCK), np.int64)
+    mix, wide = np.empty(_BLOCK, np.int64), np.empty(_BLOCK)
+    for start in range(first, last, _BLOCK):
+        count = min(_BLOCK, last - start)
+        if not _look_up(memory, stride, lead, time, near, folded, pad, known, start, count):
+            return False
         for layer in range(layers):
-            mix = known[0] * multipliers[layer, 0]
-            for order in range(orders):
-                mix ^= known[order + 1] * multipliers[layer, order + 1]
-                base = order * heads
-                if inverse.shape[0] == 0:
-                    for head in range(heads):
-                        out[layer, n, base + head] = mix % primes[layer, order, head] + offsets[layer, base + head]
-                else:
-                    wide = np.float64(mix)
-                    for head in range(heads):
-                        prime = primes[layer, order, head]
-                        rest = mix - np.int64(wide * inverse[layer, order, head]) * prime
-                        rest += prime if rest < 0 else 0
-                        rest -= prime if rest >= prime else 0
-                        out[layer, n, base + head] = rest + offsets[layer, base + head]
-    return -1
+            _mix(known, factors[layer], moduli[layer], inverse[layer], starts[layer], mix, wide, block, count)
+            for j in range(count):
+                for place in range(width):
+                    rows[layer, start + j, place] = block[place, j]
+    return True
 
 
 def hash_rows(
@@ -66,25 +131,64 @@ def hash_rows(
     pad: int,
 ) -> Int[Tensor, "Lm B T R"]:
     """See layers.addresses.hash_rows, whose numbers these are, bit for bit."""
-    batch, time = ids.shape[0], ids.shape[1] - primes.shape[1]
-    out = torch.empty(len(primes), batch, time, offsets.shape[1], dtype=torch.int64)
-    moduli = primes.numpy()
-    inverse = 1.0 / moduli if moduli.min() >= _EXACT_FROM else np.empty((0, 1, 1))
-    near = np.empty((0, 0), np.int64) if reach is None else reach.contiguous().numpy()
-    given = (ids.contiguous().numpy(), near, canonical_map.numpy(), multipliers.numpy(), moduli, inverse)
-    target = out.flatten(1, 2).numpy()
+    orders = primes.shape[1]
+    near = None if reach is None else _plain(reach.long())
+    shape = (len(ids), ids.shape[1] - orders)
+    return _run((0, 0), _plain(ids.long()), 0, orders, shape, near, (canonical_map, multipliers, primes, offsets), pad)
 
-    def part(bounds: tuple[int, int]) -> int:
-        return _hash(*given, offsets.numpy(), pad, target, *bounds)
 
-    parts = min(torch.get_num_threads(), max(1, out.numel() // _WORTH_A_THREAD))
-    edges = [batch * time * i // parts for i in range(parts + 1)]
-    spans = list(itertools.pairwise(edges))
-    if parts == 1:
-        bad = part(spans[0])
+def follow_rows(
+    ids: Int[Tensor, "B T"],
+    held: Int[Tensor, "B L"] | None,
+    at: int,
+    canonical_map: Int[Tensor, " V"],
+    multipliers: Int[Tensor, "Lm N"],
+    primes: Int[Tensor, "Lm O J"],
+    offsets: Int[Tensor, "Lm R"],
+    pad_id: int,
+) -> Int[Tensor, "Lm B T R"]:
+    """See layers.addresses.follow_rows, whose numbers these are, bit for bit."""
+    exact, shape, orders = (canonical_map, multipliers, primes, offsets), ids.shape, primes.shape[1]
+    pad, ids = int(canonical_map[pad_id]) if held is None else 0, _plain(ids)
+    if held is None:
+        return _run((0, 0), ids, 0, 0, shape, None, exact, pad)
+    assert held.dtype is torch.int64 and held.stride(1) == 1
+    if shape[0] * shape[1] <= _BLOCK:
+        return _run((ids.data_ptr(), ids.stride(0)), held, at - orders, orders, shape, None, exact, pad)
+    held[:, at : at + shape[1]] = ids
+    return _run((0, 0), held, at - orders, orders, shape, None, exact, pad)
+
+
+def _plain(ids: Tensor) -> Tensor:
+    """int64, each row's ids side by side."""
+    ids = ids if ids.dtype is torch.int64 else ids.long()
+    return ids if ids.stride(1) == 1 else ids.contiguous()
+
+
+def _run(new, ids, column, lead, shape, reach, exact, pad) -> Tensor:
+    """The rows of the `shape` tokens that stand `lead` columns right of `column` in `ids`."""
+    (batch, time), (canonical_map, multipliers, primes, offsets) = shape, exact
+    layers, orders, heads = primes.shape
+    assert canonical_map.dtype is torch.int32 and canonical_map.is_contiguous() and multipliers.is_contiguous()
+    assert primes.is_contiguous() and offsets.is_contiguous()
+    given = (
+        *new, ids.data_ptr() + 8 * column, ids.stride(0), lead, batch, time, 0 if reach is None else reach.data_ptr(),
+        canonical_map.data_ptr(), canonical_map.shape[0], multipliers.data_ptr(), primes.data_ptr(), offsets.data_ptr(),
+        layers, orders, heads, pad,
+    )  # fmt: skip
+    tokens, size = batch * time, layers * batch * time * orders * heads
+    if size * 8 < _LARGE:
+        out = ids.new_empty(layers, batch, time, orders * heads)
     else:
+        out = torch.from_numpy(np.empty((layers, batch, time, orders * heads), dtype=np.int64))
+    parts = 1 if size < 2 * _WORTH_A_THREAD else min(torch.get_num_threads(), size // _WORTH_A_THREAD)
+    if parts == 1:
+        known = _hash(*given, out.data_ptr(), 0, tokens)
+    else:
+        step = math.ceil(tokens / parts)
+        edges = [min(tokens, step * i) for i in range(parts + 1)]
         with ThreadPoolExecutor(parts) as pool:
-            bad = max(pool.map(part, spans))
-    if bad >= 0:
-        raise IndexError(f"an id in or before token {bad} has no canonical id")
+            known = all(pool.map(lambda span: _hash(*given, out.data_ptr(), *span), itertools.pairwise(edges)))
+    if not known:
+        raise IndexError("an id has no canonical id")
     return out

@@ -147,6 +147,30 @@ def hash_rows(
     return torch.cat(rows, dim=-1) + offsets[:, None, None]
 
 
+def follow_rows(
+    ids: Int[Tensor, "B T"],
+    held: Int[Tensor, "B L"] | None,
+    at: int,
+    canonical_map: Int[Tensor, " V"],
+    multipliers: Int[Tensor, "Lm N"],
+    primes: Int[Tensor, "Lm O J"],
+    offsets: Int[Tensor, "Lm R"],
+    pad_id: int,
+) -> Int[Tensor, "Lm B T R"]:
+    """hash_rows of `ids`, which are written into `held` from column `at` on, behind those that stand left of it.
+
+    Without `held` the raw id `pad_id` stands before them.
+    """
+    before, time = primes.shape[1], ids.shape[1]
+    if held is None:
+        window = F.pad(ids, (before, 0), value=pad_id)
+    else:
+        held[:, at : at + time] = ids
+        window = held[:, at - before : at + time]
+    given = (window, None, canonical_map, multipliers, primes, offsets, 0)
+    return pick("engram_rows", hash_rows, ids, primes)(*given)
+
+
 def _strange(ids: Tensor, canonical_map: Tensor) -> Tensor:
     """Which ids the tokenizer does not have."""
     top = len(canonical_map) - 1
@@ -232,7 +256,9 @@ class Addresses(nn.Module):
         saved = {name: state_dict[prefix + name] for name in self._exact if prefix + name in state_dict}
         read = {name: value.cpu().numpy() for name, value in saved.items() if not value.is_meta}
         if self.config.canonical and not self.told and len(read.get("canonical_map", ())) == len(self.canonical_map):
+            device = self.canonical_map.device
             self._adopt(read["canonical_map"])
+            self.to(device if device.type != "meta" else "cpu")
         same = {name: np.array_equal(value, self._exact[name]) for name, value in read.items()}
         differ = [name for name in ("multipliers", "primes") if not same.get(name, True)]
         if not (same.get("canonical_map", True) and same.get("canonical_sha256", True)):
@@ -261,16 +287,31 @@ class Addresses(nn.Module):
         Missing context (before the start, behind padding, a dead token or a document's beginning) reads as the pad id.
         ValueError for an id that the tokenizer does not have, unless it stands at padding.
         """
-        before = self.config.ngram - 1
-        if layout.present is not None:
-            ids = torch.where(layout.present, ids, self.config.pad_id)
-        window = F.pad(ids, (before, 0), value=self.config.pad_id) if history is None else history.extend(ids)
-        given = (window, self._reach(window, layout), self.canonical_map, self.multipliers, self.primes, self.offsets)
+        ids = ids.long() if layout.present is None else torch.where(layout.present, ids, self.config.pad_id)
+        exact = [self._buffers[name] for name in ("canonical_map", "multipliers", "primes", "offsets")]
         try:
-            return pick("engram_rows", hash_rows, ids, self.primes)(*given, self.pad)
+            if (place := self._place(ids, layout, history)) is not None:
+                rows_of = pick("engram_follow", follow_rows, ids, exact[0])
+                return rows_of(ids, *place, *exact, self.config.pad_id)
+            before = (self.config.ngram - 1, 0)
+            window = F.pad(ids, before, value=self.config.pad_id) if history is None else history.extend(ids)
+            rows_of = pick("engram_rows", hash_rows, ids, exact[0])
+            return rows_of(window, self._reach(window, layout), *exact, self.pad)
         except IndexError:
-            got, known = window[_strange(window, self.canonical_map)][0].item(), (self.canonical_map >= 0).sum().item()
+            held = (
+                ids
+                if history is None or history.buffer is None
+                else torch.cat([ids.flatten(), history.buffer.flatten()])
+            )
+            got, known = held[_strange(held, self.canonical_map)][0].item(), (self.canonical_map >= 0).sum().item()
             raise ValueError(f"Engram: got id {got}, expected one of the {known} that the tokenizer has") from None
+
+    def _place(self, ids: Tensor, layout: Layout, history: Recent | None) -> tuple[Tensor | None, int] | None:
+        """Where these ids are held, if they simply follow those before: nothing stops any look-back, and they fit."""
+        documents = layout.key_documents if self.config.end_of_document else None
+        if documents is not None or layout.key_present is not None or self.config.dead_tokens:
+            return None
+        return (None, 0) if history is None else history.claim(ids)
 
     def _reach(self, window: Tensor, layout: Layout) -> Tensor | None:
         """How many earlier tokens each token may look back at, int64 [B, T]; None if nothing stops any."""

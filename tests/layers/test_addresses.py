@@ -1,0 +1,394 @@
+"""Configs and ids in -> the rows that the authors' code or a plain loop addresses; what is saved and refused."""
+
+import hashlib
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rorqual import kernels
+from rorqual.layers.addresses import (
+    Addresses,
+    EngramConfig,
+    draw_multipliers,
+    find_primes,
+    follow_rows,
+    hash_rows,
+    row_totals,
+)
+from rorqual.layers.basics import layout
+from rorqual.layers.cache import Past
+
+pytestmark = pytest.mark.engram
+
+FOLLOWS = {twin.kind: twin.function for twin in kernels.TWINS["engram_follow"] if not twin.usable(torch.device("cpu"))}
+GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden"
+HASHES = json.loads((GOLDEN / "engram_hash.json").read_text(encoding="utf-8"))
+
+
+TWINS = {twin.kind: twin.function for twin in kernels.TWINS["engram_rows"] if not twin.usable(torch.device("cpu"))}
+
+
+EVERY = pytest.mark.parametrize("rows_of", [hash_rows, *TWINS.values()], ids=["reference", *TWINS])
+
+
+def golden_config(case: dict) -> EngramConfig:
+    names = ("rows_per_head", "heads", "seed", "pad_id")
+    return EngramConfig(layers=tuple(case["layer_ids"]), **{name: _tuple(case[name]) for name in names})
+
+
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def by_hand(ids: list[int], reach: list[int], config: EngramConfig, canonical: int, pad: int) -> list:
+    """The spec, one token at a time, in Python's unbounded integers: [layer][token][head]."""
+    multipliers, primes = draw_multipliers(config, canonical).tolist(), find_primes(config).tolist()
+    layers = []
+    for layer in range(len(config.layers)):
+        tokens = []
+        for t in range(len(ids)):
+            seen = [ids[t - k] if k <= min(reach[t], t) else pad for k in range(config.ngram)]
+            rows, offset = [], 0
+            for order in range(2, config.ngram + 1):
+                mix = 0
+                for k in range(order):
+                    product = seen[k] * multipliers[layer][k]
+                    assert 0 <= product < 2**63
+                    mix ^= product
+                for prime in primes[layer][order - 2]:
+                    rows.append(offset + mix % prime)
+                    offset += prime
+            tokens.append(rows)
+        layers.append(tokens)
+    return layers
+
+
+@pytest.mark.parametrize("case", HASHES, ids=lambda case: case["tokenizer"])
+@pytest.mark.parametrize("kind", ["reference", *TWINS])
+def test_rows_are_the_authors(case: dict, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
+    # ids that are canonical already, so that no tokenizer is needed: the identity over as many
+    addresses = Addresses(golden_config(case), None, case["compressed_vocab_size"])
+    assert addresses.fingerprint()["multipliers"] == list(case["multipliers"].values())
+    assert addresses.fingerprint()["primes"] == list(case["primes"].values())
+    for text in case["cases"]:
+        ids = torch.tensor([text["compressed"]])
+        local = addresses(ids, layout(*ids.shape, "cpu")) - addresses.offsets[:, None, None]
+        for place, layer in enumerate(map(str, case["layer_ids"])):
+            got = local[place, 0].numpy().astype("<i8")
+            assert got[0].tolist() == text["hash_first"][layer]
+            assert got[-1].tolist() == text["hash_last"][layer]
+            assert got.sum() == text["hash_sum"][layer]
+            assert hashlib.sha256(got.tobytes()).hexdigest() == text["hash_sha256_i64le"][layer]
+
+
+def test_row_totals_and_parameters_of_the_published_models() -> None:
+    v41 = EngramConfig(layers=(1, 14), rows_per_head=(16_000_000,) * 3, heads=8, head_dim=256)
+    assert row_totals(v41) == (384_006_168, 384_016_682)
+    for rows, billions in ((2_262_400, 5.79), (7_239_680, 18.53)):
+        paper = EngramConfig(layers=(1, 14), rows_per_head=(rows, rows), heads=8, head_dim=80)
+        assert paper.memory_width == 1280
+        assert round(sum(row_totals(paper)) * paper.head_dim / 1e9, 2) == billions
+
+
+def test_primes_are_prime_different_and_next() -> None:
+    config = EngramConfig(layers=(0, 3), rows_per_head=(2, 50), heads=3)
+    assert find_primes(config).tolist() == [[[2, 3, 5], [53, 59, 61]], [[7, 11, 13], [67, 71, 73]]]
+
+
+@EVERY
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_rows_are_those_of_a_plain_loop(rows_of, data: st.DataObject) -> None:
+    orders = data.draw(st.integers(1, 4))
+    sizes = data.draw(
+        st.lists(st.sampled_from([2, 97, 4096, 8192, 646_400, 16_000_000]), min_size=orders, max_size=orders)
+    )
+    config = EngramConfig(
+        layers=data.draw(st.sampled_from([(0,), (1, 14), (29, 2)])),
+        rows_per_head=tuple(sizes),
+        heads=data.draw(st.integers(1, 9)),
+        seed=data.draw(st.integers(0, 2**31)),
+    )
+    canonical = data.draw(st.sampled_from([1, 2, 100, 98_627, 2**31 - 1]))
+    ids = data.draw(st.lists(st.integers(0, min(canonical, 100_000) - 1), min_size=1, max_size=20))
+    reach = [data.draw(st.integers(0, orders)) for _ in ids]
+    primes = find_primes(config)
+    flat = primes.reshape(len(primes), -1)
+    numbers = torch.arange(min(canonical, 100_000), dtype=torch.int32)
+    exact = (torch.from_numpy(draw_multipliers(config, canonical)), torch.from_numpy(primes))
+    window = F.pad(torch.tensor([ids]), (orders, 0))
+    got = rows_of(window, torch.tensor([reach]), numbers, *exact, torch.from_numpy(flat.cumsum(1) - flat), 0)
+    assert got[:, 0].tolist() == by_hand(ids, reach, config, canonical, 0)
+    assert (got < torch.from_numpy(flat.sum(1))[:, None, None, None]).all()
+
+
+@pytest.mark.parametrize("kind", TWINS)
+@pytest.mark.parametrize("prime", [8_209, 646_403, 2_262_413, 16_000_057, 2**31 - 1])
+def test_remainder_without_a_division_is_exact(kind: str, prime: int) -> None:
+    """Around multiples of the prime, up to the largest int64: the id is 1, so that the mix is the multiplier."""
+    edges = [0, 1, prime - 1, prime, prime + 1, (2**63 - 1) // prime * prime]
+    mixes = [m for edge in edges for m in (edge - 1, edge, edge + 1) if 0 <= m < 2**63] + [2**63 - 1, 2**62, 2**53 + 1]
+    mixes += np.random.default_rng(0).integers(0, 2**63 - 1, 300).tolist()
+    exact = torch.tensor([[m, 0] for m in mixes]), torch.full((len(mixes), 1, 1), prime)
+    offsets = torch.zeros(len(mixes), 1, dtype=torch.int64)
+    got = TWINS[kind](torch.tensor([[0, 1]]), None, torch.arange(2, dtype=torch.int32), *exact, offsets, 0)
+    assert got.flatten().tolist() == [m % prime for m in mixes]
+
+
+@pytest.mark.parametrize("kind", TWINS)
+def test_twin_at_odd_sizes_and_on_threads(kind: str, poisoned: None) -> None:
+    config = EngramConfig(layers=(1, 5), rows_per_head=(9001, 77, 70_001), heads=5)
+    addresses = Addresses(config, None, 50)
+    exact = (addresses.canonical_map, addresses.multipliers, addresses.primes, addresses.offsets, addresses.pad)
+    for batch, time, threads in ((1, 1, 1), (3, 7, 2), (7, 301, 3), (2, 0, 1)):
+        ids = torch.randint(50, (batch, time + 3))
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            assert torch.equal(TWINS[kind](ids, None, *exact), hash_rows(ids, None, *exact))
+        finally:
+            torch.set_num_threads(before)
+
+
+def test_two_mixes_share_few_heads() -> None:
+    """A shared head's prime divides the mixes' difference, below 2^63: primes with a larger product cannot all."""
+    for rows, most in ((650_000, 3), (2_300_000, 2)):
+        primes = find_primes(EngramConfig(layers=(1, 14), rows_per_head=(rows, rows), heads=8)).flatten().tolist()
+        assert math.prod(sorted(primes)[: most + 1]) > 2**63 > math.prod(sorted(primes)[:most])
+    first, second = (np.random.default_rng(seed).integers(0, 2**63 - 1, (500_000, 1)) for seed in (1, 2))
+    tops = find_primes(EngramConfig(rows_per_head=(650_000,), heads=8)).reshape(1, 8)
+    assert ((first % tops == second % tops).sum(1) <= 3).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_two_n_grams_share_few_heads(data: st.DataObject) -> None:
+    """The worst that can be made: mixes that differ by a multiple of as many primes as stay below 2^63."""
+    rows, most = data.draw(st.sampled_from([(650_000, 3), (2_300_000, 2), (16_000_000, 2)]))
+    primes = find_primes(EngramConfig(rows_per_head=(rows,), heads=8)).flatten()
+    shared = math.prod(data.draw(st.permutations(primes.tolist()))[:most])
+    first = data.draw(st.integers(0, 2**63 - 1 - shared))
+    second = first + shared * data.draw(st.integers(1, (2**63 - 1 - first) // shared))
+    mixes = torch.tensor([[first, 0], [second, 0]])  # as multipliers of the id 1, two layers
+    exact = (mixes, torch.from_numpy(primes).expand(2, 1, 8).contiguous(), torch.zeros(2, 8, dtype=torch.int64))
+    got = hash_rows(torch.tensor([[0, 1]]), None, torch.arange(2, dtype=torch.int32), *exact, 0)
+    assert most <= (got[0] == got[1]).sum() <= most
+
+
+def test_no_pair_of_many_n_grams_shares_more_than_three_heads() -> None:
+    """All pairs of 1,500 trigrams, and all 262,144 bigrams by the heads that two of them share at once."""
+    addresses = Addresses(EngramConfig(rows_per_head=(646_400, 646_400), heads=8, seed=5), None, 512)
+    local = addresses(torch.randint(512, (1, 1502)), layout(1, 1502, "cpu"))[0, 0, 2:, 8:]
+    alike = sum((local[:, None, head] == local[None, :, head]).byte() for head in range(8)).fill_diagonal_(0)
+    assert alike.max() <= 3
+    pairs = torch.cartesian_prod(torch.arange(512), torch.arange(512))
+    bigrams = addresses(pairs, layout(*pairs.shape, "cpu"))[0, :, 1, :8]
+    for four in ((0, 1, 2, 3), (4, 5, 6, 7), (0, 2, 4, 6), (1, 3, 5, 7)):
+        assert len(torch.unique(bigrams[:, four], dim=0)) == len(bigrams)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_ids_that_follow_others_in_any_pieces(data: st.DataObject) -> None:
+    """Whole, in chunks longer and shorter than what the history holds, token by token, alone, from a wider tensor."""
+    layers = data.draw(st.sampled_from([(1,), (1, 14)]))
+    sizes = data.draw(st.sampled_from([(97,), (8193, 31), (9001, 9001, 20_011)]))
+    addresses = Addresses(EngramConfig(layers=layers, rows_per_head=sizes, heads=3, pad_id=7), torch.arange(50) // 3)
+    batch, lengths = data.draw(st.integers(1, 4)), data.draw(st.lists(st.sampled_from([1, 2, 5, 64, 65, 200])))
+    ids = torch.randint(50, (batch, 2 * sum(lengths) + 1))[:, ::2]
+    whole = addresses(ids, layout(*ids.shape, "cpu"))
+    plain = F.pad(ids, (len(sizes), 0), value=7)
+    names = ("canonical_map", "multipliers", "primes", "offsets")
+    assert torch.equal(whole, hash_rows(plain, None, *(getattr(addresses, name) for name in names), 0))
+    history, past, at = addresses.new_cache(1, 0, torch.float32, torch.device("cpu")), Past(), 0
+    for length in [*lengths, 1]:
+        part = ids[:, at : at + length]
+        got = addresses(part, layout(*part.shape, "cpu", past=past), history)
+        assert torch.equal(got, whole[:, :, at : at + length])
+        at += length
+    alone = addresses(ids[-1:], layout(1, ids.shape[1], "cpu"))
+    assert torch.equal(alone, whole[:, -1:])
+
+
+@pytest.mark.parametrize("kind", FOLLOWS)
+@pytest.mark.parametrize(("batch", "time"), [(1, 1), (3, 5), (64, 1), (65, 1), (2, 70), (1, 0), (0, 1)])
+def test_following_twin_leaves_in_the_history_what_the_reference_does(
+    kind: str, batch: int, time: int, poisoned: None
+) -> None:
+    own = Addresses(EngramConfig(layers=(1, 5), rows_per_head=(9001, 77), heads=5), None, 50)
+    exact = (own.canonical_map, own.multipliers, own.primes, own.offsets, 7)
+    ids, held = torch.randint(50, (batch, time)), torch.randint(50, (batch, 90))
+    ours, theirs = held.clone(), held.clone()
+    assert torch.equal(FOLLOWS[kind](ids, ours, 4, *exact), follow_rows(ids, theirs, 4, *exact))
+    assert torch.equal(ours, theirs)
+    assert torch.equal(FOLLOWS[kind](ids, None, 0, *exact), follow_rows(ids, None, 0, *exact))
+
+
+@pytest.mark.parametrize("kind", ["reference", *TWINS])
+def test_a_refused_id_is_named_behind_a_history(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
+    addresses = Addresses(EngramConfig(), torch.arange(20), 25)
+    for length in (1, 300):
+        history = addresses.new_cache(1, 0, torch.float32, torch.device("cpu"))
+        addresses(torch.zeros(2, 3, dtype=torch.int64), layout(2, 3, "cpu"), history)
+        ids = torch.zeros(2, length, dtype=torch.int64)
+        ids[1, -1] = 22
+        with pytest.raises(ValueError, match="got id 22, expected one of the 20"):
+            addresses(ids, layout(2, length, "cpu"), history)
+
+
+@pytest.mark.parametrize("kind", ["reference", *TWINS])
+@pytest.mark.parametrize("bad", [-1, -100, 20, 25, 2**40])
+def test_ids_outside_the_tokenizer_are_refused(kind: str, bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
+    addresses = Addresses(EngramConfig(), torch.arange(20), 25)  # a model vocabulary of 25 for a tokenizer of 20
+    ids = torch.tensor([[3, 19, bad, 4]])
+    with pytest.raises(ValueError, match=f"got id {bad}, expected one of the 20"):
+        addresses(ids, layout(1, 4, "cpu"))
+    present = torch.tensor([[True, True, False, True]])
+    rows = addresses(ids, layout(1, 4, "cpu", present=present))  # at padding nobody looks
+    assert torch.equal(rows[:, :, 3], addresses(torch.tensor([[4]]), layout(1, 1, "cpu"))[:, :, 0])
+
+
+def test_saved_addresses_load_and_bring_the_map() -> None:
+    canonical = torch.randperm(30)
+    saved = Addresses(EngramConfig(seed=3), canonical, 32)
+    assert "offsets" not in saved.state_dict()
+    untold = Addresses(EngramConfig(seed=3), None, 32)
+    untold.load_state_dict(saved.state_dict())
+    ids = torch.randint(30, (2, 9))
+    assert torch.equal(untold(ids, layout(2, 9, "cpu")), saved(ids, layout(2, 9, "cpu")))
+    assert untold.fingerprint() == saved.fingerprint()
+    digest = hashlib.sha256(canonical.numpy().astype("<i4").tobytes()).hexdigest()
+    assert json.loads(json.dumps(saved.fingerprint()))["canonical_sha256"] == digest
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize(
+    ("config", "canonical", "names"),
+    [
+        (EngramConfig(seed=1), torch.arange(30), "other multipliers than"),
+        (EngramConfig(rows_per_head=(4000, 4096)), torch.arange(30), "other primes than"),
+        (EngramConfig(seed=1, rows_per_head=(4000, 4096)), torch.arange(30), "other multipliers and other primes than"),
+        (EngramConfig(), torch.arange(30).flip(0), "other canonical map than"),
+    ],
+)
+def test_another_models_addresses_are_refused(told: bool, config: EngramConfig, canonical: Tensor, names: str) -> None:
+    saved = Addresses(config, canonical, 30)
+    ours = Addresses(EngramConfig(), torch.arange(30) if told else None, 30)
+    if not told and "canonical" in names:
+        ours.load_state_dict(saved.state_dict())  # it had none of its own
+        return
+    with pytest.raises(ValueError, match=names):
+        ours.load_state_dict(saved.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("multipliers", "multipliers"), ("primes", "primes"), ("canonical_sha256", "canonical map")]
+)
+def test_each_of_the_three_is_named_when_it_alone_differs(name: str, said: str) -> None:
+    state = Addresses(EngramConfig(), torch.arange(30), 30).state_dict()
+    state[name] = state[name].clone()
+    state[name].view(-1)[-1] ^= 2
+    with pytest.raises(
+        ValueError, match=rf"got a checkpoint with other {said} than this model's, .* take its tokenizer"
+    ):
+        Addresses(EngramConfig(), torch.arange(30), 30).load_state_dict(state)
+
+
+@pytest.mark.parametrize("vocabulary", [29, 31])
+def test_a_checkpoint_of_another_vocabulary_is_refused(vocabulary: int) -> None:
+    state = Addresses(EngramConfig(), torch.arange(30), 30).state_dict()
+    for canonical in (None, torch.arange(29)):
+        with pytest.raises(ValueError, match=r"other canonical map than .* take its tokenizer"):
+            Addresses(EngramConfig(), canonical, vocabulary).load_state_dict(state)
+
+
+def test_a_damaged_map_is_refused_by_its_digest() -> None:
+    state = Addresses(EngramConfig(), torch.arange(30), 30).state_dict()
+    state["canonical_map"] = state["canonical_map"].flip(0)
+    for canonical in (None, torch.arange(30), torch.arange(30).flip(0)):
+        with pytest.raises(ValueError, match="canonical map"):
+            Addresses(EngramConfig(), canonical, 30).load_state_dict(state)
+    with pytest.raises(ValueError, match="canonical map"):  # folded ids for a model of raw ones
+        Addresses(EngramConfig(canonical=False), None, 30).load_state_dict(
+            Addresses(EngramConfig(), torch.arange(30).flip(0), 30).state_dict()
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"layers": ()}, r"layers: got \(\)"),
+        ({"layers": (1, 1)}, "different block indices"),
+        ({"layers": (-1,)}, "from 0"),
+        ({"rows_per_head": ()}, "2 or more"),
+        ({"rows_per_head": (4096, 1)}, "2 or more"),
+        ({"heads": 0}, "heads: got 0"),
+        ({"head_dim": 0}, "head_dim: got 0"),
+        ({"kernel": 0}, "kernel: got 0"),
+        ({"dilation": 0}, "dilation: got 0"),
+        ({"seed": -1}, "seed -1"),
+        ({"pad_id": -1}, "pad_id -1"),
+        ({"dead_tokens": (-3,)}, "none negative"),
+    ],
+)
+def test_bad_configs_are_refused(changes: dict, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        EngramConfig(**changes)
+    config = EngramConfig()
+    object.__setattr__(config, "sign", "plus")  # past beartype, which checks the annotation in tests
+    with pytest.raises(ValueError, match="expected sign or copysign"):
+        config.__post_init__()
+
+
+@pytest.mark.parametrize(
+    ("config", "canonical", "vocabulary", "reason"),
+    [
+        ({}, torch.arange(9), 8, "got 9 ids, expected at most"),
+        ({}, torch.tensor([0, 2]), 2, "got gaps"),
+        ({}, torch.tensor([-2, 0]), 2, "negative"),
+        ({}, None, None, "neither"),
+        ({"pad_id": 8}, torch.arange(8), 9, "pad_id: got 8, expected an id of the tokenizer, below 8"),
+    ],
+)
+def test_bad_maps_are_refused(config: dict, canonical: Tensor | None, vocabulary: int | None, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Addresses(EngramConfig(**config), canonical, vocabulary)
+
+
+@pytest.mark.interpreted
+def test_tiles_address_as_the_reference(tiled: torch.device, poisoned: None) -> None:
+    """Bit for bit: primes small and large, heads that fill no tile, the largest ids, rows of tokens in two programs."""
+    function, top = kernels.triton_twins.hash_rows, 2**31 - 2
+    for layers, rows, heads, ids, within in (
+        ((0,), (2,), 1, torch.tensor([[0, 1]]), 2),
+        ((1, 14), (646_400, 97, 16_000_000), 5, torch.randint(98_627, (7, 13)), 98_627),
+        ((3,), (16_000_000, 2**31 - 1), 3, torch.randint(90, (1, 69), dtype=torch.int32), 90),
+        ((0, 2), (31, 67), 2, torch.randint(9, (3, 2)), 9),  # the window alone, no token
+    ):
+        config = EngramConfig(layers=layers, rows_per_head=rows, heads=heads)
+        canonical = torch.arange(within)
+        canonical[-1] = top  # the multipliers are drawn for so many ids
+        primes = find_primes(config)
+        flat = primes.reshape(len(primes), -1)
+        numbers = [draw_multipliers(config, top + 1), primes, flat.cumsum(1) - flat]
+        exact = (canonical.to(tiled), *(torch.from_numpy(each).to(tiled) for each in numbers), top)
+        ids[..., -1] = within - 1
+        near = torch.randint(config.ngram, (len(ids), ids.shape[1] - config.ngram + 1))
+        for reach in (None, near.to(tiled)):
+            expected = hash_rows(ids.to(tiled), reach, *exact)
+            assert torch.equal(function(ids.to(tiled), reach, *exact), expected)
+    if tiled.type == "cpu":  # an accelerator asserts on itself, and is lost to the process
+        for bad in (-1, -100, 9, 2**40):
+            with pytest.raises(IndexError, match="no canonical id"):
+                function(torch.tensor([[3, bad, 0, 1, 2]]), None, canonical, *exact[1:])
