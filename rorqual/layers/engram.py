@@ -12,9 +12,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from rorqual.kernels import pick
 from rorqual.layers.addresses import (
     Addresses,
     EngramConfig,
@@ -33,8 +34,10 @@ __all__ = [
     "Engram",
     "EngramConfig",
     "Gate",
+    "convolve",
     "draw_multipliers",
     "find_primes",
+    "fuse",
     "gate",
     "hash_rows",
     "row_totals",
@@ -73,6 +76,68 @@ def gate(
     score = (query.float() * key.float()).sum(-1) * query.shape[-1] ** -0.5
     root = score.abs().clamp_min(_FLAT).sqrt()
     return torch.sigmoid(root.copysign(score) if sign == "copysign" else root * score.sign())
+
+
+def weigh(
+    gates: Float[Tensor, "B T S"],
+    value: Float[Tensor, "B T D"],
+    conv_norm: Float[Tensor, "S D"] | None,
+    live: Bool[Tensor, "B T"] | None,
+    eps: float,
+) -> tuple[Float[Tensor, "B T S D"], Float[Tensor, "B T S D"] | None]:
+    """v_s = gate_s value, with the gate 0 where `live` is False; norm(v_s), or None without its weight `conv_norm`."""
+    if live is not None:
+        gates = gates.masked_fill(~live[..., None], 0.0)
+    gated = gates[..., None].to(value.dtype) * value[:, :, None]
+    return gated, None if conv_norm is None else _norm(gated, conv_norm, eps).to(gated.dtype)
+
+
+def fuse(
+    hidden: Float[Tensor, "B T S D"],
+    key: Float[Tensor, "B T S D"],
+    value: Float[Tensor, "B T D"],
+    query_norm: Float[Tensor, "S D"],
+    key_norm: Float[Tensor, "S D"],
+    conv_norm: Float[Tensor, "S D"] | None,
+    live: Bool[Tensor, "B T"] | None,
+    sign: Literal["sign", "copysign"],
+    eps: float,
+    conv_eps: float,
+) -> tuple[Float[Tensor, "B T S D"], Float[Tensor, "B T S D"] | None]:
+    """`weigh` of `gate` of the normed inputs: all from the projections to the convolution, for a twin to do at once.
+
+    Norms and gates in float32, both results in the dtype of `value`.
+    """
+    gates = gate(_norm(hidden, query_norm, eps), _norm(key, key_norm, eps), sign)
+    return weigh(gates, value, conv_norm, live, conv_eps)
+
+
+def convolve(
+    window: Float[Tensor, "B W S D"],
+    weight: Float[Tensor, "S D taps"],
+    documents: Int[Tensor, "B W"] | None,
+    halo: int,
+) -> Float[Tensor, "B T S D"]:
+    """Depthwise and causal over the T = W - halo last tokens: weight[..., taps-1-j] takes the value j dilations before.
+
+    halo is (taps - 1) dilations, the tokens that stand before the first. A value of another document counts as 0.
+    """
+    time, taps = window.shape[1] - halo, weight.shape[-1]
+    out = window[:, halo:] * weight[..., -1]
+    for j in range(1, taps):
+        start = halo - j * (halo // (taps - 1))
+        tap = window[:, start : start + time]
+        if documents is not None:
+            other = documents[:, start : start + time] != documents[:, halo:]
+            tap = tap.masked_fill(other[..., None, None], 0.0)
+        out = out + tap * weight[..., taps - 1 - j]
+    return out
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody waits for this module to be called."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(own) or bool(nn.modules.module._has_any_global_hook())
 
 
 class Engram(nn.Module):
@@ -115,28 +180,21 @@ class Engram(nn.Module):
         memory = memory.to(self.key_proj.weight.dtype)
         key = self.key_proj(memory).unflatten(-1, (self.streams, self.dim))
         value = self.value_proj(memory)
-        gates = self.gate(hidden, key)
-        live = layout.present if live is None else live
-        if live is not None:
-            gates = gates.masked_fill(~live[..., None], 0.0)
-        gated = gates[..., None].to(value.dtype) * value[:, :, None]  # [B, T, S, D]
-        if not self.config.conv:
-            return gated
-        normed = _norm(gated, self.conv_norm, self.config.conv_eps).to(gated.dtype)
-        return gated + F.silu(self._convolve(normed, layout, cache))
+        gated, normed = self._fuse(hidden, key, value, layout.present if live is None else live)
+        return gated if normed is None else gated + F.silu(self._convolve(normed, layout, cache))
+
+    def _fuse(self, hidden: Tensor, key: Tensor, value: Tensor, live: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The gated value and its norm, in one go where nobody watches the gate."""
+        config, conv_norm = self.config, self.conv_norm if self.config.conv else None
+        if _hooked(self.gate):
+            return weigh(self.gate(hidden, key), value, conv_norm, live, config.conv_eps)
+        norms = (self.gate.query_norm, self.gate.key_norm, conv_norm)
+        given = (hidden, key, value, *norms, live, config.sign, config.eps, config.conv_eps)
+        return pick("engram_fuse", fuse, hidden, key, value)(*given)
 
     def _convolve(self, normed: Tensor, layout: Layout, cache: Recent | None) -> Tensor:
-        """Depthwise and causal: weight[..., kernel-1-j] takes the value j * dilation before, within its document."""
-        time, halo, kernel = normed.shape[1], self.config.halo, self.config.kernel
+        halo, time = self.config.halo, normed.shape[1]
         window = normed if not halo else F.pad(normed, (0, 0, 0, 0, halo, 0)) if cache is None else cache.extend(normed)
         documents = layout.key_documents if self.config.end_of_document else None
         kept = None if documents is None else last_columns(documents, halo + time, -1)
-        out = normed * self.conv[..., -1]
-        for j in range(1, kernel):
-            start = halo - j * (halo // (kernel - 1))
-            tap = window[:, start : start + time]
-            if kept is not None:
-                other = kept[:, start : start + time] != kept[:, halo:]
-                tap = tap.masked_fill(other[..., None, None], 0.0)
-            out = out + tap * self.conv[..., kernel - 1 - j]
-        return out
+        return pick("engram_convolve", convolve, window, self.conv)(window, self.conv, kept, halo)

@@ -1,11 +1,9 @@
-"""Configs, ids and weights in -> the rows, gates and outputs that the authors' code or a plain loop gives."""
+"""Rows, weights and hidden states in -> the gates and outputs that the authors' code gives, whole or in pieces."""
 
-import hashlib
 import json
 import math
 import pathlib
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,165 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rorqual import kernels
 from rorqual.layers import engram
 from rorqual.layers.basics import layout
 from rorqual.layers.cache import Bundle, Past
-from rorqual.layers.engram import Addresses, Engram, EngramConfig, draw_multipliers, find_primes, hash_rows, row_totals
+from rorqual.layers.engram import Addresses, Engram, EngramConfig, row_totals
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden"
-HASHES = json.loads((GOLDEN / "engram_hash.json").read_text(encoding="utf-8"))
 # The canonical ids of input.ids in engram_forward.safetensors, by the map that tests/data/test_tokenizer.py checks.
 CANONICAL = [
     "46845 8066 74351 93553 3771 14812 81003 93377 25178 31255 10156 42016 27492 18291 25919 40657 32131 7304 9005",
     "586 85187 74193 82477 53180 80477 32974 44865 9824 2274 30407 12847 44953 96169 13803 38175 40077 21783 15886",
 ]
-TWINS = {twin.kind: twin.function for twin in kernels.TWINS["engram_rows"] if not twin.usable(torch.device("cpu"))}
-EVERY = pytest.mark.parametrize("rows_of", [hash_rows, *TWINS.values()], ids=["reference", *TWINS])
 
-
-def golden_config(case: dict) -> EngramConfig:
-    names = ("rows_per_head", "heads", "seed", "pad_id")
-    return EngramConfig(layers=tuple(case["layer_ids"]), **{name: _tuple(case[name]) for name in names})
-
-
-def _tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def by_hand(ids: list[int], reach: list[int], config: EngramConfig, canonical: int, pad: int) -> list:
-    """The spec, one token at a time, in Python's unbounded integers: [layer][token][head]."""
-    multipliers, primes = draw_multipliers(config, canonical).tolist(), find_primes(config).tolist()
-    layers = []
-    for layer in range(len(config.layers)):
-        tokens = []
-        for t in range(len(ids)):
-            seen = [ids[t - k] if k <= min(reach[t], t) else pad for k in range(config.ngram)]
-            rows, offset = [], 0
-            for order in range(2, config.ngram + 1):
-                mix = 0
-                for k in range(order):
-                    product = seen[k] * multipliers[layer][k]
-                    assert 0 <= product < 2**63
-                    mix ^= product
-                for prime in primes[layer][order - 2]:
-                    rows.append(offset + mix % prime)
-                    offset += prime
-            tokens.append(rows)
-        layers.append(tokens)
-    return layers
-
-
-@pytest.mark.parametrize("case", HASHES, ids=lambda case: case["tokenizer"])
-@pytest.mark.parametrize("kind", ["reference", *TWINS])
-def test_rows_are_the_authors(case: dict, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind}")
-    # ids that are canonical already, so that no tokenizer is needed: the identity over as many
-    addresses = Addresses(golden_config(case), None, case["compressed_vocab_size"])
-    assert addresses.fingerprint()["multipliers"] == list(case["multipliers"].values())
-    assert addresses.fingerprint()["primes"] == list(case["primes"].values())
-    for text in case["cases"]:
-        ids = torch.tensor([text["compressed"]])
-        local = addresses(ids, layout(*ids.shape, "cpu")) - addresses.offsets[:, None, None]
-        for place, layer in enumerate(map(str, case["layer_ids"])):
-            got = local[place, 0].numpy().astype("<i8")
-            assert got[0].tolist() == text["hash_first"][layer]
-            assert got[-1].tolist() == text["hash_last"][layer]
-            assert got.sum() == text["hash_sum"][layer]
-            assert hashlib.sha256(got.tobytes()).hexdigest() == text["hash_sha256_i64le"][layer]
-
-
-def test_row_totals_and_parameters_of_the_published_models() -> None:
-    v41 = EngramConfig(layers=(1, 14), rows_per_head=(16_000_000,) * 3, heads=8, head_dim=256)
-    assert row_totals(v41) == (384_006_168, 384_016_682)
-    for rows, billions in ((2_262_400, 5.79), (7_239_680, 18.53)):
-        paper = EngramConfig(layers=(1, 14), rows_per_head=(rows, rows), heads=8, head_dim=80)
-        assert paper.memory_width == 1280
-        assert round(sum(row_totals(paper)) * paper.head_dim / 1e9, 2) == billions
-
-
-def test_primes_are_prime_different_and_next() -> None:
-    config = EngramConfig(layers=(0, 3), rows_per_head=(2, 50), heads=3)
-    assert find_primes(config).tolist() == [[[2, 3, 5], [53, 59, 61]], [[7, 11, 13], [67, 71, 73]]]
-
-
-@EVERY
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_rows_are_those_of_a_plain_loop(rows_of, data: st.DataObject) -> None:
-    orders = data.draw(st.integers(1, 4))
-    sizes = data.draw(
-        st.lists(st.sampled_from([2, 97, 4096, 8192, 646_400, 16_000_000]), min_size=orders, max_size=orders)
-    )
-    config = EngramConfig(
-        layers=data.draw(st.sampled_from([(0,), (1, 14), (29, 2)])),
-        rows_per_head=tuple(sizes),
-        heads=data.draw(st.integers(1, 9)),
-        seed=data.draw(st.integers(0, 2**31)),
-    )
-    canonical = data.draw(st.sampled_from([1, 2, 100, 98_627, 2**31 - 1]))
-    ids = data.draw(st.lists(st.integers(0, min(canonical, 100_000) - 1), min_size=1, max_size=20))
-    reach = [data.draw(st.integers(0, orders)) for _ in ids]
-    primes = find_primes(config)
-    flat = primes.reshape(len(primes), -1)
-    numbers = torch.arange(min(canonical, 100_000), dtype=torch.int32)
-    exact = (torch.from_numpy(draw_multipliers(config, canonical)), torch.from_numpy(primes))
-    window = F.pad(torch.tensor([ids]), (orders, 0))
-    got = rows_of(window, torch.tensor([reach]), numbers, *exact, torch.from_numpy(flat.cumsum(1) - flat), 0)
-    assert got[:, 0].tolist() == by_hand(ids, reach, config, canonical, 0)
-    assert (got < torch.from_numpy(flat.sum(1))[:, None, None, None]).all()
-
-
-@pytest.mark.parametrize("kind", TWINS)
-@pytest.mark.parametrize("prime", [8_209, 646_403, 2_262_413, 16_000_057, 2**31 - 1])
-def test_remainder_without_a_division_is_exact(kind: str, prime: int) -> None:
-    """Around multiples of the prime, up to the largest int64: the id is 1, so that the mix is the multiplier."""
-    edges = [0, 1, prime - 1, prime, prime + 1, (2**63 - 1) // prime * prime]
-    mixes = [m for edge in edges for m in (edge - 1, edge, edge + 1) if 0 <= m < 2**63] + [2**63 - 1, 2**62, 2**53 + 1]
-    mixes += np.random.default_rng(0).integers(0, 2**63 - 1, 300).tolist()
-    exact = torch.tensor([[m, 0] for m in mixes]), torch.full((len(mixes), 1, 1), prime)
-    offsets = torch.zeros(len(mixes), 1, dtype=torch.int64)
-    got = TWINS[kind](torch.tensor([[0, 1]]), None, torch.arange(2, dtype=torch.int32), *exact, offsets, 0)
-    assert got.flatten().tolist() == [m % prime for m in mixes]
-
-
-@pytest.mark.parametrize("kind", TWINS)
-def test_twin_at_odd_sizes_and_on_threads(kind: str, poisoned: None) -> None:
-    config = EngramConfig(layers=(1, 5), rows_per_head=(9001, 77, 70_001), heads=5)
-    addresses = Addresses(config, None, 50)
-    exact = (addresses.canonical_map, addresses.multipliers, addresses.primes, addresses.offsets, addresses.pad)
-    for batch, time, threads in ((1, 1, 1), (3, 7, 2), (7, 301, 3), (2, 0, 1)):
-        ids = torch.randint(50, (batch, time + 3))
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            assert torch.equal(TWINS[kind](ids, None, *exact), hash_rows(ids, None, *exact))
-        finally:
-            torch.set_num_threads(before)
-
-
-def test_two_mixes_share_few_heads() -> None:
-    """A shared head's prime divides the mixes' difference, below 2^63: primes with a larger product cannot all."""
-    for rows, most in ((650_000, 3), (2_300_000, 2)):
-        primes = find_primes(EngramConfig(layers=(1, 14), rows_per_head=(rows, rows), heads=8)).flatten().tolist()
-        assert math.prod(sorted(primes)[: most + 1]) > 2**63 > math.prod(sorted(primes)[:most])
-    first, second = (np.random.default_rng(seed).integers(0, 2**63 - 1, (500_000, 1)) for seed in (1, 2))
-    tops = find_primes(EngramConfig(rows_per_head=(650_000,), heads=8)).reshape(1, 8)
-    assert ((first % tops == second % tops).sum(1) <= 3).all()
-
-
-@EVERY
-@pytest.mark.parametrize("bad", [-1, -100, 20, 25, 2**40])
-def test_ids_outside_the_tokenizer_are_refused(rows_of, bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engram, "pick", lambda name, reference, *where: rows_of)
-    addresses = Addresses(EngramConfig(), torch.arange(20), 25)  # a model vocabulary of 25 for a tokenizer of 20
-    ids = torch.tensor([[3, 19, bad, 4]])
-    with pytest.raises(ValueError, match=f"got id {bad}, expected one of the 20"):
-        addresses(ids, layout(1, 4, "cpu"))
-    present = torch.tensor([[True, True, False, True]])
-    rows = addresses(ids, layout(1, 4, "cpu", present=present))  # at padding nobody looks
-    assert torch.equal(rows[:, :, 3], addresses(torch.tensor([[4]]), layout(1, 1, "cpu"))[:, :, 0])
+CPU = torch.device("cpu")
+CONVOLVES = {twin.kind: twin.function for twin in kernels.TWINS["engram_convolve"] if not twin.usable(CPU)}
+FUSES = {twin.kind: twin.function for twin in kernels.TWINS["engram_fuse"] if not twin.usable(CPU)}
+EVERY = pytest.mark.parametrize("fuse", [engram.fuse, *FUSES.values()], ids=["reference", *FUSES])
 
 
 class Rig(nn.Module):
@@ -386,6 +244,67 @@ def test_convolution_is_torchs(kernel: int, dilation: int | None, time: int, poi
     torch.testing.assert_close(got.flatten(2), expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["reference", *CONVOLVES])
+@pytest.mark.parametrize(
+    ("batch", "time", "streams", "dim", "taps", "step", "threads"),
+    [
+        (1, 1, 1, 1, 1, 0, 1),
+        (2, 7, 3, 5, 4, 3, 1),
+        (3, 11, 1, 130, 2, 1, 2),
+        (2, 290, 2, 80, 3, 2, 2),
+        (1, 4, 4, 3, 4, 9, 1),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_convolution_and_its_gradients(
+    batch: int,
+    time: int,
+    streams: int,
+    dim: int,
+    taps: int,
+    step: int,
+    threads: int,
+    packed: bool,
+    kind: str,
+    poisoned: None,
+) -> None:
+    """Against one sum a token, in double; the values before the first token are a cache's, and get gradients too."""
+    halo = step * (taps - 1)
+    window, weight = torch.randn(batch, halo + time, streams, dim), torch.randn(streams, dim, taps)
+    documents = torch.randint(2, (batch, halo + time)).cumsum(1) // 3 if packed else None
+    change = torch.randn(batch, time, streams, dim)
+
+    def by_token(window: Tensor, weight: Tensor) -> Tensor:
+        tokens = []
+        for t in range(halo, halo + time):
+            total = 0
+            for j in range(taps):
+                same = 1.0 if documents is None else (documents[:, t - j * step] == documents[:, t]).double()
+                total = (
+                    total
+                    + window[:, t - j * step] * weight[..., taps - 1 - j] * (torch.ones(batch) * same)[:, None, None]
+                )
+            tokens.append(total)
+        return torch.stack(tokens, 1)
+
+    def run(function, dtype: torch.dtype) -> list[Tensor]:
+        given = [x.to(dtype).requires_grad_() for x in (window, weight)]
+        out = function(*given)
+        return [out, *torch.autograd.grad((out * change.to(dtype)).sum(), given)]
+
+    function = {"reference": engram.convolve, **CONVOLVES}[kind]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = run(lambda *given: function(*given, documents, halo), torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    for ours, expected in zip(got, run(by_token, torch.float64), strict=True):
+        torch.testing.assert_close(
+            ours.double(), expected, atol=1e-6 * max(1.0, expected.abs().max().item()), rtol=1e-6
+        )
+
+
 def test_gate_in_closed_form() -> None:
     query = torch.zeros(1, 1, 5, 4)
     query[0, 0, :, 0] = torch.tensor([0.0, -0.0, 2e-8, 8.0, -8.0])  # scores are halves of these
@@ -403,6 +322,221 @@ def test_slope_of_the_signed_root() -> None:
     one = torch.tensor(1.0).sigmoid().item()
     slopes = [0.0, 0.25 * 0.5 / math.sqrt(1.1e-6), one * (1 - one) / 2, one * (1 - one) / 2]
     torch.testing.assert_close(query.grad.flatten(), torch.tensor(slopes), rtol=1e-3, atol=0)
+
+
+def fused_in_double(hidden, key, value, query_norm, key_norm, conv_norm, live, sign, eps, conv_eps) -> list[Tensor]:
+    """The layer's equations with nothing rounded; [v] or [v, norm(v)]."""
+
+    def normed(x: Tensor, weight: Tensor, least: float) -> Tensor:
+        return weight * x / (x.square().mean(-1, keepdim=True) + least).sqrt()
+
+    score = (normed(hidden, query_norm, eps) * normed(key, key_norm, eps)).sum(-1) / hidden.shape[-1] ** 0.5
+    root = torch.where(score.abs() < 1e-6, 1e-3, score.abs().clamp_min(1e-6).sqrt())
+    signs = torch.where(score < 0, -1.0, 1.0) if sign == "copysign" else score.sign()
+    gates = torch.sigmoid(root * signs)
+    gates = gates if live is None else gates * live[..., None]
+    gated = gates[..., None] * value[:, :, None]
+    return [gated] if conv_norm is None else [gated, normed(gated, conv_norm, conv_eps)]
+
+
+def given_to_fuse(shape, conv: bool, masked: bool, sign: str, dtype=torch.float32, device=CPU) -> tuple:
+    """Inputs of `fuse` with scores clear of 0, near which a rounded score has another slope."""
+    hidden = torch.randn(shape)
+    key = hidden * (0.5 + torch.rand(shape)) * torch.randn(shape[:3]).sign()[..., None]
+    value, (query_norm, key_norm, conv_norm) = torch.randn(*shape[:2], shape[3]), 1 + 0.2 * torch.randn(3, *shape[2:])
+    live = torch.rand(shape[:2]) < 0.7 if masked else None
+    floats = [x.to(device, dtype) for x in (hidden, key, value, query_norm, key_norm, conv_norm)]
+    if not conv:
+        floats[5] = None
+    return (*floats, live if live is None else live.to(device), sign, 1.1920929e-7, 1e-5)
+
+
+def with_gradients(function, given: tuple, weights: list[Tensor]) -> list[Tensor]:
+    """What `function` returns, and the gradients of its weighted sum to every float it is given."""
+    floats = [x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given]
+    out = [x for x in function(*floats) if x is not None]
+    total = sum((x * weight.to(x)).sum() for x, weight in zip(out, weights, strict=False))
+    return out + list(torch.autograd.grad(total, [x for x in floats if isinstance(x, Tensor) and x.requires_grad]))
+
+
+def check_fuse(function, given: tuple, tolerance: float) -> None:
+    """Outputs and gradients are those of the formula in double, relative to the largest of each."""
+    weights = [torch.randn(given[0].shape) for _ in range(2)]
+    got = with_gradients(function, given, weights)
+    exact = tuple(x.cpu().double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
+    exact = tuple(x.cpu() if isinstance(x, Tensor) else x for x in exact)
+    for ours, expected in zip(got, with_gradients(fused_in_double, exact, weights), strict=True):
+        assert ours.dtype == given[0].dtype and ours.shape == expected.shape
+        most = expected.abs().max().item() if expected.numel() else 0.0
+        torch.testing.assert_close(ours.cpu().double(), expected, atol=tolerance * max(most, 1e-2), rtol=0)
+
+
+SIZES = [(1, 1, 1, 1), (2, 7, 4, 3), (1, 7, 3, 130), (2, 1, 1, 80), (3, 2, 4, 5)]
+
+
+@EVERY
+@pytest.mark.parametrize("sign", ["sign", "copysign"])
+@pytest.mark.parametrize(("conv", "masked"), [(True, True), (False, False), (True, False)])
+@pytest.mark.parametrize("shape", SIZES)
+def test_fusion_and_its_gradients(fuse, shape, conv: bool, masked: bool, sign: str, poisoned: None) -> None:
+    check_fuse(fuse, given_to_fuse(shape, conv, masked, sign), 2e-5)
+
+
+def check_slopes(function, device=CPU) -> None:
+    """D = 1 and weights of 1: the score is the key's norm weight, exactly; 0 and below 1e-6 the root is flat."""
+    scores = torch.tensor([0.0, 0.5e-6, -0.5e-6, 1.1e-6, -1.1e-6, 1.0, -4.0], device=device)
+    one = torch.ones(1, 1, 7, 1, device=device)
+    roots = {"sign": [0.0, 1e-3, -1e-3], "copysign": [1e-3, 1e-3, -1e-3]}
+    for sign, flat in roots.items():
+        weight = scores[:, None].clone().requires_grad_()
+        gated, _ = function(one, one, one[:, :, 0], one[0, 0], weight, None, None, sign, 0.0, 0.0)
+        gated.sum().backward()
+        expected = torch.tensor([*flat, 1.1e-6**0.5, -(1.1e-6**0.5), 1.0, -2.0]).sigmoid()
+        torch.testing.assert_close(gated.flatten().cpu(), expected)
+        slope = torch.tensor([0.0, 0.0, 0.0, 0.5 / 1.1e-6**0.5, 0.5 / 1.1e-6**0.5, 0.5, 0.25])
+        torch.testing.assert_close(weight.grad.flatten().cpu(), slope * expected * (1 - expected), rtol=1e-5, atol=0)
+
+
+@EVERY
+def test_fusion_is_flat_near_no_score(fuse) -> None:
+    check_slopes(fuse)
+
+
+def check_the_rest(function, device=CPU) -> None:
+    """Views that are no blocks of memory, a value that nobody differentiates, and no tokens at all."""
+    given = given_to_fuse((4, 3, 2, 6), True, True, "sign", device=device)
+    views = (*(x.transpose(0, 1).contiguous().transpose(0, 1) for x in given[:3]), *given[3:6], given[6], *given[7:])
+    for ours, expected in zip(function(*views), function(*given), strict=True):
+        assert torch.equal(ours, expected)
+    alone = given[1].clone().requires_grad_()
+    function(given[0], alone, *given[2:])[1].sum().backward()  # through one result of two, to one input of six
+    assert alone.grad.isfinite().all() and alone.grad.any()
+    for shape in ((0, 3, 2, 5), (2, 0, 2, 5)):
+        check_fuse(function, given_to_fuse(shape, True, True, "sign", device=device), 0.0)
+
+
+@EVERY
+def test_fusion_of_views_and_of_nothing(fuse, poisoned: None) -> None:
+    check_the_rest(fuse)
+
+
+@pytest.mark.parametrize("kind", FUSES)
+def test_fusion_on_threads(kind: str, poisoned: None) -> None:
+    given, before = given_to_fuse((3, 299, 2, 97), True, True, "sign"), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        check_fuse(FUSES[kind], given, 1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", FUSES)
+def test_gradients_through_scores_near_0_are_the_references(kind: str) -> None:
+    """There the slope of the root is in the tens, and one more rounding of a score is seen in the fourth digit."""
+    shape = (2, 40, 4, 48)
+    given = list(given_to_fuse(shape, True, False, "sign"))
+    along, key = given[0] * given[3] * given[4], torch.randn(shape)
+    given[1] = key - 0.9995 * along * ((key * along).sum(-1) / along.square().sum(-1))[..., None]
+    weights = [torch.randn(shape) for _ in range(2)]
+    expected = with_gradients(engram.fuse, tuple(given), weights)
+    for ours, theirs in zip(with_gradients(FUSES[kind], tuple(given), weights), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_layer_that_is_computed_again_for_its_gradients(reentrant: bool) -> None:
+    layer, where = Engram(EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3), 8, 2), layout(2, 5, "cpu")
+    layer.reset(std=0.5)
+    nn.init.normal_(layer.conv)
+    hidden, memory = torch.randn(2, 5, 2, 8, requires_grad=True), torch.randn(2, 5, 12, requires_grad=True)
+    wanted = [hidden, memory, *layer.parameters()]
+
+    def gradients(out: Tensor) -> list[Tensor]:
+        for tensor in wanted:
+            tensor.grad = None
+        out.square().sum().backward()
+        return [tensor.grad for tensor in wanted]
+
+    expected = gradients(layer(hidden, memory, where))
+    again = gradients(checkpoint(lambda x, e: layer(x, e, where), hidden, memory, use_reentrant=reentrant))
+    for ours, theirs in zip(again, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=0)
+
+
+def test_what_torch_makes_by_default_does_not_matter() -> None:
+    """transformers sets another dtype while it loads; a caller may set another device."""
+    window, taps, given = torch.randn(2, 9, 3, 5), torch.randn(3, 5, 4), given_to_fuse((2, 7, 3, 5), True, True, "sign")
+    tokens = torch.randint(40, (2, 7))
+    documents, told = torch.zeros(2, 9, dtype=torch.long), layout(2, 7, "cpu")
+    addresses = Addresses(EngramConfig(rows_per_head=(31, 67)), torch.arange(40), 40)
+    weights = [torch.randn(2, 7, 3, 5) for _ in range(2)]
+
+    def everything() -> list[Tensor]:
+        found = with_gradients(kernels.pick("engram_fuse", engram.fuse, CPU), given, weights)
+        convolve = kernels.pick("engram_convolve", engram.convolve, CPU)
+        for where in (None, documents):
+            found += with_gradients(lambda *x, where=where: [convolve(*x, where, 2)], (window, taps[..., :2]), weights)
+        return [*found, addresses(tokens, told)]
+
+    before, expected = torch.get_default_dtype(), everything()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            got = everything()
+    finally:
+        torch.set_default_dtype(before)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@pytest.mark.interpreted
+def test_tiles_fuse_as_the_formula(tiled: torch.device, poisoned: None) -> None:
+    function = kernels.triton_twins.fuse
+    for shape, conv, masked, sign in (
+        ((1, 1, 1, 1), True, False, "sign"),
+        ((2, 7, 4, 3), True, True, "copysign"),  # two runs of tokens, in one of which a row of the batch ends
+        ((1, 7, 1, 130), True, False, "sign"),
+        ((1, 5, 3, 80), False, True, "sign"),
+    ):
+        check_fuse(function, given_to_fuse(shape, conv, masked, sign, device=tiled), 2e-5)
+    check_fuse(function, given_to_fuse((1, 3, 2, 5), True, True, "sign", torch.bfloat16, tiled), 3e-2)
+    check_slopes(function, tiled)
+    check_the_rest(function, tiled)
+
+
+@pytest.mark.interpreted
+def test_layer_on_tiles_is_the_layer(tiled: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3)
+    layer, where = Engram(config, 5, 3).to(tiled), layout(2, 4, str(tiled), present=torch.arange(4) > torch.ones(2, 1))
+    layer.reset(std=0.5)
+    nn.init.normal_(layer.conv)
+    hidden, memory, weight = torch.randn(2, 4, 3, 5), torch.randn(2, 4, config.memory_width), torch.randn(2, 4, 3, 5)
+    found = []
+    for kind in ("reference", "triton"):
+        monkeypatch.setenv(kernels.VARIABLE, f"engram_fuse={kind}")
+        asked = [x.to(tiled).requires_grad_() for x in (hidden, memory)]
+        out = layer(*asked, where)
+        wanted = [*asked, *layer.parameters()]
+        found.append([out, *torch.autograd.grad((out * weight.to(tiled)).sum(), wanted)])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-4)
+
+
+def test_whoever_watches_the_gate_sees_and_moves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, where = Engram(EngramConfig(conv=False), 8, 2), layout(2, 5, "cpu")
+    layer.reset(std=0.5)
+    hidden, memory = torch.randn(2, 5, 2, 8), torch.randn(2, 5, 128)
+    alone, seen = layer(hidden, memory, where), []
+    hook = layer.gate.register_forward_hook(lambda module, args, out: seen.append(out))
+    torch.testing.assert_close(layer(hidden, memory, where), alone)
+    hook.remove()
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    monkeypatch.setattr(engram, "pick", lambda *_: pytest.fail("fused, though somebody watches"))
+    layer(hidden, memory, where)
+    hook.remove()
+    hook = layer.gate.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
+    assert seen[0].shape == (2, 5, 2) and not layer(hidden, memory, where).any()
+    hook.remove()
 
 
 def test_reset_is_the_table_of_inits() -> None:
@@ -430,51 +564,6 @@ def test_bfloat16_keeps_its_dtype_and_gates_in_float32() -> None:
     assert ((seen[0] > 0) & (seen[0] < 1)).all()
 
 
-def test_saved_addresses_load_and_bring_the_map() -> None:
-    canonical = torch.randperm(30)
-    saved = Addresses(EngramConfig(seed=3), canonical, 32)
-    assert "offsets" not in saved.state_dict()
-    untold = Addresses(EngramConfig(seed=3), None, 32)
-    untold.load_state_dict(saved.state_dict())
-    ids = torch.randint(30, (2, 9))
-    assert torch.equal(untold(ids, layout(2, 9, "cpu")), saved(ids, layout(2, 9, "cpu")))
-    assert untold.fingerprint() == saved.fingerprint()
-    digest = hashlib.sha256(canonical.numpy().astype("<i4").tobytes()).hexdigest()
-    assert json.loads(json.dumps(saved.fingerprint()))["canonical_sha256"] == digest
-
-
-@pytest.mark.parametrize("told", [True, False])
-@pytest.mark.parametrize(
-    ("config", "canonical", "names"),
-    [
-        (EngramConfig(seed=1), torch.arange(30), "other multipliers than"),
-        (EngramConfig(rows_per_head=(4000, 4096)), torch.arange(30), "other primes than"),
-        (EngramConfig(seed=1, rows_per_head=(4000, 4096)), torch.arange(30), "other multipliers and other primes than"),
-        (EngramConfig(), torch.arange(30).flip(0), "other canonical map than"),
-    ],
-)
-def test_another_models_addresses_are_refused(told: bool, config: EngramConfig, canonical: Tensor, names: str) -> None:
-    saved = Addresses(config, canonical, 30)
-    ours = Addresses(EngramConfig(), torch.arange(30) if told else None, 30)
-    if not told and "canonical" in names:
-        ours.load_state_dict(saved.state_dict())  # it had none of its own
-        return
-    with pytest.raises(ValueError, match=names):
-        ours.load_state_dict(saved.state_dict())
-
-
-def test_a_damaged_map_is_refused_by_its_digest() -> None:
-    state = Addresses(EngramConfig(), torch.arange(30), 30).state_dict()
-    state["canonical_map"] = state["canonical_map"].flip(0)
-    for canonical in (None, torch.arange(30), torch.arange(30).flip(0)):
-        with pytest.raises(ValueError, match="canonical map"):
-            Addresses(EngramConfig(), canonical, 30).load_state_dict(state)
-    with pytest.raises(ValueError, match="canonical map"):  # folded ids for a model of raw ones
-        Addresses(EngramConfig(canonical=False), None, 30).load_state_dict(
-            Addresses(EngramConfig(), torch.arange(30).flip(0), 30).state_dict()
-        )
-
-
 def test_built_on_no_device_and_moved_it_has_its_numbers() -> None:
     with torch.device("meta"):
         addresses = Addresses(EngramConfig(), torch.arange(30, device="cpu"), 30)
@@ -487,47 +576,10 @@ def test_built_on_no_device_and_moved_it_has_its_numbers() -> None:
     assert torch.equal(moved.offsets, addresses.offsets)
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"layers": ()}, r"layers: got \(\)"),
-        ({"layers": (1, 1)}, "different block indices"),
-        ({"layers": (-1,)}, "from 0"),
-        ({"rows_per_head": ()}, "2 or more"),
-        ({"rows_per_head": (4096, 1)}, "2 or more"),
-        ({"heads": 0}, "heads: got 0"),
-        ({"head_dim": 0}, "head_dim: got 0"),
-        ({"kernel": 0}, "kernel: got 0"),
-        ({"dilation": 0}, "dilation: got 0"),
-        ({"seed": -1}, "seed -1"),
-        ({"pad_id": -1}, "pad_id -1"),
-        ({"dead_tokens": (-3,)}, "none negative"),
-    ],
-)
-def test_bad_configs_are_refused(changes: dict, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        EngramConfig(**changes)
-    config = EngramConfig()
-    object.__setattr__(config, "sign", "plus")  # past beartype, which checks the annotation in tests
-    with pytest.raises(ValueError, match="expected sign or copysign"):
-        config.__post_init__()
-
-
-@pytest.mark.parametrize(
-    ("config", "canonical", "vocabulary", "reason"),
-    [
-        ({}, torch.arange(9), 8, "got 9 ids, expected at most"),
-        ({}, torch.tensor([0, 2]), 2, "got gaps"),
-        ({}, torch.tensor([-2, 0]), 2, "negative"),
-        ({}, None, None, "neither"),
-        ({"pad_id": 8}, torch.arange(8), 9, "pad_id: got 8, expected an id of the tokenizer, below 8"),
-    ],
-)
-def test_bad_maps_are_refused(config: dict, canonical: Tensor | None, vocabulary: int | None, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        Addresses(EngramConfig(**config), canonical, vocabulary)
-    with pytest.raises(ValueError, match="expected at least 1 of each"):
-        Engram(EngramConfig(), 0)
+def test_a_layer_of_no_width_is_refused() -> None:
+    for sizes in ((0,), (8, 0)):
+        with pytest.raises(ValueError, match="expected at least 1 of each"):
+            Engram(EngramConfig(), *sizes)
 
 
 @pytest.mark.slow  # torch.compile takes half a minute

@@ -1,0 +1,83 @@
+"""Ids of a window in -> the table rows they address out: the Triton twin of layers.addresses.hash_rows.
+
+A program takes a block of tokens of one layer through all orders and heads, in exact 64-bit integers. A bad id sets a
+flag; nobody waits for the device to read it.
+"""
+
+import inspect
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Int
+from torch import Tensor
+
+_TOKENS = 64  # a program's
+
+
+@triton.jit
+@inspect.unwrap  # tests wrap every function to check its shapes
+def _known(ids, place, canonical, size, inside, strange):
+    """Canonical ids; `strange` is set where there is none."""
+    raw = tl.load(ids + place, mask=inside, other=0).to(tl.int64)
+    valid = (raw >= 0) & (raw < size)
+    known = tl.load(canonical + raw, mask=inside & valid, other=-1).to(tl.int64)
+    tl.store(strange + tl.zeros_like(place), 1, mask=inside & (known < 0))
+    return known
+
+
+@triton.jit
+@inspect.unwrap
+def _hash(
+    ids, reach, canonical, multipliers, primes, offsets, out, strange, tokens, time, size, pad,
+    ORDERS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    layer = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < tokens
+    current = token // time * (time + ORDERS) + token % time + ORDERS  # in the window
+    head = tl.arange(0, WIDE)
+    present = head < HEADS
+    multiplier = multipliers + layer * (ORDERS + 1)
+    mix = _known(ids, current, canonical, size, inside, strange) * tl.load(multiplier)
+    for order in range(ORDERS):
+        earlier = _known(ids, current - order - 1, canonical, size, inside, strange)
+        if reach is not None:
+            allowed = tl.load(reach + token, mask=inside, other=0) > order
+            earlier = tl.where(allowed, earlier, pad)
+        mix = mix ^ (earlier * tl.load(multiplier + order + 1))
+        column = (layer * ORDERS + order) * HEADS + head
+        prime = tl.load(primes + column, mask=present, other=1)
+        row = mix[:, None] % prime[None, :] + tl.load(offsets + column, mask=present, other=0)[None, :]
+        place = ((layer * tokens + token) * ORDERS + order)[:, None] * HEADS + head[None, :]
+        tl.store(out + place, row, mask=inside[:, None] & present[None, :])
+
+
+def hash_rows(
+    ids: Int[Tensor, "B W"],
+    reach: Int[Tensor, "B T"] | None,
+    canonical_map: Int[Tensor, " V"],
+    multipliers: Int[Tensor, "Lm N"],
+    primes: Int[Tensor, "Lm O J"],
+    offsets: Int[Tensor, "Lm R"],
+    pad: int,
+) -> Int[Tensor, "Lm B T R"]:
+    """See layers.addresses.hash_rows, whose numbers these are, bit for bit."""
+    layers, orders, heads = primes.shape
+    batch, time = ids.shape[0], ids.shape[1] - orders
+    out = torch.empty(layers, batch, time, orders * heads, dtype=torch.int64, device=ids.device)
+    if not out.numel():
+        return out
+    strange = torch.zeros(1, dtype=torch.int32, device=ids.device)
+    tensors = (ids, reach, canonical_map, multipliers, primes, offsets)
+    with torch.cuda.device_of(ids):
+        _hash[(triton.cdiv(batch * time, _TOKENS), layers)](
+            *(x if x is None else x.contiguous() for x in tensors), out, strange,
+            batch * time, time, len(canonical_map), pad,
+            ORDERS=orders, HEADS=heads, BLOCK=_TOKENS, WIDE=triton.next_power_of_2(heads),
+        )  # fmt: skip
+    if ids.device.type != "cpu":
+        torch._assert_async(strange == 0, "Engram: an id has no canonical id")  # does not wait for the device
+    elif strange:
+        raise IndexError("an id has no canonical id")
+    return out

@@ -1,0 +1,53 @@
+"""Records of bytes, row ids in -> float32 rows out: the Triton twin of storage.formats.recall.
+
+The rows of float32 and bfloat16 tables have none: torch.embedding reads and writes each once already. An fp8 row would
+be copied, looked up value by value and scaled, three passes; here its bytes become numbers in registers. They are
+decoded by hand, since e4m3 is a type of newer devices only:
+
+    value = (1 + mantissa / 8) 2^(exponent - 7), or mantissa / 512 where the exponent is 0; 127 and 255 are nan
+    scale = 2^(byte - 127); 255 is nan
+"""
+
+import inspect
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+_VALUES = 1024  # a program's
+_SHARE = tl.constexpr(32)  # values that share a scale
+
+
+@triton.jit
+@inspect.unwrap  # tests wrap every function to check its shapes
+def _e4m3(byte):
+    exponent, mantissa = (byte >> 3) & 15, byte & 7
+    large = (((exponent + 120) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
+    size = tl.where(exponent == 0, mantissa.to(tl.float32) / 512, large)
+    size = tl.where((byte & 127) == 127, float("nan"), size)
+    return tl.where(byte > 127, -size, size)
+
+
+@triton.jit
+@inspect.unwrap
+def _recall(records, ids, out, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    column = place % WIDTH
+    record = records + tl.load(ids + place // WIDTH, mask=inside, other=0).to(tl.int64) * (WIDTH + WIDTH // _SHARE)
+    value = _e4m3(tl.load(record + column, mask=inside, other=0).to(tl.int32))
+    power = tl.load(record + WIDTH + column // _SHARE, mask=inside, other=0).to(tl.int32)
+    bits = tl.where(power == 0, 1 << 22, tl.where(power == 255, 0x7FC00000, power << 23))
+    tl.store(out + place, value * bits.to(tl.float32, bitcast=True), mask=inside)
+
+
+def recall(records: UInt8[Tensor, "rows record"], ids: Int[Tensor, "*B"], width: int) -> Float[Tensor, "*B W"]:
+    """See storage.formats.recall, whose numbers these are, bit for bit."""
+    out = torch.empty(*ids.shape, width, dtype=torch.float32, device=records.device)
+    if out.numel():
+        with torch.cuda.device_of(records):
+            grid = (triton.cdiv(out.numel(), _VALUES),)
+            _recall[grid](records.contiguous(), ids.contiguous(), out, out.numel(), WIDTH=width, BLOCK=_VALUES)
+    return out

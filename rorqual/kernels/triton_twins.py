@@ -1,0 +1,58 @@
+"""A call in -> what the Triton twin of that name answers out; Triton is loaded when one is first called.
+
+Where TRITON_INTERPRET=1 was set before Triton was loaded, the kernels run on the CPU, statement by statement in numpy:
+slow, and meant for tests. They are then taken only where RORQUAL_KERNELS asks for them.
+"""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def hash_rows(*given: Any) -> Tensor:
+    """layers.addresses.hash_rows."""
+    from rorqual.kernels import triton_hash
+
+    return triton_hash.hash_rows(*given)
+
+
+def recall(*given: Any) -> Tensor:
+    """storage.formats.recall."""
+    from rorqual.kernels import triton_rows
+
+    return triton_rows.recall(*given)
+
+
+def fuse(*given: Any) -> tuple[Tensor, Tensor | None]:
+    """layers.engram.fuse."""
+    from rorqual.kernels import triton_fuse
+
+    return triton_fuse.fuse(*given)
+
+
+def usable(name: str) -> Callable[..., str]:
+    """A function that says why the twin of `name` cannot run on some tensors or devices; "" if it can."""
+
+    def reason(*where: Tensor | torch.device) -> str:
+        for thing in where:
+            device = thing if isinstance(thing, torch.device) else thing.device
+            if device.type != "cuda" and not (device.type == "cpu" and _interpreted(name)):
+                return f"it runs on cuda, not on {device.type}"
+        return "" if _installed() else "triton is not installed"
+
+    return reason
+
+
+def _interpreted(name: str) -> bool:
+    asked = os.environ.get("RORQUAL_KERNELS", "").replace(" ", "").split(",")
+    return f"{name}=triton" in asked and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
