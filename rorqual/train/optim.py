@@ -129,11 +129,12 @@ def row_adam(
     """One Adam update, in place, of the rows `touched`, which are distinct; every other row and its state stay.
 
     p <- p - lr m^ / (sqrt(v^) + eps),  m^ = m / (1 - b1^n),  v^ = v / (1 - b2^n),  n = how often this row was updated.
+    The averages m and v are float32 whatever the rows are: in bfloat16 v would hardly ever fall.
     """
     width, (b1, b2) = rows.shape[1], betas
-    scratch = gradient.new_empty(3, min(CHUNK, max(len(touched), 1)), width)
+    scratch = first.new_empty(3, min(CHUNK, max(len(touched), 1)), width)
     for at in range(0, len(touched), CHUNK):
-        index, g = touched[at : at + CHUNK], gradient[at : at + CHUNK]
+        index, g = touched[at : at + CHUNK], gradient[at : at + CHUNK].to(first.dtype)
         m, v, p = scratch[:, : len(index)].unbind()
         count = updates.index_select(0, index).add_(1)
         updates.index_copy_(0, index, count)
@@ -144,18 +145,25 @@ def row_adam(
         n = count.double()
         root = (1 - b2**n).sqrt()
         size, floor = (lr * root / (1 - b1**n)).float(), (eps * root).float()
-        torch.index_select(rows, 0, index, out=p)
-        rows.index_copy_(0, index, p.addcdiv_(m.mul_(size[:, None]), v.sqrt_().add_(floor[:, None]), value=-1))
+        p.copy_(rows.index_select(0, index))
+        p.addcdiv_(m.mul_(size[:, None]), v.sqrt_().add_(floor[:, None]), value=-1)
+        rows.index_copy_(0, index, p.to(rows.dtype))
+
+
+def sum_rows(index: Int[Tensor, " K"], values: Float[Tensor, "K W"]) -> tuple[Int[Tensor, " D"], Float[Tensor, "D W"]]:
+    """The different numbers of `index`, rising, and for each the sum of its `values`."""
+    index, order = index.sort(stable=True)
+    distinct, counts = torch.unique_consecutive(index, return_counts=True)
+    # a bag a row reads and adds in one pass; index_add adds slice by slice
+    return distinct, F.embedding_bag(order, values, counts.cumsum(0) - counts, mode="sum")
 
 
 def coalesce(gradient: Tensor) -> Tensor:
     """A sparse gradient with each row once, duplicates added; the values are the caller's to change."""
     if gradient.is_coalesced():
         return gradient
-    index, order = gradient._indices()[0].sort(stable=True)
-    distinct, counts = torch.unique_consecutive(index, return_counts=True)
-    # a bag a row reads and adds in one pass; index_add adds slice by slice
-    summed = F.embedding_bag(order, gradient._values(), counts.cumsum(0) - counts, mode="sum")
+    index, values = gradient._indices()[0], gradient._values()
+    distinct, summed = kernels.pick("sum_rows", sum_rows, index, values)(index, values)
     return torch.sparse_coo_tensor(distinct[None], summed, gradient.shape, is_coalesced=True, check_invariants=False)
 
 
@@ -194,7 +202,8 @@ class Optimizer:
             state[f"{name}.momentum"] = torch.zeros_like(self.parameters[name])
         for name in self.rows:
             table = self.parameters[name]
-            state |= {f"{name}.{key}": torch.zeros_like(table) for key in ("exp_avg", "exp_avg_sq")}
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[f"{name}.{key}"] = torch.zeros_like(table, dtype=torch.float32)
             state[f"{name}.updates"] = torch.zeros(len(table), dtype=torch.int32, device=table.device)
         return {key: value.detach() for key, value in state.items()}
 

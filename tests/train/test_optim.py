@@ -12,7 +12,9 @@ from rorqual import kernels
 from rorqual.config import from_dict
 from rorqual.layers.experts import Experts
 from rorqual.storage import DeviceTable
-from rorqual.train.optim import OptimConfig, Optimizer, coalesce, orthogonalise, roles, row_adam, schedule
+from rorqual.train.optim import OptimConfig, Optimizer, coalesce, orthogonalise, roles, row_adam, schedule, sum_rows
+
+pytestmark = pytest.mark.engram
 
 
 class Block(nn.Module):
@@ -359,3 +361,69 @@ def test_schedule_stays_within_0_and_1(total, warmup, share, decay):
 def test_a_wrong_config_is_refused(change, told):
     with pytest.raises(ValueError, match=told):
         from_dict(OptimConfig, change)
+
+
+@pytest.mark.parametrize("twin", ["reference", "numba"])
+@pytest.mark.parametrize(("count", "width", "threads"), [(0, 3, 1), (1, 1, 1), (50, 17, 1), (9000, 5, 2)])
+def test_sum_rows_twins_name_each_row_once(twin, count, width, threads, monkeypatch):
+    known = kernels.available()["sum_rows"]
+    if twin not in ("reference", *known) or known.get(twin, True) is not True:
+        pytest.skip(f"no {twin} twin of sum_rows here")
+    monkeypatch.setenv(kernels.VARIABLE, f"sum_rows={twin}")
+    index, values = torch.randint(0, max(1, count // 2), (count,)) * 10**9, torch.randn(count, width)
+    before, default = values.clone(), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    distinct, sums = kernels.pick("sum_rows", sum_rows, index, values)(index, values)
+    torch.set_num_threads(default)
+    assert distinct.tolist() == sorted(set(index.tolist()))
+    expected = torch.stack([values[index == row].double().sum(0) for row in distinct]) if count else sums.double()
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-5)
+    assert sums.shape == (len(distinct), width)
+    sums.zero_()
+    assert torch.equal(values, before)
+
+
+def test_the_order_of_duplicates_does_not_matter():
+    index, values = torch.randint(0, 30, (500,)), torch.randn(500, 6)
+    found = []
+    for order in (torch.arange(500), torch.randperm(500)):
+        torch.manual_seed(1)
+        model = Double()
+        optimizer, table = Optimizer(model, OptimConfig(clip=0.5)), model.tables[0].weight
+        table.grad = torch.sparse_coo_tensor(index[order][None], values[order], table.shape, check_invariants=False)
+        optimizer.clip()
+        optimizer.step()
+        found.append(table.detach().clone())
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_rows_touched_every_step_follow_torch_adam(dtype, atol):
+    """The averages are float32 for bfloat16 rows too: 60 steps leave them as near as the rows' own rounding."""
+    table = DeviceTable(20, 7, dtype=dtype)
+    model, config = nn.ModuleDict({"table": table}), OptimConfig(lr=0.002, betas=(0.9, 0.999), clip=1e9)
+    copy = nn.Parameter(table.weight.detach().float())
+    optimizer, dense = Optimizer(model, config), torch.optim.Adam([copy], lr=0.01, betas=(0.9, 0.999))
+    for _ in range(60):
+        gradient = (torch.randn(20, 7) + 1.0).to(dtype)
+        table.weight.grad = torch.sparse_coo_tensor(
+            torch.arange(20)[None], gradient, table.weight.shape, check_invariants=False
+        )
+        copy.grad = gradient.float()
+        optimizer.clip()
+        optimizer.step()
+        dense.step()
+    torch.testing.assert_close(table.weight.detach().float(), copy.detach(), rtol=0, atol=atol)
+    assert optimizer.state["table.weight.exp_avg_sq"].dtype == torch.float32
+
+
+def test_bias_corrections_beyond_those_looked_up(monkeypatch):
+    choose_twin("numba", monkeypatch)
+    tensors = [torch.rand(3, 5) for _ in range(3)]
+    copies = [tensor.clone() for tensor in tensors]
+    counts = torch.tensor([1021, 1022, 5000], dtype=torch.int32)
+    given = (torch.arange(3), torch.randn(3, 5), 0.1, (0.9, 0.9999), 1e-8)
+    kernels.pick("row_adam", row_adam, given[1])(*tensors, counts.clone(), *given)
+    row_adam(*copies, counts, *given)
+    for one, other in zip(tensors, copies, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
