@@ -1,13 +1,19 @@
 """Reading what a model remembers, editing it, and undoing it bit for bit."""
 
+from collections import Counter
+
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rorqual import memory
 from rorqual.data.tokenizer import train
+from rorqual.hub.attach import attach
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.hyper import HyperConfig
 from rorqual.model import LanguageModel, ModelConfig
+
+pytestmark = pytest.mark.engram
 
 TEXTS = ["the great whale", "the great sea", "a GREAT whale in the sea", "whale whale whale"] * 3
 ENGRAM = EngramConfig(layers=(0, 2), rows_per_head=(997, 499), heads=2, head_dim=8)
@@ -139,3 +145,120 @@ def test_popular_rows_and_who_shares_them(model, tokenizer):
 def test_what_cannot_be_is_refused(model, tokenizer, call, said):
     with pytest.raises(ValueError, match=said):
         call(model, tokenizer)
+
+
+@pytest.fixture
+def host(tokenizer):
+    torch.manual_seed(3)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    host = LlamaForCausalLM(LlamaConfig(vocab_size=300, **shape)).eval()
+    held = attach(host, tokenizer, (0, 2), rows_per_head=(97, 89), heads=2, head_dim=8, dead_tokens=(7,))
+    with torch.no_grad():
+        for parameter in held.parameters():
+            torch.nn.init.normal_(parameter)
+    return host
+
+
+def every_reader(model, tokenizer, layer: int) -> dict[int, Counter]:
+    """Row -> the n-grams of TEXTS that read it, one row of one token after the other."""
+    readers: dict[int, Counter] = {}
+    for text in TEXTS:
+        read = memory.reads(model, tokenizer, text)
+        ids = [one.id for one in read]
+        for t, one in enumerate(read):
+            for n in (2, 3):
+                for row in one.rows[layer][(n - 2) * 2 : (n - 1) * 2] if t + 1 >= n else ():
+                    readers.setdefault(row, Counter())[tuple(ids[t + 1 - n : t + 1])] += 1
+    return readers
+
+
+@pytest.mark.parametrize("kind", ["model", "host"])
+def test_a_corpus_is_counted_as_by_hand(kind, request, tokenizer):
+    model = request.getfixturevalue(kind)
+    readers = every_reader(model, tokenizer, 2)
+    number = {row: found.total() for row, found in readers.items()}
+    top = memory.popular(model, tokenizer, iter(TEXTS), 2, 7)
+    assert [row for row, _, _ in top] == sorted(number, key=lambda row: (-number[row], row))[:7]
+    for row, times, ngram in top:
+        assert times == number[row]
+        best = max(readers[row].values())
+        assert ngram in {tokenizer.decode(ids) for ids, times in readers[row].items() if times == best}
+    canonical = tokenizer.canonical_map()
+    different = {row: {tuple(canonical[list(ids)]) for ids in found} for row, found in readers.items()}
+    found = memory.collisions(model, tokenizer, iter(TEXTS), 2, 5)
+    assert found.ngrams == len(set().union(*different.values()))
+    assert found.rows == len(readers)
+    assert found.shared == sum(len(ngrams) > 1 for ngrams in different.values())
+    assert [len(ngrams) for _, ngrams in found.worst] == sorted(map(len, different.values()))[::-1][: len(found.worst)]
+    assert all(len(ngrams) == len(different[row]) for row, ngrams in found.worst)
+
+
+def test_counting_forgets_only_the_rare(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(memory, "_KEPT", 4)
+    assert memory.popular(model, tokenizer, TEXTS, 0, 3)[0][2]
+    assert memory.collisions(model, tokenizer, TEXTS, 0).ngrams <= 16
+
+
+def test_an_attached_memory_is_read_edited_and_undone(host, tokenizer):
+    ids = torch.tensor([tokenizer.encode(TEXTS[0])])
+    read = memory.reads(host, tokenizer, TEXTS[0])
+    assert [one.id for one in read] == ids[0].tolist()
+    assert all(len(one.gates[layer]) == 1 for one in read for layer in (0, 2))
+    assert read[-1].ngrams == [tokenizer.decode(ids[0, -n:].tolist()) for n in (2, 3)]
+    before = memory.distribution(host, tokenizer, TEXTS[0])
+    torch.testing.assert_close(before, host(ids).logits[0, -1, : tokenizer.vocabulary].softmax(-1))
+    editor = memory.Editor(host, tokenizer)
+    with torch.no_grad():
+        whole = host(ids).logits
+        editor.suppress(ids[0, -2:].tolist(), 2)
+        assert torch.equal(host(ids).logits[:, :-1], whole[:, :-1])
+        after = memory.distribution(host, tokenizer, TEXTS[0])
+        change = memory.difference(before, after, tokenizer, 3)
+        editor.undo()
+        assert torch.equal(host(ids).logits, whole)
+    assert change.kl == pytest.approx(torch.nn.functional.kl_div(after.log(), before, reduction="sum").item(), rel=1e-3)
+    moved = (after - before).abs()
+    assert abs(change.movers[0][2] - change.movers[0][1]) == pytest.approx(moved.max().item(), rel=1e-3)
+    assert memory.difference(before, before, tokenizer).kl == 0.0
+
+
+def test_dead_tokens_have_no_gate_and_are_part_of_no_ngram(host, tokenizer):
+    text = tokenizer.decode([40, 7, 41])
+    assert tokenizer.encode(text)[1] == 7
+    assert memory.reads(host, tokenizer, text)[1].gates == {0: [0.0], 2: [0.0]}
+    with pytest.raises(ValueError, match="expected none of the dead tokens, as 7 is"):
+        memory.rows_of(host, tokenizer, [40, 7], 0)
+
+
+def test_a_row_written_by_hand_changes_exactly_the_tokens_that_read_it(model, tokenizer):
+    ids = torch.tensor([[tokenizer.begin_id, *tokenizer.encode(TEXTS[0])]])
+    row = memory.rows(model, ids)[1, 0, 2, 1].item()
+    readers = (memory.rows(model, ids)[1, 0] == row).any(-1).nonzero().flatten().tolist()
+    gates = [one.gates[2] for one in memory.reads(model, tokenizer, TEXTS[0])]
+    with torch.no_grad():
+        model.tables[1].weight[row] = 9.0
+    now = [one.gates[2] for one in memory.reads(model, tokenizer, TEXTS[0])]
+    assert [t for t in range(ids.shape[1]) if now[t] != gates[t]] == readers
+
+
+def test_edits_are_undone_by_another_process(editor, model, tokenizer, tmp_path):
+    ngram, start = tokenizer.encode(TEXTS[0])[-2:], [table.weight.detach().clone() for table in model.tables]
+    editor.suppress(ngram, 0)
+    editor.overwrite(ngram, 2, torch.full((2, 8), 0.1))
+    editor.save(tmp_path / "edits")
+    other = memory.Editor(model, tokenizer)
+    other.load(tmp_path / "edits")
+    assert [edit.what for edit in other.edits] == [edit.what for edit in editor.edits]
+    other.undo()
+    late = memory.Editor(model, tokenizer)
+    late.load(tmp_path / "edits")  # the weights were saved, the journal was not: the edit is gone
+    assert len(late.edits) == 1
+    late.undo()
+    assert all(torch.equal(table.weight, old) for table, old in zip(model.tables, start, strict=True))
+    with torch.no_grad():
+        model.tables[1].weight.add_(1.0)
+    with pytest.raises(ValueError, match="got other rows than overwrite"):
+        late.load(tmp_path / "edits")
+    (tmp_path / "torn").write_bytes(b"no")
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        late.load(tmp_path / "torn")

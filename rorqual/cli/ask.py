@@ -1,15 +1,22 @@
 """Options of a command that asks a trained model -> one call into its room out."""
 
+import json
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
 from rorqual.cli.parse import UsageError, emit, parse, parse_new, split_first, take
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
     from rorqual.evaluate import Score
+    from rorqual.memory import Edit, Editor
     from rorqual.serve.generate import Run
 
 
@@ -50,7 +57,8 @@ def generate_command(argv: list[str]) -> int:
     if as_json:
         drafts = options.speculative
         done = run.complete([text], max_new_tokens=most, sampling=sampling, stop=stop, speculative=drafts)[0]
-        emit({"prompt": text, "text": done.text, "ids": done.ids, "finish": done.finish, "tally": done.tally})
+        counted = {**asdict(done.tally), "acceptance": done.tally.acceptance} if done.tally else None
+        emit({"prompt": text, "text": done.text, "ids": done.ids, "finish": done.finish, "tally": counted})
         return 0
     tally = Tally() if options.speculative else None
     print(text, end="", flush=True)
@@ -58,7 +66,7 @@ def generate_command(argv: list[str]) -> int:
         print(piece, end="", flush=True)
     print()
     if tally is not None:
-        print(f"drafts: {tally.drafted}, accepted {tally.acceptance:.0%}", file=sys.stderr)
+        print(f"drafts: {tally.drafted} in {tally.rounds} forwards, accepted {tally.acceptance:.0%}", file=sys.stderr)
     return 0
 
 
@@ -167,46 +175,190 @@ def explore_command(argv: list[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """What each token of a text reads from memory and how far it trusts it; what an edit would change, unsaved.
+    """What each token of a text reads from memory and how far it trusts it; what an edit changes, and edits undone.
 
-    rorqual memory runs/demo/engram "the sperm whale"
-    rorqual memory runs/demo/engram "the sperm whale" --suppress " whale is" --top 5
+    rorqual memory runs/demo/engram "the sperm whale" --rows
+    rorqual memory runs/demo/engram "the sperm whale" --suppress " whale is" --top 5 --save
+    rorqual memory runs/demo/engram --undo
+    rorqual memory runs/demo/engram --data wordnet --limit 500
     """
 
     run: Positional[str]  # a run folder, a DeepSeek folder or a hub id
-    text: Positional[str]
+    text: Positional[str] = ""  # none: only edits, or a corpus
+    rows: bool = False  # print which rows each token reads, order by order, head by head
     suppress: tuple[str, ...] = ()  # n-grams whose rows become zero
+    overwrite: tuple[str, str] | None = None  # an n-gram, and a number for its rows or a JSON file [heads][width]
     transplant: tuple[str, str] | None = None  # the second n-gram's rows become the first's
-    top: int = 8  # likeliest next tokens to show
+    layer: int | None = None  # the block to edit or to count; none: all that remember
+    save: bool = False  # keep the edits in the run's weights; --undo takes them back
+    undo: bool = False  # take back what the last --save edited
+    edits: bool = False  # list the edits that are saved
+    data: str | None = None  # a corpus: the rows it reads most, and which of its n-grams share rows
+    column: str = "text"  # the field of the corpus that holds the text
+    limit: int = 1000  # documents of it
+    shared: str | None = None  # with --data: which of its n-grams read this one's rows
+    top: int = 8  # how many next tokens, rows or n-grams to show
     device: str = "auto"
 
 
 def memory_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
     options = parse_new(Memory, argv, "memory")
+    asked = (options.text, options.undo, options.edits, options.data, options.suppress, options.overwrite)
+    if not any((*asked, options.transplant)):
+        raise UsageError("got nothing to do, expected a text, an edit, --undo, --edits or --data")
+    if options.shared is not None and options.data is None:
+        raise UsageError("got --shared without --data, expected the corpus in which to look")
+    if options.top < 1 or options.limit < 1:
+        raise UsageError(f"got --top {options.top} and --limit {options.limit}, expected at least 1 of each")
     from rorqual import memory
     from rorqual.serve.generate import load
 
     run = load(options.run, device=options.device)
-    read = memory.reads(run.model, run.tokenizer, options.text)
-    following = {"as it is": memory.next_tokens(run.model, run.tokenizer, options.text, options.top)}
     editor = memory.Editor(run.model, run.tokenizer)
-    for layer in read[0].gates:
+    found: dict[str, Any] = {}
+    if options.text:
+        found["reads"] = memory.reads(run.model, run.tokenizer, options.text)
+    found |= _surgery(run, editor, options)
+    if options.data is not None:
+        found["corpus"] = _corpus(run, options)
+    if as_json:
+        emit(found)
+    else:
+        _show(found, options)
+    return 0
+
+
+def _surgery(run: "Run", editor: "Editor", options: Memory) -> dict[str, Any]:
+    """What was edited or taken back, and what that changed of the next token."""
+    from rorqual import memory
+
+    given, journal = (run.model, run.tokenizer, options.text), _journal(run, options)
+    if journal is not None and journal.exists():
+        editor.load(journal)
+    before = memory.distribution(*given) if options.text else None
+    undone = [editor.undo()] if options.undo else []
+    saved = len(editor.edits)
+    for layer in _layers(run, options):
         for ngram in options.suppress:
             editor.suppress(ngram, layer)
+        if options.overwrite is not None:
+            editor.overwrite(options.overwrite[0], layer, _values(*options.overwrite, editor, layer))
         if options.transplant is not None:
             editor.transplant(*options.transplant, layer)
-    if editor.edits:
-        following["edited"] = memory.next_tokens(run.model, run.tokenizer, options.text, options.top)
-    if as_json:
-        emit({"reads": read, "next": following})
-        return 0
-    for one in read:
-        gates = "  ".join(
-            f"block {layer}: {' '.join(f'{g:.2f}' for g in values)}" for layer, values in one.gates.items()
-        )
+    made = editor.edits[saved:]
+    if journal is not None and (undone or options.save):
+        _keep(run, editor, journal, undone=bool(undone))
+    lines = [("undone", undone), ("edited", made), ("saved", editor.edits if options.edits else [])]
+    found: dict[str, Any] = {name: [_about(edit) for edit in edits] for name, edits in lines if edits}
+    if options.edits:
+        found.setdefault("saved", [])
+    if before is None:
+        return found
+    found["next"] = {"as it is": memory.likeliest(before, run.tokenizer, options.top)}
+    if made or undone:
+        after = memory.distribution(*given)
+        found["next"]["edited"] = memory.likeliest(after, run.tokenizer, options.top)
+        found["change"] = memory.difference(before, after, run.tokenizer, options.top)
+    return found
+
+
+def _layers(run: "Run", options: Memory) -> tuple[int, ...]:
+    return run.config.engram.layers if options.layer is None else (options.layer,)  # type: ignore[union-attr]
+
+
+def _journal(run: "Run", options: Memory) -> Path | None:
+    """The file beside the weights that keeps their edits; None where nobody asks for it."""
+    if not (options.save or options.undo or options.edits):
+        return None
+    folder = run.folder
+    if folder is None or "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        raise ValueError(f"{options.run}: edits are saved in a run of rorqual's own, which this is not")
+    return folder / "edits.safetensors"
+
+
+def _keep(run: "Run", editor: "Editor", journal: Path, *, undone: bool) -> None:
+    """Weights and journal, in the order that leaves an edit which can be undone wherever this is stopped."""
+    from rorqual import checkpoint
+
+    for step in (1, 2):
+        if (step == 1) == undone:
+            checkpoint.save_model(journal.parent, run.model)
+        else:
+            editor.save(journal)
+
+
+def _values(ngram: str, said: str, editor: "Editor", layer: int) -> "Tensor":
+    """Rows of one number throughout, or those of a JSON file."""
+    import torch
+
+    shape = editor.look(ngram, layer).shape
+    try:
+        if Path(said).is_file():
+            return torch.tensor(json.loads(Path(said).read_text(encoding="utf-8")), dtype=torch.float32)
+        return torch.full(shape, float(said))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--overwrite: got {said!r}, expected a number or a JSON file of {list(shape)}") from error
+
+
+def _about(edit: "Edit") -> dict[str, Any]:
+    return {"what": edit.what, "layer": edit.layer, "rows": edit.rows.tolist()}
+
+
+def _corpus(run: "Run", options: Memory) -> dict[str, Any]:
+    """By block: the rows read most, the rows that n-grams share, who shares those of one n-gram."""
+    from rorqual import evaluate, memory
+
+    found: dict[str, Any] = {}
+    for layer in _layers(run, options):
+
+        def texts() -> "Iterator[str]":
+            return evaluate.texts(str(options.data), part="all", limit=options.limit, column=options.column)
+
+        given = (run.model, run.tokenizer)
+        found[str(layer)] = {
+            "popular": memory.popular(*given, texts(), layer, options.top),
+            "collisions": memory.collisions(*given, texts(), layer, options.top),
+        }
+        if options.shared is not None:
+            shared = memory.sharing(*given, options.shared, texts(), layer)
+            found[str(layer)]["sharing"] = dict(list(shared.items())[: options.top])
+    return found
+
+
+def _show(found: dict[str, Any], options: Memory) -> None:
+    """The same as --json, to be read."""
+    for one in found.get("reads", ()):
+        gates = "  ".join(f"block {layer}: {' '.join(f'{g:.2f}' for g in said)}" for layer, said in one.gates.items())
         print(f"{one.token!r:20} {gates}")
-    print(f"gates of {len(next(iter(read[0].gates.values())))} streams; --json shows the rows too")
-    for name, likely in following.items():
+        for layer, read in one.rows.items() if options.rows else ():
+            heads = len(read) // len(one.ngrams)
+            for n, ngram in enumerate(one.ngrams):
+                print(f"    block {layer}  {ngram!r:24} rows {' '.join(map(str, read[n * heads : (n + 1) * heads]))}")
+    if "reads" in found and not options.rows:
+        streams = len(next(iter(found["reads"][0].gates.values())))
+        print(f"gates of {streams} streams; --rows shows the rows too")
+    for name in ("undone", "edited", "saved"):
+        for edit in found.get(name, ()):
+            print(f"{name}: {edit['what']} in block {edit['layer']}, {len(edit['rows'])} rows")
+    if found.get("saved") == []:
+        print("no edit is saved")
+    for name, likely in found.get("next", {}).items():
         print(f"next, {name}: " + "  ".join(f"{token!r} {chance:.1%}" for token, chance in likely))
-    return 0
+    if "change" in found:
+        movers = "  ".join(f"{token!r} {p:.2%} -> {q:.2%}" for token, p, q in found["change"].movers)
+        print(f"KL {found['change'].kl:.3g} nats; moved most: {movers}")
+    for layer, of in found.get("corpus", {}).items():
+        _show_corpus(layer, of)
+
+
+def _show_corpus(layer: str, of: dict[str, Any]) -> None:
+    all_of = of["collisions"]
+    print(f"block {layer}: {all_of.ngrams:,} n-grams read {all_of.rows:,} rows, {all_of.shared:,} of them shared")
+    for row, reads, ngram in of["popular"]:
+        print(f"  row {row} read {reads:,} times, most by {ngram!r}")
+    for row, ngrams in all_of.worst:
+        more = f" and {len(ngrams) - 6} more" if len(ngrams) > 6 else ""
+        print(f"  row {row} shared by {', '.join(map(repr, ngrams[:6]))}{more}")
+    for ngram, rows in of.get("sharing", {}).items():
+        print(f"  {ngram!r} reads {rows} of its rows")

@@ -2,13 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rorqual import evaluate
+from rorqual.checkpoint import save_model
 from rorqual.cli.main import main
 from rorqual.data.corpus import open_corpus
+from rorqual.layers.mtp import MTPConfig
+from rorqual.model import LanguageModel
+from rorqual.serve.generate import load
 
 
 def test_generate_prints_the_text_and_what_follows(small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,6 +30,27 @@ def test_generate_prints_the_text_and_what_follows(small_run: Path, capsys: pyte
     assert found["finish"] in ("length", "stop")
 
 
+def test_generate_with_drafts_says_the_same_and_how_many_stood(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = load(small_run)
+    save_model(tmp_path, LanguageModel(replace(run.config, mtp=MTPConfig(depth=2))), run.tokenizer)
+    words = ["generate", str(tmp_path), "The blue whale", "--max-new-tokens", "6", "--temperature", "0"]
+    assert main(words) == 0
+    plain = capsys.readouterr().out
+    assert main([*words, "--speculative"]) == 0
+    said = capsys.readouterr()
+    assert said.out == plain
+    assert main([*words, "--speculative", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    tally = found["tally"]
+    assert found["prompt"] + found["text"] + "\n" == plain
+    assert tally["drafted"] == 2 * tally["rounds"] > 0
+    assert tally["acceptance"] == pytest.approx(tally["accepted"] / tally["drafted"])
+    told = f"drafts: {tally['drafted']} in {tally['rounds']} forwards, accepted {tally['acceptance']:.0%}"
+    assert told in said.err
+
+
 def test_generate_reads_standard_input(
     small_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -39,6 +65,8 @@ def test_generate_reads_standard_input(
         (["generate", "{run}", "x", "--temperature", "-1"], 1, "got temperature=-1.0"),
         (["generate", "{run}", "x", "--max-new-tokens", "0"], 1, "got max_new_tokens=0"),
         (["generate", "{run}", "x", "--device", "gpu"], 1, "got device 'gpu'"),
+        (["generate", "{run}", "x", "--speculative"], 1, "got temperature 0.8"),
+        (["generate", "{run}", "x", "--speculative", "--temperature", "0"], 1, "got a model without MTP"),
         (["generate", "{run}/..", "x"], 1, "did you mean"),
         (["generate", "no-such-folder", "x"], 1, "no folder no-such-folder"),
         (["generate"], 2, "Missing from rorqual generate: RUN"),
@@ -120,3 +148,58 @@ def test_memory_shows_reads_and_what_an_edit_changes(small_run: Path, capsys: py
     assert "next, edited: " in capsys.readouterr().out
     assert main([*words, "--suppress", "The blue whale is the largest"]) == 1
     assert "expected 2 to 3" in capsys.readouterr().err
+
+
+def test_memory_saves_edits_and_takes_them_back(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    weights = run / "model.safetensors"
+    start = weights.read_bytes()
+
+    def said(*words: str) -> dict:
+        assert main(["memory", str(run), *words, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    ngram = said("The blue whale")["reads"][-1]["ngrams"][0]
+    edited = said("The blue whale", "--suppress", ngram, "--save")
+    assert weights.read_bytes() != start
+    assert edited["change"]["kl"] >= 0 and edited["edited"][0]["layer"] == 1
+    said("--overwrite", ngram, "0.5", "--save")
+    assert [edit["what"].split()[0] for edit in said("--edits")["saved"]] == ["suppress", "overwrite"]
+    assert said("The blue whale")["next"]["as it is"] != said("--undo", "The blue whale")["next"]["edited"]
+    assert said("--undo")["undone"][0]["what"].startswith("suppress")
+    assert weights.read_bytes() == start
+    assert said("--edits")["saved"] == []
+    assert main(["memory", str(run), "--undo"]) == 1
+    assert "no edit to take back" in capsys.readouterr().err
+
+
+def test_memory_counts_a_corpus(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("The blue whale is large.\n\nA fin whale sings.\n")
+    words = ["memory", str(small_run), "--data", str(tmp_path / "notes.txt"), "--top", "2"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["corpus"]["1"]
+    assert len(found["popular"]) == len(found["collisions"]["worst"]) == 2
+    assert main(words) == 0
+    assert "n-grams read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ([], 2, "got nothing to do"),
+        (["x", "--shared", "ab"], 2, "got --shared without --data"),
+        (["x", "--top", "0"], 2, "got --top 0"),
+        (["x", "--layer", "0", "--suppress", "xy"], 1, "layer: got 0"),
+        (["x", "--overwrite", "xy", "much"], 1, "expected a number or a JSON file"),
+        (["--undo"], 1, "no edit to take back"),
+    ],
+)
+def test_mistakes_about_memory_are_a_line(
+    words: list[str], code: int, said: str, small_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["memory", str(small_run), *words]) == code
+    printed = capsys.readouterr().err
+    assert said in printed and len(printed.splitlines()) <= 2
