@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rorqual.layers.basics import RMSNorm
@@ -31,6 +31,15 @@ class MTPConfig:
             raise ValueError(f"mtp.depth: got {self.depth}, expected at least 1")
         if not self.weight >= 0:
             raise ValueError(f"mtp.weight: got {self.weight}, expected 0 or more")
+
+
+def ahead(ids: Int[Tensor, "B T"], documents: Int[Tensor, "B T"] | None = None, beyond: int = 0) -> Int[Tensor, "B T"]:
+    """What stands at t + 1, for every t; `beyond` where that is past the end of the row or of the document of t."""
+    moved = torch.full_like(ids, beyond)
+    moved[:, :-1] = ids[:, 1:]
+    if documents is not None:
+        moved[:, :-1][documents[:, 1:] != documents[:, :-1]] = beyond
+    return moved
 
 
 class MTP(nn.Module):

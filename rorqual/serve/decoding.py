@@ -1,15 +1,18 @@
 """Prompt ids in -> the ids that follow out, step by step.
 
     prompts of different lengths stand side by side by left padding; `present` hides the padding from every layer
-    draft = MTP(hidden of the last token, next id); one forward checks it, and it stands where it is the argmax
+    drafts = MTP(hidden of the last token, next id), a depth on each other's; one forward checks them, and they stand
+             as far as they are the argmax
 
 MTP drafts: DeepSeek-V3, arXiv:2412.19437, section 2.2.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -17,6 +20,7 @@ from rorqual.layers.cache import Cache
 from rorqual.layers.mtp import MTP
 from rorqual.model import LanguageModel
 from rorqual.serve.sampling import GREEDY, Sampling, sample
+from rorqual.serve.step import decoder
 
 
 def pad_left(
@@ -64,9 +68,10 @@ def decode(
     generators = [sampling.generator(row) for row in range(len(prompts))]
     cache = model.new_cache(len(prompts), capacity=ids.shape[1] + max_new_tokens)
     live = list(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        hidden = model.hidden(ids, present=present, cache=cache)[0]
-        logits = model.logits(hidden[:, -1:])[:, 0, :vocabulary]
+    logits = model.logits(model.hidden(ids, present=present, cache=cache, last=True)[0])[:, 0]
+    step = decoder(model, cache, len(prompts))
+    for turn in range(max_new_tokens):
+        logits = (step(ids) if turn else logits)[:, :vocabulary]
         drawn = sample(logits, sampling, [generators[row] for row in live], seen)
         said = dict(zip(live, drawn.tolist(), strict=True))
         yield [said.get(row) for row in range(len(prompts))]
@@ -76,71 +81,129 @@ def decode(
         index = torch.tensor(kept, device=device)
         if len(kept) < len(live):
             cache.select(index)
-        ids, present, live = drawn[index, None], None, [live[place] for place in kept]
+        ids, live = drawn[index, None], [live[place] for place in kept]
         seen = None if seen is None else seen[index].scatter(1, ids, True)
 
 
 @dataclass(slots=True)
 class Tally:
-    """How many drafts were made, and how many of them the model itself would have said."""
+    """How many drafts were made, how many of them the model itself would have said, and the forwards that checked them.
+
+    A draft behind one that did not stand counts as made and not accepted.
+    """
 
     drafted: int = 0
     accepted: int = 0
+    rounds: int = 0
 
     @property
     def acceptance(self) -> float:
         return self.accepted / self.drafted if self.drafted else 0.0
 
 
+class Front(NamedTuple):
+    """Where the rows of a batch stand in speculative decoding: positions the model has read, and what comes after."""
+
+    hidden: Float[Tensor, "B S D"]  # of the last positions read
+    told: Int[Tensor, "B S"]  # the id after each of them
+    present: Bool[Tensor, "B S"] | None
+    sure: Int[Tensor, "B N"]  # what the model has said and not read yet, an id at least; -1 beyond
+
+    def select(self, index: Int[Tensor, " B2"]) -> "Front":
+        """Keep the rows `index`, in that order."""
+        present = None if self.present is None else self.present[index]
+        return Front(self.hidden[index], self.told[index], present, self.sure[index])
+
+
 @torch.inference_mode()
 def speculate(
     model: LanguageModel,
-    prompt: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 64,
     end_id: int | None = None,
+    pad_id: int = 0,
     vocabulary: int | None = None,
     tally: Tally | None = None,
-) -> Iterator[int]:
-    """Greedy decoding by drafts of the model's own first MTP module: the same ids as `decode`, in fewer forwards.
+) -> Iterator[list[int | None]]:
+    """Greedy decoding by drafts of the model's own MTP modules, one a depth: yields what `decode` yields, in fewer
+    forwards. ValueError for a model without MTP.
 
-    Each round feeds the last id and a draft of the one after it. The draft stands where it equals the argmax, and
-    the round gave two ids; else the cache forgets it, and the round gave one, the id the model says itself.
+    One forward checks all drafts of a round. Those before the first that is not the argmax stand, the id that the model
+    says after them comes free, and the cache forgets the rest. Rows of a batch go on together, as far as the slowest;
+    what another is sure of beyond that is not drafted again.
     """
     if not len(model.mtp):
         raise ValueError("speculative: got a model without MTP, expected one trained with it (--model.mtp.depth 1)")
-    tally, vocabulary, given = Tally() if tally is None else tally, vocabulary or model.config.vocabulary, 0
-    fed = pad_left([prompt], 0, next(model.parameters()).device)[0]
-    cache = model.new_cache(1, capacity=fed.shape[1] + max_new_tokens + 1)
-    hidden = model.hidden(fed, cache=cache)[0]
-    best = _argmax(model.logits(hidden[:, -1:]), vocabulary)  # [1, 1]
-    following = torch.cat([fed[:, 1:], best], 1)
+    tally, vocabulary = Tally() if tally is None else tally, vocabulary or model.config.vocabulary
+    ids, present = pad_left(prompts, pad_id, next(model.parameters()).device)
+    cache = model.new_cache(len(prompts), capacity=ids.shape[1] + max_new_tokens + len(model.mtp) + 1)
+    front, fresh = _read(model, ids, present, cache, vocabulary)
+    live, given = list(range(len(prompts))), 0
     while True:
-        for token in best[0].tolist():
-            yield token
-            given += 1
-            if token == end_id or given == max_new_tokens:
+        going = set(live)
+        for column in fresh[:, : max_new_tokens - given].T.tolist():
+            said = {row: token for row, token in zip(live, column, strict=True) if row in going}
+            yield [said.get(row) for row in range(len(prompts))]
+            going -= {row for row, token in said.items() if token == end_id}
+            if not going:
                 return
-        draft = _draft(model, hidden, following, cache, vocabulary)
-        hidden = model.hidden(torch.cat([best[:, -1:], draft], 1), cache=cache)[0]
-        best = _argmax(model.logits(hidden), vocabulary)  # [1, 2]
-        tally.drafted += 1
-        if bool(best[0, 0] == draft[0, 0]):
-            tally.accepted += 1
-        else:
-            cache.crop(1)
-            hidden, best = hidden[:, :1], best[:, :1]
-        following = best
+        given += fresh.shape[1]
+        if given >= max_new_tokens:
+            return
+        if len(going) < len(live):
+            index = torch.tensor([place for place, row in enumerate(live) if row in going], device=ids.device)
+            cache.select(index)
+            front, live = front.select(index), [row for row in live if row in going]
+        front, fresh = _round(model, front, cache, vocabulary, tally)
 
 
-def _draft(
-    model: LanguageModel, hidden: Float[Tensor, "B T D"], following: Int[Tensor, "B T"], cache: Cache, vocabulary: int
-) -> Int[Tensor, "B 1"]:
-    """What the first MTP module would say two tokens after the last hidden state."""
-    foretold = model.draft(hidden, following, cache=cache)[0]
-    module = model.mtp[0]
-    assert isinstance(module, MTP)
-    return _argmax(model.head(module.norm(foretold[:, -1:])), vocabulary)
+def _read(
+    model: LanguageModel, ids: Tensor, present: Tensor | None, cache: Cache, vocabulary: int
+) -> tuple[Front, Int[Tensor, "B 1"]]:
+    """Read the prompts: the first front, and what the model says after each."""
+    hidden = model.hidden(ids, present=present, cache=cache)[0]
+    fresh = _argmax(model.logits(hidden[:, -1:]), vocabulary)
+    told = torch.cat([ids[:, 1:], fresh], 1)
+    return Front(hidden, told, present, F.pad(fresh, (0, len(model.mtp)), value=-1)), fresh
+
+
+def _round(
+    model: LanguageModel, front: Front, cache: Cache, vocabulary: int, tally: Tally
+) -> tuple[Front, Int[Tensor, "B N"]]:
+    """Draft, check, keep what agrees in every row: the new front, and the ids that all rows said."""
+    drafts = _drafts(model, front, cache, vocabulary)
+    hidden = model.hidden(torch.cat([front.sure[:, :1], drafts], 1), cache=cache)[0]
+    best = _argmax(model.logits(hidden), vocabulary)  # [B, depths + 1]
+    stood, guessed = (best[:, :-1] == drafts).long().cumprod(1), front.sure[:, 1:] < 0
+    tally.rounds += 1
+    tally.drafted += int(guessed.sum())
+    tally.accepted += int((guessed & (stood == 1)).sum())
+    lengths = stood.sum(1, keepdim=True)
+    kept = int(lengths.min()) + 1
+    cache.crop(best.shape[1] - kept)
+    again = min(len(model.mtp) - 1, front.told.shape[1])  # positions whose deeper modules were told drafts
+    cache.crop_drafts(again)
+
+    def moved(before: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([before[:, before.shape[1] - again :], new[:, :kept]], 1)
+
+    present = None if front.present is None else moved(front.present, torch.ones_like(best, dtype=torch.bool))
+    sure = best.masked_fill(torch.arange(best.shape[1], device=best.device) > lengths, -1)
+    sure = F.pad(sure[:, kept - 1 :], (0, kept - 1), value=-1)
+    return Front(moved(front.hidden, hidden), moved(front.told, best), present, sure), best[:, :kept]
+
+
+def _drafts(model: LanguageModel, front: Front, cache: Cache, vocabulary: int) -> Int[Tensor, "B depths"]:
+    """What follows the first sure id: other sure ones, or what each depth of MTP says when it is told those before."""
+    hidden, told, drafts = front.hidden, front.told, []
+    for depth, module in enumerate(model.mtp):
+        hidden = model.draft(hidden, told, depth=depth, present=front.present, cache=cache)[0]
+        said = _argmax(model.head(cast(MTP, module).norm(hidden[:, -1:])), vocabulary)
+        sure = front.sure[:, depth + 1, None]
+        drafts.append(torch.where(sure < 0, said, sure))
+        told = torch.cat([told[:, 1:], drafts[-1]], 1)
+    return torch.cat(drafts, 1)
 
 
 def _argmax(logits: Float[Tensor, "B T V"], vocabulary: int) -> Int[Tensor, "B T"]:

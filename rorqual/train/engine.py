@@ -52,6 +52,7 @@ class Module(TrainModule):
         self.device = next(model.parameters()).device
         self.mixtures = [module for module in model.modules() if isinstance(module, MoE)]
         self.counts: Tensor | None = None  # tokens each expert took since the last optimizer step
+        self.load: Tensor | None = None  # the same of the last step, over all ranks, [mixtures, E]
 
     def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
         """Gradients of one batch, weighted by tokens over micro-batches and ranks. A dry run leaves no trace."""
@@ -102,7 +103,7 @@ class Module(TrainModule):
 
     def _balance(self, counts: Tensor, resting: bool) -> None:
         """Loss-free balancing: once a step, over all micro-batches and ranks."""
-        worst = [max_violation(count) for count in counts]
+        self.load, worst = counts, [max_violation(count) for count in counts]
         self.record_metric("max_violation", max(worst))
         for mixture, count in zip(self.mixtures, counts, strict=True):
             rate = 0.0 if resting else mixture.config.balance.bias_rate

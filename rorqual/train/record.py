@@ -3,7 +3,9 @@
     {"step", "loss", "total", ..., "tokens", "tokens_per_second", "seconds", "seconds_left"}      every step
     {"step", "validation_loss", "bits_per_byte", "seconds"}                                       every validation
 
-Losses are nats a token. A resumed run first drops the lines of steps that it is about to repeat.
+Losses are nats a token. With experts a step also has "max_violation", of the mixture that is worst balanced, and
+"load": for every mixture, in the order of the blocks and MTP's last, the tokens that each of its experts took. A
+resumed run first drops the lines of steps that it is about to repeat.
 """
 
 import json
@@ -12,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from olmo_core.train.callbacks import Callback, ConsoleLoggerCallback
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from rorqual import parallel
-from rorqual.train.engine import autocast, metrics_of, untouched_randomness
+from rorqual.train.engine import Module, autocast, metrics_of, untouched_randomness
 
 METRICS = "metrics.jsonl"
 WINDOW = 20  # steps that the speed is a mean of
@@ -41,7 +43,9 @@ class Recorder(ConsoleLoggerCallback):
         self.folder, self.tokens, self.steps, self.on_metrics = folder, tokens, steps, on_metrics
         self.seconds = self._began = 0.0
         self._recent: deque[float] = deque(maxlen=WINDOW)
-        self._at: dict[int, tuple[float, float]] = {}  # step -> (seconds, seconds a step) when it ended
+        self._at: dict[
+            int, tuple[float, float, Tensor | None]
+        ] = {}  # step -> seconds, seconds a step, load, at its end
         self._board: SummaryWriter | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -62,16 +66,18 @@ class Recorder(ConsoleLoggerCallback):
         took = time.perf_counter() - self._began
         self.seconds += took
         self._recent.append(took)
-        self._at[self.step] = (self.seconds, sum(self._recent) / len(self._recent))
+        load = cast(Module, self.trainer.train_module).load
+        self._at[self.step] = (self.seconds, sum(self._recent) / len(self._recent), load)
 
     def post_step(self) -> None:
         """Nothing to say before the metrics have been collected."""
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        ours = metrics_of(metrics)
+        ours: dict[str, Any] = metrics_of(metrics)
         if "loss" not in ours:
             return
-        seconds, each = self._at.pop(step)
+        seconds, each, load = self._at.pop(step)
+        ours |= {} if load is None else {"load": load.tolist()}
         ours |= {"tokens": step * self.tokens, "tokens_per_second": round(self.tokens / each, 1)}
         ours |= {"seconds": round(seconds, 3), "seconds_left": round((self.steps - step) * each, 1)}
         self.write({"step": step, **ours})
@@ -83,7 +89,7 @@ class Recorder(ConsoleLoggerCallback):
                 file.write(json.dumps(line) + "\n")
             if self._board is not None:
                 for name, value in line.items():
-                    if name != "step":
+                    if name not in ("step", "load"):
                         self._board.add_scalar(name, value, line["step"])
         if self.on_metrics is not None:
             self.on_metrics(dict(line))

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from rorqual.layers.balance import BalanceConfig, losses, max_violation, update_bias, z_loss
@@ -29,22 +31,62 @@ def collapsed(batch: int, time: int, experts: int, active: int) -> Routing:
     return Routing(chosen, torch.ones(batch, time, active), scores, scores)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_uniform_routing_costs_the_coefficient(name: str) -> None:
-    """With one expert a device chosen, tokens go to M = 2 of D = 4 devices."""
-    config = replace(OFF, **{name: 0.03}, devices=4, device_limit=1)
-    found = losses(uniform(3, 16, 8, 2), config, 2)
-    assert list(found) == [name]
-    assert float(found[name]) == pytest.approx(0.03, rel=1e-6)
+@st.composite
+def sizes(draw) -> tuple[int, int, int, int]:
+    """Devices D, experts a device, K of them active, sequences: K fills whole devices or shares one."""
+    devices, size, batch = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    active = draw(st.sampled_from([k for k in range(1, devices * size + 1) if size % k == 0 or k % size == 0]))
+    return devices, size, active, batch
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("sequence", 4.0), ("expert", 4.0), ("device", 4.0), ("communication", 4.0)]
-)
-def test_collapsed_routing_costs_its_closed_form(name: str, value: float) -> None:
-    """f is E/K = 4 on K experts, P sums to 1 on them; they are device 0 of 4, to which all tokens are sent."""
-    config = replace(OFF, **{name: 0.5}, devices=4)
-    assert float(losses(collapsed(2, 10, 8, 2), config, 2)[name]) == pytest.approx(0.5 * value)
+@settings(max_examples=40, deadline=None)
+@given(sizes(), st.floats(1e-3, 1.0))
+def test_uniform_routing_costs_the_coefficient(shape: tuple[int, int, int, int], coefficient: float) -> None:
+    """A token's K experts lie on M = max(1, K / size) devices, M being what the communication loss is told."""
+    devices, size, active, batch = shape
+    experts, limit = devices * size, max(1, active // size)
+    routing = uniform(batch, experts, experts, active)
+    for name in NAMES:
+        config = replace(OFF, **{name: coefficient}, devices=devices, device_limit=limit)
+        found = losses(routing, config, active)
+        assert list(found) == [name]
+        assert float(found[name]) == pytest.approx(coefficient, rel=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes(), st.integers(1, 9))
+def test_collapsed_routing_costs_its_closed_form(shape: tuple[int, int, int, int], time: int) -> None:
+    """All tokens on experts 0..K-1, of which the scores are sure: f is E/K there, P sums to 1, M devices get all."""
+    devices, size, active, batch = shape
+    experts, limit = devices * size, max(1, active // size)
+    values = {
+        "sequence": experts / active,
+        "expert": experts / active,
+        "device": experts / active * min(active, size) / size,  # mean of f over a device, of which K may fill a part
+        "communication": devices / limit,
+    }
+    for name, value in values.items():
+        config = replace(OFF, **{name: 0.5}, devices=devices, device_limit=limit)
+        assert float(losses(collapsed(batch, time, experts, active), config, active)[name]) == pytest.approx(
+            0.5 * value
+        )
+    assert max_violation(collapsed(batch, time, experts, active).counts()) == pytest.approx(experts / active - 1)
+
+
+def test_the_gradient_of_the_sequence_loss_in_numbers() -> None:
+    """Through P alone, f being given: d/d logits of a sum f_i softmax(logits)_i, with sigmoids in place of exp."""
+    router, hidden = Router(RouterConfig(score="sigmoid"), 5, 6, 2).double(), torch.randn(2, 7, 5, dtype=torch.float64)
+    routing = router(hidden)
+    losses(routing, replace(OFF, sequence=0.3), 2)["sequence"].backward()
+    by_hand = torch.zeros_like(router.weight)
+    for b in range(2):
+        load = 6 / (2 * 7) * routing.chosen[b].flatten().bincount(minlength=6).double()
+        for t in range(7):
+            s = (hidden[b, t] @ router.weight.detach().T).sigmoid()
+            share = s / s.sum()
+            to_scores = (load - (load * share).sum()) / s.sum()
+            by_hand += 0.3 / 2 / 7 * torch.outer(to_scores * s * (1 - s), hidden[b, t])
+    torch.testing.assert_close(router.weight.grad, by_hand)
 
 
 def test_sending_to_all_allowed_devices_costs_the_coefficient() -> None:
@@ -125,7 +167,7 @@ def test_gradients_reach_the_router_and_the_hidden_states(name: str) -> None:
 @pytest.mark.parametrize("name", [*NAMES, "z_loss"])
 def test_nothing_but_padding_costs_nothing(name: str) -> None:
     routing = Router(RouterConfig(), 6, 8, 2)(torch.randn(2, 3, 6), None, torch.zeros(2, 3, dtype=torch.bool))
-    assert float(losses(routing, replace(OFF, **{name: 1.0}, devices=4), 2)[name]) == 0
+    assert losses(routing, replace(OFF, **{name: 1.0}, devices=4), 2)[name].item() == 0
 
 
 def test_only_losses_with_a_coefficient_appear() -> None:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DeepseekV2Config, DeepseekV3Config
@@ -9,7 +11,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
 from rorqual.kernels import TWINS
-from rorqual.layers.balance import BalanceConfig
+from rorqual.layers.balance import BalanceConfig, losses, max_violation, update_bias
 from rorqual.layers.basics import layout
 from rorqual.layers.experts import Experts
 from rorqual.layers.moe import MoE, MoEConfig, sort_by_expert, sort_slots
@@ -70,8 +72,31 @@ def test_equal_to_transformers_forward_and_backward(router: RouterConfig, shared
     "router", [RouterConfig(), RouterConfig(adaptive_mass=0.3), RouterConfig(score="sqrtsoftplus")]
 )
 def test_equal_to_one_expert_at_a_time(router: RouterConfig, shape: tuple[int, int]) -> None:
-    moe = MoE(MoEConfig(routed=6, active=4, shared=1, width=5, router=router), 7)
-    hidden, wish = torch.randn(*shape, 7), torch.randn(*shape, 7)
+    compare(MoE(MoEConfig(routed=6, active=4, shared=1, width=5, router=router), 7), torch.randn(*shape, 7))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    groups=st.integers(1, 3), size=st.integers(2, 4), shared=st.integers(0, 2), dim=st.integers(1, 9),
+    width=st.integers(1, 9), shape=st.tuples(st.integers(1, 3), st.integers(1, 5)), to_one=st.booleans(),
+    data=st.data(),
+)  # fmt: skip
+def test_equal_to_one_expert_at_a_time_at_any_size(groups, size, shared, dim, width, shape, to_one, data) -> None:
+    """Odd widths, experts without tokens, a single token, all tokens on the same experts."""
+    kept = data.draw(st.integers(1, groups))
+    active = data.draw(st.integers(1, kept * size))
+    mass = data.draw(st.none() | st.floats(0.1, 0.9))
+    score = data.draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"]))
+    router = RouterConfig(score=score, groups=groups, groups_kept=kept, adaptive_mass=mass, scale=1.5)
+    moe = MoE(MoEConfig(routed=groups * size, active=active, shared=shared, width=width, router=router), dim)
+    if to_one:
+        moe.router.e_score_correction_bias = 100.0 * torch.arange(groups * size).float()
+    compare(moe, torch.randn(*shape, dim))
+
+
+def compare(moe: MoE, hidden: Tensor) -> None:
+    """Outputs and all gradients against the loop."""
+    wish = torch.randn_like(hidden)
     found = []
     for run in (lambda x: moe(x)[0], lambda x: one_by_one(moe, x, moe.router(x))):
         leaf = hidden.clone().requires_grad_()
@@ -218,6 +243,48 @@ def test_the_same_input_gives_the_same_bits() -> None:
         moe(hidden)[0].square().sum().backward()
         gradients.append([p.grad.clone() for p in moe.parameters()])
     assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
+
+
+def trained(name: str) -> tuple[float, float]:
+    """MaxVio and error after learning four linear maps, with a router that begins with all tokens on experts 0 and 1.
+
+    MaxVio is over experts, or over the four devices of two experts where the remedy looks at those.
+    """
+    torch.manual_seed(0)
+    remedy = {} if name == "none" else {name: {"bias_rate": 0.03, "z_loss": 1e-3}.get(name, 0.3)}
+    balance = BalanceConfig(**{"bias_rate": 0.0, "sequence": 0.0} | remedy, devices=4, device_limit=2)
+    router = RouterConfig(score="sigmoid" if name == "bias_rate" else "softmax")
+    moe = MoE(MoEConfig(routed=8, active=2, width=8, router=router, balance=balance), 8)
+    moe.router.weight.data *= 0.3
+    moe.router.weight.data[:2, 0] += 4.0
+    hidden = torch.randn(8, 32, 8)
+    hidden[..., 0] = 1.0
+    wish = (hidden[..., None, :] @ torch.randn(4, 8, 8)[hidden[..., 1:5].argmax(-1)]).squeeze(-2)
+    optimizer = torch.optim.Adam(moe.parameters(), lr=0.02)
+    for _ in range(100):
+        out, routing = moe(hidden)
+        error = (out - wish).square().mean()
+        optimizer.zero_grad()
+        (error + sum(losses(routing, balance, 2).values())).backward()
+        optimizer.step()
+        update_bias(moe.router.e_score_correction_bias, routing.counts(), balance.bias_rate)
+    counts = moe(hidden)[1].counts()
+    devices = name in ("device", "communication")
+    return max_violation(counts.view(4, 2).sum(1) if devices else counts), error.item()
+
+
+@pytest.mark.parametrize("name", ["none", "z_loss"])
+def test_a_collapsed_mixture_stays_so_and_learns_little(name: str) -> None:
+    violation, error = trained(name)
+    assert violation > 2.5
+    assert error > 1.2
+
+
+@pytest.mark.parametrize("remedy", ["bias_rate", "sequence", "expert", "device", "communication"])
+def test_a_collapsed_mixture_recovers_and_learns_with(remedy: str) -> None:
+    violation, error = trained(remedy)
+    assert violation < 0.9
+    assert error < 1.0
 
 
 @pytest.mark.compiled

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rorqual.layers.basics import SwiGLU
-from rorqual.layers.mtp import MTP, MTPConfig
+from rorqual.layers.mtp import MTP, MTPConfig, ahead
 
 
 def one_stream(x: Tensor, block: nn.Module) -> tuple[Tensor, None, str]:
@@ -44,6 +46,19 @@ def test_depths_chain_and_every_depth_learns() -> None:
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in learning)
     assert first.norm.weight.grad is None  # only its own logits go through its norm
     assert hidden.grad is not None
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4), times=st.integers(1, 3))
+def test_ahead_never_looks_into_another_document(lengths: list[int], times: int) -> None:
+    found = ids = torch.arange(1, sum(lengths) + 1)[None]
+    documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
+    for _ in range(times):
+        found = ahead(found, documents, -100)
+    expected = [[*part[times:].tolist(), *[-100] * min(times, len(part))] for part in ids[0].split(lengths)]
+    assert found[0].tolist() == [value for part in expected for value in part]
+    assert ahead(ids)[0].tolist() == [*range(2, ids.shape[1] + 1), 0]
+    assert ids[0].tolist() == list(range(1, ids.shape[1] + 1))
 
 
 @pytest.mark.parametrize(("change", "words"), [({"depth": 0}, "mtp.depth"), ({"weight": -0.1}, "mtp.weight")])

@@ -1,5 +1,7 @@
 """Routers: transformers' own of DeepSeek-V2, V3 and V4, closed forms, what they leave untouched, and twins."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -78,6 +80,69 @@ def test_v4_is_the_published_router(by_id: bool) -> None:
     routing = own(hidden, ids)
     assert routing.fixed is by_id
     torch.testing.assert_close(spread(routing), theirs(weights, chosen, routing.scores))
+
+
+def one_token(logits: list[float], bias: list[float], config: RouterConfig, active: int) -> dict[int, float]:
+    """The docstring's formulas for one token, in Python's own numbers: {expert: weight}."""
+    if config.score == "softmax":
+        whole = sum(math.exp(x) for x in logits)
+        scores = [math.exp(x) / whole for x in logits]
+    elif config.score == "sigmoid":
+        scores = [1 / (1 + math.exp(-x)) for x in logits]
+    else:
+        scores = [math.sqrt(math.log1p(math.exp(x))) for x in logits]
+    biased = [s + b for s, b in zip(scores, bias, strict=True)]
+    size, best_of_group = len(logits) // config.groups, 1 if config.group_score == "max" else 2
+    groups = [range(g * size, (g + 1) * size) for g in range(config.groups)]
+    groups.sort(key=lambda group: -sum(sorted((biased[e] for e in group), reverse=True)[:best_of_group]))
+    allowed = [e for group in groups[: config.groups_kept] for e in group]
+    chosen = sorted(allowed, key=lambda e: -biased[e])[:active]
+    if config.adaptive_mass is not None:
+        taken: list[int] = []
+        for e in chosen:
+            enough = sum(scores[t] for t in taken) >= config.adaptive_mass * sum(scores)
+            if not enough or len(taken) < config.min_active:
+                taken.append(e)
+        chosen = taken
+    whole = sum(scores[e] for e in chosen) if config.renormalise else 1.0
+    return {e: config.scale * scores[e] / whole for e in chosen}
+
+
+@st.composite
+def routers(draw) -> tuple[RouterConfig, int, int]:
+    """Any possible config, its number of experts and how many of them are active."""
+    groups, size = draw(st.integers(1, 5)), draw(st.integers(2, 4))
+    kept = draw(st.integers(1, groups))
+    active = draw(st.integers(1, kept * size))
+    config = RouterConfig(
+        score=draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"])), groups=groups, groups_kept=kept,
+        group_score=draw(st.sampled_from(["top2", "max"])), renormalise=draw(st.booleans()),
+        scale=draw(st.sampled_from([1.0, 2.5, 16.0])), bias=draw(st.booleans()),
+        adaptive_mass=draw(st.none() | st.floats(0.05, 0.95)), min_active=draw(st.integers(1, active)),
+    )  # fmt: skip
+    return config, groups * size, active
+
+
+@settings(max_examples=80, deadline=None)
+@given(routers(), st.integers(0, 10**6), st.sampled_from([-6.0, -1.0, 0.0, 2.0]))
+def test_any_router_is_its_formulas(shape: tuple[RouterConfig, int, int], seed: int, offset: float) -> None:
+    config, experts, active = shape
+    draws = torch.Generator().manual_seed(seed)
+    router = Router(config, 6, experts, active).double().eval()
+    router.weight.data.normal_(0, 0.7, generator=draws)
+    bias = torch.zeros(experts)
+    if config.bias:
+        router.e_score_correction_bias.normal_(0, 0.5, generator=draws).add_(offset)
+        bias = router.e_score_correction_bias
+    hidden = torch.randn(1, 5, 6, generator=draws, dtype=torch.float64)
+    routing = router(hidden)
+    for token, logits in enumerate((hidden[0] @ router.weight.T).tolist()):
+        expected = one_token(logits, bias.double().tolist(), config, active)
+        weights = spread(routing)[0, token]
+        assert {e for e, w in enumerate(weights.tolist()) if w} == set(expected)
+        assert [float(weights[e].detach()) for e in expected] == pytest.approx(list(expected.values()), rel=1e-9)
+    taken = sum(len(one_token(row, bias.double().tolist(), config, active)) for row in routing.logits[0].tolist())
+    assert int(routing.counts().sum()) == taken
 
 
 def test_scores_in_numbers() -> None:

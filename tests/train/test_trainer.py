@@ -17,8 +17,10 @@ from rorqual.checkpoint import load_model, steps
 from rorqual.data.stream import validation_batches
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.data.tokenizer import train as learn
+from rorqual.layers.balance import BalanceConfig, max_violation
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.moe import MoEConfig
+from rorqual.layers.mtp import MTPConfig
 from rorqual.layers.router import RouterConfig
 from rorqual.model import ModelConfig
 from rorqual.train import trainer
@@ -96,6 +98,53 @@ def test_from_text_to_a_finished_folder(config, text):
     assert finished(config)
     assert train(config) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+REMEDIES = ("sequence", "expert", "device", "communication", "z_loss")
+
+
+def balanced(config: TrainConfig, balance: BalanceConfig, folder: str) -> TrainConfig:
+    """Two mixtures, MTP's among them, without noise, balanced so."""
+    moe = replace(MODEL.moe, balance=replace(balance, devices=2), router=RouterConfig())
+    model = replace(MODEL, moe=moe, mtp=MTPConfig(), engram=None)
+    return replace(config, model=model, folder=str(Path(config.folder).parent / folder), bias_rest=0.0, steps=3)
+
+
+def test_load_and_every_loss_are_reported(config):
+    """A step's load counts all tokens of all micro-batches; what is minimised is what is reported."""
+    coefficients = dict(zip(REMEDIES, (0.01, 0.02, 0.03, 0.04, 0.05), strict=True))
+    asked = balanced(config, BalanceConfig(**coefficients), "all")
+    folder = train(replace(asked, micro_rows=1, log_every=2))
+    training = [line for line in lines(folder) if "loss" in line]
+    assert len(training) == 3
+    for line in training:
+        load = torch.tensor(line["load"])
+        assert load.shape == (2, 4)
+        assert load.sum(1).tolist() == [4 * 24 * 2] * 2
+        assert line["max_violation"] == pytest.approx(max(map(max_violation, load)))
+        assert line["max_violation"] > 0
+        parts = {name: line[f"balance_{name}"] for name in REMEDIES}
+        for name, value in parts.items():
+            least = {"z_loss": 0.0, "communication": 0.5}.get(name, 0.9)
+            assert value > least * coefficients[name]
+        assert line["total"] == pytest.approx(line["loss"] + 0.3 * line["mtp"] + sum(parts.values()), rel=1e-5)
+    bare = train(replace(asked, model=replace(MODEL, moe=None), folder=asked.folder + "_bare"))
+    assert not [line for line in lines(bare) if "load" in line]
+
+
+def test_every_remedy_moves_weights(config):
+    """A loss that is configured and never added would leave the very bits of a training without it. Three steps, so
+    that the bias cannot have gone and come back."""
+    found = {}
+    for name in ("none", "bias_rate", *REMEDIES):
+        remedy = {} if name == "none" else {name: 0.5}
+        model = load_model(train(balanced(config, BalanceConfig(**{"bias_rate": 0.0, "sequence": 0.0} | remedy), name)))
+        mixtures = [model.blocks[1].ffn, model.mtp[0].block.ffn]
+        found[name] = [(m.router.weight.detach(), m.router.e_score_correction_bias) for m in mixtures]
+    for name, mixtures in found.items():
+        for (weight, bias), (plain, _) in zip(mixtures, found["none"], strict=True):
+            assert bias.any() == (name == "bias_rate")
+            assert torch.equal(weight, plain) == (name == "none")
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(config, tmp_path):
