@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from rorqual.layers.attention import GQAConfig
+from rorqual.layers.basics import longest_context
 from rorqual.layers.moba import MoBAConfig
 from rorqual.layers.nsa import NSAConfig
 from rorqual.model import LanguageModel, ModelConfig
@@ -27,8 +28,10 @@ class Costs(NamedTuple):
     memory: int  # rows of Engram's tables, in parameters; never activated but for the few recalled
     mtp: int  # MTP's modules
     mtp_activated: int  # a token's way through them, the shared head included
+    mtp_activated_with_embedding: int  # and the shared embedding
     flops_per_token: int  # forward, the mean over the tokens of a context
     cache_bytes_per_token: int  # attention's and its choosers', in bfloat16
+    longest_context: int  # tokens that the rotary base, stretched by YaRN, tells apart
 
 
 def costs(config: ModelConfig, context: int = 4096) -> Costs:
@@ -49,15 +52,18 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
     with_embedding = total - blocks_with_experts * resting - memory + recalled
     activated = with_embedding - (0 if config.tied else embedding)
     has_moe = config.moe is not None
+    drafted = mtp - len(model.mtp) * resting * has_moe + (embedding if len(model.mtp) else 0)
     return Costs(
         total=total,
         activated=activated,
         activated_with_embedding=with_embedding,
         memory=memory,
         mtp=mtp,
-        mtp_activated=mtp - len(model.mtp) * resting * has_moe + (embedding if len(model.mtp) else 0),
+        mtp_activated=drafted,
+        mtp_activated_with_embedding=drafted + (embedding if len(model.mtp) and not config.tied else 0),
         flops_per_token=_flops(config, model, context, blocks_with_experts * resting),
         cache_bytes_per_token=_cached_bytes(config),
+        longest_context=longest_context(config.rope.base, yarn.factor if (yarn := config.rope.yarn) else 1.0),
     )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from rorqual import runtime
 from rorqual.data.corpus import open_corpus
 from rorqual.data.tokenizer import Tokenizer
+from rorqual.hub.auto import RorqualForCausalLM, fast_tokenizer
 from rorqual.layers.basics import chunked_cross_entropy
 from rorqual.model import IGNORED, LanguageModel
 
@@ -143,7 +144,7 @@ def nats_of(
 
 
 def tasks(model: LanguageModel, tokenizer: Tokenizer, names: list[str], *, limit: int | None = None) -> dict[str, Any]:
-    """Scores of EleutherAI's evaluation harness, by task: {task: {metric: value}}.
+    """Scores of EleutherAI's evaluation harness, by task: {task: {metric: value}}. A name may be a YAML file.
 
     ValueError where the harness is not installed or a task is unknown to it.
     """
@@ -153,10 +154,10 @@ def tasks(model: LanguageModel, tokenizer: Tokenizer, names: list[str], *, limit
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ValueError("tasks need the evaluation harness: pip install lm-eval") from error
-    from rorqual.hub.auto import RorqualForCausalLM, fast_tokenizer
 
-    manager = TaskManager()
-    unknown = [name for name in names if name not in manager.all_tasks and not Path(name).exists()]
+    own = all(Path(name).is_file() for name in names)
+    manager = TaskManager(include_defaults=not own)  # reading the thousands that it brings takes many seconds
+    unknown = [name for name in names if name not in manager.all_tasks and not Path(name).is_file()]
     if unknown:
         raise ValueError(f"tasks: got {', '.join(unknown)}, expected names that `lm-eval ls tasks` lists")
     harness = HFLM(pretrained=RorqualForCausalLM.of(model), tokenizer=fast_tokenizer(tokenizer))

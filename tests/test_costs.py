@@ -14,29 +14,39 @@ from rorqual.layers.nsa import NSAConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.presets import PRESETS, preset
 
-PUBLISHED = {  # total, activated, with both embeddings; in the units of the reports
-    "deepseek-v3": (671.026e9, 36.626e9, 37.552e9),
-    "deepseek-v2": (235.741e9, 20.85e9, 21.376e9),
-    "deepseek-v2-lite": (15.7065e9, 2.451e9, 2.661e9),
-    "deepseekmoe-16b": (16.3757e9, 2.619e9, 2.829e9),
+PUBLISHED = {  # in 1e9: total, activated, with both embeddings; every digit as it is published
+    "deepseek-v3": ("671.026", "36.626", "37.552"),
+    "deepseek-v2": ("235.741", "20.85", "21.376"),
+    "deepseek-v2-lite": ("15.7065", "2.451", "2.661"),
+    "deepseekmoe-16b": ("16.3757", "2.619", "2.829"),
 }
 
 
+def billions(count: int, like: str) -> str:
+    """A count in 1e9, with as many digits as another."""
+    return f"{count / 1e9:.{len(like.partition('.')[2])}f}"
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_deepseeks_own_figures(name):
-    total, activated, both = PUBLISHED[name]
+def test_params_of_deepseek_to_the_digit(name):
     found = costs(preset(name))
-    assert found.total == pytest.approx(total, rel=1e-5)
-    assert found.activated == pytest.approx(activated, rel=3e-4)
-    assert found.activated_with_embedding == pytest.approx(both, rel=3e-4)
+    counts = found.total, found.activated, found.activated_with_embedding
+    assert tuple(map(billions, counts, PUBLISHED[name])) == PUBLISHED[name]
+
+
+def test_params_of_v3s_mtp_module_to_the_digit():
+    found, published = costs(preset("deepseek-v3")), ("11.610", "1.615", "2.54")
+    counts = found.mtp, found.mtp_activated, found.mtp_activated_with_embedding
+    assert tuple(map(billions, counts, published)) == published
 
 
 def test_v3_to_the_last_parameter():
     found = costs(preset("deepseek-v3"))
     assert found.total == 671_026_419_200
-    assert found.mtp == pytest.approx(11.610e9, rel=1e-4)
-    assert found.mtp_activated == pytest.approx(1.615e9, rel=1e-3)
+    assert found.total - 58 * 256 == 671_026_404_352, "and 14,848 router biases"
     assert found.cache_bytes_per_token == 61 * 576 * 2
+    assert found.longest_context == 1_256_637  # pi * 10,000 * 40
+    assert costs(preset("deepseekmoe-16b")).longest_context == 31_415
 
 
 @pytest.mark.parametrize(

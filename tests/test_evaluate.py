@@ -1,6 +1,8 @@
 """Scores against sums by hand: every token once, documents apart, bits a byte of the text's own bytes."""
 
+import json
 import math
+import sys
 
 import pytest
 import torch
@@ -124,12 +126,57 @@ def test_nothing_to_score_and_bad_numbers(model, tokenizer, tmp_path):
         list(evaluate.texts("wordnet", part="test"))
 
 
-def test_tasks_need_the_harness(model, tokenizer):
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        with pytest.raises(ValueError, match="pip install lm-eval"):
-            evaluate.tasks(model, tokenizer, ["hellaswag"])
-    else:
-        with pytest.raises(ValueError, match="tasks: got no_such_task"):
-            evaluate.tasks(model, tokenizer, ["no_such_task"])
+@pytest.fixture
+def questions(tmp_path):
+    """A task of lm-eval in a folder: which of two ends a sentence has. Nothing is fetched."""
+    rows = [
+        {"text": "the sea, the", "ends": [" sea", " Wal"], "end": 0},
+        {"text": "A whale", "ends": ["x", " is"], "end": 1},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = {
+        "task": "whales",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "{{ends}}",
+        "doc_to_target": "end",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "whales.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
+    return rows, tmp_path / "whales.yaml"
+
+
+@pytest.mark.slow
+def test_lm_eval_runs_a_local_task(model, tokenizer, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows, task = questions
+    found = evaluate.tasks(model, tokenizer, [str(task)])
+    right = 0
+    for row in rows:
+        prompt = [tokenizer.begin_id, *tokenizer.encode(row["text"])]
+        nats = []
+        for end in row["ends"]:
+            whole = [tokenizer.begin_id, *tokenizer.encode(row["text"] + end)]
+            with torch.no_grad():
+                logits = model(torch.tensor([whole[:-1]]))[0, len(prompt) - 1 :]
+            nats.append(float(F.cross_entropy(logits, torch.tensor(whole[len(prompt) :]), reduction="sum")))
+        right += nats.index(min(nats)) == row["end"]
+    (scores,) = found.values()
+    assert scores["acc,none"] == right / len(rows)
+    assert scores["sample_len"] == len(rows)
+
+
+@pytest.mark.slow
+def test_unknown_tasks_are_named(model, tokenizer):
+    with pytest.raises(ValueError, match="tasks: got no_such_task, expected names"):
+        evaluate.tasks(model, tokenizer, ["no_such_task"])
+
+
+def test_tasks_need_the_harness(model, tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ValueError, match="pip install lm-eval"):
+        evaluate.tasks(model, tokenizer, ["hellaswag"])

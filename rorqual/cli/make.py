@@ -12,6 +12,7 @@ from rorqual import config as configs
 from rorqual import runtime
 from rorqual.cli.parse import UsageError, emit, parse, split_first, take
 from rorqual.costs import Costs, costs
+from rorqual.layers.basics import RopeConfig, YarnConfig, longest_context
 from rorqual.model import ModelConfig
 from rorqual.presets import PRESETS, preset
 
@@ -85,10 +86,13 @@ class Params:
 
     rorqual params moe-27b engram-27b --context 32768
     rorqual params tiny --model.engram.layers 1
+    rorqual params --base 500000
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)  # flags change every model that is named
     context: int = 4096  # tokens that a token attends over, half of them on average
+    base: float | None = None  # without a name: how many tokens a rotary base tells apart
+    factor: float = 1.0  # with --base: how far YaRN stretches it
 
 
 ROWS = (
@@ -97,8 +101,11 @@ ROWS = (
     ("activated_with_embedding", "activated, with the embedding"),
     ("memory", "of them Engram rows"),
     ("mtp", "MTP modules, not counted above"),
+    ("mtp_activated", "activated in them, with the head"),
+    ("mtp_activated_with_embedding", "and with the embedding"),
     ("flops_per_token", "FLOPs a token, forward"),
     ("cache_bytes_per_token", "cache bytes a token, bfloat16"),
+    ("longest_context", "tokens that the rotary base tells apart"),
 )
 
 
@@ -108,14 +115,29 @@ def params_command(argv: list[str]) -> int:
     while argv and not argv[0].startswith("-"):
         names.append(argv[0])
         argv = argv[1:]
-    if not names and not {"-h", "--help"} & set(argv):
-        raise UsageError("got no name, expected presets or run folders first: rorqual params tiny small")
     options = [parse(Params(model=named(name)), argv, "params NAME...") for name in names or ["tiny"]]
+    if not names:
+        return base_command(options[0], as_json)
+    if options[0].base is not None:
+        raise UsageError("--base: got names too, expected it alone, or --model.rope.base for the models")
     found = {name: costs(each.model, each.context) for name, each in zip(names, options, strict=True)}
     if as_json:
         emit(found)
         return 0
     Console().print(side_by_side(found))
+    return 0
+
+
+def base_command(options: Params, as_json: bool) -> int:
+    """How long a context a rotary base carries, of no model in particular."""
+    if options.base is None:
+        raise UsageError("got no name, expected presets or run folders first: rorqual params tiny small")
+    rope = RopeConfig(base=options.base, yarn=YarnConfig(factor=options.factor))
+    tokens = longest_context(rope.base, options.factor)
+    if as_json:
+        emit({"base": options.base, "factor": options.factor, "longest_context": tokens})
+    else:
+        print(f"a rotary base of {options.base:,g}, stretched {options.factor:g} times, tells {tokens:,} tokens apart")
     return 0
 
 

@@ -5,13 +5,12 @@
     model.layers.N (N = num_hidden_layers)                  <->   mtp.0, whose embedding and head are the model's own
 
 `places` is that table for a whole config, read in both directions. Weights go file by file, tensor by tensor, into
-the model's own memory. Formats: safetensors, or torch.load(weights_only=True); nothing of a folder is executed.
+the model's own memory. JSON and safetensors only: pickles are never opened, code beside them is never looked at.
 
 Released configurations of arXiv 2405.04434, 2412.19437 and 2501.12948.
 """
 
 import json
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,7 +27,7 @@ from rorqual.model import LanguageModel, ModelConfig
 
 
 class Place(NamedTuple):
-    """Where one published tensor stands in our state: state[name][at], transposed."""
+    """Where one published tensor stands in our state: state[name][at], its last two axes exchanged if `transposed`."""
 
     name: str
     at: tuple[int | slice, ...] = ()
@@ -37,7 +36,7 @@ class Place(NamedTuple):
     def of(self, state: Mapping[str, Tensor]) -> Tensor:
         """The part of our state, a view, in the published shape."""
         part = state[self.name][self.at] if self.at else state[self.name]
-        return part.T if self.transposed else part
+        return part.mT if self.transposed else part
 
 
 ATTENTION = (
@@ -50,7 +49,10 @@ ATTENTION = (
     "kv_b_proj",
     "o_proj",
 )
+BIASED = ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")  # where the config's attention_bias puts one
 SWIGLU = ("gate_proj", "up_proj", "down_proj")
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")  # of weights, in safetensors' words
+WINDOW = 64 << 20  # bytes; what was read of a mapped file counts as memory until it is closed, so it is, after so many
 
 
 def places(config: ModelConfig) -> dict[str, Place]:
@@ -78,6 +80,18 @@ def copies(config: ModelConfig) -> dict[str, Place]:
     return table
 
 
+def hollow(config: ModelConfig) -> dict[str, Place]:
+    """Published name -> place of no values in a state with an entry "": the shared experts of a model without any."""
+    if config.moe is None or config.moe.shared:
+        return {}
+    blocks = config.layers + (config.mtp.depth if config.mtp is not None else 0)
+    return {
+        f"model.layers.{index}.mlp.shared_experts.{name}.weight": Place("", transposed=name == "down_proj")
+        for index in range(config.moe.first_dense, blocks)
+        for name in SWIGLU
+    }
+
+
 def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str, Place]:
     assert config.mla is not None
     absent = ("q_a_proj", "q_a_layernorm", "q_b_proj") if config.mla.q_lora_rank is None else ("q_proj",)
@@ -86,6 +100,12 @@ def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str,
         for name in ATTENTION
         if name not in absent
     }
+    if config.mla.bias:
+        table |= {
+            f"{theirs}.self_attn.{name}.bias": Place(f"{ours}.attention.{name}.bias")
+            for name in BIASED
+            if name not in absent
+        }
     table[f"{theirs}.input_layernorm.weight"] = Place(f"{ours}.attention_norm.weight")
     table[f"{theirs}.post_attention_layernorm.weight"] = Place(f"{ours}.ffn_norm.weight")
     if config.has_experts(index):
@@ -119,58 +139,58 @@ class Files:
     def __init__(self, folder: Path):
         self.folder, self.where, self.shapes, self.dtypes = folder, {}, {}, {}
         self._open: tuple[Path, Any] | None = None
+        self._read = 0
         for path in self._paths():
             tensors = _handle(path)
             for name in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                part = tensors.get_slice(name) if path.suffix == ".safetensors" else tensors[name]
+                part = tensors.get_slice(name)
                 self.where[name] = path
-                self.shapes[name], self.dtypes[name] = _describe(part)
+                self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
 
     def _paths(self) -> list[Path]:
-        for whole in ("model.safetensors", "pytorch_model.bin"):
-            index = self.folder / f"{whole}.index.json"
-            if index.is_file():
-                names = sorted(set(_json(index).get("weight_map", {}).values()))
-                if lost := [name for name in names if Path(name).name != name or not (self.folder / name).is_file()]:
-                    raise ValueError(f"{self.folder}: {index.name} names {_some(lost)}, which the folder does not hold")
-                return [self.folder / name for name in names]
-            if (self.folder / whole).is_file():
-                return [self.folder / whole]
-        raise ValueError(f"{self.folder}: no weights, expected model.safetensors or model.safetensors.index.json")
+        whole, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
+        if whole.is_file():
+            return [whole]
+        if not index.is_file():
+            beside = " (pickled weights are never opened)" if any(self.folder.glob("*.bin")) else ""
+            raise ValueError(f"{self.folder}: no weights, expected {whole.name} or {index.name}{beside}")
+        said = _json(index).get("weight_map")
+        if not isinstance(said, dict) or not all(isinstance(name, str) for name in said.values()):
+            raise ValueError(f"{index}: no weight_map, expected the file of every tensor")
+        names = sorted(set(said.values()))
+        if lost := [name for name in names if Path(name).name != name or not (self.folder / name).is_file()]:
+            raise ValueError(f"{self.folder}: {index.name} names {_some(lost)}, which the folder does not hold")
+        return [self.folder / name for name in names]
 
     def tensor(self, name: str) -> Tensor:
-        """One stored tensor; only the file last read from stays open."""
+        """One stored tensor, in the mapped memory of its file; only the file last read from stays open."""
         path = self.where[name]
-        if self._open is None or self._open[0] != path:
+        if self._open is None or self._open[0] != path or self._read > WINDOW:
+            self.close()
             self._open = path, _handle(path)
-        tensors = self._open[1]
-        return tensors.get_tensor(name) if path.suffix == ".safetensors" else tensors[name]
+        tensor = self._open[1].get_tensor(name)
+        self._read += _bytes(tensor)
+        return tensor
 
     def close(self) -> None:
-        self._open = None
+        self._open, self._read = None, 0
 
 
 def _handle(path: Path) -> Any:
     try:
-        if path.suffix == ".safetensors":
-            return safe_open(path, "pt")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not readable ({error}), is it complete?") from error
-
-
-def _describe(part: Any) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype of a tensor or of a safetensors slice, the dtype in safetensors' words."""
-    if isinstance(part, Tensor):
-        return tuple(part.shape), "F8_E4M3" if part.dtype == torch.float8_e4m3fn else str(part.dtype)
-    return tuple(part.get_shape()), part.get_dtype()
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+        raise ValueError(f"{path}: not readable as JSON ({error}), is it complete?") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: got {type(found).__name__}, expected a JSON object")
+    return found
 
 
 def _some(names: list[str], most: int = 8) -> str:
@@ -181,8 +201,10 @@ def dequantise(
     weight: Float[Tensor, "R C"], scale: Float[Tensor, "r c"], block: tuple[int, int] = (128, 128)
 ) -> Float[Tensor, "R C"]:
     """float8 weights times their block's scale, in float32; the last block of an axis may be cut off."""
-    rows, columns = (scale.repeat_interleave(block[0], 0), block[1])
-    return weight.float() * rows.repeat_interleave(columns, 1)[: weight.shape[0], : weight.shape[1]].float()
+    out = weight.to(torch.float32, copy=True)
+    for rows, own in zip(out.split(block[0]), scale.float(), strict=True):
+        rows *= own.repeat_interleave(block[1])[: out.shape[1]]
+    return out
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LanguageModel:
@@ -194,25 +216,36 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.
     folder = Path(folder)
     description, files = _json(folder / "config.json"), Files(folder)
     config = config_of(description, mtp_depth=_mtp_depth(description, files))
+    block = _scale_block(description)
+    _check_count(files, config)
     with torch.device("meta"):
         model = LanguageModel(config, seed=None)
-    _check(files, config, model.state_dict())
+    _check(files, config, model.state_dict(), block)
     dtype = dtype or _stored_dtype(files)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device)
     if config.tied:
         model.head.weight = model.embed.weight
-    block = (description.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
-    _fill(model.state_dict(), files, config, tuple(block))
+    _fill(model.state_dict(), files, config, block)
     return model.eval()
 
 
 def _mtp_depth(description: Mapping[str, Any], files: Files) -> int:
     """Blocks stored behind the last one; a folder may promise them in its config and leave them out."""
     found = (re.match(r"model\.layers\.(\d+)\.(eh_proj|enorm|hnorm)\.", name) for name in files.where)
-    layers = description.get("num_hidden_layers", 0)
-    return max((int(match[1]) - layers + 1 for match in found if match), default=0)
+    layers = description.get("num_hidden_layers")
+    return len({match[1] for match in found if match and isinstance(layers, int) and int(match[1]) >= layers})
+
+
+def _scale_block(description: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale of float8 weights; None where a whole tensor does."""
+    said = (description.get("quantization_config") or {}).get("weight_block_size", [128, 128])
+    if said is None:
+        return None
+    if not isinstance(said, list) or len(said) != 2 or not all(type(size) is int and size > 0 for size in said):
+        raise ValueError(f"config.json: weight_block_size: got {said!r}, expected two sizes such as [128, 128]")
+    return said[0], said[1]
 
 
 def _stored_dtype(files: Files) -> torch.dtype:
@@ -220,28 +253,49 @@ def _stored_dtype(files: Files) -> torch.dtype:
     return torch.bfloat16 if dtype.itemsize == 1 else dtype
 
 
-def _check(files: Files, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
+def _check_count(files: Files, config: ModelConfig) -> None:
+    """A config far too large for the folder is refused before a name is made for each tensor it asks for."""
+    experts = config.moe.routed * (config.layers - config.moe.first_dense) if config.moe is not None else 0
+    least = 9 * config.layers + 3 * experts
+    if least > 2 * len(files.where) + 1000:
+        raise ValueError(
+            f"{files.folder}: tensors disagree with config.json, which asks for more than {least:,} of them; "
+            f"the folder holds {len(files.where):,}"
+        )
+
+
+def _check(files: Files, config: ModelConfig, state: Mapping[str, Tensor], block: tuple[int, int] | None) -> None:
     """ValueError naming every kind of disagreement between what is stored and what the config says."""
     needed, known = places(config), {**places(config), **copies(config)}
-    scales = {f"{name}_scale_inv" for name, dtype in files.dtypes.items() if dtype == "F8_E4M3"}
-    stored = {name for name in files.where if not name.endswith(".rotary_emb.inv_freq")}
-    misshapen = [
-        f"{name} {files.shapes[name]}, expected {tuple(place.of(state).shape)}"
-        for name, place in known.items()
-        if name in files.shapes and files.shapes[name] != tuple(place.of(state).shape)
-    ]
+    scales = {f"{name}_scale_inv": name for name, dtype in files.dtypes.items() if dtype == "F8_E4M3"}
+    # a tensor of no values (of no shared expert) says nothing
+    stored = {name for name in files.where if not name.endswith(".rotary_emb.inv_freq") and 0 not in files.shapes[name]}
+    expected = {name: tuple(place.of(state).shape) for name, place in known.items()}
+    expected |= {scale: _scale_shape(files.shapes[name], block) for scale, name in scales.items()}
+    whole = {scale for scale in scales if block is None}  # one value, in whatever shape
     problems = {
-        "missing": sorted((needed.keys() | scales) - stored),
-        "not in this architecture": sorted(stored - known.keys() - scales),
-        "misshapen": misshapen,
+        "missing": sorted((needed.keys() | scales.keys()) - stored),
+        "not in this architecture": sorted(stored - known.keys() - scales.keys()),
+        "misshapen": [
+            f"{name} {files.shapes[name]}, expected {shape}"
+            for name, shape in expected.items()
+            if name in stored and files.shapes[name] != shape and not (name in whole and set(files.shapes[name]) <= {1})
+        ],
+        f"of a dtype other than {', '.join(FLOATS)}": [
+            f"{name} {files.dtypes[name]}" for name in known if name in stored and files.dtypes[name] not in FLOATS
+        ],
     }
     if any(problems.values()):
         said = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
         raise ValueError(f"{files.folder}: tensors disagree with config.json. {said}")
 
 
+def _scale_shape(shape: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, ...]:
+    return (1, 1) if block is None else tuple(-(-size // step) for size, step in zip(shape, block, strict=False))
+
+
 @torch.no_grad()
-def _fill(state: Mapping[str, Tensor], files: Files, config: ModelConfig, block: tuple[int, int]) -> None:
+def _fill(state: Mapping[str, Tensor], files: Files, config: ModelConfig, block: tuple[int, int] | None) -> None:
     table = places(config)
     for name in sorted(table, key=lambda name: files.where[name]):
         table[name].of(state).copy_(_read(files, name, block))
@@ -253,11 +307,13 @@ def _fill(state: Mapping[str, Tensor], files: Files, config: ModelConfig, block:
     files.close()
 
 
-def _read(files: Files, name: str, block: tuple[int, int]) -> Tensor:
+def _read(files: Files, name: str, block: tuple[int, int] | None) -> Tensor:
     if files.dtypes[name] != "F8_E4M3":
         return files.tensor(name)
-    weight = files.tensor(name)
-    return dequantise(weight, files.tensor(f"{name}_scale_inv"), block)
+    weight, scale = files.tensor(name), files.tensor(f"{name}_scale_inv")
+    if block is None:
+        block, scale = (weight.shape[0], weight.shape[1]), scale.view(1, 1)
+    return dequantise(weight, scale.float(), block)
 
 
 def export(model: LanguageModel, folder: str | Path, *, shard_bytes: int = 4 << 30, **fields: Any) -> None:
@@ -271,7 +327,8 @@ def export(model: LanguageModel, folder: str | Path, *, shard_bytes: int = 4 << 
     if any(folder.glob("*.safetensors")) or (folder / "config.json").exists():
         raise ValueError(f"{folder}: already holds a model, expected a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    state, table = model.state_dict(), {**places(config), **(copies(config) if not config.tied else {})}
+    state = {**model.state_dict(), "": model.embed.weight.new_empty(0, config.dim)}
+    table = {**places(config), **(copies(config) if not config.tied else {}), **hollow(config)}
     shards = list(_shards(state, table, shard_bytes))
     where: dict[str, str] = {}
     for number, names in enumerate(shards, 1):

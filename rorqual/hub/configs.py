@@ -3,9 +3,11 @@
     deepseek_v2   softmax scores, one group (greedy) or the best groups by their maximum (group_limited_greedy)
     deepseek_v3   sigmoid scores and a bias for choosing, groups by the sum of their two best
 
-What the format can say and we do not compute, and what we compute and it cannot say, is refused by name.
+What the format can say and we do not compute, and what we compute and it cannot say, is refused by name. Fields that
+transformers reads past, fields of training (dropout, auxiliary losses) and of deployment (ep_size) are read past.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,11 +45,7 @@ DEFAULTS_OF_BOTH = {
 ALIASES = {"deepseek_v2": {"num_experts": "n_routed_experts"}, "deepseek_v3": {"num_local_experts": "n_routed_experts"}}
 ONLY: dict[str, tuple[Any, ...]] = {  # None stands for absent, too
     "hidden_act": ("silu", None),
-    "attention_bias": (False, None),
-    "attention_dropout": (0.0, None),
     "mlp_bias": (False, None),
-    "moe_layer_freq": (1, None),
-    "ep_size": (1, None),
     "partial_rotary_factor": (1.0, None),
     "mlp_layer_types": (None,),
     "mlp_only_layers": ([], None),
@@ -63,17 +61,14 @@ ONLY_OF: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "deepseek_v3": {"scoring_func": ("sigmoid", None), "topk_method": ("noaux_tc", None)},
 }
-ROPE_KEYS = {
-    "rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
-    "mscale_all_dim", "attention_factor", "truncate", "partial_rotary_factor",
-}  # fmt: skip
 
 
 def config_of(description: Mapping[str, Any], mtp_depth: int = 0) -> ModelConfig:
     """The ModelConfig of a published config.json; `mtp_depth` is how many MTP blocks the folder really holds.
 
-    What it leaves out is as transformers has it; what transformers reads past (V2's norm_topk_prob and rope_interleave)
-    is read past. ValueError for another architecture, absent sizes, or values that this architecture does not know.
+    What it leaves out is as transformers has it; what transformers reads past (V2's norm_topk_prob and rope_interleave,
+    moe_layer_freq) is read past. ValueError for another architecture, absent sizes, or values that this architecture
+    does not know.
     """
     kind = description.get("model_type")
     if kind not in KINDS:
@@ -81,7 +76,7 @@ def config_of(description: Mapping[str, Any], mtp_depth: int = 0) -> ModelConfig
     said = {ALIASES[kind].get(key, key): value for key, value in description.items()}
     d = DEFAULTS_OF_BOTH | DEFAULTS[kind] | said
     has_experts = d["n_routed_experts"] is not None and (
-        "num_hidden_layers" not in d or _whole(d, "first_k_dense_replace") < _whole(d, "num_hidden_layers")
+        "num_hidden_layers" not in d or _whole(d, "first_k_dense_replace") < _whole(d, "num_hidden_layers") + mtp_depth
     )
     needed = REQUIRED + (REQUIRED_WITH_EXPERTS if has_experts else ())
     if lacking := [key for key in needed if key not in d]:
@@ -93,20 +88,25 @@ def config_of(description: Mapping[str, Any], mtp_depth: int = 0) -> ModelConfig
         dim=size["hidden_size"],
         layers=size["num_hidden_layers"],
         dense_width=size["intermediate_size"],
-        mla=MLAConfig(
-            heads=size["num_attention_heads"],
-            q_lora_rank=None if d["q_lora_rank"] is None else _whole(d, "q_lora_rank"),
-            kv_lora_rank=size["kv_lora_rank"],
-            nope_dim=size["qk_nope_head_dim"],
-            rope_dim=size["qk_rope_head_dim"],
-            value_dim=size["v_head_dim"],
-        ),
+        mla=_mla_of(d, size),
         rope=_rope_of(d, interleaved=kind == "deepseek_v2" or bool(d["rope_interleave"])),
         moe=_moe_of(d, kind) if has_experts else None,
         mtp=MTPConfig(depth=mtp_depth) if mtp_depth else None,
         tied=bool(d["tie_word_embeddings"]),
         eps=_number(d, "rms_norm_eps"),
         init_std=_number(d, "initializer_range"),
+    )
+
+
+def _mla_of(d: Mapping[str, Any], size: Mapping[str, int]) -> MLAConfig:
+    return MLAConfig(
+        heads=size["num_attention_heads"],
+        q_lora_rank=None if d["q_lora_rank"] is None else _whole(d, "q_lora_rank"),
+        kv_lora_rank=size["kv_lora_rank"],
+        nope_dim=size["qk_nope_head_dim"],
+        rope_dim=size["qk_rope_head_dim"],
+        value_dim=size["v_head_dim"],
+        bias=bool(d.get("attention_bias")),
     )
 
 
@@ -132,7 +132,8 @@ def _refuse_unknown(description: Mapping[str, Any], kind: str) -> None:
     heads, keys = description["num_attention_heads"], description.get("num_key_value_heads")
     if keys not in (None, heads):
         raise ValueError(f"num_key_value_heads: got {keys}, expected the {heads} of num_attention_heads, or none")
-    method = (description.get("quantization_config") or {}).get("quant_method", "fp8")
+    quantised = description.get("quantization_config") or {}
+    method = quantised.get("quant_method", "fp8") if isinstance(quantised, Mapping) else quantised
     if method != "fp8":
         raise ValueError(f"quantization_config.quant_method: got {method!r}, expected 'fp8' or none")
 
@@ -143,8 +144,6 @@ def _rope_of(description: Mapping[str, Any], interleaved: bool) -> RopeConfig:
     said = description.get(key) or {}
     if not isinstance(said, Mapping):
         raise ValueError(f"config.json: {key}: got {said!r}, expected fields such as rope_theta, or none")
-    if unknown := sorted(said.keys() - ROPE_KEYS):
-        raise ValueError(f"config.json: {key}: got {', '.join(unknown)}, expected {', '.join(sorted(ROPE_KEYS))}")
     if said.get("partial_rotary_factor") not in (1.0, None):
         raise ValueError(f"config.json: {key}.partial_rotary_factor: got {said['partial_rotary_factor']}, expected 1.0")
     base = _number({"rope_theta": description["rope_theta"], **said}, "rope_theta")
@@ -156,24 +155,41 @@ def _rope_of(description: Mapping[str, Any], interleaved: bool) -> RopeConfig:
 
 
 def _yarn_of(description: Mapping[str, Any], said: Mapping[str, Any], within: str) -> YarnConfig:
-    if said.get("attention_factor") is not None or said.get("truncate", True) is not True:
-        raise ValueError(f"{within[:-1]}: got attention_factor or truncate, expected mscale and mscale_all_dim only")
+    if said.get("truncate", True) is not True:
+        raise ValueError(f"config.json: {within}truncate: got {said['truncate']!r}, expected true or none")
     given = {key: value for key, value in said.items() if value}  # transformers reads past 0 and null
-    if "mscale_all_dim" in given and "mscale" not in given:
-        raise ValueError(f"{within[:-1]}: got mscale_all_dim {said['mscale_all_dim']} without mscale, expected both")
-    both = "mscale_all_dim" in given  # alone, mscale counts for nothing in transformers
     length = "original_max_position_embeddings"
     lengths = {length: description["max_position_embeddings"]} | given
     if description.get(length) is not None:  # beside the rope fields it outranks them
         lengths[length] = description[length]
+    factor = _number(said, "factor", within)
+    mscale, of_softmax = _mscales(said, given, factor, within)
     return YarnConfig(
-        factor=_number(said, "factor", within),
+        factor=factor,
         original_length=_whole(lengths, length, within),
         beta_fast=_number({"beta_fast": 32} | given, "beta_fast", within),
         beta_slow=_number({"beta_slow": 1} | given, "beta_slow", within),
-        mscale=_number(given, "mscale", within) if both else 1.0,
-        mscale_all_dim=_number(given, "mscale_all_dim", within) if both else 0.0,
+        mscale=mscale,
+        mscale_all_dim=of_softmax,
     )
+
+
+def _mscales(said: Mapping[str, Any], given: Mapping[str, Any], factor: float, within: str) -> tuple[float, float]:
+    """mscale and mscale_all_dim that give transformers' factor on cos and sin: attention_factor if it is there, else
+    the ratio of both mscales if both are, else mscale(s, 1); with the softmax's mscale(s, mscale_all_dim)^2."""
+    of_softmax = _number(given, "mscale_all_dim", within) if "mscale_all_dim" in given else 0.0
+    if said.get("attention_factor") is None:
+        if "mscale_all_dim" not in given:
+            return 1.0, of_softmax
+        if "mscale" in given:
+            return _number(given, "mscale", within), of_softmax
+    stretch = 0.1 * math.log(factor) if factor > 1 else 0.0
+    wanted = stretch + 1 if said.get("attention_factor") is None else _number(said, "attention_factor", within)
+    if wanted != 1 and not stretch:
+        raise ValueError(
+            f"config.json: {within}attention_factor: got {wanted} with factor {factor}, expected 1 or none"
+        )
+    return (wanted * (stretch * of_softmax + 1) - 1) / stretch if stretch else 1.0, of_softmax
 
 
 def _moe_of(description: Mapping[str, Any], kind: str) -> MoEConfig:
@@ -248,7 +264,7 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tied,
         "hidden_act": "silu",
-        "attention_bias": False,
+        "attention_bias": mla.bias,
         "num_nextn_predict_layers": config.mtp.depth if config.mtp is not None else 0,
         "bos_token_id": None,
         "eos_token_id": None,
@@ -263,8 +279,6 @@ def _foreign(config: ModelConfig) -> list[str]:
         return found
     if config.mla.eps != 1e-6:
         found.append(f"latent norms with eps {config.mla.eps} (1e-6 only)")
-    if (yarn := config.rope.yarn) is not None and 0 in (yarn.mscale, yarn.mscale_all_dim) and yarn.mscale != 1:
-        found.append(f"YaRN with mscale {yarn.mscale} and mscale_all_dim {yarn.mscale_all_dim}")
     if config.moe is None:
         return found
     router, v2 = config.moe.router, config.moe.router.score == "softmax"
@@ -272,7 +286,6 @@ def _foreign(config: ModelConfig) -> list[str]:
         f"score {router.score}": router.score not in ("softmax", "sigmoid"),
         "adaptive_mass": router.adaptive_mass is not None,
         "token_id_layers": router.token_id_layers > 0,
-        "no shared expert": config.moe.shared == 0,
         "renormalised softmax weights": v2 and router.renormalise,
         "a softmax router with a bias": v2 and router.bias,
         "a sigmoid router without a bias": not v2 and not router.bias,
@@ -300,13 +313,16 @@ def _published_rope(rope: RopeConfig) -> dict[str, Any]:
         "mscale": yarn.mscale,
         "mscale_all_dim": yarn.mscale_all_dim,
     }
+    if 0 in (yarn.mscale, yarn.mscale_all_dim) and yarn.mscale != 1 and yarn.factor > 1:  # it reads past a 0
+        stretch = 0.1 * math.log(yarn.factor)
+        scaling["attention_factor"] = (stretch * yarn.mscale + 1) / (stretch * yarn.mscale_all_dim + 1)
     return said | {"rope_scaling": scaling, "max_position_embeddings": int(yarn.factor * yarn.original_length)}
 
 
 def _published_moe(config: ModelConfig) -> dict[str, Any]:
     moe = config.moe
     if moe is None:
-        return {"first_k_dense_replace": config.layers}
+        return {"first_k_dense_replace": config.layers + (config.mtp.depth if config.mtp is not None else 0)}
     router = moe.router
     limited = "group_limited_greedy" if router.groups > 1 else "greedy"
     return {

@@ -36,6 +36,29 @@ def test_params_of_what_flags_change(capsys: pytest.CaptureFixture[str], small_r
     assert json.loads(capsys.readouterr().out)[str(small_run)]["memory"] == 0
 
 
+def test_params_tells_how_long_a_context_a_base_carries(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["params", "--base", "10000"]) == 0
+    assert "tells 31,415 tokens apart" in capsys.readouterr().out
+    assert main(["params", "--base", "10000", "--factor", "40", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"base": 10000.0, "factor": 40.0, "longest_context": 1_256_637}
+    assert main(["params", "tiny", "--model.rope.base", "500000", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tiny"]["longest_context"] == 1_570_796
+
+
+def test_params_prints_every_figure_of_the_models_that_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["deepseek-v3", "deepseek-v2", "deepseek-v2-lite", "deepseekmoe-16b", "classroom", "engram-27b"]
+    assert main(["params", *names, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == names
+    table = make.side_by_side({name: costs(preset(name)) for name in names})
+    assert [column.header for column in table.columns] == ["", *names]
+    printed = [set(column.cells) for column in table.columns[1:]]
+    for name, cells in zip(names, printed, strict=True):
+        assert cells == {f"{figure:,}" for figure in found[name].values()}
+    assert found["classroom"]["total"] == 52_296
+    assert found["engram-27b"]["memory"] > 5e9
+
+
 def test_named_knows_presets_and_runs(small_run: Path) -> None:
     assert make.named("tiny") is preset("tiny")
     assert make.named(str(small_run)) == configs.load(ModelConfig, small_run / "config.json")
@@ -65,6 +88,9 @@ def test_plan_spends_one_budget(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["params"], 2, "expected presets or run folders first"),
         (["params", "tinny"], 2, "did you mean 'tiny'"),
+        (["params", "tiny", "--base", "10000"], 2, "--base: got names too"),
+        (["params", "--base", "1"], 1, "got rope base 1.0, expected more than 1"),
+        (["params", "--base", "10000", "--factor", "0.5"], 1, "got factor 0.5"),
         (["params", "tiny", "--model.dim", "0"], 2, "dim: got 0, expected at least 1"),
         (["params", "tiny", "--model.engram.layers", "7"], 2, "expected block indices 0..2"),
         (["plan", "--rho", "1"], 2, "expected a preset's name first"),

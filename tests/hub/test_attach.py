@@ -1,20 +1,33 @@
 """Engram on models of transformers: identity at first, trained alone, right at decode, saved alone, taken off again."""
 
 import copy
+import gc
+import json
+import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DeepseekV3Config,
     DynamicCache,
     GPT2Config,
     LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
     Qwen3Config,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from rorqual.data.tokenizer import train
-from rorqual.hub.attach import attach, find_blocks, load_memory
+from rorqual.hub.attach import Everything, attach, find_blocks, load_memory
+
+pytestmark = pytest.mark.engram
 
 TEXT = ["Alexander the Great and the great white whale.", "the sea, the SEA; a whale is not a fish é è"] * 3
 SMALL = {"rows_per_head": (97, 97), "heads": 2, "head_dim": 4}
@@ -72,15 +85,19 @@ def prompt(rows: int = 2, time: int = 9) -> torch.Tensor:
 
 
 def test_identity_at_first_then_detached_bit_for_bit(host, tokenizer):
+    next(host.parameters()).requires_grad_(False)  # as its owner had it
     ids, weights = prompt(), copy.deepcopy(host.state_dict())
     trained = {name: p.requires_grad for name, p in host.named_parameters()}
+    hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in host.modules()]
     before = host(ids).logits
     memory = attach(host, tokenizer, (0, 2), **SMALL)
     assert torch.equal(host(ids).logits, before)
+    assert torch.equal(host(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits, before)
     wake(memory)
     assert not torch.allclose(host(ids).logits, before, atol=1e-3)
     assert memory.detach() is host
     assert torch.equal(host(ids).logits, before)
+    assert [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in host.modules()] == hooks
     assert {name: p.requires_grad for name, p in host.named_parameters()} == trained
     assert host.state_dict().keys() == weights.keys()
     assert all(torch.equal(weights[name], value) for name, value in host.state_dict().items())
@@ -229,3 +246,403 @@ def test_a_cache_from_before_is_refused(llama, tokenizer):
     attach(llama, tokenizer, (1,), **SMALL)
     with pytest.raises(ValueError, match="before the memory was attached"):
         llama(prompt(), past_key_values=cache)
+
+
+def test_rows_of_zero_leave_all_other_text_as_it_was(llama, tokenizer):
+    with torch.no_grad():
+        before = llama(prompt(4, 12)).logits
+    memory = attach(llama, tokenizer, (1,), **SMALL | {"rows_per_head": (9973, 9973)}, zero="rows", sparse=True)
+    assert torch.equal(llama(prompt(4, 12)).logits, before)
+    ids = torch.tensor([[7, 8, 9, 10]])
+    llama(ids, labels=ids).loss.backward()
+    assert memory.tables[0].weight.grad.coalesce().values().abs().max() > 0  # from the first step on
+    with torch.no_grad():
+        for row in memory.tables[0].weight.grad.coalesce().indices()[0]:
+            memory.tables[0].weight[row] += 1.0
+        assert not torch.equal(llama(ids).logits, llama(ids.flip(1)).logits.flip(1))
+        assert torch.equal(llama(prompt(4, 12)).logits, before)
+    with pytest.raises(ValueError, match="zero: got 'all', expected values or rows"):
+        attach(llama, tokenizer, (1,), **SMALL, zero="all")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"do_sample": True, "top_k": 20},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"prefill_chunk_size": 4},
+        {"cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+    ids=lambda how: "+".join(how),
+)
+def test_every_way_to_generate_says_what_full_forwards_say(host, tokenizer, how):
+    wake(attach(host, tokenizer, (0, 2), **SMALL))
+    rows = 1 if "prompt_lookup_num_tokens" in how else 2
+    ids = prompt(rows, 9)
+    ids[:, 6:] = ids[:, :3]  # something to look up
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0}
+    caching = {"prefill_chunk_size", "cache_implementation", "prompt_lookup_num_tokens"}
+    plain = {name: value for name, value in how.items() if name not in caching}
+    torch.manual_seed(3)
+    got = host.generate(ids, **options, **{"do_sample": False} | how)
+    torch.manual_seed(3)
+    assert torch.equal(got, host.generate(ids, **options, use_cache=False, **{"do_sample": False} | plain))
+
+
+@pytest.mark.parametrize("whose", ["host", "assistant", "both"])
+def test_assisted_generation_says_what_greedy_says(whose, tokenizer):
+    torch.manual_seed(2)
+    host, assistant = (AutoModelForCausalLM.from_config(config_of("llama")).eval() for _ in range(2))
+    for model in [host] * (whose != "assistant") + [assistant] * (whose != "host"):
+        wake(attach(model, tokenizer, (0, 2), **SMALL))
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    ids = prompt(1, 6)
+    options["attention_mask"] = torch.ones_like(ids)
+    got = host.generate(ids, assistant_model=assistant, **options)
+    assert torch.equal(got, host.generate(ids, use_cache=False, **options))
+
+
+@torch.no_grad()
+def test_a_conversation_goes_on_with_the_cache_of_its_last_turn(host, tokenizer):
+    wake(attach(host, tokenizer, (0, 2), **SMALL))
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    first = host.generate(prompt(2, 5), **options, return_dict_in_generate=True)
+    said = torch.cat([first.sequences, prompt(2, 3)], 1)
+    options["attention_mask"] = torch.ones_like(said)
+    again = host.generate(said, past_key_values=first.past_key_values, **options)
+    assert torch.equal(again, host.generate(said, use_cache=False, **options))
+
+
+@torch.no_grad()
+def test_any_number_of_tokens_can_be_taken_back(llama, tokenizer):
+    wake(attach(llama, tokenizer, (0, 2), **SMALL))
+    ids, rest = prompt(2, 150), prompt(2, 5)
+    cache = llama(ids, use_cache=True).past_key_values
+    for kept in (149, 30, 1):
+        cache.crop(kept - cache.get_seq_length())
+        got = llama(rest, past_key_values=cache).logits
+        whole = torch.cat([ids[:, :kept], rest], 1)
+        torch.testing.assert_close(got, llama(whole, use_cache=False).logits[:, kept:], atol=1e-5, rtol=1e-4)
+        cache.crop(-5)
+    cache.reset()
+    torch.testing.assert_close(llama(rest, past_key_values=cache).logits, llama(rest, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_a_batch_loses_finished_rows_by_index_or_by_mask(llama, tokenizer):
+    wake(attach(llama, tokenizer, (0,), **SMALL))
+    ids, rest = prompt(3, 6), prompt(2, 3)
+    for kept in (torch.tensor([0, 2]), torch.tensor([True, False, True])):
+        cache = llama(ids, use_cache=True).past_key_values
+        cache.batch_select_indices(kept)
+        got = llama(rest, past_key_values=cache).logits
+        whole = torch.cat([ids[kept], rest], 1)
+        torch.testing.assert_close(got, llama(whole, use_cache=False).logits[:, 6:], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_rows_of_different_lengths_generate_what_each_says_alone(host, tokenizer):
+    wake(attach(host, tokenizer, (0, 2), **SMALL))
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    ids, lengths = prompt(3, 8), (8, 3, 5)
+    mask = torch.stack([(torch.arange(8) >= 8 - length).long() for length in lengths])
+    for beams, ways in ((1, ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 3})), (2, ({},))):
+        options["num_beams"], alone = beams, []
+        for row, length in enumerate(lengths):
+            whole = ids[row : row + 1, 8 - length :]
+            alone.append(host.generate(whole, attention_mask=torch.ones_like(whole), **options)[0, length:])
+        for how in ways:
+            got = host.generate(ids, attention_mask=mask, **options | how)
+            assert torch.equal(got[:, 8:], torch.stack(alone))
+
+
+@torch.no_grad()
+def test_a_mask_of_four_axes_tells_presence_by_its_diagonal(llama, tokenizer):
+    memory = attach(llama, tokenizer, (0,), **SMALL)
+    wake(memory)
+    ids = prompt(2, 6)
+    flat = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    square = flat[:, None, None].bool() & torch.ones(6, 6, dtype=torch.bool).tril()
+    added = torch.zeros(square.shape).masked_fill(~square, torch.finfo(torch.float32).min)
+    seen = []
+    hook = memory.engrams[0].register_forward_hook(lambda module, args, out: seen.append(out))
+    for mask in (flat, square, added):
+        llama(ids, attention_mask=mask, use_cache=False)
+    hook.remove()
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+    for wrong in (torch.ones(2, 3), torch.ones(2, 1, 6, 3)):
+        with pytest.raises(ValueError, match="memory: got attention_mask Tensor"):
+            llama(ids, attention_mask=wrong)
+
+
+def test_a_sliding_window_is_followed_by_a_growing_cache_and_refused_by_a_static_one(tokenizer):
+    config = MistralConfig(**SIZES, vocab_size=300, sliding_window=5, pad_token_id=0)
+    torch.manual_seed(1)
+    host = AutoModelForCausalLM.from_config(config).eval()
+    wake(attach(host, tokenizer, (0, 2), **SMALL))
+    ids = prompt(2, 9)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    expected = host.generate(ids, use_cache=False, pad_token_id=0, **options)
+    assert torch.equal(host.generate(ids, pad_token_id=0, **options), expected)
+    with pytest.raises(ValueError, match="memory: got attention_mask"):
+        host.generate(ids, pad_token_id=0, cache_implementation="static", **options)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_two_passes_before_one_backward_under_gradient_checkpointing(llama, tokenizer, reentrant):
+    memory = attach(llama, tokenizer, (0, 2), **SMALL)
+    wake(memory)
+    llama.train()
+    grads = []
+    for saving in (False, True):
+        if saving:
+            llama.activation_checkpointing_enable({"use_reentrant": reentrant})
+        memory.zero_grad()
+        one, other = prompt(2, 9), prompt(3, 5).flip(1)
+        (llama(one, labels=one).loss + llama(other, labels=other).loss).backward()
+        grads.append([p.grad.clone() for p in memory.parameters()])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_new_tokens_behind_a_cache_have_their_whole_gradient(llama, tokenizer):
+    memory, ids = attach(llama.double(), tokenizer, (1,), **SMALL), prompt(1, 12)
+    wake(memory)
+    with torch.no_grad():
+        cache = llama(ids[:, :2], use_cache=True).past_key_values
+
+    def loss() -> torch.Tensor:
+        return llama(ids[:, 2:], past_key_values=copy.deepcopy(cache)).logits.square().mean()
+
+    loss().backward()
+    for weight in (memory.engrams[0].conv, memory.engrams[0].value_proj.weight):
+        flat, slope = weight.detach().view(-1), weight.grad.view(-1)
+        at, step = int(slope.abs().argmax()), 1e-3
+        with torch.no_grad():
+            flat[at] += step
+            above = loss()
+            flat[at] -= 2 * step
+            torch.testing.assert_close((above - loss()) / (2 * step), slope[at], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_dtype_follows_the_host_or_stays_float32(host, tokenizer, dtype):
+    host, ids = host.to(dtype), prompt()
+    before = host(ids).logits
+    memory = attach(host, tokenizer, (0, 2), **SMALL)
+    assert {p.dtype for p in memory.parameters()} == {dtype}
+    assert torch.equal(host(ids).logits, before)
+    memory.float()
+    assert torch.equal(host(ids).logits, before)
+    wake(memory)
+    after = host(ids).logits
+    assert after.dtype == dtype and not torch.equal(after, before)
+    mask = torch.ones_like(ids)
+    assert host.generate(ids, attention_mask=mask, max_new_tokens=3, eos_token_id=None, pad_token_id=0).shape == (2, 12)
+    host.float()
+    assert {p.dtype for p in memory.parameters()} == {torch.float32}
+
+
+def test_device_follows_the_host(llama, tokenizer):
+    memory = attach(llama, tokenizer, (1,), **SMALL)
+    llama.to("meta")
+    assert {t.device.type for t in [*memory.parameters(), *memory.buffers()]} == {"meta"}
+
+
+@torch.no_grad()
+def test_a_copy_of_the_host_has_a_memory_of_its_own(llama, tokenizer):
+    memory, ids = attach(llama, tokenizer, (0, 2), **SMALL), prompt()
+    wake(memory)
+    expected = llama(ids).logits
+    for twin in (copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))):
+        memory.tables[0].weight.add_(1.0)
+        assert torch.equal(twin(ids).logits, expected)
+        assert not torch.equal(llama(ids).logits, expected)
+        memory.tables[0].weight.sub_(1.0)
+        twin.rorqual_memory.detach()
+        assert not torch.equal(twin(ids).logits, expected)
+        assert llama.rorqual_memory is memory and memory.attached
+
+
+@torch.no_grad()
+def test_caches_are_given_back_as_they_were(llama, tokenizer):
+    memory = attach(llama, tokenizer, (0,), **SMALL)
+    wake(memory)
+    caches = [DynamicCache(config=llama.config), StaticCache(config=llama.config, max_cache_len=40)]
+    for cache in caches:
+        llama(prompt(), past_key_values=cache)
+        assert isinstance(cache, type(cache).__mro__[2]) and type(cache).__name__.startswith("Remembering")
+    names = set(vars(DynamicCache(config=llama.config)))
+    memory.detach()
+    assert [type(cache) for cache in caches] == [DynamicCache, StaticCache]
+    assert set(vars(caches[0])) == names
+    assert llama(prompt(2, 1), past_key_values=caches[0]).past_key_values is caches[0]
+    caches[0].crop(-9)
+    attach(llama, tokenizer, (0,), **SMALL)
+    with pytest.raises(ValueError, match="a cache of 1 tokens, 0 of which it has seen"):
+        llama(prompt(2, 1), past_key_values=caches[0])
+
+
+@torch.no_grad()
+def test_memory_keeps_nothing_of_a_call_alive(llama, tokenizer):
+    memory = attach(llama, tokenizer, (0,), **SMALL)
+    for _ in range(3):
+        llama(prompt())
+    assert memory._now is None
+    gc.collect()
+    llama(prompt())
+    assert len(memory._caches) == 1
+    llama.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        llama(prompt())
+    assert memory._now is None
+
+
+@torch.no_grad()
+def test_a_cache_of_another_memory_or_of_no_kind_is_refused(llama, tokenizer):
+    memory = attach(llama, tokenizer, (0,), **SMALL)
+    cache = llama(prompt()).past_key_values
+    kept = copy.deepcopy(cache)
+    memory.detach()
+    attach(llama, tokenizer, (0, 1), **SMALL)
+    with pytest.raises(ValueError, match="a cache of 9 tokens, 0 of which it has seen"):
+        llama(prompt(2, 1), past_key_values=kept)
+    with pytest.raises(ValueError, match="got past_key_values as tuple, expected a Cache"):
+        llama(prompt(2, 1), past_key_values=((), ()))
+    with pytest.raises(ValueError, match="got a paged cache"):
+        llama(prompt(2, 1), cache=object())
+    cache = llama(prompt()).past_key_values
+    cache.layers[0].crop(-2)  # behind the memory's back
+    with pytest.raises(ValueError, match="a cache of 7 tokens, 9 of which"):
+        llama(prompt(2, 1), past_key_values=cache)
+
+
+def test_models_that_memory_cannot_follow_are_refused(tokenizer):
+    names = {"vocab_size": 300, "pad_token_id": 0}
+    t5 = T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, **names))
+    mamba = AutoModelForCausalLM.from_config(MambaConfig(hidden_size=32, num_hidden_layers=3, state_size=4, **names))
+    minimax = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("minimax", **SIZES | names, head_dim=8, num_local_experts=4)
+    )
+    for model, said in (
+        (t5, "an encoder and a decoder"),
+        (mamba, "takes no past_key_values"),
+        (minimax, "its own kind"),
+    ):
+        keys = model.state_dict().keys()
+        with pytest.raises(ValueError, match=said):
+            attach(model, tokenizer, (0,), **SMALL)
+        assert model.state_dict().keys() == keys and all(p.requires_grad for p in model.parameters())
+
+
+@torch.no_grad()
+def test_a_fast_tokenizer_of_transformers_does_as_well(llama, tokenizer):
+    fast = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(tokenizer.backend), eos_token="<|end|>")
+    said = []
+    for given in (tokenizer, fast):
+        memory = attach(llama, given, (1,), **SMALL)
+        torch.manual_seed(0)
+        wake(memory)
+        said.append(llama(prompt()).logits)
+        memory.detach()
+    assert torch.equal(*said)
+
+
+def test_width_is_that_of_the_hidden_states(tokenizer):
+    config = AutoConfig.for_model(
+        "opt", vocab_size=300, hidden_size=32, word_embed_proj_dim=16, ffn_dim=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    host = AutoModelForCausalLM.from_config(config).eval()
+    before = host(prompt()).logits
+    memory = attach(host, tokenizer, (0,), **SMALL)
+    assert memory.width == 32
+    assert torch.equal(host(prompt()).logits, before)
+
+
+def test_the_body_of_an_attached_model_is_refused_too(llama, tokenizer):
+    attach(llama, tokenizer, (1,), **SMALL)
+    with pytest.raises(ValueError, match="already carries a memory"):
+        attach(llama, tokenizer, (0,), **SMALL)
+    body = llama.model
+    llama.rorqual_memory.detach()
+    ids = prompt()
+    before = body(ids).last_hidden_state
+    memory = attach(body, tokenizer, (1,), **SMALL)
+    assert torch.equal(body(ids).last_hidden_state, before)
+    with pytest.raises(ValueError, match="already carries a memory"):
+        attach(llama, tokenizer, (0,), **SMALL)
+    assert memory.detach() is body
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["no_format", "no_config", "no_json", "fewer_rows", "no_table", "integers", "other_shape", "odd_field", "huge"],
+)
+def test_a_damaged_memory_file_is_refused_and_leaves_the_model_alone(llama, tokenizer, tmp_path, how):
+    path, ids = tmp_path / "memory.safetensors", prompt()
+    with torch.no_grad():
+        before = llama(ids).logits
+    memory = attach(llama, tokenizer, (1,), **SMALL)
+    memory.save(path)
+    memory.detach()
+    about = {"config": dict(json.loads(_header(path)["memory"])["config"]), "width": 32, "vocabulary": 300}
+    tensors, header = load_file(path), {"format": "rorqual-memory-1"}
+    if how == "no_format":
+        header = {}
+    elif how == "no_config":
+        about = {}
+    elif how == "fewer_rows":
+        tensors["tables.0.weight"] = tensors["tables.0.weight"][:100].clone()
+    elif how == "no_table":
+        del tensors["tables.0.weight"]
+    elif how == "integers":
+        tensors["engrams.0.value_proj.weight"] = torch.zeros(3, dtype=torch.int32)
+    elif how == "other_shape":
+        tensors["engrams.0.value_proj.weight"] = torch.zeros(3, 3)
+    elif how == "odd_field":
+        about["config"]["surprise"] = 1
+    elif how == "huge":
+        about["config"]["rows_per_head"] = [10**15, 10**15]
+    header["memory"] = "{" if how == "no_json" else json.dumps(about)
+    save_file(tensors, path, header)
+    with pytest.raises(ValueError):
+        load_memory(llama, tokenizer, path)
+    assert not hasattr(llama, "rorqual_memory") and all(p.requires_grad for p in llama.parameters())
+    assert torch.equal(llama(ids).logits, before)
+
+
+def _header(path) -> dict[str, str]:
+    raw = path.read_bytes()
+    return json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+
+
+@torch.no_grad()
+def test_a_saved_memory_keeps_its_dtype_in_a_host_of_another(llama, tokenizer, tmp_path):
+    memory, ids = attach(llama.to(torch.bfloat16), tokenizer, (1,), **SMALL).float(), prompt()
+    wake(memory)
+    expected = llama(ids).logits
+    memory.save(tmp_path / "memory.safetensors")
+    memory.detach()
+    again = load_memory(llama, tokenizer, tmp_path / "memory.safetensors", sparse=True)
+    assert again.tables[0].sparse and {p.dtype for p in again.parameters()} == {torch.float32}
+    assert torch.equal(llama(ids).logits, expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["memory.safetensors"]
+
+
+@torch.no_grad()
+def test_everything_is_held_in_pieces_of_any_size():
+    held, said = Everything(2, fill=-1), torch.arange(60).view(2, 30)
+    at = 0
+    for time in (1, 3, 1, 20, 5):
+        window = held.extend(said[:, at : at + time])
+        before = torch.nn.functional.pad(said, (2, 0), value=-1)[:, at : at + 2]
+        assert torch.equal(window, torch.cat([before, said[:, at : at + time]], 1))
+        at += time
+    held.crop(27)
+    assert torch.equal(held.extend(said[:, 9:10]), said[:, [1, 2, 9]])
+    with pytest.raises(ValueError, match="got a batch of 3, expected the 2 rows"):
+        held.extend(torch.zeros(3, 1, dtype=torch.long))

@@ -1,10 +1,12 @@
 """The transformers face: same logits, its own cache, generate in every way, saved and loaded whole."""
 
+import copy
 import subprocess
 import sys
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline
 
 from rorqual.data.tokenizer import train
@@ -185,6 +187,12 @@ def test_another_process_needs_the_import_and_no_code(face, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
     assert done.stdout.strip() == "RorqualForCausalLM", done.stderr
+    script = (
+        "import sys, rorqual as rq; run = rq.load(sys.argv[1]); from transformers import AutoModelForCausalLM;"
+        "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__, run.config.layers)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.strip() == "RorqualForCausalLM 2", done.stderr
 
 
 def test_what_it_cannot_take_is_refused(face):
@@ -205,12 +213,28 @@ def test_tokenizer_files_of_a_run_load_in_transformers(tokenizer, tmp_path):
     assert fast("A whale", add_special_tokens=False).input_ids == tokenizer.encode("A whale")
 
 
-def test_peft_trains_a_little_of_it(face):
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    adapted = peft.get_peft_model(face, peft.LoraConfig(target_modules=["o_proj"], r=2, task_type="CAUSAL_LM"))
+def test_peft_trains_saves_loads_and_merges(face, tmp_path):
     ids = torch.tensor([PROMPTS[0]])
-    adapted(input_ids=ids, labels=ids).loss.backward()
-    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
-    assert trained
-    assert all("lora" in name for name in trained)
+    before = {name: tensor.clone() for name, tensor in face.state_dict().items()}
+    plain = face(ids).logits
+    lora = LoraConfig(target_modules=["kv_b_proj", "o_proj"], r=2, task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = get_peft_model(face, lora).train()
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trained and all("lora" in name for name in trained)
+    first = adapted(input_ids=ids, labels=ids).loss
+    first.backward()
+    torch.optim.SGD(trained.values(), lr=0.02).step()
+    assert adapted(input_ids=ids, labels=ids).loss < first
+    adapted.eval()
+    expected = adapted(ids).logits.detach()
+    said = adapted.generate(input_ids=ids, do_sample=False, **OPTIONS)
+    adapted.save_pretrained(tmp_path)
     adapted.unload()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in face.state_dict().items())
+    torch.testing.assert_close(face(ids).logits, plain)
+    again = PeftModel.from_pretrained(copy.deepcopy(face), tmp_path)
+    torch.testing.assert_close(again(ids).logits, expected)
+    merged = again.merge_and_unload()
+    assert isinstance(merged, RorqualForCausalLM) and merged.state_dict().keys() == before.keys()
+    torch.testing.assert_close(merged(ids).logits, expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(merged.generate(ids, do_sample=False, **OPTIONS), said)
