@@ -54,6 +54,6 @@ print(f"4. the cache after {cache.length} letters: {list(held.shape)} a layer, l
 print(f"   {held.shape[-1]} values a token, where 4 heads of keys and values would keep {4 * (16 + 8 + 16)}")
 
 prompt, tally = ids[0, :4].tolist(), Tally()
-said = "".join(string.printable[i] for i in speculate(model, prompt, max_new_tokens=60, tally=tally))
+said = "".join(string.printable[i] for (i,) in speculate(model, [prompt], max_new_tokens=60, tally=tally))
 print(f"5. {text[:4]!r} goes on {said!r}")
-print(f"   MTP drafted {tally.drafted} letters, {tally.accepted} stood; 60 letters took {tally.drafted + 1} forwards")
+print(f"   MTP drafted {tally.drafted} letters, {tally.accepted} stood; 60 letters took {tally.rounds + 1} forwards")

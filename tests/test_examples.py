@@ -1,5 +1,9 @@
-"""Every example runs from anywhere, in seconds, says what it does step by step, and fits on a page."""
+"""Every example runs from anywhere, in seconds, says what it does step by step, and fits on a page.
 
+`retrofit.py` alone needs a model and most of an hour; here it runs with a tiny model, and fits on four pages.
+"""
+
+import json
 import os
 import re
 import subprocess
@@ -9,7 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+RETROFIT = ROOT / "examples" / "retrofit.py"
+EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path != RETROFIT)
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error:::rorqual"}
 
 
 def test_there_are_examples() -> None:
@@ -18,8 +24,7 @@ def test_there_are_examples() -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_the_example_runs(path: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error:::rorqual"}
-    done = subprocess.run([sys.executable, path], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, path], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert not done.stderr.strip()
     steps = re.findall(r"^(\d)\. ", done.stdout, re.MULTILINE)
@@ -33,3 +38,28 @@ def test_the_example_is_short(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) < 60
     assert f"python examples/{path.name}" in text
+
+
+def test_retrofit_learns_with_both_arms_and_takes_them_off_again(tmp_path: Path) -> None:
+    command = [sys.executable, RETROFIT, "--smoke", "--facts", "6", "--minutes", "0.03", "--json", "found.json"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert re.findall(r"^(\d)\. ", done.stdout, re.MULTILINE) == ["1", "2", "3", "4"]
+    assert "both taken off again: +0.0000 nats" in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert {run["arm"] for run in found["runs"]} == set(found["best"]) == {"memory", "lora"}
+    assert len({(run["arm"], run["rate"]) for run in found["runs"]}) == 6
+    for run in found["runs"]:
+        assert run["steps"] >= 1 and 0 < run["touched"] <= run["trained"]
+        assert all(0 <= run[name] <= 1 for name in ("choosing", "held_out", "trained_forms"))
+        assert abs(run["other_text"] - found["before"]["other_text"] - run["forgot"]) < 1e-9
+    for arm, rate in found["best"].items():
+        runs = [run for run in found["runs"] if run["arm"] == arm]
+        assert max(runs, key=lambda run: run["choosing"])["rate"] == rate
+    assert len(RETROFIT.read_text(encoding="utf-8").splitlines()) < 300
+
+
+def test_retrofit_says_where_a_model_is_to_be_had(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, RETROFIT, "absent.gguf"], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "got model absent.gguf, expected a .gguf file" in done.stderr

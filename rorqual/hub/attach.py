@@ -3,28 +3,33 @@
     hidden <- hidden + engram(hidden)           before the block, as in our own models
     W_v = 0 and conv = 0 at first               so the model says what it said, bit for bit, until memory is trained
 
-Hooks put it there and take it away; no class of the host is changed. What memory keeps between calls (the last N-1 ids
-and the convolution's values) lives on the host's own cache object and follows its verbs. Only memory is trainable.
+Hooks put it there and take it away; no class of the host is changed. What memory keeps between calls (the ids and the
+convolution's values) lives on the host's own cache object and follows its verbs. Only memory is trainable.
 Retrofit of Conditional Memory via Scalable Lookup, arXiv:2601.07372.
 """
 
 import dataclasses
+import functools
+import inspect
 import json
+import os
+import weakref
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from rorqual import config as configs
 from rorqual.data.tokenizer import Tokenizer
+from rorqual.layers.addresses import Addresses, EngramConfig, row_totals
 from rorqual.layers.basics import Layout, layout
-from rorqual.layers.cache import Bundle, Past
-from rorqual.layers.engram import Addresses, Engram, EngramConfig, row_totals
+from rorqual.layers.cache import Bundle, Past, Recent
+from rorqual.layers.engram import Engram
 from rorqual.storage import DeviceTable, Pending
 
 NAME = "rorqual_memory"  # the submodule of the host that holds the memory
@@ -41,26 +46,26 @@ class Memory(nn.Module):
         self, config: EngramConfig, tokenizer: Tokenizer, vocabulary: int, width: int, *, seed: int, sparse: bool
     ) -> None:
         super().__init__()
-        self.config, self.width = config, width
+        self.config, self.width, self.vocabulary = config, width, vocabulary
         self.addresses = Addresses(config, tokenizer.canonical_map() if config.canonical else None, vocabulary)
         self.tables = nn.ModuleList(DeviceTable(rows, config.head_dim, sparse=sparse) for rows in row_totals(config))
         self.engrams = nn.ModuleList(Engram(config, width) for _ in config.layers)
-        self._start(torch.Generator().manual_seed(seed))
+        self.start("values", seed)
         self._host: tuple[nn.Module, ...] = ()  # a tuple, so that the host is no submodule of its memory
         self._frozen: list[tuple[nn.Parameter, bool]] = []
         self._hooks: list[Any] = []
+        self._caches: list[weakref.ref[Any]] = []  # those whose class was changed
         self._now: tuple[Layout, Tensor | None, list[Pending], Bundle | None] | None = None
 
     @torch.no_grad()
-    def _start(self, generator: torch.Generator) -> None:
-        """Rows normal with deviation 0.02; keys as Engram's init; values and convolution 0: an identity."""
-        for table in self.tables:
-            for parameter in table.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-        for engram in self.engrams:
+    def start(self, zero: str, seed: int = 0) -> None:
+        """New weights that add nothing: rows and projections normal, deviation 0.02; convolution 0, and `zero` 0."""
+        generator = torch.Generator().manual_seed(seed)
+        for table, engram in zip(self._stores, self.engrams, strict=True):
             assert isinstance(engram, Engram)
+            table.weight.copy_(torch.randn(table.weight.shape, generator=generator) * 0.02)
             engram.reset(generator)
-            engram.value_proj.weight.zero_()
+            (engram.value_proj if zero == "values" else table).weight.zero_()
 
     @property
     def _stores(self) -> list[DeviceTable]:
@@ -70,139 +75,196 @@ class Memory(nn.Module):
     def attached(self) -> bool:
         return bool(self._hooks)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the host takes its memory along, but neither the caches that others hold nor a call under way."""
+        return self.__dict__ | {"_caches": [], "_now": None}
+
     def new_state(self) -> Bundle:
         """What one cache of the host carries for the memory."""
-        of = (1, 0, torch.float32, torch.device("cpu"))
-        parts: dict[str, Any] = {"past": Past(), "ids": self.addresses.new_cache(*of)}
-        for layer, engram in zip(self.config.layers, self.engrams, strict=True):
-            assert isinstance(engram, Engram)
-            parts[f"layer{layer}"] = engram.new_cache(*of)
+        parts: dict[str, Any] = {"past": Past(), "ids": Everything(self.config.ngram - 1, fill=self.config.pad_id)}
+        if self.config.halo:
+            parts |= {f"layer{layer}": Everything(self.config.halo) for layer in self.config.layers}
         return Bundle(**parts)
 
     def mount(self, host: nn.Module) -> None:
-        """Hook into the host and make memory alone trainable. ValueError where it carries a memory already."""
-        if hasattr(host, NAME):
+        """Hook into the host and make memory alone trainable. ValueError, and nothing changes, where that cannot be."""
+        if any(isinstance(module, Memory) for module in host.modules()):
             raise ValueError("attach: the model already carries a memory; detach it first")
         body, blocks = find_blocks(host)
         if late := [layer for layer in self.config.layers if layer >= len(blocks)]:
             raise ValueError(f"layers: got {late}, expected indices of the model's blocks, 0..{len(blocks) - 1}")
+        lacking = {"input_ids", "past_key_values"} - inspect.signature(body.forward).parameters.keys()
+        if lacking or not getattr(host, "_supports_default_dynamic_cache", lambda: True)():
+            what = f"takes no {', '.join(sorted(lacking))}" if lacking else "has a cache of its own kind"
+            raise ValueError(f"attach: {type(body).__name__} {what}, expected a model with transformers' Cache")
+        if len(devices := {str(parameter.device) for parameter in host.parameters()}) > 1:
+            raise ValueError(f"attach: got a model on {', '.join(sorted(devices))}, expected one device for all of it")
+        floats = [parameter for parameter in host.parameters() if parameter.is_floating_point()]
+        self.to(device=floats[0].device, dtype=floats[0].dtype)
         self._frozen = [(parameter, parameter.requires_grad) for parameter in host.parameters()]
-        for parameter, _ in self._frozen:
+        for parameter in floats:
             parameter.requires_grad_(False)
-        self._hooks = [body.register_forward_pre_hook(self._before, with_kwargs=True)]
+        self._hooks = [
+            body.register_forward_pre_hook(self._before, with_kwargs=True),
+            body.register_forward_hook(self._after, always_call=True),
+        ]
         for place, layer in enumerate(self.config.layers):
-            self._hooks.append(blocks[layer].register_forward_pre_hook(self._recalling(place), with_kwargs=True))
+            hook = functools.partial(self._recall, place)
+            self._hooks.append(blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
         self._host = (host,)
-        first = next(host.parameters())
-        self.to(device=first.device, dtype=first.dtype)
         host.add_module(NAME, self)
 
     def detach(self) -> nn.Module:
-        """Take the memory off: the host computes, trains and saves as before. Returns the host."""
+        """Take the memory off: the host computes, trains and saves as before, its caches too. Returns the host."""
         if not self.attached:
             raise ValueError("detach: this memory is not attached")
         for hook in self._hooks:
             hook.remove()
         for parameter, trained in self._frozen:
             parameter.requires_grad_(trained)
+        for known in self._caches:
+            if (cache := known()) is not None:
+                cache.forget()
         (host,) = self._host
         delattr(host, NAME)
-        self._hooks, self._frozen, self._host, self._now = [], [], (), None
+        self._hooks, self._frozen, self._caches, self._host, self._now = [], [], [], (), None
         return host
 
     def save(self, path: str | Path) -> None:
-        """The memory alone, as one safetensors file whose header says what it fits."""
-        about = {"config": configs.to_dict(self.config), "width": self.width, "vocabulary": self._vocabulary}
+        """The memory alone, as one safetensors file whose header says what it fits; whole or not at all."""
+        about = {"config": configs.to_dict(self.config), "width": self.width, "vocabulary": self.vocabulary}
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, path, metadata={"format": FORMAT, "memory": json.dumps(about)})
-
-    @property
-    def _vocabulary(self) -> int:
-        return len(self.addresses.canonical_map)
+        beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+        save_file(tensors, beside, metadata={"format": FORMAT, "memory": json.dumps(about)})
+        beside.replace(path)
 
     def _before(self, body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the host's body runs: hash the ids once and ask for the rows of all layers."""
-        kwargs = dict(kwargs)
-        ids = args[0] if args else kwargs.get("input_ids")
+        if args:
+            kwargs = dict(zip(inspect.signature(body.forward).parameters, args, strict=False)) | kwargs
+        ids = kwargs.get("input_ids")
         if ids is None or kwargs.get("inputs_embeds") is not None:
             raise ValueError("memory: got inputs_embeds, expected input_ids: rows are addressed by token ids")
-        kwargs["past_key_values"] = cache = self._cache(body, kwargs)
-        state = None if cache is None else cache.memory
-        past = None if state is None else state.past
-        present, documents = _presence(kwargs, ids), None
-        if past is None or past.length == 0:
+        cache = self._cache(body, kwargs)
+        if cache is not None:
+            kwargs["past_key_values"] = cache
+        state = None if cache is None else cache.rorqual_state
+        past = Past() if state is None else state.past
+        present, documents = _presence(kwargs, ids, past.length), None
+        if past.length == 0:
             documents = _documents(kwargs, ids)
         batch, time = ids.shape
         where = layout(batch, time, ids.device, documents=documents, present=present, past=past)
         rows = self.addresses(ids, where, None if state is None else state.ids)  # [Lm, B, T, R]
         pending = [table.request(rows[place]) for place, table in enumerate(self._stores)]
         self._now = (where, self.addresses.live(ids, where), pending, state)
-        return args, kwargs
+        return (), kwargs
+
+    def _after(self, body: nn.Module, args: tuple, output: Any) -> None:
+        self._now = None
 
     def _cache(self, body: Any, kwargs: dict[str, Any]) -> Any:
         """The host's cache, made to carry the memory's state; None where this call keeps none."""
         cache = kwargs.get("past_key_values")
+        if kwargs.get("cache") is not None:
+            raise ValueError("memory: got a paged cache, expected generate(), which says what follows what")
         if cache is None:
             use = kwargs.get("use_cache")
-            if not (body.config.use_cache if use is None else use) or (body.training and torch.is_grad_enabled()):
+            use = getattr(body.config, "use_cache", False) if use is None else use
+            if not use or (body.training and torch.is_grad_enabled()):
                 return None
             cache = DynamicCache(config=body.config)
+        if not isinstance(cache, Cache):
+            raise ValueError(f"memory: got past_key_values as {type(cache).__name__}, expected a Cache of transformers")
         if not isinstance(cache, Remembering):
-            if cache.get_seq_length():
-                raise ValueError("memory: got a cache filled before the memory was attached, expected a new one")
             cache.__class__ = type("Remembering" + type(cache).__name__, (Remembering, type(cache)), {})
-            cache.memory = self.new_state()
+            self._caches = [known for known in self._caches if known() is not None] + [weakref.ref(cache)]
+            cache.rorqual_state, cache.rorqual_memory = self.new_state(), weakref.ref(self)
+        held, known = int(cache.get_seq_length()), cache.rorqual_state.past.length
+        if held != known or cache.rorqual_memory() is not self:
+            seen = known if cache.rorqual_memory() is self else 0
+            got = f"a cache of {held} tokens, {seen} of which it has seen"
+            raise ValueError(f"memory: got {got}, expected a new one: it was filled before the memory was attached")
         return cache
 
-    def _recalling(self, place: int):
-        layer = self.config.layers[place]
+    def _recall(
+        self, place: int, block: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        """Before a block that remembers: what it adds to the hidden state."""
+        assert self._now is not None
+        where, live, pending, state = self._now
+        hidden: Float[Tensor, "B T D"] = args[0] if args else kwargs["hidden_states"]
+        if hidden.dim() != 3 or hidden.shape[-1] != self.width:
+            got = f"{type(block).__name__} with hidden states {list(hidden.shape)}"
+            raise ValueError(f"memory: got {got}, expected [batch, time, {self.width}]: no memory fits this model")
+        kept = None if state is None else state.parts.get(f"layer{self.config.layers[place]}")
+        recalled = pending[place].wait().flatten(-2)  # [B, T, M]
+        added = self.engrams[place](hidden[:, :, None], recalled, where, kept, live)[:, :, 0]
+        hidden = hidden + added.to(hidden.dtype)
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
-        def hook(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            assert self._now is not None
-            where, live, pending, state = self._now
-            hidden: Float[Tensor, "B T D"] = args[0] if args else kwargs["hidden_states"]
-            kept = None if state is None else state.parts[f"layer{layer}"]
-            recalled = pending[place].wait().flatten(-2)  # [B, T, M]
-            given = (hidden[:, :, None], recalled, where)
-            if kept is not None and where.past == 0 and torch.is_grad_enabled():
-                with torch.no_grad():  # a cache carries no gradients: fill it beside the pass that does
-                    self.engrams[place](*given, kept, live)
-                kept = None
-            added = self.engrams[place](*given, kept, live)[:, :, 0]
-            hidden = hidden + added.to(hidden.dtype)
-            return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
-        return hook
+class Everything(Recent):
+    """All tokens, not the last few: a host's cache is cut back by any number of them. Gradients of new ones pass."""
+
+    def __init__(self, count: int, fill: int | float = 0) -> None:
+        super().__init__(count, slack=0, fill=fill)
+
+    def claim(self, new: Shaped[Tensor, "B T ..."]) -> tuple[Tensor, int]:
+        """The buffer, doubled when it is full, and the column from which the caller must write `new` into it."""
+        batch, time = new.shape[:2]
+        if self.buffer is None or (self.length == 0 and len(self.buffer) != batch):
+            self.buffer = new.new_full((batch, self.count + time + 16, *new.shape[2:]), self.fill)
+        if len(self.buffer) != batch:
+            raise ValueError(f"got a batch of {batch}, expected the {len(self.buffer)} rows that are cached")
+        if self.end + time > self.buffer.shape[1]:
+            more = self.buffer.new_full((batch, self.end + time, *new.shape[2:]), self.fill)
+            self.buffer = torch.cat([self.buffer[:, : self.end], more], dim=1)
+        at, self.end = self.end, self.end + time
+        self.length = self.known = self.length + time
+        return self.buffer, at
+
+    def extend(self, new: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "B L ..."]:
+        """The `count` tokens before `new`, and `new` itself with its gradient."""
+        window = super().extend(new)
+        return torch.cat([window[:, : -new.shape[1]], new], dim=1) if new.requires_grad else window
 
 
 class Remembering:
     """Mixed into the class of one host cache: the memory's state follows what is done to the cache."""
 
-    memory: Bundle
+    rorqual_state: Bundle
+    rorqual_memory: "weakref.ref[Memory]"
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self.memory.select(beam_idx)
+        self.rorqual_state.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)  # type: ignore[misc]
-        self.memory.select(indices)
+        self.rorqual_state.select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        rows = self.memory.parts["ids"].buffer
+        rows = self.rorqual_state.parts["ids"].buffer
         if rows is not None:
-            self.memory.select(torch.arange(len(rows), device=rows.device).repeat_interleave(repeats))
+            self.rorqual_state.select(torch.arange(len(rows), device=rows.device).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """By what the host's cache lost, whichever way this version of transformers counts."""
-        before = self.get_seq_length()  # type: ignore[attr-defined]
+        before = int(self.get_seq_length())  # type: ignore[attr-defined]
         super().crop(tokens_to_remove)  # type: ignore[misc]
-        self.memory.crop(before - self.get_seq_length())  # type: ignore[attr-defined]
+        lost = before - int(self.get_seq_length())  # type: ignore[attr-defined]
+        self.rorqual_state.crop(min(lost, self.rorqual_state.past.length))
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        self.memory.reset()
+        self.rorqual_state.reset()
+
+    def forget(self) -> None:
+        """The cache as it was before the memory came."""
+        self.__class__ = type(self).__bases__[1]
+        del self.rorqual_state, self.rorqual_memory
 
 
 def attach(
@@ -212,6 +274,7 @@ def attach(
     *,
     seed: int = 0,
     sparse: bool = False,
+    zero: str = "values",
     **options: Any,
 ) -> Memory:
     """Give a transformers causal model an Engram before the blocks `layers`; returns the memory.
@@ -219,21 +282,43 @@ def attach(
     tokenizer: the model's, ours or a fast one of transformers. `options` are EngramConfig's other fields
     (rows_per_head, heads, head_dim, ...). Logits are unchanged, bit for bit, until the memory is trained; the host's
     parameters are frozen. `sparse`: the tables' gradients name only the rows that were read, which few optimizers
-    take (ours does). ValueError for a model whose blocks cannot be found, or layers that it does not have.
+    take (ours does). `zero`: what is 0 at first, W_v, or the rows: then text whose n-grams were never trained keeps its
+    logits, bit for bit, unless its hashes meet trained rows. The memory has the model's device and dtype; of a model in
+    bfloat16 it is better trained in float32 (`memory.float()`). ValueError for a model whose blocks cannot be found, or
+    layers that it does not have.
     """
     ours = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.of(tokenizer)
     known = {field.name for field in dataclasses.fields(EngramConfig)} - {"layers"}
     if unknown := set(options) - known:
         raise ValueError(f"attach: got {', '.join(sorted(unknown))}, expected fields of EngramConfig")
+    if zero not in ("values", "rows"):
+        raise ValueError(f"zero: got {zero!r}, expected values or rows")
     settings = configs.from_dict(EngramConfig, {"pad_id": ours.pad_id, **options, "layers": list(layers)})
-    width = model.get_input_embeddings().weight.shape[1]
-    memory = Memory(settings, ours, _vocabulary_of(model, ours), width, seed=seed, sparse=sparse)
+    find_blocks(model)  # before anything large is made
+    memory = Memory(settings, ours, _vocabulary_of(model, ours), _width_of(model), seed=seed, sparse=sparse)
+    memory.start(zero, seed)
     memory.mount(model)
     return memory
 
 
-def load_memory(model: PreTrainedModel, tokenizer: Any, path: str | Path) -> Memory:
-    """Attach what `Memory.save` wrote. ValueError where it is no such file, or is of another model or tokenizer."""
+def load_memory(model: PreTrainedModel, tokenizer: Any, path: str | Path, *, sparse: bool = False) -> Memory:
+    """Attach what `Memory.save` wrote, in the dtype it had. ValueError where it is no such file, or is of another model
+    or tokenizer; the model is then left as it was."""
+    config, width, tensors = _read(path)
+    if width != (own := _width_of(model)):
+        raise ValueError(f"{path}: made for a model of width {width}, got one of width {own}")
+    options = {name: value for name, value in config.items() if name != "layers"}
+    memory = attach(model, tokenizer, tuple(config["layers"]), sparse=sparse, **options)
+    try:
+        memory.to(tensors["engrams.0.value_proj.weight"].dtype).load_state_dict(tensors)
+    except (ValueError, RuntimeError) as error:
+        memory.detach()
+        raise ValueError(f"{path}: {error}") from error
+    return memory
+
+
+def _read(path: str | Path) -> tuple[dict[str, Any], int, dict[str, Tensor]]:
+    """A memory file's config, width and tensors. ValueError, before anything large is made, where they do not agree."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -242,31 +327,39 @@ def load_memory(model: PreTrainedModel, tokenizer: Any, path: str | Path) -> Mem
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} is no memory: got format {header.get('format')!r}, expected {FORMAT!r}")
-    about = json.loads(header["memory"])
-    width = model.get_input_embeddings().weight.shape[1]
-    if about["width"] != width:
-        raise ValueError(f"{path}: made for a model of width {about['width']}, got one of width {width}")
-    options = {name: value for name, value in about["config"].items() if name != "layers"}
-    memory = attach(model, tokenizer, tuple(about["config"]["layers"]), **options)
     try:
-        memory.load_state_dict(tensors)
-    except (ValueError, RuntimeError) as error:
-        memory.detach()
-        raise ValueError(f"{path}: {error}") from error
-    return memory
+        about = json.loads(header["memory"])
+        config, width = about["config"], int(about["width"])
+        least = sum(config["rows_per_head"]) * config["heads"]
+        for place in range(len(config["layers"])):
+            if len(tensors[f"tables.{place}.weight"]) < least:
+                raise ValueError(f"table {place} has fewer than the {least} rows of its config")
+        assert tensors["engrams.0.value_proj.weight"].is_floating_point()
+    except (ValueError, TypeError, KeyError, AssertionError, RecursionError) as error:
+        raise ValueError(f"{path} is no memory that Memory.save wrote: {error!r}") from error
+    return config, width, tensors
 
 
 def find_blocks(host: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """The module whose forward runs the blocks, and the blocks."""
+    """The module whose forward runs the blocks, and the blocks. ValueError for what is no causal model."""
     config = getattr(host, "config", None)
-    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None) if config is not None else None
+    text = config.get_text_config(decoder=True) if config is not None else None
+    count = getattr(text, "num_hidden_layers", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"attach: got {type(host).__name__}, an encoder and a decoder, expected a causal model")
     for module in host.modules():
         for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == count and getattr(module, "config", None) is not None:
+            of_text = type(getattr(module, "config", None)) is type(text)
+            if of_text and isinstance(child, nn.ModuleList) and len(child) == count:
                 return module, child
     raise ValueError(
         f"attach: found no list of {count} blocks in {type(host).__name__}, expected a causal model of transformers"
     )
+
+
+def _width_of(model: PreTrainedModel) -> int:
+    """Of the hidden states, which in some models is not that of the embedding."""
+    return model.config.get_text_config(decoder=True).hidden_size
 
 
 def _vocabulary_of(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
@@ -278,21 +371,28 @@ def _vocabulary_of(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
     return rows
 
 
-def _presence(kwargs: dict[str, Any], ids: Tensor) -> Tensor | None:
-    """Which of the new tokens are there, from the host's attention mask."""
-    mask = kwargs.get("attention_mask")
+def _presence(kwargs: dict[str, Any], ids: Tensor, past: int) -> Tensor | None:
+    """Which of the new tokens are there, from the host's attention mask: a token that is sees itself."""
+    mask, time = kwargs.get("attention_mask"), ids.shape[1]
+    if isinstance(mask, dict):  # one for each kind of attention
+        mask = mask.get("full_attention")
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < ids.shape[1]:
-        raise ValueError("memory: expected a two-dimensional attention_mask [batch, cached + new tokens], or none")
-    present = mask[:, -ids.shape[1] :].bool()
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= time:
+        present = mask[:, -time:].bool()
+    elif isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == time and mask.shape[3] >= past + time:
+        own = mask[:, 0, :, past : past + time].diagonal(dim1=1, dim2=2)
+        present = (own if own.dtype == torch.bool else own >= 0).expand(ids.shape)
+    else:
+        got = f"{type(mask).__name__} {list(mask.shape) if isinstance(mask, Tensor) else ''}".strip()
+        raise ValueError(f"memory: got attention_mask {got}, expected [batch, cached + new tokens], or none")
     return None if bool(present.all()) else present
 
 
 def _documents(kwargs: dict[str, Any], ids: Tensor) -> Tensor | None:
     """Packed documents, which the host is told of by position ids that start again; None where they do not."""
     positions = kwargs.get("position_ids")
-    if positions is None or kwargs.get("attention_mask") is not None or positions.shape[-1] != ids.shape[1]:
+    if positions is None or kwargs.get("attention_mask") is not None or positions.shape[1:] != ids.shape[1:]:
         return None
     begins = nn.functional.pad(positions.diff(dim=-1) != 1, (1, 0))
     return begins.long().cumsum(-1).expand(ids.shape) if bool(begins.any()) else None
