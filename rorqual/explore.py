@@ -11,7 +11,6 @@ It listens on this machine alone and takes JSON alone, so that a page of another
 process: the run's folder is never written.
 """
 
-import json
 import socket
 import threading
 import webbrowser
@@ -40,6 +39,7 @@ from rorqual.config import from_dict
 from rorqual.layers.router import Routing
 from rorqual.memory import Editor
 from rorqual.serve.generate import Run, load
+from rorqual.serve.protocol import body
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 LARGEST = 1 << 20  # bytes of a request
@@ -317,7 +317,7 @@ def app(run: Run) -> Starlette:
     def answering(kind: type[Any], call: Callable[[Any], dict[str, Any]]) -> Callable[[Request], Any]:
         async def answer(request: Request) -> Response:
             try:
-                found = await run_in_threadpool(call, from_dict(kind, await _body(request)))
+                found = await run_in_threadpool(call, from_dict(kind, _object(await body(request, LARGEST))))
                 return JSONResponse(found)
             except ValueError as error:
                 return JSONResponse({"error": str(error)}, status_code=400)
@@ -336,19 +336,7 @@ def app(run: Run) -> Starlette:
     )
 
 
-async def _body(request: Request) -> dict[str, Any]:
-    kind = request.headers.get("content-type", "").split(";")[0].strip()
-    if kind != "application/json":
-        raise ValueError(f"content-type: got {kind or 'none'}, expected application/json")
-    content = bytearray()
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > LARGEST:
-            raise ValueError(f"body: got more than {LARGEST} bytes, expected a smaller request")
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"body: got no JSON, expected an object: {error}") from error
+def _object(found: Any) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"body: got a {type(found).__name__}, expected an object")
     return found

@@ -240,9 +240,9 @@ def test_nonsense_is_refused_with_a_sentence(client, path, body, said):
 @pytest.mark.parametrize(
     "content, kind, said",
     [
-        (b"{", "application/json", "got no JSON"),
-        (b"\xff", "application/json", "got no JSON"),
-        (b"[" * 100_000, "application/json", "got no JSON"),
+        (b"{", "application/json", "is not JSON"),
+        (b"\xff", "application/json", "is not JSON"),
+        (b"[" * 100_000, "application/json", "is not JSON"),
         (b'{"text": "a"}', "text/plain", "expected application/json"),
         (b" " * (explore.LARGEST + 1), "application/json", "expected a smaller request"),
     ],

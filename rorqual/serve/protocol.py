@@ -4,15 +4,17 @@ The words are OpenAI's, of /v1/completions and /v1/chat/completions, and top_k, 
 """
 
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.requests import Request
+
 from rorqual.serve.sampling import Sampling
 
-NEUTRAL: Mapping[
-    str, tuple[Any, ...]
-] = {  # accepted at these values only: they ask for something that is not done here
+# Accepted at these values only: they ask for something that is not done here.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "echo": (None, False),
     "logprobs": (None, False, 0),
     "top_logprobs": (None, 0),
@@ -56,6 +58,22 @@ class Ask:
     copies: int = 1
     stream: bool = False
     usage: bool = False
+
+
+async def body(http: Request, largest: int) -> Any:
+    """What a request carries; ValueError for another content type, more than `largest` bytes, or no JSON."""
+    kind = http.headers.get("content-type", "").split(";")[0].strip()
+    if kind != "application/json":
+        raise ValueError(f"content-type: got {kind or 'none'}, expected application/json")
+    content = bytearray()
+    async for chunk in http.stream():
+        content += chunk
+        if len(content) > largest:
+            raise ValueError(f"body: got more than {largest} bytes, expected a smaller request")
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:  # json reads by recursion
+        raise ValueError(f"body is not JSON: {error}") from error
 
 
 def parse(body: Any, *, chat: bool, most: int = 64) -> Ask:

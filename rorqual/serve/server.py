@@ -29,7 +29,7 @@ from starlette.routing import Route
 from rorqual import runtime
 from rorqual.serve.engine import Engine, Request
 from rorqual.serve.generate import Run, TextStream
-from rorqual.serve.protocol import Ask, parse
+from rorqual.serve.protocol import Ask, body, parse
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 LARGEST = 8 * 2**20  # bytes of a request's body
@@ -196,7 +196,7 @@ def application(service: Service, *, hosts: Sequence[str] = LOCAL) -> Starlette:
 
 async def _answer(service: Service, http: Http, *, chat: bool) -> Response:
     try:
-        ask = parse(await _body(http), chat=chat)
+        ask = parse(await body(http, LARGEST), chat=chat)
         prompts = await run_in_threadpool(service.prompts, ask)  # it may load a template and tokenise megabytes
         taken = service.submit(ask, prompts)
     except ValueError as error:
@@ -214,21 +214,6 @@ async def _answer(service: Service, http: Http, *, chat: bool) -> Response:
         service.forget(taken)
     choices = [words.choice(row, text, finish) for row, (text, finish) in enumerate(results)]
     return JSONResponse(words.whole(choices) | {"usage": words.usage([request for request, _ in taken])})
-
-
-async def _body(http: Http) -> Any:
-    kind = http.headers.get("content-type", "").split(";")[0].strip()
-    if kind != "application/json":
-        raise ValueError(f"content-type: got {kind or 'none'}, expected application/json")
-    content = bytearray()
-    async for chunk in http.stream():
-        content += chunk
-        if len(content) > LARGEST:
-            raise ValueError(f"body: got more than {LARGEST} bytes, expected a smaller request")
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"body is not JSON: {error}") from error
 
 
 async def _whole(service: Service, ask: Ask, request: Request, queue: asyncio.Queue) -> tuple[str, str | None]:
