@@ -26,7 +26,7 @@ from rorqual.layers.engram import Addresses, Engram, EngramConfig, row_totals
 from rorqual.layers.hyper import Connection, Exit, HyperConfig, Residual, enter
 from rorqual.layers.moba import MoBA, MoBAConfig
 from rorqual.layers.moe import MoE, MoEConfig
-from rorqual.layers.mtp import MTP, MTPConfig
+from rorqual.layers.mtp import MTP, MTPConfig, ahead
 from rorqual.layers.nsa import NSA, NSAConfig
 from rorqual.layers.router import Routing
 from rorqual.storage import DeviceTable
@@ -106,6 +106,12 @@ class Step(NamedTuple):
     ids: Int[Tensor, "B T"]
     live: Bool[Tensor, "B T"] | None = None  # False where nothing is recalled
 
+    def last(self) -> "Step":
+        """The same call's last position alone, the others behind it as if cached."""
+        cos, sin, ids = self.cos[:, -1:], self.sin[:, -1:], self.ids[:, -1:]
+        live = None if self.live is None else self.live[:, -1:]
+        return Step(self.layout.last(), cos, sin, ids, live)
+
 
 def _attention(config: ModelConfig) -> MLA | GQA:
     if config.mla is not None:
@@ -141,8 +147,15 @@ class Block(nn.Module):
         self.ffn_site = Residual() if hyper is None else Connection(hyper, config.dim, 2 * index + 1)
 
     def forward(
-        self, streams: Float[Tensor, "B T S D"], step: Step, memory=None, carried=None, cache: Bundle | None = None
-    ) -> tuple[Float[Tensor, "B T S D"], Tensor | None, Routing | None]:
+        self,
+        streams: Float[Tensor, "B T S D"],
+        step: Step,
+        memory=None,
+        carried=None,
+        cache: Bundle | None = None,
+        last: bool = False,
+    ) -> tuple[Float[Tensor, "B T2 S D"], Tensor | None, Routing | None]:
+        """`last`: the output of the last position alone, T2 = 1."""
         part = cache.parts if cache is not None else {}
         if self.engram is not None:
             recalled = memory.wait().flatten(-2)  # [B, T, M]
@@ -154,6 +167,8 @@ class Block(nn.Module):
             ),
             carried,
         )
+        if last:
+            streams, step, carried = streams[:, -1:], step.last(), None if carried is None else carried[:, -1:]
         routing: list[Routing] = []
 
         def feed_forward(hidden: Tensor) -> Tensor:
@@ -221,10 +236,11 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(hidden)).float()
 
     def hidden(
-        self, ids: Int[Tensor, "B T"], *, documents=None, present=None, cache: Cache | None = None
-    ) -> tuple[Float[Tensor, "B T D"], list[Routing]]:
+        self, ids: Int[Tensor, "B T"], *, documents=None, present=None, cache: Cache | None = None, last: bool = False
+    ) -> tuple[Float[Tensor, "B T2 D"], list[Routing]]:
         """The last block's output before the final norm, and how every mixture of experts routed.
 
+        `last`: of the last position alone, T2 = 1, which a prompt's other positions need not reach.
         documents [B, T] numbers packed documents, which never see each other; present [B, T] is False at padding.
         """
         past = cache.past if cache is not None else None
@@ -237,7 +253,8 @@ class LanguageModel(nn.Module):
         carried, routings = None, []
         for index, block in enumerate(self.blocks):
             part = cache.layers[index] if cache is not None else None
-            streams, carried, routing = block(streams, step, pending.get(index), carried, part)
+            only = last and index == self.config.layers - 1
+            streams, carried, routing = block(streams, step, pending.get(index), carried, part, only)
             if routing is not None:
                 routings.append(routing)
         hidden = self.exit(streams, carried) if self.exit is not None else streams[:, :, 0]
@@ -270,7 +287,7 @@ class LanguageModel(nn.Module):
 
         Its logits are head(mtp[depth].norm(hidden)); the hidden is what depth + 1 takes.
         """
-        past = cache.draft_past if cache is not None else None
+        past = cache.drafts[depth].past if cache is not None else None
         where = layout(
             following.shape[0], following.shape[1], following.device, documents=documents, present=present, past=past
         )
@@ -285,7 +302,7 @@ class LanguageModel(nn.Module):
         hidden, routings = self.hidden(ids, documents=documents, present=present)
         tokens = (labels != IGNORED).sum()
         next_token = self._nats(self.norm(hidden), labels)
-        mtp, more = self._mtp_loss(hidden, labels, documents, present)
+        mtp, more = self._mtp_loss(ids, hidden, labels, documents, present)
         balance: dict[str, Tensor] = {}
         for routing in (*routings, *more):
             assert self.config.moe is not None
@@ -302,22 +319,17 @@ class LanguageModel(nn.Module):
         summed = chunked_cross_entropy(normed.flatten(0, 1), self.head.weight, labels.flatten())
         return summed / (labels != IGNORED).sum().clamp_min(1)
 
-    def _mtp_loss(self, hidden, labels, documents, present) -> tuple[Tensor | None, list[Routing]]:
-        """Depth k sees the ids up to t + k and foretells t + k + 1, within one document."""
+    def _mtp_loss(self, ids, hidden, labels, documents, present) -> tuple[Tensor | None, list[Routing]]:
+        """Depth k is told the ids up to t + k, labels or not, and foretells label t + k, within one document."""
         if self.config.mtp is None:
             return None, []
-        nats, routings, following = [], [], labels
-        for depth in range(self.config.mtp.depth):
-            known = following.clamp_min(0)
+        nats, routings, known, target = [], [], ahead(ids, documents, 0), labels
+        known[:, -1:] = labels[:, -1:].clamp_min(0)
+        for depth, module in enumerate(self.mtp):
             hidden, routing = self.draft(hidden, known, depth=depth, documents=documents, present=present)
-            target = torch.full_like(following, IGNORED)
-            target[:, :-1] = following[:, 1:]
-            target[following == IGNORED] = IGNORED
-            if documents is not None:
-                target[:, :-1][documents[:, 1:] != documents[:, :-1]] = IGNORED
-            nats.append(self._nats(cast(MTP, self.mtp[depth]).norm(hidden), target))
+            known, target = ahead(known, documents, 0), ahead(target, documents, IGNORED)
+            nats.append(self._nats(cast(MTP, module).norm(hidden), target))
             routings += [routing] if routing is not None else []
-            following = target
         return torch.stack(nats).mean(), routings
 
     def new_cache(self, batch: int, capacity: int = 256) -> Cache:
@@ -327,9 +339,10 @@ class LanguageModel(nn.Module):
         weight = self.embed.weight
         of = (batch, capacity, weight.dtype, weight.device)
         ids = self.addresses.new_cache(*of) if self.addresses is not None else None
-        drafts = [cast(Block, cast(MTP, module).block).new_cache(*of) for module in self.mtp]
+        blocks = [cast(Block, cast(MTP, module).block) for module in self.mtp]
+        drafts = [Bundle(past=Past(capacity), **block.new_cache(*of).parts) for block in blocks]
         layers = [cast(Block, block).new_cache(*of) for block in self.blocks]
-        return Cache(layers, Past(capacity), ids, drafts, Past(capacity))
+        return Cache(layers, Past(capacity), ids, drafts)
 
 
 def init(model: LanguageModel, seed: int = 0) -> None:

@@ -1,9 +1,11 @@
 """pytest in -> rorqual imported with its shapes checked, on as many threads as there are cores for.
 
 Every jaxtyping annotation in rorqual is checked by beartype while tests run, and by nothing in production.
-torch.compile cannot trace the checks, so a test marked `compiled` runs in a process of its own without them.
+torch.compile cannot trace the checks, so a test marked `compiled` runs in a process of its own without them. One marked
+`interpreted` runs Triton's kernels: on a GPU where there is one, else in a process of its own, interpreted.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -25,19 +27,28 @@ import torch  # noqa: E402 (after the hook and the threads, which it reads when 
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+ALONE = {  # what a test so marked needs in its environment before anything is imported
+    "compiled": {"RORQUAL_SHAPES": "0"},
+    "interpreted": {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"},
+}
+
 
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Hands a test marked `compiled` to a process in which shapes are not checked."""
-    if not CHECKED or pyfuncitem.get_closest_marker("compiled") is None:
+    """Hands a test whose mark asks for another environment to a process of its own."""
+    marks = [mark.name for mark in pyfuncitem.iter_markers() if mark.name in ALONE]
+    needed = {name: value for mark in marks for name, value in ALONE[mark].items()}
+    if "interpreted" in marks and importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if all(os.environ.get(name) == value for name, value in needed.items()):
         return None
-    if any(map(str.isspace, torch.__file__)):
+    if "compiled" in marks and any(map(str.isspace, torch.__file__)):
         pytest.skip("torch's C++ builder does not quote its folder, and this one has a space in its name")
     pytest_quietly = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", ""]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         [sys.executable, *pytest_quietly, pyfuncitem.nodeid],
         cwd=pyfuncitem.config.rootpath,
-        env=environment | {"RORQUAL_SHAPES": "0"},
+        env=environment | needed,
         capture_output=True,
         text=True,
     )
@@ -61,6 +72,12 @@ def poisoned() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(strict)
     torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+@pytest.fixture
+def tiled() -> torch.device:
+    """Where Triton's kernels run in a test marked `interpreted`."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")

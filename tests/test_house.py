@@ -13,7 +13,7 @@ FILES = sorted(HOUSE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 BANNED = {"utils", "util", "common", "base", "helpers", "helper", "misc", "core"}
 OPTIONAL = {  # what an extra or the user brings, and what takes seconds to load and is seldom needed
-    "accelerate", "datasets", "huggingface_hub", "lm_eval", "matplotlib", "numba", "olmo_core", "peft", "pyarrow",
+    "accelerate", "datasets", "huggingface_hub", "lm_eval", "matplotlib", "olmo_core", "peft", "pyarrow",
     "starlette", "tensorboard", "transformers", "triton", "uvicorn",
 }  # fmt: skip
 MAY_DISTRIBUTE = {"parallel.py", "checkpoint.py", "train"}  # the rest of the house does not know that others exist
@@ -179,7 +179,8 @@ def test_tests_mirror_a_file_each() -> None:
         "test_readme.py",
         "test_examples.py",
         "test_soak.py",
-    }  # of no one file; soak: benchmarks/
+        "test_golden.py",
+    }  # of no one file; soak: benchmarks/; golden: tests/golden/check.py
     for path in TESTS:
         if path.name.startswith("test_") and path.name not in standing:
             inside = path.relative_to(ROOT / "tests")

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.live import Live
@@ -48,16 +48,16 @@ class Job(NamedTuple):
             return False
 
 
-def last(folder: Path, key: str = "loss") -> dict[str, float]:
+def last(folder: Path, key: str = "loss") -> dict[str, Any]:
     """The newest metrics of a run that hold `key`; empty when there are none yet."""
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     for line in records(folder):
         if key in line:
             found = line
     return found
 
 
-def records(folder: Path) -> list[dict[str, float]]:
+def records(folder: Path) -> list[dict[str, Any]]:
     """Every line of metrics.jsonl; a line still being written is left out."""
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rorqual.config import choose
-from rorqual.kernels import compiled, engram, moe, rows
+from rorqual.kernels import compiled, convolve, engram, fuse, moe, rows, step, triton_twins
 
 VARIABLE = "RORQUAL_KERNELS"
 REFERENCE = "reference"
@@ -31,10 +31,22 @@ class Twin:
 
 TWINS: Mapping[str, tuple[Twin, ...]] = MappingProxyType(
     {
-        "engram_rows": (Twin("numba", engram.hash_rows, compiled.usable),),
+        "engram_rows": (
+            Twin("numba", engram.hash_rows, compiled.usable),
+            Twin("triton", triton_twins.hash_rows, triton_twins.usable("engram_rows")),
+        ),
+        "engram_follow": (Twin("numba", engram.follow_rows, compiled.usable),),
+        "engram_convolve": (Twin("numba", convolve.convolve, rows.usable),),
+        "engram_fuse": (
+            Twin("numba", fuse.fuse, rows.usable),
+            Twin("triton", triton_twins.fuse, triton_twins.usable("engram_fuse")),
+        ),
+        "fp8_rows": (Twin("triton", triton_twins.recall, triton_twins.usable("fp8_rows")),),
+        "decode_step": (Twin("numba", step.Step, rows.usable),),
         "best_experts": (Twin("numba", moe.best, compiled.usable),),
         "sort_by_expert": (Twin("numba", moe.sort, compiled.usable),),
         "row_adam": (Twin("numba", rows.row_adam, rows.usable),),
+        "sum_rows": (Twin("numba", rows.sum_rows, rows.usable),),
     }
 )
 

@@ -37,6 +37,7 @@ class MLAConfig:
     rope_dim: int = 16  # per head, rotated; the key's is shared by all heads
     value_dim: int = 16
     eps: float = 1e-6  # of both latents' norms, whatever the model's is
+    bias: bool = False  # on the two projections down and the one out
 
     def __post_init__(self) -> None:
         for name in ("heads", "kv_lora_rank", "nope_dim", "rope_dim", "value_dim"):
@@ -86,7 +87,9 @@ def attend(
     Query t sees the keys where `mask` is True; without a mask those up to t (`causal`, T = L) or all. The fused path
     wants values as wide as keys: the narrower are padded with zeros, which change nothing.
     """
-    key_width, value_width = key.shape[-1], value.shape[-1]
+    dtype, key_width, value_width = query.dtype, key.shape[-1], value.shape[-1]
+    if query.device.type == "cpu" and query.requires_grad and dtype in (torch.bfloat16, torch.float16):
+        query, key, value = query.float(), key.float(), value.float()  # its backward is the faster one there
     if value_width < key_width:
         value = F.pad(value, (0, key_width - value_width))
     elif value_width > key_width:
@@ -100,7 +103,7 @@ def attend(
         scale=scale,
         enable_gqa=query.shape[2] != key.shape[2],
     )
-    return out.transpose(1, 2)[..., :value_width]
+    return out.transpose(1, 2)[..., :value_width].to(dtype)
 
 
 def _visibility(layout: Layout, allowed: Tensor | None = None) -> tuple[Tensor | None, bool]:
@@ -131,13 +134,13 @@ class MLA(nn.Module):
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(dim, query, bias=False)
         else:
-            self.q_a_proj = nn.Linear(dim, config.q_lora_rank, bias=False)
+            self.q_a_proj = nn.Linear(dim, config.q_lora_rank, bias=config.bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.eps)
             self.q_b_proj = nn.Linear(config.q_lora_rank, query, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(dim, config.kv_lora_rank + config.rope_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(dim, config.kv_lora_rank + config.rope_dim, bias=config.bias)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.eps)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, config.heads * (config.nope_dim + config.value_dim), bias=False)
-        self.o_proj = nn.Linear(config.heads * config.value_dim, dim, bias=False)
+        self.o_proj = nn.Linear(config.heads * config.value_dim, dim, bias=config.bias)
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Bundle:
         """Room for `capacity` tokens of kv_lora_rank + rope_dim values; allocated at the first token."""

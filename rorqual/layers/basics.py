@@ -15,13 +15,39 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from rorqual.layers.cache import Past
+
+LOGITS = 1 << 22  # 16 MiB of them in float32
 
 
 def rms_norm(x: Float[Tensor, "*B D"], weight: Float[Tensor, " D"] | None, eps: float) -> Float[Tensor, "*B D"]:
     """x / sqrt(mean(x^2) + eps) * weight, in float32, returned in the dtype of x."""
-    return F.rms_norm(_wide(x), x.shape[-1:], None if weight is None else _wide(weight), eps).to(x.dtype)
+    if weight is None:
+        return F.rms_norm(_wide(x), x.shape[-1:], None, eps).to(x.dtype)
+    return _RMSNorm.apply(_wide(x), _wide(weight), eps).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """What torch forms of seven operations forward and a dozen backward. Once differentiable."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        """With n = x scale: dL/dn = g w, dL/dx = scale (dL/dn - n mean(dL/dn n)), dL/dw = sum g n."""
+        x, weight, scale = ctx.saved_tensors
+        normed = x * scale
+        along = grads[0] * normed
+        to_weight = along.flatten(0, -2).sum(0)
+        share = (along @ weight).unsqueeze(-1) / x.shape[-1]
+        return normed.mul_(-share).addcmul_(grads[0], weight).mul_(scale), to_weight, None
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -134,6 +160,9 @@ def rotate(
     """Each pair (a, b) of the last axis to (a cos - b sin, a sin + b cos), P = 2 F; heads may lie between T and P."""
     shape = (*cos.shape[:2], *(1,) * (x.dim() - 3), cos.shape[-1])
     cos, sin = cos.view(shape), sin.view(shape)
+    if interleaved and cos.dtype == x.dtype and not torch.compiler.is_compiling():  # a pair is a complex number
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
     turned = first * cos - second * sin, first * sin + second * cos
     return (torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)).to(x.dtype)
@@ -175,6 +204,19 @@ class Layout:
             return self.mask
         time = self.positions.shape[1]
         return _causal(time, self.past + time, self.positions.device)[None, None]
+
+    def last(self) -> "Layout":
+        """The last new token alone, the others as if they had been cached before."""
+        return Layout(
+            positions=self.positions[:, -1:],
+            documents=None if self.documents is None else self.documents[:, -1:],
+            present=None if self.present is None else self.present[:, -1:],
+            mask=None if self.mask is None else self.mask[:, :, -1:],
+            key_positions=self.key_positions,
+            key_documents=self.key_documents,
+            key_present=self.key_present,
+            past=self.past + self.positions.shape[1] - 1,
+        )
 
 
 def _causal(time: int, length: int, device: torch.device) -> Bool[Tensor, "T L"]:
@@ -256,14 +298,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = _wide(torch.zeros_like(weight)) if wants_weight else None
         for start in range(0, hidden.shape[0], chunk):
             rows, targets = hidden[start : start + chunk], labels[start : start + chunk]
-            logits = _wide(rows @ weight.T)
-            total += F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+            log = _wide(rows @ weight.T).log_softmax(-1)
+            total += F.nll_loss(log, targets, ignore_index=-100, reduction="sum")
             if wants_hidden or wants_weight:
-                error = _error(logits, targets).to(hidden.dtype)
+                kept, places = (targets != -100)[:, None], targets.clamp_min(0)[:, None]
+                error = log.exp_()  # softmax - onehot; rows without a target are left out below
+                error = error.scatter_add_(1, places, error.new_full(places.shape, -1.0)).to(hidden.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[start : start + chunk] = error @ weight
+                    torch.mul(error @ weight, kept, out=grad_hidden[start : start + chunk])
                 if grad_weight is not None:
-                    grad_weight += error.T @ rows
+                    _add_product(grad_weight, error.T, rows * kept)
         ctx.gradients = grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype)
         return total
 
@@ -273,22 +317,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return hidden, weight, None, None, None
 
 
-def _error(logits: Tensor, targets: Tensor) -> Tensor:
-    """softmax(logits) - onehot(targets), zero where the target is ignored."""
-    kept = (targets != -100).unsqueeze(1)
-    error = logits.softmax(-1)
-    error.scatter_add_(1, targets.clamp_min(0).unsqueeze(1), -torch.ones_like(error[:, :1]))
-    return error * kept
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, where it can be without a pass of its own."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def chunked_cross_entropy(
-    hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, " N"], chunk: int = 2048
+    hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, " N"], chunk: int | None = None
 ) -> Float[Tensor, ""]:
     """Sum over rows of -log softmax(hidden @ weight.T)[label] in nats, rows with label -100 left out.
 
     At most `chunk` rows of logits exist at a time. The product is taken in the dtype of its operands, all that
     follows in float32. Once differentiable.
     """
+    if chunk is None:  # on a CPU what stays in its caches; a chunk costs one pass over the weight's gradient
+        chunk = min(max(LOGITS // len(weight), 256), 2048) if weight.device.type == "cpu" else 2048
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, torch.is_grad_enabled())
 
 

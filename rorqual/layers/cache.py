@@ -48,6 +48,17 @@ class Appended:
         self.length = stop
         return self.buffer[:, :stop]
 
+    def claim(self, count: int) -> tuple[Shaped[Tensor, "B L ..."], int]:
+        """The buffer and the column from which the caller must write `count` tokens into it. ValueError where nothing
+        has been appended, so that neither width nor batch is known."""
+        if self.buffer is None or not self.length:
+            raise ValueError("claim: got an empty cache, expected one that holds a token: append the first")
+        at, stop = self.length, self.length + count
+        if self.buffer.shape[1] < stop:
+            self._grow(self.buffer, stop)
+        self.length = stop
+        return self.buffer, at
+
     def _grow(self, new: Tensor, needed: int) -> None:
         held = 0 if self.buffer is None else self.buffer.shape[1]
         size = max(needed, self.capacity, 2 * held if held < needed else held, 16)
@@ -93,24 +104,34 @@ class Recent:
     def extend(self, new: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "B L ..."]:
         """Put `new` behind what is held; returns the `count` tokens before it and `new` itself, L = count + T."""
         new, time, keep = new.detach(), new.shape[1], self.count + self.slack
-        if self.buffer is None or (self.length == 0 and self.buffer.shape[0] != new.shape[0]):
-            self.buffer = new.new_full((new.shape[0], 2 * keep + 16, *new.shape[2:]), self.fill)
-        if self.buffer.shape[0] != new.shape[0]:
-            raise ValueError(f"got a batch of {new.shape[0]}, expected the {self.buffer.shape[0]} rows that are cached")
-        if self.end + time > self.buffer.shape[1]:
-            self._to_front(keep)
-        start = self.end - self.count
-        if self.end + time <= self.buffer.shape[1]:
-            self.buffer[:, self.end : self.end + time] = new
-            result, self.end = self.buffer[:, start : self.end + time], self.end + time
-        else:
-            result = torch.cat([self.buffer[:, start : self.end], new], dim=1)
-            whole = torch.cat([self.buffer[:, : self.end], new], dim=1)
-            self.buffer[:, :keep] = whole[:, whole.shape[1] - keep :]
-            self.end = keep
-        self.length += time
-        self.known = min(self.known + time, keep)
+        if (claimed := self.claim(new)) is not None:
+            buffer, at = claimed
+            buffer[:, at : at + time] = new
+            return buffer[:, at - self.count : at + time]
+        assert self.buffer is not None
+        result = torch.cat([self.buffer[:, self.end - self.count : self.end], new], dim=1)
+        whole = torch.cat([self.buffer[:, : self.end], new], dim=1)
+        self.buffer[:, :keep] = whole[:, whole.shape[1] - keep :]
+        self.length, self.known, self.end = self.length + time, min(self.known + time, keep), keep
         return result
+
+    def claim(self, new: Shaped[Tensor, "B T ..."]) -> tuple[Tensor, int] | None:
+        """The buffer [B, L, ...] and the column from which the caller must write `new` into it.
+
+        None, and nothing is claimed, where the buffer is too short: `extend` then. ValueError if the batch has changed.
+        """
+        (batch, time), keep, buffer = new.shape[:2], self.count + self.slack, self.buffer
+        if buffer is None or (self.length == 0 and len(buffer) != batch):
+            buffer = self.buffer = new.new_full((batch, 2 * keep + 16, *new.shape[2:]), self.fill)
+        if len(buffer) != batch:
+            raise ValueError(f"got a batch of {batch}, expected the {len(buffer)} rows that are cached")
+        if self.end + time > buffer.shape[1]:
+            self._to_front(keep)
+        at = self.end
+        if at + time > buffer.shape[1]:
+            return None
+        self.length, self.known, self.end = self.length + time, min(self.known + time, keep), at + time
+        return buffer, at
 
     def _to_front(self, keep: int) -> None:
         assert self.buffer is not None
@@ -122,12 +143,26 @@ class Recent:
         if self.buffer is not None:
             self.buffer = self.buffer.index_select(0, index)
 
+    @property
+    def spare(self) -> int:
+        """How many of the last tokens can be forgotten so that what came before the next one is still held."""
+        return self.length if self.known == self.length else self.known - self.count
+
+    def hold(self, slack: int) -> None:
+        """Hold `slack` tokens more than are read, so that `crop` can go back that far. For an empty container."""
+        if self.length:
+            raise ValueError(f"hold: got a container of {self.length} tokens, expected an empty one: reset it first")
+        self.slack, self.buffer = slack, None
+        self.reset()
+
     def crop(self, count: int) -> None:
-        """Forget the last `count` tokens. ValueError where what came before them is no longer held."""
-        left = self.length - count
-        if count < 0 or left < 0 or self.known - count < min(self.count, left):
-            raise ValueError(f"got {count} tokens to forget, expected 0 to {min(self.slack, self.length)}")
-        self.length, self.known, self.end = left, self.known - count, self.end - count
+        """Forget the last `count` tokens, `spare` at most, or all. ValueError where what came before is not held."""
+        if count == self.length:
+            self.reset()
+            return
+        if not 0 <= count <= self.spare:
+            raise ValueError(f"got {count} tokens to forget, expected 0 to {self.spare}, or all {self.length}")
+        self.length, self.known, self.end = self.length - count, self.known - count, self.end - count
         if self.end < self.count + self.slack and self.buffer is not None:
             self._shift(self.count + self.slack - self.end)
 
@@ -152,6 +187,11 @@ class Past:
     def __init__(self, capacity: int = 0):
         self.length = 0
         self.documents, self.present = Appended(capacity), Appended(capacity)
+
+    @property
+    def named(self) -> bool:
+        """Whether any call has named documents or padding."""
+        return bool(self.documents.length or self.present.length)
 
     def append(
         self, batch: int, time: int, documents: Int[Tensor, "B T"] | None, present: Bool[Tensor, "B T"] | None
@@ -216,8 +256,23 @@ class Bundle:
             if part is not None:
                 part.select(index)
 
+    @property
+    def recent(self) -> list[Recent]:
+        """The parts, and parts of parts, that do not hold everything."""
+        held = [part for part in self.parts.values() if isinstance(part, Recent)]
+        return held + [one for part in self.parts.values() if isinstance(part, Bundle) for one in part.recent]
+
+    def hold(self, slack: int) -> None:
+        """Every part holds so much that `crop` can go back `slack` tokens (64 otherwise). For empty containers."""
+        for part in self.recent:
+            part.hold(slack)
+
     def crop(self, count: int) -> None:
-        """Forget the last `count` tokens in every part."""
+        """Forget the last `count` tokens in every part. ValueError, and nothing is forgotten, where one cannot."""
+        for held in self.recent:
+            if held.spare < count < held.length:
+                got = f"got {count} tokens to forget, expected 0 to {held.spare}, or all {held.length}"
+                raise ValueError(f"{got}: hold({count}) an empty cache, and it can go back as far")
         for part in self.parts.values():
             if part is not None:
                 part.crop(count)
@@ -233,15 +288,13 @@ class Cache:
     """What a model keeps between calls: a bundle a block, who stands where, the last ids, and MTP's own.
 
     select(index) keeps or reorders rows of the batch, crop(k) forgets the last k tokens, reset() forgets all.
+    A draft's bundle has a `past` of its own among its parts: every depth of MTP is called by itself.
     """
 
-    def __init__(
-        self, layers: list[Bundle], past: Past, ids: Recent | None, drafts: list[Bundle], draft_past: Past
-    ) -> None:
-        self.layers, self.past, self.ids = tuple(layers), past, ids
-        self.drafts, self.draft_past = tuple(drafts), draft_past
+    def __init__(self, layers: list[Bundle], past: Past, ids: Recent | None, drafts: list[Bundle]) -> None:
+        self.layers, self.past, self.ids, self.drafts = tuple(layers), past, ids, tuple(drafts)
         self._model = Bundle(past=past, ids=ids, **{str(n): layer for n, layer in enumerate(layers)})
-        self._ahead = Bundle(past=draft_past, **{str(n): draft for n, draft in enumerate(drafts)})
+        self._ahead = Bundle(**{str(n): draft for n, draft in enumerate(drafts)})
 
     @property
     def length(self) -> int:
@@ -257,7 +310,18 @@ class Cache:
         if not 0 <= k <= self.length:
             raise ValueError(f"crop: got {k}, expected 0..{self.length}, the tokens cached")
         self._model.crop(k)
-        self._ahead.crop(max(0, self.draft_past.length - self.length))
+        for draft in self.drafts:
+            draft.crop(max(0, draft.past.length - self.length))
+
+    def hold(self, k: int) -> None:
+        """Let `crop` go back k tokens; without this 64. For an empty cache: it costs k tokens of Engram's values."""
+        if k < 0:
+            raise ValueError(f"hold: got {k}, expected at least 0 tokens")
+        self._model.hold(k)
+
+    def crop_drafts(self, k: int) -> None:
+        """Every depth of MTP forgets the last k tokens: what it was told of them was itself a draft."""
+        self._ahead.crop(k)
 
     def reset(self) -> None:
         self._model.reset()

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 ALIGNED = 16  # bytes; the grouped product refuses rows that are no multiple of it
 GROUPED = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+WINDOW = (
+    64  # rows; oneDNN writes a program for every new shape of a half-precision product, ten times the product's work
+)
 
 
 def grouped_product(
@@ -27,6 +31,8 @@ def grouped_product(
 
 def _multiply(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """Per group: rows [N, D] times [E, D, W], or [D, N] times [N, W] to [E, D, W]."""
+    if left.device.type == "cpu" and left.dtype in HALVES:
+        return (_by_window if right.dim() == 3 else _gradient_by_window)(left, right, ends)
     if left.dtype in GROUPED and all(t.element_size() * max(t.stride()[-2:]) % ALIGNED == 0 for t in (left, right)):
         return F.grouped_mm(left, right, offs=ends)
     return _one_by_one(left, right, ends)
@@ -39,6 +45,41 @@ def _one_by_one(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
         return torch.cat([part @ own for part, own in zip(left.split(sizes), right, strict=True)])
     parts = zip(left.split(sizes, dim=1), right.split(sizes), strict=True)
     return torch.stack([part @ own for part, own in parts])
+
+
+def _windows(ends: Tensor, length: int) -> list[tuple[int, int, int, int, int]]:
+    """(group, first row, last, and a window of a multiple of WINDOW rows around them) of every group that has rows.
+
+    Runs of any length make a new shape at every step; windows make a few that come again."""
+    found, first = [], 0
+    for group, last in enumerate(ends.tolist()):
+        size = min(-(-(last - first) // WINDOW) * WINDOW, length)
+        begin = min(first, length - size)
+        if last > first:
+            found.append((group, first, last, begin, begin + size))
+        first = last
+    return found
+
+
+def _by_window(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """In ascending order: what a window writes behind its own rows, the next group overwrites."""
+    out = rows.new_empty(rows.shape[0], weight.shape[2])
+    for group, first, last, begin, end in _windows(ends, rows.shape[0]):
+        if begin == first:
+            torch.mm(rows[begin:end], weight[group], out=out[begin:end])
+        else:
+            out[first:last] = (rows[begin:end] @ weight[group])[first - begin : last - begin]
+    return out
+
+
+def _gradient_by_window(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
+    """Rows of a window that are another group's meet zeros."""
+    out = grad.new_zeros(len(ends), rows.shape[0], grad.shape[1])
+    for group, first, last, begin, end in _windows(ends, len(grad)):
+        own = grad.new_zeros(end - begin, grad.shape[1])
+        own[first - begin : last - begin] = grad[first:last]
+        torch.mm(rows[:, begin:end], own, out=out[group])
+    return out
 
 
 def _gradients(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:

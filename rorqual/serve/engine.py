@@ -155,8 +155,8 @@ class Engine:
             self._cache.select(torch.tensor(kept, device=self._device))
 
     def _give(self, requests: list[Request], ids: Tensor, present: Tensor | None, cache: Cache) -> None:
-        hidden = self.model.hidden(ids, present=present, cache=cache)[0]
-        logits = self.model.logits(hidden[:, -1:])[:, 0, : self.vocabulary]
+        hidden = self.model.hidden(ids, present=present, cache=cache, last=True)[0]
+        logits = self.model.logits(hidden)[:, 0, : self.vocabulary]
         for row, request in enumerate(requests):
             seen = None
             if request.sampling.repetition_penalty != 1.0:
@@ -178,9 +178,8 @@ def join(caches: tuple[Cache, Cache], rows: tuple[int, int]) -> Cache:
     size = max(_held(left.past), _held(right.past))
     layers = [_join(a, b, left.past, right.past, size) for a, b in zip(left.layers, right.layers, strict=True)]
     ids = _join(left.ids, right.ids, left.past, right.past, size)
-    drafts = [Bundle(**dict.fromkeys(part.parts)) for part in left.drafts]
     device = next(_tensors(left)).device
-    return Cache(layers, _join_past((left.past, right.past), rows, size, device), ids, drafts, Past())
+    return Cache(layers, _join_past((left.past, right.past), rows, size, device), ids, [])
 
 
 def _tensors(cache: Cache):

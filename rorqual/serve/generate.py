@@ -188,7 +188,7 @@ class Run:
         """The continuation of a text, or of each of a list; without the text itself.
 
         `options` are Sampling's fields: temperature (0 is greedy), top_k, top_p, min_p, repetition_penalty, seed.
-        Row i of a list draws with seed + i. `speculative` (greedy, one text, a model with MTP) says the same in fewer
+        Row i of a list draws with seed + i. `speculative` (greedy, a model with MTP) says the same in fewer
         forwards. ValueError for a number out of range.
         """
         texts = [text] if isinstance(text, str) else text
@@ -242,12 +242,18 @@ class Run:
                 vocabulary=vocabulary,
             )
             return
-        if len(prompts) != 1 or sampling.temperature or sampling.repetition_penalty != 1.0:
-            raise ValueError("speculative: expected one text and temperature 0 without a repetition penalty")
-        ids = speculate(
-            self.model, prompts[0], max_new_tokens=max_new_tokens, end_id=end_id, vocabulary=vocabulary, tally=tally
+        if sampling.temperature or sampling.repetition_penalty != 1.0:
+            got = f"temperature {sampling.temperature}, repetition penalty {sampling.repetition_penalty}"
+            raise ValueError(f"speculative: got {got}, expected temperature 0 (--temperature 0) without a penalty")
+        yield from speculate(
+            self.model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            end_id=end_id,
+            pad_id=self.tokenizer.pad_id,
+            vocabulary=vocabulary,
+            tally=tally,
         )
-        yield from ([token] for token in ids)
 
 
 DEEPSEEK = ("deepseek_v2", "deepseek_v3")

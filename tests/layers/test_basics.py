@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DeepseekV3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
 from rorqual.layers.basics import (
     RMSNorm,
@@ -76,6 +77,61 @@ def test_yarn_agrees_with_transformers(dim, base, yarn):
     torch.testing.assert_close(sin, (positions[..., None] * frequencies).sin() * factor, rtol=1e-5, atol=1e-4)
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    dim=st.integers(1, 48).map(lambda pairs: 2 * pairs),
+    base=st.floats(20.0, 1e7),
+    factor=st.floats(1.0, 64.0),
+    original=st.integers(8, 40000),
+    fast=st.floats(1.5, 64.0),
+    slow=st.floats(0.1, 1.4),
+    mscale=st.tuples(st.floats(0.1, 2.0), st.floats(0.1, 2.0)),
+)
+def test_yarn_agrees_with_transformers_everywhere(dim, base, factor, original, fast, slow, mscale):
+    """Odd numbers of pairs, ramps cut at either end or empty, both factors apart."""
+    yarn = YarnConfig(
+        factor=factor, original_length=original, beta_fast=fast, beta_slow=slow, mscale=mscale[0],
+        mscale_all_dim=mscale[1],
+    )  # fmt: skip
+    parameters = {
+        "rope_type": "yarn", "rope_theta": base, "factor": factor, "original_max_position_embeddings": original,
+        "beta_fast": fast, "beta_slow": slow, "mscale": mscale[0], "mscale_all_dim": mscale[1],
+    }  # fmt: skip
+    theirs = DeepseekV3Config(qk_rope_head_dim=dim, max_position_embeddings=10**6, rope_parameters=parameters)
+    frequencies, on_tables = ROPE_INIT_FUNCTIONS["yarn"](theirs)
+    config = RopeConfig(base=base, yarn=yarn)
+    torch.testing.assert_close(rope_frequencies(config, dim), frequencies, rtol=2e-6, atol=0)
+    cos, sin = rope_tables(config, dim, torch.tensor([[0, 3]]))
+    assert cos[0, 0, 0].item() == pytest.approx(on_tables, rel=1e-6) and not sin[0, 0].any()
+    torch.testing.assert_close(cos[0, 1], (3 * frequencies).cos() * on_tables, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sin[0, 1], (3 * frequencies).sin() * on_tables, rtol=1e-4, atol=1e-5)
+    oracle = DeepseekV3Attention(replace_sizes(theirs, dim), layer_idx=0)
+    assert softmax_factor(config) * (4 + dim) ** -0.5 == pytest.approx(oracle.scaling, rel=1e-9)
+
+
+def replace_sizes(config, dim):
+    """The same positions around an attention small enough to be made often."""
+    for name, value in {
+        "hidden_size": 4, "num_attention_heads": 1, "num_key_value_heads": 1, "q_lora_rank": 2, "kv_lora_rank": 2,
+        "qk_nope_head_dim": 4, "v_head_dim": 2, "qk_head_dim": 4 + dim,
+    }.items():  # fmt: skip
+        setattr(config, name, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    "dim, base, original, ends", [(8, 1e4, 64, (0, 2)), (10, 20.0, 40000, (8, 9)), (64, 1e4, 4096, (10, 23))]
+)
+def test_the_ramp_in_numbers(dim, base, original, ends):
+    """low clamped at 0, where it would be -1; high clamped at dim - 1 with both ends past the last pair; V3's."""
+    low, high = ends
+    config = RopeConfig(base=base, yarn=YarnConfig(factor=4.0, original_length=original))
+    plain = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    expected = plain * (1 - ramp) + plain / 4 * ramp
+    torch.testing.assert_close(rope_frequencies(config, dim).double(), expected, rtol=1e-6, atol=0)
+
+
 def test_yarn_keeps_the_fast_pairs_and_slows_the_slow_ones():
     plain, slowed = rope_frequencies(RopeConfig(), 64), rope_frequencies(RopeConfig(yarn=YarnConfig()), 64)
     ratio = plain / slowed
@@ -128,6 +184,17 @@ def test_longest_context_is_half_a_turn_of_the_slowest_pair():
     assert longest_context(10000.0, 40.0) == 1256637
     slowest = rope_frequencies(RopeConfig(base=1e4), 4096)[-1].item()
     assert math.pi / slowest == pytest.approx(longest_context(1e4), rel=0.01)
+
+
+@pytest.mark.parametrize("base, factor", [(1e4, 1.0), (1e4, 40.0), (5e5, 8.0), (50.0, 2.5)])
+def test_longest_context_is_where_the_cosine_turns_back(base, factor):
+    """In a table as wide as can be: up to there the slowest pair's cosine falls, beyond it says what it said before."""
+    slowest = base ** (2 / 20000 - 1) / factor  # of 10,000 pairs
+    longest = longest_context(base, factor)
+    assert longest == math.floor(math.pi * base * factor)
+    assert longest == pytest.approx(math.pi / slowest, rel=2e-3)
+    assert math.cos(longest * slowest) < math.cos(0.99 * longest * slowest)
+    assert math.cos(1.01 * longest * slowest) > math.cos(longest * slowest)
 
 
 @pytest.mark.parametrize(

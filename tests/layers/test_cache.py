@@ -149,3 +149,26 @@ def test_bundle_forwards_the_verbs():
     assert bundle.values.length == 0 and bundle.inner is None
     with pytest.raises(AttributeError, match="queries"):
         bundle.queries  # noqa: B018
+
+
+@pytest.mark.parametrize("capacity", [1, 40])
+def test_claimed_room_is_what_append_would_have_filled(capacity):
+    first, more = torch.randn(2, 5, 3), torch.randn(2, 30, 3)
+    plain, claimed = Appended(capacity), Appended(capacity)
+    expected = [plain.append(part) for part in (first, more)][-1]
+    claimed.append(first)
+    for part in more.split(1, 1):
+        buffer, at = claimed.claim(1)
+        buffer[:, at : at + 1] = part
+    assert claimed.length == 35
+    torch.testing.assert_close(claimed.buffer[:, :35], expected, rtol=0, atol=0)
+
+
+def test_an_empty_cache_has_no_room_to_claim():
+    kept = Appended(8)
+    with pytest.raises(ValueError, match="claim: got an empty cache"):
+        kept.claim(1)
+    kept.append(torch.randn(2, 1, 3))
+    kept.reset()
+    with pytest.raises(ValueError, match="claim: got an empty cache"):
+        kept.claim(1)

@@ -34,7 +34,15 @@ def close(one: Tensor, two: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     ("dim", "width", "counts"),
-    [(64, 32, [5, 0, 7, 1]), (5, 3, [2, 0, 0, 4]), (8, 6, [0, 3, 0]), (12, 8, [0, 0]), (24, 20, [1]), (33, 16, [0, 9])],
+    [
+        (64, 32, [5, 0, 7, 1]),
+        (5, 3, [2, 0, 0, 4]),
+        (8, 6, [0, 3, 0]),
+        (12, 8, [0, 0]),
+        (24, 20, [1]),
+        (33, 16, [0, 9]),
+        (8, 8, [70, 0, 130, 3, 64]),
+    ],
 )
 def test_equal_to_a_loop_over_experts(dim: int, width: int, counts: list[int], dtype: torch.dtype) -> None:
     experts = Experts(len(counts), dim, width).to(dtype)

@@ -140,6 +140,9 @@ def test_drafts_say_the_same_and_are_counted(run):
     assert (drafted.text, drafted.ids) == (plain.text, plain.ids)
     assert drafted.tally.drafted > 0
     assert 0 <= drafted.tally.acceptance <= 1
+    several = {"max_new_tokens": 12, "temperature": 0.0}
+    texts = ["A whale", "The sea below is", "A"]
+    assert run.generate(texts, speculative=True, **several) == [run.generate(text, **several) for text in texts]
     tally = Tally()
     assert "".join(run.stream("A whale", max_new_tokens=12, sampling=GREEDY, tally=tally)) == plain.text
     assert tally == drafted.tally
@@ -176,8 +179,11 @@ def test_a_folder_without_a_tokenizer_says_so_when_text_is_asked_for(folder, tmp
     [
         (lambda run: run.generate("A", max_new_tokens=0), "max_new_tokens=0, expected at least 1"),
         (lambda run: run.generate("A", temperature=-1.0), "temperature"),
-        (lambda run: run.generate(["A", "B"], temperature=0.0, speculative=True), "speculative: expected one text"),
-        (lambda run: run.generate("A", speculative=True), "temperature 0"),
+        (lambda run: run.generate("A", speculative=True), "got temperature 0.8, .* expected temperature 0"),
+        (
+            lambda run: run.generate("A", temperature=0.0, repetition_penalty=1.3, speculative=True),
+            "got .*penalty 1.3, expected temperature 0 .* without a penalty",
+        ),
         (lambda run: run.chat([{"role": "user", "content": "hi"}]), "no chat template"),
     ],
 )

@@ -1,0 +1,194 @@
+"""DeepSeek-V3's architecture at 14M parameters: prefill, decode and training beside transformers on the same weights.
+
+    python benchmarks/backbone.py --threads 2
+    python benchmarks/backbone.py --only decode_512 train_float32 --json
+
+Our model is exported to a folder that transformers loads as DeepseekV3ForCausalLM, experts and attention its default;
+logits are checked to agree to 1e-4 of their largest. Every figure is tokens a second over transformers' tokens a
+second, the median over interleaved rounds:
+
+    prefill_N   a prompt of N tokens into each library's own cache, logits of the last position
+    decode_N    greedy, one prompt of N tokens, each library's own loop and cache
+    train_D     8 x 256 tokens: loss, backward, fused AdamW; float32, bfloat16 (weights too), autocast (weights float32)
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import DeepseekV3ForCausalLM, DynamicCache
+
+from rorqual.hub import checkpoints
+from rorqual.layers.attention import MLAConfig
+from rorqual.layers.balance import BalanceConfig
+from rorqual.layers.moe import MoEConfig
+from rorqual.layers.router import RouterConfig
+from rorqual.model import LanguageModel, ModelConfig
+from rorqual.serve.decoding import decode
+
+CONFIG = ModelConfig(
+    vocabulary=8192,
+    dim=256,
+    layers=6,
+    dense_width=512,
+    mla=MLAConfig(heads=8, q_lora_rank=96, kv_lora_rank=64, nope_dim=32, rope_dim=16, value_dim=32),
+    moe=MoEConfig(
+        routed=16,
+        active=4,
+        shared=1,
+        width=128,
+        first_dense=1,
+        router=RouterConfig(scale=2.5),
+        balance=BalanceConfig(sequence=0.0),  # transformers has none
+    ),
+    init_std=0.05,
+)
+CONTEXTS = (512, 2048)
+NEW = 64  # tokens decoded a round
+BATCH, TIME = 8, 256
+
+Step = Callable[[], float]  # seconds
+
+
+def timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def compare(ours: Step, theirs: dict[str, Step], rounds: int) -> dict[str, float]:
+    """Of each of `theirs`: its seconds over ours, the median over rounds in which each runs once; and the seconds."""
+    taken: dict[str, list[float]] = {name: [] for name in ("ours", *theirs)}
+    for turn in range(rounds + 1):
+        for name, step in (("ours", ours), *theirs.items()):
+            seconds = step()
+            if turn:
+                taken[name].append(seconds)
+    ratios = {
+        name: statistics.median(b / a for a, b in zip(taken["ours"], taken[name], strict=True)) for name in theirs
+    }
+    return ratios | {f"{name} ms": min(values) * 1e3 for name, values in taken.items()}
+
+
+def pair(folder: Path) -> tuple[LanguageModel, DeepseekV3ForCausalLM]:
+    """Our model and transformers' with the same weights; AssertionError where their logits differ."""
+    ours = LanguageModel(CONFIG, seed=0).eval()
+    checkpoints.export(ours, folder, max_position_embeddings=4096)
+    theirs = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.randint(0, CONFIG.vocabulary, (2, 300))
+    with torch.no_grad():
+        expected, found = theirs(ids).logits, ours(ids)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    return ours, theirs
+
+
+def prefill(ours: LanguageModel, theirs: DeepseekV3ForCausalLM, length: int) -> tuple[Step, dict[str, Step]]:
+    ids = torch.randint(0, CONFIG.vocabulary, (1, length))
+
+    @torch.inference_mode()
+    def own() -> Tensor:
+        return ours.logits(ours.hidden(ids, cache=ours.new_cache(1, length), last=True)[0])
+
+    @torch.inference_mode()
+    def peer() -> Tensor:
+        return theirs(ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1).logits
+
+    torch.testing.assert_close(own(), peer(), rtol=1e-3, atol=1e-4)
+    return (lambda: timed(own)), {"transformers": lambda: timed(peer)}
+
+
+def greedy(theirs: DeepseekV3ForCausalLM, ids: Tensor) -> tuple[list[int], float]:
+    """The next NEW ids and the seconds that all but the first took; a bare loop is faster here than generate()."""
+    with torch.inference_mode():
+        cache, said, began = DynamicCache(), [], 0.0
+        for _ in range(NEW):
+            logits = theirs(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            ids = logits[:, -1].argmax(-1, keepdim=True)
+            said.append(int(ids))
+            began = began or time.perf_counter()
+        return said, time.perf_counter() - began
+
+
+def own_greedy(ours: LanguageModel, prompt: list[int]) -> tuple[list[int], float]:
+    """The same of our own loop."""
+    said, began = [], 0.0
+    for (token,) in decode(ours, [prompt], max_new_tokens=NEW):
+        said.append(token)
+        began = began or time.perf_counter()
+    return said, time.perf_counter() - began
+
+
+def decoding(ours: LanguageModel, theirs: DeepseekV3ForCausalLM, length: int) -> tuple[Step, dict[str, Step]]:
+    ids = torch.randint(0, CONFIG.vocabulary, (1, length))
+    prompt = ids[0].tolist()
+    assert own_greedy(ours, prompt)[0] == greedy(theirs, ids)[0]
+    return (lambda: own_greedy(ours, prompt)[1]), {"transformers": lambda: greedy(theirs, ids)[1]}
+
+
+def training(ours: LanguageModel, theirs: DeepseekV3ForCausalLM, kind: str) -> tuple[Step, dict[str, Step]]:
+    """Steps of copies, so that the models keep their weights."""
+    text = torch.randint(0, CONFIG.vocabulary, (BATCH, TIME + 1))
+    ids, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    own, peer = (copy.deepcopy(model).to(dtype).train() for model in (ours, theirs))
+    losses = {
+        "ours": lambda: own.loss(ids, labels).total,
+        "transformers": lambda: peer(ids, labels=labels, shift_labels=labels, use_cache=False).loss,
+    }
+
+    def stepper(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+        def step() -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+                value = loss()
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return lambda: timed(step)
+
+    with torch.no_grad():
+        torch.testing.assert_close(*(loss().float() for loss in losses.values()), rtol=1e-2, atol=1e-3)
+    return stepper(own, losses["ours"]), {"transformers": stepper(peer, losses["transformers"])}
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    names = [f"{kind}_{length}" for kind in ("prefill", "decode") for length in CONTEXTS]
+    names += [f"train_{kind}" for kind in ("float32", "bfloat16", "autocast")]
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="*", choices=names, default=names)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = pair(Path(folder) / "model")
+        made = {"prefill": prefill, "decode": decoding, "train": training}
+        found: dict[str, float] = {}
+        for name in options.only:
+            kind, size = name.split("_")
+            own, peers = made[kind](ours, theirs, int(size) if size.isdigit() else size)
+            taken = compare(own, peers, options.rounds)
+            found[name] = taken["transformers"]
+            if not options.json:
+                print(
+                    f"{name:16} {found[name]:6.2f} x",
+                    {key: round(value, 2) for key, value in taken.items()},
+                    flush=True,
+                )
+    if options.json:
+        print(json.dumps(found | {"threads": torch.get_num_threads()}))
+
+
+if __name__ == "__main__":
+    main()

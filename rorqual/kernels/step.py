@@ -1,0 +1,333 @@
+"""One token's id, a model's weights and latent cache in -> its logits out: a whole decoding step as one compiled call.
+
+What serve.step does with the model's modules, for one row of a DeepSeek model in float32 on the CPU. A step reads every
+weight that it needs once and computes next to nothing, so its time is memory's; a module at a time it is Python's.
+
+    every thread runs `_step` on its share of each product's rows, columns or heads, and waits at `_meet` where the next
+    product reads what all of them wrote; what is cheap (norms, router) each computes for itself
+
+Attention is the absorbed form of layers.attention.MLA: one query of kv_rank + rope values a head over the cached rows.
+"""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba.core import types
+from numba.extending import intrinsic
+
+from rorqual.kernels.compiled import compiled
+from rorqual.kernels.vectors import ONE, ZERO, at, columns, fill, norm, rotate, rows, score_tile, softmax
+
+PLACES = (
+    "attention_norm", "q_a", "q_norm", "q_b", "kv_a", "kv_norm", "kv_b", "o", "latent",
+    "ffn_norm", "gate", "up", "down", "router", "bias", "gate_up", "experts_down",
+)  # fmt: skip
+(
+    ATTENTION_NORM, Q_A, Q_NORM, Q_B, KV_A, KV_NORM, KV_B, O, LATENT,
+    FFN_NORM, GATE, UP, DOWN, ROUTER, BIAS, GATE_UP, EXPERTS_DOWN,
+) = range(len(PLACES))  # fmt: skip
+SOFTMAX, SIGMOID, SQRTSOFTPLUS = range(3)  # kinds of score
+TILE = 64  # cached rows that stay in the first cache while every head reads them
+LINE = 8  # int64 in a cache line: no two threads write to one
+PATIENCE = 2000  # looks at the others before the core is given to somebody else
+TINY = np.float32(np.finfo(np.float32).tiny)
+
+
+class Sizes(NamedTuple):
+    """What the weights' addresses do not say. Widths are 0 where a part is absent."""
+
+    dim: int
+    vocabulary: int
+    heads: int
+    query_rank: int
+    rank: int
+    nope: int
+    rope: int
+    value: int
+    interleaved: bool
+    scale: float  # of the softmax
+    eps: float
+    latent_eps: float
+    experts: int
+    active: int
+    width: int
+    score: int
+    groups: int
+    groups_kept: int
+    by_two: bool  # a group's score is the sum of its two best, not its best
+    renormalise: bool
+    weight_scale: float
+
+
+@intrinsic
+def _publish(context, address, value):
+    def generate(context, builder, signature, arguments):
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        builder.store_atomic(arguments[1], place, "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def _look(context, address):
+    def generate(context, builder, signature, arguments):
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(place, "acquire", 8)
+
+    return types.int64(types.int64), generate
+
+
+_give_way = types.ExternalFunction("sched_yield", types.int32())
+
+
+@compiled
+def _meet(clocks, me, phase):  # pragma: no cover
+    """Wait until every thread has come to `phase`; what they wrote before is then to be read."""
+    _publish(clocks.ctypes.data + 8 * LINE * me, phase)
+    for other in range(clocks.shape[0]):
+        looks = 0
+        while _look(clocks.ctypes.data + 8 * LINE * other) < phase:
+            looks += 1
+            if looks % PATIENCE == 0:
+                _give_way()
+
+
+@compiled
+def _share(count, me, threads):  # pragma: no cover
+    return count * me // threads, count * (me + 1) // threads
+
+
+@compiled
+def _attend(queries, keys, summed):  # pragma: no cover
+    """summed[h] = softmax(queries[h] . keys) keys, the first summed.shape[1] values of them."""
+    heads, length = queries.shape[0], keys.shape[0]
+    scores, bits = np.empty((heads, length), np.float32), np.empty(length, np.int32)
+    for begin in range(0, length, TILE):
+        score_tile(queries, keys, scores, begin, min(begin + TILE, length))
+    for h in range(heads):
+        softmax(scores[h], bits)
+    for begin in range(0, length, TILE):
+        end = min(begin + TILE, length)
+        for h in range(heads):
+            columns(keys[begin:end], scores[h, begin:end], summed[h], 0, summed.shape[1])
+
+
+@compiled
+def _heads(place, sizes, low, latent, cos, sin, out, me, threads):  # pragma: no cover
+    """out of this thread's heads. `low` is the query's latent, or the hidden state itself, normed."""
+    begin, end = _share(sizes.heads, me, threads)
+    wide, up = sizes.nope + sizes.rope, sizes.nope + sizes.value
+    raw = np.zeros(sizes.heads * wide, np.float32)
+    rows(at(place[Q_B], sizes.heads * wide, low.shape[0]), low, raw, begin * wide, end * wide)
+    weight = at(place[KV_B], sizes.heads * up, sizes.rank)
+    queries = np.zeros((end - begin, sizes.rank + sizes.rope), np.float32)
+    for h in range(begin, end):
+        own, query = raw[h * wide : (h + 1) * wide], queries[h - begin]
+        for i in range(wide):
+            own[i] *= np.float32(sizes.scale)
+        for i in range(sizes.rope):
+            query[sizes.rank + i] = own[sizes.nope + i]
+        rotate(query[sizes.rank :], cos, sin, sizes.interleaved)
+        columns(weight[h * up : h * up + sizes.nope], own[: sizes.nope], query, 0, sizes.rank)
+    summed = np.zeros((end - begin, sizes.rank), np.float32)
+    _attend(queries, latent, summed)
+    fill(out[begin * sizes.value : end * sizes.value], ZERO)
+    for h in range(begin, end):
+        values = weight[h * up + sizes.nope : (h + 1) * up]
+        rows(values, summed[h - begin], out[h * sizes.value : (h + 1) * sizes.value], 0, sizes.value)
+
+
+@compiled
+def _attention(place, sizes, x, held, cos, sin, shared, clocks, me, phase):  # pragma: no cover
+    """x += attention(norm(x)); the new row of the cache is `held`. Three meetings."""
+    threads, down = clocks.shape[0], sizes.rank + sizes.rope
+    hidden = np.empty(sizes.dim, np.float32)
+    norm(x, at(place[ATTENTION_NORM], 1, sizes.dim)[0], sizes.eps, hidden)
+    first, second = shared[0, : sizes.query_rank], shared[1, :down]
+    begin, end = _share(sizes.query_rank, me, threads)
+    fill(first[begin:end], ZERO)
+    rows(at(place[Q_A], sizes.query_rank, sizes.dim), hidden, first, begin, end)
+    begin, end = _share(down, me, threads)
+    fill(second[begin:end], ZERO)
+    rows(at(place[KV_A], down, sizes.dim), hidden, second, begin, end)
+    _meet(clocks, me, phase)
+    latent = at(place[LATENT], held + 1, down)
+    if me == 0:
+        norm(second[: sizes.rank], at(place[KV_NORM], 1, sizes.rank)[0], sizes.latent_eps, latent[held])
+        for i in range(sizes.rank, down):
+            latent[held, i] = second[i]
+        rotate(latent[held, sizes.rank :], cos, sin, sizes.interleaved)
+    low = hidden
+    if sizes.query_rank:
+        low = np.empty(sizes.query_rank, np.float32)
+        norm(first, at(place[Q_NORM], 1, sizes.query_rank)[0], sizes.latent_eps, low)
+    _meet(clocks, me, phase + 1)
+    out = shared[2, : sizes.heads * sizes.value]
+    _heads(place, sizes, low, latent, cos, sin, out, me, threads)
+    _meet(clocks, me, phase + 2)
+    begin, end = _share(sizes.dim, me, threads)
+    rows(at(place[O], sizes.dim, out.shape[0]), out, x, begin, end)
+    _meet(clocks, me, phase + 3)
+
+
+@compiled
+def _best_groups(biased, sizes):  # pragma: no cover
+    """-inf outside of the groups_kept best groups, in place; of equal ones the lower."""
+    size, least = sizes.experts // sizes.groups, np.float32(-np.inf)
+    worth = np.empty(sizes.groups, np.float32)
+    for g in range(sizes.groups):
+        first, second = least, least
+        for e in range(g * size, (g + 1) * size):
+            if biased[e] > first:
+                first, second = biased[e], first
+            elif biased[e] > second:
+                second = biased[e]
+        worth[g] = first + second if sizes.by_two else first
+    for _ in range(sizes.groups - sizes.groups_kept):
+        worst = -1
+        for g in range(sizes.groups):
+            if worth[g] > least and (worst < 0 or worth[g] <= worth[worst]):
+                worst = g
+        if worst >= 0:
+            worth[worst] = least
+            fill(biased[worst * size : (worst + 1) * size], least)
+
+
+@compiled
+def _score(logits, kind):  # pragma: no cover
+    """In place."""
+    best, total = logits[0], ZERO
+    for e in range(logits.shape[0]):
+        best = max(best, logits[e])
+    for e in range(logits.shape[0]):
+        x = logits[e]
+        if kind == SIGMOID:
+            logits[e] = ONE / (ONE + math.exp(-x))
+        elif kind == SOFTMAX:
+            logits[e] = math.exp(x - best)
+            total += logits[e]
+        else:
+            logits[e] = math.sqrt(max(max(x, ZERO) + math.log1p(math.exp(-abs(x))), TINY))
+    if kind == SOFTMAX:
+        for e in range(logits.shape[0]):
+            logits[e] /= total
+
+
+@compiled
+def _route(place, sizes, hidden, chosen, weights):  # pragma: no cover
+    """The router of layers.router for one token; of equal scores the lower expert."""
+    scores, biased = np.zeros(sizes.experts, np.float32), np.zeros(sizes.experts, np.float32)
+    rows(at(place[ROUTER], sizes.experts, sizes.dim), hidden, scores, 0, sizes.experts)
+    _score(scores, sizes.score)
+    for e in range(sizes.experts):
+        biased[e] = scores[e]
+        if place[BIAS]:
+            biased[e] += at(place[BIAS], 1, sizes.experts)[0, e]
+    if sizes.groups_kept < sizes.groups:
+        _best_groups(biased, sizes)
+    total = np.float32(1e-20)
+    for k in range(sizes.active):
+        best = 0
+        for e in range(1, sizes.experts):
+            if biased[e] > biased[best]:
+                best = e
+        chosen[k], weights[k] = best, scores[best]
+        biased[best] = np.float32(-np.inf)
+        total += scores[best]
+    for k in range(sizes.active):
+        weights[k] *= np.float32(sizes.weight_scale)
+        if sizes.renormalise:
+            weights[k] /= total
+
+
+@compiled
+def _gated(gate, up, out, factor):  # pragma: no cover
+    for i in range(gate.shape[0]):
+        out[i] = gate[i] / (ONE + math.exp(-gate[i])) * up[i] * factor
+
+
+@compiled
+def _experts_in(place, sizes, hidden, chosen, weights, inner, begin, end):  # pragma: no cover
+    """inner[k, begin:end] = weight_k silu(gate) up of this thread's columns of every chosen expert."""
+    width, both = sizes.width, np.empty(2 * sizes.width, np.float32)
+    every = at(place[GATE_UP], sizes.experts * sizes.dim, 2 * width)
+    for k in range(sizes.active):
+        own = every[chosen[k] * sizes.dim : (chosen[k] + 1) * sizes.dim]
+        fill(both, ZERO)
+        columns(own, hidden, both, begin, end)
+        columns(own, hidden, both, width + begin, width + end)
+        _gated(both[begin:end], both[width + begin : width + end], inner[k, begin:end], weights[k])
+
+
+@compiled
+def _feed_forward(place, sizes, x, wide, shared, clocks, me, phase):  # pragma: no cover
+    """x += SwiGLU(norm(x)), dense or shared, and the chosen experts. Two meetings."""
+    threads, hidden = clocks.shape[0], np.empty(sizes.dim, np.float32)
+    norm(x, at(place[FFN_NORM], 1, sizes.dim)[0], sizes.eps, hidden)
+    inner, plain = shared[3:], shared[2, :wide]
+    chosen, weights = np.empty(sizes.active, np.int64), np.empty(sizes.active, np.float32)
+    begin, end = _share(wide, me, threads)
+    gate, up = np.zeros(wide, np.float32), np.zeros(wide, np.float32)
+    rows(at(place[GATE], wide, sizes.dim), hidden, gate, begin, end)
+    rows(at(place[UP], wide, sizes.dim), hidden, up, begin, end)
+    _gated(gate[begin:end], up[begin:end], plain[begin:end], ONE)
+    if place[ROUTER]:
+        _route(place, sizes, hidden, chosen, weights)
+        begin, end = _share(sizes.width, me, threads)
+        _experts_in(place, sizes, hidden, chosen, weights, inner, begin, end)
+    _meet(clocks, me, phase)
+    begin, end = _share(sizes.dim, me, threads)
+    rows(at(place[DOWN], sizes.dim, wide), plain, x, begin, end)
+    if place[ROUTER]:
+        every = at(place[EXPERTS_DOWN], sizes.experts * sizes.width, sizes.dim)
+        for k in range(sizes.active):
+            own = every[chosen[k] * sizes.width : (chosen[k] + 1) * sizes.width]
+            columns(own, inner[k, : sizes.width], x, begin, end)
+    _meet(clocks, me, phase + 1)
+
+
+@compiled
+def _step(places, widths, ends, sizes, x, held, cos, sin, shared, clocks, logits, me, phase):  # pragma: no cover
+    """`places` [layers, PLACES] and `ends` (final norm, head) are addresses; `widths` of each SwiGLU; `phase` is behind
+    all meetings so far."""
+    for layer in range(places.shape[0]):
+        _attention(places[layer], sizes, x, held, cos, sin, shared, clocks, me, phase + 6 * layer)
+        _feed_forward(places[layer], sizes, x, widths[layer], shared, clocks, me, phase + 6 * layer + 4)
+    hidden = np.empty(sizes.dim, np.float32)
+    norm(x, at(ends[0], 1, sizes.dim)[0], sizes.eps, hidden)
+    begin, end = _share(sizes.vocabulary, me, clocks.shape[0])
+    fill(logits[begin:end], ZERO)
+    rows(at(ends[1], sizes.vocabulary, sizes.dim), hidden, logits, begin, end)
+
+
+class Step:
+    """A model's addresses, sizes and room to work in; call it once a token. The weights are to stay where they are."""
+
+    def __init__(self, places: np.ndarray, widths: np.ndarray, ends: np.ndarray, sizes: Sizes, threads: int) -> None:
+        """`places` [layers, PLACES] may be changed between calls: a cache that grows moves."""
+        self.places, self.widths, self.ends, self.sizes = places, widths, ends, sizes
+        self.clocks = np.zeros((threads, LINE), np.int64)
+        widest = max(
+            sizes.query_rank, sizes.rank + sizes.rope, sizes.heads * sizes.value, sizes.width, int(widths.max())
+        )
+        self.shared = np.zeros((3 + sizes.active, widest), np.float32)
+        self.pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None
+        self.calls = 0
+
+    def __call__(self, x: np.ndarray, held: int, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+        """x [D], the token's embedding, is overwritten; `held` tokens are cached. Logits [V]."""
+        logits = np.empty(self.sizes.vocabulary, np.float32)
+        phase = 1 + 6 * len(self.places) * self.calls
+        self.calls += 1
+        given = (
+            self.places, self.widths, self.ends, self.sizes, x, held, cos, sin, self.shared, self.clocks, logits,
+        )  # fmt: skip
+        others = [self.pool.submit(_step, *given, me, phase) for me in range(1, len(self.clocks))] if self.pool else []
+        _step(*given, 0, phase)
+        for other in others:
+            other.result()
+        return logits

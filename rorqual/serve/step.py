@@ -1,0 +1,154 @@
+"""A model, its cache and a row's last id in -> the logits of the next out, by the fastest way that there is for them.
+
+    reference   the model itself: any model, any batch
+    decode_step kernels.step, one compiled call: a DeepSeek model (MLA; dense or MoE), one row without padding or
+                documents, float32 on the CPU, nothing hooked, adapted or replaced
+
+Both leave the cache alike, so that either can go on where the other stopped.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from rorqual.kernels import pick
+from rorqual.kernels.step import PLACES, Sizes, Step
+from rorqual.layers.attention import MLA
+from rorqual.layers.basics import RMSNorm, SwiGLU, rope_tables
+from rorqual.layers.cache import Appended, Cache
+from rorqual.layers.experts import Experts
+from rorqual.layers.moe import MoE
+from rorqual.layers.router import SCORES, Router
+from rorqual.model import Block, LanguageModel
+
+PLAIN = (nn.Linear, nn.Embedding, RMSNorm, SwiGLU, MLA, Router, Experts)  # what the compiled step knows the inside of
+TURNED = 256  # positions whose rotations are computed at once
+
+Decoder = Callable[[Int[Tensor, "B 1"]], Float[Tensor, "B V"]]
+
+
+def decoder(model: LanguageModel, cache: Cache, rows: int) -> Decoder:
+    """What turns the last id of each of `rows` rows into logits, and adds it to the cache. For one generation: it holds
+    the weights' addresses."""
+    weight = model.embed.weight
+
+    def reference(ids: Tensor) -> Tensor:
+        return model.logits(model.hidden(ids, cache=cache)[0])[:, 0]
+
+    step = pick("decode_step", _reference, weight)
+    if step is _reference or rows != 1 or not fits(model) or cache.past.named:
+        return reference
+    return _Compiled(step, model, cache)
+
+
+def _reference() -> None:
+    """Stands for the model itself where a twin is looked for."""
+
+
+def fits(model: LanguageModel) -> bool:
+    """Whether the compiled step computes what this model does."""
+    c = model.config
+    if c.mla is None or c.mla.bias or model.training or (c.dsa, c.engram, c.hyper) != (None, None, None):
+        return False
+    if c.moe is not None and (c.moe.router.adaptive_mass is not None or c.moe.router.token_id_layers):
+        return False
+    modules = [model.embed, model.norm, model.head, *(part for block in model.blocks for part in block.modules())]
+    return all(
+        part._forward_hooks == part._forward_pre_hooks == {}
+        and (type(part) in PLAIN or not any(True for _ in part.parameters(recurse=False)))
+        for part in modules
+    ) and all(p.dtype == torch.float32 and p.is_contiguous() and p.is_cpu for p in model.parameters())
+
+
+class _Compiled:
+    def __init__(self, step: Callable[..., Step], model: LanguageModel, cache: Cache) -> None:
+        self.model, self.cache, self.turned = model, cache, -1
+        self.latents = [cast(Appended, layer.attention.latent) for layer in cast(Iterable, cache.layers)]
+        blocks = [cast(Block, block) for block in model.blocks]
+        self.places = np.array([_places(block) for block in blocks], np.int64)
+        widths = np.array([_width(block) for block in blocks], np.int64)
+        ends = np.array([model.norm.weight.data_ptr(), model.head.weight.data_ptr()], np.int64)
+        self.step = step(self.places, widths, ends, sizes(model), torch.get_num_threads())
+
+    def __call__(self, ids: Int[Tensor, "1 1"]) -> Float[Tensor, "1 V"]:
+        held = self.cache.past.length
+        for layer, latent in enumerate(self.latents):
+            self.places[layer, PLACES.index("latent")] = latent.claim(1)[0].data_ptr()
+        self.cache.past.append(1, 1, None, None)
+        cos, sin = self._rotation(held)
+        embedded = self.model.embed.weight[ids[0, 0]].detach().numpy().copy()
+        return torch.from_numpy(self.step(embedded, held, cos, sin))[None]
+
+    def _rotation(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        place = position % TURNED
+        if position - place != self.turned:
+            self.turned = position - place
+            positions = torch.arange(self.turned, self.turned + TURNED)[None]
+            tables = rope_tables(self.model.config.rope, self.model.rope_dim, positions)
+            self.cos, self.sin = (table[0].numpy() for table in tables)
+        return self.cos[place], self.sin[place]
+
+
+def _places(block: Block) -> list[int]:
+    """The addresses of one block's weights, in the order of PLACES; 0 where there is none."""
+    attention, ffn = cast(MLA, block.attention), block.ffn
+    plain = ffn.shared if isinstance(ffn, MoE) else ffn
+    lora = attention.config.q_lora_rank is not None
+    found: dict[str, Tensor | None] = {
+        "attention_norm": block.attention_norm.weight,
+        "q_a": attention.q_a_proj.weight if lora else None,
+        "q_norm": attention.q_a_layernorm.weight if lora else None,
+        "q_b": attention.q_b_proj.weight if lora else attention.q_proj.weight,
+        "kv_a": attention.kv_a_proj_with_mqa.weight,
+        "kv_norm": attention.kv_a_layernorm.weight,
+        "kv_b": attention.kv_b_proj.weight,
+        "o": attention.o_proj.weight,
+        "ffn_norm": block.ffn_norm.weight,
+    }
+    if plain is not None:
+        found |= {name: getattr(plain, f"{name}_proj").weight for name in ("gate", "up", "down")}
+    if isinstance(ffn, MoE):
+        found |= {"router": ffn.router.weight, "bias": ffn.router.e_score_correction_bias}
+        found |= {"gate_up": ffn.experts.gate_up, "experts_down": ffn.experts.down}
+    given = (found.get(name) for name in PLACES)
+    return [0 if weight is None else weight.data_ptr() for weight in given]
+
+
+def _width(block: Block) -> int:
+    """Of the SwiGLU that every token takes."""
+    plain = block.ffn.shared if isinstance(block.ffn, MoE) else block.ffn
+    return 0 if plain is None else plain.gate_proj.weight.shape[0]
+
+
+def sizes(model: LanguageModel) -> Sizes:
+    """What the compiled step must know of a config."""
+    c, mla, moe, attention = model.config, model.config.mla, model.config.moe, model.blocks[0].attention
+    assert mla is not None and isinstance(attention, MLA)
+    router = moe.router if moe is not None else None
+    return Sizes(
+        dim=c.dim,
+        vocabulary=c.vocabulary,
+        heads=mla.heads,
+        query_rank=mla.q_lora_rank or 0,
+        rank=mla.kv_lora_rank,
+        nope=mla.nope_dim,
+        rope=mla.rope_dim,
+        value=mla.value_dim,
+        interleaved=c.rope.interleaved,
+        scale=attention.scale,
+        eps=c.eps,
+        latent_eps=mla.eps,
+        experts=moe.routed if moe is not None else 0,
+        active=moe.active if moe is not None else 0,
+        width=moe.width if moe is not None else 0,
+        score=SCORES.index(router.score) if router is not None else 0,
+        groups=router.groups if router is not None else 1,
+        groups_kept=router.groups_kept if router is not None else 1,
+        by_two=router is not None and router.group_score == "top2",
+        renormalise=router is not None and router.renormalise,
+        weight_scale=router.scale if router is not None else 1.0,
+    )

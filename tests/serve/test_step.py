@@ -1,0 +1,185 @@
+"""The compiled decoding step against the model itself: every architecture it takes, and that it leaves others alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from rorqual.kernels import TWINS
+from rorqual.layers.attention import GQAConfig, MLAConfig
+from rorqual.layers.basics import RopeConfig, YarnConfig
+from rorqual.layers.dsa import DSAConfig
+from rorqual.layers.engram import EngramConfig
+from rorqual.layers.hyper import HyperConfig
+from rorqual.layers.moe import MoEConfig
+from rorqual.layers.router import RouterConfig
+from rorqual.model import LanguageModel, ModelConfig
+from rorqual.serve.decoding import decode
+from rorqual.serve.step import decoder, fits
+
+pytestmark = pytest.mark.skipif(
+    any(twin.usable(torch.device("cpu")) for twin in TWINS["decode_step"]), reason="numba is not installed"
+)
+BASE = ModelConfig(
+    vocabulary=67,
+    dim=20,
+    layers=3,
+    dense_width=23,
+    mla=MLAConfig(heads=5, q_lora_rank=7, kv_lora_rank=9, nope_dim=6, rope_dim=4, value_dim=3),
+    moe=MoEConfig(routed=12, active=3, shared=1, width=11, first_dense=1, router=RouterConfig(scale=2.5)),
+    init_std=0.4,
+)
+SIZES = {
+    "v3": BASE,
+    "no query latent": replace(BASE, mla=replace(BASE.mla, q_lora_rank=None, heads=1, value_dim=8)),
+    "dense": replace(BASE, moe=None),
+    "no shared expert": replace(BASE, moe=replace(BASE.moe, shared=0)),
+    "two shared": replace(BASE, moe=replace(BASE.moe, shared=2, first_dense=0), tied=True),
+    "v2": replace(BASE, moe=replace(BASE.moe, router=RouterConfig(score="softmax", renormalise=False, bias=False))),
+    "v4's score": replace(BASE, moe=replace(BASE.moe, router=RouterConfig(score="sqrtsoftplus"))),
+    "groups": replace(BASE, moe=replace(BASE.moe, router=RouterConfig(groups=4, groups_kept=2))),
+    "groups by max": replace(
+        BASE, moe=replace(BASE.moe, router=RouterConfig(groups=6, groups_kept=3, group_score="max"))
+    ),
+    "yarn": replace(BASE, rope=RopeConfig(base=40.0, yarn=YarnConfig(factor=4.0, original_length=16))),
+    "half-split pairs": replace(BASE, rope=RopeConfig(interleaved=False), eps=1e-3),
+    "even sizes": replace(BASE, mla=replace(BASE.mla, heads=8, kv_lora_rank=16, nope_dim=8, value_dim=8)),
+}
+
+
+def build(config: ModelConfig) -> LanguageModel:
+    """With router biases of both signs, which decide and never weigh."""
+    model = LanguageModel(config, seed=1).eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(3)) - 0.5)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.data.uniform_(0.5, 1.5)
+    return model
+
+
+def ids_of(length: int) -> torch.Tensor:
+    return torch.randint(0, 67, (1, length), generator=torch.Generator().manual_seed(length))
+
+
+@torch.inference_mode()
+def steps(model, ids, given, capacity=4):
+    """Logits of the ids behind the first `given`, an id at a time, and the cache that they leave."""
+    cache = model.new_cache(1, capacity)
+    model.hidden(ids[:, :given], cache=cache)
+    step = decoder(model, cache, 1)
+    return torch.stack([step(ids[:, t : t + 1]) for t in range(given, ids.shape[1])], 1), cache
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("name", SIZES)
+def test_every_step_equals_the_model(name, threads, poisoned, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    model, ids = build(SIZES[name]), ids_of(30)
+    assert fits(model)
+    found, cache = steps(model, ids, 5)
+    with torch.no_grad():
+        expected = model(ids)[:, 5:]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    whole = model.new_cache(1)
+    with torch.no_grad():
+        model.hidden(ids, cache=whole)
+    for ours, theirs in zip(cache.layers, whole.layers, strict=True):
+        ours, theirs = (part.attention.latent.buffer[:, :30] for part in (ours, theirs))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+    assert cache.length == 30
+
+
+@torch.inference_mode()
+def test_a_long_context_crosses_every_tile():
+    model, ids = build(SIZES["even sizes"]), ids_of(331)
+    found, _ = steps(model, ids, 250, capacity=400)
+    expected = model(ids)[:, 250:]
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+
+
+@torch.inference_mode()
+def test_the_model_goes_on_where_the_step_stopped_and_back():
+    model, ids = build(BASE), ids_of(24)
+    _, cache = steps(model, ids[:, :12], 6)
+    cache.crop(2)
+    middle = model(ids[:, 10:18], cache=cache)
+    step = decoder(model, cache, 1)
+    last = torch.stack([step(ids[:, t : t + 1]) for t in range(18, 24)], 1)
+    expected = model(ids)[:, 10:]
+    scale = 1e-5 * expected.abs().max().item()
+    torch.testing.assert_close(torch.cat([middle, last], 1), expected, rtol=0, atol=scale)
+
+
+@torch.inference_mode()
+def test_weights_changed_in_place_are_seen():
+    model, ids = build(BASE), ids_of(8)
+    cache = model.new_cache(1)
+    model.hidden(ids[:, :7], cache=cache)
+    step = decoder(model, cache, 1)
+    model.head.weight.mul_(2)
+    expected = model(ids)[:, -1]
+    torch.testing.assert_close(step(ids[:, 7:]), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+class Adapted(nn.Linear):
+    pass
+
+
+def adapt(model: LanguageModel) -> None:
+    model.blocks[1].attention.q_b_proj.__class__ = Adapted
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.double(),
+        lambda model: model.bfloat16(),
+        lambda model: model.train(),
+        lambda model: model.blocks[2].register_forward_hook(lambda *_: None),
+        adapt,
+    ],
+)
+def test_what_it_does_not_know_it_leaves_alone(change):
+    model = build(BASE)
+    change(model)
+    assert not fits(model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(BASE, mla=None, gqa=GQAConfig(heads=2, kv_heads=1, head_dim=4)),
+        replace(BASE, dsa=DSAConfig(heads=2, dim=8, chosen=6)),
+        replace(BASE, hyper=HyperConfig(streams=2)),
+        replace(BASE, engram=EngramConfig(layers=(1,), rows_per_head=(40, 50), heads=2, head_dim=4)),
+        replace(BASE, mla=replace(BASE.mla, bias=True)),
+        replace(BASE, moe=replace(BASE.moe, router=RouterConfig(adaptive_mass=0.9))),
+        replace(BASE, moe=replace(BASE.moe, router=RouterConfig(token_id_layers=2))),
+    ],
+)
+def test_other_architectures_are_the_models_own(config):
+    model = build(config)
+    assert not fits(model)
+    assert len([token for (token,) in decode(model, [[3, 5, 7]], max_new_tokens=3)]) == 3
+
+
+@torch.inference_mode()
+def test_padding_and_documents_are_the_models_own():
+    model, ids = build(BASE), ids_of(6)
+    for known in ({"present": torch.tensor([[False] + [True] * 5])}, {"documents": torch.tensor([[0, 0, 0, 1, 1, 1]])}):
+        cache = model.new_cache(1)
+        model.hidden(ids, cache=cache, **known)
+        both = model.new_cache(1)
+        model.hidden(ids, cache=both, **known)
+        expected = model(ids[:, :1], cache=both)[:, 0]
+        torch.testing.assert_close(decoder(model, cache, 1)(ids[:, :1]), expected)
+
+
+def test_the_environment_chooses_the_reference(monkeypatch):
+    model = build(BASE)
+    fast = [token for (token,) in decode(model, [[3, 5, 7]], max_new_tokens=9)]
+    monkeypatch.setenv("RORQUAL_KERNELS", "decode_step=reference")
+    assert [token for (token,) in decode(model, [[3, 5, 7]], max_new_tokens=9)] == fast
