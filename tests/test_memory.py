@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rorqual import memory
@@ -262,3 +263,12 @@ def test_edits_are_undone_by_another_process(editor, model, tokenizer, tmp_path)
     (tmp_path / "torn").write_bytes(b"no")
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
         late.load(tmp_path / "torn")
+
+
+@pytest.mark.parametrize("about", [None, "no JSON", "{}"])
+def test_a_file_of_no_edits_is_refused(editor, tmp_path, about):
+    metadata = {"format": memory.FORMAT} | ({} if about is None else {"about": about})
+    save_file({"x": torch.zeros(1)}, tmp_path / "edits.safetensors", metadata)
+    with pytest.raises(ValueError, match=r"got no edits|that an Editor saved"):
+        editor.load(tmp_path / "edits.safetensors")
+    assert not editor.edits

@@ -1,11 +1,11 @@
 """Hidden states, keys and value in -> the gated value and its norm out: layers.engram.fuse compiled, on the CPU.
 
 A token's values of one stream stay in the core's nearest cache while they are summed, gated and normed, so that memory
-is read and written once, in backward too; nothing is kept from forward but its inputs and, for gradients, the scores.
-kernels/triton_fuse.py has the derivatives. Threads split the tokens. In float32.
+is read and written once, in backward too; nothing is kept from forward but its inputs. kernels/triton_fuse.py has the
+derivatives. Threads split the tokens. In float32.
 
-Near a score of 0 the slope of the signed root turns the last bit of a score into the fourth digit of a gradient. Scores
-that gradients pass are therefore summed by torch, rounded as in the reference.
+Near a score of 0 the slope of the signed root turns the last bit of a score into the fourth digit of a gradient. For
+backward torch therefore sums the scores, rounded as in the reference.
 """
 
 import functools
@@ -55,16 +55,13 @@ def _gate(score, copysign):  # pragma: no cover
 
 
 @_loop
-def _forward(
-    hidden, key, value, both, conv, live, scores, eps, copysign, gated, normed, first, last
-):  # pragma: no cover  # fmt: skip
+def _forward(hidden, key, value, both, conv, live, eps, copysign, gated, normed, first, last):  # pragma: no cover
     """Optional arrays are empty where there are none."""
     for n in range(first, last):
         for s in range(hidden.shape[1]):
             gate = np.float32(0)
             if not len(live) or live[n]:
-                score = scores[n, s] if len(scores) else _score(hidden[n, s], key[n, s], both[s], eps[0])
-                gate = _gate(score, copysign)[0]
+                gate = _gate(_score(hidden[n, s], key[n, s], both[s], eps[0]), copysign)[0]
             out, v = gated[n, s], value[n]
             for i in range(len(v)):
                 out[i] = gate * v[i]
@@ -140,23 +137,21 @@ def _scores(hidden: Tensor, key: Tensor, query_norm: Tensor, key_norm: Tensor, e
     return torch.cat(found) * scale
 
 
-def _arrays(hidden, key, value, query_norm, key_norm, conv_norm, live, scores) -> list[np.ndarray]:
+def _arrays(hidden, key, value, query_norm, key_norm, conv_norm, live) -> list[np.ndarray]:
     """What both loops read; both norm weights of the gate only ever stand as a product."""
     given = [hidden.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), query_norm * key_norm]
     given.append(hidden.new_empty(0, 1) if conv_norm is None else conv_norm)
     given.append(hidden.new_empty(0, dtype=torch.bool) if live is None else live.flatten())
-    given.append(hidden.new_empty(0, 1) if scores is None else scores)
     return [tensor.detach().contiguous().numpy() for tensor in given]
 
 
 class _Fuse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, key, value, query_norm, key_norm, conv_norm, live, sign, eps, conv_eps, trained):
-        scored = _scores(hidden, key, query_norm, key_norm, eps) if trained else None
-        given = (hidden, key, value, query_norm, key_norm, conv_norm, live, scored)
+    def forward(ctx, hidden, key, value, query_norm, key_norm, conv_norm, live, sign, eps, conv_eps):
+        given = (hidden, key, value, query_norm, key_norm, conv_norm, live)
         ctx.save_for_backward(*given)
         ctx.parts = min(torch.get_num_threads(), max(1, hidden.numel() // _WORTH_A_THREAD))
-        ctx.rest = (np.array([eps, conv_eps], np.float32), sign == "copysign")
+        ctx.eps, ctx.rest = eps, (np.array([eps, conv_eps], np.float32), sign == "copysign")
         gated = hidden.new_empty(hidden.shape)
         normed = None if conv_norm is None else torch.empty_like(gated)
         arrays, out = _arrays(*given), gated.flatten(0, 1).numpy()
@@ -169,7 +164,7 @@ class _Fuse(torch.autograd.Function):
     def backward(ctx, d_gated, d_normed):
         saved = ctx.saved_tensors  # once: activation checkpointing unpacks no tensor twice
         hidden, key, value, query_norm, key_norm, conv_norm, *_ = saved
-        arrays = _arrays(*saved)
+        arrays = [*_arrays(*saved), _scores(hidden, key, query_norm, key_norm, ctx.eps).numpy()]
         d_hidden, d_key, d_value = (x.new_empty(x.shape) for x in (hidden, key, value))
         d_both = hidden.new_zeros(ctx.parts, *query_norm.shape)
         d_value.zero_()
@@ -185,7 +180,7 @@ class _Fuse(torch.autograd.Function):
         spread(loop, len(made[0]), ctx.parts)
         of_both, of_conv = d_both.sum(0), None if conv_norm is None else d_conv.sum(0)
         of_norms = (of_both * key_norm, of_both * query_norm, of_conv)
-        return d_hidden, d_key, d_value, *of_norms, None, None, None, None, None
+        return d_hidden, d_key, d_value, *of_norms, None, None, None, None
 
 
 def fuse(
@@ -201,6 +196,4 @@ def fuse(
     conv_eps: float,
 ) -> tuple[Float[Tensor, "B T S D"], Float[Tensor, "B T S D"] | None]:
     """See layers.engram.fuse, whose numbers these are within float32 rounding."""
-    given = (hidden, key, value, query_norm, key_norm, conv_norm)
-    trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    return _Fuse.apply(*given, live, sign, eps, conv_eps, trained)
+    return _Fuse.apply(hidden, key, value, query_norm, key_norm, conv_norm, live, sign, eps, conv_eps)

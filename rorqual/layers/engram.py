@@ -176,7 +176,14 @@ class Engram(nn.Module):
         cache: Recent | None = None,
         live: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T S D"]:
-        """What to add to `hidden`. Where `live` (by default layout.present) is False the gate is 0."""
+        """What to add to `hidden`. Where `live` (by default layout.present) is False the gate is 0.
+
+        ValueError for memory of another width than the config's: rows of a table that was made for another.
+        """
+        if memory.shape[-1] != self.config.memory_width:
+            got = f"got {memory.shape[-1]} recalled numbers a token, expected {self.config.memory_width}"
+            read = f"{self.config.rows_per_token} rows of {self.config.head_dim}"
+            raise ValueError(f"Engram: {got}, {read}: give it a table of that head_dim, or the table's config")
         memory = memory.to(self.key_proj.weight.dtype)
         key = self.key_proj(memory).unflatten(-1, (self.streams, self.dim))
         value = self.value_proj(memory)

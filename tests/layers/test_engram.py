@@ -576,6 +576,12 @@ def test_built_on_no_device_and_moved_it_has_its_numbers() -> None:
     assert torch.equal(moved.offsets, addresses.offsets)
 
 
+def test_rows_of_another_width_are_refused() -> None:
+    layer = Engram(EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3), 8)
+    with pytest.raises(ValueError, match=r"got 16 recalled numbers a token, expected 12, 4 rows of 3"):
+        layer(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 16), layout(1, 2, "cpu"))
+
+
 def test_a_layer_of_no_width_is_refused() -> None:
     for sizes in ((0,), (8, 0)):
         with pytest.raises(ValueError, match="expected at least 1 of each"):
