@@ -124,7 +124,7 @@ def params_command(argv: list[str]) -> int:
     if as_json:
         emit(found)
         return 0
-    Console().print(side_by_side(found))
+    show(found)
     return 0
 
 
@@ -141,14 +141,14 @@ def base_command(options: Params, as_json: bool) -> int:
     return 0
 
 
-def side_by_side(found: dict[str, Costs]) -> Table:
-    """A row a figure, a column a model."""
+def show(found: dict[str, Costs]) -> None:
+    """A row a figure, a column a model; as wide as that is, since a terminal's width would cut digits off."""
     table = Table("", *found, box=None)
     for column in table.columns[1:]:
         column.justify = "right"
     for attribute, words in ROWS:
         table.add_row(words, *(f"{getattr(cost, attribute):,}" for cost in found.values()))
-    return table
+    Console(width=Console(width=9999).measure(table).maximum).print(table)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +176,7 @@ def plan_command(argv: list[str]) -> int:
     if as_json:
         emit({"rho": plan.rho} | {name: {"config": arm.config, "costs": arm.costs} for name, arm in arms.items()})
         return 0
-    Console().print(side_by_side({name: arm.costs for name, arm in arms.items()}))
+    show({name: arm.costs for name, arm in arms.items()})
     config = plan.engram.config
     if config.moe is not None and config.engram is not None:
         rows = " ".join(map(str, config.engram.rows_per_head))

@@ -152,10 +152,16 @@ def speculate(
         if given >= max_new_tokens:
             return
         if len(going) < len(live):
-            index = torch.tensor([place for place, row in enumerate(live) if row in going], device=ids.device)
-            cache.select(index)
-            front, live = front.select(index), [row for row in live if row in going]
+            front, live = _without_ended(front, cache, live, going)
         front, fresh = _round(model, front, cache, vocabulary, tally)
+
+
+def _without_ended(front: Front, cache: Cache, live: list[int], going: set[int]) -> tuple[Front, list[int]]:
+    """The rows that go on; the others leave the cache, too."""
+    places = [place for place, row in enumerate(live) if row in going]
+    index = torch.tensor(places, device=front.sure.device)
+    cache.select(index)
+    return front.select(index), [live[place] for place in places]
 
 
 def _read(

@@ -108,7 +108,10 @@ def drafted(model, prompts, **options) -> list[list[int]]:
     return out
 
 
-@pytest.fixture(scope="module", params=[("mla", 1), ("mla", 3), ("all", 1), ("all", 2), ("all", 3)], ids=str)
+DRAFTING = [("mla", 1), ("mla", 3), ("all", 2), *(pytest.param(("all", n), marks=pytest.mark.slow) for n in (1, 3))]
+
+
+@pytest.fixture(scope="module", params=DRAFTING, ids=str)
 def drafting(request):
     """Every kind of model with one to three depths, taught a cycle with slips, so that drafts stand and fall."""
     name, depth = request.param

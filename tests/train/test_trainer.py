@@ -128,7 +128,12 @@ def test_load_and_every_loss_are_reported(config):
             least = {"z_loss": 0.0, "communication": 0.5}.get(name, 0.9)
             assert value > least * coefficients[name]
         assert line["total"] == pytest.approx(line["loss"] + 0.3 * line["mtp"] + sum(parts.values()), rel=1e-5)
-    bare = train(replace(asked, model=replace(MODEL, moe=None), folder=asked.folder + "_bare"))
+    model = load_model(folder)
+    for place, mixture in enumerate((model.blocks[1].ffn, model.mtp[0].block.ffn)):  # each load is of its own mixture
+        loads = torch.tensor([line["load"][place] for line in training], dtype=torch.float32)
+        moved = 1e-3 * (loads.mean(1, keepdim=True) - loads).sign().sum(0)
+        torch.testing.assert_close(mixture.router.e_score_correction_bias, moved)
+    bare = train(replace(asked, model=replace(MODEL, moe=None), folder=asked.folder + "_bare", steps=1))
     assert not [line for line in lines(bare) if "load" in line]
 
 
