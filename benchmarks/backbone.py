@@ -8,14 +8,17 @@ logits are checked to agree to 1e-4 of their largest. Every figure is tokens a s
 second, the median over interleaved rounds:
 
     prefill_N   a prompt of N tokens into each library's own cache, logits of the last position
-    decode_N    greedy, one prompt of N tokens, each library's own loop and cache
+    decode_N    greedy, one prompt of N tokens, each library's own loop and cache; decode_N_llamacpp is the same over
+                llama.cpp's tokens a second, where gguf and xllamacpp are installed
     train_D     8 x 256 tokens: loss, backward, fused AdamW; float32, bfloat16 (weights too), autocast (weights float32)
 """
 
 import argparse
 import copy
+import functools
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV3ForCausalLM, DynamicCache
 
 from rorqual.hub import checkpoints
+from rorqual.kernels.step import Step
 from rorqual.layers.attention import MLAConfig
 from rorqual.layers.balance import BalanceConfig
 from rorqual.layers.moe import MoEConfig
@@ -54,7 +58,7 @@ CONTEXTS = (512, 2048)
 NEW = 64  # tokens decoded a round
 BATCH, TIME = 8, 256
 
-Step = Callable[[], float]  # seconds
+Timed = Callable[[], float]  # seconds
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -63,7 +67,7 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def compare(ours: Step, theirs: dict[str, Step], rounds: int) -> dict[str, float]:
+def compare(ours: Timed, theirs: dict[str, Timed], rounds: int) -> dict[str, float]:
     """Of each of `theirs`: its seconds over ours, the median over rounds in which each runs once; and the seconds."""
     taken: dict[str, list[float]] = {name: [] for name in ("ours", *theirs)}
     for turn in range(rounds + 1):
@@ -89,7 +93,7 @@ def pair(folder: Path) -> tuple[LanguageModel, DeepseekV3ForCausalLM]:
     return ours, theirs
 
 
-def prefill(ours: LanguageModel, theirs: DeepseekV3ForCausalLM, length: int) -> tuple[Step, dict[str, Step]]:
+def prefill(ours: LanguageModel, theirs: DeepseekV3ForCausalLM, length: int) -> tuple[Timed, dict[str, Timed]]:
     ids = torch.randint(0, CONFIG.vocabulary, (1, length))
 
     @torch.inference_mode()
@@ -125,14 +129,34 @@ def own_greedy(ours: LanguageModel, prompt: list[int]) -> tuple[list[int], float
     return said, time.perf_counter() - began
 
 
-def decoding(ours: LanguageModel, theirs: DeepseekV3ForCausalLM, length: int) -> tuple[Step, dict[str, Step]]:
+@functools.lru_cache(maxsize=1)
+def llamacpp(ours: LanguageModel) -> Callable[[list[int], int], tuple[list[int], float]] | None:
+    """Its greedy decoding of our weights, whose first ids are ours; None and a line where it is not installed."""
+    try:
+        import gguf_export
+    except ImportError as error:
+        print(f"no figures for llama.cpp: {error}; pip install gguf xllamacpp", file=sys.stderr)
+        return None
+    prompt = torch.randint(0, CONFIG.vocabulary, (60,)).tolist()
+    with tempfile.TemporaryDirectory() as folder:
+        gguf_export.export(ours, Path(folder) / "model.gguf")
+        decode = gguf_export.greedy(Path(folder) / "model.gguf", torch.get_num_threads())
+        assert decode(prompt, 16)[0] == own_greedy(ours, prompt)[0][:16]
+    return decode
+
+
+def decoding(ours: LanguageModel, theirs: DeepseekV3ForCausalLM, length: int) -> tuple[Timed, dict[str, Timed]]:
     ids = torch.randint(0, CONFIG.vocabulary, (1, length))
     prompt = ids[0].tolist()
+    Step.build()
     assert own_greedy(ours, prompt)[0] == greedy(theirs, ids)[0]
-    return (lambda: own_greedy(ours, prompt)[1]), {"transformers": lambda: greedy(theirs, ids)[1]}
+    peers = {"transformers": lambda: greedy(theirs, ids)[1]}
+    if (other := llamacpp(ours)) is not None:
+        peers["llamacpp"] = lambda: other(prompt, NEW)[1]
+    return (lambda: own_greedy(ours, prompt)[1]), peers
 
 
-def training(ours: LanguageModel, theirs: DeepseekV3ForCausalLM, kind: str) -> tuple[Step, dict[str, Step]]:
+def training(ours: LanguageModel, theirs: DeepseekV3ForCausalLM, kind: str) -> tuple[Timed, dict[str, Timed]]:
     """Steps of copies, so that the models keep their weights."""
     text = torch.randint(0, CONFIG.vocabulary, (BATCH, TIME + 1))
     ids, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
@@ -143,7 +167,7 @@ def training(ours: LanguageModel, theirs: DeepseekV3ForCausalLM, kind: str) -> t
         "transformers": lambda: peer(ids, labels=labels, shift_labels=labels, use_cache=False).loss,
     }
 
-    def stepper(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
+    def stepper(model: nn.Module, loss: Callable[[], Tensor]) -> Timed:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
         def step() -> None:
@@ -180,6 +204,8 @@ def main() -> None:
             own, peers = made[kind](ours, theirs, int(size) if size.isdigit() else size)
             taken = compare(own, peers, options.rounds)
             found[name] = taken["transformers"]
+            if "llamacpp" in taken:
+                found[f"{name}_llamacpp"] = taken["llamacpp"]
             if not options.json:
                 print(
                     f"{name:16} {found[name]:6.2f} x",

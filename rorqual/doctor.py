@@ -22,7 +22,7 @@ from rorqual.layers.engram import EngramConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.model import LanguageModel, ModelConfig
 
-BROUGHT = ("lm-eval", "peft")  # used where the user has them; no extra of ours brings them
+BROUGHT = ("lm-eval",)  # used where the user has it; no extra of ours brings it
 BUNDLES = ("all", "dev")  # extras made of the others, or for work on rorqual itself
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -160,13 +161,14 @@ class Block(nn.Module):
         if self.engram is not None:
             recalled = memory.wait().flatten(-2)  # [B, T, M]
             streams = streams + self.engram(streams, recalled, step.layout, part.get("engram"), step.live)
-        streams, carried = self.attention_site(
-            streams,
-            lambda hidden: self.attention(
-                self.attention_norm(hidden), step.layout, step.cos, step.sin, part.get("attention")
-            ),
-            carried,
-        )
+
+        def attention(hidden: Tensor) -> Tensor:
+            out = self.attention(
+                self.attention_norm(hidden), step.layout, step.cos, step.sin, part.get("attention"), last
+            )
+            return F.pad(out, (0, 0, hidden.shape[1] - 1, 0)) if last else out  # before the last nobody reads
+
+        streams, carried = self.attention_site(streams, attention, carried)
         if last:
             streams, step, carried = streams[:, -1:], step.last(), None if carried is None else carried[:, -1:]
         routing: list[Routing] = []

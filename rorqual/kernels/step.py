@@ -9,10 +9,13 @@ weight that it needs once and computes next to nothing, so its time is memory's;
 Attention is the absorbed form of layers.attention.MLA: one query of kv_rank + rope values a head over the cached rows.
 """
 
+import fcntl
 import math
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import types
@@ -33,6 +36,7 @@ SOFTMAX, SIGMOID, SQRTSOFTPLUS = range(3)  # kinds of score
 TILE = 64  # cached rows that stay in the first cache while every head reads them
 LINE = 8  # int64 in a cache line: no two threads write to one
 PATIENCE = 2000  # looks at the others before the core is given to somebody else
+GONE = np.iinfo(np.int64).max  # where the clock of one who will not come stands: nobody waits for it
 TINY = np.float32(np.finfo(np.float32).tiny)
 
 
@@ -143,7 +147,7 @@ def _heads(place, sizes, low, latent, cos, sin, out, me, threads):  # pragma: no
 
 @compiled
 def _attention(place, sizes, x, held, cos, sin, shared, clocks, me, phase):  # pragma: no cover
-    """x += attention(norm(x)); the new row of the cache is `held`. Three meetings."""
+    """x += attention(norm(x)); the new row of the cache is `held`. Four meetings."""
     threads, down = clocks.shape[0], sizes.rank + sizes.rope
     hidden = np.empty(sizes.dim, np.float32)
     norm(x, at(place[ATTENTION_NORM], 1, sizes.dim)[0], sizes.eps, hidden)
@@ -304,6 +308,17 @@ def _step(places, widths, ends, sizes, x, held, cos, sin, shared, clocks, logits
     rows(at(ends[1], sizes.vocabulary, sizes.dim), hidden, logits, begin, end)
 
 
+CODE: Any = _step  # and what numba knows of it
+
+
+def _types() -> tuple:
+    """Of what `_step` takes, the same for every model."""
+    none, whole = np.empty(0, np.float32), np.zeros(1, np.int64)
+    sizes = Sizes(*(kind() for kind in Sizes.__annotations__.values()))
+    empty = Step(np.zeros((1, len(PLACES)), np.int64), whole, whole, sizes, 1)
+    return tuple(numba.typeof(value) for value in (*empty._given(none, 0, none, none, none), 0, 0))
+
+
 class Step:
     """A model's addresses, sizes and room to work in; call it once a token. The weights are to stay where they are."""
 
@@ -318,16 +333,55 @@ class Step:
         self.pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None
         self.calls = 0
 
+    @staticmethod
+    def build() -> None:
+        """Compile, some 20 seconds of a core, or read what was compiled and kept before, a tenth of one."""
+        CODE.compile(_types())
+
+    @staticmethod
+    def kept() -> bool:
+        """Whether the machine code is there, in this process or kept; if kept, it is read."""
+        if not CODE.signatures and CODE._cache.load_overload(_types(), CODE.targetctx) is None:
+            return False
+        Step.build()
+        return True
+
+    @staticmethod
+    def keepable() -> bool:
+        return CODE.stats.cache_path is not None
+
+    @staticmethod
+    def keep() -> None:
+        """Build, so that other processes find it, unless another does."""
+        place = Path(CODE.stats.cache_path)
+        place.mkdir(parents=True, exist_ok=True)
+        with (place / "step.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+            Step.build()
+
+    def _given(self, x: np.ndarray, held: int, cos: np.ndarray, sin: np.ndarray, logits: np.ndarray) -> tuple:
+        return self.places, self.widths, self.ends, self.sizes, x, held, cos, sin, self.shared, self.clocks, logits
+
     def __call__(self, x: np.ndarray, held: int, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
         """x [D], the token's embedding, is overwritten; `held` tokens are cached. Logits [V]."""
         logits = np.empty(self.sizes.vocabulary, np.float32)
+        given = self._given(x, held, cos, sin, logits)
         phase = 1 + 6 * len(self.places) * self.calls
         self.calls += 1
-        given = (
-            self.places, self.widths, self.ends, self.sizes, x, held, cos, sin, self.shared, self.clocks, logits,
-        )  # fmt: skip
-        others = [self.pool.submit(_step, *given, me, phase) for me in range(1, len(self.clocks))] if self.pool else []
-        _step(*given, 0, phase)
+        others: list[Future[None]] = []
+        try:
+            for me in range(1, len(self.clocks)):
+                assert self.pool is not None
+                others.append(self.pool.submit(_step, *given, me, phase))
+            _step(*given, 0, phase)
+        except BaseException:  # such as Ctrl-C between two of them: those that wait would wait for ever
+            self.clocks[:, 0] = GONE
+            wait(others)
+            self.clocks[:, 0] = 0
+            raise
         for other in others:
             other.result()
         return logits

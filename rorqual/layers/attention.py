@@ -25,6 +25,9 @@ from torch import Tensor, nn
 from rorqual.layers.basics import Layout, RMSNorm, RopeConfig, rotate, softmax_factor
 from rorqual.layers.cache import Appended, Bundle
 
+FUSED_KEYS = 512  # that the fused path of a CPU takes together
+BLOCK = 64  # queries; their scores stay in a core's cache
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MLAConfig:
@@ -90,20 +93,43 @@ def attend(
     dtype, key_width, value_width = query.dtype, key.shape[-1], value.shape[-1]
     if query.device.type == "cpu" and query.requires_grad and dtype in (torch.bfloat16, torch.float16):
         query, key, value = query.float(), key.float(), value.float()  # its backward is the faster one there
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if causal and _blocks_are_faster(query, key):
+        return _by_blocks(query, key, value, scale)
     if value_width < key_width:
         value = F.pad(value, (0, key_width - value_width))
     elif value_width > key_width:
         query, key = (F.pad(x, (0, value_width - key_width)) for x in (query, key))
     out = F.scaled_dot_product_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=query.shape[2] != key.shape[2],
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
     return out.transpose(1, 2)[..., :value_width].to(dtype)
+
+
+def _blocks_are_faster(query: Tensor, key: Tensor) -> bool:
+    """Than the fused path, which looks at keys 512 at a time on a CPU: below that at all above the diagonal, too."""
+    plain = query.is_cpu and query.dtype == torch.float32 and query.shape == key.shape
+    traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return plain and not traced and query.shape[2] <= FUSED_KEYS
+
+
+def _by_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention of BLOCK queries of all heads at a time to the keys up to them; [B, H, T, P] to [B, T, H, Q]."""
+    batch, heads, time, _ = query.shape
+    later = query.new_full((BLOCK, BLOCK), -torch.inf).triu_(1)
+    query, key, value = (x.reshape(batch * heads, time, -1) for x in (query * scale, key, value))
+    out = value.new_empty(batch, time, heads, value.shape[-1])
+    for start in range(0, time, BLOCK):
+        end = min(start + BLOCK, time)
+        scores = query[:, start:end] @ key[:, :end].transpose(1, 2)
+        scores[..., start:] += later[: end - start, : end - start]
+        out[:, start:end] = (scores.softmax(-1) @ value[:, :end]).unflatten(0, (batch, heads)).transpose(1, 2)
+    return out
+
+
+def _by_head(first: Tensor, second: Tensor) -> Tensor:
+    """[B, L, H, P1 + P2], a head's tokens side by side in memory: so the fused path reads them."""
+    return torch.cat([first.transpose(1, 2), second.transpose(1, 2)], dim=-1).transpose(1, 2)
 
 
 def _visibility(layout: Layout, allowed: Tensor | None = None) -> tuple[Tensor | None, bool]:
@@ -154,33 +180,42 @@ class MLA(nn.Module):
         cos: Float[Tensor, "B T F"],
         sin: Float[Tensor, "B T F"],
         cache: Bundle | None = None,
-    ) -> Float[Tensor, "B T D"]:
+        last: bool = False,
+    ) -> Float[Tensor, "B T2 D"]:
         """cos and sin are rope_tables' at the new tokens. With a cache the new tokens are appended to it.
 
-        The form is whichever multiplies less; both give the same numbers to rounding.
+        `last`: what the last token gets, T2 = 1; the others are its keys. The form is whichever multiplies less; both
+        give the same numbers to rounding.
         """
-        query_latent = hidden if self.config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(hidden))
-        nope, rope, latent = self._project(hidden, query_latent, cos, sin)
+        latent = self._latent(hidden, cos, sin)
         if cache is not None:
             kept = cache.latent.append(latent)
             latent = kept if layout.past else latent
+        if last and self.inner is None:
+            hidden, layout, cos, sin = hidden[:, -1:], layout.last(), cos[:, -1:], sin[:, -1:]
+        query_latent = hidden if self.config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(hidden))
+        nope, rope = self._query(query_latent, cos, sin)
         allowed = None
         if self.inner is not None:
             part = cache.inner if cache is not None else None
             allowed = self.inner.allowed(hidden, query_latent, layout, cos, sin, part)
         mask, causal = _visibility(layout, allowed)
         form = self._absorbed if layout.past and self._absorbing_is_cheaper(hidden.shape[1]) else self._expanded
-        return self.o_proj(form(nope, rope, latent, mask, causal).flatten(2))
+        out = form(nope, rope, latent, mask, causal).flatten(2)
+        return self.o_proj(out[:, -1:] if last else out)
 
-    def _project(self, hidden: Tensor, query_latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries without position [B, T, H, nope] and with [B, T, H, rope]; the normed latent and the rotated key
-        side by side [B, T, kv_lora_rank + rope]."""
+    def _query(self, query_latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Without position [B, T, H, nope] and with [B, T, H, rope]."""
         c = self.config
-        query = self.q_proj(hidden) if c.q_lora_rank is None else self.q_b_proj(query_latent)
+        query = self.q_proj(query_latent) if c.q_lora_rank is None else self.q_b_proj(query_latent)
         nope, rope = query.unflatten(-1, (c.heads, -1)).split([c.nope_dim, c.rope_dim], dim=-1)
+        return nope, rotate(rope, cos, sin, self.interleaved)
+
+    def _latent(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The normed latent and the rotated key side by side, [B, T, kv_lora_rank + rope]: what is cached."""
+        c = self.config
         latent, key = self.kv_a_proj_with_mqa(hidden).split([c.kv_lora_rank, c.rope_dim], dim=-1)
-        turned = rotate(torch.cat([rope, key.unsqueeze(2)], dim=2), cos, sin, self.interleaved)
-        return nope, turned[:, :, :-1], torch.cat([self.kv_a_layernorm(latent), turned[:, :, -1]], dim=-1)
+        return torch.cat([self.kv_a_layernorm(latent), rotate(key, cos, sin, self.interleaved)], dim=-1)
 
     def _absorbing_is_cheaper(self, time: int) -> bool:
         """Products a key and head: `time` wider ones, against expanding the key once and `time` narrower ones."""
@@ -195,8 +230,8 @@ class MLA(nn.Module):
         latent, key = latent.split([c.kv_lora_rank, c.rope_dim], dim=-1)
         up = self.kv_b_proj(latent).unflatten(-1, (c.heads, -1))  # [B, L, H, nope + value]
         key_nope, value = up.split([c.nope_dim, c.value_dim], dim=-1)
-        key = torch.cat([key_nope, key.unsqueeze(2).expand(-1, -1, c.heads, -1)], dim=-1)
-        return attend(torch.cat([nope, rope], dim=-1), key, value, self.scale, mask, causal)
+        key = _by_head(key_nope, key.unsqueeze(2).expand(-1, -1, c.heads, -1))
+        return attend(_by_head(nope, rope), key, value, self.scale, mask, causal)
 
     def _absorbed(
         self, nope: Tensor, rope: Tensor, latent: Tensor, mask: Tensor | None, causal: bool
@@ -250,8 +285,11 @@ class GQA(nn.Module):
         cos: Float[Tensor, "B T F"],
         sin: Float[Tensor, "B T F"],
         cache: Bundle | None = None,
-    ) -> Float[Tensor, "B T D"]:
-        """cos and sin are rope_tables' at the new tokens. With a cache the new tokens are appended to it."""
+        last: bool = False,
+    ) -> Float[Tensor, "B T2 D"]:
+        """cos and sin are rope_tables' at the new tokens. With a cache the new tokens are appended to it.
+
+        `last`: what the last token gets, T2 = 1; the others are its keys."""
         query, key, value = self._project(hidden, cos, sin)
         if cache is not None:
             kept = cache.keys.append(key), cache.values.append(value)
@@ -259,9 +297,12 @@ class GQA(nn.Module):
         if self.inner is not None:
             part = cache.inner if cache is not None else None
             out = self.inner(query, key, value, hidden=hidden, layout=layout, scale=self.scale, cache=part)
+        elif last:
+            out = self._attend(query[:, -1:], key, value, layout.last())
         else:
             out = self._attend(query, key, value, layout)
-        return self.o_proj(out.flatten(2))
+        out = out.flatten(2)
+        return self.o_proj(out[:, -1:] if last else out)
 
     def _project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config

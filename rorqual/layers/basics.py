@@ -26,7 +26,15 @@ def rms_norm(x: Float[Tensor, "*B D"], weight: Float[Tensor, " D"] | None, eps: 
     """x / sqrt(mean(x^2) + eps) * weight, in float32, returned in the dtype of x."""
     if weight is None:
         return F.rms_norm(_wide(x), x.shape[-1:], None, eps).to(x.dtype)
+    if not torch.is_grad_enabled():
+        return _normed(_wide(x), _wide(weight), eps)[0].to(x.dtype)
     return _RMSNorm.apply(_wide(x), _wide(weight), eps).to(x.dtype)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x scale weight, and scale."""
+    scale = torch.linalg.vecdot(x, x).unsqueeze(-1).div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight), scale
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -34,9 +42,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt_()
+        out, scale = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -161,6 +169,8 @@ def rotate(
     shape = (*cos.shape[:2], *(1,) * (x.dim() - 3), cos.shape[-1])
     cos, sin = cos.view(shape), sin.view(shape)
     if interleaved and cos.dtype == x.dtype and not torch.compiler.is_compiling():  # a pair is a complex number
+        x = x.contiguous()
+        x = x.clone() if x.storage_offset() % 2 else x  # a complex number starts at an even place
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)

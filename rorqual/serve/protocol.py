@@ -72,8 +72,10 @@ async def body(http: Request, largest: int) -> Any:
             raise ValueError(f"body: got more than {largest} bytes, expected a smaller request")
     try:
         return json.loads(content)
-    except (ValueError, RecursionError) as error:  # json reads by recursion
+    except ValueError as error:
         raise ValueError(f"body is not JSON: {error}") from error
+    except RecursionError as error:  # json reads by recursion
+        raise ValueError("body is not JSON for us: lists or objects too deep in one another") from error
 
 
 def parse(body: Any, *, chat: bool, most: int = 64) -> Ask:

@@ -7,8 +7,12 @@
 Both leave the cache alike, so that either can go on where the other stopped.
 """
 
+import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,32 +25,64 @@ from rorqual.layers.attention import MLA
 from rorqual.layers.basics import RMSNorm, SwiGLU, rope_tables
 from rorqual.layers.cache import Appended, Cache
 from rorqual.layers.experts import Experts
+from rorqual.layers.hyper import Residual
 from rorqual.layers.moe import MoE
 from rorqual.layers.router import SCORES, Router
 from rorqual.model import Block, LanguageModel
+from rorqual.runtime import log
 
-PLAIN = (nn.Linear, nn.Embedding, RMSNorm, SwiGLU, MLA, Router, Experts)  # what the compiled step knows the inside of
+# what the compiled step knows the inside of; anything else may be an adapter
+KNOWN = (nn.Linear, nn.Embedding, RMSNorm, SwiGLU, MLA, Router, Experts, MoE, Residual, Block)
 TURNED = 256  # positions whose rotations are computed at once
 
 Decoder = Callable[[Int[Tensor, "B 1"]], Float[Tensor, "B V"]]
 
 
 def decoder(model: LanguageModel, cache: Cache, rows: int) -> Decoder:
-    """What turns the last id of each of `rows` rows into logits, and adds it to the cache. For one generation: it holds
-    the weights' addresses."""
-    weight = model.embed.weight
+    """What turns the last id of each of `rows` rows into logits, and adds it to the cache.
+
+    For one generation: weights changed in place are seen, of those that are replaced the old go on.
+    """
 
     def reference(ids: Tensor) -> Tensor:
         return model.logits(model.hidden(ids, cache=cache)[0])[:, 0]
 
-    step = pick("decode_step", _reference, weight)
+    step = pick("decode_step", _reference, model.embed.weight)
     if step is _reference or rows != 1 or not fits(model) or cache.past.named:
         return reference
-    return _Compiled(step, model, cache)
+    return _Compiled(step, model, cache) if built(step) else reference
 
 
 def _reference() -> None:
     """Stands for the model itself where a twin is looked for."""
+
+
+def built(step: Any) -> bool:
+    """Whether the step's machine code is there. If not, it is being compiled from now on, for the generations to come:
+    by a process of its own, since a thread that compiles and one that decodes take the interpreter from each other."""
+    if step.kept():
+        return True
+    _building(step)
+    return False
+
+
+@functools.lru_cache(maxsize=1)
+def _building(step: Any) -> subprocess.Popen | None:
+    """Once a process; not waited for."""
+    if not step.keepable():
+        log("models decode module by module: there is nowhere to keep a compiled step (set NUMBA_CACHE_DIR)", "yellow")
+        return None
+    log("compiling the decoding step (some 20 s of a core, once an installation); until then models decode without it")
+    code = f"import os; os.nice(10); from {step.__module__} import {step.__name__} as step; step.keep()"
+    quiet, paths = subprocess.DEVNULL, os.pathsep.join(path or os.getcwd() for path in sys.path)
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": paths},
+        stdin=quiet,
+        stdout=quiet,
+        stderr=quiet,
+        start_new_session=True,
+    )
 
 
 def fits(model: LanguageModel) -> bool:
@@ -58,8 +94,10 @@ def fits(model: LanguageModel) -> bool:
         return False
     modules = [model.embed, model.norm, model.head, *(part for block in model.blocks for part in block.modules())]
     return all(
-        part._forward_hooks == part._forward_pre_hooks == {}
-        and (type(part) in PLAIN or not any(True for _ in part.parameters(recurse=False)))
+        type(part) in KNOWN
+        and part._forward_hooks == part._forward_pre_hooks == {}
+        and "forward" not in part.__dict__
+        and getattr(part, "exchange", None) is None
         for part in modules
     ) and all(p.dtype == torch.float32 and p.is_contiguous() and p.is_cpu for p in model.parameters())
 
@@ -67,6 +105,8 @@ def fits(model: LanguageModel) -> bool:
 class _Compiled:
     def __init__(self, step: Callable[..., Step], model: LanguageModel, cache: Cache) -> None:
         self.model, self.cache, self.turned = model, cache, -1
+        self.embed = model.embed.weight.detach()
+        self.kept = [value.detach() for value in (*model.parameters(), *model.buffers())]  # their memory is read
         self.latents = [cast(Appended, layer.attention.latent) for layer in cast(Iterable, cache.layers)]
         blocks = [cast(Block, block) for block in model.blocks]
         self.places = np.array([_places(block) for block in blocks], np.int64)
@@ -80,7 +120,7 @@ class _Compiled:
             self.places[layer, PLACES.index("latent")] = latent.claim(1)[0].data_ptr()
         self.cache.past.append(1, 1, None, None)
         cos, sin = self._rotation(held)
-        embedded = self.model.embed.weight[ids[0, 0]].detach().numpy().copy()
+        embedded = self.embed[ids[0, 0]].numpy().copy()
         return torch.from_numpy(self.step(embedded, held, cos, sin))[None]
 
     def _rotation(self, position: int) -> tuple[np.ndarray, np.ndarray]:

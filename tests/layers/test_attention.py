@@ -57,6 +57,39 @@ def in_pieces(layer, hidden, pieces, **known):
     return torch.cat(outs, 1)
 
 
+@pytest.mark.parametrize("before", [0, 1, 5])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_last_token_alone_gets_what_it_gets_among_all(name, before):
+    layer, hidden, rope = build(name), torch.randn(2, 12, 24), RopeConfig(base=50.0, yarn=YARN)
+    present = torch.ones(2, 12, dtype=torch.bool)
+    present[1, :2] = False
+    for known in ({}, {"present": present}):
+        expected = run(layer, hidden, **known)[:, -1:]
+        past, cache = Past(), layer.new_cache(2, 8, hidden.dtype, hidden.device)
+        parts = [{key: x[:, cut] for key, x in known.items()} for cut in (slice(before), slice(before, None))]
+        if before:
+            run(layer, hidden[:, :before], past=past, cache=cache, **parts[0])
+        where = layout(2, 12 - before, "cpu", past=past, **parts[1])
+        tables = rope_tables(rope, layer.rope_dim, where.positions)
+        found = layer(hidden[:, before:], where, *tables, cache, last=True)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+        assert found.shape[1] == 1
+
+
+@pytest.mark.parametrize("widths", [(12, 8), (5, 5), (4, 9)])
+@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 200, 512, 513])
+def test_blocks_of_queries_give_what_the_fused_path_gives(time, widths, poisoned):
+    query, key = torch.randn(2, 2, time, 3, widths[0])
+    value = torch.randn(2, time, 3, widths[1])
+    fused = attend(query, key, value, 0.4, causal=True)
+    with torch.no_grad():
+        blocks = attend(query, key, value, 0.4, causal=True)
+        with sdpa_kernel(SDPBackend.MATH):
+            exact = attend(query.double(), key.double(), value.double(), 0.4, causal=True).float()
+    torch.testing.assert_close(blocks, exact, rtol=0, atol=1e-6 * exact.abs().max().item())
+    torch.testing.assert_close(blocks, fused, rtol=0, atol=2e-6 * exact.abs().max().item())
+
+
 @pytest.mark.parametrize("name", RELEASES)
 def test_mla_agrees_with_transformers(name):
     config, rope, oracle, dim = RELEASES[name]

@@ -148,6 +148,16 @@ def test_softmax_factor_of_the_releases(mscale, expected):
     assert softmax_factor(RopeConfig(yarn=YarnConfig(factor=1.0))) == 1.0
 
 
+def test_rotate_takes_pairs_wherever_they_lie():
+    cos, sin = rope_tables(RopeConfig(), 4, torch.arange(5)[None])
+    wide = torch.randn(1, 5, 3, 9)
+    for time in (5, 1):
+        for start in (0, 1, 2, 5):
+            part = wide[:, :time, 1, start : start + 4]
+            found = rotate(part, cos[:, :time], sin[:, :time], True)
+            assert torch.equal(found, rotate(part.clone(), cos[:, :time], sin[:, :time], True))
+
+
 def test_rotate_interleaved_is_complex_multiplication():
     x, positions = torch.randn(2, 5, 3, 8), torch.randint(0, 1000, (2, 5))
     cos, sin = rope_tables(RopeConfig(), 8, positions)

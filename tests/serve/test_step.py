@@ -1,12 +1,17 @@
 """The compiled decoding step against the model itself: every architecture it takes, and that it leaves others alone."""
 
+import fcntl
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from rorqual.kernels import TWINS
+from rorqual.kernels import step as kernel
 from rorqual.layers.attention import GQAConfig, MLAConfig
 from rorqual.layers.basics import RopeConfig, YarnConfig
 from rorqual.layers.dsa import DSAConfig
@@ -15,8 +20,9 @@ from rorqual.layers.hyper import HyperConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel, ModelConfig
+from rorqual.serve import step as serve_step
 from rorqual.serve.decoding import decode
-from rorqual.serve.step import decoder, fits
+from rorqual.serve.step import _Compiled, decoder, fits
 
 pytestmark = pytest.mark.skipif(
     any(twin.usable(torch.device("cpu")) for twin in TWINS["decode_step"]), reason="numba is not installed"
@@ -46,6 +52,11 @@ SIZES = {
     "half-split pairs": replace(BASE, rope=RopeConfig(interleaved=False), eps=1e-3),
     "even sizes": replace(BASE, mla=replace(BASE.mla, heads=8, kv_lora_rank=16, nope_dim=8, value_dim=8)),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def ready():
+    kernel.Step.build()
 
 
 def build(config: ModelConfig) -> LanguageModel:
@@ -124,12 +135,152 @@ def test_weights_changed_in_place_are_seen():
     torch.testing.assert_close(step(ids[:, 7:]), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
+@torch.inference_mode()
+def test_three_hundred_steps_while_the_cache_grows_and_forgets():
+    model, ids = build(SIZES["even sizes"]), ids_of(320)
+    cache = model.new_cache(1, 2)
+    model.hidden(ids[:, :20], cache=cache)
+    step, found = decoder(model, cache, 1), []
+    assert isinstance(step, _Compiled)
+    for t in range(20, 320):
+        if t % 50 == 0:  # drafts that did not stand
+            for wrong in range(3):
+                step(ids[:, wrong : wrong + 1])
+            cache.crop(3)
+            cache.select(torch.tensor([0]))
+        found.append(step(ids[:, t : t + 1]))
+    expected = model(ids)[:, 20:]
+    torch.testing.assert_close(torch.stack(found, 1), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_generations_in_several_threads_do_not_meet(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    models = [build(BASE), build(SIZES["even sizes"]), build(SIZES["dense"])]
+
+    def said(model):
+        return [token for (token,) in decode(model, [[3, 5, 7]], max_new_tokens=40)]
+
+    alone = [said(model) for model in models]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(said, models)) == alone
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("asked", [1, 2])
+def test_an_interrupt_leaves_nobody_waiting(asked, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    model, ids = build(BASE), ids_of(9)
+    cache = model.new_cache(1)
+    model.hidden(ids[:, :7], cache=cache)
+    step = decoder(model, cache, 1)
+    step(ids[:, 7:8])
+    submit, calls = step.step.pool.submit, []
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == asked:
+            raise KeyboardInterrupt
+        return submit(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step.step.pool, "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step(ids[:, 8:])
+    cache.crop(1)
+    expected = model(ids)[:, -1]
+    torch.testing.assert_close(step(ids[:, 8:]), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@torch.inference_mode()
+def test_weights_that_are_replaced_go_on_to_the_end_of_the_generation():
+    model, ids = build(BASE), ids_of(9)
+    expected = model(ids)[:, 7:]
+    cache = model.new_cache(1)
+    model.hidden(ids[:, :7], cache=cache)
+    step = decoder(model, cache, 1)
+    found = [step(ids[:, 7:8])]
+    model.load_state_dict({name: torch.zeros_like(value) for name, value in model.state_dict().items()}, assign=True)
+    model.double()
+    rubbish = [torch.full_like(value, 7.0) for value in model.parameters()]  # takes the memory that was let go
+    found.append(step(ids[:, 8:]))
+    assert len(rubbish)
+    torch.testing.assert_close(torch.stack(found, 1), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_every_model_runs_the_same_machine_code():
+    for config in SIZES.values():
+        steps(build(config), ids_of(6), 3)
+    assert len(kernel.CODE.signatures) == 1
+
+
+def test_the_first_generation_has_the_step_compiled_for_the_next(monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(kernel.Step, "kept", staticmethod(lambda: False))
+    monkeypatch.setattr(serve_step.subprocess, "Popen", lambda command, **_: started.append(command))
+    monkeypatch.setattr(serve_step, "_building", serve_step.functools.lru_cache(serve_step._building.__wrapped__))
+    model = build(BASE)
+    said = [[token for (token,) in decode(model, [[3, 5, 7]], max_new_tokens=9)] for _ in range(2)]
+    assert len(started) == 1
+    assert capsys.readouterr().err.count("compiling the decoding step") == 1
+    monkeypatch.undo()
+    assert said == [[token for (token,) in decode(model, [[3, 5, 7]], max_new_tokens=9)]] * 2
+    code = started[0][-1].replace("step.keep()", "print(step.__name__)")
+    assert subprocess.run([started[0][0], "-c", code], capture_output=True, text=True).stdout == "Step\n"
+
+
+def test_without_a_place_to_keep_it_nothing_is_compiled(monkeypatch, capsys):
+    monkeypatch.setattr(kernel.Step, "keepable", staticmethod(lambda: False))
+    monkeypatch.setattr(serve_step.subprocess, "Popen", None)
+    assert serve_step._building.__wrapped__(kernel.Step) is None
+    assert "NUMBA_CACHE_DIR" in capsys.readouterr().err
+
+
+def test_one_process_compiles_at_a_time(monkeypatch, tmp_path):
+    built = []
+    monkeypatch.setattr(kernel.Step, "build", staticmethod(lambda: built.append(1)))
+    monkeypatch.setattr(kernel, "CODE", type("", (), {"stats": type("", (), {"cache_path": str(tmp_path / "new")})}))
+    kernel.Step.keep()
+    assert built == [1]
+    with (Path(tmp_path) / "new" / "step.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kernel.Step.keep()
+    assert built == [1]
+
+
 class Adapted(nn.Linear):
     pass
 
 
+class Adapter(nn.Module):
+    """Holds plain layers and no weights of its own, as LoRA does."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.more = base, nn.Linear(base.in_features, base.out_features, bias=False)
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    def forward(self, x):
+        return self.base(x) + self.more(x)
+
+
 def adapt(model: LanguageModel) -> None:
     model.blocks[1].attention.q_b_proj.__class__ = Adapted
+
+
+def wrap(model: LanguageModel) -> None:
+    model.blocks[1].attention.q_b_proj = Adapter(model.blocks[1].attention.q_b_proj)
+
+
+def patch(model: LanguageModel) -> None:
+    layer = model.blocks[1].attention.o_proj
+    layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)
+
+
+def exchange(model: LanguageModel) -> None:
+    model.blocks[1].ffn.exchange = lambda rows, counts, experts: experts(rows, counts)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +291,9 @@ def adapt(model: LanguageModel) -> None:
         lambda model: model.train(),
         lambda model: model.blocks[2].register_forward_hook(lambda *_: None),
         adapt,
+        wrap,
+        patch,
+        exchange,
     ],
 )
 def test_what_it_does_not_know_it_leaves_alone(change):

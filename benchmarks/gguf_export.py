@@ -1,0 +1,120 @@
+"""A DeepSeek model of ours -> a .gguf file that llama.cpp reads, architecture deepseek2 in float32: a bar for decoding.
+
+One key head of kv_lora_rank + rope values; kv_b is cut into what goes to the query and what comes behind the sum.
+llama.cpp comes with `pip install xllamacpp`, the writer with `pip install gguf`.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import gguf
+import numpy as np
+import xllamacpp
+from torch import Tensor
+
+from rorqual.layers.attention import MLA
+from rorqual.layers.moe import MoE
+from rorqual.model import Block, LanguageModel, ModelConfig
+
+GATING = {"softmax": gguf.ExpertGatingFuncType.SOFTMAX, "sigmoid": gguf.ExpertGatingFuncType.SIGMOID}
+
+
+def describe(writer: gguf.GGUFWriter, c: ModelConfig, context: int) -> None:
+    """ValueError for what is not written here."""
+    a, m = c.mla, c.moe
+    plain = c.rope.interleaved and c.rope.yarn is None and a is not None and a.eps == c.eps and not a.bias
+    if not plain or m is None or m.router.groups > 1 or m.router.score not in GATING:
+        raise ValueError("gguf: expected MLA and experts without groups, YaRN or biases, pairs interleaved, one eps")
+    said = {
+        "context_length": context, "embedding_length": c.dim, "block_count": c.layers, "layer_norm_rms_eps": c.eps,
+        "feed_forward_length": c.dense_width, "leading_dense_block_count": m.first_dense,
+        "rope_freq_base": c.rope.base, "rope_dimension_count": a.rope_dim, "head_count": a.heads, "head_count_kv": 1,
+        "key_length": a.kv_lora_rank + a.rope_dim, "value_length": a.kv_lora_rank, "kv_lora_rank": a.kv_lora_rank,
+        "key_length_mla": a.nope_dim + a.rope_dim, "value_length_mla": a.value_dim, "q_lora_rank": a.q_lora_rank,
+        "expert_count": m.routed, "expert_used_count": m.active, "expert_shared_count": m.shared,
+        "expert_feed_forward_length": m.width, "expert_gating_func": GATING[m.router.score],
+        "expert_weights_scale": m.router.scale, "expert_weights_norm": m.router.renormalise,
+    }  # fmt: skip
+    for name, value in said.items():
+        if value is not None:
+            getattr(writer, f"add_{name}")(value)
+
+
+def words(writer: gguf.GGUFWriter, vocabulary: int) -> None:
+    """A vocabulary must be there; only ids are ever given and taken."""
+    writer.add_vocab_size(vocabulary)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"<{number}>" for number in range(vocabulary)])
+    writer.add_token_scores([0.0] * vocabulary)
+    writer.add_token_types([gguf.TokenType.UNKNOWN, *[gguf.TokenType.NORMAL] * (vocabulary - 1)])
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(False)
+
+
+def tensors(block: Block) -> dict[str, Tensor]:
+    """One block's, by llama.cpp's names."""
+    attention, ffn = cast(MLA, block.attention), block.ffn
+    c = attention.config
+    up, down = attention.kv_b_proj.weight.unflatten(0, (c.heads, -1)).split([c.nope_dim, c.value_dim], dim=1)
+    found = {
+        "attn_norm.weight": block.attention_norm.weight,
+        "attn_kv_a_mqa.weight": attention.kv_a_proj_with_mqa.weight,
+        "attn_kv_a_norm.weight": attention.kv_a_layernorm.weight,
+        "attn_k_b.weight": up.transpose(1, 2),
+        "attn_v_b.weight": down,
+        "attn_output.weight": attention.o_proj.weight,
+        "ffn_norm.weight": block.ffn_norm.weight,
+    }
+    if c.q_lora_rank is None:
+        found["attn_q.weight"] = attention.q_proj.weight
+    else:
+        found["attn_q_a.weight"] = attention.q_a_proj.weight
+        found["attn_q_a_norm.weight"] = attention.q_a_layernorm.weight
+        found["attn_q_b.weight"] = attention.q_b_proj.weight
+    plain, suffix = (ffn.shared, "_shexp") if isinstance(ffn, MoE) else (ffn, "")
+    if plain is not None:
+        found |= {
+            f"ffn_{name}{suffix}.weight": getattr(plain, f"{name}_proj").weight for name in ("gate", "up", "down")
+        }
+    if isinstance(ffn, MoE):
+        gate, inner = ffn.experts.gate_up.transpose(1, 2).chunk(2, dim=1)  # [E, W, D]
+        found |= {"ffn_gate_exps.weight": gate, "ffn_up_exps.weight": inner}
+        found |= {"ffn_down_exps.weight": ffn.experts.down.transpose(1, 2), "ffn_gate_inp.weight": ffn.router.weight}
+        if ffn.router.e_score_correction_bias is not None:
+            found["exp_probs_b.bias"] = ffn.router.e_score_correction_bias
+    return found
+
+
+def export(model: LanguageModel, path: str | Path, context: int = 4096) -> None:
+    """Write the model; its next-token logits are then llama.cpp's."""
+    writer = gguf.GGUFWriter(str(path), "deepseek2")
+    describe(writer, model.config, context)
+    words(writer, model.config.vocabulary)
+    named = {"token_embd.weight": model.embed.weight, "output_norm.weight": model.norm.weight}
+    named["output.weight"] = model.head.weight
+    for index, block in enumerate(model.blocks):
+        named |= {f"blk.{index}.{name}": tensor for name, tensor in tensors(cast(Block, block)).items()}
+    for name, tensor in named.items():
+        writer.add_tensor(name, np.ascontiguousarray(tensor.detach().float().numpy()))
+    for part in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, part)()
+
+
+def greedy(path: str | Path, threads: int, context: int = 4096) -> Callable[[list[int], int], tuple[list[int], float]]:
+    """llama.cpp over the file: (prompt, how many) -> the ids that follow, and its own seconds for all but the first.
+    Its defaults hold, a cache in float16 among them."""
+    options = xllamacpp.CommonParams()
+    options.model.path, options.n_ctx, options.n_parallel, options.verbosity = str(path), context, 1, 0
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
+    server = xllamacpp.Server(options)
+
+    def decode(prompt: list[int], count: int) -> tuple[list[int], float]:
+        asked = {"prompt": prompt, "max_tokens": count, "temperature": 0, "samplers": ["temperature"]}
+        said = server.handle_completions(asked | {"ignore_eos": True, "cache_prompt": False})
+        ids = [int(number) for number in re.findall(r"<(\d+)>", said["choices"][0]["text"])]
+        assert len(ids) == count == said["timings"]["predicted_n"]
+        return ids, said["timings"]["predicted_ms"] / 1e3
+
+    return decode
