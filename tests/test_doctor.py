@@ -47,7 +47,7 @@ def test_what_is_missing_comes_with_its_mend(tmp_path, monkeypatch):
     assert (checks["uvicorn"].state, checks["uvicorn"].mend) == ("missing", "pip install 'rorqual[serve]'")
     assert (checks["numba"].state, checks["numba"].mend) == ("wrong", "pip install numba")
     assert (checks["pyarrow"].state, checks["pyarrow"].mend) == ("missing", "pip install 'rorqual[hub]'")
-    assert (checks["peft"].state, checks["peft"].mend) == ("missing", "pip install peft")
+    assert (checks["peft"].state, checks["peft"].mend) == ("missing", "pip install 'rorqual[retrofit]'")
     assert "apt install g++" in checks["C++ compiler"].mend
     assert "OMP_NUM_THREADS=0" in checks["threads"].mend
     assert not report.well

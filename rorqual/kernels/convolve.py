@@ -51,9 +51,9 @@ def _backward(window, weight, documents, halo, d_out, d_window, d_weight, first,
 
 
 def _arrays(window: Tensor, weight: Tensor, documents: Tensor | None) -> list[np.ndarray]:
-    """Streams and their values on one axis, taps first."""
+    """Streams and their values on one axis, taps first. The weight is a copy: see fuse._arrays."""
     none = window.new_empty(0, 1, dtype=torch.int64)
-    given = (window.flatten(2), weight.flatten(0, 1).t(), none if documents is None else documents)
+    given = (window.flatten(2), weight.flatten(0, 1).t().clone(), none if documents is None else documents)
     return [tensor.detach().contiguous().numpy() for tensor in given]
 
 

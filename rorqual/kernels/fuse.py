@@ -138,9 +138,10 @@ def _scores(hidden: Tensor, key: Tensor, query_norm: Tensor, key_norm: Tensor, e
 
 
 def _arrays(hidden, key, value, query_norm, key_norm, conv_norm, live) -> list[np.ndarray]:
-    """What both loops read; both norm weights of the gate only ever stand as a product."""
+    """What both loops read; both norm weights of the gate only ever stand as a product. Never a parameter's own memory:
+    what numpy has seen cannot be resized, and sharding (FSDP) frees parameters that way."""
     given = [hidden.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), query_norm * key_norm]
-    given.append(hidden.new_empty(0, 1) if conv_norm is None else conv_norm)
+    given.append(hidden.new_empty(0, 1) if conv_norm is None else conv_norm.clone())
     given.append(hidden.new_empty(0, dtype=torch.bool) if live is None else live.flatten())
     return [tensor.detach().contiguous().numpy() for tensor in given]
 
