@@ -207,11 +207,9 @@ def main() -> None:
             if "llamacpp" in taken:
                 found[f"{name}_llamacpp"] = taken["llamacpp"]
             if not options.json:
-                print(
-                    f"{name:16} {found[name]:6.2f} x",
-                    {key: round(value, 2) for key, value in taken.items()},
-                    flush=True,
-                )
+                least = ", ".join(f"{key} {value:.1f}" for key, value in taken.items() if key.endswith(" ms"))
+                ratios = "".join(f"{taken[peer]:6.2f} x {peer}" for peer in peers)
+                print(f"{name:16}{ratios}   (least: {least})", flush=True)
     if options.json:
         print(json.dumps(found | {"threads": torch.get_num_threads()}))
 

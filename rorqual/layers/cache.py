@@ -68,8 +68,8 @@ class Appended:
         self.buffer = buffer
 
     def select(self, index: Int[Tensor, " B"]) -> None:
-        """Keep the rows `index`, in that order."""
-        if self.buffer is not None:
+        """Keep the rows `index`, in that order. An empty buffer may still have the rows of a batch before `reset`."""
+        if self.buffer is not None and self.length:
             kept = self.buffer[:, : self.length].index_select(0, index)
             if len(index) != self.buffer.shape[0]:
                 self.buffer = self.buffer.new_empty(len(index), *self.buffer.shape[1:])
@@ -140,7 +140,7 @@ class Recent:
 
     def select(self, index: Int[Tensor, " B"]) -> None:
         """Keep the rows `index`, in that order."""
-        if self.buffer is not None:
+        if self.buffer is not None and self.length:
             self.buffer = self.buffer.index_select(0, index)
 
     @property

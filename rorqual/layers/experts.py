@@ -14,9 +14,8 @@ from torch import Tensor, nn
 ALIGNED = 16  # bytes; the grouped product refuses rows that are no multiple of it
 GROUPED = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
-WINDOW = (
-    64  # rows; oneDNN writes a program for every new shape of a half-precision product, ten times the product's work
-)
+# Rows: oneDNN writes a program for every new shape of a half-precision product, at ten times the product's work.
+WINDOW = 64
 
 
 def grouped_product(
@@ -47,12 +46,14 @@ def _one_by_one(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     return torch.stack([part @ own for part, own in parts])
 
 
-def _windows(ends: Tensor, length: int) -> list[tuple[int, int, int, int, int]]:
+def _windows(ends: Tensor) -> list[tuple[int, int, int, int, int]]:
     """(group, first row, last, and a window of a multiple of WINDOW rows around them) of every group that has rows.
 
-    Runs of any length make a new shape at every step; windows make a few that come again."""
-    found, first = [], 0
-    for group, last in enumerate(ends.tolist()):
+    Runs of any length make a new shape at every step; windows make a few that come again. None reaches behind the last
+    group, where rows may be anything."""
+    found, first, bounds = [], 0, ends.tolist()
+    length = bounds[-1]
+    for group, last in enumerate(bounds):
         size = min(-(-(last - first) // WINDOW) * WINDOW, length)
         begin = min(first, length - size)
         if last > first:
@@ -64,7 +65,7 @@ def _windows(ends: Tensor, length: int) -> list[tuple[int, int, int, int, int]]:
 def _by_window(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """In ascending order: what a window writes behind its own rows, the next group overwrites."""
     out = rows.new_empty(rows.shape[0], weight.shape[2])
-    for group, first, last, begin, end in _windows(ends, rows.shape[0]):
+    for group, first, last, begin, end in _windows(ends):
         if begin == first:
             torch.mm(rows[begin:end], weight[group], out=out[begin:end])
         else:
@@ -75,7 +76,7 @@ def _by_window(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def _gradient_by_window(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
     """Rows of a window that are another group's meet zeros."""
     out = grad.new_zeros(len(ends), rows.shape[0], grad.shape[1])
-    for group, first, last, begin, end in _windows(ends, len(grad)):
+    for group, first, last, begin, end in _windows(ends):
         own = grad.new_zeros(end - begin, grad.shape[1])
         own[first - begin : last - begin] = grad[first:last]
         torch.mm(rows[:, begin:end], own, out=out[group])

@@ -109,6 +109,26 @@ def test_another_batch_is_refused(container, verb):
     getattr(container, verb)(draw(1, 0)[:1])
 
 
+@pytest.mark.parametrize("container", [Appended(), Recent(2)])
+def test_a_batch_before_reset_does_not_bind_a_selection(container):
+    """A larger batch whose tokens are still to come: the empty buffer has the rows of the smaller one before."""
+    put = container.append if isinstance(container, Appended) else container.extend
+    put(draw(4, 0)[:1])
+    container.reset()
+    container.select(torch.tensor([2, 0]))
+    assert torch.equal(put(draw(4, 1))[:, -4:], draw(4, 1))
+
+
+def test_documents_named_before_reset_do_not_bind_a_selection():
+    past = Past()
+    past.append(1, 3, torch.tensor([[0, 0, 1]]), torch.tensor([[False, True, True]]))
+    past.reset()
+    past.append(3, 1, None, None)
+    past.select(torch.tensor([1, 2]))
+    documents, present = past.append(2, 1, torch.tensor([[1], [2]]), None)
+    assert documents.tolist() == [[0, 1], [0, 2]] and present is None
+
+
 def test_crop_past_the_start_is_refused():
     kept, past = Appended(), Past()
     kept.append(draw(2, 0))

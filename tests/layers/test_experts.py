@@ -77,6 +77,19 @@ def test_experts_without_rows_get_a_zero_gradient(dim: int) -> None:
     assert experts.down.grad[[0, 2]].abs().sum() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [[3, 0, 70], [100, 1, 30]])
+def test_what_lies_behind_the_last_expert_reaches_no_gradient(counts: list[int], dtype: torch.dtype) -> None:
+    """Padding leaves rows there that nobody computed."""
+    rows, weight = torch.randn(sum(counts) + 40, 16).to(dtype), torch.randn(3, 16, 8).to(dtype)
+    rows[sum(counts) :] = torch.nan
+    ours, alone = (weight.clone().requires_grad_() for _ in range(2))
+    grouped_product(rows, ours, torch.tensor(counts))[: sum(counts)].sum().backward()
+    grouped_product(rows[: sum(counts)], alone, torch.tensor(counts)).sum().backward()
+    assert ours.grad.isfinite().all()
+    torch.testing.assert_close(ours.grad, alone.grad)
+
+
 def test_an_expanded_gradient_and_rows_that_are_a_view_are_taken() -> None:
     rows = torch.randn(16, 6).T.requires_grad_()  # columns lie apart
     weight = torch.randn(2, 16, 8, requires_grad=True)
