@@ -5,9 +5,9 @@
 addresses    one layer, 16 rows a token (bigrams and trigrams, 8 heads each), against a plain numpy loop over the heads
              in the structure of the authors' code, spared what that computes twice; both must give the same rows, or
              the run ends. Also on one thread.
-decode       two layers, 16 rows each, one new token of each of 32 sequences. The hash itself is the compiled twin on
-             ids that are there, with its result's memory; the whole step is what a model calls: the ids before from
-             the cache, these kept in it, the choice of the twin, the check of every id.
+decode       one layer and two, 16 rows each, one new token of each of 32 sequences. The hash itself is the compiled
+             twin on ids that are there, with its result's memory and the check of every id; the whole step is what a
+             model calls: the ids before from the cache, these kept in it, the choice of the twin.
 recall       rows into memory that is there already, against torch.index_select(out=)
 sparse step  see rows.py, whose functions these are
 
@@ -79,18 +79,21 @@ def hashing(tokens: int, rows: int, rounds: int) -> dict[str, float]:
 
 
 def decoding(rows: int, rounds: int) -> dict[str, float]:
-    own = Addresses(config(rows, (1, 14)), None, VOCABULARY)
+    return measure({**decode_steps(rows, (1,), "one layer"), **decode_steps(rows, (1, 14), "two layers")}, rounds, 2000)
+
+
+def decode_steps(rows: int, layers: tuple[int, ...], name: str) -> dict[str, Callable[[], object]]:
+    own = Addresses(config(rows, layers), None, VOCABULARY)
     history, where = own.new_cache(32, 64, torch.float32, CPU), layout(32, 1, CPU)
     ids = torch.randint(VOCABULARY, (32, 1))
     own(ids, where, history)
     buffer, at = history.claim(ids)
     exact = (own.canonical_map, own.multipliers, own.primes, own.offsets)
     twin = pick("engram_follow", follow_rows, ids, own.primes)
-    steps = {
-        "hash of a 32-token decode step": lambda: twin(ids, buffer, at, *exact, 0),
-        "whole step with history": lambda: own(ids, where, history),
+    return {
+        f"hash of a 32-token decode step, {name}": lambda: twin(ids, buffer, at, *exact, 0),
+        f"whole step with history, {name}": lambda: own(ids, where, history),
     }
-    return measure(steps, 20 * rounds, each=50)
 
 
 def recalling(rows: int, width: int, tokens: int, rounds: int) -> dict[str, float]:
@@ -135,15 +138,15 @@ def main() -> None:
         "addresses_vs_numpy_one_thread": found["numpy"] / found["addresses, one thread"],
         "recall_vs_index_select": found["index_select"] / found["recall"],
         "sparse_step_vs_dense": found["dense fused AdamW"] / found["sparse step"],
-        "decode_microseconds": found["hash of a 32-token decode step"] * 1e3,
-        "decode_step_microseconds": found["whole step with history"] * 1e3,
+        "decode_microseconds": found["hash of a 32-token decode step, one layer"] * 1e3,
+        "decode_step_microseconds": found["whole step with history, one layer"] * 1e3,
     }
     if options.json:
         print(json.dumps(ratios | {"milliseconds": found, "threads": torch.get_num_threads()}))
         return
     print(f"{options.tokens:,} tokens, 16 rows each, {torch.get_num_threads()} threads")
-    print(*(f"{name:32} {milliseconds:10.4f} ms" for name, milliseconds in found.items()), sep="\n")
-    print(*(f"{name:32} {ratio:10.2f}" for name, ratio in ratios.items()), sep="\n")
+    print(*(f"{name:42} {milliseconds:10.4f} ms" for name, milliseconds in found.items()), sep="\n")
+    print(*(f"{name:42} {ratio:10.2f}" for name, ratio in ratios.items()), sep="\n")
 
 
 if __name__ == "__main__":

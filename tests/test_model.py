@@ -361,7 +361,7 @@ class Scripted(RuleBasedStateMachine):
 
     def fill(self, sizes: list[int]) -> None:
         self.rows: list[list[tuple[int, int]]] = [[] for _ in sizes]
-        self.padding = [max(sizes) - size for size in sizes]
+        self.padding, self.held = [max(sizes) - size for size in sizes], 0
         present = torch.tensor([[t >= padding for t in range(max(sizes))] for padding in self.padding])
         self.feed(max(sizes), None, None if present.all() else present)
 
@@ -374,6 +374,7 @@ class Scripted(RuleBasedStateMachine):
             last = row[-1][1] if row else 0
             numbers = [last] * count if documents is None else documents[b].tolist()
             row += list(zip(ids[b].tolist(), numbers, strict=True))[count - fresh[b] :]
+        self.held = min(64, self.held + count)
         longest = max(map(len, self.rows))
         filled = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in self.rows])  # on the right: unseen
         whole = self.model(filled[..., 0], documents=filled[..., 1])
@@ -399,15 +400,16 @@ class Scripted(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def crop(self, data: st.DataObject) -> None:
-        """Refused ones, further than is held, must leave everything as it was."""
+        """Refused ones, further than is held, must leave everything as it was. 64 tokens are, and new ones again."""
         count = data.draw(st.integers(0, min(map(len, self.rows)) - 1))
-        if count > 64:
+        if count > self.held:
             with contextlib.suppress(ValueError):
                 self.cache.crop(count)
             if self.cache.length == len(self.rows[0]) + self.padding[0]:
                 return
         else:
             assert self.cache.crop(count) is None
+        self.held = max(0, self.held - count)
         self.rows = [row[: len(row) - count] for row in self.rows]
 
     @rule(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3))

@@ -28,9 +28,6 @@ from rorqual.kernels.compiled import compiled, pointer
 _BLOCK = 64  # tokens at a time: what is computed of them stays in the nearest cache
 _EXACT_FROM = 8192  # the smallest prime for which the proof above holds
 _WORTH_A_THREAD = 16384  # addresses; below, starting threads takes longer than the work
-_LARGE = (
-    1 << 22
-)  # bytes; NumPy asks for large pages from here on, torch does not, and small ones cost as much as hashing
 
 
 @compiled
@@ -129,12 +126,14 @@ def hash_rows(
     primes: Int[Tensor, "Lm O J"],
     offsets: Int[Tensor, "Lm R"],
     pad: int,
+    out: Int[Tensor, "Lm B T R"] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
     """See layers.addresses.hash_rows, whose numbers these are, bit for bit."""
-    orders = primes.shape[1]
-    near = None if reach is None else _plain(reach.long())
-    shape = (len(ids), ids.shape[1] - orders)
-    return _run((0, 0), _plain(ids.long()), 0, orders, shape, near, (canonical_map, multipliers, primes, offsets), pad)
+    ids, stride = _plain(ids)
+    near = None if reach is None else reach.long().contiguous()
+    shape = (ids.shape[0], ids.shape[1] - primes.shape[1])
+    exact = (canonical_map, multipliers, primes, offsets)
+    return _run(0, 0, ids, stride, 0, primes.shape[1], shape, near, exact, pad, out)
 
 
 def follow_rows(
@@ -146,49 +145,57 @@ def follow_rows(
     primes: Int[Tensor, "Lm O J"],
     offsets: Int[Tensor, "Lm R"],
     pad_id: int,
+    out: Int[Tensor, "Lm B T R"] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
     """See layers.addresses.follow_rows, whose numbers these are, bit for bit."""
-    exact, shape, orders = (canonical_map, multipliers, primes, offsets), ids.shape, primes.shape[1]
-    pad, ids = int(canonical_map[pad_id]) if held is None else 0, _plain(ids)
+    exact, shape, (ids, stride) = (canonical_map, multipliers, primes, offsets), ids.shape, _plain(ids)
     if held is None:
-        return _run((0, 0), ids, 0, 0, shape, None, exact, pad)
-    assert held.dtype is torch.int64 and held.stride(1) == 1
+        return _run(0, 0, ids, stride, 0, 0, shape, None, exact, int(canonical_map[pad_id]), out)
+    width, near = held.stride()
+    assert held.dtype is torch.int64 and near == 1
+    orders = primes.shape[1]
     if shape[0] * shape[1] <= _BLOCK:
-        return _run((ids.data_ptr(), ids.stride(0)), held, at - orders, orders, shape, None, exact, pad)
+        return _run(ids.data_ptr(), stride, held, width, at - orders, orders, shape, None, exact, 0, out)
     held[:, at : at + shape[1]] = ids
-    return _run((0, 0), held, at - orders, orders, shape, None, exact, pad)
+    return _run(0, 0, held, width, at - orders, orders, shape, None, exact, 0, out)
 
 
-def _plain(ids: Tensor) -> Tensor:
-    """int64, each row's ids side by side."""
+def _plain(ids: Tensor) -> tuple[Tensor, int]:
+    """int64, each row's ids side by side, and how far the rows lie apart."""
     ids = ids if ids.dtype is torch.int64 else ids.long()
-    return ids if ids.stride(1) == 1 else ids.contiguous()
+    stride, near = ids.stride()
+    return (ids, stride) if near == 1 else (ids.contiguous(), ids.shape[1])
 
 
-def _run(new, ids, column, lead, shape, reach, exact, pad) -> Tensor:
-    """The rows of the `shape` tokens that stand `lead` columns right of `column` in `ids`."""
+def _run(new, new_stride, ids, stride, column, lead, shape, reach, exact, pad, out) -> Tensor:
+    """The rows of the `shape` tokens that stand `lead` columns right of `column` in `ids`.
+
+    What is asked of a tensor costs as much as twenty addresses, so nothing is asked twice."""
     (batch, time), (canonical_map, multipliers, primes, offsets) = shape, exact
     layers, orders, heads = primes.shape
+    width = orders * heads
+    size = layers * batch * time * width
     assert canonical_map.dtype is torch.int32 and canonical_map.is_contiguous() and multipliers.is_contiguous()
     assert primes.is_contiguous() and offsets.is_contiguous()
+    if out is None:
+        out = ids.new_empty(layers, batch, time, width)
+    assert out.is_contiguous()
     given = (
-        *new, ids.data_ptr() + 8 * column, ids.stride(0), lead, batch, time, 0 if reach is None else reach.data_ptr(),
-        canonical_map.data_ptr(), canonical_map.shape[0], multipliers.data_ptr(), primes.data_ptr(), offsets.data_ptr(),
-        layers, orders, heads, pad,
+        new, new_stride, ids.data_ptr() + 8 * column, stride, lead, batch, time,
+        0 if reach is None else reach.data_ptr(), canonical_map.data_ptr(), len(canonical_map), multipliers.data_ptr(),
+        primes.data_ptr(), offsets.data_ptr(), layers, orders, heads, pad, out.data_ptr(),
     )  # fmt: skip
-    tokens, size = batch * time, layers * batch * time * orders * heads
-    if size * 8 < _LARGE:
-        out = ids.new_empty(layers, batch, time, orders * heads)
+    if size < 2 * _WORTH_A_THREAD:
+        known = _hash(*given, 0, batch * time)
     else:
-        out = torch.from_numpy(np.empty((layers, batch, time, orders * heads), dtype=np.int64))
-    parts = 1 if size < 2 * _WORTH_A_THREAD else min(torch.get_num_threads(), size // _WORTH_A_THREAD)
-    if parts == 1:
-        known = _hash(*given, out.data_ptr(), 0, tokens)
-    else:
-        step = math.ceil(tokens / parts)
-        edges = [min(tokens, step * i) for i in range(parts + 1)]
-        with ThreadPoolExecutor(parts) as pool:
-            known = all(pool.map(lambda span: _hash(*given, out.data_ptr(), *span), itertools.pairwise(edges)))
+        known = _by_threads(given, batch * time, min(torch.get_num_threads(), size // _WORTH_A_THREAD))
     if not known:
         raise IndexError("an id has no canonical id")
     return out
+
+
+def _by_threads(given: tuple[int, ...], tokens: int, parts: int) -> bool:
+    step = math.ceil(tokens / parts)
+    edges = [min(tokens, step * i) for i in range(parts + 1)]
+    with ThreadPoolExecutor(parts) as pool:
+        return all(pool.map(lambda span: _hash(*given, *span), itertools.pairwise(edges)))

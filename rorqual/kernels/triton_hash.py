@@ -61,11 +61,13 @@ def hash_rows(
     primes: Int[Tensor, "Lm O J"],
     offsets: Int[Tensor, "Lm R"],
     pad: int,
+    out: Int[Tensor, "Lm B T R"] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
     """See layers.addresses.hash_rows, whose numbers these are, bit for bit."""
     layers, orders, heads = primes.shape
     batch, time = ids.shape[0], ids.shape[1] - orders
-    out = torch.empty(layers, batch, time, orders * heads, dtype=torch.int64, device=ids.device)
+    if out is None:
+        out = torch.empty(layers, batch, time, orders * heads, dtype=torch.int64, device=ids.device)
     if not out.numel():
         return out
     strange = torch.zeros(1, dtype=torch.int32, device=ids.device)

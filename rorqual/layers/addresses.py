@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from rorqual.kernels import pick
 from rorqual.layers.basics import Layout
 from rorqual.layers.cache import Recent
+from rorqual.storage.staging import Staging
+
+WORTH_KEEPING = 4096  # tokens whose rows' memory is kept for the next call
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,11 +126,13 @@ def hash_rows(
     primes: Int[Tensor, "Lm O J"],
     offsets: Int[Tensor, "Lm R"],
     pad: int,
+    out: Int[Tensor, "Lm B T R"] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
     """The rows of T tokens in every Engram layer, from the W = N-1 + T raw ids of them and of those before them.
 
     reach[b, t] is how many earlier tokens token t may look back at (None: all N-1); the others read as `pad`, a
-    canonical id. Order-major, then head. IndexError if an id has no canonical id (-1 in the map, or outside it).
+    canonical id. Order-major, then head. `out` is memory for them, contiguous. IndexError if an id has no canonical id
+    (-1 in the map, or outside it).
     """
     orders, time = primes.shape[1], ids.shape[1] - primes.shape[1]
     strange = _strange(ids, canonical_map).any()
@@ -144,7 +149,7 @@ def hash_rows(
             earlier = torch.where(reach >= k, earlier, pad)
         mix = mix ^ (earlier * multipliers[:, k, None, None])
         rows.append(mix[..., None] % primes[:, k - 1, None, None])  # [Lm, B, T, J]
-    return torch.cat(rows, dim=-1) + offsets[:, None, None]
+    return torch.add(torch.cat(rows, dim=-1), offsets[:, None, None], out=out)
 
 
 def follow_rows(
@@ -156,6 +161,7 @@ def follow_rows(
     primes: Int[Tensor, "Lm O J"],
     offsets: Int[Tensor, "Lm R"],
     pad_id: int,
+    out: Int[Tensor, "Lm B T R"] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
     """hash_rows of `ids`, which are written into `held` from column `at` on, behind those that stand left of it.
 
@@ -167,7 +173,7 @@ def follow_rows(
     else:
         held[:, at : at + time] = ids
         window = held[:, at - before : at + time]
-    given = (window, None, canonical_map, multipliers, primes, offsets, 0)
+    given = (window, None, canonical_map, multipliers, primes, offsets, 0, out)
     return pick("engram_rows", hash_rows, ids, primes)(*given)
 
 
@@ -208,6 +214,7 @@ class Addresses(nn.Module):
         super().__init__()
         self.config = config
         self.told = config.canonical and canonical_map is not None
+        self._staging = Staging()
         if not self.told and vocabulary is None:
             raise ValueError("Addresses: got neither a canonical map nor a vocabulary, expected one")
         known = canonical_map if self.told else torch.arange(vocabulary or 0, device="cpu")
@@ -289,14 +296,15 @@ class Addresses(nn.Module):
         """
         ids = ids.long() if layout.present is None else torch.where(layout.present, ids, self.config.pad_id)
         exact = [self._buffers[name] for name in ("canonical_map", "multipliers", "primes", "offsets")]
+        out = self._memory(ids)
         try:
             if (place := self._place(ids, layout, history)) is not None:
                 rows_of = pick("engram_follow", follow_rows, ids, exact[0])
-                return rows_of(ids, *place, *exact, self.config.pad_id)
+                return rows_of(ids, *place, *exact, self.config.pad_id, out)
             before = (self.config.ngram - 1, 0)
             window = F.pad(ids, before, value=self.config.pad_id) if history is None else history.extend(ids)
             rows_of = pick("engram_rows", hash_rows, ids, exact[0])
-            return rows_of(window, self._reach(window, layout), *exact, self.pad)
+            return rows_of(window, self._reach(window, layout), *exact, self.pad, out)
         except IndexError:
             held = (
                 ids
@@ -305,6 +313,13 @@ class Addresses(nn.Module):
             )
             got, known = held[_strange(held, self.canonical_map)][0].item(), (self.canonical_map >= 0).sum().item()
             raise ValueError(f"Engram: got id {got}, expected one of the {known} that the tokenizer has") from None
+
+    def _memory(self, ids: Tensor) -> Tensor | None:
+        """For the rows of a long call on a CPU, kept for the next: fresh pages cost more than the hash."""
+        layers, width = self.offsets.shape
+        if ids.numel() < WORTH_KEEPING or not ids.is_cpu or torch.compiler.is_compiling():
+            return None
+        return self._staging.take(layers * ids.numel(), width, torch.int64).view(layers, *ids.shape, width)
 
     def _place(self, ids: Tensor, layout: Layout, history: Recent | None) -> tuple[Tensor | None, int] | None:
         """Where these ids are held, if they simply follow those before: nothing stops any look-back, and they fit."""

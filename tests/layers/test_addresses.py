@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rorqual import kernels
 from rorqual.layers.addresses import (
+    WORTH_KEEPING,
     Addresses,
     EngramConfig,
     draw_multipliers,
@@ -194,6 +195,32 @@ def test_no_pair_of_many_n_grams_shares_more_than_three_heads() -> None:
     bigrams = addresses(pairs, layout(*pairs.shape, "cpu"))[0, :, 1, :8]
     for four in ((0, 1, 2, 3), (4, 5, 6, 7), (0, 2, 4, 6), (1, 3, 5, 7)):
         assert len(torch.unique(bigrams[:, four], dim=0)) == len(bigrams)
+
+
+@EVERY
+def test_rows_are_written_where_memory_is_given(rows_of) -> None:
+    own = Addresses(EngramConfig(layers=(1, 5), rows_per_head=(9001, 77), heads=5), None, 50)
+    exact = (own.canonical_map, own.multipliers, own.primes, own.offsets, 7)
+    ids, out = torch.randint(50, (3, 9)), torch.full((2, 3, 7, 10), -1)
+    got = rows_of(ids, None, *exact, out=out)
+    assert got.data_ptr() == out.data_ptr()
+    assert torch.equal(out, hash_rows(ids, None, *exact))
+
+
+def test_memory_of_long_calls_is_taken_again_only_when_nobody_holds_it() -> None:
+    """With and without a history, and after a call whose id was refused."""
+    own = Addresses(EngramConfig(layers=(1, 5), rows_per_head=(9001, 77), heads=5), None, 50)
+    first, second, third = torch.randint(50, (3, 2, WORTH_KEEPING))
+    where, names = layout(*first.shape, "cpu"), ("canonical_map", "multipliers", "primes", "offsets")
+    with pytest.raises(ValueError, match="got id 50"):
+        own(torch.full_like(first, 50), where)
+    kept = [own(first, where), own(second, where, own.new_cache(2, 0, torch.float32, torch.device("cpu")))]
+    dropped = own(third, where).data_ptr()
+    assert len({*(rows.data_ptr() for rows in kept), dropped}) == 3
+    for ids, rows in zip((first, second), kept, strict=True):
+        assert torch.equal(rows, hash_rows(F.pad(ids, (2, 0)), None, *(getattr(own, name) for name in names), 0))
+    again = kept.pop(0).data_ptr()
+    assert own(third, where).data_ptr() == again
 
 
 @settings(max_examples=40, deadline=None)
