@@ -9,7 +9,9 @@
 DeepSeek-V3 (arXiv 2412.19437), mHC (2512.24880), Engram (2601.07372).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import starmap
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -22,7 +24,7 @@ from rorqual.layers.attention import GQA, MLA, GQAConfig, MLAConfig
 from rorqual.layers.balance import losses
 from rorqual.layers.basics import Layout, RMSNorm, RopeConfig, SwiGLU, chunked_cross_entropy, layout, rope_tables
 from rorqual.layers.cache import Bundle, Cache, Past, Recent
-from rorqual.layers.dsa import DSA, DSAConfig
+from rorqual.layers.dsa import DSA, DSAConfig, Lesson, mean_lesson
 from rorqual.layers.engram import Addresses, Engram, EngramConfig, row_totals
 from rorqual.layers.hyper import Connection, Exit, HyperConfig, Residual, enter
 from rorqual.layers.moba import MoBA, MoBAConfig
@@ -30,7 +32,7 @@ from rorqual.layers.moe import MoE, MoEConfig
 from rorqual.layers.mtp import MTP, MTPConfig, ahead
 from rorqual.layers.nsa import NSA, NSAConfig
 from rorqual.layers.router import Routing
-from rorqual.storage import DeviceTable
+from rorqual.storage import DeviceTable, LearningTable
 
 IGNORED = -100  # a label that is no target
 ROW_STD = 0.02  # Engram's rows at the start
@@ -96,6 +98,7 @@ class Loss(NamedTuple):
     balance: dict[str, Tensor]  # weighted, summed over layers
     counts: Int[Tensor, "layers E"] | None  # tokens each expert took
     tokens: Int[Tensor, ""]  # labels that count
+    lesson: Lesson | None = None  # of DSA's indexers, in training; the mean over layers
 
 
 class Step(NamedTuple):
@@ -106,12 +109,13 @@ class Step(NamedTuple):
     sin: Float[Tensor, "B T F"]
     ids: Int[Tensor, "B T"]
     live: Bool[Tensor, "B T"] | None = None  # False where nothing is recalled
+    warm: bool | None = None  # whether DSA's indexers, which then are taught, still warm up
 
     def last(self) -> "Step":
         """The same call's last position alone, the others behind it as if cached."""
         cos, sin, ids = self.cos[:, -1:], self.sin[:, -1:], self.ids[:, -1:]
         live = None if self.live is None else self.live[:, -1:]
-        return Step(self.layout.last(), cos, sin, ids, live)
+        return Step(self.layout.last(), cos, sin, ids, live, self.warm)
 
 
 def _attention(config: ModelConfig) -> MLA | GQA:
@@ -155,34 +159,34 @@ class Block(nn.Module):
         carried=None,
         cache: Bundle | None = None,
         last: bool = False,
-    ) -> tuple[Float[Tensor, "B T2 S D"], Tensor | None, Routing | None]:
-        """`last`: the output of the last position alone, T2 = 1."""
-        part = cache.parts if cache is not None else {}
+    ) -> tuple[Float[Tensor, "B T2 S D"], Tensor | None, list[Any]]:
+        """`last`: the output of the last position alone, T2 = 1. The list: a Lesson if there was one, a Routing."""
+        part, reports = cache.parts if cache is not None else {}, list[Any]()
+        taught: dict[str, Any] = {} if step.warm is None else {"lessons": reports, "warm": step.warm}
         if self.engram is not None:
             recalled = memory.wait().flatten(-2)  # [B, T, M]
             streams = streams + self.engram(streams, recalled, step.layout, part.get("engram"), step.live)
 
         def attention(hidden: Tensor) -> Tensor:
             out = self.attention(
-                self.attention_norm(hidden), step.layout, step.cos, step.sin, part.get("attention"), last
+                self.attention_norm(hidden), step.layout, step.cos, step.sin, part.get("attention"), last, **taught
             )
             return F.pad(out, (0, 0, hidden.shape[1] - 1, 0)) if last else out  # before the last nobody reads
 
         streams, carried = self.attention_site(streams, attention, carried)
         if last:
             streams, step, carried = streams[:, -1:], step.last(), None if carried is None else carried[:, -1:]
-        routing: list[Routing] = []
 
         def feed_forward(hidden: Tensor) -> Tensor:
             normed = self.ffn_norm(hidden)
             if not isinstance(self.ffn, MoE):
                 return self.ffn(normed)
             out, chosen = self.ffn(normed, step.layout, step.ids)
-            routing.append(chosen)
+            reports.append(chosen)
             return out
 
         streams, carried = self.ffn_site(streams, feed_forward, carried)
-        return streams, carried, routing[0] if routing else None
+        return streams, carried, reports
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Bundle:
         parts: dict[str, Any] = {"attention": self.attention.new_cache(batch, capacity, dtype, device)}
@@ -200,16 +204,19 @@ class LanguageModel(nn.Module):
         canonical_map: Int[Tensor, " V"] | Int[np.ndarray, " V"] | None = None,
         *,
         seed: int | None = 0,
+        tables: Sequence[nn.Module] | None = None,
     ) -> None:
-        """Values are drawn by `init(self, seed)`; seed None leaves them as allocated (loading, meta device)."""
+        """Values are drawn by `init(self, seed)`; seed None leaves them as allocated (loading, meta device).
+
+        `tables` hold Engram's rows where they are, one a layer; without them the model has them on its device."""
         super().__init__()
         self.config = config
         with torch.random.fork_rng(devices=[]):  # modules draw as they are made; the values are init's
-            self._build(config, canonical_map)
+            self._build(config, canonical_map, tables)
         if seed is not None:
             init(self, seed)
 
-    def _build(self, config: ModelConfig, canonical_map) -> None:
+    def _build(self, config: ModelConfig, canonical_map, tables) -> None:
         self.embed = nn.Embedding(config.vocabulary, config.dim)
         blocks = [Block(config, index) for index in range(config.layers)]
         self.blocks, self.rope_dim = nn.ModuleList(blocks), blocks[0].attention.rope_dim
@@ -219,11 +226,10 @@ class LanguageModel(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
         self.addresses = Addresses(config.engram, canonical_map, config.vocabulary) if config.engram else None
-        self.tables = (
-            nn.ModuleList(DeviceTable(rows, config.engram.head_dim) for rows in row_totals(config.engram))
-            if config.engram
-            else nn.ModuleList()
-        )
+        shapes = [(rows, config.engram.head_dim) for rows in row_totals(config.engram)] if config.engram else []
+        self.tables = nn.ModuleList(starmap(DeviceTable, shapes) if tables is None else tables)
+        if (got := [(table.rows, table.width) for table in self.tables]) != shapes:
+            raise ValueError(f"tables: got rows by width {got}, expected {shapes} as the config says")
         depth = config.mtp.depth if config.mtp is not None else 0
         self.mtp = nn.ModuleList(
             MTP(config.dim, config.eps, Block(config, config.layers + k, plain=True)) for k in range(depth)
@@ -238,29 +244,29 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(hidden)).float()
 
     def hidden(
-        self, ids: Int[Tensor, "B T"], *, documents=None, present=None, cache: Cache | None = None, last: bool = False
-    ) -> tuple[Float[Tensor, "B T2 D"], list[Routing]]:
+        self, ids: Int[Tensor, "B T"], *, documents=None, present=None, cache=None, last: bool = False, warm=None
+    ) -> tuple[Float[Tensor, "B T2 D"], list[Any]]:
         """The last block's output before the final norm, and how every mixture of experts routed.
 
-        `last`: of the last position alone, T2 = 1, which a prompt's other positions need not reach.
+        `last`: of the last position alone, T2 = 1, which a prompt's other positions need not reach. `warm` teaches
+        DSA's indexers, whose Lessons then stand among the Routings; while True every key is attended to.
         documents [B, T] numbers packed documents, which never see each other; present [B, T] is False at padding.
         """
         past = cache.past if cache is not None else None
         where = layout(ids.shape[0], ids.shape[1], ids.device, documents=documents, present=present, past=past)
         pending = self._recall(ids, where, cache.ids if cache is not None else None)
         live = self.addresses.live(ids, where) if self.addresses is not None else None
-        step = Step(where, *self._rope(where), ids, live)
+        step = Step(where, *self._rope(where), ids, live, warm)
         embedded = self.embed(ids)  # [B, T, D]
         streams = enter(embedded, self.config.hyper) if self.config.hyper else embedded[:, :, None]
-        carried, routings = None, []
+        carried, reports = None, []
         for index, block in enumerate(self.blocks):
             part = cache.layers[index] if cache is not None else None
             only = last and index == self.config.layers - 1
-            streams, carried, routing = block(streams, step, pending.get(index), carried, part, only)
-            if routing is not None:
-                routings.append(routing)
+            streams, carried, more = block(streams, step, pending.get(index), carried, part, only)
+            reports += more
         hidden = self.exit(streams, carried) if self.exit is not None else streams[:, :, 0]
-        return hidden, routings
+        return hidden, reports
 
     def _recall(self, ids: Tensor, where: Layout, history: Recent | None) -> dict[int, object]:
         """All layers' addresses hashed once, all rows requested before the first block runs."""
@@ -284,55 +290,65 @@ class LanguageModel(nn.Module):
         documents=None,
         present=None,
         cache: Cache | None = None,
-    ) -> tuple[Float[Tensor, "B T D"], Routing | None]:
+        warm=None,
+    ) -> tuple[Float[Tensor, "B T D"], list[Any]]:
         """MTP module `depth`: hidden of positions i and the ids at i + 1 + depth -> hidden that foretells the next.
 
         Its logits are head(mtp[depth].norm(hidden)); the hidden is what depth + 1 takes.
         """
         past = cache.drafts[depth].past if cache is not None else None
-        where = layout(
-            following.shape[0], following.shape[1], following.device, documents=documents, present=present, past=past
-        )
-        step = Step(where, *self._rope(where), following)
+        batch, time = following.shape
+        where = layout(batch, time, following.device, documents=documents, present=present, past=past)
+        step = Step(where, *self._rope(where), following, warm=warm)
         part = cache.drafts[depth] if cache is not None else None
         return cast(MTP, self.mtp[depth])(
             hidden, self.embed(following), lambda x, block: block(x[:, :, None], step, cache=part)
         )
 
-    def loss(self, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"], *, documents=None, present=None) -> Loss:
-        """Next-token nats, plus MTP and balance losses by their weights; labels[t] follows ids[t], -100 none."""
-        hidden, routings = self.hidden(ids, documents=documents, present=present)
+    def loss(
+        self, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"], *, documents=None, present=None, warm: bool = False
+    ) -> Loss:
+        """Next-token nats, plus MTP, balance and indexer losses by their weights; labels[t] follows ids[t], -100 none.
+
+        `warm`: DSA's indexers, taught in training mode alone, are in their warm-up."""
+        taught = self.training and self.config.dsa is not None
+        known = {"documents": documents, "present": present, "warm": warm if taught else None}
+        hidden, reports = self.hidden(ids, **known)
         tokens = (labels != IGNORED).sum()
         next_token = self._nats(self.norm(hidden), labels)
-        mtp, more = self._mtp_loss(ids, hidden, labels, documents, present)
+        mtp, more = self._mtp_loss(ids, hidden, labels, known)
+        routings = [report for report in reports + more if isinstance(report, Routing)]
         balance: dict[str, Tensor] = {}
-        for routing in (*routings, *more):
+        for routing in routings:
             assert self.config.moe is not None
             for name, value in losses(routing, self.config.moe.balance, self.config.moe.active).items():
                 balance[name] = balance.get(name, 0.0) + value
         total = next_token + sum(balance.values())
         if mtp is not None and self.config.mtp is not None:
             total = total + self.config.mtp.weight * mtp
-        taken = [routing.counts() for routing in (*routings, *more)]
-        counts = torch.stack(taken) if taken else None
-        return Loss(total, next_token, mtp, balance, counts, tokens)
+        lesson = mean_lesson([report for report in reports + more if isinstance(report, Lesson)])
+        if lesson is not None and self.config.dsa is not None:
+            total = total + self.config.dsa.weight * lesson.loss
+        counts = torch.stack([routing.counts() for routing in routings]) if routings else None
+        return Loss(total, next_token, mtp, balance, counts, tokens, lesson)
 
     def _nats(self, normed: Tensor, labels: Tensor) -> Tensor:
         summed = chunked_cross_entropy(normed.flatten(0, 1), self.head.weight, labels.flatten())
         return summed / (labels != IGNORED).sum().clamp_min(1)
 
-    def _mtp_loss(self, ids, hidden, labels, documents, present) -> tuple[Tensor | None, list[Routing]]:
+    def _mtp_loss(self, ids, hidden, labels, known) -> tuple[Tensor | None, list[Any]]:
         """Depth k is told the ids up to t + k, labels or not, and foretells label t + k, within one document."""
         if self.config.mtp is None:
             return None, []
-        nats, routings, known, target = [], [], ahead(ids, documents, 0), labels
-        known[:, -1:] = labels[:, -1:].clamp_min(0)
+        documents = known["documents"]
+        nats, reports, following, target = [], [], ahead(ids, documents, 0), labels
+        following[:, -1:] = labels[:, -1:].clamp_min(0)
         for depth, module in enumerate(self.mtp):
-            hidden, routing = self.draft(hidden, known, depth=depth, documents=documents, present=present)
-            known, target = ahead(known, documents, 0), ahead(target, documents, IGNORED)
+            hidden, more = self.draft(hidden, following, depth=depth, **known)
+            following, target = ahead(following, documents, 0), ahead(target, documents, IGNORED)
             nats.append(self._nats(cast(MTP, module).norm(hidden), target))
-            routings += [routing] if routing is not None else []
-        return torch.stack(nats).mean(), routings
+            reports += more
+        return torch.stack(nats).mean(), reports
 
     def new_cache(self, batch: int, capacity: int = 256) -> Cache:
         """An empty cache for `batch` rows, room for `capacity` tokens at first (it grows)."""
@@ -367,10 +383,13 @@ def init(model: LanguageModel, seed: int = 0) -> None:
             if isinstance(module, starts_itself):
                 module.reset_parameters()
         own = {id(p) for m in model.modules() if isinstance(m, starts_itself) for p in m.parameters()}
+        apart = {id(table.weight): table for table in model.tables if isinstance(table, LearningTable)}
         for name, parameter in model.named_parameters():
             if id(parameter) in own:
                 continue
-            if name.endswith((".conv", "bias", "sinks")):
+            if id(parameter) in apart:
+                apart[id(parameter)].draw(ROW_STD)
+            elif name.endswith((".conv", "bias", "sinks")):
                 parameter.zero_()
             elif parameter.dim() == 1 or name.endswith("norm"):
                 parameter.fill_(1.0)

@@ -22,6 +22,7 @@ from rorqual.layers.attention import MLAConfig
 from rorqual.layers.balance import BalanceConfig
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.experts import Experts
+from rorqual.layers.hyper import HyperConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel, ModelConfig
@@ -36,6 +37,7 @@ CONFIG = ModelConfig(
     mla=MLAConfig(heads=2, kv_lora_rank=8, nope_dim=8, rope_dim=4, value_dim=8),
     moe=MoEConfig(routed=4, active=2, width=8, first_dense=1, balance=BalanceConfig(sequence=0.01)),
     engram=EngramConfig(layers=(1,), rows_per_head=(61, 61), heads=2, head_dim=4),
+    hyper=HyperConfig(streams=2, iterations=4),
     mtp=MTPConfig(),
     init_std=0.1,
 )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rorqual.config import choose
-from rorqual.kernels import compiled, convolve, engram, fuse, moe, rows, step, triton_twins
+from rorqual.kernels import compiled, convolve, engram, files, fuse, moe, rows, select, step, triton_twins
 
 VARIABLE = "RORQUAL_KERNELS"
 REFERENCE = "reference"
@@ -41,10 +41,18 @@ TWINS: Mapping[str, tuple[Twin, ...]] = MappingProxyType(
             Twin("numba", fuse.fuse, rows.usable),
             Twin("triton", triton_twins.fuse, triton_twins.usable("engram_fuse")),
         ),
+        "hyper_collapse": (Twin("triton", triton_twins.collapse, triton_twins.usable("hyper_collapse")),),
+        "hyper_write": (Twin("triton", triton_twins.write, triton_twins.usable("hyper_write")),),
         "fp8_rows": (Twin("triton", triton_twins.recall, triton_twins.usable("fp8_rows")),),
+        "selected_attention": (
+            Twin("numba", select.selected_attention, select.usable),
+            Twin("triton", triton_twins.selected_attention, triton_twins.usable("selected_attention")),
+        ),
         "decode_step": (Twin("numba", step.Step, rows.usable),),
         "best_experts": (Twin("numba", moe.best, compiled.usable),),
         "sort_by_expert": (Twin("numba", moe.sort, compiled.usable),),
+        "read_places": (Twin("numba", files.read_places, files.usable),),
+        "write_places": (Twin("numba", files.write_places, files.usable),),
         "row_adam": (Twin("numba", rows.row_adam, rows.usable),),
         "sum_rows": (Twin("numba", rows.sum_rows, rows.usable),),
     }

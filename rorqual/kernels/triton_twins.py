@@ -35,12 +35,35 @@ def fuse(*given: Any) -> tuple[Tensor, Tensor | None]:
     return triton_fuse.fuse(*given)
 
 
+def collapse(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """layers.streams.collapse."""
+    from rorqual.kernels import triton_hyper
+
+    return triton_hyper.collapse(*given)
+
+
+def write(*given: Any) -> Tensor:
+    """layers.streams.write."""
+    from rorqual.kernels import triton_hyper
+
+    return triton_hyper.write(*given)
+
+
+def selected_attention(*given: Any) -> Tensor:
+    """layers.selection.selected_attention."""
+    from rorqual.kernels import triton_select
+
+    return triton_select.selected_attention(*given)
+
+
 def usable(name: str) -> Callable[..., str]:
     """A function that says why the twin of `name` cannot run on some tensors or devices; "" if it can."""
 
     def reason(*where: Tensor | torch.device) -> str:
         for thing in where:
             device = thing if isinstance(thing, torch.device) else thing.device
+            if isinstance(thing, Tensor) and thing.dtype == torch.float64:
+                return "it computes in float32, not in float64"
             if device.type != "cuda" and not (device.type == "cpu" and _interpreted(name)):
                 return f"it runs on cuda, not on {device.type}"
         return "" if _installed() else "triton is not installed"

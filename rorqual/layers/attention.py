@@ -9,6 +9,7 @@ MLA (arXiv 2405.04434, 2412.19437). Of each token, c = norm(W_dkv x) is its late
     expanded   k_h and v_h are formed for every key: training, prefill
     absorbed   n_h . W_uk,h c = (W_uk,h^T n_h) . c  and  sum p W_uv,h c = W_uv,h sum p c: decoding reads [c | r] only,
                kv_lora_rank + rope_dim values a token, as if H queries shared one key head
+    gathered   absorbed, over copies of the latents that an indexer chose (dsa.py) and of no others
 
 GQA (arXiv 2305.13245): `heads` query heads share `kv_heads` key heads, optionally over the last `window` keys only
 (2004.05150), with a learned sink in the softmax's denominator (2309.17453, 2508.10925), with normed queries and keys.
@@ -19,14 +20,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from rorqual.layers.attend import attend, attend_shared, by_head
 from rorqual.layers.basics import Layout, RMSNorm, RopeConfig, rotate, softmax_factor
 from rorqual.layers.cache import Appended, Bundle
 
-FUSED_KEYS = 512  # that the fused path of a CPU takes together
-BLOCK = 64  # queries; their scores stay in a core's cache
+GATHERING = 2.0  # the time of a gathered key over that of one read in its place
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,65 +78,8 @@ class GQAConfig:
                 raise ValueError(f"{name}: got {value}, expected at least 1 or None")
 
 
-def attend(
-    query: Float[Tensor, "B T H P"],
-    key: Float[Tensor, "B L G P"],
-    value: Float[Tensor, "B L G Q"],
-    scale: float,
-    mask: Bool[Tensor, "#B 1 #T L"] | None = None,
-    causal: bool = False,
-) -> Float[Tensor, "B T H Q"]:
-    """softmax(scale q . k) v, H query heads over G key heads; a query that sees no key gets zeros.
-
-    Query t sees the keys where `mask` is True; without a mask those up to t (`causal`, T = L) or all. The fused path
-    wants values as wide as keys: the narrower are padded with zeros, which change nothing.
-    """
-    dtype, key_width, value_width = query.dtype, key.shape[-1], value.shape[-1]
-    if query.device.type == "cpu" and query.requires_grad and dtype in (torch.bfloat16, torch.float16):
-        query, key, value = query.float(), key.float(), value.float()  # its backward is the faster one there
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    if causal and _blocks_are_faster(query, key):
-        return _by_blocks(query, key, value, scale)
-    if value_width < key_width:
-        value = F.pad(value, (0, key_width - value_width))
-    elif value_width > key_width:
-        query, key = (F.pad(x, (0, value_width - key_width)) for x in (query, key))
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return out.transpose(1, 2)[..., :value_width].to(dtype)
-
-
-def _blocks_are_faster(query: Tensor, key: Tensor) -> bool:
-    """Than the fused path, which looks at keys 512 at a time on a CPU: below that at all above the diagonal, too."""
-    plain = query.is_cpu and query.dtype == torch.float32 and query.shape == key.shape
-    traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return plain and not traced and query.shape[2] <= FUSED_KEYS
-
-
-def _by_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention of BLOCK queries of all heads at a time to the keys up to them; [B, H, T, P] to [B, T, H, Q]."""
-    batch, heads, time, _ = query.shape
-    later = query.new_full((BLOCK, BLOCK), -torch.inf).triu_(1)
-    query, key, value = (x.reshape(batch * heads, time, -1) for x in (query * scale, key, value))
-    out = value.new_empty(batch, time, heads, value.shape[-1])
-    for start in range(0, time, BLOCK):
-        end = min(start + BLOCK, time)
-        scores = query[:, start:end] @ key[:, :end].transpose(1, 2)
-        scores[..., start:] += later[: end - start, : end - start]
-        out[:, start:end] = (scores.softmax(-1) @ value[:, :end]).unflatten(0, (batch, heads)).transpose(1, 2)
-    return out
-
-
-def _by_head(first: Tensor, second: Tensor) -> Tensor:
-    """[B, L, H, P1 + P2], a head's tokens side by side in memory: so the fused path reads them."""
-    return torch.cat([first.transpose(1, 2), second.transpose(1, 2)], dim=-1).transpose(1, 2)
-
-
-def _visibility(layout: Layout, allowed: Tensor | None = None) -> tuple[Tensor | None, bool]:
+def _visibility(layout: Layout) -> tuple[Tensor | None, bool]:
     """`mask` and `causal` for attend; one new token without a mask sees everything and needs neither."""
-    if allowed is not None:
-        return allowed & layout.visible(), False
     if layout.mask is None and layout.past == 0:
         return None, layout.positions.shape[1] > 1
     if layout.mask is None and layout.positions.shape[1] == 1:
@@ -150,7 +94,7 @@ class MLA(nn.Module):
     """
 
     def __init__(self, config: MLAConfig, dim: int, rope: RopeConfig, inner: Any = None):
-        """`inner` chooses the keys each query may see (DSA): inner.allowed(...) -> Bool[B 1 T L]."""
+        """`inner` chooses the keys each query sees (DSA): inner.keys(...) are cached, inner.look(...) is a Look."""
         super().__init__()
         self.config, self.interleaved = config, rope.interleaved
         self.inner: Any = inner
@@ -181,28 +125,34 @@ class MLA(nn.Module):
         sin: Float[Tensor, "B T F"],
         cache: Bundle | None = None,
         last: bool = False,
+        lessons: list[Any] | None = None,
+        warm: bool = False,
     ) -> Float[Tensor, "B T2 D"]:
         """cos and sin are rope_tables' at the new tokens. With a cache the new tokens are appended to it.
 
-        `last`: what the last token gets, T2 = 1; the others are its keys. The form is whichever multiplies less; both
-        give the same numbers to rounding.
+        `last`: what the last token gets, T2 = 1; the others are its keys. The form is whichever multiplies less; all
+        give the same numbers to rounding. `lessons`: in training, where the indexer's is put; while it is `warm` its
+        choice is not obeyed.
         """
         latent = self._latent(hidden, cos, sin)
         if cache is not None:
             kept = cache.latent.append(latent)
             latent = kept if layout.past else latent
-        if last and self.inner is None:
+        index_key = None
+        if self.inner is not None:
+            index_key = self.inner.keys(hidden, layout.past, cos, sin, cache.inner if cache is not None else None)
+        if last:
             hidden, layout, cos, sin = hidden[:, -1:], layout.last(), cos[:, -1:], sin[:, -1:]
         query_latent = hidden if self.config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(hidden))
         nope, rope = self._query(query_latent, cos, sin)
-        allowed = None
-        if self.inner is not None:
-            part = cache.inner if cache is not None else None
-            allowed = self.inner.allowed(hidden, query_latent, layout, cos, sin, part)
-        mask, causal = _visibility(layout, allowed)
-        form = self._absorbed if layout.past and self._absorbing_is_cheaper(hidden.shape[1]) else self._expanded
-        out = form(nope, rope, latent, mask, causal).flatten(2)
-        return self.o_proj(out[:, -1:] if last else out)
+        look = None if index_key is None else self.inner.look(hidden, query_latent, layout, cos, sin, index_key)
+        if look is not None and lessons is not None:
+            out = self._taught(nope, rope, latent, layout, look, lessons, warm)
+        elif look is not None and look.chooses:
+            out = self._sparse(nope, rope, latent, layout, look)
+        else:
+            out = self._dense(nope, rope, latent, layout)
+        return self.o_proj(out.flatten(2))
 
     def _query(self, query_latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Without position [B, T, H, nope] and with [B, T, H, rope]."""
@@ -223,27 +173,77 @@ class MLA(nn.Module):
         expanded = c.kv_lora_rank * (c.nope_dim + c.value_dim) + time * (c.nope_dim + c.rope_dim + c.value_dim)
         return time * (2 * c.kv_lora_rank + c.rope_dim) <= expanded
 
+    def _dense(self, nope: Tensor, rope: Tensor, latent: Tensor, layout: Layout) -> Float[Tensor, "B T H Q"]:
+        mask, causal = _visibility(layout)
+        form = self._absorbed if layout.past and self._absorbing_is_cheaper(nope.shape[1]) else self._expanded
+        return form(nope, rope, latent, mask, causal)
+
+    def _sparse(
+        self, nope: Tensor, rope: Tensor, latent: Tensor, layout: Layout, look: Any
+    ) -> Float[Tensor, "B T H Q"]:
+        """To the chosen keys: queries with few keys hide the others, those behind them gather, whichever is cheaper."""
+        past, time = layout.past, nope.shape[1]
+        absorbing = past > 0 and self._absorbing_is_cheaper(time)
+        graded = torch.is_grad_enabled() and latent.requires_grad
+        cut = time if graded else self._gathers_from(look, absorbing)
+        (early, late), outs = look.split(cut), []
+        if cut and absorbing:
+            runs = ((run, early.end(run)) for run in early.runs())
+            outs = [self._absorbed(nope[:, run], rope[:, run], latent[:, :end], early.seen(run)) for run, end in runs]
+        elif cut:
+            query, key, value = self._expand(nope[:, :cut], rope[:, :cut], latent[:, : past + cut])
+            outs = [early.hiding(query, key, value, self.scale)]
+        if cut < time:
+            query, value_up = self._absorb(nope[:, cut:], rope[:, cut:])
+            outs.append(self._lift(late.gathering(query, latent, self.scale), value_up))
+        return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
+
+    def _gathers_from(self, look: Any, absorbing: bool) -> int:
+        """The first query with so many keys that copying the chosen costs less than hiding the others."""
+        c, dearer, time = self.config, GATHERING, look.query.shape[1]
+        if not absorbing:
+            dearer *= (2 * c.kv_lora_rank + c.rope_dim) / (c.nope_dim + c.rope_dim + c.value_dim)
+        keys = int(look.most * max(dearer, 1.0))
+        return min(max(keys - (look.key.shape[1] - time), 0), time)
+
+    def _taught(
+        self, nope: Tensor, rope: Tensor, latent: Tensor, layout: Layout, look: Any, lessons: list[Any], warm: bool
+    ) -> Float[Tensor, "B T H Q"]:
+        """In training, with what the indexer makes of these very queries and keys."""
+        query, key, value = self._expand(nope, rope, latent)
+        lessons.append(look.lesson(query, key, self.scale, warm, layout.present))
+        if look.chooses and not warm:
+            return look.hiding(query, key, value, self.scale)
+        return attend(query, key, value, self.scale, *_visibility(layout))
+
     def _expanded(
         self, nope: Tensor, rope: Tensor, latent: Tensor, mask: Tensor | None, causal: bool
     ) -> Float[Tensor, "B T H Q"]:
+        return attend(*self._expand(nope, rope, latent), self.scale, mask, causal)
+
+    def _expand(self, nope: Tensor, rope: Tensor, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys [B, T or L, H, nope + rope], values [B, L, H, value]."""
         c = self.config
         latent, key = latent.split([c.kv_lora_rank, c.rope_dim], dim=-1)
         up = self.kv_b_proj(latent).unflatten(-1, (c.heads, -1))  # [B, L, H, nope + value]
         key_nope, value = up.split([c.nope_dim, c.value_dim], dim=-1)
-        key = _by_head(key_nope, key.unsqueeze(2).expand(-1, -1, c.heads, -1))
-        return attend(_by_head(nope, rope), key, value, self.scale, mask, causal)
+        key = by_head(key_nope, key.unsqueeze(2).expand(-1, -1, c.heads, -1))
+        return by_head(nope, rope), key, value
 
     def _absorbed(
-        self, nope: Tensor, rope: Tensor, latent: Tensor, mask: Tensor | None, causal: bool
+        self, nope: Tensor, rope: Tensor, latent: Tensor, mask: Tensor | None, causal: bool = False
     ) -> Float[Tensor, "B T H Q"]:
-        c, (batch, time) = self.config, nope.shape[:2]
+        query, value_up = self._absorb(nope, rope)
+        return self._lift(attend_shared(query, latent, self.scale, mask), value_up)
+
+    def _absorb(self, nope: Tensor, rope: Tensor) -> tuple[Float[Tensor, "B T H R"], Float[Tensor, "H Q C"]]:
+        """Queries that meet the latents themselves, and what makes values of a sum of latents."""
+        c = self.config
         key_up, value_up = self._up_weight().unflatten(0, (c.heads, -1)).split([c.nope_dim, c.value_dim], dim=1)
-        query = torch.cat([torch.einsum("bthn,hnr->bthr", nope, key_up), rope], dim=-1)
-        if mask is not None and time > 1:
-            mask = mask.repeat_interleave(c.heads, dim=2)  # each token's H queries see what it sees
-        summed = attend(query.flatten(1, 2).unsqueeze(2), latent.unsqueeze(2), latent.unsqueeze(2), self.scale, mask)
-        summed = summed[..., : c.kv_lora_rank].view(batch, time, c.heads, -1)
-        return torch.einsum("bthr,hvr->bthv", summed, value_up)
+        return torch.cat([torch.einsum("bthn,hnr->bthr", nope, key_up), rope], dim=-1), value_up
+
+    def _lift(self, summed: Tensor, value_up: Tensor) -> Float[Tensor, "B T H Q"]:
+        return torch.einsum("bthr,hvr->bthv", summed[..., : self.config.kv_lora_rank], value_up)
 
     def _up_weight(self) -> Float[Tensor, "HQ R"]:
         """kv_b_proj as a matrix, also where something that is not a Linear stands in its place (LoRA, quantised)."""

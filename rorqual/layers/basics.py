@@ -349,7 +349,7 @@ def chunked_cross_entropy(
 
 
 def largest(scores: Float[Tensor, "*B L"], count: int) -> Int[Tensor, "*B K"]:
-    """Indices of the `count` largest float32 scores of each row, of equal ones the last.
+    """Indices of the `count` largest float32 scores of each row, in no order, of equal ones the last.
 
     topk leaves ties open, and then one call over all tokens and many over a cache choose differently; here the index
     stands in the low half of what is compared, under the score's bits in an order in which integers compare as floats.
@@ -357,4 +357,4 @@ def largest(scores: Float[Tensor, "*B L"], count: int) -> Int[Tensor, "*B K"]:
     bits = (scores + 0.0).view(torch.int32)  # -0 becomes 0
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
     ordered = ordered | torch.arange(scores.shape[-1], device=scores.device)
-    return ordered.topk(min(count, scores.shape[-1]), dim=-1).values & 0xFFFFFFFF
+    return ordered.topk(min(count, scores.shape[-1]), dim=-1, sorted=False).values & 0xFFFFFFFF

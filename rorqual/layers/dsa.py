@@ -1,40 +1,51 @@
-"""Hidden states in -> which keys each query may attend to out.
+"""Hidden states in -> which keys each query may see, and how far from that its attention looked, out.
 
     I[t, s] = heads^-1/2 sum_j w[t, j] relu(dim^-1/2 <q_j[t], k[s]>)        float32
     q_j     = rope(W_q c)_j    k = rope(layer_norm(W_k x))    w = W_w x      c: MLA's query latent
-    seen[t] = the `chosen` keys of largest I[t, .] among those t may see, of equal ones the latest
+    S[t]    = the `chosen` keys of largest I[t, .] among those t may see, of equal ones the latest
+    loss    = mean_t KL(mean_h p_h[t, .] || softmax(I[t, .]))                p_h: the probabilities of MLA's head h
 
-The lightning indexer of DeepSeek Sparse Attention (DeepSeek-V3.2-Exp). Its rope turns the pairs (i, i + rope/2) of the
-first rope_dim values, unlike MLA's. The choice carries no gradient; the indexer learns by `indexer_loss` alone, from
-detached inputs: KL of the main attention, summed over heads and L1-normalised, to softmax(I), first over every key
-(dense warm-up, 1000 steps), later over the chosen.
+The lightning indexer of DeepSeek Sparse Attention (DeepSeek-V3.2, arXiv 2512.02556). Its rope turns the pairs
+(i, i + rope/2) of the first rope_dim values, unlike MLA's. The choice carries no gradient; the indexer learns by the
+loss alone, from detached inputs: first over every key while MLA attends to all of them (dense warm-up, 1000 steps),
+then over S while MLA attends to S, p_h being its probabilities there.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from rorqual.layers.attend import attend, attend_shared
 from rorqual.layers.basics import Layout, RopeConfig, largest, rotate
 from rorqual.layers.cache import Appended
 
-QUERIES = 512  # scored at a time, so that the scores of all indexer heads never stand for all queries
+QUERIES = 512  # looked at together, at most
+SCORES = 1 << 23  # that stand at a time: 32 MiB of float32
+COPIED = 1 << 21  # numbers of latents gathered at a time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DSAConfig:
-    """Sizes of the indexer; DeepSeek-V3.2: 64 heads of 128, 2048 chosen."""
+    """Sizes of the indexer and how it is trained; DeepSeek-V3.2: 64 heads of 128, 2048 chosen, 1000 steps."""
 
     heads: int = 4
     dim: int = 32  # per head, at least MLA's rope_dim
     chosen: int = 2048  # keys a query sees
+    warmup: int = 1000  # steps in which MLA attends to every key and the loss is over every key
+    weight: float = 1.0  # of the loss, a mean over layers; no gradient of it reaches anything but the indexers
 
     def __post_init__(self) -> None:
         for name in ("heads", "dim", "chosen"):
             if getattr(self, name) < 1:
                 raise ValueError(f"dsa.{name}: got {getattr(self, name)}, expected at least 1")
+        for name in ("warmup", "weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"dsa.{name}: got {getattr(self, name)}, expected 0 or more")
 
 
 @runtime_checkable
@@ -47,8 +58,20 @@ class Latent(Protocol):
     def rope_dim(self) -> int: ...
 
 
+class Lesson(NamedTuple):
+    """How an indexer did in one call of its attention, or several in the mean."""
+
+    loss: Float[Tensor, ""]  # nats a query
+    recall: Float[Tensor, ""]  # of the probability over every key, what the chosen carry; of queries that must choose
+
+
+def mean_lesson(lessons: list[Lesson]) -> Lesson | None:
+    """Over the layers; None without any."""
+    return Lesson(*(torch.stack(part).mean() for part in zip(*lessons, strict=True))) if lessons else None
+
+
 class DSA(nn.Module):
-    """The lightning indexer: MLA asks it `allowed(...)`. Parameters are named as in DeepSeek-V3.2's checkpoints."""
+    """The lightning indexer: MLA asks it `look(...)`. Parameters are named as in DeepSeek-V3.2's checkpoints."""
 
     def __init__(self, config: DSAConfig, dim: int, mla: Latent, rope: RopeConfig):
         """`rope` is MLA's; its tables come with every call and its pairing is not ours, so nothing is kept of it."""
@@ -65,106 +88,258 @@ class DSA(nn.Module):
         """The indexer's keys, `dim` values a token."""
         return Appended(capacity)
 
-    def project(
+    def keys(
+        self,
+        hidden: Float[Tensor, "B T D"],
+        past: int,
+        cos: Float[Tensor, "B T F"],
+        sin: Float[Tensor, "B T F"],
+        cache: Appended | None = None,
+    ) -> Float[Tensor, "B L P"]:
+        """k of every token, the `past` cached ones first; the new ones are appended to the cache."""
+        new = self._turn(self.k_norm(self.wk(hidden.detach())), cos, sin)
+        kept = cache.append(new) if cache is not None else new
+        return kept if past else new
+
+    def look(
         self,
         hidden: Float[Tensor, "B T D"],
         query_latent: Float[Tensor, "B T R"],
+        layout: Layout,
         cos: Float[Tensor, "B T F"],
         sin: Float[Tensor, "B T F"],
-    ) -> tuple[Float[Tensor, "B T J P"], Float[Tensor, "B T P"], Float[Tensor, "B T J"]]:
-        """q, k and w of the new tokens; w in float32 and with both scales, dim^-1/2 heads^-1/2, in it.
+        key: Float[Tensor, "B L P"],
+    ) -> "Look":
+        """q and w of the new tokens beside the keys of all. Nothing that comes in gets a gradient through it.
 
-        A positive factor passes through relu, so it may as well multiply the few weights as the many scores.
+        w has both scales, dim^-1/2 heads^-1/2, in it: a positive factor passes through relu, so it may as well
+        multiply the few weights as the many scores.
         """
-        query = self.wq_b(query_latent).unflatten(-1, (self.config.heads, -1))
-        weights = self.weights_proj(hidden).float() * (self.config.heads * self.config.dim) ** -0.5
-        return self._turn(query, cos, sin), self._turn(self.k_norm(self.wk(hidden)), cos, sin), weights
+        query = self.wq_b(query_latent.detach()).unflatten(-1, (self.config.heads, -1))
+        weights = self.weights_proj(hidden.detach()).float() * (self.config.heads * self.config.dim) ** -0.5
+        return Look(self._turn(query, cos, sin), weights, key, layout.mask, self.config.chosen)
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         turned, rest = x.split([self.rope_dim, self.config.dim - self.rope_dim], dim=-1)
         return torch.cat([rotate(turned, cos, sin, interleaved=False), rest], dim=-1)
 
-    def scores(
-        self,
-        hidden: Float[Tensor, "B T D"],
-        query_latent: Float[Tensor, "B T R"],
-        cos: Float[Tensor, "B T F"],
-        sin: Float[Tensor, "B T F"],
-    ) -> Float[Tensor, "B T T"]:
-        """I with its gradient, for `indexer_loss`; the inputs are detached, so the model does not learn from it."""
-        return index_scores(*self.project(hidden.detach(), query_latent.detach(), cos, sin))
+
+class Look(NamedTuple):
+    """What the indexer says of T queries and L keys, asked a run of queries at a time.
+
+    A run sees no key after its last query, so all that is said of it is said of the `end` keys up to there.
+    """
+
+    query: Float[Tensor, "B T J P"]
+    weights: Float[Tensor, "B T J"]
+    key: Float[Tensor, "B L P"]
+    mask: Bool[Tensor, "B 1 T L"] | None  # None: a query sees the keys up to its own
+    most: int  # keys that a query may choose
+
+    @property
+    def chooses(self) -> bool:
+        """Whether there are keys to leave out."""
+        return self.key.shape[1] > self.most
+
+    def runs(self, heads: int = 0) -> Iterator[slice]:
+        """The queries in runs whose scores, of the indexer's heads and `heads` others, are SCORES at most."""
+        batch, time, own, _ = self.query.shape
+        step = max(1, min(QUERIES, SCORES // (batch * (own + heads) * self.key.shape[1])))
+        return (slice(at, min(at + step, time)) for at in range(0, time, step))
+
+    def end(self, run: slice) -> int:
+        return self.key.shape[1] - self.query.shape[1] + run.stop
+
+    def visible(self, run: slice) -> Bool[Tensor, "#B 1 T end"]:
+        """Whether chosen or not."""
+        end, count = self.end(run), run.stop - run.start
+        if self.mask is not None:
+            return self.mask[:, :, run, :end]
+        return torch.ones(1, 1, count, end, dtype=torch.bool, device=self.key.device).tril(end - count)
 
     @torch.no_grad()
     def chosen(
-        self,
-        hidden: Float[Tensor, "B T D"],
-        query_latent: Float[Tensor, "B T R"],
-        layout: Layout,
-        cos: Float[Tensor, "B T F"],
-        sin: Float[Tensor, "B T F"],
-        cache: Appended | None = None,
-    ) -> tuple[Int[Tensor, "B T K"], Bool[Tensor, "B T K"]] | None:
-        """The chosen keys of each query, and which of them it may see; None where every key is chosen, L <= chosen."""
-        query, key, weights = self.project(hidden, query_latent, cos, sin)
-        if cache is not None:
-            kept = cache.append(key)
-            key = kept if layout.past else key
-        if key.shape[1] <= self.config.chosen:
+        self, run: slice, scores: Float[Tensor, "B T end"] | None = None
+    ) -> tuple[Int[Tensor, "B T K"], Bool[Tensor, "B T K"] | None] | None:
+        """The chosen keys of each query, and which of them it may see, None: all. None where every key is chosen.
+        `scores` are index_scores' where they are known."""
+        end, count = self.end(run), run.stop - run.start
+        if end <= self.most:
             return None
-        visible, index, real = layout.visible()[:, 0], [], []
-        for start in range(0, query.shape[1], QUERIES):
-            run = slice(start, start + QUERIES)
-            scores = index_scores(query[:, run], key, weights[:, run]).masked_fill(~visible[:, run], -torch.inf)
-            index.append(largest(scores, self.config.chosen))
-            real.append(scores.gather(-1, index[-1]) > -torch.inf)
-        return torch.cat(index, dim=1), torch.cat(real, dim=1)
+        if scores is None:
+            scores = index_scores(self.query[:, run], self.key[:, :end], self.weights[:, run])
+        if self.mask is not None or count > 1:
+            scores = scores.masked_fill(~self.visible(run)[:, 0], -torch.inf)
+        index = largest(scores, self.most)
+        if self.mask is None and end - count + 1 >= self.most:
+            return index, None
+        return index, scores.gather(-1, index) > -torch.inf
 
-    def allowed(
-        self,
-        hidden: Float[Tensor, "B T D"],
-        query_latent: Float[Tensor, "B T R"],
-        layout: Layout,
-        cos: Float[Tensor, "B T F"],
-        sin: Float[Tensor, "B T F"],
-        cache: Appended | None = None,
-    ) -> Bool[Tensor, "B 1 T L"] | None:
-        """True at the chosen keys of each query; None where every key is chosen, so that MLA takes its dense path."""
-        found = self.chosen(hidden, query_latent, layout, cos, sin, cache)
+    def seen(self, run: slice, scores: Float[Tensor, "B T end"] | None = None) -> Bool[Tensor, "#B 1 T end"]:
+        """True at the chosen keys of each query that it may see."""
+        found = self.chosen(run, scores)
         if found is None:
-            return None
+            return self.visible(run)
         index, real = found
-        seen = real.new_zeros(*real.shape[:2], layout.key_positions.shape[1])
-        return seen.scatter_(-1, index, real)[:, None]
+        seen = torch.zeros(*index.shape[:2], self.end(run), dtype=torch.bool, device=index.device)
+        return (seen.scatter_(-1, index, True) if real is None else seen.scatter_(-1, index, real))[:, None]
+
+    def split(self, count: int) -> tuple["Look", "Look"]:
+        """Of the first `count` queries, with the keys up to them, and of the others."""
+        length, mask = self.key.shape[1] - self.query.shape[1] + count, self.mask
+        before, after = (None, None) if mask is None else (mask[:, :, :count, :length], mask[:, :, count:])
+        return (
+            Look(self.query[:, :count], self.weights[:, :count], self.key[:, :length], before, self.most),
+            Look(self.query[:, count:], self.weights[:, count:], self.key, after, self.most),
+        )
+
+    def hiding(
+        self,
+        query: Float[Tensor, "B T H P2"],
+        key: Float[Tensor, "B L H P2"],
+        value: Float[Tensor, "B L H Q"],
+        scale: float,
+    ) -> Float[Tensor, "B T H Q"]:
+        """Attention in which the keys that are not chosen are masked: every key is read, one mask a run."""
+        outs = []
+        for run in self.runs():
+            keys, values = key[:, : self.end(run)], value[:, : self.end(run)]
+            outs.append(attend(query[:, run], keys, values, scale, self.seen(run)))
+        return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
+
+    def gathering(
+        self, query: Float[Tensor, "B T H R"], latent: Float[Tensor, "B L R"], scale: float
+    ) -> Float[Tensor, "B T H R"]:
+        """The same to keys that all heads share and that are the values too: the chosen are copied out, of few queries
+        at a time, and the others never read. For queries that all have more keys than they may choose."""
+        few, outs = max(1, COPIED // (self.most * latent.shape[-1])), []
+        for run in self.runs():
+            found = self.chosen(run)
+            assert found is not None
+            for at in range(run.start, run.stop, few):
+                part = slice(at - run.start, at - run.start + few)
+                some = query[:, at : min(at + few, run.stop)]
+                real = None if found[1] is None else found[1][:, part]
+                outs.append(_attend_to(some, latent, found[0][:, part], real, scale))
+        return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
+
+    def lesson(
+        self,
+        query: Float[Tensor, "B T H P2"],
+        key: Float[Tensor, "B L H P2"],
+        scale: float,
+        warm: bool,
+        present: Bool[Tensor, "B T"] | None = None,
+    ) -> Lesson:
+        """The loss against the attention of these queries to these keys, a mean over the queries present.
+
+        Neither gets a gradient. At most SCORES scores stand at a time: the gradient is formed beside the loss.
+        """
+        attention = query.detach(), key.detach(), scale, warm
+        summed, carried, queries, choosing = _Divergence.apply(*self, *attention, present)
+        recall = torch.where(choosing > 0, carried / choosing.clamp_min(1), 1.0)
+        return Lesson(summed / queries.clamp_min(1), recall)
+
+
+def _attend_to(query: Tensor, latent: Tensor, index: Tensor, real: Tensor | None, scale: float) -> Tensor:
+    """[B, T, H, R] to the latents `index` [B, T, K]; row by row, or a view of the cache would be copied whole."""
+    rows = []
+    for row in range(len(query)):
+        key = latent[row].index_select(0, index[row].flatten()).unflatten(0, index.shape[1:])  # [T, K, R]
+        mask = None if real is None else real[row, :, None, None]
+        rows.append(attend_shared(query[row].unsqueeze(1), key, scale, mask).squeeze(1))
+    return torch.stack(rows)
 
 
 def index_scores(
     query: Float[Tensor, "B T J P"], key: Float[Tensor, "B L P"], weights: Float[Tensor, "B T J"]
 ) -> Float[Tensor, "B T L"]:
     """sum_j w_j relu(<q_j, k>), float32."""
-    products = torch.einsum("btjp,blp->btjl", query.float(), key.float()).relu()
-    return torch.einsum("btj,btjl->btl", weights.float(), products)
+    return _weighted(_products(query, key), weights)
+
+
+def _products(query: Tensor, key: Tensor) -> Float[Tensor, "B T J L"]:
+    """relu(<q_j, k>), float32 whatever autocast says: a rounded score chooses other keys."""
+    with torch.autocast(query.device.type, enabled=False):
+        return (query.float().flatten(1, 2) @ key.float().mT).relu_().unflatten(1, query.shape[1:3])
+
+
+def _weighted(products: Tensor, weights: Tensor) -> Float[Tensor, "B T L"]:
+    with torch.autocast(products.device.type, enabled=False):
+        return (weights.float().unsqueeze(2) @ products).squeeze(2)
 
 
 def attention_target(
-    query: Float[Tensor, "B T H P"], key: Float[Tensor, "B L H P"], visible: Bool[Tensor, "#B 1 T L"], scale: float
-) -> Float[Tensor, "B T L"]:
-    """What the indexer should find: MLA's probabilities summed over its heads, each row divided by its sum."""
-    with torch.no_grad():
-        logits = torch.einsum("bthp,blhp->bhtl", query.float(), key.float()) * scale
-        summed = logits.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0.0).sum(1)
-        return summed / summed.sum(-1, keepdim=True).clamp_min(1e-20)
+    query: Float[Tensor, "B T H P"],
+    key: Float[Tensor, "B L H P"],
+    visible: Bool[Tensor, "#B 1 T L"],
+    seen: Bool[Tensor, "#B 1 T L"],
+    scale: float,
+    warm: bool,
+) -> tuple[Float[Tensor, "B T L"], Float[Tensor, "B T"]]:
+    """What the indexer should find: the mean over heads of the probabilities that MLA has, over every key it may look
+    at while `warm`, later over those `seen`. Beside it, how much of the probability over every key the seen carry."""
+    with torch.autocast(query.device.type, enabled=False):
+        logits = (query.float().transpose(1, 2) * scale) @ key.float().permute(0, 2, 3, 1)  # [B, H, T, L]
+    powers = logits.masked_fill_(~visible, -torch.inf)
+    powers = powers.sub_(powers.amax(-1, keepdim=True).clamp_min(-1e30)).exp_()
+    every = powers.sum(-1, keepdim=True).clamp_min(1e-30)
+    among = (powers * seen).sum(-1, keepdim=True)
+    carried = (among / every).mean(1).squeeze(-1)
+    if warm:
+        return powers.div_(every).mean(1), carried
+    return powers.mul_(seen).div_(among.clamp_min(1e-30)).mean(1), carried
 
 
-def indexer_loss(
-    scores: Float[Tensor, "B T L"], target: Float[Tensor, "B T L"], seen: Bool[Tensor, "#B T L"]
-) -> Float[Tensor, ""]:
-    """Mean over queries of KL(target || softmax(scores)) in nats, both over the keys `seen`.
+class _Divergence(torch.autograd.Function):
+    """Sums over queries: KL(target || softmax(I)), recall where there is a choice, and how many queries each counts.
 
-    Warm-up: `seen` is every visible key. Afterwards: the chosen ones, over which the target is divided by its sum anew.
-    Queries that see nothing do not count.
+    With e = dKL/dI = softmax(I) - target and s_j = <q_j, k>:  dw_j = sum_s e relu(s_j),  ds_j = e w_j [s_j > 0].
     """
-    target = target.detach().float() * seen
-    target = target / target.sum(-1, keepdim=True).clamp_min(1e-20)
-    found = scores.float().masked_fill(~seen, torch.finfo(torch.float32).min).log_softmax(-1)
-    terms = torch.special.xlogy(target, target) - target * found.masked_fill(~seen, 0.0)
-    return terms.sum() / seen.any(-1).expand(terms.shape[:2]).sum().clamp_min(1)
+
+    @staticmethod
+    def forward(ctx, query, weights, key, mask, most, attended, attended_key, scale, warm, present):
+        look = Look(query, weights, key, mask, most)
+        graded = any(ctx.needs_input_grad)
+        grads = [torch.zeros_like(x, dtype=torch.float32) for x in look[:3]] if graded else []
+        sums = torch.zeros(4, device=query.device)
+        with torch.autocast(query.device.type, enabled=False):
+            for run in look.runs(attended.shape[2]):
+                keys, visible = key[:, : look.end(run)], look.visible(run)
+                products = _products(query[:, run], keys)
+                scores = _weighted(products, weights[:, run])
+                seen = look.seen(run, scores)
+                heads = attended[:, run], attended_key[:, : look.end(run)]
+                target, carried = attention_target(*heads, visible, seen, scale, warm)
+                terms, error = _compared(scores, target, (visible if warm else seen)[:, 0])
+                counts = torch.ones_like(terms) if present is None else present[:, run].float()
+                choosing = counts * (visible[:, 0].sum(-1) > most)
+                sums += torch.stack([(counts * terms).sum(), (choosing * carried).sum(), counts.sum(), choosing.sum()])
+                if graded:
+                    _add_gradients(grads, run, products, error * counts.unsqueeze(-1), look)
+        ctx.grads = grads
+        found = sums.unbind()
+        ctx.mark_non_differentiable(*found[1:])
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        return *(own * grads[0] for own in ctx.grads), *(None,) * 7
+
+
+def _compared(scores: Tensor, target: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(target || softmax(scores)) of each query, nats, and its gradient by the scores, both over the keys `over`."""
+    log = scores.masked_fill(~over, torch.finfo(scores.dtype).min).log_softmax(-1)
+    terms = torch.special.xlogy(target, target) - target * log.masked_fill(~over, 0.0)
+    return terms.sum(-1), log.exp_().mul_(over).sub_(target)
+
+
+def _add_gradients(grads: list[Tensor], run: slice, products: Tensor, error: Tensor, look: Look) -> None:
+    """Into those of query, weights and key; `products` is used up."""
+    (of_query, of_weights, of_key), end = grads, look.end(run)
+    query, weights, key = look.query[:, run].float(), look.weights[:, run].float(), look.key[:, :end].float()
+    of_weights[:, run] = (products @ error.unsqueeze(-1)).squeeze(-1)
+    pull = products.gt_(0).mul_(error.unsqueeze(2)).mul_(weights.unsqueeze(-1)).flatten(1, 2)
+    of_query[:, run] = (pull @ key).view_as(query)
+    of_key[:, :end] += pull.mT @ query.flatten(1, 2)

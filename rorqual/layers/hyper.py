@@ -11,18 +11,22 @@ reads with the previous site's pre (V4.1). The unconstrained ancestor, `kind="hc
 
     n = norm(x_j)     pre = s_a tanh(n W_m) + A_m0     post = s_b tanh(n W_b) + B_0     comb = s_a tanh(n W_r) + A_r0
 
-Coefficients are float32 whatever the streams are (float64 stays float64).
+With `eps=0` this is the paper's arithmetic: exp, columns of H_res normalised first, rows last, pre = sigmoid alone.
+Coefficients are float32 whatever the streams and autocast are (float64 stays float64). Tensor functions: streams.py.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from rorqual.kernels import pick
+from rorqual.layers.streams import collapse, project, read, squash, wide, write
 
 STREAMS_PERMUTED = 6  # 6! = 720 weights a token; beyond that the permutations cost more than the sublayer
 
@@ -34,7 +38,7 @@ class HyperConfig:
     kind: Literal["mhc", "single_pass", "hc"] = "mhc"
     streams: int = 4
     iterations: int = 20  # Sinkhorn normalisations of each axis
-    eps: float = 1e-6  # of the Sinkhorn sums and of pre
+    eps: float = 1e-6  # of the Sinkhorn sums and of pre; 0 in the paper, 1e-6 in DeepSeek-V4
     norm_eps: float = 1e-6  # inside the root of the norm
     mix: Literal["sinkhorn", "identity", "permutations"] = "sinkhorn"
     exit: Literal["kind", "learned", "mean", "sum", "last"] = "kind"  # "kind": mhc learned, single_pass last, hc sum
@@ -52,9 +56,10 @@ class HyperConfig:
         for name in ("streams", "iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"hyper.{name}: got {getattr(self, name)}, expected at least 1")
-        for name in ("eps", "norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"hyper.{name}: got {getattr(self, name)}, expected more than 0")
+        if not self.eps >= 0:
+            raise ValueError(f"hyper.eps: got {self.eps}, expected 0 or more")
+        if not self.norm_eps > 0:
+            raise ValueError(f"hyper.norm_eps: got {self.norm_eps}, expected more than 0")
         if self.mix == "permutations" and self.streams > STREAMS_PERMUTED:
             raise ValueError(
                 f"hyper.streams: got {self.streams} with mix='permutations', expected at most {STREAMS_PERMUTED}"
@@ -76,98 +81,18 @@ class Coefficients(NamedTuple):
     comb: Float[Tensor, "B T S S"] | None
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The precision of coefficients: float32, or float64 for float64 streams."""
-    return torch.promote_types(dtype, torch.float32)
+class Read(NamedTuple):
+    """What a mixer makes of the streams: the sublayer's input, and the coefficients with the tokens last."""
+
+    u: Float[Tensor, "N D"]
+    pre: Float[Tensor, "S N"]
+    post: Float[Tensor, "S N"]
+    comb: Float[Tensor, "S S N"] | None
 
 
-class _Sinkhorn(torch.autograd.Function):
-    """Sinkhorn with the tokens last; stores the logits alone and walks the iterates again in backward.
-
-    One step c' = c / d, d = sum_axis c + eps, has, in P = c' dL/dc', the backward P <- P - c' sum_axis P: no division,
-    so no gradient can overflow however small a sum was. Backward keeps the sums d, a quarter of the iterates c = c' d.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, iterations, eps):
-        ctx.save_for_backward(logits)
-        ctx.iterations, ctx.eps = iterations, eps
-        return _walk(logits, iterations, eps)[1]
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (logits,) = ctx.saved_tensors
-        start, comb, sums = _walk(logits, ctx.iterations, ctx.eps)
-        flow = gradient.contiguous() * comb  # a strided gradient would make every step strided
-        for axis, total in zip(reversed(_axes(ctx.iterations)), reversed(sums), strict=True):
-            flow.addcmul_(comb, flow.sum(axis, keepdim=True), value=-1)
-            comb.mul_(total)
-        flow.mul_(start).div_(start + ctx.eps)
-        return flow.addcmul_(start, flow.sum(1, keepdim=True), value=-1), None, None
-
-
-def _walk(logits: Tensor, iterations: int, eps: float) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The softmax, the matrix after all steps, and what each step divided by."""
-    start, sums = logits.softmax(1), []
-    comb = start + eps
-    for axis in _axes(iterations):
-        sums.append(comb.sum(axis, keepdim=True).add_(eps))
-        comb.div_(sums[-1])
-    return start, comb, sums
-
-
-def _axes(iterations: int) -> list[int]:
-    """The axes normalised after the softmax over axis 1, in order."""
-    return [0] + [1, 0] * (iterations - 1)
-
-
-def sinkhorn(logits: Float[Tensor, "S S N"], iterations: int = 20, eps: float = 1e-6) -> Float[Tensor, "S S N"]:
-    """c = softmax(logits, axis 1) + eps, axis 0 normalised; then iterations - 1 times axis 1 and axis 0 normalised.
-
-    Every normalisation divides by (sum + eps). Axis 0 sums to 1 within 1e-5; axis 1 only as far as it has converged
-    (3e-2 and more off for logits of deviation 2). The S*S matrices come first so that every step runs along the tokens.
-    """
-    return _Sinkhorn.apply(logits, iterations, eps)
-
-
-class _Project(torch.autograd.Function):
-    """(weight x^T) / rms(x): the norm commutes with the product, so the normalised streams are never stored."""
-
-    @staticmethod
-    def forward(ctx, flat, weight, eps):
-        mean = torch.linalg.vector_norm(flat, dim=-1).square() / flat.shape[-1]
-        inverse = (mean + eps).rsqrt()  # [N]
-        projected = (weight @ flat.T).mul_(inverse)  # [K, N]
-        ctx.save_for_backward(flat, weight, inverse, projected)
-        return projected
-
-    @staticmethod
-    def backward(ctx, gradient):
-        flat, weight, inverse, projected = ctx.saved_tensors
-        scaled = gradient * inverse
-        shrink = (gradient * projected).sum(0) * inverse.square() / -flat.shape[-1]
-        return (scaled.T @ weight).addcmul_(flat, shrink[:, None]), scaled @ flat, None
-
-
-def project(flat: Float[Tensor, "N F"], weight: Float[Tensor, "K F"], eps: float = 1e-6) -> Float[Tensor, "K N"]:
-    """m[k, n] = <weight_k, x_n> rsqrt(mean(x_n^2) + eps), tokens last."""
-    return _Project.apply(flat, weight, eps)
-
-
-def read(streams: Float[Tensor, "N S D"], pre: Float[Tensor, "S N"]) -> Float[Tensor, "N D"]:
-    """u = sum_i pre_i x_i, summed in the precision of pre, in the dtype of the streams."""
-    return (pre.T[..., None] * streams).sum(1).to(streams.dtype)
-
-
-def write(
-    streams: Float[Tensor, "N S D"],
-    out: Float[Tensor, "N D"],
-    post: Float[Tensor, "S N"],
-    comb: Float[Tensor, "S S N"] | None,
-) -> Float[Tensor, "N S D"]:
-    """x_k <- post_k out + sum_j comb[j, k] x_j, summed in the precision of post, in the dtype of the streams."""
-    mixed = streams if comb is None else comb.permute(2, 1, 0).contiguous() @ streams.to(comb.dtype)
-    return torch.addcmul(mixed, post.T[..., None], out[:, None].to(post.dtype)).to(streams.dtype)
+def unrounded(streams: Tensor) -> torch.autocast:
+    """Autocast would round coefficients, and the products that mix the streams, to bfloat16."""
+    return torch.autocast(streams.device.type, enabled=False)
 
 
 class Manifold(nn.Module):
@@ -204,21 +129,20 @@ class Manifold(nn.Module):
             elif self.config.mix == "permutations":  # the identity comes first
                 self.base[2 * streams] = self.config.identity + math.log(max(1, self.rows - 1))
 
-    def forward(self, streams: Float[Tensor, "N S D"]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """pre [S, N], post [S, N] and comb [S, S, N] or None, in wide precision."""
-        config, precision, S = self.config, wide(streams.dtype), self.config.streams
-        flat = streams.flatten(1).to(precision)
-        m = project(flat, self.fn.to(precision), config.norm_eps)  # [K, N]
-        scale, base = self.scale.to(precision), self.base.to(precision)[:, None]
-        pre = torch.sigmoid(m[:S] * scale[0] + base[:S]) + config.eps
-        post = 2 * torch.sigmoid(m[S : 2 * S] * scale[1] + base[S : 2 * S])
-        if config.mix == "identity":
-            return pre, post, None
-        logits = m[2 * S :] * scale[2] + base[2 * S :]
+    def forward(self, streams: Float[Tensor, "N S D"], carried: Float[Tensor, "S N"] | None = None) -> Read:
+        """u, read with `carried` where given, pre, post and comb [S, S, N] or None, in wide precision."""
+        config, precision = self.config, wide(streams.dtype)
+        m = project(streams.flatten(1).to(precision), self.fn.to(precision), config.norm_eps)  # [K, N]
+        scale, base = self.scale.to(precision), self.base.to(precision)
         if config.mix == "sinkhorn":
-            return pre, post, sinkhorn(logits.view(S, S, -1), config.iterations, config.eps)
-        comb = self.permutations.to(precision).flatten(1).T @ logits.softmax(0)
-        return pre, post, comb.view(S, S, -1)
+            function = pick("hyper_collapse", collapse, streams)
+            return Read(*function(streams, m, scale, base, carried, config.iterations, config.eps))
+        pre, post, logits = squash(m, scale, base, config.streams, config.eps)
+        comb = None
+        if config.mix == "permutations":
+            comb = self.permutations.to(precision).flatten(1).T @ logits.softmax(0)
+            comb = comb.view(config.streams, config.streams, -1)
+        return Read(read(streams, pre if carried is None else carried), pre, post, comb)
 
 
 class Unconstrained(nn.Module):
@@ -245,8 +169,9 @@ class Unconstrained(nn.Module):
             self.base_pre.copy_(torch.eye(streams)[self.site % streams])
             self.base_comb.copy_(torch.eye(streams))
 
-    def forward(self, streams: Float[Tensor, "N S D"]) -> tuple[Tensor, Tensor, Tensor]:
-        """pre [S, N], post [S, N], comb [S, S, N] in wide precision; comb[j, k] is A_r's row of stream j."""
+    def forward(self, streams: Float[Tensor, "N S D"], carried: Float[Tensor, "S N"] | None = None) -> Read:
+        """u, pre, post and comb in wide precision; comb[j, k] is A_r's row of stream j. `carried` must be None."""
+        assert carried is None
         precision, S = wide(streams.dtype), self.config.streams
         flat = streams.flatten(0, 1).to(precision)
         m = project(flat, self.fn.to(precision), self.config.norm_eps).tanh()
@@ -254,7 +179,8 @@ class Unconstrained(nn.Module):
         scale = self.scale.to(precision)
         pre = scale[0] * m[0] + self.base_pre.to(precision)[:, None]
         post = scale[1] * m[1] + self.base_post.to(precision)[:, None]
-        return pre, post, scale[0] * m[2:].transpose(0, 1) + self.base_comb.to(precision)[..., None]
+        comb = scale[0] * m[2:].transpose(0, 1) + self.base_comb.to(precision)[..., None]
+        return Read(read(streams, pre), pre, post, comb)
 
 
 class Connection(nn.Module):
@@ -276,7 +202,8 @@ class Connection(nn.Module):
     def coefficients(self, streams: Float[Tensor, "B T S D"]) -> Coefficients:
         """pre, post and comb for these streams, for measures and pictures."""
         batch, time, S, _ = streams.shape
-        pre, post, comb = self.mixer(streams.flatten(0, 1))
+        with unrounded(streams):
+            _, pre, post, comb = self.mixer(streams.flatten(0, 1))
         if comb is not None:
             comb = comb.permute(2, 0, 1).reshape(batch, time, S, S)
         return Coefficients(pre.T.reshape(batch, time, S), post.T.reshape(batch, time, S), comb)
@@ -290,15 +217,15 @@ class Connection(nn.Module):
         """x_k <- post_k F(u) + sum_j comb[j, k] x_j; returns the streams and this site's pre, to be carried on."""
         batch, time, S, dim = streams.shape
         flat = streams.reshape(batch * time, S, dim)
-        pre, post, comb = self.mixer(flat)
-        if self.config.kind != "single_pass":
-            u = read(flat, pre).view(batch, time, dim)
-        elif carried is None:
-            u = streams[:, :, 0]  # the first site's pre is one-hot on stream 0
-        else:
-            u = read(flat, carried.flatten(0, 1).T).view(batch, time, dim)
+        single = self.config.kind == "single_pass"
+        with unrounded(streams):
+            found: Read = self.mixer(flat, carried.flatten(0, 1).T if single and carried is not None else None)
+        first = single and carried is None  # whose pre is one-hot on stream 0
+        u = streams[:, :, 0] if first else found.u.view(batch, time, dim)
         out = sublayer(u).reshape(batch * time, dim)
-        return write(flat, out, post, comb).view_as(streams), pre.T.view(batch, time, S)
+        with unrounded(streams):
+            written = pick("hyper_write", write, flat)(flat, out, found.post, found.comb)
+        return written.view_as(streams), found.pre.T.view(batch, time, S)
 
 
 class Residual(nn.Module):
@@ -353,15 +280,18 @@ class Exit(nn.Module):
         if self.kind == "mean" or self.kind == "sum":
             summed = streams.sum(2, dtype=wide(streams.dtype))
             return (summed / streams.shape[2] if self.kind == "mean" else summed).to(streams.dtype)
-        if self.kind == "last":
-            if carried is None:
-                return streams[:, :, 0]
-            return read(streams.flatten(0, 1), carried.flatten(0, 1).T).view_as(streams[:, :, 0])
+        if self.kind == "last" and carried is None:
+            return streams[:, :, 0]
+        with unrounded(streams):
+            flat = streams.flatten(0, 1)
+            pre = self._weights(flat) if carried is None or self.kind == "learned" else carried.flatten(0, 1).T
+            return read(flat, pre).view_as(streams[:, :, 0])
+
+    def _weights(self, flat: Float[Tensor, "N S D"]) -> Float[Tensor, "S N"]:
         assert self.config is not None
-        flat, precision = streams.flatten(0, 1), wide(streams.dtype)
+        precision = wide(flat.dtype)
         m = project(flat.flatten(1).to(precision), self.fn.to(precision), self.config.norm_eps)
-        pre = torch.sigmoid(m * self.scale.to(precision) + self.base.to(precision)[:, None]) + self.config.eps
-        return read(flat, pre).view_as(streams[:, :, 0])
+        return torch.sigmoid(m * self.scale.to(precision) + self.base.to(precision)[:, None]) + self.config.eps
 
 
 def _even(streams: int) -> float:
@@ -370,11 +300,13 @@ def _even(streams: int) -> float:
 
 
 def composite_gain(combs: Sequence[Float[Tensor, "B T S S"]]) -> tuple[float, float]:
-    """Largest absolute row sum and column sum of H_res_L ... H_res_1 over all tokens, H_res = comb^T.
+    """Largest absolute row sum and column sum of H_res_L ... H_res_1 over all tokens, H_res = comb^T; (1, 1) for none.
 
     How far a signal (rows) and a gradient (columns) may grow along the streams alone: about 1 for mHC, thousands for
     unconstrained HC (section 3 of arXiv:2512.24880). `combs` in the order of the sites.
     """
+    if not combs:
+        return 1.0, 1.0
     total = torch.eye(combs[0].shape[-1], dtype=wide(combs[0].dtype), device=combs[0].device)
     for comb in combs:
         total = comb.to(total.dtype).transpose(-1, -2) @ total
@@ -386,3 +318,34 @@ def spread(streams: Float[Tensor, "B T S D"]) -> float:
     streams = streams.to(wide(streams.dtype))
     mean = streams.mean(2, keepdim=True)
     return ((streams - mean).square().mean() / mean.square().mean().clamp_min(1e-30)).sqrt().item()
+
+
+class Health(NamedTuple):
+    """How the streams of a model fare over one call."""
+
+    row_gain: float
+    column_gain: float
+    spread: float  # after the last site
+
+
+def health(model: nn.Module, call: Callable[[], object]) -> Health | None:
+    """What `call`, which runs the model, shows at every Connection in the order they run; None if it reaches none.
+
+    Sites that do not mix count as identities. No gradient is kept.
+    """
+    combs: list[Tensor] = []
+    last: list[Tensor] = []
+
+    def look(site: nn.Module, given: tuple, made: tuple) -> None:
+        comb = cast(Connection, site).coefficients(given[0]).comb
+        combs.extend([] if comb is None else [comb])
+        last[:] = [made[0]]
+
+    hooks = [m.register_forward_hook(look) for m in model.modules() if isinstance(m, Connection)]
+    try:
+        with torch.no_grad():
+            call()
+            return Health(*composite_gain(combs), spread(last[0])) if last else None
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -13,7 +13,8 @@ Each branch has keys and values of its own: GQA's are the selected branch's, the
 are rotated before anything else. The choice carries no gradient. Blocks are counted from the start of each document,
 padding left out, so that a packed or padded document attends exactly as it would alone.
 
-Native Sparse Attention, arXiv:2502.11089. The mean beside the MLP is ours: the start is mean pooling.
+Native Sparse Attention, arXiv:2502.11089. The mean beside the MLP is ours: the start is mean pooling. So is
+`choice="tile"`, where the first of 128 queries chooses for all of them (layers/tiles.py).
 """
 
 from dataclasses import dataclass
@@ -24,10 +25,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rorqual.layers.basics import Layout, RopeConfig, largest, rope_tables, rotate
-from rorqual.layers.cache import Appended, Bundle
-
-QUERIES = 512  # attended at a time, so that no mask is T x T
+from rorqual.layers.attend import attend
+from rorqual.layers.basics import Layout, RopeConfig, rope_tables, rotate
+from rorqual.layers.cache import Appended, Bundle, Recent
+from rorqual.layers.selection import attend_chosen, best_blocks, runs, segments, visible, wide
+from rorqual.layers.tiles import Choice, attend_tiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +41,7 @@ class NSAConfig:
     select_block: int = 64  # l'
     chosen: int = 16  # selection blocks, the three forced ones among them
     window: int = 512
+    choice: Choice = "token"  # who chooses blocks: each token, or (ours) the first of a tile of 128 for them all
 
     def __post_init__(self) -> None:
         for name in ("block", "stride", "select_block", "window"):
@@ -51,6 +54,8 @@ class NSAConfig:
                 )
         if self.chosen < 3:
             raise ValueError(f"nsa.chosen: got {self.chosen}, expected at least 3, the blocks that are forced")
+        if self.choice not in ("token", "tile"):
+            raise ValueError(f"nsa.choice: got {self.choice!r}, expected 'token' or 'tile'")
 
 
 @runtime_checkable
@@ -68,13 +73,14 @@ class Heads(Protocol):
 
 
 class Compressed(NamedTuple):
-    """The compressed blocks of each row: what they are, where each ends, which selection blocks its pieces lie in."""
+    """The compressed blocks of each row. Without documents and padding block i is the keys i d .. i d + l - 1."""
 
     keys: Float[Tensor, "B M G P"]
     values: Float[Tensor, "B M G Q"]
-    ends: Int[Tensor, "B M"]  # column of the last key
-    pieces: Int[Tensor, "B M U"]  # selection block of each stride-d piece
-    real: Bool[Tensor, "B M"] | None  # None: all; rows of a batch may hold fewer than M
+    ends: Int[Tensor, "B M"] | None = None  # column of the last key
+    pieces: Int[Tensor, "B M U"] | None = None  # selection block of each stride-d piece
+    real: Bool[Tensor, "B M"] | None = None  # rows of a batch may hold fewer than M
+    segment: Int[Tensor, "B L"] | None = None  # selection block of each key
 
 
 class Branches(NamedTuple):
@@ -147,7 +153,8 @@ class NSA(nn.Module):
         """Keys and values of both branches made here, and the compressed blocks."""
         compressed, window = (Bundle(keys=Appended(capacity), values=Appended(capacity)) for _ in range(2))
         blocks = CompressedBlocks(self.config.block, self.config.stride)
-        return Bundle(blocks=blocks, compressed=compressed, window=window)
+        choice = Recent(1) if self.config.choice == "tile" else None
+        return Bundle(blocks=blocks, compressed=compressed, window=window, choice=choice)
 
     def forward(
         self,
@@ -183,19 +190,46 @@ class NSA(nn.Module):
         """The three branches apart, for tests and pictures."""
         kept = (cache.compressed, cache.window) if cache is not None else (None, None)
         raw = self._own(self.compressed_kv, hidden, layout, kept[0])
-        near_keys, near_values = self._own(self.window_kv, hidden, layout, kept[1])
-        segment = _segments(layout, self.config.select_block)
-        blocks = self._compress(*raw, layout, segment, cache.blocks if cache is not None else None)
-        runs = []
-        for start in range(0, query.shape[1], QUERIES):
-            run = slice(start, min(start + QUERIES, query.shape[1]))
-            visible = _visible(layout, run)
-            compressed, importance = self._attend_compressed(query[:, run], blocks, visible, segment, scale)
-            index, real = self._choose(importance, segment[:, layout.past :][:, run], layout.positions[:, run])
-            selected = self._attend_selected(query[:, run], key, value, index, real, segment, visible, layout, scale)
-            near = self._attend_window(query[:, run], near_keys, near_values, visible, layout, run, scale)
-            runs.append((compressed, selected, near))
-        return Branches(*(torch.cat(parts, dim=1) for parts in zip(*runs, strict=True)))
+        near = self._own(self.window_kv, hidden, layout, kept[1])
+        blocks = self._compress(*raw, layout, cache.blocks if cache is not None else None)
+        window = [self._attend_window(query[:, run], *near, layout, run, scale) for run in runs(query.shape[1])]
+        given = query, key, value, blocks, layout, scale
+        if self.config.choice == "tile":
+            compressed, selected = self._by_tile(*given, cache.choice if cache is not None else None)
+        else:
+            compressed, selected = self._by_token(*given)
+        return Branches(compressed, selected, torch.cat(window, dim=1))
+
+    def _by_token(self, query, key, value, blocks: Compressed, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+        """The compressed and the selected branch, whose choice the compressed one's probabilities are."""
+        size, parts = self.config.select_block, []
+        for run in runs(query.shape[1]):
+            own = query[:, run]
+            weights, values = self._weights(own, blocks, layout, run, scale)
+            compressed = torch.einsum("bghtm,bmgq->btghq", weights.to(own.dtype), values).flatten(2, 3)
+            index = self._choose(weights, blocks, layout, run)
+            selected = attend_chosen(own, key, value, index, layout, run, blocks.segment, size, scale)
+            parts.append((compressed, selected))
+        compressed, selected = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+        return compressed, selected
+
+    def _by_tile(
+        self, query, key, value, blocks: Compressed, layout: Layout, scale: float, cache: Recent | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same, with the probabilities of those queries alone that choose."""
+
+        def choose(rows: Tensor) -> Tensor:
+            weights, _ = self._weights(query[:, rows], blocks, layout, rows, scale)
+            return self._choose(weights, blocks, layout, rows)
+
+        parts = []
+        for run in runs(query.shape[1]):
+            seen = self._seen(blocks, layout, run)
+            keys, values = (x[:, : seen.shape[-1]].to(query.dtype) for x in (blocks.keys, blocks.values))
+            parts.append(attend(query[:, run], keys, values, scale, seen))
+        size, segment = self.config.select_block, blocks.segment
+        selected = attend_tiles(query, key, value, choose, layout, segment, size, scale, cache)
+        return torch.cat(parts, dim=1), selected
 
     def _own(
         self, linear: nn.Module, hidden: Tensor, layout: Layout, cache: Bundle | None = None
@@ -210,95 +244,91 @@ class NSA(nn.Module):
         kept = cache.keys.append(key), cache.values.append(value)
         return kept if layout.past else (key, value)
 
-    def _compress(
-        self, keys: Tensor, values: Tensor, layout: Layout, segment: Tensor, cache: CompressedBlocks | None
-    ) -> Compressed:
+    def _compress(self, keys: Tensor, values: Tensor, layout: Layout, cache: CompressedBlocks | None) -> Compressed:
         block, stride = self.config.block, self.config.stride
         if layout.mask is not None:
+            segment = segments(layout, self.config.select_block)
             columns, real = _block_columns(layout, block, stride)
             rows = torch.arange(keys.shape[0], device=keys.device)[:, None, None]
             pieces = segment.gather(1, columns[..., ::stride].flatten(1)).unflatten(1, (-1, block // stride))
             keys, values = (x[rows, columns].transpose(2, 3) for x in (keys, values))  # [B, M, G, l, P]
-            return Compressed(self.compress_key(keys), self.compress_value(values), columns[..., -1], pieces, real)
-        length, done = keys.shape[1], cache.keys.length if cache is not None else 0
-        total = max(0, (length - block) // stride + 1)
-        starts = torch.arange(total, device=keys.device) * stride
-        columns = (starts[:, None] + torch.arange(block, device=keys.device)).expand(keys.shape[0], -1, -1)
-        keys, values = (x[:, columns[0, done:]].transpose(2, 3) for x in (keys, values))
-        keys, values = self.compress_key(keys), self.compress_value(values)
+            keys, values = self.compress_key(keys), self.compress_value(values)
+            return Compressed(keys, values, columns[..., -1], pieces, real, segment)
+        done = cache.keys.length if cache is not None else 0
+        fresh = max(0, (keys.shape[1] - block) // stride + 1) - done
+        if fresh:
+            made = (self._blocks(net, x, done) for net, x in ((self.compress_key, keys), (self.compress_value, values)))
+            keys, values = made
+        else:
+            keys, values = keys[:, :0], values[:, :0]
         if cache is not None:
-            cache.tokens = length
+            cache.tokens = layout.past + layout.positions.shape[1]
             kept = cache.keys.append(keys), cache.values.append(values)
             keys, values = kept if layout.past else (keys, values)
-        return Compressed(keys, values, columns[..., -1], columns[..., ::stride] // self.config.select_block, None)
+        return Compressed(keys, values)
 
-    def _attend_compressed(
-        self, query: Tensor, blocks: Compressed, visible: Tensor, segment: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """The branch's values [B, T, H, Q] and the importance p_slc [B, G, T, J] of every selection block."""
-        seen = visible.expand(len(query), -1, -1, -1).gather(
-            -1, blocks.ends[:, None, None].expand(-1, -1, query.shape[1], -1)
-        )[:, :, None]  # [B, 1, 1, T, M]
-        if blocks.real is not None:
-            seen = seen & blocks.real[:, None, None, None]
+    def _blocks(self, compression: Compression, x: Float[Tensor, "B L G P"], done: int) -> Float[Tensor, "B M G P"]:
+        """Complete blocks of rows without documents or padding, from block `done` on."""
+        config = self.config
+        return compression(x[:, done * config.stride :].unfold(1, config.block, config.stride).transpose(-1, -2))
+
+    def _seen(self, blocks: Compressed, layout: Layout, rows: slice | Tensor) -> Bool[Tensor, "#B 1 T M"]:
+        """Which compressed blocks these of the new tokens see, all of their keys; those after the last are left out."""
+        if blocks.ends is not None and blocks.real is not None and layout.mask is not None:
+            mask = layout.mask[:, :, rows]
+            ends = blocks.ends[:, None, None].expand(-1, -1, mask.shape[2], -1)
+            return mask.gather(-1, ends) & blocks.real[:, None, None]
+        last = layout.past + torch.arange(layout.positions.shape[1], device=blocks.keys.device)[rows]
+        ends = torch.arange(blocks.keys.shape[1], device=last.device) * self.config.stride + self.config.block - 1
+        count = max(0, (int(last[-1]) + 1 - self.config.block) // self.config.stride + 1)
+        return (ends[:count] <= last[:, None])[None, None]
+
+    def _weights(
+        self, query: Tensor, blocks: Compressed, layout: Layout, rows: slice | Tensor, scale: float
+    ) -> tuple[Float[Tensor, "B G N T M"], Float[Tensor, "B M G Q"]]:
+        """p_cmp of each group's N heads, and the compressed values; 0 everywhere for a query that sees no block."""
+        seen = self._seen(blocks, layout, rows)[:, :, None]
+        keys, values = (x[:, : seen.shape[-1]] for x in (blocks.keys, blocks.values))
         grouped = query.unflatten(2, (self.groups, -1))
-        logits = torch.einsum("btghp,bmgp->bghtm", grouped.float(), blocks.keys.float()) * scale
+        logits = torch.einsum("btghp,bmgp->bghtm", wide(grouped), wide(keys)) * scale
         weights = logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1) * seen
-        attended = torch.einsum("bghtm,bmgq->btghq", weights.to(query.dtype), blocks.values.to(query.dtype))
-        count = int(segment[:, -1].max()) + 1
-        share = F.one_hot(blocks.pieces, count).sum(2).to(weights.dtype)  # W, [B, M, J]
-        return attended.flatten(2, 3), weights.detach().sum(2) @ share[:, None]
+        return weights, values.to(query.dtype)
 
-    def _choose(self, importance: Tensor, own: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The chosen selection blocks [B, G, T, K] and which of them are real."""
-        own = own[:, None, :, None]
-        first = own - (positions // self.config.select_block)[:, None, :, None]
-        block = torch.arange(importance.shape[-1], device=importance.device)
-        forced = (block == first) | (block == own) | (block == own - 1)
-        scores = importance.masked_fill(forced, torch.inf)
-        scores = scores.masked_fill((block < first) | (block > own), -torch.inf)
-        index = largest(scores, self.config.chosen)
-        return index, scores.gather(-1, index) > -torch.inf
+    def _choose(
+        self, weights: Tensor, blocks: Compressed, layout: Layout, rows: slice | Tensor
+    ) -> Int[Tensor, "B T G K"]:
+        """The selection blocks of largest p_slc."""
+        size, positions = self.config.select_block, layout.positions[:, rows]
+        probabilities = weights.detach().sum(2)  # [B, G, T, M]
+        if blocks.segment is not None and blocks.pieces is not None:
+            own, count = blocks.segment[:, layout.past :][:, rows], int(blocks.segment.max()) + 1
+            share = F.one_hot(blocks.pieces, count).sum(2).to(weights.dtype)  # W, [B, M, J]
+            importance = probabilities @ share[:, None]
+        else:
+            own = positions // size
+            importance = self.importance(probabilities, int(own[0, -1]) + 1)
+        return best_blocks(importance.transpose(1, 2), own, own - positions // size, self.config.chosen, forced=3)
 
-    def _attend_selected(
-        self, query, key, value, index: Tensor, real: Tensor, segment: Tensor, visible: Tensor, layout: Layout, scale
-    ) -> Tensor:
-        block, length = self.config.select_block, key.shape[1]
-        if layout.past and layout.mask is None and query.shape[1] * index.shape[-1] * block < length:
-            return self._gathered(query, key, value, index, real, layout, scale)
-        kept = real.new_zeros(*real.shape[:3], int(segment[:, -1].max()) + 1).scatter_(-1, index, real)
-        where = segment[:, None, None].expand(-1, kept.shape[1], kept.shape[2], -1)
-        mask = kept.gather(-1, where) & visible  # [B, G, T, L]
-        return _attend(query, key, value, mask.repeat_interleave(query.shape[2] // self.groups, dim=1), scale)
+    def importance(self, probabilities: Float[Tensor, "*B M"], count: int) -> Float[Tensor, "*B J"]:
+        """p_cmp W: what each of `count` selection blocks gets of the compressed blocks, one share a stride-d piece."""
+        each, per = self.config.block // self.config.stride, self.config.select_block // self.config.stride
+        pieces = F.pad(probabilities, (0, each - 1))
+        for n in range(1, each):
+            pieces = pieces + F.pad(probabilities, (n, each - 1 - n))
+        return F.pad(pieces, (0, count * per - pieces.shape[-1])).unflatten(-1, (count, per)).sum(-1)
 
-    def _gathered(self, query, key, value, index: Tensor, real: Tensor, layout: Layout, scale: float) -> Tensor:
-        """Reads the keys of the chosen blocks alone, for rows without documents or padding: block j starts at l' j."""
-        block = self.config.select_block
-        columns = index[..., None] * block + torch.arange(block, device=key.device)  # [B, G, T, K, l']
-        seen = (real[..., None] & (columns <= layout.positions[:, None, :, None, None])).flatten(3)
-        columns = columns.flatten(3).clamp_max(key.shape[1] - 1)
-        row = torch.arange(len(key), device=key.device)[:, None, None, None]
-        group = torch.arange(self.groups, device=key.device)[:, None, None]
-        grouped = query.unflatten(2, (self.groups, -1))
-        logits = torch.einsum("btghp,bgtkp->bghtk", grouped, key[row, columns, group]).float() * scale
-        weights = logits.masked_fill(~seen[:, :, None], -torch.inf).softmax(-1).to(value.dtype)
-        return torch.einsum("bghtk,bgtkq->btghq", weights, value[row, columns, group]).flatten(2, 3)
-
-    def _attend_window(self, query, key, value, visible: Tensor, layout: Layout, run: slice, scale: float) -> Tensor:
-        near = layout.positions[:, run, None] - layout.key_positions[:, None] < self.config.window
-        mask = near[:, None] & visible
-        if layout.mask is None:  # nothing before the window, nothing after the last query
-            span = slice(max(0, layout.past + run.start - self.config.window + 1), layout.past + run.stop)
-            key, value, mask = key[:, span], value[:, span], mask[..., span]
-        return _attend(query, key, value, mask, scale)
-
-
-def _segments(layout: Layout, block: int) -> Int[Tensor, "B L"]:
-    """Which selection block of its row each key is in; padding with its predecessor."""
-    starts = layout.key_positions % block == 0
-    if layout.key_present is not None:
-        starts = starts & layout.key_present
-    return (starts.cumsum(1) - 1).clamp_min(0)
+    def _attend_window(self, query, key, value, layout: Layout, run: slice, scale: float) -> Tensor:
+        window = self.config.window
+        if layout.mask is not None:
+            near = layout.positions[:, run, None] - layout.key_positions[:, None] < window
+            return attend(query, key, value, scale, near[:, None] & visible(layout, run))
+        first, last = layout.past + run.start, layout.past + run.stop
+        begin = max(0, first - window + 1)  # nothing before the window, nothing after the last query
+        key, value = key[:, begin:last], value[:, begin:last]
+        if query.shape[1] == 1:
+            return attend(query, key, value, scale)
+        back = torch.arange(first, last, device=key.device)[:, None] - torch.arange(begin, last, device=key.device)
+        return attend(query, key, value, scale, ((back >= 0) & (back < window))[None, None])
 
 
 def _block_columns(layout: Layout, block: int, stride: int) -> tuple[Int[Tensor, "B M l"], Bool[Tensor, "B M"]]:
@@ -316,19 +346,3 @@ def _block_columns(layout: Layout, block: int, stride: int) -> tuple[Int[Tensor,
     span = torch.arange(1 - block, 1, device=places.device)
     columns = (ranks[..., None] + span).clamp(0, length - 1).flatten(1)
     return order.gather(1, columns).unflatten(1, (most, block)), ends.gather(1, ranks)
-
-
-def _visible(layout: Layout, run: slice) -> Bool[Tensor, "B 1 T L"]:
-    """Which keys a run of the queries may see, without forming the mask of all queries."""
-    if layout.mask is not None:
-        return layout.mask[:, :, run]
-    columns = torch.arange(layout.key_positions.shape[1], device=layout.key_positions.device)
-    return (columns <= layout.past + torch.arange(run.start, run.stop, device=columns.device)[:, None])[None, None]
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """softmax(scale q . k) v over the keys where the mask [B, 1 or H, T, L] is True."""
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    grouped = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
-    return out.transpose(1, 2)

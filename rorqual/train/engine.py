@@ -21,18 +21,24 @@ from olmo_core.train.train_module import EvalBatchSpec, TrainModule
 from torch import Tensor, nn
 
 from rorqual import checkpoint, parallel
+from rorqual.data.needles import NeedleStream
 from rorqual.data.stream import Stream
 from rorqual.layers.balance import max_violation, update_bias
+from rorqual.layers.hyper import health
 from rorqual.layers.moe import MoE
 from rorqual.model import IGNORED, Loss
 from rorqual.train.optim import Optimizer, schedule
+
+LOOK = 50  # steps between two looks at the residual streams
+STREAMS = ("row_gain", "column_gain", "stream_spread")  # what is seen
 
 
 class Module(TrainModule):
     """One optimizer step: the loss of `model.loss` over micro-batches, clipping, updates, balance.
 
     micro_rows: rows a forward pass; None takes a batch whole. late: from this step on the routers' biases stay as they
-    are. mtp_late: MTP's weight in the last third of the steps.
+    are. mtp_late: MTP's weight in the last third of the steps. indexer_alone: nothing else learns while DSA's indexers
+    warm up.
     """
 
     def __init__(
@@ -45,11 +51,12 @@ class Module(TrainModule):
         dtype: torch.dtype = torch.float32,
         late: int | None = None,
         mtp_late: float | None = None,
+        indexer_alone: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.optimizer, self.steps = model, optimizer, steps
         self.micro_rows, self.dtype, self.late, self.mtp_late = micro_rows, dtype, late, mtp_late
-        self.device = next(model.parameters()).device
+        self.indexer_alone, self.device = indexer_alone, next(model.parameters()).device
         self.mixtures = [module for module in model.modules() if isinstance(module, MoE)]
         self.counts: Tensor | None = None  # tokens each expert took since the last optimizer step
         self.load: Tensor | None = None  # the same of the last step, over all ranks, [mixtures, E]
@@ -62,8 +69,19 @@ class Module(TrainModule):
                 self._accumulate(batch)
             self.zero_grads()
             return
+        self._look(batch)
         for name, value in self._accumulate(batch).items():
             self.record_metric(name, value, ReduceType.mean)
+
+    def _look(self, batch: dict[str, Any]) -> None:
+        """Every so many steps, how the streams fare on one row, before it is learnt from."""
+        if self.model.config.hyper is None or (self.trainer.global_step - 1) % LOOK:  # type: ignore[union-attr]
+            return
+        ids, labels, documents = (batch[name][:1].to(self.device) for name in ("input_ids", "labels", "documents"))
+        with untouched_randomness(), autocast(self.device, self.dtype):
+            found = health(self.model, lambda: self.model.loss(ids, labels, documents=documents))  # type: ignore[operator]
+        for name, value in zip(STREAMS, found or (), strict=True):
+            self.record_metric(name, value, ReduceType.max)
 
     def _accumulate(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         ids, labels, documents = (batch[name].to(self.device) for name in ("input_ids", "labels", "documents"))
@@ -74,7 +92,7 @@ class Module(TrainModule):
         for at in range(0, len(ids), rows):
             part = slice(at, at + rows)
             with autocast(self.device, self.dtype):
-                loss = self.model.loss(ids[part], labels[part], documents=documents[part])  # type: ignore[operator]
+                loss = self.model.loss(ids[part], labels[part], documents=documents[part], warm=self.warm)  # type: ignore[operator]
             # ranks average their gradients, so a rank's share is counted against the mean of all
             share = loss.tokens * parallel.world() / tokens
             (self._minimised(loss) * share).backward()
@@ -85,10 +103,22 @@ class Module(TrainModule):
         return sums
 
     def _minimised(self, loss: Loss) -> Tensor:
-        """The total, with MTP at its late weight once that time has come."""
+        """The total, with MTP at its late weight once that time has come; the indexers' loss where they learn alone."""
+        if self.alone and loss.lesson is not None:
+            return self.model.config.dsa.weight * loss.lesson.loss  # type: ignore[operator, union-attr]
         if loss.mtp is None or self.mtp_late is None or 3 * self.trainer.global_step <= 2 * self.steps:
             return loss.total
         return loss.total + (self.mtp_late - self.model.config.mtp.weight) * loss.mtp  # type: ignore[operator, union-attr]
+
+    @property
+    def warm(self) -> bool:
+        """Whether DSA's indexers warm up in this step, which its number alone tells."""
+        dsa = self.model.config.dsa  # type: ignore[union-attr]
+        return dsa is not None and self.trainer.global_step <= dsa.warmup  # type: ignore[union-attr]
+
+    @property
+    def alone(self) -> bool:
+        return self.indexer_alone and self.warm
 
     def optim_step(self) -> None:
         step = self.trainer.global_step - 1
@@ -99,7 +129,8 @@ class Module(TrainModule):
         self.optimizer.step(factor)
         self.record_metric("lr", self.optimizer.config.lr * factor)
         if self.counts is not None:
-            self._balance(parallel.total(self.counts), resting=self.late is not None and step >= self.late)
+            late = self.late is not None and step >= self.late
+            self._balance(parallel.total(self.counts), resting=late or self.alone)
 
     def _balance(self, counts: Tensor, resting: bool) -> None:
         """Loss-free balancing: once a step, over all micro-batches and ranks."""
@@ -147,6 +178,8 @@ def _losses(loss: Loss) -> dict[str, Tensor]:
     found = {"train/CE loss": loss.next_token, "total": loss.total}
     if loss.mtp is not None:
         found["mtp"] = loss.mtp
+    if loss.lesson is not None:
+        found |= {"indexer": loss.lesson.loss, "indexer_recall": loss.lesson.recall}
     return found | {f"balance/{name}": value for name, value in loss.balance.items()}
 
 
@@ -168,9 +201,9 @@ def untouched_randomness() -> Iterator[None]:
 
 
 class Loader(DataLoaderBase):
-    """A `Stream` as OLMo-core wants it. `vocabulary`: ids below it occur (the dry run's are made of them)."""
+    """A stream as OLMo-core wants it. `vocabulary`: ids below it occur (the dry run's are made of them)."""
 
-    def __init__(self, stream: Stream, work_dir: Path, vocabulary: int) -> None:
+    def __init__(self, stream: Stream | NeedleStream, work_dir: Path, vocabulary: int) -> None:
         self.stream, self.vocabulary = stream, vocabulary
         size = stream.rows * stream.length * stream.world
         super().__init__(
@@ -239,12 +272,14 @@ class Store(Checkpointer):
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def save(self, dir: Any, train_module: TrainModule, train_state: dict[str, Any], ephemeral: bool = False) -> None:
+        train_module.optimizer.mark(train_state["global_step"])
         checkpoint.save_state(_folder(dir), train_module.state_dict_to_save(), train_state, group=self.process_group)
 
     def save_async(
         self, dir: Any, train_module: TrainModule, train_state: dict[str, Any], ephemeral: bool = False
     ) -> Future:
         """Copies everything now, writes it on another thread."""
+        train_module.optimizer.mark(train_state["global_step"])
         tensors = {name: tensor.detach().clone() for name, tensor in train_module.state_dict_to_save().items()}
         state = checkpoint.decode(checkpoint.encode(train_state))
         folder, group = _folder(dir), self.process_group
@@ -306,6 +341,7 @@ class Keeper(CheckpointerCallback):
 
     def pre_train(self) -> None:
         super().pre_train()
+        self.trainer.train_module.optimizer.rewind(self.step)
         if parallel.rank() == 0:
             found = self.checkpointer.find_checkpoints(self.save_folder)
             self._checkpoints = [path for step, path in found if step <= self.step]
@@ -352,7 +388,8 @@ def fit(module: Module, loader: Loader, folder: Path, collect: int, callbacks: d
 
 def metrics_of(found: Mapping[str, float]) -> dict[str, float]:
     """The engine's names of a step's metrics -> ours, in the order they are written."""
-    names = {"train/CE loss": "loss", "total": "total", "mtp": "mtp", "lr": "lr", "grad_norm": "grad_norm"}
-    ours = {ours: found[theirs] for theirs, ours in names.items() if theirs in found}
+    plain = ("total", "mtp", "indexer", "indexer_recall", "lr", "grad_norm", *STREAMS)
+    ours = {"loss": found["train/CE loss"]} if "train/CE loss" in found else {}
+    ours |= {name: found[name] for name in plain if name in found}
     ours |= {name.replace("/", "_"): value for name, value in found.items() if name.startswith("balance/")}
     return ours | ({"max_violation": found["max_violation"]} if "max_violation" in found else {})

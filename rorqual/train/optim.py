@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from rorqual import kernels
 from rorqual.layers.experts import Experts
 from rorqual.layers.router import Router
-from rorqual.storage import DeviceTable
+from rorqual.storage import DeviceTable, LearningTable
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of the Muon reference
 CHUNK = 512  # rows updated at a time: their three float32 copies stay in a core's cache
@@ -90,7 +90,7 @@ def roles(model: nn.Module) -> dict[str, Role]:
             name = names[id(parameter)]
             if name in found:
                 continue
-            if isinstance(module, DeviceTable) and module.sparse:
+            if isinstance(module, LearningTable) or (isinstance(module, DeviceTable) and module.sparse):
                 found[name] = "rows"
             elif parameter.dim() < 2 or not isinstance(module, (nn.Linear, nn.Embedding, Router, Experts)):
                 found[name] = "plain"
@@ -168,13 +168,18 @@ def coalesce(gradient: Tensor) -> Tensor:
 
 
 class Optimizer:
-    """All parameters of a model, each by the optimizer of its role; one step, one norm, one flat state."""
+    """All parameters of a model, each by the optimizer of its role; one step, one norm, one flat state.
+
+    Of a table that learns where its rows live, the rows' state is there, too, and not in `state`.
+    """
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         self.config = config
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         role = roles(model)
         self.rows = [name for name in self.parameters if role[name] == "rows"]
+        own = {id(module.weight): module for module in model.modules() if isinstance(module, LearningTable)}
+        self.apart = {name: own[id(p)] for name, p in self.parameters.items() if id(p) in own}  # they keep their state
         muon = config.kind == "muon"
         self.matrices = [name for name in self.parameters if role[name] == "matrix" and muon]
         self.dense = [name for name in self.parameters if name not in self.rows and name not in self.matrices]
@@ -201,6 +206,8 @@ class Optimizer:
         for name in self.matrices:
             state[f"{name}.momentum"] = torch.zeros_like(self.parameters[name])
         for name in self.rows:
+            if name in self.apart:
+                continue
             table = self.parameters[name]
             for key in ("exp_avg", "exp_avg_sq"):
                 state[f"{name}.{key}"] = torch.zeros_like(table, dtype=torch.float32)
@@ -225,7 +232,7 @@ class Optimizer:
             norm = torch.hypot(norm, nn.utils.get_total_norm(sharded).full_tensor())  # type: ignore[attr-defined]
         factor = (self.config.clip / (norm + 1e-6)).clamp_max(1.0)
         for gradient in gradients:
-            gradient.mul_(factor)
+            gradient.mul_(factor.to(gradient.device))
         return norm
 
     def _gradients(self) -> Iterable[Tensor]:
@@ -267,10 +274,29 @@ class Optimizer:
         table = self.parameters[name]
         assert table.grad is not None
         gradient = coalesce(table.grad)
+        if name in self.apart:
+            self._rows_apart(self.apart[name], gradient, lr)
+            return
         first, second, updates = (self.state[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "updates"))
         touched, values = gradient._indices()[0], gradient._values()
         update = kernels.pick("row_adam", row_adam, table, values)
         update(table.detach(), first, second, updates, touched, values, lr, self.config.betas, self.config.eps)
+
+    def _rows_apart(self, table: LearningTable, gradient: Tensor, lr: float) -> None:
+        def change(*given: Tensor) -> None:
+            kernels.pick("row_adam", row_adam, *given)(*given, lr, self.config.betas, self.config.eps)
+
+        table.update(gradient._indices()[0], gradient._values(), change)
+
+    def mark(self, step: int) -> None:
+        """Tables that learn on a disk can come back to this step from now on."""
+        for table in self.apart.values():
+            table.mark(step)
+
+    def rewind(self, step: int) -> None:
+        """Tables that learn on a disk are what they were at that mark. TableError where they cannot."""
+        for table in self.apart.values():
+            table.rewind(step)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Name -> tensor, the live ones: filling them in place restores the optimizer."""

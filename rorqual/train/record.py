@@ -2,9 +2,13 @@
 
     {"step", "loss", "total", ..., "tokens", "tokens_per_second", "seconds", "seconds_left"}      every step
     {"step", "validation_loss", "bits_per_byte", "seconds"}                                       every validation
+    {"step", "accuracy", "accuracy_TASK_LENGTH", .., "seconds"}                                   of needles
 
-Losses are nats a token. With experts a step also has "max_violation", of the mixture that is worst balanced, and
-"load": for every mixture, in the order of the blocks and MTP's last, the tokens that each of its experts took. A
+Losses are nats a token. With DSA a step also has "indexer", the indexers' loss in nats a query, and "indexer_recall",
+the share of the attention that their choice carries, means over the layers. With experts a step also has
+"max_violation", of the mixture that is worst balanced, and "load": for every mixture, in the order of the blocks and
+MTP's last, the tokens that each of its experts took. With residual streams the first step and every fiftieth after it
+have "row_gain" and "column_gain", of the product of all H_res, and "stream_spread", each the worst rank's on one row. A
 resumed run first drops the lines of steps that it is about to repeat.
 """
 
@@ -12,7 +16,8 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -22,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from rorqual import parallel
+from rorqual.data.needles import DEPTHS, column, grade
 from rorqual.train.engine import Module, autocast, metrics_of, untouched_randomness
 
 METRICS = "metrics.jsonl"
@@ -135,16 +141,48 @@ def validate(
 
     `batches` are this rank's share. Training goes on as if it had not been asked: mode and random numbers stay.
     """
-    device, training = next(model.parameters()).device, model.training
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
-    model.eval()
-    with torch.no_grad(), untouched_randomness(), autocast(device, dtype):
+    with _asked(model, dtype) as device:
+        sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
         for batch in batches:
             ids, labels, documents = (batch[name].to(device) for name in ("ids", "labels", "documents"))
             loss = model.loss(ids, labels, documents=documents)  # type: ignore[operator]
             sums += torch.stack([loss.next_token.double() * loss.tokens, loss.tokens.double()])
-    model.train(training)
     nats, tokens = parallel.total(sums).tolist()
     if not tokens:
         raise ValueError("got no validation documents, expected some: use a larger corpus, or no limit")
     return {"validation_loss": nats / tokens, "bits_per_byte": nats / math.log(2) / (tokens * bytes_per_token)}
+
+
+def answer(
+    model: nn.Module,
+    exams: Mapping[tuple[str, int], Iterable[Mapping[str, Tensor]]],
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, float]:
+    """Shares of the answers whose most likely id is right, the answers before it given, under `column`'s names; all
+    tasks' and lengths' mean as "accuracy".
+
+    `exams`: this rank's batches by task and length, as `needles.exams` makes them. Training goes on as if it had not
+    been asked. A part of the text in which no needle stood is left out.
+    """
+    found: dict[str, float] = {"accuracy": 0.0}
+    with _asked(model, dtype) as device:
+        for (task, length), batches in exams.items():
+            counts = torch.zeros(DEPTHS, 2, dtype=torch.long, device=device)
+            for batch in batches:
+                logits = model(batch["ids"].to(device), documents=batch["documents"].to(device))
+                counts += grade(logits.argmax(-1).cpu(), batch).to(device)
+            right, asked = parallel.total(counts).T.tolist()
+            found[column(task, length)] = sum(right) / sum(asked)
+            found["accuracy"] += found[column(task, length)] / len(exams)
+            found |= {column(task, length, i): right[i] / asked[i] for i in range(DEPTHS) if asked[i]}
+    return found
+
+
+@contextmanager
+def _asked(model: nn.Module, dtype: torch.dtype) -> Iterator[torch.device]:
+    """In evaluation mode, without gradients; mode and random numbers stay as they were."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    with torch.no_grad(), untouched_randomness(), autocast(device, dtype):
+        yield device
+    model.train(training)

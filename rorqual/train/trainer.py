@@ -3,6 +3,7 @@
     FOLDER/train.json, metrics.jsonl, tensorboard/           from the first step on
     FOLDER/checkpoints/stepN/                                to resume from
     FOLDER/config.json, model.safetensors, tokenizer.json    the model, when it is finished
+    FOLDER/learning/, tables/                                rows that learn on the disk, and learnt, with `tables`
 
 Resumed or not, the numbers are the same to the last bit (docs/train.md says on what that rests).
 """
@@ -12,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,20 +21,24 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from rorqual import checkpoint, parallel, runtime
 from rorqual import config as configs
 from rorqual.data.corpus import open_corpus
+from rorqual.data.needles import QUESTION, NeedleConfig, NeedleStream, exams
 from rorqual.data.stream import Stream, TokenFolder, tokenise, validation_batches
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.data.tokenizer import train as train_tokenizer
+from rorqual.layers.engram import row_totals
 from rorqual.model import LanguageModel, ModelConfig
+from rorqual.storage import LearningTable, write_rows
 from rorqual.train.optim import OptimConfig, Optimizer
 
 FIXED = (  # others may change on resuming
-    *("model", "optim", "data", "rows", "length", "micro_rows", "seed", "dtype"),
-    *("bias_rest", "mtp_late"),
+    *("model", "optim", "data", "needles", "rows", "length", "micro_rows", "seed", "dtype", "tables"),
+    *("bias_rest", "mtp_late", "indexer_alone"),
 )
 SMALLEST = 257  # ids of a vocabulary that can write any text
 
@@ -63,6 +69,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    needles: NeedleConfig | None = None  # questions made up as they are needed, in place of a text: data is not read
     folder: str = "runs/train"
     steps: int = 1000
     rows: int = 16
@@ -71,9 +78,11 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; parameters are float32
+    tables: Literal["device", "disk"] = "device"  # where Engram's rows learn; disk: in FOLDER/learning
     threads: int | None = None  # None: as many as torch takes
     bias_rest: float = 0.05  # share of the steps at the end in which router biases stay as they are
     mtp_late: float | None = None  # MTP's weight in the last third of the steps; None: as before
+    indexer_alone: bool = False  # while DSA's indexers warm up nothing else learns: for a model that has learnt before
     log_every: int = 1  # steps between two looks at the metrics; the steps between are written too
     validate_every: int | None = None  # steps; None: at the end only
     validation_tokens: int | None = None  # at most; None: all
@@ -107,6 +116,13 @@ class Prepared(NamedTuple):
     def vocabulary(self) -> int:
         return self.tokenizer.vocabulary
 
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_id
+
+    def canonical_map(self) -> np.ndarray:
+        return self.tokenizer.canonical_map()
+
     def __str__(self) -> str:
         train, held = self.tokens.train, self.tokens.validation
         about = f"{self.tokens.about['name']} ({self.tokens.about['license']})"
@@ -114,6 +130,27 @@ class Prepared(NamedTuple):
             f"{about}: {len(train):,} tokens of {train.documents:,} documents to train on, {len(held):,} of "
             f"{held.documents:,} to validate; vocabulary {self.vocabulary:,}"
         )
+
+
+class Asked(NamedTuple):
+    """Questions in place of a text; their language has no tokenizer."""
+
+    needles: NeedleConfig
+    tokenizer: None = None
+
+    @property
+    def vocabulary(self) -> int:
+        return self.needles.vocabulary
+
+    @property
+    def pad_id(self) -> int:
+        return QUESTION
+
+    def canonical_map(self) -> np.ndarray:
+        return np.arange(self.vocabulary)
+
+    def __str__(self) -> str:
+        return f"questions about {self.needles.needles} pairs hidden in a text; vocabulary {self.vocabulary:,}"
 
 
 def prepare(data: DataConfig, *, progress: Callable[[int], None] | None = None) -> Prepared:
@@ -184,10 +221,10 @@ def _train(config: TrainConfig, folder: Path, device: torch.device, on_metrics: 
         dtype=dtype,
         late=late,
         mtp_late=config.mtp_late,
+        indexer_alone=config.indexer_alone,
     )
-    held = data.tokens.validation
     validator = record.Validator(
-        score=lambda: record.validate(model, _held_out(config, data), held.bytes / len(held), dtype),
+        score=lambda: _score(config, data, model, dtype),
         recorder=record.Recorder(folder, config.rows * config.length, config.steps, on_metrics),
         every=config.validate_every,
     )
@@ -198,6 +235,7 @@ def _train(config: TrainConfig, folder: Path, device: torch.device, on_metrics: 
     if step < config.steps:
         raise _stopped(f"stopped at step {step} of {config.steps}, saved in {folder}; the same command goes on")
     validator.write()
+    _write_tables(folder, model)
     checkpoint.save_model(folder, model, data.tokenizer)
     return folder
 
@@ -207,8 +245,20 @@ def _stopped(message: str) -> Stopped:
     return Stopped(message)
 
 
-def _stream(config: TrainConfig, data: Prepared) -> Stream:
+def _score(config: TrainConfig, data: Prepared | Asked, model: LanguageModel, dtype: torch.dtype) -> dict[str, float]:
+    from rorqual.train import record
+
+    if isinstance(data, Asked):
+        rank, world = parallel.rank(), parallel.world()
+        return record.answer(model, exams(data.needles, config.rows, config.length, rank, world), dtype)
+    held = data.tokens.validation
+    return record.validate(model, _held_out(config, data), held.bytes / len(held), dtype)
+
+
+def _stream(config: TrainConfig, data: Prepared | Asked) -> Stream | NeedleStream:
     rank, world = parallel.rank(), parallel.world()
+    if isinstance(data, Asked):
+        return NeedleStream(data.needles, config.rows // world, config.length, config.seed, rank, world)
     return Stream(data.tokens.train, config.rows // world, config.length, config.seed, rank, world)
 
 
@@ -220,17 +270,13 @@ def _held_out(config: TrainConfig, data: Prepared) -> Iterator[dict[str, torch.T
     return islice(batches, None if most is None else -(-most // size))
 
 
-def _prepared(config: TrainConfig) -> Prepared:
-    """Rank 0 first, so that the others find it in the cache."""
-    data, room = config.data, config.model.vocabulary
-    if data.tokenizer is None and data.vocabulary is None:
-        if room < SMALLEST:
-            least = f"expected at least {SMALLEST} to write text in: the bytes and the end"
-            raise ValueError(f"model.vocabulary: got {room}, {least}; try --model.vocabulary 4096")
-        data = configs.replace(data, "vocabulary", room)
-    found = parallel.first(lambda: prepare(data))
+def _prepared(config: TrainConfig) -> Prepared | Asked:
+    """What is trained on, with a vocabulary that the model has room for."""
+    room = config.model.vocabulary
+    found = Asked(config.needles) if config.needles is not None else _text(config.data, room)
     if found.vocabulary > room:
-        wanted = f"expected at least the tokenizer's {found.vocabulary}"
+        whose = "the tokenizer's" if isinstance(found, Prepared) else "the needles'"
+        wanted = f"expected at least {whose} {found.vocabulary}"
         raise ValueError(f"model.vocabulary: got {room}, {wanted}; try --model.vocabulary {found.vocabulary}")
     if config.rows % parallel.world():
         raise ValueError(f"rows: got {config.rows}, expected a multiple of the {parallel.world()} ranks")
@@ -238,16 +284,46 @@ def _prepared(config: TrainConfig) -> Prepared:
     return found
 
 
-def _model(config: TrainConfig, data: Prepared, device: torch.device) -> LanguageModel:
+def _text(data: DataConfig, room: int) -> Prepared:
+    """Rank 0 first, so that the others find it in the cache."""
+    if data.tokenizer is None and data.vocabulary is None:
+        if room < SMALLEST:
+            least = f"expected at least {SMALLEST} to write text in: the bytes and the end"
+            raise ValueError(f"model.vocabulary: got {room}, {least}; try --model.vocabulary 4096")
+        data = configs.replace(data, "vocabulary", room)
+    return parallel.first(lambda: prepare(data))
+
+
+def _model(config: TrainConfig, data: Prepared | Asked, device: torch.device) -> LanguageModel:
     shape, canonical = config.model, None
     if shape.engram is not None and shape.engram.canonical:
-        canonical = torch.from_numpy(data.tokenizer.canonical_map())
+        canonical = torch.from_numpy(data.canonical_map())
     if shape.engram is not None:  # train.json keeps what was asked for, config.json says what it came to
-        shape = configs.replace(shape, "engram.pad_id", data.tokenizer.pad_id)
-    model = LanguageModel(shape, canonical, seed=config.seed).to(device)
+        shape = configs.replace(shape, "engram.pad_id", data.pad_id)
+    model = LanguageModel(shape, canonical, seed=config.seed, tables=_tables(config, shape)).to(device)
     if parallel.world() > 1:
         parallel.shard(model, dtype=runtime.dtype(config.dtype))
     return model
+
+
+def _tables(config: TrainConfig, shape: ModelConfig) -> list[LearningTable] | None:
+    """Where the rows learn, if not on the device; as many marks as there may be checkpoints, and one on its way."""
+    if config.tables == "device" or shape.engram is None:
+        return None
+    if parallel.world() > 1:
+        raise ValueError(f"tables: got disk with {parallel.world()} ranks, expected device: ranks would write one file")
+    folder, width = Path(config.folder) / "learning", shape.engram.head_dim
+    each = enumerate(row_totals(shape.engram))
+    return [LearningTable(folder / str(n), rows, width, keep=config.keep + 1) for n, rows in each]
+
+
+def _write_tables(folder: Path, model: LanguageModel) -> None:
+    """Rows that learnt on the disk -> FOLDER/tables, where a run's rows are looked for first."""
+    learnt = [table for table in model.tables if isinstance(table, LearningTable)]
+    if learnt:
+        shutil.rmtree(folder / "tables", ignore_errors=True)
+    for n, table in enumerate(learnt):
+        write_rows(folder / "tables" / str(n), table.rows, table.width, table.values)
 
 
 def _before(folder: Path) -> TrainConfig | None:

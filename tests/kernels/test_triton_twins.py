@@ -23,10 +23,19 @@ def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_twins, "_installed", lambda: True)
 
 
-@pytest.mark.parametrize("name", ["engram_rows", "engram_fuse", "fp8_rows"])
+TWINS = {
+    "engram_rows": triton_twins.hash_rows,
+    "engram_fuse": triton_twins.fuse,
+    "fp8_rows": triton_twins.recall,
+    "hyper_collapse": triton_twins.collapse,
+    "hyper_write": triton_twins.write,
+    "selected_attention": triton_twins.selected_attention,
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
 def test_taken_on_cuda_and_interpreted_only_where_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    twin = {"engram_rows": "hash_rows", "engram_fuse": "fuse", "fp8_rows": "recall"}[name]
-    ours = getattr(triton_twins, twin)
+    ours = TWINS[name]
     assert kernels.pick(name, reference, CUDA) is ours
     assert kernels.pick(name, reference, CPU) is not ours
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -39,6 +48,13 @@ def test_taken_on_cuda_and_interpreted_only_where_asked_for(name: str, monkeypat
     monkeypatch.setattr(triton_twins, "_installed", lambda: False)
     with pytest.raises(ValueError, match="triton is not installed"):
         kernels.pick(name, reference, CUDA)
+
+
+@pytest.mark.parametrize("name", ["hyper_collapse", "hyper_write", "selected_attention"])
+def test_not_taken_in_float64(name: str) -> None:
+    where = torch.empty(1, dtype=torch.float64, device="meta")
+    assert TWINS[name] is not kernels.pick(name, reference, where)
+    assert triton_twins.usable(name)(where) == "it computes in float32, not in float64"
 
 
 def test_a_model_that_runs_on_the_cpu_does_not_load_triton() -> None:

@@ -4,12 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
-from rorqual.layers.attention import GQA, MLA, GQAConfig, MLAConfig, attend
+from rorqual.layers.attend import attend
+from rorqual.layers.attention import GQA, MLA, GQAConfig, MLAConfig
 from rorqual.layers.basics import RopeConfig, YarnConfig, layout, rope_tables
 from rorqual.layers.cache import Bundle, Past
 
@@ -74,20 +74,6 @@ def test_the_last_token_alone_gets_what_it_gets_among_all(name, before):
         found = layer(hidden[:, before:], where, *tables, cache, last=True)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
         assert found.shape[1] == 1
-
-
-@pytest.mark.parametrize("widths", [(12, 8), (5, 5), (4, 9)])
-@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 200, 512, 513])
-def test_blocks_of_queries_give_what_the_fused_path_gives(time, widths, poisoned):
-    query, key = torch.randn(2, 2, time, 3, widths[0])
-    value = torch.randn(2, time, 3, widths[1])
-    fused = attend(query, key, value, 0.4, causal=True)
-    with torch.no_grad():
-        blocks = attend(query, key, value, 0.4, causal=True)
-        with sdpa_kernel(SDPBackend.MATH):
-            exact = attend(query.double(), key.double(), value.double(), 0.4, causal=True).float()
-    torch.testing.assert_close(blocks, exact, rtol=0, atol=1e-6 * exact.abs().max().item())
-    torch.testing.assert_close(blocks, fused, rtol=0, atol=2e-6 * exact.abs().max().item())
 
 
 @pytest.mark.parametrize("name", RELEASES)
@@ -249,27 +235,6 @@ def test_gqa_equals_one_query_at_a_time(name):
         torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("widths", [(12, 12), (12, 5), (5, 12)])
-def test_attend_takes_any_two_widths_on_the_fused_path(widths, poisoned):
-    query, key = torch.randn(2, 7, 6, widths[0], requires_grad=True), torch.randn(2, 9, 3, widths[0])
-    value, mask = torch.randn(2, 9, 3, widths[1]), torch.rand(2, 1, 7, 9) < 0.5
-    mask[..., 0] = True
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        out = attend(query, key, value, 0.3, mask)
-    for row in range(2):
-        torch.testing.assert_close(out[row], slowly(query[row], key[row], value[row], 0.3, mask[row, 0]))
-
-
-def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient(poisoned):
-    query, key, value = (torch.randn(1, 4, 2, 6, requires_grad=True) for _ in range(3))
-    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
-    mask[..., 2, :] = False
-    out = attend(query, key, value, 1.0, mask)
-    assert not out[:, 2].any() and out[:, [0, 1, 3]].all()
-    out.sum().backward()
-    assert not query.grad[:, 2].any() and key.grad.isfinite().all() and value.grad.isfinite().all()
-
-
 @torch.no_grad()
 def test_a_large_sink_takes_the_attention():
     layer, hidden = build("sinks"), torch.randn(1, 6, 24)
@@ -328,23 +293,6 @@ def test_an_inner_attention_gets_every_key_and_our_scale():
     torch.testing.assert_close(run(layer, hidden), run(plain, hidden))
     with torch.no_grad():
         torch.testing.assert_close(in_pieces(layer, hidden, [6, 1, 2]), run(plain, hidden), rtol=1e-5, atol=1e-5)
-
-
-def test_an_inner_choice_of_keys_hides_the_others():
-    class Even(nn.Module):
-        def new_cache(self, batch, capacity, dtype, device):
-            return Bundle()
-
-        def allowed(self, hidden, query_latent, layout, cos, sin, cache):
-            return (layout.key_positions % 2 == 0)[:, None, None].expand(-1, -1, hidden.shape[1], -1)
-
-    layer, hidden = build("mla"), torch.randn(2, 9, 24, requires_grad=True)
-    layer.inner = Even()
-    out = run(layer, hidden)
-    (seen,) = torch.autograd.grad(out[:, 5].sum(), hidden, retain_graph=True)
-    assert not seen[:, 1:5:2].any() and not seen[:, 6:].any() and seen[:, [0, 2, 4]].any(-1).all()
-    with torch.no_grad():
-        torch.testing.assert_close(in_pieces(layer, hidden, [6, 1, 2]), out, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,11 +20,14 @@ from rorqual import checkpoint
 from rorqual.data.stream import Stream, Tokens
 from rorqual.layers.attention import MLAConfig
 from rorqual.layers.balance import BalanceConfig
+from rorqual.layers.dsa import DSAConfig
 from rorqual.layers.engram import EngramConfig
+from rorqual.layers.hyper import HyperConfig
 from rorqual.layers.moe import MoE, MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel, ModelConfig
+from rorqual.train import engine
 from rorqual.train.engine import Keeper, Loader, Module, Store, Written, fit, metrics_of, untouched_randomness
 from rorqual.train.optim import OptimConfig, Optimizer
 from rorqual.train.record import Recorder
@@ -259,6 +263,26 @@ def test_biases_move_once_a_step_by_the_counts_of_all_micro_batches(tmp_path):
     )
 
 
+@pytest.mark.parametrize("hyper", [HyperConfig(streams=3, iterations=4), HyperConfig(streams=2, kind="hc")], ids=str)
+def test_streams_are_looked_at_now_and_then_and_not_touched(tmp_path, monkeypatch, hyper):
+    config = replace(CONFIG, hyper=hyper)
+    monkeypatch.setattr(engine, "LOOK", 3)
+    torch.manual_seed(1)  # of the routers' noise
+    module, stream = parts(steps=5, config=config)
+    run(tmp_path / "seen", module, stream)
+    seen = lines(tmp_path / "seen")
+    assert [{"row_gain", "column_gain", "stream_spread"} <= line.keys() for line in seen] == [1, 0, 0, 1, 0]
+    assert seen[0]["row_gain"] == pytest.approx(1, abs=0.1)
+    assert seen[3]["stream_spread"] > 0
+    monkeypatch.setattr(engine, "health", lambda *_: None)
+    monkeypatch.setattr(engine, "STREAMS", ())
+    torch.manual_seed(1)
+    module, stream = parts(steps=5, config=config)
+    run(tmp_path / "blind", module, stream)
+    assert [line["loss"] for line in lines(tmp_path / "blind")] == [line["loss"] for line in seen]
+    assert not any("row_gain" in line for line in lines(tmp_path / "blind"))
+
+
 def test_biases_rest_late(tmp_path):
     module, stream = parts(steps=4, late=2)
     biases = []
@@ -283,6 +307,100 @@ def test_mtp_weighs_less_late(tmp_path):
     torch.testing.assert_close(module._minimised(loss), loss.total + (0.1 - weight) * loss.mtp)
     module.steps = 60
     assert module._minimised(loss) is loss.total
+
+
+INDEXED = replace(CONFIG, dsa=DSAConfig(heads=2, dim=8, chosen=4, warmup=3))
+
+
+def gradients(config: ModelConfig, **module) -> dict[str, torch.Tensor | None]:
+    """Of every parameter after one batch."""
+    trained, stream = parts(config=config, **module)
+    trained._trainer = SimpleNamespace(global_step=1)
+    batch = {name.replace("ids", "input_ids"): value for name, value in next(stream).items()}
+    trained.model.train()
+    trained._accumulate(batch)
+    return {name: None if p.grad is None else p.grad.to_dense().clone() for name, p in trained.model.named_parameters()}
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+def test_in_the_warm_up_the_indexers_loss_changes_no_bit_of_the_models_gradients(rows):
+    without, found, sevenfold = (
+        gradients(replace(quiet(INDEXED), dsa=replace(INDEXED.dsa, weight=weight)), micro_rows=rows)
+        for weight in (0.0, 1.0, 7.0)
+    )
+    indexers = [name for name in found if ".inner." in name]
+    assert len(indexers) == 3 * 5  # two blocks and MTP's
+    for name, gradient in found.items():
+        if name in indexers:
+            assert gradient.isfinite().all() and gradient.any(), name
+            torch.testing.assert_close(sevenfold[name], 7 * gradient, rtol=1e-4, atol=1e-8)
+        else:
+            assert torch.equal(gradient, without[name]), name
+
+
+def test_indexers_learn_alone_in_their_warm_up_where_that_is_asked(tmp_path):
+    module, stream = parts(steps=5, config=INDEXED, indexer_alone=True)
+    states = [{name: tensor.clone() for name, tensor in module.model.state_dict().items()}]
+    keep = {
+        f"at{step}": At(
+            step, lambda t: states.append({n: x.clone() for n, x in t.train_module.model.state_dict().items()})
+        )
+        for step in (3, 5)
+    }
+    run(tmp_path, module, stream, **keep)
+    first, warmed, last = states
+    for name, tensor in first.items():
+        inner, buffer = ".inner." in name, not tensor.is_floating_point() or name.endswith("correction_bias")
+        assert torch.equal(tensor, warmed[name]) == (not inner), name
+        assert buffer or not torch.equal(warmed[name], last[name]), name
+    assert any(not torch.equal(warmed[name], last[name]) for name in first if name.endswith("correction_bias"))
+
+
+def test_the_phase_is_a_function_of_the_step_and_what_indexers_learn_is_recorded(tmp_path, monkeypatch):
+    phases = []
+    loss = LanguageModel.loss
+
+    def spy(self, *args, warm=False, **known):
+        phases.append(warm)
+        return loss(self, *args, warm=warm, **known)
+
+    monkeypatch.setattr(LanguageModel, "loss", spy)
+    config = quiet(INDEXED)
+    assert run(tmp_path, *parts(6, config=config), stop=At(2, cancel)) == 2
+    begun = len(phases)
+    assert run(tmp_path, *parts(6, config=config)) == 6
+    assert phases[begun - 2 : begun] == [True, True]
+    assert phases[-4:] == [True, False, False, False]
+    for line in lines(tmp_path):
+        assert 0 < line["indexer"] < 5
+        assert 0.2 < line["indexer_recall"] <= 1
+    straight = tmp_path / "straight"
+    run(straight, *parts(6, config=config))
+    for one, other in zip(lines(tmp_path), lines(straight), strict=True):
+        assert [one[name] for name in ("loss", "indexer", "indexer_recall")] == [
+            other[name] for name in ("loss", "indexer", "indexer_recall")
+        ]
+
+
+def test_training_makes_indexers_find_what_attention_looks_at():
+    """In both phases, of 40 steps each: against indexers that stay as they are, in a model that learns as much."""
+    config = replace(CONFIG, moe=None, engram=None, mtp=None, init_std=0.3)
+    found = {}
+    for weight in (0.0, 1.0):
+        indexed = replace(config, dsa=DSAConfig(heads=4, dim=16, chosen=4, weight=weight))
+        model, stream, lessons = LanguageModel(indexed, seed=5).train(), Stream(tokens(), ROWS, 24, seed=3), []
+        optimizer = Optimizer(model, OptimConfig(lr=1e-2, warmup=3))
+        for step, batch in zip(range(80), stream, strict=False):
+            loss = model.loss(batch["ids"], batch["labels"], documents=batch["documents"], warm=step < 40)
+            loss.total.backward()
+            optimizer.clip()
+            optimizer.step()
+            optimizer.zero_grad()
+            lessons.append(torch.stack(loss.lesson).detach())
+        found[weight] = [torch.stack(lessons[end - 10 : end]).mean(0) for end in (40, 80)]
+    for (loss, recall), (idle_loss, idle_recall) in zip(found[1.0], found[0.0], strict=True):
+        assert loss < 0.6 * idle_loss
+        assert recall > idle_recall + 0.05
 
 
 def test_every_part_of_the_model_learns(tmp_path):
@@ -344,6 +462,7 @@ def test_the_store_takes_no_part_and_no_address(tmp_path):
 
 
 def test_metrics_are_named_by_us():
+    assert metrics_of({"indexer_recall": 0.5, "indexer": 1.0}) == {"indexer": 1.0, "indexer_recall": 0.5}
     found = metrics_of(
         {"throughput/x": 1.0, "lr": 0.1, "train/CE loss": 2.0, "balance/sequence": 3.0, "max_violation": 4.0}
     )

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from rorqual.data.needles import DEPTHS, TASKS, NeedleConfig, column, exams
 from rorqual.model import LanguageModel, ModelConfig
-from rorqual.train.record import trim, validate
+from rorqual.train.record import answer, trim, validate
 
 
 def test_trim_keeps_the_steps_made_and_drops_half_a_line(tmp_path):
@@ -42,3 +43,62 @@ def test_validation_is_a_mean_over_tokens_whatever_the_batches():
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match="no validation documents"):
         validate(model, [], 1.0, torch.float32)
+
+
+NEEDLES = NeedleConfig(questions=96)
+
+
+class Reader(nn.Module):
+    """Answers with what `choose` makes of the ids, whatever it was trained on."""
+
+    def __init__(self, choose) -> None:
+        super().__init__()
+        self.choose, self.unused = choose, nn.Parameter(torch.zeros(1))
+
+    def forward(self, ids: torch.Tensor, *, documents: torch.Tensor) -> torch.Tensor:
+        return nn.functional.one_hot(self.choose(ids), NEEDLES.vocabulary).float()
+
+
+def looked_up(ids: torch.Tensor) -> torch.Tensor:
+    """A reader of the language: what first followed the key, or of one key's values those that come next."""
+    first, out = 1 + NEEDLES.filler, torch.zeros_like(ids)
+    for row, line in enumerate(ids.tolist()):
+        text, question = line[: line.index(0)], line[line.index(0) :]
+        hidden = [pair for pair in zip(text, text[1:], strict=False) if first <= pair[0] < first + NEEDLES.keys]
+        values, key = [], 0
+        for place, token in enumerate(question):
+            if first <= token < first + NEEDLES.keys:
+                key, values = token, [value for k, value in hidden if k == token]
+            if values:
+                out[row, len(text) + place] = values.pop(0)
+        assert key
+    return out
+
+
+def test_a_perfect_reader_finds_everything_and_a_blind_one_what_chance_gives():
+    model = Reader(looked_up).train()
+    state = torch.get_rng_state()
+    found = answer(model, exams(NEEDLES, 16, 64))
+    lengths = (32, 64, 128)
+    assert {column(task, n) for task in TASKS for n in lengths} | {"accuracy"} == {n for n in found if "part" not in n}
+    assert set(found.values()) == {1.0} and {column(t, 64, p) for t in TASKS for p in range(DEPTHS)} <= found.keys()
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+
+    generator = torch.Generator().manual_seed(1)
+    first = 1 + NEEDLES.filler + NEEDLES.keys
+    blind = Reader(lambda ids: torch.randint(first, first + NEEDLES.values, ids.shape, generator=generator))
+    found = answer(blind, exams(NEEDLES, 16, 64))
+    assert 0.5 / NEEDLES.values < found["accuracy"] < 2 / NEEDLES.values
+    assert answer(Reader(torch.zeros_like), exams(NEEDLES, 16, 64))["accuracy"] == 0
+
+
+def test_a_needle_that_is_found_only_in_the_beginning_shows_in_the_parts():
+    def near_the_beginning(ids: torch.Tensor) -> torch.Tensor:
+        text = (ids == 0).long().argmax(1, keepdim=True)
+        kept = torch.where(torch.arange(ids.shape[1]) * DEPTHS >= text + DEPTHS, ids.clamp_max(1), ids)
+        return looked_up(torch.where(torch.arange(ids.shape[1]) >= text, ids, kept))
+
+    singles = {key: made for key, made in exams(NEEDLES, 16, 64).items() if key[0] == "single"}
+    found = answer(Reader(near_the_beginning), singles)
+    assert found[column("single", 64, 0)] > 0.9 and found[column("single", 64, 3)] == 0
+    assert 0 < found[column("single", 64)] < 0.5

@@ -14,6 +14,7 @@ import torch
 
 from rorqual import config as configs
 from rorqual.checkpoint import load_model, steps
+from rorqual.data.needles import NeedleConfig, exams
 from rorqual.data.stream import validation_batches
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.data.tokenizer import train as learn
@@ -23,9 +24,10 @@ from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.layers.router import RouterConfig
 from rorqual.model import ModelConfig
+from rorqual.storage import StorageConfig
 from rorqual.train import trainer
 from rorqual.train.optim import OptimConfig
-from rorqual.train.record import validate
+from rorqual.train.record import answer, validate
 from rorqual.train.trainer import DataConfig, Stopped, TrainConfig, finished, losses, prepare, train
 
 MODEL = ModelConfig(
@@ -182,6 +184,30 @@ def test_stopped_and_called_again_is_as_if_never_stopped(config, tmp_path, numbe
     assert one == other
 
 
+def test_rows_that_learn_on_the_disk_are_those_of_the_device(config, tmp_path):
+    """Stopped between two checkpoints and called again: every bit of the run whose rows are resident."""
+    straight = train(replace(config, folder=str(tmp_path / "straight"), steps=10))
+
+    def stop(line: dict) -> None:
+        if line["step"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = replace(config, tables="disk", micro_rows=4)
+    with pytest.raises(Stopped):
+        train(replace(config, steps=10), on_metrics=stop)
+    with pytest.raises(ValueError, match="tables differ"):
+        train(replace(config, steps=10, tables="device"))
+    folder = train(replace(config, steps=10))
+    assert losses(folder) == losses(straight)
+    ours, theirs = load_model(folder).state_dict(), load_model(straight).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    elsewhere = load_model(folder, tables=StorageConfig(home="disk"))
+    rows = torch.arange(elsewhere.tables[0].rows)
+    assert torch.equal(elsewhere.tables[0].request(rows).wait(), theirs["tables.0.weight"])
+    assert not any(name.startswith("tables.") for name in elsewhere.state_dict())
+
+
 def test_longer_is_allowed_and_other_is_not(config):
     folder = train(replace(config, steps=3))
     with pytest.raises(ValueError, match=r"another run \(model\.dim differ\)"):
@@ -268,10 +294,12 @@ def test_a_wrong_config_is_refused(change, told):
 
 
 @pytest.mark.slow
-def test_killed_and_called_again_is_as_if_never_killed(config, tmp_path):
+@pytest.mark.parametrize("tables", ["device", "disk"])
+def test_killed_and_called_again_is_as_if_never_killed(config, tmp_path, tables):
     """kill -9 of the whole process, wherever it is; then the same command."""
     config = replace(config, steps=60, save_every=10)
     straight = train(replace(config, folder=str(tmp_path / "straight")))
+    config = replace(config, tables=tables)
     configs.save(config, tmp_path / "wanted.json")
     code = (
         "import sys; from rorqual import config; from rorqual.train.trainer import TrainConfig, train\n"
@@ -290,7 +318,8 @@ def test_killed_and_called_again_is_as_if_never_killed(config, tmp_path):
     assert done.stdout.split()[0] in ("31", "41")
     folder = Path(config.folder)
     assert losses(folder) == losses(straight)
-    assert (folder / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+    ours, theirs = load_model(folder).state_dict(), load_model(straight).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_no_tokenizer_learns_from_what_validates(tmp_path, monkeypatch):
@@ -308,3 +337,34 @@ def test_a_text_of_one_document_says_that_it_needs_another(tmp_path: Path) -> No
     (tmp_path / "one.txt").write_text("A single short text.", encoding="utf-8")
     with pytest.raises(ValueError, match="got one document, expected at least two"):
         prepare(DataConfig(source=str(tmp_path / "one.txt"), vocabulary=300, cache=str(tmp_path / "cache")))
+
+
+NEEDLES = NeedleConfig(
+    keys=4, values=4, filler=2, needles=2, asked=2, drill=4, shortest=16, alone=1, grow=2, questions=4
+)
+
+
+def test_questions_in_place_of_a_text_stop_and_go_on_too(config, tmp_path):
+    """Texts grow on the way, and the stop comes after they grew; the memory addresses raw ids."""
+    config = replace(config, needles=NEEDLES, length=32, validate_every=4, data=DataConfig(source="nowhere"))
+    straight = train(replace(config, folder=str(tmp_path / "straight")))
+
+    def stop(line: dict) -> None:
+        if line["step"] == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Stopped):
+        train(config, on_metrics=stop)
+    folder = train(config)
+    assert (folder / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+    held = [line for line in lines(folder) if "accuracy" in line]
+    assert [line["step"] for line in held] == [4, 8]
+    other = [line for line in lines(straight) if "accuracy" in line]
+    assert [line | {"seconds": 0} for line in held] == [line | {"seconds": 0} for line in other]
+    again = answer(load_model(folder), exams(NEEDLES, 4, 32))
+    assert {name: held[-1][name] for name in again} == again
+    assert not (folder / "tokenizer.json").exists()
+    with pytest.raises(ValueError, match=r"another run \(needles\.filler differ\)"):
+        train(replace(config, needles=replace(NEEDLES, filler=3)))
+    with pytest.raises(ValueError, match=r"model\.vocabulary: got 10, expected at least the needles' 11"):
+        train(replace(config, model=replace(MODEL, vocabulary=10), folder=str(tmp_path / "narrow")))

@@ -1,0 +1,262 @@
+"""Kinds of attention and lengths of context -> time and memory of decoding and of prefill, and where each kind pays.
+
+    python benchmarks/sparse.py
+    python benchmarks/sparse.py --lengths 1024 4096 --heads 8 --kv-heads 2 --rounds 3 --json
+
+What is timed is one layer's attention with its projections, batch 1, float32: a new token behind a cache of T tokens,
+and a prompt of T tokens into an empty cache. All kinds take turns in every round, so that a busy machine slows them
+alike; what is printed is the median over the rounds. A kind's peer is full attention of its own sort: gqa for NSA and
+MoBA, absorbed mla for DSA. A kind pays from the first length at which, and from which on, it is faster.
+
+Memory is what a prefill allocates at its peak, by torch's own record of every allocation, and what its cache holds.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from rorqual.layers.attention import GQA, MLA, GQAConfig, MLAConfig
+from rorqual.layers.basics import RopeConfig, layout, rope_tables
+from rorqual.layers.cache import Appended, Past, Recent
+from rorqual.layers.dsa import DSA, DSAConfig
+from rorqual.layers.moba import MoBA, MoBAConfig
+from rorqual.layers.nsa import NSA, NSAConfig
+from rorqual.layers.tiles import Choice
+
+ROPE = RopeConfig()
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`build(options)` is one layer's attention; `peer` names the full attention that it is held against."""
+
+    build: Callable[[argparse.Namespace], GQA | MLA]
+    peer: str
+
+
+def gqa(options: argparse.Namespace) -> GQAConfig:
+    return GQAConfig(heads=options.heads, kv_heads=options.kv_heads, head_dim=options.head_dim)
+
+
+def mla(options: argparse.Namespace) -> MLAConfig:
+    """DeepSeek's widths a head; but for the rotary one, which an indexer of 32 must hold."""
+    return MLAConfig(heads=options.heads, q_lora_rank=384, kv_lora_rank=512, nope_dim=128, rope_dim=32, value_dim=128)
+
+
+def nsa(choice: Choice) -> Callable[[argparse.Namespace], GQA | MLA]:
+    """The paper's sizes."""
+
+    def build(options: argparse.Namespace) -> GQA | MLA:
+        config = NSAConfig(chosen=options.chosen, window=options.window, choice=choice)
+        return GQA(gqa(options), options.dim, ROPE, NSA(config, options.dim, gqa(options), ROPE))
+
+    return build
+
+
+def moba(choice: Choice) -> Callable[[argparse.Namespace], GQA | MLA]:
+    def build(options: argparse.Namespace) -> GQA | MLA:
+        config = MoBAConfig(block=64, chosen=options.chosen, choice=choice)
+        return GQA(gqa(options), options.dim, ROPE, MoBA(config))
+
+    return build
+
+
+def dsa(options: argparse.Namespace) -> GQA | MLA:
+    config = DSAConfig(heads=4, dim=32, chosen=options.dsa_chosen)
+    return MLA(mla(options), options.dim, ROPE, DSA(config, options.dim, mla(options), ROPE))
+
+
+KINDS = {
+    "gqa": Kind(lambda options: GQA(gqa(options), options.dim, ROPE), "gqa"),
+    "nsa": Kind(nsa("token"), "gqa"),
+    "nsa tile": Kind(nsa("tile"), "gqa"),
+    "moba": Kind(moba("token"), "gqa"),
+    "moba tile": Kind(moba("tile"), "gqa"),
+    "mla": Kind(lambda options: MLA(mla(options), options.dim, ROPE), "mla"),
+    "dsa": Kind(dsa, "mla"),
+}
+
+
+def call(attention: GQA | MLA, hidden: torch.Tensor, past: Past, cache: Any) -> torch.Tensor:
+    where = layout(1, hidden.shape[1], "cpu", past=past)
+    return attention(hidden, where, *rope_tables(ROPE, attention.rope_dim, where.positions), cache)
+
+
+class Runner:
+    """A layer of one kind, called in one of two ways."""
+
+    def __init__(self, kind: Kind, options: argparse.Namespace, length: int):
+        torch.manual_seed(0)
+        self.attention = kind.build(options).eval()
+        self.hidden = torch.randn(1, length, options.dim)
+        self.past, self.cache = Past(length), self.new_cache()
+        self.warm = False
+
+    def new_cache(self) -> Any:
+        return self.attention.new_cache(1, self.hidden.shape[1] + 64, torch.float32, torch.device("cpu"))
+
+    def prefill(self) -> None:
+        self.past, self.cache = Past(self.hidden.shape[1]), self.new_cache()
+        call(self.attention, self.hidden, self.past, self.cache)
+        self.warm = True
+
+    def fill(self) -> None:
+        """A cache of T tokens, in pieces, so that kinds whose prefill is slow are ready to decode as well."""
+        if not self.warm:
+            for part in self.hidden.split(256, 1):
+                call(self.attention, part, self.past, self.cache)
+            self.warm = True
+
+    def decode(self) -> None:
+        call(self.attention, self.hidden[:, :1], self.past, self.cache)
+        self.cache.crop(1)
+        self.past.crop(1)
+
+
+def held(cache: Any) -> Iterator[Appended | Recent]:
+    """Every container of a layer's cache, those within others too."""
+    if isinstance(cache, (Appended, Recent)):
+        yield cache
+    elif cache is not None and not isinstance(cache, (int, torch.Tensor)):
+        for part in getattr(cache, "parts", vars(cache)).values():
+            yield from held(part)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Of the tokens seen; room kept for more is not counted."""
+    total = 0
+    for part in held(cache):
+        if part.buffer is not None:
+            columns = part.length if isinstance(part, Appended) else part.buffer.shape[1]
+            total += part.buffer[:, :columns].nbytes
+    return total
+
+
+def peak_bytes(run: Callable[[], None]) -> int:
+    """The most that is allocated at a time while `run` runs, above what was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    assert record.profiler is not None and record.profiler.kineto_results is not None
+    events = record.profiler.kineto_results.events()  # events() sums them up by operation
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    now = most = 0
+    for _, change in changes:
+        now += change
+        most = max(most, now)
+    return most
+
+
+def timed(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median seconds of each; they take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def measure(options: argparse.Namespace, length: int) -> list[dict[str, Any]]:
+    """A row for each kind and phase."""
+    runners = {name: Runner(KINDS[name], options, length) for name in options.kinds}
+    found: dict[str, dict[str, float]] = {}
+    memory: dict[str, int] = {}
+    if "prefill" in options.phases:
+        if length <= options.memory_up_to:  # first, so that they are warm
+            memory = {name: peak_bytes(runner.prefill) for name, runner in runners.items()}
+        rounds = max(1, options.rounds * 1024 // length)
+        found["prefill"] = timed({name: runner.prefill for name, runner in runners.items()}, rounds)
+    if "decode" in options.phases:
+        for runner in runners.values():
+            runner.fill()
+            runner.decode()
+        found["decode"] = timed({name: runner.decode for name, runner in runners.items()}, options.rounds)
+    rows = []
+    for phase, seconds in found.items():
+        for name, value in seconds.items():
+            peer = seconds.get(KINDS[name].peer)
+            row = {"length": length, "phase": phase, "kind": name, "seconds": value,
+                   "times_full": peer / value if peer is not None else None,
+                   "cache_bytes": cache_bytes(runners[name].cache)}  # fmt: skip
+            rows.append(row | ({"peak_bytes": memory.get(name)} if phase == "prefill" else {}))
+    return rows
+
+
+def pays(rows: list[dict[str, Any]]) -> dict[str, dict[str, int | None]]:
+    """{phase: {kind: the length from which on it is the faster; None where it is not at the longest}}."""
+    found: dict[str, dict[str, int | None]] = {}
+    for row in rows:  # lengths ascend
+        if row["times_full"] is not None and KINDS[row["kind"]].peer != row["kind"]:
+            of_phase = found.setdefault(row["phase"], {})
+            since = of_phase.get(row["kind"])
+            of_phase[row["kind"]] = None if row["times_full"] <= 1 else row["length"] if since is None else since
+    return found
+
+
+def tables(rows: list[dict[str, Any]], options: argparse.Namespace) -> Iterator[str]:
+    """Lines: for each phase what each kind takes at each length, and how much of its peer's time that is saved."""
+    for phase in options.phases:
+        every = [row for row in rows if row["phase"] == phase]
+        yield f"{phase}: milliseconds (times as fast as full attention of its sort)"
+        yield " " * 8 + "".join(f"{name:>20s}" for name in options.kinds)
+        for length in options.lengths:
+            cells = [f"{1000 * row['seconds']:12.2f} {_ratio(row)}" for row in every if row["length"] == length]
+            yield f"{length:8d}" + "".join(cells)
+        for name, unit in (("peak_bytes", "MiB at the peak"), ("cache_bytes", "MiB of cache")):
+            if every and every[0].get(name) is not None:
+                yield f"{phase}: {unit}"
+                for length in options.lengths:
+                    cells = [f"{(row[name] or 0) / 2**20:20.1f}" for row in every if row["length"] == length]
+                    yield f"{length:8d}" + "".join(cells)
+    for phase, kinds in pays(rows).items():
+        for name, length in kinds.items():
+            yield f"{phase}: {name} pays " + (f"from {length} tokens on" if length else "at none of these lengths")
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    return f"({row['times_full']:5.2f})" if row["times_full"] is not None else " " * 7
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of context, ascending")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="among them the full ones")
+    parser.add_argument("--phases", nargs="+", choices=("decode", "prefill"), default=("decode", "prefill"))
+    parser.add_argument("--dim", type=int, default=1024)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--chosen", type=int, default=16, help="blocks of 64 keys")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--dsa-chosen", type=int, default=2048, help="keys")
+    parser.add_argument("--rounds", type=int, default=15, help="of decoding; of prefill as many at 1024, fewer beyond")
+    parser.add_argument("--memory-up-to", type=int, default=32768, help="tokens; costs one more prefill a kind")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    rows: list[dict[str, Any]] = []
+    with torch.inference_mode():
+        for length in sorted(options.lengths):
+            rows += measure(options, length)
+    if options.json:
+        print(json.dumps({"options": vars(options), "rows": rows, "pays": pays(rows)}))
+        return
+    print("\n".join(tables(rows, options)))
+
+
+if __name__ == "__main__":
+    main()

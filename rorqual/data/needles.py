@@ -1,0 +1,234 @@
+"""A seed -> batches of questions about pairs that are hidden in a text: needles in a haystack, as token ids.
+
+    id            0: the question mark; then `filler` ids that mean nothing, `keys` keys and `values` values
+    text          filler, with pairs  key value  at random places
+    single        one pair in the text                                      ? key value
+    multi-key     `needles` pairs                                           ? key value
+    multi-value   `needles` pairs, `asked` of them of one key               ? key value value ..    as they came
+    multi-query   `needles` pairs                                           ? key value key value ..
+
+The question ends the row; its values are the only labels. Keys, values, places and filler are drawn anew for every row,
+no two pairs of a row share a value. The four tasks of RULER (arXiv 2404.06654) in the smallest language that has them.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+TASKS = ("single", "multi-key", "multi-value", "multi-query")
+DEPTHS = 4  # equal parts of a text in which a needle may stand
+IGNORED = -100  # the label of what is no answer
+QUESTION = 0  # the id that ends a text
+_TRAINED, _HELD_OUT = 0, 1  # what is drawn for
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NeedleConfig:
+    """The language, what is asked in it, and how training texts grow to their full length."""
+
+    keys: int = 12  # with 32 of each, full attention learns to find by key in few seeds, late
+    values: int = 12
+    filler: int = 16
+    needles: int = 4  # pairs in a text; single has one
+    asked: int = 2  # values of multi-value, keys of multi-query
+    drill: int = 8  # keys of a multi-query of training, drawn with repetition; 0: as when held out
+    shortest: int = 24  # tokens of the first training texts
+    alone: int = 350  # first batches, of nothing but multi-query: the most labels that need the key
+    grow: int = 100  # batches from then on before the length doubles, until it is the full one
+    questions: int = 64  # held-out rows of each task and length
+
+    def __post_init__(self) -> None:
+        for name in ("keys", "values", "filler", "needles", "asked", "shortest", "grow", "questions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"needles.{name}: got {getattr(self, name)}, expected at least 1")
+        for name in ("drill", "alone"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"needles.{name}: got {getattr(self, name)}, expected at least 0")
+        most = min(self.keys, self.values)
+        if not self.asked <= self.needles <= most:
+            raise ValueError(
+                f"needles: got {self.needles} pairs, expected {self.asked}..{most}: "
+                "at least as many as are asked for, at most as many as there are keys and values"
+            )
+
+    @property
+    def vocabulary(self) -> int:
+        return 1 + self.filler + self.keys + self.values
+
+    @property
+    def room(self) -> int:
+        """Tokens that the longest text and question of training take without any filler."""
+        return 2 * self.needles + 2 * max(self.asked, self.drill)
+
+
+class Rows(NamedTuple):
+    """Texts with their questions: one id more than a batch is long, since labels stand one further on."""
+
+    ids: Int[np.ndarray, "R L"]
+    answers: Bool[np.ndarray, "R L"]  # where an id is a value that was asked for
+    places: Int[np.ndarray, "R L"]  # of each answer: where in the text its pair begins; -1 elsewhere
+    text: int  # ids before the question mark
+
+
+def write(task: str, rows: int, length: int, config: NeedleConfig, generator: np.random.Generator, drill=0) -> Rows:
+    """Rows of `length` + 1 ids. `drill`: keys that a multi-query asks for, drawn with repetition; 0: `asked` once."""
+    if task not in TASKS:
+        raise ValueError(f"task: got {task!r}, expected one of {', '.join(TASKS)}")
+    many = 1 if task == "single" else config.needles
+    asked = _asked(task, rows, config, generator, drill)  # numbers of needles
+    words = asked.shape[1] + 1 if task == "multi-value" else 2 * asked.shape[1]
+    text = length - words
+    if text < 2 * many:
+        raise ValueError(f"length: got {length}, expected at least {2 * many + words} for {many} needles: {task}")
+    keys = _distinct(rows, config.keys, many, generator)
+    if task == "multi-value":
+        keys[:, : config.asked] = keys[:, :1]
+    values = _distinct(rows, config.values, many, generator)
+    places = _places(rows, many, text, generator)
+    if task == "multi-value":
+        places[:, : config.asked].sort(axis=1)
+    first = 1 + config.filler
+    keys, values = keys + first, values + first + config.keys
+    ids = generator.integers(1, first, (rows, length + 1))
+    np.put_along_axis(ids, places, keys, 1)
+    np.put_along_axis(ids, places + 1, values, 1)
+    ids[:, text] = QUESTION
+    at = np.arange(text + 2, length + 1, 1 if task == "multi-value" else 2)  # of the answers
+    ids[:, text + 1] = keys[:, 0]
+    ids[:, at - 1] = np.take_along_axis(keys, asked, 1) if task != "multi-value" else ids[:, at - 1]
+    ids[:, at] = np.take_along_axis(values, asked, 1)
+    whence = np.full_like(ids, -1)
+    whence[:, at] = np.take_along_axis(places, asked, 1)
+    return Rows(ids, whence >= 0, whence, text)
+
+
+def _asked(task: str, rows: int, config: NeedleConfig, generator: np.random.Generator, drill: int) -> np.ndarray:
+    """Which needles are asked for, in which order. Needles are numbered at random, so the first are as good as any."""
+    if task == "multi-query" and drill:
+        return generator.integers(0, config.needles, (rows, drill))  # without repetition the last follow from the rest
+    many = {"multi-value": config.asked, "multi-query": config.asked}.get(task, 1)
+    return np.tile(np.arange(many), (rows, 1))
+
+
+def _distinct(rows: int, of: int, count: int, generator: np.random.Generator) -> np.ndarray:
+    """int64 [rows, count]: `count` different numbers below `of` in each row, in random order."""
+    return np.argsort(generator.random((rows, of)), axis=1)[:, :count]
+
+
+def _places(rows: int, many: int, text: int, generator: np.random.Generator) -> np.ndarray:
+    """int64 [rows, many]: where pairs begin in a text of so many ids, no two overlapping, in random order."""
+    before = np.sort(generator.integers(0, text - 2 * many + 1, (rows, many)), axis=1) + 2 * np.arange(many)
+    return np.take_along_axis(before, _distinct(rows, many, many, generator), 1)
+
+
+def _batch(rows: Rows, task: int) -> dict[str, Tensor]:
+    labels = np.where(rows.answers, rows.ids, IGNORED)[:, 1:]
+    depths = np.where(rows.answers, rows.places * DEPTHS // rows.text, -1)[:, 1:]
+    arrays = {"ids": rows.ids[:, :-1], "labels": labels, "documents": np.zeros_like(labels), "depths": depths}
+    arrays["tasks"] = np.full_like(labels, task)
+    return {name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for name, array in arrays.items()}
+
+
+def _generator(seed: int, number: int, side: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=np.array([seed, 2 * number + side], dtype=np.uint64)))
+
+
+class NeedleStream:
+    """Endless training batches of one rank, with the face of `Stream`; batch n depends on (seed, n, rank) alone.
+
+    The first `alone` batches are multi-query, of `shortest` tokens a row. From then on all tasks have equally many
+    rows, but for what does not divide, and after every `grow` batches the tokens of a row double, up to `length`. A
+    batch has as many rows as fit into rows * length tokens.
+    """
+
+    def __init__(
+        self, config: NeedleConfig, rows: int, length: int, seed: int = 0, rank: int = 0, world: int = 1
+    ) -> None:
+        if rows < 1:
+            raise ValueError(f"rows: got {rows}, expected at least 1")
+        shortest = min(config.shortest, length)
+        if shortest < config.room:
+            raise ValueError(f"needles.shortest: got {shortest}, expected at least {config.room} for the needles")
+        self.config, self.rows, self.length, self.seed, self.rank, self.world = config, rows, length, seed, rank, world
+        self.number = 0
+
+    def __iter__(self) -> "NeedleStream":
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        generator = _generator(self.seed, self.number * self.world + self.rank, _TRAINED)
+        grown = max(0, self.number - self.config.alone) // self.config.grow
+        length = min(self.length, min(self.config.shortest, self.length) << min(grown, 40))
+        rows = self.rows * self.length // length
+        parts = []
+        for task, share in self._shares(rows).items():
+            written = write(task, share, length, self.config, generator, self.config.drill)
+            parts.append(_batch(written, TASKS.index(task)))
+        self.number += 1
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _shares(self, rows: int) -> dict[str, int]:
+        """Rows of each task in this batch."""
+        if self.number < self.config.alone:
+            return {"multi-query": rows}
+        shares = ((rows + (self.number + place) % len(TASKS)) // len(TASKS) for place in range(len(TASKS)))
+        return {task: share for task, share in zip(TASKS, shares, strict=True) if share}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, as JSON knows it."""
+        return {"number": self.number}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.number = int(state["number"])
+
+
+def held_out(
+    config: NeedleConfig, task: str, length: int, rows: int = 16, rank: int = 0, world: int = 1
+) -> Iterator[dict[str, Tensor]]:
+    """`questions` rows of one task and length, the same whatever was trained with which seed; a rank's share of them.
+
+    Beside ids, labels and documents: `depths`, the part of the text in which the needle of each label stands, -1
+    where there is no label, and `tasks`, the place in TASKS.
+    """
+    number = TASKS.index(task)
+    for at in range(rank, -(-config.questions // rows), world):
+        generator = _generator(length, len(TASKS) * at + number, _HELD_OUT)
+        yield _batch(write(task, min(rows, config.questions - at * rows), length, config, generator), number)
+
+
+def chance(config: NeedleConfig) -> dict[str, float]:
+    """What a model scores that answers with any value of the text: 1 over their number, but for `single` all."""
+    return {task: 1.0 if task == "single" else 1 / config.needles for task in TASKS}
+
+
+def exams(
+    config: NeedleConfig, rows: int, length: int, rank: int = 0, world: int = 1
+) -> dict[tuple[str, int], Iterator[dict[str, Tensor]]]:
+    """Held-out batches of every task at every one of `exam_lengths`."""
+    share = max(1, rows // world)
+    lengths = exam_lengths(config, length)
+    return {(task, n): held_out(config, task, n, share, rank, world) for n in lengths for task in TASKS}
+
+
+def exam_lengths(config: NeedleConfig, length: int) -> tuple[int, ...]:
+    """Half of what was trained, where the needles have room, the whole, and twice that, which was never trained."""
+    return (length // 2, length, 2 * length) if length // 2 >= config.room else (length, 2 * length)
+
+
+def grade(predicted: Int[Tensor, "B T"], batch: Mapping[str, Tensor]) -> Int[Tensor, "parts 2"]:
+    """Of the answers whose needles stand in each part of the text: how many are right, how many there are."""
+    asked = batch["labels"] != IGNORED
+    right = (predicted == batch["labels"])[asked].long()
+    counts = torch.stack([right, torch.ones_like(right)], 1)
+    return counts.new_zeros(DEPTHS, 2).index_add_(0, batch["depths"][asked], counts)
+
+
+def column(task: str, length: int, part: int | None = None) -> str:
+    """What an accuracy is called in a run's metrics; `part`: of the text, counted from 0."""
+    name = f"accuracy_{task}_{length}"
+    return name if part is None else f"{name}_part_{part}"

@@ -1,0 +1,139 @@
+"""Queries, keys, values and chosen blocks of keys in -> attended values out: layers.selection's gathered form compiled.
+
+The keys of a chosen block are read where they lie, once for all heads that share the choice, and stay in the core's
+nearest cache while these score them; nothing is gathered first. Threads split tokens and choices. float32, CPU, without
+gradients.
+"""
+
+import functools
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rorqual.kernels import compiled
+from rorqual.kernels.vectors import ZERO, fill, softmax
+
+_WORTH_A_THREAD = 1 << 22  # products; below, starting threads takes longer than the work
+_loop = functools.partial(compiled.compiled, any_order=True)  # sums may run on vectors
+
+
+@_loop
+def _line(address, width):  # pragma: no cover
+    return numba.carray(compiled.pointer(address), (width,), np.float32)
+
+
+@_loop
+def _score(queries, keys, step, count, scores):  # pragma: no cover
+    """scores[h, l] = queries[h] . the key at address keys + l step, four keys at a time."""
+    width, l = queries.shape[1], 0
+    while l + 4 <= count:
+        a, b = _line(keys + l * step, width), _line(keys + (l + 1) * step, width)
+        c, d = _line(keys + (l + 2) * step, width), _line(keys + (l + 3) * step, width)
+        for h in range(queries.shape[0]):
+            x, p, q, s, t = queries[h], ZERO, ZERO, ZERO, ZERO
+            for i in range(width):
+                p += x[i] * a[i]
+                q += x[i] * b[i]
+                s += x[i] * c[i]
+                t += x[i] * d[i]
+            scores[h, l], scores[h, l + 1], scores[h, l + 2], scores[h, l + 3] = p, q, s, t
+        l += 4
+    for k in range(l, count):
+        a = _line(keys + k * step, width)
+        for h in range(queries.shape[0]):
+            x, p = queries[h], ZERO
+            for i in range(width):
+                p += x[i] * a[i]
+            scores[h, k] = p
+
+
+@_loop
+def _sum(weights, values, step, count, out):  # pragma: no cover
+    """out[h] += sum over l of weights[h, l] the value at address values + l step, four values at a time."""
+    width, l = out.shape[1], 0
+    while l + 4 <= count:
+        a, b = _line(values + l * step, width), _line(values + (l + 1) * step, width)
+        c, d = _line(values + (l + 2) * step, width), _line(values + (l + 3) * step, width)
+        for h in range(out.shape[0]):
+            own, p, q, s, t = out[h], weights[h, l], weights[h, l + 1], weights[h, l + 2], weights[h, l + 3]
+            for i in range(width):
+                own[i] += p * a[i] + q * b[i] + s * c[i] + t * d[i]
+        l += 4
+    for k in range(l, count):
+        a = _line(values + k * step, width)
+        for h in range(out.shape[0]):
+            own, p = out[h], weights[h, k]
+            for i in range(width):
+                own[i] += p * a[i]
+
+
+@_loop
+def _attend(query, index, positions, key, value, held, block, scale, out, first, last):  # pragma: no cover
+    """Choices first .. last of B T J. `key` and `value`: address, and bytes a row, a column and a group further."""
+    (_, time, heads, width), (choices, most), groups = query.shape, index.shape[2:], held[1]
+    share = heads // choices
+    own = np.empty((share, width), np.float32)
+    scores, bits = np.empty((share, most * block), np.float32), np.empty(most * block, np.int32)
+    for n in range(first, last):
+        b, t, j = n // (time * choices), n // choices % time, n % choices
+        group, end, seen = j * groups // choices, min(positions[b, t] + 1, held[0]), 0
+        for h in range(share):
+            for i in range(width):
+                own[h, i] = query[b, t, j * share + h, i] * scale
+        for chosen in index[b, t, j]:
+            count = min(block, end - chosen * block)
+            if chosen >= 0 and count > 0:
+                at = key[0] + b * key[1] + chosen * block * key[2] + group * key[3]
+                _score(own, at, key[2], count, scores[:, seen:])
+                seen += count
+        result = out[b, t, j * share : (j + 1) * share]
+        for h in range(share):
+            fill(result[h], ZERO)
+            if seen:
+                softmax(scores[h, :seen], bits[:seen])
+        seen = 0
+        for chosen in index[b, t, j]:
+            count = min(block, end - chosen * block)
+            if chosen >= 0 and count > 0:
+                at = value[0] + b * value[1] + chosen * block * value[2] + group * value[3]
+                _sum(scores[:, seen:], at, value[2], count, result)
+                seen += count
+
+
+def _where(x: Tensor) -> np.ndarray:
+    """Address, and bytes from one row, column and group to the next."""
+    return np.array([x.data_ptr(), *(x.element_size() * step for step in x.stride()[:3])], np.int64)
+
+
+def selected_attention(
+    query: Float[Tensor, "B T H P"],
+    key: Float[Tensor, "B L G P"],
+    value: Float[Tensor, "B L G Q"],
+    index: Int[Tensor, "B T J K"],
+    positions: Int[Tensor, "B T"],
+    block: int,
+    scale: float,
+) -> Float[Tensor, "B T H Q"]:
+    """See layers.selection.selected_attention, whose numbers these are within float32 rounding."""
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    given = [x.detach().contiguous().numpy() for x in (query, index, positions)]
+    held, made = np.array(key.shape[1:3], np.int64), out.numpy()
+    items, work = index[..., 0].numel(), index.numel() * block * (query.shape[2] // index.shape[2])
+    parts = min(torch.get_num_threads(), max(1, work * query.shape[3] // _WORTH_A_THREAD), items)
+    rest = _where(key), _where(value), held, block, np.float32(scale), made
+    compiled.spread(lambda _, *span: _attend(*given, *rest, *span), items, max(1, parts))
+    return out
+
+
+def usable(*where: Tensor | torch.device) -> str:
+    """Why it cannot run on these tensors or this device; "" if it can."""
+    for thing in where:
+        if isinstance(thing, Tensor) and thing.dtype != torch.float32:
+            return f"it computes in float32, not in {thing.dtype}"
+        if isinstance(thing, Tensor) and thing.requires_grad and torch.is_grad_enabled():
+            return "it has no backward"
+    return compiled.usable(*where)

@@ -1,0 +1,305 @@
+"""Streams and what is projected of them in -> what layers.streams.collapse and .write make of them: their Triton twins.
+
+A program takes a few tokens with all their streams, so that forward and backward of either function read the streams
+once. The S x S matrices, Sinkhorn's iterates among them, stay in registers: backward walks them again from the logits,
+keeping what each step divided by. With P = c dL/dc a step c' = c / d has the backward P <- P - c' sum P, c <- c' d.
+
+    collapse   d x_i  = pre_i du         d pre_i = <du, x_i>       then through the sigmoids and Sinkhorn to the logits
+    write      d x_j  = sum_k comb[j, k] dy_k      d comb[j, k] = <x_j, dy_k>      d out = sum_k post_k dy_k
+               d post_k = <dy_k, out>
+"""
+
+import inspect
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_TILE = 64  # rows of a tile, tokens times streams, and columns of it
+_TINY = 1.1754943508222875e-38  # float32's least normal number
+
+
+@triton.jit
+@inspect.unwrap  # tests wrap every function to check its shapes
+def _start(m, scale, base, n, tokens, eps, floor, S: tl.constexpr, P: tl.constexpr):
+    """The softmax over the last axis [n, j, k] and the matrix that the steps begin with; 0 outside."""
+    j, k = tl.arange(0, P)[None, :, None], tl.arange(0, P)[None, None, :]
+    inside, row = (j < S) & (k < S), (2 + j) * S + k
+    live = inside & (n < tokens)[:, None, None]
+    logits = tl.load(m + row * tokens + n[:, None, None], mask=live, other=0.0) * tl.load(scale + 2)
+    logits = tl.where(k < S, logits + tl.load(base + row, mask=inside, other=0.0), float("-inf"))
+    powers = tl.exp(logits - tl.max(logits, axis=2)[:, :, None])
+    start = tl.where(inside, powers / tl.sum(powers, axis=2)[:, :, None], 0.0)
+    return start, tl.where(inside, start + tl.maximum(eps, floor), 0.0)
+
+
+@triton.jit
+@inspect.unwrap
+def _sigmoids(m, scale, base, n, tokens, which: tl.constexpr, S: tl.constexpr, P: tl.constexpr):
+    """sigmoid of the logits of pre (which 0) or post (1), [n, s]."""
+    s = tl.arange(0, P)
+    row = which * S + s
+    live = (s < S)[None, :] & (n < tokens)[:, None]
+    logits = tl.load(m + row[None, :] * tokens + n[:, None], mask=live, other=0.0) * tl.load(scale + which)
+    return tl.sigmoid(logits + tl.load(base + row, mask=s < S, other=0.0)[None, :])
+
+
+@triton.jit
+@inspect.unwrap
+def _divisor(comb, eps, axis: tl.constexpr, S: tl.constexpr, P: tl.constexpr):
+    """What a step divides by, [n, the other axis]; 1 outside."""
+    return tl.where((tl.arange(0, P) < S)[None, :], tl.sum(comb, axis=axis) + eps, 1.0)
+
+
+@triton.jit
+@inspect.unwrap
+def _collapse(
+    streams, m, scale, base, carried, u, pre, post, comb,
+    tokens, dim, eps, floor, iterations, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    n, s = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
+    live = (s < S)[None, :] & (n < tokens)[:, None]
+    place = s[None, :] * tokens + n[:, None]
+    weights = _sigmoids(m, scale, base, n, tokens, 0, S, P) + eps
+    tl.store(pre + place, weights, mask=live)
+    tl.store(post + place, 2.0 * _sigmoids(m, scale, base, n, tokens, 1, S, P), mask=live)
+    _, c = _start(m, scale, base, n, tokens, eps, floor, S, P)
+    c = c / _divisor(c, eps, 1, S, P)[:, None, :]
+    for _ in range(iterations - 1):
+        c = c / _divisor(c, eps, 2, S, P)[:, :, None]
+        c = c / _divisor(c, eps, 1, S, P)[:, None, :]
+    at = (s[None, :, None] * S + s[None, None, :]) * tokens + n[:, None, None]
+    tl.store(comb + at, c, mask=live[:, :, None] & (s < S)[None, None, :])
+    if carried is not None:
+        weights = tl.load(carried + place, mask=live, other=0.0)
+    flat = n.to(tl.int64)  # values may be more than 2^31
+    for first in range(0, dim, WIDTH):
+        d = first + tl.arange(0, WIDTH)
+        inside = live[:, :, None] & (d < dim)[None, None, :]
+        x = tl.load(
+            streams + (flat[:, None, None] * S + s[None, :, None]) * dim + d[None, None, :], mask=inside, other=0.0
+        )
+        summed = tl.sum(x.to(tl.float32) * weights[:, :, None], axis=1)
+        mask = (n < tokens)[:, None] & (d < dim)[None, :]
+        tl.store(u + flat[:, None] * dim + d[None, :], summed.to(u.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+@inspect.unwrap
+def _unwind(
+    m, scale, base, d_comb, n, tokens, eps, floor, iterations, S: tl.constexpr, P: tl.constexpr, STEPS: tl.constexpr
+):
+    """d logits of comb, [n, j, k]."""
+    s, t = tl.arange(0, P), tl.arange(0, STEPS)[None, None, :]
+    start, c = _start(m, scale, base, n, tokens, eps, floor, S, P)
+    total = _divisor(c, eps, 1, S, P)
+    kept = tl.where(t == 0, total[:, :, None], 0.0)
+    c = c / total[:, None, :]
+    for i in range(iterations - 1):
+        total = _divisor(c, eps, 2, S, P)
+        kept, c = tl.where(t == 2 * i + 1, total[:, :, None], kept), c / total[:, :, None]
+        total = _divisor(c, eps, 1, S, P)
+        kept, c = tl.where(t == 2 * i + 2, total[:, :, None], kept), c / total[:, None, :]
+    at = (s[None, :, None] * S + s[None, None, :]) * tokens + n[:, None, None]
+    live = (s < S)[None, :, None] & (s < S)[None, None, :] & (n < tokens)[:, None, None]
+    flow = c * tl.load(d_comb + at, mask=live, other=0.0)
+    for i in range(iterations - 1):
+        last = 2 * (iterations - 1 - i)
+        flow -= c * tl.sum(flow, axis=1)[:, None, :]
+        c = c * tl.sum(tl.where(t == last, kept, 0.0), axis=2)[:, None, :]
+        flow -= c * tl.sum(flow, axis=2)[:, :, None]
+        c = c * tl.sum(tl.where(t == last - 1, kept, 0.0), axis=2)[:, :, None]
+    flow -= c * tl.sum(flow, axis=1)[:, None, :]
+    flow = tl.where(start > 0, flow * (start / (start + eps)), 0.0)
+    return flow - start * tl.sum(flow, axis=2)[:, :, None]
+
+
+@triton.jit
+@inspect.unwrap
+def _collapse_backward(
+    streams, m, scale, base, carried, d_u, d_pre, d_post, d_comb, d_streams, d_logits, d_carried,
+    tokens, dim, eps, floor, iterations, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    n, s = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
+    live = (s < S)[None, :] & (n < tokens)[:, None]
+    place = s[None, :] * tokens + n[:, None]
+    opened = _sigmoids(m, scale, base, n, tokens, 0, S, P)
+    weights = opened + eps
+    if carried is not None:
+        weights = tl.load(carried + place, mask=live, other=0.0)
+    flat, back = n.to(tl.int64), tl.zeros([ROWS, P], tl.float32)
+    for first in range(0, dim, WIDTH):
+        d = first + tl.arange(0, WIDTH)
+        inside = live[:, :, None] & (d < dim)[None, None, :]
+        where = (flat[:, None, None] * S + s[None, :, None]) * dim + d[None, None, :]
+        mask = (n < tokens)[:, None] & (d < dim)[None, :]
+        change = tl.load(d_u + flat[:, None] * dim + d[None, :], mask=mask, other=0.0).to(tl.float32)[:, None, :]
+        x = tl.load(streams + where, mask=inside, other=0.0).to(tl.float32)
+        back += tl.sum(x * change, axis=2)
+        tl.store(d_streams + where, (weights[:, :, None] * change).to(d_streams.dtype.element_ty), mask=inside)
+    of_pre = tl.load(d_pre + place, mask=live, other=0.0)
+    if carried is not None:
+        tl.store(d_carried + place, back, mask=live)
+    else:
+        of_pre += back
+    tl.store(d_logits + place, of_pre * opened * (1.0 - opened), mask=live)
+    opened = _sigmoids(m, scale, base, n, tokens, 1, S, P)
+    of_post = tl.load(d_post + place, mask=live, other=0.0)
+    tl.store(d_logits + S * tokens + place, 2.0 * of_post * opened * (1.0 - opened), mask=live)
+    flow = _unwind(m, scale, base, d_comb, n, tokens, eps, floor, iterations, S, P, STEPS)
+    at = ((2 + s[None, :, None]) * S + s[None, None, :]) * tokens + n[:, None, None]
+    tl.store(d_logits + at, flow, mask=live[:, :, None] & (s < S)[None, None, :])
+
+
+@triton.jit
+@inspect.unwrap
+def _write(
+    streams, out, post, comb, made,
+    tokens, dim, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    n, s = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
+    here, flat = n < tokens, n.to(tl.int64)
+    live = (s < S)[None, :] & here[:, None]
+    for first in range(0, dim, WIDTH):
+        d = first + tl.arange(0, WIDTH)
+        mask = here[:, None] & (d < dim)[None, :]
+        where = (flat[:, None, None] * S + s[None, :, None]) * dim + d[None, None, :]
+        x = tl.load(streams + where, mask=live[:, :, None] & (d < dim)[None, None, :], other=0.0).to(tl.float32)
+        added = tl.load(out + flat[:, None] * dim + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        for k in tl.static_range(S):
+            if comb is not None:
+                way = tl.load(comb + (s[None, :] * S + k) * tokens + n[:, None], mask=live, other=0.0)
+            else:
+                way = tl.where(s == k, 1.0, 0.0)[None, :]
+            share = tl.load(post + k * tokens + n, mask=here, other=0.0)
+            row = tl.sum(way[:, :, None] * x, axis=1) + share[:, None] * added
+            tl.store(made + (flat[:, None] * S + k) * dim + d[None, :], row.to(made.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+@inspect.unwrap
+def _write_backward(
+    streams, out, post, comb, d_made, d_streams, d_out, d_post, d_comb,
+    tokens, dim, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    n, s = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
+    here, flat = n < tokens, n.to(tl.int64)
+    live = (s < S)[None, :] & here[:, None]
+    of_post, of_comb = tl.zeros([ROWS, P], tl.float32), tl.zeros([ROWS, P, P], tl.float32)
+    for first in range(0, dim, WIDTH):
+        d = first + tl.arange(0, WIDTH)
+        mask = here[:, None] & (d < dim)[None, :]
+        inside = live[:, :, None] & (d < dim)[None, None, :]
+        where = (flat[:, None, None] * S + s[None, :, None]) * dim + d[None, None, :]
+        added = tl.load(out + flat[:, None] * dim + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(streams + where, mask=inside, other=0.0).to(tl.float32)
+        of_x, of_out = tl.zeros([ROWS, P, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
+        for k in tl.static_range(S):
+            change = tl.load(d_made + (flat[:, None] * S + k) * dim + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            of_out += tl.load(post + k * tokens + n, mask=here, other=0.0)[:, None] * change
+            of_post += tl.where(s == k, 1.0, 0.0)[None, :] * tl.sum(change * added, axis=1)[:, None]
+            if comb is not None:
+                way = tl.load(comb + (s[None, :] * S + k) * tokens + n[:, None], mask=live, other=0.0)
+                of_comb += (
+                    tl.where(s == k, 1.0, 0.0)[None, None, :] * tl.sum(x * change[:, None, :], axis=2)[:, :, None]
+                )
+            else:
+                way = tl.where(s == k, 1.0, 0.0)[None, :]
+            of_x += way[:, :, None] * change[:, None, :]
+        tl.store(d_streams + where, of_x.to(d_streams.dtype.element_ty), mask=inside)
+        tl.store(d_out + flat[:, None] * dim + d[None, :], of_out.to(d_out.dtype.element_ty), mask=mask)
+    tl.store(d_post + s[None, :] * tokens + n[:, None], of_post, mask=live)
+    if comb is not None:
+        at = (s[None, :, None] * S + s[None, None, :]) * tokens + n[:, None, None]
+        tl.store(d_comb + at, of_comb, mask=live[:, :, None] & (s < S)[None, None, :])
+
+
+def _launch(kernel: Any, tensors: tuple[Any, ...], *rest: float, **constants: int) -> None:
+    tokens, streams, dim = tensors[0].shape
+    if not tensors[0].numel():
+        return
+    side = triton.next_power_of_2(streams)
+    rows, width = max(1, _TILE // side), min(_TILE, triton.next_power_of_2(dim))
+    with torch.cuda.device_of(tensors[0]):
+        kernel[(triton.cdiv(tokens, rows),)](
+            *tensors, tokens, dim, *rest, S=streams, P=side, ROWS=rows, WIDTH=width, **constants
+        )
+
+
+def _whole(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(x if x is None else x.contiguous() for x in tensors)
+
+
+class _Collapse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, streams, m, scale, base, carried, iterations, eps):
+        given = _whole(streams, m, scale, base, carried)
+        ctx.save_for_backward(*given)
+        ctx.rest = (eps, 0.0 if eps else _TINY, iterations)
+        tokens, count, dim = streams.shape
+        u, pre = streams.new_empty(tokens, dim), m.new_empty(count, tokens)
+        post, comb = torch.empty_like(pre), m.new_empty(count, count, tokens)
+        _launch(_collapse, (*given, u, pre, post, comb), *ctx.rest)
+        return u, pre, post, comb
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *changes):
+        streams, m, scale, base, carried = ctx.saved_tensors
+        made = (
+            torch.empty_like(streams), torch.empty_like(m), None if carried is None else torch.empty_like(carried),
+        )  # fmt: skip
+        steps = triton.next_power_of_2(2 * ctx.rest[-1] - 1)
+        given = (streams, m, scale, base, carried, *_whole(*changes))
+        _launch(_collapse_backward, (*given, *made), *ctx.rest, STEPS=steps)
+        d_streams, d_logits, d_carried = made
+        parts = (streams.shape[1], streams.shape[1], m.shape[0] - 2 * streams.shape[1])
+        d_scale = torch.stack([part.sum() for part in (d_logits * m).split(parts)])
+        d_m = d_logits * scale.repeat_interleave(torch.tensor(parts, device=scale.device))[:, None]
+        return d_streams, d_m, d_scale, d_logits.sum(1), d_carried, None, None
+
+
+class _Write(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, streams, out, post, comb):
+        given = _whole(streams, out, post, comb)
+        ctx.save_for_backward(*given)
+        made = torch.empty_like(given[0])
+        _launch(_write, (*given, made))
+        return made
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_made):
+        given = ctx.saved_tensors
+        made = tuple(x if x is None else torch.empty_like(x) for x in given)
+        _launch(_write_backward, (*given, d_made.contiguous(), *made))
+        return made
+
+
+def collapse(
+    streams: Float[Tensor, "N S D"],
+    m: Float[Tensor, "K N"],
+    scale: Float[Tensor, "3"],
+    base: Float[Tensor, " K"],
+    carried: Float[Tensor, "S N"] | None = None,
+    iterations: int = 20,
+    eps: float = 1e-6,
+) -> tuple[Float[Tensor, "N D"], Float[Tensor, "S N"], Float[Tensor, "S N"], Float[Tensor, "S S N"]]:
+    """See layers.streams.collapse, whose numbers these are within rounding."""
+    return _Collapse.apply(streams, m, scale, base, carried, iterations, eps)
+
+
+def write(
+    streams: Float[Tensor, "N S D"],
+    out: Float[Tensor, "N D"],
+    post: Float[Tensor, "S N"],
+    comb: Float[Tensor, "S S N"] | None,
+) -> Float[Tensor, "N S D"]:
+    """See layers.streams.write, whose numbers these are within rounding."""
+    return _Write.apply(streams, out, post, comb)

@@ -1,0 +1,265 @@
+"""Queries, keys, values, chosen blocks in -> what layers.selection.selected_attention makes of them: its Triton twin.
+
+Forward, and the queries' gradient, by token: a program takes the heads of one choice and walks over the blocks chosen,
+with a running maximum. The keys' gradient by block: the choices are sorted by the block they name, and a program takes
+a piece of a block and walks over the tokens that chose it, so that every sum has one order and nothing is added
+atomically. Kept from forward are the inputs, the output and the logarithm of what it was divided by:
+
+    p = exp(scale q . k - log sum)      d s = p (<d out, v> - <d out, out>)
+    d q = scale d s k                   d k = scale d s q                   d v = p d out
+"""
+
+import inspect
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_LEAST = 16  # of each side of a product
+_PIECE = 64  # keys of a block at a time
+
+
+@triton.jit
+@inspect.unwrap  # tests wrap every function to check its shapes
+def _rows(source, row, live, width, PADDED: tl.constexpr):
+    """source[row], rows of `width` values, [len(row), PADDED]; 0 outside."""
+    column = tl.arange(0, PADDED)
+    inside = live[:, None] & (column < width)[None, :]
+    return tl.load(source + row[:, None] * width + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+@inspect.unwrap
+def _keys(source, batch, columns, group, live, width, stride_b, stride_l, stride_g, PADDED: tl.constexpr):
+    """source[batch, columns, group], [len(columns), PADDED]; 0 outside."""
+    at = batch * stride_b + columns.to(tl.int64)[:, None] * stride_l + group * stride_g + tl.arange(0, PADDED)[None, :]
+    return tl.load(source + at, mask=live[:, None] & (tl.arange(0, PADDED) < width)[None, :], other=0.0)
+
+
+@triton.jit
+@inspect.unwrap
+def _dot(left, right, EXACT: tl.constexpr):
+    if EXACT:  # the interpreter multiplies bfloat16 as if it were integers
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
+    return tl.dot(left, right, input_precision="ieee")
+
+
+@triton.jit
+@inspect.unwrap
+def _columns(which, first, block, limit, PIECE: tl.constexpr):
+    """The columns of a piece of a block, and which of them are keys of that block before `limit`."""
+    inner = first + tl.arange(0, PIECE)
+    columns = which * block + inner
+    return columns, (inner < block) & (columns < limit)
+
+
+@triton.jit
+@inspect.unwrap
+def _forward(
+    query, key, value, index, positions, out, sums,
+    key_b, key_l, key_g, value_b, value_l, value_g,
+    time, length, groups, choices, chosen, block, wide, deep, scale,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, PIECE: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    batch, choice = (tl.program_id(1) // choices).to(tl.int64), tl.program_id(1) % choices
+    token, group, r = batch * time + tl.program_id(0), choice * groups // choices, tl.arange(0, ROWS)
+    row, live = (token * choices + choice) * HEADS + r, r < HEADS
+    q = _rows(query, row, live, wide, WIDE)
+    limit = tl.minimum(tl.load(positions + token) + 1, length)
+    top, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
+    summed = tl.zeros([ROWS, DEEP], tl.float32)
+    for n in range(chosen):
+        which = tl.load(index + (token * choices + choice) * chosen + n)
+        if which >= 0:
+            for first in range(0, block, PIECE):
+                columns, seen = _columns(which, first, block, limit, PIECE)
+                k = _keys(key, batch, columns, group, seen, wide, key_b, key_l, key_g, WIDE)
+                v = _keys(value, batch, columns, group, seen, deep, value_b, value_l, value_g, DEEP)
+                logits = _dot(q, tl.trans(k), EXACT) * scale
+                logits = tl.where(seen[None, :], logits, float("-inf"))
+                higher = tl.maximum(top, tl.max(logits, axis=1))
+                weights, kept = tl.exp(logits - higher[:, None]), tl.exp(top - higher)
+                total, top = total * kept + tl.sum(weights, axis=1), higher
+                summed = summed * kept[:, None] + _dot(weights.to(v.dtype), v, EXACT)
+    some = total > 0
+    summed = summed / tl.where(some, total, 1.0)[:, None]
+    column = tl.arange(0, DEEP)[None, :]
+    inside = live[:, None] & (column < deep)
+    tl.store(out + row[:, None] * deep + column, summed.to(out.dtype.element_ty), mask=inside)
+    tl.store(sums + row, tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("inf")), mask=live)
+
+
+@triton.jit
+@inspect.unwrap
+def _backward_queries(
+    query, key, value, index, positions, out, sums, d_out, d_query, products,
+    key_b, key_l, key_g, value_b, value_l, value_g,
+    time, length, groups, choices, chosen, block, wide, deep, scale,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, PIECE: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    batch, choice = (tl.program_id(1) // choices).to(tl.int64), tl.program_id(1) % choices
+    token, group, r = batch * time + tl.program_id(0), choice * groups // choices, tl.arange(0, ROWS)
+    row, live = (token * choices + choice) * HEADS + r, r < HEADS
+    q, change = _rows(query, row, live, wide, WIDE), _rows(d_out, row, live, deep, DEEP)
+    product = tl.sum(change.to(tl.float32) * _rows(out, row, live, deep, DEEP).to(tl.float32), axis=1)
+    tl.store(products + row, product, mask=live)
+    sum_of = tl.load(sums + row, mask=live, other=float("inf"))
+    limit = tl.minimum(tl.load(positions + token) + 1, length)
+    made = tl.zeros([ROWS, WIDE], tl.float32)
+    for n in range(chosen):
+        which = tl.load(index + (token * choices + choice) * chosen + n)
+        if which >= 0:
+            for first in range(0, block, PIECE):
+                columns, seen = _columns(which, first, block, limit, PIECE)
+                k = _keys(key, batch, columns, group, seen, wide, key_b, key_l, key_g, WIDE)
+                v = _keys(value, batch, columns, group, seen, deep, value_b, value_l, value_g, DEEP)
+                logits = _dot(q, tl.trans(k), EXACT) * scale
+                weights = tl.where(seen[None, :], tl.exp(logits - sum_of[:, None]), 0.0)
+                moved = weights * (_dot(change, tl.trans(v), EXACT) - product[:, None])
+                made += _dot(moved.to(k.dtype), k, EXACT)
+    column = tl.arange(0, WIDE)[None, :]
+    made = (made * scale).to(d_query.dtype.element_ty)
+    tl.store(d_query + row[:, None] * wide + column, made, mask=live[:, None] & (column < wide))
+
+
+@triton.jit
+@inspect.unwrap
+def _backward_keys(
+    query, key, value, positions, sums, d_out, products, order, starts, d_key, d_value,
+    key_b, key_l, key_g, value_b, value_l, value_g,
+    length, groups, choices, blocks, block, wide, deep, scale,
+    HEADS: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
+    PIECE: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    pieces = tl.cdiv(block, PIECE)
+    which, first = tl.program_id(0) // pieces, tl.program_id(0) % pieces * PIECE
+    batch, group = (tl.program_id(1) // groups).to(tl.int64), tl.program_id(1) % groups
+    columns, real = _columns(which, first, block, length, PIECE)
+    k = _keys(key, batch, columns, group, real, wide, key_b, key_l, key_g, WIDE)
+    v = _keys(value, batch, columns, group, real, deep, value_b, value_l, value_g, DEEP)
+    of_key, of_value = tl.zeros([PIECE, WIDE], tl.float32), tl.zeros([PIECE, DEEP], tl.float32)
+    bucket, r = tl.program_id(1) * blocks + which, tl.arange(0, ROWS)
+    end = tl.load(starts + bucket + 1)
+    for entry in range(tl.load(starts + bucket), end, ROWS // EACH):
+        place = entry + r // EACH
+        live = (place < end) & (r % EACH < HEADS)
+        pair = tl.load(order + place, mask=live, other=0)  # a token and a choice
+        row = pair * HEADS + r % EACH
+        q, change = _rows(query, row, live, wide, WIDE), _rows(d_out, row, live, deep, DEEP)
+        seen = live[:, None] & (columns[None, :] <= tl.load(positions + pair // choices, mask=live, other=-1)[:, None])
+        logits = _dot(q, tl.trans(k), EXACT) * scale
+        sum_of = tl.load(sums + row, mask=live, other=float("inf"))
+        weights = tl.where(seen & real[None, :], tl.exp(logits - sum_of[:, None]), 0.0)
+        of_value += _dot(tl.trans(weights.to(change.dtype)), change, EXACT)
+        product = tl.load(products + row, mask=live, other=0.0)
+        moved = weights * (_dot(change, tl.trans(v), EXACT) - product[:, None])
+        of_key += _dot(tl.trans(moved.to(q.dtype)), q, EXACT)
+    line = (batch * length + columns.to(tl.int64)) * groups + group
+    column = tl.arange(0, WIDE)[None, :]
+    of_key = (of_key * scale).to(d_key.dtype.element_ty)
+    tl.store(d_key + line[:, None] * wide + column, of_key, mask=real[:, None] & (column < wide))
+    column = tl.arange(0, DEEP)[None, :]
+    of_value = of_value.to(d_value.dtype.element_ty)
+    tl.store(d_value + line[:, None] * deep + column, of_value, mask=real[:, None] & (column < deep))
+
+
+def _padded(size: int) -> int:
+    return max(_LEAST, triton.next_power_of_2(size))
+
+
+def _constants(query: Tensor, value: Tensor, choices: int, block: int) -> dict[str, int]:
+    piece, heads = min(_PIECE, _padded(block)), query.shape[2] // choices
+    return {
+        "HEADS": heads,
+        "WIDE": _padded(query.shape[3]),
+        "DEEP": _padded(value.shape[3]),
+        "PIECE": piece,
+        "EXACT": query.device.type == "cpu",
+    }
+
+
+def _by_block(
+    index: Int[Tensor, "B T J K"], groups: int, blocks: int
+) -> tuple[Int[Tensor, " places"], Int[Tensor, " edges"]]:
+    """Which (token, choice) pairs chose each block, by row and group: their numbers in order, where each block's start.
+
+    Of B G blocks edges, the last is where the last block's end."""
+    batch, _, choices, chosen = index.shape
+    row = torch.arange(batch, device=index.device)[:, None] * groups
+    row = row + torch.arange(choices, device=index.device) * groups // choices
+    bucket = row[:, None, :, None] * blocks + index
+    bucket = bucket.masked_fill((index < 0) | (index >= blocks), batch * groups * blocks).flatten()
+    named, order = bucket.sort(stable=True)
+    edges = torch.arange(batch * groups * blocks + 1, device=index.device)
+    return order // chosen, torch.searchsorted(named, edges)
+
+
+class _Selected(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, index, positions, block, scale):
+        key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+        query, index, positions = query.contiguous(), index.contiguous(), positions.contiguous()
+        out = torch.empty(*query.shape[:3], value.shape[3], dtype=value.dtype, device=value.device)
+        sums = torch.empty(query.shape[:3], dtype=torch.float32, device=value.device)
+        ctx.save_for_backward(query, key, value, index, positions, out, sums)
+        ctx.block, ctx.scale = block, scale
+        if out.numel():
+            _by_token(_forward, (query, key, value, index, positions, out, sums), ctx)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        query, key, value, index, positions, out, sums = ctx.saved_tensors
+        d_out, products = d_out.contiguous(), torch.empty_like(sums)
+        d_query = torch.empty_like(query)
+        d_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
+        d_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        if out.numel():
+            _by_token(_backward_queries, (*ctx.saved_tensors, d_out, d_query, products), ctx)
+        (batch, length, groups, wide), choices = key.shape, index.shape[2]
+        blocks = triton.cdiv(length, ctx.block)
+        if d_key.numel():
+            constants = _constants(query, value, choices, ctx.block)
+            each = triton.next_power_of_2(constants["HEADS"])
+            with torch.cuda.device_of(query):
+                _backward_keys[(blocks * triton.cdiv(ctx.block, constants["PIECE"]), batch * groups)](
+                    query, key, value, positions, sums, d_out, products, *_by_block(index, groups, blocks),
+                    d_key, d_value, *key.stride()[:3], *value.stride()[:3], length, groups, choices, blocks,
+                    ctx.block, wide, value.shape[3], ctx.scale, EACH=each, ROWS=max(2 * _LEAST, each), **constants,
+                )  # fmt: skip
+        return d_query, d_key, d_value, None, None, None, None
+
+
+def _by_token(kernel: Any, tensors: tuple[Tensor, ...], ctx: Any) -> None:
+    """A program for each token and choice."""
+    query, key, value, index = tensors[:4]
+    (batch, time, choices, chosen), (_, length, groups, wide) = index.shape, key.shape
+    constants = _constants(query, value, choices, ctx.block)
+    with torch.cuda.device_of(query):
+        kernel[(time, batch * choices)](
+            *tensors, *key.stride()[:3], *value.stride()[:3], time, length, groups, choices, chosen, ctx.block, wide,
+            value.shape[3], ctx.scale, ROWS=_padded(constants["HEADS"]), **constants,
+        )  # fmt: skip
+
+
+def selected_attention(
+    query: Float[Tensor, "B T H P"],
+    key: Float[Tensor, "B L G P"],
+    value: Float[Tensor, "B L G Q"],
+    index: Int[Tensor, "B T J K"],
+    positions: Int[Tensor, "B T"],
+    block: int,
+    scale: float,
+) -> Float[Tensor, "B T H Q"]:
+    """See layers.selection.selected_attention, whose numbers these are within rounding; every gradient too."""
+    both = torch.promote_types(query.dtype, key.dtype)
+    query, key = query.to(both), key.to(both)
+    return _Selected.apply(query, key, value, index, positions, block, scale)

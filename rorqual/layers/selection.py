@@ -1,0 +1,165 @@
+"""Queries, keys, values and chosen blocks of keys in -> values attended within those blocks out.
+
+    out[t]  = softmax(scale q_t . k) v over the keys up to t of the blocks that t has chosen
+
+What NSA's selected branch and MoBA share: they differ in how a block is scored. A choice is index[b, t, j] of K blocks,
+-1 where fewer are chosen, one for each KV group (j of G) or each head (j of H). The same sum is taken in two ways:
+
+    masked_attention     a boolean mask into scaled_dot_product_attention: documents, padding, gradients
+    selected_attention   the chosen keys alone, gathered for each token: decoding; kernels/select.py is its twin
+
+and in two more where many queries have one choice: layers/tiles.py.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rorqual import kernels
+from rorqual.layers.attend import attend
+from rorqual.layers.basics import Layout, largest
+
+QUERIES = 512  # attended at a time, so that no mask is T x T
+
+
+def runs(time: int) -> Iterator[slice]:
+    """The queries of a call, QUERIES at a time."""
+    return (slice(start, min(start + QUERIES, time)) for start in range(0, time, QUERIES))
+
+
+def segments(layout: Layout, block: int) -> Int[Tensor, "B L"]:
+    """Which block of its row each key is in: documents in order, blocks in order, padding with its predecessor.
+
+    Block m of a row belongs to the document of query t when own[t] - positions[t] // block <= m <= own[t].
+    """
+    starts = layout.key_positions % block == 0
+    if layout.key_present is not None:
+        starts = starts & layout.key_present
+    return (starts.cumsum(1) - 1).clamp_min(0)
+
+
+def visible(layout: Layout, run: slice) -> Bool[Tensor, "#B 1 T L"]:
+    """Which keys a run of the queries may see, without forming the mask of all queries."""
+    if layout.mask is not None:
+        return layout.mask[:, :, run]
+    columns = torch.arange(layout.key_positions.shape[1], device=layout.key_positions.device)
+    return (columns <= layout.past + torch.arange(run.start, run.stop, device=columns.device)[:, None])[None, None]
+
+
+def full_attention(
+    query: Float[Tensor, "B T H P"],
+    key: Float[Tensor, "B L G P"],
+    value: Float[Tensor, "B L G Q"],
+    layout: Layout,
+    scale: float,
+) -> Float[Tensor, "B T H Q"]:
+    """Every visible key."""
+    if layout.mask is None and query.shape[1] == 1:
+        return attend(query, key, value, scale)
+    if layout.mask is None and not layout.past:
+        return attend(query, key, value, scale, causal=True)
+    parts = [attend(query[:, run], key, value, scale, visible(layout, run)) for run in runs(query.shape[1])]
+    return torch.cat(parts, dim=1)
+
+
+def best_blocks(
+    scores: Float[Tensor, "B T J M"], own: Int[Tensor, "B T"], first: Int[Tensor, "B T"], chosen: int, forced: int = 1
+) -> Int[Tensor, "B T J K"]:
+    """The `chosen` blocks of largest score, compared in float32, of equal ones the later; -1 where there are fewer.
+
+    Only blocks first .. own can be chosen, and `own` always is; with `forced` 3 the document's `first` and the one
+    before `own` are, too. Their order is that of the columns, backwards: `own` first, -1 last.
+    """
+    block = torch.arange(scores.shape[-1], device=scores.device)
+    own, first = own[:, :, None, None], first[:, :, None, None]
+    always = block == own
+    if forced == 3:
+        always = always | (block == first) | (block == own - 1)
+    scores = scores.float().masked_fill(always, torch.inf).masked_fill((block < first) | (block > own), -torch.inf)
+    index = largest(scores, chosen)
+    index = index.masked_fill(scores.gather(-1, index) == -torch.inf, -1).sort(-1, descending=True).values
+    return F.pad(index, (0, chosen - index.shape[-1]), value=-1)
+
+
+def attend_chosen(
+    query: Float[Tensor, "B T H P"],
+    key: Float[Tensor, "B L G P"],
+    value: Float[Tensor, "B L G Q"],
+    index: Int[Tensor, "B T J K"],
+    layout: Layout,
+    run: slice,
+    segment: Int[Tensor, "B L"] | None,
+    block: int,
+    scale: float,
+) -> Float[Tensor, "B T H Q"]:
+    """A run of the queries of a call over the blocks that each has chosen, whichever way is the cheapest here.
+
+    `segment` is segments(layout, block) where there are documents or padding, else None."""
+    if segment is None:
+        attention = kernels.pick("selected_attention", selected_attention, query, key, value)
+        if attention is not selected_attention or query.shape[1] * index.shape[-1] * block < key.shape[1]:
+            return attention(query, key, value, index, layout.positions[:, run], block, scale)
+    return masked_attention(query, key, value, index, layout, run, segment, block, scale)
+
+
+def selected_attention(
+    query: Float[Tensor, "B T H P"],
+    key: Float[Tensor, "B L G P"],
+    value: Float[Tensor, "B L G Q"],
+    index: Int[Tensor, "B T J K"],
+    positions: Int[Tensor, "B T"],
+    block: int,
+    scale: float,
+) -> Float[Tensor, "B T H Q"]:
+    """Reads the keys of the chosen blocks alone, for rows without documents or padding: block j starts at j * block.
+
+    Query t sees column c when c // block is in its index and c <= positions[t]; one that sees nothing gets 0. No block
+    may be named twice.
+    """
+    groups, choices = key.shape[2], index.shape[2]
+    columns = index[..., None] * block + torch.arange(block, device=key.device)  # [B, T, J, K, block]
+    seen = (index[..., None] >= 0) & (columns <= positions[:, :, None, None, None])
+    columns, seen = columns.flatten(3).clamp(0, key.shape[1] - 1), seen.flatten(3)[:, :, :, None]
+    row = torch.arange(len(key), device=key.device)[:, None, None, None]
+    group = (torch.arange(choices, device=key.device) * groups // choices)[:, None]
+    keys, values = key[row, columns, group], value[row, columns, group]
+    logits = wide(query).unflatten(2, (choices, -1)) @ wide(keys).transpose(-1, -2) * scale
+    weights = logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1) * seen
+    return (weights.to(value.dtype) @ values).flatten(2, 3)
+
+
+def masked_attention(
+    query: Float[Tensor, "B T H P"],
+    key: Float[Tensor, "B L G P"],
+    value: Float[Tensor, "B L G Q"],
+    index: Int[Tensor, "B T J K"],
+    layout: Layout,
+    run: slice,
+    segment: Int[Tensor, "B L"] | None,
+    block: int,
+    scale: float,
+) -> Float[Tensor, "B T H Q"]:
+    """attend_chosen by a mask over the keys, formed for the heads of one choice at a time."""
+    choices, length = index.shape[2], key.shape[1] if segment is not None else layout.past + run.stop
+    count = int(segment.max()) + 1 if segment is not None else -(-length // block)
+    seen = visible(layout, run)[..., :length]
+    key, value, out = key[:, :length], value[:, :length], []
+    for j in range(choices):
+        own, heads = index[:, :, j], slice(j * query.shape[2] // choices, (j + 1) * query.shape[2] // choices)
+        kept = own.new_zeros(*own.shape[:2], count + 1, dtype=torch.bool)
+        kept = kept.scatter_(-1, own.where(own >= 0, count), True)[..., :count]  # [B, T, M]
+        if segment is None:
+            mask = kept.repeat_interleave(block, dim=-1)[..., :length]
+        else:
+            mask = kept.gather(-1, segment[:, None].expand(-1, own.shape[1], -1))
+        group = slice(j * key.shape[2] // choices, j * key.shape[2] // choices + 1)
+        out.append(attend(query[:, :, heads], key[:, :, group], value[:, :, group], scale, mask[:, None] & seen))
+    return torch.cat(out, dim=2)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it came so."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,145 @@
+"""Streams and what is projected of them in -> one stream to read, coefficients; then the streams rewritten out.
+
+    pre, post  = sigmoid(scale_0 m_pre + base_pre) + eps, 2 sigmoid(scale_1 m_post + base_post)
+    comb       = Sinkhorn(scale_2 m_comb + base_comb)
+    u          = sum_i pre_i x_i                              `collapse` is all of this
+    x_k       <- post_k F(u) + sum_j comb[j, k] x_j           `write`
+
+The arithmetic of mHC (arXiv:2512.24880) without its parameters: tensors in, tensors out. Whatever is a sum over streams
+is made in the precision of the coefficients, and the S*S matrices of all tokens stand as [S, S, N], tokens last.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision of coefficients: float32, or float64 for float64 streams."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _Sinkhorn(torch.autograd.Function):
+    """Sinkhorn with the tokens last; stores the logits alone and walks the iterates again in backward.
+
+    One step c' = c / d, d = sum_axis c + eps, has, in P = c' dL/dc', the backward P <- P - c' sum_axis P: no division,
+    so no gradient can overflow however small a sum was. Backward keeps the sums d, a quarter of the iterates c = c' d.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, iterations, eps):
+        ctx.save_for_backward(logits)
+        ctx.iterations, ctx.eps = iterations, eps
+        return _walk(logits, iterations, eps)[1]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (logits,) = ctx.saved_tensors
+        start, comb, sums = _walk(logits, ctx.iterations, ctx.eps)
+        flow = gradient.contiguous() * comb  # a strided gradient would make every step strided
+        for axis, total in zip(reversed(_axes(ctx.iterations)), reversed(sums), strict=True):
+            flow.addcmul_(comb, flow.sum(axis, keepdim=True), value=-1)
+            comb.mul_(total)
+        if ctx.eps:
+            flow.mul_(start).div_(start + ctx.eps)
+        return flow.addcmul_(start, flow.sum(1, keepdim=True), value=-1), None, None
+
+
+def _walk(logits: Tensor, iterations: int, eps: float) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The softmax, the matrix after all steps, and what each step divided by."""
+    start, sums = logits.softmax(1), []
+    comb = start + (eps or torch.finfo(start.dtype).tiny)  # a row of exponentials that vanished is not 0 / 0
+    for axis in _axes(iterations):
+        sums.append(comb.sum(axis, keepdim=True).add_(eps))
+        comb.div_(sums[-1])
+    return start, comb, sums
+
+
+def _axes(iterations: int) -> list[int]:
+    """The axes normalised after the softmax over axis 1, in order."""
+    return [0] + [1, 0] * (iterations - 1)
+
+
+def sinkhorn(logits: Float[Tensor, "S S N"], iterations: int = 20, eps: float = 1e-6) -> Float[Tensor, "S S N"]:
+    """c = softmax(logits, axis 1) + eps, axis 0 normalised; then iterations - 1 times axis 1 and axis 0 normalised.
+
+    Every normalisation divides by (sum + eps). Axis 0 sums to 1 within 1e-5; axis 1 only as far as it has converged
+    (3e-2 and more off for logits of deviation 2). The S*S matrices come first so that every step runs along the tokens.
+    """
+    return _Sinkhorn.apply(logits, iterations, eps)
+
+
+class _Project(torch.autograd.Function):
+    """(weight x^T) / rms(x): the norm commutes with the product, so the normalised streams are never stored."""
+
+    @staticmethod
+    def forward(ctx, flat, weight, eps):
+        mean = torch.linalg.vector_norm(flat, dim=-1).square() / flat.shape[-1]
+        inverse = (mean + eps).rsqrt()  # [N]
+        projected = (weight @ flat.T).mul_(inverse)  # [K, N]
+        ctx.save_for_backward(flat, weight, inverse, projected)
+        return projected
+
+    @staticmethod
+    def backward(ctx, gradient):
+        flat, weight, inverse, projected = ctx.saved_tensors
+        scaled = gradient * inverse
+        shrink = (gradient * projected).sum(0) * inverse.square() / -flat.shape[-1]
+        return (scaled.T @ weight).addcmul_(flat, shrink[:, None]), scaled @ flat, None
+
+
+def project(flat: Float[Tensor, "N F"], weight: Float[Tensor, "K F"], eps: float = 1e-6) -> Float[Tensor, "K N"]:
+    """m[k, n] = <weight_k, x_n> rsqrt(mean(x_n^2) + eps), tokens last."""
+    return _Project.apply(flat, weight, eps)
+
+
+def squash(
+    m: Float[Tensor, "K N"], scale: Float[Tensor, "3"], base: Float[Tensor, " K"], streams: int, eps: float
+) -> tuple[Float[Tensor, "S N"], Float[Tensor, "S N"], Float[Tensor, "L N"]]:
+    """pre, post and the logits of comb. Rows of m and base: S of pre, S of post, the rest of comb."""
+    S, base = streams, base[:, None]
+    pre = torch.sigmoid(m[:S] * scale[0] + base[:S]) + eps
+    post = 2 * torch.sigmoid(m[S : 2 * S] * scale[1] + base[S : 2 * S])
+    return pre, post, m[2 * S :] * scale[2] + base[2 * S :]
+
+
+def read(streams: Float[Tensor, "N S D"], pre: Float[Tensor, "S N"]) -> Float[Tensor, "N D"]:
+    """u = sum_i pre_i x_i, summed in the precision of pre, in the dtype of the streams."""
+    if torch.compiler.is_compiling():  # which fuses sums, and calls a library for products
+        return (pre.T[..., None] * streams).sum(1).to(streams.dtype)
+    return (pre.T[:, None].contiguous() @ streams.to(pre.dtype))[:, 0].to(streams.dtype)
+
+
+def collapse(
+    streams: Float[Tensor, "N S D"],
+    m: Float[Tensor, "K N"],
+    scale: Float[Tensor, "3"],
+    base: Float[Tensor, " K"],
+    carried: Float[Tensor, "S N"] | None = None,
+    iterations: int = 20,
+    eps: float = 1e-6,
+) -> tuple[Float[Tensor, "N D"], Float[Tensor, "S N"], Float[Tensor, "S N"], Float[Tensor, "S S N"]]:
+    """u, pre, post and comb, K = 2S + S*S; comb's rows are row-major [j, k]. u is read with `carried` where given."""
+    S = streams.shape[1]
+    pre, post, logits = squash(m, scale, base, S, eps)
+    comb = sinkhorn(logits.view(S, S, -1), iterations, eps)
+    return read(streams, pre if carried is None else carried), pre, post, comb
+
+
+def write(
+    streams: Float[Tensor, "N S D"],
+    out: Float[Tensor, "N D"],
+    post: Float[Tensor, "S N"],
+    comb: Float[Tensor, "S S N"] | None,
+) -> Float[Tensor, "N S D"]:
+    """x_k <- post_k out + sum_j comb[j, k] x_j, summed in the precision of post, in the dtype of the streams.
+
+    comb None is the identity. A compiler is given one sum a stream, of which it makes one pass over all of them.
+    """
+    out, wide_streams = out.to(post.dtype), streams.to(post.dtype)
+    if comb is not None and torch.compiler.is_compiling():
+        rows, every = wide_streams.unbind(1), range(streams.shape[1])
+        made = [sum((comb[j, k, :, None] * rows[j] for j in every), post[k, :, None] * out) for k in every]
+        return torch.stack(made, 1).to(streams.dtype)
+    mixed = streams if comb is None else comb.permute(2, 1, 0).contiguous() @ wide_streams
+    return torch.addcmul(mixed, post.T[..., None], out[:, None]).to(streams.dtype)

@@ -1,0 +1,211 @@
+"""Queries, keys, values and one choice of blocks for each tile of queries in -> attended values out.
+
+    tile of t   = positions[t] // 128, positions counted from the start of the document
+    blocks of t = those chosen by the first query of its tile, and those that the tile has begun since, up to t's own
+
+This is ours, in no paper. A query a tile chooses, so that the keys of a tile are gathered once and multiplied as
+matrices. It is the first, since a mean over the tile would tell its early queries what comes after them: no choice
+depends on the future, and decoding gives what one call gave.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.attention import flex_attention as flex
+
+from rorqual.layers.basics import Layout
+from rorqual.layers.cache import Recent
+from rorqual.layers.selection import attend_chosen, runs
+
+Choice = Literal["token", "tile"]
+TILE = 128  # queries
+
+
+def attend_tiles(
+    query: Float[Tensor, "B T H P"],
+    key: Float[Tensor, "B L G P"],
+    value: Float[Tensor, "B L G Q"],
+    choose: Callable[[Tensor], Tensor],
+    layout: Layout,
+    segment: Int[Tensor, "B L"] | None,
+    block: int,
+    scale: float,
+    cache: Recent | None = None,
+) -> Float[Tensor, "B T H Q"]:
+    """`choose` maps columns [N] of the call's queries to the blocks [B, N, J, K] that these would choose, own first.
+
+    `segment` is segments(layout, block) where there are documents or padding, else None; `cache` keeps the choice of
+    the tile that is not full yet, for the next call."""
+    index = tile_choices(choose, layout, segment, cache)
+    if segment is None:
+        if query.shape[1] >= TILE:
+            return _whole_tiles(query, key, value, index, layout.past, block, scale)
+        index = _to_tokens(index, layout)
+    own = segment[:, layout.past :] if segment is not None else layout.positions // block
+    index = torch.cat([index, _begun(layout.positions, own, block, index.shape[2])], dim=-1)
+    parts = [
+        attend_chosen(query[:, run], key, value, index[:, run], layout, run, segment, block, scale)
+        for run in runs(query.shape[1])
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def tile_choices(
+    choose: Callable[[Tensor], Tensor], layout: Layout, segment: Int[Tensor, "B L"] | None, cache: Recent | None
+) -> Int[Tensor, "B N J K"]:
+    """The choice of every tile that the call touches; of every token's tile where there are documents or padding.
+
+    Kept in `cache` for the next call."""
+    return _choices(choose, layout, cache) if segment is None else _choices_of_rows(choose, layout, cache)
+
+
+def _choices(choose: Callable[[Tensor], Tensor], layout: Layout, cache: Recent | None) -> Int[Tensor, "B N J K"]:
+    """Of every tile that this call touches, where a tile starts at the same column in all rows."""
+    time, begin = layout.positions.shape[1], -layout.past % TILE
+    found = []
+    if begin:
+        assert cache is not None
+        found.append(_held(cache))
+    if begin < time:
+        found.append(choose(torch.arange(begin, time, TILE, device=layout.positions.device)))
+    tiles = torch.cat(found, dim=1)
+    if cache is not None:
+        cache.extend(_to_tokens(tiles, layout).int())
+    return tiles
+
+
+def _choices_of_rows(
+    choose: Callable[[Tensor], Tensor], layout: Layout, cache: Recent | None
+) -> Int[Tensor, "B T J K"]:
+    """Of every token, where documents or padding start tiles anywhere; padding before the first chooses for itself."""
+    columns = torch.arange(layout.positions.shape[1], device=layout.positions.device)
+    index = torch.cat([choose(columns[run]) for run in runs(len(columns))], dim=1)
+    starts = layout.positions % TILE == 0
+    if layout.present is not None:
+        starts = starts & layout.present
+    lead = columns.where(starts, -1).cummax(1).values[:, :, None, None]
+    before = _held(cache) if cache is not None and cache.length else index
+    index = index.gather(1, lead.clamp_min(0).expand_as(index)).where(lead >= 0, before)
+    if cache is not None:
+        cache.extend(index.int())
+    return index
+
+
+def _held(cache: Recent) -> Int[Tensor, "B 1 J K"]:
+    """The choice of the last token's tile."""
+    assert cache.buffer is not None
+    return cache.buffer[:, cache.end - 1 : cache.end].long()
+
+
+def _to_tokens(tiles: Tensor, layout: Layout) -> Int[Tensor, "B T J K"]:
+    columns = layout.past + torch.arange(layout.positions.shape[1], device=tiles.device)
+    return tiles.index_select(1, columns // TILE - layout.past // TILE)
+
+
+def _begun(positions: Tensor, own: Tensor, block: int, choices: int) -> Int[Tensor, "B T J E"]:
+    """The blocks that a token's tile has begun since its first query, -1 where it has begun fewer than it may."""
+    aligned = block % TILE == 0 or TILE % block == 0
+    back = torch.arange((TILE - 1) // block if aligned else -(-(TILE - 1) // block), device=own.device)
+    begun = positions // block - positions // TILE * TILE // block
+    blocks = (own[..., None] - back).where(back < begun[..., None], -1)
+    return blocks[:, :, None].expand(-1, -1, choices, -1)
+
+
+def _whole_tiles(query, key, value, tiles: Tensor, past: int, block: int, scale: float) -> Tensor:
+    """FlexAttention where it has a backward and fuses; on a CPU the loop needs no compiler and is the faster."""
+    if query.is_cuda and past == 0:
+        return flex_tiles(query, key, value, tiles, block, scale)
+    return loop_tiles(query, key, value, tiles, past, block, scale)
+
+
+def loop_tiles(
+    query: Float[Tensor, "B T H P"],
+    key: Float[Tensor, "B L G P"],
+    value: Float[Tensor, "B L G Q"],
+    tiles: Int[Tensor, "B N J K"],
+    past: int,
+    block: int,
+    scale: float,
+) -> Float[Tensor, "B T H Q"]:
+    """A tile at a time: its chosen blocks, gathered, and its own keys. For rows without documents or padding.
+
+    `tiles` names the own block of each tile's first query first and, while fewer than K exist, -1 last: what comes
+    between lies before the tile, so that every query of the tile sees all of it.
+    """
+    (batch, length, groups), choices, out = key.shape[:3], tiles.shape[2], []
+    far = [_by_block(x, block) for x in (key, value)]  # [B G M, block, P or Q]
+    row = torch.arange(batch, device=key.device)[:, None] * groups
+    row = (row + torch.arange(choices, device=key.device) * groups // choices)[..., None] * (length // block)
+    for n, start in enumerate(range(past // TILE * TILE, length, TILE)):
+        begin, end, own = max(start, past), min(start + TILE, length), start // block
+        places = (row + tiles[:, n, :, 1 : own + 1]).flatten()
+        chosen = [x.index_select(0, places).view(batch, choices, -1, x.shape[-1]) for x in far]
+        near = [x[:, own * block : end].transpose(1, 2) for x in (key, value)]
+        near = [x.repeat_interleave(choices // groups, dim=1) for x in near]
+        keys, values = (torch.cat(both, dim=2) for both in zip(chosen, near, strict=True))
+        mask = torch.ones(end - begin, keys.shape[2], dtype=torch.bool, device=key.device)
+        mask = mask.tril(keys.shape[2] - (end - begin))
+        own_query = query[:, begin - past : end - past].transpose(1, 2)
+        grouped = own_query.shape[1] != choices
+        out.append(
+            F.scaled_dot_product_attention(own_query, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        )
+    return torch.cat(out, dim=2).transpose(1, 2)
+
+
+def _by_block(x: Float[Tensor, "B L G P"], block: int) -> Float[Tensor, "BGM block P"]:
+    """The complete blocks, those of a row and group side by side."""
+    count = x.shape[1] // block
+    whole = x[:, : count * block].unflatten(1, (count, block)).permute(0, 3, 1, 2, 4)
+    return whole.reshape(-1, block, x.shape[-1])
+
+
+def flex_tiles(
+    query: Float[Tensor, "B T H P"],
+    key: Float[Tensor, "B T G P"],
+    value: Float[Tensor, "B T G Q"],
+    tiles: Int[Tensor, "B N J K"],
+    block: int,
+    scale: float,
+) -> Float[Tensor, "B T H Q"]:
+    """loop_tiles by FlexAttention, compiled, for past = 0. Its backward wants a GPU."""
+    mask = block_mask(tiles, query.shape[1], query.shape[2], block)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    out = _compiled()(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def block_mask(tiles: Int[Tensor, "B N J K"], time: int, heads: int, block: int) -> flex.BlockMask:
+    """Chosen blocks before the tile are seen whole, the tile's own up to each query."""
+    batch, count, choices, _ = tiles.shape
+    width = -(-time // block)
+    start = torch.arange(count, device=tiles.device) * TILE
+    own, last = start // block, ((start + TILE).clamp_max(time) - 1) // block
+    order = torch.arange(width, device=tiles.device)
+    near = (own[:, None] + order).clamp_max(width - 1).expand(batch, heads, -1, -1)
+    far = tiles[..., 1:].transpose(1, 2).repeat_interleave(heads // choices, dim=1)
+    far_count = (far >= 0).sum(-1)
+    far = F.pad(far.clamp_min(0), (0, max(0, width - far.shape[-1])))[..., :width]
+    return flex.BlockMask.from_kv_blocks(
+        (last - own + 1).expand(batch, heads, -1).int().contiguous(),
+        near.int().contiguous(),
+        far_count.int().contiguous(),
+        far.int().contiguous(),
+        BLOCK_SIZE=(TILE, block),
+        mask_mod=_causal,
+        seq_lengths=(time, time),
+    )
+
+
+def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return key <= query
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(flex.flex_attention)

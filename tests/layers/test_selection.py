@@ -1,0 +1,170 @@
+"""The ways of attending to chosen blocks are one sum, and the choice has one rule."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rorqual import kernels
+from rorqual.kernels import select
+from rorqual.layers import selection
+from rorqual.layers.basics import layout
+from rorqual.layers.cache import Past
+from rorqual.layers.selection import attend_chosen, best_blocks, full_attention, selected_attention
+
+SHAPES = [  # batch, queries, heads, groups, choices, key width, value width, keys, chosen, block
+    (2, 3, 6, 2, 2, 6, 5, 23, 3, 4),
+    (1, 1, 16, 4, 4, 8, 8, 100, 5, 16),
+    (1, 5, 16, 1, 1, 3, 7, 37, 4, 5),
+    (3, 2, 3, 3, 3, 33, 17, 5, 2, 3),
+    (1, 4, 6, 2, 6, 7, 7, 40, 9, 5),
+    (2, 7, 1, 1, 1, 1, 1, 9, 1, 64),
+]
+
+
+def case(batch, time, heads, groups, choices, width, value_width, length, chosen, block, dtype=torch.float32):
+    """The last `time` of `length` tokens. Keys and values are a view into a longer buffer, as a cache's are."""
+    query = torch.randn(batch, time, heads, width).to(dtype)
+    key = torch.randn(batch, length + 9, groups, width).to(dtype)[:, :length]
+    value = torch.randn(batch, length + 9, groups, value_width).to(dtype)[:, :length]
+    positions = torch.arange(length - time, length).expand(batch, -1)
+    index = torch.rand(batch, time, choices, -(-length // block)).argsort(-1)[..., :chosen]
+    index = index.where((torch.rand(index.shape) < 0.8) & (index * block <= positions[..., None, None]), -1)
+    return query, key, value, index, positions, block, 0.4
+
+
+def brute(query, key, value, index, positions, block, scale):
+    out = query.new_zeros(*query.shape[:3], value.shape[-1])
+    for b, t, h in torch.cartesian_prod(*map(torch.arange, query.shape[:3])).tolist():
+        g, j = h * key.shape[2] // query.shape[2], h * index.shape[2] // query.shape[2]
+        chosen = set(index[b, t, j].tolist())
+        columns = [c for c in range(key.shape[1]) if c // block in chosen and c <= positions[b, t]]
+        if columns:
+            out[b, t, h] = (key[b, columns, g] @ query[b, t, h] * scale).softmax(0) @ value[b, columns, g]
+    return out
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_is_its_definition(shape):
+    given = case(*shape, dtype=torch.float64)
+    torch.testing.assert_close(selected_attention(*given), brute(*given), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_twin_gives_the_references_numbers(shape, poisoned):
+    given = case(*shape)
+    torch.testing.assert_close(select.selected_attention(*given), selected_attention(*given), atol=2e-6, rtol=0)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.sampled_from([(1, 1, 1), (4, 2, 2), (6, 2, 6), (5, 1, 5), (9, 3, 3)]),
+    st.integers(1, 19),
+    st.integers(4, 70),
+    st.integers(1, 6),
+    st.integers(1, 17),
+)
+def test_the_twin_at_any_size(batch, time, heads, width, length, chosen, block):
+    given = case(batch, time, *heads, width, width, length, chosen, block)
+    torch.testing.assert_close(select.selected_attention(*given), selected_attention(*given), atol=5e-6, rtol=0)
+
+
+def test_the_twin_on_threads():
+    given, threads = case(2, 30, 4, 2, 2, 64, 64, 400, 12, 32), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        torch.testing.assert_close(select.selected_attention(*given), selected_attention(*given), atol=2e-6, rtol=0)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_twin_refuses_what_it_cannot_do():
+    plain = torch.zeros(2)
+    assert select.usable(plain) == ""
+    assert "bfloat16" in select.usable(plain, plain.bfloat16())
+    assert "backward" in select.usable(plain.clone().requires_grad_())
+    with torch.no_grad():
+        assert select.usable(plain.clone().requires_grad_()) == ""
+    assert "cuda" in select.usable(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[5] == shape[6]], ids=str)
+def test_gathered_is_masked(shape, dtype):
+    """What a cache's last tokens get either way, and its gradient."""
+    query, key, value, index, positions, block, scale = case(*shape, dtype=dtype)
+    history = Past()
+    history.length = int(positions[0, 0])
+    where = layout(*query.shape[:2], "cpu", past=history)
+    given = [x.clone().requires_grad_() for x in (query, key, value)]
+    masked = selection.masked_attention(*given, index, where, slice(0, query.shape[1]), None, block, scale)
+    gathered = selected_attention(*given, index, positions, block, scale)
+    loose = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype]
+    torch.testing.assert_close(masked, gathered, atol=loose, rtol=0)
+    pull = torch.randn_like(masked)
+    grads = (torch.autograd.grad((y * pull).sum(), given) for y in (masked, gathered))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=loose * max(1.0, b.abs().max().item()), rtol=0)
+
+
+def test_the_way_is_chosen_by_what_is_asked(monkeypatch):
+    """The twin where it can run; without it a gather for few queries and a mask for many."""
+    query, key, value, index, _, block, scale = case(1, 8, 4, 2, 2, 6, 6, 64, 2, 4)
+    history = Past()
+    history.length = 56
+    where, used = layout(1, 8, "cpu", past=history), []
+    for name in ("selected_attention", "masked_attention"):
+        way = getattr(selection, name)
+        monkeypatch.setattr(selection, name, lambda *g, way=way, name=name: (used.append(name), way(*g))[1])
+    for kind, count, expected in (
+        ("", 8, []),
+        ("reference", 8, ["masked_attention"]),
+        ("reference", 2, ["selected_attention"]),
+    ):
+        monkeypatch.setenv(kernels.VARIABLE, kind)
+        used.clear()
+        run = slice(8 - count, 8)
+        attend_chosen(query[:, run], key, value, index[:, run], where, run, None, block, scale)
+        assert used == expected
+
+
+def test_a_query_without_keys_gets_nothing():
+    query, key, value, index, positions, block, scale = case(1, 3, 4, 2, 2, 6, 6, 20, 3, 4)
+    empty = torch.full_like(index, -1)
+    for way in (selected_attention, select.selected_attention):
+        assert (way(query, key, value, empty, positions, block, scale) == 0).all()
+
+
+@pytest.mark.parametrize("past", [0, 5])
+@pytest.mark.parametrize("time", [1, 2, 9])
+def test_full_attention_is_its_definition(past, time, monkeypatch):
+    monkeypatch.setattr(selection, "QUERIES", 4)
+    length = past + time
+    query, key, value = torch.randn(2, time, 6, 4), torch.randn(2, length, 2, 4), torch.randn(2, length, 2, 4)
+    history = Past()
+    history.length = past
+    every = torch.zeros(2, time, 2, 1, dtype=torch.long)
+    expected = brute(query, key, value, every, torch.arange(past, length).expand(2, -1), length, 0.4)
+    out = full_attention(query, key, value, layout(2, time, "cpu", past=history), 0.4)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+
+
+def test_of_equal_scores_the_later_block():
+    scores = torch.zeros(1, 1, 2, 9)
+    scores[0, 0, 1, 2] = 1.0
+    index = best_blocks(scores, torch.tensor([[7]]), torch.tensor([[1]]), 4)
+    assert index[0, 0].tolist() == [[7, 6, 5, 4], [7, 6, 5, 2]]  # 8 is later than own, 0 another document's
+    index = best_blocks(scores, torch.tensor([[7]]), torch.tensor([[1]]), 4, forced=3)
+    assert index[0, 0].tolist() == [[7, 6, 5, 1], [7, 6, 2, 1]]
+
+
+def test_fewer_blocks_than_may_be_chosen():
+    index = best_blocks(torch.randn(1, 2, 1, 5), torch.tensor([[0, 2]]), torch.tensor([[0, 1]]), 4)
+    assert index[0, 0, 0].tolist() == [0, -1, -1, -1]
+    assert index[0, 1, 0].tolist() == [2, 1, -1, -1]
+    assert best_blocks(torch.randn(1, 1, 1, 2), torch.tensor([[1]]), torch.tensor([[0]]), 4)[0, 0, 0, 2:].tolist() == [
+        -1,
+        -1,
+    ]

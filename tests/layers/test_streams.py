@@ -1,0 +1,157 @@
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rorqual import kernels
+from rorqual.layers import streams
+from rorqual.layers.hyper import Connection, HyperConfig
+from rorqual.layers.streams import sinkhorn
+
+SIZES = [(37, 4, 70), (1, 1, 1), (5, 3, 129), (0, 2, 8), (17, 5, 33)]  # tokens, streams, width
+
+
+def outcome(function, given, pulls, *rest):
+    """What a function of tensors makes, and the gradient of everything it was given."""
+    given = [x if x is None else x.detach().clone().requires_grad_() for x in given]
+    made = function(*given, *rest)
+    made = made if isinstance(made, tuple) else (made,)
+    total = sum((x.float() * pull.to(x.device)).sum() for x, pull in zip(made, pulls, strict=True))
+    return [*made, *torch.autograd.grad(total, [x for x in given if x is not None])]
+
+
+def alike(ours, expected):
+    """Within rounding of the dtype, of the largest value."""
+    for a, b in zip(ours, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        if b.numel():
+            tolerance = (2**-6 if b.dtype == torch.bfloat16 else 3e-6) * max(1e-3, b.abs().max().item())
+            torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 20), st.floats(0.01, 4.0))
+def test_sinkhorn_by_autograd(streams, iterations, tokens, deviation):
+    logits = (torch.randn(streams, streams, tokens, dtype=torch.float64) * deviation).requires_grad_()
+    comb = logits.softmax(1) + 1e-6
+    for axis in [0] + [1, 0] * (iterations - 1):
+        comb = comb / (comb.sum(axis, keepdim=True) + 1e-6)
+    pull = torch.randn_like(comb)
+    ours = sinkhorn(logits, iterations)
+    torch.testing.assert_close(ours, comb, atol=1e-12, rtol=0)
+    grads = [torch.autograd.grad((y * pull).sum(), logits)[0] for y in (ours, comb)]
+    torch.testing.assert_close(*grads, atol=1e-11, rtol=1e-9)
+
+
+def test_nothing_of_the_iterations_is_stored():
+    saved = []
+    logits = torch.randn(4, 4, 100, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        sinkhorn(logits * 1.0, 20)
+    assert sum(x.numel() for x in saved) == logits.numel()
+
+
+@pytest.mark.parametrize("deviation", [0.01, 1.0, 2.0, 5.0])
+def test_only_the_axis_normalised_last_sums_to_one(deviation):
+    comb = sinkhorn(torch.randn(4, 4, 5000) * deviation)
+    assert (comb.sum(0) - 1).abs().max() < 1e-5
+    other = (comb.sum(1) - 1).abs().max()
+    assert other < 1e-4 if deviation < 0.5 else other < 1.0
+    if deviation >= 2:
+        assert other > 1e-2
+
+
+@pytest.mark.parametrize(("size", "eps"), [(20.0, 1e-6), (40.0, 0.0)])  # autograd's own divisions overflow at 40
+def test_backward_does_not_overflow(size: float, eps: float) -> None:
+    logits = (torch.randn(4, 4, 2000).sign() * size).requires_grad_()
+    sinkhorn(logits, 20, eps).backward(torch.randn(4, 4, 2000) * 1e4)
+    assert logits.grad.isfinite().all()
+    assert logits.grad.abs().max() < 1e5
+
+
+def test_without_eps_what_vanishes_is_not_divided_by_zero() -> None:
+    logits = torch.zeros(3, 3, 4)
+    logits[:, 1] = -300.0  # exp of it is 0
+    logits.requires_grad_()
+    comb = sinkhorn(logits, 20, 0.0)
+    comb.backward(torch.randn(3, 3, 4) * 1e4)
+    assert comb.isfinite().all()
+    assert logits.grad.isfinite().all()
+    torch.testing.assert_close(comb.sum(0), torch.ones(3, 4))
+
+
+def test_collapse_is_coefficients_and_read() -> None:
+    x, m, scale, base = torch.randn(6, 3, 5), torch.randn(15, 6), torch.rand(3), torch.randn(15)
+    u, pre, post, comb = streams.collapse(x, m, scale, base, None, 4, 1e-3)
+    logits = m * scale.repeat_interleave(torch.tensor([3, 3, 9]))[:, None] + base[:, None]
+    torch.testing.assert_close(pre, logits[:3].sigmoid() + 1e-3)
+    torch.testing.assert_close(post, 2 * logits[3:6].sigmoid())
+    torch.testing.assert_close(comb, sinkhorn(logits[6:].view(3, 3, 6), 4, 1e-3))
+    torch.testing.assert_close(u, torch.einsum("in,nid->nd", pre, x))
+    carried = torch.rand(3, 6)
+    torch.testing.assert_close(
+        streams.collapse(x, m, scale, base, carried, 4, 1e-3)[0], torch.einsum("in,nid->nd", carried, x)
+    )
+
+
+def test_write_mixes_from_j_to_k() -> None:
+    x, out, post, comb = torch.randn(6, 3, 5), torch.randn(6, 5), torch.rand(3, 6), torch.rand(3, 3, 6)
+    expected = torch.einsum("jkn,njd->nkd", comb, x) + torch.einsum("kn,nd->nkd", post, out)
+    torch.testing.assert_close(streams.write(x, out, post, comb), expected)
+    torch.testing.assert_close(streams.write(x, out, post, None), x + torch.einsum("kn,nd->nkd", post, out))
+
+
+@pytest.mark.interpreted
+def test_tiles_collapse_as_the_formula(tiled: torch.device, poisoned: None) -> None:
+    for case, (tokens, count, dim) in enumerate(SIZES):
+        for eps, iterations in ((1e-6, 20 if case == 0 else 3), (0.0, 1)):
+            for dtype in (torch.float32, torch.bfloat16):
+                rows = 2 * count + count**2
+                carried = torch.rand(count, tokens) if eps else None
+                given = (torch.randn(tokens, count, dim).to(dtype), 2 * torch.randn(rows, tokens), torch.rand(3) + 0.5)
+                given = [x if x is None else x.to(tiled) for x in (*given, torch.randn(rows), carried)]
+                pulls = [torch.randn(tokens, dim), *torch.randn(2, count, tokens), torch.randn(count, count, tokens)]
+                functions = (kernels.triton_twins.collapse, streams.collapse)
+                alike(*(outcome(function, given, pulls, iterations, eps) for function in functions))
+
+
+@pytest.mark.interpreted
+def test_tiles_write_as_the_formula(tiled: torch.device, poisoned: None) -> None:
+    for tokens, count, dim in SIZES:
+        for comb in (torch.rand(count, count, tokens), None):
+            for dtype in (torch.float32, torch.bfloat16):
+                given = (torch.randn(tokens, count, dim).to(dtype), torch.randn(tokens, dim).to(dtype))
+                given = [x if x is None else x.to(tiled) for x in (*given, torch.rand(count, tokens), comb)]
+                functions, pulls = (kernels.triton_twins.write, streams.write), [torch.randn(tokens, count, dim)]
+                alike(*(outcome(function, given, pulls) for function in functions))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kind", ["mhc", "single_pass"])
+def test_a_site_of_tiles_is_a_site(kind: str, tiled: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strided gradients, a carried pre that is a view, and what Connection picks."""
+    sites = [Connection(HyperConfig(kind=kind, streams=3, iterations=3), 10, n).to(tiled) for n in range(2)]
+    x, pull, found = torch.randn(2, 5, 3, 10), torch.randn(2, 3, 5, 10).transpose(1, 2), []
+    for choice in ("reference", "triton"):
+        asked = ",".join(f"{name}={choice}" for name in ("hyper_collapse", "hyper_write"))
+        monkeypatch.setitem(os.environ, kernels.VARIABLE, asked)
+        assert (kernels.pick("hyper_write", streams.write, x.to(tiled)) is streams.write) == (choice == "reference")
+        given = x.to(tiled).requires_grad_()
+        made, carried = sites[0](given, torch.sin)
+        made, _ = sites[1](made, torch.cos, carried)
+        parameters = [p for site in sites for p in site.parameters()]
+        total = (made * pull.to(tiled)).sum()
+        found.append([made, *torch.autograd.grad(total, [given, *parameters], materialize_grads=True)])
+    alike(*found)
+
+
+@pytest.mark.compiled
+@pytest.mark.slow
+def test_compiled_backward_does_not_overflow():
+    logits, pull = (torch.randn(4, 4, 50).sign() * 20).requires_grad_(), torch.randn(4, 4, 50) * 1e4
+    torch.compile(sinkhorn)(logits).backward(pull)
+    assert logits.grad.isfinite().all()
+    close(logits.grad, torch.autograd.grad((sinkhorn(logits) * pull).sum(), logits)[0], 1e-3)

@@ -1,0 +1,154 @@
+"""One choice for many queries: the loop over tiles and FlexAttention against a mask over all keys."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rorqual.layers import selection
+from rorqual.layers.attention import GQA, GQAConfig
+from rorqual.layers.basics import RopeConfig, layout, rope_tables
+from rorqual.layers.cache import Past, Recent
+from rorqual.layers.moba import MoBA, MoBAConfig
+from rorqual.layers.nsa import NSA, NSAConfig
+from rorqual.layers.tiles import TILE, attend_tiles, block_mask, flex_tiles, loop_tiles
+
+SIZES = [  # queries, heads, groups, choices, chosen, block
+    (300, 4, 2, 2, 3, 64),
+    (257, 6, 2, 6, 4, 16),
+    (384, 3, 1, 1, 9, 48),
+    (129, 4, 4, 4, 1, 200),
+    (128, 2, 1, 2, 2, 256),
+    (40, 2, 2, 2, 2, 7),
+]
+
+
+def choice_of_tiles(time, choices, chosen, block, batch=2, tile=TILE):
+    """Own block first, then others before it, -1 where there are fewer, as best_blocks gives them."""
+    index = torch.full((batch, -(-time // tile), choices, chosen), -1)
+    for b, n, j in torch.cartesian_prod(*map(torch.arange, index.shape[:3])).tolist():
+        own = n * tile // block
+        picked = torch.tensor([own, *torch.randperm(own)[: chosen - 1].tolist()])
+        index[b, n, j, : len(picked)] = picked
+    return index
+
+
+def mask_of(index, time, heads, block, tile=TILE):
+    """Bool [B, H, T, T], written out."""
+    batch, _, choices, _ = index.shape
+    mask = torch.zeros(batch, heads, time, time, dtype=torch.bool)
+    for b, h, t in torch.cartesian_prod(torch.arange(batch), torch.arange(heads), torch.arange(time)).tolist():
+        first = t // tile * tile
+        chosen = [*index[b, t // tile, h * choices // heads].tolist(), *range(first // block, t // block + 1)]
+        for j in set(chosen) - {-1}:
+            mask[b, h, t, j * block : min((j + 1) * block, t + 1)] = True
+    return mask
+
+
+def tensors(time, heads, groups, batch=2, width=6, **kind):
+    return [torch.randn(batch, time, n, width, **kind) for n in (heads, groups, groups)]
+
+
+def masked(query, key, value, mask, scale):
+    three = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(*three, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_loop_is_a_mask(size):
+    """Forward and backward."""
+    time, heads, groups, choices, chosen, block = size
+    given = tensors(time, heads, groups, dtype=torch.float64, requires_grad=True)
+    index = choice_of_tiles(time, choices, chosen, block)
+    ours = loop_tiles(*given, index, 0, block, 0.4)
+    expected = masked(*given, mask_of(index, time, heads, block), 0.4)
+    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
+    pull = torch.randn_like(ours)
+    grads = (torch.autograd.grad((y * pull).sum(), given) for y in (ours, expected))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("past", [1, 127, 128, 200])
+def test_the_loop_behind_a_cache(past):
+    time, heads, groups, choices, chosen, block = SIZES[0]
+    query, key, value = tensors(time, heads, groups)
+    index = choice_of_tiles(time, choices, chosen, block)
+    whole = loop_tiles(query, key, value, index, 0, block, 0.4)
+    part = loop_tiles(query[:, past:], key, value, index[:, past // TILE :], past, block, 0.4)
+    torch.testing.assert_close(part, whole[:, past:], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_blocks_for_flex_attention(size):
+    """Which blocks it may look at, and how many it sees whole."""
+    time, heads, _, choices, chosen, block = size
+    index = choice_of_tiles(time, choices, chosen, block)
+    mask, width = mask_of(index, time, heads, block), -(-time // block)
+    dense = block_mask(index, time, heads, block).to_dense()
+    for b, h, n in torch.cartesian_prod(torch.arange(2), torch.arange(heads), torch.arange(index.shape[1])).tolist():
+        seen = mask[b, h, n * TILE : (n + 1) * TILE].any(0)
+        expected = [int(seen[j * block : (j + 1) * block].any()) for j in range(width)]
+        assert dense[b, h, n].tolist() == expected
+
+
+@pytest.mark.compiled
+def test_flex_attention_is_the_loop():
+    """One size only: compiling takes most of a minute."""
+    time, heads, groups, choices, chosen, block = 300, 4, 2, 4, 3, 32
+    given = tensors(time, heads, groups, width=16)
+    index = choice_of_tiles(time, choices, chosen, block)
+    with torch.no_grad():
+        ours, expected = flex_tiles(*given, index, block, 0.4), loop_tiles(*given, index, 0, block, 0.4)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pieces", [[150, 150], [100, 1, 1, 60, 138], [300], [127, 1, 1, 1, 170], [5, 130, 165]])
+def test_the_choice_goes_from_call_to_call(pieces):
+    query, key, value = tensors(300, 4, 2)
+    index, cache, history, outs, done = choice_of_tiles(300, 2, 3, 32), Recent(1), Past(), [], 0
+    for count in pieces:
+        where = layout(2, count, "cpu", past=history)
+
+        def choose(rows, done=done):
+            assert (rows + done).remainder(TILE).eq(0).all(), "somebody who is not a tile's first was asked"
+            return index[:, (rows + done) // TILE]
+
+        end = done + count
+        outs.append(attend_tiles(query[:, done:end], key[:, :end], value[:, :end], choose, where, None, 32, 0.4, cache))
+        done = end
+    whole = masked(query, key, value, mask_of(index, 300, 4, 32), 0.4)
+    torch.testing.assert_close(torch.cat(outs, 1), whole, atol=1e-5, rtol=0)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that anybody makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+@pytest.mark.parametrize("choice", ["token", "tile"])
+@pytest.mark.parametrize("kind", ["nsa", "moba", "full"])
+@pytest.mark.parametrize("twin", ["", "reference"])
+def test_prefill_forms_no_square(kind, choice, twin, monkeypatch):
+    monkeypatch.setattr(selection, "QUERIES", 64)
+    monkeypatch.setenv("RORQUAL_KERNELS", twin)
+    gqa, rope, time = GQAConfig(heads=2, kv_heads=1, head_dim=4), RopeConfig(), 2048
+    inner = MoBA(MoBAConfig(block=64, chosen=3, choice=choice))
+    if kind == "nsa":
+        inner = NSA(NSAConfig(chosen=3, window=64, choice=choice), 8, gqa, rope)
+    elif kind == "full":
+        inner.full = True
+    attention = GQA(gqa, 8, rope, inner)
+    where = layout(1, time, "cpu")
+    tables = rope_tables(rope, 4, where.positions)
+    with torch.no_grad(), Largest() as largest:
+        attention(torch.randn(1, time, 8), where, *tables)
+    assert largest.elements <= 2 * 64 * time
