@@ -11,7 +11,6 @@ its standard error. Interrupted sweeps go on; finished runs are never repeated.
 
 import csv
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rorqual.analyze import figures
+from rorqual.experiments.paired import difference, established, mean_and_error
 from rorqual.experiments.plan import default_memory, split_budget, with_rows
 from rorqual.experiments.runs import Job, last, run
 from rorqual.model import ModelConfig
@@ -29,7 +29,6 @@ from rorqual.train.optim import OptimConfig
 from rorqual.train.trainer import DataConfig, TrainConfig, prepare
 
 KINDS = ("allocation", "slots", "layers", "ablation")
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student, two-sided
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,19 +143,8 @@ def compare(places: Sequence[Point], losses: Sequence[Sequence[float]]) -> list[
     """Means, standard errors, and paired differences to the first point."""
     rows = []
     for point, own in zip(places, losses, strict=True):
-        pairs = [a - b for a, b in zip(own, losses[0], strict=True)]
-        rows.append(Row(point, list(own), *_mean_and_error(own), *_mean_and_error(pairs)))
+        rows.append(Row(point, list(own), *mean_and_error(own), *difference(own, losses[0])))
     return rows
-
-
-def t_factor(seeds: int) -> float:
-    """Standard errors that a mean of so many paired differences must be away from 0 to be established at 95 %."""
-    return T_95.get(seeds - 1, 2.228)
-
-
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    mean = statistics.fmean(values)
-    return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def conclusion(kind: str, rows: Sequence[Row]) -> str:
@@ -167,19 +155,17 @@ def conclusion(kind: str, rows: Sequence[Row]) -> str:
     first = rows[0].point.name
     if best is rows[0]:
         return f"{first} scored lowest ({best.mean:.4f} nats); no other point beat it."
-    factor = t_factor(len(best.losses))
-    clear = best.difference + factor * best.difference_error < 0
+    seeds = len(best.losses)
+    clear = established(best.difference, best.difference_error, seeds)
     said = (
         f"{best.point.name} scored lowest ({best.mean:.4f} nats): {-best.difference:.4f} +- {best.difference_error:.4f}"
-        f" below {first}, over {len(best.losses)} seeds; "
+        f" below {first}, over {seeds} seeds; "
         f"{'established' if clear else 'not established'} at 95 % (paired t)."
     )
     if kind != "allocation":
         return said
     inside = best is not rows[-1]
-    after = [a - b for a, b in zip(rows[-1].losses, best.losses, strict=True)]
-    gap, error = _mean_and_error(after)
-    u = inside and clear and gap > factor * error
+    u = inside and clear and established(*difference(rows[-1].losses, best.losses), seeds)
     return said + f" A U-shape over rho is {'established' if u else 'not established'} here."
 
 

@@ -1,0 +1,224 @@
+"""Kinds of attention, with memory and without -> how often each finds what a text hid: a table, figures, a sentence.
+
+Every arm learns the four tasks of `data.needles` with every seed, in the trainer; texts grow to their full length. An
+accuracy is the share of held-out answers whose most likely id is right, the answers before it given. A sparse kind is
+compared with the full attention that it stands in for, memory with none, by paired differences seed by seed.
+Interrupted sweeps go on; finished runs are never repeated.
+"""
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from rorqual.analyze import figures
+from rorqual.data.needles import DEPTHS, TASKS, NeedleConfig, chance, column, exam_lengths
+from rorqual.experiments.paired import difference, established, mean_and_error
+from rorqual.experiments.runs import Job, last, run
+from rorqual.layers.attention import GQAConfig, MLAConfig
+from rorqual.layers.basics import RopeConfig
+from rorqual.layers.dsa import DSAConfig
+from rorqual.layers.engram import EngramConfig
+from rorqual.layers.moba import MoBAConfig
+from rorqual.layers.nsa import NSAConfig
+from rorqual.model import ModelConfig
+from rorqual.train.optim import OptimConfig
+from rorqual.train.trainer import TrainConfig
+
+Kind = Literal["gqa", "nsa", "moba", "mla", "dsa"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+FULL = {"nsa": "gqa", "moba": "gqa", "dsa": "mla"}  # what a sparse kind stands in for
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NeedleSweep:
+    """Which arms are trained on what, for how long; sizes at which the sparse kinds are sparse."""
+
+    kinds: tuple[Kind, ...] = KINDS
+    memory: Literal["both", "off", "on"] = "both"
+    needles: NeedleConfig = field(default_factory=NeedleConfig)
+    dim: int = 64
+    layers: int = 2
+    dense_width: int = 128
+    rope: RopeConfig = field(default_factory=lambda: RopeConfig(base=1000.0))
+    init_std: float = 0.05
+    gqa: GQAConfig = field(default_factory=lambda: GQAConfig(heads=4, kv_heads=2, head_dim=32))
+    mla: MLAConfig = field(default_factory=MLAConfig)
+    nsa: NSAConfig = field(default_factory=lambda: NSAConfig(block=8, stride=4, select_block=8, chosen=6, window=24))
+    moba: MoBAConfig = field(default_factory=lambda: MoBAConfig(block=16, chosen=3))
+    dsa: DSAConfig = field(default_factory=lambda: DSAConfig(heads=4, dim=16, chosen=48, warmup=600))
+    engram: EngramConfig = field(
+        default_factory=lambda: EngramConfig(
+            layers=(0,), rows_per_head=(2048, 2048), heads=2, head_dim=16, conv=False, canonical=False
+        )
+    )
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-3))
+    steps: int = 900
+    rows: int = 10
+    length: int = 192
+    seeds: int = 2
+    folder: str = "runs/sweep"
+    workers: int | None = None  # processes at a time; None: one a core
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "dim", "layers", "dense_width", "steps", "rows", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if not self.kinds or len(set(self.kinds)) < len(self.kinds) or not set(self.kinds) <= set(KINDS):
+            raise ValueError(f"kinds: got {self.kinds}, expected different ones of {', '.join(KINDS)}")
+
+
+class Arm(NamedTuple):
+    """One model of the sweep."""
+
+    kind: Kind
+    memory: bool
+    config: ModelConfig
+
+    @property
+    def name(self) -> str:
+        return self.kind + "-engram" * self.memory
+
+
+Scores = dict[str, float]  # a run's accuracies, by `column`'s names
+
+
+def arms(config: NeedleSweep) -> list[Arm]:
+    """Every kind of attention, without memory and with it."""
+    plain = ModelConfig(
+        vocabulary=config.needles.vocabulary,
+        dim=config.dim,
+        layers=config.layers,
+        dense_width=config.dense_width,
+        rope=config.rope,
+        init_std=config.init_std,
+    )
+    found = []
+    for kind in config.kinds:
+        outer = FULL.get(kind, kind)
+        attention = {"mla": None, outer: getattr(config, outer), kind: getattr(config, kind)}
+        for memory in {"both": (False, True), "off": (False,), "on": (True,)}[config.memory]:
+            engram = config.engram if memory else None
+            found.append(Arm(kind, memory, replace(plain, engram=engram, **attention)))
+    return found
+
+
+def main(config: NeedleSweep, *, console: Console | None = None) -> Path:
+    """Runs the sweep; writes needle.csv, its figures and conclusion.txt into its folder, and returns the folder."""
+    console = console or Console()
+    folder = Path(config.folder) / "needle"
+    entered = arms(config)
+    jobs = {arm.name: [_job(config, arm, seed, folder) for seed in range(config.seeds)] for arm in entered}
+    run([job for each in jobs.values() for job in each], workers=config.workers, console=console)
+    scores = {name: [last(job.folder, _total(config)) for job in each] for name, each in jobs.items()}
+    said = conclusion(config, entered, scores)
+    _write(folder, config, entered, scores)
+    (folder / "conclusion.txt").write_text(said + "\n", encoding="utf-8")
+    console.print(_table(config, scores))
+    console.print(said)
+    return folder
+
+
+def _job(config: NeedleSweep, arm: Arm, seed: int, folder: Path) -> Job:
+    name = f"{arm.name}-seed-{seed}"
+    return Job(
+        name,
+        TrainConfig(
+            model=arm.config,
+            needles=config.needles,
+            optim=config.optim,
+            steps=config.steps,
+            rows=config.rows,
+            length=config.length,
+            seed=seed,
+            folder=str(folder / name),
+        ),
+    )
+
+
+def _total(config: NeedleSweep) -> str:
+    """A column that only a finished run's last line has."""
+    return column(TASKS[0], config.length)
+
+
+def overall(scores: Scores, length: int) -> float:
+    """The mean of the four tasks at one length."""
+    return sum(scores[column(task, length)] for task in TASKS) / len(TASKS)
+
+
+def conclusion(config: NeedleSweep, entered: Sequence[Arm], scores: dict[str, list[Scores]]) -> str:
+    """What the paired differences of the four tasks' mean allow one to say, at the length that was trained."""
+    means = {name: [overall(each, config.length) for each in seeds] for name, seeds in scores.items()}
+    pairs = [(arm.name, arm.name.replace(arm.kind, FULL[arm.kind], 1)) for arm in entered if arm.kind in FULL]
+    pairs += [(arm.name, arm.kind) for arm in entered if arm.memory]
+    parts = [_compared(one, other, means) for one, other in pairs if other in means]
+    best = max(means, key=lambda name: mean_and_error(means[name])[0])
+    seeds = f"{config.seeds} seed{'s' * (config.seeds > 1)}"
+    head = f"{best} found most ({mean_and_error(means[best])[0]:.3f} of the answers at {config.length} tokens, {seeds})"
+    return "; ".join([head, *parts]) + " (95 %, paired t)."
+
+
+def _compared(one: str, other: str, means: dict[str, list[float]]) -> str:
+    mean, error = difference(means[one], means[other])
+    found = "established" if established(mean, error, len(means[one])) else "not established"
+    figure = f"{mean:+.3f}" if math.isnan(error) else f"{mean:+.3f} +- {error:.3f}"
+    return f"{one} against {other} {figure}, {found}"
+
+
+def _table(config: NeedleSweep, scores: dict[str, list[Scores]]) -> Table:
+    table = Table("", *TASKS, box=None, title=f"share of answers found at {config.length} tokens", title_justify="left")
+    for name, seeds in scores.items():
+        cells = (mean_and_error([each[column(task, config.length)] for each in seeds]) for task in TASKS)
+        table.add_row(name, *(f"{m:.3f}" if math.isnan(e) else f"{m:.3f} ± {e:.3f}" for m, e in cells))
+    table.add_row("chance: a value of the text", *(f"{share:.3f}" for share in chance(config.needles).values()))
+    table.add_row("chance: any value", *[f"{1 / config.needles.values:.3f}"] * len(TASKS))
+    return table
+
+
+def _write(folder: Path, config: NeedleSweep, entered: Sequence[Arm], scores: dict[str, list[Scores]]) -> None:
+    """A line of needle.csv for every accuracy that was measured; part: of the text, empty for the whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lengths = exam_lengths(config.needles, config.length)
+    with (folder / "needle.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["kind", "engram", "seed", "task", "length", "part", "accuracy"])
+        for arm in entered:
+            for seed, found in enumerate(scores[arm.name]):
+                for task, length, part in ((t, n, p) for t in TASKS for n in lengths for p in (None, *range(DEPTHS))):
+                    if (name := column(task, length, part)) in found:
+                        writer.writerow([arm.kind, arm.memory, seed, task, length, part, found[name]])
+    for memory in {arm.memory for arm in entered}:
+        chosen = {arm.name: scores[arm.name] for arm in entered if arm.memory == memory}
+        ending = "-engram" * memory
+        by_length = {
+            name: [(float(n), *_spread([overall(each, n) for each in seeds])) for n in lengths]
+            for name, seeds in chosen.items()
+        }
+        _draw(folder / f"length{ending}.svg", by_length, "tokens", log=True)
+        by_depth = {name: _by_depth(seeds, config.length) for name, seeds in chosen.items()}
+        _draw(folder / f"depth{ending}.svg", by_depth, "where the needle stands, 0 the text's beginning, 1 its end")
+
+
+def _draw(path: Path, lines: dict[str, list[tuple[float, float, float]]], x: str, log: bool = False) -> None:
+    figures.sweep(lines, x=x, y="share of answers found", log=log).savefig(path)
+
+
+def _by_depth(seeds: Sequence[Scores], length: int) -> list[tuple[float, float, float]]:
+    """Middle of each part of the text, mean over the tasks that have needles there, its error over seeds."""
+    found = []
+    for part in range(DEPTHS):
+        names = [column(task, length, part) for task in TASKS]
+        shares = [[each[name] for name in names if name in each] for each in seeds]
+        if all(shares):
+            found.append(((part + 0.5) / DEPTHS, *_spread([sum(s) / len(s) for s in shares])))
+    return found
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float]:
+    mean, error = mean_and_error(values)
+    return mean, 0.0 if math.isnan(error) else error

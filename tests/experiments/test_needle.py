@@ -1,0 +1,129 @@
+"""The needle sweep enters what it says, claims no more than its seeds allow, and runs from nothing to its table."""
+
+import csv
+import io
+import json
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from rorqual.config import from_dict
+from rorqual.data.needles import DEPTHS, TASKS, NeedleConfig, column
+from rorqual.experiments import needle
+from rorqual.experiments.needle import KINDS, NeedleSweep, arms, conclusion, main, overall
+from rorqual.layers.engram import EngramConfig
+
+TINY = NeedleSweep(
+    kinds=("gqa", "nsa"),
+    needles=NeedleConfig(
+        keys=4, values=4, filler=2, needles=2, asked=2, drill=4, shortest=16, alone=1, grow=2, questions=4
+    ),
+    dim=16,
+    layers=1,
+    dense_width=16,
+    engram=EngramConfig(layers=(0,), rows_per_head=(31, 31), heads=1, head_dim=4, conv=False, canonical=False),
+    steps=4,
+    rows=4,
+    length=32,
+    seeds=2,
+    workers=1,
+)
+
+
+def scores(*shares: float, length: int = 32) -> list[dict[str, float]]:
+    """Seeds that found these shares of every task's answers."""
+    return [{column(task, length): share for task in TASKS} for share in shares]
+
+
+def test_every_kind_is_entered_twice_and_is_sparse():
+    entered = arms(NeedleSweep())
+    assert [arm.name for arm in entered] == [name for kind in KINDS for name in (kind, f"{kind}-engram")]
+    models = {arm.name: arm.config for arm in entered}
+    assert all((model.engram is not None) == name.endswith("-engram") for name, model in models.items())
+    assert [name for name, model in models.items() if model.nsa or model.moba or model.dsa] == [
+        name for name in models if name.partition("-")[0] in needle.FULL
+    ]
+    assert all((model.mla is None) == (name[:3] in ("gqa", "nsa", "mob")) for name, model in models.items())
+    assert {model.vocabulary for model in models.values()} == {NeedleSweep().needles.vocabulary}
+    length = NeedleSweep().length
+    nsa, moba, dsa = models["nsa"].nsa, models["moba"].moba, models["dsa"].dsa
+    assert nsa.chosen * nsa.select_block + nsa.window <= length // 2
+    assert moba.chosen * moba.block <= length // 2 and dsa.chosen <= length // 2
+    assert [arm.name for arm in arms(NeedleSweep(kinds=("dsa",), memory="on"))] == ["dsa-engram"]
+
+
+def test_overall_is_the_mean_of_the_tasks():
+    found = {column(task, 32): share for task, share in zip(TASKS, (1.0, 0.5, 0.25, 0.25), strict=True)}
+    assert overall(found, 32) == 0.5
+
+
+def test_the_conclusion_says_no_more_than_the_seeds():
+    config = replace(TINY, kinds=("gqa", "nsa"), memory="both", seeds=3)
+    found = {
+        "gqa": scores(0.90, 0.91, 0.92),
+        "gqa-engram": scores(0.95, 0.85, 0.99),
+        "nsa": scores(0.50, 0.52, 0.51),
+        "nsa-engram": scores(0.95, 0.96, 0.97),
+    }
+    said = conclusion(config, arms(config), found)
+    assert said.startswith("nsa-engram found most (0.960 of the answers at 32 tokens, 3 seeds); ")
+    assert "nsa against gqa -0.400 +- 0.006, established;" in said
+    assert "nsa-engram against gqa-engram +0.030 +- 0.040, not established" in said
+    assert "gqa-engram against gqa +0.020 +- 0.040, not established" in said
+    assert "nsa-engram against nsa +0.450 +- 0.006, established" in said
+    one = conclusion(replace(config, seeds=1), arms(config), {name: each[:1] for name, each in found.items()})
+    assert "1 seed)" in one and "nsa against gqa -0.400, not established" in one
+    assert ", established" not in one
+
+
+def test_a_kind_without_its_full_one_is_compared_with_nothing():
+    config = replace(TINY, kinds=("dsa",), memory="off")
+    assert "against" not in conclusion(config, arms(config), {"dsa": scores(0.5, 0.6)})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"seeds": 0}, "seeds: got 0"),
+        ({"kinds": []}, "kinds: got"),
+        ({"kinds": ["gqa", "gqa"]}, "kinds: got"),
+        ({"kinds": ["linear"]}, "linear"),
+        ({"memory": "maybe"}, "'maybe'"),
+        ({"length": 0}, "length: got 0"),
+        ({"needles": {"asked": 90}}, "expected 90"),
+    ],
+)
+def test_a_wrong_sweep_is_refused(change, told):
+    with pytest.raises(ValueError, match=told):
+        from_dict(NeedleSweep, change)
+
+
+@pytest.mark.slow
+def test_from_nothing_to_the_table_and_again(tmp_path):
+    config, heard = replace(TINY, kinds=("nsa",), seeds=1, folder=str(tmp_path)), io.StringIO()
+    folder = main(config, console=Console(file=heard, width=120))
+    with (folder / "needle.csv").open() as file:
+        read = list(csv.DictReader(file))
+    assert {(r["kind"], r["engram"], r["seed"]) for r in read} == {("nsa", "True", "0"), ("nsa", "False", "0")}
+    wholes = [r for r in read if not r["part"]]
+    assert len(wholes) == 2 * len(TASKS) * 3 and {r["length"] for r in wholes} == {"16", "32", "64"}
+    assert all(0 <= float(r["accuracy"]) <= 1 for r in read) and {int(r["part"]) for r in read if r["part"]} <= set(
+        range(DEPTHS)
+    )
+    for name in ("length", "depth", "length-engram", "depth-engram"):
+        assert (folder / f"{name}.svg").read_text().startswith("<?xml")
+    said = (folder / "conclusion.txt").read_text().strip()
+    assert "nsa-engram against nsa" in said and said[:40] in heard.getvalue()
+    assert "chance: any value" in heard.getvalue() and "0.250" in heard.getvalue()
+    one = [r for r in wholes if r["engram"] == "False"]
+    metrics = [json.loads(line) for line in (folder / "nsa-seed-0" / "metrics.jsonl").read_text().splitlines()]
+    assert all(float(r["accuracy"]) == metrics[-1][column(r["task"], int(r["length"]))] for r in one)
+
+    marks = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
+    assert len(marks) == 2
+    (folder / "nsa-engram-seed-0" / "model.safetensors").unlink()
+    main(config, console=Console(file=io.StringIO()))
+    again = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
+    assert [path.parent.name for path in marks if again[path] != marks[path]] == ["nsa-engram-seed-0"]
+    assert (folder / "conclusion.txt").read_text().strip() == said
