@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -37,6 +37,7 @@ from torch.distributed.tensor import DTensor
 from rorqual import config as configs
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.runtime import log
+from rorqual.storage import StorageConfig, open_tables
 
 DIGEST = "digest.json"
 FORMAT = "rorqual-state-1"
@@ -190,27 +191,42 @@ def save_model(folder: str | os.PathLike, model: LanguageModel, tokenizer: Any =
     _flush(folder)
 
 
-def load_model(folder: str | os.PathLike, device: str | torch.device = "cpu") -> LanguageModel:
-    """The model of a folder that `save_model` wrote, in evaluation mode.
+def load_model(
+    folder: str | os.PathLike, device: str | torch.device = "cpu", tables: StorageConfig | None = None
+) -> LanguageModel:
+    """The model of a folder that `save_model` wrote, in evaluation mode. `tables`: where Engram's rows are to live.
 
-    ValueError when it is not such a folder, Damaged when the weights in it are torn.
+    ValueError when it is not such a folder, Damaged when the weights in it are torn, TableError when a table is.
     """
-    folder = Path(folder)
+    folder, tables = Path(folder), tables or StorageConfig()
     missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder}: got no {' and no '.join(missing)}, expected a finished run's folder")
     config = configs.load(ModelConfig, folder / "config.json")
-    try:
-        state = load_file(folder / "model.safetensors", device=str(device))
-    except SafetensorError as error:
-        raise Damaged(f"{folder / 'model.safetensors'}: got a torn file ({error}), expected safetensors") from error
+    path = folder / "model.safetensors"
+    apart = tables.home != "device" or tables.folder is not None
+    state = _weights(path, str(device), without="tables." if apart else None)
+    apart = apart or ("tables.0.weight" not in state and (folder / "tables").is_dir())
     if config.tied:
         state.setdefault("head.weight", state["embed.weight"])
+    held = open_tables(folder, len(config.engram.layers) if config.engram else 0, tables) if apart else None
     with torch.device(device):
-        model = LanguageModel(config, seed=None)  # Engram takes the canonical map from the state
+        model = LanguageModel(config, seed=None, tables=held)  # Engram takes the canonical map from the state
+    own = {name: value for name, value in model.state_dict().items() if apart and name.startswith("tables.")}
+    state |= own
     _compare(folder, {k: tuple(v.shape) for k, v in state.items()}, _shapes(model))
     model.load_state_dict(state)
-    return model.eval()
+    return model.to(device).eval()
+
+
+def _weights(path: Path, device: str, without: str | None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, those whose names begin with `without` left where they are."""
+    try:
+        with safe_open(path, "pt", device=device) as file:
+            names = [name for name in file.keys() if without is None or not name.startswith(without)]  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise Damaged(f"{path}: got a torn file ({error}), expected safetensors") from error
 
 
 def encode(value: Any) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 from rorqual import checkpoint, runtime
 from rorqual.data.tokenizer import Tokenizer
@@ -20,6 +20,7 @@ from rorqual.hub import checkpoints
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.serve.decoding import Tally, decode, speculate
 from rorqual.serve.sampling import GREEDY, Sampling
+from rorqual.storage import StorageConfig
 
 
 class TextStream:
@@ -256,17 +257,22 @@ class Run:
         )
 
 
+Home = Literal["device", "host", "disk"]
 DEEPSEEK = ("deepseek_v2", "deepseek_v3")
 
 
-def load(where: str | Path, *, device: str = "auto", dtype: str | None = None) -> Run:
+def load(
+    where: str | Path, *, device: str = "auto", dtype: str | None = None, tables: Home = "device", **sizes: Any
+) -> Run:
     """A run folder, a DeepSeek hub folder, a folder that RorqualForCausalLM saved, or a hub id -> Run.
+
+    `tables` says where Engram's rows are to live, and `sizes` are other fields of StorageConfig (hot_bytes, folder).
 
     Only JSON and safetensors are read: no code of a checkpoint is ever run. dtype None keeps the stored one.
     FileNotFoundError where nothing is; ValueError where a folder is not a model or disagrees with itself.
     """
     folder = find(where)
-    model = read(folder)
+    model = read(folder, StorageConfig(home=tables, **sizes))
     model.to(device=runtime.device(device), dtype=None if dtype is None else runtime.dtype(dtype))
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
     return Run(model, tokenizer, folder)
@@ -322,13 +328,15 @@ def snapshot(name: str) -> Path:
         raise FileNotFoundError(f"no folder {name}, and the hub did not give a model of that name: {reason}") from error
 
 
-def read(folder: Path) -> LanguageModel:
+def read(folder: Path, tables: StorageConfig | None = None) -> LanguageModel:
     """The model of a local folder, by what its config.json says it is."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder}/config.json is not JSON ({error}): was it written to the end?") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind is not None and tables not in (None, StorageConfig()):
+        raise ValueError(f"{folder}: got {tables}, expected a run of rorqual's own, whose tables can lie elsewhere")
     if kind in DEEPSEEK:
         return checkpoints.load(folder)
     if kind == "rorqual":
@@ -337,7 +345,7 @@ def read(folder: Path) -> LanguageModel:
         return RorqualForCausalLM.from_pretrained(folder).model
     if kind is not None:
         raise ValueError(f"{folder} is a {kind} model, expected a rorqual run, or one of {', '.join(DEEPSEEK)}")
-    return checkpoint.load_model(folder)
+    return checkpoint.load_model(folder, tables=tables)
 
 
 def chat_template(folder: Path) -> bool:

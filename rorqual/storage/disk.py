@@ -1,85 +1,140 @@
 """Row ids in -> rows out of a safetensors file, or a folder of shards, read at their positions and never mapped.
 
-Rows that lie within a page of each other are one read. The system is told of the reads to come some hundreds ahead, so
-that the disk answers many at a time while one thread waits for the first.
+Rows that lie side by side are one read. What the system has in memory is copied; of the rest it is told ahead, or asked
+by many threads at once, so that the disk answers many reads at a time (kernels.reads).
 """
 
 import os
-from itertools import chain, pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
-from rorqual.storage.shards import Shard, open_shards
-from rorqual.storage.tables import Fetched
+from rorqual.kernels import pick
+from rorqual.storage.shards import open_shards
+from rorqual.storage.tables import Fetched, Frozen, check_ids
 
-_NEAR = 4096  # bytes between rows that are read over: the disk reads whole pages anyhow
 _RUN = 1 << 20  # bytes; a run of rows ends where it passes a multiple of it
-_AHEAD = 1024  # runs that the system is told of together; twice as many pages of its cache are ours at most
+_AHEAD = 1024  # reads that the system is told of before the first of them
 
 
-class Run(NamedTuple):
-    """`span` rows of a shard from its row `first` on, read together for rows `begin` to `end` of those asked for."""
+def read_places(
+    files: Int[np.ndarray, " K"],
+    offsets: Int[np.ndarray, " K"],
+    sizes: Int[np.ndarray, " K"],
+    places: Int[np.ndarray, " K"],
+    into: UInt8[np.ndarray, " bytes"],
+    wait: bool = True,
+) -> Bool[np.ndarray, " K"]:
+    """Fills into[places[k]:][:sizes[k]] from byte offsets[k] of the open file files[k]; which k the file did not give.
 
-    shard: Shard
-    first: int
-    span: int
-    begin: int
-    end: int
+    What lies where nothing was read is anything. Without `wait` what the system does not hold in memory is not given.
+    """
+    target, failed = into.data.cast("B"), np.zeros(len(files), np.bool_)
+    if not wait and not hasattr(os, "RWF_NOWAIT"):
+        return ~failed
+    flags = () if wait else (os.RWF_NOWAIT,)
+    columns = (files, offsets, sizes, places)
+    reads = list(zip(*(column.tolist() for column in columns), strict=True))
+    for k, (file, offset, size, place) in enumerate(reads):
+        if wait and k % _AHEAD == 0 and len(reads) > 1:
+            _foretell(reads[k : k + _AHEAD])
+        try:
+            failed[k] = os.preadv(file, [target[place : place + size]], offset, *flags) != size
+        except OSError:
+            failed[k] = True
+    return failed
+
+
+def _foretell(reads: list[tuple[int, int, int, int]]) -> None:
+    for file, offset, size, _ in reads:
+        if file >= 0:
+            os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
+
+
+def write_places(
+    files: Int[np.ndarray, " K"],
+    offsets: Int[np.ndarray, " K"],
+    sizes: Int[np.ndarray, " K"],
+    places: Int[np.ndarray, " K"],
+    given: UInt8[np.ndarray, " bytes"],
+) -> Bool[np.ndarray, " K"]:
+    """The inverse of `read_places`: which k the file did not take whole."""
+    source, failed = given.data.cast("B"), np.zeros(len(files), np.bool_)
+    columns = (files, offsets, sizes, places)
+    for k, (file, offset, size, place) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+        try:
+            failed[k] = os.pwrite(file, source[place : place + size], offset) != size
+        except OSError:
+            failed[k] = True
+    return failed
 
 
 class DiskTable(Fetched):
     """Rows in one safetensors file, or in a folder of shards, read at their positions and never mapped."""
 
     def __init__(
-        self, path: str | os.PathLike[str], *, name: str = "rows", hot_bytes: int = 64 << 20, prefetch: bool = True
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str = "rows",
+        hot_bytes: int = 64 << 20,
+        hot_rows: Int[Tensor, " H"] | None = None,
+        prefetch: bool = True,
     ) -> None:
-        """`name` is the tensor's: any float32 or bfloat16 matrix of any safetensors file, or a table of fp8 records."""
+        """`name` is the tensor's: any float32 or bfloat16 matrix of any safetensors file, or a table of fp8 records.
+
+        hot_rows: ids, most wanted first; as many of these rows as `hot_bytes` hold are read now and kept for good.
+        Without them the rows that were read last are kept.
+        """
         self._shards = open_shards(Path(path), name)
         first = self._shards[0]
         self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
         super().__init__(int(self._starts[-1]), first.width, first.dtype, hot_bytes, prefetch)
+        slots = min(self.rows, hot_bytes // self.row_bytes)
+        if hot_rows is not None and len(hot_rows) and slots:
+            check_ids(hot_rows, self.rows)
+            ids, seen = np.unique(hot_rows.numpy(), return_index=True)
+            wanted = np.sort(ids[np.argsort(seen)[:slots]])
+            rows = self._read(wanted)
+            assert rows is not None
+            self._hot = Frozen(wanted, rows)
 
-    def _read(self, ids: np.ndarray) -> Tensor:
+    def _read(self, ids: np.ndarray, wait: bool = True) -> Tensor | None:
         raw = torch.empty(len(ids), self.row_bytes, dtype=torch.uint8)
-        runs, size, target = self._runs(ids), self.row_bytes, raw.numpy().data.cast("B")
-        groups = [runs[at : at + _AHEAD] for at in range(0, len(runs), _AHEAD)]
-        self._foretell(groups[0] if len(runs) > 1 else [])
-        for group, later in pairwise(chain(groups, [[]])):
-            self._foretell(later)
-            for run in group:
-                if run.span == run.end - run.begin:
-                    run.shard.read(run.first, target[run.begin * size : run.end * size])
-                else:
-                    self._pick(run, ids, raw.numpy())
+        which, first, begins, ends = self._runs(ids)
+        files = np.array([shard.file for shard in self._shards])[which]
+        starts, size = np.array([shard.start for shard in self._shards])[which], self.row_bytes
+        read = pick("read_places", read_places, raw)
+        where = (files, starts + first * size, (ends - begins) * size, begins * size)
+        failed = read(*where, raw.numpy().reshape(-1), wait)
+        if not wait and failed.any():
+            return None
+        for k in np.flatnonzero(failed).tolist():  # once more, for the reason
+            target = raw.numpy()[begins[k] : ends[k]].data.cast("B")
+            self._shards[which[k]].read(int(first[k]), target)
         self._count(bytes=raw.numel())
         return raw
 
-    def _foretell(self, runs: list[Run]) -> None:
-        for run in runs:
-            run.shard.foretell(run.first, run.span)
+    def _runs(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Rising ids cut into runs of neighbours: their shard, its row, and from where to where they stand in `ids`.
 
-    def _pick(self, run: Run, ids: np.ndarray, into: np.ndarray) -> None:
-        """Reads a run with rows in between that nobody asked for."""
-        whole = np.empty((run.span, self.row_bytes), dtype=np.uint8)
-        run.shard.read(run.first, whole.data.cast("B"))
-        into[run.begin : run.end] = whole[ids[run.begin : run.end] - ids[run.begin]]
-
-    def _runs(self, ids: np.ndarray) -> list[Run]:
-        """Rising ids cut where the shard changes, more than a page lies between, or a run would grow too long."""
+        A run ends where its shard does or it would grow too long.
+        """
         which = np.searchsorted(self._starts, ids, side="right") - 1
         within = ids - self._starts[which]
-        offsets = within * self.row_bytes
-        apart = (np.diff(which) != 0) | (np.diff(offsets) > _NEAR + self.row_bytes) | (np.diff(offsets // _RUN) != 0)
-        edges = np.array([0, *(np.flatnonzero(apart) + 1), len(ids)])
+        apart = (np.diff(within) != 1) | (np.diff(which) != 0) | (np.diff(within * self.row_bytes // _RUN) != 0)
+        edges = np.flatnonzero(np.concatenate([[True], apart, [True]]))
         begins, ends = edges[:-1], edges[1:]
-        spans = within[ends - 1] - within[begins] + 1
-        columns = (which[begins], within[begins], spans, begins, ends)
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        return [Run(self._shards[shard], *rest) for shard, *rest in rows]
+        return which[begins], within[begins], begins, ends
+
+    def forget(self) -> None:
+        """Has the system drop what it holds of the files in memory, so that the disk itself is measured."""
+        for shard in self._shards:
+            os.fsync(shard.file)
+            os.posix_fadvise(shard.file, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Ends the worker and closes the files."""

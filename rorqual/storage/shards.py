@@ -3,6 +3,7 @@
     table-00001-of-00004.safetensors    one matrix `rows`: float32, bfloat16, or fp8 records in bytes (U8)
     first_row, rows_in_all              where the shard stands in its table
     format, width                       of fp8 records alone
+    xxh3_header                         a checksum of what stands before the rows, with 16 zeros in its own place
     xxh3_per_mib                        a checksum of every 2^20 bytes of rows, 16 hexadecimal digits each
 
 What does not fit is refused with TableError, naming file and reason. Files are read by position and never mapped.
@@ -18,16 +19,15 @@ from typing import Any, NamedTuple
 
 import torch
 import xxhash
-from jaxtyping import Shaped
-from safetensors.torch import save_file
-from torch import Tensor
 
-from rorqual.storage.formats import BLOCK, FP8, dequantise, kept_as, quantise, row_bytes
+from rorqual.storage.formats import BLOCK, FP8
 
 KINDS = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": FP8}
 FORMAT = "fp8-e4m3-e8m0-32"
 _HEADER_LIMIT = 16 << 20  # bytes; a table's header is a few hundred and 16 a MiB
-_BLOCK = 1 << 20  # bytes that share a checksum
+BLANK = "0" * 16
+_PIECE = 1 << 18  # bytes read together: a core's cache holds them until they are summed
+BLOCK_BYTES = 1 << 20  # that share a checksum
 
 
 class TableError(ValueError):
@@ -56,12 +56,6 @@ class Shard:
             raise
         self.row_bytes = kept * self.dtype.itemsize
 
-    def foretell(self, row: int, count: int) -> None:
-        """Tells the system that these rows will be read, so that it begins."""
-        if self.file >= 0:
-            size = self.row_bytes
-            os.posix_fadvise(self.file, self.start + row * size, count * size, os.POSIX_FADV_WILLNEED)
-
     def read(self, row: int, into: memoryview) -> None:
         """Fills `into` from the first byte of `row` on. TableError where the file has lost them."""
         try:
@@ -78,14 +72,17 @@ class Shard:
         """Numbers of the blocks whose bytes are not those that were written. TableError without checksums."""
         size = self.rows * self.row_bytes
         noted = self.metadata.get("xxh3_per_mib", "")
-        if len(noted) != 16 * -(-size // _BLOCK):
+        if len(noted) != 16 * -(-size // BLOCK_BYTES):
             raise TableError(f"{self.path}: got no checksum for each MiB, expected a file that write_table wrote")
-        buffer, found = memoryview(bytearray(_BLOCK)), []
+        buffer, found = memoryview(bytearray(_PIECE)), []
         for number in range(len(noted) // 16):
-            part = buffer[: min(_BLOCK, size - number * _BLOCK)]
-            if os.preadv(self.file, [part], self.start + number * _BLOCK) != len(part):
-                raise TableError(f"{self.path}: cut since it opened")
-            if xxhash.xxh3_64_hexdigest(part) != noted[16 * number : 16 * number + 16]:
+            block, end = xxhash.xxh3_64(), min(size, (number + 1) * BLOCK_BYTES)
+            for at in range(number * BLOCK_BYTES, end, _PIECE):
+                part = buffer[: min(_PIECE, end - at)]
+                if os.preadv(self.file, [part], self.start + at) != len(part):
+                    raise TableError(f"{self.path}: cut since it opened")
+                block.update(part)
+            if block.hexdigest() != noted[16 * number : 16 * number + 16]:
                 found.append(number)
         return found
 
@@ -113,8 +110,9 @@ def _header(path: Path, file: int, name: str) -> tuple[Mapping[str, str], Mappin
     (size,) = struct.unpack("<Q", os.pread(file, 8, 0))
     if size > min(_HEADER_LIMIT, total - 8):
         raise TableError(f"{path}: got a header of {size} bytes, expected at most {min(_HEADER_LIMIT, total - 8)}")
+    raw = os.pread(file, size, 8)
     try:
-        header = json.loads(os.pread(file, size, 8).decode("utf-8"), object_pairs_hook=_once)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise TableError(f"{path}: its header is no JSON object with each name once ({error})") from error
     if not isinstance(header, dict):
@@ -122,6 +120,10 @@ def _header(path: Path, file: int, name: str) -> tuple[Mapping[str, str], Mappin
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise TableError(f"{path}: got metadata that are not strings by name")
+    if any(key.startswith("xxh3") for key in metadata):
+        noted = metadata.get("xxh3_header", "")
+        if xxhash.xxh3_64_hexdigest(raw.replace(noted.encode(), BLANK.encode(), 1)) != noted:
+            raise TableError(f"{path}: its header is not as it was written")
     ends = sorted(_extent(path, key, entry) for key, entry in header.items())
     edge = 0
     for begin, end in ends:
@@ -224,55 +226,5 @@ def verify(path: str | os.PathLike[str]) -> list[Damage]:
 
 def _rows_of(shard: Shard, block: int) -> range:
     begin = int(shard.metadata["first_row"])
-    first, end = block * _BLOCK // shard.row_bytes, -(-(block + 1) * _BLOCK // shard.row_bytes)
+    first, end = block * BLOCK_BYTES // shard.row_bytes, -(-(block + 1) * BLOCK_BYTES // shard.row_bytes)
     return range(begin + first, begin + min(end, shard.rows))
-
-
-def write_table(
-    folder: str | os.PathLike[str],
-    values: Shaped[Tensor, "rows kept"],
-    *,
-    dtype: torch.dtype | None = None,
-    shard_rows: int = 1 << 22,
-) -> Path:
-    """Writes a table as shards that DiskTable reads; each appears whole or not at all. ValueError if one is there.
-
-    values: float32 or bfloat16 [rows, width], or fp8 records in bytes. dtype: what they are to be kept in, float32,
-    bfloat16 or float8_e4m3fn (fp8 records); as they are if none. Every MiB gets a checksum, which `verify` reads.
-    """
-    folder = Path(folder)
-    width, given = kept_as(values)
-    dtype = dtype or given
-    if shard_rows < 1:
-        raise ValueError(f"got {shard_rows} rows a shard, expected at least 1")
-    for each in (given, dtype):
-        row_bytes(width, each)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("*.safetensors")):
-        raise ValueError(f"got {folder}, which holds .safetensors files, expected a new or empty folder")
-    starts = range(0, len(values), shard_rows)
-    for number, start in enumerate(starts):
-        target = folder / f"table-{number + 1:05d}-of-{len(starts):05d}.safetensors"
-        beside = target.with_suffix(".part")
-        part = _kept(values[start : start + shard_rows].detach().cpu(), dtype).contiguous()
-        metadata = {"first_row": str(start), "rows_in_all": str(len(values)), "xxh3_per_mib": _checksums(part)}
-        if dtype == FP8:
-            metadata |= {"format": FORMAT, "width": str(width)}
-        save_file({"rows": part}, beside, metadata)
-        beside.replace(target)
-    return folder
-
-
-def _kept(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows as numbers or records -> the same rows as `dtype` keeps them."""
-    width, now = kept_as(values)
-    if now == dtype:
-        return values
-    numbers = dequantise(values, width) if now == FP8 else values
-    return quantise(numbers) if dtype == FP8 else numbers.to(dtype)
-
-
-def _checksums(rows: Tensor) -> str:
-    """16 hexadecimal digits for every MiB of their bytes."""
-    whole = rows.view(torch.uint8).numpy().data.cast("B")
-    return "".join(xxhash.xxh3_64_hexdigest(whole[at : at + _BLOCK]) for at in range(0, len(whole), _BLOCK))

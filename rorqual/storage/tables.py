@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from rorqual.kernels import pick
 from rorqual.storage.formats import FP8, dequantise, kept_as, recall, record_bytes, row_bytes
 from rorqual.storage.staging import Staging
 
+_FEW = 256  # rows that are fetched at once where nothing must be waited for: to wake the thread costs more
 _QUEUE = 16  # fetches asked for and not yet begun; asking for more waits
 
 
@@ -37,7 +38,7 @@ class Pending(NamedTuple):
     wait: Callable[[], Float[Tensor, "*B width"]]
 
 
-def _check(rows: Tensor, count: int) -> None:
+def check_ids(rows: Tensor, count: int) -> None:
     """ValueError unless all ids lie in 0..count-1; on an accelerator an assertion that does not wait for it."""
     if not rows.numel() or rows.is_meta:
         return
@@ -85,7 +86,7 @@ class DeviceTable(nn.Module):
 
     def request(self, rows: Int[Tensor, "*B"]) -> Pending:
         """The rows are read when they are waited for: nothing is nearer than the device's own memory."""
-        _check(rows, self.rows)
+        check_ids(rows, self.rows)
         return Pending(lambda: self._recall(rows))
 
     def _recall(self, rows: Tensor) -> Tensor:
@@ -118,24 +119,33 @@ class Fetched(nn.Module):
         self.row_bytes = row_bytes(width, dtype)
         self.prefetch = prefetch
         self._staging = Staging(pinned=torch.accelerator.is_available())
-        self._hot = _Hot(min(rows, hot_bytes // self.row_bytes), self.row_bytes)
+        self._hot: Recent | Frozen = Recent(min(rows, hot_bytes // self.row_bytes), self.row_bytes)
         self._lock = threading.Lock()
         self._room = threading.BoundedSemaphore(_QUEUE)
         self._worker: ThreadPoolExecutor | None = None
-        self._counts = {"rows": 0.0, "hits": 0.0, "bytes": 0.0, "wait_seconds": 0.0}
+        self._counts = {"rows": 0.0, "different": 0.0, "hits": 0.0, "bytes": 0.0, "wait_seconds": 0.0}
 
     def request(self, rows: Int[Tensor, "*B"]) -> Pending:
         """Begins the fetch; each row is fetched once however often it is named."""
-        _check(rows, self.rows)
+        check_ids(rows, self.rows)
         ids = rows.detach().to("cpu", torch.int64, copy=True).flatten().numpy()
         if not self.prefetch:
             return Pending(lambda: self._deliver(self._fetch(ids), rows))
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="rows")
+        if len(ids) <= _FEW and not self._lock.locked() and (found := self._fetch(ids, wait=False)) is not None:
+            return Pending(lambda: self._deliver(found, rows))
         self._room.acquire()
-        future: Future[Tensor] = self._worker.submit(self._fetch, ids)
+        future: Future[Tensor] = self._do(self._fetch, ids)
         future.add_done_callback(lambda _: self._room.release())
         return Pending(lambda: self._deliver(self._waited(future), rows))
+
+    def _do(self, work: Callable[..., Any], *given: Any) -> "Future[Any]":
+        """By the worker, which does one thing after another; at once where nothing is fetched ahead."""
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="rows")
+        future = self._worker.submit(work, *given)
+        if not self.prefetch:
+            future.exception()
+        return future
 
     def _waited(self, future: "Future[Tensor]") -> Tensor:
         began = time.perf_counter()
@@ -143,19 +153,23 @@ class Fetched(nn.Module):
         self._count(wait_seconds=time.perf_counter() - began)
         return found
 
-    def _deliver(self, found: Tensor, rows: Tensor) -> Tensor:
+    def _deliver(self, found: Tensor | None, rows: Tensor) -> Tensor:
+        assert found is not None
         return found.view(*rows.shape, self.width).to(rows.device, non_blocking=True)
 
-    def _fetch(self, ids: np.ndarray) -> Tensor:
+    def _fetch(self, ids: np.ndarray, wait: bool = True) -> Tensor | None:
+        """Their rows; None where not all are to be had at once, and `wait` is False."""
         unique, places = np.unique(ids, return_inverse=True)
         found = torch.empty(len(unique), self.row_bytes, dtype=torch.uint8)
         with self._lock:
             missing = self._hot.take(unique, found)
-            self._count(rows=len(ids), hits=len(unique) - len(missing))
             if len(missing):
-                fresh = self._read(unique[missing])
-                found[torch.from_numpy(missing)] = fresh
+                fresh = self._read(unique[missing], wait)
+                if fresh is None:
+                    return None
                 self._hot.keep(unique[missing], fresh)
+                found = fresh if len(missing) == len(unique) else found.index_copy_(0, torch.from_numpy(missing), fresh)
+            self._count(rows=len(ids), different=len(unique), hits=len(unique) - len(missing))
         values = dequantise(found, self.width) if self.dtype == FP8 else found.view(self.dtype)
         return gather(values, torch.from_numpy(places), self.width, self._staging)
 
@@ -163,12 +177,12 @@ class Fetched(nn.Module):
         for name, value in more.items():
             self._counts[name] += value
 
-    def _read(self, ids: np.ndarray) -> Tensor:
-        """The rows of these ids, each different, in rising order, as bytes [rows, row_bytes]."""
+    def _read(self, ids: np.ndarray, wait: bool = True) -> Tensor | None:
+        """The rows of these ids, each different, in rising order, as bytes [rows, row_bytes]; None as of `_fetch`."""
         raise AssertionError("a home says how it reads")
 
     def metrics(self) -> dict[str, float]:
-        """Rows asked for, different rows found hot, bytes fetched from the home, seconds waited for the worker."""
+        """Rows asked for, how many different, how many of these hot, bytes fetched, seconds waited for the worker."""
         return dict(self._counts)
 
     def close(self) -> None:
@@ -178,7 +192,24 @@ class Fetched(nn.Module):
             self._worker = None
 
 
-class _Hot:
+class Frozen:
+    """The rows of certain ids, rising and different, that are kept for good."""
+
+    def __init__(self, ids: np.ndarray, values: Tensor) -> None:
+        self.ids, self.values = ids, values
+
+    def take(self, ids: np.ndarray, into: Tensor) -> np.ndarray:
+        """Fills the rows that are held; returns the places in `ids` of those that are not."""
+        places = np.searchsorted(self.ids, ids).clip(max=len(self.ids) - 1)
+        held = self.ids[places] == ids
+        into[torch.from_numpy(np.flatnonzero(held))] = self.values[torch.from_numpy(places[held])]
+        return np.flatnonzero(~held)
+
+    def keep(self, ids: np.ndarray, values: Tensor) -> None:
+        """Nothing gives way, so nothing is put in."""
+
+
+class Recent:
     """Rows by id in a fixed number of slots; the row that was used longest ago gives way."""
 
     def __init__(self, slots: int, row_bytes: int) -> None:
@@ -188,6 +219,8 @@ class _Hot:
 
     def take(self, ids: np.ndarray, into: Tensor) -> np.ndarray:
         """Fills the rows that are hot; returns the places in `ids` of those that are not."""
+        if not self.where:
+            return np.arange(len(ids))
         held = [self.where.get(i, -1) for i in ids.tolist()]
         for i, slot in zip(ids.tolist(), held, strict=True):
             if slot >= 0:
@@ -220,22 +253,40 @@ class HostTable(Fetched):
         held = values.detach().cpu().contiguous()
         self.values = held.pin_memory() if torch.accelerator.is_available() else held
 
-    def _fetch(self, ids: np.ndarray) -> Tensor:
-        self._count(rows=len(ids), bytes=len(ids) * self.row_bytes)
-        return gather(self.values, torch.from_numpy(ids), self.width, self._staging)
+    def request(self, rows: Int[Tensor, "*B"]) -> Pending:
+        """For a device the fetch begins; for a CPU the rows are read when they are waited for: nothing is nearer."""
+        if rows.device.type != "cpu":
+            return super().request(rows)
+        check_ids(rows, self.rows)
+        return Pending(lambda: self._gather(rows))
+
+    def _fetch(self, ids: np.ndarray, wait: bool = True) -> Tensor:
+        return self._gather(torch.from_numpy(ids))
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        with self._lock:
+            self._count(rows=rows.numel(), bytes=rows.numel() * self.row_bytes)
+        return gather(self.values, rows, self.width, self._staging)
 
 
 def measure(
-    table: DeviceTable | Fetched, *, rows_per_token: int = 16, seconds: float = 1.0, seed: int = 0
+    table: DeviceTable | Fetched,
+    *,
+    rows_per_token: int = 16,
+    seconds: float = 1.0,
+    seed: int = 0,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """What this table gives on this machine with ids drawn uniformly, the worst case for hot rows.
 
     rows_per_second in batches of 4,096 ids, and the median and 99th percentile of one token's fetch, in seconds.
+    `before` is called ahead of every fetch and not timed.
     """
     draw = torch.Generator().manual_seed(seed)
 
     def lap(count: int) -> float:
         ids = torch.randint(table.rows, (count,), generator=draw)
+        before()
         began = time.perf_counter()
         table.request(ids).wait()
         return time.perf_counter() - began

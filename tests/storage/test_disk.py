@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from rorqual.kernels import files as twins
 from rorqual.storage import DiskTable, TableError, dequantise, quantise, write_table
-from rorqual.storage.shards import Shard
+from rorqual.storage.disk import read_places
 
 pytestmark = pytest.mark.engram
 
@@ -41,23 +42,24 @@ def test_rows_that_lie_apart_and_together_are_the_ones_asked_for(data: st.DataOb
     table.close()
 
 
-def test_near_rows_are_one_read_and_long_runs_several(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbours_are_one_read_and_long_runs_several(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(20_000, 32)  # 128 bytes a row
     table = DiskTable(write_table(tmp_path / "t", values, shard_rows=15_000), hot_bytes=0, prefetch=False)
-    reads: list[int] = []
-    read = Shard.read
-    monkeypatch.setattr(Shard, "read", lambda own, row, into: (reads.append(len(into)), read(own, row, into))[1])
+    seen: list[int] = []
+    monkeypatch.setenv("RORQUAL_KERNELS", "reference")
+    read = os.preadv
+    monkeypatch.setattr(
+        os, "preadv", lambda file, into, at, *how: (seen.append(len(into[0])), read(file, into, at, *how))[1]
+    )
 
     def sizes(ids: list[int]) -> list[int]:
-        reads.clear()
+        seen.clear()
         assert torch.equal(table.request(torch.tensor(ids)).wait(), values[ids])
-        return reads
+        return seen
 
     assert sizes([5]) == [128]
     assert sizes([6, 5, 7, 5]) == [3 * 128]
-    assert sizes([5, 9]) == [5 * 128]
-    assert sizes([5, 5 + 33]) == [34 * 128]
-    assert sizes([5, 5 + 34]) == [128, 128]
+    assert sizes([5, 7]) == [128, 128]
     assert sizes([14_999, 15_000]) == [128, 128]  # another shard
     assert sizes(list(range(20_000))) == [1 << 20, 15_000 * 128 - (1 << 20), 5000 * 128]
 
@@ -65,23 +67,114 @@ def test_near_rows_are_one_read_and_long_runs_several(tmp_path: pathlib.Path, mo
 def test_the_system_is_told_of_every_read_once_before_it_comes(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = torch.randn(5000, 1200)  # more than a page a row, so that every second row is a read of its own
+    values = torch.randn(5000, 120)
     table = DiskTable(write_table(tmp_path / "t", values), hot_bytes=0, prefetch=False)
     events: list[tuple[str, int]] = []
-    read, foretell = Shard.read, Shard.foretell
-    monkeypatch.setattr(Shard, "read", lambda own, row, into: (events.append(("read", row)), read(own, row, into))[1])
+    monkeypatch.setenv("RORQUAL_KERNELS", "reference")
+    read, tell = os.preadv, os.posix_fadvise
     monkeypatch.setattr(
-        Shard, "foretell", lambda own, row, count: (events.append(("told", row)), foretell(own, row, count))[1]
+        os, "preadv", lambda file, into, at, *how: (events.append(("read", at)), read(file, into, at, *how))[1]
     )
-    ids = torch.randperm(5000)[:2500]
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda file, at, size, how: (events.append(("told", at)), tell(file, at, size, how))[1]
+    )
+    ids = torch.randperm(2500) * 2
     assert torch.equal(table.request(ids).wait(), values[ids])
-    told = [row for kind, row in events if kind == "told"]
-    asked = [row for kind, row in events if kind == "read"]
+    told = [at for kind, at in events if kind == "told"]
+    asked = [at for kind, at in events if kind == "read"]
     assert told == asked
-    assert len(asked) > 1024
-    assert all(events.index(("told", row)) < events.index(("read", row)) for row in asked[::50])
+    assert len(asked) == 2500
     ahead = np.cumsum([1 if kind == "told" else -1 for kind, _ in events])
-    assert ahead.max() <= 2 * 1024
+    assert ahead.min() == 0
+    assert ahead.max() == 1024
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_the_twin_reads_what_the_reference_reads(data: st.DataObject, tmp_path_factory) -> None:
+    """Several files, any places, ends of files, closed files: the same bytes, and the same reads that failed."""
+    folder = tmp_path_factory.mktemp("files")
+    sizes = data.draw(st.lists(st.integers(0, 20_000), min_size=1, max_size=3))
+    files = []
+    for number, size in enumerate(sizes):
+        (folder / str(number)).write_bytes(np.random.default_rng(number).bytes(size))
+        files.append(os.open(folder / str(number), os.O_RDONLY))
+    count = data.draw(st.integers(0, 200))
+    draw = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    files_of = np.array([*files, -1])[draw.integers(0, len(files) + data.draw(st.integers(0, 1)), count)]
+    lengths = draw.integers(0, 300, count)
+    places = np.cumsum(lengths) - lengths
+    given = (files_of, np.sort(draw.integers(0, 20_000, count)), lengths, places)
+    ours, theirs = (np.zeros(int(lengths.sum()), np.uint8) for _ in range(2))
+    failed, expected = twins.read_places(*given, ours), read_places(*given, theirs)
+    assert np.array_equal(failed, expected)
+    for place, length, lost in zip(places, lengths, failed, strict=True):
+        assert lost or np.array_equal(ours[place : place + length], theirs[place : place + length])
+    for file in files:
+        os.close(file)
+
+
+@pytest.mark.parametrize("count", [3, 64, 65, 3000])
+def test_rows_that_the_system_does_not_hold_are_waited_for(count: int, tmp_path: pathlib.Path) -> None:
+    """After the system was told to forget the file; few rows and many, near and apart."""
+    values = torch.randn(6000, 300)
+    (path,) = write_table(tmp_path / "t", values).glob("*")
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(file)
+    table = DiskTable(path.parent, hot_bytes=0, prefetch=False)
+    ids = torch.randperm(6000)[:count]
+    assert torch.equal(table.request(ids).wait(), values[ids])
+    table.close()
+
+
+def test_few_rows_that_the_system_holds_need_no_thread(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that it does not hold, and many, are the thread's; the rows are the same."""
+    values, read = torch.randn(600, 4), DiskTable._read
+    table = DiskTable(write_table(tmp_path / "t", values), hot_bytes=0)
+    asked: list[bool] = []
+
+    def held(own: DiskTable, ids: np.ndarray, wait: bool = True) -> torch.Tensor | None:
+        asked.append(wait)
+        return read(own, ids) if wait or held.all else None
+
+    monkeypatch.setattr(DiskTable, "_read", held)
+    for everything, count, expected, thread in (
+        (True, 256, [False], 0),
+        (False, 256, [False, True], 1),
+        (True, 257, [True], 1),
+    ):
+        held.all = everything
+        asked.clear()
+        ids = torch.randint(600, (count,))
+        assert torch.equal(table.request(ids).wait(), values[ids])
+        assert (asked, int(table._worker is not None)) == (expected, thread)
+    assert table.metrics()["rows"] == 256 + 256 + 257
+    table.close()
+
+
+@pytest.mark.parametrize("kernels", ["", "reference"])
+def test_what_is_not_in_memory_is_not_given_without_a_wait(
+    kernels: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is given is right; on a file that the system forgot, nothing need be."""
+    monkeypatch.setenv("RORQUAL_KERNELS", kernels)
+    values = torch.randn(3000, 300)
+    table = DiskTable(write_table(tmp_path / "t", values), hot_bytes=0, prefetch=False)
+    ids = np.arange(0, 3000, 7)
+    table.forget()
+    for _ in range(2):
+        found = table._read(ids, wait=False)
+        assert found is None or torch.equal(found.view(torch.float32), values[::7])
+        assert torch.equal(table._read(ids).view(torch.float32), values[::7])
+    table.close()
+    assert table._read(ids, wait=False) is None
+
+
+def test_memory_too_small_for_what_is_read_is_refused() -> None:
+    with pytest.raises(ValueError, match="got some up to byte 8, expected at most 7"):
+        twins.read_places(*(np.array([n]) for n in (0, 0, 5, 3)), np.zeros(7, np.uint8))
 
 
 def test_hot_rows_of_fp8_cost_their_record(tmp_path: pathlib.Path) -> None:

@@ -12,7 +12,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rorqual.storage import DeviceTable, DiskTable, HostTable, dequantise, measure, quantise, write_table
+from rorqual.storage import (
+    DeviceTable,
+    DiskTable,
+    HostTable,
+    StorageConfig,
+    dequantise,
+    draw_table,
+    measure,
+    open_table,
+    quantise,
+    write_table,
+)
 
 pytestmark = pytest.mark.engram
 
@@ -199,6 +210,44 @@ def test_bad_ids_are_found_wherever_they_stand(data: st.DataObject) -> None:
     ids[tuple(data.draw(st.integers(0, n - 1)) for n in shape)] = bad
     with pytest.raises(ValueError, match=f"got row id {bad}, expected 0 to {ROWS - 1}"):
         table.request(ids)
+
+
+def test_ten_thousand_bad_batches_are_refused(tmp_path: pathlib.Path) -> None:
+    """In every home, one id or many outside, near the ends and far: none is answered, least of all with zeros."""
+    values = torch.randn(ROWS, WIDTH)
+    tables = homes(values, write_table(tmp_path / "t", values))[:4]
+    draw = np.random.default_rng(0)
+    for turn in range(10_000):
+        ids = draw.integers(ROWS, size=int(draw.integers(1, 40)))
+        count = int(draw.integers(1, len(ids) + 1))
+        far = draw.choice([1, ROWS, 2**31, 2**62])
+        bad = np.where(
+            draw.random(count) < 0.5, -draw.integers(1, far + 1, count), ROWS + draw.integers(far, size=count)
+        )
+        ids[draw.permutation(len(ids))[:count]] = bad
+        with pytest.raises(ValueError, match=r"got row id -?\d+, expected 0 to 100"):
+            tables[turn % 4].request(torch.from_numpy(ids))
+    assert all(table.metrics().get("rows", 0) == 0 for table in tables)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8])
+def test_a_million_rows_are_the_same_bits_everywhere(dtype: torch.dtype, tmp_path: pathlib.Path) -> None:
+    """Duplicates, evictions, three sizes of the hot set, a frozen list, prefetch on and off: 0 bits of difference."""
+    folder = draw_table(tmp_path / "t", 1_000_003, 32, dtype=dtype, shard_rows=300_000)
+    whole = open_table(folder, "rows", StorageConfig()).eval()
+    row = whole.weight.shape[1] * whole.weight.element_size()
+    others = [open_table(folder, "rows", StorageConfig(home="host", prefetch=on)) for on in (True, False)]
+    for hot in (0, row, 1000 * row, 1 << 30):
+        others += [DiskTable(folder, hot_bytes=hot, prefetch=on) for on in (True, False)]
+    others.append(DiskTable(folder, hot_bytes=5000 * row, hot_rows=torch.randint(1_000_003, (9000,))))
+    with torch.no_grad():
+        for turn in range(40):
+            ids = torch.randint(1_000_003, (25_000,))
+            ids[::2] %= 1 + 2000 * turn  # duplicates, and rows that come again
+            expected = whole.request(ids).wait()
+            for table in others:
+                assert torch.equal(table.request(ids).wait().view(torch.uint8), expected.view(torch.uint8))
 
 
 def test_hot_rows_are_counted_and_the_oldest_gives_way(tmp_path: pathlib.Path) -> None:

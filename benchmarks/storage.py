@@ -1,0 +1,281 @@
+"""What tables must show, each bar beside what was measured here.
+
+    OMP_NUM_THREADS=2 python benchmarks/storage.py --folder /mnt/disk
+
+host         recall from host memory against torch.index_select(out=), rows of 64 to 4,096 bytes; batches of 65,536 rows
+             against F.embedding
+ids          the check of row ids, as a share of the gather that it guards
+verify       bytes a second of one core over a table that the system holds
+cold         rows a second from a file that the system was told to forget, in batches of 12,000 of 264 bytes
+generation   tokens a second with the table resident, in host memory, on the disk warm and cold, with and without
+             prefetch; all must say the same ids
+training     a step of a small model whose rows learn on the disk, against the same step with a resident table
+limit        a process that may have only a quarter of its table's bytes in memory says the same ids as one that has
+             all, and cannot load that table
+
+Rounds are interleaved, medians are told. `--only` names the parts to run.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from rorqual.experiments import tables
+from rorqual.layers.engram import EngramConfig, row_totals
+from rorqual.model import LanguageModel, ModelConfig
+from rorqual.storage import DiskTable, HostTable, LearningTable, draw_table, verify
+from rorqual.storage.formats import FP8
+from rorqual.storage.tables import check_ids
+from rorqual.train.optim import OptimConfig, Optimizer
+
+BATCH = 65_536  # rows
+
+
+class Shown(NamedTuple):
+    """One number, and the least (or most) that it must be."""
+
+    name: str
+    value: float
+    bar: float | None = None
+    most: bool = False  # the bar is an upper one
+
+    @property
+    def holds(self) -> bool | None:
+        return None if self.bar is None else (self.value <= self.bar if self.most else self.value >= self.bar)
+
+
+def interleaved(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, after one round to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds + 1):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def host(options: argparse.Namespace) -> list[Shown]:
+    found: list[Shown] = []
+    for size in (64, 256, 1024, 4096):
+        values = torch.randn(max(BATCH, options.host_bytes // size), size // 4)
+        table, ids = HostTable(values), torch.randint(len(values), (BATCH,))
+        out = torch.empty(BATCH, size // 4)
+        steps = {
+            "recall": lambda table=table, ids=ids: table.request(ids).wait(),
+            "select": lambda values=values, ids=ids, out=out: torch.index_select(values, 0, ids, out=out),
+            "embedding": lambda values=values, ids=ids: F.embedding(ids, values),
+        }
+        took = interleaved(steps, options.rounds)
+        found.append(Shown(f"host recall / index_select(out=), {size} bytes", took["select"] / took["recall"], 0.9))
+        bar = 1.3 if size == 256 else None
+        found.append(Shown(f"F.embedding / host recall, {size} bytes", took["embedding"] / took["recall"], bar))
+        table.close()
+    return found
+
+
+def ids(options: argparse.Namespace) -> list[Shown]:
+    values = torch.randn(max(BATCH, options.host_bytes // 256), 64)
+    wanted, out = torch.randint(len(values), (BATCH,)), torch.empty(BATCH, 64)
+    steps = {
+        "check": lambda: check_ids(wanted, len(values)),
+        "gather": lambda: torch.index_select(values, 0, wanted, out=out),
+    }
+    took = interleaved(steps, 10 * options.rounds)
+    return [Shown("check of row ids / gather of 256 bytes each", took["check"] / took["gather"], 0.02, most=True)]
+
+
+def checked(options: argparse.Namespace, folder: Path) -> list[Shown]:
+    table = draw_table(folder / "verify", options.verify_bytes // 256, 64)
+    size = sum(file.stat().st_size for file in table.iterdir())
+    verify(table)
+    rates = []
+    for _ in range(options.rounds):
+        began = time.process_time()
+        assert verify(table) == []
+        rates.append(size / (time.process_time() - began) / 1e9)
+    return [Shown("verify, GB a second of a core", statistics.median(rates), 5.0)]
+
+
+def cold(options: argparse.Namespace, folder: Path) -> list[Shown]:
+    count = 12_000
+    table = DiskTable(draw_table(folder / "cold", options.cold_bytes // 264, 256, dtype=FP8, std=1.0), hot_bytes=0)
+    rates = []
+    for _ in range(options.rounds):
+        wanted = torch.randint(table.rows, (count,))
+        table.forget()
+        began = time.perf_counter()
+        table.request(wanted).wait()
+        rates.append(count / (time.perf_counter() - began))
+    table.close()
+    return [Shown("cold rows a second, 264 bytes", statistics.median(rates), 35_000)]
+
+
+def generation(options: argparse.Namespace, folder: Path) -> list[Shown]:
+    sizes = {"rows": options.rows, "width": options.width, "dim": options.dim, "layers": options.layers}
+    config = tables.BenchConfig(folder=str(folder), tokens=options.tokens, rounds=options.rounds, seconds=0.2, **sizes)
+    lines = {line.name: line for line in tables.bench(config)}
+    resident = lines["resident"].tokens_per_second
+    bars = {"disk warm": 0.97, "disk cold": 0.85}
+    found = [Shown("tokens a second, resident", resident)]
+    return found + [
+        Shown(f"{name} / resident", line.tokens_per_second / resident, bars.get(name))
+        for name, line in lines.items()
+        if name != "resident"
+    ]
+
+
+def training(options: argparse.Namespace, folder: Path) -> list[Shown]:
+    """Both from the same seed on the same batches; the losses must be the same."""
+    per_head = options.rows // 16
+    shape = ModelConfig(
+        dim=options.train_dim,
+        layers=4,
+        dense_width=4 * options.train_dim,
+        engram=EngramConfig(layers=(1,), rows_per_head=(per_head, per_head), heads=8, head_dim=options.width),
+    )
+    (rows,) = row_totals(shape.engram)
+    arms: dict[str, Callable[[], float]] = {}
+    for name in ("resident", "disk"):
+        held = [LearningTable(folder / "learning", rows, options.width)] if name == "disk" else None
+        model = LanguageModel(shape, seed=0, tables=held).train()
+        arms[name] = step_of(model, Optimizer(model, OptimConfig()), options.train_tokens)
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(2 * options.rounds + 1):
+        losses = []
+        for name, step in arms.items():
+            began = time.perf_counter()
+            losses.append(step())
+            seconds[name].append(time.perf_counter() - began)
+        assert losses[0] == losses[1], f"the losses differ: {losses}"
+    took = {name: statistics.median(each[1:]) for name, each in seconds.items()}
+    return [
+        Shown("training step with resident rows, seconds", took["resident"]),
+        Shown("training step, rows on disk / resident", took["disk"] / took["resident"], 1.1, most=True),
+    ]
+
+
+def step_of(model: LanguageModel, optimizer: Optimizer, tokens: int) -> Callable[[], float]:
+    draw = torch.Generator().manual_seed(0)
+
+    @torch.enable_grad()
+    def step() -> float:
+        ids = torch.randint(model.config.vocabulary, (tokens // 256, 257), generator=draw)
+        optimizer.zero_grad()
+        loss = model.loss(ids[:, :-1], ids[:, 1:]).total
+        loss.backward()
+        optimizer.clip()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+# Run by itself: which ids a model says whose table is on the disk, within memory that cannot hold it.
+CHILD = """
+import json, resource, sys
+import torch
+from rorqual.experiments.tables import BenchConfig
+from rorqual.experiments import tables
+from rorqual.serve.decoding import decode
+from rorqual.storage import DiskTable, StorageConfig, open_table
+path, config, allowed = sys.argv[1], BenchConfig(**json.loads(sys.argv[2])), int(sys.argv[3])
+torch.set_num_threads(1)
+table = DiskTable(path, hot_bytes=0)
+model = tables.model_with(config, table)
+prompts = torch.randint(model.config.vocabulary, (1, 16), generator=torch.Generator().manual_seed(0)).tolist()
+list(decode(model, prompts, max_new_tokens=2))
+loaded = False
+if allowed:
+    used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) << 10
+    resource.setrlimit(resource.RLIMIT_DATA, (used + allowed, used + allowed))
+    try:
+        open_table(__import__("pathlib").Path(path), "rows", StorageConfig())
+        loaded = True
+    except (RuntimeError, MemoryError):
+        pass
+else:
+    model.tables[0] = open_table(__import__("pathlib").Path(path), "rows", StorageConfig())
+said = list(decode(model, prompts, max_new_tokens=64))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+print(json.dumps({"said": said, "loaded": loaded, "peak": peak}))
+"""
+
+
+def limited(options: argparse.Namespace, folder: Path) -> list[Shown]:
+    config = tables.BenchConfig(rows=options.limit_bytes // 256, dtype="float32", dim=64, layers=2)
+    (rows,) = tables.row_totals(tables.memory_of(config))
+    path = draw_table(folder / "limit", rows, config.width)
+    sizes = json.dumps({"rows": config.rows, "dtype": "float32", "dim": 64, "layers": 2})
+    found = []
+    for allowed in (0, rows * 256 // 4):
+        command = [sys.executable, "-c", CHILD, str(path), sizes, str(allowed)]
+        found.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout))
+    free, bound = found
+    return [
+        Shown("within a quarter of the table's bytes: ids that differ of 64", different(free, bound), 0, most=True),
+        Shown("the table could be loaded within them", float(bound["loaded"]), 0, most=True),
+        Shown("peak memory, bound / free", bound["peak"] / free["peak"]),
+    ]
+
+
+def different(one: dict, other: dict) -> float:
+    return float(sum(a != b for a, b in zip(one["said"], other["said"], strict=True)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parts = ("host", "ids", "verify", "cold", "generation", "training", "limit")
+    parser.add_argument("--only", nargs="*", choices=parts, default=parts)
+    parser.add_argument("--folder", default=".", help="on the disk that is measured")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--host-bytes", type=int, default=256 << 20)
+    parser.add_argument("--verify-bytes", type=int, default=256 << 20)
+    parser.add_argument("--cold-bytes", type=int, default=1 << 30)
+    parser.add_argument("--limit-bytes", type=int, default=1 << 30)
+    parser.add_argument("--rows", type=int, default=2_000_000, help="of the table that generates")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--train-dim", type=int, default=256)
+    parser.add_argument("--train-tokens", type=int, default=4096, help="of a batch, in rows of 256")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    found: list[Shown] = []
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="storage-") as place:
+        folder = Path(place)
+        runs: dict[str, Callable[[], list[Shown]]] = {
+            "host": lambda: host(options),
+            "ids": lambda: ids(options),
+            "verify": lambda: checked(options, folder),
+            "cold": lambda: cold(options, folder),
+            "generation": lambda: generation(options, folder),
+            "training": lambda: training(options, folder),
+            "limit": lambda: limited(options, folder),
+        }
+        for part in options.only:
+            with torch.no_grad():
+                found += runs[part]()
+    if options.json:
+        measured = {each.name: {"value": each.value, "bar": each.bar, "holds": each.holds} for each in found}
+        print(json.dumps({"measured": measured, "threads": torch.get_num_threads()}))
+        return
+    for each in found:
+        bar = "" if each.bar is None else f"{'at most' if each.most else 'at least'} {each.bar:g}"
+        print(f"{each.name:64} {each.value:12,.3f}   {bar:16} {'' if each.holds in (None, True) else 'NOT REACHED'}")
+
+
+if __name__ == "__main__":
+    main()

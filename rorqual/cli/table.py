@@ -1,0 +1,339 @@
+"""Options of a command about tables of rows -> one call into storage, or into the measurement of homes, out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from tyro.conf import Positional
+
+from rorqual.cli.parse import UsageError, emit, parse_new, split_first, take
+from rorqual.config import choose
+
+Dtype = Literal["float32", "bfloat16", "fp8"]
+EXAMPLE = "rorqual table inspect runs/demo/engram"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Build:
+    """Writes a table shard by shard: of normal numbers, or of the rows of a run or of any safetensors file.
+
+    Ctrl-C leaves the shards that are whole in TABLE.partial; the same command goes on.
+
+    rorqual table build memory --rows 10000000 --width 256 --dtype fp8
+    rorqual table build memory --source runs/demo/engram --number 0 --dtype bfloat16
+    """
+
+    table: Positional[str]  # the new folder
+    source: str | None = None  # a run folder, a safetensors file or a table; none: normal numbers
+    number: int = 0  # which of a run's tables
+    name: str | None = None  # the tensor of a safetensors file
+    rows: int | None = None  # without a source: how many
+    width: int | None = None  # without a source: values of a row
+    dtype: Dtype | None = None  # none: the source's, or float32
+    std: float = 0.02  # of the numbers
+    seed: int = 0
+    shard_bytes: int = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Convert:
+    """Writes a table again in another format, shard by shard.
+
+    rorqual table convert memory memory-fp8 --dtype fp8
+    """
+
+    source: Positional[str]  # a table's folder, a run folder or a safetensors file
+    table: Positional[str]  # the new folder
+    dtype: Dtype
+    number: int = 0  # which of a run's tables
+    name: str | None = None  # the tensor of a safetensors file
+    shard_bytes: int = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspect:
+    """Shapes, formats, shards and sizes of tables; exit code 1 for files that are no table.
+
+    rorqual table inspect runs/demo/engram
+    """
+
+    table: Positional[str]  # a table's folder, a run folder or a safetensors file
+    name: str | None = None  # the tensor of a safetensors file
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verify:
+    """Reads every byte of a table and names the rows that are not as they were written; exit code 1 then.
+
+    rorqual table verify memory
+    """
+
+    table: Positional[str]  # a folder that `rorqual table build` or `convert` wrote
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hot:
+    """Writes which rows of a run's tables a corpus reads most: the list of rows that stay in memory.
+
+    rorqual table hot runs/demo/engram hot.safetensors --data wordnet
+    """
+
+    run: Positional[str]  # a run folder
+    out: Positional[str]  # the new file, for StorageConfig's `hot`
+    data: str = "wordnet"  # a corpus name, a file or a folder
+    column: str = "text"  # the field of the corpus that holds the text
+    limit: int = 1000  # documents of it
+    rows: int = 65_536  # of each table
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bench:
+    """How fast a table is here in every home: rows a second, a step's fetch, tokens a second under a model.
+
+    The same rows, weights and prompts in each; all must say the same ids. A cold disk is one whose file the system was
+    told to forget.
+
+    rorqual table bench --rows 10000000 --folder /mnt/nvme --figure homes.svg
+    """
+
+    rows: int = 1_000_000  # rounded up to the model's primes
+    width: int = 64  # values of a row
+    dtype: Dtype = "bfloat16"
+    folder: str = "."  # on the disk that is measured; the table is removed afterwards
+    hot_bytes: int = 16 << 20  # in the lines with hot rows
+    dim: int = 512  # of the model that generates
+    layers: int = 6
+    tokens: int = 32  # generated a round
+    sequences: int = 1  # at once
+    rounds: int = 3
+    seconds: float = 1.0  # for rows a second, a line
+    seed: int = 0
+    figure: str | None = None  # where to draw tokens a second: .svg, .png or .pdf
+
+
+def table_command(argv: list[str]) -> int:
+    as_json, argv = take("--json", argv)
+    verb, rest = split_first(argv, f"one of {', '.join(VERBS)}", EXAMPLE)
+    if verb in ("-h", "--help"):
+        print("usage: rorqual table VERB [ARGUMENTS]      rorqual table VERB --help says more\n")
+        print(*(f"  {name:8} {(cls.__doc__ or '').splitlines()[0]}" for name, (cls, _) in VERBS.items()), sep="\n")
+        return 0
+    try:
+        cls, call = VERBS[choose("verb of table", verb, VERBS)]
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return call(parse_new(cls, rest, f"table {verb}"), as_json)
+
+
+def build(options: Build, as_json: bool) -> int:
+    from rorqual import storage
+
+    if options.source is not None:
+        if options.rows is not None or options.width is not None:
+            raise UsageError("got --source with --rows or --width, expected one of them: a source has its own shape")
+        return _written(options, options.source, as_json)
+    if options.rows is None or options.width is None:
+        raise UsageError("got no --source and not both --rows and --width, expected where the rows come from")
+    if options.rows < 1 or options.width < 1:
+        raise UsageError(f"got {options.rows} rows of width {options.width}, expected at least 1 of each")
+    from rorqual.storage.formats import row_bytes
+
+    dtype = _dtype(options.dtype or "float32")
+    size = row_bytes(options.width, dtype)
+    shard_rows = max(1, options.shard_bytes // size)
+    with _bar(options.rows * size) as progress:
+        storage.draw_table(
+            options.table,
+            options.rows,
+            options.width,
+            dtype=dtype,
+            std=options.std,
+            seed=options.seed,
+            shard_rows=shard_rows,
+            progress=progress,
+        )
+    return inspect(Inspect(table=options.table), as_json)
+
+
+def convert(options: Convert, as_json: bool) -> int:
+    return _written(options, options.source, as_json)
+
+
+def _written(options: Build | Convert, source: str, as_json: bool) -> int:
+    """A table out of another, told as `inspect` tells it."""
+    from rorqual import storage
+    from rorqual.storage.formats import row_bytes
+
+    found = tables_in(Path(source), options.name)
+    if not 0 <= options.number < len(found):
+        raise UsageError(f"got --number {options.number}, expected 0 to {len(found) - 1}: {source} has so many tables")
+    path, name = found[options.number]
+    before = storage.DiskTable(path, name=name, hot_bytes=0)
+    before.close()
+    dtype = before.dtype if options.dtype is None else _dtype(options.dtype)
+    size = row_bytes(before.width, dtype)
+    shard_rows = max(1, options.shard_bytes // size)
+    with _bar(before.rows * size) as progress:
+        storage.convert(path, options.table, name=name, dtype=dtype, shard_rows=shard_rows, progress=progress)
+    return inspect(Inspect(table=options.table), as_json)
+
+
+def inspect(options: Inspect, as_json: bool) -> int:
+    found = [_about(path, name) for path, name in tables_in(Path(options.table), options.name)]
+    if as_json:
+        emit({"tables": found})
+        return 0
+    for about in found:
+        print(
+            f"{about['path']} {about['name']}: {about['rows']:,} rows of {about['width']} values in {about['dtype']}, "
+            f"{about['row_bytes']} bytes each, {about['bytes']:,} bytes in {len(about['shards'])} "
+            f"file{'s' if len(about['shards']) > 1 else ''}, {'with' if about['checksums'] else 'without'} checksums"
+        )
+        for shard in about["shards"] if len(about["shards"]) > 1 else ():
+            print(f"  {shard['file']}  rows {shard['first']:,} to {shard['first'] + shard['rows'] - 1:,}")
+    return 0
+
+
+def _about(path: Path, name: str) -> dict[str, Any]:
+    from rorqual.storage.shards import open_shards
+
+    shards = open_shards(path, name)
+    starts = [sum(shard.rows for shard in shards[:n]) for n in range(len(shards))]
+    for shard in shards:
+        shard.close()
+    rows, first = sum(shard.rows for shard in shards), shards[0]
+    kept = str(first.dtype).removeprefix("torch.")
+    return {
+        "path": str(path),
+        "name": name,
+        "rows": rows,
+        "width": first.width,
+        "dtype": "fp8" if kept.startswith("float8") else kept,
+        "row_bytes": first.row_bytes,
+        "bytes": rows * first.row_bytes,
+        "checksums": all("xxh3_per_mib" in shard.metadata for shard in shards),
+        "shards": [
+            {"file": shard.path.name, "first": start, "rows": shard.rows}
+            for shard, start in zip(shards, starts, strict=True)
+        ],
+    }
+
+
+def verify(options: Verify, as_json: bool) -> int:
+    from rorqual import storage
+
+    damaged = storage.verify(options.table)
+    if as_json:
+        rows = [{"file": each.path, "first": each.rows.start, "last": each.rows.stop - 1} for each in damaged]
+        emit({"sound": not damaged, "damaged": rows})
+    elif not damaged:
+        print(f"{options.table}: every byte is as it was written")
+    else:
+        for each in damaged:
+            print(f"{each.path}: rows {each.rows.start:,} to {each.rows.stop - 1:,} are not as they were written")
+    return 1 if damaged else 0
+
+
+def hot(options: Hot, as_json: bool) -> int:
+    from safetensors.torch import save_file
+    from torch import tensor
+
+    from rorqual import evaluate, memory
+    from rorqual.serve.generate import load
+
+    if options.rows < 1 or options.limit < 1:
+        raise UsageError(f"got --rows {options.rows} and --limit {options.limit}, expected at least 1 of each")
+    run = load(options.run)
+    if run.config.engram is None:
+        raise ValueError(f"{options.run}: got a run without tables, expected a model with Engram")
+    found = []
+    for layer in run.config.engram.layers:
+        texts = evaluate.texts(options.data, part="all", limit=options.limit, column=options.column)
+        found.append(memory.popular(run.model, run.tokenizer, texts, layer, options.rows))
+    save_file({str(n): tensor([row for row, _, _ in most]) for n, most in enumerate(found)}, options.out)
+    sums = [sum(reads for _, reads, _ in most) for most in found]
+    told = [{"rows": len(m), "reads": reads, "first": m[:5]} for m, reads in zip(found, sums, strict=True)]
+    if as_json:
+        emit({"file": options.out, "tables": told})
+        return 0
+    for number, most in enumerate(found):
+        few = "  ".join(f"{row} ({ngram!r}, {reads:,})" for row, reads, ngram in most[:5])
+        print(f"table {number}: {len(most):,} rows that {sums[number]:,} reads go to; first {few}")
+    return 0
+
+
+def bench(options: Bench, as_json: bool) -> int:
+    from rorqual.experiments import tables
+
+    names = [field.name for field in fields(tables.BenchConfig)]
+    try:
+        config = tables.BenchConfig(**{name: getattr(options, name) for name in names})
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    console = Console(stderr=True)
+    lines = tables.bench(config, lambda words: console.print(f"[dim]{words}[/]", highlight=False))
+    if options.figure is not None:
+        from rorqual.analyze import figures
+
+        drawn = figures.bars({line.name: line.tokens_per_second for line in lines}, x="tokens a second")
+        with figures.style():
+            drawn.savefig(options.figure)
+    if as_json:
+        emit({"lines": lines, "figure": options.figure})
+        return 0
+    shown = Table("home", *("rows/s", "step p50", "step p99", "hot", "tokens/s", "of resident"), box=None)
+    for line in lines:
+        times = (f"{line.rows_per_second:,.0f}", f"{line.step_p50 * 1e6:,.0f} us", f"{line.step_p99 * 1e6:,.0f} us")
+        speed, share = line.tokens_per_second, line.tokens_per_second / lines[0].tokens_per_second
+        shown.add_row(line.name, *times, f"{line.hit_rate:.0%}", f"{speed:,.1f}", f"{share:.1%}")
+    Console().print(shown)
+    return 0
+
+
+def tables_in(path: Path, name: str | None) -> list[tuple[Path, str]]:
+    """Where a path has tables, and what their tensors are called: a run's by number, or the one of a file or folder."""
+    if name is None and (path / "config.json").is_file():
+        from rorqual.storage import homes
+
+        count = len(homes.within(path / "model.safetensors")) or len(list(path.glob("tables/*")))
+        if not count:
+            raise ValueError(f"{path}: got a run without tables, expected a model with Engram")
+        return homes.places(path, count, homes.StorageConfig())
+    return [(path, name or "rows")]
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}[name]
+
+
+class _bar:
+    """A bar on a terminal, nothing elsewhere, for what is told how many bytes are done."""
+
+    def __init__(self, total: int) -> None:
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self._shown = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._total = total
+
+    def __enter__(self) -> Callable[[int], None]:
+        self._shown.start()
+        task = self._shown.add_task("", total=self._total)
+        return lambda done: self._shown.update(task, completed=done)
+
+    def __exit__(self, *raised: object) -> None:
+        self._shown.stop()
+
+
+VERBS: dict[str, tuple[type, Callable[[Any, bool], int]]] = {
+    "build": (Build, build),
+    "inspect": (Inspect, inspect),
+    "verify": (Verify, verify),
+    "convert": (Convert, convert),
+    "hot": (Hot, hot),
+    "bench": (Bench, bench),
+}

@@ -1,0 +1,189 @@
+"""Row ids and gradients -> rows that learn where they live: on a disk, or in host memory beside a device.
+
+    record of a row on the disk     values [W], average of gradients [W], of their squares [W], number of updates
+
+A request brings whole records; an update changes those that are still here and hands them to the worker, which writes
+them while the model computes. The worker does one thing after another, so a later request reads what was written.
+Numbers are those of a DeviceTable to the last bit: the caller's own update runs on the records.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from rorqual.kernels import pick
+from rorqual.storage.disk import read_places, write_places
+from rorqual.storage.shards import TableError
+from rorqual.storage.tables import Fetched, Pending
+from rorqual.storage.undo import Undo
+
+Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]  # rows, averages, counts, which, gradient
+_FILLED = 1 << 20  # values drawn at a time; a multiple of 16, at which torch's normal numbers are those of one draw
+_HELD = 4  # requests whose records wait for an update; of others they are read again
+
+
+class _Recall(torch.autograd.Function):
+    """Rows that are here -> themselves, and a sparse gradient for the table they came from."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+        ctx.rows, ctx.shape, ctx.device = rows, weight.shape, weight.device
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        rows, values = ctx.rows.reshape(1, -1), gradients[0].reshape(-1, ctx.shape[1])
+        rows, values = rows.to(ctx.device), values.to(ctx.device)
+        return torch.sparse_coo_tensor(rows, values, ctx.shape, check_invariants=False), None, None
+
+
+class LearningTable(Fetched):
+    """float32 rows in FOLDER/records with all that row-sparse Adam keeps of each; see undo.py on what a kill leaves.
+
+    `weight` stands for the rows in gradients and has none of them in memory. It is in no state_dict: the files are.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], rows: int, width: int, *, keep: int = 3, prefetch: bool = True
+    ) -> None:
+        """A new folder holds nothing until `draw` has filled it. `keep`: marks that it can go back to.
+
+        TableError for a folder of another shape.
+        """
+        super().__init__(rows, width, torch.float32, 0, prefetch)
+        self.folder, self.record = Path(folder), 4 * (3 * width + 1)
+        self.weight = nn.Parameter(torch.zeros(1, 1).expand(rows, width))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._undo = Undo(self.folder, rows, self.record, keep)
+        self._file = os.open(self.folder / "records", os.O_RDWR | os.O_CREAT, 0o666)
+        if self._undo.marks and (got := os.fstat(self._file).st_size) != rows * self.record:
+            os.close(self._file)
+            raise TableError(f"{self.folder}: got {got} bytes of records, expected {rows} times {self.record}")
+        self._held: list[tuple[np.ndarray, np.ndarray]] = []
+        self._writing: Future[None] | None = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LearningTable":
+        """Stays where it is when the model moves."""
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Nothing."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Nothing."""
+
+    @torch.no_grad()
+    def draw(self, std: float) -> None:
+        """Normal numbers from torch's generator, as one draw of the whole table would give them; in a table that is
+        filled already the generator moves on and the rows stay."""
+        step, filled = max(16, _FILLED // self.width // 16 * 16), bool(self._undo.marks)
+        for first in range(0, self.rows, step):
+            left = self.rows - first
+            count = left if left < step + 16 else step
+            if first and left < 16 and step > 16:
+                break  # the part before took them along
+            values = torch.randn(count, self.width) * std
+            if not filled:
+                records = np.zeros((count, self.record // 4), np.float32)
+                records[:, : self.width] = values.numpy()
+                os.pwrite(self._file, records.data.cast("B"), first * self.record)
+            if count == left:
+                break
+        if not filled:
+            self.mark(0)
+
+    def request(self, rows: Int[Tensor, "*B"]) -> Pending:
+        """As of any table; with gradients the records stay here for the update to come."""
+        pending, learns = super().request(rows), torch.is_grad_enabled() and self.training
+        if not learns:
+            return pending
+        return Pending(lambda: _Recall.apply(self.weight, pending.wait(), rows))
+
+    def _read(self, ids: np.ndarray, wait: bool = True) -> Tensor | None:
+        if not wait:
+            return None  # behind what is being written
+        records = self._records(ids)
+        self._held = [*self._held[1 - _HELD :], (ids, records)]
+        self._count(bytes=records.nbytes)
+        return torch.from_numpy(records[:, : 4 * self.width])
+
+    def _places(self, ids: np.ndarray) -> tuple[np.ndarray, ...]:
+        size = np.full(len(ids), self.record)
+        return np.full(len(ids), self._file), ids * self.record, size, np.arange(len(ids)) * self.record
+
+    def _records(self, ids: np.ndarray) -> np.ndarray:
+        found = np.empty((len(ids), self.record), np.uint8)
+        failed = pick("read_places", read_places, torch.device("cpu"))(*self._places(ids), found.reshape(-1))
+        self._whole(failed, ids)
+        return found
+
+    def _write(self, ids: np.ndarray, records: np.ndarray) -> None:
+        given = np.ascontiguousarray(records).reshape(-1).view(np.uint8)
+        failed = pick("write_places", write_places, torch.device("cpu"))(*self._places(ids), given)
+        self._whole(failed, ids)
+
+    def _whole(self, failed: np.ndarray, ids: np.ndarray) -> None:
+        if failed.any():
+            row = ids[failed.argmax()]
+            raise TableError(f"{self.folder / 'records'}: row {row} is lost: cut, closed, or no room on the disk")
+
+    @torch.no_grad()
+    def update(self, touched: Int[Tensor, " K"], gradient: Float[Tensor, "K W"], change: Update) -> None:
+        """change(rows, first, second, updates, which, gradient) on the records of the rows `touched`, which rise.
+
+        Written back by the worker; what it cannot write raises TableError at the next call.
+        """
+        ids = touched.numpy()
+        self.settle()
+        held = next((records for known, records in self._held if np.array_equal(known, ids)), None)
+        before = self._do(self._records, ids).result() if held is None else held
+        self._held = []
+        after, shape = before.view(np.float32).copy(), (-1, 3, self.width)
+        parts = np.ascontiguousarray(after[:, :-1].reshape(shape).transpose(1, 0, 2))  # as the update wants them
+        rows, first, second = torch.from_numpy(parts).unbind()
+        updates = torch.from_numpy(after[:, -1].copy().view(np.int32))
+        change(rows, first, second, updates, torch.arange(len(ids)), gradient)
+        after[:, :-1] = parts.transpose(1, 0, 2).reshape(len(ids), -1)
+        after[:, -1] = updates.numpy().view(np.float32)
+        self._writing = self._do(self._replace, ids, before, after)
+
+    def _replace(self, ids: np.ndarray, before: np.ndarray, after: np.ndarray) -> None:
+        self._undo.note(ids, before)
+        self._write(ids, after)
+
+    def settle(self) -> None:
+        """Waits for the worker's write. TableError if it failed."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def mark(self, step: int) -> None:
+        """Everything is on the disk, and the table can come back to this step."""
+        self.settle()
+        os.fsync(self._file)
+        self._undo.mark(step)
+
+    def rewind(self, step: int) -> None:
+        """The table as it was at mark `step`. TableError where there is no such mark, or its notes are not sound."""
+        self.settle()
+        self._held = []
+        self._undo.rewind(step, self._write, lambda: os.fsync(self._file))
+
+    def values(self, first: int, end: int) -> Float[Tensor, "rows W"]:
+        """These rows, float32."""
+        self.settle()
+        return torch.from_numpy(self._records(np.arange(first, end))[:, : 4 * self.width].copy()).view(torch.float32)
+
+    def close(self) -> None:
+        """Ends the worker, when it has written, and closes the file."""
+        self.settle()
+        super().close()
+        os.close(self._file)
+        self._file = -1

@@ -1,0 +1,131 @@
+"""Rows before they are first overwritten -> the table as it was at any mark that is kept.
+
+    FOLDER/marks.json           the marks that the table can go back to, the last one newest
+    FOLDER/undo-STEP            after mark STEP: [count | checksum | ids | records], again and again
+
+What a row was at a mark is noted before the row is overwritten for the first time after it. A process that is killed
+leaves all it has written, so the table goes back to any mark whose notes are there. A machine that stops may lose some
+of it: notes carry the boot that they were written in, and those of another boot are refused.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from rorqual.storage.shards import TableError
+
+_HEAD = struct.Struct("<QQ")  # rows of an entry, checksum of what follows
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Undo:
+    """The notes of one table of `rows` records of `size` bytes; of `keep` marks."""
+
+    def __init__(self, folder: Path, rows: int, size: int, keep: int) -> None:
+        self.folder, self.size, self.keep = folder, size, keep
+        self._noted = np.zeros(rows, dtype=np.bool_)  # since the last mark
+        self._file = -1
+        self.marks: list[int] = []
+        if (folder / "marks.json").is_file():
+            self.marks = json.loads((folder / "marks.json").read_text(encoding="utf-8"))
+
+    def note(self, ids: np.ndarray, records: np.ndarray) -> None:
+        """Keeps the records that these rows have now, of those not kept since the last mark."""
+        fresh = ~self._noted[ids]
+        if not fresh.any():
+            return
+        if self._file < 0:
+            self._open()
+        ids, body = ids[fresh], records[fresh]
+        whole = ids.astype("<i8").tobytes() + body.tobytes()
+        _write(self._file, _HEAD.pack(len(ids), xxhash.xxh3_64_intdigest(whole)) + whole)
+        self._noted[ids] = True
+
+    def _open(self) -> None:
+        """The file's name is on the disk before the first row is overwritten, so that a stop is seen."""
+        path = self.folder / f"undo-{self.marks[-1]}"
+        try:
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            raise TableError(f"{path}: got notes of a process that ended, expected the table rewound first") from None
+        _write(self._file, _boot())
+        os.fsync(self._file)
+        _flush(self.folder)
+
+    def mark(self, step: int) -> None:
+        """The table as it is on the disk now is `step`; the newest `keep` marks are kept."""
+        self._close()
+        (self.folder / f"undo-{step}").unlink(missing_ok=True)  # of an earlier mark of the same name
+        marks = [*(mark for mark in self.marks if mark < step), step]
+        self._save(marks[-self.keep :])
+        for mark in marks[: -self.keep]:
+            (self.folder / f"undo-{mark}").unlink(missing_ok=True)
+
+    def rewind(self, step: int, write: Callable[[np.ndarray, np.ndarray], None], flush: Callable[[], None]) -> None:
+        """Writes back what rows were at mark `step`, newest notes first. TableError where they are not to be had."""
+        if step not in self.marks:
+            raise TableError(f"{self.folder}: got no mark of step {step}, expected one of {self.marks}")
+        self._close()
+        later = [mark for mark in reversed(self.marks) if mark >= step]
+        for mark in later:
+            if (path := self.folder / f"undo-{mark}").is_file():
+                self._play(path, write)
+        flush()
+        self._save([mark for mark in self.marks if mark <= step])
+        for mark in later:
+            (self.folder / f"undo-{mark}").unlink(missing_ok=True)
+
+    def _play(self, path: Path, write: Callable[[np.ndarray, np.ndarray], None]) -> None:
+        """Entries up to the first that is not whole: the rows of that one had not been touched yet."""
+        boot = _boot()
+        with path.open("rb") as file:
+            if file.read(len(boot)) != boot:
+                raise TableError(
+                    f"{path}: the machine has stopped since these rows were trained, so some may be lost: start again"
+                    " with a copy of the table, or from the beginning in another folder"
+                )
+            while len(head := file.read(_HEAD.size)) == _HEAD.size:
+                count, expected = _HEAD.unpack(head)
+                whole = file.read(count * (8 + self.size))
+                if len(whole) < count * (8 + self.size) or xxhash.xxh3_64_intdigest(whole) != expected:
+                    return
+                ids = np.frombuffer(whole, dtype="<i8", count=count)
+                write(ids, np.frombuffer(whole, dtype=np.uint8, offset=8 * count).reshape(count, self.size))
+
+    def _save(self, marks: list[int]) -> None:
+        beside = self.folder / "marks.part"
+        beside.write_text(json.dumps(marks), encoding="utf-8")
+        _flush(beside)
+        beside.replace(self.folder / "marks.json")
+        _flush(self.folder)
+        self.marks = marks
+
+    def _close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        self._noted[:] = False
+
+
+def _boot() -> bytes:
+    """What differs from one start of the machine to the next, where the system says so; 40 bytes."""
+    return (_BOOT.read_bytes().strip() if _BOOT.is_file() else b"").ljust(40)
+
+
+def _write(file: int, raw: bytes) -> None:
+    at = 0
+    while at < len(raw):
+        at += os.write(file, raw[at:])
+
+
+def _flush(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

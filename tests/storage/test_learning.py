@@ -1,0 +1,212 @@
+"""Steps of training, stops and damage in -> the rows of a resident table to the last bit, or the refusal."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from rorqual.storage import DeviceTable, LearningTable, TableError
+from rorqual.train.optim import OptimConfig, Optimizer
+
+pytestmark = pytest.mark.engram
+
+ROWS, WIDTH = 301, 12
+
+
+def of(table: nn.Module) -> nn.ModuleDict:
+    """A model: the table and something dense under it."""
+    model = nn.ModuleDict({"table": table, "out": nn.Linear(WIDTH, 3)})
+    with torch.no_grad():
+        for number, parameter in enumerate(model["out"].parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+    return model.train()
+
+
+def pair(folder: pathlib.Path, prefetch: bool = True) -> tuple[nn.ModuleDict, nn.ModuleDict]:
+    """The same model twice: resident, and on the disk."""
+    resident, table = DeviceTable(ROWS, WIDTH), LearningTable(folder, ROWS, WIDTH, prefetch=prefetch)
+    with torch.no_grad():
+        torch.manual_seed(5)
+        resident.weight.copy_(torch.randn(ROWS, WIDTH) * 0.02)
+        after = torch.rand(3)
+        torch.manual_seed(5)
+        table.draw(0.02)
+        assert torch.equal(torch.rand(3), after)  # the generator stands where one draw of all leaves it
+    return of(resident), of(table)
+
+
+def batch(step: int, size: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(step)
+    ids = torch.randint(ROWS, (2, size), generator=draw) % (ROWS if step % 3 else 17)  # many duplicates now and then
+    return ids, torch.randn(2, size, 3, generator=draw)
+
+
+def train(model: nn.ModuleDict, optimizer: Optimizer, step: int, micro: int = 1) -> float:
+    ids, target = batch(step)
+    optimizer.zero_grad()
+    for part, wanted in zip(ids.chunk(micro), target.chunk(micro), strict=True):
+        loss = (model["out"](model["table"].request(part).wait()) - wanted).square().mean()
+        loss.backward()
+    norm = optimizer.clip()
+    optimizer.step(1 / (1 + step % 4))
+    return float(norm)
+
+
+def rows(model: nn.ModuleDict) -> torch.Tensor:
+    table = model["table"]
+    return table.values(0, ROWS) if isinstance(table, LearningTable) else table.weight.detach()
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("kernels", ["", "reference"])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_rows_learn_as_resident_ones_do(
+    prefetch: bool, kernels: str, micro: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values, norms and the dense weights, step for step; rows, averages and counts at the end."""
+    monkeypatch.setenv("RORQUAL_KERNELS", kernels)
+    resident, other = pair(tmp_path, prefetch)
+    ours, theirs = Optimizer(other, OptimConfig(clip=0.1)), Optimizer(resident, OptimConfig(clip=0.1))
+    assert ours.state.keys() == {name for name in theirs.state if not name.startswith("table.")}
+    for step in range(8):
+        assert train(other, ours, step, micro) == train(resident, theirs, step, micro)
+        assert torch.equal(rows(other), rows(resident))
+    assert all(torch.equal(*each) for each in zip(other["out"].parameters(), resident["out"].parameters(), strict=True))
+    table = other["table"]
+    table.settle()
+    records = torch.from_numpy(table._records(torch.arange(ROWS).numpy())).view(torch.float32)
+    assert torch.equal(records[:, WIDTH : 2 * WIDTH], theirs.state["table.weight.exp_avg"])
+    assert torch.equal(records[:, 2 * WIDTH : 3 * WIDTH], theirs.state["table.weight.exp_avg_sq"])
+    assert torch.equal(records[:, -1].contiguous().view(torch.int32), theirs.state["table.weight.updates"])
+    with torch.no_grad():
+        assert torch.equal(table.request(batch(1)[0]).wait(), rows(resident)[batch(1)[0]])
+    table.close()
+
+
+@pytest.mark.parametrize(("count", "width"), [(1, 1), (1, 17), (300, 1), (7000, 300), (70_000, 16), (65_537, 16)])
+def test_drawn_in_parts_as_in_one(count: int, width: int, tmp_path: pathlib.Path) -> None:
+    torch.manual_seed(1)
+    expected = torch.randn(count, width) * 0.02
+    following = torch.rand(1)
+    for _ in range(2):  # the second time the table is filled already
+        torch.manual_seed(1)
+        table = LearningTable(tmp_path / "t", count, width)
+        table.draw(0.02)
+        assert torch.equal(torch.rand(1), following)
+        assert torch.equal(table.values(0, count), expected)
+        table.close()
+
+
+def test_it_is_in_no_state_and_stays_where_it_is(tmp_path: pathlib.Path) -> None:
+    _, model = pair(tmp_path)
+    assert list(model.state_dict()) == ["out.weight", "out.bias"]
+    model.double()
+    assert model["table"].weight.dtype == torch.float32
+    assert model["table"].weight.untyped_storage().nbytes() == 4
+    model.load_state_dict(model.state_dict())
+
+
+def test_a_table_goes_back_to_every_mark(tmp_path: pathlib.Path) -> None:
+    """Any number of steps between marks, one without any; back, forward another way, back again."""
+    _, model = pair(tmp_path)
+    optimizer, kept = Optimizer(model, OptimConfig()), {0: rows(model).clone()}
+    for step in range(1, 7):
+        if step != 4:
+            train(model, optimizer, step)
+        if step in (2, 3, 4):
+            optimizer.mark(step)
+            kept[step] = rows(model).clone()
+    with pytest.raises(TableError, match=r"got no mark of step 0, expected one of \[2, 3, 4\]"):
+        optimizer.rewind(0)  # three are kept
+    for back in (4, 3, 2):
+        optimizer.rewind(back)
+        assert torch.equal(rows(model), kept[back])
+        train(model, optimizer, 10 + back)
+        assert not torch.equal(rows(model), kept[back])
+        optimizer.rewind(back)
+        assert torch.equal(rows(model), kept[back])
+    model["table"].close()
+
+
+KILLED = """
+import sys, signal, os, torch
+sys.path.insert(0, sys.argv[2])
+from test_learning import *
+_, model = pair(pathlib.Path(sys.argv[1]))
+optimizer = Optimizer(model, OptimConfig())
+for step in range(1, 9):
+    train(model, optimizer, step)
+    if step in (3, 6):
+        optimizer.mark(step)
+        print(step, flush=True)
+print("on", flush=True)
+for step in range(9, 10**6):
+    train(model, optimizer, step)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_table_that_goes_back(tmp_path: pathlib.Path) -> None:
+    """Killed in the middle of steps: rewound to the last mark, it goes on as one that was never stopped."""
+    resident, _ = pair(tmp_path / "unused")
+    theirs = Optimizer(resident, OptimConfig())
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "t"), str(pathlib.Path(__file__).parent)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while child.stdout.readline() != "on\n":
+        pass
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    table = LearningTable(tmp_path / "t", ROWS, WIDTH)
+    table.rewind(6)
+    for step in range(1, 7):
+        train(resident, theirs, step)
+    assert torch.equal(table.values(0, ROWS), rows(resident))
+    model = of(table)
+    model["out"].load_state_dict(resident["out"].state_dict())
+    ours = Optimizer(model, OptimConfig())
+    ours.load_state_dict({name: value for name, value in theirs.state.items() if name in ours.state})
+    for step in range(7, 10):
+        train(resident, theirs, step)
+        train(model, ours, step)
+        assert torch.equal(rows(model), rows(resident))
+    table.close()
+
+
+def test_notes_cut_anywhere_and_flipped_are_no_harm_or_are_seen(tmp_path: pathlib.Path) -> None:
+    """An entry that is not whole was being written, so its rows are untouched; one of another boot is refused."""
+    _, model = pair(tmp_path)
+    table, optimizer, first = model["table"], Optimizer(model, OptimConfig()), rows(model).clone()
+    train(model, optimizer, 1)
+    after = rows(model).clone()
+    notes = tmp_path / "undo-0"
+    whole = notes.read_bytes()
+    for size in (len(whole) - 1, 41, 40):
+        notes.write_bytes(whole[:size])
+        table._undo._file = os.open(notes, os.O_RDONLY)
+        table.rewind(0)
+        assert torch.equal(rows(model), after)
+    notes.write_bytes(whole)
+    table.rewind(0)
+    assert torch.equal(rows(model), first)
+    notes.write_bytes(b"x" + whole[1:])
+    with pytest.raises(TableError, match="the machine has stopped since"):
+        table.rewind(0)
+    table.close()
+
+
+def test_other_shapes_and_lost_rows_are_refused(tmp_path: pathlib.Path) -> None:
+    _, model = pair(tmp_path)
+    table, optimizer = model["table"], Optimizer(model, OptimConfig())
+    with pytest.raises(TableError, match="expected 300 times 148"):
+        LearningTable(tmp_path, ROWS - 1, WIDTH)
+    os.truncate(tmp_path / "records", 148 * 10)
+    with pytest.raises(TableError, match="row 10 is lost"):
+        table.request(torch.arange(20)).wait()
+    train_again = LearningTable(tmp_path / "new", ROWS, WIDTH)
+    with pytest.raises(TableError, match="row 0 is lost"):
+        train_again.request(torch.tensor([0])).wait()
+    del optimizer

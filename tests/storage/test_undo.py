@@ -1,0 +1,124 @@
+"""Rows overwritten between marks, processes that end anywhere, in -> the rows of any mark, or the refusal."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rorqual.storage import TableError, undo
+from rorqual.storage.undo import Undo
+
+pytestmark = pytest.mark.engram
+
+ROWS, SIZE = 20, 12
+
+
+class Memory:
+    """A table of bytes that is overwritten as tables are: noted first."""
+
+    def __init__(self, folder: pathlib.Path, keep: int = 3) -> None:
+        self.folder, self.keep = folder, keep
+        self.rows = np.zeros((ROWS, SIZE), np.uint8)
+        self.undo = Undo(folder, ROWS, SIZE, keep)
+
+    def write(self, ids: np.ndarray, records: np.ndarray) -> None:
+        self.rows[ids] = records
+
+    def change(self, ids: np.ndarray, records: np.ndarray) -> None:
+        self.undo.note(ids, self.rows[ids])
+        self.write(ids, records)
+
+    def rewind(self, step: int) -> None:
+        self.undo.rewind(step, self.write, lambda: None)
+
+    def killed(self) -> None:
+        """Another process opens what is there."""
+        self.undo = Undo(self.folder, ROWS, SIZE, self.keep)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_course_goes_back_to_any_mark_that_is_kept(data: st.DataObject, tmp_path_factory) -> None:
+    """Changes, marks, returns and deaths in any order, against copies of the whole table."""
+    table = Memory(tmp_path_factory.mktemp("undo"), keep=data.draw(st.integers(1, 4)))
+    draw = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    table.undo.mark(0)
+    kept, step = {0: table.rows.copy()}, 0
+    for what in data.draw(st.lists(st.sampled_from(["change", "change", "mark", "rewind", "die"]), max_size=14)):
+        if what == "change":
+            ids = np.flatnonzero(draw.random(ROWS) < 0.4)
+            table.change(ids, draw.integers(256, size=(len(ids), SIZE), dtype=np.uint8))
+        elif what == "mark":
+            step += int(draw.integers(1, 9))
+            table.undo.mark(step)
+            kept[step] = table.rows.copy()
+        else:
+            if what == "die":  # whoever opens it then goes back before anything else
+                table.killed()
+            back = table.undo.marks[int(draw.integers(len(table.undo.marks)))]
+            table.rewind(back)
+            assert np.array_equal(table.rows, kept[back])
+            step = back
+        assert len(table.undo.marks) <= table.keep
+        assert table.undo.marks == sorted(set(table.undo.marks))
+        notes = {int(path.name.removeprefix("undo-")) for path in table.folder.glob("undo-*")}
+        assert notes <= set(table.undo.marks)
+
+
+def test_a_return_that_was_stopped_is_made_again(tmp_path: pathlib.Path) -> None:
+    table, ids = Memory(tmp_path), np.arange(ROWS)
+    table.undo.mark(0)
+    for step in (1, 2, 3):
+        table.change(ids[: 5 * step], np.full((5 * step, SIZE), step, np.uint8))
+        if step < 3:
+            table.undo.mark(step)
+
+    def stop(ids: np.ndarray, records: np.ndarray) -> None:
+        table.write(ids[:2], records[:2])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        table.undo.rewind(0, stop, lambda: None)
+    table.killed()
+    table.rewind(0)
+    assert not table.rows.any()
+    assert table.undo.marks == [0]
+    assert [path.name for path in tmp_path.iterdir()] == ["marks.json"]
+
+
+def test_notes_of_a_process_that_ended_are_not_written_over(tmp_path: pathlib.Path) -> None:
+    table, one = Memory(tmp_path), np.ones((1, SIZE), np.uint8)
+    table.undo.mark(0)
+    table.change(np.array([3]), one)
+    table.killed()
+    with pytest.raises(TableError, match="expected the table rewound first"):
+        table.change(np.array([4]), one)
+    assert not table.rows[4].any()
+    table.rewind(0)
+    assert not table.rows.any()
+    table.change(np.array([4]), one)
+    table.undo.mark(0)  # the same step again is what the table is now
+    table.change(np.array([4]), one + 1)
+    table.rewind(0)
+    assert np.array_equal(table.rows[4:5], one)
+
+
+def test_a_step_that_is_no_mark_and_another_boot_are_refused(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = Memory(tmp_path)
+    table.undo.mark(4)
+    with pytest.raises(TableError, match=r"got no mark of step 3, expected one of \[4\]"):
+        table.rewind(3)
+    boot = tmp_path / "boot"
+    boot.write_text("another start")
+    monkeypatch.setattr(undo, "_BOOT", boot)
+    table.rewind(4)  # nothing was written since, so nothing can be lost
+    table.change(np.array([3]), np.ones((1, SIZE), np.uint8))
+    table.rewind(4)
+    table.change(np.array([3]), np.ones((1, SIZE), np.uint8))
+    boot.write_text("and another")
+    with pytest.raises(TableError, match="undo-4: the machine has stopped since these rows were trained"):
+        table.rewind(4)
