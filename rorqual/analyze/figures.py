@@ -74,6 +74,7 @@ def curves(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Figure:
             if checks:
                 axes.plot(*np.array(checks).T, "o", color=colour, ms=4)
         axes.set_xlabel("tokens trained on")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_ylabel("loss, nats a token")
         axes.grid(alpha=0.2)
         if named:
@@ -157,4 +158,19 @@ def sweep(points: Mapping[str, Sequence[tuple[float, float, float]]], *, x: str,
         axes.set_ylabel(y)
         axes.grid(alpha=0.2)
         axes.legend()
+        return figure
+
+
+def bars(values: Mapping[str, float], *, x: str) -> Figure:
+    """A horizontal bar a name, the first at the top, each with its number and its share of the first."""
+    with style():
+        figure = _figure(7.5, 0.8 + 0.3 * len(values))
+        axes = figure.subplots()
+        first = next(iter(values.values()))
+        drawn = axes.barh(range(len(values)), list(values.values()), color=COLOURS[0])
+        axes.bar_label(drawn, [f"{value:,.0f}  {value / first:.0%}" for value in values.values()], padding=3)
+        axes.set_yticks(range(len(values)), list(values))
+        axes.invert_yaxis()
+        axes.margins(x=0.2)
+        axes.set_xlabel(x)
         return figure

@@ -3,24 +3,29 @@
     lens_l       = KL(softmax(head(norm(x_n))) || softmax(head(norm(x_l))))            nats, mean over tokens
     hsic(K, L)   = [tr(K L) + 1'K1 1'L1 / ((n-1)(n-2)) - 2/(n-2) 1'K L 1] / (n (n-3))  K, L with zeroed diagonals
     cka(X, Y)    = hsic(XX', YY') / sqrt(hsic(XX', XX') hsic(YY', YY'))                each hsic a mean over minibatches
+    special_l    = sum of p(e, v) ln [p(e, v) / (p(e) p(v))]                           what an expert tells of its token
     alignment_j  = sum of i * s_ij / sum of s_ij over the k layers i most like j       where layer j stands in the other
+
+All of them read our models and any causal model of transformers; gates and suppression, one that carries memory.
 
 Unbiased HSIC: Song et al. 2012; minibatch CKA: Nguyen et al., arXiv 2010.15327; alignment: Engram, arXiv 2601.07372.
 """
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from rorqual.analyze.states import block_states, chosen, gate_names, lens_logits, ours, run
 from rorqual.analyze.taps import Taps, quiet
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.layers.engram import Engram
-from rorqual.layers.router import Routing
-from rorqual.model import LanguageModel
+from rorqual.model import IGNORED, LanguageModel
 
 
 class Gates(NamedTuple):
@@ -31,18 +36,22 @@ class Gates(NamedTuple):
     values: Float[Tensor, "Lm T S"]  # in (0, 1)
 
 
-def gates(model: LanguageModel, tokenizer: Tokenizer, text: str) -> Gates:
-    """The gate of every token, layer and stream over `text`. ValueError for a model without memory or an empty text."""
-    if model.config.engram is None:
+def gates(model: nn.Module, tokenizer: Tokenizer, text: str) -> Gates:
+    """The gate of every token, layer and stream over `text`, of ours or of a memory attached to a host.
+
+    ValueError for a model without memory or an empty text.
+    """
+    names = gate_names(model)
+    if not names:
         raise ValueError("gates: got a model without Engram, expected one with memory")
     ids = tokenizer.encode(text)
     if not ids:
         raise ValueError("gates: got an empty text, expected at least one token")
-    names = [f"blocks.{layer}.engram.gate" for layer in model.config.engram.layers]
-    with quiet(model), Taps(model, *names) as taps:
-        model(torch.tensor([[tokenizer.begin_id, *ids]], device=model.embed.weight.device))
-    values = torch.stack([taps[name][0][0, 1:].float().cpu() for name in names])
-    return Gates([tokenizer.token(i) for i in ids], model.config.engram.layers, values)
+    device = next(model.parameters()).device
+    with quiet(model), Taps(model, *names.values()) as taps:
+        run(model, torch.tensor([[tokenizer.begin_id, *ids]], device=device))
+    values = torch.stack([taps[name][0][0, 1:].float().cpu() for name in names.values()])
+    return Gates([tokenizer.token(i) for i in ids], tuple(names), values)
 
 
 class Load(NamedTuple):
@@ -57,6 +66,16 @@ class Load(NamedTuple):
         """Each expert's part of its layer's tokens; uniform is 1 / E."""
         return self.counts / self.counts.sum(-1, keepdim=True).clamp_min(1)
 
+    @property
+    def specialisation(self) -> Float[Tensor, " L"]:
+        """What the expert tells of the token: their mutual information in nats, at most ln E.
+
+        0 where every expert takes all tokens alike. Few tokens overstate it: each id seen once tells its expert.
+        """
+        joint = self.by_token.double() / self.by_token.sum((1, 2), keepdim=True).clamp_min(1)
+        apart = joint.sum(1, keepdim=True) * joint.sum(2, keepdim=True)
+        return torch.special.xlogy(joint, joint / apart.clamp_min(1e-300)).sum((1, 2)).float()
+
     def favourites(self, layer: int, expert: int, k: int = 8) -> list[tuple[int, float]]:
         """The k ids this expert takes most above their own frequency: (id, share here / share everywhere)."""
         here = self.by_token[layer, expert].float()
@@ -67,45 +86,43 @@ class Load(NamedTuple):
         return [(int(i), float(v)) for v, i in zip(best.values, best.indices, strict=True) if v > 0]
 
 
-def expert_load(model: LanguageModel, batches: Iterable[Int[Tensor, "B T"]]) -> Load:
-    """Which tokens each expert took over these batches. ValueError for a model without experts."""
-    moe = model.config.moe
-    if moe is None:
-        raise ValueError("expert load: got a model without experts, expected moe to be on")
-    layers = tuple(i for i in range(model.config.layers) if model.config.has_experts(i))
-    by_token = torch.zeros(len(layers), moe.routed, model.config.vocabulary, dtype=torch.long)
-    with quiet(model):
-        for ids in batches:
-            for n, routing in enumerate(model.hidden(ids)[1]):
-                _add(by_token[n], routing, ids)
+def expert_load(model: nn.Module, batches: Iterable[Int[Tensor, "B T"]]) -> Load:
+    """Which tokens each expert took over these batches. ValueError for a model without experts, and for no batch."""
+    layers, by_token = tuple[int, ...](), torch.zeros(0, 0, 0, dtype=torch.long)
+    for ids in batches:
+        found = chosen(model, ids)
+        if not by_token.numel():
+            layers, by_token = (
+                found.layers,
+                torch.zeros(len(found.layers), found.experts, _words(model), dtype=torch.long),
+            )
+        for table, slots in zip(by_token, found.slots, strict=True):
+            _add(table, slots, ids)
+    if not by_token.numel():
+        raise ValueError("expert load: got no batches, expected at least one")
     return Load(layers, by_token.sum(-1), by_token)
 
 
-def _add(table: Int[Tensor, "E V"], routing: Routing, ids: Int[Tensor, "B T"]) -> None:
-    chosen = routing.chosen.flatten(0, 1)  # [N, K]
-    taken = (routing.weights.flatten(0, 1) != 0).cpu()
-    places = (chosen * table.shape[1] + ids.reshape(-1, 1)).cpu()[taken]
+def _words(model: nn.Module) -> int:
+    """Ids that the model has embeddings for."""
+    own = ours(model)
+    return own.config.vocabulary if own is not None else cast(Any, model).get_input_embeddings().weight.shape[0]
+
+
+def _add(table: Int[Tensor, "E V"], slots: Int[Tensor, "N K"], ids: Int[Tensor, "B T"]) -> None:
+    places = (slots * table.shape[1] + ids.reshape(-1, 1)).cpu()[(slots >= 0).cpu()]
     table.view(-1).index_add_(0, places, torch.ones_like(places))
 
 
-def logit_lens(model: LanguageModel, ids: Int[Tensor, "B T"]) -> Float[Tensor, " layers"]:
-    """KL from the final prediction to what each block's streams already say, in nats; the last entry is 0."""
-    with quiet(model), Taps(model, *_blocks(model)) as taps:
-        final = model(ids).log_softmax(-1)
-        found = []
-        for index in range(model.config.layers):
-            streams, carried, _ = taps[f"blocks.{index}"][0]
-            hidden = streams[:, :, 0] if model.exit is None else model.exit(streams, carried)
-            found.append(_kl(final, model.logits(hidden).log_softmax(-1)))
-    return torch.stack(found).cpu()
+def logit_lens(model: nn.Module, ids: Int[Tensor, "B T"]) -> Float[Tensor, " layers"]:
+    """KL from the final prediction to what each block already says, in nats; the last entry is 0. Any causal model."""
+    final, early = lens_logits(model, ids)
+    whole = final.log_softmax(-1)
+    return torch.stack([*(_kl(whole, logits.log_softmax(-1)) for logits in early), _kl(whole, whole)]).cpu()
 
 
 def _kl(p: Float[Tensor, "B T V"], q: Float[Tensor, "B T V"]) -> Float[Tensor, ""]:
     return (p.exp() * (p - q)).sum(-1).mean()
-
-
-def _blocks(model: LanguageModel) -> list[str]:
-    return [f"blocks.{index}" for index in range(model.config.layers)]
 
 
 def hsic(x: Float[Tensor, "N D"], y: Float[Tensor, "N D2"]) -> Float[Tensor, ""]:
@@ -129,18 +146,34 @@ def cka(pairs: Iterable[tuple[Float[Tensor, "N D"], Float[Tensor, "N D2"]]]) -> 
     return float(sums[0] / (sums[1] * sums[2]).clamp_min(1e-300).sqrt())
 
 
-def layer_states(model: LanguageModel, ids: Int[Tensor, "B T"]) -> list[Float[Tensor, "N D"]]:
-    """What each block leaves, streams summed, tokens flattened."""
-    with quiet(model), Taps(model, *_blocks(model)) as taps:
-        model.hidden(ids)
-        return [taps[f"blocks.{i}"][0][0].sum(2).flatten(0, 1).float() for i in range(model.config.layers)]
+def centred(x: Float[Tensor, "N D"]) -> Float[Tensor, "N N"]:
+    """The linear kernel of the samples, such that hsic(x, y) = <centred(x), centred(y)> / (n (n - 3)); float64.
+
+    Off the diagonal K_ij - (K1)_i/(n-2) - (K1)_j/(n-2) + 1'K1/((n-1)(n-2)), on it 0. ValueError below 4 samples.
+    """
+    n = x.shape[0]
+    if n < 4:
+        raise ValueError(f"centred: got {n} samples, expected at least 4")
+    x = x.double()
+    k = (x @ x.T).fill_diagonal_(0.0)
+    sums = k.sum(0) / (n - 2)
+    return (k - sums - sums[:, None] + k.sum() / ((n - 1) * (n - 2))).fill_diagonal_(0.0)
 
 
-def similarity(a: LanguageModel, b: LanguageModel, batches: list[Int[Tensor, "B T"]]) -> Float[Tensor, "La Lb"]:
-    """CKA of every layer of `a` with every layer of `b` over the same ids."""
-    states = [(layer_states(a, ids), layer_states(b, ids)) for ids in batches]
-    rows = range(a.config.layers), range(b.config.layers)
-    return torch.tensor([[cka((x[i], y[j]) for x, y in states) for j in rows[1]] for i in rows[0]])
+def similarity(a: nn.Module, b: nn.Module, batches: Iterable[Int[Tensor, "B T"]]) -> Float[Tensor, "La Lb"]:
+    """CKA of every layer of `a` with every layer of `b` over the same ids; HSICs are summed over the batches first."""
+    across = own_a = own_b = torch.zeros(())
+    for ids in batches:
+        scale = max(1, ids.numel() * (ids.numel() - 3)) ** -0.5
+        left, right = (
+            torch.stack([centred(state).flatten() * scale for state in block_states(model, ids)]).cpu()
+            for model in (a, b)
+        )
+        across = across + left @ right.T
+        own_a, own_b = own_a + left.square().sum(1), own_b + right.square().sum(1)
+    if not across.dim():
+        raise ValueError("similarity: got no batches, expected at least one")
+    return (across / (own_a[:, None] * own_b).clamp_min(1e-300).sqrt()).float()
 
 
 def alignment(table: Float[Tensor, "La Lb"], k: int = 5) -> Float[Tensor, " Lb"]:
@@ -166,9 +199,35 @@ def without_memory(model: nn.Module) -> Iterator[nn.Module]:
             handle.remove()
 
 
-def suppression(model: LanguageModel, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"]) -> tuple[float, float]:
-    """Mean next-token nats with memory, and with its output suppressed."""
+def suppression(model: nn.Module, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"]) -> tuple[float, float]:
+    """Mean next-token nats with memory, and with its output suppressed; labels of -100 do not count."""
     with quiet(model):
-        whole = float(model.loss(ids, labels).next_token)
+        whole = _nats(model, ids, labels)
         with without_memory(model):
-            return whole, float(model.loss(ids, labels).next_token)
+            return whole, _nats(model, ids, labels)
+
+
+def _nats(model: nn.Module, ids: Tensor, labels: Tensor) -> float:
+    if isinstance(model, LanguageModel):
+        return float(model.loss(ids, labels).next_token)
+    return float(F.cross_entropy(run(model, ids).flatten(0, 1), labels.flatten(), ignore_index=IGNORED))
+
+
+class Kept(NamedTuple):
+    """What a task scores with memory and without."""
+
+    whole: float
+    without: float
+
+    @property
+    def share(self) -> float:
+        """What is left of the score; NaN where there was none."""
+        return self.without / self.whole if self.whole else math.nan
+
+
+def suppressed(model: nn.Module, tasks: Mapping[str, Callable[[], float]]) -> dict[str, Kept]:
+    """Each task's score with the memory of `model`, and with its output suppressed. A task is what scores the model."""
+    with quiet(model):
+        whole = {name: float(score()) for name, score in tasks.items()}
+        with without_memory(model):
+            return {name: Kept(whole[name], float(score())) for name, score in tasks.items()}

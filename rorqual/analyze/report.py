@@ -8,6 +8,7 @@ import functools
 import html
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 
 from rorqual import runtime
 from rorqual.analyze import figures
-from rorqual.analyze.measures import Gates, Load, expert_load, gates
+from rorqual.analyze.measures import Gates, Kept, Load, expert_load, gates, suppression
 from rorqual.checkpoint import load_model
 from rorqual.config import to_dict
 from rorqual.costs import Costs, costs
@@ -29,6 +30,7 @@ from rorqual.model import LanguageModel, ModelConfig
 
 SENTENCE = "The Eiffel Tower is a famous tower in Paris, the capital of France."
 SAMPLE = 200  # documents of validation text for expert load
+READ_TWICE = 50  # of those, with the memory and without it
 _PAGE = Path(__file__).with_name("report.html")
 
 
@@ -42,6 +44,7 @@ class Reading:
     records: list[dict[str, Any]]
     gates: Gates | None
     load: Load | None
+    kept: Kept | None  # nats a token of the sample with its memory and without
     favourites: list[tuple[int, int, str]]  # layer, expert, the tokens it takes most above their frequency
 
     def last(self, key: str) -> float | None:
@@ -73,8 +76,8 @@ def read_run(
 ) -> Reading:
     """Everything the page needs of one run folder; costs are those at its context in training, 4,096 where unknown.
 
-    The load of experts is over `texts`, else over what `draw` gives for the run's training. FileNotFoundError, naming
-    the folder, for what is no run.
+    The load of experts and the loss without memory are over `texts`, else over what `draw` gives for the run's
+    training. FileNotFoundError, naming the folder, for what is no run.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -82,14 +85,17 @@ def read_run(
             f"report: got {folder}, expected a run folder with config.json; train one with `rorqual train`"
         )
     model, tokenizer, before = load_model(folder), Tokenizer.load(folder), trained(folder)
-    load = _load(model, tokenizer, texts or draw(before)) if model.config.moe is not None else None
+    has_moe, has_memory = model.config.moe is not None, model.config.engram is not None
+    texts = texts or (draw(before) if has_moe or has_memory else ())
+    load = _load(model, tokenizer, texts) if has_moe else None
     return Reading(
         name=folder.name,
         config=model.config,
         costs=costs(model.config, before.length) if before is not None else costs(model.config),
         records=_records(folder),
-        gates=gates(model, tokenizer, sentence) if model.config.engram is not None else None,
+        gates=gates(model, tokenizer, sentence) if has_memory else None,
         load=load,
+        kept=_kept(model, tokenizer, texts[:READ_TWICE]) if has_memory else None,
         favourites=_favourites(load, tokenizer) if load is not None else [],
     )
 
@@ -104,6 +110,21 @@ def _load(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str]) -> L
     device = model.embed.weight.device
     encoded = [[tokenizer.begin_id, *ids] for ids in tokenizer.encode_batch(list(texts))]
     return expert_load(model, (torch.tensor([ids], device=device) for ids in encoded))
+
+
+def _kept(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str]) -> Kept:
+    """Each document by itself, its end foretold too; every token counts alike."""
+    device, sums, tokens = model.embed.weight.device, [0.0, 0.0], 0
+    for ids in tokenizer.encode_batch(list(texts)):
+        known, following = (
+            torch.tensor([of], device=device) for of in ([tokenizer.begin_id, *ids], [*ids, tokenizer.end_id])
+        )
+        tokens += following.numel()
+        sums = [
+            total + nats * following.numel()
+            for total, nats in zip(sums, suppression(model, known, following), strict=True)
+        ]
+    return Kept(*(total / max(tokens, 1) for total in sums))
 
 
 def _favourites(load: Load, tokenizer: Tokenizer, experts: int = 6) -> list[tuple[int, int, str]]:
@@ -133,7 +154,7 @@ def write_report(
     sections = [
         ("Result", (f"<p>{html.escape(note)}</p>" if note else "") + results_table(readings)),
         ("Loss", svg(figures.curves([(r.name, r.records) for r in readings]))),
-        ("How far each token trusts its memory", "".join(_gate_text(r) for r in readings if r.gates is not None)),
+        ("How far each token trusts its memory", _memory_part([r for r in readings if r.gates is not None])),
         ("What the experts take", "".join(_load_part(r) for r in readings if r.load is not None)),
         ("Costs", costs_table(readings)),
         ("Configurations", "".join(_config_part(r) for r in readings)),
@@ -194,6 +215,16 @@ def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
 
 
+def _memory_part(readings: Sequence[Reading]) -> str:
+    """The gates of every run with a memory, then what its loss is without."""
+    if not readings:
+        return ""
+    head = ("run", "sampled text, nats a token", "its memory silenced", "worth, nats a token")
+    kept = [(r.name, r.kept) for r in readings if r.kept is not None]
+    rows = [(name, _number(k.whole, 4), _number(k.without, 4), _number(k.without - k.whole, 4)) for name, k in kept]
+    return "".join(map(_gate_text, readings)) + table(head, rows)
+
+
 def _gate_text(reading: Reading) -> str:
     """The sentence with each token tinted by its gate, the mean of the streams, a line a layer; then all streams."""
     found = reading.gates
@@ -211,11 +242,14 @@ def _gate_text(reading: Reading) -> str:
 
 def _load_part(reading: Reading) -> str:
     assert reading.load is not None
-    rows = [(str(layer), str(expert), words) for layer, expert, words in reading.favourites]
+    load, rows = reading.load, [(str(layer), str(expert), words) for layer, expert, words in reading.favourites]
+    told = ", ".join(f"{nats:.2f}" for nats in load.specialisation.tolist())
+    most = math.log(load.counts.shape[1])
     taken = table(("block", "expert", "tokens it takes most above their frequency"), rows)
     return (
         f"<h3>{html.escape(reading.name)}</h3>"
-        + svg(figures.load_map(reading.load))
+        + svg(figures.load_map(load))
+        + f"<p>What an expert tells of its token, block by block: {told} nats, of at most {most:.2f}.</p>"
         + f"<details><summary>what the busiest experts take</summary>{taken}</details>"
     )
 

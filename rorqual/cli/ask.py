@@ -40,6 +40,13 @@ class Generate:
     speculative: bool = False  # draft with the MTP module; needs --temperature 0
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None  # default: as stored
+    tables: Literal["device", "host", "disk"] = "device"  # where Engram's rows live
+    rows_in: str | None = None  # folder of tables 0, 1, ... that `rorqual table convert` made; none: the run's own
+    hot_bytes: int = 64 << 20  # of rows of a table on a disk that are kept in memory
+
+
+def _homes(options: "Generate | Serve") -> dict[str, Any]:
+    return {"tables": options.tables, "folder": options.rows_in, "hot_bytes": options.hot_bytes}
 
 
 def generate_command(argv: list[str]) -> int:
@@ -52,7 +59,7 @@ def generate_command(argv: list[str]) -> int:
     text = sys.stdin.read() if options.text == "-" else options.text
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = Sampling(**{name: getattr(options, name) for name in names})
-    run = load(options.run, device=options.device, dtype=options.dtype)
+    run = load(options.run, device=options.device, dtype=options.dtype, **_homes(options))
     most, stop = options.max_new_tokens, options.stop
     if as_json:
         drafts = options.speculative
@@ -149,6 +156,9 @@ class Serve:
     context: int = 4096  # tokens of a request and its answer
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None  # default: as stored
+    tables: Literal["device", "host", "disk"] = "device"  # where Engram's rows live
+    rows_in: str | None = None  # folder of tables 0, 1, ... that `rorqual table convert` made; none: the run's own
+    hot_bytes: int = 64 << 20  # of rows of a table on a disk that are kept in memory
 
 
 def serve_command(argv: list[str]) -> int:
@@ -158,7 +168,7 @@ def serve_command(argv: list[str]) -> int:
 
     if not 0 <= options.port < 2**16:
         raise UsageError(f"got port {options.port}, expected 0..65535")
-    run = load(options.run, device=options.device, dtype=options.dtype)
+    run = load(options.run, device=options.device, dtype=options.dtype, **_homes(options))
     serve(run, host=options.host, port=options.port, rows=options.rows, context=options.context)
     return 0
 

@@ -46,8 +46,11 @@ COMMANDS = {
     "memory": Command(
         "read and edit what a model remembers, with undo", 'memory runs/demo/engram "sperm whale"', "ask"
     ),
+    "table": Command(
+        "build, inspect, verify and convert tables of any size", "table inspect runs/demo/engram", "table"
+    ),
     "serve": Command("answer OpenAI-style requests over HTTP", "serve runs/demo/engram --port 8000", "ask"),
-    "plan": Command("a budget -> models of equal size and cost", "plan tiny --rho 0.75", "make"),
+    "plan": Command("a budget -> models of equal size and cost", "plan --like tiny --rho 0.75", "make"),
     "sweep": Command("train a row of models, say what is established", "sweep allocation --seeds 3", "make"),
     "doctor": Command("what this machine has: versions, cores, devices, kernels", "doctor", "look"),
 }

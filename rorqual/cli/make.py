@@ -1,7 +1,7 @@
 """Options of a command that makes or weighs models -> one call into its room out."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,10 @@ TRAIN_ENDS = """examples:
 The options above are those of the parts that are on. A part that is off (engram, mtp, hyper, moe, gqa, nsa, moba, dsa)
 is put in by naming one of its fields, or with `default`; `none` takes a part out:
   rorqual train tiny --model.mtp.depth 1 --model.hyper default
-  rorqual train tiny --model.engram none"""
+  rorqual train tiny --model.engram none
+
+--needles puts made-up questions about pairs hidden in a text in the text's place (docs/needle.md):
+  rorqual train tiny --needles default"""
 
 
 def train_command(argv: list[str]) -> int:
@@ -71,6 +74,8 @@ def progress(steps: int, every: float = 5.0) -> Callable[[dict[str, Any]], None]
         if "validation_loss" in record:
             words = f"{record['validation_loss']:.4f} nats a token, {record['bits_per_byte']:.4f} bits a byte"
             runtime.log(f"step {record['step']:,}  validation {words}", style="bold")
+        elif "accuracy" in record:
+            runtime.log(f"step {record['step']:,}  validation {record['accuracy']:.3f} of the answers", style="bold")
         elif "loss" in record and (clock.seconds - told[0] >= every or record["step"] == steps):
             told[0] = clock.seconds
             speed, left = record.get("tokens_per_second", 0.0), record.get("seconds_left", 0.0)
@@ -151,52 +156,110 @@ def show(found: dict[str, Costs]) -> None:
     Console(width=Console(width=9999).measure(table).maximum).print(table)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """One budget spent three ways: on experts, on experts and memory, and densely (the same FLOPs alone).
-
-    rorqual plan tiny --rho 0.75
-    """
-
-    model: ModelConfig = field(default_factory=ModelConfig)  # the pure mixture of experts
-    rho: float = 0.75  # share of the inactive experts that stay experts; the rest becomes memory
-    context: int = 4096
+PLAN_ENDS = """--device, --devices, --utilisation, --step-tokens, --optimizer and --tables are short for
+--machine.device and so on. The last lines of the answer are the commands that train what was planned."""
+MACHINE = ("device", "devices", "utilisation", "step-tokens", "optimizer", "tables")
 
 
 def plan_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
-    name, flags = split_first(argv, "a preset's name", "rorqual plan tiny --rho 0.75")
-    if name in ("-h", "--help"):
-        name, flags = "tiny", ["--help"]
-    options = parse(Plan(model=named(name)), flags, "plan PRESET")
-    from rorqual.experiments.plan import split_budget
+    from rorqual.experiments.budget import Budget
+    from rorqual.experiments.devices import estimate
+    from rorqual.experiments.plan import PlanConfig, plan_budget
 
-    plan = split_budget(options.model, options.rho, context=options.context)
+    if argv and not argv[0].startswith("-"):
+        raise UsageError(f"got {argv[0]!r}, expected flags alone: rorqual plan --like {argv[0]} --rho 0.75")
+    like = value_of("--like", argv) or PlanConfig().like
+    start = PlanConfig(like=like, model=named(like))
+    options = parse(start, renamed(argv, {f"--{name}": f"--machine.{name}" for name in MACHINE}), "plan", PLAN_ENDS)
+    budget = Budget(options.total, options.activated, options.flops)
+    plan = plan_budget(options.model, budget, options.rho, context=options.context)
     arms = {arm.name: arm for arm in (plan.moe, plan.engram, plan.dense)}
+    estimates = {name: estimate(arm.config, options.machine, options.context) for name, arm in arms.items()}
+    words = {name: differing(start.model, arm.config) for name, arm in arms.items()}
     if as_json:
-        emit({"rho": plan.rho} | {name: {"config": arm.config, "costs": arm.costs} for name, arm in arms.items()})
+        moe = plan.engram.config.moe
+        each = {
+            name: {"config": arm.config, "costs": arm.costs, "estimate": estimates[name], "flags": words[name]}
+            for name, arm in arms.items()
+        }
+        head = {"rho": plan.rho, "routed_experts": moe and moe.routed, "memory": plan.engram.costs.memory}
+        emit(head | {"machine": options.machine} | each)
         return 0
     show({name: arm.costs for name, arm in arms.items()})
-    config = plan.engram.config
-    if config.moe is not None and config.engram is not None:
-        rows = " ".join(map(str, config.engram.rows_per_head))
-        print(f"rho reached: {plan.rho:.4f}. The memory arm: --model.moe.routed {config.moe.routed}", end=" ")
-        print(f"--model.engram.rows-per-head {rows}")
+    show_estimates(options.machine, estimates)
+    print(f"rho reached: {plan.rho:.4f}")
     if plan.rho == 1:
-        print("rho reached: 1. No expert is given up, so the memory arm is the mixture of experts itself.")
+        print("No expert is given up, so the memory arm is the mixture of experts itself.")
+    for name, flags in words.items():
+        print(f"{name:7} rorqual train {' '.join([like, *flags])}")
     return 0
+
+
+def show_estimates(machine: Any, found: Mapping[str, Any]) -> None:
+    """What each arm keeps, by role, and how long a step takes it."""
+    table = Table("an estimate, activations not counted", *found, box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for role, words in (("rows", "rows"), ("matrix", "matrices"), ("decayed", "embedding and head"), ("plain", "rest")):
+        kept = [one.roles.get(role) for one in found.values()]
+        if any(kept):
+            table.add_row(
+                f"{words}: weights + gradients + state", *(" + ".join(map(size, k[1:])) if k else "" for k in kept)
+            )
+    held = [size(one.device_bytes) + ("" if one.fits else ", too many") for one in found.values()]
+    table.add_row(f"on each of {machine.devices} {machine.device}", *held)
+    if machine.tables == "host":
+        table.add_row("in the memory of the hosts", *(size(one.host_bytes) for one in found.values()))
+    table.add_row(f"a step of {machine.step_tokens:,} tokens", *(f"{one.step:,.3g} s" for one in found.values()))
+    parts = ((f"products, at {machine.utilisation:.0%} of the peak", "compute"), ("update", "update"), ("rows", "rows"))
+    for words, name in parts:
+        table.add_row(f"  {words}", *(f"{getattr(one, name):,.3g} s" for one in found.values()))
+    Console(width=Console(width=9999).measure(table).maximum).print(table)
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that leaves one to three digits before the point."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
+
+
+def differing(base: Any, other: Any, name: str = "--model") -> list[str]:
+    """The flags that turn one config into the other; parts that are put in or taken out among them."""
+    words: list[str] = []
+    for each in fields(other):
+        flag, was, now = f"{name}.{each.name.replace('_', '-')}", getattr(base, each.name), getattr(other, each.name)
+        if was == now:
+            continue
+        if is_dataclass(now):
+            part: Any = type(now)  # put in with its defaults where it was off
+            words += differing(was or part(), now, flag) or [flag, "default"]
+        else:
+            words += [flag, *(map(str, now) if isinstance(now, tuple) else ("none" if now is None else str(now),))]
+    return words
+
+
+SWEEP_ENDS = "rorqual sweep needle has options of its own: rorqual sweep needle --help"
 
 
 def sweep_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
     name, flags = split_first(argv, "a kind of sweep", "rorqual sweep allocation --seeds 3")
-    from rorqual.experiments import allocation
+    from rorqual.experiments import allocation, needle
 
     if name in ("-h", "--help"):
         name, flags = allocation.KINDS[0], ["--help"]
-    start = configs.replace(allocation.SweepConfig(), "kind", usual("kind of sweep", name, allocation.KINDS))
-    options = parse(start, renamed(flags, {"--data": "--data.source"}), "sweep KIND")
-    folder = allocation.main(options, console=Console(stderr=as_json))
+    kind, console = usual("kind of sweep", name, (*allocation.KINDS, "needle")), Console(stderr=as_json)
+    if kind == "needle":
+        folder = needle.main(parse(needle.NeedleSweep(), flags, "sweep needle"), console=console)
+    else:
+        start = configs.replace(allocation.SweepConfig(), "kind", kind)
+        folder = allocation.main(
+            parse(start, renamed(flags, {"--data": "--data.source"}), "sweep KIND", SWEEP_ENDS), console=console
+        )
     if as_json:
         emit({"folder": folder, "conclusion": (folder / "conclusion.txt").read_text(encoding="utf-8").strip()})
     return 0
@@ -208,6 +271,14 @@ def named(name: str) -> ModelConfig:
     if kept.is_file():
         return configs.load(ModelConfig, kept)
     return preset(usual("preset", name, PRESETS))
+
+
+def value_of(flag: str, argv: Sequence[str]) -> str | None:
+    """What a flag that is needed before the others are read is given; the last wins, as in the parser."""
+    found = None
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        found = following if word == flag else word.removeprefix(f"{flag}=") if word.startswith(f"{flag}=") else found
+    return found
 
 
 def usual(kind: str, name: str, names: Iterable[str]) -> str:

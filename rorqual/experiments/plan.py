@@ -4,22 +4,51 @@
     E   = k + round(rho (E0 - k))   routed experts beside the memory, k chosen for a token; then the nearest number
                                     that the router's groups and the devices divide, with room for k
 
-What the other experts held goes to Engram's rows, after its projections have been paid for: the totals agree. Where the
-projections add more FLOPs a token than `FLOP_TOLERANCE`, the pure model's shared expert is widened by as many.
+What the other experts held goes to Engram's rows, after its projections have been paid for: the totals agree. Where
+the projections add more FLOPs a token than `FLOP_TOLERANCE`, a shared expert evens them out: the pure model's is
+widened, or the memory arm's is narrowed where the pure model has its budget already.
 Conditional Memory via Scalable Lookup, arXiv 2601.07372, section 3.
 """
 
-import math
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 from rorqual.costs import Costs, costs
+from rorqual.experiments.budget import (
+    FLOP_TOLERANCE,
+    TOTAL_TOLERANCE,
+    Budget,
+    least_experts,
+    scaled_memory,
+    spend,
+    step_of,
+)
+from rorqual.experiments.devices import Machine
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.model import ModelConfig
 
-FLOP_TOLERANCE = 0.01  # of the pure model's activated FLOPs
-TOTAL_TOLERANCE = 0.005  # of its parameters
+RHO = 0.75  # where the paper's curve is lowest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanConfig:
+    """One budget spent three ways: on experts, on experts and memory, and densely (the same FLOPs alone).
+
+    What each of the three keeps and takes on the machine is an estimate from its maker's figures.
+
+    rorqual plan --like moe-27b --rho 0.743
+    rorqual plan --total 2.7e10 --activated 3.8e9 --device h200 --devices 64
+    """
+
+    like: str = "moe-27b"  # a preset or run folder with experts: the shape, and every budget that is not given
+    model: ModelConfig = field(default_factory=ModelConfig)  # flags change the model that is followed
+    total: float | None = None  # parameters; backbone and experts are solved for
+    activated: float | None = None  # parameters that a token goes through, all but the input embedding
+    flops: float | None = None  # a token, forward; instead of `activated`
+    rho: float | None = None  # share of the inactive experts that stay experts; 0.75, or that of a `like` with memory
+    context: int = 4096  # tokens that a token attends over, half of them on average
+    machine: Machine = field(default_factory=Machine)
 
 
 class Arm(NamedTuple):
@@ -39,14 +68,38 @@ class Plan(NamedTuple):
     dense: Arm
 
 
+def plan_budget(like: ModelConfig, budget: Budget, rho: float | None = None, *, context: int = 4096) -> Plan:
+    """Arms shaped like `like` that have the budget; what the budget leaves open is as in `like`.
+
+    A `like` with memory, no budget and no rho is the memory arm itself, and its pure mixture is solved for. Else rho
+    is 0.75 where it is None. ValueError for what cannot be had.
+    """
+    if like.moe is None or (budget == Budget() and like.engram is None):
+        return split_budget(like, RHO if rho is None else rho, context=context)
+    pure = spend(like, budget, context=context)
+    if rho is not None or budget != Budget():
+        shape = None if like.engram is None else scaled_memory(like.engram, like, pure)
+        return split_budget(pure, RHO if rho is None else rho, shape, context=context, pays="memory")
+    assert like.engram is not None and pure.moe is not None
+    reached = (like.moe.routed - like.moe.active) / (pure.moe.routed - pure.moe.active)
+    arm = Arm("moe", pure, costs(pure, context))
+    return Plan(reached, arm, Arm("engram", like, costs(like, context)), _dense(arm, context))
+
+
 def split_budget(
-    base: ModelConfig, rho: float, engram: EngramConfig | None = None, *, context: int = 4096, widen: bool = True
+    base: ModelConfig,
+    rho: float,
+    engram: EngramConfig | None = None,
+    *,
+    context: int = 4096,
+    pays: Literal["pure", "memory"] = "pure",
 ) -> Plan:
     """Gives 1 - rho of the inactive experts of `base` to a memory shaped like `engram` (its rows are solved for).
 
-    `widen` False keeps `base` as it is, to see what the projections cost. ValueError when rho is outside [0, 1], `base`
-    has no experts, or the projections cost more than the experts given up. Where no expert can be given up, the rho
-    reached is 1 and the memory arm is `base`.
+    `pays` says whose shared expert evens the FLOPs of the projections out: "pure" widens that of the pure model,
+    "memory" narrows that of the memory arm. ValueError when rho is outside [0, 1], `base` has no experts, or the
+    projections cost more than what is given up. Where no expert can be given up, the rho reached is 1 and the memory
+    arm is `base`.
     """
     if base.moe is None:
         raise ValueError("base: got a model without experts, expected moe to be on")
@@ -59,23 +112,24 @@ def split_budget(
         arm = Arm("moe", moe, costs(moe, context))
         return Plan(1.0, arm, arm._replace(name="engram"), _dense(arm, context))
     template = engram or base.engram or default_memory(base)
-    fewer = replace(base.moe, routed=kept)
-    empty = replace(base, moe=fewer, engram=with_rows(template, 2))
-    if widen:
-        moe = _widened(moe, costs(empty, context), context)
-    pure = Arm("moe", moe, costs(moe, context))
-    config = replace(empty, engram=_solve_rows(pure.costs, empty, template, context))
-    return Plan(reached, pure, Arm("engram", config, costs(config, context)), _dense(pure, context))
+    empty = replace(base, moe=replace(base.moe, routed=kept), engram=with_rows(template, 2))
+    pure, filled = _evened(moe, empty, context, pays)
+    filled = replace(filled, engram=_solve_rows(pure.costs, filled, template, context))
+    plan = Plan(reached, pure, Arm("engram", filled, costs(filled, context)), _dense(pure, context))
+    total, flops = agreement(plan)
+    if abs(total) > TOTAL_TOLERANCE or abs(flops) > FLOP_TOLERANCE:
+        raise ValueError(
+            f"rho: got a memory arm {total:+.2%} in parameters and {flops:+.2%} in FLOPs from the pure one, expected "
+            f"{TOTAL_TOLERANCE:.1%} and {FLOP_TOLERANCE:.0%}: primes and whole widths are too coarse for a memory this "
+            "small; lower rho, or give it fewer heads"
+        )
+    return plan
 
 
 def _kept_experts(moe: MoEConfig, rho: float) -> int:
-    router, step = moe.router, math.lcm(moe.router.groups, moe.balance.devices)
-    size = math.ceil(moe.active / router.groups_kept)  # least experts a group
-    if router.groups_kept < router.groups and router.group_score == "top2":
-        size = max(2, size)
-    least = math.ceil(router.groups * size / step) * step
+    step = step_of(moe)
     wanted = moe.active + round(rho * (moe.routed - moe.active))
-    return min(moe.routed, max(least, step * round(wanted / step)))
+    return min(moe.routed, max(least_experts(moe), step * round(wanted / step)))
 
 
 def default_memory(base: ModelConfig) -> EngramConfig:
@@ -90,18 +144,33 @@ def with_rows(config: EngramConfig, rows: int) -> EngramConfig:
     return replace(config, rows_per_head=(rows,) * len(config.rows_per_head))
 
 
-def _widened(moe: ModelConfig, wanted: Costs, context: int) -> ModelConfig:
-    """The pure model with its shared expert widened until its FLOPs reach `wanted`."""
-    assert moe.moe is not None
-    have = costs(moe, context).flops_per_token
-    missing = wanted.flops_per_token - have
-    if missing <= FLOP_TOLERANCE * have:
-        return moe
-    blocks = sum(moe.has_experts(i) for i in range(moe.layers))
-    more = round(missing / (2 * 3 * moe.dim * blocks)) if blocks else 0
-    if not more:
-        return moe
-    return replace(moe, moe=replace(moe.moe, shared=max(1, moe.moe.shared), shared_width=moe.moe.shared_hidden + more))
+def _evened(moe: ModelConfig, empty: ModelConfig, context: int, pays: str) -> tuple[Arm, ModelConfig]:
+    """The pure arm and the memory arm, rows still to be found, with FLOPs a token that differ within the tolerance."""
+    have = costs(moe, context)
+    more = costs(empty, context).flops_per_token - have.flops_per_token
+    if abs(more) > FLOP_TOLERANCE * have.flops_per_token:
+        if more > 0 and pays == "pure":
+            moe = _with_flops(moe, more)
+            have = costs(moe, context)
+        else:
+            empty = _with_flops(empty, -more)
+    return Arm("moe", moe, have), empty
+
+
+def _with_flops(config: ModelConfig, more: int) -> ModelConfig:
+    """`config` with its shared expert so much wider, or narrower, that a token costs `more` FLOPs more."""
+    assert config.moe is not None
+    blocks = sum(config.has_experts(i) for i in range(config.layers))
+    width = config.moe.shared_hidden + (round(more / (2 * 3 * config.dim * blocks)) if blocks else 0)
+    if width < 0:
+        raise ValueError(
+            f"engram: got projections of {-more:,} FLOPs a token, expected no more than those of the shared expert, "
+            "which pays for them; narrow the memory (fewer heads or layers, a smaller head_dim), or raise the budget"
+        )
+    if width == config.moe.shared_hidden:
+        return config
+    count = max(1, config.moe.shared) if width else 0
+    return replace(config, moe=replace(config.moe, shared=count, shared_width=width or None))
 
 
 def _solve_rows(target: Costs, empty: ModelConfig, template: EngramConfig, context: int) -> EngramConfig:
@@ -109,14 +178,18 @@ def _solve_rows(target: Costs, empty: ModelConfig, template: EngramConfig, conte
     free = target.total - (spent.total - spent.memory)
     row = len(template.layers) * len(template.rows_per_head) * template.heads * template.head_dim
     rows = free // row
-    if rows < 2:
-        raise ValueError(
-            f"rho: got a memory of {free:,} parameters after its projections, expected at least {2 * row:,}; "
-            "lower rho, or narrow the memory (fewer heads, a smaller head_dim, fewer layers)"
-        )
-    config = with_rows(template, rows)
-    got = costs(replace(empty, engram=config), context).total  # primes lie a little above what was asked for
-    return with_rows(template, rows - max(0, round((got - target.total) / row)))
+    for _ in range(3):
+        if rows < 2:
+            raise ValueError(
+                f"rho: got a memory of {free:,} parameters after its projections, expected at least {spent.memory:,}; "
+                "lower rho, or narrow the memory (fewer heads, a smaller head_dim, fewer layers)"
+            )
+        # primes lie a little above what was asked for
+        over = round((costs(replace(empty, engram=with_rows(template, rows)), context).total - target.total) / row)
+        if over <= 0:
+            break
+        rows -= over
+    return with_rows(template, max(2, rows))
 
 
 def _dense(pure: Arm, context: int) -> Arm:

@@ -1,5 +1,6 @@
 """Each measure against a closed form or a brute force."""
 
+import copy
 import itertools
 import math
 from dataclasses import replace
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from rorqual.analyze import measures
+from rorqual.analyze.states import block_states
 from rorqual.data.tokenizer import train as train_tokenizer
 from rorqual.layers.engram import EngramConfig
 from rorqual.model import LanguageModel
@@ -60,10 +62,17 @@ def test_alignment_of_a_shifted_diagonal():
 
 
 def test_logit_lens_by_hand(model):
+    """The same model cut off after each block says what the lens says that it does."""
     ids = torch.randint(0, model.config.vocabulary, (2, 7), generator=torch.Generator().manual_seed(0))
     lens = measures.logit_lens(model, ids)
     assert lens.shape == (3,) and float(lens[-1]) == pytest.approx(0, abs=1e-5)
-    assert (lens[:-1] > 0).all()
+    final = model.eval()(ids).detach().double().softmax(-1)
+    for layer in (0, 1):
+        short = copy.deepcopy(model)
+        short.blocks = short.blocks[: layer + 1]
+        early = short(ids).detach().double().softmax(-1)
+        kl = sum((p * (p / q).log()).sum() for p, q in zip(final.flatten(0, 1), early.flatten(0, 1), strict=True)) / 14
+        assert float(lens[layer]) == pytest.approx(float(kl), rel=1e-4)
 
 
 def test_gates_are_those_of_the_layer(model, tokenizer):
@@ -79,12 +88,24 @@ def test_gates_are_those_of_the_layer(model, tokenizer):
 
 def test_expert_load_counts_every_choice(model):
     batches = [torch.randint(0, model.config.vocabulary, (2, 9)) for _ in range(3)]
-    load = measures.expert_load(model, batches)
+    load = measures.expert_load(model, iter(batches))
     assert load.counts.shape == (3, 32)
     assert load.counts.sum(-1).tolist() == [3 * 2 * 9 * 2] * 3
     assert torch.allclose(load.shares.sum(-1), torch.ones(3))
     seen = torch.stack(batches).flatten().bincount(minlength=model.config.vocabulary) * 2
     assert torch.equal(load.by_token[0].sum(0), seen)
+
+
+def test_a_slot_that_is_not_taken_is_not_counted(tokenizer):
+    base = preset("tiny")
+    moe = replace(base.moe, active=4, router=replace(base.moe.router, adaptive_mass=0.1, min_active=1))
+    model = LanguageModel(replace(base, vocabulary=tokenizer.vocabulary, moe=moe, engram=None), seed=1)
+    ids = torch.randint(0, tokenizer.vocabulary, (2, 9))
+    with torch.no_grad():
+        taken = [int((routing.weights != 0).sum()) for routing in model.eval().hidden(ids)[1]]
+    assert measures.expert_load(model, [ids]).counts.sum(-1).tolist() == taken and min(taken) < 2 * 9 * 4
+    with pytest.raises(ValueError, match="no batches"):
+        measures.expert_load(model, [])
 
 
 def test_favourites_put_the_over_represented_first():
@@ -94,6 +115,36 @@ def test_favourites_put_the_over_represented_first():
     load = measures.Load((0,), by_token.sum(-1), by_token)
     (first, lift), *_ = load.favourites(0, 0)
     assert first == 1 and lift == pytest.approx((10 / 20) / (10 / 35))
+
+
+def test_specialisation_is_what_the_expert_tells_of_the_token():
+    def load(*experts):
+        by_token = torch.tensor([experts])
+        return measures.Load((0,), by_token.sum(-1), by_token)
+
+    assert float(load([5, 0, 3, 0], [0, 7, 0, 1]).specialisation) == pytest.approx(math.log(2)), "each takes its own"
+    assert float(load([4, 2, 6], [2, 1, 3]).specialisation) == pytest.approx(0, abs=1e-7), "all alike"
+    joint = torch.tensor([[0.3, 0.2], [0.1, 0.4]])
+    brute = sum(
+        joint[e, v] * math.log(joint[e, v] / joint[e].sum() / joint[:, v].sum()) for e in (0, 1) for v in (0, 1)
+    )
+    assert float(load([30, 20], [10, 40]).specialisation) == pytest.approx(float(brute))
+    assert float(load([0, 0], [0, 0]).specialisation) == 0
+
+
+def test_suppressed_scores_every_task_both_ways(model):
+    ids = torch.randint(0, model.config.vocabulary, (2, 9))
+    tasks = {
+        "nats": lambda: model.loss(ids, ids.roll(-1, 1)).next_token,
+        "one": lambda: 1.0,
+        "none": lambda: 0.0,
+    }
+    found = measures.suppressed(model, tasks)
+    assert (found["nats"].whole, found["nats"].without) == measures.suppression(model, ids, ids.roll(-1, 1))
+    assert found["nats"].share == found["nats"].without / found["nats"].whole != 1
+    assert found["one"].share == 1 and math.isnan(found["none"].share)
+    with pytest.raises(ValueError, match="without Engram"):
+        measures.suppressed(LanguageModel(replace(model.config, engram=None)), tasks)
 
 
 def test_suppression_equals_a_model_whose_memory_says_nothing(model):
@@ -115,6 +166,29 @@ def test_similarity_of_a_model_with_itself(model):
     batches = [torch.randint(0, model.config.vocabulary, (4, 16)) for _ in range(2)]
     table = measures.similarity(model, model, batches)
     assert torch.allclose(table.diagonal(), torch.ones(3), atol=1e-4)
+
+
+def test_similarity_is_cka_of_every_pair_of_layers(model):
+    other = LanguageModel(replace(preset("classroom"), vocabulary=model.config.vocabulary), seed=3)
+    batches = [torch.randint(0, model.config.vocabulary, (2, t)) for t in (9, 14)]  # of unequal size
+    table = measures.similarity(model, other, iter(batches))
+    states = [[block_states(m, ids) for ids in batches] for m in (model, other)]
+    for i in range(3):
+        for j in range(2):
+            pairs = [(states[0][n][i], states[1][n][j]) for n in range(2)]
+            assert float(table[i, j]) == pytest.approx(measures.cka(iter(pairs)), abs=1e-5)
+    with pytest.raises(ValueError, match="at least 4"):
+        measures.similarity(model, other, [batches[0][:1, :3]])
+    with pytest.raises(ValueError, match="no batches"):
+        measures.similarity(model, other, [])
+
+
+@pytest.mark.parametrize("n", [4, 5, 33])
+def test_centred_kernels_multiply_to_hsic(n):
+    x, y = torch.randn(n, 3), torch.randn(n, 2) + 1
+    product = (measures.centred(x) * measures.centred(y)).sum() / (n * (n - 3))
+    assert float(product) == pytest.approx(float(measures.hsic(x, y)), rel=1e-9)
+    assert measures.centred(x).sum(0).abs().max() < 1e-9
 
 
 def test_a_text_begins_as_a_document_does(model, tokenizer, monkeypatch):

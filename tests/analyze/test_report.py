@@ -3,12 +3,15 @@
 import json
 import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
 from rorqual.analyze import report
+from rorqual.analyze.measures import without_memory
 from rorqual.analyze.report import read_run, table, write_report
 from rorqual.checkpoint import load_model, save_model
 from rorqual.costs import costs
@@ -78,6 +81,20 @@ def test_a_reading_knows_its_run(runs):
     assert read_run(runs[0], texts=TEXTS).gates is None
 
 
+def test_what_the_memory_is_worth_is_the_loss_of_every_token_both_ways(runs):
+    model, tokenizer = load_model(runs[1]).eval(), Tokenizer.load(runs[1])
+    reading, sums = read_run(runs[1], texts=TEXTS), [0.0, 0.0]
+    for ids in map(tokenizer.encode, TEXTS):
+        known, following = torch.tensor([[tokenizer.begin_id, *ids]]), torch.tensor([*ids, tokenizer.end_id])
+        with torch.no_grad():
+            sums[0] += torch.nn.functional.cross_entropy(model(known)[0], following, reduction="sum").item()
+            with without_memory(model):
+                sums[1] += torch.nn.functional.cross_entropy(model(known)[0], following, reduction="sum").item()
+    tokens = sum(len(tokenizer.encode(text)) + 1 for text in TEXTS)
+    assert tuple(reading.kept) == pytest.approx((sums[0] / tokens, sums[1] / tokens), rel=1e-5)
+    assert reading.kept.whole != reading.kept.without and read_run(runs[0], texts=TEXTS).kept is None
+
+
 def test_costs_and_load_are_those_of_the_training(runs, tmp_path, monkeypatch):
     notes = tmp_path / "notes.jsonl"
     notes.write_text("".join(json.dumps({"body": f"the whale {n} swims in the sea"}) + "\n" for n in range(3)))
@@ -126,3 +143,106 @@ def test_a_figure_is_shown_no_wider_than_it_was_drawn(runs, tmp_path):
     assert 'style="--own: 540pt"' in drawing and 'height="' not in drawing.split(">")[1], "7.5 inches of 72 points"
     page = write_report(runs[:1], tmp_path / "report.html", texts=TEXTS).read_text(encoding="utf-8")
     assert "max-width: min(60rem, var(--own" in page
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+
+
+@pytest.fixture(scope="module")
+def page_of(runs, tmp_path_factory):
+    """Opens the report in a browser, at a width and in a scheme; nothing may be asked for or complained of."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("no chromium here: apt install chromium")
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    page = write_report(runs, out, texts=TEXTS, sentence="the whale swims in the <sea> & sings " * 4, title="w" * 200)
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+
+        @contextmanager
+        def visit(width=1200, scheme="light"):
+            said = []
+            context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            shown = context.new_page()
+            shown.on("console", lambda message: said.append(message.text))
+            shown.on("pageerror", lambda error: said.append(str(error)))
+            shown.on("request", lambda asked: said.append(asked.url) if asked.url != page.as_uri() else None)
+            shown.goto(page.as_uri())
+            yield shown
+            context.close()
+            assert said == []
+
+        yield visit
+        browser.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [420, 1200])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_and_reads_in_light_and_dark(page_of, width, scheme):
+    with page_of(width, scheme) as page:
+        for fold in page.locator("summary").all():
+            fold.click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out of the page"
+        colours = "[getComputedStyle(node).color, getComputedStyle(document.body).backgroundColor]"
+        for part in ("h1", "td", "th button", "summary", "figure svg", ".gates span", "pre"):
+            ink, paper = page.locator(part).first.evaluate(f"node => {colours}")
+            assert contrast(ink, paper) >= 4.5, part
+        assert (brightness(ink) > brightness(paper)) == (scheme == "dark")
+        labels = page.locator("figure svg g[id^=text] :is(text, g)").first.evaluate(
+            "node => getComputedStyle(node).fill"
+        )
+        assert contrast(labels, paper) >= 4.5, "the figures' words take the page's colour"
+        assert len(page.screenshot(full_page=True)) > 20_000
+
+
+def brightness(colour):
+    """Relative luminance of "rgb(r, g, b)", as WCAG 2 defines it."""
+    shares = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    dark, light = sorted((brightness(one), brightness(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.slow
+def test_a_click_sorts_a_table(page_of):
+    with page_of() as page:
+        costs = page.locator("table", has_text="total parameters")
+
+        def column(n):
+            return [row.locator("td").nth(n).text_content() for row in costs.locator("tbody tr").all()]
+
+        for n, key in ((0, str), (1, lambda text: int(text.replace(",", "")))):
+            costs.locator("th button").nth(n).click()
+            assert costs.locator("th").nth(n).get_attribute("aria-sort") == "ascending"
+            assert column(n) == sorted(column(n), key=key)
+            costs.locator("th button").nth(n).focus()
+            page.keyboard.press("Enter")
+            assert costs.locator("th").nth(n).get_attribute("aria-sort") == "descending"
+            assert column(n) == sorted(column(n), key=key, reverse=True) != sorted(column(n), key=key)
+        assert costs.locator("th[aria-sort]").count() == 1
+
+
+@pytest.mark.slow
+def test_it_prints_with_everything_unfolded_in_black_on_white(page_of):
+    with page_of(scheme="dark") as page:
+        folds = page.locator("details").count()
+        page.evaluate(
+            "addEventListener('beforeprint', () => { window.printed = ["
+            "document.querySelectorAll('details[open]').length, getComputedStyle(document.body).color] })"
+        )
+        printed = page.pdf(format="A4")
+        assert printed.startswith(b"%PDF") and len(re.findall(rb"/Type\s*/Page\b", printed)) >= 2
+        assert page.evaluate("window.printed[0]") == folds > 0
+        assert page.locator("details[open]").count() == 0, "folded again"
+        page.emulate_media(media="print", color_scheme="dark")
+        ink, paper = page.evaluate(
+            "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+        )
+        assert (ink, paper) == ("rgb(0, 0, 0)", "rgb(255, 255, 255)")
+        assert all(head.is_visible() for head in page.locator("h2").all()) and page.locator("h2").count() == 6

@@ -10,6 +10,7 @@ import pytest
 from rorqual import config as configs
 from rorqual.cli import make
 from rorqual.cli.main import main
+from rorqual.cli.parse import parse
 from rorqual.costs import costs
 from rorqual.model import ModelConfig
 from rorqual.presets import preset
@@ -72,20 +73,59 @@ def test_named_knows_presets_and_runs(small_run: Path) -> None:
 
 
 def test_plan_says_when_no_expert_is_given_up(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "tiny", "--rho", "1.0"]) == 0
+    assert main(["plan", "--like", "tiny", "--rho", "1.0"]) == 0
     assert "No expert is given up" in capsys.readouterr().out
-    assert main(["plan", "tiny", "--rho", "0.6"]) == 0
+    assert main(["plan", "--like", "tiny", "--rho", "0.6"]) == 0
     assert "No expert" not in capsys.readouterr().out
 
 
 def test_plan_spends_one_budget(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "tiny", "--rho", "0.6", "--json"]) == 0
+    words = ["plan", "--like=tiny", "--rho", "0.6", "--total", "3e6", "--activated", "6e5"]
+    assert main([*words, "--devices", "3", "--tables", "host", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["engram"]["costs"]["total"] == pytest.approx(found["moe"]["costs"]["total"], rel=0.005)
+    assert found["moe"]["costs"]["total"] == pytest.approx(3e6, rel=0.005)
+    assert found["engram"]["costs"]["total"] == pytest.approx(3e6, rel=0.01)
     model = configs.from_dict(ModelConfig, found["engram"]["config"])
     assert model.engram is not None
-    assert main(["plan", "tiny", "--rho", "0.6"]) == 0
-    assert f"--model.engram.rows-per-head {model.engram.rows_per_head[0]} " in capsys.readouterr().out
+    assert model.moe is not None
+    assert found["routed_experts"] == model.moe.routed < found["moe"]["config"]["moe"]["routed"]
+    assert found["memory"] == found["engram"]["costs"]["memory"] == costs(model).memory
+    kept = found["engram"]["estimate"]["roles"]["rows"]
+    assert (kept["parameters"], found["machine"]["devices"]) == (found["memory"], 3)
+    assert found["engram"]["estimate"]["host_bytes"] == kept["weights"] + kept["gradients"] + kept["state"]
+    for arm in ("moe", "engram", "dense"):  # the flags that are printed make what was planned
+        planned = configs.from_dict(ModelConfig, found[arm]["config"])
+        assert parse(TrainConfig(model=preset("tiny")), found[arm]["flags"], "train").model == planned
+    assert main([*words, "--devices", "3"]) == 0
+    said = capsys.readouterr().out
+    assert f"engram  rorqual train tiny {' '.join(found['engram']['flags'])}" in said
+    assert "on each of 3 h100" in said
+    assert "in the memory of the hosts" not in said
+
+
+@pytest.mark.slow
+def test_plan_makes_the_papers_models(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--like", "moe-27b", "--rho", "0.743", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["routed_experts"] == 55
+    assert found["memory"] == pytest.approx(5.75e9, rel=0.01)
+    assert main(["plan", "--like", "engram-40b", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["routed_experts"] == 55
+    assert found["memory"] == pytest.approx(18.5e9, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (4_190_000, "4.19 MB"), (61e9, "61 GB"),
+                        (2.5e12, "2.5 TB"), (4.2e15, "4,200 TB")],
+)  # fmt: skip
+def test_sizes_have_three_digits(count: float, said: str) -> None:
+    assert make.size(count) == said
+
+
+def test_the_last_value_of_a_flag_counts() -> None:
+    assert make.value_of("--like", ["--rho", "1", "--like", "a", "--like=b"]) == "b"
+    assert make.value_of("--like", ["--liked", "a"]) is None
 
 
 @pytest.mark.parametrize(
@@ -98,9 +138,12 @@ def test_plan_spends_one_budget(capsys: pytest.CaptureFixture[str]) -> None:
         (["params", "--base", "10000", "--factor", "0.5"], 1, "got factor 0.5"),
         (["params", "tiny", "--model.dim", "0"], 2, "dim: got 0, expected at least 1"),
         (["params", "tiny", "--model.engram.layers", "7"], 2, "expected block indices 0..2"),
-        (["plan", "--rho", "1"], 2, "expected a preset's name first"),
-        (["plan", "tiny", "--rho", "2"], 1, "expected 0..1"),
-        (["plan", "dense-4b"], 1, "expected moe to be on"),
+        (["plan", "tiny"], 2, "expected flags alone: rorqual plan --like tiny"),
+        (["plan", "--like", "tinny"], 2, "did you mean 'tiny'"),
+        (["plan", "--like", "tiny", "--device", "h10"], 2, "did you mean 'h100'"),
+        (["plan", "--like", "tiny", "--activated", "1e5", "--flops", "1e6"], 1, "expected one of them"),
+        (["plan", "--like", "tiny", "--rho", "2"], 1, "expected 0..1"),
+        (["plan", "--like", "dense-4b"], 1, "expected moe to be on"),
         (["train"], 2, "expected a preset's name or a run folder first"),
         (["train", "tinny"], 2, "did you mean 'tiny'"),
         (["sweep", "rows"], 2, "expected one of allocation"),
@@ -138,13 +181,14 @@ def test_train_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr("rorqual.train.trainer.train", lambda config, on_metrics: asked.append(config) or config.folder)
     lines = [line.split("     ")[0].split()[1:] for line in said.splitlines() if "  rorqual train" in line]
     presets = [line for line in lines if line[1] == "tiny"]
-    assert len(presets) == 3
+    assert len(presets) == 4
     for line in presets:
         assert main(line) == 0
     assert asked[0].data.source == "notes/"
     assert asked[1].model.mtp is not None
     assert asked[1].model.hyper is not None
     assert asked[2].model.engram is None
+    assert asked[3].needles is not None
 
 
 def test_renamed() -> None:
@@ -159,8 +203,28 @@ def test_demo_and_sweep_pass_their_options_on(
     (tmp_path / "conclusion.txt").write_text("nothing is established\n")
     monkeypatch.setattr("rorqual.experiments.demo.main", lambda config, console: config.steps)
     monkeypatch.setattr("rorqual.experiments.allocation.main", lambda config, console: tmp_path / config.kind / "..")
+    monkeypatch.setattr("rorqual.experiments.needle.main", lambda config, console: tmp_path / str(config.nsa.chosen))
     (tmp_path / "slots").mkdir()
+    (tmp_path / "6").mkdir()
+    (tmp_path / "6" / "conclusion.txt").write_text("moba found most\n")
     assert main(["demo", "--steps", "7", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == 7
     assert main(["sweep", "slots", "--data", "x", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["conclusion"] == "nothing is established"
+    assert main(["sweep", "needle", "--nsa.chosen", "6", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["conclusion"] == "moba found most"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["needles"], "did you mean 'needle'?"),
+        (["needle", "--kinds", "linear"], "linear"),
+        (["needle", "--seeds", "0"], "seeds: got 0"),
+        (["needle", "--needles.asked", "9"], "got 4 pairs, expected 9..12"),
+        (["needle", "--data", "notes/"], "--data"),
+    ],
+)
+def test_a_wrong_sweep_is_told_so(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", *words]) != 0
+    assert told in capsys.readouterr().err.replace("\n", " ")

@@ -1,13 +1,17 @@
 """Budgets are equal to the last per cent, and the papers' own models come out."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from rorqual.experiments.plan import FLOP_TOLERANCE, TOTAL_TOLERANCE, agreement, split_budget
+from rorqual.costs import costs
+from rorqual.experiments.budget import FLOP_TOLERANCE, TOTAL_TOLERANCE, Budget
+from rorqual.experiments.plan import agreement, plan_budget, split_budget
+from rorqual.layers.engram import EngramConfig
 from rorqual.layers.router import RouterConfig
 from rorqual.presets import preset
 
@@ -27,7 +31,9 @@ def test_totals_and_flops_agree_for_any_budget(rho, routed, width):
 
 def test_the_papers_models():
     shape = preset("engram-27b").engram
-    plan = split_budget(preset("moe-27b"), 0.743, shape)
+    plan = split_budget(preset("moe-27b"), 0.743)  # the memory's shape is the paper's without being told
+    assert (plan.engram.config.engram.layers, plan.engram.config.engram.memory_width) == ((1, 14), 1280)
+    assert replace(plan.engram.config.engram, rows_per_head=shape.rows_per_head) == shape
     assert plan.engram.config.moe.routed == 55
     assert plan.rho == pytest.approx(49 / 66)
     assert plan.engram.costs.memory == pytest.approx(5.75e9, rel=0.01), "the paper prints 5.7e9, its rows hold 5.79e9"
@@ -79,5 +85,80 @@ def test_rho_outside_is_refused(rho):
 def test_no_experts_and_no_room_are_refused():
     with pytest.raises(ValueError, match="without experts"):
         split_budget(replace(TINY, moe=None), 0.5)
-    with pytest.raises(ValueError, match="lower rho"):
-        split_budget(TINY, 0.97, context=128, widen=False)
+    wide = EngramConfig(heads=8, head_dim=64)
+    with pytest.raises(ValueError, match=r"rho: got a memory of -?[\d,]+ parameters.*lower rho"):
+        split_budget(replace(TINY, moe=replace(TINY.moe, width=4)), 0.9, wide, context=128)
+    with pytest.raises(ValueError, match=r"projections of [\d,]+ FLOPs.*narrow the memory"):
+        split_budget(TINY, 0.5, wide, context=128, pays="memory")
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    name=st.sampled_from(["tiny", "small", "moe-27b", "deepseek-v2-lite"]),
+    rho=st.floats(0.3, 0.9),
+    total=st.floats(1.0, 3.0),  # for every activated parameter, over what the preset has
+    activated=st.floats(0.6, 1.6),
+    flops=st.booleans(),
+)
+def test_every_arm_has_the_budget(name, rho, total, activated, flops):
+    """Of any shape, scaled or not: what can be had is had, what cannot is refused in one sentence."""
+    like = preset(name)
+    if like.layers > 6:  # a model of some blocks costs as the whole does, block by block
+        like = replace(like, layers=5)
+    have = costs(like, 256)
+    axis = "flops_per_token" if flops else "activated"
+    second = getattr(have, axis) * activated
+    budget = Budget(have.total * max(activated, 1.0) * total, *((None, second) if flops else (second, None)))
+    said = ""
+    try:
+        plan = plan_budget(like, budget, rho, context=256)
+    except ValueError as error:
+        said = str(error)
+    event(said.partition(":")[0] or "planned")
+    if said:
+        assert re.match(r"(total|activated|flops_per_token|rho|engram|budget): got .*expected", said)
+        return
+    assert plan.moe.costs.total == pytest.approx(budget.total, rel=TOTAL_TOLERANCE)
+    assert getattr(plan.moe.costs, axis) == pytest.approx(second, rel=FLOP_TOLERANCE)
+    total, flops = agreement(plan)
+    assert abs(total) <= TOTAL_TOLERANCE and abs(flops) <= FLOP_TOLERANCE
+    assert plan.dense.costs.flops_per_token == pytest.approx(plan.moe.costs.flops_per_token, rel=FLOP_TOLERANCE)
+    assert plan.moe.config.engram is None and (plan.rho == 1 or plan.engram.costs.memory > 0)
+
+
+def test_the_pure_model_pays_or_the_memory_arm_does():
+    narrow = EngramConfig(heads=4, head_dim=4)
+    pure, memory = (split_budget(TINY, 0.75, narrow, context=128, pays=who) for who in ("pure", "memory"))
+    assert memory.moe.config == TINY and pure.moe.config.moe.shared_hidden > TINY.moe.shared_hidden
+    assert memory.engram.config.moe.shared_hidden < pure.engram.config.moe.shared_hidden == TINY.moe.shared_hidden
+    for plan in (pure, memory):
+        total, flops = agreement(plan)
+        assert abs(total) <= TOTAL_TOLERANCE and abs(flops) <= FLOP_TOLERANCE
+
+
+def test_a_router_that_lost_many_experts_is_made_up_for():
+    """Here the router of the pure model costs more than the projections of a narrow memory."""
+    base = replace(TINY, moe=replace(TINY.moe, routed=400, width=8, active=2))
+    plan = split_budget(base, 0.4, EngramConfig(layers=(1,), heads=1, head_dim=4), context=128)
+    assert plan.engram.config.moe.shared_hidden > plan.moe.config.moe.shared_hidden
+    assert abs(agreement(plan)[1]) <= FLOP_TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "rho", "routed", "billions"), [
+    ("engram-27b", None, 72, 5.79), pytest.param("engram-27b", 0.743, 72, 5.78, marks=pytest.mark.slow),
+    ("engram-40b", None, 109, 18.53),
+])  # fmt: skip
+def test_a_model_with_memory_finds_its_pure_mixture(name, rho, routed, billions):
+    """From Engram-27B comes MoE-27B back; Engram-40B's table is that of 54 experts."""
+    plan = plan_budget(preset(name), Budget(), rho)
+    assert plan.moe.config == replace(preset("moe-27b"), moe=replace(preset("moe-27b").moe, routed=routed))
+    assert plan.engram.config.moe.routed == 55
+    assert plan.engram.costs.memory / 1e9 == pytest.approx(billions, abs=0.006)
+    assert rho is not None or plan.engram.config == preset(name)
+    total, flops = agreement(plan)
+    assert abs(total) <= TOTAL_TOLERANCE and abs(flops) <= FLOP_TOLERANCE
+
+
+def test_without_a_budget_the_model_named_is_the_pure_one():
+    assert plan_budget(TINY, Budget(), 0.6, context=128) == split_budget(TINY, 0.6, context=128)
+    assert plan_budget(TINY, Budget(), context=128).rho == pytest.approx(0.75, abs=0.02)

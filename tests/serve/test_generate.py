@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from rorqual import checkpoint
 from rorqual.data.tokenizer import train
@@ -17,6 +18,7 @@ from rorqual.serve import generate
 from rorqual.serve.decoding import Tally
 from rorqual.serve.generate import Run, TextStream, load
 from rorqual.serve.sampling import GREEDY, Sampling
+from rorqual.storage import write_table
 
 TEXT = ["A whale is a mammal that lives in the sea.", "Ein Wal ist kein Fisch: é ü ß 鲸鱼 🐋 ☃."] * 4
 
@@ -246,3 +248,47 @@ def test_a_seeded_batch_row_is_its_own_draw(run):
     rows = run.complete(["A", "A"], max_new_tokens=12, sampling=sampling)
     assert rows[0].text == run.complete(["A"], max_new_tokens=12, sampling=sampling)[0].text
     assert rows[0].text != rows[1].text
+
+
+def test_sixty_four_texts_are_the_same_wherever_the_rows_live(folder, model, tmp_path):
+    """Device, host, disk; a cache of none, one and all rows; drafts; prefetch on and off; hot rows that stay."""
+    row = 8 * 4
+    save_file({"0": torch.arange(100)}, tmp_path / "hot")
+    homes = [
+        {"tables": "host"},
+        {"tables": "host", "prefetch": False},
+        *({"tables": "disk", "hot_bytes": hot, "prefetch": on} for hot in (0, row, 1 << 20) for on in (True, False)),
+        {"tables": "disk", "hot_bytes": 50 * row, "hot": str(tmp_path / "hot")},
+    ]
+    texts = [TEXT[n % 2][: 1 + n // 2] for n in range(64)]
+    resident = load(folder)
+    expected = [done.ids for done in resident.complete(texts, max_new_tokens=12)]
+    drafted = [done.ids for done in resident.complete(texts[:4], max_new_tokens=12, speculative=True)]
+    for home in homes:
+        other = load(folder, **home)
+        assert [done.ids for done in other.complete(texts, max_new_tokens=12)] == expected, home
+        assert [d.ids for d in other.complete(texts[:4], max_new_tokens=12, speculative=True)] == drafted, home
+        with torch.no_grad():
+            ids = torch.randint(290, (3, 40))
+            assert torch.equal(other.model(ids), resident.model(ids))
+        assert other.model.tables[0].metrics()["rows"] > 0
+        other.model.tables[0].close()
+
+
+def test_rows_of_another_folder_and_homes_that_cannot_be(folder, model, tmp_path):
+    rows = model.tables[0].weight.detach()
+    write_table(tmp_path / "rows" / "0", rows, dtype=torch.bfloat16)
+    halved = load(folder, folder=str(tmp_path / "rows"))
+    assert torch.equal(halved.model.tables[0].weight, rows.bfloat16())
+    lying = load(folder, tables="disk", folder=str(tmp_path / "rows"))
+    assert lying.complete([TEXT[0]], max_new_tokens=8)[0].ids == halved.complete([TEXT[0]], max_new_tokens=8)[0].ids
+    write_table(tmp_path / "wrong" / "0", rows[1:])
+    with pytest.raises(ValueError, match=r"tables: got rows by width .* as the config says"):
+        load(folder, tables="host", folder=str(tmp_path / "wrong"))
+    with pytest.raises(ValueError, match="hot_bytes: got -1"):
+        load(folder, tables="disk", hot_bytes=-1)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "deepseek_v3"}')
+    with pytest.raises(ValueError, match="expected a run of rorqual's own, whose tables can lie elsewhere"):
+        load(other, tables="disk")

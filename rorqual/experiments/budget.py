@@ -1,0 +1,246 @@
+"""Parameters and FLOPs wanted -> the mixture of experts that has them.
+
+    w = (t - a) / (E - K)      width of one of E routed experts, K of them taken by a token
+    s = a - K w                width of the shared expert
+
+t and a are what the budgets, total and activated, leave beside the backbone and the routers, in weights of one SwiGLU
+of width 1 in every block with experts: two equations for two widths, E chosen so that w is close to what it was. Where
+the activated budget asks for another backbone, depth and every width of it are scaled by one factor.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from rorqual.costs import Costs, costs
+from rorqual.layers.attention import GQAConfig, MLAConfig
+from rorqual.layers.engram import EngramConfig
+from rorqual.layers.moe import MoEConfig
+from rorqual.model import ModelConfig
+
+TOTAL_TOLERANCE = 0.005  # of the parameters
+FLOP_TOLERANCE = 0.01  # of what a token goes through
+SAME = 0.05  # an activated budget this close is spent on the widths of the experts, and the backbone stays
+FINE = 0.2  # of a tolerance: a solution that is this good is not bettered at the cost of the shape
+
+
+class Budget(NamedTuple):
+    """What a model may have. Nothing is said of what is None: it is as in the model that is followed."""
+
+    total: float | None = None  # parameters, MTP's modules not counted
+    activated: float | None = None  # parameters that a token goes through, all but the input embedding
+    flops: float | None = None  # a token, forward; instead of `activated`
+
+
+class Wanted(NamedTuple):
+    """A budget made whole, and which of the costs is its second axis."""
+
+    total: float
+    activated: float
+    axis: str  # "activated" or "flops_per_token"
+
+
+def wanted(budget: Budget, have: Costs) -> Wanted:
+    """The budget with what it leaves open filled from `have`. ValueError for what no model can have."""
+    if budget.activated is not None and budget.flops is not None:
+        raise ValueError("budget: got activated and flops, expected one of them: both say what a token may cost")
+    axis = "activated" if budget.activated is not None else "flops_per_token"
+    second = budget.activated if budget.activated is not None else budget.flops
+    total = have.total if budget.total is None else budget.total
+    second = getattr(have, axis) if second is None else second
+    for name, value in (("total", total), (axis.partition("_")[0], second)):
+        if not (0 < value < math.inf):
+            raise ValueError(f"{name}: got {value:g}, expected a finite number above 0")
+    return Wanted(total, second, axis)
+
+
+def spend(like: ModelConfig, budget: Budget, *, context: int = 4096) -> ModelConfig:
+    """The mixture of experts, shaped like `like` and without memory, that has the budget to the tolerances.
+
+    ValueError where `like` has no experts, and for a budget that no such model has.
+    """
+    if like.moe is None:
+        raise ValueError("like: got a model without experts, expected moe to be on")
+    want = wanted(budget, costs(like, context))
+    base = _backbone(replace(like, engram=None), want, context)
+    assert base.moe is not None
+    have = costs(base, context)
+    kept = _only_experts(base, have, want)
+    if kept is not None and _errors(costs(kept, context), want) <= 1:
+        return kept
+    best: tuple[float, ModelConfig] | None = None
+    for _ in range(3):  # what the two equations do not know of (a router that differs by block) shows in the costs
+        found = _widths(base, have, want)
+        after = costs(found, context)
+        error = _errors(after, want)
+        best = min(best or (error, found), (error, found), key=lambda pair: pair[0])
+        if error <= FINE:
+            break
+        base, have = found, after
+    assert best is not None
+    if best[0] > 1:
+        raise ValueError(
+            f"budget: got total {want.total:.4g} and {want.axis} {want.activated:.4g}, expected sizes that whole "
+            "widths of experts add up to: a larger total, or --like a model with narrower experts"
+        )
+    return best[1]
+
+
+def _errors(have: Costs, want: Wanted) -> float:
+    """The worse of the two differences, in tolerances."""
+    total, second = have.total / want.total - 1, getattr(have, want.axis) / want.activated - 1
+    return max(abs(total) / TOTAL_TOLERANCE, abs(second) / FLOP_TOLERANCE)
+
+
+def _unit(config: ModelConfig) -> int:
+    """Weights of one SwiGLU of width 1 in every block with experts."""
+    blocks = sum(config.has_experts(i) for i in range(config.layers))
+    if not blocks:
+        raise ValueError(f"like: got {config.layers} blocks, all of them dense, expected blocks with experts")
+    return 3 * config.dim * blocks
+
+
+def _router(config: ModelConfig) -> int:
+    """Weights that a further expert brings beside its own."""
+    assert config.moe is not None
+    return _unit(config) // 3 + _unit(config) // (3 * config.dim) * config.moe.router.bias
+
+
+def step_of(moe: MoEConfig) -> int:
+    """Experts come in multiples of this: what the router's groups and the devices divide."""
+    return math.lcm(moe.router.groups, moe.balance.devices)
+
+
+def least_experts(moe: MoEConfig) -> int:
+    """The fewest that the groups, which a token takes its experts from, hold room with."""
+    router, step = moe.router, step_of(moe)
+    size = math.ceil(moe.active / router.groups_kept)
+    if router.groups_kept < router.groups and router.group_score == "top2":
+        size = max(2, size)
+    return math.ceil(router.groups * size / step) * step
+
+
+def _only_experts(base: ModelConfig, have: Costs, want: Wanted) -> ModelConfig | None:
+    """`base` with more or fewer experts, all widths as they are; None where that leaves no choice to the router."""
+    assert base.moe is not None
+    step = step_of(base.moe)
+    more = (want.total - have.total) / (_unit(base) * base.moe.width + _router(base))
+    routed = step * round((base.moe.routed + more) / step)
+    return replace(base, moe=replace(base.moe, routed=routed)) if routed > least_experts(base.moe) else None
+
+
+def _widths(base: ModelConfig, have: Costs, want: Wanted) -> ModelConfig:
+    """The two equations, for the number of experts that leaves the width of one closest to what it is."""
+    moe, unit, router = base.moe, _unit(base), _router(base)
+    assert moe is not None
+    second = 2 if want.axis == "flops_per_token" else 1  # a weight is two FLOPs
+    own = moe.active * moe.width + moe.shared_hidden
+    total = (want.total - have.total) / unit + moe.routed * moe.width + moe.shared_hidden
+    spent = (want.activated - getattr(have, want.axis)) / second / unit + own
+    room = total - spent  # of the experts that rest: (E - K) w
+    best: tuple[float, int, int, int] | None = None
+    for routed in _numbers(moe, room):
+        width = max(1, round(room / (routed - moe.active)))
+        shared = round(spent - moe.active * width - (routed - moe.routed) * router / unit)
+        off = abs((routed - moe.active) * width - room) * unit / want.total / TOTAL_TOLERANCE
+        if shared >= 0:
+            shape = abs(math.log(width / moe.width)) + abs(shared - moe.shared_hidden) / spent
+            score = max(FINE, off) * 100 + shape
+            best = min(best or (score, routed, width, shared), (score, routed, width, shared))
+    if best is None:
+        raise ValueError(_refusal(moe, want, room))
+    _, routed, width, shared = best
+    plain = None if shared in (0, moe.shared * width) else shared
+    count = 0 if not shared else max(1, moe.shared)
+    return replace(base, moe=replace(moe, routed=routed, width=width, shared=count, shared_width=plain))
+
+
+def _refusal(moe: MoEConfig, want: Wanted, room: float) -> str:
+    got = f"got {want.total:.4g} beside {want.axis} {want.activated:.4g}"
+    if room < least_experts(moe) - moe.active + 1:
+        return (
+            f"total: {got}, expected room for more than the {moe.active} experts that a token takes; raise total, or "
+            "lower what a token may cost"
+        )
+    return (
+        f"total: {got}, which leaves a token no room for its {moe.active} experts beside the backbone and a router of "
+        "so many, expected a smaller total, or more that a token may cost; or --like a smaller model"
+    )
+
+
+def _numbers(moe: MoEConfig, room: float) -> Iterator[int]:
+    """Numbers of experts worth a look: those whose width lies between half and twice what it is."""
+    step, least = step_of(moe), least_experts(moe)
+    if room <= 0:
+        return
+    low, high = (moe.active + room / (moe.width * factor) for factor in (2.0, 0.5))
+    first, last = math.floor(low / step), math.ceil(high / step)
+    for n in range(first, last + 1, max(1, (last - first) // 2000)):
+        if n * step >= max(least, moe.active + 1):
+            yield n * step
+
+
+def _backbone(like: ModelConfig, want: Wanted, context: int) -> ModelConfig:
+    """`like`, or `like` scaled until a token costs about what it may; its mixture keeps its share of that."""
+    factor, found = 1.0, like
+    for _ in range(6):
+        ratio = want.activated / getattr(costs(found, context), want.axis)
+        if abs(ratio - 1) <= SAME:
+            break
+        factor *= ratio ** (1 / 3)  # depth times width squared
+        found = scaled(like, factor)
+    else:
+        if not 0.8 < ratio < 1.25:  # the widths of the experts make up for less
+            raise ValueError(
+                f"{want.axis}: got {want.activated:.4g}, expected about {want.activated / ratio:.4g}, the nearest that "
+                f"this shape reaches with a vocabulary of {like.vocabulary:,}; --like another model, or a smaller "
+                "vocabulary"
+            )
+    return found
+
+
+def scaled(like: ModelConfig, factor: float) -> ModelConfig:
+    """Depth, width, heads, latent ranks and the experts' widths times `factor`; the widths of heads stay. No memory."""
+    layers = max(2, round(like.layers * factor))
+    moe = like.moe
+    if moe is not None:
+        width = _even(moe.width * factor)
+        shared = None if moe.shared_width is None else _even(moe.shared_width * factor)
+        moe = replace(moe, width=width, shared_width=shared, first_dense=min(moe.first_dense, layers - 1))
+    return replace(
+        like,
+        layers=layers,
+        dim=_even(like.dim * factor),
+        dense_width=_even(like.dense_width * factor),
+        mla=None if like.mla is None else _scaled_mla(like.mla, factor),
+        gqa=None if like.gqa is None else _scaled_gqa(like.gqa, factor),
+        moe=moe,
+        engram=None,
+    )
+
+
+def _even(value: float) -> int:
+    """Near the value, a multiple of what matrix units like: 64 from 1,024 on, 16 from 256 on, 8 below."""
+    step = 64 if value >= 1024 else 16 if value >= 256 else 8
+    return max(step, step * round(value / step))
+
+
+def _scaled_mla(mla: MLAConfig, factor: float) -> MLAConfig:
+    rank = None if mla.q_lora_rank is None else _even(mla.q_lora_rank * factor)
+    return replace(
+        mla, heads=max(1, round(mla.heads * factor)), q_lora_rank=rank, kv_lora_rank=_even(mla.kv_lora_rank * factor)
+    )
+
+
+def _scaled_gqa(gqa: GQAConfig, factor: float) -> GQAConfig:
+    kv_heads = max(1, round(gqa.kv_heads * factor))
+    return replace(gqa, heads=kv_heads * (gqa.heads // gqa.kv_heads), kv_heads=kv_heads)
+
+
+def scaled_memory(engram: EngramConfig, like: ModelConfig, base: ModelConfig) -> EngramConfig:
+    """The memory of `like` for the backbone of `base`: in blocks as deep, of heads as wide for the width."""
+    if (base.layers, base.dim) == (like.layers, like.dim):
+        return engram
+    layers = tuple(dict.fromkeys(layer * base.layers // like.layers for layer in engram.layers))
+    return replace(engram, layers=layers, head_dim=max(4, 4 * round(engram.head_dim * base.dim / like.dim / 4)))

@@ -1,0 +1,165 @@
+"""A ModelConfig, a training step and devices -> bytes by role and seconds a step: an estimate, not a measurement.
+
+    weights 4 P, gradients 4 P                                        float32, as the trainer keeps them
+    state   rows 8 P + 4 a row    matrices 4 P (Muon), 8 P (AdamW)    others 8 P
+    compute = 3 FLOPs tokens / (devices peak utilisation)             a backward pass is two forward passes
+    update  = bytes of the state, read and written / (devices bandwidth), and Muon's products
+    rows    = (8 tokens R W + 28 distinct W) / (devices bandwidth)    recalled, summed, updated; over all tables
+            = 4 tokens R W / (devices link), there and back at once   where the tables are in the host's memory
+    step    = compute + update + rows, or max(compute, rows) + update where rows come from the host behind the compute
+
+R rows of width W are read by a token in each block that remembers, at most tokens x R distinct ones by a step; the
+others have neither gradient nor update. Everything is spread evenly over the devices; activations, exchanges between
+devices and what the allocator loses are not in it.
+
+Published peaks, bfloat16 without sparsity, from the makers' data sheets: NVIDIA A100 80GB SXM (2021), H100 SXM (2022),
+H200 SXM (2023), HGX B200 (2024), GeForce RTX 4090 (2022); AMD MI300X (2023). `link` is PCIe x16 of the card's
+generation, one direction.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from rorqual.config import choose
+from rorqual.costs import costs
+from rorqual.layers.engram import row_totals
+from rorqual.model import LanguageModel, ModelConfig
+from rorqual.train.optim import Role, roles
+
+FLOAT = 4  # bytes; parameters, gradients and moments are float32
+ROUNDS = 5  # Newton-Schulz, of Muon
+
+
+class Device(NamedTuple):
+    """What its maker says of one."""
+
+    flops: float  # a second, bfloat16 products, without sparsity
+    memory: float  # bytes
+    bandwidth: float  # bytes a second, of its own memory
+    link: float  # bytes a second, from the host's memory
+
+
+DEVICES = {
+    "a100": Device(312e12, 80e9, 2.039e12, 32e9),
+    "h100": Device(989.4e12, 80e9, 3.35e12, 64e9),
+    "h200": Device(989.4e12, 141e9, 4.8e12, 64e9),
+    "b200": Device(2250e12, 180e9, 8.0e12, 64e9),
+    "mi300x": Device(1307.4e12, 192e9, 5.3e12, 64e9),
+    "rtx4090": Device(165.2e12, 24e9, 1.008e12, 32e9),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What a model is trained on, and how."""
+
+    device: str = "h100"  # one of DEVICES
+    devices: int = 8
+    utilisation: float = 0.4  # of the peak, in the products; measure your own
+    step_tokens: int = 1 << 20  # of one update, over all devices
+    optimizer: Literal["adamw", "muon"] = "muon"  # of the blocks' matrices
+    tables: Literal["device", "host"] = "device"  # where Engram's rows lie, their moments beside them
+
+    def __post_init__(self) -> None:
+        choose("device", self.device, DEVICES)
+        for name in ("devices", "step_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if not 0 < self.utilisation <= 1:
+            raise ValueError(
+                f"utilisation: got {self.utilisation}, expected a share of the peak, more than 0, at most 1"
+            )
+
+
+class Bytes(NamedTuple):
+    """What the parameters of one role keep, over all devices."""
+
+    parameters: int  # their number
+    weights: int
+    gradients: int  # of rows: those that a step reads, at most
+    state: int  # the optimizer's
+
+
+class Estimate(NamedTuple):
+    """Of one model on one machine."""
+
+    roles: dict[Role, Bytes]  # rows, matrix, decayed, plain
+    device_bytes: int  # on each device, without activations
+    host_bytes: int  # in the memory of the hosts, together
+    fits: bool  # whether the device holds that
+    compute: float  # seconds: forward and backward products
+    update: float  # seconds: the optimizer, rows not counted
+    rows: float  # seconds: rows recalled, their gradients summed, their update
+    step: float  # seconds, all together
+
+
+def estimate(config: ModelConfig, machine: Machine, context: int = 4096) -> Estimate:
+    """Bytes and seconds of one training step. The utilisation is assumed, not measured."""
+    device, count = DEVICES[machine.device], machine.devices
+    sizes, tensors, products = _sizes(config)
+    kept = _bytes(config, machine, sizes, tensors)
+    rows = kept.get("rows", Bytes(0, 0, 0, 0))
+    hosted = sum(rows[1:]) if machine.tables == "host" else 0
+    held = (sum(sum(one[1:]) for one in kept.values()) - hosted) / count
+    peak = device.flops * machine.utilisation * count
+    compute = 3 * costs(config, context).flops_per_token * machine.step_tokens / peak
+    moved = sum(2 * (one.weights + one.state) + one.gradients for role, one in kept.items() if role != "rows")
+    update = moved / (device.bandwidth * count) + (products / peak if machine.optimizer == "muon" else 0.0)
+    recalled = _row_seconds(config, machine)
+    together = max(compute, recalled) if machine.tables == "host" else compute + recalled
+    return Estimate(kept, math.ceil(held), hosted, held <= device.memory, compute, update, recalled, together + update)
+
+
+def _sizes(config: ModelConfig) -> tuple[Counter[Role], Counter[Role], float]:
+    """Of each role parameters and tensors; FLOPs of Muon's products over all matrices."""
+    with torch.device("meta"):
+        model = LanguageModel(config, seed=None)
+    role, sizes, tensors, products = roles(model), Counter[Role](), Counter[Role](), 0.0
+    for name, parameter in model.named_parameters():
+        sizes[role[name]] += parameter.numel()
+        tensors[role[name]] += 1
+        if role[name] == "matrix":
+            *stack, tall, wide = parameter.shape
+            halves = 2 if name.endswith("gate_up") else 1  # gate and up are two matrices side by side
+            small, large = sorted((tall, wide // halves))
+            products += math.prod(stack) * halves * ROUNDS * (4 * small**2 * large + 2 * small**3)
+    return sizes, tensors, products
+
+
+def _bytes(config: ModelConfig, machine: Machine, sizes: Counter[Role], tensors: Counter[Role]) -> dict[Role, Bytes]:
+    found: dict[Role, Bytes] = {}
+    for role, number in sizes.items():
+        weights = FLOAT * number
+        if role == "rows":
+            assert config.engram is not None
+            width = config.engram.head_dim
+            state = 2 * weights + 4 * (number // width)  # and how often each row was updated
+            found[role] = Bytes(number, weights, _touched(config, machine) * (FLOAT * width + 8), state)
+        elif role == "matrix" and machine.optimizer == "muon":
+            found[role] = Bytes(number, weights, weights, weights)
+        else:
+            found[role] = Bytes(number, weights, weights, 2 * weights + FLOAT * tensors[role])
+    return found
+
+
+def _touched(config: ModelConfig, machine: Machine) -> int:
+    """Rows that one step reads, at most, over all tables."""
+    if config.engram is None:
+        return 0
+    read = machine.step_tokens * config.engram.rows_per_token
+    return sum(min(read, rows) for rows in row_totals(config.engram))
+
+
+def _row_seconds(config: ModelConfig, machine: Machine) -> float:
+    """Each token's rows fetched and their gradients brought back; each distinct row and its moments rewritten."""
+    if config.engram is None:
+        return 0.0
+    device, width = DEVICES[machine.device], config.engram.head_dim
+    read = machine.step_tokens * config.engram.rows_per_token * len(config.engram.layers) * width * FLOAT
+    if machine.tables == "host":
+        return read / (device.link * machine.devices)  # there and back at once: the link has two directions
+    return (2 * read + 7 * FLOAT * _touched(config, machine) * width) / (device.bandwidth * machine.devices)

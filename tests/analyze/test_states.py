@@ -1,0 +1,118 @@
+"""The measures read hosts of transformers as they read our own models."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rorqual.analyze import measures, states
+from rorqual.data.tokenizer import train as train_tokenizer
+from rorqual.model import LanguageModel
+from rorqual.presets import preset
+
+transformers = pytest.importorskip("transformers")
+
+from rorqual.hub.attach import attach  # noqa: E402 (transformers first)
+from rorqual.hub.auto import RorqualForCausalLM  # noqa: E402
+
+V = 64
+SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+WIDE = SMALL | {"intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 8}
+
+
+def host(kind: str, **more):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **({"n_embd": 16, "n_layer": 3, "n_head": 2, "vocab_size": V}
+        if kind == "gpt2" else WIDE) | {"initializer_range": 0.5} | more)  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, V, (2, 9))
+
+
+@pytest.mark.parametrize(("kind", "norm"), [("gpt2", "ln_f"), ("llama", "norm"), ("gemma2", "norm")])
+def test_the_lens_of_a_host_is_its_own_end_after_an_early_block(kind, norm, ids):
+    """By hand: the host's final norm, its head and, in Gemma 2, its soft cap on the logits."""
+    model = host(kind)
+    lens = measures.logit_lens(model, ids)
+    with torch.no_grad():
+        out = model(input_ids=ids, output_hidden_states=True)
+        final = out.logits.double().log_softmax(-1)
+        for layer in (0, 1):
+            early = model.get_output_embeddings()(getattr(model.base_model, norm)(out.hidden_states[layer + 1]))
+            if kind == "gemma2":
+                early = (early / model.config.final_logit_softcapping).tanh() * model.config.final_logit_softcapping
+            kl = (final.exp() * (final - early.double().log_softmax(-1))).sum(-1).mean()
+            assert float(lens[layer]) == pytest.approx(float(kl), rel=1e-4) and kl > 1e-6
+    assert float(lens[-1]) == pytest.approx(0, abs=1e-6)
+    assert torch.equal(model(input_ids=ids).logits, out.logits), "the host is as it was"
+
+
+def test_states_of_a_host_are_its_hidden_states(ids):
+    model = host("llama")
+    left = states.block_states(model, ids)
+    with torch.no_grad():
+        known = model(input_ids=ids, output_hidden_states=True).hidden_states
+    assert len(left) == 3 and torch.allclose(left[0], known[1].flatten(0, 1)) and left[2].shape == (18, 16)
+    assert torch.allclose(measures.similarity(model, model, [ids]).diagonal(), torch.ones(3), atol=1e-5)
+    assert measures.similarity(model, host("gpt2"), [ids]).shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "layers"),
+    [
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, (0, 1, 2)),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "decoder_sparse_step": 1,
+                       "mlp_only_layers": [1]}, (0, 2)),
+    ],
+)  # fmt: skip
+def test_expert_load_of_a_host_is_what_its_router_chose(kind, more, layers, ids):
+    model = host(kind, **more)
+    load = measures.expert_load(model, iter([ids, ids[:1]]))
+    assert load.layers == layers and load.by_token.shape == (len(layers), 4, V)
+    assert load.counts.sum(-1).tolist() == [27 * 2] * len(layers)
+    with torch.no_grad():
+        logits = model(input_ids=ids, output_router_logits=True).router_logits[0].view(-1, 4)
+    picked = logits.topk(2, -1).indices
+    again = measures.expert_load(model, [ids])
+    assert torch.equal(again.counts[0], picked.flatten().bincount(minlength=4))
+    for expert in range(4):
+        own = ids.flatten()[(picked == expert).any(-1)].bincount(minlength=V)
+        assert torch.equal(again.by_token[0, expert], own)
+
+
+def test_a_memory_attached_to_a_host_has_gates_and_can_be_silenced(ids):
+    tokenizer = train_tokenizer(["the whale swims in the sea"] * 20, 300)
+    model = host("llama", vocab_size=tokenizer.vocabulary)
+    with pytest.raises(ValueError, match="without Engram"):
+        measures.gates(model, tokenizer, "the whale")
+    labels = ids.roll(-1, 1)
+    plain = torch.nn.functional.cross_entropy(model(input_ids=ids).logits.flatten(0, 1), labels.flatten()).item()
+    memory = attach(model, tokenizer, (0, 2), rows_per_head=(50, 60))
+    with torch.no_grad():
+        for engram in memory.engrams:
+            engram.value_proj.weight.normal_()
+    found = measures.gates(model, tokenizer, "the whale")
+    assert found.layers == (0, 2) and found.values.shape == (2, len(found.tokens), 1)
+    assert ((found.values > 0) & (found.values < 1)).all()
+    whole, without = measures.suppression(model, ids, labels)
+    assert without == pytest.approx(plain, abs=1e-6) and abs(whole - without) > 1e-4
+
+
+def test_ours_in_a_wrapper_is_ours(ids):
+    model = LanguageModel(replace(preset("tiny"), vocabulary=V, engram=None), seed=1)
+    wrapped = RorqualForCausalLM.of(model)
+    assert states.ours(wrapped) is model and states.block_names(wrapped)[1].endswith("blocks.1")
+    assert torch.allclose(measures.logit_lens(wrapped, ids), measures.logit_lens(model, ids), atol=1e-6)
+    assert torch.equal(measures.expert_load(wrapped, [ids]).counts, measures.expert_load(model, [ids]).counts)
+
+
+def test_what_has_no_blocks_or_experts_is_refused(ids):
+    with pytest.raises(ValueError, match="without experts"):
+        measures.expert_load(host("llama"), [ids])
+    with pytest.raises(ValueError, match="without experts"):
+        measures.expert_load(LanguageModel(replace(preset("tiny"), moe=None, vocabulary=V, engram=None)), [ids])
+    with pytest.raises(ValueError, match="expected a causal model"):
+        states.block_states(torch.nn.Linear(2, 2), ids)

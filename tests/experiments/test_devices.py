@@ -1,0 +1,108 @@
+"""The estimate against what an optimizer really keeps, and against seconds by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rorqual.costs import costs
+from rorqual.experiments.devices import DEVICES, Device, Machine, estimate
+from rorqual.layers.engram import EngramConfig
+from rorqual.model import LanguageModel
+from rorqual.presets import preset
+from rorqual.train.optim import OptimConfig, Optimizer, roles
+
+MEMORY = EngramConfig(layers=(0, 2), rows_per_head=(151, 157), heads=2, head_dim=8)
+TINY = replace(preset("tiny"), engram=MEMORY)
+
+
+def held(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_bytes_are_those_of_the_optimizer(kind):
+    model = LanguageModel(TINY)
+    optimizer = Optimizer(model, OptimConfig(kind=kind))
+    role, state = roles(model), optimizer.state_dict()
+    found = estimate(TINY, Machine(optimizer=kind, devices=1)).roles
+    assert found.keys() == set(role.values())
+    for name, kept in found.items():
+        own = [each for each, what in role.items() if what == name]
+        assert kept.parameters == sum(optimizer.parameters[each].numel() for each in own)
+        assert kept.weights == held(optimizer.parameters[each] for each in own)
+        states = [tensor for key, tensor in state.items() if any(key.startswith(f"{each}.") for each in own)]
+        assert kept.state == held(states)
+    assert sum(kept.state for kept in found.values()) == held(state.values())
+
+
+def test_gradients_are_those_of_a_step():
+    """Of a table, the rows that were read, each with its number; of the rest, as many as there are weights."""
+    torch.manual_seed(0)
+    model = LanguageModel(TINY)
+    ids = torch.randint(0, TINY.vocabulary, (1, 9))
+    model.loss(ids, ids.roll(-1, 1)).total.backward()
+    rows = [table.weight.grad.coalesce() for table in model.tables]
+    found = estimate(TINY, Machine(devices=1, step_tokens=9)).roles
+    most = found["rows"].gradients
+    assert held([g.values() for g in rows]) + held([g.indices() for g in rows]) <= most
+    assert most == 2 * 9 * 4 * (8 * 4 + 8), "two tables, nine tokens, four rows each"
+    dense = held(p.grad for name, p in model.named_parameters() if roles(model)[name] != "rows" and p.grad is not None)
+    assert dense == sum(kept.gradients for role, kept in found.items() if role != "rows")
+    many = estimate(TINY, Machine(devices=1, step_tokens=1 << 20)).roles["rows"]
+    assert many.gradients == sum(table.rows for table in model.tables) * (8 * 4 + 8), "no more rows than there are"
+
+
+def test_seconds_by_hand(monkeypatch):
+    monkeypatch.setitem(DEVICES, "toy", Device(flops=1e9, memory=1e12, bandwidth=1e8, link=1e7))
+    machine = Machine(device="toy", devices=2, utilisation=0.5, step_tokens=64, optimizer="adamw")
+    found = estimate(TINY, machine, 128)
+    assert found.compute == pytest.approx(3 * costs(TINY, 128).flops_per_token * 64 / 1e9)
+    dense = [kept for role, kept in found.roles.items() if role != "rows"]
+    moved = sum(2 * kept.weights + kept.gradients + 2 * kept.state for kept in dense)
+    assert found.update == pytest.approx(moved / 2e8)
+    read, touched = 64 * 4 * 2 * 8 * 4, 2 * 64 * 4 * 8 * 4
+    assert found.rows == pytest.approx((2 * read + 7 * touched) / 2e8)
+    assert found.step == pytest.approx(found.compute + found.update + found.rows)
+    assert found.device_bytes == pytest.approx(sum(sum(kept[1:]) for kept in found.roles.values()) / 2, abs=1)
+    host = estimate(TINY, replace(machine, tables="host"), 128)
+    assert host.rows == pytest.approx(read / 2e7) and host.step == max(host.compute, host.rows) + host.update
+    assert host.host_bytes == sum(found.roles["rows"][1:])
+    assert host.device_bytes == pytest.approx(found.device_bytes - host.host_bytes / 2, abs=1)
+
+
+def test_muon_costs_its_products():
+    """Five rounds of a gram matrix, its square and their product with the matrix; gate and up are two matrices."""
+    plain = replace(preset("classroom"), layers=1, moe=None, engram=None, hyper=None)
+    slow, fast = (estimate(plain, Machine(optimizer=kind, devices=1, utilisation=1.0)) for kind in ("muon", "adamw"))
+    d, w = plain.dim, plain.dense_width
+    shapes = [(d, d)] * 4 + [(d, w)] * 3
+    products = sum(5 * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in shapes)
+    matrix = slow.roles["matrix"]
+    assert matrix.parameters == sum(m * n for m, n in shapes)
+    saved = 2 * (fast.roles["matrix"].state - matrix.state) / DEVICES["h100"].bandwidth
+    assert slow.update == pytest.approx(fast.update - saved + products / DEVICES["h100"].flops, rel=1e-6)
+
+
+def test_a_model_without_memory_has_no_rows_and_a_large_one_does_not_fit():
+    assert estimate(replace(TINY, engram=None), Machine()).rows == 0
+    large = replace(preset("engram-40b"), layers=15)  # half of the blocks, all of the memory
+    here, there = (estimate(large, Machine(devices=3, tables=tables)) for tables in ("device", "host"))
+    assert not here.fits and here.roles["rows"].parameters / 1e9 == pytest.approx(18.53, abs=0.01)
+    assert there.fits and there.device_bytes < DEVICES["h100"].memory < here.device_bytes
+    assert estimate(TINY, Machine(devices=1)).fits
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"device": "h10"}, "did you mean 'h100'"),
+        ({"devices": 0}, "devices: got 0, expected at least 1"),
+        ({"step_tokens": 0}, "step_tokens: got 0"),
+        ({"utilisation": 0.0}, "utilisation: got 0.0, expected a share of the peak"),
+        ({"utilisation": 1.5}, "utilisation: got 1.5"),
+    ],
+)
+def test_what_is_no_machine_is_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        Machine(**wrong)
