@@ -93,7 +93,7 @@ def test_mistakes_are_a_line(small_run: Path, tmp_path: Path, capsys: pytest.Cap
     new, shape = str(tmp_path / "new"), ["--rows", "3", "--width", "33"]
     for words, code, expected in (
         ([], 2, "expected one of build, inspect, verify, convert, hot, bench"),
-        (["buil"], 2, "did you mean 'build'?"),
+        (["buildx"], 2, "did you mean 'build'?"),
         (["build"], 2, "Missing"),
         (["build", new], 2, "got no --source and not both --rows and --width"),
         (["build", new, "--rows", "0", "--width", "3"], 2, "got 0 rows"),
