@@ -86,7 +86,7 @@ def _matrices(config: ModelConfig, model: LanguageModel) -> int:
 
 
 def _attention(config: ModelConfig, context: int) -> int:
-    """Products of one token in one block beside its projections, the mean over the tokens of a context."""
+    """Products of one token in one block beside its projections, the mean over the tokens of a context and blocks."""
     if config.mla is not None:
         scored, seen = _dsa(config, context)
         return scored + config.mla.heads * (
@@ -95,9 +95,12 @@ def _attention(config: ModelConfig, context: int) -> int:
     assert config.gqa is not None
     if config.nsa is not None:
         return _nsa(config.nsa, config.gqa, context)
-    if config.moba is not None:
-        return _moba(config.moba, config.gqa, context)
-    return _widths(config.gqa) * config.gqa.heads * _seen(context, config.gqa.window) // (2 * context)
+    full = _widths(config.gqa) * config.gqa.heads * _seen(context, config.gqa.window) // (2 * context)
+    if config.moba is None:
+        return full
+    dense = min(config.moba.full_layers, config.layers)
+    sparse = _moba(config.moba, config.gqa, context)
+    return (dense * full + (config.layers - dense) * sparse) // config.layers
 
 
 def _seen(context: int, most: int | None = None) -> int:

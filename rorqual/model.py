@@ -118,14 +118,15 @@ class Step(NamedTuple):
         return Step(self.layout.last(), cos, sin, ids, live, self.warm)
 
 
-def _attention(config: ModelConfig) -> MLA | GQA:
+def _attention(config: ModelConfig, index: int) -> MLA | GQA:
     if config.mla is not None:
         inner = DSA(config.dsa, config.dim, config.mla, config.rope) if config.dsa is not None else None
         return MLA(config.mla, config.dim, config.rope, inner)
     assert config.gqa is not None
     if config.nsa is not None:
         return GQA(config.gqa, config.dim, config.rope, NSA(config.nsa, config.dim, config.gqa, config.rope))
-    return GQA(config.gqa, config.dim, config.rope, MoBA(config.moba) if config.moba is not None else None)
+    moba = MoBA(config.moba, config.layers - index) if config.moba is not None else None
+    return GQA(config.gqa, config.dim, config.rope, moba)
 
 
 class Block(nn.Module):
@@ -141,7 +142,7 @@ class Block(nn.Module):
             else None
         )
         self.attention_norm = RMSNorm(config.dim, config.eps)
-        self.attention = _attention(config)
+        self.attention = _attention(config, index)
         self.ffn_norm = RMSNorm(config.dim, config.eps)
         self.ffn: MoE | SwiGLU = (
             MoE(config.moe, config.dim, index, config.vocabulary)

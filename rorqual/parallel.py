@@ -104,17 +104,17 @@ def _no_rows(table: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(index, table.new_zeros(0, table.shape[1]), table.shape, check_invariants=False)
 
 
-def shard(
-    model: nn.Module, mesh: DeviceMesh | None = None, dtype: torch.dtype = torch.float32, experts: bool = False
-) -> nn.Module:
+def shard(model: nn.Module, mesh: DeviceMesh | None = None, experts: bool = False) -> nn.Module:
     """Cut the model over the ranks in place, block by block; `loss` and `forward` gather what they need.
 
-    dtype: of parameters while they compute; gradients are reduced in float32. Engram's tables are left whole
-    (`mean_rows`). experts: every rank keeps some experts and is sent their tokens, in place of gathering all of them.
+    Parameters are gathered as they are kept and gradients reduced in float32: products in bfloat16 are autocast's, as
+    on one rank. A policy that cast them would cast the rotary tables and the residual streams' coefficients, too.
+    Engram's tables are left whole (`mean_rows`). experts: every rank keeps some experts and is sent their tokens, in
+    place of gathering all of them.
     """
     device = next(model.parameters()).device
     mesh = mesh or init_device_mesh(device.type, (world(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     if experts:
         _cut_experts(model, mesh)
     apart = (DeviceTable, Experts) if experts else DeviceTable

@@ -349,6 +349,11 @@ def state_model(name: str, experts: bool = True) -> LanguageModel:
     return model
 
 
+def test_moba_knows_which_layers_are_the_last() -> None:
+    config = ModelConfig(vocabulary=30, layers=3, mla=None, gqa=GQAConfig(), moba=MoBAConfig(full_layers=2))
+    assert [block.attention.inner.full for block in LanguageModel(config).blocks] == [False, True, True]
+
+
 class Scripted(RuleBasedStateMachine):
     """Any script of extend, select, crop and reset, on rows of different lengths: rows are (id, document)."""
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from rorqual import checkpoint, parallel
+from rorqual.data.needles import NeedleConfig, exams
 from rorqual.layers.attention import MLAConfig
 from rorqual.layers.balance import BalanceConfig
 from rorqual.layers.engram import EngramConfig
@@ -27,6 +28,7 @@ from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.train.optim import OptimConfig, Optimizer
+from rorqual.train.record import answer
 from rorqual.train.trainer import DataConfig, TrainConfig, losses, train
 
 CONFIG = ModelConfig(
@@ -41,6 +43,8 @@ CONFIG = ModelConfig(
     mtp=MTPConfig(),
     init_std=0.1,
 )
+# The first site's streams are all equal, so that the gradient of what mixes them is rounding alone; Adam's step is not.
+ROUNDING = "blocks.0.attention_site.mixer"
 STEPS, ROWS, LENGTH = 3, 4, 10
 CASES = {"whole": ("adamw", False), "experts": ("adamw", True), "muon": ("muon", False), "muon_experts": ("muon", True)}
 
@@ -65,8 +69,21 @@ def steps(kind: str, prepare: Callable | None = None) -> tuple[LanguageModel, Op
 
 
 def config_of(folder: Path, name: str) -> TrainConfig:
+    """What is trained under a name: "two", "one_bfloat16", "two_needles" and so on."""
     data = DataConfig(source=str(folder / "text.jsonl"), vocabulary=300, cache=str(folder / "cache"))
-    return TrainConfig(model=CONFIG, data=data, folder=str(folder / name), steps=4, rows=4, length=12, save_every=2)
+    whole = TrainConfig(model=CONFIG, data=data, folder=str(folder / name), steps=4, rows=4, length=12, save_every=2)
+    if name.endswith("bfloat16"):  # streams whose coefficients are handed from block to block in float32
+        return replace(whole, dtype="bfloat16", model=replace(CONFIG, hyper=HyperConfig(kind="single_pass", streams=2)))
+    if name.endswith("needles"):  # three batches of an exam, for two ranks
+        needles = NeedleConfig(shortest=24, alone=1, grow=1, questions=5)
+        return replace(whole, needles=needles, model=replace(CONFIG, vocabulary=needles.vocabulary), length=24)
+    return whole
+
+
+def found_in(folder: Path) -> dict[str, float]:
+    """The last validation of a run."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {k: v for line in lines for k, v in line.items() if k.startswith(("accuracy", "validation_loss"))}
 
 
 def one_of_two(folder: Path) -> None:
@@ -86,7 +103,8 @@ def one_of_two(folder: Path) -> None:
     uneven = LanguageModel(replace(CONFIG, moe=replace(CONFIG.moe, routed=5)))
     with pytest.raises(ValueError, match="got 2 ranks, expected a divisor of 5 experts"):
         parallel.shard(uneven, experts=True)
-    train(config_of(folder, "two"))
+    for name in ("two", "two_bfloat16", "two_needles"):
+        train(config_of(folder, name))
     parallel.leave()
 
 
@@ -163,11 +181,15 @@ def test_two_ranks_make_the_steps_of_one(folder, name):
         found = {key: torch.zeros_like(value) for key, value in expected.items()}
         values = checkpoint.load_state(folder / written, found)
         for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
+            if ROUNDING not in key:
+                torch.testing.assert_close(
+                    found[key], value, rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
+                )
         assert values.get("norms", norms) == pytest.approx(norms, rel=1e-4)
     whole = checkpoint.load_model(folder / f"{name}_model").state_dict()
     for key, value in model.state_dict().items():
-        torch.testing.assert_close(whole[key], value, rtol=1e-3, atol=2e-5)
+        if ROUNDING not in key:
+            torch.testing.assert_close(whole[key], value, rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.slow
@@ -177,18 +199,26 @@ def test_exchange_carries_rows_and_gradients(folder):
 
 
 @pytest.mark.slow
-def test_training_on_two_ranks_is_training_on_one(folder):
-    train(config_of(folder, "one"))
-    assert losses(folder / "two") == pytest.approx(losses(folder / "one"), rel=1e-4)
-    held = [
-        [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()][-1]
-        for name in ("one", "two")
-    ]
-    assert held[0]["validation_loss"] == pytest.approx(held[1]["validation_loss"], rel=1e-4)
-    assert {path.name for path in (folder / "two" / "checkpoints" / "step4").glob("rank*")} == {
-        "rank0.json",
-        "rank1.json",
-    }
+@pytest.mark.parametrize(("name", "close"), [("", 1e-4), ("_bfloat16", 1e-2)])
+def test_training_on_two_ranks_is_training_on_one(folder, name, close):
+    train(config_of(folder, f"one{name}"))
+    one, two = folder / f"one{name}", folder / f"two{name}"
+    assert losses(two) == pytest.approx(losses(one), rel=close)
+    held = found_in(one)
+    assert held
+    assert found_in(two) == pytest.approx(held, rel=close)
+    assert {path.name for path in (two / "checkpoints" / "step4").glob("rank*")} == {"rank0.json", "rank1.json"}
+
+
+@pytest.mark.slow
+def test_two_ranks_answer_the_exam_that_one_sets(folder):
+    """Each rank draws questions of its own to learn from; held out are the same, three batches shared by two."""
+    config = config_of(folder, "two_needles")
+    model = checkpoint.load_model(Path(config.folder)).eval()
+    expected = answer(model, exams(config.needles, config.rows, config.length), torch.float32)
+    found = found_in(Path(config.folder))
+    assert len(found) > 10
+    assert {name: value for name, value in expected.items() if name in found} == pytest.approx(found)
 
 
 def test_alone_nothing_is_exchanged():

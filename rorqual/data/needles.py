@@ -193,12 +193,16 @@ def held_out(
     """`questions` rows of one task and length, the same whatever was trained with which seed; a rank's share of them.
 
     Beside ids, labels and documents: `depths`, the part of the text in which the needle of each label stands, -1
-    where there is no label, and `tasks`, the place in TASKS.
+    where there is no label, and `tasks`, the place in TASKS. Every rank gets equally many batches, since they answer
+    together: a surplus one has no label.
     """
     number = TASKS.index(task)
-    for at in range(rank, -(-config.questions // rows), world):
-        generator = _generator(length, len(TASKS) * at + number, _HELD_OUT)
-        yield _batch(write(task, min(rows, config.questions - at * rows), length, config, generator), number)
+    whole = write(task, config.questions, length, config, _generator(length, number, _HELD_OUT))
+    batches = -(-config.questions // rows)
+    for at in range(rank, -(-batches // world) * world, world):
+        own = slice(at * rows, (at + 1) * rows) if at < batches else slice(1)
+        answers = whole.answers[own] & (at < batches)
+        yield _batch(Rows(whole.ids[own], answers, whole.places[own], whole.text), number)
 
 
 def chance(config: NeedleConfig) -> dict[str, float]:

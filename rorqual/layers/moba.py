@@ -34,8 +34,13 @@ class MoBAConfig:
     chosen: int = 3  # blocks, the query's own among them
     decode: Literal["sparse", "full"] = "sparse"  # what single new tokens do: the paper serves with full
     choice: Choice = "token"  # who chooses blocks: each token, or (ours) the first of a tile of 128 for them all
+    full_layers: int = 0  # the last so many layers attend fully; the paper: 3 of 32
+    full_from: float = 1.0  # share of a training's steps after which all layers do; the paper: 0.9
 
     def __post_init__(self) -> None:
+        if self.full_layers < 0 or not 0 <= self.full_from <= 1:
+            got = f"got full_layers {self.full_layers}, full_from {self.full_from}"
+            raise ValueError(f"moba: {got}, expected at least 0 layers, a share of 0..1")
         for name in ("block", "chosen"):
             if getattr(self, name) < 1:
                 raise ValueError(f"moba.{name}: got {getattr(self, name)}, expected at least 1")
@@ -96,18 +101,20 @@ def choose(
 
     A block without a mean (the last, still growing) can only be own, which needs no score.
     """
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):  # a rounded score chooses other blocks
         grouped, last = wide(query).unflatten(2, (means.shape[2], -1)), int(own.max())
         scores = torch.einsum("btghd,bmgd->btghm", grouped, means[:, :last].to(grouped.dtype)).flatten(2, 3)
         return best_blocks(F.pad(scores, (0, last + 1 - scores.shape[-1])), own, first, chosen)  # of [B, T, H, M]
 
 
 class MoBA(nn.Module):
-    """Inner attention for GQA, without parameters. `full = True` makes it full (for a layer, a training phase)."""
+    """Inner attention for GQA, without parameters. While `full` is True it is full attention: `switch` sets it."""
 
-    def __init__(self, config: MoBAConfig):
+    def __init__(self, config: MoBAConfig, left: int | None = None):
+        """`left`: layers from this one to the model's last, itself included."""
         super().__init__()
-        self.config, self.full = config, False
+        self.config, self.always = config, left is not None and left <= config.full_layers
+        self.full = self.always
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Bundle:
         """The block means beside the keys that GQA keeps, and the choice of the tile that is not full yet."""
@@ -158,3 +165,10 @@ class MoBA(nn.Module):
             return None, layout.positions // size, cache.means.update(key)
         whole = key.detach()[:, : key.shape[1] // size * size].unflatten(1, (-1, size))
         return None, layout.positions // size, wide(whole).mean(2)
+
+
+def switch(model: nn.Module, full: bool) -> None:
+    """Every MoBA of a model attends fully, or as its config says."""
+    for module in model.modules():
+        if isinstance(module, MoBA):
+            module.full = full or module.always

@@ -290,7 +290,8 @@ class NSA(nn.Module):
         seen = self._seen(blocks, layout, rows)[:, :, None]
         keys, values = (x[:, : seen.shape[-1]] for x in (blocks.keys, blocks.values))
         grouped = query.unflatten(2, (self.groups, -1))
-        logits = torch.einsum("btghp,bmgp->bghtm", wide(grouped), wide(keys)) * scale
+        with torch.autocast(query.device.type, enabled=False):  # a rounded score chooses other blocks
+            logits = torch.einsum("btghp,bmgp->bghtm", wide(grouped), wide(keys)) * scale
         weights = logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1) * seen
         return weights, values.to(query.dtype)
 
@@ -303,7 +304,8 @@ class NSA(nn.Module):
         if blocks.segment is not None and blocks.pieces is not None:
             own, count = blocks.segment[:, layout.past :][:, rows], int(blocks.segment.max()) + 1
             share = F.one_hot(blocks.pieces, count).sum(2).to(weights.dtype)  # W, [B, M, J]
-            importance = probabilities @ share[:, None]
+            with torch.autocast(probabilities.device.type, enabled=False):
+                importance = probabilities @ share[:, None]
         else:
             own = positions // size
             importance = self.importance(probabilities, int(own[0, -1]) + 1)

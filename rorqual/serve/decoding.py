@@ -135,6 +135,8 @@ def speculate(
     """
     if not len(model.mtp):
         raise ValueError("speculative: got a model without MTP, expected one trained with it (--model.mtp.depth 1)")
+    if model.config.moba is not None and model.config.moba.decode == "full":
+        raise ValueError('speculative: got moba.decode "full", expected "sparse": drafts are checked several at once')
     tally, vocabulary = Tally() if tally is None else tally, vocabulary or model.config.vocabulary
     ids, present = pad_left(prompts, pad_id, next(model.parameters()).device)
     cache = model.new_cache(len(prompts), capacity=ids.shape[1] + max_new_tokens + len(model.mtp) + 1)

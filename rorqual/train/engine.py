@@ -25,6 +25,7 @@ from rorqual.data.needles import NeedleStream
 from rorqual.data.stream import Stream
 from rorqual.layers.balance import max_violation, update_bias
 from rorqual.layers.hyper import health
+from rorqual.layers.moba import switch
 from rorqual.layers.moe import MoE
 from rorqual.model import IGNORED, Loss
 from rorqual.train.optim import Optimizer, schedule
@@ -64,6 +65,8 @@ class Module(TrainModule):
     def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
         """Gradients of one batch, weighted by tokens over micro-batches and ranks. A dry run leaves no trace."""
         self.model.train()
+        if (moba := self.model.config.moba) is not None:  # type: ignore[union-attr]
+            switch(self.model, self.trainer.global_step > moba.full_from * self.steps)  # type: ignore[operator, union-attr]
         if dry_run:
             with untouched_randomness():
                 self._accumulate(batch)

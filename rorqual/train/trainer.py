@@ -96,6 +96,8 @@ class TrainConfig:
         for name in ("micro_rows", "threads", "validate_every", "validation_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
+        if self.indexer_alone and self.model.dsa is None:
+            raise ValueError("indexer_alone: got a model without DSA, expected --model.dsa, whose indexers it is about")
         if not 0 <= self.bias_rest <= 1:
             raise ValueError(f"bias_rest: got {self.bias_rest}, expected 0..1")
         if not 0 <= self.seed < 2**32:
@@ -302,7 +304,7 @@ def _model(config: TrainConfig, data: Prepared | Asked, device: torch.device) ->
         shape = configs.replace(shape, "engram.pad_id", data.pad_id)
     model = LanguageModel(shape, canonical, seed=config.seed, tables=_tables(config, shape)).to(device)
     if parallel.world() > 1:
-        parallel.shard(model, dtype=runtime.dtype(config.dtype))
+        parallel.shard(model)
     return model
 
 

@@ -24,6 +24,8 @@ from rorqual.data.needles import (
     write,
 )
 
+pytestmark = pytest.mark.nsa
+
 SMALL = NeedleConfig(
     keys=9, values=11, filler=3, needles=5, asked=3, drill=9, shortest=32, alone=1, grow=2, questions=6
 )
@@ -134,8 +136,12 @@ def test_a_stream_goes_on_where_it_stood_and_no_two_are_alike():
 def test_held_out_questions_are_the_same_for_all_and_never_trained_on():
     once, again = ([b["ids"] for b in held_out(SMALL, "multi-key", 40, rows=4)] for _ in range(2))
     assert [len(ids) for ids in once] == [4, 2] and all(map(torch.equal, once, again))
-    shares = [list(held_out(SMALL, "multi-key", 40, rows=2, rank=rank, world=2)) for rank in (0, 1)]
-    assert [len(share) for share in shares] == [2, 1]
+    for rows, world in ((2, 2), (4, 2), (6, 4), (1, 4)):
+        shares = [list(held_out(SMALL, "multi-key", 40, rows, rank, world)) for rank in range(world)]
+        assert len({len(share) for share in shares}) == 1, "ranks answer together"
+        asked = [row for share in shares for b in share for row in b["ids"][(b["labels"] != IGNORED).any(1)].tolist()]
+        assert sorted(asked) == sorted(torch.cat(once).tolist())
+        assert all((b["depths"] >= 0).equal(b["labels"] != IGNORED) for share in shares for b in share)
     held = {str(row) for b in held_out(SMALL, "multi-key", 64) for row in b["ids"].tolist()}
     batches = islice(NeedleStream(SMALL, 4, 64), 40)
     trained = {str(row) for b in batches for row in b["ids"].tolist()}

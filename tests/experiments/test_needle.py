@@ -14,6 +14,8 @@ from rorqual.experiments import needle
 from rorqual.experiments.needle import KINDS, NeedleSweep, arms, conclusion, main, overall
 from rorqual.layers.engram import EngramConfig
 
+pytestmark = pytest.mark.nsa
+
 TINY = NeedleSweep(
     kinds=("gqa", "nsa"),
     needles=NeedleConfig(

@@ -7,6 +7,8 @@ from rorqual import kernels
 from rorqual.kernels import triton_twins
 from rorqual.layers.selection import best_blocks, selected_attention
 
+pytestmark = pytest.mark.nsa
+
 CASES = [  # batch, queries, keys, heads, groups, choices, width, depth, keys a block, blocks
     (2, 9, 9, 4, 2, 2, 5, 3, 4, 2),
     (1, 7, 23, 6, 2, 6, 8, 8, 5, 3),

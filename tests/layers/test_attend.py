@@ -6,6 +6,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rorqual.layers.attend import attend, attend_shared
 
+pytestmark = pytest.mark.dsa
+
 
 def exactly(query, key, value, scale, mask):
     """The sum itself; every key head serves as many query heads, side by side."""

@@ -11,7 +11,7 @@ from rorqual.layers import moba, selection, tiles
 from rorqual.layers.attention import GQA, GQAConfig
 from rorqual.layers.basics import RopeConfig, layout, rope_tables
 from rorqual.layers.cache import Past
-from rorqual.layers.moba import BlockMeans, MoBA, MoBAConfig
+from rorqual.layers.moba import BlockMeans, MoBA, MoBAConfig, switch
 
 ROPE = RopeConfig(base=50.0)
 CHOICES = pytest.mark.parametrize("choice", ["token", "tile"])
@@ -270,3 +270,28 @@ def test_unknown_words_say_so():
     for name in ("choice", "decode"):
         with pytest.raises((ValueError, TypeCheckError), match=name):
             MoBAConfig(**{name: "block"})
+
+
+def test_the_last_layers_and_the_last_phase_are_full():
+    model = torch.nn.ModuleList(MoBA(MoBAConfig(full_layers=2), left) for left in (3, 2, 1))
+    assert [part.full for part in model] == [False, True, True]
+    switch(model, True)
+    assert all(part.full for part in model)
+    switch(model, False)
+    assert [part.full for part in model] == [False, True, True]
+    for wrong in ({"full_layers": -1}, {"full_from": 1.1}):
+        with pytest.raises(ValueError, match="moba: got full_layers"):
+            MoBAConfig(**wrong)
+
+
+@CHOICES
+def test_autocast_changes_no_choice(choice, monkeypatch):
+    """Rounded to bfloat16, scores of neighbours would be equal."""
+    chosen, own = [], moba.choose
+    monkeypatch.setattr(moba, "choose", lambda *given: chosen.append(own(*given)) or chosen[-1])
+    inner, given = MoBA(MoBAConfig(block=2, chosen=4, choice=choice)), tensors(3, 90)
+    call(inner, *given)
+    with torch.autocast("cpu", torch.bfloat16):
+        call(inner, *given)
+    half = len(chosen) // 2
+    assert half and all(map(torch.equal, chosen[:half], chosen[half:]))

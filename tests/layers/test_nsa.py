@@ -345,3 +345,22 @@ def test_bad_configs_say_so(wrong, message):
 def test_an_unknown_choice_says_so():
     with pytest.raises((ValueError, TypeCheckError), match="choice"):
         NSAConfig(choice="block")
+
+
+@pytest.mark.parametrize("choice", ["token", "tile"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_autocast_changes_no_choice(choice, packed, monkeypatch):
+    """Rounded to bfloat16, scores of neighbours would be equal."""
+    chosen, own = [], NSA._choose
+    monkeypatch.setattr(NSA, "_choose", lambda *given: chosen.append(own(*given)) or chosen[-1])
+    inner = layer(replace(SMALL, chosen=6, choice=choice)).inner
+    q, k, v = (torch.randn(2, 90, *shape) for shape in ((4, 6), (2, 6), (2, 6)))
+    where = layout(2, 90, "cpu", documents=(torch.arange(90) // 70).expand(2, -1) if packed else None)
+    blocks = inner._compress(k, v, where, None)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            (inner._by_tile if choice == "tile" else inner._by_token)(
+                q, k, v, blocks, where, 0.4, *([None] if choice == "tile" else [])
+            )
+    half = len(chosen) // 2
+    assert half and all(map(torch.equal, chosen[:half], chosen[half:]))

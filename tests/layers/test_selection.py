@@ -12,6 +12,8 @@ from rorqual.layers.basics import layout
 from rorqual.layers.cache import Past
 from rorqual.layers.selection import attend_chosen, best_blocks, full_attention, selected_attention
 
+pytestmark = pytest.mark.nsa
+
 SHAPES = [  # batch, queries, heads, groups, choices, key width, value width, keys, chosen, block
     (2, 3, 6, 2, 2, 6, 5, 23, 3, 4),
     (1, 1, 16, 4, 4, 8, 8, 100, 5, 16),

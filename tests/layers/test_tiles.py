@@ -13,6 +13,8 @@ from rorqual.layers.moba import MoBA, MoBAConfig
 from rorqual.layers.nsa import NSA, NSAConfig
 from rorqual.layers.tiles import TILE, attend_tiles, block_mask, flex_tiles, loop_tiles
 
+pytestmark = pytest.mark.nsa
+
 SIZES = [  # queries, heads, groups, choices, chosen, block
     (300, 4, 2, 2, 3, 64),
     (257, 6, 2, 6, 4, 16),

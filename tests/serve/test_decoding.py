@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from rorqual.layers.attention import GQAConfig
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.hyper import HyperConfig
+from rorqual.layers.moba import MoBAConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel, ModelConfig
@@ -224,6 +225,12 @@ def test_what_a_row_is_sure_of_is_not_drafted():
 def test_a_model_without_mtp_is_told_so():
     with pytest.raises(ValueError, match="got a model without MTP"):
         list(speculate(LanguageModel(CONFIGS["gqa"]), [[1]]))
+
+
+def test_single_tokens_that_attend_otherwise_are_not_drafted():
+    config = replace(CONFIGS["gqa"], moba=MoBAConfig(decode="full"), mtp=MTPConfig())
+    with pytest.raises(ValueError, match=r'speculative: got moba\.decode "full", expected "sparse"'):
+        list(speculate(LanguageModel(config), [[1]]))
 
 
 @settings(max_examples=25, deadline=None)

@@ -18,11 +18,12 @@ from olmo_core.train.callbacks import Callback
 
 from rorqual import checkpoint
 from rorqual.data.stream import Stream, Tokens
-from rorqual.layers.attention import MLAConfig
+from rorqual.layers.attention import GQAConfig, MLAConfig
 from rorqual.layers.balance import BalanceConfig
 from rorqual.layers.dsa import DSAConfig
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.hyper import HyperConfig
+from rorqual.layers.moba import MoBA, MoBAConfig
 from rorqual.layers.moe import MoE, MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.layers.router import RouterConfig
@@ -380,6 +381,19 @@ def test_the_phase_is_a_function_of_the_step_and_what_indexers_learn_is_recorded
         assert [one[name] for name in ("loss", "indexer", "indexer_recall")] == [
             other[name] for name in ("loss", "indexer", "indexer_recall")
         ]
+
+
+def test_moba_attends_fully_in_its_last_phase_after_a_resume_too(tmp_path, monkeypatch):
+    attended = []
+    forward = MoBA.forward
+    monkeypatch.setattr(MoBA, "forward", lambda self, *a, **k: attended.append(self.full) or forward(self, *a, **k))
+    gqa, moba = GQAConfig(heads=2, kv_heads=1, head_dim=8), MoBAConfig(block=4, chosen=2, full_from=0.5)
+    config = replace(CONFIG, layers=1, mla=None, gqa=gqa, moba=moba, mtp=None, engram=None, hyper=None)
+    assert run(tmp_path, *parts(6, config=config), stop=At(2, cancel)) == 2
+    begun = len(attended)
+    assert run(tmp_path, *parts(6, config=config)) == 6
+    assert attended[begun - 2 : begun] == [False, False]
+    assert attended[-4:] == [False, True, True, True]
 
 
 def test_training_makes_indexers_find_what_attention_looks_at():

@@ -230,6 +230,11 @@ def test_one_training_a_folder(config):
             train(config)
 
 
+def test_indexers_alone_without_indexers_are_refused():
+    with pytest.raises(ValueError, match="indexer_alone: got a model without DSA"):
+        TrainConfig(indexer_alone=True)
+
+
 def test_a_small_model_vocabulary_is_refused(config):
     with pytest.raises(ValueError, match=r"model\.vocabulary: got 280, expected at least the tokenizer's 300"):
         train(replace(config, model=replace(MODEL, vocabulary=280)))
