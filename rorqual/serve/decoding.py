@@ -116,6 +116,13 @@ class Front(NamedTuple):
 
 
 @torch.inference_mode()
+def _draftable(model: LanguageModel) -> None:
+    if not len(model.mtp):
+        raise ValueError("speculative: got a model without MTP, expected one trained with it (--model.mtp.depth 1)")
+    if model.config.moba is not None and model.config.moba.decode == "full":
+        raise ValueError('speculative: got moba.decode "full", expected "sparse": drafts are checked several at once')
+
+
 def speculate(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
@@ -133,10 +140,7 @@ def speculate(
     says after them comes free, and the cache forgets the rest. Rows of a batch go on together, as far as the slowest;
     what another is sure of beyond that is not drafted again.
     """
-    if not len(model.mtp):
-        raise ValueError("speculative: got a model without MTP, expected one trained with it (--model.mtp.depth 1)")
-    if model.config.moba is not None and model.config.moba.decode == "full":
-        raise ValueError('speculative: got moba.decode "full", expected "sparse": drafts are checked several at once')
+    _draftable(model)
     tally, vocabulary = Tally() if tally is None else tally, vocabulary or model.config.vocabulary
     ids, present = pad_left(prompts, pad_id, next(model.parameters()).device)
     cache = model.new_cache(len(prompts), capacity=ids.shape[1] + max_new_tokens + len(model.mtp) + 1)
