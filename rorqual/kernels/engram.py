@@ -182,8 +182,8 @@ def _run(new, new_stride, ids, stride, column, lead, shape, reach, exact, pad, o
     assert out.is_contiguous()
     given = (
         new, new_stride, ids.data_ptr() + 8 * column, stride, lead, batch, time,
-        0 if reach is None else reach.data_ptr(), canonical_map.data_ptr(), canonical_map.numel(), multipliers.data_ptr(),
-        primes.data_ptr(), offsets.data_ptr(), layers, orders, heads, pad, out.data_ptr(),
+        0 if reach is None else reach.data_ptr(), canonical_map.data_ptr(), canonical_map.numel(),
+        multipliers.data_ptr(), primes.data_ptr(), offsets.data_ptr(), layers, orders, heads, pad, out.data_ptr(),
     )  # fmt: skip
     if size < 2 * _WORTH_A_THREAD:
         known = _hash(*given, 0, batch * time)
