@@ -1,7 +1,7 @@
 """Row ids in -> rows out of a safetensors file, or a folder of shards, read at their positions and never mapped.
 
 Rows that lie side by side are one read. What the system has in memory is copied; of the rest it is told ahead, or asked
-by many threads at once, so that the disk answers many reads at a time (kernels.reads).
+by many threads at once, so that the disk answers many reads at a time (kernels.files).
 """
 
 import os
