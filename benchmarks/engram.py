@@ -6,7 +6,7 @@ addresses    one layer, 16 rows a token (bigrams and trigrams, 8 heads each), ag
              in the structure of the authors' code, spared what that computes twice; both must give the same rows, or
              the run ends. Also on one thread.
 decode       one layer and two, 16 rows each, one new token of each of 32 sequences. The hash itself is the compiled
-             twin on ids that are there, with its result's memory and the check of every id; the whole step is what a
+             twin on ids that are there, with its result's memory and the check of every id, as a model calls it; the whole step is what a
              model calls: the ids before from the cache, these kept in it, the choice of the twin.
 recall       rows into memory that is there already, against torch.index_select(out=)
 sparse step  see rows.py, whose functions these are
@@ -19,6 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import rows as rows_benchmark
@@ -89,9 +90,9 @@ def decode_steps(rows: int, layers: tuple[int, ...], name: str) -> dict[str, Cal
     own(ids, where, history)
     buffer, at = history.claim(ids)
     exact = (own.canonical_map, own.multipliers, own.primes, own.offsets)
-    twin = pick("engram_follow", follow_rows, ids, own.primes)
+    twin, kept = pick("engram_follow", follow_rows, ids, own.primes), dict[str, Any]()
     return {
-        f"hash of a 32-token decode step, {name}": lambda: twin(ids, buffer, at, *exact, 0),
+        f"hash of a 32-token decode step, {name}": lambda: twin(ids, buffer, at, *exact, 0, None, kept),
         f"whole step with history, {name}": lambda: own(ids, where, history),
     }
 

@@ -16,6 +16,7 @@ addresses of memory, since an array a tensor costs more than the hash of a whole
 import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -34,8 +35,8 @@ _WORTH_A_THREAD = 16384  # addresses; below, starting threads takes longer than 
 def _look_up(ids, stride, lead, time, reach, canonical, pad, known, start, count):  # pragma: no cover
     """known[k, j] = canonical id k before token start + j; False if an id has none. `lead` ids stand before a row."""
     strange, done, top = False, 0, len(canonical)
+    row, t = start // time, start % time
     while done < count:
-        row, t = (start + done) // time, (start + done) % time
         run, at = min(count - done, time - t), row * stride + lead + t
         for j in range(run):
             raw = ids[at + j]
@@ -51,12 +52,25 @@ def _look_up(ids, stride, lead, time, reach, canonical, pad, known, start, count
                 known[k, done] = canonical[raw] if not strange else 0
             for j in range(done + 1, done + run):
                 known[k, j] = known[k - 1, j - 1]
-        done += run
+        done, row, t = done + run, row + 1, 0
     if len(reach):
         for k in range(1, len(known)):
             for j in range(count):
                 known[k, j] = known[k, j] if reach[start + j] >= k else pad
     return not strange
+
+
+@compiled
+def _invert(primes):  # pragma: no cover
+    """The factors i of the proof, shaped as `primes`; none where it does not hold."""
+    inverse = np.empty(primes.shape)
+    for layer in range(primes.shape[0]):
+        for order in range(primes.shape[1]):
+            for head in range(primes.shape[2]):
+                inverse[layer, order, head] = 1.0 / primes[layer, order, head] * (1.0 - 2.0**-51)
+                if primes[layer, order, head] < _EXACT_FROM:
+                    return inverse[:, :0]
+    return inverse
 
 
 @compiled
@@ -85,10 +99,10 @@ def _mix(known, multipliers, primes, inverse, offsets, mix, wide, rows, count): 
 
 @compiled
 def _hash(
-    new, new_stride, ids, stride, lead, batch, time, reach, canonical, top, multipliers, primes, offsets,
-    layers, orders, heads, pad, out, first, last,
+    asked, new, new_stride, ids, stride, lead, batch, time, reach, pad, out, first, last,
 ):  # pragma: no cover  # fmt: skip
     """Fills out[:, first:last], tokens counted over the batch; False if an id is not known. `new` is written first."""
+    canonical, multipliers, primes, offsets, layers, orders, heads, top = asked
     width, memory = orders * heads, numba.carray(pointer(ids), batch * stride, np.int64)
     if new:
         source = numba.carray(pointer(new), batch * new_stride, np.int64)
@@ -101,9 +115,7 @@ def _hash(
     moduli = numba.carray(pointer(primes), (layers, orders, heads), np.int64)
     starts = numba.carray(pointer(offsets), (layers, width), np.int64)
     rows = numba.carray(pointer(out), (layers, batch * time, width), np.int64)
-    inverse = 1.0 / moduli * (1.0 - 2.0**-51)
-    if moduli.min() < _EXACT_FROM:
-        inverse = inverse[:, :0]
+    inverse = _invert(moduli)
     known, block = np.empty((orders + 1, _BLOCK), np.int64), np.empty((width, _BLOCK), np.int64)
     mix, wide = np.empty(_BLOCK, np.int64), np.empty(_BLOCK)
     for start in range(first, last, _BLOCK):
@@ -127,13 +139,14 @@ def hash_rows(
     offsets: Int[Tensor, "Lm R"],
     pad: int,
     out: Int[Tensor, "Lm B T R"] | None = None,
+    kept: dict[str, Any] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
     """See layers.addresses.hash_rows, whose numbers these are, bit for bit."""
     ids, stride = _plain(ids)
     near = None if reach is None else reach.long().contiguous()
-    shape = (ids.shape[0], ids.shape[1] - primes.shape[1])
-    exact = (canonical_map, multipliers, primes, offsets)
-    return _run(0, 0, ids, stride, 0, primes.shape[1], shape, near, exact, pad, out)
+    asked = _ask(kept, canonical_map, multipliers, primes, offsets)
+    batch, width = ids.shape
+    return _run(asked, 0, 0, ids.data_ptr(), stride, asked.orders, batch, width - asked.orders, near, pad, out)
 
 
 def follow_rows(
@@ -146,18 +159,51 @@ def follow_rows(
     offsets: Int[Tensor, "Lm R"],
     pad_id: int,
     out: Int[Tensor, "Lm B T R"] | None = None,
+    kept: dict[str, Any] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
     """See layers.addresses.follow_rows, whose numbers these are, bit for bit."""
-    exact, shape, (ids, stride) = (canonical_map, multipliers, primes, offsets), ids.shape, _plain(ids)
+    asked, (batch, time), (ids, stride) = (
+        _ask(kept, canonical_map, multipliers, primes, offsets),
+        ids.shape,
+        _plain(ids),
+    )
     if held is None:
-        return _run(0, 0, ids, stride, 0, 0, shape, None, exact, int(canonical_map[pad_id]), out)
+        return _run(asked, 0, 0, ids.data_ptr(), stride, 0, batch, time, None, int(canonical_map[pad_id]), out)
     width, near = held.stride()
     assert held.dtype is torch.int64 and near == 1
-    orders = primes.shape[1]
-    if shape[0] * shape[1] <= _BLOCK:
-        return _run(ids.data_ptr(), stride, held, width, at - orders, orders, shape, None, exact, 0, out)
-    held[:, at : at + shape[1]] = ids
-    return _run(0, 0, held, width, at - orders, orders, shape, None, exact, 0, out)
+    before = held.data_ptr() + 8 * (at - asked.orders)
+    if batch * time <= _BLOCK:
+        return _run(asked, ids.data_ptr(), stride, before, width, asked.orders, batch, time, None, 0, out)
+    held[:, at : at + time] = ids
+    return _run(asked, 0, 0, before, width, asked.orders, batch, time, None, 0, out)
+
+
+class _Asked(NamedTuple):
+    """What four tensors said of themselves: asking them anew costs more than a decode step's hash."""
+
+    exact: tuple[Tensor, ...]  # held, so that no other tensor comes to lie where they lie
+    pointers: tuple[int, ...]
+    numbers: tuple[int, ...]  # the pointers, then Lm, O, J and V
+    layers: int
+    orders: int
+    width: int
+
+
+def _ask(
+    kept: dict[str, Any] | None, canonical_map: Tensor, multipliers: Tensor, primes: Tensor, offsets: Tensor
+) -> _Asked:
+    """Asks again where the tensors do not lie where those lie that were asked last."""
+    pointers = (canonical_map.data_ptr(), multipliers.data_ptr(), primes.data_ptr(), offsets.data_ptr())
+    if kept and kept["asked"].pointers == pointers:
+        return kept["asked"]
+    exact = (canonical_map, multipliers, primes, offsets)
+    assert all(x.is_contiguous() for x in exact) and canonical_map.dtype is torch.int32
+    layers, orders, heads = primes.shape
+    numbers = (*pointers, layers, orders, heads, len(canonical_map))
+    asked = _Asked(exact, pointers, numbers, layers, orders, orders * heads)
+    if kept is not None:
+        kept["asked"] = asked
+    return asked
 
 
 def _plain(ids: Tensor) -> tuple[Tensor, int]:
@@ -167,24 +213,15 @@ def _plain(ids: Tensor) -> tuple[Tensor, int]:
     return (ids, stride) if near == 1 else (ids.contiguous(), ids.shape[1])
 
 
-def _run(new, new_stride, ids, stride, column, lead, shape, reach, exact, pad, out) -> Tensor:
-    """The rows of the `shape` tokens that stand `lead` columns right of `column` in `ids`.
-
-    What is asked of a tensor costs as much as twenty addresses, so nothing is asked twice."""
-    (batch, time), (canonical_map, multipliers, primes, offsets) = shape, exact
-    layers, orders, heads = primes.shape
-    width = orders * heads
-    size = layers * batch * time * width
-    assert canonical_map.dtype is torch.int32 and canonical_map.is_contiguous() and multipliers.is_contiguous()
-    assert primes.is_contiguous() and offsets.is_contiguous()
+def _run(asked, new, new_stride, ids, stride, lead, batch, time, reach, pad, out) -> Tensor:
+    """The rows of `batch` times `time` tokens, the first `lead` columns right of the address `ids`."""
     if out is None:
-        out = ids.new_empty(layers, batch, time, width)
-    assert out.is_contiguous()
-    given = (
-        new, new_stride, ids.data_ptr() + 8 * column, stride, lead, batch, time,
-        0 if reach is None else reach.data_ptr(), canonical_map.data_ptr(), canonical_map.numel(),
-        multipliers.data_ptr(), primes.data_ptr(), offsets.data_ptr(), layers, orders, heads, pad, out.data_ptr(),
-    )  # fmt: skip
+        out = torch.from_numpy(np.empty((asked.layers, batch, time, asked.width), np.int64))  # half of torch.empty
+    else:
+        assert out.is_contiguous()
+    near = 0 if reach is None else reach.data_ptr()
+    given = (asked.numbers, new, new_stride, ids, stride, lead, batch, time, near, pad, out.data_ptr())
+    size = asked.layers * batch * time * asked.width
     if size < 2 * _WORTH_A_THREAD:
         known = _hash(*given, 0, batch * time)
     else:
@@ -194,7 +231,7 @@ def _run(new, new_stride, ids, stride, column, lead, shape, reach, exact, pad, o
     return out
 
 
-def _by_threads(given: tuple[int, ...], tokens: int, parts: int) -> bool:
+def _by_threads(given: tuple[Any, ...], tokens: int, parts: int) -> bool:
     step = math.ceil(tokens / parts)
     edges = [min(tokens, step * i) for i in range(parts + 1)]
     with ThreadPoolExecutor(parts) as pool:

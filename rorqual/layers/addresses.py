@@ -127,12 +127,13 @@ def hash_rows(
     offsets: Int[Tensor, "Lm R"],
     pad: int,
     out: Int[Tensor, "Lm B T R"] | None = None,
+    kept: dict[str, Any] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
     """The rows of T tokens in every Engram layer, from the W = N-1 + T raw ids of them and of those before them.
 
     reach[b, t] is how many earlier tokens token t may look back at (None: all N-1); the others read as `pad`, a
-    canonical id. Order-major, then head. `out` is memory for them, contiguous. IndexError if an id has no canonical id
-    (-1 in the map, or outside it).
+    canonical id. Order-major, then head. `out` is memory for them, contiguous; `kept`, a dict, is where a twin notes
+    what it asked of these tensors. IndexError if an id has no canonical id (-1 in the map, or outside it).
     """
     orders, time = primes.shape[1], ids.shape[1] - primes.shape[1]
     strange = _strange(ids, canonical_map).any()
@@ -162,6 +163,7 @@ def follow_rows(
     offsets: Int[Tensor, "Lm R"],
     pad_id: int,
     out: Int[Tensor, "Lm B T R"] | None = None,
+    kept: dict[str, Any] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
     """hash_rows of `ids`, which are written into `held` from column `at` on, behind those that stand left of it.
 
@@ -173,7 +175,7 @@ def follow_rows(
     else:
         held[:, at : at + time] = ids
         window = held[:, at - before : at + time]
-    given = (window, None, canonical_map, multipliers, primes, offsets, 0, out)
+    given = (window, None, canonical_map, multipliers, primes, offsets, 0, out, kept)
     return pick("engram_rows", hash_rows, ids, primes)(*given)
 
 
@@ -214,7 +216,7 @@ class Addresses(nn.Module):
         super().__init__()
         self.config = config
         self.told = config.canonical and canonical_map is not None
-        self._staging = Staging()
+        self._staging, self._kept = Staging(), dict[str, Any]()
         if not self.told and vocabulary is None:
             raise ValueError("Addresses: got neither a canonical map nor a vocabulary, expected one")
         known = canonical_map if self.told else torch.arange(vocabulary or 0, device="cpu")
@@ -249,6 +251,7 @@ class Addresses(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "Addresses":
         """Moves as any module does; memory that `to_empty` has just allocated gets its numbers back."""
         super()._apply(fn, recurse)
+        self._kept.clear()
         for name, value in self._exact.items():
             if (buffer := getattr(self, name)).device.type != "meta":
                 buffer.copy_(torch.from_numpy(value))
@@ -300,11 +303,11 @@ class Addresses(nn.Module):
         try:
             if (place := self._place(ids, layout, history)) is not None:
                 rows_of = pick("engram_follow", follow_rows, ids, exact[0])
-                return rows_of(ids, *place, *exact, self.config.pad_id, out)
+                return rows_of(ids, *place, *exact, self.config.pad_id, out, self._kept)
             before = (self.config.ngram - 1, 0)
             window = F.pad(ids, before, value=self.config.pad_id) if history is None else history.extend(ids)
             rows_of = pick("engram_rows", hash_rows, ids, exact[0])
-            return rows_of(window, self._reach(window, layout), *exact, self.pad, out)
+            return rows_of(window, self._reach(window, layout), *exact, self.pad, out, self._kept)
         except IndexError:
             held = (
                 ids

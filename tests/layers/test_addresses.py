@@ -1,9 +1,11 @@
 """Configs and ids in -> the rows that the authors' code or a plain loop addresses; what is saved and refused."""
 
+import copy
 import hashlib
 import json
 import math
 import pathlib
+import pickle
 
 import numpy as np
 import pytest
@@ -205,6 +207,35 @@ def test_rows_are_written_where_memory_is_given(rows_of) -> None:
     got = rows_of(ids, None, *exact, out=out)
     assert got.data_ptr() == out.data_ptr()
     assert torch.equal(out, hash_rows(ids, None, *exact))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "move", "assign", "replace the data"])
+def test_what_a_twin_noted_of_one_model_is_never_used_for_another(how: str) -> None:
+    """The first model's numbers are overwritten, so that whoever still reads them there reads other rows."""
+    names = ("canonical_map", "multipliers", "primes", "offsets")
+    first = Addresses(EngramConfig(layers=(1, 5), rows_per_head=(9001, 77), heads=5), None, 50)
+    ids = torch.randint(50, (3, 4))
+    first(ids, layout(3, 4, "cpu"))
+    before = {name: getattr(first, name) for name in names}
+    expected = hash_rows(F.pad(ids, (2, 0)), None, *(x.clone() for x in before.values()), 0)
+    second = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}.get(how, lambda x: x)(first)
+    if how == "move":
+        second.share_memory()
+    elif how == "assign":
+        second.load_state_dict({name: x.clone() for name, x in first.state_dict().items()}, assign=True)
+        second.offsets = first.offsets.clone()
+    elif how == "replace the data":
+        before = {name: x.detach() for name, x in before.items()}
+        for name in names:
+            getattr(second, name).data = getattr(second, name).clone()
+    if how != "move":
+        for x in before.values():
+            x.fill_(1)
+    assert torch.equal(second(ids, layout(3, 4, "cpu")), expected)
+    assert torch.equal(
+        second(ids[:, :1], layout(3, 1, "cpu"), second.new_cache(3, 8, torch.float32, torch.device("cpu"))),
+        expected[:, :, :1],
+    )
 
 
 def test_memory_of_long_calls_is_taken_again_only_when_nobody_holds_it() -> None:
