@@ -6,8 +6,8 @@ addresses    one layer, 16 rows a token (bigrams and trigrams, 8 heads each), ag
              in the structure of the authors' code, spared what that computes twice; both must give the same rows, or
              the run ends. Also on one thread.
 decode       one layer and two, 16 rows each, one new token of each of 32 sequences. The hash itself is the compiled
-             twin on ids that are there, with its result's memory and the check of every id, as a model calls it; the whole step is what a
-             model calls: the ids before from the cache, these kept in it, the choice of the twin.
+             twin on ids that are there, as a model calls it, with its result's memory and the check of every id; the
+             whole step is what a model calls: the ids before from the cache, these kept in it, the choice of the twin.
 recall       rows into memory that is there already, against torch.index_select(out=)
 sparse step  see rows.py, whose functions these are
 
