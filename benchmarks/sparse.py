@@ -3,10 +3,12 @@
     python benchmarks/sparse.py
     python benchmarks/sparse.py --lengths 1024 4096 --heads 8 --kv-heads 2 --rounds 3 --json
 
-What is timed is one layer's attention with its projections, batch 1, float32: a new token behind a cache of T tokens,
-and a prompt of T tokens into an empty cache. All kinds take turns in every round, so that a busy machine slows them
-alike; what is printed is the median over the rounds. A kind's peer is full attention of its own sort: gqa for NSA and
-MoBA, absorbed mla for DSA. A kind pays from the first length at which, and from which on, it is faster.
+What is timed is one layer's attention with its projections, batch 1, float32: the last of T tokens behind a cache of
+the others, and a prompt of T tokens into an empty cache. Where no prompt is timed, all of the cache but its last tile
+is random numbers. The last token of a tile obeys the tile's choice; one token in 128 makes it and takes longer. All
+kinds take turns in every round, so that a busy machine slows them alike; what is printed is the median over the rounds.
+A kind's peer is full attention of its own sort: gqa for NSA and MoBA, absorbed mla for DSA. A kind pays from the first
+length at which, and from which on, it is faster.
 
 Memory is what a prefill allocates at its peak, by torch's own record of every allocation, and what its cache holds.
 """
@@ -28,7 +30,7 @@ from rorqual.layers.cache import Appended, Past, Recent
 from rorqual.layers.dsa import DSA, DSAConfig
 from rorqual.layers.moba import MoBA, MoBAConfig
 from rorqual.layers.nsa import NSA, NSAConfig
-from rorqual.layers.tiles import Choice
+from rorqual.layers.tiles import TILE, Choice
 
 ROPE = RopeConfig()
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -109,11 +111,21 @@ class Runner:
         self.warm = True
 
     def fill(self) -> None:
-        """A cache of T tokens, in pieces, so that kinds whose prefill is slow are ready to decode as well."""
-        if not self.warm:
-            for part in self.hidden.split(256, 1):
-                call(self.attention, part, self.past, self.cache)
-            self.warm = True
+        """A cache of T - 1 tokens."""
+        if self.warm:
+            self.cache.crop(1)
+            self.past.crop(1)
+            return
+        length = self.hidden.shape[1]
+        call(self.attention, self.hidden[:, :1], self.past, self.cache)
+        begin = max(1, (length - 1) // TILE * TILE)
+        for part in held(self.cache):
+            if part.buffer is not None and part.length == 1:
+                more = torch.randn(1, begin - 1, *part.buffer.shape[2:]).to(part.buffer.dtype)
+                part.append(more) if isinstance(part, Appended) else part.extend(more)
+        self.past.length = begin
+        for at in range(begin, length - 1):
+            call(self.attention, self.hidden[:, at : at + 1], self.past, self.cache)
 
     def decode(self) -> None:
         call(self.attention, self.hidden[:, :1], self.past, self.cache)

@@ -162,7 +162,8 @@ class Block(nn.Module):
         last: bool = False,
     ) -> tuple[Float[Tensor, "B T2 S D"], Tensor | None, list[Any]]:
         """`last`: the output of the last position alone, T2 = 1. The list: a Lesson if there was one, a Routing."""
-        part, reports = cache.parts if cache is not None else {}, list[Any]()
+        part = cache.parts if cache is not None else {}
+        reports: list[Any] = []  # list[Any]() is more than torch.compile can trace
         taught: dict[str, Any] = {} if step.warm is None else {"lessons": reports, "warm": step.warm}
         if self.engram is not None:
             recalled = memory.wait().flatten(-2)  # [B, T, M]
@@ -186,8 +187,7 @@ class Block(nn.Module):
             reports.append(chosen)
             return out
 
-        streams, carried = self.ffn_site(streams, feed_forward, carried)
-        return streams, carried, reports
+        return *self.ffn_site(streams, feed_forward, carried), reports
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Bundle:
         parts: dict[str, Any] = {"attention": self.attention.new_cache(batch, capacity, dtype, device)}

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class Reading:
     load: Load | None
     kept: Kept | None  # nats a token of the sample with its memory and without
     favourites: list[tuple[int, int, str]]  # layer, expert, the tokens it takes most above their frequency
+    homes: dict[str, float] = field(default_factory=dict)  # tokens a second by where rows live: `rorqual table bench`
 
     def last(self, key: str) -> float | None:
         """The newest value of a metric, None if it was never logged."""
@@ -97,6 +98,7 @@ def read_run(
         load=load,
         kept=_kept(model, tokenizer, texts[:READ_TWICE]) if has_memory else None,
         favourites=_favourites(load, tokenizer) if load is not None else [],
+        homes=_homes(folder),
     )
 
 
@@ -104,6 +106,11 @@ def _records(folder: Path) -> list[dict[str, Any]]:
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").split("\n")[:-1] if metrics.is_file() else []
     return [json.loads(line) for line in lines if line.strip()]
+
+
+def _homes(folder: Path) -> dict[str, float]:
+    path = folder / "homes.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _load(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str]) -> Load:
@@ -156,6 +163,7 @@ def write_report(
         ("Loss", svg(figures.curves([(r.name, r.records) for r in readings]))),
         ("How far each token trusts its memory", _memory_part([r for r in readings if r.gates is not None])),
         ("What the experts take", "".join(_load_part(r) for r in readings if r.load is not None)),
+        ("Where rows live", "".join(svg(figures.bars(r.homes, x="tokens a second")) for r in readings if r.homes)),
         ("Costs", costs_table(readings)),
         ("Configurations", "".join(_config_part(r) for r in readings)),
     ]

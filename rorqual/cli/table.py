@@ -1,5 +1,6 @@
 """Options of a command about tables of rows -> one call into storage, or into the measurement of homes, out."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -56,13 +57,14 @@ class Convert:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inspect:
-    """Shapes, formats, shards and sizes of tables; exit code 1 for files that are no table.
+    """Shapes, formats, shards, sizes and hot rows of tables; exit code 1 for files that are no table.
 
-    rorqual table inspect runs/demo/engram
+    rorqual table inspect runs/demo/engram --hot hot.safetensors
     """
 
     table: Positional[str]  # a table's folder, a run folder or a safetensors file
     name: str | None = None  # the tensor of a safetensors file
+    hot: str | None = None  # a list that `rorqual table hot` wrote
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +115,7 @@ class Bench:
     seconds: float = 1.0  # for rows a second, a line
     seed: int = 0
     figure: str | None = None  # where to draw tokens a second: .svg, .png or .pdf
+    run: str | None = None  # a run folder whose page (`rorqual report`) is to show the figure
 
 
 def table_command(argv: list[str]) -> int:
@@ -184,6 +187,13 @@ def _written(options: Build | Convert, source: str, as_json: bool) -> int:
 
 def inspect(options: Inspect, as_json: bool) -> int:
     found = [_about(path, name) for path, name in tables_in(Path(options.table), options.name)]
+    if options.hot is not None:
+        from rorqual.storage import hot_rows
+
+        lists = hot_rows(Path(options.hot))
+        for number, about in enumerate(found):
+            ids = lists[str(number)].tolist() if str(number) in lists else []
+            about["hot"] = {"rows": len(ids), "bytes": len(ids) * about["row_bytes"], "first": ids[:5]}
     if as_json:
         emit({"tables": found})
         return 0
@@ -195,6 +205,8 @@ def inspect(options: Inspect, as_json: bool) -> int:
         )
         for shard in about["shards"] if len(about["shards"]) > 1 else ():
             print(f"  {shard['file']}  rows {shard['first']:,} to {shard['first'] + shard['rows'] - 1:,}")
+        if (hot := about.get("hot")) is not None:
+            print(f"  hot: {hot['rows']:,} rows, {hot['bytes']:,} bytes; first {', '.join(map(str, hot['first']))}")
     return 0
 
 
@@ -275,11 +287,16 @@ def bench(options: Bench, as_json: bool) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from None
     console = Console(stderr=True)
+    if options.run is not None and not (Path(options.run) / "config.json").is_file():
+        raise UsageError(f"got --run {options.run}, expected a run folder with config.json")
     lines = tables.bench(config, lambda words: console.print(f"[dim]{words}[/]", highlight=False))
+    speeds = {line.name: line.tokens_per_second for line in lines}
+    if options.run is not None:
+        (Path(options.run) / "homes.json").write_text(json.dumps(speeds, indent=1), encoding="utf-8")
     if options.figure is not None:
         from rorqual.analyze import figures
 
-        drawn = figures.bars({line.name: line.tokens_per_second for line in lines}, x="tokens a second")
+        drawn = figures.bars(speeds, x="tokens a second")
         with figures.style():
             drawn.savefig(options.figure)
     if as_json:

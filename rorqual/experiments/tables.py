@@ -2,36 +2,41 @@
 
     resident, host, disk warm, disk cold  x  prefetch  x  hot rows      each with the same rows, weights and prompts
 
-A cold disk is one whose file the system was told to forget before each round. All ways must say the same ids. Rounds
-of all ways are interleaved, and medians are told.
+A cold disk is one whose files the system was told to forget before each step. Two layers remember, a third and two
+thirds up; without prefetch each reads when its turn comes. All ways must say the same ids. Rounds of all ways are
+interleaved, and a speed is that of the median step.
 """
 
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from torch import nn
 
 from rorqual.layers.addresses import EngramConfig, row_totals
 from rorqual.layers.attention import MLAConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.serve.decoding import decode
-from rorqual.storage import DeviceTable, DiskTable, HostTable, StorageConfig, draw_table, measure, open_table
+from rorqual.storage import DeviceTable, DiskTable, HostTable, StorageConfig, draw_table, measure, open_tables
 from rorqual.storage.formats import FP8
+
+Tables = Sequence[DeviceTable | HostTable | DiskTable]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": FP8}
 PROMPT = 16  # ids
+VOCABULARY = 8192  # with a larger one the head of a model of this size takes most of a step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchConfig:
     """How large the table is, and what reads it. Sizes in bytes where they say so."""
 
-    rows: int = 1_000_000
+    rows: int = 1_000_000  # of all tables
     width: int = 64
     dtype: Literal["float32", "bfloat16", "fp8"] = "bfloat16"
     folder: str = "."  # on the disk that is measured; the table is removed afterwards
@@ -45,9 +50,11 @@ class BenchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("rows", "width", "dim", "layers", "tokens", "sequences", "rounds"):
+        for name in ("rows", "width", "dim", "layers", "sequences", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.tokens < 2:
+            raise ValueError(f"tokens: got {self.tokens}, expected at least 2: the first is the prompt's")
         if self.hot_bytes < 0 or not self.seconds > 0:
             got = f"{self.hot_bytes} hot bytes, {self.seconds} seconds"
             raise ValueError(f"got {got}, expected at least 0 and more than 0")
@@ -91,77 +98,101 @@ def bench(config: BenchConfig, say: Callable[[str], None] = lambda _: None) -> l
 
     ValueError where the disk has no room for the table.
     """
-    rows = row_totals(memory_of(config))[0]
     with tempfile.TemporaryDirectory(dir=config.folder, prefix="table-bench-") as place:
-        say(f"drawing {rows:,} rows of {config.width} values in {config.dtype}")
-        path = draw_table(Path(place) / "rows", rows, config.width, dtype=DTYPES[config.dtype], seed=config.seed)
-        every = [(way, open_table(path, "rows", way.storage).eval()) for way in ways(config.hot_bytes)]
-        model = model_with(config, next(table for _, table in every if isinstance(table, DiskTable)))
+        say(f"drawing {sum(row_totals(memory_of(config))):,} rows of {config.width} values in {config.dtype}")
+        folder = drawn(config, Path(place))
+        every = [(way, opened(config, folder, way.storage)) for way in ways(config.hot_bytes)]
+        model = model_with(config, every[-1][1])
         speeds = _generated(config, model, every, say)
-        lines = [_line(config, way, table, speeds[way.name], say) for way, table in every]
-        for _, table in every:
-            getattr(table, "close", lambda: None)()
+        lines = [_line(config, way, tables, speeds[way.name], say) for way, tables in every]
+        for _, tables in every:
+            for table in tables:
+                getattr(table, "close", lambda: None)()
     return lines
 
 
+def drawn(config: BenchConfig, folder: Path) -> Path:
+    """The folder with a table for each layer that remembers."""
+    for n, rows in enumerate(row_totals(memory_of(config))):
+        draw_table(folder / str(n), rows, config.width, dtype=DTYPES[config.dtype], seed=config.seed + n)
+    return folder
+
+
+def opened(config: BenchConfig, folder: Path, storage: StorageConfig) -> Tables:
+    """The tables of that folder in a home."""
+    found = open_tables(folder, len(memory_of(config).layers), replace(storage, folder=str(folder)))
+    return [table.eval() for table in found]
+
+
 def memory_of(config: BenchConfig) -> EngramConfig:
-    """Two orders of eight heads that share the rows between them."""
-    each = max(2, config.rows // 16)
-    return EngramConfig(layers=(min(1, config.layers - 1),), rows_per_head=(each, each), head_dim=config.width, heads=8)
+    """Two layers of two orders of eight heads, which share the rows between them."""
+    layers = tuple(sorted({config.layers // 3, 2 * config.layers // 3}))
+    each = max(2, config.rows // (16 * len(layers)))
+    return EngramConfig(layers=layers, rows_per_head=(each, each), head_dim=config.width, heads=8)
 
 
-def model_with(config: BenchConfig, table: DiskTable) -> LanguageModel:
+def model_with(config: BenchConfig, tables: Tables) -> LanguageModel:
     shape = ModelConfig(
+        vocabulary=VOCABULARY,
         dim=config.dim,
         layers=config.layers,
         dense_width=4 * config.dim,
         mla=MLAConfig(heads=8),
         engram=memory_of(config),
     )
-    return LanguageModel(shape, seed=config.seed, tables=[table]).eval()
+    return LanguageModel(shape, seed=config.seed, tables=tables).eval()
 
 
 def _generated(
     config: BenchConfig,
     model: LanguageModel,
-    every: list[tuple[Way, DeviceTable | HostTable | DiskTable]],
+    every: list[tuple[Way, Tables]],
     say: Callable[[str], None],
 ) -> dict[str, float]:
-    """Tokens a second of each way, the median of interleaved rounds after one to warm up."""
+    """Tokens a second of each way by the median step of interleaved rounds, after one to warm up."""
     taken: dict[str, list[float]] = {way.name: [] for way, _ in every}
     for turn in range(config.rounds + 1):
         said: list[list[list[int | None]]] = []
         draw = torch.Generator().manual_seed(config.seed + turn)
         prompts = torch.randint(model.config.vocabulary, (config.sequences, PROMPT), generator=draw).tolist()
-        for way, table in every:
-            model.tables[0] = table
-            if way.cold:
-                table.forget()  # type: ignore[operator]
-            steps = decode(model, prompts, max_new_tokens=config.tokens)
-            said.append([next(steps)])  # the prompt is not what is measured
-            began = time.perf_counter()
-            said[-1] += list(steps)
+        for way, tables in every:
+            model.tables = nn.ModuleList(tables)
+            ids, seconds = _walked(decode(model, prompts, max_new_tokens=config.tokens), tables if way.cold else ())
+            said.append(ids)
             if turn:
-                taken[way.name].append(time.perf_counter() - began)
+                taken[way.name] += seconds
             if said[-1] != said[0]:
                 raise RuntimeError(f"{way.name} says other ids than {every[0][0].name}")
         say(f"round {turn} of {config.rounds}: all ways say the same ids")
-    fresh = config.sequences * max(1, config.tokens - 1)
-    return {name: fresh / max(statistics.median(seconds), 1e-9) for name, seconds in taken.items()}
+    return {name: config.sequences / statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def _walked(steps: Iterator[list[int | None]], cold: Tables) -> tuple[list[list[int | None]], list[float]]:
+    """All that is said, and the seconds of each step but the first, the prompt's; forgetting is in none."""
+    said, seconds = [next(steps)], list[float]()
+    while True:
+        for table in cold:
+            table.forget()  # type: ignore[operator]
+        began = time.perf_counter()
+        if (step := next(steps, None)) is None:
+            return said, seconds
+        seconds.append(time.perf_counter() - began)
+        said.append(step)
 
 
 def _line(
     config: BenchConfig,
     way: Way,
-    table: DeviceTable | HostTable | DiskTable,
+    tables: Tables,
     speed: float,
     say: Callable[[str], None],
 ) -> Line:
     say(f"{way.name}: rows a second")
+    table = tables[0]
     before = table.forget if way.cold and isinstance(table, DiskTable) else lambda: None
     found = measure(
         table, rows_per_token=16 * config.sequences, seconds=config.seconds, seed=config.seed, before=before
     )
-    counted = table.metrics()
-    rate = counted["hits"] / counted["different"] if counted.get("different") else 0.0
+    hits, different = (sum(each.metrics().get(name, 0.0) for each in tables) for name in ("hits", "different"))
+    rate = hits / different if different else 0.0
     return Line(way.name, found["rows_per_second"], found["step_p50"], found["step_p99"], speed, rate)

@@ -14,7 +14,22 @@ from typing import Any
 import torch
 
 from rorqual.config import choose
-from rorqual.kernels import compiled, convolve, engram, files, fuse, moe, rows, select, step, triton_twins
+from rorqual.kernels import (
+    compiled,
+    convolve,
+    dsa,
+    engram,
+    files,
+    fuse,
+    hot,
+    moe,
+    nsa,
+    recall,
+    rows,
+    select,
+    step,
+    triton_twins,
+)
 
 VARIABLE = "RORQUAL_KERNELS"
 REFERENCE = "reference"
@@ -48,11 +63,17 @@ TWINS: Mapping[str, tuple[Twin, ...]] = MappingProxyType(
             Twin("numba", select.selected_attention, select.usable),
             Twin("triton", triton_twins.selected_attention, triton_twins.usable("selected_attention")),
         ),
+        "dsa_few": (Twin("numba", dsa.attend_best, select.usable),),
+        "nsa_few": (Twin("numba", nsa.attend_few, select.usable),),
         "decode_step": (Twin("numba", step.Step, rows.usable),),
         "best_experts": (Twin("numba", moe.best, compiled.usable),),
         "sort_by_expert": (Twin("numba", moe.sort, compiled.usable),),
         "read_places": (Twin("numba", files.read_places, files.usable),),
         "write_places": (Twin("numba", files.write_places, files.usable),),
+        "few_rows": (Twin("numba", files.few_rows, files.usable),),
+        "hot_rows": (Twin("numba", hot.Recent, compiled.usable),),
+        "bad_row": (Twin("numba", recall.bad_row, compiled.usable),),
+        "gather_rows": (Twin("numba", recall.gather_rows, compiled.usable),),
         "row_adam": (Twin("numba", rows.row_adam, rows.usable),),
         "sum_rows": (Twin("numba", rows.sum_rows, rows.usable),),
     }

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int, UInt8
 from numba import types
 from torch import Tensor
 
-from rorqual.kernels import compiled
+from rorqual.kernels import compiled, hot
 
 NEAR = 4096  # bytes between rows that are asked for together: the disk reads whole pages anyhow
 RUN = 1 << 20  # bytes asked for together at most
@@ -59,6 +59,55 @@ def _waited(files, offsets, sizes, places, into, numbers, failed, begin, end, fo
                 _advise(files[first], offsets[first], offsets[last] + sizes[last] - offsets[first], _WILL_NEED)
         k = numbers[at]
         failed[k] = _pread(files[k], base + places[k], sizes[k], offsets[k]) != sizes[k]
+
+
+@compiled.compiled
+def _few(ids, starts, files, begins, frozen, buckets, keys, links, ends, held, into, counts):  # pragma: no cover
+    """Whether all rows were to be had; counts: different ones, those of them hot."""
+    vector, size = np.empty(2, np.uint64), into.shape[1]
+    fresh, count = np.empty(ids.shape[0], np.int64), 0
+    for k in range(ids.shape[0]):
+        row, before = ids[k], 0
+        while ids[before] != row:
+            before += 1
+        if before < k:
+            into[k] = into[before]
+            continue
+        slot = buckets[hot.place_of(buckets, keys, row)]
+        if slot >= 0:
+            hot.use(links, ends, slot)
+            into[k] = held[slot]
+            counts[1] += 1
+        else:
+            shard = np.searchsorted(starts, row, side="right") - 1
+            vector[0], vector[1] = into.ctypes.data + k * size, size
+            place = begins[shard] + (row - starts[shard]) * size
+            if _preadv2(files[shard], vector.ctypes.data, 1, place, _NO_WAIT) != size:
+                return False
+            fresh[count] = k
+            count += 1
+    counts[0] = counts[1] + count
+    if keys.shape[0] and not frozen:
+        for k in fresh[max(0, count - keys.shape[0]) : count]:
+            hot.put(buckets, keys, links, ends, held, ids[k], into[k])
+    return True
+
+
+def few_rows(
+    ids: Int[np.ndarray, " K"],
+    starts: Int[np.ndarray, " S1"],
+    files: Int[np.ndarray, " S"],
+    begins: Int[np.ndarray, " S"],
+    kept: "hot.Recent",
+    into: UInt8[Tensor, "K bytes"],
+) -> tuple[int, int] | None:
+    """Fills the rows of these ids: how many differ, how many of those were kept; None where one had to be waited for.
+
+    Shard s holds rows starts[s] to starts[s + 1] of its table, from byte begins[s] of files[s] on.
+    """
+    counts = np.zeros(2, np.int64)
+    whole = _few(ids, starts, files, begins, kept.frozen, *kept.arrays, into.numpy(), counts)
+    return (int(counts[0]), int(counts[1])) if whole else None
 
 
 def read_places(

@@ -12,12 +12,9 @@ import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numba.core import cgutils
-from numba.extending import intrinsic
 from torch import Tensor
 
 from rorqual.kernels import compiled
@@ -26,23 +23,6 @@ _WORTH_A_THREAD = 2048  # rows; below, starting threads takes longer than the wo
 _AHEAD = 6  # rows between the one that is asked for and the one that is changed; 2 to 8 measured alike
 _LINE = 16  # float32 numbers in a cache line
 _KNOWN = 1024  # update counts whose bias correction is looked up; two powers a row cost as much as 30 of its numbers
-
-
-@intrinsic
-def _ask(context, array, row, column):  # pragma: no cover
-    """In compiled code: begin to fetch this number of a matrix, to be changed soon; nothing waits for it."""
-
-    def generate(context, builder, signature, arguments):
-        kind = signature.args[0]
-        held = context.make_array(kind)(context, builder, arguments[0])
-        place = cgutils.get_item_pointer(context, builder, kind, held, list(arguments[1:]), wraparound=False)
-        place, number = builder.bitcast(place, cgutils.voidptr_t), cgutils.int32_t
-        shape = cgutils.ir.FunctionType(cgutils.ir.VoidType(), [place.type, number, number, number])
-        fetch = builder.module.declare_intrinsic("llvm.prefetch", [place.type], shape)
-        builder.call(fetch, [place, number(1), number(3), number(1)])  # for writing, to the nearest cache, data
-        return context.get_dummy_value()
-
-    return numba.types.void(array, row, column), generate
 
 
 @compiled.compiled
@@ -67,9 +47,9 @@ def _update(rows, first, second, updates, touched, gradient, known, rates, begin
         if k + _AHEAD < end:
             soon = touched[k + _AHEAD]
             for i in range(0, rows.shape[1], _LINE):
-                _ask(rows, soon, i)
-                _ask(first, soon, i)
-                _ask(second, soon, i)
+                compiled.ask(rows, soon, i)
+                compiled.ask(first, soon, i)
+                compiled.ask(second, soon, i)
         row = touched[k]
         updates[row] += 1
         n = updates[row]

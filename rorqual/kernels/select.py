@@ -1,7 +1,8 @@
 """Queries, keys, values and chosen blocks of keys in -> attended values out: layers.selection's gathered form compiled.
 
 The keys of a chosen block are read where they lie, once for all heads that share the choice, and stay in the core's
-nearest cache while these score them; nothing is gathered first. Threads split tokens and choices. float32, CPU, without
+nearest cache while these score them; nothing is gathered first. Rows that lie apart come from memory one by one unless
+they are asked for ahead of their use. Threads split tokens and choices. float32, CPU, without
 gradients.
 """
 
@@ -14,9 +15,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rorqual.kernels import compiled
+from rorqual.kernels.compiled import prefetch
 from rorqual.kernels.vectors import ZERO, fill, softmax
 
 _WORTH_A_THREAD = 1 << 22  # products; below, starting threads takes longer than the work
+_AHEAD = 16  # keys
+_LEAST = np.float32(1e-20)
 _loop = functools.partial(compiled.compiled, any_order=True)  # sums may run on vectors
 
 
@@ -26,10 +30,27 @@ def _line(address, width):  # pragma: no cover
 
 
 @_loop
-def _score(queries, keys, step, count, scores):  # pragma: no cover
+def drop(weights):  # pragma: no cover
+    """What no sum of float32 would show is zero: products so small that they lose bits take a hundred times as long."""
+    for l in range(weights.shape[0]):
+        weights[l] = ZERO if weights[l] <= _LEAST else weights[l]  # what is not a number stays
+
+
+@_loop
+def _fetch(rows, step, count, following, l, width):  # pragma: no cover
+    """Asks for the four rows that are _AHEAD of row l, those behind the last at address `following`."""
+    for n in range(l + _AHEAD, l + _AHEAD + 4):
+        row = rows + n * step if n < count else following + (n - count) * step
+        for i in range(0, width, 16):
+            prefetch(row + 4 * i)
+
+
+@_loop
+def _score(queries, keys, step, count, following, scores):  # pragma: no cover
     """scores[h, l] = queries[h] . the key at address keys + l step, four keys at a time."""
     width, l = queries.shape[1], 0
     while l + 4 <= count:
+        _fetch(keys, step, count, following, l, width)
         a, b = _line(keys + l * step, width), _line(keys + (l + 1) * step, width)
         c, d = _line(keys + (l + 2) * step, width), _line(keys + (l + 3) * step, width)
         for h in range(queries.shape[0]):
@@ -51,10 +72,11 @@ def _score(queries, keys, step, count, scores):  # pragma: no cover
 
 
 @_loop
-def _sum(weights, values, step, count, out):  # pragma: no cover
+def _sum(weights, values, step, count, following, out):  # pragma: no cover
     """out[h] += sum over l of weights[h, l] the value at address values + l step, four values at a time."""
     width, l = out.shape[1], 0
     while l + 4 <= count:
+        _fetch(values, step, count, following, l, width)
         a, b = _line(values + l * step, width), _line(values + (l + 1) * step, width)
         c, d = _line(values + (l + 2) * step, width), _line(values + (l + 3) * step, width)
         for h in range(out.shape[0]):
@@ -71,7 +93,39 @@ def _sum(weights, values, step, count, out):  # pragma: no cover
 
 
 @_loop
-def _attend(query, index, positions, key, value, held, block, scale, out, first, last):  # pragma: no cover
+def over_blocks(own, index, end, block, key, key_step, value, value_step, scores, bits, result):  # pragma: no cover
+    """result[h] = own[h]'s mean of the values of the keys before `end` in the blocks `index`. Keys and values lie at
+    addresses key + l key_step, value + l value_step."""
+    blocks, seen = index.shape[0], 0
+    for n in range(blocks):
+        count = min(block, end - index[n] * block)
+        if index[n] >= 0 and count > 0:
+            after = key + index[n + 1] * block * key_step if n + 1 < blocks else value + index[0] * block * value_step
+            _score(own, key + index[n] * block * key_step, key_step, count, after, scores[:, seen:])
+            seen += count
+    for h in range(own.shape[0]):
+        fill(result[h], ZERO)
+        if seen:
+            softmax(scores[h, :seen], bits[:seen])
+            drop(scores[h, :seen])
+    seen = 0
+    for n in range(blocks):
+        count = min(block, end - index[n] * block)
+        if index[n] >= 0 and count > 0:
+            after = value + index[n + 1] * block * value_step if n + 1 < blocks else value
+            _sum(scores[:, seen:], value + index[n] * block * value_step, value_step, count, after, result)
+            seen += count
+
+
+@_loop
+def scaled(query, scale, own):  # pragma: no cover
+    for h in range(own.shape[0]):
+        for i in range(own.shape[1]):
+            own[h, i] = query[h, i] * scale
+
+
+@_loop
+def _attend(query, index, positions, lead, key, value, held, block, scale, out, first, last):  # pragma: no cover
     """Choices first .. last of B T J. `key` and `value`: address, and bytes a row, a column and a group further."""
     (_, time, heads, width), (choices, most), groups = query.shape, index.shape[2:], held[1]
     share = heads // choices
@@ -79,31 +133,15 @@ def _attend(query, index, positions, key, value, held, block, scale, out, first,
     scores, bits = np.empty((share, most * block), np.float32), np.empty(most * block, np.int32)
     for n in range(first, last):
         b, t, j = n // (time * choices), n // choices % time, n % choices
-        group, end, seen = j * groups // choices, min(positions[b, t] + 1, held[0]), 0
-        for h in range(share):
-            for i in range(width):
-                own[h, i] = query[b, t, j * share + h, i] * scale
-        for chosen in index[b, t, j]:
-            count = min(block, end - chosen * block)
-            if chosen >= 0 and count > 0:
-                at = key[0] + b * key[1] + chosen * block * key[2] + group * key[3]
-                _score(own, at, key[2], count, scores[:, seen:])
-                seen += count
+        group, end = j * groups // choices, min(positions[b, t] + 1, held[0] - lead[b])
+        scaled(query[b, t, j * share :], scale, own)
+        keys = key[0] + b * key[1] + lead[b] * key[2] + group * key[3]
+        values = value[0] + b * value[1] + lead[b] * value[2] + group * value[3]
         result = out[b, t, j * share : (j + 1) * share]
-        for h in range(share):
-            fill(result[h], ZERO)
-            if seen:
-                softmax(scores[h, :seen], bits[:seen])
-        seen = 0
-        for chosen in index[b, t, j]:
-            count = min(block, end - chosen * block)
-            if chosen >= 0 and count > 0:
-                at = value[0] + b * value[1] + chosen * block * value[2] + group * value[3]
-                _sum(scores[:, seen:], at, value[2], count, result)
-                seen += count
+        over_blocks(own, index[b, t, j], end, block, keys, key[2], values, value[2], scores, bits, result)
 
 
-def _where(x: Tensor) -> np.ndarray:
+def where(x: Tensor) -> np.ndarray:
     """Address, and bytes from one row, column and group to the next."""
     return np.array([x.data_ptr(), *(x.element_size() * step for step in x.stride()[:3])], np.int64)
 
@@ -116,15 +154,17 @@ def selected_attention(
     positions: Int[Tensor, "B T"],
     block: int,
     scale: float,
+    lead: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T H Q"]:
     """See layers.selection.selected_attention, whose numbers these are within float32 rounding."""
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     out = query.new_empty(*query.shape[:3], value.shape[-1])
-    given = [x.detach().contiguous().numpy() for x in (query, index, positions)]
+    lead = positions.new_zeros(len(positions)) if lead is None else lead
+    given = [x.detach().contiguous().numpy() for x in (query, index, positions, lead)]
     held, made = np.array(key.shape[1:3], np.int64), out.numpy()
     items, work = index[..., 0].numel(), index.numel() * block * (query.shape[2] // index.shape[2])
     parts = min(torch.get_num_threads(), max(1, work * query.shape[3] // _WORTH_A_THREAD), items)
-    rest = _where(key), _where(value), held, block, np.float32(scale), made
+    rest = where(key), where(value), held, block, np.float32(scale), made
     compiled.spread(lambda _, *span: _attend(*given, *rest, *span), items, max(1, parts))
     return out
 

@@ -258,8 +258,16 @@ def selected_attention(
     positions: Int[Tensor, "B T"],
     block: int,
     scale: float,
+    lead: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T H Q"]:
-    """See layers.selection.selected_attention, whose numbers these are within rounding; every gradient too."""
+    """See layers.selection.selected_attention, whose numbers these are within rounding; every gradient too. Rows that
+    `lead` shifts are attended one after the other."""
     both = torch.promote_types(query.dtype, key.dtype)
     query, key = query.to(both), key.to(both)
-    return _Selected.apply(query, key, value, index, positions, block, scale)
+    if lead is None:
+        return _Selected.apply(query, key, value, index, positions, block, scale)
+    rows = [(slice(b, b + 1), slice(start, None)) for b, start in enumerate(lead.tolist())]
+    parts = [
+        _Selected.apply(query[b], key[b, of], value[b, of], index[b], positions[b], block, scale) for b, of in rows
+    ]
+    return torch.cat(parts)

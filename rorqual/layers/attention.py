@@ -257,7 +257,8 @@ class GQA(nn.Module):
     """Grouped-query attention over q_proj, k_proj, v_proj, o_proj; every head's whole width is rotated."""
 
     def __init__(self, config: GQAConfig, dim: int, rope: RopeConfig, inner: Any = None):
-        """`inner` attends in our place (NSA, MoBA): inner(q, k, v, hidden=, layout=, scale=, cache=) -> [B T H Q]."""
+        """`inner` attends in our place (NSA, MoBA): inner(q, k, v, hidden=, layout=, scale=, cache=, tables=, last=),
+        [B, T, H, Q] or of the `last` token alone."""
         super().__init__()
         if inner is not None and (config.window is not None or config.sinks):
             raise ValueError("got window or sinks together with an inner attention, expected one or the other")
@@ -295,8 +296,8 @@ class GQA(nn.Module):
             kept = cache.keys.append(key), cache.values.append(value)
             key, value = kept if layout.past else (key, value)
         if self.inner is not None:
-            part = cache.inner if cache is not None else None
-            out = self.inner(query, key, value, hidden=hidden, layout=layout, scale=self.scale, cache=part)
+            known = {"cache": cache.inner if cache is not None else None, "tables": (cos, sin), "last": last}
+            out = self.inner(query, key, value, hidden=hidden, layout=layout, scale=self.scale, **known)
         elif last:
             out = self._attend(query[:, -1:], key, value, layout.last())
         else:

@@ -20,9 +20,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rorqual import kernels
 from rorqual.layers.attend import attend, attend_shared
 from rorqual.layers.basics import Layout, RopeConfig, largest, rotate
 from rorqual.layers.cache import Appended
+from rorqual.layers.selection import FEW
 
 QUERIES = 512  # looked at together, at most
 SCORES = 1 << 23  # that stand at a time: 32 MiB of float32
@@ -210,8 +212,12 @@ class Look(NamedTuple):
     def gathering(
         self, query: Float[Tensor, "B T H R"], latent: Float[Tensor, "B L R"], scale: float
     ) -> Float[Tensor, "B T H R"]:
-        """The same to keys that all heads share and that are the values too: the chosen are copied out, of few queries
-        at a time, and the others never read. For queries that all have more keys than they may choose."""
+        """The same to keys that all heads share and that are the values too: the chosen are read where they lie, or
+        copied out of few queries at a time, and the others never read. For queries that all have more keys than they
+        may choose."""
+        if self.mask is None and query.shape[1] <= FEW:
+            given = query, latent, self.query, self.key, self.weights
+            return kernels.pick("dsa_few", attend_best, *given)(*given, self.most, scale)
         few, outs = max(1, COPIED // (self.most * latent.shape[-1])), []
         for run in self.runs():
             found = self.chosen(run)
@@ -239,6 +245,22 @@ class Look(NamedTuple):
         summed, carried, queries, choosing = _Divergence.apply(*self, *attention, present)
         recall = torch.where(choosing > 0, carried / choosing.clamp_min(1), 1.0)
         return Lesson(summed / queries.clamp_min(1), recall)
+
+
+def attend_best(
+    query: Float[Tensor, "B T H R"],
+    latent: Float[Tensor, "B L R"],
+    looking: Float[Tensor, "B T J P"],
+    key: Float[Tensor, "B L P"],
+    weights: Float[Tensor, "B T J"],
+    most: int,
+    scale: float,
+) -> Float[Tensor, "B T H R"]:
+    """The last T of L tokens, in rows without documents or padding, attend each to the `most` latents whose keys score
+    best with the indexer's query, `looking`. kernels/dsa.py is its twin."""
+    found = Look(looking, weights, key, None, most).chosen(slice(0, query.shape[1]))
+    assert found is not None
+    return _attend_to(query, latent, *found, scale)
 
 
 def _attend_to(query: Tensor, latent: Tensor, index: Tensor, real: Tensor | None, scale: float) -> Tensor:

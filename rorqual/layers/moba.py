@@ -21,8 +21,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rorqual.layers.basics import Layout
-from rorqual.layers.cache import Appended, Bundle, Recent
-from rorqual.layers.selection import attend_chosen, best_blocks, full_attention, runs, segments, wide
+from rorqual.layers.cache import Bundle, Recent
+from rorqual.layers.selection import (
+    Blocks,
+    attend_chosen,
+    best_blocks,
+    full_attention,
+    runs,
+    segments,
+    straight,
+    wide,
+    windows,
+)
 from rorqual.layers.tiles import Choice, attend_tiles, tile_choices
 
 
@@ -49,34 +59,6 @@ class MoBAConfig:
                 raise ValueError(f"moba.{name}: got {getattr(self, name)!r}, expected {kinds[0]!r} or {kinds[1]!r}")
 
 
-class BlockMeans:
-    """Means of the complete blocks of a growing sequence of keys, so that decoding never reads the keys again."""
-
-    def __init__(self, block: int, capacity: int = 0):
-        self.block, self.tokens = block, 0
-        self.means = Appended(capacity // block)
-
-    def update(self, keys: Float[Tensor, "B L G P"]) -> Float[Tensor, "B M G P"]:
-        """Means of the complete blocks among all keys so far, float32; reads only blocks completed since last time."""
-        self.tokens, done = keys.shape[1], self.means.length
-        fresh = keys[:, done * self.block : self.tokens // self.block * self.block].unflatten(1, (-1, self.block))
-        return self.means.append(wide(fresh).mean(2))
-
-    def select(self, index: Int[Tensor, " B"]) -> None:
-        """Keep the rows `index`, in that order."""
-        self.means.select(index)
-
-    def crop(self, count: int) -> None:
-        """Forget the last `count` tokens, and the blocks that they leave incomplete."""
-        self.tokens = max(0, self.tokens - count)
-        self.means.crop(max(0, self.means.length - self.tokens // self.block))
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.tokens = 0
-        self.means.reset()
-
-
 def block_means(
     keys: Float[Tensor, "B L G P"], segment: Int[Tensor, "B L"], present: Bool[Tensor, "B L"] | None, count: int
 ) -> Float[Tensor, "B M G P"]:
@@ -99,12 +81,12 @@ def choose(
 ) -> Int[Tensor, "B T H K"]:
     """The `chosen` best blocks of each query head among first .. own, -1 where there are fewer.
 
-    A block without a mean (the last, still growing) can only be own, which needs no score.
+    The block after the last that has a mean is still growing; it can only be own, which needs no score.
     """
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):  # a rounded score chooses other blocks
-        grouped, last = wide(query).unflatten(2, (means.shape[2], -1)), int(own.max())
-        scores = torch.einsum("btghd,bmgd->btghm", grouped, means[:, :last].to(grouped.dtype)).flatten(2, 3)
-        return best_blocks(F.pad(scores, (0, last + 1 - scores.shape[-1])), own, first, chosen)  # of [B, T, H, M]
+        grouped = wide(query).unflatten(2, (means.shape[2], -1))
+        scores = torch.einsum("btghd,bmgd->btghm", grouped, means.to(grouped.dtype)).flatten(2, 3)
+        return best_blocks(F.pad(scores, (0, 1)), own, first, chosen)  # of [B, T, H, M + 1]
 
 
 class MoBA(nn.Module):
@@ -119,7 +101,7 @@ class MoBA(nn.Module):
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Bundle:
         """The block means beside the keys that GQA keeps, and the choice of the tile that is not full yet."""
         choice = Recent(1) if self.config.choice == "tile" else None
-        return Bundle(means=BlockMeans(self.config.block, capacity), choice=choice)
+        return Bundle(means=Blocks(self.config.block, self.config.block, capacity), choice=choice)
 
     def forward(
         self,
@@ -131,30 +113,37 @@ class MoBA(nn.Module):
         layout: Layout,
         scale: float,
         cache: Bundle | None = None,
-    ) -> Float[Tensor, "B T H Q"]:
-        """Attended values of the last T of L tokens; rotary positions are in query and key already."""
-        segment, own, means = self._blocks(key, layout, cache)
-        first = own - layout.positions // self.config.block
+        tables: tuple[Tensor, Tensor] | None = None,
+        last: bool = False,
+    ) -> Float[Tensor, "B T2 H Q"]:
+        """Attended values of the last T of L tokens, or of the `last` alone; rotary positions are in query and key."""
+        if last and self.config.choice == "token":  # a tile's first query is asked even if its last alone is wanted
+            query, layout = query[:, -1:], layout.last()
+        single = layout.past > 0 and query.shape[1] == 1
+        whole, (layout, lead) = layout, straight(layout) if cache is not None else (layout, None)
+        segment, own, means = self._blocks(key, layout, lead, cache)
+        size, held = self.config.block, cache.choice if cache is not None else None
+        first = own - layout.positions // size
 
         def choose_at(rows: slice | Tensor) -> Tensor:
-            return choose(query[:, rows], means, own[:, rows], first[:, rows], self.config.chosen)
+            known = means
+            if segment is None and isinstance(rows, slice):  # whose own blocks end here
+                known = means[:, : -(-(layout.past + rows.stop) // size)]
+            return choose(query[:, rows], known, own[:, rows], first[:, rows], self.config.chosen)
 
-        tiled, held = self.config.choice == "tile", cache.choice if cache is not None else None
-        single = layout.past > 0 and query.shape[1] == 1
-        if self.full or key.shape[1] <= self.config.block or (single and self.config.decode == "full"):
+        if self.full or key.shape[1] <= size or (single and self.config.decode == "full"):
             if held is not None:
-                tile_choices(choose_at, layout, segment, held)
-            return full_attention(query, key, value, layout, scale)
-        size = self.config.block
-        if tiled:
-            return attend_tiles(query, key, value, choose_at, layout, segment, size, scale, held)
+                tile_choices(choose_at, layout, segment, held, lead)
+            return full_attention(query, key, value, whole, scale)
+        if self.config.choice == "tile":
+            return attend_tiles(query, key, value, choose_at, layout, segment, size, scale, held, lead)
         parts = [
-            attend_chosen(query[:, run], key, value, choose_at(run), layout, run, segment, size, scale)
+            attend_chosen(query[:, run], key, value, choose_at(run), layout, run, segment, size, scale, lead)
             for run in runs(query.shape[1])
         ]
         return torch.cat(parts, dim=1)
 
-    def _blocks(self, key: Tensor, layout: Layout, cache: Bundle | None) -> tuple[Tensor | None, Tensor, Tensor]:
+    def _blocks(self, key: Tensor, layout: Layout, lead, cache: Bundle | None) -> tuple[Tensor | None, Tensor, Tensor]:
         """Block of each key where columns do not tell it, block of each query [B, T], means [B, M, G, P]."""
         size = self.config.block
         if layout.mask is not None:
@@ -162,9 +151,12 @@ class MoBA(nn.Module):
             means = block_means(key.detach(), segment, layout.key_present, int(segment.max()) + 1)
             return segment, segment[:, layout.past :], means
         if cache is not None:
-            return None, layout.positions // size, cache.means.update(key)
-        whole = key.detach()[:, : key.shape[1] // size * size].unflatten(1, (-1, size))
-        return None, layout.positions // size, wide(whole).mean(2)
+            return None, layout.positions // size, cache.means.update(key, _mean, lead)
+        return None, layout.positions // size, _mean(windows(key.detach(), size, size))
+
+
+def _mean(keys: Float[Tensor, "B M G l P"]) -> Float[Tensor, "B M G P"]:
+    return wide(keys).mean(-2)
 
 
 def switch(model: nn.Module, full: bool) -> None:

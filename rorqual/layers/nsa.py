@@ -17,6 +17,7 @@ Native Sparse Attention, arXiv:2502.11089. The mean beside the MLP is ours: the 
 `choice="tile"`, where the first of 128 queries chooses for all of them (layers/tiles.py).
 """
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -25,11 +26,24 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from rorqual import kernels
 from rorqual.layers.attend import attend
 from rorqual.layers.basics import Layout, RopeConfig, rope_tables, rotate
 from rorqual.layers.cache import Appended, Bundle, Recent
-from rorqual.layers.selection import attend_chosen, best_blocks, runs, segments, visible, wide
-from rorqual.layers.tiles import Choice, attend_tiles
+from rorqual.layers.selection import (
+    FEW,
+    Blocks,
+    attend_chosen,
+    best_blocks,
+    runs,
+    segments,
+    selected_attention,
+    straight,
+    visible,
+    wide,
+    windows,
+)
+from rorqual.layers.tiles import Choice, attend_tiles, token_choices
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,14 +97,6 @@ class Compressed(NamedTuple):
     segment: Int[Tensor, "B L"] | None = None  # selection block of each key
 
 
-class Branches(NamedTuple):
-    """What each branch attended to, before the gates."""
-
-    compressed: Float[Tensor, "B T H Q"]
-    selected: Float[Tensor, "B T H Q"]
-    window: Float[Tensor, "B T H Q"]
-
-
 class Compression(nn.Module):
     """block keys (or values) -> one: mean(x) + W_2 silu(W_1 vec(x + position)), the same for every group."""
 
@@ -102,35 +108,6 @@ class Compression(nn.Module):
 
     def forward(self, x: Float[Tensor, "B M G l P"]) -> Float[Tensor, "B M G P"]:
         return x.mean(-2) + self.down(F.silu(self.up((x + self.position).flatten(-2))))
-
-
-class CompressedBlocks:
-    """Compressed keys and values of a growing sequence without documents or padding; each block is compressed once."""
-
-    def __init__(self, block: int, stride: int):
-        self.block, self.stride, self.tokens = block, stride, 0
-        self.keys, self.values = Appended(), Appended()
-
-    def count(self, tokens: int) -> int:
-        """Blocks that are complete in so many tokens."""
-        return max(0, (tokens - self.block) // self.stride + 1)
-
-    def select(self, index: Int[Tensor, " B"]) -> None:
-        """Keep the rows `index`, in that order."""
-        self.keys.select(index)
-        self.values.select(index)
-
-    def crop(self, count: int) -> None:
-        """Forget the last `count` tokens, and the blocks that they leave incomplete."""
-        self.tokens = max(0, self.tokens - count)
-        for kept in (self.keys, self.values):
-            kept.crop(max(0, kept.length - self.count(self.tokens)))
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.tokens = 0
-        self.keys.reset()
-        self.values.reset()
 
 
 class NSA(nn.Module):
@@ -152,7 +129,7 @@ class NSA(nn.Module):
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Bundle:
         """Keys and values of both branches made here, and the compressed blocks."""
         compressed, window = (Bundle(keys=Appended(capacity), values=Appended(capacity)) for _ in range(2))
-        blocks = CompressedBlocks(self.config.block, self.config.stride)
+        blocks = Bundle(**{x: Blocks(self.config.block, self.config.stride, capacity) for x in ("keys", "values")})
         choice = Recent(1) if self.config.choice == "tile" else None
         return Bundle(blocks=blocks, compressed=compressed, window=window, choice=choice)
 
@@ -166,11 +143,17 @@ class NSA(nn.Module):
         layout: Layout,
         scale: float,
         cache: Bundle | None = None,
-    ) -> Float[Tensor, "B T H Q"]:
-        """Attended values of the last T of L tokens; rotary positions are in query and key already."""
-        gates = self.gates(hidden).to(query.dtype)[..., None]  # [B, T, 3, H, 1]
-        branches = self.branches(query, key, value, hidden=hidden, layout=layout, scale=scale, cache=cache)
-        return (gates * torch.stack(branches, dim=2)).sum(2)
+        tables: tuple[Tensor, Tensor] | None = None,
+        last: bool = False,
+    ) -> Float[Tensor, "B T2 H Q"]:
+        """Attended values of the last T of L tokens, or of the `last` alone. Rotary positions are in query and key
+        already; `tables` are the rope_tables of `layout.positions`, where they are known."""
+        given = query, key, value
+        branches = self.branches(
+            *given, hidden=hidden, layout=layout, scale=scale, cache=cache, tables=tables, last=last
+        )
+        gates = self.gates(hidden[:, -branches.shape[1] :]).to(query.dtype)[..., None]  # [B, T2, 3, H, 1]
+        return (gates * branches).sum(2)
 
     def gates(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T 3 H"]:
         """How much of the compressed, the selected and the window branch each head takes, each in (0, 1)."""
@@ -186,19 +169,42 @@ class NSA(nn.Module):
         layout: Layout,
         scale: float,
         cache: Bundle | None = None,
-    ) -> Branches:
-        """The three branches apart, for tests and pictures."""
+        tables: tuple[Tensor, Tensor] | None = None,
+        last: bool = False,
+    ) -> Float[Tensor, "B T2 3 H Q"]:
+        """What the compressed, the selected and the window branch attend to, before the gates."""
+        tables = rope_tables(self.rope, self.key_dim, layout.positions) if tables is None else tables
         kept = (cache.compressed, cache.window) if cache is not None else (None, None)
-        raw = self._own(self.compressed_kv, hidden, layout, kept[0])
-        near = self._own(self.window_kv, hidden, layout, kept[1])
-        blocks = self._compress(*raw, layout, cache.blocks if cache is not None else None)
-        window = [self._attend_window(query[:, run], *near, layout, run, scale) for run in runs(query.shape[1])]
-        given = query, key, value, blocks, layout, scale
+        raw, near = self._own(hidden, layout, tables, kept)
+        if last and self.config.choice == "token":  # a tile's first query is asked even if its last alone is wanted
+            query, layout = query[:, -1:], layout.last()
+        layout, lead = straight(layout) if cache is not None else (layout, None)
+        blocks = self._compress(*raw, layout, lead, cache.blocks if cache is not None else None)
+        given, choice = (query, key, value, blocks), cache.choice if cache is not None else None
+        if layout.past and layout.mask is None and query.shape[1] <= FEW:
+            return self._by_few(*given, *near, layout, lead, scale, choice)
         if self.config.choice == "tile":
-            compressed, selected = self._by_tile(*given, cache.choice if cache is not None else None)
+            compressed, selected = self._by_tile(*given, layout, scale, choice)
         else:
-            compressed, selected = self._by_token(*given)
-        return Branches(compressed, selected, torch.cat(window, dim=1))
+            compressed, selected = self._by_token(*given, layout, scale)
+        window = [self._attend_window(query[:, run], *near, layout, run, scale) for run in runs(query.shape[1])]
+        return torch.stack([compressed, selected, torch.cat(window, dim=1)], dim=2)
+
+    def _by_few(
+        self, query, key, value, blocks: "Compressed", near_key, near_value, layout: Layout, lead, scale, cache
+    ):
+        """All branches at once, each reading what it attends to and nothing else."""
+        index = None
+        if self.config.choice == "tile":
+            choose = functools.partial(self._choose_at, query, blocks, layout, scale)
+            index = token_choices(choose, layout, None, self.config.select_block, cache, lead)
+        pairs = key, value, blocks.keys, blocks.values, near_key, near_value
+        attention = kernels.pick("nsa_few", attend_few, query, *pairs)
+        return attention(query, *pairs, index, layout.positions, lead, self.config, scale)
+
+    def _choose_at(self, query: Tensor, blocks: Compressed, layout: Layout, scale: float, rows: Tensor) -> Tensor:
+        """The blocks that the queries in the columns `rows` of a call choose."""
+        return self._choose(self._weights(query[:, rows], blocks, layout, rows, scale)[0], blocks, layout, rows)
 
     def _by_token(self, query, key, value, blocks: Compressed, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
         """The compressed and the selected branch, whose choice the compressed one's probabilities are."""
@@ -217,12 +223,7 @@ class NSA(nn.Module):
         self, query, key, value, blocks: Compressed, layout: Layout, scale: float, cache: Recent | None
     ) -> tuple[Tensor, Tensor]:
         """The same, with the probabilities of those queries alone that choose."""
-
-        def choose(rows: Tensor) -> Tensor:
-            weights, _ = self._weights(query[:, rows], blocks, layout, rows, scale)
-            return self._choose(weights, blocks, layout, rows)
-
-        parts = []
+        choose, parts = functools.partial(self._choose_at, query, blocks, layout, scale), []
         for run in runs(query.shape[1]):
             seen = self._seen(blocks, layout, run)
             keys, values = (x[:, : seen.shape[-1]].to(query.dtype) for x in (blocks.keys, blocks.values))
@@ -232,19 +233,21 @@ class NSA(nn.Module):
         return torch.cat(parts, dim=1), selected
 
     def _own(
-        self, linear: nn.Module, hidden: Tensor, layout: Layout, cache: Bundle | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Rotated keys [B, L, G, P] and values [B, L, G, Q] of a branch."""
-        both = linear(hidden).unflatten(-1, (self.groups, -1))
-        key, value = both.split([self.key_dim, self.value_dim], dim=-1)
-        cos, sin = rope_tables(self.rope, self.key_dim, layout.positions)
-        key = rotate(key, cos, sin, self.rope.interleaved)
-        if cache is None:
-            return key, value
-        kept = cache.keys.append(key), cache.values.append(value)
-        return kept if layout.past else (key, value)
+        self, hidden: Tensor, layout: Layout, tables: tuple[Tensor, Tensor], caches
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Rotated keys [B, L, G, P] and values [B, L, G, Q] of the compressed and of the window branch."""
+        both = [linear(hidden).unflatten(-1, (self.groups, -1)) for linear in (self.compressed_kv, self.window_kv)]
+        keys, values = torch.cat(both, dim=2).split([self.key_dim, self.value_dim], dim=-1)
+        pairs, found = (
+            zip(rotate(keys, *tables, self.rope.interleaved).chunk(2, 2), values.chunk(2, 2), strict=True),
+            [],
+        )
+        for (key, value), cache in zip(pairs, caches, strict=True):
+            kept = (key, value) if cache is None else (cache.keys.append(key), cache.values.append(value))
+            found.append(kept if layout.past else (key, value))
+        return found
 
-    def _compress(self, keys: Tensor, values: Tensor, layout: Layout, cache: CompressedBlocks | None) -> Compressed:
+    def _compress(self, keys: Tensor, values: Tensor, layout: Layout, lead, cache: Bundle | None) -> Compressed:
         block, stride = self.config.block, self.config.stride
         if layout.mask is not None:
             segment = segments(layout, self.config.select_block)
@@ -254,23 +257,15 @@ class NSA(nn.Module):
             keys, values = (x[rows, columns].transpose(2, 3) for x in (keys, values))  # [B, M, G, l, P]
             keys, values = self.compress_key(keys), self.compress_value(values)
             return Compressed(keys, values, columns[..., -1], pieces, real, segment)
-        done = cache.keys.length if cache is not None else 0
-        fresh = max(0, (keys.shape[1] - block) // stride + 1) - done
-        if fresh:
-            made = (self._blocks(net, x, done) for net, x in ((self.compress_key, keys), (self.compress_value, values)))
-            keys, values = made
-        else:
-            keys, values = keys[:, :0], values[:, :0]
         if cache is not None:
-            cache.tokens = layout.past + layout.positions.shape[1]
-            kept = cache.keys.append(keys), cache.values.append(values)
-            keys, values = kept if layout.past else (keys, values)
-        return Compressed(keys, values)
-
-    def _blocks(self, compression: Compression, x: Float[Tensor, "B L G P"], done: int) -> Float[Tensor, "B M G P"]:
-        """Complete blocks of rows without documents or padding, from block `done` on."""
-        config = self.config
-        return compression(x[:, done * config.stride :].unfold(1, config.block, config.stride).transpose(-1, -2))
+            kept = (
+                cache.keys.update(keys, self.compress_key, lead),
+                cache.values.update(values, self.compress_value, lead),
+            )
+            return Compressed(*kept)
+        return Compressed(
+            self.compress_key(windows(keys, block, stride)), self.compress_value(windows(values, block, stride))
+        )
 
     def _seen(self, blocks: Compressed, layout: Layout, rows: slice | Tensor) -> Bool[Tensor, "#B 1 T M"]:
         """Which compressed blocks these of the new tokens see, all of their keys; those after the last are left out."""
@@ -278,22 +273,18 @@ class NSA(nn.Module):
             mask = layout.mask[:, :, rows]
             ends = blocks.ends[:, None, None].expand(-1, -1, mask.shape[2], -1)
             return mask.gather(-1, ends) & blocks.real[:, None, None]
-        last = layout.past + torch.arange(layout.positions.shape[1], device=blocks.keys.device)[rows]
-        ends = torch.arange(blocks.keys.shape[1], device=last.device) * self.config.stride + self.config.block - 1
-        count = max(0, (int(last[-1]) + 1 - self.config.block) // self.config.stride + 1)
-        return (ends[:count] <= last[:, None])[None, None]
+        count = blocks.keys.shape[1]
+        if isinstance(rows, slice):
+            count = min(count, max(0, (layout.past + rows.stop - self.config.block) // self.config.stride + 1))
+        return _complete(count, layout.positions[:, rows], self.config)[:, None]
 
     def _weights(
         self, query: Tensor, blocks: Compressed, layout: Layout, rows: slice | Tensor, scale: float
     ) -> tuple[Float[Tensor, "B G N T M"], Float[Tensor, "B M G Q"]]:
         """p_cmp of each group's N heads, and the compressed values; 0 everywhere for a query that sees no block."""
-        seen = self._seen(blocks, layout, rows)[:, :, None]
+        seen = self._seen(blocks, layout, rows)
         keys, values = (x[:, : seen.shape[-1]] for x in (blocks.keys, blocks.values))
-        grouped = query.unflatten(2, (self.groups, -1))
-        with torch.autocast(query.device.type, enabled=False):  # a rounded score chooses other blocks
-            logits = torch.einsum("btghp,bmgp->bghtm", wide(grouped), wide(keys)) * scale
-        weights = logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1) * seen
-        return weights, values.to(query.dtype)
+        return _probabilities(query, keys, seen, scale), values.to(query.dtype)
 
     def _choose(
         self, weights: Tensor, blocks: Compressed, layout: Layout, rows: slice | Tensor
@@ -308,16 +299,9 @@ class NSA(nn.Module):
                 importance = probabilities @ share[:, None]
         else:
             own = positions // size
-            importance = self.importance(probabilities, int(own[0, -1]) + 1)
+            end = layout.past + (rows.stop if isinstance(rows, slice) else layout.positions.shape[1])
+            importance = importance_of(probabilities, -(-end // size), self.config)
         return best_blocks(importance.transpose(1, 2), own, own - positions // size, self.config.chosen, forced=3)
-
-    def importance(self, probabilities: Float[Tensor, "*B M"], count: int) -> Float[Tensor, "*B J"]:
-        """p_cmp W: what each of `count` selection blocks gets of the compressed blocks, one share a stride-d piece."""
-        each, per = self.config.block // self.config.stride, self.config.select_block // self.config.stride
-        pieces = F.pad(probabilities, (0, each - 1))
-        for n in range(1, each):
-            pieces = pieces + F.pad(probabilities, (n, each - 1 - n))
-        return F.pad(pieces, (0, count * per - pieces.shape[-1])).unflatten(-1, (count, per)).sum(-1)
 
     def _attend_window(self, query, key, value, layout: Layout, run: slice, scale: float) -> Tensor:
         window = self.config.window
@@ -331,6 +315,63 @@ class NSA(nn.Module):
             return attend(query, key, value, scale)
         back = torch.arange(first, last, device=key.device)[:, None] - torch.arange(begin, last, device=key.device)
         return attend(query, key, value, scale, ((back >= 0) & (back < window))[None, None])
+
+
+def importance_of(probabilities: Float[Tensor, "*B M"], count: int, config: NSAConfig) -> Float[Tensor, "*B J"]:
+    """p_cmp W: what each of `count` selection blocks gets of the compressed blocks, one share a stride-d piece."""
+    each, per = config.block // config.stride, config.select_block // config.stride
+    pieces = F.pad(probabilities, (0, each - 1))
+    for n in range(1, each):
+        pieces = pieces + F.pad(probabilities, (n, each - 1 - n))
+    return F.pad(pieces, (0, count * per - pieces.shape[-1])).unflatten(-1, (count, per)).sum(-1)
+
+
+def _complete(count: int, positions: Int[Tensor, "B T"], config: NSAConfig) -> Bool[Tensor, "B T M"]:
+    """Which of the first `count` compressed blocks of their row queries see, blocks being counted as positions are."""
+    ends = torch.arange(count, device=positions.device) * config.stride + config.block - 1
+    return ends <= positions[..., None]
+
+
+def _probabilities(
+    query: Float[Tensor, "B T H P"], keys: Float[Tensor, "B M G P"], seen: Bool[Tensor, "B 1 T M"], scale: float
+) -> Float[Tensor, "B G N T M"]:
+    """p_cmp, float32; 0 everywhere for a query that sees no block."""
+    with torch.autocast(query.device.type, enabled=False):  # a rounded score chooses other blocks
+        logits = torch.einsum("btghp,bmgp->bghtm", wide(query.unflatten(2, (keys.shape[2], -1))), wide(keys)) * scale
+    seen = seen[:, :, None]
+    return logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1) * seen
+
+
+def attend_few(
+    query: Float[Tensor, "B T H P"],
+    key: Float[Tensor, "B L G P"],
+    value: Float[Tensor, "B L G Q"],
+    small_key: Float[Tensor, "B M G P"],
+    small_value: Float[Tensor, "B M G Q"],
+    near_key: Float[Tensor, "B L G P"],
+    near_value: Float[Tensor, "B L G Q"],
+    index: Int[Tensor, "B T G K"] | None,
+    positions: Int[Tensor, "B T"],
+    lead: Int[Tensor, " B"] | None,
+    config: NSAConfig,
+    scale: float,
+) -> Float[Tensor, "B T 3 H Q"]:
+    """The compressed, the selected and the window branch of a few tokens behind a cache, before the gates.
+
+    `small_` are the compressed keys and values, `near_` the window branch's. Row b starts at column lead[b], or at the
+    first. `index` holds the blocks chosen already; None: each token chooses. kernels/nsa.py is its twin."""
+    weights = _probabilities(query, small_key, _complete(small_key.shape[1], positions, config)[:, None], scale)
+    compressed = torch.einsum("bghtm,bmgq->btghq", weights.to(query.dtype), small_value.to(query.dtype)).flatten(2, 3)
+    if index is None:
+        own, count = positions // config.select_block, -(-key.shape[1] // config.select_block)
+        scores = importance_of(weights.detach().sum(2), count, config).transpose(1, 2)
+        index = best_blocks(scores, own, torch.zeros_like(own), config.chosen, forced=3)
+    back = torch.arange(config.window, device=key.device)
+    near = (positions[..., None, None] - back).expand(-1, -1, key.shape[2], -1)  # a block of each key
+    attention = kernels.pick("selected_attention", selected_attention, query, key, value)
+    selected = attention(query, key, value, index, positions, config.select_block, scale, lead)
+    window = attention(query, near_key, near_value, near, positions, 1, scale, lead)
+    return torch.stack([compressed, selected, window], dim=2)
 
 
 def _block_columns(layout: Layout, block: int, stride: int) -> tuple[Int[Tensor, "B M l"], Bool[Tensor, "B M"]]:

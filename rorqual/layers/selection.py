@@ -11,7 +11,8 @@ What NSA's selected branch and MoBA share: they differ in how a block is scored.
 and in two more where many queries have one choice: layers/tiles.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,10 @@ from torch import Tensor
 from rorqual import kernels
 from rorqual.layers.attend import attend
 from rorqual.layers.basics import Layout, largest
+from rorqual.layers.cache import Appended
 
 QUERIES = 512  # attended at a time, so that no mask is T x T
+FEW = 16  # new tokens behind a cache that read what they chose where it lies, in padded rows too
 
 
 def runs(time: int) -> Iterator[slice]:
@@ -39,6 +42,80 @@ def segments(layout: Layout, block: int) -> Int[Tensor, "B L"]:
     if layout.key_present is not None:
         starts = starts & layout.key_present
     return (starts.cumsum(1) - 1).clamp_min(0)
+
+
+def straight(layout: Layout) -> tuple[Layout, Int[Tensor, " B"] | None]:
+    """Of a few tokens behind a cache, in rows that are padded on the left alone: the layout without its mask, and the
+    columns of padding before each row's first token, by which the row is shifted. Of others the layout itself, None."""
+    past, time = layout.past, layout.positions.shape[1]
+    if layout.key_present is None or layout.key_documents is not None or not past or time > FEW:
+        return layout, None
+    lead = past + time - 1 - layout.positions[:, -1]
+    columns = torch.arange(past + time, device=lead.device)
+    if not torch.equal(layout.key_present, columns >= lead[:, None]) or bool((lead > past).any()):
+        return layout, None
+    return replace(layout, mask=None, present=None, key_present=None), lead
+
+
+class Blocks:
+    """What is made of each complete block of a growing sequence of keys, once, so that nothing reads the block again.
+
+    Block i of a row is its keys i stride .. i stride + block - 1, counted from the row's first token."""
+
+    def __init__(self, block: int, stride: int, capacity: int = 0):
+        self.block, self.stride, self.tokens = block, stride, 0
+        self.made = Appended(capacity // stride)
+
+    def count(self, tokens: int) -> int:
+        """Blocks that are complete in so many tokens."""
+        return max(0, (tokens - self.block) // self.stride + 1)
+
+    def update(
+        self, keys: Float[Tensor, "B L G P"], make: Callable[[Tensor], Tensor], lead: Int[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "B M G P"]:
+        """`make`, of keys [B, N, G, block, P], is asked for [B, N, G, P] of the blocks completed since the last call.
+
+        Row b starts at column lead[b]. Behind the last block of a row that has fewer than another stand zeros."""
+        before, self.tokens = self.tokens, keys.shape[1]
+        if lead is None:
+            done = self.made.length
+            if done and done == self.count(self.tokens) and self.made.buffer is not None:
+                return self.made.buffer[:, :done]
+            return self.made.append(make(windows(keys[:, done * self.stride :], self.block, self.stride)))
+        starts = lead.tolist()
+        self.made.crop(max(0, self.made.length - self.count(before - min(starts))))
+        spans = [range(self.count(before - start), self.count(self.tokens - start)) for start in starts]
+        fresh = [(row, block) for row, span in enumerate(spans) for block in span]
+        if not fresh and self.made.length and self.made.buffer is not None:
+            return self.made.buffer[:, : self.made.length]
+        rows, blocks = torch.tensor(fresh, device=keys.device, dtype=torch.long).view(-1, 2).unbind(1)
+        columns = (lead[rows] + blocks * self.stride)[:, None] + torch.arange(self.block, device=keys.device)
+        made = make(keys[rows[:, None], columns].transpose(1, 2)[:, None])[:, 0].detach()
+        more = max(span.stop for span in spans) - self.made.length
+        held = self.made.append(made.new_zeros(len(starts), more, *made.shape[1:]))
+        held[rows, blocks] = made
+        return held
+
+    def select(self, index: Int[Tensor, " B"]) -> None:
+        """Keep the rows `index`, in that order."""
+        self.made.select(index)
+
+    def crop(self, count: int) -> None:
+        """Forget the last `count` tokens, and the blocks that they leave incomplete."""
+        self.tokens = max(0, self.tokens - count)
+        self.made.crop(max(0, self.made.length - self.count(self.tokens)))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.tokens = 0
+        self.made.reset()
+
+
+def windows(keys: Float[Tensor, "B L G P"], block: int, stride: int) -> Float[Tensor, "B M G l P"]:
+    """The complete blocks of rows without documents or padding."""
+    if keys.shape[1] < block:
+        return keys.new_empty(keys.shape[0], 0, keys.shape[2], block, keys.shape[3])
+    return keys.unfold(1, block, stride).transpose(-1, -2)
 
 
 def visible(layout: Layout, run: slice) -> Bool[Tensor, "#B 1 T L"]:
@@ -94,14 +171,16 @@ def attend_chosen(
     segment: Int[Tensor, "B L"] | None,
     block: int,
     scale: float,
+    lead: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T H Q"]:
     """A run of the queries of a call over the blocks that each has chosen, whichever way is the cheapest here.
 
-    `segment` is segments(layout, block) where there are documents or padding, else None."""
+    `segment` is segments(layout, block) where there are documents or padding, else None; `lead` is straight's."""
     if segment is None:
         attention = kernels.pick("selected_attention", selected_attention, query, key, value)
-        if attention is not selected_attention or query.shape[1] * index.shape[-1] * block < key.shape[1]:
-            return attention(query, key, value, index, layout.positions[:, run], block, scale)
+        few = query.shape[1] * index.shape[-1] * block < key.shape[1]
+        if attention is not selected_attention or few or lead is not None:
+            return attention(query, key, value, index, layout.positions[:, run], block, scale, lead)
     return masked_attention(query, key, value, index, layout, run, segment, block, scale)
 
 
@@ -113,15 +192,19 @@ def selected_attention(
     positions: Int[Tensor, "B T"],
     block: int,
     scale: float,
+    lead: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T H Q"]:
-    """Reads the keys of the chosen blocks alone, for rows without documents or padding: block j starts at j * block.
+    """Reads the keys of the chosen blocks alone, for rows of one document: block j of a row starts at j * block,
+    counted from column lead[b], or from the first.
 
-    Query t sees column c when c // block is in its index and c <= positions[t]; one that sees nothing gets 0. No block
-    may be named twice.
+    Query t sees key c of its row when c // block is in its index and c <= positions[t]; one that sees nothing gets 0.
+    No block may be named twice.
     """
     groups, choices = key.shape[2], index.shape[2]
     columns = index[..., None] * block + torch.arange(block, device=key.device)  # [B, T, J, K, block]
     seen = (index[..., None] >= 0) & (columns <= positions[:, :, None, None, None])
+    if lead is not None:
+        columns = columns + lead[:, None, None, None, None]
     columns, seen = columns.flatten(3).clamp(0, key.shape[1] - 1), seen.flatten(3)[:, :, :, None]
     row = torch.arange(len(key), device=key.device)[:, None, None, None]
     group = (torch.arange(choices, device=key.device) * groups // choices)[:, None]

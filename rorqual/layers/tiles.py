@@ -36,32 +36,50 @@ def attend_tiles(
     block: int,
     scale: float,
     cache: Recent | None = None,
+    lead: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T H Q"]:
     """`choose` maps columns [N] of the call's queries to the blocks [B, N, J, K] that these would choose, own first.
 
     `segment` is segments(layout, block) where there are documents or padding, else None; `cache` keeps the choice of
-    the tile that is not full yet, for the next call."""
-    index = tile_choices(choose, layout, segment, cache)
-    if segment is None:
-        if query.shape[1] >= TILE:
-            return _whole_tiles(query, key, value, index, layout.past, block, scale)
-        index = _to_tokens(index, layout)
-    own = segment[:, layout.past :] if segment is not None else layout.positions // block
-    index = torch.cat([index, _begun(layout.positions, own, block, index.shape[2])], dim=-1)
+    the tile that is not full yet, for the next call; `lead` is selection.straight's."""
+    if segment is None and lead is None and query.shape[1] >= TILE:
+        return _whole_tiles(query, key, value, tile_choices(choose, layout, None, cache), layout.past, block, scale)
+    index = token_choices(choose, layout, segment, block, cache, lead)
     parts = [
-        attend_chosen(query[:, run], key, value, index[:, run], layout, run, segment, block, scale)
+        attend_chosen(query[:, run], key, value, index[:, run], layout, run, segment, block, scale, lead)
         for run in runs(query.shape[1])
     ]
     return torch.cat(parts, dim=1)
 
 
+def token_choices(
+    choose: Callable[[Tensor], Tensor],
+    layout: Layout,
+    segment: Int[Tensor, "B L"] | None,
+    block: int,
+    cache: Recent | None,
+    lead: Int[Tensor, " B"] | None = None,
+) -> Int[Tensor, "B T J E"]:
+    """Of each token the choice of its tile, and the blocks that the tile has begun since; -1 where there are fewer."""
+    index = tile_choices(choose, layout, segment, cache, lead)
+    if segment is None and lead is None:
+        index = _to_tokens(index, layout)
+    own = segment[:, layout.past :] if segment is not None else layout.positions // block
+    return torch.cat([index, _begun(layout.positions, own, block, index.shape[2])], dim=-1)
+
+
 def tile_choices(
-    choose: Callable[[Tensor], Tensor], layout: Layout, segment: Int[Tensor, "B L"] | None, cache: Recent | None
+    choose: Callable[[Tensor], Tensor],
+    layout: Layout,
+    segment: Int[Tensor, "B L"] | None,
+    cache: Recent | None,
+    lead: Int[Tensor, " B"] | None = None,
 ) -> Int[Tensor, "B N J K"]:
     """The choice of every tile that the call touches; of every token's tile where there are documents or padding.
 
     Kept in `cache` for the next call."""
-    return _choices(choose, layout, cache) if segment is None else _choices_of_rows(choose, layout, cache)
+    plain = segment is None and lead is None
+    return _choices(choose, layout, cache) if plain else _choices_of_rows(choose, layout, cache)
 
 
 def _choices(choose: Callable[[Tensor], Tensor], layout: Layout, cache: Recent | None) -> Int[Tensor, "B N J K"]:
@@ -84,10 +102,14 @@ def _choices_of_rows(
 ) -> Int[Tensor, "B T J K"]:
     """Of every token, where documents or padding start tiles anywhere; padding before the first chooses for itself."""
     columns = torch.arange(layout.positions.shape[1], device=layout.positions.device)
-    index = torch.cat([choose(columns[run]) for run in runs(len(columns))], dim=1)
     starts = layout.positions % TILE == 0
     if layout.present is not None:
         starts = starts & layout.present
+    if cache is not None and cache.length and not starts.any():  # nobody's choice but the one that is held
+        index = _held(cache).expand(-1, len(columns), -1, -1)
+        cache.extend(index.int())
+        return index
+    index = torch.cat([choose(columns[run]) for run in runs(len(columns))], dim=1)
     lead = columns.where(starts, -1).cummax(1).values[:, :, None, None]
     before = _held(cache) if cache is not None and cache.length else index
     index = index.gather(1, lead.clamp_min(0).expand_as(index)).where(lead >= 0, before)

@@ -3,7 +3,7 @@
 from rorqual.storage.disk import DiskTable
 from rorqual.storage.formats import dequantise, quantise, record_bytes
 from rorqual.storage.homes import StorageConfig, hot_rows, open_table, open_tables
-from rorqual.storage.learning import LearningTable
+from rorqual.storage.learning import HostedTable, LearningTable
 from rorqual.storage.shards import Damage, TableError, verify
 from rorqual.storage.tables import DeviceTable, HostTable, Pending, measure
 from rorqual.storage.writing import convert, draw_table, write_rows, write_table
@@ -13,6 +13,7 @@ __all__ = [
     "DeviceTable",
     "DiskTable",
     "HostTable",
+    "HostedTable",
     "LearningTable",
     "Pending",
     "StorageConfig",

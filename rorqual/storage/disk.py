@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rorqual.kernels import pick
 from rorqual.storage.shards import open_shards
-from rorqual.storage.tables import Fetched, Frozen, check_ids
+from rorqual.storage.stream import Stream
+from rorqual.storage.tables import Fetched, check_ids
 
 _RUN = 1 << 20  # bytes; a run of rows ends where it passes a multiple of it
 _AHEAD = 1024  # reads that the system is told of before the first of them
@@ -72,6 +73,10 @@ def write_places(
     return failed
 
 
+def _few_rows() -> None:
+    """Stands for the way that many rows go where a twin for few is looked for."""
+
+
 class DiskTable(Fetched):
     """Rows in one safetensors file, or in a folder of shards, read at their positions and never mapped."""
 
@@ -83,6 +88,7 @@ class DiskTable(Fetched):
         hot_bytes: int = 64 << 20,
         hot_rows: Int[Tensor, " H"] | None = None,
         prefetch: bool = True,
+        stream: Stream | None = None,
     ) -> None:
         """`name` is the tensor's: any float32 or bfloat16 matrix of any safetensors file, or a table of fp8 records.
 
@@ -92,21 +98,36 @@ class DiskTable(Fetched):
         self._shards = open_shards(Path(path), name)
         first = self._shards[0]
         self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
-        super().__init__(int(self._starts[-1]), first.width, first.dtype, hot_bytes, prefetch)
-        slots = min(self.rows, hot_bytes // self.row_bytes)
+        self._begins = np.array([shard.start for shard in self._shards])
+        self._files = np.array([shard.file for shard in self._shards])
+        super().__init__(int(self._starts[-1]), first.width, first.dtype, hot_bytes, prefetch, stream)
+        slots = self._hot.slots
         if hot_rows is not None and len(hot_rows) and slots:
             check_ids(hot_rows, self.rows)
             ids, seen = np.unique(hot_rows.numpy(), return_index=True)
             wanted = np.sort(ids[np.argsort(seen)[:slots]])
             rows = self._read(wanted)
             assert rows is not None
-            self._hot = Frozen(wanted, rows)
+            self._hot.keep(wanted, rows)
+            self._hot.frozen = True
+
+    def _at_once(self, ids: np.ndarray) -> Tensor | None:
+        few = pick("few_rows", _few_rows, torch.device("cpu"))
+        if few is _few_rows or not hasattr(self._hot, "arrays"):
+            return super()._at_once(ids)
+        found = torch.empty(len(ids), self.row_bytes, dtype=torch.uint8)
+        with self._lock:
+            told = few(ids, self._starts, self._files, self._begins, self._hot, found)
+            if told is None:
+                return None
+            different, hits = told
+            self._count(rows=len(ids), different=different, hits=hits, bytes=(different - hits) * self.row_bytes)
+        return self._numbers(found)
 
     def _read(self, ids: np.ndarray, wait: bool = True) -> Tensor | None:
         raw = torch.empty(len(ids), self.row_bytes, dtype=torch.uint8)
         which, first, begins, ends = self._runs(ids)
-        files = np.array([shard.file for shard in self._shards])[which]
-        starts, size = np.array([shard.start for shard in self._shards])[which], self.row_bytes
+        files, starts, size = self._files[which], self._begins[which], self.row_bytes
         read = pick("read_places", read_places, raw)
         where = (files, starts + first * size, (ends - begins) * size, begins * size)
         failed = read(*where, raw.numpy().reshape(-1), wait)
@@ -141,3 +162,4 @@ class DiskTable(Fetched):
         super().close()
         for shard in self._shards:
             shard.close()
+        self._files[:] = -1

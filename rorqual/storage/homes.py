@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from rorqual.storage.disk import DiskTable
 from rorqual.storage.formats import FP8, kept_as
 from rorqual.storage.shards import TableError
+from rorqual.storage.stream import Stream
 from rorqual.storage.tables import DeviceTable, HostTable
 
 Home = DeviceTable | HostTable | DiskTable
@@ -57,10 +58,12 @@ class StorageConfig:
 def open_tables(folder: str | os.PathLike[str], count: int, config: StorageConfig) -> list[Home]:
     """The `count` tables of a run in the home that the config names; those of the device are in memory yet.
 
+    One thread fetches for all of them.
     TableError where files are missing or unsound; they are read where they lie and never copied to another disk.
     """
     hot = hot_rows(Path(config.hot)) if config.hot is not None else {}
-    return [open_table(*place, config, hot.get(str(n))) for n, place in enumerate(places(Path(folder), count, config))]
+    stream, found = Stream(), enumerate(places(Path(folder), count, config))
+    return [open_table(*place, config, hot.get(str(n)), stream) for n, place in found]
 
 
 def places(folder: Path, count: int, config: StorageConfig) -> list[tuple[Path, str]]:
@@ -82,8 +85,10 @@ def within(path: Path) -> list[str]:
     return sorted(names, key=lambda name: int(name.split(".")[1]))
 
 
-def open_table(path: Path, name: str, config: StorageConfig, hot: Tensor | None = None) -> Home:
-    """One table. `hot`: int64 row ids, most wanted first."""
+def open_table(
+    path: Path, name: str, config: StorageConfig, hot: Tensor | None = None, stream: Stream | None = None
+) -> Home:
+    """One table. `hot`: int64 row ids, most wanted first. `stream`: what fetches, if others are fetched by it, too."""
     if config.home == "device":
         rows = copied(path, name)
         width, dtype = kept_as(rows)
@@ -92,8 +97,10 @@ def open_table(path: Path, name: str, config: StorageConfig, hot: Tensor | None 
         table.weight = nn.Parameter(rows, requires_grad=rows.is_floating_point())
         return table
     if config.home == "disk":
-        return DiskTable(path, name=name, hot_bytes=config.hot_bytes, hot_rows=hot, prefetch=config.prefetch)
-    return HostTable(_shared(path, name) if config.shared else copied(path, name), prefetch=config.prefetch)
+        sizes = {"hot_bytes": config.hot_bytes, "hot_rows": hot}
+        return DiskTable(path, name=name, prefetch=config.prefetch, stream=stream, **sizes)  # type: ignore[arg-type]
+    rows = _shared(path, name) if config.shared else copied(path, name)
+    return HostTable(rows, prefetch=config.prefetch, shared=config.shared, stream=stream)
 
 
 def hot_rows(path: Path) -> dict[str, Tensor]:
@@ -128,9 +135,12 @@ def _shared(path: Path, name: str) -> Tensor:
     table = DiskTable(path, name=name, hot_bytes=0)
     table.close()
     size = table.rows * table.row_bytes
-    stamps = [(str(file), file.stat().st_mtime_ns) for file in sorted(path.resolve().glob("*")) or [path.resolve()]]
+    files = sorted(path.resolve().glob("*")) or [path.resolve()]
+    stamps = [(str(file), of.st_ino, of.st_ctime_ns) for file in files if (of := file.stat())]  # no copy keeps these
     key = hashlib.blake2b(repr((stamps, name, size)).encode(), digest_size=12).hexdigest()
     target = SHARED / f"{_PREFIX}{os.getuid()}-{key}"
+    if not SHARED.is_dir():
+        raise ValueError(f"shared: got no {SHARED}, expected a system with memory that processes share by name")
     with (SHARED / f"rorqual-{os.getuid()}.lock").open("a") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)  # one process at a time looks, copies or sweeps
         _sweep(target)

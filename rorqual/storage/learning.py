@@ -5,8 +5,12 @@
 A request brings whole records; an update changes those that are still here and hands them to the worker, which writes
 them while the model computes. The worker does one thing after another, so a later request reads what was written.
 Numbers are those of a DeviceTable to the last bit: the caller's own update runs on the records.
+
+In host memory rows are a parameter that stays on the CPU, and so do its gradient, the optimizer's state and the update;
+what goes to the device and comes back are the rows that were asked for and their gradients.
 """
 
+import fcntl
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -21,8 +25,9 @@ from torch import Tensor, nn
 from rorqual.kernels import pick
 from rorqual.storage.disk import read_places, write_places
 from rorqual.storage.shards import TableError
-from rorqual.storage.tables import Fetched, Pending
-from rorqual.storage.undo import Undo
+from rorqual.storage.stream import Stream
+from rorqual.storage.tables import DeviceTable, Fetched, Pending, check_ids, gather
+from rorqual.storage.undo import Undo, write_whole
 
 Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]  # rows, averages, counts, which, gradient
 _FILLED = 1 << 20  # values drawn at a time; a multiple of 16, at which torch's normal numbers are those of one draw
@@ -44,6 +49,41 @@ class _Recall(torch.autograd.Function):
         return torch.sparse_coo_tensor(rows, values, ctx.shape, check_invariants=False), None, None
 
 
+class HostedTable(DeviceTable):
+    """float32 rows that learn in host memory wherever the model is; a parameter on the CPU, in every state_dict.
+
+    Rows for a device are gathered by the stream, from the request on; for the CPU it is a DeviceTable.
+    """
+
+    def __init__(self, rows: int, width: int, *, stream: Stream | None = None) -> None:
+        with torch.random.fork_rng(devices=[]):  # a model draws its own values, from a seed
+            super().__init__(rows, width, dtype=torch.float32)
+        self._stream = Stream() if stream is None else stream
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "HostedTable":
+        """Stays where it is when the model moves."""
+        return self
+
+    def request(self, rows: Int[Tensor, "*B"]) -> Pending:
+        """For a device the rows are on their way; with gradients theirs come back to the CPU, sparse."""
+        if rows.device.type == "cpu":
+            return super().request(rows)
+        ids, learns = rows.detach().to("cpu", copy=True), torch.is_grad_enabled() and self.training
+        check_ids(ids, self.rows)
+        weight = self.weight.detach()
+        future: Future[Tensor] = self._stream.put(gather, weight, ids, self.width, self._staging)
+
+        def wait() -> Tensor:
+            values = future.result().to(rows.device, non_blocking=True)
+            return _Recall.apply(self.weight, values, ids) if learns else values
+
+        return Pending(wait)
+
+    def close(self) -> None:
+        """Ends the thread; the table can be asked again."""
+        self._stream.close()
+
+
 class LearningTable(Fetched):
     """float32 rows in FOLDER/records with all that row-sparse Adam keeps of each; see undo.py on what a kill leaves.
 
@@ -51,18 +91,25 @@ class LearningTable(Fetched):
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], rows: int, width: int, *, keep: int = 3, prefetch: bool = True
+        self,
+        folder: str | os.PathLike[str],
+        rows: int,
+        width: int,
+        *,
+        keep: int = 3,
+        prefetch: bool = True,
+        stream: Stream | None = None,
     ) -> None:
         """A new folder holds nothing until `draw` has filled it. `keep`: marks that it can go back to.
 
         TableError for a folder of another shape.
         """
-        super().__init__(rows, width, torch.float32, 0, prefetch)
+        super().__init__(rows, width, torch.float32, 0, prefetch, stream)
         self.folder, self.record = Path(folder), 4 * (3 * width + 1)
         self.weight = nn.Parameter(torch.zeros(1, 1).expand(rows, width))
         self.folder.mkdir(parents=True, exist_ok=True)
         self._undo = Undo(self.folder, rows, self.record, keep)
-        self._file = os.open(self.folder / "records", os.O_RDWR | os.O_CREAT, 0o666)
+        self._file = _own(self.folder / "records")
         if self._undo.marks and (got := os.fstat(self._file).st_size) != rows * self.record:
             os.close(self._file)
             raise TableError(f"{self.folder}: got {got} bytes of records, expected {rows} times {self.record}")
@@ -93,11 +140,18 @@ class LearningTable(Fetched):
             if not filled:
                 records = np.zeros((count, self.record // 4), np.float32)
                 records[:, : self.width] = values.numpy()
-                os.pwrite(self._file, records.data.cast("B"), first * self.record)
+                self._fill(first, records)
             if count == left:
                 break
         if not filled:
             self.mark(0)
+
+    def _fill(self, first: int, records: np.ndarray) -> None:
+        try:
+            write_whole(self._file, records.data.cast("B"), first * self.record)
+        except OSError as error:
+            needed = f"expected room for {self.rows * self.record:,} bytes"
+            raise TableError(f"{self.folder}: got {error.strerror} at row {first}, {needed}") from error
 
     def request(self, rows: Int[Tensor, "*B"]) -> Pending:
         """As of any table; with gradients the records stay here for the update to come."""
@@ -144,7 +198,6 @@ class LearningTable(Fetched):
         self.settle()
         held = next((records for known, records in self._held if np.array_equal(known, ids)), None)
         before = self._do(self._records, ids).result() if held is None else held
-        self._held = []
         after, shape = before.view(np.float32).copy(), (-1, 3, self.width)
         parts = np.ascontiguousarray(after[:, :-1].reshape(shape).transpose(1, 0, 2))  # as the update wants them
         rows, first, second = torch.from_numpy(parts).unbind()
@@ -157,6 +210,7 @@ class LearningTable(Fetched):
     def _replace(self, ids: np.ndarray, before: np.ndarray, after: np.ndarray) -> None:
         self._undo.note(ids, before)
         self._write(ids, after)
+        self._held = []  # what was read before is no longer so; what is read from now on is
 
     def settle(self) -> None:
         """Waits for the worker's write. TableError if it failed."""
@@ -187,3 +241,14 @@ class LearningTable(Fetched):
         super().close()
         os.close(self._file)
         self._file = -1
+
+
+def _own(path: Path) -> int:
+    """The open file, which no other process may train until this one ends or closes it. TableError if one does."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process's: a loader's fork does not hold it
+    except OSError:
+        os.close(file)
+        raise TableError(f"{path}: got rows that another process trains now, expected one at a time") from None
+    return file

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import struct
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,7 @@ class Shard:
             self.file = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise TableError(f"{path}: {error.strerror}") from error
+        self._closed = weakref.finalize(self, os.close, self.file)  # a table that is dropped keeps no disk space
         try:
             self.metadata, entry, self.start = _header(path, self.file, name)
             self.dtype = KINDS[entry["dtype"]]
@@ -87,9 +89,8 @@ class Shard:
         return found
 
     def close(self) -> None:
-        if self.file >= 0:
-            os.close(self.file)
-            self.file = -1
+        self._closed()
+        self.file = -1
 
 
 def _fp8_width(path: Path, metadata: Mapping[str, str], kept: int) -> int:
@@ -228,3 +229,12 @@ def _rows_of(shard: Shard, block: int) -> range:
     begin = int(shard.metadata["first_row"])
     first, end = block * BLOCK_BYTES // shard.row_bytes, -(-(block + 1) * BLOCK_BYTES // shard.row_bytes)
     return range(begin + first, begin + min(end, shard.rows))
+
+
+def flush(path: Path) -> None:
+    """What a file holds, or which names a folder has, is on the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -13,9 +13,8 @@ Conditional Memory via Scalable Lookup, section 2.5, arXiv:2601.07372.
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,10 +25,12 @@ from torch import Tensor, nn
 
 from rorqual.kernels import pick
 from rorqual.storage.formats import FP8, dequantise, kept_as, recall, record_bytes, row_bytes
+from rorqual.storage.hot import Recent
 from rorqual.storage.staging import Staging
+from rorqual.storage.stream import Stream
 
 _FEW = 256  # rows that are fetched at once where nothing must be waited for: to wake the thread costs more
-_QUEUE = 16  # fetches asked for and not yet begun; asking for more waits
+_IDS = (torch.int64, torch.int32)
 
 
 class Pending(NamedTuple):
@@ -40,16 +41,24 @@ class Pending(NamedTuple):
 
 def check_ids(rows: Tensor, count: int) -> None:
     """ValueError unless all ids lie in 0..count-1; on an accelerator an assertion that does not wait for it."""
+    if rows.dtype not in _IDS:
+        raise ValueError(f"got row ids in {rows.dtype}, expected {_IDS[0]} or {_IDS[1]}")
     if not rows.numel() or rows.is_meta:
         return
     if rows.device.type != "cpu" or torch.compiler.is_compiling():
         low, high = rows.aminmax()
         torch._assert_async((low >= 0) & (high < count), "row ids outside the table")
         return
-    ids = rows.detach().numpy()
-    unsigned = ids.view(f"u{ids.itemsize}")  # one pass for both ends: an id below 0 is a very large one here
-    if unsigned.max() >= count:
-        raise ValueError(f"got row id {ids.flat[unsigned.argmax()]}, expected 0 to {count - 1}")
+    ids = rows.detach().reshape(-1).numpy()
+    place = pick("bad_row", bad_row, rows)(ids, count)
+    if place >= 0:
+        raise ValueError(f"got row id {ids[place]}, expected 0 to {count - 1}")
+
+
+def bad_row(ids: Int[np.ndarray, " K"], count: int) -> int:
+    """The place of the first id that is not 0..count-1, -1 where there is none."""
+    outside = (ids < 0) | (ids >= count)
+    return int(outside.argmax()) if outside.any() else -1
 
 
 def gather(values: Tensor, rows: Tensor, width: int, staging: Staging) -> Tensor:
@@ -59,10 +68,17 @@ def gather(values: Tensor, rows: Tensor, width: int, staging: Staging) -> Tensor
     ids = rows.reshape(-1)
     staged = values.device.type == "cpu" and not torch.compiler.is_compiling()
     out = staging.take(len(ids), values.shape[1], values.dtype) if staged else None
-    found = torch.index_select(values, 0, ids, out=out)
+    if out is None:
+        found = torch.index_select(values, 0, ids)
+    else:
+        found = pick("gather_rows", _select, values)(values, ids, out)
     if values.dtype == torch.uint8:
         found = dequantise(found, width, out=staging.take(len(ids), width, torch.float32) if staged else None)
     return found.view(*rows.shape, width)
+
+
+def _select(values: Tensor, ids: Tensor, out: Tensor) -> Tensor:
+    return torch.index_select(values, 0, ids, out=out)
 
 
 class DeviceTable(nn.Module):
@@ -106,12 +122,15 @@ class DeviceTable(nn.Module):
 
 
 class Fetched(nn.Module):
-    """What host and disk tables share: a worker that fetches behind the model's back, hot rows, and counts.
+    """What host and disk tables share: a stream that fetches behind the model's back, hot rows, and counts.
 
-    `hot_bytes` bounds the rows kept in memory in order of last use (0: none). Read only: gradients do not reach it.
+    `hot_bytes` bounds the rows kept in memory in order of last use (0: none). `stream`: that of the model's other
+    tables, none for one of its own. Read only: gradients do not reach it.
     """
 
-    def __init__(self, rows: int, width: int, dtype: torch.dtype, hot_bytes: int, prefetch: bool) -> None:
+    def __init__(
+        self, rows: int, width: int, dtype: torch.dtype, hot_bytes: int, prefetch: bool, stream: Stream | None = None
+    ) -> None:
         super().__init__()
         if min(rows, width) < 1 or hot_bytes < 0:
             raise ValueError(f"table: got {rows} rows of width {width}, {hot_bytes} bytes of them hot, expected counts")
@@ -119,30 +138,29 @@ class Fetched(nn.Module):
         self.row_bytes = row_bytes(width, dtype)
         self.prefetch = prefetch
         self._staging = Staging(pinned=torch.accelerator.is_available())
-        self._hot: Recent | Frozen = Recent(min(rows, hot_bytes // self.row_bytes), self.row_bytes)
+        hot = pick("hot_rows", Recent, torch.device("cpu"))
+        self._hot: Recent = hot(min(rows, hot_bytes // self.row_bytes), self.row_bytes)
         self._lock = threading.Lock()
-        self._room = threading.BoundedSemaphore(_QUEUE)
-        self._worker: ThreadPoolExecutor | None = None
+        self._stream = Stream() if stream is None else stream
         self._counts = {"rows": 0.0, "different": 0.0, "hits": 0.0, "bytes": 0.0, "wait_seconds": 0.0}
 
     def request(self, rows: Int[Tensor, "*B"]) -> Pending:
         """Begins the fetch; each row is fetched once however often it is named."""
-        check_ids(rows, self.rows)
-        ids = rows.detach().to("cpu", torch.int64, copy=True).flatten().numpy()
+        given = rows.detach().to("cpu")  # to be checked here: an assertion on a device ends its process
+        check_ids(given, self.rows)
+        if self.prefetch and given.numel() <= _FEW and not self._lock.locked():
+            found = self._at_once(given.to(torch.int64).reshape(-1).numpy())
+            if found is not None:
+                return Pending(lambda: self._deliver(found, rows))
+        ids = given.to(torch.int64, copy=True).reshape(-1).numpy()
         if not self.prefetch:
-            return Pending(lambda: self._deliver(self._fetch(ids), rows))
-        if len(ids) <= _FEW and not self._lock.locked() and (found := self._fetch(ids, wait=False)) is not None:
-            return Pending(lambda: self._deliver(found, rows))
-        self._room.acquire()
+            return Pending(lambda: self._deliver(self._now(ids), rows))
         future: Future[Tensor] = self._do(self._fetch, ids)
-        future.add_done_callback(lambda _: self._room.release())
         return Pending(lambda: self._deliver(self._waited(future), rows))
 
     def _do(self, work: Callable[..., Any], *given: Any) -> "Future[Any]":
-        """By the worker, which does one thing after another; at once where nothing is fetched ahead."""
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="rows")
-        future = self._worker.submit(work, *given)
+        """By the stream, which does one thing after another; at once where nothing is fetched ahead."""
+        future = self._stream.put(work, *given)
         if not self.prefetch:
             future.exception()
         return future
@@ -157,6 +175,14 @@ class Fetched(nn.Module):
         assert found is not None
         return found.view(*rows.shape, self.width).to(rows.device, non_blocking=True)
 
+    def _now(self, ids: np.ndarray) -> Tensor | None:
+        found = self._at_once(ids) if len(ids) <= _FEW else None
+        return self._fetch(ids) if found is None else found
+
+    def _at_once(self, ids: np.ndarray) -> Tensor | None:
+        """Few rows, None where not all are to be had without a wait."""
+        return self._fetch(ids, wait=False)
+
     def _fetch(self, ids: np.ndarray, wait: bool = True) -> Tensor | None:
         """Their rows; None where not all are to be had at once, and `wait` is False."""
         unique, places = np.unique(ids, return_inverse=True)
@@ -170,8 +196,10 @@ class Fetched(nn.Module):
                 self._hot.keep(unique[missing], fresh)
                 found = fresh if len(missing) == len(unique) else found.index_copy_(0, torch.from_numpy(missing), fresh)
             self._count(rows=len(ids), different=len(unique), hits=len(unique) - len(missing))
-        values = dequantise(found, self.width) if self.dtype == FP8 else found.view(self.dtype)
-        return gather(values, torch.from_numpy(places), self.width, self._staging)
+        return gather(self._numbers(found), torch.from_numpy(places), self.width, self._staging)
+
+    def _numbers(self, raw: Tensor) -> Tensor:
+        return dequantise(raw, self.width) if self.dtype == FP8 else raw.view(self.dtype)
 
     def _count(self, **more: int | float) -> None:
         for name, value in more.items():
@@ -186,60 +214,8 @@ class Fetched(nn.Module):
         return dict(self._counts)
 
     def close(self) -> None:
-        """Ends the worker; the table can be asked again."""
-        if self._worker is not None:
-            self._worker.shutdown()
-            self._worker = None
-
-
-class Frozen:
-    """The rows of certain ids, rising and different, that are kept for good."""
-
-    def __init__(self, ids: np.ndarray, values: Tensor) -> None:
-        self.ids, self.values = ids, values
-
-    def take(self, ids: np.ndarray, into: Tensor) -> np.ndarray:
-        """Fills the rows that are held; returns the places in `ids` of those that are not."""
-        places = np.searchsorted(self.ids, ids).clip(max=len(self.ids) - 1)
-        held = self.ids[places] == ids
-        into[torch.from_numpy(np.flatnonzero(held))] = self.values[torch.from_numpy(places[held])]
-        return np.flatnonzero(~held)
-
-    def keep(self, ids: np.ndarray, values: Tensor) -> None:
-        """Nothing gives way, so nothing is put in."""
-
-
-class Recent:
-    """Rows by id in a fixed number of slots; the row that was used longest ago gives way."""
-
-    def __init__(self, slots: int, row_bytes: int) -> None:
-        self.slots = slots
-        self.values = torch.empty(slots, row_bytes, dtype=torch.uint8)
-        self.where: OrderedDict[int, int] = OrderedDict()
-
-    def take(self, ids: np.ndarray, into: Tensor) -> np.ndarray:
-        """Fills the rows that are hot; returns the places in `ids` of those that are not."""
-        if not self.where:
-            return np.arange(len(ids))
-        held = [self.where.get(i, -1) for i in ids.tolist()]
-        for i, slot in zip(ids.tolist(), held, strict=True):
-            if slot >= 0:
-                self.where.move_to_end(i)
-        slots = np.array(held, dtype=np.int64)
-        hits = np.flatnonzero(slots >= 0)
-        into[torch.from_numpy(hits)] = self.values[torch.from_numpy(slots[hits])]
-        return np.flatnonzero(slots < 0)
-
-    def keep(self, ids: np.ndarray, values: Tensor) -> None:
-        """Puts new rows in; of more than there are slots only the last ones."""
-        if not self.slots:
-            return
-        kept = ids[-self.slots :].tolist()
-        slots = []
-        for i in kept:
-            slots.append(len(self.where) if len(self.where) < self.slots else self.where.popitem(last=False)[1])
-            self.where[i] = slots[-1]
-        self.values[torch.tensor(slots)] = values[-self.slots :]
+        """Ends the thread; the table can be asked again."""
+        self._stream.close()
 
 
 class HostTable(Fetched):
@@ -248,10 +224,18 @@ class HostTable(Fetched):
     values: float32 or bfloat16 [rows, width], or fp8 records in bytes, [rows, width + width / 32].
     """
 
-    def __init__(self, values: Shaped[Tensor, "rows kept"], *, prefetch: bool = True) -> None:
-        super().__init__(values.shape[0], *kept_as(values), 0, prefetch)
+    def __init__(
+        self,
+        values: Shaped[Tensor, "rows kept"],
+        *,
+        prefetch: bool = True,
+        shared: bool = False,
+        stream: Stream | None = None,
+    ) -> None:
+        """`shared`: other processes have these values, too, so they stay where they are instead of in pinned memory."""
+        super().__init__(values.shape[0], *kept_as(values), 0, prefetch, stream)
         held = values.detach().cpu().contiguous()
-        self.values = held.pin_memory() if torch.accelerator.is_available() else held
+        self.values = held.pin_memory() if torch.accelerator.is_available() and not shared else held
 
     def request(self, rows: Int[Tensor, "*B"]) -> Pending:
         """For a device the fetch begins; for a CPU the rows are read when they are waited for: nothing is nearer."""

@@ -1,11 +1,12 @@
 """Rows before they are first overwritten -> the table as it was at any mark that is kept.
 
     FOLDER/marks.json           the marks that the table can go back to, the last one newest
-    FOLDER/undo-STEP            after mark STEP: [count | checksum | ids | records], again and again
+    FOLDER/undo-STEP            after mark STEP: [count | checksum | checksum of both | ids | records], again and again
 
 What a row was at a mark is noted before the row is overwritten for the first time after it. A process that is killed
-leaves all it has written, so the table goes back to any mark whose notes are there. A machine that stops may lose some
-of it: notes carry the boot that they were written in, and those of another boot are refused.
+leaves all it has written, so the table goes back to any mark whose notes are there: at most the last entry is cut, and
+any other that is not whole is refused as damaged. A machine that stops may lose some of it: notes carry the boot that
+they were written in, and those of another boot are refused.
 """
 
 import json
@@ -13,13 +14,15 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import xxhash
 
-from rorqual.storage.shards import TableError
+from rorqual.storage.shards import TableError, flush
 
-_HEAD = struct.Struct("<QQ")  # rows of an entry, checksum of what follows
+_HEAD = struct.Struct("<QQ")  # rows of an entry, checksum of its ids and records
+_SEAL = struct.Struct("<Q")  # checksum of the head
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -32,10 +35,13 @@ class Undo:
         self._file = -1
         self.marks: list[int] = []
         if (folder / "marks.json").is_file():
-            self.marks = json.loads((folder / "marks.json").read_text(encoding="utf-8"))
+            self.marks = _marks(folder / "marks.json")
 
     def note(self, ids: np.ndarray, records: np.ndarray) -> None:
-        """Keeps the records that these rows have now, of those not kept since the last mark."""
+        """Keeps the records that these rows have now, of those not kept since the last mark.
+
+        TableError where they cannot be written; the file is then as before, so that later notes are found behind it.
+        """
         fresh = ~self._noted[ids]
         if not fresh.any():
             return
@@ -43,19 +49,29 @@ class Undo:
             self._open()
         ids, body = ids[fresh], records[fresh]
         whole = ids.astype("<i8").tobytes() + body.tobytes()
-        _write(self._file, _HEAD.pack(len(ids), xxhash.xxh3_64_intdigest(whole)) + whole)
+        head = _HEAD.pack(len(ids), xxhash.xxh3_64_intdigest(whole))
+        before = os.fstat(self._file).st_size
+        try:
+            write_whole(self._file, head + _seal(head) + whole, before)
+        except OSError as error:
+            os.ftruncate(self._file, before)
+            raise TableError(
+                f"{self.folder}: got {error.strerror}, expected room for notes of {len(ids)} rows"
+            ) from error
         self._noted[ids] = True
 
     def _open(self) -> None:
         """The file's name is on the disk before the first row is overwritten, so that a stop is seen."""
+        if not self.marks:
+            raise TableError(f"{self.folder}: got no mark, expected a table that was filled before it learns")
         path = self.folder / f"undo-{self.marks[-1]}"
         try:
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             raise TableError(f"{path}: got notes of a process that ended, expected the table rewound first") from None
-        _write(self._file, _boot())
+        write_whole(self._file, _boot(), 0)
         os.fsync(self._file)
-        _flush(self.folder)
+        flush(self.folder)
 
     def mark(self, step: int) -> None:
         """The table as it is on the disk now is `step`; the newest `keep` marks are kept."""
@@ -81,7 +97,7 @@ class Undo:
             (self.folder / f"undo-{mark}").unlink(missing_ok=True)
 
     def _play(self, path: Path, write: Callable[[np.ndarray, np.ndarray], None]) -> None:
-        """Entries up to the first that is not whole: the rows of that one had not been touched yet."""
+        """All entries but a last one that is cut: the rows of that one had not been touched yet."""
         boot = _boot()
         with path.open("rb") as file:
             if file.read(len(boot)) != boot:
@@ -89,20 +105,31 @@ class Undo:
                     f"{path}: the machine has stopped since these rows were trained, so some may be lost: start again"
                     " with a copy of the table, or from the beginning in another folder"
                 )
-            while len(head := file.read(_HEAD.size)) == _HEAD.size:
-                count, expected = _HEAD.unpack(head)
-                whole = file.read(count * (8 + self.size))
-                if len(whole) < count * (8 + self.size) or xxhash.xxh3_64_intdigest(whole) != expected:
-                    return
-                ids = np.frombuffer(whole, dtype="<i8", count=count)
-                write(ids, np.frombuffer(whole, dtype=np.uint8, offset=8 * count).reshape(count, self.size))
+            while (entry := self._entry(path, file)) is not None:
+                write(*entry)
+
+    def _entry(self, path: Path, file: BinaryIO) -> tuple[np.ndarray, np.ndarray] | None:
+        """The next ids and records; None behind the last whole ones. TableError for what was whole and is not now."""
+        head = file.read(_HEAD.size + _SEAL.size)
+        if len(head) < _HEAD.size + _SEAL.size:
+            return None
+        count, expected = _HEAD.unpack_from(head)
+        if head[_HEAD.size :] != _seal(head[: _HEAD.size]):
+            raise TableError(f"{path}: got a damaged note before byte {file.tell()}, expected it as it was written")
+        whole = file.read(count * (8 + self.size))
+        if len(whole) < count * (8 + self.size):
+            return None
+        if xxhash.xxh3_64_intdigest(whole) != expected:
+            raise TableError(f"{path}: got a damaged note before byte {file.tell()}, expected it as it was written")
+        ids = np.frombuffer(whole, dtype="<i8", count=count)
+        return ids, np.frombuffer(whole, dtype=np.uint8, offset=8 * count).reshape(count, self.size)
 
     def _save(self, marks: list[int]) -> None:
         beside = self.folder / "marks.part"
         beside.write_text(json.dumps(marks), encoding="utf-8")
-        _flush(beside)
+        flush(beside)
         beside.replace(self.folder / "marks.json")
-        _flush(self.folder)
+        flush(self.folder)
         self.marks = marks
 
     def _close(self) -> None:
@@ -117,15 +144,24 @@ def _boot() -> bytes:
     return (_BOOT.read_bytes().strip() if _BOOT.is_file() else b"").ljust(40)
 
 
-def _write(file: int, raw: bytes) -> None:
-    at = 0
-    while at < len(raw):
-        at += os.write(file, raw[at:])
-
-
-def _flush(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
+def _marks(path: Path) -> list[int]:
+    """TableError for a file that is not a list of steps."""
     try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TableError(f"{path}: {error}, expected a list of steps") from error
+    if not isinstance(found, list) or not all(type(step) is int for step in found):
+        raise TableError(f"{path}: got {found!r:.60}, expected a list of steps")
+    return found
+
+
+def _seal(head: bytes) -> bytes:
+    return _SEAL.pack(xxhash.xxh3_64_intdigest(head))
+
+
+def write_whole(file: int, raw: bytes | memoryview, offset: int) -> None:
+    """All of it at its place, however little the system takes at a time. OSError where it takes nothing more."""
+    raw = memoryview(raw)
+    while raw:
+        done = os.pwrite(file, raw, offset)
+        raw, offset = raw[done:], offset + done

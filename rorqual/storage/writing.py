@@ -7,10 +7,12 @@ there. A build that was stopped goes on after its last whole shard when it is as
 place.
 """
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,11 +23,12 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from rorqual.storage.formats import FP8, dequantise, kept_as, quantise, row_bytes
-from rorqual.storage.shards import BLANK, BLOCK_BYTES, FORMAT, KINDS, Shard, open_shards
+from rorqual.storage.shards import BLANK, BLOCK_BYTES, FORMAT, KINDS, Shard, flush, open_shards
 
 Source = Callable[[int, int], Tensor]  # (first, end) -> those rows, as numbers or as fp8 records
 
 _PART = 16 << 20  # bytes of rows made and written at a time
+_SHARD = 1 << 39  # bytes, whose checksums are 8 MiB of a header; no reader takes one of more than 16
 _NOTE = "origin.json"  # what a build that is not finished is made of
 
 
@@ -145,26 +148,53 @@ def _write(
 ) -> Path:
     """All shards beside the table's place, then the table into its place. Without an origin nothing half is kept."""
     usual = max(1, (1 << 30) // plan.row_bytes)
-    shard_rows = usual if shard_rows is None else shard_rows
-    if shard_rows < 1:
-        raise ValueError(f"table: got {shard_rows} rows a shard, expected at least 1")
+    shard_rows = usual if shard_rows is None else min(shard_rows, plan.rows)
+    if not 1 <= shard_rows * plan.row_bytes <= max(plan.row_bytes, _SHARD):
+        most = max(1, _SHARD // plan.row_bytes)
+        raise ValueError(f"table: got {shard_rows} rows a shard, expected 1 to {most}: its checksums fill the header")
     text = json.dumps([origin, plan.rows, plan.width, str(plan.dtype), shard_rows])
     partial = _begin(folder, plan, text)
-    starts = range(0, plan.rows, shard_rows)
-    try:
-        for number, start in enumerate(starts):
-            target, end = partial / f"table-{number + 1:05d}-of-{len(starts):05d}.safetensors", start + shard_rows
-            if not target.exists():
-                _write_shard(target, plan, start, min(end, plan.rows))
-            if progress is not None:
-                progress(min(end, plan.rows) * plan.row_bytes)
-    except BaseException:
+    with _alone(partial / _NOTE):
         if origin is None:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    (partial / _NOTE).unlink()
-    partial.rename(folder)
+            _clear(partial)  # of rows that a process had in memory: nobody knows whether they are the same now
+        try:
+            _write_shards(partial, plan, shard_rows, progress)
+        except BaseException:
+            if origin is None:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        (partial / _NOTE).unlink()
+        partial.rename(folder)
+    flush(folder.parent)
     return folder
+
+
+def _write_shards(partial: Path, plan: Plan, shard_rows: int, progress: Callable[[int], None] | None) -> None:
+    """Those that are not there yet."""
+    starts = range(0, plan.rows, shard_rows)
+    for number, start in enumerate(starts):
+        target, end = partial / f"table-{number + 1:05d}-of-{len(starts):05d}.safetensors", start + shard_rows
+        if not target.exists():
+            _write_shard(target, plan, start, min(end, plan.rows))
+        if progress is not None:
+            progress(min(end, plan.rows) * plan.row_bytes)
+
+
+def _clear(partial: Path) -> None:
+    for file in partial.iterdir():
+        if file.name != _NOTE:
+            file.unlink()
+
+
+@contextmanager
+def _alone(note: Path) -> Iterator[None]:
+    """While no other process writes this table. ValueError if one does."""
+    with note.open(encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{note.parent}: another process writes this table, expected one at a time") from None
+        yield
 
 
 def _begin(folder: Path, plan: Plan, text: str) -> Path:
@@ -203,6 +233,7 @@ def _write_shard(target: Path, plan: Plan, first: int, end: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(target)
+    flush(target.parent)
 
 
 def _header(plan: Plan, first: int, end: int, sums: str) -> bytes:

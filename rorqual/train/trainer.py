@@ -33,7 +33,7 @@ from rorqual.data.tokenizer import Tokenizer
 from rorqual.data.tokenizer import train as train_tokenizer
 from rorqual.layers.engram import row_totals
 from rorqual.model import LanguageModel, ModelConfig
-from rorqual.storage import LearningTable, write_rows
+from rorqual.storage import HostedTable, LearningTable, write_rows
 from rorqual.train.optim import OptimConfig, Optimizer
 
 FIXED = (  # others may change on resuming
@@ -78,7 +78,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; parameters are float32
-    tables: Literal["device", "disk"] = "device"  # where Engram's rows learn; disk: in FOLDER/learning
+    tables: Literal["device", "host", "disk"] = "device"  # where Engram's rows learn; disk: in FOLDER/learning
     threads: int | None = None  # None: as many as torch takes
     bias_rest: float = 0.05  # share of the steps at the end in which router biases stay as they are
     mtp_late: float | None = None  # MTP's weight in the last third of the steps; None: as before
@@ -308,12 +308,15 @@ def _model(config: TrainConfig, data: Prepared | Asked, device: torch.device) ->
     return model
 
 
-def _tables(config: TrainConfig, shape: ModelConfig) -> list[LearningTable] | None:
+def _tables(config: TrainConfig, shape: ModelConfig) -> list[HostedTable] | list[LearningTable] | None:
     """Where the rows learn, if not on the device; as many marks as there may be checkpoints, and one on its way."""
     if config.tables == "device" or shape.engram is None:
         return None
     if parallel.world() > 1:
-        raise ValueError(f"tables: got disk with {parallel.world()} ranks, expected device: ranks would write one file")
+        got = f"{config.tables} with {parallel.world()} ranks"
+        raise ValueError(f"tables: got {got}, expected device: ranks would write one file, and exchange on the device")
+    if config.tables == "host":
+        return [HostedTable(rows, shape.engram.head_dim) for rows in row_totals(shape.engram)]
     folder, width = Path(config.folder) / "learning", shape.engram.head_dim
     each = enumerate(row_totals(shape.engram))
     return [LearningTable(folder / str(n), rows, width, keep=config.keep + 1) for n, rows in each]

@@ -1,6 +1,7 @@
 """The command about tables: what it writes, what it says, and the code that it leaves with."""
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rorqual.analyze.report import write_report
 from rorqual.cli.main import main
 from rorqual.storage import DiskTable, hot_rows, quantise, verify, write_table
 
@@ -127,15 +129,22 @@ def test_rows_that_a_corpus_reads_most_stay_in_memory(
     lists = hot_rows(tmp_path / "hot")
     assert list(lists) == ["0"]
     assert lists["0"].tolist()[:5] == [row for row, _, _ in about["first"]]
+    assert main(["table", "inspect", str(small_run), "--hot", str(tmp_path / "hot")]) == 0
+    row = load_file(small_run / "model.safetensors")["tables.0.weight"].shape[1] * 4
+    first = ", ".join(map(str, lists["0"].tolist()[:5]))
+    assert f"hot: 20 rows, {20 * row:,} bytes; first {first}" in capsys.readouterr().out
     assert main(words) == 0
     assert "table 0: " in capsys.readouterr().out
     assert main([*words, "--rows", "0"]) == 2
 
 
-def test_bench_compares_every_home(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_compares_every_home(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--rows", "2000", "--width", "32", "--dtype", "fp8", "--dim", "32", "--layers", "2", "--tokens", "3"]
     words = ["table", "bench", *sizes, "--rounds", "1", "--seconds", "0.02", "--folder", str(tmp_path)]
-    assert main([*words, "--figure", str(tmp_path / "f.svg"), "--json"]) == 0
+    assert main([*words, "--run", str(tmp_path / "none")]) == 2
+    assert "expected a run folder with config.json" in capsys.readouterr().err
+    shutil.copytree(small_run, tmp_path / "run")
+    assert main([*words, "--figure", str(tmp_path / "f.svg"), "--run", str(tmp_path / "run"), "--json"]) == 0
     lines = {line["name"]: line for line in said(capsys)["lines"]}
     assert next(iter(lines)) == "resident"
     assert {
@@ -150,7 +159,10 @@ def test_bench_compares_every_home(tmp_path: Path, capsys: pytest.CaptureFixture
     assert lines["disk warm, hot rows"]["hit_rate"] > 0
     assert lines["disk warm"]["hit_rate"] == 0
     assert "tokens a second" in (tmp_path / "f.svg").read_text(encoding="utf-8")
-    assert [path.name for path in tmp_path.iterdir()] == ["f.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.svg", "run"]
+    page = write_report([tmp_path / "run"], tmp_path / "page.html", texts=("a whale",)).read_text(encoding="utf-8")
+    assert "Where rows live" in page
+    assert "disk warm, hot rows" in page
     assert main(["table", "bench", "--rows", "0"]) == 2
     assert "rows: got 0, expected at least 1" in capsys.readouterr().err
 

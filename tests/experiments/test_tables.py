@@ -1,12 +1,16 @@
 """A small table in every home -> lines that can be compared, and the refusal of homes that differ."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from rorqual.experiments import tables
-from rorqual.storage import DiskTable
+from rorqual.layers.mtp import MTPConfig
+from rorqual.model import LanguageModel
+from rorqual.serve.decoding import decode, speculate
+from rorqual.storage import DiskTable, StorageConfig
 
 pytestmark = pytest.mark.engram
 
@@ -19,15 +23,53 @@ def test_every_way_is_measured(tmp_path: Path) -> None:
     assert [line.name for line in lines] == [way.name for way in tables.ways(1)]
     assert len({line.name for line in lines}) == 9
     assert all(line.tokens_per_second > 0 for line in lines)
-    assert told[0].startswith("drawing 1,")
+    assert told[0].startswith("drawing ")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_ways_that_say_other_ids_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetch = DiskTable._fetch
-    monkeypatch.setattr(DiskTable, "_fetch", lambda own, ids, wait=True: torch.full_like(fetch(own, ids), 50.0))
+    numbers = DiskTable._numbers
+    monkeypatch.setattr(DiskTable, "_numbers", lambda own, raw: torch.full_like(numbers(own, raw), 50.0))
     with pytest.raises(RuntimeError, match="disk warm says other ids than resident"):
         tables.bench(tables.BenchConfig(folder=str(tmp_path), **SMALL | {"tokens": 20}))
+
+
+def said(model: LanguageModel, prompt: list[int], count: int) -> tuple[list, torch.Tensor]:
+    """`count` ids, and the logits after all of them."""
+    ids = [*prompt, *(step[0] for step in decode(model, [prompt], max_new_tokens=count))]
+    with torch.no_grad():
+        return ids, model(torch.tensor([ids]))
+
+
+@pytest.mark.parametrize(("generations", "count"), [(1, 12), pytest.param(64, 64, marks=pytest.mark.slow)])
+def test_generations_are_the_same_bits_from_every_home(generations: int, count: int, tmp_path: Path) -> None:
+    """Three sizes of the hot set, one of them a row, prefetch on and off: ids and logits."""
+    config = tables.BenchConfig(rows=20_000, width=16, dim=32, layers=2)
+    folder = tables.drawn(config, tmp_path)
+    homes = [StorageConfig(), StorageConfig(home="host"), StorageConfig(home="host", prefetch=False)]
+    homes += [StorageConfig(home="disk", hot_bytes=hot, prefetch=on) for hot in (0, 32, 3200) for on in (True, False)]
+    every = [tables.opened(config, folder, home) for home in homes]
+    model = tables.model_with(config, every[-1])  # which draws the values of parameters, so not of the resident rows
+    for seed in range(generations):
+        prompt = torch.randint(model.config.vocabulary, (5,), generator=torch.Generator().manual_seed(seed)).tolist()
+        found = []
+        for each in every:
+            model.tables = torch.nn.ModuleList(each)
+            found.append(said(model, prompt, count))
+        assert all(ids == found[0][0] for ids, _ in found)
+        assert all(torch.equal(logits, found[0][1]) for _, logits in found)
+
+
+def test_drafts_are_checked_with_rows_from_the_disk(tmp_path: Path) -> None:
+    """Speculative decoding asks for the rows of drafts as of any ids, and says what decoding says."""
+    config = tables.BenchConfig(rows=5000, width=16, dim=32, layers=2)
+    held = tables.opened(config, tables.drawn(config, tmp_path), StorageConfig(home="disk", hot_bytes=64))
+    shape = replace(tables.model_with(config, held).config, mtp=MTPConfig(depth=2))
+    model, prompts = LanguageModel(shape, seed=0, tables=held).eval(), [[3, 1, 4, 1], [5, 9]]
+    read = held[0].metrics()["rows"]
+    drafted = list(speculate(model, prompts, max_new_tokens=20))
+    assert held[0].metrics()["rows"] > read
+    assert drafted == list(decode(model, prompts, max_new_tokens=20))
 
 
 @pytest.mark.parametrize("wrong", [{"rows": 0}, {"rounds": 0}, {"hot_bytes": -1}, {"seconds": 0.0}])

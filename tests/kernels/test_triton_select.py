@@ -65,6 +65,9 @@ def test_tiles_take_keys_in_any_layout_and_none_at_all(tiled: torch.device) -> N
     rest = (index.to(tiled), positions.to(tiled), 4, 0.3)
     ours = triton_twins.selected_attention(query, strided, strided, *rest)
     torch.testing.assert_close(ours, selected_attention(query, strided, strided, *rest), atol=2e-2, rtol=0)
+    lead = torch.tensor([3])
+    shifted = torch.cat([torch.full_like(strided[:, :3], torch.nan), strided], 1)
+    torch.testing.assert_close(triton_twins.selected_attention(query, shifted, shifted, *rest, lead), ours)
     empty = torch.empty(1, 0, 4, 8).to(tiled)
     none = triton_twins.selected_attention(empty, strided, strided, rest[0][:, :0], rest[1][:, :0], 4, 0.3)
     assert none.shape == empty.shape

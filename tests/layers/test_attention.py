@@ -10,8 +10,11 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 
 from rorqual.layers.attend import attend
 from rorqual.layers.attention import GQA, MLA, GQAConfig, MLAConfig
-from rorqual.layers.basics import RopeConfig, YarnConfig, layout, rope_tables
+from rorqual.layers.basics import RMSNorm, RopeConfig, YarnConfig, layout, rope_tables
 from rorqual.layers.cache import Bundle, Past
+from rorqual.layers.dsa import DSA, DSAConfig
+from rorqual.layers.moba import MoBA, MoBAConfig
+from rorqual.layers.nsa import NSA, NSAConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIZES = {"heads": 4, "kv_lora_rank": 16, "nope_dim": 12, "rope_dim": 8, "value_dim": 10}
@@ -281,8 +284,9 @@ def test_an_inner_attention_gets_every_key_and_our_scale():
         def new_cache(self, batch, capacity, dtype, device):
             return Bundle()
 
-        def forward(self, query, key, value, *, hidden, layout, scale, cache):
-            assert hidden.shape[1] == query.shape[1] and isinstance(cache, Bundle | None)
+        def forward(self, query, key, value, *, hidden, layout, scale, cache, tables, last):
+            assert hidden.shape[1] == query.shape[1] and isinstance(cache, Bundle | None) and not last
+            assert [x.shape[1] for x in tables] == 2 * [query.shape[1]]
             return attend(query, key, value, scale, layout.visible())
 
     layer = build("gqa")
@@ -310,3 +314,64 @@ def test_an_inner_attention_gets_every_key_and_our_scale():
 def test_impossible_sizes_are_refused(build, words):
     with pytest.raises(ValueError, match=words):
         build()
+
+
+class Net(nn.Module):
+    """Two layers of one kind of attention, to learn to repeat: the second half of each row is its first again."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        dim, rope, gqa = 32, RopeConfig(base=200.0), GQAConfig(heads=4, kv_heads=2, head_dim=8)
+        mla = MLAConfig(heads=4, q_lora_rank=16, kv_lora_rank=12, nope_dim=8, rope_dim=4, value_dim=8)
+        make = {
+            "nsa": lambda **tile: GQA(gqa, dim, rope, NSA(NSAConfig(**SPARSE, **tile), dim, gqa, rope)),
+            "moba": lambda **tile: GQA(gqa, dim, rope, MoBA(MoBAConfig(block=4, chosen=4, **tile))),
+            "dsa": lambda: MLA(mla, dim, rope, DSA(DSAConfig(heads=2, dim=8, chosen=20), dim, mla, rope)),
+        }[kind.split()[0]]
+        known = {"choice": "tile"} if kind.endswith("tile") else {}
+        self.rope, self.embed = rope, nn.Embedding(24, dim)
+        self.layers = nn.ModuleList(make(**known) for _ in range(2))
+        self.norms = nn.ModuleList(RMSNorm(dim) for _ in range(3))
+
+    def forward(self, ids, past=None, caches=(None, None), lessons=None, **known):
+        where = layout(*ids.shape, ids.device, past=past, **known)
+        tables = rope_tables(self.rope, self.layers[0].rope_dim, where.positions)
+        taught = {} if lessons is None or not isinstance(self.layers[0], MLA) else {"lessons": lessons, "warm": False}
+        hidden = self.embed(ids)
+        for attention, norm, cache in zip(self.layers, self.norms, caches, strict=False):
+            hidden = hidden + attention(norm(hidden), where, *tables, cache, **taught)
+        return self.norms[2](hidden) @ self.embed.weight.T
+
+
+SPARSE = {"block": 8, "stride": 4, "select_block": 4, "chosen": 4, "window": 6}
+
+
+@pytest.mark.parametrize("kind", ["nsa", "nsa tile", "moba", "moba tile", "dsa"])
+def test_a_trained_net_decodes_what_one_call_gives(kind):
+    """Weights that have learnt look at few keys sharply, and small errors of one layer move the choices of the next."""
+    net = Net(kind)
+    optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
+    found = []
+    for _ in range(30):
+        half = torch.randint(24, (8, 24))
+        ids, lessons = torch.cat([half, half], 1), []
+        loss = nn.functional.cross_entropy(net(ids, lessons=lessons)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        found.append(loss.item())
+        optimiser.zero_grad()
+        (loss + sum(lesson.loss for lesson in lessons)).backward()
+        optimiser.step()
+    assert found[-1] < 0.98 * found[0]
+    half = torch.randint(24, (3, 35))
+    ids, lead = torch.cat([half, half], 1), torch.tensor([0, 5, 17])
+    present = torch.arange(70) >= lead[:, None]
+    with torch.no_grad():
+        alone = [net(ids[row : row + 1, start:])[0] for row, start in enumerate(lead.tolist())]
+        for known in ({}, {"present": present}):
+            past, caches = Past(), [layer.new_cache(3, 70, torch.float32, ids.device) for layer in net.layers]
+            prompt = {name: x[:, :30] for name, x in known.items()}
+            outs = [net(ids[:, :30], past, caches, **prompt)]
+            outs += [net(part, past, caches) for part in ids[:, 30:].split([1] * 30 + [3, 2, 1, 4], 1)]
+            out, expected = torch.cat(outs, 1), alone if known else net(ids)
+            for row, start in enumerate(lead.tolist()):
+                ours = out[row, start:] if known else out[row]
+                torch.testing.assert_close(ours, expected[row], atol=1e-4, rtol=0)

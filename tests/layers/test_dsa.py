@@ -5,12 +5,13 @@ from torch.utils._pytree import tree_leaves
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Indexer
 
+from rorqual.kernels import dsa as twin
 from rorqual.layers import attention as attending
 from rorqual.layers import dsa
 from rorqual.layers.attention import MLA, MLAConfig
 from rorqual.layers.basics import RopeConfig, layout, rope_tables
 from rorqual.layers.cache import Past
-from rorqual.layers.dsa import DSA, DSAConfig, Look, index_scores, mean_lesson
+from rorqual.layers.dsa import DSA, DSAConfig, Look, attend_best, index_scores, mean_lesson
 
 ROPE = RopeConfig(base=50.0)
 LATENT = MLAConfig(heads=4, q_lora_rank=12, kv_lora_rank=10, nope_dim=6, rope_dim=4, value_dim=7)
@@ -250,6 +251,49 @@ def test_bfloat16_stays_near_float32(gathered, monkeypatch):
     out = run(attention.bfloat16(), hidden.bfloat16())
     assert out.dtype == torch.bfloat16
     assert (out - expected).norm() < 0.05 * expected.norm()
+
+
+def best_case(batch, time, heads, wide, length, own, narrow, most, ties=False):
+    """The last `time` of `length` tokens, latents and keys in longer buffers."""
+    latent, key = torch.randn(batch, length + 3, wide)[:, :length], torch.randn(batch, length + 5, narrow)[:, :length]
+    if ties:
+        key = key.round()
+    looking, weights = torch.randn(batch, time, own, narrow).round(), torch.randn(batch, time, own).round()
+    return torch.randn(batch, time, heads, wide), latent, looking, key, weights, most, 0.4
+
+
+CASES = [
+    (1, 1, 16, 40, 500, 4, 8, 64),
+    (2, 3, 3, 7, 50, 3, 5, 11),
+    (1, 2, 1, 1, 20, 1, 1, 18),
+    (3, 4, 5, 33, 9, 2, 3, 1),
+]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_twin_gives_the_references_numbers(case, ties, poisoned):
+    given = best_case(*case, ties=ties)
+    torch.testing.assert_close(twin.attend_best(*given), attend_best(*given), atol=5e-6, rtol=0)
+
+
+def test_the_twin_on_threads():
+    given, threads = best_case(3, 2, 4, 20, 90, 4, 8, 30), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        torch.testing.assert_close(twin.attend_best(*given), attend_best(*given), atol=5e-6, rtol=0)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_of_equal_keys_the_twin_chooses_the_last():
+    """Zeros of either sign among them."""
+    latent = torch.arange(9.0).view(1, 9, 1)
+    key, looking, weights = torch.zeros(1, 9, 1), torch.ones(1, 1, 2, 1), torch.tensor([[[-1.0, 1.0]]])
+    key[0, 2] = -1.0
+    given = torch.zeros(1, 1, 1, 1), latent, looking, key, weights, 3, 1.0
+    for way in (twin.attend_best, attend_best):
+        assert way(*given).item() == pytest.approx(7.0)  # of 6, 7 and 8
 
 
 def slowly(look, query, key, scale, warm, present=None, visible=None):

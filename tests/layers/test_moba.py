@@ -11,7 +11,7 @@ from rorqual.layers import moba, selection, tiles
 from rorqual.layers.attention import GQA, GQAConfig
 from rorqual.layers.basics import RopeConfig, layout, rope_tables
 from rorqual.layers.cache import Past
-from rorqual.layers.moba import BlockMeans, MoBA, MoBAConfig, switch
+from rorqual.layers.moba import MoBA, MoBAConfig, switch
 
 ROPE = RopeConfig(base=50.0)
 CHOICES = pytest.mark.parametrize("choice", ["token", "tile"])
@@ -175,7 +175,7 @@ def test_decoding_reads_the_chosen_blocks_only():
     q, k, v = (x.detach() for x in tensors(1, 41, 1, 1))
     cache = inner.new_cache(1, 64, q.dtype, q.device)
     call(inner, q[:, :40], k[:, :40], v[:, :40], cache=cache, history=history)
-    index = moba.choose(q[:, 40:], cache.means.means.buffer[:, :10], torch.tensor([[10]]), torch.tensor([[0]]), 2)
+    index = moba.choose(q[:, 40:], cache.means.made.buffer[:, :10], torch.tensor([[10]]), torch.tensor([[0]]), 2)
     spoiled = torch.full_like(v, torch.nan)
     for i in index.flatten().tolist():
         spoiled[:, 4 * i : 4 * i + 4] = v[:, 4 * i : 4 * i + 4]
@@ -215,6 +215,65 @@ def test_left_padded_rows_decode_as_if_alone(choice):
 
 
 @CHOICES
+@pytest.mark.parametrize("kernels", ["", "reference"])
+@pytest.mark.parametrize("decode", ["sparse", "full"])
+def test_rows_of_any_length_decode_as_if_alone(choice, kernels, decode, monkeypatch):
+    """Reordered, cropped and reset on the way, one token and several at a time, without a mask where it is sparse."""
+    monkeypatch.setenv("RORQUAL_KERNELS", kernels)
+    attention, hidden, lead = layer(choice=choice, decode=decode), torch.randn(3, 50, 20), torch.tensor([0, 6, 13])
+    present = torch.arange(50) >= lead[:, None]
+    past, cache = Past(), attention.new_cache(3, 8, hidden.dtype, hidden.device)
+    expected = {}
+    for row, start in enumerate(lead.tolist()):
+        alone_past, alone = Past(), attention.new_cache(1, 8, hidden.dtype, hidden.device)
+        parts = hidden[row : row + 1, start:].split([14 - start, *[1] * 36], 1)
+        expected[row] = torch.cat([run(attention, part, alone_past, alone) for part in parts], 1)[0, 14 - start :]
+    for index in (torch.tensor([1, 2]), torch.tensor([2, 0, 2])):
+        run(attention, hidden[:, :14], past, cache, present=present[:, :14])
+        run(attention, hidden[:, 14:15], past, cache)
+        run(attention, torch.randn(3, 1, 20), past, cache)
+        for kept in (past, cache):
+            kept.crop(1)
+            kept.select(index)
+        late = torch.cat([run(attention, part, past, cache) for part in hidden[index, 15:].split([1] * 35, 1)], 1)
+        for place, row in enumerate(index.tolist()):
+            torch.testing.assert_close(late[place], expected[row][1:], atol=1e-5, rtol=0)
+        for kept in (past, cache):
+            kept.reset()
+
+
+@CHOICES
+def test_padded_rows_take_no_mask_and_no_mean_anew(choice, monkeypatch):
+    attention, hidden = layer(choice=choice), torch.randn(2, 41, 20)
+    present = torch.arange(41) >= torch.tensor([[0], [5]])
+    expected = run(attention, hidden, present=present)[:, 40:]
+    past, cache = Past(), attention.new_cache(2, 64, hidden.dtype, hidden.device)
+    run(attention, hidden[:, :39], past, cache, present=present[:, :39])
+    monkeypatch.setattr(moba, "block_means", None)
+    run(attention, hidden[:, 39:40], past, cache)
+    torch.testing.assert_close(run(attention, hidden[:, 40:], past, cache), expected, atol=1e-5, rtol=0)
+
+
+@CHOICES
+@pytest.mark.parametrize("lead", [[0, 0], [0, 7]])
+@pytest.mark.parametrize("before", [0, 9])
+def test_the_last_token_alone_gets_what_it_gets_among_all(choice, lead, before):
+    attention, hidden = layer(choice=choice), torch.randn(2, 31, 20)
+    present = torch.arange(31) >= torch.tensor(lead)[:, None]
+    cuts = slice(before), slice(before, 30), slice(30), slice(31)
+    known = [{"present": present[:, cut]} if any(lead) else {} for cut in cuts]
+    past, cache = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device)
+    if before:
+        run(attention, hidden[:, :before], past, cache, **known[0])
+    expected = run(attention, hidden[:, :30], **known[2])[:, -1:]
+    where = layout(2, 30 - before, "cpu", past=past, **known[1])
+    found = attention(hidden[:, before:30], where, *rope_tables(ROPE, 6, where.positions), cache, last=True)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    following = run(attention, hidden[:, 30:], past, cache)
+    torch.testing.assert_close(following, run(attention, hidden, **known[3])[:, -1:], atol=1e-5, rtol=0)
+
+
+@CHOICES
 def test_full_decoding_after_sparse_prefill(choice):
     """And sparse again for several tokens at once: of the single ones their tile's choice has been kept."""
     sparse, full, hidden = layer(choice=choice), layer(decode="full", choice=choice), torch.randn(1, 34, 20)
@@ -249,15 +308,6 @@ def test_runs_of_queries_change_nothing(monkeypatch, choice):
     whole = run(attention, hidden)
     monkeypatch.setattr(selection, "QUERIES", 5)
     torch.testing.assert_close(run(attention, hidden), whole, atol=1e-12, rtol=0)
-
-
-def test_means_of_a_growing_sequence():
-    keys, means = torch.randn(2, 17, 2, 3), BlockMeans(4)
-    for length in (1, 4, 5, 17):
-        got = means.update(keys[:, :length])
-    torch.testing.assert_close(got, keys[:, :16].unflatten(1, (4, 4)).mean(2))
-    means.crop(2)
-    assert means.means.length == 3
 
 
 @pytest.mark.parametrize("wrong", [{"block": 0}, {"chosen": 0}])

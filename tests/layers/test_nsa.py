@@ -8,13 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from rorqual.layers import selection, tiles
+from rorqual.kernels import nsa as twin
+from rorqual.layers import nsa, selection, tiles
 from rorqual.layers.attention import GQA, GQAConfig
 from rorqual.layers.basics import RopeConfig, layout, rope_tables, rotate
 from rorqual.layers.cache import Past
-from rorqual.layers.nsa import NSA, NSAConfig
+from rorqual.layers.nsa import NSA, NSAConfig, attend_few, importance_of
+from rorqual.layers.selection import best_blocks
 
 ROPE = RopeConfig(base=50.0)
+BRANCHES = "compressed", "selected", "window"
 SMALL = NSAConfig(block=4, stride=2, select_block=4, chosen=3, window=5)
 SIZES = [
     SMALL,
@@ -125,7 +128,7 @@ def _hold(inner, config, time, heads, value_dim):
     q, k = torch.randn(1, time, heads[0], 6), torch.randn(1, time, heads[1], 6)
     v, hidden = torch.randn(1, time, heads[1], value_dim or 6), torch.randn(1, time, 20)
     got = inner.branches(q, k, v, hidden=hidden, layout=layout(1, time, "cpu"), scale=0.4)
-    for name, ours, expected in zip(got._fields, got, brute(inner, q, k, v, hidden, 0.4), strict=True):
+    for name, ours, expected in zip(BRANCHES, got.unbind(2), brute(inner, q, k, v, hidden, 0.4), strict=True):
         torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -156,17 +159,19 @@ def test_choosing_everything_is_full_attention(time, heads, choice):
         return F.scaled_dot_product_attention(*three, is_causal=True, scale=0.4, enable_gqa=True).transpose(1, 2)
 
     got = inner.branches(q, k, v, hidden=hidden, layout=where, scale=0.4)
-    torch.testing.assert_close(got.selected, full(k, v), atol=1e-5, rtol=0)
-    torch.testing.assert_close(got.window, full(*inner._own(inner.window_kv, hidden, where)), atol=1e-5, rtol=0)
-    pull = torch.randn_like(got.selected)
-    grads = (torch.autograd.grad((y * pull).sum(), (q, k, v)) for y in (got.selected, full(k, v)))
+    _, selected, window = got.unbind(2)
+    torch.testing.assert_close(selected, full(k, v), atol=1e-5, rtol=0)
+    tables = rope_tables(ROPE, 6, where.positions)
+    own = inner._own(hidden, where, tables, (None, None))[1]
+    torch.testing.assert_close(window, full(*own), atol=1e-5, rtol=0)
+    pull = torch.randn_like(selected)
+    grads = (torch.autograd.grad((y * pull).sum(), (q, k, v)) for y in (selected, full(k, v)))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
 def test_importance_weights_of_the_paper():
-    inner = layer(NSAConfig(), heads=1, kv_heads=1).inner
-    share = inner.importance(torch.eye(31), 8)  # [M, J] of 512 keys
+    share = importance_of(torch.eye(31), 8, NSAConfig())  # [M, J] of 512 keys
     for j in range(1, 7):
         assert share[4 * j - 1 : 4 * j + 4, j].tolist() == [1, 2, 2, 2, 1]
         assert share[:, j].sum() == 8
@@ -176,20 +181,20 @@ def test_importance_weights_of_the_paper():
 @pytest.mark.parametrize("time", [1, 5, 9, 24, 31])
 def test_importance_is_the_count_of_pieces(config, time):
     """The sums over strides, which plain rows take, against W written out."""
-    inner, count = layer(config).inner, -(-time // config.select_block)
+    count = -(-time // config.select_block)
     blocks = max(0, (time - config.block) // config.stride + 1)
     share = torch.zeros(blocks, count)
     for i in range(blocks):
         for key in range(i * config.stride, i * config.stride + config.block, config.stride):
             share[i, key // config.select_block] += 1
     probabilities = torch.rand(2, blocks)
-    torch.testing.assert_close(inner.importance(probabilities, count), probabilities @ share, atol=1e-5, rtol=0)
+    torch.testing.assert_close(importance_of(probabilities, count, config), probabilities @ share, atol=1e-5, rtol=0)
 
 
 def test_a_query_before_the_first_complete_block_gets_nothing_from_the_compressed():
     inner = layer().inner
     q, k, v, hidden = torch.randn(1, 9, 4, 6), torch.randn(1, 9, 2, 6), torch.randn(1, 9, 2, 6), torch.randn(1, 9, 20)
-    compressed = inner.branches(q, k, v, hidden=hidden, layout=layout(1, 9, "cpu"), scale=0.4).compressed
+    compressed = inner.branches(q, k, v, hidden=hidden, layout=layout(1, 9, "cpu"), scale=0.4)[:, :, 0]
     assert (compressed[:, :3] == 0).all()
     assert (compressed[:, 3:] != 0).all()
 
@@ -315,8 +320,8 @@ def test_the_choice_carries_no_gradient(choice):
     q, k, v = (torch.randn(1, 20, n, 6) for n in (4, 2, 2))
     hidden = torch.randn(1, 20, 20)
     got = inner.branches(q, k.requires_grad_(), v, hidden=hidden, layout=layout(1, 20, "cpu"), scale=0.4)
-    got.selected.sum().backward()
-    assert all(parameter.grad is None for parameter in inner.parameters())
+    got[:, :, 1].sum().backward()
+    assert not any(parameter.grad.any() for parameter in inner.parameters() if parameter.grad is not None)
 
 
 @pytest.mark.parametrize("choice", ["token", "tile"])
@@ -356,7 +361,7 @@ def test_autocast_changes_no_choice(choice, packed, monkeypatch):
     inner = layer(replace(SMALL, chosen=6, choice=choice)).inner
     q, k, v = (torch.randn(2, 90, *shape) for shape in ((4, 6), (2, 6), (2, 6)))
     where = layout(2, 90, "cpu", documents=(torch.arange(90) // 70).expand(2, -1) if packed else None)
-    blocks = inner._compress(k, v, where, None)
+    blocks = inner._compress(k, v, where, None, None)
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             (inner._by_tile if choice == "tile" else inner._by_token)(
@@ -364,3 +369,121 @@ def test_autocast_changes_no_choice(choice, packed, monkeypatch):
             )
     half = len(chosen) // 2
     assert half and all(map(torch.equal, chosen[:half], chosen[half:]))
+
+
+def few(config, batch, time, heads, groups, widths, length, lead=None, chosen=None):
+    """What `attend_few` takes: the last `time` of `length` tokens, rows shifted by `lead`, keys in longer buffers."""
+    own = torch.full((batch,), length) if lead is None else length - lead
+    positions = own[:, None] - time + torch.arange(time)
+    blocks = max(complete(int(n) - 1, config) for n in own)
+    shapes = [(length, widths[0]), (length, widths[1]), (blocks, widths[0]), (blocks, widths[1])] + [
+        (length, width) for width in widths
+    ]
+    pairs = [torch.randn(batch, count + 3, groups, width)[:, :count] for count, width in shapes]
+    index = None
+    if chosen is not None:
+        scores = torch.rand(batch, time, groups, -(-length // config.select_block))
+        index = best_blocks(scores, positions // config.select_block, torch.zeros_like(positions), chosen)
+    query = torch.randn(batch, time, heads, widths[0])
+    return query, *pairs, index, positions, lead, config, 0.4
+
+
+@pytest.mark.parametrize("lead", [None, [0, 5, 11]])
+@pytest.mark.parametrize("chosen", [None, 4])
+@pytest.mark.parametrize("config", SIZES[:5], ids=str)
+def test_the_twin_gives_the_references_numbers(config, chosen, lead, poisoned):
+    for time, heads, groups, widths, length in (
+        (1, 6, 2, (6, 5), 40),
+        (3, 5, 1, (7, 7), 29),
+        (2, 4, 4, (16, 33), 15),
+        (1, 16, 2, (3, 1), 200),
+    ):
+        shift = None if lead is None else torch.tensor(lead)
+        given = few(config, 3, time, heads, groups, widths, length, shift, chosen)
+        torch.testing.assert_close(twin.attend_few(*given), attend_few(*given), atol=5e-6, rtol=0)
+
+
+def test_of_equally_important_blocks_the_later():
+    """Keys without a score: every block within the row is as important as another."""
+    config = NSAConfig(block=4, stride=2, select_block=4, chosen=5, window=1)
+    given = list(few(config, 1, 1, 2, 1, (3, 1), 40))
+    given[3] = torch.zeros_like(given[3])  # compressed keys
+    given[2] = torch.zeros(1, 40, 1, 1).scatter_(1, torch.tensor([0, 12, 24, 28, 32, 36]).view(1, -1, 1, 1), 1.0)
+    given[1] = torch.zeros_like(given[1])
+    for way in (twin.attend_few, attend_few):
+        torch.testing.assert_close(way(*given)[0, 0, 1, :, 0], torch.tensor([5 / 20, 5 / 20]))  # 0, 6, 7, 8, 9
+        given[2][0, 8:20] = 9.0
+        torch.testing.assert_close(way(*given)[0, 0, 1, :, 0], torch.tensor([5 / 20, 5 / 20]))
+
+
+def test_the_twin_on_threads():
+    given, threads = few(NSAConfig(), 2, 3, 16, 4, (64, 64), 900), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        torch.testing.assert_close(twin.attend_few(*given), attend_few(*given), atol=5e-6, rtol=0)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kernels", ["", "reference"])
+@pytest.mark.parametrize("config", SIZES, ids=str)
+def test_rows_of_any_length_decode_as_if_alone(config, kernels, monkeypatch):
+    """Reordered, cropped and reset on the way, one token and several at a time, and no padding is ever read."""
+    monkeypatch.setenv("RORQUAL_KERNELS", kernels)
+    attention, hidden, lead = layer(config), torch.randn(3, 50, 20), torch.tensor([0, 6, 13])
+    present = torch.arange(50) >= lead[:, None]
+    past, cache = Past(), attention.new_cache(3, 8, hidden.dtype, hidden.device)
+    for again in range(2):
+        run(attention, hidden[:, :14], past, cache, present=present[:, :14])
+        run(attention, hidden[:, 14:15], past, cache)
+        run(attention, torch.randn(3, 4, 20), past, cache)
+        for kept in (past, cache):
+            kept.crop(4)
+        outs = [run(attention, part, past, cache) for part in hidden[:, 15:30].split([1, 1, 3, 1, 8, 1], 1)]
+        index = torch.tensor([2, 0, 2] if again else [1, 2])
+        for kept in (past, cache):
+            kept.select(index)
+        late = [run(attention, part, past, cache) for part in hidden[index, 30:].split([1] * 20, 1)]
+        for row in range(3):
+            alone = run(attention, hidden[row : row + 1, lead[row] :])[0]
+            torch.testing.assert_close(
+                torch.cat(outs, 1)[row], alone[15 - lead[row] : 30 - lead[row]], atol=2e-5, rtol=0
+            )
+            for place in (index == row).nonzero().flatten().tolist():
+                torch.testing.assert_close(torch.cat(late, 1)[place], alone[30 - lead[row] :], atol=2e-5, rtol=0)
+        for kept in (past, cache):
+            kept.reset()
+
+
+def test_padded_rows_read_the_chosen_blocks_only(monkeypatch):
+    """Neither masks nor keys that are compressed already: NaN stands in their place."""
+    attention, hidden = layer(), torch.randn(2, 41, 20)
+    present = torch.arange(41) >= torch.tensor([[0], [5]])
+    expected = run(attention, hidden, present=present)[:, 40:]
+    past, cache = Past(), attention.new_cache(2, 64, hidden.dtype, hidden.device)
+    run(attention, hidden[:, :39], past, cache, present=present[:, :39])
+    run(attention, hidden[:, 39:40], past, cache)
+    for kept in (cache.inner.compressed, cache.inner.window):
+        for part in (kept.keys, kept.values):
+            part.buffer[:, :35] = torch.nan
+    monkeypatch.setattr(nsa, "segments", None)
+    torch.testing.assert_close(run(attention, hidden[:, 40:], past, cache), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("choice", ["token", "tile"])
+@pytest.mark.parametrize("lead", [[0, 0], [0, 7]])
+@pytest.mark.parametrize("before", [0, 9])
+def test_the_last_token_alone_gets_what_it_gets_among_all(choice, lead, before):
+    attention, hidden = layer(replace(SMALL, choice=choice)), torch.randn(2, 31, 20)
+    present = torch.arange(31) >= torch.tensor(lead)[:, None]
+    cuts = slice(before), slice(before, 30), slice(30), slice(31)
+    known = [{"present": present[:, cut]} if any(lead) else {} for cut in cuts]
+    past, cache = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device)
+    if before:
+        run(attention, hidden[:, :before], past, cache, **known[0])
+    expected = run(attention, hidden[:, :30], **known[2])[:, -1:]
+    where = layout(2, 30 - before, "cpu", past=past, **known[1])
+    found = attention(hidden[:, before:30], where, *rope_tables(ROPE, 6, where.positions), cache, last=True)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    following = run(attention, hidden[:, 30:], past, cache)
+    torch.testing.assert_close(following, run(attention, hidden, **known[3])[:, -1:], atol=2e-5, rtol=0)

@@ -10,7 +10,15 @@ from rorqual.kernels import select
 from rorqual.layers import selection
 from rorqual.layers.basics import layout
 from rorqual.layers.cache import Past
-from rorqual.layers.selection import attend_chosen, best_blocks, full_attention, selected_attention
+from rorqual.layers.selection import (
+    Blocks,
+    attend_chosen,
+    best_blocks,
+    full_attention,
+    selected_attention,
+    straight,
+    windows,
+)
 
 pytestmark = pytest.mark.nsa
 
@@ -71,6 +79,99 @@ def test_the_twin_gives_the_references_numbers(shape, poisoned):
 def test_the_twin_at_any_size(batch, time, heads, width, length, chosen, block):
     given = case(batch, time, *heads, width, width, length, chosen, block)
     torch.testing.assert_close(select.selected_attention(*given), selected_attention(*given), atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_shifted_row_attends_as_if_alone(shape, poisoned):
+    """Row b starts at its own column; what stands before is never read."""
+    query, key, value, index, positions, block, scale = case(*shape)
+    length, lead = key.shape[1], torch.tensor([4, 0, 7])[: len(key)]
+    expected = selected_attention(query, key, value, index, positions, block, scale)
+    shifted = [torch.full((len(x), length + 7, *x.shape[2:]), torch.nan) for x in (key, value)]
+    for b, start in enumerate(lead.tolist()):
+        for room, x in zip(shifted, (key, value), strict=True):
+            room[b, start : start + length] = x[b]
+            room[b, start + length :] = 0.0  # a gather may look behind a row's end, and weigh it by 0
+    for way in (selected_attention, select.selected_attention):
+        out = way(query, *(x.nan_to_num() for x in shifted), index, positions, block, scale, lead)
+        torch.testing.assert_close(out, expected, atol=2e-6, rtol=0)
+    out = select.selected_attention(query, *shifted, index, positions, block, scale, lead)
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=0)
+
+
+def test_weights_that_no_sum_shows_take_no_time_and_no_number_hides():
+    query, key, value, index, positions, block, _ = case(*SHAPES[1])
+    out = select.selected_attention(query, key, value, index, positions, block, 40.0)
+    torch.testing.assert_close(out, selected_attention(query, key, value, index, positions, block, 40.0))
+    query[0, 0, 0, 0] = torch.nan
+    out = select.selected_attention(query, key, value, index, positions, block, 0.4)
+    assert out[0, 0, 0].isnan().all()
+    assert out[0, 0, 1:].isfinite().all()
+
+
+def padded(lead, length, past):
+    present = torch.arange(length) >= torch.tensor(lead)[:, None]
+    history = Past()
+    layout(len(lead), past, "cpu", past=history, present=present[:, :past])
+    return layout(len(lead), length - past, "cpu", past=history, present=present[:, past:])
+
+
+def test_rows_padded_on_the_left_are_shifted_and_others_are_not():
+    where, lead = straight(padded([2, 0, 5], 9, 7))
+    assert lead.tolist() == [2, 0, 5]
+    assert where.mask is None
+    assert where.positions.tolist() == [[5, 6], [7, 8], [2, 3]]
+    assert straight(padded([2, 8], 9, 7))[1] is None  # a new token is padding
+    assert straight(padded([2, 1], 40, 7))[1] is None  # many new tokens
+    assert straight(layout(2, 4, "cpu"))[1] is None
+    history, present = Past(), torch.tensor([[True, True, False, True]])
+    layout(1, 4, "cpu", past=history, present=present)
+    assert straight(layout(1, 1, "cpu", past=history))[1] is None  # padding in between
+    history = Past()
+    layout(1, 4, "cpu", past=history, documents=torch.zeros(1, 4, dtype=torch.long), present=torch.ones(1, 4).bool())
+    assert straight(layout(1, 1, "cpu", past=history))[1] is None
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.integers(1, 5), st.integers(1, 3), st.data())
+def test_blocks_of_growing_rows_are_those_of_each_row_alone(pieces, size, parts, data):
+    """Whatever is forgotten and reordered in between; each complete block is asked for once."""
+    stride, block, length = size, size * parts, sum(pieces)
+    lead = torch.tensor(data.draw(st.lists(st.integers(0, 4), min_size=3, max_size=3)))
+    keys, blocks, done = torch.randn(3, length + 4, 2, 3), Blocks(block, stride), 4
+    for piece in pieces:
+        done += piece
+        if data.draw(st.booleans()):
+            index = torch.tensor(data.draw(st.permutations(range(3))))
+            keys, lead = keys[index], lead[index]
+            blocks.select(index)
+        if data.draw(st.booleans()):
+            back = data.draw(st.integers(0, piece))
+            blocks.update(keys[:, :done], lambda x: x.mean(-2), lead)
+            blocks.crop(back)
+            keys[:, done - back :] = torch.randn_like(keys[:, done - back :])
+        held = blocks.update(keys[:, :done], lambda x: x.mean(-2), lead)
+        for row, start in enumerate(lead.tolist()):
+            alone = windows(keys[row : row + 1, start:done], block, stride).mean(-2)[0]
+            torch.testing.assert_close(held[row, : len(alone)], alone)
+            assert (held[row, len(alone) :].isfinite()).all()
+    blocks.reset()
+    assert blocks.update(keys[:, :0], lambda x: x.mean(-2)).shape == (3, 0, 2, 3)
+
+
+def test_a_block_is_made_once():
+    keys, blocks, asked = torch.randn(2, 17, 2, 3), Blocks(4, 2), []
+
+    def make(x):
+        asked.append(x.shape[0] * x.shape[1])
+        return x.mean(-2)
+
+    for length in (1, 4, 5, 17):
+        made = blocks.update(keys[:, :length], make)
+    torch.testing.assert_close(made, keys.unfold(1, 4, 2).mean(-1))
+    assert sum(asked) == 2 * 7
+    blocks.crop(2)
+    assert blocks.made.length == 6
 
 
 def test_the_twin_on_threads():

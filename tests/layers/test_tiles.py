@@ -105,6 +105,29 @@ def test_flex_attention_is_the_loop():
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.compiled
+def test_a_compiled_call_is_one_graph():
+    """Forward, backward and a prompt, of both kinds."""
+    gqa, rope, hidden = GQAConfig(heads=4, kv_heads=2, head_dim=8), RopeConfig(), torch.randn(2, 150, 32)
+    nsa = NSAConfig(block=4, stride=2, select_block=4, chosen=3, window=5)
+    for inner in (NSA(nsa, 32, gqa, rope), MoBA(MoBAConfig(block=4, chosen=2, choice="tile"))):
+        attention = GQA(gqa, 32, rope, inner)
+
+        def call(x, attention=attention):
+            where = layout(*x.shape[:2], "cpu")
+            return attention(x, where, *rope_tables(rope, 8, where.positions))
+
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        ours, theirs = (hidden.clone().requires_grad_() for _ in range(2))
+        out, expected = compiled(ours), call(theirs)
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+        for y in (out, expected):
+            y.square().sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=0)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(hidden), expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("pieces", [[150, 150], [100, 1, 1, 60, 138], [300], [127, 1, 1, 1, 170], [5, 130, 165]])
 def test_the_choice_goes_from_call_to_call(pieces):
     query, key, value = tensors(300, 4, 2)

@@ -131,6 +131,7 @@ def test_rows_that_the_system_does_not_hold_are_waited_for(count: int, tmp_path:
 
 def test_few_rows_that_the_system_holds_need_no_thread(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that it does not hold, and many, are the thread's; the rows are the same."""
+    monkeypatch.setenv("RORQUAL_KERNELS", "reference")
     values, read = torch.randn(600, 4), DiskTable._read
     table = DiskTable(write_table(tmp_path / "t", values), hot_bytes=0)
     asked: list[bool] = []
@@ -149,8 +150,34 @@ def test_few_rows_that_the_system_holds_need_no_thread(tmp_path: pathlib.Path, m
         asked.clear()
         ids = torch.randint(600, (count,))
         assert torch.equal(table.request(ids).wait(), values[ids])
-        assert (asked, int(table._worker is not None)) == (expected, thread)
+        assert (asked, int(table._stream.begun)) == (expected, thread)
     assert table.metrics()["rows"] == 256 + 256 + 257
+    table.close()
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_few_rows_are_those_that_many_would_be(data: st.DataObject, tmp_path_factory) -> None:
+    """Duplicates, shards, hot rows that give way or stay, a cut file: the same rows, counts, or the general way."""
+    values = torch.arange(90).view(90, 1) + torch.arange(5) / 8
+    folder = write_table(tmp_path_factory.mktemp("t") / "t", values, shard_rows=data.draw(st.integers(7, 90)))
+    hot = data.draw(st.sampled_from([0, 20, 60, 2000]))
+    frozen = torch.tensor(data.draw(st.lists(st.integers(0, 89), max_size=4)), dtype=torch.int64)
+    table = DiskTable(folder, hot_bytes=hot, hot_rows=frozen)
+    seen: set[int] = set()
+    for ids in data.draw(st.lists(st.lists(st.integers(0, 89), min_size=1, max_size=20), max_size=5)):
+        before = table.metrics()
+        assert torch.equal(table._at_once(np.array(ids)), values[ids])
+        more = {name: value - before[name] for name, value in table.metrics().items()}
+        assert (more["rows"], more["different"]) == (len(ids), len(set(ids)))
+        assert more["bytes"] == (more["different"] - more["hits"]) * 20
+        if hot == 2000 and not len(frozen):
+            assert more["hits"] == len(seen & set(ids))
+        seen |= set(ids)
+    for path in folder.glob("*"):
+        os.truncate(path, 1)
+    table._hot = type(table._hot)(0, 20)
+    assert table._at_once(np.array([3])) is None
     table.close()
 
 
@@ -180,7 +207,7 @@ def test_memory_too_small_for_what_is_read_is_refused() -> None:
 def test_hot_rows_of_fp8_cost_their_record(tmp_path: pathlib.Path) -> None:
     records = quantise(torch.randn(ROWS, 64))
     table = DiskTable(write_table(tmp_path / "t", records), hot_bytes=2 * 66, prefetch=False)
-    for ids, hits in (([1, 2], 0), ([2, 1], 2), ([3], 2), ([2], 3), ([3], 4)):
+    for ids, hits in (([1, 2], 0), ([1, 2], 2), ([3], 2), ([2], 3), ([3], 4)):
         assert torch.equal(table.request(torch.tensor(ids)).wait(), dequantise(records, 64)[ids])
         assert table.metrics()["hits"] == hits, ids
     assert table.metrics()["bytes"] == 3 * 66

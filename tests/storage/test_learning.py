@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from rorqual.storage import DeviceTable, LearningTable, TableError
+from rorqual.storage import DeviceTable, HostedTable, LearningTable, TableError
 from rorqual.train.optim import OptimConfig, Optimizer
 
 pytestmark = pytest.mark.engram
@@ -174,6 +174,73 @@ def test_a_kill_at_any_moment_leaves_a_table_that_goes_back(tmp_path: pathlib.Pa
         train(model, ours, step)
         assert torch.equal(rows(model), rows(resident))
     table.close()
+
+
+def test_one_process_trains_a_table(tmp_path: pathlib.Path) -> None:
+    """Another is refused until the first ends, however it ends."""
+    code = (
+        "import sys, time; from rorqual.storage import LearningTable;"
+        "LearningTable(sys.argv[1], 5, 3); print('here', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout.readline() == "here\n"
+        with pytest.raises(TableError, match="records: got rows that another process trains now"):
+            LearningTable(tmp_path, 5, 3)
+    finally:
+        child.kill()
+        child.wait()
+    LearningTable(tmp_path, 5, 3).close()
+
+
+def test_rows_asked_for_before_an_update_are_not_what_the_next_one_changes(tmp_path: pathlib.Path) -> None:
+    """The next batch is asked for while this one's update is still to come: no update is lost."""
+    _, model = pair(tmp_path)
+    table, ids, gradient = model["table"], torch.arange(6), torch.ones(6, WIDTH)
+
+    def add(rows: torch.Tensor, *rest: torch.Tensor) -> None:
+        rows += 1
+
+    before = table.values(0, 6).clone()
+    table.request(ids).wait()
+    ahead = table.request(ids)
+    table.update(ids, gradient, add)
+    ahead.wait()
+    table.update(ids, gradient, add)
+    assert torch.equal(table.values(0, 6), before + 1 + 1)
+    table.close()
+
+
+def test_rows_in_host_memory_learn_as_resident_ones_do_and_stay_there() -> None:
+    torch.manual_seed(3)
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    hosted = HostedTable(ROWS, WIDTH)
+    assert torch.equal(torch.rand(1), after)  # it draws from nobody's generator
+    resident = DeviceTable(ROWS, WIDTH)
+    resident.load_state_dict(hosted.state_dict())
+    ours, theirs = of(hosted), of(resident)
+    one, other = Optimizer(ours, OptimConfig(clip=0.1)), Optimizer(theirs, OptimConfig(clip=0.1))
+    for step in range(6):
+        assert train(ours, one, step) == train(theirs, other, step)
+    assert torch.equal(hosted.weight, resident.weight)
+    assert one.state_dict().keys() == other.state_dict().keys()
+    assert hosted.to("meta").weight.device.type == "cpu"
+    assert hosted.double().weight.dtype == torch.float32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no device to feed")
+def test_rows_in_host_memory_feed_a_device() -> None:
+    hosted, resident = HostedTable(ROWS, WIDTH), DeviceTable(ROWS, WIDTH).cuda()
+    resident.load_state_dict(hosted.state_dict())
+    ids, scale = torch.randint(ROWS, (3, 50), device="cuda"), torch.randn(WIDTH, device="cuda")
+    for table in (hosted.train(), resident.train()):
+        (table.request(ids).wait() * scale).sum().backward()
+    assert hosted.weight.grad.is_sparse
+    assert hosted.weight.grad.device.type == "cpu"
+    torch.testing.assert_close(hosted.weight.grad.to_dense(), resident.weight.grad.to_dense().cpu())
+    with pytest.raises(ValueError, match=f"got row id {ROWS}"):
+        hosted.request(torch.tensor([ROWS], device="cuda"))
 
 
 def test_notes_cut_anywhere_and_flipped_are_no_harm_or_are_seen(tmp_path: pathlib.Path) -> None:

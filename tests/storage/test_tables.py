@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rorqual.kernels import recall as recall_twins
 from rorqual.storage import (
     DeviceTable,
     DiskTable,
@@ -24,6 +25,7 @@ from rorqual.storage import (
     quantise,
     write_table,
 )
+from rorqual.storage.tables import bad_row
 
 pytestmark = pytest.mark.engram
 
@@ -210,6 +212,39 @@ def test_bad_ids_are_found_wherever_they_stand(data: st.DataObject) -> None:
     ids[tuple(data.draw(st.integers(0, n - 1)) for n in shape)] = bad
     with pytest.raises(ValueError, match=f"got row id {bad}, expected 0 to {ROWS - 1}"):
         table.request(ids)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_the_twin_of_the_check_names_the_same_place(data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from([np.int32, np.int64]))
+    count = data.draw(st.sampled_from([1, ROWS, np.iinfo(dtype).max, 2**40]))
+    least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
+    few = st.one_of(st.integers(0, min(count - 1, most)), st.integers(least, most))
+    ids = np.array(data.draw(st.lists(few, max_size=20)), dtype)
+    expected = next((k for k, row in enumerate(ids.tolist()) if not 0 <= row < count), -1)
+    assert bad_row(ids, count) == recall_twins.bad_row(ids, count) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("width", [1, 3, 8, 24, 66, 300])
+def test_the_twin_of_the_gather_has_the_same_bits(dtype: torch.dtype, width: int) -> None:
+    """Rows of 1 byte to more than a KiB, on memory that is not clean, by one thread and by several."""
+    values = (torch.randn(700, width) * 50).to(dtype)
+    for ids in (torch.randint(700, (40_001,)), torch.randint(700, (5000, 2))[:, 0], torch.arange(700), torch.arange(0)):
+        for kind in (torch.int64, torch.int32):
+            out = torch.full((len(ids), width), 77).to(dtype)
+            found = recall_twins.gather_rows(values, ids.to(kind), out)
+            assert found is out
+            assert torch.equal(out, values[ids])
+
+
+def test_ids_that_are_no_whole_numbers_are_refused(tmp_path: pathlib.Path) -> None:
+    values = torch.randn(ROWS, WIDTH)
+    for table in homes(values, write_table(tmp_path / "t", values)):
+        for dtype in (torch.float32, torch.bool, torch.uint8, torch.int16):
+            with pytest.raises(ValueError, match=f"got row ids in {dtype}, expected torch.int64 or torch.int32"):
+                table.request.__wrapped__(table, torch.zeros(2, dtype=dtype))
 
 
 def test_ten_thousand_bad_batches_are_refused(tmp_path: pathlib.Path) -> None:

@@ -1,5 +1,6 @@
 """Rows overwritten between marks, processes that end anywhere, in -> the rows of any mark, or the refusal."""
 
+import os
 import pathlib
 
 import numpy as np
@@ -103,6 +104,57 @@ def test_notes_of_a_process_that_ended_are_not_written_over(tmp_path: pathlib.Pa
     table.change(np.array([4]), one + 1)
     table.rewind(0)
     assert np.array_equal(table.rows[4:5], one)
+
+
+def test_damaged_notes_are_refused_and_a_cut_last_one_is_not(tmp_path: pathlib.Path) -> None:
+    """Every bit of three entries flipped, every byte of the last cut off: refused, or the rows of before."""
+    table, one = Memory(tmp_path), np.ones((1, SIZE), np.uint8)
+    table.undo.mark(0)
+    for row in (3, 4, 5):
+        table.change(np.array([row]), one)
+    notes = tmp_path / "undo-0"
+    whole, size = notes.read_bytes(), 24 + 8 + SIZE
+    assert len(whole) == 40 + 3 * size
+    for place in range(40, len(whole)):
+        notes.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        with pytest.raises(TableError, match="undo-0: got a damaged note before byte"):
+            table.rewind(0)
+    for cut in range(1, size + 1):
+        notes.write_bytes(whole[:-cut])
+        table.rows[3:6] = 1
+        table.rewind(0)
+        assert not table.rows[3:5].any()
+        assert (table.rows[5] == 1).all()
+    (tmp_path / "marks.json").write_text('{"a": 1}')
+    with pytest.raises(TableError, match=r"marks.json: got \{'a': 1\}, expected a list of steps"):
+        table.killed()
+
+
+def test_a_disk_that_is_full_loses_no_later_note(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half an entry is written when there is no more room; what is noted afterwards is found all the same."""
+    table, one, write = Memory(tmp_path), np.ones((1, SIZE), np.uint8), os.pwrite
+    table.undo.mark(0)
+    table.change(np.array([1]), one)
+
+    def full(file: int, raw: memoryview, at: int) -> int:
+        if len(raw) < 10:
+            raise OSError(28, "No space left on device")
+        return write(file, raw[:9], at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(TableError, match="got No space left on device, expected room for notes of 1 rows"):
+            table.change(np.array([2]), one)
+    assert not table.rows[2].any()
+    table.change(np.array([2]), one)
+    table.change(np.array([3]), one)
+    table.rewind(0)
+    assert not table.rows.any()
+
+
+def test_rows_without_a_mark_are_not_overwritten(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(TableError, match="got no mark, expected a table that was filled"):
+        Memory(tmp_path).change(np.array([3]), np.ones((1, SIZE), np.uint8))
 
 
 def test_a_step_that_is_no_mark_and_another_boot_are_refused(

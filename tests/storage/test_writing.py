@@ -174,6 +174,40 @@ def test_a_build_that_was_stopped_goes_on(tmp_path: pathlib.Path, monkeypatch: p
     assert {file.name: file.read_bytes() for file in folder.glob("*")} == expected
 
 
+def test_shards_of_rows_that_were_in_memory_are_not_taken_again(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that was killed leaves shards of its rows; those of the next are others."""
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(writing, "flush", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            write_table(tmp_path / "t", torch.zeros(20, 8), shard_rows=10)
+    assert len(list((tmp_path / "t.partial").glob("*.safetensors"))) == 1
+    values = torch.randn(20, 8)
+    assert torch.equal(rows_of(write_table(tmp_path / "t", values, shard_rows=10)), values)
+
+
+def test_one_process_writes_a_table(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for again while it is being written, by the same command."""
+    shard, refused = writing._write_shard, []
+
+    def twice(*given: object) -> None:
+        if not refused:
+            refused.append("")
+            with pytest.raises(ValueError, match="another process writes this table, expected one at a time") as told:
+                draw_table(tmp_path / "t", 20, 8, shard_rows=10)
+            refused.append(str(told.value))
+        shard(*given)
+
+    monkeypatch.setattr(writing, "_write_shard", twice)
+    folder = draw_table(tmp_path / "t", 20, 8, shard_rows=10)
+    assert "t.partial" in refused[1]
+    assert verify(folder) == []
+    with pytest.raises(ValueError, match="got 549755813889 rows a shard, expected 1 to 17179869184: its checksums"):
+        draw_table(tmp_path / "u", 2**40, 8, shard_rows=2**39 + 1)
+
+
 def test_a_tensor_that_cannot_be_written_leaves_nothing(tmp_path: pathlib.Path) -> None:
     values = torch.randn(20, 32)
     values[15, 3] = torch.nan

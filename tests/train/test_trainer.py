@@ -208,6 +208,22 @@ def test_rows_that_learn_on_the_disk_are_those_of_the_device(config, tmp_path):
     assert not any(name.startswith("tables.") for name in elsewhere.state_dict())
 
 
+def test_rows_that_learn_in_host_memory_are_those_of_the_device(config, tmp_path):
+    """Stopped and called again: the weights' file of the run whose rows are resident, byte for byte."""
+    straight = train(replace(config, folder=str(tmp_path / "straight"), steps=6))
+
+    def stop(line: dict) -> None:
+        if line["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = replace(config, tables="host", steps=6)
+    with pytest.raises(Stopped):
+        train(config, on_metrics=stop)
+    folder = train(config)
+    assert losses(folder) == losses(straight)
+    assert (folder / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+
+
 def test_longer_is_allowed_and_other_is_not(config):
     folder = train(replace(config, steps=3))
     with pytest.raises(ValueError, match=r"another run \(model\.dim differ\)"):
@@ -299,7 +315,7 @@ def test_a_wrong_config_is_refused(change, told):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tables", ["device", "disk"])
+@pytest.mark.parametrize("tables", ["device", "host", "disk"])
 def test_killed_and_called_again_is_as_if_never_killed(config, tmp_path, tables):
     """kill -9 of the whole process, wherever it is; then the same command."""
     config = replace(config, steps=60, save_every=10)

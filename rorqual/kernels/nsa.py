@@ -1,0 +1,131 @@
+"""Queries, keys of three resolutions in -> values attended at each out: layers.nsa.attend_few compiled.
+
+A token scores the compressed keys of its group, chooses by them, and reads the chosen blocks and the window where they
+lie, with nothing gathered, masked or kept in between. Threads split rows, tokens and groups. float32, CPU, without
+gradients.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rorqual.kernels import compiled
+from rorqual.kernels.select import over_blocks, scaled, where
+from rorqual.kernels.vectors import ZERO, fill
+
+_WORTH_A_THREAD = 1 << 22  # products; below, starting threads takes longer than the work
+_loop = functools.partial(compiled.compiled, any_order=True)  # sums may run on vectors
+
+
+@_loop
+def _importance(weights, seen, each, per, importance):  # pragma: no cover
+    """importance[j] = sum over h and i of weights[h, i] W[i, j]: compressed block i is `each` pieces, j is `per`.
+    The weights are used up."""
+    fill(importance, ZERO)
+    summed = weights[0]
+    for h in range(1, weights.shape[0]):
+        for i in range(seen):
+            summed[i] += weights[h, i]
+    for n in range(each):
+        j, left = n // per, per - n % per
+        for i in range(seen):
+            importance[j] += summed[i]
+            left -= 1
+            if left == 0:
+                j, left = j + 1, per
+
+
+@_loop
+def _choose(importance, own, index):  # pragma: no cover
+    """The forced blocks and the most important others up to `own`, of equal ones the later; -1 behind them."""
+    count = min(own + 1, 3)
+    for n in range(index.shape[0]):
+        index[n] = -1
+    for n in range(count):
+        index[n] = 0 if n == 2 else own - n
+        importance[index[n]] = np.float32(-1)
+    for n in range(count, index.shape[0]):
+        best, most = -1, ZERO
+        for j in range(own):
+            if importance[j] >= most:
+                best, most = j, importance[j]
+        index[n] = best
+        if best < 0:
+            break
+        importance[best] = np.float32(-1)
+
+
+@_loop
+def _attend(query, given, positions, lead, places, held, length, sizes, scale, out, first, last):  # pragma: no cover
+    """Groups first .. last of B T G. `places` of the compressed keys and values, the keys and values, the window's:
+    address, and bytes a row, a column and a group further. `held`: compressed blocks; `length`: keys."""
+    block, stride, size, chosen, window = sizes
+    time, (groups, known) = out.shape[1], given.shape[2:]
+    share, most = out.shape[3] // groups, max(chosen, known)
+    longest = max(held, most * size, window)
+    own, scores = np.empty((share, query.shape[3]), np.float32), np.empty((share, longest), np.float32)
+    bits, index = np.empty(longest, np.int32), np.empty(most, np.int64)
+    none, at = np.zeros(1, np.int64), np.empty(6, np.int64)
+    importance = np.empty(length // size + 2, np.float32)
+    for n in range(first, last):
+        b, t, g = n // (time * groups), n // groups % time, n % groups
+        position = positions[b, t]
+        scaled(query[b, t, g * share :], scale, own)
+        for x in range(6):
+            at[x] = places[x, 0] + b * places[x, 1] + g * places[x, 3] + (lead[b] * places[x, 2] if x > 1 else 0)
+        heads = slice(g * share, (g + 1) * share)
+        seen = max(0, min(held, (position + 1 - block) // stride + 1))
+        over_blocks(own, none, seen, held, at[0], places[0, 2], at[1], places[1, 2], scores, bits, out[b, t, 0, heads])
+        if known:
+            for k in range(known):
+                index[k] = given[b, t, g, k]
+        else:
+            _importance(scores, seen, block // stride, size // stride, importance)
+            _choose(importance, position // size, index[:chosen])
+        end = position + 1
+        over_blocks(own, index, end, size, at[2], places[2, 2], at[3], places[3, 2], scores, bits, out[b, t, 1, heads])
+        begin = max(0, end - window)
+        near = at[4] + begin * places[4, 2], at[5] + begin * places[5, 2]
+        count = end - begin
+        over_blocks(
+            own, none, count, count, near[0], places[4, 2], near[1], places[5, 2], scores, bits, out[b, t, 2, heads]
+        )
+
+
+def attend_few(
+    query: Float[Tensor, "B T H P"],
+    key: Float[Tensor, "B L G P"],
+    value: Float[Tensor, "B L G Q"],
+    small_key: Float[Tensor, "B M G P"],
+    small_value: Float[Tensor, "B M G Q"],
+    near_key: Float[Tensor, "B L G P"],
+    near_value: Float[Tensor, "B L G Q"],
+    index: Int[Tensor, "B T G K"] | None,
+    positions: Int[Tensor, "B T"],
+    lead: Int[Tensor, " B"] | None,
+    config: Any,
+    scale: float,
+) -> Float[Tensor, "B T 3 H Q"]:
+    """See layers.nsa.attend_few, whose numbers these are within float32 rounding."""
+    (batch, time, heads, width), groups = query.shape, key.shape[2]
+    lead = positions.new_zeros(batch) if lead is None else lead
+    index = positions.new_zeros(batch, time, groups, 0) if index is None else index
+    pairs = small_key, small_value, key, value, near_key, near_value
+    dense = [x if x.stride(-1) == 1 else x.contiguous() for x in pairs]  # held as long as their addresses are used
+    places, sizes = np.array([where(x) for x in dense]), _sizes(config)
+    out = query.new_empty(batch, time, 3, heads, value.shape[-1])
+    given = [x.detach().contiguous().numpy() for x in (query, index, positions, lead)]
+    items, held = batch * time * groups, small_key.shape[1]
+    work = items * (heads // groups) * (held + sizes[3] * sizes[2] + sizes[4]) * width
+    parts = min(torch.get_num_threads(), max(1, work // _WORTH_A_THREAD), items)
+    rest = places, held, key.shape[1], sizes, np.float32(scale), out.numpy()
+    compiled.spread(lambda _, *span: _attend(*given, *rest, *span), items, parts)
+    return out
+
+
+def _sizes(config: Any) -> tuple[int, int, int, int, int]:
+    return config.block, config.stride, config.select_block, config.chosen, config.window

@@ -1,0 +1,63 @@
+"""Row ids, a matrix in memory -> the first id outside it, or its rows: compiled twins of storage.tables.
+
+A row far from the one before costs a visit to memory, so rows to come are asked for while this one is copied. From a
+KiB a row on the copy itself is what takes the time, and torch's is as good.
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor
+
+from rorqual.kernels import compiled
+
+_AHEAD = 32  # rows between the one that is asked for and the one that is copied
+_LARGE = 1024  # bytes of a row that torch copies as fast
+_FEW = 4096  # rows below which the call itself counts
+_PART = 16384  # rows worth a thread
+_WORDS = (np.uint64, np.uint32, np.uint16, np.uint8)
+
+
+@compiled.compiled
+def _bad(ids, count):  # pragma: no cover
+    outside = np.int64(0)
+    for k in range(ids.shape[0]):  # without a branch, so on vectors: an id outside has a sign in one or the other
+        outside |= np.int64(ids[k]) | (count - 1 - np.int64(ids[k]))
+    if outside >= 0:
+        return -1
+    for k in range(ids.shape[0]):
+        if ids[k] < 0 or ids[k] >= count:
+            return k
+    return -1
+
+
+def bad_row(ids: Int[np.ndarray, " K"], count: int) -> int:
+    """See storage.tables.bad_row, whose answers these are."""
+    return _bad(ids, count)
+
+
+@compiled.compiled
+def _gather(values, ids, out, begin, end):  # pragma: no cover
+    line = max(1, 64 // values.itemsize)
+    for k in range(begin, end):
+        if k + _AHEAD < end:
+            for i in range(0, values.shape[1], line):
+                compiled.ask(values, np.int64(ids[k + _AHEAD]), i)
+        given, to = values[ids[k]], out[k]
+        for i in range(given.shape[0]):
+            to[i] = given[i]
+
+
+def gather_rows(
+    values: Shaped[Tensor, "rows kept"], ids: Int[Tensor, " K"], out: Shaped[Tensor, "K kept"]
+) -> Shaped[Tensor, "K kept"]:
+    """torch.index_select(values, 0, ids, out=out) of ids that were checked."""
+    size = values.shape[1] * values.element_size()
+    if len(ids) < _FEW or size >= _LARGE or not (values.is_contiguous() and ids.is_contiguous()):
+        return torch.index_select(values, 0, ids, out=out)
+    word = next(word for word in _WORDS if size % np.dtype(word).itemsize == 0)
+    given, to = (tensor.detach().view(torch.uint8).numpy().view(word) for tensor in (values, out))
+    rows = ids.numpy()
+    parts = min(torch.get_num_threads(), len(rows) // _PART) or 1
+    compiled.spread(lambda _, begin, end: _gather(given, rows, to, begin, end), len(rows), parts)
+    return out

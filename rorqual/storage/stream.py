@@ -1,0 +1,42 @@
+"""Calls -> the same calls, one after another, by a thread behind the caller's back: one for all tables of a model.
+
+At most `room` calls are asked for and not yet done; asking for one more waits.
+"""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+_ROOM = 16
+
+
+class Stream:
+    """One thread, begun by the first call, ended by `close` and begun anew by the next."""
+
+    def __init__(self, room: int = _ROOM) -> None:
+        self._room = threading.BoundedSemaphore(room)
+        self._lock = threading.Lock()
+        self._worker: ThreadPoolExecutor | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a thread."""
+        return self._worker is not None
+
+    def put(self, work: Callable[..., Any], *given: Any) -> "Future[Any]":
+        """Asks for a call; waits while there is no room."""
+        self._room.acquire()
+        with self._lock:
+            if self._worker is None:
+                self._worker = ThreadPoolExecutor(1, thread_name_prefix="rows")
+            future = self._worker.submit(work, *given)
+        future.add_done_callback(lambda _: self._room.release())
+        return future
+
+    def close(self) -> None:
+        """Waits for what was asked for and ends the thread."""
+        with self._lock:
+            worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.shutdown()

@@ -1,0 +1,42 @@
+"""Row ids in any order -> the rows that are held, and the one that gives way, as a list of them would have it."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rorqual.kernels import hot as twins
+from rorqual.storage import hot
+
+pytestmark = pytest.mark.engram
+
+
+@pytest.mark.parametrize("kind", [hot.Recent, twins.Recent])
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_what_was_used_last_stays(kind: type, data: st.DataObject) -> None:
+    """Against a plain list of ids, oldest first; ids far apart and side by side, more than there are slots."""
+    slots, size = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 9))
+    values = np.random.default_rng(0).integers(256, size=(60, size), dtype=np.uint8)
+    kept, used = kind(slots, size), []
+    far = data.draw(st.sampled_from([1, 7, 2**33]))
+    for wanted in data.draw(st.lists(st.lists(st.integers(0, 59), min_size=1, unique=True), max_size=12)):
+        ids, into = np.array(wanted), torch.zeros(len(wanted), size, dtype=torch.uint8)
+        missing = kept.take(ids * far, into)
+        assert missing.tolist() == [place for place, row in enumerate(wanted) if row not in used]
+        assert all(np.array_equal(into[p], values[row]) for p, row in enumerate(wanted) if row in used)
+        used = [row for row in used if row not in wanted] + [row for row in wanted if row in used]
+        kept.keep(ids[missing] * far, torch.from_numpy(values[ids[missing]]))
+        used = (used + ids[missing].tolist())[max(0, len(used) + len(missing) - slots) :] if slots else []
+
+
+@pytest.mark.parametrize("kind", [hot.Recent, twins.Recent])
+def test_what_is_frozen_stays_for_good(kind: type) -> None:
+    kept = kind(2, 1)
+    kept.keep(np.array([3, 5]), torch.tensor([[30], [50]], dtype=torch.uint8))
+    kept.frozen = True
+    kept.keep(np.array([7]), torch.tensor([[70]], dtype=torch.uint8))
+    into = torch.zeros(3, 1, dtype=torch.uint8)
+    assert kept.take(np.array([3, 5, 7]), into).tolist() == [2]
+    assert into.flatten().tolist() == [30, 50, 0]
