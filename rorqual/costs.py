@@ -163,12 +163,13 @@ def _hyper(config: ModelConfig) -> int:
 
 
 def _engram(config: ModelConfig) -> int:
-    """Key and value projections, a gate for each stream and what it scales, the convolution."""
+    """Key and value projections, the gates and what they scale, the convolution."""
     if config.engram is None:
         return 0
-    wide = config.streams * config.dim
+    wide, keys = config.streams * config.dim, config.engram.gates(config.streams) * config.dim
     taps = config.engram.kernel if config.engram.conv else 0
-    return len(config.engram.layers) * (config.engram.memory_width * (wide + config.dim) + (2 + taps) * wide)
+    once = config.engram.memory_width * (keys + config.dim) + keys + (taps + (keys > 0)) * wide
+    return len(config.engram.layers) * once
 
 
 def _cached_bytes(config: ModelConfig) -> int:

@@ -185,3 +185,6 @@ def test_engram_by_hand():
     hyper = HyperConfig()
     streams = memory * (4 * 8 + 8) + 4 * gate + 4 * 4 * 8
     assert products(replace(PLAIN, engram=engram, hyper=hyper)) - products(replace(PLAIN, hyper=hyper)) == 2 * streams
+    for gating, less in (("shared", 3 * (memory + 1) * 8), ("open", 4 * (memory + 1) * 8 + 4 * 8)):
+        part = replace(PLAIN, engram=replace(engram, gating=gating), hyper=hyper)
+        assert products(part) - products(replace(PLAIN, hyper=hyper)) == 2 * (streams - less)

@@ -144,16 +144,36 @@ def load_map(load: Load) -> Figure:
         return figure
 
 
-def sweep(points: Mapping[str, Sequence[tuple[float, float, float]]], *, x: str, y: str, log: bool = False) -> Figure:
-    """Lines of (x, mean, standard error) with error bars."""
+def sweep(
+    points: Mapping[str, Sequence[tuple[float, float, float]]],
+    *,
+    x: str,
+    y: str,
+    log: bool = False,
+    levels: Mapping[str, float] | None = None,
+    names: Sequence[str] = (),
+) -> Figure:
+    """Lines of (x, mean, standard error) with error bars.
+
+    levels: values beside the axis, drawn across. names: what stands at x = 0, 1, ..: then no line joins the points.
+    """
     with style():
         figure = _figure(6.5, 3.6)
         axes = figure.subplots()
         for (name, rows), colour in zip(points.items(), COLOURS * 4, strict=False):
             xs, means, errors = np.array(sorted(rows)).T
-            axes.errorbar(xs, means, yerr=errors, fmt="o-", color=colour, capsize=3, lw=1.2, ms=4, label=name)
+            axes.errorbar(
+                xs, means, yerr=errors, fmt="o" if names else "o-", color=colour, capsize=3, lw=1.2, ms=4, label=name
+            )
+        for (name, level), colour in zip((levels or {}).items(), COLOURS[len(points) :] * 4, strict=False):
+            axes.axhline(level, color=colour, lw=1, ls="--", label=name)
+        if names:
+            axes.set_xticks(range(len(names)), names, rotation=20, ha="right")
         if log:
+            places = sorted({place for rows in points.values() for place, _, _ in rows})
             axes.set_xscale("log")
+            axes.set_xticks(places, [f"{place:,g}" for place in places])
+            axes.minorticks_off()
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.grid(alpha=0.2)

@@ -256,7 +256,8 @@ def sweep_command(argv: list[str]) -> int:
     if kind == "needle":
         folder = needle.main(parse(needle.NeedleSweep(), flags, "sweep needle"), console=console)
     else:
-        start = configs.replace(allocation.SweepConfig(), "kind", kind)
+        shape = value_of("--preset", flags) or allocation.SweepConfig().preset
+        start = configs.replace(allocation.SweepConfig(preset=shape, model=named(shape)), "kind", kind)
         folder = allocation.main(
             parse(start, renamed(flags, {"--data": "--data.source"}), "sweep KIND", SWEEP_ENDS), console=console
         )

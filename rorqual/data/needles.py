@@ -31,15 +31,15 @@ _TRAINED, _HELD_OUT = 0, 1  # what is drawn for
 class NeedleConfig:
     """The language, what is asked in it, and how training texts grow to their full length."""
 
-    keys: int = 12  # with 32 of each, full attention learns to find by key in few seeds, late
+    keys: int = 12
     values: int = 12
     filler: int = 16
     needles: int = 4  # pairs in a text; single has one
     asked: int = 2  # values of multi-value, keys of multi-query
     drill: int = 8  # keys of a multi-query of training, drawn with repetition; 0: as when held out
     shortest: int = 24  # tokens of the first training texts
-    alone: int = 350  # first batches, of nothing but multi-query: the most labels that need the key
-    grow: int = 100  # batches from then on before the length doubles, until it is the full one
+    alone: int = 200  # first batches, of nothing but multi-query: the most labels that need the key
+    grow: int = 60  # batches from then on before the length doubles, until it is the full one
     questions: int = 64  # held-out rows of each task and length
 
     def __post_init__(self) -> None:

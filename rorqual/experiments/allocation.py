@@ -1,48 +1,58 @@
 """A kind of sweep -> runs -> a table, a figure and a sentence that may say "not established".
 
-    allocation   loss over rho, the share of inactive experts that stay experts, totals and FLOPs equal
+    allocation   loss over rho, the share of inactive experts that stay experts; totals and FLOPs equal
+    experts      loss over routed experts, no memory; FLOPs equal: do experts pay at this size?
     slots        loss over rows a head, the backbone fixed
-    layers       loss over the block that remembers, budget fixed
-    ablation     the memory without its gate's convolution, canonical ids, orders
+    layers       loss over the block that remembers, rows fixed
+    ablation     the memory without gates, convolution, canonical ids, a gate a stream, or its orders; rows fixed
 
-Every point is run with every seed; points are compared by the paired difference to the first one, seed by seed, with
-its standard error. Interrupted sweeps go on; finished runs are never repeated.
+Every point is trained with every seed at every learning rate. Points are compared by the paired difference to the first
+one, seed by seed, with its standard error: at each rate, and each at its best. Interrupted sweeps go on; finished runs
+are never repeated.
 """
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from rorqual.analyze import figures
-from rorqual.experiments.paired import difference, established, mean_and_error
-from rorqual.experiments.plan import default_memory, split_budget, with_rows
-from rorqual.experiments.runs import Job, last, run
+from rorqual.costs import costs
+from rorqual.experiments.paired import compared, difference, established, mean_and_error
+from rorqual.experiments.plan import default_memory, split_budget, with_flops, with_rows
+from rorqual.experiments.runs import last, run, seeded
+from rorqual.layers.engram import EngramConfig
 from rorqual.model import ModelConfig
 from rorqual.presets import preset
 from rorqual.train.optim import OptimConfig
 from rorqual.train.trainer import DataConfig, TrainConfig, prepare
 
-KINDS = ("allocation", "slots", "layers", "ablation")
+Kind = Literal["allocation", "experts", "slots", "layers", "ablation"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+FEW = 2  # rows a head of a memory that holds nothing; rounded up to different primes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepConfig:
     """What is compared, and at what length."""
 
-    kind: Literal["allocation", "slots", "layers", "ablation"] = "allocation"
-    preset: str = "tiny"
-    rhos: tuple[float, ...] = (1.0, 0.8, 0.6, 0.4)
-    rows_per_head: tuple[int, ...] = (64, 512, 4096, 32768)
-    rho: float = 0.7  # of the sweeps other than allocation
+    kind: Kind = "allocation"
+    preset: str = "tiny"  # or a run folder
+    model: ModelConfig = field(default_factory=lambda: preset("tiny"))  # flags change the model that is followed
+    rhos: tuple[float, ...] = (1.0, 0.7, 0.4)
+    experts: tuple[int, ...] = (2, 8, 32)  # routed, of which a token takes as many as in the model
+    rows_per_head: tuple[int, ...] = (FEW, 64, 1024, 16384)
+    rho: float = 0.7  # of slots, layers and ablation
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(kind="muon", lr=0.02))
-    steps: int = 420
+    rates: tuple[float, ...] = (1.0,)  # every point is trained at each of these times optim.lr
+    steps: int = 200
     rows: int = 8
     length: int = 128
     seeds: int = 2
@@ -54,20 +64,28 @@ class SweepConfig:
             raise ValueError(f"sweep: got {self.kind!r}, expected one of {', '.join(KINDS)}")
         if self.seeds < 1:
             raise ValueError(f"seeds: got {self.seeds}, expected at least 1")
+        for name in ("rhos", "experts", "rows_per_head", "rates"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name}: got {values}, expected different values, at least one")
+        if min(self.rates) <= 0:
+            raise ValueError(f"rates: got {self.rates}, expected factors above 0")
 
 
 class Point(NamedTuple):
-    """One place on the axis."""
+    """One place on the axis, or a control beside it."""
 
     name: str
     x: float
     config: ModelConfig
+    control: bool = False
 
 
 class Row(NamedTuple):
-    """What a point scored, over its seeds."""
+    """What a point scored at a learning rate, over its seeds."""
 
     point: Point
+    rate: float
     losses: list[float]
     mean: float
     error: float  # standard error of the mean; nan with one seed
@@ -77,44 +95,82 @@ class Row(NamedTuple):
 
 def points(config: SweepConfig, base: ModelConfig) -> list[Point]:
     """The models of a sweep; the first is what the others are compared with."""
+    if base.moe is None:
+        raise ValueError("model: got one without experts, expected moe to be on")
     if config.kind == "allocation":
-        plans = [split_budget(base, rho, context=config.length) for rho in sorted(config.rhos, reverse=True)]
-        # the pure model pays for the projections too, or it would be the cheaper one
-        pure = Point("rho-1.00", 1.0, plans[-1].moe.config)
-        distinct = {p.rho: p.engram.config for p in plans if p.rho < 1}  # two rhos may keep the same experts
-        digits = 2 if len({f"{rho:.2f}" for rho in (1.0, *distinct)}) > len(distinct) else 5
-        return [pure, *(Point(f"rho-{rho:.{digits}f}", rho, found) for rho, found in distinct.items())]
+        return _allocation(config, base)
+    if config.kind == "experts":
+        return _experts(config, base)
     planned = split_budget(base, config.rho, context=config.length).engram.config
     memory = planned.engram or default_memory(base)
     if config.kind == "slots":
-        sizes = [replace(planned, engram=with_rows(memory, rows)) for rows in config.rows_per_head]
-        return [Point(f"rows-{n}", float(n), c) for n, c in zip(config.rows_per_head, sizes, strict=True)]
+        return [
+            Point(f"rows-{n}", float(n), replace(planned, engram=with_rows(memory, n))) for n in config.rows_per_head
+        ]
     if config.kind == "layers":
         places = [replace(planned, engram=replace(memory, layers=(i,))) for i in range(base.layers)]
         return [Point(f"block-{i}", float(i), c) for i, c in enumerate(places)]
-    variants = [
-        ("whole", memory),
-        ("no-conv", replace(memory, conv=False)),
-        ("raw-ids", replace(memory, canonical=False)),
-        ("bigrams-only", replace(memory, rows_per_head=(sum(memory.rows_per_head),))),
-    ]
-    return [Point(name, float(i), replace(planned, engram=m)) for i, (name, m) in enumerate(variants)]
+    parts = _ablations(memory, base.streams)
+    return [Point(name, float(i), replace(planned, engram=m)) for i, (name, m) in enumerate(parts.items())]
+
+
+def _allocation(config: SweepConfig, base: ModelConfig) -> list[Point]:
+    """The pure model's shared expert is wider by what a memory's projections cost, or it would be the cheaper one."""
+    memory, alone = base.engram or default_memory(base), replace(base, engram=None)
+    few = replace(base, engram=with_rows(memory, FEW))
+    more = costs(few, config.length).flops_per_token - costs(alone, config.length).flops_per_token
+    pure = with_flops(alone, more)
+    rhos = sorted(config.rhos, reverse=True)
+    plans = [split_budget(pure, rho, memory, context=config.length, pays="memory") for rho in rhos]
+    distinct = {p.rho: p.engram.config for p in plans if p.rho < 1}  # two rhos may keep the same experts
+    digits = 2 if len({f"{rho:.2f}" for rho in (1.0, *distinct)}) > len(distinct) else 5
+    curve = [Point(f"rho-{rho:.{digits}f}", rho, found) for rho, found in distinct.items()]
+    controls = [Point("plain", 1.0, alone, control=True), Point("few-rows", 1.0, few, control=True)]
+    return [Point("rho-1.00", 1.0, pure), *curve, *controls]
+
+
+def _experts(config: SweepConfig, base: ModelConfig) -> list[Point]:
+    """Shared experts pay for the router of the most experts, so that a token costs the same everywhere."""
+    assert base.moe is not None
+    numbers = sorted(config.experts)
+    models = [replace(base, engram=None, moe=replace(base.moe, routed=n)) for n in numbers]
+    spent = [costs(model, config.length).flops_per_token for model in models]
+    level = [with_flops(model, max(spent) - own) for model, own in zip(models, spent, strict=True)]
+    return [Point(f"experts-{n}", float(n), model) for n, model in zip(numbers, level, strict=True)]
+
+
+def _ablations(memory: EngramConfig, streams: int) -> dict[str, EngramConfig]:
+    """One thing at a time. Other orders keep a token's rows and the table: where orders are fewer, heads are more."""
+    rows = sum(memory.rows_per_head) // len(memory.rows_per_head)
+    reads, spread = memory.rows_per_token, memory.dilation or memory.ngram
+    orders = {"bigrams-only": 1, "to-trigrams": 2, "to-5-grams": 4}
+    return {
+        "whole": memory,
+        "no-gate": replace(memory, gating="open"),
+        **({"one-gate": replace(memory, gating="shared")} if streams > 1 else {}),
+        "no-conv": replace(memory, conv=False),
+        "raw-ids": replace(memory, canonical=False),
+        **{
+            name: replace(memory, rows_per_head=(rows,) * n, heads=reads // n, dilation=spread)
+            for name, n in orders.items()
+            if n != len(memory.rows_per_head) and reads % n == 0
+        },
+    }
 
 
 def main(config: SweepConfig, *, console: Console | None = None) -> Path:
     """Runs the sweep; writes sweep.csv, sweep.svg and conclusion.txt into its folder, and returns the folder."""
     console = console or Console()
-    tokens = prepare(config.data)
-    base = replace(preset(config.preset), engram=None, vocabulary=tokens.vocabulary)
-    places = points(config, base)
+    data = replace(config.data, vocabulary=config.data.vocabulary or config.model.vocabulary)
+    config = replace(config, data=data)
+    places = points(config, replace(config.model, vocabulary=prepare(data).vocabulary))
     folder = Path(config.folder) / config.kind
-    jobs = {(p.name, seed): _job(config, p, seed, folder) for p in places for seed in range(config.seeds)}
-    run(list(jobs.values()), workers=config.workers, console=console)
-    losses = [
-        [last(jobs[p.name, s].folder, "validation_loss")["validation_loss"] for s in range(config.seeds)]
-        for p in places
-    ]
-    rows = compare(places, losses)
+    tried = [(point, config.optim.lr * rate) for rate in config.rates for point in places]
+    jobs = [seeded(folder, f"{p.name}-lr-{rate:g}", _training(config, p, rate), config.seeds) for p, rate in tried]
+    # a seed after the other, so that a sweep that is stopped has every point
+    run([job for turn in zip(*jobs, strict=True) for job in turn], workers=config.workers, console=console)
+    losses = [[last(job.folder, "validation_loss")["validation_loss"] for job in each] for each in jobs]
+    rows = tabulate([(*place, own) for place, own in zip(tried, losses, strict=True)])
     said = conclusion(config.kind, rows)
     _write(folder, config, rows, said)
     console.print(_table(rows))
@@ -122,75 +178,127 @@ def main(config: SweepConfig, *, console: Console | None = None) -> Path:
     return folder
 
 
-def _job(config: SweepConfig, point: Point, seed: int, folder: Path) -> Job:
-    name = f"{point.name}-seed-{seed}"
-    return Job(
-        name,
-        TrainConfig(
-            model=point.config,
-            data=config.data,
-            optim=config.optim,
-            steps=config.steps,
-            rows=config.rows,
-            length=config.length,
-            seed=seed,
-            folder=str(folder / name),
-        ),
+def _training(config: SweepConfig, point: Point, rate: float) -> TrainConfig:
+    return TrainConfig(
+        model=point.config,
+        data=config.data,
+        optim=replace(config.optim, lr=rate),
+        steps=config.steps,
+        rows=config.rows,
+        length=config.length,
     )
 
 
-def compare(places: Sequence[Point], losses: Sequence[Sequence[float]]) -> list[Row]:
-    """Means, standard errors, and paired differences to the first point."""
-    rows = []
-    for point, own in zip(places, losses, strict=True):
-        rows.append(Row(point, list(own), *mean_and_error(own), *difference(own, losses[0])))
-    return rows
+Scored = tuple[Point, float, Sequence[float]]  # a point, a learning rate, a loss a seed
 
 
-def conclusion(kind: str, rows: Sequence[Row]) -> str:
-    """What the differences allow one to say."""
-    best = min(rows, key=lambda row: row.mean)
-    if len(rows[0].losses) < 2:
-        return f"{best.point.name} scored lowest ({best.mean:.4f} nats), with one seed: not established."
-    first = rows[0].point.name
-    if best is rows[0]:
-        return f"{first} scored lowest ({best.mean:.4f} nats); no other point beat it."
-    seeds = len(best.losses)
-    clear = established(best.difference, best.difference_error, seeds)
-    said = (
-        f"{best.point.name} scored lowest ({best.mean:.4f} nats): {-best.difference:.4f} +- {best.difference_error:.4f}"
-        f" below {first}, over {seeds} seeds; "
-        f"{'established' if clear else 'not established'} at 95 % (paired t)."
-    )
-    if kind != "allocation":
-        return said
-    inside = best is not rows[-1]
-    u = inside and clear and established(*difference(rows[-1].losses, best.losses), seeds)
-    return said + f" A U-shape over rho is {'established' if u else 'not established'} here."
+def tabulate(scored: Sequence[Scored]) -> list[Row]:
+    """A row a point and rate, compared with the first point at the same rate."""
+    rates = dict.fromkeys(rate for _, rate, _ in scored)
+    return [row for rate in rates for row in _compare([each for each in scored if each[1] == rate])]
+
+
+def at_best(rows: Sequence[Row]) -> list[Row]:
+    """A row a point, at the rate whose mean loss is lowest for it, compared with the first point at its own best."""
+    best: dict[str, Row] = {}
+    for row in rows:
+        best[row.point.name] = min(best.get(row.point.name, row), row, key=lambda each: each.mean)
+    return _compare([(row.point, row.rate, row.losses) for row in best.values()])
+
+
+def _compare(scored: Sequence[Scored]) -> list[Row]:
+    first = scored[0][2]
+    return [Row(p, rate, list(own), *mean_and_error(own), *difference(own, first)) for p, rate, own in scored]
+
+
+def conclusion(kind: Kind, rows: Sequence[Row]) -> str:
+    """What the differences allow one to say, of every point at its best rate, then of the same two points at each."""
+    best = at_best(rows)
+    axis, controls = [r for r in best if not r.point.control], [r for r in best if r.point.control]
+    low, *others = sorted(axis, key=lambda row: row.mean)
+    first, rates, seeds = axis[0], list(dict.fromkeys(row.rate for row in rows)), len(low.losses)
+    several = rates if len(rates) > 1 else []
+    at = f" at a rate of {low.rate:g}" if several else ""
+    said = [f"{low.point.name} scored lowest ({low.mean:.4f} nats a token{at}, {seeds} seed{'s' * (seeds > 1)})"]
+    if others:
+        other = others[0] if low is first else first
+        said += [_against(low, other), *(f"at a rate of {rate:g} {_at(rows, rate, low, other)}" for rate in several)]
+    for control in controls:
+        said += [_against(control, first)] + [_against(low, control)] * (low is not first)
+    if kind in _QUESTIONS:
+        question, clear = _QUESTIONS[kind]
+        said.append(f"{question}: {'established' if clear(axis) else 'not established'}")
+    return "; ".join(said) + " (95 %, paired t)."
+
+
+def _against(one: Row, other: Row) -> str:
+    return compared(one.point.name, other.point.name, one.losses, other.losses)
+
+
+def _at(rows: Sequence[Row], rate: float, one: Row, other: Row) -> str:
+    found = {row.point.name: row for row in rows if row.rate == rate}
+    return _against(found[one.point.name], found[other.point.name])
+
+
+def _below(one: Row, other: Row) -> bool:
+    mean, error = difference(one.losses, other.losses)
+    return mean < 0 and established(mean, error, len(one.losses))
+
+
+def _is_u(axis: Sequence[Row]) -> bool:
+    low = min(axis, key=lambda row: row.mean)
+    return low is not axis[0] and low is not axis[-1] and _below(low, axis[0]) and _below(low, axis[-1])
+
+
+def _pays(axis: Sequence[Row]) -> bool:
+    return _below(min(axis, key=lambda row: row.mean), axis[0])
+
+
+_QUESTIONS: dict[str, tuple[str, Callable[[Sequence[Row]], bool]]] = {
+    "allocation": ("a U-shape over rho", _is_u),
+    "experts": ("more experts pay", _pays),
+}
 
 
 def _write(folder: Path, config: SweepConfig, rows: Sequence[Row], said: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    best = {(row.point.name, row.rate) for row in at_best(rows)}
+    numbers = ("mean", "standard_error", "difference", "difference_error")
     with (folder / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            ["point", "x", "mean", "standard_error", "difference", "difference_error", *map(str, range(config.seeds))]
-        )
+        writer.writerow(["point", "x", "control", "rate", "best_rate", *numbers, *map(str, range(config.seeds))])
         for row in rows:
-            writer.writerow(
-                [row.point.name, row.point.x, row.mean, row.error, row.difference, row.difference_error, *row.losses]
-            )
-    x = {"allocation": "rho", "slots": "rows a head", "layers": "block", "ablation": "variant"}[config.kind]
-    lines = {"validation": [(row.point.x, row.mean, 0.0 if math.isnan(row.error) else row.error) for row in rows]}
-    figures.sweep(lines, x=x, y="validation loss, nats a token", log=config.kind == "slots").savefig(
-        folder / "sweep.svg"
-    )
+            found = (row.mean, row.error, row.difference, row.difference_error)
+            place = (row.point.name, row.point.x, row.point.control, row.rate, (row.point.name, row.rate) in best)
+            writer.writerow([*place, *found, *row.losses])
+    with figures.style():
+        _draw(config.kind, rows).savefig(folder / "sweep.svg")
     (folder / "conclusion.txt").write_text(said + "\n", encoding="utf-8")
 
 
-def _table(rows: Sequence[Row]) -> Table:
-    table = Table("point", "loss", "standard error", "difference", "its error", box=None)
+AXES = {"allocation": "rho", "experts": "routed experts", "slots": "rows a head", "layers": "block", "ablation": ""}
+
+
+def _draw(kind: Kind, rows: Sequence[Row]) -> Figure:
+    """A line a learning rate over the axis, controls as levels beside it."""
+    several = len({row.rate for row in rows}) > 1
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    levels: dict[str, float] = {}
     for row in rows:
-        figures_of = (row.mean, row.error, row.difference, row.difference_error)
-        table.add_row(row.point.name, *("" if math.isnan(value) else f"{value:.4f}" for value in figures_of))
+        name = f"rate {row.rate:g}" if several else "validation"
+        if row.point.control:
+            levels[row.point.name + f", {name}" * several] = row.mean
+        else:
+            error = 0.0 if math.isnan(row.error) else row.error
+            lines.setdefault(name, []).append((row.point.x, row.mean, error))
+    names = list(dict.fromkeys(row.point.name for row in rows)) if kind in ("layers", "ablation") else ()
+    y, log = "validation loss, nats a token", kind in ("slots", "experts")
+    return figures.sweep(lines, x=AXES[kind], y=y, log=log, levels=levels, names=names)
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table("point", "rate", "loss", "standard error", "difference", "its error", box=None)
+    for row in rows:
+        found = (row.mean, row.error, row.difference, row.difference_error)
+        table.add_row(row.point.name, f"{row.rate:g}", *("" if math.isnan(v) else f"{v:.4f}" for v in found))
     return table

@@ -12,9 +12,10 @@ R rows of width W are read by a token in each block that remembers, at most toke
 others have neither gradient nor update. Everything is spread evenly over the devices; activations, exchanges between
 devices and what the allocator loses are not in it.
 
-Published peaks, bfloat16 without sparsity, from the makers' data sheets: NVIDIA A100 80GB SXM (2021), H100 SXM (2022),
-H200 SXM (2023), HGX B200 (2024), GeForce RTX 4090 (2022); AMD MI300X (2023). `link` is PCIe x16 of the card's
-generation, one direction.
+Published peaks, bfloat16 with sums in float32 and without sparsity (half of what a sheet gives with it). NVIDIA's data
+sheets of A100 (80GB SXM, 2021), H100 (SXM, 2023), H200 (SXM, 2024) and HGX B200 (2024), its Ada architecture paper for
+the RTX 4090 (2022); AMD's data sheet of the MI300X (2023): 304 units x 2048 x 2.1 GHz. `link` is PCIe x16, one
+direction: generation 4 for the A100 and RTX 4090, 5 for the others, the B200 among them as its usual hosts have it.
 """
 
 import math

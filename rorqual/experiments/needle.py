@@ -18,8 +18,8 @@ from rich.table import Table
 
 from rorqual.analyze import figures
 from rorqual.data.needles import DEPTHS, TASKS, NeedleConfig, chance, column, exam_lengths
-from rorqual.experiments.paired import difference, established, mean_and_error
-from rorqual.experiments.runs import Job, last, run
+from rorqual.experiments.paired import compared, mean_and_error
+from rorqual.experiments.runs import last, run, seeded
 from rorqual.layers.attention import GQAConfig, MLAConfig
 from rorqual.layers.basics import RopeConfig
 from rorqual.layers.dsa import DSAConfig
@@ -57,8 +57,8 @@ class NeedleSweep:
             layers=(0,), rows_per_head=(2048, 2048), heads=2, head_dim=16, conv=False, canonical=False
         )
     )
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-3))
-    steps: int = 900
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(kind="muon", lr=6e-3))
+    steps: int = 600
     rows: int = 10
     length: int = 192
     seeds: int = 2
@@ -113,7 +113,7 @@ def main(config: NeedleSweep, *, console: Console | None = None) -> Path:
     console = console or Console()
     folder = Path(config.folder) / "needle"
     entered = arms(config)
-    jobs = {arm.name: [_job(config, arm, seed, folder) for seed in range(config.seeds)] for arm in entered}
+    jobs = {arm.name: seeded(folder, arm.name, _training(config, arm), config.seeds) for arm in entered}
     run([job for each in jobs.values() for job in each], workers=config.workers, console=console)
     scores = {name: [last(job.folder, _total(config)) for job in each] for name, each in jobs.items()}
     said = conclusion(config, entered, scores)
@@ -124,20 +124,14 @@ def main(config: NeedleSweep, *, console: Console | None = None) -> Path:
     return folder
 
 
-def _job(config: NeedleSweep, arm: Arm, seed: int, folder: Path) -> Job:
-    name = f"{arm.name}-seed-{seed}"
-    return Job(
-        name,
-        TrainConfig(
-            model=arm.config,
-            needles=config.needles,
-            optim=config.optim,
-            steps=config.steps,
-            rows=config.rows,
-            length=config.length,
-            seed=seed,
-            folder=str(folder / name),
-        ),
+def _training(config: NeedleSweep, arm: Arm) -> TrainConfig:
+    return TrainConfig(
+        model=arm.config,
+        needles=config.needles,
+        optim=config.optim,
+        steps=config.steps,
+        rows=config.rows,
+        length=config.length,
     )
 
 
@@ -156,18 +150,11 @@ def conclusion(config: NeedleSweep, entered: Sequence[Arm], scores: dict[str, li
     means = {name: [overall(each, config.length) for each in seeds] for name, seeds in scores.items()}
     pairs = [(arm.name, arm.name.replace(arm.kind, FULL[arm.kind], 1)) for arm in entered if arm.kind in FULL]
     pairs += [(arm.name, arm.kind) for arm in entered if arm.memory]
-    parts = [_compared(one, other, means) for one, other in pairs if other in means]
+    parts = [compared(one, other, means[one], means[other], 3) for one, other in pairs if other in means]
     best = max(means, key=lambda name: mean_and_error(means[name])[0])
     seeds = f"{config.seeds} seed{'s' * (config.seeds > 1)}"
     head = f"{best} found most ({mean_and_error(means[best])[0]:.3f} of the answers at {config.length} tokens, {seeds})"
     return "; ".join([head, *parts]) + " (95 %, paired t)."
-
-
-def _compared(one: str, other: str, means: dict[str, list[float]]) -> str:
-    mean, error = difference(means[one], means[other])
-    found = "established" if established(mean, error, len(means[one])) else "not established"
-    figure = f"{mean:+.3f}" if math.isnan(error) else f"{mean:+.3f} +- {error:.3f}"
-    return f"{one} against {other} {figure}, {found}"
 
 
 def _table(config: NeedleSweep, scores: dict[str, list[Scores]]) -> Table:
@@ -205,7 +192,8 @@ def _write(folder: Path, config: NeedleSweep, entered: Sequence[Arm], scores: di
 
 
 def _draw(path: Path, lines: dict[str, list[tuple[float, float, float]]], x: str, log: bool = False) -> None:
-    figures.sweep(lines, x=x, y="share of answers found", log=log).savefig(path)
+    with figures.style():
+        figures.sweep(lines, x=x, y="share of answers found", log=log).savefig(path)
 
 
 def _by_depth(seeds: Sequence[Scores], length: int) -> list[tuple[float, float, float]]:

@@ -31,3 +31,11 @@ def difference(own: Sequence[float], other: Sequence[float]) -> tuple[float, flo
 def established(mean: float, error: float, seeds: int) -> bool:
     """Whether a mean of so many paired differences is away from 0 at 95 %; never with one seed."""
     return seeds > 1 and abs(mean) > t_factor(seeds) * error
+
+
+def compared(one: str, other: str, own: Sequence[float], others: Sequence[float], digits: int = 4) -> str:
+    """The two arms' names, the mean of own - others with its error, and whether it is established."""
+    mean, error = difference(own, others)
+    figure = f"{mean:+.{digits}f}" + (f" +- {error:.{digits}f}" if math.isfinite(error) else "")
+    found = "established" if established(mean, error, len(own)) else "not established"
+    return f"{one} against {other} {figure}, {found}"

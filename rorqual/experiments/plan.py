@@ -24,7 +24,7 @@ from rorqual.experiments.budget import (
     step_of,
 )
 from rorqual.experiments.devices import Machine
-from rorqual.layers.engram import EngramConfig
+from rorqual.layers.engram import EngramConfig, row_totals
 from rorqual.layers.moe import MoEConfig
 from rorqual.model import ModelConfig
 
@@ -150,14 +150,14 @@ def _evened(moe: ModelConfig, empty: ModelConfig, context: int, pays: str) -> tu
     more = costs(empty, context).flops_per_token - have.flops_per_token
     if abs(more) > FLOP_TOLERANCE * have.flops_per_token:
         if more > 0 and pays == "pure":
-            moe = _with_flops(moe, more)
+            moe = with_flops(moe, more)
             have = costs(moe, context)
         else:
-            empty = _with_flops(empty, -more)
+            empty = with_flops(empty, -more)
     return Arm("moe", moe, have), empty
 
 
-def _with_flops(config: ModelConfig, more: int) -> ModelConfig:
+def with_flops(config: ModelConfig, more: int) -> ModelConfig:
     """`config` with its shared expert so much wider, or narrower, that a token costs `more` FLOPs more."""
     assert config.moe is not None
     blocks = sum(config.has_experts(i) for i in range(config.layers))
@@ -174,22 +174,23 @@ def _with_flops(config: ModelConfig, more: int) -> ModelConfig:
 
 
 def _solve_rows(target: Costs, empty: ModelConfig, template: EngramConfig, context: int) -> EngramConfig:
+    """The rows a head whose primes come closest to what is free; halving, since primes do not lie evenly."""
     spent = costs(empty, context)
     free = target.total - (spent.total - spent.memory)
-    row = len(template.layers) * len(template.rows_per_head) * template.heads * template.head_dim
-    rows = free // row
-    for _ in range(3):
-        if rows < 2:
-            raise ValueError(
-                f"rho: got a memory of {free:,} parameters after its projections, expected at least {spent.memory:,}; "
-                "lower rho, or narrow the memory (fewer heads, a smaller head_dim, fewer layers)"
-            )
-        # primes lie a little above what was asked for
-        over = round((costs(replace(empty, engram=with_rows(template, rows)), context).total - target.total) / row)
-        if over <= 0:
-            break
-        rows -= over
-    return with_rows(template, max(2, rows))
+    if free < spent.memory:
+        raise ValueError(
+            f"rho: got a memory of {free:,} parameters after its projections, expected at least {spent.memory:,}; "
+            "lower rho, or narrow the memory (fewer heads, a smaller head_dim, fewer layers)"
+        )
+
+    def held(rows: int) -> int:
+        return sum(row_totals(with_rows(template, rows))) * template.head_dim
+
+    low, high = 2, free // (len(template.layers) * template.rows_per_token * template.head_dim) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if held(middle) <= free else (low, middle)
+    return with_rows(template, min(low, high, key=lambda rows: abs(held(rows) - free)))
 
 
 def _dense(pure: Arm, context: int) -> Arm:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,12 @@ class Job(NamedTuple):
             return configs.load(TrainConfig, self.folder / "train.json") == self.config
         except (OSError, ValueError):
             return False
+
+
+def seeded(folder: Path, name: str, config: TrainConfig, seeds: int) -> list[Job]:
+    """The same training with the seeds 0 to `seeds` - 1, each in its own folder."""
+    names = [f"{name}-seed-{seed}" for seed in range(seeds)]
+    return [Job(n, replace(config, seed=seed, folder=str(folder / n))) for seed, n in enumerate(names)]
 
 
 def last(folder: Path, key: str = "loss") -> dict[str, Any]:

@@ -40,6 +40,7 @@ class EngramConfig:
     dilation: int | None = None  # tokens between two taps; None: the largest n-gram
     conv: bool = True
     bias: bool = False  # of the key and value projections
+    gating: Literal["streams", "shared", "open"] = "streams"  # a gate a stream; one, of their mean; none, always 1
     sign: Literal["sign", "copysign"] = "sign"  # of the square root at a score of exactly 0: gate 1/2, or a little more
     eps: float = 1.1920929e-7  # of the gate's norms; what torch's rms_norm takes when it is told none
     conv_eps: float = 1e-5  # of the norm before the convolution
@@ -61,6 +62,8 @@ class EngramConfig:
                 raise ValueError(f"engram.{name}: got {value}, expected at least 1")
         if self.sign not in ("sign", "copysign"):
             raise ValueError(f"engram.sign: got {self.sign!r}, expected sign or copysign")
+        if self.gating not in ("streams", "shared", "open"):
+            raise ValueError(f"engram.gating: got {self.gating!r}, expected streams, shared or open")
         if min(self.seed, self.pad_id, *self.dead_tokens) < 0:
             got = f"seed {self.seed}, pad_id {self.pad_id}, dead_tokens {self.dead_tokens}"
             raise ValueError(f"engram: got {got}, expected none negative")
@@ -79,6 +82,10 @@ class EngramConfig:
     def memory_width(self) -> int:
         """M, the width of what one token recalls in one layer."""
         return self.rows_per_token * self.head_dim
+
+    def gates(self, streams: int) -> int:
+        """How many keys, and gates that differ, a token has in one layer."""
+        return {"streams": streams, "shared": 1, "open": 0}[self.gating]
 
     @property
     def halo(self) -> int:

@@ -5,6 +5,7 @@
     v_s    = gate_s W_v memory
     out_s  = v_s + silu(conv(norm(v_s)))                                          added to stream s before attention
 
+For ablations `gating` is "shared", which gives all streams the gate of their mean, or "open", where every gate is 1.
 Conditional Memory via Scalable Lookup, arXiv:2601.07372. The signed square root is in the authors' code, not in eq. 4.
 """
 
@@ -51,14 +52,20 @@ class Gate(nn.Module):
 
     def __init__(self, config: EngramConfig, dim: int, streams: int) -> None:
         super().__init__()
-        self.sign, self.eps = config.sign, config.eps
-        self.key_norm = nn.Parameter(torch.ones(streams, dim))
-        self.query_norm = nn.Parameter(torch.ones(streams, dim))
+        self.gating, self.sign, self.eps = config.gating, config.sign, config.eps
+        if gates := config.gates(streams):
+            self.key_norm = nn.Parameter(torch.ones(gates, dim))
+            self.query_norm = nn.Parameter(torch.ones(gates, dim))
 
-    def forward(self, hidden: Float[Tensor, "B T S D"], key: Float[Tensor, "B T S D"]) -> Float[Tensor, "B T S"]:
-        """In (0, 1), float32."""
+    def forward(self, hidden: Float[Tensor, "B T S D"], key: Float[Tensor, "B T G D"] | None) -> Float[Tensor, "B T S"]:
+        """In (0, 1), float32, a key a gate; 1 where there is no key."""
+        shape = hidden.shape[:-1]
+        if key is None:
+            return torch.ones(shape, dtype=torch.float32, device=hidden.device)
+        if self.gating == "shared":
+            hidden = hidden.float().mean(2, keepdim=True)
         query = _norm(hidden, self.query_norm, self.eps)
-        return gate(query, _norm(key, self.key_norm, self.eps), self.sign)
+        return gate(query, _norm(key, self.key_norm, self.eps), self.sign).expand(shape)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -148,7 +155,8 @@ class Engram(nn.Module):
         if dim < 1 or streams < 1:
             raise ValueError(f"Engram: got dim {dim} and {streams} streams, expected at least 1 of each")
         self.config, self.dim, self.streams = config, dim, streams
-        self.key_proj = nn.Linear(config.memory_width, streams * dim, bias=config.bias)
+        gates = config.gates(streams)
+        self.key_proj = nn.Linear(config.memory_width, gates * dim, bias=config.bias) if gates else None
         self.value_proj = nn.Linear(config.memory_width, dim, bias=config.bias)
         self.gate = Gate(config, dim, streams)
         if config.conv:
@@ -184,16 +192,18 @@ class Engram(nn.Module):
             got = f"got {memory.shape[-1]} recalled numbers a token, expected {self.config.memory_width}"
             read = f"{self.config.rows_per_token} rows of {self.config.head_dim}"
             raise ValueError(f"Engram: {got}, {read}: give it a table of that head_dim, or the table's config")
-        memory = memory.to(self.key_proj.weight.dtype)
-        key = self.key_proj(memory).unflatten(-1, (self.streams, self.dim))
+        memory = memory.to(self.value_proj.weight.dtype)
+        key = None if self.key_proj is None else self.key_proj(memory).unflatten(-1, (-1, self.dim))
         value = self.value_proj(memory)
         gated, normed = self._fuse(hidden, key, value, layout.present if live is None else live)
         return gated if normed is None else gated + F.silu(self._convolve(normed, layout, cache))
 
-    def _fuse(self, hidden: Tensor, key: Tensor, value: Tensor, live: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The gated value and its norm, in one go where nobody watches the gate."""
+    def _fuse(
+        self, hidden: Tensor, key: Tensor | None, value: Tensor, live: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gated value and its norm, in one go where every stream has its gate and nobody watches it."""
         config, conv_norm = self.config, self.conv_norm if self.config.conv else None
-        if _hooked(self.gate):
+        if key is None or config.gating != "streams" or _hooked(self.gate):
             return weigh(self.gate(hidden, key), value, conv_norm, live, config.conv_eps)
         norms = (self.gate.query_norm, self.gate.key_norm, conv_norm)
         given = (hidden, key, value, *norms, live, config.sign, config.eps, config.conv_eps)

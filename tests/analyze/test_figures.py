@@ -42,6 +42,17 @@ def test_load_map_is_relative_to_uniform():
 def test_sweep_sorts_its_points():
     axes = figures.sweep({"validation": [(2.0, 1.0, 0.1), (1.0, 2.0, 0.1)]}, x="rho", y="loss", log=True).axes[0]
     assert axes.lines[0].get_xdata().tolist() == [1.0, 2.0] and axes.get_xscale() == "log"
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2"]
+
+
+def test_sweep_draws_levels_across_and_names_apart():
+    points = {"validation": [(0.0, 1.0, 0.1), (1.0, 2.0, 0.1)]}
+    axes = figures.sweep(points, x="rho", y="loss", levels={"few rows": 1.5}).axes[0]
+    assert axes.lines[0].get_linestyle() == "-" and list(axes.lines[-1].get_ydata()) == [1.5, 1.5]
+    assert set(axes.get_legend_handles_labels()[1]) == {"validation", "few rows"}
+    named = figures.sweep(points, x="", y="loss", names=["whole", "no gate"]).axes[0]
+    assert [tick.get_text() for tick in named.get_xticklabels()] == ["whole", "no gate"]
+    assert named.get_xticks().tolist() == [0, 1] and named.lines[0].get_linestyle() == "None"
 
 
 @pytest.mark.parametrize("words", [["$$", "$x_$", "a$^$"], ["中文", "词", "\U0001f40b"]], ids=["dollars", "no glyph"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -12,6 +13,7 @@ from rorqual.cli import make
 from rorqual.cli.main import main
 from rorqual.cli.parse import parse
 from rorqual.costs import costs
+from rorqual.experiments.allocation import SweepConfig
 from rorqual.model import ModelConfig
 from rorqual.presets import preset
 from rorqual.train.trainer import TrainConfig
@@ -215,9 +217,21 @@ def test_demo_and_sweep_pass_their_options_on(
     assert json.loads(capsys.readouterr().out)["conclusion"] == "moba found most"
 
 
+def test_a_sweep_follows_the_preset_and_its_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[SweepConfig] = []
+    monkeypatch.setattr("rorqual.experiments.allocation.main", lambda config, console: asked.append(config) or tmp_path)
+    assert main(["sweep", "ablation", "--model.engram.heads", "2", "--preset", "small", "--rates", "1", "0.5"]) == 0
+    small = preset("small")
+    assert asked[0].kind == "ablation" and asked[0].rates == (1.0, 0.5)
+    assert asked[0].model == replace(small, engram=replace(small.engram, heads=2))
+    assert main(["sweep", "experts", "--experts", "2", "4"]) == 0
+    assert asked[1].model == preset("tiny") and asked[1].experts == (2, 4)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        (["ablation", "--preset", "tinny"], "did you mean 'tiny'?"),
         (["needles"], "did you mean 'needle'?"),
         (["needle", "--kinds", "linear"], "linear"),
         (["needle", "--seeds", "0"], "seeds: got 0"),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from rorqual.experiments.paired import difference, established, mean_and_error, t_factor
+from rorqual.experiments.paired import compared, difference, established, mean_and_error, t_factor
 
 
 def test_paired_differences_and_their_error():
@@ -27,3 +27,10 @@ def test_established_is_what_the_t_test_says():
 def test_factors_fall_towards_the_normal_one():
     factors = [t_factor(seeds) for seeds in range(2, 12)]
     assert factors == sorted(factors, reverse=True) and factors[0] == 12.706 and factors[-1] > 1.96
+
+
+def test_a_comparison_in_words():
+    assert compared("a", "b", [3.9, 4.8, 5.7], [4.0, 5.0, 6.0]) == "a against b -0.2000 +- 0.0577, not established"
+    assert compared("a", "b", [4.1, 5.1, 6.2], [4.0, 5.0, 6.0], 2) == "a against b +0.13 +- 0.03, not established"
+    assert compared("a", "b", [4.5, 5.5, 6.6], [4.0, 5.0, 6.0], 3) == "a against b +0.533 +- 0.033, established"
+    assert compared("a", "b", [1.0], [3.0]) == "a against b -2.0000, not established"

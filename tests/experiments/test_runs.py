@@ -1,14 +1,24 @@
-"""Jobs know whether they are finished or only begun; a failing process is reported with the end of its log."""
+"""Jobs know whether they are finished or only begun; what is killed goes on; a failing run shows the end of its log."""
 
+import fcntl
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from rorqual import config as configs
-from rorqual.experiments.runs import Job, last, main, make_room, records, run
-from rorqual.train.trainer import TrainConfig
+from rorqual.experiments.runs import Job, last, main, make_room, records, run, seeded
+from rorqual.layers.attention import MLAConfig
+from rorqual.model import ModelConfig
+from rorqual.train.trainer import DataConfig, TrainConfig
 
 
 def _job(folder, **changes):
@@ -29,6 +39,14 @@ def test_begun_means_this_very_config(tmp_path):
     configs.save(job.config, tmp_path / "train.json")
     assert job.begun() and not job.finished()
     assert not _job(tmp_path, seed=1).begun()
+
+
+def test_seeds_differ_in_seed_and_folder_alone(tmp_path):
+    config = TrainConfig(steps=7, folder="elsewhere")
+    jobs = seeded(tmp_path, "arm", config, 3)
+    assert [(job.name, job.folder) for job in jobs] == [(f"arm-seed-{n}", tmp_path / f"arm-seed-{n}") for n in range(3)]
+    assert [replace(job.config, seed=0, folder="elsewhere") for job in jobs] == [config] * 3
+    assert [job.config.seed for job in jobs] == [0, 1, 2]
 
 
 def test_nothing_is_lost_where_another_run_stands(tmp_path):
@@ -59,3 +77,55 @@ def test_a_bad_config_file_is_named(tmp_path):
     path.write_text('{"stepz": 3}')
     with pytest.raises(ValueError, match=r"wanted\.json.*stepz"):
         main(str(path))
+
+
+SMALL = ModelConfig(
+    vocabulary=300,
+    dim=16,
+    layers=1,
+    dense_width=16,
+    mla=MLAConfig(heads=1, kv_lora_rank=8, nope_dim=8, rope_dim=8, value_dim=8),
+)
+
+
+@pytest.mark.slow  # four processes, each of which takes seconds to start
+def test_killed_in_the_middle_it_goes_on_and_repeats_nothing(tmp_path):
+    """Two runs, one at a time; everything is killed while the second trains. What is finished stays as it is."""
+    (tmp_path / "text").mkdir()
+    for n in range(60):
+        (tmp_path / "text" / f"{n}.txt").write_text(f"Entry {n} tells of {n * n} whales, {n % 7} rivers. " * 4)
+    data = DataConfig(source=str(tmp_path / "text"), cache=str(tmp_path / "cache"))
+    config = TrainConfig(model=SMALL, data=data, steps=100, rows=2, length=32, save_every=10)
+    jobs = seeded(tmp_path / "runs", "arm", config, 2)
+    configs.save(config, tmp_path / "config.json")
+    (tmp_path / "sweep.py").write_text(
+        "import sys\nfrom pathlib import Path\nfrom rorqual import config\n"
+        "from rorqual.experiments.runs import run, seeded\nfrom rorqual.train.trainer import TrainConfig\n"
+        "run(seeded(Path(sys.argv[1]), 'arm', config.load(TrainConfig, Path(sys.argv[2])), 2), workers=1)\n"
+    )
+    words = [sys.executable, str(tmp_path / "sweep.py"), str(tmp_path / "runs"), str(tmp_path / "config.json")]
+    process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        while last(jobs[1].folder).get("step", 0) < 25:
+            assert process.poll() is None, "ended before it was hit"
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    while not _free(jobs[1].folder / ".lock"):  # until the kernel has ended the run, too
+        time.sleep(0.02)
+    assert jobs[0].finished() and jobs[1].begun() and not jobs[1].finished()
+    mark, seen = (jobs[0].folder / "model.safetensors").stat().st_mtime_ns, records(jobs[0].folder)
+    run(jobs, workers=2, console=Console(file=io.StringIO()))
+    assert (jobs[0].folder / "model.safetensors").stat().st_mtime_ns == mark and records(jobs[0].folder) == seen
+    assert jobs[1].finished()
+    assert [line["step"] for line in records(jobs[1].folder) if "loss" in line] == list(range(1, 101)), "each step once"
+
+
+def _free(lock: Path) -> bool:
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True

@@ -407,6 +407,15 @@ def test_bad_configs_are_refused(changes: dict, reason: str) -> None:
     object.__setattr__(config, "sign", "plus")  # past beartype, which checks the annotation in tests
     with pytest.raises(ValueError, match="expected sign or copysign"):
         config.__post_init__()
+    object.__setattr__(config, "sign", "sign")
+    object.__setattr__(config, "gating", "none")
+    with pytest.raises(ValueError, match="got 'none', expected streams, shared or open"):
+        config.__post_init__()
+
+
+@pytest.mark.parametrize(("gating", "gates"), [("streams", 3), ("shared", 1), ("open", 0)])
+def test_keys_a_token_has(gating: str, gates: int) -> None:
+    assert EngramConfig(gating=gating).gates(3) == gates
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ VARIANTS = st.fixed_dictionaries(
         "kernel": st.integers(1, 4),
         "dilation": st.sampled_from([None, 1, 5]),
         "sign": st.sampled_from(["sign", "copysign"]),
+        "gating": st.sampled_from(["streams", "shared", "open"]),
         "canonical": st.booleans(),
         "rows_per_head": st.sampled_from([(31,), (31, 67), (5, 7, 31)]),
         "pad_id": st.sampled_from([0, 7]),
@@ -537,6 +538,66 @@ def test_whoever_watches_the_gate_sees_and_moves_it(monkeypatch: pytest.MonkeyPa
     hook = layer.gate.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
     assert seen[0].shape == (2, 5, 2) and not layer(hidden, memory, where).any()
     hook.remove()
+
+
+@pytest.mark.parametrize("gating", ["shared", "open"])
+def test_without_a_gate_a_stream(gating: str) -> None:
+    """Written out in double, gradients too: one gate, of the streams' mean; or none, so that v = W_v memory."""
+    config = EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3, gating=gating)
+    layer, dim, streams, present = Engram(config, 5, 3), 5, 3, torch.arange(4).expand(2, 4) > 0
+    where = layout(2, 4, "cpu", present=present)
+    layer.reset(std=0.5)
+    nn.init.normal_(layer.conv)
+    assert [name for name, _ in layer.named_parameters() if "key" in name or "query" in name] == (
+        ["key_proj.weight", "gate.key_norm", "gate.query_norm"] if gating == "shared" else []
+    )
+    hidden, memory, change = torch.randn(2, 4, 3, 5), torch.randn(2, 4, config.memory_width), torch.randn(2, 4, 3, 5)
+
+    def plain(hidden: Tensor, memory: Tensor, p: dict[str, Tensor]) -> Tensor:
+        gates = torch.ones(2, 4, dtype=hidden.dtype)
+        if gating == "shared":
+            query = F.rms_norm(hidden.mean(2), (dim,), p["gate.query_norm"][0], config.eps)
+            key = F.rms_norm(memory @ p["key_proj.weight"].T, (dim,), p["gate.key_norm"][0], config.eps)
+            score = (query * key).sum(-1) / dim**0.5
+            gates = (score.sign() * score.abs().sqrt()).sigmoid()
+        gated = (gates * present)[..., None] * (memory @ p["value_proj.weight"].T)
+        gated = gated[:, :, None].expand(2, 4, streams, dim)
+        normed = F.rms_norm(gated, (dim,), None, config.conv_eps) * p["conv_norm"]
+        return gated + F.silu(
+            engram.convolve(F.pad(normed, (0, 0, 0, 0, config.halo, 0)), p["conv"], None, config.halo)
+        )
+
+    def run(function, dtype: torch.dtype) -> list[Tensor]:
+        named = {name: value.detach().to(dtype).requires_grad_() for name, value in layer.named_parameters()}
+        given = [hidden.to(dtype).requires_grad_(), memory.to(dtype).requires_grad_(), *named.values()]
+        out = function(*given[:2], named)
+        wanted = given if gating == "shared" else given[1:]
+        return [out, *torch.autograd.grad((out * change.to(dtype)).sum(), wanted)]
+
+    got = run(lambda h, m, named: torch.func.functional_call(layer, named, (h, m, where)), torch.float32)
+    for ours, expected in zip(got, run(plain, torch.float64), strict=True):
+        torch.testing.assert_close(ours.double(), expected, atol=2e-5, rtol=2e-4)
+
+
+def test_one_gate_of_equal_streams_is_a_gate_a_stream() -> None:
+    whole, shared = (Engram(EngramConfig(gating=kind), 8, 3) for kind in ("streams", "shared"))
+    shared.reset(std=0.5)
+    ours = dict(shared.state_dict())
+    ours["key_proj.weight"] = ours["key_proj.weight"].repeat(3, 1)
+    whole.load_state_dict({name: v.repeat(3, 1) if name.startswith("gate.") else v for name, v in ours.items()})
+    hidden, memory, where = torch.randn(2, 5, 1, 8).expand(2, 5, 3, 8), torch.randn(2, 5, 128), layout(2, 5, "cpu")
+    torch.testing.assert_close(shared(hidden, memory, where), whole(hidden, memory, where))
+
+
+def test_whoever_watches_sees_a_gate_a_stream_whatever_the_gating() -> None:
+    for gating in ("streams", "shared", "open"):
+        layer, seen = Engram(EngramConfig(gating=gating), 8, 2).bfloat16(), []
+        layer.reset(std=0.5)
+        layer.gate.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
+        layer(torch.randn(2, 5, 2, 8).bfloat16(), torch.randn(2, 5, 128), layout(2, 5, "cpu"))
+        assert seen[0].shape == (2, 5, 2) and seen[0].dtype == torch.float32
+        assert torch.equal(seen[0][..., 0], seen[0][..., 1]) == (gating != "streams")
+        assert bool((seen[0] == 1).all()) == (gating == "open")
 
 
 def test_reset_is_the_table_of_inits() -> None:
