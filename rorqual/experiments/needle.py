@@ -51,7 +51,7 @@ class NeedleSweep:
     mla: MLAConfig = field(default_factory=MLAConfig)
     nsa: NSAConfig = field(default_factory=lambda: NSAConfig(block=8, stride=4, select_block=8, chosen=6, window=24))
     moba: MoBAConfig = field(default_factory=lambda: MoBAConfig(block=16, chosen=3))
-    dsa: DSAConfig = field(default_factory=lambda: DSAConfig(heads=4, dim=16, chosen=48, warmup=600))
+    dsa: DSAConfig = field(default_factory=lambda: DSAConfig(heads=4, dim=16, chosen=48, warmup=400))
     engram: EngramConfig = field(
         default_factory=lambda: EngramConfig(
             layers=(0,), rows_per_head=(2048, 2048), heads=2, head_dim=16, conv=False, canonical=False
