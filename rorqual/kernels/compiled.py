@@ -8,7 +8,6 @@ from typing import Any
 
 import numba
 import torch
-from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
@@ -48,6 +47,13 @@ def pointer(context, address):
     return numba.types.voidptr(address), generate
 
 
+def _fetch(builder, place):
+    number = cgutils.int32_t
+    shape = cgutils.ir.FunctionType(cgutils.ir.VoidType(), [place.type, number, number, number])
+    fetch = builder.module.declare_intrinsic("llvm.prefetch", [place.type], shape)
+    builder.call(fetch, [place, number(0), number(3), number(1)])  # to read, to the nearest cache, data
+
+
 @intrinsic
 def ask(context, array, row, column):
     """In compiled code: begin to fetch this number of a matrix, which is wanted soon; nothing waits for it."""
@@ -56,10 +62,7 @@ def ask(context, array, row, column):
         kind = signature.args[0]
         held = context.make_array(kind)(context, builder, arguments[0])
         place = cgutils.get_item_pointer(context, builder, kind, held, list(arguments[1:]), wraparound=False)
-        place, number = builder.bitcast(place, cgutils.voidptr_t), cgutils.int32_t
-        shape = cgutils.ir.FunctionType(cgutils.ir.VoidType(), [place.type, number, number, number])
-        fetch = builder.module.declare_intrinsic("llvm.prefetch", [place.type], shape)
-        builder.call(fetch, [place, number(0), number(3), number(1)])  # to read, to the nearest cache, data
+        _fetch(builder, builder.bitcast(place, cgutils.voidptr_t))
         return context.get_dummy_value()
 
     return numba.types.void(array, row, column), generate
@@ -70,11 +73,7 @@ def prefetch(context, address):
     """In compiled code: ask for the line of memory at an address before it is read. No address is wrong."""
 
     def generate(context, builder, signature, arguments):
-        number = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
-        place = builder.inttoptr(arguments[0], cgutils.voidptr_t)
-        builder.call(function, [place, number(0), number(3), number(1)])  # to read, into every cache, data
+        _fetch(builder, builder.inttoptr(arguments[0], cgutils.voidptr_t))
         return context.get_dummy_value()
 
     return numba.types.void(address), generate
@@ -82,9 +81,9 @@ def prefetch(context, address):
 
 def spread(loop: Callable[[int, int, int], None], count: int, parts: int) -> None:
     """loop(part, first, last) for `parts` equal parts of `count`, each on a thread; compiled code holds no lock."""
-    edges = [count * i // parts for i in range(parts + 1)]
-    if parts == 1:
+    if parts <= 1:
         loop(0, 0, count)
         return
+    edges = [count * i // parts for i in range(parts + 1)]
     with ThreadPoolExecutor(parts) as pool:
         list(pool.map(lambda part: loop(part[0], *part[1]), enumerate(itertools.pairwise(edges))))

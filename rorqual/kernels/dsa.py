@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rorqual.kernels import compiled
 from rorqual.kernels.compiled import prefetch
-from rorqual.kernels.select import drop
+from rorqual.kernels.select import shown
 from rorqual.kernels.vectors import ZERO, at, fill, score_tile, softmax
 
 _AHEAD = 8  # latents asked for before they are used
@@ -122,7 +122,8 @@ def _attend(query, base, step, chosen, scores, bits, out):  # pragma: no cover
     count = chosen.shape[0]
     for h in range(out.shape[0]):
         softmax(scores[h, :count], bits[:count])
-        drop(scores[h, :count])
+        for n in range(count):
+            scores[h, n] = shown(scores[h, n])
         fill(scores[h, count:], ZERO)
         fill(out[h], ZERO)
     _sum(scores, base, step, chosen, out)
@@ -163,11 +164,8 @@ def attend_best(
     scale: float,
 ) -> Float[Tensor, "B T H R"]:
     """See layers.dsa.attend_best, whose numbers these are within float32 rounding."""
-    (batch, time), length, out = (
-        query.shape[:2],
-        key.shape[1],
-        torch.empty_like(query, memory_format=torch.contiguous_format),
-    )
+    (batch, time), length = query.shape[:2], key.shape[1]
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
     latent = latent if latent.stride(-1) == 1 else latent.contiguous()
     key = key if key.stride()[1:] == (key.shape[2], 1) else key.contiguous()
     places = np.array([[x.data_ptr(), 4 * x.stride(0), 4 * x.stride(1)] for x in (key, latent)], np.int64)

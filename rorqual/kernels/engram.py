@@ -162,11 +162,8 @@ def follow_rows(
     kept: dict[str, Any] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
     """See layers.addresses.follow_rows, whose numbers these are, bit for bit."""
-    asked, (batch, time), (ids, stride) = (
-        _ask(kept, canonical_map, multipliers, primes, offsets),
-        ids.shape,
-        _plain(ids),
-    )
+    asked, (batch, time) = _ask(kept, canonical_map, multipliers, primes, offsets), ids.shape
+    ids, stride = _plain(ids)
     if held is None:
         return _run(asked, 0, 0, ids.data_ptr(), stride, 0, batch, time, None, int(canonical_map[pad_id]), out)
     width, near = held.stride()

@@ -65,7 +65,7 @@ def _attend(query, given, positions, lead, places, held, length, sizes, scale, o
     address, and bytes a row, a column and a group further. `held`: compressed blocks; `length`: keys."""
     block, stride, size, chosen, window = sizes
     time, (groups, known) = out.shape[1], given.shape[2:]
-    share, most = out.shape[3] // groups, max(chosen, known)
+    share, most = out.shape[3] // groups, known if known else chosen
     longest = max(held, most * size, window)
     own, scores = np.empty((share, query.shape[3]), np.float32), np.empty((share, longest), np.float32)
     bits, index = np.empty(longest, np.int32), np.empty(most, np.int64)
@@ -85,7 +85,7 @@ def _attend(query, given, positions, lead, places, held, length, sizes, scale, o
                 index[k] = given[b, t, g, k]
         else:
             _importance(scores, seen, block // stride, size // stride, importance)
-            _choose(importance, position // size, index[:chosen])
+            _choose(importance, position // size, index)
         end = position + 1
         over_blocks(own, index, end, size, at[2], places[2, 2], at[3], places[3, 2], scores, bits, out[b, t, 1, heads])
         begin = max(0, end - window)

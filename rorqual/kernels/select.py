@@ -2,8 +2,7 @@
 
 The keys of a chosen block are read where they lie, once for all heads that share the choice, and stay in the core's
 nearest cache while these score them; nothing is gathered first. Rows that lie apart come from memory one by one unless
-they are asked for ahead of their use. Threads split tokens and choices. float32, CPU, without
-gradients.
+they are asked for ahead of their use. Threads split tokens and choices. float32, CPU, without gradients.
 """
 
 import functools
@@ -30,10 +29,9 @@ def _line(address, width):  # pragma: no cover
 
 
 @_loop
-def drop(weights):  # pragma: no cover
+def shown(weight):  # pragma: no cover
     """What no sum of float32 would show is zero: products so small that they lose bits take a hundred times as long."""
-    for l in range(weights.shape[0]):
-        weights[l] = ZERO if weights[l] <= _LEAST else weights[l]  # what is not a number stays
+    return ZERO if weight <= _LEAST else weight  # what is not a number stays
 
 
 @_loop
@@ -80,14 +78,15 @@ def _sum(weights, values, step, count, following, out):  # pragma: no cover
         a, b = _line(values + l * step, width), _line(values + (l + 1) * step, width)
         c, d = _line(values + (l + 2) * step, width), _line(values + (l + 3) * step, width)
         for h in range(out.shape[0]):
-            own, p, q, s, t = out[h], weights[h, l], weights[h, l + 1], weights[h, l + 2], weights[h, l + 3]
+            own, p, q = out[h], shown(weights[h, l]), shown(weights[h, l + 1])
+            s, t = shown(weights[h, l + 2]), shown(weights[h, l + 3])
             for i in range(width):
                 own[i] += p * a[i] + q * b[i] + s * c[i] + t * d[i]
         l += 4
     for k in range(l, count):
         a = _line(values + k * step, width)
         for h in range(out.shape[0]):
-            own, p = out[h], weights[h, k]
+            own, p = out[h], shown(weights[h, k])
             for i in range(width):
                 own[i] += p * a[i]
 
@@ -107,7 +106,6 @@ def over_blocks(own, index, end, block, key, key_step, value, value_step, scores
         fill(result[h], ZERO)
         if seen:
             softmax(scores[h, :seen], bits[:seen])
-            drop(scores[h, :seen])
     seen = 0
     for n in range(blocks):
         count = min(block, end - index[n] * block)
@@ -165,7 +163,7 @@ def selected_attention(
     items, work = index[..., 0].numel(), index.numel() * block * (query.shape[2] // index.shape[2])
     parts = min(torch.get_num_threads(), max(1, work * query.shape[3] // _WORTH_A_THREAD), items)
     rest = where(key), where(value), held, block, np.float32(scale), made
-    compiled.spread(lambda _, *span: _attend(*given, *rest, *span), items, max(1, parts))
+    compiled.spread(lambda _, *span: _attend(*given, *rest, *span), items, parts)
     return out
 
 

@@ -304,7 +304,7 @@ class Addresses(nn.Module):
         Missing context (before the start, behind padding, a dead token or a document's beginning) reads as the pad id.
         ValueError for an id that the tokenizer does not have, unless it stands at padding.
         """
-        ids = ids.long() if layout.present is None else torch.where(layout.present, ids, self.config.pad_id)
+        ids = ids.long() if layout.present is None else torch.where(layout.present, ids.long(), self.config.pad_id)
         exact = [self._buffers[name] for name in ("canonical_map", "multipliers", "primes", "offsets")]
         out = self._memory(ids)
         try:

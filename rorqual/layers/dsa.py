@@ -213,11 +213,16 @@ class Look(NamedTuple):
         self, query: Float[Tensor, "B T H R"], latent: Float[Tensor, "B L R"], scale: float
     ) -> Float[Tensor, "B T H R"]:
         """The same to keys that all heads share and that are the values too: the chosen are read where they lie, or
-        copied out of few queries at a time, and the others never read. For queries that all have more keys than they
-        may choose."""
+        copied out, and the others never read. For queries that all have more keys than they may choose."""
         if self.mask is None and query.shape[1] <= FEW:
             given = query, latent, self.query, self.key, self.weights
             return kernels.pick("dsa_few", attend_best, *given)(*given, self.most, scale)
+        return self.copying(query, latent, scale)
+
+    def copying(
+        self, query: Float[Tensor, "B T H R"], latent: Float[Tensor, "B L R"], scale: float
+    ) -> Float[Tensor, "B T H R"]:
+        """`gathering` of any number of queries, COPIED numbers at a time, and SCORES scores."""
         few, outs = max(1, COPIED // (self.most * latent.shape[-1])), []
         for run in self.runs():
             found = self.chosen(run)
@@ -258,9 +263,7 @@ def attend_best(
 ) -> Float[Tensor, "B T H R"]:
     """The last T of L tokens, in rows without documents or padding, attend each to the `most` latents whose keys score
     best with the indexer's query, `looking`. kernels/dsa.py is its twin."""
-    found = Look(looking, weights, key, None, most).chosen(slice(0, query.shape[1]))
-    assert found is not None
-    return _attend_to(query, latent, *found, scale)
+    return Look(looking, weights, key, None, most).copying(query, latent, scale)
 
 
 def _attend_to(query: Tensor, latent: Tensor, index: Tensor, real: Tensor | None, scale: float) -> Tensor:

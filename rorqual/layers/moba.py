@@ -100,6 +100,8 @@ class MoBA(nn.Module):
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Bundle:
         """The block means beside the keys that GQA keeps, and the choice of the tile that is not full yet."""
+        if self.always:
+            return Bundle()
         choice = Recent(1) if self.config.choice == "tile" else None
         return Bundle(means=Blocks(self.config.block, self.config.block, capacity), choice=choice)
 
@@ -117,9 +119,11 @@ class MoBA(nn.Module):
         last: bool = False,
     ) -> Float[Tensor, "B T2 H Q"]:
         """Attended values of the last T of L tokens, or of the `last` alone; rotary positions are in query and key."""
+        single = layout.past > 0 and query.shape[1] == 1  # the last of a prompt is none
         if last and self.config.choice == "token":  # a tile's first query is asked even if its last alone is wanted
             query, layout = query[:, -1:], layout.last()
-        single = layout.past > 0 and query.shape[1] == 1
+        if self.always or (self.full and cache is None):
+            return full_attention(query, key, value, layout, scale)
         whole, (layout, lead) = layout, straight(layout) if cache is not None else (layout, None)
         segment, own, means = self._blocks(key, layout, lead, cache)
         size, held = self.config.block, cache.choice if cache is not None else None

@@ -238,11 +238,8 @@ class NSA(nn.Module):
         """Rotated keys [B, L, G, P] and values [B, L, G, Q] of the compressed and of the window branch."""
         both = [linear(hidden).unflatten(-1, (self.groups, -1)) for linear in (self.compressed_kv, self.window_kv)]
         keys, values = torch.cat(both, dim=2).split([self.key_dim, self.value_dim], dim=-1)
-        pairs, found = (
-            zip(rotate(keys, *tables, self.rope.interleaved).chunk(2, 2), values.chunk(2, 2), strict=True),
-            [],
-        )
-        for (key, value), cache in zip(pairs, caches, strict=True):
+        turned, found = rotate(keys, *tables, self.rope.interleaved), []
+        for key, value, cache in zip(turned.chunk(2, 2), values.chunk(2, 2), caches, strict=True):
             kept = (key, value) if cache is None else (cache.keys.append(key), cache.values.append(value))
             found.append(kept if layout.past else (key, value))
         return found
@@ -370,7 +367,7 @@ def attend_few(
     near = (positions[..., None, None] - back).expand(-1, -1, key.shape[2], -1)  # a block of each key
     attention = kernels.pick("selected_attention", selected_attention, query, key, value)
     selected = attention(query, key, value, index, positions, config.select_block, scale, lead)
-    window = attention(query, near_key, near_value, near, positions, 1, scale, lead)
+    window = selected_attention(query, near_key, near_value, near, positions, 1, scale, lead)  # no twin for single keys
     return torch.stack([compressed, selected, window], dim=2)
 
 

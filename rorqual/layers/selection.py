@@ -93,7 +93,7 @@ class Blocks:
         made = make(keys[rows[:, None], columns].transpose(1, 2)[:, None])[:, 0].detach()
         more = max(span.stop for span in spans) - self.made.length
         held = self.made.append(made.new_zeros(len(starts), more, *made.shape[1:]))
-        held[rows, blocks] = made
+        held[rows, blocks] = made.to(held.dtype)  # autocast may have come or gone since the first
         return held
 
     def select(self, index: Int[Tensor, " B"]) -> None:

@@ -238,6 +238,15 @@ def test_what_a_twin_noted_of_one_model_is_never_used_for_another(how: str) -> N
     )
 
 
+def test_ids_of_32_bits_are_remembered_as_any_others() -> None:
+    """By a history that began with padding and is used again without."""
+    own = Addresses(EngramConfig(layers=(1,), rows_per_head=(9001, 77), heads=2), None, 50)
+    ids, history = torch.randint(50, (2, 6), dtype=torch.int32), own.new_cache(2, 8, torch.float32, torch.device("cpu"))
+    own(ids, layout(2, 6, "cpu", present=torch.arange(6) >= torch.tensor([[0], [2]])), history)
+    history.reset()
+    assert torch.equal(own(ids, layout(2, 6, "cpu"), history), own(ids.long(), layout(2, 6, "cpu")))
+
+
 def test_memory_of_long_calls_is_taken_again_only_when_nobody_holds_it() -> None:
     """With and without a history, and after a call whose id was refused."""
     own = Addresses(EngramConfig(layers=(1, 5), rows_per_head=(9001, 77), heads=5), None, 50)

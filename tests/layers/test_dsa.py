@@ -277,6 +277,21 @@ def test_the_twin_gives_the_references_numbers(case, ties, poisoned):
     torch.testing.assert_close(twin.attend_best(*given), attend_best(*given), atol=5e-6, rtol=0)
 
 
+def test_few_queries_copy_few_latents_at_a_time(monkeypatch):
+    """Where no twin runs, in bfloat16 or on a GPU, COPIED and SCORES bound 16 tokens as they bound a prompt."""
+    given, asked, own = best_case(2, 16, 4, 20, 90, 4, 8, 30), [], dsa._attend_to
+    expected = attend_best(*given)
+    monkeypatch.setattr(dsa, "_attend_to", lambda *x: asked.append(x[2].numel() // 2 * 20) or own(*x))
+    for name, value in (("COPIED", 1200), ("SCORES", 2 * 4 * 90 * 3)):
+        monkeypatch.setattr(dsa, name, value)
+        torch.testing.assert_close(attend_best(*given), expected, atol=1e-6, rtol=0)
+    assert max(asked) <= 1200
+
+
+def test_the_twin_takes_no_rows():
+    assert twin.attend_best(*best_case(0, 2, 4, 20, 90, 4, 8, 30)).shape == (0, 2, 4, 20)
+
+
 def test_the_twin_on_threads():
     given, threads = best_case(3, 2, 4, 20, 90, 4, 8, 30), torch.get_num_threads()
     try:

@@ -274,6 +274,17 @@ def test_the_last_token_alone_gets_what_it_gets_among_all(choice, lead, before):
 
 
 @CHOICES
+def test_the_last_of_a_prompt_is_no_single_new_token(choice):
+    """It is asked alone, and still attends as the others of its call: decode="full" begins behind the prompt."""
+    attention, hidden = layer(decode="full", choice=choice), torch.randn(2, 30, 20)
+    where, expected = layout(2, 30, "cpu"), run(attention, hidden)[:, -1:]
+    tables = rope_tables(ROPE, attention.rope_dim, where.positions)
+    for cache in (None, attention.new_cache(2, 8, hidden.dtype, hidden.device)):
+        found = attention(hidden, where, *tables, cache, last=True)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@CHOICES
 def test_full_decoding_after_sparse_prefill(choice):
     """And sparse again for several tokens at once: of the single ones their tile's choice has been kept."""
     sparse, full, hidden = layer(choice=choice), layer(decode="full", choice=choice), torch.randn(1, 34, 20)
@@ -329,6 +340,7 @@ def test_the_last_layers_and_the_last_phase_are_full():
     assert all(part.full for part in model)
     switch(model, False)
     assert [part.full for part in model] == [False, True, True]
+    assert not model[2].new_cache(2, 8, torch.float32, torch.device("cpu")).parts  # it takes no means
     for wrong in ({"full_layers": -1}, {"full_from": 1.1}):
         with pytest.raises(ValueError, match="moba: got full_layers"):
             MoBAConfig(**wrong)

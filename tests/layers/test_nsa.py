@@ -375,7 +375,7 @@ def few(config, batch, time, heads, groups, widths, length, lead=None, chosen=No
     """What `attend_few` takes: the last `time` of `length` tokens, rows shifted by `lead`, keys in longer buffers."""
     own = torch.full((batch,), length) if lead is None else length - lead
     positions = own[:, None] - time + torch.arange(time)
-    blocks = max(complete(int(n) - 1, config) for n in own)
+    blocks = max((complete(int(n) - 1, config) for n in own), default=0)
     shapes = [(length, widths[0]), (length, widths[1]), (blocks, widths[0]), (blocks, widths[1])] + [
         (length, width) for width in widths
     ]
@@ -416,6 +416,29 @@ def test_of_equally_important_blocks_the_later():
         torch.testing.assert_close(way(*given)[0, 0, 1, :, 0], torch.tensor([5 / 20, 5 / 20]))
 
 
+def test_blocks_are_chosen_by_what_no_sum_shows():
+    """exp(-50) beside 1 changes no mean of values and still is more than exp(-60)."""
+    config = NSAConfig(block=4, stride=4, select_block=4, chosen=4, window=1)
+    given = list(few(config, 1, 1, 2, 1, (1, 1), 40))
+    given[0], given[1] = torch.ones_like(given[0]), torch.zeros_like(given[1])
+    given[2] = (torch.arange(40.0) // 4).view(1, 40, 1, 1)
+    given[3] = torch.tensor([0.0, -60, -50, -52, -54, -56, -58, -62, -64, 0]).view(1, 10, 1, 1) / 0.4
+    for way in (twin.attend_few, attend_few):
+        out = way(*given)[0, 0, 1, :, 0]
+        torch.testing.assert_close(out, torch.full((2,), (0 + 2 + 8 + 9) / 4))
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_the_twin_takes_no_rows_and_fewer_blocks_than_may_be_chosen(batch):
+    given = list(few(NSAConfig(), batch, 2, 4, 2, (6, 5), 300))
+    torch.testing.assert_close(twin.attend_few(*given), attend_few(*given), atol=5e-6, rtol=0)
+    given[7] = torch.tensor([4, 0]).expand(batch, 2, 2, 2)
+    for _ in range(20):
+        freed = [torch.ones(n, dtype=torch.long) for n in range(8, 48)]
+        del freed  # what is handed out next names block 1
+        torch.testing.assert_close(twin.attend_few(*given), attend_few(*given), atol=5e-6, rtol=0)
+
+
 def test_the_twin_on_threads():
     given, threads = few(NSAConfig(), 2, 3, 16, 4, (64, 64), 900), torch.get_num_threads()
     try:
@@ -453,6 +476,23 @@ def test_rows_of_any_length_decode_as_if_alone(config, kernels, monkeypatch):
                 torch.testing.assert_close(torch.cat(late, 1)[place], alone[30 - lead[row] :], atol=2e-5, rtol=0)
         for kept in (past, cache):
             kept.reset()
+
+
+@pytest.mark.parametrize("choice", ["token", "tile"])
+@pytest.mark.parametrize("back", [2, 20])
+def test_many_tokens_at_once_may_come_between_the_steps_of_padded_rows(choice, back):
+    """They go through masks and leave the compressed blocks behind, which catch up; as far as nothing was forgotten."""
+    attention, hidden, lead = layer(replace(SMALL, choice=choice)), torch.randn(2, 50, 20), torch.tensor([0, 6])
+    present = torch.arange(50) >= lead[:, None]
+    past, cache = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device)
+    run(attention, hidden[:, :14], past, cache, present=present[:, :14])
+    for part in (hidden[:, 14:15], hidden[:, 15 : 40 - back], torch.randn(2, back, 20)):
+        run(attention, part, past, cache)
+    for kept in (past, cache):
+        kept.crop(back)
+    parts = hidden[:, 40 - back :].split([1] * (10 + back), 1)
+    out = torch.cat([run(attention, part, past, cache) for part in parts], 1)
+    torch.testing.assert_close(out, run(attention, hidden, present=present)[:, 40 - back :], atol=2e-5, rtol=0)
 
 
 def test_padded_rows_read_the_chosen_blocks_only(monkeypatch):

@@ -174,6 +174,17 @@ def test_a_block_is_made_once():
     assert blocks.made.length == 6
 
 
+def test_blocks_keep_their_dtype():
+    """Where the prompt was under autocast and what follows is not, in padded rows as in plain ones."""
+    keys, lead = torch.randn(2, 30, 1, 3), torch.tensor([0, 3])
+    for shift in (lead, None):
+        blocks = Blocks(4, 2)
+        blocks.update(keys[:, :20].bfloat16(), lambda x: x.mean(-2), shift)
+        held = blocks.update(keys, lambda x: x.mean(-2), shift)
+        assert held.dtype == torch.bfloat16
+        torch.testing.assert_close(held[0].float(), windows(keys, 4, 2).mean(-2)[0], atol=0.05, rtol=0)
+
+
 def test_the_twin_on_threads():
     given, threads = case(2, 30, 4, 2, 2, 64, 64, 400, 12, 32), torch.get_num_threads()
     try:
