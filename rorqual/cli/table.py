@@ -147,7 +147,7 @@ def build(options: Build, as_json: bool) -> int:
 
     dtype = _dtype(options.dtype or "float32")
     size = row_bytes(options.width, dtype)
-    shard_rows = max(1, options.shard_bytes // size)
+    shard_rows = _shard_rows(options, size)
     with _bar(options.rows * size) as progress:
         storage.draw_table(
             options.table,
@@ -179,10 +179,16 @@ def _written(options: Build | Convert, source: str, as_json: bool) -> int:
     before.close()
     dtype = before.dtype if options.dtype is None else _dtype(options.dtype)
     size = row_bytes(before.width, dtype)
-    shard_rows = max(1, options.shard_bytes // size)
+    shard_rows = _shard_rows(options, size)
     with _bar(before.rows * size) as progress:
         storage.convert(path, options.table, name=name, dtype=dtype, shard_rows=shard_rows, progress=progress)
     return inspect(Inspect(table=options.table), as_json)
+
+
+def _shard_rows(options: Build | Convert, size: int) -> int:
+    if options.shard_bytes < size:
+        raise UsageError(f"got --shard-bytes {options.shard_bytes}, expected at least the {size} bytes of a row")
+    return options.shard_bytes // size
 
 
 def inspect(options: Inspect, as_json: bool) -> int:
@@ -259,6 +265,8 @@ def hot(options: Hot, as_json: bool) -> int:
 
     if options.rows < 1 or options.limit < 1:
         raise UsageError(f"got --rows {options.rows} and --limit {options.limit}, expected at least 1 of each")
+    if not Path(options.out).parent.is_dir():
+        raise UsageError(f"got {options.out}, expected a file in a folder that is there")
     run = load(options.run)
     if run.config.engram is None:
         raise ValueError(f"{options.run}: got a run without tables, expected a model with Engram")
@@ -289,18 +297,22 @@ def bench(options: Bench, as_json: bool) -> int:
     console = Console(stderr=True)
     if options.run is not None and not (Path(options.run) / "config.json").is_file():
         raise UsageError(f"got --run {options.run}, expected a run folder with config.json")
+    if (figure := options.figure) is not None and not (
+        Path(figure).suffix in (".svg", ".png", ".pdf") and Path(figure).parent.is_dir()
+    ):
+        raise UsageError(f"got --figure {figure}, expected a .svg, .png or .pdf in a folder that is there")
     lines = tables.bench(config, lambda words: console.print(f"[dim]{words}[/]", highlight=False))
     speeds = {line.name: line.tokens_per_second for line in lines}
     if options.run is not None:
         (Path(options.run) / "homes.json").write_text(json.dumps(speeds, indent=1), encoding="utf-8")
-    if options.figure is not None:
+    if figure is not None:
         from rorqual.analyze import figures
 
         drawn = figures.bars(speeds, x="tokens a second")
         with figures.style():
-            drawn.savefig(options.figure)
+            drawn.savefig(figure)
     if as_json:
-        emit({"lines": lines, "figure": options.figure})
+        emit({"lines": lines, "figure": figure})
         return 0
     shown = Table("home", *("rows/s", "step p50", "step p99", "hot", "tokens/s", "of resident"), box=None)
     for line in lines:

@@ -120,8 +120,9 @@ class Recent:
     def __init__(self, slots: int, row_bytes: int) -> None:
         self.slots, self.frozen = slots, False
         self.values = torch.empty(slots, row_bytes, dtype=torch.uint8)
-        buckets = np.full(max(2, 1 << (2 * slots - 1).bit_length()) if slots else 2, -1, np.int64)
-        keys, links, ends = np.empty(slots, np.int64), np.empty((slots, 2), np.int64), np.array([-1, -1, 0])
+        place = np.int32 if slots < 1 << 31 else np.int64  # of a slot
+        buckets = np.full(max(2, 1 << (2 * slots - 1).bit_length()) if slots else 2, -1, place)
+        keys, links, ends = np.empty(slots, np.int64), np.empty((slots, 2), place), np.array([-1, -1, 0])
         self.arrays = (buckets, keys, links, ends, self.values.numpy())
 
     def take(self, ids: Int[np.ndarray, " K"], into: UInt8[Tensor, "K bytes"]) -> Int[np.ndarray, " missing"]:

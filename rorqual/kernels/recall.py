@@ -51,13 +51,15 @@ def _gather(values, ids, out, begin, end):  # pragma: no cover
 def gather_rows(
     values: Shaped[Tensor, "rows kept"], ids: Int[Tensor, " K"], out: Shaped[Tensor, "K kept"]
 ) -> Shaped[Tensor, "K kept"]:
-    """torch.index_select(values, 0, ids, out=out) of ids that were checked."""
+    """torch.index_select(values, 0, ids, out=out). IndexError for an id outside, as of torch's."""
     size = values.shape[1] * values.element_size()
     if len(ids) < _FEW or size >= _LARGE or not (values.is_contiguous() and ids.is_contiguous()):
         return torch.index_select(values, 0, ids, out=out)
     word = next(word for word in _WORDS if size % np.dtype(word).itemsize == 0)
     given, to = (tensor.detach().view(torch.uint8).numpy().view(word) for tensor in (values, out))
     rows = ids.numpy()
+    if (place := _bad(rows, len(values))) >= 0:  # once more: who asked may have written to them since
+        raise IndexError(f"got row id {rows[place]}, expected 0 to {len(values) - 1}")
     parts = min(torch.get_num_threads(), len(rows) // _PART) or 1
     compiled.spread(lambda _, begin, end: _gather(given, rows, to, begin, end), len(rows), parts)
     return out

@@ -8,9 +8,7 @@ one visit to memory, and rows to come are asked for while this one is worked on.
 distinct. On the CPU, float32.
 """
 
-import itertools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -77,12 +75,7 @@ def _corrections(lr: float, betas: tuple[float, float], eps: float) -> np.ndarra
 def _split(work: Callable[[int, int], None], count: int) -> None:
     """work(begin, end) over 0..count, on as many threads as torch has where that is worth it."""
     parts = min(torch.get_num_threads(), max(1, count // _WORTH_A_THREAD))
-    if parts == 1:
-        work(0, count)
-        return
-    edges = [count * i // parts for i in range(parts + 1)]
-    with ThreadPoolExecutor(parts) as pool:
-        list(pool.map(lambda span: work(*span), itertools.pairwise(edges)))
+    compiled.spread(lambda _, begin, end: work(begin, end), count, parts)
 
 
 def sum_rows(index: Int[Tensor, " K"], values: Float[Tensor, "K W"]) -> tuple[Int[Tensor, " D"], Float[Tensor, "D W"]]:

@@ -130,10 +130,8 @@ class MoBA(nn.Module):
         first = own - layout.positions // size
 
         def choose_at(rows: slice | Tensor) -> Tensor:
-            known = means
-            if segment is None and isinstance(rows, slice):  # whose own blocks end here
-                known = means[:, : -(-(layout.past + rows.stop) // size)]
-            return choose(query[:, rows], known, own[:, rows], first[:, rows], self.config.chosen)
+            end = -(-(layout.past + rows.stop) // size) if isinstance(rows, slice) and segment is None else None
+            return choose(query[:, rows], means[:, :end], own[:, rows], first[:, rows], self.config.chosen)
 
         if self.full or key.shape[1] <= size or (single and self.config.decode == "full"):
             if held is not None:

@@ -12,6 +12,7 @@ what goes to the device and comes back are the rows that were asked for and thei
 
 import fcntl
 import os
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -113,6 +114,7 @@ class LearningTable(Fetched):
         if self._undo.marks and (got := os.fstat(self._file).st_size) != rows * self.record:
             os.close(self._file)
             raise TableError(f"{self.folder}: got {got} bytes of records, expected {rows} times {self.record}")
+        self._closed = weakref.finalize(self, _let_go, self._file, self._undo)
         self._held: list[tuple[np.ndarray, np.ndarray]] = []
         self._writing: Future[None] | None = None
 
@@ -131,6 +133,8 @@ class LearningTable(Fetched):
         """Normal numbers from torch's generator, as one draw of the whole table would give them; in a table that is
         filled already the generator moves on and the rows stay."""
         step, filled = max(16, _FILLED // self.width // 16 * 16), bool(self._undo.marks)
+        if not filled:
+            os.ftruncate(self._file, 0)  # of a larger table that was never whole
         for first in range(0, self.rows, step):
             left = self.rows - first
             count = left if left < step + 16 else step
@@ -236,11 +240,16 @@ class LearningTable(Fetched):
         return torch.from_numpy(self._records(np.arange(first, end))[:, : 4 * self.width].copy()).view(torch.float32)
 
     def close(self) -> None:
-        """Ends the worker, when it has written, and closes the file."""
-        self.settle()
+        """Ends the worker, when it has written, and closes the files. TableError if it could not write."""
         super().close()
-        os.close(self._file)
+        self._closed()
         self._file = -1
+        self.settle()
+
+
+def _let_go(file: int, undo: Undo) -> None:
+    os.close(file)
+    undo.close()
 
 
 def _own(path: Path) -> int:

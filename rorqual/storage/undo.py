@@ -75,7 +75,7 @@ class Undo:
 
     def mark(self, step: int) -> None:
         """The table as it is on the disk now is `step`; the newest `keep` marks are kept."""
-        self._close()
+        self.close()
         (self.folder / f"undo-{step}").unlink(missing_ok=True)  # of an earlier mark of the same name
         marks = [*(mark for mark in self.marks if mark < step), step]
         self._save(marks[-self.keep :])
@@ -86,18 +86,21 @@ class Undo:
         """Writes back what rows were at mark `step`, newest notes first. TableError where they are not to be had."""
         if step not in self.marks:
             raise TableError(f"{self.folder}: got no mark of step {step}, expected one of {self.marks}")
-        self._close()
+        self.close()
         later = [mark for mark in reversed(self.marks) if mark >= step]
         for mark in later:
             if (path := self.folder / f"undo-{mark}").is_file():
-                self._play(path, write)
+                self._play(path, write, mark == self.marks[-1])
         flush()
         self._save([mark for mark in self.marks if mark <= step])
         for mark in later:
             (self.folder / f"undo-{mark}").unlink(missing_ok=True)
 
-    def _play(self, path: Path, write: Callable[[np.ndarray, np.ndarray], None]) -> None:
-        """All entries but a last one that is cut: the rows of that one had not been touched yet."""
+    def _play(self, path: Path, write: Callable[[np.ndarray, np.ndarray], None], newest: bool) -> None:
+        """All entries but a last one that is cut: the rows of that one had not been touched yet.
+
+        TableError for a cut where there is a later mark: those rows were.
+        """
         boot = _boot()
         with path.open("rb") as file:
             if file.read(len(boot)) != boot:
@@ -105,8 +108,12 @@ class Undo:
                     f"{path}: the machine has stopped since these rows were trained, so some may be lost: start again"
                     " with a copy of the table, or from the beginning in another folder"
                 )
+            end = file.tell()
             while (entry := self._entry(path, file)) is not None:
                 write(*entry)
+                end = file.tell()
+            if not newest and end != os.fstat(file.fileno()).st_size:
+                raise TableError(f"{path}: got a note cut behind byte {end}, expected it as it was written")
 
     def _entry(self, path: Path, file: BinaryIO) -> tuple[np.ndarray, np.ndarray] | None:
         """The next ids and records; None behind the last whole ones. TableError for what was whole and is not now."""
@@ -132,7 +139,8 @@ class Undo:
         flush(self.folder)
         self.marks = marks
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """What comes next is noted anew, in the file of a mark or after a return."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

@@ -163,9 +163,9 @@ def _write(
             if origin is None:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        (partial / _NOTE).unlink()
         partial.rename(folder)
-    flush(folder.parent)
+        flush(folder.parent)
+        (folder / _NOTE).unlink()  # last: until the table has its name, the same command goes on
     return folder
 
 

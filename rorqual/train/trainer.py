@@ -41,6 +41,7 @@ FIXED = (  # others may change on resuming
     *("bias_rest", "mtp_late", "indexer_alone"),
 )
 SMALLEST = 257  # ids of a vocabulary that can write any text
+UNDER_WAY = ".unfinished"  # a file that is there until the model is: one of fewer steps may be there meanwhile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,7 +190,10 @@ def train(config: TrainConfig, *, on_metrics: Callable[[dict[str, Any]], None] |
     try:
         with _alone(folder):
             _claim(folder, config)
-            return _train(config, folder, device, on_metrics)
+            _train(config, folder, device, on_metrics)
+            if parallel.rank() == 0:
+                (folder / UNDER_WAY).unlink()
+            return folder
     finally:
         if joined:
             parallel.leave()
@@ -200,10 +204,10 @@ def finished(config: TrainConfig) -> bool:
     folder = Path(config.folder)
     before = _before(folder)
     same = before is not None and not _differences(before, config) and before.steps == config.steps
-    return same and (folder / "model.safetensors").is_file()
+    return same and (folder / "model.safetensors").is_file() and not (folder / UNDER_WAY).exists()
 
 
-def _train(config: TrainConfig, folder: Path, device: torch.device, on_metrics: Callable | None) -> Path:
+def _train(config: TrainConfig, folder: Path, device: torch.device, on_metrics: Callable | None) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # which the engine would set to 8
     os.environ.setdefault("OLMO_SHARED_FS", "1")
     import olmo_core
@@ -239,7 +243,6 @@ def _train(config: TrainConfig, folder: Path, device: torch.device, on_metrics: 
     validator.write()
     _write_tables(folder, model)
     checkpoint.save_model(folder, model, data.tokenizer)
-    return folder
 
 
 def _stopped(message: str) -> Stopped:
@@ -329,6 +332,7 @@ def _write_tables(folder: Path, model: LanguageModel) -> None:
         shutil.rmtree(folder / "tables", ignore_errors=True)
     for n, table in enumerate(learnt):
         write_rows(folder / "tables" / str(n), table.rows, table.width, table.values)
+        table.close()
 
 
 def _before(folder: Path) -> TrainConfig | None:
@@ -352,13 +356,20 @@ def _differences(one: TrainConfig, other: TrainConfig) -> list[str]:
 
 
 def _claim(folder: Path, config: TrainConfig) -> None:
-    """Write train.json. ValueError where a run with another config has checkpoints or a model already."""
+    """Write train.json. ValueError where a run with another config has checkpoints or a model already.
+
+    Without any, what its rows learnt on the disk goes: the new run draws its own.
+    """
     before = _before(folder)
     begun = bool(checkpoint.steps(folder / "checkpoints")) or (folder / "model.safetensors").is_file()
-    if before is not None and begun and (names := _differences(before, config)):
+    names = _differences(before, config) if before is not None else ["train.json"]
+    if before is not None and begun and names:
         what = ", ".join(names[:4])
         raise ValueError(f"{folder} holds another run ({what} differ): choose another --folder, or remove it")
     if parallel.rank() == 0:
+        if names and not begun and (folder / "learning").is_dir():
+            shutil.rmtree(folder / "learning")
+        (folder / UNDER_WAY).touch()
         configs.save(config, folder / "train.json")
 
 

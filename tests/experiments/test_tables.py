@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +26,28 @@ def test_every_way_is_measured(tmp_path: Path) -> None:
     assert all(line.tokens_per_second > 0 for line in lines)
     assert told[0].startswith("drawing ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_warm_disk_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the cold ways of every round have the system forget the same files."""
+    walked, at_once, waited = tables._walked, DiskTable._at_once, []
+    way = [way.name for way in tables.ways(1)]
+
+    def seen(steps: object, cold: tables.Tables) -> tuple:
+        way.append(way.pop(0))
+        return walked(steps, cold)
+
+    def given(own: DiskTable, ids: np.ndarray) -> torch.Tensor | None:
+        found = at_once(own, ids)
+        waited.extend([way[-1]] if found is None else [])
+        return found
+
+    monkeypatch.setattr(tables, "_walked", seen)
+    monkeypatch.setattr(DiskTable, "_at_once", given)
+    config = tables.BenchConfig(folder=str(tmp_path), **SMALL | {"rounds": 2, "rows": 400_000, "width": 64})
+    monkeypatch.setattr(tables, "_line", lambda _, way, *rest: tables.Line(way.name, *[0.0] * 5))
+    tables.bench(config)
+    assert not [name for name in waited if "warm" in name]
 
 
 def test_ways_that_say_other_ids_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,3 +266,15 @@ def test_files_replaced_fifty_times_while_serving(tmp_path: pathlib.Path) -> Non
             assert torch.equal(pending.wait(), values[ids])
             assert torch.equal(table.request(ids).wait(), values[ids])
         table.close()
+
+
+def test_files_that_the_system_was_made_to_remember_need_no_wait(tmp_path: pathlib.Path) -> None:
+    values = torch.randn(3000, 300)
+    table = DiskTable(write_table(tmp_path / "t", values, shard_rows=1000), hot_bytes=0)
+    ids = torch.arange(0, 3000, 40)
+    for _ in range(3):
+        table.forget()
+        table.remember()
+        assert torch.equal(table.request(ids).wait(), values[ids])
+    assert not table._stream.begun
+    table.close()

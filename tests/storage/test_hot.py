@@ -40,3 +40,9 @@ def test_what_is_frozen_stays_for_good(kind: type) -> None:
     into = torch.zeros(3, 1, dtype=torch.uint8)
     assert kept.take(np.array([3, 5, 7]), into).tolist() == [2]
     assert into.flatten().tolist() == [30, 50, 0]
+
+
+@pytest.mark.parametrize("slots", [1 << 10, (1 << 10) + 1, 3000])
+def test_to_find_a_row_costs_what_the_docs_say(slots: int) -> None:
+    beside = sum(array.nbytes for array in twins.Recent(slots, 1).arrays[:3])
+    assert 24 * slots <= beside <= 32 * slots

@@ -1,11 +1,13 @@
 """Steps of training, stops and damage in -> the rows of a resident table to the last bit, or the refusal."""
 
+import gc
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -180,7 +182,7 @@ def test_one_process_trains_a_table(tmp_path: pathlib.Path) -> None:
     """Another is refused until the first ends, however it ends."""
     code = (
         "import sys, time; from rorqual.storage import LearningTable;"
-        "LearningTable(sys.argv[1], 5, 3); print('here', flush=True); time.sleep(60)"
+        "table = LearningTable(sys.argv[1], 5, 3); print('here', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
@@ -277,3 +279,54 @@ def test_other_shapes_and_lost_rows_are_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(TableError, match="row 0 is lost"):
         train_again.request(torch.tensor([0])).wait()
     del optimizer
+
+
+def test_what_is_left_of_a_larger_table_that_was_never_whole_is_no_harm(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while it was drawn; then a smaller one in its place, which can be opened again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(LearningTable, "mark", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            LearningTable(tmp_path, 500, 4).draw(0.02)
+    table = LearningTable(tmp_path, 30, 4)
+    table.draw(0.02)
+    expected = table.values(0, 30)
+    table.close()
+    again = LearningTable(tmp_path, 30, 4)
+    assert torch.equal(again.values(0, 30), expected)
+    again.close()
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_table_that_is_closed_or_dropped_keeps_no_file_open(closed: bool, tmp_path: pathlib.Path) -> None:
+    def change(rows: torch.Tensor, *rest: torch.Tensor) -> None:
+        rows += 1
+
+    def held() -> list[str]:
+        gc.collect()
+        places = (pathlib.Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
+        return [str(place.readlink()) for place in places if place.is_symlink() and str(tmp_path) in os.readlink(place)]
+
+    table = LearningTable(tmp_path / "t", 10, 4)
+    table.draw(0.02)
+    table.update(torch.arange(3), torch.ones(3, 4), change)
+    table.settle()
+    assert len(held()) == 2
+    if closed:
+        table.close()
+    del table
+    assert held() == []
+
+
+def test_a_table_that_could_not_write_closes_all_the_same(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = pair(tmp_path)
+    table, file = model["table"], model["table"]._file
+    monkeypatch.setattr(LearningTable, "_write", lambda own, ids, _: own._whole(np.ones(len(ids), bool), ids))
+    train(model, Optimizer(model, OptimConfig()), 1)
+    with pytest.raises(TableError, match="is lost"):
+        table.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(file)

@@ -1,6 +1,10 @@
 """Calls of several tables in -> their results in order, and no more on their way than there is room for."""
 
+import os
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -43,3 +47,45 @@ def test_one_more_than_there_is_room_for_waits() -> None:
     thread.join(5)
     assert asked == [0, 1, 2]
     stream.close()
+
+
+def test_a_call_that_cannot_be_asked_for_takes_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread to be had, or ctrl-C: an error each time, and never a wait without end."""
+    stream = Stream(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(ThreadPoolExecutor, "submit", lambda *_: (_ for _ in ()).throw(RuntimeError("no thread")))
+        for _ in range(3):
+            assert stream._room._value == 2
+            with pytest.raises(RuntimeError, match="no thread"):
+                stream.put(print)
+    assert stream.put(lambda: 3).result() == 3
+    stream.close()
+
+
+def test_who_asks_while_it_closes_has_no_second_thread() -> None:
+    stream, gate, seen = Stream(), threading.Event(), []
+    stream.put(gate.wait)
+    stream.put(seen.append, 1)
+    closing = threading.Thread(target=stream.close)
+    closing.start()
+    asking = threading.Thread(target=lambda: stream.put(seen.append, 2).result())
+    asking.start()
+    asking.join(0.2)
+    assert seen == []
+    gate.set()
+    for thread in (closing, asking):
+        thread.join(5)
+    assert seen == [1, 2]
+    stream.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+def test_a_fork_has_a_thread_of_its_own() -> None:
+    """In a process without torch's threads, which a fork may not survive."""
+    code = (
+        "import os, signal; from rorqual.storage.stream import Stream; stream = Stream(1)\n"
+        "stream.put(int).result(); child = os.fork(); signal.alarm(20)\n"
+        "assert [stream.put(pow, 2, n).result() for n in range(3)] == [1, 2, 4]; stream.close()\n"
+        "assert child == 0 or os.waitpid(child, 0)[1] == 0; os._exit(0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

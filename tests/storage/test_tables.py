@@ -239,6 +239,20 @@ def test_the_twin_of_the_gather_has_the_same_bits(dtype: torch.dtype, width: int
             assert torch.equal(out, values[ids])
 
 
+@pytest.mark.parametrize("bad", [-1, 300_000, 2**40, -(2**62)])
+@pytest.mark.parametrize("place", [0, 70_000])
+def test_ids_that_are_written_to_before_the_wait_read_no_other_memory(bad: int, place: int) -> None:
+    """They were checked when they were asked for; who changes them gets an error and not what lies there."""
+    values, ids = torch.randn(300_000, 8), torch.zeros(70_001, dtype=torch.int64)
+    for table in (HostTable(values), DeviceTable(300_000, 8)):
+        with torch.no_grad():
+            pending = table.request(ids)
+            ids[place] = bad
+            with pytest.raises(IndexError, match=f"got row id {bad}, expected 0 to 299999"):
+                pending.wait()
+            ids[place] = 0
+
+
 def test_ids_that_are_no_whole_numbers_are_refused(tmp_path: pathlib.Path) -> None:
     values = torch.randn(ROWS, WIDTH)
     for table in homes(values, write_table(tmp_path / "t", values)):

@@ -174,3 +174,22 @@ def test_a_step_that_is_no_mark_and_another_boot_are_refused(
     boot.write_text("and another")
     with pytest.raises(TableError, match="undo-4: the machine has stopped since these rows were trained"):
         table.rewind(4)
+
+
+def test_notes_of_an_earlier_mark_that_are_cut_are_refused(tmp_path: pathlib.Path) -> None:
+    """Their rows were overwritten: only behind the newest mark is a cut note one that was being written."""
+    table, one = Memory(tmp_path), np.ones((1, SIZE), np.uint8)
+    table.undo.mark(0)
+    for row in (3, 4):
+        table.change(np.array([row]), one)
+    table.undo.mark(1)
+    table.change(np.array([5]), one)
+    notes = tmp_path / "undo-0"
+    whole, size = notes.read_bytes(), 24 + 8 + SIZE
+    for cut in range(1, size):
+        notes.write_bytes(whole[:-cut])
+        with pytest.raises(TableError, match=f"undo-0: got a note cut behind byte {40 + size}, expected it as"):
+            table.rewind(0)
+    notes.write_bytes(whole)
+    table.rewind(0)
+    assert not table.rows.any()

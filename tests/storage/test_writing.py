@@ -220,3 +220,18 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path: pathli
     with pytest.raises(ValueError, match=r"bytes free, expected 4,000,000,000,000,000 for the table"):
         draw_table(tmp_path / "t", 10**12, 1000)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_that_was_killed_before_the_table_had_its_name_goes_on(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All shards are there: none is written again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            draw_table(tmp_path / "t", 40, 8, shard_rows=10)
+    monkeypatch.setattr(writing, "_write_shard", None)
+    folder = draw_table(tmp_path / "t", 40, 8, shard_rows=10)
+    assert verify(folder) == []
+    assert sorted(path.suffix for path in folder.iterdir()) == [".safetensors"] * 4
+    assert list(tmp_path.iterdir()) == [folder]

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -222,6 +223,46 @@ def test_rows_that_learn_in_host_memory_are_those_of_the_device(config, tmp_path
     folder = train(config)
     assert losses(folder) == losses(straight)
     assert (folder / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+
+
+def test_rows_of_another_run_that_has_no_checkpoint_are_not_taken(config, tmp_path):
+    """Stopped before its first checkpoint; then another seed in the same folder draws its own rows."""
+
+    def stop(line: dict) -> None:
+        raise RuntimeError("killed")
+
+    config = replace(config, tables="disk", steps=2)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config, on_metrics=stop)
+    assert (Path(config.folder) / "learning" / "0" / "marks.json").is_file()
+    folder = train(replace(config, seed=1))
+    straight = train(replace(config, seed=1, folder=str(tmp_path / "straight")))
+    assert losses(folder) == losses(straight)
+
+
+def test_a_longer_run_that_was_killed_is_not_finished(config, tmp_path, monkeypatch):
+    """The model of the shorter one is there all the while, also between the last checkpoint and the new model."""
+    config = replace(config, tables="disk")
+    folder = train(replace(config, steps=3))
+    straight = shutil.copytree(folder, tmp_path / "straight")
+    config, save = replace(config, steps=6), trainer.checkpoint.save_model
+
+    def stop(line: dict) -> None:
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config, on_metrics=stop)
+    assert not finished(config)
+    monkeypatch.setattr(trainer.checkpoint, "save_model", lambda *_: stop({}))
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config)
+    assert not finished(config)
+    monkeypatch.setattr(trainer.checkpoint, "save_model", save)
+    assert train(config) == folder
+    assert finished(config)
+    train(replace(config, folder=str(straight)))
+    ours, theirs = (load_model(each).state_dict() for each in (folder, straight))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_longer_is_allowed_and_other_is_not(config):
