@@ -191,8 +191,9 @@ def _ask(
 ) -> _Asked:
     """Asks again where the tensors do not lie where those lie that were asked last."""
     pointers = (canonical_map.data_ptr(), multipliers.data_ptr(), primes.data_ptr(), offsets.data_ptr())
-    if kept and kept["asked"].pointers == pointers:
-        return kept["asked"]
+    asked = kept.get("asked") if kept else None
+    if asked is not None and asked.pointers == pointers:
+        return asked
     exact = (canonical_map, multipliers, primes, offsets)
     assert all(x.is_contiguous() for x in exact) and canonical_map.dtype is torch.int32
     layers, orders, heads = primes.shape

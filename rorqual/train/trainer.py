@@ -358,12 +358,12 @@ def _differences(one: TrainConfig, other: TrainConfig) -> list[str]:
 def _claim(folder: Path, config: TrainConfig) -> None:
     """Write train.json. ValueError where a run with another config has checkpoints or a model already.
 
-    Without any, what its rows learnt on the disk goes: the new run draws its own.
+    Without any, what that run's rows learnt on the disk goes: the new one draws its own.
     """
     before = _before(folder)
     begun = bool(checkpoint.steps(folder / "checkpoints")) or (folder / "model.safetensors").is_file()
-    names = _differences(before, config) if before is not None else ["train.json"]
-    if before is not None and begun and names:
+    names = _differences(before, config) if before is not None else []
+    if begun and names:
         what = ", ".join(names[:4])
         raise ValueError(f"{folder} holds another run ({what} differ): choose another --folder, or remove it")
     if parallel.rank() == 0:

@@ -209,6 +209,14 @@ def test_rows_that_learn_on_the_disk_are_those_of_the_device(config, tmp_path):
     assert not any(name.startswith("tables.") for name in elsewhere.state_dict())
 
 
+def test_a_folder_that_held_no_run_keeps_what_is_called_learning(config):
+    kept = Path(config.folder) / "learning" / "notes.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("somebody's")
+    train(replace(config, steps=1))
+    assert kept.read_text() == "somebody's"
+
+
 def test_rows_that_learn_in_host_memory_are_those_of_the_device(config, tmp_path):
     """Stopped and called again: the weights' file of the run whose rows are resident, byte for byte."""
     straight = train(replace(config, folder=str(tmp_path / "straight"), steps=6))
