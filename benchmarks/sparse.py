@@ -3,10 +3,17 @@
     python benchmarks/sparse.py
     python benchmarks/sparse.py --lengths 1024 4096 --heads 8 --kv-heads 2 --rounds 3 --json
 
-What is timed is one layer's attention with its projections, batch 1, float32: the last of T tokens behind a cache of
-the others, and a prompt of T tokens into an empty cache. Where no prompt is timed, all of the cache but its last tile
-is random numbers. The last token of a tile obeys the tile's choice; one token in 128 makes it and takes longer. All
-kinds take turns in every round, so that a busy machine slows them alike; what is printed is the median over the rounds.
+What is timed is one layer's attention, batch 1, float32:
+
+    decode     the last of T tokens behind a cache of the others, its projections among it
+    attend     the same without the projections of queries, keys, values and outputs that full attention has as well:
+               what the choice itself brings, since those take the same time however long the context is
+    prefill    a prompt of T tokens into an empty cache, its projections among it
+
+A round calls every kind once, so that a busy machine slows them alike and a kind finds none of its weights in the
+processor's caches, as in a model of many layers; what is printed is the median over the rounds. Where no prompt is
+timed, all of the cache but its last tile is random numbers. The last token of a tile obeys the tile's choice; one token
+in 128 makes it and takes longer. The last of these T completes one of NSA's blocks, as one token in 16 does.
 A kind's peer is full attention of its own sort: gqa for NSA and MoBA, absorbed mla for DSA. A kind pays from the first
 length at which, and from which on, it is faster.
 
@@ -14,6 +21,7 @@ Memory is what a prefill allocates at its peak, by torch's own record of every a
 """
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -22,6 +30,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from rorqual.layers.attention import GQA, MLA, GQAConfig, MLAConfig
@@ -33,6 +42,7 @@ from rorqual.layers.nsa import NSA, NSAConfig
 from rorqual.layers.tiles import TILE, Choice
 
 ROPE = RopeConfig()
+PHASES = ("decode", "attend", "prefill")
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 
 
@@ -87,17 +97,45 @@ KINDS = {
 }
 
 
+def placed(attention: GQA | MLA, time: int, past: Past) -> tuple[Any, ...]:
+    """Where the tokens of a call stand, and their rotary tables: a model makes them once for all layers."""
+    where = layout(1, time, "cpu", past=past)
+    return where, *rope_tables(ROPE, attention.rope_dim, where.positions)
+
+
 def call(attention: GQA | MLA, hidden: torch.Tensor, past: Past, cache: Any) -> torch.Tensor:
-    where = layout(1, hidden.shape[1], "cpu", past=past)
-    return attention(hidden, where, *rope_tables(ROPE, attention.rope_dim, where.positions), cache)
+    return attention(hidden, *placed(attention, hidden.shape[1], past), cache)
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa")
+
+
+class Known(nn.Module):
+    """A projection of one token whose result is known."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.result = torch.randn(1, 1, width)
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        return self.result
+
+
+def bare(attention: GQA | MLA) -> GQA | MLA:
+    """The same layer without the time of its projections."""
+    found = copy.copy(attention)
+    widths = {name: getattr(attention, name).out_features for name in PROJECTIONS if hasattr(attention, name)}
+    found._modules = attention._modules | {name: Known(width) for name, width in widths.items()}
+    return found
 
 
 class Runner:
-    """A layer of one kind, called in one of two ways."""
+    """A layer of one kind, called in one of three ways."""
 
     def __init__(self, kind: Kind, options: argparse.Namespace, length: int):
         torch.manual_seed(0)
         self.attention = kind.build(options).eval()
+        self.bare = bare(self.attention)
         self.hidden = torch.randn(1, length, options.dim)
         self.past, self.cache = Past(length), self.new_cache()
         self.warm = False
@@ -115,6 +153,7 @@ class Runner:
         if self.warm:
             self.cache.crop(1)
             self.past.crop(1)
+            self._place()
             return
         length = self.hidden.shape[1]
         call(self.attention, self.hidden[:, :1], self.past, self.cache)
@@ -126,11 +165,21 @@ class Runner:
         self.past.length = begin
         for at in range(begin, length - 1):
             call(self.attention, self.hidden[:, at : at + 1], self.past, self.cache)
+        self._place()
+
+    def _place(self) -> None:
+        self.placed = placed(self.attention, 1, self.past)
+        self.past.crop(1)
 
     def decode(self) -> None:
-        call(self.attention, self.hidden[:, :1], self.past, self.cache)
+        self._step(self.attention)
+
+    def attend(self) -> None:
+        self._step(self.bare)
+
+    def _step(self, attention: GQA | MLA) -> None:
+        attention(self.hidden[:, :1], *self.placed, self.cache)
         self.cache.crop(1)
-        self.past.crop(1)
 
 
 def held(cache: Any) -> Iterator[Appended | Recent]:
@@ -187,11 +236,12 @@ def measure(options: argparse.Namespace, length: int) -> list[dict[str, Any]]:
             memory = {name: peak_bytes(runner.prefill) for name, runner in runners.items()}
         rounds = max(1, options.rounds * 1024 // length)
         found["prefill"] = timed({name: runner.prefill for name, runner in runners.items()}, rounds)
-    if "decode" in options.phases:
-        for runner in runners.values():
-            runner.fill()
-            runner.decode()
-        found["decode"] = timed({name: runner.decode for name, runner in runners.items()}, options.rounds)
+    steps = [phase for phase in ("decode", "attend") if phase in options.phases]
+    for runner in runners.values() if steps else ():
+        runner.fill()
+        runner.decode()
+    for phase in steps:
+        found[phase] = timed({name: getattr(runner, phase) for name, runner in runners.items()}, options.rounds)
     rows = []
     for phase, seconds in found.items():
         for name, value in seconds.items():
@@ -242,7 +292,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of context, ascending")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="among them the full ones")
-    parser.add_argument("--phases", nargs="+", choices=("decode", "prefill"), default=("decode", "prefill"))
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
     parser.add_argument("--dim", type=int, default=1024)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--kv-heads", type=int, default=4)

@@ -6,34 +6,38 @@ gathered. Threads split rows and tokens. float32, CPU, without gradients.
 """
 
 import functools
+import math
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rorqual.kernels import compiled
 from rorqual.kernels.compiled import prefetch
 from rorqual.kernels.select import shown
-from rorqual.kernels.vectors import ZERO, at, fill, score_tile, softmax
+from rorqual.kernels.vectors import ZERO, at, dots, fill, largest, powers, score_tile, sums
 
 _AHEAD = 8  # latents asked for before they are used
-_TILE = 64  # indexer keys that stay in the first cache while every head reads them
+_TILE = 64  # indexer keys, or latents, that stay in a near cache while every head reads them
 _loop = functools.partial(compiled.compiled, any_order=True)  # sums may run on vectors
 
 
 @_loop
 def _ordered(products, weights, begin, end, ordered):  # pragma: no cover
-    """ordered[l] = sum_j weights[j] relu(products[j, l]) in bits that compare as it does, unsigned."""
-    for l in range(begin, end):
-        total = ZERO
-        for j in range(weights.shape[0]):
-            total += weights[j] * max(products[j, l - begin], ZERO)
-        products[0, l - begin] = total + ZERO  # -0 becomes 0
-    bits = products[0].view(np.int32)
-    for l in range(begin, end):
-        own = bits[l - begin]
-        ordered[l] = np.uint32(own ^ ((own >> np.int32(31)) | np.int32(-2147483648)))
+    """ordered[l] = sum_j weights[j] relu(products[j, l]) in bits that compare as it does, unsigned. The products are
+    used up."""
+    totals, count = products[0], end - begin
+    for l in range(count):
+        totals[l] = weights[0] * max(totals[l], ZERO)
+    for j in range(1, weights.shape[0]):
+        own, share = products[j], weights[j]
+        for l in range(count):
+            totals[l] += share * max(own[l], ZERO)
+    bits = totals.view(np.int32)
+    for l in range(count):
+        totals[l] += ZERO  # -0 becomes 0
+        ordered[begin + l] = np.uint32(bits[l] ^ ((bits[l] >> np.int32(31)) | np.int32(-2147483648)))
 
 
 @compiled.compiled
@@ -67,81 +71,64 @@ def _fetch(base, step, chosen, n, width):  # pragma: no cover
 
 
 @_loop
-def _four(base, step, chosen, n, width):  # pragma: no cover
-    """The latents n .. n + 3 of those chosen; behind the last stands the last."""
+def _four(base, step, chosen, n):  # pragma: no cover
+    """Addresses of the latents n .. n + 3 of those chosen; behind the last stands the last."""
     last = chosen.shape[0] - 1
-    a, b = at(base + chosen[min(n, last)] * step, 1, width), at(base + chosen[min(n + 1, last)] * step, 1, width)
-    c, d = at(base + chosen[min(n + 2, last)] * step, 1, width), at(base + chosen[min(n + 3, last)] * step, 1, width)
-    return a[0], b[0], c[0], d[0]
+    a, b = base + chosen[min(n, last)] * step, base + chosen[min(n + 1, last)] * step
+    return a, b, base + chosen[min(n + 2, last)] * step, base + chosen[min(n + 3, last)] * step
 
 
 @_loop
-def _score(query, base, step, chosen, scores):  # pragma: no cover
-    """scores[h, n] = query[h] . the n-th chosen latent: of four heads and four latents at a time, so that a number is
-    used four times for each time that it is loaded."""
-    width = query.shape[1]
-    for n in range(0, chosen.shape[0], 4):
-        _fetch(base, step, chosen, n + _AHEAD, width)
-        a, b, c, d = _four(base, step, chosen, n, width)
-        for h in range(0, query.shape[0], 4):
-            x, y, z, w = query[h], query[h + 1], query[h + 2], query[h + 3]
-            xa, xb, xc, xd, ya, yb, yc, yd = ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO
-            za, zb, zc, zd, wa, wb, wc, wd = ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO
-            for i in range(width):
-                xa, xb, xc, xd = xa + x[i] * a[i], xb + x[i] * b[i], xc + x[i] * c[i], xd + x[i] * d[i]
-                ya, yb, yc, yd = ya + y[i] * a[i], yb + y[i] * b[i], yc + y[i] * c[i], yd + y[i] * d[i]
-                za, zb, zc, zd = za + z[i] * a[i], zb + z[i] * b[i], zc + z[i] * c[i], zd + z[i] * d[i]
-                wa, wb, wc, wd = wa + w[i] * a[i], wb + w[i] * b[i], wc + w[i] * c[i], wd + w[i] * d[i]
-            scores[h, n], scores[h, n + 1], scores[h, n + 2], scores[h, n + 3] = xa, xb, xc, xd
-            scores[h + 1, n], scores[h + 1, n + 1], scores[h + 1, n + 2], scores[h + 1, n + 3] = ya, yb, yc, yd
-            scores[h + 2, n], scores[h + 2, n + 1], scores[h + 2, n + 2], scores[h + 2, n + 3] = za, zb, zc, zd
-            scores[h + 3, n], scores[h + 3, n + 1], scores[h + 3, n + 2], scores[h + 3, n + 3] = wa, wb, wc, wd
-
-
-@_loop
-def _sum(scores, base, step, chosen, out):  # pragma: no cover
-    """out[h] += sum over n of scores[h, n] the n-th chosen latent, eight at a time."""
-    width = out.shape[1]
-    for n in range(0, chosen.shape[0], 8):
-        _fetch(base, step, chosen, n + _AHEAD, width)
-        _fetch(base, step, chosen, n + _AHEAD + 4, width)
-        a, b, c, d = _four(base, step, chosen, n, width)
-        e, f, g, k = _four(base, step, chosen, n + 4, width)
-        for h in range(out.shape[0]):
-            own, p, q, s, t = out[h], scores[h, n], scores[h, n + 1], scores[h, n + 2], scores[h, n + 3]
-            u, v, w, x = scores[h, n + 4], scores[h, n + 5], scores[h, n + 6], scores[h, n + 7]
-            for i in range(width):
-                own[i] += p * a[i] + q * b[i] + s * c[i] + t * d[i] + u * e[i] + v * f[i] + w * g[i] + x * k[i]
+def _weigh(scores, count, bits, best, total, out):  # pragma: no cover
+    """Scores of one query and `count` latents -> their weights; what was summed before is weighed by the same best."""
+    before, best[0] = best[0], max(best[0], largest(scores[:count]))
+    if before < best[0]:
+        factor = np.float32(math.exp(before - best[0]))
+        total[0] *= factor
+        for i in range(out.shape[0]):
+            out[i] *= factor
+    total[0] += powers(scores[:count], bits, best[0])
+    for n in range(count):
+        scores[n] = shown(scores[n])
+    fill(scores[count:], ZERO)
 
 
 @_loop
 def _attend(query, base, step, chosen, scores, bits, out):  # pragma: no cover
-    """out[h] = the mean of the chosen latents, weighted by how they score against query[h]. Queries come in fours; the
-    scores have room for more than are chosen, which count for nothing."""
-    _score(query, base, step, chosen, scores)
-    count = chosen.shape[0]
-    for h in range(out.shape[0]):
-        softmax(scores[h, :count], bits[:count])
-        for n in range(count):
-            scores[h, n] = shown(scores[h, n])
-        fill(scores[h, count:], ZERO)
+    """out[h] = the mean of the chosen latents, weighted by how they score against query[h]. A tile of them is scored
+    and summed while it is in the cache. The scores have room for three more, which count for nothing."""
+    (heads, width), last = query.shape, chosen.shape[0]
+    best, total = np.full((heads, 1), -np.inf, np.float32), np.zeros((heads, 1), np.float32)
+    for h in range(heads):
         fill(out[h], ZERO)
-    _sum(scores, base, step, chosen, out)
+    for begin in range(0, last, _TILE):
+        count = min(_TILE, last - begin)
+        for n in range(0, count, 4):
+            _fetch(base, step, chosen, begin + n + _AHEAD, width)
+            a, b, c, d = _four(base, step, chosen, begin + n)
+            dots(query, a, b, c, d, scores, n)
+        for h in range(heads):
+            _weigh(scores[h, : (count + 3) // 4 * 4], count, bits[:count], best[h], total[h], out[h])
+        for n in range(0, count, 4):
+            a, b, c, d = _four(base, step, chosen, begin + n)
+            sums(scores, n, a, b, c, d, out)
+    for h in range(heads):
+        for i in range(width):
+            out[h, i] /= total[h, 0]
 
 
 @_loop
-def _tokens(query, looking, weights, places, length, most, scale, out, first, last):  # pragma: no cover
+def _tokens(query, looking, weights, lead, places, length, most, scale, out, first, last):  # pragma: no cover
     """Tokens first .. last of B T. `places` of the indexer's keys and of the latents: address, and bytes a row and a
-    column further."""
+    column further. Row b starts at column lead[b]."""
     (_, time, heads, width), (own, narrow) = query.shape, looking.shape[2:]
     products, ordered = np.empty((own, _TILE), np.float32), np.empty(length, np.uint32)
-    fours = (heads + 3) // 4 * 4
-    scores, bits = np.empty((fours, most + 8), np.float32), np.empty(most, np.int32)
-    scaled, chosen = np.zeros((fours, width), np.float32), np.empty(most, np.int64)
+    scores, bits = np.empty((heads, _TILE), np.float32), np.empty(_TILE, np.int32)
+    scaled, chosen = np.zeros((heads, width), np.float32), np.empty(most, np.int64)
     for n in range(first, last):
         b, t = n // time, n % time
-        end = length - time + t + 1
-        keys = at(places[0, 0] + b * places[0, 1], end, narrow)
+        end = length - time + t + 1 - lead[b]
+        keys = at(places[0, 0] + b * places[0, 1] + lead[b] * places[0, 2], end, narrow)
         for begin in range(0, end, _TILE):
             stop = min(begin + _TILE, end)
             score_tile(looking[b, t], keys[begin:stop], products, 0, stop - begin)
@@ -151,7 +138,8 @@ def _tokens(query, looking, weights, places, length, most, scale, out, first, la
         for h in range(heads):
             for i in range(width):
                 scaled[h, i] = query[b, t, h, i] * scale
-        _attend(scaled, places[1, 0] + b * places[1, 1], places[1, 2], chosen[:count], scores, bits, out[b, t])
+        latents = places[1, 0] + b * places[1, 1] + lead[b] * places[1, 2]
+        _attend(scaled, latents, places[1, 2], chosen[:count], scores, bits, out[b, t])
 
 
 def attend_best(
@@ -162,6 +150,7 @@ def attend_best(
     weights: Float[Tensor, "B T J"],
     most: int,
     scale: float,
+    lead: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T H R"]:
     """See layers.dsa.attend_best, whose numbers these are within float32 rounding."""
     (batch, time), length = query.shape[:2], key.shape[1]
@@ -169,7 +158,8 @@ def attend_best(
     latent = latent if latent.stride(-1) == 1 else latent.contiguous()
     key = key if key.stride()[1:] == (key.shape[2], 1) else key.contiguous()
     places = np.array([[x.data_ptr(), 4 * x.stride(0), 4 * x.stride(1)] for x in (key, latent)], np.int64)
-    given = [x.detach().contiguous().numpy() for x in (query, looking, weights)]
+    lead = torch.zeros(batch, dtype=torch.int64) if lead is None else lead
+    given = [x.detach().contiguous().numpy() for x in (query, looking, weights, lead)]
     rest = places, length, most, np.float32(scale), out.numpy()
     parts = min(torch.get_num_threads(), batch * time)
     compiled.spread(lambda _, *span: _tokens(*given, *rest, *span), batch * time, parts)

@@ -19,7 +19,7 @@ NEAR = 4096  # bytes between rows that are asked for together: the disk reads wh
 RUN = 1 << 20  # bytes asked for together at most
 _NO_WAIT = 8  # RWF_NOWAIT
 _WILL_NEED = 3  # POSIX_FADV_WILLNEED
-_FEW = 64  # reads that one thread has told the system of before others would have begun
+_FEW = 512  # reads that one thread tells the system of: a decoding step's, which others' starting would slow
 _THREADS = 32  # that wait together; 16 to 64 measured alike, 8 slower
 
 _pread = types.ExternalFunction("pread", types.intp(types.intc, types.uintp, types.uintp, types.int64))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rorqual.kernels import compiled
 from rorqual.kernels.compiled import prefetch
-from rorqual.kernels.vectors import ZERO, fill, softmax
+from rorqual.kernels.vectors import ZERO, dots, fill, softmax, sums
 
 _WORTH_A_THREAD = 1 << 22  # products; below, starting threads takes longer than the work
 _AHEAD = 16  # keys
@@ -45,20 +45,12 @@ def _fetch(rows, step, count, following, l, width):  # pragma: no cover
 
 @_loop
 def _score(queries, keys, step, count, following, scores):  # pragma: no cover
-    """scores[h, l] = queries[h] . the key at address keys + l step, four keys at a time."""
+    """scores[h, l] = queries[h] . the key at address keys + l step."""
     width, l = queries.shape[1], 0
     while l + 4 <= count:
         _fetch(keys, step, count, following, l, width)
-        a, b = _line(keys + l * step, width), _line(keys + (l + 1) * step, width)
-        c, d = _line(keys + (l + 2) * step, width), _line(keys + (l + 3) * step, width)
-        for h in range(queries.shape[0]):
-            x, p, q, s, t = queries[h], ZERO, ZERO, ZERO, ZERO
-            for i in range(width):
-                p += x[i] * a[i]
-                q += x[i] * b[i]
-                s += x[i] * c[i]
-                t += x[i] * d[i]
-            scores[h, l], scores[h, l + 1], scores[h, l + 2], scores[h, l + 3] = p, q, s, t
+        a = keys + l * step
+        dots(queries, a, a + step, a + 2 * step, a + 3 * step, scores, l)
         l += 4
     for k in range(l, count):
         a = _line(keys + k * step, width)
@@ -71,22 +63,17 @@ def _score(queries, keys, step, count, following, scores):  # pragma: no cover
 
 @_loop
 def _sum(weights, values, step, count, following, out):  # pragma: no cover
-    """out[h] += sum over l of weights[h, l] the value at address values + l step, four values at a time."""
+    """out[h] += sum over l of weights[h, l] the value at address values + l step."""
     width, l = out.shape[1], 0
     while l + 4 <= count:
         _fetch(values, step, count, following, l, width)
-        a, b = _line(values + l * step, width), _line(values + (l + 1) * step, width)
-        c, d = _line(values + (l + 2) * step, width), _line(values + (l + 3) * step, width)
-        for h in range(out.shape[0]):
-            own, p, q = out[h], shown(weights[h, l]), shown(weights[h, l + 1])
-            s, t = shown(weights[h, l + 2]), shown(weights[h, l + 3])
-            for i in range(width):
-                own[i] += p * a[i] + q * b[i] + s * c[i] + t * d[i]
+        a = values + l * step
+        sums(weights, l, a, a + step, a + 2 * step, a + 3 * step, out)
         l += 4
     for k in range(l, count):
         a = _line(values + k * step, width)
         for h in range(out.shape[0]):
-            own, p = out[h], shown(weights[h, k])
+            own, p = out[h], weights[h, k]
             for i in range(width):
                 own[i] += p * a[i]
 
@@ -106,6 +93,8 @@ def over_blocks(own, index, end, block, key, key_step, value, value_step, scores
         fill(result[h], ZERO)
         if seen:
             softmax(scores[h, :seen], bits[:seen])
+        for l in range(seen):
+            scores[h, l] = shown(scores[h, l])
     seen = 0
     for n in range(blocks):
         count = min(block, end - index[n] * block)

@@ -22,7 +22,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from rorqual.kernels.compiled import compiled
-from rorqual.kernels.vectors import ONE, ZERO, at, columns, fill, norm, rotate, rows, score_tile, softmax
+from rorqual.kernels.vectors import ONE, ZERO, at, columns, fill, norm, rotate, rows, score_tile, softmax, sum_tile
 
 PLACES = (
     "attention_norm", "q_a", "q_norm", "q_b", "kv_a", "kv_norm", "kv_b", "o", "latent",
@@ -115,9 +115,7 @@ def _attend(queries, keys, summed):  # pragma: no cover
     for h in range(heads):
         softmax(scores[h], bits)
     for begin in range(0, length, TILE):
-        end = min(begin + TILE, length)
-        for h in range(heads):
-            columns(keys[begin:end], scores[h, begin:end], summed[h], 0, summed.shape[1])
+        sum_tile(scores, keys, summed, begin, min(begin + TILE, length))
 
 
 @compiled

@@ -6,6 +6,9 @@ Every function is for one thread, in float32, with sums in any order so that the
 
 import numba
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 
 from rorqual.kernels.compiled import compiled, pointer
 
@@ -93,11 +96,17 @@ def fill(x, value):  # pragma: no cover
 
 
 @_any_order
-def softmax(scores, bits):  # pragma: no cover
-    """In place. exp(s) = 2^k 2^f with k whole: 2^f by its series, to 1e-8 for |f| <= 1/2, 2^k by a float's exponent."""
-    best = scores[0]
-    for l in range(1, scores.shape[0]):
-        best = max(best, scores[l])
+def largest(numbers):  # pragma: no cover
+    best = numbers[0]
+    for l in range(1, numbers.shape[0]):
+        best = max(best, numbers[l])
+    return best
+
+
+@_any_order
+def powers(scores, bits, best):  # pragma: no cover
+    """scores[l] = exp(scores[l] - best) in place; their sum. exp(s) = 2^k 2^f with k whole: 2^f by its series, to 1e-8
+    for |f| <= 1/2, 2^k by a float's exponent."""
     for l in range(scores.shape[0]):
         turned = max((scores[l] - best) * np.float32(1.4426950408889634), np.float32(-126))
         whole = np.floor(turned + np.float32(0.5))
@@ -106,34 +115,187 @@ def softmax(scores, bits):  # pragma: no cover
         p = ((p * f + np.float32(1.3333558e-3)) * f + np.float32(9.6181291e-3)) * f + np.float32(5.5504109e-2)
         scores[l] = ((p * f + np.float32(2.4022651e-1)) * f + np.float32(6.9314718e-1)) * f + ONE
         bits[l] = (np.int32(whole) + np.int32(127)) << np.int32(23)
-    powers, total = bits.view(np.float32), ZERO
+    scales, total = bits.view(np.float32), ZERO
     for l in range(scores.shape[0]):
-        scores[l] *= powers[l]
+        scores[l] *= scales[l]
         total += scores[l]
-    share = ONE / total
+    return total
+
+
+@_any_order
+def softmax(scores, bits):  # pragma: no cover
+    """In place."""
+    share = ONE / powers(scores, bits, largest(scores))
     for l in range(scores.shape[0]):
         scores[l] *= share
 
 
+LANES = 16  # numbers side by side in the two loops below; a core with shorter vectors takes several
+_FLOAT, _WHOLE = ir.FloatType(), ir.IntType(64)
+_VECTOR, _FOUR = ir.VectorType(_FLOAT, LANES), ir.VectorType(_FLOAT, 4)
+_FUSED = ("contract",)  # a product and its sum may be rounded once
+_NINE = types.void(*[types.int64] * 9)
+
+
+def _load(builder, address, more, kind=_VECTOR):
+    place = builder.inttoptr(builder.add(address, more), kind.as_pointer())
+    return builder.load(place, align=4)
+
+
+def _store(builder, value, address, more):
+    builder.store(value, builder.inttoptr(builder.add(address, more), value.type.as_pointer()), align=4)
+
+
+def _picked(builder, one, other, lanes):
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
+    return builder.shuffle_vector(one, other, mask)
+
+
+def _everywhere(builder, number):
+    """A vector of one number."""
+    none = ir.Constant(_VECTOR, ir.Undefined)
+    return _picked(builder, builder.insert_element(none, number, ir.Constant(ir.IntType(32), 0)), none, [0] * LANES)
+
+
+def _across(builder, vectors):
+    """Up to 16 vectors -> one that has the sum of the n-th in its n-th lane: neighbours are added four times."""
+    for _ in range(4):
+        pairs = zip(vectors[::2], vectors[1::2], strict=True) if len(vectors) > 1 else [vectors * 2]
+        found = []
+        for one, other in pairs:
+            even, odd = (_picked(builder, one, other, list(range(n, 2 * LANES, 2))) for n in (0, 1))
+            found.append(builder.fadd(even, odd))
+        vectors = found
+    return vectors[0]
+
+
+def _step(builder, bytes_apart, count):
+    return [builder.mul(bytes_apart, ir.Constant(_WHOLE, n)) for n in range(count)]
+
+
+def _dots(heads):
+    """out[h, k] = sum over 16 `chunks` numbers of query h times those at address k of a, b, c, d."""
+
+    def typed(context, queries, apart, a, b, c, d, chunks, out, out_apart):
+        def generate(context, builder, signature, arguments):
+            queries, apart, a, b, c, d, chunks, out, out_apart = arguments
+            zero, more = ir.Constant(_VECTOR, [0.0] * LANES), _step(builder, apart, heads)
+            totals = [cgutils.alloca_once_value(builder, zero) for _ in range(4 * heads)]
+            with cgutils.for_range(builder, chunks) as loop:
+                place = builder.mul(loop.index, ir.Constant(_WHOLE, 4 * LANES))
+                keys = [_load(builder, row, place) for row in (a, b, c, d)]
+                for h in range(heads):
+                    own = _load(builder, queries, builder.add(more[h], place))
+                    for total, key in zip(totals[4 * h : 4 * h + 4], keys, strict=True):
+                        product = builder.fmul(own, key, flags=_FUSED)
+                        builder.store(builder.fadd(builder.load(total), product, flags=_FUSED), total)
+            found = _across(builder, [builder.load(total) for total in totals])
+            for h, at_h in enumerate(_step(builder, out_apart, heads)):
+                _store(builder, _picked(builder, found, found, list(range(4 * h, 4 * h + 4))), out, at_h)
+            return context.get_dummy_value()
+
+        return _NINE, generate
+
+    return intrinsic(typed)
+
+
+def _sums(heads):
+    """out[h, i] += sum over k of weights[h, k] times the i-th of the 16 `chunks` numbers at address k of a, b, c, d."""
+
+    def typed(context, weights, apart, a, b, c, d, chunks, out, out_apart):
+        def generate(context, builder, signature, arguments):
+            weights, apart, a, b, c, d, chunks, out, out_apart = arguments
+            known, more = _step(builder, apart, heads), _step(builder, out_apart, heads)
+            fours = [_load(builder, weights, at_h, _FOUR) for at_h in known]
+            lanes = [ir.Constant(ir.IntType(32), k) for k in range(4)]
+            shares = [[_everywhere(builder, builder.extract_element(four, k)) for k in lanes] for four in fours]
+            with cgutils.for_range(builder, chunks) as loop:
+                place = builder.mul(loop.index, ir.Constant(_WHOLE, 4 * LANES))
+                values = [_load(builder, row, place) for row in (a, b, c, d)]
+                for h in range(heads):
+                    there = builder.add(more[h], place)
+                    total = _load(builder, out, there)
+                    for share, value in zip(shares[h], values, strict=True):
+                        total = builder.fadd(total, builder.fmul(share, value, flags=_FUSED), flags=_FUSED)
+                    _store(builder, total, out, there)
+            return context.get_dummy_value()
+
+        return _NINE, generate
+
+    return intrinsic(typed)
+
+
+_dots_4, _dots_1, _sums_4, _sums_1 = _dots(4), _dots(1), _sums(4), _sums(1)
+
+
+@_any_order
+def dots(queries, a, b, c, d, scores, l):  # pragma: no cover
+    """scores[h, l .. l + 3] = queries[h] . the rows at addresses a, b, c, d: of four queries at a time, so that a
+    number is used four times for each time that it is loaded."""
+    (heads, width), h = queries.shape, 0
+    given, apart, chunks = queries.ctypes.data, queries.strides[0], width // LANES
+    out, out_apart = scores.ctypes.data + 4 * l, scores.strides[0]
+    while h + 4 <= heads:
+        _dots_4(given + h * apart, apart, a, b, c, d, chunks, out + h * out_apart, out_apart)
+        h += 4
+    while h < heads:
+        _dots_1(given + h * apart, apart, a, b, c, d, chunks, out + h * out_apart, out_apart)
+        h += 1
+    if width % LANES:
+        p, q, s, t = at(a, 1, width)[0], at(b, 1, width)[0], at(c, 1, width)[0], at(d, 1, width)[0]
+        for h in range(heads):
+            for i in range(chunks * LANES, width):
+                x = queries[h, i]
+                scores[h, l], scores[h, l + 1] = scores[h, l] + x * p[i], scores[h, l + 1] + x * q[i]
+                scores[h, l + 2], scores[h, l + 3] = scores[h, l + 2] + x * s[i], scores[h, l + 3] + x * t[i]
+
+
+@_any_order
+def sums(weights, l, a, b, c, d, out):  # pragma: no cover
+    """out[h] += weights[h, l .. l + 3] of the rows at addresses a, b, c, d."""
+    (heads, width), h = out.shape, 0
+    given, apart, chunks = weights.ctypes.data + 4 * l, weights.strides[0], width // LANES
+    made, out_apart = out.ctypes.data, out.strides[0]
+    while h + 4 <= heads:
+        _sums_4(given + h * apart, apart, a, b, c, d, chunks, made + h * out_apart, out_apart)
+        h += 4
+    while h < heads:
+        _sums_1(given + h * apart, apart, a, b, c, d, chunks, made + h * out_apart, out_apart)
+        h += 1
+    if width % LANES:
+        p, q, s, t = at(a, 1, width)[0], at(b, 1, width)[0], at(c, 1, width)[0], at(d, 1, width)[0]
+        for h in range(heads):
+            x, y, z, w = weights[h, l], weights[h, l + 1], weights[h, l + 2], weights[h, l + 3]
+            for i in range(chunks * LANES, width):
+                out[h, i] += x * p[i] + y * q[i] + z * s[i] + w * t[i]
+
+
 @_any_order
 def score_tile(queries, keys, scores, begin, end):  # pragma: no cover
-    """scores[h, l] = queries[h] . keys[l], four heads at a time so that a key is read once for them."""
-    h = 0
-    while h + 4 <= queries.shape[0]:
-        a, b, c, d = queries[h], queries[h + 1], queries[h + 2], queries[h + 3]
-        for l in range(begin, end):
-            key = keys[l]
-            p, q, s, t = ZERO, ZERO, ZERO, ZERO
-            for i in range(key.shape[0]):
-                p += a[i] * key[i]
-                q += b[i] * key[i]
-                s += c[i] * key[i]
-                t += d[i] * key[i]
-            scores[h, l], scores[h + 1, l], scores[h + 2, l], scores[h + 3, l] = p, q, s, t
-        h += 4
-    for k in range(h, queries.shape[0]):
-        for l in range(begin, end):
+    """scores[h, l] = queries[h] . keys[l] for l from `begin` to `end`."""
+    l, first, step = begin, keys.ctypes.data, keys.strides[0]
+    while l + 4 <= end:
+        a = first + l * step
+        dots(queries, a, a + step, a + 2 * step, a + 3 * step, scores, l)
+        l += 4
+    for k in range(l, end):
+        for h in range(queries.shape[0]):
             p = ZERO
             for i in range(keys.shape[1]):
-                p += queries[k, i] * keys[l, i]
-            scores[k, l] = p
+                p += queries[h, i] * keys[k, i]
+            scores[h, k] = p
+
+
+@_any_order
+def sum_tile(weights, values, out, begin, end):  # pragma: no cover
+    """out[h] += sum over l from `begin` to `end` of weights[h, l] values[l], their first out.shape[1] numbers."""
+    l, first, step = begin, values.ctypes.data, values.strides[0]
+    while l + 4 <= end:
+        a = first + l * step
+        sums(weights, l, a, a + step, a + 2 * step, a + 3 * step, out)
+        l += 4
+    for k in range(l, end):
+        for h in range(out.shape[0]):
+            x = weights[h, k]
+            for i in range(out.shape[1]):
+                out[h, i] += x * values[k, i]

@@ -24,7 +24,7 @@ from rorqual import kernels
 from rorqual.layers.attend import attend, attend_shared
 from rorqual.layers.basics import Layout, RopeConfig, largest, rotate
 from rorqual.layers.cache import Appended
-from rorqual.layers.selection import FEW
+from rorqual.layers.selection import FEW, straight
 
 QUERIES = 512  # looked at together, at most
 SCORES = 1 << 23  # that stand at a time: 32 MiB of float32
@@ -119,7 +119,8 @@ class DSA(nn.Module):
         """
         query = self.wq_b(query_latent.detach()).unflatten(-1, (self.config.heads, -1))
         weights = self.weights_proj(hidden.detach()).float() * (self.config.heads * self.config.dim) ** -0.5
-        return Look(self._turn(query, cos, sin), weights, key, layout.mask, self.config.chosen)
+        asked = self._turn(query, cos, sin), weights, key
+        return Look(*asked, layout.mask, self.config.chosen, straight(layout)[1])
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         turned, rest = x.split([self.rope_dim, self.config.dim - self.rope_dim], dim=-1)
@@ -137,6 +138,7 @@ class Look(NamedTuple):
     key: Float[Tensor, "B L P"]
     mask: Bool[Tensor, "B 1 T L"] | None  # None: a query sees the keys up to its own
     most: int  # keys that a query may choose
+    lead: Int[Tensor, " B"] | None = None  # where a mask of few queries says no more: columns before each row's first
 
     @property
     def chooses(self) -> bool:
@@ -191,8 +193,8 @@ class Look(NamedTuple):
         length, mask = self.key.shape[1] - self.query.shape[1] + count, self.mask
         before, after = (None, None) if mask is None else (mask[:, :, :count, :length], mask[:, :, count:])
         return (
-            Look(self.query[:, :count], self.weights[:, :count], self.key[:, :length], before, self.most),
-            Look(self.query[:, count:], self.weights[:, count:], self.key, after, self.most),
+            Look(self.query[:, :count], self.weights[:, :count], self.key[:, :length], before, self.most, self.lead),
+            Look(self.query[:, count:], self.weights[:, count:], self.key, after, self.most, self.lead),
         )
 
     def hiding(
@@ -214,9 +216,9 @@ class Look(NamedTuple):
     ) -> Float[Tensor, "B T H R"]:
         """The same to keys that all heads share and that are the values too: the chosen are read where they lie, or
         copied out, and the others never read. For queries that all have more keys than they may choose."""
-        if self.mask is None and query.shape[1] <= FEW:
+        if (self.mask is None or self.lead is not None) and query.shape[1] <= FEW:
             given = query, latent, self.query, self.key, self.weights
-            return kernels.pick("dsa_few", attend_best, *given)(*given, self.most, scale)
+            return kernels.pick("dsa_few", attend_best, *given)(*given, self.most, scale, self.lead)
         return self.copying(query, latent, scale)
 
     def copying(
@@ -247,7 +249,7 @@ class Look(NamedTuple):
         Neither gets a gradient. At most SCORES scores stand at a time: the gradient is formed beside the loss.
         """
         attention = query.detach(), key.detach(), scale, warm
-        summed, carried, queries, choosing = _Divergence.apply(*self, *attention, present)
+        summed, carried, queries, choosing = _Divergence.apply(*self[:5], *attention, present)
         recall = torch.where(choosing > 0, carried / choosing.clamp_min(1), 1.0)
         return Lesson(summed / queries.clamp_min(1), recall)
 
@@ -260,10 +262,15 @@ def attend_best(
     weights: Float[Tensor, "B T J"],
     most: int,
     scale: float,
+    lead: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T H R"]:
-    """The last T of L tokens, in rows without documents or padding, attend each to the `most` latents whose keys score
-    best with the indexer's query, `looking`. kernels/dsa.py is its twin."""
-    return Look(looking, weights, key, None, most).copying(query, latent, scale)
+    """The last T of L tokens attend each to the `most` latents whose keys score best with the indexer's query,
+    `looking`. Row b starts at column lead[b], or at the first. kernels/dsa.py is its twin."""
+    time, length, mask = query.shape[1], key.shape[1], None
+    if lead is not None:
+        columns = torch.arange(length, device=key.device)
+        mask = ((columns >= lead[:, None, None]) & (columns <= columns[length - time :, None]))[:, None]
+    return Look(looking, weights, key, mask, most).copying(query, latent, scale)
 
 
 def _attend_to(query: Tensor, latent: Tensor, index: Tensor, real: Tensor | None, scale: float) -> Tensor:

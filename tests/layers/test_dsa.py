@@ -85,6 +85,20 @@ def test_chooses_what_transformers_chooses(batch, time, chosen):
     assert differ.float().mean() < 0.2
 
 
+@pytest.mark.parametrize(("time", "chosen"), [(17, 5), (9, 20), (40, 11)])
+def test_is_the_naive_code_of_flash_linear_attention(time, chosen):
+    """Forward and backward; so many heads that no key scores 0, of which theirs may choose any."""
+    naive = pytest.importorskip("fla.ops.dsa.naive", reason="fla-core is not installed", exc_type=ImportError)
+    looking, weights, key = torch.randn(2, time, 16, 8), torch.randn(2, time, 16), torch.randn(2, time, 8)
+    given = [torch.randn(2, time, 3, 6, requires_grad=True) for _ in range(3)]
+    ours = Look(looking, weights, key, None, chosen).hiding(*given, 0.4)
+    theirs = naive.naive_dsa(*given, looking, key, weights, topk=chosen, scale=0.4)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    pull = torch.randn_like(theirs)
+    for a, b in zip(*(torch.autograd.grad((y * pull).sum(), given) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
 def test_scores_are_their_equation():
     q, k, w = torch.randn(1, 5, 3, 8), torch.randn(1, 7, 8), torch.randn(1, 5, 3)
     got = index_scores(q, k, w)
@@ -142,6 +156,24 @@ def test_packed_documents_attend_as_if_alone(way):
     torch.testing.assert_close(run(attention, hidden, documents=documents), alone, atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_packed_documents_go_on_behind_a_cache(way):
+    """New ones begin in any call; tokens of which nothing is told belong to the last."""
+    attention, hidden = layer(), torch.randn(2, 30, 20)
+    documents = torch.arange(30) // torch.tensor([[11], [4]])
+    whole = run(attention, hidden, documents=documents)
+    past, cache, done, outs = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device), 0, []
+    for count in (9, 1, 1, 6, 1, 2, 10):
+        part, begins = (
+            slice(done, done + count),
+            not torch.equal(documents[:, done - 1], documents[:, done + count - 1]),
+        )
+        told = {"documents": documents[:, part]} if begins or not done else {}
+        outs.append(run(attention, hidden[:, part], past, cache, **told))
+        done += count
+    torch.testing.assert_close(torch.cat(outs, 1), whole, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(("left", "right"), [(4, 0), (0, 4), (3, 2)])
 @torch.no_grad()
 def test_padding_changes_nothing(left, right, way, poisoned):
@@ -189,6 +221,24 @@ def test_a_padded_batch_decodes_from_its_cache(way):
     outs = [run(attention, padded[:, :9], past, cache, present=present[:, :9])]
     outs += [run(attention, part, past, cache) for part in padded[:, 9:].split([1, 1, 3, 1, 10], 1)]
     torch.testing.assert_close(torch.cat(outs, 1)[:, 4:], run(attention, hidden), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_rows_of_different_lengths_decode_by_the_compiled_call(monkeypatch):
+    """Some shorter than the choice, some longer, and one without padding."""
+    monkeypatch.setattr(attending, "GATHERING", 0.0)
+    attention, leads = layer(), (0, 3, 8)
+    hidden, calls, own = torch.randn(3, 17, 20), [], twin.attend_best
+    present = torch.arange(17) >= torch.tensor(leads)[:, None]
+    monkeypatch.setattr(dsa.kernels, "pick", lambda name, *rest: calls.append(name) or own)
+    past, cache = Past(), attention.new_cache(3, 8, hidden.dtype, hidden.device)
+    outs = [run(attention, hidden[:, :10], past, cache, present=present[:, :10])]
+    assert not calls
+    outs += [run(attention, part, past, cache) for part in hidden[:, 10:].split([1, 2, 1, 1, 2], 1)]
+    assert calls == ["dsa_few"] * 5
+    for row, lead in enumerate(leads):
+        alone = run(attention, hidden[row : row + 1, lead:])
+        torch.testing.assert_close(torch.cat(outs, 1)[row : row + 1, lead:], alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("before", [0, 9])
@@ -275,6 +325,19 @@ CASES = [
 def test_the_twin_gives_the_references_numbers(case, ties, poisoned):
     given = best_case(*case, ties=ties)
     torch.testing.assert_close(twin.attend_best(*given), attend_best(*given), atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("lead", [[0, 7], [46, 1], [30, 30]])
+def test_the_twin_begins_each_row_where_it_begins(lead, poisoned):
+    given, lead = best_case(2, 3, 3, 7, 50, 3, 5, 11), torch.tensor(lead)
+    found = twin.attend_best(*given, lead)
+    torch.testing.assert_close(found, attend_best(*given, lead), atol=5e-6, rtol=0)
+    for row, at in enumerate(lead.tolist()):
+        if at > 30:  # fewer keys than may be chosen
+            continue
+        query, latent, looking, key, weights = (x[row : row + 1] for x in given[:5])
+        alone = attend_best(query, latent[:, at:], looking, key[:, at:], weights, *given[5:])
+        torch.testing.assert_close(found[row : row + 1], alone, atol=5e-6, rtol=0)
 
 
 def test_few_queries_copy_few_latents_at_a_time(monkeypatch):
