@@ -35,7 +35,12 @@ class Costs(NamedTuple):
 
 
 def costs(config: ModelConfig, context: int = 4096) -> Costs:
-    """Counted on a model without storage (meta device), so that the figures are the model's own."""
+    """Counted on a model without storage (meta device), so that the figures are the model's own.
+
+    context: tokens that attention and its choosers see half of on average; ValueError for none.
+    """
+    if context < 1:
+        raise ValueError(f"context: got {context}, expected at least 1 token")
     with torch.device("meta"):
         model = LanguageModel(config, seed=None)
     sizes = {name: p.numel() for name, p in model.named_parameters()}

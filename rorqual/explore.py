@@ -34,6 +34,7 @@ from torch import Tensor
 
 from rorqual import memory, runtime
 from rorqual.analyze.measures import without_memory
+from rorqual.analyze.states import recalling
 from rorqual.analyze.taps import Taps, quiet
 from rorqual.config import from_dict
 from rorqual.layers.router import Routing
@@ -42,12 +43,16 @@ from rorqual.serve.generate import Run, load
 from rorqual.serve.protocol import body
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
+NAMES = ("127.0.0.1", "localhost", "[::1]")  # the same as a browser writes them
 LARGEST = 1 << 20  # bytes of a request
 MOST = 512  # tokens of a text
 BEST = 8  # predictions of each kind that are shown
 ALIKE = 12  # other tokens of the same canonical id that are shown
 _PAGE = Path(__file__).with_name("explore.html")
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # which the first does not speak of
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +117,7 @@ class Explorer:
     def __init__(self, run: Run) -> None:
         self.run, self.model, self.tokenizer = run, run.model, run.tokenizer
         self.engram = run.config.engram
-        self.name = run.folder.name if run.folder is not None else "a model in memory"
+        self.name = run.folder.resolve().name if run.folder is not None else "a model in memory"
         self.editor = Editor(self.model, self.tokenizer) if self.engram is not None else None
         self.changes: list[str] = []  # each an edit in every block that remembers
         self._lock = threading.RLock()
@@ -208,6 +213,8 @@ class Explorer:
             return {"edits": self.standing()}
 
     def _ids(self, text: str) -> list[int]:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError("text: got half of a character (a lone surrogate), expected whole ones")
         ids = [self.tokenizer.begin_id, *self.tokenizer.encode(text)]
         if len(ids) > MOST + 1:
             raise ValueError(f"text: got {len(ids) - 1} tokens, expected at most {MOST}")
@@ -217,11 +224,12 @@ class Explorer:
         layers = self.engram.layers if self.engram is not None else ()
         names = [f"blocks.{layer}.engram.gate" for layer in layers]
         with quiet(self.model), Taps(self.model, *names) as taps:
-            hidden, routings = self.model.hidden(self._batch(ids))
+            hidden, routings = self.model.hidden(batch := self._batch(ids))
             logs = self.model.logits(hidden)[0, :, : self._known].log_softmax(-1)
         if not logs.isfinite().all():
             raise ValueError("model: got predictions that are not finite, expected a run that has not diverged")
-        return Pass(logs, [taps[name][0][0] for name in names], routings)
+        alive = recalling(self.model, batch)[0, :, None]
+        return Pass(logs, [taps[name][0][0] * alive for name in names], routings)
 
     def _batch(self, ids: list[int]) -> Int[Tensor, "1 T"]:
         return torch.tensor([ids], device=self.model.embed.weight.device)
@@ -332,7 +340,7 @@ def app(run: Run) -> Starlette:
             Route("/api/edit", answering(Change, explorer.edit), methods=["POST"]),
             Route("/api/undo", answering(Undo, explorer.undo), methods=["POST"]),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(LOCAL))],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(NAMES))],
     )
 
 

@@ -83,6 +83,13 @@ def test_flops_of_a_dense_model_by_hand():
     assert costs(config, context=100).flops_per_token == 2 * (matrices + attended)
 
 
+@pytest.mark.parametrize("context", [0, -1])
+def test_a_context_without_a_token_is_refused(context):
+    for name in ("tiny", "classroom"):
+        with pytest.raises(ValueError, match=f"context: got {context}, expected at least 1"):
+            costs(preset(name), context)
+
+
 def test_experts_at_rest_cost_nothing():
     tiny = preset("tiny")
     more = replace(tiny, moe=replace(tiny.moe, routed=64))

@@ -252,6 +252,61 @@ def test_a_body_that_is_no_request_is_refused(client, content, kind, said):
     assert answer.status_code == 400 and said in answer.json()["error"]
 
 
+def test_half_of_a_character_is_refused_with_a_sentence(client):
+    for body in ({"text": "a\ud800"}, GOOD | {"source": "\udfff"}, {"text": "a\ud83d", "token": 0}):
+        path = "edit" if "token" in body else "read"
+        answer = client.post(f"/api/{path}", content=json.dumps(body), headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400 and "half of a character" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost:8765", "[::1]", "[::1]:8765"])
+def test_every_name_of_this_machine_that_can_be_asked_for_answers(run, name):
+    assert TestClient(app(run), base_url=f"http://{name}").get("/api/model").status_code == 200
+
+
+def test_a_dead_token_has_no_gate():
+    words = train(TEXTS * 20, 300)
+    dead = words.encode(" sea")[-1]
+    memory = EngramConfig(layers=(0, 2), rows_per_head=(151, 157), heads=2, head_dim=8, dead_tokens=(dead,))
+    run = new_run(engram=memory)
+    found = read(TestClient(app(run), base_url="http://127.0.0.1"), "the sea, the sea sings")
+    for layer in found["gates"]:
+        for token, values in zip(found["tokens"], layer, strict=True):
+            assert (max(values) == 0) == (token["id"] == dead)
+    known = gates(run.model, run.tokenizer, "the sea, the sea sings")
+    torch.testing.assert_close(torch.tensor(found["gates"])[:, 1:], known.values, atol=6e-5, rtol=0)
+
+
+@pytest.mark.parametrize("gating", ["open", "shared"])
+def test_a_memory_with_fewer_gates_is_read(run, gating):
+    memory = replace(run.config.engram, gating=gating)
+    found = read(TestClient(app(new_run(engram=memory)), base_url="http://127.0.0.1"))
+    assert torch.tensor(found["gates"]).shape == (2, len(found["tokens"]), 4)
+
+
+def test_edits_from_many_threads_are_each_whole(run):
+    """Two tabs edit, read and undo at once: in the end nothing is left of it."""
+    explorer, before, failed = explore.Explorer(run), weights(run), []
+
+    def tab(token):
+        try:
+            for _ in range(3):
+                explorer.edit(explore.Change(text=TEXT, token=token, order=2))
+                found = explorer.read(explore.Read(text=TEXT))
+                assert len(found["edits"]) >= 1 and all(len(edit["rows"]) == 2 for edit in found["edits"])
+                explorer.undo(explore.Undo())
+        except Exception as error:
+            failed.append(error)
+
+    tabs = [threading.Thread(target=tab, args=(token,)) for token in (2, 3)]
+    for one in tabs:
+        one.start()
+    for one in tabs:
+        one.join()
+    assert not failed and explorer.changes == [] == explorer.editor.edits
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(run), strict=True))
+
+
 def test_other_sites_and_other_names_are_refused(run):
     assert TestClient(app(run), base_url="http://evil.example").get("/").status_code == 400
     assert TestClient(app(run), base_url="http://127.0.0.1").get("/api/read").status_code == 405
@@ -388,6 +443,12 @@ def test_clicking_through_it(browser, run):
         expect(page.locator("#token")).to_contain_text("token 2 of")
         page.keyboard.press("ArrowRight")
         expect(page.locator("#token")).to_contain_text("token 3 of")
+        page.keyboard.press("Home")
+        expect(page.locator("#token")).to_contain_text("start of the document")
+        page.keyboard.press("End")
+        expect(page.locator(".token").last).to_be_focused()
+        assert page.locator(".token[tabindex='0']").count() == 1, "one stop of the tab key for the whole text"
+        page.locator(".token").nth(3).click()
         for lens in ("Effect", "Expert", "Surprise", "Gate"):
             page.get_by_role("button", name=lens, exact=True).click()
             assert page.locator(".token").nth(2).evaluate("node => node.style.getPropertyValue('--c')")
@@ -397,6 +458,7 @@ def test_clicking_through_it(browser, run):
         page.get_by_role("button", name="Suppress").first.click()
         expect(page.locator("#edits li")).to_have_count(1)
         expect(page.locator("#guesses .keys span")).to_have_count(3)
+        expect(page.locator(".token").nth(3)).to_be_focused()
         page.get_by_role("button", name="Overwrite …").last.click()
         page.locator(".swap input").last.fill("a river runs")
         page.keyboard.press("Enter")

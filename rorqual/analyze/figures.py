@@ -1,5 +1,6 @@
 """Numbers -> matplotlib figures: loss curves, the gate map, expert load, a sweep with error bars."""
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from matplotlib.figure import Figure
 from rorqual.analyze.measures import Gates, Load
 
 COLOURS = ("#2f7fd1", "#e07b39", "#3a9d5d", "#b65fc2", "#c94f4f", "#8a8a2e")  # legible on white and on black
+DASHES = ("-", "--", ":", "-.")  # of arms beyond the colours
+ACROSS = 30  # tokens of a gate map side by side: more would be too small to read on a page
 _STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -51,26 +54,24 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def curves(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Figure:
-    """Training loss (thin, smoothed) and validation loss (dots) over tokens; seeds of an arm share a colour."""
+    """Training loss (thin, smoothed) and validation loss (dots) over tokens; seeds of an arm share a colour.
+
+    A loss that is no finite number is left out.
+    """
     with style():
         figure = _figure(7.5, 3.4)
         axes = figure.subplots()
         arms = list(dict.fromkeys(_arm(name) for name, _ in runs))
-        named: set[str] = set()
+        named: dict[str, Any] = {}
         for name, records in runs:
             arm = _arm(name)
-            colour = COLOURS[arms.index(arm) % len(COLOURS)]
-            steps = [(r["tokens"], r["loss"]) for r in records if "loss" in r and "tokens" in r]
-            tokens_at = {r["step"]: r["tokens"] for r in records if "tokens" in r}
-            checks = [
-                (tokens_at[r["step"]], r["validation_loss"])
-                for r in records
-                if "validation_loss" in r and r["step"] in tokens_at
-            ]
+            turn, place = divmod(arms.index(arm), len(COLOURS))
+            colour, dash = COLOURS[place], DASHES[turn % len(DASHES)]
+            steps, checks = _points(records, "loss"), _points(records, "validation_loss")
             if steps:
                 tokens, losses = np.array(steps).T
-                axes.plot(tokens, smooth(losses), color=colour, lw=1, alpha=0.8, label=None if arm in named else arm)
-                named.add(arm)
+                (line,) = axes.plot(tokens, smooth(losses), color=colour, lw=1, ls=dash, alpha=0.8)
+                named.setdefault(arm, line)
             if checks:
                 axes.plot(*np.array(checks).T, "o", color=colour, ms=4)
         axes.set_xlabel("tokens trained on")
@@ -78,15 +79,23 @@ def curves(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Figure:
         axes.set_ylabel("loss, nats a token")
         axes.grid(alpha=0.2)
         if named:
-            axes.legend()
+            legend = axes.legend(named.values(), named)  # handed over, since "_x" as a label would be left out
+            for text in legend.get_texts():
+                text.set_parse_math(False)  # "cost$" is a run like others
         _zoom(axes, runs)
         return figure
+
+
+def _points(records: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(tokens, value) wherever it is a finite number; a validation stands at the tokens of its step."""
+    tokens = {r["step"]: r["tokens"] for r in records if "tokens" in r}
+    return [(tokens[r["step"]], r[key]) for r in records if math.isfinite(r.get(key, math.nan)) and r["step"] in tokens]
 
 
 def _zoom(axes: Any, runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> None:
     """The first steps would flatten everything after them: leave them out of the y axis."""
     later = [r["loss"] for _, records in runs for r in list(records)[len(records) // 10 :] if "loss" in r]
-    if later:
+    if later := [loss for loss in later if math.isfinite(loss)]:
         margin = 0.05 * (max(later) - min(later)) + 1e-3
         axes.set_ylim(min(later) - margin, max(later) + margin)
 
@@ -105,26 +114,31 @@ def smooth(values: np.ndarray, span: int = 8) -> np.ndarray:
 
 
 def gate_map(found: Gates, title: str = "") -> Figure:
-    """Tokens across, a row for each layer and stream, colour the gate."""
+    """Tokens across, a row for each layer and stream, colour the gate; a long text goes on below."""
     with style():
         layers, time, streams = found.values.shape
-        figure = _figure(max(5.0, 0.3 * time + 1.6), 1.25 + 0.24 * layers * streams)
-        axes = figure.subplots()
+        lines, wide = -(-time // ACROSS), min(time, ACROSS)
+        figure = _figure(max(5.0, 0.3 * wide + 1.6), 0.25 + lines * (1.0 + 0.24 * layers * streams))
+        parts = figure.subplots(lines, squeeze=False)[:, 0]
         rows = found.values.permute(0, 2, 1).reshape(layers * streams, time).numpy()
-        image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0.0, vmax=1.0, interpolation="nearest")
         words = [word.strip() or "␣" for word in found.tokens]
-        axes.set_xticks(range(time), words, rotation=60, ha="right", parse_math=False)  # "$x_$" is a token like others
         names = [
             f"block {layer}" + (f", stream {s}" if streams > 1 else "")
             for layer in found.layers
             for s in range(streams)
         ]
-        axes.set_yticks(range(layers * streams), names)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        figure.colorbar(image, ax=axes, label="gate", fraction=0.03, pad=0.01)
+        for n, axes in enumerate(parts):
+            part = slice(n * ACROSS, (n + 1) * ACROSS)
+            image = axes.imshow(rows[:, part], aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+            axes.set_xlim(-0.5, wide - 0.5)  # a last line that is shorter has cells as wide
+            # "$x_$" is a token like others
+            axes.set_xticks(range(len(words[part])), words[part], rotation=60, ha="right", parse_math=False)
+            axes.set_yticks(range(layers * streams), names)
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+        figure.colorbar(image, ax=list(parts), label="gate", fraction=0.03, pad=0.01)
         if title:
-            axes.set_title(title, loc="left", parse_math=False)
+            parts[0].set_title(title, loc="left", parse_math=False)
         return figure
 
 
@@ -177,7 +191,8 @@ def sweep(
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.grid(alpha=0.2)
-        axes.legend()
+        if points or levels:
+            axes.legend()
         return figure
 
 
@@ -187,9 +202,11 @@ def bars(values: Mapping[str, float], *, x: str) -> Figure:
         figure = _figure(7.5, 0.8 + 0.3 * len(values))
         axes = figure.subplots()
         first = next(iter(values.values()))
+        shares = ["" if not first else f" ({value / first:.0%})" for value in values.values()]
+        numbers = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values.values()]
         drawn = axes.barh(range(len(values)), list(values.values()), color=COLOURS[0])
-        axes.bar_label(drawn, [f"{value:,.0f}  {value / first:.0%}" for value in values.values()], padding=3)
-        axes.set_yticks(range(len(values)), list(values))
+        axes.bar_label(drawn, [n + share for n, share in zip(numbers, shares, strict=True)], padding=3)
+        axes.set_yticks(range(len(values)), list(values), parse_math=False)
         axes.invert_yaxis()
         axes.margins(x=0.2)
         axes.set_xlabel(x)

@@ -2,6 +2,7 @@
 
     lens_l       = KL(softmax(head(norm(x_n))) || softmax(head(norm(x_l))))            nats, mean over tokens
     hsic(K, L)   = [tr(K L) + 1'K1 1'L1 / ((n-1)(n-2)) - 2/(n-2) 1'K L 1] / (n (n-3))  K, L with zeroed diagonals
+                 = <centred(K), centred(L)> / (n (n-3))
     cka(X, Y)    = hsic(XX', YY') / sqrt(hsic(XX', XX') hsic(YY', YY'))                each hsic a mean over minibatches
     special_l    = sum of p(e, v) ln [p(e, v) / (p(e) p(v))]                           what an expert tells of its token
     alignment_j  = sum of i * s_ij / sum of s_ij over the k layers i most like j       where layer j stands in the other
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rorqual.analyze.states import block_states, chosen, gate_names, lens_logits, ours, run
+from rorqual.analyze.states import block_states, chosen, gate_names, lens_logits, ours, recalling, run
 from rorqual.analyze.taps import Taps, quiet
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.layers.engram import Engram
@@ -33,7 +34,7 @@ class Gates(NamedTuple):
 
     tokens: list[str]
     layers: tuple[int, ...]  # the blocks that remember
-    values: Float[Tensor, "Lm T S"]  # in (0, 1)
+    values: Float[Tensor, "Lm T S"]  # in (0, 1); 0 at dead tokens
 
 
 def gates(model: nn.Module, tokenizer: Tokenizer, text: str) -> Gates:
@@ -47,10 +48,11 @@ def gates(model: nn.Module, tokenizer: Tokenizer, text: str) -> Gates:
     ids = tokenizer.encode(text)
     if not ids:
         raise ValueError("gates: got an empty text, expected at least one token")
-    device = next(model.parameters()).device
+    known = torch.tensor([[tokenizer.begin_id, *ids]], device=next(model.parameters()).device)
     with quiet(model), Taps(model, *names.values()) as taps:
-        run(model, torch.tensor([[tokenizer.begin_id, *ids]], device=device))
-    values = torch.stack([taps[name][0][0, 1:].float().cpu() for name in names.values()])
+        run(model, known)
+    alive = recalling(model, known)[0, 1:, None]
+    values = torch.stack([(taps[name][0][0, 1:].float() * alive).cpu() for name in names.values()])
     return Gates([tokenizer.token(i) for i in ids], tuple(names), values)
 
 
@@ -130,16 +132,15 @@ def hsic(x: Float[Tensor, "N D"], y: Float[Tensor, "N D2"]) -> Float[Tensor, ""]
     n = x.shape[0]
     if n < 4 or y.shape[0] != n:
         raise ValueError(f"hsic: got {n} and {y.shape[0]} samples, expected as many of both, at least 4")
-    x, y = x.double(), y.double()
-    k, l = (z @ z.T - torch.diag((z * z).sum(1)) for z in (x, y))
-    both = k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k.sum(0) @ l.sum(0))
-    return ((k * l).sum() + both) / (n * (n - 3))
+    return (centred(x) * centred(y)).sum() / (n * (n - 3))
 
 
 def cka(pairs: Iterable[tuple[Float[Tensor, "N D"], Float[Tensor, "N D2"]]]) -> float:
-    """Linear centred kernel alignment of two representations, over minibatches of the same samples: 1 for equal ones
+    """Linear centred kernel alignment of two representations, over minibatches of the same samples.
 
-    up to rotation and scale, about 0 for unrelated ones (it can fall a little below)."""
+    1 for equal ones up to rotation, scale and shift; about 0 for unrelated ones (it can fall a little below), and 0
+    where one of them is the same for every sample.
+    """
     sums = torch.zeros(3, dtype=torch.float64)
     for x, y in pairs:
         sums += torch.stack([hsic(x, y), hsic(x, x), hsic(y, y)]).cpu()
@@ -149,12 +150,15 @@ def cka(pairs: Iterable[tuple[Float[Tensor, "N D"], Float[Tensor, "N D2"]]]) -> 
 def centred(x: Float[Tensor, "N D"]) -> Float[Tensor, "N N"]:
     """The linear kernel of the samples, such that hsic(x, y) = <centred(x), centred(y)> / (n (n - 3)); float64.
 
-    Off the diagonal K_ij - (K1)_i/(n-2) - (K1)_j/(n-2) + 1'K1/((n-1)(n-2)), on it 0. ValueError below 4 samples.
+    Off the diagonal K_ij - (K1)_i/(n-2) - (K1)_j/(n-2) + 1'K1/((n-1)(n-2)), on it 0; samples that are all alike have 0
+    everywhere. ValueError below 4 samples.
     """
     n = x.shape[0]
     if n < 4:
         raise ValueError(f"centred: got {n} samples, expected at least 4")
     x = x.double()
+    about = x - x.mean(0)  # changes no entry of the result, but for what rounding would leave of a large mean
+    x = about.masked_fill(about.square().sum() <= 1e-24 * x.square().sum(), 0.0)
     k = (x @ x.T).fill_diagonal_(0.0)
     sums = k.sum(0) / (n - 2)
     return (k - sums - sums[:, None] + k.sum() / ((n - 1) * (n - 2))).fill_diagonal_(0.0)
@@ -177,9 +181,14 @@ def similarity(a: nn.Module, b: nn.Module, batches: Iterable[Int[Tensor, "B T"]]
 
 
 def alignment(table: Float[Tensor, "La Lb"], k: int = 5) -> Float[Tensor, " Lb"]:
-    """For each column j the mean row index, weighted by similarity, of its k most similar rows."""
+    """For each column j the mean row index, weighted by similarity, of its k most similar rows.
+
+    NaN where no row is similar at all. ValueError for k below 1.
+    """
+    if k < 1:
+        raise ValueError(f"alignment: got k {k}, expected at least 1")
     best = table.clamp_min(0).topk(min(k, table.shape[0]), dim=0)
-    return (best.indices * best.values).sum(0) / best.values.sum(0).clamp_min(1e-12)
+    return (best.indices * best.values).sum(0) / best.values.sum(0)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from rorqual.model import LanguageModel, ModelConfig
 SENTENCE = "The Eiffel Tower is a famous tower in Paris, the capital of France."
 SAMPLE = 200  # documents of validation text for expert load
 READ_TWICE = 50  # of those, with the memory and without it
+CONTEXT = 4096  # tokens at most that are read at once, where the length of the training is not known
 _PAGE = Path(__file__).with_name("report.html")
 
 
@@ -42,10 +43,10 @@ class Reading:
     config: ModelConfig
     costs: Costs
     records: list[dict[str, Any]]
-    gates: Gates | None
-    load: Load | None
-    kept: Kept | None  # nats a token of the sample with its memory and without
-    favourites: list[tuple[int, int, str]]  # layer, expert, the tokens it takes most above their frequency
+    gates: Gates | None = None
+    load: Load | None = None
+    kept: Kept | None = None  # nats a token of the sample with its memory and without
+    favourites: list[tuple[int, int, str]] = field(default_factory=list)  # layer, expert, what it takes above chance
     homes: dict[str, float] = field(default_factory=dict)  # tokens a second by where rows live: `rorqual table bench`
 
     def last(self, key: str) -> float | None:
@@ -78,27 +79,34 @@ def read_run(
     """Everything the page needs of one run folder; costs are those at its context in training, 4,096 where unknown.
 
     The load of experts and the loss without memory are over `texts`, else over what `draw` gives for the run's
-    training. FileNotFoundError, naming the folder, for what is no run.
+    training, of each as many tokens as fit that context. A run without a tokenizer (of needles) reads no text.
+    FileNotFoundError, naming the folder, for what is no run.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"report: got {folder}, expected a run folder with config.json; train one with `rorqual train`"
         )
-    model, tokenizer, before = load_model(folder), Tokenizer.load(folder), trained(folder)
-    has_moe, has_memory = model.config.moe is not None, model.config.engram is not None
-    texts = texts or (draw(before) if has_moe or has_memory else ())
-    load = _load(model, tokenizer, texts) if has_moe else None
-    return Reading(
-        name=folder.name,
+    model, before = load_model(folder), trained(folder)
+    context = CONTEXT if before is None else before.length
+    reading = Reading(
+        name=folder.resolve().name,
         config=model.config,
-        costs=costs(model.config, before.length) if before is not None else costs(model.config),
+        costs=costs(model.config, context),
         records=_records(folder),
+        homes=_homes(folder),
+    )
+    has_moe, has_memory = model.config.moe is not None, model.config.engram is not None
+    if not (folder / "tokenizer.json").is_file() or not (has_moe or has_memory):
+        return reading
+    tokenizer, texts = Tokenizer.load(folder), texts or draw(before)
+    load = _load(model, tokenizer, texts, context) if has_moe else None
+    return replace(
+        reading,
         gates=gates(model, tokenizer, sentence) if has_memory else None,
         load=load,
-        kept=_kept(model, tokenizer, texts[:READ_TWICE]) if has_memory else None,
+        kept=_kept(model, tokenizer, texts[:READ_TWICE], context) if has_memory else None,
         favourites=_favourites(load, tokenizer) if load is not None else [],
-        homes=_homes(folder),
     )
 
 
@@ -113,18 +121,18 @@ def _homes(folder: Path) -> dict[str, float]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _load(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str]) -> Load:
+def _load(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], context: int) -> Load:
     device = model.embed.weight.device
-    encoded = [[tokenizer.begin_id, *ids] for ids in tokenizer.encode_batch(list(texts))]
+    encoded = [[tokenizer.begin_id, *ids][:context] for ids in tokenizer.encode_batch(list(texts))]
     return expert_load(model, (torch.tensor([ids], device=device) for ids in encoded))
 
 
-def _kept(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str]) -> Kept:
-    """Each document by itself, its end foretold too; every token counts alike."""
+def _kept(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], context: int) -> Kept:
+    """Each document by itself, its end foretold too where it is reached; every token counts alike."""
     device, sums, tokens = model.embed.weight.device, [0.0, 0.0], 0
     for ids in tokenizer.encode_batch(list(texts)):
         known, following = (
-            torch.tensor([of], device=device) for of in ([tokenizer.begin_id, *ids], [*ids, tokenizer.end_id])
+            torch.tensor([of[:context]], device=device) for of in ([tokenizer.begin_id, *ids], [*ids, tokenizer.end_id])
         )
         tokens += following.numel()
         sums = [
@@ -153,30 +161,50 @@ def write_report(
     texts: Sequence[str] = (),
     note: str = "",
 ) -> Path:
-    """Reads the run folders and writes the page; returns its path. `note` is a paragraph of text above the tables."""
-    if not runs:
+    """Reads the run folders and writes the page; returns its path. `note` is a paragraph of text above the tables.
+
+    A folder that is named twice is read once; runs of one name have as much of their path before it as tells them
+    apart.
+    """
+    folders = list(dict.fromkeys(Path(run).resolve() for run in runs))
+    if not folders:
         raise ValueError("report: got no runs, expected at least one run folder")
     draw = functools.cache(sample)  # runs of one text share its sample
-    readings = [read_run(folder, sentence=sentence, texts=texts, draw=draw) for folder in runs]
+    read = functools.partial(read_run, sentence=sentence, texts=texts, draw=draw)
+    readings = [replace(read(folder), name=name) for folder, name in zip(folders, names(folders), strict=True)]
     sections = [
         ("Result", (f"<p>{html.escape(note)}</p>" if note else "") + results_table(readings)),
-        ("Loss", svg(figures.curves([(r.name, r.records) for r in readings]))),
+        ("Loss", svg(figures.curves([(r.name, r.records) for r in readings]), "loss over tokens, a line a run")),
         ("How far each token trusts its memory", _memory_part([r for r in readings if r.gates is not None])),
         ("What the experts take", "".join(_load_part(r) for r in readings if r.load is not None)),
-        ("Where rows live", "".join(svg(figures.bars(r.homes, x="tokens a second")) for r in readings if r.homes)),
+        ("Where rows live", "".join(map(_homes_part, readings))),
         ("Costs", costs_table(readings)),
         ("Configurations", "".join(_config_part(r) for r in readings)),
     ]
     body = "\n".join(f"<section><h2>{name}</h2>\n{content}</section>" for name, content in sections if content)
-    page = _PAGE.read_text(encoding="utf-8").replace("{{title}}", html.escape(title)).replace("{{body}}", body)
+    parts = {"title": html.escape(title), "body": body}
+    page = re.sub(r"\{\{(title|body)\}\}", lambda found: parts[found[1]], _PAGE.read_text(encoding="utf-8"))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
     return out
 
 
-def svg(figure: Any) -> str:
-    """A matplotlib figure as inline SVG whose black is the page's text colour."""
+def names(folders: Sequence[Path]) -> list[str]:
+    """The last part of each path, or as many of the last parts as differ from those of every other."""
+    lengths = range(1, max(len(folder.parts) for folder in folders) + 1)
+
+    def tail(folder: Path, length: int) -> str:
+        return str(Path(*folder.parts[-length:]))
+
+    def own(folder: Path) -> int:
+        return next(n for n in lengths if sum(tail(other, n) == tail(folder, n) for other in folders) == 1)
+
+    return [tail(folder, own(folder)) for folder in folders]
+
+
+def svg(figure: Any, label: str) -> str:
+    """A matplotlib figure as inline SVG whose black is the page's text colour; `label` is read to who cannot see it."""
     buffer = io.StringIO()
     with figures.style():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -184,28 +212,31 @@ def svg(figure: Any) -> str:
     drawing = drawing[drawing.index("<svg") :]
     drawing = re.sub(r'height="[\d.]+pt"', "", drawing, count=1)
     drawing = re.sub(r'width="([\d.]+pt)"', r'style="--own: \1"', drawing, count=1)  # the page caps the width by it
-    return f"<figure>{drawing.replace('#000000', 'currentColor')}</figure>"
+    drawing = drawing.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
+    return f"<figure>{drawing.replace(': #000000', ': currentColor')}</figure>"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A sortable HTML table; cells are text and are escaped."""
-    cells = "".join(f"<th><button>{html.escape(name)}</button></th>" for name in head)
+    cells = "".join(f'<th scope="col"><button>{html.escape(name)}</button></th>' for name in head)
     lines = ("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def results_table(readings: Sequence[Reading]) -> str:
-    """Losses and what they took, one row a run."""
-    head = ("run", "validation, nats a token", "bits a byte", "training loss", "tokens", "seconds", "max violation")
-    keys = (
-        ("validation_loss", 4),
-        ("bits_per_byte", 4),
-        ("loss", 3),
-        ("tokens", 0),
-        ("seconds", 0),
-        ("max_violation", 2),
+    """Losses and what they took, one row a run; what no run has is left out."""
+    columns = (
+        ("validation, nats a token", "validation_loss", 4),
+        ("bits a byte", "bits_per_byte", 4),
+        ("answers found", "accuracy", 3),
+        ("training loss", "loss", 3),
+        ("tokens", "tokens", 0),
+        ("seconds", "seconds", 0),
+        ("max violation", "max_violation", 2),
     )
-    return table(head, [(r.name, *(_number(r.last(key), digits) for key, digits in keys)) for r in readings])
+    known = [column for column in columns if any(r.last(column[1]) is not None for r in readings)]
+    rows = [(r.name, *(_number(r.last(key), digits) for _, key, digits in known)) for r in readings]
+    return table(("run", *(words for words, _, _ in known)), rows)
 
 
 def costs_table(readings: Sequence[Reading]) -> str:
@@ -245,7 +276,15 @@ def _gate_text(reading: Reading) -> str:
             for word, value in zip(found.tokens, means, strict=True)
         )
         lines.append(f'<p class="gates"><b>{html.escape(reading.name)}, block {layer}</b> {words}</p>')
-    return "".join(lines) + svg(figures.gate_map(found))
+    return "".join(lines) + svg(figures.gate_map(found), f"gates of {reading.name} by token, block and stream")
+
+
+def _homes_part(reading: Reading) -> str:
+    if not reading.homes:
+        return ""
+    told = ", ".join(f"{home} {speed:,.0f}" for home, speed in reading.homes.items())
+    drawn = svg(figures.bars(reading.homes, x="tokens a second"), f"tokens a second by home of the rows: {told}")
+    return f"<h3>{html.escape(reading.name)}</h3>{drawn}"
 
 
 def _load_part(reading: Reading) -> str:
@@ -256,7 +295,7 @@ def _load_part(reading: Reading) -> str:
     taken = table(("block", "expert", "tokens it takes most above their frequency"), rows)
     return (
         f"<h3>{html.escape(reading.name)}</h3>"
-        + svg(figures.load_map(load))
+        + svg(figures.load_map(load), f"load of every expert of {reading.name} over the uniform load")
         + f"<p>What an expert tells of its token, block by block: {told} nats, of at most {most:.2f}.</p>"
         + f"<details><summary>what the busiest experts take</summary>{taken}</details>"
     )

@@ -9,11 +9,13 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rorqual.analyze.taps import Taps, quiet
-from rorqual.layers.engram import Engram
+from rorqual.layers.basics import layout
+from rorqual.layers.engram import Addresses, Engram
 from rorqual.model import LanguageModel
 
 CHOICES = ("top_k_index", "router_indices")  # what transformers' experts call the experts of each token
@@ -101,6 +103,13 @@ def gate_names(model: nn.Module) -> dict[int, str]:
         if isinstance(module, Engram):
             found[_block_of(model, name)] = f"{name}.gate"
     return found
+
+
+def recalling(model: nn.Module, ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """False at dead tokens, of documents that begin in the first column: they recall nothing, whatever a gate says."""
+    found = (module for module in model.modules() if isinstance(module, Addresses))
+    live = [addresses.live(ids, layout(ids.shape[0], ids.shape[1], ids.device)) for addresses in found]
+    return next((one for one in live if one is not None), torch.ones_like(ids, dtype=torch.bool))
 
 
 def _block_of(model: nn.Module, engram: str) -> int:

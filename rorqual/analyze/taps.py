@@ -5,7 +5,9 @@ with Taps(model, "blocks.*.ffn") as taps:
 taps["blocks.0.ffn"]            the outputs, one a call
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 class Taps:
     """Forward hooks on every module whose dotted name matches a pattern (`*` matches dots too), for a `with` block.
 
-    `keep` turns an output into what is kept; as it is, tensors are kept detached. ValueError where nothing matches.
+    `keep` turns an output into what is kept; as it is, copies of its tensors are, which stay as they are when a later
+    module writes over the output. ValueError where nothing matches.
     """
 
     def __init__(self, model: nn.Module, *patterns: str, keep: Callable[[Any], Any] | None = None) -> None:
@@ -54,9 +57,14 @@ class Taps:
 
 
 def detached(value: Any) -> Any:
-    """The same structure with its tensors cut from the graph."""
+    """The same structure with copies of its tensors, cut from the graph."""
     if isinstance(value, Tensor):
-        return value.detach()
+        return value.detach().clone()
+    if isinstance(value, dict):  # an output of transformers is one, and wants its keys one by one
+        found = copy.copy(value)
+        for key, part in value.items():
+            found[key] = detached(part)
+        return found
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(detached(part) for part in value))
     if isinstance(value, (tuple, list)):
@@ -64,21 +72,14 @@ def detached(value: Any) -> Any:
     return value
 
 
-def quiet(model: nn.Module):
-    """Evaluation mode without gradients for a `with` block; the mode it was in comes back."""
-    return _Quiet(model)
-
-
-class _Quiet:
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.training = model, model.training
-        self.no_grad = torch.no_grad()
-
-    def __enter__(self) -> nn.Module:
-        self.model.eval()
-        self.no_grad.__enter__()
-        return self.model
-
-    def __exit__(self, *error: object) -> None:
-        self.no_grad.__exit__(*error)
-        self.model.train(self.training)
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode without gradients for a `with` block; the mode that each module was in comes back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        for module, training in modes:
+            module.training = training

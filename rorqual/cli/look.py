@@ -95,15 +95,22 @@ def report_command(argv: list[str]) -> int:
     if as_json:
         emit({"report": page, "runs": runs})
     else:
-        print(f"{page}: {len(runs)} runs; open it in a browser")
+        print(f"{page}: {len(runs)} run{'s' * (len(runs) != 1)}; open it in a browser")
     return 0
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The folder, if it is a run, else the runs it holds. FileNotFoundError, saying how to make one, without any."""
+    """The folder, if it is a run, else the runs it holds but those that a sweep moved aside (NAME.before-1).
+
+    FileNotFoundError, saying how to make one, without any.
+    """
     if (folder / "config.json").is_file():
         return [folder]
-    inside = sorted(path.parent for path in folder.glob("*/model.safetensors"))
+    found = (path.parent for path in folder.glob("*/model.safetensors"))
+    inside = sorted(run for run in found if not run.suffix.startswith(".before-"))
     if not inside:
-        raise FileNotFoundError(f"got {folder}, expected a run folder or a folder of them (make one: rorqual train)")
+        mend = "a run folder or a folder of them (make one: rorqual train)"
+        if (folder / "train.json").is_file():
+            mend = f"a run that is finished (go on: rorqual train {folder})"
+        raise FileNotFoundError(f"got {folder}, expected {mend}")
     return inside

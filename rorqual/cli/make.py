@@ -1,5 +1,6 @@
 """Options of a command that makes or weighs models -> one call into its room out."""
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -192,7 +193,7 @@ def plan_command(argv: list[str]) -> int:
     if plan.rho == 1:
         print("No expert is given up, so the memory arm is the mixture of experts itself.")
     for name, flags in words.items():
-        print(f"{name:7} rorqual train {' '.join([like, *flags])}")
+        print(f"{name:7} rorqual train {shlex.join([like, *flags])}")
     return 0
 
 

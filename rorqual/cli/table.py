@@ -141,6 +141,8 @@ def build(options: Build, as_json: bool) -> int:
         return _written(options, options.source, as_json)
     if options.rows is None or options.width is None:
         raise UsageError("got no --source and not both --rows and --width, expected where the rows come from")
+    if options.name is not None or options.number:
+        raise UsageError("got --name or --number without --source, expected the source that they are about")
     if options.rows < 1 or options.width < 1:
         raise UsageError(f"got {options.rows} rows of width {options.width}, expected at least 1 of each")
     from rorqual.storage.formats import row_bytes
@@ -258,15 +260,18 @@ def verify(options: Verify, as_json: bool) -> int:
 
 def hot(options: Hot, as_json: bool) -> int:
     from safetensors.torch import save_file
-    from torch import tensor
+    from torch import int64, tensor
 
     from rorqual import evaluate, memory
     from rorqual.serve.generate import load
+    from rorqual.storage import hot_rows
 
     if options.rows < 1 or options.limit < 1:
         raise UsageError(f"got --rows {options.rows} and --limit {options.limit}, expected at least 1 of each")
-    if not Path(options.out).parent.is_dir():
+    if not Path(options.out).parent.is_dir() or Path(options.out).is_dir():
         raise UsageError(f"got {options.out}, expected a file in a folder that is there")
+    if Path(options.out).exists():
+        hot_rows(Path(options.out))  # only such a list is written over, and never a run's weights
     run = load(options.run)
     if run.config.engram is None:
         raise ValueError(f"{options.run}: got a run without tables, expected a model with Engram")
@@ -274,7 +279,8 @@ def hot(options: Hot, as_json: bool) -> int:
     for layer in run.config.engram.layers:
         texts = evaluate.texts(options.data, part="all", limit=options.limit, column=options.column)
         found.append(memory.popular(run.model, run.tokenizer, texts, layer, options.rows))
-    save_file({str(n): tensor([row for row, _, _ in most]) for n, most in enumerate(found)}, options.out)
+    lists = {str(n): tensor([row for row, _, _ in most], dtype=int64) for n, most in enumerate(found)}
+    save_file(lists, options.out)
     sums = [sum(reads for _, reads, _ in most) for most in found]
     told = [{"rows": len(m), "reads": reads, "first": m[:5]} for m, reads in zip(found, sums, strict=True)]
     if as_json:
@@ -295,6 +301,8 @@ def bench(options: Bench, as_json: bool) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from None
     console = Console(stderr=True)
+    if not Path(options.folder).is_dir():
+        raise UsageError(f"got --folder {options.folder}, expected a folder that is there")
     if options.run is not None and not (Path(options.run) / "config.json").is_file():
         raise UsageError(f"got --run {options.run}, expected a run folder with config.json")
     if (figure := options.figure) is not None and not (

@@ -7,11 +7,12 @@
     ablation     the memory without gates, convolution, canonical ids, a gate a stream, or its orders; rows fixed
 
 Every point is trained with every seed at every learning rate. Points are compared by the paired difference to the first
-one, seed by seed, with its standard error: at each rate, and each at its best. Interrupted sweeps go on; finished runs
-are never repeated.
+one, seed by seed, with its standard error: at each rate, and each at its best. A point of which a run diverged has no
+mean: it ranks last, and the sentence says so. Interrupted sweeps go on; finished and diverged runs are never repeated.
 """
 
 import csv
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from rorqual import config as configs
 from rorqual.analyze import figures
 from rorqual.costs import costs
 from rorqual.experiments.paired import compared, difference, established, mean_and_error
@@ -62,13 +64,16 @@ class SweepConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"sweep: got {self.kind!r}, expected one of {', '.join(KINDS)}")
-        if self.seeds < 1:
-            raise ValueError(f"seeds: got {self.seeds}, expected at least 1")
+        for name in ("steps", "rows", "length", "seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers: got {self.workers}, expected at least 1, or none for one a core")
         for name in ("rhos", "experts", "rows_per_head", "rates"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name}: got {values}, expected different values, at least one")
-        if min(self.rates) <= 0:
+        if not all(rate > 0 for rate in self.rates):
             raise ValueError(f"rates: got {self.rates}, expected factors above 0")
 
 
@@ -86,8 +91,8 @@ class Row(NamedTuple):
 
     point: Point
     rate: float
-    losses: list[float]
-    mean: float
+    losses: list[float]  # nan of a run that diverged
+    mean: float  # nan where one of them is
     error: float  # standard error of the mean; nan with one seed
     difference: float  # mean of the paired differences to the first point
     difference_error: float
@@ -123,7 +128,8 @@ def _allocation(config: SweepConfig, base: ModelConfig) -> list[Point]:
     rhos = sorted(config.rhos, reverse=True)
     plans = [split_budget(pure, rho, memory, context=config.length, pays="memory") for rho in rhos]
     distinct = {p.rho: p.engram.config for p in plans if p.rho < 1}  # two rhos may keep the same experts
-    digits = 2 if len({f"{rho:.2f}" for rho in (1.0, *distinct)}) > len(distinct) else 5
+    assert base.moe is not None
+    digits = 2 if base.moe.routed - base.moe.active <= 100 else 5  # a point keeps its name whatever stands beside it
     curve = [Point(f"rho-{rho:.{digits}f}", rho, found) for rho, found in distinct.items()]
     controls = [Point("plain", 1.0, alone, control=True), Point("few-rows", 1.0, few, control=True)]
     return [Point("rho-1.00", 1.0, pure), *curve, *controls]
@@ -168,8 +174,9 @@ def main(config: SweepConfig, *, console: Console | None = None) -> Path:
     tried = [(point, config.optim.lr * rate) for rate in config.rates for point in places]
     jobs = [seeded(folder, f"{p.name}-lr-{rate:g}", _training(config, p, rate), config.seeds) for p, rate in tried]
     # a seed after the other, so that a sweep that is stopped has every point
-    run([job for turn in zip(*jobs, strict=True) for job in turn], workers=config.workers, console=console)
-    losses = [[last(job.folder, "validation_loss")["validation_loss"] for job in each] for each in jobs]
+    in_turn = [job for turn in zip(*jobs, strict=True) for job in turn]
+    run(in_turn, workers=config.workers, console=console, diverging=True)
+    losses = [[last(job.folder, "validation_loss").get("validation_loss", math.nan) for job in each] for each in jobs]
     rows = tabulate([(*place, own) for place, own in zip(tried, losses, strict=True)])
     said = conclusion(config.kind, rows)
     _write(folder, config, rows, said)
@@ -202,8 +209,13 @@ def at_best(rows: Sequence[Row]) -> list[Row]:
     """A row a point, at the rate whose mean loss is lowest for it, compared with the first point at its own best."""
     best: dict[str, Row] = {}
     for row in rows:
-        best[row.point.name] = min(best.get(row.point.name, row), row, key=lambda each: each.mean)
+        best[row.point.name] = min(best.get(row.point.name, row), row, key=_rank)
     return _compare([(row.point, row.rate, row.losses) for row in best.values()])
+
+
+def _rank(row: Row) -> tuple[bool, float]:
+    """The lowest mean first; nan is no number to be compared, and stands last."""
+    return math.isnan(row.mean), row.mean
 
 
 def _compare(scored: Sequence[Scored]) -> list[Row]:
@@ -212,23 +224,35 @@ def _compare(scored: Sequence[Scored]) -> list[Row]:
 
 
 def conclusion(kind: Kind, rows: Sequence[Row]) -> str:
-    """What the differences allow one to say, of every point at its best rate, then of the same two points at each."""
+    """What the differences allow one to say, of every point at its best rate, then of the same two points at each.
+
+    Last come the points of which runs diverged, and at which rate."""
     best = at_best(rows)
     axis, controls = [r for r in best if not r.point.control], [r for r in best if r.point.control]
-    low, *others = sorted(axis, key=lambda row: row.mean)
+    low, *others = sorted(axis, key=_rank)
     first, rates, seeds = axis[0], list(dict.fromkeys(row.rate for row in rows)), len(low.losses)
     several = rates if len(rates) > 1 else []
     at = f" at a rate of {low.rate:g}" if several else ""
     said = [f"{low.point.name} scored lowest ({low.mean:.4f} nats a token{at}, {seeds} seed{'s' * (seeds > 1)})"]
-    if others:
-        other = others[0] if low is first else first
+    if math.isnan(low.mean):
+        said = ["no point has a mean, since runs of each diverged"]
+    elif others:
+        other = others[0] if low is first or math.isnan(first.mean) else first
         said += [_against(low, other), *(f"at a rate of {rate:g} {_at(rows, rate, low, other)}" for rate in several)]
+        if kind == "ablation":  # each part that was taken away is a question of its own
+            said += [_against(row, first) for row in axis if not any(row is each for each in (first, low, other))]
     for control in controls:
         said += [_against(control, first)] + [_against(low, control)] * (low is not first)
     if kind in _QUESTIONS:
         question, clear = _QUESTIONS[kind]
         said.append(f"{question}: {'established' if clear(axis) else 'not established'}")
+    said += [_diverged(row, f" at a rate of {row.rate:g}" if several else "") for row in rows if math.isnan(row.mean)]
     return "; ".join(said) + " (95 %, paired t)."
+
+
+def _diverged(row: Row, at: str) -> str:
+    gone = sum(not math.isfinite(loss) for loss in row.losses)
+    return f"{gone} of {len(row.losses)} runs of {row.point.name}{at} diverged"
 
 
 def _against(one: Row, other: Row) -> str:
@@ -246,12 +270,12 @@ def _below(one: Row, other: Row) -> bool:
 
 
 def _is_u(axis: Sequence[Row]) -> bool:
-    low = min(axis, key=lambda row: row.mean)
+    low = min(axis, key=_rank)
     return low is not axis[0] and low is not axis[-1] and _below(low, axis[0]) and _below(low, axis[-1])
 
 
 def _pays(axis: Sequence[Row]) -> bool:
-    return _below(min(axis, key=lambda row: row.mean), axis[0])
+    return _below(min(axis, key=_rank), axis[0])
 
 
 _QUESTIONS: dict[str, tuple[str, Callable[[Sequence[Row]], bool]]] = {
@@ -261,19 +285,28 @@ _QUESTIONS: dict[str, tuple[str, Callable[[Sequence[Row]], bool]]] = {
 
 
 def _write(folder: Path, config: SweepConfig, rows: Sequence[Row], said: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    best = {(row.point.name, row.rate) for row in at_best(rows)}
-    numbers = ("mean", "standard_error", "difference", "difference_error")
-    with (folder / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["point", "x", "control", "rate", "best_rate", *numbers, *map(str, range(config.seeds))])
-        for row in rows:
-            found = (row.mean, row.error, row.difference, row.difference_error)
-            place = (row.point.name, row.point.x, row.point.control, row.rate, (row.point.name, row.rate) in best)
-            writer.writerow([*place, *found, *row.losses])
+    """What was asked and what came out. All is drawn before the first file is replaced, so that they agree."""
+    drawn = io.StringIO()
     with figures.style():
-        _draw(config.kind, rows).savefig(folder / "sweep.svg")
-    (folder / "conclusion.txt").write_text(said + "\n", encoding="utf-8")
+        _draw(config.kind, rows).savefig(drawn, format="svg", metadata={"Date": None})
+    configs.save(config, folder / "sweep.json")
+    contents = {"sweep.csv": _csv(rows, config.seeds), "sweep.svg": drawn.getvalue(), "conclusion.txt": said + "\n"}
+    for name, content in contents.items():
+        beside = folder / f".{name}"
+        beside.write_text(content, encoding="utf-8", newline="")
+        beside.replace(folder / name)
+
+
+def _csv(rows: Sequence[Row], seeds: int) -> str:
+    """A line a point and rate; the last columns are the losses, headed by their seed."""
+    best, file = {(row.point.name, row.rate) for row in at_best(rows)}, io.StringIO()
+    writer, numbers = csv.writer(file), ("mean", "standard_error", "difference", "difference_error")
+    writer.writerow(["point", "x", "control", "rate", "best_rate", *numbers, *map(str, range(seeds))])
+    for row in rows:
+        found = (row.mean, row.error, row.difference, row.difference_error)
+        place = (row.point.name, row.point.x, row.point.control, row.rate, (row.point.name, row.rate) in best)
+        writer.writerow([*place, *found, *row.losses])
+    return file.getvalue()
 
 
 AXES = {"allocation": "rho", "experts": "routed experts", "slots": "rows a head", "layers": "block", "ablation": ""}
@@ -286,6 +319,8 @@ def _draw(kind: Kind, rows: Sequence[Row]) -> Figure:
     levels: dict[str, float] = {}
     for row in rows:
         name = f"rate {row.rate:g}" if several else "validation"
+        if math.isnan(row.mean):
+            continue  # there is nowhere to draw it, and the sentence names it
         if row.point.control:
             levels[row.point.name + f", {name}" * several] = row.mean
         else:
@@ -299,6 +334,7 @@ def _draw(kind: Kind, rows: Sequence[Row]) -> Figure:
 def _table(rows: Sequence[Row]) -> Table:
     table = Table("point", "rate", "loss", "standard error", "difference", "its error", box=None)
     for row in rows:
-        found = (row.mean, row.error, row.difference, row.difference_error)
-        table.add_row(row.point.name, f"{row.rate:g}", *("" if math.isnan(v) else f"{v:.4f}" for v in found))
+        found = (row.error, row.difference, row.difference_error)
+        loss = "diverged" if math.isnan(row.mean) else f"{row.mean:.4f}"
+        table.add_row(row.point.name, f"{row.rate:g}", loss, *("" if math.isnan(v) else f"{v:.4f}" for v in found))
     return table

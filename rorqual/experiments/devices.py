@@ -2,12 +2,13 @@
 
     weights 4 P, gradients 4 P                                        float32, as the trainer keeps them
     state   rows 8 P + 4 a row    matrices 4 P (Muon), 8 P (AdamW)    others 8 P
-    compute = 3 FLOPs tokens / (devices peak utilisation)             a backward pass is two forward passes
+    compute = 3 (FLOPs + 2 M) tokens / (devices peak utilisation)     a backward pass is two forward passes
     update  = bytes of the state, read and written / (devices bandwidth), and Muon's products
     rows    = (8 tokens R W + 28 distinct W) / (devices bandwidth)    recalled, summed, updated; over all tables
             = 4 tokens R W / (devices link), there and back at once   where the tables are in the host's memory
     step    = compute + update + rows, or max(compute, rows) + update where rows come from the host behind the compute
 
+M weights of MTP's modules multiply a token, the shared head's in each of them; their attention is left out.
 R rows of width W are read by a token in each block that remembers, at most tokens x R distinct ones by a step; the
 others have neither gradient nor update. Everything is spread evenly over the devices; activations, exchanges between
 devices and what the allocator loses are not in it.
@@ -107,7 +108,9 @@ def estimate(config: ModelConfig, machine: Machine, context: int = 4096) -> Esti
     hosted = sum(rows[1:]) if machine.tables == "host" else 0
     held = (sum(sum(one[1:]) for one in kept.values()) - hosted) / count
     peak = device.flops * machine.utilisation * count
-    compute = 3 * costs(config, context).flops_per_token * machine.step_tokens / peak
+    own = costs(config, context)
+    heads = config.vocabulary * config.dim * (config.mtp.depth - 1 if config.mtp is not None else 0)  # counted but once
+    compute = 3 * (own.flops_per_token + 2 * (own.mtp_activated + heads)) * machine.step_tokens / peak
     moved = sum(2 * (one.weights + one.state) + one.gradients for role, one in kept.items() if role != "rows")
     update = moved / (device.bandwidth * count) + (products / peak if machine.optimizer == "muon" else 0.0)
     recalled = _row_seconds(config, machine)

@@ -1,16 +1,22 @@
 """Training configs -> finished run folders: several at a time, each in a process of its own, with live progress.
 
 A run whose folder already holds the finished model of the same config is not run again; an interrupted one goes on
-where it stopped. Each process has its share of the cores, and its output goes to `log.txt` in its folder.
+where it stopped. Each process has its share of the cores, and its output goes to `log.txt` in its folder. Whoever
+starts the processes holds the lock of the folder that their folders are in; when it is gone, killed or not, each of
+them saves and ends.
 """
 
+import fcntl
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +31,10 @@ from rorqual.train.trainer import Stopped, TrainConfig, finished, train
 
 POLL = 0.5  # seconds between two looks at the metrics
 LINE_EVERY = 15.0  # seconds between two lines where there is no terminal
+PATIENCE = 60.0  # seconds in which a process that outlived whoever started it saves and ends
+WANTED = "wanted.json"  # in a run's folder: what its process is to train
+DIVERGED = "diverged.txt"  # in the folder of a run whose loss was no finite number: at which step
+DIVERGED_CODE = 3  # of the process
 
 
 class Job(NamedTuple):
@@ -42,11 +52,16 @@ class Job(NamedTuple):
         return finished(self.config)
 
     def begun(self) -> bool:
-        """Whether the folder was made by this very config, so that an interrupted run can go on."""
+        """Whether the folder was made for this very config, so that an interrupted run can go on."""
+        said = [path for name in ("train.json", WANTED) if (path := self.folder / name).is_file()]
         try:
-            return configs.load(TrainConfig, self.folder / "train.json") == self.config
+            return bool(said) and configs.load(TrainConfig, said[0]) == self.config
         except (OSError, ValueError):
             return False
+
+    def diverged(self) -> bool:
+        """Whether this very run ended because its loss was no finite number."""
+        return (self.folder / DIVERGED).is_file() and self.begun() and not self.finished()
 
 
 def seeded(folder: Path, name: str, config: TrainConfig, seeds: int) -> list[Job]:
@@ -57,28 +72,39 @@ def seeded(folder: Path, name: str, config: TrainConfig, seeds: int) -> list[Job
 
 def last(folder: Path, key: str = "loss") -> dict[str, Any]:
     """The newest metrics of a run that hold `key`; empty when there are none yet."""
-    found: dict[str, Any] = {}
-    for line in records(folder):
-        if key in line:
-            found = line
-    return found
+    for line in reversed(_lines(folder)):
+        if f'"{key}"' in line and key in (found := json.loads(line)):  # few are parsed: it is asked twice a second
+            return found
+    return {}
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
     """Every line of metrics.jsonl; a line still being written is left out."""
+    return [json.loads(line) for line in _lines(folder)]
+
+
+def _lines(folder: Path) -> list[str]:
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines if line.strip()]
+    return [line for line in lines if line.strip()]
 
 
-def run(jobs: Sequence[Job], *, workers: int | None = None, console: Console | None = None) -> None:
+def run(
+    jobs: Sequence[Job], *, workers: int | None = None, console: Console | None = None, diverging: bool = False
+) -> None:
     """Runs what is not finished, `workers` at a time (default: one a core); RuntimeError with a log's end if one fails.
 
-    Ctrl-C stops the processes, which save first; the next call goes on.
+    diverging: a run whose loss is no finite number counts as done, and has no validation loss. Ctrl-C stops the
+    processes, which save first; the next call goes on. ValueError where another process makes runs in these folders.
     """
     console = console or Console(stderr=True)
     workers = max(1, min(workers or runtime.cores(), len(jobs)))
-    waiting = [job for job in jobs if not job.finished()]
+    with _alone({job.folder.parent for job in jobs}):
+        waiting = [job for job in jobs if not (job.finished() or (diverging and job.diverged()))]
+        _run(jobs, waiting, workers, console, diverging)
+
+
+def _run(jobs: Sequence[Job], waiting: list[Job], workers: int, console: Console, diverging: bool) -> None:
     running: dict[Job, subprocess.Popen] = {}
     screen = Live(console=console, refresh_per_second=2, transient=False) if console.is_terminal else None
     shown = time.monotonic()
@@ -96,7 +122,7 @@ def run(jobs: Sequence[Job], *, workers: int | None = None, console: Console | N
                 shown = time.monotonic()
                 console.print(" | ".join(_line(job) for job in running), highlight=False)
             for job in [job for job, process in running.items() if process.poll() is not None]:
-                _check(job, running.pop(job))
+                _check(job, running.pop(job), diverging)
         if screen is not None:
             screen.update(_table(jobs))
     finally:
@@ -108,12 +134,45 @@ def run(jobs: Sequence[Job], *, workers: int | None = None, console: Console | N
             screen.stop()
 
 
+@contextmanager
+def _alone(folders: set[Path]) -> Iterator[None]:
+    """One process that makes runs a folder. The locks go with it, even killed."""
+    with ExitStack() as stack:
+        for folder in sorted(folders):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not _locked(stack.enter_context((folder / ".lock").open("w"))):
+                raise ValueError(f"{folder}: another process makes runs here; wait, or choose another --folder")
+        yield
+
+
+def _locked(file: Any) -> bool:
+    """Whether the lock of an open file could be had."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _wait(folder: Path) -> None:
+    """Until nobody trains in the folder: a process whose starter was killed takes a moment to save."""
+    until = time.monotonic() + PATIENCE
+    while (folder / ".lock").is_file():
+        with (folder / ".lock").open("r+") as lock:
+            if _locked(lock):
+                return
+        if time.monotonic() > until:
+            raise ValueError(f"{folder}: another process trains here; wait, or choose another --folder")
+        time.sleep(POLL)
+
+
 def _start(job: Job, threads: int) -> subprocess.Popen:
+    _wait(job.folder)
     make_room(job)
-    wanted = job.folder / "wanted.json"
+    wanted = job.folder / WANTED
     configs.save(job.config, wanted)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "rorqual.experiments.runs", str(wanted)]
+    command = [sys.executable, "-m", "rorqual.experiments.runs", str(wanted), str(os.getpid())]
     with (job.folder / "log.txt").open("ab") as log:
         return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
@@ -125,7 +184,7 @@ def make_room(job: Job) -> None:
     """
     folder = job.folder
     if folder.is_dir() and any(folder.iterdir()) and not job.begun():
-        if not (folder / "train.json").is_file() and not (folder / "wanted.json").is_file():
+        if not (folder / "train.json").is_file() and not (folder / WANTED).is_file():
             raise ValueError(
                 f"{folder}: got a folder with other files, expected none or a run; choose another --folder"
             )
@@ -134,8 +193,8 @@ def make_room(job: Job) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _check(job: Job, process: subprocess.Popen) -> None:
-    if process.returncode == 0 and job.finished():
+def _check(job: Job, process: subprocess.Popen, diverging: bool) -> None:
+    if (process.returncode == 0 and job.finished()) or (diverging and process.returncode == DIVERGED_CODE):
         return
     log = (job.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:]
     raise RuntimeError(f"run {job.name} ended with code {process.returncode}; the end of its log:\n" + "\n".join(log))
@@ -158,6 +217,8 @@ def _table(jobs: Sequence[Job]) -> Table:
         validation = f"{scored['validation_loss']:.4f}" if scored else ""
         if job.finished():
             table.add_row(job.name, "done", f"{now.get('loss', float('nan')):.3f}", validation, "", "")
+        elif job.diverged():
+            table.add_row(job.name, "diverged", "", "", "", "")
         elif now:
             step, left = f"{now['step']:.0f}/{job.config.steps}", f"{now['seconds_left']:.0f} s"
             table.add_row(job.name, step, f"{now['loss']:.3f}", validation, f"{now['tokens_per_second']:,.0f}", left)
@@ -167,13 +228,35 @@ def _table(jobs: Sequence[Job]) -> Table:
 
 
 def main(path: str) -> int:
-    """Trains what the config at `path` says; 130 after ctrl-C or SIGTERM, when everything is saved."""
+    """Trains what the config at `path` says; 130 after ctrl-C or SIGTERM, when everything is saved.
+
+    DIVERGED_CODE where the loss was no finite number, which is then written into its folder.
+    """
+    config = configs.load(TrainConfig, Path(path))
     try:
-        train(configs.load(TrainConfig, Path(path)))
+        train(config)
     except Stopped:
         return 130
+    except RuntimeError as error:
+        if "loss encountered" not in str(error):  # the engine's words
+            raise
+        (Path(config.folder) / DIVERGED).write_text(f"{error}\n", encoding="utf-8")
+        print(error, file=sys.stderr)
+        return DIVERGED_CODE
     return 0
 
 
+def follow(parent: int) -> None:
+    """Asks this process to save and end as soon as the one that started it is gone."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 if __name__ == "__main__":
+    follow(int(sys.argv[2]))
     sys.exit(main(sys.argv[1]))

@@ -3,6 +3,7 @@
     resident, host, disk warm, disk cold  x  prefetch  x  hot rows      each with the same rows, weights and prompts
 
 A cold disk is one whose files the system was told to forget before each step; a warm one's were read whole just before.
+Forgetting leaves nothing of the model in the caches of a core, so its weights are read once before each step is timed.
 Two layers remember, a third and two thirds up; without prefetch each reads when its turn comes. All ways must say the
 same ids. Rounds of all ways are interleaved, and a speed is that of the median step.
 """
@@ -151,6 +152,7 @@ def _generated(
 ) -> dict[str, float]:
     """Tokens a second of each way by the median step of interleaved rounds, after one to warm up."""
     taken: dict[str, list[float]] = {way.name: [] for way, _ in every}
+    weights = [weight for name, weight in model.named_parameters() if not name.startswith("tables.")]
     for turn in range(config.rounds + 1):
         said: list[list[list[int | None]]] = []
         draw = torch.Generator().manual_seed(config.seed + turn)
@@ -158,7 +160,8 @@ def _generated(
         for way, tables in every:
             model.tables = nn.ModuleList(tables)
             _warm(way, tables)
-            ids, seconds = _walked(decode(model, prompts, max_new_tokens=config.tokens), tables if way.cold else ())
+            steps = decode(model, prompts, max_new_tokens=config.tokens)
+            ids, seconds = _walked(steps, tables if way.cold else (), weights)
             said.append(ids)
             if turn:
                 taken[way.name] += seconds
@@ -175,12 +178,16 @@ def _warm(way: Way, tables: Tables) -> None:
             table.remember()
 
 
-def _walked(steps: Iterator[list[int | None]], cold: Tables) -> tuple[list[list[int | None]], list[float]]:
+def _walked(
+    steps: Iterator[list[int | None]], cold: Tables, weights: Sequence[torch.Tensor]
+) -> tuple[list[list[int | None]], list[float]]:
     """All that is said, and the seconds of each step but the first, the prompt's; forgetting is in none."""
     said, seconds = [next(steps)], list[float]()
     while True:
         for table in cold:
             table.forget()  # type: ignore[operator]
+        for weight in weights:
+            weight.sum()
         began = time.perf_counter()
         if (step := next(steps, None)) is None:
             return said, seconds

@@ -27,6 +27,7 @@ from rorqual.layers.selection import (
     attend_chosen,
     best_blocks,
     full_attention,
+    most_blocks,
     runs,
     segments,
     straight,
@@ -150,7 +151,7 @@ class MoBA(nn.Module):
         size = self.config.block
         if layout.mask is not None:
             segment = segments(layout, size)
-            means = block_means(key.detach(), segment, layout.key_present, int(segment.max()) + 1)
+            means = block_means(key.detach(), segment, layout.key_present, most_blocks(segment))
             return segment, segment[:, layout.past :], means
         if cache is not None:
             return None, layout.positions // size, cache.means.update(key, _mean, lead)

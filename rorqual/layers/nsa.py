@@ -35,6 +35,7 @@ from rorqual.layers.selection import (
     Blocks,
     attend_chosen,
     best_blocks,
+    most_blocks,
     runs,
     segments,
     selected_attention,
@@ -290,7 +291,7 @@ class NSA(nn.Module):
         size, positions = self.config.select_block, layout.positions[:, rows]
         probabilities = weights.detach().sum(2)  # [B, G, T, M]
         if blocks.segment is not None and blocks.pieces is not None:
-            own, count = blocks.segment[:, layout.past :][:, rows], int(blocks.segment.max()) + 1
+            own, count = blocks.segment[:, layout.past :][:, rows], most_blocks(blocks.segment)
             share = F.one_hot(blocks.pieces, count).sum(2).to(weights.dtype)  # W, [B, M, J]
             with torch.autocast(probabilities.device.type, enabled=False):
                 importance = probabilities @ share[:, None]
@@ -381,7 +382,8 @@ def _block_columns(layout: Layout, block: int, stride: int) -> tuple[Int[Tensor,
     order = (~present).long().argsort(dim=1, stable=True)  # present columns first
     ends = present & (places >= block - 1) & ((places - block + 1) % stride == 0)
     ends = ends.gather(1, order)
-    most = int(ends.sum(1).max())
+    bound = max(0, (length - block) // stride + 1)  # however the documents lie, a block being no shorter than a stride
+    most = bound if torch.compiler.is_compiling() else int(ends.sum(1).max())
     ranks = (~ends).long().argsort(dim=1, stable=True)[:, :most]  # [B, M]
     span = torch.arange(1 - block, 1, device=places.device)
     columns = (ranks[..., None] + span).clamp(0, length - 1).flatten(1)

@@ -44,6 +44,11 @@ def segments(layout: Layout, block: int) -> Int[Tensor, "B L"]:
     return (starts.cumsum(1) - 1).clamp_min(0)
 
 
+def most_blocks(segment: Int[Tensor, "B L"]) -> int:
+    """How many the row with most has. A compiler, which knows no values, is told as many as there are keys."""
+    return segment.shape[1] if torch.compiler.is_compiling() else int(segment.max()) + 1
+
+
 def straight(layout: Layout) -> tuple[Layout, Int[Tensor, " B"] | None]:
     """Of a few tokens behind a cache, in rows that are padded on the left alone: the layout without its mask, and the
     columns of padding before each row's first token, by which the row is shifted. Of others the layout itself, None."""
@@ -227,7 +232,7 @@ def masked_attention(
 ) -> Float[Tensor, "B T H Q"]:
     """attend_chosen by a mask over the keys, formed for the heads of one choice at a time."""
     choices, length = index.shape[2], key.shape[1] if segment is not None else layout.past + run.stop
-    count = int(segment.max()) + 1 if segment is not None else -(-length // block)
+    count = most_blocks(segment) if segment is not None else -(-length // block)
     seen = visible(layout, run)[..., :length]
     key, value, out = key[:, :length], value[:, :length], []
     for j in range(choices):

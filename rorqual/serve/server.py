@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from starlette.applications import Starlette
@@ -30,6 +30,7 @@ from rorqual import runtime
 from rorqual.serve.engine import Engine, Request
 from rorqual.serve.generate import Run, TextStream
 from rorqual.serve.protocol import Ask, body, parse
+from rorqual.storage import DeviceTable
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 LARGEST = 8 * 2**20  # bytes of a request's body
@@ -179,7 +180,9 @@ def application(service: Service, *, hosts: Sequence[str] = LOCAL) -> Starlette:
 
     async def health(_: Http) -> Response:
         engine, alive = service.worker.engine, service.worker.is_alive()
-        busy = {"running": len(engine.running), "waiting": engine.waiting, "rows": engine.rows}
+        busy: dict[str, Any] = {"running": len(engine.running), "waiting": engine.waiting, "rows": engine.rows}
+        if counted := [counts for table in service.run.model.tables if (counts := cast(DeviceTable, table).metrics())]:
+            busy["tables"] = counted  # rows, bytes and hit rate of those that are not on the device
         return JSONResponse({"status": "ok" if alive else "down", **busy}, status_code=200 if alive else 503)
 
     return Starlette(

@@ -15,6 +15,7 @@ import os
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +254,9 @@ def _let_go(file: int, undo: Undo) -> None:
 
 
 def _own(path: Path) -> int:
-    """The open file, which no other process may train until this one ends or closes it. TableError if one does."""
+    """The open file, which nobody else may train until it is closed or this process ends. TableError if one does."""
+    if path.exists() and _is_open(path.stat()):
+        raise TableError(f"{path}: got rows that this process trains already, expected one table: close the other")
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process's: a loader's fork does not hold it
@@ -261,3 +264,12 @@ def _own(path: Path) -> int:
         os.close(file)
         raise TableError(f"{path}: got rows that another process trains now, expected one at a time") from None
     return file
+
+
+def _is_open(file: os.stat_result) -> bool:
+    """Whether this process has it open: its lock is not in its own way, and ends when any of its files is closed."""
+    for name in os.listdir("/dev/fd"):
+        with suppress(OSError):  # the one that lists them is closed by now
+            if os.path.samestat(os.fstat(int(name)), file):
+                return True
+    return False

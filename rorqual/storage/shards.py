@@ -12,7 +12,7 @@ What does not fit is refused with TableError, naming file and reason. Files are 
 import json
 import math
 import os
-import struct
+import stat
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +29,8 @@ _HEADER_LIMIT = 16 << 20  # bytes; a table's header is a few hundred and 16 a Mi
 BLANK = "0" * 16
 _PIECE = 1 << 18  # bytes read together: a core's cache holds them until they are summed
 BLOCK_BYTES = 1 << 20  # that share a checksum
+_DIGITS = 20  # more than any file's rows have
+_AXES = 64  # as many as torch knows; the product of a million sizes would take hours
 
 
 class TableError(ValueError):
@@ -44,7 +46,7 @@ class Shard:
     def __init__(self, path: Path, name: str) -> None:
         self.path = path
         try:
-            self.file = os.open(path, os.O_RDONLY)
+            self.file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # of a pipe it would wait for somebody who writes
         except OSError as error:
             raise TableError(f"{path}: {error.strerror}") from error
         self._closed = weakref.finalize(self, os.close, self.file)  # a table that is dropped keeps no disk space
@@ -53,6 +55,9 @@ class Shard:
             self.dtype = KINDS[entry["dtype"]]
             self.rows, kept = entry["shape"]
             self.width = _fp8_width(path, self.metadata, kept) if self.dtype == FP8 else kept
+        except OSError as error:
+            self.close()
+            raise TableError(f"{path}: {error.strerror}") from error
         except Exception:
             self.close()
             raise
@@ -60,12 +65,16 @@ class Shard:
 
     def read(self, row: int, into: memoryview) -> None:
         """Fills `into` from the first byte of `row` on. TableError where the file has lost them."""
+        self._fill(into, row * self.row_bytes)
+
+    def _fill(self, into: memoryview, at: int) -> None:
+        """`into`, from byte `at` of the rows on."""
         try:
-            got = os.preadv(self.file, [into], self.start + row * self.row_bytes) if self.file >= 0 else 0
+            got = os.preadv(self.file, [into], self.start + at) if self.file >= 0 else 0
         except OSError as error:
-            raise TableError(f"{self.path}: {error.strerror} at row {row}") from error
+            raise TableError(f"{self.path}: {error.strerror} at row {at // self.row_bytes}") from error
         if got != len(into):
-            lost, left = row + got // self.row_bytes, got % self.row_bytes
+            lost, left = divmod(at + got, self.row_bytes)
             raise TableError(
                 f"{self.path}: got {left} bytes of row {lost}, expected {self.row_bytes}: cut or closed since it opened"
             )
@@ -81,8 +90,7 @@ class Shard:
             block, end = xxhash.xxh3_64(), min(size, (number + 1) * BLOCK_BYTES)
             for at in range(number * BLOCK_BYTES, end, _PIECE):
                 part = buffer[: min(_PIECE, end - at)]
-                if os.preadv(self.file, [part], self.start + at) != len(part):
-                    raise TableError(f"{self.path}: cut since it opened")
+                self._fill(part, at)
                 block.update(part)
             if block.hexdigest() != noted[16 * number : 16 * number + 16]:
                 found.append(number)
@@ -97,21 +105,42 @@ def _fp8_width(path: Path, metadata: Mapping[str, str], kept: int) -> int:
     """The width that fp8 records are said to have. TableError unless format and size agree with it."""
     got, width = (metadata.get("format"), metadata.get("width")), kept * BLOCK // (BLOCK + 1)
     if got != (FORMAT, str(width)) or kept % (BLOCK + 1):
-        raise TableError(
-            f"{path}: got {kept}-byte rows, format {got[0]!r}, width {got[1]!r}, expected {FORMAT!r}, 33 bytes for 32"
-        )
+        said = f"got {kept}-byte rows, format {got[0]!r:.40}, width {got[1]!r:.40}"
+        raise TableError(f"{path}: {said}, expected {FORMAT!r}, 33 bytes for 32")
     return width
 
 
 def _header(path: Path, file: int, name: str) -> tuple[Mapping[str, str], Mapping[str, Any], int]:
     """Metadata, the entry of `name`, and where its bytes begin. TableError for anything that does not fit."""
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        raise TableError(f"{path}: got a folder, a device or a pipe, expected a safetensors file")
     total = os.fstat(file).st_size
     if total < 8:
         raise TableError(f"{path}: got {total} bytes, expected a safetensors file")
-    (size,) = struct.unpack("<Q", os.pread(file, 8, 0))
+    size = int.from_bytes(os.pread(file, 8, 0), "little")
     if size > min(_HEADER_LIMIT, total - 8):
         raise TableError(f"{path}: got a header of {size} bytes, expected at most {min(_HEADER_LIMIT, total - 8)}")
-    raw = os.pread(file, size, 8)
+    header, metadata = _spoken(path, os.pread(file, size, 8))
+    ends = sorted(_extent(path, key, entry) for key, entry in header.items())
+    edge = 0
+    for begin, end in ends:
+        if begin != edge:
+            raise TableError(f"{path}: got a tensor at byte {begin} of the data, expected byte {edge}: gap or overlap")
+        edge = end
+    if edge != total - 8 - size:
+        raise TableError(f"{path}: got {total - 8 - size} bytes of data, expected {edge}: cut or lengthened")
+    entry = header.get(name)
+    if entry is None:
+        held = ", ".join(map(_told, list(header)[:5]))
+        raise TableError(f"{path}: got tensors {held or 'none'}, expected {name!r}")
+    if entry["dtype"] not in KINDS or len(entry["shape"]) != 2 or min(entry["shape"]) < 1:
+        got = f"{_told(entry['dtype'])} of shape {entry['shape']!s:.60}"
+        raise TableError(f"{path}: got {name!r} as {got}, expected rows by width in {' or '.join(KINDS)}")
+    return metadata, entry, 8 + size + entry["data_offsets"][0]
+
+
+def _spoken(path: Path, raw: bytes) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """The entries by name, and the metadata. TableError for what is no JSON of theirs, or not what was written."""
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -123,23 +152,9 @@ def _header(path: Path, file: int, name: str) -> tuple[Mapping[str, str], Mappin
         raise TableError(f"{path}: got metadata that are not strings by name")
     if any(key.startswith("xxh3") for key in metadata):
         noted = metadata.get("xxh3_header", "")
-        if xxhash.xxh3_64_hexdigest(raw.replace(noted.encode(), BLANK.encode(), 1)) != noted:
+        if xxhash.xxh3_64_hexdigest(raw.replace(noted.encode("utf-8", "replace"), BLANK.encode(), 1)) != noted:
             raise TableError(f"{path}: its header is not as it was written")
-    ends = sorted(_extent(path, key, entry) for key, entry in header.items())
-    edge = 0
-    for begin, end in ends:
-        if begin != edge:
-            raise TableError(f"{path}: got a tensor at byte {begin} of the data, expected byte {edge}: gap or overlap")
-        edge = end
-    if edge != total - 8 - size:
-        raise TableError(f"{path}: got {total - 8 - size} bytes of data, expected {edge}: cut or lengthened")
-    entry = header.get(name)
-    if entry is None:
-        raise TableError(f"{path}: got tensors {', '.join(list(header)[:5]) or 'none'}, expected {name!r}")
-    if entry["dtype"] not in KINDS or len(entry["shape"]) != 2 or min(entry["shape"]) < 1:
-        got = f"{entry['dtype']} of shape {entry['shape']}"
-        raise TableError(f"{path}: got {name!r} as {got}, expected rows by width in {' or '.join(KINDS)}")
-    return metadata, entry, 8 + size + entry["data_offsets"][0]
+    return header, metadata
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -152,16 +167,24 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _extent(path: Path, name: str, entry: Any) -> tuple[int, int]:
     """Where a tensor's bytes begin and end, from a header entry that must say so without contradiction."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise TableError(f"{path}: got an entry of {name!r} without exactly dtype, shape and data_offsets")
+        raise TableError(f"{path}: got an entry of {name!r:.60} without exactly dtype, shape and data_offsets")
     shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
     lists = isinstance(shape, list) and isinstance(offsets, list) and isinstance(dtype, str)
-    if not lists or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
-        raise TableError(f"{path}: got shape {shape} and offsets {offsets} of {name!r}, expected counts from 0")
+    fitting = lists and len(offsets) == 2 and len(shape) <= _AXES
+    if not fitting or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
+        said = f"got shape {shape!s:.60} and offsets {offsets!s:.60} of {name!r:.60}"
+        raise TableError(f"{path}: {said}, expected counts from 0")
     begin, end = offsets
     size = KINDS[dtype].itemsize if dtype in KINDS else 0
     if begin > end or (size and end - begin != size * math.prod(shape)):
-        raise TableError(f"{path}: got bytes {begin} to {end} for {name!r}, expected {dtype} of shape {shape}")
+        said = f"got bytes {begin} to {end} for {name!r:.60}"
+        raise TableError(f"{path}: {said}, expected {_told(dtype)} of shape {shape!s:.60}")
     return begin, end
+
+
+def _told(word: str) -> str:
+    """A stranger's word as a part of one line."""
+    return repr(word[:40])[1:-1]
 
 
 def open_shards(path: Path, name: str) -> list[Shard]:
@@ -185,7 +208,7 @@ def _in_order(path: Path, shards: list[Shard]) -> list[Shard]:
     places: list[tuple[int, int, Shard]] = []
     for shard in shards:
         numbers = [shard.metadata.get(key, "") for key in ("first_row", "rows_in_all")]
-        if not all(number.isascii() and number.isdigit() for number in numbers):
+        if not all(number.isascii() and number.isdigit() and len(number) < _DIGITS for number in numbers):
             raise TableError(
                 f"{shard.path}: got no first_row and rows_in_all in its metadata, expected a table's shard"
             )

@@ -210,8 +210,10 @@ class Fetched(nn.Module):
         raise AssertionError("a home says how it reads")
 
     def metrics(self) -> dict[str, float]:
-        """Rows asked for, how many different, how many of these hot, bytes fetched, seconds waited for the worker."""
-        return dict(self._counts)
+        """Rows asked for, how many different, how many of these hot, bytes fetched, seconds waited for the worker; and
+        what share of the different ones was hot."""
+        counts = dict(self._counts)
+        return counts | {"hit_rate": counts["hits"] / max(counts["different"], 1.0)}
 
     def close(self) -> None:
         """Ends the thread; the table can be asked again."""

@@ -144,7 +144,7 @@ class Undo:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-        self._noted[:] = False
+        self._noted = np.zeros(len(self._noted), dtype=np.bool_)  # new memory, not taken before it is written to
 
 
 def _boot() -> bytes:

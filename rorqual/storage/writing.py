@@ -199,6 +199,8 @@ def _alone(note: Path) -> Iterator[None]:
 
 def _begin(folder: Path, plan: Plan, text: str) -> Path:
     """The folder to write into, new or of the same build. ValueError where something else is in the way."""
+    if folder.name in ("", ".."):
+        raise ValueError(f"got {str(folder)!r}, which has no name of its own, expected a new or empty folder's")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"got {folder}, which is there, expected a new or empty folder")
     partial = folder.with_name(folder.name + ".partial")

@@ -252,7 +252,7 @@ class Optimizer:
         for name in self.matrices:
             if self.parameters[name].grad is not None:
                 self._muon(name, lr)
-        for name in self.rows:
+        for name in self.rows:  # last: a device does its part while rows elsewhere are updated
             if self.parameters[name].grad is not None:
                 self._rows(name, lr * self.config.row_scale)
 

@@ -180,9 +180,12 @@ def answer(
 
 @contextmanager
 def _asked(model: nn.Module, dtype: torch.dtype) -> Iterator[torch.device]:
-    """In evaluation mode, without gradients; mode and random numbers stay as they were."""
-    device, training = next(model.parameters()).device, model.training
+    """In evaluation mode, without gradients; every module's mode and random numbers stay as they were."""
+    device, training = next(model.parameters()).device, [module for module in model.modules() if module.training]
     model.eval()
-    with torch.no_grad(), untouched_randomness(), autocast(device, dtype):
-        yield device
-    model.train(training)
+    try:
+        with torch.no_grad(), untouched_randomness(), autocast(device, dtype):
+            yield device
+    finally:
+        for module in training:
+            module.training = True

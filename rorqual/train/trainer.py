@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -34,6 +34,7 @@ from rorqual.data.tokenizer import train as train_tokenizer
 from rorqual.layers.engram import row_totals
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.storage import HostedTable, LearningTable, write_rows
+from rorqual.storage.stream import Stream as Fetcher
 from rorqual.train.optim import OptimConfig, Optimizer
 
 FIXED = (  # others may change on resuming
@@ -188,9 +189,9 @@ def train(config: TrainConfig, *, on_metrics: Callable[[dict[str, Any]], None] |
         return folder
     joined = parallel.join(device)
     try:
-        with _alone(folder):
+        with _alone(folder), ExitStack() as after:
             _claim(folder, config)
-            _train(config, folder, device, on_metrics)
+            _train(config, folder, device, on_metrics, after)
             if parallel.rank() == 0:
                 (folder / UNDER_WAY).unlink()
             return folder
@@ -207,7 +208,7 @@ def finished(config: TrainConfig) -> bool:
     return same and (folder / "model.safetensors").is_file() and not (folder / UNDER_WAY).exists()
 
 
-def _train(config: TrainConfig, folder: Path, device: torch.device, on_metrics: Callable | None) -> None:
+def _train(config: TrainConfig, folder: Path, device: torch.device, tell: Callable | None, after: ExitStack) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # which the engine would set to 8
     os.environ.setdefault("OLMO_SHARED_FS", "1")
     import olmo_core
@@ -217,7 +218,7 @@ def _train(config: TrainConfig, folder: Path, device: torch.device, on_metrics: 
 
     data = _prepared(config)
     runtime.seed_everything(config.seed)
-    model, dtype = _model(config, data, device), runtime.dtype(config.dtype)
+    model, dtype = _model(config, data, device, after), runtime.dtype(config.dtype)
     late = round(config.steps * (1 - config.bias_rest))
     module = engine.Module(
         model,
@@ -231,7 +232,7 @@ def _train(config: TrainConfig, folder: Path, device: torch.device, on_metrics: 
     )
     validator = record.Validator(
         score=lambda: _score(config, data, model, dtype),
-        recorder=record.Recorder(folder, config.rows * config.length, config.steps, on_metrics),
+        recorder=record.Recorder(folder, config.rows * config.length, config.steps, tell),
         every=config.validate_every,
     )
     loader = engine.Loader(_stream(config, data), folder, data.vocabulary)
@@ -299,30 +300,35 @@ def _text(data: DataConfig, room: int) -> Prepared:
     return parallel.first(lambda: prepare(data))
 
 
-def _model(config: TrainConfig, data: Prepared | Asked, device: torch.device) -> LanguageModel:
+def _model(config: TrainConfig, data: Prepared | Asked, device: torch.device, after: ExitStack) -> LanguageModel:
     shape, canonical = config.model, None
     if shape.engram is not None and shape.engram.canonical:
         canonical = torch.from_numpy(data.canonical_map())
     if shape.engram is not None:  # train.json keeps what was asked for, config.json says what it came to
         shape = configs.replace(shape, "engram.pad_id", data.pad_id)
-    model = LanguageModel(shape, canonical, seed=config.seed, tables=_tables(config, shape)).to(device)
+    model = LanguageModel(shape, canonical, seed=config.seed, tables=_tables(config, shape, after)).to(device)
     if parallel.world() > 1:
         parallel.shard(model)
     return model
 
 
-def _tables(config: TrainConfig, shape: ModelConfig) -> list[HostedTable] | list[LearningTable] | None:
-    """Where the rows learn, if not on the device; as many marks as there may be checkpoints, and one on its way."""
+def _tables(config: TrainConfig, shape: ModelConfig, after: ExitStack) -> list[HostedTable | LearningTable] | None:
+    """Where the rows learn, if not on the device; as many marks as there may be checkpoints, and one on its way.
+
+    Closed however the run ends, so that another of this process may train them."""
     if config.tables == "device" or shape.engram is None:
         return None
     if parallel.world() > 1:
         got = f"{config.tables} with {parallel.world()} ranks"
         raise ValueError(f"tables: got {got}, expected device: ranks would write one file, and exchange on the device")
-    if config.tables == "host":
-        return [HostedTable(rows, shape.engram.head_dim) for rows in row_totals(shape.engram)]
-    folder, width = Path(config.folder) / "learning", shape.engram.head_dim
-    each = enumerate(row_totals(shape.engram))
-    return [LearningTable(folder / str(n), rows, width, keep=config.keep + 1) for n, rows in each]
+    folder, width, stream = Path(config.folder) / "learning", shape.engram.head_dim, Fetcher()
+
+    def table(n: int, rows: int) -> HostedTable | LearningTable:
+        if config.tables == "host":
+            return HostedTable(rows, width, stream=stream)  # one thread for all
+        return LearningTable(folder / str(n), rows, width, keep=config.keep + 1)  # whose writes would wait for others'
+
+    return [after.enter_context(closing(table(n, rows))) for n, rows in enumerate(row_totals(shape.engram))]
 
 
 def _write_tables(folder: Path, model: LanguageModel) -> None:

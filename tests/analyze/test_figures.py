@@ -1,6 +1,7 @@
 """Figures hold the numbers they were given."""
 
 import io
+import math
 import re
 import warnings
 
@@ -33,6 +34,17 @@ def test_gate_map_has_a_row_for_each_stream():
     assert image[5, 2] == pytest.approx(float(found.values[1, 2, 1]))
 
 
+def test_a_long_text_goes_on_below_as_large_as_before():
+    short, long = (
+        figures.gate_map(Gates([f"t{i}" for i in range(n)], (1,), torch.rand(1, n, 2))) for n in (figures.ACROSS, 73)
+    )
+    assert short.get_size_inches()[0] == long.get_size_inches()[0] < 12
+    parts = long.axes[:-1]  # the last is the scale
+    assert [axes.images[0].get_array().shape for axes in parts] == [(2, 30), (2, 30), (2, 13)]
+    words = [tick.get_text() for axes in parts for tick in axes.get_xticklabels()]
+    assert words == [f"t{i}" for i in range(73)] and len({axes.get_xlim() for axes in parts}) == 1
+
+
 def test_load_map_is_relative_to_uniform():
     by_token = torch.ones(2, 4, 3, dtype=torch.long)
     image = figures.load_map(Load((0, 2), by_token.sum(-1), by_token)).axes[0].images[0].get_array()
@@ -53,6 +65,40 @@ def test_sweep_draws_levels_across_and_names_apart():
     named = figures.sweep(points, x="", y="loss", names=["whole", "no gate"]).axes[0]
     assert [tick.get_text() for tick in named.get_xticklabels()] == ["whole", "no gate"]
     assert named.get_xticks().tolist() == [0, 1] and named.lines[0].get_linestyle() == "None"
+
+
+def test_curves_of_any_name_and_of_runs_that_diverged():
+    records = [{"step": n, "tokens": 10 * n, "loss": 5.0 / n} for n in range(1, 20)]
+    broken = [
+        *records[:12],
+        {"step": 13, "tokens": 130, "loss": math.nan},
+        {"step": 14, "tokens": 140, "loss": math.inf},
+    ]
+    broken.append({"step": 14, "validation_loss": math.nan})
+    names = ["_hidden", "cost$x_$y", "$\\frac{", *(f"arm{c}" for c in "abcdef")]
+    figure, buffer = figures.curves([*((name, records) for name in names), ("broken", broken)]), io.StringIO()
+    with figures.style():
+        figure.savefig(buffer, format="svg")
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [*names, "broken"]
+    looks = [(line.get_color(), line.get_linestyle()) for line in axes.lines]
+    assert len(set(looks)) == len(looks) == 10, "no two arms look alike"
+    assert len(axes.lines[-1].get_xdata()) == 12 and all(map(math.isfinite, axes.get_ylim()))
+
+
+def test_bars_have_their_number_and_share():
+    figure = figures.bars({"resident": 1280.0, "disk $x_$": 2.56}, x="tokens a second")
+    axes, buffer = figure.axes[0], io.StringIO()
+    with figures.style():
+        figure.savefig(buffer, format="svg")
+    assert [bar.get_width() for bar in axes.patches] == [1280.0, 2.56] and axes.get_ylim()[0] > axes.get_ylim()[1]
+    assert [text.get_text() for text in axes.texts] == ["1,280 (100%)", "2.56 (0%)"]
+    assert "disk $x_$" in buffer.getvalue()
+    assert [t.get_text() for t in figures.bars({"a": 0.0, "b": 1.0}, x="").axes[0].texts] == ["0", "1"]
+
+
+def test_a_sweep_without_points_is_an_empty_picture():
+    assert figures.sweep({}, x="rho", y="loss", log=True).axes[0].get_legend() is None
 
 
 @pytest.mark.parametrize("words", [["$$", "$x_$", "a$^$"], ["中文", "词", "\U0001f40b"]], ids=["dollars", "no glyph"])

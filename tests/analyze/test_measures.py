@@ -52,6 +52,33 @@ def test_cka_refuses_what_it_cannot_estimate():
         measures.hsic(torch.randn(3, 2), torch.randn(3, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e4])
+def test_what_is_alike_for_every_sample_resembles_nothing(dtype, value):
+    """Rounding alone would give anything between -1 and 1, or 1e130."""
+    same, other = torch.full((7, 3), value, dtype=dtype), torch.randn(7, 5)
+    assert float(measures.hsic(same, same)) == float(measures.hsic(same, other)) == 0
+    assert measures.cka([(same, other)]) == measures.cka([(same, same)]) == 0
+
+
+def test_a_large_mean_changes_nothing():
+    x, y = torch.randn(9, 3, dtype=torch.float64), torch.randn(9, 2, dtype=torch.float64)
+    assert float(measures.hsic(x + 1e6, y - 1e6)) == pytest.approx(float(measures.hsic(x, y)), rel=1e-7)
+    assert measures.cka([(x + 1e6, x)]) == pytest.approx(1, abs=1e-9)
+
+
+def test_cka_of_half_precision_is_that_of_its_numbers():
+    x, y = torch.randn(11, 4).bfloat16(), torch.randn(11, 4).bfloat16()
+    assert measures.cka([(x, y)]) == pytest.approx(measures.cka([(x.double(), y.double())]), rel=1e-12)
+
+
+def test_no_layer_resembles_a_column_without_similarity():
+    found = measures.alignment(torch.tensor([[0.5, 0.0], [0.5, -0.2]]))
+    assert float(found[0]) == 0.5 and math.isnan(float(found[1]))
+    with pytest.raises(ValueError, match="k 0, expected at least 1"):
+        measures.alignment(torch.ones(2, 2), k=0)
+
+
 def test_alignment_of_a_shifted_diagonal():
     table = torch.zeros(6, 4)
     for j in range(4):

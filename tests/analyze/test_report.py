@@ -117,6 +117,22 @@ def test_costs_and_load_are_those_of_the_training(runs, tmp_path, monkeypatch):
     assert report.sample(trained(folders[0])) == ("a",)
 
 
+def test_where_rows_live_is_told_run_by_run(runs, tmp_path):
+    names = []
+    for run in runs:
+        shutil.copytree(run, tmp_path / f"{run.name} & its rows")
+        names.append(f"{run.name} & its rows")
+    page = write_report([tmp_path / name for name in names], tmp_path / "none.html", texts=TEXTS)
+    assert "Where rows live" not in page.read_text(encoding="utf-8")
+    for name, other in zip(names, (41.0, 39.0), strict=True):
+        (tmp_path / name / "homes.json").write_text(json.dumps({"resident": 82.0, "disk warm": other}))
+    page = write_report([tmp_path / name for name in names], tmp_path / "both.html", texts=TEXTS)
+    part = page.read_text(encoding="utf-8").split("Where rows live</h2>")[1].split("</section>")[0]
+    found = re.findall(r"<h3>(.*?)</h3>", part)
+    assert found == [name.replace("&", "&amp;") for name in names] and part.count("<svg") == 2
+    assert part.index("50%") < part.index("48%")
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a run folder"):
         write_report([tmp_path], tmp_path / "report.html")
@@ -131,15 +147,86 @@ def test_cells_are_escaped():
 def test_expert_load_begins_each_text_as_a_document(runs):
     model, tokenizer = load_model(runs[0]), Tokenizer.load(runs[0])
     tokenizer.begin_id = tokenizer.end_id + 5
-    taken = report._load(model, tokenizer, ["", ""]).by_token.sum((0, 1))
+    taken = report._load(model, tokenizer, ["", ""], 64).by_token.sum((0, 1))
     assert taken.nonzero().flatten().tolist() == [tokenizer.begin_id]
+
+
+def test_a_document_is_read_as_far_as_a_training_would(runs, tmp_path):
+    """A text of 64 KB is one document; its attention would not fit."""
+    long, run = "the whale swims in the sea " * 50, tmp_path / "run"
+    shutil.copytree(runs[1], run)
+    (run / "train.json").write_text(
+        json.dumps({"data": {"source": "wordnet", "column": "text", "limit": None}, "length": 9})
+    )
+    model, tokenizer = load_model(run), Tokenizer.load(run)
+    reading, ids = read_run(run, texts=[long, "the"]), tokenizer.encode(long)
+    assert reading.load.counts.sum(-1).tolist() == [(9 + 1 + len(tokenizer.encode("the"))) * 2] * 3
+    known, following = torch.tensor([[tokenizer.begin_id, *ids][:9]]), torch.tensor(ids[:9])
+    short = torch.tensor([[tokenizer.begin_id, *tokenizer.encode("the")]])
+    ends = torch.tensor([*tokenizer.encode("the"), tokenizer.end_id])
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(model(x)[0], y, reduction="sum").item()
+            for x, y in ((known, following), (short, ends))
+        ]
+    assert reading.kept.whole == pytest.approx(sum(losses) / (9 + len(ends)), rel=1e-5)
+
+
+def test_runs_of_one_name_are_told_apart_and_read_once(runs, tmp_path, monkeypatch):
+    folders = [tmp_path / place for place in ("a/last/engram", "b/last/engram", "moe")]
+    for folder in folders:
+        shutil.copytree(runs[0], folder)
+    text = write_report([*folders, folders[0]], tmp_path / "report.html", texts=TEXTS).read_text(encoding="utf-8")
+    cells = re.findall(r"<tr><td>(.*?)</td>", text.split("Costs</h2>")[1])
+    assert cells == ["a/last/engram", "b/last/engram", "moe"]
+    monkeypatch.chdir(folders[2])
+    assert read_run(".", texts=TEXTS).name == "moe", "a folder is called by its name wherever one stands"
+
+
+def test_a_run_of_needles_has_no_text_to_read(runs, tmp_path):
+    shutil.copytree(runs[1], tmp_path / "needle")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "needle" / name).unlink()
+    lines = [{"step": 1, "tokens": 9, "loss": 3.0}, {"step": 1, "accuracy": 0.625}]
+    (tmp_path / "needle" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = write_report([tmp_path / "needle"], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "answers found" in text and "0.625" in text and "bits a byte" not in text
+    assert "What the experts take" not in text and "trusts its memory" not in text
+
+
+def test_a_run_that_diverged_or_has_no_metrics_is_shown(runs, tmp_path):
+    for name in ("nan", "new"):
+        shutil.copytree(runs[0], tmp_path / name)
+    (tmp_path / "nan" / "metrics.jsonl").write_text(
+        '{"step": 1, "tokens": 5, "loss": NaN}\n{"step": 1, "validation_loss": NaN}\n'
+    )
+    (tmp_path / "new" / "metrics.jsonl").unlink()
+    page = write_report([tmp_path / "nan", tmp_path / "new"], tmp_path / "report.html", texts=TEXTS)
+    assert "<td>nan</td>" in page.read_text(encoding="utf-8")
+
+
+HOSTILE = "$\\frac{_<img src=x onerror=alert(1)>&amp;{{body}}"
+
+
+def test_names_and_words_of_any_kind_stay_words(runs, tmp_path):
+    shutil.copytree(runs[1], tmp_path / HOSTILE)
+    (tmp_path / HOSTILE / "homes.json").write_text(json.dumps({HOSTILE: 2.0, "disk": 1.0}))
+    page = write_report(
+        [tmp_path / HOSTILE, runs[0]], tmp_path / "out.html", texts=TEXTS, sentence=HOSTILE, title=HOSTILE, note=HOSTILE
+    )
+    text = page.read_text(encoding="utf-8")
+    assert "<img" not in text and text.count("<h2>Result</h2>") == 1
+    parser = Balanced()
+    parser.feed(text)
+    assert parser.stack == []
 
 
 def test_a_figure_is_shown_no_wider_than_it_was_drawn(runs, tmp_path):
     from rorqual.analyze import figures
     from rorqual.analyze.report import svg
 
-    drawing = svg(figures.curves([]))
+    drawing = svg(figures.curves([]), 'a "curve"')
+    assert 'role="img" aria-label="a &quot;curve&quot;"' in drawing
     assert 'style="--own: 540pt"' in drawing and 'height="' not in drawing.split(">")[1], "7.5 inches of 72 points"
     page = write_report(runs[:1], tmp_path / "report.html", texts=TEXTS).read_text(encoding="utf-8")
     assert "max-width: min(60rem, var(--own" in page

@@ -56,8 +56,11 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert main(["doctor"]) == 1
 
 
-def test_report_of_a_folder_of_runs(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("a", "b"):
+def test_report_of_a_folder_of_runs(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rorqual.analyze.report.sample", lambda run: ("A fin whale sings below the sea.",))
+    for name in ("a", "b", "b.before-1"):
         shutil.copytree(small_run, tmp_path / "runs" / name)
     assert look.runs_in(tmp_path / "runs") == [tmp_path / "runs" / "a", tmp_path / "runs" / "b"]
     assert look.runs_in(small_run) == [small_run]
@@ -65,3 +68,11 @@ def test_report_of_a_folder_of_runs(small_run: Path, tmp_path: Path, capsys: pyt
     page = Path(json.loads(capsys.readouterr().out)["report"])
     assert page == tmp_path / "runs" / "report.html"
     assert page.read_text(encoding="utf-8").startswith("<!")
+    assert main(["report", str(tmp_path / "runs" / "a"), "--out", str(tmp_path / "one.html")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'one.html'}: 1 run; open it in a browser\n"
+
+
+def test_a_report_of_a_run_that_is_not_finished_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.json").write_text("{}")
+    assert main(["report", str(tmp_path)]) == 1
+    assert f"expected a run that is finished (go on: rorqual train {tmp_path})" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rorqual.analyze.report import write_report
 from rorqual.cli.main import main
@@ -92,6 +92,7 @@ def test_a_build_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
 def test_mistakes_are_a_line(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     there = write_table(tmp_path / "there", torch.randn(4, 3))
     (tmp_path / "junk.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
+    save_file({"weight": torch.ones(2)}, tmp_path / "kept.safetensors")  # somebody's weights
     new, shape = str(tmp_path / "new"), ["--rows", "3", "--width", "33"]
     for words, code, expected in (
         ([], 2, "expected one of build, inspect, verify, convert, hot, bench"),
@@ -101,6 +102,8 @@ def test_mistakes_are_a_line(small_run: Path, tmp_path: Path, capsys: pytest.Cap
         (["build", new, "--rows", "0", "--width", "3"], 2, "got 0 rows"),
         (["build", new, *shape, "--dtype", "fp8"], 1, "expected a multiple of 32"),
         (["build", new, *shape, "--dtype", "int4"], 2, "invalid choice"),
+        (["build", new, *shape, "--number", "1"], 2, "without --source"),
+        (["build", new, *shape, "--name", "rows"], 2, "without --source"),
         (["build", str(there), *shape], 1, "expected a new or empty folder"),
         (["build", new, "--source", str(small_run), "--number", "9"], 2, "got --number 9"),
         (["build", new, "--source", str(small_run), "--rows", "9"], 2, "a source has its own shape"),
@@ -108,8 +111,11 @@ def test_mistakes_are_a_line(small_run: Path, tmp_path: Path, capsys: pytest.Cap
         (["convert", str(there), new], 2, "--dtype"),
         (["convert", str(there), new, "--dtype", "float32", "--shard-bytes", "-1"], 2, "at least the 12 bytes"),
         (["hot", str(small_run), str(tmp_path / "none" / "hot")], 2, "expected a file in a folder that is there"),
+        (["hot", str(small_run), str(tmp_path)], 2, "expected a file in a folder that is there"),
+        (["hot", str(small_run), str(tmp_path / "kept.safetensors")], 1, "expected int64 row ids by their table's"),
         (["bench", "--figure", str(tmp_path / "f.txt")], 2, "expected a .svg, .png or .pdf in a folder that is there"),
         (["bench", "--figure", str(tmp_path / "none" / "f.svg")], 2, "in a folder that is there"),
+        (["bench", "--folder", str(tmp_path / "none")], 2, "expected a folder that is there"),
         (["convert", str(tmp_path / "none"), new, "--dtype", "fp8"], 1, "No such file"),
         (["inspect", str(tmp_path / "junk.safetensors")], 1, "got a header of"),
         (["inspect", str(there), "--name", "x"], 1, "got tensors rows, expected 'x'"),
@@ -120,6 +126,7 @@ def test_mistakes_are_a_line(small_run: Path, tmp_path: Path, capsys: pytest.Cap
         assert expected in printed, (words, printed)
         assert len(printed.splitlines()) <= 2, printed
     assert not Path(new).exists()
+    assert load_file(tmp_path / "kept.safetensors")["weight"].tolist() == [1, 1]
 
 
 def test_rows_that_a_corpus_reads_most_stay_in_memory(

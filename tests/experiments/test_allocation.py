@@ -2,6 +2,8 @@
 
 import csv
 import io
+import json
+import math
 import re
 import statistics
 from dataclasses import replace
@@ -138,6 +140,60 @@ def test_conclusions(losses, kind, said):
     assert said in conclusion(kind, _rows(*losses))
 
 
+@pytest.mark.parametrize(
+    "losses", [([4.0, 4.1], [4.5, 4.7], [4.2, 4.2], [4.9, 5.0]), ([4.0, 4.1], [3.5, 3.7], [4.2, 4.2])]
+)
+def test_an_ablation_is_told_part_by_part(losses):
+    said = conclusion("ablation", _rows(*losses))
+    for n in range(1, len(losses)):
+        assert len(re.findall(f"(p{n} against p0|p0 against p{n}) ", said)) == 1
+    assert said.count("against") == len(losses) - 1
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("losses", "controls", "kind", "said"),
+    [
+        ([[NAN, 4.0], [3.5, 3.6]], [], "slots", "p1 scored lowest (3.5500 nats a token, 2 seeds); p1 against p0 no"),
+        ([[4.0, 4.1], [NAN, 1.0]], [], "slots", "p0 scored lowest (4.0500"),
+        ([[NAN, NAN], [4.0, 4.1], [3.5, 3.7]], [], "slots", "2 seeds); p2 against p1 -0.4500 +- 0.0500, not"),
+        ([[4.0, 4.0, 4.1], [3.5, 3.5, 3.6], [NAN, 4.2, 4.3]], [], "allocation", "a U-shape over rho: not established"),
+        ([[NAN, 4.0, 4.1], [3.5, 3.5, 3.6], [4.2, 4.2, 4.3]], [], "experts", "more experts pay: not established"),
+        ([[NAN, NAN], [NAN, 1.0]], [], "slots", "no point has a mean, since runs of each diverged; 2 of 2 runs of p0"),
+        ([[4.0, 4.1], [3.0, 3.1]], [[NAN, 3.2]], "slots", "c0 against p0 no number, not established"),
+    ],
+)
+def test_a_point_that_diverged_never_wins_and_is_named(losses, controls, kind, said):
+    rows = _rows(*losses, controls=controls)
+    told = conclusion(kind, rows)
+    assert said in told and "nan" not in told
+    for row in rows:
+        gone = sum(map(math.isnan, row.losses))
+        assert (f"{gone} of {len(row.losses)} runs of {row.point.name} diverged" in told) == bool(gone)
+
+
+def test_a_rate_at_which_a_point_diverged_is_not_its_best():
+    places = [_point("p0"), _point("p1", 1.0)]
+    losses = {("p0", 0.08): [NAN, 5.2], ("p1", 0.08): [4.9, 5.0], ("p0", 0.02): [4.0, 4.2], ("p1", 0.02): [6.0, 6.0]}
+    rows = tabulate([(p, rate, losses[p.name, rate]) for rate in (0.08, 0.02) for p in places])
+    assert [(r.point.name, r.rate) for r in at_best(rows)] == [("p0", 0.02), ("p1", 0.08)]
+    said = conclusion("slots", rows)
+    assert said.startswith("p0 scored lowest (4.1000 nats a token at a rate of 0.02")
+    assert "1 of 2 runs of p0 at a rate of 0.08 diverged" in said
+
+
+def test_points_keep_their_names_whatever_stands_beside_them():
+    """Or a longer list would train again what is finished."""
+    moe = replace(BASE.moe, routed=400, width=8, active=2)
+    base = replace(BASE, moe=moe)
+    few, many = (
+        [p.name for p in points(SweepConfig(rhos=rhos), base)] for rhos in ((1.0, 0.7), (1.0, 0.7, 0.698, 0.4))
+    )
+    assert set(few) < set(many) and len(set(many)) == len(many) == 6
+
+
 def test_controls_are_compared_and_never_win():
     said = conclusion("allocation", _rows([4.0, 4.1], [3.9, 4.0], [3.95, 4.05], controls=[[3.0, 3.2]]))
     assert said.startswith("p1 scored lowest (3.9500 nats a token")
@@ -151,6 +207,11 @@ def test_controls_are_compared_and_never_win():
         ({"seeds": 0}, "seeds: got 0"),
         ({"rates": [1.0, 1.0]}, r"rates: got \(1.0, 1.0\), expected different values"),
         ({"rates": [1.0, 0.0]}, "expected factors above 0"),
+        ({"rates": [math.nan]}, "expected factors above 0"),
+        ({"steps": 0}, "steps: got 0, expected at least 1"),
+        ({"rows": -1}, "rows: got -1"),
+        ({"length": 0}, "length: got 0"),
+        ({"workers": 0}, "workers: got 0"),
         ({"experts": []}, "experts: got"),
     ],
 )
@@ -181,7 +242,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
         return {key: 4.0 + 0.1 * config.seed + 5 * abs(config.optim.lr - 0.02) - memory + noise}
 
     monkeypatch.setattr(allocation, "prepare", lambda data: Text())
-    monkeypatch.setattr(allocation, "run", lambda jobs, workers, console: seen.extend(job.config for job in jobs))
+    monkeypatch.setattr(allocation, "run", lambda jobs, diverging, **_: seen.extend(job.config for job in jobs))
     monkeypatch.setattr(allocation, "last", score)
     return seen
 
@@ -216,6 +277,35 @@ def test_the_sentence_and_the_figure_are_those_of_the_csv(tmp_path, trained, rat
         assert f"at a rate of {0.02 * rate:g} {low['point']} against rho-1.00 {float(each['difference']):+.4f}" in said
     drawn = (folder / "sweep.svg").read_text()
     assert drawn.startswith("<?xml") and all(word in drawn for word in ("few-rows", ">rho<"))
+
+
+def test_a_sweep_of_which_runs_diverged_is_written_whole(tmp_path, trained, monkeypatch):
+    """The losses stand in the table as they are, the figure leaves the point out, the sentence names it."""
+    score = allocation.last
+    gone = "rho-1.00-lr-0.02-seed-1"
+    monkeypatch.setattr(allocation, "last", lambda folder, key: {} if folder.name == gone else score(folder, key))
+    config = SweepConfig(model=TINY, rhos=(1.0, 0.6, 0.3), seeds=3, folder=str(tmp_path))
+    told = io.StringIO()
+    folder = main(config, console=Console(file=told, width=120))
+    first, *others = _read(folder)
+    assert (first["point"], first["1"], first["mean"], first["best_rate"]) == ("rho-1.00", "nan", "nan", "True")
+    assert all(row["difference"] == "nan" and math.isfinite(float(row["mean"])) for row in others)
+    said = (folder / "conclusion.txt").read_text()
+    assert "1 of 3 runs of rho-1.00 diverged" in said and "diverged" in told.getvalue()
+    low = min(others[:2], key=lambda row: float(row["mean"]))
+    assert said.startswith(f"{low['point']} scored lowest") and "few-rows against rho-1.00 no number" in said
+    assert json.loads((folder / "sweep.json").read_text())["rhos"] == [1.0, 0.6, 0.3]
+    assert sorted(path.name for path in folder.iterdir()) == ["conclusion.txt", "sweep.csv", "sweep.json", "sweep.svg"]
+
+
+def test_a_sweep_that_cannot_be_drawn_leaves_what_was_there(tmp_path, trained, monkeypatch):
+    config = SweepConfig(model=TINY, rhos=(1.0, 0.6), folder=str(tmp_path))
+    folder = main(config, console=Console(file=io.StringIO()))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(allocation, "_draw", lambda kind, rows: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(replace(config, rhos=(1.0, 0.3)), console=Console(file=io.StringIO()))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_the_curve_is_drawn_from_the_rows():

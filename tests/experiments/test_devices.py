@@ -8,6 +8,7 @@ import torch
 from rorqual.costs import costs
 from rorqual.experiments.devices import DEVICES, Device, Machine, estimate
 from rorqual.layers.engram import EngramConfig
+from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel
 from rorqual.presets import preset
 from rorqual.train.optim import OptimConfig, Optimizer, roles
@@ -69,6 +70,22 @@ def test_seconds_by_hand(monkeypatch):
     assert host.rows == pytest.approx(read / 2e7) and host.step == max(host.compute, host.rows) + host.update
     assert host.host_bytes == sum(found.roles["rows"][1:])
     assert host.device_bytes == pytest.approx(found.device_bytes - host.host_bytes / 2, abs=1)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_mtp_is_trained_too(monkeypatch, depth):
+    """A module foretells with the model's own head: its weights and the head's multiply every token once more."""
+    monkeypatch.setitem(DEVICES, "toy", Device(flops=1e9, memory=1e12, bandwidth=1e8, link=1e7))
+    machine = Machine(device="toy", devices=1, utilisation=1.0, step_tokens=10)
+    with_mtp = replace(TINY, mtp=MTPConfig(depth=depth))
+    weights = sum(
+        p.numel() for name, p in LanguageModel(with_mtp).named_parameters() if name.startswith("mtp.") and p.dim() > 1
+    )
+    moe = with_mtp.moe
+    weights -= depth * (moe.routed - moe.active) * 3 * with_mtp.dim * moe.width
+    weights += depth * with_mtp.vocabulary * with_mtp.dim
+    more = estimate(with_mtp, machine, 128).compute - estimate(TINY, machine, 128).compute
+    assert more == pytest.approx(3 * 2 * weights * 10 / 1e9, rel=5e-3), "norms scale, and count as weights there"
 
 
 def test_muon_costs_its_products():

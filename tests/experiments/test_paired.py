@@ -29,6 +29,24 @@ def test_factors_fall_towards_the_normal_one():
     assert factors == sorted(factors, reverse=True) and factors[0] == 12.706 and factors[-1] > 1.96
 
 
+@pytest.mark.parametrize(
+    ("freedom", "t"),
+    [(10, 2.2281), (11, 2.2010), (15, 2.1314), (20, 2.0860), (30, 2.0423), (60, 2.0003), (999, 1.9623)],
+)
+def test_factors_of_many_seeds_are_students(freedom, t):
+    """As printed in any table of Student's distribution."""
+    assert t_factor(freedom + 1) == pytest.approx(t, abs=2.5e-4)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_run_that_diverged_establishes_nothing(wrong):
+    for own, other in (([wrong, 3.0, 3.0], [9.0, 9.0, 9.1]), ([3.0, 3.0, 3.1], [9.0, wrong, 9.0])):
+        mean, error = difference(own, other)
+        assert math.isnan(mean) and math.isnan(error) and not established(mean, error, 3)
+        assert compared("a", "b", own, other) == "a against b no number, not established"
+    assert all(map(math.isnan, mean_and_error([wrong])))
+
+
 def test_a_comparison_in_words():
     assert compared("a", "b", [3.9, 4.8, 5.7], [4.0, 5.0, 6.0]) == "a against b -0.2000 +- 0.0577, not established"
     assert compared("a", "b", [4.1, 5.1, 6.2], [4.0, 5.0, 6.0], 2) == "a against b +0.13 +- 0.03, not established"

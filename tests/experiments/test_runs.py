@@ -15,9 +15,11 @@ import pytest
 from rich.console import Console
 
 from rorqual import config as configs
+from rorqual.experiments import runs
 from rorqual.experiments.runs import Job, last, main, make_room, records, run, seeded
 from rorqual.layers.attention import MLAConfig
 from rorqual.model import ModelConfig
+from rorqual.train.optim import OptimConfig
 from rorqual.train.trainer import DataConfig, TrainConfig
 
 
@@ -39,6 +41,57 @@ def test_begun_means_this_very_config(tmp_path):
     configs.save(job.config, tmp_path / "train.json")
     assert job.begun() and not job.finished()
     assert not _job(tmp_path, seed=1).begun()
+
+
+def test_a_run_that_was_killed_before_it_wrote_anything_is_begun(tmp_path):
+    job, other = _job(tmp_path / "run"), _job(tmp_path / "run", seed=1)
+    configs.save(job.config, job.folder / "wanted.json")
+    (job.folder / "log.txt").touch()
+    assert job.begun() and not other.begun()
+    make_room(job)
+    assert (job.folder / "log.txt").is_file(), "nothing is moved aside"
+    make_room(other)
+    assert (tmp_path / "run.before-1" / "log.txt").is_file()
+
+
+def _hold(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def test_two_that_make_runs_do_not_share_a_folder(tmp_path):
+    job = _job(tmp_path / "runs" / "one")
+    with _hold(tmp_path / "runs" / ".lock"), pytest.raises(ValueError, match="another process makes runs here; wait"):
+        run([job], console=Console(file=io.StringIO()))
+    assert not job.folder.exists()
+
+
+def test_a_folder_in_which_somebody_trains_is_waited_for_and_left_alone(tmp_path, monkeypatch):
+    """Moved aside, two processes would write into one file."""
+    monkeypatch.setattr(runs, "PATIENCE", 0.0)
+    job = _job(tmp_path / "one")
+    configs.save(_job(tmp_path / "one", seed=1).config, job.folder / "train.json")
+    with _hold(job.folder / ".lock"), pytest.raises(ValueError, match="another process trains here; wait"):
+        run([job], console=Console(file=io.StringIO()))
+    assert (job.folder / "train.json").is_file() and not (tmp_path / "one.before-1").exists()
+
+
+def test_a_loss_that_is_no_number_is_told_by_its_own_code(tmp_path, monkeypatch):
+    job, said = _job(tmp_path / "one"), ["nan loss encountered at step 3: lower --optim.lr", "out of memory"]
+    configs.save(job.config, job.folder / "train.json")
+
+    def broken(config):
+        raise RuntimeError(said[0])
+
+    monkeypatch.setattr(runs, "train", broken)
+    assert not job.diverged()
+    assert main(str(job.folder / "train.json")) == runs.DIVERGED_CODE and job.diverged()
+    assert (job.folder / runs.DIVERGED).read_text() == said.pop(0) + "\n"
+    assert not _job(tmp_path / "one", seed=1).diverged(), "it was another run's loss"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main(str(job.folder / "train.json"))
 
 
 def test_seeds_differ_in_seed_and_folder_alone(tmp_path):
@@ -88,13 +141,38 @@ SMALL = ModelConfig(
 )
 
 
-@pytest.mark.slow  # four processes, each of which takes seconds to start
-def test_killed_in_the_middle_it_goes_on_and_repeats_nothing(tmp_path):
-    """Two runs, one at a time; everything is killed while the second trains. What is finished stays as it is."""
+def _data(tmp_path):
     (tmp_path / "text").mkdir()
     for n in range(60):
         (tmp_path / "text" / f"{n}.txt").write_text(f"Entry {n} tells of {n * n} whales, {n % 7} rivers. " * 4)
-    data = DataConfig(source=str(tmp_path / "text"), cache=str(tmp_path / "cache"))
+    return DataConfig(source=str(tmp_path / "text"), cache=str(tmp_path / "cache"))
+
+
+@pytest.mark.slow  # two processes
+def test_a_run_that_diverges_leaves_the_others_and_is_not_repeated(tmp_path):
+    config = TrainConfig(model=SMALL, data=_data(tmp_path), steps=4, rows=2, length=32)
+    fast = replace(config, optim=OptimConfig(kind="adamw", lr=1e30), folder=str(tmp_path / "runs" / "fast"))
+    jobs = [Job("fast", fast), Job("slow", replace(config, folder=str(tmp_path / "runs" / "slow")))]
+    told = Console(file=io.StringIO())
+    run(jobs, workers=1, console=told, diverging=True)
+    assert [(job.diverged(), job.finished()) for job in jobs] == [(True, False), (False, True)]
+    assert last(jobs[0].folder, "validation_loss") == {} != last(jobs[1].folder, "validation_loss")
+    assert "loss encountered at step" in (jobs[0].folder / runs.DIVERGED).read_text()
+    mark = (jobs[0].folder / "log.txt").stat().st_mtime_ns
+    run(jobs, console=told, diverging=True)
+    assert (jobs[0].folder / "log.txt").stat().st_mtime_ns == mark
+    with pytest.raises(RuntimeError, match=r"run fast ended with code 3(.|\n)*loss encountered"):
+        run(jobs, console=told)
+
+
+@pytest.mark.slow  # four processes, each of which takes seconds to start
+@pytest.mark.parametrize("hit", [os.killpg, os.kill], ids=["all", "the sweep alone"])
+def test_killed_in_the_middle_it_goes_on_and_repeats_nothing(tmp_path, hit):
+    """Two runs, one at a time; everything, or what started them, is killed while the second trains.
+
+    What is finished stays as it is, and nobody trains on behind the back of the next call.
+    """
+    data = _data(tmp_path)
     config = TrainConfig(model=SMALL, data=data, steps=100, rows=2, length=32, save_every=10)
     jobs = seeded(tmp_path / "runs", "arm", config, 2)
     configs.save(config, tmp_path / "config.json")
@@ -110,9 +188,9 @@ def test_killed_in_the_middle_it_goes_on_and_repeats_nothing(tmp_path):
             assert process.poll() is None, "ended before it was hit"
             time.sleep(0.02)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        hit(process.pid, signal.SIGKILL)
         process.wait()
-    while not _free(jobs[1].folder / ".lock"):  # until the kernel has ended the run, too
+    while hit is os.killpg and not _free(jobs[1].folder / ".lock"):  # until the kernel has ended the run, too
         time.sleep(0.02)
     assert jobs[0].finished() and jobs[1].begun() and not jobs[1].finished()
     mark, seen = (jobs[0].folder / "model.safetensors").stat().st_mtime_ns, records(jobs[0].folder)

@@ -33,9 +33,9 @@ def test_a_warm_disk_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.Monke
     walked, at_once, waited = tables._walked, DiskTable._at_once, []
     way = [way.name for way in tables.ways(1)]
 
-    def seen(steps: object, cold: tables.Tables) -> tuple:
+    def seen(*given: object) -> tuple:
         way.append(way.pop(0))
-        return walked(steps, cold)
+        return walked(*given)
 
     def given(own: DiskTable, ids: np.ndarray) -> torch.Tensor | None:
         found = at_once(own, ids)

@@ -36,8 +36,18 @@ def stirred(module: nn.Module, std: float = 1.0) -> nn.Module:
     return module
 
 
-def theirs(dim: int, streams: int = 4, cls=DeepseekV4HyperConnection) -> nn.Module:
-    return cls(SimpleNamespace(hc_mult=streams, hc_sinkhorn_iters=20, hc_eps=1e-6, rms_norm_eps=1e-6, hidden_size=dim))
+def theirs(dim: int, config: HyperConfig, cls=DeepseekV4HyperConnection) -> nn.Module:
+    sizes = {"hc_mult": config.streams, "hc_sinkhorn_iters": config.iterations, "hidden_size": dim}
+    return cls(SimpleNamespace(**sizes, hc_eps=config.eps, rms_norm_eps=config.norm_eps))
+
+
+RELEASED = [  # and what a config.json may say as well
+    HyperConfig(),
+    HyperConfig(streams=3),
+    HyperConfig(streams=1, iterations=2),
+    HyperConfig(streams=2, iterations=1, eps=1e-3, norm_eps=1e-5),
+    HyperConfig(streams=8, iterations=5, eps=1e-2, norm_eps=0.1),
+]
 
 
 def plain(config: HyperConfig, site: Connection, x: torch.Tensor, sublayer) -> torch.Tensor:
@@ -63,9 +73,11 @@ def close(ours, expected, tolerance=1e-6):
 
 
 class TestDeepSeekV4:
-    @pytest.mark.parametrize(("streams", "dim", "time"), [(4, 24, 7), (3, 5, 1), (2, 64, 33)])
-    def test_coefficients_forward_and_backward(self, streams, dim, time):
-        reference, site = stirred(theirs(dim, streams)), Connection(HyperConfig(streams=streams), dim)
+    @pytest.mark.parametrize("config", RELEASED, ids=str)
+    @pytest.mark.parametrize(("dim", "time"), [(24, 7), (5, 1), (64, 33)])
+    def test_coefficients_forward_and_backward(self, config, dim, time):
+        streams = config.streams
+        reference, site = stirred(theirs(dim, config)), Connection(config, dim)
         site.mixer.load_state_dict(reference.state_dict())
         x = torch.randn(2, time, streams, dim, requires_grad=True)
         pulls = torch.randn(2, time, streams), torch.randn(2, time, streams, streams), torch.randn(2, time, dim)
@@ -86,7 +98,7 @@ class TestDeepSeekV4:
         layer = DeepseekV4DecoderLayer.__new__(DeepseekV4DecoderLayer)
         nn.Module.__init__(layer)
         mix, feed = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        layer.attn_hc, layer.ffn_hc = stirred(theirs(dim)), stirred(theirs(dim))
+        layer.attn_hc, layer.ffn_hc = (stirred(theirs(dim, HyperConfig())) for _ in range(2))
         layer.input_layernorm, layer.post_attention_layernorm = nn.RMSNorm(dim), nn.RMSNorm(dim)
 
         class Attention(nn.Module):
@@ -109,11 +121,31 @@ class TestDeepSeekV4:
         pull = torch.randn_like(expected)
         close(*(torch.autograd.grad((y * pull).sum(), x)[0] for y in (ours, expected)), 2e-6)
 
-    def test_exit(self):
-        reference, exit = stirred(theirs(24, cls=DeepseekV4HyperHead)), Exit(HyperConfig(), 24)
+    @pytest.mark.parametrize("config", RELEASED, ids=str)
+    def test_exit(self, config):
+        reference, exit = stirred(theirs(24, config, DeepseekV4HyperHead)), Exit(config, 24)
         exit.load_state_dict({name.removeprefix("hc_"): value for name, value in reference.state_dict().items()})
-        x = torch.randn(2, 5, 4, 24)
+        x = torch.randn(2, 5, config.streams, 24, requires_grad=True)
         close(exit(x), reference(x))
+        pull, parameters = torch.randn(2, 5, 24), [list(module.parameters()) for module in (exit, reference)]
+        outs = (exit(x), parameters[0]), (reference(x), parameters[1])
+        grads = (torch.autograd.grad((y * pull).sum(), [x, *inputs]) for y, inputs in outs)
+        for a, b in zip(*grads, strict=True):
+            close(a, b, 3e-6)
+
+    @pytest.mark.parametrize("config", RELEASED, ids=str)
+    def test_bfloat16_streams_are_read_as_theirs(self, config):
+        """Their coefficients are float32, too; what is read is rounded once."""
+        reference, site, seen = stirred(theirs(24, config)), Connection(config, 24), []
+        site.mixer.load_state_dict(reference.state_dict())
+        x = torch.randn(2, 5, config.streams, 24).bfloat16()
+        post, comb, u = reference(x)
+        got = site.coefficients(x)
+        site(x, lambda hidden: seen.append(hidden) or hidden)
+        for a, b in zip((got.post, got.comb), (post, comb), strict=True):
+            close(a, b)
+        assert seen[0].dtype == u.dtype == torch.bfloat16
+        close(seen[0].float(), u.float(), 2**-8)
 
     def test_parameters_are_laid_out_as_released(self):
         shapes = {name: tuple(p.shape) for name, p in Connection(HyperConfig(), 24).mixer.named_parameters()}

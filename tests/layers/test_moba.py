@@ -146,6 +146,28 @@ def test_packed_documents_attend_as_if_alone(choice):
     torch.testing.assert_close(run(attention, hidden, documents=documents), alone, atol=1e-5, rtol=0)
 
 
+@CHOICES
+def test_packed_documents_go_on_behind_a_cache(choice):
+    """New ones begin in any call; tokens of which nothing is told belong to the last. Gradients are as if alone."""
+    attention, hidden = layer(choice=choice), torch.randn(2, 30, 20)
+    documents = torch.arange(30) // torch.tensor([[11], [4]])
+    whole = run(attention, hidden, documents=documents)
+    past, cache, done, outs = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device), 0, []
+    for count in (9, 1, 1, 6, 1, 2, 10):
+        part = slice(done, done + count)
+        goes_on = done > 0 and torch.equal(documents[:, done - 1], documents[:, done + count - 1])
+        told = {} if goes_on else {"documents": documents[:, part]}
+        outs.append(run(attention, hidden[:, part], past, cache, **told))
+        done += count
+    torch.testing.assert_close(torch.cat(outs, 1), whole, atol=1e-5, rtol=0)
+    pull, inputs = torch.randn_like(whole), list(attention.parameters())
+    alone = [run(attention, part) for row, size in ((0, 11), (1, 4)) for part in hidden[row : row + 1].split(size, 1)]
+    alone = torch.cat(alone, 1).view_as(whole)
+    grads = (torch.autograd.grad((y * pull).sum(), inputs) for y in (whole, alone))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4 * max(1.0, b.abs().max().item()), rtol=0)
+
+
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 @CHOICES
 def test_padding_changes_nothing(side, choice):
@@ -203,18 +225,6 @@ def test_the_cache_forgets_and_reorders(choice):
 
 
 @CHOICES
-def test_left_padded_rows_decode_as_if_alone(choice):
-    attention, hidden, lead = layer(choice=choice), torch.randn(2, 30, 20), [0, 6]
-    present = torch.stack([torch.arange(30) >= n for n in lead])
-    past, cache, outs = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device), []
-    for part, seen in zip(hidden.split([14] + [1] * 16, 1), present.split([14] + [1] * 16, 1), strict=True):
-        outs.append(run(attention, part, past, cache, present=seen))
-    out = torch.cat(outs, 1)
-    for row, n in enumerate(lead):
-        torch.testing.assert_close(out[row : row + 1, n:], run(attention, hidden[row : row + 1, n:]), atol=1e-5, rtol=0)
-
-
-@CHOICES
 @pytest.mark.parametrize("kernels", ["", "reference"])
 @pytest.mark.parametrize("decode", ["sparse", "full"])
 def test_rows_of_any_length_decode_as_if_alone(choice, kernels, decode, monkeypatch):
@@ -227,17 +237,19 @@ def test_rows_of_any_length_decode_as_if_alone(choice, kernels, decode, monkeypa
     for row, start in enumerate(lead.tolist()):
         alone_past, alone = Past(), attention.new_cache(1, 8, hidden.dtype, hidden.device)
         parts = hidden[row : row + 1, start:].split([14 - start, *[1] * 36], 1)
-        expected[row] = torch.cat([run(attention, part, alone_past, alone) for part in parts], 1)[0, 14 - start :]
+        expected[row] = torch.cat([run(attention, part, alone_past, alone) for part in parts], 1)[0]
     for index in (torch.tensor([1, 2]), torch.tensor([2, 0, 2])):
-        run(attention, hidden[:, :14], past, cache, present=present[:, :14])
-        run(attention, hidden[:, 14:15], past, cache)
+        prompt = run(attention, hidden[:, :14], past, cache, present=present[:, :14])
+        for row, start in enumerate(lead.tolist()):
+            torch.testing.assert_close(prompt[row, start:], expected[row][: 14 - start], atol=1e-5, rtol=0)
+        run(attention, hidden[:, 14:15], past, cache, present=present[:, 14:15])  # told or not, it is there
         run(attention, torch.randn(3, 1, 20), past, cache)
         for kept in (past, cache):
             kept.crop(1)
             kept.select(index)
         late = torch.cat([run(attention, part, past, cache) for part in hidden[index, 15:].split([1] * 35, 1)], 1)
         for place, row in enumerate(index.tolist()):
-            torch.testing.assert_close(late[place], expected[row][1:], atol=1e-5, rtol=0)
+            torch.testing.assert_close(late[place], expected[row][15 - lead[row] :], atol=1e-5, rtol=0)
         for kept in (past, cache):
             kept.reset()
 

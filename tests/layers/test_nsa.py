@@ -170,6 +170,29 @@ def test_choosing_everything_is_full_attention(time, heads, choice):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("heads", [(16, 1), (6, 2), (3, 3)])
+@pytest.mark.parametrize("time", [5, 8, 45])
+def test_is_the_naive_code_of_flash_linear_attention(heads, time):
+    """Forward and backward. It has l = d = l' and means; what is left of a block at the end is one that nobody sees."""
+    naive = pytest.importorskip("fla.ops.nsa.naive", reason="fla-core is not installed", exc_type=ImportError)
+    inner = layer(NSAConfig(block=8, stride=8, select_block=8, chosen=4, window=1), *heads).inner
+    for network in (inner.compress_key, inner.compress_value):
+        torch.nn.init.zeros_(network.down.weight)
+    q, k, v = (torch.randn(2, time, n, 6, requires_grad=True) for n in (heads[0], heads[1], heads[1]))
+    hidden, where = torch.randn(2, time, 20, requires_grad=True), layout(2, time, "cpu")
+    ours = inner.branches(q, k, v, hidden=hidden, layout=where, scale=0.4)[:, :, :2]
+    pairs = inner._own(hidden, where, rope_tables(ROPE, 6, where.positions), (None, None))[0]
+    small = [torch.stack([part.mean(1) for part in x.split(8, 1)], 1) for x in pairs]
+    compressed, _ = naive.naive_nsa_compression(q, *small, 8, 0.4)
+    selected = naive.naive_nsa_selection(q, k, v, naive.naive_nsa_topk(q, small[0], 4, 8, 0.4), 8, 0.4)
+    theirs = torch.stack([compressed, selected], 2)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    pull = torch.randn_like(theirs)
+    grads = (torch.autograd.grad((y * pull).sum(), (q, k, v, hidden), retain_graph=True) for y in (ours, theirs))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
+
+
 def test_importance_weights_of_the_paper():
     share = importance_of(torch.eye(31), 8, NSAConfig())  # [M, J] of 512 keys
     for j in range(1, 7):
@@ -221,6 +244,28 @@ def test_packed_documents_attend_as_if_alone(config):
 
 
 @pytest.mark.parametrize("choice", ["token", "tile"])
+def test_packed_documents_go_on_behind_a_cache(choice):
+    """New ones begin in any call; tokens of which nothing is told belong to the last. Gradients are as if alone."""
+    attention, hidden = layer(replace(SMALL, choice=choice)), torch.randn(2, 30, 20)
+    documents = torch.arange(30) // torch.tensor([[11], [4]])
+    whole = run(attention, hidden, documents=documents)
+    past, cache, done, outs = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device), 0, []
+    for count in (9, 1, 1, 6, 1, 2, 10):
+        part = slice(done, done + count)
+        goes_on = done > 0 and torch.equal(documents[:, done - 1], documents[:, done + count - 1])
+        told = {} if goes_on else {"documents": documents[:, part]}
+        outs.append(run(attention, hidden[:, part], past, cache, **told))
+        done += count
+    torch.testing.assert_close(torch.cat(outs, 1), whole, atol=2e-5, rtol=0)
+    pull, inputs = torch.randn_like(whole), list(attention.parameters())
+    alone = [run(attention, part) for row, size in ((0, 11), (1, 4)) for part in hidden[row : row + 1].split(size, 1)]
+    alone = torch.cat(alone, 1).view_as(whole)
+    grads = (torch.autograd.grad((y * pull).sum(), inputs) for y in (whole, alone))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4 * max(1.0, b.abs().max().item()), rtol=0)
+
+
+@pytest.mark.parametrize("choice", ["token", "tile"])
 def test_rows_may_be_packed_differently(choice):
     attention, hidden = layer(replace(SMALL, choice=choice)), torch.randn(2, 20, 20)
     documents = torch.stack([torch.arange(20) // 15, torch.arange(20) // 2])
@@ -265,18 +310,6 @@ def test_the_cache_forgets_and_reorders(choice):
     for kept in (past, cache):
         kept.reset()
     torch.testing.assert_close(run(attention, hidden[:2], past, cache), run(attention, hidden[:2]))
-
-
-@pytest.mark.parametrize("choice", ["token", "tile"])
-def test_left_padded_rows_decode_as_if_alone(choice):
-    attention, hidden, lead = layer(replace(SMALL, choice=choice)), torch.randn(2, 30, 20), [0, 6]
-    present = torch.stack([torch.arange(30) >= n for n in lead])
-    past, cache, outs = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device), []
-    for part, seen in zip(hidden.split([14] + [1] * 16, 1), present.split([14] + [1] * 16, 1), strict=True):
-        outs.append(run(attention, part, past, cache, present=seen))
-    out = torch.cat(outs, 1)
-    for row, n in enumerate(lead):
-        torch.testing.assert_close(out[row : row + 1, n:], run(attention, hidden[row : row + 1, n:]), atol=2e-5, rtol=0)
 
 
 def test_decoding_reads_the_chosen_blocks_only():
@@ -457,8 +490,8 @@ def test_rows_of_any_length_decode_as_if_alone(config, kernels, monkeypatch):
     present = torch.arange(50) >= lead[:, None]
     past, cache = Past(), attention.new_cache(3, 8, hidden.dtype, hidden.device)
     for again in range(2):
-        run(attention, hidden[:, :14], past, cache, present=present[:, :14])
-        run(attention, hidden[:, 14:15], past, cache)
+        prompt = run(attention, hidden[:, :14], past, cache, present=present[:, :14])
+        run(attention, hidden[:, 14:15], past, cache, present=present[:, 14:15])  # told or not, it is there
         run(attention, torch.randn(3, 4, 20), past, cache)
         for kept in (past, cache):
             kept.crop(4)
@@ -469,6 +502,7 @@ def test_rows_of_any_length_decode_as_if_alone(config, kernels, monkeypatch):
         late = [run(attention, part, past, cache) for part in hidden[index, 30:].split([1] * 20, 1)]
         for row in range(3):
             alone = run(attention, hidden[row : row + 1, lead[row] :])[0]
+            torch.testing.assert_close(prompt[row, lead[row] :], alone[: 14 - lead[row]], atol=2e-5, rtol=0)
             torch.testing.assert_close(
                 torch.cat(outs, 1)[row], alone[15 - lead[row] : 30 - lead[row]], atol=2e-5, rtol=0
             )

@@ -1,5 +1,7 @@
 """One choice for many queries: the loop over tiles and FlexAttention against a mask over all keys."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,14 +109,16 @@ def test_flex_attention_is_the_loop():
 
 @pytest.mark.compiled
 def test_a_compiled_call_is_one_graph():
-    """Forward, backward and a prompt, of both kinds."""
+    """Forward, backward and a prompt, of both kinds; of packed documents, too."""
     gqa, rope, hidden = GQAConfig(heads=4, kv_heads=2, head_dim=8), RopeConfig(), torch.randn(2, 150, 32)
     nsa = NSAConfig(block=4, stride=2, select_block=4, chosen=3, window=5)
-    for inner in (NSA(nsa, 32, gqa, rope), MoBA(MoBAConfig(block=4, chosen=2, choice="tile"))):
+    packed = (torch.arange(150) // torch.tensor([[40], [7]])).long()
+    tile = MoBA(MoBAConfig(block=4, chosen=2, choice="tile"))
+    for inner, documents in itertools.product((NSA(nsa, 32, gqa, rope), tile), (None, packed)):
         attention = GQA(gqa, 32, rope, inner)
 
-        def call(x, attention=attention):
-            where = layout(*x.shape[:2], "cpu")
+        def call(x, attention=attention, documents=documents):
+            where = layout(*x.shape[:2], "cpu", documents=documents)
             return attention(x, where, *rope_tables(rope, 8, where.positions))
 
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")

@@ -203,6 +203,18 @@ def test_health_and_models(client):
     assert client.call("GET", "/v1/completions").status == 405
 
 
+def test_health_tells_of_tables_that_are_not_on_the_device(folder):
+    run = load(folder, device="cpu", tables="disk")
+    with serving(Service(run, rows=4, context=64)) as client:
+        assert client.call("GET", "/health").json()["tables"][0]["rows"] == 0
+        for _ in range(2):  # the second time its rows are hot
+            ask(client, {"prompt": "A whale", "max_tokens": 4, "temperature": 0})
+        (table,) = client.call("GET", "/health").json()["tables"]
+    assert table["rows"] >= table["different"] > table["hits"] > 0
+    assert table["bytes"] == (table["different"] - table["hits"]) * 8 * 4
+    assert table["hit_rate"] == table["hits"] / table["different"]
+
+
 def test_who_hangs_up_is_no_longer_worked_for(client, service, monkeypatch):
     step = service.worker.engine.step
     monkeypatch.setattr(service.worker.engine, "step", lambda: (time.sleep(0.05), step())[1])

@@ -195,6 +195,21 @@ def test_one_process_trains_a_table(tmp_path: pathlib.Path) -> None:
     LearningTable(tmp_path, 5, 3).close()
 
 
+def test_one_table_of_a_process_trains_the_rows(tmp_path: pathlib.Path) -> None:
+    """A second is refused until the first is closed or gone, and takes nothing of the first one's lock with it."""
+    code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    table = LearningTable(tmp_path, 5, 3)
+    with pytest.raises(TableError, match=r"records: got rows that this process trains already.*close the other"):
+        LearningTable(tmp_path, 5, 3)
+    other = [sys.executable, "-c", code, str(tmp_path / "records")]
+    assert "BlockingIOError" in subprocess.run(other, capture_output=True, text=True, check=False).stderr
+    table.close()
+    table = LearningTable(tmp_path, 5, 3)
+    del table
+    gc.collect()
+    LearningTable(tmp_path, 5, 3).close()
+
+
 def test_rows_asked_for_before_an_update_are_not_what_the_next_one_changes(tmp_path: pathlib.Path) -> None:
     """The next batch is asked for while this one's update is still to come: no update is lost."""
     _, model = pair(tmp_path)
@@ -269,16 +284,16 @@ def test_notes_cut_anywhere_and_flipped_are_no_harm_or_are_seen(tmp_path: pathli
 
 def test_other_shapes_and_lost_rows_are_refused(tmp_path: pathlib.Path) -> None:
     _, model = pair(tmp_path)
-    table, optimizer = model["table"], Optimizer(model, OptimConfig())
+    model["table"].close()
     with pytest.raises(TableError, match="expected 300 times 148"):
         LearningTable(tmp_path, ROWS - 1, WIDTH)
+    table = LearningTable(tmp_path, ROWS, WIDTH)
     os.truncate(tmp_path / "records", 148 * 10)
     with pytest.raises(TableError, match="row 10 is lost"):
         table.request(torch.arange(20)).wait()
     train_again = LearningTable(tmp_path / "new", ROWS, WIDTH)
     with pytest.raises(TableError, match="row 0 is lost"):
         train_again.request(torch.tensor([0])).wait()
-    del optimizer
 
 
 def test_what_is_left_of_a_larger_table_that_was_never_whole_is_no_harm(
@@ -287,8 +302,10 @@ def test_what_is_left_of_a_larger_table_that_was_never_whole_is_no_harm(
     """Killed while it was drawn; then a smaller one in its place, which can be opened again."""
     with monkeypatch.context() as patch:
         patch.setattr(LearningTable, "mark", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        table = LearningTable(tmp_path, 500, 4)
         with pytest.raises(KeyboardInterrupt):
-            LearningTable(tmp_path, 500, 4).draw(0.02)
+            table.draw(0.02)
+        table.close()
     table = LearningTable(tmp_path, 30, 4)
     table.draw(0.02)
     expected = table.values(0, 30)

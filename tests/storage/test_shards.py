@@ -64,6 +64,15 @@ ENTRY = json.dumps(entry())
         ({"row": entry()}, None, "got tensors row, expected 'rows'"),
         ({"__metadata__": {"a": 1}, "rows": entry()}, None, "metadata"),
         ({"__metadata__": [], "rows": entry()}, None, "metadata"),
+        ({"__metadata__": {"xxh3_header": "\ud800"}, "rows": entry()}, None, "not as it was written"),
+        ({"rows": entry(shape=[1] * 65)}, None, "expected counts from 0"),
+        ({"rows": entry(shape=[-1] * 10_000)}, None, "expected counts from 0"),
+        ({"rows": entry(shape=[1, 6, *[1] * 50])}, None, "expected rows by width"),
+        ({"a\n\ud800" * 1000: entry()}, None, "expected 'rows'"),
+        ({"a\n" * 1000: 3}, None, "without exactly"),
+        ({"rows": entry(dtype="F\n" * 1000)}, None, "expected rows by width"),
+        ({"rows": entry(dtype="F\n" * 1000, data_offsets=[24, 0])}, None, "got bytes 24 to 0"),
+        (f'{{"rows": {ENTRY[:-1]}, "shape": [{"9" * 5000}]}}}}', None, "no JSON object"),
     ],
 )
 def test_malformed_files_are_refused(header, size: int | None, reason: str, tmp_path: pathlib.Path) -> None:
@@ -72,6 +81,28 @@ def test_malformed_files_are_refused(header, size: int | None, reason: str, tmp_
     with pytest.raises(TableError, match=reason) as caught:
         DiskTable(path)
     assert str(path) in str(caught.value)
+    assert str(caught.value).isprintable()  # one line
+    assert len(str(caught.value)) < len(str(path)) + 300
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: pathlib.Path) -> None:
+    """A folder, and a pipe that nobody writes to, where a shard should be."""
+    (tmp_path / "a.safetensors").mkdir()
+    os.mkfifo(tmp_path / "b.safetensors")
+    for path in (tmp_path, tmp_path / "b.safetensors"):
+        with pytest.raises(TableError, match=r"[ab].safetensors: got a folder, a device or a pipe, expected a"):
+            DiskTable(path)
+
+
+def test_a_disk_that_cannot_read_is_a_refusal(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the header is read, and while every byte is."""
+    folder = write_table(tmp_path / "t", torch.randn(4, 3))
+    for name in ("pread", "preadv"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+            with pytest.raises(TableError, match=r"table-00001-of-00001.safetensors: Input/output error"):
+                verify(folder)
+    assert verify(folder) == []
 
 
 def test_sound_file_of_the_same_making_opens(tmp_path: pathlib.Path) -> None:
@@ -179,6 +210,8 @@ def test_shards_missing_doubled_or_of_another_table_are_refused(tmp_path: pathli
     (folder / "table-copy.safetensors").write_bytes(kept[shards[0]])
     refused("expected rows from 3: a shard missing or doubled")
     save_file({"rows": torch.randn(3, 3)}, shards[2])
+    refused("no first_row")
+    save_file({"rows": torch.randn(3, 3)}, shards[2], {"first_row": "9" * 5000, "rows_in_all": "10"})
     refused("no first_row")
     save_file({"rows": torch.randn(3, 4)}, shards[2], {"first_row": "6", "rows_in_all": "10"})
     refused("another table")

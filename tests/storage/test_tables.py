@@ -239,6 +239,28 @@ def test_the_twin_of_the_gather_has_the_same_bits(dtype: torch.dtype, width: int
             assert torch.equal(out, values[ids])
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("width", "dtype"), [(16, torch.float32), (96, torch.bfloat16), (256, torch.float32)])
+def test_rows_of_whole_lines_are_copied_whole(width: int, dtype: torch.dtype, threads: int) -> None:
+    """Into memory that begins with a line and memory that does not, more of it than caches hold and less."""
+    values, before = torch.randn(900, width).to(dtype), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for count in (4096, 5001, 40_001):
+            ids = torch.randint(900, (count,))
+            for shift in (0, 1):
+                room = torch.full((count * width + 64,), 77).to(dtype)
+                first = -room.data_ptr() % 64 // dtype.itemsize + shift
+                out = room[first : first + count * width].view(count, width)
+                assert recall_twins.gather_rows(values, ids.to(torch.int32 if shift else torch.int64), out) is out
+                assert torch.equal(out, values[ids])
+                assert (room[:first] == 77).all() and (room[first + count * width :] == 77).all()
+            with pytest.raises(IndexError):
+                recall_twins.gather_rows(values, ids.index_fill(0, torch.tensor([7]), 900), out)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("bad", [-1, 300_000, 2**40, -(2**62)])
 @pytest.mark.parametrize("place", [0, 70_000])
 def test_ids_that_are_written_to_before_the_wait_read_no_other_memory(bad: int, place: int) -> None:

@@ -77,6 +77,9 @@ def test_bad_sizes_and_places_are_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="got 0 rows a shard"):
         write_table(tmp_path / "u", torch.randn(4, 3), shard_rows=0)
     assert not (tmp_path / "u").exists()
+    for place in ("", ".", "..", "/", tmp_path / "none" / ".."):
+        with pytest.raises(ValueError, match="has no name of its own, expected a new or empty folder's"):
+            write_table(place, torch.randn(4, 3))
 
 
 @settings(max_examples=40, deadline=None)

@@ -34,12 +34,13 @@ def test_validation_is_a_mean_over_tokens_whatever_the_batches():
     labels[0, 2:] = -100
     labels[2] = -100
     model.train()
-    state = torch.get_rng_state()
+    model.blocks[0].eval()  # a frozen part
+    modes, state = [module.training for module in model.modules()], torch.get_rng_state()
     found = validate(model, batches(ids, labels), 2.5, torch.float32)
     expected = nn.functional.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), ignore_index=-100)
     assert found["validation_loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(expected.item() / math.log(2) / 2.5, rel=1e-5)
-    assert model.training
+    assert [module.training for module in model.modules()] == modes and model.training
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match="no validation documents"):
         validate(model, [], 1.0, torch.float32)
