@@ -50,8 +50,9 @@ def _parse(cls: type[T], default: Any, words: list[str], command: str, epilogue:
 
 
 def plain(box: str) -> str:
-    """The parser's framed paragraphs as one line, with the nearest flag if it knows one."""
-    lines = [re.sub(r"^[│╭╰─ ]+|[│╮╯─ ]+$", "", line) for line in box.splitlines()[1:]]
+    """The parser's framed paragraphs as one line, with the nearest flag if it knows one. A terminal without Unicode has
+    frames of + - and |."""
+    lines = [re.sub(r"^[│|╭╰+─ ]+|[│|╮╯+─ ]+$|^[│|+─ -]+$", "", line) for line in box.splitlines()[1:]]
     said: list[str] = []
     for line in lines:
         if not line or line.startswith(("Perhaps", "Argument helptext", "For full helptext")):

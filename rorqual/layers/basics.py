@@ -168,7 +168,8 @@ def rotate(
     """Each pair (a, b) of the last axis to (a cos - b sin, a sin + b cos), P = 2 F; heads may lie between T and P."""
     shape = (*cos.shape[:2], *(1,) * (x.dim() - 3), cos.shape[-1])
     cos, sin = cos.view(shape), sin.view(shape)
-    if interleaved and cos.dtype == x.dtype and not torch.compiler.is_compiling():  # a pair is a complex number
+    alone = x.requires_grad and x.numel() == x.shape[-1]  # its gradient may begin at an odd place
+    if interleaved and cos.dtype == x.dtype and not (alone or torch.compiler.is_compiling()):  # pairs are complex
         x = x.contiguous()
         x = x.clone() if x.storage_offset() % 2 else x  # a complex number starts at an even place
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
@@ -207,6 +208,7 @@ class Layout:
     key_documents: Int[Tensor, "B L"] | None
     key_present: Bool[Tensor, "B L"] | None
     past: int = 0  # tokens cached before this call
+    lead: Int[Tensor, " B"] | None = None  # behind a cache: padding before each row's first token, if none is elsewhere
 
     def visible(self) -> Bool[Tensor, "B 1 T L"]:
         """`mask`, or the plain causal mask (batch axis 1) where it is None."""
@@ -226,6 +228,7 @@ class Layout:
             key_documents=self.key_documents,
             key_present=self.key_present,
             past=self.past + self.positions.shape[1] - 1,
+            lead=self.lead,
         )
 
 
@@ -263,6 +266,16 @@ def _mask(time: int, documents: Tensor | None, present: Tensor | None) -> Tensor
     return mask[:, None]
 
 
+def _lead(documents: Tensor | None, present: Tensor | None, places: Tensor, cached: int) -> Tensor | None:
+    """Columns of padding before each row's first token; None where there are documents, or padding elsewhere."""
+    if present is None or documents is not None or torch.compiler.is_compiling():
+        return None
+    lead = present.shape[1] - 1 - places[:, -1]
+    columns = torch.arange(present.shape[1], device=lead.device)
+    whole = torch.equal(present, columns >= lead[:, None]) and not (cached and bool((lead > cached).any()))
+    return lead if whole else None
+
+
 def layout(
     batch: int,
     time: int,
@@ -294,6 +307,7 @@ def layout(
         key_documents=every_document,
         key_present=everyone,
         past=cached,
+        lead=_lead(every_document, everyone, places, cached) if past is not None else None,
     )
 
 

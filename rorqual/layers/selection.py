@@ -52,14 +52,9 @@ def most_blocks(segment: Int[Tensor, "B L"]) -> int:
 def straight(layout: Layout) -> tuple[Layout, Int[Tensor, " B"] | None]:
     """Of a few tokens behind a cache, in rows that are padded on the left alone: the layout without its mask, and the
     columns of padding before each row's first token, by which the row is shifted. Of others the layout itself, None."""
-    past, time = layout.past, layout.positions.shape[1]
-    if layout.key_present is None or layout.key_documents is not None or not past or time > FEW:
+    if layout.lead is None or not layout.past or layout.positions.shape[1] > FEW:
         return layout, None
-    lead = past + time - 1 - layout.positions[:, -1]
-    columns = torch.arange(past + time, device=lead.device)
-    if not torch.equal(layout.key_present, columns >= lead[:, None]) or bool((lead > past).any()):
-        return layout, None
-    return replace(layout, mask=None, present=None, key_present=None), lead
+    return replace(layout, mask=None, present=None, key_present=None), layout.lead
 
 
 class Blocks:

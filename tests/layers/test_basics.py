@@ -167,6 +167,16 @@ def test_rotate_interleaved_is_complex_multiplication():
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
+def test_one_vector_takes_a_gradient_wherever_it_begins(interleaved):
+    """Of what stands behind three others, as a head's rotated part behind an odd one without position."""
+    x, tables = torch.randn(1, 1, 4, requires_grad=True), rope_tables(RopeConfig(), 4, torch.tensor([[5]]))
+    pull = torch.randn(1, 1, 7)
+    (torch.cat([torch.randn(1, 1, 3), rotate(x, *tables, interleaved)], -1) * pull).sum().backward()
+    back = rotate(pull[..., 3:], tables[0], -tables[1], interleaved)  # a rotation's transpose is the one back
+    torch.testing.assert_close(x.grad, back, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
 def test_rotation_depends_on_distance_only(interleaved):
     query, key = torch.randn(2, 1, 1, 16)
     config = RopeConfig(base=100.0, interleaved=interleaved)
