@@ -63,17 +63,21 @@ def _score(queries, keys, step, count, following, scores):  # pragma: no cover
 
 @_loop
 def _sum(weights, values, step, count, following, out):  # pragma: no cover
-    """out[h] += sum over l of weights[h, l] the value at address values + l step."""
-    width, l = out.shape[1], 0
+    """out[h] += sum over l of weights[h, l] the value at address values + l step. The weights stay: others compare
+    them."""
+    width, l, few = out.shape[1], 0, np.empty((out.shape[0], 4), np.float32)
     while l + 4 <= count:
         _fetch(values, step, count, following, l, width)
+        for h in range(out.shape[0]):
+            for k in range(4):
+                few[h, k] = shown(weights[h, l + k])
         a = values + l * step
-        sums(weights, l, a, a + step, a + 2 * step, a + 3 * step, out)
+        sums(few, 0, a, a + step, a + 2 * step, a + 3 * step, out)
         l += 4
     for k in range(l, count):
         a = _line(values + k * step, width)
         for h in range(out.shape[0]):
-            own, p = out[h], weights[h, k]
+            own, p = out[h], shown(weights[h, k])
             for i in range(width):
                 own[i] += p * a[i]
 
@@ -93,8 +97,6 @@ def over_blocks(own, index, end, block, key, key_step, value, value_step, scores
         fill(result[h], ZERO)
         if seen:
             softmax(scores[h, :seen], bits[:seen])
-        for l in range(seen):
-            scores[h, l] = shown(scores[h, l])
     seen = 0
     for n in range(blocks):
         count = min(block, end - index[n] * block)
