@@ -1,4 +1,4 @@
-"""The contract of docs/house.md: floors, ceilings, names, arrows, mirrors."""
+"""The contract of docs/house.md: floors, names, mirrors."""
 
 import ast
 import functools
@@ -64,23 +64,10 @@ def optional(module: str) -> bool:
     return module.partition(".")[0] in OPTIONAL
 
 
-def test_every_file_opens_with_its_arrow() -> None:
-    wrong = []
-    for path in FILES:
-        first = (ast.get_docstring(tree_of(path)) or "").split("\n\n")[0]
-        if "->" not in first and not re.search(r"\bin\b.*\bout\b", first, re.DOTALL):
-            wrong.append(f"{name(path)}: got {first!r}, expected `x in -> y out.`")
-    assert not wrong
-
-
-def test_every_file_keeps_the_ceilings() -> None:
-    long = [name(path) for path in FILES if len(path.read_text(encoding="utf-8").splitlines()) >= 400]
-    for path in FILES:
-        for node in functions(path):
-            lines = (node.end_lineno or node.lineno) - node.lineno + 1
-            if lines >= 40:
-                long.append(f"{name(path)}:{node.lineno} {node.name} has {lines} lines")
-    assert not long
+def test_every_file_says_what_it_does() -> None:
+    """A docstring, whose first line is a sentence."""
+    missing = [name(path) for path in FILES if not (ast.get_docstring(tree_of(path)) or "").strip()]
+    assert not missing
 
 
 def test_every_file_has_a_name_that_says_something() -> None:
