@@ -1,43 +1,71 @@
 # make demo    trains two small models and writes runs/demo/report.html
 # make test    linters, types, and every fast test         (SLOW=1: the slow tests too)
 # make lint    the linters and types alone
-# make venv    .venv with everything in it; the others call it
+# make wheel   builds the wheel and tries it in an environment of its own
+# make venv    .venv with everything that work on rorqual needs; make demo installs less
 
 PYTHON ?= python3
 SLOW ?=
+LINTED ?=
 PY := .venv/bin/python
-STAMP := .venv/installed
+DEMO := .venv/demo-installed
+TEST := .venv/test-installed
 export OMP_NUM_THREADS ?= 1
+export PIP_ROOT_USER_ACTION ?= ignore
+
+# Wheels alone: nothing is compiled or built on a user's machine. Errors alone: pip's warnings about the settings of a
+# machine would fill the first screen that a user sees.
+INSTALL := $(PY) -m pip --disable-pip-version-check -qq install --only-binary=:all:
+PINNED := $(INSTALL) -c constraints.txt
+CHECKSUM := { pwd; cksum pyproject.toml constraints.txt Makefile; }
 
 .DEFAULT_GOAL := test
-.PHONY: demo test lint venv
+.PHONY: demo test lint wheel venv
 
-venv: $(STAMP)
+venv: $(TEST)
 
-# The stamp holds the checksums of what was installed and the folder it was installed for, so that a fresh checkout of
-# the same files asks nobody, while a changed or moved one installs again. Torch comes first and alone: a wheel that pip
-# was told of locally (a small CPU build) is taken before the index is asked for its own.
-$(STAMP): pyproject.toml constraints.txt
-	@if { pwd; cksum pyproject.toml constraints.txt; } | cmp -s - $@; then touch $@; exit 0; fi; \
+# A stamp holds the checksums of what was installed and the folder it was installed for, so that a second run of the
+# same files asks no index, while a changed or moved checkout installs again. Torch comes first and alone: a wheel that
+# pip was given locally (a small CPU build) is taken before the index is asked for its own. rorqual itself is built by a
+# backend that is already installed, since a build environment of its own would be downloaded each time.
+$(DEMO): pyproject.toml constraints.txt Makefile
+	@if $(CHECKSUM) | cmp -s - $@; then touch $@; exit 0; fi; \
 	set -e; rm -f $@; \
-	test -x $(PY) || $(PYTHON) -m venv .venv; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "got $$($(PYTHON) --version), expected 3.11 or later: make demo PYTHON=python3.12" >&2; exit 1; }; \
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv; \
 	echo "installing into .venv (once; the first time takes a few minutes)"; \
-	pip="$(PY) -m pip --disable-pip-version-check --quiet"; \
-	$$pip install --no-index --no-deps "torch==2.13.*" 2>/dev/null || $$pip install -c constraints.txt "torch==2.13.*"; \
-	$$pip install -c constraints.txt hatchling editables; \
-	$$pip install -c constraints.txt --no-build-isolation -e ".[dev]"; \
-	{ pwd; cksum pyproject.toml constraints.txt; } > $@
+	$(INSTALL) --no-index --no-deps "torch==2.13.*" 2>/dev/null || $(PINNED) "torch==2.13.*"; \
+	$(PINNED) hatchling editables; \
+	$(PINNED) --no-build-isolation -e ".[train,report]"; \
+	$(CHECKSUM) > $@
 
-demo: $(STAMP)
+# The evaluation harness asks for packages that exist only as source archives, for tasks that no test runs: it is
+# installed without what it asks for, and [tasks] names the wheels that a local task imports. It goes before it comes
+# again, since pip would name what it misses each time.
+$(TEST): $(DEMO)
+	@if $(CHECKSUM) | cmp -s - $@; then touch $@; exit 0; fi; \
+	set -e; rm -f $@; \
+	echo "installing what the tests need"; \
+	$(PY) -m pip -qqq uninstall --yes lm-eval; \
+	$(PINNED) --no-build-isolation -e ".[dev]"; \
+	$(PINNED) --no-deps lm-eval; \
+	$(CHECKSUM) > $@
+
+demo: $(DEMO)
 	$(PY) -m rorqual demo
 
-lint: $(STAMP)
+lint: $(TEST)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m codespell_lib
 	$(PY) -c "from importlinter.cli import lint_imports_command as lint; lint(['--no-cache'])"
 	$(PY) -m mypy
 
-test: lint
+# LINTED: the linters have just been run.
+test: $(if $(LINTED),$(TEST),lint)
 	@$(PY) scripts/fetch_test_tokenizers.py
 	$(PY) -m pytest -n 2 $(if $(SLOW),-m "")
+
+wheel: $(TEST)
+	$(PY) scripts/check_wheel.py

@@ -153,7 +153,9 @@ def tasks(model: LanguageModel, tokenizer: Tokenizer, names: list[str], *, limit
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ValueError("tasks need the evaluation harness: pip install lm-eval") from error
+        missing = error.name or "lm_eval"
+        hint = "pip install datasets evaluate sacrebleu tenacity; pip install --no-deps lm-eval"
+        raise ValueError(f"tasks need the evaluation harness, got no {missing}: {hint}") from error
 
     own = all(Path(name).is_file() for name in names)
     manager = TaskManager(include_defaults=not own)  # reading the thousands that it brings takes many seconds

@@ -7,6 +7,7 @@ torch.compile cannot trace the checks, so a test marked `compiled` runs in a pro
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,6 +55,44 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     return True
+
+
+class NoOtherSkips:
+    """In CI, ends the run as failed where a test was skipped for a reason that tests/skips.txt does not list."""
+
+    def __init__(self, allowed: list[str]) -> None:
+        self.allowed = [re.compile(pattern) for pattern in allowed]
+        self.refused: list[str] = []
+
+    def look(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        """Notes the skip of a test, or of a whole file."""
+        if not report.skipped or hasattr(report, "wasxfail"):
+            return
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not any(pattern.search(reason) for pattern in self.allowed):
+            self.refused.append(f"{report.nodeid}: {reason}")
+
+    pytest_runtest_logreport = look
+    pytest_collectreport = look
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.refused and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.refused:
+            terminalreporter.section("skips that tests/skips.txt does not allow")
+            for line in sorted(set(self.refused)):
+                terminalreporter.write_line(line)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Takes the list of allowed skips where CI says that it is one; xdist's workers report to the first process."""
+    if os.environ.get("CI") and not hasattr(config, "workerinput"):
+        lines = Path(__file__).with_name("skips.txt").read_text(encoding="utf-8").splitlines()
+        patterns = [line for line in lines if line and not line.startswith("#")]
+        config.pluginmanager.register(NoOtherSkips(patterns))
 
 
 @pytest.fixture(autouse=True)

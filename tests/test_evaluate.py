@@ -178,5 +178,5 @@ def test_unknown_tasks_are_named(model, tokenizer):
 
 def test_tasks_need_the_harness(model, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ValueError, match="pip install lm-eval"):
+    with pytest.raises(ValueError, match="pip install --no-deps lm-eval"):
         evaluate.tasks(model, tokenizer, ["hellaswag"])

@@ -163,6 +163,7 @@ def test_every_room_has_its_line_in_the_house() -> None:
 def test_tests_mirror_a_file_each() -> None:
     standing = {
         "test_house.py",
+        "test_install.py",
         "test_readme.py",
         "test_examples.py",
         "test_soak.py",

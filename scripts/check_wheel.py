@@ -1,0 +1,73 @@
+"""Builds the wheel and tries it as a user would who has no checkout: in an environment of its own.
+
+    python scripts/check_wheel.py
+
+`python -m build` makes the archives; `rorqual[all]` is installed from the wheel with nothing but wheels; then the
+command line answers, every module that needs no other extra is imported, and `tiny` trains, is scored, continues a
+text and gets its report.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NEED_A_GPU = "triton_"  # modules of Triton's kernels: the extra `triton` is not in `all`
+IMPORT_ALL = f"""
+import importlib, pkgutil, rorqual
+for module in pkgutil.walk_packages(rorqual.__path__, "rorqual."):
+    short = module.name.rpartition(".")[2]
+    if not short.startswith({NEED_A_GPU!r}) and short != "__main__":
+        importlib.import_module(module.name)
+"""
+
+
+def run(*command: str | os.PathLike[str], cwd: Path) -> str:
+    """Runs a command away from the checkout; its output, or the end of this script with it."""
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    if done.returncode:
+        words = " ".join(map(str, command))
+        raise SystemExit(f"{words}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def install(python: Path, wheel: Path, cwd: Path) -> None:
+    """The wheel with its extra `all`, at the versions of constraints.txt and as wheels alone.
+
+    A torch that pip was given locally is taken first, as the Makefile does.
+    """
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "-qq", "install", "--only-binary=:all:"]
+    local = [*pip, "--no-index", "--no-deps", "torch==2.13.*"]
+    subprocess.run(local, cwd=cwd, capture_output=True, check=False)
+    run(*pip, "-c", ROOT / "constraints.txt", f"rorqual[all] @ {wheel.as_uri()}", cwd=cwd)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        checkout = shutil.copytree(
+            ROOT, place / "checkout", ignore=shutil.ignore_patterns(".git", ".venv", "runs", ".*_cache", ".cache")
+        )
+        run(sys.executable, "-m", "build", "--outdir", place / "dist", checkout, cwd=place)
+        (wheel,) = (place / "dist").glob("*.whl")
+        venv.create(place / "venv", with_pip=True)
+        scripts = place / "venv" / ("Scripts" if os.name == "nt" else "bin")
+        install(scripts / "python", wheel, place)
+        rorqual = scripts / "rorqual"
+        print(run(rorqual, "--version", cwd=place).strip(), "from", wheel.name)
+        run(scripts / "python", "-c", IMPORT_ALL, cwd=place)
+        run(rorqual, "doctor", cwd=place)
+        small = ["--steps", "4", "--rows", "2", "--length", "32", "--data.vocabulary", "300", "--data.limit", "200"]
+        run(rorqual, "train", "tiny", "--folder", "run", "--model.engram.layers", "1", *small, cwd=place)
+        run(rorqual, "eval", "run", "--data", "wordnet", "--limit", "5", cwd=place)
+        print(run(rorqual, "generate", "run", "A whale is", "--max-new-tokens", "8", cwd=place).strip()[:60])
+        run(rorqual, "report", "run", cwd=place)
+        print("the wheel installs, trains, scores, generates and reports by itself")
+
+
+if __name__ == "__main__":
+    main()
