@@ -3,7 +3,8 @@
     step:  admit (prefill what waits into its own cache)  ->  one id for every running row  ->  join  ->  evict
 
 Rows of different ages stand side by side as a left-padded batch does: `join` aligns the last tokens of two caches
-and marks what stands before a shorter one as absent, so that a row's ids do not depend on its neighbours.
+and marks what stands before a shorter one as absent, so that a row's ids do not depend on its neighbours. Prompts
+are prefilled beside others of like length alone (`by_length`). A request that no id can be drawn for ends alone.
 Continuous batching: Orca, OSDI 2022.
 """
 
@@ -15,15 +16,24 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rorqual import runtime
 from rorqual.layers.cache import Appended, Bundle, Cache, Past, Recent
+from rorqual.layers.selection import Blocks
 from rorqual.model import LanguageModel
 from rorqual.serve.decoding import pad_left, saw
 from rorqual.serve.sampling import GREEDY, Sampling, sample
 
+# A forward over 2 to 8 short prompts costs little more than one over the longest. Padding costs
+# more the longer it is, and it bars attention from its causal, windowed and sparse fast paths.
+PADDED_LENGTH = 256  # longer prompts are prefilled with those of their own length alone
+PADDING = 128  # tokens of padding that cost about as much as one more forward
+
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One prompt on its way. `ids` grows by one a step; `finish` is None until "stop", "length" or "cancelled"."""
+    """One prompt on its way. `ids` grows by one a step until `finish` says why it ended.
+
+    "stop", "length", "cancelled", or "error" where no id could be drawn from its logits."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int
@@ -112,24 +122,31 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """Every running request, and every one that there was room to admit, gets one id; returns these requests."""
+        """Every running request, and every one that there was room to admit, gets one id; returns these requests.
+
+        One whose logits no id can be drawn from gets none, and its `finish` becomes "error".
+        """
         self._evict()
         admitted = self._admitted = self._admit()
         if self.running:
             assert self._cache is not None
             last = torch.tensor([[request.ids[-1]] for request in self.running], device=self._device)
             self._give(self.running, last, None, self._cache)
-        if admitted:
-            ids, present = pad_left([request.prompt for request in admitted], self.pad_id, self._device)
-            cache = self.model.new_cache(len(admitted), capacity=ids.shape[1] + 64)
-            self._give(admitted, ids, present, cache)
-            self._cache = (
-                cache
-                if not self.running or self._cache is None
-                else join((self._cache, cache), (len(self.running), len(admitted)))
-            )
-            self.running, self._admitted = self.running + admitted, []
+        filled = [(requests, self._prefill(requests)) for requests in by_length(admitted)]
+        for requests, cache in filled:
+            if self.running and self._cache is not None:
+                cache = join((self._cache, cache), (len(self.running), len(requests)))
+            self._cache = cache
+            self.running = self.running + requests
+        self._admitted = []
         return list(self.running)
+
+    def _prefill(self, requests: list[Request]) -> Cache:
+        """Give each its first id; returns the cache of their prompts."""
+        ids, present = pad_left([request.prompt for request in requests], self.pad_id, self._device)
+        cache = self.model.new_cache(len(requests), capacity=ids.shape[1] + 64)
+        self._give(requests, ids, present, cache)
+        return cache
 
     @property
     def _device(self) -> torch.device:
@@ -161,7 +178,12 @@ class Engine:
             seen = None
             if request.sampling.repetition_penalty != 1.0:
                 seen = saw([[*request.prompt, *request.ids]], self.vocabulary, self._device)
-            token = int(sample(logits[row : row + 1], request.sampling, [request.generator], seen))
+            try:
+                token = int(sample(logits[row : row + 1], request.sampling, [request.generator], seen))
+            except ValueError as error:
+                request.finish = request.finish or "error"
+                runtime.log(f"serve: a request of {len(request.prompt)} tokens ends: {error}", style="red")
+                continue
             request.ids.append(token)
             if request.finish is None and token == self.end_id:
                 request.finish = "stop"
@@ -169,11 +191,25 @@ class Engine:
                 request.finish = "length"
 
 
-def join(caches: tuple[Cache, Cache], rows: tuple[int, int]) -> Cache:
-    """The rows of both caches in one, their last tokens aligned; what stood before every row is dropped.
+def by_length(requests: Sequence[Request]) -> list[list[Request]]:
+    """The requests in groups to prefill together, shortest first.
 
-    ValueError where a layer keeps something that is not one entry a token, and so cannot be aligned.
+    Prompts of equal length always go together. A longer one of at most PADDED_LENGTH tokens joins those before it
+    where this pads them by at most PADDING tokens in all.
     """
+    groups: list[list[Request]] = []
+    for request in sorted(requests, key=lambda request: len(request.prompt)):
+        length = len(request.prompt)
+        longer = length - len(groups[-1][-1].prompt) if groups else length
+        if groups and (not longer or (length <= PADDED_LENGTH and longer * len(groups[-1]) <= PADDING)):
+            groups[-1].append(request)
+        else:
+            groups.append([request])
+    return groups
+
+
+def join(caches: tuple[Cache, Cache], rows: tuple[int, int]) -> Cache:
+    """The rows of both caches in one, their last tokens aligned; what stood before every row is dropped."""
     left, right = caches
     size = max(_held(left.past), _held(right.past))
     layers = [_join(a, b, left.past, right.past, size) for a, b in zip(left.layers, right.layers, strict=True)]
@@ -208,9 +244,12 @@ def _join(a, b, left: Past, right: Past, size: int):
         return Bundle(**{name: _join(part, b.parts[name], left, right, size) for name, part in a.parts.items()})
     if isinstance(a, Recent):
         return _join_recent(a, b)
+    if isinstance(a, Blocks):
+        current = a.tokens == left.length and b.tokens == right.length
+        return _join_blocks(a, b, size, current)
     if isinstance(a, Appended) and a.length == left.length and b.length == right.length:
         return _stack(_tail(a, size), _tail(b, size), size)
-    raise ValueError(f"continuous batching: got a layer that keeps {type(a).__name__} by blocks, expected by tokens")
+    raise ValueError(f"join: got a layer that keeps {type(a).__name__}, expected one that keeps tokens or blocks")
 
 
 def _tail(kept: Appended, size: int) -> Tensor:
@@ -237,6 +276,27 @@ def _join_recent(a: Recent, b: Recent) -> Recent:
     joined.extend(torch.cat([buffer[:, end - keep : end] for buffer, end in buffers]))
     joined.length, joined.known = max(a.length, b.length), min(a.known, b.known)
     return joined
+
+
+def _join_blocks(a: Blocks, b: Blocks, size: int, current: bool) -> Blocks:
+    """Blocks are counted from a row's own first token, so they stay as they are, zeros behind the fewer.
+
+    Unless both are `current`, the joined one is empty and makes all blocks from the keys at the next step: a padded
+    prompt makes none.
+    """
+    joined = Blocks(a.block, a.stride, size + 64)
+    if current and a.made.buffer is not None and b.made.buffer is not None:
+        most = min(max(a.made.length, b.made.length), joined.count(size))  # rows that had more may have left
+        joined.made.append(torch.cat([_head(a.made, most), _head(b.made, most)]))
+        joined.tokens = size
+    return joined
+
+
+def _head(kept: Appended, size: int) -> Tensor:
+    """The first `size` entries, zeros behind them where fewer are held."""
+    assert kept.buffer is not None
+    held = kept.buffer[:, : min(kept.length, size)]
+    return torch.cat([held, held.new_zeros(held.shape[0], size - held.shape[1], *held.shape[2:])], 1)
 
 
 def _join_past(pasts: tuple[Past, Past], rows: tuple[int, int], size: int, device: torch.device) -> Past:

@@ -1,7 +1,10 @@
 """Logits in -> the next id out.
 
     logits  = repetition penalty, / temperature, top-k, top-p, min-p       in this order, all off by default
-    next id ~ softmax(logits), or argmax where temperature is 0
+    next id ~ softmax(logits), or argmax where temperature is below the smallest normal float32, 1.18e-38
+
+Nothing overflows on the way: the largest logit is subtracted before the division, so that the likeliest id stands at 0
+and the others fall to -inf at worst, and a penalty leaves a finite logit finite.
 
 Top-p: arXiv:1904.09751. Min-p: arXiv:2407.01082. Repetition penalty: arXiv:1909.05858.
 """
@@ -16,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How the next id is drawn. A filter is off where it is None; temperature 0 is greedy and ignores them all."""
+    """How the next id is drawn. A filter is off where it is None; greedy decoding ignores them all."""
 
     temperature: float = 0.8
     top_k: int | None = None
@@ -38,6 +41,11 @@ class Sampling:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"got seed={self.seed!r}, expected None or an integer from 0 to 2**63 - 1")
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest id is taken: at temperature 0, or one that float32 cannot divide by."""
+        return self.temperature < torch.finfo(torch.float32).tiny
+
     def generator(self, row: int = 0) -> torch.Generator:
         """The random stream of one row: its draws do not depend on which rows stand beside it."""
         generator = torch.Generator()
@@ -52,8 +60,13 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def penalise(logits: Float[Tensor, "B V"], seen: Bool[Tensor, "B V"], penalty: float) -> Float[Tensor, "B V"]:
-    """logit / penalty where positive, logit * penalty where negative, for the ids already in the text."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    """logit / penalty where positive, logit * penalty where negative, for the ids already in the text.
+
+    A finite logit stays finite: what would overflow becomes the largest number of its dtype.
+    """
+    limit = torch.finfo(logits.dtype).max
+    penalised = torch.where(logits > 0, logits / penalty, logits * penalty).clamp(-limit, limit)
+    return torch.where(seen & logits.isfinite(), penalised, logits)
 
 
 def narrow(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:
@@ -83,11 +96,22 @@ def sample(
     generators: Sequence[torch.Generator] = (),
     seen: Bool[Tensor, "B V"] | None = None,
 ) -> Int[Tensor, " B"]:
-    """One id a row. `generators`: one a row (needed where temperature > 0); `seen`: ids the penalty weakens."""
+    """One id a row. `generators`: one a row (needed unless greedy); `seen`: ids the penalty weakens.
+
+    ValueError where a row has no finite largest logit: it holds NaN or inf, or nothing but -inf.
+    """
+    logits = logits.float()
+    usable = logits.amax(-1).isfinite()
+    if not usable.all():
+        bad = (~usable).nonzero().flatten().tolist()
+        raise ValueError(
+            f"got logits that are NaN, inf or all -inf in rows {bad}, expected a finite largest logit in each: "
+            "weights that are not finite, or a dtype too narrow for them (float32 holds more)"
+        )
     if seen is not None and sampling.repetition_penalty != 1.0:
         logits = penalise(logits, seen, sampling.repetition_penalty)
-    if sampling.temperature == 0.0:
+    if sampling.greedy:
         return logits.argmax(-1)
-    chances = narrow(logits, sampling).softmax(-1).cpu()
+    chances = narrow(logits - logits.amax(-1, keepdim=True), sampling).softmax(-1).cpu()
     drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(chances, generators, strict=True)]
     return torch.cat(drawn).to(logits.device)

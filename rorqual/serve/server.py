@@ -79,7 +79,8 @@ class Worker(threading.Thread):
                     return
             try:
                 for request in self.engine.step():
-                    self._tell(request, (request.ids[-1], request.finish))
+                    failed = request.finish == "error"  # and then it got no id
+                    self._tell(request, (None if failed else request.ids[-1], request.finish))
             except Exception as error:  # a request must not take the others' thread with it
                 runtime.log(f"serve: a step failed, its requests are dropped: {error!r}", style="red")
                 for request in self.engine.drop():

@@ -1,5 +1,6 @@
 """Decoding against a loop of whole forwards: batches, padding, ends, bounds, drafts."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -83,6 +84,15 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(model):
     ]
     drawn = together(model, PROMPTS, max_new_tokens=10, vocabulary=3, sampling=Sampling(temperature=50.0, seed=0))
     assert {token for row in drawn for token in row} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), Sampling(seed=1)])
+def test_logits_that_are_nan_are_an_error_and_no_text(model, sampling):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.embed.weight[7] = torch.nan
+    with pytest.raises(ValueError, match=r"NaN, inf or all -inf in rows \[1\], expected"):
+        list(decode(broken, [[1, 2], [7], [3]], sampling=sampling))
 
 
 def test_a_seed_repeats_and_rows_do_not_depend_on_neighbours(model):

@@ -1,9 +1,14 @@
 """Continuous batching: every request says what it says alone, whoever comes and goes beside it."""
 
+import copy
+import functools
+import itertools
+import operator
 import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from rorqual.layers.attention import GQAConfig, MLAConfig
 from rorqual.layers.dsa import DSAConfig
@@ -15,7 +20,7 @@ from rorqual.layers.mtp import MTPConfig
 from rorqual.layers.nsa import NSAConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.serve.decoding import decode
-from rorqual.serve.engine import Engine
+from rorqual.serve.engine import Engine, join
 from rorqual.serve.sampling import Sampling
 
 ENGRAM = EngramConfig(layers=(0,), rows_per_head=(97, 97), heads=2, head_dim=8)
@@ -79,19 +84,170 @@ def test_sampling_is_each_requests_own(model):
     assert mixed[1].ids == alone(model, asked[1], max_new_tokens=6, sampling=sampling)
 
 
-GQA = {"mla": None, "gqa": GQAConfig(head_dim=8)}
+GQA = {"mla": None, "gqa": GQAConfig(heads=4, kv_heads=2, head_dim=8)}
+NSA = {"block": 4, "stride": 2, "select_block": 4, "chosen": 3, "window": 5}
 ATTENTIONS = {
-    "moba": ModelConfig(**SMALL, **GQA, moba=MoBAConfig(block=4, chosen=1)),
-    "nsa": ModelConfig(**SMALL, **GQA, nsa=NSAConfig(block=4, stride=2, select_block=4, chosen=3, window=4)),
-    "window": ModelConfig(**SMALL, mla=None, gqa=GQAConfig(head_dim=8, window=4, sinks=True)),
-    "dsa": ModelConfig(**SMALL, mla=MLAConfig(q_lora_rank=8), dsa=DSAConfig(heads=2, dim=16, chosen=3)),
+    "mla": {"mla": MLAConfig(heads=2)},
+    "gqa": GQA,
+    "window": {"mla": None, "gqa": GQAConfig(head_dim=8, window=4, sinks=True)},
+    "dsa": {"mla": MLAConfig(q_lora_rank=8), "dsa": DSAConfig(heads=2, dim=16, chosen=3)},
+    "nsa": GQA | {"nsa": NSAConfig(**NSA)},
+    "nsa tile": GQA | {"nsa": NSAConfig(**NSA, choice="tile")},
+    "moba": GQA | {"moba": MoBAConfig(block=4, chosen=2)},
+    "moba tile": GQA | {"moba": MoBAConfig(block=4, chosen=2, choice="tile")},
+    "moba decodes fully": GQA | {"moba": MoBAConfig(block=4, chosen=1, decode="full")},
+    "moba and a full layer": GQA | {"moba": MoBAConfig(block=4, chosen=1, full_layers=1)},
 }
+PARTS = {
+    "engram": {"engram": ENGRAM},
+    "streams": {"hyper": HyperConfig(streams=2, iterations=2)},
+    "mtp": {"mtp": MTPConfig()},
+}
+
+
+def come_and_go(model, lengths: list[int], seed: int) -> None:
+    """Requests arrive while others run, in three rows; each must say what it says alone."""
+    draw, engine, requests = random.Random(seed), Engine(model, rows=3), []
+    asked = [([draw.randrange(61) for _ in range(length)], draw.randrange(2, 9)) for length in lengths]
+    while not engine.idle or len(requests) < len(asked):
+        for prompt, count in asked[len(requests) : len(requests) + draw.randrange(3)]:
+            requests.append(engine.submit(prompt, max_new_tokens=count))
+        engine.step()
+    assert [request.finish for request in requests] == ["length"] * len(asked)
+    expected = [alone(model, prompt, max_new_tokens=count) for prompt, count in asked]
+    assert [request.ids for request in requests] == expected
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_every_attention_can_be_joined(name):
-    model, asked = LanguageModel(ATTENTIONS[name], seed=1).eval(), [[7] * 13 + [8, 9], [1, 2], [3, 4, 5, 6, 7, 8, 9]]
-    assert Engine(model, rows=2).run(asked, max_new_tokens=4) == [alone(model, p, max_new_tokens=4) for p in asked]
+    parts = ATTENTIONS[name] | PARTS["engram"] | PARTS["streams"] | PARTS["mtp"]
+    model = LanguageModel(ModelConfig(**SMALL | parts), seed=1).eval()
+    come_and_go(model, [14, 3, 21, 1], seed=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", range(len(PARTS) + 1))
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_every_attention_beside_every_part(name, count):
+    for chosen in itertools.combinations(PARTS.values(), count):
+        parts = functools.reduce(operator.or_, chosen, ATTENTIONS[name])
+        model = LanguageModel(ModelConfig(**SMALL | parts), seed=2).eval()
+        come_and_go(model, [14, 3, 126, 1, 131], seed=6)
+
+
+@torch.inference_mode()
+def test_blocks_of_a_long_row_that_left_are_not_taken_for_those_of_a_shorter():
+    """The row that stays is as long as the one that joins it, so that nothing is padded any more."""
+    model = LanguageModel(ModelConfig(**SMALL | ATTENTIONS["moba"]), seed=4).eval()
+    text = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(1))
+    left, right = model.new_cache(2), model.new_cache(1)
+    present = torch.arange(39) >= torch.tensor([[0], [28]])
+    model.hidden(F.pad(text[:, :11], (28, 0)), present=present, cache=left)
+    model.hidden(text[:, 11:12], cache=left)
+    left.select(torch.tensor([1]))
+    model.hidden(text[:1, :12], cache=right)
+    joined, rows = join((left, right), (1, 1)), text.flip(0)
+    for at in range(12, 40):
+        found = model.hidden(rows[:, at : at + 1], cache=joined)[0]
+        expected = model.hidden(rows[:, : at + 1])[0][:, -1:]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+BAD = 60  # an id whose embedding is NaN
+
+
+@pytest.fixture
+def poisoned(model):
+    """The model, one of whose ids makes every logit after it NaN."""
+    poisoned = copy.deepcopy(model)
+    with torch.no_grad():
+        poisoned.embed.weight[BAD] = torch.nan
+    return poisoned
+
+
+@pytest.mark.parametrize("prompt", [[BAD, 1, 2, 3], [5] * 257 + [BAD]])
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), Sampling(seed=3, repetition_penalty=1.2)])
+def test_a_request_whose_logits_are_nan_ends_alone(poisoned, prompt, sampling):
+    asked, options = [[1, 2, 3, 4], [5, 6, 7, 8, 9]], {"max_new_tokens": 6, "sampling": sampling, "vocabulary": BAD}
+    expected = [alone(poisoned, one, **options) for one in asked]
+    engine = Engine(poisoned, rows=3)
+    engine.vocabulary = BAD  # so that nobody else says it
+    first = engine.submit(asked[0], max_new_tokens=6, sampling=sampling)
+    engine.step()
+    engine.vocabulary = BAD + 1
+    bad = engine.submit(prompt, max_new_tokens=6, sampling=sampling)
+    engine.vocabulary = BAD
+    last = engine.submit(asked[1], max_new_tokens=6, sampling=sampling)
+    assert bad in engine.step()
+    while not engine.idle:
+        assert bad not in engine.step()
+    assert (bad.finish, bad.ids) == ("error", [])
+    assert [first.ids, last.ids] == expected
+    assert (first.finish, last.finish) == ("length", "length")
+
+
+def test_a_request_whose_logits_become_nan_ends_with_what_it_said(model):
+    asked = [
+        ([1, 2, 3, 4], {"max_new_tokens": 6, "sampling": Sampling(temperature=9.0, seed=2)}),
+        ([5, 6], {"max_new_tokens": 6, "sampling": Sampling(temperature=9.0, seed=3)}),
+        ([7], {"max_new_tokens": 6, "sampling": Sampling(temperature=9.0, seed=4)}),
+    ]
+    free = [alone(model, prompt, **options) for prompt, options in asked]
+    bad = next(token for token in free[1][1:-1] if token not in {*free[0], *free[2], *range(8)})
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.embed.weight[bad] = torch.nan
+    engine = Engine(broken, rows=3)
+    requests = [engine.submit(prompt, **options) for prompt, options in asked]
+    while not engine.idle:
+        engine.step()
+    assert [request.finish for request in requests] == ["length", "error", "length"]
+    assert requests[1].ids == free[1][: free[1].index(bad) + 1]
+    assert [requests[0].ids, requests[2].ids] == [free[0], free[2]]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-38])
+def test_a_tiny_temperature_is_greedy_and_harms_nobody(model, temperature):
+    loud = copy.deepcopy(model)
+    with torch.no_grad():
+        loud.norm.weight.mul_(20.0)  # logits far above 3.4
+    asked, tiny = prompts(3, seed=8), Sampling(temperature=temperature, seed=1)
+    engine = Engine(loud, rows=3)
+    requests = [engine.submit(prompt, max_new_tokens=5, sampling=tiny) for prompt in asked[:2]]
+    requests.append(engine.submit(asked[2], max_new_tokens=5))
+    while not engine.idle:
+        engine.step()
+    assert [request.ids for request in requests] == [alone(loud, prompt, max_new_tokens=5) for prompt in asked]
+    assert alone(loud, asked[0], max_new_tokens=5, sampling=tiny) == requests[0].ids
+
+
+def test_prompts_are_prefilled_beside_those_of_like_length(monkeypatch):
+    model = LanguageModel(CONFIGS["mla"]).eval()
+    read: list[tuple[int, ...]] = []
+    hidden = model.hidden
+
+    def counted(ids, **options):
+        read.append(tuple(ids.shape))
+        return hidden(ids, **options)
+
+    monkeypatch.setattr(model, "hidden", counted)
+    engine = Engine(model, rows=9)
+    lengths = [700, 4, 250, 5, 700, 690, 4, 60, 240]
+    requests = [engine.submit([1] * length, max_new_tokens=2) for length in lengths]
+    assert {id(request) for request in engine.step()} == {id(request) for request in requests}
+    assert sorted(read) == [(1, 60), (1, 690), (2, 250), (2, 700), (3, 5)]
+    padded = sum(rows * longest for rows, longest in read) - sum(lengths)
+    assert padded <= 0.01 * sum(lengths)
+    engine.step()
+    assert [len(request.ids) for request in requests] == [2] * 9
+
+
+@pytest.mark.parametrize("lengths", [[30, 2, 31, 400, 3, 401, 401], [300, 1], [1, 1, 1]])
+def test_what_a_prompt_says_does_not_depend_on_whom_it_was_prefilled_with(model, lengths):
+    draw = random.Random(9)
+    asked = [[draw.randrange(61) for _ in range(length)] for length in lengths]
+    found = Engine(model, rows=8).run(asked, max_new_tokens=4)
+    assert found == [alone(model, prompt, max_new_tokens=4) for prompt in asked]
 
 
 def test_what_nobody_waits_for_leaves(model):

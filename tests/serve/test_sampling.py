@@ -89,3 +89,52 @@ def test_a_row_draws_the_same_whoever_stands_beside_it():
 def test_out_of_range_is_refused_by_name(bad):
     with pytest.raises(ValueError, match=f"{next(iter(bad))}.*expected"):
         Sampling(**bad)
+
+
+TINY = [0.0, 5e-324, 1e-320, 1e-45, 1e-38, 1.1754943e-38]
+
+
+@pytest.mark.parametrize("size", [1e-30, 3.5, 1e4, 3e38])
+@pytest.mark.parametrize("temperature", TINY)
+def test_a_temperature_too_small_to_divide_by_is_greedy(temperature, size):
+    logits = torch.tensor([[-1.0, 0.5, 1.0, -torch.inf], [1.0, -1.0, -0.9, 0.0]]) * size
+    for filters in ({}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}, {"repetition_penalty": 1.5}):
+        sampling = Sampling(temperature=temperature, seed=0, **filters)
+        assert sampling.greedy
+        assert sample(logits, sampling, seen=torch.zeros_like(logits, dtype=torch.bool)).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("size", [3.5, 1e4, 3e38])
+@pytest.mark.parametrize("temperature", [1.18e-38, 1e-30, 1e-5])
+def test_the_smallest_temperatures_that_divide_take_the_likeliest(temperature, size):
+    logits = torch.tensor([[-1.0, 0.5, 1.0, -torch.inf], [1.0, -1.0, -0.9, 0.0]]) * size
+    for filters in ({}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}):
+        sampling = Sampling(temperature=temperature, **filters)
+        assert not sampling.greedy
+        assert sample(logits, sampling, [sampling.generator(row) for row in range(2)]).tolist() == [2, 0]
+
+
+def test_equal_logits_share_at_any_temperature_that_divides():
+    sampling = Sampling(temperature=1e-30, seed=2)
+    generator = sampling.generator()
+    drawn = {int(sample(torch.tensor([[8.0, 8.0, 7.9]]), sampling, [generator])) for _ in range(40)}
+    assert drawn == {0, 1}
+
+
+@pytest.mark.parametrize("penalty", [1e-3, 1e3])
+def test_a_penalty_leaves_finite_logits_finite(penalty):
+    largest = torch.finfo(torch.float32).max
+    logits = torch.tensor([[largest, -largest, 1.0, -torch.inf]])
+    seen = torch.ones_like(logits, dtype=torch.bool)
+    assert penalise(logits, seen, penalty).isfinite().tolist() == [[True, True, True, False]]
+    sampling = Sampling(temperature=0.5, repetition_penalty=penalty, seed=1)
+    assert sample(logits, sampling, [sampling.generator()], seen).tolist() == [0]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=1), Sampling(seed=1, repetition_penalty=2.0, top_p=0.5)])
+@pytest.mark.parametrize("bad", [[1.0, torch.nan, 0.0], [-torch.inf] * 3, [torch.inf, 1.0, 0.0], [torch.nan] * 3])
+def test_rows_that_hold_no_chances_are_named(sampling, bad):
+    logits = torch.tensor([[1.0, 2.0, 3.0], bad, [0.0, 0.0, 1.0], bad])
+    generators = [sampling.generator(row) for row in range(4)]
+    with pytest.raises(ValueError, match=r"rows \[1, 3\], expected a finite"):
+        sample(logits, sampling, generators, torch.ones_like(logits, dtype=torch.bool))

@@ -17,7 +17,11 @@ uvicorn = pytest.importorskip("uvicorn", reason="the extra [serve] is not instal
 
 from rorqual import checkpoint  # noqa: E402 (after the extra is known to be there)
 from rorqual.data.tokenizer import train  # noqa: E402
+from rorqual.layers.attention import GQAConfig  # noqa: E402
 from rorqual.layers.engram import EngramConfig  # noqa: E402
+from rorqual.layers.moba import MoBAConfig  # noqa: E402
+from rorqual.layers.mtp import MTPConfig  # noqa: E402
+from rorqual.layers.nsa import NSAConfig  # noqa: E402
 from rorqual.model import LanguageModel, ModelConfig  # noqa: E402
 from rorqual.serve.generate import load  # noqa: E402
 from rorqual.serve.sampling import GREEDY, Sampling  # noqa: E402
@@ -156,6 +160,49 @@ def test_many_at_once_are_each_themselves(client, run):
         answers = list(pool.map(lambda prompt: ask(client, body | {"prompt": prompt}).json(), prompts))
     own = [run.complete([prompt], max_new_tokens=5, sampling=GREEDY)[0].text for prompt in prompts]
     assert [answer["choices"][0]["text"] for answer in answers] == own
+
+
+BLOCKWISE = {
+    "nsa": {"nsa": NSAConfig(block=4, stride=2, select_block=4, chosen=3, window=4)},
+    "moba": {"moba": MoBAConfig(block=4, chosen=1)},
+}
+
+
+@pytest.mark.parametrize("name", BLOCKWISE)
+def test_a_model_whose_attention_is_by_blocks_answers_many_at_once(tmp_path, run, name):
+    gqa = GQAConfig(heads=4, kv_heads=2, head_dim=8)
+    parts = {"mla": None, "gqa": gqa, "engram": run.config.engram, "mtp": MTPConfig()} | BLOCKWISE[name]
+    config = ModelConfig(vocabulary=290, dim=32, layers=2, dense_width=32, init_std=0.2, **parts)
+    checkpoint.save_model(tmp_path, LanguageModel(config, run.tokenizer.canonical_map(), seed=2), run.tokenizer)
+    sparse = load(tmp_path, device="cpu")
+    prompts = [" ".join(["whale", "sea", "é"] * count) for count in (1, 3, 2, 1, 4, 2, 3)]
+    with serving(Service(sparse, rows=3, context=64)) as client, ThreadPoolExecutor(7) as pool:
+        bodies = [{"prompt": prompt, "max_tokens": 3 + n, "temperature": 0} for n, prompt in enumerate(prompts)]
+        answers = list(pool.map(lambda body: ask(client, body), bodies))
+    assert [answer.status for answer in answers] == [200] * 7
+    for answer, body in zip(answers, bodies, strict=True):
+        own = sparse.complete([body["prompt"]], max_new_tokens=body["max_tokens"], sampling=GREEDY)[0]
+        assert answer.json()["choices"][0]["text"] == own.text
+
+
+def test_a_request_that_cannot_be_sampled_fails_alone(folder):
+    broken = load(folder, device="cpu")
+    with torch.no_grad():
+        broken.model.embed.weight[7] = torch.nan
+    texts = ["A whale", "the sea"]
+    bodies = [{"prompt": text, "max_tokens": 20, "temperature": 0} for text in texts]
+    for text in texts:
+        assert 7 not in broken.prompt(text)
+        assert 7 not in broken.complete([text], max_new_tokens=20, sampling=GREEDY)[0].ids
+    bodies += [{"prompt": [7], "max_tokens": 20, "seed": 1}, bodies[0] | {"temperature": 1e-320}]
+    bodies += [bodies[1] | {"temperature": 1e-38}]
+    with serving(Service(broken, rows=5, context=64)) as client, ThreadPoolExecutor(5) as pool:
+        answers = list(pool.map(lambda body: ask(client, body), bodies))
+        assert client.call("GET", "/health").json()["running"] <= 1
+    assert [answer.status for answer in answers] == [200, 200, 500, 200, 200]
+    assert "see the server's log" in answers[2].json()["error"]["message"]
+    said = [answer.json()["choices"][0]["text"] for answer in (answers[n] for n in (0, 1, 3, 4))]
+    assert said == [broken.complete([text], max_new_tokens=20, sampling=GREEDY)[0].text for text in texts] * 2
 
 
 @pytest.mark.parametrize(
