@@ -132,15 +132,36 @@ def steps(folder: str | os.PathLike) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def latest(folder: str | os.PathLike) -> Path | None:
-    """The newest good checkpoint in the folder, None where there is none at all; damaged ones are named in the log.
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first of these tensors, of a DTensor its own part, that holds a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        # the least and the largest are found without a second tensor of that size; either is NaN where any number is
+        if local.is_floating_point() and local.numel() and not torch.stack(local.detach().aminmax()).isfinite().all():
+            return name
+    return None
 
-    Raises Damaged when there are checkpoints and every one is damaged: starting again would hide it.
+
+def _check_finite(folder: Path) -> None:
+    """Raises Damaged, naming the tensor, where a number in the checkpoint is NaN or infinite."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if not_finite({name: file.get_tensor(name)}):
+                    raise Damaged(f"{path}: got {name} with NaN or infinite numbers, expected a training that is sound")
+
+
+def latest(folder: str | os.PathLike) -> Path | None:
+    """The newest good checkpoint in the folder, None where there is none at all; others are named in the log.
+
+    Good is one that `verify` finds whole, and whose numbers, the optimizer's among them, are all finite. Raises Damaged
+    when there are checkpoints and none is good: starting again would hide it.
     """
     error: Damaged | None = None
     for _, path in reversed(steps(folder)):
         try:
             verify(path)
+            _check_finite(path)
             return path
         except Damaged as damage:
             error = damage

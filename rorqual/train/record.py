@@ -7,7 +7,9 @@
 Losses are nats a token. With DSA a step also has "indexer", the indexers' loss in nats a query, and "indexer_recall",
 the share of the attention that their choice carries, means over the layers. With experts a step also has
 "max_violation", of the mixture that is worst balanced, and "load": for every mixture, in the order of the blocks and
-MTP's last, the tokens that each of its experts took. With residual streams the first step and every fiftieth after it
+MTP's last, the tokens that each of its experts took. A step whose loss or gradient was not finite updates nothing: it
+lacks what was not finite and its load, and from then on every step has "skipped_steps", how many there were. With
+ residual streams the first step and every fiftieth after it
 have "row_gain" and "column_gain", of the product of all H_res, and "stream_spread", each the worst rank's on one row. A
 resumed run first drops the lines of steps that it is about to repeat.
 """
@@ -80,7 +82,7 @@ class Recorder(ConsoleLoggerCallback):
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         ours: dict[str, Any] = metrics_of(metrics)
-        if "loss" not in ours:
+        if step not in self._at or not ours:
             return
         seconds, each, load = self._at.pop(step)
         ours |= {} if load is None else {"load": load.tolist()}
@@ -89,7 +91,8 @@ class Recorder(ConsoleLoggerCallback):
         self.write({"step": step, **ours})
 
     def write(self, line: dict[str, Any]) -> None:
-        """One line more, whole when it is there."""
+        """One line more, whole when it is there. Figures that are not finite are left out: JSON has none."""
+        line = {name: value for name, value in line.items() if not isinstance(value, float) or math.isfinite(value)}
         if parallel.rank() == 0:
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -130,8 +133,11 @@ class Validator(Callback):
         if self.every is not None and self.step % self.every == 0 and self.step < self.recorder.steps:
             self.write()
 
-    def write(self) -> None:
-        self.recorder.write({"step": self.step, **self.score(), "seconds": round(self.recorder.seconds, 3)})
+    def write(self) -> dict[str, float]:
+        """Scores now; what was found."""
+        found = self.score()
+        self.recorder.write({"step": self.step, **found, "seconds": round(self.recorder.seconds, 3)})
+        return found
 
 
 def validate(

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ from rorqual.layers.engram import row_totals
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.storage import HostedTable, LearningTable, write_rows
 from rorqual.storage.stream import Stream as Fetcher
-from rorqual.train.optim import OptimConfig, Optimizer
+from rorqual.train.optim import Diverged, OptimConfig, Optimizer
 
 FIXED = (  # others may change on resuming
     *("model", "optim", "data", "needles", "rows", "length", "micro_rows", "seed", "dtype", "tables"),
@@ -90,9 +91,10 @@ class TrainConfig:
     validation_tokens: int | None = None  # at most; None: all
     save_every: int = 250  # steps between two checkpoints
     keep: int = 2  # checkpoints
+    skip_limit: int = 10  # steps in a row whose loss or gradient is not finite, so that nothing is learnt: the end
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rows", "length", "log_every", "save_every", "keep"):
+        for name in ("steps", "rows", "length", "log_every", "save_every", "keep", "skip_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         for name in ("micro_rows", "threads", "validate_every", "validation_tokens"):
@@ -179,7 +181,8 @@ def train(config: TrainConfig, *, on_metrics: Callable[[dict[str, Any]], None] |
     """Train, or go on training, and return the folder with the finished model; at once if it is there already.
 
     `on_metrics` is given every line of metrics.jsonl as it is written. Raises Stopped after ctrl-C or SIGTERM, when
-    everything is saved; ValueError for a folder that holds another run; Damaged when no checkpoint in it is good.
+    everything is saved; Diverged when losses or gradients stay NaN or infinite; ValueError for a folder that holds
+    another run; Damaged when no checkpoint in it is good.
     """
     if config.threads is not None:
         runtime.threads(config.threads)
@@ -229,6 +232,7 @@ def _train(config: TrainConfig, folder: Path, device: torch.device, tell: Callab
         late=late,
         mtp_late=config.mtp_late,
         indexer_alone=config.indexer_alone,
+        skip_limit=config.skip_limit,
     )
     validator = record.Validator(
         score=lambda: _score(config, data, model, dtype),
@@ -241,7 +245,11 @@ def _train(config: TrainConfig, folder: Path, device: torch.device, tell: Callab
     step = engine.fit(module, loader, folder / "checkpoints", config.log_every, callbacks)
     if step < config.steps:
         raise _stopped(f"stopped at step {step} of {config.steps}, saved in {folder}; the same command goes on")
-    validator.write()
+    if not all(map(math.isfinite, validator.write().values())):
+        raise Diverged(
+            f"got a validation loss that is not finite after step {step}, so {folder} gets no model: "
+            "lower --optim.lr or raise --optim.warmup in another --folder"
+        )
     _write_tables(folder, model)
     checkpoint.save_model(folder, model, data.tokenizer)
 

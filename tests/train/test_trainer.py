@@ -24,10 +24,10 @@ from rorqual.layers.engram import EngramConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.layers.router import RouterConfig
-from rorqual.model import ModelConfig
+from rorqual.model import LanguageModel, ModelConfig
 from rorqual.storage import StorageConfig
 from rorqual.train import trainer
-from rorqual.train.optim import OptimConfig
+from rorqual.train.optim import Diverged, OptimConfig, Optimizer
 from rorqual.train.record import answer, validate
 from rorqual.train.trainer import DataConfig, Stopped, TrainConfig, finished, losses, prepare, train
 
@@ -207,6 +207,55 @@ def test_rows_that_learn_on_the_disk_are_those_of_the_device(config, tmp_path):
     rows = torch.arange(elsewhere.tables[0].rows)
     assert torch.equal(elsewhere.tables[0].request(rows).wait(), theirs["tables.0.weight"])
     assert not any(name.startswith("tables.") for name in elsewhere.state_dict())
+
+
+@pytest.mark.parametrize("where", ["row", "loss"])
+def test_wherever_rows_learn_a_step_that_is_not_finite_leaves_them(config, tmp_path, monkeypatch, where):
+    """In device memory, in the host's and on a disk: the same run, whose third and fourth step update nothing."""
+    clip, loss = Optimizer.clip, LanguageModel.loss
+    batches = []  # the first is the engine's, which tries what a step takes
+
+    def spoilt_clip(self):
+        gradient = self.parameters["tables.0.weight"].grad
+        if where == "row" and len(batches) in (4, 5):
+            gradient._values()[2, 3] = torch.nan
+        return clip(self)
+
+    def spoilt_loss(self, *args, **known):
+        found = loss(self, *args, **known)
+        if self.training and torch.is_grad_enabled():
+            batches.append(found)
+        spoilt = where == "loss" and len(batches) in (4, 5)
+        return found._replace(total=found.total * torch.nan) if spoilt else found
+
+    monkeypatch.setattr(Optimizer, "clip", spoilt_clip)
+    monkeypatch.setattr(LanguageModel, "loss", spoilt_loss)
+    found = []
+    for tables in ("device", "host", "disk"):
+        batches.clear()
+        folder = train(replace(config, tables=tables, folder=str(tmp_path / tables)))
+        metrics = [(line.get("loss"), line.get("skipped_steps")) for line in lines(folder) if "lr" in line]
+        assert [skipped for _, skipped in metrics] == [None, None, 1, 2, 2, 2, 2, 2]
+        found.append((metrics, load_model(folder).state_dict()))
+    (first, state), *others = found
+    assert all(value.isfinite().all() for value in state.values() if value.is_floating_point())
+    for metrics, other in others:
+        assert metrics == first
+        assert all(torch.equal(other[name], value) for name, value in state.items())
+
+
+def test_a_model_whose_validation_is_not_finite_is_not_finished(config, monkeypatch):
+    """At a rate of 1e30 the first update is the last: fewer steps are left than end a run."""
+    config = replace(config, optim=OptimConfig(lr=1e30, warmup=0), steps=4, tables="disk")
+    for _ in range(2):
+        with pytest.raises(Diverged, match=r"validation loss that is not finite after step 4.*lower --optim\.lr"):
+            train(config)
+        assert not finished(config)
+        assert not (Path(config.folder) / "model.safetensors").exists()
+    metrics = (Path(config.folder) / "metrics.jsonl").read_text()
+    assert "NaN" not in metrics and "Infinity" not in metrics
+    with pytest.raises(Diverged, match="in 3 steps in a row"):
+        train(replace(config, skip_limit=3, folder=config.folder + "_3"))
 
 
 def test_a_folder_that_held_no_run_keeps_what_is_called_learning(config):
