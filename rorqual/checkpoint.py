@@ -28,6 +28,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -53,15 +54,26 @@ def save_state(folder: str | os.PathLike, tensors: Mapping[str, Tensor], values:
     Every rank calls it; `values` are the rank's own. The folder appears complete or not at all, and one that was there
     before stays until then. `group`: the process group to speak in, needed off the main thread.
     """
-    folder, (rank, world) = Path(folder), _ranks(group)
+    folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
+    try:
+        _write_state(folder, partial, tensors, values, group)
+    except BaseException:
+        # on a full disk its place is needed
+        if _ranks(group)[0] == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_state(folder: Path, partial: Path, tensors: Mapping[str, Tensor], values: Any, group) -> None:
+    rank, world = _ranks(group)
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     _barrier(group)
     (partial / f"rank{rank}.json").write_text(json.dumps(encode(values)), encoding="utf-8")
     writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    with _one_process_is_meant():
+    with _one_process_is_meant(), _in_a_line(folder):
         save(_packed(tensors), storage_writer=writer, process_group=group, no_dist=world == 1)
     _barrier(group)
     if rank == 0:
@@ -86,7 +98,7 @@ def load_state(folder: str | os.PathLike, tensors: Mapping[str, Tensor], *, grou
     entries = reader.read_metadata().state_dict_metadata.items()
     saved = {name: tuple(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
     _compare(folder, saved, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    with _one_process_is_meant():
+    with _one_process_is_meant(), _in_a_line(folder):
         load(dict(tensors), storage_reader=reader, process_group=group, no_dist=world == 1)
     own = folder / f"rank{rank}.json"
     return decode(json.loads((own if own.exists() else folder / "rank0.json").read_text(encoding="utf-8")))
@@ -204,7 +216,14 @@ def save_model(folder: str | os.PathLike, model: LanguageModel, tokenizer: Any =
     if model.config.tied:
         state.pop("head.weight", None)  # safetensors takes no two names for one tensor
     partial = folder / "model.safetensors.partial"
-    save_file(state, partial, metadata={"format": "pt"})
+    try:
+        save_file(state, partial, metadata={"format": "pt"})
+    except SafetensorError as error:
+        partial.unlink(missing_ok=True)
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(partial)) from error
     # safetensors lets nobody else read it; it shall be as open as any file made here
     partial.chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))
     _flush(partial)
@@ -315,6 +334,18 @@ def _one_process_is_meant() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"torch\.distributed is .*assuming the intent is to (save|load)", UserWarning)
         yield
+
+
+@contextmanager
+def _in_a_line(folder: Path) -> Iterator[None]:
+    """What went wrong on one rank, as it was; DCP's own error is no Exception, and its text is the tracebacks of all."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise OSError(cause.errno, cause.strerror, cause.filename or str(folder)) from None
+        raise RuntimeError(f"{folder}: got {type(cause).__name__} on rank {rank}: {cause}") from cause
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """Options of a command that makes or weighs models -> one call into its room out."""
 
+import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -47,8 +48,23 @@ is put in by naming one of its fields, or with `default`; `none` takes a part ou
 
 def train_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
+    from rorqual.train.trainer import train
+
+    options = train_options(argv)
+    folder = train(options, on_metrics=progress(options.steps))
+    if runtime.ranks()[0] > 0:
+        return 0
+    if as_json:
+        emit({"folder": folder})
+    else:
+        print(f'{folder}: rorqual generate {folder} "..." continues a text, rorqual eval {folder} scores it')
+    return 0
+
+
+def train_options(argv: list[str]) -> Any:
+    """The TrainConfig that the words after `rorqual train` ask for."""
     name, flags = split_first(argv, "a preset's name or a run folder", "rorqual train tiny --data notes/")
-    from rorqual.train.trainer import TrainConfig, train
+    from rorqual.train.trainer import TrainConfig
 
     kept = Path(name) / "train.json"
     if name in ("-h", "--help"):
@@ -58,13 +74,53 @@ def train_command(argv: list[str]) -> int:
         start = configs.replace(configs.load(TrainConfig, kept), "folder", name)
     else:
         start = TrainConfig(model=named(name), folder=f"runs/{name}")
-    options = parse(start, renamed(flags, {"--data": "--data.source"}), "train PRESET", TRAIN_ENDS)
-    folder = train(options, on_metrics=progress(options.steps))
-    if as_json:
-        emit({"folder": folder})
-    else:
-        print(f'{folder}: rorqual generate {folder} "..." continues a text, rorqual eval {folder} scores it')
+    return parse(start, renamed(flags, {"--data": "--data.source"}), "train PRESET", TRAIN_ENDS)
+
+
+LAUNCH_HELP = """usage: rorqual launch [FLAGS OF TORCHRUN] PRESET|RUN [FLAGS OF rorqual train]
+
+Trains in several processes by torchrun. When one of them dies, all are started again and go on from the newest
+checkpoint, --max-restarts times (3). Batches are those of one process: --rows is of all processes together.
+
+  rorqual launch --nproc-per-node 2 tiny --data notes/ --save-every 50
+  rorqual launch --nproc-per-node gpu --max-restarts 10 runs/tiny --steps 1000
+
+torchrun --help lists its flags, rorqual train --help those of training. Ctrl-C stops and saves, as in one process."""
+
+
+def launch_command(argv: list[str]) -> int:
+    """Training under torchrun, in this process; what a user got wrong is said before any other process starts."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(LAUNCH_HELP)
+        return 0
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    parser = run.get_args_parser()
+    parser.error = _refuse_launch  # type: ignore[method-assign]
+    words = parser.parse_args(argv).training_script_args
+    at = len(argv) - len(words) - 1
+    train_options([word for word in argv[at:] if word != "--json"])
+    asked = parser.parse_args(["--max-restarts", "3", *argv[:at], "-m", "rorqual", "train", *argv[at:]])
+    # processes that start again would else meet in the store of those that died, full of their addresses
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    if asked.nproc_per_node.isdigit():
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, runtime.cores() // max(1, int(asked.nproc_per_node)))))
+    try:
+        run.run(asked)
+    except SignalException:
+        raise KeyboardInterrupt from None
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"code {failure.exitcode}"
+        restarts = f"the last of {asked.max_restarts} restarts" if asked.max_restarts else "the run"
+        raise RuntimeError(f"{restarts} ended: rank {rank} left with {how}; what it said stands above") from None
     return 0
+
+
+def _refuse_launch(message: str) -> NoReturn:
+    raise UsageError(f"{message}: rorqual launch --nproc-per-node 2 tiny --data notes/")
 
 
 def progress(steps: int, every: float = 5.0) -> Callable[[dict[str, Any]], None]:

@@ -290,6 +290,10 @@ class Written(Future):
         super().__init__()
         self.work = work
 
+    def add_done_callback(self, call: Any) -> None:
+        """Called if the work succeeds; where it failed, whoever asks for the result learns that, and nobody before."""
+        super().add_done_callback(lambda done: None if done.exception() else call(done))
+
     def _finish(self) -> None:
         if super().done():
             return
@@ -451,7 +455,13 @@ def fit(module: Module, loader: Loader, folder: Path, collect: int, callbacks: d
         metrics_collect_interval=collect,
         cancel_check_interval=1 if parallel.world() == 1 else 10,
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except RuntimeError as error:
+        # what failed on another thread of the engine
+        if error.__cause__ is None or str(error) != "An error occurred":
+            raise
+        raise error.__cause__ from None
     return trainer.global_step
 
 

@@ -8,6 +8,7 @@
 Resumed or not, the numbers are the same to the last bit (docs/train.md says on what that rests).
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -190,9 +191,11 @@ def train(config: TrainConfig, *, on_metrics: Callable[[dict[str, Any]], None] |
     if finished(config):
         runtime.log(f"{folder} holds this model, finished; remove it or choose another --folder to train again")
         return folder
+    if _holds_more(config):
+        return folder
     joined = parallel.join(device)
     try:
-        with _alone(folder), ExitStack() as after:
+        with _full_disk_said(folder), _alone(folder), ExitStack() as after:
             _claim(folder, config)
             _train(config, folder, device, on_metrics, after)
             if parallel.rank() == 0:
@@ -209,6 +212,28 @@ def finished(config: TrainConfig) -> bool:
     before = _before(folder)
     same = before is not None and not _differences(before, config) and before.steps == config.steps
     return same and (folder / "model.safetensors").is_file() and not (folder / UNDER_WAY).exists()
+
+
+def _holds_more(config: TrainConfig) -> bool:
+    """Whether the folder holds this run, finished, with more steps than are asked for: nothing is to be done.
+
+    ValueError where it is not finished and has come further than that: there is no model yet that could be given.
+    """
+    folder = Path(config.folder)
+    before = _before(folder)
+    if before is None or _differences(before, config):
+        return False
+    if before.steps > config.steps and finished(configs.replace(before, "folder", config.folder)):
+        held = f"{folder} holds this run with {before.steps} steps, {config.steps} were asked for"
+        runtime.log(f"{held}: nothing to do; choose another --folder for a shorter run")
+        return True
+    made = max((step for step, _ in checkpoint.steps(folder / "checkpoints")), default=0)
+    if made > config.steps:
+        raise ValueError(
+            f"{folder}: got --steps {config.steps}, expected at least the {made} that are made already (of "
+            f"{before.steps}): go on with more, or choose another --folder"
+        )
+    return False
 
 
 def _train(config: TrainConfig, folder: Path, device: torch.device, tell: Callable | None, after: ExitStack) -> None:
@@ -385,6 +410,22 @@ def _claim(folder: Path, config: TrainConfig) -> None:
             shutil.rmtree(folder / "learning")
         (folder / UNDER_WAY).touch()
         configs.save(config, folder / "train.json")
+
+
+@contextmanager
+def _full_disk_said(folder: Path) -> Iterator[None]:
+    """An OSError that the disk is full says in a line where, what stays, and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        full = OSError(
+            f"{error.filename or folder}: got {os.strerror(error.errno).lower()}, expected room to write; checkpoints "
+            "written before are good, and the same command goes on once there is room"
+        )
+        full.errno = error.errno
+        raise full from error
 
 
 @contextmanager

@@ -335,6 +335,38 @@ def test_longer_is_allowed_and_other_is_not(config):
     assert [line["step"] for line in lines(folder) if "loss" in line] == [1, 2, 3, 4, 5]
 
 
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_fewer_steps_than_a_finished_run_has_change_nothing_and_say_so(config, capsys):
+    folder = train(replace(config, steps=6))
+    before = bytes_of(folder)
+    assert train(replace(config, steps=2)) == folder
+    assert bytes_of(folder) == before
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "holds this run with 6 steps, 2 were asked for: nothing to do" in said
+    with pytest.raises(ValueError, match=r"another run \(model\.dim differ\)"):
+        train(replace(config, steps=2, model=replace(MODEL, dim=24)))
+    assert bytes_of(folder) == before
+    train(replace(config, steps=7))
+    assert len(losses(folder)) == 7
+
+
+def test_fewer_steps_than_an_unfinished_run_has_made_are_refused(config):
+    def stop(line: dict) -> None:
+        if line["step"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        train(config, on_metrics=stop)
+    before = bytes_of(Path(config.folder))
+    with pytest.raises(ValueError, match=r"got --steps 3, expected at least the 5 that are made already \(of 8\)"):
+        train(replace(config, steps=3))
+    assert bytes_of(Path(config.folder)) == before
+    assert len(losses(train(replace(config, steps=6)))) == 6
+
+
 def test_one_training_a_folder(config):
     folder = Path(config.folder)
     folder.mkdir()
