@@ -338,7 +338,7 @@ def _one_process_is_meant() -> Iterator[None]:
 
 @contextmanager
 def _in_a_line(folder: Path) -> Iterator[None]:
-    """What went wrong on one rank, as it was; DCP's own error is no Exception, and its text is the tracebacks of all."""
+    """Raises what went wrong on one rank: DCP's own error is no Exception, and its text is the tracebacks of all."""
     try:
         yield
     except CheckpointException as error:

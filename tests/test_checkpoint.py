@@ -146,6 +146,32 @@ def test_when_none_is_finite_training_does_not_silently_start_again(tmp_path):
         latest(tmp_path)
 
 
+def test_a_full_disk_is_an_oserror_and_leaves_the_checkpoint_before(tmp_path, no_larger_file):
+    """Also of the same name: what was there is replaced by what is whole, or not at all."""
+    tensors = {"a": torch.randn(40_000), "b": torch.zeros(3)}
+    save_state(tmp_path / "step1", tensors, {"step": 1})
+    no_larger_file(100_000)
+    for name in ("step1", "step2"):
+        with pytest.raises(OSError, match=rf"File too large: .*{name}") as caught:
+            save_state(tmp_path / name, {"a": torch.zeros(40_000), "b": torch.zeros(3)}, {"step": 2})
+        assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["step1"]
+    found = blank(tensors)
+    assert load_state(latest(tmp_path), found) == {"step": 1}
+    assert torch.equal(found["a"], tensors["a"])
+
+
+def test_a_model_that_does_not_fit_leaves_the_one_before(tmp_path, no_larger_file):
+    model = LanguageModel(tiny(), seed=1)
+    save_model(tmp_path, model)
+    no_larger_file(2000)
+    with pytest.raises(OSError, match=r"File too large: .*model\.safetensors") as caught:
+        save_model(tmp_path, LanguageModel(tiny(), seed=2))
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert torch.equal(load_model(tmp_path).head.weight, model.head.weight)
+
+
 def test_a_flip_anywhere_in_the_digest_is_noticed_or_harmless(tmp_path):
     save_state(tmp_path / "step1", {"a": torch.ones(4)}, {"step": 1})
     path = tmp_path / "step1" / DIGEST

@@ -1,11 +1,10 @@
 """Options of a command that makes or weighs models -> one call into its room out."""
 
-import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -89,38 +88,19 @@ torchrun --help lists its flags, rorqual train --help those of training. Ctrl-C 
 
 
 def launch_command(argv: list[str]) -> int:
-    """Training under torchrun, in this process; what a user got wrong is said before any other process starts."""
+    """Training in several processes; what a user got wrong is said before any of them starts."""
     if not argv or argv[0] in ("-h", "--help"):
         print(LAUNCH_HELP)
         return 0
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from rorqual import parallel
 
-    parser = run.get_args_parser()
-    parser.error = _refuse_launch  # type: ignore[method-assign]
-    words = parser.parse_args(argv).training_script_args
-    at = len(argv) - len(words) - 1
-    train_options([word for word in argv[at:] if word != "--json"])
-    asked = parser.parse_args(["--max-restarts", "3", *argv[:at], "-m", "rorqual", "train", *argv[at:]])
-    # processes that start again would else meet in the store of those that died, full of their addresses
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    if asked.nproc_per_node.isdigit():
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, runtime.cores() // max(1, int(asked.nproc_per_node)))))
     try:
-        run.run(asked)
-    except SignalException:
-        raise KeyboardInterrupt from None
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"code {failure.exitcode}"
-        restarts = f"the last of {asked.max_restarts} restarts" if asked.max_restarts else "the run"
-        raise RuntimeError(f"{restarts} ended: rank {rank} left with {how}; what it said stands above") from None
+        flags, words = parallel.torchrun_flags(argv)
+    except ValueError as error:
+        raise UsageError(f"{error}: rorqual launch --nproc-per-node 2 tiny --data notes/") from None
+    train_options([word for word in words if word != "--json"])
+    parallel.torchrun(["--max-restarts", "3", *flags], ["rorqual", "train", *words])
     return 0
-
-
-def _refuse_launch(message: str) -> NoReturn:
-    raise UsageError(f"{message}: rorqual launch --nproc-per-node 2 tiny --data notes/")
 
 
 def progress(steps: int, every: float = 5.0) -> Callable[[dict[str, Any]], None]:

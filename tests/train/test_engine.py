@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -625,6 +626,17 @@ def test_the_newest_checkpoints_stay(tmp_path):
     assert [step for step, _ in checkpoint.steps(tmp_path / "checkpoints")] == [4, 5]
     run(tmp_path, *parts(steps=12), every=2, stop=At(9, cancel))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step8", "step9"]
+
+
+def test_a_full_disk_behind_training_ends_the_run_in_a_line(tmp_path, no_larger_file, capfd):
+    """The checkpoint is written by another thread; the one before stays, and the run goes on once there is room."""
+    with pytest.raises(OSError, match=r"File too large: .*step4"):
+        run(tmp_path, *parts(steps=9), every=2, full=At(3, lambda trainer: no_larger_file(30_000)))
+    assert "Traceback" not in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step2"]
+    no_larger_file(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    assert run(tmp_path, *parts(steps=5)) == 5
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 def test_written_finishes_on_the_thread_that_asks():

@@ -40,7 +40,7 @@ def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
 def test_a_full_disk_under_tensorboard_is_an_error_where_it_happens(tmp_path, monkeypatch, capfd):
     board = Board(tmp_path, 1)
     board._file.close()
-    board._records._writer = board._file = Path("/dev/full").open("wb")
+    board._records._writer = board._file = Path("/dev/full").open("wb")  # noqa: SIM115 (the board closes it)
     with pytest.raises(OSError, match="No space left"):
         board.write({"loss": 1.0}, 1)
     board.close()

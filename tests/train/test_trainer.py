@@ -367,6 +367,52 @@ def test_fewer_steps_than_an_unfinished_run_has_made_are_refused(config):
     assert len(losses(train(replace(config, steps=6)))) == 6
 
 
+ROOM = "expected room to write; checkpoints written before are good, and the same command goes on once there is room"
+
+
+def test_tokenising_on_a_full_disk_is_said_in_a_line(config, tmp_path, no_larger_file):
+    data = replace(config.data, cache=str(tmp_path / "cache"))
+    prepare(data)
+    shutil.rmtree(tmp_path / "cache" / "tokens")
+    no_larger_file(4096)
+    with pytest.raises(OSError, match=f"got file too large, {ROOM}") as caught:
+        train(replace(config, data=data))
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "cache" / "tokens").iterdir()) == []
+    no_larger_file(2**40)
+    assert len(losses(train(replace(config, data=data, steps=2)))) == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_metrics_on_a_full_disk_are_said_in_a_line(config):
+    folder = train(replace(config, steps=2))
+    (folder / "metrics.jsonl").rename(folder / "kept.jsonl")
+    (folder / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"got no space left on device, {ROOM}") as caught:
+        train(replace(config, steps=4))
+    assert "\n" not in str(caught.value)
+    assert [step for step, _ in steps(folder / "checkpoints")] == [2]
+    (folder / "metrics.jsonl").unlink()
+    (folder / "kept.jsonl").rename(folder / "metrics.jsonl")
+    assert len(losses(train(replace(config, steps=4)))) == 4
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_on_the_command_line(config, tmp_path):
+    """The checkpoint at step 3 does not fit; what has been said before are the text and the first step."""
+    configs.save(config, Path(config.folder) / "train.json")
+    prepare(config.data)
+    command = f"ulimit -f 40; exec {sys.executable} -m rorqual train {config.folder}"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    *before, last = done.stderr.splitlines()
+    assert last.startswith("rorqual: error: ") and ROOM in last
+    assert "step3: got file too large" in last
+    assert all("tokens" in line for line in before) and len(before) <= 9
+
+
 def test_one_training_a_folder(config):
     folder = Path(config.folder)
     folder.mkdir()
