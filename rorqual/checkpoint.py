@@ -28,6 +28,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -53,15 +54,26 @@ def save_state(folder: str | os.PathLike, tensors: Mapping[str, Tensor], values:
     Every rank calls it; `values` are the rank's own. The folder appears complete or not at all, and one that was there
     before stays until then. `group`: the process group to speak in, needed off the main thread.
     """
-    folder, (rank, world) = Path(folder), _ranks(group)
+    folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
+    try:
+        _write_state(folder, partial, tensors, values, group)
+    except BaseException:
+        # on a full disk its place is needed
+        if _ranks(group)[0] == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_state(folder: Path, partial: Path, tensors: Mapping[str, Tensor], values: Any, group) -> None:
+    rank, world = _ranks(group)
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     _barrier(group)
     (partial / f"rank{rank}.json").write_text(json.dumps(encode(values)), encoding="utf-8")
     writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    with _one_process_is_meant():
+    with _one_process_is_meant(), _in_a_line(folder):
         save(_packed(tensors), storage_writer=writer, process_group=group, no_dist=world == 1)
     _barrier(group)
     if rank == 0:
@@ -86,7 +98,7 @@ def load_state(folder: str | os.PathLike, tensors: Mapping[str, Tensor], *, grou
     entries = reader.read_metadata().state_dict_metadata.items()
     saved = {name: tuple(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
     _compare(folder, saved, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    with _one_process_is_meant():
+    with _one_process_is_meant(), _in_a_line(folder):
         load(dict(tensors), storage_reader=reader, process_group=group, no_dist=world == 1)
     own = folder / f"rank{rank}.json"
     return decode(json.loads((own if own.exists() else folder / "rank0.json").read_text(encoding="utf-8")))
@@ -132,15 +144,36 @@ def steps(folder: str | os.PathLike) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def latest(folder: str | os.PathLike) -> Path | None:
-    """The newest good checkpoint in the folder, None where there is none at all; damaged ones are named in the log.
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first of these tensors, of a DTensor its own part, that holds a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        # the least and the largest are found without a second tensor of that size; either is NaN where any number is
+        if local.is_floating_point() and local.numel() and not torch.stack(local.detach().aminmax()).isfinite().all():
+            return name
+    return None
 
-    Raises Damaged when there are checkpoints and every one is damaged: starting again would hide it.
+
+def _check_finite(folder: Path) -> None:
+    """Raises Damaged, naming the tensor, where a number in the checkpoint is NaN or infinite."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if not_finite({name: file.get_tensor(name)}):
+                    raise Damaged(f"{path}: got {name} with NaN or infinite numbers, expected a training that is sound")
+
+
+def latest(folder: str | os.PathLike) -> Path | None:
+    """The newest good checkpoint in the folder, None where there is none at all; others are named in the log.
+
+    Good is one that `verify` finds whole, and whose numbers, the optimizer's among them, are all finite. Raises Damaged
+    when there are checkpoints and none is good: starting again would hide it.
     """
     error: Damaged | None = None
     for _, path in reversed(steps(folder)):
         try:
             verify(path)
+            _check_finite(path)
             return path
         except Damaged as damage:
             error = damage
@@ -183,7 +216,14 @@ def save_model(folder: str | os.PathLike, model: LanguageModel, tokenizer: Any =
     if model.config.tied:
         state.pop("head.weight", None)  # safetensors takes no two names for one tensor
     partial = folder / "model.safetensors.partial"
-    save_file(state, partial, metadata={"format": "pt"})
+    try:
+        save_file(state, partial, metadata={"format": "pt"})
+    except SafetensorError as error:
+        partial.unlink(missing_ok=True)
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(partial)) from error
     # safetensors lets nobody else read it; it shall be as open as any file made here
     partial.chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))
     _flush(partial)
@@ -294,6 +334,18 @@ def _one_process_is_meant() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"torch\.distributed is .*assuming the intent is to (save|load)", UserWarning)
         yield
+
+
+@contextmanager
+def _in_a_line(folder: Path) -> Iterator[None]:
+    """Raises what went wrong on one rank: DCP's own error is no Exception, and its text is the tracebacks of all."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise OSError(cause.errno, cause.strerror, cause.filename or str(folder)) from None
+        raise RuntimeError(f"{folder}: got {type(cause).__name__} on rank {rank}: {cause}") from cause
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -3,19 +3,25 @@
     shard      FSDP2: every block's parameters cut over the ranks, gathered while it runs
     Exchange   experts cut over the ranks: one all-to-all carries rows to their experts, another the results back
     mean_rows  a table's row gradients of all ranks, added where they are: tables are whole on every rank
+    torchrun   a command -> that command in many processes, started again when one of them dies
 
 Parallelism is put on from outside; a model does not know of it. The mathematics stays that of one process with the
 batches of all ranks put together.
 """
 
-from collections.abc import Callable
-from typing import TypeVar
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
+from torch.distributed import run
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.func import functional_call
@@ -53,6 +59,50 @@ def leave() -> None:
     """Undo `join`."""
     if _together():
         dist.destroy_process_group()
+
+
+def torchrun_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The flags of torchrun that come first, with their values, and the words from the first that is neither.
+
+    ValueError where a flag is not torchrun's, and where nothing else comes.
+    """
+    words = _torchrun_parser().parse_args(argv).training_script_args
+    at = len(argv) - len(words) - 1
+    return list(argv[:at]), list(argv[at:])
+
+
+def torchrun(flags: Sequence[str], command: Sequence[str]) -> None:
+    """Run `python -m COMMAND` in as many processes as the flags say, all again when one of them dies.
+
+    RuntimeError when the last try has failed, KeyboardInterrupt when this process was asked to stop.
+    """
+    asked = _torchrun_parser().parse_args([*flags, "-m", *command])
+    # processes that start again would else meet in the store of those that died, full of their addresses
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    if asked.nproc_per_node.isdigit():
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, runtime.cores() // max(1, int(asked.nproc_per_node)))))
+    try:
+        run.run(asked)
+    except SignalException:
+        raise KeyboardInterrupt from None
+    except ChildFailedError as error:
+        number, failure = error.get_first_failure()
+        code = failure.exitcode
+        how = f"signal {-code}" if code < 0 else f"code {code}"
+        tries = f"{asked.max_restarts} restarts" if asked.max_restarts else "no restart"
+        raise RuntimeError(f"rank {number} ended with {how}, after {tries}; what it said stands above") from None
+
+
+def _torchrun_parser() -> argparse.ArgumentParser:
+    parser = run.get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    return parser
+
+
+def _refuse(message: str) -> NoReturn:
+    if "training_script" in message:
+        message = "got flags alone, expected a preset's name or a run folder behind them"
+    raise ValueError(message)
 
 
 def first(work: Callable[[], T]) -> T:

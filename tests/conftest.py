@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -111,6 +111,17 @@ def poisoned() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(strict)
     torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+@pytest.fixture
+def no_larger_file() -> Iterator[Callable[[int], None]]:
+    """A function after which no file can grow beyond so many bytes, as on a disk that is full, until the test ends."""
+    resource = pytest.importorskip("resource", reason="a system without limits of resources")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

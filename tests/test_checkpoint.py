@@ -126,6 +126,52 @@ def test_a_damaged_file_is_refused_by_name_and_the_one_before_is_used(tmp_path, 
         assert victim.name in capsys.readouterr().err.replace("\n", "")
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["model.weight", "optim.weight.exp_avg_sq", "optim.half"])
+def test_latest_passes_over_what_is_not_finite(tmp_path, name, number, capsys):
+    for step in (5, 10, 15):
+        tensors = {"model.weight": torch.randn(7, 3), "optim.weight.exp_avg_sq": torch.rand(7, 3)}
+        tensors |= {"optim.half": torch.zeros(5).bfloat16(), "optim.updates": torch.arange(4), "none": torch.zeros(0)}
+        if step == 15:
+            tensors[name].view(-1)[-1] = number
+        save_state(tmp_path / f"step{step}", tensors, {"step": step})
+    assert latest(tmp_path) == tmp_path / "step10"
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert f"got {name} with NaN or infinite numbers" in said and "trying the checkpoint before it" in said
+
+
+def test_when_none_is_finite_training_does_not_silently_start_again(tmp_path):
+    save_state(tmp_path / "step1", {"a": torch.tensor([1.0, torch.nan])}, {})
+    with pytest.raises(Damaged, match="every checkpoint is damaged"):
+        latest(tmp_path)
+
+
+def test_a_full_disk_is_an_oserror_and_leaves_the_checkpoint_before(tmp_path, no_larger_file):
+    """Also of the same name: what was there is replaced by what is whole, or not at all."""
+    tensors = {"a": torch.randn(40_000), "b": torch.zeros(3)}
+    save_state(tmp_path / "step1", tensors, {"step": 1})
+    no_larger_file(100_000)
+    for name in ("step1", "step2"):
+        with pytest.raises(OSError, match=rf"File too large: .*{name}") as caught:
+            save_state(tmp_path / name, {"a": torch.zeros(40_000), "b": torch.zeros(3)}, {"step": 2})
+        assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["step1"]
+    found = blank(tensors)
+    assert load_state(latest(tmp_path), found) == {"step": 1}
+    assert torch.equal(found["a"], tensors["a"])
+
+
+def test_a_model_that_does_not_fit_leaves_the_one_before(tmp_path, no_larger_file):
+    model = LanguageModel(tiny(), seed=1)
+    save_model(tmp_path, model)
+    no_larger_file(2000)
+    with pytest.raises(OSError, match=r"File too large: .*model\.safetensors") as caught:
+        save_model(tmp_path, LanguageModel(tiny(), seed=2))
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert torch.equal(load_model(tmp_path).head.weight, model.head.weight)
+
+
 def test_a_flip_anywhere_in_the_digest_is_noticed_or_harmless(tmp_path):
     save_state(tmp_path / "step1", {"a": torch.ones(4)}, {"step": 1})
     path = tmp_path / "step1" / DIGEST

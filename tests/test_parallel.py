@@ -9,8 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import pytest
 import torch
 
 from rorqual import checkpoint, parallel
+from rorqual import config as configs
 from rorqual.data.needles import NeedleConfig, exams
 from rorqual.layers.attention import MLAConfig
 from rorqual.layers.balance import BalanceConfig
@@ -27,6 +30,7 @@ from rorqual.layers.hyper import HyperConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel, ModelConfig
+from rorqual.train import engine
 from rorqual.train.optim import OptimConfig, Optimizer
 from rorqual.train.record import answer
 from rorqual.train.trainer import DataConfig, TrainConfig, losses, train
@@ -105,7 +109,27 @@ def one_of_two(folder: Path) -> None:
         parallel.shard(uneven, experts=True)
     for name in ("two", "two_bfloat16", "two_needles"):
         train(config_of(folder, name))
+    with spoilt_third_step(rank=1):
+        train(config_of(folder, "two_skips"))
     parallel.leave()
+
+
+@contextmanager
+def spoilt_third_step(rank: int) -> Iterator[None]:
+    """On one rank the loss of the third step is NaN, where it is reported and nowhere else."""
+    accumulate = engine.Module._accumulate
+
+    def spoilt(self, batch):
+        found = accumulate(self, batch)
+        if parallel.rank() == rank and self.trainer.global_step == 3:
+            found["train/CE loss"] = found["train/CE loss"] * torch.nan
+        return found
+
+    engine.Module._accumulate = spoilt
+    try:
+        yield
+    finally:
+        engine.Module._accumulate = accumulate
 
 
 def exchange(folder: Path) -> None:
@@ -208,6 +232,62 @@ def test_training_on_two_ranks_is_training_on_one(folder, name, close):
     assert held
     assert found_in(two) == pytest.approx(held, rel=close)
     assert {path.name for path in (two / "checkpoints" / "step4").glob("rank*")} == {"rank0.json", "rank1.json"}
+
+
+@pytest.mark.slow
+def test_ranks_skip_a_step_together(folder):
+    """What one rank alone saw stops the update of both, as it would of one process."""
+    with spoilt_third_step(rank=0):
+        train(config_of(folder, "one_skips"))
+    one, two = (
+        [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one_skips", "two_skips")
+    )
+    for lines in (one, two):
+        assert [line.get("skipped_steps") for line in lines if "lr" in line] == [None, None, 1, 1]
+        assert ["loss" in line for line in lines if "lr" in line] == [True, True, False, True]
+    assert losses(folder / "two_skips") == pytest.approx(losses(folder / "one_skips"), rel=1e-4)
+    assert found_in(folder / "two_skips") == pytest.approx(found_in(folder / "one_skips"), rel=1e-4)
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """Rank -> process, of those that this one started."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int(path.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+            words = path.joinpath("environ").read_bytes().split(b"\0") if parent == launcher else []
+        except OSError:
+            continue
+        found |= {int(word.removeprefix(b"RANK=")): int(path.name) for word in words if word.startswith(b"RANK=")}
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="a process is found by its environment")
+def test_a_killed_rank_is_started_again_and_ends_with_the_same_losses(folder):
+    """kill -9 of one rank in the middle of a run that `rorqual launch` started, against one that nobody disturbs."""
+    config = replace(config_of(folder, "launched"), steps=12, save_every=4)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    for name in ("undisturbed", "killed"):
+        configs.save(replace(config, folder=str(folder / name)), folder / name / "train.json")
+        command = [sys.executable, "-m", "rorqual", "launch", "--nproc-per-node", "2", "--max-restarts", "1"]
+        command.append(str(folder / name))
+        metrics = folder / name / "metrics.jsonl"
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as launcher:
+            while name == "killed" and launcher.poll() is None:
+                if metrics.is_file() and '"step": 6' in metrics.read_text():
+                    os.kill(ranks_of(launcher.pid)[1], signal.SIGKILL)
+                    break
+                time.sleep(0.02)
+            assert launcher.stderr is not None
+            said = launcher.stderr.read()
+        assert launcher.returncode == 0, said[-4000:]
+        assert ("exitcode: -9" in said) == (name == "killed")
+    assert len(losses(folder / "killed")) == 12
+    assert losses(folder / "killed") == losses(folder / "undisturbed")
+    ours, theirs = (checkpoint.load_model(folder / name).state_dict() for name in ("killed", "undisturbed"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.slow

@@ -38,6 +38,9 @@ COMMANDS = {
     "demo": Command("train a pure mixture of experts and one with Engram, compare them", "demo", "make"),
     "data": Command("what a corpus holds: documents, sizes, licence, a sample", "data wordnet", "look"),
     "train": Command("train a model; the same command resumes", "train tiny --data notes/ --steps 500", "make"),
+    "launch": Command(
+        "train in several processes, restarted when one dies", "launch --nproc-per-node 2 tiny --data notes/", "make"
+    ),
     "eval": Command("loss in nats a token and bits a byte on text", "eval runs/demo/engram --data notes/", "ask"),
     "generate": Command("continue a text, as it comes", 'generate runs/demo/engram "A whale is"', "ask"),
     "params": Command("parameters, FLOPs and cache bytes of models, side by side", "params moe-27b engram-27b", "make"),

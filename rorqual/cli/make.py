@@ -47,8 +47,23 @@ is put in by naming one of its fields, or with `default`; `none` takes a part ou
 
 def train_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
+    from rorqual.train.trainer import train
+
+    options = train_options(argv)
+    folder = train(options, on_metrics=progress(options.steps))
+    if runtime.ranks()[0] > 0:
+        return 0
+    if as_json:
+        emit({"folder": folder})
+    else:
+        print(f'{folder}: rorqual generate {folder} "..." continues a text, rorqual eval {folder} scores it')
+    return 0
+
+
+def train_options(argv: list[str]) -> Any:
+    """The TrainConfig that the words after `rorqual train` ask for."""
     name, flags = split_first(argv, "a preset's name or a run folder", "rorqual train tiny --data notes/")
-    from rorqual.train.trainer import TrainConfig, train
+    from rorqual.train.trainer import TrainConfig
 
     kept = Path(name) / "train.json"
     if name in ("-h", "--help"):
@@ -58,12 +73,33 @@ def train_command(argv: list[str]) -> int:
         start = configs.replace(configs.load(TrainConfig, kept), "folder", name)
     else:
         start = TrainConfig(model=named(name), folder=f"runs/{name}")
-    options = parse(start, renamed(flags, {"--data": "--data.source"}), "train PRESET", TRAIN_ENDS)
-    folder = train(options, on_metrics=progress(options.steps))
-    if as_json:
-        emit({"folder": folder})
-    else:
-        print(f'{folder}: rorqual generate {folder} "..." continues a text, rorqual eval {folder} scores it')
+    return parse(start, renamed(flags, {"--data": "--data.source"}), "train PRESET", TRAIN_ENDS)
+
+
+LAUNCH_HELP = """usage: rorqual launch [FLAGS OF TORCHRUN] PRESET|RUN [FLAGS OF rorqual train]
+
+Trains in several processes by torchrun. When one of them dies, all are started again and go on from the newest
+checkpoint, --max-restarts times (3). Batches are those of one process: --rows is of all processes together.
+
+  rorqual launch --nproc-per-node 2 tiny --data notes/ --save-every 50
+  rorqual launch --nproc-per-node gpu --max-restarts 10 runs/tiny --steps 1000
+
+torchrun --help lists its flags, rorqual train --help those of training. Ctrl-C stops and saves, as in one process."""
+
+
+def launch_command(argv: list[str]) -> int:
+    """Training in several processes; what a user got wrong is said before any of them starts."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(LAUNCH_HELP)
+        return 0
+    from rorqual import parallel
+
+    try:
+        flags, words = parallel.torchrun_flags(argv)
+    except ValueError as error:
+        raise UsageError(f"{error}: rorqual launch --nproc-per-node 2 tiny --data notes/") from None
+    train_options([word for word in words if word != "--json"])
+    parallel.torchrun(["--max-restarts", "3", *flags], ["rorqual", "train", *words])
     return 0
 
 

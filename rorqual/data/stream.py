@@ -13,6 +13,7 @@ next window. Many tokenizers have one token for both, <|end|>. Where the stream 
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -211,8 +212,11 @@ class _Writer:
     def close(self) -> dict[str, Any]:
         starts = np.concatenate([np.zeros(1, np.int64), *self.lengths]).cumsum()
         sizes = np.concatenate([np.zeros(0, np.int64), *self.sizes])
-        np.save(self.path.with_suffix(".starts.npy"), starts)
-        np.save(self.path.with_suffix(".sizes.npy"), sizes)
+        for name, array in (("starts", starts), ("sizes", sizes)):
+            # numpy's own writing to a file does not say that the disk is full
+            whole = io.BytesIO()
+            np.save(whole, array)
+            self.path.with_suffix(f".{name}.npy").write_bytes(whole.getvalue())
         self.digest.update(starts.data)
         return {
             "tokens": int(starts[-1]),

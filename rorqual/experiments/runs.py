@@ -27,6 +27,7 @@ from rich.table import Table
 
 from rorqual import config as configs
 from rorqual import runtime
+from rorqual.train.optim import Diverged
 from rorqual.train.trainer import Stopped, TrainConfig, finished, train
 
 POLL = 0.5  # seconds between two looks at the metrics
@@ -237,9 +238,7 @@ def main(path: str) -> int:
         train(config)
     except Stopped:
         return 130
-    except RuntimeError as error:
-        if "loss encountered" not in str(error):  # the engine's words
-            raise
+    except Diverged as error:
         (Path(config.folder) / DIVERGED).write_text(f"{error}\n", encoding="utf-8")
         print(error, file=sys.stderr)
         return DIVERGED_CODE

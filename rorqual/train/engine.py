@@ -20,7 +20,7 @@ from olmo_core.train.callbacks import Callback, CheckpointerCallback
 from olmo_core.train.train_module import EvalBatchSpec, TrainModule
 from torch import Tensor, nn
 
-from rorqual import checkpoint, parallel
+from rorqual import checkpoint, parallel, runtime
 from rorqual.data.needles import NeedleStream
 from rorqual.data.stream import Stream
 from rorqual.layers.balance import max_violation, update_bias
@@ -28,7 +28,7 @@ from rorqual.layers.hyper import health
 from rorqual.layers.moba import switch
 from rorqual.layers.moe import MoE
 from rorqual.model import IGNORED, Loss
-from rorqual.train.optim import Optimizer, schedule
+from rorqual.train.optim import Diverged, Optimizer, schedule
 
 LOOK = 50  # steps between two looks at the residual streams
 STREAMS = ("row_gain", "column_gain", "stream_spread")  # what is seen
@@ -39,7 +39,8 @@ class Module(TrainModule):
 
     micro_rows: rows a forward pass; None takes a batch whole. late: from this step on the routers' biases stay as they
     are. mtp_late: MTP's weight in the last third of the steps. indexer_alone: nothing else learns while DSA's indexers
-    warm up.
+    warm up. skip_limit: a step whose losses or gradients are not finite updates nothing, and so many in a row end the
+    run.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Module(TrainModule):
         late: int | None = None,
         mtp_late: float | None = None,
         indexer_alone: bool = False,
+        skip_limit: int = 10,
     ) -> None:
         super().__init__()
         self.model, self.optimizer, self.steps = model, optimizer, steps
@@ -61,6 +63,10 @@ class Module(TrainModule):
         self.mixtures = [module for module in model.modules() if isinstance(module, MoE)]
         self.counts: Tensor | None = None  # tokens each expert took since the last optimizer step
         self.load: Tensor | None = None  # the same of the last step, over all ranks, [mixtures, E]
+        self.losses: dict[str, Tensor] = {}  # of the batch whose gradients are waiting
+        self.skip_limit = skip_limit
+        # steps that updated nothing: of the whole run, and of those the last ones in a row
+        self.skipped, self.skipped_in_a_row = 0, 0
 
     def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
         """Gradients of one batch, weighted by tokens over micro-batches and ranks. A dry run leaves no trace."""
@@ -73,8 +79,7 @@ class Module(TrainModule):
             self.zero_grads()
             return
         self._look(batch)
-        for name, value in self._accumulate(batch).items():
-            self.record_metric(name, value, ReduceType.mean)
+        self.losses = self._accumulate(batch)
 
     def _look(self, batch: dict[str, Any]) -> None:
         """Every so many steps, how the streams fare on one row, before it is learnt from."""
@@ -124,16 +129,54 @@ class Module(TrainModule):
         return self.indexer_alone and self.warm
 
     def optim_step(self) -> None:
+        """Update everything, unless a loss or a gradient of any rank is not finite: then nothing."""
         step = self.trainer.global_step - 1
         factor = schedule(step, self.steps, self.optimizer.config)
         for name in self.optimizer.rows:
             parallel.mean_rows(self.optimizer.parameters[name])
-        self.record_metric("grad_norm", self.optimizer.clip())
-        self.optimizer.step(factor)
+        norm = self.optimizer.clip()
+        wrong = self._not_finite(self.losses | {"grad_norm": norm})
+        # the engine takes a loss that is not finite for the end of the run
+        for name in self.losses.keys() - wrong:
+            self.record_metric(name, self.losses[name], ReduceType.mean)
+        if "grad_norm" not in wrong:
+            self.record_metric("grad_norm", norm)
         self.record_metric("lr", self.optimizer.config.lr * factor)
+        if wrong:
+            self._skip("loss" if wrong != {"grad_norm"} else "gradient")
+        else:
+            self._update(step, factor)
+        if self.skipped:
+            self.record_metric("skipped_steps", self.skipped)
+
+    def _update(self, step: int, factor: float) -> None:
+        self.skipped_in_a_row = 0
+        self.optimizer.step(factor)
         if self.counts is not None:
             late = self.late is not None and step >= self.late
             self._balance(parallel.total(self.counts), resting=late or self.alone)
+
+    def _not_finite(self, values: Mapping[str, Tensor]) -> set[str]:
+        """The names of those that are NaN or infinite on any rank, so that all ranks decide alike."""
+        finite = torch.stack([value.detach().to(self.device).isfinite() for value in values.values()])
+        wrong = parallel.total((~finite).int()).tolist()
+        return {name for name, count in zip(values, wrong, strict=True) if count}
+
+    def _skip(self, what: str) -> None:
+        """Leave everything as it is. Diverged where that happened too often in a row."""
+        self.load = None
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        step, count = self.trainer.global_step, self.skipped_in_a_row
+        runtime.log(
+            f"step {step}: got a {what} that is not finite, so nothing was updated "
+            f"({count} in a row, {self.skip_limit} stop the run)"
+        )
+        if count >= self.skip_limit:
+            raise Diverged(
+                f"got no finite {what} in {count} steps in a row, the last of them {step}, so the run has stopped; "
+                "its last checkpoint is good: lower --optim.lr or raise --optim.warmup in another --folder"
+            )
 
     def _balance(self, counts: Tensor, resting: bool) -> None:
         """Loss-free balancing: once a step, over all micro-batches and ranks."""
@@ -177,7 +220,7 @@ class Module(TrainModule):
 
 
 def _losses(loss: Loss) -> dict[str, Tensor]:
-    """What is recorded of a loss; OLMo-core stops the run when the one it knows is no number."""
+    """What is recorded of a loss."""
     found = {"train/CE loss": loss.next_token, "total": loss.total}
     if loss.mtp is not None:
         found["mtp"] = loss.mtp
@@ -247,6 +290,10 @@ class Written(Future):
         super().__init__()
         self.work = work
 
+    def add_done_callback(self, call: Any) -> None:
+        """Called if the work succeeds; where it failed, whoever asks for the result learns that, and nobody before."""
+        super().add_done_callback(lambda done: None if done.exception() else call(done))
+
     def _finish(self) -> None:
         if super().done():
             return
@@ -275,15 +322,17 @@ class Store(Checkpointer):
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def save(self, dir: Any, train_module: TrainModule, train_state: dict[str, Any], ephemeral: bool = False) -> None:
+        tensors = _good_state(train_module, train_state["global_step"])
         train_module.optimizer.mark(train_state["global_step"])
-        checkpoint.save_state(_folder(dir), train_module.state_dict_to_save(), train_state, group=self.process_group)
+        checkpoint.save_state(_folder(dir), tensors, train_state, group=self.process_group)
 
     def save_async(
         self, dir: Any, train_module: TrainModule, train_state: dict[str, Any], ephemeral: bool = False
     ) -> Future:
         """Copies everything now, writes it on another thread."""
+        live = _good_state(train_module, train_state["global_step"])
         train_module.optimizer.mark(train_state["global_step"])
-        tensors = {name: tensor.detach().clone() for name, tensor in train_module.state_dict_to_save().items()}
+        tensors = {name: tensor.detach().clone() for name, tensor in live.items()}
         state = checkpoint.decode(checkpoint.encode(train_state))
         folder, group = _folder(dir), self.process_group
         return Written(self.writer.submit(checkpoint.save_state, folder, tensors, state, group=group))
@@ -318,11 +367,23 @@ class Store(Checkpointer):
 
     @classmethod
     def latest_checkpoint(cls, dir: Any) -> str:
-        """The newest that `verify` finds good."""
+        """The newest that is good."""
         found = checkpoint.latest(_folder(dir))
         if found is None:
             raise FileNotFoundError(f"{dir}: got no checkpoint, expected stepN")
         return str(found)
+
+
+def _good_state(module: TrainModule, step: int) -> dict[str, Tensor]:
+    """What is to be saved. Diverged, on every rank, where a number in it is not finite: no checkpoint is better."""
+    state = module.state_dict_to_save()
+    wrong = checkpoint.not_finite(state)
+    if int(parallel.total(torch.tensor(wrong is not None, device=module.device, dtype=torch.int))):
+        raise Diverged(
+            f"step {step}: got {wrong or 'a tensor of another rank'} that is not finite, so it was not saved; the "
+            "checkpoint before it stays: lower --optim.lr or raise --optim.warmup in another --folder"
+        )
+    return state
 
 
 def _fixed(name: str, tensor: Tensor) -> bool:
@@ -350,9 +411,23 @@ class Keeper(CheckpointerCallback):
             self._checkpoints = [path for step, path in found if step <= self.step]
         self._latest_checkpoint_step = self.step if self.trainer.checkpoint_loaded else -1
 
+    def state_dict(self) -> dict[str, Any]:
+        module = self.trainer.train_module
+        return {"skipped": [module.skipped, module.skipped_in_a_row]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        module = self.trainer.train_module
+        module.skipped, module.skipped_in_a_row = state_dict.get("skipped", (0, 0))
+
+    def post_train_batch(self) -> None:
+        """Not where the step updated nothing: what it would write is not known to be good, and old ones would go."""
+        if not self.trainer.train_module.skipped_in_a_row:
+            super().post_train_batch()
+
     def post_train(self) -> None:
         super().post_train()
-        self._remove_old_checkpoints()
+        if not self.trainer.train_module.skipped_in_a_row:
+            self._remove_old_checkpoints()
 
     def close(self) -> None:
         """The engine has waited for all writes by now."""
@@ -383,9 +458,10 @@ def fit(module: Module, loader: Loader, folder: Path, collect: int, callbacks: d
     try:
         trainer.fit()
     except RuntimeError as error:
-        if "loss encountered" not in str(error):
+        # what failed on another thread of the engine
+        if error.__cause__ is None or str(error) != "An error occurred":
             raise
-        raise RuntimeError(f"{error}: lower --optim.lr, or raise --optim.warmup") from error
+        raise error.__cause__ from None
     return trainer.global_step
 
 
@@ -395,4 +471,5 @@ def metrics_of(found: Mapping[str, float]) -> dict[str, float]:
     ours = {"loss": found["train/CE loss"]} if "train/CE loss" in found else {}
     ours |= {name: found[name] for name in plain if name in found}
     ours |= {name.replace("/", "_"): value for name, value in found.items() if name.startswith("balance/")}
-    return ours | ({"max_violation": found["max_violation"]} if "max_violation" in found else {})
+    ours |= {"max_violation": found["max_violation"]} if "max_violation" in found else {}
+    return ours | ({"skipped_steps": int(found["skipped_steps"])} if "skipped_steps" in found else {})

@@ -30,6 +30,10 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of the Muon re
 CHUNK = 512  # rows updated at a time: their three float32 copies stay in a core's cache
 
 
+class Diverged(RuntimeError):
+    """Training has left the finite numbers and cannot go on from where it is."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """How parameters learn. Rates are of the peak; `schedule` scales them all."""

@@ -7,24 +7,30 @@
 Losses are nats a token. With DSA a step also has "indexer", the indexers' loss in nats a query, and "indexer_recall",
 the share of the attention that their choice carries, means over the layers. With experts a step also has
 "max_violation", of the mixture that is worst balanced, and "load": for every mixture, in the order of the blocks and
-MTP's last, the tokens that each of its experts took. With residual streams the first step and every fiftieth after it
+MTP's last, the tokens that each of its experts took. A step whose loss or gradient was not finite updates nothing: it
+lacks what was not finite and its load, and from then on every step has "skipped_steps", how many there were. With
+residual streams the first step and every fiftieth after it
 have "row_gain" and "column_gain", of the product of all H_res, and "stream_spread", each the worst rank's on one row. A
 resumed run first drops the lines of steps that it is about to repeat.
 """
 
 import json
 import math
+import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from olmo_core.train.callbacks import Callback, ConsoleLoggerCallback
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from rorqual import parallel
 from rorqual.data.needles import DEPTHS, column, grade
@@ -52,7 +58,7 @@ class Recorder(ConsoleLoggerCallback):
         self._at: dict[
             int, tuple[float, float, Tensor | None]
         ] = {}  # step -> seconds, seconds a step, load, at its end
-        self._board: SummaryWriter | None = None
+        self._board: Board | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
@@ -63,7 +69,7 @@ class Recorder(ConsoleLoggerCallback):
     def pre_train(self) -> None:
         if parallel.rank() == 0:
             trim(self.folder / METRICS, self.step)
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
+            self._board = Board(self.folder / "tensorboard", self.step + 1)
 
     def pre_load_batch(self) -> None:
         self._began = time.perf_counter()
@@ -80,7 +86,7 @@ class Recorder(ConsoleLoggerCallback):
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         ours: dict[str, Any] = metrics_of(metrics)
-        if "loss" not in ours:
+        if step not in self._at or not ours:
             return
         seconds, each, load = self._at.pop(step)
         ours |= {} if load is None else {"load": load.tolist()}
@@ -89,14 +95,14 @@ class Recorder(ConsoleLoggerCallback):
         self.write({"step": step, **ours})
 
     def write(self, line: dict[str, Any]) -> None:
-        """One line more, whole when it is there."""
+        """One line more, whole when it is there. Figures that are not finite are left out: JSON has none."""
+        line = {name: value for name, value in line.items() if not isinstance(value, float) or math.isfinite(value)}
         if parallel.rank() == 0:
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             if self._board is not None:
-                for name, value in line.items():
-                    if name not in ("step", "load"):
-                        self._board.add_scalar(name, value, line["step"])
+                scalars = {name: value for name, value in line.items() if name not in ("step", "load")}
+                self._board.write(scalars, line["step"])
         if self.on_metrics is not None:
             self.on_metrics(dict(line))
 
@@ -104,6 +110,35 @@ class Recorder(ConsoleLoggerCallback):
         if self._board is not None:
             self._board.close()
             self._board = None
+
+
+class Board:
+    """An event file for tensorboard, on which what was written before for the step `first` and later is hidden.
+
+    tensorboard's own writer has a thread, whose traceback stands in the log when the disk is full.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder / name).open("ab")
+        self._records = RecordWriter(self._file)
+        self._put(Event(file_version="brain.Event:2"))
+        self._put(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._put(Event(step=step, summary=Summary(value=scalars)))
+
+    def _put(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+        self._records.flush()
+
+    def close(self) -> None:
+        # what could not be written was said when it was
+        with suppress(OSError):
+            self._file.close()
 
 
 def trim(path: Path, step: int) -> None:
@@ -130,8 +165,11 @@ class Validator(Callback):
         if self.every is not None and self.step % self.every == 0 and self.step < self.recorder.steps:
             self.write()
 
-    def write(self) -> None:
-        self.recorder.write({"step": self.step, **self.score(), "seconds": round(self.recorder.seconds, 3)})
+    def write(self) -> dict[str, float]:
+        """Scores now; what was found."""
+        found = self.score()
+        self.recorder.write({"step": self.step, **found, "seconds": round(self.recorder.seconds, 3)})
+        return found
 
 
 def validate(

@@ -8,10 +8,12 @@
 Resumed or not, the numbers are the same to the last bit (docs/train.md says on what that rests).
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -35,7 +37,7 @@ from rorqual.layers.engram import row_totals
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.storage import HostedTable, LearningTable, write_rows
 from rorqual.storage.stream import Stream as Fetcher
-from rorqual.train.optim import OptimConfig, Optimizer
+from rorqual.train.optim import Diverged, OptimConfig, Optimizer
 
 FIXED = (  # others may change on resuming
     *("model", "optim", "data", "needles", "rows", "length", "micro_rows", "seed", "dtype", "tables"),
@@ -90,9 +92,10 @@ class TrainConfig:
     validation_tokens: int | None = None  # at most; None: all
     save_every: int = 250  # steps between two checkpoints
     keep: int = 2  # checkpoints
+    skip_limit: int = 10  # steps in a row whose loss or gradient is not finite, so that nothing is learnt: the end
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rows", "length", "log_every", "save_every", "keep"):
+        for name in ("steps", "rows", "length", "log_every", "save_every", "keep", "skip_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         for name in ("micro_rows", "threads", "validate_every", "validation_tokens"):
@@ -179,7 +182,8 @@ def train(config: TrainConfig, *, on_metrics: Callable[[dict[str, Any]], None] |
     """Train, or go on training, and return the folder with the finished model; at once if it is there already.
 
     `on_metrics` is given every line of metrics.jsonl as it is written. Raises Stopped after ctrl-C or SIGTERM, when
-    everything is saved; ValueError for a folder that holds another run; Damaged when no checkpoint in it is good.
+    everything is saved; Diverged when losses or gradients stay NaN or infinite; ValueError for a folder that holds
+    another run; Damaged when no checkpoint in it is good.
     """
     if config.threads is not None:
         runtime.threads(config.threads)
@@ -187,9 +191,11 @@ def train(config: TrainConfig, *, on_metrics: Callable[[dict[str, Any]], None] |
     if finished(config):
         runtime.log(f"{folder} holds this model, finished; remove it or choose another --folder to train again")
         return folder
+    if _holds_more(config):
+        return folder
     joined = parallel.join(device)
     try:
-        with _alone(folder), ExitStack() as after:
+        with _full_disk_said(folder), _alone(folder), ExitStack() as after:
             _claim(folder, config)
             _train(config, folder, device, on_metrics, after)
             if parallel.rank() == 0:
@@ -206,6 +212,28 @@ def finished(config: TrainConfig) -> bool:
     before = _before(folder)
     same = before is not None and not _differences(before, config) and before.steps == config.steps
     return same and (folder / "model.safetensors").is_file() and not (folder / UNDER_WAY).exists()
+
+
+def _holds_more(config: TrainConfig) -> bool:
+    """Whether the folder holds this run, finished, with more steps than are asked for: nothing is to be done.
+
+    ValueError where it is not finished and has come further than that: there is no model yet that could be given.
+    """
+    folder = Path(config.folder)
+    before = _before(folder)
+    if before is None or _differences(before, config):
+        return False
+    if before.steps > config.steps and finished(configs.replace(before, "folder", config.folder)):
+        held = f"{folder} holds this run with {before.steps} steps, {config.steps} were asked for"
+        runtime.log(f"{held}: nothing to do; choose another --folder for a shorter run")
+        return True
+    made = max((step for step, _ in checkpoint.steps(folder / "checkpoints")), default=0)
+    if made > config.steps:
+        raise ValueError(
+            f"{folder}: got --steps {config.steps}, expected at least the {made} that are made already (of "
+            f"{before.steps}): go on with more, or choose another --folder"
+        )
+    return False
 
 
 def _train(config: TrainConfig, folder: Path, device: torch.device, tell: Callable | None, after: ExitStack) -> None:
@@ -229,6 +257,7 @@ def _train(config: TrainConfig, folder: Path, device: torch.device, tell: Callab
         late=late,
         mtp_late=config.mtp_late,
         indexer_alone=config.indexer_alone,
+        skip_limit=config.skip_limit,
     )
     validator = record.Validator(
         score=lambda: _score(config, data, model, dtype),
@@ -241,7 +270,11 @@ def _train(config: TrainConfig, folder: Path, device: torch.device, tell: Callab
     step = engine.fit(module, loader, folder / "checkpoints", config.log_every, callbacks)
     if step < config.steps:
         raise _stopped(f"stopped at step {step} of {config.steps}, saved in {folder}; the same command goes on")
-    validator.write()
+    if not all(map(math.isfinite, validator.write().values())):
+        raise Diverged(
+            f"got a validation loss that is not finite after step {step}, so {folder} gets no model: "
+            "lower --optim.lr or raise --optim.warmup in another --folder"
+        )
     _write_tables(folder, model)
     checkpoint.save_model(folder, model, data.tokenizer)
 
@@ -377,6 +410,22 @@ def _claim(folder: Path, config: TrainConfig) -> None:
             shutil.rmtree(folder / "learning")
         (folder / UNDER_WAY).touch()
         configs.save(config, folder / "train.json")
+
+
+@contextmanager
+def _full_disk_said(folder: Path) -> Iterator[None]:
+    """An OSError that the disk is full says in a line where, what stays, and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        full = OSError(
+            f"{error.filename or folder}: got {os.strerror(error.errno).lower()}, expected room to write; checkpoints "
+            "written before are good, and the same command goes on once there is room"
+        )
+        full.errno = error.errno
+        raise full from error
 
 
 @contextmanager

@@ -152,6 +152,11 @@ def test_the_last_value_of_a_flag_counts() -> None:
         (["plan", "--like", "tiny", "--rho", "2"], 1, "expected 0..1"),
         (["plan", "--like", "dense-4b"], 1, "expected moe to be on"),
         (["train"], 2, "expected a preset's name or a run folder first"),
+        (["launch", "--nproc-per-node", "2"], 2, "got flags alone, expected a preset's name or a run folder behind"),
+        (["launch", "--nproc-per-node"], 2, "expected one argument: rorqual launch --nproc-per-node 2 tiny"),
+        (["launch", "--nprocs", "2", "tiny"], 2, "unrecognized arguments: --nprocs"),
+        (["launch", "--nproc-per-node", "2", "tinny", "--json"], 2, "did you mean 'tiny'"),
+        (["launch", "--nproc-per-node", "2", "tiny", "--stepz", "3"], 2, "did you mean --steps"),
         (["train", "tinny"], 2, "did you mean 'tiny'"),
         (["sweep", "rows"], 2, "expected one of allocation"),
         (["demo", "--seeds", "0"], 2, "expected at least 1"),
@@ -202,6 +207,19 @@ def test_renamed() -> None:
     assert make.renamed(["--data", "x", "--data=y", "--data.source", "z"], {"--data": "--data.source"}) == [
         "--data.source", "x", "--data.source=y", "--data.source", "z"
     ]  # fmt: skip
+
+
+def test_launch_hands_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[tuple[list[str], list[str]]] = []
+    monkeypatch.setattr("rorqual.parallel.torchrun", lambda flags, command: asked.append((flags, command)))
+    words = ["tiny", "--steps", "3", "--data", "notes/", "--json"]
+    assert main(["launch", "--nproc-per-node", "2", "--max-restarts=5", "--log-dir", "logs", *words]) == 0
+    ((flags, command),) = asked
+    assert flags[-5:] == ["--nproc-per-node", "2", "--max-restarts=5", "--log-dir", "logs"]
+    assert command == ["rorqual", "train", *words]
+    for help in ([], ["--help"]):
+        assert main(["launch", *help]) == 0
+        assert "rorqual launch --nproc-per-node 2 tiny" in capsys.readouterr().out
 
 
 def test_demo_and_sweep_pass_their_options_on(

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,7 @@ from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.train import engine
 from rorqual.train.engine import Keeper, Loader, Module, Store, Written, fit, metrics_of, untouched_randomness
-from rorqual.train.optim import OptimConfig, Optimizer
+from rorqual.train.optim import Diverged, OptimConfig, Optimizer
 from rorqual.train.record import Recorder
 
 CONFIG = ModelConfig(
@@ -219,7 +220,7 @@ def quiet(config: ModelConfig) -> ModelConfig:
     return replace(config, moe=replace(config.moe, router=RouterConfig()))
 
 
-def test_micro_batches_add_up_to_the_batch_weighted_by_tokens(monkeypatch):
+def test_micro_batches_add_up_to_the_batch_weighted_by_tokens():
     """Rows with fewer targets count for less: the mean is over tokens, not over micro-batches."""
     config = replace(
         quiet(CONFIG), mtp=None, moe=replace(CONFIG.moe, router=RouterConfig(), balance=BalanceConfig(sequence=0.0))
@@ -231,12 +232,11 @@ def test_micro_batches_add_up_to_the_batch_weighted_by_tokens(monkeypatch):
     found = []
     for rows in (None, 1, 3):
         module, _ = parts(config=config, micro_rows=rows)
-        monkeypatch.setattr(module, "record_metric", lambda name, value, kind: found.append((name, float(value))))
         module.train_batch(batch)
         found.append(module)
-    losses = [value for item in found if isinstance(item, tuple) for name, value in [item] if name == "train/CE loss"]
+    losses = [float(module.losses["train/CE loss"]) for module in found]
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
-    modules = [item for item in found if isinstance(item, Module)]
+    modules = found
     for module in modules[1:]:
         assert torch.equal(module.counts, modules[0].counts)
         for one, other in zip(modules[0].model.parameters(), module.model.parameters(), strict=True):
@@ -434,13 +434,191 @@ def test_a_signal_saves_and_ends(tmp_path, number):
     assert signal.getsignal(number) is handler
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tmp_path):
+class Spoil(Callback):
+    """Does something to what a step is about to be made of, in these steps."""
+
+    def __init__(self, what, *steps: int) -> None:
+        super().__init__()
+        self.what, self.steps = what, steps
+
+    def pre_optim_step(self) -> None:
+        if self.step in self.steps:
+            self.what(self.trainer.train_module)
+
+
+def spoil_gradient(module: Module, value: float = torch.nan) -> None:
+    module.model.blocks[0].ffn.down_proj.weight.grad.view(-1)[7] = value
+
+
+def spoil_row(module: Module) -> None:
+    gradient = module.model.tables[0].weight.grad
+    gradient._values()[3, 1] = torch.inf
+
+
+def spoil_loss(module: Module) -> None:
+    module.losses["train/CE loss"] = module.losses["train/CE loss"] * torch.nan
+
+
+SPOILS = {
+    "nan": spoil_gradient,
+    "infinite": lambda module: spoil_gradient(module, -torch.inf),
+    "row": spoil_row,
+    "loss": spoil_loss,
+}
+
+
+def strictly(line: str) -> dict:
+    """JSON that any program reads: NaN and Infinity are none."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} in {line}")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("what", list(SPOILS))
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, what, kind, capsys):
+    """Parameters, optimizer state, rows and router biases stay; the stream and the steps go on, and learning too."""
+    module, stream = parts(steps=5, kind=kind, config=quiet(CONFIG))
+    seen = {}
+
+    def look(at: int) -> At:
+        return At(at, lambda t: seen.update({at: {n: x.clone() for n, x in t.train_module.state_dict().items()}}))
+
+    watch = {f"at{step}": look(step) for step in (2, 3, 4)}
+    assert run(tmp_path, module, stream, spoil=Spoil(SPOILS[what], 3), **watch) == 5
+    for name, tensor in seen[2].items():
+        assert torch.equal(seen[3][name], tensor), name
+    assert not all(torch.equal(seen[4][name], tensor) for name, tensor in seen[3].items())
+    biases = [name for name in seen[2] if name.endswith("e_score_correction_bias")]
+    assert any(not torch.equal(seen[4][name], seen[3][name]) for name in biases)
+    assert all(tensor.isfinite().all() for tensor in module.state_dict().values() if tensor.is_floating_point())
+    found = [strictly(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in found] == [1, 2, 3, 4, 5]
+    assert [line.get("skipped_steps", 0) for line in found] == [0, 0, 1, 1, 1]
+    assert ("loss" in found[2], "grad_norm" in found[2]) == (what != "loss", what == "loss")
+    assert "load" in found[3] and "load" not in found[2]
+    assert stream.state_dict() == loaded(5)
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert f"step 3: got a {'loss' if what == 'loss' else 'gradient'} that is not finite, so nothing was" in said
+
+
+def loaded(steps: int) -> dict:
+    """Where the stream stands after so many batches."""
+    stream = parts()[1]
+    for _ in range(steps):
+        next(stream)
+    return stream.state_dict()
+
+
+@pytest.mark.parametrize("part", ["mtp", "indexer", "one micro-batch"])
+def test_nan_from_one_part_of_the_loss_skips_the_step(tmp_path, monkeypatch, part):
+    """MTP's loss, the indexers', or one micro-batch of three: the forward itself gives NaN, in the third step."""
+    loss, calls = LanguageModel.loss, []
+    config = quiet(INDEXED if part == "indexer" else CONFIG)
+    module, stream = parts(steps=4, config=config, micro_rows=2)
+
+    def spoilt(self, *args, **known):
+        found = loss(self, *args, **known)
+        calls.append(module.trainer.global_step)
+        # two micro-batches a step; the one that is whole has NaN in no place
+        if calls[-1] != 3 or (part == "one micro-batch" and calls.count(3) == 2):
+            return found
+        extra = {"mtp": found.mtp, "indexer": found.lesson and found.lesson.loss}.get(part, found.next_token)
+        nan = extra * torch.nan
+        if part == "mtp":
+            return found._replace(mtp=nan, total=found.total + nan)
+        if part == "indexer":
+            return found._replace(lesson=found.lesson._replace(loss=nan), total=found.total + nan)
+        return found._replace(next_token=nan, total=nan)
+
+    monkeypatch.setattr(LanguageModel, "loss", spoilt)
+    states = {}
+    watch = {
+        f"at{step}": At(
+            step, lambda t: states.update({t.global_step: {n: x.clone() for n, x in module.state_dict().items()}})
+        )
+        for step in (2, 3, 4)
+    }
+    assert run(tmp_path, module, stream, **watch) == 4
+    assert all(torch.equal(states[3][name], tensor) for name, tensor in states[2].items())
+    assert not torch.equal(states[4]["model.head.weight"], states[3]["model.head.weight"])
+    found = [strictly(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("skipped_steps", 0) for line in found] == [0, 0, 1, 1]
+
+
+def test_a_resumed_run_repeats_its_skipped_steps_to_the_last_bit(tmp_path):
+    def spoil() -> Spoil:
+        return Spoil(spoil_gradient, 2, 3, 5)
+
+    torch.manual_seed(1)
+    straight, stream = parts(steps=6)
+    run(tmp_path / "straight", straight, stream, spoil=spoil())
+    torch.manual_seed(1)
+    assert run(tmp_path / "stopped", *parts(steps=6), spoil=spoil(), stop=At(3, cancel)) == 3
+    resumed, stream = parts(steps=6)
+    assert run(tmp_path / "stopped", resumed, stream, spoil=spoil()) == 6
+    assert (resumed.skipped, resumed.skipped_in_a_row) == (straight.skipped, straight.skipped_in_a_row) == (3, 0)
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+    timing = {"tokens_per_second", "seconds", "seconds_left"}
+    one, other = (
+        [{k: v for k, v in line.items() if k not in timing} for line in lines(tmp_path / f)]
+        for f in ("straight", "stopped")
+    )
+    assert one == other
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run_with_its_checkpoints_intact(tmp_path):
+    """None is written while nothing is learnt, so none that was good is pushed out."""
+
     def poison(trainer) -> None:
         trainer.train_module.model.head.weight.data.fill_(torch.nan)
 
-    with pytest.raises(RuntimeError, match=r"nan loss .* step 4: lower --optim\.lr"):
-        run(tmp_path, *parts(), every=2, poison=At(3, poison))
-    assert [step for step, _ in checkpoint.steps(tmp_path / "checkpoints")] == [2]
+    with pytest.raises(Diverged, match=r"no finite loss in 4 steps in a row, the last of them 8.*lower --optim\.lr"):
+        run(tmp_path, *parts(skip_limit=4), every=1, keep=2, poison=At(4, poison))
+    found = checkpoint.steps(tmp_path / "checkpoints")
+    assert [step for step, _ in found][-2:] == [3, 4]
+    assert checkpoint.latest(tmp_path / "checkpoints") == found[-1][1]
+    assert run(tmp_path, *parts(steps=5)) == 5
+
+
+def test_a_row_of_skipped_steps_ends_with_the_first_good_one(tmp_path):
+    spoil = Spoil(spoil_gradient, 2, 3, 5, 6, 8)
+    module, stream = parts(steps=8, skip_limit=3)
+    assert run(tmp_path, module, stream, every=2, keep=1, spoil=spoil) == 8
+    assert (module.skipped, module.skipped_in_a_row) == (5, 1)
+    # the last step saves, and leaves the one before it: what it holds is not known to be good
+    assert [step for step, _ in checkpoint.steps(tmp_path / "checkpoints")] == [4, 8]
+
+
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
+    """An update can make NaN of a finite gradient: the run ends, the checkpoints before it stay."""
+
+    def poison(trainer) -> None:
+        trainer.train_module.optimizer.state["embed.weight.exp_avg"].view(-1)[3] = torch.inf
+
+    with pytest.raises(Diverged, match=r"step 6: got model\.embed\.weight that is not finite, so it was not saved"):
+        run(tmp_path, *parts(), every=2, keep=1, poison=At(5, poison))
+    assert [step for step, _ in checkpoint.steps(tmp_path / "checkpoints")] == [4]
+    assert run(tmp_path, *parts(steps=6)) == 6
+
+
+def test_a_checkpoint_that_is_not_finite_gives_way_to_the_one_before(tmp_path, capsys):
+    run(tmp_path, *parts(steps=9), every=3, keep=3)
+    folder = tmp_path / "checkpoints" / "step9"
+    state = parts(steps=9)[0].state_dict()
+    values = checkpoint.load_state(folder, state)
+    state["optim.embed.weight.exp_avg_sq"].view(-1)[5] = torch.nan
+    checkpoint.save_state(folder, state, values)
+    module, stream = parts(steps=9)
+    assert run(tmp_path, module, stream) == 9
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 10))
+    assert checkpoint.latest(tmp_path / "checkpoints") == folder
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "got optim.embed.weight.exp_avg_sq with NaN or infinite numbers" in said
+    assert "trying the checkpoint before it" in said
 
 
 def test_the_newest_checkpoints_stay(tmp_path):
@@ -448,6 +626,17 @@ def test_the_newest_checkpoints_stay(tmp_path):
     assert [step for step, _ in checkpoint.steps(tmp_path / "checkpoints")] == [4, 5]
     run(tmp_path, *parts(steps=12), every=2, stop=At(9, cancel))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step8", "step9"]
+
+
+def test_a_full_disk_behind_training_ends_the_run_in_a_line(tmp_path, no_larger_file, capfd):
+    """The checkpoint is written by another thread; the one before stays, and the run goes on once there is room."""
+    with pytest.raises(OSError, match=r"File too large: .*step4"):
+        run(tmp_path, *parts(steps=9), every=2, full=At(3, lambda trainer: no_larger_file(30_000)))
+    assert "Traceback" not in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step2"]
+    no_larger_file(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    assert run(tmp_path, *parts(steps=5)) == 5
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 def test_written_finishes_on_the_thread_that_asks():

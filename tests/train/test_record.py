@@ -2,14 +2,16 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from rorqual.data.needles import DEPTHS, TASKS, NeedleConfig, column, exams
 from rorqual.model import LanguageModel, ModelConfig
-from rorqual.train.record import answer, trim, validate
+from rorqual.train.record import Board, answer, trim, validate
 
 
 def test_trim_keeps_the_steps_made_and_drops_half_a_line(tmp_path):
@@ -20,6 +22,30 @@ def test_trim_keeps_the_steps_made_and_drops_half_a_line(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in whole) + '{"step": 2, "lo')
     trim(path, 3)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [whole[0], whole[1], whole[2], whole[5]]
+
+
+def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
+    """Steps that are repeated stand once, with the later value."""
+    for first, values in ((1, (5.0, 4.0, 3.0)), (3, (2.5, 2.0))):
+        board = Board(tmp_path, first)
+        for step, value in enumerate(values, first):
+            board.write({"loss": value, "balance_sequence": value / 7}, step)
+        board.close()
+    shown = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in shown.Scalars("loss")] == [(1, 5.0), (2, 4.0), (3, 2.5), (4, 2.0)]
+    assert shown.Scalars("balance_sequence")[-1].value == pytest.approx(2 / 7)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_under_tensorboard_is_an_error_where_it_happens(tmp_path, monkeypatch, capfd):
+    board = Board(tmp_path, 1)
+    board._file.close()
+    board._records._writer = board._file = Path("/dev/full").open("wb")  # noqa: SIM115 (the board closes it)
+    with pytest.raises(OSError, match="No space left"):
+        board.write({"loss": 1.0}, 1)
+    board.close()
+    del board
+    assert capfd.readouterr().err == ""
 
 
 def batches(ids: torch.Tensor, labels: torch.Tensor) -> list[dict[str, torch.Tensor]]:

@@ -24,10 +24,10 @@ from rorqual.layers.engram import EngramConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.layers.router import RouterConfig
-from rorqual.model import ModelConfig
+from rorqual.model import LanguageModel, ModelConfig
 from rorqual.storage import StorageConfig
 from rorqual.train import trainer
-from rorqual.train.optim import OptimConfig
+from rorqual.train.optim import Diverged, OptimConfig, Optimizer
 from rorqual.train.record import answer, validate
 from rorqual.train.trainer import DataConfig, Stopped, TrainConfig, finished, losses, prepare, train
 
@@ -209,6 +209,55 @@ def test_rows_that_learn_on_the_disk_are_those_of_the_device(config, tmp_path):
     assert not any(name.startswith("tables.") for name in elsewhere.state_dict())
 
 
+@pytest.mark.parametrize("where", ["row", "loss"])
+def test_wherever_rows_learn_a_step_that_is_not_finite_leaves_them(config, tmp_path, monkeypatch, where):
+    """In device memory, in the host's and on a disk: the same run, whose third and fourth step update nothing."""
+    clip, loss = Optimizer.clip, LanguageModel.loss
+    batches = []  # the first is the engine's, which tries what a step takes
+
+    def spoilt_clip(self):
+        gradient = self.parameters["tables.0.weight"].grad
+        if where == "row" and len(batches) in (4, 5):
+            gradient._values()[2, 3] = torch.nan
+        return clip(self)
+
+    def spoilt_loss(self, *args, **known):
+        found = loss(self, *args, **known)
+        if self.training and torch.is_grad_enabled():
+            batches.append(found)
+        spoilt = where == "loss" and len(batches) in (4, 5)
+        return found._replace(total=found.total * torch.nan) if spoilt else found
+
+    monkeypatch.setattr(Optimizer, "clip", spoilt_clip)
+    monkeypatch.setattr(LanguageModel, "loss", spoilt_loss)
+    found = []
+    for tables in ("device", "host", "disk"):
+        batches.clear()
+        folder = train(replace(config, tables=tables, folder=str(tmp_path / tables)))
+        metrics = [(line.get("loss"), line.get("skipped_steps")) for line in lines(folder) if "lr" in line]
+        assert [skipped for _, skipped in metrics] == [None, None, 1, 2, 2, 2, 2, 2]
+        found.append((metrics, load_model(folder).state_dict()))
+    (first, state), *others = found
+    assert all(value.isfinite().all() for value in state.values() if value.is_floating_point())
+    for metrics, other in others:
+        assert metrics == first
+        assert all(torch.equal(other[name], value) for name, value in state.items())
+
+
+def test_a_model_whose_validation_is_not_finite_is_not_finished(config, monkeypatch):
+    """At a rate of 1e30 the first update is the last: fewer steps are left than end a run."""
+    config = replace(config, optim=OptimConfig(lr=1e30, warmup=0), steps=4, tables="disk")
+    for _ in range(2):
+        with pytest.raises(Diverged, match=r"validation loss that is not finite after step 4.*lower --optim\.lr"):
+            train(config)
+        assert not finished(config)
+        assert not (Path(config.folder) / "model.safetensors").exists()
+    metrics = (Path(config.folder) / "metrics.jsonl").read_text()
+    assert "NaN" not in metrics and "Infinity" not in metrics
+    with pytest.raises(Diverged, match="in 3 steps in a row"):
+        train(replace(config, skip_limit=3, folder=config.folder + "_3"))
+
+
 def test_a_folder_that_held_no_run_keeps_what_is_called_learning(config):
     kept = Path(config.folder) / "learning" / "notes.txt"
     kept.parent.mkdir(parents=True)
@@ -284,6 +333,84 @@ def test_longer_is_allowed_and_other_is_not(config):
             train(replace(config, **{name: value}))
     train(replace(config, steps=5, log_every=2, keep=1))
     assert [line["step"] for line in lines(folder) if "loss" in line] == [1, 2, 3, 4, 5]
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_fewer_steps_than_a_finished_run_has_change_nothing_and_say_so(config, capsys):
+    folder = train(replace(config, steps=6))
+    before = bytes_of(folder)
+    assert train(replace(config, steps=2)) == folder
+    assert bytes_of(folder) == before
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "holds this run with 6 steps, 2 were asked for: nothing to do" in said
+    with pytest.raises(ValueError, match=r"another run \(model\.dim differ\)"):
+        train(replace(config, steps=2, model=replace(MODEL, dim=24)))
+    assert bytes_of(folder) == before
+    train(replace(config, steps=7))
+    assert len(losses(folder)) == 7
+
+
+def test_fewer_steps_than_an_unfinished_run_has_made_are_refused(config):
+    def stop(line: dict) -> None:
+        if line["step"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        train(config, on_metrics=stop)
+    before = bytes_of(Path(config.folder))
+    with pytest.raises(ValueError, match=r"got --steps 3, expected at least the 5 that are made already \(of 8\)"):
+        train(replace(config, steps=3))
+    assert bytes_of(Path(config.folder)) == before
+    assert len(losses(train(replace(config, steps=6)))) == 6
+
+
+ROOM = "expected room to write; checkpoints written before are good, and the same command goes on once there is room"
+
+
+def test_tokenising_on_a_full_disk_is_said_in_a_line(config, tmp_path, no_larger_file):
+    data = replace(config.data, cache=str(tmp_path / "cache"))
+    prepare(data)
+    shutil.rmtree(tmp_path / "cache" / "tokens")
+    no_larger_file(4096)
+    with pytest.raises(OSError, match=f"got file too large, {ROOM}") as caught:
+        train(replace(config, data=data))
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "cache" / "tokens").iterdir()) == []
+    no_larger_file(2**40)
+    assert len(losses(train(replace(config, data=data, steps=2)))) == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_metrics_on_a_full_disk_are_said_in_a_line(config):
+    folder = train(replace(config, steps=2))
+    (folder / "metrics.jsonl").rename(folder / "kept.jsonl")
+    (folder / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"got no space left on device, {ROOM}") as caught:
+        train(replace(config, steps=4))
+    assert "\n" not in str(caught.value)
+    assert [step for step, _ in steps(folder / "checkpoints")] == [2]
+    (folder / "metrics.jsonl").unlink()
+    (folder / "kept.jsonl").rename(folder / "metrics.jsonl")
+    assert len(losses(train(replace(config, steps=4)))) == 4
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_on_the_command_line(config, tmp_path):
+    """The checkpoint at step 3 does not fit; what has been said before are the text and the first step."""
+    configs.save(config, Path(config.folder) / "train.json")
+    prepare(config.data)
+    command = f"ulimit -f 40; exec {sys.executable} -m rorqual train {config.folder}"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    *before, last = done.stderr.splitlines()
+    assert last.startswith("rorqual: error: ") and ROOM in last
+    assert "step3: got file too large" in last
+    assert all("tokens" in line for line in before) and len(before) <= 9
 
 
 def test_one_training_a_folder(config):
