@@ -4,9 +4,10 @@
     OMP_NUM_THREADS=1 python benchmarks/recipe.py --folder runs/recipe --dim 256 --steps 200 --seeds 1 \
         --arms muon:5e-3 muon:1e-2 muon:2e-2 muon:4e-2
 
-The text is what every Python has: the topics of its language reference and the docstrings of its library. An arm is KIND:RATE. Runs are made one after another with one thread; finished ones are not repeated, and an
-interrupted one goes on, so the same command may be stopped and typed again. Printed are the losses on held-out
-documents and the paired difference of every arm to the first.
+The text is what every Python has: the topics of its language reference and the docstrings of its library. An arm is
+KIND:RATE. Runs are made one after another with one thread; finished ones are not repeated, and an interrupted one goes
+on, so the same command may be stopped and typed again. Printed are the losses on held-out documents and the paired
+difference of every arm to the first.
 """
 
 import argparse

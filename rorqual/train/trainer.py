@@ -42,6 +42,7 @@ FIXED = (  # others may change on resuming
     *("bias_rest", "mtp_late", "indexer_alone"),
 )
 SMALLEST = 257  # ids of a vocabulary that can write any text
+EPOCHS = 4  # passes over a text up to which it is nearly as good as new text
 UNDER_WAY = ".unfinished"  # a file that is there until the model is: one of fewer steps may be there meanwhile
 
 
@@ -287,7 +288,29 @@ def _prepared(config: TrainConfig) -> Prepared | Asked:
     if config.rows % parallel.world():
         raise ValueError(f"rows: got {config.rows}, expected a multiple of the {parallel.world()} ranks")
     runtime.log(str(found))
+    _say_what_is_ahead(config, found)
     return found
+
+
+def _say_what_is_ahead(config: TrainConfig, data: Prepared | Asked) -> None:
+    """Logs how long the run is, and warns where it reads the same text more often than brings anything."""
+    tokens = config.steps * config.rows * config.length
+    said = f"{config.steps:,} steps of {config.rows} x {config.length} tokens: {tokens:,} tokens"
+    if isinstance(data, Asked):
+        runtime.log(said)
+        return
+    epochs = tokens / len(data.tokens.train)
+    runtime.log(
+        f"{said}, {epochs:,.0f} epochs of the text" if epochs >= 10 else f"{said}, {epochs:.2g} epochs of the text"
+    )
+    if epochs > EPOCHS:
+        fewer = EPOCHS * len(data.tokens.train) // (config.rows * config.length)
+        try_fewer = f", or try --steps {fewer:,}" if fewer else ""
+        runtime.log(
+            f"the text is read more than {EPOCHS} times, after which repeating it brings little (arXiv 2305.16264): "
+            f"train on more text{try_fewer}",
+            style="bold",
+        )
 
 
 def _text(data: DataConfig, room: int) -> Prepared:
@@ -344,6 +367,13 @@ def _write_tables(folder: Path, model: LanguageModel) -> None:
 def _before(folder: Path) -> TrainConfig | None:
     path = folder / "train.json"
     return configs.load(TrainConfig, path) if path.is_file() else None
+
+
+def begun(folder: str | os.PathLike[str]) -> TrainConfig | None:
+    """The config of the run in this folder, if it has a checkpoint or a model to go on from."""
+    folder = Path(folder)
+    kept = bool(checkpoint.steps(folder / "checkpoints")) or (folder / "model.safetensors").is_file()
+    return _before(folder) if kept else None
 
 
 def _differences(one: TrainConfig, other: TrainConfig) -> list[str]:

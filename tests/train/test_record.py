@@ -9,7 +9,7 @@ from torch import nn
 
 from rorqual.data.needles import DEPTHS, TASKS, NeedleConfig, column, exams
 from rorqual.model import LanguageModel, ModelConfig
-from rorqual.train.record import answer, trim, validate
+from rorqual.train.record import answer, duration, trim, validate
 
 
 def test_trim_keeps_the_steps_made_and_drops_half_a_line(tmp_path):
@@ -20,6 +20,21 @@ def test_trim_keeps_the_steps_made_and_drops_half_a_line(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in whole) + '{"step": 2, "lo')
     trim(path, 3)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [whole[0], whole[1], whole[2], whole[5]]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.2, "0 seconds"),
+        (119, "119 seconds"),
+        (121, "2 minutes"),
+        (7199, "120 minutes"),
+        (7201, "2 hours"),
+        (1e7, "2,778 hours"),
+    ],
+)
+def test_a_duration_is_told_in_the_unit_that_suits_it(seconds, said):
+    assert duration(seconds) == said
 
 
 def batches(ids: torch.Tensor, labels: torch.Tensor) -> list[dict[str, torch.Tensor]]:
