@@ -217,6 +217,9 @@ def _train(config: TrainConfig, folder: Path, device: torch.device, tell: Callab
     logging.getLogger(olmo_core.__name__).setLevel(logging.CRITICAL)  # what it raises is enough
     from rorqual.train import engine, record
 
+    if config.tables != "device" and config.model.engram is None:
+        put_in = "expected device, or a model with rows: --model.engram default"
+        raise ValueError(f"tables: got {config.tables} for a model without Engram, {put_in}")
     data = _prepared(config)
     runtime.seed_everything(config.seed)
     model, dtype = _model(config, data, device, after), runtime.dtype(config.dtype)
