@@ -196,6 +196,12 @@ def test_a_run_says_what_is_ahead_before_it_starts(config, capsys):
     assert "steps ahead" not in said
 
 
+@pytest.mark.parametrize("tables", ["host", "disk"])
+def test_tables_elsewhere_are_refused_for_a_model_without_any(config, tables):
+    with pytest.raises(ValueError, match=f"got {tables} for a model without Engram.*--model.engram default"):
+        train(replace(config, tables=tables, model=replace(MODEL, engram=None)))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_and_called_again_is_as_if_never_stopped(config, tmp_path, number, capsys):
     straight = train(replace(config, folder=str(tmp_path / "straight"), validate_every=3))
