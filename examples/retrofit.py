@@ -13,6 +13,7 @@ import itertools
 import json
 import random
 import re
+import string
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -56,6 +57,8 @@ SIZES = {
     "real": {"layers": (4, 12), "rows_per_head": (65_536, 65_536), "heads": 8, "head_dim": 32, "conv": False},
     "smoke": {"layers": (1, 2), "rows_per_head": (499, 499), "heads": 2, "head_dim": 8, "conv": False},
 }
+FACTS = {"real": 500, "smoke": 6}
+MINUTES = {"real": 20.0, "smoke": 0.03}  # an arm
 BATCH, ANSWER, CORES = 32, 14, 2  # sentences a step; tokens of an answer; cores that a minute is counted on
 
 Fact = tuple[str, str]
@@ -67,13 +70,20 @@ def airports(count: int) -> list[Fact]:
 
     plain = re.compile(r"[A-Za-z]+(?: [A-Za-z]+)*")
     known = sorted((a["iata"], a["city"]) for a in airportsdata.load("IATA").values() if plain.fullmatch(a["city"]))
-    return random.Random(0).sample(known, count)
+    return drawn(random.Random(0), known, count)
 
 
 def invented(count: int) -> list[Fact]:
     draw = random.Random(0)
-    codes = draw.sample(["".join(letters) for letters in itertools.product("KLMNPQ", repeat=3)], count)
+    codes = drawn(draw, ["".join(letters) for letters in itertools.product(string.ascii_uppercase, repeat=3)], count)
     return [(code, "".join(draw.choices(("ka", "lo", "mi", "ren", "tas", "vu"), k=3)).title()) for code in codes]
+
+
+def drawn(draw: random.Random, known: list, count: int) -> list:
+    """`count` different ones of those that are known."""
+    if not 1 <= count <= len(known):
+        raise ValueError(f"--facts: got {count}, expected 1 to {len(known)}")
+    return draw.sample(known, count)
 
 
 def pretrained(path: Path) -> tuple[nn.Module, Tokenizer]:
@@ -239,16 +249,29 @@ def main() -> None:
     flags.add_argument(
         "model", type=Path, nargs="?", help="a .gguf file of a Llama, for instance SmolLM2-135M-Instruct"
     )
-    flags.add_argument("--facts", type=int, default=500)
-    flags.add_argument("--minutes", type=float, default=20.0, help=f"of {CORES} cores, an arm (three learning rates)")
+    flags.add_argument("--facts", type=int, help=f"default: {FACTS['real']}, or {FACTS['smoke']} with --smoke")
+    flags.add_argument(
+        "--minutes",
+        type=float,
+        help=f"of {CORES} cores, an arm (three learning rates); "
+        f"default: {MINUTES['real']:g}, or {MINUTES['smoke']:g} with --smoke",
+    )
     flags.add_argument("--json", type=Path, help="write all numbers here")
     flags.add_argument("--smoke", action="store_true", help="a tiny random Llama and invented airports: seconds")
     asked = flags.parse_args()
     if not asked.smoke and (asked.model is None or not asked.model.is_file()):
         flags.error(f"got model {asked.model}, expected a .gguf file (see --help for where to get it), or --smoke")
-    facts = invented(asked.facts) if asked.smoke else airports(asked.facts)
+    kind = "smoke" if asked.smoke else "real"
+    minutes = MINUTES[kind] if asked.minutes is None else asked.minutes
+    if minutes <= 0:
+        flags.error(f"got --minutes {minutes:g}, expected more than 0")
+    count = FACTS[kind] if asked.facts is None else asked.facts
+    try:
+        facts = invented(count) if asked.smoke else airports(count)
+    except ValueError as error:
+        flags.error(str(error))
     model, tokenizer = tiny(facts) if asked.smoke else pretrained(asked.model)
-    result = run(model, tokenizer, facts, SIZES["smoke" if asked.smoke else "real"], asked.minutes)
+    result = run(model, tokenizer, facts, SIZES[kind], minutes)
     if asked.json:
         asked.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

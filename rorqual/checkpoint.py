@@ -243,6 +243,9 @@ def load_model(
     if missing:
         raise ValueError(f"{folder}: got no {' and no '.join(missing)}, expected a finished run's folder")
     config = configs.load(ModelConfig, folder / "config.json")
+    if config.engram is None and tables != StorageConfig():
+        got = f"{tables} for a model without Engram"
+        raise ValueError(f"{folder}: got {got}, expected none: it has no rows to keep elsewhere")
     path = folder / "model.safetensors"
     apart = tables.home != "device" or tables.folder is not None
     state = _weights(path, str(device), without="tables." if apart else None)

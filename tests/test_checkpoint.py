@@ -30,6 +30,7 @@ from rorqual.checkpoint import (
     verify,
 )
 from rorqual.model import LanguageModel, ModelConfig
+from rorqual.storage import StorageConfig
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
@@ -287,6 +288,14 @@ def test_a_folder_without_a_model_says_what_is_missing(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="expected"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("where", [{"home": "host"}, {"home": "disk"}, {"folder": "rows"}])
+def test_tables_elsewhere_are_refused_for_a_model_without_any(tmp_path, where):
+    save_model(tmp_path, LanguageModel(tiny()))
+    with pytest.raises(ValueError, match="for a model without Engram, expected none"):
+        load_model(tmp_path, tables=StorageConfig(**where))
+    assert load_model(tmp_path, tables=StorageConfig()).config == tiny()
 
 
 def test_torn_weights_are_named(tmp_path):

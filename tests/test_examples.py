@@ -6,6 +6,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ def test_the_example_is_short(path: Path) -> None:
 
 
 def test_retrofit_learns_with_both_arms_and_takes_them_off_again(tmp_path: Path) -> None:
-    command = [sys.executable, RETROFIT, "--smoke", "--facts", "6", "--minutes", "0.03", "--json", "found.json"]
+    command = [sys.executable, RETROFIT, "--smoke", "--json", "found.json"]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert re.findall(r"^(\d)\. ", done.stdout, re.MULTILINE) == ["1", "2", "3", "4"]
@@ -57,6 +58,28 @@ def test_retrofit_learns_with_both_arms_and_takes_them_off_again(tmp_path: Path)
         runs = [run for run in found["runs"] if run["arm"] == arm]
         assert max(runs, key=lambda run: run["choosing"])["rate"] == rate
     assert len(RETROFIT.read_text(encoding="utf-8").splitlines()) < 300
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--facts", "0"], "--facts: got 0, expected 1 to 17576"),
+        (["--facts", "17577"], "--facts: got 17577, expected 1 to 17576"),
+        (["--minutes", "0"], "got --minutes 0, expected more than 0"),
+    ],
+)
+def test_retrofit_refuses_what_it_cannot_do(words: list[str], said: str, tmp_path: Path) -> None:
+    command = [sys.executable, RETROFIT, "--smoke", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_retrofit_has_more_invented_airports_than_it_is_asked_for_by_default() -> None:
+    example = runpy.run_path(str(RETROFIT))
+    facts = example["invented"](500)
+    assert len({code for code, _ in facts}) == 500
+    assert all(re.fullmatch("[A-Z]{3}", code) for code, _ in facts)
 
 
 def test_retrofit_says_where_a_model_is_to_be_had(tmp_path: Path) -> None:

@@ -1,29 +1,94 @@
-"""What the READMEs tell a reader to type, typed."""
+"""What the READMEs, the pages of docs/ and --help tell a reader to type, typed.
 
+A block that needs what this machine may lack stands below a comment, `<!-- needs: hours -->`, with reasons from NEEDS.
+"""
+
+import contextlib
+import gc
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import torch
+from safetensors.torch import save_file
+
+from rorqual import checkpoint
+from rorqual import config as configs
+from rorqual.cli.main import COMMANDS, main
+from rorqual.data import tokenizer
+from rorqual.model import LanguageModel
+from rorqual.presets import PRESETS, preset
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs/zh/README.md"]
+DOCS = [path for path in sorted((ROOT / "docs").rglob("*.md")) if path not in PAGES]
+NEEDS = {"a gpu", "a download", "hours"}  # what a machine may lack that a marked block needs
+LITTLE_DATA = ["--data.source", "notes/", "--data.vocabulary", "300", "--data.cache", "cache"]
 SHORTER = {  # flags that let a long command end soon, as typed otherwise
-    "train": ["--steps", "2", "--rows", "2", "--length", "32", "--data.vocabulary", "300", "--data.cache", "cache"],
-    "demo": ["--steps", "4", "--rows", "2", "--length", "32", "--seeds", "1"],
+    "train": ["--steps", "2", "--rows", "2", "--length", "32", *LITTLE_DATA],
+    "demo": ["--steps", "4", "--rows", "2", "--length", "32", "--seeds", "1", "--data", "notes/", "--cache", "cache"],
     "eval": ["--split", "all", "--limit", "20"],
     "data": ["--limit", "200"],
+    "generate": ["--max-new-tokens", "4"],
+    "memory": ["--limit", "20"],
+    "table hot": ["--limit", "20"],
+    "table bench": ["--dim", "32", "--layers", "2", "--tokens", "2", "--rounds", "1", "--seconds", "0.01"],
+    "sweep": ["--steps", "2", "--rows", "2", "--length", "16", "--seeds", "1", *LITTLE_DATA],
+    "sweep needle": [
+        "--kinds",
+        "gqa",
+        "--memory",
+        "off",
+        "--steps",
+        "2",
+        "--rows",
+        "2",
+        "--seeds",
+        "1",
+        "--workers",
+        "1",
+    ],
 }
-SLOW = {"train", "demo", "report", "params"}
+SMALLER = {"100000000": "2000", "10000000": "2000", "10_000_000": "2000", "65_536": "509"}  # numbers of rows, the same
+SLOW = {"train", "demo", "report", "params", "sweep", "plan", "serve", "explore", "make", "python"}
+TRAINS = "train(config)"  # in a block of Python
+ENDLESS = {"serve", "explore"}  # until they are interrupted
+
+
+class Block(NamedTuple):
+    """A fenced block of a page, and what the comment above it says that it needs."""
+
+    language: str
+    body: str
+    needs: tuple[str, ...]
+
+    @property
+    def lines(self) -> list[str]:
+        return [line for line in self.body.splitlines() if line]
+
+
+FENCE = re.compile(
+    r"(?:^<!-- needs: (?P<needs>.*) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE
+)
+
+
+def all_blocks(page: Path) -> list[Block]:
+    found = FENCE.finditer(page.read_text(encoding="utf-8"))
+    return [Block(m["language"], m["body"], tuple(m["needs"].split(", ")) if m["needs"] else ()) for m in found]
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    return [body for named, body in fenced if named == language]
+    return [block.body for block in all_blocks(page) if block.language == language]
 
 
 def commands() -> list[str]:
@@ -31,11 +96,45 @@ def commands() -> list[str]:
     return list(lines)
 
 
+def shorter(words: Sequence[str]) -> list[str]:
+    """The words of a command, in small."""
+    flags = SHORTER.get(" ".join(words[1:3]), SHORTER.get(words[1], []))
+    if words[1] == "memory" and "--data" not in words:
+        flags = []
+    return [*(SMALLER.get(word, word) for word in words), *flags]
+
+
+def slow(words: Sequence[str]) -> bool:
+    return words[0] != "rorqual" or words[1] in SLOW
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo's run, untrained, and a Llama, both of a tokenizer that knows the words of the examples."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rorqual.hub.auto import fast_tokenizer
+
+    folder = tmp_path_factory.mktemp("stand_in")
+    words = tokenizer.train(["the great white", "A whale is", "the great white whale, a sperm whale"] * 40, 320)
+    assert [words.token(token) for token in words.encode("the great white")] == ["the", " great", " white"]
+    shape = configs.replace(preset("tiny"), "engram.rows_per_head", (50, 50))
+    shape = configs.replace(configs.replace(shape, "layers", 2), "vocabulary", words.vocabulary)
+    checkpoint.save_model(folder / "run", LanguageModel(shape, torch.as_tensor(words.canonical_map())), words)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 16, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=words.vocabulary, **sizes)).save_pretrained(folder / "llama")
+    fast_tokenizer(words).save_pretrained(folder / "llama")
+    return folder
+
+
 @pytest.fixture
-def place(small_run: Path, tmp_path: Path) -> Path:
-    """A folder in which what the pages take for granted is there: a finished demo, and notes."""
+def place(stand_in: Path, tmp_path: Path) -> Path:
+    """A folder in which what the pages take for granted is there: a finished demo, notes, models of others."""
     for arm in ("moe", "engram"):
-        shutil.copytree(small_run, tmp_path / "runs/demo" / arm)
+        shutil.copytree(stand_in / "run", tmp_path / "runs/demo" / arm)
+    shutil.copytree(stand_in / "llama", tmp_path / "HuggingFaceTB/SmolLM2-135M")
+    shutil.copytree(ROOT / "tests/golden/deepseek_v2_lite_tiny", tmp_path / "DeepSeek-V2-Lite")
+    save_file({"0": torch.tensor([3, 1])}, tmp_path / "hot.safetensors")
     (tmp_path / "notes").mkdir()
     for i in range(120):
         (tmp_path / "notes" / f"{i}.txt").write_text(f"Note {i}: whale number {i * 7919 % 101} of {i % 17} sang.\n" * 3)
@@ -53,7 +152,7 @@ def test_the_command_runs(line: str, place: Path) -> None:
         assert done.returncode == 0, done.stderr
         return
     assert words[0] == "rorqual"
-    command = [sys.executable, "-m", "rorqual", *words[1:], *SHORTER.get(words[1], [])]
+    command = [sys.executable, "-m", *shorter(words)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error:::rorqual"}
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -69,6 +168,187 @@ def test_the_python_runs(
     exec(compile(code, page.name, "exec"), {"__name__": "readme"})
     assert len(capsys.readouterr().out.splitlines()) >= 1
     assert len([line for line in code.splitlines() if line]) <= 12
+
+
+def type_it(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs one line of a page, in small; it must end well, say something, and change what it says it changes."""
+    words = shlex.split(line, comments=True)
+    if words[0] == "python":
+        done = subprocess.run([sys.executable, ROOT / words[1], *words[2:]], env=OURS, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return
+    assert words[0] == "rorqual", line
+    if words[1] in ENDLESS:
+        type_and_interrupt(words)
+        return
+    if words[1] == "train" and words[2] in PRESETS:
+        shutil.rmtree(Path("runs") / words[2], ignore_errors=True)  # of the example before
+    assert main(shorter(words)[1:]) == 0, f"{line}\n{capsys.readouterr().err[-4000:]}"
+    said = capsys.readouterr().out
+    assert said.strip(), line
+    changes = [float(number) for number in re.findall(r"^KL (\S+) nats", said, re.MULTILINE)]
+    assert all(change > 0 for change in changes), f"{line}: {said}"
+    assert changes or not {"--suppress", "--undo"} & set(words) or not memory_text(words)
+
+
+def memory_text(words: list[str]) -> bool:
+    """Whether `rorqual memory RUN TEXT` has its text."""
+    return len(words) > 3 and not words[3].startswith("-")
+
+
+def type_and_interrupt(words: list[str]) -> None:
+    """Starts a command that runs until ctrl-C, waits for its address, and types that."""
+    command = [sys.executable, "-m", *words]
+    if "--port" in words:
+        command[command.index("--port") + 1] = "0"
+    process = subprocess.Popen(command, env=OURS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = []
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said.append(line)
+            if "http://" in line:
+                break
+        else:
+            pytest.fail("".join(said))
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=60)
+        assert process.returncode in (0, 130), "".join(said) + rest
+    finally:
+        process.kill()
+
+
+OURS = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error:::rorqual", "PYTHONUNBUFFERED": "1"}
+
+
+def read_through(page: Path, capsys: pytest.CaptureFixture[str], *, slow_too: bool) -> None:
+    """Does what a page says, from its first block to its last, in one folder and one Python."""
+    names: dict[str, Any] = {"__name__": "page", "replace": replace}
+    for block in all_blocks(page):
+        if block.needs:
+            continue
+        if block.language == "python":
+            if TRAINS in block.body and not slow_too:
+                continue
+            code = block.body.replace(TRAINS, "train(replace(config, steps=2, rows=2, length=32))")
+            for number, less in SMALLER.items():
+                code = code.replace(number, less)
+            exec(compile(code, page.name, "exec"), names)
+        elif block.language == "sh":
+            for line in block.lines:
+                if slow_too or not slow(shlex.split(line, comments=True)):
+                    type_it(line, capsys)
+    names.clear()
+    gc.collect()
+
+
+WITH_BLOCKS = [page for page in DOCS if any(block.language in ("sh", "python") for block in all_blocks(page))]
+WITH_SLOW = [
+    page
+    for page in WITH_BLOCKS
+    if any(slow(line.split()) for block in all_blocks(page) if block.language == "sh" for line in block.lines)
+]
+
+
+@pytest.fixture
+def no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep's runs are not made: each gets a loss."""
+
+    def made(jobs, **_: Any) -> None:
+        for job in jobs:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            (job.folder / "metrics.jsonl").write_text('{"step": 2, "validation_loss": 2.5}\n')
+
+    monkeypatch.setattr("rorqual.experiments.allocation.run", made)
+
+
+def id_of(page: Path) -> str:
+    return page.relative_to(ROOT / "docs").as_posix()
+
+
+@pytest.mark.parametrize("page", WITH_BLOCKS, ids=id_of)
+def test_the_page_runs(
+    page: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    read_through(page, capsys, slow_too=False)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_sweep")
+@pytest.mark.parametrize("page", WITH_SLOW, ids=id_of)
+def test_the_page_runs_whole(
+    page: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    read_through(page, capsys, slow_too=True)
+
+
+def help_examples() -> dict[str, list[str]]:
+    """Command -> the lines that `rorqual --help` and its own --help show of it, in their order."""
+    found = {name: [f"rorqual {command.example}"] for name, command in COMMANDS.items()}
+    for path in sorted((ROOT / "rorqual/cli").glob("*.py")):
+        for line in re.findall(r"^ *(rorqual [a-z]+ .*?)(?: {3,}.*)?$", path.read_text(encoding="utf-8"), re.MULTILINE):
+            name = line.split()[1]
+            if name in found and line not in found[name]:
+                found[name].append(line)
+    return found
+
+
+@pytest.mark.usefixtures("no_sweep")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in COMMANDS]
+)
+def test_the_examples_of_help_run(
+    name: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    for line in help_examples()[name]:
+        type_it(line, capsys)
+
+
+def test_help_shows_the_examples_that_are_run() -> None:
+    found = help_examples()
+    assert len(found["memory"]) >= 5
+    assert len(found["train"]) >= 5
+    assert len(found["table"]) >= 7
+
+
+def test_blocks_say_what_they_are_and_what_they_need() -> None:
+    for page in (*PAGES, *DOCS):
+        text = page.read_text(encoding="utf-8")
+        found = all_blocks(page)
+        assert text.count("<!-- needs:") == sum(bool(block.needs) for block in found), page
+        assert {reason for block in found for reason in block.needs} <= NEEDS, page
+        for block in found:
+            assert block.language in ("", "sh", "python"), page
+            if not block.language:  # a drawing or a formula
+                assert not re.search(r"^\s*(rorqual [a-z]|python |make |import |from )", block.body, re.MULTILINE), page
+
+
+INLINE = re.compile(r"`(?:OMP_NUM_THREADS=1 )?((?:rorqual|python) [^`]*)`")
+
+
+@pytest.mark.parametrize("page", [page for page in DOCS if page.name != "log.md"], ids=id_of)
+def test_commands_within_sentences_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for command in INLINE.findall(prose.replace("\n", " ")):
+        words = [word for word in shlex.split(command) if word != "..."]
+        if words[0] == "python":
+            assert words[1] == "-m" or (ROOT / words[1]).is_file(), command
+            continue
+        if words[1].startswith("-"):
+            continue
+        assert words[1] in COMMANDS, command
+        flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+        if flags:
+            told = [words[1]] + [word for word in words[2:3] if words[1] in ("table", "sweep")]
+            with contextlib.suppress(SystemExit):
+                main([*told, "--help"])
+            shown = capsys.readouterr().out
+            short = {"--data", "--needles"} if words[1] == "train" else set()
+            assert all(flag in shown for flag in flags if flag not in short), command
 
 
 def test_the_demo_of_the_page_is_the_demo_of_the_makefile() -> None:

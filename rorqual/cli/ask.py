@@ -187,8 +187,8 @@ def explore_command(argv: list[str]) -> int:
 class Memory:
     """What each token of a text reads from memory and how far it trusts it; what an edit changes, and edits undone.
 
-    rorqual memory runs/demo/engram "the sperm whale" --rows
-    rorqual memory runs/demo/engram "the sperm whale" --suppress " whale is" --top 5 --save
+    rorqual memory runs/demo/engram "the great white" --rows
+    rorqual memory runs/demo/engram "the great white" --suppress " great white" --top 5 --save
     rorqual memory runs/demo/engram --undo
     rorqual memory runs/demo/engram --data wordnet --limit 500
     """

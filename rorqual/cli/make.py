@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ from rorqual.presets import PRESETS, preset
 def demo_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
     from rorqual.experiments import demo
+    from rorqual.train.optim import recipe
 
-    options = parse(demo.DemoConfig(), argv, "demo")
+    shape = value_of("--preset", argv) or demo.DemoConfig().preset
+    start = demo.DemoConfig(preset=shape, optim=recipe(named(shape).dim))
+    options = parse(start, argv, "demo")
     result = demo.main(options, console=Console(stderr=as_json))
     if as_json:
         emit(result)
@@ -63,7 +66,7 @@ def train_command(argv: list[str]) -> int:
 def train_options(argv: list[str]) -> Any:
     """The TrainConfig that the words after `rorqual train` ask for."""
     name, flags = split_first(argv, "a preset's name or a run folder", "rorqual train tiny --data notes/")
-    from rorqual.train.trainer import TrainConfig
+    from rorqual.train.trainer import TrainConfig, begun
 
     kept = Path(name) / "train.json"
     if name in ("-h", "--help"):
@@ -73,7 +76,12 @@ def train_options(argv: list[str]) -> Any:
         start = configs.replace(configs.load(TrainConfig, kept), "folder", name)
     else:
         start = TrainConfig(model=named(name), folder=f"runs/{name}")
-    return parse(start, renamed(flags, {"--data": "--data.source"}), "train PRESET", TRAIN_ENDS)
+    flags = renamed(flags, {"--data": "--data.source"})
+    # A run that goes on keeps its optimizer, which may be older than today's recipe.
+    before = start if kept.is_file() else begun(value_of("--folder", flags) or start.folder)
+    if before is not None:
+        return parse(replace(start, optim=before.optim), flags, "train PRESET", TRAIN_ENDS)
+    return parse_with_recipe(start, flags, "train PRESET", TRAIN_ENDS)
 
 
 LAUNCH_HELP = """usage: rorqual launch [FLAGS OF TORCHRUN] PRESET|RUN [FLAGS OF rorqual train]
@@ -295,9 +303,8 @@ def sweep_command(argv: list[str]) -> int:
     else:
         shape = value_of("--preset", flags) or allocation.SweepConfig().preset
         start = configs.replace(allocation.SweepConfig(preset=shape, model=named(shape)), "kind", kind)
-        folder = allocation.main(
-            parse(start, renamed(flags, {"--data": "--data.source"}), "sweep KIND", SWEEP_ENDS), console=console
-        )
+        flags = renamed(flags, {"--data": "--data.source"})
+        folder = allocation.main(parse_with_recipe(start, flags, "sweep KIND", SWEEP_ENDS), console=console)
     if as_json:
         emit({"folder": folder, "conclusion": (folder / "conclusion.txt").read_text(encoding="utf-8").strip()})
     return 0
@@ -311,10 +318,23 @@ def named(name: str) -> ModelConfig:
     return preset(usual("preset", name, PRESETS))
 
 
+def parse_with_recipe(start: Any, argv: list[str], command: str, epilogue: str) -> Any:
+    """A config with `model` and `optim`, changed by argv; `optim` begins as the recipe of the model's width.
+
+    The width is known when argv has been read, so it is read again where it asks for another.
+    """
+    from rorqual.train.optim import recipe
+
+    options = parse(replace(start, optim=recipe(start.model.dim)), argv, command, epilogue)
+    if options.model.dim == start.model.dim:
+        return options
+    return parse(replace(start, optim=recipe(options.model.dim)), argv, command, epilogue)
+
+
 def value_of(flag: str, argv: Sequence[str]) -> str | None:
     """What a flag that is needed before the others are read is given; the last wins, as in the parser."""
     found = None
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
         found = following if word == flag else word.removeprefix(f"{flag}=") if word.startswith(f"{flag}=") else found
     return found
 

@@ -25,7 +25,7 @@ class Build:
     Ctrl-C leaves the shards that are whole in TABLE.partial; the same command goes on.
 
     rorqual table build memory --rows 10000000 --width 256 --dtype fp8
-    rorqual table build memory --source runs/demo/engram --number 0 --dtype bfloat16
+    rorqual table build engram-rows --source runs/demo/engram --number 0 --dtype bfloat16
     """
 
     table: Positional[str]  # the new folder
@@ -99,7 +99,7 @@ class Bench:
     The same rows, weights and prompts in each; all must say the same ids. A cold disk is one whose file the system was
     told to forget.
 
-    rorqual table bench --rows 10000000 --folder /mnt/nvme --figure homes.svg
+    rorqual table bench --rows 10000000 --figure homes.svg
     """
 
     rows: int = 1_000_000  # rounded up to the model's primes

@@ -32,7 +32,7 @@ from rorqual.experiments.runs import last, run, seeded
 from rorqual.layers.engram import EngramConfig
 from rorqual.model import ModelConfig
 from rorqual.presets import preset
-from rorqual.train.optim import OptimConfig
+from rorqual.train.optim import OptimConfig, recipe
 from rorqual.train.trainer import DataConfig, TrainConfig, prepare
 
 Kind = Literal["allocation", "experts", "slots", "layers", "ablation"]
@@ -52,7 +52,7 @@ class SweepConfig:
     rows_per_head: tuple[int, ...] = (FEW, 64, 1024, 16384)
     rho: float = 0.7  # of slots, layers and ablation
     data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(kind="muon", lr=0.02))
+    optim: OptimConfig = field(default_factory=lambda: recipe(preset("tiny").dim))
     rates: tuple[float, ...] = (1.0,)  # every point is trained at each of these times optim.lr
     steps: int = 200
     rows: int = 8

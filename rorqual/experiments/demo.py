@@ -24,7 +24,7 @@ from rorqual.experiments.plan import Plan, agreement, split_budget
 from rorqual.experiments.runs import Job, last, run
 from rorqual.presets import preset
 from rorqual.serve.generate import load
-from rorqual.train.optim import OptimConfig
+from rorqual.train.optim import OptimConfig, recipe
 from rorqual.train.trainer import DataConfig, TrainConfig, prepare
 
 SENTENCE = "The blue whale is the largest mammal; Alexander the Great was king of Macedon, in northern Greece."
@@ -43,7 +43,7 @@ class DemoConfig:
     steps: int = 420
     rows: int = 8  # sequences a step
     length: int = 128  # tokens a sequence
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(kind="muon", lr=0.02))
+    optim: OptimConfig = field(default_factory=lambda: recipe(preset("tiny").dim))
     seeds: int = 2  # runs an arm
     minutes: float = 7.0  # further seeds are left out when they would not end by then
     sentence: str = SENTENCE

@@ -27,6 +27,7 @@ from rorqual.layers.router import Router
 from rorqual.storage import DeviceTable, LearningTable
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of the Muon reference
+WIDEST = 512  # width of a model that `recipe` has a rate of its own for
 CHUNK = 512  # rows updated at a time: their three float32 copies stay in a core's cache
 
 
@@ -65,6 +66,18 @@ class OptimConfig:
             raise ValueError(f"decay_share: got {self.decay_share}, expected 0..1")
         if self.kind not in ("adamw", "muon") or self.decay not in ("constant", "linear", "cosine"):
             raise ValueError(f"got kind {self.kind!r} and decay {self.decay!r}, expected adamw or muon, a known decay")
+
+
+def recipe(dim: int) -> OptimConfig:
+    """The optimizer that `rorqual train`, the demo and the sweeps begin with, for a model of this width.
+
+    Muon at 0.02 up to a width of 64, where it was measured (docs/log.md). An update's largest singular value grows with
+    sqrt(width) here, and should not for one rate to serve every width (arXiv 2310.17813), so the rate falls with
+    1 / sqrt(width). Beyond WIDEST, which models of papers are, it is AdamW as OptimConfig has it.
+    """
+    if dim > WIDEST:
+        return OptimConfig()
+    return OptimConfig(kind="muon", lr=0.02 * min(1.0, math.sqrt(64 / dim)))
 
 
 def schedule(step: int, total: int, config: OptimConfig) -> float:

@@ -32,11 +32,12 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 
-from rorqual import parallel
+from rorqual import parallel, runtime
 from rorqual.data.needles import DEPTHS, column, grade
 from rorqual.train.engine import Module, autocast, metrics_of, untouched_randomness
 
 METRICS = "metrics.jsonl"
+FIRST = 5  # steps after which it is said how long the run will take
 WINDOW = 20  # steps that the speed is a mean of
 
 
@@ -53,7 +54,7 @@ class Recorder(ConsoleLoggerCallback):
     ) -> None:
         super().__init__()
         self.folder, self.tokens, self.steps, self.on_metrics = folder, tokens, steps, on_metrics
-        self.seconds = self._began = 0.0
+        self.seconds = self._began = self._second = 0.0
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self._at: dict[
             int, tuple[float, float, Tensor | None]
@@ -78,6 +79,13 @@ class Recorder(ConsoleLoggerCallback):
         took = time.perf_counter() - self._began
         self.seconds += took
         self._recent.append(took)
+        if len(self._recent) == 1:
+            self._second = time.perf_counter()
+        elif len(self._recent) == FIRST:
+            # By the wall clock: a device may still be computing when a step's call returns.
+            each = (time.perf_counter() - self._second) / (FIRST - 1)
+            ahead = self.steps - self.step
+            runtime.log(f"the {ahead:,} steps ahead take about {duration(each * ahead)}, by the first {FIRST}")
         load = cast(Module, self.trainer.train_module).load
         self._at[self.step] = (self.seconds, sum(self._recent) / len(self._recent), load)
 
@@ -139,6 +147,12 @@ class Board:
         # what could not be written was said when it was
         with suppress(OSError):
             self._file.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    size, unit = next(((n, word) for n, word in ((3600, "hours"), (60, "minutes")) if seconds >= 2 * n), (1, "seconds"))
+    return f"{seconds / size:,.0f} {unit}"
 
 
 def trim(path: Path, step: int) -> None:

@@ -44,6 +44,7 @@ FIXED = (  # others may change on resuming
     *("bias_rest", "mtp_late", "indexer_alone"),
 )
 SMALLEST = 257  # ids of a vocabulary that can write any text
+EPOCHS = 4  # passes over a text up to which it is nearly as good as new text
 UNDER_WAY = ".unfinished"  # a file that is there until the model is: one of fewer steps may be there meanwhile
 
 
@@ -244,6 +245,9 @@ def _train(config: TrainConfig, folder: Path, device: torch.device, tell: Callab
     logging.getLogger(olmo_core.__name__).setLevel(logging.CRITICAL)  # what it raises is enough
     from rorqual.train import engine, record
 
+    if config.tables != "device" and config.model.engram is None:
+        put_in = "expected device, or a model with rows: --model.engram default"
+        raise ValueError(f"tables: got {config.tables} for a model without Engram, {put_in}")
     data = _prepared(config)
     runtime.seed_everything(config.seed)
     model, dtype = _model(config, data, device, after), runtime.dtype(config.dtype)
@@ -320,7 +324,29 @@ def _prepared(config: TrainConfig) -> Prepared | Asked:
     if config.rows % parallel.world():
         raise ValueError(f"rows: got {config.rows}, expected a multiple of the {parallel.world()} ranks")
     runtime.log(str(found))
+    _say_what_is_ahead(config, found)
     return found
+
+
+def _say_what_is_ahead(config: TrainConfig, data: Prepared | Asked) -> None:
+    """Logs how long the run is, and warns where it reads the same text more often than brings anything."""
+    tokens = config.steps * config.rows * config.length
+    said = f"{config.steps:,} steps of {config.rows} x {config.length} tokens: {tokens:,} tokens"
+    if isinstance(data, Asked):
+        runtime.log(said)
+        return
+    epochs = tokens / len(data.tokens.train)
+    runtime.log(
+        f"{said}, {epochs:,.0f} epochs of the text" if epochs >= 10 else f"{said}, {epochs:.2g} epochs of the text"
+    )
+    if epochs > EPOCHS:
+        fewer = EPOCHS * len(data.tokens.train) // (config.rows * config.length)
+        try_fewer = f", or try --steps {fewer:,}" if fewer else ""
+        runtime.log(
+            f"the text is read more than {EPOCHS} times, after which repeating it brings little (arXiv 2305.16264): "
+            f"train on more text{try_fewer}",
+            style="bold",
+        )
 
 
 def _text(data: DataConfig, room: int) -> Prepared:
@@ -377,6 +403,13 @@ def _write_tables(folder: Path, model: LanguageModel) -> None:
 def _before(folder: Path) -> TrainConfig | None:
     path = folder / "train.json"
     return configs.load(TrainConfig, path) if path.is_file() else None
+
+
+def begun(folder: str | os.PathLike[str]) -> TrainConfig | None:
+    """The config of the run in this folder, if it has a checkpoint or a model to go on from."""
+    folder = Path(folder)
+    kept = bool(checkpoint.steps(folder / "checkpoints")) or (folder / "model.safetensors").is_file()
+    return _before(folder) if kept else None
 
 
 def _differences(one: TrainConfig, other: TrainConfig) -> list[str]:

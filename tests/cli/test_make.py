@@ -2,9 +2,10 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -16,6 +17,7 @@ from rorqual.costs import costs
 from rorqual.experiments.allocation import SweepConfig
 from rorqual.model import ModelConfig
 from rorqual.presets import preset
+from rorqual.train.optim import OptimConfig, recipe
 from rorqual.train.trainer import TrainConfig
 
 
@@ -201,6 +203,47 @@ def test_train_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert asked[1].model.hyper is not None
     assert asked[2].model.engram is None
     assert asked[3].needles is not None
+
+
+def test_train_demo_and_sweep_begin_with_one_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rorqual.train.trainer.train", lambda config, on_metrics: asked.append(config) or tmp_path)
+    monkeypatch.setattr("rorqual.experiments.demo.main", lambda config, console: asked.append(config))
+    monkeypatch.setattr("rorqual.experiments.allocation.main", lambda config, console: asked.append(config) or tmp_path)
+    for words in (["train", "{}"], ["demo", "--preset", "{}"], ["sweep", "experts", "--preset", "{}"]):
+        for name in ("tiny", "small"):
+            assert main([word.format(name) for word in words]) == 0
+            assert asked.pop().optim == recipe(preset(name).dim)
+    assert recipe(64) != recipe(256)
+    for words in (["train", "tiny"], ["sweep", "experts"]):
+        assert main([*words, "--model.dim", "128", "--optim.clip", "0.5"]) == 0  # of the width that is asked for
+        assert asked.pop().optim == replace(recipe(128), clip=0.5)
+    assert main(["train", "tiny", "--model.dim", "128", "--optim.kind", "adamw", "--optim.lr", "0.002"]) == 0
+    assert (asked[-1].optim.kind, asked.pop().optim.lr) == ("adamw", 0.002)
+    assert main(["train", "engram-demo"]) == 0
+    assert asked.pop().optim == OptimConfig()
+
+
+def test_a_run_that_goes_on_keeps_its_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_run: Path
+) -> None:
+    """Runs begun when another optimizer was the default are not refused for it."""
+    asked: list[Any] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rorqual.train.trainer.train", lambda config, on_metrics: asked.append(config) or tmp_path)
+    old = TrainConfig(model=preset("tiny"), optim=OptimConfig(lr=4e-3), folder="runs/tiny")
+    configs.save(old, "runs/tiny/train.json")
+    assert main(["train", "tiny"]) == 0
+    assert asked.pop().optim == recipe(64)  # there is nothing to go on from
+    assert main(["train", "runs/tiny"]) == 0
+    assert asked.pop() == old
+    shutil.copy(small_run / "model.safetensors", "runs/tiny")
+    assert main(["train", "tiny"]) == 0
+    assert asked.pop() == old
+    shutil.move("runs/tiny", "elsewhere")
+    assert main(["train", "tiny", "--folder", "elsewhere", "--steps", "9"]) == 0
+    assert asked.pop() == replace(old, folder="elsewhere", steps=9)
 
 
 def test_renamed() -> None:

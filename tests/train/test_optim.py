@@ -11,8 +11,19 @@ from torch import nn
 from rorqual import kernels
 from rorqual.config import from_dict
 from rorqual.layers.experts import Experts
+from rorqual.presets import PRESETS
 from rorqual.storage import DeviceTable
-from rorqual.train.optim import OptimConfig, Optimizer, coalesce, orthogonalise, roles, row_adam, schedule, sum_rows
+from rorqual.train.optim import (
+    OptimConfig,
+    Optimizer,
+    coalesce,
+    orthogonalise,
+    recipe,
+    roles,
+    row_adam,
+    schedule,
+    sum_rows,
+)
 
 pytestmark = pytest.mark.engram
 
@@ -321,6 +332,18 @@ def test_state_of_another_kind_is_refused():
     model = Double()
     with pytest.raises(ValueError, match="other names"):
         Optimizer(model, OptimConfig(kind="muon")).load_state_dict(Optimizer(model, OptimConfig()).state_dict())
+
+
+def test_the_recipe_falls_with_the_width_and_leaves_the_papers_models_alone():
+    assert recipe(64) == OptimConfig(kind="muon", lr=0.02)
+    assert recipe(256) == OptimConfig(kind="muon", lr=0.01)
+    assert recipe(16) == recipe(64)  # a rate above the measured one is not established
+    rates = [recipe(width).lr for width in range(64, 513)]
+    assert all(wider < narrower for narrower, wider in zip(rates, rates[1:], strict=False))
+    for name in ("tiny", "small", "classroom"):
+        assert recipe(PRESETS[name].dim).kind == "muon"
+    for name in PRESETS.keys() - {"tiny", "small", "classroom"}:
+        assert recipe(PRESETS[name].dim) == OptimConfig()
 
 
 def test_schedule():

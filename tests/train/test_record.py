@@ -11,7 +11,7 @@ from torch import nn
 
 from rorqual.data.needles import DEPTHS, TASKS, NeedleConfig, column, exams
 from rorqual.model import LanguageModel, ModelConfig
-from rorqual.train.record import Board, answer, trim, validate
+from rorqual.train.record import Board, answer, duration, trim, validate
 
 
 def test_trim_keeps_the_steps_made_and_drops_half_a_line(tmp_path):
@@ -46,6 +46,21 @@ def test_a_full_disk_under_tensorboard_is_an_error_where_it_happens(tmp_path, mo
     board.close()
     del board
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.2, "0 seconds"),
+        (119, "119 seconds"),
+        (121, "2 minutes"),
+        (7199, "120 minutes"),
+        (7201, "2 hours"),
+        (1e7, "2,778 hours"),
+    ],
+)
+def test_a_duration_is_told_in_the_unit_that_suits_it(seconds, said):
+    assert duration(seconds) == said
 
 
 def batches(ids: torch.Tensor, labels: torch.Tensor) -> list[dict[str, torch.Tensor]]:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -64,6 +65,16 @@ def config(text, tmp_path) -> TrainConfig:
     return TrainConfig(
         model=MODEL, optim=optim, data=data, folder=str(tmp_path / "run"), steps=8, rows=4, length=24, save_every=3
     )
+
+
+def stop_at(step: int):
+    """What asks a training to stop, as ctrl-C does, after this step."""
+
+    def stop(line: dict) -> None:
+        if line["step"] == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return stop
 
 
 def lines(folder: Path) -> list[dict]:
@@ -162,6 +173,33 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(config, tmp_path
         found.append((losses(folder), (folder / "model.safetensors").read_bytes()))
     assert found[0] == found[1]
     assert found[0][0][0] != found[2][0][0]
+
+
+def test_a_run_says_what_is_ahead_before_it_starts(config, capsys):
+    tokens = len(prepare(config.data).tokens.train)
+    few = 4 * tokens // (4 * 24)
+    with pytest.raises(Stopped):
+        train(replace(config, steps=few + 1), on_metrics=stop_at(6))
+    said = capsys.readouterr().err.splitlines()
+    total = (few + 1) * 4 * 24
+    (ahead,) = [line for line in said if line.startswith(f"{few + 1} steps of 4 x 24 tokens: {total:,} tokens")]
+    assert ahead.endswith("4 epochs of the text")
+    (warning,) = [line for line in said if "more than 4 times" in line]
+    assert warning.endswith(f"try --steps {few}")
+    (time,) = [line for line in said if "steps ahead take about" in line]
+    assert re.fullmatch(rf"the {few - 4} steps ahead take about \d+ (seconds|minutes|hours), by the first 5", time)
+
+    train(replace(config, steps=3, folder=f"{config.folder}-short"))
+    said = capsys.readouterr().err
+    assert f"3 steps of 4 x 24 tokens: 288 tokens, {288 / tokens:.2g} epochs of the text" in said
+    assert "more than 4 times" not in said
+    assert "steps ahead" not in said
+
+
+@pytest.mark.parametrize("tables", ["host", "disk"])
+def test_tables_elsewhere_are_refused_for_a_model_without_any(config, tables):
+    with pytest.raises(ValueError, match=f"got {tables} for a model without Engram.*--model.engram default"):
+        train(replace(config, tables=tables, model=replace(MODEL, engram=None)))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
