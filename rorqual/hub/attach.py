@@ -90,8 +90,9 @@ class Memory(nn.Module):
         return Bundle(**parts)
 
     def mount(self, host: nn.Module) -> None:
-        """Hook into the host and make memory alone trainable; of a host with PEFT's adapters, which has been frozen, the
-        adapters stay so. ValueError, and nothing changes, where that cannot be."""
+        """Hook into the host and make memory alone trainable, beside PEFT's adapters if it has any.
+
+        ValueError, and nothing changes, where that cannot be."""
         if any(isinstance(module, Memory) for module in host.modules()):
             raise ValueError("attach: the model already carries a memory; detach it first")
         body, blocks = find_blocks(host)
@@ -307,13 +308,15 @@ def attach(
 ) -> Memory:
     """Give a transformers causal model, or PEFT's model around one, an Engram before the blocks `layers`.
 
-    Returns the memory. tokenizer: the model's, ours or a fast one of transformers. `options` are EngramConfig's other fields
-    (rows_per_head, heads, head_dim, ...). Logits are unchanged, bit for bit, until the memory is trained; the host's
-    parameters are frozen, but not PEFT's adapters. `sparse`: the tables' gradients name only the rows that were read,
-    which few optimizers take (ours does). `zero`: what is 0 at first, W_v, or the rows: then text whose n-grams were never trained keeps its
-    logits, bit for bit, unless its hashes meet trained rows. The memory has the model's device and dtype; of a model in
-    bfloat16 it is better trained in float32 (`memory.float()`). ValueError for a model whose blocks cannot be found, or
-    layers that it does not have.
+    Returns the memory. tokenizer: the model's, ours or a fast one of transformers. `options` are
+    EngramConfig's other fields (rows_per_head, heads, head_dim, ...). Logits are unchanged, bit for
+    bit, until the memory is trained; the host's parameters are frozen, but not PEFT's adapters.
+    `sparse`: the tables' gradients name only the rows that were read, which few optimizers take (ours
+    does; torch's AdamW and transformers' Trainer do not). `zero`: what is 0 at first, W_v, or the rows:
+    then text whose n-grams were never trained keeps its logits, bit for bit, unless its hashes meet
+    trained rows. The memory has the model's device and dtype; of a model in bfloat16 it is better
+    trained in float32 (`memory.float()`). ValueError for a model whose blocks cannot be found or have
+    several residual streams, or layers that it does not have.
     """
     ours = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.of(tokenizer)
     known = {field.name for field in dataclasses.fields(EngramConfig)} - {"layers"}

@@ -575,7 +575,9 @@ def step(model) -> dict[str, bool]:
     return {kind: all(changes) if any(changes) else False for kind, changes in found.items()}
 
 
-@pytest.mark.parametrize("first", ["memory", "lora", "lora, by the host itself", "memory, then lora by the host itself"])
+@pytest.mark.parametrize(
+    "first", ["memory", "lora", "lora, by the host itself", "memory, then lora by the host itself"]
+)
 def test_memory_and_lora_train_beside_each_other(first, llama, tokenizer):
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     model = llama
