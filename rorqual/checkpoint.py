@@ -247,6 +247,7 @@ def load_model(
         got = f"{tables} for a model without Engram"
         raise ValueError(f"{folder}: got {got}, expected none: it has no rows to keep elsewhere")
     path = folder / "model.safetensors"
+    check_sizes(folder, config, stored_shapes(path))
     apart = tables.home != "device" or tables.folder is not None
     state = _weights(path, str(device), without="tables." if apart else None)
     apart = apart or ("tables.0.weight" not in state and (folder / "tables").is_dir())
@@ -260,6 +261,77 @@ def load_model(
     _compare(folder, {k: tuple(v.shape) for k, v in state.items()}, _shapes(model))
     model.load_state_dict(state)
     return model.to(device).eval()
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a safetensors file, of which only the header is read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise Damaged(f"{path}: got a torn file ({error}), expected safetensors") from error
+
+
+def check_sizes(folder: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses a config whose sizes are not the weights', before a model of these sizes is built.
+
+    Sizes that decide little of a model are left to the comparison of every tensor, once it is.
+    """
+
+    def count(pattern: str) -> int:
+        return len({match[1] for name in shapes if (match := re.match(pattern, name))})
+
+    def expect(name: str, got: int, axis: int, tensor: str) -> None:
+        shape = shapes.get(tensor, ())
+        if axis < len(shape) and got != shape[axis]:
+            raise ValueError(f"{folder}: config.json: {name}: got {got}, expected {shape[axis]} as {tensor} has")
+
+    depth = config.mtp.depth if config.mtp is not None else 0
+    for name, got, kind in (("layers", config.layers, "blocks"), ("mtp.depth", depth, "mtp")):
+        if got != (stored := count(rf"{kind}\.(\d+)\.")):
+            raise ValueError(f"{folder}: config.json: {name}: got {got}, expected {stored} as the weights have")
+    expect("vocabulary", config.vocabulary, 0, "embed.weight")
+    expect("dim", config.dim, 1, "embed.weight")
+    expect("dense_width", config.dense_width, 0, "blocks.0.ffn.gate_proj.weight")
+    if config.moe is not None:
+        ffn = f"blocks.{config.moe.first_dense}.ffn"
+        expect("moe.routed", config.moe.routed, 0, f"{ffn}.experts.down")
+        expect("moe.width", config.moe.width, 1, f"{ffn}.experts.down")
+        if config.moe.shared:
+            expect("moe.shared, in widths,", config.moe.shared_hidden, 0, f"{ffn}.shared.gate_proj.weight")
+    attention = "blocks.0.attention"
+    if config.mla is not None:
+        mla = config.mla
+        expect("mla.kv_lora_rank", mla.kv_lora_rank, 0, f"{attention}.kv_a_layernorm.weight")
+        if mla.q_lora_rank is not None:
+            expect("mla.q_lora_rank", mla.q_lora_rank, 0, f"{attention}.q_a_layernorm.weight")
+        expect("mla.heads * mla.value_dim", mla.heads * mla.value_dim, 1, f"{attention}.o_proj.weight")
+        keys = mla.heads * (mla.nope_dim + mla.value_dim)
+        expect("mla.heads * (nope_dim + value_dim)", keys, 0, f"{attention}.kv_b_proj.weight")
+    if config.gqa is not None:
+        gqa = config.gqa
+        for heads, projection in (("heads", "q_proj"), ("kv_heads", "k_proj")):
+            got = getattr(gqa, heads) * gqa.head_dim
+            expect(f"gqa.{heads} * gqa.head_dim", got, 0, f"{attention}.{projection}.weight")
+    if config.hyper is not None:
+        mixed = config.hyper.streams * config.dim
+        expect("hyper.streams * dim", mixed, 1, f"{attention}_site.mixer.fn")
+    if config.engram is not None:
+        engram = config.engram
+        for axis, (name, got) in enumerate(
+            (
+                ("engram.layers, their number,", len(engram.layers)),
+                ("engram.rows_per_head, their number,", len(engram.rows_per_head)),
+                ("engram.heads", engram.heads),
+            )
+        ):
+            expect(name, got, axis, "addresses.primes")
+        expect("engram.head_dim", engram.head_dim, 1, "tables.0.weight")
+        # a head has a prime number of rows, which is found by trial: at least so many as the config says
+        least, (rows, *_) = sum(engram.rows_per_head) * engram.heads, shapes.get("tables.0.weight", (None,))
+        if rows is not None and least > rows:
+            got = f"{engram.rows_per_head}, {least} rows or more,"
+            raise ValueError(f"{folder}: config.json: engram.rows_per_head: got {got} expected {rows} in all")
 
 
 def _weights(path: Path, device: str, without: str | None) -> dict[str, Tensor]:

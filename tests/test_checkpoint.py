@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,10 @@ from rorqual.checkpoint import (
     steps,
     verify,
 )
+from rorqual.layers.engram import EngramConfig
+from rorqual.layers.hyper import HyperConfig
+from rorqual.layers.moe import MoEConfig
+from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.storage import StorageConfig
 
@@ -296,6 +301,46 @@ def test_tables_elsewhere_are_refused_for_a_model_without_any(tmp_path, where):
     with pytest.raises(ValueError, match="for a model without Engram, expected none"):
         load_model(tmp_path, tables=StorageConfig(**where))
     assert load_model(tmp_path, tables=StorageConfig()).config == tiny()
+
+
+SIZES = {
+    "layers": (10_000_000, "layers: got 10000000, expected 2"),
+    "mtp.depth": (10_000_000, r"mtp\.depth: got 10000000, expected 1"),
+    "vocabulary": (10**9, "vocabulary: got 1000000000, expected 50"),
+    "dim": (10**7, "dim: got 10000000, expected 16"),
+    "dense_width": (10**12, "dense_width: got 1000000000000, expected 24"),
+    "moe.routed": (10**9, r"moe\.routed: got 1000000000, expected 4"),
+    "moe.width": (10**12, r"moe\.width: got 1000000000000, expected 8"),
+    "moe.shared": (10**9, r"moe\.shared.* got 8000000000, expected 8"),
+    "mla.heads": (10**9, r"mla\.heads .* got 16000000000, expected 64"),
+    "hyper.streams": (10**9, r"hyper\.streams .* got 16000000000, expected 32"),
+    "engram.heads": (10**6, r"engram\.heads: got 1000000, expected 2"),
+    "engram.rows_per_head": ((11, 10**15), r"engram\.rows_per_head: got .* expected 60"),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_that_is_not_the_weights_is_refused_before_anything_is_built(name, tmp_path, monkeypatch):
+    """`layers: 10000000` took 45 s and 8 GB."""
+    parts = {
+        "moe": MoEConfig(routed=4, active=2, width=8, first_dense=1),
+        "engram": EngramConfig(layers=(0,), rows_per_head=(11, 11), heads=2, head_dim=4),
+        "hyper": HyperConfig(streams=2, iterations=1),
+        "mtp": MTPConfig(),
+    }
+    save_model(tmp_path, LanguageModel(replace(tiny(), layers=2, **parts)))
+    load_model(tmp_path)
+    monkeypatch.setattr(LanguageModel, "__init__", lambda *_, **__: pytest.fail("a model is built"))
+    size, words = SIZES[name]
+    description = json.loads((tmp_path / "config.json").read_text())
+    at, *fields = description, *name.split(".")
+    for field in fields[:-1]:
+        at = at[field]
+    at[fields[-1]] = size
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=words) as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_torn_weights_are_named(tmp_path):

@@ -4,7 +4,8 @@
     W_v = 0 and conv = 0 at first               so the model says what it said, bit for bit, until memory is trained
 
 Hooks put it there and take it away; no class of the host is changed. What memory keeps between calls (the ids and the
-convolution's values) lives on the host's own cache object and follows its verbs. Only memory is trainable.
+convolution's values) lives on the host's own cache object and follows its verbs. Only memory is trainable, and PEFT's
+adapters, whichever of the two came first.
 Retrofit of Conditional Memory via Scalable Lookup, arXiv:2601.07372.
 """
 
@@ -22,7 +23,7 @@ from jaxtyping import Float, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache
 
 from rorqual import config as configs
 from rorqual.data.tokenizer import Tokenizer
@@ -53,6 +54,8 @@ class Memory(nn.Module):
         self.start("values", seed)
         self._host: tuple[nn.Module, ...] = ()  # a tuple, so that the host is no submodule of its memory
         self._frozen: list[tuple[nn.Parameter, bool]] = []
+        self._trained: list[tuple[nn.Parameter, bool]] = []
+        self._adapters: tuple[str, ...] = ()
         self._hooks: list[Any] = []
         self._caches: list[weakref.ref[Any]] = []  # those whose class was changed
         self._now: tuple[Layout, Tensor | None, list[Pending], Bundle | None] | None = None
@@ -87,7 +90,9 @@ class Memory(nn.Module):
         return Bundle(**parts)
 
     def mount(self, host: nn.Module) -> None:
-        """Hook into the host and make memory alone trainable. ValueError, and nothing changes, where that cannot be."""
+        """Hook into the host and make memory alone trainable, beside PEFT's adapters if it has any.
+
+        ValueError, and nothing changes, where that cannot be."""
         if any(isinstance(module, Memory) for module in host.modules()):
             raise ValueError("attach: the model already carries a memory; detach it first")
         body, blocks = find_blocks(host)
@@ -101,8 +106,9 @@ class Memory(nn.Module):
             raise ValueError(f"attach: got a model on {', '.join(sorted(devices))}, expected one device for all of it")
         floats = [parameter for parameter in host.parameters() if parameter.is_floating_point()]
         self.to(device=floats[0].device, dtype=floats[0].dtype)
-        self._frozen = [(parameter, parameter.requires_grad) for parameter in host.parameters()]
-        for parameter in floats:
+        self._adapters = _adapters(host)
+        self._frozen = [] if self._adapters else [(parameter, parameter.requires_grad) for parameter in floats]
+        for parameter, _ in self._frozen:
             parameter.requires_grad_(False)
         self._hooks = [
             body.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -120,15 +126,38 @@ class Memory(nn.Module):
             raise ValueError("detach: this memory is not attached")
         for hook in self._hooks:
             hook.remove()
-        for parameter, trained in self._frozen:
-            parameter.requires_grad_(trained)
+        (host,) = self._host
+        if not _adapters(host):
+            for parameter, trained in self._frozen:
+                parameter.requires_grad_(trained)
         for known in self._caches:
             if (cache := known()) is not None:
                 cache.forget()
-        (host,) = self._host
         delattr(host, NAME)
         self._hooks, self._frozen, self._caches, self._host, self._now = [], [], [], (), None
         return host
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; before it, memory that PEFT has frozen with the host is made trainable again."""
+        self._undo_freezing()
+        return super().named_modules(*args, **kwargs)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Memory":
+        """As of any module. Memory that is frozen so stays frozen when PEFT comes."""
+        super().requires_grad_(requires_grad)
+        self._trained = []
+        return self
+
+    def _undo_freezing(self) -> None:
+        """PEFT freezes all that it finds in a model when it comes, and calls nobody then. So whoever lists the modules
+        or parameters next, an optimizer among them, gets what was trainable before. Once: later freezing is meant."""
+        before, self._adapters = self._adapters, _adapters(self._host[0]) if self._host else ()
+        own = [parameter for child in self.children() for parameter in child.parameters()]
+        if any(parameter.requires_grad for parameter in own):
+            self._trained = [(parameter, parameter.requires_grad) for parameter in own]
+        elif set(self._adapters) - set(before):
+            for parameter, trained in self._trained:
+                parameter.requires_grad_(trained)
 
     def save(self, path: str | Path) -> None:
         """The memory alone, as one safetensors file whose header says what it fits; whole or not at all."""
@@ -268,7 +297,7 @@ class Remembering:
 
 
 def attach(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: Any,
     layers: tuple[int, ...] = (1,),
     *,
@@ -277,15 +306,17 @@ def attach(
     zero: str = "values",
     **options: Any,
 ) -> Memory:
-    """Give a transformers causal model an Engram before the blocks `layers`; returns the memory.
+    """Give a transformers causal model, or PEFT's model around one, an Engram before the blocks `layers`.
 
-    tokenizer: the model's, ours or a fast one of transformers. `options` are EngramConfig's other fields
-    (rows_per_head, heads, head_dim, ...). Logits are unchanged, bit for bit, until the memory is trained; the host's
-    parameters are frozen. `sparse`: the tables' gradients name only the rows that were read, which few optimizers
-    take (ours does). `zero`: what is 0 at first, W_v, or the rows: then text whose n-grams were never trained keeps its
-    logits, bit for bit, unless its hashes meet trained rows. The memory has the model's device and dtype; of a model in
-    bfloat16 it is better trained in float32 (`memory.float()`). ValueError for a model whose blocks cannot be found, or
-    layers that it does not have.
+    Returns the memory. tokenizer: the model's, ours or a fast one of transformers. `options` are
+    EngramConfig's other fields (rows_per_head, heads, head_dim, ...). Logits are unchanged, bit for
+    bit, until the memory is trained; the host's parameters are frozen, but not PEFT's adapters.
+    `sparse`: the tables' gradients name only the rows that were read, which few optimizers take (ours
+    does; torch's AdamW and transformers' Trainer do not). `zero`: what is 0 at first, W_v, or the rows:
+    then text whose n-grams were never trained keeps its logits, bit for bit, unless its hashes meet
+    trained rows. The memory has the model's device and dtype; of a model in bfloat16 it is better
+    trained in float32 (`memory.float()`). ValueError for a model whose blocks cannot be found or have
+    several residual streams, or layers that it does not have.
     """
     ours = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.of(tokenizer)
     known = {field.name for field in dataclasses.fields(EngramConfig)} - {"layers"}
@@ -294,14 +325,15 @@ def attach(
     if zero not in ("values", "rows"):
         raise ValueError(f"zero: got {zero!r}, expected values or rows")
     settings = configs.from_dict(EngramConfig, {"pad_id": ours.pad_id, **options, "layers": list(layers)})
-    find_blocks(model)  # before anything large is made
+    # before anything large is made
+    _check_hidden(model, *find_blocks(model))
     memory = Memory(settings, ours, _vocabulary_of(model, ours), _width_of(model), seed=seed, sparse=sparse)
     memory.start(zero, seed)
     memory.mount(model)
     return memory
 
 
-def load_memory(model: PreTrainedModel, tokenizer: Any, path: str | Path, *, sparse: bool = False) -> Memory:
+def load_memory(model: nn.Module, tokenizer: Any, path: str | Path, *, sparse: bool = False) -> Memory:
     """Attach what `Memory.save` wrote, in the dtype it had. ValueError where it is no such file, or is of another model
     or tokenizer; the model is then left as it was."""
     config, width, tensors = _read(path)
@@ -357,12 +389,44 @@ def find_blocks(host: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     )
 
 
-def _width_of(model: PreTrainedModel) -> int:
+class _Reached(Exception):
+    """The shape of the hidden states that came to a block."""
+
+
+def _check_hidden(model: nn.Module, body: nn.Module, blocks: nn.ModuleList) -> None:
+    """ValueError where the first block takes anything but [batch, time, width], as of several residual streams: seen
+    by a call of one token that ends at the block. Nothing is said of a model which such a call does not suit."""
+
+    def stop(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        raise _Reached(list((args[0] if args else kwargs["hidden_states"]).shape))
+
+    hook = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+    shape, width = None, _width_of(model)
+    try:
+        with torch.no_grad():
+            body.forward(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(body.parameters()).device))
+    except _Reached as reached:
+        (shape,) = reached.args
+    except Exception:
+        return
+    finally:
+        hook.remove()
+    if shape not in (None, [1, 1, width]):
+        got = f"{type(model).__name__}, whose blocks take hidden states {shape} for one token"
+        raise ValueError(f"attach: got {got}, expected [1, 1, {width}]: several residual streams take no memory")
+
+
+def _adapters(host: nn.Module) -> tuple[str, ...]:
+    """Names of PEFT's adapters on a model."""
+    return tuple(getattr(host, "peft_config", ()))
+
+
+def _width_of(model: Any) -> int:
     """Of the hidden states, which in some models is not that of the embedding."""
     return model.config.get_text_config(decoder=True).hidden_size
 
 
-def _vocabulary_of(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
+def _vocabulary_of(model: Any, tokenizer: Tokenizer) -> int:
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocabulary > rows:
         raise ValueError(

@@ -217,9 +217,15 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.
     description, files = _json(folder / "config.json"), Files(folder)
     config = config_of(description, mtp_depth=_mtp_depth(description, files))
     block = _scale_block(description)
-    _check_count(files, config)
-    with torch.device("meta"):
-        model = LanguageModel(config, seed=None)
+    _check_sizes(files, config)
+    try:
+        with torch.device("meta"):
+            model = LanguageModel(config, seed=None)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(
+            f"{folder}: config.json: no model has such sizes, expected those of the weights: {said}"
+        ) from error
     _check(files, config, model.state_dict(), block)
     dtype = dtype or _stored_dtype(files)
     for parameter in model.parameters():
@@ -253,14 +259,26 @@ def _stored_dtype(files: Files) -> torch.dtype:
     return torch.bfloat16 if dtype.itemsize == 1 else dtype
 
 
-def _check_count(files: Files, config: ModelConfig) -> None:
-    """A config far too large for the folder is refused before a name is made for each tensor it asks for."""
-    experts = config.moe.routed * (config.layers - config.moe.first_dense) if config.moe is not None else 0
-    least = 9 * config.layers + 3 * experts
-    if least > 2 * len(files.where) + 1000:
+def _check_sizes(files: Files, config: ModelConfig) -> None:
+    """Refuses a config larger than the folder before a model, or a name for each tensor it asks for, is made."""
+
+    def count(pattern: str) -> int:
+        return len({match[1] for name in files.where if (match := re.search(pattern, name))})
+
+    depth = config.mtp.depth if config.mtp is not None else 0
+    most = {"num_hidden_layers": (config.layers, count(r"^model\.layers\.(\d+)\.") - depth)}
+    if config.moe is not None:
+        routers = [shape[0] for name, shape in files.shapes.items() if name.endswith(".mlp.gate.weight") and shape]
+        most["n_routed_experts"] = config.moe.routed, max(routers, default=count(r"\.mlp\.experts\.(\d+)\."))
+    embed = files.shapes.get("model.embed_tokens.weight", ())
+    # fewer than there are leave tensors over, which are named
+    wrong = {name: sizes for name, sizes in most.items() if sizes[0] > sizes[1]}
+    ours = ("vocab_size", config.vocabulary), ("hidden_size", config.dim)
+    equal = {name: (got, size) for (name, got), size in zip(ours, embed, strict=False)}
+    wrong |= {name: sizes for name, sizes in equal.items() if sizes[0] != sizes[1]}
+    for name, (got, stored) in wrong.items():
         raise ValueError(
-            f"{files.folder}: tensors disagree with config.json, which asks for more than {least:,} of them; "
-            f"the folder holds {len(files.where):,}"
+            f"{files.folder}: tensors disagree with config.json. {name}: got {got}, expected {stored} as they have"
         )
 
 

@@ -161,7 +161,6 @@ class Look(NamedTuple):
             return self.mask[:, :, run, :end]
         return torch.ones(1, 1, count, end, dtype=torch.bool, device=self.key.device).tril(end - count)
 
-    @torch.no_grad()
     def chosen(
         self, run: slice, scores: Float[Tensor, "B T end"] | None = None
     ) -> tuple[Int[Tensor, "B T K"], Bool[Tensor, "B T K"] | None] | None:
@@ -170,14 +169,16 @@ class Look(NamedTuple):
         end, count = self.end(run), run.stop - run.start
         if end <= self.most:
             return None
-        if scores is None:
-            scores = index_scores(self.query[:, run], self.key[:, :end], self.weights[:, run])
-        if self.mask is not None or count > 1:
-            scores = scores.masked_fill(~self.visible(run)[:, 0], -torch.inf)
-        index = largest(scores, self.most)
-        if self.mask is None and end - count + 1 >= self.most:
-            return index, None
-        return index, scores.gather(-1, index) > -torch.inf
+        # not as a decorator, which torch.compile cannot trace on a method of a tuple
+        with torch.no_grad():
+            if scores is None:
+                scores = index_scores(self.query[:, run], self.key[:, :end], self.weights[:, run])
+            if self.mask is not None or count > 1:
+                scores = scores.masked_fill(~self.visible(run)[:, 0], -torch.inf)
+            index = largest(scores, self.most)
+            if self.mask is None and end - count + 1 >= self.most:
+                return index, None
+            return index, scores.gather(-1, index) > -torch.inf
 
     def seen(self, run: slice, scores: Float[Tensor, "B T end"] | None = None) -> Bool[Tensor, "#B 1 T end"]:
         """True at the chosen keys of each query that it may see."""

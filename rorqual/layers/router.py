@@ -84,12 +84,31 @@ class Routing(NamedTuple):
 
 
 def score(logits: Float[Tensor, "*N E"], kind: str) -> Float[Tensor, "*N E"]:
-    """softmax, sigmoid or sqrt(softplus); the root is kept off 0, where its slope is infinite."""
+    """softmax, sigmoid or sqrt(softplus). Where softplus underflows the score is 0 and has no gradient."""
     if kind == "softmax":
         return logits.softmax(-1)
     if kind == "sigmoid":
         return logits.sigmoid()
-    return F.softplus(logits).clamp_min(torch.finfo(logits.dtype).tiny).sqrt()
+    return _SqrtSoftplus.apply(logits)
+
+
+class _SqrtSoftplus(torch.autograd.Function):
+    """sqrt(softplus(x)), whose slope sigmoid(x) / (2 sqrt(softplus(x))) goes to 0 with x.
+
+    The product of the two slopes that autograd would form overflows on the way, or is infinity times 0.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        root = F.softplus(x).sqrt()
+        ctx.save_for_backward(x, root)
+        return root
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> Tensor:
+        x, root = ctx.saved_tensors
+        slope = x.sigmoid() / (2 * root)
+        return grads[0] * slope.masked_fill(root == 0, 0.0)
 
 
 def within_groups(biased: Float[Tensor, "*N E"], groups: int, kept: int, group_score: str) -> Float[Tensor, "*N E"]:

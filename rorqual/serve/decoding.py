@@ -115,7 +115,6 @@ class Front(NamedTuple):
         return Front(self.hidden[index], self.told[index], present, self.sure[index])
 
 
-@torch.inference_mode()
 def _draftable(model: LanguageModel) -> None:
     if not len(model.mtp):
         raise ValueError("speculative: got a model without MTP, expected one trained with it (--model.mtp.depth 1)")
@@ -141,6 +140,7 @@ def speculate(
     what another is sure of beyond that is not drafted again.
     """
     _draftable(model)
+    # inference_mode stands on the three functions below that compute: around a `yield` it would reach the caller
     tally, vocabulary = Tally() if tally is None else tally, vocabulary or model.config.vocabulary
     ids, present = pad_left(prompts, pad_id, next(model.parameters()).device)
     cache = model.new_cache(len(prompts), capacity=ids.shape[1] + max_new_tokens + len(model.mtp) + 1)
@@ -162,6 +162,7 @@ def speculate(
         front, fresh = _round(model, front, cache, vocabulary, tally)
 
 
+@torch.inference_mode()
 def _without_ended(front: Front, cache: Cache, live: list[int], going: set[int]) -> tuple[Front, list[int]]:
     """The rows that go on; the others leave the cache, too."""
     places = [place for place, row in enumerate(live) if row in going]
@@ -170,6 +171,7 @@ def _without_ended(front: Front, cache: Cache, live: list[int], going: set[int])
     return front.select(index), [live[place] for place in places]
 
 
+@torch.inference_mode()
 def _read(
     model: LanguageModel, ids: Tensor, present: Tensor | None, cache: Cache, vocabulary: int
 ) -> tuple[Front, Int[Tensor, "B 1"]]:
@@ -180,6 +182,7 @@ def _read(
     return Front(hidden, told, present, F.pad(fresh, (0, len(model.mtp)), value=-1)), fresh
 
 
+@torch.inference_mode()
 def _round(
     model: LanguageModel, front: Front, cache: Cache, vocabulary: int, tally: Tally
 ) -> tuple[Front, Int[Tensor, "B N"]]:

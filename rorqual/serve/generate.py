@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
 
+import torch
+
 from rorqual import checkpoint, runtime
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.hub import checkpoints
@@ -272,8 +274,9 @@ def load(
     FileNotFoundError where nothing is; ValueError where a folder is not a model or disagrees with itself.
     """
     folder = find(where)
-    model = read(folder, StorageConfig(home=tables, **sizes))
-    model.to(device=runtime.device(device), dtype=None if dtype is None else runtime.dtype(dtype))
+    wanted = None if dtype is None else runtime.dtype(dtype)
+    model = read(folder, StorageConfig(home=tables, **sizes), wanted)
+    model.to(device=runtime.device(device), dtype=wanted)
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
     return Run(model, tokenizer, folder)
 
@@ -328,8 +331,11 @@ def snapshot(name: str) -> Path:
         raise FileNotFoundError(f"no folder {name}, and the hub did not give a model of that name: {reason}") from error
 
 
-def read(folder: Path, tables: StorageConfig | None = None) -> LanguageModel:
-    """The model of a local folder, by what its config.json says it is."""
+def read(folder: Path, tables: StorageConfig | None = None, dtype: torch.dtype | None = None) -> LanguageModel:
+    """The model of a local folder, by what its config.json says it is.
+
+    `dtype` is what float8 weights are widened to; others keep theirs.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -338,10 +344,14 @@ def read(folder: Path, tables: StorageConfig | None = None) -> LanguageModel:
     if kind is not None and tables not in (None, StorageConfig()):
         raise ValueError(f"{folder}: got {tables}, expected a run of rorqual's own, whose tables can lie elsewhere")
     if kind in DEEPSEEK:
-        return checkpoints.load(folder)
+        return checkpoints.load(folder, dtype=dtype)
     if kind == "rorqual":
-        from rorqual.hub.auto import RorqualForCausalLM
+        from rorqual.hub.auto import RorqualConfig, RorqualForCausalLM
 
+        if (weights := folder / "model.safetensors").is_file():
+            stored = checkpoint.stored_shapes(weights).items()
+            ours = {name.removeprefix("model."): shape for name, shape in stored}
+            checkpoint.check_sizes(folder, RorqualConfig.from_pretrained(folder).model, ours)
         return RorqualForCausalLM.from_pretrained(folder).model
     if kind is not None:
         raise ValueError(f"{folder} is a {kind} model, expected a rorqual run, or one of {', '.join(DEEPSEEK)}")

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -22,6 +23,8 @@ from transformers import (
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
 )
 
 from rorqual.data.tokenizer import train
@@ -536,6 +539,100 @@ def test_models_that_memory_cannot_follow_are_refused(tokenizer):
         with pytest.raises(ValueError, match=said):
             attach(model, tokenizer, (0,), **SMALL)
         assert model.state_dict().keys() == keys and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v4", "gemma3n_text"])
+def test_a_model_of_several_streams_is_refused_at_once(kind, tokenizer):
+    own = {
+        "deepseek_v4": {"head_dim": 16, "q_lora_rank": 8, "o_groups": 2, "o_lora_rank": 8, "num_key_value_heads": 1,
+                        "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+                        "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4},
+        "gemma3n_text": {"head_dim": 8, "vocab_size_per_layer_input": 300, "hidden_size_per_layer_input": 8,
+                         "num_kv_shared_layers": 0, "laurel_rank": 4},
+    }  # fmt: skip
+    config = AutoConfig.for_model(kind, **SIZES | {"vocab_size": 300, "pad_token_id": 0} | own[kind])
+    host = AutoModelForCausalLM.from_config(config)
+    keys, hooks = host.state_dict().keys(), [len(m._forward_pre_hooks) for m in host.modules()]
+    with pytest.raises(ValueError, match=r"hidden states \[.*\] for one token, expected \[1, 1, 32\]: several"):
+        attach(host, tokenizer, (0,), **SMALL)
+    assert host.state_dict().keys() == keys and all(p.requires_grad for p in host.parameters())
+    assert [len(m._forward_pre_hooks) for m in host.modules()] == hooks
+
+
+def step(model) -> dict[str, bool]:
+    """Which parameters a step of an ordinary loop changes, by what they belong to."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):  # LoRA's A has no gradient while B is 0
+        model(input_ids=prompt(), labels=prompt()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = {name: not torch.equal(before[name], p) for name, p in model.named_parameters()}
+    kinds = {"memory": "rorqual_memory", "lora": "lora_"}
+    found = {kind: [c for name, c in changed.items() if word in name] for kind, word in kinds.items()}
+    found["host"] = [c for name, c in changed.items() if not any(word in name for word in kinds.values())]
+    assert all(found.values())
+    return {kind: all(changes) if any(changes) else False for kind, changes in found.items()}
+
+
+@pytest.mark.parametrize(
+    "first", ["memory", "lora", "lora, by the host itself", "memory, then lora by the host itself"]
+)
+def test_memory_and_lora_train_beside_each_other(first, llama, tokenizer):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = llama
+    if first == "memory":
+        memory = attach(llama, tokenizer, (1,), **SMALL)
+        model = get_peft_model(llama, lora)
+    elif first == "lora":
+        model = get_peft_model(llama, lora)
+        memory = attach(model, tokenizer, (1,), **SMALL)
+    elif first == "lora, by the host itself":
+        llama.add_adapter(lora)
+        memory = attach(llama, tokenizer, (1,), **SMALL)
+    else:
+        memory = attach(llama, tokenizer, (1,), **SMALL)
+        llama.add_adapter(lora)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len([name for name in trained if "lora_" in name]) == 6
+    assert len([name for name in trained if "rorqual_memory" in name]) == len(list(memory.parameters())) > 0
+    wake(memory)
+    assert step(model.train()) == {"memory": True, "lora": True, "host": False}
+    memory.detach()
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 6 and all("lora_" in name for name in trained)
+
+
+def test_what_was_frozen_on_purpose_stays_so_beside_lora(llama, tokenizer):
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    memory = attach(llama, tokenizer, (1,), **SMALL)
+    memory.tables.requires_grad_(False)
+    model = get_peft_model(llama, lora)
+    assert {p.requires_grad for p in memory.tables.parameters()} == {False}
+    assert {p.requires_grad for p in memory.engrams.parameters()} == {True}
+    for parameter in model.parameters():  # the usual loop
+        parameter.requires_grad = False
+    assert not any(p.requires_grad for p in model.parameters())
+    memory.detach()
+    memory = attach(llama, tokenizer, (1,), **SMALL).requires_grad_(False)
+    model.add_adapter("second", lora)
+    assert not any(p.requires_grad for p in memory.parameters())
+
+
+def test_the_trainer_of_transformers_trains_memory_alone(llama, tokenizer, tmp_path):
+    memory, rows = attach(llama, tokenizer, (1,), **SMALL), prompt(8, 12)
+    wake(memory)
+    before = {name: p.detach().clone() for name, p in llama.named_parameters()}
+    told = {"learning_rate": 1e-2, "max_steps": 2, "save_strategy": "steps", "save_steps": 2, "report_to": "none"}
+    Trainer(
+        llama,
+        TrainingArguments(str(tmp_path), per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, **told),
+        train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+    ).train()
+    changed = {name for name, p in llama.named_parameters() if not torch.equal(before[name], p)}
+    assert changed == {name for name in before if "rorqual_memory" in name}
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert all(torch.equal(saved[name], p) for name, p in llama.named_parameters() if name in changed)
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel, ModelConfig
+from rorqual.serve import generate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = ["deepseek_v3_tiny", "deepseek_v2_lite_tiny"]
@@ -239,6 +240,8 @@ def test_float8_shards_are_dequantised(folder):
             expected = dequantise(tensors[name], tensors[name + "_scale_inv"])
             assert (expected - place.of(state)).abs().max() <= 0.07 * place.of(state).abs().max()
         assert torch.equal(place.of(wide.state_dict()), expected), name
+    asked = generate.load(folder, dtype="float32", device="cpu").model.state_dict()
+    assert all(torch.equal(asked[name], tensor) for name, tensor in wide.state_dict().items())
     ids = torch.randint(0, 211, (2, 30))
     with torch.no_grad():
         assert (wide(ids) - plain(ids)).norm() < 0.25 * plain(ids).norm()  # some tokens change experts
@@ -415,6 +418,28 @@ def test_a_config_that_disagrees_with_its_tensors_is_refused_with_names(key, fac
             ValueError, match=rf"tensors disagree with config.json.*({MUTATED[key]}|more than)|expected"
         ):
             load(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"), [("num_hidden_layers", 3), ("n_routed_experts", 8), ("vocab_size", 211), ("hidden_size", 48)]
+)
+@pytest.mark.parametrize("size", [100, 10**7, 10**18])
+def test_a_size_that_is_not_the_weights_is_refused_before_anything_is_built(key, expected, size, folder, monkeypatch):
+    description = json.loads((folder / "config.json").read_text())
+    assert description[key] == expected
+    (folder / "config.json").write_text(json.dumps(description | {key: size}))
+    monkeypatch.setattr(LanguageModel, "__init__", lambda *_, **__: pytest.fail("a model is built"))
+    with pytest.raises(ValueError, match=rf"{key}: got {size}, expected {expected} as they have$"):
+        load(folder)
+
+
+def test_sizes_that_no_tensor_can_have_are_a_line(folder):
+    description = json.loads((folder / "config.json").read_text())
+    for key in ("intermediate_size", "kv_lora_rank", "v_head_dim"):
+        (folder / "config.json").write_text(json.dumps(description | {key: 10**30}))
+        with pytest.raises(ValueError, match=r"config\.json: no model has such sizes, expected those") as error:
+            load(folder)
+        assert "\n" not in str(error.value)
 
 
 @settings(max_examples=25, deadline=None)

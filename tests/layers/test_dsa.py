@@ -524,6 +524,45 @@ def test_an_indexer_learns_to_find_what_attention_looks_at(warm):
     assert warm or found[59].loss < found[30].loss
 
 
+@pytest.mark.compiled
+@pytest.mark.slow
+def test_a_compiled_call_is_one_graph(monkeypatch):
+    """Forward and backward, with and without the indexer's loss; in packed and padded rows, too; and a prompt, which
+    gathers the chosen keys."""
+    monkeypatch.setattr(attending, "GATHERING", 0.0)
+    attention, hidden = layer(), torch.randn(2, 21, 20)
+    packed = torch.arange(21) // torch.tensor([[11], [7]])
+    present = torch.arange(21) >= torch.tensor([[0], [4]])
+    padded = {"present": present}
+    cases = [({"documents": packed}, None), (padded, None), (padded | {"documents": packed}, False)]
+    for known, warm in cases:
+
+        def call(x, known=known, warm=warm):
+            lessons = []
+            out = run(attention, x, taught=None if warm is None else {"lessons": lessons, "warm": warm}, **known)
+            return [out, *(value for lesson in lessons for value in lesson)]
+
+        torch._dynamo.reset()
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        results = []
+        for function in (compiled, call):
+            given = hidden.clone().requires_grad_()
+            outs = function(given)
+            loss = outs[0].square().sum() + sum(outs[1:2])
+            grads = torch.autograd.grad(loss, [given, *attention.parameters()], allow_unused=True)
+            results.append((outs, grads))
+        (ours, mine), (expected, theirs) = results
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+        for one, other in zip(mine, theirs, strict=True):
+            assert (one is None) == (other is None)
+            if other is not None:
+                torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(lambda x: run(attention, x), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(hidden), run(attention, hidden), atol=1e-5, rtol=0)
+
+
 def test_refuses_what_cannot_be():
     for name in ("heads", "dim", "chosen"):
         with pytest.raises(ValueError, match=f"dsa.{name}: got 0, expected at least 1"):

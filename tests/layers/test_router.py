@@ -82,6 +82,27 @@ def test_v4_is_the_published_router(by_id: bool) -> None:
     torch.testing.assert_close(spread(routing), theirs(weights, chosen, routing.scores))
 
 
+@pytest.mark.parametrize("by_id", [False, True])
+@pytest.mark.parametrize("level", [-60.0, -87.0, -88.5, -100.0, -103.5, -110.0, -1e4, 50.0, 1e4])
+def test_v4_is_the_published_router_at_extreme_logits(level: float, by_id: bool) -> None:
+    """Where every score of a token vanishes so do its weights, and the gradient stays finite, as theirs does not."""
+    config = DeepseekV4Config(hidden_size=1, n_routed_experts=8, num_experts_per_tok=3, vocab_size=31)
+    config.routed_scaling_factor, config.num_local_experts, config.scoring_func = 1.5, 8, "sqrtsoftplus"
+    own = Router(RouterConfig(score="sqrtsoftplus", scale=1.5, token_id_layers=int(by_id)), 1, 8, 3, 0, 31)
+    oracle = (DeepseekV4HashRouter if by_id else DeepseekV4TopKRouter)(config)
+    own.weight.data = oracle.weight.data = level + torch.arange(8.0)[:, None] / 7
+    hidden, ids = torch.ones(1, 5, 1), torch.arange(5)[None]
+    if by_id:
+        oracle.tid2eid = own.table
+    _, weights, chosen = oracle(hidden, *([ids] if by_id else []))
+    routing = own(hidden, ids)
+    expected = theirs(weights, chosen, routing.scores)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(spread(routing), expected, rtol=1e-6, atol=0)
+    routing.weights.square().sum().backward()
+    assert own.weight.grad.isfinite().all()
+
+
 def one_token(logits: list[float], bias: list[float], config: RouterConfig, active: int) -> dict[int, float]:
     """The docstring's formulas for one token, in Python's own numbers: {expert: weight}."""
     if config.score == "softmax":

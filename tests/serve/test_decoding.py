@@ -232,6 +232,31 @@ def test_what_a_row_is_sure_of_is_not_drafted():
     assert bound[1] == int(model.head(model.mtp[1].norm(deeper[0, -1]))[:60].argmax())
 
 
+def test_drafts_build_no_graph(drafting, monkeypatch):
+    """Neither the drafts nor what checks them, also where a row ends; and the caller's own mode is left alone."""
+    seen = {"hidden": [], "draft": []}
+
+    def watched(name):
+        plain = getattr(LanguageModel, name)
+
+        def call(self, *args, **options):
+            out = plain(self, *args, **options)
+            seen[name].append(out[0].requires_grad or torch.is_grad_enabled())
+            return out
+
+        return call
+
+    for name in seen:
+        monkeypatch.setattr(LanguageModel, name, watched(name))
+    assert all(parameter.requires_grad for parameter in drafting.parameters())
+    end = plainly(drafting, PROMPTS[0], 3)[-1]
+    for _ in speculate(drafting, PROMPTS, max_new_tokens=9, end_id=end):
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+    assert len(seen["draft"]) >= len(drafting.mtp)
+    assert seen == {name: [False] * len(calls) for name, calls in seen.items()}
+
+
 def test_a_model_without_mtp_is_told_so():
     with pytest.raises(ValueError, match="got a model without MTP"):
         list(speculate(LanguageModel(CONFIGS["gqa"]), [[1]]))

@@ -1,0 +1,137 @@
+"""Times plain greedy decoding against drafts, by depth and by the share of drafts that stand.
+
+    python benchmarks/drafts.py
+    python benchmarks/drafts.py --preset small --depths 1 2 --acceptance 0 0.5 0.8 1 --json
+
+The modules of an untrained model draft at full cost, and what they say is then replaced: by what the
+model will say itself with the probability `--acceptance`, else by another id. The text is that of plain
+decoding in every row, which is checked. `plain` is what `decode` takes, a compiled step where the model
+has one; `forwards` is one forward of PyTorch a token, which is what drafts must beat where there is none.
+Batch 1, float32, the median over the rounds, in which the kinds take turns.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from rorqual.config import replace
+from rorqual.layers.mtp import MTPConfig
+from rorqual.model import LanguageModel
+from rorqual.presets import preset
+from rorqual.serve import decoding
+from rorqual.serve.decoding import Tally, decode, speculate
+
+
+def tokens(steps: Any) -> list[int]:
+    return [token for (token,) in steps]
+
+
+@torch.inference_mode()
+def forwards(model: LanguageModel, prompt: list[int], count: int) -> list[int]:
+    """Greedy by one forward a token behind the cache, without the compiled step."""
+    cache, ids, said = model.new_cache(1, len(prompt) + count), torch.tensor([prompt]), []
+    for _ in range(count):
+        logits = model.logits(model.hidden(ids, cache=cache, last=True)[0])
+        said.append(int(logits[0, -1].argmax()))
+        ids = torch.tensor([said[-1:]])
+    return said
+
+
+def drafts(text: list[int], acceptance: float, vocabulary: int) -> Callable[..., Tensor]:
+    """The modules' work, and drafts of which each stands with the probability `acceptance`."""
+    generator, work = torch.Generator().manual_seed(0), decoding._drafts
+
+    def made(model: LanguageModel, front: decoding.Front, cache: Any, most: int) -> Tensor:
+        out = work(model, front, cache, most)
+        # the cache holds all but the last of what is known
+        at = cache.past.length + 1
+        true = torch.tensor([(text + [0] * out.shape[1])[at : at + out.shape[1]]])
+        stands = torch.rand(out.shape, generator=generator) < acceptance
+        return torch.where(stands, true, (true + 1) % vocabulary)
+
+    return made
+
+
+def timed(call: Callable[[], list[int]], expected: list[int] | None) -> tuple[float, list[int]]:
+    start = time.perf_counter()
+    said = call()
+    seconds = time.perf_counter() - start
+    assert expected is None or said == expected, "another text"
+    return len(said) / seconds, said
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Tokens a second of each kind, and how many ids a forward of the drafts gave."""
+    rows = []
+    for depth in options.depths:
+        config = replace(preset(options.preset), "mtp", MTPConfig(depth=depth))
+        model = LanguageModel(replace(config, "init_std", 0.1)).eval()
+        prompt = torch.randint(1, config.vocabulary, (32,), generator=torch.Generator().manual_seed(1)).tolist()
+        text = tokens(decode(model, [prompt], max_new_tokens=options.tokens))
+        tallies = {share: Tally() for share in options.acceptance}
+
+        def drafted(share: float, model=model, prompt=prompt, text=text, tallies=tallies) -> list[int]:
+            replaced = drafts(prompt + text, share, model.config.vocabulary)
+            with mock.patch.object(decoding, "_drafts", replaced):
+                return tokens(speculate(model, [prompt], max_new_tokens=options.tokens, tally=tallies[share]))
+
+        kinds: dict[str, Callable[[], list[int]]] = {
+            "plain": lambda m=model, p=prompt: tokens(decode(m, [p], max_new_tokens=options.tokens)),
+            "forwards": lambda m=model, p=prompt: forwards(m, p, options.tokens),
+        }
+        kinds |= {f"drafts {share}": lambda share=share: drafted(share) for share in options.acceptance}
+        speeds: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for turn in range(options.rounds + 1):
+            for kind, call in kinds.items():
+                # other rounding may choose another id of two that score alike
+                speed, _ = timed(call, None if kind == "forwards" else text)
+                if turn:
+                    speeds[kind].append(speed)
+        plain, eager = (statistics.median(speeds[kind]) for kind in ("plain", "forwards"))
+        for share, tally in tallies.items():
+            speed = statistics.median(speeds[f"drafts {share}"])
+            rows.append(
+                {
+                    "depth": depth,
+                    "acceptance": share,
+                    "ids_a_round": (options.tokens * (options.rounds + 1)) / tally.rounds,
+                    "plain": plain,
+                    "forwards": eager,
+                    "drafts": speed,
+                    "over_plain": speed / plain,
+                    "over_forwards": speed / eager,
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--acceptance", type=float, nargs="+", default=[0.0, 0.5, 0.8, 1.0])
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    rows = measure(options)
+    if options.json:
+        print(json.dumps(rows))
+        return
+    print("depth  drafts that stand  ids a round    plain  forwards   drafts  over plain  over forwards")
+    for row in rows:
+        print(
+            f"{row['depth']:5}  {row['acceptance']:17.2f}  {row['ids_a_round']:11.2f}  {row['plain']:7.1f}  "
+            f"{row['forwards']:8.1f}  {row['drafts']:7.1f}  {row['over_plain']:10.2f}  {row['over_forwards']:13.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
