@@ -124,6 +124,10 @@ class Prepared(NamedTuple):
     def pad_id(self) -> int:
         return self.tokenizer.pad_id
 
+    @property
+    def end_id(self) -> int:
+        return self.tokenizer.end_id
+
     def canonical_map(self) -> np.ndarray:
         return self.tokenizer.canonical_map()
 
@@ -148,6 +152,10 @@ class Asked(NamedTuple):
 
     @property
     def pad_id(self) -> int:
+        return QUESTION
+
+    @property
+    def end_id(self) -> int:
         return QUESTION
 
     def canonical_map(self) -> np.ndarray:
@@ -306,6 +314,8 @@ def _model(config: TrainConfig, data: Prepared | Asked, device: torch.device, af
         canonical = torch.from_numpy(data.canonical_map())
     if shape.engram is not None:  # train.json keeps what was asked for, config.json says what it came to
         shape = configs.replace(shape, "engram.pad_id", data.pad_id)
+        if shape.engram.eos_id is not None:
+            shape = configs.replace(shape, "engram.eos_id", data.end_id)
     model = LanguageModel(shape, canonical, seed=config.seed, tables=_tables(config, shape, after)).to(device)
     if parallel.world() > 1:
         parallel.shard(model)
