@@ -330,12 +330,10 @@ def snapshot(name: str) -> Path:
 
 def read(folder: Path, tables: StorageConfig | None = None) -> LanguageModel:
     """The model of a local folder, by what its config.json says it is."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder}/config.json is not JSON ({error}): was it written to the end?") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind is not None and tables not in (None, StorageConfig()):
+    if checkpoint.is_run(folder):
+        return checkpoint.load_model(folder, tables=tables)
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    if tables not in (None, StorageConfig()):
         raise ValueError(f"{folder}: got {tables}, expected a run of rorqual's own, whose tables can lie elsewhere")
     if kind in DEEPSEEK:
         return checkpoints.load(folder)
@@ -343,9 +341,7 @@ def read(folder: Path, tables: StorageConfig | None = None) -> LanguageModel:
         from rorqual.hub.auto import RorqualForCausalLM
 
         return RorqualForCausalLM.from_pretrained(folder).model
-    if kind is not None:
-        raise ValueError(f"{folder} is a {kind} model, expected a rorqual run, or one of {', '.join(DEEPSEEK)}")
-    return checkpoint.load_model(folder, tables=tables)
+    raise ValueError(f"{folder} is a {kind} model, expected a rorqual run, or one of {', '.join(DEEPSEEK)}")
 
 
 def chat_template(folder: Path) -> bool:
