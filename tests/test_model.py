@@ -476,7 +476,7 @@ def test_state_of_packed_documents_is_sealed_to_the_bit(name: str) -> None:
 
 
 def test_the_obvious_loop_trains_memory():
-    """Any optimizer of torch takes all parameters of a model that remembers; only rows that were read change at first."""
+    """One optimizer of torch takes all parameters of a model that remembers; rows that were not read stay."""
     model = LanguageModel(replace(BASE, init_std=0.02)).train()
     before = [table.weight.detach().clone() for table in model.tables]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)

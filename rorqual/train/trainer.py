@@ -313,8 +313,9 @@ def _model(config: TrainConfig, data: Prepared | Asked, device: torch.device, af
     if shape.engram is not None and shape.engram.canonical:
         canonical = torch.from_numpy(data.canonical_map())
     if shape.engram is not None:  # train.json keeps what was asked for, config.json says what it came to
+        ended = shape.engram.eos_id is not None
         shape = configs.replace(shape, "engram.pad_id", data.pad_id)
-        if shape.engram.eos_id is not None:
+        if ended:
             shape = configs.replace(shape, "engram.eos_id", data.end_id)
     model = LanguageModel(shape, canonical, seed=config.seed, tables=_tables(config, shape, after)).to(device)
     if parallel.world() > 1:
