@@ -36,6 +36,7 @@ print(f"3. recall {list(recalled.shape)}: as many values for any size of table, 
 
 gates: list[torch.Tensor] = []
 model.blocks[1].engram.gate.register_forward_hook(lambda module, given, out: gates.append(out[0, :, 0].detach()))
+model.tables[0].sparse = True  # a gradient for the rows that were read, not for the whole table
 dense = torch.optim.AdamW([p for name, p in model.named_parameters() if not name.startswith("tables.")], lr=1e-2)
 sparse = torch.optim.SparseAdam(model.tables.parameters(), lr=1e-1)  # only rows that were read have a gradient
 print("4. training on this one text; the gate opens where the rows have become worth trusting")

@@ -42,6 +42,9 @@ from rorqual.storage import StorageConfig, open_tables
 
 DIGEST = "digest.json"
 FORMAT = "rorqual-state-1"
+# what config.json says beside ModelConfig's fields, so that transformers' Auto classes know a run folder
+KIND: Mapping[str, Any] = {"model_type": "rorqual", "architectures": ["RorqualForCausalLM"]}
+SPECIAL = {"bos_token_id": "begin_id", "eos_token_id": "end_id", "pad_token_id": "pad_id"}
 
 
 class Damaged(ValueError):
@@ -203,7 +206,7 @@ def recover(folder: str | os.PathLike) -> None:
 def save_model(folder: str | os.PathLike, model: LanguageModel, tokenizer: Any = None) -> None:
     """Write config.json, model.safetensors (last) and, with its own `save`, the tokenizer into the folder.
 
-    Every rank calls it; rank 0 writes.
+    transformers' Auto classes open the folder, too. Every rank calls it; rank 0 writes.
     """
     folder = Path(folder)
     state = {name: _whole(tensor).cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -212,7 +215,8 @@ def save_model(folder: str | os.PathLike, model: LanguageModel, tokenizer: Any =
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save(folder)
-    configs.save(model.config, folder / "config.json")
+    special = {} if tokenizer is None else {said: getattr(tokenizer, name) for said, name in SPECIAL.items()}
+    configs.save({**KIND, **configs.to_dict(model.config), **special}, folder / "config.json")
     if model.config.tied:
         state.pop("head.weight", None)  # safetensors takes no two names for one tensor
     partial = folder / "model.safetensors.partial"
@@ -231,6 +235,38 @@ def save_model(folder: str | os.PathLike, model: LanguageModel, tokenizer: Any =
     _flush(folder)
 
 
+def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
+    """The ModelConfig of a run folder, or of one that RorqualForCausalLM saved. ValueError, naming the file, for
+    another's."""
+    path = Path(folder) / "config.json"
+    said = _described(path)
+    try:
+        if said.get("model_type", KIND["model_type"]) != KIND["model_type"]:
+            kind = said["model_type"]
+            raise ValueError(f"got model_type {kind!r}, expected a rorqual run")
+        own = {name: value for name, value in said.items() if name not in KIND and name not in SPECIAL}
+        return configs.from_dict(ModelConfig, said.get("shape", own))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def is_run(folder: str | os.PathLike[str]) -> bool:
+    """Whether config.json is that of a run of rorqual's own, and not one that transformers wrote."""
+    said = _described(Path(folder) / "config.json")
+    return said.get("model_type", KIND["model_type"]) == KIND["model_type"] and "shape" not in said
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """The JSON object in a config.json; ValueError, naming the file, for anything else."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): was it written to the end?") from error
+    if not isinstance(said, dict):
+        raise ValueError(f"{path}: got {type(said).__name__}, expected a JSON object")
+    return said
+
+
 def load_model(
     folder: str | os.PathLike, device: str | torch.device = "cpu", tables: StorageConfig | None = None
 ) -> LanguageModel:
@@ -242,7 +278,7 @@ def load_model(
     missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder}: got no {' and no '.join(missing)}, expected a finished run's folder")
-    config = configs.load(ModelConfig, folder / "config.json")
+    config = read_config(folder)
     if config.engram is None and tables != StorageConfig():
         got = f"{tables} for a model without Engram"
         raise ValueError(f"{folder}: got {got}, expected none: it has no rows to keep elsewhere")

@@ -237,7 +237,7 @@ class Explorer:
     def _ngram(self, ids: list[int], place: int, order: int) -> list[int]:
         """The ids of the n-gram that ends at `place`; before the document stand pads, as Engram reads them."""
         assert self.engram is not None
-        return ([self.engram.pad_id] * order + ids[: place + 1])[-order:]
+        return ([self.engram.missing_id] * order + ids[: place + 1])[-order:]
 
     def _tokens(self, ids: list[int]) -> list[dict[str, Any]]:
         addresses = self.model.addresses

@@ -7,8 +7,9 @@ Three presets publish a memory and stand for that alone; all else of them that i
 
     engram-demo           the authors' demo: memory, width 1024, 30 blocks, 4 streams; seed 0, pad id 2
     deepseek-v4.1-flash   memory, width 5120, 4 streams. Set engram.dead_tokens to the image tokens of your tokenizer
-    qwen-ple              raw ids, one layer of 320,001,536 rows x 160: 16 heads of 20,000,000 rows make 320,001,446,
-                          the same when rounded up to a multiple of 512. Ours: which block, 2 orders of 8 heads, width
+    qwen-ple              Qwen3.8-Flash-Next's memory, row for row: raw ids, splitmix64, texts that end at id 248044,
+                          one layer of 320,001,446 rows x 160 (its files pad them to a multiple of 128), width 2560.
+                          Ours: the residual streams, attention and feed-forward around it
 """
 
 from dataclasses import replace
@@ -137,13 +138,25 @@ DEEPSEEK_V4_1_FLASH = replace(
 )
 
 QWEN_PLE = ModelConfig(
-    vocabulary=151_936,
-    dim=2048,
-    layers=28,
+    vocabulary=248_320,
+    dim=2560,
+    layers=48,
     dense_width=6144,
     mla=None,
-    gqa=GQAConfig(heads=16, kv_heads=8, head_dim=128, qk_norm=True),
-    engram=EngramConfig(layers=(1,), rows_per_head=(20_000_000, 20_000_000), heads=8, head_dim=160, canonical=False),
+    gqa=GQAConfig(heads=24, kv_heads=2, head_dim=256, qk_norm=True),
+    hyper=HyperConfig(),
+    engram=EngramConfig(
+        layers=(1,),
+        rows_per_head=(20_000_000, 20_000_000),
+        heads=8,
+        head_dim=160,
+        eps=1e-6,
+        conv_eps=1e-6,
+        seed=1234,
+        generator="splitmix64",
+        canonical=False,
+        eos_id=248_044,
+    ),
 )
 
 DEEPSEEK_V3 = ModelConfig(

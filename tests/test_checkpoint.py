@@ -16,14 +16,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rorqual import config as configs
 from rorqual.checkpoint import (
     DIGEST,
     Damaged,
     decode,
     encode,
+    is_run,
     latest,
     load_model,
     load_state,
+    read_config,
     recover,
     save_model,
     save_state,
@@ -383,3 +386,26 @@ def test_kills_lose_nothing():
     assert result["kills"] == 10
     assert result["lost"] == 0
     assert result["mid_write"] >= 1, "no kill met a checkpoint being written: the test would prove nothing"
+
+
+def test_a_run_says_what_it_is_and_older_ones_are_read(tmp_path: Path) -> None:
+    model = LanguageModel(tiny())
+    save_model(tmp_path, model)
+    said = json.loads((tmp_path / "config.json").read_text())
+    assert (said.pop("model_type"), said.pop("architectures")) == ("rorqual", ["RorqualForCausalLM"])
+    assert is_run(tmp_path) and read_config(tmp_path) == model.config
+    assert said == configs.to_dict(model.config)
+    configs.save(model.config, tmp_path / "config.json")  # as runs were written before
+    assert is_run(tmp_path) and load_model(tmp_path).config == model.config
+    for text, reason in (
+        ({"model_type": "deepseek_v3"}, "got model_type 'deepseek_v3', expected a rorqual run"),
+        (said | {"layer": 3}, "did you mean 'layers'"),
+        ([], "got list, expected a JSON object"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(text))
+        with pytest.raises(ValueError, match=f"config.json: .*{reason}"):
+            load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "rorqual", "shape": said}))
+    assert not is_run(tmp_path) and read_config(tmp_path) == model.config
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3"}))
+    assert not is_run(tmp_path)

@@ -473,3 +473,22 @@ def test_state_of_packed_documents_is_sealed_to_the_bit(name: str) -> None:
             found.append(torch.cat([model(part, documents=number, cache=cache) for part, number in parts], 1))
         assert torch.equal(found[0][~within], found[1][~within])
         assert not torch.equal(found[0][within], found[1][within])
+
+
+def test_the_obvious_loop_trains_memory():
+    """One optimizer of torch takes all parameters of a model that remembers; rows that were not read stay."""
+    model = LanguageModel(replace(BASE, init_std=0.02)).train()
+    before = [table.weight.detach().clone() for table in model.tables]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    ids, losses = torch.randint(BASE.vocabulary, (2, 9)), []
+    for _ in range(4):
+        loss = model.loss(ids[:, :-1], ids[:, 1:]).total
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    read = model.addresses(ids[:, :-1], layout(2, 8, "cpu"))
+    for table, old, rows in zip(model.tables, before, read, strict=True):
+        changed = (table.weight != old).any(1).nonzero()[:, 0]
+        assert set(changed.tolist()) == set(rows.unique().tolist())

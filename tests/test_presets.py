@@ -7,7 +7,7 @@ import pytest
 from rorqual import presets
 from rorqual.config import from_dict, to_dict
 from rorqual.layers import addresses
-from rorqual.layers.engram import EngramConfig, row_totals
+from rorqual.layers.engram import EngramConfig, draw_multipliers, row_totals
 from rorqual.model import ModelConfig
 from rorqual.presets import PRESETS, preset
 
@@ -47,11 +47,17 @@ def test_rows_of_the_production_memories(name, totals):
 
 
 @pytest.mark.engram
-def test_the_published_rows_of_qwen_ple_are_ours_rounded_up():
-    shape, (rows,) = memory("qwen-ple"), row_totals(memory("qwen-ple"))
-    assert -(-rows // 512) * 512 == 320_001_536
+def test_the_memory_of_qwen_ple_is_the_published_one():
+    """What its checkpoint stores: multipliers, rows (padded to a multiple of 128), and its config's end of text."""
+    config, shape = preset("qwen-ple"), memory("qwen-ple")
+    (rows,) = row_totals(shape)
+    assert -(-rows // 128) * 128 == 320_001_536
+    drawn = draw_multipliers(shape, config.vocabulary)
+    assert drawn.tolist() == [[23703573157769, 20109073645365, 8052911324071]]
+    assert (config.vocabulary, shape.missing_id) == (248_320, 248_044)
     assert shape.head_dim == 160 and len(shape.layers) == 1 and shape.rows_per_token == 16
     assert not shape.canonical and shape.end_of_document and shape.conv and not shape.bias
+    assert (config.dim, config.streams, shape.halo, shape.eps, shape.conv_eps) == (2560, 4, 9, 1e-6, 1e-6)
 
 
 @pytest.mark.engram

@@ -281,8 +281,10 @@ def _journal(run: "Run", options: Memory) -> Path | None:
     """The file beside the weights that keeps their edits; None where nobody asks for it."""
     if not (options.save or options.undo or options.edits):
         return None
+    from rorqual import checkpoint
+
     folder = run.folder
-    if folder is None or "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+    if folder is None or not checkpoint.is_run(folder):
         raise ValueError(f"{options.run}: edits are saved in a run of rorqual's own, which this is not")
     return folder / "edits.safetensors"
 
@@ -293,7 +295,7 @@ def _keep(run: "Run", editor: "Editor", journal: Path, *, undone: bool) -> None:
 
     for step in (1, 2):
         if (step == 1) == undone:
-            checkpoint.save_model(journal.parent, run.model)
+            checkpoint.save_model(journal.parent, run.model, run.tokenizer)
         else:
             editor.save(journal)
 

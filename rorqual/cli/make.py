@@ -312,9 +312,10 @@ def sweep_command(argv: list[str]) -> int:
 
 def named(name: str) -> ModelConfig:
     """The config of a preset, or of a run folder."""
-    kept = Path(name) / "config.json"
-    if kept.is_file():
-        return configs.load(ModelConfig, kept)
+    if (Path(name) / "config.json").is_file():
+        from rorqual import checkpoint
+
+        return checkpoint.read_config(name)
     return preset(usual("preset", name, PRESETS))
 
 

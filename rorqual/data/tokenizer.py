@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 END = "<|end|>"
 _ENDS = (END, "<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
@@ -110,19 +110,31 @@ class Tokenizer:
         text = self.decode([i])
         return (self.backend.id_to_token(i) if "\ufffd" in text else text) or text
 
+    def templated(self) -> tokenizers.Tokenizer:
+        """A copy of the backend in which a text begins with `begin_id`, where special tokens are asked for."""
+        copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        begin = copy.id_to_token(self.begin_id)
+        copy.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, self.begin_id)]
+        )
+        return copy
+
     def canonical_map(self) -> np.ndarray:
         """int32[V]: see `canonical_ids`."""
         return canonical_ids(self.backend)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` loads too."""
+        """Writes tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` loads too.
+
+        A text that it encodes there begins with `begin_id`, as every text does in training.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = {"bos_token": self.begin_id, "eos_token": self.end_id, "pad_token": self.pad_id}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         settings |= self.settings | {name: self.backend.id_to_token(i) for name, i in names.items()}
         for name, content in (
-            ("tokenizer.json", self.backend.to_str()),
+            ("tokenizer.json", self.templated().to_str()),
             ("tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n"),
         ):
             beside = folder / f".{name}.{os.getpid()}"

@@ -84,7 +84,7 @@ class Memory(nn.Module):
 
     def new_state(self) -> Bundle:
         """What one cache of the host carries for the memory."""
-        parts: dict[str, Any] = {"past": Past(), "ids": Everything(self.config.ngram - 1, fill=self.config.pad_id)}
+        parts: dict[str, Any] = {"past": Past(), "ids": Everything(self.config.ngram - 1, fill=self.config.missing_id)}
         if self.config.halo:
             parts |= {f"layer{layer}": Everything(self.config.halo) for layer in self.config.layers}
         return Bundle(**parts)

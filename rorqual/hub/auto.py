@@ -5,11 +5,10 @@ RorqualForCausalLM.of(model)                the face: it holds the model and com
 AutoModelForCausalLM.from_pretrained(...)   another process imports this file first; no code comes with a checkpoint
 """
 
+import dataclasses
 from typing import Any, ClassVar
 
 import torch
-from tokenizers import Tokenizer as Backend
-from tokenizers import processors
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -26,10 +25,14 @@ from rorqual import config as configs
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.layers.cache import Cache
 from rorqual.model import IGNORED, LanguageModel, ModelConfig
+from rorqual.storage import DeviceTable
 
 
 class RorqualConfig(PreTrainedConfig):
-    """`shape` is ModelConfig as plain JSON; the rest is what transformers asks of any config."""
+    """`shape` is ModelConfig as plain JSON; the rest is what transformers asks of any config.
+
+    The config.json of a run folder has the fields of `shape` at its top.
+    """
 
     model_type = "rorqual"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
@@ -45,9 +48,11 @@ class RorqualConfig(PreTrainedConfig):
         tie_word_embeddings: bool = False,
         **fields: Any,
     ) -> None:
-        self.shape, self.use_cache = shape, use_cache
+        own = {field.name for field in dataclasses.fields(ModelConfig)} & fields.keys()
+        of_run = {name: fields.pop(name) for name in own}
+        self.shape, self.use_cache = of_run if shape is None and of_run else shape, use_cache
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
-        self.tie_word_embeddings = tie_word_embeddings
+        self.tie_word_embeddings = tie_word_embeddings or bool((self.shape or {}).get("tied"))
         super().__init__(**fields)
 
     @property
@@ -139,6 +144,7 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = RorqualConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = False
+    accepts_loss_kwargs = False  # the loss is a mean over one batch, whatever number of tokens a Trainer names
     _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
     _no_split_modules = ("Block",)
 
@@ -170,15 +176,20 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
         """As transformers' own, from safetensors only; what Engram addresses with is taken from the map, and checked.
 
-        ValueError where the checkpoint's multipliers, primes or map are not those of its config.
+        ValueError where the checkpoint's multipliers, primes or map are not those of its config, and where a tensor
+        is missing (Engram's rows that learnt on a disk lie in files that transformers does not know).
         """
-        loaded = super().from_pretrained(*args, **{**options, "use_safetensors": True})
-        face = loaded[0] if isinstance(loaded, tuple) else loaded
+        options |= {"use_safetensors": True}
+        told = options.pop("output_loading_info", False)
+        face, info = super().from_pretrained(*args, **options, output_loading_info=True)
+        if missing := sorted(info["missing_keys"]):
+            got = f"got no {missing[0].removeprefix('model.')!r} ({len(missing)} missing)"
+            raise ValueError(f"{args[0] if args else 'model'}: {got}, expected all weights: open a run with rq.load")
         addresses = face.model.addresses
         if addresses is not None:
             addresses.load_state_dict(addresses.state_dict())
             addresses.to(face.model.embed.weight.device)
-        return loaded
+        return (face, info) if told else face
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -233,10 +244,22 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def _loss(self, ids: Tensor, labels: Tensor, present: Tensor | None) -> Tensor:
+        if self.training and torch.is_grad_enabled() and self.model.embed.weight.requires_grad:
+            self._check_tables()
         following = torch.full_like(labels, IGNORED)
         following[:, :-1] = labels[:, 1:]
         loss = self.model.loss(ids, following, present=present)
         return loss.total if self.training else loss.next_token
+
+    def _check_tables(self) -> None:
+        """ValueError where a step would leave Engram's rows as they are, or fail behind it."""
+        elsewhere = {type(table).__name__ for table in self.model.tables if type(table) is not DeviceTable}
+        if elsewhere:
+            raise ValueError(
+                f"tables: got {', '.join(sorted(elsewhere))}, whose rows no optimizer of transformers trains, expected"
+                " them on the device: rq.load(folder, tables='device'). `rorqual train --tables host` or `disk` trains"
+                " rows that lie elsewhere; a model whose own weights are frozen (LoRA) keeps its tables anywhere"
+            )
 
 
 def _present(mask: Tensor | None, ids: Tensor) -> Tensor | None:
@@ -251,11 +274,8 @@ def _present(mask: Tensor | None, ids: Tensor) -> Tensor | None:
 
 def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """The tokenizer as transformers knows it; a text that it encodes begins with `begin_id`, as in training."""
-    backend = Backend.from_str(tokenizer.backend.to_str())
+    backend = tokenizer.templated()
     begin, end, pad = (backend.id_to_token(i) for i in (tokenizer.begin_id, tokenizer.end_id, tokenizer.pad_id))
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, tokenizer.begin_id)]
-    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=begin, eos_token=end, pad_token=pad, padding_side="left"
     )

@@ -45,8 +45,12 @@ class EngramConfig:
     eps: float = 1.1920929e-7  # of the gate's norms; what torch's rms_norm takes when it is told none
     conv_eps: float = 1e-5  # of the norm before the convolution
     seed: int = 0
+    # what draws the multipliers: numpy's default generator (DeepSeek), or splitmix64 (Qwen)
+    generator: Literal["numpy", "splitmix64"] = "numpy"
     canonical: bool = True  # address with canonical ids; False: with raw ones
     pad_id: int = 0  # raw id that stands for missing left context
+    # raw id that ends a text: look-back stops at it, and it stands for missing left context in place of pad_id
+    eos_id: int | None = None
     end_of_document: bool = True  # look-back and convolution stop where a document begins
     dead_tokens: tuple[int, ...] = ()  # raw ids (images) that look-back stops at and that recall nothing
 
@@ -64,6 +68,10 @@ class EngramConfig:
             raise ValueError(f"engram.sign: got {self.sign!r}, expected sign or copysign")
         if self.gating not in ("streams", "shared", "open"):
             raise ValueError(f"engram.gating: got {self.gating!r}, expected streams, shared or open")
+        if self.generator not in ("numpy", "splitmix64"):
+            raise ValueError(f"engram.generator: got {self.generator!r}, expected numpy or splitmix64")
+        if self.eos_id is not None and self.eos_id < 0:
+            raise ValueError(f"engram.eos_id: got {self.eos_id}, expected an id of the tokenizer, or none")
         if min(self.seed, self.pad_id, *self.dead_tokens) < 0:
             got = f"seed {self.seed}, pad_id {self.pad_id}, dead_tokens {self.dead_tokens}"
             raise ValueError(f"engram: got {got}, expected none negative")
@@ -82,6 +90,11 @@ class EngramConfig:
     def memory_width(self) -> int:
         """M, the width of what one token recalls in one layer."""
         return self.rows_per_token * self.head_dim
+
+    @property
+    def missing_id(self) -> int:
+        """The raw id that stands where there is no left context."""
+        return self.pad_id if self.eos_id is None else self.eos_id
 
     def gates(self, streams: int) -> int:
         """How many keys, and gates that differ, a token has in one layer."""
@@ -116,13 +129,28 @@ def row_totals(config: EngramConfig) -> tuple[int, ...]:
 
 
 def draw_multipliers(config: EngramConfig, canonical: int) -> np.ndarray:
-    """int64 [Lm, N], odd: 2 r + 1, r uniform below max(1, ((2^63 - 1) // V') // 2), drawn from seed + 10007 layer.
+    """int64 [Lm, N], odd: 2 r + 1, with r below half = max(1, ((2^63 - 1) // V') // 2), V' = `canonical`.
 
-    For ids below V' (`canonical`) no product leaves int64, no mix is negative. The first is the current token's.
+    numpy: r is uniform, drawn from the seed + 10007 times the block's index.
+    splitmix64: r is the i-th number, from 1, modulo half, of the generator whose state is the seed + 10007 times the
+    layer's place in the config's list, advanced once before the first.
+    For ids below V' no product leaves int64, no mix is negative. The first is the current token's.
     """
     half = max(1, ((2**63 - 1) // canonical) // 2)
+    if config.generator == "splitmix64":
+        starts = [config.seed + 10007 * place for place in range(len(config.layers))]
+        drawn = [[_splitmix64(start, i + 2) % half for i in range(config.ngram)] for start in starts]
+        return 2 * np.array(drawn, dtype=np.int64) + 1
     streams = [np.random.default_rng(config.seed + 10007 * layer) for layer in config.layers]
     return 2 * np.stack([stream.integers(0, half, config.ngram, dtype=np.int64) for stream in streams]) + 1
+
+
+def _splitmix64(state: int, count: int) -> int:
+    """The count-th number, from 1, that splitmix64 gives from this state."""
+    x = (state + 0x9E3779B97F4A7C15 * count) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
 
 
 def hash_rows(
@@ -238,13 +266,13 @@ class Addresses(nn.Module):
         known = canonical_map[canonical_map >= 0]
         if not len(known) or canonical_map.min() < -1 or len(np.unique(known)) != known.max() + 1:
             raise ValueError("canonical map: got gaps or negative ids, expected every number from 0 up to the largest")
-        pad_id = self.config.pad_id
-        if pad_id >= len(canonical_map) or canonical_map[pad_id] < 0:
-            raise ValueError(f"engram.pad_id: got {pad_id}, expected an id of the tokenizer, below {len(known)}")
+        missing, name = self.config.missing_id, "pad_id" if self.config.eos_id is None else "eos_id"
+        if missing >= len(canonical_map) or canonical_map[missing] < 0:
+            raise ValueError(f"engram.{name}: got {missing}, expected an id of the tokenizer, below {len(known)}")
         primes = find_primes(self.config)
         flat = primes.reshape(len(primes), -1)  # [Lm, R]
         digest = hashlib.sha256(known.astype("<i4").tobytes()).digest()
-        self.pad = int(canonical_map[pad_id])
+        self.pad = int(canonical_map[missing])
         self._exact: dict[str, np.ndarray] = {
             "multipliers": draw_multipliers(self.config, int(known.max()) + 1),
             "primes": primes,
@@ -282,12 +310,14 @@ class Addresses(nn.Module):
             differ.append("canonical map")
         if differ:
             got = f"got a checkpoint with other {' and other '.join(differ)} than this model's, expected the same"
-            raise ValueError(f"Engram: {got}: take its tokenizer and its engram layers, rows_per_head, heads and seed")
+            raise ValueError(
+                f"Engram: {got}: take its tokenizer and its engram layers, rows_per_head, heads, seed and generator"
+            )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Recent:
         """The last N-1 raw ids of every row."""
-        return Recent(self.config.ngram - 1, fill=self.config.pad_id)
+        return Recent(self.config.ngram - 1, fill=self.config.missing_id)
 
     def live(self, ids: Int[Tensor, "B T"], layout: Layout) -> Bool[Tensor, "B T"] | None:
         """False at padding and dead tokens, where the gate is 0; None if there is neither."""
@@ -301,18 +331,21 @@ class Addresses(nn.Module):
     ) -> Int[Tensor, "Lm B T R"]:
         """Row ids into each layer's table. `history` holds the ids of earlier calls and takes these.
 
-        Missing context (before the start, behind padding, a dead token or a document's beginning) reads as the pad id.
+        Missing context (before the start, behind padding, a dead token or a document's beginning) reads as the pad id;
+        with an eos_id as that, and what lies behind an earlier eos_id is missing, too.
         ValueError for an id that the tokenizer does not have, unless it stands at padding.
         """
-        ids = ids.long() if layout.present is None else torch.where(layout.present, ids.long(), self.config.pad_id)
+        ids, missing = ids.long(), self.config.missing_id
+        if layout.present is not None:
+            ids = torch.where(layout.present, ids, missing)
         exact = [self._buffers[name] for name in ("canonical_map", "multipliers", "primes", "offsets")]
         out = self._memory(ids)
         try:
             if (place := self._place(ids, layout, history)) is not None:
                 rows_of = pick("engram_follow", follow_rows, ids, exact[0])
-                return rows_of(ids, *place, *exact, self.config.pad_id, out, self._kept)
+                return rows_of(ids, *place, *exact, missing, out, self._kept)
             before = (self.config.ngram - 1, 0)
-            window = F.pad(ids, before, value=self.config.pad_id) if history is None else history.extend(ids)
+            window = F.pad(ids, before, value=missing) if history is None else history.extend(ids)
             rows_of = pick("engram_rows", hash_rows, ids, exact[0])
             return rows_of(window, self._reach(window, layout), *exact, self.pad, out, self._kept)
         except IndexError:
@@ -334,7 +367,8 @@ class Addresses(nn.Module):
     def _place(self, ids: Tensor, layout: Layout, history: Recent | None) -> tuple[Tensor | None, int] | None:
         """Where these ids are held, if they simply follow those before: nothing stops any look-back, and they fit."""
         documents = layout.key_documents if self.config.end_of_document else None
-        if documents is not None or layout.key_present is not None or self.config.dead_tokens:
+        stopped = self.config.dead_tokens or self.config.eos_id is not None
+        if documents is not None or layout.key_present is not None or stopped:
             return None
         return (None, 0) if history is None else history.claim(ids)
 
@@ -347,6 +381,8 @@ class Addresses(nn.Module):
             stops.append(~last_columns(layout.key_present, width, False))
         if self.config.dead_tokens:
             stops.append(torch.isin(window, torch.tensor(self.config.dead_tokens, device=window.device)))
+        if self.config.eos_id is not None:
+            stops.append(window == self.config.eos_id)
         if documents is not None:
             kept = last_columns(documents, width, -1)
             stops.append(F.pad(kept[:, 1:] != kept[:, :-1], (0, 1)))

@@ -336,12 +336,10 @@ def read(folder: Path, tables: StorageConfig | None = None, dtype: torch.dtype |
 
     `dtype` is what float8 weights are widened to; others keep theirs.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder}/config.json is not JSON ({error}): was it written to the end?") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind is not None and tables not in (None, StorageConfig()):
+    if checkpoint.is_run(folder):
+        return checkpoint.load_model(folder, tables=tables)
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    if tables not in (None, StorageConfig()):
         raise ValueError(f"{folder}: got {tables}, expected a run of rorqual's own, whose tables can lie elsewhere")
     if kind in DEEPSEEK:
         return checkpoints.load(folder, dtype=dtype)
@@ -353,9 +351,7 @@ def read(folder: Path, tables: StorageConfig | None = None, dtype: torch.dtype |
             ours = {name.removeprefix("model."): shape for name, shape in stored}
             checkpoint.check_sizes(folder, RorqualConfig.from_pretrained(folder).model, ours)
         return RorqualForCausalLM.from_pretrained(folder).model
-    if kind is not None:
-        raise ValueError(f"{folder} is a {kind} model, expected a rorqual run, or one of {', '.join(DEEPSEEK)}")
-    return checkpoint.load_model(folder, tables=tables)
+    raise ValueError(f"{folder} is a {kind} model, expected a rorqual run, or one of {', '.join(DEEPSEEK)}")
 
 
 def chat_template(folder: Path) -> bool:

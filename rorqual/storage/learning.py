@@ -59,7 +59,7 @@ class HostedTable(DeviceTable):
 
     def __init__(self, rows: int, width: int, *, stream: Stream | None = None) -> None:
         with torch.random.fork_rng(devices=[]):  # a model draws its own values, from a seed
-            super().__init__(rows, width, dtype=torch.float32)
+            super().__init__(rows, width, dtype=torch.float32, sparse=True)
         self._stream = Stream() if stream is None else stream
 
     def _apply(self, fn: Any, recurse: bool = True) -> "HostedTable":

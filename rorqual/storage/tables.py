@@ -82,13 +82,16 @@ def _select(values: Tensor, ids: Tensor, out: Tensor) -> Tensor:
 
 
 class DeviceTable(nn.Module):
-    """Rows in a parameter `weight` [rows, width]; its gradients are sparse: row ids and a gradient for each.
+    """Rows in a parameter `weight` [rows, width], on the model's device; any optimizer trains it.
 
+    `sparse` makes its gradients name only the rows that were read: row ids and a gradient for each. Nothing of the
+    table's size is then written in a step, but few optimizers take such gradients (rorqual.train.optim does, and turns
+    this on; torch's SparseAdam). It may be set at any time.
     dtype float8_e4m3fn: `weight` holds fp8 records [rows, width + width / 32] in bytes, zero until they are loaded, and
     is not trained: a recall with gradients in training mode is a ValueError.
     """
 
-    def __init__(self, rows: int, width: int, *, dtype: torch.dtype | None = None, sparse: bool = True) -> None:
+    def __init__(self, rows: int, width: int, *, dtype: torch.dtype | None = None, sparse: bool = False) -> None:
         super().__init__()
         if rows < 1 or width < 1:
             raise ValueError(f"table: got {rows} rows of width {width}, expected at least 1 of each")

@@ -97,7 +97,7 @@ Role = Literal["rows", "matrix", "decayed", "plain"]
 def roles(model: nn.Module) -> dict[str, Role]:
     """Parameter name -> what it is to the optimizer.
 
-    rows: tables with sparse gradients. matrix: weights of linear maps, routers and experts inside the blocks.
+    rows: Engram's tables. matrix: weights of linear maps, routers and experts inside the blocks.
     decayed: embedding and head. plain: norms, biases, convolutions, hyper-connections' maps.
     """
     found: dict[str, Role] = {}
@@ -107,7 +107,7 @@ def roles(model: nn.Module) -> dict[str, Role]:
             name = names[id(parameter)]
             if name in found:
                 continue
-            if isinstance(module, LearningTable) or (isinstance(module, DeviceTable) and module.sparse):
+            if isinstance(module, (DeviceTable, LearningTable)):
                 found[name] = "rows"
             elif parameter.dim() < 2 or not isinstance(module, (nn.Linear, nn.Embedding, Router, Experts)):
                 found[name] = "plain"
@@ -187,10 +187,14 @@ def coalesce(gradient: Tensor) -> Tensor:
 class Optimizer:
     """All parameters of a model, each by the optimizer of its role; one step, one norm, one flat state.
 
+    Tables on the device are told to give sparse gradients from now on: a dense one would be as large as the table.
     Of a table that learns where its rows live, the rows' state is there, too, and not in `state`.
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+        for table in model.modules():
+            if isinstance(table, DeviceTable):
+                table.sparse = True
         self.config = config
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         role = roles(model)

@@ -128,6 +128,10 @@ class Prepared(NamedTuple):
     def pad_id(self) -> int:
         return self.tokenizer.pad_id
 
+    @property
+    def end_id(self) -> int:
+        return self.tokenizer.end_id
+
     def canonical_map(self) -> np.ndarray:
         return self.tokenizer.canonical_map()
 
@@ -152,6 +156,10 @@ class Asked(NamedTuple):
 
     @property
     def pad_id(self) -> int:
+        return QUESTION
+
+    @property
+    def end_id(self) -> int:
         return QUESTION
 
     def canonical_map(self) -> np.ndarray:
@@ -364,7 +372,10 @@ def _model(config: TrainConfig, data: Prepared | Asked, device: torch.device, af
     if shape.engram is not None and shape.engram.canonical:
         canonical = torch.from_numpy(data.canonical_map())
     if shape.engram is not None:  # train.json keeps what was asked for, config.json says what it came to
+        ended = shape.engram.eos_id is not None
         shape = configs.replace(shape, "engram.pad_id", data.pad_id)
+        if ended:
+            shape = configs.replace(shape, "engram.eos_id", data.end_id)
     model = LanguageModel(shape, canonical, seed=config.seed, tables=_tables(config, shape, after)).to(device)
     if parallel.world() > 1:
         parallel.shard(model)

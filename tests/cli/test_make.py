@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import pytest
 
+from rorqual import checkpoint
 from rorqual import config as configs
 from rorqual.cli import make
 from rorqual.cli.main import main
@@ -71,7 +72,7 @@ def test_params_prints_every_digit_of_the_models_that_are_named(
 
 def test_named_knows_presets_and_runs(small_run: Path) -> None:
     assert make.named("tiny") is preset("tiny")
-    assert make.named(str(small_run)) == configs.load(ModelConfig, small_run / "config.json")
+    assert make.named(str(small_run)) == checkpoint.read_config(small_run)
     with pytest.raises(ValueError, match="did you mean 'tiny'"):
         make.named("tinny")
 

@@ -196,7 +196,8 @@ def test_saved_folder_loads_here_and_in_transformers(small: Tokenizer, tmp_path:
         assert [loaded.encode(text) for text in TEXTS] == [small.encode(text) for text in TEXTS]
         assert (loaded.end_id, loaded.pad_id, loaded.vocabulary) == (0, 0, small.vocabulary)
     assert theirs.eos_token_id == theirs.pad_token_id == theirs.bos_token_id == 0
-    assert theirs(TEXTS[0]).input_ids == small.encode(TEXTS[0])
+    assert theirs(TEXTS[0]).input_ids == [small.begin_id, *small.encode(TEXTS[0])]
+    assert theirs(TEXTS[0], add_special_tokens=False).input_ids == small.encode(TEXTS[0])
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 

@@ -1,14 +1,25 @@
 """The transformers face: same logits, its own cache, generate in every way, saved and loaded whole."""
 
 import copy
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
+from rorqual.checkpoint import save_model
 from rorqual.data.tokenizer import train
 from rorqual.hub.auto import RorqualCache, RorqualConfig, RorqualForCausalLM, fast_tokenizer
 from rorqual.layers.engram import EngramConfig
@@ -211,6 +222,94 @@ def test_tokenizer_files_of_a_run_load_in_transformers(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     fast = AutoTokenizer.from_pretrained(tmp_path)
     assert fast("A whale", add_special_tokens=False).input_ids == tokenizer.encode("A whale")
+
+
+def arguments(folder, **changes) -> TrainingArguments:
+    chosen = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    chosen |= {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "report_to": "none"}
+    return TrainingArguments(output_dir=str(folder), **chosen | changes)
+
+
+def examples(count: int = 8) -> list[dict]:
+    ids = torch.randint(280, (count, 12), generator=torch.Generator().manual_seed(3)).tolist()
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def test_trainer_of_transformers_trains_memory_too(tokenizer, tmp_path):
+    """With its default AdamW, then saved by it and loaded again."""
+    model = LanguageModel(CONFIGS["all"], torch.from_numpy(tokenizer.canonical_map()), seed=2)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    face = RorqualForCausalLM.of(model, tokenizer)
+    trainer = Trainer(model=face, args=arguments(tmp_path), train_dataset=examples())
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == 6 and losses[-1] < losses[0] - 0.3
+    still = [name for name, value in model.named_parameters() if torch.equal(value, before[name])]
+    assert not still
+    trainer.save_model(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+
+
+def test_trainer_sums_micro_batches_as_one_batch(tokenizer, tmp_path):
+    trained = []
+    for rows, parts in ((4, 1), (2, 2)):
+        model = LanguageModel(CONFIGS["tied"], seed=2)
+        sizes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts}
+        args = arguments(tmp_path, max_steps=1, optim="sgd", learning_rate=0.5, max_grad_norm=0.0, **sizes)
+        Trainer(model=RorqualForCausalLM.of(model), args=args, train_dataset=examples(4)).train()
+        trained.append(model.embed.weight)
+    torch.testing.assert_close(*trained, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("home", ["host", "disk"])
+def test_training_with_rows_elsewhere_is_refused(home, small_run, tmp_path):
+    model = load(small_run, device="cpu", tables=home).model
+    face = RorqualForCausalLM.of(model)
+    trainer = Trainer(model=face, args=arguments(tmp_path), train_dataset=examples())
+    with pytest.raises(ValueError, match=rf"got {home.capitalize()}Table, .* expected them on the device"):
+        trainer.train()
+    ids = torch.tensor([PROMPTS[0]])
+    assert face.eval()(ids, labels=ids).loss.isfinite()  # to score is not to train
+    face.train().requires_grad_(False)
+    assert face(ids, labels=ids).loss.isfinite()
+
+
+def test_a_run_folder_opens_in_transformers(small_run, tmp_path):
+    """By its own config.json: the model, the tokenizer, and a pipeline that says what the run says."""
+    run, ids = load(small_run, device="cpu"), torch.tensor([PROMPTS[0]])
+    config = AutoConfig.from_pretrained(small_run)
+    assert isinstance(config, RorqualConfig) and config.model == run.config
+    assert (config.eos_token_id, config.architectures) == (run.tokenizer.end_id, ["RorqualForCausalLM"])
+    theirs = AutoModelForCausalLM.from_pretrained(small_run)
+    assert isinstance(theirs, RorqualForCausalLM)
+    torch.testing.assert_close(theirs(ids).logits, run.model(ids), atol=1e-5, rtol=1e-5)
+    assert all(map(torch.equal, theirs.model.state_dict().values(), run.model.state_dict().values()))
+    writer = pipeline("text-generation", str(small_run))
+    said = writer("A whale", do_sample=False, max_new_tokens=8, return_full_text=False)[0]["generated_text"]
+    assert said == run.generate("A whale", max_new_tokens=8, temperature=0.0)
+    theirs.save_pretrained(tmp_path)
+    again = load(tmp_path, device="cpu").model.state_dict().values()
+    assert all(map(torch.equal, again, run.model.state_dict().values()))
+
+
+def test_a_tied_run_opens_in_transformers(tokenizer, tmp_path):
+    model = LanguageModel(CONFIGS["tied"], seed=2).eval()
+    save_model(tmp_path, model, tokenizer)
+    theirs, ids = AutoModelForCausalLM.from_pretrained(tmp_path), torch.tensor([PROMPTS[0]])
+    assert theirs.config.tie_word_embeddings and theirs.model.head.weight is theirs.model.embed.weight
+    torch.testing.assert_close(theirs(ids).logits, model(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_weights_that_are_missing_are_named(small_run, tmp_path):
+    """As where Engram's rows learnt on a disk and lie in files of their own."""
+    shutil.copytree(small_run, tmp_path / "run")
+    state = load_file(tmp_path / "run" / "model.safetensors")
+    state.pop("tables.0.weight")
+    save_file(state, tmp_path / "run" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"run: got no 'tables.0.weight' \(1 missing\), expected all weights"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run")
 
 
 def test_peft_trains_saves_loads_and_merges(face, tmp_path):

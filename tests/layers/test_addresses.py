@@ -13,9 +13,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.models.qwen4_exp import modeling_qwen4_exp
+from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpTextConfig
+from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextNGramEmbedding
 
 from rorqual import kernels
+from rorqual.config import from_dict
 from rorqual.layers.addresses import (
     WORTH_KEEPING,
     Addresses,
@@ -91,6 +96,148 @@ def test_rows_are_the_authors(case: dict, kind: str, monkeypatch: pytest.MonkeyP
             assert got[-1].tolist() == text["hash_last"][layer]
             assert got.sum() == text["hash_sum"][layer]
             assert hashlib.sha256(got.tobytes()).hexdigest() == text["hash_sha256_i64le"][layer]
+
+
+class Rows(nn.Module):
+    """In place of an embedding: the row ids themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.empty(0)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows[..., None]
+
+
+def qwen_layers(config: EngramConfig, vocabulary: int) -> list[Qwen4ExpTextNGramEmbedding]:
+    """transformers' own modules of this memory; they return row ids in place of rows."""
+    said = Qwen4ExpTextConfig(
+        vocab_size=vocabulary,
+        eos_token_id=config.eos_id,
+        ple_layer_ids=[layer + 1 for layer in config.layers],
+        ple_embed_dim=config.memory_width,
+        ngram_size=config.ngram,
+        heads_per_ngram=config.heads,
+        ngram_vocab_size_base=config.rows_per_head[0],
+        seed=config.seed,
+        num_hidden_layers=4,
+        hidden_size=48,
+    )
+    found = []
+    for place, layer in enumerate(config.layers):
+        with torch.device("meta"):  # the table would not fit
+            module = Qwen4ExpTextNGramEmbedding(said, config.memory_width, layer, place)
+        drawn = modeling_qwen4_exp._build_layer_multipliers(vocabulary, config.ngram, place, config.seed)
+        module.layer_multipliers = nn.Buffer(drawn)
+        module.ngram_heads_vocab_sizes = nn.Buffer(torch.tensor(module.head_vocab_sizes))
+        module.ngram_heads_offsets = nn.Buffer(torch.tensor(module.head_offsets))
+        module.ngram_embedding, module.said = Rows(), said
+        found.append(module)
+    return found
+
+
+def qwen_rows(modules: list[Qwen4ExpTextNGramEmbedding], ids: Tensor, splits: list[int]) -> Tensor:
+    """[Lm, B, T, R] by transformers, the ids in pieces of these lengths behind one cache."""
+    cache = DynamicCache(config=modules[0].said) if len(splits) > 1 else None
+    parts = [torch.stack([module(part, cache) for module in modules]) for part in ids.split(splits, 1)]
+    return torch.cat(parts, 2)
+
+
+QWEN = json.loads((GOLDEN / "qwen4_exp_rows.json").read_text(encoding="utf-8"))
+
+
+def qwen_config(case: dict) -> tuple[EngramConfig, int]:
+    said = {name: _tuple(value) for name, value in case["config"].items()}
+    return EngramConfig(**said, generator="splitmix64", canonical=False), case["vocabulary"]
+
+
+QWENS = pytest.mark.parametrize("case", QWEN, ids=lambda case: case["name"])
+
+
+@QWENS
+@pytest.mark.parametrize("kind", ["reference", *TWINS])
+def test_rows_are_those_of_qwen(case: dict, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded from transformers, and transformers today: whole, and in two pieces at every place."""
+    monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
+    config, vocabulary = qwen_config(case)
+    own, theirs = Addresses(config, None, vocabulary), qwen_layers(config, vocabulary)
+    assert own.fingerprint()["multipliers"] == case["multipliers"]
+    assert own.primes.flatten(1).tolist() == [module.head_vocab_sizes for module in theirs]
+    for recorded in case["cases"]:
+        ids, rows = torch.tensor([recorded["ids"]]), torch.tensor(recorded["rows"])[:, None]
+        length = ids.shape[1]
+        assert torch.equal(own(ids, layout(*ids.shape, "cpu")), rows)
+        assert torch.equal(qwen_rows(theirs, ids, [length]), rows)
+        for at in range(1, length):
+            history, past = own.new_cache(1, 0, torch.float32, torch.device("cpu")), Past()
+            pieces = [
+                own(part, layout(*part.shape, "cpu", past=past), history) for part in ids.split([at, length - at], 1)
+            ]
+            assert torch.equal(torch.cat(pieces, 2), rows)
+            assert torch.equal(qwen_rows(theirs, ids, [at, length - at]), rows)
+
+
+@QWENS
+@pytest.mark.parametrize("kind", ["reference", *TWINS])
+def test_rows_of_padded_batches_are_those_of_qwen(case: dict, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many texts with ends in them, padded on the left, whole, token by token, and one text more behind a reset."""
+    monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
+    config, vocabulary = qwen_config(case)
+    own, theirs = Addresses(config, None, vocabulary), qwen_layers(config, vocabulary)
+    ids = torch.randint(vocabulary, (7, 40))
+    ids[torch.rand(ids.shape) < 0.25] = config.eos_id
+    present = torch.arange(40) >= torch.tensor([0, 1, 2, 3, 17, 39, 5])[:, None]
+    rows = qwen_rows(theirs, ids.where(present, torch.tensor(config.eos_id)), [40])
+    junk = ids.masked_fill(~present, -100)
+    assert torch.equal(own(junk, layout(7, 40, "cpu", present=present)), rows)
+    history, past = own.new_cache(7, 0, torch.float32, torch.device("cpu")), Past()
+    for t in range(40):
+        where = layout(7, 1, "cpu", present=present[:, t : t + 1], past=past)
+        assert torch.equal(own(junk[:, t : t + 1], where, history), rows[:, :, t : t + 1])
+    history.reset()
+    assert torch.equal(own(ids, layout(7, 40, "cpu"), history), qwen_rows(theirs, ids, [40]))
+
+
+@pytest.mark.interpreted
+def test_tiles_address_as_qwen(tiled: torch.device) -> None:
+    for case in QWEN:
+        config, vocabulary = qwen_config(case)
+        own = Addresses(config, None, vocabulary)
+        names = ("canonical_map", "multipliers", "primes", "offsets")
+        exact = [getattr(own, name).to(tiled) for name in names]
+        for recorded in case["cases"]:
+            ids = torch.tensor([recorded["ids"]])
+            window = F.pad(ids, (config.ngram - 1, 0), value=config.eos_id)
+            reach = own._reach(window, layout(*ids.shape, "cpu")).to(tiled)
+            got = kernels.triton_twins.hash_rows(window.to(tiled), reach, *exact, own.pad)
+            assert got[:, 0].tolist() == recorded["rows"]
+
+
+@pytest.mark.parametrize("generator", ["numpy", "splitmix64"])
+def test_an_end_of_text_hides_what_came_before(generator: str) -> None:
+    """With canonical ids, beside documents and dead tokens: behind an end the rows are those of a text that begins."""
+    config = EngramConfig(
+        layers=(2, 0), rows_per_head=(97, 89), eos_id=4, pad_id=9, dead_tokens=(5,), generator=generator
+    )
+    own = Addresses(config, torch.arange(30) // 2, 30)
+    ids = torch.tensor([[11, 12, 4, 13, 14, 5, 15, 4, 4, 16]])
+    rows = own(ids, layout(1, 10, "cpu"))
+    for begin, end in ((3, 6), (6, 8), (8, 9), (9, 10)):
+        alone = own(ids[:, begin:end], layout(1, end - begin, "cpu"))
+        assert torch.equal(alone, rows[:, :, begin:end])
+    documents = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
+    assert torch.equal(
+        own(ids, layout(1, 10, "cpu", documents=documents))[:, :, 1:], own(ids[:, 1:], layout(1, 9, "cpu"))
+    )
+    assert torch.equal(own.live(ids, layout(1, 10, "cpu")), ids != 5)
+
+
+def test_another_generator_is_another_model() -> None:
+    """Configs of before have no such field, and mean numpy's."""
+    plain, other = Addresses(EngramConfig(), None, 30), Addresses(EngramConfig(generator="splitmix64"), None, 30)
+    assert from_dict(EngramConfig, {"layers": [1]}) == EngramConfig(generator="numpy", eos_id=None)
+    with pytest.raises(ValueError, match=r"other multipliers than .* seed and generator"):
+        other.load_state_dict(plain.state_dict())
 
 
 def test_row_totals_and_parameters_of_the_published_models() -> None:
@@ -407,6 +554,7 @@ def test_a_damaged_map_is_refused_by_its_digest() -> None:
         ({"seed": -1}, "seed -1"),
         ({"pad_id": -1}, "pad_id -1"),
         ({"dead_tokens": (-3,)}, "none negative"),
+        ({"eos_id": -1}, "eos_id: got -1, expected an id of the tokenizer"),
     ],
 )
 def test_bad_configs_are_refused(changes: dict, reason: str) -> None:
@@ -417,6 +565,10 @@ def test_bad_configs_are_refused(changes: dict, reason: str) -> None:
     with pytest.raises(ValueError, match="expected sign or copysign"):
         config.__post_init__()
     object.__setattr__(config, "sign", "sign")
+    object.__setattr__(config, "generator", "mt19937")
+    with pytest.raises(ValueError, match="got 'mt19937', expected numpy or splitmix64"):
+        config.__post_init__()
+    object.__setattr__(config, "generator", "numpy")
     object.__setattr__(config, "gating", "none")
     with pytest.raises(ValueError, match="got 'none', expected streams, shared or open"):
         config.__post_init__()
@@ -434,6 +586,7 @@ def test_keys_a_token_has(gating: str, gates: int) -> None:
         ({}, torch.tensor([0, 2]), 2, "got gaps"),
         ({}, torch.tensor([-2, 0]), 2, "negative"),
         ({}, None, None, "neither"),
+        ({"eos_id": 8}, torch.arange(8), 9, "eos_id: got 8, expected an id of the tokenizer, below 8"),
         ({"pad_id": 8}, torch.arange(8), 9, "pad_id: got 8, expected an id of the tokenizer, below 8"),
     ],
 )

@@ -83,6 +83,14 @@ def test_roles():
     }
 
 
+def test_tables_give_sparse_gradients_to_this_optimizer():
+    model = Double()
+    assert not model.tables[0].sparse
+    Optimizer(model, OptimConfig())
+    model.tables[0].request(torch.tensor([3, 3])).wait().sum().backward()
+    assert model.tables[0].weight.grad.is_sparse
+
+
 def test_a_tied_head_is_one_parameter():
     model = Double()
     model.head.weight = model.embed.weight

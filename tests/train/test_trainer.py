@@ -483,10 +483,13 @@ def test_engram_stands_on_the_padding_of_the_tokenizer_it_is_given(config, tmp_p
     own.save(tmp_path / "foreign")
     named = json.loads((tmp_path / "foreign" / "tokenizer_config.json").read_text()) | {"pad_token": own.token(40)}
     (tmp_path / "foreign" / "tokenizer_config.json").write_text(json.dumps(named))
-    config = replace(config, data=replace(config.data, tokenizer=str(tmp_path / "foreign")), steps=2)
+    ended = configs.replace(MODEL, "engram.eos_id", 7)
+    data = replace(config.data, tokenizer=str(tmp_path / "foreign"))
+    config = replace(config, data=data, model=ended, steps=2)
     folder = train(config)
     assert Tokenizer.load(tmp_path / "foreign").pad_id == 40
-    assert load_model(folder).config == configs.replace(MODEL, "engram.pad_id", 40)
+    expected = configs.replace(configs.replace(ended, "engram.pad_id", 40), "engram.eos_id", 0)
+    assert load_model(folder).config == expected
     assert configs.load(TrainConfig, folder / "train.json") == config
     assert finished(config)
     train(replace(config, steps=3))
