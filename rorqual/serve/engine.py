@@ -7,6 +7,7 @@ and marks what stands before a shorter one as absent, so that a row's ids do not
 Continuous batching: Orca, OSDI 2022.
 """
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -83,9 +84,15 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Leave the batch at the next step; a finished request stays as it is."""
-        if request.finish is None:
-            request.finish = "cancelled"
+        """Leave the queue at once or the batch at the next step.
+
+        A finished request stays as it is.
+        """
+        if request.finish is not None:
+            return
+        request.finish = "cancelled"
+        with self._lock, contextlib.suppress(ValueError):
+            self._waiting.remove(request)
 
     def drop(self) -> list[Request]:
         """Give up what runs, after a step that failed; returns it."""
