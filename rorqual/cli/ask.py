@@ -1,6 +1,7 @@
 """Options of a command that asks a trained model -> one call into its room out."""
 
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -154,6 +155,7 @@ class Serve:
     port: int = 8000
     rows: int = 8  # requests at once
     context: int = 4096  # tokens of a request and its answer
+    max_waiting: int = 256  # requests in the queue; more are answered with status 429
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None  # default: as stored
     tables: Literal["device", "host", "disk"] = "device"  # where Engram's rows live
@@ -164,12 +166,27 @@ class Serve:
 def serve_command(argv: list[str]) -> int:
     options = parse_new(Serve, argv, "serve")
     from rorqual.serve.generate import load
-    from rorqual.serve.server import serve
+    from rorqual.serve.server import listen, serve
 
     if not 0 <= options.port < 2**16:
         raise UsageError(f"got port {options.port}, expected 0..65535")
+    # a port that is taken is known before the model is loaded, which may take minutes
+    listen(options.host, options.port).close()
     run = load(options.run, device=options.device, dtype=options.dtype, **_homes(options))
-    serve(run, host=options.host, port=options.port, rows=options.rows, context=options.context)
+    try:
+        serve(
+            run,
+            host=options.host,
+            port=options.port,
+            rows=options.rows,
+            context=options.context,
+            max_waiting=options.max_waiting,
+            given=options.run,
+        )
+    except KeyboardInterrupt:
+        # an interpreter that ends in order takes seconds, and crashes where a step is still at work
+        print("\nrorqual: stopped", file=sys.stderr, flush=True)
+        os._exit(130)
     return 0
 
 

@@ -12,6 +12,7 @@ section 2.2 of Conditional Memory via Scalable Lookup, arXiv:2601.07372.
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,24 @@ class Tokenizer:
             raise ValueError(f"tokenizer: got {what}, expected tokenizer_config.json to name {name}")
         return found
 
+    @cached_property
+    def longest(self) -> int | None:
+        """Bytes of the longest token: a text of n * longest + 1 bytes has more than n tokens.
+
+        None where that cannot be said: the tokenizer does not spell bytes, or drops some of a text.
+        """
+        settings = json.loads(self.backend.to_str())
+        parts = [*_parts(settings["normalizer"]), *_parts(settings["pre_tokenizer"])]
+        kinds = {part["type"] for part in parts}
+        removes = any(part.get("behavior") == "Removed" for part in parts)
+        if removes or "ByteLevel" not in kinds or not kinds <= {"ByteLevel", "Split", "Digits", "Punctuation", "NFC"}:
+            return None
+        # a letter of the vocabulary stands for a byte; added tokens are written as they read
+        spelt = max(map(len, self.backend.get_vocab(with_added_tokens=False)), default=1)
+        added = max((len(token["content"].encode()) for token in settings["added_tokens"]), default=1)
+        # NFC makes three bytes of at most nine: a syllable of Hangul
+        return max(spelt, added) * (3 if "NFC" in kinds else 1)
+
     def encode(self, text: str) -> list[int]:
         """The ids of the text, with no special token before or after."""
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -168,6 +187,16 @@ class Tokenizer:
             raise ValueError(f"got {type(fast).__name__}, expected a fast tokenizer (one with a backend_tokenizer)")
         names = {name: getattr(fast, name, None) for name in ("bos_token", "eos_token", "pad_token")}
         return cls(tokenizers.Tokenizer.from_str(backend.to_str()), {k: str(v) for k, v in names.items() if v})
+
+
+def _parts(settings: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The steps of a normalizer or a pre-tokenizer, those of sequences in their places."""
+    if settings is None:
+        return []
+    if settings["type"] != "Sequence":
+        return [settings]
+    inner = settings.get("normalizers", settings.get("pretokenizers", []))
+    return [step for part in inner for step in _parts(part)]
 
 
 def _find(path: str | os.PathLike[str], name: str) -> Path | None:

@@ -8,6 +8,7 @@ are prefilled beside others of like length alone (`by_length`). A request that n
 Continuous batching: Orca, OSDI 2022.
 """
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -93,9 +94,15 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Leave the batch at the next step; a finished request stays as it is."""
-        if request.finish is None:
-            request.finish = "cancelled"
+        """Leave the queue at once or the batch at the next step.
+
+        A finished request stays as it is.
+        """
+        if request.finish is not None:
+            return
+        request.finish = "cancelled"
+        with self._lock, contextlib.suppress(ValueError):
+            self._waiting.remove(request)
 
     def drop(self) -> list[Request]:
         """Give up what runs, after a step that failed; returns it."""

@@ -7,10 +7,12 @@ import difflib
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -23,6 +25,44 @@ from rorqual.model import LanguageModel, ModelConfig
 from rorqual.serve.decoding import Tally, decode, speculate
 from rorqual.serve.sampling import GREEDY, Sampling
 from rorqual.storage import StorageConfig
+
+TEMPLATE_SECONDS = 10.0  # in which a chat template must have filled in the messages
+# The program of `Run.chat`: a line of JSON in, a line of JSON out. faulthandler's clock ends the
+# process whatever it does and whoever started it: one operation of Python can take hours.
+_TEMPLATE = """
+import faulthandler, json, os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from transformers import AutoTokenizer
+folder, seconds = sys.argv[1], float(sys.argv[2])
+nowhere = open(os.devnull, "w")
+tokenizer = None
+for line in sys.stdin:
+    asked = json.loads(line)
+    try:
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
+        text = tokenizer.apply_chat_template(
+            asked["messages"], add_generation_prompt=True, tokenize=False
+        )
+        size = len(text.encode())
+        if asked["most"] is not None and size > asked["most"]:
+            answer = {"size": size}
+        else:
+            answer = {"ids": list(tokenizer(text, add_special_tokens=False)["input_ids"])}
+    except Exception as error:
+        answer = {"error": str(error)[:500]}
+    faulthandler.cancel_dump_traceback_later()
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class TooLong(ValueError):
+    """A text of more bytes than its context can hold, known before it is tokenised."""
+
+    def __init__(self, size: int, longest: int) -> None:
+        self.tokens = -(-size // longest)
+        super().__init__(f"got a text of {size} bytes, at least {self.tokens} tokens, expected a shorter one")
 
 
 class TextStream:
@@ -92,7 +132,8 @@ class Run:
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer | None, folder: Path | None = None) -> None:
         self.model, self._tokenizer, self.folder = model.eval(), tokenizer, folder
-        self._one_at_a_time = threading.Lock()  # a fast tokenizer refuses a second thread while it is set up
+        self._one_at_a_time = threading.Lock()
+        self._chatty: subprocess.Popen[str] | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -114,29 +155,69 @@ class Run:
             f"{self.config.dim}, {' + '.join(parts)}, {str(where.dtype).removeprefix('torch.')} on {where.device})"
         )
 
-    def prompt(self, text: str) -> list[int]:
-        """The ids of a text that begins a document."""
-        return [self.tokenizer.begin_id, *self.tokenizer.encode(text)]
+    def prompt(self, text: str, *, context: int | None = None) -> list[int]:
+        """The ids of a text that begins a document.
 
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """The ids of messages ({"role": .., "content": ..}) by the tokenizer's own template, ready to be answered.
+        TooLong, before anything is tokenised, for a text that cannot fit into `context` tokens.
+        """
+        longest = self.tokenizer.longest
+        if context is not None and longest is not None:
+            size = len(text.encode())
+            if size > context * longest:
+                raise TooLong(size, longest)
+        # a batch of one: for a batch the tokenizers library lets other threads run meanwhile
+        return [self.tokenizer.begin_id, *self.tokenizer.encode_batch([text])[0]]
 
-        ValueError where it has none. The template is text that jinja fills in a sandbox.
+    def chat(self, messages: list[dict[str, str]], *, context: int | None = None) -> list[int]:
+        """The ids of messages ({"role": .., "content": ..}) by the tokenizer's own template.
+
+        ValueError where it has none, or where it takes more than TEMPLATE_SECONDS; TooLong as in
+        `prompt`. The template is text that jinja fills in a sandbox, in a process of its own: no
+        loop or product that a template's author wrote can hold this process.
         """
         if self.folder is None or not chat_template(self.folder):
             raise ValueError(f"{self.folder or 'this run'} has no chat template: ask for a completion instead")
-        try:
-            with self._one_at_a_time:
-                return list(self._chatty.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        except Exception as error:  # jinja raises what the template's author wrote
-            raise ValueError(f"messages: the chat template refuses them: {error}") from error
+        longest = self.tokenizer.longest
+        most = context * longest if context is not None and longest is not None else None
+        with self._one_at_a_time:
+            if self._chatty is None or self._chatty.poll() is not None:
+                self._chatty = self._open_template(self.folder)
+            process = self._chatty
+            assert process.stdin is not None and process.stdout is not None
+            try:
+                process.stdin.write(json.dumps({"messages": messages, "most": most}) + "\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+            except OSError:
+                line = ""
+            if not line:
+                process.kill()
+                limit = f"more than {TEMPLATE_SECONDS:g} s, or ended its process"
+                raise ValueError(f"messages: the chat template took {limit}")
+        answer = json.loads(line)
+        if "size" in answer:
+            assert longest is not None
+            raise TooLong(answer["size"], longest)
+        if "error" in answer:
+            raise ValueError(f"messages: the chat template refuses them: {answer['error']}")
+        return answer["ids"]
 
-    @cached_property
-    def _chatty(self) -> Any:
-        """The tokenizer as transformers reads it, with its template."""
-        from transformers import AutoTokenizer
+    def _open_template(self, folder: Path) -> subprocess.Popen[str]:
+        """The process that fills the template; it ends with this one, or when `close` is called."""
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _TEMPLATE, str(folder), str(TEMPLATE_SECONDS)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+        )
+        weakref.finalize(self, process.kill)
+        return process
 
-        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+    def close(self) -> None:
+        """Ends the process that fills the chat template; the next chat starts another."""
+        if self._chatty is not None:
+            self._chatty.kill()
 
     def complete(
         self,

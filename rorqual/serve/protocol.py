@@ -3,8 +3,10 @@
 The words are OpenAI's, of /v1/completions and /v1/chat/completions, and top_k, min_p and repetition_penalty.
 """
 
+import asyncio
 import difflib
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,8 @@ from starlette.requests import Request
 
 from rorqual.serve.sampling import Sampling
 
-# Accepted at these values only: they ask for something that is not done here.
+# They would change the answer and are not done here, so they are accepted only at values that ask
+# for nothing. The first group is OpenAI's, the second that of other servers.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "echo": (None, False),
     "logprobs": (None, False, 0),
@@ -24,11 +27,61 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "frequency_penalty": (None, 0),
     "logit_bias": (None, {}),
     "tools": (None, []),
-    "tool_choice": (None, "none"),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "reasoning_effort": (None, "none"),
+    "web_search_options": (None,),
+    #
+    "min_tokens": (None, 0),
+    "ignore_eos": (None, False),
+    "stop_token_ids": (None, []),
+    "include_stop_str_in_output": (None, False),
+    "use_beam_search": (None, False),
+    "length_penalty": (None, 1),
+    "typical_p": (None, 1),
+    "repeat_penalty": (None, 1),
+    "prompt_logprobs": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "structured_outputs": (None,),
+    "grammar": (None, ""),
+    "json_schema": (None,),
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "add_generation_prompt": (None, True),
+    "continue_final_message": (None, False),
 }
-IGNORED = frozenset({"user", "metadata", "store", "service_tier", "model"})
+# OpenAI and other servers take them, and no answer of this one would differ.
+IGNORED = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "verbosity",
+        "request_id",
+        "priority",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+        "detokenize",
+        "cache_prompt",
+        "cache_salt",
+        "keep_alive",
+    }
+)
 KNOWN = (
+    "model",
     "prompt",
     "messages",
     "max_tokens",
@@ -44,12 +97,37 @@ KNOWN = (
     "stream",
     "stream_options",
 )
+_LONGEST = 200  # characters of a value, or of a name, that an error repeats
+
+
+class Refusal(ValueError):
+    """An error that says more than 400: its status, OpenAI's code for it, headers of the answer."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.headers = headers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ask:
-    """One request; `prompts` are texts or ids, `messages` are set for a chat and then there are no prompts."""
+    """One request; `prompts` are texts or ids, a chat has `messages` and no prompts.
 
+    `model` is None where the request leaves it out; `ignored` are its fields that have no meaning
+    here.
+    """
+
+    model: str | None = None
     prompts: tuple[str | tuple[int, ...], ...] = ()
     messages: tuple[Mapping[str, str], ...] = ()
     max_new_tokens: int | None = None
@@ -58,18 +136,28 @@ class Ask:
     copies: int = 1
     stream: bool = False
     usage: bool = False
+    ignored: tuple[str, ...] = ()
 
 
-async def body(http: Request, largest: int) -> Any:
-    """What a request carries; ValueError for another content type, more than `largest` bytes, or no JSON."""
+async def body(http: Request, largest: int, seconds: float = 30) -> Any:
+    """What a request carries.
+
+    ValueError for another content type, more than `largest` bytes, no JSON, or where it has not all
+    come within `seconds`.
+    """
     kind = http.headers.get("content-type", "").split(";")[0].strip()
     if kind != "application/json":
-        raise ValueError(f"content-type: got {kind or 'none'}, expected application/json")
+        raise ValueError(f"content-type: got {kind[:_LONGEST] or 'none'}, expected application/json")
     content = bytearray()
-    async for chunk in http.stream():
-        content += chunk
-        if len(content) > largest:
-            raise ValueError(f"body: got more than {largest} bytes, expected a smaller request")
+    try:
+        async with asyncio.timeout(seconds):
+            async for chunk in http.stream():
+                content += chunk
+                if len(content) > largest:
+                    raise ValueError(f"body: got more than {largest} bytes, expected a smaller request")
+    except TimeoutError as error:
+        got = f"got {len(content)} bytes in {seconds:g} s"
+        raise Refusal(f"body: {got}, expected the whole request", status=408) from error
     try:
         return json.loads(content)
     except ValueError as error:
@@ -85,7 +173,10 @@ def parse(body: Any, *, chat: bool, most: int = 64) -> Ask:
     """
     if not isinstance(body, Mapping):
         raise ValueError(f"body: got {type(body).__name__}, expected a JSON object")
-    _refuse(body, "prompt" if chat else "messages")
+    ignored = _refuse(body, "prompt" if chat else "messages")
+    model = body.get("model")
+    if model is not None and not isinstance(model, str):
+        raise ValueError(f"model: got {_short(model)}, expected a text")
     options = body.get("stream_options") or {}
     if not isinstance(options, Mapping):
         raise ValueError("stream_options: expected an object")
@@ -95,6 +186,7 @@ def parse(body: Any, *, chat: bool, most: int = 64) -> Ask:
         raise ValueError(f"n: got {copies} for each of {len(prompts)} prompts, expected at most {most} in all")
     limit = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
     return Ask(
+        model=model,
         prompts=prompts,
         messages=_messages(body.get("messages")) if chat else (),
         max_new_tokens=_number(body, limit, int, None, 1, 2**31),
@@ -103,17 +195,41 @@ def parse(body: Any, *, chat: bool, most: int = 64) -> Ask:
         copies=copies,
         stream=_flag(body, "stream"),
         usage=_flag(options, "include_usage"),
+        ignored=ignored,
     )
 
 
-def _refuse(body: Mapping[str, Any], misplaced: str) -> None:
+def _refuse(body: Mapping[str, Any], misplaced: str) -> tuple[str, ...]:
+    """The fields that are ignored.
+
+    ValueError for one that is unknown, or asks for what is not done.
+    """
+    ignored = []
     for name, value in body.items():
         if name in NEUTRAL:
             if value not in NEUTRAL[name]:
-                raise ValueError(f"{name}: got {value!r}, which this server does not do; leave it out")
-        elif name not in IGNORED and (name not in KNOWN or name == misplaced):
+                raise ValueError(f"{name}: got {_short(value)}, which this server does not do; leave it out")
+        elif name in IGNORED:
+            ignored.append(name)
+        elif name not in KNOWN or name == misplaced:
+            name = name[:_LONGEST]
             near = difflib.get_close_matches(name, [known for known in KNOWN if known != misplaced], 1)
             raise ValueError(f"{name}: unknown field" + (f", did you mean {near[0]}?" if near else ""))
+    return tuple(ignored)
+
+
+def _short(value: Any) -> str:
+    """A value as an error repeats it, at most a line of it."""
+    text = reprlib.repr(value)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+
+
+def _whole(text: str) -> str:
+    """The text with surrogates joined to characters; one without its other half becomes U+FFFD.
+
+    JSON can write half a character, which a client sends that cut a text in the middle of one.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _number(body: Mapping[str, Any], name: str, kind: type, default, low, high):
@@ -121,24 +237,27 @@ def _number(body: Mapping[str, Any], name: str, kind: type, default, low, high):
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, kind)) or not low <= value <= high:
-        raise ValueError(
-            f"{name}: got {value!r}, expected {'an integer' if kind is int else 'a number'} of at least {low}"
-        )
+        what = "an integer" if kind is int else "a number"
+        raise ValueError(f"{name}: got {_short(value)}, expected {what} from {low} to {high}")
     return kind(value)
 
 
 def _flag(body: Mapping[str, Any], name: str) -> bool:
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
-        raise ValueError(f"{name}: got {value!r}, expected true or false")
+        raise ValueError(f"{name}: got {_short(value)}, expected true or false")
     return bool(value)
 
 
 def _sampling(body: Mapping[str, Any]) -> Sampling:
+    top_p = _number(body, "top_p", float, None, 0, 1)
+    top_k = _number(body, "top_k", int, None, -1, 2**31)
     return Sampling(
         temperature=_number(body, "temperature", float, 1.0, 0, 100),
-        top_p=_number(body, "top_p", float, None, 0, 1),
-        top_k=_number(body, "top_k", int, None, 1, 2**31),
+        # 0 leaves the likeliest token alone, as the smallest probability that Sampling takes does
+        top_p=None if top_p is None else max(top_p, 1e-6),
+        # other servers write -1 or 0 for no limit
+        top_k=None if top_k in (-1, 0) else top_k,
         min_p=_number(body, "min_p", float, None, 0, 1),
         repetition_penalty=_number(body, "repetition_penalty", float, 1.0, 1e-3, 1e3),
         seed=_number(body, "seed", int, None, 0, 2**63 - 1),
@@ -148,16 +267,16 @@ def _sampling(body: Mapping[str, Any]) -> Sampling:
 def _stop(value: Any) -> tuple[str, ...]:
     words = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words) or len(words) > 16:
-        raise ValueError(f"stop: got {value!r}, expected a text or at most 16 texts, none of them empty")
-    return tuple(words)
+        raise ValueError(f"stop: got {_short(value)}, expected a text or at most 16 texts, none of them empty")
+    return tuple(map(_whole, words))
 
 
 def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
     if isinstance(value, str):
-        return (value,)
+        return (_whole(value),)
     if isinstance(value, list) and value:
         if all(isinstance(part, str) for part in value):
-            return tuple(value)
+            return tuple(map(_whole, value))
         if _ids(value):
             return (tuple(value),)
         if all(_ids(part) for part in value):
@@ -170,10 +289,38 @@ def _ids(value: Any) -> bool:
 
 
 def _messages(value: Any) -> tuple[Mapping[str, str], ...]:
-    good = isinstance(value, list) and bool(value)
-    for message in value if good else []:
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            good = False
-    if not good:
+    if not isinstance(value, list) or not value:
         raise ValueError("messages: expected a list of objects with the texts role and content")
-    return tuple({"role": message["role"], "content": message["content"]} for message in value)
+    return tuple(_message(message, f"messages[{place}]") for place, message in enumerate(value))
+
+
+def _message(message: Any, where: str) -> Mapping[str, str]:
+    """Its role and its content as one text."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ValueError(f"{where}: got {_short(message)}, expected an object with the texts role and content")
+    role = message["role"]
+    for name in ("tool_calls", "function_call"):
+        if message.get(name):
+            raise ValueError(f"{where}.{name}: this server does not do tools; leave it out")
+    content = message.get("content")
+    # an assistant that only called a tool, or declined, has said nothing
+    if content is None and role == "assistant":
+        content = ""
+    if isinstance(content, list):
+        content = "\n".join(_part(part, f"{where}.content[{place}]") for place, part in enumerate(content))
+    if not isinstance(content, str):
+        got = "null" if content is None else _short(content)
+        raise ValueError(f"{where}.content: got {got}, expected a text or a list of text parts")
+    return {"role": _whole(role), "content": _whole(content)}
+
+
+def _part(part: Any, where: str) -> str:
+    """The text of one part of a message. ValueError for an image, a sound or a file."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind not in ("text", "refusal"):
+        got = f"a part of type {_short(kind)}" if kind is not None else _short(part)
+        raise ValueError(f'{where}: got {got}, expected {{"type": "text", "text": ...}}: this model reads text only')
+    text = part.get(kind)
+    if not isinstance(text, str):
+        raise ValueError(f"{where}.{kind}: got {_short(text)}, expected a text")
+    return text

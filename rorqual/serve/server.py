@@ -4,40 +4,66 @@
     POST /v1/chat/completions    answers messages, where the tokenizer has a chat template
     GET  /v1/models, /health     what is served, and how busy it is
 
-One thread runs the model; handlers only queue requests and read ids. It listens on 127.0.0.1 unless told otherwise,
-and takes JSON only, so that a page in a browser on this machine cannot use it unasked.
+One thread runs the model; handlers only queue requests and read ids. Texts are tokenised in threads
+of their own, and chat templates filled in a process of its own. It listens on 127.0.0.1 unless told
+otherwise, and takes JSON only, so that a page in a browser on this machine cannot use it unasked.
+Errors have OpenAI's shape.
 """
 
 import asyncio
 import json
+import socket
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import uvicorn
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as Http
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rorqual import runtime
 from rorqual.serve.engine import Engine, Request
-from rorqual.serve.generate import Run, TextStream
-from rorqual.serve.protocol import Ask, body, parse
-from rorqual.storage import DeviceTable
+from rorqual.serve.generate import Run, TextStream, TooLong
+from rorqual.serve.protocol import Ask, Refusal, body, parse
+from rorqual.storage import DeviceTable, DiskTable
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
+LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
 LARGEST = 8 * 2**20  # bytes of a request's body
+LONGEST = 1000  # characters of an error's message
+HEAD_SECONDS = 10.0  # in which a connection must have sent the head of a request
+BODY_SECONDS = 30.0  # and then its body
+GRACE_SECONDS = 3.0  # that running requests have to end once the server is told to
+MAX_WAITING = 256  # requests in the queue
+
+T = TypeVar("T")
 
 
 class Failure(RuntimeError):
-    """The model thread could not finish a request."""
+    """The model thread could not finish a request, or the server stops."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+# how the worker ends a request that has no answer, and what its client hears
+FAILURES: Mapping[str, tuple[str, int]] = {
+    "error": ("the model failed on this request: see the server's log", 500),
+    "stopping": ("the server is stopping", 503),
+}
 
 
 class Worker(threading.Thread):
@@ -65,11 +91,25 @@ class Worker(threading.Thread):
             self._ends.pop(request, None)
         self.engine.cancel(request)
 
+    @property
+    def unfinished(self) -> int:
+        """Requests that somebody waits for, in the batch or in the queue."""
+        return len(self._ends)
+
+    def end(self, *, waiting_only: bool = False) -> None:
+        """Ends all requests, or those that no step has worked on yet, as the server is stopping."""
+        with self._wake:
+            requests = [request for request in self._ends if not (waiting_only and request.ids)]
+        for request in requests:
+            self.engine.cancel(request)
+            self._tell(request, (None, "stopping"))
+
     def stop(self) -> None:
+        """Ends the thread after the step that it is in. A long one goes on when this returns."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        self.join(timeout=30)
+        self.join(timeout=1)
 
     def run(self) -> None:
         while True:
@@ -98,11 +138,28 @@ class Worker(threading.Thread):
 
 
 class Service:
-    """A run behind HTTP: what the routes call."""
+    """A run behind HTTP: what the routes call.
 
-    def __init__(self, run: Run, *, name: str | None = None, rows: int = 8, context: int = 4096) -> None:
+    name: of the model in requests and answers, its folder's by default; `aliases` are taken too.
+    max_waiting: requests in the queue beyond the `rows` that run; more are refused with status 429.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        name: str | None = None,
+        aliases: Sequence[str] = (),
+        rows: int = 8,
+        context: int = 4096,
+        max_waiting: int = MAX_WAITING,
+    ) -> None:
+        if max_waiting < 0:
+            raise ValueError(f"max_waiting: got {max_waiting}, expected at least 0")
         self.run = run
-        self.name = name or (run.folder.name if run.folder else "rorqual")
+        self.name = name or (run.folder.resolve().name if run.folder else "rorqual")
+        self.names = {self.name, *aliases, *([str(run.folder)] if run.folder else [])}
+        self.max_waiting = max_waiting
         tokenizer = run.tokenizer
         engine = Engine(
             run.model,
@@ -113,27 +170,105 @@ class Service:
             vocabulary=min(tokenizer.vocabulary, run.config.vocabulary),
         )
         self.worker = Worker(engine)
+        self.stopping = False
+        self._arriving = 0  # prompts that are being tokenised
+        self._ignored: set[str] = set()  # fields of which the log has a note
+        # how many threads tokenise at once; a slow chat template keeps only chats waiting
+        self._texts = CapacityLimiter(2)
+        self._chats = CapacityLimiter(1)
 
-    def prompts(self, ask: Ask) -> list[list[int]]:
+    def check(self, ask: Ask) -> None:
+        """Refusal for another model's name; a note in the log of each field that is ignored."""
+        if ask.model and ask.model.rstrip("/") not in {name.rstrip("/") for name in self.names}:
+            message = f"The model {ask.model[:200]!r} does not exist: this server has {self.name!r}"
+            raise Refusal(message, status=404, code="model_not_found", param="model")
+        if fresh := [name for name in ask.ignored if name not in self._ignored]:
+            self._ignored.update(fresh)
+            runtime.log(f"serve: requests have {', '.join(fresh)}, which changes nothing here (noted once)")
+
+    async def take(self, ask: Ask) -> list[tuple[Request, asyncio.Queue]]:
+        """Puts all its prompts into the queue, or none.
+
+        Refusal where the queue has no place for all of them, or one is too long.
+        """
+        engine, wanted = self.worker.engine, max(len(ask.prompts), 1) * ask.copies
+        places = engine.rows + self.max_waiting
+        self._refuse_if_stopping()
+        if wanted > places:
+            raise Refusal(f"n: got {wanted} prompts and copies of them, expected at most {places} at once")
+        if self.worker.unfinished + self._arriving + wanted > places:
+            message = f"The queue of {self.max_waiting} requests is full, please try again later"
+            raise Refusal(message, status=429, code="queue_full", headers={"retry-after": "2"})
+        self._arriving += wanted
+        try:
+            prompts = await self._prompts(ask)
+            self._refuse_if_stopping()
+            return self._submit(ask, prompts)
+        except TooLong as error:
+            got = f"your prompt has at least {error.tokens} tokens"
+            raise self._too_long(got, ask) from error
+        except ValueError:
+            # a chat template is ended with the server
+            self._refuse_if_stopping()
+            raise
+        finally:
+            self._arriving -= wanted
+
+    def _refuse_if_stopping(self) -> None:
+        if self.stopping:
+            raise Refusal("the server is stopping", status=503, headers={"retry-after": "10"})
+
+    async def _prompts(self, ask: Ask) -> list[list[int]]:
         """The ids to continue, each `copies` times."""
+        context = self.worker.engine.context
         if ask.messages:
-            texts = [self.run.chat([dict(message) for message in ask.messages])]
+            messages = [dict(message) for message in ask.messages]
+            texts = [await self._aside(self._chats, partial(self.run.chat, messages, context=context))]
         else:
-            texts = [self.run.prompt(p) if isinstance(p, str) else list(p) for p in ask.prompts]
+            texts = [
+                await self._aside(self._texts, partial(self.run.prompt, prompt, context=context))
+                if isinstance(prompt, str)
+                else list(prompt)
+                for prompt in ask.prompts
+            ]
         return [ids for ids in texts for _ in range(ask.copies)]
 
-    def submit(self, ask: Ask, prompts: list[list[int]]) -> list[tuple[Request, asyncio.Queue]]:
-        """All or none: ValueError where one of them is too long."""
+    async def _aside(self, limiter: CapacityLimiter, work: Callable[[], T]) -> T:
+        """By a thread; it is left to itself where nobody waits for it any more."""
+        return await to_thread.run_sync(work, limiter=limiter, abandon_on_cancel=True)
+
+    def _submit(self, ask: Ask, prompts: list[list[int]]) -> list[tuple[Request, asyncio.Queue]]:
         taken: list[tuple[Request, asyncio.Queue]] = []
+        context = self.worker.engine.context
         try:
             for row, prompt in enumerate(prompts):
-                room = self.worker.engine.context - len(prompt)
-                wanted = min(256, max(room, 1)) if ask.max_new_tokens is None else ask.max_new_tokens
+                left = context - len(prompt)
+                wanted = min(256, max(left, 1)) if ask.max_new_tokens is None else ask.max_new_tokens
+                if wanted > left:
+                    parts = f"{len(prompt)} in the prompt, {wanted} in the completion"
+                    raise self._too_long(f"you requested {len(prompt) + wanted} tokens ({parts})", ask)
                 taken.append(self.worker.submit(prompt, max_new_tokens=wanted, sampling=ask.sampling, row=row))
         except ValueError:
             self.forget(taken)
             raise
         return taken
+
+    def _too_long(self, got: str, ask: Ask) -> Refusal:
+        message = (
+            f"This model's maximum context length is {self.worker.engine.context} tokens. However, {got}. "
+            "Please reduce the length of the prompt or the completion."
+        )
+        param = "messages" if ask.messages else "prompt"
+        return Refusal(message, code="context_length_exceeded", param=param)
+
+    def unreadable(self) -> list[dict[str, Any]]:
+        """Which tables on a disk can no longer be read, and why."""
+        found = []
+        for number, table in enumerate(self.run.model.tables):
+            why = table.damage() if isinstance(table, DiskTable) else None
+            if why is not None:
+                found.append({"table": number, "error": why[:LONGEST]})
+        return found
 
     def forget(self, taken: list[tuple[Request, asyncio.Queue]]) -> None:
         for request, _ in taken:
@@ -145,8 +280,8 @@ class Service:
         try:
             while True:
                 token, finish = await queue.get()
-                if finish == "error":
-                    raise Failure("the model failed on this request: see the server's log")
+                if finish in FAILURES:
+                    raise Failure(*FAILURES[finish])
                 piece = "" if token == end_id else stream.push(token)
                 if stream.stopped:
                     finish = "stop"
@@ -166,6 +301,7 @@ def application(service: Service, *, hosts: Sequence[str] = LOCAL) -> Starlette:
     async def lifespan(_: Starlette):
         service.worker.start()
         yield
+        service.run.close()
         service.worker.stop()
 
     async def completions(http: Http) -> Response:
@@ -175,49 +311,118 @@ def application(service: Service, *, hosts: Sequence[str] = LOCAL) -> Starlette:
         return await _answer(service, http, chat=True)
 
     async def models(_: Http) -> Response:
-        return JSONResponse(
-            {"object": "list", "data": [{"id": service.name, "object": "model", "owned_by": "rorqual"}]}
-        )
+        return JSONResponse({"object": "list", "data": [card]})
+
+    async def model(http: Http) -> Response:
+        if http.path_params["name"] in service.names:
+            return JSONResponse(card)
+        name = http.path_params["name"][:200]
+        return _error(404, f"The model {name!r} does not exist", code="model_not_found", param="model")
 
     async def health(_: Http) -> Response:
         engine, alive = service.worker.engine, service.worker.is_alive()
         busy: dict[str, Any] = {"running": len(engine.running), "waiting": engine.waiting, "rows": engine.rows}
         if counted := [counts for table in service.run.model.tables if (counts := cast(DeviceTable, table).metrics())]:
             busy["tables"] = counted  # rows, bytes and hit rate of those that are not on the device
-        return JSONResponse({"status": "ok" if alive else "down", **busy}, status_code=200 if alive else 503)
+        # by a thread, since a disk that hangs must not hold up the other requests
+        unreadable = await to_thread.run_sync(service.unreadable, abandon_on_cancel=True)
+        if unreadable:
+            busy["unreadable"] = unreadable
+        status = "down" if not alive else "tables cannot be read" if unreadable else "ok"
+        return JSONResponse({"status": status, **busy}, status_code=200 if status == "ok" else 503)
 
+    card = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "rorqual"}
     return Starlette(
         routes=[
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/models", models),
+            Route("/v1/models/{name:path}", model),
             Route("/health", health),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
+        exception_handlers={HTTPException: _no_route, Exception: _broken},
         lifespan=lifespan,
     )
 
 
+async def _no_route(http: Http, error: Exception) -> Response:
+    """No such path, or not by this method."""
+    assert isinstance(error, HTTPException)
+    asked = f"{http.method} {http.url.path[:200]}"
+    return _error(error.status_code, f"{asked}: {error.detail}", headers=error.headers)
+
+
+async def _broken(http: Http, error: Exception) -> Response:
+    return _error(500, "the server failed on this request: see its log")
+
+
 async def _answer(service: Service, http: Http, *, chat: bool) -> Response:
     try:
-        ask = parse(await body(http, LARGEST), chat=chat)
-        prompts = await run_in_threadpool(service.prompts, ask)  # it may load a template and tokenise megabytes
-        taken = service.submit(ask, prompts)
+        ask = parse(await body(http, LARGEST, BODY_SECONDS), chat=chat)
+        service.check(ask)
+        if ask.stream:
+            return Events(service, ask, await _while_there(http, service.take(ask)), chat)
+        return JSONResponse(await _while_there(http, _complete(service, ask, chat)))
+    except ClientDisconnect:
+        return Response(status_code=499)  # which nobody reads
+    except Refusal as error:
+        return _error(error.status, str(error), code=error.code, param=error.param, headers=error.headers)
     except ValueError as error:
         return _error(400, str(error))
+    except Failure as error:
+        return _error(error.status, str(error))
     except RecursionError:  # json reads by recursion, and so do the messages about what it read
         return _error(400, "body: got lists or objects too deep in one another, expected a request")
-    words = Words(service.name, chat, sum(map(len, prompts)))
-    if ask.stream:
-        return StreamingResponse(_events(service, ask, taken, words), media_type="text/event-stream")
+
+
+async def _while_there(http: Http, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns; it is cancelled, with ClientDisconnect, when the client hangs up."""
+
+    async def hung_up() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(hung_up())
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _complete(service: Service, ask: Ask, chat: bool) -> dict:
+    """The whole answer. Its rows are free when it returns, or is cancelled."""
+    taken = await service.take(ask)
+    words = Words(service.name, chat, _prompt_tokens(taken))
     try:
         results = await asyncio.gather(*(_whole(service, ask, *one) for one in taken))
-    except Failure as error:
-        return _error(500, str(error))
     finally:
         service.forget(taken)
     choices = [words.choice(row, text, finish) for row, (text, finish) in enumerate(results)]
-    return JSONResponse(words.whole(choices) | {"usage": words.usage([request for request, _ in taken])})
+    return words.whole(choices) | {"usage": words.usage([request for request, _ in taken])}
+
+
+def _prompt_tokens(taken: list[tuple[Request, asyncio.Queue]]) -> int:
+    return sum(len(request.prompt) for request, _ in taken)
+
+
+class Events(StreamingResponse):
+    """An answer piece by piece. Its rows are free when it ends, even if it never began."""
+
+    def __init__(self, service: Service, ask: Ask, taken: list, chat: bool) -> None:
+        self._service, self._taken = service, taken
+        words = Words(service.name, chat, _prompt_tokens(taken))
+        super().__init__(_events(service, ask, taken, words), media_type="text/event-stream")
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._service.forget(self._taken)
 
 
 async def _whole(service: Service, ask: Ask, request: Request, queue: asyncio.Queue) -> tuple[str, str | None]:
@@ -234,7 +439,7 @@ async def _events(service: Service, ask: Ask, taken: list, words: "Words") -> As
             async for piece, finish in service.pieces(ask, request, queue):
                 merged.put_nowait(words.chunk([words.choice(row, piece, finish, part=True)]))
         except Failure as error:
-            merged.put_nowait({"error": {"message": str(error), "type": "server_error"}})
+            merged.put_nowait(_problem(error.status, str(error)))
         merged.put_nowait(None)
 
     pumps = [asyncio.create_task(pump(row, *one)) for row, one in enumerate(taken)]
@@ -293,14 +498,122 @@ class Words:
         }
 
 
-def _error(status: int, message: str) -> JSONResponse:
-    kind = "invalid_request_error" if status == 400 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "code": None}}, status_code=status)
+def _problem(status: int, message: str, *, code: str | None = None, param: str | None = None) -> dict:
+    """An error in OpenAI's words. Its message is cut, and made text that UTF-8 can write."""
+    if len(message) > LONGEST:
+        message = message[:LONGEST] + "..."
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    message = message.encode("utf-8", "replace").decode()
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def serve(run: Run, *, host: str = "127.0.0.1", port: int = 8000, rows: int = 8, context: int = 4096) -> None:
-    """Answer until interrupted. There is no login: on a host other than this machine's own, anyone may ask."""
-    app = application(Service(run, rows=rows, context=context), hosts=LOCAL if host in LOCAL else ("*",))
-    runtime.log(f"serving {run!r}")
-    runtime.log(f"http://{host}:{port}/v1/completions ({rows} requests at once, {context} tokens each; Ctrl-C ends it)")
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+def _error(
+    status: int,
+    message: str,
+    *,
+    code: str | None = None,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    problem = _problem(status, message, code=code, param=param)
+    return JSONResponse(problem, status_code=status, headers=dict(headers or {}))
+
+
+class TimedProtocol(H11Protocol):
+    """A connection that is closed where no head of a request has come for HEAD_SECONDS."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(HEAD_SECONDS, self._look, None)
+
+    def _look(self, before: Any) -> None:
+        """`before`: the last request at the last look; anything else if one was being answered."""
+        if self.transport.is_closing():
+            return
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self.cycle is before:
+            self.transport.close()
+        else:
+            self.loop.call_later(HEAD_SECONDS, self._look, self.cycle if idle else self)
+
+
+class Server(uvicorn.Server):
+    """Says where it serves once it does. Told to stop, it ends within seconds whatever runs."""
+
+    def __init__(self, service: Service, config: uvicorn.Config, address: str) -> None:
+        super().__init__(config)
+        self.service, self.address = service, address
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        engine = self.service.worker.engine
+        limits = f"{engine.rows} requests at once, {engine.context} tokens each; Ctrl-C ends it"
+        runtime.log(f"serving {self.service.run!r}")
+        runtime.log(f"{self.address}/v1/completions ({limits})")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends what waits now and what runs after GRACE_SECONDS, then cancels everything else."""
+        self.service.stopping = True
+        self.service.run.close()
+        self.service.worker.end(waiting_only=True)
+        for connection in list(self.server_state.connections):
+            # nothing is to come of a request that is not here yet
+            cycle = getattr(connection, "cycle", None)
+            if cycle is not None and cycle.more_body and not cycle.response_complete:
+                connection.transport.close()
+        later = asyncio.get_running_loop().call_later(GRACE_SECONDS, self.service.worker.end)
+        await super().shutdown(sockets)
+        later.cancel()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there.
+
+    ValueError for a port that is taken, or a host that is not this machine's.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        got = f"got {host} port {port} ({error.strerror or error})"
+        raise ValueError(f"serve: {got}, expected a free port of this machine: --port 0 takes any") from error
+
+
+def serve(
+    run: Run,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    rows: int = 8,
+    context: int = 4096,
+    max_waiting: int = MAX_WAITING,
+    given: str | None = None,
+) -> None:
+    """Answers until interrupted.
+
+    There is no login: on a host other than this machine's own, anyone may ask.
+    given: what the user called the run, a folder or a hub id; requests may call it so, too.
+    """
+    hub_id = given is not None and not Path(given).expanduser().exists()
+    service = Service(
+        run,
+        name=given if hub_id else None,
+        aliases=[] if given is None else [given],
+        rows=rows,
+        context=context,
+        max_waiting=max_waiting,
+    )
+    app = application(service, hosts=LOCAL if host in LOCAL else ("*",))
+    config = uvicorn.Config(
+        app,
+        http=TimedProtocol,
+        ws="none",
+        log_level="warning",
+        # a request that the worker has ended is answered at once; this cancels the rest, such as one
+        # whose client does not read
+        timeout_graceful_shutdown=int(GRACE_SECONDS) + 2,
+    )
+    with listen(host, port) as listening:
+        shown = f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{listening.getsockname()[1]}"
+        Server(service, config, address).run(sockets=[listening])

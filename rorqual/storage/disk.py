@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from rorqual.kernels import pick
-from rorqual.storage.shards import open_shards
+from rorqual.storage.shards import Shard, TableError, open_shards
 from rorqual.storage.stream import Stream
 from rorqual.storage.tables import Fetched, check_ids
 
@@ -100,6 +100,8 @@ class DiskTable(Fetched):
         self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
         self._begins = np.array([shard.start for shard in self._shards])
         self._files = np.array([shard.file for shard in self._shards])
+        # where the last failed read began, and its bytes
+        self._lost: tuple[Shard, int, int] | None = None
         super().__init__(int(self._starts[-1]), first.width, first.dtype, hot_bytes, prefetch, stream)
         slots = self._hot.slots
         if hot_rows is not None and len(hot_rows) and slots:
@@ -135,7 +137,9 @@ class DiskTable(Fetched):
             return None
         for k in np.flatnonzero(failed).tolist():  # once more, for the reason
             target = raw.numpy()[begins[k] : ends[k]].data.cast("B")
+            self._lost = (self._shards[which[k]], int(first[k]), len(target))
             self._shards[which[k]].read(int(first[k]), target)
+            self._lost = None
         self._count(bytes=raw.numel())
         return raw
 
@@ -150,6 +154,28 @@ class DiskTable(Fetched):
         edges = np.flatnonzero(np.concatenate([[True], apart, [True]]))
         begins, ends = edges[:-1], edges[1:]
         return which[begins], within[begins], begins, ends
+
+    def damage(self) -> str | None:
+        """Why rows can no longer be read, naming the file; None while they can.
+
+        It looks whether each file is still there and holds its last row, and reads again what a
+        recall could not read.
+        """
+        lost = self._lost
+        try:
+            for shard in self._shards:
+                os.stat(shard.path)
+                shard.read(shard.rows - 1, memoryview(bytearray(shard.row_bytes)))
+            if lost is not None:
+                shard, row, size = lost
+                shard.read(row, memoryview(bytearray(size)))
+        except TableError as error:
+            return str(error)
+        except OSError as error:
+            return f"{shard.path}: {error.strerror}"
+        if self._lost is lost:
+            self._lost = None
+        return None
 
     def forget(self) -> None:
         """Has the system drop what it holds of the files in memory, so that the disk itself is measured."""

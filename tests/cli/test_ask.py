@@ -128,7 +128,8 @@ def test_serve_passes_its_options_on(small_run: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("rorqual.serve.server.serve", lambda run, **options: asked.update(options, run=run))
     assert main(["serve", str(small_run), "--port", "1234", "--rows", "2"]) == 0
     assert asked.pop("run").config.layers == 2
-    assert asked == {"host": "127.0.0.1", "port": 1234, "rows": 2, "context": 4096}
+    assert asked.pop("given") == str(small_run)
+    assert asked == {"host": "127.0.0.1", "port": 1234, "rows": 2, "context": 4096, "max_waiting": 256}
 
 
 def test_explore_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,11 @@ def test_what_asks_for_nothing_is_accepted():
         ({"prompt": "x", "temprature": 1}, "temprature: unknown field, did you mean temperature"),
         ({"prompt": "x", "temperature": "hot"}, "temperature: got 'hot'"),
         ({"prompt": "x", "temperature": True}, "temperature: got True"),
-        ({"prompt": "x", "top_p": 0}, "top_p"),
+        ({"prompt": "x", "top_p": -0.1}, "top_p: got -0.1"),
+        ({"prompt": "x", "top_k": -2}, "top_k: got -2"),
+        ({"prompt": "x", "guided_json": {}}, "guided_json: got {}, which this server does not do"),
+        ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format: got"),
+        ({"prompt": "x", "model": 5}, "model: got 5"),
         ({"prompt": "x", "top_k": 1.5}, "top_k: got 1.5, expected an integer"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens: got 0"),
         ({"prompt": "x", "n": 65}, "n: got 65"),
@@ -76,8 +80,52 @@ def test_a_bad_completion_names_its_field(body, said):
 
 
 @pytest.mark.parametrize(
-    "messages", [None, [], "hi", [{"role": "user"}], [{"role": "user", "content": None}], [{"role": 1, "content": ""}]]
+    ("messages", "said"),
+    [
+        (None, "messages: expected"),
+        ([], "messages: expected"),
+        ("hi", "messages: expected"),
+        (["hi"], r"messages\[0\]: got 'hi'"),
+        ([{"role": 1, "content": ""}], r"messages\[0\]: got"),
+        ([{"role": "user"}], r"messages\[0\].content: got null"),
+        ([{"role": "user", "content": None}], r"messages\[0\].content: got null"),
+        ([{"role": "user", "content": {"text": "hi"}}], r"messages\[0\].content: got {'text': 'hi'}"),
+        ([{"role": "user", "content": ["hi"]}], r"messages\[0\].content\[0\]: got 'hi', expected"),
+        ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\].content\[0\].text: got None"),
+        ([{"role": "user", "content": [{"type": "input_audio"}]}], "this model reads text only"),
+        ([{"role": "assistant", "content": None, "tool_calls": [{}]}], "tool_calls: this server does not do"),
+    ],
 )
-def test_bad_messages(messages):
-    with pytest.raises(ValueError, match="messages: expected"):
+def test_bad_messages(messages, said):
+    with pytest.raises(ValueError, match=said):
         parse({"messages": messages}, chat=True)
+
+
+def test_messages_as_clients_send_them():
+    parts = [{"type": "text", "text": "a \ud83d\udc0b"}, {"type": "text", "text": "b \ud83d"}]
+    messages = [
+        {"role": "system", "content": "s", "name": "x"},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": None, "refusal": None, "tool_calls": None},
+    ]
+    assert parse({"messages": messages}, chat=True).messages == (
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a 🐋\nb \ufffd"},
+        {"role": "assistant", "content": ""},
+    )
+
+
+def test_fields_of_other_servers():
+    ask = parse({"prompt": "\udc0b", "top_k": -1, "top_p": 0, "user": "me", "priority": 3, "min_tokens": 0}, chat=False)
+    assert ask.prompts == ("\ufffd",)
+    assert ask.sampling.top_k is None
+    assert ask.sampling.top_p == 1e-6
+    assert ask.ignored == ("user", "priority")
+    assert parse({"prompt": "x", "top_k": 0}, chat=False).sampling.top_k is None
+
+
+def test_errors_repeat_little():
+    for body in ({"x" * 10**6: 1}, {"seed": [["x" * 99] * 99] * 99}, {"stop": {"x" * 10**6: {}}}):
+        with pytest.raises(ValueError) as error:
+            parse({"prompt": "x"} | body, chat=False)
+        assert len(str(error.value)) < 400

@@ -1,14 +1,20 @@
 """The HTTP face: answers equal the run's own, streams equal wholes, errors are 400 with a sentence."""
 
-import asyncio
 import contextlib
 import http.client
 import json
+import os
+import re
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +22,7 @@ import torch
 uvicorn = pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 
 from rorqual import checkpoint  # noqa: E402 (after the extra is known to be there)
+from rorqual.cli.main import main  # noqa: E402
 from rorqual.data.tokenizer import train  # noqa: E402
 from rorqual.layers.attention import GQAConfig  # noqa: E402
 from rorqual.layers.engram import EngramConfig  # noqa: E402
@@ -23,11 +30,16 @@ from rorqual.layers.moba import MoBAConfig  # noqa: E402
 from rorqual.layers.mtp import MTPConfig  # noqa: E402
 from rorqual.layers.nsa import NSAConfig  # noqa: E402
 from rorqual.model import LanguageModel, ModelConfig  # noqa: E402
-from rorqual.serve.generate import load  # noqa: E402
+from rorqual.serve import generate, server  # noqa: E402
+from rorqual.serve.generate import Run, load  # noqa: E402
 from rorqual.serve.sampling import GREEDY, Sampling  # noqa: E402
-from rorqual.serve.server import Service, application  # noqa: E402
+from rorqual.serve.server import Service, TimedProtocol, application  # noqa: E402
 
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+TEMPLATE = """{%- if messages[0].content == "loop" -%}
+{%- for i in range(90000) -%}{%- for j in range(90000) -%}{%- endfor -%}{%- endfor -%}
+{%- elif messages[0].content == "power" -%}{{ 9 ** 9 ** 9 }}{%- endif -%}
+{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}
+{% endfor %}assistant:"""
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +53,15 @@ def folder(tmp_path_factory):
         model.head.weight[tokenizer.end_id] = 0.0
     checkpoint.save_model(folder, model, tokenizer)
     return folder
+
+
+@pytest.fixture(scope="module")
+def chatty(folder, tmp_path_factory):
+    """The same with a chat template that does not end where a message is "loop" or "power"."""
+    chatty = tmp_path_factory.mktemp("runs") / "chatty"
+    shutil.copytree(folder, chatty)
+    (chatty / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    return chatty
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +79,14 @@ class Answer:
     status: int
     kind: str
     text: str
+    headers: dict
 
     def json(self):
         return json.loads(self.text)
+
+    @property
+    def error(self):
+        return self.json()["error"]
 
 
 @dataclass(frozen=True)
@@ -72,13 +98,32 @@ class Client:
         with contextlib.closing(connection):
             connection.request(method, path, body, headers)
             answer = connection.getresponse()
-            return Answer(answer.status, answer.headers.get("content-type", ""), answer.read().decode())
+            kind = answer.headers.get("content-type", "")
+            return Answer(answer.status, kind, answer.read().decode(), dict(answer.headers))
+
+    def leave(self, path: str, body: dict, *, when) -> None:
+        """Asks, and hangs up without an answer when `when()` is true."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("POST", path, json.dumps(body).encode(), {"content-type": "application/json"})
+        until(when)
+        connection.close()
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
+
+
+def until(condition):
+    """Waits for it, a minute at most."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "nothing happened in a minute"
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager
 def serving(service):
     """A real server on a free port, in a thread of its own."""
-    server = uvicorn.Server(uvicorn.Config(application(service), port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(application(service), http=TimedProtocol, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -210,8 +255,8 @@ def test_a_request_that_cannot_be_sampled_fails_alone(folder):
     [
         ({}, "prompt: expected"),
         ({"prompt": "A", "tempreature": 1}, "did you mean temperature"),
-        ({"prompt": "A", "max_tokens": 100}, "at most 64 tokens in all"),
-        ({"prompt": "A " * 100}, "at most 64 tokens in all"),
+        ({"prompt": "A", "max_tokens": 100}, "maximum context length is 64 tokens"),
+        ({"prompt": "A " * 100}, "maximum context length is 64 tokens"),
         ({"prompt": [9999]}, "each from 0 to 279"),
         ({"prompt": [285]}, "each from 0 to 279"),
         ({"prompt": "A", "top_p": 2}, "top_p: got 2"),
@@ -279,14 +324,11 @@ def test_who_hangs_up_is_no_longer_worked_for(client, service, monkeypatch):
     assert len(request.ids) < 60
 
 
-def test_a_chat_needs_a_template(client, folder, tmp_path):
+def test_a_chat_needs_a_template(client, chatty):
     body = {"messages": [{"role": "user", "content": "A whale"}], "max_tokens": 6, "temperature": 0}
     answer = ask(client, body, "/v1/chat/completions")
     assert (answer.status, "has no chat template" in answer.text) == (400, True)
 
-    chatty = tmp_path / "chatty"
-    shutil.copytree(folder, chatty)
-    (chatty / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     run = load(chatty, device="cpu")
     with serving(Service(run, context=64)) as chat:
         whole = ask(chat, body, "/v1/chat/completions").json()
@@ -302,26 +344,385 @@ def test_a_chat_needs_a_template(client, folder, tmp_path):
         assert "".join(delta.get("content", "") for delta in deltas) == own.text
 
 
-def test_a_chat_template_is_read_once_and_not_by_the_thread_that_answers(folder, tmp_path, monkeypatch):
-    from transformers import AutoTokenizer
+@pytest.fixture(scope="module")
+def chat_client(chatty):
+    with serving(Service(load(chatty, device="cpu"), rows=2, context=64)) as client:
+        yield client
 
-    chatty, read, loops = tmp_path / "chatty", AutoTokenizer.from_pretrained, []
-    shutil.copytree(folder, chatty)
-    (chatty / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
 
-    def counted(*args, **options):
+def chat(client, *contents, **options):
+    messages = [{"role": "user", "content": content} for content in contents]
+    body = {"messages": messages, "max_tokens": 4, "temperature": 0} | options
+    return ask(client, body, "/v1/chat/completions")
+
+
+def test_messages_are_texts_parts_of_text_or_nothing_said(chat_client):
+    parts = [{"type": "text", "text": "A"}, {"type": "text", "text": "é"}]
+    told = chat(chat_client, parts)
+    assert told.json()["choices"] == chat(chat_client, "A\né").json()["choices"]
+    silent = [{"role": "assistant", "content": None}, {"role": "user", "content": "A"}]
+    assert chat(chat_client, messages=silent).status == 200
+    assert chat(chat_client, messages=[{"role": "user", "content": None}]).status == 400
+    image = [{"type": "image_url", "image_url": {"url": "data:" + "A" * 2**20}}]
+    refused = chat(chat_client, parts + image)
+    assert refused.status == 400
+    assert "messages[0].content[2]: got a part of type 'image_url'" in refused.error["message"]
+    assert len(refused.text) < 1000
+
+
+def test_half_a_character_is_a_replacement(chat_client):
+    body = {"max_tokens": 4, "temperature": 0}
+    halves = ask(chat_client, body | {"prompt": "A \ud83d", "stop": "\udc0b"})
+    assert halves.status == 200
+    assert halves.json()["choices"] == ask(chat_client, body | {"prompt": "A \ufffd"}).json()["choices"]
+    assert chat(chat_client, "A \udc0b").json()["choices"] == chat(chat_client, "A \ufffd").json()["choices"]
+    wrong = ask(chat_client, body | {"prompt": "A", "\ud83d": 1})
+    assert (wrong.status, wrong.error["type"]) == (400, "invalid_request_error")
+
+
+@pytest.mark.slow
+def test_a_chat_template_that_loops_is_ended_and_holds_up_nobody(chatty, monkeypatch):
+    monkeypatch.setattr(generate, "TEMPLATE_SECONDS", 1.0)
+    body = {"prompt": "A", "max_tokens": 2}
+    with serving(Service(load(chatty, device="cpu"), context=64)) as client, ThreadPoolExecutor(3) as pool:
+        stuck = [pool.submit(chat, client, content) for content in ("loop", "power", "loop")]
+        assert ask(client, body).status == 200
+        for answer in stuck:
+            assert answer.result().status == 400
+            assert "the chat template took more than 1 s" in answer.result().error["message"]
+        assert chat(client, "A").status == 200
+
+
+@pytest.mark.slow
+def test_a_chat_template_is_read_once(folder, tmp_path):
+    gone = tmp_path / "gone"
+    shutil.copytree(folder, gone)
+    (gone / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    with serving(Service(load(gone, device="cpu"), context=64)) as client, ThreadPoolExecutor(4) as pool:
+        assert chat(client, "A").status == 200
+        (gone / "tokenizer.json").unlink()
+        assert [answer.status for answer in pool.map(lambda _: chat(client, "A"), range(6))] == [200] * 6
+
+
+def test_a_text_is_measured_before_it_is_tokenised(chat_client, monkeypatch):
+    tokenised = []
+    encode = generate.Tokenizer.encode_batch
+
+    def spied(self, texts):
+        tokenised.extend(texts)
+        return encode(self, texts)
+
+    monkeypatch.setattr(generate.Tokenizer, "encode_batch", spied)
+    for prompt in ("whale" * 2**20, ["A", "A" * 1000]):
+        answer = ask(chat_client, {"prompt": prompt, "max_tokens": 2})
+        assert answer.status == 400
+        assert answer.error["code"] == "context_length_exceeded"
+        assert answer.error["param"] == "prompt"
+        assert "maximum context length is 64 tokens" in answer.error["message"]
+        assert len(answer.text) < 1000
+    assert all(len(text) == 1 for text in tokenised)
+    answer = chat(chat_client, "whale" * 2**20)
+    assert (answer.status, answer.error["code"], answer.error["param"]) == (400, "context_length_exceeded", "messages")
+    # what fits by its bytes is tokenised, and may be too long yet
+    answer = ask(chat_client, {"prompt": "xy" * 40, "max_tokens": 2})
+    assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+    assert tokenised[-1] == "xy" * 40
+
+
+def test_texts_are_tokenised_two_at_a_time_and_aside(client, monkeypatch):
+    go, at_once, lock = threading.Event(), [], threading.Lock()
+    prompt = Run.prompt
+
+    def slow(self, text, **options):
+        with lock:
+            at_once.append(1)
+        assert go.wait(60)
+        with lock:
+            at_once.pop()
+        return prompt(self, text, **options)
+
+    monkeypatch.setattr(Run, "prompt", slow)
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(ask, client, {"prompt": "A", "max_tokens": 2}) for _ in range(4)]
+        until(lambda: len(at_once) == 2)
+        assert client.call("GET", "/health").status == 200
+        assert ask(client, {"prompt": [3, 4], "max_tokens": 2}).status == 200, "ids need no tokeniser"
+        assert len(at_once) == 2
+        go.set()
+        assert [answer.result().status for answer in answers] == [200] * 4
+
+
+@contextlib.contextmanager
+def gated(run, monkeypatch, **sizes):
+    """A server whose model takes a step only while the gate is open."""
+    service, gate = Service(run, **sizes), threading.Event()
+    step = service.worker.engine.step
+    monkeypatch.setattr(service.worker.engine, "step", lambda: (gate.wait(60), time.sleep(0.01), step())[2])
+    with serving(service) as client:
         try:
-            loops.append(asyncio.get_running_loop())
-        except RuntimeError:
-            loops.append(None)
-        return read(*args, **options)
+            yield client, service.worker.engine, gate
+        finally:
+            gate.set()
 
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", counted)
-    body = {"messages": [{"role": "user", "content": "A whale"}], "max_tokens": 2}
-    with serving(Service(load(chatty, device="cpu"), context=64)) as chat, ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda _: ask(chat, body, "/v1/chat/completions").status, range(6)))
-    assert answers == [200] * 6
-    assert loops == [None]
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_hangs_up_leaves_queue_and_batch(run, monkeypatch, stream):
+    body = {"prompt": "A", "max_tokens": 60, "temperature": 0, "stream": stream}
+    with gated(run, monkeypatch, rows=1, context=64) as (client, engine, gate):
+        gate.set()
+        with ThreadPoolExecutor(3) as pool:
+            done = threading.Event()
+            first = pool.submit(client.leave, "/v1/completions", body, when=done.is_set)
+            until(lambda: engine.running and engine.running[0].ids)
+            request = engine.running[0]
+            gate.clear()
+            left = [pool.submit(client.leave, "/v1/completions", body, when=lambda: engine.waiting == 2) for _ in "ab"]
+            for one in left:
+                one.result()
+            # the model stands still: they leave by themselves
+            until(lambda: engine.waiting == 0)
+            done.set()
+            first.result()
+            until(lambda: request.finish == "cancelled")
+            gate.set()
+            until(lambda: not engine.running)
+    assert len(request.ids) < 60
+
+
+def test_a_full_queue_refuses_all_prompts_of_a_request_or_none(run, monkeypatch):
+    body = {"prompt": "A", "max_tokens": 3, "temperature": 0}
+    with gated(run, monkeypatch, rows=1, context=64, max_waiting=2) as (client, engine, gate):
+        with ThreadPoolExecutor(2) as pool:
+            taken = [pool.submit(ask, client, body)]
+            until(lambda: not engine.idle)
+            taken.append(pool.submit(ask, client, body))
+            until(lambda: engine.waiting == 2)
+            for more in ({"n": 2}, {"prompt": ["A", "A"]}, {"stream": True, "n": 2}):
+                full = ask(client, body | more)
+                assert full.status == 429
+                assert full.error["type"] == "rate_limit_error"
+                assert int(full.headers["retry-after"]) >= 1
+            assert engine.waiting == 2
+            never = ask(client, body | {"n": 4})
+            assert (never.status, "at most 3 at once" in never.error["message"]) == (400, True)
+            gate.set()
+            assert [answer.result().status for answer in taken] == [200, 200]
+        assert ask(client, body | {"n": 3}).status == 200
+
+
+def test_half_open_connections_end(run, monkeypatch):
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(server, "BODY_SECONDS", 0.5)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    with gated(run, monkeypatch, rows=1, context=64) as (client, engine, gate):
+        for half in (b"", head):
+            with client.connect() as connection:
+                connection.sendall(half)
+                assert connection.recv(100) == b""
+        with client.connect() as connection:
+            connection.sendall(head + b'content-length: 100\r\n\r\n{"prompt": ')
+            assert connection.recv(100).startswith(b"HTTP/1.1 408")
+        # one that waits for its answer is not half open
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(ask, client, {"prompt": "A", "max_tokens": 2})
+            until(lambda: not engine.idle)
+            time.sleep(1)
+            gate.set()
+            assert answer.result().status == 200
+
+
+def test_fields_without_a_meaning_here_are_noted_once(client, capsys):
+    body = {"prompt": "A", "max_tokens": 2, "user": "me", "store": True, "service_tier": "auto", "cache_prompt": True}
+    for _ in range(3):
+        assert ask(client, body | {"metadata": None, "top_k": -1, "top_p": 0}).status == 200
+    notes = [line for line in capsys.readouterr().err.splitlines() if "changes nothing here" in line]
+    assert len(notes) == 1
+    assert "user, store, service_tier, cache_prompt, metadata" in notes[0]
+
+
+def test_top_p_0_is_the_likeliest(client):
+    body = {"prompt": "A whale", "max_tokens": 8}
+    greedy = ask(client, body | {"temperature": 0}).json()["choices"]
+    assert ask(client, body | {"temperature": 2, "top_p": 0, "top_k": -1}).json()["choices"] == greedy
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allowed"),
+    [
+        ("GET", "/v1/completions", 405, "POST"),
+        ("POST", "/v1/models", 405, "GET, HEAD"),
+        ("POST", "/v1/embeddings", 404, None),
+        ("GET", "/" + "x" * 10_000, 404, None),
+        ("GET", "/v1/models/gpt-4", 404, None),
+    ],
+)
+def test_what_is_not_there_is_an_error_in_json(client, method, path, status, allowed):
+    answer = client.call(method, path, b"{}" if method == "POST" else None)
+    assert answer.status == status
+    assert answer.kind == "application/json"
+    assert set(answer.error) == {"message", "type", "param", "code"}
+    assert answer.error["type"] == "invalid_request_error"
+    assert len(answer.text) < 1000
+    assert allowed is None or sorted(answer.headers["allow"].split(", ")) == allowed.split(", ")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "A", "x" * 2**20: 1},
+        {"prompt": "A", "model": "x" * 2**20},
+        {"prompt": "A", "temperature": "x" * 2**20},
+        {"prompt": "A", "stop": [["x" * 100] * 100] * 100},
+        {"prompt": "A", "logit_bias": {str(n): 1 for n in range(2**16)}},
+        {"prompt": "A", "n": 10**4000},
+    ],
+)
+def test_an_error_never_repeats_a_megabyte(client, body):
+    answer = ask(client, body)
+    assert answer.status in (400, 404)
+    assert len(answer.text) < 1500
+
+
+def test_another_models_name_is_not_found(client, folder):
+    body = {"prompt": "A", "max_tokens": 2}
+    for name in ("whale", "", None, str(folder)):
+        assert ask(client, body | {"model": name}).json()["model"] == "whale"
+    answer = ask(client, body | {"model": "gpt-4o"})
+    assert answer.status == 404
+    assert (answer.error["code"], answer.error["param"]) == ("model_not_found", "model")
+    assert "'gpt-4o'" in answer.error["message"]
+    assert "'whale'" in answer.error["message"]
+    assert client.call("GET", "/v1/models/whale").json()["id"] == "whale"
+
+
+@pytest.mark.parametrize("loss", ["removed", "cut"])
+def test_health_says_which_table_cannot_be_read(folder, tmp_path, loss):
+    shutil.copytree(folder, tmp_path / "run")
+    run = load(tmp_path / "run", device="cpu", tables="disk", hot_bytes=0)
+    weights = tmp_path / "run" / "model.safetensors"
+    with serving(Service(run, rows=4, context=64)) as client:
+        assert client.call("GET", "/health").status == 200
+        if loss == "removed":
+            weights.unlink()
+        else:
+            os.truncate(weights, 2000)
+            assert ask(client, {"prompt": "A whale", "max_tokens": 4}).status == 500
+        answer = client.call("GET", "/health")
+        assert answer.status == 503
+        assert answer.json()["status"] != "ok"
+        (lost,) = answer.json()["unreadable"]
+        assert lost["table"] == 0
+        assert "model.safetensors" in lost["error"]
+
+
+def test_a_port_in_use_is_a_line_before_anything_is_announced(folder, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", str(folder), "--port", str(port)]) == 1
+    said = capsys.readouterr().err.strip()
+    assert len(said.splitlines()) == 1
+    assert f"port {port}" in said
+    assert "serving" not in said
+
+
+@contextlib.contextmanager
+def started(folder, *words):
+    """`rorqual serve` in a process of its own, and where it says that it listens."""
+    command = [sys.executable, "-m", "rorqual", "serve", str(folder), "--port", "0", "--device", "cpu", *words]
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root), "RORQUAL_SHAPES": "0"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True) as process:
+        try:
+            for line in process.stderr:
+                if found := re.search(r"http://(\S+):(\d+)/v1/completions", line):
+                    yield process, found[1], int(found[2])
+                    break
+            else:
+                raise AssertionError(f"it ended with code {process.wait()}")
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_server_whatever_runs_and_waits(chatty, how):
+    sizes = ("--rows", "2", "--context", "1000000", "--max-waiting", "9")
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    with started(chatty, *sizes) as (process, _, port), ThreadPoolExecutor(9) as pool:
+        client = Client(port)
+        endless = {"prompt": "A", "max_tokens": 900_000, "temperature": 1, "stop": ["never"]}
+        connections = [client.connect() for _ in range(3)]
+        for connection, half in zip(connections, ("", head, head + "content-length: 99\r\n\r\n{"), strict=True):
+            connection.sendall(half.encode())
+        asked = [pool.submit(ask, client, endless | {"stream": stream}) for stream in (True, False, False, True)]
+        asked.append(pool.submit(chat, client, "loop"))
+        until(lambda: client.call("GET", "/health").json()["waiting"] == 2)
+        process.send_signal(how)
+        code = process.wait(timeout=60)
+        for connection in connections:
+            connection.close()
+        for answer in asked:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                assert "stopping" in answer.result().text
+    assert code in ((-signal.SIGTERM,) if how == signal.SIGTERM else (130, -signal.SIGINT))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_ctrl_c_ends_the_server_in_the_middle_of_a_long_prefill(folder):
+    with started(folder, "--rows", "1", "--context", "1000000") as (process, _, port), ThreadPoolExecutor(1) as pool:
+        client = Client(port)
+        asked = pool.submit(ask, client, {"prompt": [3, 4, 5, 6] * 50_000, "max_tokens": 9})
+        until(lambda: client.call("GET", "/health").json()["waiting"] == 0)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            assert asked.result().status == 503
+
+
+@pytest.mark.slow
+def test_it_serves_on_the_other_internet(folder):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no ::1")
+    with started(folder, "--host", "::1") as (_, host, port):
+        assert host == "[::1]"
+        connection = http.client.HTTPConnection("::1", port, timeout=60)
+        connection.request("GET", "/v1/models")
+        assert connection.getresponse().status == 200
+
+
+def test_openais_own_client_is_understood(chat_client, chatty):
+    openai = pytest.importorskip("openai", reason="the openai package is not installed")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{chat_client.port}/v1", api_key="none", max_retries=0)
+    with client:
+        assert [model.id for model in client.models.list()] == ["chatty"]
+        body = {"model": "chatty", "max_tokens": 6, "temperature": 0}
+        whole = client.completions.create(prompt="A whale", **body, user="me", extra_body={"top_k": -1})
+        pieces = client.completions.create(prompt="A whale", **body, stream=True)
+        assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
+        assert whole.usage.completion_tokens == 6
+
+        messages = [{"role": "user", "content": [{"type": "text", "text": "A whale"}]}]
+        said = client.chat.completions.create(messages=messages, **body, store=False, metadata={"a": "b"})
+        answer = said.choices[0].message
+        pieces = client.chat.completions.create(messages=messages, **body, stream=True)
+        assert "".join(piece.choices[0].delta.content for piece in pieces) == answer.content
+        more = [*messages, answer.model_dump(), messages[0]]
+        assert client.chat.completions.create(messages=more, **body).choices[0].message.role == "assistant"
+
+        with pytest.raises(openai.NotFoundError) as missing:
+            client.completions.create(prompt="A", **(body | {"model": "gpt-4o"}))
+        assert missing.value.code == "model_not_found"
+        with pytest.raises(openai.BadRequestError) as long:
+            client.completions.create(prompt="whale " * 10_000, **body)
+        assert long.value.code == "context_length_exceeded"
+        tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+        with pytest.raises(openai.BadRequestError, match="tools: got"):
+            client.chat.completions.create(messages=messages, tools=[tool], **body)
 
 
 def test_a_step_that_fails_takes_no_other_request_with_it(client, service, monkeypatch):
