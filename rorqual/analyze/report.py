@@ -21,7 +21,7 @@ import torch
 from rorqual import runtime
 from rorqual.analyze import figures
 from rorqual.analyze.measures import Gates, Kept, Load, expert_load, gates, suppression
-from rorqual.checkpoint import load_model
+from rorqual.checkpoint import load_model, run_of
 from rorqual.config import to_dict
 from rorqual.costs import Costs, costs
 from rorqual.data.corpus import Trained, open_corpus, trained
@@ -82,12 +82,13 @@ def read_run(
     training, of each as many tokens as fit that context. A run without a tokenizer (of needles) reads no text.
     FileNotFoundError, naming the folder, for what is no run.
     """
-    folder = Path(folder)
+    weights = Path(folder)
+    folder = run_of(weights)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"report: got {folder}, expected a run folder with config.json; train one with `rorqual train`"
         )
-    model, before = load_model(folder), trained(folder)
+    model, before = load_model(weights), trained(folder)
     context = CONTEXT if before is None else before.length
     reading = Reading(
         name=folder.resolve().name,

@@ -128,7 +128,7 @@ def _score(run: "Run", options: Evaluate) -> "Score":
     from rorqual import evaluate
     from rorqual.data.corpus import trained
 
-    before = trained(options.run)
+    before = trained(run.folder or options.run)
     usual = before.length if before is not None else 512
     length = usual if options.length is None else options.length
     own = before if options.data is None else None
@@ -281,9 +281,13 @@ def _journal(run: "Run", options: Memory) -> Path | None:
     """The file beside the weights that keeps their edits; None where nobody asks for it."""
     if not (options.save or options.undo or options.edits):
         return None
+    from rorqual.checkpoint import is_checkpoint, is_finished
+
     folder = run.folder
     if folder is None or "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
         raise ValueError(f"{options.run}: edits are saved in a run of rorqual's own, which this is not")
+    if is_checkpoint(options.run) or not is_finished(folder):
+        raise ValueError(f"{options.run}: edits are saved in a run that is finished, and this is a checkpoint of one")
     return folder / "edits.safetensors"
 
 

@@ -102,15 +102,17 @@ def report_command(argv: list[str]) -> int:
 def runs_in(folder: Path) -> list[Path]:
     """The folder, if it is a run, else the runs it holds but those that a sweep moved aside (NAME.before-1).
 
-    FileNotFoundError, saying how to make one, without any.
+    One that is not finished is among them once it has a checkpoint. FileNotFoundError, saying how to make one, without any.
     """
-    if (folder / "config.json").is_file():
+    from rorqual.checkpoint import is_checkpoint, readable
+
+    if (folder / "config.json").is_file() or is_checkpoint(folder):
         return [folder]
-    found = (path.parent for path in folder.glob("*/model.safetensors"))
-    inside = sorted(run for run in found if not run.suffix.startswith(".before-"))
+    found = (path.parent for path in folder.glob("*/config.json"))
+    inside = sorted(run for run in found if readable(run) and not run.suffix.startswith(".before-"))
     if not inside:
         mend = "a run folder or a folder of them (make one: rorqual train)"
         if (folder / "train.json").is_file():
-            mend = f"a run that is finished (go on: rorqual train {folder})"
+            mend = f"a run that has a checkpoint or is finished (go on: rorqual train {folder})"
         raise FileNotFoundError(f"got {folder}, expected {mend}")
     return inside

@@ -75,6 +75,9 @@ def progress(steps: int, every: float = 5.0) -> Callable[[dict[str, Any]], None]
         if "validation_loss" in record:
             words = f"{record['validation_loss']:.4f} nats a token, {record['bits_per_byte']:.4f} bits a byte"
             runtime.log(f"step {record['step']:,}  validation {words}", style="bold")
+            if "sample" in record:
+                text = " ".join(f"{record['prompt']} -> {record['sample']}".split())
+                runtime.log(f"step {record['step']:,}  sample: {text}")
         elif "accuracy" in record:
             runtime.log(f"step {record['step']:,}  validation {record['accuracy']:.3f} of the answers", style="bold")
         elif "loss" in record and (clock.seconds - told[0] >= every or record["step"] == steps):

@@ -75,4 +75,4 @@ def test_report_of_a_folder_of_runs(
 def test_a_report_of_a_run_that_is_not_finished_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "train.json").write_text("{}")
     assert main(["report", str(tmp_path)]) == 1
-    assert f"expected a run that is finished (go on: rorqual train {tmp_path})" in capsys.readouterr().err
+    assert f"expected a run that has a checkpoint or is finished (go on: rorqual train {tmp_path})" in capsys.readouterr().err
