@@ -79,19 +79,21 @@ class Report:
     """
 
     runs: Positional[tuple[str, ...]]  # run folders, or folders of them
-    out: str | None = None  # default: report.html in the first folder
+    out: str | None = None  # none: report.html in the first folder, report-2.html where that is of other runs
     sentence: str | None = None  # the gates are shown over it
 
 
 def report_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
     options = parse_new(Report, argv, "report")
-    from rorqual.analyze.report import write_report
+    from rorqual.analyze.report import page_for, write_report
+    from rorqual.checkpoint import run_of
 
     runs = [run for folder in options.runs for run in runs_in(Path(folder))]
-    out = Path(options.out) if options.out else Path(options.runs[0]) / "report.html" if options.runs else Path()
+    folder = run_of(options.runs[0]) if options.runs else Path()
+    out = Path(options.out) if options.out else page_for(options.runs, folder)
     words = {} if options.sentence is None else {"sentence": options.sentence}
-    page = write_report(runs, out, **words)
+    page = write_report(runs, out, asked=options.runs, **words)
     if as_json:
         emit({"report": page, "runs": runs})
     else:
@@ -102,7 +104,8 @@ def report_command(argv: list[str]) -> int:
 def runs_in(folder: Path) -> list[Path]:
     """The folder, if it is a run, else the runs it holds but those that a sweep moved aside (NAME.before-1).
 
-    One that is not finished is among them once it has a checkpoint. FileNotFoundError, saying how to make one, without any.
+    One that is not finished is among them once it has a checkpoint. FileNotFoundError, saying how to make one, without
+    any.
     """
     from rorqual.checkpoint import is_checkpoint, readable
 

@@ -4,7 +4,9 @@
     {"step", "validation_loss", "bits_per_byte", "prompt", "sample", "seconds"}                   every validation
     {"step", "accuracy", "accuracy_TASK_LENGTH", .., "seconds"}                                   of needles
 
-Losses are nats a token. "sample" is what the model writes after "prompt", the beginning of a held-out document. With DSA a step also has "indexer", the indexers' loss in nats a query, and "indexer_recall",
+Losses are nats a token. "sample" is what the model writes after "prompt", the beginning of a held-out document.
+
+With DSA a step also has "indexer", the indexers' loss in nats a query, and "indexer_recall",
 the share of the attention that their choice carries, means over the layers. With experts a step also has
 "max_violation", of the mixture that is worst balanced, and "load": for every mixture, in the order of the blocks and
 MTP's last, the tokens that each of its experts took. With residual streams the first step and every fiftieth after it
