@@ -41,10 +41,13 @@ from rorqual.runtime import log
 from rorqual.storage import StorageConfig, open_tables
 
 DIGEST = "digest.json"
+UNDER_WAY = ".unfinished"  # a file that is there until the model is: one of fewer steps may be there meanwhile
+BEST = "best"  # beside stepN: the weights alone that had the lowest validation loss
 FORMAT = "rorqual-state-1"
 # what config.json says beside ModelConfig's fields, so that transformers' Auto classes know a run folder
 KIND: Mapping[str, Any] = {"model_type": "rorqual", "architectures": ["RorqualForCausalLM"]}
 SPECIAL = {"bos_token_id": "begin_id", "eos_token_id": "end_id", "pad_token_id": "pad_id"}
+_MODEL = "model."  # with which the names of a model's tensors begin in a checkpoint
 
 
 class Damaged(ValueError):
@@ -186,6 +189,39 @@ def latest(folder: str | os.PathLike) -> Path | None:
     return None
 
 
+def is_finished(folder: str | os.PathLike) -> bool:
+    """Whether the folder holds a model that no training is about to replace."""
+    return (Path(folder) / "model.safetensors").is_file() and not (Path(folder) / UNDER_WAY).exists()
+
+
+def readable(folder: str | os.PathLike) -> bool:
+    """Whether the folder is a run whose weights can be read: a finished model, or a checkpoint of any step."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        return False
+    saved = folder / "checkpoints"
+    return (folder / "model.safetensors").is_file() or is_checkpoint(saved / BEST) or bool(steps(saved))
+
+
+def run_of(folder: str | os.PathLike) -> Path:
+    """The folder of the run that a checkpoint RUN/checkpoints/NAME belongs to; any other folder is returned as it is.
+
+    ValueError for a checkpoint that lies elsewhere: what the model is and its tokenizer are told by the run's folder.
+    """
+    folder = Path(folder)
+    if not is_checkpoint(folder):
+        return folder
+    run = folder.absolute().parent.parent
+    if not folder.is_absolute() and len(folder.parts) > 2:
+        run = folder.parent.parent
+    if not (run / "config.json").is_file():
+        raise ValueError(
+            f"{folder}: got a checkpoint without config.json two folders above it, expected it inside its run, as "
+            "RUN/checkpoints/stepN (a run of an older version writes config.json when it goes on: rorqual train RUN)"
+        )
+    return run
+
+
 def recover(folder: str | os.PathLike) -> None:
     """Finish what a killed writer began: a replaced checkpoint whose successor never came is put back, debris goes.
 
@@ -212,11 +248,7 @@ def save_model(folder: str | os.PathLike, model: LanguageModel, tokenizer: Any =
     state = {name: _whole(tensor).cpu().contiguous() for name, tensor in model.state_dict().items()}
     if _ranks(None)[0] != 0:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    if tokenizer is not None:
-        tokenizer.save(folder)
-    special = {} if tokenizer is None else {said: getattr(tokenizer, name) for said, name in SPECIAL.items()}
-    configs.save({**KIND, **configs.to_dict(model.config), **special}, folder / "config.json")
+    describe_model(folder, model.config, tokenizer)
     if model.config.tied:
         state.pop("head.weight", None)  # safetensors takes no two names for one tensor
     partial = folder / "model.safetensors.partial"
@@ -233,6 +265,16 @@ def save_model(folder: str | os.PathLike, model: LanguageModel, tokenizer: Any =
     _flush(partial)
     partial.replace(folder / "model.safetensors")
     _flush(folder)
+
+
+def describe_model(folder: str | os.PathLike, config: ModelConfig, tokenizer: Any = None) -> None:
+    """Write config.json and, with its own `save`, the tokenizer into the folder: all of a model but its weights."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    special = {} if tokenizer is None else {said: getattr(tokenizer, name) for said, name in SPECIAL.items()}
+    configs.save({**KIND, **configs.to_dict(config), **special}, folder / "config.json")
 
 
 def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
@@ -270,14 +312,25 @@ def _described(path: Path) -> dict[str, Any]:
 def load_model(
     folder: str | os.PathLike, device: str | torch.device = "cpu", tables: StorageConfig | None = None
 ) -> LanguageModel:
-    """The model of a folder that `save_model` wrote, in evaluation mode. `tables`: where Engram's rows are to live.
+    """The model of a run's folder, in evaluation mode. `tables`: where Engram's rows are to live.
 
-    ValueError when it is not such a folder, Damaged when the weights in it are torn, TableError when a table is.
+    Of a run that is not finished it is read from the newest good checkpoint, or from a checkpoint whose own folder
+    (RUN/checkpoints/stepN) was given; the log says of which step. ValueError when the folder is neither, Damaged when
+    the weights in it are torn, TableError when a table is.
     """
     folder, tables = Path(folder), tables or StorageConfig()
+    if is_checkpoint(folder):
+        return _load_checkpoint(folder, device, tables)
+    if (folder / "config.json").is_file() and not is_finished(folder):
+        model = _load_newest(folder, device, tables)
+        if model is not None:
+            return model
     missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{folder}: got no {' and no '.join(missing)}, expected a finished run's folder")
+        hint = "expected a run's folder (make one with `rorqual train`)"
+        if (folder / "train.json").is_file():
+            hint = f"expected a run that has a checkpoint or is finished; go on: rorqual train {folder}"
+        raise ValueError(f"{folder}: got no {' and no '.join(missing)} and no checkpoint, {hint}")
     config = read_config(folder)
     if config.engram is None and tables != StorageConfig():
         got = f"{tables} for a model without Engram"
@@ -368,6 +421,66 @@ def check_sizes(folder: Path, config: ModelConfig, shapes: Mapping[str, tuple[in
         if rows is not None and least > rows:
             got = f"{engram.rows_per_head}, {least} rows or more,"
             raise ValueError(f"{folder}: config.json: engram.rows_per_head: got {got} expected {rows} in all")
+
+
+def _load_newest(folder: Path, device: str | torch.device, tables: StorageConfig) -> LanguageModel | None:
+    """The model of the newest good checkpoint, else of the best one; None where there is neither.
+
+    Training may put a newer one in the place of the one that is being read; then it is the newer one's turn.
+    """
+    while True:
+        known = steps(folder / "checkpoints")
+        try:
+            path = latest(folder / "checkpoints")
+            if path is None and is_checkpoint(folder / "checkpoints" / BEST):
+                path = folder / "checkpoints" / BEST
+            return None if path is None else _load_checkpoint(path, device, tables, verified=path.name != BEST)
+        except (ValueError, OSError, SafetensorError):
+            if steps(folder / "checkpoints") == known:
+                raise
+
+
+def _load_checkpoint(
+    folder: Path, device: str | torch.device, tables: StorageConfig, *, verified: bool = False
+) -> LanguageModel:
+    """The model of one checkpoint, without what the optimizer keeps of it; says of which step it is."""
+    run = run_of(folder)
+    if tables != StorageConfig():
+        raise ValueError(f"{folder}: got {tables}, expected none: rows of a checkpoint are read into memory alone")
+    if not verified:
+        verify(folder)
+    model = LanguageModel(read_config(run), seed=None)
+    wanted = {f"{_MODEL}{name}": torch.empty_like(tensor) for name, tensor in model.state_dict().items()}
+    reader = HuggingFaceStorageReader(str(folder))
+    entries = reader.read_metadata().state_dict_metadata.items()
+    sizes = {name: tuple(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+    saved = {name: size for name, size in sizes.items() if name.startswith(_MODEL)}
+    if absent := sorted(name for name in wanted.keys() - saved.keys() if name.startswith(f"{_MODEL}tables.")):
+        raise ValueError(
+            f"{folder}: got a checkpoint without {absent[0].removeprefix(_MODEL)}, whose rows learn on the disk and "
+            f"go on changing, expected rows in memory; finish the run to read it: rorqual train {run}"
+        )
+    _compare(folder, saved, {name: tuple(tensor.shape) for name, tensor in wanted.items()})
+    with _one_process_is_meant():
+        load(dict(wanted), storage_reader=reader, no_dist=True)
+    # not filled in place: Engram derives from its canonical map when it is loaded
+    model.load_state_dict({name.removeprefix(_MODEL): tensor for name, tensor in wanted.items()})
+    log(_where_read(run, folder))
+    return model.to(device).eval()
+
+
+def _where_read(run: Path, folder: Path) -> str:
+    """Which step of how many a checkpoint is of, in a line."""
+    path = run / "train.json"
+    steps_wanted = json.loads(path.read_text(encoding="utf-8")).get("steps") if path.is_file() else None
+    of = "" if steps_wanted is None else f" of {steps_wanted:,}"
+    if folder.name == BEST:
+        values = decode(json.loads((folder / "rank0.json").read_text(encoding="utf-8")))
+        loss = f"validation loss {values['validation_loss']:.4f}"
+        return f"{run}: the best checkpoint, read at step {values['step']:,}{of} ({loss})"
+    step = re.sub(r"\D", "", folder.name)
+    named = f"step {int(step):,}{of}" if step else folder.name
+    return f"{run}: {'a checkpoint' if is_finished(run) else 'not finished'}, read at {named}"
 
 
 def _weights(path: Path, device: str, without: str | None) -> dict[str, Tensor]:

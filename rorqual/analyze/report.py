@@ -7,8 +7,10 @@ that light, dark and print all read well.
 import functools
 import html
 import io
+import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +23,7 @@ import torch
 from rorqual import runtime
 from rorqual.analyze import figures
 from rorqual.analyze.measures import Gates, Kept, Load, expert_load, gates, suppression
-from rorqual.checkpoint import load_model
+from rorqual.checkpoint import load_model, run_of
 from rorqual.config import to_dict
 from rorqual.costs import Costs, costs
 from rorqual.data.corpus import Trained, open_corpus, trained
@@ -82,12 +84,13 @@ def read_run(
     training, of each as many tokens as fit that context. A run without a tokenizer (of needles) reads no text.
     FileNotFoundError, naming the folder, for what is no run.
     """
-    folder = Path(folder)
+    weights = Path(folder)
+    folder = run_of(weights)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"report: got {folder}, expected a run folder with config.json; train one with `rorqual train`"
         )
-    model, before = load_model(folder), trained(folder)
+    model, before = load_model(weights), trained(folder)
     context = CONTEXT if before is None else before.length
     reading = Reading(
         name=folder.resolve().name,
@@ -152,6 +155,25 @@ def _favourites(load: Load, tokenizer: Tokenizer, experts: int = 6) -> list[tupl
     return rows
 
 
+def page_for(runs: Sequence[str | Path], folder: str | Path) -> Path:
+    """The first of report.html, report-2.html, ... in the folder that is not there yet, or is of these very runs."""
+    names_in_turn = ("report.html" if n == 1 else f"report-{n}.html" for n in itertools.count(1))
+    return next(page for name in names_in_turn if not (page := Path(folder) / name).exists() or _is_of(page, runs))
+
+
+def _is_of(page: Path, runs: Sequence[str | Path]) -> bool:
+    """Whether a page was made from these runs, wherever it and they were moved together."""
+    return f'<meta name="rorqual-runs" content="{_mark(page, runs)}">' in page.read_text(
+        encoding="utf-8", errors="replace"
+    )
+
+
+def _mark(page: Path, runs: Sequence[str | Path]) -> str:
+    """What a page says of the runs it was made from: their places, seen from its own."""
+    here = page.parent.resolve()
+    return html.escape(json.dumps(sorted({os.path.relpath(Path(run).resolve(), here) for run in runs})))
+
+
 def write_report(
     runs: Sequence[str | Path],
     out: str | Path,
@@ -160,15 +182,19 @@ def write_report(
     sentence: str = SENTENCE,
     texts: Sequence[str] = (),
     note: str = "",
+    asked: Sequence[str | Path] | None = None,
 ) -> Path:
     """Reads the run folders and writes the page; returns its path. `note` is a paragraph of text above the tables.
 
+    `asked` are the folders that the runs were found in, by which `page_for` knows the page again; None: the runs.
+    A page of others that is there is replaced, and the log says so; any other file is refused by ValueError.
     A folder that is named twice is read once; runs of one name have as much of their path before it as tells them
     apart.
     """
     folders = list(dict.fromkeys(Path(run).resolve() for run in runs))
     if not folders:
         raise ValueError("report: got no runs, expected at least one run folder")
+    _check_replaced(Path(out), asked or runs)
     draw = functools.cache(sample)  # runs of one text share its sample
     read = functools.partial(read_run, sentence=sentence, texts=texts, draw=draw)
     readings = [replace(read(folder), name=name) for folder, name in zip(folders, names(folders), strict=True)]
@@ -182,12 +208,26 @@ def write_report(
         ("Configurations", "".join(_config_part(r) for r in readings)),
     ]
     body = "\n".join(f"<section><h2>{name}</h2>\n{content}</section>" for name, content in sections if content)
-    parts = {"title": html.escape(title), "body": body}
-    page = re.sub(r"\{\{(title|body)\}\}", lambda found: parts[found[1]], _PAGE.read_text(encoding="utf-8"))
+    parts = {"title": html.escape(title), "body": body, "runs": _mark(Path(out), asked or runs)}
+    page = re.sub(r"\{\{(title|body|runs)\}\}", lambda found: parts[found[1]], _PAGE.read_text(encoding="utf-8"))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
     return out
+
+
+def _check_replaced(out: Path, runs: Sequence[str | Path]) -> None:
+    """Says that a page of other runs is going to be replaced. ValueError for a file that is no page."""
+    if out.is_dir():
+        raise ValueError(f"report: got the folder {out} to write to, expected a file in it: {out / 'report.html'}")
+    if not out.exists() or _is_of(out, runs):
+        return
+    with out.open("rb") as file:
+        if not file.read(64).lstrip().lower().startswith(b"<!doctype html"):
+            raise ValueError(
+                f"report: got {out}, which is no page, to write over, expected another name: --out NAME.html"
+            )
+    runtime.log(f"{out}: replaces a page that was made from other runs")
 
 
 def names(folders: Sequence[Path]) -> list[str]:

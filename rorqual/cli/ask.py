@@ -129,7 +129,7 @@ def _score(run: "Run", options: Evaluate) -> "Score":
     from rorqual import evaluate
     from rorqual.data.corpus import trained
 
-    before = trained(options.run)
+    before = trained(run.folder or options.run)
     usual = before.length if before is not None else 512
     length = usual if options.length is None else options.length
     own = before if options.data is None else None
@@ -303,6 +303,8 @@ def _journal(run: "Run", options: Memory) -> Path | None:
     folder = run.folder
     if folder is None or not checkpoint.is_run(folder):
         raise ValueError(f"{options.run}: edits are saved in a run of rorqual's own, which this is not")
+    if checkpoint.is_checkpoint(options.run) or not checkpoint.is_finished(folder):
+        raise ValueError(f"{options.run}: edits are saved in a run that is finished, and this is a checkpoint of one")
     return folder / "edits.safetensors"
 
 

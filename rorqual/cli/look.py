@@ -79,19 +79,21 @@ class Report:
     """
 
     runs: Positional[tuple[str, ...]]  # run folders, or folders of them
-    out: str | None = None  # default: report.html in the first folder
+    out: str | None = None  # none: report.html in the first folder, report-2.html where that is of other runs
     sentence: str | None = None  # the gates are shown over it
 
 
 def report_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
     options = parse_new(Report, argv, "report")
-    from rorqual.analyze.report import write_report
+    from rorqual.analyze.report import page_for, write_report
+    from rorqual.checkpoint import run_of
 
     runs = [run for folder in options.runs for run in runs_in(Path(folder))]
-    out = Path(options.out) if options.out else Path(options.runs[0]) / "report.html" if options.runs else Path()
+    folder = run_of(options.runs[0]) if options.runs else Path()
+    out = Path(options.out) if options.out else page_for(options.runs, folder)
     words = {} if options.sentence is None else {"sentence": options.sentence}
-    page = write_report(runs, out, **words)
+    page = write_report(runs, out, asked=options.runs, **words)
     if as_json:
         emit({"report": page, "runs": runs})
     else:
@@ -102,15 +104,18 @@ def report_command(argv: list[str]) -> int:
 def runs_in(folder: Path) -> list[Path]:
     """The folder, if it is a run, else the runs it holds but those that a sweep moved aside (NAME.before-1).
 
-    FileNotFoundError, saying how to make one, without any.
+    One that is not finished is among them once it has a checkpoint. FileNotFoundError, saying how to make one, without
+    any.
     """
-    if (folder / "config.json").is_file():
+    from rorqual.checkpoint import is_checkpoint, readable
+
+    if (folder / "config.json").is_file() or is_checkpoint(folder):
         return [folder]
-    found = (path.parent for path in folder.glob("*/model.safetensors"))
-    inside = sorted(run for run in found if not run.suffix.startswith(".before-"))
+    found = (path.parent for path in folder.glob("*/config.json"))
+    inside = sorted(run for run in found if readable(run) and not run.suffix.startswith(".before-"))
     if not inside:
         mend = "a run folder or a folder of them (make one: rorqual train)"
         if (folder / "train.json").is_file():
-            mend = f"a run that is finished (go on: rorqual train {folder})"
+            mend = f"a run that has a checkpoint or is finished (go on: rorqual train {folder})"
         raise FileNotFoundError(f"got {folder}, expected {mend}")
     return inside

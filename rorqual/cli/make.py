@@ -119,6 +119,9 @@ def progress(steps: int, every: float = 5.0) -> Callable[[dict[str, Any]], None]
         if "validation_loss" in record:
             words = f"{record['validation_loss']:.4f} nats a token, {record['bits_per_byte']:.4f} bits a byte"
             runtime.log(f"step {record['step']:,}  validation {words}", style="bold")
+            if "sample" in record:
+                text = " ".join(f"{record['prompt']} -> {record['sample']}".split())
+                runtime.log(f"step {record['step']:,}  sample: {text}")
         elif "accuracy" in record:
             runtime.log(f"step {record['step']:,}  validation {record['accuracy']:.3f} of the answers", style="bold")
         elif "loss" in record and (clock.seconds - told[0] >= every or record["step"] == steps):
@@ -218,10 +221,16 @@ def plan_command(argv: list[str]) -> int:
     start = PlanConfig(like=like, model=named(like))
     options = parse(start, renamed(argv, {f"--{name}": f"--machine.{name}" for name in MACHINE}), "plan", PLAN_ENDS)
     budget = Budget(options.total, options.activated, options.flops)
-    plan = plan_budget(options.model, budget, options.rho, context=options.context)
+    try:
+        plan = plan_budget(options.model, budget, options.rho, context=options.context)
+    except ValueError as error:
+        raise ValueError(as_typed(str(error), like, argv)) from error
     arms = {arm.name: arm for arm in (plan.moe, plan.engram, plan.dense)}
     estimates = {name: estimate(arm.config, options.machine, options.context) for name, arm in arms.items()}
-    words = {name: differing(start.model, arm.config) for name, arm in arms.items()}
+    words = {
+        name: [*differing(start.model, arm.config), "--folder", f"runs/{Path(like).name}-{name}"]
+        for name, arm in arms.items()
+    }
     if as_json:
         moe = plan.engram.config.moe
         each = {
@@ -239,6 +248,17 @@ def plan_command(argv: list[str]) -> int:
     for name, flags in words.items():
         print(f"{name:7} rorqual train {shlex.join([like, *flags])}")
     return 0
+
+
+def as_typed(said: str, like: str, argv: list[str]) -> str:
+    """A refusal of the planner, which begins with the field it is about, in the words of the command line."""
+    field, _, rest = said.partition(": ")
+    flag = {"base": "--like", "flops_per_token": "--flops"}.get(field, f"--{field}")
+    if field == "budget":
+        typed = [f"{name} {value}" for name in ("--total", "--activated", "--flops") if (value := value_of(name, argv))]
+        return f"{' '.join(typed)}: {rest}" if typed else said
+    typed_value = like if flag == "--like" else value_of(flag, argv)
+    return said if typed_value is None else f"{flag} {typed_value}: {rest}"
 
 
 def show_estimates(machine: Any, found: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ from rorqual.analyze import figures
 from rorqual.costs import costs
 from rorqual.experiments.paired import compared, difference, established, mean_and_error
 from rorqual.experiments.plan import default_memory, split_budget, with_flops, with_rows
-from rorqual.experiments.runs import last, run, seeded
+from rorqual.experiments.runs import Job, last, run, seeded
 from rorqual.layers.engram import EngramConfig
 from rorqual.model import ModelConfig
 from rorqual.presets import preset
@@ -176,13 +176,18 @@ def main(config: SweepConfig, *, console: Console | None = None) -> Path:
     # a seed after the other, so that a sweep that is stopped has every point
     in_turn = [job for turn in zip(*jobs, strict=True) for job in turn]
     run(in_turn, workers=config.workers, console=console, diverging=True)
-    losses = [[last(job.folder, "validation_loss").get("validation_loss", math.nan) for job in each] for each in jobs]
+    losses = [[_loss(job) for job in each] for each in jobs]
     rows = tabulate([(*place, own) for place, own in zip(tried, losses, strict=True)])
     said = conclusion(config.kind, rows)
     _write(folder, config, rows, said)
     console.print(_table(rows))
     console.print(said)
     return folder
+
+
+def _loss(job: Job) -> float:
+    """The validation loss of a finished run; NaN for one that diverged, whatever it was before that."""
+    return math.nan if job.diverged() else last(job.folder, "validation_loss").get("validation_loss", math.nan)
 
 
 def _training(config: SweepConfig, point: Point, rate: float) -> TrainConfig:

@@ -22,6 +22,7 @@ from rorqual.model import ModelConfig
 TOTAL_TOLERANCE = 0.005  # of the parameters
 FLOP_TOLERANCE = 0.01  # of what a token goes through
 SAME = 0.05  # an activated budget this close is spent on the widths of the experts, and the backbone stays
+AXES = {"activated": "activated parameters", "flops_per_token": "FLOPs a token"}
 FINE = 0.2  # of a tolerance: a solution that is this good is not bettered at the cost of the shape
 
 
@@ -44,7 +45,9 @@ class Wanted(NamedTuple):
 def wanted(budget: Budget, have: Costs) -> Wanted:
     """The budget with what it leaves open filled from `have`. ValueError for what no model can have."""
     if budget.activated is not None and budget.flops is not None:
-        raise ValueError("budget: got activated and flops, expected one of them: both say what a token may cost")
+        raise ValueError(
+            "budget: got activated parameters and FLOPs, expected one of them: both say what a token may cost"
+        )
     axis = "activated" if budget.activated is not None else "flops_per_token"
     second = budget.activated if budget.activated is not None else budget.flops
     total = have.total if budget.total is None else budget.total
@@ -81,8 +84,8 @@ def spend(like: ModelConfig, budget: Budget, *, context: int = 4096) -> ModelCon
     assert best is not None
     if best[0] > 1:
         raise ValueError(
-            f"budget: got total {want.total:.4g} and {want.axis} {want.activated:.4g}, expected sizes that whole "
-            "widths of experts add up to: a larger total, or --like a model with narrower experts"
+            f"budget: got {want.total:.4g} parameters and {want.activated:.4g} {AXES[want.axis]}, expected sizes that "
+            "whole widths of experts add up to: a larger total, or --like a model with narrower experts"
         )
     return best[1]
 
@@ -157,7 +160,7 @@ def _widths(base: ModelConfig, have: Costs, want: Wanted) -> ModelConfig:
 
 
 def _refusal(moe: MoEConfig, want: Wanted, room: float) -> str:
-    got = f"got {want.total:.4g} beside {want.axis} {want.activated:.4g}"
+    got = f"got {want.total:.4g} parameters beside {want.activated:.4g} {AXES[want.axis]}"
     if room < least_experts(moe) - moe.active + 1:
         return (
             f"total: {got}, expected room for more than the {moe.active} experts that a token takes; raise total, or "

@@ -150,7 +150,8 @@ def _show(config: DemoConfig, jobs: dict[str, list[Job]], said: str, console: Co
     gate_map(found).savefig(folder / "gates.png", dpi=160)
     runs = [job.folder for own in jobs.values() for job in own]
     title = "Experts alone, or experts and memory: one budget, two models"
-    return write_report(runs, folder / "report.html", title=title, sentence=config.sentence, note=said)
+    out = folder / "report.html"
+    return write_report(runs, out, title=title, sentence=config.sentence, note=said, asked=[folder])
 
 
 def gate_line(found: Gates) -> Text:

@@ -349,6 +349,9 @@ def load(
 ) -> Run:
     """A run folder, a DeepSeek hub folder, a folder that RorqualForCausalLM saved, or a hub id -> Run.
 
+    Of a run that is not finished its newest checkpoint is read; RUN/checkpoints/stepN (or best) is that checkpoint. The
+    log says of which step.
+
     `tables` says where Engram's rows are to live, and `sizes` are other fields of StorageConfig (hot_bytes, folder).
 
     Only JSON and safetensors are read: no code of a checkpoint is ever run. dtype None keeps the stored one.
@@ -358,6 +361,7 @@ def load(
     wanted = None if dtype is None else runtime.dtype(dtype)
     model = read(folder, StorageConfig(home=tables, **sizes), wanted)
     model.to(device=runtime.device(device), dtype=wanted)
+    folder = checkpoint.run_of(folder)
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
     return Run(model, tokenizer, folder)
 
@@ -368,11 +372,15 @@ def find(where: str | Path) -> Path:
     `owner/name` is a hub id where no `owner` is here; anything else that is missing is a mistake in a path.
     """
     folder = Path(where).expanduser()
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or checkpoint.is_checkpoint(folder):
         return folder
     if folder.is_dir():
         inside = sorted(str(path.parent) for path in folder.glob("*/config.json"))
         mend = f"did you mean {' or '.join(inside)}?" if inside else "has the run been trained and saved?"
+        if (folder / "train.json").is_file():
+            mend = f"its training has not begun to learn yet; go on: rorqual train {where}"
+        elif (folder.absolute().parent / "config.json").is_file():
+            mend = f"did you mean {folder.absolute().parent}?"
         raise FileNotFoundError(f"{where} holds no config.json: {mend}")
     if folder.exists():
         raise ValueError(f"{where} is a file, expected the folder it lies in, with config.json and model.safetensors")
@@ -417,7 +425,7 @@ def read(folder: Path, tables: StorageConfig | None = None, dtype: torch.dtype |
 
     `dtype` is what float8 weights are widened to; others keep theirs.
     """
-    if checkpoint.is_run(folder):
+    if checkpoint.is_checkpoint(folder) or checkpoint.is_run(folder):
         return checkpoint.load_model(folder, tables=tables)
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     if tables not in (None, StorageConfig()):

@@ -1,10 +1,12 @@
 """What the engine measured in -> metrics.jsonl, tensorboard and the caller's function out; validation among it.
 
     {"step", "loss", "total", ..., "tokens", "tokens_per_second", "seconds", "seconds_left"}      every step
-    {"step", "validation_loss", "bits_per_byte", "seconds"}                                       every validation
+    {"step", "validation_loss", "bits_per_byte", "prompt", "sample", "seconds"}                   every validation
     {"step", "accuracy", "accuracy_TASK_LENGTH", .., "seconds"}                                   of needles
 
-Losses are nats a token. With DSA a step also has "indexer", the indexers' loss in nats a query, and "indexer_recall",
+Losses are nats a token. "sample" is what the model writes after "prompt", the beginning of a held-out document.
+
+With DSA a step also has "indexer", the indexers' loss in nats a query, and "indexer_recall",
 the share of the attention that their choice carries, means over the layers. With experts a step also has
 "max_violation", of the mixture that is worst balanced, and "load": for every mixture, in the order of the blocks and
 MTP's last, the tokens that each of its experts took. A step whose loss or gradient was not finite updates nothing: it
@@ -32,13 +34,16 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 
-from rorqual import parallel, runtime
+from rorqual import checkpoint, parallel, runtime
 from rorqual.data.needles import DEPTHS, column, grade
 from rorqual.train.engine import Module, autocast, metrics_of, untouched_randomness
 
 METRICS = "metrics.jsonl"
 FIRST = 5  # steps after which it is said how long the run will take
 WINDOW = 20  # steps that the speed is a mean of
+PROMPT = 8  # tokens of a held-out document that are continued
+CONTINUED = 32  # tokens of the continuation at most
+WARMTH = 0.8  # the temperature at which they are drawn
 
 
 class Recorder(ConsoleLoggerCallback):
@@ -68,6 +73,8 @@ class Recorder(ConsoleLoggerCallback):
         self.seconds = state_dict["seconds"]
 
     def pre_train(self) -> None:
+        if self.step:
+            runtime.log(f"{self.folder}: resuming at step {self.step:,} of {self.steps:,}")
         if parallel.rank() == 0:
             trim(self.folder / METRICS, self.step)
             self._board = Board(self.folder / "tensorboard", self.step + 1)
@@ -109,7 +116,11 @@ class Recorder(ConsoleLoggerCallback):
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             if self._board is not None:
-                scalars = {name: value for name, value in line.items() if name not in ("step", "load")}
+                scalars = {
+                    name: value
+                    for name, value in line.items()
+                    if name not in ("step", "load") and not isinstance(value, str)
+                }
                 self._board.write(scalars, line["step"])
         if self.on_metrics is not None:
             self.on_metrics(dict(line))
@@ -168,21 +179,65 @@ def trim(path: Path, step: int) -> None:
     beside.replace(path)
 
 
-class Validator(Callback):
-    """Scores the held-out documents every `every` steps but the last, whose score `write` is asked for."""
+class Best:
+    """Keeps the weights of the lowest validation loss in `folder`, a checkpoint without the optimizer's state."""
 
-    def __init__(self, score: Callable[[], dict[str, float]], recorder: Recorder, every: int | None = None) -> None:
+    def __init__(self, folder: Path, model: nn.Module) -> None:
+        self.folder = folder
+        self.model = model
+        self._lowest: float | None = None
+
+    def offer(self, step: int, loss: float) -> None:
+        """Writes them where this loss is below that of every validation before it. Every rank calls it."""
+        if self._lowest is None:
+            self._lowest = self._before()
+        if not loss < self._lowest:
+            return
+        self._lowest = loss
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        checkpoint.save_state(self.folder, tensors, {"step": step, "validation_loss": loss})
+
+    def _before(self) -> float:
+        """The loss of the checkpoint that is there, infinity where there is none that is good."""
+        try:
+            checkpoint.verify(self.folder)
+        except checkpoint.Damaged:
+            return math.inf
+        values = checkpoint.decode(json.loads((self.folder / "rank0.json").read_text(encoding="utf-8")))
+        return float(values["validation_loss"])
+
+
+class Validator(Callback):
+    """Scores held-out documents every `every` steps but the last, whose score `write` is asked for; 0: there alone.
+
+    `score(whole)`: over all of them, or over a sample, by which steps are compared; `best` keeps the best of these.
+    `continued`: a prompt and what the model writes after it.
+    """
+
+    def __init__(
+        self,
+        score: Callable[[bool], dict[str, float]],
+        recorder: Recorder,
+        every: int = 0,
+        continued: Callable[[], dict[str, str]] = dict,
+        best: Best | None = None,
+    ) -> None:
         super().__init__()
         self.score, self.recorder, self.every = score, recorder, every
+        self.continued, self.best = continued, best
 
     def post_step(self) -> None:
-        if self.every is not None and self.step % self.every == 0 and self.step < self.recorder.steps:
-            self.write()
+        if self.every and self.step % self.every == 0 and self.step < self.recorder.steps:
+            self.write(whole=False)
 
-    def write(self) -> dict[str, float]:
+    def write(self, *, whole: bool = True) -> dict[str, float]:
         """Scores now; what was found."""
-        found = self.score()
-        self.recorder.write({"step": self.step, **found, "seconds": round(self.recorder.seconds, 3)})
+        found = self.score(whole)
+        text = self.continued()
+        self.recorder.write({"step": self.step, **found, **text, "seconds": round(self.recorder.seconds, 3)})
+        if self.best is not None and "validation_loss" in found:
+            compared = self.score(False) if whole and self.every else found
+            self.best.offer(self.step, compared["validation_loss"])
         return found
 
 
@@ -228,6 +283,26 @@ def answer(
             found["accuracy"] += found[column(task, length)] / len(exams)
             found |= {column(task, length, i): right[i] / asked[i] for i in range(DEPTHS) if asked[i]}
     return found
+
+
+def continued(
+    model: nn.Module, ids: Tensor, count: int, vocabulary: int, dtype: torch.dtype
+) -> tuple[list[int], list[int]]:
+    """The ids, and `count` more that the model draws after them, each below `vocabulary`; always the same ones.
+
+    Every rank calls it. Training goes on as if it had not been asked.
+    """
+    with _asked(model, dtype) as device:
+        written = ids.tolist()
+        drawn = torch.Generator().manual_seed(0)
+        for _ in range(count):
+            logits = model(torch.tensor([written], device=device))[0, -1, :vocabulary]
+            chances = (logits.float().cpu() / WARMTH).softmax(-1).nan_to_num(0.0)
+            if not chances.any():
+                # a model whose numbers are not finite says nothing
+                break
+            written.append(int(chances.multinomial(1, generator=drawn)))
+    return ids.tolist(), written[len(ids) :]
 
 
 @contextmanager

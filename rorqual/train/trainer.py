@@ -1,8 +1,10 @@
 """A config in -> a run folder with a trained model out. The same config again goes on where it was stopped.
 
     FOLDER/train.json, metrics.jsonl, tensorboard/           from the first step on
+    FOLDER/config.json, tokenizer.json                       what the model is and how it reads, from the first step on
     FOLDER/checkpoints/stepN/                                to resume from
-    FOLDER/config.json, model.safetensors, tokenizer.json    the model, when it is finished
+    FOLDER/checkpoints/best/                                 the weights that validated best, to read
+    FOLDER/model.safetensors                                 the model, when it is finished
     FOLDER/learning/, tables/                                rows that learn on the disk, and learnt, with `tables`
 
 Resumed or not, the numbers are the same to the last bit (docs/train.md says on what that rests).
@@ -45,7 +47,9 @@ FIXED = (  # others may change on resuming
 )
 SMALLEST = 257  # ids of a vocabulary that can write any text
 EPOCHS = 4  # passes over a text up to which it is nearly as good as new text
-UNDER_WAY = ".unfinished"  # a file that is there until the model is: one of fewer steps may be there meanwhile
+VALIDATIONS = 10  # of a run, where nothing else is asked for
+LEAST_BETWEEN = 10  # steps between two of them
+SAMPLED = 0.01  # share of a run's tokens that each validation but the last reads at most: 3 % of the time in all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,8 +93,8 @@ class TrainConfig:
     mtp_late: float | None = None  # MTP's weight in the last third of the steps; None: as before
     indexer_alone: bool = False  # while DSA's indexers warm up nothing else learns: for a model that has learnt before
     log_every: int = 1  # steps between two looks at the metrics; the steps between are written too
-    validate_every: int | None = None  # steps; None: at the end only
-    validation_tokens: int | None = None  # at most; None: all
+    validate_every: int | None = None  # steps; None: ten times a run; 0: at the end only
+    validation_tokens: int | None = None  # at most; None: all at the end, 1 % of the run's tokens before
     save_every: int = 250  # steps between two checkpoints
     keep: int = 2  # checkpoints
     skip_limit: int = 10  # steps in a row whose loss or gradient is not finite, so that nothing is learnt: the end
@@ -99,9 +103,11 @@ class TrainConfig:
         for name in ("steps", "rows", "length", "log_every", "save_every", "keep", "skip_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        for name in ("micro_rows", "threads", "validate_every", "validation_tokens"):
+        for name in ("micro_rows", "threads", "validation_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
+        if self.validate_every is not None and self.validate_every < 0:
+            raise ValueError(f"validate_every: got {self.validate_every}, expected at least 0")
         if self.indexer_alone and self.model.dsa is None:
             raise ValueError("indexer_alone: got a model without DSA, expected --model.dsa, whose indexers it is about")
         if not 0 <= self.bias_rest <= 1:
@@ -202,13 +208,14 @@ def train(config: TrainConfig, *, on_metrics: Callable[[dict[str, Any]], None] |
         return folder
     if _holds_more(config):
         return folder
+    _refuse_folder_of_runs(folder)
     joined = parallel.join(device)
     try:
         with _full_disk_said(folder), _alone(folder), ExitStack() as after:
             _claim(folder, config)
             _train(config, folder, device, on_metrics, after)
             if parallel.rank() == 0:
-                (folder / UNDER_WAY).unlink()
+                (folder / checkpoint.UNDER_WAY).unlink()
             return folder
     finally:
         if joined:
@@ -220,7 +227,7 @@ def finished(config: TrainConfig) -> bool:
     folder = Path(config.folder)
     before = _before(folder)
     same = before is not None and not _differences(before, config) and before.steps == config.steps
-    return same and (folder / "model.safetensors").is_file() and not (folder / UNDER_WAY).exists()
+    return same and checkpoint.is_finished(folder)
 
 
 def _holds_more(config: TrainConfig) -> bool:
@@ -271,10 +278,14 @@ def _train(config: TrainConfig, folder: Path, device: torch.device, tell: Callab
         indexer_alone=config.indexer_alone,
         skip_limit=config.skip_limit,
     )
+    if parallel.rank() == 0:
+        checkpoint.describe_model(folder, model.config, data.tokenizer)
     validator = record.Validator(
-        score=lambda: _score(config, data, model, dtype),
+        score=lambda whole: _score(config, data, model, dtype, whole),
         recorder=record.Recorder(folder, config.rows * config.length, config.steps, tell),
-        every=config.validate_every,
+        every=_validate_every(config),
+        continued=lambda: _continued(config, data, model, dtype),
+        best=record.Best(folder / "checkpoints" / checkpoint.BEST, model),
     )
     loader = engine.Loader(_stream(config, data), folder, data.vocabulary)
     keeper = engine.Keeper(config.save_every, config.keep)
@@ -296,14 +307,40 @@ def _stopped(message: str) -> Stopped:
     return Stopped(message)
 
 
-def _score(config: TrainConfig, data: Prepared | Asked, model: LanguageModel, dtype: torch.dtype) -> dict[str, float]:
+def _validate_every(config: TrainConfig) -> int:
+    """Steps between two validations, 0 for none but the last."""
+    if config.validate_every is not None:
+        return config.validate_every
+    # questions are asked in full each time, which is no small part of a short run
+    return 0 if config.needles is not None else max(LEAST_BETWEEN, -(-config.steps // VALIDATIONS))
+
+
+def _continued(config: TrainConfig, data: Prepared | Asked, model: LanguageModel, dtype: torch.dtype) -> dict[str, str]:
+    """How the model goes on from the beginning of a document that it is never trained on."""
+    from rorqual.train import record
+
+    if isinstance(data, Asked):
+        return {}
+    first = next(validation_batches(data.tokens.validation, 1, record.PROMPT + 1))
+    ids = first["ids"][0][first["documents"][0] == first["documents"][0, 0]]
+    # a token takes a small part of a step's time, so that a run of few steps shows few
+    count = min(record.CONTINUED, max(4, (_validate_every(config) or config.steps) // 4))
+    prompt, sample = record.continued(model, ids, count, data.vocabulary, dtype)
+    decode = data.tokenizer.decode
+    return {"prompt": decode(token for token in prompt if token != data.tokenizer.begin_id), "sample": decode(sample)}
+
+
+def _score(
+    config: TrainConfig, data: Prepared | Asked, model: LanguageModel, dtype: torch.dtype, whole: bool
+) -> dict[str, float]:
+    """What validation finds: over all that is asked for, or over the sample that is read while training goes on."""
     from rorqual.train import record
 
     if isinstance(data, Asked):
         rank, world = parallel.rank(), parallel.world()
         return record.answer(model, exams(data.needles, config.rows, config.length, rank, world), dtype)
     held = data.tokens.validation
-    return record.validate(model, _held_out(config, data), held.bytes / len(held), dtype)
+    return record.validate(model, _held_out(config, data, whole), held.bytes / len(held), dtype)
 
 
 def _stream(config: TrainConfig, data: Prepared | Asked) -> Stream | NeedleStream:
@@ -313,11 +350,13 @@ def _stream(config: TrainConfig, data: Prepared | Asked) -> Stream | NeedleStrea
     return Stream(data.tokens.train, config.rows // world, config.length, config.seed, rank, world)
 
 
-def _held_out(config: TrainConfig, data: Prepared) -> Iterator[dict[str, torch.Tensor]]:
+def _held_out(config: TrainConfig, data: Prepared, whole: bool) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's share of the documents that are never trained on."""
     rank, world = parallel.rank(), parallel.world()
     batches = validation_batches(data.tokens.validation, config.rows // world, config.length, rank, world)
     most, size = config.validation_tokens, config.rows * config.length
+    if most is None and not whole:
+        most = max(1, int(SAMPLED * config.steps)) * size
     return islice(batches, None if most is None else -(-most // size))
 
 
@@ -438,6 +477,16 @@ def _differences(one: TrainConfig, other: TrainConfig) -> list[str]:
     return [n for n in sorted(left.keys() | right.keys()) if left.get(n) != right.get(n) and n != "data.cache"]
 
 
+def _refuse_folder_of_runs(folder: Path) -> None:
+    """ValueError for a folder that is no run and holds some: a run's files would lie among them."""
+    inside = sorted(path.parent.name for path in folder.glob("*/train.json"))
+    if inside and not (folder / "train.json").is_file():
+        names = ", ".join(inside[:3]) + (", ..." if len(inside) > 3 else "")
+        raise ValueError(
+            f"{folder}: got a folder of runs ({names}), expected one for this run alone: --folder {folder / 'NAME'}"
+        )
+
+
 def _claim(folder: Path, config: TrainConfig) -> None:
     """Write train.json. ValueError where a run with another config has checkpoints or a model already.
 
@@ -452,7 +501,9 @@ def _claim(folder: Path, config: TrainConfig) -> None:
     if parallel.rank() == 0:
         if names and not begun and (folder / "learning").is_dir():
             shutil.rmtree(folder / "learning")
-        (folder / UNDER_WAY).touch()
+        if not begun:
+            shutil.rmtree(folder / "checkpoints" / checkpoint.BEST, ignore_errors=True)
+        (folder / checkpoint.UNDER_WAY).touch()
         configs.save(config, folder / "train.json")
 
 

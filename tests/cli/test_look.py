@@ -72,7 +72,37 @@ def test_report_of_a_folder_of_runs(
     assert capsys.readouterr().out == f"{tmp_path / 'one.html'}: 1 run; open it in a browser\n"
 
 
+def test_a_report_leaves_the_pages_of_other_runs_alone(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rorqual.analyze.report.sample", lambda run: ("A fin whale sings below the sea.",))
+    one, other = (shutil.copytree(small_run, tmp_path / "runs" / name) for name in ("a", "b"))
+
+    def written(*words: str) -> Path:
+        assert main(["report", *words, "--json"]) == 0
+        return Path(json.loads(capsys.readouterr().out)["report"])
+
+    page = written(str(one))
+    before = page.read_bytes()
+    assert page == one / "report.html"
+    assert written(str(one), str(other)) == one / "report-2.html"
+    assert written(str(other), str(one)) == other / "report.html"
+    assert written(str(one), str(other)) == one / "report-2.html"
+    assert page.read_bytes() == before
+    assert written(str(one)) == page
+    assert written(str(tmp_path / "runs")) == tmp_path / "runs" / "report.html"
+    shutil.copytree(one, tmp_path / "runs" / "c")
+    assert written(str(tmp_path / "runs")) == tmp_path / "runs" / "report.html"
+
+    assert main(["report", str(one), "--out", str(other / "model.safetensors")]) == 1
+    assert "which is no page, to write over" in capsys.readouterr().err
+    assert (other / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes()
+    assert main(["report", str(other), "--out", str(page)]) == 0
+    assert "replaces a page that was made from other runs" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_a_report_of_a_run_that_is_not_finished_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "train.json").write_text("{}")
     assert main(["report", str(tmp_path)]) == 1
-    assert f"expected a run that is finished (go on: rorqual train {tmp_path})" in capsys.readouterr().err
+    said = f"expected a run that has a checkpoint or is finished (go on: rorqual train {tmp_path})"
+    assert said in capsys.readouterr().err

@@ -84,6 +84,36 @@ def test_plan_says_when_no_expert_is_given_up(capsys: pytest.CaptureFixture[str]
     assert "No expert" not in capsys.readouterr().out
 
 
+def test_planned_commands_train_in_a_folder_each(capsys: pytest.CaptureFixture[str], small_run: Path) -> None:
+    for like in ("tiny", str(small_run)):
+        assert main(["plan", "--like", like, "--rho", "0.6"]) == 0
+        commands = [
+            line.split("rorqual train ")[1] for line in capsys.readouterr().out.splitlines() if " train " in line
+        ]
+        folders = [command.partition(" --folder ")[2] for command in commands]
+        name = Path(like).name
+        assert folders == [f"runs/{name}-moe", f"runs/{name}-engram", f"runs/{name}-dense"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--rho", "2"], "--rho 2: got 2.0, expected 0..1"),
+        (["--total", "1e5"], "--total 1e5: got 1e+05 parameters beside 3.225e+06 FLOPs a token, expected"),
+        (["--activated=1e5", "--flops", "1e6"], "--activated 1e5 --flops 1e6: got activated parameters and FLOPs,"),
+        (["--flops", "-3"], "--flops -3: got -3, expected a finite number above 0"),
+        (["--like", "dense-4b"], "--like dense-4b: got a model without experts"),
+    ],
+)
+def test_a_plan_that_is_refused_names_what_was_typed(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--like", "tiny", *words]) == 1
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert "flops_per_token" not in printed
+
+
 def test_plan_spends_one_budget(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--like=tiny", "--rho", "0.6", "--total", "3e6", "--activated", "6e5"]
     assert main([*words, "--devices", "3", "--tables", "host", "--json"]) == 0

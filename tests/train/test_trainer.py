@@ -8,14 +8,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rorqual import config as configs
 from rorqual.checkpoint import load_model, steps
+from rorqual.cli.main import main
 from rorqual.data.needles import NeedleConfig, exams
 from rorqual.data.stream import validation_batches
 from rorqual.data.tokenizer import Tokenizer
@@ -26,6 +29,7 @@ from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel, ModelConfig
+from rorqual.serve.generate import load
 from rorqual.storage import StorageConfig
 from rorqual.train import trainer
 from rorqual.train.optim import Diverged, OptimConfig, Optimizer
@@ -606,3 +610,147 @@ def test_questions_in_place_of_a_text_stop_and_go_on_too(config, tmp_path):
         train(replace(config, needles=replace(NEEDLES, filler=3)))
     with pytest.raises(ValueError, match=r"model\.vocabulary: got 10, expected at least the needles' 11"):
         train(replace(config, model=replace(MODEL, vocabulary=10), folder=str(tmp_path / "narrow")))
+
+
+def stopping(at: int):
+    def stop(line: dict) -> None:
+        if line["step"] == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return stop
+
+
+@pytest.mark.parametrize("tables", ["device", pytest.param("host", marks=pytest.mark.slow)])
+def test_a_stopped_run_is_read_at_its_newest_step(config, tables, capsys):
+    """By its folder or by a checkpoint's, from Python and from the command line; finished, it is the final model."""
+    config = replace(config, tables=tables)
+    with pytest.raises(Stopped):
+        train(config, on_metrics=stopping(5))
+    folder = Path(config.folder)
+    assert not (folder / "model.safetensors").exists()
+    capsys.readouterr()
+    text = load(folder).generate("1. A whale", max_new_tokens=6, temperature=0)
+    assert f"{folder}: not finished, read at step 5 of 8" in capsys.readouterr().err.replace("\n", " ")
+    assert load(folder / "checkpoints" / "step5").generate("1. A whale", max_new_tokens=6, temperature=0) == text
+    earlier = load(folder / "checkpoints" / "step3")
+    assert "read at step 3 of 8" in capsys.readouterr().err.replace("\n", " ")
+    saved = {}
+    for path in (folder / "checkpoints" / "step3").glob("*.safetensors"):
+        saved |= load_file(path)
+    for name, tensor in earlier.model.state_dict().items():
+        assert torch.equal(tensor, saved[f"model.{name}"])
+
+    for words in (["generate", "{}", "1. A"], ["eval", "{}", "--length", "24"], ["report", "{}"]):
+        assert main([words[0], words[1].format(folder), *words[2:]]) == 0
+        assert "not finished, read at step 5 of 8" in capsys.readouterr().err.replace("\n", " ")
+    assert main(["eval", str(folder / "checkpoints" / "step3"), "--json"]) == 0
+    capsys.readouterr()
+    assert main(["memory", str(folder), "1. A", "--suppress", " whale", "--save"]) == 1
+    assert "edits are saved in a run that is finished" in capsys.readouterr().err
+    assert not (folder / "model.safetensors").exists()
+
+    train(config)
+    assert "resuming at step 5 of 8" in capsys.readouterr().err.replace("\n", " ")
+    final = load(folder).model.state_dict()
+    assert "not finished" not in capsys.readouterr().err
+    last = load(folder / "checkpoints" / "step8").model.state_dict()
+    assert all(torch.equal(last[name], final[name]) for name in final)
+    assert main(["memory", str(folder / "checkpoints" / "step8"), "1. A", "--suppress", " whale", "--save"]) == 1
+    with pytest.raises(Stopped):
+        train(replace(config, steps=12), on_metrics=stopping(10))
+    capsys.readouterr()
+    load(folder)
+    assert "not finished, read at step 10 of 12" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_run_that_cannot_be_read_yet_says_what_to_do(config, tmp_path, capsys):
+    def stop(line: dict) -> None:
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config, on_metrics=stop)
+    folder = Path(config.folder)
+    capsys.readouterr()
+    for command in ("generate", "eval", "report"):
+        assert main([command, str(folder), *(["1. A"] if command == "generate" else [])]) == 1
+        said = capsys.readouterr().err
+        assert f"go on: rorqual train {folder}" in said
+        assert len(said.splitlines()) == 1
+    config = replace(config, tables="disk", folder=str(tmp_path / "disk"))
+    with pytest.raises(Stopped):
+        train(config, on_metrics=stopping(5))
+    with pytest.raises(ValueError, match="rows learn on the disk"):
+        load(config.folder)
+    alone = shutil.copytree(Path(config.folder) / "checkpoints" / "step5", tmp_path / "alone" / "there" / "step5")
+    with pytest.raises(ValueError, match="expected it inside its run"):
+        load(alone)
+    with pytest.raises(FileNotFoundError, match=f"did you mean {config.folder}"):
+        load(Path(config.folder) / "checkpoints")
+
+
+@pytest.mark.slow
+def test_reading_while_training_writes_sees_whole_checkpoints_only(config, tmp_path):
+    """Each checkpoint goes as soon as the next is there; what is read is always that of one step."""
+    config = replace(config, steps=20, save_every=1, keep=1, validate_every=0)
+    folder, read, failed = Path(config.folder), [], []
+    stop = threading.Event()
+
+    def reader() -> None:
+        while not stop.is_set():
+            try:
+                if steps(folder / "checkpoints"):
+                    read.append(load_model(folder).state_dict()["head.weight"])
+            except Exception as error:
+                failed.append(error)
+                return
+
+    thread = threading.Thread(target=reader)
+    thread.start()
+    try:
+        train(config)
+    finally:
+        stop.set()
+        thread.join()
+    assert not failed, failed
+    assert len(read) > 1
+    assert all(tensor.isfinite().all() for tensor in read)
+
+
+def test_validation_and_samples_change_no_number_of_training(config, tmp_path):
+    quiet = train(replace(config, folder=str(tmp_path / "quiet"), validate_every=0))
+    loud = train(replace(config, validate_every=1))
+    assert losses(quiet) == losses(loud)
+    assert (quiet / "model.safetensors").read_bytes() == (loud / "model.safetensors").read_bytes()
+    held = [line for line in lines(loud) if "validation_loss" in line]
+    assert [line["step"] for line in held] == list(range(1, 9))
+    assert all(isinstance(line["sample"], str) and line["prompt"] for line in held)
+    assert len({line["prompt"] for line in held}) == 1
+    assert [line["step"] for line in lines(quiet) if "validation_loss" in line] == [8]
+
+
+def test_a_run_is_validated_ten_times_and_its_best_weights_are_kept(config, capsys):
+    """The best is the lowest validation over the same sample, wherever the run was stopped; it is no step to resume."""
+    config = replace(config, steps=30, optim=replace(config.optim, lr=0.05), save_every=12)
+    with pytest.raises(Stopped):
+        train(config, on_metrics=stopping(15))
+    folder = train(config)
+    held = {line["step"]: line["validation_loss"] for line in lines(folder) if "validation_loss" in line}
+    assert list(held) == [10, 20, 30]
+    assert [step for step, _ in steps(folder / "checkpoints")] == [24, 30]
+    capsys.readouterr()
+    best = load(folder / "checkpoints" / "best")
+    said = capsys.readouterr().err.replace("\n", " ")
+    tokens = prepare(config.data).tokens.validation
+    sample = [next(iter(validation_batches(tokens, 4, 24)))]
+    found = validate(best.model, sample, tokens.bytes / len(tokens), torch.float32)["validation_loss"]
+    final = validate(load_model(folder), sample, tokens.bytes / len(tokens), torch.float32)["validation_loss"]
+    lowest = min([*(loss for step, loss in held.items() if step < 30), final])
+    assert found == pytest.approx(lowest, rel=1e-5)
+    assert f"(validation loss {found:.4f})" in said
+
+
+def test_a_folder_of_runs_is_no_place_to_train(config, capsys):
+    folder = train(replace(config, steps=1))
+    with pytest.raises(ValueError, match=f"{folder.parent}: got a folder of runs .*run.*expected one for this run"):
+        train(replace(config, folder=str(folder.parent)))
+    assert not (folder.parent / "train.json").exists()
