@@ -296,7 +296,7 @@ def differing(base: Any, other: Any, name: str = "--model") -> list[str]:
     return words
 
 
-SWEEP_ENDS = "rorqual sweep needle has options of its own: rorqual sweep needle --help"
+SWEEP_ENDS = "The sweep of needles has options of its own: rorqual sweep needle --help"
 
 
 def sweep_command(argv: list[str]) -> int:
