@@ -337,7 +337,7 @@ def named(name: str) -> ModelConfig:
 def value_of(flag: str, argv: Sequence[str]) -> str | None:
     """What a flag that is needed before the others are read is given; the last wins, as in the parser."""
     found = None
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
         found = following if word == flag else word.removeprefix(f"{flag}=") if word.startswith(f"{flag}=") else found
     return found
 

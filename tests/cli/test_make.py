@@ -128,6 +128,7 @@ def test_sizes_have_three_digits(count: float, said: str) -> None:
 def test_the_last_value_of_a_flag_counts() -> None:
     assert make.value_of("--like", ["--rho", "1", "--like", "a", "--like=b"]) == "b"
     assert make.value_of("--like", ["--liked", "a"]) is None
+    assert make.value_of("--like", []) is None
 
 
 @pytest.mark.parametrize(
