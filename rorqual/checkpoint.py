@@ -595,7 +595,9 @@ def _seal(files: Mapping[str, Any]) -> str:
 
 def _flush(path: Path) -> None:
     """Until the bytes, or the folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows does not open folders
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

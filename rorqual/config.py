@@ -116,6 +116,19 @@ def choose(kind: str, name: str, names: Iterable[str]) -> str:
     raise ValueError(f"got {kind} {name!r}, expected one of {', '.join(known)}{guess}")
 
 
+def has(cls: type, name: str) -> bool:
+    """Whether a config has a field of this dotted name, in parts that are off too."""
+    return _hint_at(cls, name.split(".")) is not None
+
+
+def install(extra: str) -> str:
+    """The pip command that adds an extra to the rorqual that is running: a checkout, or what is installed already."""
+    checkout = Path(__file__).parents[1]
+    if not (checkout / "pyproject.toml").is_file():
+        return f"pip install 'rorqual[{extra}]'"
+    return f"pip install -e '{'.' if checkout == Path.cwd() else checkout}[{extra}]'"
+
+
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)

@@ -8,9 +8,10 @@ that DSA, NSA or MoBA choose, and then what choosing takes counts too. Additions
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from rorqual.layers.attention import GQAConfig
 from rorqual.layers.basics import longest_context
@@ -41,7 +42,7 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
     """
     if context < 1:
         raise ValueError(f"context: got {context}, expected at least 1 token")
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         model = LanguageModel(config, seed=None)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     biases = sum(b.numel() for name, b in model.named_buffers() if name.endswith("e_score_correction_bias"))
@@ -70,6 +71,28 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
         cache_bytes_per_token=_cached_bytes(config),
         longest_context=longest_context(config.rope.base, yarn.factor if (yarn := config.rope.yarn) else 1.0),
     )
+
+
+FILLING = (  # what gives numbers to a tensor that has its shape
+    *(torch.Tensor.mul, torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_),
+    *(torch.Tensor.copy_, torch.Tensor.__setitem__),
+)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves new parameters without values: on the meta device they have none, and filling them loads the compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return given["tensor"] if "tensor" in given else args[0]
+        if func in FILLING:
+            return args[0]
+        if func is torch.eye:
+            return torch.empty(args[0], args[-1])
+        if func in (torch.randn, torch.rand):
+            return torch.empty(*args, **given)
+        return func(*args, **given)
 
 
 def _flops(config: ModelConfig, model: LanguageModel, context: int, resting: int) -> int:

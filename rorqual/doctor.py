@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from rorqual import kernels, runtime
+from rorqual.config import install
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.model import LanguageModel, ModelConfig
@@ -70,7 +71,7 @@ def examine(folder: str | Path = ".") -> Report:
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         cores=runtime.cores(),
         threads=torch.get_num_threads(),
-        memory_bytes=_memory(),
+        memory_bytes=memory(),
         disk_free_bytes=shutil.disk_usage(folder).free,
         devices=tuple(_devices()),
         kernels={name: dict(twins) for name, twins in kernels.available().items()},
@@ -132,7 +133,7 @@ def _kernels(picked: dict[str, tuple[str, str]]) -> Check:
     )
 
 
-def _memory() -> int:
+def memory() -> int:
     """Bytes of memory this process may use: the machine's, or its control group's limit if that is lower."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -172,18 +173,18 @@ def _packages() -> list[Check]:
         mend = "pip install -e . in the checkout"
         return [Check(name="rorqual", state="missing", found="not installed: what it needs is unknown", mend=mend)]
     checks = [
-        _package(name, "missing" if extra else "wrong", f"'rorqual[{extra}]'" if extra else name)
+        _package(name, "missing" if extra else "wrong", install(extra) if extra else f"pip install {name}")
         for name, extra in wanted
     ]
-    return checks + [_package(name, "missing", name) for name in BROUGHT]
+    return checks + [_package(name, "missing", f"pip install {name}") for name in BROUGHT]
 
 
-def _package(distribution: str, otherwise: str, brings: str) -> Check:
-    """`otherwise` is the state where it is not installed, `brings` what pip is then to be told."""
+def _package(distribution: str, otherwise: str, mend: str) -> Check:
+    """`otherwise` is the state where it is not installed, `mend` the command that installs it."""
     version = _version(distribution)
     if version is not None:
         return Check(name=distribution, state="ok", found=version)
-    return Check(name=distribution, state=otherwise, found="not installed", mend=f"pip install {brings}")
+    return Check(name=distribution, state=otherwise, found="not installed", mend=mend)
 
 
 def _python() -> Check:

@@ -1,5 +1,7 @@
 """Costs against the published figures, to the digit where they are published to the digit."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -195,3 +197,13 @@ def test_engram_by_hand():
     for gating, less in (("shared", 3 * (memory + 1) * 8), ("open", 4 * (memory + 1) * 8 + 4 * 8)):
         part = replace(PLAIN, engram=replace(engram, gating=gating), hyper=hyper)
         assert products(part) - products(replace(PLAIN, hyper=hyper)) == 2 * (streams - less)
+
+
+def test_counting_loads_neither_the_compiler_nor_transformers() -> None:
+    """torch.compile's front end, which random numbers on the meta device load, takes longer than torch itself."""
+    code = (
+        "import sys; from rorqual.cli.main import main; assert main(['params', 'tiny', '--json']) == 0;"
+        "print(sorted({'torch._dynamo', 'torch._inductor', 'sympy', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,7 +1,11 @@
 """Devices, dtypes, seeds, ranks, threads, the clock and the log line."""
 
+import json
 import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,3 +99,71 @@ def test_cores_are_those_this_process_may_use(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert runtime.cores() == 1
+
+
+ELSEWHERE = """
+import contextlib, os, sys
+with contextlib.suppress(ImportError):
+    import psutil  # another library's code for this very system
+sys.path.insert(0, sys.argv[1])
+for module in ("fcntl", "resource", "grp", "pwd"):
+    sys.modules[module] = None
+for name in dir(os):
+    if name.startswith(("pread", "pwrite", "posix_fadvise", "sched_", "fork", "getuid", "nice", "RWF_", "O_NONBLOCK")):
+        delattr(os, name)
+stat = os.stat
+
+def without_shm(path, *rest, **options):
+    if isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith("/dev/"):
+        raise FileNotFoundError(2, "No such file or directory", path)
+    return stat(path, *rest, **options)
+
+os.stat = without_shm
+"""
+EXTRAS = {"datasets", "lm_eval", "matplotlib", "olmo_core", "peft", "pyarrow", "starlette", "tensorboard", "triton"}
+
+
+def elsewhere(code: str, *words: str) -> str:
+    """What Python code prints where the system lacks what Windows and macOS lack."""
+    root = str(Path(runtime.__file__).parents[1])
+    environment = os.environ | {"PYTHONWARNINGS": "ignore", "RORQUAL_KERNELS": "read_places=reference"}
+    command = [sys.executable, "-c", ELSEWHERE + code, root, *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_every_module_imports_on_systems_without_posix() -> None:
+    code = f"""
+import importlib, pkgutil, rorqual
+for found in pkgutil.walk_packages(rorqual.__path__, "rorqual."):
+    try:
+        importlib.import_module(found.name)
+        print(found.name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in {EXTRAS!r}:
+            raise
+"""
+    said = elsewhere(code).split()
+    assert {"rorqual.train.trainer", "rorqual.storage.homes", "rorqual.experiments.runs"} <= set(said)
+
+
+@pytest.mark.slow
+def test_a_model_trains_and_generates_on_systems_without_posix(tmp_path: Path) -> None:
+    text = tmp_path / "notes.jsonl"
+    lines = [json.dumps({"text": f"The whale number {n} sings {n * n} songs below the sea."}) for n in range(200)]
+    text.write_text("\n".join(lines), encoding="utf-8")
+    code = """
+from rorqual.cli.main import main
+folder, notes = sys.argv[2:]
+size = ["--rows", "2", "--length", "16", "--model.vocabulary", "300", "--data.cache", folder + "/cache"]
+assert main(["--help"]) == 0
+assert main(["doctor"]) in (0, 1)
+run = folder + "/run"
+words = ["train", "tiny", "--data", notes, "--steps", "2", "--folder", run, "--tables", "disk"]
+assert main([*words, *size]) == 0
+assert main(["generate", run, "The whale", "--max-new-tokens", "3", "--tables", "disk"]) == 0
+print("well")
+"""
+    assert elsewhere(code, str(tmp_path), str(text)).endswith("well\n")

@@ -57,6 +57,8 @@ def generate_command(argv: list[str]) -> int:
     from rorqual.serve.generate import load
     from rorqual.serve.sampling import Sampling
 
+    if options.text == "-" and sys.stdin.isatty():
+        print("reading the text from standard input; ctrl-D ends it (Windows: ctrl-Z, Enter)", file=sys.stderr)
     text = sys.stdin.read() if options.text == "-" else options.text
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = Sampling(**{name: getattr(options, name) for name in names})

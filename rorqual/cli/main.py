@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rorqual import __version__
-from rorqual.config import choose
+from rorqual.config import choose, install
 
 EXTRAS = {  # the module an optional part needs -> the extra that brings it
     "olmo_core": "train",
@@ -130,7 +130,7 @@ def _failed(error: Exception, words: list[str]) -> int:
 def _message(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         extra = EXTRAS.get(error.name.partition(".")[0])
-        mend = f"pip install 'rorqual[{extra}]'" if extra else f"pip install {error.name.partition('.')[0]}"
+        mend = install(extra) if extra else f"pip install {error.name.partition('.')[0]}"
         return f"got no module {error.name} here, expected it installed: {mend}"
     if isinstance(error, FileNotFoundError) and error.filename and error.strerror:
         return f"got {os.fspath(error.filename)!r}, expected a file or folder that exists"

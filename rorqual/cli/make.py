@@ -1,11 +1,14 @@
 """Options of a command that makes or weighs models -> one call into its room out."""
 
+import os
 import shlex
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +19,9 @@ from rorqual.costs import Costs, costs
 from rorqual.layers.basics import RopeConfig, YarnConfig, longest_context
 from rorqual.model import ModelConfig
 from rorqual.presets import PRESETS, preset
+
+if TYPE_CHECKING:
+    from rorqual.train.trainer import TrainConfig
 
 
 def demo_command(argv: list[str]) -> int:
@@ -53,11 +59,13 @@ def train_command(argv: list[str]) -> int:
     from rorqual.train.trainer import train
 
     options = train_options(argv)
+    refuse_too_large(options)
+    clock = runtime.Clock()
     folder = train(options, on_metrics=progress(options.steps))
     if runtime.ranks()[0] > 0:
         return 0
     if as_json:
-        emit({"folder": folder})
+        emit({"folder": folder, "steps": options.steps} | scored(Path(folder)) | {"seconds": clock.seconds})
     else:
         print(f'{folder}: rorqual generate {folder} "..." continues a text, rorqual eval {folder} scores it')
     return 0
@@ -109,6 +117,51 @@ def launch_command(argv: list[str]) -> int:
     train_options([word for word in words if word != "--json"])
     parallel.torchrun(["--max-restarts", "3", *flags], ["rorqual", "train", *words])
     return 0
+
+
+def scored(folder: Path) -> dict[str, Any]:
+    """The last loss of a run, nats a token, and what its last validation found; None for what it has not."""
+    from rorqual.experiments.runs import last
+
+    answers = last(folder, "accuracy")
+    found = {"loss": last(folder).get("loss")}
+    if answers:
+        return found | {"accuracy": answers["accuracy"]}
+    held = last(folder, "validation_loss")
+    return found | {name: held.get(name) for name in ("validation_loss", "bits_per_byte")}
+
+
+def refuse_too_large(options: "TrainConfig") -> None:
+    """ValueError where this machine cannot hold the least that training keeps, before any text is read.
+
+    Of each parameter that is its weight, its gradient and one value of the optimizer; of a row its weight. A run that
+    passes may still be too large: activations are not counted.
+    """
+    from rorqual import doctor
+
+    counted, device = costs(options.model), runtime.device(options.device)
+    rows = 4 * counted.memory
+    dense = 12 * (counted.total + counted.mtp - counted.memory)
+    ranks = runtime.ranks()[1]
+    if device.type == "cuda":
+        available = torch.cuda.get_device_properties(device).total_memory * ranks
+        needed = dense + (rows if options.tables == "device" else 0)
+    else:
+        available = doctor.memory() * ranks
+        needed = dense + (rows if options.tables != "disk" else 0)
+    large = f"a model of {counted.total + counted.mtp:,} parameters"
+    smaller = "try a smaller one (rorqual params tiny small)"
+    if available and needed > available:
+        where = f"{size(available)} of memory ({device.type})"
+        raise ValueError(f"{large}: got {where}, expected at least {size(needed)} to train it; {smaller}")
+    folder = Path(options.folder)
+    if (folder / "checkpoints").is_dir():
+        return
+    place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free, written = shutil.disk_usage(place).free, dense + 3 * rows
+    if written > free:
+        got = f"{size(free)} free for {folder}"
+        raise ValueError(f"{large}: got {got}, expected at least {size(written)} for its checkpoints; {smaller}")
 
 
 def progress(steps: int, every: float = 5.0) -> Callable[[dict[str, Any]], None]:
@@ -307,7 +360,7 @@ def differing(base: Any, other: Any, name: str = "--model") -> list[str]:
     return words
 
 
-SWEEP_ENDS = "rorqual sweep needle has options of its own: rorqual sweep needle --help"
+SWEEP_ENDS = "The sweep of needles has options of its own: rorqual sweep needle --help"
 
 
 def sweep_command(argv: list[str]) -> int:
@@ -327,6 +380,8 @@ def sweep_command(argv: list[str]) -> int:
         folder = allocation.main(parse_with_recipe(start, flags, "sweep KIND", SWEEP_ENDS), console=console)
     if as_json:
         emit({"folder": folder, "conclusion": (folder / "conclusion.txt").read_text(encoding="utf-8").strip()})
+    else:
+        print(f"{folder}: the runs, results and conclusion.txt")
     return 0
 
 
@@ -336,6 +391,10 @@ def named(name: str) -> ModelConfig:
         from rorqual import checkpoint
 
         return checkpoint.read_config(name)
+    if name not in PRESETS and ("/" in name or os.sep in name or Path(name).exists()):
+        from rorqual.serve.generate import missing
+
+        raise missing(name)
     return preset(usual("preset", name, PRESETS))
 
 
@@ -355,7 +414,7 @@ def parse_with_recipe(start: Any, argv: list[str], command: str, epilogue: str) 
 def value_of(flag: str, argv: Sequence[str]) -> str | None:
     """What a flag that is needed before the others are read is given; the last wins, as in the parser."""
     found = None
-    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
         found = following if word == flag else word.removeprefix(f"{flag}=") if word.startswith(f"{flag}=") else found
     return found
 

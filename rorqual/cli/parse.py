@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import json
 import re
@@ -13,6 +14,68 @@ import tyro
 from rorqual import config
 
 T = TypeVar("T")
+
+
+ELSEWHERE = {  # a flag of other trainers and servers -> ours, the first that the command has
+    "--batch-size": ("rows",),
+    "--train-batch-size": ("rows",),
+    "--micro-batch-size": ("micro-rows",),
+    "--per-device-train-batch-size": ("micro-rows",),
+    "--gradient-accumulation-steps": ("micro-rows",),
+    "--grad-accum-steps": ("micro-rows",),
+    "--epochs": ("steps",),
+    "--num-epochs": ("steps",),
+    "--num-train-epochs": ("steps",),
+    "--max-steps": ("steps",),
+    "--num-steps": ("steps",),
+    "--iters": ("steps",),
+    "--max-iters": ("steps",),
+    "--learning-rate": ("optim.lr", "lr"),
+    "--lr": ("optim.lr",),
+    "--weight-decay": ("optim.weight-decay",),
+    "--warmup-steps": ("optim.warmup",),
+    "--warmup-iters": ("optim.warmup",),
+    "--max-grad-norm": ("optim.clip",),
+    "--grad-clip": ("optim.clip",),
+    "--optimizer": ("optim.kind",),
+    "--block-size": ("length", "context"),
+    "--seq-len": ("length", "context"),
+    "--seq-length": ("length", "context"),
+    "--max-seq-len": ("length", "context"),
+    "--max-model-len": ("context", "length"),
+    "--context-length": ("length", "context"),
+    "--max-length": ("max-new-tokens", "length", "context"),
+    "--max-tokens": ("max-new-tokens", "length"),
+    "--max-num-seqs": ("rows",),
+    "--output-dir": ("folder", "out"),
+    "--out-dir": ("folder", "out"),
+    "--output": ("out", "folder"),
+    "--dataset": ("data.source", "data"),
+    "--dataset-name": ("data.source", "data"),
+    "--train-file": ("data.source", "data"),
+    "--tokenizer": ("data.tokenizer",),
+    "--tokenizer-name": ("data.tokenizer",),
+    "--vocab-size": ("model.vocabulary",),
+    "--hidden-size": ("model.dim",),
+    "--num-layers": ("model.layers",),
+    "--save-steps": ("save-every",),
+    "--save-interval": ("save-every",),
+    "--eval-steps": ("validate-every",),
+    "--eval-interval": ("validate-every",),
+    "--logging-steps": ("log-every",),
+    "--log-interval": ("log-every",),
+}
+NOTES = {  # where the number means another thing
+    "steps": "steps = epochs * tokens of the text / (--rows * --length)",
+    "micro-rows": "steps of accumulation = --rows / (ranks * --micro-rows)",
+}
+COUNTED_OTHERWISE = (
+    "--epochs",
+    "--num-epochs",
+    "--num-train-epochs",
+    "--gradient-accumulation-steps",
+    "--grad-accum-steps",
+)
 
 
 class UsageError(ValueError):
@@ -37,16 +100,51 @@ def parse_new(cls: type[T], argv: Sequence[str], command: str) -> T:
 
 def _parse(cls: type[T], default: Any, words: list[str], command: str, epilogue: str = "") -> T:
     heard = io.StringIO()
+    sentences, examples = described(cls)
     switches = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName)
     try:
         with contextlib.redirect_stderr(heard):
-            return tyro.cli(cls, default=default, args=words, prog=f"rorqual {command}", config=switches)
+            return tyro.cli(
+                cls,
+                description=sentences or None,
+                default=default,
+                args=words,
+                prog=f"rorqual {command}",
+                config=switches,
+            )
     except SystemExit as stop:
         if not stop.code:
-            if epilogue:
-                print(epilogue)
+            for text in (examples, epilogue):
+                if text:
+                    print(text)
             raise
-        raise UsageError(plain(heard.getvalue())) from None
+        raise UsageError(ours(cls, words, command) or plain(heard.getvalue())) from None
+
+
+def described(cls: type) -> tuple[str, str]:
+    """What a class's docstring says, and the commands in it, one a line: the parser would join them to a paragraph."""
+    lines = inspect.cleandoc(cls.__doc__ or "").splitlines()
+    commands = [line for line in lines if line.startswith("rorqual ")]
+    if not commands:
+        return "", ""
+    sentences = "\n".join(line for line in lines if line not in commands).strip()
+    return sentences, "\n  ".join(["examples:", *commands])
+
+
+def ours(cls: Any, words: Sequence[str], command: str) -> str:
+    """What to write in place of the first flag that another tool has and this command has not; "" without one."""
+    for word in words:
+        flag = word.partition("=")[0].replace("_", "-")
+        named = flag[2:].replace("-", "_")
+        if flag not in ELSEWHERE or config.has(cls, named):
+            continue
+        for name in ELSEWHERE[flag]:
+            if config.has(cls, name.replace("-", "_")):
+                right = "--data" if name == "data.source" else f"--{name}"
+                note = f"; {NOTES[name]}" if flag in COUNTED_OTHERWISE else ""
+                typed = " ".join(word for word in command.split() if word.islower())
+                return f"got {flag}, which rorqual {typed} calls {right}{note}"
+    return ""
 
 
 def plain(box: str) -> str:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rorqual.config import install
+
 Skip = Callable[[str, str], None]
 Raw = Iterator[tuple[str, bytes]]
 Reader = Callable[[io.BufferedIOBase, str, str, int, Skip], Raw]
@@ -24,6 +26,7 @@ Reader = Callable[[io.BufferedIOBase, str, str, int, Skip], Raw]
 LONGEST = 2**16  # bytes of one document
 LONGEST_LINE = 2**26  # bytes of one JSON line; a longer one is left out
 _MARKS = (b"\n\n", b"\n", "。".encode(), b" ")
+_YES = ("1", "ON", "YES", "TRUE")  # of huggingface_hub's environment variables
 _BLANK = re.compile(rb"\s|" + "。".encode())
 
 
@@ -175,7 +178,7 @@ def _parquet(file: io.BufferedIOBase, where: str, column: str, longest: int, ski
         import pyarrow as arrow  # optional: it comes with the [hub] extra
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise ValueError(f"{where}: a parquet file needs `pip install 'rorqual[hub]'`") from error
+        raise ValueError(f"{where}: a parquet file needs pyarrow: {install('hub')}") from error
     number = 0
     try:
         table = parquet.ParquetFile(file)
@@ -225,6 +228,23 @@ def digest(paths: Iterable[Path], *, root: Path) -> str:
 def printable(path: Path) -> str:
     """A file name need not be text."""
     return os.fsencode(path).decode("utf-8", "replace")
+
+
+def hub_reason(error: BaseException) -> str:
+    """One line on why the hub gave nothing, and what to do where it cannot be reached."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    names = {each.__name__ for one in chain for each in type(one).__mro__}
+    if not names & {"ConnectionError", "NetworkError", "TimeoutException", "Timeout", "OfflineModeIsEnabled"}:
+        return first_line(error)
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    offline = any(os.environ.get(name, "").upper() in _YES for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    why = "HF_HUB_OFFLINE forbids to ask it" if offline else "no connection"
+    return (
+        f"the hub {hub} cannot be reached ({why}) and it is not in the local cache: "
+        "set HF_ENDPOINT to a mirror, or give a local path"
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -26,11 +26,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rorqual.config import install
 from rorqual.data import files
 from rorqual.data.files import Raw, Skip
 
 WORDNET = Path(__file__).with_name("texts") / "wordnet-3.0.txt.bz2"
 DICTD = Path("/usr/share/dictd")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*")
 _DIGITS = {c: i for i, c in enumerate(string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/")}
 
 
@@ -61,7 +63,8 @@ def find(name: str, *, column: str = "text", longest: int = files.LONGEST) -> So
         return _hub(rest, column)
     if not os.path.exists(name):
         known = "wordnet, docstrings, gcide, hf:NAME, or a file or folder that exists"
-        raise ValueError(f"got data {name!r}, expected {known}")
+        hint = f"; for the hub's dataset of that name write hf:{name}" if _HUB_ID.fullmatch(name) else ""
+        raise ValueError(f"got data {name!r}, expected {known}{hint}")
     found = files.listed(Path(name))
     return Source(
         name=files.printable(Path(name)),
@@ -202,7 +205,7 @@ def _hub(name: str, column: str) -> Source:
     try:
         import datasets  # optional: the [hub] extra
     except ImportError as error:
-        raise ValueError(f"got data 'hf:{name}', which needs `pip install 'rorqual[hub]'`") from error
+        raise ValueError(f"got data 'hf:{name}', which needs the library datasets: {install('hub')}") from error
     path, config, split, *more = [*name.split(":"), "", ""] if name.count(":") < 3 else name.split(":")
     if not path or any(more):
         raise ValueError(f"got data 'hf:{name}', expected hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
@@ -211,7 +214,7 @@ def _hub(name: str, column: str) -> Source:
         builder = datasets.load_dataset_builder(path, config or None)
         rows = builder.as_streaming_dataset(split=split)
     except Exception as error:  # whatever a hub, a network or a dataset's files may raise
-        raise ValueError(f"hf:{name}: {files.first_line(error)}") from error
+        raise ValueError(f"hf:{name}: {files.hub_reason(error)}") from error
     if rows.column_names is not None and column not in rows.column_names:
         raise ValueError(f"hf:{name}: got column {column!r}, expected one of {', '.join(rows.column_names)} (--column)")
 

@@ -20,6 +20,8 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from rorqual.data.files import hub_reason
+
 END = "<|end|>"
 _ENDS = (END, "<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 _BYTES = 256
@@ -208,11 +210,13 @@ def _find(path: str | os.PathLike[str], name: str) -> Path | None:
     if os.fspath(path).count("/") > 1 or os.path.isabs(path):
         return None
     import huggingface_hub  # optional: only for a name that is no path here
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(huggingface_hub.hf_hub_download(os.fspath(path), name))
-    except (EntryNotFoundError, HFValidationError, OSError):
+    except (EntryNotFoundError, HFValidationError, OSError) as error:
+        if isinstance(error, (LocalEntryNotFoundError, OSError)):
+            raise ValueError(f"got {os.fspath(path)!r}, which is no path here: {hub_reason(error)}") from error
         return None
 
 

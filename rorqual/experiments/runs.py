@@ -6,7 +6,6 @@ starts the processes holds the lock of the folder that their folders are in; whe
 them saves and ends.
 """
 
-import fcntl
 import itertools
 import json
 import os
@@ -21,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -141,30 +141,23 @@ def _alone(folders: set[Path]) -> Iterator[None]:
     with ExitStack() as stack:
         for folder in sorted(folders):
             folder.mkdir(parents=True, exist_ok=True)
-            if not _locked(stack.enter_context((folder / ".lock").open("w"))):
-                raise ValueError(f"{folder}: another process makes runs here; wait, or choose another --folder")
+            try:
+                stack.enter_context(FileLock(folder / ".lock", timeout=0))
+            except Timeout:
+                said = f"{folder}: another process makes runs here; wait, or choose another --folder"
+                raise ValueError(said) from None
         yield
-
-
-def _locked(file: Any) -> bool:
-    """Whether the lock of an open file could be had."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _wait(folder: Path) -> None:
     """Until nobody trains in the folder: a process whose starter was killed takes a moment to save."""
-    until = time.monotonic() + PATIENCE
-    while (folder / ".lock").is_file():
-        with (folder / ".lock").open("r+") as lock:
-            if _locked(lock):
-                return
-        if time.monotonic() > until:
-            raise ValueError(f"{folder}: another process trains here; wait, or choose another --folder")
-        time.sleep(POLL)
+    if not (folder / ".lock").is_file():
+        return
+    try:
+        with FileLock(folder / ".lock").acquire(timeout=PATIENCE, poll_interval=POLL):
+            return
+    except Timeout:
+        raise ValueError(f"{folder}: another process trains here; wait, or choose another --folder") from None
 
 
 def _start(job: Job, threads: int) -> subprocess.Popen:

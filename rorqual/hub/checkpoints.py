@@ -358,8 +358,12 @@ def export(model: LanguageModel, folder: str | Path, *, shard_bytes: int = 4 << 
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(_bytes(table[name].of(state)) for name in table)}, "weight_map": where}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    (folder / "config.json").write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
+        _write_json(folder / "model.safetensors.index.json", index)
+    _write_json(folder / "config.json", description)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _bytes(tensor: Tensor) -> int:

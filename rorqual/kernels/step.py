@@ -9,14 +9,15 @@ weight that it needs once and computes next to nothing, so its time is memory's;
 Attention is the absorbed form of layers.attention.MLA: one query of kv_rank + rope values a head over the cached rows.
 """
 
-import fcntl
 import math
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from filelock import FileLock, Timeout
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import types
 from numba.extending import intrinsic
@@ -353,11 +354,7 @@ class Step:
         """Build, so that other processes find it, unless another does."""
         place = Path(CODE.stats.cache_path)
         place.mkdir(parents=True, exist_ok=True)
-        with (place / "step.lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return
+        with suppress(Timeout), FileLock(place / "step.lock", timeout=0):
             Step.build()
 
     def _given(self, x: np.ndarray, held: int, cos: np.ndarray, sin: np.ndarray, logits: np.ndarray) -> tuple:

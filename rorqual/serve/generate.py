@@ -19,6 +19,7 @@ from typing import Any, Literal, overload
 import torch
 
 from rorqual import checkpoint, runtime
+from rorqual.data.files import hub_reason
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.hub import checkpoints
 from rorqual.model import LanguageModel, ModelConfig
@@ -374,21 +375,32 @@ def find(where: str | Path) -> Path:
     folder = Path(where).expanduser()
     if (folder / "config.json").is_file() or checkpoint.is_checkpoint(folder):
         return folder
+    hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(where))
+    if folder.exists() or not hub_id or Path(folder.parts[0]).exists():
+        raise missing(where)
+    return snapshot(str(where))
+
+
+def missing(where: str | Path) -> Exception:
+    """The error for a path that is no model's folder: what is there instead, or what it may have meant."""
+    folder = Path(where).expanduser()
+    if (folder / "adapter_config.json").is_file():
+        base = "load its base model with transformers and peft"
+        return ValueError(f"{where} holds a PEFT adapter, expected a whole model with config.json: {base}")
     if folder.is_dir():
         inside = sorted(str(path.parent) for path in folder.glob("*/config.json"))
-        mend = f"did you mean {' or '.join(inside)}?" if inside else "has the run been trained and saved?"
+        some = " or ".join(inside[:4]) + (f", or one of {len(inside) - 4} more" if len(inside) > 4 else "")
+        mend = f"did you mean {some}?" if inside else "has the run been trained and saved?"
         if (folder / "train.json").is_file():
             mend = f"its training has not begun to learn yet; go on: rorqual train {where}"
         elif (folder.absolute().parent / "config.json").is_file():
             mend = f"did you mean {folder.absolute().parent}?"
-        raise FileNotFoundError(f"{where} holds no config.json: {mend}")
+        return FileNotFoundError(f"{where} holds no config.json: {mend}")
     if folder.exists():
-        raise ValueError(f"{where} is a file, expected the folder it lies in, with config.json and model.safetensors")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(where)) or Path(folder.parts[0]).exists():
-        guess = f"did you mean {' or '.join(map(str, found))}?" if (found := near(folder)) else ""
-        mend = guess or "expected a run folder (make one with `rorqual train`) or a hub id"
-        raise FileNotFoundError(f"no folder {where}: {mend}")
-    return snapshot(str(where))
+        return ValueError(f"{where} is a file, expected the folder it lies in, with config.json and model.safetensors")
+    guess = f"did you mean {' or '.join(map(str, found))}?" if (found := near(folder)) else ""
+    mend = guess or "expected a run folder (make one with `rorqual train`) or a hub id"
+    return FileNotFoundError(f"no folder {where}: {mend}")
 
 
 def near(folder: Path) -> list[Path]:
@@ -412,12 +424,12 @@ def snapshot(name: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
-        raise ValueError("a hub id needs huggingface_hub: pip install 'rorqual[hub]'") from error
+        raise ValueError("a hub id needs huggingface_hub: pip install huggingface_hub") from error
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"no folder {name}, and the hub did not give a model of that name: {reason}") from error
+        said = f"no folder {name}, and the hub did not give a model of that name: {hub_reason(error)}"
+        raise FileNotFoundError(said) from error
 
 
 def read(folder: Path, tables: StorageConfig | None = None, dtype: torch.dtype | None = None) -> LanguageModel:

@@ -73,7 +73,9 @@ def _building(step: Any) -> subprocess.Popen | None:
         log("models decode module by module: there is nowhere to keep a compiled step (set NUMBA_CACHE_DIR)", "yellow")
         return None
     log("compiling the decoding step (some 20 s of a core, once an installation); until then models decode without it")
-    code = f"import os; os.nice(10); from {step.__module__} import {step.__name__} as step; step.keep()"
+    code = (
+        f"import os; getattr(os, 'nice', int)(10); from {step.__module__} import {step.__name__} as step; step.keep()"
+    )
     quiet, paths = subprocess.DEVNULL, os.pathsep.join(path or os.getcwd() for path in sys.path)
     return subprocess.Popen(
         [sys.executable, "-c", code],

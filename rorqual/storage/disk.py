@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from rorqual.kernels import pick
-from rorqual.storage.shards import Shard, TableError, open_shards
+from rorqual.storage.shards import Shard, TableError, open_shards, read_at, write_at
 from rorqual.storage.stream import Stream
 from rorqual.storage.tables import Fetched, check_ids
 
@@ -34,16 +34,18 @@ def read_places(
     What lies where nothing was read is anything. Without `wait` what the system does not hold in memory is not given.
     """
     target, failed = into.data.cast("B"), np.zeros(len(files), np.bool_)
-    if not wait and not hasattr(os, "RWF_NOWAIT"):
+    if not wait and not (hasattr(os, "preadv") and hasattr(os, "RWF_NOWAIT")):
         return ~failed
-    flags = () if wait else (os.RWF_NOWAIT,)
     columns = (files, offsets, sizes, places)
     reads = list(zip(*(column.tolist() for column in columns), strict=True))
     for k, (file, offset, size, place) in enumerate(reads):
         if wait and k % _AHEAD == 0 and len(reads) > 1:
             _foretell(reads[k : k + _AHEAD])
         try:
-            failed[k] = os.preadv(file, [target[place : place + size]], offset, *flags) != size
+            part = target[place : place + size]
+            failed[k] = (
+                read_at(file, part, offset) if wait else os.preadv(file, [part], offset, os.RWF_NOWAIT)
+            ) != size
         except OSError:
             failed[k] = True
     return failed
@@ -51,7 +53,7 @@ def read_places(
 
 def _foretell(reads: list[tuple[int, int, int, int]]) -> None:
     for file, offset, size, _ in reads:
-        if file >= 0:
+        if file >= 0 and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
 
 
@@ -67,7 +69,7 @@ def write_places(
     columns = (files, offsets, sizes, places)
     for k, (file, offset, size, place) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
         try:
-            failed[k] = os.pwrite(file, source[place : place + size], offset) != size
+            failed[k] = write_at(file, source[place : place + size], offset) != size
         except OSError:
             failed[k] = True
     return failed
@@ -181,14 +183,15 @@ class DiskTable(Fetched):
         """Has the system drop what it holds of the files in memory, so that the disk itself is measured."""
         for shard in self._shards:
             os.fsync(shard.file)
-            os.posix_fadvise(shard.file, 0, 0, os.POSIX_FADV_DONTNEED)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(shard.file, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def remember(self) -> None:
         """Has the system read the files whole, so that no row waits for the disk as long as memory holds them."""
         buffer = bytearray(_RUN)
         for shard in self._shards:
             at = 0
-            while got := os.preadv(shard.file, [buffer], at):
+            while got := read_at(shard.file, memoryview(buffer), at):
                 at += got
 
     def close(self) -> None:

@@ -5,7 +5,6 @@ host    a copy in memory; `shared`: one copy for all processes of a node, in a f
         last of them, and is removed when the next shared table is opened
 """
 
-import fcntl
 import hashlib
 import os
 import re
@@ -25,6 +24,11 @@ from rorqual.storage.formats import FP8, kept_as
 from rorqual.storage.shards import TableError
 from rorqual.storage.stream import Stream
 from rorqual.storage.tables import DeviceTable, HostTable
+
+try:
+    import fcntl  # POSIX alone; filelock has no shared lock
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
 
 Home = DeviceTable | HostTable | DiskTable
 
@@ -138,10 +142,10 @@ def _shared(path: Path, name: str) -> Tensor:
     files = sorted(path.resolve().glob("*")) or [path.resolve()]
     stamps = [(str(file), of.st_ino, of.st_ctime_ns) for file in files if (of := file.stat())]  # no copy keeps these
     key = hashlib.blake2b(repr((stamps, name, size)).encode(), digest_size=12).hexdigest()
-    target = SHARED / f"{_PREFIX}{os.getuid()}-{key}"
-    if not SHARED.is_dir():
+    if fcntl is None or not SHARED.is_dir():
         raise ValueError(f"shared: got no {SHARED}, expected a system with memory that processes share by name")
-    with (SHARED / f"rorqual-{os.getuid()}.lock").open("a") as turn:
+    target = SHARED / f"{_PREFIX}{os.getuid()}-{key}"
+    with (SHARED / f"rorqual-{os.getuid()}.lock").open("a", encoding="utf-8") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)  # one process at a time looks, copies or sweeps
         _sweep(target)
         if not target.exists():

@@ -10,23 +10,22 @@ In host memory rows are a parameter that stays on the CPU, and so do its gradien
 what goes to the device and comes back are the rows that were asked for and their gradients.
 """
 
-import fcntl
 import os
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import BaseFileLock, FileLock, Timeout
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rorqual.kernels import pick
 from rorqual.storage.disk import read_places, write_places
-from rorqual.storage.shards import TableError
+from rorqual.storage.shards import BINARY, TableError
 from rorqual.storage.stream import Stream
 from rorqual.storage.tables import DeviceTable, Fetched, Pending, check_ids, gather
 from rorqual.storage.undo import Undo, write_whole
@@ -111,11 +110,12 @@ class LearningTable(Fetched):
         self.weight = nn.Parameter(torch.zeros(1, 1).expand(rows, width))
         self.folder.mkdir(parents=True, exist_ok=True)
         self._undo = Undo(self.folder, rows, self.record, keep)
-        self._file = _own(self.folder / "records")
+        self._file, self._owned = _own(self.folder / "records")
         if self._undo.marks and (got := os.fstat(self._file).st_size) != rows * self.record:
             os.close(self._file)
+            self._owned.release()
             raise TableError(f"{self.folder}: got {got} bytes of records, expected {rows} times {self.record}")
-        self._closed = weakref.finalize(self, _let_go, self._file, self._undo)
+        self._closed = weakref.finalize(self, _let_go, self._file, self._undo, self._owned)
         self._held: list[tuple[np.ndarray, np.ndarray]] = []
         self._writing: Future[None] | None = None
 
@@ -248,28 +248,22 @@ class LearningTable(Fetched):
         self.settle()
 
 
-def _let_go(file: int, undo: Undo) -> None:
+def _let_go(file: int, undo: Undo, lock: BaseFileLock) -> None:
     os.close(file)
     undo.close()
+    lock.release(force=True)
 
 
-def _own(path: Path) -> int:
-    """The open file, which nobody else may train until it is closed or this process ends. TableError if one does."""
-    if path.exists() and _is_open(path.stat()):
-        raise TableError(f"{path}: got rows that this process trains already, expected one table: close the other")
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+def _own(path: Path) -> tuple[int, BaseFileLock]:
+    """The open file and its lock, which nobody else gets until it is released or this process ends.
+
+    TableError while another table has it, here or in another process. A fork of this process does not keep it.
+    """
+    # a finalizer may release it on any thread
+    lock = FileLock(path.with_name(path.name + ".lock"), timeout=0, thread_local=False)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process's: a loader's fork does not hold it
-    except OSError:
-        os.close(file)
-        raise TableError(f"{path}: got rows that another process trains now, expected one at a time") from None
-    return file
-
-
-def _is_open(file: os.stat_result) -> bool:
-    """Whether this process has it open: its lock is not in its own way, and ends when any of its files is closed."""
-    for name in os.listdir("/dev/fd"):
-        with suppress(OSError):  # the one that lists them is closed by now
-            if os.path.samestat(os.fstat(int(name)), file):
-                return True
-    return False
+        lock.acquire()
+    except Timeout:
+        found = "got rows that another table trains now, in this process or another"
+        raise TableError(f"{path}: {found}; expected one at a time: close the other") from None
+    return os.open(path, os.O_RDWR | os.O_CREAT | BINARY, 0o666), lock

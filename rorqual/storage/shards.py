@@ -13,6 +13,7 @@ import json
 import math
 import os
 import stat
+import threading
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,8 @@ BLANK = "0" * 16
 _PIECE = 1 << 18  # bytes read together: a core's cache holds them until they are summed
 BLOCK_BYTES = 1 << 20  # that share a checksum
 _DIGITS = 20  # more than any file's rows have
+BINARY = getattr(os, "O_BINARY", 0)  # Windows would translate line ends
+_TURN = threading.Lock()  # whoever moves a file's position, where it cannot be read at another
 _AXES = 64  # as many as torch knows; the product of a million sizes would take hours
 
 
@@ -46,7 +49,8 @@ class Shard:
     def __init__(self, path: Path, name: str) -> None:
         self.path = path
         try:
-            self.file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # of a pipe it would wait for somebody who writes
+            # of a pipe it would wait for somebody who writes
+            self.file = os.open(path, os.O_RDONLY | BINARY | getattr(os, "O_NONBLOCK", 0))
         except OSError as error:
             raise TableError(f"{path}: {error.strerror}") from error
         self._closed = weakref.finalize(self, os.close, self.file)  # a table that is dropped keeps no disk space
@@ -70,7 +74,7 @@ class Shard:
     def _fill(self, into: memoryview, at: int) -> None:
         """`into`, from byte `at` of the rows on."""
         try:
-            got = os.preadv(self.file, [into], self.start + at) if self.file >= 0 else 0
+            got = read_at(self.file, into, self.start + at) if self.file >= 0 else 0
         except OSError as error:
             raise TableError(f"{self.path}: {error.strerror} at row {at // self.row_bytes}") from error
         if got != len(into):
@@ -117,10 +121,10 @@ def _header(path: Path, file: int, name: str) -> tuple[Mapping[str, str], Mappin
     total = os.fstat(file).st_size
     if total < 8:
         raise TableError(f"{path}: got {total} bytes, expected a safetensors file")
-    size = int.from_bytes(os.pread(file, 8, 0), "little")
+    size = int.from_bytes(_bytes_at(file, 8, 0), "little")
     if size > min(_HEADER_LIMIT, total - 8):
         raise TableError(f"{path}: got a header of {size} bytes, expected at most {min(_HEADER_LIMIT, total - 8)}")
-    header, metadata = _spoken(path, os.pread(file, size, 8))
+    header, metadata = _spoken(path, _bytes_at(file, size, 8))
     ends = sorted(_extent(path, key, entry) for key, entry in header.items())
     edge = 0
     for begin, end in ends:
@@ -254,9 +258,36 @@ def _rows_of(shard: Shard, block: int) -> range:
     return range(begin + first, begin + min(end, shard.rows))
 
 
+def read_at(file: int, into: memoryview, offset: int) -> int:
+    """Reads into memory from byte `offset` of an open file on; returns how many bytes there were."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file, [into], offset)
+    with _TURN:
+        os.lseek(file, offset, os.SEEK_SET)
+        found = os.read(file, len(into))
+    into[: len(found)] = found
+    return len(found)
+
+
+def write_at(file: int, given: memoryview, offset: int) -> int:
+    """Writes to an open file from byte `offset` on; returns how many bytes it took."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(file, given, offset)
+    with _TURN:
+        os.lseek(file, offset, os.SEEK_SET)
+        return os.write(file, given)
+
+
+def _bytes_at(file: int, size: int, offset: int) -> bytes:
+    found = bytearray(size)
+    return bytes(found[: read_at(file, memoryview(found), offset)])
+
+
 def flush(path: Path) -> None:
     """What a file holds, or which names a folder has, is on the disk."""
-    file = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows does not open folders
+    file = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(file)
     finally:

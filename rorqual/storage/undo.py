@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
-from rorqual.storage.shards import TableError, flush
+from rorqual.storage.shards import BINARY, TableError, flush, write_at
 
 _HEAD = struct.Struct("<QQ")  # rows of an entry, checksum of its ids and records
 _SEAL = struct.Struct("<Q")  # checksum of the head
@@ -66,7 +66,7 @@ class Undo:
             raise TableError(f"{self.folder}: got no mark, expected a table that was filled before it learns")
         path = self.folder / f"undo-{self.marks[-1]}"
         try:
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
         except FileExistsError:
             raise TableError(f"{path}: got notes of a process that ended, expected the table rewound first") from None
         write_whole(self._file, _boot(), 0)
@@ -171,5 +171,5 @@ def write_whole(file: int, raw: bytes | memoryview, offset: int) -> None:
     """All of it at its place, however little the system takes at a time. OSError where it takes nothing more."""
     raw = memoryview(raw)
     while raw:
-        done = os.pwrite(file, raw, offset)
+        done = write_at(file, raw, offset)
         raw, offset = raw[done:], offset + done

@@ -7,7 +7,6 @@ there. A build that was stopped goes on after its last whole shard when it is as
 place.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import xxhash
+from filelock import FileLock, Timeout
 from jaxtyping import Shaped
 from torch import Tensor
 
@@ -154,7 +154,7 @@ def _write(
         raise ValueError(f"table: got {shard_rows} rows a shard, expected 1 to {most}: its checksums fill the header")
     text = json.dumps([origin, plan.rows, plan.width, str(plan.dtype), shard_rows])
     partial = _begin(folder, plan, text)
-    with _alone(partial / _NOTE):
+    with _alone(partial):
         if origin is None:
             _clear(partial)  # of rows that a process had in memory: nobody knows whether they are the same now
         try:
@@ -187,14 +187,18 @@ def _clear(partial: Path) -> None:
 
 
 @contextmanager
-def _alone(note: Path) -> Iterator[None]:
+def _alone(partial: Path) -> Iterator[None]:
     """While no other process writes this table. ValueError if one does."""
-    with note.open(encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{note.parent}: another process writes this table, expected one at a time") from None
+    lock = FileLock(partial.with_name(partial.name + ".lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{partial}: another process writes this table, expected one at a time") from None
+    try:
         yield
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _begin(folder: Path, plan: Plan, text: str) -> Path:

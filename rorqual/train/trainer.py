@@ -11,7 +11,6 @@ Resumed or not, the numbers are the same to the last bit (docs/train.md says on 
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -27,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from rorqual import checkpoint, parallel, runtime
 from rorqual import config as configs
@@ -527,11 +527,11 @@ def _full_disk_said(folder: Path) -> Iterator[None]:
 def _alone(folder: Path) -> Iterator[None]:
     """One training a folder: ValueError while another process holds it. The lock goes with its process, even killed."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with ExitStack() as held:
         if parallel.rank() == 0:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                held.enter_context(FileLock(folder / ".lock", timeout=0))
+            except Timeout:
                 raise ValueError(f"{folder}: another process trains here; wait, or choose another --folder") from None
         yield
 

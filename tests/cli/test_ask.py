@@ -1,5 +1,6 @@
 """Commands that ask a trained model."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -204,3 +205,71 @@ def test_mistakes_about_memory_are_a_line(
     assert main(["memory", str(small_run), *words]) == code
     printed = capsys.readouterr().err
     assert said in printed and len(printed.splitlines()) <= 2
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_generate_says_that_it_reads_a_terminal(
+    small_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["generate", str(small_run), "--max-new-tokens", "1"]
+    monkeypatch.setattr("sys.stdin", Terminal("A fin"))
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert "reading the text from standard input" in said.err
+    assert said.out.startswith("A fin")
+    monkeypatch.setattr("sys.stdin", io.StringIO("A fin"))
+    assert main(words) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_folders_of_another_kind_are_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter, sweep, pictures = tmp_path / "adapter", tmp_path / "sweep", tmp_path / "pictures"
+    for folder in (adapter, sweep, pictures, *(sweep / f"run{n}" for n in range(6))):
+        folder.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    for n in range(6):
+        (sweep / f"run{n}" / "config.json").write_text("{}")
+    (pictures / "whale.png").write_bytes(b"png")
+    for where, said in (
+        (adapter, "holds a PEFT adapter"),
+        (sweep, "or one of 2 more?"),
+        (pictures, "holds no config.json"),
+        (pictures / "whale.png", "is a file, expected the folder"),
+    ):
+        for words in (["generate", str(where), "x"], ["train", str(where)], ["params", str(where)]):
+            assert main(words) == 1, words
+            printed = capsys.readouterr().err
+            assert said in printed
+            assert len(printed.splitlines()) == 1
+    assert main(["train", str(tmp_path / "none")]) == 1
+    assert f"no folder {tmp_path / 'none'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "no-such-owner/name", "x"],
+        ["train", "tiny", "--data", "hf:no-such-owner/data"],
+        ["train", "tiny", "--data", "wordnet", "--data.tokenizer", "no-such-owner/name"],
+    ],
+    ids=["model", "data", "tokenizer"],
+)
+def test_offline_the_hub_is_a_line(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # which tests are started with
+    assert main(words) == 1
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert len(printed) == 1
+    for part in ("cannot be reached (HF_HUB_OFFLINE forbids", "set HF_ENDPOINT to a mirror", "a local path"):
+        assert part in printed[0]
+
+
+def test_a_dataset_without_its_prefix_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "some-owner/data"]) == 1
+    assert "write hf:some-owner/data" in capsys.readouterr().err

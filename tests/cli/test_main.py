@@ -3,9 +3,11 @@
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from rorqual import config
 from rorqual.cli import main as front
 
 
@@ -74,7 +76,7 @@ def raising(error: BaseException):
         ),
         (PermissionError(13, "Permission denied", "x"), 1, "rorqual: error: [Errno 13] Permission denied: 'x'\n"),
         (RuntimeError("run a ended"), 1, "rorqual: error: run a ended\n"),
-        (ModuleNotFoundError("no", name="olmo_core.train"), 1, "pip install 'rorqual[train]'\n"),
+        (ModuleNotFoundError("no", name="olmo_core.train"), 1, "[train]'\n"),
         (ModuleNotFoundError("no", name="rorqual.nothing"), 1, "Traceback"),
         (TypeError("ours"), 1, "Traceback"),
         (KeyboardInterrupt(), 130, "rorqual: stopped\n"),
@@ -105,3 +107,33 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
     assert done.stderr == ""
     assert done.stdout.startswith("usage: rorqual")
+
+
+HELPS = [
+    *([name] for name in front.COMMANDS if name != "table"),
+    *(["table", verb] for verb in ("build", "convert", "inspect", "verify", "hot", "bench")),
+    ["sweep", "needle"],
+]
+
+
+@pytest.mark.parametrize("words", HELPS, ids=" ".join)
+def test_no_line_of_help_holds_two_examples(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert front.main([*words, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert said
+    shown = f"rorqual {words[0]} "
+    wrong = [line for line in said.splitlines() if line.count(shown) > 1 and not line.startswith("usage: ")]
+    assert not wrong
+
+
+def test_an_extra_is_installed_from_the_checkout_or_what_is_installed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The name is on no index: a checkout is installed by its path, a wheel's extras follow from its own metadata."""
+    root = Path(config.__file__).parents[1]
+    monkeypatch.chdir(tmp_path)
+    assert config.install("serve") == f"pip install -e '{root}[serve]'"
+    monkeypatch.chdir(root)
+    assert config.install("serve") == "pip install -e '.[serve]'"
+    monkeypatch.setattr(config, "__file__", str(tmp_path / "site-packages" / "rorqual" / "config.py"))
+    assert config.install("serve") == "pip install 'rorqual[serve]'"

@@ -161,6 +161,7 @@ def test_sizes_have_three_digits(count: float, said: str) -> None:
 def test_the_last_value_of_a_flag_counts() -> None:
     assert make.value_of("--like", ["--rho", "1", "--like", "a", "--like=b"]) == "b"
     assert make.value_of("--like", ["--liked", "a"]) is None
+    assert make.value_of("--like", []) is None
 
 
 @pytest.mark.parametrize(
@@ -339,3 +340,41 @@ def test_a_sweep_follows_the_preset_and_its_flags(tmp_path: Path, monkeypatch: p
 def test_a_wrong_sweep_is_told_so(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", *words]) != 0
     assert told in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("memory", [8 << 30, 1 << 50], ids=["memory", "disk"])
+def test_a_model_that_fits_nowhere_is_refused_before_text_is_read(
+    memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rorqual.doctor.memory", lambda: memory)
+    monkeypatch.setattr("rorqual.train.trainer.train", lambda config, on_metrics: pytest.fail("it began"))
+    assert main(["train", "deepseek-v3", "--device", "cpu"]) == 1
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1
+    assert re.search(r"got [\d.,]+ [GT]B (of memory|free for) .*expected at least \d[\d.,]* TB", printed)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_train_tells_a_machine_how_it_went(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "notes.jsonl"
+    lines = [json.dumps({"text": f"The whale number {n} sings {n * n} songs below the sea."}) for n in range(200)]
+    text.write_text("\n".join(lines), encoding="utf-8")
+    size = ["--rows", "2", "--length", "16", "--model.vocabulary", "300", "--data.cache", str(tmp_path / "cache")]
+    words = ["train", "tiny", "--data", str(text), "--folder", str(tmp_path / "run"), "--steps", "2", *size, "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["folder"], found["steps"]) == (str(tmp_path / "run"), 2)
+    assert 0 < found["loss"] < 10
+    assert 0 < found["bits_per_byte"] < 20
+    assert found["validation_loss"] > 0
+    assert found["seconds"] > 0
+
+
+def test_a_sweep_says_where_it_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rorqual.experiments.allocation.main", lambda config, console: tmp_path)
+    assert main(["sweep", "slots"]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}: ")

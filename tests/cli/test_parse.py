@@ -113,3 +113,62 @@ def test_jsonable() -> None:
 
     value = {"x": Pair(1, torch.tensor(2.0)), 3: (Path("a/b"), Memory(), None, True)}
     assert jsonable(value) == {"x": {"a": 1, "b": 2.0}, "3": ["a/b", {"rows": [4, 4], "heads": 2}, None, True]}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shown:
+    """What it does, in one sentence.
+
+    A second paragraph.
+
+    rorqual x here
+    rorqual x there --steps 3
+    """
+
+    steps: int = 4
+
+
+def test_examples_stand_one_a_line_at_the_end_of_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(Shown(), ["--help"], "x", "epilogue")
+    said = capsys.readouterr().out
+    assert said.endswith("examples:\n  rorqual x here\n  rorqual x there --steps 3\nepilogue\n")
+    assert "What it does, in one sentence." in said and "A second paragraph." in said
+    assert said.count("rorqual x here") == 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Optim:
+    lr: float = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    optim: Optim = field(default_factory=Optim)
+    rows: int = 8
+    micro_rows: int | None = None
+    steps: int = 10
+    length: int = 16
+    folder: str = "x"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--batch-size", "32"], "got --batch-size, which rorqual train calls --rows"),
+        (["--batch_size=32"], "got --batch-size, which rorqual train calls --rows"),
+        (["--epochs", "3"], "calls --steps; steps = epochs * tokens of the text / (--rows * --length)"),
+        (["--gradient-accumulation-steps", "4"], "calls --micro-rows; steps of accumulation = --rows / (ranks"),
+        (["--learning-rate", "1e-3"], "calls --optim.lr"),
+        (["--lr", "1e-3"], "calls --optim.lr"),
+        (["--max-steps", "5"], "calls --steps"),
+        (["--block-size", "64"], "calls --length"),
+        (["--max-length", "64"], "calls --length"),
+        (["--output-dir", "y"], "calls --folder"),
+    ],
+)
+def test_a_flag_of_another_tool_gets_ours(words: list[str], said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse(Training(), words, "train PRESET")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -4,6 +4,8 @@ import json
 import os
 import pathlib
 import struct
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from rorqual.storage import DiskTable, TableError, verify, write_table
+from rorqual.storage.shards import read_at, write_at
 
 pytestmark = pytest.mark.engram
 
@@ -97,9 +100,18 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: pathlib.Path) -
 def test_a_disk_that_cannot_read_is_a_refusal(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the header is read, and while every byte is."""
     folder = write_table(tmp_path / "t", torch.randn(4, 3))
-    for name in ("pread", "preadv"):
+    read = os.preadv
+    for good in (0, 2):  # the size of the header and the header are two reads
+        left = [True] * good
+
+        def failing(*given: object, left: list[bool] = left) -> int:
+            if left:
+                left.pop()
+                return read(*given)
+            raise OSError(5, "Input/output error")
+
         with monkeypatch.context() as patch:
-            patch.setattr(os, name, lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+            patch.setattr(os, "preadv", failing)
             with pytest.raises(TableError, match=r"table-00001-of-00001.safetensors: Input/output error"):
                 verify(folder)
     assert verify(folder) == []
@@ -311,3 +323,32 @@ def test_files_without_checksums_cannot_be_verified(tmp_path: pathlib.Path) -> N
         verify(tmp_path)
     with pytest.raises(TableError, match="No such file"):
         verify(tmp_path / "none")
+
+
+def test_systems_without_positional_reads_read_and_write_the_same(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows, checksums and files written are those of a system with preadv and pwrite; threads take turns."""
+    monkeypatch.setenv("RORQUAL_KERNELS", "reference")
+    values = torch.randn(1003, 7)
+    folder = write_table(tmp_path / "t", values, shard_rows=400)
+    names = [name for name in dir(os) if name.startswith(("pread", "pwrite", "posix_fadvise"))]
+    assert "preadv" in names or sys.platform == "win32"
+    for name in names:
+        monkeypatch.delattr(os, name)
+    table = DiskTable(folder, hot_bytes=0)
+    ids = [torch.randint(1003, (50,)) for _ in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        for rows, got in zip(ids, pool.map(lambda rows: table.request(rows).wait(), ids), strict=True):
+            assert torch.equal(got, values[rows])
+    table.forget()
+    table.remember()
+    table.close()
+    assert verify(folder) == []
+    with (tmp_path / "file").open("w+b") as file:
+        file.write(bytes(8))
+        file.flush()
+        assert write_at(file.fileno(), memoryview(b"whale"), 5) == 5
+        into = bytearray(9)
+        assert read_at(file.fileno(), memoryview(into), 4) == 6
+        assert into == b"\0whale\0\0\0"
