@@ -513,7 +513,8 @@ def _full_disk_said(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        # a quota has a number on POSIX alone
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)):
             raise
         full = OSError(
             f"{error.filename or folder}: got {os.strerror(error.errno).lower()}, expected room to write; checkpoints "
