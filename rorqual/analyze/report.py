@@ -186,8 +186,9 @@ def write_report(
 ) -> Path:
     """Reads the run folders and writes the page; returns its path. `note` is a paragraph of text above the tables.
 
-    `asked` are the folders that the runs were found in, by which `page_for` knows the page again; None: the runs.
-    A page of others that is there is replaced, and the log says so; any other file is refused by ValueError.
+    `asked` are the folders that the runs were found in, by which `page_for` knows the page again; None: the runs. A
+    page of others that is there is replaced, and the log says so; ValueError for any other file.
+
     A folder that is named twice is read once; runs of one name have as much of their path before it as tells them
     apart.
     """
