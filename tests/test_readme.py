@@ -201,7 +201,15 @@ def type_and_interrupt(words: list[str]) -> None:
     command = [sys.executable, "-m", *words]
     if "--port" in words:
         command[command.index("--port") + 1] = "0"
-    process = subprocess.Popen(command, env=OURS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command,
+        env=OURS,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # Tests that run in the background ignore ctrl-C, and what they start would, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     said = []
     try:
         assert process.stdout is not None
