@@ -287,8 +287,8 @@ def check_sizes(folder: Path, config: ModelConfig, shapes: Mapping[str, tuple[in
         # a head has a prime number of rows, which is found by trial: at least so many as the config says
         least, (rows, *_) = sum(engram.rows_per_head) * engram.heads, shapes.get("tables.0.weight", (None,))
         if rows is not None and least > rows:
-            got = f"{engram.rows_per_head}, {least} rows or more,"
-            raise ValueError(f"{folder}: config.json: engram.rows_per_head: got {got} expected {rows} in all")
+            wanted = f"{engram.rows_per_head}, {least} rows or more,"
+            raise ValueError(f"{folder}: config.json: engram.rows_per_head: got {wanted} expected {rows} in all")
 
 
 def _weights(path: Path, device: str, without: str | None) -> dict[str, Tensor]:
