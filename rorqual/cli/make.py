@@ -1,6 +1,7 @@
 """Options of a command that makes or weighs models -> one call into its room out."""
 
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -265,13 +266,18 @@ MACHINE = ("device", "devices", "utilisation", "step-tokens", "optimizer", "tabl
 def plan_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
     from rorqual.experiments.budget import Budget
-    from rorqual.experiments.devices import estimate
+    from rorqual.experiments.devices import estimate, usual_machine
     from rorqual.experiments.plan import PlanConfig, plan_budget
 
     if argv and not argv[0].startswith("-"):
         raise UsageError(f"got {argv[0]!r}, expected flags alone: rorqual plan --like {argv[0]} --rho 0.75")
     like = value_of("--like", argv) or PlanConfig().like
     start = PlanConfig(like=like, model=named(like))
+    if value_of("--device", argv) is None and value_of("--devices", argv) is None:
+        total = value_of("--total", argv) or ""
+        # what is no number is refused when the flags are read
+        large = float(total) if re.fullmatch(r"[\d.]+(e\d+)?", total, re.ASCII) else costs(start.model).total
+        start = replace(start, machine=usual_machine(large))
     options = parse(start, renamed(argv, {f"--{name}": f"--machine.{name}" for name in MACHINE}), "plan", PLAN_ENDS)
     budget = Budget(options.total, options.activated, options.flops)
     try:
@@ -326,11 +332,13 @@ def show_estimates(machine: Any, found: Mapping[str, Any]) -> None:
                 f"{words}: weights + gradients + state", *(" + ".join(map(size, k[1:])) if k else "" for k in kept)
             )
     held = [size(one.device_bytes) + ("" if one.fits else ", too many") for one in found.values()]
-    table.add_row(f"on each of {machine.devices} {machine.device}", *held)
+    here = machine.device == "cpu"
+    table.add_row("on this machine" if here else f"on each of {machine.devices} {machine.device}", *held)
     if machine.tables == "host":
         table.add_row("in the memory of the hosts", *(size(one.host_bytes) for one in found.values()))
     table.add_row(f"a step of {machine.step_tokens:,} tokens", *(f"{one.step:,.3g} s" for one in found.values()))
-    parts = ((f"products, at {machine.utilisation:.0%} of the peak", "compute"), ("update", "update"), ("rows", "rows"))
+    peak = "of what is measured" if here else "of the peak"
+    parts = ((f"products, at {machine.utilisation:.0%} {peak}", "compute"), ("update", "update"), ("rows", "rows"))
     for words, name in parts:
         table.add_row(f"  {words}", *(f"{getattr(one, name):,.3g} s" for one in found.values()))
     Console(width=Console(width=9999).measure(table).maximum).print(table)

@@ -17,20 +17,26 @@ Published peaks, bfloat16 with sums in float32 and without sparsity (half of wha
 sheets of A100 (80GB SXM, 2021), H100 (SXM, 2023), H200 (SXM, 2024) and HGX B200 (2024), its Ada architecture paper for
 the RTX 4090 (2022); AMD's data sheet of the MI300X (2023): 304 units x 2048 x 2.1 GHz. `link` is PCIe x16, one
 direction: generation 4 for the A100 and RTX 4090, 5 for the others, the B200 among them as its usual hosts have it.
+The device `cpu` is this machine: the speed of its float32 products and of its memory is measured when it is asked for.
 """
 
+import functools
 import math
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 
+from rorqual import doctor
 from rorqual.config import choose
 from rorqual.costs import costs
 from rorqual.layers.engram import row_totals
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.train.optim import Role, roles
+from rorqual.train.trainer import TrainConfig
 
 FLOAT = 4  # bytes; parameters, gradients and moments are float32
 ROUNDS = 5  # Newton-Schulz, of Muon
@@ -53,13 +59,42 @@ DEVICES = {
     "mi300x": Device(1307.4e12, 192e9, 5.3e12, 64e9),
     "rtx4090": Device(165.2e12, 24e9, 1.008e12, 32e9),
 }
+SMALL = 100_000_000  # parameters up to which a model is planned for this machine, unless another is named
+
+
+@functools.cache
+def this_machine() -> Device:
+    """This machine's cores as torch uses them, measured in half a second; its memory is both its own and its host's."""
+
+    def best(work: Callable[[], object]) -> float:
+        """Seconds of the fastest of several calls, so that other programs disturb it less."""
+        spans = []
+        for _ in range(9):
+            began = time.perf_counter()
+            work()
+            spans.append(time.perf_counter() - began)
+        return min(spans)
+
+    size = 512
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    # larger than the caches
+    source = torch.zeros(1 << 23)
+    target = torch.empty_like(source)
+    flops = 2 * size**3 / best(lambda: left @ right)
+    bandwidth = 2 * source.nbytes / best(lambda: target.copy_(source))
+    return Device(flops, doctor.memory() or math.inf, bandwidth, bandwidth)
+
+
+def device_of(name: str) -> Device:
+    """What is known of a device, by its name in DEVICES, or `cpu`."""
+    return this_machine() if name == "cpu" else DEVICES[name]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
     """What a model is trained on, and how."""
 
-    device: str = "h100"  # one of DEVICES
+    device: str = "h100"  # one of DEVICES, or cpu: this machine
     devices: int = 8
     utilisation: float = 0.4  # of the peak, in the products; measure your own
     step_tokens: int = 1 << 20  # of one update, over all devices
@@ -67,7 +102,7 @@ class Machine:
     tables: Literal["device", "host"] = "device"  # where Engram's rows lie, their moments beside them
 
     def __post_init__(self) -> None:
-        choose("device", self.device, DEVICES)
+        choose("device", self.device, (*DEVICES, "cpu"))
         for name in ("devices", "step_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
@@ -75,6 +110,14 @@ class Machine:
             raise ValueError(
                 f"utilisation: got {self.utilisation}, expected a share of the peak, more than 0, at most 1"
             )
+
+
+def usual_machine(parameters: float) -> Machine:
+    """What a model of so many parameters is trained on where nobody says: this machine, or eight H100s."""
+    if parameters > SMALL:
+        return Machine()
+    trained = TrainConfig()
+    return Machine(device="cpu", devices=1, step_tokens=trained.rows * trained.length)
 
 
 class Bytes(NamedTuple):
@@ -101,7 +144,7 @@ class Estimate(NamedTuple):
 
 def estimate(config: ModelConfig, machine: Machine, context: int = 4096) -> Estimate:
     """Bytes and seconds of one training step. The utilisation is assumed, not measured."""
-    device, count = DEVICES[machine.device], machine.devices
+    device, count = device_of(machine.device), machine.devices
     sizes, tensors, products = _sizes(config)
     kept = _bytes(config, machine, sizes, tensors)
     rows = kept.get("rows", Bytes(0, 0, 0, 0))
@@ -162,7 +205,7 @@ def _row_seconds(config: ModelConfig, machine: Machine) -> float:
     """Each token's rows fetched and their gradients brought back; each distinct row and its moments rewritten."""
     if config.engram is None:
         return 0.0
-    device, width = DEVICES[machine.device], config.engram.head_dim
+    device, width = device_of(machine.device), config.engram.head_dim
     read = machine.step_tokens * config.engram.rows_per_token * len(config.engram.layers) * width * FLOAT
     if machine.tables == "host":
         return read / (device.link * machine.devices)  # there and back at once: the link has two directions

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +16,7 @@ from rorqual.cli.main import main
 from rorqual.cli.parse import parse
 from rorqual.costs import costs
 from rorqual.experiments.allocation import SweepConfig
+from rorqual.experiments.devices import Machine
 from rorqual.model import ModelConfig
 from rorqual.presets import preset
 from rorqual.train.optim import OptimConfig, recipe
@@ -136,6 +137,18 @@ def test_plan_spends_one_budget(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"engram  rorqual train tiny {' '.join(found['engram']['flags'])}" in said
     assert "on each of 3 h100" in said
     assert "in the memory of the hosts" not in said
+
+
+def test_a_small_model_is_planned_for_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--like", "tiny", "--rho", "0.6"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "on this machine" in said and "h100" not in said
+    assert "a step of 4,096 tokens" in said, "the batch that train takes where nobody says"
+    assert main([*words, "--device", "a100", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["machine"]["device"] == "a100"
+    assert main([*words, "--total", "1e10", "--activated", "1e9", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["machine"] == asdict(Machine())
 
 
 @pytest.mark.slow

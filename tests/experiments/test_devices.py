@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rorqual import doctor
 from rorqual.costs import costs
-from rorqual.experiments.devices import DEVICES, Device, Machine, estimate
+from rorqual.experiments.devices import DEVICES, Device, Machine, estimate, this_machine, usual_machine
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel
@@ -72,6 +73,16 @@ def test_seconds_by_hand(monkeypatch):
     assert host.rows == pytest.approx(read / 2e7) and host.step == max(host.compute, host.rows) + host.update
     assert host.host_bytes == sum(found.roles["rows"][1:])
     assert host.device_bytes == pytest.approx(found.device_bytes - host.host_bytes / 2, abs=1)
+
+
+def test_this_machine_is_measured():
+    measured = this_machine()
+    assert 1e8 < measured.flops < 1e15 and 1e8 < measured.bandwidth < 1e13, "no machine is slower or faster"
+    assert measured.memory == doctor.memory()
+    found = estimate(TINY, usual_machine(10**6), 128)
+    assert found.compute == pytest.approx(3 * costs(TINY, 128).flops_per_token * 4096 / (0.4 * measured.flops))
+    assert found.fits
+    assert usual_machine(10**6).device == "cpu" and usual_machine(10**9) == Machine()
 
 
 @pytest.mark.parametrize("depth", [1, 3])
