@@ -184,7 +184,7 @@ def test_the_last_value_of_a_flag_counts() -> None:
         (["params", "tinny"], 2, "did you mean 'tiny'"),
         (["params", "tiny", "--base", "10000"], 2, "--base: got names too"),
         (["params", "tiny", "--context", "0"], 1, "context: got 0, expected at least 1"),
-        (["plan", "--like", "tiny", "--context", "-5"], 1, "context: got -5, expected at least 1"),
+        (["plan", "--like", "tiny", "--context", "-5"], 1, "--context -5: got -5, expected at least 1"),
         (["sweep", "slots", "--steps", "0"], 2, "steps: got 0, expected at least 1"),
         (["sweep", "slots", "--length", "0"], 2, "length: got 0, expected at least 1"),
         (["sweep", "slots", "--workers", "0"], 2, "workers: got 0, expected at least 1"),

@@ -260,5 +260,5 @@ def test_a_dataset_that_breaks_off_is_an_error_and_no_short_corpus(dataset: Path
 
 def test_without_the_library_a_dataset_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"pip install 'rorqual\[hub\]'"):
+    with pytest.raises(ValueError, match=r"needs the library datasets: pip install .*\[hub\]"):
         open_corpus("hf:some/thing")

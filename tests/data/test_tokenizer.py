@@ -228,8 +228,12 @@ def test_broken_file_is_refused_by_name(content: str, tmp_path: pathlib.Path) ->
 
 
 def test_missing_and_unreachable_are_refused(tmp_path: pathlib.Path) -> None:
-    for path in (tmp_path, tmp_path / "no", "nobody/nothing-here"):
-        with pytest.raises(ValueError, match="expected a folder with"):
+    for path, said in (
+        (tmp_path, "expected a folder with"),
+        (tmp_path / "no", "expected a folder with"),
+        ("nobody/nothing-here", "set HF_ENDPOINT to a mirror, or give a local path"),
+    ):
+        with pytest.raises(ValueError, match=said):
             Tokenizer.load(path)
     with pytest.raises(ValueError, match="expected a fast tokenizer"):
         Tokenizer.of(object())

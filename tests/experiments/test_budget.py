@@ -91,13 +91,13 @@ def test_a_memory_keeps_its_place_and_share():
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (Budget(activated=1e6, flops=1e6), "got activated and flops, expected one"),
+        (Budget(activated=1e6, flops=1e6), "got activated parameters and FLOPs, expected one"),
         (Budget(total=-1.0), "total: got -1, expected a finite number above 0"),
         (Budget(total=float("nan")), "total: got nan"),
         (Budget(total=float("inf")), "total: got inf"),
         (Budget(activated=0.0), "activated: got 0"),
         (Budget(flops=float("inf")), "flops: got inf"),
-        (Budget(total=5e5), r"total: got 5e\+05 beside flops_per_token .*room for more than the 2 experts"),
+        (Budget(total=5e5), r"total: got 5e\+05 parameters beside .* FLOPs a token, expected room"),
         (Budget(total=1e9, activated=1e4), r"activated: got 1e\+04, expected about .*vocabulary of 4,096"),
         (
             Budget(total=1e9, activated=2.7e5),
