@@ -33,7 +33,8 @@ $(DEMO): pyproject.toml constraints.txt Makefile
 	set -e; rm -f $@; \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "got $$($(PYTHON) --version), expected 3.11 or later: make demo PYTHON=python3.12" >&2; exit 1; }; \
-	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv; \
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null 2>&1 || \
+	    $(PYTHON) -m venv --clear .venv; \
 	echo "installing into .venv (once; the first time takes a few minutes)"; \
 	$(INSTALL) --no-index --no-deps "torch==2.13.*" 2>/dev/null || $(PINNED) "torch==2.13.*"; \
 	$(PINNED) hatchling editables; \

@@ -429,13 +429,18 @@ def _load_newest(folder: Path, device: str | torch.device, tables: StorageConfig
     Training may put a newer one in the place of the one that is being read; then it is the newer one's turn.
     """
     while True:
-        known = steps(folder / "checkpoints")
+        known, best = steps(folder / "checkpoints"), folder / "checkpoints" / BEST
         try:
-            path = latest(folder / "checkpoints")
-            if path is None and is_checkpoint(folder / "checkpoints" / BEST):
-                path = folder / "checkpoints" / BEST
+            try:
+                path = latest(folder / "checkpoints")
+            except Damaged:
+                if not is_checkpoint(best):
+                    raise
+                path = None
+            if path is None and is_checkpoint(best):
+                path = best
             return None if path is None else _load_checkpoint(path, device, tables, verified=path.name != BEST)
-        except (ValueError, OSError, SafetensorError):
+        except (ValueError, OSError, RuntimeError, SafetensorError):
             if steps(folder / "checkpoints") == known:
                 raise
 
@@ -449,19 +454,21 @@ def _load_checkpoint(
         raise ValueError(f"{folder}: got {tables}, expected none: rows of a checkpoint are read into memory alone")
     if not verified:
         verify(folder)
-    model = LanguageModel(read_config(run), seed=None)
-    wanted = {f"{_MODEL}{name}": torch.empty_like(tensor) for name, tensor in model.state_dict().items()}
+    config = read_config(run)
     reader = HuggingFaceStorageReader(str(folder))
     entries = reader.read_metadata().state_dict_metadata.items()
     sizes = {name: tuple(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
     saved = {name: size for name, size in sizes.items() if name.startswith(_MODEL)}
+    check_sizes(run, config, {name.removeprefix(_MODEL): size for name, size in saved.items()})
+    model = LanguageModel(config, seed=None)
+    wanted = {f"{_MODEL}{name}": torch.empty_like(tensor) for name, tensor in model.state_dict().items()}
     if absent := sorted(name for name in wanted.keys() - saved.keys() if name.startswith(f"{_MODEL}tables.")):
         raise ValueError(
             f"{folder}: got a checkpoint without {absent[0].removeprefix(_MODEL)}, whose rows learn on the disk and "
             f"go on changing, expected rows in memory; finish the run to read it: rorqual train {run}"
         )
     _compare(folder, saved, {name: tuple(tensor.shape) for name, tensor in wanted.items()})
-    with _one_process_is_meant():
+    with _one_process_is_meant(), _in_a_line(folder):
         load(dict(wanted), storage_reader=reader, no_dist=True)
     # not filled in place: Engram derives from its canonical map when it is loaded
     model.load_state_dict({name.removeprefix(_MODEL): tensor for name, tensor in wanted.items()})

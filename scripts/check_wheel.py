@@ -28,7 +28,8 @@ for module in pkgutil.walk_packages(rorqual.__path__, "rorqual."):
 
 def run(*command: str | os.PathLike[str], cwd: Path) -> str:
     """Runs a command away from the checkout; its output, or the end of this script with it."""
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         words = " ".join(map(str, command))
         raise SystemExit(f"{words}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
@@ -54,7 +55,7 @@ def main() -> None:
         )
         run(sys.executable, "-m", "build", "--outdir", place / "dist", checkout, cwd=place)
         (wheel,) = (place / "dist").glob("*.whl")
-        venv.create(place / "venv", with_pip=True)
+        venv.create(place / "venv", with_pip=True, symlinks=os.name != "nt")
         scripts = place / "venv" / ("Scripts" if os.name == "nt" else "bin")
         install(scripts / "python", wheel, place)
         rorqual = scripts / "rorqual"

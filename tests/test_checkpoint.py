@@ -21,6 +21,7 @@ from rorqual.checkpoint import (
     DIGEST,
     Damaged,
     decode,
+    describe_model,
     encode,
     is_run,
     latest,
@@ -344,6 +345,31 @@ def test_a_size_that_is_not_the_weights_is_refused_before_anything_is_built(name
     with pytest.raises(ValueError, match=words) as error:
         load_model(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_is_held_against_its_config_too(tmp_path, monkeypatch):
+    model = LanguageModel(tiny())
+    describe_model(tmp_path, model.config)
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_state(tmp_path / "checkpoints" / "step5", state, {})
+    ids = torch.arange(12).view(2, 6)
+    assert torch.equal(load_model(tmp_path)(ids), model.eval()(ids))
+    description = json.loads((tmp_path / "config.json").read_text()) | {"layers": 10_000_000}
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    monkeypatch.setattr(LanguageModel, "__init__", lambda *_, **__: pytest.fail("a model is built"))
+    with pytest.raises(ValueError, match="layers: got 10000000, expected 1"):
+        load_model(tmp_path)
+
+
+def test_the_best_weights_are_read_where_no_other_checkpoint_is_good(tmp_path, capsys):
+    model = LanguageModel(tiny())
+    describe_model(tmp_path, model.config)
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_state(tmp_path / "checkpoints" / "best", state, {"step": 3, "validation_loss": 2.5})
+    save_state(tmp_path / "checkpoints" / "step5", {**state, "optim": torch.tensor([torch.nan])}, {})
+    ids = torch.arange(12).view(2, 6)
+    assert torch.equal(load_model(tmp_path)(ids), model.eval()(ids))
+    assert "the best checkpoint, read at step 3" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_torn_weights_are_named(tmp_path):

@@ -65,7 +65,6 @@ def optional(module: str) -> bool:
 
 
 def test_every_file_says_what_it_does() -> None:
-    """A docstring, whose first line is a sentence."""
     missing = [name(path) for path in FILES if not (ast.get_docstring(tree_of(path)) or "").strip()]
     assert not missing
 

@@ -1,7 +1,6 @@
 """Options of a command that makes or weighs models -> one call into its room out."""
 
 import os
-import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from rorqual.model import ModelConfig
 from rorqual.presets import PRESETS, preset
 
 if TYPE_CHECKING:
+    from rorqual.experiments.devices import Machine
     from rorqual.train.trainer import TrainConfig
 
 
@@ -57,16 +57,17 @@ is put in by naming one of its fields, or with `default`; `none` takes a part ou
 
 def train_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
-    from rorqual.train.trainer import train
+    from rorqual.train.trainer import finished, train
 
     options = train_options(argv)
-    refuse_too_large(options)
+    if not finished(options):
+        refuse_too_large(options)
     clock = runtime.Clock()
     folder = train(options, on_metrics=progress(options.steps))
     if runtime.ranks()[0] > 0:
         return 0
     if as_json:
-        emit({"folder": folder, "steps": options.steps} | scored(Path(folder)) | {"seconds": clock.seconds})
+        emit({"folder": folder} | scored(Path(folder)) | {"seconds": clock.seconds})
     else:
         print(f'{folder}: rorqual generate {folder} "..." continues a text, rorqual eval {folder} scores it')
     return 0
@@ -101,7 +102,9 @@ checkpoint, --max-restarts times (3). Batches are those of one process: --rows i
   rorqual launch --nproc-per-node 2 tiny --data notes/ --save-every 50
   rorqual launch --nproc-per-node gpu --max-restarts 10 runs/tiny --steps 1000
 
-torchrun --help lists its flags, rorqual train --help those of training. Ctrl-C stops and saves, as in one process."""
+What goes wrong in the training itself, such as a loss that stays NaN, is tried as often, since torchrun
+cannot tell it from a process that died. Ctrl-C stops and saves, as in one process.
+torchrun --help lists its flags, rorqual train --help those of training."""
 
 
 def launch_command(argv: list[str]) -> int:
@@ -115,17 +118,19 @@ def launch_command(argv: list[str]) -> int:
         flags, words = parallel.torchrun_flags(argv)
     except ValueError as error:
         raise UsageError(f"{error}: rorqual launch --nproc-per-node 2 tiny --data notes/") from None
-    train_options([word for word in words if word != "--json"])
+    from rorqual.train.trainer import refuse
+
+    refuse(train_options([word for word in words if word != "--json"]))
     parallel.torchrun(["--max-restarts", "3", *flags], ["rorqual", "train", *words])
     return 0
 
 
 def scored(folder: Path) -> dict[str, Any]:
-    """The last loss of a run, nats a token, and what its last validation found; None for what it has not."""
+    """The steps of a run, its last loss, nats a token, and what its last validation found; None for what it has not."""
     from rorqual.experiments.runs import last
 
-    answers = last(folder, "accuracy")
-    found = {"loss": last(folder).get("loss")}
+    answers, made = last(folder, "accuracy"), last(folder)
+    found = {"steps": made.get("step"), "loss": made.get("loss")}
     if answers:
         return found | {"accuracy": answers["accuracy"]}
     held = last(folder, "validation_loss")
@@ -266,18 +271,14 @@ MACHINE = ("device", "devices", "utilisation", "step-tokens", "optimizer", "tabl
 def plan_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
     from rorqual.experiments.budget import Budget
-    from rorqual.experiments.devices import estimate, usual_machine
+    from rorqual.experiments.devices import estimate
     from rorqual.experiments.plan import PlanConfig, plan_budget
 
     if argv and not argv[0].startswith("-"):
         raise UsageError(f"got {argv[0]!r}, expected flags alone: rorqual plan --like {argv[0]} --rho 0.75")
     like = value_of("--like", argv) or PlanConfig().like
     start = PlanConfig(like=like, model=named(like))
-    if value_of("--device", argv) is None and value_of("--devices", argv) is None:
-        total = value_of("--total", argv) or ""
-        # what is no number is refused when the flags are read
-        large = float(total) if re.fullmatch(r"[\d.]+(e\d+)?", total, re.ASCII) else costs(start.model).total
-        start = replace(start, machine=usual_machine(large))
+    start = replace(start, machine=machine_for(start.model, argv))
     options = parse(start, renamed(argv, {f"--{name}": f"--machine.{name}" for name in MACHINE}), "plan", PLAN_ENDS)
     budget = Budget(options.total, options.activated, options.flops)
     try:
@@ -307,6 +308,23 @@ def plan_command(argv: list[str]) -> int:
     for name, flags in words.items():
         print(f"{name:7} rorqual train {shlex.join([like, *flags])}")
     return 0
+
+
+def machine_for(model: ModelConfig, argv: list[str]) -> "Machine":
+    """The machine that a plan begins with: this one for a small model or by its name, unless another is named."""
+    from rorqual.experiments.devices import Machine, usual_machine
+
+    device = value_of("--machine.device", argv) or value_of("--device", argv)
+    count = value_of("--machine.devices", argv) or value_of("--devices", argv)
+    if device == "cpu":
+        return usual_machine(0)
+    if device is not None or count is not None:
+        return Machine()
+    try:
+        return usual_machine(float(value_of("--total", argv) or costs(model).total))
+    except ValueError:
+        # what is no number is refused when the flags are read
+        return Machine()
 
 
 def as_typed(said: str, like: str, argv: list[str]) -> str:
@@ -411,12 +429,18 @@ def parse_with_recipe(start: Any, argv: list[str], command: str, epilogue: str) 
 
     The width is known when argv has been read, so it is read again where it asks for another.
     """
-    from rorqual.train.optim import recipe
+    from rorqual.train.optim import OptimConfig, recipe
 
-    options = parse(replace(start, optim=recipe(start.model.dim)), argv, command, epilogue)
+    def begin(dim: int) -> Any:
+        usual = recipe(dim)
+        kind = value_of("--optim.kind", argv) or usual.kind
+        # the rate is that of its kind
+        return replace(start, optim=usual if kind == usual.kind else OptimConfig())
+
+    options = parse(begin(start.model.dim), argv, command, epilogue)
     if options.model.dim == start.model.dim:
         return options
-    return parse(replace(start, optim=recipe(options.model.dim)), argv, command, epilogue)
+    return parse(begin(options.model.dim), argv, command, epilogue)
 
 
 def value_of(flag: str, argv: Sequence[str]) -> str | None:

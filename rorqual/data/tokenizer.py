@@ -104,6 +104,8 @@ class Tokenizer:
         parts = [*_parts(settings["normalizer"]), *_parts(settings["pre_tokenizer"])]
         kinds = {part["type"] for part in parts}
         removes = any(part.get("behavior") == "Removed" for part in parts)
+        # such a token takes spaces beside it, as many as there are
+        removes |= any(token["lstrip"] or token["rstrip"] for token in settings["added_tokens"])
         if removes or "ByteLevel" not in kinds or not kinds <= {"ByteLevel", "Split", "Digits", "Punctuation", "NFC"}:
             return None
         # a letter of the vocabulary stands for a byte; added tokens are written as they read
@@ -136,7 +138,7 @@ class Tokenizer:
         copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
         begin = copy.id_to_token(self.begin_id)
         copy.post_processor = processors.TemplateProcessing(
-            single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, self.begin_id)]
+            single=[begin, "$A"], pair=[begin, "$A", "$B"], special_tokens=[(begin, self.begin_id)]
         )
         return copy
 
@@ -214,10 +216,14 @@ def _find(path: str | os.PathLike[str], name: str) -> Path | None:
 
     try:
         return Path(huggingface_hub.hf_hub_download(os.fspath(path), name))
-    except (EntryNotFoundError, HFValidationError, OSError) as error:
-        if isinstance(error, (LocalEntryNotFoundError, OSError)):
-            raise ValueError(f"got {os.fspath(path)!r}, which is no path here: {hub_reason(error)}") from error
+    except HFValidationError:
         return None
+    except (EntryNotFoundError, OSError) as error:
+        # the hub says that the repository has no such file; the second one may be missing offline, too
+        said_so = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        if said_so or name == "tokenizer_config.json":
+            return None
+        raise ValueError(f"got {os.fspath(path)!r}, which is no path here: {hub_reason(error)}") from error
 
 
 def train(documents: Iterable[str], vocabulary: int) -> Tokenizer:

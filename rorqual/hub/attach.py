@@ -403,7 +403,8 @@ def _check_hidden(model: nn.Module, body: nn.Module, blocks: nn.ModuleList) -> N
     hook = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
     shape, width = None, _width_of(model)
     try:
-        with torch.no_grad():
+        # a host in training draws for its dropout
+        with torch.no_grad(), torch.random.fork_rng():
             body.forward(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(body.parameters()).device))
     except _Reached as reached:
         (shape,) = reached.args

@@ -191,8 +191,10 @@ class Run:
                 line = process.stdout.readline()
             except OSError:
                 line = ""
-            if not line:
+            if not line.endswith("\n"):
                 process.kill()
+                # so that the next chat sees that it has ended
+                process.wait()
                 limit = f"more than {TEMPLATE_SECONDS:g} s, or ended its process"
                 raise ValueError(f"messages: the chat template took {limit}")
         answer = json.loads(line)
@@ -435,7 +437,7 @@ def snapshot(name: str) -> Path:
 def read(folder: Path, tables: StorageConfig | None = None, dtype: torch.dtype | None = None) -> LanguageModel:
     """The model of a local folder, by what its config.json says it is.
 
-    `dtype` is what float8 weights are widened to; others keep theirs.
+    DeepSeek's weights are read into `dtype`, or as they are stored; others keep theirs.
     """
     if checkpoint.is_checkpoint(folder) or checkpoint.is_run(folder):
         return checkpoint.load_model(folder, tables=tables)

@@ -242,6 +242,12 @@ def _number(body: Mapping[str, Any], name: str, kind: type, default, low, high):
     return kind(value)
 
 
+def _seed(body: Mapping[str, Any]) -> int | None:
+    """The seed, any 64-bit integer; -1 asks for chance, as other servers have it."""
+    seed = _number(body, "seed", int, None, -(2**63), 2**63 - 1)
+    return None if seed in (None, -1) else seed % 2**63
+
+
 def _flag(body: Mapping[str, Any], name: str) -> bool:
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
@@ -260,7 +266,7 @@ def _sampling(body: Mapping[str, Any]) -> Sampling:
         top_k=None if top_k in (-1, 0) else top_k,
         min_p=_number(body, "min_p", float, None, 0, 1),
         repetition_penalty=_number(body, "repetition_penalty", float, 1.0, 1e-3, 1e3),
-        seed=_number(body, "seed", int, None, 0, 2**63 - 1),
+        seed=_seed(body),
     )
 
 

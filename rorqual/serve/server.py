@@ -12,6 +12,7 @@ Errors have OpenAI's shape.
 
 import asyncio
 import json
+import math
 import socket
 import threading
 import time
@@ -101,8 +102,9 @@ class Worker(threading.Thread):
         with self._wake:
             requests = [request for request in self._ends if not (waiting_only and request.ids)]
         for request in requests:
-            self.engine.cancel(request)
+            # told first: a step that ends in between would else tell that it was cancelled
             self._tell(request, (None, "stopping"))
+            self.engine.cancel(request)
 
     def stop(self) -> None:
         """Ends the thread after the step that it is in. A long one goes on when this returns."""
@@ -119,7 +121,8 @@ class Worker(threading.Thread):
                     return
             try:
                 for request in self.engine.step():
-                    failed = request.finish == "error"  # and then it got no id
+                    # one that failed got no id; one that was cancelled meanwhile may have none at all
+                    failed = request.finish == "error" or not request.ids
                     self._tell(request, (None if failed else request.ids[-1], request.finish))
             except Exception as error:  # a request must not take the others' thread with it
                 runtime.log(f"serve: a step failed, its requests are dropped: {error!r}", style="red")
@@ -174,8 +177,9 @@ class Service:
         self._arriving = 0  # prompts that are being tokenised
         self._ignored: set[str] = set()  # fields of which the log has a note
         # how many threads tokenise at once; a slow chat template keeps only chats waiting
-        self._texts = CapacityLimiter(2)
-        self._chats = CapacityLimiter(1)
+        self._texts = asyncio.Semaphore(2)
+        self._chats = asyncio.Semaphore(1)
+        self._threads = CapacityLimiter(math.inf)
 
     def check(self, ask: Ask) -> None:
         """Refusal for another model's name; a note in the log of each field that is ignored."""
@@ -233,9 +237,21 @@ class Service:
             ]
         return [ids for ids in texts for _ in range(ask.copies)]
 
-    async def _aside(self, limiter: CapacityLimiter, work: Callable[[], T]) -> T:
-        """By a thread; it is left to itself where nobody waits for it any more."""
-        return await to_thread.run_sync(work, limiter=limiter, abandon_on_cancel=True)
+    async def _aside(self, turn: asyncio.Semaphore, work: Callable[[], T]) -> T:
+        """What `work` returns, by a thread. Who hangs up leaves the queue for a turn; a thread at work keeps its turn
+        until it is done, whether anybody waits for it or not."""
+        await turn.acquire()
+        call = to_thread.run_sync(work, limiter=self._threads, abandon_on_cancel=True)
+        task = asyncio.ensure_future(call)
+
+        def done(ended: asyncio.Future) -> None:
+            turn.release()
+            if not ended.cancelled():
+                # looked at, so that nobody complains of an error that nobody waits for
+                ended.exception()
+
+        task.add_done_callback(done)
+        return await asyncio.shield(task)
 
     def _submit(self, ask: Ask, prompts: list[list[int]]) -> list[tuple[Request, asyncio.Queue]]:
         taken: list[tuple[Request, asyncio.Queue]] = []
@@ -282,7 +298,7 @@ class Service:
                 token, finish = await queue.get()
                 if finish in FAILURES:
                     raise Failure(*FAILURES[finish])
-                piece = "" if token == end_id else stream.push(token)
+                piece = "" if token in (None, end_id) else stream.push(token)
                 if stream.stopped:
                     finish = "stop"
                 if finish is not None:
@@ -398,9 +414,12 @@ async def _complete(service: Service, ask: Ask, chat: bool) -> dict:
     """The whole answer. Its rows are free when it returns, or is cancelled."""
     taken = await service.take(ask)
     words = Words(service.name, chat, _prompt_tokens(taken))
+    answers = [asyncio.ensure_future(_whole(service, ask, *one)) for one in taken]
     try:
-        results = await asyncio.gather(*(_whole(service, ask, *one) for one in taken))
+        results = await asyncio.gather(*answers)
     finally:
+        for answer in answers:
+            answer.cancel()
         service.forget(taken)
     choices = [words.choice(row, text, finish) for row, (text, finish) in enumerate(results)]
     return words.whole(choices) | {"usage": words.usage([request for request, _ in taken])}
@@ -440,7 +459,11 @@ async def _events(service: Service, ask: Ask, taken: list, words: "Words") -> As
                 merged.put_nowait(words.chunk([words.choice(row, piece, finish, part=True)]))
         except Failure as error:
             merged.put_nowait(_problem(error.status, str(error)))
-        merged.put_nowait(None)
+        except Exception as error:
+            runtime.log(f"serve: an answer could not be written: {error!r}", style="red")
+            merged.put_nowait(_problem(500, "the server failed on this request: see its log"))
+        finally:
+            merged.put_nowait(None)
 
     pumps = [asyncio.create_task(pump(row, *one)) for row, one in enumerate(taken)]
     try:
@@ -572,7 +595,9 @@ def listen(host: str, port: int) -> socket.socket:
     ValueError for a port that is taken, or a host that is not this machine's.
     """
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        # localhost has two addresses; most clients and our own messages mean the older kind
+        family = min(each[0] for each in found if each[0] in (socket.AF_INET, socket.AF_INET6))
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         got = f"got {host} port {port} ({error.strerror or error})"

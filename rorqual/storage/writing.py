@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -197,8 +197,10 @@ def _alone(partial: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        # before the release, or two processes may hold locks on two files of this name; Windows deletes no open file
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
         lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _begin(folder: Path, plan: Plan, text: str) -> Path:

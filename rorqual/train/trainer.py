@@ -208,7 +208,7 @@ def train(config: TrainConfig, *, on_metrics: Callable[[dict[str, Any]], None] |
         return folder
     if _holds_more(config):
         return folder
-    _refuse_folder_of_runs(folder)
+    refuse(config)
     joined = parallel.join(device)
     try:
         with _full_disk_said(folder), _alone(folder), ExitStack() as after:
@@ -260,9 +260,6 @@ def _train(config: TrainConfig, folder: Path, device: torch.device, tell: Callab
     logging.getLogger(olmo_core.__name__).setLevel(logging.CRITICAL)  # what it raises is enough
     from rorqual.train import engine, record
 
-    if config.tables != "device" and config.model.engram is None:
-        put_in = "expected device, or a model with rows: --model.engram default"
-        raise ValueError(f"tables: got {config.tables} for a model without Engram, {put_in}")
     data = _prepared(config)
     runtime.seed_everything(config.seed)
     model, dtype = _model(config, data, device, after), runtime.dtype(config.dtype)
@@ -285,7 +282,8 @@ def _train(config: TrainConfig, folder: Path, device: torch.device, tell: Callab
         recorder=record.Recorder(folder, config.rows * config.length, config.steps, tell),
         every=_validate_every(config),
         continued=lambda: _continued(config, data, model, dtype),
-        best=record.Best(folder / "checkpoints" / checkpoint.BEST, model),
+        # with one validation the best weights are the last, which the model is written from
+        best=record.Best(folder / "checkpoints" / checkpoint.BEST, model) if _validate_every(config) else None,
     )
     loader = engine.Loader(_stream(config, data), folder, data.vocabulary)
     keeper = engine.Keeper(config.save_every, config.keep)
@@ -458,8 +456,12 @@ def _before(folder: Path) -> TrainConfig | None:
 def begun(folder: str | os.PathLike[str]) -> TrainConfig | None:
     """The config of the run in this folder, if it has a checkpoint or a model to go on from."""
     folder = Path(folder)
-    kept = bool(checkpoint.steps(folder / "checkpoints")) or (folder / "model.safetensors").is_file()
-    return _before(folder) if kept else None
+    return _before(folder) if _kept(folder) else None
+
+
+def _kept(folder: Path) -> bool:
+    """Whether there is a checkpoint or a model to go on from."""
+    return bool(checkpoint.steps(folder / "checkpoints")) or (folder / "model.safetensors").is_file()
 
 
 def _differences(one: TrainConfig, other: TrainConfig) -> list[str]:
@@ -477,9 +479,20 @@ def _differences(one: TrainConfig, other: TrainConfig) -> list[str]:
     return [n for n in sorted(left.keys() | right.keys()) if left.get(n) != right.get(n) and n != "data.cache"]
 
 
+def refuse(config: TrainConfig) -> None:
+    """ValueError for what can be told before anything is written or read: the folder, the tables, a text's name."""
+    if config.tables != "device" and config.model.engram is None:
+        put_in = "expected device, or a model with rows: --model.engram default"
+        raise ValueError(f"tables: got {config.tables} for a model without Engram, {put_in}")
+    if config.needles is None:
+        open_corpus(config.data.source, column=config.data.column, limit=config.data.limit)
+    _refuse_folder_of_runs(Path(config.folder))
+
+
 def _refuse_folder_of_runs(folder: Path) -> None:
     """ValueError for a folder that is no run and holds some: a run's files would lie among them."""
-    inside = sorted(path.parent.name for path in folder.glob("*/train.json"))
+    found = (path.parent for pattern in ("*/train.json", "*/*/train.json") for path in folder.glob(pattern))
+    inside = sorted(str(path.relative_to(folder)) for path in found)
     if inside and not (folder / "train.json").is_file():
         names = ", ".join(inside[:3]) + (", ..." if len(inside) > 3 else "")
         raise ValueError(
@@ -492,16 +505,17 @@ def _claim(folder: Path, config: TrainConfig) -> None:
 
     Without any, what that run's rows learnt on the disk goes: the new one draws its own.
     """
-    before = _before(folder)
-    begun = bool(checkpoint.steps(folder / "checkpoints")) or (folder / "model.safetensors").is_file()
+    before, kept = _before(folder), _kept(folder)
     names = _differences(before, config) if before is not None else []
-    if begun and names:
+    if kept and names:
         what = ", ".join(names[:4])
         raise ValueError(f"{folder} holds another run ({what} differ): choose another --folder, or remove it")
     if parallel.rank() == 0:
-        if names and not begun and (folder / "learning").is_dir():
+        if names and not kept and (folder / "learning").is_dir():
             shutil.rmtree(folder / "learning")
-        if not begun:
+        # losses over another sample of the held-out documents do not compare with its own
+        sampled = ("steps", "validate_every", "validation_tokens")
+        if not kept or before is None or any(getattr(before, name) != getattr(config, name) for name in sampled):
             shutil.rmtree(folder / "checkpoints" / checkpoint.BEST, ignore_errors=True)
         (folder / checkpoint.UNDER_WAY).touch()
         configs.save(config, folder / "train.json")
@@ -538,6 +552,6 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def losses(folder: str | os.PathLike[str]) -> list[float]:
-    """The training losses of a run, nats a token, one a step."""
+    """The training losses of a run, nats a token, one a step that was learnt from."""
     lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]

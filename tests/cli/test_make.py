@@ -147,8 +147,12 @@ def test_a_small_model_is_planned_for_this_machine(capsys: pytest.CaptureFixture
     assert "a step of 4,096 tokens" in said, "the batch that train takes where nobody says"
     assert main([*words, "--device", "a100", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["machine"]["device"] == "a100"
-    assert main([*words, "--total", "1e10", "--activated", "1e9", "--json"]) == 0
+    assert main([*words, "--total", "1E+10", "--activated", "1e9", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["machine"] == asdict(Machine())
+    assert main([*words, "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["machine"]["devices"] == 1
+    assert main([*words, "--total", "1.2.3"]) == 2
+    assert "--total" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -383,6 +387,8 @@ def test_train_tells_a_machine_how_it_went(tmp_path: Path, capsys: pytest.Captur
     assert 0 < found["bits_per_byte"] < 20
     assert found["validation_loss"] > 0
     assert found["seconds"] > 0
+    assert main([*words[:7], "1", *words[8:]]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 2, "what is there, and not what was asked for"
 
 
 def test_a_sweep_says_where_it_wrote(

@@ -239,6 +239,21 @@ def test_missing_and_unreachable_are_refused(tmp_path: pathlib.Path) -> None:
         Tokenizer.of(object())
 
 
+def test_a_repository_without_settings_loads(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub says that there is no tokenizer_config.json; then there are no settings, and no error."""
+    errors, httpx = pytest.importorskip("huggingface_hub.errors"), pytest.importorskip("httpx")
+    train(TEXTS, 300).save(tmp_path)
+
+    def download(name: str, file: str) -> str:
+        if file == "tokenizer.json":
+            return str(tmp_path / file)
+        response = httpx.Response(404, request=httpx.Request("GET", "https://hub.invalid"))
+        raise errors.RemoteEntryNotFoundError("404", response=response)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert Tokenizer.load("somebody/something").encode("whale") == Tokenizer.load(tmp_path).encode("whale")
+
+
 def test_bad_training_is_refused() -> None:
     with pytest.raises(ValueError, match="expected at least 257"):
         train(TEXTS, 256)

@@ -250,6 +250,36 @@ def test_a_request_that_cannot_be_sampled_fails_alone(folder):
     assert said == [broken.complete([text], max_new_tokens=20, sampling=GREEDY)[0].text for text in texts] * 2
 
 
+def test_leaving_a_request_that_cannot_be_sampled_harms_nobody(folder, monkeypatch):
+    """It is cancelled while its prompt is read, and then has neither an answer nor an id."""
+    broken = load(folder, device="cpu")
+    with torch.no_grad():
+        broken.model.embed.weight[7] = torch.nan
+    service = Service(broken, rows=2, context=64)
+    engine, asked = service.worker.engine, []
+    submit, hidden = engine.submit, broken.model.hidden
+
+    def noted(prompt, **options):
+        asked.append(submit(prompt, **options))
+        return asked[-1]
+
+    def leaving(ids, **options):
+        if (ids == 7).any():
+            engine.cancel(next(request for request in asked if 7 in request.prompt))
+        return hidden(ids, **options)
+
+    monkeypatch.setattr(engine, "submit", noted)
+    monkeypatch.setattr(broken.model, "hidden", leaving)
+    body = {"prompt": "A whale", "max_tokens": 20, "temperature": 0}
+    with serving(service) as client, ThreadPoolExecutor(2) as pool:
+        kept = pool.submit(ask, client, body)
+        until(lambda: engine.running)
+        pool.submit(ask, client, {"prompt": [7], "max_tokens": 4}).result()
+        assert kept.result().status == 200
+    alone = broken.complete(["A whale"], max_new_tokens=20, sampling=GREEDY)[0].text
+    assert kept.result().json()["choices"][0]["text"] == alone
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -450,6 +480,34 @@ def test_texts_are_tokenised_two_at_a_time_and_aside(client, monkeypatch):
         assert len(at_once) == 2
         go.set()
         assert [answer.result().status for answer in answers] == [200] * 4
+
+
+def test_who_hangs_up_leaves_no_second_thread_behind(client, monkeypatch):
+    """A text that is being tokenised keeps its turn, though nobody waits for it."""
+    go, at_once, most, lock = threading.Event(), [], [], threading.Lock()
+    prompt = Run.prompt
+
+    def slow(self, text, **options):
+        with lock:
+            at_once.append(1)
+            most.append(len(at_once))
+        assert go.wait(60)
+        with lock:
+            at_once.pop()
+        return prompt(self, text, **options)
+
+    monkeypatch.setattr(Run, "prompt", slow)
+    body = {"prompt": "A", "max_tokens": 2}
+    with ThreadPoolExecutor(4) as pool:
+        gone = [pool.submit(client.leave, "/v1/completions", body, when=lambda: len(at_once) == 2) for _ in "ab"]
+        for one in gone:
+            one.result()
+        answers = [pool.submit(ask, client, body) for _ in "ab"]
+        # they have arrived when this one, which needs no tokeniser, is answered
+        assert ask(client, {"prompt": [3, 4], "max_tokens": 2}).status == 200
+        go.set()
+        assert [answer.result().status for answer in answers] == [200, 200]
+    assert max(most) == 2
 
 
 @contextlib.contextmanager
