@@ -100,7 +100,7 @@ Trains in several processes by torchrun. When one of them dies, all are started 
 checkpoint, --max-restarts times (3). Batches are those of one process: --rows is of all processes together.
 
   rorqual launch --nproc-per-node 2 tiny --data notes/ --save-every 50
-  rorqual launch --nproc-per-node gpu --max-restarts 10 runs/tiny --steps 1000
+  rorqual launch --nproc-per-node gpu --max-restarts 10 small --data notes/
 
 What goes wrong in the training itself, such as a loss that stays NaN, is tried as often, since torchrun
 cannot tell it from a process that died. Ctrl-C stops and saves, as in one process.

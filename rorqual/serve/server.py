@@ -13,6 +13,7 @@ Errors have OpenAI's shape.
 import asyncio
 import json
 import math
+import signal
 import socket
 import threading
 import time
@@ -21,6 +22,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar, cast
 
 import uvicorn
@@ -566,6 +568,11 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service, config: uvicorn.Config, address: str) -> None:
         super().__init__(config)
         self.service, self.address = service, address
+        self.interrupted = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.interrupted |= sig == signal.SIGINT
+        super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -641,4 +648,8 @@ def serve(
     with listen(host, port) as listening:
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listening.getsockname()[1]}"
-        Server(service, config, address).run(sockets=[listening])
+        server = Server(service, config, address)
+        server.run(sockets=[listening])
+    # asyncio swallows the ctrl-C that uvicorn hands on where its last task is over by then
+    if server.interrupted:
+        raise KeyboardInterrupt

@@ -452,7 +452,7 @@ def test_a_full_disk_is_one_line_on_the_command_line(config, tmp_path):
     *before, last = done.stderr.splitlines()
     assert last.startswith("rorqual: error: ") and ROOM in last
     assert "step3: got file too large" in last
-    assert all("tokens" in line for line in before) and len(before) <= 9
+    assert "Traceback" not in done.stderr and len(before) <= 9
 
 
 def test_one_training_a_folder(config):
