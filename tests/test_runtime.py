@@ -161,7 +161,8 @@ size = ["--rows", "2", "--length", "16", "--model.vocabulary", "300", "--data.ca
 assert main(["--help"]) == 0
 assert main(["doctor"]) in (0, 1)
 run = folder + "/run"
-words = ["train", "tiny", "--data", notes, "--steps", "2", "--folder", run, "--tables", "disk", "--model.engram.layers", "1"]
+words = ["train", "tiny", "--data", notes, "--steps", "2", "--folder", run]
+words += ["--tables", "disk", "--model.engram.layers", "1"]
 assert main([*words, *size]) == 0
 assert main(["generate", run, "The whale", "--max-new-tokens", "3", "--tables", "disk"]) == 0
 print("well")

@@ -528,7 +528,8 @@ def _full_disk_said(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         # a quota has a number on POSIX alone
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        full_ones = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+        if error.errno is None or error.errno not in full_ones:
             raise
         full = OSError(
             f"{error.filename or folder}: got {os.strerror(error.errno).lower()}, expected room to write; checkpoints "

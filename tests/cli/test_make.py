@@ -304,11 +304,14 @@ def test_renamed() -> None:
 def test_launch_hands_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[tuple[list[str], list[str]]] = []
     monkeypatch.setattr("rorqual.parallel.torchrun", lambda flags, command: asked.append((flags, command)))
-    words = ["tiny", "--steps", "3", "--data", "notes/", "--json"]
+    words = ["tiny", "--steps", "3", "--data", "wordnet", "--json"]
     assert main(["launch", "--nproc-per-node", "2", "--max-restarts=5", "--log-dir", "logs", *words]) == 0
     ((flags, command),) = asked
     assert flags[-5:] == ["--nproc-per-node", "2", "--max-restarts=5", "--log-dir", "logs"]
     assert command == ["rorqual", "train", *words]
+    assert main(["launch", "tiny", "--data", "no/such/text"]) == 1, "before any process is started"
+    assert "no/such/text" in capsys.readouterr().err
+    assert len(asked) == 1
     for help in ([], ["--help"]):
         assert main(["launch", *help]) == 0
         assert "rorqual launch --nproc-per-node 2 tiny" in capsys.readouterr().out
