@@ -39,6 +39,7 @@ from rorqual.data.needles import DEPTHS, column, grade
 from rorqual.train.engine import Module, autocast, metrics_of, untouched_randomness
 
 METRICS = "metrics.jsonl"
+STEP_OVER_FORWARD = 4.0  # time of a training step over a forward pass's: 3.4 to 5.1 on CPUs (docs/log.md)
 FIRST = 5  # steps after which it is said how long the run will take
 WINDOW = 20  # steps that the speed is a mean of
 PROMPT = 8  # tokens of a held-out document that are continued
@@ -55,10 +56,16 @@ class Recorder(ConsoleLoggerCallback):
     priority: ClassVar[int] = 2  # before the checkpointer, whose time is not the step's
 
     def __init__(
-        self, folder: Path, tokens: int, steps: int, on_metrics: Callable[[dict[str, Any]], None] | None = None
+        self,
+        folder: Path,
+        tokens: int,
+        steps: int,
+        on_metrics: Callable[[dict[str, Any]], None] | None = None,
+        trial: Callable[[], float] | None = None,
     ) -> None:
         super().__init__()
         self.folder, self.tokens, self.steps, self.on_metrics = folder, tokens, steps, on_metrics
+        self.trial = trial
         self.seconds = self._began = self._second = 0.0
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self._at: dict[
@@ -75,6 +82,9 @@ class Recorder(ConsoleLoggerCallback):
     def pre_train(self) -> None:
         if self.step:
             runtime.log(f"{self.folder}: resuming at step {self.step:,} of {self.steps:,}")
+        ahead = self.steps - self.step
+        if self.trial is not None and ahead > FIRST:
+            runtime.log(f"the {ahead:,} steps ahead take about {duration(self.trial() * ahead)}, by a forward pass")
         if parallel.rank() == 0:
             trim(self.folder / METRICS, self.step)
             self._board = Board(self.folder / "tensorboard", self.step + 1)
@@ -258,6 +268,22 @@ def validate(
     if not tokens:
         raise ValueError("got no validation documents, expected some: use a larger corpus, or no limit")
     return {"validation_loss": nats / tokens, "bits_per_byte": nats / math.log(2) / (tokens * bytes_per_token)}
+
+
+def trial(model: nn.Module, vocabulary: int, rows: int, micro_rows: int, length: int, dtype: torch.dtype) -> float:
+    """Estimates the seconds of one training step from the time of one forward pass, before anything is trained.
+
+    The first of two passes is not counted: it allocates and compiles. `rows` are this rank's, read `micro_rows` at a
+    time. Nothing of the model changes; within half of the truth where this was measured (docs/log.md).
+    """
+    with _asked(model, dtype) as device:
+        ids = torch.arange(micro_rows * length, device=device).view(micro_rows, length) % vocabulary
+        for _ in range(2):
+            began = time.perf_counter()
+            # what is printed waits for the device to have finished
+            model.loss(ids, ids).next_token.item()  # type: ignore[operator]
+            took = time.perf_counter() - began
+    return took * STEP_OVER_FORWARD * math.ceil(rows / micro_rows)
 
 
 def answer(

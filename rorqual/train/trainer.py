@@ -279,7 +279,9 @@ def _train(config: TrainConfig, folder: Path, device: torch.device, tell: Callab
         checkpoint.describe_model(folder, model.config, data.tokenizer)
     validator = record.Validator(
         score=lambda whole: _score(config, data, model, dtype, whole),
-        recorder=record.Recorder(folder, config.rows * config.length, config.steps, tell),
+        recorder=record.Recorder(
+            folder, config.rows * config.length, config.steps, tell, lambda: _trial(config, data, model, dtype)
+        ),
         every=_validate_every(config),
         continued=lambda: _continued(config, data, model, dtype),
         # with one validation the best weights are the last, which the model is written from
@@ -298,6 +300,14 @@ def _train(config: TrainConfig, folder: Path, device: torch.device, tell: Callab
         )
     _write_tables(folder, model)
     checkpoint.save_model(folder, model, data.tokenizer)
+
+
+def _trial(config: TrainConfig, data: Prepared | Asked, model: LanguageModel, dtype: torch.dtype) -> float:
+    """Estimates the seconds of one step."""
+    from rorqual.train import record
+
+    rows = config.rows // parallel.world()
+    return record.trial(model, data.vocabulary, rows, min(config.micro_rows or rows, rows), config.length, dtype)
 
 
 def _stopped(message: str) -> Stopped:

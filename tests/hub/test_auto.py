@@ -65,6 +65,15 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
     return ids, torch.tensor([[0] * (5 - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
 
 
+def close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Asserts that two results of the same weights agree in float32.
+
+    Some CPUs add a product's terms in another order when it has another number of rows, or when the weights begin at
+    another address, as loaded ones do.
+    """
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def greedy(model, prompts, count=7) -> list[list[int]]:
     return torch.tensor(list(decode(model, prompts, max_new_tokens=count, vocabulary=280))).T.tolist()
 
@@ -79,7 +88,7 @@ def test_the_face_holds_the_model_and_computes_what_it_does(face, model):
     assert torch.equal(out.logits, model(ids))
     assert isinstance(out.past_key_values, RorqualCache)
     assert out.past_key_values.get_seq_length() == 5
-    assert torch.equal(face(ids, logits_to_keep=2).logits, model(ids)[:, -2:])
+    close(face(ids, logits_to_keep=2).logits, model(ids)[:, -2:])
     assert face(ids, use_cache=False).past_key_values is None
 
 
@@ -146,14 +155,16 @@ def test_saved_and_loaded_whole(face, model, tokenizer, tmp_path):
     assert isinstance(loaded, RorqualForCausalLM)
     assert loaded.config.model == model.config
     ids = torch.tensor([PROMPTS[0]])
-    assert torch.equal(loaded(ids).logits, model(ids))
-    assert {name: value.dtype for name, value in loaded.model.state_dict().items()} == {
-        name: value.dtype for name, value in model.state_dict().items()
-    }
+    close(loaded(ids).logits, model(ids))
+    saved = model.state_dict()
+    assert loaded.model.state_dict().keys() == saved.keys()
+    for name, value in loaded.model.state_dict().items():
+        assert value.dtype == saved[name].dtype
+        assert torch.equal(value, saved[name]), name
     loaded.to(torch.float32)
-    assert torch.equal(loaded(ids).logits, model(ids))
+    close(loaded(ids).logits, model(ids))
     run = load(tmp_path, device="cpu")
-    assert torch.equal(run.model(ids), model(ids))
+    close(run.model(ids), model(ids))
     assert run.generate("A whale", max_new_tokens=3, temperature=0.0) == load(tmp_path).generate(
         "A whale", max_new_tokens=3, temperature=0.0
     )

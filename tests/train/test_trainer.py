@@ -190,8 +190,11 @@ def test_a_run_says_what_is_ahead_before_it_starts(config, capsys):
     assert ahead.endswith("4 epochs of the text")
     (warning,) = [line for line in said if "more than 4 times" in line]
     assert warning.endswith(f"try --steps {few}")
-    (time,) = [line for line in said if "steps ahead take about" in line]
-    assert re.fullmatch(rf"the {few - 4} steps ahead take about \d+ (seconds|minutes|hours), by the first 5", time)
+    lasting = [line for line in said if "steps ahead take about" in line]
+    estimate = r"the {} steps ahead take about \d+ (seconds|minutes|hours), by {}"
+    assert len(lasting) == 2
+    assert re.fullmatch(estimate.format(few + 1, "a forward pass"), lasting[0])
+    assert re.fullmatch(estimate.format(few - 4, "the first 5"), lasting[1])
 
     train(replace(config, steps=3, folder=f"{config.folder}-short"))
     said = capsys.readouterr().err
