@@ -172,7 +172,7 @@ def exact(model: nn.Module, tokenizer: Tokenizer, facts: list[Fact], forms: Sequ
 def with_memory(model: nn.Module, tokenizer: Tokenizer, sizes: dict) -> Callable[[], object]:
     """Memory on the model; returns what takes it off. Rows are trained in float32, and start at 0: text that reads
     none of the trained ones is answered as before."""
-    return rq.attach(model, tokenizer, zero="rows", sparse=True, **sizes).float().detach
+    return rq.attach(model, tokenizer, zero="rows", **sizes).float().detach
 
 
 def with_lora(model: nn.Module, tokenizer: Tokenizer, sizes: dict) -> Callable[[], object]:

@@ -43,13 +43,11 @@ class Memory(nn.Module):
     It is a submodule of the host, so that `.to`, `.parameters()` and a trainer find it.
     """
 
-    def __init__(
-        self, config: EngramConfig, tokenizer: Tokenizer, vocabulary: int, width: int, *, seed: int, sparse: bool
-    ) -> None:
+    def __init__(self, config: EngramConfig, tokenizer: Tokenizer, vocabulary: int, width: int, *, seed: int) -> None:
         super().__init__()
         self.config, self.width, self.vocabulary = config, width, vocabulary
         self.addresses = Addresses(config, tokenizer.canonical_map() if config.canonical else None, vocabulary)
-        self.tables = nn.ModuleList(DeviceTable(rows, config.head_dim, sparse=sparse) for rows in row_totals(config))
+        self.tables = nn.ModuleList(DeviceTable(rows, config.head_dim) for rows in row_totals(config))
         self.engrams = nn.ModuleList(Engram(config, width) for _ in config.layers)
         self.start("values", seed)
         self._host: tuple[nn.Module, ...] = ()  # a tuple, so that the host is no submodule of its memory
@@ -302,7 +300,6 @@ def attach(
     layers: tuple[int, ...] = (1,),
     *,
     seed: int = 0,
-    sparse: bool = False,
     zero: str = "values",
     **options: Any,
 ) -> Memory:
@@ -311,12 +308,12 @@ def attach(
     Returns the memory. tokenizer: the model's, ours or a fast one of transformers. `options` are
     EngramConfig's other fields (rows_per_head, heads, head_dim, ...). Logits are unchanged, bit for
     bit, until the memory is trained; the host's parameters are frozen, but not PEFT's adapters.
-    `sparse`: the tables' gradients name only the rows that were read, which few optimizers take (ours
-    does; torch's AdamW and transformers' Trainer do not). `zero`: what is 0 at first, W_v, or the rows:
-    then text whose n-grams were never trained keeps its logits, bit for bit, unless its hashes meet
-    trained rows. The memory has the model's device and dtype; of a model in bfloat16 it is better
-    trained in float32 (`memory.float()`). ValueError for a model whose blocks cannot be found or have
-    several residual streams, or layers that it does not have.
+    Its rows have dense gradients, which every optimizer takes; rorqual's own turns on sparse ones, for
+    the rows that were read, when it is made. `zero`: what is 0 at first, W_v, or the rows: then text
+    whose n-grams were never trained keeps its logits, bit for bit, unless its hashes meet trained rows.
+    The memory has the model's device and dtype; of a model in bfloat16 it is better trained in float32
+    (`memory.float()`). ValueError for a model whose blocks cannot be found or have several residual
+    streams, or layers that it does not have.
     """
     ours = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.of(tokenizer)
     known = {field.name for field in dataclasses.fields(EngramConfig)} - {"layers"}
@@ -327,20 +324,20 @@ def attach(
     settings = configs.from_dict(EngramConfig, {"pad_id": ours.pad_id, **options, "layers": list(layers)})
     # before anything large is made
     _check_hidden(model, *find_blocks(model))
-    memory = Memory(settings, ours, _vocabulary_of(model, ours), _width_of(model), seed=seed, sparse=sparse)
+    memory = Memory(settings, ours, _vocabulary_of(model, ours), _width_of(model), seed=seed)
     memory.start(zero, seed)
     memory.mount(model)
     return memory
 
 
-def load_memory(model: nn.Module, tokenizer: Any, path: str | Path, *, sparse: bool = False) -> Memory:
+def load_memory(model: nn.Module, tokenizer: Any, path: str | Path) -> Memory:
     """Attach what `Memory.save` wrote, in the dtype it had. ValueError where it is no such file, or is of another model
     or tokenizer; the model is then left as it was."""
     config, width, tensors = _read(path)
     if width != (own := _width_of(model)):
         raise ValueError(f"{path}: made for a model of width {width}, got one of width {own}")
     options = {name: value for name, value in config.items() if name != "layers"}
-    memory = attach(model, tokenizer, tuple(config["layers"]), sparse=sparse, **options)
+    memory = attach(model, tokenizer, tuple(config["layers"]), **options)
     try:
         memory.to(tensors["engrams.0.value_proj.weight"].dtype).load_state_dict(tensors)
     except (ValueError, RuntimeError) as error:
