@@ -425,22 +425,23 @@ def named(name: str) -> ModelConfig:
 
 
 def parse_with_recipe(start: Any, argv: list[str], command: str, epilogue: str) -> Any:
-    """A config with `model` and `optim`, changed by argv; `optim` begins as the recipe of the model's width.
+    """A config with `model` and `optim`, changed by argv; `optim` begins as the recipe for what is trained.
 
-    The width is known when argv has been read, so it is read again where it asks for another.
+    The model's width, and whether needles are learnt, is known when argv has been read, so it is read again where
+    that asks for another recipe.
     """
     from rorqual.train.optim import OptimConfig, recipe
 
-    def begin(dim: int) -> Any:
-        usual = recipe(dim)
+    def begin(read: Any) -> Any:
+        usual = recipe(read.model.dim, needles=getattr(read, "needles", None) is not None)
         kind = value_of("--optim.kind", argv) or usual.kind
         # the rate is that of its kind
         return replace(start, optim=usual if kind == usual.kind else OptimConfig())
 
-    options = parse(begin(start.model.dim), argv, command, epilogue)
-    if options.model.dim == start.model.dim:
-        return options
-    return parse(begin(options.model.dim), argv, command, epilogue)
+    first = begin(start)
+    options = parse(first, argv, command, epilogue)
+    second = begin(options)
+    return options if second == first else parse(second, argv, command, epilogue)
 
 
 def value_of(flag: str, argv: Sequence[str]) -> str | None:

@@ -27,7 +27,7 @@ from rorqual.layers.engram import EngramConfig
 from rorqual.layers.moba import MoBAConfig
 from rorqual.layers.nsa import NSAConfig
 from rorqual.model import ModelConfig
-from rorqual.train.optim import OptimConfig
+from rorqual.train.optim import NEEDLE_RATE, OptimConfig
 from rorqual.train.trainer import TrainConfig
 
 Kind = Literal["gqa", "nsa", "moba", "mla", "dsa"]
@@ -57,7 +57,7 @@ class NeedleSweep:
             layers=(0,), rows_per_head=(2048, 2048), heads=2, head_dim=16, conv=False, canonical=False
         )
     )
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(kind="muon", lr=6e-3))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(kind="muon", lr=NEEDLE_RATE))
     steps: int = 600
     rows: int = 10
     length: int = 192

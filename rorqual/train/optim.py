@@ -27,6 +27,7 @@ from rorqual.layers.router import Router
 from rorqual.storage import DeviceTable, LearningTable
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of the Muon reference
+NEEDLE_RATE = 6e-3  # of Muon; at 1e-2 attention stays at chance for hundreds of steps
 WIDEST = 512  # width of a model that `recipe` has a rate of its own for
 CHUNK = 512  # rows updated at a time: their three float32 copies stay in a core's cache
 
@@ -68,15 +69,18 @@ class OptimConfig:
             raise ValueError(f"got kind {self.kind!r} and decay {self.decay!r}, expected adamw or muon, a known decay")
 
 
-def recipe(dim: int) -> OptimConfig:
+def recipe(dim: int, *, needles: bool = False) -> OptimConfig:
     """The optimizer that `rorqual train`, the demo and the sweeps begin with, for a model of this width.
 
     Muon at 0.02 up to a width of 64, where it was measured (docs/log.md). An update's largest singular value grows with
     sqrt(width) here, and should not for one rate to serve every width (arXiv 2310.17813), so the rate falls with
-    1 / sqrt(width). Beyond WIDEST, which models of papers are, it is AdamW as OptimConfig has it.
+    1 / sqrt(width). Questions about needles are learnt at NEEDLE_RATE (docs/needle.md). Beyond WIDEST, which models of
+    papers are, it is AdamW as OptimConfig has it.
     """
     if dim > WIDEST:
         return OptimConfig()
+    if needles:
+        return OptimConfig(kind="muon", lr=NEEDLE_RATE)
     return OptimConfig(kind="muon", lr=0.02 * min(1.0, math.sqrt(64 / dim)))
 
 

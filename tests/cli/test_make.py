@@ -268,6 +268,8 @@ def test_train_demo_and_sweep_begin_with_one_recipe(tmp_path: Path, monkeypatch:
     for words in (["train", "tiny"], ["sweep", "experts"]):
         assert main([*words, "--model.dim", "128", "--optim.clip", "0.5"]) == 0  # of the width that is asked for
         assert asked.pop().optim == replace(recipe(128), clip=0.5)
+    assert main(["train", "tiny", "--needles", "default"]) == 0
+    assert asked.pop().optim == recipe(64, needles=True) != recipe(64)
     assert main(["train", "tiny", "--model.dim", "128", "--optim.kind", "adamw", "--optim.lr", "0.002"]) == 0
     assert (asked[-1].optim.kind, asked.pop().optim.lr) == ("adamw", 0.002)
     assert main(["train", "engram-demo"]) == 0
