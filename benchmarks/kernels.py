@@ -1,0 +1,142 @@
+"""Measures what each CPU kernel brings to training and generating with the project's own presets.
+
+    for n in 1 2; do OMP_NUM_THREADS=$n python benchmarks/kernels.py --json kernels-$n.json; done
+    python benchmarks/kernels.py --merge kernels-1.json kernels-2.json
+
+A work is a training step of a preset with Engram (loss, backward, clip, optimizer), or a prompt of 256 tokens
+and 48 that are generated behind it. In every round each work is done once with all kernels, and then
+once for each kernel with that one alone put back to its PyTorch reference; the rounds take turns. A
+ratio is the median time without the kernel over the median with all. Kernels that a work never calls
+are left out of it. `--merge` prints the table of several runs, with the geometric mean over training
+and generating that decides (1.1 in the mean, 1.3 somewhere, or a bar of its own).
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from unittest import mock
+
+import torch
+
+from rorqual import kernels
+from rorqual.experiments.demo import DemoConfig
+from rorqual.experiments.plan import split_budget
+from rorqual.model import LanguageModel
+from rorqual.presets import preset
+from rorqual.serve.decoding import decode
+from rorqual.train.optim import Optimizer, recipe
+
+SHAPES = {"tiny": (16, 256), "small": (4, 256)}  # rows and tokens of a training step
+PROMPT, CONTINUED = 256, 48  # tokens
+CPU_KIND = "numba"
+
+
+def training(model: LanguageModel, rows: int, length: int) -> Callable[[], object]:
+    """Returns what does one training step."""
+    optimizer = Optimizer(model, recipe(model.config.dim))
+    ids = torch.randint(model.config.vocabulary, (rows, length + 1), generator=torch.Generator().manual_seed(0))
+
+    def step() -> None:
+        model.loss(ids[:, :-1], ids[:, 1:]).total.backward()
+        optimizer.clip()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def generating(model: LanguageModel) -> Callable[[], object]:
+    """Returns what generates greedily from one prompt."""
+    ids = torch.randint(model.config.vocabulary, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
+    return lambda: list(decode(model, [ids], max_new_tokens=CONTINUED, vocabulary=model.config.vocabulary))
+
+
+def called(work: Callable[[], object]) -> set[str]:
+    """The names of the kernels that the work calls, by doing it once."""
+    names: set[str] = set()
+
+    def counting(name: str, kernel: kernels.Twin) -> kernels.Twin:
+        def function(*given: object, **named: object) -> object:
+            names.add(name)
+            return kernel.function(*given, **named)
+
+        return replace(kernel, function=function)
+
+    counted = {name: tuple(counting(name, kernel) for kernel in own) for name, own in kernels.TWINS.items()}
+    with mock.patch.object(kernels, "TWINS", MappingProxyType(counted)):
+        work()
+    return names
+
+
+def seconds(work: Callable[[], object], without: str | None) -> float:
+    os.environ[kernels.VARIABLE] = "" if without is None else f"{without}=reference"
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def ratios(work: Callable[[], object], rounds: int) -> dict[str, float]:
+    """{kernel: time without it over time with all, medians}; "" is the time with all, in milliseconds."""
+    names = sorted(called(work))
+    for name in (None, *names):  # compiles, allocates
+        seconds(work, name)
+    times: dict[str | None, list[float]] = {name: [] for name in (None, *names)}
+    for _ in range(rounds):
+        for name, taken in times.items():
+            taken.append(seconds(work, name))
+    whole = statistics.median(times[None])
+    found = {name: statistics.median(times[name]) / whole for name in names}
+    return {"": whole * 1000} | found
+
+
+def merged(tables: Iterable[dict[str, dict[str, float]]]) -> str:
+    """The runs' tables as one in markdown, a kernel a line, with the mean and the best over all works."""
+    works = {work: found for table in tables for work, found in table.items()}
+    names = sorted({name for found in works.values() for name in found if name})
+    lines = [f"| without | {' | '.join(works)} | mean | best |", "| --- |" + " ---: |" * (len(works) + 2)]
+    for name in names:
+        cells = [f"{found[name]:.2f}" if name in found else "" for found in works.values()]
+        # a work that never calls the kernel is neither faster nor slower for it
+        each = [found.get(name, 1.0) for found in works.values()]
+        mean = math.exp(sum(map(math.log, each)) / len(each))
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {mean:.2f} | {max(each):.2f} |")
+    whole = " | ".join(f"{found['']:.1f}" for found in works.values())
+    lines.append(f"| milliseconds, all kernels | {whole} | | |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", default=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--merge", nargs="+", type=Path, help="print the table of runs that are there")
+    options = parser.parse_args()
+    if options.merge:
+        print(merged(json.loads(path.read_text(encoding="utf-8")) for path in options.merge))
+        return
+    table: dict[str, dict[str, float]] = {}
+    for name, kind in itertools.product(options.presets, ("train", "decode")):
+        config = preset(name)
+        if config.engram is None:
+            # what the demo trains beside the preset itself
+            config = split_budget(config, DemoConfig().rho).engram.config
+        canonical = torch.arange(config.vocabulary) if config.engram is not None else None
+        model = LanguageModel(config, canonical, seed=0)
+        work = training(model, *SHAPES[name]) if kind == "train" else generating(model.eval())
+        table[f"{name} {kind} {torch.get_num_threads()}t"] = ratios(work, options.rounds)
+    print(merged([table]))
+    if options.json is not None:
+        options.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
