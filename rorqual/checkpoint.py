@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +25,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -36,6 +34,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from rorqual import config as configs
+from rorqual.io import flush, remove_partial, replace_folder, restore_folders, size_and_sha256, write_tensors
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.runtime import log
 from rorqual.storage import StorageConfig, open_tables
@@ -83,12 +82,12 @@ def _write_state(folder: Path, partial: Path, tensors: Mapping[str, Tensor], val
         save(_packed(tensors), storage_writer=writer, process_group=group, no_dist=world == 1)
     _barrier(group)
     if rank == 0:
-        files = {path.name: _measure(path) for path in sorted(partial.iterdir())}
+        files = {path.name: size_and_sha256(path) for path in sorted(partial.iterdir())}
         digest = {"format": FORMAT, "files": files, "seal": _seal(files)}
         (partial / DIGEST).write_text(json.dumps(digest, indent=1), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
-            _flush(path)
-        _put_in_place(partial, folder)
+            flush(path)
+        replace_folder(partial, folder)
     _barrier(group)
 
 
@@ -137,7 +136,7 @@ def verify(folder: str | os.PathLike) -> None:
             raise Damaged(f"{path}: got no file, expected {expected['bytes']} bytes")
         if path.stat().st_size != expected["bytes"]:
             raise Damaged(f"{path}: got {path.stat().st_size} bytes, expected {expected['bytes']}: it is cut short")
-        if _measure(path) != expected:
+        if size_and_sha256(path) != expected:
             raise Damaged(f"{path}: got other bytes than were written, expected SHA-256 {expected['sha256'][:12]}..")
 
 
@@ -228,12 +227,8 @@ def recover(folder: str | os.PathLike) -> None:
     For the one process that writes here, before it begins.
     """
     folder = Path(folder)
-    for replaced in folder.glob("*.replaced"):
-        place = replaced.with_suffix("")
-        if place.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            replaced.rename(place)
+    restore_folders(folder)
+    remove_partial(folder)
     for partial in folder.glob("*.partial"):
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
@@ -251,20 +246,7 @@ def save_model(folder: str | os.PathLike, model: LanguageModel, tokenizer: Any =
     describe_model(folder, model.config, tokenizer)
     if model.config.tied:
         state.pop("head.weight", None)  # safetensors takes no two names for one tensor
-    partial = folder / "model.safetensors.partial"
-    try:
-        save_file(state, partial, metadata={"format": "pt"})
-    except SafetensorError as error:
-        partial.unlink(missing_ok=True)
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(partial)) from error
-    # safetensors lets nobody else read it; it shall be as open as any file made here
-    partial.chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))
-    _flush(partial)
-    partial.replace(folder / "model.safetensors")
-    _flush(folder)
+    write_tensors(folder / "model.safetensors", state, {"format": "pt"})
 
 
 def describe_model(folder: str | os.PathLike, config: ModelConfig, tokenizer: Any = None) -> None:
@@ -554,11 +536,6 @@ def _compare(folder: Path, saved: Mapping[str, tuple], wanted: Mapping[str, tupl
             raise ValueError(f"{folder}: got {name!r} of shape {saved[name]}, expected {shape}")
 
 
-def _measure(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 @contextmanager
 def _one_process_is_meant() -> Iterator[None]:
     """Without DCP's warning that it takes a process without a group for the only one: here it is."""
@@ -598,28 +575,6 @@ def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _seal(files: Mapping[str, Any]) -> str:
     """The digest's own digest, so that damage to it is not blamed on the files it names."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Until the bytes, or the folder's entries, are on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows does not open folders
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    """Rename; a folder that is there already waits under another name until its successor is in place."""
-    replaced = folder.with_name(folder.name + ".replaced")
-    if folder.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        folder.rename(replaced)
-    partial.rename(folder)
-    _flush(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _ranks(group) -> tuple[int, int]:

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rorqual.io import write_json
+
 T = TypeVar("T")
 
 
@@ -43,9 +45,7 @@ def save(config: Any, path: str | os.PathLike[str]) -> None:
     """Writes the config as JSON; the file appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(to_dict(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
+    write_json(path, to_dict(config))
 
 
 def load(cls: type[T], path: str | os.PathLike[str]) -> T:

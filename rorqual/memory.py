@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rorqual.data.tokenizer import Tokenizer
+from rorqual.io import write_tensors
 from rorqual.layers.basics import layout
 from rorqual.layers.engram import Addresses, Engram, EngramConfig
 from rorqual.model import LanguageModel
@@ -351,9 +351,7 @@ class Editor:
             "addresses": _parts(self.model).addresses.fingerprint(),
         }
         tensors = {f"{n}.{name}": getattr(edit, name).cpu() for n, edit in enumerate(self.edits) for name in _STORED}
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, beside, metadata={"format": FORMAT, "about": json.dumps(about)})
-        beside.replace(path)
+        write_tensors(path, tensors, {"format": FORMAT, "about": json.dumps(about)})
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """What `save` wrote, but for edits the model does not hold. ValueError for another model's, or changed rows."""

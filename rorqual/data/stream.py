@@ -31,6 +31,7 @@ from torch import Tensor
 
 from rorqual.data.corpus import VALIDATION, Corpus, Side, place
 from rorqual.data.tokenizer import Tokenizer
+from rorqual.io import flush
 
 IGNORED = -100  # the label of what is only padding
 _FORMAT = 1
@@ -127,13 +128,7 @@ def _put(beside: Path, path: Path) -> None:
             if attempt:
                 raise
             shutil.rmtree(path, ignore_errors=True)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    flush(path.parent)
 
 
 def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: Callable[[int], None] | None) -> None:
@@ -156,7 +151,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: Callabl
     meta = {"vocabulary": tokenizer.vocabulary, "end_id": tokenizer.end_id, "dtype": dtype.str, "about": about} | sides
     (folder / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
-        _sync(path)
+        flush(path)
 
 
 def _ordered(sided: Iterable[tuple[Side, str]]) -> Iterator[tuple[Side, str]]:

@@ -21,6 +21,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from rorqual.data.files import hub_reason
+from rorqual.io import write_json, write_text
 
 END = "<|end|>"
 _ENDS = (END, "<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
@@ -156,13 +157,8 @@ class Tokenizer:
         names = {"bos_token": self.begin_id, "eos_token": self.end_id, "pad_token": self.pad_id}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         settings |= self.settings | {name: self.backend.id_to_token(i) for name, i in names.items()}
-        for name, content in (
-            ("tokenizer.json", self.templated().to_str()),
-            ("tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n"),
-        ):
-            beside = folder / f".{name}.{os.getpid()}"
-            beside.write_text(content, encoding="utf-8")
-            beside.replace(folder / name)
+        write_text(folder / "tokenizer.json", self.templated().to_str())
+        write_json(folder / "tokenizer_config.json", settings)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":

@@ -29,6 +29,7 @@ from rorqual.costs import costs
 from rorqual.experiments.paired import compared, difference, established, mean_and_error
 from rorqual.experiments.plan import default_memory, split_budget, with_flops, with_rows
 from rorqual.experiments.runs import Job, last, run, seeded
+from rorqual.io import write_text
 from rorqual.layers.engram import EngramConfig
 from rorqual.model import ModelConfig
 from rorqual.presets import preset
@@ -299,9 +300,7 @@ def _write(folder: Path, config: SweepConfig, rows: Sequence[Row], said: str) ->
     configs.save(config, folder / "sweep.json")
     contents = {"sweep.csv": _csv(rows, config.seeds), "sweep.svg": drawn.getvalue(), "conclusion.txt": said + "\n"}
     for name, content in contents.items():
-        beside = folder / f".{name}"
-        beside.write_text(content, encoding="utf-8", newline="")
-        beside.replace(folder / name)
+        write_text(folder / name, content)
 
 
 def _csv(rows: Sequence[Row], seeds: int) -> str:

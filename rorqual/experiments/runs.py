@@ -20,13 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from rorqual import config as configs
 from rorqual import runtime
+from rorqual.io import lock
 from rorqual.train.optim import Diverged
 from rorqual.train.trainer import Stopped, TrainConfig, finished, train
 
@@ -141,11 +141,8 @@ def _alone(folders: set[Path]) -> Iterator[None]:
     with ExitStack() as stack:
         for folder in sorted(folders):
             folder.mkdir(parents=True, exist_ok=True)
-            try:
-                stack.enter_context(FileLock(folder / ".lock", timeout=0))
-            except Timeout:
-                said = f"{folder}: another process makes runs here; wait, or choose another --folder"
-                raise ValueError(said) from None
+            refusal = f"{folder}: another process makes runs here; wait, or choose another --folder"
+            stack.enter_context(lock(folder / ".lock", refusal))
         yield
 
 
@@ -153,11 +150,9 @@ def _wait(folder: Path) -> None:
     """Until nobody trains in the folder: a process whose starter was killed takes a moment to save."""
     if not (folder / ".lock").is_file():
         return
-    try:
-        with FileLock(folder / ".lock").acquire(timeout=PATIENCE, poll_interval=POLL):
-            return
-    except Timeout:
-        raise ValueError(f"{folder}: another process trains here; wait, or choose another --folder") from None
+    refusal = f"{folder}: another process trains here; wait, or choose another --folder"
+    with lock(folder / ".lock", refusal, timeout=PATIENCE):
+        return
 
 
 def _start(job: Job, threads: int) -> subprocess.Popen:

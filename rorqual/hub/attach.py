@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import inspect
 import json
-import os
 import weakref
 from pathlib import Path
 from typing import Any, cast
@@ -21,12 +20,12 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Shaped
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from rorqual import config as configs
 from rorqual.data.tokenizer import Tokenizer
+from rorqual.io import write_tensors
 from rorqual.layers.addresses import Addresses, EngramConfig, row_totals
 from rorqual.layers.basics import Layout, layout
 from rorqual.layers.cache import Bundle, Past, Recent
@@ -161,9 +160,7 @@ class Memory(nn.Module):
         """The memory alone, as one safetensors file whose header says what it fits; whole or not at all."""
         about = {"config": configs.to_dict(self.config), "width": self.width, "vocabulary": self.vocabulary}
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-        save_file(tensors, beside, metadata={"format": FORMAT, "memory": json.dumps(about)})
-        beside.replace(path)
+        write_tensors(path, tensors, {"format": FORMAT, "memory": json.dumps(about)})
 
     def _before(self, body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the host's body runs: hash the ids once and ask for the rows of all layers."""

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
+from rorqual.io import read_at, write_at
 from rorqual.kernels import pick
-from rorqual.storage.shards import Shard, TableError, open_shards, read_at, write_at
+from rorqual.storage.shards import Shard, TableError, open_shards
 from rorqual.storage.stream import Stream
 from rorqual.storage.tables import Fetched, check_ids
 

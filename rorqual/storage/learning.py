@@ -19,16 +19,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import BaseFileLock
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from rorqual.io import BINARY, acquired, write_all_at
 from rorqual.kernels import pick
 from rorqual.storage.disk import read_places, write_places
-from rorqual.storage.shards import BINARY, TableError
+from rorqual.storage.shards import TableError
 from rorqual.storage.stream import Stream
 from rorqual.storage.tables import DeviceTable, Fetched, Pending, check_ids, gather
-from rorqual.storage.undo import Undo, write_whole
+from rorqual.storage.undo import Undo
 
 Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]  # rows, averages, counts, which, gradient
 _FILLED = 1 << 20  # values drawn at a time; a multiple of 16, at which torch's normal numbers are those of one draw
@@ -153,7 +154,7 @@ class LearningTable(Fetched):
 
     def _fill(self, first: int, records: np.ndarray) -> None:
         try:
-            write_whole(self._file, records.data.cast("B"), first * self.record)
+            write_all_at(self._file, records.data.cast("B"), first * self.record)
         except OSError as error:
             needed = f"expected room for {self.rows * self.record:,} bytes"
             raise TableError(f"{self.folder}: got {error.strerror} at row {first}, {needed}") from error
@@ -259,11 +260,11 @@ def _own(path: Path) -> tuple[int, BaseFileLock]:
 
     TableError while another table has it, here or in another process. A fork of this process does not keep it.
     """
-    # a finalizer may release it on any thread
-    lock = FileLock(path.with_name(path.name + ".lock"), timeout=0, thread_local=False)
+    found = "got rows that another table trains now, in this process or another"
+    refusal = f"{path}: {found}; expected one at a time: close the other"
     try:
-        lock.acquire()
-    except Timeout:
-        found = "got rows that another table trains now, in this process or another"
-        raise TableError(f"{path}: {found}; expected one at a time: close the other") from None
+        # a finalizer may release it on any thread
+        lock = acquired(path.with_name(path.name + ".lock"), refusal, thread_local=False)
+    except ValueError as error:
+        raise TableError(str(error)) from None
     return os.open(path, os.O_RDWR | os.O_CREAT | BINARY, 0o666), lock

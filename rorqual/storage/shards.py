@@ -13,7 +13,6 @@ import json
 import math
 import os
 import stat
-import threading
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 
+from rorqual.io import BINARY, read_at
 from rorqual.storage.formats import BLOCK, FP8
 
 KINDS = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": FP8}
@@ -31,8 +31,6 @@ BLANK = "0" * 16
 _PIECE = 1 << 18  # bytes read together: a core's cache holds them until they are summed
 BLOCK_BYTES = 1 << 20  # that share a checksum
 _DIGITS = 20  # more than any file's rows have
-BINARY = getattr(os, "O_BINARY", 0)  # Windows would translate line ends
-_TURN = threading.Lock()  # whoever moves a file's position, where it cannot be read at another
 _AXES = 64  # as many as torch knows; the product of a million sizes would take hours
 
 
@@ -258,37 +256,6 @@ def _rows_of(shard: Shard, block: int) -> range:
     return range(begin + first, begin + min(end, shard.rows))
 
 
-def read_at(file: int, into: memoryview, offset: int) -> int:
-    """Reads into memory from byte `offset` of an open file on; returns how many bytes there were."""
-    if hasattr(os, "preadv"):
-        return os.preadv(file, [into], offset)
-    with _TURN:
-        os.lseek(file, offset, os.SEEK_SET)
-        found = os.read(file, len(into))
-    into[: len(found)] = found
-    return len(found)
-
-
-def write_at(file: int, given: memoryview, offset: int) -> int:
-    """Writes to an open file from byte `offset` on; returns how many bytes it took."""
-    if hasattr(os, "pwrite"):
-        return os.pwrite(file, given, offset)
-    with _TURN:
-        os.lseek(file, offset, os.SEEK_SET)
-        return os.write(file, given)
-
-
 def _bytes_at(file: int, size: int, offset: int) -> bytes:
     found = bytearray(size)
     return bytes(found[: read_at(file, memoryview(found), offset)])
-
-
-def flush(path: Path) -> None:
-    """What a file holds, or which names a folder has, is on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows does not open folders
-    file = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

@@ -19,7 +19,8 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
-from rorqual.storage.shards import BINARY, TableError, flush, write_at
+from rorqual.io import BINARY, flush, write_all_at, write_json
+from rorqual.storage.shards import TableError
 
 _HEAD = struct.Struct("<QQ")  # rows of an entry, checksum of its ids and records
 _SEAL = struct.Struct("<Q")  # checksum of the head
@@ -52,7 +53,7 @@ class Undo:
         head = _HEAD.pack(len(ids), xxhash.xxh3_64_intdigest(whole))
         before = os.fstat(self._file).st_size
         try:
-            write_whole(self._file, head + _seal(head) + whole, before)
+            write_all_at(self._file, head + _seal(head) + whole, before)
         except OSError as error:
             os.ftruncate(self._file, before)
             raise TableError(
@@ -69,7 +70,7 @@ class Undo:
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
         except FileExistsError:
             raise TableError(f"{path}: got notes of a process that ended, expected the table rewound first") from None
-        write_whole(self._file, _boot(), 0)
+        write_all_at(self._file, _boot(), 0)
         os.fsync(self._file)
         flush(self.folder)
 
@@ -132,11 +133,7 @@ class Undo:
         return ids, np.frombuffer(whole, dtype=np.uint8, offset=8 * count).reshape(count, self.size)
 
     def _save(self, marks: list[int]) -> None:
-        beside = self.folder / "marks.part"
-        beside.write_text(json.dumps(marks), encoding="utf-8")
-        flush(beside)
-        beside.replace(self.folder / "marks.json")
-        flush(self.folder)
+        write_json(self.folder / "marks.json", marks)
         self.marks = marks
 
     def close(self) -> None:
@@ -165,11 +162,3 @@ def _marks(path: Path) -> list[int]:
 
 def _seal(head: bytes) -> bytes:
     return _SEAL.pack(xxhash.xxh3_64_intdigest(head))
-
-
-def write_whole(file: int, raw: bytes | memoryview, offset: int) -> None:
-    """All of it at its place, however little the system takes at a time. OSError where it takes nothing more."""
-    raw = memoryview(raw)
-    while raw:
-        done = write_at(file, raw, offset)
-        raw, offset = raw[done:], offset + done

@@ -18,12 +18,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import xxhash
-from filelock import FileLock, Timeout
 from jaxtyping import Shaped
 from torch import Tensor
 
+from rorqual.io import atomic_write, flush, lock, remove_partial
 from rorqual.storage.formats import FP8, dequantise, kept_as, quantise, row_bytes
-from rorqual.storage.shards import BLANK, BLOCK_BYTES, FORMAT, KINDS, Shard, flush, open_shards
+from rorqual.storage.shards import BLANK, BLOCK_BYTES, FORMAT, KINDS, Shard, open_shards
 
 Source = Callable[[int, int], Tensor]  # (first, end) -> those rows, as numbers or as fp8 records
 
@@ -155,6 +155,7 @@ def _write(
     text = json.dumps([origin, plan.rows, plan.width, str(plan.dtype), shard_rows])
     partial = _begin(folder, plan, text)
     with _alone(partial):
+        remove_partial(partial)
         if origin is None:
             _clear(partial)  # of rows that a process had in memory: nobody knows whether they are the same now
         try:
@@ -189,18 +190,14 @@ def _clear(partial: Path) -> None:
 @contextmanager
 def _alone(partial: Path) -> Iterator[None]:
     """While no other process writes this table. ValueError if one does."""
-    lock = FileLock(partial.with_name(partial.name + ".lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"{partial}: another process writes this table, expected one at a time") from None
-    try:
-        yield
-    finally:
-        # before the release, or two processes may hold locks on two files of this name; Windows deletes no open file
-        with suppress(OSError):
-            Path(lock.lock_file).unlink()
-        lock.release()
+    place = partial.with_name(partial.name + ".lock")
+    with lock(place, f"{partial}: another process writes this table, expected one at a time"):
+        try:
+            yield
+        finally:
+            # before the release, or two processes may hold locks on two files of this name; Windows deletes none
+            with suppress(OSError):
+                place.unlink()
 
 
 def _begin(folder: Path, plan: Plan, text: str) -> Path:
@@ -227,9 +224,8 @@ def _begin(folder: Path, plan: Plan, text: str) -> Path:
 
 def _write_shard(target: Path, plan: Plan, first: int, end: int) -> None:
     """Rows first..end of the table, the checksums last, on the disk before the file has its name."""
-    beside, step = target.with_suffix(".part"), max(1, _PART // plan.row_bytes)
-    sums = Checksums()
-    with beside.open("wb") as file:
+    step, sums = max(1, _PART // plan.row_bytes), Checksums()
+    with atomic_write(target) as beside, beside.open("wb") as file:
         file.write(_header(plan, first, end, "0" * 16 * -(-(end - first) * plan.row_bytes // BLOCK_BYTES)))
         for at in range(first, end, step):
             part = _kept(plan.source(at, min(at + step, end)), plan.dtype).contiguous()
@@ -238,10 +234,6 @@ def _write_shard(target: Path, plan: Plan, first: int, end: int) -> None:
             sums.add(raw)
         file.seek(0)
         file.write(_header(plan, first, end, sums.digits()))
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(target)
-    flush(target.parent)
 
 
 def _header(plan: Plan, first: int, end: int, sums: str) -> bytes:

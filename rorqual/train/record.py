@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from rorqual import checkpoint, parallel, runtime
 from rorqual.data.needles import DEPTHS, column, grade
+from rorqual.io import write_text
 from rorqual.train.engine import Module, autocast, metrics_of, untouched_randomness
 
 METRICS = "metrics.jsonl"
@@ -184,9 +185,7 @@ def trim(path: Path, step: int) -> None:
     for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
         if json.loads(line)["step"] <= step:
             kept.append(line + "\n")
-    beside = path.with_suffix(".partial")
-    beside.write_text("".join(kept), encoding="utf-8")
-    beside.replace(path)
+    write_text(path, "".join(kept))
 
 
 class Best:

@@ -26,7 +26,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
 from rorqual import checkpoint, parallel, runtime
 from rorqual import config as configs
@@ -35,6 +34,7 @@ from rorqual.data.needles import QUESTION, NeedleConfig, NeedleStream, exams
 from rorqual.data.stream import Stream, TokenFolder, tokenise, validation_batches
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.data.tokenizer import train as train_tokenizer
+from rorqual.io import lock, remove_partial
 from rorqual.layers.engram import row_totals
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.storage import HostedTable, LearningTable, write_rows
@@ -555,10 +555,9 @@ def _alone(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         if parallel.rank() == 0:
-            try:
-                held.enter_context(FileLock(folder / ".lock", timeout=0))
-            except Timeout:
-                raise ValueError(f"{folder}: another process trains here; wait, or choose another --folder") from None
+            refusal = f"{folder}: another process trains here; wait, or choose another --folder"
+            held.enter_context(lock(folder / ".lock", refusal))
+            remove_partial(folder)
         yield
 
 

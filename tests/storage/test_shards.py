@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from rorqual.storage import DiskTable, TableError, verify, write_table
-from rorqual.storage.shards import read_at, write_at
 
 pytestmark = pytest.mark.engram
 
@@ -345,10 +344,3 @@ def test_systems_without_positional_reads_read_and_write_the_same(
     table.remember()
     table.close()
     assert verify(folder) == []
-    with (tmp_path / "file").open("w+b") as file:
-        file.write(bytes(8))
-        file.flush()
-        assert write_at(file.fileno(), memoryview(b"whale"), 5) == 5
-        into = bytearray(9)
-        assert read_at(file.fileno(), memoryview(into), 4) == 6
-        assert into == b"\0whale\0\0\0"

@@ -183,7 +183,13 @@ def test_shards_of_rows_that_were_in_memory_are_not_taken_again(
     """A process that was killed leaves shards of its rows; those of the next are others."""
     with monkeypatch.context() as patch:
         patch.setattr(writing.shutil, "rmtree", lambda *_, **__: None)
-        patch.setattr(writing, "flush", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        shard = writing._write_shard
+
+        def once(*given: object) -> None:
+            shard(*given)
+            raise KeyboardInterrupt
+
+        patch.setattr(writing, "_write_shard", once)
         with pytest.raises(KeyboardInterrupt):
             write_table(tmp_path / "t", torch.zeros(20, 8), shard_rows=10)
     assert len(list((tmp_path / "t.partial").glob("*.safetensors"))) == 1

@@ -1,0 +1,128 @@
+"""Files whole or not at all: after errors, kills and refusals of the system; locks; positions."""
+
+import errno
+import hashlib
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from rorqual import io
+
+
+def test_a_file_is_replaced_whole_and_nothing_else_stays(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    io.write_json(path, {"whale": "鯨"})
+    io.write_text(path, "one\r\ntwo\n")
+    assert path.read_bytes() == b"one\r\ntwo\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_was_there_stays_when_writing_fails(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    io.write_text(path, "before")
+    with pytest.raises(FileNotFoundError), io.atomic_write(path) as beside:
+        beside.write_bytes(Path(f"{path}.nowhere").read_bytes())
+    assert path.read_text() == "before"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_kill_leaves_the_old_file_and_the_next_writer_cleans_up(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    io.write_text(path, "before")
+    code = (
+        "import os, signal, sys; from rorqual import io\n"
+        "with io.atomic_write(sys.argv[1]) as beside:\n"
+        "    beside.write_text('aft'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert path.read_text() == "before"
+    assert len(list(tmp_path.iterdir())) == 2
+    io.remove_partial(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_tensors_are_as_open_as_any_file_made_here(tmp_path: Path) -> None:
+    tensors = {"w": torch.arange(6.0).view(2, 3)}
+    before = os.umask(0o022)
+    try:
+        io.write_tensors(tmp_path / "w.safetensors", tensors, {"format": "pt"})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "w.safetensors").stat().st_mode) == 0o644
+    assert torch.equal(load_file(tmp_path / "w.safetensors")["w"], tensors["w"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of a process's files")
+def test_a_full_disk_is_an_os_error_with_its_number(tmp_path: Path) -> None:
+    import resource
+
+    path, limits = tmp_path / "w.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError) as raised:
+            io.write_tensors(path, {"w": torch.zeros(100_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert raised.value.errno == errno.EFBIG
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_is_held_by_one_and_released_with_the_block(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    with io.lock(path, "first"):
+        with pytest.raises(ValueError, match="taken"), io.lock(path, "taken"):
+            pass
+        code = f"from pathlib import Path\nfrom rorqual import io\nwith io.lock(Path({str(path)!r}), 'taken'): pass"
+        other = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+        assert other.returncode and "taken" in other.stderr
+    with io.lock(path, "again", timeout=1.0):
+        pass
+
+
+def test_a_folder_is_replaced_and_a_stop_in_between_is_undone(tmp_path: Path) -> None:
+    for name, text in (("step1", "old"), ("new", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text(text)
+    io.replace_folder(tmp_path / "new", tmp_path / "step1")
+    assert (tmp_path / "step1" / "a").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["step1"]
+    # killed after the old one was moved away, and then after the new one had come
+    (tmp_path / "step1").rename(tmp_path / "step1.replaced")
+    io.restore_folders(tmp_path)
+    assert (tmp_path / "step1" / "a").read_text() == "new"
+    (tmp_path / "step1.replaced").mkdir()
+    io.restore_folders(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step1"]
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@given(first=st.binary(min_size=1, max_size=40), offset=st.integers(0, 50), size=st.integers(0, 60))
+def test_positions(tmp_path_factory: pytest.TempPathFactory, portable: bool, first: bytes, offset: int, size: int):
+    """With and without the calls that only POSIX has."""
+    with pytest.MonkeyPatch.context() as patch, tmp_path_factory.getbasetemp().joinpath("at").open("w+b") as file:
+        for name in ("preadv", "pwrite"):
+            if portable:
+                patch.delattr(os, name, raising=False)
+        io.write_all_at(file.fileno(), first, offset)
+        expected = (bytes(offset) + first)[offset // 2 :][:size]
+        into = bytearray(size)
+        assert io.read_at(file.fileno(), memoryview(into), offset // 2) == len(expected)
+        assert bytes(into[: len(expected)]) == expected
+
+
+def test_size_and_sha256(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"whale" * 1000)
+    expected = {"bytes": 5000, "sha256": hashlib.sha256(b"whale" * 1000).hexdigest()}
+    assert io.size_and_sha256(tmp_path / "a") == expected
