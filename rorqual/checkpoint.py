@@ -36,7 +36,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from rorqual import config as configs
-from rorqual.model import LanguageModel, ModelConfig
+from rorqual.model import LanguageModel
+from rorqual.model_config import ModelConfig
 from rorqual.runtime import log
 from rorqual.storage import StorageConfig, open_tables
 

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.layers.basics import layout
-from rorqual.layers.engram import Addresses, Engram, EngramConfig
+from rorqual.layers.engram import Addresses, Engram
 from rorqual.model import LanguageModel
+from rorqual.model_config import EngramConfig
 from rorqual.storage import DeviceTable
 
 Ngram = str | Sequence[int]  # text that is 2 to N tokens long, or their ids

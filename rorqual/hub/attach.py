@@ -27,10 +27,11 @@ from transformers import Cache, DynamicCache
 
 from rorqual import config as configs
 from rorqual.data.tokenizer import Tokenizer
-from rorqual.layers.addresses import Addresses, EngramConfig, row_totals
+from rorqual.layers.addresses import Addresses
 from rorqual.layers.basics import Layout, layout
 from rorqual.layers.cache import Bundle, Past, Recent
 from rorqual.layers.engram import Engram
+from rorqual.model_config import EngramConfig, row_totals
 from rorqual.storage import DeviceTable, Pending
 
 NAME = "rorqual_memory"  # the submodule of the host that holds the memory
