@@ -52,28 +52,31 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
         raise ValueError(f"context: got {context}, expected at least 1 token")
     config.check_parts()
     embedding = config.vocabulary * config.dim
-    blocks = _backbone(config)
-    memory = _rows(config)
-    ends = embedding + (0 if config.tied else embedding) + config.dim  # embedding, head, last norm
-    total = blocks.matrices + blocks.others + ends + memory
-    resting = _resting(config)
+    input_embedding = 0 if config.tied else embedding  # beside the head, which is the embedding where they are tied
+    blocks, memory = _backbone(config), _rows(config)
+    total = embedding + input_embedding + blocks.matrices + blocks.others + config.dim + memory  # dim: the last norm
+
     blocks_with_experts = sum(config.has_experts(i) for i in range(config.layers))
+    resting = blocks_with_experts * _resting(config)
     recalled = len(config.engram.layers) * config.engram.memory_width if config.engram is not None else 0
-    with_embedding = total - blocks_with_experts * resting - memory + recalled
+    activated = total - resting - memory + recalled  # both embeddings among them
+
     depth = config.mtp.depth if config.mtp is not None else 0
     mtp = sum(_mtp(config, k) for k in range(depth))
-    drafted = mtp - depth * resting + (embedding if depth else 0)  # with the shared head
-    matrices = blocks.matrices + embedding - blocks_with_experts * resting  # the head is one of them, tied or not
-    products = matrices + config.layers * _attention_products(config, context) + _hyper_products(config)
+    drafted = mtp - depth * _resting(config) + (embedding if depth else 0)  # the shared head among them
+
+    products = blocks.matrices - resting + embedding  # the head multiplies, tied or not
+    products += config.layers * _attention_products(config, context)
+    products += _hyper_products(config) + _engram_products(config)
     return Costs(
         total=total,
-        activated=with_embedding - (0 if config.tied else embedding),
-        activated_with_embedding=with_embedding,
+        activated=activated - input_embedding,
+        activated_with_embedding=activated,
         memory=memory,
         mtp=mtp,
         mtp_activated=drafted,
-        mtp_activated_with_embedding=drafted + (embedding if depth and not config.tied else 0),
-        flops_per_token=2 * (products + _engram_products(config)),
+        mtp_activated_with_embedding=drafted + (input_embedding if depth else 0),
+        flops_per_token=2 * products,
         cache_bytes_per_token=_cached_bytes(config),
         longest_context=longest_context(config.rope.base, yarn.factor if (yarn := config.rope.yarn) else 1.0),
     )
