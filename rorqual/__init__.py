@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rorqual.data.tokenizer import Tokenizer as Tokenizer
     from rorqual.hub.attach import attach as attach
     from rorqual.model import LanguageModel as LanguageModel
-    from rorqual.model import ModelConfig as ModelConfig
+    from rorqual.model_config import ModelConfig as ModelConfig
     from rorqual.presets import preset as preset
     from rorqual.serve.generate import Run as Run
     from rorqual.serve.generate import load as load
@@ -35,7 +35,7 @@ _HOMES = {
     "Tokenizer": "rorqual.data.tokenizer:Tokenizer",
     "attach": "rorqual.hub.attach:attach",
     "LanguageModel": "rorqual.model:LanguageModel",
-    "ModelConfig": "rorqual.model:ModelConfig",
+    "ModelConfig": "rorqual.model_config:ModelConfig",
     "preset": "rorqual.presets:preset",
     "Run": "rorqual.serve.generate:Run",
     "load": "rorqual.serve.generate:load",

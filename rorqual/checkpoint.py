@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -34,8 +35,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from rorqual import config as configs
-from rorqual.io import flush, remove_partial, replace_folder, restore_folders, size_and_sha256, write_tensors
-from rorqual.model import LanguageModel, ModelConfig
+from rorqual.io import atomic_write, flush, remove_partial, replace_folder, restore_folders, size_and_sha256
+from rorqual.model import LanguageModel
+from rorqual.model_config import ModelConfig
 from rorqual.runtime import log
 from rorqual.storage import StorageConfig, open_tables
 
@@ -246,7 +248,8 @@ def save_model(folder: str | os.PathLike, model: LanguageModel, tokenizer: Any =
     describe_model(folder, model.config, tokenizer)
     if model.config.tied:
         state.pop("head.weight", None)  # safetensors takes no two names for one tensor
-    write_tensors(folder / "model.safetensors", state, {"format": "pt"})
+    with atomic_write(folder / "model.safetensors") as beside:
+        save_file(state, beside, metadata={"format": "pt"})
 
 
 def describe_model(folder: str | os.PathLike, config: ModelConfig, tokenizer: Any = None) -> None:

@@ -19,9 +19,8 @@ import torch
 
 from rorqual import kernels, runtime
 from rorqual.config import install
-from rorqual.layers.engram import EngramConfig
-from rorqual.layers.moe import MoEConfig
-from rorqual.model import LanguageModel, ModelConfig
+from rorqual.model import LanguageModel
+from rorqual.model_config import EngramConfig, ModelConfig, MoEConfig
 
 BROUGHT = ("lm-eval",)  # used where the user has it; no extra of ours brings it
 BUNDLES = ("all", "dev")  # extras made of the others, or for work on rorqual itself

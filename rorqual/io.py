@@ -11,15 +11,13 @@ import re
 import shutil
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from safetensors import SafetensorError
 
 PARTIAL = ".partial"  # how the name of a file ends that is not whole yet
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would translate line ends
@@ -31,7 +29,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a new path beside `path` to write to; when the block ends that file is on the disk under `path`.
 
     If the block raises, the new file is deleted and what was at `path` stays. The file may be read by whom the umask
-    lets, whatever the library that wrote it prefers. What a killed process leaves is removed by `remove_partial`.
+    lets, whatever the library that wrote it prefers. Where the system refuses safetensors it is an OSError, too. What a
+    killed process leaves is removed by `remove_partial`.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
@@ -42,8 +41,11 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         beside.chmod(mode)
         flush(beside)
         beside.replace(path)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        number = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+        if number is not None:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
         raise
     flush(path.parent)
 
@@ -63,22 +65,6 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes a JSON file, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, "Tensor"], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file, whole or not at all. OSError, as of any file, where the system refuses."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    with atomic_write(path) as beside:
-        try:
-            save_file(dict(tensors), beside, metadata=metadata)
-        except SafetensorError as error:
-            # the library has a text where Python has a number
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
 
 
 def replace_folder(new: Path, folder: Path) -> None:

@@ -22,13 +22,15 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rorqual.data.tokenizer import Tokenizer
-from rorqual.io import write_tensors
+from rorqual.io import atomic_write
 from rorqual.layers.basics import layout
-from rorqual.layers.engram import Addresses, Engram, EngramConfig
+from rorqual.layers.engram import Addresses, Engram
 from rorqual.model import LanguageModel
+from rorqual.model_config import EngramConfig
 from rorqual.storage import DeviceTable
 
 Ngram = str | Sequence[int]  # text that is 2 to N tokens long, or their ids
@@ -351,7 +353,8 @@ class Editor:
             "addresses": _parts(self.model).addresses.fingerprint(),
         }
         tensors = {f"{n}.{name}": getattr(edit, name).cpu() for n, edit in enumerate(self.edits) for name in _STORED}
-        write_tensors(path, tensors, {"format": FORMAT, "about": json.dumps(about)})
+        with atomic_write(path) as beside:
+            save_file(tensors, beside, metadata={"format": FORMAT, "about": json.dumps(about)})
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """What `save` wrote, but for edits the model does not hold. ValueError for another model's, or changed rows."""

@@ -10,7 +10,6 @@ DeepSeek-V3 (arXiv 2412.19437), mHC (2512.24880), Engram (2601.07372).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import starmap
 from typing import Any, NamedTuple, cast
 
@@ -20,73 +19,24 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rorqual.layers.attention import GQA, MLA, GQAConfig, MLAConfig
+from rorqual.layers.attention import GQA, MLA
 from rorqual.layers.balance import losses
-from rorqual.layers.basics import Layout, RMSNorm, RopeConfig, SwiGLU, chunked_cross_entropy, layout, rope_tables
+from rorqual.layers.basics import Layout, RMSNorm, SwiGLU, chunked_cross_entropy, layout, rope_tables
 from rorqual.layers.cache import Bundle, Cache, Past, Recent
-from rorqual.layers.dsa import DSA, DSAConfig, Lesson, mean_lesson
-from rorqual.layers.engram import Addresses, Engram, EngramConfig, row_totals
-from rorqual.layers.hyper import Connection, Exit, HyperConfig, Residual, enter
-from rorqual.layers.moba import MoBA, MoBAConfig
-from rorqual.layers.moe import MoE, MoEConfig
-from rorqual.layers.mtp import MTP, MTPConfig, ahead
-from rorqual.layers.nsa import NSA, NSAConfig
+from rorqual.layers.dsa import DSA, Lesson, mean_lesson
+from rorqual.layers.engram import Addresses, Engram
+from rorqual.layers.hyper import Connection, Exit, Residual, enter
+from rorqual.layers.moba import MoBA
+from rorqual.layers.moe import MoE
+from rorqual.layers.mtp import MTP, ahead
+from rorqual.layers.nsa import NSA
 from rorqual.layers.router import Routing
+from rorqual.model_config import ModelConfig as ModelConfig
+from rorqual.model_config import row_totals
 from rorqual.storage import DeviceTable, LearningTable
 
 IGNORED = -100  # a label that is no target
 ROW_STD = 0.02  # Engram's rows at the start
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """Every size of a model. A part is off when its config is None; exactly one of `mla` and `gqa` is on."""
-
-    vocabulary: int = 4096
-    dim: int = 64
-    layers: int = 3
-    dense_width: int = 256  # SwiGLU width of blocks without experts
-    mla: MLAConfig | None = field(default_factory=MLAConfig)
-    gqa: GQAConfig | None = None
-    nsa: NSAConfig | None = None  # inner attention of gqa
-    moba: MoBAConfig | None = None  # inner attention of gqa
-    dsa: DSAConfig | None = None  # inner attention of mla
-    rope: RopeConfig = field(default_factory=RopeConfig)
-    moe: MoEConfig | None = None
-    engram: EngramConfig | None = None
-    hyper: HyperConfig | None = None
-    mtp: MTPConfig | None = None
-    tied: bool = False  # the head is the embedding
-    eps: float = 1e-6  # of every RMSNorm but Engram's own
-    init_std: float = 0.006
-
-    def __post_init__(self) -> None:
-        for name in ("vocabulary", "dim", "layers", "dense_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        attention = [name for name in ("mla", "gqa") if getattr(self, name) is not None]
-        if len(attention) != 1:
-            raise ValueError(f"attention: got {' and '.join(attention) or 'none'}, expected exactly one of mla and gqa")
-        for inner, outer in (("nsa", "gqa"), ("moba", "gqa"), ("dsa", "mla")):
-            if getattr(self, inner) is not None and getattr(self, outer) is None:
-                raise ValueError(f"{inner}: got attention {attention[0]}, expected {outer}, which it works inside")
-        if self.nsa is not None and self.moba is not None:
-            raise ValueError("inner attention: got nsa and moba, expected at most one")
-        if self.engram is not None and (late := [i for i in self.engram.layers if not 0 <= i < self.layers]):
-            raise ValueError(f"engram.layers: got {late}, expected block indices 0..{self.layers - 1}")
-        if self.moe is not None and self.moe.first_dense > self.layers:
-            raise ValueError(f"moe.first_dense: got {self.moe.first_dense}, expected at most {self.layers} layers")
-
-    @property
-    def streams(self) -> int:
-        return self.hyper.streams if self.hyper is not None else 1
-
-    def has_experts(self, index: int) -> bool:
-        """Whether block `index` holds experts; MTP's blocks, counted on after the last, do."""
-        return self.moe is not None and index >= self.moe.first_dense
-
-    def remembers(self, index: int) -> bool:
-        return self.engram is not None and index in self.engram.layers
 
 
 class Loss(NamedTuple):

@@ -15,15 +15,19 @@ Three presets publish a memory and stand for that alone; all else of them that i
 from dataclasses import replace
 
 from rorqual.config import choose
-from rorqual.layers.attention import GQAConfig, MLAConfig
-from rorqual.layers.balance import BalanceConfig
-from rorqual.layers.basics import RopeConfig, YarnConfig
-from rorqual.layers.engram import EngramConfig
-from rorqual.layers.hyper import HyperConfig
-from rorqual.layers.moe import MoEConfig
-from rorqual.layers.mtp import MTPConfig
-from rorqual.layers.router import RouterConfig
-from rorqual.model import ModelConfig
+from rorqual.model_config import (
+    BalanceConfig,
+    EngramConfig,
+    GQAConfig,
+    HyperConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+    RopeConfig,
+    RouterConfig,
+    YarnConfig,
+)
 
 _V1 = RouterConfig(score="softmax", renormalise=False, bias=False)
 _V2 = replace(_V1, groups=8, groups_kept=3, group_score="max", scale=16.0)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rorqual import io
 
@@ -55,7 +55,8 @@ def test_tensors_are_as_open_as_any_file_made_here(tmp_path: Path) -> None:
     tensors = {"w": torch.arange(6.0).view(2, 3)}
     before = os.umask(0o022)
     try:
-        io.write_tensors(tmp_path / "w.safetensors", tensors, {"format": "pt"})
+        with io.atomic_write(tmp_path / "w.safetensors") as beside:
+            save_file(tensors, beside)
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "w.safetensors").stat().st_mode) == 0o644
@@ -70,8 +71,8 @@ def test_a_full_disk_is_an_os_error_with_its_number(tmp_path: Path) -> None:
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(OSError) as raised:
-            io.write_tensors(path, {"w": torch.zeros(100_000)}, {})
+        with pytest.raises(OSError) as raised, io.atomic_write(path) as beside:
+            save_file({"w": torch.zeros(100_000)}, beside)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)

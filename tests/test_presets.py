@@ -4,9 +4,8 @@ import runpy
 
 import pytest
 
-from rorqual import presets
+from rorqual import model_config, presets
 from rorqual.config import from_dict, to_dict
-from rorqual.layers import addresses
 from rorqual.layers.engram import EngramConfig, draw_multipliers, row_totals
 from rorqual.model import ModelConfig
 from rorqual.presets import PRESETS, preset
@@ -79,5 +78,5 @@ def test_the_demo_and_v41_are_what_their_authors_wrote():
 
 def test_no_prime_is_searched_for_by_a_preset(monkeypatch):
     """A search near 16e6 belongs to the model that needs it, not to everybody's import."""
-    monkeypatch.setattr(addresses, "_is_prime", lambda n: pytest.fail(f"looked whether {n} is prime"))
+    monkeypatch.setattr(model_config, "_is_prime", lambda n: pytest.fail(f"looked whether {n} is prime"))
     assert runpy.run_path(presets.__file__)["PRESETS"] == PRESETS

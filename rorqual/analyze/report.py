@@ -28,7 +28,8 @@ from rorqual.config import to_dict
 from rorqual.costs import Costs, costs
 from rorqual.data.corpus import Trained, open_corpus, trained
 from rorqual.data.tokenizer import Tokenizer
-from rorqual.model import LanguageModel, ModelConfig
+from rorqual.model import LanguageModel
+from rorqual.model_config import ModelConfig
 
 SENTENCE = "The Eiffel Tower is a famous tower in Paris, the capital of France."
 SAMPLE = 200  # documents of validation text for expert load

@@ -8,16 +8,13 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from rorqual import config as configs
-from rorqual import runtime
 from rorqual.cli.parse import UsageError, emit, parse, split_first, take
 from rorqual.costs import Costs, costs
-from rorqual.layers.basics import RopeConfig, YarnConfig, longest_context
-from rorqual.model import ModelConfig
+from rorqual.model_config import ModelConfig, RopeConfig, YarnConfig, longest_context
 from rorqual.presets import PRESETS, preset
 
 if TYPE_CHECKING:
@@ -57,6 +54,7 @@ is put in by naming one of its fields, or with `default`; `none` takes a part ou
 
 def train_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
+    from rorqual import runtime
     from rorqual.train.trainer import finished, train
 
     options = train_options(argv)
@@ -143,7 +141,9 @@ def refuse_too_large(options: "TrainConfig") -> None:
     Of each parameter that is its weight, its gradient and one value of the optimizer; of a row its weight. A run that
     passes may still be too large: activations are not counted.
     """
-    from rorqual import doctor
+    import torch
+
+    from rorqual import doctor, runtime
 
     counted, device = costs(options.model), runtime.device(options.device)
     rows = 4 * counted.memory
@@ -172,6 +172,8 @@ def refuse_too_large(options: "TrainConfig") -> None:
 
 def progress(steps: int, every: float = 5.0) -> Callable[[dict[str, Any]], None]:
     """Says where training is: the first step, the last, every validation, and a line every so many seconds."""
+    from rorqual import runtime
+
     clock, told = runtime.Clock(), [-every]
 
     def show(record: dict[str, Any]) -> None:

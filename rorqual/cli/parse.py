@@ -9,8 +9,6 @@ import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import tyro
-
 from rorqual import config
 
 T = TypeVar("T")
@@ -87,18 +85,23 @@ class UsageError(ValueError):
 def parse(default: T, argv: Sequence[str], command: str, epilogue: str = "") -> T:
     """The dataclass changed by argv. Sub-configs that a flag names are put in, and `--name none` takes one out.
 
-    UsageError, with the nearest flag, for what fits nothing; --help prints, the epilogue last, and leaves.
+    UsageError, with the nearest flag, for what fits nothing; --help prints, the epilogue last, and leaves. Without a
+    flag the dataclass is the answer, and the parser, which takes a quarter of a second to load, is not asked.
     """
+    if not argv:
+        return default
     filled, words = config.fill(default, argv)
     return _parse(type(default), filled, words, command, epilogue)
 
 
 def parse_new(cls: type[T], argv: Sequence[str], command: str) -> T:
     """A dataclass that may have required fields, from argv; errors as `parse`."""
-    return _parse(cls, tyro.MISSING_NONPROP, list(argv), command)
+    return _parse(cls, None, list(argv), command)
 
 
-def _parse(cls: type[T], default: Any, words: list[str], command: str, epilogue: str = "") -> T:
+def _parse(cls: type[T], default: T | None, words: list[str], command: str, epilogue: str = "") -> T:
+    import tyro
+
     heard = io.StringIO()
     sentences, examples = described(cls)
     switches = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName)
@@ -107,7 +110,7 @@ def _parse(cls: type[T], default: Any, words: list[str], command: str, epilogue:
             return tyro.cli(
                 cls,
                 description=sentences or None,
-                default=default,
+                default=tyro.MISSING_NONPROP if default is None else default,
                 args=words,
                 prog=f"rorqual {command}",
                 config=switches,

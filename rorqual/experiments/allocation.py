@@ -30,8 +30,7 @@ from rorqual.experiments.paired import compared, difference, established, mean_a
 from rorqual.experiments.plan import default_memory, split_budget, with_flops, with_rows
 from rorqual.experiments.runs import Job, last, run, seeded
 from rorqual.io import write_text
-from rorqual.layers.engram import EngramConfig
-from rorqual.model import ModelConfig
+from rorqual.model_config import EngramConfig, ModelConfig
 from rorqual.presets import preset
 from rorqual.train.optim import OptimConfig, recipe
 from rorqual.train.trainer import DataConfig, TrainConfig, prepare

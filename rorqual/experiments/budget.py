@@ -14,10 +14,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from rorqual.costs import Costs, costs
-from rorqual.layers.attention import GQAConfig, MLAConfig
-from rorqual.layers.engram import EngramConfig
-from rorqual.layers.moe import MoEConfig
-from rorqual.model import ModelConfig
+from rorqual.model_config import EngramConfig, GQAConfig, MLAConfig, ModelConfig, MoEConfig
 
 TOTAL_TOLERANCE = 0.005  # of the parameters
 FLOP_TOLERANCE = 0.01  # of what a token goes through

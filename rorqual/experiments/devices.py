@@ -26,15 +26,16 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from rorqual import doctor
 from rorqual.config import choose
 from rorqual.costs import costs
-from rorqual.layers.engram import row_totals
-from rorqual.model import LanguageModel, ModelConfig
+from rorqual.model import LanguageModel
+from rorqual.model_config import ModelConfig, row_totals
 from rorqual.train.optim import Role, roles
 from rorqual.train.trainer import TrainConfig
 
@@ -163,7 +164,7 @@ def estimate(config: ModelConfig, machine: Machine, context: int = 4096) -> Esti
 
 def _sizes(config: ModelConfig) -> tuple[Counter[Role], Counter[Role], float]:
     """Of each role parameters and tensors; FLOPs of Muon's products over all matrices."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         model = LanguageModel(config, seed=None)
     role, sizes, tensors, products = roles(model), Counter[Role](), Counter[Role](), 0.0
     for name, parameter in model.named_parameters():
@@ -175,6 +176,28 @@ def _sizes(config: ModelConfig) -> tuple[Counter[Role], Counter[Role], float]:
             small, large = sorted((tall, wide // halves))
             products += math.prod(stack) * halves * ROUNDS * (4 * small**2 * large + 2 * small**3)
     return sizes, tensors, products
+
+
+FILLING = (  # what gives numbers to a tensor that has its shape
+    *(torch.Tensor.mul, torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_),
+    *(torch.Tensor.copy_, torch.Tensor.__setitem__),
+)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves new parameters without values: on the meta device they have none, and filling them loads the compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return given["tensor"] if "tensor" in given else args[0]
+        if func in FILLING:
+            return args[0]
+        if func is torch.eye:
+            return torch.empty(args[0], args[-1])
+        if func in (torch.randn, torch.rand):
+            return torch.empty(*args, **given)
+        return func(*args, **given)
 
 
 def _bytes(config: ModelConfig, machine: Machine, sizes: Counter[Role], tensors: Counter[Role]) -> dict[Role, Bytes]:

@@ -20,13 +20,16 @@ from rorqual.analyze import figures
 from rorqual.data.needles import DEPTHS, TASKS, NeedleConfig, chance, column, exam_lengths
 from rorqual.experiments.paired import compared, mean_and_error
 from rorqual.experiments.runs import last, run, seeded
-from rorqual.layers.attention import GQAConfig, MLAConfig
-from rorqual.layers.basics import RopeConfig
-from rorqual.layers.dsa import DSAConfig
-from rorqual.layers.engram import EngramConfig
-from rorqual.layers.moba import MoBAConfig
-from rorqual.layers.nsa import NSAConfig
-from rorqual.model import ModelConfig
+from rorqual.model_config import (
+    DSAConfig,
+    EngramConfig,
+    GQAConfig,
+    MLAConfig,
+    MoBAConfig,
+    ModelConfig,
+    NSAConfig,
+    RopeConfig,
+)
 from rorqual.train.optim import NEEDLE_RATE, OptimConfig
 from rorqual.train.trainer import TrainConfig
 

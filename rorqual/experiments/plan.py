@@ -24,9 +24,7 @@ from rorqual.experiments.budget import (
     step_of,
 )
 from rorqual.experiments.devices import Machine
-from rorqual.layers.engram import EngramConfig, row_totals
-from rorqual.layers.moe import MoEConfig
-from rorqual.model import ModelConfig
+from rorqual.model_config import EngramConfig, ModelConfig, MoEConfig, row_totals
 
 RHO = 0.75  # where the paper's curve is lowest
 

@@ -19,9 +19,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
-from rorqual.layers.addresses import EngramConfig, row_totals
-from rorqual.layers.attention import MLAConfig
-from rorqual.model import LanguageModel, ModelConfig
+from rorqual.model import LanguageModel
+from rorqual.model_config import EngramConfig, MLAConfig, ModelConfig, row_totals
 from rorqual.serve.decoding import decode
 from rorqual.storage import DeviceTable, DiskTable, HostTable, StorageConfig, draw_table, measure, open_tables
 from rorqual.storage.formats import FP8

@@ -20,16 +20,18 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Shaped
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from rorqual import config as configs
 from rorqual.data.tokenizer import Tokenizer
-from rorqual.io import write_tensors
-from rorqual.layers.addresses import Addresses, EngramConfig, row_totals
+from rorqual.io import atomic_write
+from rorqual.layers.addresses import Addresses
 from rorqual.layers.basics import Layout, layout
 from rorqual.layers.cache import Bundle, Past, Recent
 from rorqual.layers.engram import Engram
+from rorqual.model_config import EngramConfig, row_totals
 from rorqual.storage import DeviceTable, Pending
 
 NAME = "rorqual_memory"  # the submodule of the host that holds the memory
@@ -160,7 +162,8 @@ class Memory(nn.Module):
         """The memory alone, as one safetensors file whose header says what it fits; whole or not at all."""
         about = {"config": configs.to_dict(self.config), "width": self.width, "vocabulary": self.vocabulary}
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        write_tensors(path, tensors, {"format": FORMAT, "memory": json.dumps(about)})
+        with atomic_write(path) as beside:
+            save_file(tensors, beside, metadata={"format": FORMAT, "memory": json.dumps(about)})
 
     def _before(self, body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the host's body runs: hash the ids once and ask for the rows of all layers."""

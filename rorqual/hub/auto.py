@@ -24,7 +24,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from rorqual import config as configs
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.layers.cache import Cache
-from rorqual.model import IGNORED, LanguageModel, ModelConfig
+from rorqual.model import IGNORED, LanguageModel
+from rorqual.model_config import ModelConfig
 from rorqual.storage import DeviceTable
 
 

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rorqual.hub.configs import config_of, published
-from rorqual.model import LanguageModel, ModelConfig
+from rorqual.model import LanguageModel
+from rorqual.model_config import ModelConfig
 
 
 class Place(NamedTuple):

@@ -11,13 +11,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rorqual.layers.attention import MLAConfig
-from rorqual.layers.balance import BalanceConfig
-from rorqual.layers.basics import RopeConfig, YarnConfig
-from rorqual.layers.moe import MoEConfig
-from rorqual.layers.mtp import MTPConfig
-from rorqual.layers.router import RouterConfig
-from rorqual.model import ModelConfig
+from rorqual.model_config import (
+    BalanceConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+    RopeConfig,
+    RouterConfig,
+    YarnConfig,
+)
 
 KINDS = ("deepseek_v2", "deepseek_v3")
 WHOLE = (

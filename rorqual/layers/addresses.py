@@ -8,11 +8,8 @@ Conditional Memory via Scalable Lookup, section 2.2, arXiv:2601.07372.
 """
 
 import hashlib
-import itertools
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,109 +20,17 @@ from torch import Tensor, nn
 from rorqual.kernels import pick
 from rorqual.layers.basics import Layout
 from rorqual.layers.cache import Recent
+from rorqual.model_config import EngramConfig as EngramConfig
+from rorqual.model_config import head_primes
+from rorqual.model_config import row_totals as row_totals
 from rorqual.storage.staging import Staging
 
 WORTH_KEEPING = 4096  # tokens whose rows' memory is kept for the next call
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngramConfig:
-    """Which blocks remember, how much, and how. Every production variant is one setting of these fields."""
-
-    layers: tuple[int, ...] = (1,)  # blocks that remember, counted from 0
-    rows_per_head: tuple[int, ...] = (4096, 4096)  # one for each n-gram order, 2 first; rounded up to primes
-    heads: int = 4  # hash heads of each order
-    head_dim: int = 16  # width of a row
-    kernel: int = 4  # taps of the convolution over time
-    dilation: int | None = None  # tokens between two taps; None: the largest n-gram
-    conv: bool = True
-    bias: bool = False  # of the key and value projections
-    gating: Literal["streams", "shared", "open"] = "streams"  # a gate a stream; one, of their mean; none, always 1
-    sign: Literal["sign", "copysign"] = "sign"  # of the square root at a score of exactly 0: gate 1/2, or a little more
-    eps: float = 1.1920929e-7  # of the gate's norms; what torch's rms_norm takes when it is told none
-    conv_eps: float = 1e-5  # of the norm before the convolution
-    seed: int = 0
-    # what draws the multipliers: numpy's default generator (DeepSeek), or splitmix64 (Qwen)
-    generator: Literal["numpy", "splitmix64"] = "numpy"
-    canonical: bool = True  # address with canonical ids; False: with raw ones
-    pad_id: int = 0  # raw id that stands for missing left context
-    # raw id that ends a text: look-back stops at it, and it stands for missing left context in place of pad_id
-    eos_id: int | None = None
-    end_of_document: bool = True  # look-back and convolution stop where a document begins
-    dead_tokens: tuple[int, ...] = ()  # raw ids (images) that look-back stops at and that recall nothing
-
-    def __post_init__(self) -> None:
-        if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
-            raise ValueError(f"engram.layers: got {self.layers}, expected different block indices from 0")
-        if not self.rows_per_head or min(self.rows_per_head) < 2:
-            raise ValueError(
-                f"engram.rows_per_head: got {self.rows_per_head}, expected 2 or more for each n-gram order"
-            )
-        for name in ("heads", "head_dim", "kernel", "dilation"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"engram.{name}: got {value}, expected at least 1")
-        if self.sign not in ("sign", "copysign"):
-            raise ValueError(f"engram.sign: got {self.sign!r}, expected sign or copysign")
-        if self.gating not in ("streams", "shared", "open"):
-            raise ValueError(f"engram.gating: got {self.gating!r}, expected streams, shared or open")
-        if self.generator not in ("numpy", "splitmix64"):
-            raise ValueError(f"engram.generator: got {self.generator!r}, expected numpy or splitmix64")
-        if self.eos_id is not None and self.eos_id < 0:
-            raise ValueError(f"engram.eos_id: got {self.eos_id}, expected an id of the tokenizer, or none")
-        if min(self.seed, self.pad_id, *self.dead_tokens) < 0:
-            got = f"seed {self.seed}, pad_id {self.pad_id}, dead_tokens {self.dead_tokens}"
-            raise ValueError(f"engram: got {got}, expected none negative")
-
-    @property
-    def ngram(self) -> int:
-        """N, the largest n-gram."""
-        return len(self.rows_per_head) + 1
-
-    @property
-    def rows_per_token(self) -> int:
-        """R, the rows that one token reads in one layer."""
-        return self.heads * len(self.rows_per_head)
-
-    @property
-    def memory_width(self) -> int:
-        """M, the width of what one token recalls in one layer."""
-        return self.rows_per_token * self.head_dim
-
-    @property
-    def missing_id(self) -> int:
-        """The raw id that stands where there is no left context."""
-        return self.pad_id if self.eos_id is None else self.eos_id
-
-    def gates(self, streams: int) -> int:
-        """How many keys, and gates that differ, a token has in one layer."""
-        return {"streams": streams, "shared": 1, "open": 0}[self.gating]
-
-    @property
-    def halo(self) -> int:
-        """How many earlier tokens the convolution of one token reads."""
-        return (self.kernel - 1) * (self.dilation or self.ngram) if self.conv else 0
-
-
-def _is_prime(n: int) -> bool:
-    return n == 2 or bool(n > 2 and n % 2 and (n % np.arange(3, math.isqrt(n) + 1, 2)).all())
-
-
 def find_primes(config: EngramConfig) -> np.ndarray:
     """int64 [Lm, N-1, J]: each head's next prime >= its order's rows_per_head that no head before it has taken."""
-    seen: set[int] = set()
-    primes = []
-    for rows in config.rows_per_head * len(config.layers):
-        prime = rows - 1
-        for _ in range(config.heads):
-            prime = next(n for n in itertools.count(prime + 1) if n not in seen and _is_prime(n))
-            seen.add(prime)
-            primes.append(prime)
-    return np.array(primes, dtype=np.int64).reshape(len(config.layers), -1, config.heads)
-
-
-def row_totals(config: EngramConfig) -> tuple[int, ...]:
-    """Rows of each layer's table: the sums of its primes."""
-    return tuple(int(total) for total in find_primes(config).sum((1, 2)))
+    return np.array(head_primes(config), dtype=np.int64)
 
 
 def draw_multipliers(config: EngramConfig, canonical: int) -> np.ndarray:
@@ -266,9 +171,9 @@ class Addresses(nn.Module):
         known = canonical_map[canonical_map >= 0]
         if not len(known) or canonical_map.min() < -1 or len(np.unique(known)) != known.max() + 1:
             raise ValueError("canonical map: got gaps or negative ids, expected every number from 0 up to the largest")
-        missing, name = self.config.missing_id, "pad_id" if self.config.eos_id is None else "eos_id"
+        missing = self.config.missing_id
         if missing >= len(canonical_map) or canonical_map[missing] < 0:
-            raise ValueError(f"engram.{name}: got {missing}, expected an id of the tokenizer, below {len(known)}")
+            raise self.config.unknown_missing_id(len(known))
         primes = find_primes(self.config)
         flat = primes.reshape(len(primes), -1)  # [Lm, R]
         digest = hashlib.sha256(known.astype("<i4").tobytes()).digest()

@@ -15,7 +15,6 @@ GQA (arXiv 2305.13245): `heads` query heads share `kv_heads` key heads, optional
 (2004.05150), with a learned sink in the softmax's denominator (2309.17453, 2508.10925), with normed queries and keys.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,58 +23,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rorqual.layers.attend import attend, attend_shared, by_head
-from rorqual.layers.basics import Layout, RMSNorm, RopeConfig, rotate, softmax_factor
+from rorqual.layers.basics import Layout, RMSNorm, rotate, softmax_factor
 from rorqual.layers.cache import Appended, Bundle
+from rorqual.model_config import GQAConfig as GQAConfig
+from rorqual.model_config import MLAConfig as MLAConfig
+from rorqual.model_config import RopeConfig
 
 GATHERING = 2.0  # the time of a gathered key over that of one read in its place
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MLAConfig:
-    """Sizes of multi-head latent attention; DeepSeek-V3: 128 heads, 1536, 512, 128, 64, 128."""
-
-    heads: int = 4
-    q_lora_rank: int | None = None  # None: queries come straight from the hidden state
-    kv_lora_rank: int = 32
-    nope_dim: int = 16  # per head, without position
-    rope_dim: int = 16  # per head, rotated; the key's is shared by all heads
-    value_dim: int = 16
-    eps: float = 1e-6  # of both latents' norms, whatever the model's is
-    bias: bool = False  # on the two projections down and the one out
-
-    def __post_init__(self) -> None:
-        for name in ("heads", "kv_lora_rank", "nope_dim", "rope_dim", "value_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            raise ValueError(f"q_lora_rank: got {self.q_lora_rank}, expected at least 1 or None")
-        if self.rope_dim % 2:
-            raise ValueError(f"rope_dim: got {self.rope_dim}, expected an even width")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GQAConfig:
-    """Sizes of grouped-query attention; kv_heads = heads is plain multi-head attention."""
-
-    heads: int = 4
-    kv_heads: int = 4
-    head_dim: int = 16
-    value_dim: int | None = None  # None: head_dim
-    window: int | None = None  # keys a query sees, itself included; None: all
-    sinks: bool = False  # one learned logit a head that takes probability and gives nothing
-    qk_norm: bool = False  # RMSNorm over each head's query and key, before rope
-
-    def __post_init__(self) -> None:
-        for name in ("heads", "kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads: got {self.kv_heads}, expected a divisor of {self.heads} heads")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim: got {self.head_dim}, expected an even width, which rope rotates in pairs")
-        for name in ("value_dim", "window"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1 or None")
 
 
 def _visibility(layout: Layout) -> tuple[Tensor | None, bool]:
@@ -260,8 +214,8 @@ class GQA(nn.Module):
         """`inner` attends in our place (NSA, MoBA): inner(q, k, v, hidden=, layout=, scale=, cache=, tables=, last=),
         [B, T, H, Q] or of the `last` token alone."""
         super().__init__()
-        if inner is not None and (config.window is not None or config.sinks):
-            raise ValueError("got window or sinks together with an inner attention, expected one or the other")
+        if inner is not None:
+            config.check_inner()
         self.config, self.interleaved = config, rope.interleaved
         self.inner: Any = inner
         self.rope_dim, self.value_dim = config.head_dim, config.value_dim or config.head_dim

@@ -15,38 +15,12 @@ Padding takes no part in any. DeepSeekMoE arXiv:2401.06066, V2 2405.04434, V3 24
 ST-MoE: 2202.08906.
 """
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from rorqual.layers.router import SUM_EPS, Routing
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BalanceConfig:
-    """Coefficients; 0 leaves a loss out. Device d holds the d-th of `devices` equal runs of experts."""
-
-    bias_rate: float = 1e-3  # gamma of the loss-free bias
-    sequence: float = 1e-4
-    expert: float = 0.0
-    device: float = 0.0
-    communication: float = 0.0
-    devices: int = 1  # D
-    device_limit: int = 1  # M, devices a token's experts may lie on
-    z_loss: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("bias_rate", "sequence", "expert", "device", "communication", "z_loss"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"balance.{name}: got {getattr(self, name)}, expected 0 or more")
-        if self.devices < 1:
-            raise ValueError(f"balance.devices: got {self.devices}, expected at least 1")
-        if not 1 <= self.device_limit <= self.devices:
-            raise ValueError(
-                f"balance.device_limit: got {self.device_limit}, expected 1 to the {self.devices} of balance.devices"
-            )
+from rorqual.model_config import BalanceConfig as BalanceConfig
 
 
 def losses(routing: Routing, config: BalanceConfig, active: int) -> dict[str, Float[Tensor, ""]]:

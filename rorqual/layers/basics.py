@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rorqual.layers.cache import Past
+from rorqual.model_config import RopeConfig as RopeConfig
+from rorqual.model_config import YarnConfig as YarnConfig
+from rorqual.model_config import longest_context as longest_context
 
 LOGITS = 1 << 22  # 16 MiB of them in float32
 
@@ -88,39 +91,6 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class YarnConfig:
-    """How a rotary base trained on `original_length` tokens is stretched to `factor` times as many."""
-
-    factor: float = 40.0
-    original_length: int = 4096
-    beta_fast: float = 32.0  # pairs that turn more often than this within original_length stay as they are
-    beta_slow: float = 1.0  # pairs that turn less often than this are slowed by the whole factor
-    mscale: float = 1.0
-    mscale_all_dim: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.factor < 1 or self.original_length < 1:
-            raise ValueError(
-                f"got factor {self.factor} and original_length {self.original_length}, expected both at least 1"
-            )
-        if not 0 < self.beta_slow < self.beta_fast:
-            raise ValueError(f"got beta_fast {self.beta_fast}, beta_slow {self.beta_slow}, expected 0 < slow < fast")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RopeConfig:
-    """Rotary positions. `interleaved`: pairs are (2i, 2i+1) as DeepSeek trains them, otherwise (i, i + dim/2)."""
-
-    base: float = 10000.0
-    interleaved: bool = True
-    yarn: YarnConfig | None = None
-
-    def __post_init__(self) -> None:
-        if self.base <= 1:
-            raise ValueError(f"got rope base {self.base}, expected more than 1")
-
-
 def _mscale(factor: float, weight: float) -> float:
     """0.1 weight ln(factor) + 1: how much more sharply attention must look over a longer context."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -182,14 +152,6 @@ def rotate(
 def softmax_factor(config: RopeConfig) -> float:
     """What YaRN multiplies the softmax scale by: mscale(s, mscale_all_dim)^2 (1.8739 for DeepSeek-V3), else 1."""
     return 1.0 if config.yarn is None else _mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
-
-
-def longest_context(base: float, factor: float = 1.0) -> int:
-    """Tokens that a rotary base tells apart, pi * base * YaRN factor.
-
-    The slowest pair turns once in about 2 pi base tokens, and angles theta and 2 pi - theta have one cosine, so half
-    a turn is usable."""
-    return int(math.pi * base * factor)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

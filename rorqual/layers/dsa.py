@@ -12,7 +12,6 @@ then over S while MLA attends to S, p_h being its probabilities there.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -22,32 +21,15 @@ from torch.autograd.function import once_differentiable
 
 from rorqual import kernels
 from rorqual.layers.attend import attend, attend_shared
-from rorqual.layers.basics import Layout, RopeConfig, largest, rotate
+from rorqual.layers.basics import Layout, largest, rotate
 from rorqual.layers.cache import Appended
 from rorqual.layers.selection import FEW, straight
+from rorqual.model_config import DSAConfig as DSAConfig
+from rorqual.model_config import RopeConfig
 
 QUERIES = 512  # looked at together, at most
 SCORES = 1 << 23  # that stand at a time: 32 MiB of float32
 COPIED = 1 << 21  # numbers of latents gathered at a time
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DSAConfig:
-    """Sizes of the indexer and how it is trained; DeepSeek-V3.2: 64 heads of 128, 2048 chosen, 1000 steps."""
-
-    heads: int = 4
-    dim: int = 32  # per head, at least MLA's rope_dim
-    chosen: int = 2048  # keys a query sees
-    warmup: int = 1000  # steps in which MLA attends to every key and the loss is over every key
-    weight: float = 1.0  # of the loss, a mean over layers; no gradient of it reaches anything but the indexers
-
-    def __post_init__(self) -> None:
-        for name in ("heads", "dim", "chosen"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"dsa.{name}: got {getattr(self, name)}, expected at least 1")
-        for name in ("warmup", "weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"dsa.{name}: got {getattr(self, name)}, expected 0 or more")
 
 
 @runtime_checkable
@@ -78,8 +60,7 @@ class DSA(nn.Module):
     def __init__(self, config: DSAConfig, dim: int, mla: Latent, rope: RopeConfig):
         """`rope` is MLA's; its tables come with every call and its pairing is not ours, so nothing is kept of it."""
         super().__init__()
-        if config.dim < mla.rope_dim:
-            raise ValueError(f"dsa.dim: got {config.dim}, expected at least mla.rope_dim, {mla.rope_dim}")
+        config.check_rope_dim(mla.rope_dim)
         self.config, self.rope_dim = config, mla.rope_dim
         self.wq_b = nn.Linear(mla.q_lora_rank or dim, config.heads * config.dim, bias=False)
         self.wk = nn.Linear(dim, config.dim, bias=False)

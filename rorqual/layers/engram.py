@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from rorqual.kernels import pick
 from rorqual.layers.addresses import (
     Addresses,
-    EngramConfig,
     draw_multipliers,
     find_primes,
     hash_rows,
     last_columns,
-    row_totals,
 )
 from rorqual.layers.basics import Layout
 from rorqual.layers.cache import Recent
+from rorqual.model_config import EngramConfig, row_totals
 
 # The paper's names have one door, this one.
 __all__ = [

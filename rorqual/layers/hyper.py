@@ -17,9 +17,8 @@ Coefficients are float32 whatever the streams and autocast are (float64 stays fl
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import permutations
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -27,50 +26,7 @@ from torch import Tensor, nn
 
 from rorqual.kernels import pick
 from rorqual.layers.streams import collapse, project, read, squash, wide, write
-
-STREAMS_PERMUTED = 6  # 6! = 720 weights a token; beyond that the permutations cost more than the sublayer
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HyperConfig:
-    """How the residual is widened from one stream to several."""
-
-    kind: Literal["mhc", "single_pass", "hc"] = "mhc"
-    streams: int = 4
-    iterations: int = 20  # Sinkhorn normalisations of each axis
-    eps: float = 1e-6  # of the Sinkhorn sums and of pre; 0 in the paper, 1e-6 in DeepSeek-V4
-    norm_eps: float = 1e-6  # inside the root of the norm
-    mix: Literal["sinkhorn", "identity", "permutations"] = "sinkhorn"
-    exit: Literal["kind", "learned", "mean", "sum", "last"] = "kind"  # "kind": mhc learned, single_pass last, hc sum
-    scale: float = 0.01  # a, the start of every learned scale
-    identity: float = 2.0  # start of comb's diagonal logits; much above 5 starves their gradient
-
-    def __post_init__(self):
-        for name, allowed in (
-            ("kind", ("mhc", "single_pass", "hc")),
-            ("mix", ("sinkhorn", "identity", "permutations")),
-            ("exit", ("kind", "learned", "mean", "sum", "last")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"hyper.{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-        for name in ("streams", "iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"hyper.{name}: got {getattr(self, name)}, expected at least 1")
-        if not self.eps >= 0:
-            raise ValueError(f"hyper.eps: got {self.eps}, expected 0 or more")
-        if not self.norm_eps > 0:
-            raise ValueError(f"hyper.norm_eps: got {self.norm_eps}, expected more than 0")
-        if self.mix == "permutations" and self.streams > STREAMS_PERMUTED:
-            raise ValueError(
-                f"hyper.streams: got {self.streams} with mix='permutations', expected at most {STREAMS_PERMUTED}"
-            )
-        if self.kind == "hc" and self.mix != "sinkhorn":
-            raise ValueError(f"hyper.mix: got {self.mix!r} with kind='hc', whose mix is its own; leave it as it is")
-
-    @property
-    def leaving(self) -> str:
-        """The exit in force: "learned", "mean", "sum" or "last"."""
-        return {"mhc": "learned", "single_pass": "last", "hc": "sum"}[self.kind] if self.exit == "kind" else self.exit
+from rorqual.model_config import HyperConfig as HyperConfig
 
 
 class Coefficients(NamedTuple):

@@ -12,9 +12,6 @@ MoBA: Mixture of Block Attention, arXiv:2502.13189. `choice="tile"`, where the f
 them (layers/tiles.py), is ours.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -34,30 +31,8 @@ from rorqual.layers.selection import (
     wide,
     windows,
 )
-from rorqual.layers.tiles import Choice, attend_tiles, tile_choices
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MoBAConfig:
-    """How keys are grouped and how many groups a query sees."""
-
-    block: int = 512  # keys
-    chosen: int = 3  # blocks, the query's own among them
-    decode: Literal["sparse", "full"] = "sparse"  # what single new tokens do: the paper serves with full
-    choice: Choice = "token"  # who chooses blocks: each token, or (ours) the first of a tile of 128 for them all
-    full_layers: int = 0  # the last so many layers attend fully; the paper: 3 of 32
-    full_from: float = 1.0  # share of a training's steps after which all layers do; the paper: 0.9
-
-    def __post_init__(self) -> None:
-        if self.full_layers < 0 or not 0 <= self.full_from <= 1:
-            got = f"got full_layers {self.full_layers}, full_from {self.full_from}"
-            raise ValueError(f"moba: {got}, expected at least 0 layers, a share of 0..1")
-        for name in ("block", "chosen"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"moba.{name}: got {getattr(self, name)}, expected at least 1")
-        for name, kinds in (("decode", ("sparse", "full")), ("choice", ("token", "tile"))):
-            if getattr(self, name) not in kinds:
-                raise ValueError(f"moba.{name}: got {getattr(self, name)!r}, expected {kinds[0]!r} or {kinds[1]!r}")
+from rorqual.layers.tiles import attend_tiles, tile_choices
+from rorqual.model_config import MoBAConfig as MoBAConfig
 
 
 def block_means(

@@ -7,7 +7,6 @@ DeepSeekMoE, arXiv:2401.06066.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -16,63 +15,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rorqual.kernels import pick
-from rorqual.layers.balance import BalanceConfig
 from rorqual.layers.basics import Layout, SwiGLU
 from rorqual.layers.experts import Experts
-from rorqual.layers.router import Router, RouterConfig, Routing
+from rorqual.layers.router import Router, Routing
+from rorqual.model_config import MoEConfig as MoEConfig
 
 FEW = 8  # slots; up to here a product a slot beats a grouped one
 
 Exchange = Callable[[Float[Tensor, "N D"], Int[Tensor, " E"], Experts], Float[Tensor, "N D"]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MoEConfig:
-    """A mixture of `routed` experts, `active` of them a token, beside shared ones that every token takes."""
-
-    routed: int = 32  # E
-    active: int = 2  # K
-    shared: int = 1  # 0 for none; they are one SwiGLU
-    width: int = 32  # of one expert
-    shared_width: int | None = None  # of the shared SwiGLU; None: shared * width
-    first_dense: int = 0  # blocks before this one have a dense feed-forward
-    router: RouterConfig = field(default_factory=RouterConfig)
-    balance: BalanceConfig = field(default_factory=BalanceConfig)
-
-    def __post_init__(self) -> None:
-        for name, least in (("routed", 1), ("width", 1), ("shared", 0), ("first_dense", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"moe.{name}: got {getattr(self, name)}, expected at least {least}")
-        if not 1 <= self.active <= self.routed:
-            raise ValueError(f"moe.active: got {self.active}, expected 1 to the {self.routed} routed experts")
-        if self.shared_width is not None and (self.shared_width < 1 or not self.shared):
-            raise ValueError(
-                f"moe.shared_width: got {self.shared_width} with shared {self.shared}, expected at least 1 of each"
-            )
-        self._check_groups()
-        if self.router.min_active > self.active:
-            raise ValueError(f"router.min_active: got {self.router.min_active}, expected at most active, {self.active}")
-        if self.routed % self.balance.devices:
-            raise ValueError(
-                f"balance.devices: got {self.balance.devices}, expected a divisor of {self.routed} experts"
-            )
-
-    def _check_groups(self) -> None:
-        router = self.router
-        if self.routed % router.groups:
-            raise ValueError(f"router.groups: got {router.groups}, expected a divisor of {self.routed} experts")
-        size = self.routed // router.groups
-        if router.groups_kept * size < self.active:
-            raise ValueError(
-                f"router.groups_kept: got {router.groups_kept} groups of {size}, expected room for {self.active}"
-            )
-        if router.groups_kept < router.groups and router.group_score == "top2" and size < 2:
-            raise ValueError("router.group_score: got 'top2' with groups of one expert, expected 'max'")
-
-    @property
-    def shared_hidden(self) -> int:
-        """Width of the shared SwiGLU, 0 without one."""
-        return self.shared * self.width if self.shared_width is None else self.shared_width
 
 
 class Slots(NamedTuple):

@@ -9,7 +9,6 @@ DeepSeek-V3, arXiv:2412.19437, section 2.2.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,20 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rorqual.layers.basics import RMSNorm
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MTPConfig:
-    """How many tokens beyond the next are foretold, and what that counts for."""
-
-    depth: int = 1
-    weight: float = 0.3  # lambda, of the mean over depths; V3 lowers it to 0.1 late in training
-
-    def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ValueError(f"mtp.depth: got {self.depth}, expected at least 1")
-        if not self.weight >= 0:
-            raise ValueError(f"mtp.weight: got {self.weight}, expected 0 or more")
+from rorqual.model_config import MTPConfig as MTPConfig
 
 
 def ahead(ids: Int[Tensor, "B T"], documents: Int[Tensor, "B T"] | None = None, beyond: int = 0) -> Int[Tensor, "B T"]:

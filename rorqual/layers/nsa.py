@@ -18,7 +18,6 @@ Native Sparse Attention, arXiv:2502.11089. The mean beside the MLP is ours: the 
 """
 
 import functools
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 from rorqual import kernels
 from rorqual.layers.attend import attend
-from rorqual.layers.basics import Layout, RopeConfig, rope_tables, rotate
+from rorqual.layers.basics import Layout, rope_tables, rotate
 from rorqual.layers.cache import Appended, Bundle, Recent
 from rorqual.layers.selection import (
     FEW,
@@ -44,33 +43,9 @@ from rorqual.layers.selection import (
     wide,
     windows,
 )
-from rorqual.layers.tiles import Choice, attend_tiles, token_choices
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NSAConfig:
-    """Sizes in keys; the paper's are the defaults."""
-
-    block: int = 32  # l, keys a compressed key stands for
-    stride: int = 16  # d, between compressed keys; divides the other two
-    select_block: int = 64  # l'
-    chosen: int = 16  # selection blocks, the three forced ones among them
-    window: int = 512
-    choice: Choice = "token"  # who chooses blocks: each token, or (ours) the first of a tile of 128 for them all
-
-    def __post_init__(self) -> None:
-        for name in ("block", "stride", "select_block", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"nsa.{name}: got {getattr(self, name)}, expected at least 1")
-        for name in ("block", "select_block"):
-            if getattr(self, name) % self.stride:
-                raise ValueError(
-                    f"nsa.{name}: got {getattr(self, name)}, expected a multiple of the stride, {self.stride}"
-                )
-        if self.chosen < 3:
-            raise ValueError(f"nsa.chosen: got {self.chosen}, expected at least 3, the blocks that are forced")
-        if self.choice not in ("token", "tile"):
-            raise ValueError(f"nsa.choice: got {self.choice!r}, expected 'token' or 'tile'")
+from rorqual.layers.tiles import attend_tiles, token_choices
+from rorqual.model_config import NSAConfig as NSAConfig
+from rorqual.model_config import RopeConfig
 
 
 @runtime_checkable

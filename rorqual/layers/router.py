@@ -16,8 +16,7 @@ DeepSeekMoE arXiv:2401.06066, V2 2405.04434, V3 2412.19437; the bias: 2408.15664
 many experts as a token needs: Huang et al. 2403.07652; choice by token id: Roller et al. 2106.04426.
 """
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,43 +24,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rorqual.kernels import pick
+from rorqual.model_config import RouterConfig as RouterConfig
 
 SUM_EPS = 1e-20  # keeps a token whose scores all vanished from dividing by zero
-SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
-GROUP_SCORES = ("top2", "max")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RouterConfig:
-    """How a token's experts are scored, chosen and weighted."""
-
-    score: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "sigmoid"
-    groups: int = 1  # experts come in this many equal groups ..
-    groups_kept: int = 1  # .. and a token takes all of its experts from this many of them
-    group_score: Literal["top2", "max"] = "top2"
-    renormalise: bool = True  # weights of the chosen sum to `scale`
-    scale: float = 1.0  # of the routed weights; shared experts have none
-    bias: bool = True  # a bias on choosing, moved by loss-free balancing
-    noise: float = 0.0  # standard deviation of the noise on the logits in training
-    adaptive_mass: float | None = None  # experts are taken, best first, until they hold this share of the scores
-    min_active: int = 1  # .. but never fewer than this
-    token_id_layers: int = 0  # the first so many layers choose by token id
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("score", SCORES), ("group_score", GROUP_SCORES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"router.{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-        if not 1 <= self.groups_kept <= self.groups:
-            raise ValueError(f"router.groups_kept: got {self.groups_kept}, expected 1 to the {self.groups} groups")
-        if not self.scale > 0:
-            raise ValueError(f"router.scale: got {self.scale}, expected more than 0")
-        if not self.noise >= 0:
-            raise ValueError(f"router.noise: got {self.noise}, expected 0 or more")
-        if self.adaptive_mass is not None and not 0 < self.adaptive_mass <= 1:
-            raise ValueError(f"router.adaptive_mass: got {self.adaptive_mass}, expected more than 0, at most 1")
-        for name, least in (("min_active", 1), ("token_id_layers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"router.{name}: got {getattr(self, name)}, expected at least {least}")
 
 
 class Routing(NamedTuple):

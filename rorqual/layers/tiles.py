@@ -10,7 +10,7 @@ depends on the future, and decoding gives what one call gave.
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ from torch.nn.attention import flex_attention as flex
 from rorqual.layers.basics import Layout
 from rorqual.layers.cache import Recent
 from rorqual.layers.selection import attend_chosen, runs
+from rorqual.model_config import Choice as Choice
 
-Choice = Literal["token", "tile"]
 TILE = 128  # queries
 
 

@@ -22,7 +22,8 @@ from rorqual import checkpoint, runtime
 from rorqual.data.files import hub_reason
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.hub import checkpoints
-from rorqual.model import LanguageModel, ModelConfig
+from rorqual.model import LanguageModel
+from rorqual.model_config import ModelConfig
 from rorqual.serve.decoding import Tally, decode, speculate
 from rorqual.serve.sampling import GREEDY, Sampling
 from rorqual.storage import StorageConfig

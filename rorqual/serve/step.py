@@ -27,8 +27,9 @@ from rorqual.layers.cache import Appended, Cache
 from rorqual.layers.experts import Experts
 from rorqual.layers.hyper import Residual
 from rorqual.layers.moe import MoE
-from rorqual.layers.router import SCORES, Router
+from rorqual.layers.router import Router
 from rorqual.model import Block, LanguageModel
+from rorqual.model_config import ROUTER_SCORES
 from rorqual.runtime import log
 
 # what the compiled step knows the inside of; anything else may be an adapter
@@ -187,7 +188,7 @@ def sizes(model: LanguageModel) -> Sizes:
         experts=moe.routed if moe is not None else 0,
         active=moe.active if moe is not None else 0,
         width=moe.width if moe is not None else 0,
-        score=SCORES.index(router.score) if router is not None else 0,
+        score=ROUTER_SCORES.index(router.score) if router is not None else 0,
         groups=router.groups if router is not None else 1,
         groups_kept=router.groups_kept if router is not None else 1,
         by_two=router is not None and router.group_score == "top2",

@@ -35,8 +35,8 @@ from rorqual.data.stream import Stream, TokenFolder, tokenise, validation_batche
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.data.tokenizer import train as train_tokenizer
 from rorqual.io import lock, remove_partial
-from rorqual.layers.engram import row_totals
-from rorqual.model import LanguageModel, ModelConfig
+from rorqual.model import LanguageModel
+from rorqual.model_config import ModelConfig, row_totals
 from rorqual.storage import HostedTable, LearningTable, write_rows
 from rorqual.storage.stream import Stream as Fetcher
 from rorqual.train.optim import Diverged, OptimConfig, Optimizer

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -32,6 +34,19 @@ def test_params_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert f"{found['tiny']['total']:,}" in said
     assert f"{found['classroom']['flops_per_token']:,}" in said
+
+
+@pytest.mark.parametrize(
+    "words", [["tiny"], ["tiny", "deepseek-v3", "--json"], ["tiny", "--context", "64"], ["--base", "10000"], ["--help"]]
+)
+def test_params_loads_no_torch(words: list[str]) -> None:
+    """Torch alone takes longer to load than the answer may."""
+    code = (
+        f"import sys; from rorqual.cli.main import main; assert main(['params', *{words}]) == 0;"
+        "print(sorted({'torch', 'numpy', 'transformers', 'jaxtyping'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_params_of_what_flags_change(capsys: pytest.CaptureFixture[str], small_run: Path) -> None:

@@ -1,5 +1,7 @@
 """The estimate against what an optimizer really keeps, and against seconds by hand."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -136,3 +138,14 @@ def test_a_model_without_memory_has_no_rows_and_a_large_one_does_not_fit():
 def test_what_is_no_machine_is_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
         Machine(**wrong)
+
+
+def test_an_estimate_does_not_load_the_compiler() -> None:
+    """torch.compile's front end, which random numbers on the meta device load, takes longer than the estimate."""
+    code = (
+        "import sys; from rorqual.experiments.devices import Machine, estimate; from rorqual.presets import preset;"
+        "estimate(preset('tiny'), Machine());"
+        "print(sorted({'torch._dynamo', 'torch._inductor', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,514 @@
+"""The configuration of a model and of each of its layers, and the arithmetic that needs nothing else.
+
+Frozen dataclasses that refuse what cannot be. Nothing here imports torch or numpy, so that what only describes or
+counts a model (presets, costs, `rorqual params`) starts at once. A layer's config is also a name of the layer's file:
+`from rorqual.layers.nsa import NSAConfig`.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+ROUTER_SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
+GROUP_SCORES = ("top2", "max")
+STREAMS_PERMUTED = 6  # 6! = 720 weights a token; beyond that the permutations cost more than the sublayer
+
+Choice = Literal["token", "tile"]  # who chooses the blocks of keys in NSA and MoBA
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class YarnConfig:
+    """How a rotary base trained on `original_length` tokens is stretched to `factor` times as many."""
+
+    factor: float = 40.0
+    original_length: int = 4096
+    beta_fast: float = 32.0  # pairs that turn more often than this within original_length stay as they are
+    beta_slow: float = 1.0  # pairs that turn less often than this are slowed by the whole factor
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.factor < 1 or self.original_length < 1:
+            raise ValueError(
+                f"got factor {self.factor} and original_length {self.original_length}, expected both at least 1"
+            )
+        if not 0 < self.beta_slow < self.beta_fast:
+            raise ValueError(f"got beta_fast {self.beta_fast}, beta_slow {self.beta_slow}, expected 0 < slow < fast")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeConfig:
+    """Rotary positions. `interleaved`: pairs are (2i, 2i+1) as DeepSeek trains them, otherwise (i, i + dim/2)."""
+
+    base: float = 10000.0
+    interleaved: bool = True
+    yarn: YarnConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.base <= 1:
+            raise ValueError(f"got rope base {self.base}, expected more than 1")
+
+
+def longest_context(base: float, factor: float = 1.0) -> int:
+    """Tokens that a rotary base tells apart, pi * base * YaRN factor.
+
+    The slowest pair turns once in about 2 pi base tokens, and angles theta and 2 pi - theta have one cosine, so half
+    a turn is usable."""
+    return int(math.pi * base * factor)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MLAConfig:
+    """Sizes of multi-head latent attention; DeepSeek-V3: 128 heads, 1536, 512, 128, 64, 128."""
+
+    heads: int = 4
+    q_lora_rank: int | None = None  # None: queries come straight from the hidden state
+    kv_lora_rank: int = 32
+    nope_dim: int = 16  # per head, without position
+    rope_dim: int = 16  # per head, rotated; the key's is shared by all heads
+    value_dim: int = 16
+    eps: float = 1e-6  # of both latents' norms, whatever the model's is
+    bias: bool = False  # on the two projections down and the one out
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "kv_lora_rank", "nope_dim", "rope_dim", "value_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ValueError(f"q_lora_rank: got {self.q_lora_rank}, expected at least 1 or None")
+        if self.rope_dim % 2:
+            raise ValueError(f"rope_dim: got {self.rope_dim}, expected an even width")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GQAConfig:
+    """Sizes of grouped-query attention; kv_heads = heads is plain multi-head attention."""
+
+    heads: int = 4
+    kv_heads: int = 4
+    head_dim: int = 16
+    value_dim: int | None = None  # None: head_dim
+    window: int | None = None  # keys a query sees, itself included; None: all
+    sinks: bool = False  # one learned logit a head that takes probability and gives nothing
+    qk_norm: bool = False  # RMSNorm over each head's query and key, before rope
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads: got {self.kv_heads}, expected a divisor of {self.heads} heads")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: got {self.head_dim}, expected an even width, which rope rotates in pairs")
+        for name in ("value_dim", "window"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1 or None")
+
+    def check_inner(self) -> None:
+        """Refuses a window and sinks, which an inner attention (NSA, MoBA) does not have."""
+        if self.window is not None or self.sinks:
+            raise ValueError("got window or sinks together with an inner attention, expected one or the other")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NSAConfig:
+    """Sizes in keys; the paper's are the defaults."""
+
+    block: int = 32  # l, keys a compressed key stands for
+    stride: int = 16  # d, between compressed keys; divides the other two
+    select_block: int = 64  # l'
+    chosen: int = 16  # selection blocks, the three forced ones among them
+    window: int = 512
+    choice: Choice = "token"  # who chooses blocks: each token, or (ours) the first of a tile of 128 for them all
+
+    def __post_init__(self) -> None:
+        for name in ("block", "stride", "select_block", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"nsa.{name}: got {getattr(self, name)}, expected at least 1")
+        for name in ("block", "select_block"):
+            if getattr(self, name) % self.stride:
+                raise ValueError(
+                    f"nsa.{name}: got {getattr(self, name)}, expected a multiple of the stride, {self.stride}"
+                )
+        if self.chosen < 3:
+            raise ValueError(f"nsa.chosen: got {self.chosen}, expected at least 3, the blocks that are forced")
+        if self.choice not in ("token", "tile"):
+            raise ValueError(f"nsa.choice: got {self.choice!r}, expected 'token' or 'tile'")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoBAConfig:
+    """How keys are grouped and how many groups a query sees."""
+
+    block: int = 512  # keys
+    chosen: int = 3  # blocks, the query's own among them
+    decode: Literal["sparse", "full"] = "sparse"  # what single new tokens do: the paper serves with full
+    choice: Choice = "token"  # who chooses blocks: each token, or (ours) the first of a tile of 128 for them all
+    full_layers: int = 0  # the last so many layers attend fully; the paper: 3 of 32
+    full_from: float = 1.0  # share of a training's steps after which all layers do; the paper: 0.9
+
+    def __post_init__(self) -> None:
+        if self.full_layers < 0 or not 0 <= self.full_from <= 1:
+            got = f"got full_layers {self.full_layers}, full_from {self.full_from}"
+            raise ValueError(f"moba: {got}, expected at least 0 layers, a share of 0..1")
+        for name in ("block", "chosen"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"moba.{name}: got {getattr(self, name)}, expected at least 1")
+        for name, kinds in (("decode", ("sparse", "full")), ("choice", ("token", "tile"))):
+            if getattr(self, name) not in kinds:
+                raise ValueError(f"moba.{name}: got {getattr(self, name)!r}, expected {kinds[0]!r} or {kinds[1]!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DSAConfig:
+    """Sizes of the indexer and how it is trained; DeepSeek-V3.2: 64 heads of 128, 2048 chosen, 1000 steps."""
+
+    heads: int = 4
+    dim: int = 32  # per head, at least MLA's rope_dim
+    chosen: int = 2048  # keys a query sees
+    warmup: int = 1000  # steps in which MLA attends to every key and the loss is over every key
+    weight: float = 1.0  # of the loss, a mean over layers; no gradient of it reaches anything but the indexers
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "dim", "chosen"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"dsa.{name}: got {getattr(self, name)}, expected at least 1")
+        for name in ("warmup", "weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"dsa.{name}: got {getattr(self, name)}, expected 0 or more")
+
+    def check_rope_dim(self, rope_dim: int) -> None:
+        """Refuses an attention around it that rotates more than the indexer's heads hold."""
+        if self.dim < rope_dim:
+            raise ValueError(f"dsa.dim: got {self.dim}, expected at least mla.rope_dim, {rope_dim}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterConfig:
+    """How a token's experts are scored, chosen and weighted."""
+
+    score: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "sigmoid"
+    groups: int = 1  # experts come in this many equal groups ..
+    groups_kept: int = 1  # .. and a token takes all of its experts from this many of them
+    group_score: Literal["top2", "max"] = "top2"
+    renormalise: bool = True  # weights of the chosen sum to `scale`
+    scale: float = 1.0  # of the routed weights; shared experts have none
+    bias: bool = True  # a bias on choosing, moved by loss-free balancing
+    noise: float = 0.0  # standard deviation of the noise on the logits in training
+    adaptive_mass: float | None = None  # experts are taken, best first, until they hold this share of the scores
+    min_active: int = 1  # .. but never fewer than this
+    token_id_layers: int = 0  # the first so many layers choose by token id
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("score", ROUTER_SCORES), ("group_score", GROUP_SCORES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"router.{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        if not 1 <= self.groups_kept <= self.groups:
+            raise ValueError(f"router.groups_kept: got {self.groups_kept}, expected 1 to the {self.groups} groups")
+        if not self.scale > 0:
+            raise ValueError(f"router.scale: got {self.scale}, expected more than 0")
+        if not self.noise >= 0:
+            raise ValueError(f"router.noise: got {self.noise}, expected 0 or more")
+        if self.adaptive_mass is not None and not 0 < self.adaptive_mass <= 1:
+            raise ValueError(f"router.adaptive_mass: got {self.adaptive_mass}, expected more than 0, at most 1")
+        for name, least in (("min_active", 1), ("token_id_layers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"router.{name}: got {getattr(self, name)}, expected at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BalanceConfig:
+    """Coefficients; 0 leaves a loss out. Device d holds the d-th of `devices` equal runs of experts."""
+
+    bias_rate: float = 1e-3  # gamma of the loss-free bias
+    sequence: float = 1e-4
+    expert: float = 0.0
+    device: float = 0.0
+    communication: float = 0.0
+    devices: int = 1  # D
+    device_limit: int = 1  # M, devices a token's experts may lie on
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("bias_rate", "sequence", "expert", "device", "communication", "z_loss"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"balance.{name}: got {getattr(self, name)}, expected 0 or more")
+        if self.devices < 1:
+            raise ValueError(f"balance.devices: got {self.devices}, expected at least 1")
+        if not 1 <= self.device_limit <= self.devices:
+            raise ValueError(
+                f"balance.device_limit: got {self.device_limit}, expected 1 to the {self.devices} of balance.devices"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoEConfig:
+    """A mixture of `routed` experts, `active` of them a token, beside shared ones that every token takes."""
+
+    routed: int = 32  # E
+    active: int = 2  # K
+    shared: int = 1  # 0 for none; they are one SwiGLU
+    width: int = 32  # of one expert
+    shared_width: int | None = None  # of the shared SwiGLU; None: shared * width
+    first_dense: int = 0  # blocks before this one have a dense feed-forward
+    router: RouterConfig = field(default_factory=RouterConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+
+    def __post_init__(self) -> None:
+        for name, least in (("routed", 1), ("width", 1), ("shared", 0), ("first_dense", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"moe.{name}: got {getattr(self, name)}, expected at least {least}")
+        if not 1 <= self.active <= self.routed:
+            raise ValueError(f"moe.active: got {self.active}, expected 1 to the {self.routed} routed experts")
+        if self.shared_width is not None and (self.shared_width < 1 or not self.shared):
+            raise ValueError(
+                f"moe.shared_width: got {self.shared_width} with shared {self.shared}, expected at least 1 of each"
+            )
+        self._check_groups()
+        if self.router.min_active > self.active:
+            raise ValueError(f"router.min_active: got {self.router.min_active}, expected at most active, {self.active}")
+        if self.routed % self.balance.devices:
+            raise ValueError(
+                f"balance.devices: got {self.balance.devices}, expected a divisor of {self.routed} experts"
+            )
+
+    def _check_groups(self) -> None:
+        router = self.router
+        if self.routed % router.groups:
+            raise ValueError(f"router.groups: got {router.groups}, expected a divisor of {self.routed} experts")
+        size = self.routed // router.groups
+        if router.groups_kept * size < self.active:
+            raise ValueError(
+                f"router.groups_kept: got {router.groups_kept} groups of {size}, expected room for {self.active}"
+            )
+        if router.groups_kept < router.groups and router.group_score == "top2" and size < 2:
+            raise ValueError("router.group_score: got 'top2' with groups of one expert, expected 'max'")
+
+    @property
+    def shared_hidden(self) -> int:
+        """Width of the shared SwiGLU, 0 without one."""
+        return self.shared * self.width if self.shared_width is None else self.shared_width
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngramConfig:
+    """Which blocks remember, how much, and how. Every production variant is one setting of these fields."""
+
+    layers: tuple[int, ...] = (1,)  # blocks that remember, counted from 0
+    rows_per_head: tuple[int, ...] = (4096, 4096)  # one for each n-gram order, 2 first; rounded up to primes
+    heads: int = 4  # hash heads of each order
+    head_dim: int = 16  # width of a row
+    kernel: int = 4  # taps of the convolution over time
+    dilation: int | None = None  # tokens between two taps; None: the largest n-gram
+    conv: bool = True
+    bias: bool = False  # of the key and value projections
+    gating: Literal["streams", "shared", "open"] = "streams"  # a gate a stream; one, of their mean; none, always 1
+    sign: Literal["sign", "copysign"] = "sign"  # of the square root at a score of exactly 0: gate 1/2, or a little more
+    eps: float = 1.1920929e-7  # of the gate's norms; what torch's rms_norm takes when it is told none
+    conv_eps: float = 1e-5  # of the norm before the convolution
+    seed: int = 0
+    # what draws the multipliers: numpy's default generator (DeepSeek), or splitmix64 (Qwen)
+    generator: Literal["numpy", "splitmix64"] = "numpy"
+    canonical: bool = True  # address with canonical ids; False: with raw ones
+    pad_id: int = 0  # raw id that stands for missing left context
+    # raw id that ends a text: look-back stops at it, and it stands for missing left context in place of pad_id
+    eos_id: int | None = None
+    end_of_document: bool = True  # look-back and convolution stop where a document begins
+    dead_tokens: tuple[int, ...] = ()  # raw ids (images) that look-back stops at and that recall nothing
+
+    def __post_init__(self) -> None:
+        if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
+            raise ValueError(f"engram.layers: got {self.layers}, expected different block indices from 0")
+        if not self.rows_per_head or min(self.rows_per_head) < 2:
+            raise ValueError(
+                f"engram.rows_per_head: got {self.rows_per_head}, expected 2 or more for each n-gram order"
+            )
+        for name in ("heads", "head_dim", "kernel", "dilation"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"engram.{name}: got {value}, expected at least 1")
+        if self.sign not in ("sign", "copysign"):
+            raise ValueError(f"engram.sign: got {self.sign!r}, expected sign or copysign")
+        if self.gating not in ("streams", "shared", "open"):
+            raise ValueError(f"engram.gating: got {self.gating!r}, expected streams, shared or open")
+        if self.generator not in ("numpy", "splitmix64"):
+            raise ValueError(f"engram.generator: got {self.generator!r}, expected numpy or splitmix64")
+        if self.eos_id is not None and self.eos_id < 0:
+            raise ValueError(f"engram.eos_id: got {self.eos_id}, expected an id of the tokenizer, or none")
+        if min(self.seed, self.pad_id, *self.dead_tokens) < 0:
+            got = f"seed {self.seed}, pad_id {self.pad_id}, dead_tokens {self.dead_tokens}"
+            raise ValueError(f"engram: got {got}, expected none negative")
+
+    @property
+    def ngram(self) -> int:
+        """N, the largest n-gram."""
+        return len(self.rows_per_head) + 1
+
+    @property
+    def rows_per_token(self) -> int:
+        """R, the rows that one token reads in one layer."""
+        return self.heads * len(self.rows_per_head)
+
+    @property
+    def memory_width(self) -> int:
+        """M, the width of what one token recalls in one layer."""
+        return self.rows_per_token * self.head_dim
+
+    @property
+    def missing_id(self) -> int:
+        """The raw id that stands where there is no left context."""
+        return self.pad_id if self.eos_id is None else self.eos_id
+
+    def unknown_missing_id(self, ids: int) -> ValueError:
+        """The error for a missing_id that a tokenizer of so many ids does not have."""
+        name = "pad_id" if self.eos_id is None else "eos_id"
+        return ValueError(f"engram.{name}: got {self.missing_id}, expected an id of the tokenizer, below {ids}")
+
+    def gates(self, streams: int) -> int:
+        """How many keys, and gates that differ, a token has in one layer."""
+        return {"streams": streams, "shared": 1, "open": 0}[self.gating]
+
+    @property
+    def halo(self) -> int:
+        """How many earlier tokens the convolution of one token reads."""
+        return (self.kernel - 1) * (self.dilation or self.ngram) if self.conv else 0
+
+
+def _is_prime(n: int) -> bool:
+    return n == 2 or (n > 2 and n % 2 == 1 and all(n % d for d in range(3, math.isqrt(n) + 1, 2)))
+
+
+def head_primes(config: EngramConfig) -> list[list[list[int]]]:
+    """[Lm][N-1][J]: each head's next prime >= its order's rows_per_head that no head before it has taken."""
+    taken: set[int] = set()
+    layers = []
+    for _ in config.layers:
+        orders = []
+        for rows in config.rows_per_head:
+            free = (n for n in itertools.count(rows) if n not in taken and _is_prime(n))
+            primes = list(itertools.islice(free, config.heads))
+            taken.update(primes)
+            orders.append(primes)
+        layers.append(orders)
+    return layers
+
+
+def row_totals(config: EngramConfig) -> tuple[int, ...]:
+    """Rows of each layer's table: the sums of its primes."""
+    return tuple(sum(map(sum, orders)) for orders in head_primes(config))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HyperConfig:
+    """How the residual is widened from one stream to several."""
+
+    kind: Literal["mhc", "single_pass", "hc"] = "mhc"
+    streams: int = 4
+    iterations: int = 20  # Sinkhorn normalisations of each axis
+    eps: float = 1e-6  # of the Sinkhorn sums and of pre; 0 in the paper, 1e-6 in DeepSeek-V4
+    norm_eps: float = 1e-6  # inside the root of the norm
+    mix: Literal["sinkhorn", "identity", "permutations"] = "sinkhorn"
+    exit: Literal["kind", "learned", "mean", "sum", "last"] = "kind"  # "kind": mhc learned, single_pass last, hc sum
+    scale: float = 0.01  # a, the start of every learned scale
+    identity: float = 2.0  # start of comb's diagonal logits; much above 5 starves their gradient
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("kind", ("mhc", "single_pass", "hc")),
+            ("mix", ("sinkhorn", "identity", "permutations")),
+            ("exit", ("kind", "learned", "mean", "sum", "last")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"hyper.{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        for name in ("streams", "iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"hyper.{name}: got {getattr(self, name)}, expected at least 1")
+        if not self.eps >= 0:
+            raise ValueError(f"hyper.eps: got {self.eps}, expected 0 or more")
+        if not self.norm_eps > 0:
+            raise ValueError(f"hyper.norm_eps: got {self.norm_eps}, expected more than 0")
+        if self.mix == "permutations" and self.streams > STREAMS_PERMUTED:
+            raise ValueError(
+                f"hyper.streams: got {self.streams} with mix='permutations', expected at most {STREAMS_PERMUTED}"
+            )
+        if self.kind == "hc" and self.mix != "sinkhorn":
+            raise ValueError(f"hyper.mix: got {self.mix!r} with kind='hc', whose mix is its own; leave it as it is")
+
+    @property
+    def leaving(self) -> str:
+        """The exit in force: "learned", "mean", "sum" or "last"."""
+        return {"mhc": "learned", "single_pass": "last", "hc": "sum"}[self.kind] if self.exit == "kind" else self.exit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MTPConfig:
+    """How many tokens beyond the next are foretold, and what that counts for."""
+
+    depth: int = 1
+    weight: float = 0.3  # lambda, of the mean over depths; V3 lowers it to 0.1 late in training
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ValueError(f"mtp.depth: got {self.depth}, expected at least 1")
+        if not self.weight >= 0:
+            raise ValueError(f"mtp.weight: got {self.weight}, expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Every size of a model. A part is off when its config is None; exactly one of `mla` and `gqa` is on."""
+
+    vocabulary: int = 4096
+    dim: int = 64
+    layers: int = 3
+    dense_width: int = 256  # SwiGLU width of blocks without experts
+    mla: MLAConfig | None = field(default_factory=MLAConfig)
+    gqa: GQAConfig | None = None
+    nsa: NSAConfig | None = None  # inner attention of gqa
+    moba: MoBAConfig | None = None  # inner attention of gqa
+    dsa: DSAConfig | None = None  # inner attention of mla
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    moe: MoEConfig | None = None
+    engram: EngramConfig | None = None
+    hyper: HyperConfig | None = None
+    mtp: MTPConfig | None = None
+    tied: bool = False  # the head is the embedding
+    eps: float = 1e-6  # of every RMSNorm but Engram's own
+    init_std: float = 0.006
+
+    def __post_init__(self) -> None:
+        for name in ("vocabulary", "dim", "layers", "dense_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        attention = [name for name in ("mla", "gqa") if getattr(self, name) is not None]
+        if len(attention) != 1:
+            raise ValueError(f"attention: got {' and '.join(attention) or 'none'}, expected exactly one of mla and gqa")
+        for inner, outer in (("nsa", "gqa"), ("moba", "gqa"), ("dsa", "mla")):
+            if getattr(self, inner) is not None and getattr(self, outer) is None:
+                raise ValueError(f"{inner}: got attention {attention[0]}, expected {outer}, which it works inside")
+        if self.nsa is not None and self.moba is not None:
+            raise ValueError("inner attention: got nsa and moba, expected at most one")
+        if self.engram is not None and (late := [i for i in self.engram.layers if not 0 <= i < self.layers]):
+            raise ValueError(f"engram.layers: got {late}, expected block indices 0..{self.layers - 1}")
+        if self.moe is not None and self.moe.first_dense > self.layers:
+            raise ValueError(f"moe.first_dense: got {self.moe.first_dense}, expected at most {self.layers} layers")
+
+    @property
+    def streams(self) -> int:
+        return self.hyper.streams if self.hyper is not None else 1
+
+    def has_experts(self, index: int) -> bool:
+        """Whether block `index` holds experts; MTP's blocks, counted on after the last, do."""
+        return self.moe is not None and index >= self.moe.first_dense
+
+    def remembers(self, index: int) -> bool:
+        return self.engram is not None and index in self.engram.layers
+
+    def check_parts(self) -> None:
+        """Refuses parts that do not fit each other, as the layers do when a model is built of them."""
+        if self.gqa is not None and (self.nsa is not None or self.moba is not None):
+            self.gqa.check_inner()
+        if self.mla is not None and self.dsa is not None:
+            self.dsa.check_rope_dim(self.mla.rope_dim)
+        if self.engram is not None and self.engram.missing_id >= self.vocabulary:
+            raise self.engram.unknown_missing_id(self.vocabulary)
