@@ -8,7 +8,6 @@ that DSA, NSA or MoBA choose, and then what choosing takes counts too. Additions
 tests/test_costs.py builds models without storage and counts their parameters: both must agree exactly.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -199,19 +198,14 @@ def _connection(hyper: HyperConfig, dim: int) -> int:
     S = hyper.streams
     if hyper.kind == "hc":
         return (2 + S) * dim + (2 * S + S * S) + 2  # fn reads each stream by itself, and writes comb's row of it
-    coefficients = 2 * S + _mixing_rows(hyper)
+    coefficients = 2 * S + (S * S if hyper.mix == "sinkhorn" else 0)
     return coefficients * S * dim + coefficients + 3
-
-
-def _mixing_rows(hyper: HyperConfig) -> int:
-    """Numbers that the mixing of the streams is made of: a matrix, nothing, or a weight for each permutation."""
-    return {"sinkhorn": hyper.streams**2, "identity": 0, "permutations": math.factorial(hyper.streams)}[hyper.mix]
 
 
 def _exit(hyper: HyperConfig, dim: int) -> int:
     """fn, base and scale of what reads the streams at the end, where that is learned."""
     S = hyper.streams
-    return S * S * dim + S + 1 if hyper.leaving == "learned" else 0
+    return S * S * dim + S + 1 if hyper.kind == "mhc" else 0
 
 
 def _mtp(config: ModelConfig, depth: int) -> int:
@@ -287,13 +281,12 @@ def _hyper_products(config: ModelConfig) -> int:
     mixed = S * S * D
     if hyper.kind == "hc":
         coefficients = S * (2 + S) * D  # fn reads every stream by itself
+    elif hyper.mix == "sinkhorn":
+        coefficients = (2 * S + S * S) * S * D + (2 * hyper.iterations - 1) * S * S
     else:
-        rows = _mixing_rows(hyper)
-        combining = {"sinkhorn": (2 * hyper.iterations - 1) * S * S, "identity": 0, "permutations": rows * S * S}
-        coefficients = (2 * S + rows) * S * D + combining[hyper.mix]
-        mixed = 0 if hyper.mix == "identity" else mixed
+        coefficients, mixed = 2 * S * S * D, 0
     reads = sites - (hyper.kind == "single_pass")  # its first site takes stream 0
-    leaving = {"learned": S * S * D + S * D, "last": S * D, "mean": 0, "sum": 0}[hyper.leaving]
+    leaving = {"mhc": S * S * D + S * D, "single_pass": S * D, "hc": 0}[hyper.kind]
     return sites * (coefficients + S * D + mixed) + reads * S * D + leaving
 
 

@@ -12,7 +12,6 @@ from typing import Literal
 
 ROUTER_SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("top2", "max")
-STREAMS_PERMUTED = 6  # 6! = 720 weights a token; beyond that the permutations cost more than the sublayer
 
 Choice = Literal["token", "tile"]  # who chooses the blocks of keys in NSA and MoBA
 
@@ -407,16 +406,14 @@ class HyperConfig:
     iterations: int = 20  # Sinkhorn normalisations of each axis
     eps: float = 1e-6  # of the Sinkhorn sums and of pre; 0 in the paper, 1e-6 in DeepSeek-V4
     norm_eps: float = 1e-6  # inside the root of the norm
-    mix: Literal["sinkhorn", "identity", "permutations"] = "sinkhorn"
-    exit: Literal["kind", "learned", "mean", "sum", "last"] = "kind"  # "kind": mhc learned, single_pass last, hc sum
+    mix: Literal["sinkhorn", "identity"] = "sinkhorn"  # how the streams mix; identity: not at all
     scale: float = 0.01  # a, the start of every learned scale
     identity: float = 2.0  # start of comb's diagonal logits; much above 5 starves their gradient
 
     def __post_init__(self):
         for name, allowed in (
             ("kind", ("mhc", "single_pass", "hc")),
-            ("mix", ("sinkhorn", "identity", "permutations")),
-            ("exit", ("kind", "learned", "mean", "sum", "last")),
+            ("mix", ("sinkhorn", "identity")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"hyper.{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
@@ -427,17 +424,8 @@ class HyperConfig:
             raise ValueError(f"hyper.eps: got {self.eps}, expected 0 or more")
         if not self.norm_eps > 0:
             raise ValueError(f"hyper.norm_eps: got {self.norm_eps}, expected more than 0")
-        if self.mix == "permutations" and self.streams > STREAMS_PERMUTED:
-            raise ValueError(
-                f"hyper.streams: got {self.streams} with mix='permutations', expected at most {STREAMS_PERMUTED}"
-            )
         if self.kind == "hc" and self.mix != "sinkhorn":
             raise ValueError(f"hyper.mix: got {self.mix!r} with kind='hc', whose mix is its own; leave it as it is")
-
-    @property
-    def leaving(self) -> str:
-        """The exit in force: "learned", "mean", "sum" or "last"."""
-        return {"mhc": "learned", "single_pass": "last", "hc": "sum"}[self.kind] if self.exit == "kind" else self.exit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

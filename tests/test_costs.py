@@ -211,12 +211,11 @@ def drawn(draw: Callable[[st.SearchStrategy[Any]], Any]) -> ModelConfig:
         )
     if draw(flag):
         kind = draw(st.sampled_from(["mhc", "single_pass", "hc"]))
-        mixes = ["sinkhorn"] if kind == "hc" else ["sinkhorn", "identity", "permutations"]
+        mixes = ["sinkhorn"] if kind == "hc" else ["sinkhorn", "identity"]
         parts["hyper"] = HyperConfig(
             kind=kind,
             streams=number(1, 5),
             mix=draw(st.sampled_from(mixes)),
-            exit=draw(st.sampled_from(["kind", "learned", "mean", "sum", "last"])),
         )
     if draw(flag):
         parts["mtp"] = MTPConfig(depth=number(1, 3))
@@ -341,12 +340,11 @@ SITE = 2 * 4 * 8 + 4 * 4 * 8  # read, write, mix of 4 streams of width 8
     ("hyper", "by_hand"),
     [
         (HyperConfig(kind="mhc", iterations=20), 6 * (24 * 32 + 39 * 16 + SITE) + 4 * 32 + 32),
-        (HyperConfig(kind="mhc", mix="identity", exit="mean"), 6 * (8 * 32 + 2 * 32)),
-        (HyperConfig(kind="mhc", mix="permutations", exit="sum"), 6 * (32 * 32 + 24 * 16 + SITE)),
+        (HyperConfig(kind="mhc", mix="identity"), 6 * (8 * 32 + 2 * 32) + 4 * 32 + 32),
         (HyperConfig(kind="single_pass"), 6 * (24 * 32 + 39 * 16 + SITE) - 32 + 32),
         (HyperConfig(kind="hc"), 6 * (4 * 6 * 8 + SITE)),
     ],
-    ids=["mhc", "identity", "permutations", "single_pass", "hc"],
+    ids=["mhc", "identity", "single_pass", "hc"],
 )
 def test_hyper_connections_by_hand(hyper, by_hand):
     assert products(replace(PLAIN, hyper=hyper)) - products(PLAIN) == by_hand

@@ -17,7 +17,6 @@ Coefficients are float32 whatever the streams and autocast are (float64 stays fl
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import permutations
 from typing import NamedTuple, cast
 
 import torch
@@ -61,15 +60,10 @@ class Manifold(nn.Module):
     def __init__(self, config: HyperConfig, dim: int):
         super().__init__()
         self.config = config
-        rows = {"sinkhorn": config.streams**2, "identity": 0, "permutations": math.factorial(config.streams)}
-        self.rows = rows[config.mix]
-        self.fn = nn.Parameter(torch.empty(2 * config.streams + self.rows, config.streams * dim))
-        self.base = nn.Parameter(torch.empty(2 * config.streams + self.rows))
+        rows = 2 * config.streams + (config.streams**2 if config.mix == "sinkhorn" else 0)
+        self.fn = nn.Parameter(torch.empty(rows, config.streams * dim))
+        self.base = nn.Parameter(torch.empty(rows))
         self.scale = nn.Parameter(torch.empty(3))
-        self.permutations: Tensor
-        if config.mix == "permutations":
-            table = torch.eye(config.streams)[torch.tensor(list(permutations(range(config.streams))))]
-            self.register_buffer("permutations", table, persistent=False)  # [S!, S, S]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -82,8 +76,6 @@ class Manifold(nn.Module):
             self.base[:streams] = _even(streams)
             if self.config.mix == "sinkhorn":
                 self.base[2 * streams :] = self.config.identity * torch.eye(streams).flatten()
-            elif self.config.mix == "permutations":  # the identity comes first
-                self.base[2 * streams] = self.config.identity + math.log(max(1, self.rows - 1))
 
     def forward(self, streams: Float[Tensor, "N S D"], carried: Float[Tensor, "S N"] | None = None) -> Read:
         """u, read with `carried` where given, pre, post and comb [S, S, N] or None, in wide precision."""
@@ -93,12 +85,8 @@ class Manifold(nn.Module):
         if config.mix == "sinkhorn":
             function = pick("hyper_collapse", collapse, streams)
             return Read(*function(streams, m, scale, base, carried, config.iterations, config.eps))
-        pre, post, logits = squash(m, scale, base, config.streams, config.eps)
-        comb = None
-        if config.mix == "permutations":
-            comb = self.permutations.to(precision).flatten(1).T @ logits.softmax(0)
-            comb = comb.view(config.streams, config.streams, -1)
-        return Read(read(streams, pre if carried is None else carried), pre, post, comb)
+        pre, post, _ = squash(m, scale, base, config.streams, config.eps)
+        return Read(read(streams, pre if carried is None else carried), pre, post, None)
 
 
 class Unconstrained(nn.Module):
@@ -203,17 +191,18 @@ def enter(hidden: Float[Tensor, "B T D"], config: HyperConfig | None) -> Float[T
 
 
 class Exit(nn.Module):
-    """Streams -> one, before the final norm; with config None it takes the only stream.
+    """Makes one hidden state of the streams, before the final norm; with config None it takes the only stream.
 
-    learned (V4): u = sum_i (sigmoid(scale m_i + base_i) + eps) x_i, m as in Manifold;   last: the last site's pre;
-    mean; sum.
+    mhc (DeepSeek-V4)     u = sum_i (sigmoid(scale m_i + base_i) + eps) x_i, m as in Manifold
+    single_pass (V4.1)    u = sum_i pre_i x_i, with the last site's pre
+    hc                    u = sum_i x_i
     """
 
     def __init__(self, config: HyperConfig | None, dim: int):
         super().__init__()
         self.config = config
-        self.kind = config.leaving if config else "sum"
-        if config and self.kind == "learned":
+        self.kind = config.kind if config is not None else "hc"
+        if config is not None and self.kind == "mhc":
             self.fn = nn.Parameter(torch.empty(config.streams, config.streams * dim))
             self.base = nn.Parameter(torch.empty(config.streams))
             self.scale = nn.Parameter(torch.empty(1))
@@ -221,7 +210,7 @@ class Exit(nn.Module):
 
     def reset_parameters(self) -> None:
         """fn ~ N(0, 1/(S D)), base so that the weights start at 1/S each, scale = config.scale."""
-        if self.config and self.kind == "learned":
+        if self.config is not None and self.kind == "mhc":
             with torch.no_grad():
                 self.fn.copy_(torch.randn(self.fn.shape) * self.fn.shape[1] ** -0.5)
                 self.base.fill_(_even(self.config.streams))
@@ -231,16 +220,14 @@ class Exit(nn.Module):
         self, streams: Float[Tensor, "B T S D"], carried: Float[Tensor, "B T S"] | None = None
     ) -> Float[Tensor, "B T D"]:
         """One stream of width D; `carried` is the last site's pre (one-hot on stream 0 if there was no site)."""
-        if streams.shape[2] == 1 and self.kind != "learned" and self.kind != "last":
-            return streams[:, :, 0]
-        if self.kind == "mean" or self.kind == "sum":
-            summed = streams.sum(2, dtype=wide(streams.dtype))
-            return (summed / streams.shape[2] if self.kind == "mean" else summed).to(streams.dtype)
-        if self.kind == "last" and carried is None:
+        if self.kind == "hc":
+            alone = streams.shape[2] == 1
+            return streams[:, :, 0] if alone else streams.sum(2, dtype=wide(streams.dtype)).to(streams.dtype)
+        if self.kind == "single_pass" and carried is None:
             return streams[:, :, 0]
         with unrounded(streams):
             flat = streams.flatten(0, 1)
-            pre = self._weights(flat) if carried is None or self.kind == "learned" else carried.flatten(0, 1).T
+            pre = self._weights(flat) if carried is None or self.kind == "mhc" else carried.flatten(0, 1).T
             return read(flat, pre).view_as(streams[:, :, 0])
 
     def _weights(self, flat: Float[Tensor, "N S D"]) -> Float[Tensor, "S N"]:
