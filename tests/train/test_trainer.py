@@ -179,6 +179,17 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(config, tmp_path
     assert found[0][0][0] != found[2][0][0]
 
 
+def test_another_seed_draws_other_weights(config, tmp_path):
+    """At a rate that moves nothing, so that what differs was drawn and not learnt."""
+    still, drawn = replace(config.optim, lr=1e-12), []
+    for seed in (1, 2):
+        folder = train(replace(config, folder=str(tmp_path / str(seed)), seed=seed, steps=1, optim=still))
+        drawn.append(load_model(folder).state_dict())
+    for name in ("embed.weight", "blocks.0.attention.o_proj.weight", "tables.0.weight"):
+        one, other = drawn[0][name].flatten(), drawn[1][name].flatten()
+        assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 0.5, name
+
+
 def test_a_run_says_what_is_ahead_before_it_starts(config, capsys):
     tokens = len(prepare(config.data).tokens.train)
     few = 4 * tokens // (4 * 24)
