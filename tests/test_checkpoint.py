@@ -1,5 +1,7 @@
 """checkpoint.py: what comes back is what was written, damage is named, nothing is executed, a kill loses nothing."""
 
+import functools
+import itertools
 import json
 import os
 import pickle
@@ -238,6 +240,41 @@ def test_recover_puts_back_what_a_kill_left_between_two_renames(tmp_path):
     recover(tmp_path)
     assert load_state(tmp_path / "step1", {"a": torch.zeros(1)}) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["step1"]
+
+
+def test_a_stop_before_any_rename_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    """While one is replaced: the old one or the new one is there, whichever rename never came."""
+    for renames in itertools.count():
+        folder, stopped = tmp_path / str(renames) / "step1", False
+        save_state(folder, {"a": torch.full((3,), 1.0)}, 1)
+        with monkeypatch.context() as patch:
+            stop_before_rename(renames, patch)
+            try:
+                save_state(folder, {"a": torch.full((3,), 2.0)}, 2)
+            except KeyboardInterrupt:
+                stopped = True
+        recover(folder.parent)
+        held = {"a": torch.zeros(3)}
+        value = load_state(folder, held)
+        assert held["a"].tolist() == [value] * 3
+        if not stopped:
+            break
+    assert renames > 0
+    assert value == 2
+
+
+def stop_before_rename(number: int, patch: pytest.MonkeyPatch) -> None:
+    """Rename `number`, from 0, does not happen, nor does anything after it."""
+    made = []
+
+    def rename(source, target, *, real) -> None:
+        if len(made) == number:
+            raise KeyboardInterrupt
+        made.append(target)
+        real(source, target)
+
+    for name in ("rename", "replace"):
+        patch.setattr(os, name, functools.partial(rename, real=getattr(os, name)))
 
 
 plain = st.recursive(

@@ -1,5 +1,7 @@
 """Names, devices and an environment variable in -> the twin that is picked, or the reference."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -61,12 +63,31 @@ def test_what_cannot_be_is_refused(text: str, reason: str, twins: None, monkeypa
         kernels.pick("one", reference, CPU)
 
 
-def test_available_says_why_not(twins: None) -> None:
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.device | None], None]:
+    """Makes torch name this accelerator, or none, whatever the machine has."""
+    return lambda device: monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: device)
+
+
+def test_available_says_why_not(twins: None, accelerator: Callable[[torch.device | None], None]) -> None:
+    accelerator(None)
+    assert kernels.available() == {"one": {"cuda": "not on cpu", "cpu": True}, "two": {"cuda": "not on cpu"}}
+    accelerator(torch.device("cuda"))
+    assert kernels.available() == {"one": {"cuda": True, "cpu": True}, "two": {"cuda": True}}
+
+
+def test_the_first_twin_that_is_available_is_picked(
+    accelerator: Callable[[torch.device | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of this machine's own twins, on a CPU: those by numba run, those by Triton say that they want a GPU."""
+    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    accelerator(None)
     found = kernels.available()
-    assert found["one"]["cpu"] is True
-    assert torch.cuda.is_available() or found["two"]["cuda"] == "not on cpu"
-
-
-def test_every_twin_answers_for_this_machine() -> None:
-    for twins in kernels.available().values():
-        assert all(usable is True or (isinstance(usable, str) and usable) for usable in twins.values())
+    assert found.keys() == kernels.TWINS.keys()
+    for name, usable in found.items():
+        ours = {twin.kind: twin.function for twin in kernels.TWINS[name]}
+        assert usable.keys() == ours.keys()
+        assert usable.get("numba", True) is True
+        assert "cuda" in str(usable.get("triton", "cuda"))
+        assert kernels.pick(name, reference, CPU) is ours.get("numba", reference)

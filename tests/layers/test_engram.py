@@ -179,6 +179,23 @@ def test_left_padding_is_invisible(data: st.DataObject) -> None:
     torch.testing.assert_close(got[:, left:], out[1], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_look_back_stops_at_padding_between_tokens(cached: bool) -> None:
+    """As in a batch of prompts that are padded on the right, of which the shorter rows go on."""
+    rig = Rig()
+    ids, present = torch.tensor([[4, 6, 11, 8, 2]]), torch.tensor([[True, True, False, True, True]])
+    cache = rig.new_cache() if cached else None
+    if cached:
+        rig(ids[:, :3], present=present[:, :3], cache=cache)
+        rows, _ = rig(ids[:, 3:], cache=cache)
+    else:
+        rows, _ = rig(ids, present=present)
+    alone, _ = rig(ids[:, 3:])
+    assert torch.equal(rows[:, :, -2:], alone)
+    behind, _ = rig(ids[:, [0, 1, 3, 4]])
+    assert not torch.equal(rows[:, :, -2:], behind[:, :, -2:])
+
+
 def test_look_back_stops_at_a_dead_token_and_it_recalls_nothing() -> None:
     rig = Rig(dead_tokens=(9,), conv=False)
     rows, out = rig(torch.tensor([[4, 6, 9, 8, 2]]))

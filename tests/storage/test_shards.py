@@ -231,6 +231,17 @@ def test_shards_missing_doubled_or_of_another_table_are_refused(tmp_path: pathli
     assert DiskTable(folder).rows == 10
 
 
+def test_rows_keep_their_order_whatever_their_files_are_called(tmp_path: pathlib.Path) -> None:
+    values = torch.randn(10, 3)
+    folder = write_table(tmp_path / "t", values, shard_rows=3)
+    for file, letter in zip(sorted(folder.glob("*")), "cadb", strict=True):
+        file.rename(folder / f"{letter}.safetensors")
+    table = DiskTable(folder)
+    assert torch.equal(table.request(torch.arange(10)).wait(), values)
+    assert verify(folder) == []
+    table.close()
+
+
 def test_opening_a_refused_folder_leaves_no_file_open(tmp_path: pathlib.Path) -> None:
     folder = write_table(tmp_path / "t", torch.randn(10, 3), shard_rows=3)
     (folder / "z.safetensors").write_bytes(b"junk")

@@ -89,6 +89,18 @@ def test_large_recalls_have_the_same_bits(tmp_path: pathlib.Path) -> None:
     disk.close()
 
 
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_recalls_that_are_partly_hot_have_the_same_bits(prefetch: bool, tmp_path: pathlib.Path) -> None:
+    """Hot rows scattered among the ids of a call, which are too many to be fetched one by one."""
+    values = torch.randn(5000, 8)
+    table = DiskTable(write_table(tmp_path / "t", values), hot_bytes=2000 * 8 * 4, prefetch=prefetch)
+    for _ in range(8):
+        ids = torch.randint(5000, (700,))
+        assert torch.equal(table.request(ids).wait(), values[ids])
+    assert 0 < table.metrics()["hits"] < table.metrics()["different"]
+    table.close()
+
+
 def test_several_requests_on_their_way_at_once(kept: Tensor, tmp_path: pathlib.Path) -> None:
     table = DiskTable(write_table(tmp_path / "t", kept), hot_bytes=200)
     values = numbers(kept)

@@ -9,9 +9,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from rorqual import checkpoint
 from rorqual.data.needles import DEPTHS, TASKS, NeedleConfig, column, exams
 from rorqual.model import LanguageModel, ModelConfig
-from rorqual.train.record import Board, answer, duration, trim, validate
+from rorqual.train.record import Best, Board, answer, duration, trim, validate
 
 
 def test_trim_keeps_the_steps_made_and_drops_half_a_line(tmp_path):
@@ -46,6 +47,24 @@ def test_a_full_disk_under_tensorboard_is_an_error_where_it_happens(tmp_path, mo
     board.close()
     del board
     assert capfd.readouterr().err == ""
+
+
+def test_the_best_weights_are_those_of_the_lowest_loss_after_a_resume_too(tmp_path):
+    model = nn.Linear(1, 1, bias=False)
+
+    def best_of(best: Best, losses: dict[int, float]) -> tuple[int, float]:
+        """Offers weights that are all the number of their step; the step that is kept, and its weight."""
+        for step, loss in losses.items():
+            with torch.no_grad():
+                model.weight.fill_(step)
+            best.offer(step, loss)
+        kept = {"model.weight": torch.zeros(1, 1)}
+        return checkpoint.load_state(tmp_path / "best", kept)["step"], kept["model.weight"].item()
+
+    assert best_of(Best(tmp_path / "best", model), {1: 3.0, 2: 1.0, 3: 2.0, 4: math.nan}) == (2, 2.0)
+    resumed = Best(tmp_path / "best", model)
+    assert best_of(resumed, {5: 1.5}) == (2, 2.0)
+    assert best_of(resumed, {6: 0.5, 7: 0.7}) == (6, 6.0)
 
 
 @pytest.mark.parametrize(
