@@ -1,7 +1,7 @@
 """Measures what each CPU kernel brings to training and generating with the project's own presets.
 
-    for n in 1 2; do OMP_NUM_THREADS=$n python benchmarks/kernels.py --json kernels-$n.json; done
-    python benchmarks/kernels.py --merge kernels-1.json kernels-2.json
+    for n in 1 2; do OMP_NUM_THREADS=$n python benchmarks/cpu_kernels.py --json kernels-$n.json; done
+    python benchmarks/cpu_kernels.py --merge kernels-1.json kernels-2.json
 
 A work is a training step of a preset with Engram (loss, backward, clip, optimizer), or a prompt of 256 tokens
 and 48 that are generated behind it. In every round each work is done once with all kernels, and then
