@@ -25,6 +25,7 @@ from rorqual.train.optim import OptimConfig
 from rorqual.train.trainer import DataConfig, TrainConfig, train
 
 ARMS = ("adamw:3e-3", "muon:2e-2", "adamw:1e-2")
+VOCABULARY = 4096  # at least
 NOT_DOCUMENTATION = {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data"}
 
 
@@ -58,6 +59,9 @@ def configs(options: argparse.Namespace) -> dict[str, list[TrainConfig]]:
     model = preset(options.preset)
     if options.dim is not None:
         model = replace(model, dim=options.dim)
+    if model.vocabulary < VOCABULARY:
+        # the classroom model's own is too small for text
+        model = replace(model, vocabulary=VOCABULARY)
     data = DataConfig(source=str(options.folder / "text"), cache=str(options.folder / "cache"))
     found: dict[str, list[TrainConfig]] = {}
     for arm in options.arms:
