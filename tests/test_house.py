@@ -167,7 +167,9 @@ def test_tests_mirror_a_file_each() -> None:
         "test_examples.py",
         "test_soak.py",
         "test_golden.py",
-    }  # of no one file; soak: benchmarks/; golden: tests/golden/check.py
+        "test_frozen.py",
+        "test_public.py",
+    }  # of no one file; soak: benchmarks/; golden: tests/golden/check.py; frozen: scripts/freeze_runs.py; public: scripts/list_public.py
     for path in TESTS:
         if path.name.startswith("test_") and path.name not in standing:
             inside = path.relative_to(ROOT / "tests")
