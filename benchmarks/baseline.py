@@ -1,14 +1,14 @@
 """Runs the benchmarks that hold a bar and collects their ratios in one table.
 
-    python benchmarks/baseline.py                       all of them: some 20 minutes on two idle cores
+    python benchmarks/baseline.py                       all of them, which takes long: leave the machine idle
     python benchmarks/baseline.py --against ../before   another checkout too, in turns: before, now
     python benchmarks/baseline.py --only rows decode_512 --json
     python benchmarks/baseline.py --smallest            tiny sizes: shows that everything runs
 
 Every figure comes from a benchmark of this folder, run in a process of its own by the command that
-docs/log.md names. A ratio is better the higher it is, but for the mHC block, whose ratio is its time
-over a plain block's. With --against the other checkout's own benchmark runs under its own rorqual;
-the two take turns --rounds times, and medians are compared.
+docs/log.md names. A ratio is better the higher it is, but for the mHC block, whose ratio is its
+time over a plain block's. With --against the other checkout's own benchmark runs under its own
+rorqual; the two take turns --rounds times, and medians are compared.
 """
 
 import argparse
@@ -48,7 +48,14 @@ def sparse(kind: str, what: str) -> Bar:
     full = "mla" if kind == "dsa" else "gqa"
     sizes = "--lengths 32768 --rounds 15"
     small = "--lengths 1024 --rounds 1"
-    return Bar("sparse", f"{words} {full} {kind} {sizes}", f"{words} {full} {kind} {small}", 1, what, least=2.8)
+    return Bar(
+        "sparse",
+        f"{words} {full} {kind} {sizes}",
+        f"{words} {full} {kind} {small}",
+        1,
+        what,
+        least=2.8,
+    )
 
 
 BARS = {
@@ -104,7 +111,7 @@ def figure(name: str, answer: dict[str, Any]) -> float:
 
 
 def measured(name: str, checkout: Path, *, smallest: bool) -> float | str:
-    """The ratio that a checkout reaches; a line that says why there is none where its benchmark fails."""
+    """The ratio that a checkout reaches, or the error of a benchmark that fails."""
     bar = BARS[name]
     command = [sys.executable, str(checkout / "benchmarks" / f"{bar.script}.py"), "--json"]
     command += (bar.smallest if smallest else bar.words).split()
@@ -124,11 +131,22 @@ def compared(name: str, options: argparse.Namespace) -> dict[str, Any]:
         for place, checkout in reversed(places.items()):
             ratio = measured(name, checkout, smallest=options.smallest)
             if isinstance(ratio, str):
-                return {"name": name, "what": bar.what, "threads": bar.threads, "failed": f"{place}: {ratio}"}
+                return {
+                    "name": name,
+                    "what": bar.what,
+                    "threads": bar.threads,
+                    "failed": f"{place}: {ratio}",
+                }
             found[place].append(ratio)
-    line: dict[str, Any] = {"name": name, "what": bar.what, "threads": bar.threads, "bar": wanted(bar)}
+    line: dict[str, Any] = {
+        "name": name,
+        "what": bar.what,
+        "threads": bar.threads,
+        "bar": wanted(bar),
+    }
     line |= {place: statistics.median(ratios) for place, ratios in found.items()}
-    return line | {"holds": holds(bar, line["now"], line.get("before"))}
+    known = None if options.smallest else holds(bar, line["now"], line.get("before"))
+    return line | {"holds": known}
 
 
 def wanted(bar: Bar) -> str:
@@ -163,7 +181,8 @@ def markdown(lines: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--against", metavar="FOLDER", help="another checkout of the repository")
     parser.add_argument("--only", nargs="+", choices=BARS, default=list(BARS))
     parser.add_argument("--rounds", type=int, default=1, help="runs of each benchmark in each checkout")

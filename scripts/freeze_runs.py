@@ -1,20 +1,21 @@
 """Records what small models compute today, so that a later version can be held against it.
 
-    python scripts/freeze_runs.py                  runs every file of tests/golden/frozen again and rewrites it
-    python scripts/freeze_runs.py --exact FOLDER   writes the same results into FOLDER: exact on this machine
+    python scripts/freeze_runs.py                  runs all of tests/golden/frozen again and rewrites it
+    python scripts/freeze_runs.py --exact FOLDER   writes the results of this machine into FOLDER
 
-A file holds "given", the complete configuration of a run, and "found", what the run computed. To freeze another model,
-write a file with its "given" and run the script. tests/test_frozen.py runs the same functions and compares.
+A file holds "given", the complete configuration of a run, and "found", what the run computed. To
+freeze another model, write a file with its "given" and run the script. tests/test_frozen.py runs
+the same functions and compares.
 
-Everything runs on the CPU, in float32, on one thread. Token ids and text come from formulas. A loss is written as
-float.hex(), which loses no bit. A gradient is written as the SHA-256 of its bytes, its sum, its norm and eight of its
-values. Two kinds of files exist:
+Everything runs on the CPU, in float32, on one thread. Token ids and text come from formulas. A loss
+is written as float.hex(), which loses no bit. A gradient is written as the SHA-256 of its bytes,
+its sum, its norm and eight of its values. Two kinds of files exist:
 
     model   gradients of one step, losses of bare training steps, ids that greedy decoding gives
     train   losses of rorqual.train.trainer.train on a small text
 
-When a redesign renames an option or a parameter, the committed files stay as they are: write the new name into OPTIONS
-or PARAMETERS below.
+When a redesign renames an option or a parameter, the committed files stay as they are: write the
+new name into OPTIONS or PARAMETERS below.
 """
 
 import argparse
@@ -40,13 +41,17 @@ from rorqual.train.trainer import TrainConfig, train
 
 FROZEN = Path(__file__).resolve().parents[1] / "tests" / "golden" / "frozen"
 
-# An option's dotted name in the committed files -> its name today; None: it is gone, and its value is what the code
-# does now. A section's name stands for everything below it. {"model.hyper": "model.hyper_connections"}
+# An option's dotted name in the committed files -> its name today; None: it is gone, and its value
+# is what the code
+# does now. A section's name stands for everything below it. {"model.hyper":
+# "model.hyper_connections"}
 OPTIONS: dict[str, str | None] = {}
-# A part of a parameter's name in the committed files -> the same part today. {"attention_site": "attention_residual"}
+# A part of a parameter's name in the committed files -> the same part today. {"attention_site":
+# "attention_residual"}
 PARAMETERS: dict[str, str] = {}
 
-STIRRED = 0.02  # standard deviation of what is added to every weight, since zeros and ones hide mistakes
+# standard deviation of what is added to every weight, since zeros and ones hide mistakes
+STIRRED = 0.02
 VALUES = 8  # of a gradient, evenly spaced
 
 
@@ -99,7 +104,7 @@ def stream(count: int, vocabulary: int, start: int = 0) -> list[int]:
 
 
 def batch(given: Mapping[str, Any], step: int) -> dict[str, Tensor | None]:
-    """The fixed batch of a step; every second one consists of packed documents with a label missing at each end."""
+    """The fixed batch of a step; every second one holds packed documents, whose last labels are missing."""
     size, length = given["batch_size"], given["seq_len"]
     flat = stream(size * (length + 1), given["model"]["vocabulary"], 1000 * step + 1)
     whole = torch.tensor(flat).view(size, length + 1)
@@ -107,7 +112,8 @@ def batch(given: Mapping[str, Any], step: int) -> dict[str, Tensor | None]:
     if step % 2:
         return {"ids": ids, "labels": labels, "documents": None}
     place = torch.arange(length).expand(size, -1)
-    documents = (place + 3 * torch.arange(size)[:, None]) // (length // 3 + 2) + 10 * torch.arange(size)[:, None]
+    row = torch.arange(size)[:, None]
+    documents = (place + 3 * row) // (length // 3 + 2) + 10 * row
     labels[:, :-1][documents[:, 1:] != documents[:, :-1]] = IGNORED
     return {"ids": ids, "labels": labels, "documents": documents}
 
@@ -132,7 +138,7 @@ def loss_of(model: LanguageModel, given: Mapping[str, Any], step: int, *, warm: 
 
 
 def gradients(given: Mapping[str, Any], step: int, *, warm: bool = False) -> dict[str, dict[str, Any]]:
-    """Of each parameter, after the backward pass of one batch: digest, sum, norm and some values."""
+    """Digest, sum, norm and some values of each parameter's gradient after one batch."""
     model = build(given).train()
     loss_of(model, given, step, warm=warm).total.backward()
     found = {}
@@ -153,7 +159,7 @@ def gradients(given: Mapping[str, Any], step: int, *, warm: bool = False) -> dic
 
 
 def losses(given: Mapping[str, Any]) -> list[str]:
-    """The minimised total of each training step, by the project's optimizer, schedule and balancing."""
+    """The total loss of each training step, with the project's optimizer, schedule and balancing."""
     model = build(given).train()
     optimizer = Optimizer(model, complete(OptimConfig, given["optim"]))
     mixtures = [module for module in model.modules() if isinstance(module, MoE)]
@@ -166,14 +172,19 @@ def losses(given: Mapping[str, Any]) -> list[str]:
         optimizer.clip()
         optimizer.step(schedule(step, given["steps"], optimizer.config))
         for number, mixture in enumerate(mixtures):
-            update_bias(mixture.router.e_score_correction_bias, loss.counts[number], mixture.config.balance.bias_rate)
+            update_bias(
+                mixture.router.e_score_correction_bias,
+                loss.counts[number],
+                mixture.config.balance.bias_rate,
+            )
         optimizer.zero_grad()
         found.append(loss.total.item().hex())
     return found
 
 
 def prompts(given: Mapping[str, Any]) -> list[list[int]]:
-    return [stream(length, given["model"]["vocabulary"], 77 * length) for length in given["prompts"]]
+    vocabulary = given["model"]["vocabulary"]
+    return [stream(length, vocabulary, 77 * length) for length in given["prompts"]]
 
 
 def greedy(model: LanguageModel, asked: Sequence[Sequence[int]], count: int) -> list[list[int]]:
@@ -184,7 +195,7 @@ def greedy(model: LanguageModel, asked: Sequence[Sequence[int]], count: int) -> 
 
 @torch.inference_mode()
 def margins(model: LanguageModel, prompt: Sequence[int], ids: Sequence[int]) -> list[float]:
-    """By how much the best logit leads the second at each new id, from one call over the whole text without a cache."""
+    """By how much the best logit leads the second at each new id, from one call without a cache."""
     logits = model(torch.tensor([[*prompt, *ids[:-1]]]))[0, len(prompt) - 1 :]
     best = logits.topk(2).values
     return (best[:, 0] - best[:, 1]).tolist()
@@ -203,13 +214,17 @@ def continuations(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_text(path: Path) -> None:
     """Two hundred short documents, the same everywhere."""
-    animals, places = ("whale", "otter", "heron", "lynx", "newt"), ("the sea", "a river", "the marsh", "a wood")
+    animals, places = (
+        ("whale", "otter", "heron", "lynx", "newt"),
+        ("the sea", "a river", "the marsh", "a wood"),
+    )
     documents = [
         f"{number}. A {animals[number % 5]} lives in {places[number // 5 % 4]} with {number * 7 % 11} young, and eats "
         f"{'krill' if number % 3 else 'fish and frogs'}. It sleeps {number * 13 % 17} hours."
         for number in range(200)
     ]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    lines = [json.dumps({"text": text}) + "\n" for text in documents]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def trained(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -217,7 +232,11 @@ def trained(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     text = folder / "text.jsonl"
     write_text(text)
     config = complete(TrainConfig, given["train"])
-    for name, value in {"folder": folder / "run", "data.source": text, "data.cache": folder / "cache"}.items():
+    for name, value in {
+        "folder": folder / "run",
+        "data.source": text,
+        "data.cache": folder / "cache",
+    }.items():
         config = configs.replace(config, name, str(value))
     lines: list[dict[str, Any]] = []
     train(config, on_metrics=lines.append)
@@ -248,8 +267,9 @@ def renamed(name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--exact", metavar="FOLDER", help="write here and leave tests/golden/frozen as it is")
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("--exact", metavar="FOLDER", help="write here, not to tests/golden/frozen")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="these files alone")
     options = parser.parse_args()
     os.environ["RORQUAL_KERNELS"] = "reference"
@@ -264,7 +284,8 @@ def main() -> None:
             found = run(given, Path(folder))
         text = json.dumps({"given": given, "found": found}, indent=1)
         (target / path.name).write_text(text + "\n", encoding="utf-8")
-        print(f"{target / path.name}: {len(text):,} bytes, last loss {float.fromhex(found['losses'][-1]):.6f}")
+        last = float.fromhex(found["losses"][-1])
+        print(f"{target / path.name}: {len(text):,} bytes, last loss {last:.6f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Lists what users may call: names in Python, commands and their flags, options, keys of JSON answers.
+"""Lists what users may call: Python names, commands and their flags, options, keys of JSON answers.
 
-    python scripts/list_public.py           prints how tests/golden/public.json differs from today; exit code 1 then
+    python scripts/list_public.py           prints what differs from tests/golden/public.json (exit code 1)
     python scripts/list_public.py --write   writes it, after a change that is meant; review the diff
 
 tests/test_public.py fails where the committed list is not today's.
@@ -37,8 +37,17 @@ from rorqual.train.trainer import TrainConfig
 
 COMMITTED = Path(__file__).resolve().parents[1] / "tests" / "golden" / "public.json"
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
-PROSE = ["The blue whale is the largest animal known to have lived.", "A fin whale sings below the sea."]
-OPEN = {"config", "kernels", "kernels_picked", "sizes", "parts"}  # below these, keys are data and no interface
+PROSE = [
+    "The blue whale is the largest animal known to have lived.",
+    "A fin whale sings below the sea.",
+]
+OPEN = {
+    "config",
+    "kernels",
+    "kernels_picked",
+    "sizes",
+    "parts",
+}  # below these, keys are data and no interface
 
 
 def public() -> dict[str, Any]:
@@ -81,14 +90,18 @@ def parameters(call: Any) -> list[str]:
     """Names, with * before those that are keyword-only and = after those with a default."""
     found = []
     for parameter in inspect.signature(inspect.unwrap(call)).parameters.values():
-        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**", parameter.KEYWORD_ONLY: "*"}
+        stars = {
+            parameter.VAR_POSITIONAL: "*",
+            parameter.VAR_KEYWORD: "**",
+            parameter.KEYWORD_ONLY: "*",
+        }
         default = "" if parameter.default is parameter.empty else "="
         found.append(stars.get(parameter.kind, "") + parameter.name + default)
     return found
 
 
 def options(cls: Any, path: str) -> dict[str, Any]:
-    """Dotted name of every option -> its default; parts that are off are listed as if they were on."""
+    """Each option by its dotted name, with its default; parts that are off are listed, too."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         name = f"{path}.{field.name}".lstrip(".")
@@ -155,12 +168,33 @@ def keys(value: Any, path: str = "") -> list[str]:
 
 
 def answers(folder: Path) -> dict[str, list[str]]:
-    """Keys of what the commands print with --json, of metrics.jsonl and of the two servers' answers."""
+    """Keys of what commands print with --json, of metrics.jsonl and of both servers' answers."""
     text, run = folder / "text.jsonl", folder / "run"
-    text.write_text("".join(json.dumps({"text": f"{n}. {PROSE[n % 2]}"}) + "\n" for n in range(60)), encoding="utf-8")
+    text.write_text(
+        "".join(json.dumps({"text": f"{n}. {PROSE[n % 2]}"}) + "\n" for n in range(60)),
+        encoding="utf-8",
+    )
     save_run(run)
-    little = ["--steps", "2", "--rows", "2", "--length", "32", "--data.vocabulary", "300", "--model.vocabulary", "300"]
-    little += ["--data", str(text), "--data.cache", str(folder / "cache"), "--folder", str(folder / "trained")]
+    little = [
+        "--steps",
+        "2",
+        "--rows",
+        "2",
+        "--length",
+        "32",
+        "--data.vocabulary",
+        "300",
+        "--model.vocabulary",
+        "300",
+    ]
+    little += [
+        "--data",
+        str(text),
+        "--data.cache",
+        str(folder / "cache"),
+        "--folder",
+        str(folder / "trained"),
+    ]
     little += ["--model.layers", "2", "--model.engram.layers", "1", "--model.mtp.depth", "1"]
     edit = ["--suppress", "qz", "--data", str(text), "--limit", "5", "--edits"]
     asked = {
@@ -177,13 +211,30 @@ def answers(folder: Path) -> dict[str, list[str]]:
         "table build": ["table", "build", str(folder / "table"), "--rows", "64", "--width", "32"],
         "table inspect": ["table", "inspect", str(folder / "table")],
         "table verify": ["table", "verify", str(folder / "table")],
-        "table convert": ["table", "convert", str(folder / "table"), str(folder / "fp8"), "--dtype", "fp8"],
-        "table hot": ["table", "hot", str(run), str(folder / "hot.safetensors"), "--data", str(text), "--rows", "4"],
+        "table convert": [
+            "table",
+            "convert",
+            str(folder / "table"),
+            str(folder / "fp8"),
+            "--dtype",
+            "fp8",
+        ],
+        "table hot": [
+            "table",
+            "hot",
+            str(run),
+            str(folder / "hot.safetensors"),
+            "--data",
+            str(text),
+            "--rows",
+            "4",
+        ],
     }
     found = {}
     for name, words in asked.items():
         lines = _said([*words, "--json"], may_fail=name == "doctor").strip().splitlines()
-        found[f"rorqual {name} --json"] = sorted({key for line in lines for key in keys(json.loads(line))})
+        printed = {key for line in lines for key in keys(json.loads(line))}
+        found[f"rorqual {name} --json"] = sorted(printed)
     lines = (folder / "trained" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     found["metrics.jsonl"] = sorted({key for line in lines for key in keys(json.loads(line))})
     return found | served(run)
@@ -193,7 +244,11 @@ def save_run(folder: Path) -> None:
     """An untrained `tiny` of two blocks with Engram, and a tokenizer of a few words."""
     words = tokenizer.train(PROSE * 40, 300)
     small = preset("tiny")
-    for name, value in {"layers": 2, "vocabulary": words.vocabulary, "engram.rows_per_head": (50, 50)}.items():
+    for name, value in {
+        "layers": 2,
+        "vocabulary": words.vocabulary,
+        "engram.rows_per_head": (50, 50),
+    }.items():
         small = configs.replace(small, name, value)
     checkpoint.save_model(folder, LanguageModel(small, torch.as_tensor(words.canonical_map())), words)
 
@@ -209,10 +264,12 @@ def served(folder: Path) -> dict[str, list[str]]:
     with TestClient(application(Service(run, rows=2, context=64)), base_url="http://127.0.0.1") as client:
         found["GET /v1/models"] = keys(client.get("/v1/models").json())
         found["POST /v1/completions"] = keys(client.post("/v1/completions", json=ask).json())
-        found["an error of serve"] = keys(client.post("/v1/completions", json=ask | {"max_tokens": "x"}).json())
+        wrong = client.post("/v1/completions", json=ask | {"max_tokens": "x"})
+        found["an error of serve"] = keys(wrong.json())
         said = client.post("/v1/completions", json=ask | {"stream": True}).text
-        events = [line.removeprefix("data: ") for line in said.splitlines() if line.startswith("data: {")]
-        found["POST /v1/completions, streamed"] = sorted({key for event in events for key in keys(json.loads(event))})
+        sent = [line.removeprefix("data: ") for line in said.splitlines() if line[:7] == "data: {"]
+        events = {key for event in sent for key in keys(json.loads(event))}
+        found["POST /v1/completions, streamed"] = sorted(events)
     page = TestClient(explore.app(run), base_url="http://127.0.0.1")
     found["GET /api/model"] = keys(page.get("/api/model").json())
     found["POST /api/read"] = keys(page.post("/api/read", json={"text": "the whale sings"}).json())
@@ -240,7 +297,8 @@ def _lines(value: Any, path: str) -> Iterator[str]:
 
 
 def run_script() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--write", action="store_true", help="write tests/golden/public.json")
     written = parser.parse_args().write
     now = public()

@@ -1,14 +1,17 @@
-"""scripts/freeze_runs.py: what the models of tests/golden/frozen computed when they were frozen, they compute today.
+"""The models of tests/golden/frozen compute today what they computed when they were frozen.
 
-Two modes. By default the committed files are compared within the tolerances below, which another processor needs. With
-RORQUAL_FROZEN=FOLDER, a folder that `scripts/freeze_runs.py --exact FOLDER` wrote on this machine before a change,
-every number is compared bit for bit.
+scripts/freeze_runs.py holds the runs and writes the files.
 
-Why these tolerances. The files were run again on this machine with SSE instructions alone in torch, MKL and oneDNN (in
-place of AVX2), and with kernels in place of the reference. Losses differed by at most 6e-6 in 20 steps, values of
-gradients by at most 8e-5 of the gradient's norm. Models with a mixture of experts are the exception: rounding changes
-which of two equally good experts a token takes, and from then on the runs part (`tiny` by up to 0.014 nats). Their
-later steps are compared within LATER; in the exact mode every step counts.
+Two modes. By default the committed files are compared within the tolerances below, which another
+processor needs. With RORQUAL_FROZEN=FOLDER, a folder that `scripts/freeze_runs.py --exact FOLDER`
+wrote on this machine before a change, every number is compared bit for bit.
+
+Why these tolerances. The files were run again on this machine with SSE instructions alone in torch,
+MKL and oneDNN (in place of AVX2), and with kernels in place of the reference. Losses differed by at
+most 6e-6 in 20 steps, values of gradients by at most 8e-5 of the gradient's norm. Models with a
+mixture of experts are the exception: rounding changes which of two equally good experts a token
+takes, and from then on the runs part (`tiny` by up to 0.014 nats). Their later steps are compared
+within LATER; in the exact mode every step counts.
 """
 
 import importlib.util
@@ -29,6 +32,7 @@ COMMITTED = ROOT / "tests" / "golden" / "frozen"
 EXACT = os.environ.get("RORQUAL_FROZEN")
 NAMES = sorted(path.stem for path in COMMITTED.glob("*.json"))
 MODELS = [name for name in NAMES if name != "tiny"]
+KERNELS = ["memory", "nsa", "moba", "dsa"]  # models that kernels are made for
 
 LOSS = 2e-4  # nats
 LATER = {"memory": (10, 0.02), "tiny": (4, 0.05)}  # from this step on, nats
@@ -47,7 +51,8 @@ def frozen(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     given = json.loads((COMMITTED / f"{name}.json").read_text(encoding="utf-8"))["given"]
     folder = COMMITTED if EXACT is None else Path(EXACT)
     found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    assert found["given"] == given, f"{folder} froze another configuration: write it again at the old commit"
+    mend = "write it again at the old commit"
+    assert found["given"] == given, f"{folder} froze another configuration: {mend}"
     return freeze_runs.translated(given), found["found"]
 
 
@@ -95,7 +100,8 @@ def same_gradients(got: dict[str, Any], expected: dict[str, Any]) -> None:
         assert (now["sha256"] is None) == (before["sha256"] is None), name
         allowed = GRADIENT * (before["norm"] + noise)
         assert abs(now["norm"] - before["norm"]) <= allowed, name
-        assert abs(now["sum"] - before["sum"]) <= 20 * allowed, name  # a sum of many values rounds more
+        # a sum of many values rounds more
+        assert abs(now["sum"] - before["sum"]) <= 20 * allowed, name
         for value, old in zip(now["values"], before["values"], strict=True):
             assert abs(value - old) <= allowed, name
 
@@ -104,9 +110,13 @@ def same_ids(got: list[list[int]], expected: list[list[int]], margins: list[list
     """Equal up to the first id that was nearly another; behind it a row says something else."""
     for row, (ids, before, leads) in enumerate(zip(got, expected, margins, strict=True)):
         assert len(ids) == len(before)
-        at = next((place for place, pair in enumerate(zip(ids, before, strict=True)) if pair[0] != pair[1]), None)
+        at = next(
+            (n for n, (new, old) in enumerate(zip(ids, before, strict=True)) if new != old),
+            None,
+        )
         if at is not None:
-            assert EXACT is None and leads[at] < MARGIN, f"prompt {row}, id {at}: got {ids[at]}, was {before[at]}"
+            said = f"prompt {row}, id {at}: got {ids[at]}, was {before[at]}"
+            assert EXACT is None and leads[at] < MARGIN, said
 
 
 @pytest.mark.usefixtures("reference")
@@ -117,7 +127,7 @@ def test_losses_are_those_that_were_frozen(name: str) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_kernels_give_the_frozen_losses(name: str) -> None:
     given, before = frozen(name)
     same_losses(name, freeze_runs.losses(given), before["losses"], exact=False)
