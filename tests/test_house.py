@@ -191,7 +191,9 @@ def test_tests_mirror_a_file_each() -> None:
         "test_soak.py",
         "test_golden.py",
         "kernels/test_pick.py",
-    }  # of no one file; soak: benchmarks/; golden: tests/golden/check.py; pick: kernels/__init__.py
+        "test_frozen.py",
+        "test_public.py",
+    }  # of no one file; soak: benchmarks/; golden: tests/golden/check.py; pick: kernels/__init__.py; the rest: scripts/
     tests = {path.relative_to(ROOT / "tests").as_posix(): path for path in TESTS if path.name.startswith("test_")}
     assert standing <= tests.keys()
     for inside in tests.keys() - standing:

@@ -1,0 +1,289 @@
+"""Records what small models compute today, so that a later version can be held against it.
+
+    python scripts/freeze_runs.py                  runs all of tests/golden/frozen again and rewrites it
+    python scripts/freeze_runs.py --exact FOLDER   writes the results of this machine into FOLDER
+
+A file holds "given", the complete configuration of a run, and "found", what the run computed. To
+freeze another model, write a file with its "given" and run the script. tests/test_frozen.py runs
+the same functions and compares.
+
+Everything runs on the CPU, in float32, on one thread. Token ids and text come from formulas. A loss
+is written as float.hex(), which loses no bit. A gradient is written as the SHA-256 of its bytes,
+its sum, its norm and eight of its values. Two kinds of files exist:
+
+    model   gradients of one step, losses of bare training steps, ids that greedy decoding gives
+    train   losses of rorqual.train.trainer.train on a small text
+
+When a redesign renames an option or a parameter, the committed files stay as they are: write the
+new name into OPTIONS or PARAMETERS below.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rorqual import config as configs
+from rorqual.layers.balance import update_bias
+from rorqual.layers.moba import switch
+from rorqual.layers.moe import MoE
+from rorqual.model import IGNORED, LanguageModel, ModelConfig
+from rorqual.serve.decoding import decode
+from rorqual.train.optim import OptimConfig, Optimizer, schedule
+from rorqual.train.trainer import TrainConfig, train
+
+FROZEN = Path(__file__).resolve().parents[1] / "tests" / "golden" / "frozen"
+
+# The dotted name of an option in the committed files, and its name today. None: it is gone, and its value is what the
+# code does now. A section's name stands for everything below it: {"model.hyper": "model.hyper_connections"}.
+OPTIONS: dict[str, str | None] = {"model.hyper.exit": None, "train.model.hyper.exit": None}
+# A part of a parameter's name in the committed files, and the same part today: {"attention_site": "attention_residual"}.
+PARAMETERS: dict[str, str] = {}
+
+# standard deviation of what is added to every weight, since zeros and ones hide mistakes
+STIRRED = 0.02
+VALUES = 8  # of a gradient, evenly spaced
+
+
+def translated(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The committed options under the names that they have today."""
+    found: dict[str, Any] = {}
+    for path, value in _flat(given, ""):
+        name: str | None = path
+        for old, new in OPTIONS.items():
+            if path == old or path.startswith(f"{old}."):
+                name = None if new is None else new + path[len(old) :]
+        if name is None:
+            continue
+        *sections, last = name.split(".")
+        part = found
+        for section in sections:
+            part = part.setdefault(section, {})
+        part[last] = value
+    return found
+
+
+def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        yield path, value
+        return
+    for name, part in value.items():
+        yield from _flat(part, f"{path}.{name}" if path else name)
+
+
+def complete(cls: type, given: Mapping[str, Any]) -> Any:
+    """The configuration `given`; ValueError where an option is left to its default."""
+    config = configs.from_dict(cls, given)
+    known = dict(_flat(given, ""))
+    missing = [name for name, _ in _flat(configs.to_dict(config), "") if name not in known]
+    if missing:
+        raise ValueError(
+            f"{cls.__name__}: got no {', '.join(missing)}, expected every option in the frozen file, "
+            "a new one with the value that keeps the numbers"
+        )
+    return config
+
+
+def stream(count: int, vocabulary: int, start: int = 0) -> list[int]:
+    """Ids of a made-up language: each id is followed by one of three others."""
+    ids, last = [], start % vocabulary
+    for place in range(start, start + count):
+        last = (last * 5 + 17 + (place * 2654435761 >> 13) % 3) % vocabulary
+        ids.append(last)
+    return ids
+
+
+def batch(given: Mapping[str, Any], step: int) -> dict[str, Tensor | None]:
+    """The fixed batch of a step; every second one holds packed documents, whose last labels are missing."""
+    size, length = given["batch_size"], given["seq_len"]
+    flat = stream(size * (length + 1), given["model"]["vocabulary"], 1000 * step + 1)
+    whole = torch.tensor(flat).view(size, length + 1)
+    ids, labels = whole[:, :-1].clone(), whole[:, 1:].clone()
+    if step % 2:
+        return {"ids": ids, "labels": labels, "documents": None}
+    place = torch.arange(length).expand(size, -1)
+    row = torch.arange(size)[:, None]
+    documents = (place + 3 * row) // (length // 3 + 2) + 10 * row
+    labels[:, :-1][documents[:, 1:] != documents[:, :-1]] = IGNORED
+    return {"ids": ids, "labels": labels, "documents": documents}
+
+
+def build(given: Mapping[str, Any]) -> LanguageModel:
+    """The model from its seed, every weight moved a little away from zeros and ones."""
+    model = LanguageModel(complete(ModelConfig, given["model"]), seed=given["seed"])
+    generator = torch.Generator().manual_seed(given["seed"] + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=STIRRED)
+        for module in model.modules():
+            if isinstance(module, MoE) and module.router.e_score_correction_bias is not None:
+                bias = module.router.e_score_correction_bias
+                bias.add_(torch.randn(bias.shape, generator=generator), alpha=STIRRED)
+    return model
+
+
+def loss_of(model: LanguageModel, given: Mapping[str, Any], step: int, *, warm: bool = False) -> Any:
+    now = batch(given, step)
+    return model.loss(now["ids"], now["labels"], documents=now["documents"], warm=warm)
+
+
+def gradients(given: Mapping[str, Any], step: int, *, warm: bool = False) -> dict[str, dict[str, Any]]:
+    """Digest, sum, norm and some values of each parameter's gradient after one batch."""
+    model = build(given).train()
+    loss_of(model, given, step, warm=warm).total.backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            found[name] = {"sha256": None, "sum": 0.0, "norm": 0.0, "values": []}
+            continue
+        flat = parameter.grad.detach().contiguous().flatten()
+        wide = flat.double()
+        places = torch.linspace(0, len(flat) - 1, min(VALUES, len(flat))).long()
+        found[name] = {
+            "sha256": hashlib.sha256(flat.numpy().tobytes()).hexdigest(),
+            "sum": float(wide.sum()),
+            "norm": float(wide.norm()),
+            "values": flat[places].tolist(),
+        }
+    return found
+
+
+def losses(given: Mapping[str, Any]) -> list[str]:
+    """The total loss of each training step, with the project's optimizer, schedule and balancing."""
+    model = build(given).train()
+    optimizer = Optimizer(model, complete(OptimConfig, given["optim"]))
+    mixtures = [module for module in model.modules() if isinstance(module, MoE)]
+    dsa, moba, found = model.config.dsa, model.config.moba, []
+    for step in range(given["steps"]):
+        if moba is not None:
+            switch(model, step + 1 > moba.full_from * given["steps"])
+        loss = loss_of(model, given, step, warm=dsa is not None and step < dsa.warmup)
+        loss.total.backward()
+        optimizer.clip()
+        optimizer.step(schedule(step, given["steps"], optimizer.config))
+        for number, mixture in enumerate(mixtures):
+            update_bias(
+                mixture.router.e_score_correction_bias,
+                loss.counts[number],
+                mixture.config.balance.bias_rate,
+            )
+        optimizer.zero_grad()
+        found.append(loss.total.item().hex())
+    return found
+
+
+def prompts(given: Mapping[str, Any]) -> list[list[int]]:
+    vocabulary = given["model"]["vocabulary"]
+    return [stream(length, vocabulary, 77 * length) for length in given["prompts"]]
+
+
+def greedy(model: LanguageModel, asked: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """The next `count` ids of each prompt, all prompts in one batch."""
+    steps = list(decode(model, asked, max_new_tokens=count))
+    return [[int(step[row] or 0) for step in steps] for row in range(len(asked))]
+
+
+@torch.inference_mode()
+def margins(model: LanguageModel, prompt: Sequence[int], ids: Sequence[int]) -> list[float]:
+    """By how much the best logit leads the second at each new id, from one call without a cache."""
+    logits = model(torch.tensor([[*prompt, *ids[:-1]]]))[0, len(prompt) - 1 :]
+    best = logits.topk(2).values
+    return (best[:, 0] - best[:, 1]).tolist()
+
+
+def continuations(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Greedy ids of the prompts in one batch and of each alone, and the margins of the latter."""
+    model, asked, count = build(given).eval(), prompts(given), given["new_tokens"]
+    alone = [greedy(model, [prompt], count)[0] for prompt in asked]
+    return {
+        "batched": greedy(model, asked, count),
+        "alone": alone,
+        "margins": [margins(model, prompt, ids) for prompt, ids in zip(asked, alone, strict=True)],
+    }
+
+
+def write_text(path: Path) -> None:
+    """Two hundred short documents, the same everywhere."""
+    animals, places = (
+        ("whale", "otter", "heron", "lynx", "newt"),
+        ("the sea", "a river", "the marsh", "a wood"),
+    )
+    documents = [
+        f"{number}. A {animals[number % 5]} lives in {places[number // 5 % 4]} with {number * 7 % 11} young, and eats "
+        f"{'krill' if number % 3 else 'fish and frogs'}. It sleeps {number * 13 % 17} hours."
+        for number in range(200)
+    ]
+    lines = [json.dumps({"text": text}) + "\n" for text in documents]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def trained(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Losses of the trainer, step by step, and its validation at the end."""
+    text = folder / "text.jsonl"
+    write_text(text)
+    config = complete(TrainConfig, given["train"])
+    for name, value in {
+        "folder": folder / "run",
+        "data.source": text,
+        "data.cache": folder / "cache",
+    }.items():
+        config = configs.replace(config, name, str(value))
+    lines: list[dict[str, Any]] = []
+    train(config, on_metrics=lines.append)
+    last = next(line for line in reversed(lines) if "validation_loss" in line)
+    return {
+        "losses": [line["loss"].hex() for line in lines if "loss" in line],
+        "validation_loss": last["validation_loss"].hex(),
+    }
+
+
+def run(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Everything that a frozen file holds as "found". `folder` is empty and is written to."""
+    given = translated(given)
+    if given["kind"] == "train":
+        return trained(given, folder)
+    return {
+        "losses": losses(given),
+        "gradients": {"documents": gradients(given, 0), "plain": gradients(given, 1, warm=True)},
+        "greedy": continuations(given),
+    }
+
+
+def renamed(name: str) -> str:
+    """A parameter's committed name as it is today."""
+    for old, new in PARAMETERS.items():
+        name = name.replace(old, new)
+    return name
+
+
+def main() -> None:
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("--exact", metavar="FOLDER", help="write here, not to tests/golden/frozen")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="these files alone")
+    options = parser.parse_args()
+    os.environ["RORQUAL_KERNELS"] = "reference"
+    torch.set_num_threads(1)
+    target = FROZEN if options.exact is None else Path(options.exact)
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(FROZEN.glob("*.json")):
+        if options.only and path.stem not in options.only:
+            continue
+        given = json.loads(path.read_text(encoding="utf-8"))["given"]
+        with tempfile.TemporaryDirectory() as folder:
+            found = run(given, Path(folder))
+        text = json.dumps({"given": given, "found": found}, indent=1)
+        (target / path.name).write_text(text + "\n", encoding="utf-8")
+        last = float.fromhex(found["losses"][-1])
+        print(f"{target / path.name}: {len(text):,} bytes, last loss {last:.6f}")
+
+
+if __name__ == "__main__":
+    main()
