@@ -44,7 +44,7 @@ FROZEN = Path(__file__).resolve().parents[1] / "tests" / "golden" / "frozen"
 # The dotted name of an option in the committed files, and its name today. None: it is gone, and its value is what the
 # code does now. A section's name stands for everything below it: {"model.hyper": "model.hyper_connections"}.
 OPTIONS: dict[str, str | None] = {"model.hyper.exit": None, "train.model.hyper.exit": None}
-# A part of a parameter's name in the committed files, and the same part today: {"attention_site": "attention_residual"}.
+# A part of a parameter's name in the committed files, and today's: {"attention_site": "attention_residual"}.
 PARAMETERS: dict[str, str] = {}
 
 # standard deviation of what is added to every weight, since zeros and ones hide mistakes

@@ -213,4 +213,4 @@ class Engram(nn.Module):
         window = normed if not halo else F.pad(normed, (0, 0, 0, 0, halo, 0)) if cache is None else cache.extend(normed)
         documents = layout.key_documents if self.config.end_of_document else None
         kept = None if documents is None else last_columns(documents, halo + time, -1)
-        return pick("engram_convolve", convolve, window, self.conv)(window, self.conv, kept, halo)
+        return convolve(window, self.conv, kept, halo)

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rorqual.kernels import pick
 from rorqual.layers.basics import Layout, SwiGLU
 from rorqual.layers.experts import Experts
 from rorqual.layers.router import Router, Routing
@@ -49,7 +48,7 @@ def sort_slots(routing: Routing, dropping: bool) -> Slots:
     chosen = routing.chosen.flatten()
     if dropping:
         chosen = chosen.where(routing.taken().flatten(), experts)
-    order, rows, ends = pick("sort_by_expert", sort_by_expert, chosen)(chosen, experts)
+    order, rows, ends = sort_by_expert(chosen, experts)
     if dropping:
         taken = int(ends[-1])
         order, rows = order[:taken], rows.clamp_max(taken)

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rorqual.kernels import pick
 from rorqual.model_config import RouterConfig as RouterConfig
 
 SUM_EPS = 1e-20  # keeps a token whose scores all vanished from dividing by zero
@@ -84,11 +83,6 @@ def within_groups(biased: Float[Tensor, "*N E"], groups: int, kept: int, group_s
     worth = grouped.amax(-1) if group_score == "max" else grouped.topk(2, -1).values.sum(-1)  # [*N, groups]
     outside = torch.ones_like(worth, dtype=torch.bool).scatter(-1, worth.topk(kept, -1).indices, False)
     return grouped.masked_fill(outside[..., None], -torch.inf).flatten(-2)
-
-
-def best(scores: Float[Tensor, "*N E"], active: int) -> Int[Tensor, "*N K"]:
-    """The `active` best experts of every token, best first."""
-    return scores.topk(active, -1).indices
 
 
 def within_mass(
@@ -163,7 +157,7 @@ class Router(nn.Module):
         biased = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
         config = self.config
         allowed = within_groups(biased, config.groups, config.groups_kept, config.group_score)
-        return pick("best_experts", best, allowed)(allowed, self.active)
+        return allowed.topk(self.active, -1).indices
 
     def _weights(self, scores: Tensor, chosen: Tensor, present: Tensor | None) -> Tensor:
         weights = scores.gather(-1, chosen)

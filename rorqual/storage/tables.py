@@ -50,15 +50,9 @@ def check_ids(rows: Tensor, count: int) -> None:
         torch._assert_async((low >= 0) & (high < count), "row ids outside the table")
         return
     ids = rows.detach().reshape(-1).numpy()
-    place = pick("bad_row", bad_row, rows)(ids, count)
-    if place >= 0:
-        raise ValueError(f"got row id {ids[place]}, expected 0 to {count - 1}")
-
-
-def bad_row(ids: Int[np.ndarray, " K"], count: int) -> int:
-    """The place of the first id that is not 0..count-1, -1 where there is none."""
     outside = (ids < 0) | (ids >= count)
-    return int(outside.argmax()) if outside.any() else -1
+    if outside.any():
+        raise ValueError(f"got row id {ids[outside.argmax()]}, expected 0 to {count - 1}")
 
 
 def gather(values: Tensor, rows: Tensor, width: int, staging: Staging) -> Tensor:
@@ -71,14 +65,10 @@ def gather(values: Tensor, rows: Tensor, width: int, staging: Staging) -> Tensor
     if out is None:
         found = torch.index_select(values, 0, ids)
     else:
-        found = pick("gather_rows", _select, values)(values, ids, out)
+        found = torch.index_select(values, 0, ids, out=out)
     if values.dtype == torch.uint8:
         found = dequantise(found, width, out=staging.take(len(ids), width, torch.float32) if staged else None)
     return found.view(*rows.shape, width)
-
-
-def _select(values: Tensor, ids: Tensor, out: Tensor) -> Tensor:
-    return torch.index_select(values, 0, ids, out=out)
 
 
 class DeviceTable(nn.Module):

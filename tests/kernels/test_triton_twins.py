@@ -40,7 +40,7 @@ def test_taken_on_cuda_and_interpreted_only_where_asked_for(name: str, monkeypat
     assert kernels.pick(name, reference, CPU) is not ours
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert kernels.pick(name, reference, CPU) is not ours
-    monkeypatch.setenv(kernels.VARIABLE, f"best_experts=reference, {name} = triton")
+    monkeypatch.setenv(kernels.VARIABLE, f"row_adam=reference, {name} = triton")
     assert kernels.pick(name, reference, CPU) is ours
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="does not run here: it runs on cuda, not on cpu"):

@@ -27,9 +27,6 @@ CANONICAL = [
 ]
 
 CPU = torch.device("cpu")
-CONVOLVES = {twin.kind: twin.function for twin in kernels.TWINS["engram_convolve"] if not twin.usable(CPU)}
-FUSES = {twin.kind: twin.function for twin in kernels.TWINS["engram_fuse"] if not twin.usable(CPU)}
-EVERY = pytest.mark.parametrize("fuse", [engram.fuse, *FUSES.values()], ids=["reference", *FUSES])
 
 
 class Rig(nn.Module):
@@ -262,7 +259,6 @@ def test_convolution_is_torchs(kernel: int, dilation: int | None, time: int, poi
     torch.testing.assert_close(got.flatten(2), expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["reference", *CONVOLVES])
 @pytest.mark.parametrize(
     ("batch", "time", "streams", "dim", "taps", "step", "threads"),
     [
@@ -283,7 +279,6 @@ def test_convolution_and_its_gradients(
     step: int,
     threads: int,
     packed: bool,
-    kind: str,
     poisoned: None,
 ) -> None:
     """Against one sum a token, in double; the values before the first token are a cache's, and get gradients too."""
@@ -310,11 +305,10 @@ def test_convolution_and_its_gradients(
         out = function(*given)
         return [out, *torch.autograd.grad((out * change.to(dtype)).sum(), given)]
 
-    function = {"reference": engram.convolve, **CONVOLVES}[kind]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        got = run(lambda *given: function(*given, documents, halo), torch.float32)
+        got = run(lambda *given: engram.convolve(*given, documents, halo), torch.float32)
     finally:
         torch.set_num_threads(before)
     for ours, expected in zip(got, run(by_token, torch.float64), strict=True):
@@ -392,12 +386,11 @@ def check_fuse(function, given: tuple, tolerance: float) -> None:
 SIZES = [(1, 1, 1, 1), (2, 7, 4, 3), (1, 7, 3, 130), (2, 1, 1, 80), (3, 2, 4, 5)]
 
 
-@EVERY
 @pytest.mark.parametrize("sign", ["sign", "copysign"])
 @pytest.mark.parametrize(("conv", "masked"), [(True, True), (False, False), (True, False)])
 @pytest.mark.parametrize("shape", SIZES)
-def test_fusion_and_its_gradients(fuse, shape, conv: bool, masked: bool, sign: str, poisoned: None) -> None:
-    check_fuse(fuse, given_to_fuse(shape, conv, masked, sign), 2e-5)
+def test_fusion_and_its_gradients(shape, conv: bool, masked: bool, sign: str, poisoned: None) -> None:
+    check_fuse(engram.fuse, given_to_fuse(shape, conv, masked, sign), 2e-5)
 
 
 def check_slopes(function, device=CPU) -> None:
@@ -415,9 +408,8 @@ def check_slopes(function, device=CPU) -> None:
         torch.testing.assert_close(weight.grad.flatten().cpu(), slope * expected * (1 - expected), rtol=1e-5, atol=0)
 
 
-@EVERY
-def test_fusion_is_flat_near_no_score(fuse) -> None:
-    check_slopes(fuse)
+def test_fusion_is_flat_near_no_score() -> None:
+    check_slopes(engram.fuse)
 
 
 def check_the_rest(function, device=CPU) -> None:
@@ -433,32 +425,8 @@ def check_the_rest(function, device=CPU) -> None:
         check_fuse(function, given_to_fuse(shape, True, True, "sign", device=device), 0.0)
 
 
-@EVERY
-def test_fusion_of_views_and_of_nothing(fuse, poisoned: None) -> None:
-    check_the_rest(fuse)
-
-
-@pytest.mark.parametrize("kind", FUSES)
-def test_fusion_on_threads(kind: str, poisoned: None) -> None:
-    given, before = given_to_fuse((3, 299, 2, 97), True, True, "sign"), torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        check_fuse(FUSES[kind], given, 1e-4)
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("kind", FUSES)
-def test_gradients_through_scores_near_0_are_the_references(kind: str) -> None:
-    """There the slope of the root is in the tens, and one more rounding of a score is seen in the fourth digit."""
-    shape = (2, 40, 4, 48)
-    given = list(given_to_fuse(shape, True, False, "sign"))
-    along, key = given[0] * given[3] * given[4], torch.randn(shape)
-    given[1] = key - 0.9995 * along * ((key * along).sum(-1) / along.square().sum(-1))[..., None]
-    weights = [torch.randn(shape) for _ in range(2)]
-    expected = with_gradients(engram.fuse, tuple(given), weights)
-    for ours, theirs in zip(with_gradients(FUSES[kind], tuple(given), weights), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=0)
+def test_fusion_of_views_and_of_nothing(poisoned: None) -> None:
+    check_the_rest(engram.fuse)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -490,10 +458,10 @@ def test_what_torch_makes_by_default_does_not_matter() -> None:
     weights = [torch.randn(2, 7, 3, 5) for _ in range(2)]
 
     def everything() -> list[Tensor]:
-        found = with_gradients(kernels.pick("engram_fuse", engram.fuse, CPU), given, weights)
-        convolve = kernels.pick("engram_convolve", engram.convolve, CPU)
+        found = with_gradients(engram.fuse, given, weights)
         for where in (None, documents):
-            found += with_gradients(lambda *x, where=where: [convolve(*x, where, 2)], (window, taps[..., :2]), weights)
+            convolve = lambda *x, where=where: [engram.convolve(*x, where, 2)]  # noqa: E731
+            found += with_gradients(convolve, (window, taps[..., :2]), weights)
         return [*found, addresses(tokens, told)]
 
     before, expected = torch.get_default_dtype(), everything()

@@ -12,10 +12,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HashRouter, DeepseekV4TopKRouter
 
-from rorqual.kernels import TWINS
-from rorqual.layers.router import Router, RouterConfig, Routing, best, score, token_table, within_groups, within_mass
+from rorqual.layers.router import Router, RouterConfig, Routing, score, token_table, within_groups, within_mass
 
-CHOOSERS = {twin.kind: twin.function for twin in TWINS["best_experts"] if not twin.usable(torch.device("cpu"))}
 V3 = RouterConfig(score="sigmoid", groups=4, groups_kept=2, group_score="top2", scale=2.5)
 V2 = RouterConfig(
     score="softmax", groups=4, groups_kept=2, group_score="max", scale=16.0, renormalise=False, bias=False
@@ -193,22 +191,6 @@ def test_experts_outside_of_the_groups_are_never_taken_though_every_bias_is_nega
     router = Router(RouterConfig(groups=3, groups_kept=1), 8, 6, 2)
     router.e_score_correction_bias = torch.full((6,), -7.0)
     assert (router(torch.randn(2, 50, 8)).chosen // 2).unique_consecutive(dim=-1).shape[-1] == 1
-
-
-@pytest.mark.parametrize("kind", CHOOSERS)
-@pytest.mark.parametrize("shape", [(3, 5, 8), (0, 4, 8), (1, 1, 1), (7, 300)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_twins_choose_alike(kind: str, shape: tuple[int, ...], dtype: torch.dtype, poisoned: None) -> None:
-    scores = torch.randn(shape, dtype=dtype)
-    scores[..., ::2].masked_fill_(torch.rand(scores[..., ::2].shape) < 0.4, -torch.inf)
-    for active in {1, min(3, shape[-1] // 2 or 1)}:
-        assert torch.equal(CHOOSERS[kind](scores, active), best(scores, active))
-
-
-@pytest.mark.parametrize("kind", CHOOSERS)
-def test_twins_stay_inside_when_scores_are_no_numbers(kind: str) -> None:
-    chosen = CHOOSERS[kind](torch.full((4, 6), torch.nan), 2)
-    assert ((chosen >= 0) & (chosen < 6)).all()
 
 
 @pytest.mark.parametrize("config", [V2, V3, V4])
