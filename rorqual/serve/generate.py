@@ -29,20 +29,33 @@ from rorqual.serve.sampling import GREEDY, Sampling
 from rorqual.storage import StorageConfig
 
 TEMPLATE_SECONDS = 10.0  # in which a chat template must have filled in the messages
+TEMPLATE_BYTES = 1 << 30  # of memory that it may take for that
 # The program of `Run.chat`: a line of JSON in, a line of JSON out. faulthandler's clock ends the
 # process whatever it does and whoever started it: one operation of Python can take hours.
 _TEMPLATE = """
 import faulthandler, json, os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 from transformers import AutoTokenizer
-folder, seconds = sys.argv[1], float(sys.argv[2])
+folder, seconds, memory = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 nowhere = open(os.devnull, "w")
+
+def bound_memory():
+    # where the system says how much there is and keeps to a limit
+    try:
+        import resource
+        with open("/proc/self/statm") as pages:
+            held = int(pages.read().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (held + memory, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
 tokenizer = None
 for line in sys.stdin:
     asked = json.loads(line)
     try:
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            bound_memory()
         faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
         text = tokenizer.apply_chat_template(
             asked["messages"], add_generation_prompt=True, tokenize=False
@@ -53,7 +66,7 @@ for line in sys.stdin:
         else:
             answer = {"ids": list(tokenizer(text, add_special_tokens=False)["input_ids"])}
     except Exception as error:
-        answer = {"error": str(error)[:500]}
+        answer = {"error": (str(error) or type(error).__name__)[:500]}
     faulthandler.cancel_dump_traceback_later()
     print(json.dumps(answer), flush=True)
 """
@@ -174,8 +187,8 @@ class Run:
         """The ids of messages ({"role": .., "content": ..}) by the tokenizer's own template.
 
         ValueError where it has none, or where it takes more than TEMPLATE_SECONDS; TooLong as in
-        `prompt`. The template is text that jinja fills in a sandbox, in a process of its own: no
-        loop or product that a template's author wrote can hold this process.
+        `prompt`. The template is text that jinja fills in a sandbox, in a process of its own with a
+        bound on its memory: no loop or product that a template's author wrote can hold this process.
         """
         if self.folder is None or not chat_template(self.folder):
             raise ValueError(f"{self.folder or 'this run'} has no chat template: ask for a completion instead")
@@ -209,7 +222,7 @@ class Run:
     def _open_template(self, folder: Path) -> subprocess.Popen[str]:
         """The process that fills the template; it ends with this one, or when `close` is called."""
         process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _TEMPLATE, str(folder), str(TEMPLATE_SECONDS)],
+            [sys.executable, "-P", "-c", _TEMPLATE, str(folder), str(TEMPLATE_SECONDS), str(TEMPLATE_BYTES)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -37,7 +37,8 @@ from rorqual.serve.server import Service, TimedProtocol, application  # noqa: E4
 
 TEMPLATE = """{%- if messages[0].content == "loop" -%}
 {%- for i in range(90000) -%}{%- for j in range(90000) -%}{%- endfor -%}{%- endfor -%}
-{%- elif messages[0].content == "power" -%}{%- set n = 9 -%}{{ n ** (n ** n) }}{%- endif -%}
+{%- elif messages[0].content == "power" -%}{%- set n = 9 -%}{{ n ** (n ** n) }}
+{%- elif messages[0].content == "memory" -%}{{ "x" * 10 ** 10 }}{%- endif -%}
 {{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}
 {% endfor %}assistant:"""
 
@@ -422,6 +423,15 @@ def test_a_chat_template_that_loops_is_ended_and_holds_up_nobody(chatty, monkeyp
         for answer in stuck:
             assert answer.result().status == 400
             assert "the chat template took more than 1 s" in answer.result().error["message"]
+        assert chat(client, "A").status == 200
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="this system does not say what a process holds")
+def test_a_chat_template_that_wants_memory_is_refused(chatty):
+    with serving(Service(load(chatty, device="cpu"), context=64)) as client:
+        answer = chat(client, "memory")
+        assert answer.status == 400
+        assert "the chat template refuses them: MemoryError" in answer.error["message"]
         assert chat(client, "A").status == 200
 
 
