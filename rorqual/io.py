@@ -4,23 +4,29 @@ Everything that rorqual keeps is written through this module, so that a kill or 
 file that was there before.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
 
-PARTIAL = ".partial"  # how the name of a file ends that is not whole yet
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would translate line ends
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")  # the names of files that are not whole yet
+_ABANDONED = 3600.0  # seconds since a partial file was written to, after which nobody writes it any more
+_NO_FLUSH = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOTSUP)  # of folders, on some file systems
+_LONGEST = 50  # characters of a name that its partial file keeps: 200 bytes at most
 _POSITION = threading.Lock()  # held while a file's position is moved, where it cannot be read at another
 
 
@@ -28,32 +34,56 @@ _POSITION = threading.Lock()  # held while a file's position is moved, where it 
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a new path beside `path` to write to; when the block ends that file is on the disk under `path`.
 
-    If the block raises, the new file is deleted and what was at `path` stays. The file may be read by whom the umask
-    lets, whatever the library that wrote it prefers. Where the system refuses safetensors it is an OSError, too. What a
-    killed process leaves is removed by `remove_partial`.
+    If the block raises, the new file is deleted and what was at `path` stays; a link at `path` is replaced, not
+    followed. The file may be read by whom the umask lets, whatever the library that wrote it prefers. An OSError names
+    `path`, also where safetensors has an error of its own. What a killed process leaves goes when the same path is
+    written an hour later, or by `remove_partial`.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    for abandoned in _partial(path.parent, f".{path.name[:_LONGEST]}.", _ABANDONED):
+        with suppress(OSError):
+            abandoned.unlink()
+    # random, since threads and containers may share a process's number
+    beside = path.with_name(f".{path.name[:_LONGEST]}.{secrets.token_hex(8)}.partial")
     try:
-        beside.touch()
+        os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         mode = stat.S_IMODE(beside.stat().st_mode)
         yield beside
         beside.chmod(mode)
         flush(beside)
         beside.replace(path)
     except BaseException as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
         number = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
         if number is not None:
             raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
+        if isinstance(error, OSError) and error.filename == os.fspath(beside):
+            error.filename = os.fspath(path)
         raise
     flush(path.parent)
 
 
-def remove_partial(folder: Path) -> None:
-    """Deletes what killed processes were writing in `folder`. For the one process that writes there."""
-    for path in folder.glob(f".*{PARTIAL}"):
+def remove_partial(folder: Path, age: float = 0.0) -> None:
+    """Deletes what killed processes were writing in `folder`, if nothing was written to it for `age` seconds.
+
+    With an age of 0 it is for the one process that writes there.
+    """
+    for path in _partial(folder, ".", age):
         path.unlink(missing_ok=True)
+
+
+def _partial(folder: Path, prefix: str, age: float) -> list[Path]:
+    """The partial files that begin so and were not written to for `age` seconds."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.startswith(prefix) and _PARTIAL.fullmatch(path.name):
+            # another process may be done with it meanwhile
+            with suppress(FileNotFoundError):
+                about = path.lstat()
+                if stat.S_ISREG(about.st_mode) and time.time() - about.st_mtime >= age:
+                    found.append(path)
+    return found
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -95,11 +125,15 @@ def flush(path: Path) -> None:
     """Waits until a file's bytes, or the names in a folder, are on the disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows does not open folders
-    file = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+        file = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in _NO_FLUSH:
+            raise
 
 
 @contextmanager
@@ -108,17 +142,27 @@ def lock(path: Path, refusal: str, *, timeout: float = 0) -> Iterator[None]:
 
     ValueError with the text `refusal` where another has it for longer than `timeout` seconds.
     """
-    with acquired(path, refusal, timeout=timeout):
+    held = acquired(path, refusal, timeout=timeout)
+    try:
         yield
+    finally:
+        held.release()
 
 
-def acquired(path: Path, refusal: str, *, timeout: float = 0, thread_local: bool = True) -> BaseFileLock:
+def acquired(
+    path: Path,
+    refusal: str,
+    *,
+    timeout: float = 0,
+    thread_local: bool = True,
+    error: type[ValueError] = ValueError,
+) -> BaseFileLock:
     """Returns the lock that `lock` holds, for those who release it elsewhere, or on another thread."""
     held = FileLock(path, timeout=timeout, thread_local=thread_local)
     try:
         held.acquire(poll_interval=0.1)
     except Timeout:
-        raise ValueError(refusal) from None
+        raise error(refusal) from None
     return held
 
 

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from rorqual import io
+from rorqual.storage import TableError
 
 
 def test_a_file_is_replaced_whole_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -49,6 +51,41 @@ def test_a_kill_leaves_the_old_file_and_the_next_writer_cleans_up(tmp_path: Path
     assert len(list(tmp_path.iterdir())) == 2
     io.remove_partial(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_threads_that_write_one_file_leave_one_of_their_texts(tmp_path: Path) -> None:
+    path = tmp_path / f"{'鯨' * 80}.txt"
+    texts = [str(number) * 5000 for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(10):
+            list(pool.map(lambda text: io.write_text(path, text), texts))
+    assert path.read_text() in texts
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_partial_files_go_when_they_are_old_and_no_others_do(tmp_path: Path) -> None:
+    io.write_text(tmp_path / "a.txt", "")
+    others = [".alien.partial", ".a.txt.0123456789abcdez.partial"]
+    for name in (*others, ".a.txt.0123456789abcdef.partial", ".b.txt.0123456789abcdef.partial"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".c.0123456789abcdef.partial").mkdir()
+    io.remove_partial(tmp_path, age=60)
+    assert len(list(tmp_path.iterdir())) == 6
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))
+    # by the next writer of the same file, and by who holds the folder
+    io.write_text(tmp_path / "a.txt", "")
+    left = [*others, ".b.txt.0123456789abcdef.partial", ".c.0123456789abcdef.partial", "a.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left)
+    io.remove_partial(tmp_path, age=60)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(set(left) - {left[2]})
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere" / "a.txt"
+    with pytest.raises(FileNotFoundError) as raised:
+        io.write_text(path, "")
+    assert raised.value.filename == str(path)
 
 
 def test_tensors_are_as_open_as_any_file_made_here(tmp_path: Path) -> None:
@@ -90,6 +127,11 @@ def test_a_lock_is_held_by_one_and_released_with_the_block(tmp_path: Path) -> No
         assert other.returncode and "taken" in other.stderr
     with io.lock(path, "again", timeout=1.0):
         pass
+    held = io.acquired(path, "taken")
+    held.release()
+    assert not held.is_locked
+    with pytest.raises(TableError, match="taken"), io.lock(path, "first"):
+        io.acquired(path, "taken", error=TableError)
 
 
 def test_a_folder_is_replaced_and_a_stop_in_between_is_undone(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
-"""A tenth of the soak in benchmarks/texts.py: no hostile file is lost in silence, none ends in a traceback."""
+"""Samples of what benchmarks/ does at length: hostile texts, and bugs that the tests must catch."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -8,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "texts.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "texts.py"
 
 
 @pytest.mark.slow
 def test_every_hostile_file_is_read_counted_or_refused():
+    """A tenth of the soak: no file is lost in silence, none ends in a traceback."""
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
     command = [sys.executable, SCRIPT, "--files", "100", "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -23,3 +26,18 @@ def test_every_hostile_file_is_read_counted_or_refused():
     assert set(result["kinds"]["good text"]) == {"read"}
     assert "read" not in result["kinds"]["random bytes"]
     assert done.returncode == 0
+
+
+def test_every_mutation_fits_the_code_and_names_tests_that_are_there(monkeypatch):
+    path = ROOT / "benchmarks" / "mutations.py"
+    spec = importlib.util.spec_from_file_location("mutations", path)
+    mutations = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "mutations", mutations)
+    spec.loader.exec_module(mutations)
+    found = mutations.read_mutations(mutations.DATA)
+    assert len(found) >= 30
+    for mutation in found:
+        mutations.mutated(mutation, ROOT)
+        for test in mutation.tests:
+            file, *names = test.partition("[")[0].split("::")
+            assert f"def {names[-1]}(" in (ROOT / file).read_text(encoding="utf-8"), test

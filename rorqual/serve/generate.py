@@ -47,7 +47,9 @@ def bound_memory():
             held = int(pages.read().split()[0]) * resource.getpagesize()
     except (ImportError, OSError):
         return
-    resource.setrlimit(resource.RLIMIT_AS, (held + memory, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    soft = held + memory if hard == resource.RLIM_INFINITY else min(held + memory, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 tokenizer = None
 for line in sys.stdin:
@@ -227,6 +229,8 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
+            # a thread for each core would take address space that the template is then refused
+            env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2"},
         )
         weakref.finalize(self, process.kill)
         return process

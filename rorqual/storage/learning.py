@@ -262,9 +262,6 @@ def _own(path: Path) -> tuple[int, BaseFileLock]:
     """
     found = "got rows that another table trains now, in this process or another"
     refusal = f"{path}: {found}; expected one at a time: close the other"
-    try:
-        # a finalizer may release it on any thread
-        lock = acquired(path.with_name(path.name + ".lock"), refusal, thread_local=False)
-    except ValueError as error:
-        raise TableError(str(error)) from None
+    # a finalizer may release it on any thread
+    lock = acquired(path.with_name(path.name + ".lock"), refusal, thread_local=False, error=TableError)
     return os.open(path, os.O_RDWR | os.O_CREAT | BINARY, 0o666), lock

@@ -40,7 +40,7 @@ from rorqual.io import write_text
 from rorqual.train.engine import Module, autocast, metrics_of, untouched_randomness
 
 METRICS = "metrics.jsonl"
-STEP_OVER_FORWARD = 4.0  # time of a training step over a forward pass's: 3.4 to 5.1 on CPUs (docs/log.md)
+STEP_OVER_FORWARD = 2.5  # time of a training step over a forward pass's, about (docs/log.md)
 FIRST = 5  # steps after which it is said how long the run will take
 WINDOW = 20  # steps that the speed is a mean of
 PROMPT = 8  # tokens of a held-out document that are continued
@@ -272,15 +272,17 @@ def validate(
 def trial(model: nn.Module, vocabulary: int, rows: int, micro_rows: int, length: int, dtype: torch.dtype) -> float:
     """Estimates the seconds of one training step from the time of one forward pass, before anything is trained.
 
-    The first of two passes is not counted: it allocates and compiles. `rows` are this rank's, read `micro_rows` at a
-    time. Nothing of the model changes; within half of the truth where this was measured (docs/log.md).
+    The first of two passes is not counted: it allocates and compiles. Documents are packed, four to a row, and
+    gradients are on, so that the pass is that of training, and nothing is made of it. `rows` are this rank's, read
+    `micro_rows` at a time. docs/log.md has how far off it was.
     """
-    with _asked(model, dtype) as device:
+    with _asked(model, dtype) as device, torch.enable_grad():
         ids = torch.arange(micro_rows * length, device=device).view(micro_rows, length) % vocabulary
+        documents = (torch.arange(length, device=device) * 4 // length).expand(micro_rows, -1)
         for _ in range(2):
             began = time.perf_counter()
-            # what is printed waits for the device to have finished
-            model.loss(ids, ids).next_token.item()  # type: ignore[operator]
+            # to read the number waits for the device to have finished
+            model.loss(ids, ids, documents=documents).next_token.item()  # type: ignore[operator]
             took = time.perf_counter() - began
     return took * STEP_OVER_FORWARD * math.ceil(rows / micro_rows)
 

@@ -557,7 +557,8 @@ def _alone(folder: Path) -> Iterator[None]:
         if parallel.rank() == 0:
             refusal = f"{folder}: another process trains here; wait, or choose another --folder"
             held.enter_context(lock(folder / ".lock", refusal))
-            remove_partial(folder)
+            # somebody else may be writing a report or edits of memory there
+            remove_partial(folder, age=600.0)
         yield
 
 

@@ -436,6 +436,24 @@ def test_a_chat_template_that_wants_memory_is_refused(chatty):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("limit", [None, 3 << 30])
+def test_a_chat_template_is_filled_on_many_cores_and_under_a_limit(chatty, monkeypatch, limit):
+    """A thread for each of 64 cores would take more address space than the template is allowed."""
+    monkeypatch.setenv("RAYON_NUM_THREADS", "64")
+    start = subprocess.Popen
+
+    def limited(command, **options):
+        return start(["prlimit", f"--as={limit}", *command] if limit else command, **options)
+
+    if limit is not None and shutil.which("prlimit") is None:
+        pytest.skip("a system without limits of resources")
+    monkeypatch.setattr(generate.subprocess, "Popen", limited)
+    with serving(Service(load(chatty, device="cpu"), context=64)) as client:
+        for content, status in (("A", 200), ("memory", 400), ("A", 200)):
+            assert chat(client, content).status == status
+
+
+@pytest.mark.slow
 def test_a_chat_template_is_read_once(folder, tmp_path):
     gone = tmp_path / "gone"
     shutil.copytree(folder, gone)

@@ -31,7 +31,7 @@ from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.serve.generate import load
 from rorqual.storage import StorageConfig
-from rorqual.train import trainer
+from rorqual.train import record, trainer
 from rorqual.train.optim import Diverged, OptimConfig, Optimizer
 from rorqual.train.record import answer, validate
 from rorqual.train.trainer import DataConfig, Stopped, TrainConfig, finished, losses, prepare, train
@@ -188,6 +188,22 @@ def test_another_seed_draws_other_weights(config, tmp_path):
     for name in ("embed.weight", "blocks.0.attention.o_proj.weight", "tables.0.weight"):
         one, other = drawn[0][name].flatten(), drawn[1][name].flatten()
         assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 0.5, name
+
+
+@pytest.mark.parametrize("tables", ["device", "host", "disk"])
+def test_the_trial_of_a_step_changes_nothing(config, tables, tmp_path, monkeypatch):
+    """Neither losses nor weights, of a run that stops and goes on."""
+    found = []
+    for name, trial in (("a", record.trial), ("b", lambda *_: 1.0)):
+        calls = []
+        monkeypatch.setattr(record, "trial", lambda *given, calls=calls, trial=trial: calls.append(1) or trial(*given))
+        options = replace(config, folder=str(tmp_path / name), tables=tables, steps=16, save_every=2)
+        with pytest.raises(Stopped):
+            train(options, on_metrics=stop_at(4))
+        folder = train(options)
+        assert len(calls) == 2
+        found.append((losses(folder), (folder / "model.safetensors").read_bytes()))
+    assert found[0] == found[1]
 
 
 def test_a_run_says_what_is_ahead_before_it_starts(config, capsys):
