@@ -70,60 +70,69 @@ def model(request):
     return _model(request.param)
 
 
+@pytest.fixture(scope="module")
+def precise(model):
+    """The model in float64. In float32 logits are off by 2e-5 in one forward pass already, since norms of small vectors
+    enlarge what was rounded; here it is the rounding of the logits themselves that the tolerance is for."""
+    return copy.deepcopy(model).double()
+
+
 @torch.no_grad()
-def test_token_by_token_equals_one_forward(model):
-    ids = _ids(2, 13)
+def test_token_by_token_equals_one_forward(precise):
+    model, ids = precise, _ids(2, 13)
     cache = model.new_cache(2, capacity=4)
     steps = torch.cat([model(ids[:, t : t + 1], cache=cache) for t in range(13)], dim=1)
-    assert torch.allclose(steps, model(ids), atol=1e-5)
+    assert torch.allclose(steps, model(ids), atol=2e-6)
     assert cache.length == 13
 
 
 @torch.no_grad()
-def test_chunks_crop_and_reorder_equal_one_forward(model):
-    ids = _ids(3, 15)
+def test_chunks_crop_and_reorder_equal_one_forward(precise):
+    model, ids = precise, _ids(3, 15)
     cache = model.new_cache(3)
     model(ids[:, :5], cache=cache)
     model(_ids(3, 4, seed=9), cache=cache)
     cache.crop(4)
     cache.select(torch.tensor([2, 0]))
     rest = model(ids[[2, 0], 5:], cache=cache)
-    assert torch.allclose(rest, model(ids[[2, 0]])[:, 5:], atol=1e-5)
+    assert torch.allclose(rest, model(ids[[2, 0]])[:, 5:], atol=2e-6)
     cache.reset()
-    assert torch.allclose(model(ids[:2], cache=cache), model(ids[:2]), atol=1e-5)
+    assert torch.allclose(model(ids[:2], cache=cache), model(ids[:2]), atol=2e-6)
 
 
 @torch.no_grad()
-def test_left_padding_is_invisible(model):
-    ids = _ids(1, 9)
+def test_left_padding_is_invisible(precise):
+    model, ids = precise, _ids(1, 9)
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
     present = torch.arange(13)[None] >= 4
-    assert torch.allclose(model(padded, present=present)[:, 4:], model(ids), atol=1e-5)
+    assert torch.allclose(model(padded, present=present)[:, 4:], model(ids), atol=2e-6)
     cache = model.new_cache(1)
     model(padded[:, :8], present=present[:, :8], cache=cache)
-    assert torch.allclose(model(padded[:, 8:], cache=cache), model(ids)[:, 4:], atol=1e-5)
+    assert torch.allclose(model(padded[:, 8:], cache=cache), model(ids)[:, 4:], atol=2e-6)
 
 
 @torch.no_grad()
-def test_the_last_position_alone_is_that_of_all(model):
+def test_the_last_position_alone_is_that_of_all(precise):
+    model = precise
     ids, cache, whole = _ids(2, 11), model.new_cache(2), model.new_cache(2)
     for known in ({}, {"present": torch.tensor([[False] * 3 + [True] * 8, [True] * 11])}):
         cache.reset()
         whole.reset()
         last = model.hidden(ids, cache=cache, last=True, **known)[0]
         assert last.shape[1] == 1
-        assert torch.allclose(last, model.hidden(ids, cache=whole, **known)[0][:, -1:], atol=1e-5)
-        assert torch.allclose(model(ids[:, :1], cache=cache), model(ids[:, :1], cache=whole), atol=1e-5)
+        assert torch.allclose(last, model.hidden(ids, cache=whole, **known)[0][:, -1:], atol=2e-6)
+        assert torch.allclose(model(ids[:, :1], cache=cache), model(ids[:, :1], cache=whole), atol=2e-6)
 
 
 @torch.no_grad()
-def test_packed_documents_never_see_each_other(model):
+def test_packed_documents_never_see_each_other(precise):
+    model = precise
     first, second = _ids(1, 6), _ids(1, 8, seed=1)
     packed = torch.cat([first, second], 1)
     documents = torch.tensor([[4] * 6 + [5] * 8])
     together = model(packed, documents=documents)
-    assert torch.allclose(together[:, :6], model(first), atol=1e-5)
-    assert torch.allclose(together[:, 6:], model(second), atol=1e-5)
+    assert torch.allclose(together[:, :6], model(first), atol=2e-6)
+    assert torch.allclose(together[:, 6:], model(second), atol=2e-6)
 
 
 @torch.no_grad()
@@ -260,10 +269,10 @@ def test_counts_and_balance_come_from_every_mixture():
 @given(cuts=st.lists(st.integers(1, 6), min_size=1, max_size=6), seed=st.integers(0, 99))
 @torch.no_grad()
 def test_any_split_of_the_text_gives_the_same_logits(cuts, seed):
-    model, ids = _everything(), _ids(2, sum(cuts), seed)
+    model, ids = _everything().double(), _ids(2, sum(cuts), seed)
     cache = model.new_cache(2, capacity=2)
     parts = torch.cat([model(part, cache=cache) for part in ids.split(cuts, dim=1)], dim=1)
-    assert torch.allclose(parts, model(ids), atol=1e-5)
+    assert torch.allclose(parts, model(ids), atol=2e-6)
 
 
 @functools.cache

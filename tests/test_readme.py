@@ -290,22 +290,20 @@ def id_of(page: Path) -> str:
     return page.relative_to(ROOT / "docs").as_posix()
 
 
-@pytest.mark.parametrize("page", WITH_BLOCKS, ids=id_of)
-def test_the_page_runs(
-    page: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(place)
-    read_through(page, capsys, slow_too=False)
+def case(page: Path, slow_too: bool) -> Any:
+    marks = [pytest.mark.slow] if slow_too else []
+    return pytest.param(page, slow_too, id=f"{id_of(page)} whole" if slow_too else id_of(page), marks=marks)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_sweep")
-@pytest.mark.parametrize("page", WITH_SLOW, ids=id_of)
-def test_the_page_runs_whole(
-    page: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("page", "slow_too"), [case(page, False) for page in WITH_BLOCKS] + [case(page, True) for page in WITH_SLOW]
+)
+def test_the_page_runs(
+    page: Path, slow_too: bool, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
-    read_through(page, capsys, slow_too=True)
+    read_through(page, capsys, slow_too=slow_too)
 
 
 def help_examples() -> dict[str, list[str]]:
