@@ -7,6 +7,7 @@ import random
 import resource
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -631,8 +632,14 @@ def test_the_newest_checkpoints_stay(tmp_path):
 
 def test_a_full_disk_behind_training_ends_the_run_in_a_line(tmp_path, no_larger_file, capfd):
     """The checkpoint is written by another thread; the one before stays, and the run goes on once there is room."""
+
+    def fill(trainer) -> None:
+        while not (tmp_path / "checkpoints" / "step2").is_dir():
+            time.sleep(0.01)
+        no_larger_file(30_000)
+
     with pytest.raises(OSError, match=r"File too large: .*step4"):
-        run(tmp_path, *parts(steps=9), every=2, full=At(3, lambda trainer: no_larger_file(30_000)))
+        run(tmp_path, *parts(steps=9), every=2, full=At(3, fill))
     assert "Traceback" not in capfd.readouterr().err
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step2"]
     no_larger_file(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
