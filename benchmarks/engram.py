@@ -19,13 +19,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import rows as rows_benchmark
 import torch
 
 from rorqual.kernels import pick
-from rorqual.layers.addresses import Addresses, EngramConfig, hash_rows
+from rorqual.layers.addresses import Addresses, EngramConfig, follow_rows
 from rorqual.layers.basics import layout
 from rorqual.storage import DeviceTable
 
@@ -87,11 +88,11 @@ def decode_steps(rows: int, layers: tuple[int, ...], name: str) -> dict[str, Cal
     history, where = own.new_cache(32, 64, torch.float32, CPU), layout(32, 1, CPU)
     ids = torch.randint(VOCABULARY, (32, 1))
     own(ids, where, history)
-    window = history.extend(ids)
+    buffer, at = history.claim(ids)
     exact = (own.canonical_map, own.multipliers, own.primes, own.offsets)
-    kernel = pick("engram_rows", hash_rows, ids, own.primes)
+    twin, kept = pick("engram_follow", follow_rows, ids, own.primes), dict[str, Any]()
     return {
-        f"hash of a 32-token decode step, {name}": lambda: kernel(window, None, *exact, 0),
+        f"hash of a 32-token decode step, {name}": lambda: twin(ids, buffer, at, *exact, 0, None, kept),
         f"whole step with history, {name}": lambda: own(ids, where, history),
     }
 

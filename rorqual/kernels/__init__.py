@@ -46,6 +46,7 @@ TWINS: Mapping[str, tuple[Twin, ...]] = MappingProxyType(
             Twin("numba", engram.hash_rows, compiled.usable),
             Twin("triton", triton_twins.hash_rows, triton_twins.usable("engram_rows")),
         ),
+        "engram_follow": (Twin("numba", engram.follow_rows, compiled.usable),),
         "engram_fuse": (Twin("triton", triton_twins.fuse, triton_twins.usable("engram_fuse")),),
         "hyper_collapse": (Twin("triton", triton_twins.collapse, triton_twins.usable("hyper_collapse")),),
         "hyper_write": (Twin("triton", triton_twins.write, triton_twins.usable("hyper_write")),),

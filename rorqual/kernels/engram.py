@@ -1,4 +1,7 @@
-"""Hashes n-grams of token ids to the table rows that they address: the CPU kernel of layers.addresses.hash_rows.
+"""Ids in -> the table rows they address out: the compiled twins of layers.addresses, on the CPU.
+
+hash_rows     ids of a window -> rows              twin of layers.addresses.hash_rows
+follow_rows   new ids behind those held -> rows    twin of layers.addresses.follow_rows
 
 Tokens are taken in blocks, a head at a time over a block, so that all arithmetic runs on vectors. Where every prime
 exceeds 8191 the remainder is taken without a division, and still exactly. With u = 2^-53, in float64,
@@ -6,33 +9,31 @@ exceeds 8191 the remainder is taken without a division, and still exactly. With 
     i = (1/p) (1 - 4u),   q = trunc(x i),   r = x - q p in int64,   then r - p if r >= p
 
 1/p, i, x < 2^63 and x i are each rounded once, by at most u: x i lies below x/p, and by less than 8u 2^63/p <= 1, so
-that q is the quotient or one less. Threads split the tokens; the compiled code holds no lock of Python's.
+that q is the quotient or one less. Threads split the tokens; the compiled code holds no lock of Python's. It is handed
+addresses of memory, since an array a tensor costs more than the hash of a whole decode step.
 """
 
 import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from rorqual.kernels.compiled import compiled
+from rorqual.kernels.compiled import compiled, pointer
 
 _BLOCK = 64  # tokens at a time: what is computed of them stays in the nearest cache
 _EXACT_FROM = 8192  # the smallest prime for which the proof above holds
-_NO_REACH = np.empty(0, np.int64)
 _WORTH_A_THREAD = 16384  # addresses; below, starting threads takes longer than the work
 
 
 @compiled
 def _look_up(ids, stride, lead, time, reach, canonical, pad, known, start, count):  # pragma: no cover
-    """known[k, j] = canonical id k before token start + j; False if an id has none.
-
-    Before the `time` tokens of a row stand the `lead` ids that they look back at, at least as many as len(known) - 1.
-    """
+    """known[k, j] = canonical id k before token start + j; False if an id has none. `lead` ids stand before a row."""
     strange, done, top = False, 0, len(canonical)
     row, t = start // time, start % time
     while done < count:
@@ -44,9 +45,11 @@ def _look_up(ids, stride, lead, time, reach, canonical, pad, known, start, count
             strange |= (raw != safe) | (value < 0)
             known[0, done + j] = value
         for k in range(1, len(known)):
-            raw = ids[at - k]
-            strange |= raw < 0 or raw >= top or canonical[raw] < 0
-            known[k, done] = canonical[raw] if not strange else 0
+            known[k, done] = pad
+            if k <= t + lead:
+                raw = ids[at - k]
+                strange |= raw < 0 or raw >= top or canonical[raw] < 0
+                known[k, done] = canonical[raw] if not strange else 0
             for j in range(done + 1, done + run):
                 known[k, j] = known[k - 1, j - 1]
         done, row, t = done + run, row + 1, 0
@@ -95,21 +98,32 @@ def _mix(known, multipliers, primes, inverse, offsets, mix, wide, rows, count): 
 
 
 @compiled
-def _hash(ids, reach, canonical, multipliers, primes, offsets, pad, out, first, last):  # pragma: no cover
-    """Fills out[:, first:last], tokens counted over the batch; False if an id is not known."""
-    layers, orders, heads = primes.shape
-    stride, width = ids.shape[1], orders * heads
-    time, memory = stride - orders, ids.reshape(-1)
-    rows = out.reshape(layers, ids.shape[0] * time, width)
-    inverse = _invert(primes)
+def _hash(
+    asked, new, new_stride, ids, stride, lead, batch, time, reach, pad, out, first, last,
+):  # pragma: no cover  # fmt: skip
+    """Fills out[:, first:last], tokens counted over the batch; False if an id is not known. `new` is written first."""
+    canonical, multipliers, primes, offsets, layers, orders, heads, top = asked
+    width, memory = orders * heads, numba.carray(pointer(ids), batch * stride, np.int64)
+    if new:
+        source = numba.carray(pointer(new), batch * new_stride, np.int64)
+        for row in range(batch):
+            for t in range(time):
+                memory[row * stride + lead + t] = source[row * new_stride + t]
+    near = numba.carray(pointer(reach), batch * time if reach else 0, np.int64)
+    folded = numba.carray(pointer(canonical), top, np.int32)
+    factors = numba.carray(pointer(multipliers), (layers, orders + 1), np.int64)
+    moduli = numba.carray(pointer(primes), (layers, orders, heads), np.int64)
+    starts = numba.carray(pointer(offsets), (layers, width), np.int64)
+    rows = numba.carray(pointer(out), (layers, batch * time, width), np.int64)
+    inverse = _invert(moduli)
     known, block = np.empty((orders + 1, _BLOCK), np.int64), np.empty((width, _BLOCK), np.int64)
     mix, wide = np.empty(_BLOCK, np.int64), np.empty(_BLOCK)
     for start in range(first, last, _BLOCK):
         count = min(_BLOCK, last - start)
-        if not _look_up(memory, stride, orders, time, reach, canonical, pad, known, start, count):
+        if not _look_up(memory, stride, lead, time, near, folded, pad, known, start, count):
             return False
         for layer in range(layers):
-            _mix(known, multipliers[layer], primes[layer], inverse[layer], offsets[layer], mix, wide, block, count)
+            _mix(known, factors[layer], moduli[layer], inverse[layer], starts[layer], mix, wide, block, count)
             for j in range(count):
                 for place in range(width):
                     rows[layer, start + j, place] = block[place, j]
@@ -125,17 +139,91 @@ def hash_rows(
     offsets: Int[Tensor, "Lm R"],
     pad: int,
     out: Int[Tensor, "Lm B T R"] | None = None,
+    kept: dict[str, Any] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
-    """Gives the rows of layers.addresses.hash_rows, bit for bit."""
+    """See layers.addresses.hash_rows, whose numbers these are, bit for bit."""
+    ids, stride = _plain(ids)
+    near = None if reach is None else reach.long().contiguous()
+    asked = _ask(kept, canonical_map, multipliers, primes, offsets)
+    batch, width = ids.shape
+    return _run(asked, 0, 0, ids.data_ptr(), stride, asked.orders, batch, width - asked.orders, near, pad, out)
+
+
+def follow_rows(
+    ids: Int[Tensor, "B T"],
+    held: Int[Tensor, "B L"] | None,
+    at: int,
+    canonical_map: Int[Tensor, " V"],
+    multipliers: Int[Tensor, "Lm N"],
+    primes: Int[Tensor, "Lm O J"],
+    offsets: Int[Tensor, "Lm R"],
+    pad_id: int,
+    out: Int[Tensor, "Lm B T R"] | None = None,
+    kept: dict[str, Any] | None = None,
+) -> Int[Tensor, "Lm B T R"]:
+    """See layers.addresses.follow_rows, whose numbers these are, bit for bit."""
+    asked, (batch, time) = _ask(kept, canonical_map, multipliers, primes, offsets), ids.shape
+    ids, stride = _plain(ids)
+    if held is None:
+        return _run(asked, 0, 0, ids.data_ptr(), stride, 0, batch, time, None, int(canonical_map[pad_id]), out)
+    width, near = held.stride()
+    assert held.dtype is torch.int64 and near == 1
+    before = held.data_ptr() + 8 * (at - asked.orders)
+    if batch * time <= _BLOCK:
+        return _run(asked, ids.data_ptr(), stride, before, width, asked.orders, batch, time, None, 0, out)
+    held[:, at : at + time] = ids
+    return _run(asked, 0, 0, before, width, asked.orders, batch, time, None, 0, out)
+
+
+class _Asked(NamedTuple):
+    """What four tensors said of themselves: asking them anew costs more than a decode step's hash."""
+
+    exact: tuple[Tensor, ...]  # held, so that no other tensor comes to lie where they lie
+    pointers: tuple[int, ...]
+    numbers: tuple[int, ...]  # the pointers, then Lm, O, J and V
+    layers: int
+    orders: int
+    width: int
+
+
+def _ask(
+    kept: dict[str, Any] | None, canonical_map: Tensor, multipliers: Tensor, primes: Tensor, offsets: Tensor
+) -> _Asked:
+    """Asks again where the tensors do not lie where those lie that were asked last."""
+    pointers = (canonical_map.data_ptr(), multipliers.data_ptr(), primes.data_ptr(), offsets.data_ptr())
+    asked = kept.get("asked") if kept else None
+    if asked is not None and asked.pointers == pointers:
+        return asked
+    exact = (canonical_map, multipliers, primes, offsets)
+    assert all(x.is_contiguous() for x in exact) and canonical_map.dtype is torch.int32
     layers, orders, heads = primes.shape
-    batch, time = ids.shape[0], ids.shape[1] - orders
+    numbers = (*pointers, layers, orders, heads, len(canonical_map))
+    asked = _Asked(exact, pointers, numbers, layers, orders, orders * heads)
+    if kept is not None:
+        kept["asked"] = asked
+    return asked
+
+
+def _plain(ids: Tensor) -> tuple[Tensor, int]:
+    """int64, each row's ids side by side, and how far the rows lie apart."""
+    ids = ids if ids.dtype is torch.int64 else ids.long()
+    stride, near = ids.stride()
+    return (ids, stride) if near == 1 else (ids.contiguous(), ids.shape[1])
+
+
+def _run(asked, new, new_stride, ids, stride, lead, batch, time, reach, pad, out) -> Tensor:
+    """The rows of `batch` times `time` tokens, the first `lead` columns right of the address `ids`."""
     if out is None:
-        out = torch.empty(layers, batch, time, orders * heads, dtype=torch.int64)
-    near = _NO_REACH if reach is None else reach.long().contiguous().numpy().reshape(-1)
-    exact = (tensor.numpy() for tensor in (canonical_map, multipliers, primes, offsets))
-    given = (ids.long().contiguous().numpy(), near, *exact, pad, out.numpy())
-    parts = min(torch.get_num_threads(), out.numel() // _WORTH_A_THREAD)
-    known = _hash(*given, 0, batch * time) if parts < 2 else _by_threads(given, batch * time, parts)
+        out = torch.from_numpy(np.empty((asked.layers, batch, time, asked.width), np.int64))  # half of torch.empty
+    else:
+        assert out.is_contiguous()
+    near = 0 if reach is None else reach.data_ptr()
+    given = (asked.numbers, new, new_stride, ids, stride, lead, batch, time, near, pad, out.data_ptr())
+    size = asked.layers * batch * time * asked.width
+    if size < 2 * _WORTH_A_THREAD:
+        known = _hash(*given, 0, batch * time)
+    else:
+        known = _by_threads(given, batch * time, min(torch.get_num_threads(), size // _WORTH_A_THREAD))
     if not known:
         raise IndexError("an id has no canonical id")
     return out

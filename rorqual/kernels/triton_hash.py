@@ -5,6 +5,7 @@ flag; nobody waits for the device to read it.
 """
 
 import inspect
+from typing import Any
 
 import torch
 import triton
@@ -62,6 +63,7 @@ def hash_rows(
     offsets: Int[Tensor, "Lm R"],
     pad: int,
     out: Int[Tensor, "Lm B T R"] | None = None,
+    kept: dict[str, Any] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
     """See layers.addresses.hash_rows, whose numbers these are, bit for bit."""
     layers, orders, heads = primes.shape

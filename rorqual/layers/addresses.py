@@ -67,12 +67,13 @@ def hash_rows(
     offsets: Int[Tensor, "Lm R"],
     pad: int,
     out: Int[Tensor, "Lm B T R"] | None = None,
+    kept: dict[str, Any] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
     """The rows of T tokens in every Engram layer, from the W = N-1 + T raw ids of them and of those before them.
 
     reach[b, t] is how many earlier tokens token t may look back at (None: all N-1); the others read as `pad`, a
-    canonical id. Order-major, then head. `out` is memory for them, contiguous. IndexError if an id has no canonical
-    id (-1 in the map, or outside it).
+    canonical id. Order-major, then head. `out` is memory for them, contiguous; `kept`, a dict, is where a twin notes
+    what it asked of these tensors. IndexError if an id has no canonical id (-1 in the map, or outside it).
     """
     orders, time = primes.shape[1], ids.shape[1] - primes.shape[1]
     strange = _strange(ids, canonical_map).any()
@@ -90,6 +91,32 @@ def hash_rows(
         mix = mix ^ (earlier * multipliers[:, k, None, None])
         rows.append(mix[..., None] % primes[:, k - 1, None, None])  # [Lm, B, T, J]
     return torch.add(torch.cat(rows, dim=-1), offsets[:, None, None], out=out)
+
+
+def follow_rows(
+    ids: Int[Tensor, "B T"],
+    held: Int[Tensor, "B L"] | None,
+    at: int,
+    canonical_map: Int[Tensor, " V"],
+    multipliers: Int[Tensor, "Lm N"],
+    primes: Int[Tensor, "Lm O J"],
+    offsets: Int[Tensor, "Lm R"],
+    pad_id: int,
+    out: Int[Tensor, "Lm B T R"] | None = None,
+    kept: dict[str, Any] | None = None,
+) -> Int[Tensor, "Lm B T R"]:
+    """hash_rows of `ids`, which are written into `held` from column `at` on, behind those that stand left of it.
+
+    Without `held` the raw id `pad_id` stands before them.
+    """
+    before, time = primes.shape[1], ids.shape[1]
+    if held is None:
+        window = F.pad(ids, (before, 0), value=pad_id)
+    else:
+        held[:, at : at + time] = ids
+        window = held[:, at - before : at + time]
+    given = (window, None, canonical_map, multipliers, primes, offsets, 0, out, kept)
+    return pick("engram_rows", hash_rows, ids, primes)(*given)
 
 
 def _strange(ids: Tensor, canonical_map: Tensor) -> Tensor:
@@ -129,7 +156,7 @@ class Addresses(nn.Module):
         super().__init__()
         self.config = config
         self.told = config.canonical and canonical_map is not None
-        self._staging = Staging()
+        self._staging, self._kept = Staging(), dict[str, Any]()
         if not self.told and vocabulary is None:
             raise ValueError("Addresses: got neither a canonical map nor a vocabulary, expected one")
         known = canonical_map if self.told else torch.arange(vocabulary or 0, device="cpu")
@@ -164,6 +191,7 @@ class Addresses(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "Addresses":
         """Moves as any module does; memory that `to_empty` has just allocated gets its numbers back."""
         super()._apply(fn, recurse)
+        self._kept.clear()
         for name, value in self._exact.items():
             if (buffer := getattr(self, name)).device.type != "meta":
                 buffer.copy_(torch.from_numpy(value))
@@ -218,10 +246,13 @@ class Addresses(nn.Module):
         exact = [self._buffers[name] for name in ("canonical_map", "multipliers", "primes", "offsets")]
         out = self._memory(ids)
         try:
+            if (place := self._place(ids, layout, history)) is not None:
+                rows_of = pick("engram_follow", follow_rows, ids, exact[0])
+                return rows_of(ids, *place, *exact, missing, out, self._kept)
             before = (self.config.ngram - 1, 0)
             window = F.pad(ids, before, value=missing) if history is None else history.extend(ids)
             rows_of = pick("engram_rows", hash_rows, ids, exact[0])
-            return rows_of(window, self._reach(window, layout), *exact, self.pad, out)
+            return rows_of(window, self._reach(window, layout), *exact, self.pad, out, self._kept)
         except IndexError:
             held = (
                 ids
@@ -237,6 +268,14 @@ class Addresses(nn.Module):
         if ids.numel() < WORTH_KEEPING or not ids.is_cpu or torch.compiler.is_compiling():
             return None
         return self._staging.take(layers * ids.numel(), width, torch.int64).view(layers, *ids.shape, width)
+
+    def _place(self, ids: Tensor, layout: Layout, history: Recent | None) -> tuple[Tensor | None, int] | None:
+        """Where these ids are held, if they simply follow those before: nothing stops any look-back, and they fit."""
+        documents = layout.key_documents if self.config.end_of_document else None
+        stopped = self.config.dead_tokens or self.config.eos_id is not None
+        if documents is not None or layout.key_present is not None or stopped:
+            return None
+        return (None, 0) if history is None else history.claim(ids)
 
     def _reach(self, window: Tensor, layout: Layout) -> Tensor | None:
         """How many earlier tokens each token may look back at, int64 [B, T]; None if nothing stops any."""

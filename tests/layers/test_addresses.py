@@ -27,6 +27,7 @@ from rorqual.layers.addresses import (
     EngramConfig,
     draw_multipliers,
     find_primes,
+    follow_rows,
     hash_rows,
     row_totals,
 )
@@ -35,6 +36,7 @@ from rorqual.layers.cache import Past
 
 pytestmark = pytest.mark.engram
 
+FOLLOWS = {twin.kind: twin.function for twin in kernels.TWINS["engram_follow"] if not twin.usable(torch.device("cpu"))}
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden"
 HASHES = json.loads((GOLDEN / "engram_hash.json").read_text(encoding="utf-8"))
 
@@ -80,7 +82,7 @@ def by_hand(ids: list[int], reach: list[int], config: EngramConfig, canonical: i
 @pytest.mark.parametrize("case", HASHES, ids=lambda case: case["tokenizer"])
 @pytest.mark.parametrize("kind", ["reference", *TWINS])
 def test_rows_are_the_authors(case: dict, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind}")
+    monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
     # ids that are canonical already, so that no tokenizer is needed: the identity over as many
     addresses = Addresses(golden_config(case), None, case["compressed_vocab_size"])
     assert addresses.fingerprint()["multipliers"] == list(case["multipliers"].values())
@@ -156,7 +158,7 @@ QWENS = pytest.mark.parametrize("case", QWEN, ids=lambda case: case["name"])
 @pytest.mark.parametrize("kind", ["reference", *TWINS])
 def test_rows_are_those_of_qwen(case: dict, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recorded from transformers, and transformers today: whole, and in two pieces at every place."""
-    monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind}")
+    monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
     config, vocabulary = qwen_config(case)
     own, theirs = Addresses(config, None, vocabulary), qwen_layers(config, vocabulary)
     assert own.fingerprint()["multipliers"] == case["multipliers"]
@@ -179,7 +181,7 @@ def test_rows_are_those_of_qwen(case: dict, kind: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("kind", ["reference", *TWINS])
 def test_rows_of_padded_batches_are_those_of_qwen(case: dict, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many texts with ends in them, padded on the left, whole, token by token, and one text more behind a reset."""
-    monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind}")
+    monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
     config, vocabulary = qwen_config(case)
     own, theirs = Addresses(config, None, vocabulary), qwen_layers(config, vocabulary)
     ids = torch.randint(vocabulary, (7, 40))
@@ -431,9 +433,23 @@ def test_ids_that_follow_others_in_any_pieces(data: st.DataObject) -> None:
     assert torch.equal(alone, whole[:, -1:])
 
 
+@pytest.mark.parametrize("kind", FOLLOWS)
+@pytest.mark.parametrize(("batch", "time"), [(1, 1), (3, 5), (64, 1), (65, 1), (2, 70), (1, 0), (0, 1)])
+def test_following_twin_leaves_in_the_history_what_the_reference_does(
+    kind: str, batch: int, time: int, poisoned: None
+) -> None:
+    own = Addresses(EngramConfig(layers=(1, 5), rows_per_head=(9001, 77), heads=5), None, 50)
+    exact = (own.canonical_map, own.multipliers, own.primes, own.offsets, 7)
+    ids, held = torch.randint(50, (batch, time)), torch.randint(50, (batch, 90))
+    ours, theirs = held.clone(), held.clone()
+    assert torch.equal(FOLLOWS[kind](ids, ours, 4, *exact), follow_rows(ids, theirs, 4, *exact))
+    assert torch.equal(ours, theirs)
+    assert torch.equal(FOLLOWS[kind](ids, None, 0, *exact), follow_rows(ids, None, 0, *exact))
+
+
 @pytest.mark.parametrize("kind", ["reference", *TWINS])
 def test_a_refused_id_is_named_behind_a_history(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind}")
+    monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
     addresses = Addresses(EngramConfig(), torch.arange(20), 25)
     for length in (1, 300):
         history = addresses.new_cache(1, 0, torch.float32, torch.device("cpu"))
@@ -447,7 +463,7 @@ def test_a_refused_id_is_named_behind_a_history(kind: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("kind", ["reference", *TWINS])
 @pytest.mark.parametrize("bad", [-1, -100, 20, 25, 2**40])
 def test_ids_outside_the_tokenizer_are_refused(kind: str, bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind}")
+    monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
     addresses = Addresses(EngramConfig(), torch.arange(20), 25)  # a model vocabulary of 25 for a tokenizer of 20
     ids = torch.tensor([[3, 19, bad, 4]])
     with pytest.raises(ValueError, match=f"got id {bad}, expected one of the 20"):
