@@ -237,7 +237,7 @@ class Everything(Recent):
     def __init__(self, count: int, fill: int | float = 0) -> None:
         super().__init__(count, slack=0, fill=fill)
 
-    def _claim(self, new: Shaped[Tensor, "B T ..."]) -> tuple[Tensor, int]:
+    def claim(self, new: Shaped[Tensor, "B T ..."]) -> tuple[Tensor, int]:
         """The buffer, doubled when it is full, and the column from which the caller must write `new` into it."""
         batch, time = new.shape[:2]
         if self.buffer is None or (self.length == 0 and len(self.buffer) != batch):

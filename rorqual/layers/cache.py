@@ -104,7 +104,7 @@ class Recent:
     def extend(self, new: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "B L ..."]:
         """Put `new` behind what is held; returns the `count` tokens before it and `new` itself, L = count + T."""
         new, time, keep = new.detach(), new.shape[1], self.count + self.slack
-        if (claimed := self._claim(new)) is not None:
+        if (claimed := self.claim(new)) is not None:
             buffer, at = claimed
             buffer[:, at : at + time] = new
             return buffer[:, at - self.count : at + time]
@@ -115,7 +115,7 @@ class Recent:
         self.length, self.known, self.end = self.length + time, min(self.known + time, keep), keep
         return result
 
-    def _claim(self, new: Shaped[Tensor, "B T ..."]) -> tuple[Tensor, int] | None:
+    def claim(self, new: Shaped[Tensor, "B T ..."]) -> tuple[Tensor, int] | None:
         """The buffer [B, L, ...] and the column from which the caller must write `new` into it.
 
         None, and nothing is claimed, where the buffer is too short: `extend` then. ValueError if the batch has changed.
