@@ -1,7 +1,7 @@
 """Files that appear whole or not at all, locks that end with their process, reads and writes at a position.
 
-Everything that rorqual keeps is written through this module, so that a kill or a full disk at any moment leaves the
-file that was there before.
+Configs, weights, tokenizers, tables and edits of memory are written through this module, so that a kill or a full disk
+at any moment leaves the file that was there before.
 """
 
 import errno
