@@ -308,8 +308,8 @@ def attach(
     Returns the memory. tokenizer: the model's, ours or a fast one of transformers. `options` are
     EngramConfig's other fields (rows_per_head, heads, head_dim, ...). Logits are unchanged, bit for
     bit, until the memory is trained; the host's parameters are frozen, but not PEFT's adapters.
-    Its rows have dense gradients, which every optimizer takes; rorqual's own turns on sparse ones, for
-    the rows that were read, when it is made. `zero`: what is 0 at first, W_v, or the rows: then text
+    Its rows have dense gradients, which every optimizer takes; rorqual's own has sparse ones, for the
+    rows that were read, during its steps. `zero`: what is 0 at first, W_v, or the rows: then text
     whose n-grams were never trained keeps its logits, bit for bit, unless its hashes meet trained rows.
     The memory has the model's device and dtype; of a model in bfloat16 it is better trained in float32
     (`memory.float()`). ValueError for a model whose blocks cannot be found or have several residual

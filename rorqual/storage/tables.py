@@ -76,7 +76,7 @@ class DeviceTable(nn.Module):
 
     `sparse` makes its gradients name only the rows that were read: row ids and a gradient for each. Nothing of the
     table's size is then written in a step, but few optimizers take such gradients (rorqual.train.optim does, and turns
-    this on; torch's SparseAdam). It may be set at any time.
+    this on during its steps; torch's SparseAdam). It may be set at any time.
     dtype float8_e4m3fn: `weight` holds fp8 records [rows, width + width / 32] in bytes, zero until they are loaded, and
     is not trained: a recall with gradients in training mode is a ValueError.
     """

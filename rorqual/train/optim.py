@@ -11,6 +11,7 @@ learning rate serves Muon and AdamW. Only matrices decay. Muon: Jordan et al. 20
 """
 
 import math
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -180,7 +181,14 @@ def sum_rows(index: Int[Tensor, " K"], values: Float[Tensor, "K W"]) -> tuple[In
 
 
 def coalesce(gradient: Tensor) -> Tensor:
-    """A sparse gradient with each row once, duplicates added; the values are the caller's to change."""
+    """A gradient of rows as a sparse one with each row once, duplicates added, in rising order.
+
+    Of a dense gradient the rows that are not 0 are taken. The values may be changed in place.
+    """
+    if not gradient.is_sparse:
+        touched = gradient.any(dim=1).nonzero()[:, 0]
+        values = gradient.index_select(0, touched)
+        return torch.sparse_coo_tensor(touched[None], values, gradient.shape, is_coalesced=True, check_invariants=False)
     if gradient.is_coalesced():
         return gradient
     index, values = gradient._indices()[0], gradient._values()
@@ -188,18 +196,23 @@ def coalesce(gradient: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(distinct[None], summed, gradient.shape, is_coalesced=True, check_invariants=False)
 
 
+def _give_dense_gradients(tables: Iterable[DeviceTable]) -> None:
+    for table in tables:
+        table.sparse = False
+
+
 class Optimizer:
     """All parameters of a model, each by the optimizer of its role; one step, one norm, one flat state.
 
-    Tables on the device are told to give sparse gradients from now on: a dense one would be as large as the table.
+    From `zero_grad()` to `step()`, tables on the device give sparse gradients: a dense one would be as large as the
+    table. Before and after, their gradients are dense, as other optimizers expect them.
     Of a table that learns where its rows live, the rows' state is there, too, and not in `state`.
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
-        for table in model.modules():
-            if isinstance(table, DeviceTable):
-                table.sparse = True
         self.config = config
+        self.tables = [table for table in model.modules() if isinstance(table, DeviceTable)]
+        weakref.finalize(self, _give_dense_gradients, self.tables)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         role = roles(model)
         self.rows = [name for name in self.parameters if role[name] == "rows"]
@@ -240,6 +253,9 @@ class Optimizer:
         return {key: value.detach() for key, value in state.items()}
 
     def zero_grad(self) -> None:
+        """Drop all gradients; those of the step that now begins are sparse for tables on the device."""
+        for table in self.tables:
+            table.sparse = True
         for parameter in self.parameters.values():
             parameter.grad = None
 
@@ -280,6 +296,7 @@ class Optimizer:
         for name in self.rows:  # last: a device does its part while rows elsewhere are updated
             if self.parameters[name].grad is not None:
                 self._rows(name, lr * self.config.row_scale)
+        _give_dense_gradients(self.tables)
 
     def _muon(self, name: str, lr: float) -> None:
         parameter, momentum = self.parameters[name], self.config.momentum

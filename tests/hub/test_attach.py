@@ -29,6 +29,7 @@ from transformers import (
 
 from rorqual.data.tokenizer import train
 from rorqual.hub.attach import Everything, attach, find_blocks, load_memory
+from rorqual.train.optim import OptimConfig, Optimizer
 
 pytestmark = pytest.mark.engram
 
@@ -634,6 +635,33 @@ def test_the_trainer_of_transformers_trains_memory_alone(llama, tokenizer, tmp_p
     assert changed == {name for name in before if "rorqual_memory" in name}
     saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     assert all(torch.equal(saved[name], p) for name, p in llama.named_parameters() if name in changed)
+
+
+@pytest.mark.parametrize("last", ["step", "zero_grad", "nothing"])
+def test_the_trainer_of_transformers_goes_on_after_our_optimizer(llama, tokenizer, tmp_path, last):
+    """Our optimizer's sparse gradients of rows do not outlast it: AdamW takes none."""
+    memory, rows = attach(llama, tokenizer, (1,), **SMALL), prompt(8, 12)
+    wake(memory)
+
+    def train() -> None:
+        optimizer = Optimizer(llama, OptimConfig())
+        if last != "nothing":
+            optimizer.zero_grad()
+            llama(rows, labels=rows).loss.backward()
+            assert memory.tables[0].weight.grad.is_sparse
+            optimizer.clip()
+            optimizer.step()
+        if last == "zero_grad":
+            optimizer.zero_grad()
+
+    train()
+    before = memory.tables[0].weight.detach().clone()
+    Trainer(
+        llama,
+        TrainingArguments(str(tmp_path), max_steps=1, save_strategy="no", report_to="none", use_cpu=True),
+        train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+    ).train()
+    assert not torch.equal(memory.tables[0].weight, before)
 
 
 @torch.no_grad()

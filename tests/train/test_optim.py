@@ -83,12 +83,36 @@ def test_roles():
     }
 
 
-def test_tables_give_sparse_gradients_to_this_optimizer():
+def test_tables_give_sparse_gradients_to_this_optimizer_and_dense_ones_to_others():
     model = Double()
-    assert not model.tables[0].sparse
-    Optimizer(model, OptimConfig())
-    model.tables[0].request(torch.tensor([3, 3])).wait().sum().backward()
-    assert model.tables[0].weight.grad.is_sparse
+    table, optimizer = model.tables[0], Optimizer(model, OptimConfig())
+
+    def sparse() -> bool:
+        table.weight.grad = None
+        table.request(torch.tensor([3, 3])).wait().sum().backward()
+        return table.weight.grad.is_sparse
+
+    assert not sparse()
+    optimizer.zero_grad()
+    assert sparse()
+    optimizer.step()
+    assert not sparse()
+
+
+def test_a_dense_gradient_of_rows_gives_the_step_of_a_sparse_one():
+    found = []
+    for dense in (False, True):
+        torch.manual_seed(1)
+        model = Double()
+        optimizer, table = Optimizer(model, OptimConfig(clip=0.5)), model.tables[0].weight
+        for step in range(3):
+            gradients(model, step)
+            if dense:
+                table.grad = table.grad.to_dense()
+            optimizer.clip()
+            optimizer.step()
+        found.append((table.detach().clone(), optimizer.state["tables.0.weight.updates"]))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
 
 
 def test_a_tied_head_is_one_parameter():
