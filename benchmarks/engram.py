@@ -27,7 +27,7 @@ import torch
 
 from rorqual.kernels import pick
 from rorqual.layers.addresses import Addresses, EngramConfig, follow_rows
-from rorqual.layers.basics import layout
+from rorqual.layers.context import context
 from rorqual.storage import DeviceTable
 
 VOCABULARY = 32_768
@@ -66,7 +66,7 @@ def config(rows: int, layers: tuple[int, ...] = (1,)) -> EngramConfig:
 
 
 def hashing(tokens: int, rows: int, rounds: int) -> dict[str, float]:
-    own, where = Addresses(config(rows), None, VOCABULARY), layout(1, tokens, CPU)
+    own, where = Addresses(config(rows), None, VOCABULARY), context(1, tokens, CPU)
     ids, threads = torch.randint(VOCABULARY, (1, tokens)), torch.get_num_threads()
     assert np.array_equal(own(ids, where)[0].numpy(), per_head(ids.numpy(), own)), "they do not compute the same rows"
 
@@ -85,7 +85,7 @@ def decoding(rows: int, rounds: int) -> dict[str, float]:
 
 def decode_steps(rows: int, layers: tuple[int, ...], name: str) -> dict[str, Callable[[], object]]:
     own = Addresses(config(rows, layers), None, VOCABULARY)
-    history, where = own.new_cache(32, 64, torch.float32, CPU), layout(32, 1, CPU)
+    history, where = own.new_cache(32, 64, torch.float32, CPU), context(32, 1, CPU)
     ids = torch.randint(VOCABULARY, (32, 1))
     own(ids, where, history)
     buffer, at = history.claim(ids)

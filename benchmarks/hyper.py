@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from rorqual.layers.attention import GQA, GQAConfig
-from rorqual.layers.basics import RMSNorm, RopeConfig, SwiGLU, layout, rope_tables
-from rorqual.layers.hyper import Connection, HyperConfig, Residual, enter
+from rorqual.layers.basics import RMSNorm, RopeConfig, SwiGLU
+from rorqual.layers.context import context
+from rorqual.layers.hyper import Connection, HyperConfig, Residual, Streams, enter
 
 
 class Block(nn.Module):
@@ -33,14 +34,13 @@ class Block(nn.Module):
         self.ffn = SwiGLU(dim, 4 * dim)
         self.norms = nn.ModuleList(RMSNorm(dim) for _ in range(2))
         self.sites = nn.ModuleList(Residual() if config is None else Connection(config, dim, n) for n in range(2))
-        self.where = layout(1, tokens, "cpu")
-        self.tables = rope_tables(rope, 32, self.where.positions)
+        self.ctx = context(1, tokens, "cpu", rope=(rope, 32))
 
     def forward(self, streams: torch.Tensor) -> torch.Tensor:
-        streams, carried = self.sites[0](
-            streams, lambda u: self.attention(self.norms[0](u), self.where, *self.tables), None
-        )
-        return self.sites[1](streams, lambda u: self.ffn(self.norms[1](u)), carried)[0]
+        h, mapping = self.sites[0].read(Streams(streams))
+        x = self.sites[0].write(Streams(streams), self.attention(self.norms[0](h), self.ctx)[0], mapping)
+        h, mapping = self.sites[1].read(x)
+        return self.sites[1].write(x, self.ffn(self.norms[1](h)), mapping).values
 
 
 def step(block: Callable, streams: torch.Tensor) -> Callable[[], None]:
@@ -68,7 +68,7 @@ def variants(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
     steps = {}
     for name, config in configs.items():
         block, hidden = Block(options.dim, options.time, config), torch.randn(1, options.time, options.dim)
-        streams = enter(hidden, config).contiguous().requires_grad_()
+        streams = enter(hidden, config).values.contiguous().requires_grad_()
         if options.eager:
             steps[f"{name}, eager"] = step(block, streams)
         if options.compiled:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
-from rorqual.layers.basics import layout
+from rorqual.layers.context import context
 from rorqual.layers.moe import MoE, MoEConfig
 from rorqual.layers.router import RouterConfig
 
@@ -79,7 +79,7 @@ def main() -> None:
     torch.manual_seed(0)
     config = MoEConfig(routed=options.experts, active=options.active, width=options.width, router=RouterConfig())
     own, hidden = MoE(config, options.dim), torch.randn(1, options.tokens, options.dim)
-    where = layout(1, options.tokens, hidden.device)
+    where = context(1, options.tokens, hidden.device)
     steps = {"rorqual": both_ways(lambda x: own(x, where)[0], hidden)}
     steps |= {f"transformers {way}": both_ways(peer(own, options.dim, way), hidden) for way in WAYS}
     ours, *others = (step() for step in steps.values())

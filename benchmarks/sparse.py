@@ -34,8 +34,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from rorqual.layers.attention import GQA, MLA, GQAConfig, MLAConfig
-from rorqual.layers.basics import RopeConfig, layout, rope_tables
-from rorqual.layers.cache import Appended, Past, Recent
+from rorqual.layers.basics import RopeConfig
+from rorqual.layers.cache import Appended, BlockCache, Past, Recent
+from rorqual.layers.context import Context, context
 from rorqual.layers.dsa import DSA, DSAConfig
 from rorqual.layers.moba import MoBA, MoBAConfig
 from rorqual.layers.nsa import NSA, NSAConfig
@@ -97,14 +98,14 @@ KINDS = {
 }
 
 
-def placed(attention: GQA | MLA, time: int, past: Past) -> tuple[Any, ...]:
-    """Where the tokens of a call stand, and their rotary tables: a model makes them once for all layers."""
-    where = layout(1, time, "cpu", past=past)
-    return where, *rope_tables(ROPE, attention.rope_dim, where.positions)
+def placed(attention: GQA | MLA, time: int, past: Past, cache: Any = None) -> Context:
+    """The context of a call, which a model makes once for all layers."""
+    ctx = context(1, time, "cpu", past=past, rope=(ROPE, attention.rope_dim))
+    return ctx if cache is None else ctx.for_block(BlockCache(cache))
 
 
 def call(attention: GQA | MLA, hidden: torch.Tensor, past: Past, cache: Any) -> torch.Tensor:
-    return attention(hidden, *placed(attention, hidden.shape[1], past), cache)
+    return attention(hidden, placed(attention, hidden.shape[1], past, cache))[0]
 
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa")
@@ -168,7 +169,7 @@ class Runner:
         self._place()
 
     def _place(self) -> None:
-        self.placed = placed(self.attention, 1, self.past)
+        self.placed = placed(self.attention, 1, self.past, self.cache)
         self.past.crop(1)
 
     def decode(self) -> None:
@@ -178,7 +179,7 @@ class Runner:
         self._step(self.bare)
 
     def _step(self, attention: GQA | MLA) -> None:
-        attention(self.hidden[:, :1], *self.placed, self.cache)
+        attention(self.hidden[:, :1], self.placed)
         self.cache.crop(1)
 
 

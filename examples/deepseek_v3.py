@@ -26,9 +26,9 @@ config = replace(classroom, gqa=None, mla=attention, moe=replace(classroom.moe, 
 model, size = LanguageModel(config), costs(config)
 print(f"   with latent attention, a shared expert and multi-token prediction: {size.total:,} + {size.mtp:,} for MTP")
 
-hidden, routings = model.hidden(ids)
+hidden, auxes = model.hidden(ids)
 print(f"2. ids {list(ids.shape)} -> embeddings -> {config.layers} blocks -> hidden {list(hidden.shape)} = [B, T, D]")
-for layer, routing in enumerate(routings):
+for layer, routing in enumerate(aux.routing for aux in auxes if aux.routing is not None):
     shown = zip(text[:5], routing.chosen[0].tolist(), routing.weights[0].tolist(), strict=False)
     print(f"   block {layer}: " + ", ".join(f"{c!r} to {e} by {w[0]:.2f} {w[1]:.2f}" for c, e, w in shown))
 print(f"   logits {list(model.logits(hidden).shape)}, the head is the embedding ({model.head.weight.shape[0]} letters)")

@@ -6,7 +6,7 @@ python examples/engram.py
 import torch
 
 from rorqual.data.tokenizer import train
-from rorqual.layers.basics import layout
+from rorqual.layers.context import context
 from rorqual.layers.engram import EngramConfig
 from rorqual.model import LanguageModel, ModelConfig
 
@@ -22,7 +22,7 @@ print(f"   one canonical id for {', '.join(repr(tokenizer.token(i)) for i in ali
 memory = EngramConfig(layers=(1,), rows_per_head=(500, 500), heads=2, head_dim=16, conv=False)
 config = ModelConfig(vocabulary=tokenizer.vocabulary, dim=32, layers=2, dense_width=64, engram=memory, init_std=0.1)
 model = LanguageModel(config, canonical)
-rows = model.addresses(ids, layout(1, len(words), "cpu"))  # every layer's addresses at once, from the ids alone
+rows = model.addresses(ids, context(1, len(words), "cpu"))  # every layer's addresses at once, from the ids alone
 primes = model.addresses.primes.flatten().tolist()
 print(f"2. addresses {list(rows.shape)} = [layers, batch, time, rows]: the last 2 and the last 3 ids, 2 hashes of each")
 for t, word in enumerate(words):

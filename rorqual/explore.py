@@ -224,11 +224,12 @@ class Explorer:
         layers = self.engram.layers if self.engram is not None else ()
         names = [f"blocks.{layer}.engram.gate" for layer in layers]
         with quiet(self.model), Taps(self.model, *names) as taps:
-            hidden, routings = self.model.hidden(batch := self._batch(ids))
+            hidden, auxes = self.model.hidden(batch := self._batch(ids))
             logs = self.model.logits(hidden)[0, :, : self._known].log_softmax(-1)
         if not logs.isfinite().all():
             raise ValueError("model: got predictions that are not finite, expected a run that has not diverged")
         alive = recalling(self.model, batch)[0, :, None]
+        routings = [aux.routing for aux in auxes if aux.routing is not None]
         return Pass(logs, [taps[name][0][0] * alive for name in names], routings)
 
     def _batch(self, ids: list[int]) -> Int[Tensor, "1 T"]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.io import atomic_write
-from rorqual.layers.basics import layout
+from rorqual.layers.context import context
 from rorqual.layers.engram import Addresses, Engram
 from rorqual.model import LanguageModel
 from rorqual.model_config import EngramConfig
@@ -120,7 +120,7 @@ def _prompt(model: nn.Module, tokenizer: Tokenizer, text: str) -> list[int]:
 @torch.inference_mode()
 def rows(model: nn.Module, ids: Int[Tensor, "B T"]) -> Int[Tensor, "Lm B T R"]:
     """Row ids that a whole sequence reads in every Engram layer."""
-    return _parts(model).addresses(ids, layout(ids.shape[0], ids.shape[1], ids.device))
+    return _parts(model).addresses(ids, context(ids.shape[0], ids.shape[1], ids.device))
 
 
 @torch.inference_mode()
@@ -143,7 +143,7 @@ def reads(model: nn.Module, tokenizer: Tokenizer, text: str) -> list[Read]:
     finally:
         for hook in hooks:
             hook.remove()
-    alive = addresses.live(ids, layout(ids.shape[0], ids.shape[1], device))
+    alive = addresses.live(ids, context(ids.shape[0], ids.shape[1], device))
     for gates in said.values():
         if alive is not None:
             gates[~alive[0].cpu()] = 0.0

@@ -10,22 +10,23 @@ DeepSeek-V3 (arXiv 2412.19437), mHC (2512.24880), Engram (2601.07372).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import starmap
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rorqual.layers.attention import GQA, MLA
 from rorqual.layers.balance import losses
-from rorqual.layers.basics import Layout, RMSNorm, SwiGLU, chunked_cross_entropy, layout, rope_tables
-from rorqual.layers.cache import Bundle, Cache, Past, Recent
+from rorqual.layers.basics import RMSNorm, SwiGLU, chunked_cross_entropy
+from rorqual.layers.cache import BlockCache, Cache, DraftCache, Past, Recent
+from rorqual.layers.context import Context, context
 from rorqual.layers.dsa import DSA, Lesson, mean_lesson
 from rorqual.layers.engram import Addresses, Engram
-from rorqual.layers.hyper import Connection, Exit, Residual, enter
+from rorqual.layers.hyper import Connection, Exit, Residual, Streams, enter
 from rorqual.layers.moba import MoBA
 from rorqual.layers.moe import MoE
 from rorqual.layers.mtp import MTP, ahead
@@ -51,21 +52,11 @@ class Loss(NamedTuple):
     lesson: Lesson | None = None  # of DSA's indexers, in training; the mean over layers
 
 
-class Step(NamedTuple):
-    """What a call carries from block to block beside the streams."""
+class Aux(NamedTuple):
+    """What a block says beside its output, for losses and measures; None for a part that it does not have."""
 
-    layout: Layout
-    cos: Float[Tensor, "B T F"]
-    sin: Float[Tensor, "B T F"]
-    ids: Int[Tensor, "B T"]
-    live: Bool[Tensor, "B T"] | None = None  # False where nothing is recalled
-    warm: bool | None = None  # whether DSA's indexers, which then are taught, still warm up
-
-    def last(self) -> "Step":
-        """The same call's last position alone, the others behind it as if cached."""
-        cos, sin, ids = self.cos[:, -1:], self.sin[:, -1:], self.ids[:, -1:]
-        live = None if self.live is None else self.live[:, -1:]
-        return Step(self.layout.last(), cos, sin, ids, live, self.warm)
+    lesson: Lesson | None  # of DSA's indexer, in training
+    routing: Routing | None  # of its mixture of experts
 
 
 def _attention(config: ModelConfig, index: int) -> MLA | GQA:
@@ -102,48 +93,27 @@ class Block(nn.Module):
         self.attention_site = Residual() if hyper is None else Connection(hyper, config.dim, 2 * index)
         self.ffn_site = Residual() if hyper is None else Connection(hyper, config.dim, 2 * index + 1)
 
-    def forward(
-        self,
-        streams: Float[Tensor, "B T S D"],
-        step: Step,
-        memory=None,
-        carried=None,
-        cache: Bundle | None = None,
-        last: bool = False,
-    ) -> tuple[Float[Tensor, "B T2 S D"], Tensor | None, list[Any]]:
-        """`last`: the output of the last position alone, T2 = 1. The list: a Lesson if there was one, a Routing."""
-        part = cache.parts if cache is not None else {}
-        reports: list[Any] = []  # list[Any]() is more than torch.compile can trace
-        taught: dict[str, Any] = {} if step.warm is None else {"lessons": reports, "warm": step.warm}
+    def forward(self, x: Streams, ctx: Context) -> tuple[Streams, Aux]:
+        """Memory, attention and feed-forward, each added to the residual streams."""
         if self.engram is not None:
-            recalled = memory.wait().flatten(-2)  # [B, T, M]
-            streams = streams + self.engram(streams, recalled, step.layout, part.get("engram"), step.live)
+            x = x.add(self.engram(x.values, ctx))
+        h, mapping = self.attention_site.read(x)  # [B, T, D], and how its output is written back
+        out, lesson = self.attention(self.attention_norm(h), ctx)
+        if ctx.last_only:  # of the positions before, the keys alone were wanted
+            x, mapping, ctx = x.last(), mapping.last(), ctx.last()
+        x = self.attention_site.write(x, out, mapping)
+        h, mapping = self.ffn_site.read(x)
+        out, routing = self._feed_forward(self.ffn_norm(h), ctx)
+        return self.ffn_site.write(x, out, mapping), Aux(lesson, routing)
 
-        def attention(hidden: Tensor) -> Tensor:
-            out = self.attention(
-                self.attention_norm(hidden), step.layout, step.cos, step.sin, part.get("attention"), last, **taught
-            )
-            return F.pad(out, (0, 0, hidden.shape[1] - 1, 0)) if last else out  # before the last nobody reads
+    def _feed_forward(self, normed: Tensor, ctx: Context) -> tuple[Tensor, Routing | None]:
+        if isinstance(self.ffn, MoE):
+            return self.ffn(normed, ctx)
+        return self.ffn(normed), None
 
-        streams, carried = self.attention_site(streams, attention, carried)
-        if last:
-            streams, step, carried = streams[:, -1:], step.last(), None if carried is None else carried[:, -1:]
-
-        def feed_forward(hidden: Tensor) -> Tensor:
-            normed = self.ffn_norm(hidden)
-            if not isinstance(self.ffn, MoE):
-                return self.ffn(normed)
-            out, chosen = self.ffn(normed, step.layout, step.ids)
-            reports.append(chosen)
-            return out
-
-        return *self.ffn_site(streams, feed_forward, carried), reports
-
-    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Bundle:
-        parts: dict[str, Any] = {"attention": self.attention.new_cache(batch, capacity, dtype, device)}
-        if self.engram is not None:
-            parts["engram"] = self.engram.new_cache(batch, capacity, dtype, device)
-        return Bundle(**parts)
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> BlockCache:
+        of = (batch, capacity, dtype, device)
+        return BlockCache(self.attention.new_cache(*of), None if self.engram is None else self.engram.new_cache(*of))
 
 
 class LanguageModel(nn.Module):
@@ -196,41 +166,51 @@ class LanguageModel(nn.Module):
 
     def hidden(
         self, ids: Int[Tensor, "B T"], *, documents=None, present=None, cache=None, last: bool = False, warm=None
-    ) -> tuple[Float[Tensor, "B T2 D"], list[Any]]:
-        """The last block's output before the final norm, and how every mixture of experts routed.
+    ) -> tuple[Float[Tensor, "B T2 D"], list[Aux]]:
+        """The last block's output before the final norm, and what each block says beside.
 
         `last`: of the last position alone, T2 = 1, which a prompt's other positions need not reach. `warm` teaches
-        DSA's indexers, whose Lessons then stand among the Routings; while True every key is attended to.
+        DSA's indexers; while True every key is attended to.
         documents [B, T] numbers packed documents, which never see each other; present [B, T] is False at padding.
         """
-        past = cache.past if cache is not None else None
-        where = layout(ids.shape[0], ids.shape[1], ids.device, documents=documents, present=present, past=past)
-        pending = self._recall(ids, where, cache.ids if cache is not None else None)
-        live = self.addresses.live(ids, where) if self.addresses is not None else None
-        step = Step(where, *self._rope(where), ids, live, warm)
-        embedded = self.embed(ids)  # [B, T, D]
-        streams = enter(embedded, self.config.hyper) if self.config.hyper else embedded[:, :, None]
-        carried, reports = None, []
+        ctx = self._context(ids, cache, documents, present, warm)
+        if self.addresses is not None:
+            ctx = replace(ctx, live=self.addresses.live(ids, ctx))
+        pending = self._recall(ids, ctx, cache.ids if cache is not None else None)
+        x = enter(self.embed(ids), self.config.hyper)  # [B, T, S, D]
+        auxes = []
         for index, block in enumerate(self.blocks):
             part = cache.layers[index] if cache is not None else None
-            only = last and index == self.config.layers - 1
-            streams, carried, more = block(streams, step, pending.get(index), carried, part, only)
-            reports += more
-        hidden = self.exit(streams, carried) if self.exit is not None else streams[:, :, 0]
-        return hidden, reports
+            x, aux = block(x, ctx.for_block(part, pending.get(index), last and index == self.config.layers - 1))
+            auxes.append(aux)
+        return self.leave(x), auxes
 
-    def _recall(self, ids: Tensor, where: Layout, history: Recent | None) -> dict[int, object]:
+    def leave(self, x: Streams) -> Float[Tensor, "B T D"]:
+        """One hidden state of the residual streams that the last block returns."""
+        return self.exit(x) if self.exit is not None else x.values[:, :, 0]
+
+    def _context(self, ids: Tensor, cache: Cache | DraftCache | None, documents, present, warm) -> Context:
+        return context(
+            ids.shape[0],
+            ids.shape[1],
+            ids.device,
+            documents=documents,
+            present=present,
+            past=cache.past if cache is not None else None,
+            rope=(self.config.rope, self.rope_dim),
+            ids=ids,
+            warm=warm,
+        )
+
+    def _recall(self, ids: Tensor, ctx: Context, history: Recent | None) -> dict[int, object]:
         """All layers' addresses hashed once, all rows requested before the first block runs."""
         if self.addresses is None or self.config.engram is None:
             return {}
-        rows = self.addresses(ids, where, history)  # [Lm, B, T, R]
+        rows = self.addresses(ids, ctx, history)  # [Lm, B, T, R]
         return {
             layer: cast(DeviceTable, table).request(rows[n])
             for n, (layer, table) in enumerate(zip(self.config.engram.layers, self.tables, strict=True))
         }
-
-    def _rope(self, where: Layout) -> tuple[Tensor, Tensor]:
-        return rope_tables(self.config.rope, self.rope_dim, where.positions)
 
     def draft(
         self,
@@ -242,19 +222,14 @@ class LanguageModel(nn.Module):
         present=None,
         cache: Cache | None = None,
         warm=None,
-    ) -> tuple[Float[Tensor, "B T D"], list[Any]]:
+    ) -> tuple[Float[Tensor, "B T D"], Aux]:
         """MTP module `depth`: hidden of positions i and the ids at i + 1 + depth -> hidden that foretells the next.
 
         Its logits are head(mtp[depth].norm(hidden)); the hidden is what depth + 1 takes.
         """
-        past = cache.drafts[depth].past if cache is not None else None
-        batch, time = following.shape
-        where = layout(batch, time, following.device, documents=documents, present=present, past=past)
-        step = Step(where, *self._rope(where), following, warm=warm)
         part = cache.drafts[depth] if cache is not None else None
-        return cast(MTP, self.mtp[depth])(
-            hidden, self.embed(following), lambda x, block: block(x[:, :, None], step, cache=part)
-        )
+        ctx = self._context(following, part, documents, present, warm).for_block(part)
+        return cast(MTP, self.mtp[depth])(hidden, self.embed(following), ctx)
 
     def loss(
         self, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"], *, documents=None, present=None, warm: bool = False
@@ -264,11 +239,12 @@ class LanguageModel(nn.Module):
         `warm`: DSA's indexers, taught in training mode alone, are in their warm-up."""
         taught = self.training and self.config.dsa is not None
         known = {"documents": documents, "present": present, "warm": warm if taught else None}
-        hidden, reports = self.hidden(ids, **known)
+        hidden, auxes = self.hidden(ids, **known)
         tokens = (labels != IGNORED).sum()
         next_token = self._nats(self.norm(hidden), labels)
         mtp, more = self._mtp_loss(ids, hidden, labels, known)
-        routings = [report for report in reports + more if isinstance(report, Routing)]
+        auxes = auxes + more
+        routings = [aux.routing for aux in auxes if aux.routing is not None]
         balance: dict[str, Tensor] = {}
         for routing in routings:
             assert self.config.moe is not None
@@ -277,7 +253,7 @@ class LanguageModel(nn.Module):
         total = next_token + sum(balance.values())
         if mtp is not None and self.config.mtp is not None:
             total = total + self.config.mtp.weight * mtp
-        lesson = mean_lesson([report for report in reports + more if isinstance(report, Lesson)])
+        lesson = mean_lesson([aux.lesson for aux in auxes if aux.lesson is not None])
         if lesson is not None and self.config.dsa is not None:
             total = total + self.config.dsa.weight * lesson.loss
         counts = torch.stack([routing.counts() for routing in routings]) if routings else None
@@ -287,19 +263,19 @@ class LanguageModel(nn.Module):
         summed = chunked_cross_entropy(normed.flatten(0, 1), self.head.weight, labels.flatten())
         return summed / (labels != IGNORED).sum().clamp_min(1)
 
-    def _mtp_loss(self, ids, hidden, labels, known) -> tuple[Tensor | None, list[Any]]:
+    def _mtp_loss(self, ids, hidden, labels, known) -> tuple[Tensor | None, list[Aux]]:
         """Depth k is told the ids up to t + k, labels or not, and foretells label t + k, within one document."""
         if self.config.mtp is None:
             return None, []
         documents = known["documents"]
-        nats, reports, following, target = [], [], ahead(ids, documents, 0), labels
+        nats, auxes, following, target = [], [], ahead(ids, documents, 0), labels
         following[:, -1:] = labels[:, -1:].clamp_min(0)
         for depth, module in enumerate(self.mtp):
-            hidden, more = self.draft(hidden, following, depth=depth, **known)
+            hidden, aux = self.draft(hidden, following, depth=depth, **known)
             following, target = ahead(following, documents, 0), ahead(target, documents, IGNORED)
             nats.append(self._nats(cast(MTP, module).norm(hidden), target))
-            reports += more
-        return torch.stack(nats).mean(), reports
+            auxes.append(aux)
+        return torch.stack(nats).mean(), auxes
 
     def new_cache(self, batch: int, capacity: int = 256) -> Cache:
         """An empty cache for `batch` rows, room for `capacity` tokens at first (it grows)."""
@@ -309,7 +285,7 @@ class LanguageModel(nn.Module):
         of = (batch, capacity, weight.dtype, weight.device)
         ids = self.addresses.new_cache(*of) if self.addresses is not None else None
         blocks = [cast(Block, cast(MTP, module).block) for module in self.mtp]
-        drafts = [Bundle(past=Past(capacity), **block.new_cache(*of).parts) for block in blocks]
+        drafts = [DraftCache(past=Past(capacity), **block.new_cache(*of).parts) for block in blocks]
         layers = [cast(Block, block).new_cache(*of) for block in self.blocks]
         return Cache(layers, Past(capacity), ids, drafts)
 

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from rorqual.layers.attention import GQAConfig, MLAConfig
-from rorqual.layers.basics import layout, rope_tables
+from rorqual.layers.context import context
 from rorqual.layers.dsa import DSAConfig
 from rorqual.layers.engram import EngramConfig
-from rorqual.layers.hyper import HyperConfig
+from rorqual.layers.hyper import HyperConfig, Streams
 from rorqual.layers.moba import MoBAConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.layers.nsa import NSAConfig
-from rorqual.model import IGNORED, LanguageModel, ModelConfig, Step
+from rorqual.model import IGNORED, LanguageModel, ModelConfig
 
 BASE = ModelConfig(
     vocabulary=61,
@@ -214,9 +214,8 @@ def _foretold(model: LanguageModel, ids: torch.Tensor, labels: torch.Tensor) -> 
         if len(hidden):
             told = ids[k:]
             joined = module.eh_proj(torch.cat([module.enorm(model.embed(told)), module.hnorm(hidden)], -1))
-            where = layout(1, len(told), "cpu")
-            step = Step(where, *rope_tables(model.config.rope, model.rope_dim, where.positions), told[None])
-            hidden = module.block(joined[None, :, None], step)[0][0, :, 0]
+            ctx = context(1, len(told), "cpu", rope=(model.config.rope, model.rope_dim), ids=told[None])
+            hidden = module.block(Streams(joined[None, :, None]), ctx)[0].values[0, :, 0]
         logits = model.head(module.norm(hidden))
         found.append(F.cross_entropy(logits, labels[k:], ignore_index=IGNORED, reduction="none"))
     return found
@@ -497,7 +496,7 @@ def test_the_obvious_loop_trains_memory():
         optimizer.step()
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
-    read = model.addresses(ids[:, :-1], layout(2, 8, "cpu"))
+    read = model.addresses(ids[:, :-1], context(2, 8, "cpu"))
     for table, old, rows in zip(model.tables, before, read, strict=True):
         changed = (table.weight != old).any(1).nonzero()[:, 0]
         assert set(changed.tolist()) == set(rows.unique().tolist())

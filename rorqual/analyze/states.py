@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rorqual.analyze.taps import Taps, quiet
-from rorqual.layers.basics import layout
+from rorqual.layers.context import context
 from rorqual.layers.engram import Addresses, Engram
 from rorqual.model import LanguageModel
 
@@ -81,8 +81,7 @@ def _early(model: nn.Module, ids: Tensor, last: str, output: Any) -> Tensor:
     with quiet(model):
         if own is None:
             return _replayed(model, ids, model.get_submodule(last), _first(output))
-        streams, carried, _ = output
-        return own.logits(streams[:, :, 0] if own.exit is None else own.exit(streams, carried))
+        return own.logits(own.leave(output[0]))
 
 
 def _replayed(model: nn.Module, ids: Tensor, last: nn.Module, state: Tensor) -> Tensor:
@@ -108,7 +107,7 @@ def gate_names(model: nn.Module) -> dict[int, str]:
 def recalling(model: nn.Module, ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     """False at dead tokens, of documents that begin in the first column: they recall nothing, whatever a gate says."""
     found = (module for module in model.modules() if isinstance(module, Addresses))
-    live = [addresses.live(ids, layout(ids.shape[0], ids.shape[1], ids.device)) for addresses in found]
+    live = [addresses.live(ids, context(ids.shape[0], ids.shape[1], ids.device)) for addresses in found]
     return next((one for one in live if one is not None), torch.ones_like(ids, dtype=torch.bool))
 
 
@@ -124,7 +123,7 @@ def chosen(model: nn.Module, ids: Int[Tensor, "B T"]) -> Chosen:
     """Which experts every token took. ValueError for a model without any."""
     if (own := ours(model)) is not None and own.config.moe is not None:
         with quiet(model):
-            routings = own.hidden(ids)[1]
+            routings = [aux.routing for aux in own.hidden(ids)[1] if aux.routing is not None]
         slots = [r.chosen.masked_fill(r.weights == 0, -1).flatten(0, 1) for r in routings]
         layers = tuple(i for i in range(own.config.layers) if own.config.has_experts(i))
         return Chosen(layers, own.config.moe.routed, slots)
@@ -162,7 +161,10 @@ def _listen(module: nn.Module, name: str, seen: dict[str, Tensor]) -> Any:
 
 
 def _first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
+    """A block's hidden state, of ours the values of its streams."""
+    while not isinstance(output, Tensor):
+        output = output[0]
+    return output
 
 
 def _literally(name: str) -> str:

@@ -28,11 +28,11 @@ from rorqual import config as configs
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.io import atomic_write
 from rorqual.layers.addresses import Addresses
-from rorqual.layers.basics import Layout, layout
-from rorqual.layers.cache import Bundle, Past, Recent
+from rorqual.layers.cache import BlockCache, Bundle, Past, Recent
+from rorqual.layers.context import Context, context
 from rorqual.layers.engram import Engram
 from rorqual.model_config import EngramConfig, row_totals
-from rorqual.storage import DeviceTable, Pending
+from rorqual.storage import DeviceTable
 
 NAME = "rorqual_memory"  # the submodule of the host that holds the memory
 FORMAT = "rorqual-memory-1"
@@ -57,7 +57,7 @@ class Memory(nn.Module):
         self._adapters: tuple[str, ...] = ()
         self._hooks: list[Any] = []
         self._caches: list[weakref.ref[Any]] = []  # those whose class was changed
-        self._now: tuple[Layout, Tensor | None, list[Pending], Bundle | None] | None = None
+        self._now: list[Context] | None = None  # of the call under way, one a layer
 
     @torch.no_grad()
     def start(self, zero: str, seed: int = 0) -> None:
@@ -81,12 +81,10 @@ class Memory(nn.Module):
         """A copy of the host takes its memory along, but neither the caches that others hold nor a call under way."""
         return self.__dict__ | {"_caches": [], "_now": None}
 
-    def new_state(self) -> Bundle:
+    def new_state(self) -> "MemoryCache":
         """What one cache of the host carries for the memory."""
-        parts: dict[str, Any] = {"past": Past(), "ids": Everything(self.config.ngram - 1, fill=self.config.missing_id)}
-        if self.config.halo:
-            parts |= {f"layer{layer}": Everything(self.config.halo) for layer in self.config.layers}
-        return Bundle(**parts)
+        halo, ids = self.config.halo, Everything(self.config.ngram - 1, fill=self.config.missing_id)
+        return MemoryCache(Past(), ids, tuple(Everything(halo) if halo else None for _ in self.config.layers))
 
     def mount(self, host: nn.Module) -> None:
         """Hook into the host and make memory alone trainable, beside PEFT's adapters if it has any.
@@ -181,10 +179,12 @@ class Memory(nn.Module):
         if past.length == 0:
             documents = _documents(kwargs, ids)
         batch, time = ids.shape
-        where = layout(batch, time, ids.device, documents=documents, present=present, past=past)
-        rows = self.addresses(ids, where, None if state is None else state.ids)  # [Lm, B, T, R]
+        ctx = context(batch, time, ids.device, documents=documents, present=present, past=past)
+        rows = self.addresses(ids, ctx, None if state is None else state.ids)  # [Lm, B, T, R]
         pending = [table.request(rows[place]) for place, table in enumerate(self._stores)]
-        self._now = (where, self.addresses.live(ids, where), pending, state)
+        ctx = dataclasses.replace(ctx, live=self.addresses.live(ids, ctx))
+        caches = (None,) * len(pending) if state is None else state.layers
+        self._now = [ctx.for_block(BlockCache(None, kept), row) for kept, row in zip(caches, pending, strict=True)]
         return (), kwargs
 
     def _after(self, body: nn.Module, args: tuple, output: Any) -> None:
@@ -219,14 +219,11 @@ class Memory(nn.Module):
     ) -> tuple[tuple, dict[str, Any]]:
         """Before a block that remembers: what it adds to the hidden state."""
         assert self._now is not None
-        where, live, pending, state = self._now
         hidden: Float[Tensor, "B T D"] = args[0] if args else kwargs["hidden_states"]
         if hidden.dim() != 3 or hidden.shape[-1] != self.width:
             got = f"{type(block).__name__} with hidden states {list(hidden.shape)}"
             raise ValueError(f"memory: got {got}, expected [batch, time, {self.width}]: no memory fits this model")
-        kept = None if state is None else state.parts.get(f"layer{self.config.layers[place]}")
-        recalled = pending[place].wait().flatten(-2)  # [B, T, M]
-        added = self.engrams[place](hidden[:, :, None], recalled, where, kept, live)[:, :, 0]
+        added = self.engrams[place](hidden[:, :, None], self._now[place])[:, :, 0]
         hidden = hidden + added.to(hidden.dtype)
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
@@ -257,10 +254,19 @@ class Everything(Recent):
         return torch.cat([window[:, : -new.shape[1]], new], dim=1) if new.requires_grad else window
 
 
+@dataclasses.dataclass(eq=False)
+class MemoryCache(Bundle):
+    """What the memory keeps between the calls of its host."""
+
+    past: Past
+    ids: Everything
+    layers: tuple[Everything | None, ...]  # the convolution's values, one a layer
+
+
 class Remembering:
     """Mixed into the class of one host cache: the memory's state follows what is done to the cache."""
 
-    rorqual_state: Bundle
+    rorqual_state: MemoryCache
     rorqual_memory: "weakref.ref[Memory]"
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -273,7 +279,7 @@ class Remembering:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        rows = self.rorqual_state.parts["ids"].buffer
+        rows = self.rorqual_state.ids.buffer
         if rows is not None:
             self.rorqual_state.select(torch.arange(len(rows), device=rows.device).repeat_interleave(repeats))
 

@@ -18,8 +18,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from rorqual.kernels import pick
-from rorqual.layers.basics import Layout
 from rorqual.layers.cache import Recent
+from rorqual.layers.context import Context
 from rorqual.model_config import EngramConfig as EngramConfig
 from rorqual.model_config import head_primes
 from rorqual.model_config import row_totals as row_totals
@@ -224,16 +224,14 @@ class Addresses(nn.Module):
         """The last N-1 raw ids of every row."""
         return Recent(self.config.ngram - 1, fill=self.config.missing_id)
 
-    def live(self, ids: Int[Tensor, "B T"], layout: Layout) -> Bool[Tensor, "B T"] | None:
+    def live(self, ids: Int[Tensor, "B T"], ctx: Context) -> Bool[Tensor, "B T"] | None:
         """False at padding and dead tokens, where the gate is 0; None if there is neither."""
         if not self.config.dead_tokens:
-            return layout.present
+            return ctx.present
         alive = ~torch.isin(ids, torch.tensor(self.config.dead_tokens, device=ids.device))
-        return alive if layout.present is None else alive & layout.present
+        return alive if ctx.present is None else alive & ctx.present
 
-    def forward(
-        self, ids: Int[Tensor, "B T"], layout: Layout, history: Recent | None = None
-    ) -> Int[Tensor, "Lm B T R"]:
+    def forward(self, ids: Int[Tensor, "B T"], ctx: Context, history: Recent | None = None) -> Int[Tensor, "Lm B T R"]:
         """Row ids into each layer's table. `history` holds the ids of earlier calls and takes these.
 
         Missing context (before the start, behind padding, a dead token or a document's beginning) reads as the pad id;
@@ -241,18 +239,18 @@ class Addresses(nn.Module):
         ValueError for an id that the tokenizer does not have, unless it stands at padding.
         """
         ids, missing = ids.long(), self.config.missing_id
-        if layout.present is not None:
-            ids = torch.where(layout.present, ids, missing)
+        if ctx.present is not None:
+            ids = torch.where(ctx.present, ids, missing)
         exact = [self._buffers[name] for name in ("canonical_map", "multipliers", "primes", "offsets")]
         out = self._memory(ids)
         try:
-            if (place := self._place(ids, layout, history)) is not None:
+            if (place := self._place(ids, ctx, history)) is not None:
                 rows_of = pick("engram_follow", follow_rows, ids, exact[0])
                 return rows_of(ids, *place, *exact, missing, out, self._kept)
             before = (self.config.ngram - 1, 0)
             window = F.pad(ids, before, value=missing) if history is None else history.extend(ids)
             rows_of = pick("engram_rows", hash_rows, ids, exact[0])
-            return rows_of(window, self._reach(window, layout), *exact, self.pad, out, self._kept)
+            return rows_of(window, self._reach(window, ctx), *exact, self.pad, out, self._kept)
         except IndexError:
             held = (
                 ids
@@ -269,21 +267,21 @@ class Addresses(nn.Module):
             return None
         return self._staging.take(layers * ids.numel(), width, torch.int64).view(layers, *ids.shape, width)
 
-    def _place(self, ids: Tensor, layout: Layout, history: Recent | None) -> tuple[Tensor | None, int] | None:
+    def _place(self, ids: Tensor, ctx: Context, history: Recent | None) -> tuple[Tensor | None, int] | None:
         """Where these ids are held, if they simply follow those before: nothing stops any look-back, and they fit."""
-        documents = layout.key_documents if self.config.end_of_document else None
+        documents = ctx.key_documents if self.config.end_of_document else None
         stopped = self.config.dead_tokens or self.config.eos_id is not None
-        if documents is not None or layout.key_present is not None or stopped:
+        if documents is not None or ctx.key_present is not None or stopped:
             return None
         return (None, 0) if history is None else history.claim(ids)
 
-    def _reach(self, window: Tensor, layout: Layout) -> Tensor | None:
+    def _reach(self, window: Tensor, ctx: Context) -> Tensor | None:
         """How many earlier tokens each token may look back at, int64 [B, T]; None if nothing stops any."""
         stops = []  # [B, W], True where looking back from the token behind it must end
-        documents = layout.key_documents if self.config.end_of_document else None
+        documents = ctx.key_documents if self.config.end_of_document else None
         width, before = window.shape[1], self.config.ngram - 1
-        if layout.key_present is not None:
-            stops.append(~last_columns(layout.key_present, width, False))
+        if ctx.key_present is not None:
+            stops.append(~last_columns(ctx.key_present, width, False))
         if self.config.dead_tokens:
             stops.append(torch.isin(window, torch.tensor(self.config.dead_tokens, device=window.device)))
         if self.config.eos_id is not None:

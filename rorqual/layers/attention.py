@@ -15,6 +15,7 @@ GQA (arXiv 2305.13245): `heads` query heads share `kv_heads` key heads, optional
 (2004.05150), with a learned sink in the softmax's denominator (2309.17453, 2508.10925), with normed queries and keys.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rorqual.layers.attend import attend, attend_shared, by_head
-from rorqual.layers.basics import Layout, RMSNorm, rotate, softmax_factor
+from rorqual.layers.basics import RMSNorm, softmax_factor
 from rorqual.layers.cache import Appended, Bundle
+from rorqual.layers.context import Context
 from rorqual.model_config import GQAConfig as GQAConfig
 from rorqual.model_config import MLAConfig as MLAConfig
 from rorqual.model_config import RopeConfig
@@ -32,13 +34,30 @@ from rorqual.model_config import RopeConfig
 GATHERING = 2.0  # the time of a gathered key over that of one read in its place
 
 
-def _visibility(layout: Layout) -> tuple[Tensor | None, bool]:
+def _visibility(ctx: Context) -> tuple[Tensor | None, bool]:
     """`mask` and `causal` for attend; one new token without a mask sees everything and needs neither."""
-    if layout.mask is None and layout.past == 0:
-        return None, layout.positions.shape[1] > 1
-    if layout.mask is None and layout.positions.shape[1] == 1:
+    if ctx.mask is None and ctx.past == 0:
+        return None, ctx.positions.shape[1] > 1
+    if ctx.mask is None and ctx.positions.shape[1] == 1:
         return None, False
-    return layout.visible(), False
+    return ctx.visible(), False
+
+
+@dataclass(eq=False)
+class MLACache(Bundle):
+    """What MLA keeps: [latent | rotated key] of every token, and the indexer's keys."""
+
+    latent: Appended
+    inner: Any = None
+
+
+@dataclass(eq=False)
+class GQACache(Bundle):
+    """What GQA keeps: keys and values of every token, and what its inner attention makes of them."""
+
+    keys: Appended
+    values: Appended
+    inner: Any = None
 
 
 class MLA(nn.Module):
@@ -48,7 +67,8 @@ class MLA(nn.Module):
     """
 
     def __init__(self, config: MLAConfig, dim: int, rope: RopeConfig, inner: Any = None):
-        """`inner` chooses the keys each query sees (DSA): inner.keys(...) are cached, inner.look(...) is a Look."""
+        """`inner` chooses the keys each query sees (DSA): inner.keys(...) are cached, inner.look(...) is a
+        Look."""
         super().__init__()
         self.config, self.interleaved = config, rope.interleaved
         self.inner: Any = inner
@@ -66,60 +86,53 @@ class MLA(nn.Module):
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, config.heads * (config.nope_dim + config.value_dim), bias=False)
         self.o_proj = nn.Linear(config.heads * config.value_dim, dim, bias=config.bias)
 
-    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Bundle:
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> MLACache:
         """Room for `capacity` tokens of kv_lora_rank + rope_dim values; allocated at the first token."""
         inner = self.inner.new_cache(batch, capacity, dtype, device) if self.inner is not None else None
-        return Bundle(latent=Appended(capacity), inner=inner)
+        return MLACache(Appended(capacity), inner)
 
     def forward(
         self,
         hidden: Float[Tensor, "B T D"],
-        layout: Layout,
-        cos: Float[Tensor, "B T F"],
-        sin: Float[Tensor, "B T F"],
-        cache: Bundle | None = None,
-        last: bool = False,
-        lessons: list[Any] | None = None,
-        warm: bool = False,
-    ) -> Float[Tensor, "B T2 D"]:
-        """cos and sin are rope_tables' at the new tokens. With a cache the new tokens are appended to it.
+        ctx: Context,
+    ) -> tuple[Float[Tensor, "B T2 D"], Any]:
+        """The output of the new tokens, or with `ctx.last_only` of the last, and the indexer's Lesson if it learns.
 
-        `last`: what the last token gets, T2 = 1; the others are its keys. The form is whichever multiplies less; all
-        give the same numbers to rounding. `lessons`: in training, where the indexer's is put; while it is `warm` its
-        choice is not obeyed.
+        With a cache the new tokens are appended to it. The form is whichever multiplies less; all give the same numbers
+        to rounding. While the indexer warms up its choice is not obeyed.
         """
-        latent = self._latent(hidden, cos, sin)
-        if cache is not None:
-            kept = cache.latent.append(latent)
-            latent = kept if layout.past else latent
-        index_key = None
-        if self.inner is not None:
-            index_key = self.inner.keys(hidden, layout.past, cos, sin, cache.inner if cache is not None else None)
-        if last:
-            hidden, layout, cos, sin = hidden[:, -1:], layout.last(), cos[:, -1:], sin[:, -1:]
+        latent = self._latent(hidden, ctx)
+        if ctx.cache is not None:
+            kept = ctx.cache.attention.latent.append(latent)
+            latent = kept if ctx.past else latent
+        index_key = self.inner.keys(hidden, ctx) if self.inner is not None else None
+        if ctx.last_only:
+            hidden, ctx = hidden[:, -1:], ctx.last()
         query_latent = hidden if self.config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(hidden))
-        nope, rope = self._query(query_latent, cos, sin)
-        look = None if index_key is None else self.inner.look(hidden, query_latent, layout, cos, sin, index_key)
-        if look is not None and lessons is not None:
-            out = self._taught(nope, rope, latent, layout, look, lessons, warm)
+        nope, rope = self._query(query_latent, ctx)
+        look = self.inner.look(hidden, query_latent, index_key, ctx) if self.inner is not None else None
+        lesson = None
+        if look is not None and ctx.warm is not None:
+            out, lesson = self._taught(nope, rope, latent, ctx, look)
         elif look is not None and look.chooses:
-            out = self._sparse(nope, rope, latent, layout, look)
+            out = self._sparse(nope, rope, latent, ctx, look)
         else:
-            out = self._dense(nope, rope, latent, layout)
-        return self.o_proj(out.flatten(2))
+            out = self._dense(nope, rope, latent, ctx)
+        return self.o_proj(out.flatten(2)), lesson
 
-    def _query(self, query_latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def _query(self, query_latent: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Without position [B, T, H, nope] and with [B, T, H, rope]."""
         c = self.config
         query = self.q_proj(query_latent) if c.q_lora_rank is None else self.q_b_proj(query_latent)
         nope, rope = query.unflatten(-1, (c.heads, -1)).split([c.nope_dim, c.rope_dim], dim=-1)
-        return nope, rotate(rope, cos, sin, self.interleaved)
+        return nope, ctx.rotate(rope, self.interleaved)
 
-    def _latent(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _latent(self, hidden: Tensor, ctx: Context) -> Tensor:
         """The normed latent and the rotated key side by side, [B, T, kv_lora_rank + rope]: what is cached."""
         c = self.config
         latent, key = self.kv_a_proj_with_mqa(hidden).split([c.kv_lora_rank, c.rope_dim], dim=-1)
-        return torch.cat([self.kv_a_layernorm(latent), rotate(key, cos, sin, self.interleaved)], dim=-1)
+        key = ctx.rotate(key, self.interleaved)
+        return torch.cat([self.kv_a_layernorm(latent), key], dim=-1)
 
     def _absorbing_is_cheaper(self, time: int) -> bool:
         """Products a key and head: `time` wider ones, against expanding the key once and `time` narrower ones."""
@@ -127,16 +140,14 @@ class MLA(nn.Module):
         expanded = c.kv_lora_rank * (c.nope_dim + c.value_dim) + time * (c.nope_dim + c.rope_dim + c.value_dim)
         return time * (2 * c.kv_lora_rank + c.rope_dim) <= expanded
 
-    def _dense(self, nope: Tensor, rope: Tensor, latent: Tensor, layout: Layout) -> Float[Tensor, "B T H Q"]:
-        mask, causal = _visibility(layout)
-        form = self._absorbed if layout.past and self._absorbing_is_cheaper(nope.shape[1]) else self._expanded
+    def _dense(self, nope: Tensor, rope: Tensor, latent: Tensor, ctx: Context) -> Float[Tensor, "B T H Q"]:
+        mask, causal = _visibility(ctx)
+        form = self._absorbed if ctx.past and self._absorbing_is_cheaper(nope.shape[1]) else self._expanded
         return form(nope, rope, latent, mask, causal)
 
-    def _sparse(
-        self, nope: Tensor, rope: Tensor, latent: Tensor, layout: Layout, look: Any
-    ) -> Float[Tensor, "B T H Q"]:
+    def _sparse(self, nope: Tensor, rope: Tensor, latent: Tensor, ctx: Context, look: Any) -> Float[Tensor, "B T H Q"]:
         """To the chosen keys: queries with few keys hide the others, those behind them gather, whichever is cheaper."""
-        past, time = layout.past, nope.shape[1]
+        past, time = ctx.past, nope.shape[1]
         absorbing = past > 0 and self._absorbing_is_cheaper(time)
         graded = torch.is_grad_enabled() and latent.requires_grad
         cut = time if graded else self._gathers_from(look, absorbing)
@@ -161,14 +172,14 @@ class MLA(nn.Module):
         return min(max(keys - (look.key.shape[1] - time), 0), time)
 
     def _taught(
-        self, nope: Tensor, rope: Tensor, latent: Tensor, layout: Layout, look: Any, lessons: list[Any], warm: bool
-    ) -> Float[Tensor, "B T H Q"]:
+        self, nope: Tensor, rope: Tensor, latent: Tensor, ctx: Context, look: Any
+    ) -> tuple[Float[Tensor, "B T H Q"], Any]:
         """In training, with what the indexer makes of these very queries and keys."""
         query, key, value = self._expand(nope, rope, latent)
-        lessons.append(look.lesson(query, key, self.scale, warm, layout.present))
-        if look.chooses and not warm:
-            return look.hiding(query, key, value, self.scale)
-        return attend(query, key, value, self.scale, *_visibility(layout))
+        lesson = look.lesson(query, key, self.scale, bool(ctx.warm), ctx.present)
+        if look.chooses and not ctx.warm:
+            return look.hiding(query, key, value, self.scale), lesson
+        return attend(query, key, value, self.scale, *_visibility(ctx)), lesson
 
     def _expanded(
         self, nope: Tensor, rope: Tensor, latent: Tensor, mask: Tensor | None, causal: bool
@@ -211,7 +222,7 @@ class GQA(nn.Module):
     """Grouped-query attention over q_proj, k_proj, v_proj, o_proj; every head's whole width is rotated."""
 
     def __init__(self, config: GQAConfig, dim: int, rope: RopeConfig, inner: Any = None):
-        """`inner` attends in our place (NSA, MoBA): inner(q, k, v, hidden=, layout=, scale=, cache=, tables=, last=),
+        """`inner` attends in our place (NSA, MoBA): inner(q, k, v, hidden=, ctx=, scale=, cache=, tables=, last=),
         [B, T, H, Q] or of the `last` token alone."""
         super().__init__()
         if inner is not None:
@@ -228,38 +239,34 @@ class GQA(nn.Module):
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else None
         self.sink_bias = nn.Parameter(torch.zeros(config.heads)) if config.sinks else None
 
-    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Bundle:
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> GQACache:
         """Room for `capacity` tokens' keys and values; allocated at the first token."""
         inner = self.inner.new_cache(batch, capacity, dtype, device) if hasattr(self.inner, "new_cache") else None
-        return Bundle(keys=Appended(capacity), values=Appended(capacity), inner=inner)
+        return GQACache(Appended(capacity), Appended(capacity), inner)
 
     def forward(
         self,
         hidden: Float[Tensor, "B T D"],
-        layout: Layout,
-        cos: Float[Tensor, "B T F"],
-        sin: Float[Tensor, "B T F"],
-        cache: Bundle | None = None,
-        last: bool = False,
-    ) -> Float[Tensor, "B T2 D"]:
-        """cos and sin are rope_tables' at the new tokens. With a cache the new tokens are appended to it.
+        ctx: Context,
+    ) -> tuple[Float[Tensor, "B T2 D"], None]:
+        """The output of the new tokens, or with `ctx.last_only` of the last; there is no indexer that could learn.
 
-        `last`: what the last token gets, T2 = 1; the others are its keys."""
-        query, key, value = self._project(hidden, cos, sin)
-        if cache is not None:
+        With a cache the new tokens are appended to it."""
+        query, key, value = self._project(hidden, ctx)
+        if ctx.cache is not None:
+            cache = ctx.cache.attention
             kept = cache.keys.append(key), cache.values.append(value)
-            key, value = kept if layout.past else (key, value)
+            key, value = kept if ctx.past else (key, value)
         if self.inner is not None:
-            known = {"cache": cache.inner if cache is not None else None, "tables": (cos, sin), "last": last}
-            out = self.inner(query, key, value, hidden=hidden, layout=layout, scale=self.scale, **known)
-        elif last:
-            out = self._attend(query[:, -1:], key, value, layout.last())
+            out = self.inner(query, key, value, hidden, ctx, self.scale)
+        elif ctx.last_only:
+            out = self._attend(query[:, -1:], key, value, ctx.last())
         else:
-            out = self._attend(query, key, value, layout)
+            out = self._attend(query, key, value, ctx)
         out = out.flatten(2)
-        return self.o_proj(out[:, -1:] if last else out)
+        return self.o_proj(out[:, -1:] if ctx.last_only else out), None
 
-    def _project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, hidden: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
         query, key = (
             projection(hidden).unflatten(-1, (heads, -1))
@@ -267,21 +274,21 @@ class GQA(nn.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        turned = rotate(torch.cat([query, key], dim=2), cos, sin, self.interleaved)
+        turned = ctx.rotate(torch.cat([query, key], dim=2), self.interleaved)
         return turned[:, :, : c.heads], turned[:, :, c.heads :], self.v_proj(hidden).unflatten(-1, (c.kv_heads, -1))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, ctx: Context) -> Tensor:
         window, time = self.config.window, query.shape[1]
-        if window is None or (layout.key_present is None and key.shape[1] <= window):
-            mask, causal = _visibility(layout)
+        if window is None or (ctx.key_present is None and key.shape[1] <= window):
+            mask, causal = _visibility(ctx)
         else:
-            near = layout.positions[:, :, None] - layout.key_positions[:, None, :] < window
-            mask, causal = near[:, None] & layout.visible(), False
-            if layout.key_present is None:  # nothing further back is near
+            near = ctx.positions[:, :, None] - ctx.key_positions[:, None, :] < window
+            mask, causal = near[:, None] & ctx.visible(), False
+            if ctx.key_present is None:  # nothing further back is near
                 span = window + time - 1
                 key, value, mask = key[:, -span:], value[:, -span:], mask[..., -span:]
         if self.sink_bias is not None:
-            return self._attend_with_sink(query, key, value, layout.visible() if causal else mask)
+            return self._attend_with_sink(query, key, value, ctx.visible() if causal else mask)
         return attend(query, key, value, self.scale, mask, causal)
 
     def _attend_with_sink(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -4,20 +4,17 @@ rms_norm(x)    = x / sqrt(mean(x^2) + eps) * weight                      float32
 swiglu(x)      = W_down (silu(W_gate x) * W_up x)
 rotate(x)      = (a cos - b sin, a sin + b cos) for each pair (a, b)     rotary positions, arXiv:2104.09864
 YaRN           = rotary frequencies stretched where they are slow        arXiv:2309.00071
-layout(...)    = where each token of a call stands: position, document, presence, what it may see
 chunked_cross_entropy = cross-entropy of hidden @ weight.T, never holding all logits
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rorqual.layers.cache import Past
 from rorqual.model_config import RopeConfig as RopeConfig
 from rorqual.model_config import YarnConfig as YarnConfig
 from rorqual.model_config import longest_context as longest_context
@@ -152,125 +149,6 @@ def rotate(
 def softmax_factor(config: RopeConfig) -> float:
     """What YaRN multiplies the softmax scale by: mscale(s, mscale_all_dim)^2 (1.8739 for DeepSeek-V3), else 1."""
     return 1.0 if config.yarn is None else _mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """Where the T new tokens of a call stand, and the L = past + T keys that they may look at.
-
-    `documents` None means one document a row, `present` None that nothing is padding, and `mask` None that query t
-    sees the cached keys and the new ones up to t. The `key_` fields are the same for all L keys.
-    """
-
-    positions: Int[Tensor, "B T"]  # within its document, padding not counted
-    documents: Int[Tensor, "B T"] | None
-    present: Bool[Tensor, "B T"] | None
-    mask: Bool[Tensor, "B 1 T L"] | None
-    key_positions: Int[Tensor, "B L"]
-    key_documents: Int[Tensor, "B L"] | None
-    key_present: Bool[Tensor, "B L"] | None
-    past: int = 0  # tokens cached before this call
-    lead: Int[Tensor, " B"] | None = None  # behind a cache: padding before each row's first token, if none is elsewhere
-
-    def visible(self) -> Bool[Tensor, "B 1 T L"]:
-        """`mask`, or the plain causal mask (batch axis 1) where it is None."""
-        if self.mask is not None:
-            return self.mask
-        time = self.positions.shape[1]
-        return _causal(time, self.past + time, self.positions.device)[None, None]
-
-    def last(self) -> "Layout":
-        """The last new token alone, the others as if they had been cached before."""
-        return Layout(
-            positions=self.positions[:, -1:],
-            documents=None if self.documents is None else self.documents[:, -1:],
-            present=None if self.present is None else self.present[:, -1:],
-            mask=None if self.mask is None else self.mask[:, :, -1:],
-            key_positions=self.key_positions,
-            key_documents=self.key_documents,
-            key_present=self.key_present,
-            past=self.past + self.positions.shape[1] - 1,
-            lead=self.lead,
-        )
-
-
-def _causal(time: int, length: int, device: torch.device) -> Bool[Tensor, "T L"]:
-    """The last `time` of `length` tokens as queries: each sees the keys up to itself."""
-    return torch.ones(time, length, dtype=torch.bool, device=device).tril(length - time)
-
-
-def _count(documents: Tensor | None, present: Tensor | None) -> Tensor:
-    """Positions [B, L]: present tokens since the start of the document; padding repeats its predecessor's."""
-    known = present if present is not None else documents
-    assert known is not None
-    here = torch.ones_like(known, dtype=torch.long) if present is None else present.long()
-    count = here.cumsum(1)
-    if documents is not None:
-        begins = torch.ones_like(documents, dtype=torch.bool)
-        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        count = count - torch.where(begins, count - here, 0).cummax(1).values
-    return (count - 1).clamp_min(0)
-
-
-def _mask(time: int, documents: Tensor | None, present: Tensor | None) -> Tensor:
-    """[B, 1, T, L]: causal, within the document, present keys only. A padding query sees itself alone, so that its
-    softmax is defined; nobody else sees it."""
-    known = documents if documents is not None else present
-    assert known is not None
-    length = known.shape[1]
-    mask = _causal(time, length, known.device)[None]
-    if documents is not None:
-        mask = mask & (documents[:, -time:, None] == documents[:, None, :])
-    if present is not None:
-        mask = mask & present[:, None, :]
-        own = torch.eye(time, dtype=torch.bool, device=known.device)
-        mask[:, :, length - time :] |= own & ~present[:, -time:, None]
-    return mask[:, None]
-
-
-def _lead(documents: Tensor | None, present: Tensor | None, places: Tensor, cached: int) -> Tensor | None:
-    """Columns of padding before each row's first token; None where there are documents, or padding elsewhere."""
-    if present is None or documents is not None or torch.compiler.is_compiling():
-        return None
-    lead = present.shape[1] - 1 - places[:, -1]
-    columns = torch.arange(present.shape[1], device=lead.device)
-    whole = torch.equal(present, columns >= lead[:, None]) and not (cached and bool((lead > cached).any()))
-    return lead if whole else None
-
-
-def layout(
-    batch: int,
-    time: int,
-    device: torch.device | str,
-    *,
-    documents: Int[Tensor, "B T"] | None = None,
-    present: Bool[Tensor, "B T"] | None = None,
-    past: Past | None = None,
-) -> Layout:
-    """Where `time` new tokens stand behind what `past` holds. The new tokens are appended to `past`.
-
-    The mask is None whenever neither documents nor present is known, of new or cached tokens.
-    """
-    cached = 0 if past is None else past.length
-    every_document, everyone = documents, present
-    if past is not None:
-        every_document, everyone = past.append(batch, time, documents, present)
-    known = every_document is not None or everyone is not None
-    if known:
-        places = _count(every_document, everyone)
-    else:
-        places = torch.arange(cached + time, device=device).expand(batch, -1)
-    return Layout(
-        positions=places[:, cached:],
-        documents=None if every_document is None else every_document[:, cached:],
-        present=None if everyone is None else everyone[:, cached:],
-        mask=_mask(time, every_document, everyone) if known else None,
-        key_positions=places,
-        key_documents=every_document,
-        key_present=everyone,
-        past=cached,
-        lead=_lead(every_document, everyone, places, cached) if past is not None else None,
-    )
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -10,6 +10,9 @@ Nothing here carries gradients: a cache is for inference, and what an `append` o
 until the next call of the same container.
 """
 
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -239,28 +242,33 @@ class Past:
 
 
 class Bundle:
-    """Several containers under their names, e.g. Bundle(keys=Appended(), values=Appended()); None stays None."""
+    """Several containers as the fields of a dataclass, which says what is kept.
 
-    def __init__(self, **parts: Any):
-        self.parts = parts
+    A field is a container, None, or a tuple of those. What is done to the bundle is done to all of them.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self.__dict__["parts"][name]
-        except KeyError:
-            raise AttributeError(name) from None
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The fields by their names."""
+        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    def states(self) -> list[Any]:
+        """The containers, of tuples, too."""
+        found: list[Any] = []
+        for part in self.parts.values():
+            found += part if isinstance(part, tuple) else [part]
+        return [part for part in found if part is not None]
 
     def select(self, index: Int[Tensor, " B"]) -> None:
         """Keep the rows `index` in every part."""
-        for part in self.parts.values():
-            if part is not None:
-                part.select(index)
+        for state in self.states():
+            state.select(index)
 
     @property
     def recent(self) -> list[Recent]:
-        """The parts, and parts of parts, that do not hold everything."""
-        held = [part for part in self.parts.values() if isinstance(part, Recent)]
-        return held + [one for part in self.parts.values() if isinstance(part, Bundle) for one in part.recent]
+        """The containers, of bundles in this one, too, that do not hold everything."""
+        held = [state for state in self.states() if isinstance(state, Recent)]
+        return held + [one for state in self.states() if isinstance(state, Bundle) for one in state.recent]
 
     def hold(self, slack: int) -> None:
         """Every part holds so much that `crop` can go back `slack` tokens (64 otherwise). For empty containers."""
@@ -273,28 +281,45 @@ class Bundle:
             if held.spare < count < held.length:
                 got = f"got {count} tokens to forget, expected 0 to {held.spare}, or all {held.length}"
                 raise ValueError(f"{got}: hold({count}) an empty cache, and it can go back as far")
-        for part in self.parts.values():
-            if part is not None:
-                part.crop(count)
+        for state in self.states():
+            state.crop(count)
 
     def reset(self) -> None:
         """Forget everything in every part."""
-        for part in self.parts.values():
-            if part is not None:
-                part.reset()
+        for state in self.states():
+            state.reset()
+
+
+@dataclass(eq=False)
+class BlockCache(Bundle):
+    """What a block keeps between calls."""
+
+    attention: Any  # MLACache or GQACache
+    engram: Recent | None = None
+
+
+@dataclass(eq=False)
+class DraftCache(BlockCache):
+    """What a depth of MTP keeps, which is called by itself."""
+
+    past: Past = field(kw_only=True)
+
+
+@dataclass(eq=False)
+class _All(Bundle):
+    every: tuple[Any, ...]
 
 
 class Cache:
     """What a model keeps between calls: a bundle a block, who stands where, the last ids, and MTP's own.
 
     select(index) keeps or reorders rows of the batch, crop(k) forgets the last k tokens, reset() forgets all.
-    A draft's bundle has a `past` of its own among its parts: every depth of MTP is called by itself.
+    A draft's bundle has a `past` of its own: every depth of MTP is called by itself.
     """
 
-    def __init__(self, layers: list[Bundle], past: Past, ids: Recent | None, drafts: list[Bundle]) -> None:
+    def __init__(self, layers: Sequence[Any], past: Past, ids: Recent | None, drafts: Sequence[Any]) -> None:
         self.layers, self.past, self.ids, self.drafts = tuple(layers), past, ids, tuple(drafts)
-        self._model = Bundle(past=past, ids=ids, **{str(n): layer for n, layer in enumerate(layers)})
-        self._ahead = Bundle(**{str(n): draft for n, draft in enumerate(drafts)})
+        self._model, self._ahead = _All((past, ids, *layers)), _All(self.drafts)
 
     @property
     def length(self) -> int:

@@ -21,8 +21,9 @@ from torch.autograd.function import once_differentiable
 
 from rorqual import kernels
 from rorqual.layers.attend import attend, attend_shared
-from rorqual.layers.basics import Layout, largest, rotate
+from rorqual.layers.basics import largest
 from rorqual.layers.cache import Appended
+from rorqual.layers.context import Context
 from rorqual.layers.selection import FEW, straight
 from rorqual.model_config import DSAConfig as DSAConfig
 from rorqual.model_config import RopeConfig
@@ -71,27 +72,18 @@ class DSA(nn.Module):
         """The indexer's keys, `dim` values a token."""
         return Appended(capacity)
 
-    def keys(
-        self,
-        hidden: Float[Tensor, "B T D"],
-        past: int,
-        cos: Float[Tensor, "B T F"],
-        sin: Float[Tensor, "B T F"],
-        cache: Appended | None = None,
-    ) -> Float[Tensor, "B L P"]:
-        """k of every token, the `past` cached ones first; the new ones are appended to the cache."""
-        new = self._turn(self.k_norm(self.wk(hidden.detach())), cos, sin)
-        kept = cache.append(new) if cache is not None else new
-        return kept if past else new
+    def keys(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Float[Tensor, "B L P"]:
+        """k of every token, the cached ones first; the new ones are appended to the cache."""
+        new = self._turn(self.k_norm(self.wk(hidden.detach())), ctx)
+        kept = ctx.cache.attention.inner.append(new) if ctx.cache is not None else new
+        return kept if ctx.past else new
 
     def look(
         self,
         hidden: Float[Tensor, "B T D"],
         query_latent: Float[Tensor, "B T R"],
-        layout: Layout,
-        cos: Float[Tensor, "B T F"],
-        sin: Float[Tensor, "B T F"],
         key: Float[Tensor, "B L P"],
+        ctx: Context,
     ) -> "Look":
         """q and w of the new tokens beside the keys of all. Nothing that comes in gets a gradient through it.
 
@@ -100,12 +92,12 @@ class DSA(nn.Module):
         """
         query = self.wq_b(query_latent.detach()).unflatten(-1, (self.config.heads, -1))
         weights = self.weights_proj(hidden.detach()).float() * (self.config.heads * self.config.dim) ** -0.5
-        asked = self._turn(query, cos, sin), weights, key
-        return Look(*asked, layout.mask, self.config.chosen, straight(layout)[1])
+        asked = self._turn(query, ctx), weights, key
+        return Look(*asked, ctx.mask, self.config.chosen, straight(ctx)[1])
 
-    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _turn(self, x: Tensor, ctx: Context) -> Tensor:
         turned, rest = x.split([self.rope_dim, self.config.dim - self.rope_dim], dim=-1)
-        return torch.cat([rotate(turned, cos, sin, interleaved=False), rest], dim=-1)
+        return torch.cat([ctx.rotate(turned, interleaved=False), rest], dim=-1)
 
 
 class Look(NamedTuple):

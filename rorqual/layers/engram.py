@@ -24,8 +24,8 @@ from rorqual.layers.addresses import (
     hash_rows,
     last_columns,
 )
-from rorqual.layers.basics import Layout
 from rorqual.layers.cache import Recent
+from rorqual.layers.context import Context
 from rorqual.model_config import EngramConfig, row_totals
 
 # The paper's names have one door, this one.
@@ -178,15 +178,13 @@ class Engram(nn.Module):
     def forward(
         self,
         hidden: Float[Tensor, "B T S D"],
-        memory: Float[Tensor, "B T M"],
-        layout: Layout,
-        cache: Recent | None = None,
-        live: Bool[Tensor, "B T"] | None = None,
+        ctx: Context,
     ) -> Float[Tensor, "B T S D"]:
-        """What to add to `hidden`. Where `live` (by default layout.present) is False the gate is 0.
+        """What to add to `hidden`, of the rows in `ctx`. Where `ctx.live` (or ctx.present) is False the gate is 0.
 
         ValueError for memory of another width than the config's: rows of a table that was made for another.
         """
+        memory = ctx.rows.wait().flatten(-2)  # [B, T, M]
         if memory.shape[-1] != self.config.memory_width:
             got = f"got {memory.shape[-1]} recalled numbers a token, expected {self.config.memory_width}"
             read = f"{self.config.rows_per_token} rows of {self.config.head_dim}"
@@ -194,8 +192,8 @@ class Engram(nn.Module):
         memory = memory.to(self.value_proj.weight.dtype)
         key = None if self.key_proj is None else self.key_proj(memory).unflatten(-1, (-1, self.dim))
         value = self.value_proj(memory)
-        gated, normed = self._fuse(hidden, key, value, layout.present if live is None else live)
-        return gated if normed is None else gated + F.silu(self._convolve(normed, layout, cache))
+        gated, normed = self._fuse(hidden, key, value, ctx.present if ctx.live is None else ctx.live)
+        return gated if normed is None else gated + F.silu(self._convolve(normed, ctx))
 
     def _fuse(
         self, hidden: Tensor, key: Tensor | None, value: Tensor, live: Tensor | None
@@ -208,9 +206,10 @@ class Engram(nn.Module):
         given = (hidden, key, value, *norms, live, config.sign, config.eps, config.conv_eps)
         return pick("engram_fuse", fuse, hidden, key, value)(*given)
 
-    def _convolve(self, normed: Tensor, layout: Layout, cache: Recent | None) -> Tensor:
+    def _convolve(self, normed: Tensor, ctx: Context) -> Tensor:
+        cache = None if ctx.cache is None else ctx.cache.engram
         halo, time = self.config.halo, normed.shape[1]
         window = normed if not halo else F.pad(normed, (0, 0, 0, 0, halo, 0)) if cache is None else cache.extend(normed)
-        documents = layout.key_documents if self.config.end_of_document else None
+        documents = ctx.key_documents if self.config.end_of_document else None
         kept = None if documents is None else last_columns(documents, halo + time, -1)
         return convolve(window, self.conv, kept, halo)

@@ -17,15 +17,32 @@ Coefficients are float32 whatever the streams and autocast are (float64 stays fl
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from rorqual.kernels import pick
+from rorqual.layers.streams import Streams as Streams
 from rorqual.layers.streams import collapse, project, read, squash, wide, write
 from rorqual.model_config import HyperConfig as HyperConfig
+
+
+class Mapping(NamedTuple):
+    """How a site writes its sublayer's output back, and the pre-mapping that it hands on."""
+
+    post: Float[Tensor, "S B T"] | None = None  # None: the output is added to the only stream
+    comb: Float[Tensor, "S S B T"] | None = None  # None: the streams do not mix
+    pre: Float[Tensor, "B T S"] | None = None
+
+    def last(self) -> "Mapping":
+        """The last position alone."""
+        return Mapping(
+            None if self.post is None else self.post[..., -1:],
+            None if self.comb is None else self.comb[..., -1:],
+            None if self.pre is None else self.pre[:, -1:],
+        )
 
 
 class Coefficients(NamedTuple):
@@ -128,10 +145,10 @@ class Unconstrained(nn.Module):
 
 
 class Connection(nn.Module):
-    """One site: streams around one sublayer, which is called with u and applies its own norm to it.
+    """One site: `read` makes a sublayer's input of the streams, `write` puts its output back.
 
-    `site` counts sublayers from 0 through the whole model. `carried` is the pre that the site before returned (None at
-    the first site); it stays in wide precision and keeps its gradient, and only single_pass reads with it.
+    The sublayer applies its own norm to what it is given. `site` counts sublayers from 0 through the whole model. The
+    pre-mapping is handed on in wide precision, with its gradient; only single_pass reads with that of the site before.
     """
 
     def __init__(self, config: HyperConfig, dim: int, site: int = 0):
@@ -152,42 +169,44 @@ class Connection(nn.Module):
             comb = comb.permute(2, 0, 1).reshape(batch, time, S, S)
         return Coefficients(pre.T.reshape(batch, time, S), post.T.reshape(batch, time, S), comb)
 
-    def forward(
-        self,
-        streams: Float[Tensor, "B T S D"],
-        sublayer: Callable[[Tensor], Tensor],
-        carried: Float[Tensor, "B T S"] | None = None,
-    ) -> tuple[Float[Tensor, "B T S D"], Float[Tensor, "B T S"]]:
-        """x_k <- post_k F(u) + sum_j comb[j, k] x_j; returns the streams and this site's pre, to be carried on."""
-        batch, time, S, dim = streams.shape
-        flat = streams.reshape(batch * time, S, dim)
+    def read(self, x: Streams) -> tuple[Float[Tensor, "B T D"], Mapping]:
+        """The sublayer's input, sum_i pre_i x_i, and how its output is to be written back."""
+        batch, time, S, dim = x.values.shape
         single = self.config.kind == "single_pass"
-        with unrounded(streams):
-            found: Read = self.mixer(flat, carried.flatten(0, 1).T if single and carried is not None else None)
-        first = single and carried is None  # whose pre is one-hot on stream 0
-        u = streams[:, :, 0] if first else found.u.view(batch, time, dim)
-        out = sublayer(u).reshape(batch * time, dim)
-        with unrounded(streams):
-            written = pick("hyper_write", write, flat)(flat, out, found.post, found.comb)
-        return written.view_as(streams), found.pre.T.view(batch, time, S)
+        with unrounded(x.values):
+            handed_on = x.pre.flatten(0, 1).T if single and x.pre is not None else None
+            u, pre, post, comb = self.mixer(x.values.reshape(batch * time, S, dim), handed_on)
+        if single and x.pre is None:
+            # the first site's pre-mapping is one-hot on stream 0
+            u = x.values[:, :, 0]
+        comb = None if comb is None else comb.view(S, S, batch, time)
+        return u.view(batch, time, dim), Mapping(post.view(S, batch, time), comb, pre.T.view(batch, time, S))
+
+    def write(self, x: Streams, out: Float[Tensor, "B T D"], mapping: Mapping) -> Streams:
+        """x_k <- post_k out + sum_j comb[j, k] x_j."""
+        assert mapping.post is not None
+        flat = x.values.flatten(0, 1)
+        comb = None if mapping.comb is None else mapping.comb.flatten(2)
+        with unrounded(flat):
+            written = pick("hyper_write", write, flat)(flat, out.flatten(0, 1), mapping.post.flatten(1), comb)
+        return Streams(written.view_as(x.values), mapping.pre)
 
 
 class Residual(nn.Module):
-    """The plain residual connection with the face of Connection, for S = 1: x <- x + F(x)."""
+    """The plain residual connection, x + F(x), with the methods of Connection for a single stream."""
 
-    def forward(
-        self,
-        streams: Float[Tensor, "B T 1 D"],
-        sublayer: Callable[[Tensor], Tensor],
-        carried: Float[Tensor, "B T S"] | None = None,
-    ) -> tuple[Float[Tensor, "B T 1 D"], Float[Tensor, "B T S"] | None]:
-        """x + F(x); hands `carried` on untouched."""
-        return streams + sublayer(streams[:, :, 0])[:, :, None], carried
+    def read(self, x: Streams) -> tuple[Float[Tensor, "B T D"], Mapping]:
+        """The stream itself; a pre-mapping is handed on untouched."""
+        return x.values[:, :, 0], Mapping(pre=x.pre)
+
+    def write(self, x: Streams, out: Float[Tensor, "B T D"], mapping: Mapping) -> Streams:
+        """x + out."""
+        return Streams(x.values + out[:, :, None], mapping.pre)
 
 
-def enter(hidden: Float[Tensor, "B T D"], config: HyperConfig | None) -> Float[Tensor, "B T S D"]:
+def enter(hidden: Float[Tensor, "B T D"], config: HyperConfig | None) -> Streams:
     """Every stream is the embedding; one stream when config is None."""
-    return hidden[:, :, None].expand(-1, -1, config.streams if config else 1, -1)
+    return Streams(hidden[:, :, None].expand(-1, -1, config.streams if config else 1, -1))
 
 
 class Exit(nn.Module):
@@ -216,10 +235,9 @@ class Exit(nn.Module):
                 self.base.fill_(_even(self.config.streams))
                 self.scale.fill_(self.config.scale)
 
-    def forward(
-        self, streams: Float[Tensor, "B T S D"], carried: Float[Tensor, "B T S"] | None = None
-    ) -> Float[Tensor, "B T D"]:
-        """One stream of width D; `carried` is the last site's pre (one-hot on stream 0 if there was no site)."""
+    def forward(self, x: Streams) -> Float[Tensor, "B T D"]:
+        """One stream of width D. Without a site before, single_pass takes stream 0."""
+        streams, carried = x
         if self.kind == "hc":
             alone = streams.shape[2] == 1
             return streams[:, :, 0] if alone else streams.sum(2, dtype=wide(streams.dtype)).to(streams.dtype)
@@ -242,7 +260,7 @@ def _even(streams: int) -> float:
     return -math.log(streams - 1) if streams > 1 else math.log(9999.0)
 
 
-def composite_gain(combs: Sequence[Float[Tensor, "B T S S"]]) -> tuple[float, float]:
+def composite_gain(combs: Sequence[Float[Tensor, "*N S S"]]) -> tuple[float, float]:
     """Largest absolute row sum and column sum of H_res_L ... H_res_1 over all tokens, H_res = comb^T; (1, 1) for none.
 
     How far a signal (rows) and a gradient (columns) may grow along the streams alone: about 1 for mHC, thousands for
@@ -272,19 +290,27 @@ class Health(NamedTuple):
 
 
 def health(model: nn.Module, call: Callable[[], object]) -> Health | None:
-    """What `call`, which runs the model, shows at every Connection in the order they run; None if it reaches none.
+    """How the streams fare while `call` runs the model; None if it reaches no block with hyper-connections.
 
-    Sites that do not mix count as identities. No gradient is kept.
+    Every mixer is watched in the order they run, and the streams that the last block returns. Sites that do not mix
+    count as identities. No gradient is kept.
     """
     combs: list[Tensor] = []
     last: list[Tensor] = []
 
-    def look(site: nn.Module, given: tuple, made: tuple) -> None:
-        comb = cast(Connection, site).coefficients(given[0]).comb
-        combs.extend([] if comb is None else [comb])
-        last[:] = [made[0]]
+    def mixed(_mixer: nn.Module, _inputs: tuple, made: Read) -> None:
+        if made.comb is not None:
+            combs.append(made.comb.permute(2, 0, 1))
 
-    hooks = [m.register_forward_hook(look) for m in model.modules() if isinstance(m, Connection)]
+    def returned(_block: nn.Module, _inputs: tuple, made: tuple[Streams, object]) -> None:
+        last[:] = [made[0].values]
+
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, Connection):
+            hooks.append(module.mixer.register_forward_hook(mixed))
+        elif any(isinstance(child, Connection) for child in module.children()):
+            hooks.append(module.register_forward_hook(returned))
     try:
         with torch.no_grad():
             call()

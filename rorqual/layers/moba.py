@@ -12,13 +12,15 @@ MoBA: Mixture of Block Attention, arXiv:2502.13189. `choice="tile"`, where the f
 them (layers/tiles.py), is ours.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rorqual.layers.basics import Layout
 from rorqual.layers.cache import Bundle, Recent
+from rorqual.layers.context import Context
 from rorqual.layers.selection import (
     Blocks,
     attend_chosen,
@@ -65,6 +67,14 @@ def choose(
         return best_blocks(F.pad(scores, (0, 1)), own, first, chosen)  # of [B, T, H, M + 1]
 
 
+@dataclass(eq=False)
+class MoBACache(Bundle):
+    """What MoBA keeps beside GQA's keys and values."""
+
+    means: Blocks
+    choice: Recent | None = None  # of the tile that is not full yet
+
+
 class MoBA(nn.Module):
     """Inner attention for GQA, without parameters. While `full` is True it is full attention: `switch` sets it."""
 
@@ -74,63 +84,63 @@ class MoBA(nn.Module):
         self.config, self.always = config, left is not None and left <= config.full_layers
         self.full = self.always
 
-    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Bundle:
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> MoBACache | None:
         """The block means beside the keys that GQA keeps, and the choice of the tile that is not full yet."""
         if self.always:
-            return Bundle()
+            return None
         choice = Recent(1) if self.config.choice == "tile" else None
-        return Bundle(means=Blocks(self.config.block, self.config.block, capacity), choice=choice)
+        return MoBACache(Blocks(self.config.block, self.config.block, capacity), choice)
 
     def forward(
         self,
         query: Float[Tensor, "B T H P"],
         key: Float[Tensor, "B L G P"],
         value: Float[Tensor, "B L G Q"],
-        *,
         hidden: Float[Tensor, "B T D"],
-        layout: Layout,
+        ctx: Context,
         scale: float,
-        cache: Bundle | None = None,
-        tables: tuple[Tensor, Tensor] | None = None,
-        last: bool = False,
     ) -> Float[Tensor, "B T2 H Q"]:
-        """Attended values of the last T of L tokens, or of the `last` alone; rotary positions are in query and key."""
-        single = layout.past > 0 and query.shape[1] == 1  # the last of a prompt is none
-        if last and self.config.choice == "token":  # a tile's first query is asked even if its last alone is wanted
-            query, layout = query[:, -1:], layout.last()
-        if self.always or (self.full and cache is None):
-            return full_attention(query, key, value, layout, scale)
-        whole, (layout, lead) = layout, straight(layout) if cache is not None else (layout, None)
-        segment, own, means = self._blocks(key, layout, lead, cache)
+        """Attended values of the last T of L tokens, or with `ctx.last_only` of the last alone; rotary positions are in
+        query and key."""
+        cache = ctx.cache.attention.inner if ctx.cache is not None else None
+        single = ctx.past > 0 and query.shape[1] == 1  # the last of a prompt is none
+        if (
+            ctx.last_only and self.config.choice == "token"
+        ):  # a tile's first query is asked even if its last alone is wanted
+            query, ctx = query[:, -1:], ctx.last()
+        if self.always or (self.full and ctx.cache is None):
+            return full_attention(query, key, value, ctx, scale)
+        whole, (ctx, lead) = ctx, straight(ctx) if cache is not None else (ctx, None)
+        segment, own, means = self._blocks(key, ctx, lead, cache)
         size, held = self.config.block, cache.choice if cache is not None else None
-        first = own - layout.positions // size
+        first = own - ctx.positions // size
 
         def choose_at(rows: slice | Tensor) -> Tensor:
-            end = -(-(layout.past + rows.stop) // size) if isinstance(rows, slice) and segment is None else None
+            end = -(-(ctx.past + rows.stop) // size) if isinstance(rows, slice) and segment is None else None
             return choose(query[:, rows], means[:, :end], own[:, rows], first[:, rows], self.config.chosen)
 
         if self.full or key.shape[1] <= size or (single and self.config.decode == "full"):
             if held is not None:
-                tile_choices(choose_at, layout, segment, held, lead)
+                tile_choices(choose_at, ctx, segment, held, lead)
             return full_attention(query, key, value, whole, scale)
         if self.config.choice == "tile":
-            return attend_tiles(query, key, value, choose_at, layout, segment, size, scale, held, lead)
+            return attend_tiles(query, key, value, choose_at, ctx, segment, size, scale, held, lead)
         parts = [
-            attend_chosen(query[:, run], key, value, choose_at(run), layout, run, segment, size, scale, lead)
+            attend_chosen(query[:, run], key, value, choose_at(run), ctx, run, segment, size, scale, lead)
             for run in runs(query.shape[1])
         ]
         return torch.cat(parts, dim=1)
 
-    def _blocks(self, key: Tensor, layout: Layout, lead, cache: Bundle | None) -> tuple[Tensor | None, Tensor, Tensor]:
+    def _blocks(self, key: Tensor, ctx: Context, lead, cache: MoBACache | None) -> tuple[Tensor | None, Tensor, Tensor]:
         """Block of each key where columns do not tell it, block of each query [B, T], means [B, M, G, P]."""
         size = self.config.block
-        if layout.mask is not None:
-            segment = segments(layout, size)
-            means = block_means(key.detach(), segment, layout.key_present, most_blocks(segment))
-            return segment, segment[:, layout.past :], means
+        if ctx.mask is not None:
+            segment = segments(ctx, size)
+            means = block_means(key.detach(), segment, ctx.key_present, most_blocks(segment))
+            return segment, segment[:, ctx.past :], means
         if cache is not None:
-            return None, layout.positions // size, cache.means.update(key, _mean, lead)
-        return None, layout.positions // size, _mean(windows(key.detach(), size, size))
+            return None, ctx.positions // size, cache.means.update(key, _mean, lead)
+        return None, ctx.positions // size, _mean(windows(key.detach(), size, size))
 
 
 def _mean(keys: Float[Tensor, "B M G l P"]) -> Float[Tensor, "B M G P"]:

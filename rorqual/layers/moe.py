@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rorqual.layers.basics import Layout, SwiGLU
+from rorqual.layers.basics import SwiGLU
+from rorqual.layers.context import Context
 from rorqual.layers.experts import Experts
 from rorqual.layers.router import Router, Routing
 from rorqual.model_config import MoEConfig as MoEConfig
@@ -109,10 +110,11 @@ class MoE(nn.Module):
         self.exchange: Exchange | None = None
 
     def forward(
-        self, hidden: Float[Tensor, "B T D"], layout: Layout | None = None, ids: Int[Tensor, "B T"] | None = None
+        self, hidden: Float[Tensor, "B T D"], ctx: Context | None = None
     ) -> tuple[Float[Tensor, "B T D"], Routing]:
-        """Of `layout` only `present` is read: padding takes no routed expert. `ids`: see Router."""
-        routing = self.router(hidden, ids, layout.present if layout is not None else None)
+        """Padding takes no routed expert; where the config says so, ids choose the experts. Both are the context's."""
+        known = (None, None) if ctx is None else (ctx.ids, ctx.present)
+        routing = self.router(hidden, *known)
         rows, weights = hidden.flatten(0, 1), routing.weights.flatten(0, 1)
         if self._few(routing):
             out = (self.experts.few(rows, routing.chosen.flatten(0, 1)) * weights[..., None]).sum(1)

@@ -8,7 +8,6 @@ each depth adds weight / depths times its cross-entropy; in decoding it drafts w
 DeepSeek-V3, arXiv:2412.19437, section 2.2.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rorqual.layers.basics import RMSNorm
+from rorqual.layers.context import Context
+from rorqual.layers.streams import Streams
 from rorqual.model_config import MTPConfig as MTPConfig
 
 
@@ -40,13 +41,11 @@ class MTP(nn.Module):
         self.norm = RMSNorm(dim, eps)
 
     def forward(
-        self,
-        hidden: Float[Tensor, "B T D"],
-        embedded: Float[Tensor, "B T D"],
-        run: Callable[[Float[Tensor, "B T D"], nn.Module], tuple[Float[Tensor, "B T 1 D"], Any, Any]],
+        self, hidden: Float[Tensor, "B T D"], embedded: Float[Tensor, "B T D"], ctx: Context
     ) -> tuple[Float[Tensor, "B T D"], Any]:
-        """`embedded[:, i]` is the embedding of the token `depth` after i. `run(x, block)` applies the block to one
-        stream. Returns the block's output, before `norm`, which the next depth takes, and the block's routing."""
+        """The block's output, before `norm`, which the next depth takes, and the block's Aux.
+
+        `embedded[:, i]` is the embedding of the token `depth` after i."""
         joined = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1))
-        streams, _, routing = run(joined, self.block)
-        return streams[:, :, 0], routing
+        x, aux = self.block(Streams(joined[:, :, None]), ctx)
+        return x.values[:, :, 0], aux

@@ -18,7 +18,8 @@ Native Sparse Attention, arXiv:2502.11089. The mean beside the MLP is ours: the 
 """
 
 import functools
-from typing import NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,8 @@ from torch import Tensor, nn
 
 from rorqual import kernels
 from rorqual.layers.attend import attend
-from rorqual.layers.basics import Layout, rope_tables, rotate
 from rorqual.layers.cache import Appended, Bundle, Recent
+from rorqual.layers.context import Context
 from rorqual.layers.selection import (
     FEW,
     Blocks,
@@ -86,6 +87,24 @@ class Compression(nn.Module):
         return x.mean(-2) + self.down(F.silu(self.up((x + self.position).flatten(-2))))
 
 
+@dataclass(eq=False)
+class KeysAndValues(Bundle):
+    """Two containers of one kind."""
+
+    keys: Any
+    values: Any
+
+
+@dataclass(eq=False)
+class NSACache(Bundle):
+    """What NSA keeps beside GQA's keys and values."""
+
+    blocks: KeysAndValues  # compressed, of Blocks
+    compressed: KeysAndValues  # what the blocks are made of
+    window: KeysAndValues
+    choice: Recent | None = None  # of the tile that is not full yet
+
+
 class NSA(nn.Module):
     """Inner attention for GQA, with keys and values of its own for the compressed and the window branch."""
 
@@ -102,32 +121,25 @@ class NSA(nn.Module):
         self.gate_up = nn.Linear(dim, 3 * gqa.heads, bias=False)
         self.gate_down = nn.Linear(3 * gqa.heads, 3 * gqa.heads)
 
-    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Bundle:
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> NSACache:
         """Keys and values of both branches made here, and the compressed blocks."""
-        compressed, window = (Bundle(keys=Appended(capacity), values=Appended(capacity)) for _ in range(2))
-        blocks = Bundle(**{x: Blocks(self.config.block, self.config.stride, capacity) for x in ("keys", "values")})
+        compressed, window = (KeysAndValues(Appended(capacity), Appended(capacity)) for _ in range(2))
+        size = self.config.block, self.config.stride, capacity
         choice = Recent(1) if self.config.choice == "tile" else None
-        return Bundle(blocks=blocks, compressed=compressed, window=window, choice=choice)
+        return NSACache(KeysAndValues(Blocks(*size), Blocks(*size)), compressed, window, choice)
 
     def forward(
         self,
         query: Float[Tensor, "B T H P"],
         key: Float[Tensor, "B L G P"],
         value: Float[Tensor, "B L G Q"],
-        *,
         hidden: Float[Tensor, "B T D"],
-        layout: Layout,
+        ctx: Context,
         scale: float,
-        cache: Bundle | None = None,
-        tables: tuple[Tensor, Tensor] | None = None,
-        last: bool = False,
     ) -> Float[Tensor, "B T2 H Q"]:
-        """Attended values of the last T of L tokens, or of the `last` alone. Rotary positions are in query and key
-        already; `tables` are the rope_tables of `layout.positions`, where they are known."""
-        given = query, key, value
-        branches = self.branches(
-            *given, hidden=hidden, layout=layout, scale=scale, cache=cache, tables=tables, last=last
-        )
+        """Attended values of the last T of L tokens, or with `ctx.last_only` of the last alone. Rotary positions are in
+        query and key already."""
+        branches = self.branches(query, key, value, hidden, ctx, scale)
         gates = self.gates(hidden[:, -branches.shape[1] :]).to(query.dtype)[..., None]  # [B, T2, 3, H, 1]
         return (gates * branches).sum(2)
 
@@ -140,91 +152,85 @@ class NSA(nn.Module):
         query: Float[Tensor, "B T H P"],
         key: Float[Tensor, "B L G P"],
         value: Float[Tensor, "B L G Q"],
-        *,
         hidden: Float[Tensor, "B T D"],
-        layout: Layout,
+        ctx: Context,
         scale: float,
-        cache: Bundle | None = None,
-        tables: tuple[Tensor, Tensor] | None = None,
-        last: bool = False,
     ) -> Float[Tensor, "B T2 3 H Q"]:
         """What the compressed, the selected and the window branch attend to, before the gates."""
-        tables = rope_tables(self.rope, self.key_dim, layout.positions) if tables is None else tables
-        kept = (cache.compressed, cache.window) if cache is not None else (None, None)
-        raw, near = self._own(hidden, layout, tables, kept)
-        if last and self.config.choice == "token":  # a tile's first query is asked even if its last alone is wanted
-            query, layout = query[:, -1:], layout.last()
-        layout, lead = straight(layout) if cache is not None else (layout, None)
-        blocks = self._compress(*raw, layout, lead, cache.blocks if cache is not None else None)
+        cache = ctx.cache.attention.inner if ctx.cache is not None else None
+        raw, near = self._own(hidden, ctx, cache)
+        if (
+            ctx.last_only and self.config.choice == "token"
+        ):  # a tile's first query is asked even if its last alone is wanted
+            query, ctx = query[:, -1:], ctx.last()
+        ctx, lead = straight(ctx) if cache is not None else (ctx, None)
+        blocks = self._compress(*raw, ctx, lead, cache.blocks if cache is not None else None)
         given, choice = (query, key, value, blocks), cache.choice if cache is not None else None
-        if layout.past and layout.mask is None and query.shape[1] <= FEW:
-            return self._by_few(*given, *near, layout, lead, scale, choice)
+        if ctx.past and ctx.mask is None and query.shape[1] <= FEW:
+            return self._by_few(*given, *near, ctx, lead, scale, choice)
         if self.config.choice == "tile":
-            compressed, selected = self._by_tile(*given, layout, scale, choice)
+            compressed, selected = self._by_tile(*given, ctx, scale, choice)
         else:
-            compressed, selected = self._by_token(*given, layout, scale)
-        window = [self._attend_window(query[:, run], *near, layout, run, scale) for run in runs(query.shape[1])]
+            compressed, selected = self._by_token(*given, ctx, scale)
+        window = [self._attend_window(query[:, run], *near, ctx, run, scale) for run in runs(query.shape[1])]
         return torch.stack([compressed, selected, torch.cat(window, dim=1)], dim=2)
 
-    def _by_few(
-        self, query, key, value, blocks: "Compressed", near_key, near_value, layout: Layout, lead, scale, cache
-    ):
+    def _by_few(self, query, key, value, blocks: "Compressed", near_key, near_value, ctx: Context, lead, scale, cache):
         """All branches at once, each reading what it attends to and nothing else."""
         index = None
         if self.config.choice == "tile":
-            choose = functools.partial(self._choose_at, query, blocks, layout, scale)
-            index = token_choices(choose, layout, None, self.config.select_block, cache, lead)
+            choose = functools.partial(self._choose_at, query, blocks, ctx, scale)
+            index = token_choices(choose, ctx, None, self.config.select_block, cache, lead)
         pairs = key, value, blocks.keys, blocks.values, near_key, near_value
         attention = kernels.pick("nsa_few", attend_few, query, *pairs)
-        return attention(query, *pairs, index, layout.positions, lead, self.config, scale)
+        return attention(query, *pairs, index, ctx.positions, lead, self.config, scale)
 
-    def _choose_at(self, query: Tensor, blocks: Compressed, layout: Layout, scale: float, rows: Tensor) -> Tensor:
+    def _choose_at(self, query: Tensor, blocks: Compressed, ctx: Context, scale: float, rows: Tensor) -> Tensor:
         """The blocks that the queries in the columns `rows` of a call choose."""
-        return self._choose(self._weights(query[:, rows], blocks, layout, rows, scale)[0], blocks, layout, rows)
+        return self._choose(self._weights(query[:, rows], blocks, ctx, rows, scale)[0], blocks, ctx, rows)
 
-    def _by_token(self, query, key, value, blocks: Compressed, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+    def _by_token(self, query, key, value, blocks: Compressed, ctx: Context, scale: float) -> tuple[Tensor, Tensor]:
         """The compressed and the selected branch, whose choice the compressed one's probabilities are."""
         size, parts = self.config.select_block, []
         for run in runs(query.shape[1]):
             own = query[:, run]
-            weights, values = self._weights(own, blocks, layout, run, scale)
+            weights, values = self._weights(own, blocks, ctx, run, scale)
             compressed = torch.einsum("bghtm,bmgq->btghq", weights.to(own.dtype), values).flatten(2, 3)
-            index = self._choose(weights, blocks, layout, run)
-            selected = attend_chosen(own, key, value, index, layout, run, blocks.segment, size, scale)
+            index = self._choose(weights, blocks, ctx, run)
+            selected = attend_chosen(own, key, value, index, ctx, run, blocks.segment, size, scale)
             parts.append((compressed, selected))
         compressed, selected = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
         return compressed, selected
 
     def _by_tile(
-        self, query, key, value, blocks: Compressed, layout: Layout, scale: float, cache: Recent | None
+        self, query, key, value, blocks: Compressed, ctx: Context, scale: float, cache: Recent | None
     ) -> tuple[Tensor, Tensor]:
         """The same, with the probabilities of those queries alone that choose."""
-        choose, parts = functools.partial(self._choose_at, query, blocks, layout, scale), []
+        choose, parts = functools.partial(self._choose_at, query, blocks, ctx, scale), []
         for run in runs(query.shape[1]):
-            seen = self._seen(blocks, layout, run)
+            seen = self._seen(blocks, ctx, run)
             keys, values = (x[:, : seen.shape[-1]].to(query.dtype) for x in (blocks.keys, blocks.values))
             parts.append(attend(query[:, run], keys, values, scale, seen))
         size, segment = self.config.select_block, blocks.segment
-        selected = attend_tiles(query, key, value, choose, layout, segment, size, scale, cache)
+        selected = attend_tiles(query, key, value, choose, ctx, segment, size, scale, cache)
         return torch.cat(parts, dim=1), selected
 
-    def _own(
-        self, hidden: Tensor, layout: Layout, tables: tuple[Tensor, Tensor], caches
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _own(self, hidden: Tensor, ctx: Context, cache: NSACache | None) -> list[tuple[Tensor, Tensor]]:
         """Rotated keys [B, L, G, P] and values [B, L, G, Q] of the compressed and of the window branch."""
         both = [linear(hidden).unflatten(-1, (self.groups, -1)) for linear in (self.compressed_kv, self.window_kv)]
         keys, values = torch.cat(both, dim=2).split([self.key_dim, self.value_dim], dim=-1)
-        turned, found = rotate(keys, *tables, self.rope.interleaved), []
-        for key, value, cache in zip(turned.chunk(2, 2), values.chunk(2, 2), caches, strict=True):
-            kept = (key, value) if cache is None else (cache.keys.append(key), cache.values.append(value))
-            found.append(kept if layout.past else (key, value))
+        turned, found = ctx.rotate(keys, self.rope.interleaved), []
+        caches = (None, None) if cache is None else (cache.compressed, cache.window)
+        for key, value, own in zip(turned.chunk(2, 2), values.chunk(2, 2), caches, strict=True):
+            kept = (key, value) if own is None else (own.keys.append(key), own.values.append(value))
+            found.append(kept if ctx.past else (key, value))
         return found
 
-    def _compress(self, keys: Tensor, values: Tensor, layout: Layout, lead, cache: Bundle | None) -> Compressed:
+    def _compress(self, keys: Tensor, values: Tensor, ctx: Context, lead, cache: KeysAndValues | None) -> Compressed:
         block, stride = self.config.block, self.config.stride
-        if layout.mask is not None:
-            segment = segments(layout, self.config.select_block)
-            columns, real = _block_columns(layout, block, stride)
+        if ctx.mask is not None:
+            segment = segments(ctx, self.config.select_block)
+            columns, real = _block_columns(ctx, block, stride)
             rows = torch.arange(keys.shape[0], device=keys.device)[:, None, None]
             pieces = segment.gather(1, columns[..., ::stride].flatten(1)).unflatten(1, (-1, block // stride))
             keys, values = (x[rows, columns].transpose(2, 3) for x in (keys, values))  # [B, M, G, l, P]
@@ -240,48 +246,48 @@ class NSA(nn.Module):
             self.compress_key(windows(keys, block, stride)), self.compress_value(windows(values, block, stride))
         )
 
-    def _seen(self, blocks: Compressed, layout: Layout, rows: slice | Tensor) -> Bool[Tensor, "#B 1 T M"]:
+    def _seen(self, blocks: Compressed, ctx: Context, rows: slice | Tensor) -> Bool[Tensor, "#B 1 T M"]:
         """Which compressed blocks these of the new tokens see, all of their keys; those after the last are left out."""
-        if blocks.ends is not None and blocks.real is not None and layout.mask is not None:
-            mask = layout.mask[:, :, rows]
+        if blocks.ends is not None and blocks.real is not None and ctx.mask is not None:
+            mask = ctx.mask[:, :, rows]
             ends = blocks.ends[:, None, None].expand(-1, -1, mask.shape[2], -1)
             return mask.gather(-1, ends) & blocks.real[:, None, None]
         count = blocks.keys.shape[1]
         if isinstance(rows, slice):
-            count = min(count, max(0, (layout.past + rows.stop - self.config.block) // self.config.stride + 1))
-        return _complete(count, layout.positions[:, rows], self.config)[:, None]
+            count = min(count, max(0, (ctx.past + rows.stop - self.config.block) // self.config.stride + 1))
+        return _complete(count, ctx.positions[:, rows], self.config)[:, None]
 
     def _weights(
-        self, query: Tensor, blocks: Compressed, layout: Layout, rows: slice | Tensor, scale: float
+        self, query: Tensor, blocks: Compressed, ctx: Context, rows: slice | Tensor, scale: float
     ) -> tuple[Float[Tensor, "B G N T M"], Float[Tensor, "B M G Q"]]:
         """p_cmp of each group's N heads, and the compressed values; 0 everywhere for a query that sees no block."""
-        seen = self._seen(blocks, layout, rows)
+        seen = self._seen(blocks, ctx, rows)
         keys, values = (x[:, : seen.shape[-1]] for x in (blocks.keys, blocks.values))
         return _probabilities(query, keys, seen, scale), values.to(query.dtype)
 
     def _choose(
-        self, weights: Tensor, blocks: Compressed, layout: Layout, rows: slice | Tensor
+        self, weights: Tensor, blocks: Compressed, ctx: Context, rows: slice | Tensor
     ) -> Int[Tensor, "B T G K"]:
         """The selection blocks of largest p_slc."""
-        size, positions = self.config.select_block, layout.positions[:, rows]
+        size, positions = self.config.select_block, ctx.positions[:, rows]
         probabilities = weights.detach().sum(2)  # [B, G, T, M]
         if blocks.segment is not None and blocks.pieces is not None:
-            own, count = blocks.segment[:, layout.past :][:, rows], most_blocks(blocks.segment)
+            own, count = blocks.segment[:, ctx.past :][:, rows], most_blocks(blocks.segment)
             share = F.one_hot(blocks.pieces, count).sum(2).to(weights.dtype)  # W, [B, M, J]
             with torch.autocast(probabilities.device.type, enabled=False):
                 importance = probabilities @ share[:, None]
         else:
             own = positions // size
-            end = layout.past + (rows.stop if isinstance(rows, slice) else layout.positions.shape[1])
+            end = ctx.past + (rows.stop if isinstance(rows, slice) else ctx.positions.shape[1])
             importance = importance_of(probabilities, -(-end // size), self.config)
         return best_blocks(importance.transpose(1, 2), own, own - positions // size, self.config.chosen, forced=3)
 
-    def _attend_window(self, query, key, value, layout: Layout, run: slice, scale: float) -> Tensor:
+    def _attend_window(self, query, key, value, ctx: Context, run: slice, scale: float) -> Tensor:
         window = self.config.window
-        if layout.mask is not None:
-            near = layout.positions[:, run, None] - layout.key_positions[:, None] < window
-            return attend(query, key, value, scale, near[:, None] & visible(layout, run))
-        first, last = layout.past + run.start, layout.past + run.stop
+        if ctx.mask is not None:
+            near = ctx.positions[:, run, None] - ctx.key_positions[:, None] < window
+            return attend(query, key, value, scale, near[:, None] & visible(ctx, run))
+        first, last = ctx.past + run.start, ctx.past + run.stop
         begin = max(0, first - window + 1)  # nothing before the window, nothing after the last query
         key, value = key[:, begin:last], value[:, begin:last]
         if query.shape[1] == 1:
@@ -347,13 +353,13 @@ def attend_few(
     return torch.stack([compressed, selected, window], dim=2)
 
 
-def _block_columns(layout: Layout, block: int, stride: int) -> tuple[Int[Tensor, "B M l"], Bool[Tensor, "B M"]]:
+def _block_columns(ctx: Context, block: int, stride: int) -> tuple[Int[Tensor, "B M l"], Bool[Tensor, "B M"]]:
     """The columns of each compressed block's keys, and which blocks are real, where there are documents or padding.
 
     A block ends at each key whose position is l - 1, l - 1 + d, ...; its keys are the l present ones up to there.
     """
-    places, length = layout.key_positions, layout.key_positions.shape[1]
-    present = layout.key_present if layout.key_present is not None else torch.ones_like(places, dtype=torch.bool)
+    places, length = ctx.key_positions, ctx.key_positions.shape[1]
+    present = ctx.key_present if ctx.key_present is not None else torch.ones_like(places, dtype=torch.bool)
     order = (~present).long().argsort(dim=1, stable=True)  # present columns first
     ends = present & (places >= block - 1) & ((places - block + 1) % stride == 0)
     ends = ends.gather(1, order)

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from rorqual import kernels
 from rorqual.layers.attend import attend
-from rorqual.layers.basics import Layout, largest
+from rorqual.layers.basics import largest
 from rorqual.layers.cache import Appended
+from rorqual.layers.context import Context
 
 QUERIES = 512  # attended at a time, so that no mask is T x T
 FEW = 16  # new tokens behind a cache that read what they chose where it lies, in padded rows too
@@ -33,14 +34,14 @@ def runs(time: int) -> Iterator[slice]:
     return (slice(start, min(start + QUERIES, time)) for start in range(0, time, QUERIES))
 
 
-def segments(layout: Layout, block: int) -> Int[Tensor, "B L"]:
+def segments(ctx: Context, block: int) -> Int[Tensor, "B L"]:
     """Which block of its row each key is in: documents in order, blocks in order, padding with its predecessor.
 
     Block m of a row belongs to the document of query t when own[t] - positions[t] // block <= m <= own[t].
     """
-    starts = layout.key_positions % block == 0
-    if layout.key_present is not None:
-        starts = starts & layout.key_present
+    starts = ctx.key_positions % block == 0
+    if ctx.key_present is not None:
+        starts = starts & ctx.key_present
     return (starts.cumsum(1) - 1).clamp_min(0)
 
 
@@ -49,12 +50,12 @@ def most_blocks(segment: Int[Tensor, "B L"]) -> int:
     return segment.shape[1] if torch.compiler.is_compiling() else int(segment.max()) + 1
 
 
-def straight(layout: Layout) -> tuple[Layout, Int[Tensor, " B"] | None]:
-    """Of a few tokens behind a cache, in rows that are padded on the left alone: the layout without its mask, and the
-    columns of padding before each row's first token, by which the row is shifted. Of others the layout itself, None."""
-    if layout.lead is None or not layout.past or layout.positions.shape[1] > FEW:
-        return layout, None
-    return replace(layout, mask=None, present=None, key_present=None), layout.lead
+def straight(ctx: Context) -> tuple[Context, Int[Tensor, " B"] | None]:
+    """Of a few tokens behind a cache, in rows that are padded on the left alone: the ctx without its mask, and the
+    columns of padding before each row's first token, by which the row is shifted. Of others the ctx itself, None."""
+    if ctx.lead is None or not ctx.past or ctx.positions.shape[1] > FEW:
+        return ctx, None
+    return replace(ctx, mask=None, present=None, key_present=None), ctx.lead
 
 
 class Blocks:
@@ -118,27 +119,27 @@ def windows(keys: Float[Tensor, "B L G P"], block: int, stride: int) -> Float[Te
     return keys.unfold(1, block, stride).transpose(-1, -2)
 
 
-def visible(layout: Layout, run: slice) -> Bool[Tensor, "#B 1 T L"]:
+def visible(ctx: Context, run: slice) -> Bool[Tensor, "#B 1 T L"]:
     """Which keys a run of the queries may see, without forming the mask of all queries."""
-    if layout.mask is not None:
-        return layout.mask[:, :, run]
-    columns = torch.arange(layout.key_positions.shape[1], device=layout.key_positions.device)
-    return (columns <= layout.past + torch.arange(run.start, run.stop, device=columns.device)[:, None])[None, None]
+    if ctx.mask is not None:
+        return ctx.mask[:, :, run]
+    columns = torch.arange(ctx.key_positions.shape[1], device=ctx.key_positions.device)
+    return (columns <= ctx.past + torch.arange(run.start, run.stop, device=columns.device)[:, None])[None, None]
 
 
 def full_attention(
     query: Float[Tensor, "B T H P"],
     key: Float[Tensor, "B L G P"],
     value: Float[Tensor, "B L G Q"],
-    layout: Layout,
+    ctx: Context,
     scale: float,
 ) -> Float[Tensor, "B T H Q"]:
     """Every visible key."""
-    if layout.mask is None and query.shape[1] == 1:
+    if ctx.mask is None and query.shape[1] == 1:
         return attend(query, key, value, scale)
-    if layout.mask is None and not layout.past:
+    if ctx.mask is None and not ctx.past:
         return attend(query, key, value, scale, causal=True)
-    parts = [attend(query[:, run], key, value, scale, visible(layout, run)) for run in runs(query.shape[1])]
+    parts = [attend(query[:, run], key, value, scale, visible(ctx, run)) for run in runs(query.shape[1])]
     return torch.cat(parts, dim=1)
 
 
@@ -166,7 +167,7 @@ def attend_chosen(
     key: Float[Tensor, "B L G P"],
     value: Float[Tensor, "B L G Q"],
     index: Int[Tensor, "B T J K"],
-    layout: Layout,
+    ctx: Context,
     run: slice,
     segment: Int[Tensor, "B L"] | None,
     block: int,
@@ -175,13 +176,13 @@ def attend_chosen(
 ) -> Float[Tensor, "B T H Q"]:
     """A run of the queries of a call over the blocks that each has chosen, whichever way is the cheapest here.
 
-    `segment` is segments(layout, block) where there are documents or padding, else None; `lead` is straight's."""
+    `segment` is segments(ctx, block) where there are documents or padding, else None; `lead` is straight's."""
     if segment is None:
         attention = kernels.pick("selected_attention", selected_attention, query, key, value)
         few = query.shape[1] * index.shape[-1] * block < key.shape[1]
         if attention is not selected_attention or few or lead is not None:
-            return attention(query, key, value, index, layout.positions[:, run], block, scale, lead)
-    return masked_attention(query, key, value, index, layout, run, segment, block, scale)
+            return attention(query, key, value, index, ctx.positions[:, run], block, scale, lead)
+    return masked_attention(query, key, value, index, ctx, run, segment, block, scale)
 
 
 def selected_attention(
@@ -219,16 +220,16 @@ def masked_attention(
     key: Float[Tensor, "B L G P"],
     value: Float[Tensor, "B L G Q"],
     index: Int[Tensor, "B T J K"],
-    layout: Layout,
+    ctx: Context,
     run: slice,
     segment: Int[Tensor, "B L"] | None,
     block: int,
     scale: float,
 ) -> Float[Tensor, "B T H Q"]:
     """attend_chosen by a mask over the keys, formed for the heads of one choice at a time."""
-    choices, length = index.shape[2], key.shape[1] if segment is not None else layout.past + run.stop
+    choices, length = index.shape[2], key.shape[1] if segment is not None else ctx.past + run.stop
     count = most_blocks(segment) if segment is not None else -(-length // block)
-    seen = visible(layout, run)[..., :length]
+    seen = visible(ctx, run)[..., :length]
     key, value, out = key[:, :length], value[:, :length], []
     for j in range(choices):
         own, heads = index[:, :, j], slice(j * query.shape[2] // choices, (j + 1) * query.shape[2] // choices)

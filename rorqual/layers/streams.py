@@ -9,9 +9,26 @@ The arithmetic of mHC (arXiv:2512.24880) without its parameters: tensors in, ten
 is made in the precision of the coefficients, and the S*S matrices of all tokens stand as [S, S, N], tokens last.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+class Streams(NamedTuple):
+    """The residual streams between two sublayers."""
+
+    values: Float[Tensor, "B T S D"]
+    pre: Float[Tensor, "B T S"] | None = None  # the pre-mapping of the site before, if there was one
+
+    def add(self, update: Float[Tensor, "B T S D"]) -> "Streams":
+        """The streams with `update` added to their values."""
+        return self._replace(values=self.values + update)
+
+    def last(self) -> "Streams":
+        """The last position alone."""
+        return Streams(self.values[:, -1:], None if self.pre is None else self.pre[:, -1:])
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

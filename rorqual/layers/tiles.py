@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from rorqual.layers.basics import Layout
 from rorqual.layers.cache import Recent
+from rorqual.layers.context import Context
 from rorqual.layers.selection import attend_chosen, runs
 from rorqual.model_config import Choice as Choice
 
@@ -31,7 +31,7 @@ def attend_tiles(
     key: Float[Tensor, "B L G P"],
     value: Float[Tensor, "B L G Q"],
     choose: Callable[[Tensor], Tensor],
-    layout: Layout,
+    ctx: Context,
     segment: Int[Tensor, "B L"] | None,
     block: int,
     scale: float,
@@ -40,13 +40,13 @@ def attend_tiles(
 ) -> Float[Tensor, "B T H Q"]:
     """`choose` maps columns [N] of the call's queries to the blocks [B, N, J, K] that these would choose, own first.
 
-    `segment` is segments(layout, block) where there are documents or padding, else None; `cache` keeps the choice of
+    `segment` is segments(ctx, block) where there are documents or padding, else None; `cache` keeps the choice of
     the tile that is not full yet, for the next call; `lead` is selection.straight's."""
     if segment is None and lead is None and query.shape[1] >= TILE:
-        return _whole_tiles(query, key, value, tile_choices(choose, layout, None, cache), layout.past, block, scale)
-    index = token_choices(choose, layout, segment, block, cache, lead)
+        return _whole_tiles(query, key, value, tile_choices(choose, ctx, None, cache), ctx.past, block, scale)
+    index = token_choices(choose, ctx, segment, block, cache, lead)
     parts = [
-        attend_chosen(query[:, run], key, value, index[:, run], layout, run, segment, block, scale, lead)
+        attend_chosen(query[:, run], key, value, index[:, run], ctx, run, segment, block, scale, lead)
         for run in runs(query.shape[1])
     ]
     return torch.cat(parts, dim=1)
@@ -54,23 +54,23 @@ def attend_tiles(
 
 def token_choices(
     choose: Callable[[Tensor], Tensor],
-    layout: Layout,
+    ctx: Context,
     segment: Int[Tensor, "B L"] | None,
     block: int,
     cache: Recent | None,
     lead: Int[Tensor, " B"] | None = None,
 ) -> Int[Tensor, "B T J E"]:
     """Of each token the choice of its tile, and the blocks that the tile has begun since; -1 where there are fewer."""
-    index = tile_choices(choose, layout, segment, cache, lead)
+    index = tile_choices(choose, ctx, segment, cache, lead)
     if segment is None and lead is None:
-        index = _to_tokens(index, layout)
-    own = segment[:, layout.past :] if segment is not None else layout.positions // block
-    return torch.cat([index, _begun(layout.positions, own, block, index.shape[2])], dim=-1)
+        index = _to_tokens(index, ctx)
+    own = segment[:, ctx.past :] if segment is not None else ctx.positions // block
+    return torch.cat([index, _begun(ctx.positions, own, block, index.shape[2])], dim=-1)
 
 
 def tile_choices(
     choose: Callable[[Tensor], Tensor],
-    layout: Layout,
+    ctx: Context,
     segment: Int[Tensor, "B L"] | None,
     cache: Recent | None,
     lead: Int[Tensor, " B"] | None = None,
@@ -79,32 +79,30 @@ def tile_choices(
 
     Kept in `cache` for the next call."""
     plain = segment is None and lead is None
-    return _choices(choose, layout, cache) if plain else _choices_of_rows(choose, layout, cache)
+    return _choices(choose, ctx, cache) if plain else _choices_of_rows(choose, ctx, cache)
 
 
-def _choices(choose: Callable[[Tensor], Tensor], layout: Layout, cache: Recent | None) -> Int[Tensor, "B N J K"]:
+def _choices(choose: Callable[[Tensor], Tensor], ctx: Context, cache: Recent | None) -> Int[Tensor, "B N J K"]:
     """Of every tile that this call touches, where a tile starts at the same column in all rows."""
-    time, begin = layout.positions.shape[1], -layout.past % TILE
+    time, begin = ctx.positions.shape[1], -ctx.past % TILE
     found = []
     if begin:
         assert cache is not None
         found.append(_held(cache))
     if begin < time:
-        found.append(choose(torch.arange(begin, time, TILE, device=layout.positions.device)))
+        found.append(choose(torch.arange(begin, time, TILE, device=ctx.positions.device)))
     tiles = torch.cat(found, dim=1)
     if cache is not None:
-        cache.extend(_to_tokens(tiles, layout).int())
+        cache.extend(_to_tokens(tiles, ctx).int())
     return tiles
 
 
-def _choices_of_rows(
-    choose: Callable[[Tensor], Tensor], layout: Layout, cache: Recent | None
-) -> Int[Tensor, "B T J K"]:
+def _choices_of_rows(choose: Callable[[Tensor], Tensor], ctx: Context, cache: Recent | None) -> Int[Tensor, "B T J K"]:
     """Of every token, where documents or padding start tiles anywhere; padding before the first chooses for itself."""
-    columns = torch.arange(layout.positions.shape[1], device=layout.positions.device)
-    starts = layout.positions % TILE == 0
-    if layout.present is not None:
-        starts = starts & layout.present
+    columns = torch.arange(ctx.positions.shape[1], device=ctx.positions.device)
+    starts = ctx.positions % TILE == 0
+    if ctx.present is not None:
+        starts = starts & ctx.present
     if cache is not None and cache.length and not starts.any():  # nobody's choice but the one that is held
         index = _held(cache).expand(-1, len(columns), -1, -1)
         cache.extend(index.int())
@@ -124,9 +122,9 @@ def _held(cache: Recent) -> Int[Tensor, "B 1 J K"]:
     return cache.buffer[:, cache.end - 1 : cache.end].long()
 
 
-def _to_tokens(tiles: Tensor, layout: Layout) -> Int[Tensor, "B T J K"]:
-    columns = layout.past + torch.arange(layout.positions.shape[1], device=tiles.device)
-    return tiles.index_select(1, columns // TILE - layout.past // TILE)
+def _to_tokens(tiles: Tensor, ctx: Context) -> Int[Tensor, "B T J K"]:
+    columns = ctx.past + torch.arange(ctx.positions.shape[1], device=tiles.device)
+    return tiles.index_select(1, columns // TILE - ctx.past // TILE)
 
 
 def _begun(positions: Tensor, own: Tensor, block: int, choices: int) -> Int[Tensor, "B T J E"]:

@@ -230,7 +230,7 @@ def _tensors(cache: Cache):
     stack: list = [*cache.layers]
     while stack:
         part = stack.pop()
-        stack += part.parts.values() if isinstance(part, Bundle) else []
+        stack += part.states() if isinstance(part, Bundle) else []
         if getattr(part, "buffer", None) is not None:
             yield part.buffer
 
@@ -248,7 +248,7 @@ def _join(a, b, left: Past, right: Past, size: int):
     if a is None:
         return None
     if isinstance(a, Bundle):
-        return Bundle(**{name: _join(part, b.parts[name], left, right, size) for name, part in a.parts.items()})
+        return type(a)(**{name: _join(part, b.parts[name], left, right, size) for name, part in a.parts.items()})
     if isinstance(a, Recent):
         return _join_recent(a, b)
     if isinstance(a, Blocks):

@@ -20,6 +20,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,9 +35,10 @@ sys.path.insert(0, str(ROOT))
 
 from rorqual.data.tokenizer import Tokenizer  # noqa: E402
 from rorqual.hub import checkpoints  # noqa: E402
-from rorqual.layers.basics import layout  # noqa: E402
+from rorqual.layers.context import context  # noqa: E402
 from rorqual.layers.engram import Addresses, Engram, EngramConfig  # noqa: E402
 from rorqual.model import LanguageModel  # noqa: E402
+from rorqual.storage import Pending  # noqa: E402
 
 TOLERANCE = 1e-5
 NOT_WHAT_IT_SHOULD_BE = (  # what reading a file that is missing, cut, or of other contents raises
@@ -86,7 +88,8 @@ def check_folder(folder: Path) -> Iterator[Item]:
         )
     model, ids, hidden = checkpoints.load(folder, dtype=torch.float32), expected["ids"].long(), []
     hooks = [
-        block.register_forward_pre_hook(lambda _, given: hidden.append(given[0][:, :, 0])) for block in model.blocks
+        block.register_forward_pre_hook(lambda _, given: hidden.append(given[0].values[:, :, 0]))
+        for block in model.blocks
     ]
     hooks.append(model.norm.register_forward_hook(lambda _, given, out: hidden.append(out)))
     logits = model(ids)
@@ -209,7 +212,7 @@ def check_hash(path: Path, tokenizer: Path | None = None) -> Iterator[Item]:
 def check_text(said: str, addresses: Addresses, map_: np.ndarray, text: dict[str, Any]) -> Iterator[Item]:
     ids = torch.tensor(text["ids"], dtype=torch.long)
     yield same(said + "canonical ids", map_[ids.numpy()].tolist(), text["compressed"])
-    rows = addresses(ids[None], layout(1, len(ids), "cpu")) - addresses.offsets[:, None, None]  # [Lm, 1, T, R]
+    rows = addresses(ids[None], context(1, len(ids), "cpu")) - addresses.offsets[:, None, None]  # [Lm, 1, T, R]
     for number, layer in enumerate(addresses.config.layers):
         local = rows[number, 0]
         ours = {
@@ -237,7 +240,7 @@ def check_forward(path: Path, tokenizer: Path | None = None) -> Iterator[Item]:
         pad_id=c["pad_id"],
     )
     ids = tensors["input.ids"]
-    where = layout(*ids.shape, "cpu")
+    where = context(*ids.shape, "cpu")
     rows = Addresses(config, canonical_map(c["tokenizer"], tokenizer))(ids, where)
     for number, layer in enumerate(config.layers):
         golden = {k.removeprefix(f"layer{layer}."): v for k, v in tensors.items() if k.startswith(f"layer{layer}.")}
@@ -245,7 +248,8 @@ def check_forward(path: Path, tokenizer: Path | None = None) -> Iterator[Item]:
         engram.load_state_dict(ours_of(golden, c["streams"], c["hidden"]))
         hidden = tensors["input.hidden"].clone().requires_grad_()
         table = golden["multi_head_embedding.embedding.weight"].clone().requires_grad_()
-        out = engram(hidden, table[rows[number]].flatten(-2), where)
+        recalled = table[rows[number]]
+        out = engram(hidden, replace(where, rows=Pending(lambda recalled=recalled: recalled)))
         yield near(f"layer {layer} out", out, golden["out"])
         (out * golden["grad_out"]).sum().backward()
         yield near(f"layer {layer} grad_hidden", hidden.grad, golden["grad_hidden"])

@@ -31,8 +31,8 @@ from rorqual.layers.addresses import (
     hash_rows,
     row_totals,
 )
-from rorqual.layers.basics import layout
 from rorqual.layers.cache import Past
+from rorqual.layers.context import context
 
 pytestmark = pytest.mark.engram
 
@@ -89,7 +89,7 @@ def test_rows_are_the_authors(case: dict, kind: str, monkeypatch: pytest.MonkeyP
     assert addresses.fingerprint()["primes"] == list(case["primes"].values())
     for text in case["cases"]:
         ids = torch.tensor([text["compressed"]])
-        local = addresses(ids, layout(*ids.shape, "cpu")) - addresses.offsets[:, None, None]
+        local = addresses(ids, context(*ids.shape, "cpu")) - addresses.offsets[:, None, None]
         for place, layer in enumerate(map(str, case["layer_ids"])):
             got = local[place, 0].numpy().astype("<i8")
             assert got[0].tolist() == text["hash_first"][layer]
@@ -166,12 +166,12 @@ def test_rows_are_those_of_qwen(case: dict, kind: str, monkeypatch: pytest.Monke
     for recorded in case["cases"]:
         ids, rows = torch.tensor([recorded["ids"]]), torch.tensor(recorded["rows"])[:, None]
         length = ids.shape[1]
-        assert torch.equal(own(ids, layout(*ids.shape, "cpu")), rows)
+        assert torch.equal(own(ids, context(*ids.shape, "cpu")), rows)
         assert torch.equal(qwen_rows(theirs, ids, [length]), rows)
         for at in range(1, length):
             history, past = own.new_cache(1, 0, torch.float32, torch.device("cpu")), Past()
             pieces = [
-                own(part, layout(*part.shape, "cpu", past=past), history) for part in ids.split([at, length - at], 1)
+                own(part, context(*part.shape, "cpu", past=past), history) for part in ids.split([at, length - at], 1)
             ]
             assert torch.equal(torch.cat(pieces, 2), rows)
             assert torch.equal(qwen_rows(theirs, ids, [at, length - at]), rows)
@@ -189,13 +189,13 @@ def test_rows_of_padded_batches_are_those_of_qwen(case: dict, kind: str, monkeyp
     present = torch.arange(40) >= torch.tensor([0, 1, 2, 3, 17, 39, 5])[:, None]
     rows = qwen_rows(theirs, ids.where(present, torch.tensor(config.eos_id)), [40])
     junk = ids.masked_fill(~present, -100)
-    assert torch.equal(own(junk, layout(7, 40, "cpu", present=present)), rows)
+    assert torch.equal(own(junk, context(7, 40, "cpu", present=present)), rows)
     history, past = own.new_cache(7, 0, torch.float32, torch.device("cpu")), Past()
     for t in range(40):
-        where = layout(7, 1, "cpu", present=present[:, t : t + 1], past=past)
+        where = context(7, 1, "cpu", present=present[:, t : t + 1], past=past)
         assert torch.equal(own(junk[:, t : t + 1], where, history), rows[:, :, t : t + 1])
     history.reset()
-    assert torch.equal(own(ids, layout(7, 40, "cpu"), history), qwen_rows(theirs, ids, [40]))
+    assert torch.equal(own(ids, context(7, 40, "cpu"), history), qwen_rows(theirs, ids, [40]))
 
 
 @pytest.mark.interpreted
@@ -208,7 +208,7 @@ def test_tiles_address_as_qwen(tiled: torch.device) -> None:
         for recorded in case["cases"]:
             ids = torch.tensor([recorded["ids"]])
             window = F.pad(ids, (config.ngram - 1, 0), value=config.eos_id)
-            reach = own._reach(window, layout(*ids.shape, "cpu")).to(tiled)
+            reach = own._reach(window, context(*ids.shape, "cpu")).to(tiled)
             got = kernels.triton_twins.hash_rows(window.to(tiled), reach, *exact, own.pad)
             assert got[:, 0].tolist() == recorded["rows"]
 
@@ -221,15 +221,15 @@ def test_an_end_of_text_hides_what_came_before(generator: str) -> None:
     )
     own = Addresses(config, torch.arange(30) // 2, 30)
     ids = torch.tensor([[11, 12, 4, 13, 14, 5, 15, 4, 4, 16]])
-    rows = own(ids, layout(1, 10, "cpu"))
+    rows = own(ids, context(1, 10, "cpu"))
     for begin, end in ((3, 6), (6, 8), (8, 9), (9, 10)):
-        alone = own(ids[:, begin:end], layout(1, end - begin, "cpu"))
+        alone = own(ids[:, begin:end], context(1, end - begin, "cpu"))
         assert torch.equal(alone, rows[:, :, begin:end])
     documents = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
     assert torch.equal(
-        own(ids, layout(1, 10, "cpu", documents=documents))[:, :, 1:], own(ids[:, 1:], layout(1, 9, "cpu"))
+        own(ids, context(1, 10, "cpu", documents=documents))[:, :, 1:], own(ids[:, 1:], context(1, 9, "cpu"))
     )
-    assert torch.equal(own.live(ids, layout(1, 10, "cpu")), ids != 5)
+    assert torch.equal(own.live(ids, context(1, 10, "cpu")), ids != 5)
 
 
 def test_another_generator_is_another_model() -> None:
@@ -337,11 +337,11 @@ def test_two_n_grams_share_few_heads(data: st.DataObject) -> None:
 def test_no_pair_of_many_n_grams_shares_more_than_three_heads() -> None:
     """All pairs of 1,500 trigrams, and all 262,144 bigrams by the heads that two of them share at once."""
     addresses = Addresses(EngramConfig(rows_per_head=(646_400, 646_400), heads=8, seed=5), None, 512)
-    local = addresses(torch.randint(512, (1, 1502)), layout(1, 1502, "cpu"))[0, 0, 2:, 8:]
+    local = addresses(torch.randint(512, (1, 1502)), context(1, 1502, "cpu"))[0, 0, 2:, 8:]
     alike = sum((local[:, None, head] == local[None, :, head]).byte() for head in range(8)).fill_diagonal_(0)
     assert alike.max() <= 3
     pairs = torch.cartesian_prod(torch.arange(512), torch.arange(512))
-    bigrams = addresses(pairs, layout(*pairs.shape, "cpu"))[0, :, 1, :8]
+    bigrams = addresses(pairs, context(*pairs.shape, "cpu"))[0, :, 1, :8]
     for four in ((0, 1, 2, 3), (4, 5, 6, 7), (0, 2, 4, 6), (1, 3, 5, 7)):
         assert len(torch.unique(bigrams[:, four], dim=0)) == len(bigrams)
 
@@ -362,7 +362,7 @@ def test_what_a_twin_noted_of_one_model_is_never_used_for_another(how: str) -> N
     names = ("canonical_map", "multipliers", "primes", "offsets")
     first = Addresses(EngramConfig(layers=(1, 5), rows_per_head=(9001, 77), heads=5), None, 50)
     ids = torch.randint(50, (3, 4))
-    first(ids, layout(3, 4, "cpu"))
+    first(ids, context(3, 4, "cpu"))
     before = {name: getattr(first, name) for name in names}
     expected = hash_rows(F.pad(ids, (2, 0)), None, *(x.clone() for x in before.values()), 0)
     second = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}.get(how, lambda x: x)(first)
@@ -378,9 +378,9 @@ def test_what_a_twin_noted_of_one_model_is_never_used_for_another(how: str) -> N
     if how != "move":
         for x in before.values():
             x.fill_(1)
-    assert torch.equal(second(ids, layout(3, 4, "cpu")), expected)
+    assert torch.equal(second(ids, context(3, 4, "cpu")), expected)
     assert torch.equal(
-        second(ids[:, :1], layout(3, 1, "cpu"), second.new_cache(3, 8, torch.float32, torch.device("cpu"))),
+        second(ids[:, :1], context(3, 1, "cpu"), second.new_cache(3, 8, torch.float32, torch.device("cpu"))),
         expected[:, :, :1],
     )
 
@@ -389,16 +389,16 @@ def test_ids_of_32_bits_are_remembered_as_any_others() -> None:
     """By a history that began with padding and is used again without."""
     own = Addresses(EngramConfig(layers=(1,), rows_per_head=(9001, 77), heads=2), None, 50)
     ids, history = torch.randint(50, (2, 6), dtype=torch.int32), own.new_cache(2, 8, torch.float32, torch.device("cpu"))
-    own(ids, layout(2, 6, "cpu", present=torch.arange(6) >= torch.tensor([[0], [2]])), history)
+    own(ids, context(2, 6, "cpu", present=torch.arange(6) >= torch.tensor([[0], [2]])), history)
     history.reset()
-    assert torch.equal(own(ids, layout(2, 6, "cpu"), history), own(ids.long(), layout(2, 6, "cpu")))
+    assert torch.equal(own(ids, context(2, 6, "cpu"), history), own(ids.long(), context(2, 6, "cpu")))
 
 
 def test_memory_of_long_calls_is_taken_again_only_when_nobody_holds_it() -> None:
     """With and without a history, and after a call whose id was refused."""
     own = Addresses(EngramConfig(layers=(1, 5), rows_per_head=(9001, 77), heads=5), None, 50)
     first, second, third = torch.randint(50, (3, 2, WORTH_KEEPING))
-    where, names = layout(*first.shape, "cpu"), ("canonical_map", "multipliers", "primes", "offsets")
+    where, names = context(*first.shape, "cpu"), ("canonical_map", "multipliers", "primes", "offsets")
     with pytest.raises(ValueError, match="got id 50"):
         own(torch.full_like(first, 50), where)
     kept = [own(first, where), own(second, where, own.new_cache(2, 0, torch.float32, torch.device("cpu")))]
@@ -419,17 +419,17 @@ def test_ids_that_follow_others_in_any_pieces(data: st.DataObject) -> None:
     addresses = Addresses(EngramConfig(layers=layers, rows_per_head=sizes, heads=3, pad_id=7), torch.arange(50) // 3)
     batch, lengths = data.draw(st.integers(1, 4)), data.draw(st.lists(st.sampled_from([1, 2, 5, 64, 65, 200])))
     ids = torch.randint(50, (batch, 2 * sum(lengths) + 1))[:, ::2]
-    whole = addresses(ids, layout(*ids.shape, "cpu"))
+    whole = addresses(ids, context(*ids.shape, "cpu"))
     plain = F.pad(ids, (len(sizes), 0), value=7)
     names = ("canonical_map", "multipliers", "primes", "offsets")
     assert torch.equal(whole, hash_rows(plain, None, *(getattr(addresses, name) for name in names), 0))
     history, past, at = addresses.new_cache(1, 0, torch.float32, torch.device("cpu")), Past(), 0
     for length in [*lengths, 1]:
         part = ids[:, at : at + length]
-        got = addresses(part, layout(*part.shape, "cpu", past=past), history)
+        got = addresses(part, context(*part.shape, "cpu", past=past), history)
         assert torch.equal(got, whole[:, :, at : at + length])
         at += length
-    alone = addresses(ids[-1:], layout(1, ids.shape[1], "cpu"))
+    alone = addresses(ids[-1:], context(1, ids.shape[1], "cpu"))
     assert torch.equal(alone, whole[:, -1:])
 
 
@@ -453,11 +453,11 @@ def test_a_refused_id_is_named_behind_a_history(kind: str, monkeypatch: pytest.M
     addresses = Addresses(EngramConfig(), torch.arange(20), 25)
     for length in (1, 300):
         history = addresses.new_cache(1, 0, torch.float32, torch.device("cpu"))
-        addresses(torch.zeros(2, 3, dtype=torch.int64), layout(2, 3, "cpu"), history)
+        addresses(torch.zeros(2, 3, dtype=torch.int64), context(2, 3, "cpu"), history)
         ids = torch.zeros(2, length, dtype=torch.int64)
         ids[1, -1] = 22
         with pytest.raises(ValueError, match="got id 22, expected one of the 20"):
-            addresses(ids, layout(2, length, "cpu"), history)
+            addresses(ids, context(2, length, "cpu"), history)
 
 
 @pytest.mark.parametrize("kind", ["reference", *TWINS])
@@ -467,10 +467,10 @@ def test_ids_outside_the_tokenizer_are_refused(kind: str, bad: int, monkeypatch:
     addresses = Addresses(EngramConfig(), torch.arange(20), 25)  # a model vocabulary of 25 for a tokenizer of 20
     ids = torch.tensor([[3, 19, bad, 4]])
     with pytest.raises(ValueError, match=f"got id {bad}, expected one of the 20"):
-        addresses(ids, layout(1, 4, "cpu"))
+        addresses(ids, context(1, 4, "cpu"))
     present = torch.tensor([[True, True, False, True]])
-    rows = addresses(ids, layout(1, 4, "cpu", present=present))  # at padding nobody looks
-    assert torch.equal(rows[:, :, 3], addresses(torch.tensor([[4]]), layout(1, 1, "cpu"))[:, :, 0])
+    rows = addresses(ids, context(1, 4, "cpu", present=present))  # at padding nobody looks
+    assert torch.equal(rows[:, :, 3], addresses(torch.tensor([[4]]), context(1, 1, "cpu"))[:, :, 0])
 
 
 def test_saved_addresses_load_and_bring_the_map() -> None:
@@ -480,7 +480,7 @@ def test_saved_addresses_load_and_bring_the_map() -> None:
     untold = Addresses(EngramConfig(seed=3), None, 32)
     untold.load_state_dict(saved.state_dict())
     ids = torch.randint(30, (2, 9))
-    assert torch.equal(untold(ids, layout(2, 9, "cpu")), saved(ids, layout(2, 9, "cpu")))
+    assert torch.equal(untold(ids, context(2, 9, "cpu")), saved(ids, context(2, 9, "cpu")))
     assert untold.fingerprint() == saved.fingerprint()
     digest = hashlib.sha256(canonical.numpy().astype("<i4").tobytes()).hexdigest()
     assert json.loads(json.dumps(saved.fingerprint()))["canonical_sha256"] == digest

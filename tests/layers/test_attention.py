@@ -10,8 +10,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 
 from rorqual.layers.attend import attend
 from rorqual.layers.attention import GQA, MLA, GQAConfig, MLAConfig
-from rorqual.layers.basics import RMSNorm, RopeConfig, YarnConfig, layout, rope_tables
-from rorqual.layers.cache import Bundle, Past
+from rorqual.layers.basics import RMSNorm, RopeConfig, YarnConfig
+from rorqual.layers.cache import Appended, BlockCache, Past
+from rorqual.layers.context import context
 from rorqual.layers.dsa import DSA, DSAConfig
 from rorqual.layers.moba import MoBA, MoBAConfig
 from rorqual.layers.nsa import NSA, NSAConfig
@@ -43,9 +44,9 @@ def build(name: str, dim: int = 24, rope: RopeConfig | None = None) -> nn.Module
 
 
 def run(layer, hidden, past=None, cache=None, rope=None, **known):
-    where = layout(*hidden.shape[:2], hidden.device, past=past, **known)
-    rope = rope or RopeConfig(base=50.0, yarn=YARN)
-    return layer(hidden, where, *rope_tables(rope, layer.rope_dim, where.positions), cache)
+    rope = rope or RopeConfig(base=50.0, yarn=YARN), layer.rope_dim
+    kept = BlockCache(cache) if cache is not None else None
+    return layer(hidden, context(*hidden.shape[:2], hidden.device, past=past, rope=rope, cache=kept, **known))[0]
 
 
 def in_pieces(layer, hidden, pieces, **known):
@@ -63,7 +64,7 @@ def in_pieces(layer, hidden, pieces, **known):
 @pytest.mark.parametrize("before", [0, 1, 5])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_last_token_alone_gets_what_it_gets_among_all(name, before):
-    layer, hidden, rope = build(name), torch.randn(2, 12, 24), RopeConfig(base=50.0, yarn=YARN)
+    layer, hidden = build(name), torch.randn(2, 12, 24)
     present = torch.ones(2, 12, dtype=torch.bool)
     present[1, :2] = False
     for known in ({}, {"present": present}):
@@ -72,9 +73,7 @@ def test_the_last_token_alone_gets_what_it_gets_among_all(name, before):
         parts = [{key: x[:, cut] for key, x in known.items()} for cut in (slice(before), slice(before, None))]
         if before:
             run(layer, hidden[:, :before], past=past, cache=cache, **parts[0])
-        where = layout(2, 12 - before, "cpu", past=past, **parts[1])
-        tables = rope_tables(rope, layer.rope_dim, where.positions)
-        found = layer(hidden[:, before:], where, *tables, cache, last=True)
+        found = run(layer, hidden[:, before:], past=past, cache=cache, last_only=True, **parts[1])
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
         assert found.shape[1] == 1
 
@@ -90,7 +89,7 @@ def test_mla_agrees_with_transformers(name):
     ours.load_state_dict(weights)
     theirs.load_state_dict(weights)
     hidden = torch.randn(2, 61, dim, requires_grad=True)
-    where = layout(2, 61, "cpu")
+    where = context(2, 61, "cpu")
     rotary = DeepseekV3RotaryEmbedding if oracle is DeepseekV3Attention else DeepseekV2RotaryEmbedding
     embeddings = rotary(theirs_config)(hidden, where.positions)
     hides = torch.full((61, 61), -torch.inf).triu(1)[None, None]
@@ -224,13 +223,12 @@ def slowly(query, key, value, scale, visible, sink=None):
 def test_gqa_equals_one_query_at_a_time(name):
     layer = build(name).double()
     c, hidden = layer.config, torch.randn(1, 11, 24, dtype=torch.float64, requires_grad=True)
-    where = layout(1, 11, "cpu")
-    cos, sin = rope_tables(RopeConfig(base=50.0, yarn=YARN), c.head_dim, where.positions)
-    query, key, value = layer._project(hidden, cos, sin)
+    where = context(1, 11, "cpu", rope=(RopeConfig(base=50.0, yarn=YARN), c.head_dim))
+    query, key, value = layer._project(hidden, where)
     gap = torch.arange(11)[:, None] - torch.arange(11)
     visible = (gap >= 0) & (gap < (c.window or 99))
     expected = layer.o_proj(slowly(query[0], key[0], value[0], layer.scale, visible, layer.sink_bias).flatten(1))
-    out = layer(hidden, where, cos, sin)[0]
+    out = layer(hidden, where)[0][0]
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
     toward, sources = torch.randn_like(out), (hidden, *layer.parameters())
     pairs = zip(torch.autograd.grad(out, sources, toward), torch.autograd.grad(expected, sources, toward), strict=True)
@@ -282,12 +280,13 @@ def test_bfloat16_stays_near_float32(name):
 def test_an_inner_attention_gets_every_key_and_our_scale():
     class Inner(nn.Module):
         def new_cache(self, batch, capacity, dtype, device):
-            return Bundle()
+            return Appended(capacity)
 
-        def forward(self, query, key, value, *, hidden, layout, scale, cache, tables, last):
-            assert hidden.shape[1] == query.shape[1] and isinstance(cache, Bundle | None) and not last
-            assert [x.shape[1] for x in tables] == 2 * [query.shape[1]]
-            return attend(query, key, value, scale, layout.visible())
+        def forward(self, query, key, value, hidden, ctx, scale):
+            assert hidden.shape[1] == query.shape[1] == ctx.positions.shape[1]
+            if ctx.cache is not None:
+                assert ctx.cache.attention.inner.append(hidden).shape[1] == key.shape[1]
+            return attend(query, key, value, scale, ctx.visible())
 
     layer = build("gqa")
     layer.inner = Inner()
@@ -334,12 +333,13 @@ class Net(nn.Module):
         self.norms = nn.ModuleList(RMSNorm(dim) for _ in range(3))
 
     def forward(self, ids, past=None, caches=(None, None), lessons=None, **known):
-        where = layout(*ids.shape, ids.device, past=past, **known)
-        tables = rope_tables(self.rope, self.layers[0].rope_dim, where.positions)
-        taught = {} if lessons is None or not isinstance(self.layers[0], MLA) else {"lessons": lessons, "warm": False}
-        hidden = self.embed(ids)
+        warm, rope = None if lessons is None else False, (self.rope, self.layers[0].rope_dim)
+        ctx, hidden = context(*ids.shape, ids.device, past=past, rope=rope, warm=warm, **known), self.embed(ids)
         for attention, norm, cache in zip(self.layers, self.norms, caches, strict=False):
-            hidden = hidden + attention(norm(hidden), where, *tables, cache, **taught)
+            out, lesson = attention(norm(hidden), ctx.for_block(None if cache is None else BlockCache(cache)))
+            hidden = hidden + out
+            if lesson is not None:
+                lessons.append(lesson)
         return self.norms[2](hidden) @ self.embed.weight.T
 
 

@@ -15,7 +15,6 @@ from rorqual.layers.basics import (
     SwiGLU,
     YarnConfig,
     chunked_cross_entropy,
-    layout,
     longest_context,
     rms_norm,
     rope_frequencies,
@@ -23,7 +22,6 @@ from rorqual.layers.basics import (
     rotate,
     softmax_factor,
 )
-from rorqual.layers.cache import Past
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 1), (2, 3, 5)])
@@ -229,71 +227,6 @@ def test_longest_context_is_where_the_cosine_turns_back(base, factor):
 def test_impossible_positions_are_refused(build, words):
     with pytest.raises(ValueError, match=words):
         build()
-
-
-def slow_layout(documents, present):
-    """Positions and mask of whole rows, one token at a time."""
-    batch, length = documents.shape
-    positions = torch.zeros(batch, length, dtype=torch.long)
-    mask = torch.zeros(batch, length, length, dtype=torch.bool)
-    for row in range(batch):
-        seen = 0
-        for t in range(length):
-            if t == 0 or documents[row, t] != documents[row, t - 1]:
-                seen = 0
-            seen += int(present[row, t])
-            positions[row, t] = max(seen - 1, 0)
-            for key in range(t + 1):
-                mask[row, t, key] = documents[row, t] == documents[row, key] and present[row, key]
-            mask[row, t, t] = True
-    return positions, mask[:, None]
-
-
-def slow_mask_of_absent(mask, present):
-    """A padding query sees itself and what a present one in its place would."""
-    return mask & present[:, None, :, None]
-
-
-@settings(max_examples=40, deadline=None)
-@given(data=st.data())
-def test_layout_in_one_call_and_in_pieces(data):
-    length = data.draw(st.integers(1, 9))
-    starts = torch.tensor([data.draw(st.lists(st.booleans(), min_size=length, max_size=length)) for _ in range(2)])
-    present = torch.tensor([data.draw(st.lists(st.booleans(), min_size=length, max_size=length)) for _ in range(2)])
-    documents = starts.long().cumsum(1)
-    positions, mask = slow_layout(documents, present)
-    whole = layout(2, length, "cpu", documents=documents, present=present)
-    assert torch.equal(whole.positions, positions) and whole.past == 0
-    assert torch.equal(slow_mask_of_absent(whole.mask, present), slow_mask_of_absent(mask, present))
-    assert whole.mask.any(-1).all()
-    past, begin = Past(), 0
-    while begin < length:
-        end = data.draw(st.integers(begin + 1, length))
-        known = {"documents": documents[:, begin:end], "present": present[:, begin:end]}
-        part = layout(2, end - begin, "cpu", past=past, **known)
-        assert torch.equal(part.positions, positions[:, begin:end]) and part.past == begin
-        assert torch.equal(part.key_positions, positions[:, :end])
-        assert torch.equal(part.key_documents, documents[:, :end]) and torch.equal(part.key_present, present[:, :end])
-        here = present[:, begin:end]
-        assert torch.equal(slow_mask_of_absent(part.mask, here), slow_mask_of_absent(mask[:, :, begin:end, :end], here))
-        begin = end
-
-
-def test_layout_without_anything_to_hide_needs_no_mask():
-    past = Past()
-    for begin, time in ((0, 4), (4, 1), (5, 3)):
-        where = layout(2, time, "cpu", past=past)
-        assert where.mask is None and where.documents is None and where.present is None
-        assert where.positions.tolist() == [list(range(begin, begin + time))] * 2
-        assert torch.equal(where.visible()[0, 0], torch.ones(time, begin + time).tril(begin).bool())
-
-
-def test_decoding_goes_on_behind_left_padding():
-    past = Past()
-    layout(2, 3, "cpu", present=torch.tensor([[False, False, True], [True, True, True]]), past=past)
-    where = layout(2, 1, "cpu", past=past)
-    assert where.positions.tolist() == [[1], [3]]
-    assert where.mask[:, 0, 0].tolist() == [[False, False, True, True], [True] * 4]
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 23, 100])

@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -158,17 +160,22 @@ def test_past_goes_on_with_the_last_document():
     assert past.append(1, 2, None, None) == (None, None) and past.length == 2
 
 
-def test_bundle_forwards_the_verbs():
-    bundle = Bundle(keys=Appended(), values=Appended(), inner=None)
+@dataclass(eq=False)
+class Kept(Bundle):
+    keys: Appended
+    pair: tuple[Appended, None]
+    inner: Bundle | None = None
+
+
+def test_what_is_done_to_a_bundle_is_done_to_all_in_it():
+    bundle = Kept(Appended(), (Appended(), None))
     bundle.keys.append(draw(4, 0))
-    bundle.values.append(draw(4, 1))
+    bundle.pair[0].append(draw(4, 1))
     bundle.select(torch.tensor([1, 0]))
     bundle.crop(1)
     assert torch.equal(bundle.keys.append(draw(0, 0)), draw(4, 0)[[1, 0], :3])
     bundle.reset()
-    assert bundle.values.length == 0 and bundle.inner is None
-    with pytest.raises(AttributeError, match="queries"):
-        bundle.queries  # noqa: B018
+    assert bundle.pair[0].length == 0 and bundle.inner is None
 
 
 @pytest.mark.parametrize("capacity", [1, 40])

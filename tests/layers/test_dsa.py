@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,8 +11,9 @@ from rorqual.kernels import dsa as twin
 from rorqual.layers import attention as attending
 from rorqual.layers import dsa
 from rorqual.layers.attention import MLA, MLAConfig
-from rorqual.layers.basics import RopeConfig, layout, rope_tables
-from rorqual.layers.cache import Past
+from rorqual.layers.basics import RopeConfig
+from rorqual.layers.cache import BlockCache, Past
+from rorqual.layers.context import context
 from rorqual.layers.dsa import DSA, DSAConfig, Look, attend_best, index_scores, mean_lesson
 
 ROPE = RopeConfig(base=50.0)
@@ -27,19 +30,22 @@ def layer(chosen=5, mla=LATENT):
     return stirred(MLA(mla, 20, ROPE, DSA(DSAConfig(heads=3, dim=8, chosen=chosen), 20, mla, ROPE)))
 
 
-def run(attention, hidden, past=None, cache=None, taught=None, **known):
-    where = layout(*hidden.shape[:2], hidden.device, past=past, **known)
-    tables = rope_tables(ROPE, attention.rope_dim, where.positions)
-    return attention(hidden, where, *tables, cache, **(taught or {}))
+def run(attention, hidden, past=None, cache=None, lessons=None, **known):
+    """The output; the indexer's loss and recall, if it learns, are appended to `lessons`."""
+    known |= {"past": past, "cache": BlockCache(cache) if cache is not None else None}
+    out, lesson = attention(hidden, context(*hidden.shape[:2], hidden.device, rope=(ROPE, attention.rope_dim), **known))
+    assert (lesson is None) == (known.get("warm") is None)
+    if lesson is not None and lessons is not None:
+        lessons.append(lesson)
+    return out
 
 
 def looked(attention, hidden, **known):
     """The indexer's look at a call."""
-    where = layout(*hidden.shape[:2], hidden.device, **known)
-    cos, sin = rope_tables(ROPE, attention.rope_dim, where.positions)
+    ctx = context(*hidden.shape[:2], hidden.device, rope=(ROPE, attention.rope_dim), **known)
     plain = attention.config.q_lora_rank is None
     latent = hidden if plain else attention.q_a_layernorm(attention.q_a_proj(hidden))
-    return attention.inner.look(hidden, latent, where, cos, sin, attention.inner.keys(hidden, 0, cos, sin))
+    return attention.inner.look(hidden, latent, attention.inner.keys(hidden, ctx), ctx)
 
 
 @pytest.fixture(params=["hiding", "gathering"])
@@ -66,8 +72,9 @@ def test_chooses_what_transformers_chooses(batch, time, chosen):
         DSA(DSAConfig(heads=3, dim=8, chosen=chosen), 20, LATENT, ROPE),
     )
     ours.load_state_dict(reference.state_dict())
-    hidden, latent, where = torch.randn(batch, time, 20), torch.randn(batch, time, 12), layout(batch, time, "cpu")
-    cos, sin = rope_tables(ROPE, 4, where.positions)
+    hidden, latent = torch.randn(batch, time, 20), torch.randn(batch, time, 12)
+    where = context(batch, time, "cpu", rope=(ROPE, 4))
+    cos, sin = where.cos, where.sin
     causal = where.visible()[0, 0]
     theirs = reference(
         hidden,
@@ -77,7 +84,7 @@ def test_chooses_what_transformers_chooses(batch, time, chosen):
         where.positions,
     )
     expected = torch.zeros(batch, time, time, dtype=torch.bool).scatter(-1, theirs.long(), True) & causal
-    look = ours.look(hidden, latent, where, cos, sin, ours.keys(hidden, 0, cos, sin))
+    look = ours.look(hidden, latent, ours.keys(hidden, where), where)
     got, scores = look.seen(slice(0, time))[:, 0], index_scores(look.query, look.key, look.weights)
     differ = got ^ expected  # only among keys that score alike, which their topk leaves open
     assert torch.equal(got.sum(-1), expected.sum(-1))
@@ -114,8 +121,7 @@ def test_scores_are_their_equation():
 @torch.no_grad()
 def test_attends_to_the_chosen_keys_alone(mla, way):
     attention, hidden = layer(4, mla), torch.randn(2, 13, 20)
-    where = layout(2, 13, "cpu")
-    cos, sin = rope_tables(ROPE, mla.rope_dim, where.positions)
+    where = context(2, 13, "cpu", rope=(ROPE, mla.rope_dim))
     look, plain = looked(attention, hidden), dense(attention)
     scores, out = index_scores(look.query, look.key, look.weights), run(attention, hidden)
     for b in range(2):
@@ -123,8 +129,7 @@ def test_attends_to_the_chosen_keys_alone(mla, way):
             kept = sorted(range(t + 1), key=lambda s, row=scores[b, t]: (row[s].item(), s))[-4:]
             mask = torch.zeros(2, 1, 13, 13, dtype=torch.bool)
             mask[..., kept] = True
-            free = type(where)(**{n: getattr(where, n) for n in where.__slots__} | {"mask": mask})
-            expected = plain(hidden, free, cos, sin)
+            expected = plain(hidden, replace(where, mask=mask))[0]
             torch.testing.assert_close(out[b, t], expected[b, t], atol=1e-5, rtol=0)
 
 
@@ -248,7 +253,7 @@ def test_the_last_token_alone_gets_what_it_gets_among_all(before, way):
     past, cache = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device)
     if before:
         run(attention, hidden[:, :before], past, cache)
-    found = run(attention, hidden[:, before:], past, cache, {"last": True})
+    found = run(attention, hidden[:, before:], past, cache, last_only=True)
     torch.testing.assert_close(found, run(attention, hidden)[:, -1:], atol=1e-5, rtol=0)
     following = torch.randn(2, 1, 20)
     expected = run(attention, torch.cat([hidden, following], 1))[:, -1:]
@@ -284,9 +289,8 @@ def test_a_call_that_gathers_never_holds_a_mask_of_all_queries(monkeypatch, way)
 def test_hidden_keys_get_no_gradient_and_the_others_that_of_dense_attention():
     attention, hidden = layer(4), torch.randn(1, 11, 20, requires_grad=True)
     mask = looked(attention, hidden).seen(slice(0, 11))
-    free = layout(1, 11, "cpu")
-    masked = type(free)(**{n: getattr(free, n) for n in free.__slots__} | {"mask": mask})
-    outs = run(attention, hidden), dense(attention)(hidden, masked, *rope_tables(ROPE, 4, free.positions))
+    masked = replace(context(1, 11, "cpu", rope=(ROPE, 4)), mask=mask)
+    outs = run(attention, hidden), dense(attention)(hidden, masked)[0]
     pull = torch.randn_like(outs[0])
     mine, theirs = (torch.autograd.grad((y * pull).sum(), hidden)[0] for y in outs)
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
@@ -424,7 +428,7 @@ class TestLesson:
     def test_documents_and_padding_are_left_out(self, warm, poisoned):
         documents = torch.tensor([[0] * 6 + [1] * 3, [2] * 9])
         present = torch.tensor([[True] * 9, [False] * 2 + [True] * 7])
-        mask = layout(2, 9, "cpu", documents=documents, present=present).mask
+        mask = context(2, 9, "cpu", documents=documents, present=present).mask
         look, query, key = leaves(most=3, mask=mask)
         found = look.lesson(query, key, 0.7, warm, present)
         loss, recall = slowly(look, query, key, 0.7, warm, present, mask[:, 0])
@@ -468,7 +472,7 @@ class TestLesson:
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_taught_call_attends_as_it_would_and_obeys_once_it_is_warm(warm):
     attention, hidden, lessons = layer(), torch.randn(2, 14, 20), []
-    out = run(attention, hidden, taught={"lessons": lessons, "warm": warm})
+    out = run(attention, hidden, lessons=lessons, warm=warm)
     expected = run(dense(attention) if warm else attention, hidden)
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
     assert len(lessons) == 1
@@ -481,7 +485,7 @@ def test_is_taught_under_autocast(warm):
     attention, hidden, found = layer(), torch.randn(2, 30, 20), []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = run(attention, hidden, taught={"lessons": found, "warm": warm})
+            out = run(attention, hidden, lessons=found, warm=warm)
         assert out.dtype == (torch.bfloat16 if enabled else torch.float32)
     assert found[1].loss.dtype == torch.float32
     assert found[1].loss.item() == pytest.approx(found[0].loss.item(), rel=0.1)
@@ -493,7 +497,7 @@ def test_is_taught_under_autocast(warm):
 @pytest.mark.parametrize("warm", [True, False])
 def test_the_model_learns_neither_from_the_choice_nor_from_the_lesson(warm):
     attention, hidden, lessons = layer(), torch.randn(1, 12, 20, requires_grad=True), []
-    run(attention, hidden, taught={"lessons": lessons, "warm": warm}).sum().backward(retain_graph=True)
+    run(attention, hidden, lessons=lessons, warm=warm).sum().backward(retain_graph=True)
     assert all(p.grad is None for p in attention.inner.parameters())
     before = {name: p.grad.clone() for name, p in attention.named_parameters() if p.grad is not None}
     before["hidden"] = hidden.grad.clone()
@@ -514,7 +518,7 @@ def test_an_indexer_learns_to_find_what_attention_looks_at(warm):
     optimiser, found = torch.optim.Adam(attention.inner.parameters(), lr=2e-2), []
     for step in range(60):
         lessons = []
-        run(attention, hidden, taught={"lessons": lessons, "warm": warm or step < 30})
+        run(attention, hidden, lessons=lessons, warm=warm or step < 30)
         optimiser.zero_grad()
         lessons[0].loss.backward()
         optimiser.step()
@@ -539,7 +543,7 @@ def test_a_compiled_call_is_one_graph(monkeypatch):
 
         def call(x, known=known, warm=warm):
             lessons = []
-            out = run(attention, x, taught=None if warm is None else {"lessons": lessons, "warm": warm}, **known)
+            out = run(attention, x, lessons=lessons, warm=warm, **known)
             return [out, *(value for lesson in lessons for value in lesson)]
 
         torch._dynamo.reset()

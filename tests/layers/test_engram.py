@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from rorqual import kernels
 from rorqual.layers import engram
-from rorqual.layers.basics import layout
-from rorqual.layers.cache import Bundle, Past
+from rorqual.layers.cache import BlockCache, Bundle, Past, Recent
+from rorqual.layers.context import Context, context
 from rorqual.layers.engram import Addresses, Engram, EngramConfig, row_totals
+from rorqual.storage import Pending
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden"
 # The canonical ids of input.ids in engram_forward.safetensors, by the map that tests/data/test_tokenizer.py checks.
@@ -27,6 +29,20 @@ CANONICAL = [
 ]
 
 CPU = torch.device("cpu")
+
+
+def recalled(layer: Engram, hidden: Tensor, memory: Tensor, ctx: Context, cache: Recent | None = None) -> Tensor:
+    """What the layer adds; memory [B, T, R, head_dim] or, its rows side by side, [B, T, M]."""
+    rows = memory if memory.dim() == 4 else memory.unsqueeze(-2)
+    kept = None if cache is None else BlockCache(None, cache)
+    return layer(hidden, replace(ctx, rows=Pending(lambda: rows), cache=kept))
+
+
+@dataclass(eq=False)
+class Kept(Bundle):
+    past: Past
+    ids: Recent
+    layers: tuple[Recent | None, ...]
 
 
 class Rig(nn.Module):
@@ -48,19 +64,19 @@ class Rig(nn.Module):
 
     def new_cache(self) -> Bundle:
         of = (1, 0, torch.float32, torch.device("cpu"))
-        parts = {str(i): layer.new_cache(*of) for i, layer in enumerate(self.layers)}
-        return Bundle(past=Past(), ids=self.addresses.new_cache(*of), **parts)
+        kept = tuple(layer.new_cache(*of) for layer in self.layers)
+        return Kept(Past(), self.addresses.new_cache(*of), kept)
 
     @torch.no_grad()
     def forward(
         self, ids: Tensor, *, documents=None, present=None, cache: Bundle | None = None
     ) -> tuple[Tensor, Tensor]:
         past = cache.past if cache else None
-        where = layout(*ids.shape, "cpu", documents=documents, present=present, past=past)
+        where = context(*ids.shape, "cpu", documents=documents, present=present, past=past)
         rows = self.addresses(ids, where, cache.ids if cache else None)
         live, hidden = self.addresses.live(ids, where), self.hidden[ids]
         outs = [
-            layer(hidden, table[rows[i]].flatten(-2), where, cache.parts[str(i)] if cache else None, live)
+            recalled(layer, hidden, table[rows[i]], replace(where, live=live), cache and cache.layers[i])
             for i, (layer, table) in enumerate(zip(self.layers, self.tables, strict=True))
         ]
         return rows, sum(outs)
@@ -170,7 +186,7 @@ def test_left_padding_is_invisible(data: st.DataObject) -> None:
     ids, left = torch.randint(40, (2, data.draw(st.integers(1, 20)))), data.draw(st.integers(1, 12))
     padded = torch.cat([torch.randint(-100, 100, (2, left)), ids], 1)
     present = (torch.arange(padded.shape[1]) >= left).expand(padded.shape)
-    rows, out = rig.addresses(padded, layout(*padded.shape, "cpu", present=present)), rig(ids)
+    rows, out = rig.addresses(padded, context(*padded.shape, "cpu", present=present)), rig(ids)
     assert torch.equal(rows[:, :, left:], out[0])
     got = rig(padded.clamp(0, 39), present=present)[1]
     torch.testing.assert_close(got[:, left:], out[1], atol=1e-6, rtol=1e-5)
@@ -235,11 +251,11 @@ def test_layer_is_the_authors(layer: int) -> None:
         }
     )
     ids = torch.tensor([[int(i) for i in row.split()] for row in CANONICAL])
-    where = layout(*ids.shape, "cpu")
+    where = context(*ids.shape, "cpu")
     rows = Addresses(config, None, 98_627)(ids, where)[config.layers.index(layer)]
     table = golden[prefix + "multi_head_embedding.embedding.weight"].clone().requires_grad_()
     hidden = golden["input.hidden"].clone().requires_grad_()
-    out = ours(hidden, table[rows].flatten(-2), where)
+    out = recalled(ours, hidden, table[rows], where)
     torch.testing.assert_close(out, golden[prefix + "out"], atol=5e-6, rtol=0)
     (out * golden[prefix + "grad_out"]).sum().backward()
     for got, name in ((hidden.grad, "hidden"), (table.grad, "embedding"), (ours.conv.grad.view(-1, 1, 4), "conv")):
@@ -255,7 +271,7 @@ def test_convolution_is_torchs(kernel: int, dilation: int | None, time: int, poi
     step = dilation or config.ngram
     padded = F.pad(x.flatten(2).transpose(1, 2), ((kernel - 1) * step, 0))
     expected = F.conv1d(padded, layer.conv.view(12, 1, kernel), dilation=step, groups=12).transpose(1, 2)
-    got = layer._convolve(x, layout(3, time, "cpu"), None)
+    got = layer._convolve(x, context(3, time, "cpu"))
     torch.testing.assert_close(got.flatten(2), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -431,7 +447,7 @@ def test_fusion_of_views_and_of_nothing(poisoned: None) -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_layer_that_is_computed_again_for_its_gradients(reentrant: bool) -> None:
-    layer, where = Engram(EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3), 8, 2), layout(2, 5, "cpu")
+    layer, where = Engram(EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3), 8, 2), context(2, 5, "cpu")
     layer.reset(std=0.5)
     nn.init.normal_(layer.conv)
     hidden, memory = torch.randn(2, 5, 2, 8, requires_grad=True), torch.randn(2, 5, 12, requires_grad=True)
@@ -443,8 +459,8 @@ def test_a_layer_that_is_computed_again_for_its_gradients(reentrant: bool) -> No
         out.square().sum().backward()
         return [tensor.grad for tensor in wanted]
 
-    expected = gradients(layer(hidden, memory, where))
-    again = gradients(checkpoint(lambda x, e: layer(x, e, where), hidden, memory, use_reentrant=reentrant))
+    expected = gradients(recalled(layer, hidden, memory, where))
+    again = gradients(checkpoint(lambda x, e: recalled(layer, x, e, where), hidden, memory, use_reentrant=reentrant))
     for ours, theirs in zip(again, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=0)
 
@@ -453,7 +469,7 @@ def test_what_torch_makes_by_default_does_not_matter() -> None:
     """transformers sets another dtype while it loads; a caller may set another device."""
     window, taps, given = torch.randn(2, 9, 3, 5), torch.randn(3, 5, 4), given_to_fuse((2, 7, 3, 5), True, True, "sign")
     tokens = torch.randint(40, (2, 7))
-    documents, told = torch.zeros(2, 9, dtype=torch.long), layout(2, 7, "cpu")
+    documents, told = torch.zeros(2, 9, dtype=torch.long), context(2, 7, "cpu")
     addresses = Addresses(EngramConfig(rows_per_head=(31, 67)), torch.arange(40), 40)
     weights = [torch.randn(2, 7, 3, 5) for _ in range(2)]
 
@@ -493,7 +509,7 @@ def test_tiles_fuse_as_the_formula(tiled: torch.device, poisoned: None) -> None:
 @pytest.mark.interpreted
 def test_layer_on_tiles_is_the_layer(tiled: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     config = EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3)
-    layer, where = Engram(config, 5, 3).to(tiled), layout(2, 4, str(tiled), present=torch.arange(4) > torch.ones(2, 1))
+    layer, where = Engram(config, 5, 3).to(tiled), context(2, 4, str(tiled), present=torch.arange(4) > torch.ones(2, 1))
     layer.reset(std=0.5)
     nn.init.normal_(layer.conv)
     hidden, memory, weight = torch.randn(2, 4, 3, 5), torch.randn(2, 4, config.memory_width), torch.randn(2, 4, 3, 5)
@@ -501,7 +517,7 @@ def test_layer_on_tiles_is_the_layer(tiled: torch.device, monkeypatch: pytest.Mo
     for kind in ("reference", "triton"):
         monkeypatch.setenv(kernels.VARIABLE, f"engram_fuse={kind}")
         asked = [x.to(tiled).requires_grad_() for x in (hidden, memory)]
-        out = layer(*asked, where)
+        out = recalled(layer, *asked, where)
         wanted = [*asked, *layer.parameters()]
         found.append([out, *torch.autograd.grad((out * weight.to(tiled)).sum(), wanted)])
     for ours, expected in zip(*found, strict=True):
@@ -509,19 +525,19 @@ def test_layer_on_tiles_is_the_layer(tiled: torch.device, monkeypatch: pytest.Mo
 
 
 def test_whoever_watches_the_gate_sees_and_moves_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, where = Engram(EngramConfig(conv=False), 8, 2), layout(2, 5, "cpu")
+    layer, where = Engram(EngramConfig(conv=False), 8, 2), context(2, 5, "cpu")
     layer.reset(std=0.5)
     hidden, memory = torch.randn(2, 5, 2, 8), torch.randn(2, 5, 128)
-    alone, seen = layer(hidden, memory, where), []
+    alone, seen = recalled(layer, hidden, memory, where), []
     hook = layer.gate.register_forward_hook(lambda module, args, out: seen.append(out))
-    torch.testing.assert_close(layer(hidden, memory, where), alone)
+    torch.testing.assert_close(recalled(layer, hidden, memory, where), alone)
     hook.remove()
     hook = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
     monkeypatch.setattr(engram, "pick", lambda *_: pytest.fail("fused, though somebody watches"))
-    layer(hidden, memory, where)
+    recalled(layer, hidden, memory, where)
     hook.remove()
     hook = layer.gate.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
-    assert seen[0].shape == (2, 5, 2) and not layer(hidden, memory, where).any()
+    assert seen[0].shape == (2, 5, 2) and not recalled(layer, hidden, memory, where).any()
     hook.remove()
 
 
@@ -530,7 +546,7 @@ def test_without_a_gate_a_stream(gating: str) -> None:
     """Written out in double, gradients too: one gate, of the streams' mean; or none, so that v = W_v memory."""
     config = EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3, gating=gating)
     layer, dim, streams, present = Engram(config, 5, 3), 5, 3, torch.arange(4).expand(2, 4) > 0
-    where = layout(2, 4, "cpu", present=present)
+    where = context(2, 4, "cpu", present=present)
     layer.reset(std=0.5)
     nn.init.normal_(layer.conv)
     assert [name for name, _ in layer.named_parameters() if "key" in name or "query" in name] == (
@@ -559,7 +575,11 @@ def test_without_a_gate_a_stream(gating: str) -> None:
         wanted = given if gating == "shared" else given[1:]
         return [out, *torch.autograd.grad((out * change.to(dtype)).sum(), wanted)]
 
-    got = run(lambda h, m, named: torch.func.functional_call(layer, named, (h, m, where)), torch.float32)
+    def ours_of(hidden: Tensor, memory: Tensor, named: dict[str, Tensor]) -> Tensor:
+        ctx = replace(where, rows=Pending(lambda: memory.unsqueeze(-2)))
+        return torch.func.functional_call(layer, named, (hidden, ctx))
+
+    got = run(ours_of, torch.float32)
     for ours, expected in zip(got, run(plain, torch.float64), strict=True):
         torch.testing.assert_close(ours.double(), expected, atol=2e-5, rtol=2e-4)
 
@@ -570,8 +590,8 @@ def test_one_gate_of_equal_streams_is_a_gate_a_stream() -> None:
     ours = dict(shared.state_dict())
     ours["key_proj.weight"] = ours["key_proj.weight"].repeat(3, 1)
     whole.load_state_dict({name: v.repeat(3, 1) if name.startswith("gate.") else v for name, v in ours.items()})
-    hidden, memory, where = torch.randn(2, 5, 1, 8).expand(2, 5, 3, 8), torch.randn(2, 5, 128), layout(2, 5, "cpu")
-    torch.testing.assert_close(shared(hidden, memory, where), whole(hidden, memory, where))
+    hidden, memory, where = torch.randn(2, 5, 1, 8).expand(2, 5, 3, 8), torch.randn(2, 5, 128), context(2, 5, "cpu")
+    torch.testing.assert_close(recalled(shared, hidden, memory, where), recalled(whole, hidden, memory, where))
 
 
 def test_whoever_watches_sees_a_gate_a_stream_whatever_the_gating() -> None:
@@ -579,7 +599,7 @@ def test_whoever_watches_sees_a_gate_a_stream_whatever_the_gating() -> None:
         layer, seen = Engram(EngramConfig(gating=gating), 8, 2).bfloat16(), []
         layer.reset(std=0.5)
         layer.gate.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
-        layer(torch.randn(2, 5, 2, 8).bfloat16(), torch.randn(2, 5, 128), layout(2, 5, "cpu"))
+        recalled(layer, torch.randn(2, 5, 2, 8).bfloat16(), torch.randn(2, 5, 128), context(2, 5, "cpu"))
         assert seen[0].shape == (2, 5, 2) and seen[0].dtype == torch.float32
         assert torch.equal(seen[0][..., 0], seen[0][..., 1]) == (gating != "streams")
         assert bool((seen[0] == 1).all()) == (gating == "open")
@@ -604,7 +624,7 @@ def test_bfloat16_keeps_its_dtype_and_gates_in_float32() -> None:
     seen: list[Tensor] = []
     layer.gate.register_forward_hook(lambda module, args, out: seen.append(out))
     hidden, memory = torch.randn(1, 5, 2, 16).bfloat16(), torch.randn(1, 5, 128)
-    out = layer(hidden, memory, layout(1, 5, "cpu"))
+    out = recalled(layer, hidden, memory, context(1, 5, "cpu"))
     assert out.dtype == torch.bfloat16
     assert seen[0].dtype == torch.float32
     assert ((seen[0] > 0) & (seen[0] < 1)).all()
@@ -625,7 +645,7 @@ def test_built_on_no_device_and_moved_it_has_its_numbers() -> None:
 def test_rows_of_another_width_are_refused() -> None:
     layer = Engram(EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3), 8)
     with pytest.raises(ValueError, match=r"got 16 recalled numbers a token, expected 12, 4 rows of 3"):
-        layer(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 16), layout(1, 2, "cpu"))
+        recalled(layer, torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 16), context(1, 2, "cpu"))
 
 
 def test_a_layer_of_no_width_is_refused() -> None:
@@ -639,10 +659,10 @@ def test_a_layer_of_no_width_is_refused() -> None:
 def test_compiled_as_eager() -> None:
     rig = Rig()
     ids, documents = torch.randint(40, (2, 17)), torch.randint(2, (2, 17)).cumsum(1)
-    where = layout(2, 17, "cpu", documents=documents)
+    where = context(2, 17, "cpu", documents=documents)
     rows = torch.compile(rig.addresses, fullgraph=True, backend="aot_eager")(ids, where)
     assert torch.equal(rows, rig.addresses(ids, where))
     hidden, memory = torch.randn(2, 17, 2, 8), torch.randn(2, 17, rig.config.memory_width)
     layer = rig.layers[0]
     out = torch.compile(layer, fullgraph=True, backend="aot_eager")(hidden, memory, where)
-    torch.testing.assert_close(out, layer(hidden, memory, where))
+    torch.testing.assert_close(out, recalled(layer, hidden, memory, where))

@@ -10,7 +10,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 )
 
 from rorqual.config import from_dict
-from rorqual.layers.hyper import Connection, Exit, HyperConfig, Residual, composite_gain, enter, health, spread
+from rorqual.layers.hyper import Connection, Exit, HyperConfig, Residual, Streams, composite_gain, enter, health, spread
 
 KINDS = {
     "mhc": HyperConfig(),
@@ -45,6 +45,12 @@ RELEASED = [  # and what a config.json may say as well
     HyperConfig(streams=2, iterations=1, eps=1e-3, norm_eps=1e-5),
     HyperConfig(streams=8, iterations=5, eps=1e-2, norm_eps=0.1),
 ]
+
+
+def through(site: nn.Module, x: torch.Tensor, sublayer, pre: torch.Tensor | None = None):
+    """The streams after one sublayer, and the pre-mapping that is handed on."""
+    u, mapping = site.read(Streams(x, pre))
+    return site.write(Streams(x, pre), sublayer(u), mapping)
 
 
 def plain(config: HyperConfig, site: Connection, x: torch.Tensor, sublayer) -> torch.Tensor:
@@ -112,8 +118,8 @@ class TestDeepSeekV4:
             site.mixer.load_state_dict(reference.state_dict())
         x = torch.randn(2, 9, 4, dim, requires_grad=True)
         expected = DeepseekV4DecoderLayer.forward(layer, x)
-        ours, _ = sites[0](x, lambda u: mix(layer.input_layernorm(u)).cumsum(1))
-        ours, _ = sites[1](ours, lambda u: feed(layer.post_attention_layernorm(u)).tanh())
+        ours, _ = through(sites[0], x, lambda u: mix(layer.input_layernorm(u)).cumsum(1))
+        ours, _ = through(sites[1], ours, lambda u: feed(layer.post_attention_layernorm(u)).tanh())
         close(ours, expected)
         pull = torch.randn_like(expected)
         close(*(torch.autograd.grad((y * pull).sum(), x)[0] for y in (ours, expected)), 2e-6)
@@ -123,9 +129,9 @@ class TestDeepSeekV4:
         reference, exit = stirred(theirs(24, config, DeepseekV4HyperHead)), Exit(config, 24)
         exit.load_state_dict({name.removeprefix("hc_"): value for name, value in reference.state_dict().items()})
         x = torch.randn(2, 5, config.streams, 24, requires_grad=True)
-        close(exit(x), reference(x))
+        close(exit(Streams(x)), reference(x))
         pull, parameters = torch.randn(2, 5, 24), [list(module.parameters()) for module in (exit, reference)]
-        outs = (exit(x), parameters[0]), (reference(x), parameters[1])
+        outs = (exit(Streams(x)), parameters[0]), (reference(x), parameters[1])
         grads = (torch.autograd.grad((y * pull).sum(), [x, *inputs]) for y, inputs in outs)
         for a, b in zip(*grads, strict=True):
             close(a, b, 3e-6)
@@ -138,7 +144,7 @@ class TestDeepSeekV4:
         x = torch.randn(2, 5, config.streams, 24).bfloat16()
         post, comb, u = reference(x)
         got = site.coefficients(x)
-        site(x, lambda hidden: seen.append(hidden) or hidden)
+        through(site, x, lambda hidden: seen.append(hidden) or hidden)
         for a, b in zip((got.post, got.comb), (post, comb), strict=True):
             close(a, b)
         assert seen[0].dtype == u.dtype == torch.bfloat16
@@ -175,7 +181,7 @@ class TestPaper:
         phi_res = comb.view(S, S, -1).transpose(0, 1).flatten(0, 1).T  # comb[j, k] is the paper's [k, j]
         rest = (pre.T, post.T, phi_res, site.mixer.scale, base[0], base[1], base[2].view(S, S).T, torch.sin)
         expected = torch.stack([self.paper(token, *rest) for token in x[0]])[None]
-        ours = site(x, torch.sin)[0]
+        ours = through(site, x, torch.sin)[0]
         torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
         pull, inputs = torch.randn_like(expected), [x, *site.parameters()]
         grads = (torch.autograd.grad((y * pull).sum(), inputs, retain_graph=True) for y in (ours, expected))
@@ -187,7 +193,7 @@ class TestPaper:
         one = stirred(Connection(HyperConfig(eps=0.0), 8)).double()
         other = Connection(HyperConfig(), 8).double()
         other.load_state_dict(one.state_dict())
-        assert 1e-7 < (one(x, torch.sin)[0] - other(x, torch.sin)[0]).abs().max() < 1e-4
+        assert 1e-7 < (through(one, x, torch.sin)[0] - through(other, x, torch.sin)[0]).abs().max() < 1e-4
 
 
 class TestAlone:
@@ -199,7 +205,7 @@ class TestAlone:
         site = stirred(Connection(config, 6)).double()
         x = torch.randn(2, 3, streams, 6, dtype=torch.float64, requires_grad=True)
         weight = torch.randn(6, 6, dtype=torch.float64)
-        ours, _ = site(x, lambda u: (u @ weight).tanh())
+        ours, _ = through(site, x, lambda u: (u @ weight).tanh())
         expected = plain(config, site, x, lambda u: (u @ weight).tanh())
         torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
         pull, inputs = torch.randn_like(expected), [x, *site.parameters()]
@@ -214,10 +220,10 @@ class TestAlone:
         exit = stirred(Exit(config, 5)).double()
 
         def run(hidden, *parameters):
-            streams, carried = enter(hidden, config), None
+            streams, carried = enter(hidden, config)
             for site in sites:
-                streams, carried = site(streams, torch.tanh, carried)
-            return exit(streams, carried)
+                streams, carried = through(site, streams, torch.tanh, carried)
+            return exit(Streams(streams, carried))
 
         parameters = [p for module in (*sites, exit) for p in module.parameters()]
         hidden = torch.randn(1, 2, 5, dtype=torch.float64, requires_grad=True)
@@ -228,7 +234,7 @@ class TestAlone:
     def test_reads_no_memory_that_it_did_not_write(self, name):
         site = Connection(KINDS[name], 7)
         x = torch.randn(1, 5, KINDS[name].streams, 7, requires_grad=True)
-        out, _ = site(x, torch.tanh)
+        out, _ = through(site, x, torch.tanh)
         out.sum().backward()
         assert out.isfinite().all()
         assert x.grad.isfinite().all()
@@ -236,9 +242,9 @@ class TestAlone:
     @pytest.mark.parametrize("time", [0, 1])
     def test_few_tokens(self, time):
         for config in KINDS.values():
-            out, carried = Connection(config, 6)(torch.randn(2, time, config.streams, 6), torch.tanh)
+            out, carried = through(Connection(config, 6), torch.randn(2, time, config.streams, 6), torch.tanh)
             assert out.shape == (2, time, config.streams, 6)
-            assert Exit(config, 6)(out, carried).shape == (2, time, 6)
+            assert Exit(config, 6)(Streams(out, carried)).shape == (2, time, 6)
 
 
 class TestTraps:
@@ -248,7 +254,7 @@ class TestTraps:
             site.mixer.base[8:] = torch.tensor([[0, 9, 0, 0], [0, 0, 9, 0], [0, 0, 0, 9], [9, 0, 0, 0.0]]).flatten()
             site.mixer.base[4:8] = -50.0  # nothing of the sublayer
         x = torch.arange(4.0).view(1, 1, 4, 1)
-        out, _ = site(x, torch.zeros_like)
+        out, _ = through(site, x, torch.zeros_like)
         close(out.flatten(), torch.tensor([3.0, 0.0, 1.0, 2.0]), 2e-3)  # stream j goes to j + 1
 
     def test_zero_phi_with_equal_biases_keeps_the_streams_equal_for_ever(self):
@@ -260,10 +266,10 @@ class TestTraps:
                 reset(site)
             optimiser = torch.optim.SGD([p for m in (*sites, *layers, head) for p in m.parameters()], lr=0.5)
             for _ in range(30):
-                streams, hidden = enter(torch.randn(4, 8, 8), HyperConfig()), None
+                streams, hidden = enter(torch.randn(4, 8, 8), HyperConfig()).values, None
                 hidden = streams[:, :, 0]
                 for site, layer in zip(sites, layers, strict=True):
-                    streams, _ = site(streams, lambda u, layer=layer: layer(u).tanh())
+                    streams, _ = through(site, streams, lambda u, layer=layer: layer(u).tanh())
                 loss = (head(streams.mean(2)) - hidden.roll(1, -1)).square().mean()
                 optimiser.zero_grad()
                 loss.backward()
@@ -277,7 +283,7 @@ class TestTraps:
         def gradient(identity):
             site = Connection(HyperConfig(identity=identity), 16)
             x = torch.randn(4, 8, 4, 16)
-            out, _ = site(x, torch.tanh)
+            out, _ = through(site, x, torch.tanh)
             (out * torch.randn_like(out)).sum().backward()
             return site.mixer.base.grad[8:].norm().item()
 
@@ -289,12 +295,12 @@ class TestTraps:
         assert {value.dtype for value in got} == {torch.float32}
         assert (got.comb.sum(-2) - 1).abs().max() < 1e-5
         assert (got.comb.bfloat16().float().sum(-2) - 1).abs().max() > 1e-3  # what bfloat16 would have made of it
-        out, carried = site(x, torch.tanh)
+        out, carried = through(site, x, torch.tanh)
         assert out.dtype == torch.bfloat16
         assert carried.dtype == torch.float32
         double = stirred(Connection(HyperConfig(), 32)).double()
         double.load_state_dict(site.state_dict())
-        close(out.double(), double(x.double(), torch.tanh)[0], 2**-8)
+        close(out.double(), through(double, x.double(), torch.tanh)[0], 2**-8)
 
     @pytest.mark.parametrize("name", KINDS)
     def test_autocast_rounds_no_coefficient(self, name):
@@ -303,8 +309,8 @@ class TestTraps:
         x, weight = torch.randn(2, 9, config.streams, 32), torch.randn(32, 32) / 6
 
         def run():
-            out, carried = site(x, lambda u: (u @ weight).float())
-            return *site.coefficients(x), exit(out.detach(), carried)
+            out, carried = through(site, x, lambda u: (u @ weight).float())
+            return *site.coefficients(x), exit(Streams(out.detach(), carried))
 
         expected = run()
         with torch.autocast("cpu", torch.bfloat16):
@@ -316,8 +322,8 @@ class TestTraps:
         assert ours[3].dtype == torch.float32
         close(ours[3], expected[3], 2e-2)  # the sublayer's own product is rounded
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(site(x, torch.sin)[0], eager := site(x, torch.sin)[0])
-        assert torch.equal(eager, site(x, torch.sin)[0])
+            assert torch.equal(through(site, x, torch.sin)[0], eager := through(site, x, torch.sin)[0])
+        assert torch.equal(eager, through(site, x, torch.sin)[0])
 
     @pytest.mark.parametrize("config", [HyperConfig(), HyperConfig(kind="hc")], ids=str)
     def test_equal_streams_make_the_plain_residual_network(self, config):
@@ -325,23 +331,23 @@ class TestTraps:
         for site in sites:
             site.mixer.scale.data.zero_()  # post = 1, pre sums to 1
         hidden = torch.randn(2, 5, 12)
-        streams, single = enter(hidden, config), enter(hidden, None)
+        streams, single = enter(hidden, config).values, enter(hidden, None).values
         for site, layer in zip(sites, layers, strict=True):
             sublayer = lambda u, layer=layer: layer(nn.functional.rms_norm(u, (12,))).tanh()  # noqa: E731
-            streams, _ = site(streams, sublayer)
-            single, _ = Residual()(single, sublayer)
-        close(streams.mean(2), Exit(None, 12)(single), 1e-5)
+            streams, _ = through(site, streams, sublayer)
+            single, _ = through(Residual(), single, sublayer)
+        close(streams.mean(2), Exit(None, 12)(Streams(single)), 1e-5)
 
     def test_the_start_is_nearly_the_plain_residual_network(self):
         hidden = torch.randn(2, 5, 64)
         for config in (HyperConfig(), HyperConfig(kind="single_pass")):
-            streams, carried = enter(hidden, config), None
+            streams, carried = enter(hidden, config)
             for n in range(3):
-                streams, carried = Connection(config, 64, n)(streams, torch.tanh, carried)
+                streams, carried = through(Connection(config, 64, n), streams, torch.tanh, carried)
             expected = hidden
             for _ in range(3):
                 expected = expected + torch.tanh(expected)
-            close(Exit(config, 64)(streams, carried), expected, 0.05)
+            close(Exit(config, 64)(Streams(streams, carried)), expected, 0.05)
 
 
 class TestKinds:
@@ -349,22 +355,22 @@ class TestKinds:
         config = HyperConfig(kind="single_pass")
         sites, seen = [stirred(Connection(config, 8, n)) for n in range(2)], []
         x = torch.randn(1, 3, 4, 8)
-        first, carried = sites[0](x, lambda u: seen.append(u) or u.sin())
-        last, carried_on = sites[1](first, lambda u: seen.append(u) or u.cos(), carried)
+        first, carried = through(sites[0], x, lambda u: seen.append(u) or u.sin())
+        last, carried_on = through(sites[1], first, lambda u: seen.append(u) or u.cos(), carried)
         close(seen[0], x[:, :, 0])
         pre = sites[0].coefficients(x).pre
         close(carried, pre)
         close(seen[1], (pre[..., None] * first).sum(2))
         exit = Exit(config, 8)
         assert not list(exit.parameters())
-        close(exit(last, carried_on), (sites[1].coefficients(first).pre[..., None] * last).sum(2))
+        close(exit(Streams(last, carried_on)), (sites[1].coefficients(first).pre[..., None] * last).sum(2))
 
     def test_the_carried_pre_keeps_its_gradient(self):
         config = HyperConfig(kind="single_pass")
         first, second = Connection(config, 8, 0), Connection(config, 8, 1)
-        streams, carried = first(torch.randn(1, 3, 4, 8), torch.tanh)
+        streams, carried = through(first, torch.randn(1, 3, 4, 8), torch.tanh)
         assert carried.requires_grad
-        out, _ = second(streams.detach(), torch.tanh, carried)
+        out, _ = through(second, streams.detach(), torch.tanh, carried)
         out.sum().backward()
         assert first.mixer.base.grad[:4].abs().min() > 0
 
@@ -377,12 +383,12 @@ class TestKinds:
         A_m = m.scale[0] * torch.tanh(n @ m.fn[0]) + m.base_pre
         A_r = m.scale[0] * torch.tanh(n @ m.fn[2:].T) + m.base_comb
         expected = torch.outer(B, (A_m @ H).sin()) + A_r.T @ H
-        torch.testing.assert_close(site(x, torch.sin)[0][0, 0], expected, atol=1e-12, rtol=0)
+        torch.testing.assert_close(through(site, x, torch.sin)[0][0, 0], expected, atol=1e-12, rtol=0)
 
     def test_hc_starts_as_a_residual_network_reading_stream_site_mod_s(self):
         site, seen = Connection(HyperConfig(kind="hc"), 6, 6), []
         x = torch.randn(2, 3, 4, 6)
-        out, _ = site(x, lambda u: seen.append(u) or u.sin())
+        out, _ = through(site, x, lambda u: seen.append(u) or u.sin())
         close(seen[0], x[:, :, 2])
         close(out, x + seen[0].sin()[:, :, None])
 
@@ -391,30 +397,40 @@ class TestKinds:
         assert site.mixer.fn.shape == (8, 32)
         assert site.coefficients(torch.randn(1, 2, 4, 8)).comb is None
         x = torch.randn(1, 2, 4, 8)
-        close(site(x, torch.zeros_like)[0], x)
+        close(through(site, x, torch.zeros_like)[0], x)
 
     def test_exits(self):
         x, carried = torch.randn(2, 3, 4, 8), torch.rand(2, 3, 4)
-        close(Exit(HyperConfig(kind="hc"), 8)(x), x.sum(2))
+        close(Exit(HyperConfig(kind="hc"), 8)(Streams(x)), x.sum(2))
         single = Exit(HyperConfig(kind="single_pass"), 8)
-        close(single(x, carried), (carried[..., None] * x).sum(2))
-        close(single(x), x[:, :, 0])
+        close(single(Streams(x, carried)), (carried[..., None] * x).sum(2))
+        close(single(Streams(x)), x[:, :, 0])
         learned = Exit(HyperConfig(), 8)
-        assert torch.equal(learned(x, carried), learned(x))
-        close(Exit(None, 8)(x[:, :, :1]), x[:, :, 0])
+        assert torch.equal(learned(Streams(x, carried)), learned(Streams(x)))
+        close(Exit(None, 8)(Streams(x[:, :, :1])), x[:, :, 0])
 
     def test_entry(self):
         hidden = torch.randn(2, 3, 8)
         for config, streams in ((HyperConfig(streams=3), 3), (None, 1)):
-            entered = enter(hidden, config)
+            entered = enter(hidden, config).values
             assert entered.shape == (2, 3, streams, 8)
             assert (entered == hidden[:, :, None]).all()
 
     def test_residual(self):
         x, carried = torch.randn(2, 3, 1, 8), torch.rand(2, 3, 4)
-        out, handed = Residual()(x, torch.tanh, carried)
+        out, handed = through(Residual(), x, torch.tanh, carried)
         close(out, x + x.tanh())
         assert handed is carried
+
+
+class Backwards(nn.ModuleList):
+    """A block whose sites run in the opposite order."""
+
+    def forward(self, x: Streams) -> tuple[Streams, None]:
+        for site in reversed(self):
+            u, mapping = site.read(x)
+            x = site.write(x, u.sin(), mapping)
+        return x, None
 
 
 class TestHealth:
@@ -437,7 +453,7 @@ class TestHealth:
                         else:
                             parameter.fill_(0.3)
                     combs.append(site.coefficients(streams).comb)
-                    streams, _ = site(streams, lambda u: nn.functional.rms_norm(u, (32,)))
+                    streams, _ = through(site, streams, lambda u: nn.functional.rms_norm(u, (32,)))
             return max(composite_gain(combs))
 
         assert gain(HyperConfig()) < 1.7
@@ -445,29 +461,25 @@ class TestHealth:
 
     def test_health_is_that_of_the_sites_in_the_order_they_run(self):
         config = HyperConfig(kind="hc", streams=3)
-        sites = nn.ModuleList(stirred(Connection(config, 8, n)) for n in range(3))
+        block = Backwards(stirred(Connection(config, 8, n)) for n in range(3))
         x, combs = torch.randn(2, 5, 3, 8), []
-
-        def call():
-            combs.clear()
-            streams = x
-            for site in reversed(sites):
-                combs.append(site.coefficients(streams).comb)
-                streams, _ = site(streams, torch.sin)
-            return streams
-
-        found = health(sites, call)
-        assert found == (*composite_gain(combs), spread(call()))
-        assert found[:2] != composite_gain(combs[::-1])
-        assert not any(site._forward_hooks for site in sites)
+        found = health(nn.Sequential(block), lambda: block(Streams(x)))
+        streams = x
+        for site in reversed(block):
+            combs.append(site.coefficients(streams).comb)
+            streams, _ = through(site, streams, torch.sin)
+        assert found[:2] == pytest.approx(composite_gain(combs))
+        assert found.spread == pytest.approx(spread(streams))
+        assert found[:2] != pytest.approx(composite_gain(combs[::-1]))
+        assert not any(module._forward_hooks for module in block.modules())
         assert health(nn.Linear(2, 2), lambda: None) is None
-        still = Connection(HyperConfig(mix="identity"), 8)
-        found = health(still, lambda: still(enter(torch.randn(1, 2, 8), HyperConfig()), torch.sin))
+        still = Backwards([Connection(HyperConfig(mix="identity"), 8)])
+        found = health(still, lambda: still(enter(torch.randn(1, 2, 8), HyperConfig())))
         assert (found.row_gain, found.column_gain) == (1, 1)
         assert 0 < found.spread < 0.1
 
     def test_spread(self):
-        assert spread(enter(torch.randn(1, 2, 8), HyperConfig())) == 0
+        assert spread(enter(torch.randn(1, 2, 8), HyperConfig()).values) == 0
         x = torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)
         assert spread(x) == pytest.approx(0.5)
 
@@ -495,7 +507,7 @@ def test_compiled_equals_eager():
     site, weight = stirred(Connection(HyperConfig(iterations=3), 24)), torch.randn(24, 24) / 5
 
     def loss(x):
-        return site(x, lambda u: (u @ weight).tanh())[0].square().sum()
+        return through(site, x, lambda u: (u @ weight).tanh())[0].square().sum()
 
     x = torch.randn(2, 5, 4, 24, requires_grad=True)
     grads = (torch.autograd.grad(f(x), [x, *site.parameters()]) for f in (loss, torch.compile(loss)))

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 from rorqual.layers import moba, selection, tiles
-from rorqual.layers.attention import GQA, GQAConfig
-from rorqual.layers.basics import RopeConfig, layout, rope_tables
-from rorqual.layers.cache import Past
+from rorqual.layers.attention import GQA, GQACache, GQAConfig
+from rorqual.layers.basics import RopeConfig
+from rorqual.layers.cache import Appended, BlockCache, Past
+from rorqual.layers.context import context
 from rorqual.layers.moba import MoBA, MoBAConfig, switch
 
 ROPE = RopeConfig(base=50.0)
@@ -51,8 +52,8 @@ def tensors(batch, time, heads=4, groups=2, width=6, value_width=6, **kind):
 
 
 def call(inner, q, k, v, cache=None, history=None, scale=0.4, **known):
-    where = layout(*q.shape[:2], q.device, past=history, **known)
-    return inner(q, k, v, hidden=q.flatten(2), layout=where, scale=scale, cache=cache)
+    kept = BlockCache(GQACache(Appended(), Appended(), cache)) if cache is not None else None
+    return inner(q, k, v, q.flatten(2), context(*q.shape[:2], q.device, past=history, cache=kept, **known), scale)
 
 
 def layer(block=4, chosen=2, decode="sparse", kv_heads=2, choice="token"):
@@ -68,9 +69,9 @@ def layer(block=4, chosen=2, decode="sparse", kv_heads=2, choice="token"):
 
 
 def run(attention, hidden, past=None, cache=None, **known):
-    where = layout(*hidden.shape[:2], hidden.device, past=past, **known)
-    tables = (x.to(hidden.dtype) for x in rope_tables(ROPE, attention.rope_dim, where.positions))
-    return attention(hidden, where, *tables, cache)
+    kept = BlockCache(cache) if cache is not None else None
+    known |= {"past": past, "rope": (ROPE, attention.rope_dim), "cache": kept}
+    return attention(hidden, context(*hidden.shape[:2], hidden.device, **known))[0]
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -278,8 +279,7 @@ def test_the_last_token_alone_gets_what_it_gets_among_all(choice, lead, before):
     if before:
         run(attention, hidden[:, :before], past, cache, **known[0])
     expected = run(attention, hidden[:, :30], **known[2])[:, -1:]
-    where = layout(2, 30 - before, "cpu", past=past, **known[1])
-    found = attention(hidden[:, before:30], where, *rope_tables(ROPE, 6, where.positions), cache, last=True)
+    found = run(attention, hidden[:, before:30], past, cache, last_only=True, **known[1])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     following = run(attention, hidden[:, 30:], past, cache)
     torch.testing.assert_close(following, run(attention, hidden, **known[3])[:, -1:], atol=1e-5, rtol=0)
@@ -289,10 +289,9 @@ def test_the_last_token_alone_gets_what_it_gets_among_all(choice, lead, before):
 def test_the_last_of_a_prompt_is_no_single_new_token(choice):
     """It is asked alone, and still attends as the others of its call: decode="full" begins behind the prompt."""
     attention, hidden = layer(decode="full", choice=choice), torch.randn(2, 30, 20)
-    where, expected = layout(2, 30, "cpu"), run(attention, hidden)[:, -1:]
-    tables = rope_tables(ROPE, attention.rope_dim, where.positions)
+    expected = run(attention, hidden)[:, -1:]
     for cache in (None, attention.new_cache(2, 8, hidden.dtype, hidden.device)):
-        found = attention(hidden, where, *tables, cache, last=True)
+        found = run(attention, hidden, None, cache, last_only=True)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
@@ -352,7 +351,7 @@ def test_the_last_layers_and_the_last_phase_are_full():
     assert all(part.full for part in model)
     switch(model, False)
     assert [part.full for part in model] == [False, True, True]
-    assert not model[2].new_cache(2, 8, torch.float32, torch.device("cpu")).parts  # it takes no means
+    assert model[2].new_cache(2, 8, torch.float32, torch.device("cpu")) is None  # it takes no means
     for wrong in ({"full_layers": -1}, {"full_from": 1.1}):
         with pytest.raises(ValueError, match="moba: got full_layers"):
             MoBAConfig(**wrong)

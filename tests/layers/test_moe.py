@@ -11,7 +11,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
 from rorqual.layers.balance import BalanceConfig, losses, max_violation, update_bias
-from rorqual.layers.basics import layout
+from rorqual.layers.context import context
 from rorqual.layers.experts import Experts
 from rorqual.layers.moe import MoE, MoEConfig, sort_by_expert, sort_slots
 from rorqual.layers.router import RouterConfig, Routing
@@ -145,7 +145,7 @@ def test_a_few_slots_are_not_sorted_and_come_out_the_same() -> None:
     config = MoEConfig(routed=8, active=2, shared=1, width=5, router=RouterConfig(adaptive_mass=0.3))
     moe, hidden = MoE(config, 6), torch.randn(2, 2, 6)
     present = torch.tensor([[True, True], [False, True]])
-    for where in (None, layout(2, 2, "cpu", present=present)):
+    for where in (None, context(2, 2, "cpu", present=present)):
         expected, _ = moe(hidden, where)
         with torch.no_grad():
             torch.testing.assert_close(moe(hidden, where)[0], expected)
@@ -173,13 +173,13 @@ def test_padding_takes_no_expert_and_moves_no_other_token() -> None:
     moe = MoE(MoEConfig(routed=8, active=2, shared=1, width=4), 8)
     present = torch.ones(2, 6, dtype=torch.bool)
     present[0, :2] = present[1, :5] = False
-    where = layout(2, 6, "cpu", present=present)
+    where = context(2, 6, "cpu", present=present)
     hidden = torch.randn(2, 6, 8, requires_grad=True)
     out, routing = moe(hidden, where)
     torch.testing.assert_close(out[present], moe(hidden)[0][present])
     torch.testing.assert_close(out[~present], moe.shared(hidden)[~present])
     assert int(routing.counts().sum()) == 2 * int(present.sum())
-    nothing, _ = moe(hidden, layout(2, 6, "cpu", present=torch.zeros_like(present)))
+    nothing, _ = moe(hidden, context(2, 6, "cpu", present=torch.zeros_like(present)))
     torch.testing.assert_close(nothing, moe.shared(hidden))
     nothing.sum().backward()
     assert moe.experts.down.grad.abs().sum() == 0
@@ -211,10 +211,11 @@ def test_without_shared_experts_and_with_a_width_of_their_own() -> None:
 def test_layers_that_choose_by_token_id_do_so() -> None:
     config = MoEConfig(routed=8, active=2, width=4, router=RouterConfig(token_id_layers=1))
     ids = torch.tensor([[3, 4, 3]])
+    ctx = context(1, 3, "cpu", ids=ids)
     moe = MoE(config, 8, 0, 20)
-    _, routing = moe(torch.randn(1, 3, 8), None, ids)
+    _, routing = moe(torch.randn(1, 3, 8), ctx)
     assert torch.equal(routing.chosen[0], moe.router.table[ids[0]])
-    assert not MoE(config, 8, 1, 20)(torch.randn(1, 3, 8), None, ids)[1].fixed
+    assert not MoE(config, 8, 1, 20)(torch.randn(1, 3, 8), ctx)[1].fixed
 
 
 @pytest.mark.parametrize("kind", ["autocast", "bfloat16"])
@@ -297,7 +298,7 @@ def test_compiles_without_a_break(router: RouterConfig, padded: bool, backend: s
     hidden, present = torch.randn(2, 9, 16), torch.ones(2, 9, dtype=torch.bool)
     if padded:
         present[0, :4] = False
-    where = layout(2, 9, "cpu", present=present if padded else None)
+    where = context(2, 9, "cpu", present=present if padded else None)
     found = []
     for module in (moe, torch.compile(moe, fullgraph=True, backend=backend)):
         leaf = hidden.clone().requires_grad_()

@@ -11,8 +11,9 @@ from jaxtyping import TypeCheckError
 from rorqual.kernels import nsa as twin
 from rorqual.layers import nsa, selection, tiles
 from rorqual.layers.attention import GQA, GQAConfig
-from rorqual.layers.basics import RopeConfig, layout, rope_tables, rotate
-from rorqual.layers.cache import Past
+from rorqual.layers.basics import RopeConfig, rope_tables, rotate
+from rorqual.layers.cache import BlockCache, Past
+from rorqual.layers.context import context
 from rorqual.layers.nsa import NSA, NSAConfig, attend_few, importance_of
 from rorqual.layers.selection import best_blocks
 
@@ -46,8 +47,8 @@ def layer(config=SMALL, heads=4, kv_heads=2, value_dim=None, dim=20):
 
 
 def run(attention, hidden, past=None, cache=None, **known):
-    where = layout(*hidden.shape[:2], hidden.device, past=past, **known)
-    return attention(hidden, where, *(x.to(hidden.dtype) for x in rope_tables(ROPE, 6, where.positions)), cache)
+    known |= {"past": past, "rope": (ROPE, 6), "cache": BlockCache(cache) if cache is not None else None}
+    return attention(hidden, context(*hidden.shape[:2], hidden.device, **known))[0]
 
 
 def attended(q, keys, values, scale):
@@ -127,7 +128,7 @@ def test_is_its_definition(config, time, heads, value_dim):
 def _hold(inner, config, time, heads, value_dim):
     q, k = torch.randn(1, time, heads[0], 6), torch.randn(1, time, heads[1], 6)
     v, hidden = torch.randn(1, time, heads[1], value_dim or 6), torch.randn(1, time, 20)
-    got = inner.branches(q, k, v, hidden=hidden, layout=layout(1, time, "cpu"), scale=0.4)
+    got = inner.branches(q, k, v, hidden, context(1, time, "cpu", rope=(ROPE, 6)), 0.4)
     for name, ours, expected in zip(BRANCHES, got.unbind(2), brute(inner, q, k, v, hidden, 0.4), strict=True):
         torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -136,8 +137,8 @@ def _hold(inner, config, time, heads, value_dim):
 def test_gradients_are_the_definitions(choice):
     inner, (time, heads, groups) = layer(replace(SMALL, choice=choice)).inner, (18, 4, 2)
     q, k, v = (torch.randn(1, time, n, 6, requires_grad=True) for n in (heads, groups, groups))
-    hidden, where = torch.randn(1, time, 20, requires_grad=True), layout(1, time, "cpu")
-    ours = inner(q, k, v, hidden=hidden, layout=where, scale=0.4)
+    hidden, where = torch.randn(1, time, 20, requires_grad=True), context(1, time, "cpu", rope=(ROPE, 6))
+    ours = inner(q, k, v, hidden, where, 0.4)
     gates = torch.sigmoid(inner.gate_down(F.silu(inner.gate_up(hidden)))).unflatten(-1, (3, heads))
     expected = sum(gates[:, :, n, :, None] * x for n, x in enumerate(brute(inner, q, k, v, hidden, 0.4)))
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
@@ -152,17 +153,16 @@ def test_gradients_are_the_definitions(choice):
 def test_choosing_everything_is_full_attention(time, heads, choice):
     inner = layer(NSAConfig(block=4, stride=2, select_block=4, chosen=8, window=32, choice=choice), *heads).inner
     q, k, v = (torch.randn(2, time, n, 6, requires_grad=True) for n in (heads[0], heads[1], heads[1]))
-    hidden, where = torch.randn(2, time, 20), layout(2, time, "cpu")
+    hidden, where = torch.randn(2, time, 20), context(2, time, "cpu", rope=(ROPE, 6))
 
     def full(key, value):
         three = (x.transpose(1, 2) for x in (q, key, value))
         return F.scaled_dot_product_attention(*three, is_causal=True, scale=0.4, enable_gqa=True).transpose(1, 2)
 
-    got = inner.branches(q, k, v, hidden=hidden, layout=where, scale=0.4)
+    got = inner.branches(q, k, v, hidden, where, 0.4)
     _, selected, window = got.unbind(2)
     torch.testing.assert_close(selected, full(k, v), atol=1e-5, rtol=0)
-    tables = rope_tables(ROPE, 6, where.positions)
-    own = inner._own(hidden, where, tables, (None, None))[1]
+    own = inner._own(hidden, where, None)[1]
     torch.testing.assert_close(window, full(*own), atol=1e-5, rtol=0)
     pull = torch.randn_like(selected)
     grads = (torch.autograd.grad((y * pull).sum(), (q, k, v)) for y in (selected, full(k, v)))
@@ -179,9 +179,9 @@ def test_is_the_naive_code_of_flash_linear_attention(heads, time):
     for network in (inner.compress_key, inner.compress_value):
         torch.nn.init.zeros_(network.down.weight)
     q, k, v = (torch.randn(2, time, n, 6, requires_grad=True) for n in (heads[0], heads[1], heads[1]))
-    hidden, where = torch.randn(2, time, 20, requires_grad=True), layout(2, time, "cpu")
-    ours = inner.branches(q, k, v, hidden=hidden, layout=where, scale=0.4)[:, :, :2]
-    pairs = inner._own(hidden, where, rope_tables(ROPE, 6, where.positions), (None, None))[0]
+    hidden, where = torch.randn(2, time, 20, requires_grad=True), context(2, time, "cpu", rope=(ROPE, 6))
+    ours = inner.branches(q, k, v, hidden, where, 0.4)[:, :, :2]
+    pairs = inner._own(hidden, where, None)[0]
     small = [torch.stack([part.mean(1) for part in x.split(8, 1)], 1) for x in pairs]
     compressed, _ = naive.naive_nsa_compression(q, *small, 8, 0.4)
     selected = naive.naive_nsa_selection(q, k, v, naive.naive_nsa_topk(q, small[0], 4, 8, 0.4), 8, 0.4)
@@ -217,7 +217,7 @@ def test_importance_is_the_count_of_pieces(config, time):
 def test_a_query_before_the_first_complete_block_gets_nothing_from_the_compressed():
     inner = layer().inner
     q, k, v, hidden = torch.randn(1, 9, 4, 6), torch.randn(1, 9, 2, 6), torch.randn(1, 9, 2, 6), torch.randn(1, 9, 20)
-    compressed = inner.branches(q, k, v, hidden=hidden, layout=layout(1, 9, "cpu"), scale=0.4)[:, :, 0]
+    compressed = inner.branches(q, k, v, hidden, context(1, 9, "cpu", rope=(ROPE, 6)), 0.4)[:, :, 0]
     assert (compressed[:, :3] == 0).all()
     assert (compressed[:, 3:] != 0).all()
 
@@ -352,7 +352,7 @@ def test_the_choice_carries_no_gradient(choice):
     inner = layer(replace(SMALL, choice=choice)).inner
     q, k, v = (torch.randn(1, 20, n, 6) for n in (4, 2, 2))
     hidden = torch.randn(1, 20, 20)
-    got = inner.branches(q, k.requires_grad_(), v, hidden=hidden, layout=layout(1, 20, "cpu"), scale=0.4)
+    got = inner.branches(q, k.requires_grad_(), v, hidden, context(1, 20, "cpu", rope=(ROPE, 6)), 0.4)
     got[:, :, 1].sum().backward()
     assert not any(parameter.grad.any() for parameter in inner.parameters() if parameter.grad is not None)
 
@@ -393,7 +393,7 @@ def test_autocast_changes_no_choice(choice, packed, monkeypatch):
     monkeypatch.setattr(NSA, "_choose", lambda *given: chosen.append(own(*given)) or chosen[-1])
     inner = layer(replace(SMALL, chosen=6, choice=choice)).inner
     q, k, v = (torch.randn(2, 90, *shape) for shape in ((4, 6), (2, 6), (2, 6)))
-    where = layout(2, 90, "cpu", documents=(torch.arange(90) // 70).expand(2, -1) if packed else None)
+    where = context(2, 90, "cpu", documents=(torch.arange(90) // 70).expand(2, -1) if packed else None)
     blocks = inner._compress(k, v, where, None, None)
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
@@ -556,8 +556,7 @@ def test_the_last_token_alone_gets_what_it_gets_among_all(choice, lead, before):
     if before:
         run(attention, hidden[:, :before], past, cache, **known[0])
     expected = run(attention, hidden[:, :30], **known[2])[:, -1:]
-    where = layout(2, 30 - before, "cpu", past=past, **known[1])
-    found = attention(hidden[:, before:30], where, *rope_tables(ROPE, 6, where.positions), cache, last=True)
+    found = run(attention, hidden[:, before:30], past, cache, last_only=True, **known[1])
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
     following = run(attention, hidden[:, 30:], past, cache)
     torch.testing.assert_close(following, run(attention, hidden, **known[3])[:, -1:], atol=2e-5, rtol=0)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from rorqual import kernels
 from rorqual.kernels import select
 from rorqual.layers import selection
-from rorqual.layers.basics import layout
 from rorqual.layers.cache import Past
+from rorqual.layers.context import context
 from rorqual.layers.selection import (
     Blocks,
     attend_chosen,
@@ -112,8 +112,8 @@ def test_weights_that_no_sum_shows_take_no_time_and_no_number_hides():
 def padded(lead, length, past):
     present = torch.arange(length) >= torch.tensor(lead)[:, None]
     history = Past()
-    layout(len(lead), past, "cpu", past=history, present=present[:, :past])
-    return layout(len(lead), length - past, "cpu", past=history, present=present[:, past:])
+    context(len(lead), past, "cpu", past=history, present=present[:, :past])
+    return context(len(lead), length - past, "cpu", past=history, present=present[:, past:])
 
 
 def test_rows_padded_on_the_left_are_shifted_and_others_are_not():
@@ -123,13 +123,13 @@ def test_rows_padded_on_the_left_are_shifted_and_others_are_not():
     assert where.positions.tolist() == [[5, 6], [7, 8], [2, 3]]
     assert straight(padded([2, 8], 9, 7))[1] is None  # a new token is padding
     assert straight(padded([2, 1], 40, 7))[1] is None  # many new tokens
-    assert straight(layout(2, 4, "cpu"))[1] is None
+    assert straight(context(2, 4, "cpu"))[1] is None
     history, present = Past(), torch.tensor([[True, True, False, True]])
-    layout(1, 4, "cpu", past=history, present=present)
-    assert straight(layout(1, 1, "cpu", past=history))[1] is None  # padding in between
+    context(1, 4, "cpu", past=history, present=present)
+    assert straight(context(1, 1, "cpu", past=history))[1] is None  # padding in between
     history = Past()
-    layout(1, 4, "cpu", past=history, documents=torch.zeros(1, 4, dtype=torch.long), present=torch.ones(1, 4).bool())
-    assert straight(layout(1, 1, "cpu", past=history))[1] is None
+    context(1, 4, "cpu", past=history, documents=torch.zeros(1, 4, dtype=torch.long), present=torch.ones(1, 4).bool())
+    assert straight(context(1, 1, "cpu", past=history))[1] is None
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -212,7 +212,7 @@ def test_gathered_is_masked(shape, dtype):
     query, key, value, index, positions, block, scale = case(*shape, dtype=dtype)
     history = Past()
     history.length = int(positions[0, 0])
-    where = layout(*query.shape[:2], "cpu", past=history)
+    where = context(*query.shape[:2], "cpu", past=history)
     given = [x.clone().requires_grad_() for x in (query, key, value)]
     masked = selection.masked_attention(*given, index, where, slice(0, query.shape[1]), None, block, scale)
     gathered = selected_attention(*given, index, positions, block, scale)
@@ -229,7 +229,7 @@ def test_the_way_is_chosen_by_what_is_asked(monkeypatch):
     query, key, value, index, _, block, scale = case(1, 8, 4, 2, 2, 6, 6, 64, 2, 4)
     history = Past()
     history.length = 56
-    where, used = layout(1, 8, "cpu", past=history), []
+    where, used = context(1, 8, "cpu", past=history), []
     for name in ("selected_attention", "masked_attention"):
         way = getattr(selection, name)
         monkeypatch.setattr(selection, name, lambda *g, way=way, name=name: (used.append(name), way(*g))[1])
@@ -262,7 +262,7 @@ def test_full_attention_is_its_definition(past, time, monkeypatch):
     history.length = past
     every = torch.zeros(2, time, 2, 1, dtype=torch.long)
     expected = brute(query, key, value, every, torch.arange(past, length).expand(2, -1), length, 0.4)
-    out = full_attention(query, key, value, layout(2, time, "cpu", past=history), 0.4)
+    out = full_attention(query, key, value, context(2, time, "cpu", past=history), 0.4)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rorqual import kernels
 from rorqual.layers import streams
-from rorqual.layers.hyper import Connection, HyperConfig
+from rorqual.layers.hyper import Connection, HyperConfig, Streams
 from rorqual.layers.streams import sinkhorn
 
 pytestmark = pytest.mark.hyper
@@ -136,14 +136,17 @@ def test_tiles_write_as_the_formula(tiled: torch.device, poisoned: None) -> None
 def test_a_site_of_tiles_is_a_site(kind: str, tiled: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Strided gradients, a carried pre that is a view, and what Connection picks."""
     sites = [Connection(HyperConfig(kind=kind, streams=3, iterations=3), 10, n).to(tiled) for n in range(2)]
-    x, pull, found = torch.randn(2, 5, 3, 10), torch.randn(2, 3, 5, 10).transpose(1, 2), []
+    start, pull, found = torch.randn(2, 5, 3, 10), torch.randn(2, 3, 5, 10).transpose(1, 2), []
     for choice in ("reference", "triton"):
         asked = ",".join(f"{name}={choice}" for name in ("hyper_collapse", "hyper_write"))
         monkeypatch.setitem(os.environ, kernels.VARIABLE, asked)
-        assert (kernels.pick("hyper_write", streams.write, x.to(tiled)) is streams.write) == (choice == "reference")
-        given = x.to(tiled).requires_grad_()
-        made, carried = sites[0](given, torch.sin)
-        made, _ = sites[1](made, torch.cos, carried)
+        assert (kernels.pick("hyper_write", streams.write, start.to(tiled)) is streams.write) == (choice == "reference")
+        given = start.to(tiled).requires_grad_()
+        x = Streams(given)
+        for site, sublayer in zip(sites, (torch.sin, torch.cos), strict=True):
+            u, mapping = site.read(x)
+            x = site.write(x, sublayer(u), mapping)
+        made = x.values
         parameters = [p for site in sites for p in site.parameters()]
         total = (made * pull.to(tiled)).sum()
         found.append([made, *torch.autograd.grad(total, [given, *parameters], materialize_grads=True)])

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rorqual.layers import selection
 from rorqual.layers.attention import GQA, GQAConfig
-from rorqual.layers.basics import RopeConfig, layout, rope_tables
+from rorqual.layers.basics import RopeConfig
 from rorqual.layers.cache import Past, Recent
+from rorqual.layers.context import context
 from rorqual.layers.moba import MoBA, MoBAConfig
 from rorqual.layers.nsa import NSA, NSAConfig
 from rorqual.layers.tiles import TILE, attend_tiles, block_mask, flex_tiles, loop_tiles
@@ -118,8 +119,7 @@ def test_a_compiled_call_is_one_graph():
         attention = GQA(gqa, 32, rope, inner)
 
         def call(x, attention=attention, documents=documents):
-            where = layout(*x.shape[:2], "cpu", documents=documents)
-            return attention(x, where, *rope_tables(rope, 8, where.positions))
+            return attention(x, context(*x.shape[:2], "cpu", documents=documents, rope=(rope, 8)))[0]
 
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
         ours, theirs = (hidden.clone().requires_grad_() for _ in range(2))
@@ -137,7 +137,7 @@ def test_the_choice_goes_from_call_to_call(pieces):
     query, key, value = tensors(300, 4, 2)
     index, cache, history, outs, done = choice_of_tiles(300, 2, 3, 32), Recent(1), Past(), [], 0
     for count in pieces:
-        where = layout(2, count, "cpu", past=history)
+        where = context(2, count, "cpu", past=history)
 
         def choose(rows, done=done):
             assert (rows + done).remainder(TILE).eq(0).all(), "somebody who is not a tile's first was asked"
@@ -176,8 +176,6 @@ def test_prefill_forms_no_square(kind, choice, twin, monkeypatch):
     elif kind == "full":
         inner.full = True
     attention = GQA(gqa, 8, rope, inner)
-    where = layout(1, time, "cpu")
-    tables = rope_tables(rope, 4, where.positions)
     with torch.no_grad(), Largest() as largest:
-        attention(torch.randn(1, time, 8), where, *tables)
+        attention(torch.randn(1, time, 8), context(1, time, "cpu", rope=(rope, 4)))
     assert largest.elements <= 2 * 64 * time
