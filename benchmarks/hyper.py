@@ -38,9 +38,9 @@ class Block(nn.Module):
 
     def forward(self, streams: torch.Tensor) -> torch.Tensor:
         h, mapping = self.sites[0].read(Streams(streams))
-        x = self.sites[0].write(Streams(streams), self.attention(self.norms[0](h), self.ctx)[0], mapping)
+        x = self.sites[0].write(self.attention(self.norms[0](h), self.ctx)[0], mapping)
         h, mapping = self.sites[1].read(x)
-        return self.sites[1].write(x, self.ffn(self.norms[1](h)), mapping).values
+        return self.sites[1].write(self.ffn(self.norms[1](h)), mapping).values
 
 
 def step(block: Callable, streams: torch.Tensor) -> Callable[[], None]:

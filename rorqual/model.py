@@ -100,11 +100,11 @@ class Block(nn.Module):
         h, mapping = self.attention_site.read(x)  # [B, T, D], and how its output is written back
         out, lesson = self.attention(self.attention_norm(h), ctx)
         if ctx.last_only:  # of the positions before, the keys alone were wanted
-            x, mapping, ctx = x.last(), mapping.last(), ctx.last()
-        x = self.attention_site.write(x, out, mapping)
+            mapping, ctx = mapping.last(), ctx.last()
+        x = self.attention_site.write(out, mapping)
         h, mapping = self.ffn_site.read(x)
         out, routing = self._feed_forward(self.ffn_norm(h), ctx)
-        return self.ffn_site.write(x, out, mapping), Aux(lesson, routing)
+        return self.ffn_site.write(out, mapping), Aux(lesson, routing)
 
     def _feed_forward(self, normed: Tensor, ctx: Context) -> tuple[Tensor, Routing | None]:
         if isinstance(self.ffn, MoE):

@@ -164,6 +164,7 @@ def losses(given: Mapping[str, Any]) -> list[str]:
     for step in range(given["steps"]):
         if moba is not None:
             switch(model, step + 1 > moba.full_from * given["steps"])
+        optimizer.zero_grad()
         loss = loss_of(model, given, step, warm=dsa is not None and step < dsa.warmup)
         loss.total.backward()
         optimizer.clip()
@@ -174,7 +175,6 @@ def losses(given: Mapping[str, Any]) -> list[str]:
                 loss.counts[number],
                 mixture.config.balance.bias_rate,
             )
-        optimizer.zero_grad()
         found.append(loss.total.item().hex())
     return found
 

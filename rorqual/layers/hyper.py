@@ -30,19 +30,22 @@ from rorqual.model_config import HyperConfig as HyperConfig
 
 
 class Mapping(NamedTuple):
-    """How a site writes its sublayer's output back, and the pre-mapping that it hands on."""
+    """What a site read and how its sublayer's output is written back: tokens of all rows first, or last."""
 
-    post: Float[Tensor, "S B T"] | None = None  # None: the output is added to the only stream
-    comb: Float[Tensor, "S S B T"] | None = None  # None: the streams do not mix
-    pre: Float[Tensor, "B T S"] | None = None
+    streams: Float[Tensor, "N S D"]
+    shape: tuple[int, int]  # batch and time, N = B T
+    post: Float[Tensor, "S N"] | None = None  # None: the output is added to the only stream
+    comb: Float[Tensor, "S S N"] | None = None  # None: the streams do not mix
+    pre: Float[Tensor, "S N"] | None = None  # the pre-mapping that is handed on
 
     def last(self) -> "Mapping":
         """The last position alone."""
-        return Mapping(
-            None if self.post is None else self.post[..., -1:],
-            None if self.comb is None else self.comb[..., -1:],
-            None if self.pre is None else self.pre[:, -1:],
+        batch, time = self.shape
+        others = (
+            None if tokens_last is None else tokens_last.unflatten(-1, (batch, time))[..., -1]
+            for tokens_last in (self.post, self.comb, self.pre)
         )
+        return Mapping(self.streams.unflatten(0, (batch, time))[:, -1], (batch, 1), *others)
 
 
 class Coefficients(NamedTuple):
@@ -172,36 +175,35 @@ class Connection(nn.Module):
     def read(self, x: Streams) -> tuple[Float[Tensor, "B T D"], Mapping]:
         """The sublayer's input, sum_i pre_i x_i, and how its output is to be written back."""
         batch, time, S, dim = x.values.shape
-        single = self.config.kind == "single_pass"
-        with unrounded(x.values):
+        flat, single = x.values.reshape(batch * time, S, dim), self.config.kind == "single_pass"
+        with unrounded(flat):
             handed_on = x.pre.flatten(0, 1).T if single and x.pre is not None else None
-            u, pre, post, comb = self.mixer(x.values.reshape(batch * time, S, dim), handed_on)
+            u, pre, post, comb = self.mixer(flat, handed_on)
         if single and x.pre is None:
             # the first site's pre-mapping is one-hot on stream 0
             u = x.values[:, :, 0]
-        comb = None if comb is None else comb.view(S, S, batch, time)
-        return u.view(batch, time, dim), Mapping(post.view(S, batch, time), comb, pre.T.view(batch, time, S))
+        return u.view(batch, time, dim), Mapping(flat, (batch, time), post, comb, pre)
 
-    def write(self, x: Streams, out: Float[Tensor, "B T D"], mapping: Mapping) -> Streams:
+    def write(self, out: Float[Tensor, "B T D"], mapping: Mapping) -> Streams:
         """x_k <- post_k out + sum_j comb[j, k] x_j."""
-        assert mapping.post is not None
-        flat = x.values.flatten(0, 1)
-        comb = None if mapping.comb is None else mapping.comb.flatten(2)
+        flat, shape, post, comb, pre = mapping
+        assert pre is not None
         with unrounded(flat):
-            written = pick("hyper_write", write, flat)(flat, out.flatten(0, 1), mapping.post.flatten(1), comb)
-        return Streams(written.view_as(x.values), mapping.pre)
+            written = pick("hyper_write", write, flat)(flat, out.flatten(0, 1), post, comb)
+        return Streams(written.unflatten(0, shape), pre.T.unflatten(0, shape))
 
 
 class Residual(nn.Module):
     """The plain residual connection, x + F(x), with the methods of Connection for a single stream."""
 
     def read(self, x: Streams) -> tuple[Float[Tensor, "B T D"], Mapping]:
-        """The stream itself; a pre-mapping is handed on untouched."""
-        return x.values[:, :, 0], Mapping(pre=x.pre)
+        """The stream itself; nobody's pre-mapping is handed on."""
+        batch, time = x.values.shape[:2]
+        return x.values[:, :, 0], Mapping(x.values.flatten(0, 1), (batch, time))
 
-    def write(self, x: Streams, out: Float[Tensor, "B T D"], mapping: Mapping) -> Streams:
+    def write(self, out: Float[Tensor, "B T D"], mapping: Mapping) -> Streams:
         """x + out."""
-        return Streams(x.values + out[:, :, None], mapping.pre)
+        return Streams(mapping.streams.unflatten(0, mapping.shape) + out[:, :, None])
 
 
 def enter(hidden: Float[Tensor, "B T D"], config: HyperConfig | None) -> Streams:

@@ -26,10 +26,6 @@ class Streams(NamedTuple):
         """The streams with `update` added to their values."""
         return self._replace(values=self.values + update)
 
-    def last(self) -> "Streams":
-        """The last position alone."""
-        return Streams(self.values[:, -1:], None if self.pre is None else self.pre[:, -1:])
-
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The precision of coefficients: float32, or float64 for float64 streams."""

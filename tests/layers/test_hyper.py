@@ -50,7 +50,7 @@ RELEASED = [  # and what a config.json may say as well
 def through(site: nn.Module, x: torch.Tensor, sublayer, pre: torch.Tensor | None = None):
     """The streams after one sublayer, and the pre-mapping that is handed on."""
     u, mapping = site.read(Streams(x, pre))
-    return site.write(Streams(x, pre), sublayer(u), mapping)
+    return site.write(sublayer(u), mapping)
 
 
 def plain(config: HyperConfig, site: Connection, x: torch.Tensor, sublayer) -> torch.Tensor:
@@ -417,10 +417,21 @@ class TestKinds:
             assert (entered == hidden[:, :, None]).all()
 
     def test_residual(self):
-        x, carried = torch.randn(2, 3, 1, 8), torch.rand(2, 3, 4)
-        out, handed = through(Residual(), x, torch.tanh, carried)
+        x = torch.randn(2, 3, 1, 8)
+        out, handed_on = through(Residual(), x, torch.tanh)
         close(out, x + x.tanh())
-        assert handed is carried
+        assert handed_on is None
+
+    @pytest.mark.parametrize("kind", ["mhc", "single_pass", "hc", "residual"])
+    def test_the_last_position_is_written_as_among_all(self, kind):
+        config = HyperConfig(kind=kind) if kind != "residual" else None
+        site = stirred(Connection(config, 8)) if config else Residual()
+        x = Streams(torch.randn(2, 5, 4 if config else 1, 8))
+        u, mapping = site.read(x)
+        whole, last = site.write(u.sin(), mapping), site.write(u.sin()[:, -1:], mapping.last())
+        close(last.values, whole.values[:, -1:])
+        if config:
+            close(last.pre, whole.pre[:, -1:])
 
 
 class Backwards(nn.ModuleList):
@@ -429,7 +440,7 @@ class Backwards(nn.ModuleList):
     def forward(self, x: Streams) -> tuple[Streams, None]:
         for site in reversed(self):
             u, mapping = site.read(x)
-            x = site.write(x, u.sin(), mapping)
+            x = site.write(u.sin(), mapping)
         return x, None
 
 

@@ -145,7 +145,7 @@ def test_a_site_of_tiles_is_a_site(kind: str, tiled: torch.device, monkeypatch: 
         x = Streams(given)
         for site, sublayer in zip(sites, (torch.sin, torch.cos), strict=True):
             u, mapping = site.read(x)
-            x = site.write(x, sublayer(u), mapping)
+            x = site.write(sublayer(u), mapping)
         made = x.values
         parameters = [p for site in sites for p in site.parameters()]
         total = (made * pull.to(tiled)).sum()
