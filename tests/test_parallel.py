@@ -33,8 +33,8 @@ from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.train import engine
 from rorqual.train.config import DataConfig, OptimConfig, TrainConfig
+from rorqual.train.metrics import needle_accuracy
 from rorqual.train.optim import Optimizer
-from rorqual.train.record import answer
 from rorqual.train.trainer import losses, train
 
 CONFIG = ModelConfig(
@@ -297,7 +297,7 @@ def test_two_ranks_answer_the_exam_that_one_sets(folder):
     """Each rank draws questions of its own to learn from; held out are the same, three batches shared by two."""
     config = config_of(folder, "two_needles")
     model = checkpoint.load_model(Path(config.folder)).eval()
-    expected = answer(model, exams(config.needles, config.rows, config.length), torch.float32)
+    expected = needle_accuracy(model, exams(config.needles, config.rows, config.length), torch.float32)
     found = found_in(Path(config.folder))
     assert len(found) > 10
     assert {name: value for name, value in expected.items() if name in found} == pytest.approx(found)

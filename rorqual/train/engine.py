@@ -1,8 +1,9 @@
 """Our model, batches and checkpoints in -> what OLMo-core's trainer drives out.
 
 OLMo-core owns the loop, its callbacks and the signals. Here are the four parts it is given: `Module` (losses,
-gradients, the optimizer, the routers' biases), `Loader` (our stream), `Store` (our checkpoints) and `Keeper` (when to
-write them, which to drop). Its own checkpoints are pickles; `Store` leaves no way to them.
+gradients, the optimizer, the routers' biases), `Loader` (our stream), `SafetensorsCheckpointer` (our checkpoints) and
+`CheckpointCallback` (when to write them, which to drop). Its own checkpoints are pickles; `SafetensorsCheckpointer`
+leaves no way to them.
 """
 
 import random
@@ -30,8 +31,8 @@ from rorqual.layers.moe import MoE
 from rorqual.model import IGNORED, Loss
 from rorqual.train.optim import Diverged, Optimizer, schedule
 
-LOOK = 50  # steps between two looks at the residual streams
-STREAMS = ("row_gain", "column_gain", "stream_spread")  # what is seen
+STREAM_INTERVAL = 50  # steps between two looks at the residual streams
+STREAM_METRICS = ("row_gain", "column_gain", "stream_spread")  # what is seen
 
 
 class Module(TrainModule):
@@ -61,8 +62,8 @@ class Module(TrainModule):
         self.micro_rows, self.dtype, self.late, self.mtp_late = micro_rows, dtype, late, mtp_late
         self.indexer_alone, self.device = indexer_alone, next(model.parameters()).device
         self.mixtures = [module for module in model.modules() if isinstance(module, MoE)]
-        self.counts: Tensor | None = None  # tokens each expert took since the last optimizer step
-        self.load: Tensor | None = None  # the same of the last step, over all ranks, [mixtures, E]
+        self.expert_counts: Tensor | None = None  # tokens each expert took since the last optimizer step
+        self.expert_load: Tensor | None = None  # the same of the last step, over all ranks, [mixtures, E]
         self.losses: dict[str, Tensor] = {}  # of the batch whose gradients are waiting
         self.skip_limit = skip_limit
         # steps that updated nothing: of the whole run, and of those the last ones in a row
@@ -74,21 +75,21 @@ class Module(TrainModule):
         if (moba := self.model.config.moba) is not None:  # type: ignore[union-attr]
             switch(self.model, self.trainer.global_step > moba.full_from * self.steps)  # type: ignore[operator, union-attr]
         if dry_run:
-            with untouched_randomness():
+            with unchanged_random_state():
                 self._accumulate(batch)
             self.zero_grads()
             return
-        self._look(batch)
+        self._measure_streams(batch)
         self.losses = self._accumulate(batch)
 
-    def _look(self, batch: dict[str, Any]) -> None:
+    def _measure_streams(self, batch: dict[str, Any]) -> None:
         """Every so many steps, how the streams fare on one row, before it is learnt from."""
-        if self.model.config.hyper is None or (self.trainer.global_step - 1) % LOOK:  # type: ignore[union-attr]
+        if self.model.config.hyper is None or (self.trainer.global_step - 1) % STREAM_INTERVAL:  # type: ignore[union-attr]
             return
         ids, labels, documents = (batch[name][:1].to(self.device) for name in ("input_ids", "labels", "documents"))
-        with untouched_randomness(), autocast(self.device, self.dtype):
+        with unchanged_random_state(), autocast(self.device, self.dtype):
             found = health(self.model, lambda: self.model.loss(ids, labels, documents=documents))  # type: ignore[operator]
-        for name, value in zip(STREAMS, found or (), strict=True):
+        for name, value in zip(STREAM_METRICS, found or (), strict=True):
             self.record_metric(name, value, ReduceType.max)
 
     def _accumulate(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -96,37 +97,37 @@ class Module(TrainModule):
         rows = self.micro_rows or len(ids)
         tokens = parallel.total((labels != IGNORED).sum())
         sums: dict[str, Tensor] = {}
-        self.counts = None
+        self.expert_counts = None
         for at in range(0, len(ids), rows):
             part = slice(at, at + rows)
             with autocast(self.device, self.dtype):
-                loss = self.model.loss(ids[part], labels[part], documents=documents[part], warm=self.warm)  # type: ignore[operator]
+                loss = self.model.loss(ids[part], labels[part], documents=documents[part], warm=self.indexer_warmup)  # type: ignore[operator]
             # ranks average their gradients, so a rank's share is counted against the mean of all
             share = loss.tokens * parallel.world() / tokens
-            (self._minimised(loss) * share).backward()
+            (self._training_loss(loss) * share).backward()
             for name, value in _losses(loss).items():
                 sums[name] = sums.get(name, 0.0) + value.detach() * share
             if loss.counts is not None:
-                self.counts = loss.counts if self.counts is None else self.counts + loss.counts
+                self.expert_counts = loss.counts if self.expert_counts is None else self.expert_counts + loss.counts
         return sums
 
-    def _minimised(self, loss: Loss) -> Tensor:
+    def _training_loss(self, loss: Loss) -> Tensor:
         """The total, with MTP at its late weight once that time has come; the indexers' loss where they learn alone."""
-        if self.alone and loss.lesson is not None:
+        if self.indexers_alone and loss.lesson is not None:
             return self.model.config.dsa.weight * loss.lesson.loss  # type: ignore[operator, union-attr]
         if loss.mtp is None or self.mtp_late is None or 3 * self.trainer.global_step <= 2 * self.steps:
             return loss.total
         return loss.total + (self.mtp_late - self.model.config.mtp.weight) * loss.mtp  # type: ignore[operator, union-attr]
 
     @property
-    def warm(self) -> bool:
+    def indexer_warmup(self) -> bool:
         """Whether DSA's indexers warm up in this step, which its number alone tells."""
         dsa = self.model.config.dsa  # type: ignore[union-attr]
         return dsa is not None and self.trainer.global_step <= dsa.warmup  # type: ignore[union-attr]
 
     @property
-    def alone(self) -> bool:
-        return self.indexer_alone and self.warm
+    def indexers_alone(self) -> bool:
+        return self.indexer_alone and self.indexer_warmup
 
     def optim_step(self) -> None:
         """Update everything, unless a loss or a gradient of any rank is not finite: then nothing."""
@@ -152,9 +153,9 @@ class Module(TrainModule):
     def _update(self, step: int, factor: float) -> None:
         self.skipped_in_a_row = 0
         self.optimizer.step(factor)
-        if self.counts is not None:
+        if self.expert_counts is not None:
             late = self.late is not None and step >= self.late
-            self._balance(parallel.total(self.counts), resting=late or self.alone)
+            self._balance(parallel.total(self.expert_counts), resting=late or self.indexers_alone)
 
     def _not_finite(self, values: Mapping[str, Tensor]) -> set[str]:
         """The names of those that are NaN or infinite on any rank, so that all ranks decide alike."""
@@ -164,7 +165,7 @@ class Module(TrainModule):
 
     def _skip(self, what: str) -> None:
         """Leave everything as it is. Diverged where that happened too often in a row."""
-        self.load = None
+        self.expert_load = None
         self.skipped += 1
         self.skipped_in_a_row += 1
         step, count = self.trainer.global_step, self.skipped_in_a_row
@@ -180,7 +181,7 @@ class Module(TrainModule):
 
     def _balance(self, counts: Tensor, resting: bool) -> None:
         """Loss-free balancing: once a step, over all micro-batches and ranks."""
-        self.load, worst = counts, [max_violation(count) for count in counts]
+        self.expert_load, worst = counts, [max_violation(count) for count in counts]
         self.record_metric("max_violation", max(worst))
         for mixture, count in zip(self.mixtures, counts, strict=True):
             rate = 0.0 if resting else mixture.config.balance.bias_rate
@@ -235,7 +236,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 @contextmanager
-def untouched_randomness() -> Iterator[None]:
+def unchanged_random_state() -> Iterator[None]:
     """Whatever is drawn inside, the generators of Python, numpy and torch stand as before after it."""
     python, arrays = random.getstate(), np.random.get_state()
     try:
@@ -283,7 +284,7 @@ class Loader(DataLoaderBase):
         self.batches_processed = state_dict["batches_processed"]
 
 
-class Written(Future):
+class WriteFuture(Future):
     """The future of work on another thread that completes only on the thread which asks, so callbacks run there."""
 
     def __init__(self, work: Future) -> None:
@@ -312,7 +313,7 @@ class Written(Future):
         return super().result(timeout)
 
 
-class Store(Checkpointer):
+class SafetensorsCheckpointer(Checkpointer):
     """Checkpoints by `rorqual.checkpoint` alone: every way of the base class to its pickles is overridden."""
 
     METADATA_FNAME: ClassVar[str] = checkpoint.DIGEST
@@ -335,7 +336,7 @@ class Store(Checkpointer):
         tensors = {name: tensor.detach().clone() for name, tensor in live.items()}
         state = checkpoint.decode(checkpoint.encode(train_state))
         folder, group = _folder(dir), self.process_group
-        return Written(self.writer.submit(checkpoint.save_state, folder, tensors, state, group=group))
+        return WriteFuture(self.writer.submit(checkpoint.save_state, folder, tensors, state, group=group))
 
     def load(
         self,
@@ -350,7 +351,7 @@ class Store(Checkpointer):
         if load_optim_state is False or load_trainer_state is False or reset_optimizer_states_on_load:
             raise ValueError("got a part of a checkpoint asked for, expected the whole: load_model reads weights alone")
         state = train_module.state_dict()
-        fixed = {name: tensor.clone() for name, tensor in state.items() if _fixed(name, tensor)}
+        fixed = {name: tensor.clone() for name, tensor in state.items() if _is_address(name, tensor)}
         values = checkpoint.load_state(_folder(dir), state, group=self.process_group)
         for name, tensor in fixed.items():
             if not torch.equal(tensor, state[name]):
@@ -386,7 +387,7 @@ def _good_state(module: TrainModule, step: int) -> dict[str, Tensor]:
     return state
 
 
-def _fixed(name: str, tensor: Tensor) -> bool:
+def _is_address(name: str, tensor: Tensor) -> bool:
     """Whole numbers of a model are Engram's addresses: they are given, not learnt."""
     return name.startswith("model.") and not tensor.is_floating_point()
 
@@ -397,7 +398,7 @@ def _folder(dir: Any) -> Path:
     return Path(dir)
 
 
-class Keeper(CheckpointerCallback):
+class CheckpointCallback(CheckpointerCallback):
     """Writes every so many steps, while training goes on, and at the end; keeps the newest, of earlier sessions too."""
 
     def __init__(self, every: int, keep: int) -> None:
@@ -449,7 +450,7 @@ def fit(module: Module, loader: Loader, folder: Path, collect: int, callbacks: d
         train_module=module,
         data_loader=loader,
         device=module.device,
-        checkpointer=Store(folder),
+        checkpointer=SafetensorsCheckpointer(folder),
         callbacks=callbacks,
         max_duration=Duration.steps(module.steps),
         metrics_collect_interval=collect,
@@ -467,7 +468,7 @@ def fit(module: Module, loader: Loader, folder: Path, collect: int, callbacks: d
 
 def metrics_of(found: Mapping[str, float]) -> dict[str, float]:
     """The engine's names of a step's metrics -> ours, in the order they are written."""
-    plain = ("total", "mtp", "indexer", "indexer_recall", "lr", "grad_norm", *STREAMS)
+    plain = ("total", "mtp", "indexer", "indexer_recall", "lr", "grad_norm", *STREAM_METRICS)
     ours = {"loss": found["train/CE loss"]} if "train/CE loss" in found else {}
     ours |= {name: found[name] for name in plain if name in found}
     ours |= {name.replace("/", "_"): value for name, value in found.items() if name.startswith("balance/")}

@@ -56,7 +56,7 @@ class Stopped(KeyboardInterrupt):
     """Training was asked to stop (ctrl-C, SIGTERM); it saved first. The message says how to go on."""
 
 
-class Prepared(NamedTuple):
+class TextSource(NamedTuple):
     """A text, ready to train on."""
 
     tokenizer: Tokenizer
@@ -86,7 +86,7 @@ class Prepared(NamedTuple):
         )
 
 
-class Asked(NamedTuple):
+class NeedleSource(NamedTuple):
     """Questions in place of a text; their language has no tokenizer."""
 
     needles: NeedleConfig
@@ -111,7 +111,7 @@ class Asked(NamedTuple):
         return f"questions about {self.needles.needles} pairs hidden in a text; vocabulary {self.vocabulary:,}"
 
 
-def prepare(data: DataConfig, *, progress: Callable[[int], None] | None = None) -> Prepared:
+def prepare(data: DataConfig, *, progress: Callable[[int], None] | None = None) -> TextSource:
     """Text -> tokenizer and token files, from the cache where they are there. `progress`: bytes tokenised so far."""
     cache, corpus = Path(data.cache), open_corpus(data.source, column=data.column, limit=data.limit)
     if data.tokenizer is not None:
@@ -126,7 +126,7 @@ def prepare(data: DataConfig, *, progress: Callable[[int], None] | None = None) 
                 raise ValueError(f"{corpus.name}: got one document, expected at least two, one of them to validate on")
             train_tokenizer(chain([first], texts), vocabulary).save(folder)
         tokenizer = Tokenizer.load(folder)
-    return Prepared(tokenizer, tokenise(corpus, tokenizer, cache / "tokens", progress=progress))
+    return TextSource(tokenizer, tokenise(corpus, tokenizer, cache / "tokens", progress=progress))
 
 
 def train(config: TrainConfig, *, on_metrics: Callable[[dict[str, Any]], None] | None = None) -> Path:
@@ -147,7 +147,7 @@ def train(config: TrainConfig, *, on_metrics: Callable[[dict[str, Any]], None] |
     refuse(config)
     joined = parallel.join(device)
     try:
-        with _full_disk_said(folder), _alone(folder), ExitStack() as after:
+        with _explain_full_disk(folder), _exclusive(folder), ExitStack() as after:
             _claim(folder, config)
             _train(config, folder, device, on_metrics, after)
             if parallel.rank() == 0:
@@ -194,7 +194,7 @@ def _train(config: TrainConfig, folder: Path, device: torch.device, tell: Callab
     import olmo_core
 
     logging.getLogger(olmo_core.__name__).setLevel(logging.CRITICAL)  # what it raises is enough
-    from rorqual.train import engine, record
+    from rorqual.train import engine, metrics
 
     data = _prepared(config)
     runtime.seed_everything(config.seed)
@@ -213,18 +213,20 @@ def _train(config: TrainConfig, folder: Path, device: torch.device, tell: Callab
     )
     if parallel.rank() == 0:
         checkpoint.describe_model(folder, model.config, data.tokenizer)
-    validator = record.Validator(
+    validator = metrics.ValidationCallback(
         score=lambda whole: _score(config, data, model, dtype, whole),
-        recorder=record.Recorder(
+        recorder=metrics.MetricsCallback(
             folder, config.rows * config.length, config.steps, tell, lambda: _trial(config, data, model, dtype)
         ),
         every=_validate_every(config),
         continued=lambda: _continued(config, data, model, dtype),
         # with one validation the best weights are the last, which the model is written from
-        best=record.Best(folder / "checkpoints" / checkpoint.BEST, model) if _validate_every(config) else None,
+        best=metrics.BestCheckpoint(folder / "checkpoints" / checkpoint.BEST, model)
+        if _validate_every(config)
+        else None,
     )
     loader = engine.Loader(_stream(config, data), folder, data.vocabulary)
-    keeper = engine.Keeper(config.save_every, config.keep)
+    keeper = engine.CheckpointCallback(config.save_every, config.keep)
     callbacks = {"recorder": validator.recorder, "validator": validator, "checkpointer": keeper}
     step = engine.fit(module, loader, folder / "checkpoints", config.log_every, callbacks)
     if step < config.steps:
@@ -238,12 +240,14 @@ def _train(config: TrainConfig, folder: Path, device: torch.device, tell: Callab
     checkpoint.save_model(folder, model, data.tokenizer)
 
 
-def _trial(config: TrainConfig, data: Prepared | Asked, model: LanguageModel, dtype: torch.dtype) -> float:
+def _trial(config: TrainConfig, data: TextSource | NeedleSource, model: LanguageModel, dtype: torch.dtype) -> float:
     """Estimates the seconds of one step."""
-    from rorqual.train import record
+    from rorqual.train import metrics
 
     rows = config.rows // parallel.world()
-    return record.trial(model, data.vocabulary, rows, min(config.micro_rows or rows, rows), config.length, dtype)
+    return metrics.estimate_step_seconds(
+        model, data.vocabulary, rows, min(config.micro_rows or rows, rows), config.length, dtype
+    )
 
 
 def _stopped(message: str) -> Stopped:
@@ -259,42 +263,44 @@ def _validate_every(config: TrainConfig) -> int:
     return 0 if config.needles is not None else max(LEAST_BETWEEN, -(-config.steps // VALIDATIONS))
 
 
-def _continued(config: TrainConfig, data: Prepared | Asked, model: LanguageModel, dtype: torch.dtype) -> dict[str, str]:
+def _continued(
+    config: TrainConfig, data: TextSource | NeedleSource, model: LanguageModel, dtype: torch.dtype
+) -> dict[str, str]:
     """How the model goes on from the beginning of a document that it is never trained on."""
-    from rorqual.train import record
+    from rorqual.train import metrics
 
-    if isinstance(data, Asked):
+    if isinstance(data, NeedleSource):
         return {}
-    first = next(validation_batches(data.tokens.validation, 1, record.PROMPT + 1))
+    first = next(validation_batches(data.tokens.validation, 1, metrics.PROMPT_TOKENS + 1))
     ids = first["ids"][0][first["documents"][0] == first["documents"][0, 0]]
     # a token takes a small part of a step's time, so that a run of few steps shows few
-    count = min(record.CONTINUED, max(4, (_validate_every(config) or config.steps) // 4))
-    prompt, sample = record.continued(model, ids, count, data.vocabulary, dtype)
+    count = min(metrics.SAMPLE_TOKENS, max(4, (_validate_every(config) or config.steps) // 4))
+    prompt, sample = metrics.sample_continuation(model, ids, count, data.vocabulary, dtype)
     decode = data.tokenizer.decode
     return {"prompt": decode(token for token in prompt if token != data.tokenizer.begin_id), "sample": decode(sample)}
 
 
 def _score(
-    config: TrainConfig, data: Prepared | Asked, model: LanguageModel, dtype: torch.dtype, whole: bool
+    config: TrainConfig, data: TextSource | NeedleSource, model: LanguageModel, dtype: torch.dtype, whole: bool
 ) -> dict[str, float]:
     """What validation finds: over all that is asked for, or over the sample that is read while training goes on."""
-    from rorqual.train import record
+    from rorqual.train import metrics
 
-    if isinstance(data, Asked):
+    if isinstance(data, NeedleSource):
         rank, world = parallel.rank(), parallel.world()
-        return record.answer(model, exams(data.needles, config.rows, config.length, rank, world), dtype)
+        return metrics.needle_accuracy(model, exams(data.needles, config.rows, config.length, rank, world), dtype)
     held = data.tokens.validation
-    return record.validate(model, _held_out(config, data, whole), held.bytes / len(held), dtype)
+    return metrics.validate(model, _held_out(config, data, whole), held.bytes / len(held), dtype)
 
 
-def _stream(config: TrainConfig, data: Prepared | Asked) -> Stream | NeedleStream:
+def _stream(config: TrainConfig, data: TextSource | NeedleSource) -> Stream | NeedleStream:
     rank, world = parallel.rank(), parallel.world()
-    if isinstance(data, Asked):
+    if isinstance(data, NeedleSource):
         return NeedleStream(data.needles, config.rows // world, config.length, config.seed, rank, world)
     return Stream(data.tokens.train, config.rows // world, config.length, config.seed, rank, world)
 
 
-def _held_out(config: TrainConfig, data: Prepared, whole: bool) -> Iterator[dict[str, torch.Tensor]]:
+def _held_out(config: TrainConfig, data: TextSource, whole: bool) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's share of the documents that are never trained on."""
     rank, world = parallel.rank(), parallel.world()
     batches = validation_batches(data.tokens.validation, config.rows // world, config.length, rank, world)
@@ -304,12 +310,12 @@ def _held_out(config: TrainConfig, data: Prepared, whole: bool) -> Iterator[dict
     return islice(batches, None if most is None else -(-most // size))
 
 
-def _prepared(config: TrainConfig) -> Prepared | Asked:
+def _prepared(config: TrainConfig) -> TextSource | NeedleSource:
     """What is trained on, with a vocabulary that the model has room for."""
     room = config.model.vocabulary
-    found = Asked(config.needles) if config.needles is not None else _text(config.data, room)
+    found = NeedleSource(config.needles) if config.needles is not None else _text(config.data, room)
     if found.vocabulary > room:
-        whose = "the tokenizer's" if isinstance(found, Prepared) else "the needles'"
+        whose = "the tokenizer's" if isinstance(found, TextSource) else "the needles'"
         wanted = f"expected at least {whose} {found.vocabulary}"
         raise ValueError(f"model.vocabulary: got {room}, {wanted}; try --model.vocabulary {found.vocabulary}")
     if config.rows % parallel.world():
@@ -319,11 +325,11 @@ def _prepared(config: TrainConfig) -> Prepared | Asked:
     return found
 
 
-def _say_what_is_ahead(config: TrainConfig, data: Prepared | Asked) -> None:
+def _say_what_is_ahead(config: TrainConfig, data: TextSource | NeedleSource) -> None:
     """Logs how long the run is, and warns where it reads the same text more often than brings anything."""
     tokens = config.steps * config.rows * config.length
     said = f"{config.steps:,} steps of {config.rows} x {config.length} tokens: {tokens:,} tokens"
-    if isinstance(data, Asked):
+    if isinstance(data, NeedleSource):
         runtime.log(said)
         return
     epochs = tokens / len(data.tokens.train)
@@ -340,7 +346,7 @@ def _say_what_is_ahead(config: TrainConfig, data: Prepared | Asked) -> None:
         )
 
 
-def _text(data: DataConfig, room: int) -> Prepared:
+def _text(data: DataConfig, room: int) -> TextSource:
     """Rank 0 first, so that the others find it in the cache."""
     if data.tokenizer is None and data.vocabulary is None:
         if room < BYTE_VOCABULARY:
@@ -350,7 +356,9 @@ def _text(data: DataConfig, room: int) -> Prepared:
     return parallel.first(lambda: prepare(data))
 
 
-def _model(config: TrainConfig, data: Prepared | Asked, device: torch.device, after: ExitStack) -> LanguageModel:
+def _model(
+    config: TrainConfig, data: TextSource | NeedleSource, device: torch.device, after: ExitStack
+) -> LanguageModel:
     shape, canonical = config.model, None
     if shape.engram is not None and shape.engram.canonical:
         canonical = torch.from_numpy(data.canonical_map())
@@ -468,7 +476,7 @@ def _claim(folder: Path, config: TrainConfig) -> None:
 
 
 @contextmanager
-def _full_disk_said(folder: Path) -> Iterator[None]:
+def _explain_full_disk(folder: Path) -> Iterator[None]:
     """An OSError that the disk is full says in a line where, what stays, and how to go on."""
     try:
         yield
@@ -486,7 +494,7 @@ def _full_disk_said(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _exclusive(folder: Path) -> Iterator[None]:
     """One training a folder: ValueError while another process holds it. The lock goes with its process, even killed."""
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:

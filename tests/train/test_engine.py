@@ -32,9 +32,18 @@ from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.train import engine
 from rorqual.train.config import OptimConfig
-from rorqual.train.engine import Keeper, Loader, Module, Store, Written, fit, metrics_of, untouched_randomness
+from rorqual.train.engine import (
+    CheckpointCallback,
+    Loader,
+    Module,
+    SafetensorsCheckpointer,
+    WriteFuture,
+    fit,
+    metrics_of,
+    unchanged_random_state,
+)
+from rorqual.train.metrics import MetricsCallback
 from rorqual.train.optim import Diverged, Optimizer
-from rorqual.train.record import Recorder
 
 CONFIG = ModelConfig(
     vocabulary=61,
@@ -86,8 +95,8 @@ class At(Callback):
 
 def run(folder: Path, module: Module, stream: Stream, *, every: int = 100, keep: int = 2, **callbacks) -> int:
     folder.mkdir(exist_ok=True)
-    recorder = Recorder(folder, ROWS * LENGTH, module.steps)
-    keeper = Keeper(every, keep)
+    recorder = MetricsCallback(folder, ROWS * LENGTH, module.steps)
+    keeper = CheckpointCallback(every, keep)
     loader = Loader(stream, folder, 61)
     return fit(module, loader, folder / "checkpoints", 1, {"recorder": recorder, "checkpointer": keeper, **callbacks})
 
@@ -212,7 +221,7 @@ def test_a_dry_run_leaves_no_trace():
 
 def test_untouched_randomness_after_an_error_too():
     before = torch.get_rng_state(), random.getstate()
-    with pytest.raises(ZeroDivisionError), untouched_randomness():
+    with pytest.raises(ZeroDivisionError), unchanged_random_state():
         _ = torch.rand(1), random.random(), 1 / 0
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
@@ -240,7 +249,7 @@ def test_micro_batches_add_up_to_the_batch_weighted_by_tokens():
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
     modules = found
     for module in modules[1:]:
-        assert torch.equal(module.counts, modules[0].counts)
+        assert torch.equal(module.expert_counts, modules[0].expert_counts)
         for one, other in zip(modules[0].model.parameters(), module.model.parameters(), strict=True):
             if one.grad is not None:
                 torch.testing.assert_close(other.grad.to_dense(), one.grad.to_dense(), rtol=1e-4, atol=1e-6)
@@ -251,7 +260,7 @@ def test_biases_move_once_a_step_by_the_counts_of_all_micro_batches(tmp_path):
 
     def look(trainer) -> None:
         module = trainer.train_module
-        seen.append((module.counts.clone(), [m.router.e_score_correction_bias.clone() for m in module.mixtures]))
+        seen.append((module.expert_counts.clone(), [m.router.e_score_correction_bias.clone() for m in module.mixtures]))
 
     module, stream = parts(steps=1, config=quiet(CONFIG), micro_rows=1)
     run(tmp_path, module, stream, look=At(1, look))
@@ -269,7 +278,7 @@ def test_biases_move_once_a_step_by_the_counts_of_all_micro_batches(tmp_path):
 @pytest.mark.parametrize("hyper", [HyperConfig(streams=3, iterations=4), HyperConfig(streams=2, kind="hc")], ids=str)
 def test_streams_are_looked_at_now_and_then_and_not_touched(tmp_path, monkeypatch, hyper):
     config = replace(CONFIG, hyper=hyper)
-    monkeypatch.setattr(engine, "LOOK", 3)
+    monkeypatch.setattr(engine, "STREAM_INTERVAL", 3)
     torch.manual_seed(1)  # of the routers' noise
     module, stream = parts(steps=5, config=config)
     run(tmp_path / "seen", module, stream)
@@ -278,7 +287,7 @@ def test_streams_are_looked_at_now_and_then_and_not_touched(tmp_path, monkeypatc
     assert seen[0]["row_gain"] == pytest.approx(1, abs=0.1)
     assert seen[3]["stream_spread"] > 0
     monkeypatch.setattr(engine, "health", lambda *_: None)
-    monkeypatch.setattr(engine, "STREAMS", ())
+    monkeypatch.setattr(engine, "STREAM_METRICS", ())
     torch.manual_seed(1)
     module, stream = parts(steps=5, config=config)
     run(tmp_path / "blind", module, stream)
@@ -307,9 +316,9 @@ def test_mtp_weighs_less_late(tmp_path):
     batch = {name.replace("ids", "input_ids"): value for name, value in next(stream).items()}
     ids = (batch["input_ids"], batch["labels"])
     loss = module.model.loss(*ids, documents=batch["documents"])
-    torch.testing.assert_close(module._minimised(loss), loss.total + (0.1 - weight) * loss.mtp)
+    torch.testing.assert_close(module._training_loss(loss), loss.total + (0.1 - weight) * loss.mtp)
     module.steps = 60
-    assert module._minimised(loss) is loss.total
+    assert module._training_loss(loss) is loss.total
 
 
 INDEXED = replace(CONFIG, dsa=DSAConfig(heads=2, dim=8, chosen=4, warmup=3))
@@ -651,20 +660,20 @@ def test_a_full_disk_behind_training_ends_the_run_in_a_line(tmp_path, no_larger_
 def test_written_finishes_on_the_thread_that_asks():
     where, gate = [], threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        future = Written(pool.submit(gate.wait))
+        future = WriteFuture(pool.submit(gate.wait))
         future.add_done_callback(lambda _: where.append(threading.current_thread()))
         assert not future.done()
         gate.set()
         future.result()
         assert future.done()
-        failed = Written(pool.submit(lambda: 1 / 0))
+        failed = WriteFuture(pool.submit(lambda: 1 / 0))
         with pytest.raises(ZeroDivisionError):
             failed.result()
     assert where == [threading.current_thread()]
 
 
 def test_the_store_takes_no_part_and_no_address(tmp_path):
-    store = Store(tmp_path)
+    store = SafetensorsCheckpointer(tmp_path)
     with pytest.raises(ValueError, match="the whole"):
         store.load(tmp_path, parts()[0], load_optim_state=False)
     with pytest.raises(ValueError, match="local path"):

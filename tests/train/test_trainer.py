@@ -32,10 +32,10 @@ from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.serve.generate import load
 from rorqual.storage import StorageConfig
-from rorqual.train import record, trainer
+from rorqual.train import metrics, trainer
 from rorqual.train.config import DataConfig, OptimConfig, TrainConfig
+from rorqual.train.metrics import needle_accuracy, validate
 from rorqual.train.optim import Diverged, Optimizer
-from rorqual.train.record import answer, validate
 from rorqual.train.trainer import Stopped, finished, losses, prepare, train
 
 MODEL = ModelConfig(
@@ -196,9 +196,14 @@ def test_another_seed_draws_other_weights(config, tmp_path):
 def test_the_trial_of_a_step_changes_nothing(config, tables, tmp_path, monkeypatch):
     """Neither losses nor weights, of a run that stops and goes on."""
     found = []
-    for name, trial in (("a", record.trial), ("b", lambda *_: 1.0)):
+    for name, trial in (("a", metrics.estimate_step_seconds), ("b", lambda *_: 1.0)):
         calls = []
-        monkeypatch.setattr(record, "trial", lambda *given, calls=calls, trial=trial: calls.append(1) or trial(*given))
+
+        def counted(*given, calls=calls, trial=trial):
+            calls.append(1)
+            return trial(*given)
+
+        monkeypatch.setattr(metrics, "estimate_step_seconds", counted)
         options = replace(config, folder=str(tmp_path / name), tables=tables, steps=16, save_every=2)
         with pytest.raises(Stopped):
             train(options, on_metrics=stop_at(4))
@@ -615,7 +620,7 @@ def test_questions_in_place_of_a_text_stop_and_go_on_too(config, tmp_path):
     assert [line["step"] for line in held] == [4, 8]
     other = [line for line in lines(straight) if "accuracy" in line]
     assert [line | {"seconds": 0} for line in held] == [line | {"seconds": 0} for line in other]
-    again = answer(load_model(folder), exams(NEEDLES, 4, 32))
+    again = needle_accuracy(load_model(folder), exams(NEEDLES, 4, 32))
     assert {name: held[-1][name] for name in again} == again
     assert not (folder / "tokenizer.json").exists()
     with pytest.raises(ValueError, match=r"another run \(needles\.filler differ\)"):

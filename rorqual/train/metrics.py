@@ -37,18 +37,18 @@ from torch import Tensor, nn
 from rorqual import checkpoint, parallel, runtime
 from rorqual.data.needles import DEPTHS, column, grade
 from rorqual.io import write_text
-from rorqual.train.engine import Module, autocast, metrics_of, untouched_randomness
+from rorqual.train.engine import Module, autocast, metrics_of, unchanged_random_state
 
 METRICS = "metrics.jsonl"
 STEP_OVER_FORWARD = 2.5  # time of a training step over a forward pass's, about (docs/log.md)
 FIRST = 5  # steps after which it is said how long the run will take
 WINDOW = 20  # steps that the speed is a mean of
-PROMPT = 8  # tokens of a held-out document that are continued
-CONTINUED = 32  # tokens of the continuation at most
-WARMTH = 0.8  # the temperature at which they are drawn
+PROMPT_TOKENS = 8  # tokens of a held-out document that are continued
+SAMPLE_TOKENS = 32  # tokens of the continuation at most
+TEMPERATURE = 0.8  # the temperature at which they are drawn
 
 
-class Recorder(ConsoleLoggerCallback):
+class MetricsCallback(ConsoleLoggerCallback):
     """Stands where the engine's own console log would; writes on rank 0 only.
 
     tokens: of one step, over all ranks. steps: of the whole run. `seconds`: of training steps, over all sessions.
@@ -72,7 +72,7 @@ class Recorder(ConsoleLoggerCallback):
         self._at: dict[
             int, tuple[float, float, Tensor | None]
         ] = {}  # step -> seconds, seconds a step, load, at its end
-        self._board: Board | None = None
+        self._board: EventFile | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
@@ -85,10 +85,12 @@ class Recorder(ConsoleLoggerCallback):
             runtime.log(f"{self.folder}: resuming at step {self.step:,} of {self.steps:,}")
         ahead = self.steps - self.step
         if self.trial is not None and ahead > FIRST:
-            runtime.log(f"the {ahead:,} steps ahead take about {duration(self.trial() * ahead)}, by a forward pass")
+            runtime.log(
+                f"the {ahead:,} steps ahead take about {format_duration(self.trial() * ahead)}, by a forward pass"
+            )
         if parallel.rank() == 0:
-            trim(self.folder / METRICS, self.step)
-            self._board = Board(self.folder / "tensorboard", self.step + 1)
+            trim_metrics(self.folder / METRICS, self.step)
+            self._board = EventFile(self.folder / "tensorboard", self.step + 1)
 
     def pre_load_batch(self) -> None:
         self._began = time.perf_counter()
@@ -103,8 +105,8 @@ class Recorder(ConsoleLoggerCallback):
             # By the wall clock: a device may still be computing when a step's call returns.
             each = (time.perf_counter() - self._second) / (FIRST - 1)
             ahead = self.steps - self.step
-            runtime.log(f"the {ahead:,} steps ahead take about {duration(each * ahead)}, by the first {FIRST}")
-        load = cast(Module, self.trainer.train_module).load
+            runtime.log(f"the {ahead:,} steps ahead take about {format_duration(each * ahead)}, by the first {FIRST}")
+        load = cast(Module, self.trainer.train_module).expert_load
         self._at[self.step] = (self.seconds, sum(self._recent) / len(self._recent), load)
 
     def post_step(self) -> None:
@@ -142,7 +144,7 @@ class Recorder(ConsoleLoggerCallback):
             self._board = None
 
 
-class Board:
+class EventFile:
     """An event file for tensorboard, on which what was written before for the step `first` and later is hidden.
 
     tensorboard's own writer has a thread, whose traceback stands in the log when the disk is full.
@@ -171,13 +173,13 @@ class Board:
             self._file.close()
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds in the unit that suits them."""
     size, unit = next(((n, word) for n, word in ((3600, "hours"), (60, "minutes")) if seconds >= 2 * n), (1, "seconds"))
     return f"{seconds / size:,.0f} {unit}"
 
 
-def trim(path: Path, step: int) -> None:
+def trim_metrics(path: Path, step: int) -> None:
     """Keep the lines of a metrics file up to `step`; a last line that a kill cut short goes too."""
     if not path.is_file():
         return
@@ -188,7 +190,7 @@ def trim(path: Path, step: int) -> None:
     write_text(path, "".join(kept))
 
 
-class Best:
+class BestCheckpoint:
     """Keeps the weights of the lowest validation loss in `folder`, a checkpoint without the optimizer's state."""
 
     def __init__(self, folder: Path, model: nn.Module) -> None:
@@ -216,7 +218,7 @@ class Best:
         return float(values["validation_loss"])
 
 
-class Validator(Callback):
+class ValidationCallback(Callback):
     """Scores held-out documents every `every` steps but the last, whose score `write` is asked for; 0: there alone.
 
     `score(whole)`: over all of them, or over a sample, by which steps are compared; `best` keeps the best of these.
@@ -226,10 +228,10 @@ class Validator(Callback):
     def __init__(
         self,
         score: Callable[[bool], dict[str, float]],
-        recorder: Recorder,
+        recorder: MetricsCallback,
         every: int = 0,
         continued: Callable[[], dict[str, str]] = dict,
-        best: Best | None = None,
+        best: BestCheckpoint | None = None,
     ) -> None:
         super().__init__()
         self.score, self.recorder, self.every = score, recorder, every
@@ -257,7 +259,7 @@ def validate(
 
     `batches` are this rank's share. Training goes on as if it had not been asked: mode and random numbers stay.
     """
-    with _asked(model, dtype) as device:
+    with evaluation_mode(model, dtype) as device:
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
         for batch in batches:
             ids, labels, documents = (batch[name].to(device) for name in ("ids", "labels", "documents"))
@@ -269,14 +271,16 @@ def validate(
     return {"validation_loss": nats / tokens, "bits_per_byte": nats / math.log(2) / (tokens * bytes_per_token)}
 
 
-def trial(model: nn.Module, vocabulary: int, rows: int, micro_rows: int, length: int, dtype: torch.dtype) -> float:
+def estimate_step_seconds(
+    model: nn.Module, vocabulary: int, rows: int, micro_rows: int, length: int, dtype: torch.dtype
+) -> float:
     """Estimates the seconds of one training step from the time of one forward pass, before anything is trained.
 
     The first of two passes is not counted: it allocates and compiles. Documents are packed, four to a row, and
     gradients are on, so that the pass is that of training, and nothing is made of it. `rows` are this rank's, read
     `micro_rows` at a time. docs/log.md has how far off it was.
     """
-    with _asked(model, dtype) as device, torch.enable_grad():
+    with evaluation_mode(model, dtype) as device, torch.enable_grad():
         ids = torch.arange(micro_rows * length, device=device).view(micro_rows, length) % vocabulary
         documents = (torch.arange(length, device=device) * 4 // length).expand(micro_rows, -1)
         for _ in range(2):
@@ -287,7 +291,7 @@ def trial(model: nn.Module, vocabulary: int, rows: int, micro_rows: int, length:
     return took * STEP_OVER_FORWARD * math.ceil(rows / micro_rows)
 
 
-def answer(
+def needle_accuracy(
     model: nn.Module,
     exams: Mapping[tuple[str, int], Iterable[Mapping[str, Tensor]]],
     dtype: torch.dtype = torch.float32,
@@ -299,7 +303,7 @@ def answer(
     been asked. A part of the text in which no needle stood is left out.
     """
     found: dict[str, float] = {"accuracy": 0.0}
-    with _asked(model, dtype) as device:
+    with evaluation_mode(model, dtype) as device:
         for (task, length), batches in exams.items():
             counts = torch.zeros(DEPTHS, 2, dtype=torch.long, device=device)
             for batch in batches:
@@ -312,19 +316,19 @@ def answer(
     return found
 
 
-def continued(
+def sample_continuation(
     model: nn.Module, ids: Tensor, count: int, vocabulary: int, dtype: torch.dtype
 ) -> tuple[list[int], list[int]]:
     """The ids, and `count` more that the model draws after them, each below `vocabulary`; always the same ones.
 
     Every rank calls it. Training goes on as if it had not been asked.
     """
-    with _asked(model, dtype) as device:
+    with evaluation_mode(model, dtype) as device:
         written = ids.tolist()
         drawn = torch.Generator().manual_seed(0)
         for _ in range(count):
             logits = model(torch.tensor([written], device=device))[0, -1, :vocabulary]
-            chances = (logits.float().cpu() / WARMTH).softmax(-1).nan_to_num(0.0)
+            chances = (logits.float().cpu() / TEMPERATURE).softmax(-1).nan_to_num(0.0)
             if not chances.any():
                 # a model whose numbers are not finite says nothing
                 break
@@ -333,12 +337,12 @@ def continued(
 
 
 @contextmanager
-def _asked(model: nn.Module, dtype: torch.dtype) -> Iterator[torch.device]:
+def evaluation_mode(model: nn.Module, dtype: torch.dtype) -> Iterator[torch.device]:
     """In evaluation mode, without gradients; every module's mode and random numbers stay as they were."""
     device, training = next(model.parameters()).device, [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad(), untouched_randomness(), autocast(device, dtype):
+        with torch.no_grad(), unchanged_random_state(), autocast(device, dtype):
             yield device
     finally:
         for module in training:
