@@ -31,11 +31,12 @@ from rorqual.layers.hyper import HyperConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel, ModelConfig
-from rorqual.train import engine
 from rorqual.train.config import DataConfig, OptimConfig, TrainConfig
-from rorqual.train.metrics import needle_accuracy
 from rorqual.train.optim import Optimizer
-from rorqual.train.trainer import losses, train
+from rorqual.train.run_folder import losses
+from rorqual.train.scores import needle_accuracy
+from rorqual.train.step import TrainStep
+from rorqual.train.trainer import train
 
 CONFIG = ModelConfig(
     vocabulary=300,
@@ -119,19 +120,19 @@ def one_of_two(folder: Path) -> None:
 @contextmanager
 def spoilt_third_step(rank: int) -> Iterator[None]:
     """On one rank the loss of the third step is NaN, where it is reported and nowhere else."""
-    accumulate = engine.Module._accumulate
+    forward_backward = TrainStep.forward_backward
 
-    def spoilt(self, batch):
-        found = accumulate(self, batch)
-        if parallel.rank() == rank and self.trainer.global_step == 3:
-            found["train/CE loss"] = found["train/CE loss"] * torch.nan
-        return found
+    def spoilt(self, batch, step):
+        losses, expert_counts = forward_backward(self, batch, step)
+        if parallel.rank() == rank and step == 3:
+            losses["loss"] = losses["loss"] * torch.nan
+        return losses, expert_counts
 
-    engine.Module._accumulate = spoilt
+    TrainStep.forward_backward = spoilt
     try:
         yield
     finally:
-        engine.Module._accumulate = accumulate
+        TrainStep.forward_backward = forward_backward
 
 
 def exchange(folder: Path) -> None:

@@ -55,7 +55,8 @@ is put in by naming one of its fields, or with `default`; `none` takes a part ou
 def train_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
     from rorqual import runtime
-    from rorqual.train.trainer import finished, train
+    from rorqual.train.run_folder import finished
+    from rorqual.train.trainer import train
 
     options = train_options(argv)
     if not finished(options):
@@ -75,7 +76,7 @@ def train_options(argv: list[str]) -> Any:
     """The TrainConfig that the words after `rorqual train` ask for."""
     name, flags = split_first(argv, "a preset's name or a run folder", "rorqual train tiny --data notes/")
     from rorqual.train.config import TrainConfig
-    from rorqual.train.trainer import begun
+    from rorqual.train.run_folder import begun
 
     kept = Path(name) / "train.json"
     if name in ("-h", "--help"):

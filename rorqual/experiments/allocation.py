@@ -33,7 +33,7 @@ from rorqual.io import write_text
 from rorqual.model_config import EngramConfig, ModelConfig
 from rorqual.presets import preset
 from rorqual.train.config import DataConfig, OptimConfig, TrainConfig, recipe
-from rorqual.train.trainer import prepare
+from rorqual.train.source import prepare
 
 Kind = Literal["allocation", "experts", "slots", "layers", "ablation"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

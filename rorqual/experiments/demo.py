@@ -25,7 +25,7 @@ from rorqual.experiments.runs import Job, last, run
 from rorqual.presets import preset
 from rorqual.serve.generate import load
 from rorqual.train.config import DataConfig, OptimConfig, TrainConfig, recipe
-from rorqual.train.trainer import prepare
+from rorqual.train.source import prepare
 
 SENTENCE = "The blue whale is the largest mammal; Alexander the Great was king of Macedon, in northern Greece."
 PROMPT = "whale,"

@@ -1,13 +1,15 @@
-"""Parameters and their gradients in -> updated parameters out.
+"""The optimizers of a model's parameters, and the schedule of their rates.
 
-    AdamW        m, v <- averages of g, g^2;  p <- p - lr (m^ / (sqrt(v^) + eps) + decay p)     everything else
-    Muon         b <- average of g;  p <- p - lr (0.2 sqrt(max(m, n)) O(b) + decay p)           matrices of the blocks
-    sparse Adam  Adam without decay, only for rows that were read, at 5 times the rate, each    Engram's tables
-                 row corrected for its own number of updates
+    AdamW        m, v are averages of g, g^2
+                 p <- p - lr (m^ / (sqrt(v^) + eps) + decay p)
+    Muon         b is the average of g; for matrices of the blocks
+                 p <- p - lr (0.2 sqrt(max(m, n)) O(b) + decay p)
+    sparse Adam  Adam without decay for Engram's tables: only rows that were read, at 5 times the
+                 rate, each corrected for its own number of updates
 
-O is the nearest matrix with all singular values 1, by five Newton-Schulz rounds; with the factor 0.2 sqrt(max) one
-learning rate serves Muon and AdamW. Only matrices decay. Muon: Jordan et al. 2024, arXiv 2502.16982; rows: arXiv
-2601.07372.
+O(b) is the nearest matrix with all singular values 1, by five Newton-Schulz rounds. With the factor
+0.2 sqrt(max(m, n)) one learning rate serves Muon and AdamW. Only matrices decay. Muon: Jordan et
+al. 2024, arXiv 2502.16982; rows: arXiv 2601.07372.
 """
 
 import math
@@ -31,12 +33,11 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of the Muon re
 CHUNK = 512  # rows updated at a time: their three float32 copies stay in a core's cache
 
 
-class Diverged(RuntimeError):
-    """Training has left the finite numbers and cannot go on from where it is."""
-
-
 def schedule(step: int, total: int, config: OptimConfig) -> float:
-    """What the rates are multiplied by in step `step` (from 0) of `total`: up to 1, flat, then down to 0 at `total`."""
+    """Returns the factor of all rates in step `step` of `total`, counted from 0.
+
+    It rises to 1 in the warm-up, stays there, and falls to 0 at `total`.
+    """
     if step < config.warmup:
         return (step + 1) / config.warmup
     begin = total - config.decay_share * (total - config.warmup)
@@ -50,7 +51,7 @@ Role = Literal["rows", "matrix", "decayed", "plain"]
 
 
 def roles(model: nn.Module) -> dict[str, Role]:
-    """Parameter name -> what it is to the optimizer.
+    """Returns what each parameter is to the optimizer, by name.
 
     rows: Engram's tables. matrix: weights of linear maps, routers and experts inside the blocks.
     decayed: embedding and head. plain: norms, biases, convolutions, hyper-connections' maps.
@@ -72,9 +73,9 @@ def roles(model: nn.Module) -> dict[str, Role]:
 
 
 def orthogonalise(matrix: Float[Tensor, "*batch m n"], rounds: int = 5) -> Float[Tensor, "*batch m n"]:
-    """Singular values near 1 (0.7 to 1.2), singular vectors kept, of each matrix by itself.
+    """Brings the singular values of each matrix near 1 (0.7 to 1.2) and keeps its singular vectors.
 
-    On a CPU in float32, elsewhere in bfloat16 as in the reference; one that is 0 stays 0.
+    On a CPU in float32, elsewhere in bfloat16 as in the reference. A matrix of zeros stays so.
     """
     a, b, c = QUINTIC
     x = matrix.float() if matrix.device.type == "cpu" else matrix.bfloat16()
@@ -98,10 +99,12 @@ def row_adam(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """One Adam update, in place, of the rows `touched`, which are distinct; every other row and its state stay.
+    """Updates the distinct rows `touched` in place by Adam; other rows and their state stay.
 
-    p <- p - lr m^ / (sqrt(v^) + eps),  m^ = m / (1 - b1^n),  v^ = v / (1 - b2^n),  n = how often this row was updated.
-    The averages m and v are float32 whatever the rows are: in bfloat16 v would hardly ever fall.
+        p <- p - lr m^ / (sqrt(v^) + eps),  m^ = m / (1 - b1^n),  v^ = v / (1 - b2^n)
+
+    n is how often this row was updated. The averages m and v are float32 whatever the rows are: in
+    bfloat16 v would hardly ever fall.
     """
     width, (b1, b2) = rows.shape[1], betas
     scratch = first.new_empty(3, min(CHUNK, max(len(touched), 1)), width)
@@ -123,7 +126,7 @@ def row_adam(
 
 
 def sum_rows(index: Int[Tensor, " K"], values: Float[Tensor, "K W"]) -> tuple[Int[Tensor, " D"], Float[Tensor, "D W"]]:
-    """The different numbers of `index`, rising, and for each the sum of its `values`."""
+    """Returns the distinct numbers of `index`, rising, and for each the sum of its `values`."""
     index, order = index.sort(stable=True)
     distinct, counts = torch.unique_consecutive(index, return_counts=True)
     # a bag a row reads and adds in one pass; index_add adds slice by slice
@@ -131,9 +134,10 @@ def sum_rows(index: Int[Tensor, " K"], values: Float[Tensor, "K W"]) -> tuple[In
 
 
 def coalesce(gradient: Tensor) -> Tensor:
-    """A gradient of rows as a sparse one with each row once, duplicates added, in rising order.
+    """Turns a gradient of rows into a sparse one with each row once, in rising order.
 
-    Of a dense gradient the rows that are not 0 are taken. The values may be changed in place.
+    Duplicates are added; of a dense gradient the rows that are not 0 are taken. The values may be
+    changed in place.
     """
     if not gradient.is_sparse:
         touched = gradient.any(dim=1).nonzero()[:, 0]
@@ -152,11 +156,12 @@ def _give_dense_gradients(tables: Iterable[DeviceTable]) -> None:
 
 
 class Optimizer:
-    """All parameters of a model, each by the optimizer of its role; one step, one norm, one flat state.
+    """Updates all parameters of a model, each by the optimizer of its role.
 
-    From `zero_grad()` to `step()`, tables on the device give sparse gradients: a dense one would be as large as the
-    table. Before and after, their gradients are dense, as other optimizers expect them.
-    Of a table that learns where its rows live, the rows' state is there, too, and not in `state`.
+    There is one norm to clip, one step and one flat state. From `zero_grad()` to `step()`, tables
+    on the device give sparse gradients: a dense one would be as large as the table. Before and
+    after, their gradients are dense, as other optimizers expect. A table on disk keeps the state of
+    its rows itself, not in `state`.
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
@@ -167,7 +172,8 @@ class Optimizer:
         role = roles(model)
         self.rows = [name for name in self.parameters if role[name] == "rows"]
         own = {id(module.weight): module for module in model.modules() if isinstance(module, LearningTable)}
-        self.apart = {name: own[id(p)] for name, p in self.parameters.items() if id(p) in own}  # they keep their state
+        # They keep the state of their rows.
+        self.apart = {name: own[id(p)] for name, p in self.parameters.items() if id(p) in own}
         muon = config.kind == "muon"
         self.matrices = [name for name in self.parameters if role[name] == "matrix" and muon]
         self.dense = [name for name in self.parameters if name not in self.rows and name not in self.matrices]
@@ -182,7 +188,7 @@ class Optimizer:
         self.state = self._new_state()
 
     def _new_state(self) -> dict[str, Tensor]:
-        """Everything that is carried from step to step, by name; AdamW's is the tensors it works on."""
+        """Returns what is carried from step to step, by name, as the tensors that AdamW updates."""
         state: dict[str, Tensor] = {}
         for name in self.dense:
             parameter = self.parameters[name]
@@ -203,7 +209,7 @@ class Optimizer:
         return {key: value.detach() for key, value in state.items()}
 
     def zero_grad(self) -> None:
-        """Drop all gradients; those of the step that now begins are sparse for tables on the device."""
+        """Drops all gradients and makes the next ones of tables on the device sparse."""
         for table in self.tables:
             table.sparse = True
         for parameter in self.parameters.values():
@@ -211,7 +217,10 @@ class Optimizer:
 
     @torch.no_grad()
     def clip(self) -> Float[Tensor, ""]:
-        """Scale all gradients, the rows' coalesced, to a norm of at most `clip` together; returns the norm before."""
+        """Scales all gradients to a norm of at most `clip` together; returns the norm before.
+
+        Gradients of rows are coalesced first.
+        """
         for name in self.rows:
             parameter = self.parameters[name]
             if parameter.grad is not None:
@@ -227,14 +236,14 @@ class Optimizer:
         return norm
 
     def _gradients(self) -> Iterable[Tensor]:
-        """The tensors that hold gradient values; of a sparse one, the values of its rows."""
+        """Yields the tensors that hold gradient values; of a sparse one, the values of its rows."""
         for parameter in self.parameters.values():
             if parameter.grad is not None:
                 yield parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
 
     @torch.no_grad()
     def step(self, factor: float = 1.0) -> None:
-        """Update everything that has a gradient, at `factor` times the configured rates."""
+        """Updates everything that has a gradient, at `factor` times the configured rates."""
         lr = self.config.lr * factor
         if self.adamw is not None:
             for group in self.adamw.param_groups:
@@ -243,7 +252,8 @@ class Optimizer:
         for name in self.matrices:
             if self.parameters[name].grad is not None:
                 self._muon(name, lr)
-        for name in self.rows:  # last: a device does its part while rows elsewhere are updated
+        # Last: a device does its part while rows elsewhere are updated.
+        for name in self.rows:
             if self.parameters[name].grad is not None:
                 self._rows(name, lr * self.config.row_scale)
         _give_dense_gradients(self.tables)
@@ -255,7 +265,8 @@ class Optimizer:
         update = parameter.grad.lerp(average, momentum)
         whole = update.full_tensor() if isinstance(update, DTensor) else update
         stack = whole.unflatten(-1, (2, -1)).transpose(-2, -3) if name.endswith("gate_up") else whole
-        turned = orthogonalise(stack)  # a gate and an up projection side by side are two matrices
+        # A gate and an up projection side by side are two matrices.
+        turned = orthogonalise(stack)
         turned = turned.transpose(-2, -3).flatten(-2) if name.endswith("gate_up") else turned
         if isinstance(update, DTensor):
             turned = distribute_tensor(turned, update.device_mesh, update.placements)
@@ -281,22 +292,22 @@ class Optimizer:
         table.update(gradient._indices()[0], gradient._values(), change)
 
     def mark(self, step: int) -> None:
-        """Tables that learn on a disk can come back to this step from now on."""
+        """Lets tables on disk come back to this step from now on."""
         for table in self.apart.values():
             table.mark(step)
 
     def rewind(self, step: int) -> None:
-        """Tables that learn on a disk are what they were at that mark. TableError where they cannot."""
+        """Takes tables on disk back to a marked step; TableError where they cannot."""
         for table in self.apart.values():
             table.rewind(step)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Name -> tensor, the live ones: filling them in place restores the optimizer."""
+        """Returns the live tensors by name; filling them in place restores the optimizer."""
         return dict(self.state)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """ValueError unless the names are this optimizer's own."""
+        """Copies a state into this optimizer's; ValueError unless it has the same names."""
         if state.keys() != self.state.keys():
             odd = sorted(state.keys() ^ self.state.keys())[0]
             raise ValueError(f"optimizer state: got other names, first {odd!r}, expected those of this model and kind")
