@@ -66,12 +66,12 @@ def steps(kind: str, prepare: Callable | None = None) -> tuple[LanguageModel, Op
     for step in range(STEPS):
         ids = torch.randint(0, 300, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(step))
         mine = ids[parallel.rank() * share : (parallel.rank() + 1) * share]
+        optimizer.zero_grad()
         model.loss(mine[:, :-1], mine[:, 1:]).total.backward()
         for name in optimizer.rows:
             parallel.mean_rows(optimizer.parameters[name])
         norms.append(float(optimizer.clip()))
         optimizer.step()
-        optimizer.zero_grad()
     return model, optimizer, norms
 
 
