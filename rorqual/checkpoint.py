@@ -133,9 +133,9 @@ def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def _read(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Fills tensors in place from a verified checkpoint, each rank its own shards."""
     reader = HuggingFaceStorageReader(str(folder))
-    alone = _rank_and_world(group)[1] == 1
+    single = _rank_and_world(group)[1] == 1
     with _without_group_warning(), _first_failure(folder):
-        load(dict(tensors), storage_reader=reader, process_group=group, no_dist=alone)
+        load(dict(tensors), storage_reader=reader, process_group=group, no_dist=single)
 
 
 def _read_values(folder: Path, rank: int = 0) -> Any:
@@ -158,12 +158,12 @@ def verify(folder: str | os.PathLike) -> None:
     try:
         digest = json.loads(path.read_text(encoding="utf-8"))
         files = dict(digest["files"])
-        found, seal = digest["format"], digest["seal"]
+        written_format, seal = digest["format"], digest["seal"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         kind = type(error).__name__
         raise Damaged(f"{path}: got {kind}, expected the digest of a checkpoint") from error
-    if found != FORMAT:
-        raise Damaged(f"{path}: got format {found!r}, expected {FORMAT!r}")
+    if written_format != FORMAT:
+        raise Damaged(f"{path}: got format {written_format!r}, expected {FORMAT!r}")
     if seal != _seal(files):
         expected = f"expected seal {str(seal)[:12]}.."
         raise Damaged(f"{path}: got other text than was written, {expected}")
@@ -180,8 +180,8 @@ def _verify_file(path: Path, expected: Mapping[str, Any]) -> None:
     if not path.is_file():
         raise Damaged(f"{path}: got no file, expected {size} bytes")
     if path.stat().st_size != size:
-        found = path.stat().st_size
-        raise Damaged(f"{path}: got {found} bytes, expected {size}: it is cut short")
+        cut = path.stat().st_size
+        raise Damaged(f"{path}: got {cut} bytes, expected {size}: it is cut short")
     if size_and_sha256(path) != expected:
         wanted = f"expected SHA-256 {expected['sha256'][:12]}.."
         raise Damaged(f"{path}: got other bytes than were written, {wanted}")
@@ -194,12 +194,12 @@ def _seal(files: Mapping[str, Any]) -> str:
 
 def steps(folder: str | os.PathLike) -> list[tuple[int, Path]]:
     """Returns the finished checkpoints `stepN` in a folder, oldest first."""
-    found = []
+    checkpoints = []
     for path in Path(folder).glob("step*"):
         match = re.fullmatch(r"step(\d+)", path.name)
         if match and is_checkpoint(path):
-            found.append((int(match[1]), path))
-    return sorted(found)
+            checkpoints.append((int(match[1]), path))
+    return sorted(checkpoints)
 
 
 def latest(folder: str | os.PathLike) -> Path | None:
@@ -409,10 +409,10 @@ def _load_finished(folder: Path, device: str | torch.device, tables: StorageConf
     with torch.device(device):
         # Engram takes the canonical map from the state.
         model = LanguageModel(config, seed=None, tables=opened)
-    own = model.state_dict()
+    model_state = model.state_dict()
     if opened is not None:
-        state |= {name: value for name, value in own.items() if name.startswith("tables.")}
-    _compare(folder, _shapes(state), _shapes(own))
+        state |= {name: value for name, value in model_state.items() if name.startswith("tables.")}
+    _compare(folder, _shapes(state), _shapes(model_state))
     model.load_state_dict(state)
     return model.to(device).eval()
 
@@ -450,7 +450,7 @@ def _load_newest(folder: Path, device: str | torch.device, tables: StorageConfig
     checkpoints = folder / "checkpoints"
     best = checkpoints / BEST
     while True:
-        known = steps(checkpoints)
+        seen = steps(checkpoints)
         try:
             try:
                 path = latest(checkpoints)
@@ -462,7 +462,7 @@ def _load_newest(folder: Path, device: str | torch.device, tables: StorageConfig
                 return _load_checkpoint(path, device, tables, verified=True)
             return _load_checkpoint(best, device, tables) if is_checkpoint(best) else None
         except (ValueError, OSError, RuntimeError, SafetensorError):
-            if steps(checkpoints) == known:
+            if steps(checkpoints) == seen:
                 raise
 
 

@@ -70,9 +70,9 @@ class Module(TrainModule):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        own = self.state_dict()
+        state = self.state_dict()
         for name, value in state_dict.items():
-            own[name].copy_(value)
+            state[name].copy_(value)
 
     def eval_batch(self, batch: dict[str, Any], labels: Any | None = None) -> Any:
         del labels
@@ -199,8 +199,8 @@ class SafetensorsCheckpointer(Checkpointer):
         ephemeral: bool = False,
     ) -> Future:
         """Copies everything now, and writes it on another thread."""
-        live = _state_to_save(train_module, train_state)
-        tensors = {name: tensor.detach().clone() for name, tensor in live.items()}
+        current = _state_to_save(train_module, train_state)
+        tensors = {name: tensor.detach().clone() for name, tensor in current.items()}
         values = checkpoint.decode(checkpoint.encode(train_state))
         write = self.writer.submit(checkpoint.save_state, _folder(dir), tensors, values, group=self.process_group)
         return WriteFuture(write)
@@ -215,8 +215,8 @@ class SafetensorsCheckpointer(Checkpointer):
         reset_optimizer_states_on_load: bool | None = None,
     ) -> dict[str, Any] | None:
         """Fills the module in place, with a whole checkpoint or not at all."""
-        in_part = load_optim_state is False or load_trainer_state is False
-        if in_part or reset_optimizer_states_on_load:
+        partial = load_optim_state is False or load_trainer_state is False
+        if partial or reset_optimizer_states_on_load:
             raise ValueError("got a part of a checkpoint asked for, expected the whole: load_model reads weights alone")
         state = train_module.state_dict()
         # Whole numbers of a model are Engram's addresses: they are given, not learnt.
@@ -243,10 +243,10 @@ class SafetensorsCheckpointer(Checkpointer):
     @classmethod
     def latest_checkpoint(cls, dir: Any) -> str:
         """Returns the newest checkpoint that is good."""
-        found = checkpoint.latest(_folder(dir))
-        if found is None:
+        newest = checkpoint.latest(_folder(dir))
+        if newest is None:
             raise FileNotFoundError(f"{dir}: got no checkpoint, expected stepN")
-        return str(found)
+        return str(newest)
 
 
 def _state_to_save(train_module: TrainModule, train_state: dict[str, Any]) -> dict[str, Tensor]:
@@ -258,8 +258,8 @@ def _state_to_save(train_module: TrainModule, train_state: dict[str, Any]) -> di
     step = train_state["global_step"]
     state = module.state_dict_to_save()
     wrong = checkpoint.not_finite(state)
-    found = torch.tensor(wrong is not None, device=module.step.device, dtype=torch.int)
-    if parallel.total(found).item():
+    is_wrong = torch.tensor(wrong is not None, device=module.step.device, dtype=torch.int)
+    if parallel.total(is_wrong).item():
         raise Diverged(
             f"step {step}: got {wrong or 'a tensor of another rank'} that is not finite, so it "
             "was not saved; the checkpoint before it stays: lower --optim.lr or raise "
@@ -293,8 +293,8 @@ class CheckpointCallback(CheckpointerCallback):
         super().pre_train()
         self.train_step.optimizer.rewind(self.step)
         if parallel.rank() == 0:
-            found = self.checkpointer.find_checkpoints(self.save_folder)
-            self._checkpoints = [path for step, path in found if step <= self.step]
+            saved = self.checkpointer.find_checkpoints(self.save_folder)
+            self._checkpoints = [path for step, path in saved if step <= self.step]
         self._latest_checkpoint_step = self.step if self.trainer.checkpoint_loaded else -1
 
     def state_dict(self) -> dict[str, Any]:
@@ -350,8 +350,8 @@ class MetricsCallback(ConsoleLoggerCallback):
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         # OLMo-core's own metrics have a slash in their names.
-        own = {name: value for name, value in metrics.items() if "/" not in name}
-        self.writer.write_step(step, own)
+        of_step = {name: value for name, value in metrics.items() if "/" not in name}
+        self.writer.write_step(step, of_step)
 
     def close(self) -> None:
         self.writer.close()

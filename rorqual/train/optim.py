@@ -40,10 +40,10 @@ def schedule(step: int, total: int, config: OptimConfig) -> float:
     """
     if step < config.warmup:
         return (step + 1) / config.warmup
-    begin = total - config.decay_share * (total - config.warmup)
-    if config.decay == "constant" or step < begin:
+    decay_start = total - config.decay_share * (total - config.warmup)
+    if config.decay == "constant" or step < decay_start:
         return 1.0
-    left = max(0.0, (total - step) / max(total - begin, 1.0))
+    left = max(0.0, (total - step) / max(total - decay_start, 1.0))
     return left if config.decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 
 
@@ -56,20 +56,20 @@ def roles(model: nn.Module) -> dict[str, Role]:
     rows: Engram's tables. matrix: weights of linear maps, routers and experts inside the blocks.
     decayed: embedding and head. plain: norms, biases, convolutions, hyper-connections' maps.
     """
-    found: dict[str, Role] = {}
+    roles_by_name: dict[str, Role] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for path, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             name = names[id(parameter)]
-            if name in found:
+            if name in roles_by_name:
                 continue
             if isinstance(module, (DeviceTable, LearningTable)):
-                found[name] = "rows"
+                roles_by_name[name] = "rows"
             elif parameter.dim() < 2 or not isinstance(module, (nn.Linear, nn.Embedding, Router, Experts)):
-                found[name] = "plain"
+                roles_by_name[name] = "plain"
             else:
-                found[name] = "decayed" if isinstance(module, nn.Embedding) or path == "head" else "matrix"
-    return {name: found[name] for name, _ in model.named_parameters()}
+                roles_by_name[name] = "decayed" if isinstance(module, nn.Embedding) or path == "head" else "matrix"
+    return {name: roles_by_name[name] for name, _ in model.named_parameters()}
 
 
 def orthogonalise(matrix: Float[Tensor, "*batch m n"], rounds: int = 5) -> Float[Tensor, "*batch m n"]:
@@ -108,8 +108,8 @@ def row_adam(
     """
     width, (b1, b2) = rows.shape[1], betas
     scratch = first.new_empty(3, min(CHUNK, max(len(touched), 1)), width)
-    for at in range(0, len(touched), CHUNK):
-        index, g = touched[at : at + CHUNK], gradient[at : at + CHUNK].to(first.dtype)
+    for start in range(0, len(touched), CHUNK):
+        index, g = touched[start : start + CHUNK], gradient[start : start + CHUNK].to(first.dtype)
         m, v, p = scratch[:, : len(index)].unbind()
         count = updates.index_select(0, index).add_(1)
         updates.index_copy_(0, index, count)
@@ -119,9 +119,9 @@ def row_adam(
         second.index_copy_(0, index, v.mul_(b2).addcmul_(g, g, value=1 - b2))
         n = count.double()
         root = (1 - b2**n).sqrt()
-        size, floor = (lr * root / (1 - b1**n)).float(), (eps * root).float()
+        size, epsilon = (lr * root / (1 - b1**n)).float(), (eps * root).float()
         p.copy_(rows.index_select(0, index))
-        p.addcdiv_(m.mul_(size[:, None]), v.sqrt_().add_(floor[:, None]), value=-1)
+        p.addcdiv_(m.mul_(size[:, None]), v.sqrt_().add_(epsilon[:, None]), value=-1)
         rows.index_copy_(0, index, p.to(rows.dtype))
 
 
@@ -171,9 +171,13 @@ class Optimizer:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         role = roles(model)
         self.rows = [name for name in self.parameters if role[name] == "rows"]
-        own = {id(module.weight): module for module in model.modules() if isinstance(module, LearningTable)}
+        tables_by_weight = {
+            id(module.weight): module for module in model.modules() if isinstance(module, LearningTable)
+        }
         # They keep the state of their rows.
-        self.apart = {name: own[id(p)] for name, p in self.parameters.items() if id(p) in own}
+        self.tables_on_disk = {
+            name: tables_by_weight[id(p)] for name, p in self.parameters.items() if id(p) in tables_by_weight
+        }
         muon = config.kind == "muon"
         self.matrices = [name for name in self.parameters if role[name] == "matrix" and muon]
         self.dense = [name for name in self.parameters if name not in self.rows and name not in self.matrices]
@@ -200,7 +204,7 @@ class Optimizer:
         for name in self.matrices:
             state[f"{name}.momentum"] = torch.zeros_like(self.parameters[name])
         for name in self.rows:
-            if name in self.apart:
+            if name in self.tables_on_disk:
                 continue
             table = self.parameters[name]
             for key in ("exp_avg", "exp_avg_sq"):
@@ -251,14 +255,14 @@ class Optimizer:
             self.adamw.step()
         for name in self.matrices:
             if self.parameters[name].grad is not None:
-                self._muon(name, lr)
+                self._update_matrix(name, lr)
         # Last: a device does its part while rows elsewhere are updated.
         for name in self.rows:
             if self.parameters[name].grad is not None:
-                self._rows(name, lr * self.config.row_scale)
+                self._update_rows(name, lr * self.config.row_scale)
         _give_dense_gradients(self.tables)
 
-    def _muon(self, name: str, lr: float) -> None:
+    def _update_matrix(self, name: str, lr: float) -> None:
         parameter, momentum = self.parameters[name], self.config.momentum
         assert parameter.grad is not None
         average = self.state[f"{name}.momentum"].lerp_(parameter.grad, 1 - momentum)
@@ -273,32 +277,32 @@ class Optimizer:
         parameter.mul_(1 - lr * self.config.weight_decay)
         parameter.add_(turned, alpha=-lr * 0.2 * math.sqrt(max(stack.shape[-2:])))
 
-    def _rows(self, name: str, lr: float) -> None:
+    def _update_rows(self, name: str, lr: float) -> None:
         table = self.parameters[name]
         assert table.grad is not None
         gradient = coalesce(table.grad)
-        if name in self.apart:
-            self._rows_apart(self.apart[name], gradient, lr)
+        if name in self.tables_on_disk:
+            self._update_on_disk(self.tables_on_disk[name], gradient, lr)
             return
         first, second, updates = (self.state[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "updates"))
         touched, values = gradient._indices()[0], gradient._values()
         update = kernels.pick("row_adam", row_adam, table, values)
         update(table.detach(), first, second, updates, touched, values, lr, self.config.betas, self.config.eps)
 
-    def _rows_apart(self, table: LearningTable, gradient: Tensor, lr: float) -> None:
-        def change(*given: Tensor) -> None:
-            kernels.pick("row_adam", row_adam, *given)(*given, lr, self.config.betas, self.config.eps)
+    def _update_on_disk(self, table: LearningTable, gradient: Tensor, lr: float) -> None:
+        def change(*tensors: Tensor) -> None:
+            kernels.pick("row_adam", row_adam, *tensors)(*tensors, lr, self.config.betas, self.config.eps)
 
         table.update(gradient._indices()[0], gradient._values(), change)
 
     def mark(self, step: int) -> None:
         """Lets tables on disk come back to this step from now on."""
-        for table in self.apart.values():
+        for table in self.tables_on_disk.values():
             table.mark(step)
 
     def rewind(self, step: int) -> None:
         """Takes tables on disk back to a marked step; TableError where they cannot."""
-        for table in self.apart.values():
+        for table in self.tables_on_disk.values():
             table.rewind(step)
 
     def state_dict(self) -> dict[str, Tensor]:

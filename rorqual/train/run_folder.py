@@ -75,10 +75,10 @@ def finished_with_more_steps(config: TrainConfig) -> bool:
             "nothing to do; choose another --folder for a shorter run"
         )
         return True
-    made = max((step for step, _ in checkpoint.steps(folder / "checkpoints")), default=0)
-    if made > config.steps:
+    steps_made = max((step for step, _ in checkpoint.steps(folder / "checkpoints")), default=0)
+    if steps_made > config.steps:
         raise ValueError(
-            f"{folder}: got --steps {config.steps}, expected at least the {made} that are made "
+            f"{folder}: got --steps {config.steps}, expected at least the {steps_made} that are made "
             f"already (of {saved.steps}): go on with more, or choose another --folder"
         )
     return False
@@ -95,8 +95,8 @@ def _flat_options(config: TrainConfig) -> dict[str, Any]:
 
     def flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
-            for key, part in value.items():
-                yield from flat(part, f"{name}.{key}")
+            for key, field in value.items():
+                yield from flat(field, f"{name}.{key}")
         elif name != "data.cache":
             yield name, value
 
@@ -119,7 +119,7 @@ def refuse_folder_of_runs(folder: Path) -> None:
         )
 
 
-def claim(folder: Path, config: TrainConfig) -> None:
+def start_run(folder: Path, config: TrainConfig) -> None:
     """Writes train.json; ValueError if the folder has progress of a run with another config.
 
     If that run has none, what its tables learnt on disk is removed: this run draws its own rows.

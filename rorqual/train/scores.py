@@ -53,20 +53,20 @@ def needle_accuracy(
     the mean over tasks and lengths. `exams` holds this rank's batches by task and length, as
     `needles.exams` makes them. A part of the text in which no needle stood is left out.
     """
-    found: dict[str, float] = {"accuracy": 0.0}
+    accuracies: dict[str, float] = {"accuracy": 0.0}
     with evaluation_mode(model, dtype) as device:
         for (task, length), batches in exams.items():
             counts = torch.zeros(DEPTHS, 2, dtype=torch.long, device=device)
             for batch in batches:
                 logits = model(batch["ids"].to(device), documents=batch["documents"].to(device))
                 counts += grade(logits.argmax(-1).cpu(), batch).to(device)
-            right, asked = parallel.total(counts).T.tolist()
-            found[column(task, length)] = sum(right) / sum(asked)
-            found["accuracy"] += found[column(task, length)] / len(exams)
-            for part in range(DEPTHS):
-                if asked[part]:
-                    found[column(task, length, part)] = right[part] / asked[part]
-    return found
+            right, questions = parallel.total(counts).T.tolist()
+            accuracies[column(task, length)] = sum(right) / sum(questions)
+            accuracies["accuracy"] += accuracies[column(task, length)] / len(exams)
+            for depth in range(DEPTHS):
+                if questions[depth]:
+                    accuracies[column(task, length, depth)] = right[depth] / questions[depth]
+    return accuracies
 
 
 def sample_continuation(model: nn.Module, prompt: Tensor, count: int, vocabulary: int, dtype: torch.dtype) -> list[int]:

@@ -181,8 +181,8 @@ class TrainStep:
         names = ("ids", "labels", "documents")
         ids, labels, documents = (batch[name][:1].to(self.device) for name in names)
         with unchanged_random_state(), autocast(self.device, self.dtype):
-            found = health(self.model, lambda: self.model.loss(ids, labels, documents=documents))
-        return {} if found is None else dict(zip(STREAM_METRICS, found, strict=True))
+            measured = health(self.model, lambda: self.model.loss(ids, labels, documents=documents))
+        return {} if measured is None else dict(zip(STREAM_METRICS, measured, strict=True))
 
     def dry_run(self, batch: Batch, step: int) -> None:
         """Runs forward and backward, which allocates and compiles, and leaves no trace."""
@@ -194,13 +194,13 @@ class TrainStep:
 
 def named_losses(loss: Loss) -> dict[str, Tensor]:
     """Returns the parts of a loss under their names in metrics.jsonl."""
-    found = {"loss": loss.next_token, "total": loss.total}
+    losses = {"loss": loss.next_token, "total": loss.total}
     if loss.mtp is not None:
-        found["mtp"] = loss.mtp
+        losses["mtp"] = loss.mtp
     if loss.lesson is not None:
-        found["indexer"] = loss.lesson.loss
-        found["indexer_recall"] = loss.lesson.recall
-    return found | {f"balance_{name}": value for name, value in loss.balance.items()}
+        losses["indexer"] = loss.lesson.loss
+        losses["indexer_recall"] = loss.lesson.recall
+    return losses | {f"balance_{name}": value for name, value in loss.balance.items()}
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -54,7 +54,7 @@ def train(config: TrainConfig, *, on_metrics: Callable[[dict[str, Any]], None] |
     joined = parallel.join(device)
     try:
         with run_folder.explain_full_disk(folder), run_folder.exclusive(folder):
-            run_folder.claim(folder, config)
+            run_folder.start_run(folder, config)
             _train(config, device, on_metrics)
             if parallel.rank() == 0:
                 (folder / checkpoint.UNDER_WAY).unlink()
