@@ -30,6 +30,10 @@ _LONGEST = 50  # characters of a name that its partial file keeps: 200 bytes at 
 _POSITION = threading.Lock()  # held while a file's position is moved, where it cannot be read at another
 
 
+class Locked(ValueError):
+    """Another process, or another holder in this one, has the lock."""
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a new path beside `path` to write to; when the block ends that file is on the disk under `path`.
@@ -98,10 +102,12 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Renames the folder `new` to `folder`; one that is there waits under another name until that is done.
+    """Renames the folder `new`, whose files it flushes first, to `folder`.
 
-    `restore_folders` puts it back where a process was killed in between.
+    A folder that is there waits under another name until that is done. `restore_folders` puts it back where a process
+    was killed in between.
     """
+    flush_folder(new)
     replaced = folder.with_name(folder.name + ".replaced")
     if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -136,11 +142,18 @@ def flush(path: Path) -> None:
             raise
 
 
+def flush_folder(folder: Path) -> None:
+    """Waits until the files of a folder and their names are on the disk."""
+    for path in folder.iterdir():
+        flush(path)
+    flush(folder)
+
+
 @contextmanager
 def lock(path: Path, refusal: str, *, timeout: float = 0) -> Iterator[None]:
     """Holds the lock file `path`, which no other process gets until the block or this process ends.
 
-    ValueError with the text `refusal` where another has it for longer than `timeout` seconds.
+    Locked with the text `refusal` where another has it for longer than `timeout` seconds.
     """
     held = acquired(path, refusal, timeout=timeout)
     try:
@@ -155,7 +168,7 @@ def acquired(
     *,
     timeout: float = 0,
     thread_local: bool = True,
-    error: type[ValueError] = ValueError,
+    error: type[ValueError] = Locked,
 ) -> BaseFileLock:
     """Returns the lock that `lock` holds, for those who release it elsewhere, or on another thread."""
     held = FileLock(path, timeout=timeout, thread_local=thread_local)

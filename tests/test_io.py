@@ -120,7 +120,7 @@ def test_a_full_disk_is_an_os_error_with_its_number(tmp_path: Path) -> None:
 def test_a_lock_is_held_by_one_and_released_with_the_block(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     with io.lock(path, "first"):
-        with pytest.raises(ValueError, match="taken"), io.lock(path, "taken"):
+        with pytest.raises(io.Locked, match="taken"), io.lock(path, "taken"):
             pass
         code = f"from pathlib import Path\nfrom rorqual import io\nwith io.lock(Path({str(path)!r}), 'taken'): pass"
         other = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
@@ -134,11 +134,15 @@ def test_a_lock_is_held_by_one_and_released_with_the_block(tmp_path: Path) -> No
         io.acquired(path, "taken", error=TableError)
 
 
-def test_a_folder_is_replaced_and_a_stop_in_between_is_undone(tmp_path: Path) -> None:
+def test_a_folder_is_replaced_and_a_stop_in_between_is_undone(tmp_path: Path, monkeypatch) -> None:
     for name, text in (("step1", "old"), ("new", "new")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a").write_text(text)
-    io.replace_folder(tmp_path / "new", tmp_path / "step1")
+    flushed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "flush", flushed.append)
+        io.replace_folder(tmp_path / "new", tmp_path / "step1")
+    assert flushed[:2] == [tmp_path / "new" / "a", tmp_path / "new"] and flushed[-1] == tmp_path
     assert (tmp_path / "step1" / "a").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["step1"]
     # killed after the old one was moved away, and then after the new one had come

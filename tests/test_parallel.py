@@ -21,7 +21,8 @@ import torch
 
 from rorqual import checkpoint, parallel
 from rorqual import config as configs
-from rorqual.data.needles import NeedleConfig, exams
+from rorqual.data.needle_config import NeedleConfig
+from rorqual.data.needles import exams
 from rorqual.layers.attention import MLAConfig
 from rorqual.layers.balance import BalanceConfig
 from rorqual.layers.engram import EngramConfig
@@ -30,10 +31,12 @@ from rorqual.layers.hyper import HyperConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel, ModelConfig
-from rorqual.train import engine
-from rorqual.train.optim import OptimConfig, Optimizer
-from rorqual.train.record import answer
-from rorqual.train.trainer import DataConfig, TrainConfig, losses, train
+from rorqual.train.config import DataConfig, OptimConfig, TrainConfig
+from rorqual.train.optim import Optimizer
+from rorqual.train.run_folder import losses
+from rorqual.train.scores import needle_accuracy
+from rorqual.train.step import TrainStep
+from rorqual.train.trainer import train
 
 CONFIG = ModelConfig(
     vocabulary=300,
@@ -63,12 +66,12 @@ def steps(kind: str, prepare: Callable | None = None) -> tuple[LanguageModel, Op
     for step in range(STEPS):
         ids = torch.randint(0, 300, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(step))
         mine = ids[parallel.rank() * share : (parallel.rank() + 1) * share]
+        optimizer.zero_grad()
         model.loss(mine[:, :-1], mine[:, 1:]).total.backward()
         for name in optimizer.rows:
             parallel.mean_rows(optimizer.parameters[name])
         norms.append(float(optimizer.clip()))
         optimizer.step()
-        optimizer.zero_grad()
     return model, optimizer, norms
 
 
@@ -117,19 +120,19 @@ def one_of_two(folder: Path) -> None:
 @contextmanager
 def spoilt_third_step(rank: int) -> Iterator[None]:
     """On one rank the loss of the third step is NaN, where it is reported and nowhere else."""
-    accumulate = engine.Module._accumulate
+    forward_backward = TrainStep.forward_backward
 
-    def spoilt(self, batch):
-        found = accumulate(self, batch)
-        if parallel.rank() == rank and self.trainer.global_step == 3:
-            found["train/CE loss"] = found["train/CE loss"] * torch.nan
-        return found
+    def spoilt(self, batch, step):
+        losses, expert_counts = forward_backward(self, batch, step)
+        if parallel.rank() == rank and step == 3:
+            losses["loss"] = losses["loss"] * torch.nan
+        return losses, expert_counts
 
-    engine.Module._accumulate = spoilt
+    TrainStep.forward_backward = spoilt
     try:
         yield
     finally:
-        engine.Module._accumulate = accumulate
+        TrainStep.forward_backward = forward_backward
 
 
 def exchange(folder: Path) -> None:
@@ -295,7 +298,7 @@ def test_two_ranks_answer_the_exam_that_one_sets(folder):
     """Each rank draws questions of its own to learn from; held out are the same, three batches shared by two."""
     config = config_of(folder, "two_needles")
     model = checkpoint.load_model(Path(config.folder)).eval()
-    expected = answer(model, exams(config.needles, config.rows, config.length), torch.float32)
+    expected = needle_accuracy(model, exams(config.needles, config.rows, config.length), torch.float32)
     found = found_in(Path(config.folder))
     assert len(found) > 10
     assert {name: value for name, value in expected.items() if name in found} == pytest.approx(found)

@@ -28,6 +28,7 @@ from rorqual.config import to_dict
 from rorqual.costs import Costs, costs
 from rorqual.data.corpus import Trained, open_corpus, trained
 from rorqual.data.tokenizer import Tokenizer
+from rorqual.io import write_text
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig
 
@@ -214,7 +215,7 @@ def write_report(
     page = re.sub(r"\{\{(title|body|runs)\}\}", lambda found: parts[found[1]], _PAGE.read_text(encoding="utf-8"))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    write_text(out, page)
     return out
 
 

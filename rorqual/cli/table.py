@@ -1,6 +1,5 @@
 """Options of a command about tables of rows -> one call into storage, or into the measurement of homes, out."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from tyro.conf import Positional
 
 from rorqual.cli.parse import UsageError, emit, parse_new, split_first, take
 from rorqual.config import choose
+from rorqual.io import write_json
 
 Dtype = Literal["float32", "bfloat16", "fp8"]
 EXAMPLE = "rorqual table inspect runs/demo/engram"
@@ -312,7 +312,7 @@ def bench(options: Bench, as_json: bool) -> int:
     lines = tables.bench(config, lambda words: console.print(f"[dim]{words}[/]", highlight=False))
     speeds = {line.name: line.tokens_per_second for line in lines}
     if options.run is not None:
-        (Path(options.run) / "homes.json").write_text(json.dumps(speeds, indent=1), encoding="utf-8")
+        write_json(Path(options.run) / "homes.json", speeds)
     if figure is not None:
         from rorqual.analyze import figures
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from rorqual.data.corpus import VALIDATION, Corpus, Side, place
 from rorqual.data.tokenizer import Tokenizer
-from rorqual.io import flush
+from rorqual.io import flush, flush_folder
 
 IGNORED = -100  # the label of what is only padding
 _FORMAT = 1
@@ -150,8 +150,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: Callabl
     about = {"name": corpus.name, "license": corpus.license, "bytes": corpus.bytes, "skipped": dict(corpus.skipped)}
     meta = {"vocabulary": tokenizer.vocabulary, "end_id": tokenizer.end_id, "dtype": dtype.str, "about": about} | sides
     (folder / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
-    for path in [*folder.iterdir(), folder]:
-        flush(path)
+    flush_folder(folder)
 
 
 def _ordered(sided: Iterable[tuple[Side, str]]) -> Iterator[tuple[Side, str]]:

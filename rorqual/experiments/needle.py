@@ -7,6 +7,7 @@ Interrupted sweeps go on; finished runs are never repeated.
 """
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,9 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rorqual.analyze import figures
-from rorqual.data.needles import DEPTHS, TASKS, NeedleConfig, chance, column, exam_lengths
+from rorqual.data.needle_config import NeedleConfig
+from rorqual.data.needles import DEPTHS, TASKS, chance, column, exam_lengths
 from rorqual.experiments.paired import compared, mean_and_error
 from rorqual.experiments.runs import last, run, seeded
+from rorqual.io import atomic_write, write_text
 from rorqual.model_config import (
     DSAConfig,
     EngramConfig,
@@ -30,8 +33,7 @@ from rorqual.model_config import (
     NSAConfig,
     RopeConfig,
 )
-from rorqual.train.optim import NEEDLE_RATE, OptimConfig
-from rorqual.train.trainer import TrainConfig
+from rorqual.train.config import NEEDLE_RATE, OptimConfig, TrainConfig
 
 Kind = Literal["gqa", "nsa", "moba", "mla", "dsa"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -121,7 +123,7 @@ def main(config: NeedleSweep, *, console: Console | None = None) -> Path:
     scores = {name: [last(job.folder, _total(config)) for job in each] for name, each in jobs.items()}
     said = conclusion(config, entered, scores)
     _write(folder, config, entered, scores)
-    (folder / "conclusion.txt").write_text(said + "\n", encoding="utf-8")
+    write_text(folder / "conclusion.txt", said + "\n")
     console.print(_table(config, scores))
     console.print(said)
     return folder
@@ -174,14 +176,16 @@ def _write(folder: Path, config: NeedleSweep, entered: Sequence[Arm], scores: di
     """A line of needle.csv for every accuracy that was measured; part: of the text, empty for the whole."""
     folder.mkdir(parents=True, exist_ok=True)
     lengths = exam_lengths(config.needles, config.length)
-    with (folder / "needle.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["kind", "engram", "seed", "task", "length", "part", "accuracy"])
-        for arm in entered:
-            for seed, found in enumerate(scores[arm.name]):
-                for task, length, part in ((t, n, p) for t in TASKS for n in lengths for p in (None, *range(DEPTHS))):
-                    if (name := column(task, length, part)) in found:
-                        writer.writerow([arm.kind, arm.memory, seed, task, length, part, found[name]])
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(["kind", "engram", "seed", "task", "length", "part", "accuracy"])
+    columns = [(t, n, p) for t in TASKS for n in lengths for p in (None, *range(DEPTHS))]
+    for arm in entered:
+        for seed, found in enumerate(scores[arm.name]):
+            for task, length, part in columns:
+                if (name := column(task, length, part)) in found:
+                    writer.writerow([arm.kind, arm.memory, seed, task, length, part, found[name]])
+    write_text(folder / "needle.csv", table.getvalue())
     for memory in {arm.memory for arm in entered}:
         chosen = {arm.name: scores[arm.name] for arm in entered if arm.memory == memory}
         ending = "-engram" * memory
@@ -195,8 +199,8 @@ def _write(folder: Path, config: NeedleSweep, entered: Sequence[Arm], scores: di
 
 
 def _draw(path: Path, lines: dict[str, list[tuple[float, float, float]]], x: str, log: bool = False) -> None:
-    with figures.style():
-        figures.sweep(lines, x=x, y="share of answers found", log=log).savefig(path)
+    with figures.style(), atomic_write(path) as beside:
+        figures.sweep(lines, x=x, y="share of answers found", log=log).savefig(beside, format="svg")
 
 
 def _by_depth(seeds: Sequence[Scores], length: int) -> list[tuple[float, float, float]]:

@@ -26,9 +26,11 @@ from rich.table import Table
 
 from rorqual import config as configs
 from rorqual import runtime
-from rorqual.io import lock
-from rorqual.train.optim import Diverged
-from rorqual.train.trainer import Stopped, TrainConfig, finished, train
+from rorqual.io import lock, write_text
+from rorqual.train.config import TrainConfig
+from rorqual.train.run_folder import finished
+from rorqual.train.step import Diverged
+from rorqual.train.trainer import Stopped, train
 
 POLL = 0.5  # seconds between two looks at the metrics
 LINE_EVERY = 15.0  # seconds between two lines where there is no terminal
@@ -227,7 +229,7 @@ def main(path: str) -> int:
     except Stopped:
         return 130
     except Diverged as error:
-        (Path(config.folder) / DIVERGED).write_text(f"{error}\n", encoding="utf-8")
+        write_text(Path(config.folder) / DIVERGED, f"{error}\n")
         print(error, file=sys.stderr)
         return DIVERGED_CODE
     return 0

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rorqual.hub.configs import config_of, published
+from rorqual.io import atomic_write, write_text
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig
 
@@ -356,7 +357,8 @@ def export(model: LanguageModel, folder: str | Path, *, shard_bytes: int = 4 << 
         tensors = {
             name: table[name].of(state).detach().cpu().clone(memory_format=torch.contiguous_format) for name in names
         }
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        with atomic_write(folder / file) as beside:
+            save_file(tensors, beside, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(_bytes(table[name].of(state)) for name in table)}, "weight_map": where}
         _write_json(folder / "model.safetensors.index.json", index)
@@ -364,7 +366,7 @@ def export(model: LanguageModel, folder: str | Path, *, shard_bytes: int = 4 << 
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-from filelock import FileLock, Timeout
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import types
 from numba.extending import intrinsic
 
+from rorqual.io import Locked, lock
 from rorqual.kernels.compiled import compiled
 from rorqual.kernels.vectors import ONE, ZERO, at, columns, fill, norm, rotate, rows, score_tile, softmax, sum_tile
 
@@ -354,7 +354,7 @@ class Step:
         """Build, so that other processes find it, unless another does."""
         place = Path(CODE.stats.cache_path)
         place.mkdir(parents=True, exist_ok=True)
-        with suppress(Timeout), FileLock(place / "step.lock", timeout=0):
+        with suppress(Locked), lock(place / "step.lock", "another process builds the step"):
             Step.build()
 
     def _given(self, x: np.ndarray, held: int, cos: np.ndarray, sin: np.ndarray, logits: np.ndarray) -> tuple:

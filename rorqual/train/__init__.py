@@ -1,1 +1,1 @@
-"""A config in -> a trained model out. The training engine, OLMo-core, is named in this room only."""
+"""Training: from a config to a run folder. Only engine.py names OLMo-core."""

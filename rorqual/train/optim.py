@@ -1,19 +1,20 @@
-"""Parameters and their gradients in -> updated parameters out.
+"""The optimizers of a model's parameters, and the schedule of their rates.
 
-    AdamW        m, v <- averages of g, g^2;  p <- p - lr (m^ / (sqrt(v^) + eps) + decay p)     everything else
-    Muon         b <- average of g;  p <- p - lr (0.2 sqrt(max(m, n)) O(b) + decay p)           matrices of the blocks
-    sparse Adam  Adam without decay, only for rows that were read, at 5 times the rate, each    Engram's tables
-                 row corrected for its own number of updates
+    AdamW        m, v are averages of g, g^2
+                 p <- p - lr (m^ / (sqrt(v^) + eps) + decay p)
+    Muon         b is the average of g; for matrices of the blocks
+                 p <- p - lr (0.2 sqrt(max(m, n)) O(b) + decay p)
+    sparse Adam  Adam without decay for Engram's tables: only rows that were read, at 5 times the
+                 rate, each corrected for its own number of updates
 
-O is the nearest matrix with all singular values 1, by five Newton-Schulz rounds; with the factor 0.2 sqrt(max) one
-learning rate serves Muon and AdamW. Only matrices decay. Muon: Jordan et al. 2024, arXiv 2502.16982; rows: arXiv
-2601.07372.
+O(b) is the nearest matrix with all singular values 1, by five Newton-Schulz rounds. With the factor
+0.2 sqrt(max(m, n)) one learning rate serves Muon and AdamW. Only matrices decay. Muon: Jordan et
+al. 2024, arXiv 2502.16982; rows: arXiv 2601.07372.
 """
 
 import math
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -26,73 +27,23 @@ from rorqual import kernels
 from rorqual.layers.experts import Experts
 from rorqual.layers.router import Router
 from rorqual.storage import DeviceTable, LearningTable
+from rorqual.train.config import OptimConfig
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of the Muon reference
-NEEDLE_RATE = 6e-3  # of Muon; at 1e-2 attention stays at chance for hundreds of steps
-WIDEST = 512  # width of a model that `recipe` has a rate of its own for
 CHUNK = 512  # rows updated at a time: their three float32 copies stay in a core's cache
 
 
-class Diverged(RuntimeError):
-    """Training has left the finite numbers and cannot go on from where it is."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimConfig:
-    """How parameters learn. Rates are of the peak; `schedule` scales them all."""
-
-    kind: Literal["adamw", "muon"] = "adamw"  # what updates the matrices of the blocks
-    lr: float = 3e-3
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # of matrices and embeddings
-    momentum: float = 0.95  # Muon's
-    clip: float = 1.0  # of the norm of all gradients together
-    row_scale: float = 5.0  # the tables' rate over the others'
-    warmup: int = 20  # steps
-    decay: Literal["constant", "linear", "cosine"] = "cosine"
-    decay_share: float = 1.0  # of the steps after the warm-up; the rate stays constant before
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "eps", "clip", "row_scale"):
-            if not (0 < getattr(self, name) < math.inf):
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected more than 0")
-        for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("momentum", self.momentum)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name}: got {value}, expected 0 <= value < 1")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay: got {self.weight_decay}, expected at least 0")
-        if self.warmup < 0:
-            raise ValueError(f"warmup: got {self.warmup}, expected at least 0 steps")
-        if not 0 <= self.decay_share <= 1:
-            raise ValueError(f"decay_share: got {self.decay_share}, expected 0..1")
-        if self.kind not in ("adamw", "muon") or self.decay not in ("constant", "linear", "cosine"):
-            raise ValueError(f"got kind {self.kind!r} and decay {self.decay!r}, expected adamw or muon, a known decay")
-
-
-def recipe(dim: int, *, needles: bool = False) -> OptimConfig:
-    """The optimizer that `rorqual train`, the demo and the sweeps begin with, for a model of this width.
-
-    Muon at 0.02 up to a width of 64, where it was measured (docs/log.md). An update's largest singular value grows with
-    sqrt(width) here, and should not for one rate to serve every width (arXiv 2310.17813), so the rate falls with
-    1 / sqrt(width). Questions about needles are learnt at NEEDLE_RATE (docs/needle.md). Beyond WIDEST, which models of
-    papers are, it is AdamW as OptimConfig has it.
-    """
-    if dim > WIDEST:
-        return OptimConfig()
-    if needles:
-        return OptimConfig(kind="muon", lr=NEEDLE_RATE)
-    return OptimConfig(kind="muon", lr=0.02 * min(1.0, math.sqrt(64 / dim)))
-
-
 def schedule(step: int, total: int, config: OptimConfig) -> float:
-    """What the rates are multiplied by in step `step` (from 0) of `total`: up to 1, flat, then down to 0 at `total`."""
+    """Returns the factor of all rates in step `step` of `total`, counted from 0.
+
+    It rises to 1 in the warm-up, stays there, and falls to 0 at `total`.
+    """
     if step < config.warmup:
         return (step + 1) / config.warmup
-    begin = total - config.decay_share * (total - config.warmup)
-    if config.decay == "constant" or step < begin:
+    decay_start = total - config.decay_share * (total - config.warmup)
+    if config.decay == "constant" or step < decay_start:
         return 1.0
-    left = max(0.0, (total - step) / max(total - begin, 1.0))
+    left = max(0.0, (total - step) / max(total - decay_start, 1.0))
     return left if config.decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 
 
@@ -100,31 +51,31 @@ Role = Literal["rows", "matrix", "decayed", "plain"]
 
 
 def roles(model: nn.Module) -> dict[str, Role]:
-    """Parameter name -> what it is to the optimizer.
+    """Returns what each parameter is to the optimizer, by name.
 
     rows: Engram's tables. matrix: weights of linear maps, routers and experts inside the blocks.
     decayed: embedding and head. plain: norms, biases, convolutions, hyper-connections' maps.
     """
-    found: dict[str, Role] = {}
+    roles_by_name: dict[str, Role] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for path, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             name = names[id(parameter)]
-            if name in found:
+            if name in roles_by_name:
                 continue
             if isinstance(module, (DeviceTable, LearningTable)):
-                found[name] = "rows"
+                roles_by_name[name] = "rows"
             elif parameter.dim() < 2 or not isinstance(module, (nn.Linear, nn.Embedding, Router, Experts)):
-                found[name] = "plain"
+                roles_by_name[name] = "plain"
             else:
-                found[name] = "decayed" if isinstance(module, nn.Embedding) or path == "head" else "matrix"
-    return {name: found[name] for name, _ in model.named_parameters()}
+                roles_by_name[name] = "decayed" if isinstance(module, nn.Embedding) or path == "head" else "matrix"
+    return {name: roles_by_name[name] for name, _ in model.named_parameters()}
 
 
 def orthogonalise(matrix: Float[Tensor, "*batch m n"], rounds: int = 5) -> Float[Tensor, "*batch m n"]:
-    """Singular values near 1 (0.7 to 1.2), singular vectors kept, of each matrix by itself.
+    """Brings the singular values of each matrix near 1 (0.7 to 1.2) and keeps its singular vectors.
 
-    On a CPU in float32, elsewhere in bfloat16 as in the reference; one that is 0 stays 0.
+    On a CPU in float32, elsewhere in bfloat16 as in the reference. A matrix of zeros stays so.
     """
     a, b, c = QUINTIC
     x = matrix.float() if matrix.device.type == "cpu" else matrix.bfloat16()
@@ -148,15 +99,17 @@ def row_adam(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """One Adam update, in place, of the rows `touched`, which are distinct; every other row and its state stay.
+    """Updates the distinct rows `touched` in place by Adam; other rows and their state stay.
 
-    p <- p - lr m^ / (sqrt(v^) + eps),  m^ = m / (1 - b1^n),  v^ = v / (1 - b2^n),  n = how often this row was updated.
-    The averages m and v are float32 whatever the rows are: in bfloat16 v would hardly ever fall.
+        p <- p - lr m^ / (sqrt(v^) + eps),  m^ = m / (1 - b1^n),  v^ = v / (1 - b2^n)
+
+    n is how often this row was updated. The averages m and v are float32 whatever the rows are: in
+    bfloat16 v would hardly ever fall.
     """
     width, (b1, b2) = rows.shape[1], betas
     scratch = first.new_empty(3, min(CHUNK, max(len(touched), 1)), width)
-    for at in range(0, len(touched), CHUNK):
-        index, g = touched[at : at + CHUNK], gradient[at : at + CHUNK].to(first.dtype)
+    for start in range(0, len(touched), CHUNK):
+        index, g = touched[start : start + CHUNK], gradient[start : start + CHUNK].to(first.dtype)
         m, v, p = scratch[:, : len(index)].unbind()
         count = updates.index_select(0, index).add_(1)
         updates.index_copy_(0, index, count)
@@ -166,14 +119,14 @@ def row_adam(
         second.index_copy_(0, index, v.mul_(b2).addcmul_(g, g, value=1 - b2))
         n = count.double()
         root = (1 - b2**n).sqrt()
-        size, floor = (lr * root / (1 - b1**n)).float(), (eps * root).float()
+        size, epsilon = (lr * root / (1 - b1**n)).float(), (eps * root).float()
         p.copy_(rows.index_select(0, index))
-        p.addcdiv_(m.mul_(size[:, None]), v.sqrt_().add_(floor[:, None]), value=-1)
+        p.addcdiv_(m.mul_(size[:, None]), v.sqrt_().add_(epsilon[:, None]), value=-1)
         rows.index_copy_(0, index, p.to(rows.dtype))
 
 
 def sum_rows(index: Int[Tensor, " K"], values: Float[Tensor, "K W"]) -> tuple[Int[Tensor, " D"], Float[Tensor, "D W"]]:
-    """The different numbers of `index`, rising, and for each the sum of its `values`."""
+    """Returns the distinct numbers of `index`, rising, and for each the sum of its `values`."""
     index, order = index.sort(stable=True)
     distinct, counts = torch.unique_consecutive(index, return_counts=True)
     # a bag a row reads and adds in one pass; index_add adds slice by slice
@@ -181,9 +134,10 @@ def sum_rows(index: Int[Tensor, " K"], values: Float[Tensor, "K W"]) -> tuple[In
 
 
 def coalesce(gradient: Tensor) -> Tensor:
-    """A gradient of rows as a sparse one with each row once, duplicates added, in rising order.
+    """Turns a gradient of rows into a sparse one with each row once, in rising order.
 
-    Of a dense gradient the rows that are not 0 are taken. The values may be changed in place.
+    Duplicates are added; of a dense gradient the rows that are not 0 are taken. The values may be
+    changed in place.
     """
     if not gradient.is_sparse:
         touched = gradient.any(dim=1).nonzero()[:, 0]
@@ -202,11 +156,12 @@ def _give_dense_gradients(tables: Iterable[DeviceTable]) -> None:
 
 
 class Optimizer:
-    """All parameters of a model, each by the optimizer of its role; one step, one norm, one flat state.
+    """Updates all parameters of a model, each by the optimizer of its role.
 
-    From `zero_grad()` to `step()`, tables on the device give sparse gradients: a dense one would be as large as the
-    table. Before and after, their gradients are dense, as other optimizers expect them.
-    Of a table that learns where its rows live, the rows' state is there, too, and not in `state`.
+    There is one norm to clip, one step and one flat state. From `zero_grad()` to `step()`, tables
+    on the device give sparse gradients: a dense one would be as large as the table. Before and
+    after, their gradients are dense, as other optimizers expect. A table on disk keeps the state of
+    its rows itself, not in `state`.
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
@@ -216,8 +171,13 @@ class Optimizer:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         role = roles(model)
         self.rows = [name for name in self.parameters if role[name] == "rows"]
-        own = {id(module.weight): module for module in model.modules() if isinstance(module, LearningTable)}
-        self.apart = {name: own[id(p)] for name, p in self.parameters.items() if id(p) in own}  # they keep their state
+        tables_by_weight = {
+            id(module.weight): module for module in model.modules() if isinstance(module, LearningTable)
+        }
+        # They keep the state of their rows.
+        self.tables_on_disk = {
+            name: tables_by_weight[id(p)] for name, p in self.parameters.items() if id(p) in tables_by_weight
+        }
         muon = config.kind == "muon"
         self.matrices = [name for name in self.parameters if role[name] == "matrix" and muon]
         self.dense = [name for name in self.parameters if name not in self.rows and name not in self.matrices]
@@ -232,7 +192,7 @@ class Optimizer:
         self.state = self._new_state()
 
     def _new_state(self) -> dict[str, Tensor]:
-        """Everything that is carried from step to step, by name; AdamW's is the tensors it works on."""
+        """Returns what is carried from step to step, by name, as the tensors that AdamW updates."""
         state: dict[str, Tensor] = {}
         for name in self.dense:
             parameter = self.parameters[name]
@@ -244,7 +204,7 @@ class Optimizer:
         for name in self.matrices:
             state[f"{name}.momentum"] = torch.zeros_like(self.parameters[name])
         for name in self.rows:
-            if name in self.apart:
+            if name in self.tables_on_disk:
                 continue
             table = self.parameters[name]
             for key in ("exp_avg", "exp_avg_sq"):
@@ -253,7 +213,7 @@ class Optimizer:
         return {key: value.detach() for key, value in state.items()}
 
     def zero_grad(self) -> None:
-        """Drop all gradients; those of the step that now begins are sparse for tables on the device."""
+        """Drops all gradients and makes the next ones of tables on the device sparse."""
         for table in self.tables:
             table.sparse = True
         for parameter in self.parameters.values():
@@ -261,7 +221,10 @@ class Optimizer:
 
     @torch.no_grad()
     def clip(self) -> Float[Tensor, ""]:
-        """Scale all gradients, the rows' coalesced, to a norm of at most `clip` together; returns the norm before."""
+        """Scales all gradients to a norm of at most `clip` together; returns the norm before.
+
+        Gradients of rows are coalesced first.
+        """
         for name in self.rows:
             parameter = self.parameters[name]
             if parameter.grad is not None:
@@ -277,14 +240,14 @@ class Optimizer:
         return norm
 
     def _gradients(self) -> Iterable[Tensor]:
-        """The tensors that hold gradient values; of a sparse one, the values of its rows."""
+        """Yields the tensors that hold gradient values; of a sparse one, the values of its rows."""
         for parameter in self.parameters.values():
             if parameter.grad is not None:
                 yield parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
 
     @torch.no_grad()
     def step(self, factor: float = 1.0) -> None:
-        """Update everything that has a gradient, at `factor` times the configured rates."""
+        """Updates everything that has a gradient, at `factor` times the configured rates."""
         lr = self.config.lr * factor
         if self.adamw is not None:
             for group in self.adamw.param_groups:
@@ -292,61 +255,63 @@ class Optimizer:
             self.adamw.step()
         for name in self.matrices:
             if self.parameters[name].grad is not None:
-                self._muon(name, lr)
-        for name in self.rows:  # last: a device does its part while rows elsewhere are updated
+                self._update_matrix(name, lr)
+        # Last: a device does its part while rows elsewhere are updated.
+        for name in self.rows:
             if self.parameters[name].grad is not None:
-                self._rows(name, lr * self.config.row_scale)
+                self._update_rows(name, lr * self.config.row_scale)
         _give_dense_gradients(self.tables)
 
-    def _muon(self, name: str, lr: float) -> None:
+    def _update_matrix(self, name: str, lr: float) -> None:
         parameter, momentum = self.parameters[name], self.config.momentum
         assert parameter.grad is not None
         average = self.state[f"{name}.momentum"].lerp_(parameter.grad, 1 - momentum)
         update = parameter.grad.lerp(average, momentum)
         whole = update.full_tensor() if isinstance(update, DTensor) else update
         stack = whole.unflatten(-1, (2, -1)).transpose(-2, -3) if name.endswith("gate_up") else whole
-        turned = orthogonalise(stack)  # a gate and an up projection side by side are two matrices
+        # A gate and an up projection side by side are two matrices.
+        turned = orthogonalise(stack)
         turned = turned.transpose(-2, -3).flatten(-2) if name.endswith("gate_up") else turned
         if isinstance(update, DTensor):
             turned = distribute_tensor(turned, update.device_mesh, update.placements)
         parameter.mul_(1 - lr * self.config.weight_decay)
         parameter.add_(turned, alpha=-lr * 0.2 * math.sqrt(max(stack.shape[-2:])))
 
-    def _rows(self, name: str, lr: float) -> None:
+    def _update_rows(self, name: str, lr: float) -> None:
         table = self.parameters[name]
         assert table.grad is not None
         gradient = coalesce(table.grad)
-        if name in self.apart:
-            self._rows_apart(self.apart[name], gradient, lr)
+        if name in self.tables_on_disk:
+            self._update_on_disk(self.tables_on_disk[name], gradient, lr)
             return
         first, second, updates = (self.state[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "updates"))
         touched, values = gradient._indices()[0], gradient._values()
         update = kernels.pick("row_adam", row_adam, table, values)
         update(table.detach(), first, second, updates, touched, values, lr, self.config.betas, self.config.eps)
 
-    def _rows_apart(self, table: LearningTable, gradient: Tensor, lr: float) -> None:
-        def change(*given: Tensor) -> None:
-            kernels.pick("row_adam", row_adam, *given)(*given, lr, self.config.betas, self.config.eps)
+    def _update_on_disk(self, table: LearningTable, gradient: Tensor, lr: float) -> None:
+        def change(*tensors: Tensor) -> None:
+            kernels.pick("row_adam", row_adam, *tensors)(*tensors, lr, self.config.betas, self.config.eps)
 
         table.update(gradient._indices()[0], gradient._values(), change)
 
     def mark(self, step: int) -> None:
-        """Tables that learn on a disk can come back to this step from now on."""
-        for table in self.apart.values():
+        """Lets tables on disk come back to this step from now on."""
+        for table in self.tables_on_disk.values():
             table.mark(step)
 
     def rewind(self, step: int) -> None:
-        """Tables that learn on a disk are what they were at that mark. TableError where they cannot."""
-        for table in self.apart.values():
+        """Takes tables on disk back to a marked step; TableError where they cannot."""
+        for table in self.tables_on_disk.values():
             table.rewind(step)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Name -> tensor, the live ones: filling them in place restores the optimizer."""
+        """Returns the live tensors by name; filling them in place restores the optimizer."""
         return dict(self.state)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """ValueError unless the names are this optimizer's own."""
+        """Copies a state into this optimizer's; ValueError unless it has the same names."""
         if state.keys() != self.state.keys():
             odd = sorted(state.keys() ^ self.state.keys())[0]
             raise ValueError(f"optimizer state: got other names, first {odd!r}, expected those of this model and kind")

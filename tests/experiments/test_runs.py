@@ -19,8 +19,8 @@ from rorqual.experiments import runs
 from rorqual.experiments.runs import Job, last, main, make_room, records, run, seeded
 from rorqual.layers.attention import MLAConfig
 from rorqual.model import ModelConfig
-from rorqual.train.optim import Diverged, OptimConfig
-from rorqual.train.trainer import DataConfig, TrainConfig
+from rorqual.train.config import DataConfig, OptimConfig, TrainConfig
+from rorqual.train.step import Diverged
 
 
 def _job(folder, **changes):
@@ -179,7 +179,7 @@ def test_killed_in_the_middle_it_goes_on_and_repeats_nothing(tmp_path, hit):
     configs.save(config, tmp_path / "config.json")
     (tmp_path / "sweep.py").write_text(
         "import sys\nfrom pathlib import Path\nfrom rorqual import config\n"
-        "from rorqual.experiments.runs import run, seeded\nfrom rorqual.train.trainer import TrainConfig\n"
+        "from rorqual.experiments.runs import run, seeded\nfrom rorqual.train.config import TrainConfig\n"
         "run(seeded(Path(sys.argv[1]), 'arm', config.load(TrainConfig, Path(sys.argv[2])), 2), workers=1)\n"
     )
     words = [sys.executable, str(tmp_path / "sweep.py"), str(tmp_path / "runs"), str(tmp_path / "config.json")]

@@ -1,6 +1,5 @@
 """trainer.py from text to a finished folder: files, figures, sameness, stopping and going on, what it refuses."""
 
-import fcntl
 import json
 import os
 import re
@@ -16,59 +15,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rorqual import checkpoint
 from rorqual import config as configs
 from rorqual.checkpoint import load_model, steps
 from rorqual.cli.main import main
-from rorqual.data.needles import NeedleConfig, exams
+from rorqual.data.needle_config import NeedleConfig
+from rorqual.data.needles import exams
 from rorqual.data.stream import validation_batches
 from rorqual.data.tokenizer import Tokenizer
-from rorqual.data.tokenizer import train as learn
 from rorqual.layers.balance import BalanceConfig, max_violation
-from rorqual.layers.engram import EngramConfig
-from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.layers.router import RouterConfig
-from rorqual.model import LanguageModel, ModelConfig
+from rorqual.model import LanguageModel
 from rorqual.serve.generate import load
 from rorqual.storage import StorageConfig
-from rorqual.train import record, trainer
-from rorqual.train.optim import Diverged, OptimConfig, Optimizer
-from rorqual.train.record import answer, validate
-from rorqual.train.trainer import DataConfig, Stopped, TrainConfig, finished, losses, prepare, train
-
-MODEL = ModelConfig(
-    vocabulary=300,
-    dim=16,
-    layers=2,
-    dense_width=24,
-    moe=MoEConfig(routed=4, active=2, width=8, first_dense=1, router=RouterConfig(noise=0.1)),
-    engram=EngramConfig(layers=(1,), rows_per_head=(97, 97), heads=2, head_dim=4),
-    init_std=0.02,
-)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    animals, places = ("whale", "otter", "heron", "lynx", "newt"), ("the sea", "a river", "the marsh", "a wood")
-    lines = [
-        json.dumps({"text": f"{number}. A {animal} lives in {place} with {number % 9} young, and eats {food}."})
-        for number in range(12)
-        for animal in animals
-        for place in places
-        for food in ("krill", "fish and frogs")
-    ]
-    (folder / "animals.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-@pytest.fixture
-def config(text, tmp_path) -> TrainConfig:
-    data = DataConfig(source=str(text / "animals.jsonl"), vocabulary=300, cache=str(text / "cache"))
-    optim = OptimConfig(lr=1e-2, warmup=2)
-    return TrainConfig(
-        model=MODEL, optim=optim, data=data, folder=str(tmp_path / "run"), steps=8, rows=4, length=24, save_every=3
-    )
+from rorqual.train import trainer
+from rorqual.train.config import DataConfig, OptimConfig, TrainConfig
+from rorqual.train.optim import Optimizer
+from rorqual.train.run_folder import finished, losses
+from rorqual.train.scores import needle_accuracy, validate
+from rorqual.train.source import prepare
+from rorqual.train.step import Diverged
+from rorqual.train.trainer import Stopped, train
 
 
 def stop_at(step: int):
@@ -123,8 +91,8 @@ REMEDIES = ("sequence", "expert", "device", "communication", "z_loss")
 
 def balanced(config: TrainConfig, balance: BalanceConfig, folder: str) -> TrainConfig:
     """Two mixtures, MTP's among them, without noise, balanced so."""
-    moe = replace(MODEL.moe, balance=replace(balance, devices=2), router=RouterConfig())
-    model = replace(MODEL, moe=moe, mtp=MTPConfig(), engram=None)
+    moe = replace(config.model.moe, balance=replace(balance, devices=2), router=RouterConfig())
+    model = replace(config.model, moe=moe, mtp=MTPConfig(), engram=None)
     return replace(config, model=model, folder=str(Path(config.folder).parent / folder), bias_rest=0.0, steps=3)
 
 
@@ -151,7 +119,7 @@ def test_load_and_every_loss_are_reported(config):
         loads = torch.tensor([line["load"][place] for line in training], dtype=torch.float32)
         moved = 1e-3 * (loads.mean(1, keepdim=True) - loads).sign().sum(0)
         torch.testing.assert_close(mixture.router.e_score_correction_bias, moved)
-    bare = train(replace(asked, model=replace(MODEL, moe=None), folder=asked.folder + "_bare", steps=1))
+    bare = train(replace(asked, model=replace(config.model, moe=None), folder=asked.folder + "_bare", steps=1))
     assert not [line for line in lines(bare) if "load" in line]
 
 
@@ -194,9 +162,14 @@ def test_another_seed_draws_other_weights(config, tmp_path):
 def test_the_trial_of_a_step_changes_nothing(config, tables, tmp_path, monkeypatch):
     """Neither losses nor weights, of a run that stops and goes on."""
     found = []
-    for name, trial in (("a", record.trial), ("b", lambda *_: 1.0)):
+    for name, trial in (("a", trainer.estimate_step_seconds), ("b", lambda *_: 1.0)):
         calls = []
-        monkeypatch.setattr(record, "trial", lambda *given, calls=calls, trial=trial: calls.append(1) or trial(*given))
+
+        def counted(*given, calls=calls, trial=trial):
+            calls.append(1)
+            return trial(*given)
+
+        monkeypatch.setattr(trainer, "estimate_step_seconds", counted)
         options = replace(config, folder=str(tmp_path / name), tables=tables, steps=16, save_every=2)
         with pytest.raises(Stopped):
             train(options, on_metrics=stop_at(4))
@@ -233,7 +206,7 @@ def test_a_run_says_what_is_ahead_before_it_starts(config, capsys):
 @pytest.mark.parametrize("tables", ["host", "disk"])
 def test_tables_elsewhere_are_refused_for_a_model_without_any(config, tables):
     with pytest.raises(ValueError, match=f"got {tables} for a model without Engram.*--model.engram default"):
-        train(replace(config, tables=tables, model=replace(MODEL, engram=None)))
+        train(replace(config, tables=tables, model=replace(config.model, engram=None)))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -330,14 +303,6 @@ def test_a_model_whose_validation_is_not_finite_is_not_finished(config, monkeypa
         train(replace(config, skip_limit=3, folder=config.folder + "_3"))
 
 
-def test_a_folder_that_held_no_run_keeps_what_is_called_learning(config):
-    kept = Path(config.folder) / "learning" / "notes.txt"
-    kept.parent.mkdir(parents=True)
-    kept.write_text("somebody's")
-    train(replace(config, steps=1))
-    assert kept.read_text() == "somebody's"
-
-
 def test_rows_that_learn_in_host_memory_are_those_of_the_device(config, tmp_path):
     """Stopped and called again: the weights' file of the run whose rows are resident, byte for byte."""
     straight = train(replace(config, folder=str(tmp_path / "straight"), steps=6))
@@ -354,27 +319,12 @@ def test_rows_that_learn_in_host_memory_are_those_of_the_device(config, tmp_path
     assert (folder / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
 
 
-def test_rows_of_another_run_that_has_no_checkpoint_are_not_taken(config, tmp_path):
-    """Stopped before its first checkpoint; then another seed in the same folder draws its own rows."""
-
-    def stop(line: dict) -> None:
-        raise RuntimeError("killed")
-
-    config = replace(config, tables="disk", steps=2)
-    with pytest.raises(RuntimeError, match="killed"):
-        train(config, on_metrics=stop)
-    assert (Path(config.folder) / "learning" / "0" / "marks.json").is_file()
-    folder = train(replace(config, seed=1))
-    straight = train(replace(config, seed=1, folder=str(tmp_path / "straight")))
-    assert losses(folder) == losses(straight)
-
-
 def test_a_longer_run_that_was_killed_is_not_finished(config, tmp_path, monkeypatch):
     """The model of the shorter one is there all the while, also between the last checkpoint and the new model."""
     config = replace(config, tables="disk")
     folder = train(replace(config, steps=3))
     straight = shutil.copytree(folder, tmp_path / "straight")
-    config, save = replace(config, steps=6), trainer.checkpoint.save_model
+    config, save = replace(config, steps=6), checkpoint.save_model
 
     def stop(line: dict) -> None:
         raise RuntimeError("killed")
@@ -382,61 +332,16 @@ def test_a_longer_run_that_was_killed_is_not_finished(config, tmp_path, monkeypa
     with pytest.raises(RuntimeError, match="killed"):
         train(config, on_metrics=stop)
     assert not finished(config)
-    monkeypatch.setattr(trainer.checkpoint, "save_model", lambda *_: stop({}))
+    monkeypatch.setattr(checkpoint, "save_model", lambda *_: stop({}))
     with pytest.raises(RuntimeError, match="killed"):
         train(config)
     assert not finished(config)
-    monkeypatch.setattr(trainer.checkpoint, "save_model", save)
+    monkeypatch.setattr(checkpoint, "save_model", save)
     assert train(config) == folder
     assert finished(config)
     train(replace(config, folder=str(straight)))
     ours, theirs = (load_model(each).state_dict() for each in (folder, straight))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_longer_is_allowed_and_other_is_not(config):
-    folder = train(replace(config, steps=3))
-    with pytest.raises(ValueError, match=r"another run \(model\.dim differ\)"):
-        train(replace(config, model=replace(MODEL, dim=24)))
-    with pytest.raises(ValueError, match=r"optim\.lr"):
-        train(replace(config, optim=replace(config.optim, lr=0.5)))
-    for name, value in (("bias_rest", 0.5), ("mtp_late", 0.1)):
-        with pytest.raises(ValueError, match=f"{name} differ"):
-            train(replace(config, **{name: value}))
-    train(replace(config, steps=5, log_every=2, keep=1))
-    assert [line["step"] for line in lines(folder) if "loss" in line] == [1, 2, 3, 4, 5]
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_fewer_steps_than_a_finished_run_has_change_nothing_and_say_so(config, capsys):
-    folder = train(replace(config, steps=6))
-    before = bytes_of(folder)
-    assert train(replace(config, steps=2)) == folder
-    assert bytes_of(folder) == before
-    said = capsys.readouterr().err.replace("\n", " ")
-    assert "holds this run with 6 steps, 2 were asked for: nothing to do" in said
-    with pytest.raises(ValueError, match=r"another run \(model\.dim differ\)"):
-        train(replace(config, steps=2, model=replace(MODEL, dim=24)))
-    assert bytes_of(folder) == before
-    train(replace(config, steps=7))
-    assert len(losses(folder)) == 7
-
-
-def test_fewer_steps_than_an_unfinished_run_has_made_are_refused(config):
-    def stop(line: dict) -> None:
-        if line["step"] == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(Stopped):
-        train(config, on_metrics=stop)
-    before = bytes_of(Path(config.folder))
-    with pytest.raises(ValueError, match=r"got --steps 3, expected at least the 5 that are made already \(of 8\)"):
-        train(replace(config, steps=3))
-    assert bytes_of(Path(config.folder)) == before
-    assert len(losses(train(replace(config, steps=6)))) == 6
 
 
 ROOM = "expected room to write; checkpoints written before are good, and the same command goes on once there is room"
@@ -485,39 +390,12 @@ def test_a_full_disk_is_one_line_on_the_command_line(config, tmp_path):
     assert "Traceback" not in done.stderr and len(before) <= 9
 
 
-def test_one_training_a_folder(config):
-    folder = Path(config.folder)
-    folder.mkdir()
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another process trains here"):
-            train(config)
-
-
-def test_indexers_alone_without_indexers_are_refused():
-    with pytest.raises(ValueError, match="indexer_alone: got a model without DSA"):
-        TrainConfig(indexer_alone=True)
-
-
-def test_a_small_model_vocabulary_is_refused(config):
-    with pytest.raises(ValueError, match=r"model\.vocabulary: got 280, expected at least the tokenizer's 300"):
-        train(replace(config, model=replace(MODEL, vocabulary=280)))
-
-
-def test_a_vocabulary_below_the_bytes_says_what_to_type(config):
-    config = replace(config, model=replace(MODEL, vocabulary=100), data=replace(config.data, vocabulary=None))
-    with pytest.raises(
-        ValueError, match=r"model\.vocabulary: got 100, expected at least 257.*--model\.vocabulary 4096"
-    ):
-        train(config)
-
-
 def test_engram_stands_on_the_padding_of_the_tokenizer_it_is_given(config, tmp_path):
     own = prepare(config.data).tokenizer
     own.save(tmp_path / "foreign")
     named = json.loads((tmp_path / "foreign" / "tokenizer_config.json").read_text()) | {"pad_token": own.token(40)}
     (tmp_path / "foreign" / "tokenizer_config.json").write_text(json.dumps(named))
-    ended = configs.replace(MODEL, "engram.eos_id", 7)
+    ended = configs.replace(config.model, "engram.eos_id", 7)
     data = replace(config.data, tokenizer=str(tmp_path / "foreign"))
     config = replace(config, data=data, model=ended, steps=2)
     folder = train(config)
@@ -535,40 +413,6 @@ def test_bfloat16_and_muon_train_too(config):
     assert losses(folder)[-1] < losses(folder)[0] - 0.2
 
 
-def test_preparing_twice_reads_the_cache(config, text):
-    first = prepare(config.data)
-    marks = {path: path.stat().st_mtime_ns for path in (text / "cache").rglob("*") if path.is_file()}
-    second = prepare(config.data)
-    assert marks == {path: path.stat().st_mtime_ns for path in (text / "cache").rglob("*") if path.is_file()}
-    assert first.tokens.train.digest == second.tokens.train.digest
-    trained, held = (side.documents for side in (first.tokens.train, first.tokens.validation))
-    assert trained + held + first.tokens.about["skipped"]["near-duplicate"] == 480
-    assert trained > held > 0
-    assert f"of {trained} documents to train on" in str(first)
-    assert f"of {held} to validate" in str(first)
-    own = prepare(replace(config.data, tokenizer=str(next((text / "cache" / "tokenizers").iterdir()))))
-    assert own.tokens.train.digest == first.tokens.train.digest
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"steps": 0}, "steps: got 0"),
-        ({"rows": -1}, "rows: got -1"),
-        ({"micro_rows": 0}, "micro_rows"),
-        ({"bias_rest": 2.0}, "bias_rest"),
-        ({"seed": -1}, "seed"),
-        ({"dtype": "float8"}, "'float8', expected 'float32' or 'bfloat16'"),
-        ({"data": {"limit": 1}}, "limit: got 1"),
-        ({"data": {"vocabulary": 20}}, "vocabulary: got 20"),
-        ({"data": {"sauce": "x"}}, "source"),
-    ],
-)
-def test_a_wrong_config_is_refused(change, told):
-    with pytest.raises(ValueError, match=told):
-        configs.from_dict(TrainConfig, change)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("tables", ["device", "host", "disk"])
 def test_killed_and_called_again_is_as_if_never_killed(config, tmp_path, tables):
@@ -578,7 +422,8 @@ def test_killed_and_called_again_is_as_if_never_killed(config, tmp_path, tables)
     config = replace(config, tables=tables)
     configs.save(config, tmp_path / "wanted.json")
     code = (
-        "import sys; from rorqual import config; from rorqual.train.trainer import TrainConfig, train\n"
+        "import sys; from rorqual import config; from rorqual.train.config import TrainConfig\n"
+        "from rorqual.train.trainer import train\n"
         "train(config.load(TrainConfig, sys.argv[1]), on_metrics=lambda line: print(line['step'], flush=True))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "wanted.json")]
@@ -596,23 +441,6 @@ def test_killed_and_called_again_is_as_if_never_killed(config, tmp_path, tables)
     assert losses(folder) == losses(straight)
     ours, theirs = load_model(folder).state_dict(), load_model(straight).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_no_tokenizer_learns_from_what_validates(tmp_path, monkeypatch):
-    notes = ["a whale sings", "no fish flies", "the sea is deep"]
-    (tmp_path / "notes.jsonl").write_text("".join(json.dumps({"text": note}) + "\n" for note in notes))
-    learnt = []
-    monkeypatch.setattr(trainer, "train_tokenizer", lambda texts, size: learnt.extend(texts) or learn(notes, size))
-    data = DataConfig(source=str(tmp_path / "notes.jsonl"), vocabulary=260, cache=str(tmp_path / "cache"))
-    found = prepare(data)
-    held = found.tokenizer.decode(found.tokens.validation.ids[1:].tolist())
-    assert sorted([*learnt, held]) == notes
-
-
-def test_a_text_of_one_document_says_that_it_needs_another(tmp_path: Path) -> None:
-    (tmp_path / "one.txt").write_text("A single short text.", encoding="utf-8")
-    with pytest.raises(ValueError, match="got one document, expected at least two"):
-        prepare(DataConfig(source=str(tmp_path / "one.txt"), vocabulary=300, cache=str(tmp_path / "cache")))
 
 
 NEEDLES = NeedleConfig(
@@ -637,13 +465,13 @@ def test_questions_in_place_of_a_text_stop_and_go_on_too(config, tmp_path):
     assert [line["step"] for line in held] == [4, 8]
     other = [line for line in lines(straight) if "accuracy" in line]
     assert [line | {"seconds": 0} for line in held] == [line | {"seconds": 0} for line in other]
-    again = answer(load_model(folder), exams(NEEDLES, 4, 32))
+    again = needle_accuracy(load_model(folder), exams(NEEDLES, 4, 32))
     assert {name: held[-1][name] for name in again} == again
     assert not (folder / "tokenizer.json").exists()
     with pytest.raises(ValueError, match=r"another run \(needles\.filler differ\)"):
         train(replace(config, needles=replace(NEEDLES, filler=3)))
     with pytest.raises(ValueError, match=r"model\.vocabulary: got 10, expected at least the needles' 11"):
-        train(replace(config, model=replace(MODEL, vocabulary=10), folder=str(tmp_path / "narrow")))
+        train(replace(config, model=replace(config.model, vocabulary=10), folder=str(tmp_path / "narrow")))
 
 
 def stopping(at: int):
@@ -781,10 +609,3 @@ def test_a_run_is_validated_ten_times_and_its_best_weights_are_kept(config, caps
     lowest = min([*(loss for step, loss in held.items() if step < 30), final])
     assert found == pytest.approx(lowest, rel=1e-5)
     assert f"(validation loss {found:.4f})" in said
-
-
-def test_a_folder_of_runs_is_no_place_to_train(config, capsys):
-    folder = train(replace(config, steps=1))
-    with pytest.raises(ValueError, match=f"{folder.parent}: got a folder of runs .*run.*expected one for this run"):
-        train(replace(config, folder=str(folder.parent)))
-    assert not (folder.parent / "train.json").exists()

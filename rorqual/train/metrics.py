@@ -1,0 +1,273 @@
+"""Metrics of a training run, and the validation that is part of them.
+
+metrics.jsonl has a line for every step and for every validation:
+
+    {"step", "loss", "total", ..., "tokens", "tokens_per_second", "seconds", "seconds_left"}
+    {"step", "validation_loss", "bits_per_byte", "prompt", "sample", "seconds"}
+    {"step", "accuracy", "accuracy_TASK_LENGTH", ..., "seconds"}                       of needles
+
+Losses are nats a token. "sample" is what the model writes after "prompt", the beginning of a
+held-out document. Further fields of a step:
+
+    indexer, indexer_recall     with DSA: the indexers' loss in nats a query, and the share of the
+                                attention on the selected keys; means over layers
+    load, max_violation         with experts: the tokens that each expert took, a list for every
+                                layer of experts (MTP's last), and the worst layer's violation
+    row_gain, column_gain,      with residual streams, in step 1 and every 50 steps after it: gains
+    stream_spread               of the product of all H_res; the worst rank's, on one row
+    skipped_steps               how many steps so far were not finite, and so changed nothing; such
+                                a step has no load, and lacks what was not finite
+
+A resumed run first drops the lines of the steps that it repeats.
+"""
+
+import json
+import math
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch import Tensor, nn
+
+from rorqual import checkpoint, parallel, runtime
+from rorqual.io import write_text
+from rorqual.train.config import TrainConfig
+from rorqual.train.source import Source
+
+METRICS = "metrics.jsonl"
+FIRST_STEPS = 5  # after which the log says how long the run will take
+WINDOW = 20  # steps that the speed is a mean of
+VALIDATIONS = 10  # of a run, where the config names no interval
+LEAST_INTERVAL = 10  # steps between two of them
+
+
+class StepTime(NamedTuple):
+    """When a step ended and what is known of it before its metrics have been collected."""
+
+    seconds: float  # of training since the run began
+    mean_seconds: float  # of the last steps
+    expert_counts: Tensor | None
+
+
+class MetricsWriter:
+    """Writes metrics.jsonl and tensorboard's events, and passes every line to `on_metrics`.
+
+    Only rank 0 writes. `estimate` returns the seconds of a step before any was made. `seconds` are
+    those of training steps, over all sessions of the run.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        on_metrics: Callable[[dict[str, Any]], None] | None = None,
+        estimate: Callable[[], float] | None = None,
+    ) -> None:
+        self.folder = Path(config.folder)
+        self.tokens_per_step = config.rows * config.length
+        self.steps = config.steps
+        self.on_metrics = on_metrics
+        self.estimate = estimate
+        self.seconds = 0.0
+        self._step_began = 0.0
+        self._second_step_began = 0.0
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+        self._times: dict[int, StepTime] = {}
+        self._events: EventFile | None = None
+
+    def start(self, step: int) -> None:
+        """Opens the files for what comes after `step`."""
+        if step:
+            runtime.log(f"{self.folder}: resuming at step {step:,} of {self.steps:,}")
+        if self.estimate is not None and self.steps - step > FIRST_STEPS:
+            self._log_time_left(step, self.estimate(), "a forward pass")
+        if parallel.rank() == 0:
+            trim_metrics(self.folder / METRICS, step)
+            self._events = EventFile(self.folder / "tensorboard", step + 1)
+
+    def start_step(self) -> None:
+        self._step_began = time.perf_counter()
+
+    def end_step(self, step: int, expert_counts: Tensor | None) -> None:
+        """Notes how long a step took; its line is written by `write_step`, maybe later."""
+        now = time.perf_counter()
+        self.seconds += now - self._step_began
+        self._recent.append(now - self._step_began)
+        if len(self._recent) == 1:
+            self._second_step_began = now
+        elif len(self._recent) == FIRST_STEPS:
+            # By the wall clock: a device may still be computing when a step's call returns.
+            each = (now - self._second_step_began) / (FIRST_STEPS - 1)
+            self._log_time_left(step, each, f"the first {FIRST_STEPS}")
+        mean_seconds = sum(self._recent) / len(self._recent)
+        self._times[step] = StepTime(self.seconds, mean_seconds, expert_counts)
+
+    def write_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes the line of a step that was made in this session."""
+        if step not in self._times or not metrics:
+            return
+        seconds, mean_seconds, expert_counts = self._times.pop(step)
+        line: dict[str, Any] = {"step": step, **metrics}
+        if expert_counts is not None:
+            line["load"] = expert_counts.tolist()
+        if "skipped_steps" in line:
+            line["skipped_steps"] = int(line["skipped_steps"])
+        line["tokens"] = step * self.tokens_per_step
+        line["tokens_per_second"] = round(self.tokens_per_step / mean_seconds, 1)
+        line["seconds"] = round(seconds, 3)
+        line["seconds_left"] = round((self.steps - step) * mean_seconds, 1)
+        self.write(line)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Appends a line, without the numbers that are not finite: JSON has none."""
+        line = {name: value for name, value in line.items() if not isinstance(value, float) or math.isfinite(value)}
+        if parallel.rank() == 0:
+            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            if self._events is not None:
+                scalars = {
+                    name: value
+                    for name, value in line.items()
+                    if name not in ("step", "load") and not isinstance(value, str)
+                }
+                self._events.write(scalars, line["step"])
+        if self.on_metrics is not None:
+            self.on_metrics(dict(line))
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    def _log_time_left(self, step: int, seconds_a_step: float, by: str) -> None:
+        left = self.steps - step
+        lasting = format_duration(seconds_a_step * left)
+        runtime.log(f"the {left:,} steps ahead take about {lasting}, by {by}")
+
+
+class EventFile:
+    """An event file of tensorboard, which hides older events of the step `first` and later.
+
+    tensorboard's own writer is not used: it has a thread, whose traceback stands in the log when
+    the disk is full.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder / name).open("ab")
+        self._records = RecordWriter(self._file)
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(Event(step=step, summary=Summary(value=scalars)))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+        self._records.flush()
+
+    def close(self) -> None:
+        # An error was raised when the event was written.
+        with suppress(OSError):
+            self._file.close()
+
+
+def format_duration(seconds: float) -> str:
+    """Formats seconds in the unit that suits them: "119 seconds", "2 minutes", "3 hours"."""
+    for size, unit in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:,.0f} seconds"
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Keeps the lines of a metrics file up to `step`, without a last line that a kill cut short."""
+    if not path.is_file():
+        return
+    whole = path.read_text(encoding="utf-8").split("\n")[:-1]
+    write_text(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+
+
+class Validation:
+    """Scores held-out data at intervals and at the end of a run, and keeps the best weights.
+
+    Validations within the run read a sample, by which the weights are compared.
+    """
+
+    def __init__(self, model: nn.Module, source: Source, config: TrainConfig, writer: MetricsWriter) -> None:
+        self.model = model
+        self.source = source
+        self.config = config
+        self.writer = writer
+        self.interval = validation_interval(config)
+        # With one validation the best weights are the last, which are the model's.
+        best = Path(config.folder) / "checkpoints" / checkpoint.BEST
+        self.best = BestCheckpoint(best, model) if self.interval else None
+
+    def after_step(self, step: int) -> None:
+        """Validates on the sample if it is time; the last step is left to `run`."""
+        if self.interval and step % self.interval == 0 and step < self.config.steps:
+            self.run(step, whole=False)
+
+    def run(self, step: int, *, whole: bool) -> dict[str, float]:
+        """Validates now, on all held-out data or on the sample, and returns the scores."""
+        scores = self.source.score(self.model, self.config, whole=whole)
+        # A token takes a small part of a step's time, so a run of few steps samples few.
+        steps = self.interval or self.config.steps
+        sample = self.source.sample(self.model, self.config, max(4, steps // 4))
+        seconds = round(self.writer.seconds, 3)
+        self.writer.write({"step": step, **scores, **sample, "seconds": seconds})
+        if self.best is not None and "validation_loss" in scores:
+            compared = scores
+            if whole:
+                compared = self.source.score(self.model, self.config, whole=False)
+            self.best.offer(step, compared["validation_loss"])
+        return scores
+
+
+def validation_interval(config: TrainConfig) -> int:
+    """Returns the steps between two validations, or 0 if there is only the one at the end."""
+    if config.validate_every is not None:
+        return config.validate_every
+    # Needles are asked in full each time, which takes long in a short run.
+    if config.needles is not None:
+        return 0
+    return max(LEAST_INTERVAL, -(-config.steps // VALIDATIONS))
+
+
+class BestCheckpoint:
+    """Keeps the weights of the lowest validation loss, as a checkpoint without optimizer state."""
+
+    def __init__(self, folder: Path, model: nn.Module) -> None:
+        self.folder = folder
+        self.model = model
+        self._lowest: float | None = None
+
+    def offer(self, step: int, loss: float) -> None:
+        """Saves the weights if this loss is the lowest so far. Every rank calls it."""
+        if self._lowest is None:
+            self._lowest = self._saved_loss()
+        if not loss < self._lowest:
+            return
+        self._lowest = loss
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        checkpoint.save_state(self.folder, tensors, {"step": step, "validation_loss": loss})
+
+    def _saved_loss(self) -> float:
+        """Returns the loss of the saved checkpoint, infinity if there is no good one."""
+        try:
+            checkpoint.verify(self.folder)
+        except checkpoint.Damaged:
+            return math.inf
+        values = json.loads((self.folder / "rank0.json").read_text(encoding="utf-8"))
+        return float(checkpoint.decode(values)["validation_loss"])

@@ -1,0 +1,185 @@
+"""The folder of a training run: what is in it, whose it is, and who may write there.
+
+train.json, metrics.jsonl, tensorboard/     from the first step on
+config.json, tokenizer.json                 what the model is and how it reads
+checkpoints/stepN/                          to resume from
+checkpoints/best/                           the weights that validated best, to read
+model.safetensors                           the model, when it is finished
+learning/, tables/                          with tables on disk: their rows as they learn, and
+                                            when they have learnt
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rorqual import checkpoint, parallel, runtime
+from rorqual import config as configs
+from rorqual.io import lock, remove_partial
+from rorqual.train.config import TrainConfig
+
+FIXED = (  # what a resumed run may not change
+    *("model", "optim", "data", "needles", "rows", "length", "micro_rows"),
+    *("seed", "dtype", "tables", "bias_rest", "mtp_late", "indexer_alone"),
+)
+SAMPLED_BY = ("steps", "validate_every", "validation_tokens")  # which text a validation reads
+CONFIG = "train.json"
+ABANDONED = 600.0  # seconds after which nobody writes to a partial file any more
+
+
+def saved_config(folder: Path) -> TrainConfig | None:
+    """Returns the config that the run in a folder was last started with, None if there is none."""
+    path = folder / CONFIG
+    return configs.load(TrainConfig, path) if path.is_file() else None
+
+
+def begun(folder: str | os.PathLike[str]) -> TrainConfig | None:
+    """Returns the config of the run in a folder if it has something to go on from."""
+    folder = Path(folder)
+    return saved_config(folder) if has_progress(folder) else None
+
+
+def has_progress(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint or a model to go on from."""
+    saved = checkpoint.steps(folder / "checkpoints")
+    return bool(saved) or (folder / "model.safetensors").is_file()
+
+
+def finished(config: TrainConfig) -> bool:
+    """Whether the folder holds the model of this very run, trained for as many steps."""
+    folder = Path(config.folder)
+    saved = saved_config(folder)
+    if saved is None or saved.steps != config.steps or differences(saved, config):
+        return False
+    return checkpoint.is_finished(folder)
+
+
+def finished_with_more_steps(config: TrainConfig) -> bool:
+    """Whether the folder holds this run, finished, with more steps than `config` has; logs it.
+
+    ValueError where the run has come further than `config` goes and is not finished: there is no
+    model that could be returned.
+    """
+    folder = Path(config.folder)
+    saved = saved_config(folder)
+    if saved is None or differences(saved, config):
+        return False
+    if saved.steps > config.steps and finished(configs.replace(saved, "folder", config.folder)):
+        runtime.log(
+            f"{folder} holds this run with {saved.steps} steps, {config.steps} were asked for: "
+            "nothing to do; choose another --folder for a shorter run"
+        )
+        return True
+    steps_made = max((step for step, _ in checkpoint.steps(folder / "checkpoints")), default=0)
+    if steps_made > config.steps:
+        raise ValueError(
+            f"{folder}: got --steps {config.steps}, expected at least the {steps_made} that are made "
+            f"already (of {saved.steps}): go on with more, or choose another --folder"
+        )
+    return False
+
+
+def differences(one: TrainConfig, other: TrainConfig) -> list[str]:
+    """Returns the dotted names of differing options that a resumed run may not change."""
+    left, right = (_flat_options(config) for config in (one, other))
+    return [name for name in sorted(left.keys() | right.keys()) if left.get(name) != right.get(name)]
+
+
+def _flat_options(config: TrainConfig) -> dict[str, Any]:
+    """Returns the values of the fixed options by their dotted names."""
+
+    def flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, field in value.items():
+                yield from flat(field, f"{name}.{key}")
+        elif name != "data.cache":
+            yield name, value
+
+    options: dict[str, Any] = {}
+    for name in FIXED:
+        options.update(flat(configs.to_dict(getattr(config, name)), name))
+    return options
+
+
+def refuse_folder_of_runs(folder: Path) -> None:
+    """Raises ValueError for a folder that is no run and holds some: files would lie among them."""
+    if (folder / CONFIG).is_file():
+        return
+    paths = [path for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/{CONFIG}")]
+    inside = sorted(str(path.parent.relative_to(folder)) for path in paths)
+    if inside:
+        names = ", ".join([*inside[:3], *["..."] * (len(inside) > 3)])
+        raise ValueError(
+            f"{folder}: got a folder of runs ({names}), expected one for this run alone: --folder {folder / 'NAME'}"
+        )
+
+
+def start_run(folder: Path, config: TrainConfig) -> None:
+    """Writes train.json; ValueError if the folder has progress of a run with another config.
+
+    If that run has none, what its tables learnt on disk is removed: this run draws its own rows.
+    """
+    saved = saved_config(folder)
+    progress = has_progress(folder)
+    differing = differences(saved, config) if saved is not None else []
+    if progress and differing:
+        what = ", ".join(differing[:4])
+        raise ValueError(f"{folder} holds another run ({what} differ): choose another --folder, or remove it")
+    if parallel.rank() != 0:
+        return
+    if differing and (folder / "learning").is_dir():
+        shutil.rmtree(folder / "learning")
+    # Losses over another sample of the held-out documents do not compare with this run's.
+    same_sample = saved is not None and all(getattr(saved, name) == getattr(config, name) for name in SAMPLED_BY)
+    if not progress or not same_sample:
+        shutil.rmtree(folder / "checkpoints" / checkpoint.BEST, ignore_errors=True)
+    (folder / checkpoint.UNDER_WAY).touch()
+    configs.save(config, folder / CONFIG)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Lets one process train in a folder at a time; ValueError while another one does.
+
+    The lock is released when its process ends, even if it is killed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if parallel.rank() != 0:
+        yield
+        return
+    refusal = f"{folder}: another process trains here; wait, or choose another --folder"
+    with lock(folder / ".lock", refusal):
+        # Others may be writing a report or edits of memory there.
+        remove_partial(folder, age=ABANDONED)
+        yield
+
+
+@contextmanager
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Turns the OSError of a full disk into one that says what stays and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        # A quota has a number on POSIX alone.
+        full_disk = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+        if error.errno is None or error.errno not in full_disk:
+            raise
+        explained = OSError(
+            f"{error.filename or folder}: got {os.strerror(error.errno).lower()}, expected room "
+            "to write; checkpoints written before are good, and the same command goes on once "
+            "there is room"
+        )
+        explained.errno = error.errno
+        raise explained from error
+
+
+def losses(folder: str | os.PathLike[str]) -> list[float]:
+    """Returns the training losses of a run in nats a token, one for each step that updated."""
+    text = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]

@@ -1,0 +1,126 @@
+"""What training measures of a model that it does not train on at that moment.
+
+Mode, gradients and random numbers are as before afterwards, so training goes on to the same bits.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from rorqual import parallel
+from rorqual.data.needles import DEPTHS, column, grade
+from rorqual.train.step import autocast, unchanged_random_state
+
+STEP_OVER_FORWARD = 2.5  # time of a training step over a forward pass's, about (docs/log.md)
+TEMPERATURE = 0.8  # of samples
+
+
+def validate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    bytes_per_token: float,
+    dtype: torch.dtype,
+) -> dict[str, float]:
+    """Returns "validation_loss" in nats a token, and the same as "bits_per_byte" of the text.
+
+    `batches` are this rank's share.
+    """
+    with evaluation_mode(model, dtype) as device:
+        sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
+        for batch in batches:
+            ids, labels, documents = (batch[n].to(device) for n in ("ids", "labels", "documents"))
+            loss = model.loss(ids, labels, documents=documents)  # type: ignore[operator]
+            sums += torch.stack([loss.next_token.double() * loss.tokens, loss.tokens.double()])
+    nats, tokens = parallel.total(sums).tolist()
+    if not tokens:
+        raise ValueError("got no validation documents, expected some: use a larger corpus, or no limit")
+    bits_per_byte = nats / math.log(2) / (tokens * bytes_per_token)
+    return {"validation_loss": nats / tokens, "bits_per_byte": bits_per_byte}
+
+
+def needle_accuracy(
+    model: nn.Module,
+    exams: Mapping[tuple[str, int], Iterable[Mapping[str, Tensor]]],
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, float]:
+    """Returns the share of right answers by task, length and part of the text, as `column` names.
+
+    An answer is right if its id is the most likely one after the answers before it; "accuracy" is
+    the mean over tasks and lengths. `exams` holds this rank's batches by task and length, as
+    `needles.exams` makes them. A part of the text in which no needle stood is left out.
+    """
+    accuracies: dict[str, float] = {"accuracy": 0.0}
+    with evaluation_mode(model, dtype) as device:
+        for (task, length), batches in exams.items():
+            counts = torch.zeros(DEPTHS, 2, dtype=torch.long, device=device)
+            for batch in batches:
+                logits = model(batch["ids"].to(device), documents=batch["documents"].to(device))
+                counts += grade(logits.argmax(-1).cpu(), batch).to(device)
+            right, questions = parallel.total(counts).T.tolist()
+            accuracies[column(task, length)] = sum(right) / sum(questions)
+            accuracies["accuracy"] += accuracies[column(task, length)] / len(exams)
+            for depth in range(DEPTHS):
+                if questions[depth]:
+                    accuracies[column(task, length, depth)] = right[depth] / questions[depth]
+    return accuracies
+
+
+def sample_continuation(model: nn.Module, prompt: Tensor, count: int, vocabulary: int, dtype: torch.dtype) -> list[int]:
+    """Draws `count` ids below `vocabulary` after a prompt, always with the same random numbers.
+
+    Every rank calls it. There are fewer ids where the model's numbers are not finite.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = prompt.tolist()
+    with evaluation_mode(model, dtype) as device:
+        for _ in range(count):
+            logits = model(torch.tensor([ids], device=device))[0, -1, :vocabulary]
+            chances = (logits.float().cpu() / TEMPERATURE).softmax(-1).nan_to_num(0.0)
+            if not chances.any():
+                break
+            ids.append(int(chances.multinomial(1, generator=generator)))
+    return ids[len(prompt) :]
+
+
+def estimate_step_seconds(
+    model: nn.Module,
+    vocabulary: int,
+    rows: int,
+    micro_rows: int,
+    length: int,
+    dtype: torch.dtype,
+) -> float:
+    """Estimates the seconds of a training step by the time of a forward pass.
+
+    The first of two passes is not counted: it allocates and compiles. Documents are packed, four
+    to a row, and gradients are on, so that the pass is that of training. `rows` are this rank's,
+    `micro_rows` of them a pass. docs/log.md has how far off it was.
+    """
+    with evaluation_mode(model, dtype) as device, torch.enable_grad():
+        ids = torch.arange(micro_rows * length, device=device).view(micro_rows, length) % vocabulary
+        documents = (torch.arange(length, device=device) * 4 // length).expand(micro_rows, -1)
+        for _ in range(2):
+            began = time.perf_counter()
+            loss = model.loss(ids, ids, documents=documents)  # type: ignore[operator]
+            # Reading the number waits until the device has finished.
+            loss.next_token.item()
+            seconds = time.perf_counter() - began
+    return seconds * STEP_OVER_FORWARD * math.ceil(rows / micro_rows)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module, dtype: torch.dtype) -> Iterator[torch.device]:
+    """Turns off dropout-like modes and gradients in the block; yields the model's device."""
+    device = next(model.parameters()).device
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), unchanged_random_state(), autocast(device, dtype):
+            yield device
+    finally:
+        for module in training:
+            module.training = True

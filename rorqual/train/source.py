@@ -1,0 +1,225 @@
+"""What a model is trained on and validated with: a text, or questions about needles."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor, nn
+
+from rorqual import config as configs
+from rorqual import parallel, runtime
+from rorqual.data.corpus import open_corpus
+from rorqual.data.needle_config import NeedleConfig
+from rorqual.data.needles import QUESTION, NeedleStream, exams
+from rorqual.data.stream import Stream, TokenFolder, tokenise, validation_batches
+from rorqual.data.tokenizer import Tokenizer
+from rorqual.data.tokenizer import train as train_tokenizer
+from rorqual.model_config import ModelConfig
+from rorqual.train.config import BYTE_VOCABULARY, DataConfig, TrainConfig
+from rorqual.train.scores import needle_accuracy, sample_continuation, validate
+
+GOOD_EPOCHS = 4  # passes over a text up to which repeating it is nearly as good as new text
+SAMPLE_SHARE = 0.01  # of a run's tokens that a validation within it reads: 3 % of the time in all
+PROMPT_TOKENS = 8  # of a held-out document that are continued
+SAMPLE_TOKENS = 32  # of the continuation, at most
+
+
+class TextSource(NamedTuple):
+    """A tokenized text."""
+
+    tokenizer: Tokenizer
+    tokens: TokenFolder
+
+    @property
+    def vocabulary(self) -> int:
+        return self.tokenizer.vocabulary
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_id
+
+    @property
+    def end_id(self) -> int:
+        return self.tokenizer.end_id
+
+    def canonical_map(self) -> np.ndarray:
+        """Returns the canonical id of every token id, by which Engram addresses its rows."""
+        return self.tokenizer.canonical_map()
+
+    def stream(self, config: TrainConfig) -> Stream:
+        """Returns this rank's endless training batches."""
+        rank, world = parallel.rank(), parallel.world()
+        rows = config.rows // world
+        return Stream(self.tokens.train, rows, config.length, config.seed, rank, world)
+
+    def score(self, model: nn.Module, config: TrainConfig, *, whole: bool) -> dict[str, float]:
+        """Returns the loss over all held-out documents, or over a sample that is always the same."""
+        held_out = self.tokens.validation
+        bytes_per_token = held_out.bytes / len(held_out)
+        batches = self._validation_batches(config, whole)
+        return validate(model, batches, bytes_per_token, runtime.dtype(config.dtype))
+
+    def _validation_batches(self, config: TrainConfig, whole: bool) -> Iterator[dict[str, Tensor]]:
+        rank, world = parallel.rank(), parallel.world()
+        rows = config.rows // world
+        batches = validation_batches(self.tokens.validation, rows, config.length, rank, world)
+        tokens_per_batch = config.rows * config.length
+        if config.validation_tokens is not None:
+            return islice(batches, -(-config.validation_tokens // tokens_per_batch))
+        if whole:
+            return batches
+        return islice(batches, max(1, int(SAMPLE_SHARE * config.steps)))
+
+    def sample(self, model: nn.Module, config: TrainConfig, tokens: int) -> dict[str, str]:
+        """Continues the beginning of a held-out document; returns "prompt" and "sample"."""
+        first = next(validation_batches(self.tokens.validation, 1, PROMPT_TOKENS + 1))
+        prompt = first["ids"][0][first["documents"][0] == first["documents"][0, 0]]
+        count = min(SAMPLE_TOKENS, tokens)
+        dtype = runtime.dtype(config.dtype)
+        sample = sample_continuation(model, prompt, count, self.vocabulary, dtype)
+        text = [token for token in prompt.tolist() if token != self.tokenizer.begin_id]
+        return {"prompt": self.tokenizer.decode(text), "sample": self.tokenizer.decode(sample)}
+
+    def __str__(self) -> str:
+        train, held_out = self.tokens.train, self.tokens.validation
+        about = self.tokens.about
+        return (
+            f"{about['name']} ({about['license']}): {len(train):,} tokens of {train.documents:,} "
+            f"documents to train on, {len(held_out):,} of {held_out.documents:,} to validate; "
+            f"vocabulary {self.vocabulary:,}"
+        )
+
+
+class NeedleSource(NamedTuple):
+    """Questions about needles. Their language has no tokenizer."""
+
+    needles: NeedleConfig
+    tokenizer: None = None
+
+    @property
+    def vocabulary(self) -> int:
+        return self.needles.vocabulary
+
+    @property
+    def pad_id(self) -> int:
+        return QUESTION
+
+    @property
+    def end_id(self) -> int:
+        return QUESTION
+
+    def canonical_map(self) -> np.ndarray:
+        """Returns the identity: no two ids of this language mean the same."""
+        return np.arange(self.vocabulary)
+
+    def stream(self, config: TrainConfig) -> NeedleStream:
+        """Returns this rank's endless training batches."""
+        rank, world = parallel.rank(), parallel.world()
+        rows = config.rows // world
+        return NeedleStream(self.needles, rows, config.length, config.seed, rank, world)
+
+    def score(self, model: nn.Module, config: TrainConfig, *, whole: bool) -> dict[str, float]:
+        """Returns the shares of right answers to the held-out questions, which are always all."""
+        del whole
+        rank, world = parallel.rank(), parallel.world()
+        questions = exams(self.needles, config.rows, config.length, rank, world)
+        return needle_accuracy(model, questions, runtime.dtype(config.dtype))
+
+    def sample(self, model: nn.Module, config: TrainConfig, tokens: int) -> dict[str, str]:
+        """Returns nothing: there is no text to continue."""
+        del model, config, tokens
+        return {}
+
+    def __str__(self) -> str:
+        return f"questions about {self.needles.needles} pairs hidden in a text; vocabulary {self.vocabulary:,}"
+
+
+Source = TextSource | NeedleSource
+
+
+def open_source(config: TrainConfig) -> Source:
+    """Opens what a run is trained on, and logs it and the run's length.
+
+    ValueError where the model's vocabulary is too small for it, or the rows do not fit the ranks.
+    """
+    limit = config.model.vocabulary
+    source: Source
+    if config.needles is not None:
+        source = NeedleSource(config.needles)
+    else:
+        data = _data_for(config.data, limit)
+        # Rank 0 first: the others find what it made in the cache.
+        source = parallel.first(lambda: prepare(data))
+    if source.vocabulary > limit:
+        whose = "needles'" if config.needles is not None else "tokenizer's"
+        raise ValueError(
+            f"model.vocabulary: got {limit}, expected at least the {whose} {source.vocabulary}; "
+            f"try --model.vocabulary {source.vocabulary}"
+        )
+    if config.rows % parallel.world():
+        raise ValueError(f"rows: got {config.rows}, expected a multiple of the {parallel.world()} ranks")
+    runtime.log(str(source))
+    _log_length(config, source)
+    return source
+
+
+def _data_for(data: DataConfig, limit: int) -> DataConfig:
+    """Fills in the vocabulary of a tokenizer that is to be trained: the model's."""
+    if data.tokenizer is not None or data.vocabulary is not None:
+        return data
+    if limit < BYTE_VOCABULARY:
+        raise ValueError(
+            f"model.vocabulary: got {limit}, expected at least {BYTE_VOCABULARY} to write text "
+            "in: the bytes and the end; try --model.vocabulary 4096"
+        )
+    return configs.replace(data, "vocabulary", limit)
+
+
+def _log_length(config: TrainConfig, source: Source) -> None:
+    """Logs how long the run is, and warns if it repeats the text more often than is useful."""
+    tokens_per_step = config.rows * config.length
+    tokens = config.steps * tokens_per_step
+    length = f"{config.steps:,} steps of {config.rows} x {config.length} tokens: {tokens:,} tokens"
+    if isinstance(source, NeedleSource):
+        runtime.log(length)
+        return
+    text_tokens = len(source.tokens.train)
+    epochs = tokens / text_tokens
+    shown = f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.2g}"
+    runtime.log(f"{length}, {shown} epochs of the text")
+    if epochs > GOOD_EPOCHS:
+        good_steps = GOOD_EPOCHS * text_tokens // tokens_per_step
+        hint = f", or try --steps {good_steps:,}" if good_steps else ""
+        runtime.log(
+            f"the text is read more than {GOOD_EPOCHS} times, after which repeating it brings "
+            f"little (arXiv 2305.16264): train on more text{hint}",
+            style="bold",
+        )
+
+
+def prepare(data: DataConfig, *, progress: Callable[[int], None] | None = None) -> TextSource:
+    """Trains or loads the tokenizer and tokenizes the text; what is in the cache is opened.
+
+    `progress` is called with the bytes that are tokenized so far.
+    """
+    cache = Path(data.cache)
+    corpus = open_corpus(data.source, column=data.column, limit=data.limit)
+    if data.tokenizer is not None:
+        tokenizer = Tokenizer.load(data.tokenizer)
+    else:
+        vocabulary = data.vocabulary or ModelConfig().vocabulary
+        described = f"{corpus.fingerprint} {vocabulary}"
+        key = hashlib.blake2b(described.encode(), digest_size=10).hexdigest()
+        folder = cache / "tokenizers" / key
+        # `save` writes this file last.
+        if not (folder / "tokenizer_config.json").is_file():
+            texts = (text for side, text in corpus.sided() if side == "train")
+            first = next(texts, None)
+            if first is None:
+                raise ValueError(f"{corpus.name}: got one document, expected at least two, one of them to validate on")
+            train_tokenizer(chain([first], texts), vocabulary).save(folder)
+        tokenizer = Tokenizer.load(folder)
+    return TextSource(tokenizer, tokenise(corpus, tokenizer, cache / "tokens", progress=progress))

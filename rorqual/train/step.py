@@ -1,0 +1,221 @@
+"""One training step, from a batch to updated parameters.
+
+`TrainStep` is all that training does to a model. OLMo-core's loop calls it (engine.py), and it
+works without that loop, called with one batch after another.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rorqual import parallel, runtime
+from rorqual.layers.balance import max_violation, update_bias
+from rorqual.layers.hyper import health
+from rorqual.layers.moba import switch
+from rorqual.layers.moe import MoE
+from rorqual.model import IGNORED, LanguageModel, Loss
+from rorqual.train.config import TrainConfig
+from rorqual.train.optim import Optimizer, schedule
+
+STREAM_INTERVAL = 50  # steps between two measurements of the residual streams
+STREAM_METRICS = ("row_gain", "column_gain", "stream_spread")
+
+Batch = Mapping[str, Tensor]  # "ids", "labels" and "documents", each [rows, length]
+
+
+class Diverged(RuntimeError):
+    """Losses, gradients or weights stay NaN or infinite, and training cannot go on."""
+
+
+class StepResult(NamedTuple):
+    """What a step measured."""
+
+    means: dict[str, Tensor]  # this rank's part; the batch's value is the mean over ranks
+    largest: dict[str, float]  # of this rank; the largest over ranks counts
+    values: dict[str, float | Tensor]  # the same on every rank
+    expert_counts: Tensor | None  # [layers, E] tokens of all ranks that each expert took
+
+
+class TrainStep:
+    """Trains a model on one batch a call.
+
+    A step whose losses or gradients are NaN or infinite on any rank changes nothing, and
+    `config.skip_limit` such steps in a row raise Diverged.
+    """
+
+    def __init__(self, model: LanguageModel, optimizer: Optimizer, config: TrainConfig) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.config = config
+        self.device = next(model.parameters()).device
+        self.dtype = runtime.dtype(config.dtype)
+        self.mixtures = [module for module in model.modules() if isinstance(module, MoE)]
+        self.skipped = 0  # steps of the whole run that changed nothing
+        self.skipped_in_a_row = 0
+
+    def __call__(self, batch: Batch, step: int) -> StepResult:
+        """Trains on one batch of this rank. `step` counts from 1 over the whole run."""
+        config = self.config
+        self.prepare_model(step)
+        stream_metrics = self.measure_streams(batch, step)
+
+        # Forward and backward, one micro-batch at a time.
+        losses, expert_counts = self.forward_backward(batch, step)
+
+        # FSDP has averaged the gradients over ranks, but for those of Engram's tables.
+        for name in self.optimizer.rows:
+            parallel.mean_rows(self.optimizer.parameters[name])
+        grad_norm = self.optimizer.clip()
+
+        # Update, or skip the step.
+        not_finite = self.find_not_finite(losses | {"grad_norm": grad_norm})
+        rate = schedule(step - 1, config.steps, config.optim)
+        values: dict[str, float | Tensor] = {"grad_norm": grad_norm, "lr": config.optim.lr * rate}
+        if not_finite:
+            self.skip(step, "gradient" if not_finite == {"grad_norm"} else "loss")
+            expert_counts = None
+        else:
+            self.skipped_in_a_row = 0
+            self.optimizer.step(rate)
+            if expert_counts is not None:
+                expert_counts = parallel.total(expert_counts)
+                self.balance_experts(expert_counts, step)
+                values["max_violation"] = max(max_violation(counts) for counts in expert_counts)
+        if self.skipped:
+            values["skipped_steps"] = self.skipped
+        return StepResult(losses, stream_metrics, values, expert_counts)
+
+    def forward_backward(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Accumulates the gradients of all micro-batches; returns the losses and expert counts.
+
+        A micro-batch weighs as much as its share of the labels of all ranks.
+        """
+        self.optimizer.zero_grad()
+        losses: dict[str, Tensor] = {}
+        expert_counts = None
+        on_device = [batch[name].to(self.device) for name in ("ids", "labels", "documents")]
+        label_count = parallel.total((on_device[1] != IGNORED).sum())
+        size = self.config.micro_rows or len(on_device[0])
+        for ids, labels, documents in zip(*(t.split(size) for t in on_device), strict=True):
+            with autocast(self.device, self.dtype):
+                warm = self.indexer_warmup(step)
+                loss = self.model.loss(ids, labels, documents=documents, warm=warm)
+            # Ranks average their gradients, so the share is that of the mean rank's labels.
+            share = loss.tokens * parallel.world() / label_count
+            (self.minimised(loss, step) * share).backward()
+            for name, value in named_losses(loss).items():
+                losses[name] = losses.get(name, 0.0) + value.detach() * share
+            if loss.counts is not None:
+                expert_counts = loss.counts + (0 if expert_counts is None else expert_counts)
+        return losses, expert_counts
+
+    def minimised(self, loss: Loss, step: int) -> Tensor:
+        """Returns the weighted sum of losses that this step minimises."""
+        config = self.model.config
+        if loss.lesson is not None and self.only_indexers_learn(step):
+            assert config.dsa is not None
+            return config.dsa.weight * loss.lesson.loss
+        late = 3 * step > 2 * self.config.steps
+        if loss.mtp is not None and self.config.mtp_late is not None and late:
+            assert config.mtp is not None
+            return loss.total + (self.config.mtp_late - config.mtp.weight) * loss.mtp
+        return loss.total
+
+    def indexer_warmup(self, step: int) -> bool:
+        """Whether DSA's indexers warm up in this step."""
+        dsa = self.model.config.dsa
+        return dsa is not None and step <= dsa.warmup
+
+    def only_indexers_learn(self, step: int) -> bool:
+        """Whether nothing else learns while the indexers warm up."""
+        return self.config.indexer_alone and self.indexer_warmup(step)
+
+    def find_not_finite(self, values: Mapping[str, Tensor]) -> set[str]:
+        """Returns the names of values that are NaN or infinite on any rank, so all ranks agree."""
+        finite = torch.stack([value.detach().to(self.device).isfinite() for value in values.values()])
+        wrong = parallel.total((~finite).int()).tolist()
+        return {name for name, count in zip(values, wrong, strict=True) if count}
+
+    def skip(self, step: int, what: str) -> None:
+        """Counts a step that changes nothing, and raises Diverged after too many in a row."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        count, limit = self.skipped_in_a_row, self.config.skip_limit
+        runtime.log(
+            f"step {step}: got a {what} that is not finite, so nothing was updated "
+            f"({count} in a row, {limit} stop the run)"
+        )
+        if count >= limit:
+            raise Diverged(
+                f"got no finite {what} in {count} steps in a row, the last of them {step}, so the "
+                "run has stopped; its last checkpoint is good: lower --optim.lr or raise "
+                "--optim.warmup in another --folder"
+            )
+
+    def balance_experts(self, expert_counts: Tensor, step: int) -> None:
+        """Moves the routers' biases by how many tokens of the whole batch each expert took."""
+        resting = step > round(self.config.steps * (1 - self.config.bias_rest))
+        if resting or self.only_indexers_learn(step):
+            return
+        for mixture, counts in zip(self.mixtures, expert_counts, strict=True):
+            rate = mixture.config.balance.bias_rate
+            if rate:
+                update_bias(mixture.router.e_score_correction_bias, counts, rate)
+
+    def prepare_model(self, step: int) -> None:
+        """Puts the model into training mode, and MoBA into full attention in its last phase."""
+        self.model.train()
+        moba = self.model.config.moba
+        if moba is not None:
+            switch(self.model, step > moba.full_from * self.config.steps)
+
+    def measure_streams(self, batch: Batch, step: int) -> dict[str, float]:
+        """Measures the residual streams on one row before it is trained on, every 50 steps."""
+        if self.model.config.hyper is None or (step - 1) % STREAM_INTERVAL:
+            return {}
+        names = ("ids", "labels", "documents")
+        ids, labels, documents = (batch[name][:1].to(self.device) for name in names)
+        with unchanged_random_state(), autocast(self.device, self.dtype):
+            measured = health(self.model, lambda: self.model.loss(ids, labels, documents=documents))
+        return {} if measured is None else dict(zip(STREAM_METRICS, measured, strict=True))
+
+    def dry_run(self, batch: Batch, step: int) -> None:
+        """Runs forward and backward, which allocates and compiles, and leaves no trace."""
+        self.prepare_model(step)
+        with unchanged_random_state():
+            self.forward_backward(batch, step)
+        self.optimizer.zero_grad()
+
+
+def named_losses(loss: Loss) -> dict[str, Tensor]:
+    """Returns the parts of a loss under their names in metrics.jsonl."""
+    losses = {"loss": loss.next_token, "total": loss.total}
+    if loss.mtp is not None:
+        losses["mtp"] = loss.mtp
+    if loss.lesson is not None:
+        losses["indexer"] = loss.lesson.loss
+        losses["indexer_recall"] = loss.lesson.recall
+    return losses | {f"balance_{name}": value for name, value in loss.balance.items()}
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Computes matrix products in `dtype`; parameters and sums stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+@contextmanager
+def unchanged_random_state() -> Iterator[None]:
+    """Restores the generators of Python, numpy and torch when the block ends."""
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -1,0 +1,317 @@
+"""step.py: micro-batches, balance, the phases of a training, and steps that are not finite."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rorqual.data.stream import Stream
+from rorqual.layers.attention import GQAConfig
+from rorqual.layers.balance import BalanceConfig
+from rorqual.layers.dsa import DSAConfig
+from rorqual.layers.hyper import HyperConfig
+from rorqual.layers.moba import MoBA, MoBAConfig
+from rorqual.layers.moe import MoE
+from rorqual.layers.router import RouterConfig
+from rorqual.model import LanguageModel, ModelConfig
+from rorqual.train import step as step_module
+from rorqual.train.config import OptimConfig
+from rorqual.train.optim import Optimizer
+from rorqual.train.step import Diverged, StepResult, TrainStep, unchanged_random_state
+
+
+def run(step: TrainStep, stream: Stream, first: int = 1, last: int | None = None) -> list[StepResult]:
+    """Makes the steps `first` to `last` (of all)."""
+    return [step(next(stream), number) for number in range(first, (last or step.config.steps) + 1)]
+
+
+def state_of(step: TrainStep) -> dict[str, torch.Tensor]:
+    state = {**step.model.state_dict(), **step.optimizer.state_dict()}
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def test_a_dry_run_leaves_no_trace(small):
+    step, stream = small.step(), small.stream()
+    before = state_of(step)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    step.dry_run(next(stream), 1)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+    for name, tensor in state_of(step).items():
+        assert torch.equal(tensor, before[name]), name
+    assert all(parameter.grad is None for parameter in step.model.parameters())
+
+
+def test_a_dry_run_makes_no_gradient_as_large_as_a_table(small):
+    step = small.step()
+    seen = []
+    table = step.model.tables[0].weight
+    table.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.is_sparse))
+    step.dry_run(next(small.stream()), 1)
+    assert seen and all(seen)
+
+
+def test_random_states_are_restored_after_an_error_too():
+    before = torch.get_rng_state(), random.getstate()
+    with pytest.raises(ZeroDivisionError), unchanged_random_state():
+        _ = torch.rand(1), random.random(), 1 / 0
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+def test_micro_batches_add_up_to_the_batch_weighted_by_tokens(small):
+    """Rows with fewer targets count for less: the mean is over tokens, not over micro-batches."""
+    moe = replace(small.config.moe, router=RouterConfig(), balance=BalanceConfig(sequence=0.0))
+    config = replace(small.config, mtp=None, moe=moe)
+    batch = next(small.stream())
+    batch["labels"][0, 3:] = -100
+    batch["labels"][1] = -100
+    found = []
+    for rows in (None, 1, 3):
+        step = small.step(config=config, micro_rows=rows)
+        losses, counts = step.forward_backward(batch, 1)
+        found.append((step.model, losses["loss"], counts))
+    (whole, loss, counts), *others = found
+    for model, other_loss, other_counts in others:
+        assert float(other_loss) == pytest.approx(float(loss), rel=1e-5)
+        assert torch.equal(other_counts, counts)
+        for one, other in zip(whole.parameters(), model.parameters(), strict=True):
+            if one.grad is not None:
+                expected = one.grad.to_dense()
+                torch.testing.assert_close(other.grad.to_dense(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_biases_move_once_a_step_by_the_counts_of_all_micro_batches(small):
+    step = small.step(steps=1, config=small.without_noise(small.config), micro_rows=1)
+    (result,) = run(step, small.stream())
+    mixtures = [module for module in step.model.modules() if isinstance(module, MoE)]
+    assert len(mixtures) == 2  # the second block's and MTP's
+    assert result.expert_counts.sum(1).tolist() == [small.rows * small.length * 2] * 2
+    counts = result.expert_counts.double()
+    for count, mixture in zip(counts, mixtures, strict=True):
+        expected = 1e-3 * (count.mean() - count).sign().float()
+        torch.testing.assert_close(mixture.router.e_score_correction_bias, expected)
+    worst = float((counts.amax(1) / counts.mean(1)).max()) - 1
+    assert result.values["max_violation"] == pytest.approx(worst)
+
+
+def test_biases_rest_late(small):
+    step, stream = small.step(steps=4, bias_rest=0.5), small.stream()
+    bias = step.model.blocks[1].ffn.router.e_score_correction_bias
+    run(step, stream, 1, 2)
+    before = bias.clone()
+    assert before.any()
+    run(step, stream, 3, 4)
+    assert torch.equal(bias, before)
+
+
+@pytest.mark.parametrize("hyper", [HyperConfig(streams=3, iterations=4), HyperConfig(streams=2, kind="hc")], ids=str)
+def test_streams_are_measured_now_and_then_and_change_nothing(small, monkeypatch, hyper):
+    config = replace(small.config, hyper=hyper)
+    monkeypatch.setattr(step_module, "STREAM_INTERVAL", 3)
+    torch.manual_seed(1)  # of the routers' noise
+    measured = run(small.step(steps=5, config=config), small.stream())
+    names = {"row_gain", "column_gain", "stream_spread"}
+    assert [result.largest.keys() == names for result in measured] == [1, 0, 0, 1, 0]
+    assert measured[0].largest["row_gain"] == pytest.approx(1, abs=0.1)
+    assert measured[3].largest["stream_spread"] > 0
+    monkeypatch.setattr(step_module, "health", lambda *_: None)
+    torch.manual_seed(1)
+    blind = run(small.step(steps=5, config=config), small.stream())
+    assert not any(result.largest for result in blind)
+    assert [r.means["loss"] for r in blind] == [r.means["loss"] for r in measured]
+
+
+def test_mtp_weighs_less_late(small):
+    step = small.step(steps=6, mtp_late=0.1)
+    batch = next(small.stream())
+    loss = step.model.loss(batch["ids"], batch["labels"], documents=batch["documents"])
+    weight = small.config.mtp.weight
+    assert step.minimised(loss, 4) is loss.total
+    torch.testing.assert_close(step.minimised(loss, 5), loss.total + (0.1 - weight) * loss.mtp)
+
+
+@pytest.fixture
+def indexed(small) -> ModelConfig:
+    return replace(small.config, dsa=DSAConfig(heads=2, dim=8, chosen=4, warmup=3))
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+def test_in_the_warm_up_the_indexers_loss_changes_no_bit_of_the_models_gradients(small, indexed, rows):
+    found = []
+    for weight in (0.0, 1.0, 7.0):
+        config = replace(small.without_noise(indexed), dsa=replace(indexed.dsa, weight=weight))
+        step = small.step(config=config, micro_rows=rows)
+        step.forward_backward(next(small.stream()), 1)
+        parameters = step.model.named_parameters()
+        found.append({n: None if p.grad is None else p.grad.to_dense().clone() for n, p in parameters})
+    without, once, sevenfold = found
+    indexers = [name for name in once if ".inner." in name]
+    assert len(indexers) == 3 * 5  # two blocks and MTP's
+    for name, gradient in once.items():
+        if name in indexers:
+            assert gradient.isfinite().all() and gradient.any(), name
+            torch.testing.assert_close(sevenfold[name], 7 * gradient, rtol=1e-4, atol=1e-8)
+        else:
+            assert torch.equal(gradient, without[name]), name
+
+
+def test_indexers_learn_alone_in_their_warm_up_where_that_is_asked(small, indexed):
+    step, stream = small.step(steps=5, config=indexed, indexer_alone=True), small.stream()
+    first = state_of(step)
+    run(step, stream, 1, 3)
+    warmed = state_of(step)
+    run(step, stream, 4, 5)
+    last = state_of(step)
+    for name in step.model.state_dict():
+        assert torch.equal(first[name], warmed[name]) == (".inner." not in name), name
+        is_buffer = not first[name].is_floating_point() or name.endswith("correction_bias")
+        assert is_buffer or not torch.equal(warmed[name], last[name]), name
+    biases = [name for name in first if name.endswith("correction_bias")]
+    assert any(not torch.equal(warmed[name], last[name]) for name in biases)
+
+
+def test_the_indexers_warm_up_is_told_by_the_number_of_the_step(small, indexed, monkeypatch):
+    phases = []
+    loss = LanguageModel.loss
+
+    def spy(self, *args, warm=False, **options):
+        phases.append(warm)
+        return loss(self, *args, warm=warm, **options)
+
+    monkeypatch.setattr(LanguageModel, "loss", spy)
+    results = run(small.step(6, config=small.without_noise(indexed)), small.stream(), 2, 5)
+    assert phases == [True, True, False, False]
+    for result in results:
+        assert 0 < result.means["indexer"] < 5
+        assert 0.2 < result.means["indexer_recall"] <= 1
+
+
+def test_moba_attends_fully_in_its_last_phase(small, monkeypatch):
+    attended = []
+    forward = MoBA.forward
+
+    def spy(self, *args, **options):
+        attended.append(self.full)
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(MoBA, "forward", spy)
+    gqa = GQAConfig(heads=2, kv_heads=1, head_dim=8)
+    moba = MoBAConfig(block=4, chosen=2, full_from=0.5)
+    config = replace(small.config, layers=1, mla=None, mtp=None, engram=None, gqa=gqa, moba=moba)
+    run(small.step(6, config=config), small.stream(), 2, 6)
+    assert attended == [False, False, True, True, True]
+
+
+def test_training_makes_indexers_find_what_attention_looks_at(small):
+    """In both phases, of 40 steps each: against indexers that stay as they are, in a model that learns as much."""
+    config = replace(small.config, moe=None, engram=None, mtp=None, init_std=0.3)
+    found = {}
+    for weight in (0.0, 1.0):
+        indexed = replace(config, dsa=DSAConfig(heads=4, dim=16, chosen=4, weight=weight))
+        model = LanguageModel(indexed, seed=5).train()
+        stream, measured = Stream(small.tokens(), small.rows, 24, seed=3), []
+        optimizer = Optimizer(model, OptimConfig(lr=1e-2, warmup=3))
+        for step, batch in zip(range(80), stream, strict=False):
+            loss = model.loss(batch["ids"], batch["labels"], documents=batch["documents"], warm=step < 40)
+            loss.total.backward()
+            optimizer.clip()
+            optimizer.step()
+            optimizer.zero_grad()
+            measured.append(torch.stack(loss.lesson).detach())
+        found[weight] = [torch.stack(measured[end - 10 : end]).mean(0) for end in (40, 80)]
+    for (loss, recall), (idle_loss, idle_recall) in zip(found[1.0], found[0.0], strict=True):
+        assert loss < 0.6 * idle_loss
+        assert recall > idle_recall + 0.05
+
+
+def test_every_part_of_the_model_learns(small):
+    step = small.step(steps=3)
+    before = {name: p.detach().clone() for name, p in step.model.named_parameters()}
+    run(step, small.stream())
+    still = [name for name, p in step.model.named_parameters() if torch.equal(p, before[name])]
+    assert not still
+
+
+def spoil_row(step: TrainStep, losses: dict) -> None:
+    step.model.tables[0].weight.grad._values()[3, 1] = torch.inf
+
+
+def spoil_loss(step: TrainStep, losses: dict) -> None:
+    losses["loss"] = losses["loss"] * torch.nan
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("what", ["nan", "infinite", "row", "loss"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(small, what, kind, capsys):
+    """Parameters, optimizer state, rows and router biases stay; the next step learns again."""
+    spoils = {
+        "nan": small.nan_gradient,
+        "infinite": lambda step, losses: small.nan_gradient(step, losses, -torch.inf),
+        "row": spoil_row,
+        "loss": spoil_loss,
+    }
+    step = small.step(steps=5, kind=kind, config=small.without_noise(small.config))
+    stream = small.stream()
+    small.spoil(step, spoils[what], 3)
+    run(step, stream, 1, 2)
+    before = state_of(step)
+    (skipped,) = run(step, stream, 3, 3)
+    for name, tensor in state_of(step).items():
+        assert torch.equal(tensor, before[name]), name
+    assert skipped.values["skipped_steps"] == 1
+    assert skipped.expert_counts is None
+    finite = skipped.means["loss"].isfinite(), skipped.values["grad_norm"].isfinite()
+    assert finite == (what != "loss", what == "loss")
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert f"step 3: got a {'loss' if what == 'loss' else 'gradient'} that is not finite, so nothing was" in said
+
+    (after,) = run(step, stream, 4, 4)
+    state = state_of(step)
+    biases = [name for name in before if name.endswith("e_score_correction_bias")]
+    assert any(not torch.equal(state[name], before[name]) for name in biases)
+    assert not torch.equal(state["head.weight"], before["head.weight"])
+    assert all(tensor.isfinite().all() for tensor in state.values() if tensor.is_floating_point())
+    assert after.values["skipped_steps"] == 1 and after.expert_counts is not None
+
+
+@pytest.mark.parametrize("part", ["mtp", "indexer", "one micro-batch"])
+def test_nan_from_one_part_of_the_loss_skips_the_step(small, indexed, monkeypatch, part):
+    """MTP's loss, the indexers', or the second of two micro-batches: the forward itself gives NaN."""
+    config = small.without_noise(indexed if part == "indexer" else small.config)
+    step, stream = small.step(steps=4, config=config, micro_rows=2), small.stream()
+    run(step, stream, 1, 2)
+    before = state_of(step)
+    loss, calls = LanguageModel.loss, []
+
+    def spoilt(self, *args, **options):
+        found = loss(self, *args, **options)
+        calls.append(found)
+        if part == "mtp":
+            return found._replace(mtp=found.mtp * torch.nan, total=found.total + found.mtp * torch.nan)
+        if part == "indexer":
+            nan = found.lesson.loss * torch.nan
+            return found._replace(lesson=found.lesson._replace(loss=nan), total=found.total + nan)
+        if len(calls) == 1:
+            return found
+        return found._replace(next_token=found.next_token * torch.nan, total=found.total * torch.nan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "loss", spoilt)
+        (skipped,) = run(step, stream, 3, 3)
+    assert len(calls) == 2
+    assert skipped.values["skipped_steps"] == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(step).items())
+    run(step, stream, 4, 4)
+    assert not torch.equal(step.model.head.weight, before["head.weight"])
+
+
+def test_too_many_skipped_steps_in_a_row_raise(small):
+    step = small.spoil(small.step(steps=8, skip_limit=3), small.nan_gradient, 2, 3, 5, 6, 7)
+    with pytest.raises(
+        Diverged, match=r"no finite gradient in 3 steps in a row, the last of them 7.*lower --optim\.lr"
+    ):
+        run(step, small.stream())
+    assert (step.skipped, step.skipped_in_a_row) == (5, 3)
