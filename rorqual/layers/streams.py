@@ -33,44 +33,38 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Sinkhorn(torch.autograd.Function):
-    """Sinkhorn with the tokens last; stores the logits alone and walks the iterates again in backward.
+    """Sinkhorn with the tokens last; stores the logits alone and makes the iterates again in backward.
 
-    One step c' = c / d, d = sum_axis c + eps, has, in P = c' dL/dc', the backward P <- P - c' sum_axis P: no division,
-    so no gradient can overflow however small a sum was. Backward keeps the sums d, a quarter of the iterates c = c' d.
+    Step n normalises axis n mod 2. One step c' = c / d, d = sum_axis c + eps, has, in P = c' dL/dc', the backward
+    P <- P - c' sum_axis P: no division, so no gradient can overflow however small a sum was. Backward keeps the sums d,
+    a quarter of the iterates c = c' d.
     """
 
     @staticmethod
     def forward(ctx, logits, iterations, eps):
         ctx.save_for_backward(logits)
         ctx.iterations, ctx.eps = iterations, eps
-        return _walk(logits, iterations, eps)[1]
+        # a row of exponentials that vanished must not become 0 / 0
+        comb = logits.softmax(1) + (eps or torch.finfo(logits.dtype).tiny)
+        for step in range(2 * iterations - 1):
+            comb.div_(comb.sum(step % 2, keepdim=True).add_(eps))
+        return comb
 
     @staticmethod
     def backward(ctx, gradient):
         (logits,) = ctx.saved_tensors
-        start, comb, sums = _walk(logits, ctx.iterations, ctx.eps)
+        start, sums = logits.softmax(1), []
+        comb = start + (ctx.eps or torch.finfo(start.dtype).tiny)
+        for step in range(2 * ctx.iterations - 1):
+            sums.append(comb.sum(step % 2, keepdim=True).add_(ctx.eps))
+            comb.div_(sums[-1])
         flow = gradient.contiguous() * comb  # a strided gradient would make every step strided
-        for axis, total in zip(reversed(_axes(ctx.iterations)), reversed(sums), strict=True):
-            flow.addcmul_(comb, flow.sum(axis, keepdim=True), value=-1)
-            comb.mul_(total)
+        for step in reversed(range(2 * ctx.iterations - 1)):
+            flow.addcmul_(comb, flow.sum(step % 2, keepdim=True), value=-1)
+            comb.mul_(sums[step])
         if ctx.eps:
             flow.mul_(start).div_(start + ctx.eps)
         return flow.addcmul_(start, flow.sum(1, keepdim=True), value=-1), None, None
-
-
-def _walk(logits: Tensor, iterations: int, eps: float) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The softmax, the matrix after all steps, and what each step divided by."""
-    start, sums = logits.softmax(1), []
-    comb = start + (eps or torch.finfo(start.dtype).tiny)  # a row of exponentials that vanished is not 0 / 0
-    for axis in _axes(iterations):
-        sums.append(comb.sum(axis, keepdim=True).add_(eps))
-        comb.div_(sums[-1])
-    return start, comb, sums
-
-
-def _axes(iterations: int) -> list[int]:
-    """The axes normalised after the softmax over axis 1, in order."""
-    return [0] + [1, 0] * (iterations - 1)
 
 
 def sinkhorn(logits: Float[Tensor, "S S N"], iterations: int = 20, eps: float = 1e-6) -> Float[Tensor, "S S N"]:
