@@ -13,7 +13,7 @@ import pytest
 
 from rorqual import checkpoint
 from rorqual import config as configs
-from rorqual.cli import make
+from rorqual.cli import train as training
 from rorqual.cli.main import main
 from rorqual.cli.parse import parse
 from rorqual.costs import costs
@@ -78,8 +78,8 @@ def test_params_prints_every_digit_of_the_models_that_are_named(
     assert main(["params", *names]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == names
-    assert len(rows) == len(make.ROWS)
-    for row, (figure, words) in zip(rows, make.ROWS, strict=True):
+    assert len(rows) == len(training.ROWS)
+    for row, (figure, words) in zip(rows, training.ROWS, strict=True):
         assert row.strip().startswith(words)
         assert row.split()[-len(names) :] == [f"{found[name][figure]:,}" for name in names]
     assert found["classroom"]["total"] == 52_296
@@ -87,10 +87,10 @@ def test_params_prints_every_digit_of_the_models_that_are_named(
 
 
 def test_named_knows_presets_and_runs(small_run: Path) -> None:
-    assert make.named("tiny") is preset("tiny")
-    assert make.named(str(small_run)) == checkpoint.read_config(small_run)
+    assert training.named("tiny") is preset("tiny")
+    assert training.named(str(small_run)) == checkpoint.read_config(small_run)
     with pytest.raises(ValueError, match="did you mean 'tiny'"):
-        make.named("tinny")
+        training.named("tinny")
 
 
 def test_plan_says_when_no_expert_is_given_up(capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,13 +187,13 @@ def test_plan_makes_the_papers_models(capsys: pytest.CaptureFixture[str]) -> Non
                         (2.5e12, "2.5 TB"), (4.2e15, "4,200 TB")],
 )  # fmt: skip
 def test_sizes_have_three_digits(count: float, said: str) -> None:
-    assert make.size(count) == said
+    assert training.size(count) == said
 
 
 def test_the_last_value_of_a_flag_counts() -> None:
-    assert make.value_of("--like", ["--rho", "1", "--like", "a", "--like=b"]) == "b"
-    assert make.value_of("--like", ["--liked", "a"]) is None
-    assert make.value_of("--like", []) is None
+    assert training.value_of("--like", ["--rho", "1", "--like", "a", "--like=b"]) == "b"
+    assert training.value_of("--like", ["--liked", "a"]) is None
+    assert training.value_of("--like", []) is None
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_a_run_that_goes_on_keeps_its_optimizer(
 
 
 def test_renamed() -> None:
-    assert make.renamed(["--data", "x", "--data=y", "--data.source", "z"], {"--data": "--data.source"}) == [
+    assert training.renamed(["--data", "x", "--data=y", "--data.source", "z"], {"--data": "--data.source"}) == [
         "--data.source", "x", "--data.source=y", "--data.source", "z"
     ]  # fmt: skip
 

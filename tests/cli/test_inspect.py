@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rorqual.cli import look
+from rorqual.cli import inspect
 from rorqual.cli.main import main
 
 
@@ -62,8 +62,8 @@ def test_report_of_a_folder_of_runs(
     monkeypatch.setattr("rorqual.analyze.report.sample", lambda run: ("A fin whale sings below the sea.",))
     for name in ("a", "b", "b.before-1"):
         shutil.copytree(small_run, tmp_path / "runs" / name)
-    assert look.runs_in(tmp_path / "runs") == [tmp_path / "runs" / "a", tmp_path / "runs" / "b"]
-    assert look.runs_in(small_run) == [small_run]
+    assert inspect.runs_in(tmp_path / "runs") == [tmp_path / "runs" / "a", tmp_path / "runs" / "b"]
+    assert inspect.runs_in(small_run) == [small_run]
     assert main(["report", str(tmp_path / "runs"), "--json", "--sentence", "The blue whale"]) == 0
     page = Path(json.loads(capsys.readouterr().out)["report"])
     assert page == tmp_path / "runs" / "report.html"
