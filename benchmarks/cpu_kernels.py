@@ -32,7 +32,8 @@ from rorqual.experiments.plan import split_budget
 from rorqual.model import LanguageModel
 from rorqual.presets import preset
 from rorqual.serve.decoding import decode
-from rorqual.train.optim import Optimizer, recipe
+from rorqual.train.config import recipe
+from rorqual.train.optim import Optimizer
 
 SHAPES = {"tiny": (16, 256), "small": (4, 256)}  # rows and tokens of a training step
 PROMPT, CONTINUED = 256, 48  # tokens

@@ -21,8 +21,8 @@ from pydoc_data.topics import topics
 from rorqual.experiments.paired import compared, mean_and_error
 from rorqual.experiments.runs import last
 from rorqual.presets import preset
-from rorqual.train.optim import OptimConfig
-from rorqual.train.trainer import DataConfig, TrainConfig, train
+from rorqual.train.config import DataConfig, OptimConfig, TrainConfig
+from rorqual.train.trainer import train
 
 ARMS = ("adamw:3e-3", "muon:2e-2", "adamw:1e-2")
 VOCABULARY = 4096  # at least

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from rorqual.storage import DeviceTable
-from rorqual.train.optim import OptimConfig, Optimizer
+from rorqual.train.config import OptimConfig
+from rorqual.train.optim import Optimizer
 
 
 def measure(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:

@@ -40,7 +40,8 @@ from rorqual.model import LanguageModel, ModelConfig
 from rorqual.storage import DiskTable, HostTable, LearningTable, draw_table, verify
 from rorqual.storage.formats import FP8
 from rorqual.storage.tables import check_ids
-from rorqual.train.optim import OptimConfig, Optimizer
+from rorqual.train.config import OptimConfig
+from rorqual.train.optim import Optimizer
 
 BATCH = 65_536  # rows
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 import rorqual as rq
 from rorqual.data import sources
 from rorqual.data.tokenizer import Tokenizer, train
-from rorqual.train.optim import OptimConfig, Optimizer, schedule
+from rorqual.train.config import OptimConfig
+from rorqual.train.optim import Optimizer, schedule
 
 TRAINED = (
     "The airport with the IATA code {} serves the city of",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rorqual.presets import preset as preset
     from rorqual.serve.generate import Run as Run
     from rorqual.serve.generate import load as load
-    from rorqual.train.trainer import TrainConfig as TrainConfig
+    from rorqual.train.config import TrainConfig as TrainConfig
 
 # a room's own name stays the room, since importing it puts it here: rq.costs.costs(config), rq.presets.PRESETS
 _HOMES = {
@@ -39,7 +39,7 @@ _HOMES = {
     "preset": "rorqual.presets:preset",
     "Run": "rorqual.serve.generate:Run",
     "load": "rorqual.serve.generate:load",
-    "TrainConfig": "rorqual.train.trainer:TrainConfig",
+    "TrainConfig": "rorqual.train.config:TrainConfig",
 }
 
 __all__ = ["__version__", *_HOMES]

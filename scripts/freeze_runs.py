@@ -36,8 +36,9 @@ from rorqual.layers.moba import switch
 from rorqual.layers.moe import MoE
 from rorqual.model import IGNORED, LanguageModel, ModelConfig
 from rorqual.serve.decoding import decode
-from rorqual.train.optim import OptimConfig, Optimizer, schedule
-from rorqual.train.trainer import TrainConfig, train
+from rorqual.train.config import OptimConfig, TrainConfig
+from rorqual.train.optim import Optimizer, schedule
+from rorqual.train.trainer import train
 
 FROZEN = Path(__file__).resolve().parents[1] / "tests" / "golden" / "frozen"
 

@@ -33,7 +33,7 @@ from rorqual.experiments.allocation import KINDS
 from rorqual.model import LanguageModel
 from rorqual.presets import PRESETS, preset
 from rorqual.serve.generate import load
-from rorqual.train.trainer import TrainConfig
+from rorqual.train.config import TrainConfig
 
 COMMITTED = Path(__file__).resolve().parents[1] / "tests" / "golden" / "public.json"
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*")

@@ -21,7 +21,8 @@ import torch
 
 from rorqual import checkpoint, parallel
 from rorqual import config as configs
-from rorqual.data.needles import NeedleConfig, exams
+from rorqual.data.needle_config import NeedleConfig
+from rorqual.data.needles import exams
 from rorqual.layers.attention import MLAConfig
 from rorqual.layers.balance import BalanceConfig
 from rorqual.layers.engram import EngramConfig
@@ -31,9 +32,10 @@ from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.train import engine
-from rorqual.train.optim import OptimConfig, Optimizer
+from rorqual.train.config import DataConfig, OptimConfig, TrainConfig
+from rorqual.train.optim import Optimizer
 from rorqual.train.record import answer
-from rorqual.train.trainer import DataConfig, TrainConfig, losses, train
+from rorqual.train.trainer import losses, train
 
 CONFIG = ModelConfig(
     vocabulary=300,

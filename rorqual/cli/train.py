@@ -19,13 +19,13 @@ from rorqual.presets import PRESETS, preset
 
 if TYPE_CHECKING:
     from rorqual.experiments.devices import Machine
-    from rorqual.train.trainer import TrainConfig
+    from rorqual.train.config import TrainConfig
 
 
 def demo_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
     from rorqual.experiments import demo
-    from rorqual.train.optim import recipe
+    from rorqual.train.config import recipe
 
     shape = value_of("--preset", argv) or demo.DemoConfig().preset
     start = demo.DemoConfig(preset=shape, optim=recipe(named(shape).dim))
@@ -74,7 +74,8 @@ def train_command(argv: list[str]) -> int:
 def train_options(argv: list[str]) -> Any:
     """The TrainConfig that the words after `rorqual train` ask for."""
     name, flags = split_first(argv, "a preset's name or a run folder", "rorqual train tiny --data notes/")
-    from rorqual.train.trainer import TrainConfig, begun
+    from rorqual.train.config import TrainConfig
+    from rorqual.train.trainer import begun
 
     kept = Path(name) / "train.json"
     if name in ("-h", "--help"):
@@ -432,7 +433,7 @@ def parse_with_recipe(start: Any, argv: list[str], command: str, epilogue: str) 
     The model's width, and whether needles are learnt, is known when argv has been read, so it is read again where
     that asks for another recipe.
     """
-    from rorqual.train.optim import OptimConfig, recipe
+    from rorqual.train.config import OptimConfig, recipe
 
     def begin(read: Any) -> Any:
         usual = recipe(read.model.dim, needles=getattr(read, "needles", None) is not None)

@@ -32,8 +32,8 @@ from rorqual.experiments.runs import Job, last, run, seeded
 from rorqual.io import write_text
 from rorqual.model_config import EngramConfig, ModelConfig
 from rorqual.presets import preset
-from rorqual.train.optim import OptimConfig, recipe
-from rorqual.train.trainer import DataConfig, TrainConfig, prepare
+from rorqual.train.config import DataConfig, OptimConfig, TrainConfig, recipe
+from rorqual.train.trainer import prepare
 
 Kind = Literal["allocation", "experts", "slots", "layers", "ablation"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -24,8 +24,8 @@ from rorqual.experiments.plan import Plan, agreement, split_budget
 from rorqual.experiments.runs import Job, last, run
 from rorqual.presets import preset
 from rorqual.serve.generate import load
-from rorqual.train.optim import OptimConfig, recipe
-from rorqual.train.trainer import DataConfig, TrainConfig, prepare
+from rorqual.train.config import DataConfig, OptimConfig, TrainConfig, recipe
+from rorqual.train.trainer import prepare
 
 SENTENCE = "The blue whale is the largest mammal; Alexander the Great was king of Macedon, in northern Greece."
 PROMPT = "whale,"

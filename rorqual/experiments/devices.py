@@ -36,8 +36,8 @@ from rorqual.config import choose
 from rorqual.costs import costs
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig, row_totals
+from rorqual.train.config import TrainConfig
 from rorqual.train.optim import Role, roles
-from rorqual.train.trainer import TrainConfig
 
 FLOAT = 4  # bytes; parameters, gradients and moments are float32
 ROUNDS = 5  # Newton-Schulz, of Muon

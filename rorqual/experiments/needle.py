@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rorqual.analyze import figures
-from rorqual.data.needles import DEPTHS, TASKS, NeedleConfig, chance, column, exam_lengths
+from rorqual.data.needle_config import NeedleConfig
+from rorqual.data.needles import DEPTHS, TASKS, chance, column, exam_lengths
 from rorqual.experiments.paired import compared, mean_and_error
 from rorqual.experiments.runs import last, run, seeded
 from rorqual.model_config import (
@@ -30,8 +31,7 @@ from rorqual.model_config import (
     NSAConfig,
     RopeConfig,
 )
-from rorqual.train.optim import NEEDLE_RATE, OptimConfig
-from rorqual.train.trainer import TrainConfig
+from rorqual.train.config import NEEDLE_RATE, OptimConfig, TrainConfig
 
 Kind = Literal["gqa", "nsa", "moba", "mla", "dsa"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -27,8 +27,9 @@ from rich.table import Table
 from rorqual import config as configs
 from rorqual import runtime
 from rorqual.io import lock
+from rorqual.train.config import TrainConfig
 from rorqual.train.optim import Diverged
-from rorqual.train.trainer import Stopped, TrainConfig, finished, train
+from rorqual.train.trainer import Stopped, finished, train
 
 POLL = 0.5  # seconds between two looks at the metrics
 LINE_EVERY = 15.0  # seconds between two lines where there is no terminal

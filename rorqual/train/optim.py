@@ -13,7 +13,6 @@ learning rate serves Muon and AdamW. Only matrices decay. Muon: Jordan et al. 20
 import math
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -26,63 +25,14 @@ from rorqual import kernels
 from rorqual.layers.experts import Experts
 from rorqual.layers.router import Router
 from rorqual.storage import DeviceTable, LearningTable
+from rorqual.train.config import OptimConfig
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of the Muon reference
-NEEDLE_RATE = 6e-3  # of Muon; at 1e-2 attention stays at chance for hundreds of steps
-WIDEST = 512  # width of a model that `recipe` has a rate of its own for
 CHUNK = 512  # rows updated at a time: their three float32 copies stay in a core's cache
 
 
 class Diverged(RuntimeError):
     """Training has left the finite numbers and cannot go on from where it is."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimConfig:
-    """How parameters learn. Rates are of the peak; `schedule` scales them all."""
-
-    kind: Literal["adamw", "muon"] = "adamw"  # what updates the matrices of the blocks
-    lr: float = 3e-3
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # of matrices and embeddings
-    momentum: float = 0.95  # Muon's
-    clip: float = 1.0  # of the norm of all gradients together
-    row_scale: float = 5.0  # the tables' rate over the others'
-    warmup: int = 20  # steps
-    decay: Literal["constant", "linear", "cosine"] = "cosine"
-    decay_share: float = 1.0  # of the steps after the warm-up; the rate stays constant before
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "eps", "clip", "row_scale"):
-            if not (0 < getattr(self, name) < math.inf):
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected more than 0")
-        for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("momentum", self.momentum)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name}: got {value}, expected 0 <= value < 1")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay: got {self.weight_decay}, expected at least 0")
-        if self.warmup < 0:
-            raise ValueError(f"warmup: got {self.warmup}, expected at least 0 steps")
-        if not 0 <= self.decay_share <= 1:
-            raise ValueError(f"decay_share: got {self.decay_share}, expected 0..1")
-        if self.kind not in ("adamw", "muon") or self.decay not in ("constant", "linear", "cosine"):
-            raise ValueError(f"got kind {self.kind!r} and decay {self.decay!r}, expected adamw or muon, a known decay")
-
-
-def recipe(dim: int, *, needles: bool = False) -> OptimConfig:
-    """The optimizer that `rorqual train`, the demo and the sweeps begin with, for a model of this width.
-
-    Muon at 0.02 up to a width of 64, where it was measured (docs/log.md). An update's largest singular value grows with
-    sqrt(width) here, and should not for one rate to serve every width (arXiv 2310.17813), so the rate falls with
-    1 / sqrt(width). Questions about needles are learnt at NEEDLE_RATE (docs/needle.md). Beyond WIDEST, which models of
-    papers are, it is AdamW as OptimConfig has it.
-    """
-    if dim > WIDEST:
-        return OptimConfig()
-    if needles:
-        return OptimConfig(kind="muon", lr=NEEDLE_RATE)
-    return OptimConfig(kind="muon", lr=0.02 * min(1.0, math.sqrt(64 / dim)))
 
 
 def schedule(step: int, total: int, config: OptimConfig) -> float:

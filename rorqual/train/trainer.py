@@ -19,10 +19,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +29,8 @@ import torch
 from rorqual import checkpoint, parallel, runtime
 from rorqual import config as configs
 from rorqual.data.corpus import open_corpus
-from rorqual.data.needles import QUESTION, NeedleConfig, NeedleStream, exams
+from rorqual.data.needle_config import NeedleConfig
+from rorqual.data.needles import QUESTION, NeedleStream, exams
 from rorqual.data.stream import Stream, TokenFolder, tokenise, validation_batches
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.data.tokenizer import train as train_tokenizer
@@ -39,81 +39,17 @@ from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig, row_totals
 from rorqual.storage import HostedTable, LearningTable, write_rows
 from rorqual.storage.stream import Stream as Fetcher
-from rorqual.train.optim import Diverged, OptimConfig, Optimizer
+from rorqual.train.config import BYTE_VOCABULARY, DataConfig, TrainConfig
+from rorqual.train.optim import Diverged, Optimizer
 
 FIXED = (  # others may change on resuming
     *("model", "optim", "data", "needles", "rows", "length", "micro_rows", "seed", "dtype", "tables"),
     *("bias_rest", "mtp_late", "indexer_alone"),
 )
-SMALLEST = 257  # ids of a vocabulary that can write any text
 EPOCHS = 4  # passes over a text up to which it is nearly as good as new text
 VALIDATIONS = 10  # of a run, where nothing else is asked for
 LEAST_BETWEEN = 10  # steps between two of them
 SAMPLED = 0.01  # share of a run's tokens that each validation but the last reads at most: 3 % of the time in all
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """Which text, in which tokens."""
-
-    source: str = "wordnet"  # a corpus name, a file, a folder, or a Hugging Face dataset
-    column: str = "text"  # of a jsonl, parquet or dataset source
-    limit: int | None = None  # documents at most
-    vocabulary: int | None = None  # of the tokenizer that is trained on the text; None: the model's
-    tokenizer: str | None = None  # a folder, a tokenizer.json or a hub id to take instead
-    cache: str = "runs/cache"  # tokenizers and token files, kept for the next time
-
-    def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 2:
-            raise ValueError(f"limit: got {self.limit}, expected at least 2 documents, one of them to validate on")
-        if self.vocabulary is not None and self.vocabulary < SMALLEST:
-            least = f"expected at least {SMALLEST}: the bytes and the end"
-            raise ValueError(f"vocabulary: got {self.vocabulary}, {least}; try --data.vocabulary 4096")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """What is trained on what, for how long. A batch is `rows` sequences of `length` tokens over all ranks."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    needles: NeedleConfig | None = None  # questions made up as they are needed, in place of a text: data is not read
-    folder: str = "runs/train"
-    steps: int = 1000
-    rows: int = 16
-    length: int = 256
-    micro_rows: int | None = None  # rows a forward pass; None: all of this rank's
-    seed: int = 0
-    device: str = "auto"
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; parameters are float32
-    tables: Literal["device", "host", "disk"] = "device"  # where Engram's rows learn; disk: in FOLDER/learning
-    threads: int | None = None  # None: as many as torch takes
-    bias_rest: float = 0.05  # share of the steps at the end in which router biases stay as they are
-    mtp_late: float | None = None  # MTP's weight in the last third of the steps; None: as before
-    indexer_alone: bool = False  # while DSA's indexers warm up nothing else learns: for a model that has learnt before
-    log_every: int = 1  # steps between two looks at the metrics; the steps between are written too
-    validate_every: int | None = None  # steps; None: ten times a run; 0: at the end only
-    validation_tokens: int | None = None  # at most; None: all at the end, 1 % of the run's tokens before
-    save_every: int = 250  # steps between two checkpoints
-    keep: int = 2  # checkpoints
-    skip_limit: int = 10  # steps in a row whose loss or gradient is not finite, so that nothing is learnt: the end
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "rows", "length", "log_every", "save_every", "keep", "skip_limit"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        for name in ("micro_rows", "threads", "validation_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1")
-        if self.validate_every is not None and self.validate_every < 0:
-            raise ValueError(f"validate_every: got {self.validate_every}, expected at least 0")
-        if self.indexer_alone and self.model.dsa is None:
-            raise ValueError("indexer_alone: got a model without DSA, expected --model.dsa, whose indexers it is about")
-        if not 0 <= self.bias_rest <= 1:
-            raise ValueError(f"bias_rest: got {self.bias_rest}, expected 0..1")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed: got {self.seed}, expected 0 <= seed < 2**32")
 
 
 class Stopped(KeyboardInterrupt):
@@ -407,8 +343,8 @@ def _say_what_is_ahead(config: TrainConfig, data: Prepared | Asked) -> None:
 def _text(data: DataConfig, room: int) -> Prepared:
     """Rank 0 first, so that the others find it in the cache."""
     if data.tokenizer is None and data.vocabulary is None:
-        if room < SMALLEST:
-            least = f"expected at least {SMALLEST} to write text in: the bytes and the end"
+        if room < BYTE_VOCABULARY:
+            least = f"expected at least {BYTE_VOCABULARY} to write text in: the bytes and the end"
             raise ValueError(f"model.vocabulary: got {room}, {least}; try --model.vocabulary 4096")
         data = configs.replace(data, "vocabulary", room)
     return parallel.first(lambda: prepare(data))

@@ -21,8 +21,7 @@ from rorqual.experiments.allocation import SweepConfig
 from rorqual.experiments.devices import Machine
 from rorqual.model import ModelConfig
 from rorqual.presets import preset
-from rorqual.train.optim import OptimConfig, recipe
-from rorqual.train.trainer import TrainConfig
+from rorqual.train.config import OptimConfig, TrainConfig, recipe
 
 
 def test_params_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rorqual.config import from_dict
 from rorqual.data.needles import (
     DEPTHS,
     IGNORED,
@@ -179,24 +178,6 @@ def test_any_value_of_the_text_scores_what_chance_says():
 
 def test_names_of_accuracies():
     assert column("single", 128) == "accuracy_single_128" and column("single", 128, 2) == "accuracy_single_128_part_2"
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"keys": 0}, "needles.keys: got 0"),
-        ({"questions": -1}, "needles.questions"),
-        ({"drill": -1}, "needles.drill: got -1"),
-        ({"alone": -1}, "needles.alone: got -1"),
-        ({"needles": 1}, "got 1 pairs, expected 2..12"),
-        ({"needles": 33}, "got 33 pairs, expected 2..12"),
-        ({"asked": 9}, "got 4 pairs, expected 9..12"),
-        ({"pairs": 9}, "pairs"),
-    ],
-)
-def test_a_wrong_language_is_refused(change, told):
-    with pytest.raises(ValueError, match=told):
-        from_dict(NeedleConfig, change)
 
 
 def test_texts_without_room_are_refused():

@@ -20,7 +20,7 @@ from rorqual.layers.engram import EngramConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.model import ModelConfig
 from rorqual.presets import preset
-from rorqual.train.trainer import DataConfig, TrainConfig
+from rorqual.train.config import DataConfig, TrainConfig
 
 BASE = preset("tiny")
 TINY = ModelConfig(

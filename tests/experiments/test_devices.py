@@ -14,7 +14,8 @@ from rorqual.layers.engram import EngramConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel
 from rorqual.presets import preset
-from rorqual.train.optim import OptimConfig, Optimizer, roles
+from rorqual.train.config import OptimConfig
+from rorqual.train.optim import Optimizer, roles
 
 MEMORY = EngramConfig(layers=(0, 2), rows_per_head=(151, 157), heads=2, head_dim=8)
 TINY = replace(preset("tiny"), engram=MEMORY)

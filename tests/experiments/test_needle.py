@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from rorqual.config import from_dict
-from rorqual.data.needles import DEPTHS, TASKS, NeedleConfig, column
+from rorqual.data.needle_config import NeedleConfig
+from rorqual.data.needles import DEPTHS, TASKS, column
 from rorqual.experiments import needle
 from rorqual.experiments.needle import KINDS, NeedleSweep, arms, conclusion, main, overall
 from rorqual.layers.engram import EngramConfig

@@ -19,8 +19,8 @@ from rorqual.experiments import runs
 from rorqual.experiments.runs import Job, last, main, make_room, records, run, seeded
 from rorqual.layers.attention import MLAConfig
 from rorqual.model import ModelConfig
-from rorqual.train.optim import Diverged, OptimConfig
-from rorqual.train.trainer import DataConfig, TrainConfig
+from rorqual.train.config import DataConfig, OptimConfig, TrainConfig
+from rorqual.train.optim import Diverged
 
 
 def _job(folder, **changes):

@@ -29,7 +29,8 @@ from transformers import (
 
 from rorqual.data.tokenizer import train
 from rorqual.hub.attach import Everything, attach, find_blocks, load_memory
-from rorqual.train.optim import OptimConfig, Optimizer
+from rorqual.train.config import OptimConfig
+from rorqual.train.optim import Optimizer
 
 pytestmark = pytest.mark.engram
 

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from rorqual.storage import DeviceTable, HostedTable, LearningTable, TableError
-from rorqual.train.optim import OptimConfig, Optimizer
+from rorqual.train.config import OptimConfig
+from rorqual.train.optim import Optimizer
 
 pytestmark = pytest.mark.engram
 

@@ -31,8 +31,9 @@ from rorqual.layers.mtp import MTPConfig
 from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.train import engine
+from rorqual.train.config import OptimConfig
 from rorqual.train.engine import Keeper, Loader, Module, Store, Written, fit, metrics_of, untouched_randomness
-from rorqual.train.optim import Diverged, OptimConfig, Optimizer
+from rorqual.train.optim import Diverged, Optimizer
 from rorqual.train.record import Recorder
 
 CONFIG = ModelConfig(

@@ -10,7 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from rorqual import checkpoint
-from rorqual.data.needles import DEPTHS, TASKS, NeedleConfig, column, exams
+from rorqual.data.needle_config import NeedleConfig
+from rorqual.data.needles import DEPTHS, TASKS, column, exams
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.train.record import Best, Board, answer, duration, trim, validate
 

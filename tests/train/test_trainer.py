@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from rorqual import config as configs
 from rorqual.checkpoint import load_model, steps
 from rorqual.cli.main import main
-from rorqual.data.needles import NeedleConfig, exams
+from rorqual.data.needle_config import NeedleConfig
+from rorqual.data.needles import exams
 from rorqual.data.stream import validation_batches
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.data.tokenizer import train as learn
@@ -32,9 +33,10 @@ from rorqual.model import LanguageModel, ModelConfig
 from rorqual.serve.generate import load
 from rorqual.storage import StorageConfig
 from rorqual.train import record, trainer
-from rorqual.train.optim import Diverged, OptimConfig, Optimizer
+from rorqual.train.config import DataConfig, OptimConfig, TrainConfig
+from rorqual.train.optim import Diverged, Optimizer
 from rorqual.train.record import answer, validate
-from rorqual.train.trainer import DataConfig, Stopped, TrainConfig, finished, losses, prepare, train
+from rorqual.train.trainer import Stopped, finished, losses, prepare, train
 
 MODEL = ModelConfig(
     vocabulary=300,
@@ -494,11 +496,6 @@ def test_one_training_a_folder(config):
             train(config)
 
 
-def test_indexers_alone_without_indexers_are_refused():
-    with pytest.raises(ValueError, match="indexer_alone: got a model without DSA"):
-        TrainConfig(indexer_alone=True)
-
-
 def test_a_small_model_vocabulary_is_refused(config):
     with pytest.raises(ValueError, match=r"model\.vocabulary: got 280, expected at least the tokenizer's 300"):
         train(replace(config, model=replace(MODEL, vocabulary=280)))
@@ -548,25 +545,6 @@ def test_preparing_twice_reads_the_cache(config, text):
     assert f"of {held} to validate" in str(first)
     own = prepare(replace(config.data, tokenizer=str(next((text / "cache" / "tokenizers").iterdir()))))
     assert own.tokens.train.digest == first.tokens.train.digest
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"steps": 0}, "steps: got 0"),
-        ({"rows": -1}, "rows: got -1"),
-        ({"micro_rows": 0}, "micro_rows"),
-        ({"bias_rest": 2.0}, "bias_rest"),
-        ({"seed": -1}, "seed"),
-        ({"dtype": "float8"}, "'float8', expected 'float32' or 'bfloat16'"),
-        ({"data": {"limit": 1}}, "limit: got 1"),
-        ({"data": {"vocabulary": 20}}, "vocabulary: got 20"),
-        ({"data": {"sauce": "x"}}, "source"),
-    ],
-)
-def test_a_wrong_config_is_refused(change, told):
-    with pytest.raises(ValueError, match=told):
-        configs.from_dict(TrainConfig, change)
 
 
 @pytest.mark.slow

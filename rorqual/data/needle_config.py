@@ -1,0 +1,47 @@
+"""The configuration of the needle tasks of data/needles.py. It loads no torch."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NeedleConfig:
+    """The language, what is asked in it, and how training texts grow to their full length."""
+
+    keys: int = 12
+    values: int = 12
+    filler: int = 16
+    needles: int = 4  # pairs in a text; single has one
+    asked: int = 2  # values of multi-value, keys of multi-query
+    drill: int = 8  # keys of a multi-query of training, drawn with repetition; 0: as when held out
+    shortest: int = 24  # tokens of the first training texts
+    alone: int = 200  # first batches, all multi-query: the most labels that need the key
+    grow: int = 60  # batches from then on before the length doubles, until it is the full one
+    questions: int = 64  # held-out rows of each task and length
+
+    def __post_init__(self) -> None:
+        positive = (
+            *("keys", "values", "filler", "needles"),
+            *("asked", "shortest", "grow", "questions"),
+        )
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"needles.{name}: got {getattr(self, name)}, expected at least 1")
+        for name in ("drill", "alone"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"needles.{name}: got {getattr(self, name)}, expected at least 0")
+        most = min(self.keys, self.values)
+        if not self.asked <= self.needles <= most:
+            raise ValueError(
+                f"needles: got {self.needles} pairs, expected {self.asked}..{most}: "
+                "at least as many as are asked for, at most as many as there are keys and values"
+            )
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the language has."""
+        return 1 + self.filler + self.keys + self.values
+
+    @property
+    def room(self) -> int:
+        """Tokens that the longest text and question of training take without any filler."""
+        return 2 * self.needles + 2 * max(self.asked, self.drill)

@@ -1,0 +1,138 @@
+"""The configuration of a training run: the model, its optimizer, the data, and for how long.
+
+It loads no torch, so that the command line can show every option at once.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rorqual.data.needle_config import NeedleConfig
+from rorqual.model_config import ModelConfig
+
+BYTE_VOCABULARY = 257  # the smallest vocabulary that can write any text: the bytes and the end
+NEEDLE_RATE = 6e-3  # Muon's, for needles; at 1e-2 attention stays at chance for hundreds of steps
+WIDEST = 512  # the largest model width that `recipe` has a rate of its own for
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which text a model is trained on, and its tokenizer."""
+
+    source: str = "wordnet"  # a corpus name, a file, a folder, or a Hugging Face dataset
+    column: str = "text"  # of a jsonl, parquet or dataset source
+    limit: int | None = None  # documents at most
+    vocabulary: int | None = None  # of the tokenizer that is trained on the text; None: the model's
+    tokenizer: str | None = None  # a folder, a tokenizer.json or a hub id to take instead
+    cache: str = "runs/cache"  # tokenizers and token files, kept for the next time
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 2:
+            raise ValueError(f"limit: got {self.limit}, expected at least 2 documents, one of them to validate on")
+        if self.vocabulary is not None and self.vocabulary < BYTE_VOCABULARY:
+            raise ValueError(
+                f"vocabulary: got {self.vocabulary}, expected at least {BYTE_VOCABULARY}: the "
+                "bytes and the end; try --data.vocabulary 4096"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """How parameters learn. `optim.schedule` scales all rates from step to step."""
+
+    kind: Literal["adamw", "muon"] = "adamw"  # what updates the matrices of the blocks
+    lr: float = 3e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices and embeddings
+    momentum: float = 0.95  # Muon's
+    clip: float = 1.0  # of the norm of all gradients together
+    row_scale: float = 5.0  # the tables' rate over the others'
+    warmup: int = 20  # steps
+    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    decay_share: float = 1.0  # of the steps after the warm-up; the rate stays constant before
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "clip", "row_scale"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}: got {value}, expected more than 0")
+        for name, values in (("betas", self.betas), ("momentum", (self.momentum,))):
+            for value in values:
+                if not 0 <= value < 1:
+                    raise ValueError(f"{name}: got {value}, expected 0 <= value < 1")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay: got {self.weight_decay}, expected at least 0")
+        if self.warmup < 0:
+            raise ValueError(f"warmup: got {self.warmup}, expected at least 0 steps")
+        if not 0 <= self.decay_share <= 1:
+            raise ValueError(f"decay_share: got {self.decay_share}, expected 0..1")
+        _expect_one_of("kind", self.kind, "adamw", "muon")
+        _expect_one_of("decay", self.decay, "constant", "linear", "cosine")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """A training run. A batch is `rows` sequences of `length` tokens over all ranks."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    needles: NeedleConfig | None = None  # questions to train on; `data` is then not read
+    folder: str = "runs/train"
+    steps: int = 1000
+    rows: int = 16
+    length: int = 256
+    micro_rows: int | None = None  # rows a forward pass; None: all of this rank's
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; parameters are float32
+    tables: Literal["device", "host", "disk"] = "device"  # of Engram; disk: in FOLDER/learning
+    threads: int | None = None  # None: as many as torch takes
+    bias_rest: float = 0.05  # share of the last steps, in which router biases stay as they are
+    mtp_late: float | None = None  # MTP's weight in the last third of the steps; None: as before
+    indexer_alone: bool = False  # nothing else learns in the warm-up of DSA's indexers
+    log_every: int = 1  # steps between two collections of metrics, which hold every step
+    validate_every: int | None = None  # steps; None: ten times a run; 0: at the end only
+    validation_tokens: int | None = None  # at most; None: all at the end, 1 % of the run's before
+    save_every: int = 250  # steps between two checkpoints
+    keep: int = 2  # checkpoints
+    skip_limit: int = 10  # steps in a row that are not finite, after which the run ends
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "rows", "length", "log_every", "save_every", "keep", "skip_limit")
+        optional_counts = ("micro_rows", "threads", "validation_tokens")
+        for name in (*counts, *optional_counts):
+            value = getattr(self, name)
+            if value is None and name in optional_counts:
+                continue
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
+        if self.validate_every is not None and self.validate_every < 0:
+            raise ValueError(f"validate_every: got {self.validate_every}, expected at least 0")
+        if self.indexer_alone and self.model.dsa is None:
+            raise ValueError("indexer_alone: got a model without DSA, expected --model.dsa, whose indexers it is about")
+        if not 0 <= self.bias_rest <= 1:
+            raise ValueError(f"bias_rest: got {self.bias_rest}, expected 0..1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: got {self.seed}, expected 0 <= seed < 2**32")
+
+
+def _expect_one_of(name: str, value: Any, *choices: str) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def recipe(dim: int, *, needles: bool = False) -> OptimConfig:
+    """Returns the optimizer that `rorqual train`, the demo and the sweeps begin with.
+
+    `dim` is the model's width. Up to 64 it is Muon at 0.02, as measured (docs/log.md). An update's
+    largest singular value grows with sqrt(width) here, and should not for one rate to serve every
+    width (arXiv 2310.17813), so the rate falls with 1 / sqrt(width). Needles have NEEDLE_RATE
+    (docs/needle.md). Beyond WIDEST, where models of papers are, it is OptimConfig's AdamW.
+    """
+    if dim > WIDEST:
+        return OptimConfig()
+    if needles:
+        return OptimConfig(kind="muon", lr=NEEDLE_RATE)
+    return OptimConfig(kind="muon", lr=0.02 * min(1.0, math.sqrt(64 / dim)))

@@ -1,0 +1,70 @@
+"""config.py: what is refused, and the recipe that trainings begin with."""
+
+import subprocess
+import sys
+
+import pytest
+
+from rorqual.config import from_dict
+from rorqual.presets import PRESETS
+from rorqual.train.config import OptimConfig, TrainConfig, recipe
+
+
+def test_options_load_no_torch() -> None:
+    code = "import sys; from rorqual.train.config import TrainConfig; TrainConfig(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_the_recipe_falls_with_the_width_and_leaves_the_papers_models_alone():
+    assert recipe(64) == OptimConfig(kind="muon", lr=0.02)
+    assert recipe(256) == OptimConfig(kind="muon", lr=0.01)
+    assert recipe(16) == recipe(64)  # a rate above the measured one is not established
+    rates = [recipe(width).lr for width in range(64, 513)]
+    assert all(wider < narrower for narrower, wider in zip(rates, rates[1:], strict=False))
+    for name in ("tiny", "small", "classroom"):
+        assert recipe(PRESETS[name].dim).kind == "muon"
+    for name in PRESETS.keys() - {"tiny", "small", "classroom"}:
+        assert recipe(PRESETS[name].dim) == OptimConfig()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"lr": 0.0}, "lr: got 0.0"),
+        ({"lr": float("nan")}, "lr"),
+        ({"betas": [0.9, 1.0]}, "betas: got 1.0"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"warmup": -1}, "warmup"),
+        ({"decay_share": 1.5}, "decay_share"),
+        ({"kind": "sgd"}, "'sgd', expected 'adamw' or 'muon'"),
+        ({"clip": 0.0}, "clip"),
+    ],
+)
+def test_a_wrong_optimizer_is_refused(change, told):
+    with pytest.raises(ValueError, match=told):
+        from_dict(OptimConfig, change)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"steps": 0}, "steps: got 0"),
+        ({"rows": -1}, "rows: got -1"),
+        ({"micro_rows": 0}, "micro_rows"),
+        ({"bias_rest": 2.0}, "bias_rest"),
+        ({"seed": -1}, "seed"),
+        ({"dtype": "float8"}, "'float8', expected 'float32' or 'bfloat16'"),
+        ({"data": {"limit": 1}}, "limit: got 1"),
+        ({"data": {"vocabulary": 20}}, "vocabulary: got 20"),
+        ({"data": {"sauce": "x"}}, "source"),
+    ],
+)
+def test_a_wrong_training_is_refused(change, told):
+    with pytest.raises(ValueError, match=told):
+        from_dict(TrainConfig, change)
+
+
+def test_indexers_alone_without_indexers_are_refused():
+    with pytest.raises(ValueError, match="indexer_alone: got a model without DSA"):
+        TrainConfig(indexer_alone=True)
