@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rorqual import __version__
-from rorqual.config import choose, install
+from rorqual.hints import choose, install
 
 EXTRAS = {  # the module an optional part needs -> the extra that brings it
     "olmo_core": "train",
@@ -38,6 +38,7 @@ COMMANDS = {
     "demo": Command("train a pure mixture of experts and one with Engram, compare them", "demo", "train"),
     "data": Command("what a corpus holds: documents, sizes, licence, a sample", "data wordnet", "inspect"),
     "train": Command("train a model; the same command resumes", "train tiny --data notes/ --steps 500", "train"),
+    "config": Command("the whole configuration of a training as YAML, to start from", "config tiny > my.yaml", "train"),
     "launch": Command(
         "train in several processes, restarted when one dies", "launch --nproc-per-node 2 tiny --data notes/", "train"
     ),
@@ -66,9 +67,9 @@ A laboratory for sparse language models: mixture of experts, Engram memory, late
 
 {commands}
 
-A model is a preset's name first, then flags for what differs; a part that is off is put in by naming it:
-  rorqual train tiny --data notes/ --model.engram.rows-per-head 5000 5000
-  rorqual train small --data notes/ --model.engram none --model.dim 128
+A training is a preset's name or a YAML file, then what differs; a part that is off is switched on by naming it:
+  rorqual train tiny --data notes/ model.engram.rows_per_head=5000,5000
+  rorqual train my.yaml model.engram=none --model.dim 128
 Start here: rorqual demo (minutes, offline), then rorqual generate runs/demo/engram "A whale is".
 --json prints for machines. RORQUAL_DEBUG=1 shows the traceback of an error. --version."""
 

@@ -36,7 +36,7 @@ def test_data_counts_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str
     [
         (["data", "no-such-thing"], 1, "no-such-thing"),
         (["data", "wordnet", "--limit", "0"], 1, "got limit 0"),
-        (["data"], 2, "Missing from rorqual data: SOURCE"),
+        (["data"], 2, "required: SOURCE"),
         (["report", "no-such-folder"], 1, "got no-such-folder, expected a run folder"),
     ],
 )
