@@ -212,7 +212,8 @@ def _put(cls: Any, tree: dict[str, Any], name: str, value: Any, where: str) -> N
 def _build(cls: Any, mapping: Any, where: str, *, lax: bool) -> Any:
     """The dataclass that a mapping describes."""
     if not isinstance(mapping, Mapping):
-        raise ValueError(f"{where}: got {_show(mapping)}, expected a mapping of {cls.__name__} fields")
+        words = "default, none or " if lax else ""
+        raise ValueError(f"{where}: got {_show(mapping)}, expected {words}a mapping of {cls.__name__} fields")
     values = {}
     for name, value in mapping.items():
         hint = _annotation(cls, name, where)

@@ -201,7 +201,7 @@ def test_texts_become_what_their_fields_hold(name: str, text: Any, value: Any) -
         ("memory.layers", ["1", "x"], r"memory\.layers: got \['1', 'x'\], expected tuple"),
         ("memory.layers", "[1", r"memory\.layers: got '\[1', expected tuple"),
         ("memory.sign", "up", "memory.sign: got 'up', expected 'sign' or 'copysign'"),
-        ("memory", "on", "memory: got 'on', expected a mapping of Memory fields"),
+        ("memory", "on", "memory: got 'on', expected default, none or a mapping of Memory fields"),
         ("sizes", "1", r"sizes: got '1', expected tuple\[float, int\]"),
     ],
 )
@@ -264,7 +264,7 @@ def test_a_yaml_file_changes_what_it_names(tmp_path: Path) -> None:
         ("stepz: 3", "got Run key 'stepz', expected one of model, steps, note; did you mean 'steps'"),
         ("model: {memory: {headz: 3}}", "got model.memory key 'headz', .*did you mean 'heads'"),
         ("model: {dim: x}", "model.dim: got 'x', expected int"),
-        ("model: [1]", r"model: got \[1\], expected a mapping of Model fields"),
+        ("model: [1]", r"model: got \[1\], expected .*a mapping of Model fields"),
         ("steps: 3\nsteps: 4", "line 2, column 1: got 'steps' twice"),
         ("steps: {", "line 1, column 9: expected the node content"),
         ("- 1", r"got \[1\], expected a mapping of fields"),

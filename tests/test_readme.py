@@ -25,9 +25,11 @@ from safetensors.torch import save_file
 from rorqual import checkpoint
 from rorqual import config as configs
 from rorqual.cli.main import COMMANDS, main
+from rorqual.config import to_yaml
 from rorqual.data import tokenizer
 from rorqual.model import LanguageModel
 from rorqual.presets import PRESETS, preset
+from rorqual.train.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs/zh/README.md"]
@@ -196,11 +198,16 @@ def type_it(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     if words[1] in ENDLESS:
         type_and_interrupt(words)
         return
+    words, file = (words[:-2], Path(words[-1])) if words[-2:-1] == [">"] else (words, None)
+    if words[1] == "train" and words[2].endswith(".yaml") and not Path(words[2]).exists():
+        Path(words[2]).write_text(to_yaml(TrainConfig(model=preset("tiny"), folder="runs/from-file")), encoding="utf-8")
     if words[1] == "train" and words[2] in PRESETS:
         shutil.rmtree(Path("runs") / words[2], ignore_errors=True)  # of the example before
     assert main(shorter(words)[1:]) == 0, f"{line}\n{capsys.readouterr().err[-4000:]}"
     said = capsys.readouterr().out
     assert said.strip(), line
+    if file is not None:
+        file.write_text(said, encoding="utf-8")
     changes = [float(number) for number in re.findall(r"^KL (\S+) nats", said, re.MULTILINE)]
     assert all(change > 0 for change in changes), f"{line}: {said}"
     assert changes or not {"--suppress", "--undo"} & set(words) or not memory_text(words)

@@ -243,6 +243,9 @@ def _unknown(word: str, names: Mapping[str, str], command: str) -> str:
     head, equals, value = word.partition("=")
     dashes = "--" if head.startswith("--") else ""
     name = head.removeprefix("--").replace("-", "_")
+    path, _, tail = name.rpartition("no_")
+    if path + tail in names and tail:
+        return f"got {word}, expected {path}{tail}=false"
     near = [known for known in names if known.rpartition(".")[2] == name] or get_close_matches(name, names, 1, 0.6)
     if not near or not (dashes or equals):
         return f"got {word!r}, expected --name value or name=value; rorqual {_typed(command)} --help lists the names"

@@ -119,8 +119,8 @@ def config_command(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(CONFIG_HELP)
         return 0
-    print("# rorqual train FILE trains what this file says; rorqual train --help has examples\n")
-    print(configs.to_yaml(train_options(argv)), end="")
+    text = configs.to_yaml(train_options(argv))
+    print(f"# rorqual train FILE.yaml trains what this file says; rorqual train --help has examples\n\n{text}", end="")
     return 0
 
 
