@@ -7,6 +7,7 @@ comments find their fields. Each config's own `__post_init__` checks the rest.
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -238,26 +239,25 @@ def _convert(hint: Any, value: Any, where: str, *, lax: bool) -> Any:
 def _read(hint: Any, value: Any) -> Any:
     """What a text or a list of texts stands for, where msgspec does not know it: none, lists, dicts and 1_000."""
     kinds = members(hint)
-    if isinstance(value, str) and value in NONE and type(None) in kinds:
-        return None
     items = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) in (tuple, list)), ())
-    if items and str not in items and isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
-        value = value[0]  # one word: 1,2 or [1, 2]
-    if str in kinds or not isinstance(value, (str, list)):
+    if items and str not in items and isinstance(value, list) and len(value) == 1:
+        value = value[0] if isinstance(value[0], str) else value  # one word: 1,2 or [1, 2]
+    if isinstance(value, list):
+        return value if str in items else [_read(items[0], each) for each in value]
+    if not isinstance(value, str):
         return value
-    if isinstance(value, str) and value[:1] in ("[", "{"):
-        try:
+    if value in NONE and type(None) in kinds:
+        return None
+    if str in kinds:
+        return value
+    if value.startswith(("[", "{")):
+        with contextlib.suppress(yaml.YAMLError):
             return yaml.safe_load(value)
-        except yaml.YAMLError:
-            return value
-    if not items:
-        return _number(value)
-    words = value if isinstance(value, list) else [value] if str in items else value.split(",") if value else []
-    return words if str in items else [_number(each) for each in words]
-
-
-def _number(value: Any) -> Any:
-    return re.sub(r"(?<=\d)_(?=\d)", "", value) if isinstance(value, str) else value
+    if str in items:
+        return [value]
+    if items:
+        return [_read(items[0], each) for each in value.split(",") if value]
+    return re.sub(r"(?<=\d)_(?=\d)", "", value)
 
 
 def _show(value: Any) -> str:

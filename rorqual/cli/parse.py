@@ -14,6 +14,7 @@ from rorqual import config
 T = TypeVar("T")
 Positional = Annotated[T, "positional"]  # a field that is given by its place, without its name
 Changes = list[tuple[str, Any]]  # dotted names and what was typed for them, in order
+USAGE = "[--OPTION VALUE | OPTION=VALUE ...]"
 
 ELSEWHERE = {  # a flag of other trainers and servers -> ours, the first that the command has
     "--batch-size": ("rows",),
@@ -115,12 +116,9 @@ def read(
     helped = any(word in ("-h", "--help") for word in argv)
     options = list(config.options(cls, None if isinstance(start, type) else start, commented=helped))
     places = [name for name, hint in typing.get_type_hints(cls, include_extras=True).items() if _is_placed(hint)]
-    usable = [
-        option.name for option in options if option.part is None or type(None) in config.members(option.annotation)
-    ]
-    names = {name: name for name in usable if name not in places} | dict(short or {})
+    switched = [each for each in options if each.part is None or type(None) in config.members(each.annotation)]
+    names = {each.name: each.name for each in switched if each.name not in places} | dict(short or {})
     words = list(_spelled(argv, names, {each.name for each in options if each.annotation is bool}, not places))
-    _refuse_elsewhere(words, names, command, not places)
     parser = _parser(cls, command, epilogue, places)
     groups: dict[str, Any] = {"": parser}
     for option in options:
@@ -141,12 +139,14 @@ def _is_placed(hint: Any) -> bool:
 
 
 def _parser(cls: Any, command: str, epilogue: str, places: Sequence[str]) -> argparse.ArgumentParser:
-    sentences, examples = described(cls)
-    usage = " ".join([f"rorqual {command}", *map(str.upper, places), "[--OPTION VALUE | OPTION=VALUE ...]"])
+    """A parser whose help begins with the sentences of the class's docstring and ends with its commands."""
+    text = "" if config.summary(cls) == "" else inspect.cleandoc(cls.__doc__)
+    sentences = [line for line in text.splitlines() if not line.startswith("rorqual ")]
+    commands = [f"  {line}" for line in text.splitlines() if line.startswith("rorqual ")]
     return _Parser(
-        usage=usage.replace(" | OPTION=VALUE", "") if places else usage,
-        description=sentences,
-        epilog="\n".join(filter(None, (examples, epilogue))),
+        usage=" ".join([f"rorqual {command}", *map(str.upper, places), "[--OPTION VALUE ...]" if places else USAGE]),
+        description="\n".join(sentences).strip(),
+        epilog="\n".join([*(["examples:", *commands] if commands else []), epilogue]).strip(),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=40),
         allow_abbrev=False,
     )
@@ -170,19 +170,21 @@ def _add(group: Any, option: config.Option, flags: list[str], placed: bool) -> N
     kinds = config.members(hint)
     items = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple), ())
     required = option.default is dataclasses.MISSING
-    shown: dict[str, Any] = {"metavar": _metavar(items[0] if items else hint), "help": _help(option)}
+    shown: dict[str, Any] = {
+        "metavar": _metavar(items[0] if items else hint),
+        "help": _help(option),
+        "default": argparse.SUPPRESS,
+    }
     if items:
         shown["nargs"] = len(items) if placed and ... not in items else "*"
     elif hint is bool:
         shown["nargs"] = "?"
     if flags:
         dashed = [f"--{flag.replace('_', '-')}" for flag in flags]
-        group.add_argument(
-            *dashed, dest=option.name, action=_Note, required=required, default=argparse.SUPPRESS, **shown
-        )
-        return
-    shown |= {"metavar": option.name.upper(), "nargs": "+" if items else None if required else "?"}
-    group.add_argument(option.name, action=_Note, default=argparse.SUPPRESS, **shown)
+        group.add_argument(*dashed, dest=option.name, action=_Note, required=required, **shown)
+    else:
+        shown |= {"metavar": option.name.upper(), "nargs": "+" if items else None if required else "?"}
+        group.add_argument(option.name, action=_Note, **shown)
 
 
 def _metavar(hint: Any) -> str:
@@ -224,47 +226,25 @@ def _spelled(argv: Sequence[str], names: Mapping[str, str], bools: set[str], pai
         yield f"--{name.replace('_', '-')}{equals}{value}"
 
 
-def _refuse_elsewhere(words: Sequence[str], names: Mapping[str, str], command: str, pairs: bool) -> None:
-    """Says what a name that other tools have, and this command has not, is called here."""
-    for word in words:
-        head, equals, _ = word.partition("=")
-        flag = "--" + head.removeprefix("--").replace("_", "-")
-        if not (head.startswith("--") or (pairs and equals)) or flag[2:].replace("-", "_") in names:
-            continue
-        for name in ELSEWHERE.get(flag, ()):
-            if name.replace("-", "_") in names.values():
-                right = "--data" if name == "data.source" else f"--{name}"
-                note = f"; {NOTES[name]}" if flag in COUNTED_OTHERWISE else ""
-                raise UsageError(f"got {flag}, which rorqual {_typed(command)} calls {right}{note}")
-
-
 def _unknown(word: str, names: Mapping[str, str], command: str) -> str:
-    """A word that fits nothing, and the option that is nearest."""
+    """A word that fits nothing: what it is called here, if other tools have it, or the option that is nearest."""
     head, equals, value = word.partition("=")
     dashes = "--" if head.startswith("--") else ""
     name = head.removeprefix("--").replace("-", "_")
+    flag = f"--{name.replace('_', '-')}"
+    here = f"rorqual {' '.join(part for part in command.split() if part.islower())}"
+    for other in ELSEWHERE.get(flag, ()) if dashes or equals else ():
+        if other.replace("-", "_") in names.values():
+            note = f"; {NOTES[other]}" if flag in COUNTED_OTHERWISE else ""
+            return f"got {flag}, which {here} calls --{'data' if other == 'data.source' else other}{note}"
     path, _, tail = name.rpartition("no_")
-    if path + tail in names and tail:
+    if tail and path + tail in names:
         return f"got {word}, expected {path}{tail}=false"
     near = [known for known in names if known.rpartition(".")[2] == name] or get_close_matches(name, names, 1, 0.6)
-    if not near or not (dashes or equals):
-        return f"got {word!r}, expected --name value or name=value; rorqual {_typed(command)} --help lists the names"
-    right = near[0].replace("_", "-") if dashes else near[0]
-    return f"got {word}, which is no option of rorqual {_typed(command)}; did you mean {dashes}{right}{equals}{value}?"
-
-
-def _typed(command: str) -> str:
-    return " ".join(word for word in command.split() if word.islower())
-
-
-def described(cls: type) -> tuple[str, str]:
-    """What a class's docstring says, and the commands in it, one a line."""
-    lines = inspect.cleandoc(cls.__doc__ or "").splitlines()
-    commands = [line for line in lines if line.startswith("rorqual ")]
-    if not commands:
-        return "" if lines[:1] and lines[0].startswith(f"{cls.__name__}(") else "\n".join(lines), ""
-    sentences = "\n".join(line for line in lines if line not in commands).strip()
-    return sentences, "\n  ".join(["examples:", *commands])
+    if near and (dashes or equals):
+        right = near[0].replace("_", "-") if dashes else near[0]
+        return f"got {word}, which is no option of {here}; did you mean {dashes}{right}{equals}{value}?"
+    return f"got {word!r}, expected an option; {here} --help lists them"
 
 
 def split_first(argv: Sequence[str], what: str, example: str) -> tuple[str, list[str]]:

@@ -117,8 +117,8 @@ def test_what_is_given_by_its_place_may_stand_anywhere_and_be_any_text() -> None
         (["--model.memori.heads", "1"], r"--model\.memori\.heads.*did you mean --model\.memory\.heads\?"),
         (["--model.memory", "on"], "model.memory: got 'on', expected default, none or a mapping of Memory"),
         (["--no-fast"], "got --no-fast, expected fast=false"),
-        (["--fast", "--zzzzz"], "--zzzzz.* --help lists the names"),
-        (["stray"], "got 'stray', expected --name value or name=value"),
+        (["--fast", "--zzzzz"], "--zzzzz.* --help lists them"),
+        (["stray"], "got 'stray', expected an option"),
     ],
 )
 def test_what_fits_nothing_is_one_line(words: list[str], said: str) -> None:
