@@ -121,6 +121,16 @@ def shorter(words: Sequence[str]) -> list[str]:
     return [*(SMALLER.get(word, word) for word in words), *flags]
 
 
+def with_files(words: list[str], folder: Path) -> tuple[list[str], Path | None]:
+    """The words before `> FILE`, and that file. A configuration file that other lines of a page make is made."""
+    words, file = (words[:-2], folder / words[-1]) if words[-2:-1] == [">"] else (words, None)
+    for path in (folder / word for word in words if word.endswith(".yaml")):
+        if not path.exists():
+            config = TrainConfig(model=preset("tiny"), folder=f"runs/{path.stem}")
+            path.write_text(to_yaml(config), encoding="utf-8")
+    return words, file
+
+
 def slow(words: Sequence[str]) -> bool:
     return words[0] != "rorqual" or words[1] in SLOW
 
@@ -169,11 +179,14 @@ def test_the_command_runs(line: str, place: Path) -> None:
         assert done.returncode == 0, done.stderr
         return
     assert words[0] == "rorqual"
+    words, file = with_files(words, place)
     command = [sys.executable, "-m", *shorter(words)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error:::rorqual"}
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.strip()
+    if file is not None:
+        file.write_text(done.stdout, encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=["en", "zh"])
@@ -198,9 +211,7 @@ def type_it(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     if words[1] in ENDLESS:
         type_and_interrupt(words)
         return
-    words, file = (words[:-2], Path(words[-1])) if words[-2:-1] == [">"] else (words, None)
-    if words[1] == "train" and words[2].endswith(".yaml") and not Path(words[2]).exists():
-        Path(words[2]).write_text(to_yaml(TrainConfig(model=preset("tiny"), folder="runs/from-file")), encoding="utf-8")
+    words, file = with_files(words, Path())
     if words[1] == "train" and words[2] in PRESETS:
         shutil.rmtree(Path("runs") / words[2], ignore_errors=True)  # of the example before
     assert main(shorter(words)[1:]) == 0, f"{line}\n{capsys.readouterr().err[-4000:]}"

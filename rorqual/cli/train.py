@@ -133,7 +133,7 @@ The names are those of rorqual train --help; what they change is printed changed
   rorqual config tiny model.engram=default data=notes/ > notes.yaml"""
 
 
-LAUNCH_HELP = """usage: rorqual launch [FLAGS OF TORCHRUN] PRESET|RUN [FLAGS OF rorqual train]
+LAUNCH_HELP = """usage: rorqual launch [FLAGS OF TORCHRUN] PRESET|FILE.yaml|RUN [OPTIONS OF rorqual train]
 
 Trains in several processes by torchrun. When one of them dies, all are started again and go on from the newest
 checkpoint, --max-restarts times (3). Batches are those of one process: --rows is of all processes together.
