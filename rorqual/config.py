@@ -1,36 +1,44 @@
-"""A frozen dataclass in -> JSON, and a changed dataclass, out.
+"""Dataclasses from JSON, YAML and text, and back.
 
-A config is a frozen, keyword-only dataclass every field of which has a default, so that a part which is off (its
-field is None) can be put in by naming one of its fields. Nested dataclasses, `X | None`, tuples, dicts, `Literal` and
-paths are understood; everything read from outside is checked against the annotations, and each config's own
-`__post_init__` checks the rest.
+A config is a frozen, keyword-only dataclass whose fields have defaults. A part that is off is None, in a field of the
+kind `X | None`; naming one of its fields switches it on. msgspec converts every value to what its annotation asks for.
+What is written here walks over nested dataclasses, so that an error names the field and the nearest name, and so that
+comments find their fields. Each config's own `__post_init__` checks the rest.
 """
 
+import ast
+import contextlib
 import dataclasses
-import difflib
 import functools
+import inspect
+import io
 import json
 import os
+import re
+import sys
+import textwrap
+import tokenize
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import msgspec
+import yaml
+
+from rorqual.hints import choose
 from rorqual.io import write_json
 
 T = TypeVar("T")
 
+NONE = ("none", "null", "None")  # how a text says None
+WIDTH = 100  # columns of the YAML that is written
+
 
 def to_dict(config: Any) -> Any:
     """The config as plain JSON values: dicts, lists, strings, numbers, booleans and None."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    if isinstance(config, Mapping):
-        return {str(key): to_dict(value) for key, value in config.items()}
-    if isinstance(config, (list, tuple)):
-        return [to_dict(value) for value in config]
-    return os.fspath(config) if isinstance(config, os.PathLike) else config
+    return json.loads(json.dumps(msgspec.to_builtins(config, enc_hook=os.fspath)))
 
 
 def from_dict(cls: type[T], mapping: Mapping[str, Any]) -> T:
@@ -38,7 +46,29 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any]) -> T:
 
     ValueError for an unknown key (it names the nearest one), a value of the wrong kind, or what the config refuses.
     """
-    return _struct(cls, mapping, cls.__name__)
+    return _build(cls, mapping, cls.__name__, lax=False)
+
+
+def change(config: T, changes: Iterable[tuple[str, Any]], *, lax: bool = False) -> T:
+    """A copy in which the fields of these dotted names have these values: [("engram.heads", 8)].
+
+    A part that is off and lies on the way is switched on with its defaults; "default" does that too, "none" switches a
+    part off, and a mapping changes several fields of it. Only the copy has to be valid, not each step on the way. A
+    class in place of a config begins with nothing given. With `lax`, values may be text, as on a command line.
+    """
+    cls: Any = config if isinstance(config, type) else type(config)
+    tree = {} if isinstance(config, type) else to_dict(config)
+    for name, value in changes:
+        _put(cls, tree, name, value, "")
+    return _build(cls, tree, "", lax=lax)
+
+
+def replace(config: T, name: str, value: Any) -> T:
+    """A copy in which the field with this dotted name has this value: replace(config, "engram.heads", 8).
+
+    A part that is off and lies on the way is switched on with its defaults. The copy is validated.
+    """
+    return change(config, [(name, to_dict(value))])
 
 
 def save(config: Any, path: str | os.PathLike[str]) -> None:
@@ -48,206 +78,186 @@ def save(config: Any, path: str | os.PathLike[str]) -> None:
     write_json(path, to_dict(config))
 
 
-def load(cls: type[T], path: str | os.PathLike[str]) -> T:
-    """Reads what `save` wrote; ValueError, naming the file, when it is not such a config."""
+def load(cls: type[T], path: str | os.PathLike[str], start: T | None = None) -> T:
+    """Reads a config from JSON or, where the name ends in .yaml or .yml, from YAML.
+
+    `start` is what a YAML file changes, the class's defaults by itself. ValueError, naming the file, for any other.
+    """
     try:
-        return from_dict(cls, json.loads(Path(path).read_text(encoding="utf-8")))
+        text = Path(path).read_text(encoding="utf-8")
+        if is_yaml(path):
+            return change(cls() if start is None else start, _yaml_mapping(text).items(), lax=True)
+        return from_dict(cls, json.loads(text))
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
-def replace(config: T, name: str, value: Any) -> T:
-    """A copy in which the field with this dotted name has this value: replace(config, "engram.heads", 8).
-
-    A part that is off and lies on the way is put in with its defaults. The copy is validated.
-    """
-    head, _, rest = name.partition(".")
-    hint = _hint(type(config), head)
-    if rest:
-        part = getattr(config, head)
-        if part is None:
-            part = _default(hint, head)
-        if not dataclasses.is_dataclass(part):
-            raise ValueError(f"got {name!r}, expected {head!r} to have fields, but it is {_word(hint)}")
-        value = replace(part, rest, value)
-    copy: T = dataclasses.replace(config, **{head: _value(hint, to_dict(value), head)})  # type: ignore[type-var]
-    return copy
+def is_yaml(path: str | os.PathLike[str]) -> bool:
+    return Path(path).suffix in (".yaml", ".yml")
 
 
-def fill(config: T, argv: Sequence[str]) -> tuple[T, list[str]]:
-    """Switches the parts that flags name on or off, before a parser that knows only parts which are there.
-
-    `--model.engram.heads 8` puts a default EngramConfig in where config.model.engram is None; `--model.engram default`
-    puts one in and is consumed; `--model.engram none` takes it out and is consumed (a plain field that may be None gets
-    the parser's `None`). Returns the config and the remaining argv. The sum of all flags is what must be valid, not
-    each step on the way, so the config that comes back has not been validated: the parser constructs it again. Unknown
-    flags are left to the parser.
-    """
-    rest: list[str] = []
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        if word == "--":
-            return config, [*rest, word, *words]
-        flag, equals, given = word.partition("=")
-        path = flag[2:].replace("-", "_").split(".") if flag.startswith("--") else []
-        value = given if equals else (words[0] if words else "")
-        hint = _hint_at(type(config), path)
-        optional = type(None) in _members(hint)
-        if optional and _part(hint) is not None and value in ("none", "default"):
-            config = _put(config, path, value)
-            del words[: 0 if equals else 1]
-        elif optional and value == "none":
-            rest += [flag, "None"]
-            del words[: 0 if equals else 1]
-        else:
-            rest.append(word)
-        config = _put(config, path[:-1], "present")
-    return config, rest
+def to_yaml(config: Any) -> str:
+    """The config as YAML that `load` takes, with what each field is about beside it."""
+    return "\n".join(_yaml_lines(config, "")) + "\n"
 
 
-def choose(kind: str, name: str, names: Iterable[str]) -> str:
-    """`name` if it is among `names`, else a ValueError that names the nearest; kind says what it is the name of."""
-    known = list(names)
-    if name in known:
-        return name
-    near = difflib.get_close_matches(name, known, 1, 0.4)
-    guess = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"got {kind} {name!r}, expected one of {', '.join(known)}{guess}")
+class Option(NamedTuple):
+    """A field of a config or of one of its parts."""
+
+    name: str  # dotted
+    annotation: Any
+    default: Any  # dataclasses.MISSING where one must be given
+    part: type | None  # the dataclass that holds its fields, if it has some
+    comment: str
 
 
-def has(cls: type, name: str) -> bool:
-    """Whether a config has a field of this dotted name, in parts that are off too."""
-    return _hint_at(cls, name.split(".")) is not None
+def options(cls: Any, config: Any = None, path: str = "", *, commented: bool = False) -> Iterator[Option]:
+    """Every field of a config class and of its parts, on or off, in order; defaults are those of `config`."""
+    comments = field_comments(cls) if commented else {}
+    for field in dataclasses.fields(cls):
+        hint = _annotations(cls)[field.name]
+        part = _part(hint)
+        default = _default(field) if config is None else getattr(config, field.name)
+        comment = comments.get(field.name, "")
+        yield Option(path + field.name, hint, default, part, comment)
+        if part is not None:
+            yield from options(part, default, f"{path}{field.name}.", commented=commented)
 
 
-def install(extra: str) -> str:
-    """The pip command that adds an extra to the rorqual that is running: a checkout, or what is installed already."""
-    checkout = Path(__file__).parents[1]
-    if not (checkout / "pyproject.toml").is_file():
-        return f"pip install 'rorqual[{extra}]'"
-    return f"pip install -e '{'.' if checkout == Path.cwd() else checkout}[{extra}]'"
-
-
-@functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def _hint(cls: type, name: str) -> Any:
-    names = [field.name for field in dataclasses.fields(cls)]
-    return _hints(cls)[choose(f"{cls.__name__} field", name, names)]
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union; any other hint is its own only one."""
+def members(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a union; any other annotation is its own only one."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def _part(hint: Any) -> type | None:
-    """The dataclass that a hint allows, if it allows one."""
-    return next((member for member in _members(hint) if dataclasses.is_dataclass(member)), None)  # type: ignore[return-value]
+def word(hint: Any) -> str:
+    """An annotation as a person would write it."""
+    if len(members(hint)) > 1:
+        return " or ".join(word(member) for member in members(hint))
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(repr(choice) for choice in typing.get_args(hint))
+    if hint is type(None):
+        return "none"
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
 
 
-def _default(hint: Any, name: str) -> Any:
-    cls = _part(hint)
-    if cls is None:
-        raise ValueError(f"got fields below {name!r}, expected none: it is {_word(hint)}")
-    return cls()
+@functools.cache
+def field_comments(cls: Any) -> dict[str, str]:
+    """What the source says about each field: the comment behind it, or those on the lines above it.
+
+    A field that holds a part and has no comment takes the first line of that part's docstring.
+    """
+    found = {name: summary(part) for name, hint in _annotations(cls).items() if (part := _part(hint))}
+    try:
+        tree, comments, alone = _source(cls.__module__)
+    except (OSError, TypeError, SyntaxError):
+        return found
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == cls.__name__]
+    for node in classes[0].body if classes else ():
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+            continue
+        first = node.lineno
+        while first - 1 in alone:
+            first -= 1
+        lines = [comments[line] for line in (*range(first, node.lineno), node.end_lineno) if line in comments]
+        if lines:
+            found[node.target.id] = " ".join(lines)
+    return found
 
 
-def _hint_at(cls: type, path: Sequence[str]) -> Any:
-    """The annotation of the field that the dotted path names, seen through parts that are off; None without one."""
-    hint: Any = cls
-    for name in path:
-        part: Any = _part(hint)
-        hint = _hints(part).get(name) if part is not None else None
-    return hint if path else None
+def summary(cls: Any) -> str:
+    """The first line of a class's docstring, "" where dataclasses wrote it."""
+    line = (cls.__doc__ or "").partition("\n")[0]
+    return "" if line.startswith(f"{cls.__name__}(") else line
 
 
-def _put(config: Any, path: Sequence[str], what: str) -> Any:
-    """Makes the part at the path present, default or none; a path that names no part is left alone. Not validated."""
-    if not path or not dataclasses.is_dataclass(config):
-        return config
-    head, *rest = path
-    cls: Any = type(config)
-    part = _part(_hints(cls).get(head))
-    if part is None:
-        return config
-    old = getattr(config, head)
-    new = part() if old is None or (what == "default" and not rest) else old
-    new = None if what == "none" and not rest else _put(new, rest, what)
-    return config if new is old else _unchecked(config, head, new)
+@functools.cache
+def _annotations(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
-def _unchecked(config: Any, name: str, value: Any) -> Any:
-    copy = object.__new__(type(config))
-    for field in dataclasses.fields(config):
-        object.__setattr__(copy, field.name, value if field.name == name else getattr(config, field.name))
-    return copy
+def _part(hint: Any) -> Any:
+    """The dataclass that an annotation allows, if it allows one."""
+    return next((member for member in members(hint) if dataclasses.is_dataclass(member)), None)
 
 
-def _struct(cls: Any, mapping: Any, where: str) -> Any:
-    if not isinstance(mapping, Mapping):
-        raise ValueError(f"{where}: got {_show(mapping)}, expected a mapping of {cls.__name__} fields")
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _annotation(cls: Any, name: str, where: str) -> Any:
     names = [field.name for field in dataclasses.fields(cls) if field.init]
-    for key in mapping:
-        choose(f"{where} key", key, names)
-    return cls(**{key: _value(_hints(cls)[key], value, f"{where}.{key}") for key, value in mapping.items()})
+    return _annotations(cls)[choose(f"{where or cls.__name__} key", name, names)]
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
-    """The value as the hint wants it: lists become tuples, mappings dataclasses, whole numbers floats."""
-    members = _members(hint)
-    if value is None and type(None) in members:
-        return None
-    errors = []
-    for member in members:
-        try:
-            return _one(member, value, where)
-        except ValueError as error:
-            errors.append(error)
-    raise errors[0] if len([m for m in members if m is not type(None)]) == 1 else _wrong(where, value, hint)
+def _put(cls: Any, tree: dict[str, Any], name: str, value: Any, where: str) -> None:
+    """Sets a value, under a dotted name, in nested dicts that hold a config of this class."""
+    head, _, rest = name.partition(".")
+    hint = _annotation(cls, head, where)
+    part = _part(hint)
+    if part is None:
+        if rest:
+            raise ValueError(f"got {name!r}, expected {head!r} to have fields, but it is {word(hint)}")
+        tree[head] = value
+        return
+    if not rest and isinstance(value, str) and value in (*NONE, "default"):
+        value = to_dict(part()) if value == "default" else None
+    if rest or isinstance(value, Mapping):
+        if tree.get(head) is None:
+            tree[head] = to_dict(part())
+        for key, inner in [(rest, value)] if rest else value.items():
+            _put(part, tree[head], str(key), inner, f"{where}.{head}".lstrip("."))
+    else:
+        tree[head] = value
 
 
-def _one(hint: Any, value: Any, where: str) -> Any:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
+def _build(cls: Any, mapping: Any, where: str, *, lax: bool) -> Any:
+    """The dataclass that a mapping describes."""
+    if not isinstance(mapping, Mapping):
+        words = "default, none or " if lax else ""
+        raise ValueError(f"{where}: got {_show(mapping)}, expected {words}a mapping of {cls.__name__} fields")
+    values = {}
+    for name, value in mapping.items():
+        hint = _annotation(cls, name, where)
+        part = _part(hint)
+        here = f"{where}.{name}".lstrip(".")
+        if part is not None and value is not None:
+            values[name] = _build(part, value, here, lax=lax)
+        else:
+            values[name] = _convert(hint, value, here, lax=lax)
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, where: str, *, lax: bool) -> Any:
+    """The value as the annotation wants it: a list becomes a tuple, an int a float and, with `lax`, a text a number."""
+    try:
+        read = _read(hint, value) if lax else value
+        return msgspec.convert(read, hint, strict=not lax, dec_hook=lambda kind, plain: kind(plain))
+    except msgspec.ValidationError:
+        raise ValueError(f"{where}: got {_show(value)}, expected {word(hint)}") from None
+
+
+def _read(hint: Any, value: Any) -> Any:
+    """What a text or a list of texts stands for, where msgspec does not know it: none, lists, dicts and 1_000."""
+    kinds = members(hint)
+    items = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) in (tuple, list)), ())
+    if items and str not in items and isinstance(value, list) and len(value) == 1:
+        value = value[0] if isinstance(value[0], str) else value  # one word: 1,2 or [1, 2]
+    if isinstance(value, list):
+        return value if str in items else [_read(items[0], each) for each in value]
+    if not isinstance(value, str):
         return value
-    if dataclasses.is_dataclass(hint):
-        return _struct(hint, value, where)
-    if origin is typing.Literal:
-        if value in inner:
-            return value
-    elif origin in (tuple, list) and isinstance(value, (list, tuple)):
-        return _sequence(origin, inner, value, where, hint)
-    elif origin is dict and isinstance(value, Mapping):
-        return {key: _value(inner[1], item, f"{where}.{key}") for key, item in value.items()}
-    elif _plain(hint, value):
-        return value if hint is bool or hint is type(None) else hint(value)
-    raise _wrong(where, value, hint)
-
-
-def _sequence(origin: Any, inner: tuple[Any, ...], value: Sequence[Any], where: str, hint: Any) -> Any:
-    hints = inner[:1] * len(value) if origin is list or inner[-1:] == (...,) else inner
-    if len(hints) != len(value):
-        raise _wrong(where, value, hint)
-    return origin(_value(part, item, f"{where}[{i}]") for i, (part, item) in enumerate(zip(hints, value, strict=True)))
-
-
-def _plain(hint: Any, value: Any) -> bool:
-    """Whether a JSON scalar may stand for the hint. True is not 1 here, and 1 is a float."""
-    if isinstance(value, bool) or hint is bool:
-        return isinstance(value, bool) and hint is bool
-    if hint is float:
-        return isinstance(value, (int, float))
-    if isinstance(hint, type) and issubclass(hint, os.PathLike):
-        return isinstance(value, str)
-    return isinstance(hint, type) and isinstance(value, hint)
-
-
-def _wrong(where: str, value: Any, hint: Any) -> ValueError:
-    return ValueError(f"{where}: got {_show(value)}, expected {_word(hint)}")
+    if value in NONE and type(None) in kinds:
+        return None
+    if str in kinds:
+        return value
+    if value.startswith(("[", "{")):
+        with contextlib.suppress(yaml.YAMLError):
+            return yaml.safe_load(value)
+    if str in items:
+        return [value]
+    if items:
+        return [_read(items[0], each) for each in value.split(",") if value]
+    return re.sub(r"(?<=\d)_(?=\d)", "", value)
 
 
 def _show(value: Any) -> str:
@@ -255,12 +265,72 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _word(hint: Any) -> str:
-    """A hint as a person would write it."""
-    if len(_members(hint)) > 1:
-        return " or ".join(_word(member) for member in _members(hint))
-    if typing.get_origin(hint) is typing.Literal:
-        return " or ".join(repr(choice) for choice in typing.get_args(hint))
-    if hint is type(None):
-        return "none"
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+@functools.cache
+def _source(module: str) -> tuple[ast.Module, dict[int, str], frozenset[int]]:
+    """A module's syntax tree, its comments by line, and the lines that hold nothing else."""
+    source = inspect.getsource(sys.modules[module])
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    found = {token.start: token for token in tokens if token.type == tokenize.COMMENT}
+    comments = {line: token.string.lstrip("# ") for (line, _), token in found.items()}
+    alone = frozenset(line for (line, _), token in found.items() if token.line.lstrip().startswith("#"))
+    return ast.parse(source), comments, alone
+
+
+def _yaml_mapping(text: str) -> dict[str, Any]:
+    """The mapping that a YAML text holds; ValueError, with the line, for anything else."""
+    try:
+        found = yaml.load(text, Loader=_UniqueKeys)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        raise ValueError(f"{where}{error.problem}") from None
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(f"got {_show(found)}, expected a mapping of fields")
+    return {str(name): value for name, value in (found or {}).items()}
+
+
+def _yaml_lines(config: Any, indent: str) -> Iterator[str]:
+    cls: Any = type(config)
+    comments = field_comments(cls)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        part = _part(_annotations(cls)[field.name])
+        comment = comments.get(field.name, "")
+        if part is not None and value is None:
+            comment = f"{comment.removesuffix('.')} (off; {{}} switches it on)"
+        line = f"{indent}{field.name}:" + ("" if value is not None and part is not None else f" {_yaml_value(value)}")
+        if len(line) + len(comment) + 4 > WIDTH:
+            yield from textwrap.wrap(comment, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+            yield line
+        else:
+            yield f"{line}  # {comment}" if comment else line
+        if value is not None and part is not None:
+            yield from _yaml_lines(value, indent + "  ")
+
+
+def _yaml_value(value: Any) -> str:
+    """A value on one line of YAML."""
+    text = yaml.dump(to_dict(value), Dumper=_Dumper, default_flow_style=True, width=sys.maxsize, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+class _Dumper(yaml.SafeDumper):
+    """A dumper that escapes what cannot be printed, which YAML's own leaves out of some texts."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A loader that refuses a key which stands twice in one mapping; YAML's own takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"got {key.value!r} twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from rorqual import kernels, runtime
-from rorqual.config import install
+from rorqual.hints import install
 from rorqual.model import LanguageModel
 from rorqual.model_config import EngramConfig, ModelConfig, MoEConfig
 

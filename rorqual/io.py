@@ -17,10 +17,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would translate line ends
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")  # the names of files that are not whole yet
@@ -169,8 +171,11 @@ def acquired(
     timeout: float = 0,
     thread_local: bool = True,
     error: type[ValueError] = Locked,
-) -> BaseFileLock:
+) -> "BaseFileLock":
     """Returns the lock that `lock` holds, for those who release it elsewhere, or on another thread."""
+    # it loads asyncio, which takes longer than most commands that only describe a model
+    from filelock import FileLock, Timeout
+
     held = FileLock(path, timeout=timeout, thread_local=thread_local)
     try:
         held.acquire(poll_interval=0.1)

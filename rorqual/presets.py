@@ -14,7 +14,7 @@ Three presets publish a memory and stand for that alone; all else of them that i
 
 from dataclasses import replace
 
-from rorqual.config import choose
+from rorqual.hints import choose
 from rorqual.model_config import (
     BalanceConfig,
     EngramConfig,

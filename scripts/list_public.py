@@ -8,7 +8,6 @@ tests/test_public.py fails where the committed list is not today's.
 
 import argparse
 import contextlib
-import dataclasses
 import difflib
 import inspect
 import io
@@ -55,7 +54,7 @@ def public() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         return {
             "python": names(),
-            "options": options(TrainConfig, ""),
+            "options": options(TrainConfig),
             "presets": sorted(PRESETS),
             "commands": commands(),
             "json": answers(Path(folder)),
@@ -100,19 +99,10 @@ def parameters(call: Any) -> list[str]:
     return found
 
 
-def options(cls: Any, path: str) -> dict[str, Any]:
+def options(cls: Any) -> dict[str, Any]:
     """Each option by its dotted name, with its default; parts that are off are listed, too."""
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        name = f"{path}.{field.name}".lstrip(".")
-        default = field.default_factory() if callable(field.default_factory) else field.default  # type: ignore[misc]
-        hints = configs._members(configs._hints(cls)[field.name])
-        part = next((hint for hint in hints if dataclasses.is_dataclass(hint)), None)
-        if part is None or default is None:
-            found[name] = configs.to_dict(default)
-        if part is not None:
-            found |= options(part, name)
-    return found
+    listed = configs.options(cls)
+    return {each.name: configs.to_dict(each.default) for each in listed if each.part is None or each.default is None}
 
 
 def commands() -> dict[str, list[str]]:

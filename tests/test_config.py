@@ -92,7 +92,10 @@ def test_what_is_absent_takes_its_default() -> None:
         ({"model": {"dense": 1}}, r"Run\.model\.dense: got 1, expected bool"),
         ({"model": {"rank": "x"}}, r"Run\.model\.rank: got 'x', expected int"),
         ({"model": {"sizes": [1]}}, r"Run\.model\.sizes: got \[1\], expected tuple\[float, int\]"),
-        ({"model": {"memory": {"layers": [1, "x"]}}}, r"layers\[1\]: got 'x', expected int"),
+        ({"model": {"memory": {"layers": [1, "x"]}}}, r"layers: got \[1, 'x'\], expected tuple\[int, \.\.\.\]"),
+        ({"model": {"memory": {"headz": 1}}}, r"got Run\.model\.memory key 'headz', .*; did you mean 'heads'"),
+        ({"model": {"folder": 3}}, r"Run\.model\.folder: got 3, expected Path"),
+        ({"model": {"rank": 1.0}}, r"Run\.model\.rank: got 1\.0, expected int or none"),
         ({"model": {"memory": {"sign": "up"}}}, "expected 'sign' or 'copysign'"),
         ({"model": {"memory": {"heads": 0}}}, "heads: got 0, expected at least 1"),
         ({"model": {"memory": None}}, "got neither, expected experts or memory"),
@@ -136,38 +139,141 @@ def test_replace_refuses(name: str, value: Any, said: str) -> None:
         configs.replace(Model(), name, value)
 
 
-def test_fill_puts_in_what_flags_name() -> None:
-    filled, rest = configs.fill(Run(), ["--model.experts.memory.heads", "5", "--steps", "3"])
-    assert filled.model.experts == Experts(memory=Memory())
-    assert rest == ["--model.experts.memory.heads", "5", "--steps", "3"]
-    assert configs.fill(Run(), ["--model.experts.routed=5"])[0].model.experts == Experts()
+def test_change_switches_on_what_is_named() -> None:
+    assert configs.change(Run(), [("model.experts.memory.heads", 5)]).model.experts == Experts(memory=Memory(heads=5))
+    assert configs.change(Run(), [("model.experts", {"routed": 5})]).model.experts == Experts(routed=5)
+    assert configs.change(Run(), [("model.experts", {}), ("steps", 3)]) == Run(model=Model(experts=Experts()), steps=3)
 
 
-def test_fill_takes_out_and_puts_in_whole() -> None:
-    filled, rest = configs.fill(Run(), ["--model.memory", "none", "--model.experts=default", "--steps", "3"])
-    assert filled.model == Model(memory=None, experts=Experts())
-    assert rest == ["--steps", "3"]
+def test_change_switches_off_and_takes_defaults() -> None:
+    changed = configs.change(Run(), [("model.memory", "none"), ("model.experts", "default")])
+    assert changed.model == Model(memory=None, experts=Experts())
     reset = Run(model=Model(memory=Memory(heads=9)))
-    assert configs.fill(reset, ["--model.memory", "default"])[0] == Run()
+    assert configs.change(reset, [("model.memory", "default")]) == Run()
+    assert configs.change(reset, [("model.memory", "none"), ("model.memory.layers", [3])]) == Run(
+        model=Model(memory=Memory(layers=(3,)))
+    )
 
 
-def test_fill_validates_only_the_sum_of_all_flags() -> None:
+def test_only_the_sum_of_all_changes_has_to_be_valid() -> None:
     """Without memory and before experts there is neither, which Model refuses."""
-    filled, _ = configs.fill(Run(), ["--model.memory", "none", "--model.experts.routed", "4"])
-    assert filled.model.memory is None
-    assert filled.model.experts == Experts()
+    changed = configs.change(Run(), [("model.memory", "none"), ("model.experts.routed", 4)])
+    assert changed.model == Model(memory=None, experts=Experts(routed=4))
+    with pytest.raises(ValueError, match="got neither"):
+        configs.change(Run(), [("model.memory", "none")])
 
 
-def test_fill_leaves_the_rest_to_the_parser() -> None:
-    words = ["--stepz", "1", "--model.nothing.x", "none", "--note", "none", "word", "--", "--model.memory", "none"]
-    assert configs.fill(Run(), words) == (Run(), words)
-    assert configs.fill(Run(), ["--model.rank", "none"])[1] == ["--model.rank", "None"]
-    assert configs.fill(Run(), []) == (Run(), [])
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("dim", "12", 12),
+        ("dim", "1_000", 1000),
+        ("rate", "1e-3", 1e-3),
+        ("rate", "3", 3.0),
+        ("rank", "none", None),
+        ("rank", "7", 7),
+        ("dense", "true", True),
+        ("folder", "a b/1e3", Path("a b/1e3")),
+        ("sizes", "1.5,2", (1.5, 2)),
+        ("sizes", "[1.5, 2]", (1.5, 2)),
+        ("sizes", ["1.5", "2"], (1.5, 2)),
+        ("names", "{a: 1}", {"a": 1}),
+        ("memory.layers", ["4"], (4,)),
+        ("memory.layers", [], ()),
+        ("memory.layers", "", ()),
+        ("memory.sign", "copysign", "copysign"),
+        ("experts.routed", "3", 3),
+    ],
+)
+def test_texts_become_what_their_fields_hold(name: str, text: Any, value: Any) -> None:
+    found: Any = configs.change(Model(), [(name, text)], lax=True)
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert (found, type(found)) == (value, type(value))
 
 
-def test_choose_names_the_nearest() -> None:
-    assert configs.choose("preset", "tiny", ["tiny"]) == "tiny"
-    with pytest.raises(ValueError, match=r"got preset 'tin', expected one of tiny, small; did you mean 'tiny'\?"):
-        configs.choose("preset", "tin", ["tiny", "small"])
-    with pytest.raises(ValueError, match=r"expected one of a, b$"):
-        configs.choose("letter", "zzzzzz", ["a", "b"])
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("dim", "x", "dim: got 'x', expected int"),
+        ("dim", "1.5", "dim: got '1.5', expected int"),
+        ("dense", "maybe", "dense: got 'maybe', expected bool"),
+        ("memory.layers", ["1", "x"], r"memory\.layers: got \['1', 'x'\], expected tuple"),
+        ("memory.layers", "[1", r"memory\.layers: got '\[1', expected tuple"),
+        ("memory.sign", "up", "memory.sign: got 'up', expected 'sign' or 'copysign'"),
+        ("memory", "on", "memory: got 'on', expected default, none or a mapping of Memory fields"),
+        ("sizes", "1", r"sizes: got '1', expected tuple\[float, int\]"),
+    ],
+)
+def test_a_text_of_the_wrong_kind_is_refused(name: str, text: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        configs.change(Model(), [(name, text)], lax=True)
+
+
+words = st.text() | st.sampled_from(["none", "default", "true", "1e3", "[a]", "a: b", "# c", "-", "\u2028", "é\n x"])
+runs = st.builds(Run, model=models, steps=st.integers(), note=words)
+
+
+@given(runs)
+def test_yaml_and_back_is_the_same_config(tmp_path_factory: pytest.TempPathFactory, run: Run) -> None:
+    path = tmp_path_factory.getbasetemp() / "run.yaml"
+    path.write_text(configs.to_yaml(run), encoding="utf-8")
+    assert configs.load(Run, path) == run
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Explained:
+    """Which comments stand where."""
+
+    # above the field,
+    # on two lines
+    first: int = 1
+    second: str = "#"  # behind it
+    memory: Memory | None = None
+    experts: Experts | None = None  # the experts
+    third: int = 3
+
+
+def test_yaml_says_what_each_field_is_about() -> None:
+    assert configs.to_yaml(Explained(memory=Memory())).splitlines() == [
+        "first: 1  # above the field, on two lines",
+        "second: '#'  # behind it",
+        "memory:",
+        "  layers: [1]",
+        "  heads: 4",
+        "  sign: sign",
+        "experts: null  # the experts (off; {} switches it on)",
+        "third: 3",
+    ]
+    assert configs.field_comments(Run) == {"model": ""}
+
+
+def test_a_yaml_file_changes_what_it_names(tmp_path: Path) -> None:
+    path = tmp_path / "run.yml"
+    path.write_text("model:\n  rate: 1e-3\n  rank: none\n  memory: {heads: 7}\n  experts: default\n")
+    start = Run(steps=5, model=Model(memory=Memory(layers=(2,))))
+    model = Model(rate=1e-3, rank=None, memory=Memory(layers=(2,), heads=7), experts=Experts())
+    assert configs.load(Run, path, start) == Run(steps=5, model=model)
+    path.write_text("# nothing\n")
+    assert configs.load(Run, path) == Run()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("stepz: 3", "got Run key 'stepz', expected one of model, steps, note; did you mean 'steps'"),
+        ("model: {memory: {headz: 3}}", "got model.memory key 'headz', .*did you mean 'heads'"),
+        ("model: {dim: x}", "model.dim: got 'x', expected int"),
+        ("model: [1]", r"model: got \[1\], expected .*a mapping of Model fields"),
+        ("steps: 3\nsteps: 4", "line 2, column 1: got 'steps' twice"),
+        ("steps: {", "line 1, column 9: expected the node content"),
+        ("- 1", r"got \[1\], expected a mapping of fields"),
+        ("note: !!python/name:os.system", "could not determine a constructor"),
+    ],
+)
+def test_a_wrong_yaml_file_names_itself_and_the_place(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"run\.yaml: .*{said}") as caught:
+        configs.load(Run, path)
+    assert "\n" not in str(caught.value)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from rorqual import config, doctor, kernels
+from rorqual import doctor, hints, kernels
 from rorqual.cli.main import main
 
 
@@ -44,10 +44,10 @@ def test_what_is_missing_comes_with_its_mend(tmp_path, monkeypatch):
     report = doctor.examine(tmp_path)
     checks = {check.name: check for check in report.checks}
     assert (checks["torch"].state, checks["torch"].mend) == ("wrong", "pip install torch")
-    assert (checks["uvicorn"].state, checks["uvicorn"].mend) == ("missing", config.install("serve"))
+    assert (checks["uvicorn"].state, checks["uvicorn"].mend) == ("missing", hints.install("serve"))
     assert (checks["numba"].state, checks["numba"].mend) == ("wrong", "pip install numba")
-    assert (checks["pyarrow"].state, checks["pyarrow"].mend) == ("missing", config.install("hub"))
-    assert (checks["peft"].state, checks["peft"].mend) == ("missing", config.install("retrofit"))
+    assert (checks["pyarrow"].state, checks["pyarrow"].mend) == ("missing", hints.install("hub"))
+    assert (checks["peft"].state, checks["peft"].mend) == ("missing", hints.install("retrofit"))
     assert "apt install g++" in checks["C++ compiler"].mend
     assert "OMP_NUM_THREADS=0" in checks["threads"].mend
     assert not report.well

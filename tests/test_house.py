@@ -12,8 +12,8 @@ HOUSE = ROOT / "rorqual"
 FILES = sorted(HOUSE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 BANNED = {"utils", "util", "common", "base", "helpers", "helper", "misc", "core"}
-OPTIONAL = {  # what an extra or the user brings, and what takes seconds to load and is seldom needed
-    "accelerate", "datasets", "huggingface_hub", "lm_eval", "matplotlib", "olmo_core", "peft", "pyarrow",
+OPTIONAL = {  # what an extra or the user brings, and what takes long to load and is seldom needed
+    "accelerate", "datasets", "filelock", "huggingface_hub", "lm_eval", "matplotlib", "olmo_core", "peft", "pyarrow",
     "starlette", "tensorboard", "transformers", "triton", "uvicorn",
 }  # fmt: skip
 MAY_DISTRIBUTE = {"parallel.py", "checkpoint.py", "train"}  # the rest of the house does not know that others exist

@@ -25,9 +25,11 @@ from safetensors.torch import save_file
 from rorqual import checkpoint
 from rorqual import config as configs
 from rorqual.cli.main import COMMANDS, main
+from rorqual.config import to_yaml
 from rorqual.data import tokenizer
 from rorqual.model import LanguageModel
 from rorqual.presets import PRESETS, preset
+from rorqual.train.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs/zh/README.md"]
@@ -119,6 +121,16 @@ def shorter(words: Sequence[str]) -> list[str]:
     return [*(SMALLER.get(word, word) for word in words), *flags]
 
 
+def with_files(words: list[str], folder: Path) -> tuple[list[str], Path | None]:
+    """The words before `> FILE`, and that file. A configuration file that other lines of a page make is made."""
+    words, file = (words[:-2], folder / words[-1]) if words[-2:-1] == [">"] else (words, None)
+    for path in (folder / word for word in words if word.endswith(".yaml")):
+        if not path.exists():
+            config = TrainConfig(model=preset("tiny"), folder=f"runs/{path.stem}")
+            path.write_text(to_yaml(config), encoding="utf-8")
+    return words, file
+
+
 def slow(words: Sequence[str]) -> bool:
     return words[0] != "rorqual" or words[1] in SLOW
 
@@ -167,11 +179,14 @@ def test_the_command_runs(line: str, place: Path) -> None:
         assert done.returncode == 0, done.stderr
         return
     assert words[0] == "rorqual"
+    words, file = with_files(words, place)
     command = [sys.executable, "-m", *shorter(words)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error:::rorqual"}
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.strip()
+    if file is not None:
+        file.write_text(done.stdout, encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=["en", "zh"])
@@ -196,11 +211,14 @@ def type_it(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     if words[1] in ENDLESS:
         type_and_interrupt(words)
         return
+    words, file = with_files(words, Path())
     if words[1] == "train" and words[2] in PRESETS:
         shutil.rmtree(Path("runs") / words[2], ignore_errors=True)  # of the example before
     assert main(shorter(words)[1:]) == 0, f"{line}\n{capsys.readouterr().err[-4000:]}"
     said = capsys.readouterr().out
     assert said.strip(), line
+    if file is not None:
+        file.write_text(said, encoding="utf-8")
     changes = [float(number) for number in re.findall(r"^KL (\S+) nats", said, re.MULTILINE)]
     assert all(change > 0 for change in changes), f"{line}: {said}"
     assert changes or not {"--suppress", "--undo"} & set(words) or not memory_text(words)

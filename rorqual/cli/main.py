@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rorqual import __version__
-from rorqual.config import choose, install
+from rorqual.hints import choose, install
 
 EXTRAS = {  # the module an optional part needs -> the extra that brings it
     "olmo_core": "train",
@@ -35,27 +35,30 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Command("train a pure mixture of experts and one with Engram, compare them", "demo", "make"),
-    "data": Command("what a corpus holds: documents, sizes, licence, a sample", "data wordnet", "look"),
-    "train": Command("train a model; the same command resumes", "train tiny --data notes/ --steps 500", "make"),
+    "demo": Command("train a pure mixture of experts and one with Engram, compare them", "demo", "train"),
+    "data": Command("what a corpus holds: documents, sizes, licence, a sample", "data wordnet", "inspect"),
+    "train": Command("train a model; the same command resumes", "train tiny --data notes/ --steps 500", "train"),
+    "config": Command("the whole configuration of a training as YAML, to start from", "config tiny > my.yaml", "train"),
     "launch": Command(
-        "train in several processes, restarted when one dies", "launch --nproc-per-node 2 tiny --data notes/", "make"
+        "train in several processes, restarted when one dies", "launch --nproc-per-node 2 tiny --data notes/", "train"
     ),
-    "eval": Command("loss in nats a token and bits a byte on text", "eval runs/demo/engram --data notes/", "ask"),
-    "generate": Command("continue a text, as it comes", 'generate runs/demo/engram "A whale is"', "ask"),
-    "params": Command("parameters, FLOPs and cache bytes of models, side by side", "params moe-27b engram-27b", "make"),
-    "report": Command("runs -> one self-contained page", "report runs/demo", "look"),
-    "explore": Command("a run -> a live page: experts, memory rows, gates", "explore runs/demo/engram", "ask"),
+    "eval": Command("loss in nats a token and bits a byte on text", "eval runs/demo/engram --data notes/", "infer"),
+    "generate": Command("continue a text, as it comes", 'generate runs/demo/engram "A whale is"', "infer"),
+    "params": Command(
+        "parameters, FLOPs and cache bytes of models, side by side", "params moe-27b engram-27b", "train"
+    ),
+    "report": Command("runs -> one self-contained page", "report runs/demo", "inspect"),
+    "explore": Command("a run -> a live page: experts, memory rows, gates", "explore runs/demo/engram", "infer"),
     "memory": Command(
-        "read and edit what a model remembers, with undo", 'memory runs/demo/engram "sperm whale"', "ask"
+        "read and edit what a model remembers, with undo", 'memory runs/demo/engram "sperm whale"', "infer"
     ),
     "table": Command(
         "build, inspect, verify and convert tables of any size", "table inspect runs/demo/engram", "table"
     ),
-    "serve": Command("answer OpenAI-style requests over HTTP", "serve runs/demo/engram --port 8000", "ask"),
-    "plan": Command("a budget -> models of equal size and cost", "plan --like tiny --rho 0.75", "make"),
-    "sweep": Command("train a row of models, say what is established", "sweep allocation --seeds 3", "make"),
-    "doctor": Command("what this machine has: versions, cores, devices, kernels", "doctor", "look"),
+    "serve": Command("answer OpenAI-style requests over HTTP", "serve runs/demo/engram --port 8000", "infer"),
+    "plan": Command("a budget -> models of equal size and cost", "plan --like tiny --rho 0.75", "train"),
+    "sweep": Command("train a row of models, say what is established", "sweep allocation --seeds 3", "train"),
+    "doctor": Command("what this machine has: versions, cores, devices, kernels", "doctor", "inspect"),
 }
 
 HELP = """usage: rorqual COMMAND [ARGUMENTS]      rorqual COMMAND --help says more
@@ -64,9 +67,9 @@ A laboratory for sparse language models: mixture of experts, Engram memory, late
 
 {commands}
 
-A model is a preset's name first, then flags for what differs; a part that is off is put in by naming it:
-  rorqual train tiny --data notes/ --model.engram.rows-per-head 5000 5000
-  rorqual train small --data notes/ --model.engram none --model.dim 128
+A training is a preset's name or a YAML file, then what differs; a part that is off is switched on by naming it:
+  rorqual train tiny --data notes/ model.engram.rows_per_head=5000,5000
+  rorqual train my.yaml model.engram=none --model.dim 128
 Start here: rorqual demo (minutes, offline), then rorqual generate runs/demo/engram "A whale is".
 --json prints for machines. RORQUAL_DEBUG=1 shows the traceback of an error. --version."""
 

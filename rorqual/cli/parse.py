@@ -1,18 +1,20 @@
-"""A dataclass of options and argv in -> the dataclass as the flags want it out."""
+"""Command lines into dataclasses of options."""
 
-import contextlib
+import argparse
 import dataclasses
 import inspect
-import io
 import json
-import re
-from collections.abc import Sequence
-from typing import Any, TypeVar
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Annotated, Any, NoReturn, TypeVar
 
 from rorqual import config
 
 T = TypeVar("T")
-
+Positional = Annotated[T, "positional"]  # a field that is given by its place, without its name
+Changes = list[tuple[str, Any]]  # dotted names and what was typed for them, in order
+USAGE = "[--OPTION VALUE | OPTION=VALUE ...]"
 
 ELSEWHERE = {  # a flag of other trainers and servers -> ours, the first that the command has
     "--batch-size": ("rows",),
@@ -82,86 +84,167 @@ class UsageError(ValueError):
     usage = True
 
 
-def parse(default: T, argv: Sequence[str], command: str, epilogue: str = "") -> T:
-    """The dataclass changed by argv. Sub-configs that a flag names are put in, and `--name none` takes one out.
+def parse(start: T, argv: Sequence[str], command: str, epilogue: str = "") -> T:
+    """The options in `start`, changed by argv.
 
-    UsageError, with the nearest flag, for what fits nothing; --help prints, the epilogue last, and leaves. Without a
-    flag the dataclass is the answer, and the parser, which takes a quarter of a second to load, is not asked.
+    UsageError for what fits nothing; --help prints, the epilogue last, and leaves.
     """
-    if not argv:
-        return default
-    filled, words = config.fill(default, argv)
-    return _parse(type(default), filled, words, command, epilogue)
+    return changed(start, read(start, argv, command, epilogue))
 
 
 def parse_new(cls: type[T], argv: Sequence[str], command: str) -> T:
-    """A dataclass that may have required fields, from argv; errors as `parse`."""
-    return _parse(cls, None, list(argv), command)
+    """Options of a class that may have required fields, from argv; errors as `parse`."""
+    return changed(typing.cast("T", cls), read(cls, argv, command))
 
 
-def _parse(cls: type[T], default: T | None, words: list[str], command: str, epilogue: str = "") -> T:
-    import tyro
-
-    heard = io.StringIO()
-    sentences, examples = described(cls)
-    switches = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName)
+def changed(start: T, changes: Changes) -> T:
+    """The config with these changes; what does not fit is the command line's fault."""
     try:
-        with contextlib.redirect_stderr(heard):
-            return tyro.cli(
-                cls,
-                description=sentences or None,
-                default=tyro.MISSING_NONPROP if default is None else default,
-                args=words,
-                prog=f"rorqual {command}",
-                config=switches,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            for text in (examples, epilogue):
-                if text:
-                    print(text)
-            raise
-        raise UsageError(ours(cls, words, command) or plain(heard.getvalue())) from None
+        return config.change(start, changes, lax=True)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
-def described(cls: type) -> tuple[str, str]:
-    """What a class's docstring says, and the commands in it, one a line: the parser would join them to a paragraph."""
-    lines = inspect.cleandoc(cls.__doc__ or "").splitlines()
-    commands = [line for line in lines if line.startswith("rorqual ")]
-    if not commands:
-        return "", ""
-    sentences = "\n".join(line for line in lines if line not in commands).strip()
-    return sentences, "\n  ".join(["examples:", *commands])
+def read(
+    start: Any, argv: Sequence[str], command: str, epilogue: str = "", short: Mapping[str, str] | None = None
+) -> Changes:
+    """What argv changes: --name value, --name=value or, where nothing is given by its place, name=value.
+
+    `short` has names that stand for longer ones. The values are not looked at yet.
+    """
+    cls = start if isinstance(start, type) else type(start)
+    helped = any(word in ("-h", "--help") for word in argv)
+    options = list(config.options(cls, None if isinstance(start, type) else start, commented=helped))
+    places = [name for name, hint in typing.get_type_hints(cls, include_extras=True).items() if _is_placed(hint)]
+    switched = [each for each in options if each.part is None or type(None) in config.members(each.annotation)]
+    names = {each.name: each.name for each in switched if each.name not in places} | dict(short or {})
+    words = list(_spelled(argv, names, {each.name for each in options if each.annotation is bool}, not places))
+    parser = _parser(cls, command, epilogue, places)
+    groups: dict[str, Any] = {"": parser}
+    for option in options:
+        if option.part is not None:
+            groups[option.name] = parser.add_argument_group(option.name, option.comment)
+        group = groups[option.name if option.part is not None else option.name.rpartition(".")[0]]
+        flags = [flag for flag, name in names.items() if name == option.name]
+        if flags or option.name in places:
+            _add(group, option, flags, bool(places))
+    found, rest = parser.parse_known_intermixed_args(words, argparse.Namespace(changes=[]))
+    if rest:
+        raise UsageError(_unknown(rest[0], names, command))
+    return found.changes
 
 
-def ours(cls: Any, words: Sequence[str], command: str) -> str:
-    """What to write in place of the first flag that another tool has and this command has not; "" without one."""
-    for word in words:
-        flag = word.partition("=")[0].replace("_", "-")
-        named = flag[2:].replace("-", "_")
-        if flag not in ELSEWHERE or config.has(cls, named):
+def _is_placed(hint: Any) -> bool:
+    return typing.get_origin(hint) is Annotated and "positional" in hint.__metadata__
+
+
+def _parser(cls: Any, command: str, epilogue: str, places: Sequence[str]) -> argparse.ArgumentParser:
+    """A parser whose help begins with the sentences of the class's docstring and ends with its commands."""
+    text = "" if config.summary(cls) == "" else inspect.cleandoc(cls.__doc__)
+    sentences = [line for line in text.splitlines() if not line.startswith("rorqual ")]
+    commands = [f"  {line}" for line in text.splitlines() if line.startswith("rorqual ")]
+    return _Parser(
+        usage=" ".join([f"rorqual {command}", *map(str.upper, places), "[--OPTION VALUE ...]" if places else USAGE]),
+        description="\n".join(sentences).strip(),
+        epilog="\n".join([*(["examples:", *commands] if commands else []), epilogue]).strip(),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=40),
+        allow_abbrev=False,
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+class _Note(argparse.Action):
+    """Notes what was typed, and in which order."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        namespace.changes.append((self.dest, values))
+
+
+def _add(group: Any, option: config.Option, flags: list[str], placed: bool) -> None:
+    """One option of a parser; `placed`, if some are given by their place, which the values of another must not take."""
+    hint = option.annotation
+    kinds = config.members(hint)
+    items = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple), ())
+    required = option.default is dataclasses.MISSING
+    shown: dict[str, Any] = {
+        "metavar": _metavar(items[0] if items else hint),
+        "help": _help(option),
+        "default": argparse.SUPPRESS,
+    }
+    if items:
+        shown["nargs"] = len(items) if placed and ... not in items else "*"
+    elif hint is bool:
+        shown["nargs"] = "?"
+    if flags:
+        dashed = [f"--{flag.replace('_', '-')}" for flag in flags]
+        group.add_argument(*dashed, dest=option.name, action=_Note, required=required, **shown)
+    else:
+        shown |= {"metavar": option.name.upper(), "nargs": "+" if items else None if required else "?"}
+        group.add_argument(option.name, action=_Note, **shown)
+
+
+def _metavar(hint: Any) -> str:
+    if dataclasses.is_dataclass(hint):
+        return "default"
+    if typing.get_origin(hint) is typing.Literal:
+        return "|".join(map(str, typing.get_args(hint)))
+    kinds = config.members(hint)
+    if len(kinds) > 1:
+        return "|".join(map(_metavar, kinds))
+    return "none" if hint is type(None) else {str: "TEXT"}.get(hint, getattr(hint, "__name__", "VALUE").upper())
+
+
+def _help(option: config.Option) -> str:
+    default = option.default
+    if option.part is not None:
+        return f"switches it on or off (it is {'off' if default is None else 'on'})"
+    if default is dataclasses.MISSING:
+        return option.comment.replace("%", "%%")
+    words = " ".join(map(str, default)) if isinstance(default, tuple) else "none" if default is None else str(default)
+    return f"{option.comment} (default: {words})".strip().replace("%", "%%")
+
+
+def _spelled(argv: Sequence[str], names: Mapping[str, str], bools: set[str], pairs: bool) -> Iterator[str]:
+    """The words as the parser takes them: dashes in names, --name=value for name=value, every bool with a value."""
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "--":
+            yield from [word, *words]
+            return
+        head, equals, value = word.partition("=")
+        name = head.removeprefix("--").replace("-", "_")
+        if name not in names or not (head.startswith("--") or (pairs and equals)):
+            yield word
             continue
-        for name in ELSEWHERE[flag]:
-            if config.has(cls, name.replace("-", "_")):
-                right = "--data" if name == "data.source" else f"--{name}"
-                note = f"; {NOTES[name]}" if flag in COUNTED_OTHERWISE else ""
-                typed = " ".join(word for word in command.split() if word.islower())
-                return f"got {flag}, which rorqual {typed} calls {right}{note}"
-    return ""
+        if names[name] in bools and not equals:
+            equals, value = "=", words.pop(0) if words and words[0].lower() in ("true", "false") else "true"
+        yield f"--{name.replace('_', '-')}{equals}{value}"
 
 
-def plain(box: str) -> str:
-    """The parser's framed paragraphs as one line, with the nearest flag if it knows one. A terminal without Unicode has
-    frames of + - and |."""
-    lines = [re.sub(r"^[│|╭╰+─ ]+|[│|╮╯+─ ]+$|^[│|+─ -]+$", "", line) for line in box.splitlines()[1:]]
-    said: list[str] = []
-    for line in lines:
-        if not line or line.startswith(("Perhaps", "Argument helptext", "For full helptext")):
-            break
-        said.append(line)
-    near = re.search(r"Perhaps you meant.*?(--[\w.-]+)", " ".join(lines))
-    text = " ".join(said) or "the arguments fit nothing"
-    return text.rstrip(".") + (f"; did you mean {near[1]}?" if near else "")
+def _unknown(word: str, names: Mapping[str, str], command: str) -> str:
+    """A word that fits nothing: what it is called here, if other tools have it, or the option that is nearest."""
+    head, equals, value = word.partition("=")
+    dashes = "--" if head.startswith("--") else ""
+    name = head.removeprefix("--").replace("-", "_")
+    flag = f"--{name.replace('_', '-')}"
+    here = f"rorqual {' '.join(part for part in command.split() if part.islower())}"
+    for other in ELSEWHERE.get(flag, ()) if dashes or equals else ():
+        if other.replace("-", "_") in names.values():
+            note = f"; {NOTES[other]}" if flag in COUNTED_OTHERWISE else ""
+            return f"got {flag}, which {here} calls --{'data' if other == 'data.source' else other}{note}"
+    path, _, tail = name.rpartition("no_")
+    if tail and path + tail in names:
+        return f"got {word}, expected {path}{tail}=false"
+    near = [known for known in names if known.rpartition(".")[2] == name] or get_close_matches(name, names, 1, 0.6)
+    if near and (dashes or equals):
+        right = near[0].replace("_", "-") if dashes else near[0]
+        return f"got {word}, which is no option of {here}; did you mean {dashes}{right}{equals}{value}?"
+    return f"got {word!r}, expected an option; {here} --help lists them"
 
 
 def split_first(argv: Sequence[str], what: str, example: str) -> tuple[str, list[str]]:

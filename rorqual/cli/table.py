@@ -8,10 +8,9 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
-from tyro.conf import Positional
 
-from rorqual.cli.parse import UsageError, emit, parse_new, split_first, take
-from rorqual.config import choose
+from rorqual.cli.parse import Positional, UsageError, emit, parse_new, split_first, take
+from rorqual.hints import choose
 from rorqual.io import write_json
 
 Dtype = Literal["float32", "bfloat16", "fp8"]

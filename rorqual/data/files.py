@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rorqual.config import install
+from rorqual.hints import install
 
 Skip = Callable[[str, str], None]
 Raw = Iterator[tuple[str, bytes]]

@@ -26,9 +26,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rorqual.config import install
 from rorqual.data import files
 from rorqual.data.files import Raw, Skip
+from rorqual.hints import install
 
 WORDNET = Path(__file__).with_name("texts") / "wordnet-3.0.txt.bz2"
 DICTD = Path("/usr/share/dictd")

@@ -32,8 +32,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from rorqual import doctor
-from rorqual.config import choose
 from rorqual.costs import costs
+from rorqual.hints import choose
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig, row_totals
 from rorqual.train.config import TrainConfig

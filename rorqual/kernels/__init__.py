@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rorqual.config import choose
+from rorqual.hints import choose
 from rorqual.kernels import (
     compiled,
     dsa,

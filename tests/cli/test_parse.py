@@ -1,14 +1,14 @@
-"""Flags into dataclasses, and the parser's paragraphs into a line."""
+"""Command lines into dataclasses, and what fits nothing into a line."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import pytest
 import torch
-from tyro.conf import Positional
 
-from rorqual.cli.parse import UsageError, jsonable, parse, parse_new, split_first, take
+from rorqual.cli.parse import Positional, UsageError, jsonable, parse, parse_new, read, split_first, take
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +41,11 @@ class Options:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Named:
     run: Positional[str]  # the folder
+    text: Positional[str] = "-"
     steps: int = 4
+    pair: tuple[str, str] | None = None
+    stop: tuple[str, ...] = ()
+    fast: bool = False
 
 
 def test_flags_change_a_default_and_put_parts_in() -> None:
@@ -49,6 +53,30 @@ def test_flags_change_a_default_and_put_parts_in() -> None:
     assert parse(Options(steps=1), words, "x") == Options(
         model=Model(memory=Memory(rows=(5, 6, 7))), steps=9, fast=True, kind="b"
     )
+
+
+def test_a_name_and_its_value_may_be_one_word() -> None:
+    words = ["model.memory.rows=5,6,7", "steps=9", "fast=true", "--kind=b", "--model.memory.heads", "3"]
+    expected = Options(model=Model(memory=Memory(rows=(5, 6, 7), heads=3)), steps=9, fast=True, kind="b")
+    assert parse(Options(steps=1), words, "x") == expected
+    assert parse(expected, ["fast=false", "model.memory=none", "model.rank=none"], "x") == Options(
+        model=Model(rank=None), steps=9, kind="b"
+    )
+    assert parse(Options(), ["--fast", "false", "--model.memory.rows", "[1,2]"], "x").model.memory == Memory(
+        rows=(1, 2)
+    )
+
+
+def test_names_may_have_dashes_or_underscores_and_the_last_value_counts() -> None:
+    words = ["--micro-rows", "1", "--micro_rows=2", "micro-rows=3", "micro_rows=4", "length=-5"]
+    assert parse(Training(), words, "x") == Training(micro_rows=4, length=-5)
+
+
+def test_a_short_name_stands_for_a_longer_one() -> None:
+    words = ["--rate", "1", "rate=2", "--optim.lr", "3"]
+    assert read(Training(), words, "x", short={"rate": "optim.lr"}) == [
+        ("optim.lr", "1"), ("optim.lr", "2"), ("optim.lr", "3")
+    ]  # fmt: skip
 
 
 def test_none_takes_a_part_out() -> None:
@@ -59,19 +87,38 @@ def test_none_takes_a_part_out() -> None:
 
 def test_a_class_may_have_required_fields() -> None:
     assert parse_new(Named, ["here", "--steps", "2"], "x") == Named(run="here", steps=2)
-    with pytest.raises(UsageError, match="Missing from rorqual x: RUN"):
+    with pytest.raises(UsageError, match="required: RUN"):
         parse_new(Named, [], "x")
+    with pytest.raises(UsageError, match="--pair: expected 2 arguments"):
+        parse_new(Named, ["here", "--pair", "a"], "x")
+
+
+def test_what_is_given_by_its_place_may_stand_anywhere_and_be_any_text() -> None:
+    expected = Named(run="here", text="steps=5", steps=2, fast=True)
+    assert parse_new(Named, ["here", "steps=5", "--steps", "2", "--fast"], "x") == expected
+    assert parse_new(Named, ["--steps", "2", "here", "--fast", "steps=5"], "x") == expected
+    assert parse_new(Named, ["here", "--pair", "a", "b", "c"], "x") == Named(run="here", pair=("a", "b"), text="c")
+    assert parse_new(Named, ["here", "--stop", ",", "[x]"], "x").stop == (",", "[x]")
+    assert parse_new(Named, ["here", "--stop", ","], "x").stop == (",",)
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--stepz", "3"], r"--stepz.*did you mean --steps\?"),
-        (["--steps", "many"], "--steps.*'many'"),
-        (["--kind", "c"], r"'c'.*\('a', 'b'\)"),
+        (["--stepz=3"], r"--stepz=3.*did you mean --steps=3\?"),
+        (["stepz=3"], r"stepz=3.*did you mean steps=3\?"),
+        (["heads=3"], r"heads=3.*did you mean model\.memory\.heads=3\?"),
+        (["--steps"], "--steps: expected one argument"),
+        (["--steps", "many"], "steps: got 'many', expected int"),
+        (["--kind", "c"], "kind: got 'c', expected 'a' or 'b'"),
         (["--model.memory.heads", "0"], "heads: got 0, expected at least 1"),
-        (["--model.memori.heads", "1"], "--model.memori.heads, 1"),
-        (["stray"], "stray"),
+        (["--model.memory.rows", "1", "x"], r"model\.memory\.rows: got \['1', 'x'\], expected tuple\[int, \.\.\.\]"),
+        (["--model.memori.heads", "1"], r"--model\.memori\.heads.*did you mean --model\.memory\.heads\?"),
+        (["--model.memory", "on"], "model.memory: got 'on', expected default, none or a mapping of Memory"),
+        (["--no-fast"], "got --no-fast, expected fast=false"),
+        (["--fast", "--zzzzz"], "--zzzzz.* --help lists them"),
+        (["stray"], "got 'stray', expected an option"),
     ],
 )
 def test_what_fits_nothing_is_one_line(words: list[str], said: str) -> None:
@@ -87,10 +134,15 @@ def test_help_says_what_and_leaves(capsys: pytest.CaptureFixture[str]) -> None:
     assert not caught.value.code
     said = capsys.readouterr().out
     assert "What it does." in said
-    assert "how many" in said
+    assert re.search(r"--steps INT +how many \(default: 4\)", said)
+    assert re.search(r"--kind a\|b +\(default: a\)", said)
+    assert re.search(r"--model\.memory default\|none +switches it on or off \(it is off\)", said)
+    assert re.search(r"--model\.memory\.rows \[INT \.\.\.\] +\(default: 4 4\)", said), (
+        "parts that are off are shown too"
+    )
     with pytest.raises(SystemExit):
         parse(Options(), ["--help"], "x", "examples: x --steps 3")
-    assert capsys.readouterr().out == said + "examples: x --steps 3\n"
+    assert capsys.readouterr().out == said + "\nexamples: x --steps 3\n"
 
 
 def test_split_first() -> None:
@@ -157,6 +209,7 @@ class Training:
     [
         (["--batch-size", "32"], "got --batch-size, which rorqual train calls --rows"),
         (["--batch_size=32"], "got --batch-size, which rorqual train calls --rows"),
+        (["batch_size=32"], "got --batch-size, which rorqual train calls --rows"),
         (["--epochs", "3"], "calls --steps; steps = epochs * tokens of the text / (--rows * --length)"),
         (["--gradient-accumulation-steps", "4"], "calls --micro-rows; steps of accumulation = --rows / (ranks"),
         (["--learning-rate", "1e-3"], "calls --optim.lr"),

@@ -97,11 +97,11 @@ def test_mistakes_are_a_line(small_run: Path, tmp_path: Path, capsys: pytest.Cap
     for words, code, expected in (
         ([], 2, "expected one of build, inspect, verify, convert, hot, bench"),
         (["buildx"], 2, "did you mean 'build'?"),
-        (["build"], 2, "Missing"),
+        (["build"], 2, "required: TABLE"),
         (["build", new], 2, "got no --source and not both --rows and --width"),
         (["build", new, "--rows", "0", "--width", "3"], 2, "got 0 rows"),
         (["build", new, *shape, "--dtype", "fp8"], 1, "expected a multiple of 32"),
-        (["build", new, *shape, "--dtype", "int4"], 2, "invalid choice"),
+        (["build", new, *shape, "--dtype", "int4"], 2, "dtype: got 'int4', expected 'float32' or 'bfloat16' or"),
         (["build", new, *shape, "--number", "1"], 2, "without --source"),
         (["build", new, *shape, "--name", "rows"], 2, "without --source"),
         (["build", str(there), *shape], 1, "expected a new or empty folder"),

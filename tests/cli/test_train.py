@@ -5,22 +5,26 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from rorqual import checkpoint
 from rorqual import config as configs
-from rorqual.cli import make
+from rorqual.cli import train as training
 from rorqual.cli.main import main
 from rorqual.cli.parse import parse
 from rorqual.costs import costs
 from rorqual.experiments.allocation import SweepConfig
 from rorqual.experiments.devices import Machine
 from rorqual.model import ModelConfig
-from rorqual.presets import preset
+from rorqual.model_config import EngramConfig
+from rorqual.presets import PRESETS, preset
 from rorqual.train.config import OptimConfig, TrainConfig, recipe
 
 
@@ -77,8 +81,8 @@ def test_params_prints_every_digit_of_the_models_that_are_named(
     assert main(["params", *names]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == names
-    assert len(rows) == len(make.ROWS)
-    for row, (figure, words) in zip(rows, make.ROWS, strict=True):
+    assert len(rows) == len(training.ROWS)
+    for row, (figure, words) in zip(rows, training.ROWS, strict=True):
         assert row.strip().startswith(words)
         assert row.split()[-len(names) :] == [f"{found[name][figure]:,}" for name in names]
     assert found["classroom"]["total"] == 52_296
@@ -86,10 +90,10 @@ def test_params_prints_every_digit_of_the_models_that_are_named(
 
 
 def test_named_knows_presets_and_runs(small_run: Path) -> None:
-    assert make.named("tiny") is preset("tiny")
-    assert make.named(str(small_run)) == checkpoint.read_config(small_run)
+    assert training.named("tiny") is preset("tiny")
+    assert training.named(str(small_run)) == checkpoint.read_config(small_run)
     with pytest.raises(ValueError, match="did you mean 'tiny'"):
-        make.named("tinny")
+        training.named("tinny")
 
 
 def test_plan_says_when_no_expert_is_given_up(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +109,7 @@ def test_planned_commands_train_in_a_folder_each(capsys: pytest.CaptureFixture[s
         commands = [
             line.split("rorqual train ")[1] for line in capsys.readouterr().out.splitlines() if " train " in line
         ]
-        folders = [command.partition(" --folder ")[2] for command in commands]
+        folders = [command.partition(" folder=")[2] for command in commands]
         name = Path(like).name
         assert folders == [f"runs/{name}-moe", f"runs/{name}-engram", f"runs/{name}-dense"]
 
@@ -166,7 +170,7 @@ def test_a_small_model_is_planned_for_this_machine(capsys: pytest.CaptureFixture
     assert main([*words, "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["machine"]["devices"] == 1
     assert main([*words, "--total", "1.2.3"]) == 2
-    assert "--total" in capsys.readouterr().err
+    assert "total: got '1.2.3', expected float" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -186,13 +190,7 @@ def test_plan_makes_the_papers_models(capsys: pytest.CaptureFixture[str]) -> Non
                         (2.5e12, "2.5 TB"), (4.2e15, "4,200 TB")],
 )  # fmt: skip
 def test_sizes_have_three_digits(count: float, said: str) -> None:
-    assert make.size(count) == said
-
-
-def test_the_last_value_of_a_flag_counts() -> None:
-    assert make.value_of("--like", ["--rho", "1", "--like", "a", "--like=b"]) == "b"
-    assert make.value_of("--like", ["--liked", "a"]) is None
-    assert make.value_of("--like", []) is None
+    assert training.size(count) == said
 
 
 @pytest.mark.parametrize(
@@ -216,7 +214,7 @@ def test_the_last_value_of_a_flag_counts() -> None:
         (["plan", "--like", "tiny", "--activated", "1e5", "--flops", "1e6"], 1, "expected one of them"),
         (["plan", "--like", "tiny", "--rho", "2"], 1, "expected 0..1"),
         (["plan", "--like", "dense-4b"], 1, "expected moe to be on"),
-        (["train"], 2, "expected a preset's name or a run folder first"),
+        (["train"], 2, "expected a preset's name, a YAML file or a run folder first"),
         (["launch", "--nproc-per-node", "2"], 2, "got flags alone, expected a preset's name or a run folder behind"),
         (["launch", "--nproc-per-node"], 2, "expected one argument: rorqual launch --nproc-per-node 2 tiny"),
         (["launch", "--nprocs", "2", "tiny"], 2, "unrecognized arguments: --nprocs"),
@@ -248,7 +246,7 @@ def test_a_moved_run_is_trained_where_it_is(tmp_path: Path, monkeypatch: pytest.
 def test_train_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     said = capsys.readouterr().out.partition("examples:\n")[2]
-    for word in ("--data notes/", "goes on where it was stopped", "--model.engram none", "naming one of its fields"):
+    for word in ("--data notes/", "goes on where it was stopped", "model.engram=none", "naming one of its fields"):
         assert word in said
     parts = re.search(r"A part that is off \((.*?)\)", said)
     assert parts is not None
@@ -258,14 +256,144 @@ def test_train_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr("rorqual.train.trainer.train", lambda config, on_metrics: asked.append(config) or config.folder)
     lines = [line.split("     ")[0].split()[1:] for line in said.splitlines() if "  rorqual train" in line]
     presets = [line for line in lines if line[1] == "tiny"]
-    assert len(presets) == 4
+    assert len(presets) == 5
     for line in presets:
         assert main(line) == 0
     assert asked[0].data.source == "notes/"
-    assert asked[1].model.mtp is not None
-    assert asked[1].model.hyper is not None
-    assert asked[2].model.engram is None
-    assert asked[3].needles is not None
+    assert asked[1] == asked[0]
+    assert asked[2].model.mtp is not None
+    assert asked[2].model.hyper is not None
+    assert asked[3].model.engram is None
+    assert asked[4].needles is not None
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[TrainConfig]:
+    """What `rorqual train` would have trained, in a folder where nothing was."""
+    found: list[TrainConfig] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rorqual.cli.train.refuse_too_large", lambda config: None)
+    monkeypatch.setattr("rorqual.train.trainer.train", lambda config, on_metrics: found.append(config) or config.folder)
+    return found
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_train_takes_what_config_prints_unchanged(
+    name: str, asked: list[TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["config", name]) == 0
+    printed = capsys.readouterr().out
+    Path("any.yaml").write_text(printed, encoding="utf-8")
+    assert main(["train", "any.yaml"]) == 0
+    assert main(["train", name]) == 0
+    assert asked[0] == asked[1]
+    assert asked[0].folder == f"runs/{name}" and asked[0].model == preset(name)
+    capsys.readouterr()
+    assert main(["config", "any.yaml"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+OVERRIDES = {
+    "steps": st.integers(1, 10**9),
+    "micro_rows": st.none() | st.integers(1, 99),
+    "mtp_late": st.none() | st.floats(0, 1),
+    "dtype": st.sampled_from(["float32", "bfloat16"]),
+    "indexer_alone": st.just(False),
+    "folder": st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1),
+    "needles": st.sampled_from(["none", "default"]),
+    "needles.grow": st.integers(1, 99),
+    "data.tokenizer": st.none() | st.sampled_from(["a b", "1e3", "no", "x: y"]),
+    "optim.lr": st.floats(1e-9, 1),
+    "optim.kind": st.sampled_from(["adamw", "muon"]),
+    "optim.betas": st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
+    "model.dim": st.integers(1, 9999),
+    "model.tied": st.booleans(),
+    "model.engram": st.sampled_from(["none", "default"]),
+    "model.engram.rows_per_head": st.lists(st.integers(2, 10**12), min_size=1, max_size=4).map(tuple),
+    "model.engram.dead_tokens": st.lists(st.integers(0, 99), max_size=3).map(tuple),
+    "model.engram.generator": st.sampled_from(["numpy", "splitmix64"]),
+    "model.moe": st.sampled_from(["none", "default"]),
+    "model.moe.router.noise": st.floats(0, 1),
+    "model.rope.yarn.factor": st.floats(1, 99),
+    "model.mtp.depth": st.integers(1, 4),
+}
+
+
+@given(st.lists(st.sampled_from(sorted(OVERRIDES)).flatmap(lambda name: st.tuples(st.just(name), OVERRIDES[name]))))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_asked_for_survives_yaml(capsys: pytest.CaptureFixture[str], overrides: list[tuple[str, Any]]) -> None:
+    """And each value that is asked for is there, but for those that later ones replace."""
+    words = [f"{name}={_typed(value)}" for name, value in overrides]
+    wanted = training.train_options(["tiny", *words])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "asked.yaml"
+        capsys.readouterr()
+        assert main(["config", "tiny", *words]) == 0
+        path.write_text(capsys.readouterr().out, encoding="utf-8")
+        assert training.train_options([str(path)]) == wanted
+    for number, (name, value) in enumerate(overrides):
+        if not any(name.startswith(later) or later.startswith(name) for later, _ in overrides[number + 1 :]):
+            found: Any = wanted
+            for part in name.split("."):
+                found = getattr(found, part)
+            assert (found is None) == (value in (None, "none")) and (
+                value in (None, "none", "default") or found == value
+            )
+
+
+def _typed(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
+
+
+def test_a_file_and_overrides_are_one_config(asked: list[TrainConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("whale.yaml").write_text("steps: 7\nmodel:\n  dim: 128\n  engram: {heads: 8}\n", encoding="utf-8")
+    assert main(["train", "whale.yaml"]) == 0
+    model = ModelConfig(dim=128, engram=EngramConfig(heads=8))
+    assert asked[0] == TrainConfig(folder="runs/whale", steps=7, model=model, optim=recipe(128))
+    assert main(["train", "whale.yaml", "steps=9", "--model.engram.heads", "4", "data=notes/", "model.dim=64"]) == 0
+    assert (asked[1].steps, asked[1].data.source, asked[1].optim) == (9, "notes/", recipe(64))
+    assert asked[1].model == ModelConfig(engram=EngramConfig(heads=4))
+    Path("whale.yaml").write_text("folder: runs/whale\noptim: {kind: adamw, clip: 0.5}\n", encoding="utf-8")
+    assert main(["train", "whale.yaml"]) == 0
+    assert asked[2].optim == OptimConfig(clip=0.5)
+    configs.save(replace(asked[2], steps=9), "runs/whale/train.json")
+    assert main(["config", "runs/whale", "keep=3"]) == 0
+    assert "steps: 9\n" in (said := capsys.readouterr().out) and "keep: 3  # checkpoints\n" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "said"),
+    [
+        ("stepz: 3", 1, "bad.yaml: got TrainConfig key 'stepz', expected one of model, "),
+        ("model: {engram: {headz: 8}}", 1, "bad.yaml: got model.engram key 'headz', expected one of layers"),
+        ("model: {engram: {heads: x}}", 1, "bad.yaml: model.engram.heads: got 'x', expected int"),
+        ("model: {engram: {heads: 0}}", 1, "bad.yaml: engram.heads: got 0, expected at least 1"),
+        ("model: {gqa: {heads: 4}}", 1, "bad.yaml: attention: got mla and gqa, expected exactly one"),
+        ("model: [", 1, "bad.yaml: line 1, column 9: expected the node content"),
+        ("- steps", 1, "bad.yaml: got ['steps'], expected a mapping of fields"),
+        (None, 1, "got 'bad.yaml', expected a file or folder that exists"),
+    ],
+)
+def test_a_wrong_file_is_a_line(
+    text: str | None, code: int, said: str, asked: list[TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is not None:
+        Path("bad.yaml").write_text(text)
+    for command in ("train", "config"):
+        assert main([command, "bad.yaml"]) == code
+        printed = capsys.readouterr().err
+        assert said in printed and len(printed.splitlines()) == 1
+    assert not asked
+
+
+@pytest.mark.parametrize("words", [["train", "--help"], ["train", "tiny", "--steps", "x"], ["config", "small"]])
+def test_options_are_read_without_torch(words: list[str]) -> None:
+    code = (
+        f"import sys; from rorqual.cli.main import main; main({words});"
+        "print(sorted({'torch', 'numpy', 'transformers', 'filelock', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_train_demo_and_sweep_begin_with_one_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,12 +437,6 @@ def test_a_run_that_goes_on_keeps_its_optimizer(
     shutil.move("runs/tiny", "elsewhere")
     assert main(["train", "tiny", "--folder", "elsewhere", "--steps", "9"]) == 0
     assert asked.pop() == replace(old, folder="elsewhere", steps=9)
-
-
-def test_renamed() -> None:
-    assert make.renamed(["--data", "x", "--data=y", "--data.source", "z"], {"--data": "--data.source"}) == [
-        "--data.source", "x", "--data.source=y", "--data.source", "z"
-    ]  # fmt: skip
 
 
 def test_launch_hands_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rorqual.cli import look
+from rorqual.cli import inspect
 from rorqual.cli.main import main
 
 
@@ -36,7 +36,7 @@ def test_data_counts_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str
     [
         (["data", "no-such-thing"], 1, "no-such-thing"),
         (["data", "wordnet", "--limit", "0"], 1, "got limit 0"),
-        (["data"], 2, "Missing from rorqual data: SOURCE"),
+        (["data"], 2, "required: SOURCE"),
         (["report", "no-such-folder"], 1, "got no-such-folder, expected a run folder"),
     ],
 )
@@ -62,8 +62,8 @@ def test_report_of_a_folder_of_runs(
     monkeypatch.setattr("rorqual.analyze.report.sample", lambda run: ("A fin whale sings below the sea.",))
     for name in ("a", "b", "b.before-1"):
         shutil.copytree(small_run, tmp_path / "runs" / name)
-    assert look.runs_in(tmp_path / "runs") == [tmp_path / "runs" / "a", tmp_path / "runs" / "b"]
-    assert look.runs_in(small_run) == [small_run]
+    assert inspect.runs_in(tmp_path / "runs") == [tmp_path / "runs" / "a", tmp_path / "runs" / "b"]
+    assert inspect.runs_in(small_run) == [small_run]
     assert main(["report", str(tmp_path / "runs"), "--json", "--sentence", "The blue whale"]) == 0
     page = Path(json.loads(capsys.readouterr().out)["report"])
     assert page == tmp_path / "runs" / "report.html"

@@ -70,7 +70,7 @@ def test_generate_reads_standard_input(
         (["generate", "{run}", "x", "--speculative", "--temperature", "0"], 1, "got a model without MTP"),
         (["generate", "{run}/..", "x"], 1, "did you mean"),
         (["generate", "no-such-folder", "x"], 1, "no folder no-such-folder"),
-        (["generate"], 2, "Missing from rorqual generate: RUN"),
+        (["generate"], 2, "required: RUN"),
         (["generate", "{run}", "x", "--dtype", "int8"], 2, "'int8'"),
         (["eval", "{run}", "--split", "test"], 2, "'test'"),
         (["eval", "{run}", "--data", "no-such-text.txt"], 1, "no-such-text.txt"),

@@ -3,17 +3,15 @@
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rorqual import config as configs
-from rorqual.cli.parse import UsageError, emit, parse, split_first, take
+from rorqual.cli.parse import UsageError, changed, emit, parse, read, split_first, take
 from rorqual.costs import Costs, costs
+from rorqual.hints import choose
 from rorqual.model_config import ModelConfig, RopeConfig, YarnConfig, longest_context
 from rorqual.presets import PRESETS, preset
 
@@ -21,16 +19,20 @@ if TYPE_CHECKING:
     from rorqual.experiments.devices import Machine
     from rorqual.train.config import TrainConfig
 
+T = TypeVar("T")
+
 
 def demo_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
+    from rich.console import Console
+
     from rorqual.experiments import demo
     from rorqual.train.config import recipe
 
-    shape = value_of("--preset", argv) or demo.DemoConfig().preset
+    changes = read(demo.DemoConfig(), argv, "demo")
+    shape = dict(changes).get("preset", demo.DemoConfig().preset)
     start = demo.DemoConfig(preset=shape, optim=recipe(named(shape).dim))
-    options = parse(start, argv, "demo")
-    result = demo.main(options, console=Console(stderr=as_json))
+    result = demo.main(changed(start, changes), console=Console(stderr=as_json))
     if as_json:
         emit(result)
     return 0
@@ -38,27 +40,30 @@ def demo_command(argv: list[str]) -> int:
 
 TRAIN_ENDS = """examples:
   rorqual train tiny --data notes/ --steps 500     a preset, on the text of a folder, into runs/tiny
+  rorqual train tiny data=notes/ steps=500         the same
+  rorqual train notes.yaml                         a file that `rorqual config tiny > notes.yaml` began, into runs/notes
   rorqual train runs/tiny                          goes on where it was stopped; so does the first line, typed again
   rorqual train runs/tiny --steps 1000             goes on for longer
 
 --data is short for --data.source: a corpus (wordnet), a file, a folder, or a Hugging Face dataset.
 
-The options above are those of the parts that are on. A part that is off (engram, mtp, hyper, moe, gqa, nsa, moba, dsa)
-is put in by naming one of its fields, or with `default`; `none` takes a part out:
-  rorqual train tiny --model.mtp.depth 1 --model.hyper default
-  rorqual train tiny --model.engram none
+A part that is off (engram, mtp, hyper, moe, gqa, nsa, moba, dsa) is switched on by naming one of its fields, or with
+`default`; `none` switches a part off. The result has to be valid, not each word on the way:
+  rorqual train tiny model.mtp.depth=1 model.hyper=default
+  rorqual train tiny model.engram=none
 
 --needles puts made-up questions about pairs hidden in a text in the text's place (docs/needle.md):
   rorqual train tiny --needles default"""
+DATA = {"data": "data.source"}  # what --data is short for
 
 
 def train_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
+    options = train_options(argv)
     from rorqual import runtime
     from rorqual.train.run_folder import finished
     from rorqual.train.trainer import train
 
-    options = train_options(argv)
     if not finished(options):
         refuse_too_large(options)
     clock = runtime.Clock()
@@ -72,29 +77,64 @@ def train_command(argv: list[str]) -> int:
     return 0
 
 
-def train_options(argv: list[str]) -> Any:
+def train_options(argv: list[str]) -> "TrainConfig":
     """The TrainConfig that the words after `rorqual train` ask for."""
-    name, flags = split_first(argv, "a preset's name or a run folder", "rorqual train tiny --data notes/")
+    example = "rorqual train tiny --data notes/"
+    name, words = split_first(argv, "a preset's name, a YAML file or a run folder", example)
     from rorqual.train.config import TrainConfig
-    from rorqual.train.run_folder import begun
 
-    kept = Path(name) / "train.json"
+    command = "train PRESET|FILE.yaml|RUN"
     if name in ("-h", "--help"):
-        start, flags = TrainConfig(), ["--help"]
-    elif kept.is_file():
+        read(TrainConfig(), ["--help"], command, TRAIN_ENDS, DATA)
+    saved = Path(name) / "train.json"
+    if saved.is_file():
         # where it was trained is not where it is, once it was moved
-        start = configs.replace(configs.load(TrainConfig, kept), "folder", name)
+        start = configs.replace(configs.load(TrainConfig, saved), "folder", name)
+    elif configs.is_yaml(name):
+        start = TrainConfig(folder=f"runs/{Path(name).stem}")
     else:
         start = TrainConfig(model=named(name), folder=f"runs/{name}")
-    flags = renamed(flags, {"--data": "--data.source"})
-    # A run that goes on keeps its optimizer, which may be older than today's recipe.
-    before = start if kept.is_file() else begun(value_of("--folder", flags) or start.folder)
+    changes = read(start, words, command, TRAIN_ENDS, DATA)
+
+    def asked(before: TrainConfig) -> TrainConfig:
+        return changed(configs.load(TrainConfig, name, before) if configs.is_yaml(name) else before, changes)
+
+    before = start if saved.is_file() else begun(asked(start).folder)
     if before is not None:
-        return parse(replace(start, optim=before.optim), flags, "train PRESET", TRAIN_ENDS)
-    return parse_with_recipe(start, flags, "train PRESET", TRAIN_ENDS)
+        # a run that goes on keeps its optimizer, which may be older than today's recipe
+        return asked(replace(start, optim=before.optim))
+    return with_recipe(start, asked)
 
 
-LAUNCH_HELP = """usage: rorqual launch [FLAGS OF TORCHRUN] PRESET|RUN [FLAGS OF rorqual train]
+def begun(folder: str) -> "TrainConfig | None":
+    """The config of the run in this folder, if there is one to go on from."""
+    if not (Path(folder) / "train.json").is_file():
+        return None
+    from rorqual.train.run_folder import begun
+
+    return begun(folder)
+
+
+def config_command(argv: list[str]) -> int:
+    """Prints what `rorqual train` would train, as YAML that it takes in turn."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(CONFIG_HELP)
+        return 0
+    text = configs.to_yaml(train_options(argv))
+    print(f"# rorqual train FILE.yaml trains what this file says; rorqual train --help has examples\n\n{text}", end="")
+    return 0
+
+
+CONFIG_HELP = """usage: rorqual config PRESET|FILE.yaml|RUN [--OPTION VALUE | OPTION=VALUE ...]
+
+Prints the whole configuration of a training, every field with its comment, as YAML that rorqual train takes.
+The names are those of rorqual train --help; what they change is printed changed.
+
+  rorqual config tiny > notes.yaml
+  rorqual config tiny model.engram=default data=notes/ > notes.yaml"""
+
+
+LAUNCH_HELP = """usage: rorqual launch [FLAGS OF TORCHRUN] PRESET|FILE.yaml|RUN [OPTIONS OF rorqual train]
 
 Trains in several processes by torchrun. When one of them dies, all are started again and go on from the newest
 checkpoint, --max-restarts times (3). Batches are those of one process: --rows is of all processes together.
@@ -228,7 +268,7 @@ ROWS = (
 def params_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
     names: list[str] = []
-    while argv and not argv[0].startswith("-"):
+    while argv and not is_option(argv[0]):
         names.append(argv[0])
         argv = argv[1:]
     options = [parse(Params(model=named(name)), argv, "params NAME...") for name in names or ["tiny"]]
@@ -259,6 +299,9 @@ def base_command(options: Params, as_json: bool) -> int:
 
 def show(found: dict[str, Costs]) -> None:
     """A row a figure, a column a model; as wide as that is, since a terminal's width would cut digits off."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("", *found, box=None)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -267,9 +310,8 @@ def show(found: dict[str, Costs]) -> None:
     Console(width=Console(width=9999).measure(table).maximum).print(table)
 
 
-PLAN_ENDS = """--device, --devices, --utilisation, --step-tokens, --optimizer and --tables are short for
---machine.device and so on. The last lines of the answer are the commands that train what was planned."""
-MACHINE = ("device", "devices", "utilisation", "step-tokens", "optimizer", "tables")
+PLAN_ENDS = "The last lines of the answer are the commands that train what was planned."
+MACHINE = ("device", "devices", "utilisation", "step_tokens", "optimizer", "tables")
 
 
 def plan_command(argv: list[str]) -> int:
@@ -278,21 +320,22 @@ def plan_command(argv: list[str]) -> int:
     from rorqual.experiments.devices import estimate
     from rorqual.experiments.plan import PlanConfig, plan_budget
 
-    if argv and not argv[0].startswith("-"):
+    if argv and not is_option(argv[0]):
         raise UsageError(f"got {argv[0]!r}, expected flags alone: rorqual plan --like {argv[0]} --rho 0.75")
-    like = value_of("--like", argv) or PlanConfig().like
+    changes = read(PlanConfig(), argv, "plan", PLAN_ENDS, {name: f"machine.{name}" for name in MACHINE})
+    typed = dict(changes)
+    like = typed.get("like", PlanConfig().like)
     start = PlanConfig(like=like, model=named(like))
-    start = replace(start, machine=machine_for(start.model, argv))
-    options = parse(start, renamed(argv, {f"--{name}": f"--machine.{name}" for name in MACHINE}), "plan", PLAN_ENDS)
+    options = changed(replace(start, machine=machine_for(start.model, typed)), changes)
     budget = Budget(options.total, options.activated, options.flops)
     try:
         plan = plan_budget(options.model, budget, options.rho, context=options.context)
     except ValueError as error:
-        raise ValueError(as_typed(str(error), like, argv)) from error
+        raise ValueError(as_typed(str(error), like, typed)) from error
     arms = {arm.name: arm for arm in (plan.moe, plan.engram, plan.dense)}
     estimates = {name: estimate(arm.config, options.machine, options.context) for name, arm in arms.items()}
     words = {
-        name: [*differing(start.model, arm.config), "--folder", f"runs/{Path(like).name}-{name}"]
+        name: [*differing(start.model, arm.config), f"folder=runs/{Path(like).name}-{name}"]
         for name, arm in arms.items()
     }
     if as_json:
@@ -314,36 +357,36 @@ def plan_command(argv: list[str]) -> int:
     return 0
 
 
-def machine_for(model: ModelConfig, argv: list[str]) -> "Machine":
+def machine_for(model: ModelConfig, typed: dict[str, Any]) -> "Machine":
     """The machine that a plan begins with: this one for a small model or by its name, unless another is named."""
     from rorqual.experiments.devices import Machine, usual_machine
 
-    device = value_of("--machine.device", argv) or value_of("--device", argv)
-    count = value_of("--machine.devices", argv) or value_of("--devices", argv)
+    device = typed.get("machine.device")
     if device == "cpu":
         return usual_machine(0)
-    if device is not None or count is not None:
+    if device is not None or "machine.devices" in typed:
         return Machine()
     try:
-        return usual_machine(float(value_of("--total", argv) or costs(model).total))
+        return usual_machine(float(typed.get("total", costs(model).total)))
     except ValueError:
         # what is no number is refused when the flags are read
         return Machine()
 
 
-def as_typed(said: str, like: str, argv: list[str]) -> str:
+def as_typed(said: str, like: str, typed: dict[str, Any]) -> str:
     """A refusal of the planner, which begins with the field it is about, in the words of the command line."""
     field, _, rest = said.partition(": ")
-    flag = {"base": "--like", "flops_per_token": "--flops"}.get(field, f"--{field}")
-    if field == "budget":
-        typed = [f"{name} {value}" for name in ("--total", "--activated", "--flops") if (value := value_of(name, argv))]
-        return f"{' '.join(typed)}: {rest}" if typed else said
-    typed_value = like if flag == "--like" else value_of(flag, argv)
-    return said if typed_value is None else f"{flag} {typed_value}: {rest}"
+    name = {"base": "like", "flops_per_token": "flops"}.get(field, field)
+    names = ("total", "activated", "flops") if field == "budget" else (name,)
+    words = [f"--{name} {({'like': like} | typed)[name]}" for name in names if name in typed or name == "like"]
+    return f"{' '.join(words)}: {rest}" if words else said
 
 
 def show_estimates(machine: Any, found: Mapping[str, Any]) -> None:
     """What each arm keeps, by role, and how long a step takes it."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("an estimate, activations not counted", *found, box=None)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -375,18 +418,19 @@ def size(count: float) -> str:
     return f"{count:.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
 
 
-def differing(base: Any, other: Any, name: str = "--model") -> list[str]:
-    """The flags that turn one config into the other; parts that are put in or taken out among them."""
+def differing(base: Any, other: Any, name: str = "model") -> list[str]:
+    """The words that turn one config into the other; parts that are switched on or off among them."""
     words: list[str] = []
     for each in fields(other):
-        flag, was, now = f"{name}.{each.name.replace('_', '-')}", getattr(base, each.name), getattr(other, each.name)
+        path, was, now = f"{name}.{each.name}", getattr(base, each.name), getattr(other, each.name)
         if was == now:
             continue
         if is_dataclass(now):
-            part: Any = type(now)  # put in with its defaults where it was off
-            words += differing(was or part(), now, flag) or [flag, "default"]
+            part: Any = type(now)  # switched on with its defaults where it was off
+            words += differing(was or part(), now, path) or [f"{path}=default"]
         else:
-            words += [flag, *(map(str, now) if isinstance(now, tuple) else ("none" if now is None else str(now),))]
+            value = ",".join(map(str, now)) if isinstance(now, tuple) else "none" if now is None else str(now)
+            words.append(f"{path}={value}")
     return words
 
 
@@ -396,6 +440,8 @@ SWEEP_ENDS = "The sweep of needles has options of its own: rorqual sweep needle 
 def sweep_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
     name, flags = split_first(argv, "a kind of sweep", "rorqual sweep allocation --seeds 3")
+    from rich.console import Console
+
     from rorqual.experiments import allocation, needle
 
     if name in ("-h", "--help"):
@@ -404,10 +450,11 @@ def sweep_command(argv: list[str]) -> int:
     if kind == "needle":
         folder = needle.main(parse(needle.NeedleSweep(), flags, "sweep needle"), console=console)
     else:
-        shape = value_of("--preset", flags) or allocation.SweepConfig().preset
+        changes = read(allocation.SweepConfig(), flags, "sweep KIND", SWEEP_ENDS, DATA)
+        shape = dict(changes).get("preset", allocation.SweepConfig().preset)
         start = configs.replace(allocation.SweepConfig(preset=shape, model=named(shape)), "kind", kind)
-        flags = renamed(flags, {"--data": "--data.source"})
-        folder = allocation.main(parse_with_recipe(start, flags, "sweep KIND", SWEEP_ENDS), console=console)
+        options = with_recipe(start, lambda config: changed(config, changes))
+        folder = allocation.main(options, console=console)
     if as_json:
         emit({"folder": folder, "conclusion": (folder / "conclusion.txt").read_text(encoding="utf-8").strip()})
     else:
@@ -428,43 +475,31 @@ def named(name: str) -> ModelConfig:
     return preset(usual("preset", name, PRESETS))
 
 
-def parse_with_recipe(start: Any, argv: list[str], command: str, epilogue: str) -> Any:
-    """A config with `model` and `optim`, changed by argv; `optim` begins as the recipe for what is trained.
+def with_recipe(start: T, asked: Callable[[T], T]) -> T:
+    """What is asked for of a config with `model` and `optim`; `optim` begins as the recipe for what is trained.
 
-    The model's width, and whether needles are learnt, is known when argv has been read, so it is read again where
-    that asks for another recipe.
+    The model's width, and whether needles are learnt, is known once it was asked.
     """
     from rorqual.train.config import OptimConfig, recipe
 
-    def begin(read: Any) -> Any:
-        usual = recipe(read.model.dim, needles=getattr(read, "needles", None) is not None)
-        kind = value_of("--optim.kind", argv) or usual.kind
-        # the rate is that of its kind
-        return replace(start, optim=usual if kind == usual.kind else OptimConfig())
+    def begin(optim: OptimConfig) -> Any:
+        return asked(replace(start, optim=optim))  # type: ignore[type-var]
 
-    first = begin(start)
-    options = parse(first, argv, command, epilogue)
-    second = begin(options)
-    return options if second == first else parse(second, argv, command, epilogue)
-
-
-def value_of(flag: str, argv: Sequence[str]) -> str | None:
-    """What a flag that is needed before the others are read is given; the last wins, as in the parser."""
-    found = None
-    for word, following in zip(argv, [*argv, ""][1:], strict=True):
-        found = following if word == flag else word.removeprefix(f"{flag}=") if word.startswith(f"{flag}=") else found
-    return found
+    read = begin(OptimConfig())
+    usual = recipe(read.model.dim, needles=getattr(read, "needles", None) is not None)
+    options = begin(usual)
+    # a rate is that of its kind of optimizer
+    return options if options.optim.kind == usual.kind else read
 
 
 def usual(kind: str, name: str, names: Iterable[str]) -> str:
     """The name if it is one of those; otherwise the command line is wrong."""
     try:
-        return configs.choose(kind, name, names)
+        return choose(kind, name, names)
     except ValueError as error:
         raise UsageError(str(error)) from None
 
 
-def renamed(argv: list[str], names: dict[str, str]) -> list[str]:
-    """Short names of flags written out."""
-    words = (word.partition("=") for word in argv)
-    return [names.get(flag, flag) + equals + value for flag, equals, value in words]
+def is_option(word: str) -> bool:
+    """Whether a word is --name or name=value, and no name of a model."""
+    return word.startswith("-") or "=" in word

@@ -7,9 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tyro.conf import Positional
-
-from rorqual.cli.parse import UsageError, emit, parse, parse_new, split_first, take
+from rorqual.cli.parse import Positional, UsageError, emit, parse, parse_new, split_first, take
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from tyro.conf import Positional
-
-from rorqual.cli.parse import emit, parse_new, take
+from rorqual.cli.parse import Positional, emit, parse_new, take
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,23 @@
+"""What to write in place of a wrong name, and what to install in place of a missing module."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def choose(kind: str, name: str, names: Iterable[str]) -> str:
+    """`name` if it is among `names`, else a ValueError that names the nearest; kind says what it is the name of."""
+    known = list(names)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, 1, 0.4)
+    guess = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"got {kind} {name!r}, expected one of {', '.join(known)}{guess}")
+
+
+def install(extra: str) -> str:
+    """The pip command that adds an extra to the rorqual that is running: a checkout, or what is installed already."""
+    checkout = Path(__file__).parents[1]
+    if not (checkout / "pyproject.toml").is_file():
+        return f"pip install 'rorqual[{extra}]'"
+    return f"pip install -e '{'.' if checkout == Path.cwd() else checkout}[{extra}]'"
