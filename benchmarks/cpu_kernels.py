@@ -37,7 +37,7 @@ from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig, row_totals
 from rorqual.presets import preset
 from rorqual.serve.decoding import decode
-from rorqual.storage import DiskTable, LearningTable, draw_table
+from rorqual.tables import DiskTable, LearningTable, draw_table
 from rorqual.train.optim import Optimizer, recipe
 
 SHAPES = {"tiny": (16, 256), "small": (4, 256)}  # rows and tokens of a training step

@@ -28,7 +28,7 @@ import torch
 from rorqual.kernels import pick
 from rorqual.layers.addresses import Addresses, EngramConfig, follow_rows
 from rorqual.layers.basics import layout
-from rorqual.storage import DeviceTable
+from rorqual.tables import DeviceTable
 
 VOCABULARY = 32_768
 CPU = torch.device("cpu")
@@ -102,7 +102,7 @@ def recalling(rows: int, width: int, tokens: int, rounds: int) -> dict[str, floa
     asked = torch.randint(rows * 16, (tokens, 16))
     flat, out = asked.flatten(), torch.empty(asked.numel(), width)
     steps = {
-        "recall": lambda: table.request(asked).wait(),
+        "recall": lambda: table.prefetch(asked).wait(),
         "index_select": lambda: torch.index_select(table.weight, 0, flat, out=out),
     }
     return measure(steps, rounds)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from rorqual.storage import DeviceTable
+from rorqual.tables import DeviceTable
 from rorqual.train.optim import OptimConfig, Optimizer
 
 

@@ -39,7 +39,7 @@ from rorqual.io import atomic_write, flush, remove_partial, replace_folder, rest
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig
 from rorqual.runtime import log
-from rorqual.storage import StorageConfig, open_tables
+from rorqual.tables import TableConfig, open_tables
 
 DIGEST = "digest.json"
 UNDER_WAY = ".unfinished"  # a file that is there until the model is: one of fewer steps may be there meanwhile
@@ -295,7 +295,7 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def load_model(
-    folder: str | os.PathLike, device: str | torch.device = "cpu", tables: StorageConfig | None = None
+    folder: str | os.PathLike, device: str | torch.device = "cpu", tables: TableConfig | None = None
 ) -> LanguageModel:
     """The model of a run's folder, in evaluation mode. `tables`: where Engram's rows are to live.
 
@@ -303,7 +303,7 @@ def load_model(
     (RUN/checkpoints/stepN) was given; the log says of which step. ValueError when the folder is neither, Damaged when
     the weights in it are torn, TableError when a table is.
     """
-    folder, tables = Path(folder), tables or StorageConfig()
+    folder, tables = Path(folder), tables or TableConfig()
     if is_checkpoint(folder):
         return _load_checkpoint(folder, device, tables)
     if (folder / "config.json").is_file() and not is_finished(folder):
@@ -317,12 +317,12 @@ def load_model(
             hint = f"expected a run that has a checkpoint or is finished; go on: rorqual train {folder}"
         raise ValueError(f"{folder}: got no {' and no '.join(missing)} and no checkpoint, {hint}")
     config = read_config(folder)
-    if config.engram is None and tables != StorageConfig():
+    if config.engram is None and tables != TableConfig():
         got = f"{tables} for a model without Engram"
         raise ValueError(f"{folder}: got {got}, expected none: it has no rows to keep elsewhere")
     path = folder / "model.safetensors"
     check_sizes(folder, config, stored_shapes(path))
-    apart = tables.home != "device" or tables.folder is not None
+    apart = tables.placement != "device" or tables.folder is not None
     state = _weights(path, str(device), without="tables." if apart else None)
     apart = apart or ("tables.0.weight" not in state and (folder / "tables").is_dir())
     if config.tied:
@@ -408,7 +408,7 @@ def check_sizes(folder: Path, config: ModelConfig, shapes: Mapping[str, tuple[in
             raise ValueError(f"{folder}: config.json: engram.rows_per_head: got {wanted} expected {rows} in all")
 
 
-def _load_newest(folder: Path, device: str | torch.device, tables: StorageConfig) -> LanguageModel | None:
+def _load_newest(folder: Path, device: str | torch.device, tables: TableConfig) -> LanguageModel | None:
     """The model of the newest good checkpoint, else of the best one; None where there is neither.
 
     Training may put a newer one in the place of the one that is being read; then it is the newer one's turn.
@@ -431,11 +431,11 @@ def _load_newest(folder: Path, device: str | torch.device, tables: StorageConfig
 
 
 def _load_checkpoint(
-    folder: Path, device: str | torch.device, tables: StorageConfig, *, verified: bool = False
+    folder: Path, device: str | torch.device, tables: TableConfig, *, verified: bool = False
 ) -> LanguageModel:
     """The model of one checkpoint, without what the optimizer keeps of it; says of which step it is."""
     run = run_of(folder)
-    if tables != StorageConfig():
+    if tables != TableConfig():
         raise ValueError(f"{folder}: got {tables}, expected none: rows of a checkpoint are read into memory alone")
     if not verified:
         verify(folder)

@@ -31,7 +31,7 @@ from rorqual.layers.basics import layout
 from rorqual.layers.engram import Addresses, Engram
 from rorqual.model import LanguageModel
 from rorqual.model_config import EngramConfig
-from rorqual.storage import DeviceTable
+from rorqual.tables import DeviceTable
 
 Ngram = str | Sequence[int]  # text that is 2 to N tokens long, or their ids
 FORMAT = "rorqual-edits-1"

@@ -33,7 +33,7 @@ from rorqual.layers.nsa import NSA
 from rorqual.layers.router import Routing
 from rorqual.model_config import ModelConfig as ModelConfig
 from rorqual.model_config import row_totals
-from rorqual.storage import DeviceTable, LearningTable
+from rorqual.tables import DeviceTable, LearningTable
 
 IGNORED = -100  # a label that is no target
 ROW_STD = 0.02  # Engram's rows at the start
@@ -225,7 +225,7 @@ class LanguageModel(nn.Module):
             return {}
         rows = self.addresses(ids, where, history)  # [Lm, B, T, R]
         return {
-            layer: cast(DeviceTable, table).request(rows[n])
+            layer: cast(DeviceTable, table).prefetch(rows[n])
             for n, (layer, table) in enumerate(zip(self.config.engram.layers, self.tables, strict=True))
         }
 

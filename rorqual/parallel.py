@@ -29,7 +29,7 @@ from torch.func import functional_call
 from rorqual import runtime
 from rorqual.layers.experts import Experts
 from rorqual.layers.moe import MoE
-from rorqual.storage import DeviceTable
+from rorqual.tables import DeviceTable
 
 T = TypeVar("T")
 

@@ -146,7 +146,7 @@ for found in pkgutil.walk_packages(rorqual.__path__, "rorqual."):
             raise
 """
     said = elsewhere(code).split()
-    assert {"rorqual.train.trainer", "rorqual.storage.homes", "rorqual.experiments.runs"} <= set(said)
+    assert {"rorqual.train.trainer", "rorqual.tables.placement", "rorqual.experiments.runs"} <= set(said)
 
 
 @pytest.mark.slow

@@ -22,8 +22,8 @@ from torch import nn
 from rorqual.model import LanguageModel
 from rorqual.model_config import EngramConfig, MLAConfig, ModelConfig, row_totals
 from rorqual.serve.decoding import decode
-from rorqual.storage import DeviceTable, DiskTable, HostTable, StorageConfig, draw_table, measure, open_tables
-from rorqual.storage.formats import FP8
+from rorqual.tables import DeviceTable, DiskTable, HostTable, TableConfig, draw_table, measure, open_tables
+from rorqual.tables.fp8 import FP8
 
 Tables = Sequence[DeviceTable | HostTable | DiskTable]
 
@@ -64,7 +64,7 @@ class Way(NamedTuple):
     """A home, and whether the system holds the file, rows are fetched ahead, and some are kept."""
 
     name: str
-    storage: StorageConfig
+    config: TableConfig
     cold: bool = False
 
 
@@ -82,14 +82,14 @@ class Line(NamedTuple):
 def ways(hot_bytes: int) -> list[Way]:
     """Everything that is compared."""
     found = [
-        Way("resident", StorageConfig()),
-        Way("host memory", StorageConfig(home="host")),
-        Way("host memory, no prefetch", StorageConfig(home="host", prefetch=False)),
+        Way("resident", TableConfig()),
+        Way("host memory", TableConfig(placement="host")),
+        Way("host memory, no prefetch", TableConfig(placement="host", prefetch=False)),
     ]
     for state in ("warm", "cold"):
         for words, hot, prefetch in (("", 0, True), (", no prefetch", 0, False), (", hot rows", hot_bytes, True)):
-            storage = StorageConfig(home="disk", hot_bytes=hot, prefetch=prefetch)
-            found.append(Way(f"disk {state}{words}", storage, cold=state == "cold"))
+            placed = TableConfig(placement="disk", hot_bytes=hot, prefetch=prefetch)
+            found.append(Way(f"disk {state}{words}", placed, cold=state == "cold"))
     return found
 
 
@@ -101,7 +101,7 @@ def bench(config: BenchConfig, say: Callable[[str], None] = lambda _: None) -> l
     with tempfile.TemporaryDirectory(dir=config.folder, prefix="table-bench-") as place:
         say(f"drawing {sum(row_totals(memory_of(config))):,} rows of {config.width} values in {config.dtype}")
         folder = drawn(config, Path(place))
-        every = [(way, opened(config, folder, way.storage)) for way in ways(config.hot_bytes)]
+        every = [(way, opened(config, folder, way.config)) for way in ways(config.hot_bytes)]
         model = model_with(config, every[-1][1])
         speeds = _generated(config, model, every, say)
         lines = [_line(config, way, tables, speeds[way.name], say) for way, tables in every]
@@ -118,9 +118,9 @@ def drawn(config: BenchConfig, folder: Path) -> Path:
     return folder
 
 
-def opened(config: BenchConfig, folder: Path, storage: StorageConfig) -> Tables:
+def opened(config: BenchConfig, folder: Path, placed: TableConfig) -> Tables:
     """The tables of that folder in a home."""
-    found = open_tables(folder, len(memory_of(config).layers), replace(storage, folder=str(folder)))
+    found = open_tables(folder, len(memory_of(config).layers), replace(placed, folder=str(folder)))
     return [table.eval() for table in found]
 
 
@@ -174,7 +174,7 @@ def _warm(way: Way, tables: Tables) -> None:
     """The cold ways of the round before have had the system forget the files."""
     for table in tables:
         if isinstance(table, DiskTable) and not way.cold:
-            table.remember()
+            table.fill_page_cache()
 
 
 def _walked(
@@ -184,7 +184,7 @@ def _walked(
     said, seconds = [next(steps)], list[float]()
     while True:
         for table in cold:
-            table.forget()  # type: ignore[operator]
+            table.drop_page_cache()  # type: ignore[operator]
         for weight in weights:
             weight.sum()
         began = time.perf_counter()
@@ -206,7 +206,7 @@ def _line(
     hits, different = (sum(each.metrics().get(name, 0.0) for each in tables) for name in ("hits", "different"))
     rate = hits / different if different else 0.0
     _warm(way, tables)
-    before = table.forget if way.cold and isinstance(table, DiskTable) else lambda: None
+    before = table.drop_page_cache if way.cold and isinstance(table, DiskTable) else lambda: None
     found = measure(
         table, rows_per_token=16 * config.sequences, seconds=config.seconds, seed=config.seed, before=before
     )

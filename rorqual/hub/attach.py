@@ -32,7 +32,7 @@ from rorqual.layers.basics import Layout, layout
 from rorqual.layers.cache import Bundle, Past, Recent
 from rorqual.layers.engram import Engram
 from rorqual.model_config import EngramConfig, row_totals
-from rorqual.storage import DeviceTable, Pending
+from rorqual.tables import DeviceTable, Handle
 
 NAME = "rorqual_memory"  # the submodule of the host that holds the memory
 FORMAT = "rorqual-memory-1"
@@ -57,7 +57,7 @@ class Memory(nn.Module):
         self._adapters: tuple[str, ...] = ()
         self._hooks: list[Any] = []
         self._caches: list[weakref.ref[Any]] = []  # those whose class was changed
-        self._now: tuple[Layout, Tensor | None, list[Pending], Bundle | None] | None = None
+        self._now: tuple[Layout, Tensor | None, list[Handle], Bundle | None] | None = None
 
     @torch.no_grad()
     def start(self, zero: str, seed: int = 0) -> None:
@@ -183,7 +183,7 @@ class Memory(nn.Module):
         batch, time = ids.shape
         where = layout(batch, time, ids.device, documents=documents, present=present, past=past)
         rows = self.addresses(ids, where, None if state is None else state.ids)  # [Lm, B, T, R]
-        pending = [table.request(rows[place]) for place, table in enumerate(self._stores)]
+        pending = [table.prefetch(rows[place]) for place, table in enumerate(self._stores)]
         self._now = (where, self.addresses.live(ids, where), pending, state)
         return (), kwargs
 

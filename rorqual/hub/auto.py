@@ -26,7 +26,7 @@ from rorqual.data.tokenizer import Tokenizer
 from rorqual.layers.cache import Cache
 from rorqual.model import IGNORED, LanguageModel
 from rorqual.model_config import ModelConfig
-from rorqual.storage import DeviceTable
+from rorqual.tables import DeviceTable
 
 
 class RorqualConfig(PreTrainedConfig):

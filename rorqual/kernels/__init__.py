@@ -61,7 +61,7 @@ TWINS: Mapping[str, tuple[Twin, ...]] = MappingProxyType(
         "read_places": (Twin("numba", files.read_places, files.usable),),
         "write_places": (Twin("numba", files.write_places, files.usable),),
         "few_rows": (Twin("numba", files.few_rows, files.usable),),
-        "hot_rows": (Twin("numba", hot.Recent, compiled.usable),),
+        "hot_rows": (Twin("numba", hot.RowCache, compiled.usable),),
         "row_adam": (Twin("numba", rows.row_adam, rows.usable),),
         "sum_rows": (Twin("numba", rows.sum_rows, rows.usable),),
     }

@@ -1,4 +1,4 @@
-"""Places in files <-> the bytes that lie there: compiled twins of storage.disk.
+"""Places in files <-> the bytes that lie there: compiled twins of tables.disk_table.
 
 What the system holds in memory is copied at once, without a wait and without Python's lock. The rest waits for the
 disk on many threads together, so that the disk has many reads to choose from; rows of one page or the next are asked
@@ -98,7 +98,7 @@ def few_rows(
     starts: Int[np.ndarray, " S1"],
     files: Int[np.ndarray, " S"],
     begins: Int[np.ndarray, " S"],
-    kept: "hot.Recent",
+    kept: "hot.RowCache",
     into: UInt8[Tensor, "K bytes"],
 ) -> tuple[int, int] | None:
     """Fills the rows of these ids: how many differ, how many of those were kept; None where one had to be waited for.
@@ -118,7 +118,7 @@ def read_places(
     into: UInt8[np.ndarray, " bytes"],
     wait: bool = True,
 ) -> Bool[np.ndarray, " K"]:
-    """See storage.disk.read_places, whose bytes these are."""
+    """See tables.disk_table.read_places, whose bytes these are."""
     _check(places, sizes, into)
     missing, failed = np.empty(len(files), np.int64), np.zeros(len(files), np.bool_)
     given = (files, offsets, sizes, places, into)
@@ -150,7 +150,7 @@ def write_places(
     places: Int[np.ndarray, " K"],
     given: UInt8[np.ndarray, " bytes"],
 ) -> Bool[np.ndarray, " K"]:
-    """See storage.disk.write_places, whose bytes these are."""
+    """See tables.disk_table.write_places, whose bytes these are."""
     _check(places, sizes, given)
     failed = np.zeros(len(files), np.bool_)
     _written(files, offsets, sizes, places, given, failed)

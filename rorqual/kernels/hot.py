@@ -1,4 +1,4 @@
-"""Row ids -> those of their rows that are kept in memory: the compiled twin of storage.hot.
+"""Row ids -> those of their rows that are kept in memory: the compiled twin of tables.row_cache.
 
     buckets [2^n]       an id's slot, or -1, at its hash or the next free place behind it; at most half are taken
     keys    [slots]     the id in a slot
@@ -114,8 +114,8 @@ def _keep(buckets, keys, links, ends, held, ids, values):  # pragma: no cover
         put(buckets, keys, links, ends, held, ids[k], values[k])
 
 
-class Recent:
-    """See storage.hot.Recent, whose rows and order these are."""
+class RowCache:
+    """See tables.row_cache.RowCache, whose rows and order these are."""
 
     def __init__(self, slots: int, row_bytes: int) -> None:
         self.slots, self.frozen = slots, False
@@ -125,12 +125,12 @@ class Recent:
         keys, links, ends = np.empty(slots, np.int64), np.empty((slots, 2), place), np.array([-1, -1, 0])
         self.arrays = (buckets, keys, links, ends, self.values.numpy())
 
-    def take(self, ids: Int[np.ndarray, " K"], into: UInt8[Tensor, "K bytes"]) -> Int[np.ndarray, " missing"]:
+    def lookup(self, ids: Int[np.ndarray, " K"], into: UInt8[Tensor, "K bytes"]) -> Int[np.ndarray, " missing"]:
         """Fills the rows that are hot; returns the places in `ids`, each different, of those that are not."""
         missing = np.empty(len(ids), np.int64)
         return missing[: _take(*self.arrays, ids, into.numpy(), missing)]
 
-    def keep(self, ids: Int[np.ndarray, " K"], values: UInt8[Tensor, "K bytes"]) -> None:
+    def insert(self, ids: Int[np.ndarray, " K"], values: UInt8[Tensor, "K bytes"]) -> None:
         """Puts in rows that are not held; of more than there are slots only the last ones."""
         if self.slots and not self.frozen:
             _keep(*self.arrays, ids, values.numpy())

@@ -41,7 +41,7 @@ from rorqual import runtime
 from rorqual.serve.engine import Engine, Request
 from rorqual.serve.generate import Run, TextStream, TooLong
 from rorqual.serve.protocol import Ask, Refusal, body, parse
-from rorqual.storage import DeviceTable, DiskTable
+from rorqual.tables import DeviceTable, DiskTable
 
 LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
 LARGEST = 8 * 2**20  # bytes of a request's body

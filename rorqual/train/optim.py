@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from rorqual import kernels
 from rorqual.layers.experts import Experts
 from rorqual.layers.router import Router
-from rorqual.storage import DeviceTable, LearningTable
+from rorqual.tables import DeviceTable, LearningTable
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of the Muon reference
 NEEDLE_RATE = 6e-3  # of Muon; at 1e-2 attention stays at chance for hundreds of steps

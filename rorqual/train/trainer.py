@@ -37,8 +37,8 @@ from rorqual.data.tokenizer import train as train_tokenizer
 from rorqual.io import lock, remove_partial
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig, row_totals
-from rorqual.storage import HostedTable, LearningTable, write_rows
-from rorqual.storage.stream import Stream as Fetcher
+from rorqual.tables import HostedTable, LearningTable, write_rows
+from rorqual.tables.thread import BackgroundThread
 from rorqual.train.optim import Diverged, OptimConfig, Optimizer
 
 FIXED = (  # others may change on resuming
@@ -438,11 +438,11 @@ def _tables(config: TrainConfig, shape: ModelConfig, after: ExitStack) -> list[H
     if parallel.world() > 1:
         got = f"{config.tables} with {parallel.world()} ranks"
         raise ValueError(f"tables: got {got}, expected device: ranks would write one file, and exchange on the device")
-    folder, width, stream = Path(config.folder) / "learning", shape.engram.head_dim, Fetcher()
+    folder, width, thread = Path(config.folder) / "learning", shape.engram.head_dim, BackgroundThread()
 
     def table(n: int, rows: int) -> HostedTable | LearningTable:
         if config.tables == "host":
-            return HostedTable(rows, width, stream=stream)  # one thread for all
+            return HostedTable(rows, width, thread=thread)  # one thread for all
         return LearningTable(folder / str(n), rows, width, keep=config.keep + 1)  # whose writes would wait for others'
 
     return [after.enter_context(closing(table(n, rows))) for n, rows in enumerate(row_totals(shape.engram))]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from rorqual.analyze.report import write_report
 from rorqual.cli.main import main
-from rorqual.storage import DiskTable, hot_rows, quantise, verify, write_table
+from rorqual.tables import DiskTable, hot_rows, quantise, verify, write_table
 
 pytestmark = pytest.mark.engram
 
@@ -49,7 +49,7 @@ def test_the_tables_of_a_run(small_run: Path, tmp_path: Path, capsys: pytest.Cap
     assert main([*words, "--dtype", "bfloat16"]) == 0
     rows = DiskTable(tmp_path / "t")
     expected = weights[f"tables.{last}.weight"].bfloat16()
-    assert torch.equal(rows.request(torch.arange(rows.rows)).wait(), expected)
+    assert torch.equal(rows.prefetch(torch.arange(rows.rows)).wait(), expected)
     assert not tables[0]["checksums"]
 
 
@@ -70,10 +70,10 @@ def test_damage_is_named_and_is_exit_code_1(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_build_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rorqual.storage import writing
+    from rorqual.tables import row_writer
 
     words = ["table", "build", str(tmp_path / "t"), "--rows", "100", "--width", "32", "--shard-bytes", "5000"]
-    written = writing._write_shard
+    written = row_writer._write_shard
 
     def stop(target: Path, *rest: object) -> None:
         if target.name.startswith("table-00002"):
@@ -81,7 +81,7 @@ def test_a_build_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
         written(target, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "_write_shard", stop)
+        patch.setattr(row_writer, "_write_shard", stop)
         assert main(words) == 130
     assert not (tmp_path / "t").exists()
     assert main(words) == 0

@@ -11,7 +11,7 @@ from rorqual.experiments import tables
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel
 from rorqual.serve.decoding import decode, speculate
-from rorqual.storage import DiskTable, StorageConfig
+from rorqual.tables import DiskTable, TableConfig
 
 pytestmark = pytest.mark.engram
 
@@ -69,8 +69,10 @@ def test_generations_are_the_same_bits_from_every_home(generations: int, count: 
     """Three sizes of the hot set, one of them a row, prefetch on and off: ids and logits."""
     config = tables.BenchConfig(rows=20_000, width=16, dim=32, layers=2)
     folder = tables.drawn(config, tmp_path)
-    homes = [StorageConfig(), StorageConfig(home="host"), StorageConfig(home="host", prefetch=False)]
-    homes += [StorageConfig(home="disk", hot_bytes=hot, prefetch=on) for hot in (0, 32, 3200) for on in (True, False)]
+    homes = [TableConfig(), TableConfig(placement="host"), TableConfig(placement="host", prefetch=False)]
+    homes += [
+        TableConfig(placement="disk", hot_bytes=hot, prefetch=on) for hot in (0, 32, 3200) for on in (True, False)
+    ]
     every = [tables.opened(config, folder, home) for home in homes]
     model = tables.model_with(config, every[-1])  # which draws the values of parameters, so not of the resident rows
     for seed in range(generations):
@@ -86,7 +88,7 @@ def test_generations_are_the_same_bits_from_every_home(generations: int, count: 
 def test_drafts_are_checked_with_rows_from_the_disk(tmp_path: Path) -> None:
     """Speculative decoding asks for the rows of drafts as of any ids, and says what decoding says."""
     config = tables.BenchConfig(rows=5000, width=16, dim=32, layers=2)
-    held = tables.opened(config, tables.drawn(config, tmp_path), StorageConfig(home="disk", hot_bytes=64))
+    held = tables.opened(config, tables.drawn(config, tmp_path), TableConfig(placement="disk", hot_bytes=64))
     shape = replace(tables.model_with(config, held).config, mtp=MTPConfig(depth=2))
     model, prompts = LanguageModel(shape, seed=0, tables=held).eval(), [[3, 1, 4, 1], [5, 9]]
     read = held[0].metrics()["rows"]

@@ -12,7 +12,7 @@ from rorqual import kernels
 from rorqual.config import from_dict
 from rorqual.layers.experts import Experts
 from rorqual.presets import PRESETS
-from rorqual.storage import DeviceTable
+from rorqual.tables import DeviceTable
 from rorqual.train.optim import (
     OptimConfig,
     Optimizer,
@@ -51,7 +51,7 @@ class Double(nn.Module):
 
     def forward(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         block = self.blocks[0]
-        hidden = block.norm(self.embed(ids) + self.tables[0].request(rows).wait())
+        hidden = block.norm(self.embed(ids) + self.tables[0].prefetch(rows).wait())
         experts = hidden @ block.experts.gate_up[0] @ block.experts.gate_up[1].mT @ block.experts.down[2].mT
         return (self.head(hidden) ** 2).mean() + block.proj(hidden).sin().sum() + block.mix.cos().sum() + experts.mean()
 
@@ -89,7 +89,7 @@ def test_tables_give_sparse_gradients_to_this_optimizer_and_dense_ones_to_others
 
     def sparse() -> bool:
         table.weight.grad = None
-        table.request(torch.tensor([3, 3])).wait().sum().backward()
+        table.prefetch(torch.tensor([3, 3])).wait().sum().backward()
         return table.weight.grad.is_sparse
 
     assert not sparse()
@@ -247,7 +247,7 @@ def test_coalesce_adds_duplicates(index):
 def test_an_empty_gradient_changes_nothing():
     model = Double()
     optimizer, before = Optimizer(model, OptimConfig()), model.tables[0].weight.detach().clone()
-    model.tables[0].request(torch.zeros(0, dtype=torch.long)).wait().sum().backward()
+    model.tables[0].prefetch(torch.zeros(0, dtype=torch.long)).wait().sum().backward()
     optimizer.clip()
     optimizer.step()
     assert torch.equal(model.tables[0].weight, before)

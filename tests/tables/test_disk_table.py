@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from rorqual.kernels import files as twins
-from rorqual.storage import DiskTable, TableError, dequantise, quantise, write_table
-from rorqual.storage.disk import read_places
+from rorqual.tables import DiskTable, TableError, dequantise, quantise, write_table
+from rorqual.tables.disk_table import read_places
 
 pytestmark = pytest.mark.engram
 
@@ -24,7 +24,7 @@ def test_any_matrix_of_any_safetensors_file_is_a_table(tmp_path: pathlib.Path) -
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.ones(3, dtype=torch.int8), "tables.0.weight": weight, "z": torch.ones(2, 2)}, path)
     table = DiskTable(path, name="tables.0.weight")
-    assert torch.equal(table.request(torch.arange(ROWS)).wait(), weight)
+    assert torch.equal(table.prefetch(torch.arange(ROWS)).wait(), weight)
     for name, reason in (("rows", "expected 'rows'"), ("a", "expected rows by width")):
         with pytest.raises(TableError, match=reason):
             DiskTable(path, name=name)
@@ -38,7 +38,7 @@ def test_rows_that_lie_apart_and_together_are_the_ones_asked_for(data: st.DataOb
     rows = data.draw(st.integers(1, 320))
     table = DiskTable(write_table(tmp_path_factory.mktemp("table") / "t", values, shard_rows=rows), hot_bytes=0)
     ids = torch.tensor(data.draw(st.lists(st.integers(0, 299), min_size=1, max_size=60)))
-    assert torch.equal(table.request(ids).wait(), values[ids])
+    assert torch.equal(table.prefetch(ids).wait(), values[ids])
     table.close()
 
 
@@ -54,7 +54,7 @@ def test_neighbours_are_one_read_and_long_runs_several(tmp_path: pathlib.Path, m
 
     def sizes(ids: list[int]) -> list[int]:
         seen.clear()
-        assert torch.equal(table.request(torch.tensor(ids)).wait(), values[ids])
+        assert torch.equal(table.prefetch(torch.tensor(ids)).wait(), values[ids])
         return seen
 
     assert sizes([5]) == [128]
@@ -79,7 +79,7 @@ def test_the_system_is_told_of_every_read_once_before_it_comes(
         os, "posix_fadvise", lambda file, at, size, how: (events.append(("told", at)), tell(file, at, size, how))[1]
     )
     ids = torch.randperm(2500) * 2
-    assert torch.equal(table.request(ids).wait(), values[ids])
+    assert torch.equal(table.prefetch(ids).wait(), values[ids])
     told = [at for kind, at in events if kind == "told"]
     asked = [at for kind, at in events if kind == "read"]
     assert told == asked
@@ -125,7 +125,7 @@ def test_rows_that_the_system_does_not_hold_are_waited_for(count: int, tmp_path:
     os.close(file)
     table = DiskTable(path.parent, hot_bytes=0, prefetch=False)
     ids = torch.randperm(6000)[:count]
-    assert torch.equal(table.request(ids).wait(), values[ids])
+    assert torch.equal(table.prefetch(ids).wait(), values[ids])
     table.close()
 
 
@@ -149,8 +149,8 @@ def test_few_rows_that_the_system_holds_need_no_thread(tmp_path: pathlib.Path, m
         held.all = everything
         asked.clear()
         ids = torch.randint(600, (count,))
-        assert torch.equal(table.request(ids).wait(), values[ids])
-        assert (asked, int(table._stream.begun)) == (expected, thread)
+        assert torch.equal(table.prefetch(ids).wait(), values[ids])
+        assert (asked, int(table._thread.started)) == (expected, thread)
     assert table.metrics()["rows"] == 256 + 256 + 257
     table.close()
 
@@ -176,7 +176,7 @@ def test_few_rows_are_those_that_many_would_be(data: st.DataObject, tmp_path_fac
         seen |= set(ids)
     for path in folder.glob("*"):
         os.truncate(path, 1)
-    table._hot = type(table._hot)(0, 20)
+    table._cache = type(table._cache)(0, 20)
     assert table._at_once(np.array([3])) is None
     table.close()
 
@@ -190,7 +190,7 @@ def test_what_is_not_in_memory_is_not_given_without_a_wait(
     values = torch.randn(3000, 300)
     table = DiskTable(write_table(tmp_path / "t", values), hot_bytes=0, prefetch=False)
     ids = np.arange(0, 3000, 7)
-    table.forget()
+    table.drop_page_cache()
     for _ in range(2):
         found = table._read(ids, wait=False)
         assert found is None or torch.equal(found.view(torch.float32), values[::7])
@@ -208,7 +208,7 @@ def test_hot_rows_of_fp8_cost_their_record(tmp_path: pathlib.Path) -> None:
     records = quantise(torch.randn(ROWS, 64))
     table = DiskTable(write_table(tmp_path / "t", records), hot_bytes=2 * 66, prefetch=False)
     for ids, hits in (([1, 2], 0), ([1, 2], 2), ([3], 2), ([2], 3), ([3], 4)):
-        assert torch.equal(table.request(torch.tensor(ids)).wait(), dequantise(records, 64)[ids])
+        assert torch.equal(table.prefetch(torch.tensor(ids)).wait(), dequantise(records, 64)[ids])
         assert table.metrics()["hits"] == hits, ids
     assert table.metrics()["bytes"] == 3 * 66
     table.close()
@@ -221,15 +221,15 @@ def test_a_file_cut_while_serving_fails_the_call_and_no_more(prefetch: bool, tmp
     (path,) = folder.glob("*.safetensors")
     table = DiskTable(folder, hot_bytes=0, prefetch=prefetch)
     os.truncate(path, path.stat().st_size - 5)
-    pending = table.request(torch.tensor([9]))
+    pending = table.prefetch(torch.tensor([9]))
     with pytest.raises(TableError, match=r"got 7 bytes of row 9, expected 12"):
         pending.wait()
-    assert torch.equal(table.request(torch.tensor([0, 8])).wait(), values[[0, 8]])
+    assert torch.equal(table.prefetch(torch.tensor([0, 8])).wait(), values[[0, 8]])
     path.unlink()  # an open file stays readable
-    assert torch.equal(table.request(torch.tensor([1])).wait(), values[1:2])
+    assert torch.equal(table.prefetch(torch.tensor([1])).wait(), values[1:2])
     table.close()
     with pytest.raises(TableError, match="closed"):
-        table.request(torch.tensor([1])).wait()
+        table.prefetch(torch.tensor([1])).wait()
 
 
 def test_a_cut_names_the_first_row_that_is_lost(tmp_path: pathlib.Path) -> None:
@@ -238,8 +238,8 @@ def test_a_cut_names_the_first_row_that_is_lost(tmp_path: pathlib.Path) -> None:
     table = DiskTable(path.parent, hot_bytes=0, prefetch=False)
     os.truncate(path, path.stat().st_size - 3 * 12 - 5)
     with pytest.raises(TableError, match=r"got 7 bytes of row 6, expected 12"):
-        table.request(torch.arange(10)).wait()
-    assert torch.equal(table.request(torch.arange(6)).wait(), values[:6])
+        table.prefetch(torch.arange(10)).wait()
+    assert torch.equal(table.prefetch(torch.arange(6)).wait(), values[:6])
     table.close()
 
 
@@ -251,12 +251,12 @@ def test_files_replaced_fifty_times_while_serving(tmp_path: pathlib.Path) -> Non
         (path,) = folder.glob("*.safetensors")
         table = DiskTable(folder, hot_bytes=0, prefetch=bool(turn % 2))
         ids = torch.randint(100, (40,))
-        pending = table.request(ids)
+        pending = table.prefetch(ids)
         if turn % 3 == 0:
             pending.wait()
             os.truncate(path, path.stat().st_size - 1)
             with pytest.raises(TableError, match="row 99"):
-                table.request(torch.tensor([99])).wait()
+                table.prefetch(torch.tensor([99])).wait()
         elif turn % 3 == 1:
             fresh = write_table(tmp_path / f"{turn} anew", values + 1)
             next(fresh.glob("*")).replace(path)
@@ -264,7 +264,7 @@ def test_files_replaced_fifty_times_while_serving(tmp_path: pathlib.Path) -> Non
             path.unlink()
         if turn % 3:
             assert torch.equal(pending.wait(), values[ids])
-            assert torch.equal(table.request(ids).wait(), values[ids])
+            assert torch.equal(table.prefetch(ids).wait(), values[ids])
         table.close()
 
 
@@ -273,8 +273,8 @@ def test_files_that_the_system_was_made_to_remember_need_no_wait(tmp_path: pathl
     table = DiskTable(write_table(tmp_path / "t", values, shard_rows=1000), hot_bytes=0)
     ids = torch.arange(0, 3000, 40)
     for _ in range(3):
-        table.forget()
-        table.remember()
-        assert torch.equal(table.request(ids).wait(), values[ids])
-    assert not table._stream.begun
+        table.drop_page_cache()
+        table.fill_page_cache()
+        assert torch.equal(table.prefetch(ids).wait(), values[ids])
+    assert not table._thread.started
     table.close()

@@ -22,8 +22,8 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from rorqual.io import atomic_write, flush, lock, remove_partial
-from rorqual.storage.formats import FP8, dequantise, kept_as, quantise, row_bytes
-from rorqual.storage.shards import BLANK, BLOCK_BYTES, FORMAT, KINDS, Shard, open_shards
+from rorqual.tables.fp8 import FP8, dequantise, kept_as, quantise, row_bytes
+from rorqual.tables.row_file import BLANK, BLOCK_BYTES, FORMAT, KINDS, Shard, open_shards
 
 Source = Callable[[int, int], Tensor]  # (first, end) -> those rows, as numbers or as fp8 records
 

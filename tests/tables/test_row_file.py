@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from rorqual.storage import DiskTable, TableError, verify, write_table
+from rorqual.tables import DiskTable, TableError, verify, write_table
 
 pytestmark = pytest.mark.engram
 
@@ -118,7 +118,7 @@ def test_a_disk_that_cannot_read_is_a_refusal(tmp_path: pathlib.Path, monkeypatc
 
 def test_sound_file_of_the_same_making_opens(tmp_path: pathlib.Path) -> None:
     damage(tmp_path / "good.safetensors", {"rows": entry()})
-    assert torch.equal(DiskTable(tmp_path / "good.safetensors").request(torch.tensor([1])).wait(), torch.zeros(1, 3))
+    assert torch.equal(DiskTable(tmp_path / "good.safetensors").prefetch(torch.tensor([1])).wait(), torch.zeros(1, 3))
 
 
 @pytest.mark.parametrize("content", [b"", b"1234567", b"12345678"])
@@ -237,7 +237,7 @@ def test_rows_keep_their_order_whatever_their_files_are_called(tmp_path: pathlib
     for file, letter in zip(sorted(folder.glob("*")), "cadb", strict=True):
         file.rename(folder / f"{letter}.safetensors")
     table = DiskTable(folder)
-    assert torch.equal(table.request(torch.arange(10)).wait(), values)
+    assert torch.equal(table.prefetch(torch.arange(10)).wait(), values)
     assert verify(folder) == []
     table.close()
 
@@ -349,9 +349,9 @@ def test_systems_without_positional_reads_read_and_write_the_same(
     table = DiskTable(folder, hot_bytes=0)
     ids = [torch.randint(1003, (50,)) for _ in range(40)]
     with ThreadPoolExecutor(4) as pool:
-        for rows, got in zip(ids, pool.map(lambda rows: table.request(rows).wait(), ids), strict=True):
+        for rows, got in zip(ids, pool.map(lambda rows: table.prefetch(rows).wait(), ids), strict=True):
             assert torch.equal(got, values[rows])
-    table.forget()
-    table.remember()
+    table.drop_page_cache()
+    table.fill_page_cache()
     table.close()
     assert verify(folder) == []

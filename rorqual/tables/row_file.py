@@ -22,7 +22,7 @@ import torch
 import xxhash
 
 from rorqual.io import BINARY, read_at
-from rorqual.storage.formats import BLOCK, FP8
+from rorqual.tables.fp8 import BLOCK, FP8
 
 KINDS = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": FP8}
 FORMAT = "fp8-e4m3-e8m0-32"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from rorqual.storage import DeviceTable, HostedTable, LearningTable, TableError
+from rorqual.tables import DeviceTable, HostedTable, LearningTable, TableError
 from rorqual.train.optim import OptimConfig, Optimizer
 
 pytestmark = pytest.mark.engram
@@ -52,7 +52,7 @@ def train(model: nn.ModuleDict, optimizer: Optimizer, step: int, micro: int = 1)
     ids, target = batch(step)
     optimizer.zero_grad()
     for part, wanted in zip(ids.chunk(micro), target.chunk(micro), strict=True):
-        loss = (model["out"](model["table"].request(part).wait()) - wanted).square().mean()
+        loss = (model["out"](model["table"].prefetch(part).wait()) - wanted).square().mean()
         loss.backward()
     norm = optimizer.clip()
     optimizer.step(1 / (1 + step % 4))
@@ -80,13 +80,13 @@ def test_rows_learn_as_resident_ones_do(
         assert torch.equal(rows(other), rows(resident))
     assert all(torch.equal(*each) for each in zip(other["out"].parameters(), resident["out"].parameters(), strict=True))
     table = other["table"]
-    table.settle()
+    table.flush()
     records = torch.from_numpy(table._records(torch.arange(ROWS).numpy())).view(torch.float32)
     assert torch.equal(records[:, WIDTH : 2 * WIDTH], theirs.state["table.weight.exp_avg"])
     assert torch.equal(records[:, 2 * WIDTH : 3 * WIDTH], theirs.state["table.weight.exp_avg_sq"])
     assert torch.equal(records[:, -1].contiguous().view(torch.int32), theirs.state["table.weight.updates"])
     with torch.no_grad():
-        assert torch.equal(table.request(batch(1)[0]).wait(), rows(resident)[batch(1)[0]])
+        assert torch.equal(table.prefetch(batch(1)[0]).wait(), rows(resident)[batch(1)[0]])
     table.close()
 
 
@@ -138,7 +138,7 @@ def test_a_table_goes_back_to_every_mark(tmp_path: pathlib.Path) -> None:
 KILLED = """
 import sys, signal, os, torch
 sys.path.insert(0, sys.argv[2])
-from test_learning import *
+from test_trainable import *
 _, model = pair(pathlib.Path(sys.argv[1]))
 optimizer = Optimizer(model, OptimConfig())
 for step in range(1, 9):
@@ -181,7 +181,7 @@ def test_a_kill_at_any_moment_leaves_a_table_that_goes_back(tmp_path: pathlib.Pa
 def test_one_process_trains_a_table(tmp_path: pathlib.Path) -> None:
     """Another is refused until the first ends, however it ends."""
     code = (
-        "import sys, time; from rorqual.storage import LearningTable;"
+        "import sys, time; from rorqual.tables import LearningTable;"
         "table = LearningTable(sys.argv[1], 5, 3); print('here', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -197,7 +197,7 @@ def test_one_process_trains_a_table(tmp_path: pathlib.Path) -> None:
 
 def test_one_table_of_a_process_trains_the_rows(tmp_path: pathlib.Path) -> None:
     """A second is refused until the first is closed or gone, and takes nothing of the first one's lock with it."""
-    code = "import sys; from rorqual.storage import LearningTable; LearningTable(sys.argv[1], 5, 3)"
+    code = "import sys; from rorqual.tables import LearningTable; LearningTable(sys.argv[1], 5, 3)"
     table = LearningTable(tmp_path, 5, 3)
     with pytest.raises(TableError, match=r"records: got rows that another table trains now.*close the other"):
         LearningTable(tmp_path, 5, 3)
@@ -219,8 +219,8 @@ def test_rows_asked_for_before_an_update_are_not_what_the_next_one_changes(tmp_p
         rows += 1
 
     before = table.values(0, 6).clone()
-    table.request(ids).wait()
-    ahead = table.request(ids)
+    table.prefetch(ids).wait()
+    ahead = table.prefetch(ids)
     table.update(ids, gradient, add)
     ahead.wait()
     table.update(ids, gradient, add)
@@ -252,12 +252,12 @@ def test_rows_in_host_memory_feed_a_device() -> None:
     resident.load_state_dict(hosted.state_dict())
     ids, scale = torch.randint(ROWS, (3, 50), device="cuda"), torch.randn(WIDTH, device="cuda")
     for table in (hosted.train(), resident.train()):
-        (table.request(ids).wait() * scale).sum().backward()
+        (table.prefetch(ids).wait() * scale).sum().backward()
     assert hosted.weight.grad.is_sparse
     assert hosted.weight.grad.device.type == "cpu"
     torch.testing.assert_close(hosted.weight.grad.to_dense(), resident.weight.grad.to_dense().cpu())
     with pytest.raises(ValueError, match=f"got row id {ROWS}"):
-        hosted.request(torch.tensor([ROWS], device="cuda"))
+        hosted.prefetch(torch.tensor([ROWS], device="cuda"))
 
 
 def test_notes_cut_anywhere_and_flipped_are_no_harm_or_are_seen(tmp_path: pathlib.Path) -> None:
@@ -270,7 +270,7 @@ def test_notes_cut_anywhere_and_flipped_are_no_harm_or_are_seen(tmp_path: pathli
     whole = notes.read_bytes()
     for size in (len(whole) - 1, 41, 40):
         notes.write_bytes(whole[:size])
-        table._undo._file = os.open(notes, os.O_RDONLY)
+        table._journal._file = os.open(notes, os.O_RDONLY)
         table.rewind(0)
         assert torch.equal(rows(model), after)
     notes.write_bytes(whole)
@@ -290,10 +290,10 @@ def test_other_shapes_and_lost_rows_are_refused(tmp_path: pathlib.Path) -> None:
     table = LearningTable(tmp_path, ROWS, WIDTH)
     os.truncate(tmp_path / "records", 148 * 10)
     with pytest.raises(TableError, match="row 10 is lost"):
-        table.request(torch.arange(20)).wait()
+        table.prefetch(torch.arange(20)).wait()
     train_again = LearningTable(tmp_path / "new", ROWS, WIDTH)
     with pytest.raises(TableError, match="row 0 is lost"):
-        train_again.request(torch.tensor([0])).wait()
+        train_again.prefetch(torch.tensor([0])).wait()
 
 
 def test_what_is_left_of_a_larger_table_that_was_never_whole_is_no_harm(
@@ -328,7 +328,7 @@ def test_a_table_that_is_closed_or_dropped_keeps_no_file_open(closed: bool, tmp_
     table = LearningTable(tmp_path / "t", 10, 4)
     table.draw(0.02)
     table.update(torch.arange(3), torch.ones(3, 4), change)
-    table.settle()
+    table.flush()
     assert len(held()) == 3, "records, their lock, what they were before"
     if closed:
         table.close()

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from rorqual.io import BINARY, acquired, write_all_at
 from rorqual.kernels import pick
-from rorqual.storage.disk import read_places, write_places
-from rorqual.storage.shards import TableError
-from rorqual.storage.stream import Stream
-from rorqual.storage.tables import DeviceTable, Fetched, Pending, check_ids, gather
-from rorqual.storage.undo import Undo
+from rorqual.tables.disk_table import read_places, write_places
+from rorqual.tables.journal import Journal
+from rorqual.tables.row_file import TableError
+from rorqual.tables.table import DeviceTable, Fetched, Handle, check_ids, gather
+from rorqual.tables.thread import BackgroundThread
 
 Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]  # rows, averages, counts, which, gradient
 _FILLED = 1 << 20  # values drawn at a time; a multiple of 16, at which torch's normal numbers are those of one draw
@@ -54,36 +54,36 @@ class _Recall(torch.autograd.Function):
 class HostedTable(DeviceTable):
     """float32 rows that learn in host memory wherever the model is; a parameter on the CPU, in every state_dict.
 
-    Rows for a device are gathered by the stream, from the request on; for the CPU it is a DeviceTable.
+    Rows for a device are gathered by the thread, from the request on; for the CPU it is a DeviceTable.
     """
 
-    def __init__(self, rows: int, width: int, *, stream: Stream | None = None) -> None:
+    def __init__(self, rows: int, width: int, *, thread: BackgroundThread | None = None) -> None:
         with torch.random.fork_rng(devices=[]):  # a model draws its own values, from a seed
             super().__init__(rows, width, dtype=torch.float32, sparse=True)
-        self._stream = Stream() if stream is None else stream
+        self._thread = BackgroundThread() if thread is None else thread
 
     def _apply(self, fn: Any, recurse: bool = True) -> "HostedTable":
         """Stays where it is when the model moves."""
         return self
 
-    def request(self, rows: Int[Tensor, "*B"]) -> Pending:
+    def prefetch(self, rows: Int[Tensor, "*B"]) -> Handle:
         """For a device the rows are on their way; with gradients theirs come back to the CPU, sparse."""
         if rows.device.type == "cpu":
-            return super().request(rows)
+            return super().prefetch(rows)
         ids, learns = rows.detach().to("cpu", copy=True), torch.is_grad_enabled() and self.training
         check_ids(ids, self.rows)
         weight = self.weight.detach()
-        future: Future[Tensor] = self._stream.put(gather, weight, ids, self.width, self._staging)
+        future: Future[Tensor] = self._thread.submit(gather, weight, ids, self.width, self._staging)
 
         def wait() -> Tensor:
             values = future.result().to(rows.device, non_blocking=True)
             return _Recall.apply(self.weight, values, ids) if learns else values
 
-        return Pending(wait)
+        return Handle(wait)
 
     def close(self) -> None:
         """Ends the thread; the table can be asked again."""
-        self._stream.close()
+        self._thread.close()
 
 
 class LearningTable(Fetched):
@@ -100,23 +100,23 @@ class LearningTable(Fetched):
         *,
         keep: int = 3,
         prefetch: bool = True,
-        stream: Stream | None = None,
+        thread: BackgroundThread | None = None,
     ) -> None:
         """A new folder holds nothing until `draw` has filled it. `keep`: marks that it can go back to.
 
         TableError for a folder of another shape.
         """
-        super().__init__(rows, width, torch.float32, 0, prefetch, stream)
+        super().__init__(rows, width, torch.float32, 0, prefetch, thread)
         self.folder, self.record = Path(folder), 4 * (3 * width + 1)
         self.weight = nn.Parameter(torch.zeros(1, 1).expand(rows, width))
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._undo = Undo(self.folder, rows, self.record, keep)
+        self._journal = Journal(self.folder, rows, self.record, keep)
         self._file, self._owned = _own(self.folder / "records")
-        if self._undo.marks and (got := os.fstat(self._file).st_size) != rows * self.record:
+        if self._journal.marks and (got := os.fstat(self._file).st_size) != rows * self.record:
             os.close(self._file)
             self._owned.release()
             raise TableError(f"{self.folder}: got {got} bytes of records, expected {rows} times {self.record}")
-        self._closed = weakref.finalize(self, _let_go, self._file, self._undo, self._owned)
+        self._closed = weakref.finalize(self, _let_go, self._file, self._journal, self._owned)
         self._held: list[tuple[np.ndarray, np.ndarray]] = []
         self._writing: Future[None] | None = None
 
@@ -134,7 +134,7 @@ class LearningTable(Fetched):
     def draw(self, std: float) -> None:
         """Normal numbers from torch's generator, as one draw of the whole table would give them; in a table that is
         filled already the generator moves on and the rows stay."""
-        step, filled = max(16, _FILLED // self.width // 16 * 16), bool(self._undo.marks)
+        step, filled = max(16, _FILLED // self.width // 16 * 16), bool(self._journal.marks)
         if not filled:
             os.ftruncate(self._file, 0)  # of a larger table that was never whole
         for first in range(0, self.rows, step):
@@ -159,12 +159,12 @@ class LearningTable(Fetched):
             needed = f"expected room for {self.rows * self.record:,} bytes"
             raise TableError(f"{self.folder}: got {error.strerror} at row {first}, {needed}") from error
 
-    def request(self, rows: Int[Tensor, "*B"]) -> Pending:
+    def prefetch(self, rows: Int[Tensor, "*B"]) -> Handle:
         """As of any table; with gradients the records stay here for the update to come."""
-        pending, learns = super().request(rows), torch.is_grad_enabled() and self.training
+        pending, learns = super().prefetch(rows), torch.is_grad_enabled() and self.training
         if not learns:
             return pending
-        return Pending(lambda: _Recall.apply(self.weight, pending.wait(), rows))
+        return Handle(lambda: _Recall.apply(self.weight, pending.wait(), rows))
 
     def _read(self, ids: np.ndarray, wait: bool = True) -> Tensor | None:
         if not wait:
@@ -201,7 +201,7 @@ class LearningTable(Fetched):
         Written back by the worker; what it cannot write raises TableError at the next call.
         """
         ids = touched.numpy()
-        self.settle()
+        self.flush()
         held = next((records for known, records in self._held if np.array_equal(known, ids)), None)
         before = self._do(self._records, ids).result() if held is None else held
         after, shape = before.view(np.float32).copy(), (-1, 3, self.width)
@@ -214,11 +214,11 @@ class LearningTable(Fetched):
         self._writing = self._do(self._replace, ids, before, after)
 
     def _replace(self, ids: np.ndarray, before: np.ndarray, after: np.ndarray) -> None:
-        self._undo.note(ids, before)
+        self._journal.record(ids, before)
         self._write(ids, after)
         self._held = []  # what was read before is no longer so; what is read from now on is
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Waits for the worker's write. TableError if it failed."""
         writing, self._writing = self._writing, None
         if writing is not None:
@@ -226,19 +226,19 @@ class LearningTable(Fetched):
 
     def mark(self, step: int) -> None:
         """Everything is on the disk, and the table can come back to this step."""
-        self.settle()
+        self.flush()
         os.fsync(self._file)
-        self._undo.mark(step)
+        self._journal.mark(step)
 
     def rewind(self, step: int) -> None:
         """The table as it was at mark `step`. TableError where there is no such mark, or its notes are not sound."""
-        self.settle()
+        self.flush()
         self._held = []
-        self._undo.rewind(step, self._write, lambda: os.fsync(self._file))
+        self._journal.rewind(step, self._write, lambda: os.fsync(self._file))
 
     def values(self, first: int, end: int) -> Float[Tensor, "rows W"]:
         """These rows, float32."""
-        self.settle()
+        self.flush()
         return torch.from_numpy(self._records(np.arange(first, end))[:, : 4 * self.width].copy()).view(torch.float32)
 
     def close(self) -> None:
@@ -246,12 +246,12 @@ class LearningTable(Fetched):
         super().close()
         self._closed()
         self._file = -1
-        self.settle()
+        self.flush()
 
 
-def _let_go(file: int, undo: Undo, lock: BaseFileLock) -> None:
+def _let_go(file: int, journal: Journal, lock: BaseFileLock) -> None:
     os.close(file)
-    undo.close()
+    journal.close()
     lock.release(force=True)
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 
-class Recent:
+class RowCache:
     """`slots` rows of `row_bytes` bytes; `where` knows their places in `values`, the row used longest ago first."""
 
     def __init__(self, slots: int, row_bytes: int) -> None:
@@ -19,7 +19,7 @@ class Recent:
         self.values = torch.empty(slots, row_bytes, dtype=torch.uint8)
         self.where: OrderedDict[int, int] = OrderedDict()
 
-    def take(self, ids: Int[np.ndarray, " K"], into: UInt8[Tensor, "K bytes"]) -> Int[np.ndarray, " missing"]:
+    def lookup(self, ids: Int[np.ndarray, " K"], into: UInt8[Tensor, "K bytes"]) -> Int[np.ndarray, " missing"]:
         """Fills the rows that are hot; returns the places in `ids`, each different, of those that are not."""
         held = [self.where.get(i, -1) for i in ids.tolist()]
         for i, slot in zip(ids.tolist(), held, strict=True):
@@ -30,7 +30,7 @@ class Recent:
         into[torch.from_numpy(hits)] = self.values[torch.from_numpy(slots[hits])]
         return np.flatnonzero(slots < 0)
 
-    def keep(self, ids: Int[np.ndarray, " K"], values: UInt8[Tensor, "K bytes"]) -> None:
+    def insert(self, ids: Int[np.ndarray, " K"], values: UInt8[Tensor, "K bytes"]) -> None:
         """Puts in rows that are not held; of more than there are slots only the last ones."""
         if not self.slots or self.frozen:
             return

@@ -12,7 +12,7 @@ from typing import Any
 _ROOM = 16
 
 
-class Stream:
+class BackgroundThread:
     """One thread, begun by the first call, ended by `close` and begun anew by the next, and in a process's fork."""
 
     def __init__(self, room: int = _ROOM) -> None:
@@ -26,11 +26,11 @@ class Stream:
         self._process = os.getpid()
 
     @property
-    def begun(self) -> bool:
+    def started(self) -> bool:
         """Whether there is a thread."""
         return self._worker is not None
 
-    def put(self, work: Callable[..., Any], *given: Any) -> "Future[Any]":
+    def submit(self, work: Callable[..., Any], *given: Any) -> "Future[Any]":
         """Asks for a call; waits while there is no room."""
         if self._process != os.getpid():
             self._begin()  # the thread did not come along, nor what it had to do

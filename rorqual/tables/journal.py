@@ -20,14 +20,14 @@ import numpy as np
 import xxhash
 
 from rorqual.io import BINARY, flush, write_all_at, write_json
-from rorqual.storage.shards import TableError
+from rorqual.tables.row_file import TableError
 
 _HEAD = struct.Struct("<QQ")  # rows of an entry, checksum of its ids and records
 _SEAL = struct.Struct("<Q")  # checksum of the head
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
-class Undo:
+class Journal:
     """The notes of one table of `rows` records of `size` bytes; of `keep` marks."""
 
     def __init__(self, folder: Path, rows: int, size: int, keep: int) -> None:
@@ -38,7 +38,7 @@ class Undo:
         if (folder / "marks.json").is_file():
             self.marks = _marks(folder / "marks.json")
 
-    def note(self, ids: np.ndarray, records: np.ndarray) -> None:
+    def record(self, ids: np.ndarray, records: np.ndarray) -> None:
         """Keeps the records that these rows have now, of those not kept since the last mark.
 
         TableError where they cannot be written; the file is then as before, so that later notes are found behind it.

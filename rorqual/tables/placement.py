@@ -1,4 +1,4 @@
-"""A table's files and a StorageConfig in -> the table in the home that it names out.
+"""A table's files and a TableConfig in -> the table in the home that it names out.
 
 disk    rows stay where they lie: a run's weights, or a table's own folder
 host    a copy in memory; `shared`: one copy for all processes of a node, in a file of /dev/shm. It outlives the
@@ -19,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rorqual.storage.disk import DiskTable
-from rorqual.storage.formats import FP8, kept_as
-from rorqual.storage.shards import TableError
-from rorqual.storage.stream import Stream
-from rorqual.storage.tables import DeviceTable, HostTable
+from rorqual.tables.disk_table import DiskTable
+from rorqual.tables.fp8 import FP8, kept_as
+from rorqual.tables.row_file import TableError
+from rorqual.tables.table import DeviceTable, HostTable
+from rorqual.tables.thread import BackgroundThread
 
 try:
     import fcntl  # POSIX alone; filelock has no shared lock
@@ -38,10 +38,10 @@ _ROWS = 1 << 16  # copied at a time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StorageConfig:
+class TableConfig:
     """Where a model's tables live. Rows are kept as their files keep them: a run's in float32."""
 
-    home: Literal["device", "host", "disk"] = "device"
+    placement: Literal["device", "host", "disk"] = "device"
     folder: str | None = None  # tables 0, 1, ... in the order of the layers; none: those of the run itself
     hot_bytes: int = 64 << 20  # of rows of a table on a disk that are kept in memory
     hot: str | None = None  # a file of row ids, most wanted first, kept for good; none: those read last are kept
@@ -49,28 +49,30 @@ class StorageConfig:
     shared: bool = False  # one copy in host memory for all processes of this node
 
     def __post_init__(self) -> None:
-        if self.home not in ("device", "host", "disk"):
-            raise ValueError(f"tables: got home {self.home!r}, expected device, host or disk")
+        if self.placement not in ("device", "host", "disk"):
+            raise ValueError(f"tables: got placement {self.placement!r}, expected device, host or disk")
         if self.hot_bytes < 0:
             raise ValueError(f"hot_bytes: got {self.hot_bytes}, expected at least 0")
-        if self.shared and self.home != "host":
-            raise ValueError(f"shared: got home {self.home!r}, expected host: other homes have nothing to share")
-        if self.hot is not None and self.home != "disk":
-            raise ValueError(f"hot: got home {self.home!r}, expected disk: elsewhere all rows are in memory")
+        if self.shared and self.placement != "host":
+            raise ValueError(
+                f"shared: got placement {self.placement!r}, expected host: other homes have nothing to share"
+            )
+        if self.hot is not None and self.placement != "disk":
+            raise ValueError(f"hot: got placement {self.placement!r}, expected disk: elsewhere all rows are in memory")
 
 
-def open_tables(folder: str | os.PathLike[str], count: int, config: StorageConfig) -> list[Home]:
+def open_tables(folder: str | os.PathLike[str], count: int, config: TableConfig) -> list[Home]:
     """The `count` tables of a run in the home that the config names; those of the device are in memory yet.
 
     One thread fetches for all of them.
     TableError where files are missing or unsound; they are read where they lie and never copied to another disk.
     """
     hot = hot_rows(Path(config.hot)) if config.hot is not None else {}
-    stream, found = Stream(), enumerate(places(Path(folder), count, config))
-    return [open_table(*place, config, hot.get(str(n)), stream) for n, place in found]
+    thread, found = BackgroundThread(), enumerate(places(Path(folder), count, config))
+    return [open_table(*place, config, hot.get(str(n)), thread) for n, place in found]
 
 
-def places(folder: Path, count: int, config: StorageConfig) -> list[tuple[Path, str]]:
+def places(folder: Path, count: int, config: TableConfig) -> list[tuple[Path, str]]:
     """Where each table lies, and its tensor's name: the weights' own, or else those that learnt on a disk."""
     if config.folder is not None:
         return [(Path(config.folder) / str(n), "rows") for n in range(count)]
@@ -90,21 +92,21 @@ def within(path: Path) -> list[str]:
 
 
 def open_table(
-    path: Path, name: str, config: StorageConfig, hot: Tensor | None = None, stream: Stream | None = None
+    path: Path, name: str, config: TableConfig, hot: Tensor | None = None, thread: BackgroundThread | None = None
 ) -> Home:
-    """One table. `hot`: int64 row ids, most wanted first. `stream`: what fetches, if others are fetched by it, too."""
-    if config.home == "device":
+    """One table. `hot`: int64 row ids, most wanted first. `thread`: what fetches, if others are fetched by it, too."""
+    if config.placement == "device":
         rows = copied(path, name)
         width, dtype = kept_as(rows)
         with torch.device("meta"):
             table = DeviceTable(len(rows), width, dtype=dtype)
         table.weight = nn.Parameter(rows, requires_grad=rows.is_floating_point())
         return table
-    if config.home == "disk":
+    if config.placement == "disk":
         sizes = {"hot_bytes": config.hot_bytes, "hot_rows": hot}
-        return DiskTable(path, name=name, prefetch=config.prefetch, stream=stream, **sizes)  # type: ignore[arg-type]
+        return DiskTable(path, name=name, prefetch=config.prefetch, thread=thread, **sizes)  # type: ignore[arg-type]
     rows = _shared(path, name) if config.shared else copied(path, name)
-    return HostTable(rows, prefetch=config.prefetch, shared=config.shared, stream=stream)
+    return HostTable(rows, prefetch=config.prefetch, shared=config.shared, thread=thread)
 
 
 def hot_rows(path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Row ids in -> rows out, wherever they live: device memory, host memory or a file.
 
-    pending = table.request(rows)    the fetch begins; rows [...] are int64 ids
+    pending = table.prefetch(rows)    the fetch begins; rows [...] are int64 ids
     values  = pending.wait()         float [..., width], on the device of `rows`
 
 A layer never knows which table it has, nor in which format it is kept: fp8 rows arrive as float32. Ids follow from the
@@ -24,16 +24,16 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from rorqual.kernels import pick
-from rorqual.storage.formats import FP8, dequantise, kept_as, recall, record_bytes, row_bytes
-from rorqual.storage.hot import Recent
-from rorqual.storage.staging import Staging
-from rorqual.storage.stream import Stream
+from rorqual.tables.fp8 import FP8, dequantise, kept_as, recall, record_bytes, row_bytes
+from rorqual.tables.row_cache import RowCache
+from rorqual.tables.staging import Staging
+from rorqual.tables.thread import BackgroundThread
 
 _FEW = 256  # rows that are fetched at once where nothing must be waited for: to wake the thread costs more
 _IDS = (torch.int64, torch.int32)
 
 
-class Pending(NamedTuple):
+class Handle(NamedTuple):
     """Rows on their way; `wait()` returns them, float [..., width], once they are here."""
 
     wait: Callable[[], Float[Tensor, "*B width"]]
@@ -93,10 +93,10 @@ class DeviceTable(nn.Module):
             nn.init.normal_(self.weight, std=0.02)
         self._staging = Staging()
 
-    def request(self, rows: Int[Tensor, "*B"]) -> Pending:
+    def prefetch(self, rows: Int[Tensor, "*B"]) -> Handle:
         """The rows are read when they are waited for: nothing is nearer than the device's own memory."""
         check_ids(rows, self.rows)
-        return Pending(lambda: self._recall(rows))
+        return Handle(lambda: self._recall(rows))
 
     def _recall(self, rows: Tensor) -> Tensor:
         trained = torch.is_grad_enabled()
@@ -115,46 +115,52 @@ class DeviceTable(nn.Module):
 
 
 class Fetched(nn.Module):
-    """What host and disk tables share: a stream that fetches behind the model's back, hot rows, and counts.
+    """What host and disk tables share: a thread that fetches behind the model's back, hot rows, and counts.
 
-    `hot_bytes` bounds the rows kept in memory in order of last use (0: none). `stream`: that of the model's other
+    `hot_bytes` bounds the rows kept in memory in order of last use (0: none). `thread`: that of the model's other
     tables, none for one of its own. Read only: gradients do not reach it.
     """
 
     def __init__(
-        self, rows: int, width: int, dtype: torch.dtype, hot_bytes: int, prefetch: bool, stream: Stream | None = None
+        self,
+        rows: int,
+        width: int,
+        dtype: torch.dtype,
+        hot_bytes: int,
+        prefetch: bool,
+        thread: BackgroundThread | None = None,
     ) -> None:
         super().__init__()
         if min(rows, width) < 1 or hot_bytes < 0:
             raise ValueError(f"table: got {rows} rows of width {width}, {hot_bytes} bytes of them hot, expected counts")
         self.rows, self.width, self.dtype = rows, width, dtype
         self.row_bytes = row_bytes(width, dtype)
-        self.prefetch = prefetch
+        self.background = prefetch
         self._staging = Staging(pinned=torch.accelerator.is_available())
-        hot = pick("hot_rows", Recent, torch.device("cpu"))
-        self._hot: Recent = hot(min(rows, hot_bytes // self.row_bytes), self.row_bytes)
+        hot = pick("hot_rows", RowCache, torch.device("cpu"))
+        self._cache: RowCache = hot(min(rows, hot_bytes // self.row_bytes), self.row_bytes)
         self._lock = threading.Lock()
-        self._stream = Stream() if stream is None else stream
+        self._thread = BackgroundThread() if thread is None else thread
         self._counts = {"rows": 0.0, "different": 0.0, "hits": 0.0, "bytes": 0.0, "wait_seconds": 0.0}
 
-    def request(self, rows: Int[Tensor, "*B"]) -> Pending:
+    def prefetch(self, rows: Int[Tensor, "*B"]) -> Handle:
         """Begins the fetch; each row is fetched once however often it is named."""
         given = rows.detach().to("cpu")  # to be checked here: an assertion on a device ends its process
         check_ids(given, self.rows)
-        if self.prefetch and given.numel() <= _FEW and not self._lock.locked():
+        if self.background and given.numel() <= _FEW and not self._lock.locked():
             found = self._at_once(given.to(torch.int64).reshape(-1).numpy())
             if found is not None:
-                return Pending(lambda: self._deliver(found, rows))
+                return Handle(lambda: self._deliver(found, rows))
         ids = given.to(torch.int64, copy=True).reshape(-1).numpy()
-        if not self.prefetch:
-            return Pending(lambda: self._deliver(self._now(ids), rows))
+        if not self.background:
+            return Handle(lambda: self._deliver(self._now(ids), rows))
         future: Future[Tensor] = self._do(self._fetch, ids)
-        return Pending(lambda: self._deliver(self._waited(future), rows))
+        return Handle(lambda: self._deliver(self._waited(future), rows))
 
     def _do(self, work: Callable[..., Any], *given: Any) -> "Future[Any]":
-        """By the stream, which does one thing after another; at once where nothing is fetched ahead."""
-        future = self._stream.put(work, *given)
-        if not self.prefetch:
+        """By the thread, which does one thing after another; at once where nothing is fetched ahead."""
+        future = self._thread.submit(work, *given)
+        if not self.background:
             future.exception()
         return future
 
@@ -181,12 +187,12 @@ class Fetched(nn.Module):
         unique, places = np.unique(ids, return_inverse=True)
         found = torch.empty(len(unique), self.row_bytes, dtype=torch.uint8)
         with self._lock:
-            missing = self._hot.take(unique, found)
+            missing = self._cache.lookup(unique, found)
             if len(missing):
                 fresh = self._read(unique[missing], wait)
                 if fresh is None:
                     return None
-                self._hot.keep(unique[missing], fresh)
+                self._cache.insert(unique[missing], fresh)
                 found = fresh if len(missing) == len(unique) else found.index_copy_(0, torch.from_numpy(missing), fresh)
             self._count(rows=len(ids), different=len(unique), hits=len(unique) - len(missing))
         return gather(self._numbers(found), torch.from_numpy(places), self.width, self._staging)
@@ -210,7 +216,7 @@ class Fetched(nn.Module):
 
     def close(self) -> None:
         """Ends the thread; the table can be asked again."""
-        self._stream.close()
+        self._thread.close()
 
 
 class HostTable(Fetched):
@@ -225,19 +231,19 @@ class HostTable(Fetched):
         *,
         prefetch: bool = True,
         shared: bool = False,
-        stream: Stream | None = None,
+        thread: BackgroundThread | None = None,
     ) -> None:
         """`shared`: other processes have these values, too, so they stay where they are instead of in pinned memory."""
-        super().__init__(values.shape[0], *kept_as(values), 0, prefetch, stream)
+        super().__init__(values.shape[0], *kept_as(values), 0, prefetch, thread)
         held = values.detach().cpu().contiguous()
         self.values = held.pin_memory() if torch.accelerator.is_available() and not shared else held
 
-    def request(self, rows: Int[Tensor, "*B"]) -> Pending:
+    def prefetch(self, rows: Int[Tensor, "*B"]) -> Handle:
         """For a device the fetch begins; for a CPU the rows are read when they are waited for: nothing is nearer."""
         if rows.device.type != "cpu":
-            return super().request(rows)
+            return super().prefetch(rows)
         check_ids(rows, self.rows)
-        return Pending(lambda: self._gather(rows))
+        return Handle(lambda: self._gather(rows))
 
     def _fetch(self, ids: np.ndarray, wait: bool = True) -> Tensor:
         return self._gather(torch.from_numpy(ids))
@@ -267,7 +273,7 @@ def measure(
         ids = torch.randint(table.rows, (count,), generator=draw)
         before()
         began = time.perf_counter()
-        table.request(ids).wait()
+        table.prefetch(ids).wait()
         return time.perf_counter() - began
 
     def laps(count: int) -> list[float]:

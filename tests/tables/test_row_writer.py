@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rorqual.storage import (
+from rorqual.tables import (
     DiskTable,
     TableError,
     convert,
     dequantise,
     draw_table,
     quantise,
+    row_writer,
     verify,
     write_table,
-    writing,
 )
 
 pytestmark = pytest.mark.engram
@@ -51,7 +51,7 @@ def test_a_table_is_written_in_the_format_asked_for(tmp_path: pathlib.Path) -> N
         expected = dequantise(kept, 64) if kept.dtype == torch.uint8 else kept
         table = DiskTable(folder)
         assert (table.rows, table.width) == expected.shape
-        assert torch.equal(table.request(torch.arange(len(kept))).wait(), expected)
+        assert torch.equal(table.prefetch(torch.arange(len(kept))).wait(), expected)
         table.close()
         shutil.rmtree(folder)
 
@@ -86,7 +86,7 @@ def test_bad_sizes_and_places_are_refused(tmp_path: pathlib.Path) -> None:
 @given(cuts=st.lists(st.integers(0, 3 << 20), max_size=6), size=st.integers(0, 3 << 20))
 def test_checksums_are_those_of_each_mib_however_it_comes(cuts: list[int], size: int) -> None:
     raw = bytes(size)
-    sums, edges = writing.Checksums(), sorted({0, size, *(cut for cut in cuts if cut < size)})
+    sums, edges = row_writer.Checksums(), sorted({0, size, *(cut for cut in cuts if cut < size)})
     for begin, end in zip(edges, edges[1:], strict=False):
         sums.add(memoryview(raw)[begin:end])
     expected = [xxhash.xxh3_64_hexdigest(raw[at : at + (1 << 20)]) for at in range(0, size, 1 << 20)]
@@ -94,7 +94,7 @@ def test_checksums_are_those_of_each_mib_however_it_comes(cuts: list[int], size:
 
 
 def test_a_table_in_parts_and_shards_is_the_same_table(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "_PART", 7 * 64)
+    monkeypatch.setattr(row_writer, "_PART", 7 * 64)
     values = torch.randn(101, 64)
     for number, shard_rows in enumerate((1, 13, 101, 500, None)):
         folder = write_table(tmp_path / str(number), values, shard_rows=shard_rows)
@@ -108,7 +108,7 @@ def test_a_table_in_parts_and_shards_is_the_same_table(tmp_path: pathlib.Path, m
 def test_a_table_is_converted_shard_by_shard(
     dtype: torch.dtype, into: torch.dtype, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "_PART", 1000)
+    monkeypatch.setattr(row_writer, "_PART", 1000)
     values = torch.randn(50, 64)
     stored = write_table(tmp_path / "a", values, dtype=dtype, shard_rows=17)
     told: list[int] = []
@@ -146,10 +146,10 @@ def test_drawn_rows_are_normal_and_the_same_again(tmp_path: pathlib.Path) -> Non
 
 def test_a_build_that_was_stopped_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped at every part in turn: no table until the last, the same bytes then, no shard written twice."""
-    monkeypatch.setattr(writing, "_PART", 5 * 64 * 4)
+    monkeypatch.setattr(row_writer, "_PART", 5 * 64 * 4)
     whole = draw_table(tmp_path / "whole", 40, 64, shard_rows=10)
     expected = {file.name: file.read_bytes() for file in whole.glob("*")}
-    finished, kept, left = writing._write_shard, writing._kept, 0
+    finished, kept, left = row_writer._write_shard, row_writer._kept, 0
 
     def stop(*given: object) -> torch.Tensor:
         nonlocal left
@@ -159,8 +159,8 @@ def test_a_build_that_was_stopped_goes_on(tmp_path: pathlib.Path, monkeypatch: p
         return kept(*given)
 
     written: list[str] = []
-    monkeypatch.setattr(writing, "_kept", stop)
-    monkeypatch.setattr(writing, "_write_shard", lambda *a: (finished(*a), written.append(a[0].name))[0])
+    monkeypatch.setattr(row_writer, "_kept", stop)
+    monkeypatch.setattr(row_writer, "_write_shard", lambda *a: (finished(*a), written.append(a[0].name))[0])
     folder, interrupted = tmp_path / "t", 0
     for turn in range(9):
         left = 1 + turn % 2 * 2  # a shard has two parts: stopped within the first missing one, or the one after
@@ -182,14 +182,14 @@ def test_shards_of_rows_that_were_in_memory_are_not_taken_again(
 ) -> None:
     """A process that was killed leaves shards of its rows; those of the next are others."""
     with monkeypatch.context() as patch:
-        patch.setattr(writing.shutil, "rmtree", lambda *_, **__: None)
-        shard = writing._write_shard
+        patch.setattr(row_writer.shutil, "rmtree", lambda *_, **__: None)
+        shard = row_writer._write_shard
 
         def once(*given: object) -> None:
             shard(*given)
             raise KeyboardInterrupt
 
-        patch.setattr(writing, "_write_shard", once)
+        patch.setattr(row_writer, "_write_shard", once)
         with pytest.raises(KeyboardInterrupt):
             write_table(tmp_path / "t", torch.zeros(20, 8), shard_rows=10)
     assert len(list((tmp_path / "t.partial").glob("*.safetensors"))) == 1
@@ -199,7 +199,7 @@ def test_shards_of_rows_that_were_in_memory_are_not_taken_again(
 
 def test_one_process_writes_a_table(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for again while it is being written, by the same command."""
-    shard, refused = writing._write_shard, []
+    shard, refused = row_writer._write_shard, []
 
     def twice(*given: object) -> None:
         if not refused:
@@ -209,7 +209,7 @@ def test_one_process_writes_a_table(tmp_path: pathlib.Path, monkeypatch: pytest.
             refused.append(str(told.value))
         shard(*given)
 
-    monkeypatch.setattr(writing, "_write_shard", twice)
+    monkeypatch.setattr(row_writer, "_write_shard", twice)
     folder = draw_table(tmp_path / "t", 20, 8, shard_rows=10)
     assert "t.partial" in refused[1]
     assert verify(folder) == []
@@ -239,7 +239,7 @@ def test_a_build_that_was_killed_before_the_table_had_its_name_goes_on(
         patch.setattr(pathlib.Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             draw_table(tmp_path / "t", 40, 8, shard_rows=10)
-    monkeypatch.setattr(writing, "_write_shard", None)
+    monkeypatch.setattr(row_writer, "_write_shard", None)
     folder = draw_table(tmp_path / "t", 40, 8, shard_rows=10)
     assert verify(folder) == []
     assert sorted(path.suffix for path in folder.iterdir()) == [".safetensors"] * 4

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from rorqual.io import read_at, write_at
 from rorqual.kernels import pick
-from rorqual.storage.shards import Shard, TableError, open_shards
-from rorqual.storage.stream import Stream
-from rorqual.storage.tables import Fetched, check_ids
+from rorqual.tables.row_file import Shard, TableError, open_shards
+from rorqual.tables.table import Fetched, check_ids
+from rorqual.tables.thread import BackgroundThread
 
 _RUN = 1 << 20  # bytes; a run of rows ends where it passes a multiple of it
 _AHEAD = 1024  # reads that the system is told of before the first of them
@@ -91,7 +91,7 @@ class DiskTable(Fetched):
         hot_bytes: int = 64 << 20,
         hot_rows: Int[Tensor, " H"] | None = None,
         prefetch: bool = True,
-        stream: Stream | None = None,
+        thread: BackgroundThread | None = None,
     ) -> None:
         """`name` is the tensor's: any float32 or bfloat16 matrix of any safetensors file, or a table of fp8 records.
 
@@ -105,24 +105,24 @@ class DiskTable(Fetched):
         self._files = np.array([shard.file for shard in self._shards])
         # where the last failed read began, and its bytes
         self._lost: tuple[Shard, int, int] | None = None
-        super().__init__(int(self._starts[-1]), first.width, first.dtype, hot_bytes, prefetch, stream)
-        slots = self._hot.slots
+        super().__init__(int(self._starts[-1]), first.width, first.dtype, hot_bytes, prefetch, thread)
+        slots = self._cache.slots
         if hot_rows is not None and len(hot_rows) and slots:
             check_ids(hot_rows, self.rows)
             ids, seen = np.unique(hot_rows.numpy(), return_index=True)
             wanted = np.sort(ids[np.argsort(seen)[:slots]])
             rows = self._read(wanted)
             assert rows is not None
-            self._hot.keep(wanted, rows)
-            self._hot.frozen = True
+            self._cache.insert(wanted, rows)
+            self._cache.frozen = True
 
     def _at_once(self, ids: np.ndarray) -> Tensor | None:
         few = pick("few_rows", _few_rows, torch.device("cpu"))
-        if few is _few_rows or not hasattr(self._hot, "arrays"):
+        if few is _few_rows or not hasattr(self._cache, "arrays"):
             return super()._at_once(ids)
         found = torch.empty(len(ids), self.row_bytes, dtype=torch.uint8)
         with self._lock:
-            told = few(ids, self._starts, self._files, self._begins, self._hot, found)
+            told = few(ids, self._starts, self._files, self._begins, self._cache, found)
             if told is None:
                 return None
             different, hits = told
@@ -180,14 +180,14 @@ class DiskTable(Fetched):
             self._lost = None
         return None
 
-    def forget(self) -> None:
+    def drop_page_cache(self) -> None:
         """Has the system drop what it holds of the files in memory, so that the disk itself is measured."""
         for shard in self._shards:
             os.fsync(shard.file)
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(shard.file, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def remember(self) -> None:
+    def fill_page_cache(self) -> None:
         """Has the system read the files whole, so that no row waits for the disk as long as memory holds them."""
         buffer = bytearray(_RUN)
         for shard in self._shards:

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from rorqual.storage.staging import Staging
+from rorqual.tables.staging import Staging
 
 pytestmark = pytest.mark.engram
 

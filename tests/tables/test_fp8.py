@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rorqual import kernels
-from rorqual.storage import dequantise, quantise, record_bytes
-from rorqual.storage.formats import recall, width_of
+from rorqual.tables import dequantise, quantise, record_bytes
+from rorqual.tables.fp8 import recall, width_of
 
 pytestmark = pytest.mark.engram
 
