@@ -37,7 +37,7 @@ from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig, row_totals
 from rorqual.presets import preset
 from rorqual.serve.decoding import decode
-from rorqual.tables import DiskTable, LearningTable, draw_table
+from rorqual.tables import Table, draw_table
 from rorqual.train.optim import Optimizer, recipe
 
 SHAPES = {"tiny": (16, 256), "small": (4, 256)}  # rows and tokens of a training step
@@ -65,16 +65,16 @@ def generating(model: LanguageModel) -> Callable[[], object]:
     return lambda: list(decode(model, [ids], max_new_tokens=CONTINUED, vocabulary=model.config.vocabulary))
 
 
-def on_disk(config: ModelConfig, kind: str, folder: Path, hot_bytes: int) -> list[DiskTable | LearningTable]:
+def on_disk(config: ModelConfig, kind: str, folder: Path, hot_bytes: int) -> list[Table]:
     """Returns tables of the model's shape whose rows are in files."""
-    found: list[DiskTable | LearningTable] = []
+    found: list[Table] = []
     for number, rows in enumerate(row_totals(config.engram)):
         place = folder / f"{kind}-{config.dim}-{number}"
         if kind == "train":
-            found.append(LearningTable(place, rows, config.engram.head_dim))
+            found.append(Table.of_records(place, rows, config.engram.head_dim))
         else:
             table = draw_table(place, rows, config.engram.head_dim, seed=number)
-            found.append(DiskTable(table, hot_bytes=hot_bytes))
+            found.append(Table.of_file(table, cache_bytes=hot_bytes))
     return found
 
 

@@ -28,7 +28,7 @@ import torch
 from rorqual.kernels import pick
 from rorqual.layers.addresses import Addresses, EngramConfig, follow_rows
 from rorqual.layers.basics import layout
-from rorqual.tables import DeviceTable
+from rorqual.tables import Table
 
 VOCABULARY = 32_768
 CPU = torch.device("cpu")
@@ -98,7 +98,7 @@ def decode_steps(rows: int, layers: tuple[int, ...], name: str) -> dict[str, Cal
 
 
 def recalling(rows: int, width: int, tokens: int, rounds: int) -> dict[str, float]:
-    table = DeviceTable(rows * 16, width)
+    table = Table(rows * 16, width)
     asked = torch.randint(rows * 16, (tokens, 16))
     flat, out = asked.flatten(), torch.empty(asked.numel(), width)
     steps = {

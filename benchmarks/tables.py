@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from rorqual.experiments import tables
 from rorqual.layers.engram import EngramConfig, row_totals
 from rorqual.model import LanguageModel, ModelConfig
-from rorqual.tables import DiskTable, HostTable, LearningTable, draw_table, verify
+from rorqual.tables import Table, draw_table, verify
 from rorqual.tables.fp8 import FP8
 from rorqual.tables.table import check_ids
 from rorqual.train.optim import OptimConfig, Optimizer
@@ -73,7 +73,7 @@ def host(options: argparse.Namespace) -> list[Shown]:
     found: list[Shown] = []
     for size in (64, 256, 1024, 4096):
         values = torch.randn(max(BATCH, options.host_bytes // size), size // 4)
-        table, ids = HostTable(values), torch.randint(len(values), (BATCH,))
+        table, ids = Table.of_values(values), torch.randint(len(values), (BATCH,))
         out = torch.empty(BATCH, size // 4)
         steps = {
             "recall": lambda table=table, ids=ids: table.prefetch(ids).wait(),
@@ -120,11 +120,12 @@ def checked(options: argparse.Namespace, folder: Path) -> list[Shown]:
 
 def cold(options: argparse.Namespace, folder: Path) -> list[Shown]:
     count = 12_000
-    table = DiskTable(draw_table(folder / "cold", options.cold_bytes // 264, 256, dtype=FP8, std=1.0), hot_bytes=0)
+    path = draw_table(folder / "cold", options.cold_bytes // 264, 256, dtype=FP8, std=1.0)
+    table = Table.of_file(path, cache_bytes=0)
     rates = []
     for _ in range(options.rounds):
         wanted = torch.randint(table.rows, (count,))
-        table.drop_page_cache()
+        table.file.drop_page_cache()
         began = time.perf_counter()
         table.prefetch(wanted).wait()
         rates.append(count / (time.perf_counter() - began))
@@ -159,7 +160,7 @@ def training(options: argparse.Namespace, folder: Path) -> list[Shown]:
     (rows,) = row_totals(shape.engram)
     arms: dict[str, Callable[[], float]] = {}
     for name in ("resident", "disk"):
-        held = [LearningTable(folder / "learning", rows, options.width)] if name == "disk" else None
+        held = [Table.of_records(folder / "learning", rows, options.width)] if name == "disk" else None
         model = LanguageModel(shape, seed=0, tables=held).train()
         arms[name] = step_of(model, Optimizer(model, OptimConfig()), options.train_tokens)
     seconds: dict[str, list[float]] = {name: [] for name in arms}

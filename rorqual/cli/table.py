@@ -177,7 +177,7 @@ def _written(options: Build | Convert, source: str, as_json: bool) -> int:
     if not 0 <= options.number < len(found):
         raise UsageError(f"got --number {options.number}, expected 0 to {len(found) - 1}: {source} has so many tables")
     path, name = found[options.number]
-    before = tables.DiskTable(path, name=name, hot_bytes=0)
+    before = tables.RowFile(path, name)
     before.close()
     dtype = before.dtype if options.dtype is None else _dtype(options.dtype)
     size = row_bytes(before.width, dtype)
@@ -336,10 +336,10 @@ def tables_in(path: Path, name: str | None) -> list[tuple[Path, str]]:
     if name is None and (path / "config.json").is_file():
         from rorqual.tables import placement
 
-        count = len(placement.within(path / "model.safetensors")) or len(list(path.glob("tables/*")))
+        count = len(placement.table_names(path / "model.safetensors")) or len(list(path.glob("tables/*")))
         if not count:
             raise ValueError(f"{path}: got a run without tables, expected a model with Engram")
-        return placement.places(path, count, placement.TableConfig())
+        return placement.table_places(path, count, placement.TableConfig())
     return [(path, name or "rows")]
 
 

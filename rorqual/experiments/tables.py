@@ -16,16 +16,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from rorqual.model import LanguageModel
 from rorqual.model_config import EngramConfig, MLAConfig, ModelConfig, row_totals
 from rorqual.serve.decoding import decode
-from rorqual.tables import DeviceTable, DiskTable, HostTable, TableConfig, draw_table, measure, open_tables
+from rorqual.tables import RowFile, Table, TableConfig, draw_table, open_tables
 from rorqual.tables.fp8 import FP8
 
-Tables = Sequence[DeviceTable | HostTable | DiskTable]
+Tables = Sequence[Table]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": FP8}
 PROMPT = 16  # ids
@@ -107,7 +108,7 @@ def bench(config: BenchConfig, say: Callable[[str], None] = lambda _: None) -> l
         lines = [_line(config, way, tables, speeds[way.name], say) for way, tables in every]
         for _, tables in every:
             for table in tables:
-                getattr(table, "close", lambda: None)()
+                table.close()
     return lines
 
 
@@ -173,8 +174,8 @@ def _generated(
 def _warm(way: Way, tables: Tables) -> None:
     """The cold ways of the round before have had the system forget the files."""
     for table in tables:
-        if isinstance(table, DiskTable) and not way.cold:
-            table.fill_page_cache()
+        if isinstance(table.file, RowFile) and not way.cold:
+            table.file.fill_page_cache()
 
 
 def _walked(
@@ -184,7 +185,7 @@ def _walked(
     said, seconds = [next(steps)], list[float]()
     while True:
         for table in cold:
-            table.drop_page_cache()  # type: ignore[operator]
+            _drop_page_cache(table)
         for weight in weights:
             weight.sum()
         began = time.perf_counter()
@@ -206,8 +207,50 @@ def _line(
     hits, different = (sum(each.metrics().get(name, 0.0) for each in tables) for name in ("hits", "different"))
     rate = hits / different if different else 0.0
     _warm(way, tables)
-    before = table.drop_page_cache if way.cold and isinstance(table, DiskTable) else lambda: None
+    before = (lambda: _drop_page_cache(table)) if way.cold else lambda: None
     found = measure(
         table, rows_per_token=16 * config.sequences, seconds=config.seconds, seed=config.seed, before=before
     )
     return Line(way.name, found["rows_per_second"], found["step_p50"], found["step_p99"], speed, rate)
+
+
+def _drop_page_cache(table: Table) -> None:
+    if isinstance(table.file, RowFile):
+        table.file.drop_page_cache()
+
+
+def measure(
+    table: Table,
+    *,
+    rows_per_token: int = 16,
+    seconds: float = 1.0,
+    seed: int = 0,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """Measures a table with ids that are drawn uniformly, the worst case for a cache.
+
+    Returns rows_per_second in batches of 4,096 ids, and the median and 99th percentile of one token's
+    fetch in seconds. `before` is called ahead of every fetch and not timed.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def lap(count: int) -> float:
+        ids = torch.randint(table.rows, (count,), generator=draw)
+        before()
+        began = time.perf_counter()
+        table.prefetch(ids).wait()
+        return time.perf_counter() - began
+
+    def laps(count: int) -> list[float]:
+        stop = time.perf_counter() + seconds / 2
+        found = [lap(count)]
+        while time.perf_counter() < stop:
+            found.append(lap(count))
+        return found
+
+    with torch.no_grad():
+        bulk = laps(4096)
+        steps = laps(rows_per_token)
+    p50, p99 = np.percentile(steps, [50, 99])
+    rate = 4096 * len(bulk) / sum(bulk)
+    return {"rows_per_second": rate, "step_p50": float(p50), "step_p99": float(p99)}

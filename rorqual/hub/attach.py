@@ -32,7 +32,7 @@ from rorqual.layers.basics import Layout, layout
 from rorqual.layers.cache import Bundle, Past, Recent
 from rorqual.layers.engram import Engram
 from rorqual.model_config import EngramConfig, row_totals
-from rorqual.tables import DeviceTable, Handle
+from rorqual.tables import Handle, Table
 
 NAME = "rorqual_memory"  # the submodule of the host that holds the memory
 FORMAT = "rorqual-memory-1"
@@ -48,7 +48,7 @@ class Memory(nn.Module):
         super().__init__()
         self.config, self.width, self.vocabulary = config, width, vocabulary
         self.addresses = Addresses(config, tokenizer.canonical_map() if config.canonical else None, vocabulary)
-        self.tables = nn.ModuleList(DeviceTable(rows, config.head_dim) for rows in row_totals(config))
+        self.tables = nn.ModuleList(Table(rows, config.head_dim) for rows in row_totals(config))
         self.engrams = nn.ModuleList(Engram(config, width) for _ in config.layers)
         self.start("values", seed)
         self._host: tuple[nn.Module, ...] = ()  # a tuple, so that the host is no submodule of its memory
@@ -70,8 +70,8 @@ class Memory(nn.Module):
             (engram.value_proj if zero == "values" else table).weight.zero_()
 
     @property
-    def _stores(self) -> list[DeviceTable]:
-        return cast(list[DeviceTable], list(self.tables))
+    def _stores(self) -> list[Table]:
+        return cast(list[Table], list(self.tables))
 
     @property
     def attached(self) -> bool:

@@ -1,7 +1,4 @@
-"""Row ids -> those of their rows that are kept in memory, the one used longest ago giving way.
-
-`frozen` keeps what is held: the rows of a list that somebody made. See kernels.hot for the compiled twin.
-"""
+"""Keeps the rows used last in memory."""
 
 from collections import OrderedDict
 
@@ -12,30 +9,49 @@ from torch import Tensor
 
 
 class RowCache:
-    """`slots` rows of `row_bytes` bytes; `where` knows their places in `values`, the row used longest ago first."""
+    """Rows by id, bounded in bytes; the row that was used longest ago gives way to a new one.
 
-    def __init__(self, slots: int, row_bytes: int) -> None:
-        self.slots, self.frozen = slots, False
-        self.values = torch.empty(slots, row_bytes, dtype=torch.uint8)
-        self.where: OrderedDict[int, int] = OrderedDict()
+    If `frozen`, the rows that are in it stay and no others come.
+    """
 
-    def lookup(self, ids: Int[np.ndarray, " K"], into: UInt8[Tensor, "K bytes"]) -> Int[np.ndarray, " missing"]:
-        """Fills the rows that are hot; returns the places in `ids`, each different, of those that are not."""
-        held = [self.where.get(i, -1) for i in ids.tolist()]
-        for i, slot in zip(ids.tolist(), held, strict=True):
-            if slot >= 0:
-                self.where.move_to_end(i)
-        slots = np.array(held, dtype=np.int64)
+    def __init__(self, max_bytes: int, row_bytes: int, rows: int) -> None:
+        """`rows`: how many rows the table has, for which memory is enough."""
+        self.slots = min(rows, max_bytes // row_bytes)
+        self.frozen = False
+        self._values = torch.empty(self.slots, row_bytes, dtype=torch.uint8)
+        # slots by row id, the one used longest ago first
+        self._slot_of: OrderedDict[int, int] = OrderedDict()
+
+    def lookup(
+        self, ids: Int[np.ndarray, " K"]
+    ) -> tuple[UInt8[Tensor, "K bytes"], Int[np.ndarray, " missing"]]:
+        """Rows of distinct ids, and the places of those that are not cached, to be filled in."""
+        rows = torch.empty(len(ids), self._values.shape[1], dtype=torch.uint8)
+        slots = np.array([self._use(row) for row in ids.tolist()], dtype=np.int64)
         hits = np.flatnonzero(slots >= 0)
-        into[torch.from_numpy(hits)] = self.values[torch.from_numpy(slots[hits])]
-        return np.flatnonzero(slots < 0)
+        if len(hits):
+            rows[torch.from_numpy(hits)] = self._values[torch.from_numpy(slots[hits])]
+        return rows, np.flatnonzero(slots < 0)
+
+    def _use(self, row: int) -> int:
+        """The slot of a row, which is now the one used last; -1 if it is not cached."""
+        slot = self._slot_of.get(row, -1)
+        if slot >= 0:
+            self._slot_of.move_to_end(row)
+        return slot
 
     def insert(self, ids: Int[np.ndarray, " K"], values: UInt8[Tensor, "K bytes"]) -> None:
-        """Puts in rows that are not held; of more than there are slots only the last ones."""
+        """Keeps rows that are not cached yet; if they are more than fit, the last ones."""
         if not self.slots or self.frozen:
             return
-        slots = []
-        for i in ids[-self.slots :].tolist():
-            slots.append(len(self.where) if len(self.where) < self.slots else self.where.popitem(last=False)[1])
-            self.where[i] = slots[-1]
-        self.values[torch.tensor(slots, dtype=torch.int64)] = values[-self.slots :]
+        slots = [self._place(row) for row in ids[-self.slots :].tolist()]
+        self._values[torch.tensor(slots, dtype=torch.int64)] = values[-self.slots :]
+
+    def _place(self, row: int) -> int:
+        """A free slot, or that of the row used longest ago, which leaves."""
+        if len(self._slot_of) < self.slots:
+            slot = len(self._slot_of)
+        else:
+            slot = self._slot_of.popitem(last=False)[1]
+        self._slot_of[row] = slot
+        return slot

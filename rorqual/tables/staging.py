@@ -1,8 +1,7 @@
-"""A shape -> memory for rows, taken again as soon as no tensor lies on it.
+"""Memory for large results, used again once no tensor lies on it.
 
-A large tensor that is made and dropped at every step is given back to the operating system and mapped anew: its pages
-cost more than the rows that are written to them. Here they are kept. Memory is taken again when its last tensor, view
-or graph is gone, and never before: two requests under way at once get two pieces.
+The system maps a large tensor anew each time that it is made, and its new pages cost more than the
+rows that are written to them.
 """
 
 import threading
@@ -12,25 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_SMALL = 1 << 20  # bytes; what is smaller the allocator keeps by itself
-_KEPT = 2  # pieces; an fp8 recall holds records and values at once
-_LINE = 64  # bytes; rows begin where a core's cache line does
+_SMALL = 1 << 20  # bytes; torch's allocator keeps smaller blocks itself
+_KEPT = 2  # blocks; a lookup in an fp8 table needs two at once
+_LINE = 64  # bytes of a cache line, where rows begin
 
 
 class Staging:
-    """What one table hands its rows out on. `pinned`: page-locked for a device, by torch's own cache of such memory."""
+    """Hands out memory of any size. `pinned`: page-locked memory, from torch's cache."""
 
     def __init__(self, pinned: bool = False) -> None:
         self.pinned = pinned
-        self._pieces: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []
+        self._blocks: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type, tuple[bool]]:
-        """A copy begins with no memory."""
+        """A copy starts without memory."""
         return Staging, (self.pinned,)
 
     def take(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        """[rows, width] of any content on the CPU, nobody else's while a tensor on it lives."""
+        """An uninitialised [rows, width] on the CPU, which nothing else uses while a view lives."""
         size = rows * width * dtype.itemsize
         if self.pinned or size < _SMALL:
             return torch.empty(rows, width, dtype=dtype, pin_memory=self.pinned)
@@ -39,19 +38,20 @@ class Staging:
         return torch.from_numpy(lease).view(dtype).view(rows, width)
 
     def _lease(self, size: int) -> np.ndarray:
-        """Bytes on a free piece. torch holds this very array while a tensor lies on it, so its death frees them."""
-        free = [place for place, (_, lease) in enumerate(self._pieces) if lease() is None]
+        """Bytes of a free block. Tensors hold the array; the block is free when it dies."""
+        free = [place for place, (_, lease) in enumerate(self._blocks) if lease() is None]
         for place in free:
-            piece = self._pieces[place][0]
-            if len(piece) >= size:
-                lease = piece[:size]
-                self._pieces[place] = piece, weakref.ref(lease)
+            block = self._blocks[place][0]
+            if len(block) >= size:
+                lease = block[:size]
+                self._blocks[place] = block, weakref.ref(lease)
                 return lease
-        for place in reversed(free):  # too small by now
-            del self._pieces[place]
+        # free ones are too small by now
+        for place in reversed(free):
+            del self._blocks[place]
         whole = np.empty(size + _LINE, dtype=np.uint8)
         start = -whole.ctypes.data % _LINE
         lease = whole[start : start + size]
-        if len(self._pieces) < _KEPT:
-            self._pieces.append((whole[start:], weakref.ref(lease)))
+        if len(self._blocks) < _KEPT:
+            self._blocks.append((whole[start:], weakref.ref(lease)))
         return lease

@@ -1,7 +1,4 @@
-"""Calls -> the same calls, one after another, by a thread behind the caller's back: one for all tables of a model.
-
-At most `room` calls are asked for and not yet done; asking for one more waits.
-"""
+"""Runs calls in order on one background thread, which all tables of a model share."""
 
 import os
 import threading
@@ -9,48 +6,52 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-_ROOM = 16
+_PENDING = 16
 
 
 class BackgroundThread:
-    """One thread, begun by the first call, ended by `close` and begun anew by the next, and in a process's fork."""
+    """Runs calls in order on one thread; `submit` waits while `pending` calls are not done yet.
 
-    def __init__(self, room: int = _ROOM) -> None:
-        self._size = room
-        self._begin()
+    The first call starts the thread. The next one after `close`, or in a forked process, starts
+    another.
+    """
 
-    def _begin(self) -> None:
-        self._room = threading.BoundedSemaphore(self._size)
+    def __init__(self, pending: int = _PENDING) -> None:
+        self._pending = pending
+        self._reset()
+
+    def _reset(self) -> None:
+        self._slots = threading.BoundedSemaphore(self._pending)
         self._lock = threading.Lock()
-        self._worker: ThreadPoolExecutor | None = None
+        self._executor: ThreadPoolExecutor | None = None
         self._process = os.getpid()
 
     @property
     def started(self) -> bool:
         """Whether there is a thread."""
-        return self._worker is not None
+        return self._executor is not None
 
-    def submit(self, work: Callable[..., Any], *given: Any) -> "Future[Any]":
-        """Asks for a call; waits while there is no room."""
+    def submit(self, call: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        """Queues a call."""
         if self._process != os.getpid():
-            self._begin()  # the thread did not come along, nor what it had to do
-        self._room.acquire()
+            self._reset()
+        self._slots.acquire()
         try:
             with self._lock:
-                if self._worker is None:
-                    self._worker = ThreadPoolExecutor(1, thread_name_prefix="rows")
-                future = self._worker.submit(work, *given)
+                if self._executor is None:
+                    self._executor = ThreadPoolExecutor(1, thread_name_prefix="rows")
+                future = self._executor.submit(call, *arguments)
         except BaseException:
-            self._room.release()
+            self._slots.release()
             raise
-        future.add_done_callback(lambda _: self._room.release())
+        future.add_done_callback(lambda _: self._slots.release())
         return future
 
     def close(self) -> None:
-        """Waits for what was asked for and ends the thread; who asks meanwhile waits, so there are never two."""
+        """Waits for queued calls and ends the thread; calls of other threads wait until then."""
         if self._process != os.getpid():
-            self._begin()
+            self._reset()
         with self._lock:
-            worker, self._worker = self._worker, None
-            if worker is not None:
-                worker.shutdown()
+            executor, self._executor = self._executor, None
+            if executor is not None:
+                executor.shutdown()

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from rorqual import kernels
 from rorqual.layers.experts import Experts
 from rorqual.layers.router import Router
-from rorqual.tables import DeviceTable, LearningTable
+from rorqual.tables import Table
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of the Muon reference
 NEEDLE_RATE = 6e-3  # of Muon; at 1e-2 attention stays at chance for hundreds of steps
@@ -112,7 +112,7 @@ def roles(model: nn.Module) -> dict[str, Role]:
             name = names[id(parameter)]
             if name in found:
                 continue
-            if isinstance(module, (DeviceTable, LearningTable)):
+            if isinstance(module, Table):
                 found[name] = "rows"
             elif parameter.dim() < 2 or not isinstance(module, (nn.Linear, nn.Embedding, Router, Experts)):
                 found[name] = "plain"
@@ -196,7 +196,7 @@ def coalesce(gradient: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(distinct[None], summed, gradient.shape, is_coalesced=True, check_invariants=False)
 
 
-def _give_dense_gradients(tables: Iterable[DeviceTable]) -> None:
+def _give_dense_gradients(tables: Iterable[Table]) -> None:
     for table in tables:
         table.sparse = False
 
@@ -211,12 +211,12 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         self.config = config
-        self.tables = [table for table in model.modules() if isinstance(table, DeviceTable)]
+        self.tables = [table for table in model.modules() if isinstance(table, Table)]
         weakref.finalize(self, _give_dense_gradients, self.tables)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         role = roles(model)
         self.rows = [name for name in self.parameters if role[name] == "rows"]
-        own = {id(module.weight): module for module in model.modules() if isinstance(module, LearningTable)}
+        own = {id(module.weight): module for module in self.tables if module.file is not None}
         self.apart = {name: own[id(p)] for name, p in self.parameters.items() if id(p) in own}  # they keep their state
         muon = config.kind == "muon"
         self.matrices = [name for name in self.parameters if role[name] == "matrix" and muon]
@@ -324,7 +324,7 @@ class Optimizer:
         update = kernels.pick("row_adam", row_adam, table, values)
         update(table.detach(), first, second, updates, touched, values, lr, self.config.betas, self.config.eps)
 
-    def _rows_apart(self, table: LearningTable, gradient: Tensor, lr: float) -> None:
+    def _rows_apart(self, table: Table, gradient: Tensor, lr: float) -> None:
         def change(*given: Tensor) -> None:
             kernels.pick("row_adam", row_adam, *given)(*given, lr, self.config.betas, self.config.eps)
 

@@ -37,7 +37,7 @@ from rorqual.data.tokenizer import train as train_tokenizer
 from rorqual.io import lock, remove_partial
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig, row_totals
-from rorqual.tables import HostedTable, LearningTable, write_rows
+from rorqual.tables import Table, write_rows
 from rorqual.tables.thread import BackgroundThread
 from rorqual.train.optim import Diverged, OptimConfig, Optimizer
 
@@ -429,7 +429,7 @@ def _model(config: TrainConfig, data: Prepared | Asked, device: torch.device, af
     return model
 
 
-def _tables(config: TrainConfig, shape: ModelConfig, after: ExitStack) -> list[HostedTable | LearningTable] | None:
+def _tables(config: TrainConfig, shape: ModelConfig, after: ExitStack) -> list[Table] | None:
     """Where the rows learn, if not on the device; as many marks as there may be checkpoints, and one on its way.
 
     Closed however the run ends, so that another of this process may train them."""
@@ -440,21 +440,22 @@ def _tables(config: TrainConfig, shape: ModelConfig, after: ExitStack) -> list[H
         raise ValueError(f"tables: got {got}, expected device: ranks would write one file, and exchange on the device")
     folder, width, thread = Path(config.folder) / "learning", shape.engram.head_dim, BackgroundThread()
 
-    def table(n: int, rows: int) -> HostedTable | LearningTable:
+    def table(n: int, rows: int) -> Table:
         if config.tables == "host":
-            return HostedTable(rows, width, thread=thread)  # one thread for all
-        return LearningTable(folder / str(n), rows, width, keep=config.keep + 1)  # whose writes would wait for others'
+            return Table(rows, width, "host", thread=thread)  # one thread for all
+        # a thread for each, which need not wait for others' writes
+        return Table.of_records(folder / str(n), rows, width, keep=config.keep + 1)
 
     return [after.enter_context(closing(table(n, rows))) for n, rows in enumerate(row_totals(shape.engram))]
 
 
 def _write_tables(folder: Path, model: LanguageModel) -> None:
     """Rows that learnt on the disk -> FOLDER/tables, where a run's rows are looked for first."""
-    learnt = [table for table in model.tables if isinstance(table, LearningTable)]
+    learnt = [table for table in model.tables if isinstance(table, Table) and table.placement == "disk"]
     if learnt:
         shutil.rmtree(folder / "tables", ignore_errors=True)
     for n, table in enumerate(learnt):
-        write_rows(folder / "tables" / str(n), table.rows, table.width, table.values)
+        write_rows(folder / "tables" / str(n), table.rows, table.width, table.read_trained)
         table.close()
 
 

@@ -11,7 +11,7 @@ from rorqual.experiments import tables
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel
 from rorqual.serve.decoding import decode, speculate
-from rorqual.tables import DiskTable, TableConfig
+from rorqual.tables import Table, TableConfig, write_table
 
 pytestmark = pytest.mark.engram
 
@@ -28,33 +28,27 @@ def test_every_way_is_measured(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_warm_disk_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though the cold ways of every round have the system forget the same files."""
-    walked, at_once, waited = tables._walked, DiskTable._at_once, []
-    way = [way.name for way in tables.ways(1)]
+def test_ways_that_say_other_ids_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = tables.opened
 
-    def seen(*given: object) -> tuple:
-        way.append(way.pop(0))
-        return walked(*given)
-
-    def given(own: DiskTable, ids: np.ndarray) -> torch.Tensor | None:
-        found = at_once(own, ids)
-        waited.extend([way[-1]] if found is None else [])
+    def changed(config: tables.BenchConfig, folder: Path, placed: TableConfig) -> tables.Tables:
+        found = opened(config, folder, placed)
+        for table in found if placed.placement == "host" else ():
+            table.values.fill_(50.0)
         return found
 
-    monkeypatch.setattr(tables, "_walked", seen)
-    monkeypatch.setattr(DiskTable, "_at_once", given)
-    config = tables.BenchConfig(folder=str(tmp_path), **SMALL | {"rounds": 2, "rows": 400_000, "width": 64})
-    monkeypatch.setattr(tables, "_line", lambda _, way, *rest: tables.Line(way.name, *[0.0] * 5))
-    tables.bench(config)
-    assert not [name for name in waited if "warm" in name]
-
-
-def test_ways_that_say_other_ids_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    numbers = DiskTable._numbers
-    monkeypatch.setattr(DiskTable, "_numbers", lambda own, raw: torch.full_like(numbers(own, raw), 50.0))
-    with pytest.raises(RuntimeError, match="disk warm says other ids than resident"):
+    monkeypatch.setattr(tables, "opened", changed)
+    with pytest.raises(RuntimeError, match="host memory says other ids than resident"):
         tables.bench(tables.BenchConfig(folder=str(tmp_path), **SMALL | {"tokens": 20}))
+
+
+def test_measure_says_what_a_table_gives(tmp_path: Path) -> None:
+    values = torch.randn(1000, 4)
+    for table in (Table(1000, 4), Table.of_values(values), Table.of_file(write_table(tmp_path / "t", values))):
+        found = tables.measure(table, rows_per_token=8, seconds=0.02)
+        assert set(found) == {"rows_per_second", "step_p50", "step_p99"}
+        assert all(np.isfinite(value) and value > 0 for value in found.values())
+        assert found["step_p50"] <= found["step_p99"]
 
 
 def said(model: LanguageModel, prompt: list[int], count: int) -> tuple[list, torch.Tensor]:

@@ -12,7 +12,7 @@ from rorqual import kernels
 from rorqual.config import from_dict
 from rorqual.layers.experts import Experts
 from rorqual.presets import PRESETS
-from rorqual.tables import DeviceTable
+from rorqual.tables import Table
 from rorqual.train.optim import (
     OptimConfig,
     Optimizer,
@@ -46,7 +46,7 @@ class Double(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(11, 6)
         self.blocks = nn.ModuleList([Block()])
-        self.tables = nn.ModuleList([DeviceTable(rows, 6)])
+        self.tables = nn.ModuleList([Table(rows, 6)])
         self.head = nn.Linear(6, 11, bias=False)
 
     def forward(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -61,7 +61,7 @@ def gradients(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            if isinstance(module, DeviceTable):
+            if isinstance(module, Table):
                 index = torch.randint(0, len(parameter), (1, 25), generator=generator)
                 values = torch.randn(25, parameter.shape[1], generator=generator)
                 parameter.grad = torch.sparse_coo_tensor(index, values, parameter.shape, check_invariants=False)
@@ -455,7 +455,7 @@ def test_the_order_of_duplicates_does_not_matter():
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
 def test_rows_touched_every_step_follow_torch_adam(dtype, atol):
     """The averages are float32 for bfloat16 rows too: 60 steps leave them as near as the rows' own rounding."""
-    table = DeviceTable(20, 7, dtype=dtype)
+    table = Table(20, 7, dtype=dtype)
     model, config = nn.ModuleDict({"table": table}), OptimConfig(lr=0.002, betas=(0.9, 0.999), clip=1e9)
     copy = nn.Parameter(table.weight.detach().float())
     optimizer, dense = Optimizer(model, config), torch.optim.Adam([copy], lr=0.01, betas=(0.9, 0.999))
