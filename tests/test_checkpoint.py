@@ -336,7 +336,7 @@ def test_a_folder_without_a_model_says_what_is_missing(tmp_path):
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("where", [{"home": "host"}, {"home": "disk"}, {"folder": "rows"}])
+@pytest.mark.parametrize("where", [{"placement": "host"}, {"placement": "disk"}, {"folder": "rows"}])
 def test_tables_elsewhere_are_refused_for_a_model_without_any(tmp_path, where):
     save_model(tmp_path, LanguageModel(tiny()))
     with pytest.raises(ValueError, match="for a model without Engram, expected none"):

@@ -26,12 +26,14 @@ class RowCache:
         self, ids: Int[np.ndarray, " K"]
     ) -> tuple[UInt8[Tensor, "K bytes"], Int[np.ndarray, " missing"]]:
         """Rows of distinct ids, and the places of those that are not cached, to be filled in."""
-        rows = torch.empty(len(ids), self._values.shape[1], dtype=torch.uint8)
+        if not self.slots:
+            rows = torch.empty(len(ids), self._values.shape[1], dtype=torch.uint8)
+            return rows, np.arange(len(ids))
         slots = np.array([self._use(row) for row in ids.tolist()], dtype=np.int64)
-        hits = np.flatnonzero(slots >= 0)
-        if len(hits):
-            rows[torch.from_numpy(hits)] = self._values[torch.from_numpy(slots[hits])]
-        return rows, np.flatnonzero(slots < 0)
+        missing = np.flatnonzero(slots < 0)
+        # any row stands for those that are missing
+        slots[missing] = 0
+        return self._values.index_select(0, torch.from_numpy(slots)), missing
 
     def _use(self, row: int) -> int:
         """The slot of a row, which is now the one used last; -1 if it is not cached."""

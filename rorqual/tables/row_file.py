@@ -59,6 +59,7 @@ class FileRows:
         runs = _runs(ids, self.row_bytes)
         target = into.reshape(-1).data
         if len(runs) <= _ANNOUNCED:
+            runs = [run for run in runs if not self._read_at_once(target, run)]
             self._announce(runs)
             for place, size, at in runs:
                 self.read_bytes(target[place : place + size], at)
@@ -72,6 +73,17 @@ class FileRows:
         parts = [runs[at : at + share] for at in range(0, len(runs), share)]
         with ThreadPoolExecutor(_THREADS) as threads:
             list(threads.map(read, parts))
+
+    def _read_at_once(self, target: memoryview, run: tuple[int, int, int]) -> bool:
+        """Reads what the system has in memory; False if that would take a wait."""
+        place, size, at = run
+        if self.file < 0 or not (hasattr(os, "preadv") and hasattr(os, "RWF_NOWAIT")):
+            return False
+        try:
+            part = target[place : place + size]
+            return os.preadv(self.file, [part], self.start + at, os.RWF_NOWAIT) == size
+        except OSError:
+            return False
 
     def _announce(self, runs: list[tuple[int, int, int]]) -> None:
         """Has the disk begin with several reads at once, where the system can."""

@@ -224,7 +224,10 @@ class Table(nn.Module):
             if len(missing):
                 read = self.file.read(unique[missing])
                 self._cache.insert(unique[missing], read)
-                rows[torch.from_numpy(missing)] = read
+                if len(missing) < len(unique):
+                    rows[torch.from_numpy(missing)] = read
+                else:
+                    rows = read
             self._count(len(places), len(unique), len(missing))
         return self._ordered(rows, places)
 
