@@ -9,6 +9,9 @@ once for each kernel with that one alone put back to its PyTorch reference; the 
 ratio is the median time without the kernel over the median with all. Kernels that a work never calls
 are left out of it. `--merge` prints the table of several runs, with the geometric mean over training
 and generating that decides (1.1 in the mean, 1.3 somewhere, or a bar of its own).
+
+With `--tables disk` rows learn, or are read, in files below `--folder`, of which the system holds every
+byte; a table that is read keeps `--hot-bytes` of its rows in memory.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import json
 import math
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -30,8 +34,10 @@ from rorqual import kernels
 from rorqual.experiments.demo import DemoConfig
 from rorqual.experiments.plan import split_budget
 from rorqual.model import LanguageModel
+from rorqual.model_config import ModelConfig, row_totals
 from rorqual.presets import preset
 from rorqual.serve.decoding import decode
+from rorqual.tables import Table, draw_table
 from rorqual.train.config import recipe
 from rorqual.train.optim import Optimizer
 
@@ -58,6 +64,19 @@ def generating(model: LanguageModel) -> Callable[[], object]:
     """Returns what generates greedily from one prompt."""
     ids = torch.randint(model.config.vocabulary, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
     return lambda: list(decode(model, [ids], max_new_tokens=CONTINUED, vocabulary=model.config.vocabulary))
+
+
+def on_disk(config: ModelConfig, kind: str, folder: Path, hot_bytes: int) -> list[Table]:
+    """Returns tables of the model's shape whose rows are in files."""
+    found: list[Table] = []
+    for number, rows in enumerate(row_totals(config.engram)):
+        place = folder / f"{kind}-{config.dim}-{number}"
+        if kind == "train":
+            found.append(Table.of_records(place, rows, config.engram.head_dim))
+        else:
+            table = draw_table(place, rows, config.engram.head_dim, seed=number)
+            found.append(Table.of_file(table, cache_bytes=hot_bytes))
+    return found
 
 
 def called(work: Callable[[], object]) -> set[str]:
@@ -115,16 +134,8 @@ def merged(tables: Iterable[dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=list(SHAPES))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--merge", nargs="+", type=Path, help="print the table of runs that are there")
-    options = parser.parse_args()
-    if options.merge:
-        print(merged(json.loads(path.read_text(encoding="utf-8")) for path in options.merge))
-        return
+def measured(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
+    """The ratios of every work."""
     table: dict[str, dict[str, float]] = {}
     for name, kind in itertools.product(options.presets, ("train", "decode")):
         config = preset(name)
@@ -132,9 +143,31 @@ def main() -> None:
             # what the demo trains beside the preset itself
             config = split_budget(config, DemoConfig().rho).engram.config
         canonical = torch.arange(config.vocabulary) if config.engram is not None else None
-        model = LanguageModel(config, canonical, seed=0)
+        disk = options.tables == "disk"
+        tables = on_disk(config, kind, folder, options.hot_bytes) if disk else None
+        model = LanguageModel(config, canonical, seed=0, tables=tables)
         work = training(model, *SHAPES[name]) if kind == "train" else generating(model.eval())
         table[f"{name} {kind} {torch.get_num_threads()}t"] = ratios(work, options.rounds)
+        for each in tables or ():
+            each.close()
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", default=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tables", choices=("device", "disk"), default="device")
+    parser.add_argument("--hot-bytes", type=int, default=64 << 20)
+    parser.add_argument("--folder", type=Path, help="where the tables on a disk are made, and removed afterwards")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--merge", nargs="+", type=Path, help="print the table of runs that are there")
+    options = parser.parse_args()
+    if options.merge:
+        print(merged(json.loads(path.read_text(encoding="utf-8")) for path in options.merge))
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        table = measured(options, Path(folder))
     print(merged([table]))
     if options.json is not None:
         options.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")

@@ -28,7 +28,7 @@ import torch
 from rorqual.kernels import pick
 from rorqual.layers.addresses import Addresses, EngramConfig, follow_rows
 from rorqual.layers.context import context
-from rorqual.storage import DeviceTable
+from rorqual.tables import Table
 
 VOCABULARY = 32_768
 CPU = torch.device("cpu")
@@ -98,11 +98,11 @@ def decode_steps(rows: int, layers: tuple[int, ...], name: str) -> dict[str, Cal
 
 
 def recalling(rows: int, width: int, tokens: int, rounds: int) -> dict[str, float]:
-    table = DeviceTable(rows * 16, width)
+    table = Table(rows * 16, width)
     asked = torch.randint(rows * 16, (tokens, 16))
     flat, out = asked.flatten(), torch.empty(asked.numel(), width)
     steps = {
-        "recall": lambda: table.request(asked).wait(),
+        "recall": lambda: table.prefetch(asked).wait(),
         "index_select": lambda: torch.index_select(table.weight, 0, flat, out=out),
     }
     return measure(steps, rounds)

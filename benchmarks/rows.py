@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from rorqual.storage import DeviceTable
+from rorqual.tables import Table
 from rorqual.train.config import OptimConfig
 from rorqual.train.optim import Optimizer
 
@@ -33,7 +33,7 @@ def measure(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, floa
 
 
 def ours(rows: int, width: int, index: torch.Tensor, values: torch.Tensor) -> Callable[[], None]:
-    model = nn.ModuleDict({"table": DeviceTable(rows, width)})
+    model = nn.ModuleDict({"table": Table(rows, width)})
     optimizer = Optimizer(model, OptimConfig())
     table = optimizer.parameters["table.weight"]
 

@@ -31,7 +31,7 @@ whale = [t for t, word in enumerate(words) if word.lower() == "whale"]
 print(f"   'the blue whale' reads the same rows at positions {whale}, whatever its case")
 print(f"   row = offset + (xor of id * multiplier) mod prime, primes {primes}: a table of {sum(primes):,} rows")
 
-recalled = model.tables[0].request(rows[0]).wait()  # asked for before the first block runs
+recalled = model.tables[0].prefetch(rows[0]).wait()  # asked for before the first block runs
 print(f"3. recall {list(recalled.shape)}: as many values for any size of table, read while block 0 computes")
 
 gates: list[torch.Tensor] = []

@@ -49,7 +49,7 @@ from rorqual.io import (
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig
 from rorqual.runtime import log
-from rorqual.storage import StorageConfig, open_tables
+from rorqual.tables import TableConfig, open_tables
 
 DIGEST = "digest.json"
 UNDER_WAY = ".unfinished"  # in a run's folder until its model is written
@@ -363,7 +363,7 @@ def _read_description(path: Path) -> dict[str, Any]:
 def load_model(
     folder: str | os.PathLike,
     device: str | torch.device = "cpu",
-    tables: StorageConfig | None = None,
+    tables: TableConfig | None = None,
 ) -> LanguageModel:
     """Loads the model of a run's folder, in evaluation mode. `tables` says where its rows live.
 
@@ -372,7 +372,7 @@ def load_model(
     weights, TableError for a torn table.
     """
     folder = Path(folder)
-    tables = tables or StorageConfig()
+    tables = tables or TableConfig()
     if is_checkpoint(folder):
         return _load_checkpoint(folder, device, tables)
     if (folder / "config.json").is_file() and not is_finished(folder):
@@ -388,17 +388,17 @@ def load_model(
     return _load_finished(folder, device, tables)
 
 
-def _load_finished(folder: Path, device: str | torch.device, tables: StorageConfig) -> LanguageModel:
+def _load_finished(folder: Path, device: str | torch.device, tables: TableConfig) -> LanguageModel:
     """Loads the model from config.json and model.safetensors, its rows from wherever they are."""
     config = read_config(folder)
-    if config.engram is None and tables != StorageConfig():
+    if config.engram is None and tables != TableConfig():
         raise ValueError(
             f"{folder}: got {tables} for a model without Engram, expected none: it has no rows to keep elsewhere"
         )
     path = folder / "model.safetensors"
     stored = stored_shapes(path)
     check_sizes(folder, config, stored)
-    elsewhere = tables.home != "device" or tables.folder is not None
+    elsewhere = tables.placement != "device" or tables.folder is not None
     in_files = "tables.0.weight" not in stored and (folder / "tables").is_dir()
     state = _read_weights(path, str(device), without_tables=elsewhere)
     if config.tied:
@@ -441,7 +441,7 @@ def _open_weights(path: Path, device: str) -> Iterator[Any]:
         raise Damaged(f"{path}: got a torn file ({error}), expected safetensors") from error
 
 
-def _load_newest(folder: Path, device: str | torch.device, tables: StorageConfig) -> LanguageModel | None:
+def _load_newest(folder: Path, device: str | torch.device, tables: TableConfig) -> LanguageModel | None:
     """Loads the newest good checkpoint, else the best one; returns None if there is neither.
 
     Training may remove a checkpoint while it is read. It is there to write newer ones, so the
@@ -469,13 +469,13 @@ def _load_newest(folder: Path, device: str | torch.device, tables: StorageConfig
 def _load_checkpoint(
     folder: Path,
     device: str | torch.device,
-    tables: StorageConfig,
+    tables: TableConfig,
     *,
     verified: bool = False,
 ) -> LanguageModel:
     """Loads the model of a checkpoint without the optimizer's state, and logs its step."""
     run = run_of(folder)
-    if tables != StorageConfig():
+    if tables != TableConfig():
         raise ValueError(f"{folder}: got {tables}, expected none: rows of a checkpoint are read into memory alone")
     if not verified:
         verify(folder)

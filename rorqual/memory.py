@@ -31,7 +31,7 @@ from rorqual.layers.context import context
 from rorqual.layers.engram import Addresses, Engram
 from rorqual.model import LanguageModel
 from rorqual.model_config import EngramConfig
-from rorqual.storage import DeviceTable
+from rorqual.tables import Table
 
 Ngram = str | Sequence[int]  # text that is 2 to N tokens long, or their ids
 FORMAT = "rorqual-edits-1"
@@ -380,9 +380,9 @@ class Editor:
                 raise ValueError(f"{path}: got other rows than {last.what} left, expected them unchanged")
             self.edits.pop()
 
-    def _table(self, layer: int) -> DeviceTable:
+    def _table(self, layer: int) -> Table:
         table = _parts(self.model).tables[_place(_parts(self.model).config, layer)]
-        if not isinstance(table, DeviceTable) or not table.weight.is_floating_point():
+        if not isinstance(table, Table) or table.file is not None or table.dtype == torch.float8_e4m3fn:
             raise ValueError(f"memory: got rows in {table}, expected them on the device, as floats, to be edited")
         return table
 

@@ -34,7 +34,7 @@ from rorqual.layers.nsa import NSA
 from rorqual.layers.router import Routing
 from rorqual.model_config import ModelConfig as ModelConfig
 from rorqual.model_config import row_totals
-from rorqual.storage import DeviceTable, LearningTable
+from rorqual.tables import Table
 
 IGNORED = -100  # a label that is no target
 ROW_STD = 0.02  # Engram's rows at the start
@@ -148,7 +148,7 @@ class LanguageModel(nn.Module):
             self.head.weight = self.embed.weight
         self.addresses = Addresses(config.engram, canonical_map, config.vocabulary) if config.engram else None
         shapes = [(rows, config.engram.head_dim) for rows in row_totals(config.engram)] if config.engram else []
-        self.tables = nn.ModuleList(starmap(DeviceTable, shapes) if tables is None else tables)
+        self.tables = nn.ModuleList(starmap(Table, shapes) if tables is None else tables)
         if (got := [(table.rows, table.width) for table in self.tables]) != shapes:
             raise ValueError(f"tables: got rows by width {got}, expected {shapes} as the config says")
         depth = config.mtp.depth if config.mtp is not None else 0
@@ -208,7 +208,7 @@ class LanguageModel(nn.Module):
             return {}
         rows = self.addresses(ids, ctx, history)  # [Lm, B, T, R]
         return {
-            layer: cast(DeviceTable, table).request(rows[n])
+            layer: cast(Table, table).prefetch(rows[n])
             for n, (layer, table) in enumerate(zip(self.config.engram.layers, self.tables, strict=True))
         }
 
@@ -310,7 +310,7 @@ def init(model: LanguageModel, seed: int = 0) -> None:
             if isinstance(module, starts_itself):
                 module.reset_parameters()
         own = {id(p) for m in model.modules() if isinstance(m, starts_itself) for p in m.parameters()}
-        apart = {id(table.weight): table for table in model.tables if isinstance(table, LearningTable)}
+        apart = {id(table.weight): table for table in model.tables if isinstance(table, Table) and table.file}
         for name, parameter in model.named_parameters():
             if id(parameter) in own:
                 continue

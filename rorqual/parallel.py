@@ -29,7 +29,7 @@ from torch.func import functional_call
 from rorqual import runtime
 from rorqual.layers.experts import Experts
 from rorqual.layers.moe import MoE
-from rorqual.storage import DeviceTable
+from rorqual.tables import Table
 
 T = TypeVar("T")
 
@@ -167,7 +167,7 @@ def shard(model: nn.Module, mesh: DeviceMesh | None = None, experts: bool = Fals
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     if experts:
         _cut_experts(model, mesh)
-    apart = (DeviceTable, Experts) if experts else DeviceTable
+    apart = (Table, Experts) if experts else Table
     ignored = {p for module in model.modules() if isinstance(module, apart) for p in module.parameters()}
     for block in (*model.blocks, *(module.block for module in model.mtp)):  # type: ignore[misc, union-attr]
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=ignored)

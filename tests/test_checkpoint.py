@@ -41,7 +41,7 @@ from rorqual.layers.hyper import HyperConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel, ModelConfig
-from rorqual.storage import StorageConfig
+from rorqual.tables import TableConfig
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
@@ -336,12 +336,12 @@ def test_a_folder_without_a_model_says_what_is_missing(tmp_path):
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("where", [{"home": "host"}, {"home": "disk"}, {"folder": "rows"}])
+@pytest.mark.parametrize("where", [{"placement": "host"}, {"placement": "disk"}, {"folder": "rows"}])
 def test_tables_elsewhere_are_refused_for_a_model_without_any(tmp_path, where):
     save_model(tmp_path, LanguageModel(tiny()))
     with pytest.raises(ValueError, match="for a model without Engram, expected none"):
-        load_model(tmp_path, tables=StorageConfig(**where))
-    assert load_model(tmp_path, tables=StorageConfig()).config == tiny()
+        load_model(tmp_path, tables=TableConfig(**where))
+    assert load_model(tmp_path, tables=TableConfig()).config == tiny()
 
 
 SIZES = {

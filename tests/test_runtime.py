@@ -126,7 +126,7 @@ EXTRAS = {"datasets", "lm_eval", "matplotlib", "olmo_core", "peft", "pyarrow", "
 def elsewhere(code: str, *words: str) -> str:
     """What Python code prints where the system lacks what Windows and macOS lack."""
     root = str(Path(runtime.__file__).parents[1])
-    environment = os.environ | {"PYTHONWARNINGS": "ignore", "RORQUAL_KERNELS": "read_places=reference"}
+    environment = os.environ | {"PYTHONWARNINGS": "ignore", "RORQUAL_KERNELS": "sum_rows=reference"}
     command = [sys.executable, "-c", ELSEWHERE + code, root, *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -146,7 +146,7 @@ for found in pkgutil.walk_packages(rorqual.__path__, "rorqual."):
             raise
 """
     said = elsewhere(code).split()
-    assert {"rorqual.train.trainer", "rorqual.storage.homes", "rorqual.experiments.runs"} <= set(said)
+    assert {"rorqual.train.trainer", "rorqual.tables.placement", "rorqual.experiments.runs"} <= set(said)
 
 
 @pytest.mark.slow

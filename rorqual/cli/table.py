@@ -1,4 +1,4 @@
-"""Options of a command about tables of rows -> one call into storage, or into the measurement of homes, out."""
+"""Options of a command about tables of rows -> one call into rorqual.tables, or into the measurement of homes, out."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -84,7 +84,7 @@ class Hot:
     """
 
     run: Positional[str]  # a run folder
-    out: Positional[str]  # the new file, for StorageConfig's `hot`
+    out: Positional[str]  # the new file, for TableConfig's `hot`
     data: str = "wordnet"  # a corpus name, a file or a folder
     column: str = "text"  # the field of the corpus that holds the text
     limit: int = 1000  # documents of it
@@ -132,7 +132,7 @@ def table_command(argv: list[str]) -> int:
 
 
 def build(options: Build, as_json: bool) -> int:
-    from rorqual import storage
+    from rorqual import tables
 
     if options.source is not None:
         if options.rows is not None or options.width is not None:
@@ -144,13 +144,13 @@ def build(options: Build, as_json: bool) -> int:
         raise UsageError("got --name or --number without --source, expected the source that they are about")
     if options.rows < 1 or options.width < 1:
         raise UsageError(f"got {options.rows} rows of width {options.width}, expected at least 1 of each")
-    from rorqual.storage.formats import row_bytes
+    from rorqual.tables.fp8 import row_bytes
 
     dtype = _dtype(options.dtype or "float32")
     size = row_bytes(options.width, dtype)
     shard_rows = _shard_rows(options, size)
     with _bar(options.rows * size) as progress:
-        storage.draw_table(
+        tables.draw_table(
             options.table,
             options.rows,
             options.width,
@@ -169,20 +169,20 @@ def convert(options: Convert, as_json: bool) -> int:
 
 def _written(options: Build | Convert, source: str, as_json: bool) -> int:
     """A table out of another, told as `inspect` tells it."""
-    from rorqual import storage
-    from rorqual.storage.formats import row_bytes
+    from rorqual import tables
+    from rorqual.tables.fp8 import row_bytes
 
     found = tables_in(Path(source), options.name)
     if not 0 <= options.number < len(found):
         raise UsageError(f"got --number {options.number}, expected 0 to {len(found) - 1}: {source} has so many tables")
     path, name = found[options.number]
-    before = storage.DiskTable(path, name=name, hot_bytes=0)
+    before = tables.RowFile(path, name)
     before.close()
     dtype = before.dtype if options.dtype is None else _dtype(options.dtype)
     size = row_bytes(before.width, dtype)
     shard_rows = _shard_rows(options, size)
     with _bar(before.rows * size) as progress:
-        storage.convert(path, options.table, name=name, dtype=dtype, shard_rows=shard_rows, progress=progress)
+        tables.convert(path, options.table, name=name, dtype=dtype, shard_rows=shard_rows, progress=progress)
     return inspect(Inspect(table=options.table), as_json)
 
 
@@ -195,7 +195,7 @@ def _shard_rows(options: Build | Convert, size: int) -> int:
 def inspect(options: Inspect, as_json: bool) -> int:
     found = [_about(path, name) for path, name in tables_in(Path(options.table), options.name)]
     if options.hot is not None:
-        from rorqual.storage import hot_rows
+        from rorqual.tables import hot_rows
 
         lists = hot_rows(Path(options.hot))
         for number, about in enumerate(found):
@@ -218,7 +218,7 @@ def inspect(options: Inspect, as_json: bool) -> int:
 
 
 def _about(path: Path, name: str) -> dict[str, Any]:
-    from rorqual.storage.shards import open_shards
+    from rorqual.tables.row_file import open_shards
 
     shards = open_shards(path, name)
     starts = [sum(shard.rows for shard in shards[:n]) for n in range(len(shards))]
@@ -243,9 +243,9 @@ def _about(path: Path, name: str) -> dict[str, Any]:
 
 
 def verify(options: Verify, as_json: bool) -> int:
-    from rorqual import storage
+    from rorqual import tables
 
-    damaged = storage.verify(options.table)
+    damaged = tables.verify(options.table)
     if as_json:
         rows = [{"file": each.path, "first": each.rows.start, "last": each.rows.stop - 1} for each in damaged]
         emit({"sound": not damaged, "damaged": rows})
@@ -263,7 +263,7 @@ def hot(options: Hot, as_json: bool) -> int:
 
     from rorqual import evaluate, memory
     from rorqual.serve.generate import load
-    from rorqual.storage import hot_rows
+    from rorqual.tables import hot_rows
 
     if options.rows < 1 or options.limit < 1:
         raise UsageError(f"got --rows {options.rows} and --limit {options.limit}, expected at least 1 of each")
@@ -333,12 +333,12 @@ def bench(options: Bench, as_json: bool) -> int:
 def tables_in(path: Path, name: str | None) -> list[tuple[Path, str]]:
     """Where a path has tables, and what their tensors are called: a run's by number, or the one of a file or folder."""
     if name is None and (path / "config.json").is_file():
-        from rorqual.storage import homes
+        from rorqual.tables import placement
 
-        count = len(homes.within(path / "model.safetensors")) or len(list(path.glob("tables/*")))
+        count = len(placement.table_names(path / "model.safetensors")) or len(list(path.glob("tables/*")))
         if not count:
             raise ValueError(f"{path}: got a run without tables, expected a model with Engram")
-        return homes.places(path, count, homes.StorageConfig())
+        return placement.table_places(path, count, placement.TableConfig())
     return [(path, name or "rows")]
 
 

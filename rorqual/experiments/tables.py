@@ -16,16 +16,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from rorqual.model import LanguageModel
 from rorqual.model_config import EngramConfig, MLAConfig, ModelConfig, row_totals
 from rorqual.serve.decoding import decode
-from rorqual.storage import DeviceTable, DiskTable, HostTable, StorageConfig, draw_table, measure, open_tables
-from rorqual.storage.formats import FP8
+from rorqual.tables import RowFile, Table, TableConfig, draw_table, open_tables
+from rorqual.tables.fp8 import FP8
 
-Tables = Sequence[DeviceTable | HostTable | DiskTable]
+Tables = Sequence[Table]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": FP8}
 PROMPT = 16  # ids
@@ -64,7 +65,7 @@ class Way(NamedTuple):
     """A home, and whether the system holds the file, rows are fetched ahead, and some are kept."""
 
     name: str
-    storage: StorageConfig
+    config: TableConfig
     cold: bool = False
 
 
@@ -82,14 +83,14 @@ class Line(NamedTuple):
 def ways(hot_bytes: int) -> list[Way]:
     """Everything that is compared."""
     found = [
-        Way("resident", StorageConfig()),
-        Way("host memory", StorageConfig(home="host")),
-        Way("host memory, no prefetch", StorageConfig(home="host", prefetch=False)),
+        Way("resident", TableConfig()),
+        Way("host memory", TableConfig(placement="host")),
+        Way("host memory, no prefetch", TableConfig(placement="host", prefetch=False)),
     ]
     for state in ("warm", "cold"):
         for words, hot, prefetch in (("", 0, True), (", no prefetch", 0, False), (", hot rows", hot_bytes, True)):
-            storage = StorageConfig(home="disk", hot_bytes=hot, prefetch=prefetch)
-            found.append(Way(f"disk {state}{words}", storage, cold=state == "cold"))
+            placed = TableConfig(placement="disk", hot_bytes=hot, prefetch=prefetch)
+            found.append(Way(f"disk {state}{words}", placed, cold=state == "cold"))
     return found
 
 
@@ -101,13 +102,13 @@ def bench(config: BenchConfig, say: Callable[[str], None] = lambda _: None) -> l
     with tempfile.TemporaryDirectory(dir=config.folder, prefix="table-bench-") as place:
         say(f"drawing {sum(row_totals(memory_of(config))):,} rows of {config.width} values in {config.dtype}")
         folder = drawn(config, Path(place))
-        every = [(way, opened(config, folder, way.storage)) for way in ways(config.hot_bytes)]
+        every = [(way, opened(config, folder, way.config)) for way in ways(config.hot_bytes)]
         model = model_with(config, every[-1][1])
         speeds = _generated(config, model, every, say)
         lines = [_line(config, way, tables, speeds[way.name], say) for way, tables in every]
         for _, tables in every:
             for table in tables:
-                getattr(table, "close", lambda: None)()
+                table.close()
     return lines
 
 
@@ -118,9 +119,9 @@ def drawn(config: BenchConfig, folder: Path) -> Path:
     return folder
 
 
-def opened(config: BenchConfig, folder: Path, storage: StorageConfig) -> Tables:
+def opened(config: BenchConfig, folder: Path, placed: TableConfig) -> Tables:
     """The tables of that folder in a home."""
-    found = open_tables(folder, len(memory_of(config).layers), replace(storage, folder=str(folder)))
+    found = open_tables(folder, len(memory_of(config).layers), replace(placed, folder=str(folder)))
     return [table.eval() for table in found]
 
 
@@ -173,8 +174,8 @@ def _generated(
 def _warm(way: Way, tables: Tables) -> None:
     """The cold ways of the round before have had the system forget the files."""
     for table in tables:
-        if isinstance(table, DiskTable) and not way.cold:
-            table.remember()
+        if isinstance(table.file, RowFile) and not way.cold:
+            table.file.fill_page_cache()
 
 
 def _walked(
@@ -184,7 +185,7 @@ def _walked(
     said, seconds = [next(steps)], list[float]()
     while True:
         for table in cold:
-            table.forget()  # type: ignore[operator]
+            _drop_page_cache(table)
         for weight in weights:
             weight.sum()
         began = time.perf_counter()
@@ -206,8 +207,50 @@ def _line(
     hits, different = (sum(each.metrics().get(name, 0.0) for each in tables) for name in ("hits", "different"))
     rate = hits / different if different else 0.0
     _warm(way, tables)
-    before = table.forget if way.cold and isinstance(table, DiskTable) else lambda: None
+    before = (lambda: _drop_page_cache(table)) if way.cold else lambda: None
     found = measure(
         table, rows_per_token=16 * config.sequences, seconds=config.seconds, seed=config.seed, before=before
     )
     return Line(way.name, found["rows_per_second"], found["step_p50"], found["step_p99"], speed, rate)
+
+
+def _drop_page_cache(table: Table) -> None:
+    if isinstance(table.file, RowFile):
+        table.file.drop_page_cache()
+
+
+def measure(
+    table: Table,
+    *,
+    rows_per_token: int = 16,
+    seconds: float = 1.0,
+    seed: int = 0,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """Measures a table with ids that are drawn uniformly, the worst case for a cache.
+
+    Returns rows_per_second in batches of 4,096 ids, and the median and 99th percentile of one token's
+    fetch in seconds. `before` is called ahead of every fetch and not timed.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def lap(count: int) -> float:
+        ids = torch.randint(table.rows, (count,), generator=draw)
+        before()
+        began = time.perf_counter()
+        table.prefetch(ids).wait()
+        return time.perf_counter() - began
+
+    def laps(count: int) -> list[float]:
+        stop = time.perf_counter() + seconds / 2
+        found = [lap(count)]
+        while time.perf_counter() < stop:
+            found.append(lap(count))
+        return found
+
+    with torch.no_grad():
+        bulk = laps(4096)
+        steps = laps(rows_per_token)
+    p50, p99 = np.percentile(steps, [50, 99])
+    rate = 4096 * len(bulk) / sum(bulk)
+    return {"rows_per_second": rate, "step_p50": float(p50), "step_p99": float(p99)}

@@ -32,7 +32,7 @@ from rorqual.layers.cache import BlockCache, Bundle, Past, Recent
 from rorqual.layers.context import Context, context
 from rorqual.layers.engram import Engram
 from rorqual.model_config import EngramConfig, row_totals
-from rorqual.storage import DeviceTable
+from rorqual.tables import Table
 
 NAME = "rorqual_memory"  # the submodule of the host that holds the memory
 FORMAT = "rorqual-memory-1"
@@ -48,7 +48,7 @@ class Memory(nn.Module):
         super().__init__()
         self.config, self.width, self.vocabulary = config, width, vocabulary
         self.addresses = Addresses(config, tokenizer.canonical_map() if config.canonical else None, vocabulary)
-        self.tables = nn.ModuleList(DeviceTable(rows, config.head_dim) for rows in row_totals(config))
+        self.tables = nn.ModuleList(Table(rows, config.head_dim) for rows in row_totals(config))
         self.engrams = nn.ModuleList(Engram(config, width) for _ in config.layers)
         self.start("values", seed)
         self._host: tuple[nn.Module, ...] = ()  # a tuple, so that the host is no submodule of its memory
@@ -70,8 +70,8 @@ class Memory(nn.Module):
             (engram.value_proj if zero == "values" else table).weight.zero_()
 
     @property
-    def _stores(self) -> list[DeviceTable]:
-        return cast(list[DeviceTable], list(self.tables))
+    def _stores(self) -> list[Table]:
+        return cast(list[Table], list(self.tables))
 
     @property
     def attached(self) -> bool:
@@ -181,7 +181,7 @@ class Memory(nn.Module):
         batch, time = ids.shape
         ctx = context(batch, time, ids.device, documents=documents, present=present, past=past)
         rows = self.addresses(ids, ctx, None if state is None else state.ids)  # [Lm, B, T, R]
-        pending = [table.request(rows[place]) for place, table in enumerate(self._stores)]
+        pending = [table.prefetch(rows[place]) for place, table in enumerate(self._stores)]
         ctx = dataclasses.replace(ctx, live=self.addresses.live(ids, ctx))
         caches = (None,) * len(pending) if state is None else state.layers
         self._now = [ctx.for_block(BlockCache(None, kept), row) for kept, row in zip(caches, pending, strict=True)]

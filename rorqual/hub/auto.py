@@ -26,7 +26,7 @@ from rorqual.data.tokenizer import Tokenizer
 from rorqual.layers.cache import Cache
 from rorqual.model import IGNORED, LanguageModel
 from rorqual.model_config import ModelConfig
-from rorqual.storage import DeviceTable
+from rorqual.tables import Table
 
 
 class RorqualConfig(PreTrainedConfig):
@@ -254,10 +254,11 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _check_tables(self) -> None:
         """ValueError where a step would leave Engram's rows as they are, or fail behind it."""
-        elsewhere = {type(table).__name__ for table in self.model.tables if type(table) is not DeviceTable}
+        placed = {table.placement for table in self.model.tables if isinstance(table, Table)}
+        elsewhere = ", ".join(sorted(placed - {"device"}))
         if elsewhere:
             raise ValueError(
-                f"tables: got {', '.join(sorted(elsewhere))}, whose rows no optimizer of transformers trains, expected"
+                f"tables: got rows on {elsewhere}, which no optimizer of transformers trains, expected"
                 " them on the device: rq.load(folder, tables='device'). `rorqual train --tables host` or `disk` trains"
                 " rows that lie elsewhere; a model whose own weights are frozen (LoRA) keeps its tables anywhere"
             )

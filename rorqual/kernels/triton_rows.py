@@ -1,4 +1,4 @@
-"""Records of bytes, row ids in -> float32 rows out: the Triton twin of storage.formats.recall.
+"""Records of bytes, row ids in -> float32 rows out: the Triton twin of tables.fp8.lookup.
 
 The rows of float32 and bfloat16 tables have none: torch.embedding reads and writes each once already. An fp8 row would
 be copied, looked up value by value and scaled, three passes; here its bytes become numbers in registers. They are
@@ -44,7 +44,7 @@ def _recall(records, ids, out, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def recall(records: UInt8[Tensor, "rows record"], ids: Int[Tensor, "*B"], width: int) -> Float[Tensor, "*B W"]:
-    """See storage.formats.recall, whose numbers these are, bit for bit."""
+    """See tables.fp8.lookup, whose numbers these are, bit for bit."""
     out = torch.empty(*ids.shape, width, dtype=torch.float32, device=records.device)
     if out.numel():
         with torch.cuda.device_of(records):

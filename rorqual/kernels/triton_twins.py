@@ -22,7 +22,7 @@ def hash_rows(*given: Any) -> Tensor:
 
 
 def recall(*given: Any) -> Tensor:
-    """storage.formats.recall."""
+    """tables.fp8.lookup."""
     from rorqual.kernels import triton_rows
 
     return triton_rows.recall(*given)

@@ -23,7 +23,7 @@ from rorqual.layers.context import Context
 from rorqual.model_config import EngramConfig as EngramConfig
 from rorqual.model_config import head_primes
 from rorqual.model_config import row_totals as row_totals
-from rorqual.storage.staging import Staging
+from rorqual.tables.staging import Staging
 
 WORTH_KEEPING = 4096  # tokens whose rows' memory is kept for the next call
 

@@ -26,7 +26,7 @@ from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig
 from rorqual.serve.decoding import Tally, decode, speculate
 from rorqual.serve.sampling import GREEDY, Sampling
-from rorqual.storage import StorageConfig
+from rorqual.tables import TableConfig
 
 TEMPLATE_SECONDS = 10.0  # in which a chat template must have filled in the messages
 TEMPLATE_BYTES = 1 << 30  # of memory that it may take for that
@@ -361,26 +361,26 @@ class Run:
         )
 
 
-Home = Literal["device", "host", "disk"]
+Placement = Literal["device", "host", "disk"]
 DEEPSEEK = ("deepseek_v2", "deepseek_v3")
 
 
 def load(
-    where: str | Path, *, device: str = "auto", dtype: str | None = None, tables: Home = "device", **sizes: Any
+    where: str | Path, *, device: str = "auto", dtype: str | None = None, tables: Placement = "device", **sizes: Any
 ) -> Run:
     """A run folder, a DeepSeek hub folder, a folder that RorqualForCausalLM saved, or a hub id -> Run.
 
     Of a run that is not finished its newest checkpoint is read; RUN/checkpoints/stepN (or best) is that checkpoint. The
     log says of which step.
 
-    `tables` says where Engram's rows are to live, and `sizes` are other fields of StorageConfig (hot_bytes, folder).
+    `tables` says where Engram's rows are to live, and `sizes` are other fields of TableConfig (hot_bytes, folder).
 
     Only JSON and safetensors are read: no code of a checkpoint is ever run. dtype None keeps the stored one.
     FileNotFoundError where nothing is; ValueError where a folder is not a model or disagrees with itself.
     """
     folder = find(where)
     wanted = None if dtype is None else runtime.dtype(dtype)
-    model = read(folder, StorageConfig(home=tables, **sizes), wanted)
+    model = read(folder, TableConfig(placement=tables, **sizes), wanted)
     model.to(device=runtime.device(device), dtype=wanted)
     folder = checkpoint.run_of(folder)
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
@@ -452,7 +452,7 @@ def snapshot(name: str) -> Path:
         raise FileNotFoundError(said) from error
 
 
-def read(folder: Path, tables: StorageConfig | None = None, dtype: torch.dtype | None = None) -> LanguageModel:
+def read(folder: Path, tables: TableConfig | None = None, dtype: torch.dtype | None = None) -> LanguageModel:
     """The model of a local folder, by what its config.json says it is.
 
     DeepSeek's weights are read into `dtype`, or as they are stored; others keep theirs.
@@ -460,7 +460,7 @@ def read(folder: Path, tables: StorageConfig | None = None, dtype: torch.dtype |
     if checkpoint.is_checkpoint(folder) or checkpoint.is_run(folder):
         return checkpoint.load_model(folder, tables=tables)
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    if tables not in (None, StorageConfig()):
+    if tables not in (None, TableConfig()):
         raise ValueError(f"{folder}: got {tables}, expected a run of rorqual's own, whose tables can lie elsewhere")
     if kind in DEEPSEEK:
         return checkpoints.load(folder, dtype=dtype)

@@ -41,7 +41,7 @@ from rorqual import runtime
 from rorqual.serve.engine import Engine, Request
 from rorqual.serve.generate import Run, TextStream, TooLong
 from rorqual.serve.protocol import Ask, Refusal, body, parse
-from rorqual.storage import DeviceTable, DiskTable
+from rorqual.tables import Table
 
 LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
 LARGEST = 8 * 2**20  # bytes of a request's body
@@ -283,7 +283,7 @@ class Service:
         """Which tables on a disk can no longer be read, and why."""
         found = []
         for number, table in enumerate(self.run.model.tables):
-            why = table.damage() if isinstance(table, DiskTable) else None
+            why = cast(Table, table).damage()
             if why is not None:
                 found.append({"table": number, "error": why[:LONGEST]})
         return found
@@ -340,7 +340,7 @@ def application(service: Service, *, hosts: Sequence[str] = LOCAL) -> Starlette:
     async def health(_: Http) -> Response:
         engine, alive = service.worker.engine, service.worker.is_alive()
         busy: dict[str, Any] = {"running": len(engine.running), "waiting": engine.waiting, "rows": engine.rows}
-        if counted := [counts for table in service.run.model.tables if (counts := cast(DeviceTable, table).metrics())]:
+        if counted := [counts for table in service.run.model.tables if (counts := cast(Table, table).metrics())]:
             busy["tables"] = counted  # rows, bytes and hit rate of those that are not on the device
         # by a thread, since a disk that hangs must not hold up the other requests
         unreadable = await to_thread.run_sync(service.unreadable, abandon_on_cancel=True)

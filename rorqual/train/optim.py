@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from rorqual import kernels
 from rorqual.layers.experts import Experts
 from rorqual.layers.router import Router
-from rorqual.storage import DeviceTable, LearningTable
+from rorqual.tables import Table
 from rorqual.train.config import OptimConfig
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of the Muon reference
@@ -63,7 +63,7 @@ def roles(model: nn.Module) -> dict[str, Role]:
             name = names[id(parameter)]
             if name in roles_by_name:
                 continue
-            if isinstance(module, (DeviceTable, LearningTable)):
+            if isinstance(module, Table):
                 roles_by_name[name] = "rows"
             elif parameter.dim() < 2 or not isinstance(module, (nn.Linear, nn.Embedding, Router, Experts)):
                 roles_by_name[name] = "plain"
@@ -150,7 +150,7 @@ def coalesce(gradient: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(distinct[None], summed, gradient.shape, is_coalesced=True, check_invariants=False)
 
 
-def _give_dense_gradients(tables: Iterable[DeviceTable]) -> None:
+def _give_dense_gradients(tables: Iterable[Table]) -> None:
     for table in tables:
         table.sparse = False
 
@@ -166,18 +166,14 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         self.config = config
-        self.tables = [table for table in model.modules() if isinstance(table, DeviceTable)]
+        self.tables = [table for table in model.modules() if isinstance(table, Table)]
         weakref.finalize(self, _give_dense_gradients, self.tables)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         role = roles(model)
         self.rows = [name for name in self.parameters if role[name] == "rows"]
-        tables_by_weight = {
-            id(module.weight): module for module in model.modules() if isinstance(module, LearningTable)
-        }
+        own = {id(module.weight): module for module in self.tables if module.file is not None}
         # They keep the state of their rows.
-        self.tables_on_disk = {
-            name: tables_by_weight[id(p)] for name, p in self.parameters.items() if id(p) in tables_by_weight
-        }
+        self.tables_on_disk = {name: own[id(p)] for name, p in self.parameters.items() if id(p) in own}
         muon = config.kind == "muon"
         self.matrices = [name for name in self.parameters if role[name] == "matrix" and muon]
         self.dense = [name for name in self.parameters if name not in self.rows and name not in self.matrices]
@@ -289,7 +285,7 @@ class Optimizer:
         update = kernels.pick("row_adam", row_adam, table, values)
         update(table.detach(), first, second, updates, touched, values, lr, self.config.betas, self.config.eps)
 
-    def _update_on_disk(self, table: LearningTable, gradient: Tensor, lr: float) -> None:
+    def _update_on_disk(self, table: Table, gradient: Tensor, lr: float) -> None:
         def change(*tensors: Tensor) -> None:
             kernels.pick("row_adam", row_adam, *tensors)(*tensors, lr, self.config.betas, self.config.eps)
 

@@ -19,8 +19,8 @@ from rorqual import config as configs
 from rorqual.data.corpus import open_corpus
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig, row_totals
-from rorqual.storage import HostedTable, LearningTable, write_rows
-from rorqual.storage.stream import Stream as BackgroundThread
+from rorqual.tables import Table, write_rows
+from rorqual.tables.thread import BackgroundThread
 from rorqual.train import run_folder
 from rorqual.train.config import TrainConfig
 from rorqual.train.optim import Optimizer
@@ -146,9 +146,7 @@ def _build_model(config: TrainConfig, source: Source, device: torch.device, open
     return model
 
 
-def _build_tables(
-    config: TrainConfig, shape: ModelConfig, open_tables: ExitStack
-) -> list[HostedTable | LearningTable] | None:
+def _build_tables(config: TrainConfig, shape: ModelConfig, open_tables: ExitStack) -> list[Table] | None:
     """Builds Engram's tables if they learn in host memory or on disk, and not with the model."""
     if config.tables == "device" or shape.engram is None:
         return None
@@ -158,27 +156,26 @@ def _build_tables(
             "would write one file, and exchange on the device"
         )
     width = shape.engram.head_dim
-    tables: list[HostedTable | LearningTable] = []
+    tables: list[Table] = []
     # One thread serves all tables in host memory; on disk, one table's reads would wait for
     # another's writes.
     thread = BackgroundThread()
     for number, rows in enumerate(row_totals(shape.engram)):
-        table: HostedTable | LearningTable
         if config.tables == "host":
-            table = HostedTable(rows, width, stream=thread)
+            table = Table(rows, width, "host", thread=thread)
         else:
             folder = Path(config.folder) / "learning" / str(number)
             # A mark for every checkpoint that may exist, and one for that being written.
-            table = LearningTable(folder, rows, width, keep=config.keep + 1)
+            table = Table.of_records(folder, rows, width, keep=config.keep + 1)
         tables.append(open_tables.enter_context(closing(table)))
     return tables
 
 
 def _write_tables(folder: Path, model: LanguageModel) -> None:
     """Writes rows that learnt on disk to FOLDER/tables, where a run's rows are looked for first."""
-    learnt = [table for table in model.tables if isinstance(table, LearningTable)]
+    learnt = [table for table in model.tables if isinstance(table, Table) and table.placement == "disk"]
     if learnt:
         shutil.rmtree(folder / "tables", ignore_errors=True)
     for number, table in enumerate(learnt):
-        write_rows(folder / "tables" / str(number), table.rows, table.width, table.values)
+        write_rows(folder / "tables" / str(number), table.rows, table.width, table.read_trained)
         table.close()

@@ -5,13 +5,14 @@ import shutil
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from rorqual.analyze.report import write_report
 from rorqual.cli.main import main
-from rorqual.storage import DiskTable, hot_rows, quantise, verify, write_table
+from rorqual.tables import Table, hot_rows, quantise, verify, write_table
 
 pytestmark = pytest.mark.engram
 
@@ -47,9 +48,9 @@ def test_the_tables_of_a_run(small_run: Path, tmp_path: Path, capsys: pytest.Cap
     last = len(tables) - 1
     words = ["table", "build", str(tmp_path / "t"), "--source", str(small_run), "--number", str(last)]
     assert main([*words, "--dtype", "bfloat16"]) == 0
-    rows = DiskTable(tmp_path / "t")
+    rows = Table.of_file(tmp_path / "t")
     expected = weights[f"tables.{last}.weight"].bfloat16()
-    assert torch.equal(rows.request(torch.arange(rows.rows)).wait(), expected)
+    assert torch.equal(rows.prefetch(torch.arange(rows.rows)).wait(), expected)
     assert not tables[0]["checksums"]
 
 
@@ -70,18 +71,16 @@ def test_damage_is_named_and_is_exit_code_1(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_build_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rorqual.storage import writing
-
     words = ["table", "build", str(tmp_path / "t"), "--rows", "100", "--width", "32", "--shard-bytes", "5000"]
-    written = writing._write_shard
+    generator = np.random.default_rng
 
-    def stop(target: Path, *rest: object) -> None:
-        if target.name.startswith("table-00002"):
+    def stop(seed: list[int]) -> np.random.Generator:
+        if seed != [0, 0]:
             raise KeyboardInterrupt
-        written(target, *rest)
+        return generator(seed)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "_write_shard", stop)
+        patch.setattr(np.random, "default_rng", stop)
         assert main(words) == 130
     assert not (tmp_path / "t").exists()
     assert main(words) == 0

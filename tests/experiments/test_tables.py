@@ -11,7 +11,7 @@ from rorqual.experiments import tables
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel
 from rorqual.serve.decoding import decode, speculate
-from rorqual.storage import DiskTable, StorageConfig
+from rorqual.tables import Table, TableConfig, write_table
 
 pytestmark = pytest.mark.engram
 
@@ -28,33 +28,27 @@ def test_every_way_is_measured(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_warm_disk_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though the cold ways of every round have the system forget the same files."""
-    walked, at_once, waited = tables._walked, DiskTable._at_once, []
-    way = [way.name for way in tables.ways(1)]
+def test_ways_that_say_other_ids_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = tables.opened
 
-    def seen(*given: object) -> tuple:
-        way.append(way.pop(0))
-        return walked(*given)
-
-    def given(own: DiskTable, ids: np.ndarray) -> torch.Tensor | None:
-        found = at_once(own, ids)
-        waited.extend([way[-1]] if found is None else [])
+    def changed(config: tables.BenchConfig, folder: Path, placed: TableConfig) -> tables.Tables:
+        found = opened(config, folder, placed)
+        for table in found if placed.placement == "host" else ():
+            table.values.fill_(50.0)
         return found
 
-    monkeypatch.setattr(tables, "_walked", seen)
-    monkeypatch.setattr(DiskTable, "_at_once", given)
-    config = tables.BenchConfig(folder=str(tmp_path), **SMALL | {"rounds": 2, "rows": 400_000, "width": 64})
-    monkeypatch.setattr(tables, "_line", lambda _, way, *rest: tables.Line(way.name, *[0.0] * 5))
-    tables.bench(config)
-    assert not [name for name in waited if "warm" in name]
-
-
-def test_ways_that_say_other_ids_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    numbers = DiskTable._numbers
-    monkeypatch.setattr(DiskTable, "_numbers", lambda own, raw: torch.full_like(numbers(own, raw), 50.0))
-    with pytest.raises(RuntimeError, match="disk warm says other ids than resident"):
+    monkeypatch.setattr(tables, "opened", changed)
+    with pytest.raises(RuntimeError, match="host memory says other ids than resident"):
         tables.bench(tables.BenchConfig(folder=str(tmp_path), **SMALL | {"tokens": 20}))
+
+
+def test_measure_says_what_a_table_gives(tmp_path: Path) -> None:
+    values = torch.randn(1000, 4)
+    for table in (Table(1000, 4), Table.of_values(values), Table.of_file(write_table(tmp_path / "t", values))):
+        found = tables.measure(table, rows_per_token=8, seconds=0.02)
+        assert set(found) == {"rows_per_second", "step_p50", "step_p99"}
+        assert all(np.isfinite(value) and value > 0 for value in found.values())
+        assert found["step_p50"] <= found["step_p99"]
 
 
 def said(model: LanguageModel, prompt: list[int], count: int) -> tuple[list, torch.Tensor]:
@@ -69,8 +63,10 @@ def test_generations_are_the_same_bits_from_every_home(generations: int, count: 
     """Three sizes of the hot set, one of them a row, prefetch on and off: ids and logits."""
     config = tables.BenchConfig(rows=20_000, width=16, dim=32, layers=2)
     folder = tables.drawn(config, tmp_path)
-    homes = [StorageConfig(), StorageConfig(home="host"), StorageConfig(home="host", prefetch=False)]
-    homes += [StorageConfig(home="disk", hot_bytes=hot, prefetch=on) for hot in (0, 32, 3200) for on in (True, False)]
+    homes = [TableConfig(), TableConfig(placement="host"), TableConfig(placement="host", prefetch=False)]
+    homes += [
+        TableConfig(placement="disk", hot_bytes=hot, prefetch=on) for hot in (0, 32, 3200) for on in (True, False)
+    ]
     every = [tables.opened(config, folder, home) for home in homes]
     model = tables.model_with(config, every[-1])  # which draws the values of parameters, so not of the resident rows
     for seed in range(generations):
@@ -86,7 +82,7 @@ def test_generations_are_the_same_bits_from_every_home(generations: int, count: 
 def test_drafts_are_checked_with_rows_from_the_disk(tmp_path: Path) -> None:
     """Speculative decoding asks for the rows of drafts as of any ids, and says what decoding says."""
     config = tables.BenchConfig(rows=5000, width=16, dim=32, layers=2)
-    held = tables.opened(config, tables.drawn(config, tmp_path), StorageConfig(home="disk", hot_bytes=64))
+    held = tables.opened(config, tables.drawn(config, tmp_path), TableConfig(placement="disk", hot_bytes=64))
     shape = replace(tables.model_with(config, held).config, mtp=MTPConfig(depth=2))
     model, prompts = LanguageModel(shape, seed=0, tables=held).eval(), [[3, 1, 4, 1], [5, 9]]
     read = held[0].metrics()["rows"]

@@ -38,7 +38,7 @@ from rorqual.hub import checkpoints  # noqa: E402
 from rorqual.layers.context import context  # noqa: E402
 from rorqual.layers.engram import Addresses, Engram, EngramConfig  # noqa: E402
 from rorqual.model import LanguageModel  # noqa: E402
-from rorqual.storage import Pending  # noqa: E402
+from rorqual.tables import Handle  # noqa: E402
 
 TOLERANCE = 1e-5
 NOT_WHAT_IT_SHOULD_BE = (  # what reading a file that is missing, cut, or of other contents raises
@@ -249,7 +249,7 @@ def check_forward(path: Path, tokenizer: Path | None = None) -> Iterator[Item]:
         hidden = tensors["input.hidden"].clone().requires_grad_()
         table = golden["multi_head_embedding.embedding.weight"].clone().requires_grad_()
         recalled = table[rows[number]]
-        out = engram(hidden, replace(where, rows=Pending(lambda recalled=recalled: recalled)))
+        out = engram(hidden, replace(where, rows=Handle(lambda recalled=recalled: recalled)))
         yield near(f"layer {layer} out", out, golden["out"])
         (out * golden["grad_out"]).sum().backward()
         yield near(f"layer {layer} grad_hidden", hidden.grad, golden["grad_hidden"])

@@ -279,7 +279,7 @@ def test_training_with_rows_elsewhere_is_refused(home, small_run, tmp_path):
     model = load(small_run, device="cpu", tables=home).model
     face = RorqualForCausalLM.of(model)
     trainer = Trainer(model=face, args=arguments(tmp_path), train_dataset=examples())
-    with pytest.raises(ValueError, match=rf"got {home.capitalize()}Table, .* expected them on the device"):
+    with pytest.raises(ValueError, match=rf"got rows on {home}, .* expected them on the device"):
         trainer.train()
     ids = torch.tensor([PROMPTS[0]])
     assert face.eval()(ids, labels=ids).loss.isfinite()  # to score is not to train

@@ -19,7 +19,7 @@ from rorqual.layers import engram
 from rorqual.layers.cache import BlockCache, Bundle, Past, Recent
 from rorqual.layers.context import Context, context
 from rorqual.layers.engram import Addresses, Engram, EngramConfig, row_totals
-from rorqual.storage import Pending
+from rorqual.tables import Handle
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden"
 # The canonical ids of input.ids in engram_forward.safetensors, by the map that tests/data/test_tokenizer.py checks.
@@ -35,7 +35,7 @@ def recalled(layer: Engram, hidden: Tensor, memory: Tensor, ctx: Context, cache:
     """What the layer adds; memory [B, T, R, head_dim] or, its rows side by side, [B, T, M]."""
     rows = memory if memory.dim() == 4 else memory.unsqueeze(-2)
     kept = None if cache is None else BlockCache(None, cache)
-    return layer(hidden, replace(ctx, rows=Pending(lambda: rows), cache=kept))
+    return layer(hidden, replace(ctx, rows=Handle(lambda: rows), cache=kept))
 
 
 @dataclass(eq=False)
@@ -576,7 +576,7 @@ def test_without_a_gate_a_stream(gating: str) -> None:
         return [out, *torch.autograd.grad((out * change.to(dtype)).sum(), wanted)]
 
     def ours_of(hidden: Tensor, memory: Tensor, named: dict[str, Tensor]) -> Tensor:
-        ctx = replace(where, rows=Pending(lambda: memory.unsqueeze(-2)))
+        ctx = replace(where, rows=Handle(lambda: memory.unsqueeze(-2)))
         return torch.func.functional_call(layer, named, (hidden, ctx))
 
     got = run(ours_of, torch.float32)

@@ -18,7 +18,7 @@ from rorqual.serve import generate
 from rorqual.serve.decoding import Tally
 from rorqual.serve.generate import Run, TextStream, load
 from rorqual.serve.sampling import GREEDY, Sampling
-from rorqual.storage import write_table
+from rorqual.tables import write_table
 
 TEXT = ["A whale is a mammal that lives in the sea.", "Ein Wal ist kein Fisch: é ü ß 鲸鱼 🐋 ☃."] * 4
 

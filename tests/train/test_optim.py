@@ -10,7 +10,7 @@ from torch import nn
 
 from rorqual import kernels
 from rorqual.layers.experts import Experts
-from rorqual.storage import DeviceTable
+from rorqual.tables import Table
 from rorqual.train.config import OptimConfig
 from rorqual.train.optim import Optimizer, coalesce, orthogonalise, roles, row_adam, schedule, sum_rows
 
@@ -35,12 +35,12 @@ class Double(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(11, 6)
         self.blocks = nn.ModuleList([Block()])
-        self.tables = nn.ModuleList([DeviceTable(rows, 6)])
+        self.tables = nn.ModuleList([Table(rows, 6)])
         self.head = nn.Linear(6, 11, bias=False)
 
     def forward(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         block = self.blocks[0]
-        hidden = block.norm(self.embed(ids) + self.tables[0].request(rows).wait())
+        hidden = block.norm(self.embed(ids) + self.tables[0].prefetch(rows).wait())
         experts = hidden @ block.experts.gate_up[0] @ block.experts.gate_up[1].mT @ block.experts.down[2].mT
         return (self.head(hidden) ** 2).mean() + block.proj(hidden).sin().sum() + block.mix.cos().sum() + experts.mean()
 
@@ -50,7 +50,7 @@ def gradients(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            if isinstance(module, DeviceTable):
+            if isinstance(module, Table):
                 index = torch.randint(0, len(parameter), (1, 25), generator=generator)
                 values = torch.randn(25, parameter.shape[1], generator=generator)
                 parameter.grad = torch.sparse_coo_tensor(index, values, parameter.shape, check_invariants=False)
@@ -78,7 +78,7 @@ def test_tables_give_sparse_gradients_to_this_optimizer_and_dense_ones_to_others
 
     def sparse() -> bool:
         table.weight.grad = None
-        table.request(torch.tensor([3, 3])).wait().sum().backward()
+        table.prefetch(torch.tensor([3, 3])).wait().sum().backward()
         return table.weight.grad.is_sparse
 
     assert not sparse()
@@ -236,7 +236,7 @@ def test_coalesce_adds_duplicates(index):
 def test_an_empty_gradient_changes_nothing():
     model = Double()
     optimizer, before = Optimizer(model, OptimConfig()), model.tables[0].weight.detach().clone()
-    model.tables[0].request(torch.zeros(0, dtype=torch.long)).wait().sum().backward()
+    model.tables[0].prefetch(torch.zeros(0, dtype=torch.long)).wait().sum().backward()
     optimizer.clip()
     optimizer.step()
     assert torch.equal(model.tables[0].weight, before)
@@ -414,7 +414,7 @@ def test_the_order_of_duplicates_does_not_matter():
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
 def test_rows_touched_every_step_follow_torch_adam(dtype, atol):
     """The averages are float32 for bfloat16 rows too: 60 steps leave them as near as the rows' own rounding."""
-    table = DeviceTable(20, 7, dtype=dtype)
+    table = Table(20, 7, dtype=dtype)
     model, config = nn.ModuleDict({"table": table}), OptimConfig(lr=0.002, betas=(0.9, 0.999), clip=1e9)
     copy = nn.Parameter(table.weight.detach().float())
     optimizer, dense = Optimizer(model, config), torch.optim.Adam([copy], lr=0.01, betas=(0.9, 0.999))

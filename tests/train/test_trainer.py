@@ -28,7 +28,7 @@ from rorqual.layers.mtp import MTPConfig
 from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel
 from rorqual.serve.generate import load
-from rorqual.storage import StorageConfig
+from rorqual.tables import TableConfig
 from rorqual.train import trainer
 from rorqual.train.config import DataConfig, OptimConfig, TrainConfig
 from rorqual.train.optim import Optimizer
@@ -248,9 +248,9 @@ def test_rows_that_learn_on_the_disk_are_those_of_the_device(config, tmp_path):
     ours, theirs = load_model(folder).state_dict(), load_model(straight).state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    elsewhere = load_model(folder, tables=StorageConfig(home="disk"))
+    elsewhere = load_model(folder, tables=TableConfig(placement="disk"))
     rows = torch.arange(elsewhere.tables[0].rows)
-    assert torch.equal(elsewhere.tables[0].request(rows).wait(), theirs["tables.0.weight"])
+    assert torch.equal(elsewhere.tables[0].prefetch(rows).wait(), theirs["tables.0.weight"])
     assert not any(name.startswith("tables.") for name in elsewhere.state_dict())
 
 

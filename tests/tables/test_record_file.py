@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from rorqual.storage import DeviceTable, HostedTable, LearningTable, TableError
+from rorqual.tables import Table, TableError
+from rorqual.tables.record_file import RecordFile
 from rorqual.train.config import OptimConfig
 from rorqual.train.optim import Optimizer
 
@@ -32,7 +33,7 @@ def of(table: nn.Module) -> nn.ModuleDict:
 
 def pair(folder: pathlib.Path, prefetch: bool = True) -> tuple[nn.ModuleDict, nn.ModuleDict]:
     """The same model twice: resident, and on the disk."""
-    resident, table = DeviceTable(ROWS, WIDTH), LearningTable(folder, ROWS, WIDTH, prefetch=prefetch)
+    resident, table = Table(ROWS, WIDTH), Table.of_records(folder, ROWS, WIDTH, prefetch=prefetch)
     with torch.no_grad():
         torch.manual_seed(5)
         resident.weight.copy_(torch.randn(ROWS, WIDTH) * 0.02)
@@ -53,7 +54,7 @@ def train(model: nn.ModuleDict, optimizer: Optimizer, step: int, micro: int = 1)
     ids, target = batch(step)
     optimizer.zero_grad()
     for part, wanted in zip(ids.chunk(micro), target.chunk(micro), strict=True):
-        loss = (model["out"](model["table"].request(part).wait()) - wanted).square().mean()
+        loss = (model["out"](model["table"].prefetch(part).wait()) - wanted).square().mean()
         loss.backward()
     norm = optimizer.clip()
     optimizer.step(1 / (1 + step % 4))
@@ -62,7 +63,7 @@ def train(model: nn.ModuleDict, optimizer: Optimizer, step: int, micro: int = 1)
 
 def rows(model: nn.ModuleDict) -> torch.Tensor:
     table = model["table"]
-    return table.values(0, ROWS) if isinstance(table, LearningTable) else table.weight.detach()
+    return table.read_trained(0, ROWS) if table.file is not None else table.weight.detach()
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
@@ -81,13 +82,13 @@ def test_rows_learn_as_resident_ones_do(
         assert torch.equal(rows(other), rows(resident))
     assert all(torch.equal(*each) for each in zip(other["out"].parameters(), resident["out"].parameters(), strict=True))
     table = other["table"]
-    table.settle()
-    records = torch.from_numpy(table._records(torch.arange(ROWS).numpy())).view(torch.float32)
+    table.flush()
+    records = torch.from_numpy(np.fromfile(tmp_path / "records", np.float32)).view(ROWS, -1)
     assert torch.equal(records[:, WIDTH : 2 * WIDTH], theirs.state["table.weight.exp_avg"])
     assert torch.equal(records[:, 2 * WIDTH : 3 * WIDTH], theirs.state["table.weight.exp_avg_sq"])
     assert torch.equal(records[:, -1].contiguous().view(torch.int32), theirs.state["table.weight.updates"])
     with torch.no_grad():
-        assert torch.equal(table.request(batch(1)[0]).wait(), rows(resident)[batch(1)[0]])
+        assert torch.equal(table.prefetch(batch(1)[0]).wait(), rows(resident)[batch(1)[0]])
     table.close()
 
 
@@ -98,10 +99,10 @@ def test_drawn_in_parts_as_in_one(count: int, width: int, tmp_path: pathlib.Path
     following = torch.rand(1)
     for _ in range(2):  # the second time the table is filled already
         torch.manual_seed(1)
-        table = LearningTable(tmp_path / "t", count, width)
+        table = Table.of_records(tmp_path / "t", count, width)
         table.draw(0.02)
         assert torch.equal(torch.rand(1), following)
-        assert torch.equal(table.values(0, count), expected)
+        assert torch.equal(table.read_trained(0, count), expected)
         table.close()
 
 
@@ -139,7 +140,7 @@ def test_a_table_goes_back_to_every_mark(tmp_path: pathlib.Path) -> None:
 KILLED = """
 import sys, signal, os, torch
 sys.path.insert(0, sys.argv[2])
-from test_learning import *
+from test_record_file import *
 _, model = pair(pathlib.Path(sys.argv[1]))
 optimizer = Optimizer(model, OptimConfig())
 for step in range(1, 9):
@@ -163,11 +164,11 @@ def test_a_kill_at_any_moment_leaves_a_table_that_goes_back(tmp_path: pathlib.Pa
         pass
     child.send_signal(signal.SIGKILL)
     child.wait()
-    table = LearningTable(tmp_path / "t", ROWS, WIDTH)
+    table = Table.of_records(tmp_path / "t", ROWS, WIDTH)
     table.rewind(6)
     for step in range(1, 7):
         train(resident, theirs, step)
-    assert torch.equal(table.values(0, ROWS), rows(resident))
+    assert torch.equal(table.read_trained(0, ROWS), rows(resident))
     model = of(table)
     model["out"].load_state_dict(resident["out"].state_dict())
     ours = Optimizer(model, OptimConfig())
@@ -182,33 +183,33 @@ def test_a_kill_at_any_moment_leaves_a_table_that_goes_back(tmp_path: pathlib.Pa
 def test_one_process_trains_a_table(tmp_path: pathlib.Path) -> None:
     """Another is refused until the first ends, however it ends."""
     code = (
-        "import sys, time; from rorqual.storage import LearningTable;"
-        "table = LearningTable(sys.argv[1], 5, 3); print('here', flush=True); time.sleep(60)"
+        "import sys, time; from rorqual.tables import Table;"
+        "table = Table.of_records(sys.argv[1], 5, 3); print('here', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout.readline() == "here\n"
         with pytest.raises(TableError, match="records: got rows that another table trains now"):
-            LearningTable(tmp_path, 5, 3)
+            Table.of_records(tmp_path, 5, 3)
     finally:
         child.kill()
         child.wait()
-    LearningTable(tmp_path, 5, 3).close()
+    Table.of_records(tmp_path, 5, 3).close()
 
 
 def test_one_table_of_a_process_trains_the_rows(tmp_path: pathlib.Path) -> None:
     """A second is refused until the first is closed or gone, and takes nothing of the first one's lock with it."""
-    code = "import sys; from rorqual.storage import LearningTable; LearningTable(sys.argv[1], 5, 3)"
-    table = LearningTable(tmp_path, 5, 3)
+    code = "import sys; from rorqual.tables import Table; Table.of_records(sys.argv[1], 5, 3)"
+    table = Table.of_records(tmp_path, 5, 3)
     with pytest.raises(TableError, match=r"records: got rows that another table trains now.*close the other"):
-        LearningTable(tmp_path, 5, 3)
+        Table.of_records(tmp_path, 5, 3)
     other = [sys.executable, "-c", code, str(tmp_path)]
     assert "another table trains now" in subprocess.run(other, capture_output=True, text=True, check=False).stderr
     table.close()
-    table = LearningTable(tmp_path, 5, 3)
+    table = Table.of_records(tmp_path, 5, 3)
     del table
     gc.collect()
-    LearningTable(tmp_path, 5, 3).close()
+    Table.of_records(tmp_path, 5, 3).close()
 
 
 def test_rows_asked_for_before_an_update_are_not_what_the_next_one_changes(tmp_path: pathlib.Path) -> None:
@@ -219,13 +220,13 @@ def test_rows_asked_for_before_an_update_are_not_what_the_next_one_changes(tmp_p
     def add(rows: torch.Tensor, *rest: torch.Tensor) -> None:
         rows += 1
 
-    before = table.values(0, 6).clone()
-    table.request(ids).wait()
-    ahead = table.request(ids)
+    before = table.read_trained(0, 6).clone()
+    table.prefetch(ids).wait()
+    ahead = table.prefetch(ids)
     table.update(ids, gradient, add)
     ahead.wait()
     table.update(ids, gradient, add)
-    assert torch.equal(table.values(0, 6), before + 1 + 1)
+    assert torch.equal(table.read_trained(0, 6), before + 1 + 1)
     table.close()
 
 
@@ -233,9 +234,9 @@ def test_rows_in_host_memory_learn_as_resident_ones_do_and_stay_there() -> None:
     torch.manual_seed(3)
     after = torch.rand(1)
     torch.manual_seed(3)
-    hosted = HostedTable(ROWS, WIDTH)
+    hosted = Table(ROWS, WIDTH, "host")
     assert torch.equal(torch.rand(1), after)  # it draws from nobody's generator
-    resident = DeviceTable(ROWS, WIDTH)
+    resident = Table(ROWS, WIDTH)
     resident.load_state_dict(hosted.state_dict())
     ours, theirs = of(hosted), of(resident)
     one, other = Optimizer(ours, OptimConfig(clip=0.1)), Optimizer(theirs, OptimConfig(clip=0.1))
@@ -249,16 +250,16 @@ def test_rows_in_host_memory_learn_as_resident_ones_do_and_stay_there() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no device to feed")
 def test_rows_in_host_memory_feed_a_device() -> None:
-    hosted, resident = HostedTable(ROWS, WIDTH), DeviceTable(ROWS, WIDTH).cuda()
+    hosted, resident = Table(ROWS, WIDTH, "host"), Table(ROWS, WIDTH).cuda()
     resident.load_state_dict(hosted.state_dict())
     ids, scale = torch.randint(ROWS, (3, 50), device="cuda"), torch.randn(WIDTH, device="cuda")
     for table in (hosted.train(), resident.train()):
-        (table.request(ids).wait() * scale).sum().backward()
+        (table.prefetch(ids).wait() * scale).sum().backward()
     assert hosted.weight.grad.is_sparse
     assert hosted.weight.grad.device.type == "cpu"
     torch.testing.assert_close(hosted.weight.grad.to_dense(), resident.weight.grad.to_dense().cpu())
     with pytest.raises(ValueError, match=f"got row id {ROWS}"):
-        hosted.request(torch.tensor([ROWS], device="cuda"))
+        hosted.prefetch(torch.tensor([ROWS], device="cuda"))
 
 
 def test_notes_cut_anywhere_and_flipped_are_no_harm_or_are_seen(tmp_path: pathlib.Path) -> None:
@@ -271,7 +272,6 @@ def test_notes_cut_anywhere_and_flipped_are_no_harm_or_are_seen(tmp_path: pathli
     whole = notes.read_bytes()
     for size in (len(whole) - 1, 41, 40):
         notes.write_bytes(whole[:size])
-        table._undo._file = os.open(notes, os.O_RDONLY)
         table.rewind(0)
         assert torch.equal(rows(model), after)
     notes.write_bytes(whole)
@@ -287,14 +287,14 @@ def test_other_shapes_and_lost_rows_are_refused(tmp_path: pathlib.Path) -> None:
     _, model = pair(tmp_path)
     model["table"].close()
     with pytest.raises(TableError, match="expected 300 times 148"):
-        LearningTable(tmp_path, ROWS - 1, WIDTH)
-    table = LearningTable(tmp_path, ROWS, WIDTH)
+        Table.of_records(tmp_path, ROWS - 1, WIDTH)
+    table = Table.of_records(tmp_path, ROWS, WIDTH)
     os.truncate(tmp_path / "records", 148 * 10)
-    with pytest.raises(TableError, match="row 10 is lost"):
-        table.request(torch.arange(20)).wait()
-    train_again = LearningTable(tmp_path / "new", ROWS, WIDTH)
-    with pytest.raises(TableError, match="row 0 is lost"):
-        train_again.request(torch.tensor([0])).wait()
+    with pytest.raises(TableError, match="got 0 bytes of row 10, expected 148"):
+        table.prefetch(torch.arange(20)).wait()
+    train_again = Table.of_records(tmp_path / "new", ROWS, WIDTH)
+    with pytest.raises(TableError, match="got 0 bytes of row 0, expected 148"):
+        train_again.prefetch(torch.tensor([0])).wait()
 
 
 def test_what_is_left_of_a_larger_table_that_was_never_whole_is_no_harm(
@@ -302,18 +302,24 @@ def test_what_is_left_of_a_larger_table_that_was_never_whole_is_no_harm(
 ) -> None:
     """Killed while it was drawn; then a smaller one in its place, which can be opened again."""
     with monkeypatch.context() as patch:
-        patch.setattr(LearningTable, "mark", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        table = LearningTable(tmp_path, 500, 4)
+        patch.setattr(RecordFile, "mark", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        table = Table.of_records(tmp_path, 500, 4)
         with pytest.raises(KeyboardInterrupt):
             table.draw(0.02)
         table.close()
-    table = LearningTable(tmp_path, 30, 4)
+    table = Table.of_records(tmp_path, 30, 4)
     table.draw(0.02)
-    expected = table.values(0, 30)
+    expected = table.read_trained(0, 30)
     table.close()
-    again = LearningTable(tmp_path, 30, 4)
-    assert torch.equal(again.values(0, 30), expected)
+    again = Table.of_records(tmp_path, 30, 4)
+    assert torch.equal(again.read_trained(0, 30), expected)
     again.close()
+
+
+def open_files(folder: pathlib.Path) -> list[str]:
+    gc.collect()
+    places = (pathlib.Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
+    return [str(place.readlink()) for place in places if place.is_symlink() and str(folder) in os.readlink(place)]
 
 
 @pytest.mark.parametrize("closed", [True, False])
@@ -321,30 +327,29 @@ def test_a_table_that_is_closed_or_dropped_keeps_no_file_open(closed: bool, tmp_
     def change(rows: torch.Tensor, *rest: torch.Tensor) -> None:
         rows += 1
 
-    def held() -> list[str]:
-        gc.collect()
-        places = (pathlib.Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
-        return [str(place.readlink()) for place in places if place.is_symlink() and str(tmp_path) in os.readlink(place)]
-
-    table = LearningTable(tmp_path / "t", 10, 4)
+    table = Table.of_records(tmp_path / "t", 10, 4)
     table.draw(0.02)
     table.update(torch.arange(3), torch.ones(3, 4), change)
-    table.settle()
-    assert len(held()) == 3, "records, their lock, what they were before"
+    table.flush()
+    assert len(open_files(tmp_path)) == 3, "records, their lock, what they were before"
     if closed:
         table.close()
     del table
-    assert held() == []
+    assert open_files(tmp_path) == []
 
 
 def test_a_table_that_could_not_write_closes_all_the_same(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def full(file: int, raw: memoryview, at: int) -> int:
+        raise OSError(28, "No space left on device")
+
     _, model = pair(tmp_path)
-    table, file = model["table"], model["table"]._file
-    monkeypatch.setattr(LearningTable, "_write", lambda own, ids, _: own._whole(np.ones(len(ids), bool), ids))
-    train(model, Optimizer(model, OptimConfig()), 1)
-    with pytest.raises(TableError, match="is lost"):
-        table.close()
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(file)
+    table = model["table"]
+    table.prefetch(torch.arange(3)).wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        train(model, Optimizer(model, OptimConfig()), 1)
+        with pytest.raises(TableError, match="got No space left on device"):
+            table.close()
+    assert open_files(tmp_path) == []

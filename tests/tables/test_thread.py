@@ -8,84 +8,83 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rorqual.storage.stream import Stream
+from rorqual.tables.thread import BackgroundThread
 
 pytestmark = pytest.mark.engram
 
 
 def test_calls_are_made_in_order_and_their_errors_are_theirs() -> None:
-    stream, seen = Stream(), []
-    assert not stream.begun
-    futures = [stream.put(seen.append, n) for n in range(50)]
-    failed = stream.put(lambda: 1 // 0)
-    after = stream.put(lambda: "on")
+    thread, seen = BackgroundThread(), []
+    assert not thread.started
+    futures = [thread.submit(seen.append, n) for n in range(50)]
+    failed = thread.submit(lambda: 1 // 0)
+    after = thread.submit(lambda: "on")
     assert after.result() == "on"
     with pytest.raises(ZeroDivisionError):
         failed.result()
     assert seen == list(range(50))
     assert all(future.done() for future in futures)
-    stream.close()
-    assert not stream.begun
-    assert stream.put(lambda: 3).result() == 3
-    stream.close()
-    stream.close()
+    thread.close()
+    assert not thread.started
+    assert thread.submit(lambda: 3).result() == 3
+    thread.close()
+    thread.close()
 
 
 def test_one_more_than_there_is_room_for_waits() -> None:
-    stream, gate, asked = Stream(2), threading.Event(), []
+    thread, gate, asked = BackgroundThread(2), threading.Event(), []
 
     def ask() -> None:
         for n in range(3):
-            stream.put(gate.wait)
+            thread.submit(gate.wait)
             asked.append(n)
 
-    thread = threading.Thread(target=ask)
-    thread.start()
-    thread.join(0.2)
+    asking = threading.Thread(target=ask)
+    asking.start()
+    asking.join(0.2)
     assert asked == [0, 1]
     gate.set()
-    thread.join(5)
+    asking.join(5)
     assert asked == [0, 1, 2]
-    stream.close()
+    thread.close()
 
 
 def test_a_call_that_cannot_be_asked_for_takes_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """No thread to be had, or ctrl-C: an error each time, and never a wait without end."""
-    stream = Stream(2)
+    thread = BackgroundThread(2)
     with monkeypatch.context() as patch:
         patch.setattr(ThreadPoolExecutor, "submit", lambda *_: (_ for _ in ()).throw(RuntimeError("no thread")))
         for _ in range(3):
-            assert stream._room._value == 2
             with pytest.raises(RuntimeError, match="no thread"):
-                stream.put(print)
-    assert stream.put(lambda: 3).result() == 3
-    stream.close()
+                thread.submit(print)
+    assert thread.submit(lambda: 3).result() == 3
+    thread.close()
 
 
 def test_who_asks_while_it_closes_has_no_second_thread() -> None:
-    stream, gate, seen = Stream(), threading.Event(), []
-    stream.put(gate.wait)
-    stream.put(seen.append, 1)
-    closing = threading.Thread(target=stream.close)
+    thread, gate, seen = BackgroundThread(), threading.Event(), []
+    thread.submit(gate.wait)
+    thread.submit(seen.append, 1)
+    closing = threading.Thread(target=thread.close)
     closing.start()
-    asking = threading.Thread(target=lambda: stream.put(seen.append, 2).result())
+    asking = threading.Thread(target=lambda: thread.submit(seen.append, 2).result())
     asking.start()
     asking.join(0.2)
     assert seen == []
     gate.set()
-    for thread in (closing, asking):
-        thread.join(5)
+    for each in (closing, asking):
+        each.join(5)
     assert seen == [1, 2]
-    stream.close()
+    thread.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
 def test_a_fork_has_a_thread_of_its_own() -> None:
     """In a process without torch's threads, which a fork may not survive."""
     code = (
-        "import os, signal; from rorqual.storage.stream import Stream; stream = Stream(1)\n"
-        "stream.put(int).result(); child = os.fork(); signal.alarm(20)\n"
-        "assert [stream.put(pow, 2, n).result() for n in range(3)] == [1, 2, 4]; stream.close()\n"
+        "import os, signal; from rorqual.tables.thread import BackgroundThread; thread = BackgroundThread(1)\n"
+        "thread.submit(int).result(); child = os.fork(); signal.alarm(20)\n"
+        "assert [thread.submit(pow, 2, n).result() for n in range(3)] == [1, 2, 4]; thread.close()\n"
         "assert child == 0 or os.waitpid(child, 0)[1] == 0; os._exit(0)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rorqual.storage import TableError, undo
-from rorqual.storage.undo import Undo
+from rorqual.tables import TableError, journal
+from rorqual.tables.journal import Journal
 
 pytestmark = pytest.mark.engram
 
@@ -22,21 +22,21 @@ class Memory:
     def __init__(self, folder: pathlib.Path, keep: int = 3) -> None:
         self.folder, self.keep = folder, keep
         self.rows = np.zeros((ROWS, SIZE), np.uint8)
-        self.undo = Undo(folder, ROWS, SIZE, keep)
+        self.journal = Journal(folder, ROWS, SIZE, keep)
 
     def write(self, ids: np.ndarray, records: np.ndarray) -> None:
         self.rows[ids] = records
 
     def change(self, ids: np.ndarray, records: np.ndarray) -> None:
-        self.undo.note(ids, self.rows[ids])
+        self.journal.record(ids, self.rows[ids])
         self.write(ids, records)
 
     def rewind(self, step: int) -> None:
-        self.undo.rewind(step, self.write, lambda: None)
+        self.journal.rewind(step, self.write, lambda: None)
 
     def killed(self) -> None:
         """Another process opens what is there."""
-        self.undo = Undo(self.folder, ROWS, SIZE, self.keep)
+        self.journal = Journal(self.folder, ROWS, SIZE, self.keep)
 
 
 @settings(max_examples=60, deadline=None)
@@ -45,7 +45,7 @@ def test_any_course_goes_back_to_any_mark_that_is_kept(data: st.DataObject, tmp_
     """Changes, marks, returns and deaths in any order, against copies of the whole table."""
     table = Memory(tmp_path_factory.mktemp("undo"), keep=data.draw(st.integers(1, 4)))
     draw = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    table.undo.mark(0)
+    table.journal.mark(0)
     kept, step = {0: table.rows.copy()}, 0
     for what in data.draw(st.lists(st.sampled_from(["change", "change", "mark", "rewind", "die"]), max_size=14)):
         if what == "change":
@@ -53,45 +53,45 @@ def test_any_course_goes_back_to_any_mark_that_is_kept(data: st.DataObject, tmp_
             table.change(ids, draw.integers(256, size=(len(ids), SIZE), dtype=np.uint8))
         elif what == "mark":
             step += int(draw.integers(1, 9))
-            table.undo.mark(step)
+            table.journal.mark(step)
             kept[step] = table.rows.copy()
         else:
             if what == "die":  # whoever opens it then goes back before anything else
                 table.killed()
-            back = table.undo.marks[int(draw.integers(len(table.undo.marks)))]
+            back = table.journal.marks[int(draw.integers(len(table.journal.marks)))]
             table.rewind(back)
             assert np.array_equal(table.rows, kept[back])
             step = back
-        assert len(table.undo.marks) <= table.keep
-        assert table.undo.marks == sorted(set(table.undo.marks))
+        assert len(table.journal.marks) <= table.keep
+        assert table.journal.marks == sorted(set(table.journal.marks))
         notes = {int(path.name.removeprefix("undo-")) for path in table.folder.glob("undo-*")}
-        assert notes <= set(table.undo.marks)
+        assert notes <= set(table.journal.marks)
 
 
 def test_a_return_that_was_stopped_is_made_again(tmp_path: pathlib.Path) -> None:
     table, ids = Memory(tmp_path), np.arange(ROWS)
-    table.undo.mark(0)
+    table.journal.mark(0)
     for step in (1, 2, 3):
         table.change(ids[: 5 * step], np.full((5 * step, SIZE), step, np.uint8))
         if step < 3:
-            table.undo.mark(step)
+            table.journal.mark(step)
 
     def stop(ids: np.ndarray, records: np.ndarray) -> None:
         table.write(ids[:2], records[:2])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        table.undo.rewind(0, stop, lambda: None)
+        table.journal.rewind(0, stop, lambda: None)
     table.killed()
     table.rewind(0)
     assert not table.rows.any()
-    assert table.undo.marks == [0]
+    assert table.journal.marks == [0]
     assert [path.name for path in tmp_path.iterdir()] == ["marks.json"]
 
 
 def test_notes_of_a_process_that_ended_are_not_written_over(tmp_path: pathlib.Path) -> None:
     table, one = Memory(tmp_path), np.ones((1, SIZE), np.uint8)
-    table.undo.mark(0)
+    table.journal.mark(0)
     table.change(np.array([3]), one)
     table.killed()
     with pytest.raises(TableError, match="expected the table rewound first"):
@@ -100,7 +100,7 @@ def test_notes_of_a_process_that_ended_are_not_written_over(tmp_path: pathlib.Pa
     table.rewind(0)
     assert not table.rows.any()
     table.change(np.array([4]), one)
-    table.undo.mark(0)  # the same step again is what the table is now
+    table.journal.mark(0)  # the same step again is what the table is now
     table.change(np.array([4]), one + 1)
     table.rewind(0)
     assert np.array_equal(table.rows[4:5], one)
@@ -109,7 +109,7 @@ def test_notes_of_a_process_that_ended_are_not_written_over(tmp_path: pathlib.Pa
 def test_damaged_notes_are_refused_and_a_cut_last_one_is_not(tmp_path: pathlib.Path) -> None:
     """Every bit of three entries flipped, every byte of the last cut off: refused, or the rows of before."""
     table, one = Memory(tmp_path), np.ones((1, SIZE), np.uint8)
-    table.undo.mark(0)
+    table.journal.mark(0)
     for row in (3, 4, 5):
         table.change(np.array([row]), one)
     notes = tmp_path / "undo-0"
@@ -133,7 +133,7 @@ def test_damaged_notes_are_refused_and_a_cut_last_one_is_not(tmp_path: pathlib.P
 def test_a_disk_that_is_full_loses_no_later_note(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half an entry is written when there is no more room; what is noted afterwards is found all the same."""
     table, one, write = Memory(tmp_path), np.ones((1, SIZE), np.uint8), os.pwrite
-    table.undo.mark(0)
+    table.journal.mark(0)
     table.change(np.array([1]), one)
 
     def full(file: int, raw: memoryview, at: int) -> int:
@@ -161,12 +161,12 @@ def test_a_step_that_is_no_mark_and_another_boot_are_refused(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = Memory(tmp_path)
-    table.undo.mark(4)
+    table.journal.mark(4)
     with pytest.raises(TableError, match=r"got no mark of step 3, expected one of \[4\]"):
         table.rewind(3)
     boot = tmp_path / "boot"
     boot.write_text("another start")
-    monkeypatch.setattr(undo, "_BOOT", boot)
+    monkeypatch.setattr(journal, "_BOOT", boot)
     table.rewind(4)  # nothing was written since, so nothing can be lost
     table.change(np.array([3]), np.ones((1, SIZE), np.uint8))
     table.rewind(4)
@@ -179,10 +179,10 @@ def test_a_step_that_is_no_mark_and_another_boot_are_refused(
 def test_notes_of_an_earlier_mark_that_are_cut_are_refused(tmp_path: pathlib.Path) -> None:
     """Their rows were overwritten: only behind the newest mark is a cut note one that was being written."""
     table, one = Memory(tmp_path), np.ones((1, SIZE), np.uint8)
-    table.undo.mark(0)
+    table.journal.mark(0)
     for row in (3, 4):
         table.change(np.array([row]), one)
-    table.undo.mark(1)
+    table.journal.mark(1)
     table.change(np.array([5]), one)
     notes = tmp_path / "undo-0"
     whole, size = notes.read_bytes(), 24 + 8 + SIZE

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rorqual import kernels
-from rorqual.storage import dequantise, quantise, record_bytes
-from rorqual.storage.formats import recall, width_of
+from rorqual.tables import dequantise, quantise, record_bytes
+from rorqual.tables.fp8 import lookup, width_of
 
 pytestmark = pytest.mark.engram
 
@@ -164,8 +164,8 @@ def test_tiles_recall_every_byte_under_every_scale(
         if shape == (2048,):  # the interpreter's time is that of the programs, however much each of them does
             monkeypatch.setattr(triton_rows, "_VALUES", 1 << 15)
         ids = torch.randperm(2048)[: math.prod(shape)].view(shape).to(tiled)
-        ours, expected = kernels.triton_twins.recall(records, ids, 32), recall(records, ids, 32)
+        ours, expected = kernels.triton_twins.recall(records, ids, 32), lookup(records, ids, 32)
         torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
     records = quantise(torch.randn(5, 96)).to(tiled)
     ids = torch.tensor([[4, 0, 4]], device=tiled)
-    assert torch.equal(kernels.triton_twins.recall(records, ids, 96), recall(records, ids, 96))
+    assert torch.equal(kernels.triton_twins.recall(records, ids, 96), lookup(records, ids, 96))

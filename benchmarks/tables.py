@@ -1,6 +1,6 @@
 """What tables must show, each bar beside what was measured here.
 
-    OMP_NUM_THREADS=2 python benchmarks/storage.py --folder /mnt/disk
+    OMP_NUM_THREADS=2 python benchmarks/tables.py --folder /mnt/disk
 
 host         recall from host memory against torch.index_select(out=), rows of 64 to 4,096 bytes; batches of 65,536 rows
              against F.embedding
@@ -37,9 +37,9 @@ import torch.nn.functional as F
 from rorqual.experiments import tables
 from rorqual.layers.engram import EngramConfig, row_totals
 from rorqual.model import LanguageModel, ModelConfig
-from rorqual.storage import DiskTable, HostTable, LearningTable, draw_table, verify
-from rorqual.storage.formats import FP8
-from rorqual.storage.tables import check_ids
+from rorqual.tables import Table, draw_table, verify
+from rorqual.tables.fp8 import FP8
+from rorqual.tables.table import check_ids
 from rorqual.train.config import OptimConfig
 from rorqual.train.optim import Optimizer
 
@@ -74,10 +74,10 @@ def host(options: argparse.Namespace) -> list[Shown]:
     found: list[Shown] = []
     for size in (64, 256, 1024, 4096):
         values = torch.randn(max(BATCH, options.host_bytes // size), size // 4)
-        table, ids = HostTable(values), torch.randint(len(values), (BATCH,))
+        table, ids = Table.of_values(values), torch.randint(len(values), (BATCH,))
         out = torch.empty(BATCH, size // 4)
         steps = {
-            "recall": lambda table=table, ids=ids: table.request(ids).wait(),
+            "recall": lambda table=table, ids=ids: table.prefetch(ids).wait(),
             "select": lambda values=values, ids=ids, out=out: torch.index_select(values, 0, ids, out=out),
             "embedding": lambda values=values, ids=ids: F.embedding(ids, values),
         }
@@ -121,13 +121,14 @@ def checked(options: argparse.Namespace, folder: Path) -> list[Shown]:
 
 def cold(options: argparse.Namespace, folder: Path) -> list[Shown]:
     count = 12_000
-    table = DiskTable(draw_table(folder / "cold", options.cold_bytes // 264, 256, dtype=FP8, std=1.0), hot_bytes=0)
+    path = draw_table(folder / "cold", options.cold_bytes // 264, 256, dtype=FP8, std=1.0)
+    table = Table.of_file(path, cache_bytes=0)
     rates = []
     for _ in range(options.rounds):
         wanted = torch.randint(table.rows, (count,))
-        table.forget()
+        table.file.drop_page_cache()
         began = time.perf_counter()
-        table.request(wanted).wait()
+        table.prefetch(wanted).wait()
         rates.append(count / (time.perf_counter() - began))
     table.close()
     return [Shown("cold rows a second, 264 bytes", statistics.median(rates), 35_000)]
@@ -160,7 +161,7 @@ def training(options: argparse.Namespace, folder: Path) -> list[Shown]:
     (rows,) = row_totals(shape.engram)
     arms: dict[str, Callable[[], float]] = {}
     for name in ("resident", "disk"):
-        held = [LearningTable(folder / "learning", rows, options.width)] if name == "disk" else None
+        held = [Table.of_records(folder / "learning", rows, options.width)] if name == "disk" else None
         model = LanguageModel(shape, seed=0, tables=held).train()
         arms[name] = step_of(model, Optimizer(model, OptimConfig()), options.train_tokens)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -202,11 +203,11 @@ from pathlib import Path
 from rorqual.experiments.tables import BenchConfig
 from rorqual.experiments import tables
 from rorqual.serve.decoding import decode
-from rorqual.storage import StorageConfig
+from rorqual.tables import TableConfig
 def told(name): return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(name))
 folder, config, allowed = Path(sys.argv[1]), BenchConfig(**json.loads(sys.argv[2])), int(sys.argv[3])
 torch.set_num_threads(1)
-model = tables.model_with(config, tables.opened(config, folder, StorageConfig(home="disk", hot_bytes=0)))
+model = tables.model_with(config, tables.opened(config, folder, TableConfig(placement="disk", hot_bytes=0)))
 prompts = torch.randint(model.config.vocabulary, (1, 16), generator=torch.Generator().manual_seed(0)).tolist()
 list(decode(model, prompts, max_new_tokens=2))
 loaded = False
@@ -214,12 +215,12 @@ if allowed:
     used = told("VmData")
     resource.setrlimit(resource.RLIMIT_DATA, (used + allowed, used + allowed))
     try:
-        tables.opened(config, folder, StorageConfig())
+        tables.opened(config, folder, TableConfig())
         loaded = True
     except (RuntimeError, MemoryError):
         pass
 else:
-    model.tables = torch.nn.ModuleList(tables.opened(config, folder, StorageConfig()))
+    model.tables = torch.nn.ModuleList(tables.opened(config, folder, TableConfig()))
 said = list(decode(model, prompts, max_new_tokens=64))
 print(json.dumps({"said": said, "loaded": loaded, "peak": told("VmHWM")}))
 """
@@ -248,7 +249,7 @@ def different(one: dict, other: dict) -> float:
 
 def refusals() -> list[Shown]:
     wanted = "thousand or fifty or million or same_bits"
-    files = ["tests/storage", "tests/experiments/test_tables.py"]
+    files = ["tests/tables", "tests/experiments/test_tables.py"]
     words = ["-m", "pytest", "-qp", "no:cacheprovider", "-m"]
     command = [sys.executable, *words, "not compiled", "-k", wanted, *files]
     said = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True).stdout

@@ -10,15 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from rorqual.storage import DiskTable, TableError, verify, write_table
+from rorqual.tables import Table, TableError, dequantise, quantise, verify, write_table
+from rorqual.tables.row_file import checksums
 
 pytestmark = pytest.mark.engram
 
 FP8 = torch.float8_e4m3fn
+ROWS, WIDTH = 101, 7
 
 
 def damage(path: pathlib.Path, header: dict | str | bytes, data: bytes = bytes(24), size: int | None = None) -> None:
@@ -81,7 +84,7 @@ def test_malformed_files_are_refused(header, size: int | None, reason: str, tmp_
     path = tmp_path / "bad.safetensors"
     damage(path, header, size=size)
     with pytest.raises(TableError, match=reason) as caught:
-        DiskTable(path)
+        Table.of_file(path)
     assert str(path) in str(caught.value)
     assert str(caught.value).isprintable()  # one line
     assert len(str(caught.value)) < len(str(path)) + 300
@@ -93,7 +96,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: pathlib.Path) -
     os.mkfifo(tmp_path / "b.safetensors")
     for path in (tmp_path, tmp_path / "b.safetensors"):
         with pytest.raises(TableError, match=r"[ab].safetensors: got a folder, a device or a pipe, expected a"):
-            DiskTable(path)
+            Table.of_file(path)
 
 
 def test_a_disk_that_cannot_read_is_a_refusal(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +121,8 @@ def test_a_disk_that_cannot_read_is_a_refusal(tmp_path: pathlib.Path, monkeypatc
 
 def test_sound_file_of_the_same_making_opens(tmp_path: pathlib.Path) -> None:
     damage(tmp_path / "good.safetensors", {"rows": entry()})
-    assert torch.equal(DiskTable(tmp_path / "good.safetensors").request(torch.tensor([1])).wait(), torch.zeros(1, 3))
+    table = Table.of_file(tmp_path / "good.safetensors")
+    assert torch.equal(table.prefetch(torch.tensor([1])).wait(), torch.zeros(1, 3))
 
 
 @pytest.mark.parametrize("content", [b"", b"1234567", b"12345678"])
@@ -126,12 +130,12 @@ def test_fragments_are_refused(content: bytes, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
     with pytest.raises(TableError):
-        DiskTable(path)
+        Table.of_file(path)
     with pytest.raises(TableError, match="No such file"):
-        DiskTable(tmp_path / "none")
+        Table.of_file(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(TableError, match="without"):
-        DiskTable(tmp_path / "empty")
+        Table.of_file(tmp_path / "empty")
 
 
 def mutated(kind: str, raw: bytes, draw: np.random.Generator) -> bytes:
@@ -166,7 +170,7 @@ def mutated(kind: str, raw: bytes, draw: np.random.Generator) -> bytes:
 def refusal(folder: pathlib.Path) -> str | None:
     """What a table is refused with; None if it is opened."""
     try:
-        DiskTable(folder)
+        Table.of_file(folder)
     except TableError as error:
         return str(error)
     return None
@@ -208,7 +212,7 @@ def test_shards_missing_doubled_or_of_another_table_are_refused(tmp_path: pathli
 
     def refused(reason: str) -> None:
         with pytest.raises(TableError, match=reason):
-            DiskTable(folder)
+            Table.of_file(folder)
         for file in folder.glob("*"):
             file.unlink()
         for shard, content in kept.items():
@@ -228,7 +232,7 @@ def test_shards_missing_doubled_or_of_another_table_are_refused(tmp_path: pathli
     refused("another table")
     save_file({"rows": torch.randn(3, 3)}, shards[2], {"first_row": "6", "rows_in_all": "11"})
     refused("another table")
-    assert DiskTable(folder).rows == 10
+    assert Table.of_file(folder).rows == 10
 
 
 def test_rows_keep_their_order_whatever_their_files_are_called(tmp_path: pathlib.Path) -> None:
@@ -236,8 +240,8 @@ def test_rows_keep_their_order_whatever_their_files_are_called(tmp_path: pathlib
     folder = write_table(tmp_path / "t", values, shard_rows=3)
     for file, letter in zip(sorted(folder.glob("*")), "cadb", strict=True):
         file.rename(folder / f"{letter}.safetensors")
-    table = DiskTable(folder)
-    assert torch.equal(table.request(torch.arange(10)).wait(), values)
+    table = Table.of_file(folder)
+    assert torch.equal(table.prefetch(torch.arange(10)).wait(), values)
     assert verify(folder) == []
     table.close()
 
@@ -248,7 +252,7 @@ def test_opening_a_refused_folder_leaves_no_file_open(tmp_path: pathlib.Path) ->
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     for _ in range(5):
         with pytest.raises(TableError):
-            DiskTable(folder)
+            Table.of_file(folder)
     after = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     assert after == before
 
@@ -270,7 +274,7 @@ def test_bytes_without_a_fitting_format_are_refused(shape: list[int], changes: d
     said = {name: word for name, word in (said | changes).items() if word is not None}
     save_file({"rows": torch.zeros(shape, dtype=torch.uint8)}, tmp_path / "bad.safetensors", said)
     with pytest.raises(TableError, match=r"bad.safetensors: got \d+-byte rows.*expected 'fp8-e4m3-e8m0-32'"):
-        DiskTable(tmp_path)
+        Table.of_file(tmp_path)
 
 
 def test_shards_of_other_formats_are_of_another_table(tmp_path: pathlib.Path) -> None:
@@ -278,7 +282,7 @@ def test_shards_of_other_formats_are_of_another_table(tmp_path: pathlib.Path) ->
     last = sorted(folder.glob("*"))[1]
     save_file({"rows": torch.zeros(5, 66)}, last, {"first_row": "5", "rows_in_all": "10"})
     with pytest.raises(TableError, match="another table"):
-        DiskTable(folder)
+        Table.of_file(folder)
 
 
 @settings(max_examples=60, deadline=None)
@@ -339,19 +343,180 @@ def test_systems_without_positional_reads_read_and_write_the_same(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows, checksums and files written are those of a system with preadv and pwrite; threads take turns."""
-    monkeypatch.setenv("RORQUAL_KERNELS", "reference")
     values = torch.randn(1003, 7)
     folder = write_table(tmp_path / "t", values, shard_rows=400)
     names = [name for name in dir(os) if name.startswith(("pread", "pwrite", "posix_fadvise"))]
     assert "preadv" in names or sys.platform == "win32"
     for name in names:
         monkeypatch.delattr(os, name)
-    table = DiskTable(folder, hot_bytes=0)
+    table = Table.of_file(folder, cache_bytes=0)
     ids = [torch.randint(1003, (50,)) for _ in range(40)]
     with ThreadPoolExecutor(4) as pool:
-        for rows, got in zip(ids, pool.map(lambda rows: table.request(rows).wait(), ids), strict=True):
+        for rows, got in zip(ids, pool.map(lambda rows: table.prefetch(rows).wait(), ids), strict=True):
             assert torch.equal(got, values[rows])
-    table.forget()
-    table.remember()
+    table.file.drop_page_cache()
+    table.file.fill_page_cache()
     table.close()
     assert verify(folder) == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(cuts=st.lists(st.integers(0, 3 << 20), max_size=6), size=st.integers(0, 3 << 20))
+def test_checksums_are_those_of_each_mib_however_it_comes(cuts: list[int], size: int) -> None:
+    raw = bytes(size)
+    edges = sorted({0, size, *(cut for cut in cuts if cut < size)})
+    pieces = [memoryview(raw)[begin:end] for begin, end in zip(edges, edges[1:], strict=False)]
+    expected = [xxhash.xxh3_64_hexdigest(raw[at : at + (1 << 20)]) for at in range(0, size, 1 << 20)]
+    assert list(checksums(pieces)) == expected
+
+
+def test_any_matrix_of_any_safetensors_file_is_a_table(tmp_path: pathlib.Path) -> None:
+    weight = torch.randn(ROWS, WIDTH)
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(3, dtype=torch.int8), "tables.0.weight": weight, "z": torch.ones(2, 2)}, path)
+    table = Table.of_file(path, name="tables.0.weight")
+    assert torch.equal(table.prefetch(torch.arange(ROWS)).wait(), weight)
+    for name, reason in (("rows", "expected 'rows'"), ("a", "expected rows by width")):
+        with pytest.raises(TableError, match=reason):
+            Table.of_file(path, name=name)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_rows_that_lie_apart_and_together_are_the_ones_asked_for(data: st.DataObject, tmp_path_factory) -> None:
+    """Rows of 400 bytes in shards: next to each other, a few apart, a page apart, in other shards."""
+    values = torch.arange(300).view(300, 1) + torch.arange(100) / 128
+    rows = data.draw(st.integers(1, 320))
+    table = Table.of_file(write_table(tmp_path_factory.mktemp("table") / "t", values, shard_rows=rows), cache_bytes=0)
+    ids = torch.tensor(data.draw(st.lists(st.integers(0, 299), min_size=1, max_size=60)))
+    assert torch.equal(table.prefetch(ids).wait(), values[ids])
+    table.close()
+
+
+@pytest.mark.parametrize("count", [3, 64, 65, 3000])
+def test_rows_that_the_system_does_not_hold_are_waited_for(count: int, tmp_path: pathlib.Path) -> None:
+    """After the system was told to forget the file; few rows and many, near and apart."""
+    values = torch.randn(6000, 300)
+    (path,) = write_table(tmp_path / "t", values).glob("*")
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(file)
+    table = Table.of_file(path.parent, cache_bytes=0, prefetch=False)
+    ids = torch.randperm(6000)[:count]
+    assert torch.equal(table.prefetch(ids).wait(), values[ids])
+    table.close()
+
+
+def test_hot_rows_of_fp8_cost_their_record(tmp_path: pathlib.Path) -> None:
+    records = quantise(torch.randn(ROWS, 64))
+    table = Table.of_file(write_table(tmp_path / "t", records), cache_bytes=2 * 66, prefetch=False)
+    for ids, hits in (([1, 2], 0), ([1, 2], 2), ([3], 2), ([2], 3), ([3], 4)):
+        assert torch.equal(table.prefetch(torch.tensor(ids)).wait(), dequantise(records, 64)[ids])
+        assert table.metrics()["hits"] == hits, ids
+    assert table.metrics()["bytes"] == 3 * 66
+    table.close()
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_a_file_cut_while_serving_fails_the_call_and_no_more(prefetch: bool, tmp_path: pathlib.Path) -> None:
+    values = torch.randn(10, 3)
+    folder = write_table(tmp_path / "t", values)
+    (path,) = folder.glob("*.safetensors")
+    table = Table.of_file(folder, cache_bytes=0, prefetch=prefetch)
+    os.truncate(path, path.stat().st_size - 5)
+    pending = table.prefetch(torch.tensor([9]))
+    with pytest.raises(TableError, match=r"got 7 bytes of row 9, expected 12"):
+        pending.wait()
+    assert torch.equal(table.prefetch(torch.tensor([0, 8])).wait(), values[[0, 8]])
+    path.unlink()  # an open file stays readable
+    assert torch.equal(table.prefetch(torch.tensor([1])).wait(), values[1:2])
+    table.close()
+    with pytest.raises(TableError, match="closed"):
+        table.prefetch(torch.tensor([1])).wait()
+
+
+def test_a_cut_names_the_first_row_that_is_lost(tmp_path: pathlib.Path) -> None:
+    values = torch.randn(10, 3)
+    (path,) = write_table(tmp_path / "t", values).glob("*.safetensors")
+    table = Table.of_file(path.parent, cache_bytes=0, prefetch=False)
+    os.truncate(path, path.stat().st_size - 3 * 12 - 5)
+    with pytest.raises(TableError, match=r"got 7 bytes of row 6, expected 12"):
+        table.prefetch(torch.arange(10)).wait()
+    assert torch.equal(table.prefetch(torch.arange(6)).wait(), values[:6])
+    table.close()
+
+
+def test_files_replaced_fifty_times_while_serving(tmp_path: pathlib.Path) -> None:
+    """Cut, replaced, unlinked in turn: the call that needs lost rows fails, the process and the next table live."""
+    values = torch.randn(100, 16)
+    for turn in range(50):
+        folder = write_table(tmp_path / str(turn), values)
+        (path,) = folder.glob("*.safetensors")
+        table = Table.of_file(folder, cache_bytes=0, prefetch=bool(turn % 2))
+        ids = torch.randint(100, (40,))
+        pending = table.prefetch(ids)
+        if turn % 3 == 0:
+            pending.wait()
+            os.truncate(path, path.stat().st_size - 1)
+            with pytest.raises(TableError, match="row 99"):
+                table.prefetch(torch.tensor([99])).wait()
+        elif turn % 3 == 1:
+            fresh = write_table(tmp_path / f"{turn} anew", values + 1)
+            next(fresh.glob("*")).replace(path)
+        else:
+            path.unlink()
+        if turn % 3:
+            assert torch.equal(pending.wait(), values[ids])
+            assert torch.equal(table.prefetch(ids).wait(), values[ids])
+        table.close()
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_small_batches_are_right_and_counted(data: st.DataObject, tmp_path_factory) -> None:
+    """Duplicates, shards, cached rows that give way or stay: the rows, and what was read of them."""
+    values = torch.arange(90).view(90, 1) + torch.arange(5) / 8
+    folder = write_table(tmp_path_factory.mktemp("t") / "t", values, shard_rows=data.draw(st.integers(7, 90)))
+    cached = data.draw(st.sampled_from([0, 20, 60, 2000]))
+    frozen = torch.tensor(data.draw(st.lists(st.integers(0, 89), max_size=4)), dtype=torch.int64)
+    table = Table.of_file(folder, cache_bytes=cached, cached_rows=frozen)
+    seen: set[int] = set()
+    for ids in data.draw(st.lists(st.lists(st.integers(0, 89), min_size=1, max_size=20), max_size=5)):
+        before = table.metrics()
+        assert torch.equal(table.prefetch(torch.tensor(ids)).wait(), values[ids])
+        more = {name: value - before[name] for name, value in table.metrics().items()}
+        assert (more["rows"], more["different"]) == (len(ids), len(set(ids)))
+        assert more["bytes"] == (more["different"] - more["hits"]) * 20
+        if cached == 2000 and not len(frozen):
+            assert more["hits"] == len(seen & set(ids))
+        seen |= set(ids)
+    table.close()
+
+
+def test_small_batches_of_cached_rows_need_no_file(tmp_path: pathlib.Path) -> None:
+    """Nor do they wait for the thread; larger ones and other rows do."""
+    values = torch.randn(600, 4)
+    folder = write_table(tmp_path / "t", values)
+    table = Table.of_file(folder, cache_bytes=300 * 16)
+    table.prefetch(torch.arange(300)).wait()
+    waited = table.metrics()["wait_seconds"]
+    for path in folder.glob("*"):
+        os.truncate(path, 1)
+    ids = torch.randint(300, (4, 64))
+    assert torch.equal(table.prefetch(ids).wait(), values[ids])
+    assert table.metrics()["wait_seconds"] == waited
+    with pytest.raises(TableError, match="of row 500"):
+        table.prefetch(torch.tensor([500])).wait()
+    table.close()
+
+
+def test_the_page_cache_is_dropped_and_filled(tmp_path: pathlib.Path) -> None:
+    values = torch.randn(3000, 300)
+    table = Table.of_file(write_table(tmp_path / "t", values, shard_rows=1000), cache_bytes=0)
+    ids = torch.arange(0, 3000, 40)
+    for _ in range(2):
+        for change in (table.file.drop_page_cache, table.file.fill_page_cache):
+            change()
+            assert torch.equal(table.prefetch(ids).wait(), values[ids])
+    table.close()

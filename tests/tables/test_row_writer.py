@@ -2,26 +2,16 @@
 
 import pathlib
 import shutil
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
-import xxhash
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rorqual.storage import (
-    DiskTable,
-    TableError,
-    convert,
-    dequantise,
-    draw_table,
-    quantise,
-    verify,
-    write_table,
-    writing,
-)
+from rorqual.tables import Table, TableError, convert, dequantise, draw_table, quantise, verify, write_table
 
 pytestmark = pytest.mark.engram
 
@@ -49,9 +39,9 @@ def test_a_table_is_written_in_the_format_asked_for(tmp_path: pathlib.Path) -> N
         parts = [load_file(file)["rows"] for file in sorted(folder.glob("*"))]
         assert torch.equal(torch.cat(parts), kept)
         expected = dequantise(kept, 64) if kept.dtype == torch.uint8 else kept
-        table = DiskTable(folder)
+        table = Table.of_file(folder)
         assert (table.rows, table.width) == expected.shape
-        assert torch.equal(table.request(torch.arange(len(kept))).wait(), expected)
+        assert torch.equal(table.prefetch(torch.arange(len(kept))).wait(), expected)
         table.close()
         shutil.rmtree(folder)
 
@@ -82,33 +72,9 @@ def test_bad_sizes_and_places_are_refused(tmp_path: pathlib.Path) -> None:
             write_table(place, torch.randn(4, 3))
 
 
-@settings(max_examples=40, deadline=None)
-@given(cuts=st.lists(st.integers(0, 3 << 20), max_size=6), size=st.integers(0, 3 << 20))
-def test_checksums_are_those_of_each_mib_however_it_comes(cuts: list[int], size: int) -> None:
-    raw = bytes(size)
-    sums, edges = writing.Checksums(), sorted({0, size, *(cut for cut in cuts if cut < size)})
-    for begin, end in zip(edges, edges[1:], strict=False):
-        sums.add(memoryview(raw)[begin:end])
-    expected = [xxhash.xxh3_64_hexdigest(raw[at : at + (1 << 20)]) for at in range(0, size, 1 << 20)]
-    assert sums.digits() == "".join(expected)
-
-
-def test_a_table_in_parts_and_shards_is_the_same_table(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "_PART", 7 * 64)
-    values = torch.randn(101, 64)
-    for number, shard_rows in enumerate((1, 13, 101, 500, None)):
-        folder = write_table(tmp_path / str(number), values, shard_rows=shard_rows)
-        assert torch.equal(rows_of(folder), values)
-        assert verify(folder) == []
-        assert not list(tmp_path.glob("*.partial"))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8])
 @pytest.mark.parametrize("into", [torch.float32, torch.bfloat16, FP8])
-def test_a_table_is_converted_shard_by_shard(
-    dtype: torch.dtype, into: torch.dtype, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(writing, "_PART", 1000)
+def test_a_table_is_converted_shard_by_shard(dtype: torch.dtype, into: torch.dtype, tmp_path: pathlib.Path) -> None:
     values = torch.randn(50, 64)
     stored = write_table(tmp_path / "a", values, dtype=dtype, shard_rows=17)
     told: list[int] = []
@@ -144,79 +110,6 @@ def test_drawn_rows_are_normal_and_the_same_again(tmp_path: pathlib.Path) -> Non
         draw_table(tmp_path / "e", 0, 3)
 
 
-def test_a_build_that_was_stopped_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped at every part in turn: no table until the last, the same bytes then, no shard written twice."""
-    monkeypatch.setattr(writing, "_PART", 5 * 64 * 4)
-    whole = draw_table(tmp_path / "whole", 40, 64, shard_rows=10)
-    expected = {file.name: file.read_bytes() for file in whole.glob("*")}
-    finished, kept, left = writing._write_shard, writing._kept, 0
-
-    def stop(*given: object) -> torch.Tensor:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise KeyboardInterrupt
-        return kept(*given)
-
-    written: list[str] = []
-    monkeypatch.setattr(writing, "_kept", stop)
-    monkeypatch.setattr(writing, "_write_shard", lambda *a: (finished(*a), written.append(a[0].name))[0])
-    folder, interrupted = tmp_path / "t", 0
-    for turn in range(9):
-        left = 1 + turn % 2 * 2  # a shard has two parts: stopped within the first missing one, or the one after
-        try:
-            draw_table(folder, 40, 64, shard_rows=10)
-            break
-        except KeyboardInterrupt:
-            interrupted += 1
-            assert not folder.exists()
-            with pytest.raises(ValueError, match="expected none: finish it by the command that began it, or delete"):
-                draw_table(folder, 41, 64, shard_rows=10)
-    assert interrupted > 1
-    assert len(written) == len(set(written)) == 4
-    assert {file.name: file.read_bytes() for file in folder.glob("*")} == expected
-
-
-def test_shards_of_rows_that_were_in_memory_are_not_taken_again(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A process that was killed leaves shards of its rows; those of the next are others."""
-    with monkeypatch.context() as patch:
-        patch.setattr(writing.shutil, "rmtree", lambda *_, **__: None)
-        shard = writing._write_shard
-
-        def once(*given: object) -> None:
-            shard(*given)
-            raise KeyboardInterrupt
-
-        patch.setattr(writing, "_write_shard", once)
-        with pytest.raises(KeyboardInterrupt):
-            write_table(tmp_path / "t", torch.zeros(20, 8), shard_rows=10)
-    assert len(list((tmp_path / "t.partial").glob("*.safetensors"))) == 1
-    values = torch.randn(20, 8)
-    assert torch.equal(rows_of(write_table(tmp_path / "t", values, shard_rows=10)), values)
-
-
-def test_one_process_writes_a_table(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked for again while it is being written, by the same command."""
-    shard, refused = writing._write_shard, []
-
-    def twice(*given: object) -> None:
-        if not refused:
-            refused.append("")
-            with pytest.raises(ValueError, match="another process writes this table, expected one at a time") as told:
-                draw_table(tmp_path / "t", 20, 8, shard_rows=10)
-            refused.append(str(told.value))
-        shard(*given)
-
-    monkeypatch.setattr(writing, "_write_shard", twice)
-    folder = draw_table(tmp_path / "t", 20, 8, shard_rows=10)
-    assert "t.partial" in refused[1]
-    assert verify(folder) == []
-    with pytest.raises(ValueError, match="got 549755813889 rows a shard, expected 1 to 17179869184: its checksums"):
-        draw_table(tmp_path / "u", 2**40, 8, shard_rows=2**39 + 1)
-
-
 def test_a_tensor_that_cannot_be_written_leaves_nothing(tmp_path: pathlib.Path) -> None:
     values = torch.randn(20, 32)
     values[15, 3] = torch.nan
@@ -231,16 +124,99 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path: pathli
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_build_that_was_killed_before_the_table_had_its_name_goes_on(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_in_parts_and_shards_is_the_same_table(tmp_path: pathlib.Path) -> None:
+    """Rows of 40 MiB, more than are written at a time."""
+    values = torch.randn(41, 1 << 18)
+    for number, shard_rows in enumerate((13, 41, 500, None)):
+        folder = write_table(tmp_path / str(number), values, shard_rows=shard_rows)
+        assert torch.equal(rows_of(folder), values)
+        assert verify(folder) == []
+        shutil.rmtree(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_that_was_stopped_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped within every shard in turn: no table until the last, the same bytes, no shard again."""
+    whole = draw_table(tmp_path / "whole", 40, 64, shard_rows=10)
+    expected = {file.name: file.read_bytes() for file in whole.glob("*")}
+    generator, made = np.random.default_rng, []
+
+    def once(seed: list[int]) -> np.random.Generator:
+        made.append(seed)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return generator(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", once)
+    folder, drawn = tmp_path / "t", list[list[int]]()
+    while not folder.exists():
+        made.clear()
+        try:
+            draw_table(folder, 40, 64, shard_rows=10)
+        except KeyboardInterrupt:
+            assert len(list((tmp_path / "t.partial").glob("*.safetensors"))) == len(drawn) + 1
+            with pytest.raises(ValueError, match="finish it by the command that began it, or delete"):
+                draw_table(folder, 41, 64, shard_rows=10)
+        drawn.append(made[0])
+    assert len(drawn) == len({tuple(seed) for seed in drawn}) == 4
+    assert {file.name: file.read_bytes() for file in folder.glob("*")} == expected
+
+
+def test_a_build_that_was_stopped_before_the_table_had_its_name_goes_on(tmp_path: pathlib.Path) -> None:
     """All shards are there: none is written again."""
-    with monkeypatch.context() as patch:
-        patch.setattr(pathlib.Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            draw_table(tmp_path / "t", 40, 8, shard_rows=10)
-    monkeypatch.setattr(writing, "_write_shard", None)
+    size = 40 * 8 * 4
+
+    def stop(done: int) -> None:
+        if done == size:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw_table(tmp_path / "t", 40, 8, shard_rows=10, progress=stop)
+    written = {path.name: path.stat().st_ino for path in (tmp_path / "t.partial").glob("*.safetensors")}
     folder = draw_table(tmp_path / "t", 40, 8, shard_rows=10)
-    assert verify(folder) == []
-    assert sorted(path.suffix for path in folder.iterdir()) == [".safetensors"] * 4
+    assert {path.name: path.stat().st_ino for path in folder.iterdir()} == written
+    assert len(written) == 4
     assert list(tmp_path.iterdir()) == [folder]
+
+
+KILLED = """
+import os, sys, torch
+from rorqual.tables import write_rows
+def source(first, end):
+    if first:
+        os._exit(1)
+    return torch.zeros(end - first, 1 << 18)
+write_rows(sys.argv[1], 2000, 1 << 18, source)
+"""
+
+
+def test_rows_that_were_in_memory_are_written_anew(tmp_path: pathlib.Path) -> None:
+    """A process that was killed leaves a shard of its rows; those of the next are others."""
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "t")], check=False)
+    assert done.returncode == 1
+    assert (tmp_path / "t.partial").is_dir()
+    with pytest.raises(ValueError, match="got the beginning of another table"):
+        write_table(tmp_path / "t", torch.randn(20, 8), shard_rows=10)
+    values = torch.randn(20, 8)
+    partial = tmp_path / "u.partial"
+    write_table(partial, torch.zeros(20, 8), shard_rows=10)
+    note = '[null, 20, 8, "torch.float32", 10]'
+    (partial / "origin.json").write_text(note, encoding="utf-8")
+    assert torch.equal(rows_of(write_table(tmp_path / "u", values, shard_rows=10)), values)
+
+
+def test_one_process_writes_a_table(tmp_path: pathlib.Path) -> None:
+    """Asked for again while it is being written, by the same command."""
+    refused: list[str] = []
+
+    def again(done: int) -> None:
+        if not refused:
+            with pytest.raises(ValueError, match="another process writes this table, expected one at a") as error:
+                draw_table(tmp_path / "t", 20, 8, shard_rows=10)
+            refused.append(str(error.value))
+
+    folder = draw_table(tmp_path / "t", 20, 8, shard_rows=10, progress=again)
+    assert "t.partial" in refused[0]
+    assert verify(folder) == []
+    with pytest.raises(ValueError, match="got 549755813889 rows a shard, expected 1 to 17179869184: its checksums"):
+        draw_table(tmp_path / "u", 2**40, 8, shard_rows=2**39 + 1)

@@ -1,0 +1,178 @@
+"""Undo journal of rows that are trained in a file: brings them back to what they were at a mark.
+
+    FOLDER/marks.json     the marks that the table can go back to, the newest last
+    FOLDER/undo-STEP      after mark STEP, repeated: count, checksum, checksum of both, ids, records
+
+A row's record is written to the journal before it is first overwritten after a mark. A killed
+process leaves all that it wrote, so at most the last entry is cut, and its rows were not touched;
+any other damage is refused. A machine that stops may lose writes in any order: a journal carries
+the boot that it was written in, and that of another boot is refused.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import xxhash
+
+from rorqual.io import BINARY, flush, write_all_at, write_json
+from rorqual.tables.row_file import TableError
+
+_HEAD = struct.Struct("<QQ")  # rows of an entry, checksum of its ids and records
+_SEAL = struct.Struct("<Q")  # checksum of the head
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+Write = Callable[[np.ndarray, np.ndarray], None]  # (ids, records)
+
+
+class Journal:
+    """The journal of a table of `rows` records of `size` bytes; keeps the newest `keep` marks."""
+
+    def __init__(self, folder: Path, rows: int, size: int, keep: int) -> None:
+        self.folder = folder
+        self.size = size
+        self.keep = keep
+        self._recorded = np.zeros(rows, dtype=np.bool_)  # since the last mark
+        self._file = -1
+        path = folder / "marks.json"
+        self.marks: list[int] = _read_marks(path) if path.is_file() else []
+
+    def record(self, ids: np.ndarray, records: np.ndarray) -> None:
+        """Writes what these rows are now, except for rows that it has since the last mark.
+
+        TableError if it cannot; the file is then as before, so that later entries can be read.
+        """
+        fresh = ~self._recorded[ids]
+        if not fresh.any():
+            return
+        if self._file < 0:
+            self._open()
+        ids = ids[fresh]
+        body = ids.astype("<i8").tobytes() + records[fresh].tobytes()
+        head = _HEAD.pack(len(ids), xxhash.xxh3_64_intdigest(body))
+        end = os.fstat(self._file).st_size
+        try:
+            write_all_at(self._file, head + _seal(head) + body, end)
+        except OSError as error:
+            os.ftruncate(self._file, end)
+            wanted = f"room for notes of {len(ids)} rows"
+            raise TableError(f"{self.folder}: got {error.strerror}, expected {wanted}") from error
+        self._recorded[ids] = True
+
+    def _open(self) -> None:
+        """Creates the file; its name is on the disk before the first row is overwritten."""
+        if not self.marks:
+            raise TableError(f"{self.folder}: got no mark, expected a table that was filled")
+        path = self.folder / f"undo-{self.marks[-1]}"
+        try:
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
+        except FileExistsError:
+            got = "got notes of a process that ended"
+            raise TableError(f"{path}: {got}, expected the table rewound first") from None
+        try:
+            write_all_at(self._file, _boot(), 0)
+            os.fsync(self._file)
+            flush(self.folder)
+        except OSError as error:
+            self.close()
+            path.unlink()
+            raise TableError(f"{path}: got {error.strerror}, expected room for notes") from error
+
+    def mark(self, step: int) -> None:
+        """Names the table as it is on the disk now."""
+        self.close()
+        # of an earlier mark of the same name
+        (self.folder / f"undo-{step}").unlink(missing_ok=True)
+        marks = [*(mark for mark in self.marks if mark < step), step]
+        self._save(marks[-self.keep :])
+        for mark in marks[: -self.keep]:
+            (self.folder / f"undo-{mark}").unlink(missing_ok=True)
+
+    def rewind(self, step: int, write: Write, flush: Callable[[], None]) -> None:
+        """Writes back what rows were at mark `step`, newest entries first.
+
+        TableError if there is no such mark, or its entries are damaged.
+        """
+        if step not in self.marks:
+            got = f"got no mark of step {step}"
+            raise TableError(f"{self.folder}: {got}, expected one of {self.marks}")
+        self.close()
+        later = [mark for mark in reversed(self.marks) if mark >= step]
+        for mark in later:
+            path = self.folder / f"undo-{mark}"
+            if path.is_file():
+                self._replay(path, write, newest=mark == self.marks[-1])
+        flush()
+        self._save([mark for mark in self.marks if mark <= step])
+        for mark in later:
+            (self.folder / f"undo-{mark}").unlink(missing_ok=True)
+
+    def _replay(self, path: Path, write: Write, newest: bool) -> None:
+        """Writes back all entries of a file; only that of the newest mark may be cut."""
+        boot = _boot()
+        with path.open("rb") as file:
+            if file.read(len(boot)) != boot:
+                raise TableError(
+                    f"{path}: the machine has stopped since these rows were trained, so some may be"
+                    " lost: start again with a copy of the table, or from the beginning in another"
+                    " folder"
+                )
+            end = file.tell()
+            while (entry := self._entry(path, file)) is not None:
+                write(*entry)
+                end = file.tell()
+            if not newest and end != os.fstat(file.fileno()).st_size:
+                got = f"got a note cut behind byte {end}"
+                raise TableError(f"{path}: {got}, expected it as it was written")
+
+    def _entry(self, path: Path, file: BinaryIO) -> tuple[np.ndarray, np.ndarray] | None:
+        """The next ids and records; None at the end, or where an entry is cut."""
+        head = file.read(_HEAD.size + _SEAL.size)
+        if len(head) < _HEAD.size + _SEAL.size:
+            return None
+        count, expected = _HEAD.unpack_from(head)
+        sealed = head[_HEAD.size :] == _seal(head[: _HEAD.size])
+        body = file.read(count * (8 + self.size)) if sealed else b""
+        if sealed and len(body) < count * (8 + self.size):
+            return None
+        if not sealed or xxhash.xxh3_64_intdigest(body) != expected:
+            got = f"got a damaged note before byte {file.tell()}"
+            raise TableError(f"{path}: {got}, expected it as it was written")
+        ids = np.frombuffer(body, dtype="<i8", count=count)
+        return ids, np.frombuffer(body, np.uint8, offset=8 * count).reshape(count, self.size)
+
+    def _save(self, marks: list[int]) -> None:
+        write_json(self.folder / "marks.json", marks)
+        self.marks = marks
+
+    def close(self) -> None:
+        """Closes the file; rows are recorded anew afterwards."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        # new memory, which the system does not provide before it is written to
+        self._recorded = np.zeros(len(self._recorded), dtype=np.bool_)
+
+
+def _boot() -> bytes:
+    """40 bytes that differ from one start of the machine to the next, where the system has them."""
+    return (_BOOT.read_bytes().strip() if _BOOT.is_file() else b"").ljust(40)
+
+
+def _read_marks(path: Path) -> list[int]:
+    """TableError for a file that is not a list of steps."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TableError(f"{path}: {error}, expected a list of steps") from error
+    if not isinstance(found, list) or not all(type(step) is int for step in found):
+        raise TableError(f"{path}: got {found!r:.60}, expected a list of steps")
+    return found
+
+
+def _seal(head: bytes) -> bytes:
+    return _SEAL.pack(xxhash.xxh3_64_intdigest(head))

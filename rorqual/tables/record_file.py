@@ -1,0 +1,166 @@
+"""Rows that are trained in a file, with the state of row-sparse Adam beside each.
+
+    FOLDER/records    for each row: values [W], averages of gradients [W] and of their squares [W],
+                      number of updates
+
+One read brings all that an update needs, and one write keeps it. See journal.py for what a killed
+process leaves.
+"""
+
+import os
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import BaseFileLock
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from rorqual.io import BINARY, acquired, write_all_at
+from rorqual.tables.journal import Journal
+from rorqual.tables.row_file import FileRows, TableError
+
+# rows, averages, averages of squares, numbers of updates, which of them, gradient
+Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+
+_DRAWN = 1 << 20  # values drawn at a time; parts of 16 rows are what one draw would give
+_KEPT = 4  # reads whose records are kept for an update; those of others are read again
+
+
+class RecordFile:
+    """float32 rows and their optimizer state in FOLDER/records; `keep` marks to go back to.
+
+    `read` and `replace` are called in order by one thread.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], rows: int, width: int, keep: int) -> None:
+        """`draw` fills a new folder. TableError for a folder of other sizes."""
+        self.folder = Path(folder)
+        self.rows = rows
+        self.width = width
+        self.record_bytes = 4 * (3 * width + 1)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._journal = Journal(self.folder, rows, self.record_bytes, keep)
+        file, lock = _open_alone(self.folder / "records")
+        self._close = weakref.finalize(self, _release, file, self._journal, lock)
+        self._records = FileRows(self.folder / "records", file, 0, self.record_bytes)
+        size = os.fstat(file).st_size
+        if self._journal.marks and size != rows * self.record_bytes:
+            self._close()
+            expected = f"expected {rows} times {self.record_bytes}"
+            raise TableError(f"{self.folder}: got {size} bytes of records, {expected}")
+        self._read: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def read(self, ids: Int[np.ndarray, " K"]) -> UInt8[Tensor, "K bytes"]:
+        """The values of rising ids; their records are kept for the update to come."""
+        records = self.records(ids)
+        self._read = [*self._read[1 - _KEPT :], (ids, records)]
+        return torch.from_numpy(records[:, : 4 * self.width])
+
+    def records(self, ids: Int[np.ndarray, " K"]) -> UInt8[np.ndarray, "K record"]:
+        """Whole records of rising ids."""
+        found = np.empty((len(ids), self.record_bytes), np.uint8)
+        self._records.read(ids, found)
+        return found
+
+    def kept_records(self, ids: Int[np.ndarray, " K"]) -> UInt8[np.ndarray, "K record"] | None:
+        """The records of a recent `read` of the same ids, if nothing was written since."""
+        return next((records for known, records in self._read if np.array_equal(known, ids)), None)
+
+    def updated(
+        self, before: UInt8[np.ndarray, "K record"], gradient: Float[Tensor, "K W"], update: Update
+    ) -> UInt8[np.ndarray, "K record"]:
+        """Records after one update."""
+        after = before.view(np.float32).copy()
+        # as the update expects them: three matrices, and a vector of counts
+        parts = after[:, :-1].reshape(-1, 3, self.width).transpose(1, 0, 2)
+        matrices = np.ascontiguousarray(parts)
+        rows, first, second = torch.from_numpy(matrices).unbind()
+        counts = torch.from_numpy(after[:, -1].copy().view(np.int32))
+        update(rows, first, second, counts, torch.arange(len(before)), gradient)
+        after[:, :-1] = matrices.transpose(1, 0, 2).reshape(len(before), -1)
+        after[:, -1] = counts.numpy().view(np.float32)
+        return after.view(np.uint8)
+
+    def replace(
+        self,
+        ids: Int[np.ndarray, " K"],
+        before: UInt8[np.ndarray, "K record"],
+        after: UInt8[np.ndarray, "K record"],
+    ) -> None:
+        """Writes new records, after the journal has the old ones."""
+        self._journal.record(ids, before)
+        self._records.write(ids, after)
+        # records read before are out of date, those read from now on are not
+        self._read = []
+
+    @torch.no_grad()
+    def draw(self, std: float) -> None:
+        """Fills the table with normal numbers, as one draw from torch's generator gives them.
+
+        If it is filled already, the generator moves on and the rows stay.
+        """
+        filled = bool(self._journal.marks)
+        if not filled:
+            # of a larger table that was never whole
+            os.ftruncate(self._records.file, 0)
+        step = max(16, _DRAWN // self.width // 16 * 16)
+        first = 0
+        while first < self.rows:
+            left = self.rows - first
+            # fewer than 16 rows at the end are drawn with those before: torch would draw others
+            count = left if left < step + 16 else step
+            values = torch.randn(count, self.width) * std
+            if not filled:
+                self._fill(first, values)
+            first += count
+        if not filled:
+            self.mark(0)
+
+    def _fill(self, first: int, values: Tensor) -> None:
+        records = np.zeros((len(values), self.record_bytes // 4), np.float32)
+        records[:, : self.width] = values.numpy()
+        try:
+            write_all_at(self._records.file, records.data.cast("B"), first * self.record_bytes)
+        except OSError as error:
+            needed = f"expected room for {self.rows * self.record_bytes:,} bytes"
+            got = f"got {error.strerror} at row {first}"
+            raise TableError(f"{self.folder}: {got}, {needed}") from error
+
+    def mark(self, step: int) -> None:
+        """Waits until all writes are on the disk, and makes `step` a mark to go back to."""
+        os.fsync(self._records.file)
+        self._journal.mark(step)
+
+    def rewind(self, step: int) -> None:
+        """Brings rows and state back to mark `step`. TableError if they are not to be had."""
+        self._read = []
+        self._journal.rewind(step, self._records.write, lambda: os.fsync(self._records.file))
+
+    def close(self) -> None:
+        """Closes the files and releases the lock."""
+        self._close()
+        self._records.file = -1
+
+
+def _release(file: int, journal: Journal, lock: BaseFileLock) -> None:
+    os.close(file)
+    journal.close()
+    lock.release(force=True)
+
+
+def _open_alone(path: Path) -> tuple[int, BaseFileLock]:
+    """Opens a file that nothing else opens so until the lock is released or this process ends.
+
+    TableError if another table has it, here or in another process. A fork does not keep the lock.
+    """
+    refusal = (
+        f"{path}: got rows that another table trains now, in this process or another;"
+        " expected one at a time: close the other"
+    )
+    # a finalizer may release it on any thread
+    lock_path = path.with_name(path.name + ".lock")
+    lock = acquired(lock_path, refusal, thread_local=False, error=TableError)
+    return os.open(path, os.O_RDWR | os.O_CREAT | BINARY, 0o666), lock

@@ -1,0 +1,444 @@
+"""The files of a table: safetensors shards, checked before the first row and read by position.
+
+    table-00001-of-00004.safetensors    a matrix `rows`: float32, bfloat16, or bytes (fp8 records)
+    first_row, rows_in_all              where the shard stands in its table
+    format, width                       of fp8 records alone
+    xxh3_header                         a checksum of the header, with 16 zeros in its own place
+    xxh3_per_mib                        a checksum of every 2^20 bytes of rows, 16 digits each
+
+A file that is not sound is refused with TableError, which names the file and the reason. Files are
+never mapped: one that is cut while it is read fails a call and not the process.
+"""
+
+import json
+import math
+import os
+import stat
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from rorqual.io import BINARY, read_at, write_all_at
+from rorqual.tables.fp8 import BLOCK, FP8
+
+KINDS = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": FP8}
+FORMAT = "fp8-e4m3-e8m0-32"
+BLANK = "0" * 16  # in the place of the header's checksum while it is computed
+CHECKED_BYTES = 1 << 20  # that share a checksum
+_PIECE = 1 << 18  # bytes that verification reads at a time: they stay in a core's cache
+_MAX_HEADER = 16 << 20  # bytes; a header has a few hundred, and 16 a MiB of rows
+_MAX_DIGITS = 20  # of a number of rows
+_MAX_AXES = 64  # torch's limit; the product of a million sizes would take hours
+_ANNOUNCED = 512  # reads that one thread makes after it told the system of all of them
+_THREADS = 32  # that share more reads, so that the disk has many to choose from
+
+
+class TableError(ValueError):
+    """A table's file that cannot be used; the message names the file and the reason."""
+
+
+class FileRows:
+    """Rows of equal size in one open file, from byte `start` on."""
+
+    def __init__(self, path: Path, file: int, start: int, row_bytes: int) -> None:
+        self.path = path
+        self.file = file
+        self.start = start
+        self.row_bytes = row_bytes
+
+    def read(self, ids: Int[np.ndarray, " K"], into: UInt8[np.ndarray, "K bytes"]) -> None:
+        """Reads rows of rising ids. TableError names the first row that the file does not have."""
+        runs = _runs(ids, self.row_bytes)
+        target = into.reshape(-1).data
+        if len(runs) <= _ANNOUNCED:
+            runs = [run for run in runs if not self._read_at_once(target, run)]
+            self._announce(runs)
+            for place, size, at in runs:
+                self.read_bytes(target[place : place + size], at)
+            return
+
+        def read(runs: list[tuple[int, int, int]]) -> None:
+            for place, size, at in runs:
+                self.read_bytes(target[place : place + size], at)
+
+        share = -(-len(runs) // _THREADS)
+        parts = [runs[at : at + share] for at in range(0, len(runs), share)]
+        with ThreadPoolExecutor(_THREADS) as threads:
+            list(threads.map(read, parts))
+
+    def _read_at_once(self, target: memoryview, run: tuple[int, int, int]) -> bool:
+        """Reads what the system has in memory; False if that would take a wait."""
+        place, size, at = run
+        if self.file < 0 or not (hasattr(os, "preadv") and hasattr(os, "RWF_NOWAIT")):
+            return False
+        try:
+            part = target[place : place + size]
+            return os.preadv(self.file, [part], self.start + at, os.RWF_NOWAIT) == size
+        except OSError:
+            return False
+
+    def _announce(self, runs: list[tuple[int, int, int]]) -> None:
+        """Has the disk begin with several reads at once, where the system can."""
+        if len(runs) > 1 and self.file >= 0 and hasattr(os, "posix_fadvise"):
+            for _, size, at in runs:
+                os.posix_fadvise(self.file, self.start + at, size, os.POSIX_FADV_WILLNEED)
+
+    def read_bytes(self, into: memoryview, at: int) -> None:
+        """Fills `into` from byte `at` of the rows on."""
+        got = 0
+        try:
+            while self.file >= 0 and got < len(into):
+                more = read_at(self.file, into[got:], self.start + at + got)
+                if not more:
+                    break
+                got += more
+        except OSError as error:
+            row = (at + got) // self.row_bytes
+            raise TableError(f"{self.path}: {error.strerror} at row {row}") from error
+        if got < len(into):
+            row, left = divmod(at + got, self.row_bytes)
+            raise TableError(
+                f"{self.path}: got {left} bytes of row {row}, expected {self.row_bytes}:"
+                " cut or closed since it opened"
+            )
+
+    def write(self, ids: Int[np.ndarray, " K"], rows: UInt8[np.ndarray, "K bytes"]) -> None:
+        """Writes rows of rising ids. TableError names the row that found no place."""
+        source = np.ascontiguousarray(rows).reshape(-1).data
+        for place, size, at in _runs(ids, self.row_bytes):
+            try:
+                write_all_at(self.file, source[place : place + size], self.start + at)
+            except OSError as error:
+                row = at // self.row_bytes
+                got = f"got {error.strerror} at row {row}"
+                raise TableError(f"{self.path}: {got}, expected room for it") from error
+
+
+def _runs(ids: np.ndarray, size: int) -> list[tuple[int, int, int]]:
+    """Neighbours among rising ids: their place in memory, bytes, and place in the file."""
+    begins = np.flatnonzero(np.diff(ids, prepend=-2) != 1)
+    counts = np.diff(begins, append=len(ids))
+    columns = (begins * size, counts * size, ids[begins] * size)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+class Shard(FileRows):
+    """One safetensors file, whose header is checked before anything is read.
+
+    rows, width, dtype: of the table's numbers; row_bytes: of one row in the file.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        try:
+            # opening a pipe would wait for a writer
+            file = os.open(path, os.O_RDONLY | BINARY | getattr(os, "O_NONBLOCK", 0))
+        except OSError as error:
+            raise TableError(f"{path}: {error.strerror}") from error
+        # also closes the file of a table that is dropped
+        self._close = weakref.finalize(self, os.close, file)
+        try:
+            self.metadata, entry, start = _header(path, file, name)
+            self.dtype = KINDS[entry["dtype"]]
+            self.rows, columns = entry["shape"]
+            self.width = _fp8_width(path, self.metadata, columns) if self.dtype == FP8 else columns
+        except OSError as error:
+            self._close()
+            raise TableError(f"{path}: {error.strerror}") from error
+        except Exception:
+            self._close()
+            raise
+        super().__init__(path, file, start, columns * self.dtype.itemsize)
+
+    def damaged(self) -> list[int]:
+        """Numbers of the MiB that are not as they were written. TableError without checksums."""
+        size = self.rows * self.row_bytes
+        noted = self.metadata.get("xxh3_per_mib", "")
+        if len(noted) != 16 * -(-size // CHECKED_BYTES):
+            expected = "expected a file that write_table wrote"
+            raise TableError(f"{self.path}: got no checksum for each MiB, {expected}")
+        digests = checksums(self._pieces(size))
+        return [n for n, digest in enumerate(digests) if digest != noted[16 * n : 16 * n + 16]]
+
+    def _pieces(self, size: int) -> Iterator[memoryview]:
+        buffer = memoryview(bytearray(_PIECE))
+        for at in range(0, size, _PIECE):
+            piece = buffer[: min(_PIECE, size - at)]
+            self.read_bytes(piece, at)
+            yield piece
+
+    def rows_of(self, block: int) -> range:
+        """The rows of the table that lie in one MiB of this shard."""
+        first = block * CHECKED_BYTES // self.row_bytes
+        end = min(-(-(block + 1) * CHECKED_BYTES // self.row_bytes), self.rows)
+        shift = int(self.metadata["first_row"])
+        return range(shift + first, shift + end)
+
+    def close(self) -> None:
+        """Closes the file; later reads are refused."""
+        self._close()
+        self.file = -1
+
+
+class RowFile:
+    """A table's rows in one safetensors file, or in a folder of shards."""
+
+    def __init__(self, path: str | os.PathLike[str], name: str = "rows") -> None:
+        """`name` is the tensor's. TableError for files that are not sound."""
+        self.shards = open_shards(Path(path), name)
+        first = self.shards[0]
+        self.width = first.width
+        self.dtype = first.dtype
+        self.row_bytes = first.row_bytes
+        # the first row of each shard, and of the one that would follow
+        self._starts = np.cumsum([0, *(shard.rows for shard in self.shards)])
+        self.rows = int(self._starts[-1])
+        self._failed: np.ndarray | None = None
+
+    def read(self, ids: Int[np.ndarray, " K"]) -> UInt8[Tensor, "K bytes"]:
+        """The rows of rising ids, as they are stored."""
+        raw = np.empty((len(ids), self.row_bytes), np.uint8)
+        edges = np.searchsorted(ids, self._starts).tolist()
+        for number, shard in enumerate(self.shards):
+            part = slice(edges[number], edges[number + 1])
+            if part.start < part.stop:
+                try:
+                    shard.read(ids[part] - self._starts[number], raw[part])
+                except TableError:
+                    self._failed = ids
+                    raise
+        return torch.from_numpy(raw)
+
+    def stored(self, first: int, end: int) -> Tensor:
+        """Rows first..end in the type they are stored in: numbers, or fp8 records in bytes."""
+        raw = self.read(np.arange(first, end))
+        return raw if self.dtype == FP8 else raw.view(self.dtype)
+
+    def damage(self) -> str | None:
+        """Why rows can no longer be read, naming the file; None while they can.
+
+        Looks whether each file is there and has its last row, and reads again what failed last.
+        """
+        failed = self._failed
+        try:
+            for shard in self.shards:
+                os.stat(shard.path)
+                last = memoryview(bytearray(shard.row_bytes))
+                shard.read_bytes(last, (shard.rows - 1) * shard.row_bytes)
+            if failed is not None:
+                self.read(failed)
+        except TableError as error:
+            return str(error)
+        except OSError as error:
+            return f"{shard.path}: {error.strerror}"
+        if self._failed is failed:
+            self._failed = None
+        return None
+
+    def drop_page_cache(self) -> None:
+        """Has the system drop these files from its memory, so that the disk itself is measured."""
+        for shard in self.shards:
+            os.fsync(shard.file)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(shard.file, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def fill_page_cache(self) -> None:
+        """Has the system read these files whole, so that no row waits for the disk."""
+        buffer = memoryview(bytearray(CHECKED_BYTES))
+        for shard in self.shards:
+            at = 0
+            while got := read_at(shard.file, buffer, at):
+                at += got
+
+    def close(self) -> None:
+        """Closes all files."""
+        for shard in self.shards:
+            shard.close()
+
+
+class Damage(NamedTuple):
+    """Rows that are not as they were written: `rows` of the table, in a MiB of `path`."""
+
+    path: Path
+    rows: range
+
+
+def verify(path: str | os.PathLike[str]) -> list[Damage]:
+    """Reads a whole table and returns every MiB that is not as it was written.
+
+    TableError for files that are not sound, or have no checksums.
+    """
+    shards = open_shards(Path(path), "rows")
+    try:
+        return [Damage(shard.path, shard.rows_of(n)) for shard in shards for n in shard.damaged()]
+    finally:
+        for shard in shards:
+            shard.close()
+
+
+def checksums(pieces: Iterable[memoryview]) -> Iterator[str]:
+    """16 hexadecimal digits for every MiB of bytes that come in pieces of any size."""
+    digest = xxhash.xxh3_64()
+    left = CHECKED_BYTES
+    for piece in pieces:
+        while piece:
+            part = piece[:left]
+            digest.update(part)
+            left -= len(part)
+            piece = piece[len(part) :]
+            if not left:
+                yield digest.hexdigest()
+                digest = xxhash.xxh3_64()
+                left = CHECKED_BYTES
+    if left < CHECKED_BYTES:
+        yield digest.hexdigest()
+
+
+def open_shards(path: Path, name: str) -> list[Shard]:
+    """The shards in order of their rows: one file, or every .safetensors file of a folder."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files:
+        got = "got a folder without .safetensors files"
+        raise TableError(f"{path}: {got}, expected a table's shards")
+    shards: list[Shard] = []
+    try:
+        for file in files:
+            shards.append(Shard(file, name))
+        return _in_order(path, shards) if path.is_dir() else shards
+    except TableError:
+        for shard in shards:
+            shard.close()
+        raise
+
+
+def _in_order(path: Path, shards: list[Shard]) -> list[Shard]:
+    """Sorts shards by their first row. TableError if they are not one table."""
+    places: list[tuple[int, int, Shard]] = []
+    for shard in shards:
+        numbers = [shard.metadata.get(key, "") for key in ("first_row", "rows_in_all")]
+        if not all(n.isascii() and n.isdigit() and len(n) < _MAX_DIGITS for n in numbers):
+            got = "got no first_row and rows_in_all in its metadata"
+            raise TableError(f"{shard.path}: {got}, expected a table's shard")
+        places.append((int(numbers[0]), int(numbers[1]), shard))
+    places.sort(key=lambda place: place[0])
+    row = 0
+    _, total, first = places[0]
+    for begin, claimed, shard in places:
+        if (claimed, shard.width, shard.dtype) != (total, first.width, first.dtype):
+            raise TableError(f"{shard.path}: got a shard of another table than {first.path}")
+        if begin != row:
+            expected = f"expected rows from {row}: a shard missing or doubled"
+            raise TableError(f"{shard.path}: got rows from {begin}, {expected}")
+        row += shard.rows
+    if row != total:
+        got = f"got {row} rows in {len(places)} shards"
+        raise TableError(f"{path}: {got}, expected {total}: the last ones are missing")
+    return [shard for _, _, shard in places]
+
+
+def _fp8_width(path: Path, metadata: Mapping[str, str], columns: int) -> int:
+    """The width of rows in fp8 records. TableError unless format and width fit the records."""
+    width = columns * BLOCK // (BLOCK + 1)
+    claimed = (metadata.get("format"), metadata.get("width"))
+    if claimed != (FORMAT, str(width)) or columns % (BLOCK + 1):
+        got = f"{columns}-byte rows, format {claimed[0]!r:.40}, width {claimed[1]!r:.40}"
+        raise TableError(f"{path}: got {got}, expected {FORMAT!r}, 33 bytes for 32")
+    return width
+
+
+def _header(path: Path, file: int, name: str) -> tuple[Mapping[str, str], Mapping[str, Any], int]:
+    """Metadata, the entry of tensor `name`, and the byte where it begins, all checked."""
+    about = os.fstat(file)
+    if not stat.S_ISREG(about.st_mode):
+        raise TableError(f"{path}: got a folder, a device or a pipe, expected a safetensors file")
+    total = about.st_size
+    if total < 8:
+        raise TableError(f"{path}: got {total} bytes, expected a safetensors file")
+    size = int.from_bytes(_bytes_at(file, 8, 0), "little")
+    most = min(_MAX_HEADER, total - 8)
+    if size > most:
+        raise TableError(f"{path}: got a header of {size} bytes, expected at most {most}")
+    entries, metadata = _parse(path, _bytes_at(file, size, 8))
+    edge = 0
+    for begin, end in sorted(_extent(path, key, entry) for key, entry in entries.items()):
+        if begin != edge:
+            got = f"got a tensor at byte {begin} of the data"
+            raise TableError(f"{path}: {got}, expected byte {edge}: gap or overlap")
+        edge = end
+    if edge != total - 8 - size:
+        got = f"got {total - 8 - size} bytes of data"
+        raise TableError(f"{path}: {got}, expected {edge}: cut or lengthened")
+    entry = entries.get(name)
+    if entry is None:
+        names = ", ".join(map(_short, list(entries)[:5]))
+        raise TableError(f"{path}: got tensors {names or 'none'}, expected {name!r}")
+    if entry["dtype"] not in KINDS or len(entry["shape"]) != 2 or min(entry["shape"]) < 1:
+        got = f"{_short(entry['dtype'])} of shape {entry['shape']!s:.60}"
+        known = " or ".join(KINDS)
+        raise TableError(f"{path}: got {name!r} as {got}, expected rows by width in {known}")
+    return metadata, entry, 8 + size + entry["data_offsets"][0]
+
+
+def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """A header's entries by name, and its metadata, which must fit a checksum in them."""
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_names)
+    except (ValueError, RecursionError) as error:
+        reason = f"its header is no JSON object with each name once ({error})"
+        raise TableError(f"{path}: {reason}") from error
+    if not isinstance(header, dict):
+        kind = type(header).__name__
+        raise TableError(f"{path}: got a header that is a {kind}, expected a JSON object")
+    metadata = header.pop("__metadata__", {})
+    strings = isinstance(metadata, dict) and all(isinstance(w, str) for w in metadata.values())
+    if not strings:
+        raise TableError(f"{path}: got metadata that are not strings by name")
+    if any(key.startswith("xxh3") for key in metadata):
+        noted = metadata.get("xxh3_header", "")
+        blank = raw.replace(noted.encode("utf-8", "replace"), BLANK.encode(), 1)
+        if xxhash.xxh3_64_hexdigest(blank) != noted:
+            raise TableError(f"{path}: its header is not as it was written")
+    return header, metadata
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        raise ValueError("a name stands twice")
+    return named
+
+
+def _extent(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    """Where a tensor's bytes begin and end. TableError for an entry that contradicts itself."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        got = f"got an entry of {name!r:.60}"
+        raise TableError(f"{path}: {got} without exactly dtype, shape and data_offsets")
+    shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
+    lists = isinstance(shape, list) and isinstance(offsets, list) and isinstance(dtype, str)
+    fitting = lists and len(offsets) == 2 and len(shape) <= _MAX_AXES
+    if not fitting or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
+        got = f"shape {shape!s:.60} and offsets {offsets!s:.60} of {name!r:.60}"
+        raise TableError(f"{path}: got {got}, expected counts from 0")
+    begin, end = offsets
+    size = KINDS[dtype].itemsize if dtype in KINDS else 0
+    if begin > end or (size and end - begin != size * math.prod(shape)):
+        got = f"bytes {begin} to {end} for {name!r:.60}"
+        raise TableError(f"{path}: got {got}, expected {_short(dtype)} of shape {shape!s:.60}")
+    return begin, end
+
+
+def _short(word: str) -> str:
+    """A foreign word as a part of one line."""
+    return repr(word[:40])[1:-1]
+
+
+def _bytes_at(file: int, size: int, offset: int) -> bytes:
+    found = bytearray(size)
+    return bytes(found[: read_at(file, memoryview(found), offset)])

@@ -1,0 +1,57 @@
+"""Memory for large results, used again once no tensor lies on it.
+
+The system maps a large tensor anew each time that it is made, and its new pages cost more than the
+rows that are written to them.
+"""
+
+import threading
+import weakref
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_SMALL = 1 << 20  # bytes; torch's allocator keeps smaller blocks itself
+_KEPT = 2  # blocks; a lookup in an fp8 table needs two at once
+_LINE = 64  # bytes of a cache line, where rows begin
+
+
+class Staging:
+    """Hands out memory of any size. `pinned`: page-locked memory, from torch's cache."""
+
+    def __init__(self, pinned: bool = False) -> None:
+        self.pinned = pinned
+        self._blocks: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type, tuple[bool]]:
+        """A copy starts without memory."""
+        return Staging, (self.pinned,)
+
+    def take(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised [rows, width] on the CPU, which nothing else uses while a view lives."""
+        size = rows * width * dtype.itemsize
+        if self.pinned or size < _SMALL:
+            return torch.empty(rows, width, dtype=dtype, pin_memory=self.pinned)
+        with self._lock:
+            lease = self._lease(size)
+        return torch.from_numpy(lease).view(dtype).view(rows, width)
+
+    def _lease(self, size: int) -> np.ndarray:
+        """Bytes of a free block. Tensors hold the array; the block is free when it dies."""
+        free = [place for place, (_, lease) in enumerate(self._blocks) if lease() is None]
+        for place in free:
+            block = self._blocks[place][0]
+            if len(block) >= size:
+                lease = block[:size]
+                self._blocks[place] = block, weakref.ref(lease)
+                return lease
+        # free ones are too small by now
+        for place in reversed(free):
+            del self._blocks[place]
+        whole = np.empty(size + _LINE, dtype=np.uint8)
+        start = -whole.ctypes.data % _LINE
+        lease = whole[start : start + size]
+        if len(self._blocks) < _KEPT:
+            self._blocks.append((whole[start:], weakref.ref(lease)))
+        return lease

@@ -1,0 +1,420 @@
+"""A table of rows that are looked up by id, placed on the device, in host memory or on a disk.
+
+    handle = table.prefetch(row_ids)    starts fetching; row_ids [...] are int64 or int32
+    values = handle.wait()              [..., width], on the device of the ids
+
+Row ids follow from the text alone, so a model prefetches the rows of all layers before its first
+block and waits at each layer. A layer knows neither the placement nor the format: fp8 rows arrive
+as float32, and all placements give the same bits.
+
+Conditional Memory via Scalable Lookup, section 2.5, arXiv:2601.07372.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from rorqual.kernels import pick
+from rorqual.tables.fp8 import FP8, dequantise, lookup, record_bytes, row_bytes, stored_as
+from rorqual.tables.record_file import RecordFile, Update
+from rorqual.tables.row_cache import RowCache
+from rorqual.tables.row_file import RowFile
+from rorqual.tables.staging import Staging
+from rorqual.tables.thread import BackgroundThread
+
+Placement = Literal["device", "host", "disk"]
+
+_SMALL_BATCH = 256  # ids looked up at once if all rows are cached: waking the thread costs more
+_ID_TYPES = (torch.int64, torch.int32)
+
+
+class Handle(NamedTuple):
+    """Rows on their way; `wait()` returns them, [..., width]."""
+
+    wait: Callable[[], Float[Tensor, "*B width"]]
+
+
+class Table(nn.Module):
+    """Rows of one width, in one of three placements, trainable or not.
+
+    device    in a parameter `weight` [rows, width] of the model
+    host      in host memory wherever the model is: in `weight` too if trainable, else in `values`
+    disk      in files, trainable with the optimizer's state beside each row (`record_file`)
+
+    `sparse`: gradients of a `weight` in memory have only the rows that were read. Few optimizers
+    take such gradients: `rorqual.train.optim` does, and sets this for its steps.
+    """
+
+    weight: nn.Parameter  # None if rows are read only, in host memory or on a disk
+
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        placement: Placement = "device",
+        *,
+        trainable: bool = True,
+        dtype: torch.dtype = torch.float32,
+        sparse: bool = False,
+        source: Tensor | RowFile | RecordFile | None = None,
+        cache: RowCache | None = None,
+        prefetch: bool = True,
+        thread: BackgroundThread | None = None,
+    ) -> None:
+        """New rows are normal, with deviation 0.02; fp8 rows, which are not trained, are 0.
+
+        source: where the rows are already; a tensor, or one of the files. cache: of a `RowFile`.
+        prefetch: whether a background thread fetches. thread: that of other tables, to share it.
+        """
+        super().__init__()
+        if rows < 1 or width < 1:
+            raise ValueError(
+                f"table: got {rows} rows of width {width}, expected at least 1 of each"
+            )
+        self.rows = rows
+        self.width = width
+        self.placement = placement
+        self.trainable = trainable and dtype != FP8
+        self.dtype = dtype
+        self.sparse = sparse
+        self.row_bytes = row_bytes(width, dtype)
+        self.values = source if isinstance(source, Tensor) and placement == "host" else None
+        self.file: Any = None if isinstance(source, Tensor) else source  # RowFile or RecordFile
+        self.register_parameter("weight", self._parameter(source))
+        self._staging = Staging(pinned=placement != "device" and torch.accelerator.is_available())
+        self._counts = {
+            "rows": 0.0,
+            "different": 0.0,
+            "hits": 0.0,
+            "bytes": 0.0,
+            "wait_seconds": 0.0,
+        }
+        if placement != "device":
+            self._cache = RowCache(0, self.row_bytes, rows) if cache is None else cache
+            self._background = prefetch
+            self._thread = BackgroundThread() if thread is None else thread
+            self._lock = threading.Lock()
+            self._writing: Future[None] | None = None
+
+    def _parameter(self, source: Tensor | RowFile | RecordFile | None) -> nn.Parameter | None:
+        """The parameter that has the rows, or has their gradients; None if they are read only."""
+        if self.placement == "disk":
+            # stands for the rows in gradients, and has one number in memory
+            gradients = torch.zeros(1, 1).expand(self.rows, self.width)
+            return nn.Parameter(gradients) if self.trainable else None
+        if isinstance(source, Tensor):
+            if self.placement == "host":
+                return None
+            return nn.Parameter(source, requires_grad=source.is_floating_point())
+        if self.dtype == FP8:
+            records = torch.zeros(self.rows, record_bytes(self.width), dtype=torch.uint8)
+            return nn.Parameter(records, requires_grad=False)
+        weight = nn.Parameter(torch.empty(self.rows, self.width, dtype=self.dtype))
+        # a model draws values elsewhere from its seed
+        with torch.random.fork_rng(devices=[], enabled=self.placement == "host"):
+            nn.init.normal_(weight, std=0.02)
+        return weight
+
+    @classmethod
+    def of_values(
+        cls, values: Shaped[Tensor, "rows stored"], *, shared: bool = False, **options: Any
+    ) -> "Table":
+        """Read-only rows in host memory, from numbers or fp8 records.
+
+        shared: other processes have these values, too, so they are not copied to pinned memory.
+        """
+        width, dtype = stored_as(values)
+        values = values.detach().cpu().contiguous()
+        if torch.accelerator.is_available() and not shared:
+            values = values.pin_memory()
+        options |= {"trainable": False, "dtype": dtype, "source": values}
+        return cls(len(values), width, "host", **options)
+
+    @classmethod
+    def of_file(
+        cls,
+        path: str | os.PathLike[str],
+        name: str = "rows",
+        *,
+        cache_bytes: int = 64 << 20,
+        cached_rows: Int[Tensor, " H"] | None = None,
+        **options: Any,
+    ) -> "Table":
+        """Read-only rows on the disk: tensor `name` of a safetensors file, or a folder of shards.
+
+        cached_rows: ids, most wanted first; as many of them as `cache_bytes` hold are read now and
+        stay in memory. Without them the rows that were used last do.
+        """
+        if cache_bytes < 0:
+            raise ValueError(f"table: got {cache_bytes} bytes of cached rows, expected at least 0")
+        file = RowFile(path, name)
+        cache = RowCache(cache_bytes, file.row_bytes, file.rows)
+        if cached_rows is not None and len(cached_rows) and cache.slots:
+            check_ids(cached_rows, file.rows)
+            ids, order = np.unique(cached_rows.numpy(), return_index=True)
+            wanted = np.sort(ids[np.argsort(order)[: cache.slots]])
+            cache.insert(wanted, file.read(wanted))
+            cache.frozen = True
+        options |= {"trainable": False, "dtype": file.dtype, "source": file, "cache": cache}
+        return cls(file.rows, file.width, "disk", **options)
+
+    @classmethod
+    def of_records(
+        cls, folder: str | os.PathLike[str], rows: int, width: int, *, keep: int = 3, **options: Any
+    ) -> "Table":
+        """Rows trained on the disk, with `keep` marks to go back to; `draw` fills a new folder."""
+        return cls(rows, width, "disk", source=RecordFile(folder, rows, width, keep), **options)
+
+    def prefetch(self, row_ids: Int[Tensor, "*B"]) -> Handle:
+        """Starts fetching rows. ValueError for ids outside the table.
+
+        With gradients, those of rows elsewhere than `row_ids` are sparse, and come back to them.
+        """
+        if self.placement == "device" or (self.placement == "host" and row_ids.is_cpu):
+            # nothing is nearer than this memory: rows are read when they are waited for
+            check_ids(row_ids, self.rows)
+            return Handle(lambda: self._lookup(row_ids))
+        # an assertion on a device would end the process, so ids are checked here
+        ids = row_ids.detach().cpu()
+        check_ids(ids, self.rows)
+        ids = ids.to(torch.int64, copy=True)
+        fetched = self._fetching(ids)
+        learns = self.trainable and self.training and torch.is_grad_enabled()
+
+        def wait() -> Tensor:
+            values = (
+                fetched().view(*row_ids.shape, self.width).to(row_ids.device, non_blocking=True)
+            )
+            return _SparseGradient.apply(self.weight, values, ids) if learns else values
+
+        return Handle(wait)
+
+    def _fetching(self, ids: Tensor) -> Callable[[], Tensor]:
+        """Starts a fetch; returns what waits for it."""
+        fetch = self._fetch if self.placement == "disk" else self._fetch_from_memory
+        if not self._background:
+            return lambda: fetch(ids)
+        if self._cache.slots and ids.numel() <= _SMALL_BATCH and not self._lock.locked():
+            cached = self._fetch_cached(ids)
+            if cached is not None:
+                return lambda: cached
+        future = self._thread.submit(fetch, ids)
+        return lambda: self._wait(future)
+
+    def _wait(self, future: "Future[Tensor]") -> Tensor:
+        began = time.perf_counter()
+        values = future.result()
+        self._counts["wait_seconds"] += time.perf_counter() - began
+        return values
+
+    def _fetch(self, ids: Tensor) -> Tensor:
+        """Rows from the cache, and from the file what is not there."""
+        unique, places = np.unique(ids.reshape(-1).numpy(), return_inverse=True)
+        with self._lock:
+            rows, missing = self._cache.lookup(unique)
+            if len(missing):
+                read = self.file.read(unique[missing])
+                self._cache.insert(unique[missing], read)
+                if len(missing) < len(unique):
+                    rows[torch.from_numpy(missing)] = read
+                else:
+                    rows = read
+            self._count(len(places), len(unique), len(missing))
+        return self._ordered(rows, places)
+
+    def _fetch_cached(self, ids: Tensor) -> Tensor | None:
+        """Rows from the cache; None if one of them is not there."""
+        unique, places = np.unique(ids.reshape(-1).numpy(), return_inverse=True)
+        with self._lock:
+            rows, missing = self._cache.lookup(unique)
+            if len(missing):
+                return None
+            self._count(len(places), len(unique), 0)
+        return self._ordered(rows, places)
+
+    def _ordered(self, rows: Tensor, places: np.ndarray) -> Tensor:
+        """Different rows, as they are stored, as numbers in the order of the ids."""
+        numbers = dequantise(rows, self.width) if self.dtype == FP8 else rows.view(self.dtype)
+        return gather(numbers, torch.from_numpy(places), self.width, self._staging)
+
+    def _fetch_from_memory(self, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._lookup(ids)
+
+    def _lookup(self, row_ids: Tensor) -> Tensor:
+        """Rows in memory, where the ids are too; with gradients if they are trained."""
+        if self.placement == "host":
+            self._count(row_ids.numel(), 0, row_ids.numel())
+        if self.values is not None:
+            return gather(self.values, row_ids, self.width, self._staging)
+        weight = self.weight
+        if torch.is_grad_enabled():
+            if self.training and weight.dtype == torch.uint8:
+                raise ValueError(
+                    "table: got a lookup with gradients from fp8 rows, expected inference: call"
+                    " eval() or use torch.no_grad(), or train rows in float32 or bfloat16 and"
+                    " quantise them afterwards"
+                )
+            if weight.requires_grad:
+                return F.embedding(row_ids, weight, sparse=self.sparse)
+        return gather(weight, row_ids, self.width, self._staging)
+
+    def _count(self, rows: int, different: int, read: int) -> None:
+        self._counts["rows"] += rows
+        self._counts["different"] += different
+        self._counts["hits"] += max(0, different - read)
+        self._counts["bytes"] += read * self.row_bytes
+
+    def metrics(self) -> dict[str, float]:
+        """Rows looked up, how many different, how many of these cached and their share, bytes read,
+        seconds waited; nothing for rows on the device."""
+        if self.placement == "device":
+            return {}
+        return self._counts | {
+            "hit_rate": self._counts["hits"] / max(self._counts["different"], 1.0)
+        }
+
+    @torch.no_grad()
+    def update(
+        self, row_ids: Int[Tensor, " K"], gradient: Float[Tensor, "K W"], update: Update
+    ) -> None:
+        """Updates rows on the disk, whose ids rise; they are written while the model computes on.
+
+        update(rows, first, second, counts, which, gradient) changes the rows and their state in
+        place. A write that fails raises TableError at the next call.
+        """
+        self.flush()
+        ids = row_ids.numpy()
+        file = self._record_file()
+        before = file.kept_records(ids)
+        if before is None:
+            before = self._run(file.records, ids).result()
+        after = file.updated(before, gradient, update)
+        self._writing = self._run(file.replace, ids, before, after)
+
+    def _record_file(self) -> RecordFile:
+        if not isinstance(self.file, RecordFile):
+            raise ValueError(
+                f"table: got rows on the {self.placement}, expected rows trained on a disk"
+            )
+        return self.file
+
+    def _run(self, call: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        """Runs a call behind those before; waits for it if there is no prefetching."""
+        future = self._thread.submit(call, *arguments)
+        if not self._background:
+            future.exception()
+        return future
+
+    def flush(self) -> None:
+        """Waits for a write that is under way. TableError if it failed."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def draw(self, std: float) -> None:
+        """Fills a new table on the disk, from torch's generator; a filled one stays."""
+        self._record_file().draw(std)
+
+    def mark(self, step: int) -> None:
+        """Makes rows on the disk able to come back to what they are now."""
+        self.flush()
+        self._record_file().mark(step)
+
+    def rewind(self, step: int) -> None:
+        """Brings rows on the disk back to a mark. TableError if they are not to be had."""
+        self.flush()
+        self._record_file().rewind(step)
+
+    def read_trained(self, first: int, end: int) -> Float[Tensor, "rows W"]:
+        """Rows first..end of a table that is trained on the disk."""
+        self.flush()
+        values = self._record_file().records(np.arange(first, end))[:, : 4 * self.width]
+        return torch.from_numpy(values.copy()).view(torch.float32)
+
+    def damage(self) -> str | None:
+        """Why rows can no longer be read from their files; None while they can."""
+        return self.file.damage() if isinstance(self.file, RowFile) else None
+
+    def close(self) -> None:
+        """Ends the thread and closes the files. TableError if the last write failed."""
+        if self.placement == "device":
+            return
+        self._thread.close()
+        if self.file is not None:
+            with self._lock:
+                self.file.close()
+        self.flush()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Table":
+        """Moves and casts rows on the device; others stay."""
+        return super()._apply(fn, recurse) if self.placement == "device" else self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """The state has rows in memory; those on the disk are in their files."""
+        if self.placement != "disk":
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if self.placement != "disk":
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class _SparseGradient(torch.autograd.Function):
+    """Passes fetched values on, and gives their gradient to the table's weight, row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor, ids: Tensor) -> Tensor:
+        ctx.ids = ids
+        ctx.shape = weight.shape
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        ids = ctx.ids.reshape(1, -1)
+        values = gradients[0].reshape(-1, ctx.shape[1]).to(ids.device)
+        return torch.sparse_coo_tensor(ids, values, ctx.shape, check_invariants=False), None, None
+
+
+def check_ids(row_ids: Tensor, rows: int) -> None:
+    """ValueError for ids outside 0..rows-1; on an accelerator an assertion that does not wait."""
+    if row_ids.dtype not in _ID_TYPES:
+        raise ValueError(
+            f"got row ids in {row_ids.dtype}, expected {_ID_TYPES[0]} or {_ID_TYPES[1]}"
+        )
+    if not row_ids.numel() or row_ids.is_meta:
+        return
+    if row_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        low, high = row_ids.aminmax()
+        torch._assert_async((low >= 0) & (high < rows), "row ids outside the table")
+        return
+    ids = row_ids.detach().reshape(-1).numpy()
+    outside = (ids < 0) | (ids >= rows)
+    if outside.any():
+        raise ValueError(f"got row id {ids[outside.argmax()]}, expected 0 to {rows - 1}")
+
+
+def gather(stored: Tensor, row_ids: Tensor, width: int, staging: Staging) -> Tensor:
+    """Copies stored rows, [..., width]; fp8 records become float32."""
+    if stored.dtype == torch.uint8 and stored.device.type != "cpu":
+        return pick("fp8_rows", lookup, stored, row_ids)(stored, row_ids, width)
+    ids = row_ids.reshape(-1)
+    staged = stored.device.type == "cpu" and not torch.compiler.is_compiling()
+    if staged:
+        out = staging.take(len(ids), stored.shape[1], stored.dtype)
+        rows = torch.index_select(stored, 0, ids, out=out)
+    else:
+        rows = torch.index_select(stored, 0, ids)
+    if stored.dtype == torch.uint8:
+        numbers = staging.take(len(ids), width, torch.float32) if staged else None
+        rows = dequantise(rows, width, out=numbers)
+    return rows.view(*row_ids.shape, width)
