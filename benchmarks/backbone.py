@@ -76,7 +76,8 @@ def compare(ours: Timed, theirs: dict[str, Timed], rounds: int) -> dict[str, flo
             if turn:
                 taken[name].append(seconds)
     ratios = {
-        name: statistics.median(b / a for a, b in zip(taken["ours"], taken[name], strict=True)) for name in theirs
+        name: statistics.median(b / a for a, b in zip(taken["ours"], taken[name], strict=True))
+        for name in theirs
     }
     return ratios | {f"{name} ms": min(values) * 1e3 for name, values in taken.items()}
 
@@ -93,7 +94,9 @@ def pair(folder: Path) -> tuple[LanguageModel, DeepseekV3ForCausalLM]:
     return ours, theirs
 
 
-def prefill(ours: LanguageModel, theirs: DeepseekV3ForCausalLM, length: int) -> tuple[Timed, dict[str, Timed]]:
+def prefill(
+    ours: LanguageModel, theirs: DeepseekV3ForCausalLM, length: int
+) -> tuple[Timed, dict[str, Timed]]:
     ids = torch.randint(0, CONFIG.vocabulary, (1, length))
 
     @torch.inference_mode()
@@ -145,7 +148,9 @@ def llamacpp(ours: LanguageModel) -> Callable[[list[int], int], tuple[list[int],
     return decode
 
 
-def decoding(ours: LanguageModel, theirs: DeepseekV3ForCausalLM, length: int) -> tuple[Timed, dict[str, Timed]]:
+def decoding(
+    ours: LanguageModel, theirs: DeepseekV3ForCausalLM, length: int
+) -> tuple[Timed, dict[str, Timed]]:
     ids = torch.randint(0, CONFIG.vocabulary, (1, length))
     prompt = ids[0].tolist()
     Step.build()
@@ -156,7 +161,9 @@ def decoding(ours: LanguageModel, theirs: DeepseekV3ForCausalLM, length: int) ->
     return (lambda: own_greedy(ours, prompt)[1]), peers
 
 
-def training(ours: LanguageModel, theirs: DeepseekV3ForCausalLM, kind: str) -> tuple[Timed, dict[str, Timed]]:
+def training(
+    ours: LanguageModel, theirs: DeepseekV3ForCausalLM, kind: str
+) -> tuple[Timed, dict[str, Timed]]:
     """Steps of copies, so that the models keep their weights."""
     text = torch.randint(0, CONFIG.vocabulary, (BATCH, TIME + 1))
     ids, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
@@ -180,7 +187,9 @@ def training(ours: LanguageModel, theirs: DeepseekV3ForCausalLM, kind: str) -> t
         return lambda: timed(step)
 
     with torch.no_grad():
-        torch.testing.assert_close(*(loss().float() for loss in losses.values()), rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(
+            *(loss().float() for loss in losses.values()), rtol=1e-2, atol=1e-3
+        )
     return stepper(own, losses["ours"]), {"transformers": stepper(peer, losses["transformers"])}
 
 
@@ -207,7 +216,9 @@ def main() -> None:
             if "llamacpp" in taken:
                 found[f"{name}_llamacpp"] = taken["llamacpp"]
             if not options.json:
-                least = ", ".join(f"{key} {value:.1f}" for key, value in taken.items() if key.endswith(" ms"))
+                least = ", ".join(
+                    f"{key} {value:.1f}" for key, value in taken.items() if key.endswith(" ms")
+                )
                 ratios = "".join(f"{taken[peer]:6.2f} x {peer}" for peer in peers)
                 print(f"{name:16}{ratios}   (least: {least})", flush=True)
     if options.json:

@@ -77,8 +77,12 @@ BARS = {
     ),
     "prefill_512": backbone("prefill_512", "prefill of 512 tokens over transformers", least=1.8),
     "prefill_2048": backbone("prefill_2048", "prefill of 2048 tokens over transformers", least=4.5),
-    "decode_512": backbone("decode_512", "decode behind 512 tokens over transformers", of_before=0.8),
-    "decode_2048": backbone("decode_2048", "decode behind 2048 tokens over transformers", of_before=0.8),
+    "decode_512": backbone(
+        "decode_512", "decode behind 512 tokens over transformers", of_before=0.8
+    ),
+    "decode_2048": backbone(
+        "decode_2048", "decode behind 2048 tokens over transformers", of_before=0.8
+    ),
     "train": backbone("train_float32", "training step over transformers", least=1.3),
     "sparse_nsa": sparse("nsa", "NSA over full attention, decode at 32k"),
     "sparse_moba": sparse("moba", "MoBA over full attention, decode at 32k"),
@@ -101,7 +105,9 @@ def figure(name: str, answer: dict[str, Any]) -> float:
     if name == "rows":
         return answer["sparse_step_vs_dense"]
     if name == "mhc":
-        (ratio,) = [of["least_of_plain"] for kind, of in answer["found"].items() if kind.startswith("mhc")]
+        (ratio,) = [
+            of["least_of_plain"] for kind, of in answer["found"].items() if kind.startswith("mhc")
+        ]
         return ratio
     if name.startswith("sparse_"):
         kind = name.removeprefix("sparse_")
@@ -125,7 +131,9 @@ def measured(name: str, checkout: Path, *, smallest: bool) -> float | str:
 def compared(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """One line of the table: medians over the rounds, in which the checkouts take turns."""
     bar = BARS[name]
-    places = {"now": HERE} | ({"before": Path(options.against).resolve()} if options.against else {})
+    places = {"now": HERE} | (
+        {"before": Path(options.against).resolve()} if options.against else {}
+    )
     found: dict[str, list[float]] = {place: [] for place in places}
     for _ in range(options.rounds):
         for place, checkout in reversed(places.items()):
@@ -185,14 +193,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--against", metavar="FOLDER", help="another checkout of the repository")
     parser.add_argument("--only", nargs="+", choices=BARS, default=list(BARS))
-    parser.add_argument("--rounds", type=int, default=1, help="runs of each benchmark in each checkout")
-    parser.add_argument("--smallest", action="store_true", help="sizes at which the ratios mean nothing")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="runs of each benchmark in each checkout"
+    )
+    parser.add_argument(
+        "--smallest", action="store_true", help="sizes at which the ratios mean nothing"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     lines = []
     for name in options.only:
         lines.append(compared(name, options))
-        print(f"{name}: {lines[-1].get('now', lines[-1].get('failed'))}", file=sys.stderr, flush=True)
+        print(
+            f"{name}: {lines[-1].get('now', lines[-1].get('failed'))}", file=sys.stderr, flush=True
+        )
     print(json.dumps({"lines": lines}) if options.json else markdown(lines))
     if any("failed" in line for line in lines):
         raise SystemExit(1)

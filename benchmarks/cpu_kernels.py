@@ -49,7 +49,9 @@ CPU_KIND = "numba"
 def training(model: LanguageModel, rows: int, length: int) -> Callable[[], object]:
     """Returns what does one training step."""
     optimizer = Optimizer(model, recipe(model.config.dim))
-    ids = torch.randint(model.config.vocabulary, (rows, length + 1), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        model.config.vocabulary, (rows, length + 1), generator=torch.Generator().manual_seed(0)
+    )
 
     def step() -> None:
         model.loss(ids[:, :-1], ids[:, 1:]).total.backward()
@@ -62,8 +64,12 @@ def training(model: LanguageModel, rows: int, length: int) -> Callable[[], objec
 
 def generating(model: LanguageModel) -> Callable[[], object]:
     """Returns what generates greedily from one prompt."""
-    ids = torch.randint(model.config.vocabulary, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
-    return lambda: list(decode(model, [ids], max_new_tokens=CONTINUED, vocabulary=model.config.vocabulary))
+    ids = torch.randint(
+        model.config.vocabulary, (PROMPT,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
+    return lambda: list(
+        decode(model, [ids], max_new_tokens=CONTINUED, vocabulary=model.config.vocabulary)
+    )
 
 
 def on_disk(config: ModelConfig, kind: str, folder: Path, hot_bytes: int) -> list[Table]:
@@ -90,7 +96,9 @@ def called(work: Callable[[], object]) -> set[str]:
 
         return replace(kernel, function=function)
 
-    counted = {name: tuple(counting(name, kernel) for kernel in own) for name, own in kernels.TWINS.items()}
+    counted = {
+        name: tuple(counting(name, kernel) for kernel in own) for name, own in kernels.TWINS.items()
+    }
     # the work before may have left one of them out
     with mock.patch.object(kernels, "TWINS", MappingProxyType(counted)):
         seconds(work, None)
@@ -122,7 +130,10 @@ def merged(tables: Iterable[dict[str, dict[str, float]]]) -> str:
     """The runs' tables as one in markdown, a kernel a line, with the mean and the best over all works."""
     works = {work: found for table in tables for work, found in table.items()}
     names = sorted({name for found in works.values() for name in found if name})
-    lines = [f"| without | {' | '.join(works)} | mean | best |", "| --- |" + " ---: |" * (len(works) + 2)]
+    lines = [
+        f"| without | {' | '.join(works)} | mean | best |",
+        "| --- |" + " ---: |" * (len(works) + 2),
+    ]
     for name in names:
         cells = [f"{found[name]:.2f}" if name in found else "" for found in works.values()]
         # a work that never calls the kernel is neither faster nor slower for it
@@ -154,14 +165,20 @@ def measured(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--presets", nargs="+", default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tables", choices=("device", "disk"), default="device")
     parser.add_argument("--hot-bytes", type=int, default=64 << 20)
-    parser.add_argument("--folder", type=Path, help="where the tables on a disk are made, and removed afterwards")
+    parser.add_argument(
+        "--folder", type=Path, help="where the tables on a disk are made, and removed afterwards"
+    )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--merge", nargs="+", type=Path, help="print the table of runs that are there")
+    parser.add_argument(
+        "--merge", nargs="+", type=Path, help="print the table of runs that are there"
+    )
     options = parser.parse_args()
     if options.merge:
         print(merged(json.loads(path.read_text(encoding="utf-8")) for path in options.merge))

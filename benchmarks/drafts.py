@@ -73,20 +73,30 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     for depth in options.depths:
         config = replace(preset(options.preset), "mtp", MTPConfig(depth=depth))
         model = LanguageModel(replace(config, "init_std", 0.1)).eval()
-        prompt = torch.randint(1, config.vocabulary, (32,), generator=torch.Generator().manual_seed(1)).tolist()
+        prompt = torch.randint(
+            1, config.vocabulary, (32,), generator=torch.Generator().manual_seed(1)
+        ).tolist()
         text = tokens(decode(model, [prompt], max_new_tokens=options.tokens))
         tallies = {share: Tally() for share in options.acceptance}
 
-        def drafted(share: float, model=model, prompt=prompt, text=text, tallies=tallies) -> list[int]:
+        def drafted(
+            share: float, model=model, prompt=prompt, text=text, tallies=tallies
+        ) -> list[int]:
             replaced = drafts(prompt + text, share, model.config.vocabulary)
             with mock.patch.object(decoding, "_drafts", replaced):
-                return tokens(speculate(model, [prompt], max_new_tokens=options.tokens, tally=tallies[share]))
+                return tokens(
+                    speculate(model, [prompt], max_new_tokens=options.tokens, tally=tallies[share])
+                )
 
         kinds: dict[str, Callable[[], list[int]]] = {
-            "plain": lambda m=model, p=prompt: tokens(decode(m, [p], max_new_tokens=options.tokens)),
+            "plain": lambda m=model, p=prompt: tokens(
+                decode(m, [p], max_new_tokens=options.tokens)
+            ),
             "forwards": lambda m=model, p=prompt: forwards(m, p, options.tokens),
         }
-        kinds |= {f"drafts {share}": lambda share=share: drafted(share) for share in options.acceptance}
+        kinds |= {
+            f"drafts {share}": lambda share=share: drafted(share) for share in options.acceptance
+        }
         speeds: dict[str, list[float]] = {kind: [] for kind in kinds}
         for turn in range(options.rounds + 1):
             for kind, call in kinds.items():
@@ -113,7 +123,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--acceptance", type=float, nargs="+", default=[0.0, 0.5, 0.8, 1.0])
@@ -125,7 +137,9 @@ def main() -> None:
     if options.json:
         print(json.dumps(rows))
         return
-    print("depth  drafts that stand  ids a round    plain  forwards   drafts  over plain  over forwards")
+    print(
+        "depth  drafts that stand  ids a round    plain  forwards   drafts  over plain  over forwards"
+    )
     for row in rows:
         print(
             f"{row['depth']:5}  {row['acceptance']:17.2f}  {row['ids_a_round']:11.2f}  {row['plain']:7.1f}  "

@@ -49,7 +49,11 @@ def measure(steps: dict[str, Callable[[], object]], rounds: int, each: int = 1) 
 def per_head(ids: np.ndarray, own: Addresses) -> np.ndarray:
     """[B, T, R] of one layer: shift and mix every order, then the remainder, a head at a time."""
     known = own.canonical_map.numpy().astype(np.int64)[ids]
-    multipliers, primes, offsets = own.multipliers[0].numpy(), own.primes[0].numpy(), own.offsets[0].numpy()
+    multipliers, primes, offsets = (
+        own.multipliers[0].numpy(),
+        own.primes[0].numpy(),
+        own.offsets[0].numpy(),
+    )
     rows = np.empty((*ids.shape, len(offsets)), dtype=np.int64)
     mix = known * multipliers[0]
     for order, heads in enumerate(primes, start=1):
@@ -68,7 +72,9 @@ def config(rows: int, layers: tuple[int, ...] = (1,)) -> EngramConfig:
 def hashing(tokens: int, rows: int, rounds: int) -> dict[str, float]:
     own, where = Addresses(config(rows), None, VOCABULARY), context(1, tokens, CPU)
     ids, threads = torch.randint(VOCABULARY, (1, tokens)), torch.get_num_threads()
-    assert np.array_equal(own(ids, where)[0].numpy(), per_head(ids.numpy(), own)), "they do not compute the same rows"
+    assert np.array_equal(own(ids, where)[0].numpy(), per_head(ids.numpy(), own)), (
+        "they do not compute the same rows"
+    )
 
     def alone() -> None:
         torch.set_num_threads(1)
@@ -80,7 +86,11 @@ def hashing(tokens: int, rows: int, rounds: int) -> dict[str, float]:
 
 
 def decoding(rows: int, rounds: int) -> dict[str, float]:
-    return measure({**decode_steps(rows, (1,), "one layer"), **decode_steps(rows, (1, 14), "two layers")}, rounds, 2000)
+    return measure(
+        {**decode_steps(rows, (1,), "one layer"), **decode_steps(rows, (1, 14), "two layers")},
+        rounds,
+        2000,
+    )
 
 
 def decode_steps(rows: int, layers: tuple[int, ...], name: str) -> dict[str, Callable[[], object]]:
@@ -92,7 +102,9 @@ def decode_steps(rows: int, layers: tuple[int, ...], name: str) -> dict[str, Cal
     exact = (own.canonical_map, own.multipliers, own.primes, own.offsets)
     twin, kept = pick("engram_follow", follow_rows, ids, own.primes), dict[str, Any]()
     return {
-        f"hash of a 32-token decode step, {name}": lambda: twin(ids, buffer, at, *exact, 0, None, kept),
+        f"hash of a 32-token decode step, {name}": lambda: twin(
+            ids, buffer, at, *exact, 0, None, kept
+        ),
         f"whole step with history, {name}": lambda: own(ids, where, history),
     }
 
@@ -122,8 +134,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--rows", type=int, default=65_536, help="of each head")
     parser.add_argument("--width", type=int, default=64, help="of a row that is recalled")
-    parser.add_argument("--recalled", type=int, default=16_384, help="tokens whose 16 rows are read")
-    parser.add_argument("--trained", type=int, default=1_000_000, help="rows of 128 in the table that is trained")
+    parser.add_argument(
+        "--recalled", type=int, default=16_384, help="tokens whose 16 rows are read"
+    )
+    parser.add_argument(
+        "--trained", type=int, default=1_000_000, help="rows of 128 in the table that is trained"
+    )
     parser.add_argument("--touched", type=int, default=16_384, help="of these in a step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")

@@ -18,15 +18,26 @@ from rorqual.layers.attention import MLA
 from rorqual.layers.moe import MoE
 from rorqual.model import Block, LanguageModel, ModelConfig
 
-GATING = {"softmax": gguf.ExpertGatingFuncType.SOFTMAX, "sigmoid": gguf.ExpertGatingFuncType.SIGMOID}
+GATING = {
+    "softmax": gguf.ExpertGatingFuncType.SOFTMAX,
+    "sigmoid": gguf.ExpertGatingFuncType.SIGMOID,
+}
 
 
 def describe(writer: gguf.GGUFWriter, c: ModelConfig, context: int) -> None:
     """ValueError for what is not written here."""
     a, m = c.mla, c.moe
-    plain = c.rope.interleaved and c.rope.yarn is None and a is not None and a.eps == c.eps and not a.bias
+    plain = (
+        c.rope.interleaved
+        and c.rope.yarn is None
+        and a is not None
+        and a.eps == c.eps
+        and not a.bias
+    )
     if not plain or m is None or m.router.groups > 1 or m.router.score not in GATING:
-        raise ValueError("gguf: expected MLA and experts without groups, YaRN or biases, pairs interleaved, one eps")
+        raise ValueError(
+            "gguf: expected MLA and experts without groups, YaRN or biases, pairs interleaved, one eps"
+        )
     said = {
         "context_length": context, "embedding_length": c.dim, "block_count": c.layers, "layer_norm_rms_eps": c.eps,
         "feed_forward_length": c.dense_width, "leading_dense_block_count": m.first_dense,
@@ -57,7 +68,9 @@ def tensors(block: Block) -> dict[str, Tensor]:
     """One block's, by llama.cpp's names."""
     attention, ffn = cast(MLA, block.attention), block.ffn
     c = attention.config
-    up, down = attention.kv_b_proj.weight.unflatten(0, (c.heads, -1)).split([c.nope_dim, c.value_dim], dim=1)
+    up, down = attention.kv_b_proj.weight.unflatten(0, (c.heads, -1)).split(
+        [c.nope_dim, c.value_dim], dim=1
+    )
     found = {
         "attn_norm.weight": block.attention_norm.weight,
         "attn_kv_a_mqa.weight": attention.kv_a_proj_with_mqa.weight,
@@ -76,12 +89,16 @@ def tensors(block: Block) -> dict[str, Tensor]:
     plain, suffix = (ffn.shared, "_shexp") if isinstance(ffn, MoE) else (ffn, "")
     if plain is not None:
         found |= {
-            f"ffn_{name}{suffix}.weight": getattr(plain, f"{name}_proj").weight for name in ("gate", "up", "down")
+            f"ffn_{name}{suffix}.weight": getattr(plain, f"{name}_proj").weight
+            for name in ("gate", "up", "down")
         }
     if isinstance(ffn, MoE):
         gate, inner = ffn.experts.gate_up.transpose(1, 2).chunk(2, dim=1)  # [E, W, D]
         found |= {"ffn_gate_exps.weight": gate, "ffn_up_exps.weight": inner}
-        found |= {"ffn_down_exps.weight": ffn.experts.down.transpose(1, 2), "ffn_gate_inp.weight": ffn.router.weight}
+        found |= {
+            "ffn_down_exps.weight": ffn.experts.down.transpose(1, 2),
+            "ffn_gate_inp.weight": ffn.router.weight,
+        }
         if ffn.router.e_score_correction_bias is not None:
             found["exp_probs_b.bias"] = ffn.router.e_score_correction_bias
     return found
@@ -95,23 +112,37 @@ def export(model: LanguageModel, path: str | Path, context: int = 4096) -> None:
     named = {"token_embd.weight": model.embed.weight, "output_norm.weight": model.norm.weight}
     named["output.weight"] = model.head.weight
     for index, block in enumerate(model.blocks):
-        named |= {f"blk.{index}.{name}": tensor for name, tensor in tensors(cast(Block, block)).items()}
+        named |= {
+            f"blk.{index}.{name}": tensor for name, tensor in tensors(cast(Block, block)).items()
+        }
     for name, tensor in named.items():
         writer.add_tensor(name, np.ascontiguousarray(tensor.detach().float().numpy()))
     for part in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
         getattr(writer, part)()
 
 
-def greedy(path: str | Path, threads: int, context: int = 4096) -> Callable[[list[int], int], tuple[list[int], float]]:
+def greedy(
+    path: str | Path, threads: int, context: int = 4096
+) -> Callable[[list[int], int], tuple[list[int], float]]:
     """llama.cpp over the file: (prompt, how many) -> the ids that follow, and its own seconds for all but the first.
     Its defaults hold, a cache in float16 among them."""
     options = xllamacpp.CommonParams()
-    options.model.path, options.n_ctx, options.n_parallel, options.verbosity = str(path), context, 1, 0
+    options.model.path, options.n_ctx, options.n_parallel, options.verbosity = (
+        str(path),
+        context,
+        1,
+        0,
+    )
     options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(options)
 
     def decode(prompt: list[int], count: int) -> tuple[list[int], float]:
-        asked = {"prompt": prompt, "max_tokens": count, "temperature": 0, "samplers": ["temperature"]}
+        asked = {
+            "prompt": prompt,
+            "max_tokens": count,
+            "temperature": 0,
+            "samplers": ["temperature"],
+        }
         said = server.handle_completions(asked | {"ignore_eos": True, "cache_prompt": False})
         ids = [int(number) for number in re.findall(r"<(\d+)>", said["choices"][0]["text"])]
         assert len(ids) == count == said["timings"]["predicted_n"]

@@ -33,7 +33,9 @@ class Block(nn.Module):
         self.attention = GQA(GQAConfig(heads=dim // 32, kv_heads=dim // 32, head_dim=32), dim, rope)
         self.ffn = SwiGLU(dim, 4 * dim)
         self.norms = nn.ModuleList(RMSNorm(dim) for _ in range(2))
-        self.sites = nn.ModuleList(Residual() if config is None else Connection(config, dim, n) for n in range(2))
+        self.sites = nn.ModuleList(
+            Residual() if config is None else Connection(config, dim, n) for n in range(2)
+        )
         self.ctx = context(1, tokens, "cpu", rope=(rope, 32))
 
     def forward(self, streams: torch.Tensor) -> torch.Tensor:
@@ -67,7 +69,10 @@ def variants(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
     configs |= {name: HyperConfig(streams=options.streams, **KINDS[name]) for name in options.kinds}
     steps = {}
     for name, config in configs.items():
-        block, hidden = Block(options.dim, options.time, config), torch.randn(1, options.time, options.dim)
+        block, hidden = (
+            Block(options.dim, options.time, config),
+            torch.randn(1, options.time, options.dim),
+        )
         streams = enter(hidden, config).values.contiguous().requires_grad_()
         if options.eager:
             steps[f"{name}, eager"] = step(block, streams)
@@ -76,19 +81,25 @@ def variants(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
     for name, run in steps.items():
         begin = time.perf_counter()
         run()
-        print(f"{name}: ready after {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
+        print(
+            f"{name}: ready after {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True
+        )
         run()
     return steps
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dim", type=int, default=512, help="width, a multiple of 32")
     parser.add_argument("--time", type=int, default=2048, help="tokens of a step")
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=["mhc"], help="beside the plain block")
+    parser.add_argument(
+        "--kinds", nargs="*", choices=KINDS, default=["mhc"], help="beside the plain block"
+    )
     parser.add_argument("--eager", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -115,7 +126,9 @@ def main() -> None:
     print(f"{'':24s} {'least ms':>10s} {'median ms':>10s}   times plain: least, median")
     for name, of in found.items():
         milliseconds = f"{1000 * of['least']:10.1f} {1000 * of['median']:10.1f}"
-        print(f"{name:24s} {milliseconds}   {of['least_of_plain']:18.2f} {of['median_of_plain']:7.2f}")
+        print(
+            f"{name:24s} {milliseconds}   {of['least_of_plain']:18.2f} {of['median_of_plain']:7.2f}"
+        )
 
 
 if __name__ == "__main__":

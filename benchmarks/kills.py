@@ -91,7 +91,13 @@ def main() -> None:
                 lost, step = lost + 1, reported
                 print(f"lost: {error}")
     seconds = time.perf_counter() - began
-    result = {"kills": options.kills, "mid_write": mid_write, "saved": step, "lost": lost, "seconds": round(seconds, 1)}
+    result = {
+        "kills": options.kills,
+        "mid_write": mid_write,
+        "saved": step,
+        "lost": lost,
+        "seconds": round(seconds, 1),
+    }
     if options.json:
         print(json.dumps(result))
     else:

@@ -44,7 +44,9 @@ def peer(own: MoE, dim: int, way: str) -> DeepseekV3MoE:
     config._experts_implementation = way
     found = DeepseekV3MoE(config)
     for name in ("gate_proj", "up_proj", "down_proj"):
-        getattr(found.shared_experts, name).weight.data = getattr(own.shared, name).weight.data.clone()
+        getattr(found.shared_experts, name).weight.data = getattr(
+            own.shared, name
+        ).weight.data.clone()
     found.gate.weight.data = own.router.weight.data.clone()
     found.experts.gate_up_proj.data = own.experts.gate_up.data.transpose(1, 2).contiguous()
     found.experts.down_proj.data = own.experts.down.data.transpose(1, 2).contiguous()
@@ -77,7 +79,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
-    config = MoEConfig(routed=options.experts, active=options.active, width=options.width, router=RouterConfig())
+    config = MoEConfig(
+        routed=options.experts, active=options.active, width=options.width, router=RouterConfig()
+    )
     own, hidden = MoE(config, options.dim), torch.randn(1, options.tokens, options.dim)
     where = context(1, options.tokens, hidden.device)
     steps = {"rorqual": both_ways(lambda x: own(x, where)[0], hidden)}
@@ -91,8 +95,13 @@ def main() -> None:
     if options.json:
         print(json.dumps(ratios | {"milliseconds": found, "threads": torch.get_num_threads()}))
         return
-    print(f"{options.tokens} tokens, {options.active} of {options.experts} experts, {torch.get_num_threads()} threads")
-    print(*(f"{name:24} {ms:9.2f} ms {ms / found['rorqual']:7.2f} x" for name, ms in found.items()), sep="\n")
+    print(
+        f"{options.tokens} tokens, {options.active} of {options.experts} experts, {torch.get_num_threads()} threads"
+    )
+    print(
+        *(f"{name:24} {ms:9.2f} ms {ms / found['rorqual']:7.2f} x" for name, ms in found.items()),
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def docstrings(path: Path) -> dict[str, str]:
     found = {"": ast.get_docstring(tree) or ""}
     for part in tree.body:
         if isinstance(part, holders):
-            texts = [ast.get_docstring(node) for node in ast.walk(part) if isinstance(node, holders)]
+            texts = [
+                ast.get_docstring(node) for node in ast.walk(part) if isinstance(node, holders)
+            ]
             found[part.name] = "\n\n".join(text for text in texts if text)
     return {name: text for name, text in found.items() if text}
 
@@ -97,7 +99,9 @@ def report(losses: dict[str, list[float]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/recipe"))
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--dim", type=int, help="another width than the preset's")

@@ -38,7 +38,9 @@ def ours(rows: int, width: int, index: torch.Tensor, values: torch.Tensor) -> Ca
     table = optimizer.parameters["table.weight"]
 
     def step() -> None:
-        table.grad = torch.sparse_coo_tensor(index[None], values, table.shape, check_invariants=False)
+        table.grad = torch.sparse_coo_tensor(
+            index[None], values, table.shape, check_invariants=False
+        )
         optimizer.clip()
         optimizer.step()
 
@@ -51,12 +53,16 @@ def dense(rows: int, width: int) -> Callable[[], None]:
     return torch.optim.AdamW([table], fused=True).step
 
 
-def sparse_adam(rows: int, width: int, index: torch.Tensor, values: torch.Tensor) -> Callable[[], None]:
+def sparse_adam(
+    rows: int, width: int, index: torch.Tensor, values: torch.Tensor
+) -> Callable[[], None]:
     table = nn.Parameter(torch.randn(rows, width))
     optimizer = torch.optim.SparseAdam([table])
 
     def step() -> None:
-        table.grad = torch.sparse_coo_tensor(index[None], values, table.shape, check_invariants=False)
+        table.grad = torch.sparse_coo_tensor(
+            index[None], values, table.shape, check_invariants=False
+        )
         optimizer.step()
 
     return step
@@ -89,7 +95,9 @@ def main() -> None:
         }
         print(json.dumps(result | {"milliseconds": found, "threads": torch.get_num_threads()}))
         return
-    print(f"{size[0]:,} x {size[1]} rows, {options.touched:,} touched, {torch.get_num_threads()} threads")
+    print(
+        f"{size[0]:,} x {size[1]} rows, {options.touched:,} touched, {torch.get_num_threads()} threads"
+    )
     for name, milliseconds in found.items():
         print(f"{name:20} {milliseconds:9.2f} ms   {ratio[name]:6.2f} x")
 

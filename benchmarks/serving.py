@@ -87,7 +87,9 @@ def main() -> None:
     for name in options.attentions:
         seconds = found[name] = measure(name, options.prompts, options.rounds)
         if not options.json:
-            ratios = ", ".join(f"{way} {seconds[way] / seconds['alone']:.2f}" for way in ("together", "padded"))
+            ratios = ", ".join(
+                f"{way} {seconds[way] / seconds['alone']:.2f}" for way in ("together", "padded")
+            )
             print(f"{name:8} alone {seconds['alone']:.3f} s; times that: {ratios}", flush=True)
     if options.json:
         print(json.dumps(found))

@@ -61,7 +61,14 @@ def gqa(options: argparse.Namespace) -> GQAConfig:
 
 def mla(options: argparse.Namespace) -> MLAConfig:
     """DeepSeek's widths a head; but for the rotary one, which an indexer of 32 must hold."""
-    return MLAConfig(heads=options.heads, q_lora_rank=384, kv_lora_rank=512, nope_dim=128, rope_dim=32, value_dim=128)
+    return MLAConfig(
+        heads=options.heads,
+        q_lora_rank=384,
+        kv_lora_rank=512,
+        nope_dim=128,
+        rope_dim=32,
+        value_dim=128,
+    )
 
 
 def nsa(choice: Choice) -> Callable[[argparse.Namespace], GQA | MLA]:
@@ -125,7 +132,11 @@ class Known(nn.Module):
 def bare(attention: GQA | MLA) -> GQA | MLA:
     """The same layer without the time of its projections."""
     found = copy.copy(attention)
-    widths = {name: getattr(attention, name).out_features for name in PROJECTIONS if hasattr(attention, name)}
+    widths = {
+        name: getattr(attention, name).out_features
+        for name in PROJECTIONS
+        if hasattr(attention, name)
+    }
     found._modules = attention._modules | {name: Known(width) for name, width in widths.items()}
     return found
 
@@ -142,7 +153,9 @@ class Runner:
         self.warm = False
 
     def new_cache(self) -> Any:
-        return self.attention.new_cache(1, self.hidden.shape[1] + 64, torch.float32, torch.device("cpu"))
+        return self.attention.new_cache(
+            1, self.hidden.shape[1] + 64, torch.float32, torch.device("cpu")
+        )
 
     def prefill(self) -> None:
         self.past, self.cache = Past(self.hidden.shape[1]), self.new_cache()
@@ -208,7 +221,9 @@ def peak_bytes(run: Callable[[], None]) -> int:
         run()
     assert record.profiler is not None and record.profiler.kineto_results is not None
     events = record.profiler.kineto_results.events()  # events() sums them up by operation
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    changes = sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+    )
     now = most = 0
     for _, change in changes:
         now += change
@@ -242,7 +257,9 @@ def measure(options: argparse.Namespace, length: int) -> list[dict[str, Any]]:
         runner.fill()
         runner.decode()
     for phase in steps:
-        found[phase] = timed({name: getattr(runner, phase) for name, runner in runners.items()}, options.rounds)
+        found[phase] = timed(
+            {name: getattr(runner, phase) for name, runner in runners.items()}, options.rounds
+        )
     rows = []
     for phase, seconds in found.items():
         for name, value in seconds.items():
@@ -261,7 +278,9 @@ def pays(rows: list[dict[str, Any]]) -> dict[str, dict[str, int | None]]:
         if row["times_full"] is not None and KINDS[row["kind"]].peer != row["kind"]:
             of_phase = found.setdefault(row["phase"], {})
             since = of_phase.get(row["kind"])
-            of_phase[row["kind"]] = None if row["times_full"] <= 1 else row["length"] if since is None else since
+            of_phase[row["kind"]] = (
+                None if row["times_full"] <= 1 else row["length"] if since is None else since
+            )
     return found
 
 
@@ -272,17 +291,27 @@ def tables(rows: list[dict[str, Any]], options: argparse.Namespace) -> Iterator[
         yield f"{phase}: milliseconds (times as fast as full attention of its sort)"
         yield " " * 8 + "".join(f"{name:>20s}" for name in options.kinds)
         for length in options.lengths:
-            cells = [f"{1000 * row['seconds']:12.2f} {_ratio(row)}" for row in every if row["length"] == length]
+            cells = [
+                f"{1000 * row['seconds']:12.2f} {_ratio(row)}"
+                for row in every
+                if row["length"] == length
+            ]
             yield f"{length:8d}" + "".join(cells)
         for name, unit in (("peak_bytes", "MiB at the peak"), ("cache_bytes", "MiB of cache")):
             if every and every[0].get(name) is not None:
                 yield f"{phase}: {unit}"
                 for length in options.lengths:
-                    cells = [f"{(row[name] or 0) / 2**20:20.1f}" for row in every if row["length"] == length]
+                    cells = [
+                        f"{(row[name] or 0) / 2**20:20.1f}"
+                        for row in every
+                        if row["length"] == length
+                    ]
                     yield f"{length:8d}" + "".join(cells)
     for phase, kinds in pays(rows).items():
         for name, length in kinds.items():
-            yield f"{phase}: {name} pays " + (f"from {length} tokens on" if length else "at none of these lengths")
+            yield f"{phase}: {name} pays " + (
+                f"from {length} tokens on" if length else "at none of these lengths"
+            )
 
 
 def _ratio(row: dict[str, Any]) -> str:
@@ -290,9 +319,15 @@ def _ratio(row: dict[str, Any]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of context, ascending")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="among them the full ones")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of context, ascending"
+    )
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="among them the full ones"
+    )
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
     parser.add_argument("--dim", type=int, default=1024)
     parser.add_argument("--heads", type=int, default=16)
@@ -301,8 +336,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chosen", type=int, default=16, help="blocks of 64 keys")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--dsa-chosen", type=int, default=2048, help="keys")
-    parser.add_argument("--rounds", type=int, default=15, help="of decoding; of prefill as many at 1024, fewer beyond")
-    parser.add_argument("--memory-up-to", type=int, default=32768, help="tokens; costs one more prefill a kind")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=15,
+        help="of decoding; of prefill as many at 1024, fewer beyond",
+    )
+    parser.add_argument(
+        "--memory-up-to", type=int, default=32768, help="tokens; costs one more prefill a kind"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args()

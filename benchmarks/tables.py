@@ -56,7 +56,11 @@ class Shown(NamedTuple):
 
     @property
     def holds(self) -> bool | None:
-        return None if self.bar is None else (self.value <= self.bar if self.most else self.value >= self.bar)
+        return (
+            None
+            if self.bar is None
+            else (self.value <= self.bar if self.most else self.value >= self.bar)
+        )
 
 
 def interleaved(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -78,13 +82,25 @@ def host(options: argparse.Namespace) -> list[Shown]:
         out = torch.empty(BATCH, size // 4)
         steps = {
             "recall": lambda table=table, ids=ids: table.prefetch(ids).wait(),
-            "select": lambda values=values, ids=ids, out=out: torch.index_select(values, 0, ids, out=out),
+            "select": lambda values=values, ids=ids, out=out: torch.index_select(
+                values, 0, ids, out=out
+            ),
             "embedding": lambda values=values, ids=ids: F.embedding(ids, values),
         }
         took = interleaved(steps, options.rounds)
-        found.append(Shown(f"host recall / index_select(out=), {size} bytes", took["select"] / took["recall"], 0.9))
+        found.append(
+            Shown(
+                f"host recall / index_select(out=), {size} bytes",
+                took["select"] / took["recall"],
+                0.9,
+            )
+        )
         bar = 1.3 if size == 256 else None
-        found.append(Shown(f"F.embedding / host recall, {size} bytes", took["embedding"] / took["recall"], bar))
+        found.append(
+            Shown(
+                f"F.embedding / host recall, {size} bytes", took["embedding"] / took["recall"], bar
+            )
+        )
         table.close()
     return found
 
@@ -96,7 +112,9 @@ def ids(options: argparse.Namespace) -> list[Shown]:
     wanted = torch.empty_like(hashed)
     spans: dict[bool, list[float]] = {False: [], True: []}
     for turn in range(10 * options.rounds):
-        for check in (False, True) if turn % 2 else (True, False):  # who comes second has more in the caches, or less
+        for check in (
+            (False, True) if turn % 2 else (True, False)
+        ):  # who comes second has more in the caches, or less
             wanted.copy_(hashed)
             began = time.perf_counter()
             if check:
@@ -104,7 +122,11 @@ def ids(options: argparse.Namespace) -> list[Shown]:
             torch.index_select(values, 0, wanted, out=out)
             spans[check].append(time.perf_counter() - began)
     share = statistics.median(spans[True]) / statistics.median(spans[False]) - 1
-    return [Shown("a gather of 256 bytes each with its ids checked / without, - 1", share, 0.02, most=True)]
+    return [
+        Shown(
+            "a gather of 256 bytes each with its ids checked / without, - 1", share, 0.02, most=True
+        )
+    ]
 
 
 def checked(options: argparse.Namespace, folder: Path) -> list[Shown]:
@@ -135,8 +157,18 @@ def cold(options: argparse.Namespace, folder: Path) -> list[Shown]:
 
 
 def generation(options: argparse.Namespace, folder: Path) -> list[Shown]:
-    sizes = {"rows": options.rows, "width": options.width, "dim": options.dim, "layers": options.layers}
-    given = {"folder": str(folder), "tokens": options.tokens, "rounds": options.rounds, "seconds": 0.2}
+    sizes = {
+        "rows": options.rows,
+        "width": options.width,
+        "dim": options.dim,
+        "layers": options.layers,
+    }
+    given = {
+        "folder": str(folder),
+        "tokens": options.tokens,
+        "rounds": options.rounds,
+        "seconds": 0.2,
+    }
     bars, found = {"disk warm": 0.97, "disk cold": 0.85}, []
     for sequences in (1, options.sequences):
         config = tables.BenchConfig(sequences=sequences, **given, **sizes)
@@ -145,7 +177,11 @@ def generation(options: argparse.Namespace, folder: Path) -> list[Shown]:
         words = f"{sequences} sequence{'s' if sequences > 1 else ''}"
         found.append(Shown(f"{words}: tokens a second, resident", resident))
         for name, line in lines.items():
-            found.append(Shown(f"{words}: {name} / resident", line.tokens_per_second / resident, bars.get(name)))
+            found.append(
+                Shown(
+                    f"{words}: {name} / resident", line.tokens_per_second / resident, bars.get(name)
+                )
+            )
     return found
 
 
@@ -156,12 +192,16 @@ def training(options: argparse.Namespace, folder: Path) -> list[Shown]:
         dim=options.train_dim,
         layers=4,
         dense_width=4 * options.train_dim,
-        engram=EngramConfig(layers=(1,), rows_per_head=(per_head, per_head), heads=8, head_dim=options.width),
+        engram=EngramConfig(
+            layers=(1,), rows_per_head=(per_head, per_head), heads=8, head_dim=options.width
+        ),
     )
     (rows,) = row_totals(shape.engram)
     arms: dict[str, Callable[[], float]] = {}
     for name in ("resident", "disk"):
-        held = [Table.of_records(folder / "learning", rows, options.width)] if name == "disk" else None
+        held = (
+            [Table.of_records(folder / "learning", rows, options.width)] if name == "disk" else None
+        )
         model = LanguageModel(shape, seed=0, tables=held).train()
         arms[name] = step_of(model, Optimizer(model, OptimConfig()), options.train_tokens)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -175,7 +215,12 @@ def training(options: argparse.Namespace, folder: Path) -> list[Shown]:
     took = {name: statistics.median(each[1:]) for name, each in seconds.items()}
     return [
         Shown("training step with resident rows, seconds", took["resident"]),
-        Shown("training step, rows on disk / resident", took["disk"] / took["resident"], 1.1, most=True),
+        Shown(
+            "training step, rows on disk / resident",
+            took["disk"] / took["resident"],
+            1.1,
+            most=True,
+        ),
     ]
 
 
@@ -234,10 +279,19 @@ def limited(options: argparse.Namespace, folder: Path) -> list[Shown]:
     found = []
     for allowed in (0, rows * 256 // 4):
         command = [sys.executable, "-c", CHILD, str(path), sizes, str(allowed)]
-        found.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout))
+        found.append(
+            json.loads(
+                subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+            )
+        )
     free, bound = found
     return [
-        Shown("within a quarter of the table's bytes: ids that differ of 64", different(free, bound), 0, most=True),
+        Shown(
+            "within a quarter of the table's bytes: ids that differ of 64",
+            different(free, bound),
+            0,
+            most=True,
+        ),
         Shown("the table could be loaded within them", float(bound["loaded"]), 0, most=True),
         Shown("peak memory, bound / free", bound["peak"] / free["peak"]),
     ]
@@ -252,10 +306,19 @@ def refusals() -> list[Shown]:
     files = ["tests/tables", "tests/experiments/test_tables.py"]
     words = ["-m", "pytest", "-qp", "no:cacheprovider", "-m"]
     command = [sys.executable, *words, "not compiled", "-k", wanted, *files]
-    said = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True).stdout
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", said)}
+    said = subprocess.run(
+        command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True
+    ).stdout
+    counts = {
+        word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", said)
+    }
     return [
-        Shown("tests of parity and refusals that fail", counts.get("failed", 0) + counts.get("error", 0), 0, most=True),
+        Shown(
+            "tests of parity and refusals that fail",
+            counts.get("failed", 0) + counts.get("error", 0),
+            0,
+            most=True,
+        ),
         Shown("tests of parity and refusals that hold", counts.get("passed", 0), 1),
     ]
 
@@ -275,7 +338,9 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--sequences", type=int, default=8, help="at once, in the second part of generation")
+    parser.add_argument(
+        "--sequences", type=int, default=8, help="at once, in the second part of generation"
+    )
     parser.add_argument("--train-dim", type=int, default=256)
     parser.add_argument("--train-tokens", type=int, default=4096, help="of a batch, in rows of 256")
     parser.add_argument("--json", action="store_true")
@@ -300,7 +365,9 @@ def main() -> None:
             if not options.json:
                 show(fresh)
     if options.json:
-        measured = {each.name: {"value": each.value, "bar": each.bar, "holds": each.holds} for each in found}
+        measured = {
+            each.name: {"value": each.value, "bar": each.bar, "holds": each.holds} for each in found
+        }
         print(json.dumps({"measured": measured, "threads": torch.get_num_threads()}))
 
 

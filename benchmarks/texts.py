@@ -20,7 +20,17 @@ import pyarrow.parquet
 from rorqual.data.corpus import open_corpus
 
 LETTERS = "whale 鲸 κῆτος 🐋 Бухта\n"
-JSONL = ('{"text": "sung"}', '{"text": 3}', '{"other": "x"}', "[1]", '{"text": "cut', "[" * 5000, "NaN", "", "{}")
+JSONL = (
+    '{"text": "sung"}',
+    '{"text": 3}',
+    '{"other": "x"}',
+    "[1]",
+    '{"text": "cut',
+    "[" * 5000,
+    "NaN",
+    "",
+    "{}",
+)
 
 
 def text(rng: random.Random, length: int = 400) -> bytes:
@@ -37,7 +47,9 @@ def scratched(data: bytes, rng: random.Random) -> bytes:
 
 def table(rng: random.Random) -> bytes:
     values = rng.choice(([text(rng).decode()] * 3, [None, "sung"], [1, 2], [text(rng)], []))
-    pyarrow.parquet.write_table(pyarrow.table({rng.choice(("text", "other")): values}), sink := io.BytesIO())
+    pyarrow.parquet.write_table(
+        pyarrow.table({rng.choice(("text", "other")): values}), sink := io.BytesIO()
+    )
     return sink.getvalue()
 
 
@@ -46,12 +58,18 @@ KINDS: dict[str, tuple[str, Callable[[random.Random], bytes]]] = {
     "random bytes": (".txt", lambda rng: rng.randbytes(rng.randint(1, 2000))),
     "cut UTF-8": (".txt", lambda rng: text(rng) + "鲸".encode()[: rng.randint(1, 2)]),
     "NULs": (".md", lambda rng: text(rng) + b"\0" * rng.randint(1, 9) + text(rng)),
-    "giant line": (".txt", lambda rng: rng.choice((b"x", b"x ", "鲸".encode())) * rng.randint(2**16, 2**19)),
+    "giant line": (
+        ".txt",
+        lambda rng: rng.choice((b"x", b"x ", "鲸".encode())) * rng.randint(2**16, 2**19),
+    ),
     "jsonl": (".jsonl", lambda rng: "\n".join(rng.choices(JSONL, k=rng.randint(1, 9))).encode()),
     "random jsonl": (".jsonl", lambda rng: rng.randbytes(rng.randint(1, 2000))),
     "parquet": (".parquet", table),
     "broken parquet": (".parquet", lambda rng: scratched(table(rng), rng)),
-    "random parquet": (".parquet", lambda rng: b"PAR1" + rng.randbytes(rng.randint(1, 2000)) + b"PAR1"),
+    "random parquet": (
+        ".parquet",
+        lambda rng: b"PAR1" + rng.randbytes(rng.randint(1, 2000)) + b"PAR1",
+    ),
     "empty": (".txt", lambda rng: b"" if rng.random() < 0.5 else b" \n\r\n" * rng.randint(1, 9)),
 }
 
@@ -73,7 +91,9 @@ def soak(files: int) -> dict[str, Counter[str]]:
     """How the files of each kind ended."""
     rng, found = random.Random(0), {kind: Counter[str]() for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
-        for number, (kind, (suffix, make)) in zip(range(files), itertools.cycle(KINDS.items()), strict=False):
+        for number, (kind, (suffix, make)) in zip(
+            range(files), itertools.cycle(KINDS.items()), strict=False
+        ):
             path = Path(folder) / f"{number}{suffix}"
             path.write_bytes(make(rng))
             found[kind][ending(path)] += 1
@@ -86,7 +106,12 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     total = sum((found := soak(options.files)).values(), Counter())
-    lost = {f"{kind}: {end}": n for kind, ends in found.items() for end, n in ends.items() if end.startswith("lost")}
+    lost = {
+        f"{kind}: {end}": n
+        for kind, ends in found.items()
+        for end, n in ends.items()
+        if end.startswith("lost")
+    }
     lines = [f"{'':16}{'read':>9}{'skipped':>9}{'refused':>9}"]
     for kind, ends in (*found.items(), ("all", total)):
         lines.append(f"{kind:16}{ends['read']:9}{ends['skipped']:9}{ends['refused']:9}")

@@ -17,24 +17,43 @@ from rorqual.presets import preset
 from rorqual.serve.decoding import Tally, speculate
 
 text = "the blue whale sings; the blue whale dives; the sea is blue and wide. " * 2
-ids = torch.tensor([[string.printable.index(letter) for letter in text]])  # a vocabulary of 100 letters
+ids = torch.tensor(
+    [[string.printable.index(letter) for letter in text]]
+)  # a vocabulary of 100 letters
 
 classroom = preset("classroom")
-print(f"1. classroom: {costs(classroom).total:,} parameters, {costs(classroom).activated:,} activated a token")
-attention = MLAConfig(heads=4, q_lora_rank=24, kv_lora_rank=16, nope_dim=16, rope_dim=8, value_dim=16)
-config = replace(classroom, gqa=None, mla=attention, moe=replace(classroom.moe, shared=1), mtp=MTPConfig())
+print(
+    f"1. classroom: {costs(classroom).total:,} parameters, {costs(classroom).activated:,} activated a token"
+)
+attention = MLAConfig(
+    heads=4, q_lora_rank=24, kv_lora_rank=16, nope_dim=16, rope_dim=8, value_dim=16
+)
+config = replace(
+    classroom, gqa=None, mla=attention, moe=replace(classroom.moe, shared=1), mtp=MTPConfig()
+)
 model, size = LanguageModel(config), costs(config)
-print(f"   with latent attention, a shared expert and multi-token prediction: {size.total:,} + {size.mtp:,} for MTP")
+print(
+    f"   with latent attention, a shared expert and multi-token prediction: {size.total:,} + {size.mtp:,} for MTP"
+)
 
 hidden, auxes = model.hidden(ids)
-print(f"2. ids {list(ids.shape)} -> embeddings -> {config.layers} blocks -> hidden {list(hidden.shape)} = [B, T, D]")
+print(
+    f"2. ids {list(ids.shape)} -> embeddings -> {config.layers} blocks -> hidden {list(hidden.shape)} = [B, T, D]"
+)
 for layer, routing in enumerate(aux.routing for aux in auxes if aux.routing is not None):
     shown = zip(text[:5], routing.chosen[0].tolist(), routing.weights[0].tolist(), strict=False)
-    print(f"   block {layer}: " + ", ".join(f"{c!r} to {e} by {w[0]:.2f} {w[1]:.2f}" for c, e, w in shown))
-print(f"   logits {list(model.logits(hidden).shape)}, the head is the embedding ({model.head.weight.shape[0]} letters)")
+    print(
+        f"   block {layer}: "
+        + ", ".join(f"{c!r} to {e} by {w[0]:.2f} {w[1]:.2f}" for c, e, w in shown)
+    )
+print(
+    f"   logits {list(model.logits(hidden).shape)}, the head is the embedding ({model.head.weight.shape[0]} letters)"
+)
 
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
-print("3. training: next letter + 0.3 * the one after it (MTP) + balance; biases move once a step, without a gradient")
+print(
+    "3. training: next letter + 0.3 * the one after it (MTP) + balance; biases move once a step, without a gradient"
+)
 for step in range(101):
     loss = model.loss(ids[:, :-1], ids[:, 1:])
     optimizer.zero_grad()
@@ -44,16 +63,24 @@ for step in range(101):
         update_bias(block.ffn.router.e_score_correction_bias, counts, rate=0.02)
     if step % 20 == 0:
         load = ", ".join(f"{max_violation(counts):.2f}" for counts in loss.counts)
-        print(f"   step {step:2d}: next {loss.next_token:.3f} nats, the one after {loss.mtp:.3f}, MaxVio {load}")
+        print(
+            f"   step {step:2d}: next {loss.next_token:.3f} nats, the one after {loss.mtp:.3f}, MaxVio {load}"
+        )
 
 cache = model.new_cache(batch=1)
 model(ids[:, :20], cache=cache)
 latent = cache.layers[0].attention.latent
 held = latent.buffer[:, : latent.length]
 print(f"4. the cache after {cache.length} letters: {list(held.shape)} a layer, latent and rope key")
-print(f"   {held.shape[-1]} values a token, where 4 heads of keys and values would keep {4 * (16 + 8 + 16)}")
+print(
+    f"   {held.shape[-1]} values a token, where 4 heads of keys and values would keep {4 * (16 + 8 + 16)}"
+)
 
 prompt, tally = ids[0, :4].tolist(), Tally()
-said = "".join(string.printable[i] for (i,) in speculate(model, [prompt], max_new_tokens=60, tally=tally))
+said = "".join(
+    string.printable[i] for (i,) in speculate(model, [prompt], max_new_tokens=60, tally=tally)
+)
 print(f"5. {text[:4]!r} goes on {said!r}")
-print(f"   MTP drafted {tally.drafted} letters, {tally.accepted} stood; 60 letters took {tally.rounds + 1} forwards")
+print(
+    f"   MTP drafted {tally.drafted} letters, {tally.accepted} stood; 60 letters took {tally.rounds + 1} forwards"
+)

@@ -55,12 +55,28 @@ HELD_OUT = (
 )
 RATES = {"memory": (1e-2, 3e-2, 1e-1), "lora": (3e-4, 1e-3, 3e-3)}
 SIZES = {
-    "real": {"layers": (4, 12), "rows_per_head": (65_536, 65_536), "heads": 8, "head_dim": 32, "conv": False},
-    "smoke": {"layers": (1, 2), "rows_per_head": (499, 499), "heads": 2, "head_dim": 8, "conv": False},
+    "real": {
+        "layers": (4, 12),
+        "rows_per_head": (65_536, 65_536),
+        "heads": 8,
+        "head_dim": 32,
+        "conv": False,
+    },
+    "smoke": {
+        "layers": (1, 2),
+        "rows_per_head": (499, 499),
+        "heads": 2,
+        "head_dim": 8,
+        "conv": False,
+    },
 }
 FACTS = {"real": 500, "smoke": 6}
 MINUTES = {"real": 20.0, "smoke": 0.03}  # an arm
-BATCH, ANSWER, CORES = 32, 14, 2  # sentences a step; tokens of an answer; cores that a minute is counted on
+BATCH, ANSWER, CORES = (
+    32,
+    14,
+    2,
+)  # sentences a step; tokens of an answer; cores that a minute is counted on
 
 Fact = tuple[str, str]
 
@@ -70,14 +86,25 @@ def airports(count: int) -> list[Fact]:
     import airportsdata
 
     plain = re.compile(r"[A-Za-z]+(?: [A-Za-z]+)*")
-    known = sorted((a["iata"], a["city"]) for a in airportsdata.load("IATA").values() if plain.fullmatch(a["city"]))
+    known = sorted(
+        (a["iata"], a["city"])
+        for a in airportsdata.load("IATA").values()
+        if plain.fullmatch(a["city"])
+    )
     return drawn(random.Random(0), known, count)
 
 
 def invented(count: int) -> list[Fact]:
     draw = random.Random(0)
-    codes = drawn(draw, ["".join(letters) for letters in itertools.product(string.ascii_uppercase, repeat=3)], count)
-    return [(code, "".join(draw.choices(("ka", "lo", "mi", "ren", "tas", "vu"), k=3)).title()) for code in codes]
+    codes = drawn(
+        draw,
+        ["".join(letters) for letters in itertools.product(string.ascii_uppercase, repeat=3)],
+        count,
+    )
+    return [
+        (code, "".join(draw.choices(("ka", "lo", "mi", "ren", "tas", "vu"), k=3)).title())
+        for code in codes
+    ]
 
 
 def drawn(draw: random.Random, known: list, count: int) -> list:
@@ -92,7 +119,11 @@ def pretrained(path: Path) -> tuple[nn.Module, Tokenizer]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where = {"pretrained_model_name_or_path": path.resolve().parent, "gguf_file": path.name}
-    how = {"dtype": torch.bfloat16, "attn_implementation": "eager", "quantization_config": GgufConfig(dequantize=True)}
+    how = {
+        "dtype": torch.bfloat16,
+        "attn_implementation": "eager",
+        "quantization_config": GgufConfig(dequantize=True),
+    }
     return AutoModelForCausalLM.from_pretrained(**where, **how).eval(), Tokenizer.of(
         AutoTokenizer.from_pretrained(**where)
     )
@@ -102,9 +133,16 @@ def tiny(facts: list[Fact]) -> tuple[nn.Module, Tokenizer]:
     """A random Llama that knows nothing at all, for a run of seconds."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = train([form.format(code) + " " + city for form in TRAINED for code, city in facts], 400)
+    tokenizer = train(
+        [form.format(code) + " " + city for form in TRAINED for code, city in facts], 400
+    )
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+    }
     config = LlamaConfig(vocab_size=tokenizer.vocabulary, eos_token_id=tokenizer.end_id, **sizes)
     return LlamaForCausalLM(config).eval(), tokenizer
 
@@ -146,8 +184,12 @@ def loss_of(model: nn.Module, ids: Tensor, mask: Tensor | None, labels: Tensor) 
 def other_text(model: nn.Module, tokenizer: Tokenizer, rows: int = 96) -> float:
     """Loss on the definitions of WordNet, which say nothing of airport codes: nats a token."""
     lines = itertools.islice(sources.find("wordnet").read(lambda reason, place: None), 20 * rows)
-    ids = torch.tensor(tokenizer.encode("\n".join(line.decode() for _, line in lines))[: 64 * rows]).view(-1, 64)
-    return sum(loss_of(model, part, None, part).item() * len(part) for part in ids.split(BATCH)) / len(ids)
+    ids = torch.tensor(
+        tokenizer.encode("\n".join(line.decode() for _, line in lines))[: 64 * rows]
+    ).view(-1, 64)
+    return sum(
+        loss_of(model, part, None, part).item() * len(part) for part in ids.split(BATCH)
+    ) / len(ids)
 
 
 @torch.no_grad()
@@ -163,7 +205,9 @@ def exact(model: nn.Module, tokenizer: Tokenizer, facts: list[Fact], forms: Sequ
         group = asked[at : at + 4 * BATCH]
         ids, mask = padded([tokenizer.encode(prompt) for prompt, _ in group], tokenizer.pad_id)
         ends = {"eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.end_id}
-        new = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=ANSWER, **ends)
+        new = model.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=ANSWER, **ends
+        )
         for row, (_, city) in zip(new[:, ids.shape[1] :].tolist(), group, strict=True):
             said = tokenizer.decode(itertools.takewhile(lambda i: i != tokenizer.end_id, row))
             right += re.split(r"[\n.,;:(]", said.strip())[0].strip() == city
@@ -180,7 +224,9 @@ def with_lora(model: nn.Module, tokenizer: Tokenizer, sizes: dict) -> Callable[[
     """Rank 16 on every linear map of the blocks."""
     import peft
 
-    return peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).unload
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    ).unload
 
 
 def learn(model: nn.Module, data: Iterator, rate: float, seconds: float) -> dict[str, float]:
@@ -188,20 +234,36 @@ def learn(model: nn.Module, data: Iterator, rate: float, seconds: float) -> dict
 
     By the processor's clock, so that what else runs on the machine takes nothing away.
     """
-    optimizer = Optimizer(model, OptimConfig(lr=rate, weight_decay=0.0, warmup=20, decay="constant"))
+    optimizer = Optimizer(
+        model, OptimConfig(lr=rate, weight_decay=0.0, warmup=20, decay="constant")
+    )
     began, step, losses = time.process_time(), 0, []
     while (spent := (time.process_time() - began) / CORES) < seconds:
         loss = loss_of(model, *next(data))
         loss.backward()
         optimizer.clip()
-        optimizer.step(schedule(step, step + 1, optimizer.config) * min(1.0, 2 - 2 * spent / seconds))
+        optimizer.step(
+            schedule(step, step + 1, optimizer.config) * min(1.0, 2 - 2 * spent / seconds)
+        )
         optimizer.zero_grad()
         step, losses = step + 1, [*losses[-9:], loss.item()]
-    touched = sum(parameter.numel() for name, parameter in optimizer.parameters.items() if name not in optimizer.rows)
+    touched = sum(
+        parameter.numel()
+        for name, parameter in optimizer.parameters.items()
+        if name not in optimizer.rows
+    )
     for name in optimizer.rows:
-        touched += int((optimizer.state[f"{name}.updates"] > 0).sum()) * optimizer.parameters[name].shape[1]
+        touched += (
+            int((optimizer.state[f"{name}.updates"] > 0).sum())
+            * optimizer.parameters[name].shape[1]
+        )
     trained = sum(parameter.numel() for parameter in optimizer.parameters.values())
-    return {"steps": step, "train_loss": sum(losses) / len(losses), "trained": trained, "touched": touched}
+    return {
+        "steps": step,
+        "train_loss": sum(losses) / len(losses),
+        "trained": trained,
+        "touched": touched,
+    }
 
 
 def judge(model: nn.Module, tokenizer: Tokenizer, facts: list[Fact]) -> dict[str, float]:
@@ -211,14 +273,19 @@ def judge(model: nn.Module, tokenizer: Tokenizer, facts: list[Fact]) -> dict[str
     }
 
 
-def run(model: nn.Module, tokenizer: Tokenizer, facts: list[Fact], sizes: dict, minutes: float) -> dict:
+def run(
+    model: nn.Module, tokenizer: Tokenizer, facts: list[Fact], sizes: dict, minutes: float
+) -> dict:
     """Both arms at three rates each; the best of an arm is the one that answers the choosing paraphrase best."""
-    print(f"1. {len(facts)} airports; exact answers, and nats a token on other text, before anything is learned")
+    print(
+        f"1. {len(facts)} airports; exact answers, and nats a token on other text, before anything is learned"
+    )
     before = judge(model, tokenizer, facts)
     print("   " + ", ".join(f"{name} {value:.4f}" for name, value in before.items()))
     print(f"2. {minutes:g} minutes an arm on {CORES} cores, shared by its three learning rates")
     print(
-        f"   {'arm':8s}{'rate':>8s}{'steps':>7s}{'loss':>7s}{'choosing':>10s}{'held out':>10s}{'trained':>9s}", end=""
+        f"   {'arm':8s}{'rate':>8s}{'steps':>7s}{'loss':>7s}{'choosing':>10s}{'held out':>10s}{'trained':>9s}",
+        end="",
     )
     print(f"{'other text':>12s}{'forgot':>8s}{'parameters':>13s}{'touched':>12s}")
     result: dict = {"facts": len(facts), "minutes": minutes, "before": before, "runs": []}
@@ -232,12 +299,20 @@ def run(model: nn.Module, tokenizer: Tokenizer, facts: list[Fact], sizes: dict, 
             take_off()
             result["runs"].append(found)
             print(f"   {arm:8s}{rate:8.0e}{found['steps']:7d}{found['train_loss']:7.3f}", end="")
-            print(f"{found['choosing']:10.3f}{found['held_out']:10.3f}{found['trained_forms']:9.3f}", end="")
+            print(
+                f"{found['choosing']:10.3f}{found['held_out']:10.3f}{found['trained_forms']:9.3f}",
+                end="",
+            )
             print(f"{found['other_text']:12.4f}{found['forgot']:8.4f}", end="")
             print(f"{found['trained']:13,d}{found['touched']:12,d}", flush=True)
-    best = {arm: max((r for r in result["runs"] if r["arm"] == arm), key=lambda r: r["choosing"]) for arm in RATES}
+    best = {
+        arm: max((r for r in result["runs"] if r["arm"] == arm), key=lambda r: r["choosing"])
+        for arm in RATES
+    }
     result["best"] = {arm: found["rate"] for arm, found in best.items()}
-    print("3. best by the choosing paraphrase: exact on held-out paraphrases, and nats forgotten on other text")
+    print(
+        "3. best by the choosing paraphrase: exact on held-out paraphrases, and nats forgotten on other text"
+    )
     for arm, found in best.items():
         print(f"   {arm:8s}{found['rate']:8.0e}: {found['held_out']:.3f}, {found['forgot']:+.4f}")
     left = other_text(model, tokenizer) - before["other_text"]
@@ -246,11 +321,18 @@ def run(model: nn.Module, tokenizer: Tokenizer, facts: list[Fact], sizes: dict, 
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument(
-        "model", type=Path, nargs="?", help="a .gguf file of a Llama, for instance SmolLM2-135M-Instruct"
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    flags.add_argument("--facts", type=int, help=f"default: {FACTS['real']}, or {FACTS['smoke']} with --smoke")
+    flags.add_argument(
+        "model",
+        type=Path,
+        nargs="?",
+        help="a .gguf file of a Llama, for instance SmolLM2-135M-Instruct",
+    )
+    flags.add_argument(
+        "--facts", type=int, help=f"default: {FACTS['real']}, or {FACTS['smoke']} with --smoke"
+    )
     flags.add_argument(
         "--minutes",
         type=float,
@@ -258,10 +340,14 @@ def main() -> None:
         f"default: {MINUTES['real']:g}, or {MINUTES['smoke']:g} with --smoke",
     )
     flags.add_argument("--json", type=Path, help="write all numbers here")
-    flags.add_argument("--smoke", action="store_true", help="a tiny random Llama and invented airports: seconds")
+    flags.add_argument(
+        "--smoke", action="store_true", help="a tiny random Llama and invented airports: seconds"
+    )
     asked = flags.parse_args()
     if not asked.smoke and (asked.model is None or not asked.model.is_file()):
-        flags.error(f"got model {asked.model}, expected a .gguf file (see --help for where to get it), or --smoke")
+        flags.error(
+            f"got model {asked.model}, expected a .gguf file (see --help for where to get it), or --smoke"
+        )
     kind = "smoke" if asked.smoke else "real"
     minutes = MINUTES[kind] if asked.minutes is None else asked.minutes
     if minutes <= 0:

@@ -48,7 +48,9 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'rorqual' has no attribute {name!r}")
-    if name == "load":  # whoever loads our models in Python may go on with transformers' Auto classes
+    if (
+        name == "load"
+    ):  # whoever loads our models in Python may go on with transformers' Auto classes
         importlib.import_module("rorqual.hub.auto")
     module, _, attribute = _HOMES[name].partition(":")
     loaded = importlib.import_module(module)

@@ -127,10 +127,16 @@ def load_state(
 def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Reads the shapes of a checkpoint's tensors."""
     entries = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    return {
+        name: tuple(entry.size)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
 
 
-def _read(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+def _read(
+    folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None
+) -> None:
     """Fills tensors in place from a verified checkpoint, each rank its own shards."""
     reader = HuggingFaceStorageReader(str(folder))
     single = _rank_and_world(group)[1] == 1
@@ -218,7 +224,9 @@ def latest(folder: str | os.PathLike) -> Path | None:
             error = damage
             log(f"{damage}; trying the checkpoint before it")
     if error is not None:
-        raise Damaged(f"{folder}: every checkpoint is damaged (last: {error}); move the folder away to start again")
+        raise Damaged(
+            f"{folder}: every checkpoint is damaged (last: {error}); move the folder away to start again"
+        )
     return None
 
 
@@ -228,7 +236,9 @@ def _check_finite(folder: Path) -> None:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 if not_finite({name: file.get_tensor(name)}):
-                    raise Damaged(f"{path}: got {name} with NaN or infinite numbers, expected a training that is sound")
+                    raise Damaged(
+                        f"{path}: got {name} with NaN or infinite numbers, expected a training that is sound"
+                    )
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -441,7 +451,9 @@ def _open_weights(path: Path, device: str) -> Iterator[Any]:
         raise Damaged(f"{path}: got a torn file ({error}), expected safetensors") from error
 
 
-def _load_newest(folder: Path, device: str | torch.device, tables: TableConfig) -> LanguageModel | None:
+def _load_newest(
+    folder: Path, device: str | torch.device, tables: TableConfig
+) -> LanguageModel | None:
     """Loads the newest good checkpoint, else the best one; returns None if there is neither.
 
     Training may remove a checkpoint while it is read. It is there to write newer ones, so the
@@ -476,12 +488,16 @@ def _load_checkpoint(
     """Loads the model of a checkpoint without the optimizer's state, and logs its step."""
     run = run_of(folder)
     if tables != TableConfig():
-        raise ValueError(f"{folder}: got {tables}, expected none: rows of a checkpoint are read into memory alone")
+        raise ValueError(
+            f"{folder}: got {tables}, expected none: rows of a checkpoint are read into memory alone"
+        )
     if not verified:
         verify(folder)
     config = read_config(run)
     saved = {
-        name.removeprefix(_MODEL): shape for name, shape in _saved_shapes(folder).items() if name.startswith(_MODEL)
+        name.removeprefix(_MODEL): shape
+        for name, shape in _saved_shapes(folder).items()
+        if name.startswith(_MODEL)
     }
     check_sizes(run, config, saved)
     model = LanguageModel(config, seed=None)
@@ -601,7 +617,9 @@ def encode(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     kind = type(value).__name__
-    raise ValueError(f"got a {kind}, expected numbers, text, lists, tuples, dicts, arrays or tensors")
+    raise ValueError(
+        f"got a {kind}, expected numbers, text, lists, tuples, dicts, arrays or tensors"
+    )
 
 
 def decode(value: Any) -> Any:

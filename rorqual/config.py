@@ -111,7 +111,9 @@ class Option(NamedTuple):
     comment: str
 
 
-def options(cls: Any, config: Any = None, path: str = "", *, commented: bool = False) -> Iterator[Option]:
+def options(
+    cls: Any, config: Any = None, path: str = "", *, commented: bool = False
+) -> Iterator[Option]:
     """Every field of a config class and of its parts, on or off, in order; defaults are those of `config`."""
     comments = field_comments(cls) if commented else {}
     for field in dataclasses.fields(cls):
@@ -126,7 +128,11 @@ def options(cls: Any, config: Any = None, path: str = "", *, commented: bool = F
 
 def members(hint: Any) -> tuple[Any, ...]:
     """The alternatives of a union; any other annotation is its own only one."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return (
+        typing.get_args(hint)
+        if typing.get_origin(hint) in (typing.Union, types.UnionType)
+        else (hint,)
+    )
 
 
 def word(hint: Any) -> str:
@@ -137,7 +143,11 @@ def word(hint: Any) -> str:
         return " or ".join(repr(choice) for choice in typing.get_args(hint))
     if hint is type(None):
         return "none"
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+    return (
+        hint.__name__
+        if isinstance(hint, type) and not typing.get_args(hint)
+        else str(hint).replace("typing.", "")
+    )
 
 
 @functools.cache
@@ -146,19 +156,29 @@ def field_comments(cls: Any) -> dict[str, str]:
 
     A field that holds a part and has no comment takes the first line of that part's docstring.
     """
-    found = {name: summary(part) for name, hint in _annotations(cls).items() if (part := _part(hint))}
+    found = {
+        name: summary(part) for name, hint in _annotations(cls).items() if (part := _part(hint))
+    }
     try:
         tree, comments, alone = _source(cls.__module__)
     except (OSError, TypeError, SyntaxError):
         return found
-    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == cls.__name__]
+    classes = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and node.name == cls.__name__
+    ]
     for node in classes[0].body if classes else ():
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
         first = node.lineno
         while first - 1 in alone:
             first -= 1
-        lines = [comments[line] for line in (*range(first, node.lineno), node.end_lineno) if line in comments]
+        lines = [
+            comments[line]
+            for line in (*range(first, node.lineno), node.end_lineno)
+            if line in comments
+        ]
         if lines:
             found[node.target.id] = " ".join(lines)
     return found
@@ -181,7 +201,9 @@ def _part(hint: Any) -> Any:
 
 
 def _default(field: "dataclasses.Field[Any]") -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return (
+        field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    )
 
 
 def _annotation(cls: Any, name: str, where: str) -> Any:
@@ -196,7 +218,9 @@ def _put(cls: Any, tree: dict[str, Any], name: str, value: Any, where: str) -> N
     part = _part(hint)
     if part is None:
         if rest:
-            raise ValueError(f"got {name!r}, expected {head!r} to have fields, but it is {word(hint)}")
+            raise ValueError(
+                f"got {name!r}, expected {head!r} to have fields, but it is {word(hint)}"
+            )
         tree[head] = value
         return
     if not rest and isinstance(value, str) and value in (*NONE, "default"):
@@ -214,7 +238,9 @@ def _build(cls: Any, mapping: Any, where: str, *, lax: bool) -> Any:
     """The dataclass that a mapping describes."""
     if not isinstance(mapping, Mapping):
         words = "default, none or " if lax else ""
-        raise ValueError(f"{where}: got {_show(mapping)}, expected {words}a mapping of {cls.__name__} fields")
+        raise ValueError(
+            f"{where}: got {_show(mapping)}, expected {words}a mapping of {cls.__name__} fields"
+        )
     values = {}
     for name, value in mapping.items():
         hint = _annotation(cls, name, where)
@@ -239,7 +265,9 @@ def _convert(hint: Any, value: Any, where: str, *, lax: bool) -> Any:
 def _read(hint: Any, value: Any) -> Any:
     """What a text or a list of texts stands for, where msgspec does not know it: none, lists, dicts and 1_000."""
     kinds = members(hint)
-    items = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) in (tuple, list)), ())
+    items = next(
+        (typing.get_args(kind) for kind in kinds if typing.get_origin(kind) in (tuple, list)), ()
+    )
     if items and str not in items and isinstance(value, list) and len(value) == 1:
         value = value[0] if isinstance(value[0], str) else value  # one word: 1,2 or [1, 2]
     if isinstance(value, list):
@@ -272,7 +300,9 @@ def _source(module: str) -> tuple[ast.Module, dict[int, str], frozenset[int]]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     found = {token.start: token for token in tokens if token.type == tokenize.COMMENT}
     comments = {line: token.string.lstrip("# ") for (line, _), token in found.items()}
-    alone = frozenset(line for (line, _), token in found.items() if token.line.lstrip().startswith("#"))
+    alone = frozenset(
+        line for (line, _), token in found.items() if token.line.lstrip().startswith("#")
+    )
     return ast.parse(source), comments, alone
 
 
@@ -298,9 +328,13 @@ def _yaml_lines(config: Any, indent: str) -> Iterator[str]:
         comment = comments.get(field.name, "")
         if part is not None and value is None:
             comment = f"{comment.removesuffix('.')} (off; {{}} switches it on)"
-        line = f"{indent}{field.name}:" + ("" if value is not None and part is not None else f" {_yaml_value(value)}")
+        line = f"{indent}{field.name}:" + (
+            "" if value is not None and part is not None else f" {_yaml_value(value)}"
+        )
         if len(line) + len(comment) + 4 > WIDTH:
-            yield from textwrap.wrap(comment, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+            yield from textwrap.wrap(
+                comment, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
+            )
             yield line
         else:
             yield f"{line}  # {comment}" if comment else line
@@ -310,7 +344,13 @@ def _yaml_lines(config: Any, indent: str) -> Iterator[str]:
 
 def _yaml_value(value: Any) -> str:
     """A value on one line of YAML."""
-    text = yaml.dump(to_dict(value), Dumper=_Dumper, default_flow_style=True, width=sys.maxsize, allow_unicode=True)
+    text = yaml.dump(
+        to_dict(value),
+        Dumper=_Dumper,
+        default_flow_style=True,
+        width=sys.maxsize,
+        allow_unicode=True,
+    )
     return text.removesuffix("\n").removesuffix("\n...")
 
 
@@ -318,7 +358,9 @@ class _Dumper(yaml.SafeDumper):
     """A dumper that escapes what cannot be printed, which YAML's own leaves out of some texts."""
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+        return self.represent_scalar(
+            "tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"'
+        )
 
 
 _Dumper.add_representer(str, _Dumper.represent_str)
@@ -331,6 +373,8 @@ class _UniqueKeys(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"got {key.value!r} twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"got {key.value!r} twice", key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)

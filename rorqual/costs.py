@@ -51,18 +51,26 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
         raise ValueError(f"context: got {context}, expected at least 1 token")
     config.check_parts()
     embedding = config.vocabulary * config.dim
-    input_embedding = 0 if config.tied else embedding  # beside the head, which is the embedding where they are tied
+    input_embedding = (
+        0 if config.tied else embedding
+    )  # beside the head, which is the embedding where they are tied
     blocks, memory = _backbone(config), _rows(config)
-    total = embedding + input_embedding + blocks.matrices + blocks.others + config.dim + memory  # dim: the last norm
+    total = (
+        embedding + input_embedding + blocks.matrices + blocks.others + config.dim + memory
+    )  # dim: the last norm
 
     blocks_with_experts = sum(config.has_experts(i) for i in range(config.layers))
     resting = blocks_with_experts * _resting(config)
-    recalled = len(config.engram.layers) * config.engram.memory_width if config.engram is not None else 0
+    recalled = (
+        len(config.engram.layers) * config.engram.memory_width if config.engram is not None else 0
+    )
     activated = total - resting - memory + recalled  # both embeddings among them
 
     depth = config.mtp.depth if config.mtp is not None else 0
     mtp = sum(_mtp(config, k) for k in range(depth))
-    drafted = mtp - depth * _resting(config) + (embedding if depth else 0)  # the shared head among them
+    drafted = (
+        mtp - depth * _resting(config) + (embedding if depth else 0)
+    )  # the shared head among them
 
     products = blocks.matrices - resting + embedding  # the head multiplies, tied or not
     products += config.layers * _attention_products(config, context)
@@ -77,7 +85,9 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
         mtp_activated_with_embedding=drafted + (input_embedding if depth else 0),
         flops_per_token=2 * products,
         cache_bytes_per_token=_cached_bytes(config),
-        longest_context=longest_context(config.rope.base, yarn.factor if (yarn := config.rope.yarn) else 1.0),
+        longest_context=longest_context(
+            config.rope.base, yarn.factor if (yarn := config.rope.yarn) else 1.0
+        ),
     )
 
 
@@ -103,7 +113,9 @@ def _backbone(config: ModelConfig) -> Parameters:
         if config.engram is not None and config.remembers(index):
             found += Parameters(others=_engram(config.engram, config.dim, config.streams))
         if config.hyper is not None:
-            found += Parameters(others=2 * _connection(config.hyper, config.dim))  # of attention, of the feed-forward
+            found += Parameters(
+                others=2 * _connection(config.hyper, config.dim)
+            )  # of attention, of the feed-forward
     return found
 
 
@@ -158,7 +170,9 @@ def _nsa(nsa: NSAConfig, gqa: GQAConfig, dim: int) -> Parameters:
     """
     gates = 3 * gqa.heads
     widths = (gqa.head_dim, gqa.value_dim or gqa.head_dim)
-    compression = sum(nsa.block * width + nsa.block * width * width + width * width for width in widths)
+    compression = sum(
+        nsa.block * width + nsa.block * width * width + width * width for width in widths
+    )
     matrices = 2 * dim * gqa.kv_heads * _widths(gqa) + dim * gates + gates * gates
     return Parameters(matrices, compression + gates)
 
@@ -172,7 +186,11 @@ def _moe(moe: MoEConfig, dim: int) -> Parameters:
 
 def _resting(config: ModelConfig) -> int:
     """Parameters of one block's experts that a token does not take."""
-    return 0 if config.moe is None else (config.moe.routed - config.moe.active) * _swiglu(config.dim, config.moe.width)
+    return (
+        0
+        if config.moe is None
+        else (config.moe.routed - config.moe.active) * _swiglu(config.dim, config.moe.width)
+    )
 
 
 def _swiglu(dim: int, width: int) -> int:
@@ -197,7 +215,9 @@ def _connection(hyper: HyperConfig, dim: int) -> int:
     """fn, base and scale of one site; its coefficients are S of pre, S of post and those of comb."""
     S = hyper.streams
     if hyper.kind == "hc":
-        return (2 + S) * dim + (2 * S + S * S) + 2  # fn reads each stream by itself, and writes comb's row of it
+        return (
+            (2 + S) * dim + (2 * S + S * S) + 2
+        )  # fn reads each stream by itself, and writes comb's row of it
     coefficients = 2 * S + (S * S if hyper.mix == "sinkhorn" else 0)
     return coefficients * S * dim + coefficients + 3
 
@@ -224,7 +244,9 @@ def _attention_products(config: ModelConfig, context: int) -> int:
     assert config.gqa is not None
     if config.nsa is not None:
         return _nsa_products(config.nsa, config.gqa, context)
-    full = _widths(config.gqa) * config.gqa.heads * _seen(context, config.gqa.window) // (2 * context)
+    full = (
+        _widths(config.gqa) * config.gqa.heads * _seen(context, config.gqa.window) // (2 * context)
+    )
     if config.moba is None:
         return full
     dense = min(config.moba.full_layers, config.layers)
@@ -310,5 +332,8 @@ def _cached_bytes(config: ModelConfig) -> int:
     if config.nsa is not None:
         return 3 * pair + pair // config.nsa.stride
     if config.moba is not None:
-        return pair + 4 * config.layers * config.gqa.kv_heads * config.gqa.head_dim // config.moba.block
+        return (
+            pair
+            + 4 * config.layers * config.gqa.kv_heads * config.gqa.head_dim // config.moba.block
+        )
     return pair

@@ -48,8 +48,12 @@ class Report:
     memory_bytes: int
     disk_free_bytes: int
     devices: tuple[str, ...]
-    kernels: dict[str, dict[str, Any]]  # by name and twin: True, or the reason why it does not run here
-    kernels_picked: dict[str, str]  # by name: the twin that a call takes now, "reference", or "" where asking fails
+    kernels: dict[
+        str, dict[str, Any]
+    ]  # by name and twin: True, or the reason why it does not run here
+    kernels_picked: dict[
+        str, str
+    ]  # by name: the twin that a call takes now, "reference", or "" where asking fails
     kernels_asked: str  # what the environment asks for; "" leaves the choice to us
     checks: tuple[Check, ...]
 
@@ -76,7 +80,15 @@ def examine(folder: str | Path = ".") -> Report:
         kernels={name: dict(twins) for name, twins in kernels.available().items()},
         kernels_picked={name: kind for name, (kind, _) in picked.items()},
         kernels_asked=os.environ.get(kernels.VARIABLE, ""),
-        checks=(*_packages(), _python(), _compiler(), _threads(), _disk(folder), _kernels(picked), _arithmetic()),
+        checks=(
+            *_packages(),
+            _python(),
+            _compiler(),
+            _threads(),
+            _disk(folder),
+            _kernels(picked),
+            _arithmetic(),
+        ),
     )
 
 
@@ -97,7 +109,10 @@ def lines(report: Report) -> list[str]:
         head.append(f"kernel {name}: {taken}" + (f" ({'; '.join(reasons)})" if reasons else ""))
     order = {"ok": 0, "missing": 1, "wrong": 2}
     for check in sorted(report.checks, key=lambda check: order[check.state]):
-        head.append(f"{check.state:8}{check.name}: {check.found}" + (f" -> {check.mend}" if check.mend else ""))
+        head.append(
+            f"{check.state:8}{check.name}: {check.found}"
+            + (f" -> {check.mend}" if check.mend else "")
+        )
     return head
 
 
@@ -118,7 +133,9 @@ def _picked(name: str) -> tuple[str, str]:
         chosen = kernels.pick(name, _reference, runtime.device())
     except ValueError as error:
         return "", str(error)
-    return next((twin.kind for twin in kernels.TWINS[name] if twin.function is chosen), kernels.REFERENCE), ""
+    return next(
+        (twin.kind for twin in kernels.TWINS[name] if twin.function is chosen), kernels.REFERENCE
+    ), ""
 
 
 def _kernels(picked: dict[str, tuple[str, str]]) -> Check:
@@ -128,7 +145,9 @@ def _kernels(picked: dict[str, tuple[str, str]]) -> Check:
         return Check(name="kernels", state="wrong", found="; ".join(errors), mend=mend)
     kinds = [kind for kind, _ in picked.values()]
     return Check(
-        name="kernels", state="ok", found=", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+        name="kernels",
+        state="ok",
+        found=", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds))),
     )
 
 
@@ -146,7 +165,9 @@ def memory() -> int:
 
 
 def _devices() -> list[str]:
-    found = [f"cpu ({platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"]
+    found = [
+        f"cpu ({platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+    ]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         found.append(f"cuda:{index} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)")
@@ -170,9 +191,20 @@ def _packages() -> list[Check]:
         wanted = _wanted()
     except importlib.metadata.PackageNotFoundError:
         mend = "pip install -e . in the checkout"
-        return [Check(name="rorqual", state="missing", found="not installed: what it needs is unknown", mend=mend)]
+        return [
+            Check(
+                name="rorqual",
+                state="missing",
+                found="not installed: what it needs is unknown",
+                mend=mend,
+            )
+        ]
     checks = [
-        _package(name, "missing" if extra else "wrong", install(extra) if extra else f"pip install {name}")
+        _package(
+            name,
+            "missing" if extra else "wrong",
+            install(extra) if extra else f"pip install {name}",
+        )
         for name, extra in wanted
     ]
     return checks + [_package(name, "missing", f"pip install {name}") for name in BROUGHT]
@@ -189,11 +221,20 @@ def _package(distribution: str, otherwise: str, mend: str) -> Check:
 def _python() -> Check:
     good = sys.version_info >= (3, 11)
     mend = "" if good else "use Python 3.11 or later"
-    return Check(name="python", state="ok" if good else "wrong", found=platform.python_version(), mend=mend)
+    return Check(
+        name="python", state="ok" if good else "wrong", found=platform.python_version(), mend=mend
+    )
 
 
 def _compiler() -> Check:
-    found = next((path for name in (os.environ.get("CXX", ""), "g++", "clang++") if (path := shutil.which(name))), None)
+    found = next(
+        (
+            path
+            for name in (os.environ.get("CXX", ""), "g++", "clang++")
+            if (path := shutil.which(name))
+        ),
+        None,
+    )
     if found:
         return Check(name="C++ compiler", state="ok", found=found)
     return Check(
@@ -220,7 +261,12 @@ def _disk(folder: str | Path) -> Check:
     free = shutil.disk_usage(folder).free / 2**30
     good = free >= 2 and os.access(folder, os.W_OK)
     mend = "" if good else "runs are written here: free 2 GiB, or choose another folder"
-    return Check(name="disk", state="ok" if good else "wrong", found=f"{free:.1f} GiB free in {folder}", mend=mend)
+    return Check(
+        name="disk",
+        state="ok" if good else "wrong",
+        found=f"{free:.1f} GiB free in {folder}",
+        mend=mend,
+    )
 
 
 @contextmanager
@@ -241,7 +287,9 @@ def _arithmetic() -> Check:
     """A small model with experts and Engram says the same twice, to the last bit, and the same as by the references."""
     engram = EngramConfig(layers=(0,), rows_per_head=(31, 31), heads=2, head_dim=8)
     moe = MoEConfig(routed=8, active=2, width=16)
-    model = LanguageModel(ModelConfig(vocabulary=32, layers=1, dense_width=32, moe=moe, engram=engram))
+    model = LanguageModel(
+        ModelConfig(vocabulary=32, layers=1, dense_width=32, moe=moe, engram=engram)
+    )
     device = runtime.device()
     model.to(device)
     ids = torch.arange(32, device=device)[None]
@@ -252,8 +300,17 @@ def _arithmetic() -> Check:
                 plain = model(ids)
     except ValueError as error:
         mend = f"{kernels.VARIABLE}=reference rorqual doctor"
-        return Check(name="arithmetic", state="wrong", found=f"a small model does not run: {error}", mend=mend)
-    good = bool(torch.isfinite(first).all()) and torch.equal(first, second) and torch.allclose(first, plain, 1e-4, 1e-5)
+        return Check(
+            name="arithmetic",
+            state="wrong",
+            found=f"a small model does not run: {error}",
+            mend=mend,
+        )
+    good = (
+        bool(torch.isfinite(first).all())
+        and torch.equal(first, second)
+        and torch.allclose(first, plain, 1e-4, 1e-5)
+    )
     if good:
         return Check(
             name="arithmetic",

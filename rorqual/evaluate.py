@@ -80,7 +80,9 @@ def score(
         nats += nats_of(model, ids, labels, owners)
         tokens += int((labels != IGNORED).sum())
     if not counted.documents:
-        raise ValueError("got no document to evaluate on, expected at least one (try --split all, or a larger corpus)")
+        raise ValueError(
+            "got no document to evaluate on, expected at least one (try --split all, or a larger corpus)"
+        )
     return Score(
         nats_per_token=nats / tokens,
         bits_per_byte=nats / math.log(2) / max(counted.bytes, 1),
@@ -134,7 +136,10 @@ def _columns(batch: list[list[tuple[int, int, int]]]) -> tuple[Tensor, Tensor, T
 
 @torch.inference_mode()
 def nats_of(
-    model: LanguageModel, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"], documents: Int[Tensor, "B T"]
+    model: LanguageModel,
+    ids: Int[Tensor, "B T"],
+    labels: Int[Tensor, "B T"],
+    documents: Int[Tensor, "B T"],
 ) -> float:
     """Summed nats of the labels, without balance or MTP losses."""
     device = next(model.parameters()).device
@@ -143,7 +148,9 @@ def nats_of(
     return float(chunked_cross_entropy(normed, model.head.weight, labels.to(device).flatten()))
 
 
-def tasks(model: LanguageModel, tokenizer: Tokenizer, names: list[str], *, limit: int | None = None) -> dict[str, Any]:
+def tasks(
+    model: LanguageModel, tokenizer: Tokenizer, names: list[str], *, limit: int | None = None
+) -> dict[str, Any]:
     """Scores of EleutherAI's evaluation harness, by task: {task: {metric: value}}. A name may be a YAML file.
 
     ValueError where the harness is not installed or a task is unknown to it.
@@ -158,10 +165,14 @@ def tasks(model: LanguageModel, tokenizer: Tokenizer, names: list[str], *, limit
         raise ValueError(f"tasks need the evaluation harness, got no {missing}: {hint}") from error
 
     own = all(Path(name).is_file() for name in names)
-    manager = TaskManager(include_defaults=not own)  # reading the thousands that it brings takes many seconds
+    manager = TaskManager(
+        include_defaults=not own
+    )  # reading the thousands that it brings takes many seconds
     unknown = [name for name in names if name not in manager.all_tasks and not Path(name).is_file()]
     if unknown:
-        raise ValueError(f"tasks: got {', '.join(unknown)}, expected names that `lm-eval ls tasks` lists")
+        raise ValueError(
+            f"tasks: got {', '.join(unknown)}, expected names that `lm-eval ls tasks` lists"
+        )
     harness = HFLM(pretrained=RorqualForCausalLM.of(model), tokenizer=fast_tokenizer(tokenizer))
     results = lm_eval.simple_evaluate(model=harness, tasks=names, limit=limit, task_manager=manager)
     assert results is not None

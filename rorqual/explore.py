@@ -144,7 +144,8 @@ class Explorer:
                 "heads": engram.heads,
                 "rows": [table.rows for table in self.model.tables],
             },
-            "experts": config.moe and {"layers": experts, "routed": config.moe.routed, "active": config.moe.active},
+            "experts": config.moe
+            and {"layers": experts, "routed": config.moe.routed, "active": config.moe.active},
         }
 
     def read(self, ask: Read) -> dict[str, Any]:
@@ -162,12 +163,16 @@ class Explorer:
             return {
                 "tokens": self._tokens(ids),
                 "ngrams": self._ngrams(ids),
-                "rows": [] if self.engram is None else memory.rows(self.model, self._batch(ids))[:, 0].tolist(),
+                "rows": []
+                if self.engram is None
+                else memory.rows(self.model, self._batch(ids))[:, 0].tolist(),
                 "gates": [_round(values) for values in now.gates],
                 "experts": [_experts(routing) for routing in now.routings],
                 "kinds": list(kinds),
                 "predictions": self._predictions(kinds),
-                "effects": {kind: _round(_effect(now.logs, kinds[kind])) for kind in kinds if kind != "now"},
+                "effects": {
+                    kind: _round(_effect(now.logs, kinds[kind])) for kind in kinds if kind != "now"
+                },
                 "surprise": _round(-now.logs[:-1].gather(1, _column(ids, now.logs)[1:])[:, 0]),
                 "edits": self.standing(),
             }
@@ -178,26 +183,42 @@ class Explorer:
             return []
         rows = [edit.rows.tolist() for edit in self.editor.edits]
         step = len(self.engram.layers)
-        return [{"what": what, "rows": rows[n * step : (n + 1) * step]} for n, what in enumerate(self.changes)]
+        return [
+            {"what": what, "rows": rows[n * step : (n + 1) * step]}
+            for n, what in enumerate(self.changes)
+        ]
 
     def edit(self, ask: Change) -> dict[str, Any]:
         """Zeroes rows or overwrites them, in every block that remembers. ValueError for what cannot be edited."""
         if self.editor is None or self.engram is None:
             raise ValueError("edit: got a model without Engram, expected one with memory")
         if not 2 <= ask.order <= self.engram.ngram:
-            raise ValueError(f"order: got {ask.order}, expected 2..{self.engram.ngram}, the lengths of its n-grams")
+            raise ValueError(
+                f"order: got {ask.order}, expected 2..{self.engram.ngram}, the lengths of its n-grams"
+            )
         ids = self._ids(Read(text=ask.text).text)
         if not 0 <= ask.token < len(ids):
-            raise ValueError(f"token: got {ask.token}, expected 0..{len(ids) - 1}, a position of the text")
+            raise ValueError(
+                f"token: got {ask.token}, expected 0..{len(ids) - 1}, a position of the text"
+            )
         source = None if ask.source is None else self._ids(Read(text=ask.source).text)
-        what, target = self._words(ids, ask.token, ask.order), self._ngram(ids, ask.token, ask.order)
+        what, target = (
+            self._words(ids, ask.token, ask.order),
+            self._ngram(ids, ask.token, ask.order),
+        )
         with self._lock:
             for layer in self.engram.layers:
                 if source is None:
                     self.editor.suppress(target, layer)
                 else:
-                    self.editor.transplant(self._ngram(source, len(source) - 1, ask.order), target, layer)
-            read = "suppressed" if source is None else f"reads as {self._words(source, len(source) - 1, ask.order)}"
+                    self.editor.transplant(
+                        self._ngram(source, len(source) - 1, ask.order), target, layer
+                    )
+            read = (
+                "suppressed"
+                if source is None
+                else f"reads as {self._words(source, len(source) - 1, ask.order)}"
+            )
             self.changes.append(f"{what} {read}")
             return {"edits": self.standing()}
 
@@ -214,7 +235,9 @@ class Explorer:
 
     def _ids(self, text: str) -> list[int]:
         if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError("text: got half of a character (a lone surrogate), expected whole ones")
+            raise ValueError(
+                "text: got half of a character (a lone surrogate), expected whole ones"
+            )
         ids = [self.tokenizer.begin_id, *self.tokenizer.encode(text)]
         if len(ids) > MOST + 1:
             raise ValueError(f"text: got {len(ids) - 1} tokens, expected at most {MOST}")
@@ -227,7 +250,9 @@ class Explorer:
             hidden, auxes = self.model.hidden(batch := self._batch(ids))
             logs = self.model.logits(hidden)[0, :, : self._known].log_softmax(-1)
         if not logs.isfinite().all():
-            raise ValueError("model: got predictions that are not finite, expected a run that has not diverged")
+            raise ValueError(
+                "model: got predictions that are not finite, expected a run that has not diverged"
+            )
         alive = recalling(self.model, batch)[0, :, None]
         routings = [aux.routing for aux in auxes if aux.routing is not None]
         return Pass(logs, [taps[name][0][0] * alive for name in names], routings)
@@ -248,7 +273,10 @@ class Explorer:
             if addresses is not None:
                 canonical = int(addresses.canonical_map[token])
                 alike = (addresses.canonical_map == canonical).nonzero()[: ALIKE + 1, 0].tolist()
-                one |= {"canonical": canonical, "alike": [self.tokenizer.token(i) for i in alike if i != token][:ALIKE]}
+                one |= {
+                    "canonical": canonical,
+                    "alike": [self.tokenizer.token(i) for i in alike if i != token][:ALIKE],
+                }
             found.append(one)
         return found
 
@@ -271,14 +299,22 @@ class Explorer:
         for names, rows in zip(ids.tolist(), chances.tolist(), strict=True):
             once = dict(zip(names, rows, strict=True))
             order = sorted(once, key=lambda i: -once[i][0])
-            found.append([{"text": self.tokenizer.token(i), "p": [round(p, 5) for p in once[i]]} for i in order])
+            found.append(
+                [
+                    {"text": self.tokenizer.token(i), "p": [round(p, 5) for p in once[i]]}
+                    for i in order
+                ]
+            )
         return found
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:
         """The memory as it was before every edit, for a `with` block."""
         assert self.editor is not None and self.engram is not None
-        tables, held = dict(zip(self.engram.layers, self.model.tables.parameters(), strict=True)), []
+        tables, held = (
+            dict(zip(self.engram.layers, self.model.tables.parameters(), strict=True)),
+            [],
+        )
         for edit in reversed(self.editor.edits):
             rows = tables[edit.layer].detach()
             held.append((rows, edit.rows, rows[edit.rows].clone()))
@@ -300,14 +336,21 @@ def _effect(now: Float[Tensor, "T V"], without: Float[Tensor, "T V"]) -> Float[T
 
 
 def _round(values: Tensor) -> Any:
-    return [[round(v, 6) for v in row] if isinstance(row, list) else round(row, 6) for row in values.float().tolist()]
+    return [
+        [round(v, 6) for v in row] if isinstance(row, list) else round(row, 6)
+        for row in values.float().tolist()
+    ]
 
 
 def _experts(routing: Routing) -> list[list[dict[str, Any]]]:
     """Of every token the experts it took, heaviest first."""
     rows = zip(routing.chosen[0].tolist(), routing.weights[0].float().tolist(), strict=True)
     return [
-        [{"expert": e, "weight": round(w, 4)} for e, w in sorted(zip(*row, strict=True), key=lambda x: -x[1]) if w]
+        [
+            {"expert": e, "weight": round(w, 4)}
+            for e, w in sorted(zip(*row, strict=True), key=lambda x: -x[1])
+            if w
+        ]
         for row in rows
     ]
 
@@ -318,15 +361,21 @@ def app(run: Run) -> Starlette:
     page = _PAGE.read_text(encoding="utf-8")
 
     async def root(_: Request) -> Response:
-        return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY, "Cache-Control": "no-store"})
+        return HTMLResponse(
+            page, headers={"Content-Security-Policy": _POLICY, "Cache-Control": "no-store"}
+        )
 
     async def model(_: Request) -> Response:
         return JSONResponse(explorer.describe())
 
-    def answering(kind: type[Any], call: Callable[[Any], dict[str, Any]]) -> Callable[[Request], Any]:
+    def answering(
+        kind: type[Any], call: Callable[[Any], dict[str, Any]]
+    ) -> Callable[[Request], Any]:
         async def answer(request: Request) -> Response:
             try:
-                found = await run_in_threadpool(call, from_dict(kind, _object(await body(request, LARGEST))))
+                found = await run_in_threadpool(
+                    call, from_dict(kind, _object(await body(request, LARGEST)))
+                )
                 return JSONResponse(found)
             except ValueError as error:
                 return JSONResponse({"error": str(error)}, status_code=400)
@@ -358,12 +407,16 @@ def main(config: ExploreConfig) -> None:
     try:
         listening = socket.create_server((config.host, config.port), family=family)
     except OSError as error:
-        raise ValueError(f"port: got {config.port} ({error.strerror}), expected a free one; 0 takes any") from error
+        raise ValueError(
+            f"port: got {config.port} ({error.strerror}), expected a free one; 0 takes any"
+        ) from error
     with listening:
         host = f"[{config.host}]" if ":" in config.host else config.host
         address = f"http://{host}:{listening.getsockname()[1]}/"
         runtime.log(f"exploring {run!r}")
         runtime.log(f"{address} (ctrl-C ends it; edits are not saved)")
         if config.open:
-            webbrowser.open(address)  # it is listening already: the browser waits for the first answer
+            webbrowser.open(
+                address
+            )  # it is listening already: the browser waits for the first answer
         uvicorn.Server(uvicorn.Config(app(run), log_level="warning")).run(sockets=[listening])

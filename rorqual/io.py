@@ -26,10 +26,19 @@ if TYPE_CHECKING:
 
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would translate line ends
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")  # the names of files that are not whole yet
-_ABANDONED = 3600.0  # seconds since a partial file was written to, after which nobody writes it any more
-_NO_FLUSH = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOTSUP)  # of folders, on some file systems
+_ABANDONED = (
+    3600.0  # seconds since a partial file was written to, after which nobody writes it any more
+)
+_NO_FLUSH = (
+    errno.EINVAL,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTSUP,
+)  # of folders, on some file systems
 _LONGEST = 50  # characters of a name that its partial file keeps: 200 bytes at most
-_POSITION = threading.Lock()  # held while a file's position is moved, where it cannot be read at another
+_POSITION = (
+    threading.Lock()
+)  # held while a file's position is moved, where it cannot be read at another
 
 
 class Locked(ValueError):
@@ -61,7 +70,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):
             beside.unlink()
-        number = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+        number = (
+            re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+        )
         if number is not None:
             raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
         if isinstance(error, OSError) and error.filename == os.fspath(beside):
@@ -187,7 +198,10 @@ def acquired(
 def size_and_sha256(path: Path) -> dict[str, Any]:
     """Returns {"bytes": ..., "sha256": ...} of a file."""
     with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
 
 
 def read_at(file: int, into: memoryview, offset: int) -> int:

@@ -97,7 +97,11 @@ def _parts(model: nn.Module) -> _Parts:
     held: Any = getattr(model, _ATTACHED, None)
     if held is not None:
         return _Parts(held.config, held.addresses, held.tables, list(held.engrams), device)
-    if not isinstance(model, LanguageModel) or model.config.engram is None or model.addresses is None:
+    if (
+        not isinstance(model, LanguageModel)
+        or model.config.engram is None
+        or model.addresses is None
+    ):
         mend = "(--model.engram.layers 1), or that `attach` gave one"
         raise ValueError(f"memory: got a model without Engram, expected one that has it {mend}")
     engrams: list[Any] = [model.blocks[layer].engram for layer in model.config.engram.layers]
@@ -106,7 +110,9 @@ def _parts(model: nn.Module) -> _Parts:
 
 def _place(config: EngramConfig, layer: int) -> int:
     if layer not in config.layers:
-        raise ValueError(f"layer: got {layer}, expected a block that remembers: {', '.join(map(str, config.layers))}")
+        raise ValueError(
+            f"layer: got {layer}, expected a block that remembers: {', '.join(map(str, config.layers))}"
+        )
     return config.layers.index(layer)
 
 
@@ -152,7 +158,10 @@ def reads(model: nn.Module, tokenizer: Tokenizer, text: str) -> list[Read]:
         Read(
             token=tokenizer.token(token),
             id=token,
-            ngrams=[tokenizer.decode(tokens[max(0, t + 1 - n) : t + 1]) for n in range(2, config.ngram + 1)],
+            ngrams=[
+                tokenizer.decode(tokens[max(0, t + 1 - n) : t + 1])
+                for n in range(2, config.ngram + 1)
+            ],
             rows={layer: read[place][t] for place, layer in enumerate(config.layers)},
             gates={layer: said[layer][t].tolist() for layer in config.layers},
         )
@@ -162,12 +171,17 @@ def reads(model: nn.Module, tokenizer: Tokenizer, text: str) -> list[Read]:
 
 def ids_of(model: nn.Module, tokenizer: Tokenizer, ngram: Ngram) -> list[int]:
     """The tokens of an n-gram. ValueError where they are not 2 to N, or no look-back passes them."""
-    ids, config = tokenizer.encode(ngram) if isinstance(ngram, str) else list(ngram), _parts(model).config
+    ids, config = (
+        tokenizer.encode(ngram) if isinstance(ngram, str) else list(ngram),
+        _parts(model).config,
+    )
     parts = " ".join(repr(tokenizer.token(token)) for token in ids[:8])
     if not 2 <= len(ids) <= config.ngram:
         raise ValueError(f"n-gram: got {len(ids)} tokens ({parts}), expected 2 to {config.ngram}")
     if dead := set(ids) & set(config.dead_tokens):
-        raise ValueError(f"n-gram: got {parts}, expected none of the dead tokens, as {min(dead)} is")
+        raise ValueError(
+            f"n-gram: got {parts}, expected none of the dead tokens, as {min(dead)} is"
+        )
     return ids
 
 
@@ -181,7 +195,10 @@ def _rows_of_many(model: nn.Module, ngrams: np.ndarray, place: int) -> np.ndarra
     """int64 [M, J]: the rows of the own order of M n-grams of one order, at their last tokens."""
     config, _, _, _, device = _parts(model)
     own = slice((ngrams.shape[1] - 2) * config.heads, (ngrams.shape[1] - 1) * config.heads)
-    parts = [torch.from_numpy(ngrams[at : at + _BATCH]).to(device) for at in range(0, len(ngrams), _BATCH)]
+    parts = [
+        torch.from_numpy(ngrams[at : at + _BATCH]).to(device)
+        for at in range(0, len(ngrams), _BATCH)
+    ]
     return np.concatenate([rows(model, part)[place, :, -1, own].cpu().numpy() for part in parts])
 
 
@@ -196,15 +213,22 @@ def distribution(model: Any, tokenizer: Tokenizer, text: str) -> Float[Tensor, "
     return logits[: tokenizer.vocabulary].softmax(-1).cpu()
 
 
-def next_tokens(model: nn.Module, tokenizer: Tokenizer, text: str, count: int = 10) -> list[tuple[str, float]]:
+def next_tokens(
+    model: nn.Module, tokenizer: Tokenizer, text: str, count: int = 10
+) -> list[tuple[str, float]]:
     """The likeliest tokens after a text that begins a document, with their probabilities."""
     return likeliest(distribution(model, tokenizer, text), tokenizer, count)
 
 
-def likeliest(chances: Float[Tensor, " V"], tokenizer: Tokenizer, count: int = 10) -> list[tuple[str, float]]:
+def likeliest(
+    chances: Float[Tensor, " V"], tokenizer: Tokenizer, count: int = 10
+) -> list[tuple[str, float]]:
     """The likeliest tokens of a distribution, with their probabilities."""
     best = chances.topk(min(count, len(chances)))
-    return [(tokenizer.token(i), p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+    return [
+        (tokenizer.token(i), p)
+        for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
 
 
 def difference(
@@ -214,7 +238,10 @@ def difference(
     p, q = before.double(), after.double()
     terms = torch.where(p > 0, p * (p.log() - q.clamp_min(1e-300).log()), 0.0)
     moved = (q - p).abs().topk(min(count, len(p))).indices.tolist()
-    return Difference(kl=float(terms.sum()), movers=[(tokenizer.token(i), float(p[i]), float(q[i])) for i in moved])
+    return Difference(
+        kl=float(terms.sum()),
+        movers=[(tokenizer.token(i), float(p[i]), float(q[i])) for i in moved],
+    )
 
 
 class _Counts:
@@ -222,7 +249,9 @@ class _Counts:
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, _parts(model).config
-        self.of: dict[int, Counter[tuple[int, ...]]] = {n: Counter() for n in range(2, self.config.ngram + 1)}
+        self.of: dict[int, Counter[tuple[int, ...]]] = {
+            n: Counter() for n in range(2, self.config.ngram + 1)
+        }
 
     def add(self, text: str) -> list[int]:
         """Counts a document's n-grams that no dead token is part of; its ids."""
@@ -277,24 +306,33 @@ def _readers(model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str], place
     for text in texts:
         counts.add(text)
     for counter in counts.of.values():
-        different = {tuple(canonical[token] for token in ngram): ngram for ngram in reversed(list(counter))}
+        different = {
+            tuple(canonical[token] for token in ngram): ngram for ngram in reversed(list(counter))
+        }
         for ngram, _, own in _addressed(model, Counter(list(different.values())), place):
             yield ngram, own
 
 
-def collisions(model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str], layer: int, count: int = 10) -> Collisions:
+def collisions(
+    model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str], layer: int, count: int = 10
+) -> Collisions:
     """Which n-grams of a corpus share a row in one layer, and how many rows are shared."""
     readers: dict[int, list[tuple[int, ...]]] = {}
     found = list(_readers(model, tokenizer, texts, _place(_parts(model).config, layer)))
     for ngram, own in found:
         for row in own:
             readers.setdefault(row, []).append(ngram)
-    crowded = sorted((row for row, found in readers.items() if len(found) > 1), key=lambda r: (-len(readers[r]), r))
+    crowded = sorted(
+        (row for row, found in readers.items() if len(found) > 1),
+        key=lambda r: (-len(readers[r]), r),
+    )
     worst = [(row, [tokenizer.decode(ngram) for ngram in readers[row]]) for row in crowded[:count]]
     return Collisions(ngrams=len(found), rows=len(readers), shared=len(crowded), worst=worst)
 
 
-def sharing(model: nn.Module, tokenizer: Tokenizer, ngram: Ngram, texts: Iterable[str], layer: int) -> dict[str, int]:
+def sharing(
+    model: nn.Module, tokenizer: Tokenizer, ngram: Ngram, texts: Iterable[str], layer: int
+) -> dict[str, int]:
     """Other n-grams of a corpus that read some of this one's rows: how many rows each shares, most first."""
     mine, ids = set(rows_of(model, tokenizer, ngram, layer)), ids_of(model, tokenizer, ngram)
     canonical = _parts(model).addresses.canonical_map.tolist()
@@ -327,8 +365,12 @@ class Editor:
         """The target's rows become the source's, head by head. Both must be n-grams of one order."""
         orders = [len(ids_of(self.model, self.tokenizer, ngram)) for ngram in (source, target)]
         if orders[0] != orders[1]:
-            raise ValueError(f"transplant: got n-grams of {orders[0]} and {orders[1]} tokens, expected equally many")
-        return self._write(f"transplant {source!r} to {target!r}", target, layer, self.look(source, layer))
+            raise ValueError(
+                f"transplant: got n-grams of {orders[0]} and {orders[1]} tokens, expected equally many"
+            )
+        return self._write(
+            f"transplant {source!r} to {target!r}", target, layer, self.look(source, layer)
+        )
 
     def look(self, ngram: Ngram, layer: int) -> Float[Tensor, "J width"]:
         """A copy of the n-gram's rows as they are now."""
@@ -352,7 +394,11 @@ class Editor:
             "edits": [[e.what, e.layer] for e in self.edits],
             "addresses": _parts(self.model).addresses.fingerprint(),
         }
-        tensors = {f"{n}.{name}": getattr(edit, name).cpu() for n, edit in enumerate(self.edits) for name in _STORED}
+        tensors = {
+            f"{n}.{name}": getattr(edit, name).cpu()
+            for n, edit in enumerate(self.edits)
+            for name in _STORED
+        }
         with atomic_write(path) as beside:
             save_file(tensors, beside, metadata={"format": FORMAT, "about": json.dumps(about)})
 
@@ -364,7 +410,9 @@ class Editor:
                 about = json.loads(header["about"]) if header.get("format") == FORMAT else None
                 held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} cannot be read as safetensors that an Editor saved: {error}") from error
+            raise ValueError(
+                f"{path} cannot be read as safetensors that an Editor saved: {error}"
+            ) from error
         if about is None or about.get("addresses") != _parts(self.model).addresses.fingerprint():
             raise ValueError(f"{path}: got no edits of this model, expected what its Editor saved")
         self.edits = [
@@ -377,13 +425,21 @@ class Editor:
             if torch.equal(now, last.after):
                 break
             if not torch.equal(now, last.before):
-                raise ValueError(f"{path}: got other rows than {last.what} left, expected them unchanged")
+                raise ValueError(
+                    f"{path}: got other rows than {last.what} left, expected them unchanged"
+                )
             self.edits.pop()
 
     def _table(self, layer: int) -> Table:
         table = _parts(self.model).tables[_place(_parts(self.model).config, layer)]
-        if not isinstance(table, Table) or table.file is not None or table.dtype == torch.float8_e4m3fn:
-            raise ValueError(f"memory: got rows in {table}, expected them on the device, as floats, to be edited")
+        if (
+            not isinstance(table, Table)
+            or table.file is not None
+            or table.dtype == torch.float8_e4m3fn
+        ):
+            raise ValueError(
+                f"memory: got rows in {table}, expected them on the device, as floats, to be edited"
+            )
         return table
 
     def _write(self, what: str, ngram: Ngram, layer: int, values: Tensor) -> Edit:
@@ -393,7 +449,9 @@ class Editor:
             expected = f"expected finite numbers of shape {(len(own), weight.shape[1])}"
             raise ValueError(f"values: got shape {tuple(values.shape)}, {expected}")
         after, place = values.detach().to(weight), own.to(weight.device)
-        edit = Edit(what=what, layer=layer, rows=place, before=self.look(ngram, layer), after=after.clone())
+        edit = Edit(
+            what=what, layer=layer, rows=place, before=self.look(ngram, layer), after=after.clone()
+        )
         with torch.no_grad():
             weight[place] = after
         self.edits.append(edit)

@@ -61,11 +61,18 @@ class Aux(NamedTuple):
 
 def _attention(config: ModelConfig, index: int) -> MLA | GQA:
     if config.mla is not None:
-        inner = DSA(config.dsa, config.dim, config.mla, config.rope) if config.dsa is not None else None
+        inner = (
+            DSA(config.dsa, config.dim, config.mla, config.rope) if config.dsa is not None else None
+        )
         return MLA(config.mla, config.dim, config.rope, inner)
     assert config.gqa is not None
     if config.nsa is not None:
-        return GQA(config.gqa, config.dim, config.rope, NSA(config.nsa, config.dim, config.gqa, config.rope))
+        return GQA(
+            config.gqa,
+            config.dim,
+            config.rope,
+            NSA(config.nsa, config.dim, config.gqa, config.rope),
+        )
     moba = MoBA(config.moba, config.layers - index) if config.moba is not None else None
     return GQA(config.gqa, config.dim, config.rope, moba)
 
@@ -90,8 +97,12 @@ class Block(nn.Module):
             if config.moe is not None and config.has_experts(index)
             else SwiGLU(config.dim, config.dense_width)
         )
-        self.attention_site = Residual() if hyper is None else Connection(hyper, config.dim, 2 * index)
-        self.ffn_site = Residual() if hyper is None else Connection(hyper, config.dim, 2 * index + 1)
+        self.attention_site = (
+            Residual() if hyper is None else Connection(hyper, config.dim, 2 * index)
+        )
+        self.ffn_site = (
+            Residual() if hyper is None else Connection(hyper, config.dim, 2 * index + 1)
+        )
 
     def forward(self, x: Streams, ctx: Context) -> tuple[Streams, Aux]:
         """Memory, attention and feed-forward, each added to the residual streams."""
@@ -111,9 +122,14 @@ class Block(nn.Module):
             return self.ffn(normed, ctx)
         return self.ffn(normed), None
 
-    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> BlockCache:
+    def new_cache(
+        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> BlockCache:
         of = (batch, capacity, dtype, device)
-        return BlockCache(self.attention.new_cache(*of), None if self.engram is None else self.engram.new_cache(*of))
+        return BlockCache(
+            self.attention.new_cache(*of),
+            None if self.engram is None else self.engram.new_cache(*of),
+        )
 
 
 class LanguageModel(nn.Module):
@@ -132,7 +148,9 @@ class LanguageModel(nn.Module):
         `tables` hold Engram's rows where they are, one a layer; without them the model has them on its device."""
         super().__init__()
         self.config = config
-        with torch.random.fork_rng(devices=[]):  # modules draw as they are made; the values are init's
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # modules draw as they are made; the values are init's
             self._build(config, canonical_map, tables)
         if seed is not None:
             init(self, seed)
@@ -146,17 +164,28 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(config.dim, config.vocabulary, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
-        self.addresses = Addresses(config.engram, canonical_map, config.vocabulary) if config.engram else None
-        shapes = [(rows, config.engram.head_dim) for rows in row_totals(config.engram)] if config.engram else []
+        self.addresses = (
+            Addresses(config.engram, canonical_map, config.vocabulary) if config.engram else None
+        )
+        shapes = (
+            [(rows, config.engram.head_dim) for rows in row_totals(config.engram)]
+            if config.engram
+            else []
+        )
         self.tables = nn.ModuleList(starmap(Table, shapes) if tables is None else tables)
         if (got := [(table.rows, table.width) for table in self.tables]) != shapes:
-            raise ValueError(f"tables: got rows by width {got}, expected {shapes} as the config says")
+            raise ValueError(
+                f"tables: got rows by width {got}, expected {shapes} as the config says"
+            )
         depth = config.mtp.depth if config.mtp is not None else 0
         self.mtp = nn.ModuleList(
-            MTP(config.dim, config.eps, Block(config, config.layers + k, plain=True)) for k in range(depth)
+            MTP(config.dim, config.eps, Block(config, config.layers + k, plain=True))
+            for k in range(depth)
         )
 
-    def forward(self, ids: Int[Tensor, "B T"], *, documents=None, present=None, cache: Cache | None = None):
+    def forward(
+        self, ids: Int[Tensor, "B T"], *, documents=None, present=None, cache: Cache | None = None
+    ):
         """Logits [B, T, V] of the token after each id; float32."""
         return self.logits(self.hidden(ids, documents=documents, present=present, cache=cache)[0])
 
@@ -165,7 +194,14 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(hidden)).float()
 
     def hidden(
-        self, ids: Int[Tensor, "B T"], *, documents=None, present=None, cache=None, last: bool = False, warm=None
+        self,
+        ids: Int[Tensor, "B T"],
+        *,
+        documents=None,
+        present=None,
+        cache=None,
+        last: bool = False,
+        warm=None,
     ) -> tuple[Float[Tensor, "B T2 D"], list[Aux]]:
         """The last block's output before the final norm, and what each block says beside.
 
@@ -181,7 +217,9 @@ class LanguageModel(nn.Module):
         auxes = []
         for index, block in enumerate(self.blocks):
             part = cache.layers[index] if cache is not None else None
-            x, aux = block(x, ctx.for_block(part, pending.get(index), last and index == self.config.layers - 1))
+            x, aux = block(
+                x, ctx.for_block(part, pending.get(index), last and index == self.config.layers - 1)
+            )
             auxes.append(aux)
         return self.leave(x), auxes
 
@@ -189,7 +227,9 @@ class LanguageModel(nn.Module):
         """One hidden state of the residual streams that the last block returns."""
         return self.exit(x) if self.exit is not None else x.values[:, :, 0]
 
-    def _context(self, ids: Tensor, cache: Cache | DraftCache | None, documents, present, warm) -> Context:
+    def _context(
+        self, ids: Tensor, cache: Cache | DraftCache | None, documents, present, warm
+    ) -> Context:
         return context(
             ids.shape[0],
             ids.shape[1],
@@ -209,7 +249,9 @@ class LanguageModel(nn.Module):
         rows = self.addresses(ids, ctx, history)  # [Lm, B, T, R]
         return {
             layer: cast(Table, table).prefetch(rows[n])
-            for n, (layer, table) in enumerate(zip(self.config.engram.layers, self.tables, strict=True))
+            for n, (layer, table) in enumerate(
+                zip(self.config.engram.layers, self.tables, strict=True)
+            )
         }
 
     def draft(
@@ -232,7 +274,13 @@ class LanguageModel(nn.Module):
         return cast(MTP, self.mtp[depth])(hidden, self.embed(following), ctx)
 
     def loss(
-        self, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"], *, documents=None, present=None, warm: bool = False
+        self,
+        ids: Int[Tensor, "B T"],
+        labels: Int[Tensor, "B T"],
+        *,
+        documents=None,
+        present=None,
+        warm: bool = False,
     ) -> Loss:
         """Next-token nats, plus MTP, balance and indexer losses by their weights; labels[t] follows ids[t], -100 none.
 
@@ -248,7 +296,9 @@ class LanguageModel(nn.Module):
         balance: dict[str, Tensor] = {}
         for routing in routings:
             assert self.config.moe is not None
-            for name, value in losses(routing, self.config.moe.balance, self.config.moe.active).items():
+            for name, value in losses(
+                routing, self.config.moe.balance, self.config.moe.active
+            ).items():
                 balance[name] = balance.get(name, 0.0) + value
         total = next_token + sum(balance.values())
         if mtp is not None and self.config.mtp is not None:
@@ -280,7 +330,9 @@ class LanguageModel(nn.Module):
     def new_cache(self, batch: int, capacity: int = 256) -> Cache:
         """An empty cache for `batch` rows, room for `capacity` tokens at first (it grows)."""
         if batch < 1 or capacity < 1:
-            raise ValueError(f"cache: got batch {batch} and capacity {capacity}, expected at least 1 of each")
+            raise ValueError(
+                f"cache: got batch {batch} and capacity {capacity}, expected at least 1 of each"
+            )
         weight = self.embed.weight
         of = (batch, capacity, weight.dtype, weight.device)
         ids = self.addresses.new_cache(*of) if self.addresses is not None else None
@@ -309,8 +361,14 @@ def init(model: LanguageModel, seed: int = 0) -> None:
         for module in model.modules():
             if isinstance(module, starts_itself):
                 module.reset_parameters()
-        own = {id(p) for m in model.modules() if isinstance(m, starts_itself) for p in m.parameters()}
-        apart = {id(table.weight): table for table in model.tables if isinstance(table, Table) and table.file}
+        own = {
+            id(p) for m in model.modules() if isinstance(m, starts_itself) for p in m.parameters()
+        }
+        apart = {
+            id(table.weight): table
+            for table in model.tables
+            if isinstance(table, Table) and table.file
+        }
         for name, parameter in model.named_parameters():
             if id(parameter) in own:
                 continue

@@ -22,7 +22,9 @@ class YarnConfig:
 
     factor: float = 40.0
     original_length: int = 4096
-    beta_fast: float = 32.0  # pairs that turn more often than this within original_length stay as they are
+    beta_fast: float = (
+        32.0  # pairs that turn more often than this within original_length stay as they are
+    )
     beta_slow: float = 1.0  # pairs that turn less often than this are slowed by the whole factor
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
@@ -33,7 +35,9 @@ class YarnConfig:
                 f"got factor {self.factor} and original_length {self.original_length}, expected both at least 1"
             )
         if not 0 < self.beta_slow < self.beta_fast:
-            raise ValueError(f"got beta_fast {self.beta_fast}, beta_slow {self.beta_slow}, expected 0 < slow < fast")
+            raise ValueError(
+                f"got beta_fast {self.beta_fast}, beta_slow {self.beta_slow}, expected 0 < slow < fast"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,9 +101,13 @@ class GQAConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads: got {self.kv_heads}, expected a divisor of {self.heads} heads")
+            raise ValueError(
+                f"kv_heads: got {self.kv_heads}, expected a divisor of {self.heads} heads"
+            )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim: got {self.head_dim}, expected an even width, which rope rotates in pairs")
+            raise ValueError(
+                f"head_dim: got {self.head_dim}, expected an even width, which rope rotates in pairs"
+            )
         for name in ("value_dim", "window"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1 or None")
@@ -107,7 +115,9 @@ class GQAConfig:
     def check_inner(self) -> None:
         """Refuses a window and sinks, which an inner attention (NSA, MoBA) does not have."""
         if self.window is not None or self.sinks:
-            raise ValueError("got window or sinks together with an inner attention, expected one or the other")
+            raise ValueError(
+                "got window or sinks together with an inner attention, expected one or the other"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +129,9 @@ class NSAConfig:
     select_block: int = 64  # l'
     chosen: int = 16  # selection blocks, the three forced ones among them
     window: int = 512
-    choice: Choice = "token"  # who chooses blocks: each token, or (ours) the first of a tile of 128 for them all
+    choice: Choice = (
+        "token"  # who chooses blocks: each token, or (ours) the first of a tile of 128 for them all
+    )
 
     def __post_init__(self) -> None:
         for name in ("block", "stride", "select_block", "window"):
@@ -131,7 +143,9 @@ class NSAConfig:
                     f"nsa.{name}: got {getattr(self, name)}, expected a multiple of the stride, {self.stride}"
                 )
         if self.chosen < 3:
-            raise ValueError(f"nsa.chosen: got {self.chosen}, expected at least 3, the blocks that are forced")
+            raise ValueError(
+                f"nsa.chosen: got {self.chosen}, expected at least 3, the blocks that are forced"
+            )
         if self.choice not in ("token", "tile"):
             raise ValueError(f"nsa.choice: got {self.choice!r}, expected 'token' or 'tile'")
 
@@ -142,8 +156,12 @@ class MoBAConfig:
 
     block: int = 512  # keys
     chosen: int = 3  # blocks, the query's own among them
-    decode: Literal["sparse", "full"] = "sparse"  # what single new tokens do: the paper serves with full
-    choice: Choice = "token"  # who chooses blocks: each token, or (ours) the first of a tile of 128 for them all
+    decode: Literal["sparse", "full"] = (
+        "sparse"  # what single new tokens do: the paper serves with full
+    )
+    choice: Choice = (
+        "token"  # who chooses blocks: each token, or (ours) the first of a tile of 128 for them all
+    )
     full_layers: int = 0  # the last so many layers attend fully; the paper: 3 of 32
     full_from: float = 1.0  # share of a training's steps after which all layers do; the paper: 0.9
 
@@ -156,7 +174,9 @@ class MoBAConfig:
                 raise ValueError(f"moba.{name}: got {getattr(self, name)}, expected at least 1")
         for name, kinds in (("decode", ("sparse", "full")), ("choice", ("token", "tile"))):
             if getattr(self, name) not in kinds:
-                raise ValueError(f"moba.{name}: got {getattr(self, name)!r}, expected {kinds[0]!r} or {kinds[1]!r}")
+                raise ValueError(
+                    f"moba.{name}: got {getattr(self, name)!r}, expected {kinds[0]!r} or {kinds[1]!r}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,7 +187,9 @@ class DSAConfig:
     dim: int = 32  # per head, at least MLA's rope_dim
     chosen: int = 2048  # keys a query sees
     warmup: int = 1000  # steps in which MLA attends to every key and the loss is over every key
-    weight: float = 1.0  # of the loss, a mean over layers; no gradient of it reaches anything but the indexers
+    weight: float = (
+        1.0  # of the loss, a mean over layers; no gradient of it reaches anything but the indexers
+    )
 
     def __post_init__(self) -> None:
         for name in ("heads", "dim", "chosen"):
@@ -195,25 +217,35 @@ class RouterConfig:
     scale: float = 1.0  # of the routed weights; shared experts have none
     bias: bool = True  # a bias on choosing, moved by loss-free balancing
     noise: float = 0.0  # standard deviation of the noise on the logits in training
-    adaptive_mass: float | None = None  # experts are taken, best first, until they hold this share of the scores
+    adaptive_mass: float | None = (
+        None  # experts are taken, best first, until they hold this share of the scores
+    )
     min_active: int = 1  # .. but never fewer than this
     token_id_layers: int = 0  # the first so many layers choose by token id
 
     def __post_init__(self) -> None:
         for name, allowed in (("score", ROUTER_SCORES), ("group_score", GROUP_SCORES)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"router.{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"router.{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
+                )
         if not 1 <= self.groups_kept <= self.groups:
-            raise ValueError(f"router.groups_kept: got {self.groups_kept}, expected 1 to the {self.groups} groups")
+            raise ValueError(
+                f"router.groups_kept: got {self.groups_kept}, expected 1 to the {self.groups} groups"
+            )
         if not self.scale > 0:
             raise ValueError(f"router.scale: got {self.scale}, expected more than 0")
         if not self.noise >= 0:
             raise ValueError(f"router.noise: got {self.noise}, expected 0 or more")
         if self.adaptive_mass is not None and not 0 < self.adaptive_mass <= 1:
-            raise ValueError(f"router.adaptive_mass: got {self.adaptive_mass}, expected more than 0, at most 1")
+            raise ValueError(
+                f"router.adaptive_mass: got {self.adaptive_mass}, expected more than 0, at most 1"
+            )
         for name, least in (("min_active", 1), ("token_id_layers", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"router.{name}: got {getattr(self, name)}, expected at least {least}")
+                raise ValueError(
+                    f"router.{name}: got {getattr(self, name)}, expected at least {least}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,16 +289,22 @@ class MoEConfig:
     def __post_init__(self) -> None:
         for name, least in (("routed", 1), ("width", 1), ("shared", 0), ("first_dense", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"moe.{name}: got {getattr(self, name)}, expected at least {least}")
+                raise ValueError(
+                    f"moe.{name}: got {getattr(self, name)}, expected at least {least}"
+                )
         if not 1 <= self.active <= self.routed:
-            raise ValueError(f"moe.active: got {self.active}, expected 1 to the {self.routed} routed experts")
+            raise ValueError(
+                f"moe.active: got {self.active}, expected 1 to the {self.routed} routed experts"
+            )
         if self.shared_width is not None and (self.shared_width < 1 or not self.shared):
             raise ValueError(
                 f"moe.shared_width: got {self.shared_width} with shared {self.shared}, expected at least 1 of each"
             )
         self._check_groups()
         if self.router.min_active > self.active:
-            raise ValueError(f"router.min_active: got {self.router.min_active}, expected at most active, {self.active}")
+            raise ValueError(
+                f"router.min_active: got {self.router.min_active}, expected at most active, {self.active}"
+            )
         if self.routed % self.balance.devices:
             raise ValueError(
                 f"balance.devices: got {self.balance.devices}, expected a divisor of {self.routed} experts"
@@ -275,14 +313,18 @@ class MoEConfig:
     def _check_groups(self) -> None:
         router = self.router
         if self.routed % router.groups:
-            raise ValueError(f"router.groups: got {router.groups}, expected a divisor of {self.routed} experts")
+            raise ValueError(
+                f"router.groups: got {router.groups}, expected a divisor of {self.routed} experts"
+            )
         size = self.routed // router.groups
         if router.groups_kept * size < self.active:
             raise ValueError(
                 f"router.groups_kept: got {router.groups_kept} groups of {size}, expected room for {self.active}"
             )
         if router.groups_kept < router.groups and router.group_score == "top2" and size < 2:
-            raise ValueError("router.group_score: got 'top2' with groups of one expert, expected 'max'")
+            raise ValueError(
+                "router.group_score: got 'top2' with groups of one expert, expected 'max'"
+            )
 
     @property
     def shared_hidden(self) -> int:
@@ -295,16 +337,25 @@ class EngramConfig:
     """Which blocks remember, how much, and how. Every production variant is one setting of these fields."""
 
     layers: tuple[int, ...] = (1,)  # blocks that remember, counted from 0
-    rows_per_head: tuple[int, ...] = (4096, 4096)  # one for each n-gram order, 2 first; rounded up to primes
+    rows_per_head: tuple[int, ...] = (
+        4096,
+        4096,
+    )  # one for each n-gram order, 2 first; rounded up to primes
     heads: int = 4  # hash heads of each order
     head_dim: int = 16  # width of a row
     kernel: int = 4  # taps of the convolution over time
     dilation: int | None = None  # tokens between two taps; None: the largest n-gram
     conv: bool = True
     bias: bool = False  # of the key and value projections
-    gating: Literal["streams", "shared", "open"] = "streams"  # a gate a stream; one, of their mean; none, always 1
-    sign: Literal["sign", "copysign"] = "sign"  # of the square root at a score of exactly 0: gate 1/2, or a little more
-    eps: float = 1.1920929e-7  # of the gate's norms; what torch's rms_norm takes when it is told none
+    gating: Literal["streams", "shared", "open"] = (
+        "streams"  # a gate a stream; one, of their mean; none, always 1
+    )
+    sign: Literal["sign", "copysign"] = (
+        "sign"  # of the square root at a score of exactly 0: gate 1/2, or a little more
+    )
+    eps: float = (
+        1.1920929e-7  # of the gate's norms; what torch's rms_norm takes when it is told none
+    )
     conv_eps: float = 1e-5  # of the norm before the convolution
     seed: int = 0
     # what draws the multipliers: numpy's default generator (DeepSeek), or splitmix64 (Qwen)
@@ -314,11 +365,15 @@ class EngramConfig:
     # raw id that ends a text: look-back stops at it, and it stands for missing left context in place of pad_id
     eos_id: int | None = None
     end_of_document: bool = True  # look-back and convolution stop where a document begins
-    dead_tokens: tuple[int, ...] = ()  # raw ids (images) that look-back stops at and that recall nothing
+    dead_tokens: tuple[
+        int, ...
+    ] = ()  # raw ids (images) that look-back stops at and that recall nothing
 
     def __post_init__(self) -> None:
         if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
-            raise ValueError(f"engram.layers: got {self.layers}, expected different block indices from 0")
+            raise ValueError(
+                f"engram.layers: got {self.layers}, expected different block indices from 0"
+            )
         if not self.rows_per_head or min(self.rows_per_head) < 2:
             raise ValueError(
                 f"engram.rows_per_head: got {self.rows_per_head}, expected 2 or more for each n-gram order"
@@ -329,11 +384,17 @@ class EngramConfig:
         if self.sign not in ("sign", "copysign"):
             raise ValueError(f"engram.sign: got {self.sign!r}, expected sign or copysign")
         if self.gating not in ("streams", "shared", "open"):
-            raise ValueError(f"engram.gating: got {self.gating!r}, expected streams, shared or open")
+            raise ValueError(
+                f"engram.gating: got {self.gating!r}, expected streams, shared or open"
+            )
         if self.generator not in ("numpy", "splitmix64"):
-            raise ValueError(f"engram.generator: got {self.generator!r}, expected numpy or splitmix64")
+            raise ValueError(
+                f"engram.generator: got {self.generator!r}, expected numpy or splitmix64"
+            )
         if self.eos_id is not None and self.eos_id < 0:
-            raise ValueError(f"engram.eos_id: got {self.eos_id}, expected an id of the tokenizer, or none")
+            raise ValueError(
+                f"engram.eos_id: got {self.eos_id}, expected an id of the tokenizer, or none"
+            )
         if min(self.seed, self.pad_id, *self.dead_tokens) < 0:
             got = f"seed {self.seed}, pad_id {self.pad_id}, dead_tokens {self.dead_tokens}"
             raise ValueError(f"engram: got {got}, expected none negative")
@@ -361,7 +422,9 @@ class EngramConfig:
     def unknown_missing_id(self, ids: int) -> ValueError:
         """The error for a missing_id that a tokenizer of so many ids does not have."""
         name = "pad_id" if self.eos_id is None else "eos_id"
-        return ValueError(f"engram.{name}: got {self.missing_id}, expected an id of the tokenizer, below {ids}")
+        return ValueError(
+            f"engram.{name}: got {self.missing_id}, expected an id of the tokenizer, below {ids}"
+        )
 
     def gates(self, streams: int) -> int:
         """How many keys, and gates that differ, a token has in one layer."""
@@ -416,7 +479,9 @@ class HyperConfig:
             ("mix", ("sinkhorn", "identity")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"hyper.{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"hyper.{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
+                )
         for name in ("streams", "iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"hyper.{name}: got {getattr(self, name)}, expected at least 1")
@@ -425,7 +490,9 @@ class HyperConfig:
         if not self.norm_eps > 0:
             raise ValueError(f"hyper.norm_eps: got {self.norm_eps}, expected more than 0")
         if self.kind == "hc" and self.mix != "sinkhorn":
-            raise ValueError(f"hyper.mix: got {self.mix!r} with kind='hc', whose mix is its own; leave it as it is")
+            raise ValueError(
+                f"hyper.mix: got {self.mix!r} with kind='hc', whose mix is its own; leave it as it is"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -470,16 +537,26 @@ class ModelConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         attention = [name for name in ("mla", "gqa") if getattr(self, name) is not None]
         if len(attention) != 1:
-            raise ValueError(f"attention: got {' and '.join(attention) or 'none'}, expected exactly one of mla and gqa")
+            raise ValueError(
+                f"attention: got {' and '.join(attention) or 'none'}, expected exactly one of mla and gqa"
+            )
         for inner, outer in (("nsa", "gqa"), ("moba", "gqa"), ("dsa", "mla")):
             if getattr(self, inner) is not None and getattr(self, outer) is None:
-                raise ValueError(f"{inner}: got attention {attention[0]}, expected {outer}, which it works inside")
+                raise ValueError(
+                    f"{inner}: got attention {attention[0]}, expected {outer}, which it works inside"
+                )
         if self.nsa is not None and self.moba is not None:
             raise ValueError("inner attention: got nsa and moba, expected at most one")
-        if self.engram is not None and (late := [i for i in self.engram.layers if not 0 <= i < self.layers]):
-            raise ValueError(f"engram.layers: got {late}, expected block indices 0..{self.layers - 1}")
+        if self.engram is not None and (
+            late := [i for i in self.engram.layers if not 0 <= i < self.layers]
+        ):
+            raise ValueError(
+                f"engram.layers: got {late}, expected block indices 0..{self.layers - 1}"
+            )
         if self.moe is not None and self.moe.first_dense > self.layers:
-            raise ValueError(f"moe.first_dense: got {self.moe.first_dense}, expected at most {self.layers} layers")
+            raise ValueError(
+                f"moe.first_dense: got {self.moe.first_dense}, expected at most {self.layers} layers"
+            )
 
     @property
     def streams(self) -> int:

@@ -22,7 +22,12 @@ from torch.distributed import run
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.func import functional_call
 
@@ -80,7 +85,9 @@ def torchrun(flags: Sequence[str], command: Sequence[str]) -> None:
     # processes that start again would else meet in the store of those that died, full of their addresses
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if asked.nproc_per_node.isdigit():
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, runtime.cores() // max(1, int(asked.nproc_per_node)))))
+        os.environ.setdefault(
+            "OMP_NUM_THREADS", str(max(1, runtime.cores() // max(1, int(asked.nproc_per_node))))
+        )
     try:
         run.run(asked)
     except SignalException:
@@ -90,7 +97,9 @@ def torchrun(flags: Sequence[str], command: Sequence[str]) -> None:
         code = failure.exitcode
         how = f"signal {-code}" if code < 0 else f"code {code}"
         tries = f"{asked.max_restarts} restarts" if asked.max_restarts else "no restart"
-        raise RuntimeError(f"rank {number} ended with {how}, after {tries}; what it said stands above") from None
+        raise RuntimeError(
+            f"rank {number} ended with {how}, after {tries}; what it said stands above"
+        ) from None
 
 
 def _torchrun_parser() -> argparse.ArgumentParser:
@@ -139,7 +148,9 @@ def mean_rows(table: nn.Parameter) -> None:
     rows = torch.cat([rows, rows.new_zeros(missing)])
     values = torch.cat([values, values.new_zeros(missing, *values.shape[1:])])
     all_rows, all_values = _gathered(rows), _gathered(values) / world()
-    table.grad = torch.sparse_coo_tensor(all_rows[None], all_values, table.shape, check_invariants=False)
+    table.grad = torch.sparse_coo_tensor(
+        all_rows[None], all_values, table.shape, check_invariants=False
+    )
 
 
 def _gathered(tensor: Tensor) -> Tensor:
@@ -151,7 +162,9 @@ def _gathered(tensor: Tensor) -> Tensor:
 
 def _no_rows(table: Tensor) -> Tensor:
     index = torch.zeros(1, 0, dtype=torch.long, device=table.device)
-    return torch.sparse_coo_tensor(index, table.new_zeros(0, table.shape[1]), table.shape, check_invariants=False)
+    return torch.sparse_coo_tensor(
+        index, table.new_zeros(0, table.shape[1]), table.shape, check_invariants=False
+    )
 
 
 def shard(model: nn.Module, mesh: DeviceMesh | None = None, experts: bool = False) -> nn.Module:
@@ -168,7 +181,9 @@ def shard(model: nn.Module, mesh: DeviceMesh | None = None, experts: bool = Fals
     if experts:
         _cut_experts(model, mesh)
     apart = (Table, Experts) if experts else Table
-    ignored = {p for module in model.modules() if isinstance(module, apart) for p in module.parameters()}
+    ignored = {
+        p for module in model.modules() if isinstance(module, apart) for p in module.parameters()
+    }
     for block in (*model.blocks, *(module.block for module in model.mtp)):  # type: ignore[misc, union-attr]
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=ignored)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=ignored)
@@ -181,7 +196,9 @@ def _cut_experts(model: nn.Module, mesh: DeviceMesh) -> None:
     """Rank r of W keeps the r-th run of E / W experts of every mixture; tokens come to them by an Exchange."""
     for mixture in (module for module in model.modules() if isinstance(module, MoE)):
         if mixture.config.routed % mesh.size():
-            raise ValueError(f"got {mesh.size()} ranks, expected a divisor of {mixture.config.routed} experts")
+            raise ValueError(
+                f"got {mesh.size()} ranks, expected a divisor of {mixture.config.routed} experts"
+            )
         for name, parameter in list(mixture.experts.named_parameters()):
             cut = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
             mixture.experts.register_parameter(name, nn.Parameter(cut))
@@ -194,7 +211,9 @@ class Exchange:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
 
-    def __call__(self, rows: Float[Tensor, "N D"], counts: Int[Tensor, " E"], experts: Experts) -> Float[Tensor, "N D"]:
+    def __call__(
+        self, rows: Float[Tensor, "N D"], counts: Int[Tensor, " E"], experts: Experts
+    ) -> Float[Tensor, "N D"]:
         """Rows sorted by expert, counts[e] of them for expert e of all E -> what experts return, in the same order."""
         ranks = dist.get_world_size(self.group)
         sent = counts.view(ranks, -1)  # [W, E / W]
@@ -202,9 +221,16 @@ class Exchange:
         dist.all_to_all_single(due, sent.contiguous(), group=self.group)
         out_sizes, in_sizes = sent.sum(1).tolist(), due.sum(1).tolist()
         arrived = _AllToAll.apply(rows, in_sizes, out_sizes, self.group, float(ranks))
-        expert = torch.arange(due.shape[1], device=rows.device).repeat(ranks).repeat_interleave(due.flatten())
+        expert = (
+            torch.arange(due.shape[1], device=rows.device)
+            .repeat(ranks)
+            .repeat_interleave(due.flatten())
+        )
         order = expert.argsort(stable=True)  # they come by rank, experts want them by expert
-        own = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in experts.named_parameters()}
+        own = {
+            name: p.to_local() if isinstance(p, DTensor) else p
+            for name, p in experts.named_parameters()
+        }
         made = functional_call(experts, own, (arrived[order], due.sum(0)))
         made = torch.empty_like(made).index_copy(0, order, made)
         return _AllToAll.apply(made, out_sizes, in_sizes, self.group, 1.0 / ranks)
@@ -214,7 +240,9 @@ class _AllToAll(torch.autograd.Function):
     """Rows by rank, differentiable. `scale` makes of an expert's gradients, which all ranks add to, their mean."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, in_sizes: list[int], out_sizes: list[int], group, scale: float) -> Tensor:
+    def forward(
+        ctx, rows: Tensor, in_sizes: list[int], out_sizes: list[int], group, scale: float
+    ) -> Tensor:
         ctx.sizes, ctx.group, ctx.scale = (in_sizes, out_sizes), group, scale
         found = rows.new_empty(sum(in_sizes), rows.shape[1])
         dist.all_to_all_single(found, rows.contiguous(), in_sizes, out_sizes, group=group)
@@ -224,5 +252,7 @@ class _AllToAll(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         in_sizes, out_sizes = ctx.sizes
         found = grads[0].new_empty(sum(out_sizes), grads[0].shape[1])
-        dist.all_to_all_single(found, (grads[0] * ctx.scale).contiguous(), out_sizes, in_sizes, group=ctx.group)
+        dist.all_to_all_single(
+            found, (grads[0] * ctx.scale).contiguous(), out_sizes, in_sizes, group=ctx.group
+        )
         return found, None, None, None, None

@@ -31,15 +31,27 @@ from rorqual.model_config import (
 
 _V1 = RouterConfig(score="softmax", renormalise=False, bias=False)
 _V2 = replace(_V1, groups=8, groups_kept=3, group_score="max", scale=16.0)
-_V3 = RouterConfig(score="sigmoid", groups=8, groups_kept=4, group_score="top2", renormalise=True, scale=2.5)
-_SOFTMAX_BALANCE = BalanceConfig(
-    bias_rate=0.0, sequence=0.0, expert=0.003, device=0.05, communication=0.02, devices=8, device_limit=3
+_V3 = RouterConfig(
+    score="sigmoid", groups=8, groups_kept=4, group_score="top2", renormalise=True, scale=2.5
 )
-_MLA = MLAConfig(heads=128, q_lora_rank=1536, kv_lora_rank=512, nope_dim=128, rope_dim=64, value_dim=128)
+_SOFTMAX_BALANCE = BalanceConfig(
+    bias_rate=0.0,
+    sequence=0.0,
+    expert=0.003,
+    device=0.05,
+    communication=0.02,
+    devices=8,
+    device_limit=3,
+)
+_MLA = MLAConfig(
+    heads=128, q_lora_rank=1536, kv_lora_rank=512, nope_dim=128, rope_dim=64, value_dim=128
+)
 _MOE_27B = MoEConfig(
     routed=72, active=6, shared=2, width=1536, first_dense=1, router=RouterConfig(scale=2.5)
 )  # width ours
-_ENGRAM_27B = EngramConfig(layers=(1, 14), rows_per_head=(2_262_400, 2_262_400), heads=8, head_dim=80)
+_ENGRAM_27B = EngramConfig(
+    layers=(1, 14), rows_per_head=(2_262_400, 2_262_400), heads=8, head_dim=80
+)
 _MOE_16B = MoEConfig(
     routed=64,
     active=6,
@@ -49,7 +61,9 @@ _MOE_16B = MoEConfig(
     router=_V1,
     balance=BalanceConfig(bias_rate=0.0, sequence=0.0, expert=0.001),
 )
-_YARN = YarnConfig(factor=40.0, original_length=4096, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)
+_YARN = YarnConfig(
+    factor=40.0, original_length=4096, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0
+)
 
 TINY = ModelConfig(
     vocabulary=4096,
@@ -181,7 +195,15 @@ DEEPSEEK_V2 = ModelConfig(
     dense_width=12_288,
     mla=_MLA,
     rope=RopeConfig(base=10_000.0, yarn=replace(_YARN, mscale=0.707, mscale_all_dim=0.707)),
-    moe=MoEConfig(routed=160, active=6, shared=2, width=1536, first_dense=1, router=_V2, balance=_SOFTMAX_BALANCE),
+    moe=MoEConfig(
+        routed=160,
+        active=6,
+        shared=2,
+        width=1536,
+        first_dense=1,
+        router=_V2,
+        balance=_SOFTMAX_BALANCE,
+    ),
 )
 
 DEEPSEEK_V2_LITE = ModelConfig(

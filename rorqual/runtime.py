@@ -26,12 +26,18 @@ def device(name: str = "auto") -> torch.device:
         wanted = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"got device {name!r}, expected auto, cpu, cuda or cuda:N") from error
-    if wanted.type not in ("cpu", "meta") and (accelerator is None or accelerator.type != wanted.type):
-        raise ValueError(f"got device {name!r}, expected one that is here: {accelerator or 'cpu'} (try --device auto)")
+    if wanted.type not in ("cpu", "meta") and (
+        accelerator is None or accelerator.type != wanted.type
+    ):
+        raise ValueError(
+            f"got device {name!r}, expected one that is here: {accelerator or 'cpu'} (try --device auto)"
+        )
     if wanted.type == "cuda" and wanted.index is None:
         wanted = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if wanted.type == "cuda" and wanted.index >= torch.cuda.device_count():
-        raise ValueError(f"got device {wanted}, expected an index below {torch.cuda.device_count()}")
+        raise ValueError(
+            f"got device {wanted}, expected an index below {torch.cuda.device_count()}"
+        )
     return wanted
 
 

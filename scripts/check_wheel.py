@@ -29,7 +29,9 @@ for module in pkgutil.walk_packages(rorqual.__path__, "rorqual."):
 def run(*command: str | os.PathLike[str], cwd: Path) -> str:
     """Runs a command away from the checkout; its output, or the end of this script with it."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         words = " ".join(map(str, command))
         raise SystemExit(f"{words}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
@@ -41,7 +43,15 @@ def install(python: Path, wheel: Path, cwd: Path) -> None:
 
     A torch that pip was given locally is taken first, as the Makefile does.
     """
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "-qq", "install", "--only-binary=:all:"]
+    pip = [
+        str(python),
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "-qq",
+        "install",
+        "--only-binary=:all:",
+    ]
     local = [*pip, "--no-index", "--no-deps", "torch==2.13.*"]
     subprocess.run(local, cwd=cwd, capture_output=True, check=False)
     run(*pip, "-c", ROOT / "constraints.txt", f"rorqual[all] @ {wheel.as_uri()}", cwd=cwd)
@@ -51,7 +61,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         checkout = shutil.copytree(
-            ROOT, place / "checkout", ignore=shutil.ignore_patterns(".git", ".venv", "runs", ".*_cache", ".cache")
+            ROOT,
+            place / "checkout",
+            ignore=shutil.ignore_patterns(".git", ".venv", "runs", ".*_cache", ".cache"),
         )
         run(sys.executable, "-m", "build", "--outdir", place / "dist", checkout, cwd=place)
         (wheel,) = (place / "dist").glob("*.whl")
@@ -62,10 +74,35 @@ def main() -> None:
         print(run(rorqual, "--version", cwd=place).strip(), "from", wheel.name)
         run(scripts / "python", "-c", IMPORT_ALL, cwd=place)
         run(rorqual, "doctor", cwd=place)
-        small = ["--steps", "4", "--rows", "2", "--length", "32", "--data.vocabulary", "300", "--data.limit", "200"]
-        run(rorqual, "train", "tiny", "--folder", "run", "--model.engram.layers", "1", *small, cwd=place)
+        small = [
+            "--steps",
+            "4",
+            "--rows",
+            "2",
+            "--length",
+            "32",
+            "--data.vocabulary",
+            "300",
+            "--data.limit",
+            "200",
+        ]
+        run(
+            rorqual,
+            "train",
+            "tiny",
+            "--folder",
+            "run",
+            "--model.engram.layers",
+            "1",
+            *small,
+            cwd=place,
+        )
         run(rorqual, "eval", "run", "--data", "wordnet", "--limit", "5", cwd=place)
-        print(run(rorqual, "generate", "run", "A whale is", "--max-new-tokens", "8", cwd=place).strip()[:60])
+        print(
+            run(
+                rorqual, "generate", "run", "A whale is", "--max-new-tokens", "8", cwd=place
+            ).strip()[:60]
+        )
         run(rorqual, "report", "run", cwd=place)
         print("the wheel installs, trains, scores, generates and reports by itself")
 

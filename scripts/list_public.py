@@ -69,11 +69,15 @@ def names() -> dict[str, Any]:
 def described(thing: Any) -> Any:
     if isinstance(thing, ModuleType):
         own = [name for name in vars(thing) if not name.startswith("_")]
-        return {name: described(getattr(thing, name)) for name in sorted(own) if _is_own(thing, name)}
+        return {
+            name: described(getattr(thing, name)) for name in sorted(own) if _is_own(thing, name)
+        }
     if inspect.isclass(thing):
         methods = [name for name in vars(thing) if not name.startswith("_")]
         found = {"()": parameters(thing)}
-        return found | {name: described(inspect.getattr_static(thing, name)) for name in sorted(methods)}
+        return found | {
+            name: described(inspect.getattr_static(thing, name)) for name in sorted(methods)
+        }
     if isinstance(thing, (staticmethod, classmethod)):
         return parameters(thing.__func__)
     return parameters(thing) if callable(thing) else "value"
@@ -82,7 +86,9 @@ def described(thing: Any) -> Any:
 def _is_own(module: ModuleType, name: str) -> bool:
     """Whether a module defines the name: a function or class of its own, or a constant."""
     thing = getattr(module, name)
-    return getattr(thing, "__module__", module.__name__ if name.isupper() else None) == module.__name__
+    return (
+        getattr(thing, "__module__", module.__name__ if name.isupper() else None) == module.__name__
+    )
 
 
 def parameters(call: Any) -> list[str]:
@@ -102,7 +108,11 @@ def parameters(call: Any) -> list[str]:
 def options(cls: Any) -> dict[str, Any]:
     """Each option by its dotted name, with its default; parts that are off are listed, too."""
     listed = configs.options(cls)
-    return {each.name: configs.to_dict(each.default) for each in listed if each.part is None or each.default is None}
+    return {
+        each.name: configs.to_dict(each.default)
+        for each in listed
+        if each.part is None or each.default is None
+    }
 
 
 def commands() -> dict[str, list[str]]:
@@ -139,7 +149,9 @@ def _said(words: list[str], *, may_fail: bool = False) -> str:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(words)
     if code and not may_fail:
-        raise RuntimeError(f"rorqual {' '.join(words)}: got exit code {code}, expected 0: {err.getvalue()}")
+        raise RuntimeError(
+            f"rorqual {' '.join(words)}: got exit code {code}, expected 0: {err.getvalue()}"
+        )
     return out.getvalue()
 
 
@@ -240,7 +252,9 @@ def save_run(folder: Path) -> None:
         "engram.rows_per_head": (50, 50),
     }.items():
         small = configs.replace(small, name, value)
-    checkpoint.save_model(folder, LanguageModel(small, torch.as_tensor(words.canonical_map())), words)
+    checkpoint.save_model(
+        folder, LanguageModel(small, torch.as_tensor(words.canonical_map())), words
+    )
 
 
 def served(folder: Path) -> dict[str, list[str]]:
@@ -251,7 +265,9 @@ def served(folder: Path) -> dict[str, list[str]]:
 
     run, found = load(folder, device="cpu"), {}
     ask: dict[str, Any] = {"prompt": "The whale", "max_tokens": 2}
-    with TestClient(application(Service(run, rows=2, context=64)), base_url="http://127.0.0.1") as client:
+    with TestClient(
+        application(Service(run, rows=2, context=64)), base_url="http://127.0.0.1"
+    ) as client:
         found["GET /v1/models"] = keys(client.get("/v1/models").json())
         found["POST /v1/completions"] = keys(client.post("/v1/completions", json=ask).json())
         wrong = client.post("/v1/completions", json=ask | {"max_tokens": "x"})
@@ -269,7 +285,9 @@ def served(folder: Path) -> dict[str, list[str]]:
 def difference(committed: Any, now: Any) -> list[str]:
     """Lines that went (-) and came (+), with where they stand."""
     before, after = (sorted(_lines(value, "")) for value in (committed, now))
-    lines = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]  # the first two name files
+    lines = list(difflib.unified_diff(before, after, n=0, lineterm=""))[
+        2:
+    ]  # the first two name files
     return [line for line in lines if line[0] in "+-"]
 
 

@@ -22,7 +22,9 @@ import pytest
 
 CHECKED = os.environ.get("RORQUAL_SHAPES", "1") != "0"
 if CHECKED:
-    jaxtyping.install_import_hook("rorqual", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+    jaxtyping.install_import_hook(
+        "rorqual", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+    )
 
 import torch  # noqa: E402 (after the hook and the threads, which it reads when it loads)
 
@@ -43,9 +45,13 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if all(os.environ.get(name) == value for name, value in needed.items()):
         return None
     if "compiled" in marks and any(map(str.isspace, torch.__file__)):
-        pytest.skip("torch's C++ builder does not quote its folder, and this one has a space in its name")
+        pytest.skip(
+            "torch's C++ builder does not quote its folder, and this one has a space in its name"
+        )
     pytest_quietly = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", ""]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    }
     done = subprocess.run(
         [sys.executable, *pytest_quietly, pyfuncitem.nodeid],
         cwd=pyfuncitem.config.rootpath,
@@ -77,7 +83,10 @@ class NoOtherSkips:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.refused and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        if self.refused and session.exitstatus in (
+            pytest.ExitCode.OK,
+            pytest.ExitCode.NO_TESTS_COLLECTED,
+        ):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
@@ -104,7 +113,10 @@ def seeded() -> None:
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Memory that torch hands out uninitialised holds NaN or the largest integer: a read before a write shows."""
-    fills, strict = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    fills, strict = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.are_deterministic_algorithms_enabled(),
+    )
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
@@ -138,11 +150,20 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from rorqual.model import LanguageModel
     from rorqual.presets import preset
 
-    text = ["The blue whale is the largest animal known to have lived.", "A fin whale sings below the sea."] * 40
+    text = [
+        "The blue whale is the largest animal known to have lived.",
+        "A fin whale sings below the sea.",
+    ] * 40
     words = tokenizer.train(text, 300)
     small = preset("tiny")
-    for name, value in {"layers": 2, "vocabulary": words.vocabulary, "engram.rows_per_head": (50, 50)}.items():
+    for name, value in {
+        "layers": 2,
+        "vocabulary": words.vocabulary,
+        "engram.rows_per_head": (50, 50),
+    }.items():
         small = config.replace(small, name, value)
     folder = tmp_path_factory.mktemp("runs") / "engram"
-    checkpoint.save_model(folder, LanguageModel(small, torch.as_tensor(words.canonical_map())), words)
+    checkpoint.save_model(
+        folder, LanguageModel(small, torch.as_tensor(words.canonical_map())), words
+    )
     return folder

@@ -65,7 +65,11 @@ def blank(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def test_tensors_and_values_come_back_to_the_last_bit(tmp_path):
     tensors = some_tensors()
-    values = {"step": 10, "rng": {"python": random.getstate(), "numpy": np.random.get_state()}, "loss": [0.1, 1e-300]}
+    values = {
+        "step": 10,
+        "rng": {"python": random.getstate(), "numpy": np.random.get_state()},
+        "loss": [0.1, 1e-300],
+    }
     save_state(tmp_path / "step10", tensors, values)
     found = blank(tensors)
     assert encode(load_state(tmp_path / "step10", found)) == encode(values)
@@ -103,7 +107,14 @@ def test_hostile_pickles_in_the_folder_are_never_executed(tmp_path):
     marker, folder, tensors = tmp_path / "executed", tmp_path / "run" / "step1", some_tensors()
     save_state(folder, tensors, {"step": 1})
     bomb = pickle.dumps(Bomb(marker))
-    for name in (".metadata", "model_and_optim/.metadata", "train/rank0.pt", "rank0.pt", "model.pt", "__0_0.distcp"):
+    for name in (
+        ".metadata",
+        "model_and_optim/.metadata",
+        "train/rank0.pt",
+        "rank0.pt",
+        "model.pt",
+        "__0_0.distcp",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(bomb)
     assert latest(tmp_path / "run") == folder
@@ -126,7 +137,9 @@ def damage_flip(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [damage_truncate, damage_flip, Path.unlink])
 @pytest.mark.parametrize("kind", ["*.safetensors", "rank0.json", DIGEST])
-def test_a_damaged_file_is_refused_by_name_and_the_one_before_is_used(tmp_path, damage, kind, capsys):
+def test_a_damaged_file_is_refused_by_name_and_the_one_before_is_used(
+    tmp_path, damage, kind, capsys
+):
     for step in (5, 10, 15):
         save_state(tmp_path / f"step{step}", {"a": torch.full((64,), float(step))}, {"step": step})
     victim = next((tmp_path / "step15").glob(kind))
@@ -143,13 +156,20 @@ def test_a_damaged_file_is_refused_by_name_and_the_one_before_is_used(tmp_path, 
 def test_latest_passes_over_what_is_not_finite(tmp_path, name, number, capsys):
     for step in (5, 10, 15):
         tensors = {"model.weight": torch.randn(7, 3), "optim.weight.exp_avg_sq": torch.rand(7, 3)}
-        tensors |= {"optim.half": torch.zeros(5).bfloat16(), "optim.updates": torch.arange(4), "none": torch.zeros(0)}
+        tensors |= {
+            "optim.half": torch.zeros(5).bfloat16(),
+            "optim.updates": torch.arange(4),
+            "none": torch.zeros(0),
+        }
         if step == 15:
             tensors[name].view(-1)[-1] = number
         save_state(tmp_path / f"step{step}", tensors, {"step": step})
     assert latest(tmp_path) == tmp_path / "step10"
     said = capsys.readouterr().err.replace("\n", " ")
-    assert f"got {name} with NaN or infinite numbers" in said and "trying the checkpoint before it" in said
+    assert (
+        f"got {name} with NaN or infinite numbers" in said
+        and "trying the checkpoint before it" in said
+    )
 
 
 def test_when_none_is_finite_training_does_not_silently_start_again(tmp_path):
@@ -165,7 +185,9 @@ def test_a_full_disk_is_an_oserror_and_leaves_the_checkpoint_before(tmp_path, no
     no_larger_file(100_000)
     for name in ("step1", "step2"):
         with pytest.raises(OSError, match=rf"File too large: .*{name}") as caught:
-            save_state(tmp_path / name, {"a": torch.zeros(40_000), "b": torch.zeros(3)}, {"step": 2})
+            save_state(
+                tmp_path / name, {"a": torch.zeros(40_000), "b": torch.zeros(3)}, {"step": 2}
+            )
         assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["step1"]
     found = blank(tensors)
@@ -217,7 +239,10 @@ def test_a_stranger_among_the_tensors_is_refused(tmp_path):
 
 def test_other_names_or_shapes_are_refused_before_anything_is_read(tmp_path):
     save_state(tmp_path / "step1", {"a": torch.ones(4), "b": torch.ones(2)}, {})
-    for asked, told in (({"a": torch.zeros(4)}, "'b'"), ({"a": torch.zeros(4), "c": torch.zeros(2)}, "'c'")):
+    for asked, told in (
+        ({"a": torch.zeros(4)}, "'b'"),
+        ({"a": torch.zeros(4), "c": torch.zeros(2)}, "'c'"),
+    ):
         with pytest.raises(ValueError, match=told):
             load_state(tmp_path / "step1", asked)
         assert not asked["a"].any()
@@ -279,7 +304,11 @@ def stop_before_rename(number: int, patch: pytest.MonkeyPatch) -> None:
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers(), inner),
+    lambda inner: (
+        st.lists(inner)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text() | st.integers(), inner)
+    ),
     max_leaves=12,
 )
 
@@ -336,7 +365,9 @@ def test_a_folder_without_a_model_says_what_is_missing(tmp_path):
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("where", [{"placement": "host"}, {"placement": "disk"}, {"folder": "rows"}])
+@pytest.mark.parametrize(
+    "where", [{"placement": "host"}, {"placement": "disk"}, {"folder": "rows"}]
+)
 def test_tables_elsewhere_are_refused_for_a_model_without_any(tmp_path, where):
     save_model(tmp_path, LanguageModel(tiny()))
     with pytest.raises(ValueError, match="for a model without Engram, expected none"):
@@ -361,7 +392,9 @@ SIZES = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_a_size_that_is_not_the_weights_is_refused_before_anything_is_built(name, tmp_path, monkeypatch):
+def test_a_size_that_is_not_the_weights_is_refused_before_anything_is_built(
+    name, tmp_path, monkeypatch
+):
     """`layers: 10000000` took 45 s and 8 GB."""
     parts = {
         "moe": MoEConfig(routed=4, active=2, width=8, first_dense=1),
@@ -403,7 +436,9 @@ def test_the_best_weights_are_read_where_no_other_checkpoint_is_good(tmp_path, c
     describe_model(tmp_path, model.config)
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     save_state(tmp_path / "checkpoints" / "best", state, {"step": 3, "validation_loss": 2.5})
-    save_state(tmp_path / "checkpoints" / "step5", {**state, "optim": torch.tensor([torch.nan])}, {})
+    save_state(
+        tmp_path / "checkpoints" / "step5", {**state, "optim": torch.tensor([torch.nan])}, {}
+    )
     ids = torch.arange(12).view(2, 6)
     assert torch.equal(load_model(tmp_path)(ids), model.eval()(ids))
     assert "the best checkpoint, read at step 3" in capsys.readouterr().err.replace("\n", " ")
@@ -432,7 +467,10 @@ def test_only_the_expected_warning_is_kept_back(tmp_path, monkeypatch, recwarn):
     save_state(tmp_path / "step1", {"a": torch.ones(2)}, {})
     load_state(tmp_path / "step1", {"a": torch.ones(2)})
     assert not recwarn.list
-    monkeypatch.setattr("rorqual.checkpoint.save", lambda *args, **options: warnings.warn("precision is lost"))  # noqa: B028
+    monkeypatch.setattr(
+        "rorqual.checkpoint.save",
+        lambda *args, **options: warnings.warn("precision is lost", stacklevel=1),
+    )
     with pytest.warns(UserWarning, match="precision is lost"):
         save_state(tmp_path / "step2", {"a": torch.ones(2)}, {})
 
@@ -448,14 +486,19 @@ def test_kills_lose_nothing():
     result = json.loads(done.stdout)
     assert result["kills"] == 10
     assert result["lost"] == 0
-    assert result["mid_write"] >= 1, "no kill met a checkpoint being written: the test would prove nothing"
+    assert result["mid_write"] >= 1, (
+        "no kill met a checkpoint being written: the test would prove nothing"
+    )
 
 
 def test_a_run_says_what_it_is_and_older_ones_are_read(tmp_path: Path) -> None:
     model = LanguageModel(tiny())
     save_model(tmp_path, model)
     said = json.loads((tmp_path / "config.json").read_text())
-    assert (said.pop("model_type"), said.pop("architectures")) == ("rorqual", ["RorqualForCausalLM"])
+    assert (said.pop("model_type"), said.pop("architectures")) == (
+        "rorqual",
+        ["RorqualForCausalLM"],
+    )
     assert is_run(tmp_path) and read_config(tmp_path) == model.config
     assert said == configs.to_dict(model.config)
     configs.save(model.config, tmp_path / "config.json")  # as runs were written before

@@ -60,7 +60,8 @@ models = st.builds(
     rate=st.floats(allow_nan=False, allow_infinity=False) | st.integers(0, 3),
     dense=st.booleans(),
     experts=st.builds(Experts, routed=st.integers(), memory=st.none() | st.builds(Memory)),
-    memory=st.none() | st.builds(Memory, layers=st.lists(st.integers(0, 9)).map(tuple), heads=st.integers(1, 9)),
+    memory=st.none()
+    | st.builds(Memory, layers=st.lists(st.integers(0, 9)).map(tuple), heads=st.integers(1, 9)),
     names=st.dictionaries(st.text(), st.integers()),
     folder=st.sampled_from([Path("a"), Path("a b/c")]),
 )
@@ -85,15 +86,24 @@ def test_what_is_absent_takes_its_default() -> None:
 @pytest.mark.parametrize(
     ("mapping", "said"),
     [
-        ({"stepz": 1}, "got Run key 'stepz', expected one of model, steps, note; did you mean 'steps'"),
+        (
+            {"stepz": 1},
+            "got Run key 'stepz', expected one of model, steps, note; did you mean 'steps'",
+        ),
         ({"steps": 1.5}, r"Run\.steps: got 1\.5, expected int"),
         ({"steps": True}, r"Run\.steps: got True, expected int"),
         ({"model": 3}, r"Run\.model: got 3, expected a mapping of Model fields"),
         ({"model": {"dense": 1}}, r"Run\.model\.dense: got 1, expected bool"),
         ({"model": {"rank": "x"}}, r"Run\.model\.rank: got 'x', expected int"),
         ({"model": {"sizes": [1]}}, r"Run\.model\.sizes: got \[1\], expected tuple\[float, int\]"),
-        ({"model": {"memory": {"layers": [1, "x"]}}}, r"layers: got \[1, 'x'\], expected tuple\[int, \.\.\.\]"),
-        ({"model": {"memory": {"headz": 1}}}, r"got Run\.model\.memory key 'headz', .*; did you mean 'heads'"),
+        (
+            {"model": {"memory": {"layers": [1, "x"]}}},
+            r"layers: got \[1, 'x'\], expected tuple\[int, \.\.\.\]",
+        ),
+        (
+            {"model": {"memory": {"headz": 1}}},
+            r"got Run\.model\.memory key 'headz', .*; did you mean 'heads'",
+        ),
         ({"model": {"folder": 3}}, r"Run\.model\.folder: got 3, expected Path"),
         ({"model": {"rank": 1.0}}, r"Run\.model\.rank: got 1\.0, expected int or none"),
         ({"model": {"memory": {"sign": "up"}}}, "expected 'sign' or 'copysign'"),
@@ -118,7 +128,9 @@ def test_a_wrong_file_names_itself(tmp_path: Path) -> None:
 
 def test_replace_by_dotted_name() -> None:
     assert configs.replace(Model(), "memory.heads", 7) == Model(memory=Memory(heads=7))
-    assert configs.replace(Model(), "experts.memory.layers", [2, 3]).experts == Experts(memory=Memory(layers=(2, 3)))
+    assert configs.replace(Model(), "experts.memory.layers", [2, 3]).experts == Experts(
+        memory=Memory(layers=(2, 3))
+    )
     assert configs.replace(Model(), "experts", Experts(routed=2)).experts == Experts(routed=2)
     assert configs.replace(Model(experts=Experts()), "memory", None).memory is None
 
@@ -140,9 +152,15 @@ def test_replace_refuses(name: str, value: Any, said: str) -> None:
 
 
 def test_change_switches_on_what_is_named() -> None:
-    assert configs.change(Run(), [("model.experts.memory.heads", 5)]).model.experts == Experts(memory=Memory(heads=5))
-    assert configs.change(Run(), [("model.experts", {"routed": 5})]).model.experts == Experts(routed=5)
-    assert configs.change(Run(), [("model.experts", {}), ("steps", 3)]) == Run(model=Model(experts=Experts()), steps=3)
+    assert configs.change(Run(), [("model.experts.memory.heads", 5)]).model.experts == Experts(
+        memory=Memory(heads=5)
+    )
+    assert configs.change(Run(), [("model.experts", {"routed": 5})]).model.experts == Experts(
+        routed=5
+    )
+    assert configs.change(Run(), [("model.experts", {}), ("steps", 3)]) == Run(
+        model=Model(experts=Experts()), steps=3
+    )
 
 
 def test_change_switches_off_and_takes_defaults() -> None:
@@ -210,12 +228,16 @@ def test_a_text_of_the_wrong_kind_is_refused(name: str, text: Any, said: str) ->
         configs.change(Model(), [(name, text)], lax=True)
 
 
-words = st.text() | st.sampled_from(["none", "default", "true", "1e3", "[a]", "a: b", "# c", "-", "\u2028", "é\n x"])
+words = st.text() | st.sampled_from(
+    ["none", "default", "true", "1e3", "[a]", "a: b", "# c", "-", "\u2028", "é\n x"]
+)
 runs = st.builds(Run, model=models, steps=st.integers(), note=words)
 
 
 @given(runs)
-def test_yaml_and_back_is_the_same_config(tmp_path_factory: pytest.TempPathFactory, run: Run) -> None:
+def test_yaml_and_back_is_the_same_config(
+    tmp_path_factory: pytest.TempPathFactory, run: Run
+) -> None:
     path = tmp_path_factory.getbasetemp() / "run.yaml"
     path.write_text(configs.to_yaml(run), encoding="utf-8")
     assert configs.load(Run, path) == run
@@ -250,7 +272,9 @@ def test_yaml_says_what_each_field_is_about() -> None:
 
 def test_a_yaml_file_changes_what_it_names(tmp_path: Path) -> None:
     path = tmp_path / "run.yml"
-    path.write_text("model:\n  rate: 1e-3\n  rank: none\n  memory: {heads: 7}\n  experts: default\n")
+    path.write_text(
+        "model:\n  rate: 1e-3\n  rank: none\n  memory: {heads: 7}\n  experts: default\n"
+    )
     start = Run(steps=5, model=Model(memory=Memory(layers=(2,))))
     model = Model(rate=1e-3, rank=None, memory=Memory(layers=(2,), heads=7), experts=Experts())
     assert configs.load(Run, path, start) == Run(steps=5, model=model)
@@ -261,7 +285,10 @@ def test_a_yaml_file_changes_what_it_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("stepz: 3", "got Run key 'stepz', expected one of model, steps, note; did you mean 'steps'"),
+        (
+            "stepz: 3",
+            "got Run key 'stepz', expected one of model, steps, note; did you mean 'steps'",
+        ),
         ("model: {memory: {headz: 3}}", "got model.memory key 'headz', .*did you mean 'heads'"),
         ("model: {dim: x}", "model.dim: got 'x', expected int"),
         ("model: [1]", r"model: got \[1\], expected .*a mapping of Model fields"),

@@ -64,7 +64,12 @@ def test_v3_to_the_last_parameter():
 
 @pytest.mark.parametrize(
     ("name", "total", "memory"),
-    [("dense-4b", 4.1e9, 0), ("moe-27b", 26.7e9, 0), ("engram-27b", 26.7e9, 5.79e9), ("engram-40b", 39.5e9, 18.53e9)],
+    [
+        ("dense-4b", 4.1e9, 0),
+        ("moe-27b", 26.7e9, 0),
+        ("engram-27b", 26.7e9, 5.79e9),
+        ("engram-40b", 39.5e9, 18.53e9),
+    ],
 )
 def test_engrams_four(name, total, memory):
     found = costs(preset(name))
@@ -99,7 +104,9 @@ def counted(config: ModelConfig) -> Counted:
         model = LanguageModel(config, seed=None)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     biases = {
-        name: buffer.numel() for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")
+        name: buffer.numel()
+        for name, buffer in model.named_buffers()
+        if name.endswith("e_score_correction_bias")
     }
     of_mtp = sum(size for name, size in (sizes | biases).items() if name.startswith("mtp."))
     memory = sum(size for name, size in sizes.items() if name.startswith("tables."))
@@ -108,16 +115,23 @@ def counted(config: ModelConfig) -> Counted:
     if config.moe is not None:
         resting = (config.moe.routed - config.moe.active) * 3 * config.dim * config.moe.width
     resting_of_blocks = resting * sum(config.has_experts(i) for i in range(config.layers))
-    recalled = len(config.engram.layers) * config.engram.memory_width if config.engram is not None else 0
+    recalled = (
+        len(config.engram.layers) * config.engram.memory_width if config.engram is not None else 0
+    )
     embedding, depth = config.vocabulary * config.dim, len(model.mtp)
     input_embedding = 0 if config.tied else embedding
     activated = total - resting_of_blocks - memory + recalled
     drafted = of_mtp - depth * resting + (embedding if depth else 0)
-    apart, inside = ("tables.", "mtp.", "embed.", "exit."), ("_site.", ".engram.", ".inner.compress_")
+    apart, inside = (
+        ("tables.", "mtp.", "embed.", "exit."),
+        ("_site.", ".engram.", ".inner.compress_"),
+    )
     matrices = [
         parameter.numel()
         for name, parameter in model.named_parameters()
-        if parameter.dim() > 1 and not name.startswith(apart) and not any(part in name for part in inside)
+        if parameter.dim() > 1
+        and not name.startswith(apart)
+        and not any(part in name for part in inside)
     ]
     return Counted(
         total=total,
@@ -135,7 +149,11 @@ def agrees(config: ModelConfig, context: int = 4096) -> None:
     found, model = costs(config, context), counted(config)
     assert found[: len(model) - 1] == model[:-1]
     assert found._fields[: len(model) - 1] == model._fields[:-1]
-    beside = config.layers * _attention_products(config, context) + _hyper_products(config) + _engram_products(config)
+    beside = (
+        config.layers * _attention_products(config, context)
+        + _hyper_products(config)
+        + _engram_products(config)
+    )
     assert found.flops_per_token == 2 * (model.matrices + beside)
 
 
@@ -167,7 +185,9 @@ def drawn(draw: Callable[[st.SearchStrategy[Any]], Any]) -> ModelConfig:
             bias=draw(flag),
         )
         if attention == "dsa":
-            parts["dsa"] = DSAConfig(heads=number(1, 5), dim=rope + number(0, 5), chosen=number(1, 9))
+            parts["dsa"] = DSAConfig(
+                heads=number(1, 5), dim=rope + number(0, 5), chosen=number(1, 9)
+            )
     else:
         kv_heads, plain = number(1, 3), attention == "gqa"
         parts["gqa"] = GQAConfig(
@@ -182,9 +202,13 @@ def drawn(draw: Callable[[st.SearchStrategy[Any]], Any]) -> ModelConfig:
         stride = number(1, 3)
         sizes = {"block": stride * number(1, 3), "select_block": stride * number(1, 3)}
         if attention == "nsa":
-            parts["nsa"] = NSAConfig(stride=stride, chosen=number(3, 5), window=number(1, 9), **sizes)
+            parts["nsa"] = NSAConfig(
+                stride=stride, chosen=number(3, 5), window=number(1, 9), **sizes
+            )
         if attention == "moba":
-            parts["moba"] = MoBAConfig(block=number(1, 9), chosen=number(1, 4), full_layers=number(0, 6))
+            parts["moba"] = MoBAConfig(
+                block=number(1, 9), chosen=number(1, 4), full_layers=number(0, 6)
+            )
     if draw(flag):
         groups, shared = number(1, 3), number(0, 2)
         routed = groups * number(2, 4)
@@ -195,7 +219,9 @@ def drawn(draw: Callable[[st.SearchStrategy[Any]], Any]) -> ModelConfig:
             width=number(1, 9),
             shared_width=some(number(1, 9)) if shared else None,
             first_dense=number(0, layers),
-            router=RouterConfig(groups=groups, groups_kept=groups, bias=draw(flag), token_id_layers=number(0, 2)),
+            router=RouterConfig(
+                groups=groups, groups_kept=groups, bias=draw(flag), token_id_layers=number(0, 2)
+            ),
             balance=BalanceConfig(devices=groups),
         )
     if draw(flag):
@@ -220,7 +246,12 @@ def drawn(draw: Callable[[st.SearchStrategy[Any]], Any]) -> ModelConfig:
     if draw(flag):
         parts["mtp"] = MTPConfig(depth=number(1, 3))
     return ModelConfig(
-        vocabulary=number(1, 99), dim=dim, layers=layers, dense_width=number(1, 40), tied=draw(flag), **parts
+        vocabulary=number(1, 99),
+        dim=dim,
+        layers=layers,
+        dense_width=number(1, 40),
+        tied=draw(flag),
+        **parts,
     )
 
 
@@ -272,7 +303,12 @@ def test_experts_at_rest_cost_nothing():
 
 
 PLAIN = ModelConfig(
-    vocabulary=10, dim=8, layers=3, dense_width=4, mla=None, gqa=GQAConfig(heads=2, kv_heads=1, head_dim=4)
+    vocabulary=10,
+    dim=8,
+    layers=3,
+    dense_width=4,
+    mla=None,
+    gqa=GQAConfig(heads=2, kv_heads=1, head_dim=4),
 )
 MATRICES = 3 * (8 * (8 + 4 + 4) + 8 * 8 + 3 * 8 * 4) + 8 * 10  # q k v, o, SwiGLU; head
 
@@ -306,13 +342,17 @@ def test_moba_by_hand():
     assert products(moba) == MATRICES + 3 * 2 * (4 * before + (4 + 4) * seen)
     assert costs(moba).cache_bytes_per_token == 3 * (2 * (4 + 4) + 4) - 3 * 4 + 3 * 4 * 4 // 10
     every = replace(PLAIN, moba=MoBAConfig(block=10, chosen=10))
-    assert products(every) == products(PLAIN) + 3 * 2 * 4 * before, "all blocks is full attention and the scores"
+    assert products(every) == products(PLAIN) + 3 * 2 * 4 * before, (
+        "all blocks is full attention and the scores"
+    )
     assert products(replace(PLAIN, moba=MoBAConfig(block=100))) == products(PLAIN)
 
 
 def test_nsa_by_hand():
     nsa = replace(PLAIN, nsa=NSAConfig(block=4, stride=2, select_block=4, chosen=3, window=10))
-    projections = 3 * (2 * 8 * 8 + 8 * 6 + 6 * 6)  # two more pairs of keys and values; the gates' two layers
+    projections = 3 * (
+        2 * 8 * 8 + 8 * 6 + 6 * 6
+    )  # two more pairs of keys and values; the gates' two layers
     blocks = range(3, 100, 2)  # the last key of each
     compressing = len(blocks) * 2 * (4 * 4 * 4 + 4 * 4) / 100
     compressed = sum(100 - last for last in blocks) / 100
@@ -330,7 +370,9 @@ def test_dsa_by_hand():
     seen = (20 * 20 / 2 + 80 * 20) / 100
     assert products(sparse) - products(dense) == 3 * (indexer + 2 * (4 + 2 + 3) * (seen - 50))
     assert costs(sparse).cache_bytes_per_token == 3 * 2 * (6 + 2 + 5)
-    assert products(sparse, 20) - products(dense, 20) == 3 * (8 * 3 * 5 + 8 * 5 + 8 * 3), "all are chosen: no scores"
+    assert products(sparse, 20) - products(dense, 20) == 3 * (8 * 3 * 5 + 8 * 5 + 8 * 3), (
+        "all are chosen: no scores"
+    )
 
 
 SITE = 2 * 4 * 8 + 4 * 4 * 8  # read, write, mix of 4 streams of width 8
@@ -355,10 +397,15 @@ def test_engram_by_hand():
     memory, gate = 2 * 2 * 3, 2 * 8
     one = memory * (8 + 8) + gate + 4 * 8
     assert products(replace(PLAIN, engram=engram)) - products(PLAIN) == 2 * one
-    assert products(replace(PLAIN, engram=replace(engram, conv=False))) - products(PLAIN) == 2 * (one - 4 * 8)
+    assert products(replace(PLAIN, engram=replace(engram, conv=False))) - products(PLAIN) == 2 * (
+        one - 4 * 8
+    )
     hyper = HyperConfig()
     streams = memory * (4 * 8 + 8) + 4 * gate + 4 * 4 * 8
-    assert products(replace(PLAIN, engram=engram, hyper=hyper)) - products(replace(PLAIN, hyper=hyper)) == 2 * streams
+    assert (
+        products(replace(PLAIN, engram=engram, hyper=hyper)) - products(replace(PLAIN, hyper=hyper))
+        == 2 * streams
+    )
     for gating, less in (("shared", 3 * (memory + 1) * 8), ("open", 4 * (memory + 1) * 8 + 4 * 8)):
         part = replace(PLAIN, engram=replace(engram, gating=gating), hyper=hyper)
         assert products(part) - products(replace(PLAIN, hyper=hyper)) == 2 * (streams - less)

@@ -55,10 +55,18 @@ def test_what_is_missing_comes_with_its_mend(tmp_path, monkeypatch):
 
 
 def test_every_dependency_of_the_project_is_looked_at(tmp_path):
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = {name: lines for name, lines in project["optional-dependencies"].items() if name not in ("all", "dev")}
+    project = tomllib.loads(
+        (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    )["project"]
+    extras = {
+        name: lines
+        for name, lines in project["optional-dependencies"].items()
+        if name not in ("all", "dev")
+    }
     words = [
-        line.split(">")[0].split("=")[0] for lines in (project["dependencies"], *extras.values()) for line in lines
+        line.split(">")[0].split("=")[0]
+        for lines in (project["dependencies"], *extras.values())
+        for line in lines
     ]
     seen = [check.name.replace("_", "-") for check in doctor.examine(tmp_path).checks]
     assert not {word.replace("_", "-") for word in words} - set(seen)

@@ -57,7 +57,9 @@ def test_score_is_the_sum_by_hand(model, tokenizer, rows):
     nats, tokens = by_hand(model, tokenizer, TEXTS)
     score = evaluate.score(model, tokenizer, TEXTS, length=512, rows=rows)
     assert score.nats_per_token == pytest.approx(nats / tokens, rel=1e-5)
-    assert score.bits_per_byte == pytest.approx(nats / math.log(2) / sum(len(t.encode()) for t in TEXTS), rel=1e-5)
+    assert score.bits_per_byte == pytest.approx(
+        nats / math.log(2) / sum(len(t.encode()) for t in TEXTS), rel=1e-5
+    )
     assert score.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
     assert (score.tokens, score.documents) == (tokens, len(TEXTS))
     assert score.bytes == sum(len(text.encode()) for text in TEXTS)
@@ -100,8 +102,12 @@ def test_texts_of_a_file_by_side(tmp_path):
 def test_a_small_folder_validates_on_what_training_kept_apart(tmp_path, tokenizer, count):
     (tmp_path / "notes").mkdir()
     for n in range(count):
-        (tmp_path / "notes" / f"{n}.md").write_text(f"document number {n} about whale {n * 7}", encoding="utf-8")
-    found = tokenise(open_corpus(str(tmp_path / "notes"), near=None), tokenizer, tmp_path / "tokens")
+        (tmp_path / "notes" / f"{n}.md").write_text(
+            f"document number {n} about whale {n * 7}", encoding="utf-8"
+        )
+    found = tokenise(
+        open_corpus(str(tmp_path / "notes"), near=None), tokenizer, tmp_path / "tokens"
+    )
     for part in ("train", "validation"):
         texts = list(evaluate.texts(tmp_path / "notes", part=part))
         side = getattr(found, part)
@@ -114,7 +120,11 @@ def test_a_small_folder_validates_on_what_training_kept_apart(tmp_path, tokenize
 def test_a_corpus_ends_where_training_ended_it(tmp_path):
     path = tmp_path / "notes.jsonl"
     path.write_text("".join(f'{{"body": "note {n}"}}\n' for n in range(9)), encoding="utf-8")
-    assert list(evaluate.texts(path, part="all", column="body", within=3)) == ["note 0", "note 1", "note 2"]
+    assert list(evaluate.texts(path, part="all", column="body", within=3)) == [
+        "note 0",
+        "note 1",
+        "note 2",
+    ]
 
 
 def test_nothing_to_score_and_bad_numbers(model, tokenizer, tmp_path):
@@ -133,7 +143,9 @@ def questions(tmp_path):
         {"text": "the sea, the", "ends": [" sea", " Wal"], "end": 0},
         {"text": "A whale", "ends": ["x", " is"], "end": 1},
     ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     task = {
         "task": "whales",
         "dataset_path": "json",
@@ -163,7 +175,9 @@ def test_lm_eval_runs_a_local_task(model, tokenizer, questions, tmp_path, monkey
             whole = [tokenizer.begin_id, *tokenizer.encode(row["text"] + end)]
             with torch.no_grad():
                 logits = model(torch.tensor([whole[:-1]]))[0, len(prompt) - 1 :]
-            nats.append(float(F.cross_entropy(logits, torch.tensor(whole[len(prompt) :]), reduction="sum")))
+            nats.append(
+                float(F.cross_entropy(logits, torch.tensor(whole[len(prompt) :]), reduction="sum"))
+            )
         right += nats.index(min(nats)) == row["end"]
     (scores,) = found.values()
     assert scores["acc,none"] == right / len(rows)

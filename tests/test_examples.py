@@ -25,7 +25,9 @@ def test_there_are_examples() -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_the_example_runs(path: Path, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, path], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, path], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert not done.stderr.strip()
     steps = re.findall(r"^(\d)\. ", done.stdout, re.MULTILINE)
@@ -83,6 +85,8 @@ def test_retrofit_has_more_invented_airports_than_it_is_asked_for_by_default() -
 
 
 def test_retrofit_says_where_a_model_is_to_be_had(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, RETROFIT, "absent.gguf"], env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, RETROFIT, "absent.gguf"], env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "got model absent.gguf, expected a .gguf file" in done.stderr

@@ -26,7 +26,11 @@ from rorqual.model import LanguageModel  # noqa: E402
 from rorqual.presets import preset  # noqa: E402
 from rorqual.serve.generate import Run  # noqa: E402
 
-TEXTS = ["The whale swims in the sea.", "A river runs to the sea, the Sea!", "a whale sings: the whale dives"]
+TEXTS = [
+    "The whale swims in the sea.",
+    "A river runs to the sea, the Sea!",
+    "a whale sings: the whale dives",
+]
 TEXT = "the whale sings in the sea"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 QUIET = [
@@ -41,9 +45,13 @@ QUIET = [
 def new_run(**parts) -> Run:
     tokenizer = train(TEXTS * 20, 300)
     memory = EngramConfig(layers=(0, 2), rows_per_head=(151, 157), heads=2, head_dim=8)
-    config = replace(preset("tiny"), vocabulary=tokenizer.vocabulary + 3, engram=memory, init_std=0.3)
+    config = replace(
+        preset("tiny"), vocabulary=tokenizer.vocabulary + 3, engram=memory, init_std=0.3
+    )
     config = replace(config, **parts)
-    model = LanguageModel(config, torch.from_numpy(tokenizer.canonical_map()) if config.engram else None, seed=1)
+    model = LanguageModel(
+        config, torch.from_numpy(tokenizer.canonical_map()) if config.engram else None, seed=1
+    )
     with torch.no_grad():
         for table in model.tables:
             table.weight.normal_(std=2.0)
@@ -84,7 +92,10 @@ def test_the_model_is_described(run, client):
         "heads": 2,
         "rows": [t.rows for t in run.model.tables],
     }
-    assert found["experts"] == {"layers": [0, 1, 2], "routed": 32, "active": 2} and found["streams"] == 4
+    assert (
+        found["experts"] == {"layers": [0, 1, 2], "routed": 32, "active": 2}
+        and found["streams"] == 4
+    )
 
 
 def test_tokens_carry_their_canonical_ids_and_what_reads_alike(run, client):
@@ -113,7 +124,9 @@ def test_numbers_are_the_models_own(run, client):
     known = gates(run.model, run.tokenizer, TEXT)
     torch.testing.assert_close(torch.tensor(found["gates"])[:, 1:], known.values, atol=6e-5, rtol=0)
     for n, routing in enumerate(routings):
-        assert [[e["expert"] for e in took] for took in found["experts"][n]] == routing.chosen[0].tolist()
+        assert [[e["expert"] for e in took] for took in found["experts"][n]] == routing.chosen[
+            0
+        ].tolist()
     assert torch.tensor(found["rows"]).shape == (2, ids.shape[1], 4)
     now = chances(run)
     with without_memory(run.model):
@@ -125,7 +138,10 @@ def test_numbers_are_the_models_own(run, client):
         assert guesses[0]["p"][0] == pytest.approx(float(now[t].max()), abs=1e-5)
         told = sorted((guess["p"][1] for guess in guesses), reverse=True)
         torch.testing.assert_close(
-            torch.tensor(told[: explore.BEST]), without[t].topk(explore.BEST).values, atol=1e-5, rtol=0
+            torch.tensor(told[: explore.BEST]),
+            without[t].topk(explore.BEST).values,
+            atol=1e-5,
+            rtol=0,
         )
     effect = (now * (now / without).log()).sum(-1)
     torch.testing.assert_close(torch.tensor(found["effects"]["without"]), effect, atol=1e-4, rtol=0)
@@ -140,7 +156,9 @@ def weights(run):
 def test_suppressed_rows_are_zero_and_come_back(run, client):
     before, first = weights(run), read(client)
     place = 3
-    edits = client.post("/api/edit", json={"text": TEXT, "token": place, "order": 3}).json()["edits"]
+    edits = client.post("/api/edit", json={"text": TEXT, "token": place, "order": 3}).json()[
+        "edits"
+    ]
     assert len(edits) == 1 and "suppressed" in edits[0]["what"]
     for n, (old, new) in enumerate(zip(before, weights(run), strict=True)):
         rows = torch.tensor(first["rows"])[n, place, 2:]
@@ -149,7 +167,10 @@ def test_suppressed_rows_are_zero_and_come_back(run, client):
         assert torch.equal(old[kept], new[kept])
     second = read(client)
     assert second["kinds"] == ["now", "without", "before"] and second["edits"] == edits
-    assert second["effects"]["before"][place] > 0 and max(second["effects"]["before"][: place - 1]) == 0
+    assert (
+        second["effects"]["before"][place] > 0
+        and max(second["effects"]["before"][: place - 1]) == 0
+    )
     was = {guess["text"]: guess["p"][0] for guess in first["predictions"][place]}
     for guess in second["predictions"][place]:
         assert guess["p"][2] == was.get(guess["text"], guess["p"][2])
@@ -174,7 +195,9 @@ def test_overwritten_rows_are_those_of_the_source(run, client):
 @pytest.mark.parametrize("token", [0, 1, 2])
 def test_ngrams_that_reach_before_the_document_can_be_edited(run, client, token):
     rows = read(client)["rows"]
-    edits = client.post("/api/edit", json={"text": TEXT, "token": token, "order": 3}).json()["edits"]
+    edits = client.post("/api/edit", json={"text": TEXT, "token": token, "order": 3}).json()[
+        "edits"
+    ]
     assert edits[0]["rows"] == [rows[n][token][2:] for n in range(2)]
     client.post("/api/undo", json={})
 
@@ -185,7 +208,10 @@ def test_edits_of_the_same_rows_are_taken_back_in_turn(run, client, at_once):
     for source in (None, "the sea", "a whale"):
         client.post("/api/edit", json={"text": TEXT, "token": 2, "order": 2, "source": source})
     read(client)  # looks at the memory as it was, and leaves the edits standing
-    left = [client.post("/api/undo", json={"all": at_once}).json()["edits"] for _ in range(1 if at_once else 3)]
+    left = [
+        client.post("/api/undo", json={"all": at_once}).json()["edits"]
+        for _ in range(1 if at_once else 3)
+    ]
     assert [len(edits) for edits in left] == ([0] if at_once else [2, 1, 0])
     assert all(torch.equal(a, b) for a, b in zip(before, weights(run), strict=True))
 
@@ -255,7 +281,9 @@ def test_a_body_that_is_no_request_is_refused(client, content, kind, said):
 def test_half_of_a_character_is_refused_with_a_sentence(client):
     for body in ({"text": "a\ud800"}, GOOD | {"source": "\udfff"}, {"text": "a\ud83d", "token": 0}):
         path = "edit" if "token" in body else "read"
-        answer = client.post(f"/api/{path}", content=json.dumps(body), headers={"Content-Type": "application/json"})
+        answer = client.post(
+            f"/api/{path}", content=json.dumps(body), headers={"Content-Type": "application/json"}
+        )
         assert answer.status_code == 400 and "half of a character" in answer.json()["error"]
 
 
@@ -267,7 +295,9 @@ def test_every_name_of_this_machine_that_can_be_asked_for_answers(run, name):
 def test_a_dead_token_has_no_gate():
     words = train(TEXTS * 20, 300)
     dead = words.encode(" sea")[-1]
-    memory = EngramConfig(layers=(0, 2), rows_per_head=(151, 157), heads=2, head_dim=8, dead_tokens=(dead,))
+    memory = EngramConfig(
+        layers=(0, 2), rows_per_head=(151, 157), heads=2, head_dim=8, dead_tokens=(dead,)
+    )
     run = new_run(engram=memory)
     found = read(TestClient(app(run), base_url="http://127.0.0.1"), "the sea, the sea sings")
     for layer in found["gates"]:
@@ -293,7 +323,9 @@ def test_edits_from_many_threads_are_each_whole(run):
             for _ in range(3):
                 explorer.edit(explore.Change(text=TEXT, token=token, order=2))
                 found = explorer.read(explore.Read(text=TEXT))
-                assert len(found["edits"]) >= 1 and all(len(edit["rows"]) == 2 for edit in found["edits"])
+                assert len(found["edits"]) >= 1 and all(
+                    len(edit["rows"]) == 2 for edit in found["edits"]
+                )
                 explorer.undo(explore.Undo())
         except Exception as error:
             failed.append(error)
@@ -314,17 +346,28 @@ def test_other_sites_and_other_names_are_refused(run):
 
 def test_the_page_loads_nothing_from_elsewhere(client):
     answer = client.get("/")
-    assert answer.status_code == 200 and "default-src 'none'" in answer.headers["content-security-policy"]
-    assert not re.search(r'(src|href)="(?!#|data:,")', answer.text) and "http" not in answer.text.replace("http-", "")
+    assert (
+        answer.status_code == 200
+        and "default-src 'none'" in answer.headers["content-security-policy"]
+    )
+    assert not re.search(
+        r'(src|href)="(?!#|data:,")', answer.text
+    ) and "http" not in answer.text.replace("http-", "")
 
 
-@pytest.mark.parametrize("parts", [{"engram": None}, {"moe": None}, {"engram": None, "moe": None, "hyper": None}])
+@pytest.mark.parametrize(
+    "parts", [{"engram": None}, {"moe": None}, {"engram": None, "moe": None, "hyper": None}]
+)
 def test_models_without_a_part_are_read(parts):
     plain = new_run(**parts)
     client = TestClient(app(plain), base_url="http://127.0.0.1")
     found, said = read(client), client.get("/api/model").json()
-    assert (said["memory"] is None) == ("engram" in parts) and (said["experts"] is None) == ("moe" in parts)
-    assert bool(found["experts"]) == ("moe" not in parts) and bool(found["gates"]) == ("engram" not in parts)
+    assert (said["memory"] is None) == ("engram" in parts) and (said["experts"] is None) == (
+        "moe" in parts
+    )
+    assert bool(found["experts"]) == ("moe" not in parts) and bool(found["gates"]) == (
+        "engram" not in parts
+    )
     assert found["kinds"] == (["now"] if "engram" in parts else ["now", "without"])
     edit = client.post("/api/edit", json=GOOD)
     if "engram" in parts:
@@ -335,16 +378,27 @@ def test_a_run_that_diverged_says_so():
     broken = new_run()
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))
-    answer = TestClient(app(broken), base_url="http://127.0.0.1").post("/api/read", json={"text": TEXT})
+    answer = TestClient(app(broken), base_url="http://127.0.0.1").post(
+        "/api/read", json={"text": TEXT}
+    )
     assert answer.status_code == 400 and "not finite" in answer.json()["error"]
 
 
 def test_any_text_is_read(client):
-    for text in ("\n\t ", "🐋", "\x00", "é" * 40, "<|end|>", "\ud800".encode("utf-8", "replace").decode()):
+    for text in (
+        "\n\t ",
+        "🐋",
+        "\x00",
+        "é" * 40,
+        "<|end|>",
+        "\ud800".encode("utf-8", "replace").decode(),
+    ):
         assert read(client, text)["tokens"][0]["id"] == 0
 
 
-@pytest.mark.parametrize("wrong", [{"host": "0.0.0.0"}, {"host": "example.org"}, {"port": -1}, {"port": 1 << 16}])
+@pytest.mark.parametrize(
+    "wrong", [{"host": "0.0.0.0"}, {"host": "example.org"}, {"port": -1}, {"port": 1 << 16}]
+)
 def test_the_config_refuses_what_would_be_unsafe(wrong):
     with pytest.raises(ValueError, match=r"got .* expected"):
         ExploreConfig(run="runs/x", **wrong)
@@ -389,7 +443,12 @@ def test_main_answers_on_this_machine_and_opens_the_browser(small_run, monkeypat
 def test_it_is_served_over_http(run):
     with shown(run) as port:
         line = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-        line.request("POST", "/api/read", json.dumps({"text": "the sea"}), {"Content-Type": "application/json"})
+        line.request(
+            "POST",
+            "/api/read",
+            json.dumps({"text": "the sea"}),
+            {"Content-Type": "application/json"},
+        )
         answer = line.getresponse()
         assert answer.status == 200 and json.loads(answer.read())["tokens"]
         line.close()
@@ -417,7 +476,10 @@ def visit(browser, run, width=1200, scheme="light"):
         page = context.new_page()
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on(
-            "request", lambda asked: complaints.append(asked.url) if f"127.0.0.1:{port}/" not in asked.url else None
+            "request",
+            lambda asked: (
+                complaints.append(asked.url) if f"127.0.0.1:{port}/" not in asked.url else None
+            ),
         )
         page.goto(f"http://127.0.0.1:{port}/")
         page.wait_for_selector("#token:not([hidden])")
@@ -447,11 +509,15 @@ def test_clicking_through_it(browser, run):
         expect(page.locator("#token")).to_contain_text("start of the document")
         page.keyboard.press("End")
         expect(page.locator(".token").last).to_be_focused()
-        assert page.locator(".token[tabindex='0']").count() == 1, "one stop of the tab key for the whole text"
+        assert page.locator(".token[tabindex='0']").count() == 1, (
+            "one stop of the tab key for the whole text"
+        )
         page.locator(".token").nth(3).click()
         for lens in ("Effect", "Expert", "Surprise", "Gate"):
             page.get_by_role("button", name=lens, exact=True).click()
-            assert page.locator(".token").nth(2).evaluate("node => node.style.getPropertyValue('--c')")
+            assert (
+                page.locator(".token").nth(2).evaluate("node => node.style.getPropertyValue('--c')")
+            )
         page.locator("#layer").select_option(label="block 2")
         page.locator("#stream").select_option(label="stream 3")
         assert page.locator(".token").nth(3).get_attribute("title").startswith("gate 0.")
@@ -463,7 +529,9 @@ def test_clicking_through_it(browser, run):
         page.locator(".swap input").last.fill("a river runs")
         page.keyboard.press("Enter")
         expect(page.locator("#edits li")).to_have_count(2)
-        assert page.locator(".rows .edited").count() > 0 and not torch.equal(before[0], weights(run)[0])
+        assert page.locator(".rows .edited").count() > 0 and not torch.equal(
+            before[0], weights(run)[0]
+        )
         page.get_by_role("button", name="Undo", exact=True).click()
         expect(page.locator("#edits li")).to_have_count(1)
         page.get_by_role("button", name="Undo all").click()
@@ -482,7 +550,9 @@ def test_it_fits_and_reads_in_light_and_dark(browser, run, width, scheme):
     with visit(browser, run, width, scheme) as page:
         say(page, "a whale " * 60 + "w" * 300)
         page.wait_for_selector(".token >> nth=100")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out of the page"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, (
+            "nothing sticks out of the page"
+        )
         shades = page.evaluate(
             "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
         )

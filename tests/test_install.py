@@ -56,7 +56,9 @@ def made(target: str) -> list[str]:
     """The commands of pip that a target would run, as if nothing were installed."""
     command = ["make", "--dry-run", "--always-make", target]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return [line for line in re.split(r"[;\n]", done.stdout) if " pip " in line and " install " in line]
+    return [
+        line for line in re.split(r"[;\n]", done.stdout) if " pip " in line and " install " in line
+    ]
 
 
 def test_the_demo_installs_only_what_it_needs() -> None:

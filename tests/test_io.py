@@ -100,7 +100,9 @@ def test_tensors_are_as_open_as_any_file_made_here(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "w.safetensors")["w"], tensors["w"])
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of a process's files")
+@pytest.mark.skipif(
+    sys.platform == "win32", reason="Windows has no limit on the size of a process's files"
+)
 def test_a_full_disk_is_an_os_error_with_its_number(tmp_path: Path) -> None:
     import resource
 
@@ -123,7 +125,9 @@ def test_a_lock_is_held_by_one_and_released_with_the_block(tmp_path: Path) -> No
         with pytest.raises(io.Locked, match="taken"), io.lock(path, "taken"):
             pass
         code = f"from pathlib import Path\nfrom rorqual import io\nwith io.lock(Path({str(path)!r}), 'taken'): pass"
-        other = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+        other = subprocess.run(
+            [sys.executable, "-c", code], check=False, capture_output=True, text=True
+        )
         assert other.returncode and "taken" in other.stderr
     with io.lock(path, "again", timeout=1.0):
         pass
@@ -156,9 +160,14 @@ def test_a_folder_is_replaced_and_a_stop_in_between_is_undone(tmp_path: Path, mo
 
 @pytest.mark.parametrize("portable", [False, True])
 @given(first=st.binary(min_size=1, max_size=40), offset=st.integers(0, 50), size=st.integers(0, 60))
-def test_positions(tmp_path_factory: pytest.TempPathFactory, portable: bool, first: bytes, offset: int, size: int):
+def test_positions(
+    tmp_path_factory: pytest.TempPathFactory, portable: bool, first: bytes, offset: int, size: int
+):
     """With and without the calls that only POSIX has."""
-    with pytest.MonkeyPatch.context() as patch, tmp_path_factory.getbasetemp().joinpath("at").open("w+b") as file:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tmp_path_factory.getbasetemp().joinpath("at").open("w+b") as file,
+    ):
         for name in ("preadv", "pwrite"):
             if portable:
                 patch.delattr(os, name, raising=False)

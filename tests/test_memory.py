@@ -56,8 +56,12 @@ def test_every_token_says_what_it_read(model, tokenizer):
     for t, one in enumerate(read):
         assert one.rows == {0: rows[0, 0, t].tolist(), 2: rows[1, 0, t].tolist()}
         assert set(one.gates) == {0, 2}
-        assert all(len(gates) == 2 and all(0 < gate < 1 for gate in gates) for gates in one.gates.values())
-    assert not any(engram.gate._forward_hooks for engram in (model.blocks[0].engram, model.blocks[2].engram))
+        assert all(
+            len(gates) == 2 and all(0 < gate < 1 for gate in gates) for gates in one.gates.values()
+        )
+    assert not any(
+        engram.gate._forward_hooks for engram in (model.blocks[0].engram, model.blocks[2].engram)
+    )
 
 
 def test_rows_of_an_ngram_are_those_read_wherever_it_stands(model, tokenizer):
@@ -73,7 +77,9 @@ def test_rows_of_an_ngram_are_those_read_wherever_it_stands(model, tokenizer):
 def test_folded_spellings_read_alike(model, tokenizer):
     small, large = tokenizer.encode("a")[0], tokenizer.encode("A")[0]
     assert small != large
-    assert memory.rows_of(model, tokenizer, [small, small], 0) == memory.rows_of(model, tokenizer, [large, large], 0)
+    assert memory.rows_of(model, tokenizer, [small, small], 0) == memory.rows_of(
+        model, tokenizer, [large, large], 0
+    )
 
 
 def test_edits_change_only_what_reads_them_and_undo_is_exact(editor, model, tokenizer):
@@ -93,7 +99,9 @@ def test_edits_change_only_what_reads_them_and_undo_is_exact(editor, model, toke
     changed = (model.tables[0].weight != tables[0]).any(1).nonzero().flatten().tolist()
     assert changed == sorted(memory.rows_of(model, tokenizer, ngram, 0))
     assert [editor.undo().layer for _ in range(3)] == [2, 0, 0]
-    assert all(torch.equal(table.weight, old) for table, old in zip(model.tables, tables, strict=True))
+    assert all(
+        torch.equal(table.weight, old) for table, old in zip(model.tables, tables, strict=True)
+    )
     with torch.no_grad():
         assert torch.equal(model(ids), before)
     with pytest.raises(ValueError, match="no edit to take back"):
@@ -112,13 +120,17 @@ def test_the_next_token_is_the_models(model, tokenizer):
     best = memory.next_tokens(model, tokenizer, TEXTS[0], 5)
     ids = torch.tensor([[tokenizer.begin_id, *tokenizer.encode(TEXTS[0])]])
     chances = model(ids)[0, -1, : tokenizer.vocabulary].softmax(-1)
-    assert [p for _, p in best] == pytest.approx(chances.topk(5).values.tolist(), rel=1e-5)  # float32, two call shapes
+    assert [p for _, p in best] == pytest.approx(
+        chances.topk(5).values.tolist(), rel=1e-5
+    )  # float32, two call shapes
     assert len(memory.next_tokens(model, tokenizer, TEXTS[0], 10_000)) == tokenizer.vocabulary
 
 
 def test_popular_rows_and_who_shares_them(model, tokenizer):
     row, number, ngram = memory.popular(model, tokenizer, TEXTS, 0, 3)[0]
-    counted = sum(row in one.rows[0] for text in TEXTS for one in memory.reads(model, tokenizer, text)[1:])
+    counted = sum(
+        row in one.rows[0] for text in TEXTS for one in memory.reads(model, tokenizer, text)[1:]
+    )
     assert number == counted
     assert isinstance(ngram, str)
     ids = tokenizer.encode(TEXTS[3])[-2:]
@@ -127,7 +139,11 @@ def test_popular_rows_and_who_shares_them(model, tokenizer):
     assert all(1 <= count <= len(own) for count in shared.values())
     tight = LanguageModel(
         ModelConfig(
-            vocabulary=300, dim=32, layers=1, dense_width=32, engram=EngramConfig(layers=(0,), rows_per_head=(2, 3))
+            vocabulary=300,
+            dim=32,
+            layers=1,
+            dense_width=32,
+            engram=EngramConfig(layers=(0,), rows_per_head=(2, 3)),
         )
     )
     assert memory.sharing(tight, tokenizer, ids, TEXTS, 0)
@@ -139,9 +155,18 @@ def test_popular_rows_and_who_shares_them(model, tokenizer):
         (lambda m, t: memory.rows_of(m, t, "the", 1), "n-gram: got|layer: got 1"),
         (lambda m, t: memory.rows_of(m, t, [1], 0), "got 1 tokens .*expected 2 to 3"),
         (lambda m, t: memory.rows_of(m, t, [1, 2, 3, 4], 0), "got 4 tokens"),
-        (lambda m, t: memory.rows_of(m, t, [1, 2], 1), "layer: got 1, expected a block that remembers: 0, 2"),
-        (lambda m, t: memory.Editor(m, t).overwrite([1, 2], 0, torch.ones(2, 7)), r"values: got shape \(2, 7\)"),
-        (lambda m, t: memory.Editor(LanguageModel(ModelConfig(dim=32)), t), "a model without Engram"),
+        (
+            lambda m, t: memory.rows_of(m, t, [1, 2], 1),
+            "layer: got 1, expected a block that remembers: 0, 2",
+        ),
+        (
+            lambda m, t: memory.Editor(m, t).overwrite([1, 2], 0, torch.ones(2, 7)),
+            r"values: got shape \(2, 7\)",
+        ),
+        (
+            lambda m, t: memory.Editor(LanguageModel(ModelConfig(dim=32)), t),
+            "a model without Engram",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(model, tokenizer, call, said):
@@ -152,9 +177,16 @@ def test_what_cannot_be_is_refused(model, tokenizer, call, said):
 @pytest.fixture
 def host(tokenizer):
     torch.manual_seed(3)
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
     host = LlamaForCausalLM(LlamaConfig(vocab_size=300, **shape)).eval()
-    held = attach(host, tokenizer, (0, 2), rows_per_head=(97, 89), heads=2, head_dim=8, dead_tokens=(7,))
+    held = attach(
+        host, tokenizer, (0, 2), rows_per_head=(97, 89), heads=2, head_dim=8, dead_tokens=(7,)
+    )
     with torch.no_grad():
         for parameter in held.parameters():
             torch.nn.init.normal_(parameter)
@@ -184,14 +216,20 @@ def test_a_corpus_is_counted_as_by_hand(kind, request, tokenizer):
     for row, times, ngram in top:
         assert times == number[row]
         best = max(readers[row].values())
-        assert ngram in {tokenizer.decode(ids) for ids, times in readers[row].items() if times == best}
+        assert ngram in {
+            tokenizer.decode(ids) for ids, times in readers[row].items() if times == best
+        }
     canonical = tokenizer.canonical_map()
-    different = {row: {tuple(canonical[list(ids)]) for ids in found} for row, found in readers.items()}
+    different = {
+        row: {tuple(canonical[list(ids)]) for ids in found} for row, found in readers.items()
+    }
     found = memory.collisions(model, tokenizer, iter(TEXTS), 2, 5)
     assert found.ngrams == len(set().union(*different.values()))
     assert found.rows == len(readers)
     assert found.shared == sum(len(ngrams) > 1 for ngrams in different.values())
-    assert [len(ngrams) for _, ngrams in found.worst] == sorted(map(len, different.values()))[::-1][: len(found.worst)]
+    assert [len(ngrams) for _, ngrams in found.worst] == sorted(map(len, different.values()))[::-1][
+        : len(found.worst)
+    ]
     assert all(len(ngrams) == len(different[row]) for row, ngrams in found.worst)
 
 
@@ -218,9 +256,13 @@ def test_an_attached_memory_is_read_edited_and_undone(host, tokenizer):
         change = memory.difference(before, after, tokenizer, 3)
         editor.undo()
         assert torch.equal(host(ids).logits, whole)
-    assert change.kl == pytest.approx(torch.nn.functional.kl_div(after.log(), before, reduction="sum").item(), rel=1e-3)
+    assert change.kl == pytest.approx(
+        torch.nn.functional.kl_div(after.log(), before, reduction="sum").item(), rel=1e-3
+    )
     moved = (after - before).abs()
-    assert abs(change.movers[0][2] - change.movers[0][1]) == pytest.approx(moved.max().item(), rel=1e-3)
+    assert abs(change.movers[0][2] - change.movers[0][1]) == pytest.approx(
+        moved.max().item(), rel=1e-3
+    )
     assert memory.difference(before, before, tokenizer).kl == 0.0
 
 
@@ -244,7 +286,10 @@ def test_a_row_written_by_hand_changes_exactly_the_tokens_that_read_it(model, to
 
 
 def test_edits_are_undone_by_another_process(editor, model, tokenizer, tmp_path):
-    ngram, start = tokenizer.encode(TEXTS[0])[-2:], [table.weight.detach().clone() for table in model.tables]
+    ngram, start = (
+        tokenizer.encode(TEXTS[0])[-2:],
+        [table.weight.detach().clone() for table in model.tables],
+    )
     editor.suppress(ngram, 0)
     editor.overwrite(ngram, 2, torch.full((2, 8), 0.1))
     editor.save(tmp_path / "edits")
@@ -256,7 +301,9 @@ def test_edits_are_undone_by_another_process(editor, model, tokenizer, tmp_path)
     late.load(tmp_path / "edits")  # the weights were saved, the journal was not: the edit is gone
     assert len(late.edits) == 1
     late.undo()
-    assert all(torch.equal(table.weight, old) for table, old in zip(model.tables, start, strict=True))
+    assert all(
+        torch.equal(table.weight, old) for table, old in zip(model.tables, start, strict=True)
+    )
     with torch.no_grad():
         model.tables[1].weight.add_(1.0)
     with pytest.raises(ValueError, match="got other rows than overwrite"):

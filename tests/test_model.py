@@ -62,7 +62,9 @@ def _model(name: str) -> LanguageModel:
 
 
 def _ids(batch: int, time: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, BASE.vocabulary, (batch, time), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, BASE.vocabulary, (batch, time), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -121,7 +123,9 @@ def test_the_last_position_alone_is_that_of_all(precise):
         last = model.hidden(ids, cache=cache, last=True, **known)[0]
         assert last.shape[1] == 1
         assert torch.allclose(last, model.hidden(ids, cache=whole, **known)[0][:, -1:], atol=2e-6)
-        assert torch.allclose(model(ids[:, :1], cache=cache), model(ids[:, :1], cache=whole), atol=2e-6)
+        assert torch.allclose(
+            model(ids[:, :1], cache=cache), model(ids[:, :1], cache=whole), atol=2e-6
+        )
 
 
 @torch.no_grad()
@@ -140,7 +144,9 @@ def test_the_future_is_unseen(model):
     ids = _ids(1, 12)
     other = ids.clone()
     other[0, 8] = (other[0, 8] + 1) % BASE.vocabulary
-    exact = copy.deepcopy(model).double()  # which rows an expert gets together changes the last bits of float32
+    exact = copy.deepcopy(
+        model
+    ).double()  # which rows an expert gets together changes the last bits of float32
     changed = (exact(ids) - exact(other)).abs().amax(-1)[0]
     assert (changed[:8] < 1e-6).all() and changed[8] > 1e-3
 
@@ -150,7 +156,9 @@ def test_every_parameter_learns(model):
     ids = _ids(4, 33)
     model.loss(ids[:, :-1], ids[:, 1:]).total.backward()
     silent = [
-        name for name, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad.to_dense()).all()
+        name
+        for name, p in model.named_parameters()
+        if p.grad is None or not torch.isfinite(p.grad.to_dense()).all()
     ]
     assert silent == []
 
@@ -160,7 +168,10 @@ def test_the_same_seed_is_the_same_model_and_the_callers_randomness_is_untouched
     before = torch.get_rng_state()
     a, b, c = (LanguageModel(BASE, seed=s) for s in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state())
-    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
     assert not torch.equal(a.embed.weight, c.embed.weight)
 
 
@@ -171,7 +182,11 @@ def test_initial_values_are_the_tables():
     assert values["blocks.1.ffn.experts.gate_up"].std().item() == pytest.approx(0.02, rel=0.1)
     assert values["tables.0.weight"].std().item() == pytest.approx(0.02, rel=0.1)
     assert all((p == 0).all() for n, p in values.items() if n.endswith(".conv"))
-    assert all((p == 1).all() for n, p in values.items() if n.endswith(("norm.weight", "_norm")) and "mixer" not in n)
+    assert all(
+        (p == 1).all()
+        for n, p in values.items()
+        if n.endswith(("norm.weight", "_norm")) and "mixer" not in n
+    )
 
 
 def test_loss_is_the_mean_cross_entropy_of_the_labels_that_count():
@@ -180,7 +195,9 @@ def test_loss_is_the_mean_cross_entropy_of_the_labels_that_count():
     labels = ids[:, 1:].clone()
     labels[0, 3] = IGNORED
     found = model.loss(ids[:, :-1], labels)
-    expected = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+    expected = F.cross_entropy(
+        model(ids[:, :-1]).flatten(0, 1), labels.flatten(), ignore_index=IGNORED
+    )
     assert torch.allclose(found.next_token, expected, atol=1e-5)
     assert found.tokens == 19 and found.mtp is None and torch.equal(found.total, found.next_token)
 
@@ -194,7 +211,9 @@ def test_mtp_targets_stay_within_the_document():
     for t in range(8):
         labels = ids[:, 1:].clone()
         labels[0, t] = IGNORED
-        counted.append(not torch.equal(model.loss(ids[:, :-1], labels, documents=documents).mtp, base))
+        counted.append(
+            not torch.equal(model.loss(ids[:, :-1], labels, documents=documents).mtp, base)
+        )
     # label t is the target of position t - 1 where both are of one document; what a position is told are the ids
     assert counted == [False, True, True, False, True, True, True, True]
     loss = model.loss(ids[:, :-1], ids[:, 1:], documents=documents)
@@ -213,8 +232,12 @@ def _foretold(model: LanguageModel, ids: torch.Tensor, labels: torch.Tensor) -> 
         hidden = hidden[: max(len(ids) - k, 0)]
         if len(hidden):
             told = ids[k:]
-            joined = module.eh_proj(torch.cat([module.enorm(model.embed(told)), module.hnorm(hidden)], -1))
-            ctx = context(1, len(told), "cpu", rope=(model.config.rope, model.rope_dim), ids=told[None])
+            joined = module.eh_proj(
+                torch.cat([module.enorm(model.embed(told)), module.hnorm(hidden)], -1)
+            )
+            ctx = context(
+                1, len(told), "cpu", rope=(model.config.rope, model.rope_dim), ids=told[None]
+            )
             hidden = module.block(Streams(joined[None, :, None]), ctx)[0].values[0, :, 0]
         logits = model.head(module.norm(hidden))
         found.append(F.cross_entropy(logits, labels[k:], ignore_index=IGNORED, reduction="none"))
@@ -231,27 +254,51 @@ def test_mtp_of_packed_documents_is_that_of_each_alone(lengths, depth, seed, mis
     model = LanguageModel(replace(VARIANTS[name], mtp=MTPConfig(depth=depth)), seed=seed).double()
     ids = _ids(1, sum(lengths), seed)
     labels = torch.cat([ids[:, 1:], ids[:, :1]], 1)
-    labels[torch.rand(labels.shape, generator=torch.Generator().manual_seed(seed)) < missing] = IGNORED
+    labels[torch.rand(labels.shape, generator=torch.Generator().manual_seed(seed)) < missing] = (
+        IGNORED
+    )
     documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
     found = model.loss(ids, labels, documents=documents).mtp
-    alone = [_foretold(model, *pair) for pair in zip(ids[0].split(lengths), labels[0].split(lengths), strict=True)]
+    alone = [
+        _foretold(model, *pair)
+        for pair in zip(ids[0].split(lengths), labels[0].split(lengths), strict=True)
+    ]
     by_depth = [torch.cat(nats) for nats in zip(*alone, strict=True)]
-    counted = [torch.cat([part[k:] for part in labels[0].split(lengths)]) != IGNORED for k in range(1, depth + 1)]
-    expected = sum(nats.sum() / here.sum().clamp_min(1) for nats, here in zip(by_depth, counted, strict=True)) / depth
+    counted = [
+        torch.cat([part[k:] for part in labels[0].split(lengths)]) != IGNORED
+        for k in range(1, depth + 1)
+    ]
+    expected = (
+        sum(
+            nats.sum() / here.sum().clamp_min(1)
+            for nats, here in zip(by_depth, counted, strict=True)
+        )
+        / depth
+    )
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
     if expected.requires_grad and any(here.any() for here in counted):
         learning = [p for name, p in model.named_parameters() if "tables" not in name]
-        one, other = (torch.autograd.grad(loss, learning, allow_unused=True) for loss in (found, expected))
+        one, other = (
+            torch.autograd.grad(loss, learning, allow_unused=True) for loss in (found, expected)
+        )
         for mine, theirs, parameter in zip(one, other, learning, strict=True):
-            both = (torch.zeros_like(parameter) if grad is None else grad for grad in (mine, theirs))
+            both = (
+                torch.zeros_like(parameter) if grad is None else grad for grad in (mine, theirs)
+            )
             torch.testing.assert_close(*both, rtol=1e-5, atol=1e-8)
 
 
 def test_every_depth_of_mtp_learns_and_teaches_the_model():
     model, ids = _model("everything"), _ids(2, 11)
     model.loss(ids[:, :-1], ids[:, 1:]).mtp.backward()
-    still = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.to_dense().any()}
-    assert still == {"norm.weight"}  # the model's own norm stands behind the hidden state that MTP takes
+    still = {
+        name
+        for name, p in model.named_parameters()
+        if p.grad is None or not p.grad.to_dense().any()
+    }
+    assert still == {
+        "norm.weight"
+    }  # the model's own norm stands behind the hidden state that MTP takes
 
 
 def test_counts_and_balance_come_from_every_mixture():
@@ -335,7 +382,13 @@ VARIED: dict[str, dict] = {
 
 @functools.cache
 def state_model(name: str, experts: bool = True) -> LanguageModel:
-    options = {"layers": (0, 1), "rows_per_head": (29, 31), "heads": 2, "head_dim": 4, "streams": 4} | VARIED[name]
+    options = {
+        "layers": (0, 1),
+        "rows_per_head": (29, 31),
+        "heads": 2,
+        "head_dim": 4,
+        "streams": 4,
+    } | VARIED[name]
     streams = options.pop("streams")
     config = ModelConfig(
         vocabulary=WORDS,
@@ -349,7 +402,10 @@ def state_model(name: str, experts: bool = True) -> LanguageModel:
         mtp=MTPConfig(depth=1),
         init_std=0.3,
     )
-    model, generator = LanguageModel(config, torch.arange(WORDS) // 2, seed=2).eval(), torch.Generator().manual_seed(3)
+    model, generator = (
+        LanguageModel(config, torch.arange(WORDS) // 2, seed=2).eval(),
+        torch.Generator().manual_seed(3),
+    )
     with torch.no_grad():
         for part, parameter in model.named_parameters():
             if part.endswith(".conv") or part.startswith("tables"):
@@ -358,14 +414,23 @@ def state_model(name: str, experts: bool = True) -> LanguageModel:
 
 
 def test_moba_knows_which_layers_are_the_last() -> None:
-    config = ModelConfig(vocabulary=30, layers=3, mla=None, gqa=GQAConfig(), moba=MoBAConfig(full_layers=2))
-    assert [block.attention.inner.full for block in LanguageModel(config).blocks] == [False, True, True]
+    config = ModelConfig(
+        vocabulary=30, layers=3, mla=None, gqa=GQAConfig(), moba=MoBAConfig(full_layers=2)
+    )
+    assert [block.attention.inner.full for block in LanguageModel(config).blocks] == [
+        False,
+        True,
+        True,
+    ]
 
 
 class Scripted(RuleBasedStateMachine):
     """Any script of extend, select, crop and reset, on rows of different lengths: rows are (id, document)."""
 
-    @initialize(name=st.sampled_from(sorted(VARIED)), sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3))
+    @initialize(
+        name=st.sampled_from(sorted(VARIED)),
+        sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    )
     def begin(self, name: str, sizes: list[int]) -> None:
         self.model, self.draw = state_model(name), torch.Generator().manual_seed(sum(sizes))
         self.cache = self.model.new_cache(len(sizes), capacity=1 + sizes[0])
@@ -374,11 +439,15 @@ class Scripted(RuleBasedStateMachine):
     def fill(self, sizes: list[int]) -> None:
         self.rows: list[list[tuple[int, int]]] = [[] for _ in sizes]
         self.padding, self.held = [max(sizes) - size for size in sizes], 0
-        present = torch.tensor([[t >= padding for t in range(max(sizes))] for padding in self.padding])
+        present = torch.tensor(
+            [[t >= padding for t in range(max(sizes))] for padding in self.padding]
+        )
         self.feed(max(sizes), None, None if present.all() else present)
 
     @torch.no_grad()
-    def feed(self, count: int, documents: torch.Tensor | None, present: torch.Tensor | None = None) -> None:
+    def feed(
+        self, count: int, documents: torch.Tensor | None, present: torch.Tensor | None = None
+    ) -> None:
         ids = torch.randint(0, WORDS, (len(self.rows), count), generator=self.draw)
         got = self.model(ids, documents=documents, present=present, cache=self.cache)
         fresh = [count - padding if present is not None else count for padding in self.padding]
@@ -388,7 +457,9 @@ class Scripted(RuleBasedStateMachine):
             row += list(zip(ids[b].tolist(), numbers, strict=True))[count - fresh[b] :]
         self.held = min(64, self.held + count)
         longest = max(map(len, self.rows))
-        filled = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in self.rows])  # on the right: unseen
+        filled = torch.tensor(
+            [row + [row[-1]] * (longest - len(row)) for row in self.rows]
+        )  # on the right: unseen
         whole = self.model(filled[..., 0], documents=filled[..., 1])
         for b, row in enumerate(self.rows):
             expected = whole[b, len(row) - fresh[b] : len(row)]
@@ -408,7 +479,10 @@ class Scripted(RuleBasedStateMachine):
     def select(self, data: st.DataObject) -> None:
         index = data.draw(st.lists(st.integers(0, len(self.rows) - 1), min_size=1, max_size=3))
         self.cache.select(torch.tensor(index))
-        self.rows, self.padding = [list(self.rows[i]) for i in index], [self.padding[i] for i in index]
+        self.rows, self.padding = (
+            [list(self.rows[i]) for i in index],
+            [self.padding[i] for i in index],
+        )
 
     @rule(data=st.data())
     def crop(self, data: st.DataObject) -> None:
@@ -430,18 +504,24 @@ class Scripted(RuleBasedStateMachine):
         self.fill(sizes)
 
 
-SCRIPTS = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+SCRIPTS = settings(
+    deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
 
 
 @pytest.mark.engram
 def test_state_of_any_script_gives_the_logits_of_one_forward() -> None:
-    run_state_machine_as_test(Scripted, settings=settings(SCRIPTS, max_examples=10, stateful_step_count=5))
+    run_state_machine_as_test(
+        Scripted, settings=settings(SCRIPTS, max_examples=10, stateful_step_count=5)
+    )
 
 
 @pytest.mark.engram
 @pytest.mark.slow
 def test_state_of_many_scripts_gives_the_logits_of_one_forward() -> None:
-    run_state_machine_as_test(Scripted, settings=settings(SCRIPTS, max_examples=100, stateful_step_count=10))
+    run_state_machine_as_test(
+        Scripted, settings=settings(SCRIPTS, max_examples=100, stateful_step_count=10)
+    )
 
 
 @pytest.mark.engram
@@ -450,7 +530,9 @@ def test_state_goes_back_as_far_as_it_was_asked_to_hold() -> None:
     model, ids = state_model("usual"), torch.randint(0, WORDS, (2, 170))
     cache = model.new_cache(2)
     model(ids, cache=cache)
-    with pytest.raises(ValueError, match=r"got 150 tokens to forget, expected 0 to 64, or all 170: hold\(150\)"):
+    with pytest.raises(
+        ValueError, match=r"got 150 tokens to forget, expected 0 to 64, or all 170: hold\(150\)"
+    ):
         cache.crop(150)
     with pytest.raises(ValueError, match="expected an empty one"):
         cache.hold(150)
@@ -461,16 +543,23 @@ def test_state_goes_back_as_far_as_it_was_asked_to_hold() -> None:
     cache.hold(150)
     model(ids, cache=cache)
     cache.crop(150)
-    torch.testing.assert_close(model(ids[:, 20:], cache=cache), model(ids)[:, 20:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        model(ids[:, 20:], cache=cache), model(ids)[:, 20:], rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.engram
 @torch.no_grad()
-@pytest.mark.parametrize("name", [name for name in VARIED if VARIED[name].get("end_of_document", True)])
+@pytest.mark.parametrize(
+    "name", [name for name in VARIED if VARIED[name].get("end_of_document", True)]
+)
 def test_state_of_packed_documents_is_sealed_to_the_bit(name: str) -> None:
     """Other tokens in one document change nothing in the others, in a whole forward or in cached pieces."""
     model = state_model(name, experts=False)
-    ids, documents = torch.randint(0, WORDS, (2, 24)), torch.tensor([[0] * 7 + [1] * 2 + [2] * 8 + [3] * 7] * 2)
+    ids, documents = (
+        torch.randint(0, WORDS, (2, 24)),
+        torch.tensor([[0] * 7 + [1] * 2 + [2] * 8 + [3] * 7] * 2),
+    )
     other, within = ids.clone(), documents == 2
     other[within] = (ids[within] + 1 + torch.randint(0, WORDS - 1, (int(within.sum()),))) % WORDS
     for sizes in ([24], [5, 1, 9, 9]):
@@ -478,7 +567,9 @@ def test_state_of_packed_documents_is_sealed_to_the_bit(name: str) -> None:
         for text in (ids, other):
             cache = model.new_cache(2) if len(sizes) > 1 else None
             parts = zip(text.split(sizes, 1), documents.split(sizes, 1), strict=True)
-            found.append(torch.cat([model(part, documents=number, cache=cache) for part, number in parts], 1))
+            found.append(
+                torch.cat([model(part, documents=number, cache=cache) for part, number in parts], 1)
+            )
         assert torch.equal(found[0][~within], found[1][~within])
         assert not torch.equal(found[0][within], found[1][within])
 

@@ -48,14 +48,18 @@ def test_neither_torch_nor_numpy_is_loaded() -> None:
 
 
 def test_a_config_survives_json_and_pickle() -> None:
-    config = ModelConfig(mla=None, gqa=GQAConfig(window=7), engram=EngramConfig(rows_per_head=(50, 60, 70)))
+    config = ModelConfig(
+        mla=None, gqa=GQAConfig(window=7), engram=EngramConfig(rows_per_head=(50, 60, 70))
+    )
     assert from_dict(ModelConfig, to_dict(config)) == config
     assert pickle.loads(pickle.dumps(config)) == config
 
 
 @pytest.mark.engram
 @given(st.lists(st.integers(2, 900), min_size=1, max_size=3), st.integers(1, 4), st.integers(1, 3))
-def test_primes_are_the_next_of_a_sieve_and_never_taken_twice(rows: list[int], heads: int, layers: int) -> None:
+def test_primes_are_the_next_of_a_sieve_and_never_taken_twice(
+    rows: list[int], heads: int, layers: int
+) -> None:
     config = EngramConfig(layers=tuple(range(layers)), rows_per_head=tuple(rows), heads=heads)
     free = PRIMES
     for orders in head_primes(config):

@@ -53,10 +53,17 @@ CONFIG = ModelConfig(
 # The first site's streams are all equal, so that the gradient of what mixes them is rounding alone; Adam's step is not.
 ROUNDING = "blocks.0.attention_site.mixer"
 STEPS, ROWS, LENGTH = 3, 4, 10
-CASES = {"whole": ("adamw", False), "experts": ("adamw", True), "muon": ("muon", False), "muon_experts": ("muon", True)}
+CASES = {
+    "whole": ("adamw", False),
+    "experts": ("adamw", True),
+    "muon": ("muon", False),
+    "muon_experts": ("muon", True),
+}
 
 
-def steps(kind: str, prepare: Callable | None = None) -> tuple[LanguageModel, Optimizer, list[float]]:
+def steps(
+    kind: str, prepare: Callable | None = None
+) -> tuple[LanguageModel, Optimizer, list[float]]:
     """A few optimizer steps on this rank's share of the rows."""
     model = LanguageModel(CONFIG, seed=2)
     if prepare is not None:
@@ -64,7 +71,9 @@ def steps(kind: str, prepare: Callable | None = None) -> tuple[LanguageModel, Op
     optimizer = Optimizer(model, OptimConfig(kind=kind, lr=1e-2, clip=0.5))
     norms, share = [], ROWS // parallel.world()
     for step in range(STEPS):
-        ids = torch.randint(0, 300, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+        ids = torch.randint(
+            0, 300, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(step)
+        )
         mine = ids[parallel.rank() * share : (parallel.rank() + 1) * share]
         optimizer.zero_grad()
         model.loss(mine[:, :-1], mine[:, 1:]).total.backward()
@@ -77,27 +86,46 @@ def steps(kind: str, prepare: Callable | None = None) -> tuple[LanguageModel, Op
 
 def config_of(folder: Path, name: str) -> TrainConfig:
     """What is trained under a name: "two", "one_bfloat16", "two_needles" and so on."""
-    data = DataConfig(source=str(folder / "text.jsonl"), vocabulary=300, cache=str(folder / "cache"))
-    whole = TrainConfig(model=CONFIG, data=data, folder=str(folder / name), steps=4, rows=4, length=12, save_every=2)
-    if name.endswith("bfloat16"):  # streams whose coefficients are handed from block to block in float32
-        return replace(whole, dtype="bfloat16", model=replace(CONFIG, hyper=HyperConfig(kind="single_pass", streams=2)))
+    data = DataConfig(
+        source=str(folder / "text.jsonl"), vocabulary=300, cache=str(folder / "cache")
+    )
+    whole = TrainConfig(
+        model=CONFIG, data=data, folder=str(folder / name), steps=4, rows=4, length=12, save_every=2
+    )
+    if name.endswith(
+        "bfloat16"
+    ):  # streams whose coefficients are handed from block to block in float32
+        return replace(
+            whole,
+            dtype="bfloat16",
+            model=replace(CONFIG, hyper=HyperConfig(kind="single_pass", streams=2)),
+        )
     if name.endswith("needles"):  # three batches of an exam, for two ranks
         needles = NeedleConfig(shortest=24, alone=1, grow=1, questions=5)
-        return replace(whole, needles=needles, model=replace(CONFIG, vocabulary=needles.vocabulary), length=24)
+        return replace(
+            whole, needles=needles, model=replace(CONFIG, vocabulary=needles.vocabulary), length=24
+        )
     return whole
 
 
 def found_in(folder: Path) -> dict[str, float]:
     """The last validation of a run."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {k: v for line in lines for k, v in line.items() if k.startswith(("accuracy", "validation_loss"))}
+    return {
+        k: v
+        for line in lines
+        for k, v in line.items()
+        if k.startswith(("accuracy", "validation_loss"))
+    }
 
 
 def one_of_two(folder: Path) -> None:
     """What each of the two processes does; rank 0 leaves what there is to compare."""
     parallel.join(torch.device("cpu"))
     for name, (kind, experts) in CASES.items():
-        model, optimizer, norms = steps(kind, lambda model, experts=experts: parallel.shard(model, experts=experts))
+        model, optimizer, norms = steps(
+            kind, lambda model, experts=experts: parallel.shard(model, experts=experts)
+        )
         state = {f"model.{key}": value for key, value in model.state_dict().items()}
         state |= {f"optim.{key}": value for key, value in optimizer.state_dict().items()}
         checkpoint.save_state(folder / name, state, {"norms": norms, "rank": parallel.rank()})
@@ -141,11 +169,16 @@ def exchange(folder: Path) -> None:
     torch.nn.init.normal_(experts.down, generator=torch.Generator().manual_seed(1))
     torch.nn.init.normal_(experts.gate_up, generator=torch.Generator().manual_seed(2))
     counts = torch.tensor([[3, 0, 2, 0], [1, 4, 0, 0]][parallel.rank()])
-    rows = torch.randn(5, 6, generator=torch.Generator().manual_seed(parallel.rank())).requires_grad_()
+    rows = torch.randn(
+        5, 6, generator=torch.Generator().manual_seed(parallel.rank())
+    ).requires_grad_()
     expected = experts(rows, counts)
     mine = slice(2 * parallel.rank(), 2 * parallel.rank() + 2)
     own = Experts(2, 6, 5)
-    own.gate_up.data, own.down.data = experts.gate_up[mine].detach().clone(), experts.down[mine].detach().clone()
+    own.gate_up.data, own.down.data = (
+        experts.gate_up[mine].detach().clone(),
+        experts.down[mine].detach().clone(),
+    )
     found = parallel.Exchange()(rows, counts, own)
     torch.testing.assert_close(found, expected)
     weight = torch.arange(30.0).view(5, 6)
@@ -178,7 +211,11 @@ def main(folder: Path) -> None:
     for rank in range(2):
         if (child := os.fork()) == 0:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+            os.environ |= {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "GLOO_SOCKET_IFNAME": "lo",
+            }
             _end_with(lambda: one_of_two(folder))
         children.append(child)
     raise SystemExit(any(os.waitpid(child, 0)[1] for child in children))
@@ -188,11 +225,19 @@ def main(folder: Path) -> None:
 def folder(tmp_path_factory) -> Path:
     """Where the two processes left their results."""
     folder = tmp_path_factory.mktemp("two")
-    lines = (json.dumps({"text": f"The {n}th whale met {n % 7} seals and {n % 5} boats."}) for n in range(300))
+    lines = (
+        json.dumps({"text": f"The {n}th whale met {n % 7} seals and {n % 5} boats."})
+        for n in range(300)
+    )
     (folder / "text.jsonl").write_text("\n".join(lines))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
     command = [sys.executable, __file__, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, start_new_session=True)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, start_new_session=True
+    )
     assert done.returncode == 0, done.stderr[-6000:]
     return folder
 
@@ -234,7 +279,10 @@ def test_training_on_two_ranks_is_training_on_one(folder, name, close):
     held = found_in(one)
     assert held
     assert found_in(two) == pytest.approx(held, rel=close)
-    assert {path.name for path in (two / "checkpoints" / "step4").glob("rank*")} == {"rank0.json", "rank1.json"}
+    assert {path.name for path in (two / "checkpoints" / "step4").glob("rank*")} == {
+        "rank0.json",
+        "rank1.json",
+    }
 
 
 @pytest.mark.slow
@@ -262,22 +310,42 @@ def ranks_of(launcher: int) -> dict[int, int]:
             words = path.joinpath("environ").read_bytes().split(b"\0") if parent == launcher else []
         except OSError:
             continue
-        found |= {int(word.removeprefix(b"RANK=")): int(path.name) for word in words if word.startswith(b"RANK=")}
+        found |= {
+            int(word.removeprefix(b"RANK=")): int(path.name)
+            for word in words
+            if word.startswith(b"RANK=")
+        }
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="a process is found by its environment")
+@pytest.mark.skipif(
+    not Path("/proc/self/environ").exists(), reason="a process is found by its environment"
+)
 def test_a_killed_rank_is_started_again_and_ends_with_the_same_losses(folder):
     """kill -9 of one rank in the middle of a run that `rorqual launch` started, against one that nobody disturbs."""
     config = replace(config_of(folder, "launched"), steps=12, save_every=4)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
     for name in ("undisturbed", "killed"):
         configs.save(replace(config, folder=str(folder / name)), folder / name / "train.json")
-        command = [sys.executable, "-m", "rorqual", "launch", "--nproc-per-node", "2", "--max-restarts", "1"]
+        command = [
+            sys.executable,
+            "-m",
+            "rorqual",
+            "launch",
+            "--nproc-per-node",
+            "2",
+            "--max-restarts",
+            "1",
+        ]
         command.append(str(folder / name))
         metrics = folder / name / "metrics.jsonl"
-        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as launcher:
+        with subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, text=True
+        ) as launcher:
             while name == "killed" and launcher.poll() is None:
                 if metrics.is_file() and '"step": 6' in metrics.read_text():
                     os.kill(ranks_of(launcher.pid)[1], signal.SIGKILL)
@@ -289,7 +357,9 @@ def test_a_killed_rank_is_started_again_and_ends_with_the_same_losses(folder):
         assert ("exitcode: -9" in said) == (name == "killed")
     assert len(losses(folder / "killed")) == 12
     assert losses(folder / "killed") == losses(folder / "undisturbed")
-    ours, theirs = (checkpoint.load_model(folder / name).state_dict() for name in ("killed", "undisturbed"))
+    ours, theirs = (
+        checkpoint.load_model(folder / name).state_dict() for name in ("killed", "undisturbed")
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -298,10 +368,14 @@ def test_two_ranks_answer_the_exam_that_one_sets(folder):
     """Each rank draws questions of its own to learn from; held out are the same, three batches shared by two."""
     config = config_of(folder, "two_needles")
     model = checkpoint.load_model(Path(config.folder)).eval()
-    expected = needle_accuracy(model, exams(config.needles, config.rows, config.length), torch.float32)
+    expected = needle_accuracy(
+        model, exams(config.needles, config.rows, config.length), torch.float32
+    )
     found = found_in(Path(config.folder))
     assert len(found) > 10
-    assert {name: value for name, value in expected.items() if name in found} == pytest.approx(found)
+    assert {name: value for name, value in expected.items() if name in found} == pytest.approx(
+        found
+    )
 
 
 def test_alone_nothing_is_exchanged():

@@ -56,7 +56,13 @@ def test_the_memory_of_qwen_ple_is_the_published_one():
     assert (config.vocabulary, shape.missing_id) == (248_320, 248_044)
     assert shape.head_dim == 160 and len(shape.layers) == 1 and shape.rows_per_token == 16
     assert not shape.canonical and shape.end_of_document and shape.conv and not shape.bias
-    assert (config.dim, config.streams, shape.halo, shape.eps, shape.conv_eps) == (2560, 4, 9, 1e-6, 1e-6)
+    assert (config.dim, config.streams, shape.halo, shape.eps, shape.conv_eps) == (
+        2560,
+        4,
+        9,
+        1e-6,
+        1e-6,
+    )
 
 
 @pytest.mark.engram
@@ -69,8 +75,19 @@ def test_parameters_of_the_papers_memories(name, billions):
 @pytest.mark.engram
 def test_the_demo_and_v41_are_what_their_authors_wrote():
     demo, flash = memory("engram-demo"), memory("deepseek-v4.1-flash")
-    assert (demo.rows_per_head, demo.heads, demo.memory_width, demo.layers) == ((646_400, 646_400), 8, 1024, (1, 15))
-    assert demo.bias and demo.conv and demo.sign == "sign" and demo.halo == 9 and not demo.end_of_document
+    assert (demo.rows_per_head, demo.heads, demo.memory_width, demo.layers) == (
+        (646_400, 646_400),
+        8,
+        1024,
+        (1, 15),
+    )
+    assert (
+        demo.bias
+        and demo.conv
+        and demo.sign == "sign"
+        and demo.halo == 9
+        and not demo.end_of_document
+    )
     assert preset("deepseek-v4.1-flash").streams == 4 and preset("deepseek-v4.1-flash").dim == 5120
     assert (flash.ngram, flash.memory_width, flash.halo, flash.sign) == (4, 6144, 0, "copysign")
     assert not flash.bias
@@ -78,5 +95,7 @@ def test_the_demo_and_v41_are_what_their_authors_wrote():
 
 def test_no_prime_is_searched_for_by_a_preset(monkeypatch):
     """A search near 16e6 belongs to the model that needs it, not to everybody's import."""
-    monkeypatch.setattr(model_config, "_is_prime", lambda n: pytest.fail(f"looked whether {n} is prime"))
+    monkeypatch.setattr(
+        model_config, "_is_prime", lambda n: pytest.fail(f"looked whether {n} is prime")
+    )
     assert runpy.run_path(presets.__file__)["PRESETS"] == PRESETS

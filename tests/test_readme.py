@@ -59,7 +59,18 @@ SHORTER = {  # flags that let a long command end soon, as typed otherwise
     "generate": ["--max-new-tokens", "4"],
     "memory": ["--limit", "20"],
     "table hot": ["--limit", "20"],
-    "table bench": ["--dim", "32", "--layers", "2", "--tokens", "2", "--rounds", "1", "--seconds", "0.01"],
+    "table bench": [
+        "--dim",
+        "32",
+        "--layers",
+        "2",
+        "--tokens",
+        "2",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0.01",
+    ],
     "sweep": ["--steps", "2", "--rows", "2", "--length", "16", "--seeds", "1", *LITTLE_DATA],
     "sweep needle": [
         "--kinds",
@@ -76,7 +87,12 @@ SHORTER = {  # flags that let a long command end soon, as typed otherwise
         "1",
     ],
 }
-SMALLER = {"100000000": "2000", "10000000": "2000", "10_000_000": "2000", "65_536": "509"}  # numbers of rows, the same
+SMALLER = {
+    "100000000": "2000",
+    "10000000": "2000",
+    "10_000_000": "2000",
+    "65_536": "509",
+}  # numbers of rows, the same
 SLOW = {"train", "demo", "report", "params", "sweep", "plan", "serve", "explore", "make", "python"}
 TRAINS = "train(config)"  # in a block of Python
 ENDLESS = {"serve", "explore"}  # until they are interrupted
@@ -95,13 +111,17 @@ class Block(NamedTuple):
 
 
 FENCE = re.compile(
-    r"(?:^<!-- needs: (?P<needs>.*) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE
+    r"(?:^<!-- needs: (?P<needs>.*) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$",
+    re.DOTALL | re.MULTILINE,
 )
 
 
 def all_blocks(page: Path) -> list[Block]:
     found = FENCE.finditer(page.read_text(encoding="utf-8"))
-    return [Block(m["language"], m["body"], tuple(m["needs"].split(", ")) if m["needs"] else ()) for m in found]
+    return [
+        Block(m["language"], m["body"], tuple(m["needs"].split(", ")) if m["needs"] else ())
+        for m in found
+    ]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -109,7 +129,13 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    lines = {line: None for page in PAGES for block in blocks(page, "sh") for line in block.splitlines() if line}
+    lines = {
+        line: None
+        for page in PAGES
+        for block in blocks(page, "sh")
+        for line in block.splitlines()
+        if line
+    }
     return list(lines)
 
 
@@ -143,13 +169,28 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from rorqual.hub.auto import fast_tokenizer
 
     folder = tmp_path_factory.mktemp("stand_in")
-    words = tokenizer.train(["the great white", "A whale is", "the great white whale, a sperm whale"] * 40, 320)
-    assert [words.token(token) for token in words.encode("the great white")] == ["the", " great", " white"]
+    words = tokenizer.train(
+        ["the great white", "A whale is", "the great white whale, a sperm whale"] * 40, 320
+    )
+    assert [words.token(token) for token in words.encode("the great white")] == [
+        "the",
+        " great",
+        " white",
+    ]
     shape = configs.replace(preset("tiny"), "engram.rows_per_head", (50, 50))
     shape = configs.replace(configs.replace(shape, "layers", 2), "vocabulary", words.vocabulary)
-    checkpoint.save_model(folder / "run", LanguageModel(shape, torch.as_tensor(words.canonical_map())), words)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 16, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=words.vocabulary, **sizes)).save_pretrained(folder / "llama")
+    checkpoint.save_model(
+        folder / "run", LanguageModel(shape, torch.as_tensor(words.canonical_map())), words
+    )
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 2,
+    }
+    LlamaForCausalLM(LlamaConfig(vocab_size=words.vocabulary, **sizes)).save_pretrained(
+        folder / "llama"
+    )
     fast_tokenizer(words).save_pretrained(folder / "llama")
     return folder
 
@@ -164,13 +205,18 @@ def place(stand_in: Path, tmp_path: Path) -> Path:
     save_file({"0": torch.tensor([3, 1])}, tmp_path / "hot.safetensors")
     (tmp_path / "notes").mkdir()
     for i in range(120):
-        (tmp_path / "notes" / f"{i}.txt").write_text(f"Note {i}: whale number {i * 7919 % 101} of {i % 17} sang.\n" * 3)
+        (tmp_path / "notes" / f"{i}.txt").write_text(
+            f"Note {i}: whale number {i * 7919 % 101} of {i % 17} sang.\n" * 3
+        )
     return tmp_path
 
 
 @pytest.mark.parametrize(
     "line",
-    [pytest.param(line, marks=[pytest.mark.slow] if SLOW & set(line.split()) else []) for line in commands()],
+    [
+        pytest.param(line, marks=[pytest.mark.slow] if SLOW & set(line.split()) else [])
+        for line in commands()
+    ],
 )
 def test_the_command_runs(line: str, place: Path) -> None:
     words = shlex.split(line)
@@ -204,7 +250,9 @@ def type_it(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Runs one line of a page, in small; it must end well, say something, and change what it says it changes."""
     words = shlex.split(line, comments=True)
     if words[0] == "python":
-        done = subprocess.run([sys.executable, ROOT / words[1], *words[2:]], env=OURS, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, ROOT / words[1], *words[2:]], env=OURS, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr[-4000:]
         return
     assert words[0] == "rorqual", line
@@ -260,7 +308,11 @@ def type_and_interrupt(words: list[str]) -> None:
         process.kill()
 
 
-OURS = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error:::rorqual", "PYTHONUNBUFFERED": "1"}
+OURS = os.environ | {
+    "PYTHONPATH": str(ROOT),
+    "PYTHONWARNINGS": "error:::rorqual",
+    "PYTHONUNBUFFERED": "1",
+}
 
 
 def read_through(page: Path, capsys: pytest.CaptureFixture[str], *, slow_too: bool) -> None:
@@ -284,11 +336,18 @@ def read_through(page: Path, capsys: pytest.CaptureFixture[str], *, slow_too: bo
     gc.collect()
 
 
-WITH_BLOCKS = [page for page in DOCS if any(block.language in ("sh", "python") for block in all_blocks(page))]
+WITH_BLOCKS = [
+    page for page in DOCS if any(block.language in ("sh", "python") for block in all_blocks(page))
+]
 WITH_SLOW = [
     page
     for page in WITH_BLOCKS
-    if any(slow(line.split()) for block in all_blocks(page) if block.language == "sh" for line in block.lines)
+    if any(
+        slow(line.split())
+        for block in all_blocks(page)
+        if block.language == "sh"
+        for line in block.lines
+    )
 ]
 
 
@@ -310,15 +369,22 @@ def id_of(page: Path) -> str:
 
 def case(page: Path, slow_too: bool) -> Any:
     marks = [pytest.mark.slow] if slow_too else []
-    return pytest.param(page, slow_too, id=f"{id_of(page)} whole" if slow_too else id_of(page), marks=marks)
+    return pytest.param(
+        page, slow_too, id=f"{id_of(page)} whole" if slow_too else id_of(page), marks=marks
+    )
 
 
 @pytest.mark.usefixtures("no_sweep")
 @pytest.mark.parametrize(
-    ("page", "slow_too"), [case(page, False) for page in WITH_BLOCKS] + [case(page, True) for page in WITH_SLOW]
+    ("page", "slow_too"),
+    [case(page, False) for page in WITH_BLOCKS] + [case(page, True) for page in WITH_SLOW],
 )
 def test_the_page_runs(
-    page: Path, slow_too: bool, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: Path,
+    slow_too: bool,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(place)
     read_through(page, capsys, slow_too=slow_too)
@@ -329,7 +395,9 @@ def help_examples() -> dict[str, list[str]]:
     found = {name: [f"rorqual {command.example}"] for name, command in COMMANDS.items()}
     for path in sorted((ROOT / "rorqual/cli").glob("*.py")):
         for line in re.findall(
-            r'^ *(rorqual [a-z]+ .*?)(?: {3,}.*|""".*)?$', path.read_text(encoding="utf-8"), re.MULTILINE
+            r'^ *(rorqual [a-z]+ .*?)(?: {3,}.*|""".*)?$',
+            path.read_text(encoding="utf-8"),
+            re.MULTILINE,
         ):
             name = line.split()[1]
             if name in found and line not in found[name]:
@@ -339,7 +407,8 @@ def help_examples() -> dict[str, list[str]]:
 
 @pytest.mark.usefixtures("no_sweep")
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in COMMANDS]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in COMMANDS],
 )
 def test_the_examples_of_help_run(
     name: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -367,7 +436,9 @@ def test_blocks_say_what_they_are_and_what_they_need() -> None:
         for block in found:
             assert block.language in ("", "sh", "python"), page
             if not block.language:  # a drawing or a formula
-                assert not re.search(r"^\s*(rorqual [a-z]|python |make |import |from )", block.body, re.MULTILINE), page
+                assert not re.search(
+                    r"^\s*(rorqual [a-z]|python |make |import |from )", block.body, re.MULTILINE
+                ), page
 
 
 INLINE = re.compile(r"`(?:OMP_NUM_THREADS=1 )?((?:rorqual|python) [^`]*)`")
@@ -401,7 +472,8 @@ def test_the_demo_of_the_page_is_the_demo_of_the_makefile() -> None:
 
 def test_the_tree_is_that_of_the_house() -> None:
     trees = [
-        next(block for block in blocks(page, "") if "rorqual/" in block) for page in (PAGES[0], ROOT / "docs/house.md")
+        next(block for block in blocks(page, "") if "rorqual/" in block)
+        for page in (PAGES[0], ROOT / "docs/house.md")
     ]
     assert trees[0] == trees[1]
 

@@ -21,7 +21,9 @@ def test_device_by_name() -> None:
     assert runtime.device().type == (accelerator.type if accelerator is not None else "cpu")
 
 
-@pytest.mark.parametrize(("name", "said"), [("gpu please", "expected auto, cpu"), ("xpu", "expected one that is here")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("gpu please", "expected auto, cpu"), ("xpu", "expected one that is here")]
+)
 def test_device_that_is_not_here(name: str, said: str) -> None:
     if name == "xpu" and torch.xpu.is_available():
         name = "hpu"
@@ -81,7 +83,9 @@ def test_the_clock_only_goes_on() -> None:
     assert clock.seconds >= sum(laps) * (1 - 1e-9)
 
 
-def test_log_is_one_plain_line_on_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_is_one_plain_line_on_stderr(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     line = "loss [bold]3.2[/bold] " + "x" * 200
     runtime.log(line)
     caught = capsys.readouterr()
@@ -120,7 +124,17 @@ def without_shm(path, *rest, **options):
 
 os.stat = without_shm
 """
-EXTRAS = {"datasets", "lm_eval", "matplotlib", "olmo_core", "peft", "pyarrow", "starlette", "tensorboard", "triton"}
+EXTRAS = {
+    "datasets",
+    "lm_eval",
+    "matplotlib",
+    "olmo_core",
+    "peft",
+    "pyarrow",
+    "starlette",
+    "tensorboard",
+    "triton",
+}
 
 
 def elsewhere(code: str, *words: str) -> str:
@@ -146,13 +160,18 @@ for found in pkgutil.walk_packages(rorqual.__path__, "rorqual."):
             raise
 """
     said = elsewhere(code).split()
-    assert {"rorqual.train.trainer", "rorqual.tables.placement", "rorqual.experiments.runs"} <= set(said)
+    assert {"rorqual.train.trainer", "rorqual.tables.placement", "rorqual.experiments.runs"} <= set(
+        said
+    )
 
 
 @pytest.mark.slow
 def test_a_model_trains_and_generates_on_systems_without_posix(tmp_path: Path) -> None:
     text = tmp_path / "notes.jsonl"
-    lines = [json.dumps({"text": f"The whale number {n} sings {n * n} songs below the sea."}) for n in range(200)]
+    lines = [
+        json.dumps({"text": f"The whale number {n} sings {n * n} songs below the sea."})
+        for n in range(200)
+    ]
     text.write_text("\n".join(lines), encoding="utf-8")
     code = """
 from rorqual.cli.main import main

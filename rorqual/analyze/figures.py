@@ -13,7 +13,14 @@ from matplotlib.figure import Figure
 
 from rorqual.analyze.measures import Gates, Load
 
-COLOURS = ("#2f7fd1", "#e07b39", "#3a9d5d", "#b65fc2", "#c94f4f", "#8a8a2e")  # legible on white and on black
+COLOURS = (
+    "#2f7fd1",
+    "#e07b39",
+    "#3a9d5d",
+    "#b65fc2",
+    "#c94f4f",
+    "#8a8a2e",
+)  # legible on white and on black
 DASHES = ("-", "--", ":", "-.")  # of arms beyond the colours
 ACROSS = 30  # tokens of a gate map side by side: more would be too small to read on a page
 _STYLE = {
@@ -79,7 +86,9 @@ def curves(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Figure:
         axes.set_ylabel("loss, nats a token")
         axes.grid(alpha=0.2)
         if named:
-            legend = axes.legend(named.values(), named)  # handed over, since "_x" as a label would be left out
+            legend = axes.legend(
+                named.values(), named
+            )  # handed over, since "_x" as a label would be left out
             for text in legend.get_texts():
                 text.set_parse_math(False)  # "cost$" is a run like others
         _zoom(axes, runs)
@@ -89,12 +98,18 @@ def curves(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Figure:
 def _points(records: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     """(tokens, value) wherever it is a finite number; a validation stands at the tokens of its step."""
     tokens = {r["step"]: r["tokens"] for r in records if "tokens" in r}
-    return [(tokens[r["step"]], r[key]) for r in records if math.isfinite(r.get(key, math.nan)) and r["step"] in tokens]
+    return [
+        (tokens[r["step"]], r[key])
+        for r in records
+        if math.isfinite(r.get(key, math.nan)) and r["step"] in tokens
+    ]
 
 
 def _zoom(axes: Any, runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> None:
     """The first steps would flatten everything after them: leave them out of the y axis."""
-    later = [r["loss"] for _, records in runs for r in list(records)[len(records) // 10 :] if "loss" in r]
+    later = [
+        r["loss"] for _, records in runs for r in list(records)[len(records) // 10 :] if "loss" in r
+    ]
     if later := [loss for loss in later if math.isfinite(loss)]:
         margin = 0.05 * (max(later) - min(later)) + 1e-3
         axes.set_ylim(min(later) - margin, max(later) + margin)
@@ -129,10 +144,19 @@ def gate_map(found: Gates, title: str = "") -> Figure:
         ]
         for n, axes in enumerate(parts):
             part = slice(n * ACROSS, (n + 1) * ACROSS)
-            image = axes.imshow(rows[:, part], aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+            image = axes.imshow(
+                rows[:, part],
+                aspect="auto",
+                cmap="viridis",
+                vmin=0,
+                vmax=1,
+                interpolation="nearest",
+            )
             axes.set_xlim(-0.5, wide - 0.5)  # a last line that is shorter has cells as wide
             # "$x_$" is a token like others
-            axes.set_xticks(range(len(words[part])), words[part], rotation=60, ha="right", parse_math=False)
+            axes.set_xticks(
+                range(len(words[part])), words[part], rotation=60, ha="right", parse_math=False
+            )
             axes.set_yticks(range(layers * streams), names)
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
@@ -149,7 +173,9 @@ def load_map(load: Load) -> Figure:
         figure = _figure(7.5, 0.9 + 0.32 * layers)
         axes = figure.subplots()
         over = (load.shares * experts).numpy()
-        image = axes.imshow(over, aspect="auto", cmap="cividis", vmin=0.0, vmax=max(2.0, float(over.max())))
+        image = axes.imshow(
+            over, aspect="auto", cmap="cividis", vmin=0.0, vmax=max(2.0, float(over.max()))
+        )
         axes.set_yticks(range(layers), [f"block {layer}" for layer in load.layers])
         axes.set_xlabel("routed expert")
         axes.tick_params(length=0)
@@ -177,9 +203,19 @@ def sweep(
         for (name, rows), colour in zip(points.items(), COLOURS * 4, strict=False):
             xs, means, errors = np.array(sorted(rows)).T
             axes.errorbar(
-                xs, means, yerr=errors, fmt="o" if names else "o-", color=colour, capsize=3, lw=1.2, ms=4, label=name
+                xs,
+                means,
+                yerr=errors,
+                fmt="o" if names else "o-",
+                color=colour,
+                capsize=3,
+                lw=1.2,
+                ms=4,
+                label=name,
             )
-        for (name, level), colour in zip((levels or {}).items(), COLOURS[len(points) :] * 4, strict=False):
+        for (name, level), colour in zip(
+            (levels or {}).items(), COLOURS[len(points) :] * 4, strict=False
+        ):
             axes.axhline(level, color=colour, lw=1, ls="--", label=name)
         if names:
             axes.set_xticks(range(len(names)), names, rotation=20, ha="right")
@@ -205,7 +241,9 @@ def bars(values: Mapping[str, float], *, x: str) -> Figure:
         shares = ["" if not first else f" ({value / first:.0%})" for value in values.values()]
         numbers = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values.values()]
         drawn = axes.barh(range(len(values)), list(values.values()), color=COLOURS[0])
-        axes.bar_label(drawn, [n + share for n, share in zip(numbers, shares, strict=True)], padding=3)
+        axes.bar_label(
+            drawn, [n + share for n, share in zip(numbers, shares, strict=True)], padding=3
+        )
         axes.set_yticks(range(len(values)), list(values), parse_math=False)
         axes.invert_yaxis()
         axes.margins(x=0.2)

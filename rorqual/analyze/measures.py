@@ -22,7 +22,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rorqual.analyze.states import block_states, chosen, gate_names, lens_logits, ours, recalling, run
+from rorqual.analyze.states import (
+    block_states,
+    chosen,
+    gate_names,
+    lens_logits,
+    ours,
+    recalling,
+    run,
+)
 from rorqual.analyze.taps import Taps, quiet
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.layers.engram import Engram
@@ -82,7 +90,9 @@ class Load(NamedTuple):
         """The k ids this expert takes most above their own frequency: (id, share here / share everywhere)."""
         here = self.by_token[layer, expert].float()
         everywhere = self.by_token[layer].sum(0).float()
-        lift = (here / here.sum().clamp_min(1)) / (everywhere / everywhere.sum().clamp_min(1)).clamp_min(1e-9)
+        lift = (here / here.sum().clamp_min(1)) / (
+            everywhere / everywhere.sum().clamp_min(1)
+        ).clamp_min(1e-9)
         lift = torch.where(here >= max(2.0, float(here.sum()) * 2e-3), lift, 0.0)
         best = lift.topk(min(k, len(lift)))
         return [(int(i), float(v)) for v, i in zip(best.values, best.indices, strict=True) if v > 0]
@@ -108,7 +118,11 @@ def expert_load(model: nn.Module, batches: Iterable[Int[Tensor, "B T"]]) -> Load
 def _words(model: nn.Module) -> int:
     """Ids that the model has embeddings for."""
     own = ours(model)
-    return own.config.vocabulary if own is not None else cast(Any, model).get_input_embeddings().weight.shape[0]
+    return (
+        own.config.vocabulary
+        if own is not None
+        else cast(Any, model).get_input_embeddings().weight.shape[0]
+    )
 
 
 def _add(table: Int[Tensor, "E V"], slots: Int[Tensor, "N K"], ids: Int[Tensor, "B T"]) -> None:
@@ -120,7 +134,9 @@ def logit_lens(model: nn.Module, ids: Int[Tensor, "B T"]) -> Float[Tensor, " lay
     """KL from the final prediction to what each block already says, in nats; the last entry is 0. Any causal model."""
     final, early = lens_logits(model, ids)
     whole = final.log_softmax(-1)
-    return torch.stack([*(_kl(whole, logits.log_softmax(-1)) for logits in early), _kl(whole, whole)]).cpu()
+    return torch.stack(
+        [*(_kl(whole, logits.log_softmax(-1)) for logits in early), _kl(whole, whole)]
+    ).cpu()
 
 
 def _kl(p: Float[Tensor, "B T V"], q: Float[Tensor, "B T V"]) -> Float[Tensor, ""]:
@@ -131,7 +147,9 @@ def hsic(x: Float[Tensor, "N D"], y: Float[Tensor, "N D2"]) -> Float[Tensor, ""]
     """Unbiased estimate of the Hilbert-Schmidt independence criterion with linear kernels; N at least 4, float64."""
     n = x.shape[0]
     if n < 4 or y.shape[0] != n:
-        raise ValueError(f"hsic: got {n} and {y.shape[0]} samples, expected as many of both, at least 4")
+        raise ValueError(
+            f"hsic: got {n} and {y.shape[0]} samples, expected as many of both, at least 4"
+        )
     return (centred(x) * centred(y)).sum() / (n * (n - 3))
 
 
@@ -157,20 +175,26 @@ def centred(x: Float[Tensor, "N D"]) -> Float[Tensor, "N N"]:
     if n < 4:
         raise ValueError(f"centred: got {n} samples, expected at least 4")
     x = x.double()
-    about = x - x.mean(0)  # changes no entry of the result, but for what rounding would leave of a large mean
+    about = x - x.mean(
+        0
+    )  # changes no entry of the result, but for what rounding would leave of a large mean
     x = about.masked_fill(about.square().sum() <= 1e-24 * x.square().sum(), 0.0)
     k = (x @ x.T).fill_diagonal_(0.0)
     sums = k.sum(0) / (n - 2)
     return (k - sums - sums[:, None] + k.sum() / ((n - 1) * (n - 2))).fill_diagonal_(0.0)
 
 
-def similarity(a: nn.Module, b: nn.Module, batches: Iterable[Int[Tensor, "B T"]]) -> Float[Tensor, "La Lb"]:
+def similarity(
+    a: nn.Module, b: nn.Module, batches: Iterable[Int[Tensor, "B T"]]
+) -> Float[Tensor, "La Lb"]:
     """CKA of every layer of `a` with every layer of `b` over the same ids; HSICs are summed over the batches first."""
     across = own_a = own_b = torch.zeros(())
     for ids in batches:
         scale = max(1, ids.numel() * (ids.numel() - 3)) ** -0.5
         left, right = (
-            torch.stack([centred(state).flatten() * scale for state in block_states(model, ids)]).cpu()
+            torch.stack(
+                [centred(state).flatten() * scale for state in block_states(model, ids)]
+            ).cpu()
             for model in (a, b)
         )
         across = across + left @ right.T
@@ -208,7 +232,9 @@ def without_memory(model: nn.Module) -> Iterator[nn.Module]:
             handle.remove()
 
 
-def suppression(model: nn.Module, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"]) -> tuple[float, float]:
+def suppression(
+    model: nn.Module, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"]
+) -> tuple[float, float]:
     """Mean next-token nats with memory, and with its output suppressed; labels of -100 do not count."""
     with quiet(model):
         whole = _nats(model, ids, labels)
@@ -219,7 +245,9 @@ def suppression(model: nn.Module, ids: Int[Tensor, "B T"], labels: Int[Tensor, "
 def _nats(model: nn.Module, ids: Tensor, labels: Tensor) -> float:
     if isinstance(model, LanguageModel):
         return float(model.loss(ids, labels).next_token)
-    return float(F.cross_entropy(run(model, ids).flatten(0, 1), labels.flatten(), ignore_index=IGNORED))
+    return float(
+        F.cross_entropy(run(model, ids).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+    )
 
 
 class Kept(NamedTuple):

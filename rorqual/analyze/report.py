@@ -35,7 +35,9 @@ from rorqual.model_config import ModelConfig
 SENTENCE = "The Eiffel Tower is a famous tower in Paris, the capital of France."
 SAMPLE = 200  # documents of validation text for expert load
 READ_TWICE = 50  # of those, with the memory and without it
-CONTEXT = 4096  # tokens at most that are read at once, where the length of the training is not known
+CONTEXT = (
+    4096  # tokens at most that are read at once, where the length of the training is not known
+)
 _PAGE = Path(__file__).with_name("report.html")
 
 
@@ -50,8 +52,12 @@ class Reading:
     gates: Gates | None = None
     load: Load | None = None
     kept: Kept | None = None  # nats a token of the sample with its memory and without
-    favourites: list[tuple[int, int, str]] = field(default_factory=list)  # layer, expert, what it takes above chance
-    homes: dict[str, float] = field(default_factory=dict)  # tokens a second by where rows live: `rorqual table bench`
+    favourites: list[tuple[int, int, str]] = field(
+        default_factory=list
+    )  # layer, expert, what it takes above chance
+    homes: dict[str, float] = field(
+        default_factory=dict
+    )  # tokens a second by where rows live: `rorqual table bench`
 
     def last(self, key: str) -> float | None:
         """The newest value of a metric, None if it was never logged."""
@@ -137,7 +143,8 @@ def _kept(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], cont
     device, sums, tokens = model.embed.weight.device, [0.0, 0.0], 0
     for ids in tokenizer.encode_batch(list(texts)):
         known, following = (
-            torch.tensor([of[:context]], device=device) for of in ([tokenizer.begin_id, *ids], [*ids, tokenizer.end_id])
+            torch.tensor([of[:context]], device=device)
+            for of in ([tokenizer.begin_id, *ids], [*ids, tokenizer.end_id])
         )
         tokens += following.numel()
         sums = [
@@ -160,7 +167,11 @@ def _favourites(load: Load, tokenizer: Tokenizer, experts: int = 6) -> list[tupl
 def page_for(runs: Sequence[str | Path], folder: str | Path) -> Path:
     """The first of report.html, report-2.html, ... in the folder that is not there yet, or is of these very runs."""
     names_in_turn = ("report.html" if n == 1 else f"report-{n}.html" for n in itertools.count(1))
-    return next(page for name in names_in_turn if not (page := Path(folder) / name).exists() or _is_of(page, runs))
+    return next(
+        page
+        for name in names_in_turn
+        if not (page := Path(folder) / name).exists() or _is_of(page, runs)
+    )
 
 
 def _is_of(page: Path, runs: Sequence[str | Path]) -> bool:
@@ -173,7 +184,9 @@ def _is_of(page: Path, runs: Sequence[str | Path]) -> bool:
 def _mark(page: Path, runs: Sequence[str | Path]) -> str:
     """What a page says of the runs it was made from: their places, seen from its own."""
     here = page.parent.resolve()
-    return html.escape(json.dumps(sorted({os.path.relpath(Path(run).resolve(), here) for run in runs})))
+    return html.escape(
+        json.dumps(sorted({os.path.relpath(Path(run).resolve(), here) for run in runs}))
+    )
 
 
 def write_report(
@@ -200,19 +213,37 @@ def write_report(
     _check_replaced(Path(out), asked or runs)
     draw = functools.cache(sample)  # runs of one text share its sample
     read = functools.partial(read_run, sentence=sentence, texts=texts, draw=draw)
-    readings = [replace(read(folder), name=name) for folder, name in zip(folders, names(folders), strict=True)]
+    readings = [
+        replace(read(folder), name=name)
+        for folder, name in zip(folders, names(folders), strict=True)
+    ]
     sections = [
         ("Result", (f"<p>{html.escape(note)}</p>" if note else "") + results_table(readings)),
-        ("Loss", svg(figures.curves([(r.name, r.records) for r in readings]), "loss over tokens, a line a run")),
-        ("How far each token trusts its memory", _memory_part([r for r in readings if r.gates is not None])),
+        (
+            "Loss",
+            svg(
+                figures.curves([(r.name, r.records) for r in readings]),
+                "loss over tokens, a line a run",
+            ),
+        ),
+        (
+            "How far each token trusts its memory",
+            _memory_part([r for r in readings if r.gates is not None]),
+        ),
         ("What the experts take", "".join(_load_part(r) for r in readings if r.load is not None)),
         ("Where rows live", "".join(map(_homes_part, readings))),
         ("Costs", costs_table(readings)),
         ("Configurations", "".join(_config_part(r) for r in readings)),
     ]
-    body = "\n".join(f"<section><h2>{name}</h2>\n{content}</section>" for name, content in sections if content)
+    body = "\n".join(
+        f"<section><h2>{name}</h2>\n{content}</section>" for name, content in sections if content
+    )
     parts = {"title": html.escape(title), "body": body, "runs": _mark(Path(out), asked or runs)}
-    page = re.sub(r"\{\{(title|body|runs)\}\}", lambda found: parts[found[1]], _PAGE.read_text(encoding="utf-8"))
+    page = re.sub(
+        r"\{\{(title|body|runs)\}\}",
+        lambda found: parts[found[1]],
+        _PAGE.read_text(encoding="utf-8"),
+    )
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page)
@@ -222,7 +253,9 @@ def write_report(
 def _check_replaced(out: Path, runs: Sequence[str | Path]) -> None:
     """Says that a page of other runs is going to be replaced. ValueError for a file that is no page."""
     if out.is_dir():
-        raise ValueError(f"report: got the folder {out} to write to, expected a file in it: {out / 'report.html'}")
+        raise ValueError(
+            f"report: got the folder {out} to write to, expected a file in it: {out / 'report.html'}"
+        )
     if not out.exists() or _is_of(out, runs):
         return
     with out.open("rb") as file:
@@ -241,7 +274,9 @@ def names(folders: Sequence[Path]) -> list[str]:
         return str(Path(*folder.parts[-length:]))
 
     def own(folder: Path) -> int:
-        return next(n for n in lengths if sum(tail(other, n) == tail(folder, n) for other in folders) == 1)
+        return next(
+            n for n in lengths if sum(tail(other, n) == tail(folder, n) for other in folders) == 1
+        )
 
     return [tail(folder, own(folder)) for folder in folders]
 
@@ -254,7 +289,9 @@ def svg(figure: Any, label: str) -> str:
     drawing = buffer.getvalue()
     drawing = drawing[drawing.index("<svg") :]
     drawing = re.sub(r'height="[\d.]+pt"', "", drawing, count=1)
-    drawing = re.sub(r'width="([\d.]+pt)"', r'style="--own: \1"', drawing, count=1)  # the page caps the width by it
+    drawing = re.sub(
+        r'width="([\d.]+pt)"', r'style="--own: \1"', drawing, count=1
+    )  # the page caps the width by it
     drawing = drawing.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
     return f"<figure>{drawing.replace(': #000000', ': currentColor')}</figure>"
 
@@ -262,7 +299,9 @@ def svg(figure: Any, label: str) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A sortable HTML table; cells are text and are escaped."""
     cells = "".join(f'<th scope="col"><button>{html.escape(name)}</button></th>' for name in head)
-    lines = ("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    lines = (
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
     return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
@@ -284,7 +323,14 @@ def results_table(readings: Sequence[Reading]) -> str:
 
 def costs_table(readings: Sequence[Reading]) -> str:
     """Parameters, FLOPs and cache bytes, one row a run."""
-    head = ("run", "total parameters", "of them memory", "activated", "FLOPs a token", "cache bytes a token")
+    head = (
+        "run",
+        "total parameters",
+        "of them memory",
+        "activated",
+        "FLOPs a token",
+        "cache bytes a token",
+    )
     rows = []
     for r in readings:
         c = r.costs
@@ -303,7 +349,10 @@ def _memory_part(readings: Sequence[Reading]) -> str:
         return ""
     head = ("run", "sampled text, nats a token", "its memory silenced", "worth, nats a token")
     kept = [(r.name, r.kept) for r in readings if r.kept is not None]
-    rows = [(name, _number(k.whole, 4), _number(k.without, 4), _number(k.without - k.whole, 4)) for name, k in kept]
+    rows = [
+        (name, _number(k.whole, 4), _number(k.without, 4), _number(k.without - k.whole, 4))
+        for name, k in kept
+    ]
     return "".join(map(_gate_text, readings)) + table(head, rows)
 
 
@@ -318,27 +367,39 @@ def _gate_text(reading: Reading) -> str:
             f'<span style="--g:{value:.3f}" title="{value:.2f}">{html.escape(word)}</span>'
             for word, value in zip(found.tokens, means, strict=True)
         )
-        lines.append(f'<p class="gates"><b>{html.escape(reading.name)}, block {layer}</b> {words}</p>')
-    return "".join(lines) + svg(figures.gate_map(found), f"gates of {reading.name} by token, block and stream")
+        lines.append(
+            f'<p class="gates"><b>{html.escape(reading.name)}, block {layer}</b> {words}</p>'
+        )
+    return "".join(lines) + svg(
+        figures.gate_map(found), f"gates of {reading.name} by token, block and stream"
+    )
 
 
 def _homes_part(reading: Reading) -> str:
     if not reading.homes:
         return ""
     told = ", ".join(f"{home} {speed:,.0f}" for home, speed in reading.homes.items())
-    drawn = svg(figures.bars(reading.homes, x="tokens a second"), f"tokens a second by home of the rows: {told}")
+    drawn = svg(
+        figures.bars(reading.homes, x="tokens a second"),
+        f"tokens a second by home of the rows: {told}",
+    )
     return f"<h3>{html.escape(reading.name)}</h3>{drawn}"
 
 
 def _load_part(reading: Reading) -> str:
     assert reading.load is not None
-    load, rows = reading.load, [(str(layer), str(expert), words) for layer, expert, words in reading.favourites]
+    load, rows = (
+        reading.load,
+        [(str(layer), str(expert), words) for layer, expert, words in reading.favourites],
+    )
     told = ", ".join(f"{nats:.2f}" for nats in load.specialisation.tolist())
     most = math.log(load.counts.shape[1])
     taken = table(("block", "expert", "tokens it takes most above their frequency"), rows)
     return (
         f"<h3>{html.escape(reading.name)}</h3>"
-        + svg(figures.load_map(load), f"load of every expert of {reading.name} over the uniform load")
+        + svg(
+            figures.load_map(load), f"load of every expert of {reading.name} over the uniform load"
+        )
         + f"<p>What an expert tells of its token, block by block: {told} nats, of at most {most:.2f}.</p>"
         + f"<details><summary>what the busiest experts take</summary>{taken}</details>"
     )

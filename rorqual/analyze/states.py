@@ -18,7 +18,10 @@ from rorqual.layers.context import context
 from rorqual.layers.engram import Addresses, Engram
 from rorqual.model import LanguageModel
 
-CHOICES = ("top_k_index", "router_indices")  # what transformers' experts call the experts of each token
+CHOICES = (
+    "top_k_index",
+    "router_indices",
+)  # what transformers' experts call the experts of each token
 
 
 class Chosen(NamedTuple):
@@ -107,7 +110,9 @@ def gate_names(model: nn.Module) -> dict[int, str]:
 def recalling(model: nn.Module, ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     """False at dead tokens, of documents that begin in the first column: they recall nothing, whatever a gate says."""
     found = (module for module in model.modules() if isinstance(module, Addresses))
-    live = [addresses.live(ids, context(ids.shape[0], ids.shape[1], ids.device)) for addresses in found]
+    live = [
+        addresses.live(ids, context(ids.shape[0], ids.shape[1], ids.device)) for addresses in found
+    ]
     return next((one for one in live if one is not None), torch.ones_like(ids, dtype=torch.bool))
 
 
@@ -127,9 +132,15 @@ def chosen(model: nn.Module, ids: Int[Tensor, "B T"]) -> Chosen:
         slots = [r.chosen.masked_fill(r.weights == 0, -1).flatten(0, 1) for r in routings]
         layers = tuple(i for i in range(own.config.layers) if own.config.has_experts(i))
         return Chosen(layers, own.config.moe.routed, slots)
-    mixtures = {} if own is not None else {name: m for name, m in model.named_modules() if _choice(m) is not None}
+    mixtures = (
+        {}
+        if own is not None
+        else {name: m for name, m in model.named_modules() if _choice(m) is not None}
+    )
     if not mixtures:
-        raise ValueError("experts: got a model without experts, or whose experts are not told what each token chose")
+        raise ValueError(
+            "experts: got a model without experts, or whose experts are not told what each token chose"
+        )
     blocks, seen = block_names(model), dict[str, Tensor]()
     handles = [_listen(module, name, seen) for name, module in mixtures.items()]
     try:
@@ -140,7 +151,9 @@ def chosen(model: nn.Module, ids: Int[Tensor, "B T"]) -> Chosen:
             handle.remove()
     counts = {name: next(module.parameters()).shape[0] for name, module in mixtures.items()}
     slots = [seen[name].masked_fill(seen[name] >= counts[name], -1) for name in seen]
-    layers = tuple(n for name in seen for n, block in enumerate(blocks) if name.startswith(f"{block}."))
+    layers = tuple(
+        n for name in seen for n, block in enumerate(blocks) if name.startswith(f"{block}.")
+    )
     return Chosen(layers, max(counts.values()), slots)
 
 

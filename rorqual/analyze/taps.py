@@ -22,12 +22,16 @@ class Taps:
     module writes over the output. ValueError where nothing matches.
     """
 
-    def __init__(self, model: nn.Module, *patterns: str, keep: Callable[[Any], Any] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, *patterns: str, keep: Callable[[Any], Any] | None = None
+    ) -> None:
         names = [name for name, _ in model.named_modules()]
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 near = ", ".join(name for name in names[1:] if name.count(".") <= 1)[:300]
-                raise ValueError(f"taps: got {pattern!r}, which matches no module; expected one of {near}, ...")
+                raise ValueError(
+                    f"taps: got {pattern!r}, which matches no module; expected one of {near}, ..."
+                )
         self.modules = {
             name: module
             for name, module in model.named_modules()

@@ -40,7 +40,9 @@ class Generate:
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None  # default: as stored
     tables: Literal["device", "host", "disk"] = "device"  # where Engram's rows live
-    rows_in: str | None = None  # folder of tables 0, 1, ... that `rorqual table convert` made; none: the run's own
+    rows_in: str | None = (
+        None  # folder of tables 0, 1, ... that `rorqual table convert` made; none: the run's own
+    )
     hot_bytes: int = 64 << 20  # of rows of a table on a disk that are kept in memory
 
 
@@ -56,7 +58,10 @@ def generate_command(argv: list[str]) -> int:
     from rorqual.serve.sampling import Sampling
 
     if options.text == "-" and sys.stdin.isatty():
-        print("reading the text from standard input; ctrl-D ends it (Windows: ctrl-Z, Enter)", file=sys.stderr)
+        print(
+            "reading the text from standard input; ctrl-D ends it (Windows: ctrl-Z, Enter)",
+            file=sys.stderr,
+        )
     text = sys.stdin.read() if options.text == "-" else options.text
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = Sampling(**{name: getattr(options, name) for name in names})
@@ -64,9 +69,21 @@ def generate_command(argv: list[str]) -> int:
     most, stop = options.max_new_tokens, options.stop
     if as_json:
         drafts = options.speculative
-        done = run.complete([text], max_new_tokens=most, sampling=sampling, stop=stop, speculative=drafts)[0]
-        counted = {**asdict(done.tally), "acceptance": done.tally.acceptance} if done.tally else None
-        emit({"prompt": text, "text": done.text, "ids": done.ids, "finish": done.finish, "tally": counted})
+        done = run.complete(
+            [text], max_new_tokens=most, sampling=sampling, stop=stop, speculative=drafts
+        )[0]
+        counted = (
+            {**asdict(done.tally), "acceptance": done.tally.acceptance} if done.tally else None
+        )
+        emit(
+            {
+                "prompt": text,
+                "text": done.text,
+                "ids": done.ids,
+                "finish": done.finish,
+                "tally": counted,
+            }
+        )
         return 0
     tally = Tally() if options.speculative else None
     print(text, end="", flush=True)
@@ -74,7 +91,10 @@ def generate_command(argv: list[str]) -> int:
         print(piece, end="", flush=True)
     print()
     if tally is not None:
-        print(f"drafts: {tally.drafted} in {tally.rounds} forwards, accepted {tally.acceptance:.0%}", file=sys.stderr)
+        print(
+            f"drafts: {tally.drafted} in {tally.rounds} forwards, accepted {tally.acceptance:.0%}",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -89,8 +109,12 @@ class Evaluate:
     """
 
     run: Positional[str]  # a run folder, a DeepSeek folder or a hub id
-    data: str | None = None  # a corpus name, a file, a folder, a Hugging Face data set; none: the run's own, or wordnet
-    column: str | None = None  # the field that holds the text; none: the run's for its own data, else text
+    data: str | None = (
+        None  # a corpus name, a file, a folder, a Hugging Face data set; none: the run's own, or wordnet
+    )
+    column: str | None = (
+        None  # the field that holds the text; none: the run's for its own data, else text
+    )
     split: Literal["validation", "train", "all"] = "validation"  # which documents of it
     limit: int | None = None  # at most this many documents, or items a task
     length: int | None = None  # tokens of context; none: as in the run's training, or 512
@@ -112,7 +136,9 @@ def eval_command(argv: list[str]) -> int:
             emit(results)
             return 0
         for task, scores in results.items():
-            numbers = (f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, float))
+            numbers = (
+                f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, float)
+            )
             print(task, *numbers, sep="  ")
         return 0
     score = _score(run, options)
@@ -120,7 +146,9 @@ def eval_command(argv: list[str]) -> int:
         emit(score)
         return 0
     print(f"{score.nats_per_token:.4f} nats a token, {score.bits_per_byte:.4f} bits a byte")
-    print(f"{score.tokens:,} tokens of {score.documents:,} documents, {score.bytes:,} bytes ({options.split})")
+    print(
+        f"{score.tokens:,} tokens of {score.documents:,} documents, {score.bytes:,} bytes ({options.split})"
+    )
     return 0
 
 
@@ -159,7 +187,9 @@ class Serve:
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None  # default: as stored
     tables: Literal["device", "host", "disk"] = "device"  # where Engram's rows live
-    rows_in: str | None = None  # folder of tables 0, 1, ... that `rorqual table convert` made; none: the run's own
+    rows_in: str | None = (
+        None  # folder of tables 0, 1, ... that `rorqual table convert` made; none: the run's own
+    )
     hot_bytes: int = 64 << 20  # of rows of a table on a disk that are kept in memory
 
 
@@ -214,7 +244,9 @@ class Memory:
     text: Positional[str] = ""  # none: only edits, or a corpus
     rows: bool = False  # print which rows each token reads, order by order, head by head
     suppress: tuple[str, ...] = ()  # n-grams whose rows become zero
-    overwrite: tuple[str, str] | None = None  # an n-gram, and a number for its rows or a JSON file [heads][width]
+    overwrite: tuple[str, str] | None = (
+        None  # an n-gram, and a number for its rows or a JSON file [heads][width]
+    )
     transplant: tuple[str, str] | None = None  # the second n-gram's rows become the first's
     layer: int | None = None  # the block to edit or to count; none: all that remember
     save: bool = False  # keep the edits in the run's weights; --undo takes them back
@@ -231,13 +263,22 @@ class Memory:
 def memory_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
     options = parse_new(Memory, argv, "memory")
-    asked = (options.text, options.undo, options.edits, options.data, options.suppress, options.overwrite)
+    asked = (
+        options.text,
+        options.undo,
+        options.edits,
+        options.data,
+        options.suppress,
+        options.overwrite,
+    )
     if not any((*asked, options.transplant)):
         raise UsageError("got nothing to do, expected a text, an edit, --undo, --edits or --data")
     if options.shared is not None and options.data is None:
         raise UsageError("got --shared without --data, expected the corpus in which to look")
     if options.top < 1 or options.limit < 1:
-        raise UsageError(f"got --top {options.top} and --limit {options.limit}, expected at least 1 of each")
+        raise UsageError(
+            f"got --top {options.top} and --limit {options.limit}, expected at least 1 of each"
+        )
     from rorqual import memory
     from rorqual.serve.generate import load
 
@@ -270,14 +311,18 @@ def _surgery(run: "Run", editor: "Editor", options: Memory) -> dict[str, Any]:
         for ngram in options.suppress:
             editor.suppress(ngram, layer)
         if options.overwrite is not None:
-            editor.overwrite(options.overwrite[0], layer, _values(*options.overwrite, editor, layer))
+            editor.overwrite(
+                options.overwrite[0], layer, _values(*options.overwrite, editor, layer)
+            )
         if options.transplant is not None:
             editor.transplant(*options.transplant, layer)
     made = editor.edits[saved:]
     if journal is not None and (undone or options.save):
         _keep(run, editor, journal, undone=bool(undone))
     lines = [("undone", undone), ("edited", made), ("saved", editor.edits if options.edits else [])]
-    found: dict[str, Any] = {name: [_about(edit) for edit in edits] for name, edits in lines if edits}
+    found: dict[str, Any] = {
+        name: [_about(edit) for edit in edits] for name, edits in lines if edits
+    }
     if options.edits:
         found.setdefault("saved", [])
     if before is None:
@@ -302,9 +347,13 @@ def _journal(run: "Run", options: Memory) -> Path | None:
 
     folder = run.folder
     if folder is None or not checkpoint.is_run(folder):
-        raise ValueError(f"{options.run}: edits are saved in a run of rorqual's own, which this is not")
+        raise ValueError(
+            f"{options.run}: edits are saved in a run of rorqual's own, which this is not"
+        )
     if checkpoint.is_checkpoint(options.run) or not checkpoint.is_finished(folder):
-        raise ValueError(f"{options.run}: edits are saved in a run that is finished, and this is a checkpoint of one")
+        raise ValueError(
+            f"{options.run}: edits are saved in a run that is finished, and this is a checkpoint of one"
+        )
     return folder / "edits.safetensors"
 
 
@@ -326,10 +375,14 @@ def _values(ngram: str, said: str, editor: "Editor", layer: int) -> "Tensor":
     shape = editor.look(ngram, layer).shape
     try:
         if Path(said).is_file():
-            return torch.tensor(json.loads(Path(said).read_text(encoding="utf-8")), dtype=torch.float32)
+            return torch.tensor(
+                json.loads(Path(said).read_text(encoding="utf-8")), dtype=torch.float32
+            )
         return torch.full(shape, float(said))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"--overwrite: got {said!r}, expected a number or a JSON file of {list(shape)}") from error
+        raise ValueError(
+            f"--overwrite: got {said!r}, expected a number or a JSON file of {list(shape)}"
+        ) from error
 
 
 def _about(edit: "Edit") -> dict[str, Any]:
@@ -344,7 +397,9 @@ def _corpus(run: "Run", options: Memory) -> dict[str, Any]:
     for layer in _layers(run, options):
 
         def texts() -> "Iterator[str]":
-            return evaluate.texts(str(options.data), part="all", limit=options.limit, column=options.column)
+            return evaluate.texts(
+                str(options.data), part="all", limit=options.limit, column=options.column
+            )
 
         given = (run.model, run.tokenizer)
         found[str(layer)] = {
@@ -360,12 +415,17 @@ def _corpus(run: "Run", options: Memory) -> dict[str, Any]:
 def _show(found: dict[str, Any], options: Memory) -> None:
     """The same as --json, to be read."""
     for one in found.get("reads", ()):
-        gates = "  ".join(f"block {layer}: {' '.join(f'{g:.2f}' for g in said)}" for layer, said in one.gates.items())
+        gates = "  ".join(
+            f"block {layer}: {' '.join(f'{g:.2f}' for g in said)}"
+            for layer, said in one.gates.items()
+        )
         print(f"{one.token!r:20} {gates}")
         for layer, read in one.rows.items() if options.rows else ():
             heads = len(read) // len(one.ngrams)
             for n, ngram in enumerate(one.ngrams):
-                print(f"    block {layer}  {ngram!r:24} rows {' '.join(map(str, read[n * heads : (n + 1) * heads]))}")
+                print(
+                    f"    block {layer}  {ngram!r:24} rows {' '.join(map(str, read[n * heads : (n + 1) * heads]))}"
+                )
     if "reads" in found and not options.rows:
         streams = len(next(iter(found["reads"][0].gates.values())))
         print(f"gates of {streams} streams; --rows shows the rows too")
@@ -377,7 +437,9 @@ def _show(found: dict[str, Any], options: Memory) -> None:
     for name, likely in found.get("next", {}).items():
         print(f"next, {name}: " + "  ".join(f"{token!r} {chance:.1%}" for token, chance in likely))
     if "change" in found:
-        movers = "  ".join(f"{token!r} {p:.2%} -> {q:.2%}" for token, p, q in found["change"].movers)
+        movers = "  ".join(
+            f"{token!r} {p:.2%} -> {q:.2%}" for token, p, q in found["change"].movers
+        )
         print(f"KL {found['change'].kl:.3g} nats; moved most: {movers}")
     for layer, of in found.get("corpus", {}).items():
         _show_corpus(layer, of)
@@ -385,7 +447,9 @@ def _show(found: dict[str, Any], options: Memory) -> None:
 
 def _show_corpus(layer: str, of: dict[str, Any]) -> None:
     all_of = of["collisions"]
-    print(f"block {layer}: {all_of.ngrams:,} n-grams read {all_of.rows:,} rows, {all_of.shared:,} of them shared")
+    print(
+        f"block {layer}: {all_of.ngrams:,} n-grams read {all_of.rows:,} rows, {all_of.shared:,} of them shared"
+    )
     for row, reads, ngram in of["popular"]:
         print(f"  row {row} read {reads:,} times, most by {ngram!r}")
     for row, ngrams in all_of.worst:

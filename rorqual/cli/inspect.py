@@ -38,11 +38,20 @@ def data_command(argv: list[str]) -> int:
     if as_json:
         emit(found | {"sample": sample})
         return 0
-    skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(corpus.skipped.items())) or "nothing"
-    print(f"{corpus.name}: {documents:,} documents, {size:,} bytes, {validation:,} of them kept for validation")
+    skipped = (
+        ", ".join(f"{count:,} {reason}" for reason, count in sorted(corpus.skipped.items()))
+        or "nothing"
+    )
+    print(
+        f"{corpus.name}: {documents:,} documents, {size:,} bytes, {validation:,} of them kept for validation"
+    )
     print(f"licence: {corpus.license}\nskipped: {skipped}")
     for document in sample:
-        print("  | " + document[:400].strip().replace("\n", "\n  | ") + (" ..." if len(document) > 400 else ""))
+        print(
+            "  | "
+            + document[:400].strip().replace("\n", "\n  | ")
+            + (" ..." if len(document) > 400 else "")
+        )
     return 0
 
 
@@ -77,7 +86,9 @@ class Report:
     """
 
     runs: Positional[tuple[str, ...]]  # run folders, or folders of them
-    out: str | None = None  # none: report.html in the first folder, report-2.html where that is of other runs
+    out: str | None = (
+        None  # none: report.html in the first folder, report-2.html where that is of other runs
+    )
     sentence: str | None = None  # the gates are shown over it
 
 

@@ -35,30 +35,64 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Command("train a pure mixture of experts and one with Engram, compare them", "demo", "train"),
-    "data": Command("what a corpus holds: documents, sizes, licence, a sample", "data wordnet", "inspect"),
-    "train": Command("train a model; the same command resumes", "train tiny --data notes/ --steps 500", "train"),
-    "config": Command("the whole configuration of a training as YAML, to start from", "config tiny > my.yaml", "train"),
-    "launch": Command(
-        "train in several processes, restarted when one dies", "launch --nproc-per-node 2 tiny --data notes/", "train"
+    "demo": Command(
+        "train a pure mixture of experts and one with Engram, compare them", "demo", "train"
     ),
-    "eval": Command("loss in nats a token and bits a byte on text", "eval runs/demo/engram --data notes/", "infer"),
-    "generate": Command("continue a text, as it comes", 'generate runs/demo/engram "A whale is"', "infer"),
+    "data": Command(
+        "what a corpus holds: documents, sizes, licence, a sample", "data wordnet", "inspect"
+    ),
+    "train": Command(
+        "train a model; the same command resumes", "train tiny --data notes/ --steps 500", "train"
+    ),
+    "config": Command(
+        "the whole configuration of a training as YAML, to start from",
+        "config tiny > my.yaml",
+        "train",
+    ),
+    "launch": Command(
+        "train in several processes, restarted when one dies",
+        "launch --nproc-per-node 2 tiny --data notes/",
+        "train",
+    ),
+    "eval": Command(
+        "loss in nats a token and bits a byte on text",
+        "eval runs/demo/engram --data notes/",
+        "infer",
+    ),
+    "generate": Command(
+        "continue a text, as it comes", 'generate runs/demo/engram "A whale is"', "infer"
+    ),
     "params": Command(
-        "parameters, FLOPs and cache bytes of models, side by side", "params moe-27b engram-27b", "train"
+        "parameters, FLOPs and cache bytes of models, side by side",
+        "params moe-27b engram-27b",
+        "train",
     ),
     "report": Command("runs -> one self-contained page", "report runs/demo", "inspect"),
-    "explore": Command("a run -> a live page: experts, memory rows, gates", "explore runs/demo/engram", "infer"),
+    "explore": Command(
+        "a run -> a live page: experts, memory rows, gates", "explore runs/demo/engram", "infer"
+    ),
     "memory": Command(
-        "read and edit what a model remembers, with undo", 'memory runs/demo/engram "sperm whale"', "infer"
+        "read and edit what a model remembers, with undo",
+        'memory runs/demo/engram "sperm whale"',
+        "infer",
     ),
     "table": Command(
-        "build, inspect, verify and convert tables of any size", "table inspect runs/demo/engram", "table"
+        "build, inspect, verify and convert tables of any size",
+        "table inspect runs/demo/engram",
+        "table",
     ),
-    "serve": Command("answer OpenAI-style requests over HTTP", "serve runs/demo/engram --port 8000", "infer"),
-    "plan": Command("a budget -> models of equal size and cost", "plan --like tiny --rho 0.75", "train"),
-    "sweep": Command("train a row of models, say what is established", "sweep allocation --seeds 3", "train"),
-    "doctor": Command("what this machine has: versions, cores, devices, kernels", "doctor", "inspect"),
+    "serve": Command(
+        "answer OpenAI-style requests over HTTP", "serve runs/demo/engram --port 8000", "infer"
+    ),
+    "plan": Command(
+        "a budget -> models of equal size and cost", "plan --like tiny --rho 0.75", "train"
+    ),
+    "sweep": Command(
+        "train a row of models, say what is established", "sweep allocation --seeds 3", "train"
+    ),
+    "doctor": Command(
+        "what this machine has: versions, cores, devices, kernels", "doctor", "inspect"
+    ),
 }
 
 HELP = """usage: rorqual COMMAND [ARGUMENTS]      rorqual COMMAND --help says more
@@ -102,7 +136,10 @@ def _run(words: list[str]) -> int:
     try:
         name = choose("command", words[0], COMMANDS)
     except ValueError as error:
-        print(f"rorqual: error: {error}\nrorqual --help lists them, each with an example", file=sys.stderr)
+        print(
+            f"rorqual: error: {error}\nrorqual --help lists them, each with an example",
+            file=sys.stderr,
+        )
         return 2
     module = importlib.import_module(f"rorqual.cli.{COMMANDS[name].home}")
     command: Callable[[list[str]], int | None] = getattr(module, f"{name}_command")
@@ -112,14 +149,19 @@ def _run(words: list[str]) -> int:
 def help_text() -> str:
     """Every command, what it does and how it is typed."""
     width = max(map(len, COMMANDS))
-    lines = (f"  {name:{width}}  {it.what}\n  {'':{width}}    rorqual {it.example}" for name, it in COMMANDS.items())
+    lines = (
+        f"  {name:{width}}  {it.what}\n  {'':{width}}    rorqual {it.example}"
+        for name, it in COMMANDS.items()
+    )
     return HELP.format(commands="\n".join(lines))
 
 
 def _failed(error: Exception, words: list[str]) -> int:
     """Says what went wrong. An exception that no user can cause keeps its traceback, since it is our mistake."""
     usage = bool(getattr(error, "usage", False))
-    missing = isinstance(error, ModuleNotFoundError) and not (error.name or "rorqual").startswith("rorqual")
+    missing = isinstance(error, ModuleNotFoundError) and not (error.name or "rorqual").startswith(
+        "rorqual"
+    )
     known = missing or isinstance(error, (ValueError, OSError, RuntimeError))
     if os.environ.get("RORQUAL_DEBUG") or not known:
         traceback.print_exception(error)

@@ -106,7 +106,11 @@ def changed(start: T, changes: Changes) -> T:
 
 
 def read(
-    start: Any, argv: Sequence[str], command: str, epilogue: str = "", short: Mapping[str, str] | None = None
+    start: Any,
+    argv: Sequence[str],
+    command: str,
+    epilogue: str = "",
+    short: Mapping[str, str] | None = None,
 ) -> Changes:
     """What argv changes: --name value, --name=value or, where nothing is given by its place, name=value.
 
@@ -114,11 +118,27 @@ def read(
     """
     cls = start if isinstance(start, type) else type(start)
     helped = any(word in ("-h", "--help") for word in argv)
-    options = list(config.options(cls, None if isinstance(start, type) else start, commented=helped))
-    places = [name for name, hint in typing.get_type_hints(cls, include_extras=True).items() if _is_placed(hint)]
-    switched = [each for each in options if each.part is None or type(None) in config.members(each.annotation)]
-    names = {each.name: each.name for each in switched if each.name not in places} | dict(short or {})
-    words = list(_spelled(argv, names, {each.name for each in options if each.annotation is bool}, not places))
+    options = list(
+        config.options(cls, None if isinstance(start, type) else start, commented=helped)
+    )
+    places = [
+        name
+        for name, hint in typing.get_type_hints(cls, include_extras=True).items()
+        if _is_placed(hint)
+    ]
+    switched = [
+        each
+        for each in options
+        if each.part is None or type(None) in config.members(each.annotation)
+    ]
+    names = {each.name: each.name for each in switched if each.name not in places} | dict(
+        short or {}
+    )
+    words = list(
+        _spelled(
+            argv, names, {each.name for each in options if each.annotation is bool}, not places
+        )
+    )
     parser = _parser(cls, command, epilogue, places)
     groups: dict[str, Any] = {"": parser}
     for option in options:
@@ -138,16 +158,26 @@ def _is_placed(hint: Any) -> bool:
     return typing.get_origin(hint) is Annotated and "positional" in hint.__metadata__
 
 
-def _parser(cls: Any, command: str, epilogue: str, places: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(
+    cls: Any, command: str, epilogue: str, places: Sequence[str]
+) -> argparse.ArgumentParser:
     """A parser whose help begins with the sentences of the class's docstring and ends with its commands."""
     text = "" if config.summary(cls) == "" else inspect.cleandoc(cls.__doc__)
     sentences = [line for line in text.splitlines() if not line.startswith("rorqual ")]
     commands = [f"  {line}" for line in text.splitlines() if line.startswith("rorqual ")]
     return _Parser(
-        usage=" ".join([f"rorqual {command}", *map(str.upper, places), "[--OPTION VALUE ...]" if places else USAGE]),
+        usage=" ".join(
+            [
+                f"rorqual {command}",
+                *map(str.upper, places),
+                "[--OPTION VALUE ...]" if places else USAGE,
+            ]
+        ),
         description="\n".join(sentences).strip(),
         epilog="\n".join([*(["examples:", *commands] if commands else []), epilogue]).strip(),
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=40),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=40
+        ),
         allow_abbrev=False,
     )
 
@@ -160,7 +190,9 @@ class _Parser(argparse.ArgumentParser):
 class _Note(argparse.Action):
     """Notes what was typed, and in which order."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
         namespace.changes.append((self.dest, values))
 
 
@@ -183,7 +215,10 @@ def _add(group: Any, option: config.Option, flags: list[str], placed: bool) -> N
         dashed = [f"--{flag.replace('_', '-')}" for flag in flags]
         group.add_argument(*dashed, dest=option.name, action=_Note, required=required, **shown)
     else:
-        shown |= {"metavar": option.name.upper(), "nargs": "+" if items else None if required else "?"}
+        shown |= {
+            "metavar": option.name.upper(),
+            "nargs": "+" if items else None if required else "?",
+        }
         group.add_argument(option.name, action=_Note, **shown)
 
 
@@ -195,7 +230,11 @@ def _metavar(hint: Any) -> str:
     kinds = config.members(hint)
     if len(kinds) > 1:
         return "|".join(map(_metavar, kinds))
-    return "none" if hint is type(None) else {str: "TEXT"}.get(hint, getattr(hint, "__name__", "VALUE").upper())
+    return (
+        "none"
+        if hint is type(None)
+        else {str: "TEXT"}.get(hint, getattr(hint, "__name__", "VALUE").upper())
+    )
 
 
 def _help(option: config.Option) -> str:
@@ -204,11 +243,19 @@ def _help(option: config.Option) -> str:
         return f"switches it on or off (it is {'off' if default is None else 'on'})"
     if default is dataclasses.MISSING:
         return option.comment.replace("%", "%%")
-    words = " ".join(map(str, default)) if isinstance(default, tuple) else "none" if default is None else str(default)
+    words = (
+        " ".join(map(str, default))
+        if isinstance(default, tuple)
+        else "none"
+        if default is None
+        else str(default)
+    )
     return f"{option.comment} (default: {words})".strip().replace("%", "%%")
 
 
-def _spelled(argv: Sequence[str], names: Mapping[str, str], bools: set[str], pairs: bool) -> Iterator[str]:
+def _spelled(
+    argv: Sequence[str], names: Mapping[str, str], bools: set[str], pairs: bool
+) -> Iterator[str]:
     """The words as the parser takes them: dashes in names, --name=value for name=value, every bool with a value."""
     words = list(argv)
     while words:
@@ -222,7 +269,10 @@ def _spelled(argv: Sequence[str], names: Mapping[str, str], bools: set[str], pai
             yield word
             continue
         if names[name] in bools and not equals:
-            equals, value = "=", words.pop(0) if words and words[0].lower() in ("true", "false") else "true"
+            equals, value = (
+                "=",
+                words.pop(0) if words and words[0].lower() in ("true", "false") else "true",
+            )
         yield f"--{name.replace('_', '-')}{equals}{value}"
 
 
@@ -240,7 +290,9 @@ def _unknown(word: str, names: Mapping[str, str], command: str) -> str:
     path, _, tail = name.rpartition("no_")
     if tail and path + tail in names:
         return f"got {word}, expected {path}{tail}=false"
-    near = [known for known in names if known.rpartition(".")[2] == name] or get_close_matches(name, names, 1, 0.6)
+    near = [known for known in names if known.rpartition(".")[2] == name] or get_close_matches(
+        name, names, 1, 0.6
+    )
     if near and (dashes or equals):
         right = near[0].replace("_", "-") if dashes else near[0]
         return f"got {word}, which is no option of {here}; did you mean {dashes}{right}{equals}{value}?"
@@ -263,7 +315,9 @@ def emit(value: Any) -> None:
 def jsonable(value: Any) -> Any:
     """Plain JSON values of dataclasses, named tuples, mappings, sequences and zero-dimensional tensors."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return jsonable(value._asdict())
     if isinstance(value, dict):

@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from rorqual.cli.parse import Positional, UsageError, emit, parse_new, split_first, take
@@ -122,7 +128,13 @@ def table_command(argv: list[str]) -> int:
     verb, rest = split_first(argv, f"one of {', '.join(VERBS)}", EXAMPLE)
     if verb in ("-h", "--help"):
         print("usage: rorqual table VERB [ARGUMENTS]      rorqual table VERB --help says more\n")
-        print(*(f"  {name:8} {(cls.__doc__ or '').splitlines()[0]}" for name, (cls, _) in VERBS.items()), sep="\n")
+        print(
+            *(
+                f"  {name:8} {(cls.__doc__ or '').splitlines()[0]}"
+                for name, (cls, _) in VERBS.items()
+            ),
+            sep="\n",
+        )
         return 0
     try:
         cls, call = VERBS[choose("verb of table", verb, VERBS)]
@@ -136,14 +148,22 @@ def build(options: Build, as_json: bool) -> int:
 
     if options.source is not None:
         if options.rows is not None or options.width is not None:
-            raise UsageError("got --source with --rows or --width, expected one of them: a source has its own shape")
+            raise UsageError(
+                "got --source with --rows or --width, expected one of them: a source has its own shape"
+            )
         return _written(options, options.source, as_json)
     if options.rows is None or options.width is None:
-        raise UsageError("got no --source and not both --rows and --width, expected where the rows come from")
+        raise UsageError(
+            "got no --source and not both --rows and --width, expected where the rows come from"
+        )
     if options.name is not None or options.number:
-        raise UsageError("got --name or --number without --source, expected the source that they are about")
+        raise UsageError(
+            "got --name or --number without --source, expected the source that they are about"
+        )
     if options.rows < 1 or options.width < 1:
-        raise UsageError(f"got {options.rows} rows of width {options.width}, expected at least 1 of each")
+        raise UsageError(
+            f"got {options.rows} rows of width {options.width}, expected at least 1 of each"
+        )
     from rorqual.tables.fp8 import row_bytes
 
     dtype = _dtype(options.dtype or "float32")
@@ -174,7 +194,9 @@ def _written(options: Build | Convert, source: str, as_json: bool) -> int:
 
     found = tables_in(Path(source), options.name)
     if not 0 <= options.number < len(found):
-        raise UsageError(f"got --number {options.number}, expected 0 to {len(found) - 1}: {source} has so many tables")
+        raise UsageError(
+            f"got --number {options.number}, expected 0 to {len(found) - 1}: {source} has so many tables"
+        )
     path, name = found[options.number]
     before = tables.RowFile(path, name)
     before.close()
@@ -182,13 +204,17 @@ def _written(options: Build | Convert, source: str, as_json: bool) -> int:
     size = row_bytes(before.width, dtype)
     shard_rows = _shard_rows(options, size)
     with _bar(before.rows * size) as progress:
-        tables.convert(path, options.table, name=name, dtype=dtype, shard_rows=shard_rows, progress=progress)
+        tables.convert(
+            path, options.table, name=name, dtype=dtype, shard_rows=shard_rows, progress=progress
+        )
     return inspect(Inspect(table=options.table), as_json)
 
 
 def _shard_rows(options: Build | Convert, size: int) -> int:
     if options.shard_bytes < size:
-        raise UsageError(f"got --shard-bytes {options.shard_bytes}, expected at least the {size} bytes of a row")
+        raise UsageError(
+            f"got --shard-bytes {options.shard_bytes}, expected at least the {size} bytes of a row"
+        )
     return options.shard_bytes // size
 
 
@@ -200,7 +226,11 @@ def inspect(options: Inspect, as_json: bool) -> int:
         lists = hot_rows(Path(options.hot))
         for number, about in enumerate(found):
             ids = lists[str(number)].tolist() if str(number) in lists else []
-            about["hot"] = {"rows": len(ids), "bytes": len(ids) * about["row_bytes"], "first": ids[:5]}
+            about["hot"] = {
+                "rows": len(ids),
+                "bytes": len(ids) * about["row_bytes"],
+                "first": ids[:5],
+            }
     if as_json:
         emit({"tables": found})
         return 0
@@ -211,9 +241,13 @@ def inspect(options: Inspect, as_json: bool) -> int:
             f"file{'s' if len(about['shards']) > 1 else ''}, {'with' if about['checksums'] else 'without'} checksums"
         )
         for shard in about["shards"] if len(about["shards"]) > 1 else ():
-            print(f"  {shard['file']}  rows {shard['first']:,} to {shard['first'] + shard['rows'] - 1:,}")
+            print(
+                f"  {shard['file']}  rows {shard['first']:,} to {shard['first'] + shard['rows'] - 1:,}"
+            )
         if (hot := about.get("hot")) is not None:
-            print(f"  hot: {hot['rows']:,} rows, {hot['bytes']:,} bytes; first {', '.join(map(str, hot['first']))}")
+            print(
+                f"  hot: {hot['rows']:,} rows, {hot['bytes']:,} bytes; first {', '.join(map(str, hot['first']))}"
+            )
     return 0
 
 
@@ -247,13 +281,18 @@ def verify(options: Verify, as_json: bool) -> int:
 
     damaged = tables.verify(options.table)
     if as_json:
-        rows = [{"file": each.path, "first": each.rows.start, "last": each.rows.stop - 1} for each in damaged]
+        rows = [
+            {"file": each.path, "first": each.rows.start, "last": each.rows.stop - 1}
+            for each in damaged
+        ]
         emit({"sound": not damaged, "damaged": rows})
     elif not damaged:
         print(f"{options.table}: every byte is as it was written")
     else:
         for each in damaged:
-            print(f"{each.path}: rows {each.rows.start:,} to {each.rows.stop - 1:,} are not as they were written")
+            print(
+                f"{each.path}: rows {each.rows.start:,} to {each.rows.stop - 1:,} are not as they were written"
+            )
     return 1 if damaged else 0
 
 
@@ -266,7 +305,9 @@ def hot(options: Hot, as_json: bool) -> int:
     from rorqual.tables import hot_rows
 
     if options.rows < 1 or options.limit < 1:
-        raise UsageError(f"got --rows {options.rows} and --limit {options.limit}, expected at least 1 of each")
+        raise UsageError(
+            f"got --rows {options.rows} and --limit {options.limit}, expected at least 1 of each"
+        )
     if not Path(options.out).parent.is_dir() or Path(options.out).is_dir():
         raise UsageError(f"got {options.out}, expected a file in a folder that is there")
     if Path(options.out).exists():
@@ -278,10 +319,15 @@ def hot(options: Hot, as_json: bool) -> int:
     for layer in run.config.engram.layers:
         texts = evaluate.texts(options.data, part="all", limit=options.limit, column=options.column)
         found.append(memory.popular(run.model, run.tokenizer, texts, layer, options.rows))
-    lists = {str(n): tensor([row for row, _, _ in most], dtype=int64) for n, most in enumerate(found)}
+    lists = {
+        str(n): tensor([row for row, _, _ in most], dtype=int64) for n, most in enumerate(found)
+    }
     save_file(lists, options.out)
     sums = [sum(reads for _, reads, _ in most) for most in found]
-    told = [{"rows": len(m), "reads": reads, "first": m[:5]} for m, reads in zip(found, sums, strict=True)]
+    told = [
+        {"rows": len(m), "reads": reads, "first": m[:5]}
+        for m, reads in zip(found, sums, strict=True)
+    ]
     if as_json:
         emit({"file": options.out, "tables": told})
         return 0
@@ -307,7 +353,9 @@ def bench(options: Bench, as_json: bool) -> int:
     if (figure := options.figure) is not None and not (
         Path(figure).suffix in (".svg", ".png", ".pdf") and Path(figure).parent.is_dir()
     ):
-        raise UsageError(f"got --figure {figure}, expected a .svg, .png or .pdf in a folder that is there")
+        raise UsageError(
+            f"got --figure {figure}, expected a .svg, .png or .pdf in a folder that is there"
+        )
     lines = tables.bench(config, lambda words: console.print(f"[dim]{words}[/]", highlight=False))
     speeds = {line.name: line.tokens_per_second for line in lines}
     if options.run is not None:
@@ -321,9 +369,15 @@ def bench(options: Bench, as_json: bool) -> int:
     if as_json:
         emit({"lines": lines, "figure": figure})
         return 0
-    shown = Table("home", *("rows/s", "step p50", "step p99", "hot", "tokens/s", "of resident"), box=None)
+    shown = Table(
+        "home", *("rows/s", "step p50", "step p99", "hot", "tokens/s", "of resident"), box=None
+    )
     for line in lines:
-        times = (f"{line.rows_per_second:,.0f}", f"{line.step_p50 * 1e6:,.0f} us", f"{line.step_p99 * 1e6:,.0f} us")
+        times = (
+            f"{line.rows_per_second:,.0f}",
+            f"{line.step_p50 * 1e6:,.0f} us",
+            f"{line.step_p99 * 1e6:,.0f} us",
+        )
         speed, share = line.tokens_per_second, line.tokens_per_second / lines[0].tokens_per_second
         shown.add_row(line.name, *times, f"{line.hit_rate:.0%}", f"{speed:,.1f}", f"{share:.1%}")
     Console().print(shown)
@@ -335,7 +389,9 @@ def tables_in(path: Path, name: str | None) -> list[tuple[Path, str]]:
     if name is None and (path / "config.json").is_file():
         from rorqual.tables import placement
 
-        count = len(placement.table_names(path / "model.safetensors")) or len(list(path.glob("tables/*")))
+        count = len(placement.table_names(path / "model.safetensors")) or len(
+            list(path.glob("tables/*"))
+        )
         if not count:
             raise ValueError(f"{path}: got a run without tables, expected a model with Engram")
         return placement.table_places(path, count, placement.TableConfig())

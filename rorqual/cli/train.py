@@ -73,7 +73,9 @@ def train_command(argv: list[str]) -> int:
     if as_json:
         emit({"folder": folder} | scored(Path(folder)) | {"seconds": clock.seconds})
     else:
-        print(f'{folder}: rorqual generate {folder} "..." continues a text, rorqual eval {folder} scores it')
+        print(
+            f'{folder}: rorqual generate {folder} "..." continues a text, rorqual eval {folder} scores it'
+        )
     return 0
 
 
@@ -97,7 +99,9 @@ def train_options(argv: list[str]) -> "TrainConfig":
     changes = read(start, words, command, TRAIN_ENDS, DATA)
 
     def asked(before: TrainConfig) -> TrainConfig:
-        return changed(configs.load(TrainConfig, name, before) if configs.is_yaml(name) else before, changes)
+        return changed(
+            configs.load(TrainConfig, name, before) if configs.is_yaml(name) else before, changes
+        )
 
     before = start if saved.is_file() else begun(asked(start).folder)
     if before is not None:
@@ -121,7 +125,10 @@ def config_command(argv: list[str]) -> int:
         print(CONFIG_HELP)
         return 0
     text = configs.to_yaml(train_options(argv))
-    print(f"# rorqual train FILE.yaml trains what this file says; rorqual train --help has examples\n\n{text}", end="")
+    print(
+        f"# rorqual train FILE.yaml trains what this file says; rorqual train --help has examples\n\n{text}",
+        end="",
+    )
     return 0
 
 
@@ -201,7 +208,9 @@ def refuse_too_large(options: "TrainConfig") -> None:
     smaller = "try a smaller one (rorqual params tiny small)"
     if available and needed > available:
         where = f"{size(available)} of memory ({device.type})"
-        raise ValueError(f"{large}: got {where}, expected at least {size(needed)} to train it; {smaller}")
+        raise ValueError(
+            f"{large}: got {where}, expected at least {size(needed)} to train it; {smaller}"
+        )
     folder = Path(options.folder)
     if (folder / "checkpoints").is_dir():
         return
@@ -209,7 +218,9 @@ def refuse_too_large(options: "TrainConfig") -> None:
     free, written = shutil.disk_usage(place).free, dense + 3 * rows
     if written > free:
         got = f"{size(free)} free for {folder}"
-        raise ValueError(f"{large}: got {got}, expected at least {size(written)} for its checkpoints; {smaller}")
+        raise ValueError(
+            f"{large}: got {got}, expected at least {size(written)} for its checkpoints; {smaller}"
+        )
 
 
 def progress(steps: int, every: float = 5.0) -> Callable[[dict[str, Any]], None]:
@@ -226,7 +237,10 @@ def progress(steps: int, every: float = 5.0) -> Callable[[dict[str, Any]], None]
                 text = " ".join(f"{record['prompt']} -> {record['sample']}".split())
                 runtime.log(f"step {record['step']:,}  sample: {text}")
         elif "accuracy" in record:
-            runtime.log(f"step {record['step']:,}  validation {record['accuracy']:.3f} of the answers", style="bold")
+            runtime.log(
+                f"step {record['step']:,}  validation {record['accuracy']:.3f} of the answers",
+                style="bold",
+            )
         elif "loss" in record and (clock.seconds - told[0] >= every or record["step"] == steps):
             told[0] = clock.seconds
             speed, left = record.get("tokens_per_second", 0.0), record.get("seconds_left", 0.0)
@@ -245,7 +259,9 @@ class Params:
     rorqual params --base 500000
     """
 
-    model: ModelConfig = field(default_factory=ModelConfig)  # flags change every model that is named
+    model: ModelConfig = field(
+        default_factory=ModelConfig
+    )  # flags change every model that is named
     context: int = 4096  # tokens that a token attends over, half of them on average
     base: float | None = None  # without a name: how many tokens a rotary base tells apart
     factor: float = 1.0  # with --base: how far YaRN stretches it
@@ -271,12 +287,18 @@ def params_command(argv: list[str]) -> int:
     while argv and not is_option(argv[0]):
         names.append(argv[0])
         argv = argv[1:]
-    options = [parse(Params(model=named(name)), argv, "params NAME...") for name in names or ["tiny"]]
+    options = [
+        parse(Params(model=named(name)), argv, "params NAME...") for name in names or ["tiny"]
+    ]
     if not names:
         return base_command(options[0], as_json)
     if options[0].base is not None:
-        raise UsageError("--base: got names too, expected it alone, or --model.rope.base for the models")
-    found = {name: costs(each.model, each.context) for name, each in zip(names, options, strict=True)}
+        raise UsageError(
+            "--base: got names too, expected it alone, or --model.rope.base for the models"
+        )
+    found = {
+        name: costs(each.model, each.context) for name, each in zip(names, options, strict=True)
+    }
     if as_json:
         emit(found)
         return 0
@@ -287,13 +309,17 @@ def params_command(argv: list[str]) -> int:
 def base_command(options: Params, as_json: bool) -> int:
     """How long a context a rotary base carries, of no model in particular."""
     if options.base is None:
-        raise UsageError("got no name, expected presets or run folders first: rorqual params tiny small")
+        raise UsageError(
+            "got no name, expected presets or run folders first: rorqual params tiny small"
+        )
     rope = RopeConfig(base=options.base, yarn=YarnConfig(factor=options.factor))
     tokens = longest_context(rope.base, options.factor)
     if as_json:
         emit({"base": options.base, "factor": options.factor, "longest_context": tokens})
     else:
-        print(f"a rotary base of {options.base:,g}, stretched {options.factor:g} times, tells {tokens:,} tokens apart")
+        print(
+            f"a rotary base of {options.base:,g}, stretched {options.factor:g} times, tells {tokens:,} tokens apart"
+        )
     return 0
 
 
@@ -321,8 +347,12 @@ def plan_command(argv: list[str]) -> int:
     from rorqual.experiments.plan import PlanConfig, plan_budget
 
     if argv and not is_option(argv[0]):
-        raise UsageError(f"got {argv[0]!r}, expected flags alone: rorqual plan --like {argv[0]} --rho 0.75")
-    changes = read(PlanConfig(), argv, "plan", PLAN_ENDS, {name: f"machine.{name}" for name in MACHINE})
+        raise UsageError(
+            f"got {argv[0]!r}, expected flags alone: rorqual plan --like {argv[0]} --rho 0.75"
+        )
+    changes = read(
+        PlanConfig(), argv, "plan", PLAN_ENDS, {name: f"machine.{name}" for name in MACHINE}
+    )
     typed = dict(changes)
     like = typed.get("like", PlanConfig().like)
     start = PlanConfig(like=like, model=named(like))
@@ -333,7 +363,9 @@ def plan_command(argv: list[str]) -> int:
     except ValueError as error:
         raise ValueError(as_typed(str(error), like, typed)) from error
     arms = {arm.name: arm for arm in (plan.moe, plan.engram, plan.dense)}
-    estimates = {name: estimate(arm.config, options.machine, options.context) for name, arm in arms.items()}
+    estimates = {
+        name: estimate(arm.config, options.machine, options.context) for name, arm in arms.items()
+    }
     words = {
         name: [*differing(start.model, arm.config), f"folder=runs/{Path(like).name}-{name}"]
         for name, arm in arms.items()
@@ -341,10 +373,19 @@ def plan_command(argv: list[str]) -> int:
     if as_json:
         moe = plan.engram.config.moe
         each = {
-            name: {"config": arm.config, "costs": arm.costs, "estimate": estimates[name], "flags": words[name]}
+            name: {
+                "config": arm.config,
+                "costs": arm.costs,
+                "estimate": estimates[name],
+                "flags": words[name],
+            }
             for name, arm in arms.items()
         }
-        head = {"rho": plan.rho, "routed_experts": moe and moe.routed, "memory": plan.engram.costs.memory}
+        head = {
+            "rho": plan.rho,
+            "routed_experts": moe and moe.routed,
+            "memory": plan.engram.costs.memory,
+        }
         emit(head | {"machine": options.machine} | each)
         return 0
     show({name: arm.costs for name, arm in arms.items()})
@@ -378,7 +419,11 @@ def as_typed(said: str, like: str, typed: dict[str, Any]) -> str:
     field, _, rest = said.partition(": ")
     name = {"base": "like", "flops_per_token": "flops"}.get(field, field)
     names = ("total", "activated", "flops") if field == "budget" else (name,)
-    words = [f"--{name} {({'like': like} | typed)[name]}" for name in names if name in typed or name == "like"]
+    words = [
+        f"--{name} {({'like': like} | typed)[name]}"
+        for name in names
+        if name in typed or name == "like"
+    ]
     return f"{' '.join(words)}: {rest}" if words else said
 
 
@@ -390,20 +435,37 @@ def show_estimates(machine: Any, found: Mapping[str, Any]) -> None:
     table = Table("an estimate, activations not counted", *found, box=None)
     for column in table.columns[1:]:
         column.justify = "right"
-    for role, words in (("rows", "rows"), ("matrix", "matrices"), ("decayed", "embedding and head"), ("plain", "rest")):
+    for role, words in (
+        ("rows", "rows"),
+        ("matrix", "matrices"),
+        ("decayed", "embedding and head"),
+        ("plain", "rest"),
+    ):
         kept = [one.roles.get(role) for one in found.values()]
         if any(kept):
             table.add_row(
-                f"{words}: weights + gradients + state", *(" + ".join(map(size, k[1:])) if k else "" for k in kept)
+                f"{words}: weights + gradients + state",
+                *(" + ".join(map(size, k[1:])) if k else "" for k in kept),
             )
     held = [size(one.device_bytes) + ("" if one.fits else ", too many") for one in found.values()]
     here = machine.device == "cpu"
-    table.add_row("on this machine" if here else f"on each of {machine.devices} {machine.device}", *held)
+    table.add_row(
+        "on this machine" if here else f"on each of {machine.devices} {machine.device}", *held
+    )
     if machine.tables == "host":
-        table.add_row("in the memory of the hosts", *(size(one.host_bytes) for one in found.values()))
-    table.add_row(f"a step of {machine.step_tokens:,} tokens", *(f"{one.step:,.3g} s" for one in found.values()))
+        table.add_row(
+            "in the memory of the hosts", *(size(one.host_bytes) for one in found.values())
+        )
+    table.add_row(
+        f"a step of {machine.step_tokens:,} tokens",
+        *(f"{one.step:,.3g} s" for one in found.values()),
+    )
     peak = "of what is measured" if here else "of the peak"
-    parts = ((f"products, at {machine.utilisation:.0%} {peak}", "compute"), ("update", "update"), ("rows", "rows"))
+    parts = (
+        (f"products, at {machine.utilisation:.0%} {peak}", "compute"),
+        ("update", "update"),
+        ("rows", "rows"),
+    )
     for words, name in parts:
         table.add_row(f"  {words}", *(f"{getattr(one, name):,.3g} s" for one in found.values()))
     Console(width=Console(width=9999).measure(table).maximum).print(table)
@@ -429,7 +491,13 @@ def differing(base: Any, other: Any, name: str = "model") -> list[str]:
             part: Any = type(now)  # switched on with its defaults where it was off
             words += differing(was or part(), now, path) or [f"{path}=default"]
         else:
-            value = ",".join(map(str, now)) if isinstance(now, tuple) else "none" if now is None else str(now)
+            value = (
+                ",".join(map(str, now))
+                if isinstance(now, tuple)
+                else "none"
+                if now is None
+                else str(now)
+            )
             words.append(f"{path}={value}")
     return words
 
@@ -446,17 +514,27 @@ def sweep_command(argv: list[str]) -> int:
 
     if name in ("-h", "--help"):
         name, flags = allocation.KINDS[0], ["--help"]
-    kind, console = usual("kind of sweep", name, (*allocation.KINDS, "needle")), Console(stderr=as_json)
+    kind, console = (
+        usual("kind of sweep", name, (*allocation.KINDS, "needle")),
+        Console(stderr=as_json),
+    )
     if kind == "needle":
         folder = needle.main(parse(needle.NeedleSweep(), flags, "sweep needle"), console=console)
     else:
         changes = read(allocation.SweepConfig(), flags, "sweep KIND", SWEEP_ENDS, DATA)
         shape = dict(changes).get("preset", allocation.SweepConfig().preset)
-        start = configs.replace(allocation.SweepConfig(preset=shape, model=named(shape)), "kind", kind)
+        start = configs.replace(
+            allocation.SweepConfig(preset=shape, model=named(shape)), "kind", kind
+        )
         options = with_recipe(start, lambda config: changed(config, changes))
         folder = allocation.main(options, console=console)
     if as_json:
-        emit({"folder": folder, "conclusion": (folder / "conclusion.txt").read_text(encoding="utf-8").strip()})
+        emit(
+            {
+                "folder": folder,
+                "conclusion": (folder / "conclusion.txt").read_text(encoding="utf-8").strip(),
+            }
+        )
     else:
         print(f"{folder}: the runs, results and conclusion.txt")
     return 0

@@ -36,7 +36,9 @@ Side = Literal["train", "validation"]
 
 def place(text: str) -> float:
     """Where the text falls in [0, 1): the same on every machine and in every corpus."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=6).digest(), "big") / 2**48
+    return (
+        int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=6).digest(), "big") / 2**48
+    )
 
 
 def split(text: str) -> Side:
@@ -67,7 +69,9 @@ def open_corpus(
         raise ValueError(f"got longest {longest}, expected at least 64 bytes")
     if near is not None and not 0 < near <= 1:
         raise ValueError(f"got near {near}, expected 0 < near <= 1, or none")
-    return Corpus(sources.find(source, column=column, longest=longest), column, limit, longest, near)
+    return Corpus(
+        sources.find(source, column=column, longest=longest), column, limit, longest, near
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,9 +92,13 @@ def trained(folder: str | os.PathLike[str]) -> Trained | None:
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
         data = said["data"]
-        return Trained(source=data["source"], column=data["column"], limit=data["limit"], length=said["length"])
+        return Trained(
+            source=data["source"], column=data["column"], limit=data["limit"], length=said["length"]
+        )
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: got {error!r}, expected the config of a training with data and length") from error
+        raise ValueError(
+            f"{path}: got {error!r}, expected the config of a training with data and length"
+        ) from error
 
 
 class Corpus:
@@ -101,13 +109,26 @@ class Corpus:
     """
 
     def __init__(
-        self, source: sources.Source, column: str, limit: int | None, longest: int, near: float | None
+        self,
+        source: sources.Source,
+        column: str,
+        limit: int | None,
+        longest: int,
+        near: float | None,
     ) -> None:
         self.name, self.license, self.bytes = source.name, source.license, source.bytes
         self.skipped: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
-        self._source, self._column, self._limit, self._longest, self._near = source, column, limit, longest, near
-        self._copies: dict[int, str] | None = None  # which texts a whole pass found to be copies, and how
+        self._source, self._column, self._limit, self._longest, self._near = (
+            source,
+            column,
+            limit,
+            longest,
+            near,
+        )
+        self._copies: dict[int, str] | None = (
+            None  # which texts a whole pass found to be copies, and how
+        )
 
     def __str__(self) -> str:
         return f"{self.name} ({'size unknown' if self.bytes is None else f'{self.bytes / 1e6:.1f} MB'}; {self.license})"
@@ -115,7 +136,14 @@ class Corpus:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Of all that decides which documents come out; reads local files whole."""
-        settings = [self._column, self._limit, self._longest, self._near, _READING, rensa.RMinHash.ALGORITHM_VERSION]
+        settings = [
+            self._column,
+            self._limit,
+            self._longest,
+            self._near,
+            _READING,
+            rensa.RMinHash.ALGORITHM_VERSION,
+        ]
         said = json.dumps([self._source.stamp(), *settings])
         return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
 
@@ -151,8 +179,13 @@ class Corpus:
             yield text, at
         self._copies = copies
         if not kept:
-            met = ", ".join(f"{count} x {why} ({self.examples[why]})" for why, count in self.skipped.most_common(4))
-            raise ValueError(f"{self.name}: got no documents: {met or 'nothing there'}; expected at least one")
+            met = ", ".join(
+                f"{count} x {why} ({self.examples[why]})"
+                for why, count in self.skipped.most_common(4)
+            )
+            raise ValueError(
+                f"{self.name}: got no documents: {met or 'nothing there'}; expected at least one"
+            )
 
     def _skip(self, reason: str, where: str) -> None:
         self.skipped[reason] += 1
@@ -162,13 +195,18 @@ class Corpus:
         """Texts that are no copies of earlier ones. Fills `copies` on the first pass and believes it on later ones."""
         known = self._copies is not None
         seen: set[bytes] = set()
-        index = rensa.RMinHashDeduplicator(threshold=self._near or 1.0, num_perm=_MINIMA, use_lsh=True)
+        index = rensa.RMinHashDeduplicator(
+            threshold=self._near or 1.0, num_perm=_MINIMA, use_lsh=True
+        )
         for number, (where, text, at) in enumerate(self._clean()):
             if not known:
                 mark = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
                 if mark in seen:
                     copies[number] = "duplicate"
-                elif self._near is not None and not index.add_pairs([(str(number), _pieces(text))])[0]:
+                elif (
+                    self._near is not None
+                    and not index.add_pairs([(str(number), _pieces(text))])[0]
+                ):
                     copies[number] = "near-duplicate"
                 seen.add(mark)
             if number in copies:
@@ -181,7 +219,11 @@ class Corpus:
         at: float | None = None
         for where, raw in self._source.read(self._skip):
             short = len(raw) <= self._longest
-            pieces = [(where, raw)] if short else files.cut(io.BytesIO(raw), where, self._longest, self._skip)
+            pieces = (
+                [(where, raw)]
+                if short
+                else files.cut(io.BytesIO(raw), where, self._longest, self._skip)
+            )
             for _, piece in pieces:
                 at = at if isinstance(piece, files.Rest) else None
                 text = self._decoded(piece, where)

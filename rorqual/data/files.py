@@ -61,12 +61,18 @@ def listed(path: Path) -> Listed:
     """ValueError for a file of a kind that nobody reads here, and for a folder without any."""
     if not path.is_dir():
         if path.suffix.lower() not in _READERS:
-            raise ValueError(f"{printable(path)}: got {path.suffix or 'no extension'}, expected {_KINDS}")
+            raise ValueError(
+                f"{printable(path)}: got {path.suffix or 'no extension'}, expected {_KINDS}"
+            )
         return Listed(root=path.parent, paths=(path,), left=())
     paths, left = _walk(path)
     if not paths:
-        met = ", ".join(f"{count} {reason}" for reason, count in Counter(reason for reason, _ in left).items())
-        raise ValueError(f"{printable(path)}: got {met or 'an empty folder'}, expected {_KINDS} files in it")
+        met = ", ".join(
+            f"{count} {reason}" for reason, count in Counter(reason for reason, _ in left).items()
+        )
+        raise ValueError(
+            f"{printable(path)}: got {met or 'an empty folder'}, expected {_KINDS} files in it"
+        )
     return Listed(root=path, paths=tuple(paths), left=tuple(left))
 
 
@@ -88,7 +94,9 @@ def _walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
             elif path.suffix.lower() in _READERS:
                 paths.append(path)
             else:
-                left.append((f"{printable(Path(path.suffix or 'extensionless'))} file", printable(path)))
+                left.append(
+                    (f"{printable(Path(path.suffix or 'extensionless'))} file", printable(path))
+                )
     return paths, left
 
 
@@ -233,13 +241,24 @@ def printable(path: Path) -> str:
 def hub_reason(error: BaseException) -> str:
     """One line on why the hub gave nothing, and what to do where it cannot be reached."""
     chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+    while (
+        cause := chain[-1].__cause__ or chain[-1].__context__
+    ) is not None and cause not in chain:
         chain.append(cause)
     names = {each.__name__ for one in chain for each in type(one).__mro__}
-    if not names & {"ConnectionError", "NetworkError", "TimeoutException", "Timeout", "OfflineModeIsEnabled"}:
+    if not names & {
+        "ConnectionError",
+        "NetworkError",
+        "TimeoutException",
+        "Timeout",
+        "OfflineModeIsEnabled",
+    }:
         return first_line(error)
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    offline = any(os.environ.get(name, "").upper() in _YES for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    offline = any(
+        os.environ.get(name, "").upper() in _YES
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
     why = "HF_HUB_OFFLINE forbids to ask it" if offline else "no connection"
     return (
         f"the hub {hub} cannot be reached ({why}) and it is not in the local cache: "

@@ -33,11 +33,15 @@ class Rows(NamedTuple):
 
     ids: Int[np.ndarray, "R L"]
     answers: Bool[np.ndarray, "R L"]  # where an id is a value that was asked for
-    places: Int[np.ndarray, "R L"]  # of each answer: where in the text its pair begins; -1 elsewhere
+    places: Int[
+        np.ndarray, "R L"
+    ]  # of each answer: where in the text its pair begins; -1 elsewhere
     text: int  # ids before the question mark
 
 
-def write(task: str, rows: int, length: int, config: NeedleConfig, generator: np.random.Generator, drill=0) -> Rows:
+def write(
+    task: str, rows: int, length: int, config: NeedleConfig, generator: np.random.Generator, drill=0
+) -> Rows:
     """Rows of `length` + 1 ids. `drill`: keys that a multi-query asks for, drawn with repetition; 0: `asked` once."""
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, expected one of {', '.join(TASKS)}")
@@ -46,7 +50,9 @@ def write(task: str, rows: int, length: int, config: NeedleConfig, generator: np
     words = asked.shape[1] + 1 if task == "multi-value" else 2 * asked.shape[1]
     text = length - words
     if text < 2 * many:
-        raise ValueError(f"length: got {length}, expected at least {2 * many + words} for {many} needles: {task}")
+        raise ValueError(
+            f"length: got {length}, expected at least {2 * many + words} for {many} needles: {task}"
+        )
     keys = _distinct(rows, config.keys, many, generator)
     if task == "multi-value":
         keys[:, : config.asked] = keys[:, :1]
@@ -69,10 +75,14 @@ def write(task: str, rows: int, length: int, config: NeedleConfig, generator: np
     return Rows(ids, whence >= 0, whence, text)
 
 
-def _asked(task: str, rows: int, config: NeedleConfig, generator: np.random.Generator, drill: int) -> np.ndarray:
+def _asked(
+    task: str, rows: int, config: NeedleConfig, generator: np.random.Generator, drill: int
+) -> np.ndarray:
     """Which needles are asked for, in which order. Needles are numbered at random, so the first are as good as any."""
     if task == "multi-query" and drill:
-        return generator.integers(0, config.needles, (rows, drill))  # without repetition the last follow from the rest
+        return generator.integers(
+            0, config.needles, (rows, drill)
+        )  # without repetition the last follow from the rest
     many = {"multi-value": config.asked, "multi-query": config.asked}.get(task, 1)
     return np.tile(np.arange(many), (rows, 1))
 
@@ -84,20 +94,32 @@ def _distinct(rows: int, of: int, count: int, generator: np.random.Generator) ->
 
 def _places(rows: int, many: int, text: int, generator: np.random.Generator) -> np.ndarray:
     """int64 [rows, many]: where pairs begin in a text of so many ids, no two overlapping, in random order."""
-    before = np.sort(generator.integers(0, text - 2 * many + 1, (rows, many)), axis=1) + 2 * np.arange(many)
+    before = np.sort(
+        generator.integers(0, text - 2 * many + 1, (rows, many)), axis=1
+    ) + 2 * np.arange(many)
     return np.take_along_axis(before, _distinct(rows, many, many, generator), 1)
 
 
 def _batch(rows: Rows, task: int) -> dict[str, Tensor]:
     labels = np.where(rows.answers, rows.ids, IGNORED)[:, 1:]
     depths = np.where(rows.answers, rows.places * DEPTHS // rows.text, -1)[:, 1:]
-    arrays = {"ids": rows.ids[:, :-1], "labels": labels, "documents": np.zeros_like(labels), "depths": depths}
+    arrays = {
+        "ids": rows.ids[:, :-1],
+        "labels": labels,
+        "documents": np.zeros_like(labels),
+        "depths": depths,
+    }
     arrays["tasks"] = np.full_like(labels, task)
-    return {name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for name, array in arrays.items()}
+    return {
+        name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+        for name, array in arrays.items()
+    }
 
 
 def _generator(seed: int, number: int, side: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=np.array([seed, 2 * number + side], dtype=np.uint64)))
+    return np.random.Generator(
+        np.random.Philox(key=np.array([seed, 2 * number + side], dtype=np.uint64))
+    )
 
 
 class NeedleStream:
@@ -109,14 +131,29 @@ class NeedleStream:
     """
 
     def __init__(
-        self, config: NeedleConfig, rows: int, length: int, seed: int = 0, rank: int = 0, world: int = 1
+        self,
+        config: NeedleConfig,
+        rows: int,
+        length: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if rows < 1:
             raise ValueError(f"rows: got {rows}, expected at least 1")
         shortest = min(config.shortest, length)
         if shortest < config.room:
-            raise ValueError(f"needles.shortest: got {shortest}, expected at least {config.room} for the needles")
-        self.config, self.rows, self.length, self.seed, self.rank, self.world = config, rows, length, seed, rank, world
+            raise ValueError(
+                f"needles.shortest: got {shortest}, expected at least {config.room} for the needles"
+            )
+        self.config, self.rows, self.length, self.seed, self.rank, self.world = (
+            config,
+            rows,
+            length,
+            seed,
+            rank,
+            world,
+        )
         self.number = 0
 
     def __iter__(self) -> "NeedleStream":
@@ -138,7 +175,9 @@ class NeedleStream:
         """Rows of each task in this batch."""
         if self.number < self.config.alone:
             return {"multi-query": rows}
-        shares = ((rows + (self.number + place) % len(TASKS)) // len(TASKS) for place in range(len(TASKS)))
+        shares = (
+            (rows + (self.number + place) % len(TASKS)) // len(TASKS) for place in range(len(TASKS))
+        )
         return {task: share for task, share in zip(TASKS, shares, strict=True) if share}
 
     def state_dict(self) -> dict[str, Any]:
@@ -178,7 +217,9 @@ def exams(
     """Held-out batches of every task at every one of `exam_lengths`."""
     share = max(1, rows // world)
     lengths = exam_lengths(config, length)
-    return {(task, n): held_out(config, task, n, share, rank, world) for n in lengths for task in TASKS}
+    return {
+        (task, n): held_out(config, task, n, share, rank, world) for n in lengths for task in TASKS
+    }
 
 
 def exam_lengths(config: NeedleConfig, length: int) -> tuple[int, ...]:

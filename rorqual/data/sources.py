@@ -33,7 +33,10 @@ from rorqual.hints import install
 WORDNET = Path(__file__).with_name("texts") / "wordnet-3.0.txt.bz2"
 DICTD = Path("/usr/share/dictd")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*")
-_DIGITS = {c: i for i, c in enumerate(string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/")}
+_DIGITS = {
+    c: i
+    for i, c in enumerate(string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/")
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +66,11 @@ def find(name: str, *, column: str = "text", longest: int = files.LONGEST) -> So
         return _hub(rest, column)
     if not os.path.exists(name):
         known = "wordnet, docstrings, gcide, hf:NAME, or a file or folder that exists"
-        hint = f"; for the hub's dataset of that name write hf:{name}" if _HUB_ID.fullmatch(name) else ""
+        hint = (
+            f"; for the hub's dataset of that name write hf:{name}"
+            if _HUB_ID.fullmatch(name)
+            else ""
+        )
         raise ValueError(f"got data {name!r}, expected {known}{hint}")
     found = files.listed(Path(name))
     return Source(
@@ -91,13 +98,24 @@ def _wordnet() -> Source:
 
 
 def _docstrings(packages: list[str]) -> Source:
-    found = {d.name: d for d in sorted(importlib.metadata.distributions(), key=lambda d: d.name or "") if d.name}
+    found = {
+        d.name: d
+        for d in sorted(importlib.metadata.distributions(), key=lambda d: d.name or "")
+        if d.name
+    }
     unknown = sorted({name.lower() for name in packages} - {name.lower() for name in found})
     if unknown:
-        raise ValueError(f"got docstrings of {', '.join(unknown)}, expected installed packages (see `pip list`)")
+        raise ValueError(
+            f"got docstrings of {', '.join(unknown)}, expected installed packages (see `pip list`)"
+        )
     wanted = {name.lower() for name in packages} or {name.lower() for name in found}
     chosen = [d for name, d in found.items() if name.lower() in wanted]
-    listed = [file for d in chosen for file in d.files or () if file.suffix == ".py" and ".." not in file.parts]
+    listed = [
+        file
+        for d in chosen
+        for file in d.files or ()
+        if file.suffix == ".py" and ".." not in file.parts
+    ]
     paths = {str(file): Path(str(file.locate())) for file in listed}
     sizes = [path.stat().st_size for path in paths.values() if path.is_file()]
     versions = sorted(f"{d.name}=={d.version}" for d in chosen)
@@ -109,7 +127,9 @@ def _docstrings(packages: list[str]) -> Source:
                 yield name, f"{title}\n\n{text}".encode("utf-8", "surrogatepass")
 
     return Source(
-        name=f"docstrings of {len(chosen)} packages" if len(chosen) != 1 else f"docstrings of {versions[0]}",
+        name=f"docstrings of {len(chosen)} packages"
+        if len(chosen) != 1
+        else f"docstrings of {versions[0]}",
         license="each package's own: " + _licenses(chosen),
         bytes=sum(sizes),
         read=read,
@@ -121,9 +141,19 @@ def _licenses(chosen: Iterable[importlib.metadata.Distribution]) -> str:
     """ "MIT (12), Apache-2.0 (7), ..." """
     counts: Counter[str] = Counter()
     for distribution in chosen:
-        said = distribution.metadata.get_all  # plain indexing by a field that is not there is deprecated
-        kinds = [kind.split(" :: ")[-1] for kind in said("Classifier", []) if kind.startswith("License :: ")]
-        named = said("License-Expression", []) or [" and ".join(kinds)] * bool(kinds) or said("License", [])
+        said = (
+            distribution.metadata.get_all
+        )  # plain indexing by a field that is not there is deprecated
+        kinds = [
+            kind.split(" :: ")[-1]
+            for kind in said("Classifier", [])
+            if kind.startswith("License :: ")
+        ]
+        named = (
+            said("License-Expression", [])
+            or [" and ".join(kinds)] * bool(kinds)
+            or said("License", [])
+        )
         counts["".join(named[:1]).strip().partition("\n")[0][:40] or "unstated"] += 1
     return ", ".join(f"{name} ({count})" for name, count in counts.most_common(8)) + (
         ", ..." if len(counts) > 8 else ""
@@ -150,7 +180,11 @@ def _documented(path: Path, module: str, skip: Skip) -> list[tuple[str, str]]:
             name = name if isinstance(node, ast.Module) else f"{name}.{node.name}"
             if text := ast.get_docstring(node):
                 found.append((name, text))
-        inside = [child for part in ("body", "orelse", "handlers", "finalbody") for child in getattr(node, part, ())]
+        inside = [
+            child
+            for part in ("body", "orelse", "handlers", "finalbody")
+            for child in getattr(node, part, ())
+        ]
         open_nodes += [(name, child) for child in reversed(inside)]
     return found
 
@@ -158,11 +192,15 @@ def _documented(path: Path, module: str, skip: Skip) -> list[tuple[str, str]]:
 def _gcide(folder: Path) -> Source:
     index, packed = folder / "gcide.index", folder / "gcide.dict.dz"
     if not (index.is_file() and packed.is_file()):
-        raise ValueError("got data 'gcide', which is not installed here, expected `apt install dict-gcide` before")
+        raise ValueError(
+            "got data 'gcide', which is not installed here, expected `apt install dict-gcide` before"
+        )
     return Source(
         name="Collaborative International Dictionary of English (Debian dict-gcide)",
         license="GPL-2.0-or-later",
-        bytes=struct.unpack("<I", packed.read_bytes()[-4:].rjust(4, b"\0"))[0],  # gzip ends with the length
+        bytes=struct.unpack("<I", packed.read_bytes()[-4:].rjust(4, b"\0"))[
+            0
+        ],  # gzip ends with the length
         read=lambda skip: _entries(index, packed, skip),
         stamp=lambda: files.digest([index, packed], root=folder),
     )
@@ -174,7 +212,9 @@ def _entries(index: Path, packed: Path, skip: Skip) -> Raw:
         with gzip.open(packed) as file:
             content = file.read()
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{packed}: {error}, expected a dictzip file (apt reinstall dict-gcide)") from error
+        raise ValueError(
+            f"{packed}: {error}, expected a dictzip file (apt reinstall dict-gcide)"
+        ) from error
     places: dict[tuple[int, int], str] = {}
     for number, line in enumerate(index.read_bytes().split(b"\n"), 1):
         if not line or line.startswith(b"00"):  # the dictionary's notes on itself
@@ -205,10 +245,16 @@ def _hub(name: str, column: str) -> Source:
     try:
         import datasets  # optional: the [hub] extra
     except ImportError as error:
-        raise ValueError(f"got data 'hf:{name}', which needs the library datasets: {install('hub')}") from error
-    path, config, split, *more = [*name.split(":"), "", ""] if name.count(":") < 3 else name.split(":")
+        raise ValueError(
+            f"got data 'hf:{name}', which needs the library datasets: {install('hub')}"
+        ) from error
+    path, config, split, *more = (
+        [*name.split(":"), "", ""] if name.count(":") < 3 else name.split(":")
+    )
     if not path or any(more):
-        raise ValueError(f"got data 'hf:{name}', expected hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
+        raise ValueError(
+            f"got data 'hf:{name}', expected hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT"
+        )
     split = split or "train"
     try:
         builder = datasets.load_dataset_builder(path, config or None)
@@ -216,7 +262,9 @@ def _hub(name: str, column: str) -> Source:
     except Exception as error:  # whatever a hub, a network or a dataset's files may raise
         raise ValueError(f"hf:{name}: {files.hub_reason(error)}") from error
     if rows.column_names is not None and column not in rows.column_names:
-        raise ValueError(f"hf:{name}: got column {column!r}, expected one of {', '.join(rows.column_names)} (--column)")
+        raise ValueError(
+            f"hf:{name}: got column {column!r}, expected one of {', '.join(rows.column_names)} (--column)"
+        )
 
     def read(skip: Skip) -> Raw:
         number = 0
@@ -224,7 +272,9 @@ def _hub(name: str, column: str) -> Source:
             for number, row in enumerate(rows, 1):
                 yield from files.cell(row, column, f"row {number}", skip)
         except Exception as error:
-            raise ValueError(f"hf:{name}: broke off after row {number}: {files.first_line(error)}") from error
+            raise ValueError(
+                f"hf:{name}: broke off after row {number}: {files.first_line(error)}"
+            ) from error
 
     return Source(
         name=f"hf:{name}",

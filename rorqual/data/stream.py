@@ -112,7 +112,9 @@ def open_tokens(path: str | os.PathLike[str]) -> TokenFolder:
     """A folder that `tokenise` wrote. ValueError for one that it did not, or that has been damaged since."""
     found = _opened(Path(path))
     if found is None:
-        raise ValueError(f"{os.fspath(path)}: got no whole token folder, expected one that tokenise() wrote")
+        raise ValueError(
+            f"{os.fspath(path)}: got no whole token folder, expected one that tokenise() wrote"
+        )
     return found
 
 
@@ -131,7 +133,9 @@ def _put(beside: Path, path: Path) -> None:
     flush(path.parent)
 
 
-def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: Callable[[int], None] | None) -> None:
+def _write(
+    corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: Callable[[int], None] | None
+) -> None:
     dtype = np.dtype("<u2" if tokenizer.vocabulary <= 2**16 else "<u4")
     writers = {side: _Writer(folder / f"{side}.bin", dtype, tokenizer.begin_id) for side in _SIDES}
     done = 0
@@ -146,10 +150,24 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: Callabl
             progress(done)
     sides = {side: writer.close() for side, writer in writers.items()}
     if not sides["train"]["documents"]:
-        raise ValueError(f"{corpus.name}: got one document, expected at least two, one of them to validate on")
-    about = {"name": corpus.name, "license": corpus.license, "bytes": corpus.bytes, "skipped": dict(corpus.skipped)}
-    meta = {"vocabulary": tokenizer.vocabulary, "end_id": tokenizer.end_id, "dtype": dtype.str, "about": about} | sides
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
+        raise ValueError(
+            f"{corpus.name}: got one document, expected at least two, one of them to validate on"
+        )
+    about = {
+        "name": corpus.name,
+        "license": corpus.license,
+        "bytes": corpus.bytes,
+        "skipped": dict(corpus.skipped),
+    }
+    meta = {
+        "vocabulary": tokenizer.vocabulary,
+        "end_id": tokenizer.end_id,
+        "dtype": dtype.str,
+        "about": about,
+    } | sides
+    (folder / "meta.json").write_text(
+        json.dumps(meta, indent=2, ensure_ascii=True) + "\n", encoding="utf-8"
+    )
     flush_folder(folder)
 
 
@@ -196,7 +214,9 @@ class _Writer:
         self.sizes: list[np.ndarray] = []
 
     def add(self, documents: list[list[int]], sizes: list[int]) -> None:
-        flat = np.fromiter(chain.from_iterable([self.begin_id, *ids] for ids in documents), dtype=self.dtype)
+        flat = np.fromiter(
+            chain.from_iterable([self.begin_id, *ids] for ids in documents), dtype=self.dtype
+        )
         with open(self.path, "ab") as file:
             file.write(flat.data)
         self.digest.update(flat.data)
@@ -224,7 +244,9 @@ def _opened(path: Path) -> TokenFolder | None:
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         train, validation = (_side(path / f"{side}.bin", meta, side) for side in _SIDES)
-        return TokenFolder(path, train, validation, meta["vocabulary"], meta["end_id"], meta["about"])
+        return TokenFolder(
+            path, train, validation, meta["vocabulary"], meta["end_id"], meta["about"]
+        )
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
 
@@ -234,14 +256,20 @@ def _side(path: Path, meta: dict[str, Any], side: str) -> Tokens:
     ids = np.memmap(path, dtype=np.dtype(meta["dtype"]), mode="r")
     starts = np.load(path.with_suffix(".starts.npy"), mmap_mode="r", allow_pickle=False)
     sizes = np.load(path.with_suffix(".sizes.npy"), mmap_mode="r", allow_pickle=False)
-    if (len(ids), len(starts), len(sizes)) != (said["tokens"], said["documents"] + 1, said["documents"]):
+    if (len(ids), len(starts), len(sizes)) != (
+        said["tokens"],
+        said["documents"] + 1,
+        said["documents"],
+    ):
         raise ValueError(f"{path}: got {len(ids)} tokens, expected {said['tokens']}")
     return Tokens(ids, starts, sizes, meta["end_id"], said["digest"])
 
 
 def _draw(seed: int, what: int, number: int, count: int) -> np.ndarray:
     """int64 [count]: a permutation. Philox's raw bits and a stable sort are the same in every version of numpy."""
-    bits = np.random.Philox(key=np.array([seed, 2 * number + what], dtype=np.uint64)).random_raw(count)
+    bits = np.random.Philox(key=np.array([seed, 2 * number + what], dtype=np.uint64)).random_raw(
+        count
+    )
     return np.argsort(bits, kind="stable")
 
 
@@ -252,7 +280,9 @@ class _Order:
         starts = np.asarray(tokens.starts)
         self.documents = order
         self.ends = (starts[1:] - starts[:-1])[order].cumsum()
-        self.shift = starts[1:][order] - self.ends  # from a place in this order to the place in the file
+        self.shift = (
+            starts[1:][order] - self.ends
+        )  # from a place in this order to the place in the file
 
     def find(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Places in this order -> (places in the file, ranks of their documents)."""
@@ -279,11 +309,20 @@ class Stream:
     state_dict() after a batch, and load_state_dict() of that elsewhere, goes on with the very next batch.
     """
 
-    def __init__(self, tokens: Tokens, rows: int, length: int, seed: int = 0, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, tokens: Tokens, rows: int, length: int, seed: int = 0, rank: int = 0, world: int = 1
+    ) -> None:
         self._windows = _windows_of(tokens, rows, length, rank, world)
         if not 0 <= seed < 2**63:
             raise ValueError(f"got seed {seed}, expected 0 <= seed < 2**63")
-        self.tokens, self.rows, self.length, self.seed, self.rank, self.world = tokens, rows, length, seed, rank, world
+        self.tokens, self.rows, self.length, self.seed, self.rank, self.world = (
+            tokens,
+            rows,
+            length,
+            seed,
+            rank,
+            world,
+        )
         self._row = 0
         self._orders: dict[int, _Order] = {}
         self._drawn: dict[int, np.ndarray] = {}
@@ -301,17 +340,30 @@ class Stream:
         places = self._placed(np.arange(first, first + self.rows))[:, None] * self.length
         ids, documents = self._read(places + np.arange(self.length + 1))
         self._row += self.rows * self.world
-        return _batch(ids[:, :-1], _following(ids, documents, self.tokens.end_id), documents[:, :-1])
+        return _batch(
+            ids[:, :-1], _following(ids, documents, self.tokens.end_id), documents[:, :-1]
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, as JSON knows it."""
-        return {"row": self._row, "seed": self.seed, "length": self.length, "tokens": self.tokens.digest}
+        return {
+            "row": self._row,
+            "seed": self.seed,
+            "length": self.length,
+            "tokens": self.tokens.digest,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """ValueError for the state of another text, seed or length; rows and world may have changed."""
-        for name, own in (("seed", self.seed), ("length", self.length), ("tokens", self.tokens.digest)):
+        for name, own in (
+            ("seed", self.seed),
+            ("length", self.length),
+            ("tokens", self.tokens.digest),
+        ):
             if state[name] != own:
-                raise ValueError(f"stream: got a state with {name} {state[name]}, expected {own}; it cannot be resumed")
+                raise ValueError(
+                    f"stream: got a state with {name} {state[name]}, expected {own}; it cannot be resumed"
+                )
         self._row = int(state["row"])
 
     def _placed(self, rows: np.ndarray) -> np.ndarray:
@@ -319,7 +371,9 @@ class Stream:
         groups = rows // self._windows
         placed = np.empty_like(rows)
         for group in np.unique(groups):
-            drawn = _kept(self._drawn, int(group), lambda k: _draw(self.seed, _WINDOWS, k, self._windows))
+            drawn = _kept(
+                self._drawn, int(group), lambda k: _draw(self.seed, _WINDOWS, k, self._windows)
+            )
             mine = groups == group
             placed[mine] = group * self._windows + drawn[rows[mine] % self._windows]
         return placed
@@ -331,7 +385,9 @@ class Stream:
         for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
             mine = epochs == epoch
             if mine.any():
-                order = _kept(self._orders, epoch, lambda e: _Order(self.tokens, self._documents(e)))
+                order = _kept(
+                    self._orders, epoch, lambda e: _Order(self.tokens, self._documents(e))
+                )
                 files[mine], ranks = order.find(at[mine] - epoch * len(self.tokens))
                 documents[mine] = ranks + epoch * self.tokens.documents
         return self.tokens.ids[files].astype(np.int64), documents
@@ -349,7 +405,9 @@ def _kept(kept: dict[int, Any], number: int, make: Callable[[int], Any]) -> Any:
     return kept[number]
 
 
-def validation_batches(tokens: Tokens, rows: int, length: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+def validation_batches(
+    tokens: Tokens, rows: int, length: int, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
     """Every token once, and foretold once but for begin, and each document's end, in batches as of `Stream`.
 
     The documents come in an order drawn once and for all, so the first few batches are a fair sample; `documents` are
@@ -376,4 +434,7 @@ def _following(ids: np.ndarray, documents: np.ndarray, end_id: int) -> np.ndarra
 
 def _batch(ids: np.ndarray, labels: np.ndarray, documents: np.ndarray) -> Batch:
     arrays = {"ids": ids, "labels": labels, "documents": documents}
-    return {name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for name, array in arrays.items()}
+    return {
+        name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+        for name, array in arrays.items()
+    }

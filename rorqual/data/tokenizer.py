@@ -71,7 +71,9 @@ class Tokenizer:
     The text of a special token inside a document is text, not the token: nobody ends a document by writing about it.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, settings: Mapping[str, Any] | None = None
+    ) -> None:
         """`settings` is the content of a tokenizer_config.json; ValueError if it names tokens that do not exist."""
         self.backend = backend
         self.settings = dict(settings or {})
@@ -91,8 +93,14 @@ class Tokenizer:
         known = [found for word in _ENDS if (found := self.backend.token_to_id(word)) is not None]
         found = known[0] if text is None and known else self.backend.token_to_id(text or "")
         if found is None:
-            what = f"{name} {text!r}, which is no token of it" if text else f"no {name} and none of {', '.join(_ENDS)}"
-            raise ValueError(f"tokenizer: got {what}, expected tokenizer_config.json to name {name}")
+            what = (
+                f"{name} {text!r}, which is no token of it"
+                if text
+                else f"no {name} and none of {', '.join(_ENDS)}"
+            )
+            raise ValueError(
+                f"tokenizer: got {what}, expected tokenizer_config.json to name {name}"
+            )
         return found
 
     @cached_property
@@ -107,11 +115,17 @@ class Tokenizer:
         removes = any(part.get("behavior") == "Removed" for part in parts)
         # such a token takes spaces beside it, as many as there are
         removes |= any(token["lstrip"] or token["rstrip"] for token in settings["added_tokens"])
-        if removes or "ByteLevel" not in kinds or not kinds <= {"ByteLevel", "Split", "Digits", "Punctuation", "NFC"}:
+        if (
+            removes
+            or "ByteLevel" not in kinds
+            or not kinds <= {"ByteLevel", "Split", "Digits", "Punctuation", "NFC"}
+        ):
             return None
         # a letter of the vocabulary stands for a byte; added tokens are written as they read
         spelt = max(map(len, self.backend.get_vocab(with_added_tokens=False)), default=1)
-        added = max((len(token["content"].encode()) for token in settings["added_tokens"]), default=1)
+        added = max(
+            (len(token["content"].encode()) for token in settings["added_tokens"]), default=1
+        )
         # NFC makes three bytes of at most nine: a syllable of Hangul
         return max(spelt, added) * (3 if "NFC" in kinds else 1)
 
@@ -121,7 +135,10 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, on all cores."""
-        return [found.ids for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [
+            found.ids
+            for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, special tokens written out; a piece of a character becomes U+FFFD."""
@@ -155,7 +172,10 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = {"bos_token": self.begin_id, "eos_token": self.end_id, "pad_token": self.pad_id}
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
         settings |= self.settings | {name: self.backend.id_to_token(i) for name, i in names.items()}
         write_text(folder / "tokenizer.json", self.templated().to_str())
         write_json(folder / "tokenizer_config.json", settings)
@@ -168,7 +188,9 @@ class Tokenizer:
         """
         file = _find(path, "tokenizer.json")
         if file is None:
-            raise ValueError(f"got {os.fspath(path)!r}, expected a folder with tokenizer.json, that file, or a hub id")
+            raise ValueError(
+                f"got {os.fspath(path)!r}, expected a folder with tokenizer.json, that file, or a hub id"
+            )
         beside = file.parent if Path(path).exists() else path
         config = _find(beside, "tokenizer_config.json")
         try:
@@ -184,9 +206,16 @@ class Tokenizer:
         """From a transformers fast tokenizer, which keeps its own state. ValueError for one that is not fast."""
         backend = getattr(fast, "backend_tokenizer", None)
         if backend is None:
-            raise ValueError(f"got {type(fast).__name__}, expected a fast tokenizer (one with a backend_tokenizer)")
-        names = {name: getattr(fast, name, None) for name in ("bos_token", "eos_token", "pad_token")}
-        return cls(tokenizers.Tokenizer.from_str(backend.to_str()), {k: str(v) for k, v in names.items() if v})
+            raise ValueError(
+                f"got {type(fast).__name__}, expected a fast tokenizer (one with a backend_tokenizer)"
+            )
+        names = {
+            name: getattr(fast, name, None) for name in ("bos_token", "eos_token", "pad_token")
+        }
+        return cls(
+            tokenizers.Tokenizer.from_str(backend.to_str()),
+            {k: str(v) for k, v in names.items() if v},
+        )
 
 
 def _parts(settings: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
@@ -208,7 +237,11 @@ def _find(path: str | os.PathLike[str], name: str) -> Path | None:
     if os.fspath(path).count("/") > 1 or os.path.isabs(path):
         return None
     import huggingface_hub  # optional: only for a name that is no path here
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return Path(huggingface_hub.hf_hub_download(os.fspath(path), name))
@@ -216,10 +249,14 @@ def _find(path: str | os.PathLike[str], name: str) -> Path | None:
         return None
     except (EntryNotFoundError, OSError) as error:
         # the hub says that the repository has no such file; the second one may be missing offline, too
-        said_so = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        said_so = isinstance(error, EntryNotFoundError) and not isinstance(
+            error, LocalEntryNotFoundError
+        )
         if said_so or name == "tokenizer_config.json":
             return None
-        raise ValueError(f"got {os.fspath(path)!r}, which is no path here: {hub_reason(error)}") from error
+        raise ValueError(
+            f"got {os.fspath(path)!r}, which is no path here: {hub_reason(error)}"
+        ) from error
 
 
 def train(documents: Iterable[str], vocabulary: int) -> Tokenizer:
@@ -229,7 +266,9 @@ def train(documents: Iterable[str], vocabulary: int) -> Tokenizer:
     pairs, so read `.vocabulary`. ValueError below 257 (256 bytes and the special token), and for no documents.
     """
     if vocabulary < _BYTES + 1:
-        raise ValueError(f"got a vocabulary of {vocabulary}, expected at least {_BYTES + 1}: the bytes and {END}")
+        raise ValueError(
+            f"got a vocabulary of {vocabulary}, expected at least {_BYTES + 1}: the bytes and {END}"
+        )
     seen = 0
 
     def counted() -> Iterable[str]:

@@ -46,7 +46,9 @@ class SweepConfig:
 
     kind: Kind = "allocation"
     preset: str = "tiny"  # or a run folder
-    model: ModelConfig = field(default_factory=lambda: preset("tiny"))  # flags change the model that is followed
+    model: ModelConfig = field(
+        default_factory=lambda: preset("tiny")
+    )  # flags change the model that is followed
     rhos: tuple[float, ...] = (1.0, 0.7, 0.4)
     experts: tuple[int, ...] = (2, 8, 32)  # routed, of which a token takes as many as in the model
     rows_per_head: tuple[int, ...] = (FEW, 64, 1024, 16384)
@@ -68,7 +70,9 @@ class SweepConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers: got {self.workers}, expected at least 1, or none for one a core")
+            raise ValueError(
+                f"workers: got {self.workers}, expected at least 1, or none for one a core"
+            )
         for name in ("rhos", "experts", "rows_per_head", "rates"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
@@ -110,13 +114,17 @@ def points(config: SweepConfig, base: ModelConfig) -> list[Point]:
     memory = planned.engram or default_memory(base)
     if config.kind == "slots":
         return [
-            Point(f"rows-{n}", float(n), replace(planned, engram=with_rows(memory, n))) for n in config.rows_per_head
+            Point(f"rows-{n}", float(n), replace(planned, engram=with_rows(memory, n)))
+            for n in config.rows_per_head
         ]
     if config.kind == "layers":
         places = [replace(planned, engram=replace(memory, layers=(i,))) for i in range(base.layers)]
         return [Point(f"block-{i}", float(i), c) for i, c in enumerate(places)]
     parts = _ablations(memory, base.streams)
-    return [Point(name, float(i), replace(planned, engram=m)) for i, (name, m) in enumerate(parts.items())]
+    return [
+        Point(name, float(i), replace(planned, engram=m))
+        for i, (name, m) in enumerate(parts.items())
+    ]
 
 
 def _allocation(config: SweepConfig, base: ModelConfig) -> list[Point]:
@@ -127,9 +135,13 @@ def _allocation(config: SweepConfig, base: ModelConfig) -> list[Point]:
     pure = with_flops(alone, more)
     rhos = sorted(config.rhos, reverse=True)
     plans = [split_budget(pure, rho, memory, context=config.length, pays="memory") for rho in rhos]
-    distinct = {p.rho: p.engram.config for p in plans if p.rho < 1}  # two rhos may keep the same experts
+    distinct = {
+        p.rho: p.engram.config for p in plans if p.rho < 1
+    }  # two rhos may keep the same experts
     assert base.moe is not None
-    digits = 2 if base.moe.routed - base.moe.active <= 100 else 5  # a point keeps its name whatever stands beside it
+    digits = (
+        2 if base.moe.routed - base.moe.active <= 100 else 5
+    )  # a point keeps its name whatever stands beside it
     curve = [Point(f"rho-{rho:.{digits}f}", rho, found) for rho, found in distinct.items()]
     controls = [Point("plain", 1.0, alone, control=True), Point("few-rows", 1.0, few, control=True)]
     return [Point("rho-1.00", 1.0, pure), *curve, *controls]
@@ -172,7 +184,10 @@ def main(config: SweepConfig, *, console: Console | None = None) -> Path:
     places = points(config, replace(config.model, vocabulary=prepare(data).vocabulary))
     folder = Path(config.folder) / config.kind
     tried = [(point, config.optim.lr * rate) for rate in config.rates for point in places]
-    jobs = [seeded(folder, f"{p.name}-lr-{rate:g}", _training(config, p, rate), config.seeds) for p, rate in tried]
+    jobs = [
+        seeded(folder, f"{p.name}-lr-{rate:g}", _training(config, p, rate), config.seeds)
+        for p, rate in tried
+    ]
     # a seed after the other, so that a sweep that is stopped has every point
     in_turn = [job for turn in zip(*jobs, strict=True) for job in turn]
     run(in_turn, workers=config.workers, console=console, diverging=True)
@@ -187,7 +202,11 @@ def main(config: SweepConfig, *, console: Console | None = None) -> Path:
 
 def _loss(job: Job) -> float:
     """The validation loss of a finished run; NaN for one that diverged, whatever it was before that."""
-    return math.nan if job.diverged() else last(job.folder, "validation_loss").get("validation_loss", math.nan)
+    return (
+        math.nan
+        if job.diverged()
+        else last(job.folder, "validation_loss").get("validation_loss", math.nan)
+    )
 
 
 def _training(config: SweepConfig, point: Point, rate: float) -> TrainConfig:
@@ -227,7 +246,10 @@ def _rank(row: Row) -> tuple[bool, float]:
 
 def _compare(scored: Sequence[Scored]) -> list[Row]:
     first = scored[0][2]
-    return [Row(p, rate, list(own), *mean_and_error(own), *difference(own, first)) for p, rate, own in scored]
+    return [
+        Row(p, rate, list(own), *mean_and_error(own), *difference(own, first))
+        for p, rate, own in scored
+    ]
 
 
 def conclusion(kind: Kind, rows: Sequence[Row]) -> str:
@@ -240,20 +262,33 @@ def conclusion(kind: Kind, rows: Sequence[Row]) -> str:
     first, rates, seeds = axis[0], list(dict.fromkeys(row.rate for row in rows)), len(low.losses)
     several = rates if len(rates) > 1 else []
     at = f" at a rate of {low.rate:g}" if several else ""
-    said = [f"{low.point.name} scored lowest ({low.mean:.4f} nats a token{at}, {seeds} seed{'s' * (seeds > 1)})"]
+    said = [
+        f"{low.point.name} scored lowest ({low.mean:.4f} nats a token{at}, {seeds} seed{'s' * (seeds > 1)})"
+    ]
     if math.isnan(low.mean):
         said = ["no point has a mean, since runs of each diverged"]
     elif others:
         other = others[0] if low is first or math.isnan(first.mean) else first
-        said += [_against(low, other), *(f"at a rate of {rate:g} {_at(rows, rate, low, other)}" for rate in several)]
+        said += [
+            _against(low, other),
+            *(f"at a rate of {rate:g} {_at(rows, rate, low, other)}" for rate in several),
+        ]
         if kind == "ablation":  # each part that was taken away is a question of its own
-            said += [_against(row, first) for row in axis if not any(row is each for each in (first, low, other))]
+            said += [
+                _against(row, first)
+                for row in axis
+                if not any(row is each for each in (first, low, other))
+            ]
     for control in controls:
         said += [_against(control, first)] + [_against(low, control)] * (low is not first)
     if kind in _QUESTIONS:
         question, clear = _QUESTIONS[kind]
         said.append(f"{question}: {'established' if clear(axis) else 'not established'}")
-    said += [_diverged(row, f" at a rate of {row.rate:g}" if several else "") for row in rows if math.isnan(row.mean)]
+    said += [
+        _diverged(row, f" at a rate of {row.rate:g}" if several else "")
+        for row in rows
+        if math.isnan(row.mean)
+    ]
     return "; ".join(said) + " (95 %, paired t)."
 
 
@@ -278,7 +313,12 @@ def _below(one: Row, other: Row) -> bool:
 
 def _is_u(axis: Sequence[Row]) -> bool:
     low = min(axis, key=_rank)
-    return low is not axis[0] and low is not axis[-1] and _below(low, axis[0]) and _below(low, axis[-1])
+    return (
+        low is not axis[0]
+        and low is not axis[-1]
+        and _below(low, axis[0])
+        and _below(low, axis[-1])
+    )
 
 
 def _pays(axis: Sequence[Row]) -> bool:
@@ -297,7 +337,11 @@ def _write(folder: Path, config: SweepConfig, rows: Sequence[Row], said: str) ->
     with figures.style():
         _draw(config.kind, rows).savefig(drawn, format="svg", metadata={"Date": None})
     configs.save(config, folder / "sweep.json")
-    contents = {"sweep.csv": _csv(rows, config.seeds), "sweep.svg": drawn.getvalue(), "conclusion.txt": said + "\n"}
+    contents = {
+        "sweep.csv": _csv(rows, config.seeds),
+        "sweep.svg": drawn.getvalue(),
+        "conclusion.txt": said + "\n",
+    }
     for name, content in contents.items():
         write_text(folder / name, content)
 
@@ -306,15 +350,29 @@ def _csv(rows: Sequence[Row], seeds: int) -> str:
     """A line a point and rate; the last columns are the losses, headed by their seed."""
     best, file = {(row.point.name, row.rate) for row in at_best(rows)}, io.StringIO()
     writer, numbers = csv.writer(file), ("mean", "standard_error", "difference", "difference_error")
-    writer.writerow(["point", "x", "control", "rate", "best_rate", *numbers, *map(str, range(seeds))])
+    writer.writerow(
+        ["point", "x", "control", "rate", "best_rate", *numbers, *map(str, range(seeds))]
+    )
     for row in rows:
         found = (row.mean, row.error, row.difference, row.difference_error)
-        place = (row.point.name, row.point.x, row.point.control, row.rate, (row.point.name, row.rate) in best)
+        place = (
+            row.point.name,
+            row.point.x,
+            row.point.control,
+            row.rate,
+            (row.point.name, row.rate) in best,
+        )
         writer.writerow([*place, *found, *row.losses])
     return file.getvalue()
 
 
-AXES = {"allocation": "rho", "experts": "routed experts", "slots": "rows a head", "layers": "block", "ablation": ""}
+AXES = {
+    "allocation": "rho",
+    "experts": "routed experts",
+    "slots": "rows a head",
+    "layers": "block",
+    "ablation": "",
+}
 
 
 def _draw(kind: Kind, rows: Sequence[Row]) -> Figure:
@@ -331,7 +389,11 @@ def _draw(kind: Kind, rows: Sequence[Row]) -> Figure:
         else:
             error = 0.0 if math.isnan(row.error) else row.error
             lines.setdefault(name, []).append((row.point.x, row.mean, error))
-    names = list(dict.fromkeys(row.point.name for row in rows)) if kind in ("layers", "ablation") else ()
+    names = (
+        list(dict.fromkeys(row.point.name for row in rows))
+        if kind in ("layers", "ablation")
+        else ()
+    )
     y, log = "validation loss, nats a token", kind in ("slots", "experts")
     return figures.sweep(lines, x=AXES[kind], y=y, log=log, levels=levels, names=names)
 
@@ -341,5 +403,10 @@ def _table(rows: Sequence[Row]) -> Table:
     for row in rows:
         found = (row.error, row.difference, row.difference_error)
         loss = "diverged" if math.isnan(row.mean) else f"{row.mean:.4f}"
-        table.add_row(row.point.name, f"{row.rate:g}", loss, *("" if math.isnan(v) else f"{v:.4f}" for v in found))
+        table.add_row(
+            row.point.name,
+            f"{row.rate:g}",
+            loss,
+            *("" if math.isnan(v) else f"{v:.4f}" for v in found),
+        )
     return table

@@ -27,7 +27,9 @@ class Budget(NamedTuple):
     """What a model may have. Nothing is said of what is None: it is as in the model that is followed."""
 
     total: float | None = None  # parameters, MTP's modules not counted
-    activated: float | None = None  # parameters that a token goes through, all but the input embedding
+    activated: float | None = (
+        None  # parameters that a token goes through, all but the input embedding
+    )
     flops: float | None = None  # a token, forward; instead of `activated`
 
 
@@ -70,7 +72,9 @@ def spend(like: ModelConfig, budget: Budget, *, context: int = 4096) -> ModelCon
     if kept is not None and _errors(costs(kept, context), want) <= 1:
         return kept
     best: tuple[float, ModelConfig] | None = None
-    for _ in range(3):  # what the two equations do not know of (a router that differs by block) shows in the costs
+    for _ in range(
+        3
+    ):  # what the two equations do not know of (a router that differs by block) shows in the costs
         found = _widths(base, have, want)
         after = costs(found, context)
         error = _errors(after, want)
@@ -97,7 +101,9 @@ def _unit(config: ModelConfig) -> int:
     """Weights of one SwiGLU of width 1 in every block with experts."""
     blocks = sum(config.has_experts(i) for i in range(config.layers))
     if not blocks:
-        raise ValueError(f"like: got {config.layers} blocks, all of them dense, expected blocks with experts")
+        raise ValueError(
+            f"like: got {config.layers} blocks, all of them dense, expected blocks with experts"
+        )
     return 3 * config.dim * blocks
 
 
@@ -127,7 +133,11 @@ def _only_experts(base: ModelConfig, have: Costs, want: Wanted) -> ModelConfig |
     step = step_of(base.moe)
     more = (want.total - have.total) / (_unit(base) * base.moe.width + _router(base))
     routed = step * round((base.moe.routed + more) / step)
-    return replace(base, moe=replace(base.moe, routed=routed)) if routed > least_experts(base.moe) else None
+    return (
+        replace(base, moe=replace(base.moe, routed=routed))
+        if routed > least_experts(base.moe)
+        else None
+    )
 
 
 def _widths(base: ModelConfig, have: Costs, want: Wanted) -> ModelConfig:
@@ -153,7 +163,9 @@ def _widths(base: ModelConfig, have: Costs, want: Wanted) -> ModelConfig:
     _, routed, width, shared = best
     plain = None if shared in (0, moe.shared * width) else shared
     count = 0 if not shared else max(1, moe.shared)
-    return replace(base, moe=replace(moe, routed=routed, width=width, shared=count, shared_width=plain))
+    return replace(
+        base, moe=replace(moe, routed=routed, width=width, shared=count, shared_width=plain)
+    )
 
 
 def _refusal(moe: MoEConfig, want: Wanted, room: float) -> str:
@@ -207,7 +219,9 @@ def scaled(like: ModelConfig, factor: float) -> ModelConfig:
     if moe is not None:
         width = _even(moe.width * factor)
         shared = None if moe.shared_width is None else _even(moe.shared_width * factor)
-        moe = replace(moe, width=width, shared_width=shared, first_dense=min(moe.first_dense, layers - 1))
+        moe = replace(
+            moe, width=width, shared_width=shared, first_dense=min(moe.first_dense, layers - 1)
+        )
     return replace(
         like,
         layers=layers,
@@ -229,7 +243,10 @@ def _even(value: float) -> int:
 def _scaled_mla(mla: MLAConfig, factor: float) -> MLAConfig:
     rank = None if mla.q_lora_rank is None else _even(mla.q_lora_rank * factor)
     return replace(
-        mla, heads=max(1, round(mla.heads * factor)), q_lora_rank=rank, kv_lora_rank=_even(mla.kv_lora_rank * factor)
+        mla,
+        heads=max(1, round(mla.heads * factor)),
+        q_lora_rank=rank,
+        kv_lora_rank=_even(mla.kv_lora_rank * factor),
     )
 
 
@@ -243,4 +260,6 @@ def scaled_memory(engram: EngramConfig, like: ModelConfig, base: ModelConfig) ->
     if (base.layers, base.dim) == (like.layers, like.dim):
         return engram
     layers = tuple(dict.fromkeys(layer * base.layers // like.layers for layer in engram.layers))
-    return replace(engram, layers=layers, head_dim=max(4, 4 * round(engram.head_dim * base.dim / like.dim / 4)))
+    return replace(
+        engram, layers=layers, head_dim=max(4, 4 * round(engram.head_dim * base.dim / like.dim / 4))
+    )

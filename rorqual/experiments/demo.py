@@ -51,7 +51,9 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or self.steps < 2:
-            raise ValueError(f"got {self.seeds} seeds and {self.steps} steps, expected at least 1 and 2")
+            raise ValueError(
+                f"got {self.seeds} seeds and {self.steps} steps, expected at least 1 and 2"
+            )
 
 
 class Result(NamedTuple):
@@ -68,17 +70,27 @@ def main(config: DemoConfig, *, console: Console | None = None) -> Result:
     console, began = console or Console(), time.monotonic()
     base = replace(preset(config.preset), engram=None)
     data = DataConfig(source=config.data, vocabulary=base.vocabulary, cache=config.cache)
-    console.print(f"[bold]1. text[/bold] {config.data}; tokenizer and token files are kept in {data.cache}")
+    console.print(
+        f"[bold]1. text[/bold] {config.data}; tokenizer and token files are kept in {data.cache}"
+    )
     tokens = prepare(data)
     console.print(f"   {tokens}", highlight=False)
-    plan = split_budget(replace(base, vocabulary=tokens.vocabulary), config.rho, context=config.length)
+    plan = split_budget(
+        replace(base, vocabulary=tokens.vocabulary), config.rho, context=config.length
+    )
     console.print(f"[bold]2. two models of one budget[/bold], rho {plan.rho:.2f}")
     console.print(_plan_table(plan))
     console.print("[bold]3. training[/bold], a process an arm")
     jobs = _train(config, data, plan, began, console)
     console.print("[bold]4. what came out[/bold]")
-    losses = {arm: [last(job.folder, "validation_loss")["validation_loss"] for job in own] for arm, own in jobs.items()}
-    bits = {arm: [last(job.folder, "bits_per_byte")["bits_per_byte"] for job in own] for arm, own in jobs.items()}
+    losses = {
+        arm: [last(job.folder, "validation_loss")["validation_loss"] for job in own]
+        for arm, own in jobs.items()
+    }
+    bits = {
+        arm: [last(job.folder, "bits_per_byte")["bits_per_byte"] for job in own]
+        for arm, own in jobs.items()
+    }
     said = verdict(losses)
     console.print(_score_table(losses, bits))
     console.print(said, highlight=False)
@@ -111,7 +123,9 @@ def _jobs(config: DemoConfig, data: DataConfig, plan: Plan, seed: int) -> dict[s
     return jobs
 
 
-def _train(config: DemoConfig, data: DataConfig, plan: Plan, began: float, console: Console) -> dict[str, list[Job]]:
+def _train(
+    config: DemoConfig, data: DataConfig, plan: Plan, began: float, console: Console
+) -> dict[str, list[Job]]:
     """Pairs of arms, a seed after the other, as long as the next pair is likely to end in time."""
     done: dict[str, list[Job]] = {"moe": [], "engram": []}
     for seed in range(config.seeds):
@@ -121,7 +135,9 @@ def _train(config: DemoConfig, data: DataConfig, plan: Plan, began: float, conso
             done[arm].append(job)
         took, spent = time.monotonic() - start, time.monotonic() - began
         if seed + 1 < config.seeds and spent + took > 60 * config.minutes:
-            console.print(f"   {seed + 1} of {config.seeds} seeds: a further one would pass {config.minutes:g} minutes")
+            console.print(
+                f"   {seed + 1} of {config.seeds} seeds: a further one would pass {config.minutes:g} minutes"
+            )
             break
     return done
 
@@ -143,7 +159,9 @@ def _show(config: DemoConfig, jobs: dict[str, list[Job]], said: str, console: Co
     """A continuation of each arm, a row of gates, the page and the picture."""
     folder = Path(config.folder)
     for arm, own in jobs.items():
-        text = load(own[0].folder).generate(config.prompt, max_new_tokens=40, temperature=0.7, seed=0)
+        text = load(own[0].folder).generate(
+            config.prompt, max_new_tokens=40, temperature=0.7, seed=0
+        )
         console.print(Text.assemble((f"{arm}: ", "bold"), (config.prompt, "dim"), text))
     memory = load(jobs["engram"][0].folder)
     found = gates(memory.model, memory.tokenizer, config.sentence)
@@ -169,11 +187,23 @@ def gate_line(found: Gates) -> Text:
 
 
 def _plan_table(plan: Plan) -> Table:
-    table = Table("arm", "total parameters", "memory", "activated", "FLOPs a token", "routed experts", box=None)
+    table = Table(
+        "arm",
+        "total parameters",
+        "memory",
+        "activated",
+        "FLOPs a token",
+        "routed experts",
+        box=None,
+    )
     for arm in (plan.moe, plan.engram):
         c, moe = arm.costs, arm.config.moe
         experts = str(moe.routed) if moe is not None else ""
-        table.add_row(arm.name, *(f"{v:,}" for v in (c.total, c.memory, c.activated, c.flops_per_token)), experts)
+        table.add_row(
+            arm.name,
+            *(f"{v:,}" for v in (c.total, c.memory, c.activated, c.flops_per_token)),
+            experts,
+        )
     total, flops = agreement(plan)
     table.caption = f"totals differ by {total:+.2%}, FLOPs by {flops:+.2%}"
     return table
@@ -183,7 +213,9 @@ def _score_table(losses: dict[str, list[float]], bits: dict[str, list[float]]) -
     table = Table("arm", "validation loss, nats a token", "bits a byte", "each seed", box=None)
     for arm, values in losses.items():
         each = ", ".join(f"{value:.4f}" for value in values)
-        table.add_row(arm, f"{statistics.fmean(values):.4f}", f"{statistics.fmean(bits[arm]):.4f}", each)
+        table.add_row(
+            arm, f"{statistics.fmean(values):.4f}", f"{statistics.fmean(bits[arm]):.4f}", each
+        )
     return table
 
 
@@ -192,7 +224,11 @@ def _next(config: DemoConfig, report: Path, seconds: float, console: Console) ->
     console.print(f"[bold]5. next[/bold] ({seconds:.0f} seconds so far)")
     activate = Path(sys.prefix) / "bin" / "activate"
     for line in (
-        *([f". {os.path.relpath(activate)}"] if shutil.which("rorqual") is None and activate.is_file() else []),
+        *(
+            [f". {os.path.relpath(activate)}"]
+            if shutil.which("rorqual") is None and activate.is_file()
+            else []
+        ),
         f"xdg-open {report}",
         f'rorqual generate {engram} "{config.prompt}"',
         f"rorqual explore {engram}",

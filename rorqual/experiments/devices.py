@@ -100,7 +100,9 @@ class Machine:
     utilisation: float = 0.4  # of the peak, in the products; measure your own
     step_tokens: int = 1 << 20  # of one update, over all devices
     optimizer: Literal["adamw", "muon"] = "muon"  # of the blocks' matrices
-    tables: Literal["device", "host"] = "device"  # where Engram's rows lie, their moments beside them
+    tables: Literal["device", "host"] = (
+        "device"  # where Engram's rows lie, their moments beside them
+    )
 
     def __post_init__(self) -> None:
         choose("device", self.device, (*DEVICES, "cpu"))
@@ -153,13 +155,32 @@ def estimate(config: ModelConfig, machine: Machine, context: int = 4096) -> Esti
     held = (sum(sum(one[1:]) for one in kept.values()) - hosted) / count
     peak = device.flops * machine.utilisation * count
     own = costs(config, context)
-    heads = config.vocabulary * config.dim * (config.mtp.depth - 1 if config.mtp is not None else 0)  # counted but once
-    compute = 3 * (own.flops_per_token + 2 * (own.mtp_activated + heads)) * machine.step_tokens / peak
-    moved = sum(2 * (one.weights + one.state) + one.gradients for role, one in kept.items() if role != "rows")
-    update = moved / (device.bandwidth * count) + (products / peak if machine.optimizer == "muon" else 0.0)
+    heads = (
+        config.vocabulary * config.dim * (config.mtp.depth - 1 if config.mtp is not None else 0)
+    )  # counted but once
+    compute = (
+        3 * (own.flops_per_token + 2 * (own.mtp_activated + heads)) * machine.step_tokens / peak
+    )
+    moved = sum(
+        2 * (one.weights + one.state) + one.gradients
+        for role, one in kept.items()
+        if role != "rows"
+    )
+    update = moved / (device.bandwidth * count) + (
+        products / peak if machine.optimizer == "muon" else 0.0
+    )
     recalled = _row_seconds(config, machine)
     together = max(compute, recalled) if machine.tables == "host" else compute + recalled
-    return Estimate(kept, math.ceil(held), hosted, held <= device.memory, compute, update, recalled, together + update)
+    return Estimate(
+        kept,
+        math.ceil(held),
+        hosted,
+        held <= device.memory,
+        compute,
+        update,
+        recalled,
+        together + update,
+    )
 
 
 def _sizes(config: ModelConfig) -> tuple[Counter[Role], Counter[Role], float]:
@@ -172,14 +193,22 @@ def _sizes(config: ModelConfig) -> tuple[Counter[Role], Counter[Role], float]:
         tensors[role[name]] += 1
         if role[name] == "matrix":
             *stack, tall, wide = parameter.shape
-            halves = 2 if name.endswith("gate_up") else 1  # gate and up are two matrices side by side
+            halves = (
+                2 if name.endswith("gate_up") else 1
+            )  # gate and up are two matrices side by side
             small, large = sorted((tall, wide // halves))
             products += math.prod(stack) * halves * ROUNDS * (4 * small**2 * large + 2 * small**3)
     return sizes, tensors, products
 
 
 FILLING = (  # what gives numbers to a tensor that has its shape
-    *(torch.Tensor.mul, torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_),
+    *(
+        torch.Tensor.mul,
+        torch.Tensor.normal_,
+        torch.Tensor.uniform_,
+        torch.Tensor.fill_,
+        torch.Tensor.zero_,
+    ),
     *(torch.Tensor.copy_, torch.Tensor.__setitem__),
 )
 
@@ -187,7 +216,9 @@ FILLING = (  # what gives numbers to a tensor that has its shape
 class _Unfilled(TorchFunctionMode):
     """Leaves new parameters without values: on the meta device they have none, and filling them loads the compiler."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         given = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             return given["tensor"] if "tensor" in given else args[0]
@@ -200,7 +231,9 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **given)
 
 
-def _bytes(config: ModelConfig, machine: Machine, sizes: Counter[Role], tensors: Counter[Role]) -> dict[Role, Bytes]:
+def _bytes(
+    config: ModelConfig, machine: Machine, sizes: Counter[Role], tensors: Counter[Role]
+) -> dict[Role, Bytes]:
     found: dict[Role, Bytes] = {}
     for role, number in sizes.items():
         weights = FLOAT * number
@@ -208,7 +241,9 @@ def _bytes(config: ModelConfig, machine: Machine, sizes: Counter[Role], tensors:
             assert config.engram is not None
             width = config.engram.head_dim
             state = 2 * weights + 4 * (number // width)  # and how often each row was updated
-            found[role] = Bytes(number, weights, _touched(config, machine) * (FLOAT * width + 8), state)
+            found[role] = Bytes(
+                number, weights, _touched(config, machine) * (FLOAT * width + 8), state
+            )
         elif role == "matrix" and machine.optimizer == "muon":
             found[role] = Bytes(number, weights, weights, weights)
         else:
@@ -229,7 +264,17 @@ def _row_seconds(config: ModelConfig, machine: Machine) -> float:
     if config.engram is None:
         return 0.0
     device, width = device_of(machine.device), config.engram.head_dim
-    read = machine.step_tokens * config.engram.rows_per_token * len(config.engram.layers) * width * FLOAT
+    read = (
+        machine.step_tokens
+        * config.engram.rows_per_token
+        * len(config.engram.layers)
+        * width
+        * FLOAT
+    )
     if machine.tables == "host":
-        return read / (device.link * machine.devices)  # there and back at once: the link has two directions
-    return (2 * read + 7 * FLOAT * _touched(config, machine) * width) / (device.bandwidth * machine.devices)
+        return read / (
+            device.link * machine.devices
+        )  # there and back at once: the link has two directions
+    return (2 * read + 7 * FLOAT * _touched(config, machine) * width) / (
+        device.bandwidth * machine.devices
+    )

@@ -54,12 +54,21 @@ class NeedleSweep:
     init_std: float = 0.05
     gqa: GQAConfig = field(default_factory=lambda: GQAConfig(heads=4, kv_heads=2, head_dim=32))
     mla: MLAConfig = field(default_factory=MLAConfig)
-    nsa: NSAConfig = field(default_factory=lambda: NSAConfig(block=8, stride=4, select_block=8, chosen=6, window=24))
+    nsa: NSAConfig = field(
+        default_factory=lambda: NSAConfig(block=8, stride=4, select_block=8, chosen=6, window=24)
+    )
     moba: MoBAConfig = field(default_factory=lambda: MoBAConfig(block=16, chosen=3))
-    dsa: DSAConfig = field(default_factory=lambda: DSAConfig(heads=4, dim=16, chosen=48, warmup=400))
+    dsa: DSAConfig = field(
+        default_factory=lambda: DSAConfig(heads=4, dim=16, chosen=48, warmup=400)
+    )
     engram: EngramConfig = field(
         default_factory=lambda: EngramConfig(
-            layers=(0,), rows_per_head=(2048, 2048), heads=2, head_dim=16, conv=False, canonical=False
+            layers=(0,),
+            rows_per_head=(2048, 2048),
+            heads=2,
+            head_dim=16,
+            conv=False,
+            canonical=False,
         )
     )
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(kind="muon", lr=NEEDLE_RATE))
@@ -74,8 +83,14 @@ class NeedleSweep:
         for name in ("seeds", "dim", "layers", "dense_width", "steps", "rows", "length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if not self.kinds or len(set(self.kinds)) < len(self.kinds) or not set(self.kinds) <= set(KINDS):
-            raise ValueError(f"kinds: got {self.kinds}, expected different ones of {', '.join(KINDS)}")
+        if (
+            not self.kinds
+            or len(set(self.kinds)) < len(self.kinds)
+            or not set(self.kinds) <= set(KINDS)
+        ):
+            raise ValueError(
+                f"kinds: got {self.kinds}, expected different ones of {', '.join(KINDS)}"
+            )
 
 
 class Arm(NamedTuple):
@@ -118,9 +133,13 @@ def main(config: NeedleSweep, *, console: Console | None = None) -> Path:
     console = console or Console()
     folder = Path(config.folder) / "needle"
     entered = arms(config)
-    jobs = {arm.name: seeded(folder, arm.name, _training(config, arm), config.seeds) for arm in entered}
+    jobs = {
+        arm.name: seeded(folder, arm.name, _training(config, arm), config.seeds) for arm in entered
+    }
     run([job for each in jobs.values() for job in each], workers=config.workers, console=console)
-    scores = {name: [last(job.folder, _total(config)) for job in each] for name, each in jobs.items()}
+    scores = {
+        name: [last(job.folder, _total(config)) for job in each] for name, each in jobs.items()
+    }
     said = conclusion(config, entered, scores)
     _write(folder, config, entered, scores)
     write_text(folder / "conclusion.txt", said + "\n")
@@ -152,10 +171,18 @@ def overall(scores: Scores, length: int) -> float:
 
 def conclusion(config: NeedleSweep, entered: Sequence[Arm], scores: dict[str, list[Scores]]) -> str:
     """What the paired differences of the four tasks' mean allow one to say, at the length that was trained."""
-    means = {name: [overall(each, config.length) for each in seeds] for name, seeds in scores.items()}
-    pairs = [(arm.name, arm.name.replace(arm.kind, FULL[arm.kind], 1)) for arm in entered if arm.kind in FULL]
+    means = {
+        name: [overall(each, config.length) for each in seeds] for name, seeds in scores.items()
+    }
+    pairs = [
+        (arm.name, arm.name.replace(arm.kind, FULL[arm.kind], 1))
+        for arm in entered
+        if arm.kind in FULL
+    ]
     pairs += [(arm.name, arm.kind) for arm in entered if arm.memory]
-    parts = [compared(one, other, means[one], means[other], 3) for one, other in pairs if other in means]
+    parts = [
+        compared(one, other, means[one], means[other], 3) for one, other in pairs if other in means
+    ]
     best = max(means, key=lambda name: mean_and_error(means[name])[0])
     seeds = f"{config.seeds} seed{'s' * (config.seeds > 1)}"
     head = f"{best} found most ({mean_and_error(means[best])[0]:.3f} of the answers at {config.length} tokens, {seeds})"
@@ -163,16 +190,31 @@ def conclusion(config: NeedleSweep, entered: Sequence[Arm], scores: dict[str, li
 
 
 def _table(config: NeedleSweep, scores: dict[str, list[Scores]]) -> Table:
-    table = Table("", *TASKS, box=None, title=f"share of answers found at {config.length} tokens", title_justify="left")
+    table = Table(
+        "",
+        *TASKS,
+        box=None,
+        title=f"share of answers found at {config.length} tokens",
+        title_justify="left",
+    )
     for name, seeds in scores.items():
-        cells = (mean_and_error([each[column(task, config.length)] for each in seeds]) for task in TASKS)
-        table.add_row(name, *(f"{m:.3f}" if math.isnan(e) else f"{m:.3f} ± {e:.3f}" for m, e in cells))
-    table.add_row("chance: a value of the text", *(f"{share:.3f}" for share in chance(config.needles).values()))
+        cells = (
+            mean_and_error([each[column(task, config.length)] for each in seeds]) for task in TASKS
+        )
+        table.add_row(
+            name, *(f"{m:.3f}" if math.isnan(e) else f"{m:.3f} ± {e:.3f}" for m, e in cells)
+        )
+    table.add_row(
+        "chance: a value of the text",
+        *(f"{share:.3f}" for share in chance(config.needles).values()),
+    )
     table.add_row("chance: any value", *[f"{1 / config.needles.values:.3f}"] * len(TASKS))
     return table
 
 
-def _write(folder: Path, config: NeedleSweep, entered: Sequence[Arm], scores: dict[str, list[Scores]]) -> None:
+def _write(
+    folder: Path, config: NeedleSweep, entered: Sequence[Arm], scores: dict[str, list[Scores]]
+) -> None:
     """A line of needle.csv for every accuracy that was measured; part: of the text, empty for the whole."""
     folder.mkdir(parents=True, exist_ok=True)
     lengths = exam_lengths(config.needles, config.length)
@@ -195,10 +237,16 @@ def _write(folder: Path, config: NeedleSweep, entered: Sequence[Arm], scores: di
         }
         _draw(folder / f"length{ending}.svg", by_length, "tokens", log=True)
         by_depth = {name: _by_depth(seeds, config.length) for name, seeds in chosen.items()}
-        _draw(folder / f"depth{ending}.svg", by_depth, "where the needle stands, 0 the text's beginning, 1 its end")
+        _draw(
+            folder / f"depth{ending}.svg",
+            by_depth,
+            "where the needle stands, 0 the text's beginning, 1 its end",
+        )
 
 
-def _draw(path: Path, lines: dict[str, list[tuple[float, float, float]]], x: str, log: bool = False) -> None:
+def _draw(
+    path: Path, lines: dict[str, list[tuple[float, float, float]]], x: str, log: bool = False
+) -> None:
     with figures.style(), atomic_write(path) as beside:
         figures.sweep(lines, x=x, y="share of answers found", log=log).savefig(beside, format="svg")
 

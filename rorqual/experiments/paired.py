@@ -11,7 +11,18 @@ import math
 import statistics
 from collections.abc import Sequence
 
-T_95 = {0: math.inf, 1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+T_95 = {
+    0: math.inf,
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+}
 
 
 def t_factor(seeds: int) -> float:
@@ -21,7 +32,12 @@ def t_factor(seeds: int) -> float:
     normal distribution (Abramowitz and Stegun 26.7.5).
     """
     v, z = seeds - 1, statistics.NormalDist().inv_cdf(0.975)
-    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
     return T_95.get(v) or sum(term / v**n for n, term in enumerate(terms))
 
 
@@ -43,7 +59,9 @@ def established(mean: float, error: float, seeds: int) -> bool:
     return abs(mean) > t_factor(seeds) * error
 
 
-def compared(one: str, other: str, own: Sequence[float], others: Sequence[float], digits: int = 4) -> str:
+def compared(
+    one: str, other: str, own: Sequence[float], others: Sequence[float], digits: int = 4
+) -> str:
     """The two arms' names, the mean of own - others with its error, and whether it is established."""
     mean, error = difference(own, others)
     figure = f"{mean:+.{digits}f}" if math.isfinite(mean) else "no number"

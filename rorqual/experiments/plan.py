@@ -40,11 +40,17 @@ class PlanConfig:
     """
 
     like: str = "moe-27b"  # a preset or run folder with experts: the shape, and every budget that is not given
-    model: ModelConfig = field(default_factory=ModelConfig)  # flags change the model that is followed
+    model: ModelConfig = field(
+        default_factory=ModelConfig
+    )  # flags change the model that is followed
     total: float | None = None  # parameters; backbone and experts are solved for
-    activated: float | None = None  # parameters that a token goes through, all but the input embedding
+    activated: float | None = (
+        None  # parameters that a token goes through, all but the input embedding
+    )
     flops: float | None = None  # a token, forward; instead of `activated`
-    rho: float | None = None  # share of the inactive experts that stay experts; 0.75, or that of a `like` with memory
+    rho: float | None = (
+        None  # share of the inactive experts that stay experts; 0.75, or that of a `like` with memory
+    )
     context: int = 4096  # tokens that a token attends over, half of them on average
     machine: Machine = field(default_factory=Machine)
 
@@ -66,7 +72,9 @@ class Plan(NamedTuple):
     dense: Arm
 
 
-def plan_budget(like: ModelConfig, budget: Budget, rho: float | None = None, *, context: int = 4096) -> Plan:
+def plan_budget(
+    like: ModelConfig, budget: Budget, rho: float | None = None, *, context: int = 4096
+) -> Plan:
     """Arms shaped like `like` that have the budget; what the budget leaves open is as in `like`.
 
     A `like` with memory, no budget and no rho is the memory arm itself, and its pure mixture is solved for. Else rho
@@ -77,7 +85,9 @@ def plan_budget(like: ModelConfig, budget: Budget, rho: float | None = None, *, 
     pure = spend(like, budget, context=context)
     if rho is not None or budget != Budget():
         shape = None if like.engram is None else scaled_memory(like.engram, like, pure)
-        return split_budget(pure, RHO if rho is None else rho, shape, context=context, pays="memory")
+        return split_budget(
+            pure, RHO if rho is None else rho, shape, context=context, pays="memory"
+        )
     assert like.engram is not None and pure.moe is not None
     reached = (like.moe.routed - like.moe.active) / (pure.moe.routed - pure.moe.active)
     arm = Arm("moe", pure, costs(pure, context))
@@ -102,7 +112,9 @@ def split_budget(
     if base.moe is None:
         raise ValueError("base: got a model without experts, expected moe to be on")
     if not 0.0 <= rho <= 1.0:
-        raise ValueError(f"rho: got {rho}, expected 0..1, the share of inactive experts that stay experts")
+        raise ValueError(
+            f"rho: got {rho}, expected 0..1, the share of inactive experts that stay experts"
+        )
     moe = replace(base, engram=None)
     kept = _kept_experts(base.moe, rho)
     reached = (kept - base.moe.active) / max(1, base.moe.routed - base.moe.active)
@@ -134,7 +146,9 @@ def default_memory(base: ModelConfig) -> EngramConfig:
     """The paper's shape in small: one early block, a second near the middle from eight blocks on, orders 2 and 3."""
     layers = (1,) if base.layers < 8 else (1, base.layers // 2 - 1)
     head_dim = max(8, base.dim // 32 // 4 * 4)
-    return EngramConfig(layers=tuple(i for i in layers if i < base.layers) or (0,), heads=8, head_dim=head_dim)
+    return EngramConfig(
+        layers=tuple(i for i in layers if i < base.layers) or (0,), heads=8, head_dim=head_dim
+    )
 
 
 def with_rows(config: EngramConfig, rows: int) -> EngramConfig:
@@ -142,7 +156,9 @@ def with_rows(config: EngramConfig, rows: int) -> EngramConfig:
     return replace(config, rows_per_head=(rows,) * len(config.rows_per_head))
 
 
-def _evened(moe: ModelConfig, empty: ModelConfig, context: int, pays: str) -> tuple[Arm, ModelConfig]:
+def _evened(
+    moe: ModelConfig, empty: ModelConfig, context: int, pays: str
+) -> tuple[Arm, ModelConfig]:
     """The pure arm and the memory arm, rows still to be found, with FLOPs a token that differ within the tolerance."""
     have = costs(moe, context)
     more = costs(empty, context).flops_per_token - have.flops_per_token
@@ -159,7 +175,9 @@ def with_flops(config: ModelConfig, more: int) -> ModelConfig:
     """`config` with its shared expert so much wider, or narrower, that a token costs `more` FLOPs more."""
     assert config.moe is not None
     blocks = sum(config.has_experts(i) for i in range(config.layers))
-    width = config.moe.shared_hidden + (round(more / (2 * 3 * config.dim * blocks)) if blocks else 0)
+    width = config.moe.shared_hidden + (
+        round(more / (2 * 3 * config.dim * blocks)) if blocks else 0
+    )
     if width < 0:
         raise ValueError(
             f"engram: got projections of {-more:,} FLOPs a token, expected no more than those of the shared expert, "
@@ -171,7 +189,9 @@ def with_flops(config: ModelConfig, more: int) -> ModelConfig:
     return replace(config, moe=replace(config.moe, shared=count, shared_width=width or None))
 
 
-def _solve_rows(target: Costs, empty: ModelConfig, template: EngramConfig, context: int) -> EngramConfig:
+def _solve_rows(
+    target: Costs, empty: ModelConfig, template: EngramConfig, context: int
+) -> EngramConfig:
     """The rows a head whose primes come closest to what is free; halving, since primes do not lie evenly."""
     spent = costs(empty, context)
     free = target.total - (spent.total - spent.memory)

@@ -70,13 +70,17 @@ class Job(NamedTuple):
 def seeded(folder: Path, name: str, config: TrainConfig, seeds: int) -> list[Job]:
     """The same training with the seeds 0 to `seeds` - 1, each in its own folder."""
     names = [f"{name}-seed-{seed}" for seed in range(seeds)]
-    return [Job(n, replace(config, seed=seed, folder=str(folder / n))) for seed, n in enumerate(names)]
+    return [
+        Job(n, replace(config, seed=seed, folder=str(folder / n))) for seed, n in enumerate(names)
+    ]
 
 
 def last(folder: Path, key: str = "loss") -> dict[str, Any]:
     """The newest metrics of a run that hold `key`; empty when there are none yet."""
     for line in reversed(_lines(folder)):
-        if f'"{key}"' in line and key in (found := json.loads(line)):  # few are parsed: it is asked twice a second
+        if f'"{key}"' in line and key in (
+            found := json.loads(line)
+        ):  # few are parsed: it is asked twice a second
             return found
     return {}
 
@@ -93,7 +97,11 @@ def _lines(folder: Path) -> list[str]:
 
 
 def run(
-    jobs: Sequence[Job], *, workers: int | None = None, console: Console | None = None, diverging: bool = False
+    jobs: Sequence[Job],
+    *,
+    workers: int | None = None,
+    console: Console | None = None,
+    diverging: bool = False,
 ) -> None:
     """Runs what is not finished, `workers` at a time (default: one a core); RuntimeError with a log's end if one fails.
 
@@ -107,9 +115,15 @@ def run(
         _run(jobs, waiting, workers, console, diverging)
 
 
-def _run(jobs: Sequence[Job], waiting: list[Job], workers: int, console: Console, diverging: bool) -> None:
+def _run(
+    jobs: Sequence[Job], waiting: list[Job], workers: int, console: Console, diverging: bool
+) -> None:
     running: dict[Job, subprocess.Popen] = {}
-    screen = Live(console=console, refresh_per_second=2, transient=False) if console.is_terminal else None
+    screen = (
+        Live(console=console, refresh_per_second=2, transient=False)
+        if console.is_terminal
+        else None
+    )
     shown = time.monotonic()
     try:
         if screen is not None:
@@ -165,7 +179,9 @@ def _start(job: Job, threads: int) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "rorqual.experiments.runs", str(wanted), str(os.getpid())]
     with (job.folder / "log.txt").open("ab") as log:
-        return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
 
 
 def make_room(job: Job) -> None:
@@ -185,10 +201,20 @@ def make_room(job: Job) -> None:
 
 
 def _check(job: Job, process: subprocess.Popen, diverging: bool) -> None:
-    if (process.returncode == 0 and job.finished()) or (diverging and process.returncode == DIVERGED_CODE):
+    if (process.returncode == 0 and job.finished()) or (
+        diverging and process.returncode == DIVERGED_CODE
+    ):
         return
-    log = (job.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:]
-    raise RuntimeError(f"run {job.name} ended with code {process.returncode}; the end of its log:\n" + "\n".join(log))
+    log = (
+        (job.folder / "log.txt")
+        .read_text(encoding="utf-8", errors="replace")
+        .strip()
+        .splitlines()[-12:]
+    )
+    raise RuntimeError(
+        f"run {job.name} ended with code {process.returncode}; the end of its log:\n"
+        + "\n".join(log)
+    )
 
 
 def _line(job: Job) -> str:
@@ -207,14 +233,25 @@ def _table(jobs: Sequence[Job]) -> Table:
         now, scored = last(job.folder), last(job.folder, "validation_loss")
         validation = f"{scored['validation_loss']:.4f}" if scored else ""
         if job.finished():
-            table.add_row(job.name, "done", f"{now.get('loss', float('nan')):.3f}", validation, "", "")
+            table.add_row(
+                job.name, "done", f"{now.get('loss', float('nan')):.3f}", validation, "", ""
+            )
         elif job.diverged():
             table.add_row(job.name, "diverged", "", "", "", "")
         elif now:
             step, left = f"{now['step']:.0f}/{job.config.steps}", f"{now['seconds_left']:.0f} s"
-            table.add_row(job.name, step, f"{now['loss']:.3f}", validation, f"{now['tokens_per_second']:,.0f}", left)
+            table.add_row(
+                job.name,
+                step,
+                f"{now['loss']:.3f}",
+                validation,
+                f"{now['tokens_per_second']:,.0f}",
+                left,
+            )
         else:
-            table.add_row(job.name, "starting" if job.folder.exists() else "waiting", "", "", "", "")
+            table.add_row(
+                job.name, "starting" if job.folder.exists() else "waiting", "", "", "", ""
+            )
     return table
 
 

@@ -55,7 +55,9 @@ class BenchConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if self.tokens < 2:
-            raise ValueError(f"tokens: got {self.tokens}, expected at least 2: the first is the prompt's")
+            raise ValueError(
+                f"tokens: got {self.tokens}, expected at least 2: the first is the prompt's"
+            )
         if self.hot_bytes < 0 or not self.seconds > 0:
             got = f"{self.hot_bytes} hot bytes, {self.seconds} seconds"
             raise ValueError(f"got {got}, expected at least 0 and more than 0")
@@ -88,7 +90,11 @@ def ways(hot_bytes: int) -> list[Way]:
         Way("host memory, no prefetch", TableConfig(placement="host", prefetch=False)),
     ]
     for state in ("warm", "cold"):
-        for words, hot, prefetch in (("", 0, True), (", no prefetch", 0, False), (", hot rows", hot_bytes, True)):
+        for words, hot, prefetch in (
+            ("", 0, True),
+            (", no prefetch", 0, False),
+            (", hot rows", hot_bytes, True),
+        ):
             placed = TableConfig(placement="disk", hot_bytes=hot, prefetch=prefetch)
             found.append(Way(f"disk {state}{words}", placed, cold=state == "cold"))
     return found
@@ -100,7 +106,9 @@ def bench(config: BenchConfig, say: Callable[[str], None] = lambda _: None) -> l
     ValueError where the disk has no room for the table.
     """
     with tempfile.TemporaryDirectory(dir=config.folder, prefix="table-bench-") as place:
-        say(f"drawing {sum(row_totals(memory_of(config))):,} rows of {config.width} values in {config.dtype}")
+        say(
+            f"drawing {sum(row_totals(memory_of(config))):,} rows of {config.width} values in {config.dtype}"
+        )
         folder = drawn(config, Path(place))
         every = [(way, opened(config, folder, way.config)) for way in ways(config.hot_bytes)]
         model = model_with(config, every[-1][1])
@@ -115,7 +123,9 @@ def bench(config: BenchConfig, say: Callable[[str], None] = lambda _: None) -> l
 def drawn(config: BenchConfig, folder: Path) -> Path:
     """The folder with a table for each layer that remembers."""
     for n, rows in enumerate(row_totals(memory_of(config))):
-        draw_table(folder / str(n), rows, config.width, dtype=DTYPES[config.dtype], seed=config.seed + n)
+        draw_table(
+            folder / str(n), rows, config.width, dtype=DTYPES[config.dtype], seed=config.seed + n
+        )
     return folder
 
 
@@ -152,11 +162,15 @@ def _generated(
 ) -> dict[str, float]:
     """Tokens a second of each way by the median step of interleaved rounds, after one to warm up."""
     taken: dict[str, list[float]] = {way.name: [] for way, _ in every}
-    weights = [weight for name, weight in model.named_parameters() if not name.startswith("tables.")]
+    weights = [
+        weight for name, weight in model.named_parameters() if not name.startswith("tables.")
+    ]
     for turn in range(config.rounds + 1):
         said: list[list[list[int | None]]] = []
         draw = torch.Generator().manual_seed(config.seed + turn)
-        prompts = torch.randint(model.config.vocabulary, (config.sequences, PROMPT), generator=draw).tolist()
+        prompts = torch.randint(
+            model.config.vocabulary, (config.sequences, PROMPT), generator=draw
+        ).tolist()
         for way, tables in every:
             model.tables = nn.ModuleList(tables)
             _warm(way, tables)
@@ -204,14 +218,22 @@ def _line(
 ) -> Line:
     say(f"{way.name}: rows a second")
     table = tables[0]
-    hits, different = (sum(each.metrics().get(name, 0.0) for each in tables) for name in ("hits", "different"))
+    hits, different = (
+        sum(each.metrics().get(name, 0.0) for each in tables) for name in ("hits", "different")
+    )
     rate = hits / different if different else 0.0
     _warm(way, tables)
     before = (lambda: _drop_page_cache(table)) if way.cold else lambda: None
     found = measure(
-        table, rows_per_token=16 * config.sequences, seconds=config.seconds, seed=config.seed, before=before
+        table,
+        rows_per_token=16 * config.sequences,
+        seconds=config.seconds,
+        seed=config.seed,
+        before=before,
     )
-    return Line(way.name, found["rows_per_second"], found["step_p50"], found["step_p99"], speed, rate)
+    return Line(
+        way.name, found["rows_per_second"], found["step_p50"], found["step_p99"], speed, rate
+    )
 
 
 def _drop_page_cache(table: Table) -> None:

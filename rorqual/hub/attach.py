@@ -44,14 +44,20 @@ class Memory(nn.Module):
     It is a submodule of the host, so that `.to`, `.parameters()` and a trainer find it.
     """
 
-    def __init__(self, config: EngramConfig, tokenizer: Tokenizer, vocabulary: int, width: int, *, seed: int) -> None:
+    def __init__(
+        self, config: EngramConfig, tokenizer: Tokenizer, vocabulary: int, width: int, *, seed: int
+    ) -> None:
         super().__init__()
         self.config, self.width, self.vocabulary = config, width, vocabulary
-        self.addresses = Addresses(config, tokenizer.canonical_map() if config.canonical else None, vocabulary)
+        self.addresses = Addresses(
+            config, tokenizer.canonical_map() if config.canonical else None, vocabulary
+        )
         self.tables = nn.ModuleList(Table(rows, config.head_dim) for rows in row_totals(config))
         self.engrams = nn.ModuleList(Engram(config, width) for _ in config.layers)
         self.start("values", seed)
-        self._host: tuple[nn.Module, ...] = ()  # a tuple, so that the host is no submodule of its memory
+        self._host: tuple[
+            nn.Module, ...
+        ] = ()  # a tuple, so that the host is no submodule of its memory
         self._frozen: list[tuple[nn.Parameter, bool]] = []
         self._trained: list[tuple[nn.Parameter, bool]] = []
         self._adapters: tuple[str, ...] = ()
@@ -84,7 +90,9 @@ class Memory(nn.Module):
     def new_state(self) -> "MemoryCache":
         """What one cache of the host carries for the memory."""
         halo, ids = self.config.halo, Everything(self.config.ngram - 1, fill=self.config.missing_id)
-        return MemoryCache(Past(), ids, tuple(Everything(halo) if halo else None for _ in self.config.layers))
+        return MemoryCache(
+            Past(), ids, tuple(Everything(halo) if halo else None for _ in self.config.layers)
+        )
 
     def mount(self, host: nn.Module) -> None:
         """Hook into the host and make memory alone trainable, beside PEFT's adapters if it has any.
@@ -94,17 +102,31 @@ class Memory(nn.Module):
             raise ValueError("attach: the model already carries a memory; detach it first")
         body, blocks = find_blocks(host)
         if late := [layer for layer in self.config.layers if layer >= len(blocks)]:
-            raise ValueError(f"layers: got {late}, expected indices of the model's blocks, 0..{len(blocks) - 1}")
-        lacking = {"input_ids", "past_key_values"} - inspect.signature(body.forward).parameters.keys()
+            raise ValueError(
+                f"layers: got {late}, expected indices of the model's blocks, 0..{len(blocks) - 1}"
+            )
+        lacking = {"input_ids", "past_key_values"} - inspect.signature(
+            body.forward
+        ).parameters.keys()
         if lacking or not getattr(host, "_supports_default_dynamic_cache", lambda: True)():
-            what = f"takes no {', '.join(sorted(lacking))}" if lacking else "has a cache of its own kind"
-            raise ValueError(f"attach: {type(body).__name__} {what}, expected a model with transformers' Cache")
+            what = (
+                f"takes no {', '.join(sorted(lacking))}"
+                if lacking
+                else "has a cache of its own kind"
+            )
+            raise ValueError(
+                f"attach: {type(body).__name__} {what}, expected a model with transformers' Cache"
+            )
         if len(devices := {str(parameter.device) for parameter in host.parameters()}) > 1:
-            raise ValueError(f"attach: got a model on {', '.join(sorted(devices))}, expected one device for all of it")
+            raise ValueError(
+                f"attach: got a model on {', '.join(sorted(devices))}, expected one device for all of it"
+            )
         floats = [parameter for parameter in host.parameters() if parameter.is_floating_point()]
         self.to(device=floats[0].device, dtype=floats[0].dtype)
         self._adapters = _adapters(host)
-        self._frozen = [] if self._adapters else [(parameter, parameter.requires_grad) for parameter in floats]
+        self._frozen = (
+            [] if self._adapters else [(parameter, parameter.requires_grad) for parameter in floats]
+        )
         for parameter, _ in self._frozen:
             parameter.requires_grad_(False)
         self._hooks = [
@@ -158,18 +180,28 @@ class Memory(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """The memory alone, as one safetensors file whose header says what it fits; whole or not at all."""
-        about = {"config": configs.to_dict(self.config), "width": self.width, "vocabulary": self.vocabulary}
+        about = {
+            "config": configs.to_dict(self.config),
+            "width": self.width,
+            "vocabulary": self.vocabulary,
+        }
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         with atomic_write(path) as beside:
             save_file(tensors, beside, metadata={"format": FORMAT, "memory": json.dumps(about)})
 
-    def _before(self, body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _before(
+        self, body: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
         """Before the host's body runs: hash the ids once and ask for the rows of all layers."""
         if args:
-            kwargs = dict(zip(inspect.signature(body.forward).parameters, args, strict=False)) | kwargs
+            kwargs = (
+                dict(zip(inspect.signature(body.forward).parameters, args, strict=False)) | kwargs
+            )
         ids = kwargs.get("input_ids")
         if ids is None or kwargs.get("inputs_embeds") is not None:
-            raise ValueError("memory: got inputs_embeds, expected input_ids: rows are addressed by token ids")
+            raise ValueError(
+                "memory: got inputs_embeds, expected input_ids: rows are addressed by token ids"
+            )
         cache = self._cache(body, kwargs)
         if cache is not None:
             kwargs["past_key_values"] = cache
@@ -184,7 +216,10 @@ class Memory(nn.Module):
         pending = [table.prefetch(rows[place]) for place, table in enumerate(self._stores)]
         ctx = dataclasses.replace(ctx, live=self.addresses.live(ids, ctx))
         caches = (None,) * len(pending) if state is None else state.layers
-        self._now = [ctx.for_block(BlockCache(None, kept), row) for kept, row in zip(caches, pending, strict=True)]
+        self._now = [
+            ctx.for_block(BlockCache(None, kept), row)
+            for kept, row in zip(caches, pending, strict=True)
+        ]
         return (), kwargs
 
     def _after(self, body: nn.Module, args: tuple, output: Any) -> None:
@@ -194,7 +229,9 @@ class Memory(nn.Module):
         """The host's cache, made to carry the memory's state; None where this call keeps none."""
         cache = kwargs.get("past_key_values")
         if kwargs.get("cache") is not None:
-            raise ValueError("memory: got a paged cache, expected generate(), which says what follows what")
+            raise ValueError(
+                "memory: got a paged cache, expected generate(), which says what follows what"
+            )
         if cache is None:
             use = kwargs.get("use_cache")
             use = getattr(body.config, "use_cache", False) if use is None else use
@@ -202,16 +239,24 @@ class Memory(nn.Module):
                 return None
             cache = DynamicCache(config=body.config)
         if not isinstance(cache, Cache):
-            raise ValueError(f"memory: got past_key_values as {type(cache).__name__}, expected a Cache of transformers")
+            raise ValueError(
+                f"memory: got past_key_values as {type(cache).__name__}, expected a Cache of transformers"
+            )
         if not isinstance(cache, Remembering):
-            cache.__class__ = type("Remembering" + type(cache).__name__, (Remembering, type(cache)), {})
-            self._caches = [known for known in self._caches if known() is not None] + [weakref.ref(cache)]
+            cache.__class__ = type(
+                "Remembering" + type(cache).__name__, (Remembering, type(cache)), {}
+            )
+            self._caches = [known for known in self._caches if known() is not None] + [
+                weakref.ref(cache)
+            ]
             cache.rorqual_state, cache.rorqual_memory = self.new_state(), weakref.ref(self)
         held, known = int(cache.get_seq_length()), cache.rorqual_state.past.length
         if held != known or cache.rorqual_memory() is not self:
             seen = known if cache.rorqual_memory() is self else 0
             got = f"a cache of {held} tokens, {seen} of which it has seen"
-            raise ValueError(f"memory: got {got}, expected a new one: it was filled before the memory was attached")
+            raise ValueError(
+                f"memory: got {got}, expected a new one: it was filled before the memory was attached"
+            )
         return cache
 
     def _recall(
@@ -222,7 +267,9 @@ class Memory(nn.Module):
         hidden: Float[Tensor, "B T D"] = args[0] if args else kwargs["hidden_states"]
         if hidden.dim() != 3 or hidden.shape[-1] != self.width:
             got = f"{type(block).__name__} with hidden states {list(hidden.shape)}"
-            raise ValueError(f"memory: got {got}, expected [batch, time, {self.width}]: no memory fits this model")
+            raise ValueError(
+                f"memory: got {got}, expected [batch, time, {self.width}]: no memory fits this model"
+            )
         added = self.engrams[place](hidden[:, :, None], self._now[place])[:, :, 0]
         hidden = hidden + added.to(hidden.dtype)
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
@@ -240,7 +287,9 @@ class Everything(Recent):
         if self.buffer is None or (self.length == 0 and len(self.buffer) != batch):
             self.buffer = new.new_full((batch, self.count + time + 16, *new.shape[2:]), self.fill)
         if len(self.buffer) != batch:
-            raise ValueError(f"got a batch of {batch}, expected the {len(self.buffer)} rows that are cached")
+            raise ValueError(
+                f"got a batch of {batch}, expected the {len(self.buffer)} rows that are cached"
+            )
         if self.end + time > self.buffer.shape[1]:
             more = self.buffer.new_full((batch, self.end + time, *new.shape[2:]), self.fill)
             self.buffer = torch.cat([self.buffer[:, : self.end], more], dim=1)
@@ -275,13 +324,17 @@ class Remembering:
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)  # type: ignore[misc]
-        self.rorqual_state.select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+        self.rorqual_state.select(
+            indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
         rows = self.rorqual_state.ids.buffer
         if rows is not None:
-            self.rorqual_state.select(torch.arange(len(rows), device=rows.device).repeat_interleave(repeats))
+            self.rorqual_state.select(
+                torch.arange(len(rows), device=rows.device).repeat_interleave(repeats)
+            )
 
     def crop(self, tokens_to_remove: int) -> None:
         """By what the host's cache lost, whichever way this version of transformers counts."""
@@ -324,10 +377,14 @@ def attach(
     ours = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.of(tokenizer)
     known = {field.name for field in dataclasses.fields(EngramConfig)} - {"layers"}
     if unknown := set(options) - known:
-        raise ValueError(f"attach: got {', '.join(sorted(unknown))}, expected fields of EngramConfig")
+        raise ValueError(
+            f"attach: got {', '.join(sorted(unknown))}, expected fields of EngramConfig"
+        )
     if zero not in ("values", "rows"):
         raise ValueError(f"zero: got {zero!r}, expected values or rows")
-    settings = configs.from_dict(EngramConfig, {"pad_id": ours.pad_id, **options, "layers": list(layers)})
+    settings = configs.from_dict(
+        EngramConfig, {"pad_id": ours.pad_id, **options, "layers": list(layers)}
+    )
     # before anything large is made
     _check_hidden(model, *find_blocks(model))
     memory = Memory(settings, ours, _vocabulary_of(model, ours), _width_of(model), seed=seed)
@@ -361,7 +418,9 @@ def _read(path: str | Path) -> tuple[dict[str, Any], int, dict[str, Tensor]]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
     if header.get("format") != FORMAT:
-        raise ValueError(f"{path} is no memory: got format {header.get('format')!r}, expected {FORMAT!r}")
+        raise ValueError(
+            f"{path} is no memory: got format {header.get('format')!r}, expected {FORMAT!r}"
+        )
     try:
         about = json.loads(header["memory"])
         config, width = about["config"], int(about["width"])
@@ -381,7 +440,9 @@ def find_blocks(host: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     text = config.get_text_config(decoder=True) if config is not None else None
     count = getattr(text, "num_hidden_layers", None)
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"attach: got {type(host).__name__}, an encoder and a decoder, expected a causal model")
+        raise ValueError(
+            f"attach: got {type(host).__name__}, an encoder and a decoder, expected a causal model"
+        )
     for module in host.modules():
         for child in module.children():
             of_text = type(getattr(module, "config", None)) is type(text)
@@ -408,7 +469,9 @@ def _check_hidden(model: nn.Module, body: nn.Module, blocks: nn.ModuleList) -> N
     try:
         # a host in training draws for its dropout
         with torch.no_grad(), torch.random.fork_rng():
-            body.forward(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(body.parameters()).device))
+            body.forward(
+                input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(body.parameters()).device)
+            )
     except _Reached as reached:
         (shape,) = reached.args
     except Exception:
@@ -417,7 +480,9 @@ def _check_hidden(model: nn.Module, body: nn.Module, blocks: nn.ModuleList) -> N
         hook.remove()
     if shape not in (None, [1, 1, width]):
         got = f"{type(model).__name__}, whose blocks take hidden states {shape} for one token"
-        raise ValueError(f"attach: got {got}, expected [1, 1, {width}]: several residual streams take no memory")
+        raise ValueError(
+            f"attach: got {got}, expected [1, 1, {width}]: several residual streams take no memory"
+        )
 
 
 def _adapters(host: nn.Module) -> tuple[str, ...]:
@@ -448,19 +513,32 @@ def _presence(kwargs: dict[str, Any], ids: Tensor, past: int) -> Tensor | None:
         return None
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= time:
         present = mask[:, -time:].bool()
-    elif isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == time and mask.shape[3] >= past + time:
+    elif (
+        isinstance(mask, Tensor)
+        and mask.dim() == 4
+        and mask.shape[2] == time
+        and mask.shape[3] >= past + time
+    ):
         own = mask[:, 0, :, past : past + time].diagonal(dim1=1, dim2=2)
         present = (own if own.dtype == torch.bool else own >= 0).expand(ids.shape)
     else:
-        got = f"{type(mask).__name__} {list(mask.shape) if isinstance(mask, Tensor) else ''}".strip()
-        raise ValueError(f"memory: got attention_mask {got}, expected [batch, cached + new tokens], or none")
+        got = (
+            f"{type(mask).__name__} {list(mask.shape) if isinstance(mask, Tensor) else ''}".strip()
+        )
+        raise ValueError(
+            f"memory: got attention_mask {got}, expected [batch, cached + new tokens], or none"
+        )
     return None if bool(present.all()) else present
 
 
 def _documents(kwargs: dict[str, Any], ids: Tensor) -> Tensor | None:
     """Packed documents, which the host is told of by position ids that start again; None where they do not."""
     positions = kwargs.get("position_ids")
-    if positions is None or kwargs.get("attention_mask") is not None or positions.shape[1:] != ids.shape[1:]:
+    if (
+        positions is None
+        or kwargs.get("attention_mask") is not None
+        or positions.shape[1:] != ids.shape[1:]
+    ):
         return None
     begins = nn.functional.pad(positions.diff(dim=-1) != 1, (1, 0))
     return begins.long().cumsum(-1).expand(ids.shape) if bool(begins.any()) else None

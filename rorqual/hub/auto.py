@@ -52,7 +52,11 @@ class RorqualConfig(PreTrainedConfig):
         own = {field.name for field in dataclasses.fields(ModelConfig)} & fields.keys()
         of_run = {name: fields.pop(name) for name in own}
         self.shape, self.use_cache = of_run if shape is None and of_run else shape, use_cache
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = (
+            bos_token_id,
+            eos_token_id,
+            pad_token_id,
+        )
         self.tie_word_embeddings = tie_word_embeddings or bool((self.shape or {}).get("tied"))
         super().__init__(**fields)
 
@@ -112,7 +116,9 @@ class RorqualCache(HubCache):
     def crop(self, tokens_to_remove: int) -> None:
         """transformers counts what to remove below zero: crop(-3) forgets three tokens."""
         if tokens_to_remove > 0:
-            raise ValueError(f"crop: got {tokens_to_remove}, expected minus the number of tokens to forget")
+            raise ValueError(
+                f"crop: got {tokens_to_remove}, expected minus the number of tokens to forget"
+            )
         self.cache.crop(-tokens_to_remove)
 
     def reset(self) -> None:
@@ -145,7 +151,9 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = RorqualConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = False
-    accepts_loss_kwargs = False  # the loss is a mean over one batch, whatever number of tokens a Trainer names
+    accepts_loss_kwargs = (
+        False  # the loss is a mean over one batch, whatever number of tokens a Trainer names
+    )
     _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
     _no_split_modules = ("Block",)
 
@@ -185,7 +193,9 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
         face, info = super().from_pretrained(*args, **options, output_loading_info=True)
         if missing := sorted(info["missing_keys"]):
             got = f"got no {missing[0].removeprefix('model.')!r} ({len(missing)} missing)"
-            raise ValueError(f"{args[0] if args else 'model'}: {got}, expected all weights: open a run with rq.load")
+            raise ValueError(
+                f"{args[0] if args else 'model'}: {got}, expected all weights: open a run with rq.load"
+            )
         addresses = face.model.addresses
         if addresses is not None:
             addresses.load_state_dict(addresses.state_dict())
@@ -203,7 +213,9 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.embed
 
     def set_input_embeddings(self, value: torch.nn.Module) -> None:
-        raise ValueError("resizing the vocabulary is not supported: train a model with --model.vocabulary instead")
+        raise ValueError(
+            "resizing the vocabulary is not supported: train a model with --model.vocabulary instead"
+        )
 
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.model.head
@@ -226,16 +238,24 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
         (memory is addressed by ids) and for a cache of another kind.
         """
         if input_ids is None or inputs_embeds is not None:
-            raise ValueError("rorqual: got inputs_embeds, expected input_ids (experts and memory may be chosen by id)")
+            raise ValueError(
+                "rorqual: got inputs_embeds, expected input_ids (experts and memory may be chosen by id)"
+            )
         if unused.get("output_attentions") or unused.get("output_hidden_states"):
             raise ValueError(
                 "rorqual: attentions and hidden states are not returned; read them with rorqual.analyze.taps"
             )
         if past_key_values is not None and not isinstance(past_key_values, RorqualCache):
-            raise ValueError(f"past_key_values: got {type(past_key_values).__name__}, expected a RorqualCache or None")
+            raise ValueError(
+                f"past_key_values: got {type(past_key_values).__name__}, expected a RorqualCache or None"
+            )
         present = _present(attention_mask, input_ids)
         loss = None if labels is None else self._loss(input_ids, labels, present)
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache) and labels is None:
+        if (
+            past_key_values is None
+            and (self.config.use_cache if use_cache is None else use_cache)
+            and labels is None
+        ):
             past_key_values = RorqualCache(self.model.new_cache(len(input_ids)), len(input_ids))
         cache = past_key_values.cache if past_key_values is not None else None
         hidden = self.model.hidden(input_ids, present=present, cache=cache)[0]
@@ -269,7 +289,9 @@ def _present(mask: Tensor | None, ids: Tensor) -> Tensor | None:
     if mask is None:
         return None
     if mask.dim() != 2 or mask.shape[1] < ids.shape[1]:
-        raise ValueError(f"attention_mask: got shape {tuple(mask.shape)}, expected [batch, cached + new tokens]")
+        raise ValueError(
+            f"attention_mask: got shape {tuple(mask.shape)}, expected [batch, cached + new tokens]"
+        )
     present = mask[:, -ids.shape[1] :].bool()
     return None if bool(present.all()) else present
 
@@ -277,7 +299,9 @@ def _present(mask: Tensor | None, ids: Tensor) -> Tensor | None:
 def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """The tokenizer as transformers knows it; a text that it encodes begins with `begin_id`, as in training."""
     backend = tokenizer.templated()
-    begin, end, pad = (backend.id_to_token(i) for i in (tokenizer.begin_id, tokenizer.end_id, tokenizer.pad_id))
+    begin, end, pad = (
+        backend.id_to_token(i) for i in (tokenizer.begin_id, tokenizer.end_id, tokenizer.pad_id)
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=begin, eos_token=end, pad_token=pad, padding_side="left"
     )

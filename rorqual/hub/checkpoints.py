@@ -54,12 +54,17 @@ ATTENTION = (
 BIASED = ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")  # where the config's attention_bias puts one
 SWIGLU = ("gate_proj", "up_proj", "down_proj")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")  # of weights, in safetensors' words
-WINDOW = 64 << 20  # bytes; what was read of a mapped file counts as memory until it is closed, so it is, after so many
+WINDOW = (
+    64 << 20
+)  # bytes; what was read of a mapped file counts as memory until it is closed, so it is, after so many
 
 
 def places(config: ModelConfig) -> dict[str, Place]:
     """Published name -> place, for every tensor that a folder of this config must hold."""
-    table = {"model.embed_tokens.weight": Place("embed.weight"), "model.norm.weight": Place("norm.weight")}
+    table = {
+        "model.embed_tokens.weight": Place("embed.weight"),
+        "model.norm.weight": Place("norm.weight"),
+    }
     if not config.tied:
         table["lm_head.weight"] = Place("head.weight")
     for index in range(config.layers):
@@ -67,7 +72,12 @@ def places(config: ModelConfig) -> dict[str, Place]:
     for depth in range(config.mtp.depth if config.mtp is not None else 0):
         theirs, ours = f"model.layers.{config.layers + depth}", f"mtp.{depth}"
         table |= _block(theirs, f"{ours}.block", config, config.layers + depth)
-        for name, own in (("enorm", "enorm"), ("hnorm", "hnorm"), ("eh_proj", "eh_proj"), ("shared_head.norm", "norm")):
+        for name, own in (
+            ("enorm", "enorm"),
+            ("hnorm", "hnorm"),
+            ("eh_proj", "eh_proj"),
+            ("shared_head.norm", "norm"),
+        ):
             table[f"{theirs}.{name}.weight"] = Place(f"{ours}.{own}.weight")
     return table
 
@@ -88,7 +98,9 @@ def hollow(config: ModelConfig) -> dict[str, Place]:
         return {}
     blocks = config.layers + (config.mtp.depth if config.mtp is not None else 0)
     return {
-        f"model.layers.{index}.mlp.shared_experts.{name}.weight": Place("", transposed=name == "down_proj")
+        f"model.layers.{index}.mlp.shared_experts.{name}.weight": Place(
+            "", transposed=name == "down_proj"
+        )
         for index in range(config.moe.first_dense, blocks)
         for name in SWIGLU
     }
@@ -96,7 +108,9 @@ def hollow(config: ModelConfig) -> dict[str, Place]:
 
 def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str, Place]:
     assert config.mla is not None
-    absent = ("q_a_proj", "q_a_layernorm", "q_b_proj") if config.mla.q_lora_rank is None else ("q_proj",)
+    absent = (
+        ("q_a_proj", "q_a_layernorm", "q_b_proj") if config.mla.q_lora_rank is None else ("q_proj",)
+    )
     table = {
         f"{theirs}.self_attn.{name}.weight": Place(f"{ours}.attention.{name}.weight")
         for name in ATTENTION
@@ -112,7 +126,9 @@ def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str,
     table[f"{theirs}.post_attention_layernorm.weight"] = Place(f"{ours}.ffn_norm.weight")
     if config.has_experts(index):
         return table | _experts(f"{theirs}.mlp", f"{ours}.ffn", config)
-    return table | {f"{theirs}.mlp.{name}.weight": Place(f"{ours}.ffn.{name}.weight") for name in SWIGLU}
+    return table | {
+        f"{theirs}.mlp.{name}.weight": Place(f"{ours}.ffn.{name}.weight") for name in SWIGLU
+    }
 
 
 def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
@@ -120,9 +136,14 @@ def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
     assert moe is not None
     table = {f"{theirs}.gate.weight": Place(f"{ours}.router.weight")}
     if moe.router.bias:
-        table[f"{theirs}.gate.e_score_correction_bias"] = Place(f"{ours}.router.e_score_correction_bias")
+        table[f"{theirs}.gate.e_score_correction_bias"] = Place(
+            f"{ours}.router.e_score_correction_bias"
+        )
     if moe.shared:
-        table |= {f"{theirs}.shared_experts.{name}.weight": Place(f"{ours}.shared.{name}.weight") for name in SWIGLU}
+        table |= {
+            f"{theirs}.shared_experts.{name}.weight": Place(f"{ours}.shared.{name}.weight")
+            for name in SWIGLU
+        }
     every = slice(None)
     for expert in range(moe.routed):
         for name, own, columns in (
@@ -150,18 +171,27 @@ class Files:
                 self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
 
     def _paths(self) -> list[Path]:
-        whole, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
+        whole, index = (
+            self.folder / "model.safetensors",
+            self.folder / "model.safetensors.index.json",
+        )
         if whole.is_file():
             return [whole]
         if not index.is_file():
             beside = " (pickled weights are never opened)" if any(self.folder.glob("*.bin")) else ""
-            raise ValueError(f"{self.folder}: no weights, expected {whole.name} or {index.name}{beside}")
+            raise ValueError(
+                f"{self.folder}: no weights, expected {whole.name} or {index.name}{beside}"
+            )
         said = _json(index).get("weight_map")
         if not isinstance(said, dict) or not all(isinstance(name, str) for name in said.values()):
             raise ValueError(f"{index}: no weight_map, expected the file of every tensor")
         names = sorted(set(said.values()))
-        if lost := [name for name in names if Path(name).name != name or not (self.folder / name).is_file()]:
-            raise ValueError(f"{self.folder}: {index.name} names {_some(lost)}, which the folder does not hold")
+        if lost := [
+            name for name in names if Path(name).name != name or not (self.folder / name).is_file()
+        ]:
+            raise ValueError(
+                f"{self.folder}: {index.name} names {_some(lost)}, which the folder does not hold"
+            )
         return [self.folder / name for name in names]
 
     def tensor(self, name: str) -> Tensor:
@@ -209,7 +239,9 @@ def dequantise(
     return out
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LanguageModel:
+def load(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> LanguageModel:
     """The model of a published folder (DeepSeek V2, V2-Lite, V3, R1, or transformers' save_pretrained of one).
 
     dtype None keeps the stored one (float8 becomes bfloat16); router biases are float32 always. ValueError, with the
@@ -241,9 +273,17 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.
 
 def _mtp_depth(description: Mapping[str, Any], files: Files) -> int:
     """Blocks stored behind the last one; a folder may promise them in its config and leave them out."""
-    found = (re.match(r"model\.layers\.(\d+)\.(eh_proj|enorm|hnorm)\.", name) for name in files.where)
+    found = (
+        re.match(r"model\.layers\.(\d+)\.(eh_proj|enorm|hnorm)\.", name) for name in files.where
+    )
     layers = description.get("num_hidden_layers")
-    return len({match[1] for match in found if match and isinstance(layers, int) and int(match[1]) >= layers})
+    return len(
+        {
+            match[1]
+            for match in found
+            if match and isinstance(layers, int) and int(match[1]) >= layers
+        }
+    )
 
 
 def _scale_block(description: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -251,8 +291,14 @@ def _scale_block(description: Mapping[str, Any]) -> tuple[int, int] | None:
     said = (description.get("quantization_config") or {}).get("weight_block_size", [128, 128])
     if said is None:
         return None
-    if not isinstance(said, list) or len(said) != 2 or not all(type(size) is int and size > 0 for size in said):
-        raise ValueError(f"config.json: weight_block_size: got {said!r}, expected two sizes such as [128, 128]")
+    if (
+        not isinstance(said, list)
+        or len(said) != 2
+        or not all(type(size) is int and size > 0 for size in said)
+    ):
+        raise ValueError(
+            f"config.json: weight_block_size: got {said!r}, expected two sizes such as [128, 128]"
+        )
     return said[0], said[1]
 
 
@@ -270,8 +316,15 @@ def _check_sizes(files: Files, config: ModelConfig) -> None:
     depth = config.mtp.depth if config.mtp is not None else 0
     most = {"num_hidden_layers": (config.layers, count(r"^model\.layers\.(\d+)\.") - depth)}
     if config.moe is not None:
-        routers = [shape[0] for name, shape in files.shapes.items() if name.endswith(".mlp.gate.weight") and shape]
-        most["n_routed_experts"] = config.moe.routed, max(routers, default=count(r"\.mlp\.experts\.(\d+)\."))
+        routers = [
+            shape[0]
+            for name, shape in files.shapes.items()
+            if name.endswith(".mlp.gate.weight") and shape
+        ]
+        most["n_routed_experts"] = (
+            config.moe.routed,
+            max(routers, default=count(r"\.mlp\.experts\.(\d+)\.")),
+        )
     embed = files.shapes.get("model.embed_tokens.weight", ())
     # fewer than there are leave tensors over, which are named
     wrong = {name: sizes for name, sizes in most.items() if sizes[0] > sizes[1]}
@@ -284,12 +337,20 @@ def _check_sizes(files: Files, config: ModelConfig) -> None:
         )
 
 
-def _check(files: Files, config: ModelConfig, state: Mapping[str, Tensor], block: tuple[int, int] | None) -> None:
+def _check(
+    files: Files, config: ModelConfig, state: Mapping[str, Tensor], block: tuple[int, int] | None
+) -> None:
     """ValueError naming every kind of disagreement between what is stored and what the config says."""
     needed, known = places(config), {**places(config), **copies(config)}
-    scales = {f"{name}_scale_inv": name for name, dtype in files.dtypes.items() if dtype == "F8_E4M3"}
+    scales = {
+        f"{name}_scale_inv": name for name, dtype in files.dtypes.items() if dtype == "F8_E4M3"
+    }
     # a tensor of no values (of no shared expert) says nothing
-    stored = {name for name in files.where if not name.endswith(".rotary_emb.inv_freq") and 0 not in files.shapes[name]}
+    stored = {
+        name
+        for name in files.where
+        if not name.endswith(".rotary_emb.inv_freq") and 0 not in files.shapes[name]
+    }
     expected = {name: tuple(place.of(state).shape) for name, place in known.items()}
     expected |= {scale: _scale_shape(files.shapes[name], block) for scale, name in scales.items()}
     whole = {scale for scale in scales if block is None}  # one value, in whatever shape
@@ -299,10 +360,14 @@ def _check(files: Files, config: ModelConfig, state: Mapping[str, Tensor], block
         "misshapen": [
             f"{name} {files.shapes[name]}, expected {shape}"
             for name, shape in expected.items()
-            if name in stored and files.shapes[name] != shape and not (name in whole and set(files.shapes[name]) <= {1})
+            if name in stored
+            and files.shapes[name] != shape
+            and not (name in whole and set(files.shapes[name]) <= {1})
         ],
         f"of a dtype other than {', '.join(FLOATS)}": [
-            f"{name} {files.dtypes[name]}" for name in known if name in stored and files.dtypes[name] not in FLOATS
+            f"{name} {files.dtypes[name]}"
+            for name in known
+            if name in stored and files.dtypes[name] not in FLOATS
         ],
     }
     if any(problems.values()):
@@ -311,11 +376,17 @@ def _check(files: Files, config: ModelConfig, state: Mapping[str, Tensor], block
 
 
 def _scale_shape(shape: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, ...]:
-    return (1, 1) if block is None else tuple(-(-size // step) for size, step in zip(shape, block, strict=False))
+    return (
+        (1, 1)
+        if block is None
+        else tuple(-(-size // step) for size, step in zip(shape, block, strict=False))
+    )
 
 
 @torch.no_grad()
-def _fill(state: Mapping[str, Tensor], files: Files, config: ModelConfig, block: tuple[int, int] | None) -> None:
+def _fill(
+    state: Mapping[str, Tensor], files: Files, config: ModelConfig, block: tuple[int, int] | None
+) -> None:
     table = places(config)
     for name in sorted(table, key=lambda name: files.where[name]):
         table[name].of(state).copy_(_read(files, name, block))
@@ -323,7 +394,9 @@ def _fill(state: Mapping[str, Tensor], files: Files, config: ModelConfig, block:
         if name in files.where and not torch.equal(
             place.of(state).cpu(), _read(files, name, block).to(place.of(state).dtype)
         ):
-            raise ValueError(f"{files.folder}: {name} differs from what it should be a copy of, {place.name}")
+            raise ValueError(
+                f"{files.folder}: {name} differs from what it should be a copy of, {place.name}"
+            )
     files.close()
 
 
@@ -336,14 +409,18 @@ def _read(files: Files, name: str, block: tuple[int, int] | None) -> Tensor:
     return dequantise(weight, scale.float(), block)
 
 
-def export(model: LanguageModel, folder: str | Path, *, shard_bytes: int = 4 << 30, **fields: Any) -> None:
+def export(
+    model: LanguageModel, folder: str | Path, *, shard_bytes: int = 4 << 30, **fields: Any
+) -> None:
     """Write a folder that transformers' DeepseekV2ForCausalLM or DeepseekV3ForCausalLM loads with equal logits.
 
     `fields` go into config.json as they are (eos_token_id, max_position_embeddings ...). ValueError where the model
     has a part that the format cannot hold, named, or where the folder already holds a model.
     """
     folder, config = Path(folder), model.config
-    description = published(config, dtype=str(model.embed.weight.dtype).removeprefix("torch."), **fields)
+    description = published(
+        config, dtype=str(model.embed.weight.dtype).removeprefix("torch."), **fields
+    )
     if any(folder.glob("*.safetensors")) or (folder / "config.json").exists():
         raise ValueError(f"{folder}: already holds a model, expected a new folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -352,15 +429,23 @@ def export(model: LanguageModel, folder: str | Path, *, shard_bytes: int = 4 << 
     shards = list(_shards(state, table, shard_bytes))
     where: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        )
         where |= dict.fromkeys(names, file)
         tensors = {
-            name: table[name].of(state).detach().cpu().clone(memory_format=torch.contiguous_format) for name in names
+            name: table[name].of(state).detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name in names
         }
         with atomic_write(folder / file) as beside:
             save_file(tensors, beside, metadata={"format": "pt"})
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(_bytes(table[name].of(state)) for name in table)}, "weight_map": where}
+        index = {
+            "metadata": {"total_size": sum(_bytes(table[name].of(state)) for name in table)},
+            "weight_map": where,
+        }
         _write_json(folder / "model.safetensors.index.json", index)
     _write_json(folder / "config.json", description)
 
@@ -373,7 +458,9 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _shards(state: Mapping[str, Tensor], table: Mapping[str, Place], most: int) -> Iterator[list[str]]:
+def _shards(
+    state: Mapping[str, Tensor], table: Mapping[str, Place], most: int
+) -> Iterator[list[str]]:
     """The names of the table, in order, in runs of at most `most` bytes."""
     names: list[str] = []
     size = 0

@@ -45,7 +45,10 @@ DEFAULTS_OF_BOTH = {
     "tie_word_embeddings": False,
     "rope_theta": 10000.0,
 }
-ALIASES = {"deepseek_v2": {"num_experts": "n_routed_experts"}, "deepseek_v3": {"num_local_experts": "n_routed_experts"}}
+ALIASES = {
+    "deepseek_v2": {"num_experts": "n_routed_experts"},
+    "deepseek_v3": {"num_local_experts": "n_routed_experts"},
+}
 ONLY: dict[str, tuple[Any, ...]] = {  # None stands for absent, too
     "hidden_act": ("silu", None),
     "mlp_bias": (False, None),
@@ -79,7 +82,8 @@ def config_of(description: Mapping[str, Any], mtp_depth: int = 0) -> ModelConfig
     said = {ALIASES[kind].get(key, key): value for key, value in description.items()}
     d = DEFAULTS_OF_BOTH | DEFAULTS[kind] | said
     has_experts = d["n_routed_experts"] is not None and (
-        "num_hidden_layers" not in d or _whole(d, "first_k_dense_replace") < _whole(d, "num_hidden_layers") + mtp_depth
+        "num_hidden_layers" not in d
+        or _whole(d, "first_k_dense_replace") < _whole(d, "num_hidden_layers") + mtp_depth
     )
     needed = REQUIRED + (REQUIRED_WITH_EXPERTS if has_experts else ())
     if lacking := [key for key in needed if key not in d]:
@@ -134,11 +138,15 @@ def _refuse_unknown(description: Mapping[str, Any], kind: str) -> None:
             raise ValueError(f"config.json: {key}: got {value!r}, expected {expected}")
     heads, keys = description["num_attention_heads"], description.get("num_key_value_heads")
     if keys not in (None, heads):
-        raise ValueError(f"num_key_value_heads: got {keys}, expected the {heads} of num_attention_heads, or none")
+        raise ValueError(
+            f"num_key_value_heads: got {keys}, expected the {heads} of num_attention_heads, or none"
+        )
     quantised = description.get("quantization_config") or {}
     method = quantised.get("quant_method", "fp8") if isinstance(quantised, Mapping) else quantised
     if method != "fp8":
-        raise ValueError(f"quantization_config.quant_method: got {method!r}, expected 'fp8' or none")
+        raise ValueError(
+            f"quantization_config.quant_method: got {method!r}, expected 'fp8' or none"
+        )
 
 
 def _rope_of(description: Mapping[str, Any], interleaved: bool) -> RopeConfig:
@@ -146,9 +154,13 @@ def _rope_of(description: Mapping[str, Any], interleaved: bool) -> RopeConfig:
     key = "rope_scaling" if description.get("rope_scaling") else "rope_parameters"
     said = description.get(key) or {}
     if not isinstance(said, Mapping):
-        raise ValueError(f"config.json: {key}: got {said!r}, expected fields such as rope_theta, or none")
+        raise ValueError(
+            f"config.json: {key}: got {said!r}, expected fields such as rope_theta, or none"
+        )
     if said.get("partial_rotary_factor") not in (1.0, None):
-        raise ValueError(f"config.json: {key}.partial_rotary_factor: got {said['partial_rotary_factor']}, expected 1.0")
+        raise ValueError(
+            f"config.json: {key}.partial_rotary_factor: got {said['partial_rotary_factor']}, expected 1.0"
+        )
     base = _number({"rope_theta": description["rope_theta"], **said}, "rope_theta")
     kind = said.get("rope_type", said.get("type", "default"))
     if kind not in ("default", "yarn"):
@@ -159,8 +171,12 @@ def _rope_of(description: Mapping[str, Any], interleaved: bool) -> RopeConfig:
 
 def _yarn_of(description: Mapping[str, Any], said: Mapping[str, Any], within: str) -> YarnConfig:
     if said.get("truncate", True) is not True:
-        raise ValueError(f"config.json: {within}truncate: got {said['truncate']!r}, expected true or none")
-    given = {key: value for key, value in said.items() if value}  # transformers reads past 0 and null
+        raise ValueError(
+            f"config.json: {within}truncate: got {said['truncate']!r}, expected true or none"
+        )
+    given = {
+        key: value for key, value in said.items() if value
+    }  # transformers reads past 0 and null
     length = "original_max_position_embeddings"
     lengths = {length: description["max_position_embeddings"]} | given
     if description.get(length) is not None:  # beside the rope fields it outranks them
@@ -177,7 +193,9 @@ def _yarn_of(description: Mapping[str, Any], said: Mapping[str, Any], within: st
     )
 
 
-def _mscales(said: Mapping[str, Any], given: Mapping[str, Any], factor: float, within: str) -> tuple[float, float]:
+def _mscales(
+    said: Mapping[str, Any], given: Mapping[str, Any], factor: float, within: str
+) -> tuple[float, float]:
     """mscale and mscale_all_dim that give transformers' factor on cos and sin: attention_factor if it is there, else
     the ratio of both mscales if both are, else mscale(s, 1); with the softmax's mscale(s, mscale_all_dim)^2."""
     of_softmax = _number(given, "mscale_all_dim", within) if "mscale_all_dim" in given else 0.0
@@ -187,7 +205,11 @@ def _mscales(said: Mapping[str, Any], given: Mapping[str, Any], factor: float, w
         if "mscale" in given:
             return _number(given, "mscale", within), of_softmax
     stretch = 0.1 * math.log(factor) if factor > 1 else 0.0
-    wanted = stretch + 1 if said.get("attention_factor") is None else _number(said, "attention_factor", within)
+    wanted = (
+        stretch + 1
+        if said.get("attention_factor") is None
+        else _number(said, "attention_factor", within)
+    )
     if wanted != 1 and not stretch:
         raise ValueError(
             f"config.json: {within}attention_factor: got {wanted} with factor {factor}, expected 1 or none"
@@ -199,7 +221,9 @@ def _moe_of(description: Mapping[str, Any], kind: str) -> MoEConfig:
     d = description
     shared = d["n_shared_experts"]
     sigmoid = kind == "deepseek_v3"
-    router, balance = (_sigmoid_router(d), BalanceConfig()) if sigmoid else (_softmax_router(d), _v2_balance(d))
+    router, balance = (
+        (_sigmoid_router(d), BalanceConfig()) if sigmoid else (_softmax_router(d), _v2_balance(d))
+    )
     return MoEConfig(
         routed=_whole(d, "n_routed_experts"),
         active=_whole(d, "num_experts_per_tok"),
@@ -277,7 +301,11 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
 
 def _foreign(config: ModelConfig) -> list[str]:
     """What of a model is not DeepSeek V2's or V3's, in words."""
-    found = [name for name in ("gqa", "nsa", "moba", "dsa", "engram", "hyper") if getattr(config, name) is not None]
+    found = [
+        name
+        for name in ("gqa", "nsa", "moba", "dsa", "engram", "hyper")
+        if getattr(config, name) is not None
+    ]
     if config.mla is None:
         return found
     if config.mla.eps != 1e-6:
@@ -292,10 +320,13 @@ def _foreign(config: ModelConfig) -> list[str]:
         "renormalised softmax weights": v2 and router.renormalise,
         "a softmax router with a bias": v2 and router.bias,
         "a sigmoid router without a bias": not v2 and not router.bias,
-        f"group_score {router.group_score}": router.groups > 1 and router.group_score != ("max" if v2 else "top2"),
-        f"shared_width {config.moe.shared_width}": config.moe.shared_hidden != config.moe.shared * config.moe.width,
+        f"group_score {router.group_score}": router.groups > 1
+        and router.group_score != ("max" if v2 else "top2"),
+        f"shared_width {config.moe.shared_width}": config.moe.shared_hidden
+        != config.moe.shared * config.moe.width,
         "MTP with a softmax router": v2 and config.mtp is not None,
-        "a width that is no multiple of the heads, with a softmax router": v2 and config.dim % config.mla.heads != 0,
+        "a width that is no multiple of the heads, with a softmax router": v2
+        and config.dim % config.mla.heads != 0,
         "half-split rope with a softmax router": v2 and not config.rope.interleaved,
     }
     return found + [name for name, true in unlike.items() if true]
@@ -316,16 +347,26 @@ def _published_rope(rope: RopeConfig) -> dict[str, Any]:
         "mscale": yarn.mscale,
         "mscale_all_dim": yarn.mscale_all_dim,
     }
-    if 0 in (yarn.mscale, yarn.mscale_all_dim) and yarn.mscale != 1 and yarn.factor > 1:  # it reads past a 0
+    if (
+        0 in (yarn.mscale, yarn.mscale_all_dim) and yarn.mscale != 1 and yarn.factor > 1
+    ):  # it reads past a 0
         stretch = 0.1 * math.log(yarn.factor)
-        scaling["attention_factor"] = (stretch * yarn.mscale + 1) / (stretch * yarn.mscale_all_dim + 1)
-    return said | {"rope_scaling": scaling, "max_position_embeddings": int(yarn.factor * yarn.original_length)}
+        scaling["attention_factor"] = (stretch * yarn.mscale + 1) / (
+            stretch * yarn.mscale_all_dim + 1
+        )
+    return said | {
+        "rope_scaling": scaling,
+        "max_position_embeddings": int(yarn.factor * yarn.original_length),
+    }
 
 
 def _published_moe(config: ModelConfig) -> dict[str, Any]:
     moe = config.moe
     if moe is None:
-        return {"first_k_dense_replace": config.layers + (config.mtp.depth if config.mtp is not None else 0)}
+        return {
+            "first_k_dense_replace": config.layers
+            + (config.mtp.depth if config.mtp is not None else 0)
+        }
     router = moe.router
     limited = "group_limited_greedy" if router.groups > 1 else "greedy"
     return {

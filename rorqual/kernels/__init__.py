@@ -46,12 +46,16 @@ TWINS: Mapping[str, tuple[Twin, ...]] = MappingProxyType(
         ),
         "engram_follow": (Twin("numba", engram.follow_rows, compiled.usable),),
         "engram_fuse": (Twin("triton", triton_twins.fuse, triton_twins.usable("engram_fuse")),),
-        "hyper_collapse": (Twin("triton", triton_twins.collapse, triton_twins.usable("hyper_collapse")),),
+        "hyper_collapse": (
+            Twin("triton", triton_twins.collapse, triton_twins.usable("hyper_collapse")),
+        ),
         "hyper_write": (Twin("triton", triton_twins.write, triton_twins.usable("hyper_write")),),
         "fp8_rows": (Twin("triton", triton_twins.recall, triton_twins.usable("fp8_rows")),),
         "selected_attention": (
             Twin("numba", select.selected_attention, select.usable),
-            Twin("triton", triton_twins.selected_attention, triton_twins.usable("selected_attention")),
+            Twin(
+                "triton", triton_twins.selected_attention, triton_twins.usable("selected_attention")
+            ),
         ),
         "dsa_few": (Twin("numba", dsa.attend_best, select.usable),),
         "nsa_few": (Twin("numba", nsa.attend_few, select.usable),),
@@ -80,7 +84,9 @@ def pick(name: str, reference: Callable[..., Any], *where: Any) -> Callable[...,
         if not reason:
             return twin.function
         if wanted is not None:
-            raise ValueError(f"{VARIABLE} asks for {name}={wanted}, which does not run here: {reason}")
+            raise ValueError(
+                f"{VARIABLE} asks for {name}={wanted}, which does not run here: {reason}"
+            )
     return reference
 
 
@@ -104,7 +110,11 @@ def _wanted(text: str) -> Mapping[str, str]:
     for item in text.split(","):
         name, equals, kind = (part.strip() for part in item.partition("="))
         if not equals:
-            raise ValueError(f"got {VARIABLE}={text!r}, expected 'reference' or name=kind,name=kind")
+            raise ValueError(
+                f"got {VARIABLE}={text!r}, expected 'reference' or name=kind,name=kind"
+            )
         choose(f"{VARIABLE} name", name, TWINS)
-        wanted[name] = choose(f"kind of {name}", kind, [REFERENCE, *(twin.kind for twin in TWINS[name])])
+        wanted[name] = choose(
+            f"kind of {name}", kind, [REFERENCE, *(twin.kind for twin in TWINS[name])]
+        )
     return wanted

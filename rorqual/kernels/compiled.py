@@ -51,7 +51,9 @@ def _fetch(builder, place):
     number = cgutils.int32_t
     shape = cgutils.ir.FunctionType(cgutils.ir.VoidType(), [place.type, number, number, number])
     fetch = builder.module.declare_intrinsic("llvm.prefetch", [place.type], shape)
-    builder.call(fetch, [place, number(0), number(3), number(1)])  # to read, to the nearest cache, data
+    builder.call(
+        fetch, [place, number(0), number(3), number(1)]
+    )  # to read, to the nearest cache, data
 
 
 @intrinsic
@@ -61,7 +63,9 @@ def ask(context, array, row, column):
     def generate(context, builder, signature, arguments):
         kind = signature.args[0]
         held = context.make_array(kind)(context, builder, arguments[0])
-        place = cgutils.get_item_pointer(context, builder, kind, held, list(arguments[1:]), wraparound=False)
+        place = cgutils.get_item_pointer(
+            context, builder, kind, held, list(arguments[1:]), wraparound=False
+        )
         _fetch(builder, builder.bitcast(place, cgutils.voidptr_t))
         return context.get_dummy_value()
 

@@ -37,7 +37,9 @@ def _ordered(products, weights, begin, end, ordered):  # pragma: no cover
     bits = totals.view(np.int32)
     for l in range(count):
         totals[l] += ZERO  # -0 becomes 0
-        ordered[begin + l] = np.uint32(bits[l] ^ ((bits[l] >> np.int32(31)) | np.int32(-2147483648)))
+        ordered[begin + l] = np.uint32(
+            bits[l] ^ ((bits[l] >> np.int32(31)) | np.int32(-2147483648))
+        )
 
 
 @compiled.compiled
@@ -108,7 +110,9 @@ def _attend(query, base, step, chosen, scores, bits, out):  # pragma: no cover
             a, b, c, d = _four(base, step, chosen, begin + n)
             dots(query, a, b, c, d, scores, n)
         for h in range(heads):
-            _weigh(scores[h, : (count + 3) // 4 * 4], count, bits[:count], best[h], total[h], out[h])
+            _weigh(
+                scores[h, : (count + 3) // 4 * 4], count, bits[:count], best[h], total[h], out[h]
+            )
         for n in range(0, count, 4):
             a, b, c, d = _four(base, step, chosen, begin + n)
             sums(scores, n, a, b, c, d, out)
@@ -118,7 +122,9 @@ def _attend(query, base, step, chosen, scores, bits, out):  # pragma: no cover
 
 
 @_loop
-def _tokens(query, looking, weights, lead, places, length, most, scale, out, first, last):  # pragma: no cover
+def _tokens(
+    query, looking, weights, lead, places, length, most, scale, out, first, last
+):  # pragma: no cover
     """Tokens first .. last of B T. `places` of the indexer's keys and of the latents: address, and bytes a row and a
     column further. Row b starts at column lead[b]."""
     (_, time, heads, width), (own, narrow) = query.shape, looking.shape[2:]
@@ -157,7 +163,9 @@ def attend_best(
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     latent = latent if latent.stride(-1) == 1 else latent.contiguous()
     key = key if key.stride()[1:] == (key.shape[2], 1) else key.contiguous()
-    places = np.array([[x.data_ptr(), 4 * x.stride(0), 4 * x.stride(1)] for x in (key, latent)], np.int64)
+    places = np.array(
+        [[x.data_ptr(), 4 * x.stride(0), 4 * x.stride(1)] for x in (key, latent)], np.int64
+    )
     lead = torch.zeros(batch, dtype=torch.int64) if lead is None else lead
     given = [x.detach().contiguous().numpy() for x in (query, looking, weights, lead)]
     rest = places, length, most, np.float32(scale), out.numpy()

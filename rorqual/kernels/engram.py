@@ -32,7 +32,9 @@ _WORTH_A_THREAD = 16384  # addresses; below, starting threads takes longer than 
 
 
 @compiled
-def _look_up(ids, stride, lead, time, reach, canonical, pad, known, start, count):  # pragma: no cover
+def _look_up(
+    ids, stride, lead, time, reach, canonical, pad, known, start, count
+):  # pragma: no cover
     """known[k, j] = canonical id k before token start + j; False if an id has none. `lead` ids stand before a row."""
     strange, done, top = False, 0, len(canonical)
     row, t = start // time, start % time
@@ -123,7 +125,17 @@ def _hash(
         if not _look_up(memory, stride, lead, time, near, folded, pad, known, start, count):
             return False
         for layer in range(layers):
-            _mix(known, factors[layer], moduli[layer], inverse[layer], starts[layer], mix, wide, block, count)
+            _mix(
+                known,
+                factors[layer],
+                moduli[layer],
+                inverse[layer],
+                starts[layer],
+                mix,
+                wide,
+                block,
+                count,
+            )
             for j in range(count):
                 for place in range(width):
                     rows[layer, start + j, place] = block[place, j]
@@ -146,7 +158,19 @@ def hash_rows(
     near = None if reach is None else reach.long().contiguous()
     asked = _ask(kept, canonical_map, multipliers, primes, offsets)
     batch, width = ids.shape
-    return _run(asked, 0, 0, ids.data_ptr(), stride, asked.orders, batch, width - asked.orders, near, pad, out)
+    return _run(
+        asked,
+        0,
+        0,
+        ids.data_ptr(),
+        stride,
+        asked.orders,
+        batch,
+        width - asked.orders,
+        near,
+        pad,
+        out,
+    )
 
 
 def follow_rows(
@@ -165,12 +189,26 @@ def follow_rows(
     asked, (batch, time) = _ask(kept, canonical_map, multipliers, primes, offsets), ids.shape
     ids, stride = _plain(ids)
     if held is None:
-        return _run(asked, 0, 0, ids.data_ptr(), stride, 0, batch, time, None, int(canonical_map[pad_id]), out)
+        return _run(
+            asked,
+            0,
+            0,
+            ids.data_ptr(),
+            stride,
+            0,
+            batch,
+            time,
+            None,
+            int(canonical_map[pad_id]),
+            out,
+        )
     width, near = held.stride()
     assert held.dtype is torch.int64 and near == 1
     before = held.data_ptr() + 8 * (at - asked.orders)
     if batch * time <= _BLOCK:
-        return _run(asked, ids.data_ptr(), stride, before, width, asked.orders, batch, time, None, 0, out)
+        return _run(
+            asked, ids.data_ptr(), stride, before, width, asked.orders, batch, time, None, 0, out
+        )
     held[:, at : at + time] = ids
     return _run(asked, 0, 0, before, width, asked.orders, batch, time, None, 0, out)
 
@@ -187,10 +225,19 @@ class _Asked(NamedTuple):
 
 
 def _ask(
-    kept: dict[str, Any] | None, canonical_map: Tensor, multipliers: Tensor, primes: Tensor, offsets: Tensor
+    kept: dict[str, Any] | None,
+    canonical_map: Tensor,
+    multipliers: Tensor,
+    primes: Tensor,
+    offsets: Tensor,
 ) -> _Asked:
     """Asks again where the tensors do not lie where those lie that were asked last."""
-    pointers = (canonical_map.data_ptr(), multipliers.data_ptr(), primes.data_ptr(), offsets.data_ptr())
+    pointers = (
+        canonical_map.data_ptr(),
+        multipliers.data_ptr(),
+        primes.data_ptr(),
+        offsets.data_ptr(),
+    )
     asked = kept.get("asked") if kept else None
     if asked is not None and asked.pointers == pointers:
         return asked
@@ -214,16 +261,32 @@ def _plain(ids: Tensor) -> tuple[Tensor, int]:
 def _run(asked, new, new_stride, ids, stride, lead, batch, time, reach, pad, out) -> Tensor:
     """The rows of `batch` times `time` tokens, the first `lead` columns right of the address `ids`."""
     if out is None:
-        out = torch.from_numpy(np.empty((asked.layers, batch, time, asked.width), np.int64))  # half of torch.empty
+        out = torch.from_numpy(
+            np.empty((asked.layers, batch, time, asked.width), np.int64)
+        )  # half of torch.empty
     else:
         assert out.is_contiguous()
     near = 0 if reach is None else reach.data_ptr()
-    given = (asked.numbers, new, new_stride, ids, stride, lead, batch, time, near, pad, out.data_ptr())
+    given = (
+        asked.numbers,
+        new,
+        new_stride,
+        ids,
+        stride,
+        lead,
+        batch,
+        time,
+        near,
+        pad,
+        out.data_ptr(),
+    )
     size = asked.layers * batch * time * asked.width
     if size < 2 * _WORTH_A_THREAD:
         known = _hash(*given, 0, batch * time)
     else:
-        known = _by_threads(given, batch * time, min(torch.get_num_threads(), size // _WORTH_A_THREAD))
+        known = _by_threads(
+            given, batch * time, min(torch.get_num_threads(), size // _WORTH_A_THREAD)
+        )
     if not known:
         raise IndexError("an id has no canonical id")
     return out

@@ -60,14 +60,19 @@ def _choose(importance, own, index):  # pragma: no cover
 
 
 @_loop
-def _attend(query, given, positions, lead, places, held, length, sizes, scale, out, first, last):  # pragma: no cover
+def _attend(
+    query, given, positions, lead, places, held, length, sizes, scale, out, first, last
+):  # pragma: no cover
     """Groups first .. last of B T G. `places` of the compressed keys and values, the keys and values, the window's:
     address, and bytes a row, a column and a group further. `held`: compressed blocks; `length`: keys."""
     block, stride, size, chosen, window = sizes
     time, (groups, known) = out.shape[1], given.shape[2:]
     share, most = out.shape[3] // groups, known if known else chosen
     longest = max(held, most * size, window)
-    own, scores = np.empty((share, query.shape[3]), np.float32), np.empty((share, longest), np.float32)
+    own, scores = (
+        np.empty((share, query.shape[3]), np.float32),
+        np.empty((share, longest), np.float32),
+    )
     bits, index = np.empty(longest, np.int32), np.empty(most, np.int64)
     none, at = np.zeros(1, np.int64), np.empty(6, np.int64)
     importance = np.empty(length // size + 2, np.float32)
@@ -76,10 +81,27 @@ def _attend(query, given, positions, lead, places, held, length, sizes, scale, o
         position = positions[b, t]
         scaled(query[b, t, g * share :], scale, own)
         for x in range(6):
-            at[x] = places[x, 0] + b * places[x, 1] + g * places[x, 3] + (lead[b] * places[x, 2] if x > 1 else 0)
+            at[x] = (
+                places[x, 0]
+                + b * places[x, 1]
+                + g * places[x, 3]
+                + (lead[b] * places[x, 2] if x > 1 else 0)
+            )
         heads = slice(g * share, (g + 1) * share)
         seen = max(0, min(held, (position + 1 - block) // stride + 1))
-        over_blocks(own, none, seen, held, at[0], places[0, 2], at[1], places[1, 2], scores, bits, out[b, t, 0, heads])
+        over_blocks(
+            own,
+            none,
+            seen,
+            held,
+            at[0],
+            places[0, 2],
+            at[1],
+            places[1, 2],
+            scores,
+            bits,
+            out[b, t, 0, heads],
+        )
         if known:
             for k in range(known):
                 index[k] = given[b, t, g, k]
@@ -87,12 +109,34 @@ def _attend(query, given, positions, lead, places, held, length, sizes, scale, o
             _importance(scores, seen, block // stride, size // stride, importance)
             _choose(importance, position // size, index)
         end = position + 1
-        over_blocks(own, index, end, size, at[2], places[2, 2], at[3], places[3, 2], scores, bits, out[b, t, 1, heads])
+        over_blocks(
+            own,
+            index,
+            end,
+            size,
+            at[2],
+            places[2, 2],
+            at[3],
+            places[3, 2],
+            scores,
+            bits,
+            out[b, t, 1, heads],
+        )
         begin = max(0, end - window)
         near = at[4] + begin * places[4, 2], at[5] + begin * places[5, 2]
         count = end - begin
         over_blocks(
-            own, none, count, count, near[0], places[4, 2], near[1], places[5, 2], scores, bits, out[b, t, 2, heads]
+            own,
+            none,
+            count,
+            count,
+            near[0],
+            places[4, 2],
+            near[1],
+            places[5, 2],
+            scores,
+            bits,
+            out[b, t, 2, heads],
         )
 
 
@@ -115,7 +159,9 @@ def attend_few(
     lead = positions.new_zeros(batch) if lead is None else lead
     index = positions.new_zeros(batch, time, groups, 0) if index is None else index
     pairs = small_key, small_value, key, value, near_key, near_value
-    dense = [x if x.stride(-1) == 1 else x.contiguous() for x in pairs]  # held as long as their addresses are used
+    dense = [
+        x if x.stride(-1) == 1 else x.contiguous() for x in pairs
+    ]  # held as long as their addresses are used
     places, sizes = np.array([where(x) for x in dense]), _sizes(config)
     out = query.new_empty(batch, time, 3, heads, value.shape[-1])
     given = [x.detach().contiguous().numpy() for x in (query, index, positions, lead)]

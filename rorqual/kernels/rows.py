@@ -18,7 +18,9 @@ from torch import Tensor
 from rorqual.kernels import compiled
 
 _WORTH_A_THREAD = 2048  # rows; below, starting threads takes longer than the work
-_AHEAD = 6  # rows between the one that is asked for and the one that is changed; 2 to 8 measured alike
+_AHEAD = (
+    6  # rows between the one that is asked for and the one that is changed; 2 to 8 measured alike
+)
 _LINE = 16  # float32 numbers in a cache line
 _KNOWN = 1024  # update counts whose bias correction is looked up; two powers a row cost as much as 30 of its numbers
 
@@ -37,7 +39,9 @@ def _sum(several, order, starts, values, sums, begin, end):  # pragma: no cover
 
 
 @compiled.compiled
-def _update(rows, first, second, updates, touched, gradient, known, rates, begin, end):  # pragma: no cover
+def _update(
+    rows, first, second, updates, touched, gradient, known, rates, begin, end
+):  # pragma: no cover
     """`rates`: float64 [lr, b1, b2, eps]. `known`: float32 [2, n], see `_corrections`."""
     b1, b2 = np.float32(rates[1]), np.float32(rates[2])
     c1, c2 = np.float32(1.0 - rates[1]), np.float32(1.0 - rates[2])
@@ -55,7 +59,10 @@ def _update(rows, first, second, updates, touched, gradient, known, rates, begin
             size, floor = known[0, n], known[1, n]
         else:
             root = np.sqrt(1.0 - rates[2] ** n)
-            size, floor = np.float32(rates[0] * root / (1.0 - rates[1] ** n)), np.float32(rates[3] * root)
+            size, floor = (
+                np.float32(rates[0] * root / (1.0 - rates[1] ** n)),
+                np.float32(rates[3] * root),
+            )
         p, m, v, g = rows[row], first[row], second[row], gradient[k]
         for i in range(p.shape[0]):
             m[i] = b1 * m[i] + c1 * g[i]
@@ -78,7 +85,9 @@ def _split(work: Callable[[int, int], None], count: int) -> None:
     compiled.spread(lambda _, begin, end: work(begin, end), count, parts)
 
 
-def sum_rows(index: Int[Tensor, " K"], values: Float[Tensor, "K W"]) -> tuple[Int[Tensor, " D"], Float[Tensor, "D W"]]:
+def sum_rows(
+    index: Int[Tensor, " K"], values: Float[Tensor, "K W"]
+) -> tuple[Int[Tensor, " D"], Float[Tensor, "D W"]]:
     """See train.optim.sum_rows, whose numbers these are within float32 rounding."""
     count = len(index)
     # row and place as one number: sorting those is stable, and numpy sorts numbers 5 times as fast as torch sorts pairs
@@ -105,7 +114,10 @@ def row_adam(
     eps: float,
 ) -> None:
     """See train.optim.row_adam, whose numbers these are within float32 rounding."""
-    arrays = [tensor.detach().numpy() for tensor in (rows, first, second, updates, touched, gradient.contiguous())]
+    arrays = [
+        tensor.detach().numpy()
+        for tensor in (rows, first, second, updates, touched, gradient.contiguous())
+    ]
     known, rates = _corrections(lr, betas, eps), np.array([lr, *betas, eps])
     _split(lambda begin, end: _update(*arrays, known, rates, begin, end), len(touched))
 

@@ -83,14 +83,20 @@ def _sum(weights, values, step, count, following, out):  # pragma: no cover
 
 
 @_loop
-def over_blocks(own, index, end, block, key, key_step, value, value_step, scores, bits, result):  # pragma: no cover
+def over_blocks(
+    own, index, end, block, key, key_step, value, value_step, scores, bits, result
+):  # pragma: no cover
     """result[h] = own[h]'s mean of the values of the keys before `end` in the blocks `index`. Keys and values lie at
     addresses key + l key_step, value + l value_step."""
     blocks, seen = index.shape[0], 0
     for n in range(blocks):
         count = min(block, end - index[n] * block)
         if index[n] >= 0 and count > 0:
-            after = key + index[n + 1] * block * key_step if n + 1 < blocks else value + index[0] * block * value_step
+            after = (
+                key + index[n + 1] * block * key_step
+                if n + 1 < blocks
+                else value + index[0] * block * value_step
+            )
             _score(own, key + index[n] * block * key_step, key_step, count, after, scores[:, seen:])
             seen += count
     for h in range(own.shape[0]):
@@ -102,7 +108,14 @@ def over_blocks(own, index, end, block, key, key_step, value, value_step, scores
         count = min(block, end - index[n] * block)
         if index[n] >= 0 and count > 0:
             after = value + index[n + 1] * block * value_step if n + 1 < blocks else value
-            _sum(scores[:, seen:], value + index[n] * block * value_step, value_step, count, after, result)
+            _sum(
+                scores[:, seen:],
+                value + index[n] * block * value_step,
+                value_step,
+                count,
+                after,
+                result,
+            )
             seen += count
 
 
@@ -114,7 +127,9 @@ def scaled(query, scale, own):  # pragma: no cover
 
 
 @_loop
-def _attend(query, index, positions, lead, key, value, held, block, scale, out, first, last):  # pragma: no cover
+def _attend(
+    query, index, positions, lead, key, value, held, block, scale, out, first, last
+):  # pragma: no cover
     """Choices first .. last of B T J. `key` and `value`: address, and bytes a row, a column and a group further."""
     (_, time, heads, width), (choices, most), groups = query.shape, index.shape[2:], held[1]
     share = heads // choices
@@ -127,7 +142,9 @@ def _attend(query, index, positions, lead, key, value, held, block, scale, out, 
         keys = key[0] + b * key[1] + lead[b] * key[2] + group * key[3]
         values = value[0] + b * value[1] + lead[b] * value[2] + group * value[3]
         result = out[b, t, j * share : (j + 1) * share]
-        over_blocks(own, index[b, t, j], end, block, keys, key[2], values, value[2], scores, bits, result)
+        over_blocks(
+            own, index[b, t, j], end, block, keys, key[2], values, value[2], scores, bits, result
+        )
 
 
 def where(x: Tensor) -> np.ndarray:

@@ -23,7 +23,19 @@ from numba.extending import intrinsic
 
 from rorqual.io import Locked, lock
 from rorqual.kernels.compiled import compiled
-from rorqual.kernels.vectors import ONE, ZERO, at, columns, fill, norm, rotate, rows, score_tile, softmax, sum_tile
+from rorqual.kernels.vectors import (
+    ONE,
+    ZERO,
+    at,
+    columns,
+    fill,
+    norm,
+    rotate,
+    rows,
+    score_tile,
+    softmax,
+    sum_tile,
+)
 
 PLACES = (
     "attention_norm", "q_a", "q_norm", "q_b", "kv_a", "kv_norm", "kv_b", "o", "latent",
@@ -37,7 +49,9 @@ SOFTMAX, SIGMOID, SQRTSOFTPLUS = range(3)  # kinds of score
 TILE = 64  # cached rows that stay in the first cache while every head reads them
 LINE = 8  # int64 in a cache line: no two threads write to one
 PATIENCE = 2000  # looks at the others before the core is given to somebody else
-GONE = np.iinfo(np.int64).max  # where the clock of one who will not come stands: nobody waits for it
+GONE = np.iinfo(
+    np.int64
+).max  # where the clock of one who will not come stands: nobody waits for it
 TINY = np.float32(np.finfo(np.float32).tiny)
 
 
@@ -141,7 +155,9 @@ def _heads(place, sizes, low, latent, cos, sin, out, me, threads):  # pragma: no
     fill(out[begin * sizes.value : end * sizes.value], ZERO)
     for h in range(begin, end):
         values = weight[h * up + sizes.nope : (h + 1) * up]
-        rows(values, summed[h - begin], out[h * sizes.value : (h + 1) * sizes.value], 0, sizes.value)
+        rows(
+            values, summed[h - begin], out[h * sizes.value : (h + 1) * sizes.value], 0, sizes.value
+        )
 
 
 @compiled
@@ -160,7 +176,12 @@ def _attention(place, sizes, x, held, cos, sin, shared, clocks, me, phase):  # p
     _meet(clocks, me, phase)
     latent = at(place[LATENT], held + 1, down)
     if me == 0:
-        norm(second[: sizes.rank], at(place[KV_NORM], 1, sizes.rank)[0], sizes.latent_eps, latent[held])
+        norm(
+            second[: sizes.rank],
+            at(place[KV_NORM], 1, sizes.rank)[0],
+            sizes.latent_eps,
+            latent[held],
+        )
         for i in range(sizes.rank, down):
             latent[held, i] = second[i]
         rotate(latent[held, sizes.rank :], cos, sin, sizes.interleaved)
@@ -294,12 +315,16 @@ def _feed_forward(place, sizes, x, wide, shared, clocks, me, phase):  # pragma: 
 
 
 @compiled
-def _step(places, widths, ends, sizes, x, held, cos, sin, shared, clocks, logits, me, phase):  # pragma: no cover
+def _step(
+    places, widths, ends, sizes, x, held, cos, sin, shared, clocks, logits, me, phase
+):  # pragma: no cover
     """`places` [layers, PLACES] and `ends` (final norm, head) are addresses; `widths` of each SwiGLU; `phase` is behind
     all meetings so far."""
     for layer in range(places.shape[0]):
         _attention(places[layer], sizes, x, held, cos, sin, shared, clocks, me, phase + 6 * layer)
-        _feed_forward(places[layer], sizes, x, widths[layer], shared, clocks, me, phase + 6 * layer + 4)
+        _feed_forward(
+            places[layer], sizes, x, widths[layer], shared, clocks, me, phase + 6 * layer + 4
+        )
     hidden = np.empty(sizes.dim, np.float32)
     norm(x, at(ends[0], 1, sizes.dim)[0], sizes.eps, hidden)
     begin, end = _share(sizes.vocabulary, me, clocks.shape[0])
@@ -321,12 +346,18 @@ def _types() -> tuple:
 class Step:
     """A model's addresses, sizes and room to work in; call it once a token. The weights are to stay where they are."""
 
-    def __init__(self, places: np.ndarray, widths: np.ndarray, ends: np.ndarray, sizes: Sizes, threads: int) -> None:
+    def __init__(
+        self, places: np.ndarray, widths: np.ndarray, ends: np.ndarray, sizes: Sizes, threads: int
+    ) -> None:
         """`places` [layers, PLACES] may be changed between calls: a cache that grows moves."""
         self.places, self.widths, self.ends, self.sizes = places, widths, ends, sizes
         self.clocks = np.zeros((threads, LINE), np.int64)
         widest = max(
-            sizes.query_rank, sizes.rank + sizes.rope, sizes.heads * sizes.value, sizes.width, int(widths.max())
+            sizes.query_rank,
+            sizes.rank + sizes.rope,
+            sizes.heads * sizes.value,
+            sizes.width,
+            int(widths.max()),
         )
         self.shared = np.zeros((3 + sizes.active, widest), np.float32)
         self.pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None
@@ -357,8 +388,22 @@ class Step:
         with suppress(Locked), lock(place / "step.lock", "another process builds the step"):
             Step.build()
 
-    def _given(self, x: np.ndarray, held: int, cos: np.ndarray, sin: np.ndarray, logits: np.ndarray) -> tuple:
-        return self.places, self.widths, self.ends, self.sizes, x, held, cos, sin, self.shared, self.clocks, logits
+    def _given(
+        self, x: np.ndarray, held: int, cos: np.ndarray, sin: np.ndarray, logits: np.ndarray
+    ) -> tuple:
+        return (
+            self.places,
+            self.widths,
+            self.ends,
+            self.sizes,
+            x,
+            held,
+            cos,
+            sin,
+            self.shared,
+            self.clocks,
+            logits,
+        )
 
     def __call__(self, x: np.ndarray, held: int, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
         """x [D], the token's embedding, is overwritten; `held` tokens are cached. Logits [V]."""
@@ -372,7 +417,9 @@ class Step:
                 assert self.pool is not None
                 others.append(self.pool.submit(_step, *given, me, phase))
             _step(*given, 0, phase)
-        except BaseException:  # such as Ctrl-C between two of them: those that wait would wait for ever
+        except (
+            BaseException
+        ):  # such as Ctrl-C between two of them: those that wait would wait for ever
             self.clocks[:, 0] = GONE
             wait(others)
             self.clocks[:, 0] = 0

@@ -106,7 +106,9 @@ def _backward(
         gate = gate.to(d_gated.dtype.element_ty).to(tl.float32)
         valued, change = _row(value, flat * dim + columns, inside), _row(d_gated, place, inside)
         if conv_norm is not None:
-            v, v_r = _normed((gate * valued).to(d_gated.dtype.element_ty).to(tl.float32), dim, conv_eps)
+            v, v_r = _normed(
+                (gate * valued).to(d_gated.dtype.element_ty).to(tl.float32), dim, conv_eps
+            )
             d_norm = _row(d_normed, place, inside)
             for_conv += d_norm * v
             u = d_norm * _row(conv_norm, stream * dim + columns, inside)
@@ -115,15 +117,23 @@ def _backward(
         d_score = tl.sum(change * valued, axis=0) * slope
         for_gate += (d_score * scale) * h * k
         both, back = (d_score * scale) * of_query * of_key, d_score * score / dim
-        tl.store(d_hidden + place, (h_r * (both * k - back * h)).to(d_hidden.dtype.element_ty), mask=inside)
-        tl.store(d_key + place, (k_r * (both * h - back * k)).to(d_key.dtype.element_ty), mask=inside)
+        tl.store(
+            d_hidden + place,
+            (h_r * (both * k - back * h)).to(d_hidden.dtype.element_ty),
+            mask=inside,
+        )
+        tl.store(
+            d_key + place, (k_r * (both * h - back * k)).to(d_key.dtype.element_ty), mask=inside
+        )
     sums = (run * STREAMS + stream) * dim + columns
     tl.store(d_gate + sums, for_gate, mask=inside)
     if conv_norm is not None:
         tl.store(d_conv + sums, for_conv, mask=inside)
 
 
-def _launch(kernel, tensors: tuple[Tensor | None, ...], shape: torch.Size, span: int, sign: str, *eps: float) -> None:
+def _launch(
+    kernel, tensors: tuple[Tensor | None, ...], shape: torch.Size, span: int, sign: str, *eps: float
+) -> None:
     tokens, (streams, dim) = shape[0] * shape[1], shape[2:]
     block = triton.next_power_of_2(dim)
     with torch.cuda.device_of(tensors[0]):
@@ -135,9 +145,12 @@ def _launch(kernel, tensors: tuple[Tensor | None, ...], shape: torch.Size, span:
 
 class _Fuse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, key, value, query_norm, key_norm, conv_norm, live, sign, eps, conv_eps):
+    def forward(
+        ctx, hidden, key, value, query_norm, key_norm, conv_norm, live, sign, eps, conv_eps
+    ):
         given = tuple(
-            x if x is None else x.contiguous() for x in (hidden, key, value, query_norm, key_norm, conv_norm, live)
+            x if x is None else x.contiguous()
+            for x in (hidden, key, value, query_norm, key_norm, conv_norm, live)
         )
         tokens, streams = hidden.shape[0] * hidden.shape[1], hidden.shape[2]
         ctx.span = max(_LEAST, triton.cdiv(tokens, max(1, _PROGRAMS // streams)))
@@ -164,9 +177,23 @@ class _Fuse(torch.autograd.Function):
             made = (d_hidden, d_key, d_value, d_gate, d_conv)
             _launch(_backward, (*given, *changes, *made), hidden.shape, ctx.span, *ctx.rest)
         of_gate = d_gate.sum(0)
-        of_query, of_key = (of_gate * key_norm).to(query_norm.dtype), (of_gate * query_norm).to(key_norm.dtype)
+        of_query, of_key = (
+            (of_gate * key_norm).to(query_norm.dtype),
+            (of_gate * query_norm).to(key_norm.dtype),
+        )
         of_conv = None if d_conv is None or conv_norm is None else d_conv.sum(0).to(conv_norm.dtype)
-        return d_hidden, d_key, d_value.sum(2).to(value.dtype), of_query, of_key, of_conv, None, None, None, None
+        return (
+            d_hidden,
+            d_key,
+            d_value.sum(2).to(value.dtype),
+            of_query,
+            of_key,
+            of_conv,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def fuse(
@@ -182,4 +209,6 @@ def fuse(
     conv_eps: float,
 ) -> tuple[Float[Tensor, "B T S D"], Float[Tensor, "B T S D"] | None]:
     """See layers.engram.fuse, whose numbers these are within rounding."""
-    return _Fuse.apply(hidden, key, value, query_norm, key_norm, conv_norm, live, sign, eps, conv_eps)
+    return _Fuse.apply(
+        hidden, key, value, query_norm, key_norm, conv_norm, live, sign, eps, conv_eps
+    )

@@ -49,7 +49,10 @@ def _hash(
         mix = mix ^ (earlier * tl.load(multiplier + order + 1))
         column = (layer * ORDERS + order) * HEADS + head
         prime = tl.load(primes + column, mask=present, other=1)
-        row = mix[:, None] % prime[None, :] + tl.load(offsets + column, mask=present, other=0)[None, :]
+        row = (
+            mix[:, None] % prime[None, :]
+            + tl.load(offsets + column, mask=present, other=0)[None, :]
+        )
         place = ((layer * tokens + token) * ORDERS + order)[:, None] * HEADS + head[None, :]
         tl.store(out + place, row, mask=inside[:, None] & present[None, :])
 
@@ -81,7 +84,9 @@ def hash_rows(
             ORDERS=orders, HEADS=heads, BLOCK=_TOKENS, WIDE=triton.next_power_of_2(heads),
         )  # fmt: skip
     if ids.device.type != "cpu":
-        torch._assert_async(strange == 0, "Engram: an id has no canonical id")  # does not wait for the device
+        torch._assert_async(
+            strange == 0, "Engram: an id has no canonical id"
+        )  # does not wait for the device
     elif strange:
         raise IndexError("an id has no canonical id")
     return out

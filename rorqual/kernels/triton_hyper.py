@@ -44,7 +44,9 @@ def _sigmoids(m, scale, base, n, tokens, which: tl.constexpr, S: tl.constexpr, P
     s = tl.arange(0, P)
     row = which * S + s
     live = (s < S)[None, :] & (n < tokens)[:, None]
-    logits = tl.load(m + row[None, :] * tokens + n[:, None], mask=live, other=0.0) * tl.load(scale + which)
+    logits = tl.load(m + row[None, :] * tokens + n[:, None], mask=live, other=0.0) * tl.load(
+        scale + which
+    )
     return tl.sigmoid(logits + tl.load(base + row, mask=s < S, other=0.0)[None, :])
 
 
@@ -81,7 +83,9 @@ def _collapse(
         d = first + tl.arange(0, WIDTH)
         inside = live[:, :, None] & (d < dim)[None, None, :]
         x = tl.load(
-            streams + (flat[:, None, None] * S + s[None, :, None]) * dim + d[None, None, :], mask=inside, other=0.0
+            streams + (flat[:, None, None] * S + s[None, :, None]) * dim + d[None, None, :],
+            mask=inside,
+            other=0.0,
         )
         summed = tl.sum(x.to(tl.float32) * weights[:, :, None], axis=1)
         mask = (n < tokens)[:, None] & (d < dim)[None, :]
@@ -91,7 +95,18 @@ def _collapse(
 @triton.jit
 @inspect.unwrap
 def _unwind(
-    m, scale, base, d_comb, n, tokens, eps, floor, iterations, S: tl.constexpr, P: tl.constexpr, STEPS: tl.constexpr
+    m,
+    scale,
+    base,
+    d_comb,
+    n,
+    tokens,
+    eps,
+    floor,
+    iterations,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     """d logits of comb, [n, j, k]."""
     s, t = tl.arange(0, P), tl.arange(0, STEPS)[None, None, :]
@@ -138,10 +153,16 @@ def _collapse_backward(
         inside = live[:, :, None] & (d < dim)[None, None, :]
         where = (flat[:, None, None] * S + s[None, :, None]) * dim + d[None, None, :]
         mask = (n < tokens)[:, None] & (d < dim)[None, :]
-        change = tl.load(d_u + flat[:, None] * dim + d[None, :], mask=mask, other=0.0).to(tl.float32)[:, None, :]
+        change = tl.load(d_u + flat[:, None] * dim + d[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )[:, None, :]
         x = tl.load(streams + where, mask=inside, other=0.0).to(tl.float32)
         back += tl.sum(x * change, axis=2)
-        tl.store(d_streams + where, (weights[:, :, None] * change).to(d_streams.dtype.element_ty), mask=inside)
+        tl.store(
+            d_streams + where,
+            (weights[:, :, None] * change).to(d_streams.dtype.element_ty),
+            mask=inside,
+        )
     of_pre = tl.load(d_pre + place, mask=live, other=0.0)
     if carried is not None:
         tl.store(d_carried + place, back, mask=live)
@@ -169,16 +190,24 @@ def _write(
         d = first + tl.arange(0, WIDTH)
         mask = here[:, None] & (d < dim)[None, :]
         where = (flat[:, None, None] * S + s[None, :, None]) * dim + d[None, None, :]
-        x = tl.load(streams + where, mask=live[:, :, None] & (d < dim)[None, None, :], other=0.0).to(tl.float32)
+        x = tl.load(
+            streams + where, mask=live[:, :, None] & (d < dim)[None, None, :], other=0.0
+        ).to(tl.float32)
         added = tl.load(out + flat[:, None] * dim + d[None, :], mask=mask, other=0.0).to(tl.float32)
         for k in tl.static_range(S):
             if comb is not None:
-                way = tl.load(comb + (s[None, :] * S + k) * tokens + n[:, None], mask=live, other=0.0)
+                way = tl.load(
+                    comb + (s[None, :] * S + k) * tokens + n[:, None], mask=live, other=0.0
+                )
             else:
                 way = tl.where(s == k, 1.0, 0.0)[None, :]
             share = tl.load(post + k * tokens + n, mask=here, other=0.0)
             row = tl.sum(way[:, :, None] * x, axis=1) + share[:, None] * added
-            tl.store(made + (flat[:, None] * S + k) * dim + d[None, :], row.to(made.dtype.element_ty), mask=mask)
+            tl.store(
+                made + (flat[:, None] * S + k) * dim + d[None, :],
+                row.to(made.dtype.element_ty),
+                mask=mask,
+            )
 
 
 @triton.jit
@@ -200,19 +229,26 @@ def _write_backward(
         x = tl.load(streams + where, mask=inside, other=0.0).to(tl.float32)
         of_x, of_out = tl.zeros([ROWS, P, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
         for k in tl.static_range(S):
-            change = tl.load(d_made + (flat[:, None] * S + k) * dim + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            change = tl.load(
+                d_made + (flat[:, None] * S + k) * dim + d[None, :], mask=mask, other=0.0
+            ).to(tl.float32)
             of_out += tl.load(post + k * tokens + n, mask=here, other=0.0)[:, None] * change
             of_post += tl.where(s == k, 1.0, 0.0)[None, :] * tl.sum(change * added, axis=1)[:, None]
             if comb is not None:
-                way = tl.load(comb + (s[None, :] * S + k) * tokens + n[:, None], mask=live, other=0.0)
+                way = tl.load(
+                    comb + (s[None, :] * S + k) * tokens + n[:, None], mask=live, other=0.0
+                )
                 of_comb += (
-                    tl.where(s == k, 1.0, 0.0)[None, None, :] * tl.sum(x * change[:, None, :], axis=2)[:, :, None]
+                    tl.where(s == k, 1.0, 0.0)[None, None, :]
+                    * tl.sum(x * change[:, None, :], axis=2)[:, :, None]
                 )
             else:
                 way = tl.where(s == k, 1.0, 0.0)[None, :]
             of_x += way[:, :, None] * change[:, None, :]
         tl.store(d_streams + where, of_x.to(d_streams.dtype.element_ty), mask=inside)
-        tl.store(d_out + flat[:, None] * dim + d[None, :], of_out.to(d_out.dtype.element_ty), mask=mask)
+        tl.store(
+            d_out + flat[:, None] * dim + d[None, :], of_out.to(d_out.dtype.element_ty), mask=mask
+        )
     tl.store(d_post + s[None, :] * tokens + n[:, None], of_post, mask=live)
     if comb is not None:
         at = (s[None, :, None] * S + s[None, None, :]) * tokens + n[:, None, None]
@@ -290,7 +326,9 @@ def collapse(
     carried: Float[Tensor, "S N"] | None = None,
     iterations: int = 20,
     eps: float = 1e-6,
-) -> tuple[Float[Tensor, "N D"], Float[Tensor, "S N"], Float[Tensor, "S N"], Float[Tensor, "S S N"]]:
+) -> tuple[
+    Float[Tensor, "N D"], Float[Tensor, "S N"], Float[Tensor, "S N"], Float[Tensor, "S S N"]
+]:
     """See layers.streams.collapse, whose numbers these are within rounding."""
     return _Collapse.apply(streams, m, scale, base, carried, iterations, eps)
 

@@ -36,18 +36,24 @@ def _recall(records, ids, out, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
     column = place % WIDTH
-    record = records + tl.load(ids + place // WIDTH, mask=inside, other=0).to(tl.int64) * (WIDTH + WIDTH // _SHARE)
+    record = records + tl.load(ids + place // WIDTH, mask=inside, other=0).to(tl.int64) * (
+        WIDTH + WIDTH // _SHARE
+    )
     value = _e4m3(tl.load(record + column, mask=inside, other=0).to(tl.int32))
     power = tl.load(record + WIDTH + column // _SHARE, mask=inside, other=0).to(tl.int32)
     bits = tl.where(power == 0, 1 << 22, tl.where(power == 255, 0x7FC00000, power << 23))
     tl.store(out + place, value * bits.to(tl.float32, bitcast=True), mask=inside)
 
 
-def recall(records: UInt8[Tensor, "rows record"], ids: Int[Tensor, "*B"], width: int) -> Float[Tensor, "*B W"]:
+def recall(
+    records: UInt8[Tensor, "rows record"], ids: Int[Tensor, "*B"], width: int
+) -> Float[Tensor, "*B W"]:
     """See tables.fp8.lookup, whose numbers these are, bit for bit."""
     out = torch.empty(*ids.shape, width, dtype=torch.float32, device=records.device)
     if out.numel():
         with torch.cuda.device_of(records):
             grid = (triton.cdiv(out.numel(), _VALUES),)
-            _recall[grid](records.contiguous(), ids.contiguous(), out, out.numel(), WIDTH=width, BLOCK=_VALUES)
+            _recall[grid](
+                records.contiguous(), ids.contiguous(), out, out.numel(), WIDTH=width, BLOCK=_VALUES
+            )
     return out

@@ -34,10 +34,19 @@ def _rows(source, row, live, width, PADDED: tl.constexpr):
 
 @triton.jit
 @inspect.unwrap
-def _keys(source, batch, columns, group, live, width, stride_b, stride_l, stride_g, PADDED: tl.constexpr):
+def _keys(
+    source, batch, columns, group, live, width, stride_b, stride_l, stride_g, PADDED: tl.constexpr
+):
     """source[batch, columns, group], [len(columns), PADDED]; 0 outside."""
-    at = batch * stride_b + columns.to(tl.int64)[:, None] * stride_l + group * stride_g + tl.arange(0, PADDED)[None, :]
-    return tl.load(source + at, mask=live[:, None] & (tl.arange(0, PADDED) < width)[None, :], other=0.0)
+    at = (
+        batch * stride_b
+        + columns.to(tl.int64)[:, None] * stride_l
+        + group * stride_g
+        + tl.arange(0, PADDED)[None, :]
+    )
+    return tl.load(
+        source + at, mask=live[:, None] & (tl.arange(0, PADDED) < width)[None, :], other=0.0
+    )
 
 
 @triton.jit
@@ -67,7 +76,11 @@ def _forward(
     EXACT: tl.constexpr,
 ):  # fmt: skip
     batch, choice = (tl.program_id(1) // choices).to(tl.int64), tl.program_id(1) % choices
-    token, group, r = batch * time + tl.program_id(0), choice * groups // choices, tl.arange(0, ROWS)
+    token, group, r = (
+        batch * time + tl.program_id(0),
+        choice * groups // choices,
+        tl.arange(0, ROWS),
+    )
     row, live = (token * choices + choice) * HEADS + r, r < HEADS
     q = _rows(query, row, live, wide, WIDE)
     limit = tl.minimum(tl.load(positions + token) + 1, length)
@@ -91,7 +104,11 @@ def _forward(
     column = tl.arange(0, DEEP)[None, :]
     inside = live[:, None] & (column < deep)
     tl.store(out + row[:, None] * deep + column, summed.to(out.dtype.element_ty), mask=inside)
-    tl.store(sums + row, tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("inf")), mask=live)
+    tl.store(
+        sums + row,
+        tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("inf")),
+        mask=live,
+    )
 
 
 @triton.jit
@@ -104,10 +121,16 @@ def _backward_queries(
     EXACT: tl.constexpr,
 ):  # fmt: skip
     batch, choice = (tl.program_id(1) // choices).to(tl.int64), tl.program_id(1) % choices
-    token, group, r = batch * time + tl.program_id(0), choice * groups // choices, tl.arange(0, ROWS)
+    token, group, r = (
+        batch * time + tl.program_id(0),
+        choice * groups // choices,
+        tl.arange(0, ROWS),
+    )
     row, live = (token * choices + choice) * HEADS + r, r < HEADS
     q, change = _rows(query, row, live, wide, WIDE), _rows(d_out, row, live, deep, DEEP)
-    product = tl.sum(change.to(tl.float32) * _rows(out, row, live, deep, DEEP).to(tl.float32), axis=1)
+    product = tl.sum(
+        change.to(tl.float32) * _rows(out, row, live, deep, DEEP).to(tl.float32), axis=1
+    )
     tl.store(products + row, product, mask=live)
     sum_of = tl.load(sums + row, mask=live, other=float("inf"))
     limit = tl.minimum(tl.load(positions + token) + 1, length)
@@ -153,7 +176,9 @@ def _backward_keys(
         pair = tl.load(order + place, mask=live, other=0)  # a token and a choice
         row = pair * HEADS + r % EACH
         q, change = _rows(query, row, live, wide, WIDE), _rows(d_out, row, live, deep, DEEP)
-        seen = live[:, None] & (columns[None, :] <= tl.load(positions + pair // choices, mask=live, other=-1)[:, None])
+        seen = live[:, None] & (
+            columns[None, :] <= tl.load(positions + pair // choices, mask=live, other=-1)[:, None]
+        )
         logits = _dot(q, tl.trans(k), EXACT) * scale
         sum_of = tl.load(sums + row, mask=live, other=float("inf"))
         weights = tl.where(seen & real[None, :], tl.exp(logits - sum_of[:, None]), 0.0)
@@ -167,7 +192,9 @@ def _backward_keys(
     tl.store(d_key + line[:, None] * wide + column, of_key, mask=real[:, None] & (column < wide))
     column = tl.arange(0, DEEP)[None, :]
     of_value = of_value.to(d_value.dtype.element_ty)
-    tl.store(d_value + line[:, None] * deep + column, of_value, mask=real[:, None] & (column < deep))
+    tl.store(
+        d_value + line[:, None] * deep + column, of_value, mask=real[:, None] & (column < deep)
+    )
 
 
 def _padded(size: int) -> int:
@@ -268,6 +295,7 @@ def selected_attention(
         return _Selected.apply(query, key, value, index, positions, block, scale)
     rows = [(slice(b, b + 1), slice(start, None)) for b, start in enumerate(lead.tolist())]
     parts = [
-        _Selected.apply(query[b], key[b, of], value[b, of], index[b], positions[b], block, scale) for b, of in rows
+        _Selected.apply(query[b], key[b, of], value[b, of], index[b], positions[b], block, scale)
+        for b, of in rows
     ]
     return torch.cat(parts)

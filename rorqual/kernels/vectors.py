@@ -112,7 +112,9 @@ def powers(scores, bits, best):  # pragma: no cover
         whole = np.floor(turned + np.float32(0.5))
         f = turned - whole
         p = np.float32(1.5252734e-5) * f + np.float32(1.5403530e-4)
-        p = ((p * f + np.float32(1.3333558e-3)) * f + np.float32(9.6181291e-3)) * f + np.float32(5.5504109e-2)
+        p = ((p * f + np.float32(1.3333558e-3)) * f + np.float32(9.6181291e-3)) * f + np.float32(
+            5.5504109e-2
+        )
         scores[l] = ((p * f + np.float32(2.4022651e-1)) * f + np.float32(6.9314718e-1)) * f + ONE
         bits[l] = (np.int32(whole) + np.int32(127)) << np.int32(23)
     scales, total = bits.view(np.float32), ZERO
@@ -143,7 +145,9 @@ def _load(builder, address, more, kind=_VECTOR):
 
 
 def _store(builder, value, address, more):
-    builder.store(value, builder.inttoptr(builder.add(address, more), value.type.as_pointer()), align=4)
+    builder.store(
+        value, builder.inttoptr(builder.add(address, more), value.type.as_pointer()), align=4
+    )
 
 
 def _picked(builder, one, other, lanes):
@@ -154,7 +158,12 @@ def _picked(builder, one, other, lanes):
 def _everywhere(builder, number):
     """A vector of one number."""
     none = ir.Constant(_VECTOR, ir.Undefined)
-    return _picked(builder, builder.insert_element(none, number, ir.Constant(ir.IntType(32), 0)), none, [0] * LANES)
+    return _picked(
+        builder,
+        builder.insert_element(none, number, ir.Constant(ir.IntType(32), 0)),
+        none,
+        [0] * LANES,
+    )
 
 
 def _across(builder, vectors):
@@ -188,10 +197,17 @@ def _dots(heads):
                     own = _load(builder, queries, builder.add(more[h], place))
                     for total, key in zip(totals[4 * h : 4 * h + 4], keys, strict=True):
                         product = builder.fmul(own, key, flags=_FUSED)
-                        builder.store(builder.fadd(builder.load(total), product, flags=_FUSED), total)
+                        builder.store(
+                            builder.fadd(builder.load(total), product, flags=_FUSED), total
+                        )
             found = _across(builder, [builder.load(total) for total in totals])
             for h, at_h in enumerate(_step(builder, out_apart, heads)):
-                _store(builder, _picked(builder, found, found, list(range(4 * h, 4 * h + 4))), out, at_h)
+                _store(
+                    builder,
+                    _picked(builder, found, found, list(range(4 * h, 4 * h + 4))),
+                    out,
+                    at_h,
+                )
             return context.get_dummy_value()
 
         return _NINE, generate
@@ -208,7 +224,10 @@ def _sums(heads):
             known, more = _step(builder, apart, heads), _step(builder, out_apart, heads)
             fours = [_load(builder, weights, at_h, _FOUR) for at_h in known]
             lanes = [ir.Constant(ir.IntType(32), k) for k in range(4)]
-            shares = [[_everywhere(builder, builder.extract_element(four, k)) for k in lanes] for four in fours]
+            shares = [
+                [_everywhere(builder, builder.extract_element(four, k)) for k in lanes]
+                for four in fours
+            ]
             with cgutils.for_range(builder, chunks) as loop:
                 place = builder.mul(loop.index, ir.Constant(_WHOLE, 4 * LANES))
                 values = [_load(builder, row, place) for row in (a, b, c, d)]
@@ -216,7 +235,9 @@ def _sums(heads):
                     there = builder.add(more[h], place)
                     total = _load(builder, out, there)
                     for share, value in zip(shares[h], values, strict=True):
-                        total = builder.fadd(total, builder.fmul(share, value, flags=_FUSED), flags=_FUSED)
+                        total = builder.fadd(
+                            total, builder.fmul(share, value, flags=_FUSED), flags=_FUSED
+                        )
                     _store(builder, total, out, there)
             return context.get_dummy_value()
 
@@ -246,8 +267,14 @@ def dots(queries, a, b, c, d, scores, l):  # pragma: no cover
         for h in range(heads):
             for i in range(chunks * LANES, width):
                 x = queries[h, i]
-                scores[h, l], scores[h, l + 1] = scores[h, l] + x * p[i], scores[h, l + 1] + x * q[i]
-                scores[h, l + 2], scores[h, l + 3] = scores[h, l + 2] + x * s[i], scores[h, l + 3] + x * t[i]
+                scores[h, l], scores[h, l + 1] = (
+                    scores[h, l] + x * p[i],
+                    scores[h, l + 1] + x * q[i],
+                )
+                scores[h, l + 2], scores[h, l + 3] = (
+                    scores[h, l + 2] + x * s[i],
+                    scores[h, l + 3] + x * t[i],
+                )
 
 
 @_any_order

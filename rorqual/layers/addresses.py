@@ -44,10 +44,15 @@ def draw_multipliers(config: EngramConfig, canonical: int) -> np.ndarray:
     half = max(1, ((2**63 - 1) // canonical) // 2)
     if config.generator == "splitmix64":
         starts = [config.seed + 10007 * place for place in range(len(config.layers))]
-        drawn = [[_splitmix64(start, i + 2) % half for i in range(config.ngram)] for start in starts]
+        drawn = [
+            [_splitmix64(start, i + 2) % half for i in range(config.ngram)] for start in starts
+        ]
         return 2 * np.array(drawn, dtype=np.int64) + 1
     streams = [np.random.default_rng(config.seed + 10007 * layer) for layer in config.layers]
-    return 2 * np.stack([stream.integers(0, half, config.ngram, dtype=np.int64) for stream in streams]) + 1
+    return (
+        2 * np.stack([stream.integers(0, half, config.ngram, dtype=np.int64) for stream in streams])
+        + 1
+    )
 
 
 def _splitmix64(state: int, count: int) -> int:
@@ -78,7 +83,9 @@ def hash_rows(
     orders, time = primes.shape[1], ids.shape[1] - primes.shape[1]
     strange = _strange(ids, canonical_map).any()
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(~strange, "Engram: an id has no canonical id")  # does not wait for the device
+        torch._assert_async(
+            ~strange, "Engram: an id has no canonical id"
+        )  # does not wait for the device
     elif strange:
         raise IndexError("an id has no canonical id")
     known = canonical_map[ids].long()
@@ -158,19 +165,25 @@ class Addresses(nn.Module):
         self.told = config.canonical and canonical_map is not None
         self._staging, self._kept = Staging(), dict[str, Any]()
         if not self.told and vocabulary is None:
-            raise ValueError("Addresses: got neither a canonical map nor a vocabulary, expected one")
+            raise ValueError(
+                "Addresses: got neither a canonical map nor a vocabulary, expected one"
+            )
         known = canonical_map if self.told else torch.arange(vocabulary or 0, device="cpu")
         given = torch.as_tensor(known, device="cpu").numpy().astype(np.int32)
         size = len(given) if vocabulary is None else vocabulary
         if len(given) > size:
-            raise ValueError(f"canonical map: got {len(given)} ids, expected at most the model's vocabulary of {size}")
+            raise ValueError(
+                f"canonical map: got {len(given)} ids, expected at most the model's vocabulary of {size}"
+            )
         self._adopt(np.concatenate([given, np.full(size - len(given), -1, dtype=np.int32)]))
 
     def _adopt(self, canonical_map: np.ndarray) -> None:
         """Everything that follows from the config and this map."""
         known = canonical_map[canonical_map >= 0]
         if not len(known) or canonical_map.min() < -1 or len(np.unique(known)) != known.max() + 1:
-            raise ValueError("canonical map: got gaps or negative ids, expected every number from 0 up to the largest")
+            raise ValueError(
+                "canonical map: got gaps or negative ids, expected every number from 0 up to the largest"
+            )
         missing = self.config.missing_id
         if missing >= len(canonical_map) or canonical_map[missing] < 0:
             raise self.config.unknown_missing_id(len(known))
@@ -186,7 +199,9 @@ class Addresses(nn.Module):
             "offsets": np.cumsum(flat, axis=1) - flat,
         }
         for name, value in self._exact.items():
-            self.register_buffer(name, torch.tensor(value, device="cpu"), persistent=name != "offsets")
+            self.register_buffer(
+                name, torch.tensor(value, device="cpu"), persistent=name != "offsets"
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Addresses":
         """Moves as any module does; memory that `to_empty` has just allocated gets its numbers back."""
@@ -200,12 +215,20 @@ class Addresses(nn.Module):
     def fingerprint(self) -> dict[str, Any]:
         """What decides every address, as JSON values; the sha-256 is of the map as little-endian int32."""
         digest = self._exact["canonical_sha256"].tobytes().hex()
-        return {name: self._exact[name].tolist() for name in ("multipliers", "primes")} | {"canonical_sha256": digest}
+        return {name: self._exact[name].tolist() for name in ("multipliers", "primes")} | {
+            "canonical_sha256": digest
+        }
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        saved = {name: state_dict[prefix + name] for name in self._exact if prefix + name in state_dict}
+        saved = {
+            name: state_dict[prefix + name] for name in self._exact if prefix + name in state_dict
+        }
         read = {name: value.cpu().numpy() for name, value in saved.items() if not value.is_meta}
-        if self.config.canonical and not self.told and len(read.get("canonical_map", ())) == len(self.canonical_map):
+        if (
+            self.config.canonical
+            and not self.told
+            and len(read.get("canonical_map", ())) == len(self.canonical_map)
+        ):
             device = self.canonical_map.device
             self._adopt(read["canonical_map"])
             self.to(device if device.type != "meta" else "cpu")
@@ -220,7 +243,9 @@ class Addresses(nn.Module):
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Recent:
+    def new_cache(
+        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> Recent:
         """The last N-1 raw ids of every row."""
         return Recent(self.config.ngram - 1, fill=self.config.missing_id)
 
@@ -231,7 +256,9 @@ class Addresses(nn.Module):
         alive = ~torch.isin(ids, torch.tensor(self.config.dead_tokens, device=ids.device))
         return alive if ctx.present is None else alive & ctx.present
 
-    def forward(self, ids: Int[Tensor, "B T"], ctx: Context, history: Recent | None = None) -> Int[Tensor, "Lm B T R"]:
+    def forward(
+        self, ids: Int[Tensor, "B T"], ctx: Context, history: Recent | None = None
+    ) -> Int[Tensor, "Lm B T R"]:
         """Row ids into each layer's table. `history` holds the ids of earlier calls and takes these.
 
         Missing context (before the start, behind padding, a dead token or a document's beginning) reads as the pad id;
@@ -241,7 +268,9 @@ class Addresses(nn.Module):
         ids, missing = ids.long(), self.config.missing_id
         if ctx.present is not None:
             ids = torch.where(ctx.present, ids, missing)
-        exact = [self._buffers[name] for name in ("canonical_map", "multipliers", "primes", "offsets")]
+        exact = [
+            self._buffers[name] for name in ("canonical_map", "multipliers", "primes", "offsets")
+        ]
         out = self._memory(ids)
         try:
             if (place := self._place(ids, ctx, history)) is not None:
@@ -257,17 +286,26 @@ class Addresses(nn.Module):
                 if history is None or history.buffer is None
                 else torch.cat([ids.flatten(), history.buffer.flatten()])
             )
-            got, known = held[_strange(held, self.canonical_map)][0].item(), (self.canonical_map >= 0).sum().item()
-            raise ValueError(f"Engram: got id {got}, expected one of the {known} that the tokenizer has") from None
+            got, known = (
+                held[_strange(held, self.canonical_map)][0].item(),
+                (self.canonical_map >= 0).sum().item(),
+            )
+            raise ValueError(
+                f"Engram: got id {got}, expected one of the {known} that the tokenizer has"
+            ) from None
 
     def _memory(self, ids: Tensor) -> Tensor | None:
         """For the rows of a long call on a CPU, kept for the next: fresh pages cost more than the hash."""
         layers, width = self.offsets.shape
         if ids.numel() < WORTH_KEEPING or not ids.is_cpu or torch.compiler.is_compiling():
             return None
-        return self._staging.take(layers * ids.numel(), width, torch.int64).view(layers, *ids.shape, width)
+        return self._staging.take(layers * ids.numel(), width, torch.int64).view(
+            layers, *ids.shape, width
+        )
 
-    def _place(self, ids: Tensor, ctx: Context, history: Recent | None) -> tuple[Tensor | None, int] | None:
+    def _place(
+        self, ids: Tensor, ctx: Context, history: Recent | None
+    ) -> tuple[Tensor | None, int] | None:
         """Where these ids are held, if they simply follow those before: nothing stops any look-back, and they fit."""
         documents = ctx.key_documents if self.config.end_of_document else None
         stopped = self.config.dead_tokens or self.config.eos_id is not None
@@ -283,7 +321,9 @@ class Addresses(nn.Module):
         if ctx.key_present is not None:
             stops.append(~last_columns(ctx.key_present, width, False))
         if self.config.dead_tokens:
-            stops.append(torch.isin(window, torch.tensor(self.config.dead_tokens, device=window.device)))
+            stops.append(
+                torch.isin(window, torch.tensor(self.config.dead_tokens, device=window.device))
+            )
         if self.config.eos_id is not None:
             stops.append(window == self.config.eos_id)
         if documents is not None:
@@ -292,5 +332,7 @@ class Addresses(nn.Module):
         if not stops:
             return None
         stop = torch.stack(stops).any(0)
-        clear = torch.stack([~stop[:, before - k : width - k] for k in range(1, before + 1)])  # [N-1, B, T]
+        clear = torch.stack(
+            [~stop[:, before - k : width - k] for k in range(1, before + 1)]
+        )  # [N-1, B, T]
         return clear.long().cumprod(0).sum(0)

@@ -32,8 +32,16 @@ def attend(
         folded = query[:, 0].unflatten(1, (key.shape[2], -1)).transpose(1, 2)
         return attend(folded, key, value, scale, mask).transpose(1, 2).flatten(1, 2)[:, None]
     dtype, key_width, value_width = query.dtype, key.shape[-1], value.shape[-1]
-    if query.device.type == "cpu" and query.requires_grad and dtype in (torch.bfloat16, torch.float16):
-        query, key, value = query.float(), key.float(), value.float()  # its backward is the faster one there
+    if (
+        query.device.type == "cpu"
+        and query.requires_grad
+        and dtype in (torch.bfloat16, torch.float16)
+    ):
+        query, key, value = (
+            query.float(),
+            key.float(),
+            value.float(),
+        )  # its backward is the faster one there
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if causal and _blocks_are_faster(query, key):
         return _by_blocks(query, key, value, scale)
@@ -42,13 +50,22 @@ def attend(
     elif value_width > key_width:
         query, key = (F.pad(x, (0, value_width - key_width)) for x in (query, key))
     out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.transpose(1, 2)[..., :value_width].to(dtype)
 
 
 def attend_shared(
-    query: Float[Tensor, "B T H P"], key: Float[Tensor, "B L P"], scale: float, mask: Bool[Tensor, "#B 1 #T L"] | None
+    query: Float[Tensor, "B T H P"],
+    key: Float[Tensor, "B L P"],
+    scale: float,
+    mask: Bool[Tensor, "#B 1 #T L"] | None,
 ) -> Float[Tensor, "B T H P"]:
     """`attend` with one key head, whose keys are the values too, and no query before its mask: each key is read once
     for all heads."""
@@ -76,7 +93,9 @@ def _by_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tenso
         end = min(start + BLOCK, time)
         scores = query[:, start:end] @ key[:, :end].transpose(1, 2)
         scores[..., start:] += later[: end - start, : end - start]
-        out[:, start:end] = (scores.softmax(-1) @ value[:, :end]).unflatten(0, (batch, heads)).transpose(1, 2)
+        out[:, start:end] = (
+            (scores.softmax(-1) @ value[:, :end]).unflatten(0, (batch, heads)).transpose(1, 2)
+        )
     return out
 
 

@@ -81,14 +81,22 @@ class MLA(nn.Module):
             self.q_a_proj = nn.Linear(dim, config.q_lora_rank, bias=config.bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.eps)
             self.q_b_proj = nn.Linear(config.q_lora_rank, query, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(dim, config.kv_lora_rank + config.rope_dim, bias=config.bias)
+        self.kv_a_proj_with_mqa = nn.Linear(
+            dim, config.kv_lora_rank + config.rope_dim, bias=config.bias
+        )
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.eps)
-        self.kv_b_proj = nn.Linear(config.kv_lora_rank, config.heads * (config.nope_dim + config.value_dim), bias=False)
+        self.kv_b_proj = nn.Linear(
+            config.kv_lora_rank, config.heads * (config.nope_dim + config.value_dim), bias=False
+        )
         self.o_proj = nn.Linear(config.heads * config.value_dim, dim, bias=config.bias)
 
-    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> MLACache:
+    def new_cache(
+        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> MLACache:
         """Room for `capacity` tokens of kv_lora_rank + rope_dim values; allocated at the first token."""
-        inner = self.inner.new_cache(batch, capacity, dtype, device) if self.inner is not None else None
+        inner = (
+            self.inner.new_cache(batch, capacity, dtype, device) if self.inner is not None else None
+        )
         return MLACache(Appended(capacity), inner)
 
     def forward(
@@ -108,9 +116,15 @@ class MLA(nn.Module):
         index_key = self.inner.keys(hidden, ctx) if self.inner is not None else None
         if ctx.last_only:
             hidden, ctx = hidden[:, -1:], ctx.last()
-        query_latent = hidden if self.config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(hidden))
+        query_latent = (
+            hidden if self.config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(hidden))
+        )
         nope, rope = self._query(query_latent, ctx)
-        look = self.inner.look(hidden, query_latent, index_key, ctx) if self.inner is not None else None
+        look = (
+            self.inner.look(hidden, query_latent, index_key, ctx)
+            if self.inner is not None
+            else None
+        )
         lesson = None
         if look is not None and ctx.warm is not None:
             out, lesson = self._taught(nope, rope, latent, ctx, look)
@@ -137,15 +151,25 @@ class MLA(nn.Module):
     def _absorbing_is_cheaper(self, time: int) -> bool:
         """Products a key and head: `time` wider ones, against expanding the key once and `time` narrower ones."""
         c = self.config
-        expanded = c.kv_lora_rank * (c.nope_dim + c.value_dim) + time * (c.nope_dim + c.rope_dim + c.value_dim)
+        expanded = c.kv_lora_rank * (c.nope_dim + c.value_dim) + time * (
+            c.nope_dim + c.rope_dim + c.value_dim
+        )
         return time * (2 * c.kv_lora_rank + c.rope_dim) <= expanded
 
-    def _dense(self, nope: Tensor, rope: Tensor, latent: Tensor, ctx: Context) -> Float[Tensor, "B T H Q"]:
+    def _dense(
+        self, nope: Tensor, rope: Tensor, latent: Tensor, ctx: Context
+    ) -> Float[Tensor, "B T H Q"]:
         mask, causal = _visibility(ctx)
-        form = self._absorbed if ctx.past and self._absorbing_is_cheaper(nope.shape[1]) else self._expanded
+        form = (
+            self._absorbed
+            if ctx.past and self._absorbing_is_cheaper(nope.shape[1])
+            else self._expanded
+        )
         return form(nope, rope, latent, mask, causal)
 
-    def _sparse(self, nope: Tensor, rope: Tensor, latent: Tensor, ctx: Context, look: Any) -> Float[Tensor, "B T H Q"]:
+    def _sparse(
+        self, nope: Tensor, rope: Tensor, latent: Tensor, ctx: Context, look: Any
+    ) -> Float[Tensor, "B T H Q"]:
         """To the chosen keys: queries with few keys hide the others, those behind them gather, whichever is cheaper."""
         past, time = ctx.past, nope.shape[1]
         absorbing = past > 0 and self._absorbing_is_cheaper(time)
@@ -154,7 +178,10 @@ class MLA(nn.Module):
         (early, late), outs = look.split(cut), []
         if cut and absorbing:
             runs = ((run, early.end(run)) for run in early.runs())
-            outs = [self._absorbed(nope[:, run], rope[:, run], latent[:, :end], early.seen(run)) for run, end in runs]
+            outs = [
+                self._absorbed(nope[:, run], rope[:, run], latent[:, :end], early.seen(run))
+                for run, end in runs
+            ]
         elif cut:
             query, key, value = self._expand(nope[:, :cut], rope[:, :cut], latent[:, : past + cut])
             outs = [early.hiding(query, key, value, self.scale)]
@@ -201,10 +228,14 @@ class MLA(nn.Module):
         query, value_up = self._absorb(nope, rope)
         return self._lift(attend_shared(query, latent, self.scale, mask), value_up)
 
-    def _absorb(self, nope: Tensor, rope: Tensor) -> tuple[Float[Tensor, "B T H R"], Float[Tensor, "H Q C"]]:
+    def _absorb(
+        self, nope: Tensor, rope: Tensor
+    ) -> tuple[Float[Tensor, "B T H R"], Float[Tensor, "H Q C"]]:
         """Queries that meet the latents themselves, and what makes values of a sum of latents."""
         c = self.config
-        key_up, value_up = self._up_weight().unflatten(0, (c.heads, -1)).split([c.nope_dim, c.value_dim], dim=1)
+        key_up, value_up = (
+            self._up_weight().unflatten(0, (c.heads, -1)).split([c.nope_dim, c.value_dim], dim=1)
+        )
         return torch.cat([torch.einsum("bthn,hnr->bthr", nope, key_up), rope], dim=-1), value_up
 
     def _lift(self, summed: Tensor, value_up: Tensor) -> Float[Tensor, "B T H Q"]:
@@ -215,7 +246,9 @@ class MLA(nn.Module):
         if type(self.kv_b_proj) is nn.Linear:
             return self.kv_b_proj.weight
         weight = self.o_proj.weight
-        return self.kv_b_proj(torch.eye(self.config.kv_lora_rank, dtype=weight.dtype, device=weight.device)).T
+        return self.kv_b_proj(
+            torch.eye(self.config.kv_lora_rank, dtype=weight.dtype, device=weight.device)
+        ).T
 
 
 class GQA(nn.Module):
@@ -239,9 +272,15 @@ class GQA(nn.Module):
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else None
         self.sink_bias = nn.Parameter(torch.zeros(config.heads)) if config.sinks else None
 
-    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> GQACache:
+    def new_cache(
+        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> GQACache:
         """Room for `capacity` tokens' keys and values; allocated at the first token."""
-        inner = self.inner.new_cache(batch, capacity, dtype, device) if hasattr(self.inner, "new_cache") else None
+        inner = (
+            self.inner.new_cache(batch, capacity, dtype, device)
+            if hasattr(self.inner, "new_cache")
+            else None
+        )
         return GQACache(Appended(capacity), Appended(capacity), inner)
 
     def forward(
@@ -275,7 +314,11 @@ class GQA(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         turned = ctx.rotate(torch.cat([query, key], dim=2), self.interleaved)
-        return turned[:, :, : c.heads], turned[:, :, c.heads :], self.v_proj(hidden).unflatten(-1, (c.kv_heads, -1))
+        return (
+            turned[:, :, : c.heads],
+            turned[:, :, c.heads :],
+            self.v_proj(hidden).unflatten(-1, (c.kv_heads, -1)),
+        )
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, ctx: Context) -> Tensor:
         window, time = self.config.window, query.shape[1]
@@ -291,14 +334,20 @@ class GQA(nn.Module):
             return self._attend_with_sink(query, key, value, ctx.visible() if causal else mask)
         return attend(query, key, value, self.scale, mask, causal)
 
-    def _attend_with_sink(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend_with_sink(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
         """One more key, whose logit is the head's sink and whose value is zero, through one more width in which
         every query is 1, every real key 0 and the sink's key what gives the logit."""
         assert self.sink_bias is not None
         heads = query.shape[2]
         key, value = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (key, value))
-        sink = F.pad((self.sink_bias / self.scale).to(key.dtype)[:, None], (key.shape[-1], 0))  # [H, P + 1]
+        sink = F.pad(
+            (self.sink_bias / self.scale).to(key.dtype)[:, None], (key.shape[-1], 0)
+        )  # [H, P + 1]
         key = torch.cat([sink.expand(key.shape[0], 1, -1, -1), F.pad(key, (0, 1))], dim=1)
         if mask is not None:
             mask = F.pad(mask, (1, 0), value=True)
-        return attend(F.pad(query, (0, 1), value=1.0), key, F.pad(value, (0, 0, 0, 0, 1, 0)), self.scale, mask)
+        return attend(
+            F.pad(query, (0, 1), value=1.0), key, F.pad(value, (0, 0, 0, 0, 1, 0)), self.scale, mask
+        )

@@ -29,11 +29,15 @@ def losses(routing: Routing, config: BalanceConfig, active: int) -> dict[str, Fl
     Where token ids choose the experts, only the z-loss is left.
     """
     found = {}
-    if not routing.fixed and (config.sequence or config.expert or config.device or config.communication):
+    if not routing.fixed and (
+        config.sequence or config.expert or config.device or config.communication
+    ):
         load = _load(routing, active)  # [B, E]
         shares = routing.scores / (routing.scores.sum(-1, keepdim=True) + SUM_EPS)
         if config.sequence:
-            found["sequence"] = config.sequence * _mean((load * _over_time(shares, routing)).sum(-1), routing)
+            found["sequence"] = config.sequence * _mean(
+                (load * _over_time(shares, routing)).sum(-1), routing
+            )
         probability = _over_time(routing.scores, routing)  # [B, E]
         if config.expert:
             found["expert"] = config.expert * _mean((load * probability).sum(-1), routing)
@@ -43,16 +47,24 @@ def losses(routing: Routing, config: BalanceConfig, active: int) -> dict[str, Fl
             found["device"] = config.device * _mean((loads * of_device).sum(-1), routing)
         if config.communication:
             sent = _sent(routing, config.devices) * config.devices / config.device_limit
-            found["communication"] = config.communication * _mean((sent * of_device).sum(-1), routing)
+            found["communication"] = config.communication * _mean(
+                (sent * of_device).sum(-1), routing
+            )
     if config.z_loss:
         found["z_loss"] = config.z_loss * z_loss(routing.logits, routing.present)
     return found
 
 
-def z_loss(logits: Float[Tensor, "B T E"], present: Bool[Tensor, "B T"] | None = None) -> Float[Tensor, ""]:
+def z_loss(
+    logits: Float[Tensor, "B T E"], present: Bool[Tensor, "B T"] | None = None
+) -> Float[Tensor, ""]:
     """Mean over present tokens of logsumexp(logits)^2: keeps router logits small."""
     squared = logits.logsumexp(-1).square()
-    return squared.mean() if present is None else (squared * present).sum() / present.sum().clamp_min(1)
+    return (
+        squared.mean()
+        if present is None
+        else (squared * present).sum() / present.sum().clamp_min(1)
+    )
 
 
 @torch.no_grad()
@@ -71,7 +83,9 @@ def max_violation(counts: Num[Tensor, " E"]) -> float:
 
 
 def _tokens(routing: Routing) -> Int[Tensor, " B"] | int:
-    return routing.scores.shape[1] if routing.present is None else routing.present.sum(1).clamp_min(1)
+    return (
+        routing.scores.shape[1] if routing.present is None else routing.present.sum(1).clamp_min(1)
+    )
 
 
 def _per_token(summed: Tensor, routing: Routing) -> Float[Tensor, "B X"]:

@@ -22,7 +22,9 @@ from rorqual.model_config import longest_context as longest_context
 LOGITS = 1 << 22  # 16 MiB of them in float32
 
 
-def rms_norm(x: Float[Tensor, "*B D"], weight: Float[Tensor, " D"] | None, eps: float) -> Float[Tensor, "*B D"]:
+def rms_norm(
+    x: Float[Tensor, "*B D"], weight: Float[Tensor, " D"] | None, eps: float
+) -> Float[Tensor, "*B D"]:
     """x / sqrt(mean(x^2) + eps) * weight, in float32, returned in the dtype of x."""
     if weight is None:
         return F.rms_norm(_wide(x), x.shape[-1:], None, eps).to(x.dtype)
@@ -99,7 +101,10 @@ def _ramp_ends(yarn: YarnConfig, base: float, dim: int) -> tuple[float, float]:
     def pair(turns: float) -> float:
         return dim * math.log(yarn.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = max(math.floor(pair(yarn.beta_fast)), 0), min(math.ceil(pair(yarn.beta_slow)), dim - 1)
+    low, high = (
+        max(math.floor(pair(yarn.beta_fast)), 0),
+        min(math.ceil(pair(yarn.beta_slow)), dim - 1),
+    )
     return float(low), high + 0.001 if low == high else float(high)
 
 
@@ -130,34 +135,48 @@ def rope_tables(
 
 
 def rotate(
-    x: Float[Tensor, "B T *H P"], cos: Float[Tensor, "B T F"], sin: Float[Tensor, "B T F"], interleaved: bool
+    x: Float[Tensor, "B T *H P"],
+    cos: Float[Tensor, "B T F"],
+    sin: Float[Tensor, "B T F"],
+    interleaved: bool,
 ) -> Float[Tensor, "B T *H P"]:
     """Each pair (a, b) of the last axis to (a cos - b sin, a sin + b cos), P = 2 F; heads may lie between T and P."""
     shape = (*cos.shape[:2], *(1,) * (x.dim() - 3), cos.shape[-1])
     cos, sin = cos.view(shape), sin.view(shape)
     alone = x.requires_grad and x.numel() == x.shape[-1]  # its gradient may begin at an odd place
-    if interleaved and cos.dtype == x.dtype and not (alone or torch.compiler.is_compiling()):  # pairs are complex
+    if (
+        interleaved and cos.dtype == x.dtype and not (alone or torch.compiler.is_compiling())
+    ):  # pairs are complex
         x = x.contiguous()
         x = x.clone() if x.storage_offset() % 2 else x  # a complex number starts at an even place
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
     turned = first * cos - second * sin, first * sin + second * cos
-    return (torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)).to(x.dtype)
+    return (
+        torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    ).to(x.dtype)
 
 
 def softmax_factor(config: RopeConfig) -> float:
     """What YaRN multiplies the softmax scale by: mscale(s, mscale_all_dim)^2 (1.8739 for DeepSeek-V3), else 1."""
-    return 1.0 if config.yarn is None else _mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
+    return (
+        1.0 if config.yarn is None else _mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
+    )
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Chunk by chunk; where a gradient is wanted, it is formed beside the loss, from the same logits."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, graded: bool) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, graded: bool
+    ) -> Tensor:
         total = _wide(hidden.new_zeros(()))
-        wants_hidden, wants_weight = graded and ctx.needs_input_grad[0], graded and ctx.needs_input_grad[1]
+        wants_hidden, wants_weight = (
+            graded and ctx.needs_input_grad[0],
+            graded and ctx.needs_input_grad[1],
+        )
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = _wide(torch.zeros_like(weight)) if wants_weight else None
         for start in range(0, hidden.shape[0], chunk):
@@ -167,12 +186,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if wants_hidden or wants_weight:
                 kept, places = (targets != -100)[:, None], targets.clamp_min(0)[:, None]
                 error = log.exp_()  # softmax - onehot; rows without a target are left out below
-                error = error.scatter_add_(1, places, error.new_full(places.shape, -1.0)).to(hidden.dtype)
+                error = error.scatter_add_(1, places, error.new_full(places.shape, -1.0)).to(
+                    hidden.dtype
+                )
                 if grad_hidden is not None:
                     torch.mul(error @ weight, kept, out=grad_hidden[start : start + chunk])
                 if grad_weight is not None:
                     _add_product(grad_weight, error.T, rows * kept)
-        ctx.gradients = grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype)
+        ctx.gradients = (
+            grad_hidden,
+            grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
+        )
         return total
 
     @staticmethod
@@ -190,14 +214,19 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def chunked_cross_entropy(
-    hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, " N"], chunk: int | None = None
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    labels: Int[Tensor, " N"],
+    chunk: int | None = None,
 ) -> Float[Tensor, ""]:
     """Sum over rows of -log softmax(hidden @ weight.T)[label] in nats, rows with label -100 left out.
 
     At most `chunk` rows of logits exist at a time. The product is taken in the dtype of its operands, all that
     follows in float32. Once differentiable.
     """
-    if chunk is None:  # on a CPU what stays in its caches; a chunk costs one pass over the weight's gradient
+    if (
+        chunk is None
+    ):  # on a CPU what stays in its caches; a chunk costs one pass over the weight's gradient
         chunk = min(max(LOGITS // len(weight), 256), 2048) if weight.device.type == "cpu" else 2048
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, torch.is_grad_enabled())
 

@@ -43,7 +43,9 @@ class Appended:
         """Put `new` behind what is held; returns all of it, a view. ValueError if the batch has changed."""
         new, batch, stop = new.detach(), new.shape[0], self.length + new.shape[1]
         if self.length and self.buffer is not None and self.buffer.shape[0] != batch:
-            raise ValueError(f"got a batch of {batch}, expected the {self.buffer.shape[0]} rows that are cached")
+            raise ValueError(
+                f"got a batch of {batch}, expected the {self.buffer.shape[0]} rows that are cached"
+            )
         if self.buffer is None or self.buffer.shape[0] != batch or self.buffer.shape[1] < stop:
             self._grow(new, stop)
         assert self.buffer is not None
@@ -55,7 +57,9 @@ class Appended:
         """The buffer and the column from which the caller must write `count` tokens into it. ValueError where nothing
         has been appended, so that neither width nor batch is known."""
         if self.buffer is None or not self.length:
-            raise ValueError("claim: got an empty cache, expected one that holds a token: append the first")
+            raise ValueError(
+                "claim: got an empty cache, expected one that holds a token: append the first"
+            )
         at, stop = self.length, self.length + count
         if self.buffer.shape[1] < stop:
             self._grow(self.buffer, stop)
@@ -127,13 +131,19 @@ class Recent:
         if buffer is None or (self.length == 0 and len(buffer) != batch):
             buffer = self.buffer = new.new_full((batch, 2 * keep + 16, *new.shape[2:]), self.fill)
         if len(buffer) != batch:
-            raise ValueError(f"got a batch of {batch}, expected the {len(buffer)} rows that are cached")
+            raise ValueError(
+                f"got a batch of {batch}, expected the {len(buffer)} rows that are cached"
+            )
         if self.end + time > buffer.shape[1]:
             self._to_front(keep)
         at = self.end
         if at + time > buffer.shape[1]:
             return None
-        self.length, self.known, self.end = self.length + time, min(self.known + time, keep), at + time
+        self.length, self.known, self.end = (
+            self.length + time,
+            min(self.known + time, keep),
+            at + time,
+        )
         return buffer, at
 
     def _to_front(self, keep: int) -> None:
@@ -154,7 +164,9 @@ class Recent:
     def hold(self, slack: int) -> None:
         """Hold `slack` tokens more than are read, so that `crop` can go back that far. For an empty container."""
         if self.length:
-            raise ValueError(f"hold: got a container of {self.length} tokens, expected an empty one: reset it first")
+            raise ValueError(
+                f"hold: got a container of {self.length} tokens, expected an empty one: reset it first"
+            )
         self.slack, self.buffer = slack, None
         self.reset()
 
@@ -164,8 +176,14 @@ class Recent:
             self.reset()
             return
         if not 0 <= count <= self.spare:
-            raise ValueError(f"got {count} tokens to forget, expected 0 to {self.spare}, or all {self.length}")
-        self.length, self.known, self.end = self.length - count, self.known - count, self.end - count
+            raise ValueError(
+                f"got {count} tokens to forget, expected 0 to {self.spare}, or all {self.length}"
+            )
+        self.length, self.known, self.end = (
+            self.length - count,
+            self.known - count,
+            self.end - count,
+        )
         if self.end < self.count + self.slack and self.buffer is not None:
             self._shift(self.count + self.slack - self.end)
 
@@ -197,7 +215,11 @@ class Past:
         return bool(self.documents.length or self.present.length)
 
     def append(
-        self, batch: int, time: int, documents: Int[Tensor, "B T"] | None, present: Bool[Tensor, "B T"] | None
+        self,
+        batch: int,
+        time: int,
+        documents: Int[Tensor, "B T"] | None,
+        present: Bool[Tensor, "B T"] | None,
     ) -> tuple[Int[Tensor, "B L"] | None, Bool[Tensor, "B L"] | None]:
         """The documents and presence of all tokens, cached and new; None where no call has named them.
 
@@ -206,11 +228,16 @@ class Past:
         """
         if documents is None and self.documents.length:
             assert self.documents.buffer is not None
-            documents = self.documents.buffer[:, self.documents.length - 1, None].expand(batch, time)
+            documents = self.documents.buffer[:, self.documents.length - 1, None].expand(
+                batch, time
+            )
         if present is None and self.present.length:
             assert self.present.buffer is not None
             present = self.present.buffer.new_ones(batch, time)
-        everyone = self._append(self.documents, documents, 0), self._append(self.present, present, True)
+        everyone = (
+            self._append(self.documents, documents, 0),
+            self._append(self.present, present, True),
+        )
         self.length += time
         return everyone
 
@@ -268,7 +295,9 @@ class Bundle:
     def recent(self) -> list[Recent]:
         """The containers, of bundles in this one, too, that do not hold everything."""
         held = [state for state in self.states() if isinstance(state, Recent)]
-        return held + [one for state in self.states() if isinstance(state, Bundle) for one in state.recent]
+        return held + [
+            one for state in self.states() if isinstance(state, Bundle) for one in state.recent
+        ]
 
     def hold(self, slack: int) -> None:
         """Every part holds so much that `crop` can go back `slack` tokens (64 otherwise). For empty containers."""
@@ -317,7 +346,9 @@ class Cache:
     A draft's bundle has a `past` of its own: every depth of MTP is called by itself.
     """
 
-    def __init__(self, layers: Sequence[Any], past: Past, ids: Recent | None, drafts: Sequence[Any]) -> None:
+    def __init__(
+        self, layers: Sequence[Any], past: Past, ids: Recent | None, drafts: Sequence[Any]
+    ) -> None:
         self.layers, self.past, self.ids, self.drafts = tuple(layers), past, ids, tuple(drafts)
         self._model, self._ahead = _All((past, ids, *layers)), _All(self.drafts)
 

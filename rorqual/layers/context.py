@@ -38,7 +38,9 @@ class Context:
     key_documents: Int[Tensor, "B L"] | None = None
     key_present: Bool[Tensor, "B L"] | None = None
     past: int = 0  # tokens cached before this call
-    lead: Int[Tensor, " B"] | None = None  # behind a cache: padding before each row's first token, if none is elsewhere
+    lead: Int[Tensor, " B"] | None = (
+        None  # behind a cache: padding before each row's first token, if none is elsewhere
+    )
     cos: Float[Tensor, "B T F"] | None = None
     sin: Float[Tensor, "B T F"] | None = None
     ids: Int[Tensor, "B T"] | None = None
@@ -119,13 +121,17 @@ def _mask(time: int, documents: Tensor | None, present: Tensor | None) -> Tensor
     return mask[:, None]
 
 
-def _lead(documents: Tensor | None, present: Tensor | None, places: Tensor, cached: int) -> Tensor | None:
+def _lead(
+    documents: Tensor | None, present: Tensor | None, places: Tensor, cached: int
+) -> Tensor | None:
     """Columns of padding before each row's first token; None where there are documents, or padding elsewhere."""
     if present is None or documents is not None or torch.compiler.is_compiling():
         return None
     lead = present.shape[1] - 1 - places[:, -1]
     columns = torch.arange(present.shape[1], device=lead.device)
-    whole = torch.equal(present, columns >= lead[:, None]) and not (cached and bool((lead > cached).any()))
+    whole = torch.equal(present, columns >= lead[:, None]) and not (
+        cached and bool((lead > cached).any())
+    )
     return lead if whole else None
 
 

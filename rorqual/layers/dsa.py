@@ -47,12 +47,18 @@ class Lesson(NamedTuple):
     """How an indexer did in one call of its attention, or several in the mean."""
 
     loss: Float[Tensor, ""]  # nats a query
-    recall: Float[Tensor, ""]  # of the probability over every key, what the chosen carry; of queries that must choose
+    recall: Float[
+        Tensor, ""
+    ]  # of the probability over every key, what the chosen carry; of queries that must choose
 
 
 def mean_lesson(lessons: list[Lesson]) -> Lesson | None:
     """Over the layers; None without any."""
-    return Lesson(*(torch.stack(part).mean() for part in zip(*lessons, strict=True))) if lessons else None
+    return (
+        Lesson(*(torch.stack(part).mean() for part in zip(*lessons, strict=True)))
+        if lessons
+        else None
+    )
 
 
 class DSA(nn.Module):
@@ -68,7 +74,9 @@ class DSA(nn.Module):
         self.k_norm = nn.LayerNorm(config.dim, eps=1e-6)
         self.weights_proj = nn.Linear(dim, config.heads, bias=False)
 
-    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Appended:
+    def new_cache(
+        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> Appended:
         """The indexer's keys, `dim` values a token."""
         return Appended(capacity)
 
@@ -91,7 +99,10 @@ class DSA(nn.Module):
         multiply the few weights as the many scores.
         """
         query = self.wq_b(query_latent.detach()).unflatten(-1, (self.config.heads, -1))
-        weights = self.weights_proj(hidden.detach()).float() * (self.config.heads * self.config.dim) ** -0.5
+        weights = (
+            self.weights_proj(hidden.detach()).float()
+            * (self.config.heads * self.config.dim) ** -0.5
+        )
         asked = self._turn(query, ctx), weights, key
         return Look(*asked, ctx.mask, self.config.chosen, straight(ctx)[1])
 
@@ -111,7 +122,9 @@ class Look(NamedTuple):
     key: Float[Tensor, "B L P"]
     mask: Bool[Tensor, "B 1 T L"] | None  # None: a query sees the keys up to its own
     most: int  # keys that a query may choose
-    lead: Int[Tensor, " B"] | None = None  # where a mask of few queries says no more: columns before each row's first
+    lead: Int[Tensor, " B"] | None = (
+        None  # where a mask of few queries says no more: columns before each row's first
+    )
 
     @property
     def chooses(self) -> bool:
@@ -132,7 +145,9 @@ class Look(NamedTuple):
         end, count = self.end(run), run.stop - run.start
         if self.mask is not None:
             return self.mask[:, :, run, :end]
-        return torch.ones(1, 1, count, end, dtype=torch.bool, device=self.key.device).tril(end - count)
+        return torch.ones(1, 1, count, end, dtype=torch.bool, device=self.key.device).tril(
+            end - count
+        )
 
     def chosen(
         self, run: slice, scores: Float[Tensor, "B T end"] | None = None
@@ -153,22 +168,42 @@ class Look(NamedTuple):
                 return index, None
             return index, scores.gather(-1, index) > -torch.inf
 
-    def seen(self, run: slice, scores: Float[Tensor, "B T end"] | None = None) -> Bool[Tensor, "#B 1 T end"]:
+    def seen(
+        self, run: slice, scores: Float[Tensor, "B T end"] | None = None
+    ) -> Bool[Tensor, "#B 1 T end"]:
         """True at the chosen keys of each query that it may see."""
         found = self.chosen(run, scores)
         if found is None:
             return self.visible(run)
         index, real = found
         seen = torch.zeros(*index.shape[:2], self.end(run), dtype=torch.bool, device=index.device)
-        return (seen.scatter_(-1, index, True) if real is None else seen.scatter_(-1, index, real))[:, None]
+        return (seen.scatter_(-1, index, True) if real is None else seen.scatter_(-1, index, real))[
+            :, None
+        ]
 
     def split(self, count: int) -> tuple["Look", "Look"]:
         """Of the first `count` queries, with the keys up to them, and of the others."""
         length, mask = self.key.shape[1] - self.query.shape[1] + count, self.mask
-        before, after = (None, None) if mask is None else (mask[:, :, :count, :length], mask[:, :, count:])
+        before, after = (
+            (None, None) if mask is None else (mask[:, :, :count, :length], mask[:, :, count:])
+        )
         return (
-            Look(self.query[:, :count], self.weights[:, :count], self.key[:, :length], before, self.most, self.lead),
-            Look(self.query[:, count:], self.weights[:, count:], self.key, after, self.most, self.lead),
+            Look(
+                self.query[:, :count],
+                self.weights[:, :count],
+                self.key[:, :length],
+                before,
+                self.most,
+                self.lead,
+            ),
+            Look(
+                self.query[:, count:],
+                self.weights[:, count:],
+                self.key,
+                after,
+                self.most,
+                self.lead,
+            ),
         )
 
     def hiding(
@@ -243,15 +278,21 @@ def attend_best(
     time, length, mask = query.shape[1], key.shape[1], None
     if lead is not None:
         columns = torch.arange(length, device=key.device)
-        mask = ((columns >= lead[:, None, None]) & (columns <= columns[length - time :, None]))[:, None]
+        mask = ((columns >= lead[:, None, None]) & (columns <= columns[length - time :, None]))[
+            :, None
+        ]
     return Look(looking, weights, key, mask, most).copying(query, latent, scale)
 
 
-def _attend_to(query: Tensor, latent: Tensor, index: Tensor, real: Tensor | None, scale: float) -> Tensor:
+def _attend_to(
+    query: Tensor, latent: Tensor, index: Tensor, real: Tensor | None, scale: float
+) -> Tensor:
     """[B, T, H, R] to the latents `index` [B, T, K]; row by row, or a view of the cache would be copied whole."""
     rows = []
     for row in range(len(query)):
-        key = latent[row].index_select(0, index[row].flatten()).unflatten(0, index.shape[1:])  # [T, K, R]
+        key = (
+            latent[row].index_select(0, index[row].flatten()).unflatten(0, index.shape[1:])
+        )  # [T, K, R]
         mask = None if real is None else real[row, :, None, None]
         rows.append(attend_shared(query[row].unsqueeze(1), key, scale, mask).squeeze(1))
     return torch.stack(rows)
@@ -286,7 +327,9 @@ def attention_target(
     """What the indexer should find: the mean over heads of the probabilities that MLA has, over every key it may look
     at while `warm`, later over those `seen`. Beside it, how much of the probability over every key the seen carry."""
     with torch.autocast(query.device.type, enabled=False):
-        logits = (query.float().transpose(1, 2) * scale) @ key.float().permute(0, 2, 3, 1)  # [B, H, T, L]
+        logits = (query.float().transpose(1, 2) * scale) @ key.float().permute(
+            0, 2, 3, 1
+        )  # [B, H, T, L]
     powers = logits.masked_fill_(~visible, -torch.inf)
     powers = powers.sub_(powers.amax(-1, keepdim=True).clamp_min(-1e30)).exp_()
     every = powers.sum(-1, keepdim=True).clamp_min(1e-30)
@@ -320,7 +363,14 @@ class _Divergence(torch.autograd.Function):
                 terms, error = _compared(scores, target, (visible if warm else seen)[:, 0])
                 counts = torch.ones_like(terms) if present is None else present[:, run].float()
                 choosing = counts * (visible[:, 0].sum(-1) > most)
-                sums += torch.stack([(counts * terms).sum(), (choosing * carried).sum(), counts.sum(), choosing.sum()])
+                sums += torch.stack(
+                    [
+                        (counts * terms).sum(),
+                        (choosing * carried).sum(),
+                        counts.sum(),
+                        choosing.sum(),
+                    ]
+                )
                 if graded:
                     _add_gradients(grads, run, products, error * counts.unsqueeze(-1), look)
         ctx.grads = grads
@@ -341,10 +391,16 @@ def _compared(scores: Tensor, target: Tensor, over: Tensor) -> tuple[Tensor, Ten
     return terms.sum(-1), log.exp_().mul_(over).sub_(target)
 
 
-def _add_gradients(grads: list[Tensor], run: slice, products: Tensor, error: Tensor, look: Look) -> None:
+def _add_gradients(
+    grads: list[Tensor], run: slice, products: Tensor, error: Tensor, look: Look
+) -> None:
     """Into those of query, weights and key; `products` is used up."""
     (of_query, of_weights, of_key), end = grads, look.end(run)
-    query, weights, key = look.query[:, run].float(), look.weights[:, run].float(), look.key[:, :end].float()
+    query, weights, key = (
+        look.query[:, run].float(),
+        look.weights[:, run].float(),
+        look.key[:, :end].float(),
+    )
     of_weights[:, run] = (products @ error.unsqueeze(-1)).squeeze(-1)
     pull = products.gt_(0).mul_(error.unsqueeze(2)).mul_(weights.unsqueeze(-1)).flatten(1, 2)
     of_query[:, run] = (pull @ key).view_as(query)

@@ -56,7 +56,9 @@ class Gate(nn.Module):
             self.key_norm = nn.Parameter(torch.ones(gates, dim))
             self.query_norm = nn.Parameter(torch.ones(gates, dim))
 
-    def forward(self, hidden: Float[Tensor, "B T S D"], key: Float[Tensor, "B T G D"] | None) -> Float[Tensor, "B T S"]:
+    def forward(
+        self, hidden: Float[Tensor, "B T S D"], key: Float[Tensor, "B T G D"] | None
+    ) -> Float[Tensor, "B T S"]:
         """In (0, 1), float32, a key a gate; 1 where there is no key."""
         shape = hidden.shape[:-1]
         if key is None:
@@ -73,7 +75,9 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def gate(
-    query: Float[Tensor, "B T S D"], key: Float[Tensor, "B T S D"], sign: Literal["sign", "copysign"] = "sign"
+    query: Float[Tensor, "B T S D"],
+    key: Float[Tensor, "B T S D"],
+    sign: Literal["sign", "copysign"] = "sign",
 ) -> Float[Tensor, "B T S"]:
     """sigmoid(sign(score) sqrt(max(|score|, 1e-6))), score = <query, key> / sqrt(D), in float32.
 
@@ -142,7 +146,12 @@ def convolve(
 
 def _hooked(module: nn.Module) -> bool:
     """Whether somebody waits for this module to be called."""
-    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    own = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
     return any(own) or bool(nn.modules.module._has_any_global_hook())
 
 
@@ -152,10 +161,14 @@ class Engram(nn.Module):
     def __init__(self, config: EngramConfig, dim: int, streams: int = 1) -> None:
         super().__init__()
         if dim < 1 or streams < 1:
-            raise ValueError(f"Engram: got dim {dim} and {streams} streams, expected at least 1 of each")
+            raise ValueError(
+                f"Engram: got dim {dim} and {streams} streams, expected at least 1 of each"
+            )
         self.config, self.dim, self.streams = config, dim, streams
         gates = config.gates(streams)
-        self.key_proj = nn.Linear(config.memory_width, gates * dim, bias=config.bias) if gates else None
+        self.key_proj = (
+            nn.Linear(config.memory_width, gates * dim, bias=config.bias) if gates else None
+        )
         self.value_proj = nn.Linear(config.memory_width, dim, bias=config.bias)
         self.gate = Gate(config, dim, streams)
         if config.conv:
@@ -171,7 +184,9 @@ class Engram(nn.Module):
             else:
                 parameter.fill_(float(name.endswith("norm")))
 
-    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Recent | None:
+    def new_cache(
+        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> Recent | None:
         """The last (kernel-1) * dilation normed values of every stream; None without a convolution."""
         return Recent(self.config.halo) if self.config.halo else None
 
@@ -188,11 +203,15 @@ class Engram(nn.Module):
         if memory.shape[-1] != self.config.memory_width:
             got = f"got {memory.shape[-1]} recalled numbers a token, expected {self.config.memory_width}"
             read = f"{self.config.rows_per_token} rows of {self.config.head_dim}"
-            raise ValueError(f"Engram: {got}, {read}: give it a table of that head_dim, or the table's config")
+            raise ValueError(
+                f"Engram: {got}, {read}: give it a table of that head_dim, or the table's config"
+            )
         memory = memory.to(self.value_proj.weight.dtype)
         key = None if self.key_proj is None else self.key_proj(memory).unflatten(-1, (-1, self.dim))
         value = self.value_proj(memory)
-        gated, normed = self._fuse(hidden, key, value, ctx.present if ctx.live is None else ctx.live)
+        gated, normed = self._fuse(
+            hidden, key, value, ctx.present if ctx.live is None else ctx.live
+        )
         return gated if normed is None else gated + F.silu(self._convolve(normed, ctx))
 
     def _fuse(
@@ -209,7 +228,13 @@ class Engram(nn.Module):
     def _convolve(self, normed: Tensor, ctx: Context) -> Tensor:
         cache = None if ctx.cache is None else ctx.cache.engram
         halo, time = self.config.halo, normed.shape[1]
-        window = normed if not halo else F.pad(normed, (0, 0, 0, 0, halo, 0)) if cache is None else cache.extend(normed)
+        window = (
+            normed
+            if not halo
+            else F.pad(normed, (0, 0, 0, 0, halo, 0))
+            if cache is None
+            else cache.extend(normed)
+        )
         documents = ctx.key_documents if self.config.end_of_document else None
         kept = None if documents is None else last_columns(documents, halo + time, -1)
         return convolve(window, self.conv, kept, halo)

@@ -32,7 +32,9 @@ def _multiply(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """Per group: rows [N, D] times [E, D, W], or [D, N] times [N, W] to [E, D, W]."""
     if left.device.type == "cpu" and left.dtype in HALVES:
         return (_by_window if right.dim() == 3 else _gradient_by_window)(left, right, ends)
-    if left.dtype in GROUPED and all(t.element_size() * max(t.stride()[-2:]) % ALIGNED == 0 for t in (left, right)):
+    if left.dtype in GROUPED and all(
+        t.element_size() * max(t.stride()[-2:]) % ALIGNED == 0 for t in (left, right)
+    ):
         return F.grouped_mm(left, right, offs=ends)
     return _one_by_one(left, right, ends)
 
@@ -107,7 +109,9 @@ def _traced(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("rorqual::grouped_product_gradients", mutates_args=())
-def _traced_gradients(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+def _traced_gradients(
+    grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
     return _gradients(grad, rows.contiguous(), weight, ends)
 
 
@@ -140,7 +144,9 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.randn(experts, dim, 2 * width) * dim**-0.5)  # gate first
         self.down = nn.Parameter(torch.randn(experts, width, dim) * width**-0.5)
 
-    def forward(self, rows: Float[Tensor, "N D"], counts: Int[Tensor, " E"]) -> Float[Tensor, "N D"]:
+    def forward(
+        self, rows: Float[Tensor, "N D"], counts: Int[Tensor, " E"]
+    ) -> Float[Tensor, "N D"]:
         """`rows` sorted by expert, counts[e] of them for expert e. Computed in the dtype of autocast, which the grouped
         product does not see by itself, or else in that of the rows."""
         dtype = _dtype(rows)
@@ -151,7 +157,9 @@ class Experts(nn.Module):
         """The same of unsorted rows, each through its K experts: a product a slot, for few rows."""
         dtype, slots = _dtype(rows), chosen.flatten().tolist()
         own = rows.to(dtype).repeat_interleave(chosen.shape[1], 0).split(1)
-        inner = [row @ self.gate_up[expert].to(dtype) for row, expert in zip(own, slots, strict=True)]
+        inner = [
+            row @ self.gate_up[expert].to(dtype) for row, expert in zip(own, slots, strict=True)
+        ]
         gate, up = torch.cat(inner).chunk(2, dim=-1)
         hidden = (F.silu(gate) * up).split(1)
         out = [row @ self.down[expert].to(dtype) for row, expert in zip(hidden, slots, strict=True)]

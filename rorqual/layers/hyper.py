@@ -97,10 +97,14 @@ class Manifold(nn.Module):
             if self.config.mix == "sinkhorn":
                 self.base[2 * streams :] = self.config.identity * torch.eye(streams).flatten()
 
-    def forward(self, streams: Float[Tensor, "N S D"], carried: Float[Tensor, "S N"] | None = None) -> Read:
+    def forward(
+        self, streams: Float[Tensor, "N S D"], carried: Float[Tensor, "S N"] | None = None
+    ) -> Read:
         """u, read with `carried` where given, pre, post and comb [S, S, N] or None, in wide precision."""
         config, precision = self.config, wide(streams.dtype)
-        m = project(streams.flatten(1).to(precision), self.fn.to(precision), config.norm_eps)  # [K, N]
+        m = project(
+            streams.flatten(1).to(precision), self.fn.to(precision), config.norm_eps
+        )  # [K, N]
         scale, base = self.scale.to(precision), self.base.to(precision)
         if config.mix == "sinkhorn":
             function = pick("hyper_collapse", collapse, streams)
@@ -133,7 +137,9 @@ class Unconstrained(nn.Module):
             self.base_pre.copy_(torch.eye(streams)[self.site % streams])
             self.base_comb.copy_(torch.eye(streams))
 
-    def forward(self, streams: Float[Tensor, "N S D"], carried: Float[Tensor, "S N"] | None = None) -> Read:
+    def forward(
+        self, streams: Float[Tensor, "N S D"], carried: Float[Tensor, "S N"] | None = None
+    ) -> Read:
         """u, pre, post and comb in wide precision; comb[j, k] is A_r's row of stream j. `carried` must be None."""
         assert carried is None
         precision, S = wide(streams.dtype), self.config.streams
@@ -157,7 +163,9 @@ class Connection(nn.Module):
     def __init__(self, config: HyperConfig, dim: int, site: int = 0):
         super().__init__()
         self.config = config
-        self.mixer = Unconstrained(config, dim, site) if config.kind == "hc" else Manifold(config, dim)
+        self.mixer = (
+            Unconstrained(config, dim, site) if config.kind == "hc" else Manifold(config, dim)
+        )
 
     def reset_parameters(self) -> None:
         """The start of every parameter, as the mixer's docstring says."""
@@ -242,19 +250,30 @@ class Exit(nn.Module):
         streams, carried = x
         if self.kind == "hc":
             alone = streams.shape[2] == 1
-            return streams[:, :, 0] if alone else streams.sum(2, dtype=wide(streams.dtype)).to(streams.dtype)
+            return (
+                streams[:, :, 0]
+                if alone
+                else streams.sum(2, dtype=wide(streams.dtype)).to(streams.dtype)
+            )
         if self.kind == "single_pass" and carried is None:
             return streams[:, :, 0]
         with unrounded(streams):
             flat = streams.flatten(0, 1)
-            pre = self._weights(flat) if carried is None or self.kind == "mhc" else carried.flatten(0, 1).T
+            pre = (
+                self._weights(flat)
+                if carried is None or self.kind == "mhc"
+                else carried.flatten(0, 1).T
+            )
             return read(flat, pre).view_as(streams[:, :, 0])
 
     def _weights(self, flat: Float[Tensor, "N S D"]) -> Float[Tensor, "S N"]:
         assert self.config is not None
         precision = wide(flat.dtype)
         m = project(flat.flatten(1).to(precision), self.fn.to(precision), self.config.norm_eps)
-        return torch.sigmoid(m * self.scale.to(precision) + self.base.to(precision)[:, None]) + self.config.eps
+        return (
+            torch.sigmoid(m * self.scale.to(precision) + self.base.to(precision)[:, None])
+            + self.config.eps
+        )
 
 
 def _even(streams: int) -> float:

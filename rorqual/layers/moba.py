@@ -38,7 +38,10 @@ from rorqual.model_config import MoBAConfig as MoBAConfig
 
 
 def block_means(
-    keys: Float[Tensor, "B L G P"], segment: Int[Tensor, "B L"], present: Bool[Tensor, "B L"] | None, count: int
+    keys: Float[Tensor, "B L G P"],
+    segment: Int[Tensor, "B L"],
+    present: Bool[Tensor, "B L"] | None,
+    count: int,
 ) -> Float[Tensor, "B M G P"]:
     """Mean of the present keys of each of the `count` blocks of a row, float32; 0 for a block without any."""
     batch = keys.shape[0]
@@ -61,7 +64,10 @@ def choose(
 
     The block after the last that has a mean is still growing; it can only be own, which needs no score.
     """
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):  # a rounded score chooses other blocks
+    with (
+        torch.no_grad(),
+        torch.autocast(query.device.type, enabled=False),
+    ):  # a rounded score chooses other blocks
         grouped = wide(query).unflatten(2, (means.shape[2], -1))
         scores = torch.einsum("btghd,bmgd->btghm", grouped, means.to(grouped.dtype)).flatten(2, 3)
         return best_blocks(F.pad(scores, (0, 1)), own, first, chosen)  # of [B, T, H, M + 1]
@@ -84,7 +90,9 @@ class MoBA(nn.Module):
         self.config, self.always = config, left is not None and left <= config.full_layers
         self.full = self.always
 
-    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> MoBACache | None:
+    def new_cache(
+        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> MoBACache | None:
         """The block means beside the keys that GQA keeps, and the choice of the tile that is not full yet."""
         if self.always:
             return None
@@ -116,8 +124,14 @@ class MoBA(nn.Module):
         first = own - ctx.positions // size
 
         def choose_at(rows: slice | Tensor) -> Tensor:
-            end = -(-(ctx.past + rows.stop) // size) if isinstance(rows, slice) and segment is None else None
-            return choose(query[:, rows], means[:, :end], own[:, rows], first[:, rows], self.config.chosen)
+            end = (
+                -(-(ctx.past + rows.stop) // size)
+                if isinstance(rows, slice) and segment is None
+                else None
+            )
+            return choose(
+                query[:, rows], means[:, :end], own[:, rows], first[:, rows], self.config.chosen
+            )
 
         if self.full or key.shape[1] <= size or (single and self.config.decode == "full"):
             if held is not None:
@@ -126,12 +140,16 @@ class MoBA(nn.Module):
         if self.config.choice == "tile":
             return attend_tiles(query, key, value, choose_at, ctx, segment, size, scale, held, lead)
         parts = [
-            attend_chosen(query[:, run], key, value, choose_at(run), ctx, run, segment, size, scale, lead)
+            attend_chosen(
+                query[:, run], key, value, choose_at(run), ctx, run, segment, size, scale, lead
+            )
             for run in runs(query.shape[1])
         ]
         return torch.cat(parts, dim=1)
 
-    def _blocks(self, key: Tensor, ctx: Context, lead, cache: MoBACache | None) -> tuple[Tensor | None, Tensor, Tensor]:
+    def _blocks(
+        self, key: Tensor, ctx: Context, lead, cache: MoBACache | None
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Block of each key where columns do not tell it, block of each query [B, T], means [B, M, G, P]."""
         size = self.config.block
         if ctx.mask is not None:

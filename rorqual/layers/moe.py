@@ -53,7 +53,9 @@ def sort_slots(routing: Routing, dropping: bool) -> Slots:
     if dropping:
         taken = int(ends[-1])
         order, rows = order[:taken], rows.clamp_max(taken)
-    return Slots(order, rows.view(-1, routing.chosen.shape[-1]), ends.diff(prepend=ends.new_zeros(1)))
+    return Slots(
+        order, rows.view(-1, routing.chosen.shape[-1]), ends.diff(prepend=ends.new_zeros(1))
+    )
 
 
 def _summed(values: Tensor, slots: Slots, weights: Tensor | None) -> Tensor:
@@ -100,7 +102,9 @@ class MoE(nn.Module):
     """`exchange`, when set, runs the experts in place of calling them: exchange(rows, counts, experts) -> rows in the
     same order. Expert parallelism puts its all-to-all there and cuts `experts` over the ranks."""
 
-    def __init__(self, config: MoEConfig, dim: int, layer: int = 0, vocabulary: int | None = None) -> None:
+    def __init__(
+        self, config: MoEConfig, dim: int, layer: int = 0, vocabulary: int | None = None
+    ) -> None:
         """`layer`: the block's index; `vocabulary` is needed where experts are chosen by token id."""
         super().__init__()
         self.config = config
@@ -123,12 +127,18 @@ class MoE(nn.Module):
             droppable = self.config.router.adaptive_mass is not None or routing.present is not None
             slots = sort_slots(routing, droppable and not torch.compiler.is_compiling())
             run = self.exchange or (lambda rows, counts, experts: experts(rows, counts))
-            out = _Gather.apply(run(_Scatter.apply(rows, slots), slots.counts, self.experts), weights, slots)
+            out = _Gather.apply(
+                run(_Scatter.apply(rows, slots), slots.counts, self.experts), weights, slots
+            )
         out = out.to(hidden.dtype).view_as(hidden)
         return (out if self.shared is None else out + self.shared(hidden)), routing
 
     def _few(self, routing: Routing) -> bool:
         """Whether sorting would cost more than a product a slot: a token or two of decoding, on a device that waits for
         nobody when it is asked which experts they chose."""
-        waits = routing.chosen.device.type != "cpu" or torch.compiler.is_compiling() or self.exchange is not None
+        waits = (
+            routing.chosen.device.type != "cpu"
+            or torch.compiler.is_compiling()
+            or self.exchange is not None
+        )
         return routing.chosen.numel() <= FEW and not waits and not torch.is_grad_enabled()

@@ -20,7 +20,9 @@ from rorqual.layers.streams import Streams
 from rorqual.model_config import MTPConfig as MTPConfig
 
 
-def ahead(ids: Int[Tensor, "B T"], documents: Int[Tensor, "B T"] | None = None, beyond: int = 0) -> Int[Tensor, "B T"]:
+def ahead(
+    ids: Int[Tensor, "B T"], documents: Int[Tensor, "B T"] | None = None, beyond: int = 0
+) -> Int[Tensor, "B T"]:
     """What stands at t + 1, for every t; `beyond` where that is past the end of the row or of the document of t."""
     moved = torch.full_like(ids, beyond)
     moved[:, :-1] = ids[:, 1:]

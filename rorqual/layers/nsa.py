@@ -112,7 +112,11 @@ class NSA(nn.Module):
         """`rope` is the attention's, for the keys made here are rotated here."""
         super().__init__()
         self.config, self.rope = config, rope
-        self.groups, self.key_dim, self.value_dim = gqa.kv_heads, gqa.head_dim, gqa.value_dim or gqa.head_dim
+        self.groups, self.key_dim, self.value_dim = (
+            gqa.kv_heads,
+            gqa.head_dim,
+            gqa.value_dim or gqa.head_dim,
+        )
         width = gqa.kv_heads * (self.key_dim + self.value_dim)
         self.compressed_kv = nn.Linear(dim, width, bias=False)
         self.window_kv = nn.Linear(dim, width, bias=False)
@@ -121,9 +125,13 @@ class NSA(nn.Module):
         self.gate_up = nn.Linear(dim, 3 * gqa.heads, bias=False)
         self.gate_down = nn.Linear(3 * gqa.heads, 3 * gqa.heads)
 
-    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> NSACache:
+    def new_cache(
+        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> NSACache:
         """Keys and values of both branches made here, and the compressed blocks."""
-        compressed, window = (KeysAndValues(Appended(capacity), Appended(capacity)) for _ in range(2))
+        compressed, window = (
+            KeysAndValues(Appended(capacity), Appended(capacity)) for _ in range(2)
+        )
         size = self.config.block, self.config.stride, capacity
         choice = Recent(1) if self.config.choice == "tile" else None
         return NSACache(KeysAndValues(Blocks(*size), Blocks(*size)), compressed, window, choice)
@@ -140,7 +148,9 @@ class NSA(nn.Module):
         """Attended values of the last T of L tokens, or with `ctx.last_only` of the last alone. Rotary positions are in
         query and key already."""
         branches = self.branches(query, key, value, hidden, ctx, scale)
-        gates = self.gates(hidden[:, -branches.shape[1] :]).to(query.dtype)[..., None]  # [B, T2, 3, H, 1]
+        gates = self.gates(hidden[:, -branches.shape[1] :]).to(query.dtype)[
+            ..., None
+        ]  # [B, T2, 3, H, 1]
         return (gates * branches).sum(2)
 
     def gates(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T 3 H"]:
@@ -172,10 +182,25 @@ class NSA(nn.Module):
             compressed, selected = self._by_tile(*given, ctx, scale, choice)
         else:
             compressed, selected = self._by_token(*given, ctx, scale)
-        window = [self._attend_window(query[:, run], *near, ctx, run, scale) for run in runs(query.shape[1])]
+        window = [
+            self._attend_window(query[:, run], *near, ctx, run, scale)
+            for run in runs(query.shape[1])
+        ]
         return torch.stack([compressed, selected, torch.cat(window, dim=1)], dim=2)
 
-    def _by_few(self, query, key, value, blocks: "Compressed", near_key, near_value, ctx: Context, lead, scale, cache):
+    def _by_few(
+        self,
+        query,
+        key,
+        value,
+        blocks: "Compressed",
+        near_key,
+        near_value,
+        ctx: Context,
+        lead,
+        scale,
+        cache,
+    ):
         """All branches at once, each reading what it attends to and nothing else."""
         index = None
         if self.config.choice == "tile":
@@ -185,17 +210,25 @@ class NSA(nn.Module):
         attention = kernels.pick("nsa_few", attend_few, query, *pairs)
         return attention(query, *pairs, index, ctx.positions, lead, self.config, scale)
 
-    def _choose_at(self, query: Tensor, blocks: Compressed, ctx: Context, scale: float, rows: Tensor) -> Tensor:
+    def _choose_at(
+        self, query: Tensor, blocks: Compressed, ctx: Context, scale: float, rows: Tensor
+    ) -> Tensor:
         """The blocks that the queries in the columns `rows` of a call choose."""
-        return self._choose(self._weights(query[:, rows], blocks, ctx, rows, scale)[0], blocks, ctx, rows)
+        return self._choose(
+            self._weights(query[:, rows], blocks, ctx, rows, scale)[0], blocks, ctx, rows
+        )
 
-    def _by_token(self, query, key, value, blocks: Compressed, ctx: Context, scale: float) -> tuple[Tensor, Tensor]:
+    def _by_token(
+        self, query, key, value, blocks: Compressed, ctx: Context, scale: float
+    ) -> tuple[Tensor, Tensor]:
         """The compressed and the selected branch, whose choice the compressed one's probabilities are."""
         size, parts = self.config.select_block, []
         for run in runs(query.shape[1]):
             own = query[:, run]
             weights, values = self._weights(own, blocks, ctx, run, scale)
-            compressed = torch.einsum("bghtm,bmgq->btghq", weights.to(own.dtype), values).flatten(2, 3)
+            compressed = torch.einsum("bghtm,bmgq->btghq", weights.to(own.dtype), values).flatten(
+                2, 3
+            )
             index = self._choose(weights, blocks, ctx, run)
             selected = attend_chosen(own, key, value, index, ctx, run, blocks.segment, size, scale)
             parts.append((compressed, selected))
@@ -203,21 +236,35 @@ class NSA(nn.Module):
         return compressed, selected
 
     def _by_tile(
-        self, query, key, value, blocks: Compressed, ctx: Context, scale: float, cache: Recent | None
+        self,
+        query,
+        key,
+        value,
+        blocks: Compressed,
+        ctx: Context,
+        scale: float,
+        cache: Recent | None,
     ) -> tuple[Tensor, Tensor]:
         """The same, with the probabilities of those queries alone that choose."""
         choose, parts = functools.partial(self._choose_at, query, blocks, ctx, scale), []
         for run in runs(query.shape[1]):
             seen = self._seen(blocks, ctx, run)
-            keys, values = (x[:, : seen.shape[-1]].to(query.dtype) for x in (blocks.keys, blocks.values))
+            keys, values = (
+                x[:, : seen.shape[-1]].to(query.dtype) for x in (blocks.keys, blocks.values)
+            )
             parts.append(attend(query[:, run], keys, values, scale, seen))
         size, segment = self.config.select_block, blocks.segment
         selected = attend_tiles(query, key, value, choose, ctx, segment, size, scale, cache)
         return torch.cat(parts, dim=1), selected
 
-    def _own(self, hidden: Tensor, ctx: Context, cache: NSACache | None) -> list[tuple[Tensor, Tensor]]:
+    def _own(
+        self, hidden: Tensor, ctx: Context, cache: NSACache | None
+    ) -> list[tuple[Tensor, Tensor]]:
         """Rotated keys [B, L, G, P] and values [B, L, G, Q] of the compressed and of the window branch."""
-        both = [linear(hidden).unflatten(-1, (self.groups, -1)) for linear in (self.compressed_kv, self.window_kv)]
+        both = [
+            linear(hidden).unflatten(-1, (self.groups, -1))
+            for linear in (self.compressed_kv, self.window_kv)
+        ]
         keys, values = torch.cat(both, dim=2).split([self.key_dim, self.value_dim], dim=-1)
         turned, found = ctx.rotate(keys, self.rope.interleaved), []
         caches = (None, None) if cache is None else (cache.compressed, cache.window)
@@ -226,14 +273,20 @@ class NSA(nn.Module):
             found.append(kept if ctx.past else (key, value))
         return found
 
-    def _compress(self, keys: Tensor, values: Tensor, ctx: Context, lead, cache: KeysAndValues | None) -> Compressed:
+    def _compress(
+        self, keys: Tensor, values: Tensor, ctx: Context, lead, cache: KeysAndValues | None
+    ) -> Compressed:
         block, stride = self.config.block, self.config.stride
         if ctx.mask is not None:
             segment = segments(ctx, self.config.select_block)
             columns, real = _block_columns(ctx, block, stride)
             rows = torch.arange(keys.shape[0], device=keys.device)[:, None, None]
-            pieces = segment.gather(1, columns[..., ::stride].flatten(1)).unflatten(1, (-1, block // stride))
-            keys, values = (x[rows, columns].transpose(2, 3) for x in (keys, values))  # [B, M, G, l, P]
+            pieces = segment.gather(1, columns[..., ::stride].flatten(1)).unflatten(
+                1, (-1, block // stride)
+            )
+            keys, values = (
+                x[rows, columns].transpose(2, 3) for x in (keys, values)
+            )  # [B, M, G, l, P]
             keys, values = self.compress_key(keys), self.compress_value(values)
             return Compressed(keys, values, columns[..., -1], pieces, real, segment)
         if cache is not None:
@@ -243,10 +296,13 @@ class NSA(nn.Module):
             )
             return Compressed(*kept)
         return Compressed(
-            self.compress_key(windows(keys, block, stride)), self.compress_value(windows(values, block, stride))
+            self.compress_key(windows(keys, block, stride)),
+            self.compress_value(windows(values, block, stride)),
         )
 
-    def _seen(self, blocks: Compressed, ctx: Context, rows: slice | Tensor) -> Bool[Tensor, "#B 1 T M"]:
+    def _seen(
+        self, blocks: Compressed, ctx: Context, rows: slice | Tensor
+    ) -> Bool[Tensor, "#B 1 T M"]:
         """Which compressed blocks these of the new tokens see, all of their keys; those after the last are left out."""
         if blocks.ends is not None and blocks.real is not None and ctx.mask is not None:
             mask = ctx.mask[:, :, rows]
@@ -254,7 +310,9 @@ class NSA(nn.Module):
             return mask.gather(-1, ends) & blocks.real[:, None, None]
         count = blocks.keys.shape[1]
         if isinstance(rows, slice):
-            count = min(count, max(0, (ctx.past + rows.stop - self.config.block) // self.config.stride + 1))
+            count = min(
+                count, max(0, (ctx.past + rows.stop - self.config.block) // self.config.stride + 1)
+            )
         return _complete(count, ctx.positions[:, rows], self.config)[:, None]
 
     def _weights(
@@ -280,7 +338,9 @@ class NSA(nn.Module):
             own = positions // size
             end = ctx.past + (rows.stop if isinstance(rows, slice) else ctx.positions.shape[1])
             importance = importance_of(probabilities, -(-end // size), self.config)
-        return best_blocks(importance.transpose(1, 2), own, own - positions // size, self.config.chosen, forced=3)
+        return best_blocks(
+            importance.transpose(1, 2), own, own - positions // size, self.config.chosen, forced=3
+        )
 
     def _attend_window(self, query, key, value, ctx: Context, run: slice, scale: float) -> Tensor:
         window = self.config.window
@@ -288,15 +348,21 @@ class NSA(nn.Module):
             near = ctx.positions[:, run, None] - ctx.key_positions[:, None] < window
             return attend(query, key, value, scale, near[:, None] & visible(ctx, run))
         first, last = ctx.past + run.start, ctx.past + run.stop
-        begin = max(0, first - window + 1)  # nothing before the window, nothing after the last query
+        begin = max(
+            0, first - window + 1
+        )  # nothing before the window, nothing after the last query
         key, value = key[:, begin:last], value[:, begin:last]
         if query.shape[1] == 1:
             return attend(query, key, value, scale)
-        back = torch.arange(first, last, device=key.device)[:, None] - torch.arange(begin, last, device=key.device)
+        back = torch.arange(first, last, device=key.device)[:, None] - torch.arange(
+            begin, last, device=key.device
+        )
         return attend(query, key, value, scale, ((back >= 0) & (back < window))[None, None])
 
 
-def importance_of(probabilities: Float[Tensor, "*B M"], count: int, config: NSAConfig) -> Float[Tensor, "*B J"]:
+def importance_of(
+    probabilities: Float[Tensor, "*B M"], count: int, config: NSAConfig
+) -> Float[Tensor, "*B J"]:
     """p_cmp W: what each of `count` selection blocks gets of the compressed blocks, one share a stride-d piece."""
     each, per = config.block // config.stride, config.select_block // config.stride
     pieces = F.pad(probabilities, (0, each - 1))
@@ -305,18 +371,28 @@ def importance_of(probabilities: Float[Tensor, "*B M"], count: int, config: NSAC
     return F.pad(pieces, (0, count * per - pieces.shape[-1])).unflatten(-1, (count, per)).sum(-1)
 
 
-def _complete(count: int, positions: Int[Tensor, "B T"], config: NSAConfig) -> Bool[Tensor, "B T M"]:
+def _complete(
+    count: int, positions: Int[Tensor, "B T"], config: NSAConfig
+) -> Bool[Tensor, "B T M"]:
     """Which of the first `count` compressed blocks of their row queries see, blocks being counted as positions are."""
     ends = torch.arange(count, device=positions.device) * config.stride + config.block - 1
     return ends <= positions[..., None]
 
 
 def _probabilities(
-    query: Float[Tensor, "B T H P"], keys: Float[Tensor, "B M G P"], seen: Bool[Tensor, "B 1 T M"], scale: float
+    query: Float[Tensor, "B T H P"],
+    keys: Float[Tensor, "B M G P"],
+    seen: Bool[Tensor, "B 1 T M"],
+    scale: float,
 ) -> Float[Tensor, "B G N T M"]:
     """p_cmp, float32; 0 everywhere for a query that sees no block."""
     with torch.autocast(query.device.type, enabled=False):  # a rounded score chooses other blocks
-        logits = torch.einsum("btghp,bmgp->bghtm", wide(query.unflatten(2, (keys.shape[2], -1))), wide(keys)) * scale
+        logits = (
+            torch.einsum(
+                "btghp,bmgp->bghtm", wide(query.unflatten(2, (keys.shape[2], -1))), wide(keys)
+            )
+            * scale
+        )
     seen = seen[:, :, None]
     return logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1) * seen
 
@@ -339,31 +415,47 @@ def attend_few(
 
     `small_` are the compressed keys and values, `near_` the window branch's. Row b starts at column lead[b], or at the
     first. `index` holds the blocks chosen already; None: each token chooses. kernels/nsa.py is its twin."""
-    weights = _probabilities(query, small_key, _complete(small_key.shape[1], positions, config)[:, None], scale)
-    compressed = torch.einsum("bghtm,bmgq->btghq", weights.to(query.dtype), small_value.to(query.dtype)).flatten(2, 3)
+    weights = _probabilities(
+        query, small_key, _complete(small_key.shape[1], positions, config)[:, None], scale
+    )
+    compressed = torch.einsum(
+        "bghtm,bmgq->btghq", weights.to(query.dtype), small_value.to(query.dtype)
+    ).flatten(2, 3)
     if index is None:
         own, count = positions // config.select_block, -(-key.shape[1] // config.select_block)
         scores = importance_of(weights.detach().sum(2), count, config).transpose(1, 2)
         index = best_blocks(scores, own, torch.zeros_like(own), config.chosen, forced=3)
     back = torch.arange(config.window, device=key.device)
-    near = (positions[..., None, None] - back).expand(-1, -1, key.shape[2], -1)  # a block of each key
+    near = (positions[..., None, None] - back).expand(
+        -1, -1, key.shape[2], -1
+    )  # a block of each key
     attention = kernels.pick("selected_attention", selected_attention, query, key, value)
     selected = attention(query, key, value, index, positions, config.select_block, scale, lead)
-    window = selected_attention(query, near_key, near_value, near, positions, 1, scale, lead)  # no twin for single keys
+    window = selected_attention(
+        query, near_key, near_value, near, positions, 1, scale, lead
+    )  # no twin for single keys
     return torch.stack([compressed, selected, window], dim=2)
 
 
-def _block_columns(ctx: Context, block: int, stride: int) -> tuple[Int[Tensor, "B M l"], Bool[Tensor, "B M"]]:
+def _block_columns(
+    ctx: Context, block: int, stride: int
+) -> tuple[Int[Tensor, "B M l"], Bool[Tensor, "B M"]]:
     """The columns of each compressed block's keys, and which blocks are real, where there are documents or padding.
 
     A block ends at each key whose position is l - 1, l - 1 + d, ...; its keys are the l present ones up to there.
     """
     places, length = ctx.key_positions, ctx.key_positions.shape[1]
-    present = ctx.key_present if ctx.key_present is not None else torch.ones_like(places, dtype=torch.bool)
+    present = (
+        ctx.key_present
+        if ctx.key_present is not None
+        else torch.ones_like(places, dtype=torch.bool)
+    )
     order = (~present).long().argsort(dim=1, stable=True)  # present columns first
     ends = present & (places >= block - 1) & ((places - block + 1) % stride == 0)
     ends = ends.gather(1, order)
-    bound = max(0, (length - block) // stride + 1)  # however the documents lie, a block being no shorter than a stride
+    bound = max(
+        0, (length - block) // stride + 1
+    )  # however the documents lie, a block being no shorter than a stride
     most = bound if torch.compiler.is_compiling() else int(ends.sum(1).max())
     ranks = (~ends).long().argsort(dim=1, stable=True)[:, :most]  # [B, M]
     span = torch.arange(1 - block, 1, device=places.device)

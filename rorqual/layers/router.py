@@ -75,13 +75,19 @@ class _SqrtSoftplus(torch.autograd.Function):
         return grads[0] * slope.masked_fill(root == 0, 0.0)
 
 
-def within_groups(biased: Float[Tensor, "*N E"], groups: int, kept: int, group_score: str) -> Float[Tensor, "*N E"]:
+def within_groups(
+    biased: Float[Tensor, "*N E"], groups: int, kept: int, group_score: str
+) -> Float[Tensor, "*N E"]:
     """`biased`, with -inf (a bias may be negative, so not 0) outside of each token's `kept` best groups."""
     if kept == groups:
         return biased
     grouped = biased.unflatten(-1, (groups, -1))
-    worth = grouped.amax(-1) if group_score == "max" else grouped.topk(2, -1).values.sum(-1)  # [*N, groups]
-    outside = torch.ones_like(worth, dtype=torch.bool).scatter(-1, worth.topk(kept, -1).indices, False)
+    worth = (
+        grouped.amax(-1) if group_score == "max" else grouped.topk(2, -1).values.sum(-1)
+    )  # [*N, groups]
+    outside = torch.ones_like(worth, dtype=torch.bool).scatter(
+        -1, worth.topk(kept, -1).indices, False
+    )
     return grouped.masked_fill(outside[..., None], -torch.inf).flatten(-2)
 
 
@@ -90,13 +96,17 @@ def within_mass(
 ) -> Bool[Tensor, "*N K"]:
     """True for the first slots up to the one with which their share of `total` reaches `mass`, and for `least`."""
     before = weights.cumsum(-1) - weights
-    return (before < mass * total[..., None]) | (torch.arange(weights.shape[-1], device=weights.device) < least)
+    return (before < mass * total[..., None]) | (
+        torch.arange(weights.shape[-1], device=weights.device) < least
+    )
 
 
 def token_table(vocabulary: int, experts: int, active: int, seed: int) -> Int[Tensor, "V K"]:
     """K different experts for every token id, drawn evenly; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(vocabulary, experts, generator=generator, device="cpu").topk(active, -1).indices
+    return (
+        torch.rand(vocabulary, experts, generator=generator, device="cpu").topk(active, -1).indices
+    )
 
 
 class Router(nn.Module):
@@ -104,14 +114,22 @@ class Router(nn.Module):
     still give the weights."""
 
     def __init__(
-        self, config: RouterConfig, dim: int, experts: int, active: int, layer: int = 0, vocabulary: int | None = None
+        self,
+        config: RouterConfig,
+        dim: int,
+        experts: int,
+        active: int,
+        layer: int = 0,
+        vocabulary: int | None = None,
     ) -> None:
         """`layer` is the block's index; ValueError where it chooses by token id and `vocabulary` is None."""
         super().__init__()
         self.config, self.active = config, active
         self.weight = nn.Parameter(torch.randn(experts, dim) * dim**-0.5)
         self.e_score_correction_bias: Tensor | None
-        self.register_buffer("e_score_correction_bias", torch.zeros(experts) if config.bias else None)
+        self.register_buffer(
+            "e_score_correction_bias", torch.zeros(experts) if config.bias else None
+        )
         self.table: Tensor | None
         self.register_buffer("table", None)
         if layer < config.token_id_layers:
@@ -152,9 +170,15 @@ class Router(nn.Module):
     def _chosen(self, scores: Tensor, ids: Tensor | None) -> Tensor:
         if self.table is not None:
             if ids is None:
-                raise ValueError("router: got no token ids, expected them in a layer that chooses by token id")
+                raise ValueError(
+                    "router: got no token ids, expected them in a layer that chooses by token id"
+                )
             return self.table[ids]
-        biased = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
+        biased = (
+            scores
+            if self.e_score_correction_bias is None
+            else scores + self.e_score_correction_bias
+        )
         config = self.config
         allowed = within_groups(biased, config.groups, config.groups_kept, config.group_score)
         return allowed.topk(self.active, -1).indices
@@ -163,7 +187,10 @@ class Router(nn.Module):
         weights = scores.gather(-1, chosen)
         if self.config.adaptive_mass is not None:
             kept = within_mass(
-                weights.detach(), scores.detach().sum(-1), self.config.adaptive_mass, self.config.min_active
+                weights.detach(),
+                scores.detach().sum(-1),
+                self.config.adaptive_mass,
+                self.config.min_active,
             )
             weights = weights * kept
         if self.config.renormalise:

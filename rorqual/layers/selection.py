@@ -72,7 +72,10 @@ class Blocks:
         return max(0, (tokens - self.block) // self.stride + 1)
 
     def update(
-        self, keys: Float[Tensor, "B L G P"], make: Callable[[Tensor], Tensor], lead: Int[Tensor, " B"] | None = None
+        self,
+        keys: Float[Tensor, "B L G P"],
+        make: Callable[[Tensor], Tensor],
+        lead: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B M G P"]:
         """`make`, of keys [B, N, G, block, P], is asked for [B, N, G, P] of the blocks completed since the last call.
 
@@ -82,15 +85,23 @@ class Blocks:
             done = self.made.length
             if done and done == self.count(self.tokens) and self.made.buffer is not None:
                 return self.made.buffer[:, :done]
-            return self.made.append(make(windows(keys[:, done * self.stride :], self.block, self.stride)))
+            return self.made.append(
+                make(windows(keys[:, done * self.stride :], self.block, self.stride))
+            )
         starts = lead.tolist()
         self.made.crop(max(0, self.made.length - self.count(before - min(starts))))
-        spans = [range(self.count(before - start), self.count(self.tokens - start)) for start in starts]
+        spans = [
+            range(self.count(before - start), self.count(self.tokens - start)) for start in starts
+        ]
         fresh = [(row, block) for row, span in enumerate(spans) for block in span]
         if not fresh and self.made.length and self.made.buffer is not None:
             return self.made.buffer[:, : self.made.length]
-        rows, blocks = torch.tensor(fresh, device=keys.device, dtype=torch.long).view(-1, 2).unbind(1)
-        columns = (lead[rows] + blocks * self.stride)[:, None] + torch.arange(self.block, device=keys.device)
+        rows, blocks = (
+            torch.tensor(fresh, device=keys.device, dtype=torch.long).view(-1, 2).unbind(1)
+        )
+        columns = (lead[rows] + blocks * self.stride)[:, None] + torch.arange(
+            self.block, device=keys.device
+        )
         made = make(keys[rows[:, None], columns].transpose(1, 2)[:, None])[:, 0].detach()
         more = max(span.stop for span in spans) - self.made.length
         held = self.made.append(made.new_zeros(len(starts), more, *made.shape[1:]))
@@ -124,7 +135,9 @@ def visible(ctx: Context, run: slice) -> Bool[Tensor, "#B 1 T L"]:
     if ctx.mask is not None:
         return ctx.mask[:, :, run]
     columns = torch.arange(ctx.key_positions.shape[1], device=ctx.key_positions.device)
-    return (columns <= ctx.past + torch.arange(run.start, run.stop, device=columns.device)[:, None])[None, None]
+    return (
+        columns <= ctx.past + torch.arange(run.start, run.stop, device=columns.device)[:, None]
+    )[None, None]
 
 
 def full_attention(
@@ -139,12 +152,18 @@ def full_attention(
         return attend(query, key, value, scale)
     if ctx.mask is None and not ctx.past:
         return attend(query, key, value, scale, causal=True)
-    parts = [attend(query[:, run], key, value, scale, visible(ctx, run)) for run in runs(query.shape[1])]
+    parts = [
+        attend(query[:, run], key, value, scale, visible(ctx, run)) for run in runs(query.shape[1])
+    ]
     return torch.cat(parts, dim=1)
 
 
 def best_blocks(
-    scores: Float[Tensor, "B T J M"], own: Int[Tensor, "B T"], first: Int[Tensor, "B T"], chosen: int, forced: int = 1
+    scores: Float[Tensor, "B T J M"],
+    own: Int[Tensor, "B T"],
+    first: Int[Tensor, "B T"],
+    chosen: int,
+    forced: int = 1,
 ) -> Int[Tensor, "B T J K"]:
     """The `chosen` blocks of largest score, compared in float32, of equal ones the later; -1 where there are fewer.
 
@@ -156,9 +175,17 @@ def best_blocks(
     always = block == own
     if forced == 3:
         always = always | (block == first) | (block == own - 1)
-    scores = scores.float().masked_fill(always, torch.inf).masked_fill((block < first) | (block > own), -torch.inf)
+    scores = (
+        scores.float()
+        .masked_fill(always, torch.inf)
+        .masked_fill((block < first) | (block > own), -torch.inf)
+    )
     index = largest(scores, chosen)
-    index = index.masked_fill(scores.gather(-1, index) == -torch.inf, -1).sort(-1, descending=True).values
+    index = (
+        index.masked_fill(scores.gather(-1, index) == -torch.inf, -1)
+        .sort(-1, descending=True)
+        .values
+    )
     return F.pad(index, (0, chosen - index.shape[-1]), value=-1)
 
 
@@ -202,7 +229,9 @@ def selected_attention(
     No block may be named twice.
     """
     groups, choices = key.shape[2], index.shape[2]
-    columns = index[..., None] * block + torch.arange(block, device=key.device)  # [B, T, J, K, block]
+    columns = index[..., None] * block + torch.arange(
+        block, device=key.device
+    )  # [B, T, J, K, block]
     seen = (index[..., None] >= 0) & (columns <= positions[:, :, None, None, None])
     if lead is not None:
         columns = columns + lead[:, None, None, None, None]
@@ -232,7 +261,10 @@ def masked_attention(
     seen = visible(ctx, run)[..., :length]
     key, value, out = key[:, :length], value[:, :length], []
     for j in range(choices):
-        own, heads = index[:, :, j], slice(j * query.shape[2] // choices, (j + 1) * query.shape[2] // choices)
+        own, heads = (
+            index[:, :, j],
+            slice(j * query.shape[2] // choices, (j + 1) * query.shape[2] // choices),
+        )
         kept = own.new_zeros(*own.shape[:2], count + 1, dtype=torch.bool)
         kept = kept.scatter_(-1, own.where(own >= 0, count), True)[..., :count]  # [B, T, M]
         if segment is None:
@@ -240,7 +272,15 @@ def masked_attention(
         else:
             mask = kept.gather(-1, segment[:, None].expand(-1, own.shape[1], -1))
         group = slice(j * key.shape[2] // choices, j * key.shape[2] // choices + 1)
-        out.append(attend(query[:, :, heads], key[:, :, group], value[:, :, group], scale, mask[:, None] & seen))
+        out.append(
+            attend(
+                query[:, :, heads],
+                key[:, :, group],
+                value[:, :, group],
+                scale,
+                mask[:, None] & seen,
+            )
+        )
     return torch.cat(out, dim=2)
 
 

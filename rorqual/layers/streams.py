@@ -20,7 +20,9 @@ class Streams(NamedTuple):
     """The residual streams between two sublayers."""
 
     values: Float[Tensor, "B T S D"]
-    pre: Float[Tensor, "B T S"] | None = None  # the pre-mapping of the site before, if there was one
+    pre: Float[Tensor, "B T S"] | None = (
+        None  # the pre-mapping of the site before, if there was one
+    )
 
     def add(self, update: Float[Tensor, "B T S D"]) -> "Streams":
         """The streams with `update` added to their values."""
@@ -67,7 +69,9 @@ class _Sinkhorn(torch.autograd.Function):
         return flow.addcmul_(start, flow.sum(1, keepdim=True), value=-1), None, None
 
 
-def sinkhorn(logits: Float[Tensor, "S S N"], iterations: int = 20, eps: float = 1e-6) -> Float[Tensor, "S S N"]:
+def sinkhorn(
+    logits: Float[Tensor, "S S N"], iterations: int = 20, eps: float = 1e-6
+) -> Float[Tensor, "S S N"]:
     """c = softmax(logits, axis 1) + eps, axis 0 normalised; then iterations - 1 times axis 1 and axis 0 normalised.
 
     Every normalisation divides by (sum + eps). Axis 0 sums to 1 within 1e-5; axis 1 only as far as it has converged
@@ -95,13 +99,19 @@ class _Project(torch.autograd.Function):
         return (scaled.T @ weight).addcmul_(flat, shrink[:, None]), scaled @ flat, None
 
 
-def project(flat: Float[Tensor, "N F"], weight: Float[Tensor, "K F"], eps: float = 1e-6) -> Float[Tensor, "K N"]:
+def project(
+    flat: Float[Tensor, "N F"], weight: Float[Tensor, "K F"], eps: float = 1e-6
+) -> Float[Tensor, "K N"]:
     """m[k, n] = <weight_k, x_n> rsqrt(mean(x_n^2) + eps), tokens last."""
     return _Project.apply(flat, weight, eps)
 
 
 def squash(
-    m: Float[Tensor, "K N"], scale: Float[Tensor, "3"], base: Float[Tensor, " K"], streams: int, eps: float
+    m: Float[Tensor, "K N"],
+    scale: Float[Tensor, "3"],
+    base: Float[Tensor, " K"],
+    streams: int,
+    eps: float,
 ) -> tuple[Float[Tensor, "S N"], Float[Tensor, "S N"], Float[Tensor, "L N"]]:
     """pre, post and the logits of comb. Rows of m and base: S of pre, S of post, the rest of comb."""
     S, base = streams, base[:, None]
@@ -125,7 +135,9 @@ def collapse(
     carried: Float[Tensor, "S N"] | None = None,
     iterations: int = 20,
     eps: float = 1e-6,
-) -> tuple[Float[Tensor, "N D"], Float[Tensor, "S N"], Float[Tensor, "S N"], Float[Tensor, "S S N"]]:
+) -> tuple[
+    Float[Tensor, "N D"], Float[Tensor, "S N"], Float[Tensor, "S N"], Float[Tensor, "S S N"]
+]:
     """u, pre, post and comb, K = 2S + S*S; comb's rows are row-major [j, k]. u is read with `carried` where given."""
     S = streams.shape[1]
     pre, post, logits = squash(m, scale, base, S, eps)
@@ -146,7 +158,10 @@ def write(
     out, wide_streams = out.to(post.dtype), streams.to(post.dtype)
     if comb is not None and torch.compiler.is_compiling():
         rows, every = wide_streams.unbind(1), range(streams.shape[1])
-        made = [sum((comb[j, k, :, None] * rows[j] for j in every), post[k, :, None] * out) for k in every]
+        made = [
+            sum((comb[j, k, :, None] * rows[j] for j in every), post[k, :, None] * out)
+            for k in every
+        ]
         return torch.stack(made, 1).to(streams.dtype)
     mixed = streams if comb is None else comb.permute(2, 1, 0).contiguous() @ wide_streams
     return torch.addcmul(mixed, post.T[..., None], out[:, None]).to(streams.dtype)

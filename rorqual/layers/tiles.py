@@ -43,10 +43,14 @@ def attend_tiles(
     `segment` is segments(ctx, block) where there are documents or padding, else None; `cache` keeps the choice of
     the tile that is not full yet, for the next call; `lead` is selection.straight's."""
     if segment is None and lead is None and query.shape[1] >= TILE:
-        return _whole_tiles(query, key, value, tile_choices(choose, ctx, None, cache), ctx.past, block, scale)
+        return _whole_tiles(
+            query, key, value, tile_choices(choose, ctx, None, cache), ctx.past, block, scale
+        )
     index = token_choices(choose, ctx, segment, block, cache, lead)
     parts = [
-        attend_chosen(query[:, run], key, value, index[:, run], ctx, run, segment, block, scale, lead)
+        attend_chosen(
+            query[:, run], key, value, index[:, run], ctx, run, segment, block, scale, lead
+        )
         for run in runs(query.shape[1])
     ]
     return torch.cat(parts, dim=1)
@@ -82,7 +86,9 @@ def tile_choices(
     return _choices(choose, ctx, cache) if plain else _choices_of_rows(choose, ctx, cache)
 
 
-def _choices(choose: Callable[[Tensor], Tensor], ctx: Context, cache: Recent | None) -> Int[Tensor, "B N J K"]:
+def _choices(
+    choose: Callable[[Tensor], Tensor], ctx: Context, cache: Recent | None
+) -> Int[Tensor, "B N J K"]:
     """Of every tile that this call touches, where a tile starts at the same column in all rows."""
     time, begin = ctx.positions.shape[1], -ctx.past % TILE
     found = []
@@ -97,13 +103,17 @@ def _choices(choose: Callable[[Tensor], Tensor], ctx: Context, cache: Recent | N
     return tiles
 
 
-def _choices_of_rows(choose: Callable[[Tensor], Tensor], ctx: Context, cache: Recent | None) -> Int[Tensor, "B T J K"]:
+def _choices_of_rows(
+    choose: Callable[[Tensor], Tensor], ctx: Context, cache: Recent | None
+) -> Int[Tensor, "B T J K"]:
     """Of every token, where documents or padding start tiles anywhere; padding before the first chooses for itself."""
     columns = torch.arange(ctx.positions.shape[1], device=ctx.positions.device)
     starts = ctx.positions % TILE == 0
     if ctx.present is not None:
         starts = starts & ctx.present
-    if cache is not None and cache.length and not starts.any():  # nobody's choice but the one that is held
+    if (
+        cache is not None and cache.length and not starts.any()
+    ):  # nobody's choice but the one that is held
         index = _held(cache).expand(-1, len(columns), -1, -1)
         cache.extend(index.int())
         return index
@@ -130,7 +140,9 @@ def _to_tokens(tiles: Tensor, ctx: Context) -> Int[Tensor, "B T J K"]:
 def _begun(positions: Tensor, own: Tensor, block: int, choices: int) -> Int[Tensor, "B T J E"]:
     """The blocks that a token's tile has begun since its first query, -1 where it has begun fewer than it may."""
     aligned = block % TILE == 0 or TILE % block == 0
-    back = torch.arange((TILE - 1) // block if aligned else -(-(TILE - 1) // block), device=own.device)
+    back = torch.arange(
+        (TILE - 1) // block if aligned else -(-(TILE - 1) // block), device=own.device
+    )
     begun = positions // block - positions // TILE * TILE // block
     blocks = (own[..., None] - back).where(back < begun[..., None], -1)
     return blocks[:, :, None].expand(-1, -1, choices, -1)
@@ -160,7 +172,9 @@ def loop_tiles(
     (batch, length, groups), choices, out = key.shape[:3], tiles.shape[2], []
     far = [_by_block(x, block) for x in (key, value)]  # [B G M, block, P or Q]
     row = torch.arange(batch, device=key.device)[:, None] * groups
-    row = (row + torch.arange(choices, device=key.device) * groups // choices)[..., None] * (length // block)
+    row = (row + torch.arange(choices, device=key.device) * groups // choices)[..., None] * (
+        length // block
+    )
     for n, start in enumerate(range(past // TILE * TILE, length, TILE)):
         begin, end, own = max(start, past), min(start + TILE, length), start // block
         places = (row + tiles[:, n, :, 1 : own + 1]).flatten()
@@ -173,7 +187,9 @@ def loop_tiles(
         own_query = query[:, begin - past : end - past].transpose(1, 2)
         grouped = own_query.shape[1] != choices
         out.append(
-            F.scaled_dot_product_attention(own_query, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)
+            F.scaled_dot_product_attention(
+                own_query, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped
+            )
         )
     return torch.cat(out, dim=2).transpose(1, 2)
 

@@ -37,7 +37,9 @@ def pad_left(
     return ids, torch.arange(longest, device=device) >= longest - lengths[:, None]
 
 
-def saw(prompts: Sequence[Sequence[int]], vocabulary: int, device: torch.device | str) -> Bool[Tensor, "B V"]:
+def saw(
+    prompts: Sequence[Sequence[int]], vocabulary: int, device: torch.device | str
+) -> Bool[Tensor, "B V"]:
     """Which ids each prompt holds."""
     seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=device)
     for row, prompt in enumerate(prompts):
@@ -117,9 +119,13 @@ class Front(NamedTuple):
 
 def _draftable(model: LanguageModel) -> None:
     if not len(model.mtp):
-        raise ValueError("speculative: got a model without MTP, expected one trained with it (--model.mtp.depth 1)")
+        raise ValueError(
+            "speculative: got a model without MTP, expected one trained with it (--model.mtp.depth 1)"
+        )
     if model.config.moba is not None and model.config.moba.decode == "full":
-        raise ValueError('speculative: got moba.decode "full", expected "sparse": drafts are checked several at once')
+        raise ValueError(
+            'speculative: got moba.decode "full", expected "sparse": drafts are checked several at once'
+        )
 
 
 def speculate(
@@ -143,7 +149,9 @@ def speculate(
     # inference_mode stands on the three functions below that compute: around a `yield` it would reach the caller
     tally, vocabulary = Tally() if tally is None else tally, vocabulary or model.config.vocabulary
     ids, present = pad_left(prompts, pad_id, next(model.parameters()).device)
-    cache = model.new_cache(len(prompts), capacity=ids.shape[1] + max_new_tokens + len(model.mtp) + 1)
+    cache = model.new_cache(
+        len(prompts), capacity=ids.shape[1] + max_new_tokens + len(model.mtp) + 1
+    )
     front, fresh = _read(model, ids, present, cache, vocabulary)
     live, given = list(range(len(prompts))), 0
     while True:
@@ -163,7 +171,9 @@ def speculate(
 
 
 @torch.inference_mode()
-def _without_ended(front: Front, cache: Cache, live: list[int], going: set[int]) -> tuple[Front, list[int]]:
+def _without_ended(
+    front: Front, cache: Cache, live: list[int], going: set[int]
+) -> tuple[Front, list[int]]:
     """The rows that go on; the others leave the cache, too."""
     places = [place for place, row in enumerate(live) if row in going]
     index = torch.tensor(places, device=front.sure.device)
@@ -197,19 +207,29 @@ def _round(
     lengths = stood.sum(1, keepdim=True)
     kept = int(lengths.min()) + 1
     cache.crop(best.shape[1] - kept)
-    again = min(len(model.mtp) - 1, front.told.shape[1])  # positions whose deeper modules were told drafts
+    again = min(
+        len(model.mtp) - 1, front.told.shape[1]
+    )  # positions whose deeper modules were told drafts
     cache.crop_drafts(again)
 
     def moved(before: Tensor, new: Tensor) -> Tensor:
         return torch.cat([before[:, before.shape[1] - again :], new[:, :kept]], 1)
 
-    present = None if front.present is None else moved(front.present, torch.ones_like(best, dtype=torch.bool))
+    present = (
+        None
+        if front.present is None
+        else moved(front.present, torch.ones_like(best, dtype=torch.bool))
+    )
     sure = best.masked_fill(torch.arange(best.shape[1], device=best.device) > lengths, -1)
     sure = F.pad(sure[:, kept - 1 :], (0, kept - 1), value=-1)
-    return Front(moved(front.hidden, hidden), moved(front.told, best), present, sure), best[:, :kept]
+    return Front(moved(front.hidden, hidden), moved(front.told, best), present, sure), best[
+        :, :kept
+    ]
 
 
-def _drafts(model: LanguageModel, front: Front, cache: Cache, vocabulary: int) -> Int[Tensor, "B depths"]:
+def _drafts(
+    model: LanguageModel, front: Front, cache: Cache, vocabulary: int
+) -> Int[Tensor, "B depths"]:
     """What follows the first sure id: other sure ones, or what each depth of MTP says when it is told those before."""
     hidden, told, drafts = front.hidden, front.told, []
     for depth, module in enumerate(model.mtp):

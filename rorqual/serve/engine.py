@@ -65,8 +65,16 @@ class Engine:
         vocabulary: int | None = None,
     ) -> None:
         if rows < 1 or context < 2:
-            raise ValueError(f"got rows={rows} and context={context}, expected at least 1 row of 2 tokens")
-        self.model, self.rows, self.context, self.end_id, self.pad_id = model, rows, context, end_id, pad_id
+            raise ValueError(
+                f"got rows={rows} and context={context}, expected at least 1 row of 2 tokens"
+            )
+        self.model, self.rows, self.context, self.end_id, self.pad_id = (
+            model,
+            rows,
+            context,
+            end_id,
+            pad_id,
+        )
         self.vocabulary = min(vocabulary or model.config.vocabulary, model.config.vocabulary)
         self.running: list[Request] = []
         self._waiting: deque[Request] = deque()
@@ -75,14 +83,21 @@ class Engine:
         self._cache: Cache | None = None
 
     def submit(
-        self, prompt: Sequence[int], *, max_new_tokens: int = 64, sampling: Sampling = GREEDY, row: int = 0
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling = GREEDY,
+        row: int = 0,
     ) -> Request:
         """Put a prompt in the queue; `row` tells equal seeds apart, as `Sampling.generator` does.
 
         ValueError where it is empty, too long, or holds ids that the model or its tokenizer has not.
         """
         if not prompt or not all(0 <= token < self.vocabulary for token in prompt):
-            raise ValueError(f"prompt: expected at least one id, each from 0 to {self.vocabulary - 1}")
+            raise ValueError(
+                f"prompt: expected at least one id, each from 0 to {self.vocabulary - 1}"
+            )
         if max_new_tokens < 1 or len(prompt) + max_new_tokens > self.context:
             raise ValueError(
                 f"got a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens}, "
@@ -137,7 +152,9 @@ class Engine:
         admitted = self._admitted = self._admit()
         if self.running:
             assert self._cache is not None
-            last = torch.tensor([[request.ids[-1]] for request in self.running], device=self._device)
+            last = torch.tensor(
+                [[request.ids[-1]] for request in self.running], device=self._device
+            )
             self._give(self.running, last, None, self._cache)
         filled = [(requests, self._prefill(requests)) for requests in by_length(admitted)]
         for requests, cache in filled:
@@ -178,7 +195,9 @@ class Engine:
         elif self._cache is not None:
             self._cache.select(torch.tensor(kept, device=self._device))
 
-    def _give(self, requests: list[Request], ids: Tensor, present: Tensor | None, cache: Cache) -> None:
+    def _give(
+        self, requests: list[Request], ids: Tensor, present: Tensor | None, cache: Cache
+    ) -> None:
         hidden = self.model.hidden(ids, present=present, cache=cache, last=True)[0]
         logits = self.model.logits(hidden)[:, 0, : self.vocabulary]
         for row, request in enumerate(requests):
@@ -186,10 +205,14 @@ class Engine:
             if request.sampling.repetition_penalty != 1.0:
                 seen = saw([[*request.prompt, *request.ids]], self.vocabulary, self._device)
             try:
-                token = int(sample(logits[row : row + 1], request.sampling, [request.generator], seen))
+                token = int(
+                    sample(logits[row : row + 1], request.sampling, [request.generator], seen)
+                )
             except ValueError as error:
                 request.finish = request.finish or "error"
-                runtime.log(f"serve: a request of {len(request.prompt)} tokens ends: {error}", style="red")
+                runtime.log(
+                    f"serve: a request of {len(request.prompt)} tokens ends: {error}", style="red"
+                )
                 continue
             request.ids.append(token)
             if request.finish is None and token == self.end_id:
@@ -208,7 +231,9 @@ def by_length(requests: Sequence[Request]) -> list[list[Request]]:
     for request in sorted(requests, key=lambda request: len(request.prompt)):
         length = len(request.prompt)
         longer = length - len(groups[-1][-1].prompt) if groups else length
-        if groups and (not longer or (length <= PADDED_LENGTH and longer * len(groups[-1]) <= PADDING)):
+        if groups and (
+            not longer or (length <= PADDED_LENGTH and longer * len(groups[-1]) <= PADDING)
+        ):
             groups[-1].append(request)
         else:
             groups.append([request])
@@ -219,7 +244,10 @@ def join(caches: tuple[Cache, Cache], rows: tuple[int, int]) -> Cache:
     """The rows of both caches in one, their last tokens aligned; what stood before every row is dropped."""
     left, right = caches
     size = max(_held(left.past), _held(right.past))
-    layers = [_join(a, b, left.past, right.past, size) for a, b in zip(left.layers, right.layers, strict=True)]
+    layers = [
+        _join(a, b, left.past, right.past, size)
+        for a, b in zip(left.layers, right.layers, strict=True)
+    ]
     ids = _join(left.ids, right.ids, left.past, right.past, size)
     device = next(_tensors(left)).device
     return Cache(layers, _join_past((left.past, right.past), rows, size, device), ids, [])
@@ -248,7 +276,12 @@ def _join(a, b, left: Past, right: Past, size: int):
     if a is None:
         return None
     if isinstance(a, Bundle):
-        return type(a)(**{name: _join(part, b.parts[name], left, right, size) for name, part in a.parts.items()})
+        return type(a)(
+            **{
+                name: _join(part, b.parts[name], left, right, size)
+                for name, part in a.parts.items()
+            }
+        )
     if isinstance(a, Recent):
         return _join_recent(a, b)
     if isinstance(a, Blocks):
@@ -256,7 +289,9 @@ def _join(a, b, left: Past, right: Past, size: int):
         return _join_blocks(a, b, size, current)
     if isinstance(a, Appended) and a.length == left.length and b.length == right.length:
         return _stack(_tail(a, size), _tail(b, size), size)
-    raise ValueError(f"join: got a layer that keeps {type(a).__name__}, expected one that keeps tokens or blocks")
+    raise ValueError(
+        f"join: got a layer that keeps {type(a).__name__}, expected one that keeps tokens or blocks"
+    )
 
 
 def _tail(kept: Appended, size: int) -> Tensor:
@@ -265,7 +300,9 @@ def _tail(kept: Appended, size: int) -> Tensor:
     held = kept.buffer[:, max(0, kept.length - size) : kept.length]
     if held.shape[1] == size:
         return held
-    return torch.cat([held.new_zeros(held.shape[0], size - held.shape[1], *held.shape[2:]), held], 1)
+    return torch.cat(
+        [held.new_zeros(held.shape[0], size - held.shape[1], *held.shape[2:]), held], 1
+    )
 
 
 def _stack(a: Tensor, b: Tensor, size: int) -> Appended:
@@ -293,7 +330,9 @@ def _join_blocks(a: Blocks, b: Blocks, size: int, current: bool) -> Blocks:
     """
     joined = Blocks(a.block, a.stride, size + 64)
     if current and a.made.buffer is not None and b.made.buffer is not None:
-        most = min(max(a.made.length, b.made.length), joined.count(size))  # rows that had more may have left
+        most = min(
+            max(a.made.length, b.made.length), joined.count(size)
+        )  # rows that had more may have left
         joined.made.append(torch.cat([_head(a.made, most), _head(b.made, most)]))
         joined.tokens = size
     return joined
@@ -303,10 +342,14 @@ def _head(kept: Appended, size: int) -> Tensor:
     """The first `size` entries, zeros behind them where fewer are held."""
     assert kept.buffer is not None
     held = kept.buffer[:, : min(kept.length, size)]
-    return torch.cat([held, held.new_zeros(held.shape[0], size - held.shape[1], *held.shape[2:])], 1)
+    return torch.cat(
+        [held, held.new_zeros(held.shape[0], size - held.shape[1], *held.shape[2:])], 1
+    )
 
 
-def _join_past(pasts: tuple[Past, Past], rows: tuple[int, int], size: int, device: torch.device) -> Past:
+def _join_past(
+    pasts: tuple[Past, Past], rows: tuple[int, int], size: int, device: torch.device
+) -> Past:
     """Presence is named for every token from here on, unless both are equally long and nothing is absent."""
     joined, present = Past(size + 64), []
     for past, batch in zip(pasts, rows, strict=True):

@@ -79,7 +79,9 @@ class TooLong(ValueError):
 
     def __init__(self, size: int, longest: int) -> None:
         self.tokens = -(-size // longest)
-        super().__init__(f"got a text of {size} bytes, at least {self.tokens} tokens, expected a shorter one")
+        super().__init__(
+            f"got a text of {size} bytes, at least {self.tokens} tokens, expected a shorter one"
+        )
 
 
 class TextStream:
@@ -103,7 +105,9 @@ class TextStream:
             return ""
         self._ids.append(token)
         text = self.tokenizer.decode(self._ids)
-        whole = not text.endswith("\ufffd")  # a broken last character may yet be completed; those before it cannot
+        whole = not text.endswith(
+            "\ufffd"
+        )  # a broken last character may yet be completed; those before it cannot
         fresh = text[self._shown : len(text) if whole else -1]
         self._shown += len(fresh)
         if whole:
@@ -129,7 +133,10 @@ class TextStream:
         if places:
             self.stopped, self._held = True, ""
             return text[: min(places)]
-        keep = max((n for word in self.stop for n in range(1, len(word)) if text.endswith(word[:n])), default=0)
+        keep = max(
+            (n for word in self.stop for n in range(1, len(word)) if text.endswith(word[:n])),
+            default=0,
+        )
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -147,7 +154,9 @@ class Completion:
 class Run:
     """A model with its tokenizer: what `load` returns."""
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer | None, folder: Path | None = None) -> None:
+    def __init__(
+        self, model: LanguageModel, tokenizer: Tokenizer | None, folder: Path | None = None
+    ) -> None:
         self.model, self._tokenizer, self.folder = model.eval(), tokenizer, folder
         self._one_at_a_time = threading.Lock()
         self._chatty: subprocess.Popen[str] | None = None
@@ -159,7 +168,9 @@ class Run:
     @property
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            raise ValueError(f"{self.folder} holds no tokenizer.json: put the tokenizer's files beside the weights")
+            raise ValueError(
+                f"{self.folder} holds no tokenizer.json: put the tokenizer's files beside the weights"
+            )
         return self._tokenizer
 
     def __repr__(self) -> str:
@@ -193,7 +204,9 @@ class Run:
         bound on its memory: no loop or product that a template's author wrote can hold this process.
         """
         if self.folder is None or not chat_template(self.folder):
-            raise ValueError(f"{self.folder or 'this run'} has no chat template: ask for a completion instead")
+            raise ValueError(
+                f"{self.folder or 'this run'} has no chat template: ask for a completion instead"
+            )
         longest = self.tokenizer.longest
         most = context * longest if context is not None and longest is not None else None
         with self._one_at_a_time:
@@ -224,7 +237,15 @@ class Run:
     def _open_template(self, folder: Path) -> subprocess.Popen[str]:
         """The process that fills the template; it ends with this one, or when `close` is called."""
         process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _TEMPLATE, str(folder), str(TEMPLATE_SECONDS), str(TEMPLATE_BYTES)],
+            [
+                sys.executable,
+                "-P",
+                "-c",
+                _TEMPLATE,
+                str(folder),
+                str(TEMPLATE_SECONDS),
+                str(TEMPLATE_BYTES),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -255,7 +276,9 @@ class Run:
         ids: list[list[int]] = [[] for _ in texts]
         pieces: list[list[str]] = [[] for _ in texts]
         ended = [False] * len(texts)
-        for step in self._steps([self.prompt(text) for text in texts], max_new_tokens, sampling, tally):
+        for step in self._steps(
+            [self.prompt(text) for text in texts], max_new_tokens, sampling, tally
+        ):
             for row, token in enumerate(step):
                 if token is None or ended[row]:
                     continue
@@ -299,7 +322,11 @@ class Run:
         texts = [text] if isinstance(text, str) else text
         sampling = Sampling(**options)
         done = self.complete(
-            texts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, speculative=speculative
+            texts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            speculative=speculative,
         )
         return done[0].text if isinstance(text, str) else [completion.text for completion in done]
 
@@ -335,7 +362,10 @@ class Run:
         """The new ids of every prompt, a step at a time."""
         if max_new_tokens < 1:
             raise ValueError(f"got max_new_tokens={max_new_tokens}, expected at least 1")
-        end_id, vocabulary = self.tokenizer.end_id, min(self.tokenizer.vocabulary, self.config.vocabulary)
+        end_id, vocabulary = (
+            self.tokenizer.end_id,
+            min(self.tokenizer.vocabulary, self.config.vocabulary),
+        )
         if tally is None:
             yield from decode(
                 self.model,
@@ -349,7 +379,9 @@ class Run:
             return
         if sampling.temperature or sampling.repetition_penalty != 1.0:
             got = f"temperature {sampling.temperature}, repetition penalty {sampling.repetition_penalty}"
-            raise ValueError(f"speculative: got {got}, expected temperature 0 (--temperature 0) without a penalty")
+            raise ValueError(
+                f"speculative: got {got}, expected temperature 0 (--temperature 0) without a penalty"
+            )
         yield from speculate(
             self.model,
             prompts,
@@ -366,7 +398,12 @@ DEEPSEEK = ("deepseek_v2", "deepseek_v3")
 
 
 def load(
-    where: str | Path, *, device: str = "auto", dtype: str | None = None, tables: Placement = "device", **sizes: Any
+    where: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+    tables: Placement = "device",
+    **sizes: Any,
 ) -> Run:
     """A run folder, a DeepSeek hub folder, a folder that RorqualForCausalLM saved, or a hub id -> Run.
 
@@ -406,10 +443,14 @@ def missing(where: str | Path) -> Exception:
     folder = Path(where).expanduser()
     if (folder / "adapter_config.json").is_file():
         base = "load its base model with transformers and peft"
-        return ValueError(f"{where} holds a PEFT adapter, expected a whole model with config.json: {base}")
+        return ValueError(
+            f"{where} holds a PEFT adapter, expected a whole model with config.json: {base}"
+        )
     if folder.is_dir():
         inside = sorted(str(path.parent) for path in folder.glob("*/config.json"))
-        some = " or ".join(inside[:4]) + (f", or one of {len(inside) - 4} more" if len(inside) > 4 else "")
+        some = " or ".join(inside[:4]) + (
+            f", or one of {len(inside) - 4} more" if len(inside) > 4 else ""
+        )
         mend = f"did you mean {some}?" if inside else "has the run been trained and saved?"
         if (folder / "train.json").is_file():
             mend = f"its training has not begun to learn yet; go on: rorqual train {where}"
@@ -417,7 +458,9 @@ def missing(where: str | Path) -> Exception:
             mend = f"did you mean {folder.absolute().parent}?"
         return FileNotFoundError(f"{where} holds no config.json: {mend}")
     if folder.exists():
-        return ValueError(f"{where} is a file, expected the folder it lies in, with config.json and model.safetensors")
+        return ValueError(
+            f"{where} is a file, expected the folder it lies in, with config.json and model.safetensors"
+        )
     guess = f"did you mean {' or '.join(map(str, found))}?" if (found := near(folder)) else ""
     mend = guess or "expected a run folder (make one with `rorqual train`) or a hub id"
     return FileNotFoundError(f"no folder {where}: {mend}")
@@ -448,11 +491,15 @@ def snapshot(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        said = f"no folder {name}, and the hub did not give a model of that name: {hub_reason(error)}"
+        said = (
+            f"no folder {name}, and the hub did not give a model of that name: {hub_reason(error)}"
+        )
         raise FileNotFoundError(said) from error
 
 
-def read(folder: Path, tables: TableConfig | None = None, dtype: torch.dtype | None = None) -> LanguageModel:
+def read(
+    folder: Path, tables: TableConfig | None = None, dtype: torch.dtype | None = None
+) -> LanguageModel:
     """The model of a local folder, by what its config.json says it is.
 
     DeepSeek's weights are read into `dtype`, or as they are stored; others keep theirs.
@@ -461,7 +508,9 @@ def read(folder: Path, tables: TableConfig | None = None, dtype: torch.dtype | N
         return checkpoint.load_model(folder, tables=tables)
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     if tables not in (None, TableConfig()):
-        raise ValueError(f"{folder}: got {tables}, expected a run of rorqual's own, whose tables can lie elsewhere")
+        raise ValueError(
+            f"{folder}: got {tables}, expected a run of rorqual's own, whose tables can lie elsewhere"
+        )
     if kind in DEEPSEEK:
         return checkpoints.load(folder, dtype=dtype)
     if kind == "rorqual":
@@ -472,7 +521,9 @@ def read(folder: Path, tables: TableConfig | None = None, dtype: torch.dtype | N
             ours = {name.removeprefix("model."): shape for name, shape in stored}
             checkpoint.check_sizes(folder, RorqualConfig.from_pretrained(folder).model, ours)
         return RorqualForCausalLM.from_pretrained(folder).model
-    raise ValueError(f"{folder} is a {kind} model, expected a rorqual run, or one of {', '.join(DEEPSEEK)}")
+    raise ValueError(
+        f"{folder} is a {kind} model, expected a rorqual run, or one of {', '.join(DEEPSEEK)}"
+    )
 
 
 def chat_template(folder: Path) -> bool:
@@ -480,4 +531,6 @@ def chat_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file():
         return True
     file = folder / "tokenizer_config.json"
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("chat_template"))
+    return file.is_file() and bool(
+        json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+    )

@@ -147,14 +147,18 @@ async def body(http: Request, largest: int, seconds: float = 30) -> Any:
     """
     kind = http.headers.get("content-type", "").split(";")[0].strip()
     if kind != "application/json":
-        raise ValueError(f"content-type: got {kind[:_LONGEST] or 'none'}, expected application/json")
+        raise ValueError(
+            f"content-type: got {kind[:_LONGEST] or 'none'}, expected application/json"
+        )
     content = bytearray()
     try:
         async with asyncio.timeout(seconds):
             async for chunk in http.stream():
                 content += chunk
                 if len(content) > largest:
-                    raise ValueError(f"body: got more than {largest} bytes, expected a smaller request")
+                    raise ValueError(
+                        f"body: got more than {largest} bytes, expected a smaller request"
+                    )
     except TimeoutError as error:
         got = f"got {len(content)} bytes in {seconds:g} s"
         raise Refusal(f"body: {got}, expected the whole request", status=408) from error
@@ -163,7 +167,9 @@ async def body(http: Request, largest: int, seconds: float = 30) -> Any:
     except ValueError as error:
         raise ValueError(f"body is not JSON: {error}") from error
     except RecursionError as error:  # json reads by recursion
-        raise ValueError("body is not JSON for us: lists or objects too deep in one another") from error
+        raise ValueError(
+            "body is not JSON for us: lists or objects too deep in one another"
+        ) from error
 
 
 def parse(body: Any, *, chat: bool, most: int = 64) -> Ask:
@@ -183,8 +189,12 @@ def parse(body: Any, *, chat: bool, most: int = 64) -> Ask:
     prompts = () if chat else _prompts(body.get("prompt"))
     copies = _number(body, "n", int, 1, 1, most)
     if copies * max(len(prompts), 1) > most:
-        raise ValueError(f"n: got {copies} for each of {len(prompts)} prompts, expected at most {most} in all")
-    limit = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+        raise ValueError(
+            f"n: got {copies} for each of {len(prompts)} prompts, expected at most {most} in all"
+        )
+    limit = (
+        "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+    )
     return Ask(
         model=model,
         prompts=prompts,
@@ -208,13 +218,19 @@ def _refuse(body: Mapping[str, Any], misplaced: str) -> tuple[str, ...]:
     for name, value in body.items():
         if name in NEUTRAL:
             if value not in NEUTRAL[name]:
-                raise ValueError(f"{name}: got {_short(value)}, which this server does not do; leave it out")
+                raise ValueError(
+                    f"{name}: got {_short(value)}, which this server does not do; leave it out"
+                )
         elif name in IGNORED:
             ignored.append(name)
         elif name not in KNOWN or name == misplaced:
             name = name[:_LONGEST]
-            near = difflib.get_close_matches(name, [known for known in KNOWN if known != misplaced], 1)
-            raise ValueError(f"{name}: unknown field" + (f", did you mean {near[0]}?" if near else ""))
+            near = difflib.get_close_matches(
+                name, [known for known in KNOWN if known != misplaced], 1
+            )
+            raise ValueError(
+                f"{name}: unknown field" + (f", did you mean {near[0]}?" if near else "")
+            )
     return tuple(ignored)
 
 
@@ -272,8 +288,14 @@ def _sampling(body: Mapping[str, Any]) -> Sampling:
 
 def _stop(value: Any) -> tuple[str, ...]:
     words = [value] if isinstance(value, str) else [] if value is None else value
-    if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words) or len(words) > 16:
-        raise ValueError(f"stop: got {_short(value)}, expected a text or at most 16 texts, none of them empty")
+    if (
+        not isinstance(words, list)
+        or not all(isinstance(word, str) and word for word in words)
+        or len(words) > 16
+    ):
+        raise ValueError(
+            f"stop: got {_short(value)}, expected a text or at most 16 texts, none of them empty"
+        )
     return tuple(map(_whole, words))
 
 
@@ -287,7 +309,9 @@ def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
             return (tuple(value),)
         if all(_ids(part) for part in value):
             return tuple(tuple(part) for part in value)
-    raise ValueError("prompt: expected a text, a list of texts, a list of token ids, or a list of such lists")
+    raise ValueError(
+        "prompt: expected a text, a list of texts, a list of token ids, or a list of such lists"
+    )
 
 
 def _ids(value: Any) -> bool:
@@ -303,7 +327,9 @@ def _messages(value: Any) -> tuple[Mapping[str, str], ...]:
 def _message(message: Any, where: str) -> Mapping[str, str]:
     """Its role and its content as one text."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise ValueError(f"{where}: got {_short(message)}, expected an object with the texts role and content")
+        raise ValueError(
+            f"{where}: got {_short(message)}, expected an object with the texts role and content"
+        )
     role = message["role"]
     for name in ("tool_calls", "function_call"):
         if message.get(name):
@@ -313,7 +339,9 @@ def _message(message: Any, where: str) -> Mapping[str, str]:
     if content is None and role == "assistant":
         content = ""
     if isinstance(content, list):
-        content = "\n".join(_part(part, f"{where}.content[{place}]") for place, part in enumerate(content))
+        content = "\n".join(
+            _part(part, f"{where}.content[{place}]") for place, part in enumerate(content)
+        )
     if not isinstance(content, str):
         got = "null" if content is None else _short(content)
         raise ValueError(f"{where}.content: got {got}, expected a text or a list of text parts")
@@ -325,7 +353,9 @@ def _part(part: Any, where: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in ("text", "refusal"):
         got = f"a part of type {_short(kind)}" if kind is not None else _short(part)
-        raise ValueError(f'{where}: got {got}, expected {{"type": "text", "text": ...}}: this model reads text only')
+        raise ValueError(
+            f'{where}: got {got}, expected {{"type": "text", "text": ...}}: this model reads text only'
+        )
     text = part.get(kind)
     if not isinstance(text, str):
         raise ValueError(f"{where}.{kind}: got {_short(text)}, expected a text")

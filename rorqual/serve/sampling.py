@@ -37,9 +37,13 @@ class Sampling:
             ("repetition_penalty", self.repetition_penalty, 1e-3, 1e3),
         ):
             if value is not None and not low <= value <= high:
-                raise ValueError(f"got {name}={value!r}, expected a number from {low:g} to {high:g}")
+                raise ValueError(
+                    f"got {name}={value!r}, expected a number from {low:g} to {high:g}"
+                )
         if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"got seed={self.seed!r}, expected None or an integer from 0 to 2**63 - 1")
+            raise ValueError(
+                f"got seed={self.seed!r}, expected None or an integer from 0 to 2**63 - 1"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -59,7 +63,9 @@ class Sampling:
 GREEDY = Sampling(temperature=0.0)
 
 
-def penalise(logits: Float[Tensor, "B V"], seen: Bool[Tensor, "B V"], penalty: float) -> Float[Tensor, "B V"]:
+def penalise(
+    logits: Float[Tensor, "B V"], seen: Bool[Tensor, "B V"], penalty: float
+) -> Float[Tensor, "B V"]:
     """logit / penalty where positive, logit * penalty where negative, for the ids already in the text.
 
     A finite logit stays finite: what would overflow becomes the largest number of its dtype.
@@ -82,11 +88,15 @@ def narrow(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B
         ordered, order = logits.sort(descending=True, stable=True)
         chance = ordered.softmax(-1)
         before = chance.cumsum(-1) - chance
-        beyond = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= sampling.top_p)
+        beyond = torch.zeros_like(before, dtype=torch.bool).scatter(
+            1, order, before >= sampling.top_p
+        )
         logits = logits.masked_fill(beyond, -torch.inf)
     if sampling.min_p is not None:
         chance = logits.softmax(-1)
-        logits = logits.masked_fill(chance < sampling.min_p * chance.amax(-1, keepdim=True), -torch.inf)
+        logits = logits.masked_fill(
+            chance < sampling.min_p * chance.amax(-1, keepdim=True), -torch.inf
+        )
     return logits
 
 
@@ -113,5 +123,8 @@ def sample(
     if sampling.greedy:
         return logits.argmax(-1)
     chances = narrow(logits - logits.amax(-1, keepdim=True), sampling).softmax(-1).cpu()
-    drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(chances, generators, strict=True)]
+    drawn = [
+        torch.multinomial(row, 1, generator=own)
+        for row, own in zip(chances, generators, strict=True)
+    ]
     return torch.cat(drawn).to(logits.device)

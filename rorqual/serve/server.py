@@ -127,7 +127,9 @@ class Worker(threading.Thread):
                     failed = request.finish == "error" or not request.ids
                     self._tell(request, (None if failed else request.ids[-1], request.finish))
             except Exception as error:  # a request must not take the others' thread with it
-                runtime.log(f"serve: a step failed, its requests are dropped: {error!r}", style="red")
+                runtime.log(
+                    f"serve: a step failed, its requests are dropped: {error!r}", style="red"
+                )
                 for request in self.engine.drop():
                     self._tell(request, (None, "error"))
 
@@ -190,7 +192,9 @@ class Service:
             raise Refusal(message, status=404, code="model_not_found", param="model")
         if fresh := [name for name in ask.ignored if name not in self._ignored]:
             self._ignored.update(fresh)
-            runtime.log(f"serve: requests have {', '.join(fresh)}, which changes nothing here (noted once)")
+            runtime.log(
+                f"serve: requests have {', '.join(fresh)}, which changes nothing here (noted once)"
+            )
 
     async def take(self, ask: Ask) -> list[tuple[Request, asyncio.Queue]]:
         """Puts all its prompts into the queue, or none.
@@ -201,7 +205,9 @@ class Service:
         places = engine.rows + self.max_waiting
         self._refuse_if_stopping()
         if wanted > places:
-            raise Refusal(f"n: got {wanted} prompts and copies of them, expected at most {places} at once")
+            raise Refusal(
+                f"n: got {wanted} prompts and copies of them, expected at most {places} at once"
+            )
         if self.worker.unfinished + self._arriving + wanted > places:
             message = f"The queue of {self.max_waiting} requests is full, please try again later"
             raise Refusal(message, status=429, code="queue_full", headers={"retry-after": "2"})
@@ -229,7 +235,9 @@ class Service:
         context = self.worker.engine.context
         if ask.messages:
             messages = [dict(message) for message in ask.messages]
-            texts = [await self._aside(self._chats, partial(self.run.chat, messages, context=context))]
+            texts = [
+                await self._aside(self._chats, partial(self.run.chat, messages, context=context))
+            ]
         else:
             texts = [
                 await self._aside(self._texts, partial(self.run.prompt, prompt, context=context))
@@ -261,11 +269,19 @@ class Service:
         try:
             for row, prompt in enumerate(prompts):
                 left = context - len(prompt)
-                wanted = min(256, max(left, 1)) if ask.max_new_tokens is None else ask.max_new_tokens
+                wanted = (
+                    min(256, max(left, 1)) if ask.max_new_tokens is None else ask.max_new_tokens
+                )
                 if wanted > left:
                     parts = f"{len(prompt)} in the prompt, {wanted} in the completion"
-                    raise self._too_long(f"you requested {len(prompt) + wanted} tokens ({parts})", ask)
-                taken.append(self.worker.submit(prompt, max_new_tokens=wanted, sampling=ask.sampling, row=row))
+                    raise self._too_long(
+                        f"you requested {len(prompt) + wanted} tokens ({parts})", ask
+                    )
+                taken.append(
+                    self.worker.submit(
+                        prompt, max_new_tokens=wanted, sampling=ask.sampling, row=row
+                    )
+                )
         except ValueError:
             self.forget(taken)
             raise
@@ -292,7 +308,9 @@ class Service:
         for request, _ in taken:
             self.worker.forget(request)
 
-    async def pieces(self, ask: Ask, request: Request, queue: asyncio.Queue) -> AsyncIterator[tuple[str, str | None]]:
+    async def pieces(
+        self, ask: Ask, request: Request, queue: asyncio.Queue
+    ) -> AsyncIterator[tuple[str, str | None]]:
         """Text as it comes, then the reason why it ended. Failure where the model thread dropped the request."""
         stream, end_id = TextStream(self.run.tokenizer, ask.stop), self.run.tokenizer.end_id
         try:
@@ -335,12 +353,20 @@ def application(service: Service, *, hosts: Sequence[str] = LOCAL) -> Starlette:
         if http.path_params["name"] in service.names:
             return JSONResponse(card)
         name = http.path_params["name"][:200]
-        return _error(404, f"The model {name!r} does not exist", code="model_not_found", param="model")
+        return _error(
+            404, f"The model {name!r} does not exist", code="model_not_found", param="model"
+        )
 
     async def health(_: Http) -> Response:
         engine, alive = service.worker.engine, service.worker.is_alive()
-        busy: dict[str, Any] = {"running": len(engine.running), "waiting": engine.waiting, "rows": engine.rows}
-        if counted := [counts for table in service.run.model.tables if (counts := cast(Table, table).metrics())]:
+        busy: dict[str, Any] = {
+            "running": len(engine.running),
+            "waiting": engine.waiting,
+            "rows": engine.rows,
+        }
+        if counted := [
+            counts for table in service.run.model.tables if (counts := cast(Table, table).metrics())
+        ]:
             busy["tables"] = counted  # rows, bytes and hit rate of those that are not on the device
         # by a thread, since a disk that hangs must not hold up the other requests
         unreadable = await to_thread.run_sync(service.unreadable, abandon_on_cancel=True)
@@ -349,7 +375,12 @@ def application(service: Service, *, hosts: Sequence[str] = LOCAL) -> Starlette:
         status = "down" if not alive else "tables cannot be read" if unreadable else "ok"
         return JSONResponse({"status": status, **busy}, status_code=200 if status == "ok" else 503)
 
-    card = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "rorqual"}
+    card = {
+        "id": service.name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "rorqual",
+    }
     return Starlette(
         routes=[
             Route("/v1/completions", completions, methods=["POST"]),
@@ -385,7 +416,9 @@ async def _answer(service: Service, http: Http, *, chat: bool) -> Response:
     except ClientDisconnect:
         return Response(status_code=499)  # which nobody reads
     except Refusal as error:
-        return _error(error.status, str(error), code=error.code, param=error.param, headers=error.headers)
+        return _error(
+            error.status, str(error), code=error.code, param=error.param, headers=error.headers
+        )
     except ValueError as error:
         return _error(400, str(error))
     except Failure as error:
@@ -446,7 +479,9 @@ class Events(StreamingResponse):
             self._service.forget(self._taken)
 
 
-async def _whole(service: Service, ask: Ask, request: Request, queue: asyncio.Queue) -> tuple[str, str | None]:
+async def _whole(
+    service: Service, ask: Ask, request: Request, queue: asyncio.Queue
+) -> tuple[str, str | None]:
     parts = [part async for part in service.pieces(ask, request, queue)]
     return "".join(piece for piece, _ in parts), parts[-1][1]
 
@@ -479,7 +514,9 @@ async def _events(service: Service, ask: Ask, taken: list, words: "Words") -> As
             else:
                 yield _event(chunk)
         if ask.usage:
-            yield _event(words.chunk([]) | {"usage": words.usage([request for request, _ in taken])})
+            yield _event(
+                words.chunk([]) | {"usage": words.usage([request for request, _ in taken])}
+            )
         yield "data: [DONE]\n\n"
     finally:
         for task in pumps:
@@ -496,14 +533,23 @@ class Words:
 
     def __init__(self, model: str, chat: bool, prompt_tokens: int) -> None:
         self.chat, self.prompt_tokens = chat, prompt_tokens
-        self._head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time())}
+        self._head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+        }
         self._head["model"] = model
 
     def whole(self, choices: list[dict]) -> dict:
-        return self._head | {"object": "chat.completion" if self.chat else "text_completion", "choices": choices}
+        return self._head | {
+            "object": "chat.completion" if self.chat else "text_completion",
+            "choices": choices,
+        }
 
     def chunk(self, choices: list[dict]) -> dict:
-        return self._head | {"object": "chat.completion.chunk" if self.chat else "text_completion", "choices": choices}
+        return self._head | {
+            "object": "chat.completion.chunk" if self.chat else "text_completion",
+            "choices": choices,
+        }
 
     def opening(self, row: int) -> dict:
         return {"index": row, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
@@ -511,7 +557,11 @@ class Words:
     def choice(self, row: int, text: str, finish: str | None, *, part: bool = False) -> dict:
         if not self.chat:
             return {"index": row, "text": text, "logprobs": None, "finish_reason": finish}
-        said = {"delta": {"content": text}} if part else {"message": {"role": "assistant", "content": text}}
+        said = (
+            {"delta": {"content": text}}
+            if part
+            else {"message": {"role": "assistant", "content": text}}
+        )
         return {"index": row, **said, "finish_reason": finish}
 
     def usage(self, requests: list[Request]) -> dict:
@@ -523,11 +573,19 @@ class Words:
         }
 
 
-def _problem(status: int, message: str, *, code: str | None = None, param: str | None = None) -> dict:
+def _problem(
+    status: int, message: str, *, code: str | None = None, param: str | None = None
+) -> dict:
     """An error in OpenAI's words. Its message is cut, and made text that UTF-8 can write."""
     if len(message) > LONGEST:
         message = message[:LONGEST] + "..."
-    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    kind = (
+        "server_error"
+        if status >= 500
+        else "rate_limit_error"
+        if status == 429
+        else "invalid_request_error"
+    )
     message = message.encode("utf-8", "replace").decode()
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -608,7 +666,9 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         got = f"got {host} port {port} ({error.strerror or error})"
-        raise ValueError(f"serve: {got}, expected a free port of this machine: --port 0 takes any") from error
+        raise ValueError(
+            f"serve: {got}, expected a free port of this machine: --port 0 takes any"
+        ) from error
 
 
 def serve(

@@ -71,11 +71,17 @@ def built(step: Any) -> bool:
 def _building(step: Any) -> subprocess.Popen | None:
     """Once a process; not waited for."""
     if not step.keepable():
-        log("models decode module by module: there is nowhere to keep a compiled step (set NUMBA_CACHE_DIR)", "yellow")
+        log(
+            "models decode module by module: there is nowhere to keep a compiled step (set NUMBA_CACHE_DIR)",
+            "yellow",
+        )
         return None
-    log("compiling the decoding step (some 20 s of a core, once an installation); until then models decode without it")
+    log(
+        "compiling the decoding step (some 20 s of a core, once an installation); until then models decode without it"
+    )
     code = (
-        f"import os; getattr(os, 'nice', int)(10); from {step.__module__} import {step.__name__} as step; step.keep()"
+        "import os; getattr(os, 'nice', int)(10); "
+        f"from {step.__module__} import {step.__name__} as step; step.keep()"
     )
     quiet, paths = subprocess.DEVNULL, os.pathsep.join(path or os.getcwd() for path in sys.path)
     return subprocess.Popen(
@@ -91,26 +97,44 @@ def _building(step: Any) -> subprocess.Popen | None:
 def fits(model: LanguageModel) -> bool:
     """Whether the compiled step computes what this model does."""
     c = model.config
-    if c.mla is None or c.mla.bias or model.training or (c.dsa, c.engram, c.hyper) != (None, None, None):
+    if (
+        c.mla is None
+        or c.mla.bias
+        or model.training
+        or (c.dsa, c.engram, c.hyper) != (None, None, None)
+    ):
         return False
-    if c.moe is not None and (c.moe.router.adaptive_mass is not None or c.moe.router.token_id_layers):
+    if c.moe is not None and (
+        c.moe.router.adaptive_mass is not None or c.moe.router.token_id_layers
+    ):
         return False
-    modules = [model.embed, model.norm, model.head, *(part for block in model.blocks for part in block.modules())]
+    modules = [
+        model.embed,
+        model.norm,
+        model.head,
+        *(part for block in model.blocks for part in block.modules()),
+    ]
     return all(
         type(part) in KNOWN
         and part._forward_hooks == part._forward_pre_hooks == {}
         and "forward" not in part.__dict__
         and getattr(part, "exchange", None) is None
         for part in modules
-    ) and all(p.dtype == torch.float32 and p.is_contiguous() and p.is_cpu for p in model.parameters())
+    ) and all(
+        p.dtype == torch.float32 and p.is_contiguous() and p.is_cpu for p in model.parameters()
+    )
 
 
 class _Compiled:
     def __init__(self, step: Callable[..., Step], model: LanguageModel, cache: Cache) -> None:
         self.model, self.cache, self.turned = model, cache, -1
         self.embed = model.embed.weight.detach()
-        self.kept = [value.detach() for value in (*model.parameters(), *model.buffers())]  # their memory is read
-        self.latents = [cast(Appended, layer.attention.latent) for layer in cast(Iterable, cache.layers)]
+        self.kept = [
+            value.detach() for value in (*model.parameters(), *model.buffers())
+        ]  # their memory is read
+        self.latents = [
+            cast(Appended, layer.attention.latent) for layer in cast(Iterable, cache.layers)
+        ]
         blocks = [cast(Block, block) for block in model.blocks]
         self.places = np.array([_places(block) for block in blocks], np.int64)
         widths = np.array([_width(block) for block in blocks], np.int64)
@@ -169,7 +193,12 @@ def _width(block: Block) -> int:
 
 def sizes(model: LanguageModel) -> Sizes:
     """What the compiled step must know of a config."""
-    c, mla, moe, attention = model.config, model.config.mla, model.config.moe, model.blocks[0].attention
+    c, mla, moe, attention = (
+        model.config,
+        model.config.mla,
+        model.config.moe,
+        model.blocks[0].attention,
+    )
     assert mla is not None and isinstance(attention, MLA)
     router = moe.router if moe is not None else None
     return Sizes(

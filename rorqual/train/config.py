@@ -28,7 +28,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 2:
-            raise ValueError(f"limit: got {self.limit}, expected at least 2 documents, one of them to validate on")
+            raise ValueError(
+                f"limit: got {self.limit}, expected at least 2 documents, one of them to validate on"
+            )
         if self.vocabulary is not None and self.vocabulary < BYTE_VOCABULARY:
             raise ValueError(
                 f"vocabulary: got {self.vocabulary}, expected at least {BYTE_VOCABULARY}: the "
@@ -111,7 +113,9 @@ class TrainConfig:
         if self.validate_every is not None and self.validate_every < 0:
             raise ValueError(f"validate_every: got {self.validate_every}, expected at least 0")
         if self.indexer_alone and self.model.dsa is None:
-            raise ValueError("indexer_alone: got a model without DSA, expected --model.dsa, whose indexers it is about")
+            raise ValueError(
+                "indexer_alone: got a model without DSA, expected --model.dsa, whose indexers it is about"
+            )
         if not 0 <= self.bias_rest <= 1:
             raise ValueError(f"bias_rest: got {self.bias_rest}, expected 0..1")
         if not 0 <= self.seed < 2**32:
@@ -120,7 +124,9 @@ class TrainConfig:
 
 def _expect_one_of(name: str, value: Any, *choices: str) -> None:
     if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected {', '.join(choices[:-1])} or {choices[-1]}")
+        raise ValueError(
+            f"{name}: got {value!r}, expected {', '.join(choices[:-1])} or {choices[-1]}"
+        )
 
 
 def recipe(dim: int, *, needles: bool = False) -> OptimConfig:

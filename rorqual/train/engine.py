@@ -202,7 +202,9 @@ class SafetensorsCheckpointer(Checkpointer):
         current = _state_to_save(train_module, train_state)
         tensors = {name: tensor.detach().clone() for name, tensor in current.items()}
         values = checkpoint.decode(checkpoint.encode(train_state))
-        write = self.writer.submit(checkpoint.save_state, _folder(dir), tensors, values, group=self.process_group)
+        write = self.writer.submit(
+            checkpoint.save_state, _folder(dir), tensors, values, group=self.process_group
+        )
         return WriteFuture(write)
 
     def load(
@@ -217,7 +219,9 @@ class SafetensorsCheckpointer(Checkpointer):
         """Fills the module in place, with a whole checkpoint or not at all."""
         partial = load_optim_state is False or load_trainer_state is False
         if partial or reset_optimizer_states_on_load:
-            raise ValueError("got a part of a checkpoint asked for, expected the whole: load_model reads weights alone")
+            raise ValueError(
+                "got a part of a checkpoint asked for, expected the whole: load_model reads weights alone"
+            )
         state = train_module.state_dict()
         # Whole numbers of a model are Engram's addresses: they are given, not learnt.
         addresses = {
@@ -228,7 +232,9 @@ class SafetensorsCheckpointer(Checkpointer):
         values = checkpoint.load_state(_folder(dir), state, group=self.process_group)
         for name, tensor in addresses.items():
             if not torch.equal(tensor, state[name]):
-                raise ValueError(f"{dir}: got another {name}, expected this model's: another tokenizer made it")
+                raise ValueError(
+                    f"{dir}: got another {name}, expected this model's: another tokenizer made it"
+                )
         return values
 
     @classmethod

@@ -127,7 +127,11 @@ class MetricsWriter:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends a line, without the numbers that are not finite: JSON has none."""
-        line = {name: value for name, value in line.items() if not isinstance(value, float) or math.isfinite(value)}
+        line = {
+            name: value
+            for name, value in line.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
         if parallel.rank() == 0:
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -204,7 +208,9 @@ class Validation:
     Validations within the run read a sample, by which the weights are compared.
     """
 
-    def __init__(self, model: nn.Module, source: Source, config: TrainConfig, writer: MetricsWriter) -> None:
+    def __init__(
+        self, model: nn.Module, source: Source, config: TrainConfig, writer: MetricsWriter
+    ) -> None:
         self.model = model
         self.source = source
         self.config = config

@@ -65,14 +65,20 @@ def roles(model: nn.Module) -> dict[str, Role]:
                 continue
             if isinstance(module, Table):
                 roles_by_name[name] = "rows"
-            elif parameter.dim() < 2 or not isinstance(module, (nn.Linear, nn.Embedding, Router, Experts)):
+            elif parameter.dim() < 2 or not isinstance(
+                module, (nn.Linear, nn.Embedding, Router, Experts)
+            ):
                 roles_by_name[name] = "plain"
             else:
-                roles_by_name[name] = "decayed" if isinstance(module, nn.Embedding) or path == "head" else "matrix"
+                roles_by_name[name] = (
+                    "decayed" if isinstance(module, nn.Embedding) or path == "head" else "matrix"
+                )
     return {name: roles_by_name[name] for name, _ in model.named_parameters()}
 
 
-def orthogonalise(matrix: Float[Tensor, "*batch m n"], rounds: int = 5) -> Float[Tensor, "*batch m n"]:
+def orthogonalise(
+    matrix: Float[Tensor, "*batch m n"], rounds: int = 5
+) -> Float[Tensor, "*batch m n"]:
     """Brings the singular values of each matrix near 1 (0.7 to 1.2) and keeps its singular vectors.
 
     On a CPU in float32, elsewhere in bfloat16 as in the reference. A matrix of zeros stays so.
@@ -125,7 +131,9 @@ def row_adam(
         rows.index_copy_(0, index, p.to(rows.dtype))
 
 
-def sum_rows(index: Int[Tensor, " K"], values: Float[Tensor, "K W"]) -> tuple[Int[Tensor, " D"], Float[Tensor, "D W"]]:
+def sum_rows(
+    index: Int[Tensor, " K"], values: Float[Tensor, "K W"]
+) -> tuple[Int[Tensor, " D"], Float[Tensor, "D W"]]:
     """Returns the distinct numbers of `index`, rising, and for each the sum of its `values`."""
     index, order = index.sort(stable=True)
     distinct, counts = torch.unique_consecutive(index, return_counts=True)
@@ -142,12 +150,16 @@ def coalesce(gradient: Tensor) -> Tensor:
     if not gradient.is_sparse:
         touched = gradient.any(dim=1).nonzero()[:, 0]
         values = gradient.index_select(0, touched)
-        return torch.sparse_coo_tensor(touched[None], values, gradient.shape, is_coalesced=True, check_invariants=False)
+        return torch.sparse_coo_tensor(
+            touched[None], values, gradient.shape, is_coalesced=True, check_invariants=False
+        )
     if gradient.is_coalesced():
         return gradient
     index, values = gradient._indices()[0], gradient._values()
     distinct, summed = kernels.pick("sum_rows", sum_rows, index, values)(index, values)
-    return torch.sparse_coo_tensor(distinct[None], summed, gradient.shape, is_coalesced=True, check_invariants=False)
+    return torch.sparse_coo_tensor(
+        distinct[None], summed, gradient.shape, is_coalesced=True, check_invariants=False
+    )
 
 
 def _give_dense_gradients(tables: Iterable[Table]) -> None:
@@ -173,10 +185,14 @@ class Optimizer:
         self.rows = [name for name in self.parameters if role[name] == "rows"]
         own = {id(module.weight): module for module in self.tables if module.file is not None}
         # They keep the state of their rows.
-        self.tables_on_disk = {name: own[id(p)] for name, p in self.parameters.items() if id(p) in own}
+        self.tables_on_disk = {
+            name: own[id(p)] for name, p in self.parameters.items() if id(p) in own
+        }
         muon = config.kind == "muon"
         self.matrices = [name for name in self.parameters if role[name] == "matrix" and muon]
-        self.dense = [name for name in self.parameters if name not in self.rows and name not in self.matrices]
+        self.dense = [
+            name for name in self.parameters if name not in self.rows and name not in self.matrices
+        ]
         decayed = [name for name in self.dense if role[name] in ("matrix", "decayed")]
         plain = [name for name in self.dense if name not in decayed]
         groups = [
@@ -184,7 +200,11 @@ class Optimizer:
             for names, decay in ((decayed, config.weight_decay), (plain, 0.0))
             if names
         ]
-        self.adamw = torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=True) if groups else None
+        self.adamw = (
+            torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=True)
+            if groups
+            else None
+        )
         self.state = self._new_state()
 
     def _new_state(self) -> dict[str, Tensor]:
@@ -193,10 +213,16 @@ class Optimizer:
         for name in self.dense:
             parameter = self.parameters[name]
             count = torch.zeros((), device=parameter.device)
-            moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+            moments = {
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
             assert self.adamw is not None
             self.adamw.state[parameter] = {"step": count, **moments}
-            state |= {f"{name}.step": count.view(1), **{f"{name}.{key}": value for key, value in moments.items()}}
+            state |= {
+                f"{name}.step": count.view(1),
+                **{f"{name}.{key}": value for key, value in moments.items()},
+            }
         for name in self.matrices:
             state[f"{name}.momentum"] = torch.zeros_like(self.parameters[name])
         for name in self.rows:
@@ -205,7 +231,9 @@ class Optimizer:
             table = self.parameters[name]
             for key in ("exp_avg", "exp_avg_sq"):
                 state[f"{name}.{key}"] = torch.zeros_like(table, dtype=torch.float32)
-            state[f"{name}.updates"] = torch.zeros(len(table), dtype=torch.int32, device=table.device)
+            state[f"{name}.updates"] = torch.zeros(
+                len(table), dtype=torch.int32, device=table.device
+            )
         return {key: value.detach() for key, value in state.items()}
 
     def zero_grad(self) -> None:
@@ -264,7 +292,9 @@ class Optimizer:
         average = self.state[f"{name}.momentum"].lerp_(parameter.grad, 1 - momentum)
         update = parameter.grad.lerp(average, momentum)
         whole = update.full_tensor() if isinstance(update, DTensor) else update
-        stack = whole.unflatten(-1, (2, -1)).transpose(-2, -3) if name.endswith("gate_up") else whole
+        stack = (
+            whole.unflatten(-1, (2, -1)).transpose(-2, -3) if name.endswith("gate_up") else whole
+        )
         # A gate and an up projection side by side are two matrices.
         turned = orthogonalise(stack)
         turned = turned.transpose(-2, -3).flatten(-2) if name.endswith("gate_up") else turned
@@ -280,14 +310,28 @@ class Optimizer:
         if name in self.tables_on_disk:
             self._update_on_disk(self.tables_on_disk[name], gradient, lr)
             return
-        first, second, updates = (self.state[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "updates"))
+        first, second, updates = (
+            self.state[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "updates")
+        )
         touched, values = gradient._indices()[0], gradient._values()
         update = kernels.pick("row_adam", row_adam, table, values)
-        update(table.detach(), first, second, updates, touched, values, lr, self.config.betas, self.config.eps)
+        update(
+            table.detach(),
+            first,
+            second,
+            updates,
+            touched,
+            values,
+            lr,
+            self.config.betas,
+            self.config.eps,
+        )
 
     def _update_on_disk(self, table: Table, gradient: Tensor, lr: float) -> None:
         def change(*tensors: Tensor) -> None:
-            kernels.pick("row_adam", row_adam, *tensors)(*tensors, lr, self.config.betas, self.config.eps)
+            kernels.pick("row_adam", row_adam, *tensors)(
+                *tensors, lr, self.config.betas, self.config.eps
+            )
 
         table.update(gradient._indices()[0], gradient._values(), change)
 
@@ -310,6 +354,8 @@ class Optimizer:
         """Copies a state into this optimizer's; ValueError unless it has the same names."""
         if state.keys() != self.state.keys():
             odd = sorted(state.keys() ^ self.state.keys())[0]
-            raise ValueError(f"optimizer state: got other names, first {odd!r}, expected those of this model and kind")
+            raise ValueError(
+                f"optimizer state: got other names, first {odd!r}, expected those of this model and kind"
+            )
         for name, value in state.items():
             self.state[name].copy_(value)

@@ -87,7 +87,9 @@ def finished_with_more_steps(config: TrainConfig) -> bool:
 def differences(one: TrainConfig, other: TrainConfig) -> list[str]:
     """Returns the dotted names of differing options that a resumed run may not change."""
     left, right = (_flat_options(config) for config in (one, other))
-    return [name for name in sorted(left.keys() | right.keys()) if left.get(name) != right.get(name)]
+    return [
+        name for name in sorted(left.keys() | right.keys()) if left.get(name) != right.get(name)
+    ]
 
 
 def _flat_options(config: TrainConfig) -> dict[str, Any]:
@@ -129,13 +131,17 @@ def start_run(folder: Path, config: TrainConfig) -> None:
     differing = differences(saved, config) if saved is not None else []
     if progress and differing:
         what = ", ".join(differing[:4])
-        raise ValueError(f"{folder} holds another run ({what} differ): choose another --folder, or remove it")
+        raise ValueError(
+            f"{folder} holds another run ({what} differ): choose another --folder, or remove it"
+        )
     if parallel.rank() != 0:
         return
     if differing and (folder / "learning").is_dir():
         shutil.rmtree(folder / "learning")
     # Losses over another sample of the held-out documents do not compare with this run's.
-    same_sample = saved is not None and all(getattr(saved, name) == getattr(config, name) for name in SAMPLED_BY)
+    same_sample = saved is not None and all(
+        getattr(saved, name) == getattr(config, name) for name in SAMPLED_BY
+    )
     if not progress or not same_sample:
         shutil.rmtree(folder / "checkpoints" / checkpoint.BEST, ignore_errors=True)
     (folder / checkpoint.UNDER_WAY).touch()

@@ -37,7 +37,9 @@ def validate(
             sums += torch.stack([loss.next_token.double() * loss.tokens, loss.tokens.double()])
     nats, tokens = parallel.total(sums).tolist()
     if not tokens:
-        raise ValueError("got no validation documents, expected some: use a larger corpus, or no limit")
+        raise ValueError(
+            "got no validation documents, expected some: use a larger corpus, or no limit"
+        )
     bits_per_byte = nats / math.log(2) / (tokens * bytes_per_token)
     return {"validation_loss": nats / tokens, "bits_per_byte": bits_per_byte}
 
@@ -69,7 +71,9 @@ def needle_accuracy(
     return accuracies
 
 
-def sample_continuation(model: nn.Module, prompt: Tensor, count: int, vocabulary: int, dtype: torch.dtype) -> list[int]:
+def sample_continuation(
+    model: nn.Module, prompt: Tensor, count: int, vocabulary: int, dtype: torch.dtype
+) -> list[int]:
     """Draws `count` ids below `vocabulary` after a prompt, always with the same random numbers.
 
     Every rank calls it. There are fewer ids where the model's numbers are not finite.

@@ -160,7 +160,9 @@ def open_source(config: TrainConfig) -> Source:
             f"try --model.vocabulary {source.vocabulary}"
         )
     if config.rows % parallel.world():
-        raise ValueError(f"rows: got {config.rows}, expected a multiple of the {parallel.world()} ranks")
+        raise ValueError(
+            f"rows: got {config.rows}, expected a multiple of the {parallel.world()} ranks"
+        )
     runtime.log(str(source))
     _log_length(config, source)
     return source
@@ -219,7 +221,9 @@ def prepare(data: DataConfig, *, progress: Callable[[int], None] | None = None) 
             texts = (text for side, text in corpus.sided() if side == "train")
             first = next(texts, None)
             if first is None:
-                raise ValueError(f"{corpus.name}: got one document, expected at least two, one of them to validate on")
+                raise ValueError(
+                    f"{corpus.name}: got one document, expected at least two, one of them to validate on"
+                )
             train_tokenizer(chain([first], texts), vocabulary).save(folder)
         tokenizer = Tokenizer.load(folder)
     return TextSource(tokenizer, tokenise(corpus, tokenizer, cache / "tokens", progress=progress))

@@ -137,7 +137,9 @@ class TrainStep:
 
     def find_not_finite(self, values: Mapping[str, Tensor]) -> set[str]:
         """Returns the names of values that are NaN or infinite on any rank, so all ranks agree."""
-        finite = torch.stack([value.detach().to(self.device).isfinite() for value in values.values()])
+        finite = torch.stack(
+            [value.detach().to(self.device).isfinite() for value in values.values()]
+        )
         wrong = parallel.total((~finite).int()).tolist()
         return {name for name, count in zip(values, wrong, strict=True) if count}
 

@@ -33,7 +33,9 @@ class Stopped(KeyboardInterrupt):
     """Training was asked to stop (ctrl-C, SIGTERM) and saved first. The message says how to go on."""
 
 
-def train(config: TrainConfig, *, on_metrics: Callable[[dict[str, Any]], None] | None = None) -> Path:
+def train(
+    config: TrainConfig, *, on_metrics: Callable[[dict[str, Any]], None] | None = None
+) -> Path:
     """Trains, or goes on training, and returns the run folder with the finished model.
 
     A folder that holds the model already is returned at once. `on_metrics` is called with every
@@ -46,7 +48,9 @@ def train(config: TrainConfig, *, on_metrics: Callable[[dict[str, Any]], None] |
     device = runtime.device(config.device)
     folder = Path(config.folder)
     if run_folder.finished(config):
-        runtime.log(f"{folder} holds this model, finished; remove it or choose another --folder to train again")
+        runtime.log(
+            f"{folder} holds this model, finished; remove it or choose another --folder to train again"
+        )
         return folder
     if run_folder.finished_with_more_steps(config):
         return folder
@@ -102,7 +106,9 @@ def _train(
         def estimate() -> float:
             rows = config.rows // parallel.world()
             micro_rows = min(config.micro_rows or rows, rows)
-            return estimate_step_seconds(model, source.vocabulary, rows, micro_rows, config.length, step.dtype)
+            return estimate_step_seconds(
+                model, source.vocabulary, rows, micro_rows, config.length, step.dtype
+            )
 
         writer = metrics.MetricsWriter(config, on_metrics, estimate)
         validation = metrics.Validation(model, source, config, writer)
@@ -126,7 +132,9 @@ def _train(
         checkpoint.save_model(folder, model, source.tokenizer)
 
 
-def _build_model(config: TrainConfig, source: Source, device: torch.device, open_tables: ExitStack) -> LanguageModel:
+def _build_model(
+    config: TrainConfig, source: Source, device: torch.device, open_tables: ExitStack
+) -> LanguageModel:
     """Builds the model with the source's special ids, cut over the ranks if there are several.
 
     config.json describes it; train.json keeps the config as it was given.
@@ -146,7 +154,9 @@ def _build_model(config: TrainConfig, source: Source, device: torch.device, open
     return model
 
 
-def _build_tables(config: TrainConfig, shape: ModelConfig, open_tables: ExitStack) -> list[Table] | None:
+def _build_tables(
+    config: TrainConfig, shape: ModelConfig, open_tables: ExitStack
+) -> list[Table] | None:
     """Builds Engram's tables if they learn in host memory or on disk, and not with the model."""
     if config.tables == "device" or shape.engram is None:
         return None
@@ -173,7 +183,9 @@ def _build_tables(config: TrainConfig, shape: ModelConfig, open_tables: ExitStac
 
 def _write_tables(folder: Path, model: LanguageModel) -> None:
     """Writes rows that learnt on disk to FOLDER/tables, where a run's rows are looked for first."""
-    learnt = [table for table in model.tables if isinstance(table, Table) and table.placement == "disk"]
+    learnt = [
+        table for table in model.tables if isinstance(table, Table) and table.placement == "disk"
+    ]
     if learnt:
         shutil.rmtree(folder / "tables", ignore_errors=True)
     for number, table in enumerate(learnt):

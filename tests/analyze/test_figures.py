@@ -36,7 +36,8 @@ def test_gate_map_has_a_row_for_each_stream():
 
 def test_a_long_text_goes_on_below_as_large_as_before():
     short, long = (
-        figures.gate_map(Gates([f"t{i}" for i in range(n)], (1,), torch.rand(1, n, 2))) for n in (figures.ACROSS, 73)
+        figures.gate_map(Gates([f"t{i}" for i in range(n)], (1,), torch.rand(1, n, 2)))
+        for n in (figures.ACROSS, 73)
     )
     assert short.get_size_inches()[0] == long.get_size_inches()[0] < 12
     parts = long.axes[:-1]  # the last is the scale
@@ -52,7 +53,9 @@ def test_load_map_is_relative_to_uniform():
 
 
 def test_sweep_sorts_its_points():
-    axes = figures.sweep({"validation": [(2.0, 1.0, 0.1), (1.0, 2.0, 0.1)]}, x="rho", y="loss", log=True).axes[0]
+    axes = figures.sweep(
+        {"validation": [(2.0, 1.0, 0.1), (1.0, 2.0, 0.1)]}, x="rho", y="loss", log=True
+    ).axes[0]
     assert axes.lines[0].get_xdata().tolist() == [1.0, 2.0] and axes.get_xscale() == "log"
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2"]
 
@@ -76,7 +79,10 @@ def test_curves_of_any_name_and_of_runs_that_diverged():
     ]
     broken.append({"step": 14, "validation_loss": math.nan})
     names = ["_hidden", "cost$x_$y", "$\\frac{", *(f"arm{c}" for c in "abcdef")]
-    figure, buffer = figures.curves([*((name, records) for name in names), ("broken", broken)]), io.StringIO()
+    figure, buffer = (
+        figures.curves([*((name, records) for name in names), ("broken", broken)]),
+        io.StringIO(),
+    )
     with figures.style():
         figure.savefig(buffer, format="svg")
     axes = figure.axes[0]
@@ -91,17 +97,24 @@ def test_bars_have_their_number_and_share():
     axes, buffer = figure.axes[0], io.StringIO()
     with figures.style():
         figure.savefig(buffer, format="svg")
-    assert [bar.get_width() for bar in axes.patches] == [1280.0, 2.56] and axes.get_ylim()[0] > axes.get_ylim()[1]
+    assert [bar.get_width() for bar in axes.patches] == [1280.0, 2.56] and axes.get_ylim()[
+        0
+    ] > axes.get_ylim()[1]
     assert [text.get_text() for text in axes.texts] == ["1,280 (100%)", "2.56 (0%)"]
     assert "disk $x_$" in buffer.getvalue()
-    assert [t.get_text() for t in figures.bars({"a": 0.0, "b": 1.0}, x="").axes[0].texts] == ["0", "1"]
+    assert [t.get_text() for t in figures.bars({"a": 0.0, "b": 1.0}, x="").axes[0].texts] == [
+        "0",
+        "1",
+    ]
 
 
 def test_a_sweep_without_points_is_an_empty_picture():
     assert figures.sweep({}, x="rho", y="loss", log=True).axes[0].get_legend() is None
 
 
-@pytest.mark.parametrize("words", [["$$", "$x_$", "a$^$"], ["中文", "词", "\U0001f40b"]], ids=["dollars", "no glyph"])
+@pytest.mark.parametrize(
+    "words", [["$$", "$x_$", "a$^$"], ["中文", "词", "\U0001f40b"]], ids=["dollars", "no glyph"]
+)
 def test_tokens_are_drawn_as_they_are(words):
     buffer = io.StringIO()
     with warnings.catch_warnings():

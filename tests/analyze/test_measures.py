@@ -24,7 +24,9 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model(tokenizer):
     config = replace(
-        preset("tiny"), vocabulary=tokenizer.vocabulary, engram=EngramConfig(layers=(0, 2), rows_per_head=(50, 60))
+        preset("tiny"),
+        vocabulary=tokenizer.vocabulary,
+        engram=EngramConfig(layers=(0, 2), rows_per_head=(50, 60)),
     )
     return LanguageModel(config, tokenizer.canonical_map(), seed=1)
 
@@ -63,13 +65,17 @@ def test_what_is_alike_for_every_sample_resembles_nothing(dtype, value):
 
 def test_a_large_mean_changes_nothing():
     x, y = torch.randn(9, 3, dtype=torch.float64), torch.randn(9, 2, dtype=torch.float64)
-    assert float(measures.hsic(x + 1e6, y - 1e6)) == pytest.approx(float(measures.hsic(x, y)), rel=1e-7)
+    assert float(measures.hsic(x + 1e6, y - 1e6)) == pytest.approx(
+        float(measures.hsic(x, y)), rel=1e-7
+    )
     assert measures.cka([(x + 1e6, x)]) == pytest.approx(1, abs=1e-9)
 
 
 def test_cka_of_half_precision_is_that_of_its_numbers():
     x, y = torch.randn(11, 4).bfloat16(), torch.randn(11, 4).bfloat16()
-    assert measures.cka([(x, y)]) == pytest.approx(measures.cka([(x.double(), y.double())]), rel=1e-12)
+    assert measures.cka([(x, y)]) == pytest.approx(
+        measures.cka([(x.double(), y.double())]), rel=1e-12
+    )
 
 
 def test_no_layer_resembles_a_column_without_similarity():
@@ -90,7 +96,9 @@ def test_alignment_of_a_shifted_diagonal():
 
 def test_logit_lens_by_hand(model):
     """The same model cut off after each block says what the lens says that it does."""
-    ids = torch.randint(0, model.config.vocabulary, (2, 7), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0, model.config.vocabulary, (2, 7), generator=torch.Generator().manual_seed(0)
+    )
     lens = measures.logit_lens(model, ids)
     assert lens.shape == (3,) and float(lens[-1]) == pytest.approx(0, abs=1e-5)
     final = model.eval()(ids).detach().double().softmax(-1)
@@ -98,7 +106,13 @@ def test_logit_lens_by_hand(model):
         short = copy.deepcopy(model)
         short.blocks = short.blocks[: layer + 1]
         early = short(ids).detach().double().softmax(-1)
-        kl = sum((p * (p / q).log()).sum() for p, q in zip(final.flatten(0, 1), early.flatten(0, 1), strict=True)) / 14
+        kl = (
+            sum(
+                (p * (p / q).log()).sum()
+                for p, q in zip(final.flatten(0, 1), early.flatten(0, 1), strict=True)
+            )
+            / 14
+        )
         assert float(lens[layer]) == pytest.approx(float(kl), rel=1e-4)
 
 
@@ -125,13 +139,20 @@ def test_expert_load_counts_every_choice(model):
 
 def test_a_slot_that_is_not_taken_is_not_counted(tokenizer):
     base = preset("tiny")
-    moe = replace(base.moe, active=4, router=replace(base.moe.router, adaptive_mass=0.1, min_active=1))
-    model = LanguageModel(replace(base, vocabulary=tokenizer.vocabulary, moe=moe, engram=None), seed=1)
+    moe = replace(
+        base.moe, active=4, router=replace(base.moe.router, adaptive_mass=0.1, min_active=1)
+    )
+    model = LanguageModel(
+        replace(base, vocabulary=tokenizer.vocabulary, moe=moe, engram=None), seed=1
+    )
     ids = torch.randint(0, tokenizer.vocabulary, (2, 9))
     with torch.no_grad():
         auxes = model.eval().hidden(ids)[1]
         taken = [int((aux.routing.weights != 0).sum()) for aux in auxes if aux.routing is not None]
-    assert measures.expert_load(model, [ids]).counts.sum(-1).tolist() == taken and min(taken) < 2 * 9 * 4
+    assert (
+        measures.expert_load(model, [ids]).counts.sum(-1).tolist() == taken
+        and min(taken) < 2 * 9 * 4
+    )
     with pytest.raises(ValueError, match="no batches"):
         measures.expert_load(model, [])
 
@@ -150,11 +171,17 @@ def test_specialisation_is_what_the_expert_tells_of_the_token():
         by_token = torch.tensor([experts])
         return measures.Load((0,), by_token.sum(-1), by_token)
 
-    assert float(load([5, 0, 3, 0], [0, 7, 0, 1]).specialisation) == pytest.approx(math.log(2)), "each takes its own"
-    assert float(load([4, 2, 6], [2, 1, 3]).specialisation) == pytest.approx(0, abs=1e-7), "all alike"
+    assert float(load([5, 0, 3, 0], [0, 7, 0, 1]).specialisation) == pytest.approx(math.log(2)), (
+        "each takes its own"
+    )
+    assert float(load([4, 2, 6], [2, 1, 3]).specialisation) == pytest.approx(0, abs=1e-7), (
+        "all alike"
+    )
     joint = torch.tensor([[0.3, 0.2], [0.1, 0.4]])
     brute = sum(
-        joint[e, v] * math.log(joint[e, v] / joint[e].sum() / joint[:, v].sum()) for e in (0, 1) for v in (0, 1)
+        joint[e, v] * math.log(joint[e, v] / joint[e].sum() / joint[:, v].sum())
+        for e in (0, 1)
+        for v in (0, 1)
     )
     assert float(load([30, 20], [10, 40]).specialisation) == pytest.approx(float(brute))
     assert float(load([0, 0], [0, 0]).specialisation) == 0
@@ -168,7 +195,9 @@ def test_suppressed_scores_every_task_both_ways(model):
         "none": lambda: 0.0,
     }
     found = measures.suppressed(model, tasks)
-    assert (found["nats"].whole, found["nats"].without) == measures.suppression(model, ids, ids.roll(-1, 1))
+    assert (found["nats"].whole, found["nats"].without) == measures.suppression(
+        model, ids, ids.roll(-1, 1)
+    )
     assert found["nats"].share == found["nats"].without / found["nats"].whole != 1
     assert found["one"].share == 1 and math.isnan(found["none"].share)
     with pytest.raises(ValueError, match="without Engram"):
@@ -198,7 +227,9 @@ def test_similarity_of_a_model_with_itself(model):
 
 def test_similarity_is_cka_of_every_pair_of_layers(model):
     other = LanguageModel(replace(preset("classroom"), vocabulary=model.config.vocabulary), seed=3)
-    batches = [torch.randint(0, model.config.vocabulary, (2, t)) for t in (9, 14)]  # of unequal size
+    batches = [
+        torch.randint(0, model.config.vocabulary, (2, t)) for t in (9, 14)
+    ]  # of unequal size
     table = measures.similarity(model, other, iter(batches))
     states = [[block_states(m, ids) for ids in batches] for m in (model, other)]
     for i in range(3):

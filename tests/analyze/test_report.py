@@ -31,10 +31,13 @@ def runs(tmp_path_factory):
     tokenizer = train_tokenizer(TEXTS * 20, 300)
     base = replace(preset("tiny"), vocabulary=tokenizer.vocabulary)
     for name, engram in (("moe", None), ("engram", EngramConfig(rows_per_head=(50, 60)))):
-        model = LanguageModel(replace(base, engram=engram), tokenizer.canonical_map() if engram else None)
+        model = LanguageModel(
+            replace(base, engram=engram), tokenizer.canonical_map() if engram else None
+        )
         save_model(folder / name, model, tokenizer)
         records = [
-            {"step": s, "tokens": 100 * s, "loss": 5.0 / s, "max_violation": 0.5, "seconds": s} for s in range(1, 9)
+            {"step": s, "tokens": 100 * s, "loss": 5.0 / s, "max_violation": 0.5, "seconds": s}
+            for s in range(1, 9)
         ]
         records.append({"step": 8, "validation_loss": 4.25, "bits_per_byte": 1.5})
         (folder / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -63,7 +66,11 @@ class Balanced(HTMLParser):
 
 def test_the_page(runs, tmp_path):
     page = write_report(
-        runs, tmp_path / "page" / "report.html", texts=TEXTS, sentence="the whale <sings>", note="a & b"
+        runs,
+        tmp_path / "page" / "report.html",
+        texts=TEXTS,
+        sentence="the whale <sings>",
+        note="a & b",
     )
     text = page.read_text(encoding="utf-8")
     assert "{{" not in text.replace("{{}}", "") and "4.2500" in text and "a &amp; b" in text
@@ -85,19 +92,30 @@ def test_what_the_memory_is_worth_is_the_loss_of_every_token_both_ways(runs):
     model, tokenizer = load_model(runs[1]).eval(), Tokenizer.load(runs[1])
     reading, sums = read_run(runs[1], texts=TEXTS), [0.0, 0.0]
     for ids in map(tokenizer.encode, TEXTS):
-        known, following = torch.tensor([[tokenizer.begin_id, *ids]]), torch.tensor([*ids, tokenizer.end_id])
+        known, following = (
+            torch.tensor([[tokenizer.begin_id, *ids]]),
+            torch.tensor([*ids, tokenizer.end_id]),
+        )
         with torch.no_grad():
-            sums[0] += torch.nn.functional.cross_entropy(model(known)[0], following, reduction="sum").item()
+            sums[0] += torch.nn.functional.cross_entropy(
+                model(known)[0], following, reduction="sum"
+            ).item()
             with without_memory(model):
-                sums[1] += torch.nn.functional.cross_entropy(model(known)[0], following, reduction="sum").item()
+                sums[1] += torch.nn.functional.cross_entropy(
+                    model(known)[0], following, reduction="sum"
+                ).item()
     tokens = sum(len(tokenizer.encode(text)) + 1 for text in TEXTS)
     assert tuple(reading.kept) == pytest.approx((sums[0] / tokens, sums[1] / tokens), rel=1e-5)
-    assert reading.kept.whole != reading.kept.without and read_run(runs[0], texts=TEXTS).kept is None
+    assert (
+        reading.kept.whole != reading.kept.without and read_run(runs[0], texts=TEXTS).kept is None
+    )
 
 
 def test_costs_and_load_are_those_of_the_training(runs, tmp_path, monkeypatch):
     notes = tmp_path / "notes.jsonl"
-    notes.write_text("".join(json.dumps({"body": f"the whale {n} swims in the sea"}) + "\n" for n in range(3)))
+    notes.write_text(
+        "".join(json.dumps({"body": f"the whale {n} swims in the sea"}) + "\n" for n in range(3))
+    )
     folders = []
     for folder in runs:
         folders.append(tmp_path / folder.name)
@@ -105,14 +123,20 @@ def test_costs_and_load_are_those_of_the_training(runs, tmp_path, monkeypatch):
         said = {"data": {"source": str(notes), "column": "body", "limit": None}, "length": 64}
         (folders[-1] / "train.json").write_text(json.dumps(said))
     drawn, draw = [], report._held_out
-    monkeypatch.setattr(report, "_held_out", lambda *given: drawn.append((given, draw(*given))) or drawn[-1][1])
+    monkeypatch.setattr(
+        report, "_held_out", lambda *given: drawn.append((given, draw(*given))) or drawn[-1][1]
+    )
     write_report(folders, tmp_path / "report.html", sentence="the whale")
     assert [given[:3] for given, _ in drawn] == [(str(notes), "body", None)], "once for both runs"
     assert len(drawn[0][1]) == 1
-    assert read_run(folders[0], texts=TEXTS).costs == costs(read_run(folders[0], texts=TEXTS).config, 64)
+    assert read_run(folders[0], texts=TEXTS).costs == costs(
+        read_run(folders[0], texts=TEXTS).config, 64
+    )
     notes.unlink()
     monkeypatch.setattr(
-        report, "_held_out", lambda source, *_: draw(str(notes), "text", None, 1) if source != "wordnet" else ("a",)
+        report,
+        "_held_out",
+        lambda source, *_: draw(str(notes), "text", None, 1) if source != "wordnet" else ("a",),
     )
     assert report.sample(trained(folders[0])) == ("a",)
 
@@ -125,7 +149,9 @@ def test_where_rows_live_is_told_run_by_run(runs, tmp_path):
     page = write_report([tmp_path / name for name in names], tmp_path / "none.html", texts=TEXTS)
     assert "Where rows live" not in page.read_text(encoding="utf-8")
     for name, other in zip(names, (41.0, 39.0), strict=True):
-        (tmp_path / name / "homes.json").write_text(json.dumps({"resident": 82.0, "disk warm": other}))
+        (tmp_path / name / "homes.json").write_text(
+            json.dumps({"resident": 82.0, "disk warm": other})
+        )
     page = write_report([tmp_path / name for name in names], tmp_path / "both.html", texts=TEXTS)
     part = page.read_text(encoding="utf-8").split("Where rows live</h2>")[1].split("</section>")[0]
     found = re.findall(r"<h3>(.*?)</h3>", part)
@@ -176,11 +202,15 @@ def test_runs_of_one_name_are_told_apart_and_read_once(runs, tmp_path, monkeypat
     folders = [tmp_path / place for place in ("a/last/engram", "b/last/engram", "moe")]
     for folder in folders:
         shutil.copytree(runs[0], folder)
-    text = write_report([*folders, folders[0]], tmp_path / "report.html", texts=TEXTS).read_text(encoding="utf-8")
+    text = write_report([*folders, folders[0]], tmp_path / "report.html", texts=TEXTS).read_text(
+        encoding="utf-8"
+    )
     cells = re.findall(r"<tr><td>(.*?)</td>", text.split("Costs</h2>")[1])
     assert cells == ["a/last/engram", "b/last/engram", "moe"]
     monkeypatch.chdir(folders[2])
-    assert read_run(".", texts=TEXTS).name == "moe", "a folder is called by its name wherever one stands"
+    assert read_run(".", texts=TEXTS).name == "moe", (
+        "a folder is called by its name wherever one stands"
+    )
 
 
 def test_a_run_of_needles_has_no_text_to_read(runs, tmp_path):
@@ -188,7 +218,9 @@ def test_a_run_of_needles_has_no_text_to_read(runs, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "needle" / name).unlink()
     lines = [{"step": 1, "tokens": 9, "loss": 3.0}, {"step": 1, "accuracy": 0.625}]
-    (tmp_path / "needle" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "needle" / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
     text = write_report([tmp_path / "needle"], tmp_path / "report.html").read_text(encoding="utf-8")
     assert "answers found" in text and "0.625" in text and "bits a byte" not in text
     assert "What the experts take" not in text and "trusts its memory" not in text
@@ -212,7 +244,12 @@ def test_names_and_words_of_any_kind_stay_words(runs, tmp_path):
     shutil.copytree(runs[1], tmp_path / HOSTILE)
     (tmp_path / HOSTILE / "homes.json").write_text(json.dumps({HOSTILE: 2.0, "disk": 1.0}))
     page = write_report(
-        [tmp_path / HOSTILE, runs[0]], tmp_path / "out.html", texts=TEXTS, sentence=HOSTILE, title=HOSTILE, note=HOSTILE
+        [tmp_path / HOSTILE, runs[0]],
+        tmp_path / "out.html",
+        texts=TEXTS,
+        sentence=HOSTILE,
+        title=HOSTILE,
+        note=HOSTILE,
     )
     text = page.read_text(encoding="utf-8")
     assert "<img" not in text and text.count("<h2>Result</h2>") == 1
@@ -227,34 +264,54 @@ def test_a_figure_is_shown_no_wider_than_it_was_drawn(runs, tmp_path):
 
     drawing = svg(figures.curves([]), 'a "curve"')
     assert 'role="img" aria-label="a &quot;curve&quot;"' in drawing
-    assert 'style="--own: 540pt"' in drawing and 'height="' not in drawing.split(">")[1], "7.5 inches of 72 points"
+    assert 'style="--own: 540pt"' in drawing and 'height="' not in drawing.split(">")[1], (
+        "7.5 inches of 72 points"
+    )
     page = write_report(runs[:1], tmp_path / "report.html", texts=TEXTS).read_text(encoding="utf-8")
     assert "max-width: min(60rem, var(--own" in page
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+]
 
 
 @pytest.fixture(scope="module")
 def page_of(runs, tmp_path_factory):
     """Opens the report in a browser, at a width and in a scheme; nothing may be asked for or complained of."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install playwright")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is missing: pip install playwright"
+    )
     if CHROMIUM is None:
         pytest.skip("no chromium here: apt install chromium")
     out = tmp_path_factory.mktemp("page") / "report.html"
-    page = write_report(runs, out, texts=TEXTS, sentence="the whale swims in the <sea> & sings " * 4, title="w" * 200)
+    page = write_report(
+        runs,
+        out,
+        texts=TEXTS,
+        sentence="the whale swims in the <sea> & sings " * 4,
+        title="w" * 200,
+    )
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=QUIET)
 
         @contextmanager
         def visit(width=1200, scheme="light"):
             said = []
-            context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            context = browser.new_context(
+                viewport={"width": width, "height": 900}, color_scheme=scheme
+            )
             shown = context.new_page()
             shown.on("console", lambda message: said.append(message.text))
             shown.on("pageerror", lambda error: said.append(str(error)))
-            shown.on("request", lambda asked: said.append(asked.url) if asked.url != page.as_uri() else None)
+            shown.on(
+                "request",
+                lambda asked: said.append(asked.url) if asked.url != page.as_uri() else None,
+            )
             shown.goto(page.as_uri())
             yield shown
             context.close()
@@ -271,7 +328,9 @@ def test_it_fits_and_reads_in_light_and_dark(page_of, width, scheme):
     with page_of(width, scheme) as page:
         for fold in page.locator("summary").all():
             fold.click()
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out of the page"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, (
+            "nothing sticks out of the page"
+        )
         colours = "[getComputedStyle(node).color, getComputedStyle(document.body).backgroundColor]"
         for part in ("h1", "td", "th button", "summary", "figure svg", ".gates span", "pre"):
             ink, paper = page.locator(part).first.evaluate(f"node => {colours}")
@@ -302,7 +361,9 @@ def test_a_click_sorts_a_table(page_of):
         costs = page.locator("table", has_text="total parameters")
 
         def column(n):
-            return [row.locator("td").nth(n).text_content() for row in costs.locator("tbody tr").all()]
+            return [
+                row.locator("td").nth(n).text_content() for row in costs.locator("tbody tr").all()
+            ]
 
         for n, key in ((0, str), (1, lambda text: int(text.replace(",", "")))):
             costs.locator("th button").nth(n).click()
@@ -311,7 +372,9 @@ def test_a_click_sorts_a_table(page_of):
             costs.locator("th button").nth(n).focus()
             page.keyboard.press("Enter")
             assert costs.locator("th").nth(n).get_attribute("aria-sort") == "descending"
-            assert column(n) == sorted(column(n), key=key, reverse=True) != sorted(column(n), key=key)
+            assert (
+                column(n) == sorted(column(n), key=key, reverse=True) != sorted(column(n), key=key)
+            )
         assert costs.locator("th[aria-sort]").count() == 1
 
 
@@ -332,4 +395,7 @@ def test_it_prints_with_everything_unfolded_in_black_on_white(page_of):
             "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
         )
         assert (ink, paper) == ("rgb(0, 0, 0)", "rgb(255, 255, 255)")
-        assert all(head.is_visible() for head in page.locator("h2").all()) and page.locator("h2").count() == 6
+        assert (
+            all(head.is_visible() for head in page.locator("h2").all())
+            and page.locator("h2").count() == 6
+        )

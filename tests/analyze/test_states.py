@@ -32,7 +32,9 @@ def ids():
     return torch.randint(0, V, (2, 9))
 
 
-@pytest.mark.parametrize(("kind", "norm"), [("gpt2", "ln_f"), ("llama", "norm"), ("gemma2", "norm")])
+@pytest.mark.parametrize(
+    ("kind", "norm"), [("gpt2", "ln_f"), ("llama", "norm"), ("gemma2", "norm")]
+)
 def test_the_lens_of_a_host_is_its_own_end_after_an_early_block(kind, norm, ids):
     """By hand: the host's final norm, its head and, in Gemma 2, its soft cap on the logits."""
     model = host(kind)
@@ -41,9 +43,13 @@ def test_the_lens_of_a_host_is_its_own_end_after_an_early_block(kind, norm, ids)
         out = model(input_ids=ids, output_hidden_states=True)
         final = out.logits.double().log_softmax(-1)
         for layer in (0, 1):
-            early = model.get_output_embeddings()(getattr(model.base_model, norm)(out.hidden_states[layer + 1]))
+            early = model.get_output_embeddings()(
+                getattr(model.base_model, norm)(out.hidden_states[layer + 1])
+            )
             if kind == "gemma2":
-                early = (early / model.config.final_logit_softcapping).tanh() * model.config.final_logit_softcapping
+                early = (
+                    early / model.config.final_logit_softcapping
+                ).tanh() * model.config.final_logit_softcapping
             kl = (final.exp() * (final - early.double().log_softmax(-1))).sum(-1).mean()
             assert float(lens[layer]) == pytest.approx(float(kl), rel=1e-4) and kl > 1e-6
     assert float(lens[-1]) == pytest.approx(0, abs=1e-6)
@@ -55,8 +61,14 @@ def test_states_of_a_host_are_its_hidden_states(ids):
     left = states.block_states(model, ids)
     with torch.no_grad():
         known = model(input_ids=ids, output_hidden_states=True).hidden_states
-    assert len(left) == 3 and torch.allclose(left[0], known[1].flatten(0, 1)) and left[2].shape == (18, 16)
-    assert torch.allclose(measures.similarity(model, model, [ids]).diagonal(), torch.ones(3), atol=1e-5)
+    assert (
+        len(left) == 3
+        and torch.allclose(left[0], known[1].flatten(0, 1))
+        and left[2].shape == (18, 16)
+    )
+    assert torch.allclose(
+        measures.similarity(model, model, [ids]).diagonal(), torch.ones(3), atol=1e-5
+    )
     assert measures.similarity(model, host("gpt2"), [ids]).shape == (3, 3)
 
 
@@ -89,7 +101,9 @@ def test_a_memory_attached_to_a_host_has_gates_and_can_be_silenced(ids):
     with pytest.raises(ValueError, match="without Engram"):
         measures.gates(model, tokenizer, "the whale")
     labels = ids.roll(-1, 1)
-    plain = torch.nn.functional.cross_entropy(model(input_ids=ids).logits.flatten(0, 1), labels.flatten()).item()
+    plain = torch.nn.functional.cross_entropy(
+        model(input_ids=ids).logits.flatten(0, 1), labels.flatten()
+    ).item()
     memory = attach(model, tokenizer, (0, 2), rows_per_head=(50, 60))
     with torch.no_grad():
         for engram in memory.engrams:
@@ -105,14 +119,20 @@ def test_ours_in_a_wrapper_is_ours(ids):
     model = LanguageModel(replace(preset("tiny"), vocabulary=V, engram=None), seed=1)
     wrapped = RorqualForCausalLM.of(model)
     assert states.ours(wrapped) is model and states.block_names(wrapped)[1].endswith("blocks.1")
-    assert torch.allclose(measures.logit_lens(wrapped, ids), measures.logit_lens(model, ids), atol=1e-6)
-    assert torch.equal(measures.expert_load(wrapped, [ids]).counts, measures.expert_load(model, [ids]).counts)
+    assert torch.allclose(
+        measures.logit_lens(wrapped, ids), measures.logit_lens(model, ids), atol=1e-6
+    )
+    assert torch.equal(
+        measures.expert_load(wrapped, [ids]).counts, measures.expert_load(model, [ids]).counts
+    )
 
 
 def test_what_has_no_blocks_or_experts_is_refused(ids):
     with pytest.raises(ValueError, match="without experts"):
         measures.expert_load(host("llama"), [ids])
     with pytest.raises(ValueError, match="without experts"):
-        measures.expert_load(LanguageModel(replace(preset("tiny"), moe=None, vocabulary=V, engram=None)), [ids])
+        measures.expert_load(
+            LanguageModel(replace(preset("tiny"), moe=None, vocabulary=V, engram=None)), [ids]
+        )
     with pytest.raises(ValueError, match="expected a causal model"):
         states.block_states(torch.nn.Linear(2, 2), ids)

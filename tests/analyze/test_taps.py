@@ -31,7 +31,9 @@ def test_taps_are_gone_after_an_error():
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="got 'blocks', which matches no module; expected one of 0, 1, 2"):
+    with pytest.raises(
+        ValueError, match="got 'blocks', which matches no module; expected one of 0, 1, 2"
+    ):
         Taps(_model(), "blocks")
 
 
@@ -40,10 +42,17 @@ def test_quiet_gives_every_mode_back():
     model = _model().train()
     model[0].eval()
     with quiet(model):
-        assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
+        assert (
+            not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
+        )
     with pytest.raises(RuntimeError), quiet(model):
         model(torch.randn(5, 3))
-    assert [module.training for module in model.modules()] == [True, False, True, True] and torch.is_grad_enabled()
+    assert [module.training for module in model.modules()] == [
+        True,
+        False,
+        True,
+        True,
+    ] and torch.is_grad_enabled()
 
 
 def test_what_was_tapped_is_not_written_over():
@@ -59,15 +68,28 @@ def test_any_module_of_a_host_is_tapped_and_cut_from_the_graph(kind):
     transformers = pytest.importorskip("transformers")
     small = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     wide = {"intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 8}
-    given = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2} if kind == "gpt2" else small | wide
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **given)).eval()
+    given = (
+        {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2}
+        if kind == "gpt2"
+        else small | wide
+    )
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(kind, **given)
+    ).eval()
     body = model.base_model_prefix
     with Taps(model, body, f"{body}.*") as taps:
         out = model(input_ids=torch.tensor([[1, 2, 3]]))
     assert out.logits.requires_grad
     left = taps[body][0]
     assert type(left).__name__.endswith("Output") or "Output" in type(left).__name__
-    assert not left.last_hidden_state.requires_grad and torch.equal(left["last_hidden_state"], left.last_hidden_state)
-    kept = [value for name, values in taps.seen.items() for value in values if isinstance(value, torch.Tensor)]
+    assert not left.last_hidden_state.requires_grad and torch.equal(
+        left["last_hidden_state"], left.last_hidden_state
+    )
+    kept = [
+        value
+        for name, values in taps.seen.items()
+        for value in values
+        if isinstance(value, torch.Tensor)
+    ]
     assert len(kept) > 8 and not any(value.requires_grad for value in kept)
     assert not any(module._forward_hooks for module in model.modules())

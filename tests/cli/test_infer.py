@@ -17,7 +17,9 @@ from rorqual.model import LanguageModel
 from rorqual.serve.generate import load
 
 
-def test_generate_prints_the_text_and_what_follows(small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_prints_the_text_and_what_follows(
+    small_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["generate", str(small_run), "The blue whale", "--max-new-tokens", "5", "--seed", "1"]
     assert main(words) == 0
     first = capsys.readouterr().out
@@ -36,7 +38,15 @@ def test_generate_with_drafts_says_the_same_and_how_many_stood(
 ) -> None:
     run = load(small_run)
     save_model(tmp_path, LanguageModel(replace(run.config, mtp=MTPConfig(depth=2))), run.tokenizer)
-    words = ["generate", str(tmp_path), "The blue whale", "--max-new-tokens", "6", "--temperature", "0"]
+    words = [
+        "generate",
+        str(tmp_path),
+        "The blue whale",
+        "--max-new-tokens",
+        "6",
+        "--temperature",
+        "0",
+    ]
     assert main(words) == 0
     plain = capsys.readouterr().out
     assert main([*words, "--speculative"]) == 0
@@ -67,7 +77,11 @@ def test_generate_reads_standard_input(
         (["generate", "{run}", "x", "--max-new-tokens", "0"], 1, "got max_new_tokens=0"),
         (["generate", "{run}", "x", "--device", "gpu"], 1, "got device 'gpu'"),
         (["generate", "{run}", "x", "--speculative"], 1, "got temperature 0.8"),
-        (["generate", "{run}", "x", "--speculative", "--temperature", "0"], 1, "got a model without MTP"),
+        (
+            ["generate", "{run}", "x", "--speculative", "--temperature", "0"],
+            1,
+            "got a model without MTP",
+        ),
         (["generate", "{run}/..", "x"], 1, "did you mean"),
         (["generate", "no-such-folder", "x"], 1, "no folder no-such-folder"),
         (["generate"], 2, "required: RUN"),
@@ -88,9 +102,20 @@ def test_mistakes_are_a_line(
     assert len(printed.splitlines()) <= 2
 
 
-def test_eval_scores_a_file(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_scores_a_file(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "notes.txt").write_text("The blue whale is large.\n\nA fin whale sings.\n")
-    words = ["eval", str(small_run), "--data", str(tmp_path / "notes.txt"), "--split", "all", "--length", "16"]
+    words = [
+        "eval",
+        str(small_run),
+        "--data",
+        str(tmp_path / "notes.txt"),
+        "--split",
+        "all",
+        "--length",
+        "16",
+    ]
     assert main([*words, "--json"]) == 0
     score = json.loads(capsys.readouterr().out)
     assert 0 < score["nats_per_token"] < 20
@@ -100,7 +125,10 @@ def test_eval_scores_a_file(small_run: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_eval_is_on_the_text_kept_apart_from_training(
-    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run, notes = tmp_path / "run", tmp_path / "notes.jsonl"
     shutil.copytree(small_run, run)
@@ -110,7 +138,9 @@ def test_eval_is_on_the_text_kept_apart_from_training(
     (run / "train.json").write_text(json.dumps({"data": data, "length": 16}))
     lengths = []
     score = evaluate.score
-    monkeypatch.setattr(evaluate, "score", lambda *a, **given: lengths.append(given["length"]) or score(*a, **given))
+    monkeypatch.setattr(
+        evaluate, "score", lambda *a, **given: lengths.append(given["length"]) or score(*a, **given)
+    )
 
     def documents(*words: str) -> int:
         assert main(["eval", str(run), "--json", *words]) == 0
@@ -126,11 +156,19 @@ def test_eval_is_on_the_text_kept_apart_from_training(
 
 def test_serve_passes_its_options_on(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {}
-    monkeypatch.setattr("rorqual.serve.server.serve", lambda run, **options: asked.update(options, run=run))
+    monkeypatch.setattr(
+        "rorqual.serve.server.serve", lambda run, **options: asked.update(options, run=run)
+    )
     assert main(["serve", str(small_run), "--port", "1234", "--rows", "2"]) == 0
     assert asked.pop("run").config.layers == 2
     assert asked.pop("given") == str(small_run)
-    assert asked == {"host": "127.0.0.1", "port": 1234, "rows": 2, "context": 4096, "max_waiting": 256}
+    assert asked == {
+        "host": "127.0.0.1",
+        "port": 1234,
+        "rows": 2,
+        "context": 4096,
+        "max_waiting": 256,
+    }
 
 
 def test_explore_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +178,9 @@ def test_explore_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (asked[0].run, asked[0].port) == ("runs/x", 1234)
 
 
-def test_memory_shows_reads_and_what_an_edit_changes(small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_shows_reads_and_what_an_edit_changes(
+    small_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["memory", str(small_run), "The blue whale", "--top", "3"]
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -169,8 +209,14 @@ def test_memory_saves_edits_and_takes_them_back(
     assert weights.read_bytes() != start
     assert edited["change"]["kl"] >= 0 and edited["edited"][0]["layer"] == 1
     said("--overwrite", ngram, "0.5", "--save")
-    assert [edit["what"].split()[0] for edit in said("--edits")["saved"]] == ["suppress", "overwrite"]
-    assert said("The blue whale")["next"]["as it is"] != said("--undo", "The blue whale")["next"]["edited"]
+    assert [edit["what"].split()[0] for edit in said("--edits")["saved"]] == [
+        "suppress",
+        "overwrite",
+    ]
+    assert (
+        said("The blue whale")["next"]["as it is"]
+        != said("--undo", "The blue whale")["next"]["edited"]
+    )
     assert said("--undo")["undone"][0]["what"].startswith("suppress")
     assert weights.read_bytes() == start
     assert said("--edits")["saved"] == []
@@ -178,7 +224,9 @@ def test_memory_saves_edits_and_takes_them_back(
     assert "no edit to take back" in capsys.readouterr().err
 
 
-def test_memory_counts_a_corpus(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_counts_a_corpus(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "notes.txt").write_text("The blue whale is large.\n\nA fin whale sings.\n")
     words = ["memory", str(small_run), "--data", str(tmp_path / "notes.txt"), "--top", "2"]
     assert main([*words, "--json"]) == 0
@@ -226,7 +274,9 @@ def test_generate_says_that_it_reads_a_terminal(
     assert capsys.readouterr().err == ""
 
 
-def test_folders_of_another_kind_are_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_of_another_kind_are_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     adapter, sweep, pictures = tmp_path / "adapter", tmp_path / "sweep", tmp_path / "pictures"
     for folder in (adapter, sweep, pictures, *(sweep / f"run{n}" for n in range(6))):
         folder.mkdir()
@@ -259,14 +309,21 @@ def test_folders_of_another_kind_are_a_line(tmp_path: Path, capsys: pytest.Captu
     ids=["model", "data", "tokenizer"],
 )
 def test_offline_the_hub_is_a_line(
-    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # which tests are started with
     assert main(words) == 1
     printed = capsys.readouterr().err.strip().splitlines()
     assert len(printed) == 1
-    for part in ("cannot be reached (HF_HUB_OFFLINE forbids", "set HF_ENDPOINT to a mirror", "a local path"):
+    for part in (
+        "cannot be reached (HF_HUB_OFFLINE forbids",
+        "set HF_ENDPOINT to a mirror",
+        "a local path",
+    ):
         assert part in printed[0]
 
 

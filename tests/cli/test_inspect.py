@@ -16,7 +16,9 @@ def test_data_counts_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "a fin whale sings very low",
         "the blue whale is large and eats krill",
     ]
-    (tmp_path / "notes.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    (tmp_path / "notes.jsonl").write_text(
+        "".join(json.dumps({"body": text}) + "\n" for text in texts)
+    )
     words = ["data", str(tmp_path / "notes.jsonl"), "--column", "body"]
     assert main([*words, "--json", "--sample", "1"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -40,7 +42,9 @@ def test_data_counts_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["report", "no-such-folder"], 1, "got no-such-folder, expected a run folder"),
     ],
 )
-def test_mistakes_are_a_line(words: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_a_line(
+    words: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(words) == code
     printed = capsys.readouterr().err
     assert said in printed
@@ -57,9 +61,14 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 
 
 def test_report_of_a_folder_of_runs(
-    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("rorqual.analyze.report.sample", lambda run: ("A fin whale sings below the sea.",))
+    monkeypatch.setattr(
+        "rorqual.analyze.report.sample", lambda run: ("A fin whale sings below the sea.",)
+    )
     for name in ("a", "b", "b.before-1"):
         shutil.copytree(small_run, tmp_path / "runs" / name)
     assert inspect.runs_in(tmp_path / "runs") == [tmp_path / "runs" / "a", tmp_path / "runs" / "b"]
@@ -73,9 +82,14 @@ def test_report_of_a_folder_of_runs(
 
 
 def test_a_report_leaves_the_pages_of_other_runs_alone(
-    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("rorqual.analyze.report.sample", lambda run: ("A fin whale sings below the sea.",))
+    monkeypatch.setattr(
+        "rorqual.analyze.report.sample", lambda run: ("A fin whale sings below the sea.",)
+    )
     one, other = (shutil.copytree(small_run, tmp_path / "runs" / name) for name in ("a", "b"))
 
     def written(*words: str) -> Path:
@@ -98,10 +112,14 @@ def test_a_report_leaves_the_pages_of_other_runs_alone(
     assert "which is no page, to write over" in capsys.readouterr().err
     assert (other / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes()
     assert main(["report", str(other), "--out", str(page)]) == 0
-    assert "replaces a page that was made from other runs" in capsys.readouterr().err.replace("\n", " ")
+    assert "replaces a page that was made from other runs" in capsys.readouterr().err.replace(
+        "\n", " "
+    )
 
 
-def test_a_report_of_a_run_that_is_not_finished_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_of_a_run_that_is_not_finished_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "train.json").write_text("{}")
     assert main(["report", str(tmp_path)]) == 1
     said = f"expected a run that has a checkpoint or is finished (go on: rorqual train {tmp_path})"

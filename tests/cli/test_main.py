@@ -37,7 +37,9 @@ def test_the_package_loads_no_room_and_knows_its_names() -> None:
 
 
 def test_version_and_the_module_as_a_command() -> None:
-    done = subprocess.run([sys.executable, "-m", "rorqual", "--version"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "rorqual", "--version"], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout.split()[0]) == (0, "rorqual")
 
 
@@ -73,7 +75,11 @@ def raising(error: BaseException):
             1,
             "rorqual: error: got 'x', expected a file or folder that exists\n",
         ),
-        (PermissionError(13, "Permission denied", "x"), 1, "rorqual: error: [Errno 13] Permission denied: 'x'\n"),
+        (
+            PermissionError(13, "Permission denied", "x"),
+            1,
+            "rorqual: error: [Errno 13] Permission denied: 'x'\n",
+        ),
         (RuntimeError("run a ended"), 1, "rorqual: error: run a ended\n"),
         (ModuleNotFoundError("no", name="olmo_core.train"), 1, "[train]'\n"),
         (ModuleNotFoundError("no", name="rorqual.nothing"), 1, "Traceback"),
@@ -84,7 +90,11 @@ def raising(error: BaseException):
     ],
 )
 def test_errors_and_their_codes(
-    error: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: BaseException,
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv("RORQUAL_DEBUG", raising=False)
     monkeypatch.setattr(front.importlib, "import_module", lambda name: raising(error))
@@ -94,9 +104,13 @@ def test_errors_and_their_codes(
     assert ("Traceback" in printed) == (said == "Traceback")
 
 
-def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_debug_shows_the_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("RORQUAL_DEBUG", "1")
-    monkeypatch.setattr(front.importlib, "import_module", lambda name: raising(ValueError("got 3, expected 4")))
+    monkeypatch.setattr(
+        front.importlib, "import_module", lambda name: raising(ValueError("got 3, expected 4"))
+    )
     assert front.main(["doctor"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
@@ -116,10 +130,16 @@ HELPS = [
 
 
 @pytest.mark.parametrize("words", HELPS, ids=" ".join)
-def test_no_line_of_help_holds_two_examples(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_line_of_help_holds_two_examples(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert front.main([*words, "--help"]) == 0
     said = capsys.readouterr().out
     assert said
     shown = f"rorqual {words[0]} "
-    wrong = [line for line in said.splitlines() if line.count(shown) > 1 and not line.startswith("usage: ")]
+    wrong = [
+        line
+        for line in said.splitlines()
+        if line.count(shown) > 1 and not line.startswith("usage: ")
+    ]
     assert not wrong

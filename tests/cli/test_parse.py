@@ -8,7 +8,16 @@ from typing import Literal, NamedTuple
 import pytest
 import torch
 
-from rorqual.cli.parse import Positional, UsageError, jsonable, parse, parse_new, read, split_first, take
+from rorqual.cli.parse import (
+    Positional,
+    UsageError,
+    jsonable,
+    parse,
+    parse_new,
+    read,
+    split_first,
+    take,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,15 +65,24 @@ def test_flags_change_a_default_and_put_parts_in() -> None:
 
 
 def test_a_name_and_its_value_may_be_one_word() -> None:
-    words = ["model.memory.rows=5,6,7", "steps=9", "fast=true", "--kind=b", "--model.memory.heads", "3"]
-    expected = Options(model=Model(memory=Memory(rows=(5, 6, 7), heads=3)), steps=9, fast=True, kind="b")
+    words = [
+        "model.memory.rows=5,6,7",
+        "steps=9",
+        "fast=true",
+        "--kind=b",
+        "--model.memory.heads",
+        "3",
+    ]
+    expected = Options(
+        model=Model(memory=Memory(rows=(5, 6, 7), heads=3)), steps=9, fast=True, kind="b"
+    )
     assert parse(Options(steps=1), words, "x") == expected
     assert parse(expected, ["fast=false", "model.memory=none", "model.rank=none"], "x") == Options(
         model=Model(rank=None), steps=9, kind="b"
     )
-    assert parse(Options(), ["--fast", "false", "--model.memory.rows", "[1,2]"], "x").model.memory == Memory(
-        rows=(1, 2)
-    )
+    assert parse(
+        Options(), ["--fast", "false", "--model.memory.rows", "[1,2]"], "x"
+    ).model.memory == Memory(rows=(1, 2))
 
 
 def test_names_may_have_dashes_or_underscores_and_the_last_value_counts() -> None:
@@ -81,8 +99,12 @@ def test_a_short_name_stands_for_a_longer_one() -> None:
 
 def test_none_takes_a_part_out() -> None:
     start = Options(model=Model(memory=Memory(heads=5)))
-    assert parse(start, ["--model.memory", "none", "--model.rank", "none"], "x").model == Model(rank=None)
-    assert parse(start, ["--model.memory.rows", "1"], "x").model.memory == Memory(rows=(1,), heads=5)
+    assert parse(start, ["--model.memory", "none", "--model.rank", "none"], "x").model == Model(
+        rank=None
+    )
+    assert parse(start, ["--model.memory.rows", "1"], "x").model.memory == Memory(
+        rows=(1,), heads=5
+    )
 
 
 def test_a_class_may_have_required_fields() -> None:
@@ -97,7 +119,9 @@ def test_what_is_given_by_its_place_may_stand_anywhere_and_be_any_text() -> None
     expected = Named(run="here", text="steps=5", steps=2, fast=True)
     assert parse_new(Named, ["here", "steps=5", "--steps", "2", "--fast"], "x") == expected
     assert parse_new(Named, ["--steps", "2", "here", "--fast", "steps=5"], "x") == expected
-    assert parse_new(Named, ["here", "--pair", "a", "b", "c"], "x") == Named(run="here", pair=("a", "b"), text="c")
+    assert parse_new(Named, ["here", "--pair", "a", "b", "c"], "x") == Named(
+        run="here", pair=("a", "b"), text="c"
+    )
     assert parse_new(Named, ["here", "--stop", ",", "[x]"], "x").stop == (",", "[x]")
     assert parse_new(Named, ["here", "--stop", ","], "x").stop == (",",)
 
@@ -113,9 +137,18 @@ def test_what_is_given_by_its_place_may_stand_anywhere_and_be_any_text() -> None
         (["--steps", "many"], "steps: got 'many', expected int"),
         (["--kind", "c"], "kind: got 'c', expected 'a' or 'b'"),
         (["--model.memory.heads", "0"], "heads: got 0, expected at least 1"),
-        (["--model.memory.rows", "1", "x"], r"model\.memory\.rows: got \['1', 'x'\], expected tuple\[int, \.\.\.\]"),
-        (["--model.memori.heads", "1"], r"--model\.memori\.heads.*did you mean --model\.memory\.heads\?"),
-        (["--model.memory", "on"], "model.memory: got 'on', expected default, none or a mapping of Memory"),
+        (
+            ["--model.memory.rows", "1", "x"],
+            r"model\.memory\.rows: got \['1', 'x'\], expected tuple\[int, \.\.\.\]",
+        ),
+        (
+            ["--model.memori.heads", "1"],
+            r"--model\.memori\.heads.*did you mean --model\.memory\.heads\?",
+        ),
+        (
+            ["--model.memory", "on"],
+            "model.memory: got 'on', expected default, none or a mapping of Memory",
+        ),
         (["--no-fast"], "got --no-fast, expected fast=false"),
         (["--fast", "--zzzzz"], "--zzzzz.* --help lists them"),
         (["stray"], "got 'stray', expected an option"),
@@ -164,7 +197,10 @@ def test_jsonable() -> None:
         b: torch.Tensor
 
     value = {"x": Pair(1, torch.tensor(2.0)), 3: (Path("a/b"), Memory(), None, True)}
-    assert jsonable(value) == {"x": {"a": 1, "b": 2.0}, "3": ["a/b", {"rows": [4, 4], "heads": 2}, None, True]}
+    assert jsonable(value) == {
+        "x": {"a": 1, "b": 2.0},
+        "3": ["a/b", {"rows": [4, 4], "heads": 2}, None, True],
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,8 +246,14 @@ class Training:
         (["--batch-size", "32"], "got --batch-size, which rorqual train calls --rows"),
         (["--batch_size=32"], "got --batch-size, which rorqual train calls --rows"),
         (["batch_size=32"], "got --batch-size, which rorqual train calls --rows"),
-        (["--epochs", "3"], "calls --steps; steps = epochs * tokens of the text / (--rows * --length)"),
-        (["--gradient-accumulation-steps", "4"], "calls --micro-rows; steps of accumulation = --rows / (ranks"),
+        (
+            ["--epochs", "3"],
+            "calls --steps; steps = epochs * tokens of the text / (--rows * --length)",
+        ),
+        (
+            ["--gradient-accumulation-steps", "4"],
+            "calls --micro-rows; steps of accumulation = --rows / (ranks",
+        ),
         (["--learning-rate", "1e-3"], "calls --optim.lr"),
         (["--lr", "1e-3"], "calls --optim.lr"),
         (["--max-steps", "5"], "calls --steps"),

@@ -40,7 +40,14 @@ def test_params_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["tiny"], ["tiny", "deepseek-v3", "--json"], ["tiny", "--context", "64"], ["--base", "10000"], ["--help"]]
+    "words",
+    [
+        ["tiny"],
+        ["tiny", "deepseek-v3", "--json"],
+        ["tiny", "--context", "64"],
+        ["--base", "10000"],
+        ["--help"],
+    ],
 )
 def test_params_loads_no_torch(words: list[str]) -> None:
     """Torch alone takes longer to load than the answer may."""
@@ -53,10 +60,22 @@ def test_params_loads_no_torch(words: list[str]) -> None:
 
 
 def test_params_of_what_flags_change(capsys: pytest.CaptureFixture[str], small_run: Path) -> None:
-    words = ["params", "tiny", "--model.engram.rows-per-head", "50", "60", "--context", "64", "--json"]
+    words = [
+        "params",
+        "tiny",
+        "--model.engram.rows-per-head",
+        "50",
+        "60",
+        "--context",
+        "64",
+        "--json",
+    ]
     assert main(words) == 0
     found = json.loads(capsys.readouterr().out)["tiny"]
-    assert found == costs(configs.replace(preset("tiny"), "engram.rows_per_head", (50, 60)), 64)._asdict()
+    assert (
+        found
+        == costs(configs.replace(preset("tiny"), "engram.rows_per_head", (50, 60)), 64)._asdict()
+    )
     assert main(["params", str(small_run), "--model.engram", "none", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[str(small_run)]["memory"] == 0
 
@@ -65,7 +84,11 @@ def test_params_tells_how_long_a_context_a_base_carries(capsys: pytest.CaptureFi
     assert main(["params", "--base", "10000"]) == 0
     assert "tells 31,415 tokens apart" in capsys.readouterr().out
     assert main(["params", "--base", "10000", "--factor", "40", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"base": 10000.0, "factor": 40.0, "longest_context": 1_256_637}
+    assert json.loads(capsys.readouterr().out) == {
+        "base": 10000.0,
+        "factor": 40.0,
+        "longest_context": 1_256_637,
+    }
     assert main(["params", "tiny", "--model.rope.base", "500000", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tiny"]["longest_context"] == 1_570_796
 
@@ -73,7 +96,14 @@ def test_params_tells_how_long_a_context_a_base_carries(capsys: pytest.CaptureFi
 def test_params_prints_every_digit_of_the_models_that_are_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ["deepseek-v3", "deepseek-v2", "deepseek-v2-lite", "deepseekmoe-16b", "classroom", "engram-27b"]
+    names = [
+        "deepseek-v3",
+        "deepseek-v2",
+        "deepseek-v2-lite",
+        "deepseekmoe-16b",
+        "classroom",
+        "engram-27b",
+    ]
     assert main(["params", *names, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found) == names
@@ -103,11 +133,15 @@ def test_plan_says_when_no_expert_is_given_up(capsys: pytest.CaptureFixture[str]
     assert "No expert" not in capsys.readouterr().out
 
 
-def test_planned_commands_train_in_a_folder_each(capsys: pytest.CaptureFixture[str], small_run: Path) -> None:
+def test_planned_commands_train_in_a_folder_each(
+    capsys: pytest.CaptureFixture[str], small_run: Path
+) -> None:
     for like in ("tiny", str(small_run)):
         assert main(["plan", "--like", like, "--rho", "0.6"]) == 0
         commands = [
-            line.split("rorqual train ")[1] for line in capsys.readouterr().out.splitlines() if " train " in line
+            line.split("rorqual train ")[1]
+            for line in capsys.readouterr().out.splitlines()
+            if " train " in line
         ]
         folders = [command.partition(" folder=")[2] for command in commands]
         name = Path(like).name
@@ -118,8 +152,14 @@ def test_planned_commands_train_in_a_folder_each(capsys: pytest.CaptureFixture[s
     ("words", "said"),
     [
         (["--rho", "2"], "--rho 2: got 2.0, expected 0..1"),
-        (["--total", "1e5"], "--total 1e5: got 1e+05 parameters beside 3.225e+06 FLOPs a token, expected"),
-        (["--activated=1e5", "--flops", "1e6"], "--activated 1e5 --flops 1e6: got activated parameters and FLOPs,"),
+        (
+            ["--total", "1e5"],
+            "--total 1e5: got 1e+05 parameters beside 3.225e+06 FLOPs a token, expected",
+        ),
+        (
+            ["--activated=1e5", "--flops", "1e6"],
+            "--activated 1e5 --flops 1e6: got activated parameters and FLOPs,",
+        ),
         (["--flops", "-3"], "--flops -3: got -3, expected a finite number above 0"),
         (["--like", "dense-4b"], "--like dense-4b: got a model without experts"),
     ],
@@ -146,10 +186,15 @@ def test_plan_spends_one_budget(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["memory"] == found["engram"]["costs"]["memory"] == costs(model).memory
     kept = found["engram"]["estimate"]["roles"]["rows"]
     assert (kept["parameters"], found["machine"]["devices"]) == (found["memory"], 3)
-    assert found["engram"]["estimate"]["host_bytes"] == kept["weights"] + kept["gradients"] + kept["state"]
+    assert (
+        found["engram"]["estimate"]["host_bytes"]
+        == kept["weights"] + kept["gradients"] + kept["state"]
+    )
     for arm in ("moe", "engram", "dense"):  # the flags that are printed make what was planned
         planned = configs.from_dict(ModelConfig, found[arm]["config"])
-        assert parse(TrainConfig(model=preset("tiny")), found[arm]["flags"], "train").model == planned
+        assert (
+            parse(TrainConfig(model=preset("tiny")), found[arm]["flags"], "train").model == planned
+        )
     assert main([*words, "--devices", "3"]) == 0
     said = capsys.readouterr().out
     assert f"engram  rorqual train tiny {' '.join(found['engram']['flags'])}" in said
@@ -200,7 +245,11 @@ def test_sizes_have_three_digits(count: float, said: str) -> None:
         (["params", "tinny"], 2, "did you mean 'tiny'"),
         (["params", "tiny", "--base", "10000"], 2, "--base: got names too"),
         (["params", "tiny", "--context", "0"], 1, "context: got 0, expected at least 1"),
-        (["plan", "--like", "tiny", "--context", "-5"], 1, "--context -5: got -5, expected at least 1"),
+        (
+            ["plan", "--like", "tiny", "--context", "-5"],
+            1,
+            "--context -5: got -5, expected at least 1",
+        ),
         (["sweep", "slots", "--steps", "0"], 2, "steps: got 0, expected at least 1"),
         (["sweep", "slots", "--length", "0"], 2, "length: got 0, expected at least 1"),
         (["sweep", "slots", "--workers", "0"], 2, "workers: got 0, expected at least 1"),
@@ -211,12 +260,24 @@ def test_sizes_have_three_digits(count: float, said: str) -> None:
         (["plan", "tiny"], 2, "expected flags alone: rorqual plan --like tiny"),
         (["plan", "--like", "tinny"], 2, "did you mean 'tiny'"),
         (["plan", "--like", "tiny", "--device", "h10"], 2, "did you mean 'h100'"),
-        (["plan", "--like", "tiny", "--activated", "1e5", "--flops", "1e6"], 1, "expected one of them"),
+        (
+            ["plan", "--like", "tiny", "--activated", "1e5", "--flops", "1e6"],
+            1,
+            "expected one of them",
+        ),
         (["plan", "--like", "tiny", "--rho", "2"], 1, "expected 0..1"),
         (["plan", "--like", "dense-4b"], 1, "expected moe to be on"),
         (["train"], 2, "expected a preset's name, a YAML file or a run folder first"),
-        (["launch", "--nproc-per-node", "2"], 2, "got flags alone, expected a preset's name or a run folder behind"),
-        (["launch", "--nproc-per-node"], 2, "expected one argument: rorqual launch --nproc-per-node 2 tiny"),
+        (
+            ["launch", "--nproc-per-node", "2"],
+            2,
+            "got flags alone, expected a preset's name or a run folder behind",
+        ),
+        (
+            ["launch", "--nproc-per-node"],
+            2,
+            "expected one argument: rorqual launch --nproc-per-node 2 tiny",
+        ),
         (["launch", "--nprocs", "2", "tiny"], 2, "unrecognized arguments: --nprocs"),
         (["launch", "--nproc-per-node", "2", "tinny", "--json"], 2, "did you mean 'tiny'"),
         (["launch", "--nproc-per-node", "2", "tiny", "--stepz", "3"], 2, "did you mean --steps"),
@@ -225,16 +286,23 @@ def test_sizes_have_three_digits(count: float, said: str) -> None:
         (["demo", "--seeds", "0"], 2, "expected at least 1"),
     ],
 )
-def test_mistakes_are_a_line(words: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_a_line(
+    words: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(words) == code
     printed = capsys.readouterr().err
     assert said in printed
     assert len(printed.splitlines()) <= 2
 
 
-def test_a_moved_run_is_trained_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moved_run_is_trained_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[TrainConfig] = []
-    monkeypatch.setattr("rorqual.train.trainer.train", lambda config, on_metrics: asked.append(config) or config.folder)
+    monkeypatch.setattr(
+        "rorqual.train.trainer.train",
+        lambda config, on_metrics: asked.append(config) or config.folder,
+    )
     configs.save(TrainConfig(folder="runs/before", seed=3), tmp_path / "after" / "train.json")
     assert main(["train", str(tmp_path / "after"), "--steps", "5"]) == 0
     assert main(["train", str(tmp_path / "after"), "--folder", "elsewhere"]) == 0
@@ -243,18 +311,32 @@ def test_a_moved_run_is_trained_where_it_is(tmp_path: Path, monkeypatch: pytest.
     ]  # fmt: skip
 
 
-def test_train_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_help_teaches(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", "--help"]) == 0
     said = capsys.readouterr().out.partition("examples:\n")[2]
-    for word in ("--data notes/", "goes on where it was stopped", "model.engram=none", "naming one of its fields"):
+    for word in (
+        "--data notes/",
+        "goes on where it was stopped",
+        "model.engram=none",
+        "naming one of its fields",
+    ):
         assert word in said
     parts = re.search(r"A part that is off \((.*?)\)", said)
     assert parts is not None
     for name in parts[1].split(", "):
         assert type(None) in get_args(ModelConfig.__annotations__[name])
     asked: list[TrainConfig] = []
-    monkeypatch.setattr("rorqual.train.trainer.train", lambda config, on_metrics: asked.append(config) or config.folder)
-    lines = [line.split("     ")[0].split()[1:] for line in said.splitlines() if "  rorqual train" in line]
+    monkeypatch.setattr(
+        "rorqual.train.trainer.train",
+        lambda config, on_metrics: asked.append(config) or config.folder,
+    )
+    lines = [
+        line.split("     ")[0].split()[1:]
+        for line in said.splitlines()
+        if "  rorqual train" in line
+    ]
     presets = [line for line in lines if line[1] == "tiny"]
     assert len(presets) == 5
     for line in presets:
@@ -273,7 +355,10 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[TrainConfig]:
     found: list[TrainConfig] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("rorqual.cli.train.refuse_too_large", lambda config: None)
-    monkeypatch.setattr("rorqual.train.trainer.train", lambda config, on_metrics: found.append(config) or config.folder)
+    monkeypatch.setattr(
+        "rorqual.train.trainer.train",
+        lambda config, on_metrics: found.append(config) or config.folder,
+    )
     return found
 
 
@@ -309,7 +394,9 @@ OVERRIDES = {
     "model.dim": st.integers(1, 9999),
     "model.tied": st.booleans(),
     "model.engram": st.sampled_from(["none", "default"]),
-    "model.engram.rows_per_head": st.lists(st.integers(2, 10**12), min_size=1, max_size=4).map(tuple),
+    "model.engram.rows_per_head": st.lists(st.integers(2, 10**12), min_size=1, max_size=4).map(
+        tuple
+    ),
     "model.engram.dead_tokens": st.lists(st.integers(0, 99), max_size=3).map(tuple),
     "model.engram.generator": st.sampled_from(["numpy", "splitmix64"]),
     "model.moe": st.sampled_from(["none", "default"]),
@@ -319,9 +406,19 @@ OVERRIDES = {
 }
 
 
-@given(st.lists(st.sampled_from(sorted(OVERRIDES)).flatmap(lambda name: st.tuples(st.just(name), OVERRIDES[name]))))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_is_asked_for_survives_yaml(capsys: pytest.CaptureFixture[str], overrides: list[tuple[str, Any]]) -> None:
+@given(
+    st.lists(
+        st.sampled_from(sorted(OVERRIDES)).flatmap(
+            lambda name: st.tuples(st.just(name), OVERRIDES[name])
+        )
+    )
+)
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_what_is_asked_for_survives_yaml(
+    capsys: pytest.CaptureFixture[str], overrides: list[tuple[str, Any]]
+) -> None:
     """And each value that is asked for is there, but for those that later ones replace."""
     words = [f"{name}={_typed(value)}" for name, value in overrides]
     wanted = training.train_options(["tiny", *words])
@@ -332,7 +429,9 @@ def test_what_is_asked_for_survives_yaml(capsys: pytest.CaptureFixture[str], ove
         path.write_text(capsys.readouterr().out, encoding="utf-8")
         assert training.train_options([str(path)]) == wanted
     for number, (name, value) in enumerate(overrides):
-        if not any(name.startswith(later) or later.startswith(name) for later, _ in overrides[number + 1 :]):
+        if not any(
+            name.startswith(later) or later.startswith(name) for later, _ in overrides[number + 1 :]
+        ):
             found: Any = wanted
             for part in name.split("."):
                 found = getattr(found, part)
@@ -342,18 +441,43 @@ def test_what_is_asked_for_survives_yaml(capsys: pytest.CaptureFixture[str], ove
 
 
 def _typed(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
+    return (
+        ",".join(map(str, value))
+        if isinstance(value, tuple)
+        else "none"
+        if value is None
+        else str(value)
+    )
 
 
-def test_a_file_and_overrides_are_one_config(asked: list[TrainConfig], capsys: pytest.CaptureFixture[str]) -> None:
-    Path("whale.yaml").write_text("steps: 7\nmodel:\n  dim: 128\n  engram: {heads: 8}\n", encoding="utf-8")
+def test_a_file_and_overrides_are_one_config(
+    asked: list[TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("whale.yaml").write_text(
+        "steps: 7\nmodel:\n  dim: 128\n  engram: {heads: 8}\n", encoding="utf-8"
+    )
     assert main(["train", "whale.yaml"]) == 0
     model = ModelConfig(dim=128, engram=EngramConfig(heads=8))
     assert asked[0] == TrainConfig(folder="runs/whale", steps=7, model=model, optim=recipe(128))
-    assert main(["train", "whale.yaml", "steps=9", "--model.engram.heads", "4", "data=notes/", "model.dim=64"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "whale.yaml",
+                "steps=9",
+                "--model.engram.heads",
+                "4",
+                "data=notes/",
+                "model.dim=64",
+            ]
+        )
+        == 0
+    )
     assert (asked[1].steps, asked[1].data.source, asked[1].optim) == (9, "notes/", recipe(64))
     assert asked[1].model == ModelConfig(engram=EngramConfig(heads=4))
-    Path("whale.yaml").write_text("folder: runs/whale\noptim: {kind: adamw, clip: 0.5}\n", encoding="utf-8")
+    Path("whale.yaml").write_text(
+        "folder: runs/whale\noptim: {kind: adamw, clip: 0.5}\n", encoding="utf-8"
+    )
     assert main(["train", "whale.yaml"]) == 0
     assert asked[2].optim == OptimConfig(clip=0.5)
     configs.save(replace(asked[2], steps=9), "runs/whale/train.json")
@@ -365,17 +489,29 @@ def test_a_file_and_overrides_are_one_config(asked: list[TrainConfig], capsys: p
     ("text", "code", "said"),
     [
         ("stepz: 3", 1, "bad.yaml: got TrainConfig key 'stepz', expected one of model, "),
-        ("model: {engram: {headz: 8}}", 1, "bad.yaml: got model.engram key 'headz', expected one of layers"),
+        (
+            "model: {engram: {headz: 8}}",
+            1,
+            "bad.yaml: got model.engram key 'headz', expected one of layers",
+        ),
         ("model: {engram: {heads: x}}", 1, "bad.yaml: model.engram.heads: got 'x', expected int"),
         ("model: {engram: {heads: 0}}", 1, "bad.yaml: engram.heads: got 0, expected at least 1"),
-        ("model: {gqa: {heads: 4}}", 1, "bad.yaml: attention: got mla and gqa, expected exactly one"),
+        (
+            "model: {gqa: {heads: 4}}",
+            1,
+            "bad.yaml: attention: got mla and gqa, expected exactly one",
+        ),
         ("model: [", 1, "bad.yaml: line 1, column 9: expected the node content"),
         ("- steps", 1, "bad.yaml: got ['steps'], expected a mapping of fields"),
         (None, 1, "got 'bad.yaml', expected a file or folder that exists"),
     ],
 )
 def test_a_wrong_file_is_a_line(
-    text: str | None, code: int, said: str, asked: list[TrainConfig], capsys: pytest.CaptureFixture[str]
+    text: str | None,
+    code: int,
+    said: str,
+    asked: list[TrainConfig],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if text is not None:
         Path("bad.yaml").write_text(text)
@@ -386,7 +522,9 @@ def test_a_wrong_file_is_a_line(
     assert not asked
 
 
-@pytest.mark.parametrize("words", [["train", "--help"], ["train", "tiny", "--steps", "x"], ["config", "small"]])
+@pytest.mark.parametrize(
+    "words", [["train", "--help"], ["train", "tiny", "--steps", "x"], ["config", "small"]]
+)
 def test_options_are_read_without_torch(words: list[str]) -> None:
     code = (
         f"import sys; from rorqual.cli.main import main; main({words});"
@@ -396,23 +534,43 @@ def test_options_are_read_without_torch(words: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_train_demo_and_sweep_begin_with_one_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_demo_and_sweep_begin_with_one_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Any] = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("rorqual.train.trainer.train", lambda config, on_metrics: asked.append(config) or tmp_path)
-    monkeypatch.setattr("rorqual.experiments.demo.main", lambda config, console: asked.append(config))
-    monkeypatch.setattr("rorqual.experiments.allocation.main", lambda config, console: asked.append(config) or tmp_path)
-    for words in (["train", "{}"], ["demo", "--preset", "{}"], ["sweep", "experts", "--preset", "{}"]):
+    monkeypatch.setattr(
+        "rorqual.train.trainer.train", lambda config, on_metrics: asked.append(config) or tmp_path
+    )
+    monkeypatch.setattr(
+        "rorqual.experiments.demo.main", lambda config, console: asked.append(config)
+    )
+    monkeypatch.setattr(
+        "rorqual.experiments.allocation.main",
+        lambda config, console: asked.append(config) or tmp_path,
+    )
+    for words in (
+        ["train", "{}"],
+        ["demo", "--preset", "{}"],
+        ["sweep", "experts", "--preset", "{}"],
+    ):
         for name in ("tiny", "small"):
             assert main([word.format(name) for word in words]) == 0
             assert asked.pop().optim == recipe(preset(name).dim)
     assert recipe(64) != recipe(256)
     for words in (["train", "tiny"], ["sweep", "experts"]):
-        assert main([*words, "--model.dim", "128", "--optim.clip", "0.5"]) == 0  # of the width that is asked for
+        assert (
+            main([*words, "--model.dim", "128", "--optim.clip", "0.5"]) == 0
+        )  # of the width that is asked for
         assert asked.pop().optim == replace(recipe(128), clip=0.5)
     assert main(["train", "tiny", "--needles", "default"]) == 0
     assert asked.pop().optim == recipe(64, needles=True) != recipe(64)
-    assert main(["train", "tiny", "--model.dim", "128", "--optim.kind", "adamw", "--optim.lr", "0.002"]) == 0
+    assert (
+        main(
+            ["train", "tiny", "--model.dim", "128", "--optim.kind", "adamw", "--optim.lr", "0.002"]
+        )
+        == 0
+    )
     assert (asked[-1].optim.kind, asked.pop().optim.lr) == ("adamw", 0.002)
     assert main(["train", "engram-demo"]) == 0
     assert asked.pop().optim == OptimConfig()
@@ -424,7 +582,9 @@ def test_a_run_that_goes_on_keeps_its_optimizer(
     """Runs begun when another optimizer was the default are not refused for it."""
     asked: list[Any] = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("rorqual.train.trainer.train", lambda config, on_metrics: asked.append(config) or tmp_path)
+    monkeypatch.setattr(
+        "rorqual.train.trainer.train", lambda config, on_metrics: asked.append(config) or tmp_path
+    )
     old = TrainConfig(model=preset("tiny"), optim=OptimConfig(lr=4e-3), folder="runs/tiny")
     configs.save(old, "runs/tiny/train.json")
     assert main(["train", "tiny"]) == 0
@@ -439,11 +599,18 @@ def test_a_run_that_goes_on_keeps_its_optimizer(
     assert asked.pop() == replace(old, folder="elsewhere", steps=9)
 
 
-def test_launch_hands_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_launch_hands_everything_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked: list[tuple[list[str], list[str]]] = []
-    monkeypatch.setattr("rorqual.parallel.torchrun", lambda flags, command: asked.append((flags, command)))
+    monkeypatch.setattr(
+        "rorqual.parallel.torchrun", lambda flags, command: asked.append((flags, command))
+    )
     words = ["tiny", "--steps", "3", "--data", "wordnet", "--json"]
-    assert main(["launch", "--nproc-per-node", "2", "--max-restarts=5", "--log-dir", "logs", *words]) == 0
+    assert (
+        main(["launch", "--nproc-per-node", "2", "--max-restarts=5", "--log-dir", "logs", *words])
+        == 0
+    )
     ((flags, command),) = asked
     assert flags[-5:] == ["--nproc-per-node", "2", "--max-restarts=5", "--log-dir", "logs"]
     assert command == ["rorqual", "train", *words]
@@ -460,8 +627,12 @@ def test_demo_and_sweep_pass_their_options_on(
 ) -> None:
     (tmp_path / "conclusion.txt").write_text("nothing is established\n")
     monkeypatch.setattr("rorqual.experiments.demo.main", lambda config, console: config.steps)
-    monkeypatch.setattr("rorqual.experiments.allocation.main", lambda config, console: tmp_path / config.kind / "..")
-    monkeypatch.setattr("rorqual.experiments.needle.main", lambda config, console: tmp_path / str(config.nsa.chosen))
+    monkeypatch.setattr(
+        "rorqual.experiments.allocation.main", lambda config, console: tmp_path / config.kind / ".."
+    )
+    monkeypatch.setattr(
+        "rorqual.experiments.needle.main", lambda config, console: tmp_path / str(config.nsa.chosen)
+    )
     (tmp_path / "slots").mkdir()
     (tmp_path / "6").mkdir()
     (tmp_path / "6" / "conclusion.txt").write_text("moba found most\n")
@@ -473,10 +644,30 @@ def test_demo_and_sweep_pass_their_options_on(
     assert json.loads(capsys.readouterr().out)["conclusion"] == "moba found most"
 
 
-def test_a_sweep_follows_the_preset_and_its_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_follows_the_preset_and_its_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[SweepConfig] = []
-    monkeypatch.setattr("rorqual.experiments.allocation.main", lambda config, console: asked.append(config) or tmp_path)
-    assert main(["sweep", "ablation", "--model.engram.heads", "2", "--preset", "small", "--rates", "1", "0.5"]) == 0
+    monkeypatch.setattr(
+        "rorqual.experiments.allocation.main",
+        lambda config, console: asked.append(config) or tmp_path,
+    )
+    assert (
+        main(
+            [
+                "sweep",
+                "ablation",
+                "--model.engram.heads",
+                "2",
+                "--preset",
+                "small",
+                "--rates",
+                "1",
+                "0.5",
+            ]
+        )
+        == 0
+    )
     small = preset("small")
     assert asked[0].kind == "ablation" and asked[0].rates == (1.0, 0.5)
     assert asked[0].model == replace(small, engram=replace(small.engram, heads=2))
@@ -495,7 +686,9 @@ def test_a_sweep_follows_the_preset_and_its_flags(tmp_path: Path, monkeypatch: p
         (["needle", "--data", "notes/"], "--data"),
     ],
 )
-def test_a_wrong_sweep_is_told_so(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_sweep_is_told_so(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["sweep", *words]) != 0
     assert told in capsys.readouterr().err.replace("\n", " ")
 
@@ -506,21 +699,50 @@ def test_a_model_that_fits_nowhere_is_refused_before_text_is_read(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("rorqual.doctor.memory", lambda: memory)
-    monkeypatch.setattr("rorqual.train.trainer.train", lambda config, on_metrics: pytest.fail("it began"))
+    monkeypatch.setattr(
+        "rorqual.train.trainer.train", lambda config, on_metrics: pytest.fail("it began")
+    )
     assert main(["train", "deepseek-v3", "--device", "cpu"]) == 1
     printed = capsys.readouterr().err
     assert len(printed.splitlines()) == 1
-    assert re.search(r"got [\d.,]+ [GT]B (of memory|free for) .*expected at least \d[\d.,]* TB", printed)
+    assert re.search(
+        r"got [\d.,]+ [GT]B (of memory|free for) .*expected at least \d[\d.,]* TB", printed
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_train_tells_a_machine_how_it_went(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_tells_a_machine_how_it_went(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = tmp_path / "notes.jsonl"
-    lines = [json.dumps({"text": f"The whale number {n} sings {n * n} songs below the sea."}) for n in range(200)]
+    lines = [
+        json.dumps({"text": f"The whale number {n} sings {n * n} songs below the sea."})
+        for n in range(200)
+    ]
     text.write_text("\n".join(lines), encoding="utf-8")
-    size = ["--rows", "2", "--length", "16", "--model.vocabulary", "300", "--data.cache", str(tmp_path / "cache")]
-    words = ["train", "tiny", "--data", str(text), "--folder", str(tmp_path / "run"), "--steps", "2", *size, "--json"]
+    size = [
+        "--rows",
+        "2",
+        "--length",
+        "16",
+        "--model.vocabulary",
+        "300",
+        "--data.cache",
+        str(tmp_path / "cache"),
+    ]
+    words = [
+        "train",
+        "tiny",
+        "--data",
+        str(text),
+        "--folder",
+        str(tmp_path / "run"),
+        "--steps",
+        "2",
+        *size,
+        "--json",
+    ]
     assert main(words) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["folder"], found["steps"]) == (str(tmp_path / "run"), 2)
@@ -529,7 +751,9 @@ def test_train_tells_a_machine_how_it_went(tmp_path: Path, capsys: pytest.Captur
     assert found["validation_loss"] > 0
     assert found["seconds"] > 0
     assert main([*words[:7], "1", *words[8:]]) == 0
-    assert json.loads(capsys.readouterr().out)["steps"] == 2, "what is there, and not what was asked for"
+    assert json.loads(capsys.readouterr().out)["steps"] == 2, (
+        "what is there, and not what was asked for"
+    )
 
 
 def test_a_sweep_says_where_it_wrote(

@@ -18,7 +18,10 @@ HOSTILE = {
     "blank.txt": (b" \n\t\r\n \xc2\xa0", "empty"),
     "bom.txt": (b"\xef\xbb\xbf", "empty"),
     "null.txt": (b"text\0text", "binary or UTF-16 (a NUL byte)"),
-    "zip.txt": (b"PK\x03\x04\x14\0\0\0\x08\0" + bytes(range(256)) * 9, "binary or UTF-16 (a NUL byte)"),
+    "zip.txt": (
+        b"PK\x03\x04\x14\0\0\0\x08\0" + bytes(range(256)) * 9,
+        "binary or UTF-16 (a NUL byte)",
+    ),
     "png.md": (b"\x89PNG\r\n\x1a\n" + bytes(range(1, 256)), "not UTF-8"),
     "latin.txt": ("Café crème brûlée".encode("latin-1"), "not UTF-8"),
     "utf16.txt": ("Plain text in UTF-16".encode("utf-16"), "binary or UTF-16 (a NUL byte)"),
@@ -96,21 +99,32 @@ def check(documents: list[str], longest: int) -> None:
 @settings(max_examples=150, deadline=None)
 @given(
     suffix=st.sampled_from([".txt", ".md", ".jsonl", ".parquet"]),
-    content=st.one_of(st.binary(max_size=500), st.text(max_size=300).map(lambda text: text.encode("utf-8", "replace"))),
+    content=st.one_of(
+        st.binary(max_size=500),
+        st.text(max_size=300).map(lambda text: text.encode("utf-8", "replace")),
+    ),
 )
-def test_no_bytes_crash_or_vanish(tmp_path_factory: pytest.TempPathFactory, suffix: str, content: bytes) -> None:
+def test_no_bytes_crash_or_vanish(
+    tmp_path_factory: pytest.TempPathFactory, suffix: str, content: bytes
+) -> None:
     corpus, documents = one_file(tmp_path_factory.mktemp("any"), suffix, content, longest=64)
     check(documents, 64)
     assert documents or corpus.skipped or not content.strip(b" \t\r\n\x0b\x0c")
 
 
 TEXTS = st.none() | st.booleans() | st.text(max_size=20)
-ROWS = TEXTS | st.lists(TEXTS, max_size=2) | st.dictionaries(st.just("text") | st.text(max_size=3), TEXTS, max_size=2)
+ROWS = (
+    TEXTS
+    | st.lists(TEXTS, max_size=2)
+    | st.dictionaries(st.just("text") | st.text(max_size=3), TEXTS, max_size=2)
+)
 
 
 @settings(max_examples=60, deadline=None)
 @given(rows=st.lists(ROWS, min_size=1, max_size=8))
-def test_every_line_is_a_document_or_counted(tmp_path_factory: pytest.TempPathFactory, rows: list) -> None:
+def test_every_line_is_a_document_or_counted(
+    tmp_path_factory: pytest.TempPathFactory, rows: list
+) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     corpus, documents = one_file(tmp_path_factory.mktemp("rows"), ".jsonl", lines.encode())
     check(documents, 2**16)
@@ -120,7 +134,9 @@ def test_every_line_is_a_document_or_counted(tmp_path_factory: pytest.TempPathFa
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(st.sampled_from("abcdefgh \n.é字"), max_size=2000))
 def test_good_text_arrives_whole(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
-    corpus, documents = one_file(tmp_path_factory.mktemp("text"), ".txt", text.encode(), longest=4096, near=None)
+    corpus, documents = one_file(
+        tmp_path_factory.mktemp("text"), ".txt", text.encode(), longest=4096, near=None
+    )
     assert "".join("".join(documents).split()) == "".join(text.split())
     assert set(corpus.skipped) <= {"empty", "empty file"}
 
@@ -133,7 +149,9 @@ def test_line_ends_and_a_mark_at_the_start_are_no_text(tmp_path: Path) -> None:
 def test_a_long_record_and_a_long_file_are_cut_at_the_same_places(tmp_path: Path) -> None:
     text = "\n\n".join(f"Paragraph {i}. " + "word " * (i % 40) for i in range(300))
     _, whole = one_file(tmp_path, ".txt", text.encode(), longest=1000, near=None)
-    _, record = one_file(tmp_path, ".jsonl", json.dumps({"text": text}).encode(), longest=1000, near=None)
+    _, record = one_file(
+        tmp_path, ".jsonl", json.dumps({"text": text}).encode(), longest=1000, near=None
+    )
     check(whole, 1000)
     assert whole == record
     assert len(whole) > 20
@@ -173,7 +191,10 @@ def test_the_threshold_is_a_jaccard_similarity(tmp_path: Path) -> None:
     draw = random.Random(1)
     for trial in range(120):
         words = sentence(draw, 80)
-        changed = [word if draw.random() > trial / 240 else "".join(draw.choices("xyz", k=6)) for word in words]
+        changed = [
+            word if draw.random() > trial / 240 else "".join(draw.choices("xyz", k=6))
+            for word in words
+        ]
         pair = [" ".join(words), " ".join(changed)]
         true = jaccard(*pair)
         path = tmp_path / "a.jsonl"
@@ -196,14 +217,18 @@ def test_a_second_pass_is_the_first_again(tmp_path: Path) -> None:
 
 def test_a_pass_left_early_spoils_no_later_one(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a", "b", "a", "c", "b")))
+    path.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in ("a", "b", "a", "c", "b"))
+    )
     corpus = open_corpus(str(path))
     assert next(corpus.documents()) == "a"
     assert list(corpus.documents()) == ["a", "b", "c"]
     assert list(open_corpus(str(path), limit=2).documents()) == ["a", "b"]
 
 
-@pytest.mark.parametrize("options", [{"limit": 0}, {"limit": -1}, {"longest": 10}, {"near": 0.0}, {"near": 1.5}])
+@pytest.mark.parametrize(
+    "options", [{"limit": 0}, {"limit": -1}, {"longest": 10}, {"near": 0.0}, {"near": 1.5}]
+)
 def test_numbers_out_of_range(options: dict) -> None:
     with pytest.raises(ValueError, match=r"got .* expected"):
         open_corpus("wordnet", **options)
@@ -223,7 +248,10 @@ def test_every_corpus_states_its_licence_and_size(tmp_path: Path) -> None:
 def test_the_fingerprint_follows_the_documents(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text(GOOD)
-    marks = {open_corpus(str(path), **options).fingerprint for options in ({}, {"limit": 3}, {"longest": 99})}
+    marks = {
+        open_corpus(str(path), **options).fingerprint
+        for options in ({}, {"limit": 3}, {"longest": 99})
+    }
     path.write_text(GOOD.upper())
     assert len(marks | {open_corpus(str(path)).fingerprint}) == 4
     assert open_corpus(str(path)).fingerprint == open_corpus(str(path)).fingerprint
@@ -265,7 +293,9 @@ def records(folder: Path, texts: list[str], **options) -> Corpus:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 400).map(lambda i: f"text {i}"), unique=True, min_size=1))
-def test_both_sides_of_the_smallest_corpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+def test_both_sides_of_the_smallest_corpus(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str]
+) -> None:
     """By `split`, unless that leaves a side empty: then the nearest alone validates."""
     sided = list(records(tmp_path_factory.mktemp("few"), texts).sided())
     assert [text for _, text in sided] == texts

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from rorqual.data import files
 
 
-def read(path: Path, column: str = "text", longest: int = files.LONGEST) -> tuple[list[str], Counter[str], list[str]]:
+def read(
+    path: Path, column: str = "text", longest: int = files.LONGEST
+) -> tuple[list[str], Counter[str], list[str]]:
     """(texts, reasons, places of what was left out)."""
     reasons: Counter[str] = Counter()
     places: list[str] = []
@@ -24,7 +26,10 @@ def read(path: Path, column: str = "text", longest: int = files.LONGEST) -> tupl
         reasons[reason] += 1
         places.append(where)
 
-    texts = [text.decode("utf-8", "replace") for _, text in files.listed(path).read(column, longest, skip)]
+    texts = [
+        text.decode("utf-8", "replace")
+        for _, text in files.listed(path).read(column, longest, skip)
+    ]
     return texts, reasons, places
 
 
@@ -38,7 +43,9 @@ def test_each_kind_is_read(tmp_path: Path) -> None:
     (tmp_path / "b.MD").write_text("# three")
     jsonl(tmp_path / "c.jsonl", {"text": "four", "n": 1}, {"text": "five"})
     (tmp_path / "deeper").mkdir()
-    parquet.write_table(arrow.table({"n": [1, 2], "text": ["six", "seven"]}), tmp_path / "deeper" / "d.parquet")
+    parquet.write_table(
+        arrow.table({"n": [1, 2], "text": ["six", "seven"]}), tmp_path / "deeper" / "d.parquet"
+    )
     texts, reasons, _ = read(tmp_path)
     assert texts == ["one\n\ntwo\n", "# three", "four", "five", "six", "seven"]
     assert not reasons
@@ -82,10 +89,19 @@ def test_a_file_name_need_not_be_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: folder, "got an empty folder, expected .txt, .md, .jsonl, .parquet files in it"),
+        (
+            lambda folder: folder,
+            "got an empty folder, expected .txt, .md, .jsonl, .parquet files in it",
+        ),
         (lambda folder: (folder / "a.csv").write_text("x") and folder, "got 1 .csv file, expected"),
-        (lambda folder: (folder / "a.csv").write_text("x") and folder / "a.csv", "got .csv, expected"),
-        (lambda folder: (folder / "README").write_text("x") and folder / "README", "got no extension, expected"),
+        (
+            lambda folder: (folder / "a.csv").write_text("x") and folder / "a.csv",
+            "got .csv, expected",
+        ),
+        (
+            lambda folder: (folder / "README").write_text("x") and folder / "README",
+            "got no extension, expected",
+        ),
     ],
 )
 def test_nothing_to_read_is_an_error_at_once(tmp_path: Path, make, message: str) -> None:
@@ -119,7 +135,9 @@ def test_a_bad_line_costs_itself_alone(tmp_path: Path, line: bytes) -> None:
 
 def test_a_giant_line_is_counted_and_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "LONGEST_LINE", 100)
-    texts, reasons, _ = read(jsonl(tmp_path / "a.jsonl", {"text": "first"}, {"text": "x" * 950}, {"text": "last"}))
+    texts, reasons, _ = read(
+        jsonl(tmp_path / "a.jsonl", {"text": "first"}, {"text": "x" * 950}, {"text": "last"})
+    )
     assert texts == ["first", "last"]
     assert reasons == {"giant line": 1}
 
@@ -159,7 +177,9 @@ def test_parquet_without_the_column_names_those_it_has(tmp_path: Path) -> None:
     ],
     ids=range(7),
 )
-def test_parquet_columns(tmp_path: Path, column: arrow.Array, texts: list[str], reasons: dict[str, int]) -> None:
+def test_parquet_columns(
+    tmp_path: Path, column: arrow.Array, texts: list[str], reasons: dict[str, int]
+) -> None:
     parquet.write_table(arrow.table({"text": column}), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet")[:2] == (texts, reasons)
 
@@ -189,10 +209,17 @@ def test_a_parquet_with_one_byte_changed_never_crashes(
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(st.sampled_from("ab \n\n.。é"), max_size=600), longest=st.integers(8, 100))
-def test_pieces_are_short_enough_and_lose_nothing_that_has_white_space(text: str, longest: int) -> None:
+def test_pieces_are_short_enough_and_lose_nothing_that_has_white_space(
+    text: str, longest: int
+) -> None:
     left: list[str] = []
     raw = text.encode()
-    pieces = [piece for _, piece in files.cut(io.BytesIO(raw), "x", longest, lambda reason, where: left.append(reason))]
+    pieces = [
+        piece
+        for _, piece in files.cut(
+            io.BytesIO(raw), "x", longest, lambda reason, where: left.append(reason)
+        )
+    ]
     assert all(0 < len(piece) <= longest for piece in pieces)
     assert all(piece.decode() for piece in pieces), "cut inside a character"
     if left:
@@ -203,7 +230,10 @@ def test_pieces_are_short_enough_and_lose_nothing_that_has_white_space(text: str
 
 def test_a_piece_ends_at_the_best_place() -> None:
     def pieces(text: str) -> list[str]:
-        return [piece.decode() for _, piece in files.cut(io.BytesIO(text.encode()), "x", 20, lambda *_: None)]
+        return [
+            piece.decode()
+            for _, piece in files.cut(io.BytesIO(text.encode()), "x", 20, lambda *_: None)
+        ]
 
     assert pieces("one two three\n\nfour\nfive six") == ["one two three\n\n", "four\nfive six"]
     assert pieces("one two three\nfour five six") == ["one two three\n", "four five six"]

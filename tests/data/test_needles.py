@@ -26,14 +26,25 @@ from rorqual.data.needles import (
 pytestmark = pytest.mark.nsa
 
 SMALL = NeedleConfig(
-    keys=9, values=11, filler=3, needles=5, asked=3, drill=9, shortest=32, alone=1, grow=2, questions=6
+    keys=9,
+    values=11,
+    filler=3,
+    needles=5,
+    asked=3,
+    drill=9,
+    shortest=32,
+    alone=1,
+    grow=2,
+    questions=6,
 )
 
 
 def pairs(text: list[int], config: NeedleConfig) -> list[tuple[int, int]]:
     """Key, value of every pair in a text, by reading it."""
     first_key, first_value = 1 + config.filler, 1 + config.filler + config.keys
-    return [(a, b) for a, b in zip(text, text[1:], strict=False) if first_key <= a < first_value <= b]
+    return [
+        (a, b) for a, b in zip(text, text[1:], strict=False) if first_key <= a < first_value <= b
+    ]
 
 
 @st.composite
@@ -42,9 +53,19 @@ def asks(draw):
     needles = draw(st.integers(1, min(keys, values)))
     asked, drill = draw(st.integers(1, needles)), draw(st.integers(0, 9))
     config = NeedleConfig(
-        keys=keys, values=values, filler=draw(st.integers(1, 5)), needles=needles, asked=asked, drill=drill
+        keys=keys,
+        values=values,
+        filler=draw(st.integers(1, 5)),
+        needles=needles,
+        asked=asked,
+        drill=drill,
     )
-    return config, draw(st.integers(0, 40)) + config.room, draw(st.integers(1, 7)), draw(st.integers(0, 2**31))
+    return (
+        config,
+        draw(st.integers(0, 40)) + config.room,
+        draw(st.integers(1, 7)),
+        draw(st.integers(0, 2**31)),
+    )
 
 
 @settings(deadline=None)
@@ -55,7 +76,9 @@ def test_every_question_is_answered_by_its_text(ask, task, drilled):
     made = write(task, rows, length, config, np.random.default_rng(seed), drill)
     assert made.ids.shape == made.answers.shape == made.places.shape == (rows, length + 1)
     assert made.ids.min() >= 0 and made.ids.max() < config.vocabulary
-    for row, answers, places in zip(made.ids.tolist(), made.answers.tolist(), made.places.tolist(), strict=True):
+    for row, answers, places in zip(
+        made.ids.tolist(), made.answers.tolist(), made.places.tolist(), strict=True
+    ):
         text, question = row[: made.text], row[made.text :]
         assert question[0] == QUESTION and QUESTION not in text + question[1:]
         hidden = pairs(text, config)
@@ -65,7 +88,10 @@ def test_every_question_is_answered_by_its_text(ask, task, drilled):
         said = [row[i] for i in range(length + 1) if answers[i]]
         key = question[1]
         if task == "multi-value":
-            assert said == question[2:] == [value for k, value in hidden if k == key] and len(said) == config.asked
+            assert (
+                said == question[2:] == [value for k, value in hidden if k == key]
+                and len(said) == config.asked
+            )
             assert len({k for k, _ in hidden}) == config.needles - config.asked + 1
         else:
             assert said == question[2::2] == [dict(hidden)[k] for k in question[1::2]]
@@ -106,13 +132,19 @@ def test_texts_grow_while_batches_keep_their_size():
     shapes = [tuple(next(stream)["ids"].shape) for _ in range(8)]
     assert shapes == [(16, 32)] * 3 + [(8, 64)] * 2 + [(4, 128)] * 3
     stream = NeedleStream(SMALL, 3, 100)
-    assert [tuple(next(stream)["ids"].shape) for _ in range(6)] == [(9, 32)] * 3 + [(4, 64)] * 2 + [(3, 100)]
+    assert [tuple(next(stream)["ids"].shape) for _ in range(6)] == [(9, 32)] * 3 + [(4, 64)] * 2 + [
+        (3, 100)
+    ]
 
 
 def test_rows_are_shared_among_the_tasks():
     stream = NeedleStream(SMALL, 8, 32)
-    assert (next(stream)["tasks"] == TASKS.index("multi-query")).all(), "the first is multi-query alone"
-    assert all(torch.bincount(next(stream)["tasks"][:, 0]).tolist() == [2, 2, 2, 2] for _ in range(3))
+    assert (next(stream)["tasks"] == TASKS.index("multi-query")).all(), (
+        "the first is multi-query alone"
+    )
+    assert all(
+        torch.bincount(next(stream)["tasks"][:, 0]).tolist() == [2, 2, 2, 2] for _ in range(3)
+    )
     stream = NeedleStream(SMALL, 1, 32)
     seen = [next(stream)["tasks"][0, 0].item() for _ in range(5)][1:]
     assert sorted(seen) == [0, 1, 2, 3], "one row a batch: the tasks take turns"
@@ -128,7 +160,10 @@ def test_a_stream_goes_on_where_it_stood_and_no_two_are_alike():
     texts = [batch["ids"][:, :30].tolist() for batch in batches]
     texts += [next(NeedleStream(SMALL, 4, 64, seed=4))["ids"][:, :30].tolist()]
     assert len({str(row) for rows in texts for row in rows}) == sum(map(len, texts))
-    ranks = [next(NeedleStream(SMALL, 4, 64, seed=3, rank=rank, world=2))["ids"].tolist() for rank in (0, 1)]
+    ranks = [
+        next(NeedleStream(SMALL, 4, 64, seed=3, rank=rank, world=2))["ids"].tolist()
+        for rank in (0, 1)
+    ]
     assert not [row for row in ranks[0] if row in ranks[1]]
 
 
@@ -136,11 +171,20 @@ def test_held_out_questions_are_the_same_for_all_and_never_trained_on():
     once, again = ([b["ids"] for b in held_out(SMALL, "multi-key", 40, rows=4)] for _ in range(2))
     assert [len(ids) for ids in once] == [4, 2] and all(map(torch.equal, once, again))
     for rows, world in ((2, 2), (4, 2), (6, 4), (1, 4)):
-        shares = [list(held_out(SMALL, "multi-key", 40, rows, rank, world)) for rank in range(world)]
+        shares = [
+            list(held_out(SMALL, "multi-key", 40, rows, rank, world)) for rank in range(world)
+        ]
         assert len({len(share) for share in shares}) == 1, "ranks answer together"
-        asked = [row for share in shares for b in share for row in b["ids"][(b["labels"] != IGNORED).any(1)].tolist()]
+        asked = [
+            row
+            for share in shares
+            for b in share
+            for row in b["ids"][(b["labels"] != IGNORED).any(1)].tolist()
+        ]
         assert sorted(asked) == sorted(torch.cat(once).tolist())
-        assert all((b["depths"] >= 0).equal(b["labels"] != IGNORED) for share in shares for b in share)
+        assert all(
+            (b["depths"] >= 0).equal(b["labels"] != IGNORED) for share in shares for b in share
+        )
     held = {str(row) for b in held_out(SMALL, "multi-key", 64) for row in b["ids"].tolist()}
     batches = islice(NeedleStream(SMALL, 4, 64), 40)
     trained = {str(row) for b in batches for row in b["ids"].tolist()}
@@ -158,7 +202,12 @@ def test_grades_count_by_the_part_of_the_text():
     predicted = torch.tensor([[9, 5, 9, 5], [9, 9, 7, 9]])
     found = grade(predicted, {"labels": labels, "depths": depths})
     assert found.tolist() == [[1, 1], [0, 1], [0, 0], [1, 2]]
-    assert grade(labels, {"labels": labels, "depths": depths}).tolist() == [[1, 1], [1, 1], [0, 0], [2, 2]]
+    assert grade(labels, {"labels": labels, "depths": depths}).tolist() == [
+        [1, 1],
+        [1, 1],
+        [0, 0],
+        [2, 2],
+    ]
 
 
 def test_any_value_of_the_text_scores_what_chance_says():
@@ -177,13 +226,18 @@ def test_any_value_of_the_text_scores_what_chance_says():
 
 
 def test_names_of_accuracies():
-    assert column("single", 128) == "accuracy_single_128" and column("single", 128, 2) == "accuracy_single_128_part_2"
+    assert (
+        column("single", 128) == "accuracy_single_128"
+        and column("single", 128, 2) == "accuracy_single_128_part_2"
+    )
 
 
 def test_texts_without_room_are_refused():
     generator = np.random.default_rng(0)
     write("multi-key", 1, 12, SMALL, generator)
-    with pytest.raises(ValueError, match=r"length: got 11, expected at least 12 for 5 needles: multi-key"):
+    with pytest.raises(
+        ValueError, match=r"length: got 11, expected at least 12 for 5 needles: multi-key"
+    ):
         write("multi-key", 1, 11, SMALL, generator)
     with pytest.raises(ValueError, match=r"task: got 'double', expected one of single"):
         write("double", 1, 20, SMALL, generator)

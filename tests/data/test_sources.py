@@ -46,7 +46,8 @@ def test_compressing_it_again_gives_the_same_file(wordnet: bytes) -> None:
 
 def test_wordnet_reads_as_english(wordnet: bytes) -> None:
     first = (
-        "entity: that which is perceived or known or inferred to have its own distinct existence (living or nonliving)"
+        "entity: that which is perceived or known or inferred to have its own distinct existence "
+        "(living or nonliving)"
     )
     assert wordnet.decode().splitlines()[0] == first
     assert b"\ndog, domestic dog, Canis familiaris: a member of the genus Canis" in wordnet
@@ -72,7 +73,10 @@ def test_the_licence_of_wordnet_lies_beside_it() -> None:
             'first, 1st: before all; "the first man"',
         ),
         ("13742840 23 n 03 T 0 thymine 0 T 1 000 | a | b", "T, thymine: a | b"),
-        ("00001740 03 n 0a a 0 b 0 c 0 d 0 e 0 f 0 g 0 h 0 i 0 j 0 000 | ten", "a, b, c, d, e, f, g, h, i, j: ten"),
+        (
+            "00001740 03 n 0a a 0 b 0 c 0 d 0 e 0 f 0 g 0 h 0 i 0 j 0 000 | ten",
+            "a, b, c, d, e, f, g, h, i, j: ten",
+        ),
     ],
 )
 def test_a_synset_becomes_a_sentence(script: ModuleType, line: str, document: str) -> None:
@@ -82,12 +86,18 @@ def test_a_synset_becomes_a_sentence(script: ModuleType, line: str, document: st
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("", "got data '', expected wordnet, docstrings, gcide, hf:NAME, or a file or folder that exists"),
+        (
+            "",
+            "got data '', expected wordnet, docstrings, gcide, hf:NAME, or a file or folder that exists",
+        ),
         ("wordnett", "got data 'wordnett', expected wordnet"),
         ("no/such/file.txt", "expected wordnet"),
         ("x" * 5000, "expected wordnet"),
         ("a\0b", "expected wordnet"),
-        ("docstrings:no-such-package", "got docstrings of no-such-package, expected installed packages"),
+        (
+            "docstrings:no-such-package",
+            "got docstrings of no-such-package, expected installed packages",
+        ),
         ("hf:", "expected hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT"),
         ("hf:a:b:c:d", "expected hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT"),
     ],
@@ -123,8 +133,12 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     names = ["__init__", "broken", "binary", "deep", "surrogate", "accents", "gone"]
     info = tmp_path / "hostile-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.4\nName: Hostile\nVersion: 1.0\nLicense-Expression: MIT\n")
-    (info / "RECORD").write_text("".join(f"hostile/{name}.py,,\n" for name in names) + "../../../etc/x.py,,\n")
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.4\nName: Hostile\nVersion: 1.0\nLicense-Expression: MIT\n"
+    )
+    (info / "RECORD").write_text(
+        "".join(f"hostile/{name}.py,,\n" for name in names) + "../../../etc/x.py,,\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     return folder
 
@@ -138,8 +152,15 @@ def test_docstrings_are_parsed_and_never_imported(package: Path) -> None:
         "hostile.h\n\nInside an if, with an \\escape.",
         "hostile.accents\n\nÉté.",
     ]
-    assert corpus.skipped == {"no Python that parses": 3, "not UTF-8": 1, "unreadable (FileNotFoundError)": 1}
-    assert (corpus.name, corpus.license) == ("docstrings of Hostile==1.0", "each package's own: MIT (1)")
+    assert corpus.skipped == {
+        "no Python that parses": 3,
+        "not UTF-8": 1,
+        "unreadable (FileNotFoundError)": 1,
+    }
+    assert (corpus.name, corpus.license) == (
+        "docstrings of Hostile==1.0",
+        "each package's own: MIT (1)",
+    )
     assert corpus.bytes == sum(path.stat().st_size for path in package.iterdir())
     assert "hostile" not in sys.modules
 
@@ -197,14 +218,22 @@ def test_gcide_gives_each_entry_once(dictd: Path) -> None:
     assert corpus.bytes == len(gzip.decompress((dictd / "gcide.dict.dz").read_bytes()))
 
 
-def test_gcide_that_is_not_installed_names_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gcide_that_is_not_installed_names_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sources, "DICTD", tmp_path)
     with pytest.raises(ValueError, match="apt install dict-gcide"):
         open_corpus("gcide")
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no gzip at all", gzip.compress(b"x" * 99, mtime=0)[:-9], b"\x1f\x8b\x08\0" + b"\xff" * 40]
+    "content",
+    [
+        b"",
+        b"no gzip at all",
+        gzip.compress(b"x" * 99, mtime=0)[:-9],
+        b"\x1f\x8b\x08\0" + b"\xff" * 40,
+    ],
 )
 def test_a_torn_gcide_is_an_error(dictd: Path, content: bytes) -> None:
     (dictd / "gcide.dict.dz").write_bytes(content)

@@ -24,13 +24,21 @@ END = 7
 def tokens(*documents: list[int], dtype: type = np.uint16) -> Tokens:
     flat = [i for ids in documents for i in (END, *ids)]
     starts = np.cumsum([0] + [len(ids) + 1 for ids in documents])
-    return Tokens(np.array(flat, dtype=dtype), starts, np.array([len(ids) for ids in documents]), END, "digest")
+    return Tokens(
+        np.array(flat, dtype=dtype),
+        starts,
+        np.array([len(ids) for ids in documents]),
+        END,
+        "digest",
+    )
 
 
 def some(count: int, seed: int = 0) -> Tokens:
     """Documents of 0 to 12 ids; document d holds ids of 100 d + 100 and on, so each id tells where it stands."""
     draw = np.random.default_rng(seed)
-    return tokens(*[list(range(100 * d + 100, 100 * d + 100 + draw.integers(0, 13))) for d in range(count)])
+    return tokens(
+        *[list(range(100 * d + 100, 100 * d + 100 + draw.integers(0, 13))) for d in range(count)]
+    )
 
 
 def flat(batches: list[dict[str, torch.Tensor]], name: str) -> list[int]:
@@ -42,10 +50,14 @@ def take(given: Stream, count: int) -> list[dict[str, torch.Tensor]]:
 
 
 def same(a: list[dict[str, torch.Tensor]], b: list[dict[str, torch.Tensor]]) -> bool:
-    return len(a) == len(b) and all(torch.equal(x[name], y[name]) for x, y in zip(a, b, strict=True) for name in x)
+    return len(a) == len(b) and all(
+        torch.equal(x[name], y[name]) for x, y in zip(a, b, strict=True) for name in x
+    )
 
 
-def windows(side: Tokens, length: int, count: int, seed: int = 3) -> dict[int, tuple[list[int], list[int], list[int]]]:
+def windows(
+    side: Tokens, length: int, count: int, seed: int = 3
+) -> dict[int, tuple[list[int], list[int], list[int]]]:
     """Number of the window -> (ids, labels, documents), through the stream's own order."""
     given = Stream(side, 1, length, seed)
     found = {}
@@ -56,7 +68,9 @@ def windows(side: Tokens, length: int, count: int, seed: int = 3) -> dict[int, t
     return found
 
 
-def endless(side: Tokens, length: int, epochs: int, seed: int = 3) -> tuple[list[int], list[int], list[int]]:
+def endless(
+    side: Tokens, length: int, epochs: int, seed: int = 3
+) -> tuple[list[int], list[int], list[int]]:
     """(ids, labels, documents) of that many epochs and a bit, in the order of the text."""
     count = -(-len(side) * (epochs + 1) // length)
     group = -(-len(side) // length)
@@ -67,7 +81,9 @@ def endless(side: Tokens, length: int, epochs: int, seed: int = 3) -> tuple[list
 
 @settings(max_examples=25, deadline=None)
 @given(count=st.integers(1, 12), length=st.integers(1, 40), seed=st.integers(0, 2**63 - 1))
-def test_every_epoch_reads_and_foretells_every_token_once(count: int, length: int, seed: int) -> None:
+def test_every_epoch_reads_and_foretells_every_token_once(
+    count: int, length: int, seed: int
+) -> None:
     side = some(count, seed % 1000)
     ids, labels, documents = endless(side, length, 2, seed)
     assert labels[:-1] == ids[1:], "a label is the next token, across rows and epochs"
@@ -78,9 +94,12 @@ def test_every_epoch_reads_and_foretells_every_token_once(count: int, length: in
         assert documents[part] == sorted(documents[part])
         assert set(documents[part]) == set(range(epoch * count, (epoch + 1) * count))
         whole = {
-            d: [i for i, owner in zip(ids[part], documents[part], strict=True) if owner == d] for d in documents[part]
+            d: [i for i, owner in zip(ids[part], documents[part], strict=True) if owner == d]
+            for d in documents[part]
         }
-        lengths = [side.ids[a:b].tolist() for a, b in zip(side.starts, side.starts[1:], strict=False)]
+        lengths = [
+            side.ids[a:b].tolist() for a, b in zip(side.starts, side.starts[1:], strict=False)
+        ]
         assert sorted(whole.values()) == sorted(lengths), "documents stay whole and in one piece"
 
 
@@ -107,7 +126,9 @@ def test_rows_of_a_batch_come_from_all_over_the_text() -> None:
     length=st.integers(1, 30),
     steps=st.integers(1, 6),
 )
-def test_ranks_share_what_one_would_read(count: int, rows: int, world: int, length: int, steps: int) -> None:
+def test_ranks_share_what_one_would_read(
+    count: int, rows: int, world: int, length: int, steps: int
+) -> None:
     side = some(count)
     alone = take(Stream(side, rows * world, length, 5), steps)
     ranks = [take(Stream(side, rows, length, 5, rank, world), steps) for rank in range(world)]
@@ -118,8 +139,15 @@ def test_ranks_share_what_one_would_read(count: int, rows: int, world: int, leng
 
 
 @settings(max_examples=25, deadline=None)
-@given(count=st.integers(1, 12), rows=st.integers(1, 5), length=st.integers(1, 30), at=st.integers(0, 25))
-def test_resume_goes_on_with_the_very_next_batch(count: int, rows: int, length: int, at: int) -> None:
+@given(
+    count=st.integers(1, 12),
+    rows=st.integers(1, 5),
+    length=st.integers(1, 30),
+    at=st.integers(0, 25),
+)
+def test_resume_goes_on_with_the_very_next_batch(
+    count: int, rows: int, length: int, at: int
+) -> None:
     side = some(count)
     whole = take(Stream(side, rows, length, 9), at + 10)
     stopped = Stream(side, rows, length, 9)
@@ -149,7 +177,12 @@ def test_a_state_fits_another_number_of_rows_and_ranks() -> None:
         (lambda: Stream(some(9), 2, 8, 2), "got a state with seed 1, expected 2"),
         (lambda: Stream(some(9), 2, 9, 1), "got a state with length 8, expected 9"),
         (
-            lambda: Stream(Tokens(*[getattr(some(9), n) for n in ("ids", "starts", "sizes", "end_id")], "x"), 2, 8, 1),
+            lambda: Stream(
+                Tokens(*[getattr(some(9), n) for n in ("ids", "starts", "sizes", "end_id")], "x"),
+                2,
+                8,
+                1,
+            ),
             "tokens",
         ),
     ],
@@ -168,9 +201,13 @@ def test_a_stream_is_deterministic_and_pinned() -> None:
 
 def test_batches_are_int64_tensors_of_one_shape() -> None:
     for dtype in (np.uint16, np.uint32):
-        given = Stream(tokens([1, 2, 3], [4], [], [70_000 if dtype is np.uint32 else 5], dtype=dtype), 3, 5)
+        given = Stream(
+            tokens([1, 2, 3], [4], [], [70_000 if dtype is np.uint32 else 5], dtype=dtype), 3, 5
+        )
         for batch in take(given, 4):
-            assert {(value.dtype, value.shape) for value in batch.values()} == {(torch.int64, (3, 5))}
+            assert {(value.dtype, value.shape) for value in batch.values()} == {
+                (torch.int64, (3, 5))
+            }
 
 
 def test_total_batches_cover_an_epoch() -> None:
@@ -190,8 +227,15 @@ def test_numbers_out_of_range(arguments: tuple[int, ...]) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(count=st.integers(1, 12), rows=st.integers(1, 5), world=st.integers(1, 3), length=st.integers(1, 30))
-def test_validation_foretells_every_token_once(count: int, rows: int, world: int, length: int) -> None:
+@given(
+    count=st.integers(1, 12),
+    rows=st.integers(1, 5),
+    world=st.integers(1, 3),
+    length=st.integers(1, 30),
+)
+def test_validation_foretells_every_token_once(
+    count: int, rows: int, world: int, length: int
+) -> None:
     side = some(count)
     ranks = [list(validation_batches(side, rows, length, rank, world)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
@@ -246,9 +290,13 @@ def test_tokenise_keeps_every_document_on_its_side(tmp_path: Path, small: Tokeni
     assert "Princeton" in found.about["license"]
 
 
-def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path, small: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_vocabulary_takes_four_bytes(
+    tmp_path: Path, small: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(small, "vocabulary", 70_000)
-    monkeypatch.setattr(small, "encode_batch", lambda texts: [[69_999, len(text)] for text in texts])
+    monkeypatch.setattr(
+        small, "encode_batch", lambda texts: [[69_999, len(text)] for text in texts]
+    )
     found = tokenise(local(tmp_path / "text", ["one", "two", "three"]), small, tmp_path / "tokens")
     assert found.train.ids.dtype == np.uint32
     assert 69_999 in found.train.ids
@@ -273,15 +321,20 @@ def test_another_corpus_or_tokenizer_gets_another_folder(tmp_path: Path, small: 
         for used in (small, other)
     }
     texts = [[f"{word} {i}" for i in range(9)] for word in ("one", "two")]
-    paths |= {tokenise(local(tmp_path / "text", text), small, tmp_path / "tokens").path for text in texts}
+    paths |= {
+        tokenise(local(tmp_path / "text", text), small, tmp_path / "tokens").path for text in texts
+    }
     assert len(paths) == 6
 
 
 @pytest.mark.parametrize(
-    "spoil", ["train.bin", "validation.bin", "train.starts.npy", "validation.sizes.npy", "meta.json"]
+    "spoil",
+    ["train.bin", "validation.bin", "train.starts.npy", "validation.sizes.npy", "meta.json"],
 )
 @pytest.mark.parametrize("how", ["gone", "torn", "empty"])
-def test_a_damaged_folder_is_made_anew(tmp_path: Path, small: Tokenizer, spoil: str, how: str) -> None:
+def test_a_damaged_folder_is_made_anew(
+    tmp_path: Path, small: Tokenizer, spoil: str, how: str
+) -> None:
     corpus = local(tmp_path / "text", [f"text {i}" for i in range(60)])
     first = tokenise(corpus, small, tmp_path / "tokens")
     digest, content = first.train.digest, (first.path / spoil).read_bytes()
@@ -295,7 +348,9 @@ def test_a_damaged_folder_is_made_anew(tmp_path: Path, small: Tokenizer, spoil: 
     assert (first.path / spoil).read_bytes() == content
 
 
-def test_a_stop_halfway_leaves_nothing(tmp_path: Path, small: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_halfway_leaves_nothing(
+    tmp_path: Path, small: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(done: int) -> None:
         raise KeyboardInterrupt
 
@@ -350,7 +405,9 @@ def two_tokens(*documents: list[int]) -> Tokens:
 def test_a_document_ends_with_end_whichever_begins_next(length: int) -> None:
     documents = [[100, 101, 102], [200], [], [300, 301]]
     side = two_tokens(*documents)
-    expected = sorted((a, b) for ids in documents for a, b in zip([BEGIN, *ids], [*ids, END], strict=True))
+    expected = sorted(
+        (a, b) for ids in documents for a, b in zip([BEGIN, *ids], [*ids, END], strict=True)
+    )
     read, labels, _ = endless(side, length, 1)
     for epoch in range(2):
         part = slice(epoch * len(side), (epoch + 1) * len(side))
@@ -367,7 +424,10 @@ def test_documents_are_stored_with_begin(tmp_path: Path) -> None:
     both = Tokenizer(backend, trained.settings)
     other = Tokenizer(backend, trained.settings | {"bos_token": "<begin>"})
     assert other.begin_id != other.end_id == both.begin_id
-    found, plain = (tokenise(local(tmp_path / "text", list("abcd")), t, tmp_path / "tokens") for t in (other, both))
+    found, plain = (
+        tokenise(local(tmp_path / "text", list("abcd")), t, tmp_path / "tokens")
+        for t in (other, both)
+    )
     assert found.path != plain.path
     for side in (found.train, found.validation):
         assert set(side.ids[side.starts[:-1]].tolist()) == {other.begin_id}

@@ -40,7 +40,9 @@ def test_canonical_map_is_the_authors(case: dict) -> None:
     canonical = tokenizer.canonical_map()
     assert canonical.dtype == np.int32
     assert canonical.max() + 1 == case["compressed_vocab_size"]
-    assert hashlib.sha256(canonical.astype("<i4").tobytes()).hexdigest() == case["lookup_sha256_i32le"]
+    assert (
+        hashlib.sha256(canonical.astype("<i4").tobytes()).hexdigest() == case["lookup_sha256_i32le"]
+    )
     for text in case["cases"]:
         assert tokenizer.encode(text["text"]) == text["ids"]
         assert canonical[text["ids"]].tolist() == text["compressed"]
@@ -76,26 +78,41 @@ def trained(kind: str) -> tokenizers.Tokenizer:
     if kind == "BPE with byte fallback":  # as SentencePiece's BPE arrives: Llama, Mistral, Gemma
         backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
         backend.pre_tokenizer = pre.Metaspace()
-        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        steps = [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
         backend.decoder = decoders.Sequence(steps)
         special += [f"<0x{byte:02X}>" for byte in range(256)]
         trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
     elif kind == "Unigram":  # T5, XLM-R
         backend = tokenizers.Tokenizer(models.Unigram())
         backend.pre_tokenizer, backend.decoder = pre.Metaspace(), decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(vocab_size=80, special_tokens=special, unk_token="<unk>", show_progress=False)
+        trainer = trainers.UnigramTrainer(
+            vocab_size=80, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
     else:  # BERT; without a decoder tokens are joined by blanks
         backend = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))
         backend.pre_tokenizer = pre.Whitespace()
         backend.decoder = decoders.WordPiece() if kind == "WordPiece" else None
-        trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=special, show_progress=False)
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=120, special_tokens=special, show_progress=False
+        )
     backend.train_from_iterator(TEXTS * 5, trainer)
     return backend
 
 
 # Python strips four control characters that Unicode does not call blank
 READABLE = st.characters(exclude_categories=["Cs", "Cn", "Co", "Cc"], include_characters="\t\r\n")
-KINDS = ["byte-level BPE", "BPE with byte fallback", "Unigram", "WordPiece", "WordPiece without a decoder"]
+KINDS = [
+    "byte-level BPE",
+    "BPE with byte fallback",
+    "Unigram",
+    "WordPiece",
+    "WordPiece without a decoder",
+]
 
 
 @pytest.mark.engram
@@ -124,14 +141,18 @@ def test_a_gap_in_the_ids_has_one_canonical_id() -> None:
 @pytest.mark.engram
 @given(st.lists(st.text(READABLE, min_size=1, max_size=4), min_size=1, unique=True))
 def test_map_of_any_tokens_is_the_specs(tokens: list[str]) -> None:
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(tokens)}, tokens[0]))
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(tokens)}, tokens[0])
+    )
     backend.decoder = tokenizers.decoders.Fuse()
     assert canonical_ids(backend).tolist() == by_the_spec(backend, len(tokens))
 
 
 def words(*vocabulary: str) -> tokenizers.Tokenizer:
     """A tokenizer whose tokens are these strings, byte-level."""
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(vocabulary)}, "Ġ"))
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(vocabulary)}, "Ġ")
+    )
     backend.decoder = tokenizers.decoders.ByteLevel()
     return backend
 
@@ -139,7 +160,9 @@ def words(*vocabulary: str) -> tokenizers.Tokenizer:
 @pytest.mark.engram
 def test_rules_of_the_map() -> None:
     # Ġ is a blank, Ċ a line feed, Ã alone the first byte of two, Ã© is é, ÌĢ a combining grave alone
-    found = canonical_ids(words("Apple", "Ġapple", "APPLE", "Ġ", "ĊĊ", "ĠĠ", "Ã", "Ä", "Ã©", "e", "ÌĢ", "Ġa", "A"))
+    found = canonical_ids(
+        words("Apple", "Ġapple", "APPLE", "Ġ", "ĊĊ", "ĠĠ", "Ã", "Ä", "Ã©", "e", "ÌĢ", "Ġa", "A")
+    )
     assert found.tolist() == [0, 0, 0, 1, 1, 1, 2, 3, 4, 4, 5, 6, 6]
 
 
@@ -188,11 +211,17 @@ def test_training_twice_gives_the_same() -> None:
     assert train(iter(TEXTS), 300).backend.to_str() == train(iter(TEXTS), 300).backend.to_str()
 
 
-def test_saved_folder_loads_here_and_in_transformers(small: Tokenizer, tmp_path: pathlib.Path) -> None:
+def test_saved_folder_loads_here_and_in_transformers(
+    small: Tokenizer, tmp_path: pathlib.Path
+) -> None:
     transformers = pytest.importorskip("transformers")
     small.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for loaded in (Tokenizer.load(tmp_path), Tokenizer.load(str(tmp_path / "tokenizer.json")), Tokenizer.of(theirs)):
+    for loaded in (
+        Tokenizer.load(tmp_path),
+        Tokenizer.load(str(tmp_path / "tokenizer.json")),
+        Tokenizer.of(theirs),
+    ):
         assert [loaded.encode(text) for text in TEXTS] == [small.encode(text) for text in TEXTS]
         assert (loaded.end_id, loaded.pad_id, loaded.vocabulary) == (0, 0, small.vocabulary)
     assert theirs.eos_token_id == theirs.pad_token_id == theirs.bos_token_id == 0
@@ -239,7 +268,9 @@ def test_missing_and_unreachable_are_refused(tmp_path: pathlib.Path) -> None:
         Tokenizer.of(object())
 
 
-def test_a_repository_without_settings_loads(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_without_settings_loads(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The hub says that there is no tokenizer_config.json; then there are no settings, and no error."""
     errors, httpx = pytest.importorskip("huggingface_hub.errors"), pytest.importorskip("httpx")
     train(TEXTS, 300).save(tmp_path)
@@ -251,7 +282,9 @@ def test_a_repository_without_settings_loads(tmp_path: pathlib.Path, monkeypatch
         raise errors.RemoteEntryNotFoundError("404", response=response)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert Tokenizer.load("somebody/something").encode("whale") == Tokenizer.load(tmp_path).encode("whale")
+    assert Tokenizer.load("somebody/something").encode("whale") == Tokenizer.load(tmp_path).encode(
+        "whale"
+    )
 
 
 def test_bad_training_is_refused() -> None:

@@ -14,7 +14,15 @@ from rich.console import Console
 from rorqual.config import from_dict
 from rorqual.costs import costs
 from rorqual.experiments import allocation
-from rorqual.experiments.allocation import Point, SweepConfig, at_best, conclusion, main, points, tabulate
+from rorqual.experiments.allocation import (
+    Point,
+    SweepConfig,
+    at_best,
+    conclusion,
+    main,
+    points,
+    tabulate,
+)
 from rorqual.layers.attention import MLAConfig
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.moe import MoEConfig
@@ -39,26 +47,42 @@ def _point(name: str, x: float = 0.0, control: bool = False) -> Point:
 
 def _rows(*losses, controls=(), rate=0.02):
     axis = [(_point(f"p{i}", float(i)), rate, own) for i, own in enumerate(losses)]
-    return tabulate([*axis, *((_point(f"c{i}", control=True), rate, own) for i, own in enumerate(controls))])
+    return tabulate(
+        [*axis, *((_point(f"c{i}", control=True), rate, own) for i, own in enumerate(controls))]
+    )
 
 
 def test_paired_differences_and_their_error():
     rows = _rows([4.0, 5.0, 6.0], [3.9, 4.8, 5.7])
-    assert rows[1].difference == pytest.approx(-0.2) and rows[1].difference_error == pytest.approx(0.1 / 3**0.5)
+    assert rows[1].difference == pytest.approx(-0.2) and rows[1].difference_error == pytest.approx(
+        0.1 / 3**0.5
+    )
     assert rows[0].difference == 0
 
 
 def test_points_are_compared_at_each_rate_and_each_at_its_best():
     places = [_point("p0"), _point("p1", 1.0)]
-    losses = {("p0", 0.01): [5.0, 5.2], ("p1", 0.01): [4.9, 5.0], ("p0", 0.02): [4.0, 4.2], ("p1", 0.02): [6.0, 6.0]}
+    losses = {
+        ("p0", 0.01): [5.0, 5.2],
+        ("p1", 0.01): [4.9, 5.0],
+        ("p0", 0.02): [4.0, 4.2],
+        ("p1", 0.02): [6.0, 6.0],
+    }
     rows = tabulate([(p, rate, losses[p.name, rate]) for rate in (0.01, 0.02) for p in places])
-    assert [(r.point.name, r.rate) for r in rows] == [("p0", 0.01), ("p1", 0.01), ("p0", 0.02), ("p1", 0.02)]
+    assert [(r.point.name, r.rate) for r in rows] == [
+        ("p0", 0.01),
+        ("p1", 0.01),
+        ("p0", 0.02),
+        ("p1", 0.02),
+    ]
     assert [r.difference for r in rows] == pytest.approx([0.0, -0.15, 0.0, 1.9])
     best = at_best(rows)
     assert [(r.point.name, r.rate) for r in best] == [("p0", 0.02), ("p1", 0.01)]
     assert best[1].difference == pytest.approx(0.85)
     said = conclusion("slots", rows)
-    assert said.startswith("p0 scored lowest (4.1000 nats a token at a rate of 0.02, 2 seeds); p0 against p1 -0.8500")
+    assert said.startswith(
+        "p0 scored lowest (4.1000 nats a token at a rate of 0.02, 2 seeds); p0 against p1 -0.8500"
+    )
     assert "at a rate of 0.01 p0 against p1 +0.1500 +- 0.0500, not established;" in said
     assert "at a rate of 0.02 p0 against p1 -1.9000 +- 0.1000, established" in said
 
@@ -79,14 +103,28 @@ def test_every_point_has_its_own_experts_and_its_own_name():
     assert [p.name for p in same] == ["rho-1.00", "rho-0.80", "rho-0.50", "plain", "few-rows"]
     many = replace(BASE, moe=replace(BASE.moe, routed=600, active=2))
     close = points(SweepConfig(rhos=(0.5, 0.7, 0.702, 0.704)), many)[:-2]
-    assert len({p.name for p in close}) == len({p.config.moe.routed for p in close}) == len(close) == 5
-    assert [p.name for p in points(SweepConfig(rhos=(1.0,)), BASE)] == ["rho-1.00", "plain", "few-rows"]
+    assert (
+        len({p.name for p in close}) == len({p.config.moe.routed for p in close}) == len(close) == 5
+    )
+    assert [p.name for p in points(SweepConfig(rhos=(1.0,)), BASE)] == [
+        "rho-1.00",
+        "plain",
+        "few-rows",
+    ]
 
 
 def test_experts_cost_a_token_the_same_and_remember_nothing():
-    places = points(SweepConfig(kind="experts", experts=(32, 2, 8)), replace(BASE, engram=EngramConfig()))
-    assert [(p.name, p.x) for p in places] == [("experts-2", 2.0), ("experts-8", 8.0), ("experts-32", 32.0)]
-    assert [p.config.moe.routed for p in places] == [2, 8, 32] and {p.config.engram for p in places} == {None}
+    places = points(
+        SweepConfig(kind="experts", experts=(32, 2, 8)), replace(BASE, engram=EngramConfig())
+    )
+    assert [(p.name, p.x) for p in places] == [
+        ("experts-2", 2.0),
+        ("experts-8", 8.0),
+        ("experts-32", 32.0),
+    ]
+    assert [p.config.moe.routed for p in places] == [2, 8, 32] and {
+        p.config.engram for p in places
+    } == {None}
     found = [costs(p.config, context=128).flops_per_token for p in places]
     assert max(found) / min(found) < 1.001 and {p.config.moe.active for p in places} == {2}
     assert places[-1].config.moe == BASE.moe
@@ -94,7 +132,10 @@ def test_experts_cost_a_token_the_same_and_remember_nothing():
 
 def test_slots_fix_the_backbone_and_layers_fix_the_rows():
     slots = points(SweepConfig(kind="slots", rows_per_head=(64, 512)), BASE)
-    assert slots[0].config.moe == slots[1].config.moe and slots[1].config.engram.rows_per_head == (512, 512)
+    assert slots[0].config.moe == slots[1].config.moe and slots[1].config.engram.rows_per_head == (
+        512,
+        512,
+    )
     layers = points(SweepConfig(kind="layers"), BASE)
     assert [p.config.engram.layers for p in layers] == [(0,), (1,), (2,)]
     assert len({costs(p.config).total for p in layers}) == 1
@@ -104,34 +145,76 @@ def test_ablations_take_one_thing_away():
     parts = {p.name: p.config for p in points(SweepConfig(kind="ablation"), BASE)}
     whole = parts["whole"].engram
     gone = ["no-gate", "one-gate", "no-conv", "raw-ids", "bigrams-only", "to-5-grams"]
-    assert list(parts) == ["whole", *gone] and whole.gating == "streams" and whole.conv and whole.canonical
+    assert (
+        list(parts) == ["whole", *gone]
+        and whole.gating == "streams"
+        and whole.conv
+        and whole.canonical
+    )
     assert parts["no-gate"].engram == replace(whole, gating="open")
     assert parts["one-gate"].engram == replace(whole, gating="shared")
     assert parts["no-conv"].engram == replace(whole, conv=False)
     assert parts["raw-ids"].engram == replace(whole, canonical=False)
     found = {name: costs(config, context=128) for name, config in parts.items()}
     for name, orders in (("bigrams-only", 1), ("to-5-grams", 4)):
-        assert len(parts[name].engram.rows_per_head) == orders and parts[name].engram.halo == whole.halo
+        assert (
+            len(parts[name].engram.rows_per_head) == orders
+            and parts[name].engram.halo == whole.halo
+        )
         assert (found[name].total, found[name].flops_per_token) == (
             found["whole"].total,
             found["whole"].flops_per_token,
         )
-    assert found["no-gate"].flops_per_token < found["one-gate"].flops_per_token < found["whole"].flops_per_token
-    assert "one-gate" not in [p.name for p in points(SweepConfig(kind="ablation"), replace(BASE, hyper=None))]
+    assert (
+        found["no-gate"].flops_per_token
+        < found["one-gate"].flops_per_token
+        < found["whole"].flops_per_token
+    )
+    assert "one-gate" not in [
+        p.name for p in points(SweepConfig(kind="ablation"), replace(BASE, hyper=None))
+    ]
 
 
 @pytest.mark.parametrize(
     ("losses", "kind", "said"),
     [
-        ([[4.0], [3.0]], "slots", "3.0000 nats a token, 1 seed); p1 against p0 -1.0000, not established"),
-        ([[4.0, 4.0, 4.1], [3.5, 3.5, 3.5]], "slots", "p1 against p0 -0.5333 +- 0.0333, established"),
-        ([[4.0, 4.1, 4.2], [3.0, 4.3, 4.4]], "slots", "p1 against p0 -0.2000 +- 0.4000, not established"),
-        ([[3.0, 3.1], [3.5, 3.6]], "slots", "p0 scored lowest (3.0500 nats a token, 2 seeds); p0 against p1 -0.5000"),
+        (
+            [[4.0], [3.0]],
+            "slots",
+            "3.0000 nats a token, 1 seed); p1 against p0 -1.0000, not established",
+        ),
+        (
+            [[4.0, 4.0, 4.1], [3.5, 3.5, 3.5]],
+            "slots",
+            "p1 against p0 -0.5333 +- 0.0333, established",
+        ),
+        (
+            [[4.0, 4.1, 4.2], [3.0, 4.3, 4.4]],
+            "slots",
+            "p1 against p0 -0.2000 +- 0.4000, not established",
+        ),
+        (
+            [[3.0, 3.1], [3.5, 3.6]],
+            "slots",
+            "p0 scored lowest (3.0500 nats a token, 2 seeds); p0 against p1 -0.5000",
+        ),
         ([[3.0, 3.1]], "slots", "p0 scored lowest (3.0500 nats a token, 2 seeds) (95 %"),
-        ([[4.0, 4.0, 4.1], [3.5, 3.5, 3.6], [4.2, 4.2, 4.3]], "allocation", "a U-shape over rho: established"),
+        (
+            [[4.0, 4.0, 4.1], [3.5, 3.5, 3.6], [4.2, 4.2, 4.3]],
+            "allocation",
+            "a U-shape over rho: established",
+        ),
         ([[4.0, 4.0, 4.1], [3.5, 3.5, 3.6]], "allocation", "a U-shape over rho: not established"),
-        ([[4.0, 4.0, 4.1], [3.5, 3.5, 3.6], [3.4, 3.7, 3.9]], "allocation", "a U-shape over rho: not established"),
-        ([[4.0, 4.0, 4.1], [3.5, 3.5, 3.6], [3.6, 3.6, 3.7]], "experts", "more experts pay: established"),
+        (
+            [[4.0, 4.0, 4.1], [3.5, 3.5, 3.6], [3.4, 3.7, 3.9]],
+            "allocation",
+            "a U-shape over rho: not established",
+        ),
+        (
+            [[4.0, 4.0, 4.1], [3.5, 3.5, 3.6], [3.6, 3.6, 3.7]],
+            "experts",
+            "more experts pay: established",
+        ),
         ([[4.0, 4.1, 4.2], [3.0, 4.3, 4.4]], "experts", "more experts pay: not established"),
         ([[3.0, 3.0, 3.0], [3.5, 3.6, 3.5]], "experts", "more experts pay: not established"),
     ],
@@ -141,7 +224,8 @@ def test_conclusions(losses, kind, said):
 
 
 @pytest.mark.parametrize(
-    "losses", [([4.0, 4.1], [4.5, 4.7], [4.2, 4.2], [4.9, 5.0]), ([4.0, 4.1], [3.5, 3.7], [4.2, 4.2])]
+    "losses",
+    [([4.0, 4.1], [4.5, 4.7], [4.2, 4.2], [4.9, 5.0]), ([4.0, 4.1], [3.5, 3.7], [4.2, 4.2])],
 )
 def test_an_ablation_is_told_part_by_part(losses):
     said = conclusion("ablation", _rows(*losses))
@@ -156,13 +240,43 @@ NAN = math.nan
 @pytest.mark.parametrize(
     ("losses", "controls", "kind", "said"),
     [
-        ([[NAN, 4.0], [3.5, 3.6]], [], "slots", "p1 scored lowest (3.5500 nats a token, 2 seeds); p1 against p0 no"),
+        (
+            [[NAN, 4.0], [3.5, 3.6]],
+            [],
+            "slots",
+            "p1 scored lowest (3.5500 nats a token, 2 seeds); p1 against p0 no",
+        ),
         ([[4.0, 4.1], [NAN, 1.0]], [], "slots", "p0 scored lowest (4.0500"),
-        ([[NAN, NAN], [4.0, 4.1], [3.5, 3.7]], [], "slots", "2 seeds); p2 against p1 -0.4500 +- 0.0500, not"),
-        ([[4.0, 4.0, 4.1], [3.5, 3.5, 3.6], [NAN, 4.2, 4.3]], [], "allocation", "a U-shape over rho: not established"),
-        ([[NAN, 4.0, 4.1], [3.5, 3.5, 3.6], [4.2, 4.2, 4.3]], [], "experts", "more experts pay: not established"),
-        ([[NAN, NAN], [NAN, 1.0]], [], "slots", "no point has a mean, since runs of each diverged; 2 of 2 runs of p0"),
-        ([[4.0, 4.1], [3.0, 3.1]], [[NAN, 3.2]], "slots", "c0 against p0 no number, not established"),
+        (
+            [[NAN, NAN], [4.0, 4.1], [3.5, 3.7]],
+            [],
+            "slots",
+            "2 seeds); p2 against p1 -0.4500 +- 0.0500, not",
+        ),
+        (
+            [[4.0, 4.0, 4.1], [3.5, 3.5, 3.6], [NAN, 4.2, 4.3]],
+            [],
+            "allocation",
+            "a U-shape over rho: not established",
+        ),
+        (
+            [[NAN, 4.0, 4.1], [3.5, 3.5, 3.6], [4.2, 4.2, 4.3]],
+            [],
+            "experts",
+            "more experts pay: not established",
+        ),
+        (
+            [[NAN, NAN], [NAN, 1.0]],
+            [],
+            "slots",
+            "no point has a mean, since runs of each diverged; 2 of 2 runs of p0",
+        ),
+        (
+            [[4.0, 4.1], [3.0, 3.1]],
+            [[NAN, 3.2]],
+            "slots",
+            "c0 against p0 no number, not established",
+        ),
     ],
 )
 def test_a_point_that_diverged_never_wins_and_is_named(losses, controls, kind, said):
@@ -171,12 +285,19 @@ def test_a_point_that_diverged_never_wins_and_is_named(losses, controls, kind, s
     assert said in told and "nan" not in told
     for row in rows:
         gone = sum(map(math.isnan, row.losses))
-        assert (f"{gone} of {len(row.losses)} runs of {row.point.name} diverged" in told) == bool(gone)
+        assert (f"{gone} of {len(row.losses)} runs of {row.point.name} diverged" in told) == bool(
+            gone
+        )
 
 
 def test_a_rate_at_which_a_point_diverged_is_not_its_best():
     places = [_point("p0"), _point("p1", 1.0)]
-    losses = {("p0", 0.08): [NAN, 5.2], ("p1", 0.08): [4.9, 5.0], ("p0", 0.02): [4.0, 4.2], ("p1", 0.02): [6.0, 6.0]}
+    losses = {
+        ("p0", 0.08): [NAN, 5.2],
+        ("p1", 0.08): [4.9, 5.0],
+        ("p0", 0.02): [4.0, 4.2],
+        ("p1", 0.02): [6.0, 6.0],
+    }
     rows = tabulate([(p, rate, losses[p.name, rate]) for rate in (0.08, 0.02) for p in places])
     assert [(r.point.name, r.rate) for r in at_best(rows)] == [("p0", 0.02), ("p1", 0.08)]
     said = conclusion("slots", rows)
@@ -189,15 +310,21 @@ def test_points_keep_their_names_whatever_stands_beside_them():
     moe = replace(BASE.moe, routed=400, width=8, active=2)
     base = replace(BASE, moe=moe)
     few, many = (
-        [p.name for p in points(SweepConfig(rhos=rhos), base)] for rhos in ((1.0, 0.7), (1.0, 0.7, 0.698, 0.4))
+        [p.name for p in points(SweepConfig(rhos=rhos), base)]
+        for rhos in ((1.0, 0.7), (1.0, 0.7, 0.698, 0.4))
     )
     assert set(few) < set(many) and len(set(many)) == len(many) == 6
 
 
 def test_controls_are_compared_and_never_win():
-    said = conclusion("allocation", _rows([4.0, 4.1], [3.9, 4.0], [3.95, 4.05], controls=[[3.0, 3.2]]))
+    said = conclusion(
+        "allocation", _rows([4.0, 4.1], [3.9, 4.0], [3.95, 4.05], controls=[[3.0, 3.2]])
+    )
     assert said.startswith("p1 scored lowest (3.9500 nats a token")
-    assert "c0 against p0 -0.9500 +- 0.0500, established; p1 against c0 +0.8500 +- 0.0500, established" in said
+    assert (
+        "c0 against p0 -0.9500 +- 0.0500, established; p1 against c0 +0.8500 +- 0.0500, established"
+        in said
+    )
 
 
 @pytest.mark.parametrize(
@@ -237,12 +364,18 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
 
     def score(folder, key):
         config = next(config for config in seen if config.folder == str(folder))
-        memory = 0.2 if config.model.engram is not None and max(config.model.engram.rows_per_head) > 2 else 0.0
+        memory = (
+            0.2
+            if config.model.engram is not None and max(config.model.engram.rows_per_head) > 2
+            else 0.0
+        )
         noise = 0.01 * config.seed * (config.model.moe.routed % 3)
         return {key: 4.0 + 0.1 * config.seed + 5 * abs(config.optim.lr - 0.02) - memory + noise}
 
     monkeypatch.setattr(allocation, "prepare", lambda data: Text())
-    monkeypatch.setattr(allocation, "run", lambda jobs, diverging, **_: seen.extend(job.config for job in jobs))
+    monkeypatch.setattr(
+        allocation, "run", lambda jobs, diverging, **_: seen.extend(job.config for job in jobs)
+    )
     monkeypatch.setattr(allocation, "last", score)
     return seen
 
@@ -254,7 +387,9 @@ def _read(folder):
 
 @pytest.mark.parametrize("rates", [(1.0,), (1.0, 0.5)])
 def test_the_sentence_and_the_figure_are_those_of_the_csv(tmp_path, trained, rates):
-    config = SweepConfig(model=TINY, rhos=(1.0, 0.6, 0.3), rates=rates, seeds=3, folder=str(tmp_path))
+    config = SweepConfig(
+        model=TINY, rhos=(1.0, 0.6, 0.3), rates=rates, seeds=3, folder=str(tmp_path)
+    )
     folder = main(config, console=Console(file=io.StringIO(), width=120))
     rows, said = _read(folder), (folder / "conclusion.txt").read_text()
     assert len(rows) == 5 * len(rates) and len(trained) == 15 * len(rates)
@@ -271,10 +406,19 @@ def test_the_sentence_and_the_figure_are_those_of_the_csv(tmp_path, trained, rat
     low = min((r for r in best if r["control"] == "False"), key=lambda r: float(r["mean"]))
     assert said.startswith(f"{low['point']} scored lowest ({float(low['mean']):.4f} nats a token")
     told = f"{low['point']} against rho-1.00 {float(low['difference']):+.4f} +- {float(low['difference_error']):.4f}"
-    assert told in said and "few-rows against rho-1.00" in said and f"{low['point']} against plain" in said
+    assert (
+        told in said
+        and "few-rows against rho-1.00" in said
+        and f"{low['point']} against plain" in said
+    )
     for rate in rates if len(rates) > 1 else ():
-        each = next(r for r in rows if r["point"] == low["point"] and float(r["rate"]) == 0.02 * rate)
-        assert f"at a rate of {0.02 * rate:g} {low['point']} against rho-1.00 {float(each['difference']):+.4f}" in said
+        each = next(
+            r for r in rows if r["point"] == low["point"] and float(r["rate"]) == 0.02 * rate
+        )
+        assert (
+            f"at a rate of {0.02 * rate:g} {low['point']} against rho-1.00 {float(each['difference']):+.4f}"
+            in said
+        )
     drawn = (folder / "sweep.svg").read_text()
     assert drawn.startswith("<?xml") and all(word in drawn for word in ("few-rows", ">rho<"))
 
@@ -283,19 +427,34 @@ def test_a_sweep_of_which_runs_diverged_is_written_whole(tmp_path, trained, monk
     """The losses stand in the table as they are, the figure leaves the point out, the sentence names it."""
     score = allocation.last
     gone = "rho-1.00-lr-0.02-seed-1"
-    monkeypatch.setattr(allocation, "last", lambda folder, key: {} if folder.name == gone else score(folder, key))
+    monkeypatch.setattr(
+        allocation, "last", lambda folder, key: {} if folder.name == gone else score(folder, key)
+    )
     config = SweepConfig(model=TINY, rhos=(1.0, 0.6, 0.3), seeds=3, folder=str(tmp_path))
     told = io.StringIO()
     folder = main(config, console=Console(file=told, width=120))
     first, *others = _read(folder)
-    assert (first["point"], first["1"], first["mean"], first["best_rate"]) == ("rho-1.00", "nan", "nan", "True")
+    assert (first["point"], first["1"], first["mean"], first["best_rate"]) == (
+        "rho-1.00",
+        "nan",
+        "nan",
+        "True",
+    )
     assert all(row["difference"] == "nan" and math.isfinite(float(row["mean"])) for row in others)
     said = (folder / "conclusion.txt").read_text()
     assert "1 of 3 runs of rho-1.00 diverged" in said and "diverged" in told.getvalue()
     low = min(others[:2], key=lambda row: float(row["mean"]))
-    assert said.startswith(f"{low['point']} scored lowest") and "few-rows against rho-1.00 no number" in said
+    assert (
+        said.startswith(f"{low['point']} scored lowest")
+        and "few-rows against rho-1.00 no number" in said
+    )
     assert json.loads((folder / "sweep.json").read_text())["rhos"] == [1.0, 0.6, 0.3]
-    assert sorted(path.name for path in folder.iterdir()) == ["conclusion.txt", "sweep.csv", "sweep.json", "sweep.svg"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "conclusion.txt",
+        "sweep.csv",
+        "sweep.json",
+        "sweep.svg",
+    ]
 
 
 def test_a_sweep_that_cannot_be_drawn_leaves_what_was_there(tmp_path, trained, monkeypatch):
@@ -314,13 +473,17 @@ def test_the_curve_is_drawn_from_the_rows():
     assert axes.lines[0].get_xdata().tolist() == [0.0, 1.0]
     assert axes.lines[0].get_ydata().tolist() == [row.mean for row in rows[:2]]
     assert axes.get_legend_handles_labels()[1] == ["c0", "validation"]
-    ticks = [text.get_text() for text in allocation._draw("ablation", rows[:2]).axes[0].get_xticklabels()]
+    ticks = [
+        text.get_text() for text in allocation._draw("ablation", rows[:2]).axes[0].get_xticklabels()
+    ]
     assert ticks == ["p0", "p1"]
 
 
 def test_every_kind_says_and_draws_something(tmp_path, trained):
     for kind in allocation.KINDS:
-        config = from_dict(SweepConfig, {"kind": kind, "folder": str(tmp_path), "seeds": 1, "experts": [1, 16]})
+        config = from_dict(
+            SweepConfig, {"kind": kind, "folder": str(tmp_path), "seeds": 1, "experts": [1, 16]}
+        )
         folder = main(replace(config, model=TINY), console=Console(file=io.StringIO()))
         rows, said = _read(folder), (folder / "conclusion.txt").read_text()
         assert folder.name == kind and (folder / "sweep.svg").is_file() and "1 seed)" in said
@@ -337,11 +500,20 @@ def test_from_a_text_to_the_sentence_and_again(tmp_path):
         (tmp_path / "text" / f"{n}.txt").write_text(line * 3)
     data = DataConfig(source=str(tmp_path / "text"), cache=str(tmp_path / "cache"))
     config = SweepConfig(
-        kind="experts", model=TINY, experts=(1, 4), data=data, steps=4, rows=2, length=32, folder=str(tmp_path / "runs")
+        kind="experts",
+        model=TINY,
+        experts=(1, 4),
+        data=data,
+        steps=4,
+        rows=2,
+        length=32,
+        folder=str(tmp_path / "runs"),
     )
     folder = main(config, console=Console(file=io.StringIO()))
     rows, said = _read(folder), (folder / "conclusion.txt").read_text()
-    assert len(rows) == 2 and re.match(r"experts-[14] scored lowest \(\d\.\d{4} nats a token, 2 seeds\)", said)
+    assert len(rows) == 2 and re.match(
+        r"experts-[14] scored lowest \(\d\.\d{4} nats a token, 2 seeds\)", said
+    )
     marks = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
     assert len(marks) == 4
     main(config, console=Console(file=io.StringIO()))

@@ -62,9 +62,13 @@ def test_an_activated_budget_scales_the_backbone():
     """At a sixth of MoE-27B's activated parameters: the paper's sweep has 568e6 of 5.7e9."""
     found = spend(preset("moe-27b"), Budget(5.7e9, 568e6))
     have = costs(found)
-    assert have.total == pytest.approx(5.7e9, rel=0.005) and have.activated == pytest.approx(568e6, rel=0.01)
+    assert have.total == pytest.approx(5.7e9, rel=0.005) and have.activated == pytest.approx(
+        568e6, rel=0.01
+    )
     assert found.layers < 30 and found.dim < 2560 and found.mla.nope_dim == 128
-    assert found.moe.width / found.dim == pytest.approx(0.6, rel=0.15), "an expert stays as wide for the width"
+    assert found.moe.width / found.dim == pytest.approx(0.6, rel=0.15), (
+        "an expert stays as wide for the width"
+    )
 
 
 def test_scaled_is_itself_at_one_and_fits_together_below():
@@ -84,7 +88,9 @@ def test_a_memory_keeps_its_place_and_share():
     memory = scaled_memory(like.engram, like, base)
     assert memory.layers == (0, 7) and memory.head_dim == 40 and memory.heads == 8
     assert scaled_memory(like.engram, like, replace(like, engram=None)) is like.engram
-    flat = scaled_memory(EngramConfig(layers=(1, 2), head_dim=4), replace(like, layers=30), replace(base, layers=2))
+    flat = scaled_memory(
+        EngramConfig(layers=(1, 2), head_dim=4), replace(like, layers=30), replace(base, layers=2)
+    )
     assert flat.layers == (0,) and flat.head_dim == 4
 
 
@@ -98,7 +104,10 @@ def test_a_memory_keeps_its_place_and_share():
         (Budget(activated=0.0), "activated: got 0"),
         (Budget(flops=float("inf")), "flops: got inf"),
         (Budget(total=5e5), r"total: got 5e\+05 parameters beside .* FLOPs a token, expected room"),
-        (Budget(total=1e9, activated=1e4), r"activated: got 1e\+04, expected about .*vocabulary of 4,096"),
+        (
+            Budget(total=1e9, activated=1e4),
+            r"activated: got 1e\+04, expected about .*vocabulary of 4,096",
+        ),
         (
             Budget(total=1e9, activated=2.7e5),
             r"total: got 1e\+09 .*a router of so many, expected a smaller total",

@@ -29,7 +29,11 @@ def test_the_verdict_says_no_more_than_the_seeds(moe, engram, said):
 def test_the_brightest_token_has_the_largest_gate():
     line = gate_line(Gates(["a", "b", "c"], (1,), torch.tensor([[[0.1], [0.9], [0.5]]])))
     colours = [int(str(span.style).rsplit(",", 1)[1].rstrip(")")) for span in line.spans[:3]]
-    assert colours[1] > colours[2] > colours[0] and line.plain.startswith("  abc") and "0.10 to 0.90" in line.plain
+    assert (
+        colours[1] > colours[2] > colours[0]
+        and line.plain.startswith("  abc")
+        and "0.10 to 0.90" in line.plain
+    )
 
 
 def test_impossible_sizes_are_refused():
@@ -64,5 +68,9 @@ def test_from_nothing_to_a_page_and_again(tmp_path, monkeypatch):
     said = screen.getvalue()
     assert "rorqual generate" in said and "FLOPs differ" not in said and "whale" in said
 
-    monkeypatch.setattr(demo, "run", lambda jobs, **_: [pytest.fail("ran again") for job in jobs if not job.finished()])
+    monkeypatch.setattr(
+        demo,
+        "run",
+        lambda jobs, **_: [pytest.fail("ran again") for job in jobs if not job.finished()],
+    )
     assert main(config, console=Console(file=io.StringIO())).losses == result.losses

@@ -9,7 +9,14 @@ import torch
 
 from rorqual import doctor
 from rorqual.costs import costs
-from rorqual.experiments.devices import DEVICES, Device, Machine, estimate, this_machine, usual_machine
+from rorqual.experiments.devices import (
+    DEVICES,
+    Device,
+    Machine,
+    estimate,
+    this_machine,
+    usual_machine,
+)
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel
@@ -36,7 +43,11 @@ def test_bytes_are_those_of_the_optimizer(kind):
         own = [each for each, what in role.items() if what == name]
         assert kept.parameters == sum(optimizer.parameters[each].numel() for each in own)
         assert kept.weights == held(optimizer.parameters[each] for each in own)
-        states = [tensor for key, tensor in state.items() if any(key.startswith(f"{each}.") for each in own)]
+        states = [
+            tensor
+            for key, tensor in state.items()
+            if any(key.startswith(f"{each}.") for each in own)
+        ]
         assert kept.state == held(states)
     assert sum(kept.state for kept in found.values()) == held(state.values())
 
@@ -54,10 +65,16 @@ def test_gradients_are_those_of_a_step():
     most = found["rows"].gradients
     assert held([g.values() for g in rows]) + held([g.indices() for g in rows]) <= most
     assert most == 2 * 9 * 4 * (8 * 4 + 8), "two tables, nine tokens, four rows each"
-    dense = held(p.grad for name, p in model.named_parameters() if roles(model)[name] != "rows" and p.grad is not None)
+    dense = held(
+        p.grad
+        for name, p in model.named_parameters()
+        if roles(model)[name] != "rows" and p.grad is not None
+    )
     assert dense == sum(kept.gradients for role, kept in found.items() if role != "rows")
     many = estimate(TINY, Machine(devices=1, step_tokens=1 << 20)).roles["rows"]
-    assert many.gradients == sum(table.rows for table in model.tables) * (8 * 4 + 8), "no more rows than there are"
+    assert many.gradients == sum(table.rows for table in model.tables) * (8 * 4 + 8), (
+        "no more rows than there are"
+    )
 
 
 def test_seconds_by_hand(monkeypatch):
@@ -71,19 +88,28 @@ def test_seconds_by_hand(monkeypatch):
     read, touched = 64 * 4 * 2 * 8 * 4, 2 * 64 * 4 * 8 * 4
     assert found.rows == pytest.approx((2 * read + 7 * touched) / 2e8)
     assert found.step == pytest.approx(found.compute + found.update + found.rows)
-    assert found.device_bytes == pytest.approx(sum(sum(kept[1:]) for kept in found.roles.values()) / 2, abs=1)
+    assert found.device_bytes == pytest.approx(
+        sum(sum(kept[1:]) for kept in found.roles.values()) / 2, abs=1
+    )
     host = estimate(TINY, replace(machine, tables="host"), 128)
-    assert host.rows == pytest.approx(read / 2e7) and host.step == max(host.compute, host.rows) + host.update
+    assert (
+        host.rows == pytest.approx(read / 2e7)
+        and host.step == max(host.compute, host.rows) + host.update
+    )
     assert host.host_bytes == sum(found.roles["rows"][1:])
     assert host.device_bytes == pytest.approx(found.device_bytes - host.host_bytes / 2, abs=1)
 
 
 def test_this_machine_is_measured():
     measured = this_machine()
-    assert 1e8 < measured.flops < 1e15 and 1e8 < measured.bandwidth < 1e13, "no machine is slower or faster"
+    assert 1e8 < measured.flops < 1e15 and 1e8 < measured.bandwidth < 1e13, (
+        "no machine is slower or faster"
+    )
     assert measured.memory == doctor.memory()
     found = estimate(TINY, usual_machine(10**6), 128)
-    assert found.compute == pytest.approx(3 * costs(TINY, 128).flops_per_token * 4096 / (0.4 * measured.flops))
+    assert found.compute == pytest.approx(
+        3 * costs(TINY, 128).flops_per_token * 4096 / (0.4 * measured.flops)
+    )
     assert found.fits
     assert usual_machine(10**6).device == "cpu" and usual_machine(10**9) == Machine()
 
@@ -95,32 +121,43 @@ def test_mtp_is_trained_too(monkeypatch, depth):
     machine = Machine(device="toy", devices=1, utilisation=1.0, step_tokens=10)
     with_mtp = replace(TINY, mtp=MTPConfig(depth=depth))
     weights = sum(
-        p.numel() for name, p in LanguageModel(with_mtp).named_parameters() if name.startswith("mtp.") and p.dim() > 1
+        p.numel()
+        for name, p in LanguageModel(with_mtp).named_parameters()
+        if name.startswith("mtp.") and p.dim() > 1
     )
     moe = with_mtp.moe
     weights -= depth * (moe.routed - moe.active) * 3 * with_mtp.dim * moe.width
     weights += depth * with_mtp.vocabulary * with_mtp.dim
     more = estimate(with_mtp, machine, 128).compute - estimate(TINY, machine, 128).compute
-    assert more == pytest.approx(3 * 2 * weights * 10 / 1e9, rel=5e-3), "norms scale, and count as weights there"
+    assert more == pytest.approx(3 * 2 * weights * 10 / 1e9, rel=5e-3), (
+        "norms scale, and count as weights there"
+    )
 
 
 def test_muon_costs_its_products():
     """Five rounds of a gram matrix, its square and their product with the matrix; gate and up are two matrices."""
     plain = replace(preset("classroom"), layers=1, moe=None, engram=None, hyper=None)
-    slow, fast = (estimate(plain, Machine(optimizer=kind, devices=1, utilisation=1.0)) for kind in ("muon", "adamw"))
+    slow, fast = (
+        estimate(plain, Machine(optimizer=kind, devices=1, utilisation=1.0))
+        for kind in ("muon", "adamw")
+    )
     d, w = plain.dim, plain.dense_width
     shapes = [(d, d)] * 4 + [(d, w)] * 3
     products = sum(5 * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in shapes)
     matrix = slow.roles["matrix"]
     assert matrix.parameters == sum(m * n for m, n in shapes)
     saved = 2 * (fast.roles["matrix"].state - matrix.state) / DEVICES["h100"].bandwidth
-    assert slow.update == pytest.approx(fast.update - saved + products / DEVICES["h100"].flops, rel=1e-6)
+    assert slow.update == pytest.approx(
+        fast.update - saved + products / DEVICES["h100"].flops, rel=1e-6
+    )
 
 
 def test_a_model_without_memory_has_no_rows_and_a_large_one_does_not_fit():
     assert estimate(replace(TINY, engram=None), Machine()).rows == 0
     large = replace(preset("engram-40b"), layers=15)  # half of the blocks, all of the memory
-    here, there = (estimate(large, Machine(devices=3, tables=tables)) for tables in ("device", "host"))
+    here, there = (
+        estimate(large, Machine(devices=3, tables=tables)) for tables in ("device", "host")
+    )
     assert not here.fits and here.roles["rows"].parameters / 1e9 == pytest.approx(18.53, abs=0.01)
     assert there.fits and there.device_bytes < DEVICES["h100"].memory < here.device_bytes
     assert estimate(TINY, Machine(devices=1)).fits

@@ -20,12 +20,23 @@ pytestmark = pytest.mark.nsa
 TINY = NeedleSweep(
     kinds=("gqa", "nsa"),
     needles=NeedleConfig(
-        keys=4, values=4, filler=2, needles=2, asked=2, drill=4, shortest=16, alone=1, grow=2, questions=4
+        keys=4,
+        values=4,
+        filler=2,
+        needles=2,
+        asked=2,
+        drill=4,
+        shortest=16,
+        alone=1,
+        grow=2,
+        questions=4,
     ),
     dim=16,
     layers=1,
     dense_width=16,
-    engram=EngramConfig(layers=(0,), rows_per_head=(31, 31), heads=1, head_dim=4, conv=False, canonical=False),
+    engram=EngramConfig(
+        layers=(0,), rows_per_head=(31, 31), heads=1, head_dim=4, conv=False, canonical=False
+    ),
     steps=4,
     rows=4,
     length=32,
@@ -41,13 +52,19 @@ def scores(*shares: float, length: int = 32) -> list[dict[str, float]]:
 
 def test_every_kind_is_entered_twice_and_is_sparse():
     entered = arms(NeedleSweep())
-    assert [arm.name for arm in entered] == [name for kind in KINDS for name in (kind, f"{kind}-engram")]
+    assert [arm.name for arm in entered] == [
+        name for kind in KINDS for name in (kind, f"{kind}-engram")
+    ]
     models = {arm.name: arm.config for arm in entered}
-    assert all((model.engram is not None) == name.endswith("-engram") for name, model in models.items())
+    assert all(
+        (model.engram is not None) == name.endswith("-engram") for name, model in models.items()
+    )
     assert [name for name, model in models.items() if model.nsa or model.moba or model.dsa] == [
         name for name in models if name.partition("-")[0] in needle.FULL
     ]
-    assert all((model.mla is None) == (name[:3] in ("gqa", "nsa", "mob")) for name, model in models.items())
+    assert all(
+        (model.mla is None) == (name[:3] in ("gqa", "nsa", "mob")) for name, model in models.items()
+    )
     assert {model.vocabulary for model in models.values()} == {NeedleSweep().needles.vocabulary}
     length = NeedleSweep().length
     nsa, moba, dsa = models["nsa"].nsa, models["moba"].moba, models["dsa"].dsa
@@ -57,7 +74,9 @@ def test_every_kind_is_entered_twice_and_is_sparse():
 
 
 def test_overall_is_the_mean_of_the_tasks():
-    found = {column(task, 32): share for task, share in zip(TASKS, (1.0, 0.5, 0.25, 0.25), strict=True)}
+    found = {
+        column(task, 32): share for task, share in zip(TASKS, (1.0, 0.5, 0.25, 0.25), strict=True)
+    }
     assert overall(found, 32) == 0.5
 
 
@@ -75,7 +94,9 @@ def test_the_conclusion_says_no_more_than_the_seeds():
     assert "nsa-engram against gqa-engram +0.030 +- 0.040, not established" in said
     assert "gqa-engram against gqa +0.020 +- 0.040, not established" in said
     assert "nsa-engram against nsa +0.450 +- 0.006, established" in said
-    one = conclusion(replace(config, seeds=1), arms(config), {name: each[:1] for name, each in found.items()})
+    one = conclusion(
+        replace(config, seeds=1), arms(config), {name: each[:1] for name, each in found.items()}
+    )
     assert "1 seed)" in one and "nsa against gqa -0.400, not established" in one
     assert ", established" not in one
 
@@ -108,25 +129,35 @@ def test_from_nothing_to_the_table_and_again(tmp_path):
     folder = main(config, console=Console(file=heard, width=120))
     with (folder / "needle.csv").open() as file:
         read = list(csv.DictReader(file))
-    assert {(r["kind"], r["engram"], r["seed"]) for r in read} == {("nsa", "True", "0"), ("nsa", "False", "0")}
+    assert {(r["kind"], r["engram"], r["seed"]) for r in read} == {
+        ("nsa", "True", "0"),
+        ("nsa", "False", "0"),
+    }
     wholes = [r for r in read if not r["part"]]
     assert len(wholes) == 2 * len(TASKS) * 3 and {r["length"] for r in wholes} == {"16", "32", "64"}
-    assert all(0 <= float(r["accuracy"]) <= 1 for r in read) and {int(r["part"]) for r in read if r["part"]} <= set(
-        range(DEPTHS)
-    )
+    assert all(0 <= float(r["accuracy"]) <= 1 for r in read) and {
+        int(r["part"]) for r in read if r["part"]
+    } <= set(range(DEPTHS))
     for name in ("length", "depth", "length-engram", "depth-engram"):
         assert (folder / f"{name}.svg").read_text().startswith("<?xml")
     said = (folder / "conclusion.txt").read_text().strip()
     assert "nsa-engram against nsa" in said and said[:40] in heard.getvalue()
     assert "chance: any value" in heard.getvalue() and "0.250" in heard.getvalue()
     one = [r for r in wholes if r["engram"] == "False"]
-    metrics = [json.loads(line) for line in (folder / "nsa-seed-0" / "metrics.jsonl").read_text().splitlines()]
-    assert all(float(r["accuracy"]) == metrics[-1][column(r["task"], int(r["length"]))] for r in one)
+    metrics = [
+        json.loads(line)
+        for line in (folder / "nsa-seed-0" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert all(
+        float(r["accuracy"]) == metrics[-1][column(r["task"], int(r["length"]))] for r in one
+    )
 
     marks = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
     assert len(marks) == 2
     (folder / "nsa-engram-seed-0" / "model.safetensors").unlink()
     main(config, console=Console(file=io.StringIO()))
     again = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
-    assert [path.parent.name for path in marks if again[path] != marks[path]] == ["nsa-engram-seed-0"]
+    assert [path.parent.name for path in marks if again[path] != marks[path]] == [
+        "nsa-engram-seed-0"
+    ]
     assert (folder / "conclusion.txt").read_text().strip() == said

@@ -20,7 +20,9 @@ def test_established_is_what_the_t_test_says():
     deviation, p = 0.028."""
     mean, error = difference([3.9, 4.8, 5.7], [4.0, 5.0, 6.0])
     assert not established(mean, error, 3)
-    assert established(mean, error * (3 / 4) ** 0.5, 4) and established(-mean, error * (3 / 4) ** 0.5, 4)
+    assert established(mean, error * (3 / 4) ** 0.5, 4) and established(
+        -mean, error * (3 / 4) ** 0.5, 4
+    )
     assert not established(5.0, math.nan, 1) and not established(0.0, 0.0, 3)
 
 
@@ -31,7 +33,15 @@ def test_factors_fall_towards_the_normal_one():
 
 @pytest.mark.parametrize(
     ("freedom", "t"),
-    [(10, 2.2281), (11, 2.2010), (15, 2.1314), (20, 2.0860), (30, 2.0423), (60, 2.0003), (999, 1.9623)],
+    [
+        (10, 2.2281),
+        (11, 2.2010),
+        (15, 2.1314),
+        (20, 2.0860),
+        (30, 2.0423),
+        (60, 2.0003),
+        (999, 1.9623),
+    ],
 )
 def test_factors_of_many_seeds_are_students(freedom, t):
     """As printed in any table of Student's distribution."""
@@ -48,7 +58,16 @@ def test_a_run_that_diverged_establishes_nothing(wrong):
 
 
 def test_a_comparison_in_words():
-    assert compared("a", "b", [3.9, 4.8, 5.7], [4.0, 5.0, 6.0]) == "a against b -0.2000 +- 0.0577, not established"
-    assert compared("a", "b", [4.1, 5.1, 6.2], [4.0, 5.0, 6.0], 2) == "a against b +0.13 +- 0.03, not established"
-    assert compared("a", "b", [4.5, 5.5, 6.6], [4.0, 5.0, 6.0], 3) == "a against b +0.533 +- 0.033, established"
+    assert (
+        compared("a", "b", [3.9, 4.8, 5.7], [4.0, 5.0, 6.0])
+        == "a against b -0.2000 +- 0.0577, not established"
+    )
+    assert (
+        compared("a", "b", [4.1, 5.1, 6.2], [4.0, 5.0, 6.0], 2)
+        == "a against b +0.13 +- 0.03, not established"
+    )
+    assert (
+        compared("a", "b", [4.5, 5.5, 6.6], [4.0, 5.0, 6.0], 3)
+        == "a against b +0.533 +- 0.033, established"
+    )
     assert compared("a", "b", [1.0], [3.0]) == "a against b -2.0000, not established"

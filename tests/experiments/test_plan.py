@@ -25,19 +25,30 @@ def test_totals_and_flops_agree_for_any_budget(rho, routed, width):
     plan = split_budget(base, rho, context=128)
     total, flops = agreement(plan)
     assert abs(total) <= TOTAL_TOLERANCE and abs(flops) <= FLOP_TOLERANCE
-    assert plan.dense.costs.flops_per_token == pytest.approx(plan.moe.costs.flops_per_token, rel=FLOP_TOLERANCE)
+    assert plan.dense.costs.flops_per_token == pytest.approx(
+        plan.moe.costs.flops_per_token, rel=FLOP_TOLERANCE
+    )
     assert plan.dense.config.moe is None and plan.moe.config.engram is None
 
 
 def test_the_papers_models():
     shape = preset("engram-27b").engram
-    plan = split_budget(preset("moe-27b"), 0.743)  # the memory's shape is the paper's without being told
-    assert (plan.engram.config.engram.layers, plan.engram.config.engram.memory_width) == ((1, 14), 1280)
+    plan = split_budget(
+        preset("moe-27b"), 0.743
+    )  # the memory's shape is the paper's without being told
+    assert (plan.engram.config.engram.layers, plan.engram.config.engram.memory_width) == (
+        (1, 14),
+        1280,
+    )
     assert replace(plan.engram.config.engram, rows_per_head=shape.rows_per_head) == shape
     assert plan.engram.config.moe.routed == 55
     assert plan.rho == pytest.approx(49 / 66)
-    assert plan.engram.costs.memory == pytest.approx(5.75e9, rel=0.01), "the paper prints 5.7e9, its rows hold 5.79e9"
-    assert plan.moe.config == preset("moe-27b"), "the projections stay within the tolerance: nothing is widened"
+    assert plan.engram.costs.memory == pytest.approx(5.75e9, rel=0.01), (
+        "the paper prints 5.7e9, its rows hold 5.79e9"
+    )
+    assert plan.moe.config == preset("moe-27b"), (
+        "the projections stay within the tolerance: nothing is widened"
+    )
     total, flops = agreement(plan)
     assert abs(total) <= TOTAL_TOLERANCE and abs(flops) <= FLOP_TOLERANCE
 
@@ -52,10 +63,14 @@ def test_the_rows_solved_for_are_the_closest(rows, heads, head_dim):
 
     empty = replace(TINY, hyper=None, engram=replace(memory, rows_per_head=(2, 2)))
     spent = costs(empty, 128)
-    target = spent._replace(total=spent.total - spent.memory + rows * memory.rows_per_token * head_dim)
+    target = spent._replace(
+        total=spent.total - spent.memory + rows * memory.rows_per_token * head_dim
+    )
     found = _solve_rows(target, empty, memory, 128).rows_per_head[0]
     free = rows * memory.rows_per_token * head_dim
-    assert abs(held(found) - free) == min(abs(held(count) - free) for count in range(max(2, rows - 99), rows + 9))
+    assert abs(held(found) - free) == min(
+        abs(held(count) - free) for count in range(max(2, rows - 99), rows + 9)
+    )
 
 
 @pytest.mark.parametrize("rho", [0.3, 0.75])
@@ -124,7 +139,9 @@ def test_every_arm_has_the_budget(name, rho, total, activated, flops):
     have = costs(like, 256)
     axis = "flops_per_token" if flops else "activated"
     second = getattr(have, axis) * activated
-    budget = Budget(have.total * max(activated, 1.0) * total, *((None, second) if flops else (second, None)))
+    budget = Budget(
+        have.total * max(activated, 1.0) * total, *((None, second) if flops else (second, None))
+    )
     said = ""
     try:
         plan = plan_budget(like, budget, rho, context=256)
@@ -132,21 +149,31 @@ def test_every_arm_has_the_budget(name, rho, total, activated, flops):
         said = str(error)
     event(said.partition(":")[0] or "planned")
     if said:
-        assert re.match(r"(total|activated|flops_per_token|rho|engram|budget): got .*expected", said)
+        assert re.match(
+            r"(total|activated|flops_per_token|rho|engram|budget): got .*expected", said
+        )
         return
     assert plan.moe.costs.total == pytest.approx(budget.total, rel=TOTAL_TOLERANCE)
     assert getattr(plan.moe.costs, axis) == pytest.approx(second, rel=FLOP_TOLERANCE)
     total, flops = agreement(plan)
     assert abs(total) <= TOTAL_TOLERANCE and abs(flops) <= FLOP_TOLERANCE
-    assert plan.dense.costs.flops_per_token == pytest.approx(plan.moe.costs.flops_per_token, rel=FLOP_TOLERANCE)
+    assert plan.dense.costs.flops_per_token == pytest.approx(
+        plan.moe.costs.flops_per_token, rel=FLOP_TOLERANCE
+    )
     assert plan.moe.config.engram is None and (plan.rho == 1 or plan.engram.costs.memory > 0)
 
 
 def test_the_pure_model_pays_or_the_memory_arm_does():
     narrow = EngramConfig(heads=4, head_dim=4)
-    pure, memory = (split_budget(TINY, 0.75, narrow, context=128, pays=who) for who in ("pure", "memory"))
+    pure, memory = (
+        split_budget(TINY, 0.75, narrow, context=128, pays=who) for who in ("pure", "memory")
+    )
     assert memory.moe.config == TINY and pure.moe.config.moe.shared_hidden > TINY.moe.shared_hidden
-    assert memory.engram.config.moe.shared_hidden < pure.engram.config.moe.shared_hidden == TINY.moe.shared_hidden
+    assert (
+        memory.engram.config.moe.shared_hidden
+        < pure.engram.config.moe.shared_hidden
+        == TINY.moe.shared_hidden
+    )
     for plan in (pure, memory):
         total, flops = agreement(plan)
         assert abs(total) <= TOTAL_TOLERANCE and abs(flops) <= FLOP_TOLERANCE
@@ -167,7 +194,9 @@ def test_a_router_that_lost_many_experts_is_made_up_for():
 def test_a_model_with_memory_finds_its_pure_mixture(name, rho, routed, billions):
     """From Engram-27B comes MoE-27B back; Engram-40B's table is that of 54 experts."""
     plan = plan_budget(preset(name), Budget(), rho)
-    assert plan.moe.config == replace(preset("moe-27b"), moe=replace(preset("moe-27b").moe, routed=routed))
+    assert plan.moe.config == replace(
+        preset("moe-27b"), moe=replace(preset("moe-27b").moe, routed=routed)
+    )
     assert plan.engram.config.moe.routed == 55
     assert plan.engram.costs.memory / 1e9 == pytest.approx(billions, abs=0.006)
     assert rho is not None or plan.engram.config == preset(name)

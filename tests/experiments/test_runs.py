@@ -28,10 +28,18 @@ def _job(folder, **changes):
 
 
 def test_records_leave_out_a_line_that_is_being_written(tmp_path):
-    lines = [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}, {"step": 2, "validation_loss": 4.5}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
+    lines = [
+        {"step": 1, "loss": 5.0},
+        {"step": 2, "loss": 4.0},
+        {"step": 2, "validation_loss": 4.5},
+    ]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo'
+    )
     assert records(tmp_path) == lines
-    assert last(tmp_path)["step"] == 2 and last(tmp_path, "validation_loss")["validation_loss"] == 4.5
+    assert (
+        last(tmp_path)["step"] == 2 and last(tmp_path, "validation_loss")["validation_loss"] == 4.5
+    )
     assert last(tmp_path, "nothing") == {} and records(tmp_path / "none") == []
 
 
@@ -63,7 +71,10 @@ def _hold(path):
 
 def test_two_that_make_runs_do_not_share_a_folder(tmp_path):
     job = _job(tmp_path / "runs" / "one")
-    with _hold(tmp_path / "runs" / ".lock"), pytest.raises(ValueError, match="another process makes runs here; wait"):
+    with (
+        _hold(tmp_path / "runs" / ".lock"),
+        pytest.raises(ValueError, match="another process makes runs here; wait"),
+    ):
         run([job], console=Console(file=io.StringIO()))
     assert not job.folder.exists()
 
@@ -73,7 +84,10 @@ def test_a_folder_in_which_somebody_trains_is_waited_for_and_left_alone(tmp_path
     monkeypatch.setattr(runs, "PATIENCE", 0.0)
     job = _job(tmp_path / "one")
     configs.save(_job(tmp_path / "one", seed=1).config, job.folder / "train.json")
-    with _hold(job.folder / ".lock"), pytest.raises(ValueError, match="another process trains here; wait"):
+    with (
+        _hold(job.folder / ".lock"),
+        pytest.raises(ValueError, match="another process trains here; wait"),
+    ):
         run([job], console=Console(file=io.StringIO()))
     assert (job.folder / "train.json").is_file() and not (tmp_path / "one.before-1").exists()
 
@@ -98,7 +112,9 @@ def test_a_loss_that_is_no_number_is_told_by_its_own_code(tmp_path, monkeypatch)
 def test_seeds_differ_in_seed_and_folder_alone(tmp_path):
     config = TrainConfig(steps=7, folder="elsewhere")
     jobs = seeded(tmp_path, "arm", config, 3)
-    assert [(job.name, job.folder) for job in jobs] == [(f"arm-seed-{n}", tmp_path / f"arm-seed-{n}") for n in range(3)]
+    assert [(job.name, job.folder) for job in jobs] == [
+        (f"arm-seed-{n}", tmp_path / f"arm-seed-{n}") for n in range(3)
+    ]
     assert [replace(job.config, seed=0, folder="elsewhere") for job in jobs] == [config] * 3
     assert [job.config.seed for job in jobs] == [0, 1, 2]
 
@@ -110,7 +126,10 @@ def test_nothing_is_lost_where_another_run_stands(tmp_path):
     make_room(mine)
     assert (tmp_path / "run" / "train.json").is_file(), "its own folder is gone on in"
     make_room(other)
-    assert list((tmp_path / "run").iterdir()) == [] and (tmp_path / "run.before-1" / "train.json").is_file()
+    assert (
+        list((tmp_path / "run").iterdir()) == []
+        and (tmp_path / "run.before-1" / "train.json").is_file()
+    )
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="choose another --folder"):
         make_room(other)
@@ -120,7 +139,8 @@ def test_nothing_is_lost_where_another_run_stands(tmp_path):
 @pytest.mark.slow
 def test_a_failing_run_shows_the_end_of_its_log(tmp_path):
     job = _job(
-        tmp_path / "run", data=configs.from_dict(TrainConfig, {"data": {"source": str(tmp_path / "no-such")}}).data
+        tmp_path / "run",
+        data=configs.from_dict(TrainConfig, {"data": {"source": str(tmp_path / "no-such")}}).data,
     )
     with pytest.raises(RuntimeError, match=r"run one ended with code 1(.|\n)*no-such"):
         run([job], console=Console(file=io.StringIO()))
@@ -145,20 +165,29 @@ SMALL = ModelConfig(
 def _data(tmp_path):
     (tmp_path / "text").mkdir()
     for n in range(60):
-        (tmp_path / "text" / f"{n}.txt").write_text(f"Entry {n} tells of {n * n} whales, {n % 7} rivers. " * 4)
+        (tmp_path / "text" / f"{n}.txt").write_text(
+            f"Entry {n} tells of {n * n} whales, {n % 7} rivers. " * 4
+        )
     return DataConfig(source=str(tmp_path / "text"), cache=str(tmp_path / "cache"))
 
 
 @pytest.mark.slow  # two processes
 def test_a_run_that_diverges_leaves_the_others_and_is_not_repeated(tmp_path):
-    config = TrainConfig(model=SMALL, data=_data(tmp_path), steps=4, rows=2, length=32, skip_limit=2)
-    fast = replace(config, optim=OptimConfig(kind="adamw", lr=1e30), folder=str(tmp_path / "runs" / "fast"))
+    config = TrainConfig(
+        model=SMALL, data=_data(tmp_path), steps=4, rows=2, length=32, skip_limit=2
+    )
+    fast = replace(
+        config, optim=OptimConfig(kind="adamw", lr=1e30), folder=str(tmp_path / "runs" / "fast")
+    )
     jobs = [Job("fast", fast), Job("slow", replace(config, folder=str(tmp_path / "runs" / "slow")))]
     told = Console(file=io.StringIO())
     run(jobs, workers=1, console=told, diverging=True)
     assert [(job.diverged(), job.finished()) for job in jobs] == [(True, False), (False, True)]
     assert last(jobs[0].folder, "validation_loss") == {} != last(jobs[1].folder, "validation_loss")
-    assert "no finite gradient in 2 steps in a row, the last of them 3" in (jobs[0].folder / runs.DIVERGED).read_text()
+    assert (
+        "no finite gradient in 2 steps in a row, the last of them 3"
+        in (jobs[0].folder / runs.DIVERGED).read_text()
+    )
     mark = (jobs[0].folder / "log.txt").stat().st_mtime_ns
     run(jobs, console=told, diverging=True)
     assert (jobs[0].folder / "log.txt").stat().st_mtime_ns == mark
@@ -182,7 +211,12 @@ def test_killed_in_the_middle_it_goes_on_and_repeats_nothing(tmp_path, hit):
         "from rorqual.experiments.runs import run, seeded\nfrom rorqual.train.config import TrainConfig\n"
         "run(seeded(Path(sys.argv[1]), 'arm', config.load(TrainConfig, Path(sys.argv[2])), 2), workers=1)\n"
     )
-    words = [sys.executable, str(tmp_path / "sweep.py"), str(tmp_path / "runs"), str(tmp_path / "config.json")]
+    words = [
+        sys.executable,
+        str(tmp_path / "sweep.py"),
+        str(tmp_path / "runs"),
+        str(tmp_path / "config.json"),
+    ]
     process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL)
     try:
         while last(jobs[1].folder).get("step", 0) < 25:
@@ -191,14 +225,20 @@ def test_killed_in_the_middle_it_goes_on_and_repeats_nothing(tmp_path, hit):
     finally:
         hit(process.pid, signal.SIGKILL)
         process.wait()
-    while hit is os.killpg and not _free(jobs[1].folder / ".lock"):  # until the kernel has ended the run, too
+    while hit is os.killpg and not _free(
+        jobs[1].folder / ".lock"
+    ):  # until the kernel has ended the run, too
         time.sleep(0.02)
     assert jobs[0].finished() and jobs[1].begun() and not jobs[1].finished()
     mark, seen = (jobs[0].folder / "model.safetensors").stat().st_mtime_ns, records(jobs[0].folder)
     run(jobs, workers=2, console=Console(file=io.StringIO()))
-    assert (jobs[0].folder / "model.safetensors").stat().st_mtime_ns == mark and records(jobs[0].folder) == seen
+    assert (jobs[0].folder / "model.safetensors").stat().st_mtime_ns == mark and records(
+        jobs[0].folder
+    ) == seen
     assert jobs[1].finished()
-    assert [line["step"] for line in records(jobs[1].folder) if "loss" in line] == list(range(1, 101)), "each step once"
+    assert [line["step"] for line in records(jobs[1].folder) if "loss" in line] == list(
+        range(1, 101)
+    ), "each step once"
 
 
 def _free(lock: Path) -> bool:

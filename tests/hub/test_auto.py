@@ -75,7 +75,9 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def greedy(model, prompts, count=7) -> list[list[int]]:
-    return torch.tensor(list(decode(model, prompts, max_new_tokens=count, vocabulary=280))).T.tolist()
+    return torch.tensor(
+        list(decode(model, prompts, max_new_tokens=count, vocabulary=280))
+    ).T.tolist()
 
 
 OPTIONS = {"max_new_tokens": 7, "eos_token_id": None, "suppress_tokens": list(range(280, 290))}
@@ -98,11 +100,15 @@ def test_greedy_with_padding_is_our_own(face, model):
     assert out[:, 5:].tolist() == greedy(model, PROMPTS)
 
 
-@pytest.mark.parametrize("how", [{"do_sample": False}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
+@pytest.mark.parametrize(
+    "how", [{"do_sample": False}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}]
+)
 def test_a_cache_changes_nothing(face, how):
     ids, mask = padded()
     out = face.generate(ids, attention_mask=mask, **OPTIONS, **how)
-    assert torch.equal(out, face.generate(ids, attention_mask=mask, use_cache=False, **OPTIONS, **how))
+    assert torch.equal(
+        out, face.generate(ids, attention_mask=mask, use_cache=False, **OPTIONS, **how)
+    )
 
 
 def test_sampling_repeats_by_seed(face):
@@ -110,7 +116,11 @@ def test_sampling_repeats_by_seed(face):
     rows = []
     for _ in range(2):
         torch.manual_seed(7)
-        rows.append(face.generate(ids, attention_mask=mask, do_sample=True, temperature=1.5, top_k=20, **OPTIONS))
+        rows.append(
+            face.generate(
+                ids, attention_mask=mask, do_sample=True, temperature=1.5, top_k=20, **OPTIONS
+            )
+        )
     assert torch.equal(*rows)
 
 
@@ -193,7 +203,9 @@ def test_pipeline(face, model, tokenizer):
     fast = fast_tokenizer(tokenizer)
     assert fast("A whale").input_ids == [tokenizer.begin_id, *tokenizer.encode("A whale")]
     writer = pipeline("text-generation", model=face, tokenizer=fast)
-    said = writer("A whale", do_sample=False, return_full_text=False, **OPTIONS)[0]["generated_text"]
+    said = writer("A whale", do_sample=False, return_full_text=False, **OPTIONS)[0][
+        "generated_text"
+    ]
     own = greedy(model, [[tokenizer.begin_id, *tokenizer.encode("A whale")]])[0]
     assert said == tokenizer.decode(own)
 
@@ -207,13 +219,17 @@ def test_another_process_needs_the_import_and_no_code(face, tmp_path):
         "import sys, rorqual.hub.auto; from transformers import AutoModelForCausalLM;"
         "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True
+    )
     assert done.stdout.strip() == "RorqualForCausalLM", done.stderr
     script = (
         "import sys, rorqual as rq; run = rq.load(sys.argv[1]); from transformers import AutoModelForCausalLM;"
         "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__, run.config.layers)"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True
+    )
     assert done.stdout.strip() == "RorqualForCausalLM 2", done.stderr
 
 
@@ -236,7 +252,12 @@ def test_tokenizer_files_of_a_run_load_in_transformers(tokenizer, tmp_path):
 
 
 def arguments(folder, **changes) -> TrainingArguments:
-    chosen = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    chosen = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+    }
     chosen |= {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "report_to": "none"}
     return TrainingArguments(output_dir=str(folder), **chosen | changes)
 
@@ -268,7 +289,9 @@ def test_trainer_sums_micro_batches_as_one_batch(tokenizer, tmp_path):
     for rows, parts in ((4, 1), (2, 2)):
         model = LanguageModel(CONFIGS["tied"], seed=2)
         sizes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts}
-        args = arguments(tmp_path, max_steps=1, optim="sgd", learning_rate=0.5, max_grad_norm=0.0, **sizes)
+        args = arguments(
+            tmp_path, max_steps=1, optim="sgd", learning_rate=0.5, max_grad_norm=0.0, **sizes
+        )
         Trainer(model=RorqualForCausalLM.of(model), args=args, train_dataset=examples(4)).train()
         trained.append(model.embed.weight)
     torch.testing.assert_close(*trained, atol=1e-6, rtol=1e-5)
@@ -292,13 +315,20 @@ def test_a_run_folder_opens_in_transformers(small_run, tmp_path):
     run, ids = load(small_run, device="cpu"), torch.tensor([PROMPTS[0]])
     config = AutoConfig.from_pretrained(small_run)
     assert isinstance(config, RorqualConfig) and config.model == run.config
-    assert (config.eos_token_id, config.architectures) == (run.tokenizer.end_id, ["RorqualForCausalLM"])
+    assert (config.eos_token_id, config.architectures) == (
+        run.tokenizer.end_id,
+        ["RorqualForCausalLM"],
+    )
     theirs = AutoModelForCausalLM.from_pretrained(small_run)
     assert isinstance(theirs, RorqualForCausalLM)
     torch.testing.assert_close(theirs(ids).logits, run.model(ids), atol=1e-5, rtol=1e-5)
-    assert all(map(torch.equal, theirs.model.state_dict().values(), run.model.state_dict().values()))
+    assert all(
+        map(torch.equal, theirs.model.state_dict().values(), run.model.state_dict().values())
+    )
     writer = pipeline("text-generation", str(small_run))
-    said = writer("A whale", do_sample=False, max_new_tokens=8, return_full_text=False)[0]["generated_text"]
+    said = writer("A whale", do_sample=False, max_new_tokens=8, return_full_text=False)[0][
+        "generated_text"
+    ]
     assert said == run.generate("A whale", max_new_tokens=8, temperature=0.0)
     theirs.save_pretrained(tmp_path)
     again = load(tmp_path, device="cpu").model.state_dict().values()
@@ -309,7 +339,9 @@ def test_a_tied_run_opens_in_transformers(tokenizer, tmp_path):
     model = LanguageModel(CONFIGS["tied"], seed=2).eval()
     save_model(tmp_path, model, tokenizer)
     theirs, ids = AutoModelForCausalLM.from_pretrained(tmp_path), torch.tensor([PROMPTS[0]])
-    assert theirs.config.tie_word_embeddings and theirs.model.head.weight is theirs.model.embed.weight
+    assert (
+        theirs.config.tie_word_embeddings and theirs.model.head.weight is theirs.model.embed.weight
+    )
     torch.testing.assert_close(theirs(ids).logits, model(ids), atol=1e-5, rtol=1e-5)
 
 
@@ -319,7 +351,9 @@ def test_weights_that_are_missing_are_named(small_run, tmp_path):
     state = load_file(tmp_path / "run" / "model.safetensors")
     state.pop("tables.0.weight")
     save_file(state, tmp_path / "run" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"run: got no 'tables.0.weight' \(1 missing\), expected all weights"):
+    with pytest.raises(
+        ValueError, match=r"run: got no 'tables.0.weight' \(1 missing\), expected all weights"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path / "run")
 
 
@@ -327,7 +361,9 @@ def test_peft_trains_saves_loads_and_merges(face, tmp_path):
     ids = torch.tensor([PROMPTS[0]])
     before = {name: tensor.clone() for name, tensor in face.state_dict().items()}
     plain = face(ids).logits
-    lora = LoraConfig(target_modules=["kv_b_proj", "o_proj"], r=2, task_type="CAUSAL_LM", init_lora_weights=False)
+    lora = LoraConfig(
+        target_modules=["kv_b_proj", "o_proj"], r=2, task_type="CAUSAL_LM", init_lora_weights=False
+    )
     adapted = get_peft_model(face, lora).train()
     trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     assert trained and all("lora" in name for name in trained)

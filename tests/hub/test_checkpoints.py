@@ -40,7 +40,13 @@ V3 = ModelConfig(
 )  # fmt: skip
 YARN = YarnConfig(factor=3.0, original_length=16, mscale=0.7, mscale_all_dim=0.4)
 V2_ROUTER = RouterConfig(
-    score="softmax", groups=4, groups_kept=2, group_score="max", renormalise=False, scale=3.0, bias=False
+    score="softmax",
+    groups=4,
+    groups_kept=2,
+    group_score="max",
+    renormalise=False,
+    scale=3.0,
+    bias=False,
 )
 CONFIGS = {
     "v3": V3,
@@ -72,7 +78,9 @@ def build(name: str) -> LanguageModel:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A copy of the golden V3 folder, to be spoilt."""
-    shutil.copytree(GOLDEN / "deepseek_v3_tiny", tmp_path / "folder", ignore=shutil.ignore_patterns("expected*"))
+    shutil.copytree(
+        GOLDEN / "deepseek_v3_tiny", tmp_path / "folder", ignore=shutil.ignore_patterns("expected*")
+    )
     return tmp_path / "folder"
 
 
@@ -116,27 +124,45 @@ def test_we_load_what_we_export(name, tmp_path):
     others = {"moe": None, "mtp": None, "rope": RopeConfig()}
     assert replace(again.config, **others) == replace(model.config, **others)
     ours, theirs = (
-        {**asdict(config.rope), **(asdict(config.rope)["yarn"] or {})} for config in (model.config, again.config)
+        {**asdict(config.rope), **(asdict(config.rope)["yarn"] or {})}
+        for config in (model.config, again.config)
     )
     ours.pop("yarn"), theirs.pop("yarn")
     assert theirs == pytest.approx(ours, rel=1e-9)  # an attention_factor is solved for mscale
     if model.config.moe is not None:
         assert replace(again.config.moe, balance=model.config.moe.balance) == model.config.moe
     assert again.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(again.state_dict()[key], tensor) for key, tensor in model.state_dict().items()
+    )
     assert (again.head.weight is again.embed.weight) == model.config.tied
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_golden_folder_survives_the_round_trip_bit_for_bit(name, tmp_path):
     export(load(GOLDEN / name), tmp_path / "out")
-    before, after = load_file(GOLDEN / name / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    theirs = [AutoConfig.from_pretrained(path).to_dict() for path in (GOLDEN / name, tmp_path / "out")]
+    before, after = (
+        load_file(GOLDEN / name / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[key], after[key]) for key in before
+    )
+    theirs = [
+        AutoConfig.from_pretrained(path).to_dict() for path in (GOLDEN / name, tmp_path / "out")
+    ]
     for config in theirs:
-        for key in ("bos_token_id", "eos_token_id", "num_nextn_predict_layers", "topk_method", "_name_or_path"):
+        for key in (
+            "bos_token_id",
+            "eos_token_id",
+            "num_nextn_predict_layers",
+            "topk_method",
+            "_name_or_path",
+        ):
             config.pop(key, None)
-        config["rope_parameters"] = {k: v for k, v in config["rope_parameters"].items() if k != "type"}
+        config["rope_parameters"] = {
+            k: v for k, v in config["rope_parameters"].items() if k != "type"
+        }
     known = theirs[0].keys() - {"max_position_embeddings"}
     assert {key: theirs[0][key] for key in known} == {key: theirs[1].get(key) for key in known}
 
@@ -148,7 +174,9 @@ def test_mtp_blocks_stand_behind_the_last_as_released(tmp_path):
     for depth in range(2):
         prefix = f"model.layers.{3 + depth}."
         assert torch.equal(tensors[prefix + "eh_proj.weight"], model.mtp[depth].eh_proj.weight)
-        assert torch.equal(tensors[prefix + "shared_head.norm.weight"], model.mtp[depth].norm.weight)
+        assert torch.equal(
+            tensors[prefix + "shared_head.norm.weight"], model.mtp[depth].norm.weight
+        )
         assert torch.equal(tensors[prefix + "embed_tokens.weight"], model.embed.weight)
         assert torch.equal(tensors[prefix + "shared_head.head.weight"], model.head.weight)
     for name in copies(model.config):
@@ -157,7 +185,9 @@ def test_mtp_blocks_stand_behind_the_last_as_released(tmp_path):
     assert load(tmp_path).config.mtp == MTPConfig(depth=2)
     tensors["model.layers.4.shared_head.head.weight"] = model.head.weight.detach() + 1
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"model.layers.4.shared_head.head.weight differs .* head.weight"):
+    with pytest.raises(
+        ValueError, match=r"model.layers.4.shared_head.head.weight differs .* head.weight"
+    ):
         load(tmp_path)
 
 
@@ -177,7 +207,9 @@ def test_mtp_foretells_what_transformers_does_with_the_same_weights(tmp_path):
         normed = oracle.forward_layer(depth, hidden, positions, cache, input_ids=told)
         hidden = model.draft(hidden, told, depth=depth)[0]
         expected = oracle._project_to_logits(normed)
-        torch.testing.assert_close(model.head(model.mtp[depth].norm(hidden)), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model.head(model.mtp[depth].norm(hidden)), expected, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_half_an_mtp_block_is_refused(tmp_path):
@@ -209,7 +241,9 @@ def quantise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         padded = torch.zeros(rows * 128, columns * 128)
         padded[: tensor.shape[0], : tensor.shape[1]] = tensor
         scale = padded.view(rows, 128, columns, 128).abs().amax((1, 3)) / 448
-        spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[: tensor.shape[0], : tensor.shape[1]]
+        spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[
+            : tensor.shape[0], : tensor.shape[1]
+        ]
         out[name] = (tensor / spread).to(torch.float8_e4m3fn)
         out[name + "_scale_inv"] = scale
     return out
@@ -218,17 +252,28 @@ def quantise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def shard(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> None:
     """Names dealt out in turn, so that a weight and its scale lie in different files."""
     (folder / "model.safetensors").unlink()
-    where = {name: f"model-{i % count + 1:05}-of-{count:05}.safetensors" for i, name in enumerate(sorted(tensors))}
+    where = {
+        name: f"model-{i % count + 1:05}-of-{count:05}.safetensors"
+        for i, name in enumerate(sorted(tensors))
+    }
     for file in set(where.values()):
-        save_file({name: tensor for name, tensor in tensors.items() if where[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        save_file(
+            {name: tensor for name, tensor in tensors.items() if where[name] == file}, folder / file
+        )
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
 
 
 def test_float8_shards_are_dequantised(folder):
     plain, tensors = load(folder), quantise(load_file(folder / "model.safetensors"))
     shard(folder, tensors, 3)
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": [128, 128],
+    }
     (folder / "config.json").write_text(json.dumps(config))
     model = load(folder)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -244,7 +289,9 @@ def test_float8_shards_are_dequantised(folder):
     assert all(torch.equal(asked[name], tensor) for name, tensor in wide.state_dict().items())
     ids = torch.randint(0, 211, (2, 30))
     with torch.no_grad():
-        assert (wide(ids) - plain(ids)).norm() < 0.25 * plain(ids).norm()  # some tokens change experts
+        assert (wide(ids) - plain(ids)).norm() < 0.25 * plain(
+            ids
+        ).norm()  # some tokens change experts
 
 
 def with_scales(folder: Path, block: object) -> None:
@@ -277,7 +324,11 @@ def test_a_scale_may_belong_to_a_whole_tensor_or_to_other_blocks(folder):
 def test_loading_never_holds_the_model_twice(tmp_path, sharded):
     """Memory beyond the model while it loads, mapped files included, in a process of its own: about two windows."""
     config = replace(V3, vocabulary=20_000, dim=256, moe=replace(V3.moe, routed=128, width=128))
-    export(LanguageModel(config, seed=None), tmp_path / "model", shard_bytes=(30 << 20) if sharded else (4 << 30))
+    export(
+        LanguageModel(config, seed=None),
+        tmp_path / "model",
+        shard_bytes=(30 << 20) if sharded else (4 << 30),
+    )
     script = """
 import sys, torch
 from rorqual.hub import checkpoints
@@ -290,7 +341,9 @@ model = checkpoints.load(sys.argv[2])
 print(status("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.parameters()))
 """
     done = subprocess.run(
-        [sys.executable, "-c", script, GOLDEN / "deepseek_v3_tiny", tmp_path / "model"], capture_output=True, text=True
+        [sys.executable, "-c", script, GOLDEN / "deepseek_v3_tiny", tmp_path / "model"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     peak, model = map(int, done.stdout.split())
@@ -300,7 +353,9 @@ print(status("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.
 def test_one_file_is_open_at_a_time(folder, monkeypatch):
     shard(folder, load_file(folder / "model.safetensors"), 4)
     opened, plain = [], checkpoints._handle
-    monkeypatch.setattr(checkpoints, "_handle", lambda path: opened.append(path.name) or plain(path))
+    monkeypatch.setattr(
+        checkpoints, "_handle", lambda path: opened.append(path.name) or plain(path)
+    )
     load(folder)
     assert len(opened) <= 4 + 4 + 1 and len(set(opened)) == 4
 
@@ -322,9 +377,14 @@ def test_nothing_of_a_folder_is_executed(folder):
         "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
     }
     (folder / "config.json").write_text(json.dumps(description | {"trust_remote_code": True}))
-    assert all(torch.equal(expected[key], tensor) for key, tensor in load(folder).state_dict().items())
+    assert all(
+        torch.equal(expected[key], tensor) for key, tensor in load(folder).state_dict().items()
+    )
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"no weights, expected model.safetensors .*pickled weights are never opened"):
+    with pytest.raises(
+        ValueError,
+        match=r"no weights, expected model.safetensors .*pickled weights are never opened",
+    ):
         load(folder)
     (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"model.safetensors: not readable"):
@@ -399,7 +459,9 @@ MUTATED = {  # of the golden V3 folder's config.json: every size, halved and enl
 }  # fmt: skip
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(key=st.sampled_from(sorted(MUTATED)), factor=st.sampled_from([0.5, 2, 3, 10**7]))
 def test_a_config_that_disagrees_with_its_tensors_is_refused_with_names(key, factor):
     with tempfile.TemporaryDirectory() as place:
@@ -408,23 +470,31 @@ def test_a_config_that_disagrees_with_its_tensors_is_refused_with_names(key, fac
         description = json.loads((GOLDEN / "deepseek_v3_tiny" / "config.json").read_text()) | {
             "num_key_value_heads": None
         }
-        size = max(1, int(description[key] * factor)) if key != "first_k_dense_replace" else min(2 * factor, 3)
+        size = (
+            max(1, int(description[key] * factor))
+            if key != "first_k_dense_replace"
+            else min(2 * factor, 3)
+        )
         if size == description[key]:
             return
         (folder / "config.json").write_text(
             json.dumps(description | {key: int(size) + int(size) % 2 * (key[:2] == "qk")})
         )
         with pytest.raises(
-            ValueError, match=rf"tensors disagree with config.json.*({MUTATED[key]}|more than)|expected"
+            ValueError,
+            match=rf"tensors disagree with config.json.*({MUTATED[key]}|more than)|expected",
         ):
             load(folder)
 
 
 @pytest.mark.parametrize(
-    ("key", "expected"), [("num_hidden_layers", 3), ("n_routed_experts", 8), ("vocab_size", 211), ("hidden_size", 48)]
+    ("key", "expected"),
+    [("num_hidden_layers", 3), ("n_routed_experts", 8), ("vocab_size", 211), ("hidden_size", 48)],
 )
 @pytest.mark.parametrize("size", [100, 10**7, 10**18])
-def test_a_size_that_is_not_the_weights_is_refused_before_anything_is_built(key, expected, size, folder, monkeypatch):
+def test_a_size_that_is_not_the_weights_is_refused_before_anything_is_built(
+    key, expected, size, folder, monkeypatch
+):
     description = json.loads((folder / "config.json").read_text())
     assert description[key] == expected
     (folder / "config.json").write_text(json.dumps(description | {key: size}))
@@ -437,7 +507,9 @@ def test_sizes_that_no_tensor_can_have_are_a_line(folder):
     description = json.loads((folder / "config.json").read_text())
     for key in ("intermediate_size", "kv_lora_rank", "v_head_dim"):
         (folder / "config.json").write_text(json.dumps(description | {key: 10**30}))
-        with pytest.raises(ValueError, match=r"config\.json: no model has such sizes, expected those") as error:
+        with pytest.raises(
+            ValueError, match=r"config\.json: no model has such sizes, expected those"
+        ) as error:
             load(folder)
         assert "\n" not in str(error.value)
 
@@ -480,7 +552,9 @@ def test_json_of_another_kind_is_refused(folder, file, text, words):
 
 
 def test_many_names_are_cut_short(folder):
-    rewrite(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if ".experts." in key])
+    rewrite(
+        folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if ".experts." in key]
+    )
     with pytest.raises(ValueError, match=r"experts.1.gate_proj.weight, .* and 40 more"):
         load(folder)
 
@@ -492,7 +566,9 @@ def test_incomplete_folders_are_refused_with_the_name(folder):
     with pytest.raises(ValueError, match=r"model-00002-of-00003.safetensors: not readable"):
         load(folder)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"names model-00002-of-00003.safetensors, which the folder does not hold"):
+    with pytest.raises(
+        ValueError, match=r"names model-00002-of-00003.safetensors, which the folder does not hold"
+    ):
         load(folder)
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(ValueError, match=r"no weights, expected model.safetensors"):
@@ -505,7 +581,9 @@ def test_incomplete_folders_are_refused_with_the_name(folder):
 def test_a_weight_map_stays_inside_its_folder(folder):
     outside = folder.parent / "outside.safetensors"
     shutil.move(folder / "model.safetensors", outside)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../outside.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "../outside.safetensors"}})
+    )
     with pytest.raises(ValueError, match=r"names ../outside.safetensors"):
         load(folder)
 
@@ -513,7 +591,9 @@ def test_a_weight_map_stays_inside_its_folder(folder):
 def test_another_architecture_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
-    with pytest.raises(ValueError, match="model_type: got 'llama', expected deepseek_v2 or deepseek_v3"):
+    with pytest.raises(
+        ValueError, match="model_type: got 'llama', expected deepseek_v2 or deepseek_v3"
+    ):
         load(folder)
 
 

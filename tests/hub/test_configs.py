@@ -106,18 +106,31 @@ V2 = V2_LITE | {
     "topk_group": 3,
     "topk_method": "group_limited_greedy",
 }
-MLA = MLAConfig(heads=128, q_lora_rank=1536, kv_lora_rank=512, nope_dim=128, rope_dim=64, value_dim=128)
+MLA = MLAConfig(
+    heads=128, q_lora_rank=1536, kv_lora_rank=512, nope_dim=128, rope_dim=64, value_dim=128
+)
 
 
 def test_v3_as_released():
     config = config_of(V3, mtp_depth=1)
-    assert (config.vocabulary, config.dim, config.layers, config.dense_width) == (129280, 7168, 61, 18432)
+    assert (config.vocabulary, config.dim, config.layers, config.dense_width) == (
+        129280,
+        7168,
+        61,
+        18432,
+    )
     assert config.mla == MLA and config.mtp is not None and config.mtp.depth == 1
     assert config.rope == RopeConfig(base=10000.0, interleaved=True, yarn=YarnConfig())
     moe = config.moe
     assert (moe.routed, moe.active, moe.shared, moe.width, moe.first_dense) == (256, 8, 1, 2048, 3)
     assert moe.router == RouterConfig(
-        score="sigmoid", groups=8, groups_kept=4, group_score="top2", renormalise=True, scale=2.5, bias=True
+        score="sigmoid",
+        groups=8,
+        groups_kept=4,
+        group_score="top2",
+        renormalise=True,
+        scale=2.5,
+        bias=True,
     )
     assert config_of(V3).mtp is None
 
@@ -126,7 +139,9 @@ def test_v2_and_v2_lite_as_released():
     lite, large = config_of(V2_LITE), config_of(V2)
     assert lite.mla == replace(MLA, heads=16, q_lora_rank=None) and large.mla == MLA
     assert lite.rope.yarn == YarnConfig(mscale=0.707, mscale_all_dim=0.707)
-    plain = RouterConfig(score="softmax", group_score="max", renormalise=False, scale=1.0, bias=False)
+    plain = RouterConfig(
+        score="softmax", group_score="max", renormalise=False, scale=1.0, bias=False
+    )
     assert lite.moe.router == plain
     assert large.moe.router == replace(plain, groups=8, groups_kept=3, scale=16.0)
     assert (lite.moe.shared, lite.moe.first_dense, large.moe.routed) == (2, 1, 160)
@@ -138,10 +153,18 @@ def test_a_description_survives_the_round_trip(description):
     config = config_of(description)
     again = published(config)
     assert config_of(again) == config
-    ours = {"num_nextn_predict_layers", "quantization_config", "aux_loss_alpha", "seq_aux", "rope_scaling"}
+    ours = {
+        "num_nextn_predict_layers",
+        "quantization_config",
+        "aux_loss_alpha",
+        "seq_aux",
+        "rope_scaling",
+    }
     kept = set(description) - ours - {"max_position_embeddings"}
     assert {key: again[key] for key in kept} == {key: description[key] for key in kept}
-    theirs = (DeepseekV3Config if description["model_type"] == "deepseek_v3" else DeepseekV2Config)(**again)
+    theirs = (DeepseekV3Config if description["model_type"] == "deepseek_v3" else DeepseekV2Config)(
+        **again
+    )
     assert config_of(theirs.to_dict()) == config
 
 
@@ -159,7 +182,10 @@ def test_a_description_survives_the_round_trip(description):
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling.type: got 'linear'"),
         ({"quantization_config": ["fp8"]}, "quant_method: got"),
         ({"rope_scaling": YARN | {"truncate": False}}, "rope_scaling.truncate: got False"),
-        ({"rope_scaling": YARN | {"attention_factor": 2.0, "factor": 1}}, "attention_factor: got 2.0 with factor 1"),
+        (
+            {"rope_scaling": YARN | {"attention_factor": 2.0, "factor": 1}},
+            "attention_factor: got 2.0 with factor 1",
+        ),
         ({"rope_scaling": YARN | {"attention_factor": "x"}}, "attention_factor: got 'x'"),
     ],
 )
@@ -170,7 +196,13 @@ def test_what_we_do_not_compute_is_refused(change, words):
 
 def test_absent_keys_are_named():
     with pytest.raises(ValueError, match="no kv_lora_rank, v_head_dim, num_experts_per_tok"):
-        config_of({key: V3[key] for key in V3 if key not in ("v_head_dim", "kv_lora_rank", "num_experts_per_tok")})
+        config_of(
+            {
+                key: V3[key]
+                for key in V3
+                if key not in ("v_head_dim", "kv_lora_rank", "num_experts_per_tok")
+            }
+        )
 
 
 def without(description: dict, *keys: str) -> dict:
@@ -185,20 +217,29 @@ OPTIONAL = (
 
 
 @pytest.mark.parametrize("description", [V3, V2_LITE], ids=["v3", "v2"])
-@pytest.mark.parametrize("keys", [*((key,) for key in OPTIONAL), OPTIONAL], ids=lambda keys: keys[0] * (len(keys) == 1))
+@pytest.mark.parametrize(
+    "keys", [*((key,) for key in OPTIONAL), OPTIONAL], ids=lambda keys: keys[0] * (len(keys) == 1)
+)
 def test_what_is_left_out_is_as_transformers_has_it(description, keys):
     partial = without(description, *keys)
-    theirs = (DeepseekV3Config if description is V3 else DeepseekV2Config).from_dict(copy.deepcopy(partial))
+    theirs = (DeepseekV3Config if description is V3 else DeepseekV2Config).from_dict(
+        copy.deepcopy(partial)
+    )
     assert config_of(partial) == config_of(theirs.to_dict() | {"aux_loss_alpha": None})
 
 
 def test_yarns_length_is_as_transformers_has_it():
     scaling = without(YARN, "original_max_position_embeddings")
-    for description in (V3, V2, without(V2, "max_position_embeddings"), V3 | {"original_max_position_embeddings": 77}):
+    for description in (
+        V3,
+        V2,
+        without(V2, "max_position_embeddings"),
+        V3 | {"original_max_position_embeddings": 77},
+    ):
         said = description | {"rope_scaling": scaling}
-        theirs = (DeepseekV3Config if said["model_type"] == "deepseek_v3" else DeepseekV2Config).from_dict(
-            copy.deepcopy(said)
-        )
+        theirs = (
+            DeepseekV3Config if said["model_type"] == "deepseek_v3" else DeepseekV2Config
+        ).from_dict(copy.deepcopy(said))
         theirs.standardize_rope_params()
         expected = theirs.rope_parameters["original_max_position_embeddings"]
         assert config_of(said).rope.yarn.original_length == expected
@@ -229,20 +270,35 @@ def test_both_ways_of_writing_rope_are_read_as_transformers_reads_them(said, bas
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"first_k_dense_replace": None}, "config.json: first_k_dense_replace: got None, expected a whole number"),
+        (
+            {"first_k_dense_replace": None},
+            "config.json: first_k_dense_replace: got None, expected a whole number",
+        ),
         ({"num_hidden_layers": None}, "config.json: num_hidden_layers: got None"),
         ({"hidden_size": "7168"}, "config.json: hidden_size: got '7168'"),
         ({"num_experts_per_tok": None}, "config.json: num_experts_per_tok: got None"),
         ({"n_group": None}, "config.json: n_group: got None"),
-        ({"routed_scaling_factor": None}, "config.json: routed_scaling_factor: got None, expected a number"),
+        (
+            {"routed_scaling_factor": None},
+            "config.json: routed_scaling_factor: got None, expected a number",
+        ),
         ({"rms_norm_eps": None}, "config.json: rms_norm_eps: got None"),
         ({"rope_theta": None}, "config.json: rope_theta: got None"),
         ({"rope_scaling": without(YARN, "factor")}, "config.json: rope_scaling.factor: got None"),
         ({"rope_scaling": YARN | {"factor": None}}, "config.json: rope_scaling.factor: got None"),
         ({"rope_scaling": "yarn"}, "config.json: rope_scaling: got 'yarn'"),
-        ({"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "rope_scaling.partial_rotary_factor: got 0.5"),
-        ({"partial_rotary_factor": 0.5}, "config.json: partial_rotary_factor: got 0.5, expected 1.0"),
-        ({"mlp_layer_types": ["dense", "sparse"]}, "config.json: mlp_layer_types: got .*, expected none"),
+        (
+            {"rope_scaling": YARN | {"partial_rotary_factor": 0.5}},
+            "rope_scaling.partial_rotary_factor: got 0.5",
+        ),
+        (
+            {"partial_rotary_factor": 0.5},
+            "config.json: partial_rotary_factor: got 0.5, expected 1.0",
+        ),
+        (
+            {"mlp_layer_types": ["dense", "sparse"]},
+            "config.json: mlp_layer_types: got .*, expected none",
+        ),
     ],
 )
 def test_odd_values_are_refused_by_file_and_field(change, words):
@@ -254,14 +310,25 @@ def test_what_transformers_reads_past_is_read_past():
     assert config_of(V2 | {"norm_topk_prob": True, "rope_interleave": False}) == config_of(V2)
     assert config_of(without(V3, "n_routed_experts") | {"num_local_experts": 64}).moe.routed == 64
     assert config_of(V2 | {"aux_loss_alpha": 0.0}).moe.balance.expert == 0.0
-    said = {"attention_dropout": 0.1, "ep_size": 8, "moe_layer_freq": 2, "pretraining_tp": 4, "unheard": [1]}
+    said = {
+        "attention_dropout": 0.1,
+        "ep_size": 8,
+        "moe_layer_freq": 2,
+        "pretraining_tp": 4,
+        "unheard": [1],
+    }
     assert config_of(V3 | said) == config_of(V3)
     assert config_of(V3 | {"rope_scaling": YARN | {"finetuned": True}}) == config_of(V3)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"mscale": None}, {"mscale": 0}, {"attention_factor": 1.3}, {"attention_factor": 0.8, "mscale_all_dim": 0}],
+    [
+        {"mscale": None},
+        {"mscale": 0},
+        {"attention_factor": 1.3},
+        {"attention_factor": 0.8, "mscale_all_dim": 0},
+    ],
 )
 def test_yarns_factor_on_cos_is_transformers(change):
     said = V3 | {"rope_scaling": YARN | change}
@@ -272,7 +339,9 @@ def test_yarns_factor_on_cos_is_transformers(change):
     torch.testing.assert_close(cos[0], angles.cos() * factor, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(sin[0], angles.sin() * factor, rtol=1e-5, atol=1e-6)
     again = config_of(published(config_of(said)))
-    torch.testing.assert_close(rope_tables(again.rope, 64, torch.arange(9)[None])[0], cos, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        rope_tables(again.rope, 64, torch.arange(9)[None])[0], cos, rtol=1e-5, atol=1e-6
+    )
     assert softmax_factor(again.rope) == softmax_factor(config_of(said).rope)
 
 
@@ -281,10 +350,14 @@ def test_yarns_factor_on_cos_is_transformers(change):
     [
         (ModelConfig(mla=None, gqa=GQAConfig()), "gqa"),
         (ModelConfig(mla=MLAConfig(eps=1e-5)), "eps 1e-05"),
-        (ModelConfig(moe=MoEConfig(router=RouterConfig(score="sqrtsoftplus"))), "score sqrtsoftplus"),
+        (
+            ModelConfig(moe=MoEConfig(router=RouterConfig(score="sqrtsoftplus"))),
+            "score sqrtsoftplus",
+        ),
         (
             ModelConfig(
-                moe=MoEConfig(router=RouterConfig(score="softmax", bias=False, renormalise=False)), mtp=MTPConfig()
+                moe=MoEConfig(router=RouterConfig(score="softmax", bias=False, renormalise=False)),
+                mtp=MTPConfig(),
             ),
             "MTP with a softmax router",
         ),
@@ -303,7 +376,12 @@ TINY = {
     "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "initializer_range": 0.3, "bos_token_id": None,
     "eos_token_id": None, "max_position_embeddings": 64,
 }  # fmt: skip
-SHORT_YARN = {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 16, "mscale": 0.7}
+SHORT_YARN = {
+    "rope_type": "yarn",
+    "factor": 3.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 0.7,
+}
 LIMITED = {"topk_method": "group_limited_greedy"}
 V3_FOLDERS = {
     "as is": {},
@@ -314,7 +392,12 @@ V3_FOLDERS = {
     "no q latent, weights as scored": {"q_lora_rank": None, "norm_topk_prob": False},
     "null is false": {"norm_topk_prob": None, "rope_interleave": None},
     "two groups": {"n_group": 2, "topk_group": 1, "n_routed_experts": 10, "rms_norm_eps": 1e-4},
-    "odd heads": {"num_attention_heads": 3, "qk_nope_head_dim": 7, "v_head_dim": 11, "qk_rope_head_dim": 10},
+    "odd heads": {
+        "num_attention_heads": 3,
+        "qk_nope_head_dim": 7,
+        "v_head_dim": 11,
+        "qk_rope_head_dim": 10,
+    },
     "yarn": {"rope_parameters": SHORT_YARN | {"mscale_all_dim": 0.4}},
     "yarn, mscale alone": {"rope_parameters": SHORT_YARN | {"rope_theta": 500.0, "beta_fast": 8}},
     "half-split rope": {"rope_interleave": False, "rope_theta": 300.0},
@@ -331,7 +414,11 @@ V2_FOLDERS = {
         "topk_group": 1,
         "rope_parameters": SHORT_YARN | {"mscale_all_dim": 0.7},
     },
-    "odd heads, half-split rope, it says": {"num_attention_heads": 3, "v_head_dim": 7, "rope_interleave": False},
+    "odd heads, half-split rope, it says": {
+        "num_attention_heads": 3,
+        "v_head_dim": 7,
+        "rope_interleave": False,
+    },
 }
 CASES = [
     pytest.param(kind, change, id=f"{kind}: {name}")
@@ -342,7 +429,10 @@ CASES = [
 
 def theirs_of(kind: str, change: dict) -> torch.nn.Module:
     torch.manual_seed(3)
-    configs = {"v3": (DeepseekV3Config, DeepseekV3ForCausalLM), "v2": (DeepseekV2Config, DeepseekV2ForCausalLM)}
+    configs = {
+        "v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+        "v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
+    }
     config, model = configs[kind]
     theirs = model._from_config(config(**TINY | change), attn_implementation="eager").eval()
     for name, buffer in theirs.named_buffers():
@@ -376,7 +466,9 @@ def test_hidden_logits_and_loss_are_theirs(kind, change, tmp_path):
 @pytest.mark.parametrize("kind", ["v3", "v2"])
 def test_folders_in_bfloat16_and_in_shards(kind, tmp_path):
     theirs_of(kind, {}).bfloat16().save_pretrained(tmp_path, max_shard_size="8KB")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     ours = load(tmp_path)
     assert ours.embed.weight.dtype == torch.bfloat16

@@ -17,7 +17,11 @@ def fast() -> str:
 
 
 def on(kind: str) -> kernels.Twin:
-    return kernels.Twin(kind, fast, lambda *where: "" if all(d.type == kind for d in where) else f"not on {where[0]}")
+    return kernels.Twin(
+        kind,
+        fast,
+        lambda *where: "" if all(d.type == kind for d in where) else f"not on {where[0]}",
+    )
 
 
 @pytest.fixture
@@ -41,7 +45,9 @@ CPU = torch.device("cpu")
         (" one = cpu , two=reference", "fast", "reference"),
     ],
 )
-def test_choice(text: str, one: str, two: str, twins: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice(
+    text: str, one: str, two: str, twins: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(kernels.VARIABLE, text)
     assert kernels.pick("one", reference, CPU)() == one
     assert kernels.pick("two", reference, CPU)() == two
@@ -57,7 +63,9 @@ def test_choice(text: str, one: str, two: str, twins: None, monkeypatch: pytest.
         ("one=cuda", "which does not run here: not on cpu"),
     ],
 )
-def test_what_cannot_be_is_refused(text: str, reason: str, twins: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_is_refused(
+    text: str, reason: str, twins: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(kernels.VARIABLE, text)
     with pytest.raises(ValueError, match=reason):
         kernels.pick("one", reference, CPU)
@@ -66,12 +74,19 @@ def test_what_cannot_be_is_refused(text: str, reason: str, twins: None, monkeypa
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.device | None], None]:
     """Makes torch name this accelerator, or none, whatever the machine has."""
-    return lambda device: monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: device)
+    return lambda device: monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda **_: device
+    )
 
 
-def test_available_says_why_not(twins: None, accelerator: Callable[[torch.device | None], None]) -> None:
+def test_available_says_why_not(
+    twins: None, accelerator: Callable[[torch.device | None], None]
+) -> None:
     accelerator(None)
-    assert kernels.available() == {"one": {"cuda": "not on cpu", "cpu": True}, "two": {"cuda": "not on cpu"}}
+    assert kernels.available() == {
+        "one": {"cuda": "not on cpu", "cpu": True},
+        "two": {"cuda": "not on cpu"},
+    }
     accelerator(torch.device("cuda"))
     assert kernels.available() == {"one": {"cuda": True, "cpu": True}, "two": {"cuda": True}}
 

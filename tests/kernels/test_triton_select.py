@@ -18,7 +18,9 @@ CASES = [  # batch, queries, keys, heads, groups, choices, width, depth, keys a 
 ]
 
 
-def chosen(batch: int, time: int, keys: int, choices: int, block: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def chosen(
+    batch: int, time: int, keys: int, choices: int, block: int, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks at random, some places empty, one query that sees nothing; the queries' columns."""
     positions = (torch.arange(time) + keys - time).expand(batch, time).contiguous()
     scores = torch.rand(batch, time, choices, -(-keys // block))
@@ -36,18 +38,25 @@ def outcome(function, given, pull, *rest):
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tiles_attend_as_the_gathered_form(dtype: torch.dtype, tiled: torch.device, poisoned: None) -> None:
+def test_tiles_attend_as_the_gathered_form(
+    dtype: torch.dtype, tiled: torch.device, poisoned: None
+) -> None:
     for batch, time, keys, heads, groups, choices, width, depth, block, count in CASES:
         index, positions = (x.to(tiled) for x in chosen(batch, time, keys, choices, block, count))
         query = torch.randn(batch, time, heads, width).to(dtype)
-        key = torch.full((batch, keys + 3, groups, width), torch.nan).to(dtype)  # a cache's buffer is longer
+        key = torch.full((batch, keys + 3, groups, width), torch.nan).to(
+            dtype
+        )  # a cache's buffer is longer
         value = torch.full((batch, keys + 5, groups, depth), torch.nan).to(dtype)
         key[:, :keys], value[:, :keys] = (
             torch.randn(batch, keys, groups, width),
             torch.randn(batch, keys, groups, depth),
         )
         given = [x.to(tiled) for x in (query, key[:, :keys], value[:, :keys])]
-        pull, rest = torch.randn(batch, time, heads, depth).to(tiled), (index, positions, block, width**-0.5)
+        pull, rest = (
+            torch.randn(batch, time, heads, depth).to(tiled),
+            (index, positions, block, width**-0.5),
+        )
         ours = outcome(triton_twins.selected_attention, given, pull, *rest)
         expected = outcome(selected_attention, [x.float() for x in given], pull, *rest)
         assert ours[0][0, 0].abs().max() == 0
@@ -64,17 +73,28 @@ def test_tiles_take_keys_in_any_layout_and_none_at_all(tiled: torch.device) -> N
     query = torch.randn(1, 6, 4, 8, dtype=torch.bfloat16).to(tiled)  # and of another dtype
     rest = (index.to(tiled), positions.to(tiled), 4, 0.3)
     ours = triton_twins.selected_attention(query, strided, strided, *rest)
-    torch.testing.assert_close(ours, selected_attention(query, strided, strided, *rest), atol=2e-2, rtol=0)
+    torch.testing.assert_close(
+        ours, selected_attention(query, strided, strided, *rest), atol=2e-2, rtol=0
+    )
     lead = torch.tensor([3])
     shifted = torch.cat([torch.full_like(strided[:, :3], torch.nan), strided], 1)
-    torch.testing.assert_close(triton_twins.selected_attention(query, shifted, shifted, *rest, lead), ours)
+    torch.testing.assert_close(
+        triton_twins.selected_attention(query, shifted, shifted, *rest, lead), ours
+    )
     empty = torch.empty(1, 0, 4, 8).to(tiled)
-    none = triton_twins.selected_attention(empty, strided, strided, rest[0][:, :0], rest[1][:, :0], 4, 0.3)
+    none = triton_twins.selected_attention(
+        empty, strided, strided, rest[0][:, :0], rest[1][:, :0], 4, 0.3
+    )
     assert none.shape == empty.shape
 
 
 @pytest.mark.interpreted
-def test_picked_with_gradients_where_asked_for(tiled: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_picked_with_gradients_where_asked_for(
+    tiled: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(kernels.VARIABLE, "selected_attention=triton")
     where = torch.ones(1, requires_grad=True, device=tiled)
-    assert kernels.pick("selected_attention", selected_attention, where) is triton_twins.selected_attention
+    assert (
+        kernels.pick("selected_attention", selected_attention, where)
+        is triton_twins.selected_attention
+    )

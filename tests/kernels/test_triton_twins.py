@@ -34,7 +34,9 @@ TWINS = {
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_taken_on_cuda_and_interpreted_only_where_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_taken_on_cuda_and_interpreted_only_where_asked_for(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours = TWINS[name]
     assert kernels.pick(name, reference, CUDA) is ours
     assert kernels.pick(name, reference, CPU) is not ours

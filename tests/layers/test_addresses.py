@@ -36,12 +36,20 @@ from rorqual.layers.context import context
 
 pytestmark = pytest.mark.engram
 
-FOLLOWS = {twin.kind: twin.function for twin in kernels.TWINS["engram_follow"] if not twin.usable(torch.device("cpu"))}
+FOLLOWS = {
+    twin.kind: twin.function
+    for twin in kernels.TWINS["engram_follow"]
+    if not twin.usable(torch.device("cpu"))
+}
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden"
 HASHES = json.loads((GOLDEN / "engram_hash.json").read_text(encoding="utf-8"))
 
 
-TWINS = {twin.kind: twin.function for twin in kernels.TWINS["engram_rows"] if not twin.usable(torch.device("cpu"))}
+TWINS = {
+    twin.kind: twin.function
+    for twin in kernels.TWINS["engram_rows"]
+    if not twin.usable(torch.device("cpu"))
+}
 
 
 EVERY = pytest.mark.parametrize("rows_of", [hash_rows, *TWINS.values()], ids=["reference", *TWINS])
@@ -49,14 +57,18 @@ EVERY = pytest.mark.parametrize("rows_of", [hash_rows, *TWINS.values()], ids=["r
 
 def golden_config(case: dict) -> EngramConfig:
     names = ("rows_per_head", "heads", "seed", "pad_id")
-    return EngramConfig(layers=tuple(case["layer_ids"]), **{name: _tuple(case[name]) for name in names})
+    return EngramConfig(
+        layers=tuple(case["layer_ids"]), **{name: _tuple(case[name]) for name in names}
+    )
 
 
 def _tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def by_hand(ids: list[int], reach: list[int], config: EngramConfig, canonical: int, pad: int) -> list:
+def by_hand(
+    ids: list[int], reach: list[int], config: EngramConfig, canonical: int, pad: int
+) -> list:
     """The spec, one token at a time, in Python's unbounded integers: [layer][token][head]."""
     multipliers, primes = draw_multipliers(config, canonical).tolist(), find_primes(config).tolist()
     layers = []
@@ -127,7 +139,9 @@ def qwen_layers(config: EngramConfig, vocabulary: int) -> list[Qwen4ExpTextNGram
     for place, layer in enumerate(config.layers):
         with torch.device("meta"):  # the table would not fit
             module = Qwen4ExpTextNGramEmbedding(said, config.memory_width, layer, place)
-        drawn = modeling_qwen4_exp._build_layer_multipliers(vocabulary, config.ngram, place, config.seed)
+        drawn = modeling_qwen4_exp._build_layer_multipliers(
+            vocabulary, config.ngram, place, config.seed
+        )
         module.layer_multipliers = nn.Buffer(drawn)
         module.ngram_heads_vocab_sizes = nn.Buffer(torch.tensor(module.head_vocab_sizes))
         module.ngram_heads_offsets = nn.Buffer(torch.tensor(module.head_offsets))
@@ -139,7 +153,9 @@ def qwen_layers(config: EngramConfig, vocabulary: int) -> list[Qwen4ExpTextNGram
 def qwen_rows(modules: list[Qwen4ExpTextNGramEmbedding], ids: Tensor, splits: list[int]) -> Tensor:
     """[Lm, B, T, R] by transformers, the ids in pieces of these lengths behind one cache."""
     cache = DynamicCache(config=modules[0].said) if len(splits) > 1 else None
-    parts = [torch.stack([module(part, cache) for module in modules]) for part in ids.split(splits, 1)]
+    parts = [
+        torch.stack([module(part, cache) for module in modules]) for part in ids.split(splits, 1)
+    ]
     return torch.cat(parts, 2)
 
 
@@ -171,7 +187,8 @@ def test_rows_are_those_of_qwen(case: dict, kind: str, monkeypatch: pytest.Monke
         for at in range(1, length):
             history, past = own.new_cache(1, 0, torch.float32, torch.device("cpu")), Past()
             pieces = [
-                own(part, context(*part.shape, "cpu", past=past), history) for part in ids.split([at, length - at], 1)
+                own(part, context(*part.shape, "cpu", past=past), history)
+                for part in ids.split([at, length - at], 1)
             ]
             assert torch.equal(torch.cat(pieces, 2), rows)
             assert torch.equal(qwen_rows(theirs, ids, [at, length - at]), rows)
@@ -179,7 +196,9 @@ def test_rows_are_those_of_qwen(case: dict, kind: str, monkeypatch: pytest.Monke
 
 @QWENS
 @pytest.mark.parametrize("kind", ["reference", *TWINS])
-def test_rows_of_padded_batches_are_those_of_qwen(case: dict, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_padded_batches_are_those_of_qwen(
+    case: dict, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Many texts with ends in them, padded on the left, whole, token by token, and one text more behind a reset."""
     monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
     config, vocabulary = qwen_config(case)
@@ -217,7 +236,12 @@ def test_tiles_address_as_qwen(tiled: torch.device) -> None:
 def test_an_end_of_text_hides_what_came_before(generator: str) -> None:
     """With canonical ids, beside documents and dead tokens: behind an end the rows are those of a text that begins."""
     config = EngramConfig(
-        layers=(2, 0), rows_per_head=(97, 89), eos_id=4, pad_id=9, dead_tokens=(5,), generator=generator
+        layers=(2, 0),
+        rows_per_head=(97, 89),
+        eos_id=4,
+        pad_id=9,
+        dead_tokens=(5,),
+        generator=generator,
     )
     own = Addresses(config, torch.arange(30) // 2, 30)
     ids = torch.tensor([[11, 12, 4, 13, 14, 5, 15, 4, 4, 16]])
@@ -227,14 +251,18 @@ def test_an_end_of_text_hides_what_came_before(generator: str) -> None:
         assert torch.equal(alone, rows[:, :, begin:end])
     documents = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
     assert torch.equal(
-        own(ids, context(1, 10, "cpu", documents=documents))[:, :, 1:], own(ids[:, 1:], context(1, 9, "cpu"))
+        own(ids, context(1, 10, "cpu", documents=documents))[:, :, 1:],
+        own(ids[:, 1:], context(1, 9, "cpu")),
     )
     assert torch.equal(own.live(ids, context(1, 10, "cpu")), ids != 5)
 
 
 def test_another_generator_is_another_model() -> None:
     """Configs of before have no such field, and mean numpy's."""
-    plain, other = Addresses(EngramConfig(), None, 30), Addresses(EngramConfig(generator="splitmix64"), None, 30)
+    plain, other = (
+        Addresses(EngramConfig(), None, 30),
+        Addresses(EngramConfig(generator="splitmix64"), None, 30),
+    )
     assert from_dict(EngramConfig, {"layers": [1]}) == EngramConfig(generator="numpy", eos_id=None)
     with pytest.raises(ValueError, match=r"other multipliers than .* seed and generator"):
         other.load_state_dict(plain.state_dict())
@@ -260,7 +288,11 @@ def test_primes_are_prime_different_and_next() -> None:
 def test_rows_are_those_of_a_plain_loop(rows_of, data: st.DataObject) -> None:
     orders = data.draw(st.integers(1, 4))
     sizes = data.draw(
-        st.lists(st.sampled_from([2, 97, 4096, 8192, 646_400, 16_000_000]), min_size=orders, max_size=orders)
+        st.lists(
+            st.sampled_from([2, 97, 4096, 8192, 646_400, 16_000_000]),
+            min_size=orders,
+            max_size=orders,
+        )
     )
     config = EngramConfig(
         layers=data.draw(st.sampled_from([(0,), (1, 14), (29, 2)])),
@@ -276,7 +308,9 @@ def test_rows_are_those_of_a_plain_loop(rows_of, data: st.DataObject) -> None:
     numbers = torch.arange(min(canonical, 100_000), dtype=torch.int32)
     exact = (torch.from_numpy(draw_multipliers(config, canonical)), torch.from_numpy(primes))
     window = F.pad(torch.tensor([ids]), (orders, 0))
-    got = rows_of(window, torch.tensor([reach]), numbers, *exact, torch.from_numpy(flat.cumsum(1) - flat), 0)
+    got = rows_of(
+        window, torch.tensor([reach]), numbers, *exact, torch.from_numpy(flat.cumsum(1) - flat), 0
+    )
     assert got[:, 0].tolist() == by_hand(ids, reach, config, canonical, 0)
     assert (got < torch.from_numpy(flat.sum(1))[:, None, None, None]).all()
 
@@ -286,11 +320,17 @@ def test_rows_are_those_of_a_plain_loop(rows_of, data: st.DataObject) -> None:
 def test_remainder_without_a_division_is_exact(kind: str, prime: int) -> None:
     """Around multiples of the prime, up to the largest int64: the id is 1, so that the mix is the multiplier."""
     edges = [0, 1, prime - 1, prime, prime + 1, (2**63 - 1) // prime * prime]
-    mixes = [m for edge in edges for m in (edge - 1, edge, edge + 1) if 0 <= m < 2**63] + [2**63 - 1, 2**62, 2**53 + 1]
+    mixes = [m for edge in edges for m in (edge - 1, edge, edge + 1) if 0 <= m < 2**63] + [
+        2**63 - 1,
+        2**62,
+        2**53 + 1,
+    ]
     mixes += np.random.default_rng(0).integers(0, 2**63 - 1, 300).tolist()
     exact = torch.tensor([[m, 0] for m in mixes]), torch.full((len(mixes), 1, 1), prime)
     offsets = torch.zeros(len(mixes), 1, dtype=torch.int64)
-    got = TWINS[kind](torch.tensor([[0, 1]]), None, torch.arange(2, dtype=torch.int32), *exact, offsets, 0)
+    got = TWINS[kind](
+        torch.tensor([[0, 1]]), None, torch.arange(2, dtype=torch.int32), *exact, offsets, 0
+    )
     assert got.flatten().tolist() == [m % prime for m in mixes]
 
 
@@ -298,7 +338,13 @@ def test_remainder_without_a_division_is_exact(kind: str, prime: int) -> None:
 def test_twin_at_odd_sizes_and_on_threads(kind: str, poisoned: None) -> None:
     config = EngramConfig(layers=(1, 5), rows_per_head=(9001, 77, 70_001), heads=5)
     addresses = Addresses(config, None, 50)
-    exact = (addresses.canonical_map, addresses.multipliers, addresses.primes, addresses.offsets, addresses.pad)
+    exact = (
+        addresses.canonical_map,
+        addresses.multipliers,
+        addresses.primes,
+        addresses.offsets,
+        addresses.pad,
+    )
     for batch, time, threads in ((1, 1, 1), (3, 7, 2), (7, 301, 3), (2, 0, 1)):
         ids = torch.randint(50, (batch, time + 3))
         before = torch.get_num_threads()
@@ -312,9 +358,15 @@ def test_twin_at_odd_sizes_and_on_threads(kind: str, poisoned: None) -> None:
 def test_two_mixes_share_few_heads() -> None:
     """A shared head's prime divides the mixes' difference, below 2^63: primes with a larger product cannot all."""
     for rows, most in ((650_000, 3), (2_300_000, 2)):
-        primes = find_primes(EngramConfig(layers=(1, 14), rows_per_head=(rows, rows), heads=8)).flatten().tolist()
+        primes = (
+            find_primes(EngramConfig(layers=(1, 14), rows_per_head=(rows, rows), heads=8))
+            .flatten()
+            .tolist()
+        )
         assert math.prod(sorted(primes)[: most + 1]) > 2**63 > math.prod(sorted(primes)[:most])
-    first, second = (np.random.default_rng(seed).integers(0, 2**63 - 1, (500_000, 1)) for seed in (1, 2))
+    first, second = (
+        np.random.default_rng(seed).integers(0, 2**63 - 1, (500_000, 1)) for seed in (1, 2)
+    )
     tops = find_primes(EngramConfig(rows_per_head=(650_000,), heads=8)).reshape(1, 8)
     assert ((first % tops == second % tops).sum(1) <= 3).all()
 
@@ -329,16 +381,24 @@ def test_two_n_grams_share_few_heads(data: st.DataObject) -> None:
     first = data.draw(st.integers(0, 2**63 - 1 - shared))
     second = first + shared * data.draw(st.integers(1, (2**63 - 1 - first) // shared))
     mixes = torch.tensor([[first, 0], [second, 0]])  # as multipliers of the id 1, two layers
-    exact = (mixes, torch.from_numpy(primes).expand(2, 1, 8).contiguous(), torch.zeros(2, 8, dtype=torch.int64))
+    exact = (
+        mixes,
+        torch.from_numpy(primes).expand(2, 1, 8).contiguous(),
+        torch.zeros(2, 8, dtype=torch.int64),
+    )
     got = hash_rows(torch.tensor([[0, 1]]), None, torch.arange(2, dtype=torch.int32), *exact, 0)
     assert most <= (got[0] == got[1]).sum() <= most
 
 
 def test_no_pair_of_many_n_grams_shares_more_than_three_heads() -> None:
     """All pairs of 1,500 trigrams, and all 262,144 bigrams by the heads that two of them share at once."""
-    addresses = Addresses(EngramConfig(rows_per_head=(646_400, 646_400), heads=8, seed=5), None, 512)
+    addresses = Addresses(
+        EngramConfig(rows_per_head=(646_400, 646_400), heads=8, seed=5), None, 512
+    )
     local = addresses(torch.randint(512, (1, 1502)), context(1, 1502, "cpu"))[0, 0, 2:, 8:]
-    alike = sum((local[:, None, head] == local[None, :, head]).byte() for head in range(8)).fill_diagonal_(0)
+    alike = sum(
+        (local[:, None, head] == local[None, :, head]).byte() for head in range(8)
+    ).fill_diagonal_(0)
     assert alike.max() <= 3
     pairs = torch.cartesian_prod(torch.arange(512), torch.arange(512))
     bigrams = addresses(pairs, context(*pairs.shape, "cpu"))[0, :, 1, :8]
@@ -365,11 +425,15 @@ def test_what_a_twin_noted_of_one_model_is_never_used_for_another(how: str) -> N
     first(ids, context(3, 4, "cpu"))
     before = {name: getattr(first, name) for name in names}
     expected = hash_rows(F.pad(ids, (2, 0)), None, *(x.clone() for x in before.values()), 0)
-    second = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}.get(how, lambda x: x)(first)
+    second = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}.get(
+        how, lambda x: x
+    )(first)
     if how == "move":
         second.share_memory()
     elif how == "assign":
-        second.load_state_dict({name: x.clone() for name, x in first.state_dict().items()}, assign=True)
+        second.load_state_dict(
+            {name: x.clone() for name, x in first.state_dict().items()}, assign=True
+        )
         second.offsets = first.offsets.clone()
     elif how == "replace the data":
         before = {name: x.detach() for name, x in before.items()}
@@ -380,7 +444,11 @@ def test_what_a_twin_noted_of_one_model_is_never_used_for_another(how: str) -> N
             x.fill_(1)
     assert torch.equal(second(ids, context(3, 4, "cpu")), expected)
     assert torch.equal(
-        second(ids[:, :1], context(3, 1, "cpu"), second.new_cache(3, 8, torch.float32, torch.device("cpu"))),
+        second(
+            ids[:, :1],
+            context(3, 1, "cpu"),
+            second.new_cache(3, 8, torch.float32, torch.device("cpu")),
+        ),
         expected[:, :, :1],
     )
 
@@ -388,24 +456,37 @@ def test_what_a_twin_noted_of_one_model_is_never_used_for_another(how: str) -> N
 def test_ids_of_32_bits_are_remembered_as_any_others() -> None:
     """By a history that began with padding and is used again without."""
     own = Addresses(EngramConfig(layers=(1,), rows_per_head=(9001, 77), heads=2), None, 50)
-    ids, history = torch.randint(50, (2, 6), dtype=torch.int32), own.new_cache(2, 8, torch.float32, torch.device("cpu"))
+    ids, history = (
+        torch.randint(50, (2, 6), dtype=torch.int32),
+        own.new_cache(2, 8, torch.float32, torch.device("cpu")),
+    )
     own(ids, context(2, 6, "cpu", present=torch.arange(6) >= torch.tensor([[0], [2]])), history)
     history.reset()
-    assert torch.equal(own(ids, context(2, 6, "cpu"), history), own(ids.long(), context(2, 6, "cpu")))
+    assert torch.equal(
+        own(ids, context(2, 6, "cpu"), history), own(ids.long(), context(2, 6, "cpu"))
+    )
 
 
 def test_memory_of_long_calls_is_taken_again_only_when_nobody_holds_it() -> None:
     """With and without a history, and after a call whose id was refused."""
     own = Addresses(EngramConfig(layers=(1, 5), rows_per_head=(9001, 77), heads=5), None, 50)
     first, second, third = torch.randint(50, (3, 2, WORTH_KEEPING))
-    where, names = context(*first.shape, "cpu"), ("canonical_map", "multipliers", "primes", "offsets")
+    where, names = (
+        context(*first.shape, "cpu"),
+        ("canonical_map", "multipliers", "primes", "offsets"),
+    )
     with pytest.raises(ValueError, match="got id 50"):
         own(torch.full_like(first, 50), where)
-    kept = [own(first, where), own(second, where, own.new_cache(2, 0, torch.float32, torch.device("cpu")))]
+    kept = [
+        own(first, where),
+        own(second, where, own.new_cache(2, 0, torch.float32, torch.device("cpu"))),
+    ]
     dropped = own(third, where).data_ptr()
     assert len({*(rows.data_ptr() for rows in kept), dropped}) == 3
     for ids, rows in zip((first, second), kept, strict=True):
-        assert torch.equal(rows, hash_rows(F.pad(ids, (2, 0)), None, *(getattr(own, name) for name in names), 0))
+        assert torch.equal(
+            rows, hash_rows(F.pad(ids, (2, 0)), None, *(getattr(own, name) for name in names), 0)
+        )
     again = kept.pop(0).data_ptr()
     assert own(third, where).data_ptr() == again
 
@@ -416,13 +497,20 @@ def test_ids_that_follow_others_in_any_pieces(data: st.DataObject) -> None:
     """Whole, in chunks longer and shorter than what the history holds, token by token, alone, from a wider tensor."""
     layers = data.draw(st.sampled_from([(1,), (1, 14)]))
     sizes = data.draw(st.sampled_from([(97,), (8193, 31), (9001, 9001, 20_011)]))
-    addresses = Addresses(EngramConfig(layers=layers, rows_per_head=sizes, heads=3, pad_id=7), torch.arange(50) // 3)
-    batch, lengths = data.draw(st.integers(1, 4)), data.draw(st.lists(st.sampled_from([1, 2, 5, 64, 65, 200])))
+    addresses = Addresses(
+        EngramConfig(layers=layers, rows_per_head=sizes, heads=3, pad_id=7), torch.arange(50) // 3
+    )
+    batch, lengths = (
+        data.draw(st.integers(1, 4)),
+        data.draw(st.lists(st.sampled_from([1, 2, 5, 64, 65, 200]))),
+    )
     ids = torch.randint(50, (batch, 2 * sum(lengths) + 1))[:, ::2]
     whole = addresses(ids, context(*ids.shape, "cpu"))
     plain = F.pad(ids, (len(sizes), 0), value=7)
     names = ("canonical_map", "multipliers", "primes", "offsets")
-    assert torch.equal(whole, hash_rows(plain, None, *(getattr(addresses, name) for name in names), 0))
+    assert torch.equal(
+        whole, hash_rows(plain, None, *(getattr(addresses, name) for name in names), 0)
+    )
     history, past, at = addresses.new_cache(1, 0, torch.float32, torch.device("cpu")), Past(), 0
     for length in [*lengths, 1]:
         part = ids[:, at : at + length]
@@ -434,7 +522,9 @@ def test_ids_that_follow_others_in_any_pieces(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("kind", FOLLOWS)
-@pytest.mark.parametrize(("batch", "time"), [(1, 1), (3, 5), (64, 1), (65, 1), (2, 70), (1, 0), (0, 1)])
+@pytest.mark.parametrize(
+    ("batch", "time"), [(1, 1), (3, 5), (64, 1), (65, 1), (2, 70), (1, 0), (0, 1)]
+)
 def test_following_twin_leaves_in_the_history_what_the_reference_does(
     kind: str, batch: int, time: int, poisoned: None
 ) -> None:
@@ -462,9 +552,13 @@ def test_a_refused_id_is_named_behind_a_history(kind: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("kind", ["reference", *TWINS])
 @pytest.mark.parametrize("bad", [-1, -100, 20, 25, 2**40])
-def test_ids_outside_the_tokenizer_are_refused(kind: str, bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_outside_the_tokenizer_are_refused(
+    kind: str, bad: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
-    addresses = Addresses(EngramConfig(), torch.arange(20), 25)  # a model vocabulary of 25 for a tokenizer of 20
+    addresses = Addresses(
+        EngramConfig(), torch.arange(20), 25
+    )  # a model vocabulary of 25 for a tokenizer of 20
     ids = torch.tensor([[3, 19, bad, 4]])
     with pytest.raises(ValueError, match=f"got id {bad}, expected one of the 20"):
         addresses(ids, context(1, 4, "cpu"))
@@ -492,11 +586,17 @@ def test_saved_addresses_load_and_bring_the_map() -> None:
     [
         (EngramConfig(seed=1), torch.arange(30), "other multipliers than"),
         (EngramConfig(rows_per_head=(4000, 4096)), torch.arange(30), "other primes than"),
-        (EngramConfig(seed=1, rows_per_head=(4000, 4096)), torch.arange(30), "other multipliers and other primes than"),
+        (
+            EngramConfig(seed=1, rows_per_head=(4000, 4096)),
+            torch.arange(30),
+            "other multipliers and other primes than",
+        ),
         (EngramConfig(), torch.arange(30).flip(0), "other canonical map than"),
     ],
 )
-def test_another_models_addresses_are_refused(told: bool, config: EngramConfig, canonical: Tensor, names: str) -> None:
+def test_another_models_addresses_are_refused(
+    told: bool, config: EngramConfig, canonical: Tensor, names: str
+) -> None:
     saved = Addresses(config, canonical, 30)
     ours = Addresses(EngramConfig(), torch.arange(30) if told else None, 30)
     if not told and "canonical" in names:
@@ -507,14 +607,16 @@ def test_another_models_addresses_are_refused(told: bool, config: EngramConfig, 
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("multipliers", "multipliers"), ("primes", "primes"), ("canonical_sha256", "canonical map")]
+    ("name", "said"),
+    [("multipliers", "multipliers"), ("primes", "primes"), ("canonical_sha256", "canonical map")],
 )
 def test_each_of_the_three_is_named_when_it_alone_differs(name: str, said: str) -> None:
     state = Addresses(EngramConfig(), torch.arange(30), 30).state_dict()
     state[name] = state[name].clone()
     state[name].view(-1)[-1] ^= 2
     with pytest.raises(
-        ValueError, match=rf"got a checkpoint with other {said} than this model's, .* take its tokenizer"
+        ValueError,
+        match=rf"got a checkpoint with other {said} than this model's, .* take its tokenizer",
     ):
         Addresses(EngramConfig(), torch.arange(30), 30).load_state_dict(state)
 
@@ -561,7 +663,9 @@ def test_bad_configs_are_refused(changes: dict, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         EngramConfig(**changes)
     config = EngramConfig()
-    object.__setattr__(config, "sign", "plus")  # past beartype, which checks the annotation in tests
+    object.__setattr__(
+        config, "sign", "plus"
+    )  # past beartype, which checks the annotation in tests
     with pytest.raises(ValueError, match="expected sign or copysign"):
         config.__post_init__()
     object.__setattr__(config, "sign", "sign")
@@ -586,11 +690,23 @@ def test_keys_a_token_has(gating: str, gates: int) -> None:
         ({}, torch.tensor([0, 2]), 2, "got gaps"),
         ({}, torch.tensor([-2, 0]), 2, "negative"),
         ({}, None, None, "neither"),
-        ({"eos_id": 8}, torch.arange(8), 9, "eos_id: got 8, expected an id of the tokenizer, below 8"),
-        ({"pad_id": 8}, torch.arange(8), 9, "pad_id: got 8, expected an id of the tokenizer, below 8"),
+        (
+            {"eos_id": 8},
+            torch.arange(8),
+            9,
+            "eos_id: got 8, expected an id of the tokenizer, below 8",
+        ),
+        (
+            {"pad_id": 8},
+            torch.arange(8),
+            9,
+            "pad_id: got 8, expected an id of the tokenizer, below 8",
+        ),
     ],
 )
-def test_bad_maps_are_refused(config: dict, canonical: Tensor | None, vocabulary: int | None, reason: str) -> None:
+def test_bad_maps_are_refused(
+    config: dict, canonical: Tensor | None, vocabulary: int | None, reason: str
+) -> None:
     with pytest.raises(ValueError, match=reason):
         Addresses(EngramConfig(**config), canonical, vocabulary)
 

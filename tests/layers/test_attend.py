@@ -13,7 +13,9 @@ def exactly(query, key, value, scale, mask):
     """The sum itself; every key head serves as many query heads, side by side."""
     group = query.shape[2] // key.shape[2]
     key, value = (x.repeat_interleave(group, dim=2).double() for x in (key, value))
-    logits = scale * torch.einsum("bthp,blhp->bhtl", query.double(), key).masked_fill(~mask, -torch.inf)
+    logits = scale * torch.einsum("bthp,blhp->bhtl", query.double(), key).masked_fill(
+        ~mask, -torch.inf
+    )
     return torch.einsum("bhtl,blhq->bthq", logits.softmax(-1), value).float()
 
 
@@ -33,7 +35,10 @@ def test_blocks_of_queries_give_what_the_fused_path_gives(time, widths, poisoned
 
 @pytest.mark.parametrize("widths", [(12, 12), (12, 5), (5, 12)])
 def test_attend_takes_any_two_widths_on_the_fused_path(widths, poisoned):
-    query, key = torch.randn(2, 7, 6, widths[0], requires_grad=True), torch.randn(2, 9, 3, widths[0])
+    query, key = (
+        torch.randn(2, 7, 6, widths[0], requires_grad=True),
+        torch.randn(2, 9, 3, widths[0]),
+    )
     value, mask = torch.randn(2, 9, 3, widths[1]), torch.rand(2, 1, 7, 9) < 0.5
     mask[..., 0] = True
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -43,12 +48,18 @@ def test_attend_takes_any_two_widths_on_the_fused_path(widths, poisoned):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("heads", "groups", "length"), [(1, 1, 1), (6, 2, 1), (6, 2, 13), (16, 1, 40), (3, 3, 13)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "length"), [(1, 1, 1), (6, 2, 1), (6, 2, 13), (16, 1, 40), (3, 3, 13)]
+)
 def test_one_query_a_row_by_groups(heads, groups, length, dtype, masked, poisoned):
     """Outputs and gradients."""
     shapes = (2, 1, heads, 6), (2, length, groups, 6), (2, length, groups, 5)
     given = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
-    mask = torch.rand(2, 1, 1, length) < 0.5 if masked else torch.ones(2, 1, 1, length, dtype=torch.bool)
+    mask = (
+        torch.rand(2, 1, 1, length) < 0.5
+        if masked
+        else torch.ones(2, 1, 1, length, dtype=torch.bool)
+    )
     mask[..., 0] = True
     out = attend(*given, 0.3, mask if masked else None)
     expected = exactly(*given, 0.3, mask).to(dtype)
@@ -73,8 +84,13 @@ def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient(poisoned):
 @pytest.mark.parametrize("masked", ["none", "by row", "by token"])
 @pytest.mark.parametrize(("time", "heads"), [(1, 5), (3, 2), (4, 1)])
 def test_keys_that_all_heads_share_are_the_values_too(time, heads, masked, poisoned):
-    query, key = torch.randn(2, time, heads, 6, requires_grad=True), torch.randn(2, 11, 6, requires_grad=True)
-    mask = torch.rand(2, 1, {"none": 1, "by row": 1, "by token": time}[masked], 11) < (2.0 if masked == "none" else 0.5)
+    query, key = (
+        torch.randn(2, time, heads, 6, requires_grad=True),
+        torch.randn(2, 11, 6, requires_grad=True),
+    )
+    mask = torch.rand(2, 1, {"none": 1, "by row": 1, "by token": time}[masked], 11) < (
+        2.0 if masked == "none" else 0.5
+    )
     mask[..., 0] = True
     out = attend_shared(query, key, 0.3, None if masked == "none" else mask)
     expected = exactly(query, key[:, :, None], key[:, :, None], 0.3, mask)

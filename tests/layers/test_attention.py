@@ -5,8 +5,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
+    DeepseekV2Attention,
+    DeepseekV2RotaryEmbedding,
+)
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
+    DeepseekV3RotaryEmbedding,
+)
 
 from rorqual.layers.attend import attend
 from rorqual.layers.attention import GQA, MLA, GQAConfig, MLAConfig
@@ -21,16 +27,27 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 SIZES = {"heads": 4, "kv_lora_rank": 16, "nope_dim": 12, "rope_dim": 8, "value_dim": 10}
 YARN = YarnConfig(factor=4.0, original_length=64)
 RELEASES = {
-    "deepseek_v3_tiny": (MLAConfig(q_lora_rank=20, **SIZES), RopeConfig(yarn=YARN), DeepseekV3Attention, 48),
+    "deepseek_v3_tiny": (
+        MLAConfig(q_lora_rank=20, **SIZES),
+        RopeConfig(yarn=YARN),
+        DeepseekV3Attention,
+        48,
+    ),
     "deepseek_v2_lite_tiny": (MLAConfig(**SIZES), RopeConfig(), DeepseekV2Attention, 48),
 }
 VARIANTS = {
     "mla": (MLA, MLAConfig(q_lora_rank=20, **SIZES)),
-    "mla wide values": (MLA, MLAConfig(heads=3, kv_lora_rank=7, nope_dim=4, rope_dim=2, value_dim=11)),
+    "mla wide values": (
+        MLA,
+        MLAConfig(heads=3, kv_lora_rank=7, nope_dim=4, rope_dim=2, value_dim=11),
+    ),
     "gqa": (GQA, GQAConfig(heads=6, kv_heads=2, head_dim=8, value_dim=5)),
     "window": (GQA, GQAConfig(heads=4, kv_heads=1, head_dim=6, window=3)),
     "sinks": (GQA, GQAConfig(heads=4, kv_heads=2, head_dim=6, sinks=True)),
-    "window and sinks": (GQA, GQAConfig(heads=4, kv_heads=2, head_dim=6, window=4, sinks=True, value_dim=9)),
+    "window and sinks": (
+        GQA,
+        GQAConfig(heads=4, kv_heads=2, head_dim=6, window=4, sinks=True, value_dim=9),
+    ),
     "normed": (GQA, GQAConfig(heads=4, kv_heads=4, head_dim=6, qk_norm=True)),
 }
 
@@ -46,16 +63,29 @@ def build(name: str, dim: int = 24, rope: RopeConfig | None = None) -> nn.Module
 def run(layer, hidden, past=None, cache=None, rope=None, **known):
     rope = rope or RopeConfig(base=50.0, yarn=YARN), layer.rope_dim
     kept = BlockCache(cache) if cache is not None else None
-    return layer(hidden, context(*hidden.shape[:2], hidden.device, past=past, rope=rope, cache=kept, **known))[0]
+    return layer(
+        hidden, context(*hidden.shape[:2], hidden.device, past=past, rope=rope, cache=kept, **known)
+    )[0]
 
 
 def in_pieces(layer, hidden, pieces, **known):
     """What the layer gives when the tokens come in calls of these lengths."""
-    past, cache, begin, outs = Past(), layer.new_cache(hidden.shape[0], 8, hidden.dtype, hidden.device), 0, []
+    past, cache, begin, outs = (
+        Past(),
+        layer.new_cache(hidden.shape[0], 8, hidden.dtype, hidden.device),
+        0,
+        [],
+    )
     for time in pieces:
         part = slice(begin, begin + time)
         outs.append(
-            run(layer, hidden[:, part], past=past, cache=cache, **{name: x[:, part] for name, x in known.items()})
+            run(
+                layer,
+                hidden[:, part],
+                past=past,
+                cache=cache,
+                **{name: x[:, part] for name, x in known.items()},
+            )
         )
         begin += time
     return torch.cat(outs, 1)
@@ -70,7 +100,10 @@ def test_the_last_token_alone_gets_what_it_gets_among_all(name, before):
     for known in ({}, {"present": present}):
         expected = run(layer, hidden, **known)[:, -1:]
         past, cache = Past(), layer.new_cache(2, 8, hidden.dtype, hidden.device)
-        parts = [{key: x[:, cut] for key, x in known.items()} for cut in (slice(before), slice(before, None))]
+        parts = [
+            {key: x[:, cut] for key, x in known.items()}
+            for cut in (slice(before), slice(before, None))
+        ]
         if before:
             run(layer, hidden[:, :before], past=past, cache=cache, **parts[0])
         found = run(layer, hidden[:, before:], past=past, cache=cache, last_only=True, **parts[1])
@@ -84,13 +117,17 @@ def test_mla_agrees_with_transformers(name):
     theirs_config = AutoConfig.from_pretrained(GOLDEN / name, attn_implementation="eager")
     weights = load_file(GOLDEN / name / "model.safetensors")
     prefix = "model.layers.1.self_attn."
-    weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    weights = {
+        key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)
+    }
     ours, theirs = MLA(config, dim, rope), oracle(theirs_config, 0)
     ours.load_state_dict(weights)
     theirs.load_state_dict(weights)
     hidden = torch.randn(2, 61, dim, requires_grad=True)
     where = context(2, 61, "cpu")
-    rotary = DeepseekV3RotaryEmbedding if oracle is DeepseekV3Attention else DeepseekV2RotaryEmbedding
+    rotary = (
+        DeepseekV3RotaryEmbedding if oracle is DeepseekV3Attention else DeepseekV2RotaryEmbedding
+    )
     embeddings = rotary(theirs_config)(hidden, where.positions)
     hides = torch.full((61, 61), -torch.inf).triu(1)[None, None]
     expected = theirs(hidden, position_embeddings=embeddings, attention_mask=hides)[0]
@@ -100,7 +137,9 @@ def test_mla_agrees_with_transformers(name):
     mine = torch.autograd.grad(out, [hidden, *map(ours.get_parameter, weights)], toward)
     wanted = torch.autograd.grad(expected, [hidden, *map(theirs.get_parameter, weights)], toward)
     for key, a, b in zip(("hidden", *weights), mine, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item(), msg=lambda m, key=key: key + m)
+        torch.testing.assert_close(
+            a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item(), msg=lambda m, key=key: key + m
+        )
 
 
 @pytest.mark.parametrize("pieces", [[13], [1] * 13, [5, 1, 1, 6], [2, 11], [12, 1]])
@@ -108,7 +147,9 @@ def test_mla_agrees_with_transformers(name):
 @torch.no_grad()
 def test_calls_in_pieces_equal_one_call(name, pieces):
     layer, hidden = build(name), torch.randn(2, 13, 24)
-    torch.testing.assert_close(in_pieces(layer, hidden, pieces), run(layer, hidden), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        in_pieces(layer, hidden, pieces), run(layer, hidden), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("pieces", [[13], [1] * 13, [5, 1, 1, 6]])
@@ -120,7 +161,10 @@ def test_calls_in_pieces_equal_one_call_with_documents_and_padding(name, pieces)
     present = torch.tensor([[False] * 2 + [True] * 8 + [False] * 2 + [True], [True] * 13])
     known = {"documents": documents, "present": present}
     torch.testing.assert_close(
-        in_pieces(layer, hidden, pieces, **known)[present], run(layer, hidden, **known)[present], rtol=1e-5, atol=1e-5
+        in_pieces(layer, hidden, pieces, **known)[present],
+        run(layer, hidden, **known)[present],
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
@@ -133,23 +177,41 @@ def test_mla_absorbed_equals_expanded(name, form, monkeypatch):
     used = []
     for each in ("_absorbed", "_expanded"):
         plain = getattr(layer, each)
-        monkeypatch.setattr(layer, each, lambda *a, each=each, plain=plain: used.append(each) or plain(*a))
+        monkeypatch.setattr(
+            layer, each, lambda *a, each=each, plain=plain: used.append(each) or plain(*a)
+        )
     monkeypatch.setattr(layer, "_absorbing_is_cheaper", lambda time: form == "absorbed")
     past, cache = Past(), layer.new_cache(2, 150, hidden.dtype, hidden.device)
-    outs = [run(layer, part, past=past, cache=cache, rope=rope) for part in hidden.split([100, 1, 49], 1)]
+    outs = [
+        run(layer, part, past=past, cache=cache, rope=rope)
+        for part in hidden.split([100, 1, 49], 1)
+    ]
     assert used == ["_expanded"] + 2 * ["_" + form]
     whole = run(layer, hidden, rope=rope)
-    torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-5, atol=1e-5 * whole.abs().max().item())
+    torch.testing.assert_close(
+        torch.cat(outs, 1), whole, rtol=1e-5, atol=1e-5 * whole.abs().max().item()
+    )
 
 
 def test_mla_chooses_the_form_that_multiplies_less():
-    v3 = MLA(MLAConfig(heads=1, kv_lora_rank=512, nope_dim=128, rope_dim=64, value_dim=128), 8, RopeConfig())
-    assert [v3._absorbing_is_cheaper(time) for time in (1, 170, 171, 4096)] == [True, True, False, False]
+    v3 = MLA(
+        MLAConfig(heads=1, kv_lora_rank=512, nope_dim=128, rope_dim=64, value_dim=128),
+        8,
+        RopeConfig(),
+    )
+    assert [v3._absorbing_is_cheaper(time) for time in (1, 170, 171, 4096)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 @torch.no_grad()
 def test_mla_caches_the_latent_and_the_rotary_key_only():
-    layer = MLA(MLAConfig(heads=2, kv_lora_rank=512, nope_dim=8, rope_dim=64, value_dim=8), 16, RopeConfig())
+    layer = MLA(
+        MLAConfig(heads=2, kv_lora_rank=512, nope_dim=8, rope_dim=64, value_dim=8), 16, RopeConfig()
+    )
     past, cache = Past(), layer.new_cache(3, 20, torch.float32, torch.device("cpu"))
     run(layer, torch.randn(3, 5, 16), past=past, cache=cache)
     assert cache.latent.buffer.shape == (3, 20, 576)
@@ -161,14 +223,19 @@ def test_mla_decodes_through_what_stands_in_for_a_projection():
         def __init__(self, base: nn.Linear):
             super().__init__()
             self.base, self.weight = base, base.weight
-            self.low, self.high = torch.randn(2, base.in_features), torch.randn(base.out_features, 2)
+            self.low, self.high = (
+                torch.randn(2, base.in_features),
+                torch.randn(base.out_features, 2),
+            )
 
         def forward(self, x):
             return self.base(x) + x @ self.low.T @ self.high.T
 
     layer, hidden = build("mla"), torch.randn(2, 9, 24)
     layer.kv_b_proj = Adapted(layer.kv_b_proj)
-    torch.testing.assert_close(in_pieces(layer, hidden, [4, 1, 4]), run(layer, hidden), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        in_pieces(layer, hidden, [4, 1, 4]), run(layer, hidden), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -198,7 +265,9 @@ def test_padding_changes_nothing_and_is_finite(name, side, poisoned):
     if side == "right":
         present = present.flip(1)
     out = run(layer, hidden, present=present)
-    torch.testing.assert_close(out[0, present[0]], run(layer, hidden[:1, present[0]])[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        out[0, present[0]], run(layer, hidden[:1, present[0]])[0], rtol=1e-5, atol=1e-5
+    )
     assert out.isfinite().all()
     (out[present].sum()).backward()
     assert hidden.grad.isfinite().all() and not hidden.grad[~present].any()
@@ -211,10 +280,15 @@ def slowly(query, key, value, scale, visible, sink=None):
     for t in range(query.shape[0]):
         for h in range(query.shape[1]):
             group = h * key.shape[1] // query.shape[1]
-            logits = torch.stack([scale * query[t, h] @ key[s, group] for s in range(len(key)) if visible[t, s]])
+            logits = torch.stack(
+                [scale * query[t, h] @ key[s, group] for s in range(len(key)) if visible[t, s]]
+            )
             values = torch.stack([value[s, group] for s in range(len(key)) if visible[t, s]])
             if sink is not None:
-                logits, values = torch.cat([logits, sink[h, None]]), torch.cat([values, torch.zeros_like(values[:1])])
+                logits, values = (
+                    torch.cat([logits, sink[h, None]]),
+                    torch.cat([values, torch.zeros_like(values[:1])]),
+                )
             out[t, h] = logits.softmax(0) @ values
     return out
 
@@ -227,11 +301,17 @@ def test_gqa_equals_one_query_at_a_time(name):
     query, key, value = layer._project(hidden, where)
     gap = torch.arange(11)[:, None] - torch.arange(11)
     visible = (gap >= 0) & (gap < (c.window or 99))
-    expected = layer.o_proj(slowly(query[0], key[0], value[0], layer.scale, visible, layer.sink_bias).flatten(1))
+    expected = layer.o_proj(
+        slowly(query[0], key[0], value[0], layer.scale, visible, layer.sink_bias).flatten(1)
+    )
     out = layer(hidden, where)[0][0]
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
     toward, sources = torch.randn_like(out), (hidden, *layer.parameters())
-    pairs = zip(torch.autograd.grad(out, sources, toward), torch.autograd.grad(expected, sources, toward), strict=True)
+    pairs = zip(
+        torch.autograd.grad(out, sources, toward),
+        torch.autograd.grad(expected, sources, toward),
+        strict=True,
+    )
     for mine, theirs in pairs:
         torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
 
@@ -261,7 +341,9 @@ def test_cropped_and_reordered_caches_go_on(name):
     torch.testing.assert_close(out, run(layer, hidden)[order, 7:], rtol=1e-5, atol=1e-5)
     for part in (past, cache):
         part.reset()
-    torch.testing.assert_close(run(layer, hidden, past=past, cache=cache), run(layer, hidden), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        run(layer, hidden, past=past, cache=cache), run(layer, hidden), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -295,7 +377,9 @@ def test_an_inner_attention_gets_every_key_and_our_scale():
     plain.load_state_dict(layer.state_dict())
     torch.testing.assert_close(run(layer, hidden), run(plain, hidden))
     with torch.no_grad():
-        torch.testing.assert_close(in_pieces(layer, hidden, [6, 1, 2]), run(plain, hidden), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            in_pieces(layer, hidden, [6, 1, 2]), run(plain, hidden), rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -321,11 +405,17 @@ class Net(nn.Module):
     def __init__(self, kind: str):
         super().__init__()
         dim, rope, gqa = 32, RopeConfig(base=200.0), GQAConfig(heads=4, kv_heads=2, head_dim=8)
-        mla = MLAConfig(heads=4, q_lora_rank=16, kv_lora_rank=12, nope_dim=8, rope_dim=4, value_dim=8)
+        mla = MLAConfig(
+            heads=4, q_lora_rank=16, kv_lora_rank=12, nope_dim=8, rope_dim=4, value_dim=8
+        )
         make = {
-            "nsa": lambda **tile: GQA(gqa, dim, rope, NSA(NSAConfig(**SPARSE, **tile), dim, gqa, rope)),
+            "nsa": lambda **tile: GQA(
+                gqa, dim, rope, NSA(NSAConfig(**SPARSE, **tile), dim, gqa, rope)
+            ),
             "moba": lambda **tile: GQA(gqa, dim, rope, MoBA(MoBAConfig(block=4, chosen=4, **tile))),
-            "dsa": lambda: MLA(mla, dim, rope, DSA(DSAConfig(heads=2, dim=8, chosen=20), dim, mla, rope)),
+            "dsa": lambda: MLA(
+                mla, dim, rope, DSA(DSAConfig(heads=2, dim=8, chosen=20), dim, mla, rope)
+            ),
         }[kind.split()[0]]
         known = {"choice": "tile"} if kind.endswith("tile") else {}
         self.rope, self.embed = rope, nn.Embedding(24, dim)
@@ -334,9 +424,14 @@ class Net(nn.Module):
 
     def forward(self, ids, past=None, caches=(None, None), lessons=None, **known):
         warm, rope = None if lessons is None else False, (self.rope, self.layers[0].rope_dim)
-        ctx, hidden = context(*ids.shape, ids.device, past=past, rope=rope, warm=warm, **known), self.embed(ids)
+        ctx, hidden = (
+            context(*ids.shape, ids.device, past=past, rope=rope, warm=warm, **known),
+            self.embed(ids),
+        )
         for attention, norm, cache in zip(self.layers, self.norms, caches, strict=False):
-            out, lesson = attention(norm(hidden), ctx.for_block(None if cache is None else BlockCache(cache)))
+            out, lesson = attention(
+                norm(hidden), ctx.for_block(None if cache is None else BlockCache(cache))
+            )
             hidden = hidden + out
             if lesson is not None:
                 lessons.append(lesson)
@@ -355,7 +450,9 @@ def test_a_trained_net_decodes_what_one_call_gives(kind):
     for _ in range(30):
         half = torch.randint(24, (8, 24))
         ids, lessons = torch.cat([half, half], 1), []
-        loss = nn.functional.cross_entropy(net(ids, lessons=lessons)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss = nn.functional.cross_entropy(
+            net(ids, lessons=lessons)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        )
         found.append(loss.item())
         optimiser.zero_grad()
         (loss + sum(lesson.loss for lesson in lessons)).backward()
@@ -367,10 +464,15 @@ def test_a_trained_net_decodes_what_one_call_gives(kind):
     with torch.no_grad():
         alone = [net(ids[row : row + 1, start:])[0] for row, start in enumerate(lead.tolist())]
         for known in ({}, {"present": present}):
-            past, caches = Past(), [layer.new_cache(3, 70, torch.float32, ids.device) for layer in net.layers]
+            past, caches = (
+                Past(),
+                [layer.new_cache(3, 70, torch.float32, ids.device) for layer in net.layers],
+            )
             prompt = {name: x[:, :30] for name, x in known.items()}
             outs = [net(ids[:, :30], past, caches, **prompt)]
-            outs += [net(part, past, caches) for part in ids[:, 30:].split([1] * 30 + [3, 2, 1, 4], 1)]
+            outs += [
+                net(part, past, caches) for part in ids[:, 30:].split([1] * 30 + [3, 2, 1, 4], 1)
+            ]
             out, expected = torch.cat(outs, 1), alone if known else net(ids)
             for row, start in enumerate(lead.tolist()):
                 ours = out[row, start:] if known else out[row]

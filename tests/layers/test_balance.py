@@ -35,13 +35,17 @@ def collapsed(batch: int, time: int, experts: int, active: int) -> Routing:
 def sizes(draw) -> tuple[int, int, int, int]:
     """Devices D, experts a device, K of them active, sequences: K fills whole devices or shares one."""
     devices, size, batch = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    active = draw(st.sampled_from([k for k in range(1, devices * size + 1) if size % k == 0 or k % size == 0]))
+    active = draw(
+        st.sampled_from([k for k in range(1, devices * size + 1) if size % k == 0 or k % size == 0])
+    )
     return devices, size, active, batch
 
 
 @settings(max_examples=40, deadline=None)
 @given(sizes(), st.floats(1e-3, 1.0))
-def test_uniform_routing_costs_the_coefficient(shape: tuple[int, int, int, int], coefficient: float) -> None:
+def test_uniform_routing_costs_the_coefficient(
+    shape: tuple[int, int, int, int], coefficient: float
+) -> None:
     """A token's K experts lie on M = max(1, K / size) devices, M being what the communication loss is told."""
     devices, size, active, batch = shape
     experts, limit = devices * size, max(1, active // size)
@@ -55,27 +59,37 @@ def test_uniform_routing_costs_the_coefficient(shape: tuple[int, int, int, int],
 
 @settings(max_examples=40, deadline=None)
 @given(sizes(), st.integers(1, 9))
-def test_collapsed_routing_costs_its_closed_form(shape: tuple[int, int, int, int], time: int) -> None:
+def test_collapsed_routing_costs_its_closed_form(
+    shape: tuple[int, int, int, int], time: int
+) -> None:
     """All tokens on experts 0..K-1, of which the scores are sure: f is E/K there, P sums to 1, M devices get all."""
     devices, size, active, batch = shape
     experts, limit = devices * size, max(1, active // size)
     values = {
         "sequence": experts / active,
         "expert": experts / active,
-        "device": experts / active * min(active, size) / size,  # mean of f over a device, of which K may fill a part
+        "device": experts
+        / active
+        * min(active, size)
+        / size,  # mean of f over a device, of which K may fill a part
         "communication": devices / limit,
     }
     for name, value in values.items():
         config = replace(OFF, **{name: 0.5}, devices=devices, device_limit=limit)
-        assert float(losses(collapsed(batch, time, experts, active), config, active)[name]) == pytest.approx(
-            0.5 * value
-        )
-    assert max_violation(collapsed(batch, time, experts, active).counts()) == pytest.approx(experts / active - 1)
+        assert float(
+            losses(collapsed(batch, time, experts, active), config, active)[name]
+        ) == pytest.approx(0.5 * value)
+    assert max_violation(collapsed(batch, time, experts, active).counts()) == pytest.approx(
+        experts / active - 1
+    )
 
 
 def test_the_gradient_of_the_sequence_loss_in_numbers() -> None:
     """Through P alone, f being given: d/d logits of a sum f_i softmax(logits)_i, with sigmoids in place of exp."""
-    router, hidden = Router(RouterConfig(score="sigmoid"), 5, 6, 2).double(), torch.randn(2, 7, 5, dtype=torch.float64)
+    router, hidden = (
+        Router(RouterConfig(score="sigmoid"), 5, 6, 2).double(),
+        torch.randn(2, 7, 5, dtype=torch.float64),
+    )
     routing = router(hidden)
     losses(routing, replace(OFF, sequence=0.3), 2)["sequence"].backward()
     by_hand = torch.zeros_like(router.weight)
@@ -94,14 +108,20 @@ def test_sending_to_all_allowed_devices_costs_the_coefficient() -> None:
     routing = uniform(1, 8, 8, 2)
     chosen = torch.stack([torch.arange(8) % 4 * 2, (torch.arange(8) + 2) % 4 * 2], -1)[None]
     config = replace(OFF, communication=1.0, devices=4, device_limit=2)
-    assert float(losses(routing._replace(chosen=chosen), config, 2)["communication"]) == pytest.approx(1.0)
+    assert float(
+        losses(routing._replace(chosen=chosen), config, 2)["communication"]
+    ) == pytest.approx(1.0)
 
 
 def by_hand(routing: Routing, name: str, active: int, devices: int, limit: int) -> float:
     """The formulas of the docstring, one token at a time."""
     experts, found = routing.scores.shape[-1], []
     for b in range(len(routing.chosen)):
-        there = [t for t in range(routing.chosen.shape[1]) if routing.present is None or bool(routing.present[b, t])]
+        there = [
+            t
+            for t in range(routing.chosen.shape[1])
+            if routing.present is None or bool(routing.present[b, t])
+        ]
         if not there:
             continue
         count, probability, sent = [0.0] * experts, [0.0] * experts, [0.0] * devices
@@ -109,12 +129,18 @@ def by_hand(routing: Routing, name: str, active: int, devices: int, limit: int) 
             scores = routing.scores[b, t].double()
             if name == "sequence":
                 scores = scores / scores.sum()
-            taken = [int(i) for i, w in zip(routing.chosen[b, t], routing.weights[b, t], strict=True) if w != 0]
+            taken = [
+                int(i)
+                for i, w in zip(routing.chosen[b, t], routing.weights[b, t], strict=True)
+                if w != 0
+            ]
             for i in taken:
                 count[i] += 1
             for d in {i * devices // experts for i in taken}:
                 sent[d] += 1
-            probability = [p + s / len(there) for p, s in zip(probability, scores.tolist(), strict=True)]
+            probability = [
+                p + s / len(there) for p, s in zip(probability, scores.tolist(), strict=True)
+            ]
         load = [experts / (active * len(there)) * c for c in count]
         size = experts // devices
         groups = [slice(d * size, (d + 1) * size) for d in range(devices)]
@@ -166,7 +192,9 @@ def test_gradients_reach_the_router_and_the_hidden_states(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*NAMES, "z_loss"])
 def test_nothing_but_padding_costs_nothing(name: str) -> None:
-    routing = Router(RouterConfig(), 6, 8, 2)(torch.randn(2, 3, 6), None, torch.zeros(2, 3, dtype=torch.bool))
+    routing = Router(RouterConfig(), 6, 8, 2)(
+        torch.randn(2, 3, 6), None, torch.zeros(2, 3, dtype=torch.bool)
+    )
     assert losses(routing, replace(OFF, **{name: 1.0}, devices=4), 2)[name].item() == 0
 
 

@@ -49,9 +49,19 @@ def test_swiglu_is_its_equation():
     "dim, base, yarn",
     [
         (64, 10000.0, YarnConfig()),  # DeepSeek-V3
-        (8, 10000.0, YarnConfig(factor=4.0, original_length=64)),  # low would be -1 without its clamp
+        (
+            8,
+            10000.0,
+            YarnConfig(factor=4.0, original_length=64),
+        ),  # low would be -1 without its clamp
         (64, 10000.0, YarnConfig(mscale=0.707, mscale_all_dim=0.707)),  # DeepSeek-V2
-        (32, 500.0, YarnConfig(factor=2.5, original_length=20, beta_fast=4.0, beta_slow=3.9, mscale_all_dim=0.5)),
+        (
+            32,
+            500.0,
+            YarnConfig(
+                factor=2.5, original_length=20, beta_fast=4.0, beta_slow=3.9, mscale_all_dim=0.5
+            ),
+        ),
     ],
 )
 def test_yarn_agrees_with_transformers(dim, base, yarn):
@@ -65,14 +75,20 @@ def test_yarn_agrees_with_transformers(dim, base, yarn):
         "mscale": yarn.mscale,
         "mscale_all_dim": yarn.mscale_all_dim,
     }
-    theirs = DeepseekV3Config(qk_rope_head_dim=dim, max_position_embeddings=10**6, rope_parameters=parameters)
+    theirs = DeepseekV3Config(
+        qk_rope_head_dim=dim, max_position_embeddings=10**6, rope_parameters=parameters
+    )
     frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs)
     config = RopeConfig(base=base, yarn=yarn)
     torch.testing.assert_close(rope_frequencies(config, dim), frequencies, rtol=1e-6, atol=0)
     positions = torch.tensor([[0, 1, 77, 1000]])
     cos, sin = rope_tables(config, dim, positions)
-    torch.testing.assert_close(cos, (positions[..., None] * frequencies).cos() * factor, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(sin, (positions[..., None] * frequencies).sin() * factor, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        cos, (positions[..., None] * frequencies).cos() * factor, rtol=1e-5, atol=1e-4
+    )
+    torch.testing.assert_close(
+        sin, (positions[..., None] * frequencies).sin() * factor, rtol=1e-5, atol=1e-4
+    )
 
 
 @settings(max_examples=80, deadline=None)
@@ -95,7 +111,9 @@ def test_yarn_agrees_with_transformers_everywhere(dim, base, factor, original, f
         "rope_type": "yarn", "rope_theta": base, "factor": factor, "original_max_position_embeddings": original,
         "beta_fast": fast, "beta_slow": slow, "mscale": mscale[0], "mscale_all_dim": mscale[1],
     }  # fmt: skip
-    theirs = DeepseekV3Config(qk_rope_head_dim=dim, max_position_embeddings=10**6, rope_parameters=parameters)
+    theirs = DeepseekV3Config(
+        qk_rope_head_dim=dim, max_position_embeddings=10**6, rope_parameters=parameters
+    )
     frequencies, on_tables = ROPE_INIT_FUNCTIONS["yarn"](theirs)
     config = RopeConfig(base=base, yarn=yarn)
     torch.testing.assert_close(rope_frequencies(config, dim), frequencies, rtol=2e-6, atol=0)
@@ -118,7 +136,8 @@ def replace_sizes(config, dim):
 
 
 @pytest.mark.parametrize(
-    "dim, base, original, ends", [(8, 1e4, 64, (0, 2)), (10, 20.0, 40000, (8, 9)), (64, 1e4, 4096, (10, 23))]
+    "dim, base, original, ends",
+    [(8, 1e4, 64, (0, 2)), (10, 20.0, 40000, (8, 9)), (64, 1e4, 4096, (10, 23))],
 )
 def test_the_ramp_in_numbers(dim, base, original, ends):
     """low clamped at 0, where it would be -1; high clamped at dim - 1 with both ends past the last pair; V3's."""
@@ -131,7 +150,10 @@ def test_the_ramp_in_numbers(dim, base, original, ends):
 
 
 def test_yarn_keeps_the_fast_pairs_and_slows_the_slow_ones():
-    plain, slowed = rope_frequencies(RopeConfig(), 64), rope_frequencies(RopeConfig(yarn=YarnConfig()), 64)
+    plain, slowed = (
+        rope_frequencies(RopeConfig(), 64),
+        rope_frequencies(RopeConfig(yarn=YarnConfig()), 64),
+    )
     ratio = plain / slowed
     torch.testing.assert_close(ratio[:10], torch.ones(10))
     torch.testing.assert_close(ratio[-8:], torch.full((8,), 40.0))
@@ -161,16 +183,23 @@ def test_rotate_interleaved_is_complex_multiplication():
     cos, sin = rope_tables(RopeConfig(), 8, positions)
     expected = torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.complex(cos, sin)[:, :, None]
     torch.testing.assert_close(rotate(x, cos, sin, True), torch.view_as_real(expected).flatten(-2))
-    torch.testing.assert_close(rotate(x[:, :, 0], cos, sin, True), rotate(x, cos, sin, True)[:, :, 0])
+    torch.testing.assert_close(
+        rotate(x[:, :, 0], cos, sin, True), rotate(x, cos, sin, True)[:, :, 0]
+    )
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_one_vector_takes_a_gradient_wherever_it_begins(interleaved):
     """Of what stands behind three others, as a head's rotated part behind an odd one without position."""
-    x, tables = torch.randn(1, 1, 4, requires_grad=True), rope_tables(RopeConfig(), 4, torch.tensor([[5]]))
+    x, tables = (
+        torch.randn(1, 1, 4, requires_grad=True),
+        rope_tables(RopeConfig(), 4, torch.tensor([[5]])),
+    )
     pull = torch.randn(1, 1, 7)
     (torch.cat([torch.randn(1, 1, 3), rotate(x, *tables, interleaved)], -1) * pull).sum().backward()
-    back = rotate(pull[..., 3:], tables[0], -tables[1], interleaved)  # a rotation's transpose is the one back
+    back = rotate(
+        pull[..., 3:], tables[0], -tables[1], interleaved
+    )  # a rotation's transpose is the one back
     torch.testing.assert_close(x.grad, back, atol=1e-6, rtol=0)
 
 
@@ -193,7 +222,9 @@ def test_rotation_depends_on_distance_only(interleaved):
 def test_the_two_pairings_are_one_permutation_apart():
     x, order = torch.randn(1, 6, 2, 8), torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
     cos, sin = rope_tables(RopeConfig(), 8, torch.arange(6)[None])
-    torch.testing.assert_close(rotate(x, cos, sin, True)[..., order], rotate(x[..., order], cos, sin, False))
+    torch.testing.assert_close(
+        rotate(x, cos, sin, True)[..., order], rotate(x[..., order], cos, sin, False)
+    )
     assert (rotate(x, cos, sin, True) - rotate(x, cos, sin, False)).abs().max() > 0.1
 
 
@@ -240,11 +271,18 @@ def test_chunked_cross_entropy_equals_the_whole(chunk):
     torch.testing.assert_close(ours, whole)
     mine, theirs = (torch.autograd.grad(3 * loss, (hidden, weight)) for loss in (ours, whole))
     torch.testing.assert_close(mine, theirs)
-    assert torch.equal(torch.autograd.grad(chunked_cross_entropy(hidden, weight, labels), hidden)[0][7], torch.zeros(6))
+    assert torch.equal(
+        torch.autograd.grad(chunked_cross_entropy(hidden, weight, labels), hidden)[0][7],
+        torch.zeros(6),
+    )
 
 
 def test_chunked_cross_entropy_gives_only_the_gradients_asked_for():
-    hidden, weight, labels = torch.randn(9, 4), torch.randn(7, 4, requires_grad=True), torch.randint(0, 7, (9,))
+    hidden, weight, labels = (
+        torch.randn(9, 4),
+        torch.randn(7, 4, requires_grad=True),
+        torch.randint(0, 7, (9,)),
+    )
     chunked_cross_entropy(hidden, weight, labels, 4).backward()
     assert hidden.grad is None and weight.grad is not None
     with torch.no_grad():
@@ -252,7 +290,10 @@ def test_chunked_cross_entropy_gives_only_the_gradients_asked_for():
 
 
 def test_chunked_cross_entropy_in_bfloat16_sums_in_float32():
-    hidden, weight = torch.randn(400, 32).bfloat16().requires_grad_(), torch.randn(50, 32).bfloat16().requires_grad_()
+    hidden, weight = (
+        torch.randn(400, 32).bfloat16().requires_grad_(),
+        torch.randn(50, 32).bfloat16().requires_grad_(),
+    )
     labels = torch.randint(0, 50, (400,))
     ours = chunked_cross_entropy(hidden, weight, labels, 64)
     whole = F.cross_entropy(hidden.float() @ weight.float().T, labels, reduction="sum")

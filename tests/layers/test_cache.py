@@ -51,7 +51,9 @@ def test_recent_is_the_tail_of_the_concatenation(calls, count):
     for seed, (verb, value) in enumerate(calls):
         if verb in ("new", "long"):
             expected = torch.cat([expected, draw(value, seed)], 1)
-            assert torch.equal(kept.extend(draw(value, seed)), expected[:, expected.shape[1] - count - value :])
+            assert torch.equal(
+                kept.extend(draw(value, seed)), expected[:, expected.shape[1] - count - value :]
+            )
         elif verb == "crop":
             value = min(value, kept.length, kept.known)
             try:
@@ -61,7 +63,9 @@ def test_recent_is_the_tail_of_the_concatenation(calls, count):
             expected = expected[:, : expected.shape[1] - value]
         elif verb == "select":
             kept.select(torch.tensor(value))
-            expected = torch.cat([expected[value][:, :count].fill_(7.0), expected[value][:, count:]], 1)
+            expected = torch.cat(
+                [expected[value][:, :count].fill_(7.0), expected[value][:, count:]], 1
+            )
         else:
             kept.reset()
             expected = torch.full((2, count, 3), 7.0)

@@ -36,8 +36,12 @@ def slow_mask_of_absent(mask, present):
 @given(data=st.data())
 def test_context_in_one_call_and_in_pieces(data):
     length = data.draw(st.integers(1, 9))
-    starts = torch.tensor([data.draw(st.lists(st.booleans(), min_size=length, max_size=length)) for _ in range(2)])
-    present = torch.tensor([data.draw(st.lists(st.booleans(), min_size=length, max_size=length)) for _ in range(2)])
+    starts = torch.tensor(
+        [data.draw(st.lists(st.booleans(), min_size=length, max_size=length)) for _ in range(2)]
+    )
+    present = torch.tensor(
+        [data.draw(st.lists(st.booleans(), min_size=length, max_size=length)) for _ in range(2)]
+    )
     documents = starts.long().cumsum(1)
     positions, mask = slow_context(documents, present)
     whole = context(2, length, "cpu", documents=documents, present=present)
@@ -51,9 +55,14 @@ def test_context_in_one_call_and_in_pieces(data):
         part = context(2, end - begin, "cpu", past=past, **known)
         assert torch.equal(part.positions, positions[:, begin:end]) and part.past == begin
         assert torch.equal(part.key_positions, positions[:, :end])
-        assert torch.equal(part.key_documents, documents[:, :end]) and torch.equal(part.key_present, present[:, :end])
+        assert torch.equal(part.key_documents, documents[:, :end]) and torch.equal(
+            part.key_present, present[:, :end]
+        )
         here = present[:, begin:end]
-        assert torch.equal(slow_mask_of_absent(part.mask, here), slow_mask_of_absent(mask[:, :, begin:end, :end], here))
+        assert torch.equal(
+            slow_mask_of_absent(part.mask, here),
+            slow_mask_of_absent(mask[:, :, begin:end, :end], here),
+        )
         begin = end
 
 
@@ -68,7 +77,9 @@ def test_context_without_anything_to_hide_needs_no_mask():
 
 def test_decoding_goes_on_behind_left_padding():
     past = Past()
-    context(2, 3, "cpu", present=torch.tensor([[False, False, True], [True, True, True]]), past=past)
+    context(
+        2, 3, "cpu", present=torch.tensor([[False, False, True], [True, True, True]]), past=past
+    )
     where = context(2, 1, "cpu", past=past)
     assert where.positions.tolist() == [[1], [3]]
     assert where.mask[:, 0, 0].tolist() == [[False, False, True, True], [True] * 4]
@@ -79,7 +90,13 @@ def test_the_last_position_is_that_of_the_whole_call():
     documents = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0]])
     present = torch.tensor([[True] * 5, [False, True, True, True, True]])
     ids, live = torch.arange(10).view(2, 5), torch.rand(2, 5) > 0.5
-    known = {"documents": documents, "present": present, "rope": (RopeConfig(), 6), "ids": ids, "live": live}
+    known = {
+        "documents": documents,
+        "present": present,
+        "rope": (RopeConfig(), 6),
+        "ids": ids,
+        "live": live,
+    }
     whole = context(2, 5, "cpu", last_only=True, **known)
     last = whole.last()
     assert last.past == 4 and not last.last_only

@@ -33,7 +33,9 @@ def layer(chosen=5, mla=LATENT):
 def run(attention, hidden, past=None, cache=None, lessons=None, **known):
     """The output; the indexer's loss and recall, if it learns, are appended to `lessons`."""
     known |= {"past": past, "cache": BlockCache(cache) if cache is not None else None}
-    out, lesson = attention(hidden, context(*hidden.shape[:2], hidden.device, rope=(ROPE, attention.rope_dim), **known))
+    out, lesson = attention(
+        hidden, context(*hidden.shape[:2], hidden.device, rope=(ROPE, attention.rope_dim), **known)
+    )
     assert (lesson is None) == (known.get("warm") is None)
     if lesson is not None and lessons is not None:
         lessons.append(lesson)
@@ -58,14 +60,21 @@ def way(request, monkeypatch):
 def dense(attention):
     """The same attention without an indexer."""
     plain = MLA(attention.config, 20, ROPE)
-    plain.load_state_dict({n: p for n, p in attention.state_dict().items() if not n.startswith("inner.")})
+    plain.load_state_dict(
+        {n: p for n, p in attention.state_dict().items() if not n.startswith("inner.")}
+    )
     return plain
 
 
 @pytest.mark.parametrize(("batch", "time", "chosen"), [(2, 17, 5), (1, 40, 11), (2, 9, 8)])
 def test_chooses_what_transformers_chooses(batch, time, chosen):
     config = DeepseekV32Config(
-        hidden_size=20, index_n_heads=3, index_head_dim=8, index_topk=chosen, q_lora_rank=12, qk_rope_head_dim=4
+        hidden_size=20,
+        index_n_heads=3,
+        index_head_dim=8,
+        index_topk=chosen,
+        q_lora_rank=12,
+        qk_rope_head_dim=4,
     )
     reference, ours = (
         stirred(DeepseekV32Indexer(config, 0)),
@@ -83,7 +92,9 @@ def test_chooses_what_transformers_chooses(batch, time, chosen):
         causal.expand(batch, -1, -1),
         where.positions,
     )
-    expected = torch.zeros(batch, time, time, dtype=torch.bool).scatter(-1, theirs.long(), True) & causal
+    expected = (
+        torch.zeros(batch, time, time, dtype=torch.bool).scatter(-1, theirs.long(), True) & causal
+    )
     look = ours.look(hidden, latent, ours.keys(hidden, where), where)
     got, scores = look.seen(slice(0, time))[:, 0], index_scores(look.query, look.key, look.weights)
     differ = got ^ expected  # only among keys that score alike, which their topk leaves open
@@ -95,14 +106,22 @@ def test_chooses_what_transformers_chooses(batch, time, chosen):
 @pytest.mark.parametrize(("time", "chosen"), [(17, 5), (9, 20), (40, 11)])
 def test_is_the_naive_code_of_flash_linear_attention(time, chosen):
     """Forward and backward; so many heads that no key scores 0, of which theirs may choose any."""
-    naive = pytest.importorskip("fla.ops.dsa.naive", reason="fla-core is not installed", exc_type=ImportError)
-    looking, weights, key = torch.randn(2, time, 16, 8), torch.randn(2, time, 16), torch.randn(2, time, 8)
+    naive = pytest.importorskip(
+        "fla.ops.dsa.naive", reason="fla-core is not installed", exc_type=ImportError
+    )
+    looking, weights, key = (
+        torch.randn(2, time, 16, 8),
+        torch.randn(2, time, 16),
+        torch.randn(2, time, 8),
+    )
     given = [torch.randn(2, time, 3, 6, requires_grad=True) for _ in range(3)]
     ours = Look(looking, weights, key, None, chosen).hiding(*given, 0.4)
     theirs = naive.naive_dsa(*given, looking, key, weights, topk=chosen, scale=0.4)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
     pull = torch.randn_like(theirs)
-    for a, b in zip(*(torch.autograd.grad((y * pull).sum(), given) for y in (ours, theirs)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad((y * pull).sum(), given) for y in (ours, theirs)), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
@@ -116,7 +135,9 @@ def test_scores_are_their_equation():
 
 
 @pytest.mark.parametrize(
-    "mla", [LATENT, MLAConfig(heads=2, kv_lora_rank=8, nope_dim=4, rope_dim=8, value_dim=4)], ids=str
+    "mla",
+    [LATENT, MLAConfig(heads=2, kv_lora_rank=8, nope_dim=4, rope_dim=8, value_dim=4)],
+    ids=str,
 )
 @torch.no_grad()
 def test_attends_to_the_chosen_keys_alone(mla, way):
@@ -139,7 +160,9 @@ def test_choosing_everything_is_dense_attention(time):
     outs = [run(module, hidden) for module in (attention, dense(attention))]
     torch.testing.assert_close(*outs, atol=1e-5, rtol=0)
     pull = torch.randn_like(outs[0])
-    torch.testing.assert_close(*(torch.autograd.grad((y * pull).sum(), hidden)[0] for y in outs), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        *(torch.autograd.grad((y * pull).sum(), hidden)[0] for y in outs), atol=1e-5, rtol=0
+    )
 
 
 @torch.no_grad()
@@ -158,7 +181,9 @@ def test_packed_documents_attend_as_if_alone(way):
     hidden = torch.randn(1, sum(lengths), 20)
     documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
     alone = torch.cat([run(attention, part) for part in hidden.split(lengths, 1)], 1)
-    torch.testing.assert_close(run(attention, hidden, documents=documents), alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        run(attention, hidden, documents=documents), alone, atol=1e-5, rtol=0
+    )
 
 
 @torch.no_grad()
@@ -210,7 +235,9 @@ def test_the_cache_forgets_and_reorders(way):
         kept.crop(5)
         kept.select(index)
     outs = [run(attention, part, past, cache) for part in hidden[index, 12:].split(1, 1)]
-    torch.testing.assert_close(torch.cat(outs, 1), run(attention, hidden[index])[:, 12:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.cat(outs, 1), run(attention, hidden[index])[:, 12:], atol=1e-5, rtol=0
+    )
     for kept in (past, cache):
         kept.reset()
     outs = [run(attention, part, past, cache) for part in hidden[:1].split([11, 1, 1, 7], 1)]
@@ -243,7 +270,9 @@ def test_rows_of_different_lengths_decode_by_the_compiled_call(monkeypatch):
     assert calls == ["dsa_few"] * 5
     for row, lead in enumerate(leads):
         alone = run(attention, hidden[row : row + 1, lead:])
-        torch.testing.assert_close(torch.cat(outs, 1)[row : row + 1, lead:], alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            torch.cat(outs, 1)[row : row + 1, lead:], alone, atol=1e-5, rtol=0
+        )
 
 
 @pytest.mark.parametrize("before", [0, 9])
@@ -309,10 +338,16 @@ def test_bfloat16_stays_near_float32(gathered, monkeypatch):
 
 def best_case(batch, time, heads, wide, length, own, narrow, most, ties=False):
     """The last `time` of `length` tokens, latents and keys in longer buffers."""
-    latent, key = torch.randn(batch, length + 3, wide)[:, :length], torch.randn(batch, length + 5, narrow)[:, :length]
+    latent, key = (
+        torch.randn(batch, length + 3, wide)[:, :length],
+        torch.randn(batch, length + 5, narrow)[:, :length],
+    )
     if ties:
         key = key.round()
-    looking, weights = torch.randn(batch, time, own, narrow).round(), torch.randn(batch, time, own).round()
+    looking, weights = (
+        torch.randn(batch, time, own, narrow).round(),
+        torch.randn(batch, time, own).round(),
+    )
     return torch.randn(batch, time, heads, wide), latent, looking, key, weights, most, 0.4
 
 
@@ -348,7 +383,9 @@ def test_few_queries_copy_few_latents_at_a_time(monkeypatch):
     """Where no twin runs, in bfloat16 or on a GPU, COPIED and SCORES bound 16 tokens as they bound a prompt."""
     given, asked, own = best_case(2, 16, 4, 20, 90, 4, 8, 30), [], dsa._attend_to
     expected = attend_best(*given)
-    monkeypatch.setattr(dsa, "_attend_to", lambda *x: asked.append(x[2].numel() // 2 * 20) or own(*x))
+    monkeypatch.setattr(
+        dsa, "_attend_to", lambda *x: asked.append(x[2].numel() // 2 * 20) or own(*x)
+    )
     for name, value in (("COPIED", 1200), ("SCORES", 2 * 4 * 90 * 3)):
         monkeypatch.setattr(dsa, name, value)
         torch.testing.assert_close(attend_best(*given), expected, atol=1e-6, rtol=0)
@@ -371,7 +408,11 @@ def test_the_twin_on_threads():
 def test_of_equal_keys_the_twin_chooses_the_last():
     """Zeros of either sign among them."""
     latent = torch.arange(9.0).view(1, 9, 1)
-    key, looking, weights = torch.zeros(1, 9, 1), torch.ones(1, 1, 2, 1), torch.tensor([[[-1.0, 1.0]]])
+    key, looking, weights = (
+        torch.zeros(1, 9, 1),
+        torch.ones(1, 1, 2, 1),
+        torch.tensor([[[-1.0, 1.0]]]),
+    )
     key[0, 2] = -1.0
     given = torch.zeros(1, 1, 1, 1), latent, looking, key, weights, 3, 1.0
     for way in (twin.attend_best, attend_best):
@@ -393,7 +434,13 @@ def slowly(look, query, key, scale, warm, present=None, visible=None):
             target = logits[:, over].softmax(-1).mean(0).detach()
             terms.append((target * (target.log() - scores[b, t, over].log_softmax(-1))).sum())
             if len(keys) > look.most:
-                carried.append(logits[:, keys].softmax(-1)[:, [keys.index(s) for s in chosen]].sum(-1).mean().item())
+                carried.append(
+                    logits[:, keys]
+                    .softmax(-1)[:, [keys.index(s) for s in chosen]]
+                    .sum(-1)
+                    .mean()
+                    .item()
+                )
     return torch.stack(terms).mean(), sum(carried) / len(carried) if carried else 1.0
 
 
@@ -404,9 +451,17 @@ def index_scores_slowly(look):
 
 def leaves(batch=2, time=9, most=4, mask=None, heads=3):
     """A look whose tensors want gradients, and an attention to learn from."""
-    query, weights, key = torch.randn(batch, time, 2, 6), torch.randn(batch, time, 2), torch.randn(batch, time, 6)
+    query, weights, key = (
+        torch.randn(batch, time, 2, 6),
+        torch.randn(batch, time, 2),
+        torch.randn(batch, time, 6),
+    )
     tensors = [x.requires_grad_() for x in (query, weights, key)]
-    return Look(*tensors, mask, most), torch.randn(batch, time, heads, 5), torch.randn(batch, time, heads, 5)
+    return (
+        Look(*tensors, mask, most),
+        torch.randn(batch, time, heads, 5),
+        torch.randn(batch, time, heads, 5),
+    )
 
 
 class TestLesson:
@@ -420,7 +475,9 @@ class TestLesson:
         loss, recall = slowly(look, query, key, 0.7, warm)
         torch.testing.assert_close(found.loss, loss.float(), rtol=1e-5, atol=1e-6)
         assert found.recall.item() == pytest.approx(recall, abs=1e-5)
-        mine, theirs = (torch.autograd.grad(3.0 * x, look[:3], allow_unused=True) for x in (found.loss, loss))
+        mine, theirs = (
+            torch.autograd.grad(3.0 * x, look[:3], allow_unused=True) for x in (found.loss, loss)
+        )
         for one, other in zip(mine, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
@@ -491,7 +548,9 @@ def test_is_taught_under_autocast(warm):
     assert found[1].loss.item() == pytest.approx(found[0].loss.item(), rel=0.1)
     assert found[1].recall.item() == pytest.approx(found[0].recall.item(), abs=0.1)
     (out.sum() + found[1].loss).backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in attention.parameters())
+    assert all(
+        p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in attention.parameters()
+    )
 
 
 @pytest.mark.parametrize("warm", [True, False])
@@ -499,7 +558,9 @@ def test_the_model_learns_neither_from_the_choice_nor_from_the_lesson(warm):
     attention, hidden, lessons = layer(), torch.randn(1, 12, 20, requires_grad=True), []
     run(attention, hidden, lessons=lessons, warm=warm).sum().backward(retain_graph=True)
     assert all(p.grad is None for p in attention.inner.parameters())
-    before = {name: p.grad.clone() for name, p in attention.named_parameters() if p.grad is not None}
+    before = {
+        name: p.grad.clone() for name, p in attention.named_parameters() if p.grad is not None
+    }
     before["hidden"] = hidden.grad.clone()
     lessons[0].loss.backward()
     assert torch.equal(hidden.grad, before["hidden"])

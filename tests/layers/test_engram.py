@@ -31,7 +31,9 @@ CANONICAL = [
 CPU = torch.device("cpu")
 
 
-def recalled(layer: Engram, hidden: Tensor, memory: Tensor, ctx: Context, cache: Recent | None = None) -> Tensor:
+def recalled(
+    layer: Engram, hidden: Tensor, memory: Tensor, ctx: Context, cache: Recent | None = None
+) -> Tensor:
     """What the layer adds; memory [B, T, R, head_dim] or, its rows side by side, [B, T, M]."""
     rows = memory if memory.dim() == 4 else memory.unsqueeze(-2)
     kept = None if cache is None else BlockCache(None, cache)
@@ -76,7 +78,9 @@ class Rig(nn.Module):
         rows = self.addresses(ids, where, cache.ids if cache else None)
         live, hidden = self.addresses.live(ids, where), self.hidden[ids]
         outs = [
-            recalled(layer, hidden, table[rows[i]], replace(where, live=live), cache and cache.layers[i])
+            recalled(
+                layer, hidden, table[rows[i]], replace(where, live=live), cache and cache.layers[i]
+            )
             for i, (layer, table) in enumerate(zip(self.layers, self.tables, strict=True))
         ]
         return rows, sum(outs)
@@ -126,7 +130,9 @@ def test_in_chunks_of_any_size_as_at_once(data: st.DataObject) -> None:
         assert torch.equal(got_rows, rows[:, :, part])
         torch.testing.assert_close(got, out[:, part], atol=1e-6, rtol=1e-5)
     for row in range(batch):  # alone as in a batch
-        alone = {name: None if value is None else value[row : row + 1] for name, value in named.items()}
+        alone = {
+            name: None if value is None else value[row : row + 1] for name, value in named.items()
+        }
         alone_rows, alone_out = rig(ids[row : row + 1], **alone)
         assert torch.equal(alone_rows, rows[:, row : row + 1])
         torch.testing.assert_close(alone_out, out[row : row + 1], atol=1e-6, rtol=1e-5)
@@ -137,7 +143,11 @@ def test_in_chunks_of_any_size_as_at_once(data: st.DataObject) -> None:
 def test_forgotten_tokens_and_reordered_rows_leave_no_trace(data: st.DataObject) -> None:
     torch.manual_seed(0)
     rig = Rig(**data.draw(VARIANTS))
-    ids, cache, held = torch.randint(40, (3, 60)), rig.new_cache(), torch.zeros(3, 0, dtype=torch.int64)
+    ids, cache, held = (
+        torch.randint(40, (3, 60)),
+        rig.new_cache(),
+        torch.zeros(3, 0, dtype=torch.int64),
+    )
     for _ in range(data.draw(st.integers(1, 8))):
         count = data.draw(st.integers(1, 7))
         new = ids[:, held.shape[1] : held.shape[1] + count]
@@ -258,19 +268,29 @@ def test_layer_is_the_authors(layer: int) -> None:
     out = recalled(ours, hidden, table[rows], where)
     torch.testing.assert_close(out, golden[prefix + "out"], atol=5e-6, rtol=0)
     (out * golden[prefix + "grad_out"]).sum().backward()
-    for got, name in ((hidden.grad, "hidden"), (table.grad, "embedding"), (ours.conv.grad.view(-1, 1, 4), "conv")):
+    for got, name in (
+        (hidden.grad, "hidden"),
+        (table.grad, "embedding"),
+        (ours.conv.grad.view(-1, 1, 4), "conv"),
+    ):
         torch.testing.assert_close(got, golden[f"{prefix}grad_{name}"], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("kernel", "dilation", "time"), [(1, None, 5), (2, 1, 1), (3, None, 7), (4, 2, 23)])
-def test_convolution_is_torchs(kernel: int, dilation: int | None, time: int, poisoned: None) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "dilation", "time"), [(1, None, 5), (2, 1, 1), (3, None, 7), (4, 2, 23)]
+)
+def test_convolution_is_torchs(
+    kernel: int, dilation: int | None, time: int, poisoned: None
+) -> None:
     config = EngramConfig(kernel=kernel, dilation=dilation)
     layer = Engram(config, 6, 2)
     nn.init.normal_(layer.conv)
     x = torch.randn(3, time, 2, 6)
     step = dilation or config.ngram
     padded = F.pad(x.flatten(2).transpose(1, 2), ((kernel - 1) * step, 0))
-    expected = F.conv1d(padded, layer.conv.view(12, 1, kernel), dilation=step, groups=12).transpose(1, 2)
+    expected = F.conv1d(padded, layer.conv.view(12, 1, kernel), dilation=step, groups=12).transpose(
+        1, 2
+    )
     got = layer._convolve(x, context(3, time, "cpu"))
     torch.testing.assert_close(got.flatten(2), expected, atol=1e-6, rtol=1e-5)
 
@@ -308,10 +328,16 @@ def test_convolution_and_its_gradients(
         for t in range(halo, halo + time):
             total = 0
             for j in range(taps):
-                same = 1.0 if documents is None else (documents[:, t - j * step] == documents[:, t]).double()
+                same = (
+                    1.0
+                    if documents is None
+                    else (documents[:, t - j * step] == documents[:, t]).double()
+                )
                 total = (
                     total
-                    + window[:, t - j * step] * weight[..., taps - 1 - j] * (torch.ones(batch) * same)[:, None, None]
+                    + window[:, t - j * step]
+                    * weight[..., taps - 1 - j]
+                    * (torch.ones(batch) * same)[:, None, None]
                 )
             tokens.append(total)
         return torch.stack(tokens, 1)
@@ -352,13 +378,17 @@ def test_slope_of_the_signed_root() -> None:
     torch.testing.assert_close(query.grad.flatten(), torch.tensor(slopes), rtol=1e-3, atol=0)
 
 
-def fused_in_double(hidden, key, value, query_norm, key_norm, conv_norm, live, sign, eps, conv_eps) -> list[Tensor]:
+def fused_in_double(
+    hidden, key, value, query_norm, key_norm, conv_norm, live, sign, eps, conv_eps
+) -> list[Tensor]:
     """The layer's equations with nothing rounded; [v] or [v, norm(v)]."""
 
     def normed(x: Tensor, weight: Tensor, least: float) -> Tensor:
         return weight * x / (x.square().mean(-1, keepdim=True) + least).sqrt()
 
-    score = (normed(hidden, query_norm, eps) * normed(key, key_norm, eps)).sum(-1) / hidden.shape[-1] ** 0.5
+    score = (normed(hidden, query_norm, eps) * normed(key, key_norm, eps)).sum(-1) / hidden.shape[
+        -1
+    ] ** 0.5
     root = torch.where(score.abs() < 1e-6, 1e-3, score.abs().clamp_min(1e-6).sqrt())
     signs = torch.where(score < 0, -1.0, 1.0) if sign == "copysign" else score.sign()
     gates = torch.sigmoid(root * signs)
@@ -367,11 +397,16 @@ def fused_in_double(hidden, key, value, query_norm, key_norm, conv_norm, live, s
     return [gated] if conv_norm is None else [gated, normed(gated, conv_norm, conv_eps)]
 
 
-def given_to_fuse(shape, conv: bool, masked: bool, sign: str, dtype=torch.float32, device=CPU) -> tuple:
+def given_to_fuse(
+    shape, conv: bool, masked: bool, sign: str, dtype=torch.float32, device=CPU
+) -> tuple:
     """Inputs of `fuse` with scores clear of 0, near which a rounded score has another slope."""
     hidden = torch.randn(shape)
     key = hidden * (0.5 + torch.rand(shape)) * torch.randn(shape[:3]).sign()[..., None]
-    value, (query_norm, key_norm, conv_norm) = torch.randn(*shape[:2], shape[3]), 1 + 0.2 * torch.randn(3, *shape[2:])
+    value, (query_norm, key_norm, conv_norm) = (
+        torch.randn(*shape[:2], shape[3]),
+        1 + 0.2 * torch.randn(3, *shape[2:]),
+    )
     live = torch.rand(shape[:2]) < 0.7 if masked else None
     floats = [x.to(device, dtype) for x in (hidden, key, value, query_norm, key_norm, conv_norm)]
     if not conv:
@@ -381,22 +416,31 @@ def given_to_fuse(shape, conv: bool, masked: bool, sign: str, dtype=torch.float3
 
 def with_gradients(function, given: tuple, weights: list[Tensor]) -> list[Tensor]:
     """What `function` returns, and the gradients of its weighted sum to every float it is given."""
-    floats = [x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given]
+    floats = [
+        x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for x in given
+    ]
     out = [x for x in function(*floats) if x is not None]
     total = sum((x * weight.to(x)).sum() for x, weight in zip(out, weights, strict=False))
-    return out + list(torch.autograd.grad(total, [x for x in floats if isinstance(x, Tensor) and x.requires_grad]))
+    return out + list(
+        torch.autograd.grad(total, [x for x in floats if isinstance(x, Tensor) and x.requires_grad])
+    )
 
 
 def check_fuse(function, given: tuple, tolerance: float) -> None:
     """Outputs and gradients are those of the formula in double, relative to the largest of each."""
     weights = [torch.randn(given[0].shape) for _ in range(2)]
     got = with_gradients(function, given, weights)
-    exact = tuple(x.cpu().double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
+    exact = tuple(
+        x.cpu().double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given
+    )
     exact = tuple(x.cpu() if isinstance(x, Tensor) else x for x in exact)
     for ours, expected in zip(got, with_gradients(fused_in_double, exact, weights), strict=True):
         assert ours.dtype == given[0].dtype and ours.shape == expected.shape
         most = expected.abs().max().item() if expected.numel() else 0.0
-        torch.testing.assert_close(ours.cpu().double(), expected, atol=tolerance * max(most, 1e-2), rtol=0)
+        torch.testing.assert_close(
+            ours.cpu().double(), expected, atol=tolerance * max(most, 1e-2), rtol=0
+        )
 
 
 SIZES = [(1, 1, 1, 1), (2, 7, 4, 3), (1, 7, 3, 130), (2, 1, 1, 80), (3, 2, 4, 5)]
@@ -405,7 +449,9 @@ SIZES = [(1, 1, 1, 1), (2, 7, 4, 3), (1, 7, 3, 130), (2, 1, 1, 80), (3, 2, 4, 5)
 @pytest.mark.parametrize("sign", ["sign", "copysign"])
 @pytest.mark.parametrize(("conv", "masked"), [(True, True), (False, False), (True, False)])
 @pytest.mark.parametrize("shape", SIZES)
-def test_fusion_and_its_gradients(shape, conv: bool, masked: bool, sign: str, poisoned: None) -> None:
+def test_fusion_and_its_gradients(
+    shape, conv: bool, masked: bool, sign: str, poisoned: None
+) -> None:
     check_fuse(engram.fuse, given_to_fuse(shape, conv, masked, sign), 2e-5)
 
 
@@ -421,7 +467,9 @@ def check_slopes(function, device=CPU) -> None:
         expected = torch.tensor([*flat, 1.1e-6**0.5, -(1.1e-6**0.5), 1.0, -2.0]).sigmoid()
         torch.testing.assert_close(gated.flatten().cpu(), expected)
         slope = torch.tensor([0.0, 0.0, 0.0, 0.5 / 1.1e-6**0.5, 0.5 / 1.1e-6**0.5, 0.5, 0.25])
-        torch.testing.assert_close(weight.grad.flatten().cpu(), slope * expected * (1 - expected), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            weight.grad.flatten().cpu(), slope * expected * (1 - expected), rtol=1e-5, atol=0
+        )
 
 
 def test_fusion_is_flat_near_no_score() -> None:
@@ -431,11 +479,18 @@ def test_fusion_is_flat_near_no_score() -> None:
 def check_the_rest(function, device=CPU) -> None:
     """Views that are no blocks of memory, a value that nobody differentiates, and no tokens at all."""
     given = given_to_fuse((4, 3, 2, 6), True, True, "sign", device=device)
-    views = (*(x.transpose(0, 1).contiguous().transpose(0, 1) for x in given[:3]), *given[3:6], given[6], *given[7:])
+    views = (
+        *(x.transpose(0, 1).contiguous().transpose(0, 1) for x in given[:3]),
+        *given[3:6],
+        given[6],
+        *given[7:],
+    )
     for ours, expected in zip(function(*views), function(*given), strict=True):
         assert torch.equal(ours, expected)
     alone = given[1].clone().requires_grad_()
-    function(given[0], alone, *given[2:])[1].sum().backward()  # through one result of two, to one input of six
+    function(given[0], alone, *given[2:])[
+        1
+    ].sum().backward()  # through one result of two, to one input of six
     assert alone.grad.isfinite().all() and alone.grad.any()
     for shape in ((0, 3, 2, 5), (2, 0, 2, 5)):
         check_fuse(function, given_to_fuse(shape, True, True, "sign", device=device), 0.0)
@@ -447,10 +502,16 @@ def test_fusion_of_views_and_of_nothing(poisoned: None) -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_layer_that_is_computed_again_for_its_gradients(reentrant: bool) -> None:
-    layer, where = Engram(EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3), 8, 2), context(2, 5, "cpu")
+    layer, where = (
+        Engram(EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3), 8, 2),
+        context(2, 5, "cpu"),
+    )
     layer.reset(std=0.5)
     nn.init.normal_(layer.conv)
-    hidden, memory = torch.randn(2, 5, 2, 8, requires_grad=True), torch.randn(2, 5, 12, requires_grad=True)
+    hidden, memory = (
+        torch.randn(2, 5, 2, 8, requires_grad=True),
+        torch.randn(2, 5, 12, requires_grad=True),
+    )
     wanted = [hidden, memory, *layer.parameters()]
 
     def gradients(out: Tensor) -> list[Tensor]:
@@ -460,14 +521,22 @@ def test_a_layer_that_is_computed_again_for_its_gradients(reentrant: bool) -> No
         return [tensor.grad for tensor in wanted]
 
     expected = gradients(recalled(layer, hidden, memory, where))
-    again = gradients(checkpoint(lambda x, e: recalled(layer, x, e, where), hidden, memory, use_reentrant=reentrant))
+    again = gradients(
+        checkpoint(
+            lambda x, e: recalled(layer, x, e, where), hidden, memory, use_reentrant=reentrant
+        )
+    )
     for ours, theirs in zip(again, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=0)
 
 
 def test_what_torch_makes_by_default_does_not_matter() -> None:
     """transformers sets another dtype while it loads; a caller may set another device."""
-    window, taps, given = torch.randn(2, 9, 3, 5), torch.randn(3, 5, 4), given_to_fuse((2, 7, 3, 5), True, True, "sign")
+    window, taps, given = (
+        torch.randn(2, 9, 3, 5),
+        torch.randn(3, 5, 4),
+        given_to_fuse((2, 7, 3, 5), True, True, "sign"),
+    )
     tokens = torch.randint(40, (2, 7))
     documents, told = torch.zeros(2, 9, dtype=torch.long), context(2, 7, "cpu")
     addresses = Addresses(EngramConfig(rows_per_head=(31, 67)), torch.arange(40), 40)
@@ -496,12 +565,19 @@ def test_tiles_fuse_as_the_formula(tiled: torch.device, poisoned: None) -> None:
     function = kernels.triton_twins.fuse
     for shape, conv, masked, sign in (
         ((1, 1, 1, 1), True, False, "sign"),
-        ((2, 7, 4, 3), True, True, "copysign"),  # two runs of tokens, in one of which a row of the batch ends
+        (
+            (2, 7, 4, 3),
+            True,
+            True,
+            "copysign",
+        ),  # two runs of tokens, in one of which a row of the batch ends
         ((1, 7, 1, 130), True, False, "sign"),
         ((1, 5, 3, 80), False, True, "sign"),
     ):
         check_fuse(function, given_to_fuse(shape, conv, masked, sign, device=tiled), 2e-5)
-    check_fuse(function, given_to_fuse((1, 3, 2, 5), True, True, "sign", torch.bfloat16, tiled), 3e-2)
+    check_fuse(
+        function, given_to_fuse((1, 3, 2, 5), True, True, "sign", torch.bfloat16, tiled), 3e-2
+    )
     check_slopes(function, tiled)
     check_the_rest(function, tiled)
 
@@ -509,10 +585,17 @@ def test_tiles_fuse_as_the_formula(tiled: torch.device, poisoned: None) -> None:
 @pytest.mark.interpreted
 def test_layer_on_tiles_is_the_layer(tiled: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     config = EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3)
-    layer, where = Engram(config, 5, 3).to(tiled), context(2, 4, str(tiled), present=torch.arange(4) > torch.ones(2, 1))
+    layer, where = (
+        Engram(config, 5, 3).to(tiled),
+        context(2, 4, str(tiled), present=torch.arange(4) > torch.ones(2, 1)),
+    )
     layer.reset(std=0.5)
     nn.init.normal_(layer.conv)
-    hidden, memory, weight = torch.randn(2, 4, 3, 5), torch.randn(2, 4, config.memory_width), torch.randn(2, 4, 3, 5)
+    hidden, memory, weight = (
+        torch.randn(2, 4, 3, 5),
+        torch.randn(2, 4, config.memory_width),
+        torch.randn(2, 4, 3, 5),
+    )
     found = []
     for kind in ("reference", "triton"):
         monkeypatch.setenv(kernels.VARIABLE, f"engram_fuse={kind}")
@@ -552,25 +635,40 @@ def test_without_a_gate_a_stream(gating: str) -> None:
     assert [name for name, _ in layer.named_parameters() if "key" in name or "query" in name] == (
         ["key_proj.weight", "gate.key_norm", "gate.query_norm"] if gating == "shared" else []
     )
-    hidden, memory, change = torch.randn(2, 4, 3, 5), torch.randn(2, 4, config.memory_width), torch.randn(2, 4, 3, 5)
+    hidden, memory, change = (
+        torch.randn(2, 4, 3, 5),
+        torch.randn(2, 4, config.memory_width),
+        torch.randn(2, 4, 3, 5),
+    )
 
     def plain(hidden: Tensor, memory: Tensor, p: dict[str, Tensor]) -> Tensor:
         gates = torch.ones(2, 4, dtype=hidden.dtype)
         if gating == "shared":
             query = F.rms_norm(hidden.mean(2), (dim,), p["gate.query_norm"][0], config.eps)
-            key = F.rms_norm(memory @ p["key_proj.weight"].T, (dim,), p["gate.key_norm"][0], config.eps)
+            key = F.rms_norm(
+                memory @ p["key_proj.weight"].T, (dim,), p["gate.key_norm"][0], config.eps
+            )
             score = (query * key).sum(-1) / dim**0.5
             gates = (score.sign() * score.abs().sqrt()).sigmoid()
         gated = (gates * present)[..., None] * (memory @ p["value_proj.weight"].T)
         gated = gated[:, :, None].expand(2, 4, streams, dim)
         normed = F.rms_norm(gated, (dim,), None, config.conv_eps) * p["conv_norm"]
         return gated + F.silu(
-            engram.convolve(F.pad(normed, (0, 0, 0, 0, config.halo, 0)), p["conv"], None, config.halo)
+            engram.convolve(
+                F.pad(normed, (0, 0, 0, 0, config.halo, 0)), p["conv"], None, config.halo
+            )
         )
 
     def run(function, dtype: torch.dtype) -> list[Tensor]:
-        named = {name: value.detach().to(dtype).requires_grad_() for name, value in layer.named_parameters()}
-        given = [hidden.to(dtype).requires_grad_(), memory.to(dtype).requires_grad_(), *named.values()]
+        named = {
+            name: value.detach().to(dtype).requires_grad_()
+            for name, value in layer.named_parameters()
+        }
+        given = [
+            hidden.to(dtype).requires_grad_(),
+            memory.to(dtype).requires_grad_(),
+            *named.values(),
+        ]
         out = function(*given[:2], named)
         wanted = given if gating == "shared" else given[1:]
         return [out, *torch.autograd.grad((out * change.to(dtype)).sum(), wanted)]
@@ -589,9 +687,17 @@ def test_one_gate_of_equal_streams_is_a_gate_a_stream() -> None:
     shared.reset(std=0.5)
     ours = dict(shared.state_dict())
     ours["key_proj.weight"] = ours["key_proj.weight"].repeat(3, 1)
-    whole.load_state_dict({name: v.repeat(3, 1) if name.startswith("gate.") else v for name, v in ours.items()})
-    hidden, memory, where = torch.randn(2, 5, 1, 8).expand(2, 5, 3, 8), torch.randn(2, 5, 128), context(2, 5, "cpu")
-    torch.testing.assert_close(recalled(shared, hidden, memory, where), recalled(whole, hidden, memory, where))
+    whole.load_state_dict(
+        {name: v.repeat(3, 1) if name.startswith("gate.") else v for name, v in ours.items()}
+    )
+    hidden, memory, where = (
+        torch.randn(2, 5, 1, 8).expand(2, 5, 3, 8),
+        torch.randn(2, 5, 128),
+        context(2, 5, "cpu"),
+    )
+    torch.testing.assert_close(
+        recalled(shared, hidden, memory, where), recalled(whole, hidden, memory, where)
+    )
 
 
 def test_whoever_watches_sees_a_gate_a_stream_whatever_the_gating() -> None:
@@ -599,7 +705,9 @@ def test_whoever_watches_sees_a_gate_a_stream_whatever_the_gating() -> None:
         layer, seen = Engram(EngramConfig(gating=gating), 8, 2).bfloat16(), []
         layer.reset(std=0.5)
         layer.gate.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
-        recalled(layer, torch.randn(2, 5, 2, 8).bfloat16(), torch.randn(2, 5, 128), context(2, 5, "cpu"))
+        recalled(
+            layer, torch.randn(2, 5, 2, 8).bfloat16(), torch.randn(2, 5, 128), context(2, 5, "cpu")
+        )
         assert seen[0].shape == (2, 5, 2) and seen[0].dtype == torch.float32
         assert torch.equal(seen[0][..., 0], seen[0][..., 1]) == (gating != "streams")
         assert bool((seen[0] == 1).all()) == (gating == "open")
@@ -612,11 +720,15 @@ def test_reset_is_the_table_of_inits() -> None:
     layer.reset(torch.Generator().manual_seed(1), std=0.5)
     assert (layer.conv == 0).all()
     assert (layer.key_proj.bias == 0).all()
-    assert all((norm == 1).all() for norm in (layer.conv_norm, layer.gate.key_norm, layer.gate.query_norm))
+    assert all(
+        (norm == 1).all() for norm in (layer.conv_norm, layer.gate.key_norm, layer.gate.query_norm)
+    )
     assert 0.45 < layer.key_proj.weight.std() < 0.55
     again = Engram(EngramConfig(bias=True), 16, 3)
     again.reset(torch.Generator().manual_seed(1), std=0.5)
-    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(layer.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_bfloat16_keeps_its_dtype_and_gates_in_float32() -> None:
@@ -644,7 +756,9 @@ def test_built_on_no_device_and_moved_it_has_its_numbers() -> None:
 
 def test_rows_of_another_width_are_refused() -> None:
     layer = Engram(EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3), 8)
-    with pytest.raises(ValueError, match=r"got 16 recalled numbers a token, expected 12, 4 rows of 3"):
+    with pytest.raises(
+        ValueError, match=r"got 16 recalled numbers a token, expected 12, 4 rows of 3"
+    ):
         recalled(layer, torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 16), context(1, 2, "cpu"))
 
 

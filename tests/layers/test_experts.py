@@ -26,7 +26,10 @@ def one_by_one(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
 def close(one: Tensor, two: Tensor, dtype: torch.dtype) -> None:
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}[dtype]
     torch.testing.assert_close(
-        one, two, rtol=tolerance, atol=tolerance * (two.detach().abs().max().item() if two.numel() else 1.0)
+        one,
+        two,
+        rtol=tolerance,
+        atol=tolerance * (two.detach().abs().max().item() if two.numel() else 1.0),
     )
 
 
@@ -44,7 +47,9 @@ def close(one: Tensor, two: Tensor, dtype: torch.dtype) -> None:
         (8, 8, [70, 0, 130, 3, 64]),
     ],
 )
-def test_equal_to_a_loop_over_experts(dim: int, width: int, counts: list[int], dtype: torch.dtype) -> None:
+def test_equal_to_a_loop_over_experts(
+    dim: int, width: int, counts: list[int], dtype: torch.dtype
+) -> None:
     experts = Experts(len(counts), dim, width).to(dtype)
     rows, count = torch.randn(sum(counts), dim, dtype=dtype), torch.tensor(counts)
     weights = torch.randn_like(rows)
@@ -79,7 +84,9 @@ def test_experts_without_rows_get_a_zero_gradient(dim: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("counts", [[3, 0, 70], [100, 1, 30]])
-def test_what_lies_behind_the_last_expert_reaches_no_gradient(counts: list[int], dtype: torch.dtype) -> None:
+def test_what_lies_behind_the_last_expert_reaches_no_gradient(
+    counts: list[int], dtype: torch.dtype
+) -> None:
     """Padding leaves rows there that nobody computed."""
     rows, weight = torch.randn(sum(counts) + 40, 16).to(dtype), torch.randn(3, 16, 8).to(dtype)
     rows[sum(counts) :] = torch.nan
@@ -101,7 +108,9 @@ def test_gradients_are_those_of_the_formula() -> None:
     experts = Experts(3, 4, 2).double()
     rows = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     counts = torch.tensor([2, 0, 3])
-    assert torch.autograd.gradcheck(lambda x, *_: experts(x, counts), (rows, experts.gate_up, experts.down))
+    assert torch.autograd.gradcheck(
+        lambda x, *_: experts(x, counts), (rows, experts.gate_up, experts.down)
+    )
 
 
 def test_autocast_is_followed() -> None:

@@ -10,7 +10,17 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 )
 
 from rorqual.config import from_dict
-from rorqual.layers.hyper import Connection, Exit, HyperConfig, Residual, Streams, composite_gain, enter, health, spread
+from rorqual.layers.hyper import (
+    Connection,
+    Exit,
+    HyperConfig,
+    Residual,
+    Streams,
+    composite_gain,
+    enter,
+    health,
+    spread,
+)
 
 KINDS = {
     "mhc": HyperConfig(),
@@ -28,7 +38,9 @@ def stirred(module: nn.Module, std: float = 1.0) -> nn.Module:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(
-                torch.randn_like(parameter) * std * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1)
+                torch.randn_like(parameter)
+                * std
+                * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1)
             )
     return module
 
@@ -67,12 +79,16 @@ def plain(config: HyperConfig, site: Connection, x: torch.Tensor, sublayer) -> t
             c = c / (c.sum(1, keepdim=True) + 1e-6)
             c = c / (c.sum(0, keepdim=True) + 1e-6)
         result = sublayer(sum(pre[i] * x[b, t, i] for i in range(S)))
-        out[b, t] = torch.stack([post[k] * result + sum(c[j, k] * x[b, t, j] for j in range(S)) for k in range(S)])
+        out[b, t] = torch.stack(
+            [post[k] * result + sum(c[j, k] * x[b, t, j] for j in range(S)) for k in range(S)]
+        )
     return out
 
 
 def close(ours, expected, tolerance=1e-6):
-    torch.testing.assert_close(ours, expected, atol=tolerance * max(1.0, expected.abs().max().item()), rtol=0)
+    torch.testing.assert_close(
+        ours, expected, atol=tolerance * max(1.0, expected.abs().max().item()), rtol=0
+    )
 
 
 class TestDeepSeekV4:
@@ -83,7 +99,11 @@ class TestDeepSeekV4:
         reference, site = stirred(theirs(dim, config)), Connection(config, dim)
         site.mixer.load_state_dict(reference.state_dict())
         x = torch.randn(2, time, streams, dim, requires_grad=True)
-        pulls = torch.randn(2, time, streams), torch.randn(2, time, streams, streams), torch.randn(2, time, dim)
+        pulls = (
+            torch.randn(2, time, streams),
+            torch.randn(2, time, streams, streams),
+            torch.randn(2, time, dim),
+        )
         post, comb, u = reference(x)
         sum((a * b).sum() for a, b in zip((post, comb, u), pulls, strict=True)).backward()
         expected, x.grad = x.grad, None
@@ -91,7 +111,9 @@ class TestDeepSeekV4:
         read = (got.pre.unsqueeze(-1) * x).sum(2)
         for a, b in zip((got.post, got.comb, read), (post, comb, u), strict=True):
             close(a, b)
-        sum((a * b).sum() for a, b in zip((got.post, got.comb, read), pulls, strict=True)).backward()
+        sum(
+            (a * b).sum() for a, b in zip((got.post, got.comb, read), pulls, strict=True)
+        ).backward()
         close(x.grad, expected)
         for a, b in zip(site.mixer.parameters(), reference.parameters(), strict=True):
             close(a.grad, b.grad, 3e-6)
@@ -127,10 +149,15 @@ class TestDeepSeekV4:
     @pytest.mark.parametrize("config", RELEASED, ids=str)
     def test_exit(self, config):
         reference, exit = stirred(theirs(24, config, DeepseekV4HyperHead)), Exit(config, 24)
-        exit.load_state_dict({name.removeprefix("hc_"): value for name, value in reference.state_dict().items()})
+        exit.load_state_dict(
+            {name.removeprefix("hc_"): value for name, value in reference.state_dict().items()}
+        )
         x = torch.randn(2, 5, config.streams, 24, requires_grad=True)
         close(exit(Streams(x)), reference(x))
-        pull, parameters = torch.randn(2, 5, 24), [list(module.parameters()) for module in (exit, reference)]
+        pull, parameters = (
+            torch.randn(2, 5, 24),
+            [list(module.parameters()) for module in (exit, reference)],
+        )
         outs = (exit(Streams(x)), parameters[0]), (reference(x), parameters[1])
         grads = (torch.autograd.grad((y * pull).sum(), [x, *inputs]) for y, inputs in outs)
         for a, b in zip(*grads, strict=True):
@@ -151,7 +178,10 @@ class TestDeepSeekV4:
         close(seen[0].float(), u.float(), 2**-8)
 
     def test_parameters_are_laid_out_as_released(self):
-        shapes = {name: tuple(p.shape) for name, p in Connection(HyperConfig(), 24).mixer.named_parameters()}
+        shapes = {
+            name: tuple(p.shape)
+            for name, p in Connection(HyperConfig(), 24).mixer.named_parameters()
+        }
         assert shapes == {"fn": (24, 96), "base": (24,), "scale": (3,)}
 
 
@@ -178,13 +208,27 @@ class TestPaper:
         x = torch.randn(1, 5, S, dim, dtype=torch.float64, requires_grad=True)
         pre, post, comb = site.mixer.fn.split([S, S, S * S])
         base = site.mixer.base.split([S, S, S * S])
-        phi_res = comb.view(S, S, -1).transpose(0, 1).flatten(0, 1).T  # comb[j, k] is the paper's [k, j]
-        rest = (pre.T, post.T, phi_res, site.mixer.scale, base[0], base[1], base[2].view(S, S).T, torch.sin)
+        phi_res = (
+            comb.view(S, S, -1).transpose(0, 1).flatten(0, 1).T
+        )  # comb[j, k] is the paper's [k, j]
+        rest = (
+            pre.T,
+            post.T,
+            phi_res,
+            site.mixer.scale,
+            base[0],
+            base[1],
+            base[2].view(S, S).T,
+            torch.sin,
+        )
         expected = torch.stack([self.paper(token, *rest) for token in x[0]])[None]
         ours = through(site, x, torch.sin)[0]
         torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
         pull, inputs = torch.randn_like(expected), [x, *site.parameters()]
-        grads = (torch.autograd.grad((y * pull).sum(), inputs, retain_graph=True) for y in (ours, expected))
+        grads = (
+            torch.autograd.grad((y * pull).sum(), inputs, retain_graph=True)
+            for y in (ours, expected)
+        )
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-9)
 
@@ -193,7 +237,11 @@ class TestPaper:
         one = stirred(Connection(HyperConfig(eps=0.0), 8)).double()
         other = Connection(HyperConfig(), 8).double()
         other.load_state_dict(one.state_dict())
-        assert 1e-7 < (through(one, x, torch.sin)[0] - through(other, x, torch.sin)[0]).abs().max() < 1e-4
+        assert (
+            1e-7
+            < (through(one, x, torch.sin)[0] - through(other, x, torch.sin)[0]).abs().max()
+            < 1e-4
+        )
 
 
 class TestAlone:
@@ -209,7 +257,10 @@ class TestAlone:
         expected = plain(config, site, x, lambda u: (u @ weight).tanh())
         torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
         pull, inputs = torch.randn_like(expected), [x, *site.parameters()]
-        grads = (torch.autograd.grad((y * pull).sum(), inputs, allow_unused=True) for y in (ours, expected))
+        grads = (
+            torch.autograd.grad((y * pull).sum(), inputs, allow_unused=True)
+            for y in (ours, expected)
+        )
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-9)
 
@@ -242,7 +293,9 @@ class TestAlone:
     @pytest.mark.parametrize("time", [0, 1])
     def test_few_tokens(self, time):
         for config in KINDS.values():
-            out, carried = through(Connection(config, 6), torch.randn(2, time, config.streams, 6), torch.tanh)
+            out, carried = through(
+                Connection(config, 6), torch.randn(2, time, config.streams, 6), torch.tanh
+            )
             assert out.shape == (2, time, config.streams, 6)
             assert Exit(config, 6)(Streams(out, carried)).shape == (2, time, 6)
 
@@ -251,7 +304,9 @@ class TestTraps:
     def test_comb_is_applied_transposed(self):
         site = Connection(HyperConfig(), 1)
         with torch.no_grad():
-            site.mixer.base[8:] = torch.tensor([[0, 9, 0, 0], [0, 0, 9, 0], [0, 0, 0, 9], [9, 0, 0, 0.0]]).flatten()
+            site.mixer.base[8:] = torch.tensor(
+                [[0, 9, 0, 0], [0, 0, 9, 0], [0, 0, 0, 9], [9, 0, 0, 0.0]]
+            ).flatten()
             site.mixer.base[4:8] = -50.0  # nothing of the sublayer
         x = torch.arange(4.0).view(1, 1, 4, 1)
         out, _ = through(site, x, torch.zeros_like)
@@ -260,11 +315,16 @@ class TestTraps:
     def test_zero_phi_with_equal_biases_keeps_the_streams_equal_for_ever(self):
         def trained(reset):
             torch.manual_seed(1)
-            sites, head = [Connection(HyperConfig(identity=0.0), 8, n) for n in range(4)], nn.Linear(8, 8)
+            sites, head = (
+                [Connection(HyperConfig(identity=0.0), 8, n) for n in range(4)],
+                nn.Linear(8, 8),
+            )
             layers = [nn.Linear(8, 8) for _ in sites]
             for site in sites:
                 reset(site)
-            optimiser = torch.optim.SGD([p for m in (*sites, *layers, head) for p in m.parameters()], lr=0.5)
+            optimiser = torch.optim.SGD(
+                [p for m in (*sites, *layers, head) for p in m.parameters()], lr=0.5
+            )
             for _ in range(30):
                 streams, hidden = enter(torch.randn(4, 8, 8), HyperConfig()).values, None
                 hidden = streams[:, :, 0]
@@ -290,11 +350,16 @@ class TestTraps:
         assert gradient(16.0) < 1e-3 * gradient(HyperConfig().identity)
 
     def test_coefficients_of_bfloat16_streams_are_float32(self):
-        site, x = stirred(Connection(HyperConfig(), 32)).bfloat16(), torch.randn(2, 9, 4, 32).bfloat16()
+        site, x = (
+            stirred(Connection(HyperConfig(), 32)).bfloat16(),
+            torch.randn(2, 9, 4, 32).bfloat16(),
+        )
         got = site.coefficients(x)
         assert {value.dtype for value in got} == {torch.float32}
         assert (got.comb.sum(-2) - 1).abs().max() < 1e-5
-        assert (got.comb.bfloat16().float().sum(-2) - 1).abs().max() > 1e-3  # what bfloat16 would have made of it
+        assert (
+            got.comb.bfloat16().float().sum(-2) - 1
+        ).abs().max() > 1e-3  # what bfloat16 would have made of it
         out, carried = through(site, x, torch.tanh)
         assert out.dtype == torch.bfloat16
         assert carried.dtype == torch.float32
@@ -322,12 +387,17 @@ class TestTraps:
         assert ours[3].dtype == torch.float32
         close(ours[3], expected[3], 2e-2)  # the sublayer's own product is rounded
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(through(site, x, torch.sin)[0], eager := through(site, x, torch.sin)[0])
+            assert torch.equal(
+                through(site, x, torch.sin)[0], eager := through(site, x, torch.sin)[0]
+            )
         assert torch.equal(eager, through(site, x, torch.sin)[0])
 
     @pytest.mark.parametrize("config", [HyperConfig(), HyperConfig(kind="hc")], ids=str)
     def test_equal_streams_make_the_plain_residual_network(self, config):
-        sites, layers = [Connection(config, 12, n) for n in range(6)], [nn.Linear(12, 12) for _ in range(6)]
+        sites, layers = (
+            [Connection(config, 12, n) for n in range(6)],
+            [nn.Linear(12, 12) for _ in range(6)],
+        )
         for site in sites:
             site.mixer.scale.data.zero_()  # post = 1, pre sums to 1
         hidden = torch.randn(2, 5, 12)
@@ -363,7 +433,10 @@ class TestKinds:
         close(seen[1], (pre[..., None] * first).sum(2))
         exit = Exit(config, 8)
         assert not list(exit.parameters())
-        close(exit(Streams(last, carried_on)), (sites[1].coefficients(first).pre[..., None] * last).sum(2))
+        close(
+            exit(Streams(last, carried_on)),
+            (sites[1].coefficients(first).pre[..., None] * last).sum(2),
+        )
 
     def test_the_carried_pre_keeps_its_gradient(self):
         config = HyperConfig(kind="single_pass")
@@ -383,7 +456,9 @@ class TestKinds:
         A_m = m.scale[0] * torch.tanh(n @ m.fn[0]) + m.base_pre
         A_r = m.scale[0] * torch.tanh(n @ m.fn[2:].T) + m.base_comb
         expected = torch.outer(B, (A_m @ H).sin()) + A_r.T @ H
-        torch.testing.assert_close(through(site, x, torch.sin)[0][0, 0], expected, atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            through(site, x, torch.sin)[0][0, 0], expected, atol=1e-12, rtol=0
+        )
 
     def test_hc_starts_as_a_residual_network_reading_stream_site_mod_s(self):
         site, seen = Connection(HyperConfig(kind="hc"), 6, 6), []
@@ -448,7 +523,9 @@ class TestHealth:
     def test_composite_gain_of_known_matrices(self):
         one = torch.tensor([[1.0, 2.0], [0.0, 1.0]]).expand(1, 1, 2, 2)  # H_res = [[1, 0], [2, 1]]
         assert composite_gain([one]) == (3.0, 3.0)
-        two = torch.tensor([[1.0, 0.0], [3.0, 1.0]]).expand(1, 1, 2, 2)  # H_res_2 H_res_1 = [[7, 3], [2, 1]]
+        two = torch.tensor([[1.0, 0.0], [3.0, 1.0]]).expand(
+            1, 1, 2, 2
+        )  # H_res_2 H_res_1 = [[7, 3], [2, 1]]
         assert composite_gain([one, two]) == (10.0, 9.0)
 
     def test_unconstrained_hc_drifts_where_mhc_stays(self):
@@ -521,6 +598,8 @@ def test_compiled_equals_eager():
         return through(site, x, lambda u: (u @ weight).tanh())[0].square().sum()
 
     x = torch.randn(2, 5, 4, 24, requires_grad=True)
-    grads = (torch.autograd.grad(f(x), [x, *site.parameters()]) for f in (loss, torch.compile(loss)))
+    grads = (
+        torch.autograd.grad(f(x), [x, *site.parameters()]) for f in (loss, torch.compile(loss))
+    )
     for a, b in zip(*grads, strict=True):
         close(a, b, 2e-5)

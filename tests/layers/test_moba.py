@@ -36,7 +36,8 @@ def brute(query, key, value, scale, block, chosen, choice="token"):
                 chooser = t // tiles.TILE * tiles.TILE if choice == "tile" else t
                 own, asking = chooser // block, query[b, chooser, h]
                 score = {
-                    i: (asking @ key[b, i * block : (i + 1) * block, g].mean(0)).float().item() for i in range(own)
+                    i: (asking @ key[b, i * block : (i + 1) * block, g].mean(0)).float().item()
+                    for i in range(own)
                 }
                 kept = sorted(score, key=lambda i, score=score: (score[i], i))[::-1][: chosen - 1]
                 kept += range(own, t // block + 1)
@@ -53,7 +54,14 @@ def tensors(batch, time, heads=4, groups=2, width=6, value_width=6, **kind):
 
 def call(inner, q, k, v, cache=None, history=None, scale=0.4, **known):
     kept = BlockCache(GQACache(Appended(), Appended(), cache)) if cache is not None else None
-    return inner(q, k, v, q.flatten(2), context(*q.shape[:2], q.device, past=history, cache=kept, **known), scale)
+    return inner(
+        q,
+        k,
+        v,
+        q.flatten(2),
+        context(*q.shape[:2], q.device, past=history, cache=kept, **known),
+        scale,
+    )
 
 
 def layer(block=4, chosen=2, decode="sparse", kv_heads=2, choice="token"):
@@ -104,7 +112,11 @@ def test_choosing_everything_is_full_attention(time):
     grads = torch.autograd.grad((full * pull).sum(), (q, k, v))
     swapped = MoBA(MoBAConfig(block=4, chosen=1))
     swapped.full = True
-    every = MoBAConfig(block=4, chosen=8), MoBAConfig(block=64, chosen=1), MoBAConfig(block=4, chosen=8, choice="tile")
+    every = (
+        MoBAConfig(block=4, chosen=8),
+        MoBAConfig(block=64, chosen=1),
+        MoBAConfig(block=4, chosen=8, choice="tile"),
+    )
     for inner in (*map(MoBA, every), swapped):
         ours = call(inner, q, k, v)
         torch.testing.assert_close(ours, full, atol=1e-5, rtol=0)
@@ -115,7 +127,10 @@ def test_choosing_everything_is_full_attention(time):
 def test_one_block_is_block_diagonal():
     q, k, v = tensors(1, 14)
     ours = call(MoBA(MoBAConfig(block=4, chosen=1)), q, k, v)
-    pieces = [call(MoBA(MoBAConfig(block=4, chosen=1)), *(x[:, s : s + 4] for x in (q, k, v))) for s in range(0, 14, 4)]
+    pieces = [
+        call(MoBA(MoBAConfig(block=4, chosen=1)), *(x[:, s : s + 4] for x in (q, k, v)))
+        for s in range(0, 14, 4)
+    ]
     torch.testing.assert_close(ours, torch.cat(pieces, 1), atol=1e-6, rtol=0)
 
 
@@ -135,7 +150,9 @@ def test_the_choice_and_the_means_carry_no_gradient():
     q, k, v = tensors(1, 12, 1, 1)
     call(MoBA(MoBAConfig(block=4, chosen=2)), q, k, v)[:, -1].sum().backward()
     touched = k.grad[0].flatten(1).abs().sum(1) > 0
-    assert touched.view(3, 4).all(1).tolist().count(True) == 2  # own and one other; the third only had a mean
+    assert (
+        touched.view(3, 4).all(1).tolist().count(True) == 2
+    )  # own and one other; the third only had a mean
 
 
 @CHOICES
@@ -144,7 +161,9 @@ def test_packed_documents_attend_as_if_alone(choice):
     hidden = torch.randn(1, sum(lengths), 20)
     documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
     alone = torch.cat([run(attention, part) for part in hidden.split(lengths, 1)], 1)
-    torch.testing.assert_close(run(attention, hidden, documents=documents), alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        run(attention, hidden, documents=documents), alone, atol=1e-5, rtol=0
+    )
 
 
 @CHOICES
@@ -162,7 +181,11 @@ def test_packed_documents_go_on_behind_a_cache(choice):
         done += count
     torch.testing.assert_close(torch.cat(outs, 1), whole, atol=1e-5, rtol=0)
     pull, inputs = torch.randn_like(whole), list(attention.parameters())
-    alone = [run(attention, part) for row, size in ((0, 11), (1, 4)) for part in hidden[row : row + 1].split(size, 1)]
+    alone = [
+        run(attention, part)
+        for row, size in ((0, 11), (1, 4))
+        for part in hidden[row : row + 1].split(size, 1)
+    ]
     alone = torch.cat(alone, 1).view_as(whole)
     grads = (torch.autograd.grad((y * pull).sum(), inputs) for y in (whole, alone))
     for a, b in zip(*grads, strict=True):
@@ -198,7 +221,9 @@ def test_decoding_reads_the_chosen_blocks_only():
     q, k, v = (x.detach() for x in tensors(1, 41, 1, 1))
     cache = inner.new_cache(1, 64, q.dtype, q.device)
     call(inner, q[:, :40], k[:, :40], v[:, :40], cache=cache, history=history)
-    index = moba.choose(q[:, 40:], cache.means.made.buffer[:, :10], torch.tensor([[10]]), torch.tensor([[0]]), 2)
+    index = moba.choose(
+        q[:, 40:], cache.means.made.buffer[:, :10], torch.tensor([[10]]), torch.tensor([[0]]), 2
+    )
     spoiled = torch.full_like(v, torch.nan)
     for i in index.flatten().tolist():
         spoiled[:, 4 * i : 4 * i + 4] = v[:, 4 * i : 4 * i + 4]
@@ -219,7 +244,9 @@ def test_the_cache_forgets_and_reorders(choice):
     for kept in (past, cache):
         kept.select(index)
     outs = [run(attention, part, past, cache) for part in hidden[index, 20:].split(1, 1)]
-    torch.testing.assert_close(torch.cat(outs, 1), run(attention, hidden[index])[:, 20:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.cat(outs, 1), run(attention, hidden[index])[:, 20:], atol=1e-5, rtol=0
+    )
     past.reset()
     cache.reset()
     torch.testing.assert_close(run(attention, hidden[:2], past, cache), run(attention, hidden[:2]))
@@ -231,7 +258,11 @@ def test_the_cache_forgets_and_reorders(choice):
 def test_rows_of_any_length_decode_as_if_alone(choice, kernels, decode, monkeypatch):
     """Reordered, cropped and reset on the way, one token and several at a time, without a mask where it is sparse."""
     monkeypatch.setenv("RORQUAL_KERNELS", kernels)
-    attention, hidden, lead = layer(choice=choice, decode=decode), torch.randn(3, 50, 20), torch.tensor([0, 6, 13])
+    attention, hidden, lead = (
+        layer(choice=choice, decode=decode),
+        torch.randn(3, 50, 20),
+        torch.tensor([0, 6, 13]),
+    )
     present = torch.arange(50) >= lead[:, None]
     past, cache = Past(), attention.new_cache(3, 8, hidden.dtype, hidden.device)
     expected = {}
@@ -242,15 +273,23 @@ def test_rows_of_any_length_decode_as_if_alone(choice, kernels, decode, monkeypa
     for index in (torch.tensor([1, 2]), torch.tensor([2, 0, 2])):
         prompt = run(attention, hidden[:, :14], past, cache, present=present[:, :14])
         for row, start in enumerate(lead.tolist()):
-            torch.testing.assert_close(prompt[row, start:], expected[row][: 14 - start], atol=1e-5, rtol=0)
-        run(attention, hidden[:, 14:15], past, cache, present=present[:, 14:15])  # told or not, it is there
+            torch.testing.assert_close(
+                prompt[row, start:], expected[row][: 14 - start], atol=1e-5, rtol=0
+            )
+        run(
+            attention, hidden[:, 14:15], past, cache, present=present[:, 14:15]
+        )  # told or not, it is there
         run(attention, torch.randn(3, 1, 20), past, cache)
         for kept in (past, cache):
             kept.crop(1)
             kept.select(index)
-        late = torch.cat([run(attention, part, past, cache) for part in hidden[index, 15:].split([1] * 35, 1)], 1)
+        late = torch.cat(
+            [run(attention, part, past, cache) for part in hidden[index, 15:].split([1] * 35, 1)], 1
+        )
         for place, row in enumerate(index.tolist()):
-            torch.testing.assert_close(late[place], expected[row][15 - lead[row] :], atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                late[place], expected[row][15 - lead[row] :], atol=1e-5, rtol=0
+            )
         for kept in (past, cache):
             kept.reset()
 
@@ -264,7 +303,9 @@ def test_padded_rows_take_no_mask_and_no_mean_anew(choice, monkeypatch):
     run(attention, hidden[:, :39], past, cache, present=present[:, :39])
     monkeypatch.setattr(moba, "block_means", None)
     run(attention, hidden[:, 39:40], past, cache)
-    torch.testing.assert_close(run(attention, hidden[:, 40:], past, cache), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        run(attention, hidden[:, 40:], past, cache), expected, atol=1e-5, rtol=0
+    )
 
 
 @CHOICES
@@ -282,7 +323,9 @@ def test_the_last_token_alone_gets_what_it_gets_among_all(choice, lead, before):
     found = run(attention, hidden[:, before:30], past, cache, last_only=True, **known[1])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     following = run(attention, hidden[:, 30:], past, cache)
-    torch.testing.assert_close(following, run(attention, hidden, **known[3])[:, -1:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        following, run(attention, hidden, **known[3])[:, -1:], atol=1e-5, rtol=0
+    )
 
 
 @CHOICES
@@ -298,13 +341,21 @@ def test_the_last_of_a_prompt_is_no_single_new_token(choice):
 @CHOICES
 def test_full_decoding_after_sparse_prefill(choice):
     """And sparse again for several tokens at once: of the single ones their tile's choice has been kept."""
-    sparse, full, hidden = layer(choice=choice), layer(decode="full", choice=choice), torch.randn(1, 34, 20)
+    sparse, full, hidden = (
+        layer(choice=choice),
+        layer(decode="full", choice=choice),
+        torch.randn(1, 34, 20),
+    )
     full.load_state_dict(sparse.state_dict())
     past, cache = Past(), full.new_cache(1, 8, hidden.dtype, hidden.device)
     whole = run(sparse, hidden)
-    torch.testing.assert_close(run(full, hidden[:, :23], past, cache), whole[:, :23], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        run(full, hidden[:, :23], past, cache), whole[:, :23], atol=1e-5, rtol=0
+    )
     out = [run(full, hidden[:, t : t + 1], past, cache) for t in range(23, 26)]
-    torch.testing.assert_close(run(full, hidden[:, 26:], past, cache), whole[:, 26:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        run(full, hidden[:, 26:], past, cache), whole[:, 26:], atol=1e-5, rtol=0
+    )
     full.inner.full = True
     torch.testing.assert_close(torch.cat(out, 1), run(full, hidden)[:, 23:26], atol=1e-5, rtol=0)
 
@@ -312,13 +363,19 @@ def test_full_decoding_after_sparse_prefill(choice):
 def test_a_layer_is_full_while_it_is_told_to_be():
     """In one call, and in pieces behind a cache; then sparse again."""
     attention, hidden = layer(), torch.randn(2, 23, 20)
-    sparse, past, cache = run(attention, hidden), Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device)
+    sparse, past, cache = (
+        run(attention, hidden),
+        Past(),
+        attention.new_cache(2, 8, hidden.dtype, hidden.device),
+    )
     attention.inner.full = True
     whole = run(attention, hidden)
     plain = GQA(attention.config, 20, ROPE)
     plain.load_state_dict(attention.state_dict())
     torch.testing.assert_close(whole, run(plain, hidden), atol=1e-5, rtol=0)
-    parts = torch.cat([run(attention, part, past, cache) for part in hidden.split([7, 9, 1, 6], 1)], 1)
+    parts = torch.cat(
+        [run(attention, part, past, cache) for part in hidden.split([7, 9, 1, 6], 1)], 1
+    )
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
     attention.inner.full = False
     torch.testing.assert_close(run(attention, hidden), sparse)

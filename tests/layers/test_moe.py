@@ -21,7 +21,15 @@ SIZES = {
     "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5,
 }  # fmt: skip
 V3 = RouterConfig(groups=4, groups_kept=2, scale=2.5)
-V2 = RouterConfig(score="softmax", groups=4, groups_kept=2, group_score="max", scale=2.5, renormalise=False, bias=False)
+V2 = RouterConfig(
+    score="softmax",
+    groups=4,
+    groups_kept=2,
+    group_score="max",
+    scale=2.5,
+    renormalise=False,
+    bias=False,
+)
 
 
 def one_by_one(moe: MoE, hidden: Tensor, routing: Routing) -> Tensor:
@@ -39,16 +47,22 @@ def test_equal_to_transformers_forward_and_backward(router: RouterConfig, shared
     if router is V3:
         oracle = DeepseekV3MoE(DeepseekV3Config(**SIZES, n_shared_experts=shared))
     else:
-        config = DeepseekV2Config(**SIZES, n_shared_experts=shared, topk_method="group_limited_greedy")
+        config = DeepseekV2Config(
+            **SIZES, n_shared_experts=shared, topk_method="group_limited_greedy"
+        )
         oracle = DeepseekV2Moe(config)
     own = MoE(MoEConfig(routed=8, active=3, shared=shared, width=16, router=router), 24)
     for name in ("gate_proj", "up_proj", "down_proj"):
-        getattr(oracle.shared_experts, name).weight.data = getattr(own.shared, name).weight.data.clone()
+        getattr(oracle.shared_experts, name).weight.data = getattr(
+            own.shared, name
+        ).weight.data.clone()
     oracle.gate.weight.data = own.router.weight.data.clone()
     oracle.experts.gate_up_proj.data = own.experts.gate_up.data.transpose(1, 2).clone()
     oracle.experts.down_proj.data = own.experts.down.data.transpose(1, 2).clone()
     if router.bias:
-        oracle.gate.e_score_correction_bias = own.router.e_score_correction_bias = torch.randn(8) - 2
+        oracle.gate.e_score_correction_bias = own.router.e_score_correction_bias = (
+            torch.randn(8) - 2
+        )
     hidden = torch.randn(2, 23, 24)
     gradients = []
     for run in (oracle, lambda x: own(x)[0]):
@@ -58,7 +72,9 @@ def test_equal_to_transformers_forward_and_backward(router: RouterConfig, shared
         gradients.append((out.detach(), leaf.grad))
     for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(own.router.weight.grad, oracle.gate.weight.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        own.router.weight.grad, oracle.gate.weight.grad, rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(
         own.experts.down.grad, oracle.experts.down_proj.grad.transpose(1, 2), rtol=1e-4, atol=1e-5
     )
@@ -70,7 +86,10 @@ def test_equal_to_transformers_forward_and_backward(router: RouterConfig, shared
     "router", [RouterConfig(), RouterConfig(adaptive_mass=0.3), RouterConfig(score="sqrtsoftplus")]
 )
 def test_equal_to_one_expert_at_a_time(router: RouterConfig, shape: tuple[int, int]) -> None:
-    compare(MoE(MoEConfig(routed=6, active=4, shared=1, width=5, router=router), 7), torch.randn(*shape, 7))
+    compare(
+        MoE(MoEConfig(routed=6, active=4, shared=1, width=5, router=router), 7),
+        torch.randn(*shape, 7),
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -79,14 +98,21 @@ def test_equal_to_one_expert_at_a_time(router: RouterConfig, shape: tuple[int, i
     width=st.integers(1, 9), shape=st.tuples(st.integers(1, 3), st.integers(1, 5)), to_one=st.booleans(),
     data=st.data(),
 )  # fmt: skip
-def test_equal_to_one_expert_at_a_time_at_any_size(groups, size, shared, dim, width, shape, to_one, data) -> None:
+def test_equal_to_one_expert_at_a_time_at_any_size(
+    groups, size, shared, dim, width, shape, to_one, data
+) -> None:
     """Odd widths, experts without tokens, a single token, all tokens on the same experts."""
     kept = data.draw(st.integers(1, groups))
     active = data.draw(st.integers(1, kept * size))
     mass = data.draw(st.none() | st.floats(0.1, 0.9))
     score = data.draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"]))
-    router = RouterConfig(score=score, groups=groups, groups_kept=kept, adaptive_mass=mass, scale=1.5)
-    moe = MoE(MoEConfig(routed=groups * size, active=active, shared=shared, width=width, router=router), dim)
+    router = RouterConfig(
+        score=score, groups=groups, groups_kept=kept, adaptive_mass=mass, scale=1.5
+    )
+    moe = MoE(
+        MoEConfig(routed=groups * size, active=active, shared=shared, width=width, router=router),
+        dim,
+    )
     if to_one:
         moe.router.e_score_correction_bias = 100.0 * torch.arange(groups * size).float()
     compare(moe, torch.randn(*shape, dim))
@@ -142,7 +168,9 @@ def test_slots_are_sorted_by_expert_and_stay_in_order_within_one(slots: int, exp
 
 def test_a_few_slots_are_not_sorted_and_come_out_the_same() -> None:
     """Decoding without gradients takes another way to the same numbers."""
-    config = MoEConfig(routed=8, active=2, shared=1, width=5, router=RouterConfig(adaptive_mass=0.3))
+    config = MoEConfig(
+        routed=8, active=2, shared=1, width=5, router=RouterConfig(adaptive_mass=0.3)
+    )
     moe, hidden = MoE(config, 6), torch.randn(2, 2, 6)
     present = torch.tensor([[True, True], [False, True]])
     for where in (None, context(2, 2, "cpu", present=present)):
@@ -162,7 +190,12 @@ def test_slots_that_are_not_taken_cost_no_row() -> None:
         rows.append((len(given), int(counts.sum())))
         return experts(given, counts)
 
-    moe = MoE(MoEConfig(routed=8, active=4, width=4, router=RouterConfig(adaptive_mass=0.4, score="softmax")), 8)
+    moe = MoE(
+        MoEConfig(
+            routed=8, active=4, width=4, router=RouterConfig(adaptive_mass=0.4, score="softmax")
+        ),
+        8,
+    )
     moe.exchange = counted
     _, routing = moe(3 * torch.randn(2, 30, 8))
     assert rows == [(int(routing.taken().sum()),) * 2]
@@ -252,7 +285,9 @@ def trained(name: str) -> tuple[float, float]:
     """
     torch.manual_seed(0)
     remedy = {} if name == "none" else {name: {"bias_rate": 0.03, "z_loss": 1e-3}.get(name, 0.3)}
-    balance = BalanceConfig(**{"bias_rate": 0.0, "sequence": 0.0} | remedy, devices=4, device_limit=2)
+    balance = BalanceConfig(
+        **{"bias_rate": 0.0, "sequence": 0.0} | remedy, devices=4, device_limit=2
+    )
     router = RouterConfig(score="sigmoid" if name == "bias_rate" else "softmax")
     moe = MoE(MoEConfig(routed=8, active=2, width=8, router=router, balance=balance), 8)
     moe.router.weight.data *= 0.3
@@ -291,7 +326,11 @@ def test_a_collapsed_mixture_recovers_and_learns_with(remedy: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("router", "padded", "backend"),
-    [(V3, False, "inductor"), (V3, True, "aot_eager"), (RouterConfig(adaptive_mass=0.5), True, "aot_eager")],
+    [
+        (V3, False, "inductor"),
+        (V3, True, "aot_eager"),
+        (RouterConfig(adaptive_mass=0.5), True, "aot_eager"),
+    ],
 )
 def test_compiles_without_a_break(router: RouterConfig, padded: bool, backend: str) -> None:
     moe = MoE(MoEConfig(routed=8, active=3, shared=1, width=16, router=router), 16)
@@ -305,7 +344,9 @@ def test_compiles_without_a_break(router: RouterConfig, padded: bool, backend: s
         moe.zero_grad()
         out = module(leaf, where)[0]
         (out.square().sum(-1) * present).sum().backward()
-        found.append([out.detach()[present], leaf.grad, *[p.grad.clone() for p in moe.parameters()]])
+        found.append(
+            [out.detach()[present], leaf.grad, *[p.grad.clone() for p in moe.parameters()]]
+        )
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 

@@ -24,7 +24,10 @@ def test_is_the_formula_with_the_embedding_first() -> None:
     hidden, embedded = torch.randn(2, 5, 6), torch.randn(2, 5, 6)
     out, routing = module(hidden, embedded, one_stream)
     of_embedding, of_hidden = module.eh_proj.weight[:, :6], module.eh_proj.weight[:, 6:]
-    joined = normed(embedded, module.enorm.weight) @ of_embedding.T + normed(hidden, module.hnorm.weight) @ of_hidden.T
+    joined = (
+        normed(embedded, module.enorm.weight) @ of_embedding.T
+        + normed(hidden, module.hnorm.weight) @ of_hidden.T
+    )
     torch.testing.assert_close(out, joined + module.block(joined))
     assert routing == "routing"
 
@@ -43,7 +46,9 @@ def test_depths_chain_and_every_depth_learns() -> None:
     two, _ = second(one, torch.randn(1, 4, 6), one_stream)
     second.norm(two).square().sum().backward()
     learning = [*first.eh_proj.parameters(), *first.block.parameters(), *second.parameters()]
-    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in learning)
+    assert all(
+        parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in learning
+    )
     assert first.norm.weight.grad is None  # only its own logits go through its norm
     assert hidden.grad is not None
 
@@ -55,13 +60,17 @@ def test_ahead_never_looks_into_another_document(lengths: list[int], times: int)
     documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
     for _ in range(times):
         found = ahead(found, documents, -100)
-    expected = [[*part[times:].tolist(), *[-100] * min(times, len(part))] for part in ids[0].split(lengths)]
+    expected = [
+        [*part[times:].tolist(), *[-100] * min(times, len(part))] for part in ids[0].split(lengths)
+    ]
     assert found[0].tolist() == [value for part in expected for value in part]
     assert ahead(ids)[0].tolist() == [*range(2, ids.shape[1] + 1), 0]
     assert ids[0].tolist() == list(range(1, ids.shape[1] + 1))
 
 
-@pytest.mark.parametrize(("change", "words"), [({"depth": 0}, "mtp.depth"), ({"weight": -0.1}, "mtp.weight")])
+@pytest.mark.parametrize(
+    ("change", "words"), [({"depth": 0}, "mtp.depth"), ({"weight": -0.1}, "mtp.weight")]
+)
 def test_impossible_configs_are_refused(change: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         MTPConfig(**change)

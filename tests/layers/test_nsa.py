@@ -47,7 +47,11 @@ def layer(config=SMALL, heads=4, kv_heads=2, value_dim=None, dim=20):
 
 
 def run(attention, hidden, past=None, cache=None, **known):
-    known |= {"past": past, "rope": (ROPE, 6), "cache": BlockCache(cache) if cache is not None else None}
+    known |= {
+        "past": past,
+        "rope": (ROPE, 6),
+        "cache": BlockCache(cache) if cache is not None else None,
+    }
     return attention(hidden, context(*hidden.shape[:2], hidden.device, **known))[0]
 
 
@@ -59,26 +63,42 @@ def attended(q, keys, values, scale):
 def brute(inner, q, k, v, hidden, scale):
     """The definition, a query at a time, for one document that fills the row: (compressed, selected, window)."""
     c, (batch, time, heads, _) = inner.config, q.shape
-    cos, sin = (x.to(q.dtype) for x in rope_tables(inner.rope, k.shape[-1], torch.arange(time).expand(batch, -1)))
+    cos, sin = (
+        x.to(q.dtype)
+        for x in rope_tables(inner.rope, k.shape[-1], torch.arange(time).expand(batch, -1))
+    )
     own = []
     for linear in (inner.compressed_kv, inner.window_kv):
-        key, value = linear(hidden).unflatten(-1, (k.shape[2], -1)).split([k.shape[-1], v.shape[-1]], -1)
+        key, value = (
+            linear(hidden).unflatten(-1, (k.shape[2], -1)).split([k.shape[-1], v.shape[-1]], -1)
+        )
         own.append((rotate(key, cos, sin, inner.rope.interleaved), value))
     outs = [q.new_zeros(batch, time, heads, v.shape[-1]) for _ in range(3)]
     group = heads // k.shape[2]
-    for b, t, g in torch.cartesian_prod(*(torch.arange(n) for n in (batch, time, k.shape[2]))).tolist():
+    for b, t, g in torch.cartesian_prod(
+        *(torch.arange(n) for n in (batch, time, k.shape[2]))
+    ).tolist():
         small = [
             x[b, :, g]
-            for x in (compress(inner.compress_key, own[0][0], c), compress(inner.compress_value, own[0][1], c))
+            for x in (
+                compress(inner.compress_key, own[0][0], c),
+                compress(inner.compress_value, own[0][1], c),
+            )
         ]
         of_group = slice(g * group, (g + 1) * group)
         columns = blocks_of(q[b, :, of_group], small[0], t, c, scale)
-        columns = [s for j in columns for s in range(j * c.select_block, min((j + 1) * c.select_block, t + 1))]
+        columns = [
+            s
+            for j in columns
+            for s in range(j * c.select_block, min((j + 1) * c.select_block, t + 1))
+        ]
         past, near = complete(t, c), slice(max(0, t - c.window + 1), t + 1)
         for h in range(g * group, (g + 1) * group):
             outs[0][b, t, h] = attended(q[b, t, h], small[0][:past], small[1][:past], scale)
             outs[1][b, t, h] = attended(q[b, t, h], k[b, columns, g], v[b, columns, g], scale)
-            outs[2][b, t, h] = attended(q[b, t, h], own[1][0][b, near, g], own[1][1][b, near, g], scale)
+            outs[2][b, t, h] = attended(
+                q[b, t, h], own[1][0][b, near, g], own[1][1][b, near, g], scale
+            )
     return outs
 
 
@@ -100,12 +120,19 @@ def blocks_of(queries, small, t, c, scale):
     own, past = chooser // c.select_block, complete(chooser, c)
     score = dict.fromkeys(range(own + 1), 0.0)
     for query in queries[chooser]:
-        for i, weight in enumerate((small[:past] @ query * scale).softmax(0).tolist() if past else []):
+        for i, weight in enumerate(
+            (small[:past] @ query * scale).softmax(0).tolist() if past else []
+        ):
             for piece in range(i * c.stride, i * c.stride + c.block, c.stride):
                 score[piece // c.select_block] = score.get(piece // c.select_block, 0.0) + weight
     forced = {0, own, max(0, own - 1)}
-    free = sorted((j for j in range(own) if j not in forced), key=lambda j: (torch.tensor(score[j]).float().item(), j))
-    kept = forced | set(free[len(free) - (c.chosen - len(forced)) :] if len(free) > c.chosen - len(forced) else free)
+    free = sorted(
+        (j for j in range(own) if j not in forced),
+        key=lambda j: (torch.tensor(score[j]).float().item(), j),
+    )
+    kept = forced | set(
+        free[len(free) - (c.chosen - len(forced)) :] if len(free) > c.chosen - len(forced) else free
+    )
     return sorted(kept | set(range(own, t // c.select_block + 1)))
 
 
@@ -117,7 +144,9 @@ def blocks_of(queries, small, t, c, scale):
     value_dim=st.sampled_from([None, 5]),
 )
 def test_is_its_definition(config, time, heads, value_dim):
-    inner = layer(config, *heads, value_dim).inner.double()  # in float32 rounding decides between nearly equal blocks
+    inner = layer(
+        config, *heads, value_dim
+    ).inner.double()  # in float32 rounding decides between nearly equal blocks
     torch.set_default_dtype(torch.float64)
     try:
         _hold(inner, config, time, heads, value_dim)
@@ -129,21 +158,32 @@ def _hold(inner, config, time, heads, value_dim):
     q, k = torch.randn(1, time, heads[0], 6), torch.randn(1, time, heads[1], 6)
     v, hidden = torch.randn(1, time, heads[1], value_dim or 6), torch.randn(1, time, 20)
     got = inner.branches(q, k, v, hidden, context(1, time, "cpu", rope=(ROPE, 6)), 0.4)
-    for name, ours, expected in zip(BRANCHES, got.unbind(2), brute(inner, q, k, v, hidden, 0.4), strict=True):
-        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+    for name, ours, expected in zip(
+        BRANCHES, got.unbind(2), brute(inner, q, k, v, hidden, 0.4), strict=True
+    ):
+        torch.testing.assert_close(
+            ours, expected, atol=2e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("choice", ["token", "tile"])
 def test_gradients_are_the_definitions(choice):
     inner, (time, heads, groups) = layer(replace(SMALL, choice=choice)).inner, (18, 4, 2)
     q, k, v = (torch.randn(1, time, n, 6, requires_grad=True) for n in (heads, groups, groups))
-    hidden, where = torch.randn(1, time, 20, requires_grad=True), context(1, time, "cpu", rope=(ROPE, 6))
+    hidden, where = (
+        torch.randn(1, time, 20, requires_grad=True),
+        context(1, time, "cpu", rope=(ROPE, 6)),
+    )
     ours = inner(q, k, v, hidden, where, 0.4)
     gates = torch.sigmoid(inner.gate_down(F.silu(inner.gate_up(hidden)))).unflatten(-1, (3, heads))
-    expected = sum(gates[:, :, n, :, None] * x for n, x in enumerate(brute(inner, q, k, v, hidden, 0.4)))
+    expected = sum(
+        gates[:, :, n, :, None] * x for n, x in enumerate(brute(inner, q, k, v, hidden, 0.4))
+    )
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
     pull, inputs = torch.randn_like(expected), [q, k, v, hidden, *inner.parameters()]
-    for a, b in zip(*(torch.autograd.grad((y * pull).sum(), inputs) for y in (ours, expected)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad((y * pull).sum(), inputs) for y in (ours, expected)), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=5e-5 * max(1.0, b.abs().max().item()), rtol=0)
 
 
@@ -151,13 +191,19 @@ def test_gradients_are_the_definitions(choice):
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1), (16, 1)])
 @pytest.mark.parametrize("time", [1, 3, 16, 29])
 def test_choosing_everything_is_full_attention(time, heads, choice):
-    inner = layer(NSAConfig(block=4, stride=2, select_block=4, chosen=8, window=32, choice=choice), *heads).inner
-    q, k, v = (torch.randn(2, time, n, 6, requires_grad=True) for n in (heads[0], heads[1], heads[1]))
+    inner = layer(
+        NSAConfig(block=4, stride=2, select_block=4, chosen=8, window=32, choice=choice), *heads
+    ).inner
+    q, k, v = (
+        torch.randn(2, time, n, 6, requires_grad=True) for n in (heads[0], heads[1], heads[1])
+    )
     hidden, where = torch.randn(2, time, 20), context(2, time, "cpu", rope=(ROPE, 6))
 
     def full(key, value):
         three = (x.transpose(1, 2) for x in (q, key, value))
-        return F.scaled_dot_product_attention(*three, is_causal=True, scale=0.4, enable_gqa=True).transpose(1, 2)
+        return F.scaled_dot_product_attention(
+            *three, is_causal=True, scale=0.4, enable_gqa=True
+        ).transpose(1, 2)
 
     got = inner.branches(q, k, v, hidden, where, 0.4)
     _, selected, window = got.unbind(2)
@@ -174,21 +220,33 @@ def test_choosing_everything_is_full_attention(time, heads, choice):
 @pytest.mark.parametrize("time", [5, 8, 45])
 def test_is_the_naive_code_of_flash_linear_attention(heads, time):
     """Forward and backward. It has l = d = l' and means; what is left of a block at the end is one that nobody sees."""
-    naive = pytest.importorskip("fla.ops.nsa.naive", reason="fla-core is not installed", exc_type=ImportError)
+    naive = pytest.importorskip(
+        "fla.ops.nsa.naive", reason="fla-core is not installed", exc_type=ImportError
+    )
     inner = layer(NSAConfig(block=8, stride=8, select_block=8, chosen=4, window=1), *heads).inner
     for network in (inner.compress_key, inner.compress_value):
         torch.nn.init.zeros_(network.down.weight)
-    q, k, v = (torch.randn(2, time, n, 6, requires_grad=True) for n in (heads[0], heads[1], heads[1]))
-    hidden, where = torch.randn(2, time, 20, requires_grad=True), context(2, time, "cpu", rope=(ROPE, 6))
+    q, k, v = (
+        torch.randn(2, time, n, 6, requires_grad=True) for n in (heads[0], heads[1], heads[1])
+    )
+    hidden, where = (
+        torch.randn(2, time, 20, requires_grad=True),
+        context(2, time, "cpu", rope=(ROPE, 6)),
+    )
     ours = inner.branches(q, k, v, hidden, where, 0.4)[:, :, :2]
     pairs = inner._own(hidden, where, None)[0]
     small = [torch.stack([part.mean(1) for part in x.split(8, 1)], 1) for x in pairs]
     compressed, _ = naive.naive_nsa_compression(q, *small, 8, 0.4)
-    selected = naive.naive_nsa_selection(q, k, v, naive.naive_nsa_topk(q, small[0], 4, 8, 0.4), 8, 0.4)
+    selected = naive.naive_nsa_selection(
+        q, k, v, naive.naive_nsa_topk(q, small[0], 4, 8, 0.4), 8, 0.4
+    )
     theirs = torch.stack([compressed, selected], 2)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
     pull = torch.randn_like(theirs)
-    grads = (torch.autograd.grad((y * pull).sum(), (q, k, v, hidden), retain_graph=True) for y in (ours, theirs))
+    grads = (
+        torch.autograd.grad((y * pull).sum(), (q, k, v, hidden), retain_graph=True)
+        for y in (ours, theirs)
+    )
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
 
@@ -211,12 +269,19 @@ def test_importance_is_the_count_of_pieces(config, time):
         for key in range(i * config.stride, i * config.stride + config.block, config.stride):
             share[i, key // config.select_block] += 1
     probabilities = torch.rand(2, blocks)
-    torch.testing.assert_close(importance_of(probabilities, count, config), probabilities @ share, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        importance_of(probabilities, count, config), probabilities @ share, atol=1e-5, rtol=0
+    )
 
 
 def test_a_query_before_the_first_complete_block_gets_nothing_from_the_compressed():
     inner = layer().inner
-    q, k, v, hidden = torch.randn(1, 9, 4, 6), torch.randn(1, 9, 2, 6), torch.randn(1, 9, 2, 6), torch.randn(1, 9, 20)
+    q, k, v, hidden = (
+        torch.randn(1, 9, 4, 6),
+        torch.randn(1, 9, 2, 6),
+        torch.randn(1, 9, 2, 6),
+        torch.randn(1, 9, 20),
+    )
     compressed = inner.branches(q, k, v, hidden, context(1, 9, "cpu", rope=(ROPE, 6)), 0.4)[:, :, 0]
     assert (compressed[:, :3] == 0).all()
     assert (compressed[:, 3:] != 0).all()
@@ -240,7 +305,9 @@ def test_packed_documents_attend_as_if_alone(config):
     hidden = torch.randn(1, sum(lengths), 20)
     documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
     alone = torch.cat([run(attention, part) for part in hidden.split(lengths, 1)], 1)
-    torch.testing.assert_close(run(attention, hidden, documents=documents), alone, atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        run(attention, hidden, documents=documents), alone, atol=2e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("choice", ["token", "tile"])
@@ -258,7 +325,11 @@ def test_packed_documents_go_on_behind_a_cache(choice):
         done += count
     torch.testing.assert_close(torch.cat(outs, 1), whole, atol=2e-5, rtol=0)
     pull, inputs = torch.randn_like(whole), list(attention.parameters())
-    alone = [run(attention, part) for row, size in ((0, 11), (1, 4)) for part in hidden[row : row + 1].split(size, 1)]
+    alone = [
+        run(attention, part)
+        for row, size in ((0, 11), (1, 4))
+        for part in hidden[row : row + 1].split(size, 1)
+    ]
     alone = torch.cat(alone, 1).view_as(whole)
     grads = (torch.autograd.grad((y * pull).sum(), inputs) for y in (whole, alone))
     for a, b in zip(*grads, strict=True):
@@ -271,7 +342,9 @@ def test_rows_may_be_packed_differently(choice):
     documents = torch.stack([torch.arange(20) // 15, torch.arange(20) // 2])
     out = run(attention, hidden, documents=documents)
     for row, lengths in enumerate(([15, 5], [2] * 10)):
-        alone = torch.cat([run(attention, part) for part in hidden[row : row + 1].split(lengths, 1)], 1)
+        alone = torch.cat(
+            [run(attention, part) for part in hidden[row : row + 1].split(lengths, 1)], 1
+        )
         torch.testing.assert_close(out[row : row + 1], alone, atol=2e-5, rtol=0)
 
 
@@ -298,7 +371,11 @@ def test_decoding_equals_one_call(config, pieces):
 
 @pytest.mark.parametrize("choice", ["token", "tile"])
 def test_the_cache_forgets_and_reorders(choice):
-    attention, hidden, index = layer(replace(SMALL, choice=choice)), torch.randn(3, 33, 20), torch.tensor([2, 0])
+    attention, hidden, index = (
+        layer(replace(SMALL, choice=choice)),
+        torch.randn(3, 33, 20),
+        torch.tensor([2, 0]),
+    )
     past, cache = Past(), attention.new_cache(3, 8, hidden.dtype, hidden.device)
     run(attention, hidden[:, :20], past, cache)
     run(attention, torch.randn(3, 7, 20), past, cache)
@@ -306,7 +383,9 @@ def test_the_cache_forgets_and_reorders(choice):
         kept.crop(7)
         kept.select(index)
     outs = [run(attention, part, past, cache) for part in hidden[index, 20:].split(1, 1)]
-    torch.testing.assert_close(torch.cat(outs, 1), run(attention, hidden[index])[:, 20:], atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.cat(outs, 1), run(attention, hidden[index])[:, 20:], atol=2e-5, rtol=0
+    )
     for kept in (past, cache):
         kept.reset()
     torch.testing.assert_close(run(attention, hidden[:2], past, cache), run(attention, hidden[:2]))
@@ -325,7 +404,9 @@ def test_decoding_reads_the_chosen_blocks_only():
     assert len(unread) >= 10 - 2 * 3  # two groups of three
     for j in unread:
         cache.keys.buffer[:, 4 * j : 4 * j + 4] = torch.nan
-    torch.testing.assert_close(run(attention, hidden[:, 40:], past, cache), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        run(attention, hidden[:, 40:], past, cache), expected, atol=2e-5, rtol=0
+    )
 
 
 def _reads(attention, cache, past, hidden, block):
@@ -352,9 +433,13 @@ def test_the_choice_carries_no_gradient(choice):
     inner = layer(replace(SMALL, choice=choice)).inner
     q, k, v = (torch.randn(1, 20, n, 6) for n in (4, 2, 2))
     hidden = torch.randn(1, 20, 20)
-    got = inner.branches(q, k.requires_grad_(), v, hidden, context(1, 20, "cpu", rope=(ROPE, 6)), 0.4)
+    got = inner.branches(
+        q, k.requires_grad_(), v, hidden, context(1, 20, "cpu", rope=(ROPE, 6)), 0.4
+    )
     got[:, :, 1].sum().backward()
-    assert not any(parameter.grad.any() for parameter in inner.parameters() if parameter.grad is not None)
+    assert not any(
+        parameter.grad.any() for parameter in inner.parameters() if parameter.grad is not None
+    )
 
 
 @pytest.mark.parametrize("choice", ["token", "tile"])
@@ -393,7 +478,9 @@ def test_autocast_changes_no_choice(choice, packed, monkeypatch):
     monkeypatch.setattr(NSA, "_choose", lambda *given: chosen.append(own(*given)) or chosen[-1])
     inner = layer(replace(SMALL, chosen=6, choice=choice)).inner
     q, k, v = (torch.randn(2, 90, *shape) for shape in ((4, 6), (2, 6), (2, 6)))
-    where = context(2, 90, "cpu", documents=(torch.arange(90) // 70).expand(2, -1) if packed else None)
+    where = context(
+        2, 90, "cpu", documents=(torch.arange(90) // 70).expand(2, -1) if packed else None
+    )
     blocks = inner._compress(k, v, where, None, None)
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
@@ -409,14 +496,19 @@ def few(config, batch, time, heads, groups, widths, length, lead=None, chosen=No
     own = torch.full((batch,), length) if lead is None else length - lead
     positions = own[:, None] - time + torch.arange(time)
     blocks = max((complete(int(n) - 1, config) for n in own), default=0)
-    shapes = [(length, widths[0]), (length, widths[1]), (blocks, widths[0]), (blocks, widths[1])] + [
-        (length, width) for width in widths
-    ]
+    shapes = [
+        (length, widths[0]),
+        (length, widths[1]),
+        (blocks, widths[0]),
+        (blocks, widths[1]),
+    ] + [(length, width) for width in widths]
     pairs = [torch.randn(batch, count + 3, groups, width)[:, :count] for count, width in shapes]
     index = None
     if chosen is not None:
         scores = torch.rand(batch, time, groups, -(-length // config.select_block))
-        index = best_blocks(scores, positions // config.select_block, torch.zeros_like(positions), chosen)
+        index = best_blocks(
+            scores, positions // config.select_block, torch.zeros_like(positions), chosen
+        )
     query = torch.randn(batch, time, heads, widths[0])
     return query, *pairs, index, positions, lead, config, 0.4
 
@@ -441,10 +533,14 @@ def test_of_equally_important_blocks_the_later():
     config = NSAConfig(block=4, stride=2, select_block=4, chosen=5, window=1)
     given = list(few(config, 1, 1, 2, 1, (3, 1), 40))
     given[3] = torch.zeros_like(given[3])  # compressed keys
-    given[2] = torch.zeros(1, 40, 1, 1).scatter_(1, torch.tensor([0, 12, 24, 28, 32, 36]).view(1, -1, 1, 1), 1.0)
+    given[2] = torch.zeros(1, 40, 1, 1).scatter_(
+        1, torch.tensor([0, 12, 24, 28, 32, 36]).view(1, -1, 1, 1), 1.0
+    )
     given[1] = torch.zeros_like(given[1])
     for way in (twin.attend_few, attend_few):
-        torch.testing.assert_close(way(*given)[0, 0, 1, :, 0], torch.tensor([5 / 20, 5 / 20]))  # 0, 6, 7, 8, 9
+        torch.testing.assert_close(
+            way(*given)[0, 0, 1, :, 0], torch.tensor([5 / 20, 5 / 20])
+        )  # 0, 6, 7, 8, 9
         given[2][0, 8:20] = 9.0
         torch.testing.assert_close(way(*given)[0, 0, 1, :, 0], torch.tensor([5 / 20, 5 / 20]))
 
@@ -455,7 +551,9 @@ def test_blocks_are_chosen_by_what_no_sum_shows():
     given = list(few(config, 1, 1, 2, 1, (1, 1), 40))
     given[0], given[1] = torch.ones_like(given[0]), torch.zeros_like(given[1])
     given[2] = (torch.arange(40.0) // 4).view(1, 40, 1, 1)
-    given[3] = torch.tensor([0.0, -60, -50, -52, -54, -56, -58, -62, -64, 0]).view(1, 10, 1, 1) / 0.4
+    given[3] = (
+        torch.tensor([0.0, -60, -50, -52, -54, -56, -58, -62, -64, 0]).view(1, 10, 1, 1) / 0.4
+    )
     for way in (twin.attend_few, attend_few):
         out = way(*given)[0, 0, 1, :, 0]
         torch.testing.assert_close(out, torch.full((2,), (0 + 2 + 8 + 9) / 4))
@@ -491,23 +589,32 @@ def test_rows_of_any_length_decode_as_if_alone(config, kernels, monkeypatch):
     past, cache = Past(), attention.new_cache(3, 8, hidden.dtype, hidden.device)
     for again in range(2):
         prompt = run(attention, hidden[:, :14], past, cache, present=present[:, :14])
-        run(attention, hidden[:, 14:15], past, cache, present=present[:, 14:15])  # told or not, it is there
+        run(
+            attention, hidden[:, 14:15], past, cache, present=present[:, 14:15]
+        )  # told or not, it is there
         run(attention, torch.randn(3, 4, 20), past, cache)
         for kept in (past, cache):
             kept.crop(4)
-        outs = [run(attention, part, past, cache) for part in hidden[:, 15:30].split([1, 1, 3, 1, 8, 1], 1)]
+        outs = [
+            run(attention, part, past, cache)
+            for part in hidden[:, 15:30].split([1, 1, 3, 1, 8, 1], 1)
+        ]
         index = torch.tensor([2, 0, 2] if again else [1, 2])
         for kept in (past, cache):
             kept.select(index)
         late = [run(attention, part, past, cache) for part in hidden[index, 30:].split([1] * 20, 1)]
         for row in range(3):
             alone = run(attention, hidden[row : row + 1, lead[row] :])[0]
-            torch.testing.assert_close(prompt[row, lead[row] :], alone[: 14 - lead[row]], atol=2e-5, rtol=0)
+            torch.testing.assert_close(
+                prompt[row, lead[row] :], alone[: 14 - lead[row]], atol=2e-5, rtol=0
+            )
             torch.testing.assert_close(
                 torch.cat(outs, 1)[row], alone[15 - lead[row] : 30 - lead[row]], atol=2e-5, rtol=0
             )
             for place in (index == row).nonzero().flatten().tolist():
-                torch.testing.assert_close(torch.cat(late, 1)[place], alone[30 - lead[row] :], atol=2e-5, rtol=0)
+                torch.testing.assert_close(
+                    torch.cat(late, 1)[place], alone[30 - lead[row] :], atol=2e-5, rtol=0
+                )
         for kept in (past, cache):
             kept.reset()
 
@@ -516,7 +623,11 @@ def test_rows_of_any_length_decode_as_if_alone(config, kernels, monkeypatch):
 @pytest.mark.parametrize("back", [2, 20])
 def test_many_tokens_at_once_may_come_between_the_steps_of_padded_rows(choice, back):
     """They go through masks and leave the compressed blocks behind, which catch up; as far as nothing was forgotten."""
-    attention, hidden, lead = layer(replace(SMALL, choice=choice)), torch.randn(2, 50, 20), torch.tensor([0, 6])
+    attention, hidden, lead = (
+        layer(replace(SMALL, choice=choice)),
+        torch.randn(2, 50, 20),
+        torch.tensor([0, 6]),
+    )
     present = torch.arange(50) >= lead[:, None]
     past, cache = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device)
     run(attention, hidden[:, :14], past, cache, present=present[:, :14])
@@ -526,7 +637,9 @@ def test_many_tokens_at_once_may_come_between_the_steps_of_padded_rows(choice, b
         kept.crop(back)
     parts = hidden[:, 40 - back :].split([1] * (10 + back), 1)
     out = torch.cat([run(attention, part, past, cache) for part in parts], 1)
-    torch.testing.assert_close(out, run(attention, hidden, present=present)[:, 40 - back :], atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        out, run(attention, hidden, present=present)[:, 40 - back :], atol=2e-5, rtol=0
+    )
 
 
 def test_padded_rows_read_the_chosen_blocks_only(monkeypatch):
@@ -541,7 +654,9 @@ def test_padded_rows_read_the_chosen_blocks_only(monkeypatch):
         for part in (kept.keys, kept.values):
             part.buffer[:, :35] = torch.nan
     monkeypatch.setattr(nsa, "segments", None)
-    torch.testing.assert_close(run(attention, hidden[:, 40:], past, cache), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        run(attention, hidden[:, 40:], past, cache), expected, atol=2e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("choice", ["token", "tile"])
@@ -559,4 +674,6 @@ def test_the_last_token_alone_gets_what_it_gets_among_all(choice, lead, before):
     found = run(attention, hidden[:, before:30], past, cache, last_only=True, **known[1])
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
     following = run(attention, hidden[:, 30:], past, cache)
-    torch.testing.assert_close(following, run(attention, hidden, **known[3])[:, -1:], atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        following, run(attention, hidden, **known[3])[:, -1:], atol=2e-5, rtol=0
+    )

@@ -10,13 +10,30 @@ from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HashRouter, DeepseekV4TopKRouter
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
+    DeepseekV4HashRouter,
+    DeepseekV4TopKRouter,
+)
 
-from rorqual.layers.router import Router, RouterConfig, Routing, score, token_table, within_groups, within_mass
+from rorqual.layers.router import (
+    Router,
+    RouterConfig,
+    Routing,
+    score,
+    token_table,
+    within_groups,
+    within_mass,
+)
 
 V3 = RouterConfig(score="sigmoid", groups=4, groups_kept=2, group_score="top2", scale=2.5)
 V2 = RouterConfig(
-    score="softmax", groups=4, groups_kept=2, group_score="max", scale=16.0, renormalise=False, bias=False
+    score="softmax",
+    groups=4,
+    groups_kept=2,
+    group_score="max",
+    scale=16.0,
+    renormalise=False,
+    bias=False,
 )
 V4 = RouterConfig(score="sqrtsoftplus", scale=1.5)
 
@@ -27,13 +44,20 @@ def spread(routing: Routing) -> torch.Tensor:
 
 
 def theirs(weights: torch.Tensor, chosen: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(like).view(-1, like.shape[-1]).scatter(-1, chosen, weights).view_as(like)
+    return (
+        torch.zeros_like(like).view(-1, like.shape[-1]).scatter(-1, chosen, weights).view_as(like)
+    )
 
 
 @pytest.mark.parametrize("offset", [0.0, -3.0, 3.0])
 def test_v3_is_the_published_router(offset: float) -> None:
     config = DeepseekV3Config(
-        hidden_size=24, n_routed_experts=16, num_experts_per_tok=3, n_group=4, topk_group=2, routed_scaling_factor=2.5
+        hidden_size=24,
+        n_routed_experts=16,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
     )
     oracle, own = DeepseekV3TopkRouter(config), Router(V3, 24, 16, 3)
     oracle.weight.data = own.weight.data = torch.randn(16, 24)
@@ -52,7 +76,9 @@ def test_v2_is_the_published_router(method: str) -> None:
         topk_method=method, routed_scaling_factor=16.0,
     )  # fmt: skip
     limits = {} if method == "group_limited_greedy" else {"groups": 1, "groups_kept": 1}
-    own = Router(RouterConfig(**{name: getattr(V2, name) for name in V2.__slots__} | limits), 24, 16, 3)
+    own = Router(
+        RouterConfig(**{name: getattr(V2, name) for name in V2.__slots__} | limits), 24, 16, 3
+    )
     oracle = DeepseekV2TopkRouter(config)
     oracle.weight.data = own.weight.data = torch.randn(16, 24)
     hidden = torch.randn(3, 19, 24)
@@ -63,10 +89,18 @@ def test_v2_is_the_published_router(method: str) -> None:
 
 @pytest.mark.parametrize("by_id", [False, True])
 def test_v4_is_the_published_router(by_id: bool) -> None:
-    config = DeepseekV4Config(hidden_size=24, n_routed_experts=8, num_experts_per_tok=2, vocab_size=31)
-    config.routed_scaling_factor, config.num_local_experts, config.scoring_func = 1.5, 8, "sqrtsoftplus"
+    config = DeepseekV4Config(
+        hidden_size=24, n_routed_experts=8, num_experts_per_tok=2, vocab_size=31
+    )
+    config.routed_scaling_factor, config.num_local_experts, config.scoring_func = (
+        1.5,
+        8,
+        "sqrtsoftplus",
+    )
     hidden, ids = torch.randn(2, 13, 24), torch.randint(31, (2, 13))
-    own = Router(RouterConfig(score="sqrtsoftplus", scale=1.5, token_id_layers=int(by_id)), 24, 8, 2, 0, 31)
+    own = Router(
+        RouterConfig(score="sqrtsoftplus", scale=1.5, token_id_layers=int(by_id)), 24, 8, 2, 0, 31
+    )
     oracle = (DeepseekV4HashRouter if by_id else DeepseekV4TopKRouter)(config)
     oracle.weight.data = own.weight.data
     if by_id:
@@ -84,9 +118,17 @@ def test_v4_is_the_published_router(by_id: bool) -> None:
 @pytest.mark.parametrize("level", [-60.0, -87.0, -88.5, -100.0, -103.5, -110.0, -1e4, 50.0, 1e4])
 def test_v4_is_the_published_router_at_extreme_logits(level: float, by_id: bool) -> None:
     """Where every score of a token vanishes so do its weights, and the gradient stays finite, as theirs does not."""
-    config = DeepseekV4Config(hidden_size=1, n_routed_experts=8, num_experts_per_tok=3, vocab_size=31)
-    config.routed_scaling_factor, config.num_local_experts, config.scoring_func = 1.5, 8, "sqrtsoftplus"
-    own = Router(RouterConfig(score="sqrtsoftplus", scale=1.5, token_id_layers=int(by_id)), 1, 8, 3, 0, 31)
+    config = DeepseekV4Config(
+        hidden_size=1, n_routed_experts=8, num_experts_per_tok=3, vocab_size=31
+    )
+    config.routed_scaling_factor, config.num_local_experts, config.scoring_func = (
+        1.5,
+        8,
+        "sqrtsoftplus",
+    )
+    own = Router(
+        RouterConfig(score="sqrtsoftplus", scale=1.5, token_id_layers=int(by_id)), 1, 8, 3, 0, 31
+    )
     oracle = (DeepseekV4HashRouter if by_id else DeepseekV4TopKRouter)(config)
     own.weight.data = oracle.weight.data = level + torch.arange(8.0)[:, None] / 7
     hidden, ids = torch.ones(1, 5, 1), torch.arange(5)[None]
@@ -101,7 +143,9 @@ def test_v4_is_the_published_router_at_extreme_logits(level: float, by_id: bool)
     assert own.weight.grad.isfinite().all()
 
 
-def one_token(logits: list[float], bias: list[float], config: RouterConfig, active: int) -> dict[int, float]:
+def one_token(
+    logits: list[float], bias: list[float], config: RouterConfig, active: int
+) -> dict[int, float]:
     """The docstring's formulas for one token, in Python's own numbers: {expert: weight}."""
     if config.score == "softmax":
         whole = sum(math.exp(x) for x in logits)
@@ -113,7 +157,9 @@ def one_token(logits: list[float], bias: list[float], config: RouterConfig, acti
     biased = [s + b for s, b in zip(scores, bias, strict=True)]
     size, best_of_group = len(logits) // config.groups, 1 if config.group_score == "max" else 2
     groups = [range(g * size, (g + 1) * size) for g in range(config.groups)]
-    groups.sort(key=lambda group: -sum(sorted((biased[e] for e in group), reverse=True)[:best_of_group]))
+    groups.sort(
+        key=lambda group: -sum(sorted((biased[e] for e in group), reverse=True)[:best_of_group])
+    )
     allowed = [e for group in groups[: config.groups_kept] for e in group]
     chosen = sorted(allowed, key=lambda e: -biased[e])[:active]
     if config.adaptive_mass is not None:
@@ -144,7 +190,9 @@ def routers(draw) -> tuple[RouterConfig, int, int]:
 
 @settings(max_examples=80, deadline=None)
 @given(routers(), st.integers(0, 10**6), st.sampled_from([-6.0, -1.0, 0.0, 2.0]))
-def test_any_router_is_its_formulas(shape: tuple[RouterConfig, int, int], seed: int, offset: float) -> None:
+def test_any_router_is_its_formulas(
+    shape: tuple[RouterConfig, int, int], seed: int, offset: float
+) -> None:
     config, experts, active = shape
     draws = torch.Generator().manual_seed(seed)
     router = Router(config, 6, experts, active).double().eval()
@@ -159,16 +207,25 @@ def test_any_router_is_its_formulas(shape: tuple[RouterConfig, int, int], seed: 
         expected = one_token(logits, bias.double().tolist(), config, active)
         weights = spread(routing)[0, token]
         assert {e for e, w in enumerate(weights.tolist()) if w} == set(expected)
-        assert [float(weights[e].detach()) for e in expected] == pytest.approx(list(expected.values()), rel=1e-9)
-    taken = sum(len(one_token(row, bias.double().tolist(), config, active)) for row in routing.logits[0].tolist())
+        assert [float(weights[e].detach()) for e in expected] == pytest.approx(
+            list(expected.values()), rel=1e-9
+        )
+    taken = sum(
+        len(one_token(row, bias.double().tolist(), config, active))
+        for row in routing.logits[0].tolist()
+    )
     assert int(routing.counts().sum()) == taken
 
 
 def test_scores_in_numbers() -> None:
     logits = torch.tensor([0.0, 1.0, -200.0])
     torch.testing.assert_close(score(logits, "sigmoid"), torch.tensor([0.5, 0.73105858, 0.0]))
-    torch.testing.assert_close(score(logits, "softmax"), torch.tensor([0.26894142, 0.73105858, 0.0]))
-    torch.testing.assert_close(score(logits, "sqrtsoftplus"), torch.tensor([0.83255461, 1.14597361, 0.0]))
+    torch.testing.assert_close(
+        score(logits, "softmax"), torch.tensor([0.26894142, 0.73105858, 0.0])
+    )
+    torch.testing.assert_close(
+        score(logits, "sqrtsoftplus"), torch.tensor([0.83255461, 1.14597361, 0.0])
+    )
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid", "sqrtsoftplus"])
@@ -187,7 +244,9 @@ def test_experts_outside_of_the_groups_are_never_taken_though_every_bias_is_nega
     assert allowed.tolist() == [
         [-torch.inf, -torch.inf, pytest.approx(-0.9), pytest.approx(-0.9), -torch.inf, -torch.inf]
     ]
-    assert within_groups(biased, 3, 1, "max").isfinite().tolist() == [[True, True, False, False, False, False]]
+    assert within_groups(biased, 3, 1, "max").isfinite().tolist() == [
+        [True, True, False, False, False, False]
+    ]
     router = Router(RouterConfig(groups=3, groups_kept=1), 8, 6, 2)
     router.e_score_correction_bias = torch.full((6,), -7.0)
     assert (router(torch.randn(2, 50, 8)).chosen // 2).unique_consecutive(dim=-1).shape[-1] == 1
@@ -219,7 +278,10 @@ def test_gradients_are_those_of_the_formula() -> None:
 
 
 def test_logits_are_float32_whatever_surrounds_them() -> None:
-    router, hidden = Router(RouterConfig(), 64, 8, 2).bfloat16(), torch.randn(1, 30, 64, dtype=torch.bfloat16)
+    router, hidden = (
+        Router(RouterConfig(), 64, 8, 2).bfloat16(),
+        torch.randn(1, 30, 64, dtype=torch.bfloat16),
+    )
     expected = hidden.float() @ router.weight.float().T
     with torch.autocast("cpu", torch.bfloat16):
         routing = router(hidden)
@@ -232,7 +294,9 @@ def test_the_bias_stays_float32_when_the_model_does_not() -> None:
     router.e_score_correction_bias = torch.tensor([0.001, 1.001, 0.0, 0.0])
     router.bfloat16()
     assert router.weight.dtype == torch.bfloat16
-    assert router.e_score_correction_bias.tolist() == torch.tensor([0.001, 1.001, 0.0, 0.0]).tolist()
+    assert (
+        router.e_score_correction_bias.tolist() == torch.tensor([0.001, 1.001, 0.0, 0.0]).tolist()
+    )
     assert router.double().e_score_correction_bias.dtype == torch.float32
 
 

@@ -32,14 +32,28 @@ SHAPES = [  # batch, queries, heads, groups, choices, key width, value width, ke
 ]
 
 
-def case(batch, time, heads, groups, choices, width, value_width, length, chosen, block, dtype=torch.float32):
+def case(
+    batch,
+    time,
+    heads,
+    groups,
+    choices,
+    width,
+    value_width,
+    length,
+    chosen,
+    block,
+    dtype=torch.float32,
+):
     """The last `time` of `length` tokens. Keys and values are a view into a longer buffer, as a cache's are."""
     query = torch.randn(batch, time, heads, width).to(dtype)
     key = torch.randn(batch, length + 9, groups, width).to(dtype)[:, :length]
     value = torch.randn(batch, length + 9, groups, value_width).to(dtype)[:, :length]
     positions = torch.arange(length - time, length).expand(batch, -1)
     index = torch.rand(batch, time, choices, -(-length // block)).argsort(-1)[..., :chosen]
-    index = index.where((torch.rand(index.shape) < 0.8) & (index * block <= positions[..., None, None]), -1)
+    index = index.where(
+        (torch.rand(index.shape) < 0.8) & (index * block <= positions[..., None, None]), -1
+    )
     return query, key, value, index, positions, block, 0.4
 
 
@@ -50,7 +64,9 @@ def brute(query, key, value, index, positions, block, scale):
         chosen = set(index[b, t, j].tolist())
         columns = [c for c in range(key.shape[1]) if c // block in chosen and c <= positions[b, t]]
         if columns:
-            out[b, t, h] = (key[b, columns, g] @ query[b, t, h] * scale).softmax(0) @ value[b, columns, g]
+            out[b, t, h] = (key[b, columns, g] @ query[b, t, h] * scale).softmax(0) @ value[
+                b, columns, g
+            ]
     return out
 
 
@@ -63,7 +79,9 @@ def test_is_its_definition(shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_twin_gives_the_references_numbers(shape, poisoned):
     given = case(*shape)
-    torch.testing.assert_close(select.selected_attention(*given), selected_attention(*given), atol=2e-6, rtol=0)
+    torch.testing.assert_close(
+        select.selected_attention(*given), selected_attention(*given), atol=2e-6, rtol=0
+    )
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -78,7 +96,9 @@ def test_the_twin_gives_the_references_numbers(shape, poisoned):
 )
 def test_the_twin_at_any_size(batch, time, heads, width, length, chosen, block):
     given = case(batch, time, *heads, width, width, length, chosen, block)
-    torch.testing.assert_close(select.selected_attention(*given), selected_attention(*given), atol=5e-6, rtol=0)
+    torch.testing.assert_close(
+        select.selected_attention(*given), selected_attention(*given), atol=5e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -91,7 +111,9 @@ def test_a_shifted_row_attends_as_if_alone(shape, poisoned):
     for b, start in enumerate(lead.tolist()):
         for room, x in zip(shifted, (key, value), strict=True):
             room[b, start : start + length] = x[b]
-            room[b, start + length :] = 0.0  # a gather may look behind a row's end, and weigh it by 0
+            room[b, start + length :] = (
+                0.0  # a gather may look behind a row's end, and weigh it by 0
+            )
     for way in (selected_attention, select.selected_attention):
         out = way(query, *(x.nan_to_num() for x in shifted), index, positions, block, scale, lead)
         torch.testing.assert_close(out, expected, atol=2e-6, rtol=0)
@@ -102,7 +124,9 @@ def test_a_shifted_row_attends_as_if_alone(shape, poisoned):
 def test_weights_that_no_sum_shows_take_no_time_and_no_number_hides():
     query, key, value, index, positions, block, _ = case(*SHAPES[1])
     out = select.selected_attention(query, key, value, index, positions, block, 40.0)
-    torch.testing.assert_close(out, selected_attention(query, key, value, index, positions, block, 40.0))
+    torch.testing.assert_close(
+        out, selected_attention(query, key, value, index, positions, block, 40.0)
+    )
     query[0, 0, 0, 0] = torch.nan
     out = select.selected_attention(query, key, value, index, positions, block, 0.4)
     assert out[0, 0, 0].isnan().all()
@@ -128,12 +152,24 @@ def test_rows_padded_on_the_left_are_shifted_and_others_are_not():
     context(1, 4, "cpu", past=history, present=present)
     assert straight(context(1, 1, "cpu", past=history))[1] is None  # padding in between
     history = Past()
-    context(1, 4, "cpu", past=history, documents=torch.zeros(1, 4, dtype=torch.long), present=torch.ones(1, 4).bool())
+    context(
+        1,
+        4,
+        "cpu",
+        past=history,
+        documents=torch.zeros(1, 4, dtype=torch.long),
+        present=torch.ones(1, 4).bool(),
+    )
     assert straight(context(1, 1, "cpu", past=history))[1] is None
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.integers(1, 5), st.integers(1, 3), st.data())
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=8),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.data(),
+)
 def test_blocks_of_growing_rows_are_those_of_each_row_alone(pieces, size, parts, data):
     """Whatever is forgotten and reordered in between; each complete block is asked for once."""
     stride, block, length = size, size * parts, sum(pieces)
@@ -182,15 +218,21 @@ def test_blocks_keep_their_dtype():
         blocks.update(keys[:, :20].bfloat16(), lambda x: x.mean(-2), shift)
         held = blocks.update(keys, lambda x: x.mean(-2), shift)
         assert held.dtype == torch.bfloat16
-        torch.testing.assert_close(held[0].float(), windows(keys, 4, 2).mean(-2)[0], atol=0.05, rtol=0)
+        torch.testing.assert_close(
+            held[0].float(), windows(keys, 4, 2).mean(-2)[0], atol=0.05, rtol=0
+        )
 
 
 def test_the_twin_on_threads():
     given, threads = case(2, 30, 4, 2, 2, 64, 64, 400, 12, 32), torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        exact = selected_attention(*(x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in given))
-        torch.testing.assert_close(select.selected_attention(*given).double(), exact, atol=2e-6, rtol=0)
+        exact = selected_attention(
+            *(x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in given)
+        )
+        torch.testing.assert_close(
+            select.selected_attention(*given).double(), exact, atol=2e-6, rtol=0
+        )
     finally:
         torch.set_num_threads(threads)
 
@@ -214,7 +256,9 @@ def test_gathered_is_masked(shape, dtype):
     history.length = int(positions[0, 0])
     where = context(*query.shape[:2], "cpu", past=history)
     given = [x.clone().requires_grad_() for x in (query, key, value)]
-    masked = selection.masked_attention(*given, index, where, slice(0, query.shape[1]), None, block, scale)
+    masked = selection.masked_attention(
+        *given, index, where, slice(0, query.shape[1]), None, block, scale
+    )
     gathered = selected_attention(*given, index, positions, block, scale)
     loose = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype]
     torch.testing.assert_close(masked, gathered, atol=loose, rtol=0)
@@ -232,7 +276,9 @@ def test_the_way_is_chosen_by_what_is_asked(monkeypatch):
     where, used = context(1, 8, "cpu", past=history), []
     for name in ("selected_attention", "masked_attention"):
         way = getattr(selection, name)
-        monkeypatch.setattr(selection, name, lambda *g, way=way, name=name: (used.append(name), way(*g))[1])
+        monkeypatch.setattr(
+            selection, name, lambda *g, way=way, name=name: (used.append(name), way(*g))[1]
+        )
     for kind, count, expected in (
         ("", 8, []),
         ("reference", 8, ["masked_attention"]),
@@ -257,11 +303,17 @@ def test_a_query_without_keys_gets_nothing():
 def test_full_attention_is_its_definition(past, time, monkeypatch):
     monkeypatch.setattr(selection, "QUERIES", 4)
     length = past + time
-    query, key, value = torch.randn(2, time, 6, 4), torch.randn(2, length, 2, 4), torch.randn(2, length, 2, 4)
+    query, key, value = (
+        torch.randn(2, time, 6, 4),
+        torch.randn(2, length, 2, 4),
+        torch.randn(2, length, 2, 4),
+    )
     history = Past()
     history.length = past
     every = torch.zeros(2, time, 2, 1, dtype=torch.long)
-    expected = brute(query, key, value, every, torch.arange(past, length).expand(2, -1), length, 0.4)
+    expected = brute(
+        query, key, value, every, torch.arange(past, length).expand(2, -1), length, 0.4
+    )
     out = full_attention(query, key, value, context(2, time, "cpu", past=history), 0.4)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
 
@@ -270,7 +322,10 @@ def test_of_equal_scores_the_later_block():
     scores = torch.zeros(1, 1, 2, 9)
     scores[0, 0, 1, 2] = 1.0
     index = best_blocks(scores, torch.tensor([[7]]), torch.tensor([[1]]), 4)
-    assert index[0, 0].tolist() == [[7, 6, 5, 4], [7, 6, 5, 2]]  # 8 is later than own, 0 another document's
+    assert index[0, 0].tolist() == [
+        [7, 6, 5, 4],
+        [7, 6, 5, 2],
+    ]  # 8 is later than own, 0 another document's
     index = best_blocks(scores, torch.tensor([[7]]), torch.tensor([[1]]), 4, forced=3)
     assert index[0, 0].tolist() == [[7, 6, 5, 1], [7, 6, 2, 1]]
 
@@ -279,7 +334,9 @@ def test_fewer_blocks_than_may_be_chosen():
     index = best_blocks(torch.randn(1, 2, 1, 5), torch.tensor([[0, 2]]), torch.tensor([[0, 1]]), 4)
     assert index[0, 0, 0].tolist() == [0, -1, -1, -1]
     assert index[0, 1, 0].tolist() == [2, 1, -1, -1]
-    assert best_blocks(torch.randn(1, 1, 1, 2), torch.tensor([[1]]), torch.tensor([[0]]), 4)[0, 0, 0, 2:].tolist() == [
+    assert best_blocks(torch.randn(1, 1, 1, 2), torch.tensor([[1]]), torch.tensor([[0]]), 4)[
+        0, 0, 0, 2:
+    ].tolist() == [
         -1,
         -1,
     ]

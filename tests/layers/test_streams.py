@@ -30,14 +30,18 @@ def alike(ours, expected):
         assert a.dtype == b.dtype
         assert a.shape == b.shape
         if b.numel():
-            tolerance = (2**-6 if b.dtype == torch.bfloat16 else 3e-6) * max(1e-3, b.abs().max().item())
+            tolerance = (2**-6 if b.dtype == torch.bfloat16 else 3e-6) * max(
+                1e-3, b.abs().max().item()
+            )
             torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 20), st.floats(0.01, 4.0))
 def test_sinkhorn_by_autograd(streams, iterations, tokens, deviation):
-    logits = (torch.randn(streams, streams, tokens, dtype=torch.float64) * deviation).requires_grad_()
+    logits = (
+        torch.randn(streams, streams, tokens, dtype=torch.float64) * deviation
+    ).requires_grad_()
     comb = logits.softmax(1) + 1e-6
     for axis in [0] + [1, 0] * (iterations - 1):
         comb = comb / (comb.sum(axis, keepdim=True) + 1e-6)
@@ -66,7 +70,9 @@ def test_only_the_axis_normalised_last_sums_to_one(deviation):
         assert other > 1e-2
 
 
-@pytest.mark.parametrize(("size", "eps"), [(20.0, 1e-6), (40.0, 0.0)])  # autograd's own divisions overflow at 40
+@pytest.mark.parametrize(
+    ("size", "eps"), [(20.0, 1e-6), (40.0, 0.0)]
+)  # autograd's own divisions overflow at 40
 def test_backward_does_not_overflow(size: float, eps: float) -> None:
     logits = (torch.randn(4, 4, 2000).sign() * size).requires_grad_()
     sinkhorn(logits, 20, eps).backward(torch.randn(4, 4, 2000) * 1e4)
@@ -95,15 +101,23 @@ def test_collapse_is_coefficients_and_read() -> None:
     torch.testing.assert_close(u, torch.einsum("in,nid->nd", pre, x))
     carried = torch.rand(3, 6)
     torch.testing.assert_close(
-        streams.collapse(x, m, scale, base, carried, 4, 1e-3)[0], torch.einsum("in,nid->nd", carried, x)
+        streams.collapse(x, m, scale, base, carried, 4, 1e-3)[0],
+        torch.einsum("in,nid->nd", carried, x),
     )
 
 
 def test_write_mixes_from_j_to_k() -> None:
-    x, out, post, comb = torch.randn(6, 3, 5), torch.randn(6, 5), torch.rand(3, 6), torch.rand(3, 3, 6)
+    x, out, post, comb = (
+        torch.randn(6, 3, 5),
+        torch.randn(6, 5),
+        torch.rand(3, 6),
+        torch.rand(3, 3, 6),
+    )
     expected = torch.einsum("jkn,njd->nkd", comb, x) + torch.einsum("kn,nd->nkd", post, out)
     torch.testing.assert_close(streams.write(x, out, post, comb), expected)
-    torch.testing.assert_close(streams.write(x, out, post, None), x + torch.einsum("kn,nd->nkd", post, out))
+    torch.testing.assert_close(
+        streams.write(x, out, post, None), x + torch.einsum("kn,nd->nkd", post, out)
+    )
 
 
 @pytest.mark.interpreted
@@ -113,9 +127,19 @@ def test_tiles_collapse_as_the_formula(tiled: torch.device, poisoned: None) -> N
             for dtype in (torch.float32, torch.bfloat16):
                 rows = 2 * count + count**2
                 carried = torch.rand(count, tokens) if eps else None
-                given = (torch.randn(tokens, count, dim).to(dtype), 2 * torch.randn(rows, tokens), torch.rand(3) + 0.5)
-                given = [x if x is None else x.to(tiled) for x in (*given, torch.randn(rows), carried)]
-                pulls = [torch.randn(tokens, dim), *torch.randn(2, count, tokens), torch.randn(count, count, tokens)]
+                given = (
+                    torch.randn(tokens, count, dim).to(dtype),
+                    2 * torch.randn(rows, tokens),
+                    torch.rand(3) + 0.5,
+                )
+                given = [
+                    x if x is None else x.to(tiled) for x in (*given, torch.randn(rows), carried)
+                ]
+                pulls = [
+                    torch.randn(tokens, dim),
+                    *torch.randn(2, count, tokens),
+                    torch.randn(count, count, tokens),
+                ]
                 functions = (kernels.triton_twins.collapse, streams.collapse)
                 alike(*(outcome(function, given, pulls, iterations, eps) for function in functions))
 
@@ -125,22 +149,38 @@ def test_tiles_write_as_the_formula(tiled: torch.device, poisoned: None) -> None
     for tokens, count, dim in SIZES:
         for comb in (torch.rand(count, count, tokens), None):
             for dtype in (torch.float32, torch.bfloat16):
-                given = (torch.randn(tokens, count, dim).to(dtype), torch.randn(tokens, dim).to(dtype))
-                given = [x if x is None else x.to(tiled) for x in (*given, torch.rand(count, tokens), comb)]
-                functions, pulls = (kernels.triton_twins.write, streams.write), [torch.randn(tokens, count, dim)]
+                given = (
+                    torch.randn(tokens, count, dim).to(dtype),
+                    torch.randn(tokens, dim).to(dtype),
+                )
+                given = [
+                    x if x is None else x.to(tiled)
+                    for x in (*given, torch.rand(count, tokens), comb)
+                ]
+                functions, pulls = (
+                    (kernels.triton_twins.write, streams.write),
+                    [torch.randn(tokens, count, dim)],
+                )
                 alike(*(outcome(function, given, pulls) for function in functions))
 
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("kind", ["mhc", "single_pass"])
-def test_a_site_of_tiles_is_a_site(kind: str, tiled: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_site_of_tiles_is_a_site(
+    kind: str, tiled: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Strided gradients, a carried pre that is a view, and what Connection picks."""
-    sites = [Connection(HyperConfig(kind=kind, streams=3, iterations=3), 10, n).to(tiled) for n in range(2)]
+    sites = [
+        Connection(HyperConfig(kind=kind, streams=3, iterations=3), 10, n).to(tiled)
+        for n in range(2)
+    ]
     start, pull, found = torch.randn(2, 5, 3, 10), torch.randn(2, 3, 5, 10).transpose(1, 2), []
     for choice in ("reference", "triton"):
         asked = ",".join(f"{name}={choice}" for name in ("hyper_collapse", "hyper_write"))
         monkeypatch.setitem(os.environ, kernels.VARIABLE, asked)
-        assert (kernels.pick("hyper_write", streams.write, start.to(tiled)) is streams.write) == (choice == "reference")
+        assert (kernels.pick("hyper_write", streams.write, start.to(tiled)) is streams.write) == (
+            choice == "reference"
+        )
         given = start.to(tiled).requires_grad_()
         x = Streams(given)
         for site, sublayer in zip(sites, (torch.sin, torch.cos), strict=True):
@@ -149,7 +189,9 @@ def test_a_site_of_tiles_is_a_site(kind: str, tiled: torch.device, monkeypatch: 
         made = x.values
         parameters = [p for site in sites for p in site.parameters()]
         total = (made * pull.to(tiled)).sum()
-        found.append([made, *torch.autograd.grad(total, [given, *parameters], materialize_grads=True)])
+        found.append(
+            [made, *torch.autograd.grad(total, [given, *parameters], materialize_grads=True)]
+        )
     alike(*found)
 
 

@@ -42,9 +42,14 @@ def mask_of(index, time, heads, block, tile=TILE):
     """Bool [B, H, T, T], written out."""
     batch, _, choices, _ = index.shape
     mask = torch.zeros(batch, heads, time, time, dtype=torch.bool)
-    for b, h, t in torch.cartesian_prod(torch.arange(batch), torch.arange(heads), torch.arange(time)).tolist():
+    for b, h, t in torch.cartesian_prod(
+        torch.arange(batch), torch.arange(heads), torch.arange(time)
+    ).tolist():
         first = t // tile * tile
-        chosen = [*index[b, t // tile, h * choices // heads].tolist(), *range(first // block, t // block + 1)]
+        chosen = [
+            *index[b, t // tile, h * choices // heads].tolist(),
+            *range(first // block, t // block + 1),
+        ]
         for j in set(chosen) - {-1}:
             mask[b, h, t, j * block : min((j + 1) * block, t + 1)] = True
     return mask
@@ -56,7 +61,9 @@ def tensors(time, heads, groups, batch=2, width=6, **kind):
 
 def masked(query, key, value, mask, scale):
     three = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(*three, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        *three, attn_mask=mask, scale=scale, enable_gqa=True
+    ).transpose(1, 2)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -91,7 +98,9 @@ def test_the_blocks_for_flex_attention(size):
     index = choice_of_tiles(time, choices, chosen, block)
     mask, width = mask_of(index, time, heads, block), -(-time // block)
     dense = block_mask(index, time, heads, block).to_dense()
-    for b, h, n in torch.cartesian_prod(torch.arange(2), torch.arange(heads), torch.arange(index.shape[1])).tolist():
+    for b, h, n in torch.cartesian_prod(
+        torch.arange(2), torch.arange(heads), torch.arange(index.shape[1])
+    ).tolist():
         seen = mask[b, h, n * TILE : (n + 1) * TILE].any(0)
         expected = [int(seen[j * block : (j + 1) * block].any()) for j in range(width)]
         assert dense[b, h, n].tolist() == expected
@@ -104,14 +113,21 @@ def test_flex_attention_is_the_loop():
     given = tensors(time, heads, groups, width=16)
     index = choice_of_tiles(time, choices, chosen, block)
     with torch.no_grad():
-        ours, expected = flex_tiles(*given, index, block, 0.4), loop_tiles(*given, index, 0, block, 0.4)
+        ours, expected = (
+            flex_tiles(*given, index, block, 0.4),
+            loop_tiles(*given, index, 0, block, 0.4),
+        )
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.compiled
 def test_a_compiled_call_is_one_graph():
     """Forward, backward and a prompt, of both kinds; of packed documents, too."""
-    gqa, rope, hidden = GQAConfig(heads=4, kv_heads=2, head_dim=8), RopeConfig(), torch.randn(2, 150, 32)
+    gqa, rope, hidden = (
+        GQAConfig(heads=4, kv_heads=2, head_dim=8),
+        RopeConfig(),
+        torch.randn(2, 150, 32),
+    )
     nsa = NSAConfig(block=4, stride=2, select_block=4, chosen=3, window=5)
     packed = (torch.arange(150) // torch.tensor([[40], [7]])).long()
     tile = MoBA(MoBAConfig(block=4, chosen=2, choice="tile"))
@@ -119,7 +135,9 @@ def test_a_compiled_call_is_one_graph():
         attention = GQA(gqa, 32, rope, inner)
 
         def call(x, attention=attention, documents=documents):
-            return attention(x, context(*x.shape[:2], "cpu", documents=documents, rope=(rope, 8)))[0]
+            return attention(x, context(*x.shape[:2], "cpu", documents=documents, rope=(rope, 8)))[
+                0
+            ]
 
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
         ours, theirs = (hidden.clone().requires_grad_() for _ in range(2))
@@ -132,7 +150,9 @@ def test_a_compiled_call_is_one_graph():
             torch.testing.assert_close(compiled(hidden), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("pieces", [[150, 150], [100, 1, 1, 60, 138], [300], [127, 1, 1, 1, 170], [5, 130, 165]])
+@pytest.mark.parametrize(
+    "pieces", [[150, 150], [100, 1, 1, 60, 138], [300], [127, 1, 1, 1, 170], [5, 130, 165]]
+)
 def test_the_choice_goes_from_call_to_call(pieces):
     query, key, value = tensors(300, 4, 2)
     index, cache, history, outs, done = choice_of_tiles(300, 2, 3, 32), Recent(1), Past(), [], 0
@@ -140,11 +160,25 @@ def test_the_choice_goes_from_call_to_call(pieces):
         where = context(2, count, "cpu", past=history)
 
         def choose(rows, done=done):
-            assert (rows + done).remainder(TILE).eq(0).all(), "somebody who is not a tile's first was asked"
+            assert (rows + done).remainder(TILE).eq(0).all(), (
+                "somebody who is not a tile's first was asked"
+            )
             return index[:, (rows + done) // TILE]
 
         end = done + count
-        outs.append(attend_tiles(query[:, done:end], key[:, :end], value[:, :end], choose, where, None, 32, 0.4, cache))
+        outs.append(
+            attend_tiles(
+                query[:, done:end],
+                key[:, :end],
+                value[:, :end],
+                choose,
+                where,
+                None,
+                32,
+                0.4,
+                cache,
+            )
+        )
         done = end
     whole = masked(query, key, value, mask_of(index, 300, 4, 32), 0.4)
     torch.testing.assert_close(torch.cat(outs, 1), whole, atol=1e-5, rtol=0)

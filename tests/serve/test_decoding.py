@@ -20,7 +20,9 @@ from rorqual.serve.sampling import Sampling
 
 ENGRAM = EngramConfig(layers=(0,), rows_per_head=(97, 97), heads=2, head_dim=8)
 CONFIGS = {
-    "mla": ModelConfig(vocabulary=61, dim=32, layers=2, dense_width=32, mtp=MTPConfig(), init_std=0.2),
+    "mla": ModelConfig(
+        vocabulary=61, dim=32, layers=2, dense_width=32, mtp=MTPConfig(), init_std=0.2
+    ),
     "all": ModelConfig(
         vocabulary=61,
         dim=32,
@@ -32,7 +34,13 @@ CONFIGS = {
         init_std=0.2,
     ),
     "gqa": ModelConfig(
-        vocabulary=61, dim=32, layers=2, dense_width=32, mla=None, gqa=GQAConfig(head_dim=8), init_std=0.2
+        vocabulary=61,
+        dim=32,
+        layers=2,
+        dense_width=32,
+        mla=None,
+        gqa=GQAConfig(head_dim=8),
+        init_std=0.2,
     ),
 }
 
@@ -82,7 +90,9 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(model):
     assert together(model, PROMPTS, max_new_tokens=6, vocabulary=11) == [
         plainly(model, p, 6, vocabulary=11) for p in PROMPTS
     ]
-    drawn = together(model, PROMPTS, max_new_tokens=10, vocabulary=3, sampling=Sampling(temperature=50.0, seed=0))
+    drawn = together(
+        model, PROMPTS, max_new_tokens=10, vocabulary=3, sampling=Sampling(temperature=50.0, seed=0)
+    )
     assert {token for row in drawn for token in row} == {0, 1, 2}
 
 
@@ -119,7 +129,12 @@ def drafted(model, prompts, **options) -> list[list[int]]:
     return out
 
 
-DRAFTING = [("mla", 1), ("mla", 3), ("all", 2), *(pytest.param(("all", n), marks=pytest.mark.slow) for n in (1, 3))]
+DRAFTING = [
+    ("mla", 1),
+    ("mla", 3),
+    ("all", 2),
+    *(pytest.param(("all", n), marks=pytest.mark.slow) for n in (1, 3)),
+]
 
 
 @pytest.fixture(scope="module", params=DRAFTING, ids=str)
@@ -129,7 +144,9 @@ def drafting(request):
     model = LanguageModel(replace(CONFIGS[name], mtp=MTPConfig(depth=depth), init_std=0.1), seed=3)
     ids = (torch.arange(25)[None] * 5 + torch.arange(4)[:, None]) % 12
     ids[torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.1] = 13
-    optimizer = torch.optim.AdamW([p for name, p in model.named_parameters() if "tables" not in name], lr=1e-2)
+    optimizer = torch.optim.AdamW(
+        [p for name, p in model.named_parameters() if "tables" not in name], lr=1e-2
+    )
     for _ in range(12):
         model.loss(ids[:, :-1], ids[:, 1:]).total.backward()
         optimizer.step()
@@ -164,7 +181,9 @@ def test_some_drafts_stand_and_some_fall(drafting):
 
 
 def test_a_trained_model_accepts_its_own_drafts():
-    config = ModelConfig(vocabulary=12, dim=32, layers=1, dense_width=64, mtp=MTPConfig(depth=2), init_std=0.1)
+    config = ModelConfig(
+        vocabulary=12, dim=32, layers=1, dense_width=64, mtp=MTPConfig(depth=2), init_std=0.1
+    )
     model, ids = LanguageModel(config), (torch.arange(25)[None] * 5 + torch.arange(4)[:, None]) % 12
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(100):
@@ -176,7 +195,9 @@ def test_a_trained_model_accepts_its_own_drafts():
         said = drafted(model.eval(), prompts, max_new_tokens=16, tally=tally)
         assert said == [row[4 + n : 20 + n].tolist() for n, row in enumerate(ids[:rows])]
         assert said == [plainly(model, prompt, 16) for prompt in prompts]
-        assert tally == Tally(drafted=2 * 5 * rows, accepted=2 * 5 * rows, rounds=5)  # 1 id, then 3 a round
+        assert tally == Tally(
+            drafted=2 * 5 * rows, accepted=2 * 5 * rows, rounds=5
+        )  # 1 id, then 3 a round
         assert tally.acceptance == 1
 
 
@@ -184,7 +205,9 @@ def test_a_trained_model_accepts_its_own_drafts():
 def test_a_depth_is_told_in_decoding_what_it_is_told_in_training(drafting, monkeypatch):
     """Each depth's answers in the rounds are those of one call over all the text, as a loss makes it: a cache that kept
     what a rejected draft had told, or a neighbour's padding, would go unseen in the ids, and cost drafts only."""
-    made: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # depth, what it was told last, what it said
+    made: list[
+        tuple[int, torch.Tensor, torch.Tensor]
+    ] = []  # depth, what it was told last, what it said
     plain = LanguageModel.draft
 
     def watched(self, hidden, told, *, depth, **options):
@@ -204,7 +227,9 @@ def test_a_depth_is_told_in_decoding_what_it_is_told_in_training(drafting, monke
             beginning += 1
             assert beginning < ids.shape[1], "says what no beginning of the text would"
         rounds = made[place : place + depths]
-        for one, (_, _, other) in zip(_chain(drafting, ids[:, :beginning], rounds), rounds, strict=True):
+        for one, (_, _, other) in zip(
+            _chain(drafting, ids[:, :beginning], rounds), rounds, strict=True
+        ):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
     assert len(made) >= 2 * depths
 
@@ -225,7 +250,10 @@ def test_what_a_row_is_sure_of_is_not_drafted():
     model = LanguageModel(replace(CONFIGS["mla"], mtp=MTPConfig(depth=2)), seed=3).eval()
     hidden, told = model.hidden(torch.tensor([[1, 2], [1, 2]]))[0], torch.tensor([[2, 3], [2, 3]])
     free, bound = _drafts(
-        model, Front(hidden, told, None, torch.tensor([[3, -1, -1], [3, 60, -1]])), model.new_cache(2), 60
+        model,
+        Front(hidden, told, None, torch.tensor([[3, -1, -1], [3, 60, -1]])),
+        model.new_cache(2),
+        60,
     ).tolist()
     assert bound[0] == 60 != free[0]
     deeper = model.draft(model.draft(hidden, told)[0][1:], torch.tensor([[3, 60]]), depth=1)[0]
@@ -264,7 +292,9 @@ def test_a_model_without_mtp_is_told_so():
 
 def test_single_tokens_that_attend_otherwise_are_not_drafted():
     config = replace(CONFIGS["gqa"], moba=MoBAConfig(decode="full"), mtp=MTPConfig())
-    with pytest.raises(ValueError, match=r'speculative: got moba\.decode "full", expected "sparse"'):
+    with pytest.raises(
+        ValueError, match=r'speculative: got moba\.decode "full", expected "sparse"'
+    ):
         list(speculate(LanguageModel(config), [[1]]))
 
 

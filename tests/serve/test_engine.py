@@ -55,7 +55,9 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
 @pytest.mark.parametrize("rows", [2, 8])
 def test_all_at_once_or_few_at_a_time(model, rows):
     asked = prompts(5)
-    assert Engine(model, rows=rows).run(asked, max_new_tokens=5) == [alone(model, p, max_new_tokens=5) for p in asked]
+    assert Engine(model, rows=rows).run(asked, max_new_tokens=5) == [
+        alone(model, p, max_new_tokens=5) for p in asked
+    ]
 
 
 def test_requests_come_and_go(model):
@@ -77,7 +79,10 @@ def test_requests_come_and_go(model):
 def test_sampling_is_each_requests_own(model):
     asked, sampling = prompts(3, seed=4), Sampling(temperature=1.0, seed=5, repetition_penalty=1.3)
     engine = Engine(model, rows=3)
-    mixed = [engine.submit(asked[0], max_new_tokens=6), engine.submit(asked[1], max_new_tokens=6, sampling=sampling)]
+    mixed = [
+        engine.submit(asked[0], max_new_tokens=6),
+        engine.submit(asked[1], max_new_tokens=6, sampling=sampling),
+    ]
     while not engine.idle:
         engine.step()
     assert mixed[0].ids == alone(model, asked[0], max_new_tokens=6)
@@ -108,7 +113,9 @@ PARTS = {
 def come_and_go(model, lengths: list[int], seed: int) -> None:
     """Requests arrive while others run, in three rows; each must say what it says alone."""
     draw, engine, requests = random.Random(seed), Engine(model, rows=3), []
-    asked = [([draw.randrange(61) for _ in range(length)], draw.randrange(2, 9)) for length in lengths]
+    asked = [
+        ([draw.randrange(61) for _ in range(length)], draw.randrange(2, 9)) for length in lengths
+    ]
     while not engine.idle or len(requests) < len(asked):
         for prompt, count in asked[len(requests) : len(requests) + draw.randrange(3)]:
             requests.append(engine.submit(prompt, max_new_tokens=count))
@@ -166,9 +173,14 @@ def poisoned(model):
 
 
 @pytest.mark.parametrize("prompt", [[BAD, 1, 2, 3], [5] * 257 + [BAD]])
-@pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), Sampling(seed=3, repetition_penalty=1.2)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(temperature=0.0), Sampling(seed=3, repetition_penalty=1.2)]
+)
 def test_a_request_whose_logits_are_nan_ends_alone(poisoned, prompt, sampling):
-    asked, options = [[1, 2, 3, 4], [5, 6, 7, 8, 9]], {"max_new_tokens": 6, "sampling": sampling, "vocabulary": BAD}
+    asked, options = (
+        [[1, 2, 3, 4], [5, 6, 7, 8, 9]],
+        {"max_new_tokens": 6, "sampling": sampling, "vocabulary": BAD},
+    )
     expected = [alone(poisoned, one, **options) for one in asked]
     engine = Engine(poisoned, rows=3)
     engine.vocabulary = BAD  # so that nobody else says it
@@ -217,7 +229,9 @@ def test_a_tiny_temperature_is_greedy_and_harms_nobody(model, temperature):
     requests.append(engine.submit(asked[2], max_new_tokens=5))
     while not engine.idle:
         engine.step()
-    assert [request.ids for request in requests] == [alone(loud, prompt, max_new_tokens=5) for prompt in asked]
+    assert [request.ids for request in requests] == [
+        alone(loud, prompt, max_new_tokens=5) for prompt in asked
+    ]
     assert alone(loud, asked[0], max_new_tokens=5, sampling=tiny) == requests[0].ids
 
 
@@ -258,7 +272,12 @@ def test_what_nobody_waits_for_leaves(model):
     engine.cancel(requests[3])
     while not engine.idle:
         engine.step()
-    assert [request.finish for request in requests] == ["cancelled", "length", "length", "cancelled"]
+    assert [request.finish for request in requests] == [
+        "cancelled",
+        "length",
+        "length",
+        "cancelled",
+    ]
     assert requests[3].ids == []
     assert requests[2].ids == alone(model, asked[2], max_new_tokens=6)
 

@@ -20,7 +20,10 @@ from rorqual.serve.generate import Run, TextStream, load
 from rorqual.serve.sampling import GREEDY, Sampling
 from rorqual.tables import write_table
 
-TEXT = ["A whale is a mammal that lives in the sea.", "Ein Wal ist kein Fisch: é ü ß 鲸鱼 🐋 ☃."] * 4
+TEXT = [
+    "A whale is a mammal that lives in the sea.",
+    "Ein Wal ist kein Fisch: é ü ß 鲸鱼 🐋 ☃.",
+] * 4
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +73,9 @@ def test_streamed_text_is_the_text(tokenizer, text):
 @given(ids=st.lists(st.integers(1, 288), max_size=25))
 def test_streamed_ids_are_their_text_even_when_they_are_no_text(tokenizer, ids):
     stream = TextStream(tokenizer)
-    assert "".join([stream.push(token) for token in ids] + [stream.flush()]) == tokenizer.decode(ids)
+    assert "".join([stream.push(token) for token in ids] + [stream.flush()]) == tokenizer.decode(
+        ids
+    )
 
 
 def test_a_character_comes_whole_and_at_once(tokenizer):
@@ -79,13 +84,22 @@ def test_a_character_comes_whole_and_at_once(tokenizer):
     ]  # the four bytes of a whale, as byte-level BPE spells
     assert tokenizer.decode(whale) == "🐋"
     stream = TextStream(tokenizer)
-    assert [stream.push(token) for token in [*whale, *tokenizer.encode("a")]] == ["", "", "", "🐋", "a"]
+    assert [stream.push(token) for token in [*whale, *tokenizer.encode("a")]] == [
+        "",
+        "",
+        "",
+        "🐋",
+        "a",
+    ]
     cut = TextStream(tokenizer)
     assert [cut.push(token) for token in whale[:3]] + [cut.flush()] == ["", "", "", "\ufffd"]
 
 
 @settings(max_examples=60, deadline=None)
-@given(text=st.text("ab.c", max_size=20), stop=st.lists(st.text("ab.", min_size=1, max_size=4), max_size=3))
+@given(
+    text=st.text("ab.c", max_size=20),
+    stop=st.lists(st.text("ab.", min_size=1, max_size=4), max_size=3),
+)
 def test_stop_strings_end_the_text_before_them(tokenizer, text, stop):
     stream, pieces = TextStream(tokenizer, stop), []
     for token in tokenizer.encode(text):
@@ -120,8 +134,14 @@ def test_a_seed_repeats_and_none_does_not(run):
 
 def test_completions_say_why_they_ended(run):
     plain = run.complete(["A whale"], max_new_tokens=8, sampling=GREEDY)[0]
-    assert (plain.finish, len(plain.ids), plain.text) == ("length", 8, run.tokenizer.decode(plain.ids))
-    stopped = run.complete(["A whale"], max_new_tokens=8, sampling=GREEDY, stop=[plain.text[1:3]])[0]
+    assert (plain.finish, len(plain.ids), plain.text) == (
+        "length",
+        8,
+        run.tokenizer.decode(plain.ids),
+    )
+    stopped = run.complete(["A whale"], max_new_tokens=8, sampling=GREEDY, stop=[plain.text[1:3]])[
+        0
+    ]
     assert stopped.finish == "stop"
     assert stopped.text == plain.text[: plain.text.index(plain.text[1:3])]
 
@@ -144,9 +164,14 @@ def test_drafts_say_the_same_and_are_counted(run):
     assert 0 <= drafted.tally.acceptance <= 1
     several = {"max_new_tokens": 12, "temperature": 0.0}
     texts = ["A whale", "The sea below is", "A"]
-    assert run.generate(texts, speculative=True, **several) == [run.generate(text, **several) for text in texts]
+    assert run.generate(texts, speculative=True, **several) == [
+        run.generate(text, **several) for text in texts
+    ]
     tally = Tally()
-    assert "".join(run.stream("A whale", max_new_tokens=12, sampling=GREEDY, tally=tally)) == plain.text
+    assert (
+        "".join(run.stream("A whale", max_new_tokens=12, sampling=GREEDY, tally=tally))
+        == plain.text
+    )
     assert tally == drafted.tally
 
 
@@ -181,9 +206,14 @@ def test_a_folder_without_a_tokenizer_says_so_when_text_is_asked_for(folder, tmp
     [
         (lambda run: run.generate("A", max_new_tokens=0), "max_new_tokens=0, expected at least 1"),
         (lambda run: run.generate("A", temperature=-1.0), "temperature"),
-        (lambda run: run.generate("A", speculative=True), "got temperature 0.8, .* expected temperature 0"),
         (
-            lambda run: run.generate("A", temperature=0.0, repetition_penalty=1.3, speculative=True),
+            lambda run: run.generate("A", speculative=True),
+            "got temperature 0.8, .* expected temperature 0",
+        ),
+        (
+            lambda run: run.generate(
+                "A", temperature=0.0, repetition_penalty=1.3, speculative=True
+            ),
             "got .*penalty 1.3, expected temperature 0 .* without a penalty",
         ),
         (lambda run: run.chat([{"role": "user", "content": "hi"}]), "no chat template"),
@@ -218,7 +248,13 @@ def test_a_mistyped_path_is_not_asked_of_the_hub(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path / "runs" / "demo")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(generate, "snapshot", lambda name: pytest.fail(f"asked the hub for {name}"))
-    for path in ("runs/dmeo", "./runs/dmeo", "./rusn/demo", "runs/deno/", f"../{tmp_path.name}/runs/demoo"):
+    for path in (
+        "runs/dmeo",
+        "./runs/dmeo",
+        "./rusn/demo",
+        "runs/deno/",
+        f"../{tmp_path.name}/runs/demoo",
+    ):
         with pytest.raises(FileNotFoundError, match=r"no folder .*did you mean .*runs/demo\?"):
             load(path)
     for path in ("./a/b", "../a", "~/no-such-folder-here/b", "a/b/c", "plain", "runs/quite-other"):
@@ -227,7 +263,9 @@ def test_a_mistyped_path_is_not_asked_of_the_hub(folder, tmp_path, monkeypatch):
 
 
 def test_a_hub_id_that_cannot_be_had_is_one_line():
-    with pytest.raises(FileNotFoundError, match="the hub did not give a model of that name") as caught:
+    with pytest.raises(
+        FileNotFoundError, match="the hub did not give a model of that name"
+    ) as caught:
         load("rorqual-test/no-such-model")
     assert "\n" not in str(caught.value)
 
@@ -257,17 +295,25 @@ def test_sixty_four_texts_are_the_same_wherever_the_rows_live(folder, model, tmp
     homes = [
         {"tables": "host"},
         {"tables": "host", "prefetch": False},
-        *({"tables": "disk", "hot_bytes": hot, "prefetch": on} for hot in (0, row, 1 << 20) for on in (True, False)),
+        *(
+            {"tables": "disk", "hot_bytes": hot, "prefetch": on}
+            for hot in (0, row, 1 << 20)
+            for on in (True, False)
+        ),
         {"tables": "disk", "hot_bytes": 50 * row, "hot": str(tmp_path / "hot")},
     ]
     texts = [TEXT[n % 2][: 1 + n // 2] for n in range(64)]
     resident = load(folder)
     expected = [done.ids for done in resident.complete(texts, max_new_tokens=12)]
-    drafted = [done.ids for done in resident.complete(texts[:4], max_new_tokens=12, speculative=True)]
+    drafted = [
+        done.ids for done in resident.complete(texts[:4], max_new_tokens=12, speculative=True)
+    ]
     for home in homes:
         other = load(folder, **home)
         assert [done.ids for done in other.complete(texts, max_new_tokens=12)] == expected, home
-        assert [d.ids for d in other.complete(texts[:4], max_new_tokens=12, speculative=True)] == drafted, home
+        assert [
+            d.ids for d in other.complete(texts[:4], max_new_tokens=12, speculative=True)
+        ] == drafted, home
         with torch.no_grad():
             ids = torch.randint(290, (3, 40))
             assert torch.equal(other.model(ids), resident.model(ids))
@@ -281,7 +327,10 @@ def test_rows_of_another_folder_and_homes_that_cannot_be(folder, model, tmp_path
     halved = load(folder, folder=str(tmp_path / "rows"))
     assert torch.equal(halved.model.tables[0].weight, rows.bfloat16())
     lying = load(folder, tables="disk", folder=str(tmp_path / "rows"))
-    assert lying.complete([TEXT[0]], max_new_tokens=8)[0].ids == halved.complete([TEXT[0]], max_new_tokens=8)[0].ids
+    assert (
+        lying.complete([TEXT[0]], max_new_tokens=8)[0].ids
+        == halved.complete([TEXT[0]], max_new_tokens=8)[0].ids
+    )
     write_table(tmp_path / "wrong" / "0", rows[1:])
     with pytest.raises(ValueError, match=r"tables: got rows by width .* as the config says"):
         load(folder, tables="host", folder=str(tmp_path / "wrong"))
@@ -290,5 +339,7 @@ def test_rows_of_another_folder_and_homes_that_cannot_be(folder, model, tmp_path
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "deepseek_v3"}')
-    with pytest.raises(ValueError, match="expected a run of rorqual's own, whose tables can lie elsewhere"):
+    with pytest.raises(
+        ValueError, match="expected a run of rorqual's own, whose tables can lie elsewhere"
+    ):
         load(other, tables="disk")

@@ -7,7 +7,10 @@ from rorqual.serve.sampling import Sampling
 
 
 def test_a_plain_completion():
-    ask = parse({"model": "x", "prompt": "a whale", "max_tokens": 5, "temperature": 0, "stop": "."}, chat=False)
+    ask = parse(
+        {"model": "x", "prompt": "a whale", "max_tokens": 5, "temperature": 0, "stop": "."},
+        chat=False,
+    )
     assert ask.prompts == ("a whale",)
     assert (ask.max_new_tokens, ask.sampling, ask.stop) == (5, Sampling(temperature=0.0), (".",))
     assert (ask.copies, ask.stream, ask.usage) == (1, False, False)
@@ -36,12 +39,26 @@ def test_a_chat_with_a_stream():
     }
     ask = parse(body, chat=True)
     assert ask.messages == ({"role": "user", "content": "hi"},)
-    assert (ask.stream, ask.usage, ask.copies, ask.max_new_tokens, ask.sampling.seed) == (True, True, 2, 3, 4)
+    assert (ask.stream, ask.usage, ask.copies, ask.max_new_tokens, ask.sampling.seed) == (
+        True,
+        True,
+        2,
+        3,
+        4,
+    )
 
 
 def test_what_asks_for_nothing_is_accepted():
     parse(
-        {"prompt": "x", "logprobs": None, "presence_penalty": 0, "user": "me", "echo": False, "tools": []}, chat=False
+        {
+            "prompt": "x",
+            "logprobs": None,
+            "presence_penalty": 0,
+            "user": "me",
+            "echo": False,
+            "tools": [],
+        },
+        chat=False,
     )
 
 
@@ -89,11 +106,20 @@ def test_a_bad_completion_names_its_field(body, said):
         ([{"role": 1, "content": ""}], r"messages\[0\]: got"),
         ([{"role": "user"}], r"messages\[0\].content: got null"),
         ([{"role": "user", "content": None}], r"messages\[0\].content: got null"),
-        ([{"role": "user", "content": {"text": "hi"}}], r"messages\[0\].content: got {'text': 'hi'}"),
+        (
+            [{"role": "user", "content": {"text": "hi"}}],
+            r"messages\[0\].content: got {'text': 'hi'}",
+        ),
         ([{"role": "user", "content": ["hi"]}], r"messages\[0\].content\[0\]: got 'hi', expected"),
-        ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\].content\[0\].text: got None"),
+        (
+            [{"role": "user", "content": [{"type": "text"}]}],
+            r"messages\[0\].content\[0\].text: got None",
+        ),
         ([{"role": "user", "content": [{"type": "input_audio"}]}], "this model reads text only"),
-        ([{"role": "assistant", "content": None, "tool_calls": [{}]}], "tool_calls: this server does not do"),
+        (
+            [{"role": "assistant", "content": None, "tool_calls": [{}]}],
+            "tool_calls: this server does not do",
+        ),
     ],
 )
 def test_bad_messages(messages, said):
@@ -116,7 +142,10 @@ def test_messages_as_clients_send_them():
 
 
 def test_fields_of_other_servers():
-    ask = parse({"prompt": "\udc0b", "top_k": -1, "top_p": 0, "user": "me", "priority": 3, "min_tokens": 0}, chat=False)
+    ask = parse(
+        {"prompt": "\udc0b", "top_k": -1, "top_p": 0, "user": "me", "priority": 3, "min_tokens": 0},
+        chat=False,
+    )
     assert ask.prompts == ("\ufffd",)
     assert ask.sampling.top_k is None
     assert ask.sampling.top_p == 1e-6

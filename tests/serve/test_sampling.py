@@ -39,7 +39,9 @@ def test_narrow_is_transformers_chain(seed, temperature, top_k, top_p, min_p):
 def test_penalty_is_transformers():
     logits, ids = torch.randn(2, 11), torch.tensor([[1, 4, 4], [0, 2, 10]])
     seen = torch.zeros(2, 11, dtype=torch.bool).scatter(1, ids, True)
-    torch.testing.assert_close(penalise(logits, seen, 1.3), RepetitionPenaltyLogitsProcessor(1.3)(ids, logits.clone()))
+    torch.testing.assert_close(
+        penalise(logits, seen, 1.3), RepetitionPenaltyLogitsProcessor(1.3)(ids, logits.clone())
+    )
 
 
 def test_top_p_keeps_the_likeliest_until_p():
@@ -61,13 +63,17 @@ def test_frequencies_follow_the_softmax():
     sampling = Sampling(temperature=1.0, seed=7)
     generator = sampling.generator()
     drawn = torch.cat([sample(logits, sampling, [generator]) for _ in range(3000)])
-    torch.testing.assert_close(drawn.bincount(minlength=3) / 3000, logits[0].exp(), atol=0.03, rtol=0)
+    torch.testing.assert_close(
+        drawn.bincount(minlength=3) / 3000, logits[0].exp(), atol=0.03, rtol=0
+    )
 
 
 def test_a_row_draws_the_same_whoever_stands_beside_it():
     logits, sampling = torch.randn(4, 50), Sampling(seed=3)
     together = sample(logits, sampling, [sampling.generator(row) for row in range(4)])
-    alone = torch.cat([sample(logits[row : row + 1], sampling, [sampling.generator(row)]) for row in range(4)])
+    alone = torch.cat(
+        [sample(logits[row : row + 1], sampling, [sampling.generator(row)]) for row in range(4)]
+    )
     assert torch.equal(together, alone)
     again = sample(logits, sampling, [sampling.generator(row) for row in range(4)])
     assert torch.equal(together, again)
@@ -101,7 +107,9 @@ def test_a_temperature_too_small_to_divide_by_is_greedy(temperature, size):
     for filters in ({}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}, {"repetition_penalty": 1.5}):
         sampling = Sampling(temperature=temperature, seed=0, **filters)
         assert sampling.greedy
-        assert sample(logits, sampling, seen=torch.zeros_like(logits, dtype=torch.bool)).tolist() == [2, 0]
+        assert sample(
+            logits, sampling, seen=torch.zeros_like(logits, dtype=torch.bool)
+        ).tolist() == [2, 0]
 
 
 @pytest.mark.parametrize("size", [3.5, 1e4, 3e38])
@@ -111,7 +119,10 @@ def test_the_smallest_temperatures_that_divide_take_the_likeliest(temperature, s
     for filters in ({}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}):
         sampling = Sampling(temperature=temperature, **filters)
         assert not sampling.greedy
-        assert sample(logits, sampling, [sampling.generator(row) for row in range(2)]).tolist() == [2, 0]
+        assert sample(logits, sampling, [sampling.generator(row) for row in range(2)]).tolist() == [
+            2,
+            0,
+        ]
 
 
 def test_equal_logits_share_at_any_temperature_that_divides():
@@ -131,8 +142,12 @@ def test_a_penalty_leaves_finite_logits_finite(penalty):
     assert sample(logits, sampling, [sampling.generator()], seen).tolist() == [0]
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=1), Sampling(seed=1, repetition_penalty=2.0, top_p=0.5)])
-@pytest.mark.parametrize("bad", [[1.0, torch.nan, 0.0], [-torch.inf] * 3, [torch.inf, 1.0, 0.0], [torch.nan] * 3])
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, Sampling(seed=1), Sampling(seed=1, repetition_penalty=2.0, top_p=0.5)]
+)
+@pytest.mark.parametrize(
+    "bad", [[1.0, torch.nan, 0.0], [-torch.inf] * 3, [torch.inf, 1.0, 0.0], [torch.nan] * 3]
+)
 def test_rows_that_hold_no_chances_are_named(sampling, bad):
     logits = torch.tensor([[1.0, 2.0, 3.0], bad, [0.0, 0.0, 1.0], bad])
     generators = [sampling.generator(row) for row in range(4)]

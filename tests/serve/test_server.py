@@ -48,7 +48,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whale"
     tokenizer = train(["A whale lives in the sea. 🐋 é"] * 4, 280)
     engram = EngramConfig(layers=(0,), rows_per_head=(97, 97), heads=2, head_dim=8)
-    config = ModelConfig(vocabulary=290, dim=32, layers=2, dense_width=32, engram=engram, init_std=0.2)
+    config = ModelConfig(
+        vocabulary=290, dim=32, layers=2, dense_width=32, engram=engram, init_std=0.2
+    )
     model = LanguageModel(config, torch.from_numpy(tokenizer.canonical_map()), seed=1)
     with torch.no_grad():
         model.head.weight[tokenizer.end_id] = 0.0
@@ -105,7 +107,9 @@ class Client:
     def leave(self, path: str, body: dict, *, when) -> None:
         """Asks, and hangs up without an answer when `when()` is true."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request("POST", path, json.dumps(body).encode(), {"content-type": "application/json"})
+        connection.request(
+            "POST", path, json.dumps(body).encode(), {"content-type": "application/json"}
+        )
         until(when)
         connection.close()
 
@@ -124,7 +128,9 @@ def until(condition):
 @contextlib.contextmanager
 def serving(service):
     """A real server on a free port, in a thread of its own."""
-    server = uvicorn.Server(uvicorn.Config(application(service), http=TimedProtocol, port=0, log_level="error"))
+    server = uvicorn.Server(
+        uvicorn.Config(application(service), http=TimedProtocol, port=0, log_level="error")
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
@@ -144,7 +150,9 @@ def client(service):
 
 
 def ask(client, body, path="/v1/completions"):
-    return client.call("POST", path, json.dumps(body).encode(), **{"content-type": "application/json"})
+    return client.call(
+        "POST", path, json.dumps(body).encode(), **{"content-type": "application/json"}
+    )
 
 
 def events(answer) -> list:
@@ -158,23 +166,36 @@ def test_a_completion_is_the_runs_own(client, run):
     own = run.complete(["A whale"], max_new_tokens=9, sampling=GREEDY)[0]
     assert answer["object"] == "text_completion"
     assert answer["model"] == "whale"
-    assert answer["choices"] == [{"index": 0, "text": own.text, "logprobs": None, "finish_reason": "length"}]
+    assert answer["choices"] == [
+        {"index": 0, "text": own.text, "logprobs": None, "finish_reason": "length"}
+    ]
     length = len(run.prompt("A whale"))
-    assert answer["usage"] == {"prompt_tokens": length, "completion_tokens": 9, "total_tokens": length + 9}
+    assert answer["usage"] == {
+        "prompt_tokens": length,
+        "completion_tokens": 9,
+        "total_tokens": length + 9,
+    }
 
 
 def test_prompts_and_copies_are_numbered_in_order(client, run):
     body = {"prompt": ["A", "the sea"], "n": 2, "max_tokens": 6, "temperature": 1.0, "seed": 4}
     choices = ask(client, body).json()["choices"]
     assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
-    own = run.complete(["A", "A", "the sea", "the sea"], max_new_tokens=6, sampling=Sampling(temperature=1.0, seed=4))
+    own = run.complete(
+        ["A", "A", "the sea", "the sea"],
+        max_new_tokens=6,
+        sampling=Sampling(temperature=1.0, seed=4),
+    )
     assert [choice["text"] for choice in choices] == [completion.text for completion in own]
 
 
 def test_ids_are_prompts_too(client, run):
     body = {"max_tokens": 5, "temperature": 0}
     ids = ask(client, body | {"prompt": run.prompt("A whale")}).json()
-    assert ids["choices"][0]["text"] == ask(client, body | {"prompt": "A whale"}).json()["choices"][0]["text"]
+    assert (
+        ids["choices"][0]["text"]
+        == ask(client, body | {"prompt": "A whale"}).json()["choices"][0]["text"]
+    )
 
 
 def test_a_stream_joins_to_the_whole(client):
@@ -186,7 +207,9 @@ def test_a_stream_joins_to_the_whole(client):
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["completion_tokens"] == 24
     for index in range(2):
-        own = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+        own = [
+            choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index
+        ]
         assert "".join(choice["text"] for choice in own) == whole[index]
         assert [choice["finish_reason"] for choice in own][-1] == "length"
         assert all(choice["finish_reason"] is None for choice in own[:-1])
@@ -205,7 +228,9 @@ def test_many_at_once_are_each_themselves(client, run):
     prompts = ["A", "whale", "the sea lives", "é é", "in", "A whale lives in the sea"]
     body = {"max_tokens": 5, "temperature": 0}
     with ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(lambda prompt: ask(client, body | {"prompt": prompt}).json(), prompts))
+        answers = list(
+            pool.map(lambda prompt: ask(client, body | {"prompt": prompt}).json(), prompts)
+        )
     own = [run.complete([prompt], max_new_tokens=5, sampling=GREEDY)[0].text for prompt in prompts]
     assert [answer["choices"][0]["text"] for answer in answers] == own
 
@@ -219,17 +244,26 @@ BLOCKWISE = {
 @pytest.mark.parametrize("name", BLOCKWISE)
 def test_a_model_whose_attention_is_by_blocks_answers_many_at_once(tmp_path, run, name):
     gqa = GQAConfig(heads=4, kv_heads=2, head_dim=8)
-    parts = {"mla": None, "gqa": gqa, "engram": run.config.engram, "mtp": MTPConfig()} | BLOCKWISE[name]
+    parts = {"mla": None, "gqa": gqa, "engram": run.config.engram, "mtp": MTPConfig()} | BLOCKWISE[
+        name
+    ]
     config = ModelConfig(vocabulary=290, dim=32, layers=2, dense_width=32, init_std=0.2, **parts)
-    checkpoint.save_model(tmp_path, LanguageModel(config, run.tokenizer.canonical_map(), seed=2), run.tokenizer)
+    checkpoint.save_model(
+        tmp_path, LanguageModel(config, run.tokenizer.canonical_map(), seed=2), run.tokenizer
+    )
     sparse = load(tmp_path, device="cpu")
     prompts = [" ".join(["whale", "sea", "é"] * count) for count in (1, 3, 2, 1, 4, 2, 3)]
     with serving(Service(sparse, rows=3, context=64)) as client, ThreadPoolExecutor(7) as pool:
-        bodies = [{"prompt": prompt, "max_tokens": 3 + n, "temperature": 0} for n, prompt in enumerate(prompts)]
+        bodies = [
+            {"prompt": prompt, "max_tokens": 3 + n, "temperature": 0}
+            for n, prompt in enumerate(prompts)
+        ]
         answers = list(pool.map(lambda body: ask(client, body), bodies))
     assert [answer.status for answer in answers] == [200] * 7
     for answer, body in zip(answers, bodies, strict=True):
-        own = sparse.complete([body["prompt"]], max_new_tokens=body["max_tokens"], sampling=GREEDY)[0]
+        own = sparse.complete([body["prompt"]], max_new_tokens=body["max_tokens"], sampling=GREEDY)[
+            0
+        ]
         assert answer.json()["choices"][0]["text"] == own.text
 
 
@@ -250,7 +284,11 @@ def test_a_request_that_cannot_be_sampled_fails_alone(folder):
     assert [answer.status for answer in answers] == [200, 200, 500, 200, 200]
     assert "see the server's log" in answers[2].json()["error"]["message"]
     said = [answer.json()["choices"][0]["text"] for answer in (answers[n] for n in (0, 1, 3, 4))]
-    assert said == [broken.complete([text], max_new_tokens=20, sampling=GREEDY)[0].text for text in texts] * 2
+    assert (
+        said
+        == [broken.complete([text], max_new_tokens=20, sampling=GREEDY)[0].text for text in texts]
+        * 2
+    )
 
 
 def test_leaving_a_request_that_cannot_be_sampled_harms_nobody(folder, monkeypatch):
@@ -323,7 +361,12 @@ def test_other_names_are_not_answered(client):
 
 
 def test_health_and_models(client):
-    assert client.call("GET", "/health").json() == {"status": "ok", "running": 0, "waiting": 0, "rows": 4}
+    assert client.call("GET", "/health").json() == {
+        "status": "ok",
+        "running": 0,
+        "waiting": 0,
+        "rows": 4,
+    }
     assert [model["id"] for model in client.call("GET", "/v1/models").json()["data"]] == ["whale"]
     assert client.call("GET", "/v1/completions").status == 405
 
@@ -407,8 +450,14 @@ def test_half_a_character_is_a_replacement(chat_client):
     body = {"max_tokens": 4, "temperature": 0}
     halves = ask(chat_client, body | {"prompt": "A \ud83d", "stop": "\udc0b"})
     assert halves.status == 200
-    assert halves.json()["choices"] == ask(chat_client, body | {"prompt": "A \ufffd"}).json()["choices"]
-    assert chat(chat_client, "A \udc0b").json()["choices"] == chat(chat_client, "A \ufffd").json()["choices"]
+    assert (
+        halves.json()["choices"]
+        == ask(chat_client, body | {"prompt": "A \ufffd"}).json()["choices"]
+    )
+    assert (
+        chat(chat_client, "A \udc0b").json()["choices"]
+        == chat(chat_client, "A \ufffd").json()["choices"]
+    )
     wrong = ask(chat_client, body | {"prompt": "A", "\ud83d": 1})
     assert (wrong.status, wrong.error["type"]) == (400, "invalid_request_error")
 
@@ -417,7 +466,10 @@ def test_half_a_character_is_a_replacement(chat_client):
 def test_a_chat_template_that_loops_is_ended_and_holds_up_nobody(chatty, monkeypatch):
     monkeypatch.setattr(generate, "TEMPLATE_SECONDS", 1.0)
     body = {"prompt": "A", "max_tokens": 2}
-    with serving(Service(load(chatty, device="cpu"), context=64)) as client, ThreadPoolExecutor(3) as pool:
+    with (
+        serving(Service(load(chatty, device="cpu"), context=64)) as client,
+        ThreadPoolExecutor(3) as pool,
+    ):
         stuck = [pool.submit(chat, client, content) for content in ("loop", "power", "loop")]
         assert ask(client, body).status == 200
         for answer in stuck:
@@ -426,7 +478,9 @@ def test_a_chat_template_that_loops_is_ended_and_holds_up_nobody(chatty, monkeyp
         assert chat(client, "A").status == 200
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="this system does not say what a process holds")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").is_file(), reason="this system does not say what a process holds"
+)
 def test_a_chat_template_that_wants_memory_is_refused(chatty):
     with serving(Service(load(chatty, device="cpu"), context=64)) as client:
         answer = chat(client, "memory")
@@ -458,10 +512,15 @@ def test_a_chat_template_is_read_once(folder, tmp_path):
     gone = tmp_path / "gone"
     shutil.copytree(folder, gone)
     (gone / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    with serving(Service(load(gone, device="cpu"), context=64)) as client, ThreadPoolExecutor(4) as pool:
+    with (
+        serving(Service(load(gone, device="cpu"), context=64)) as client,
+        ThreadPoolExecutor(4) as pool,
+    ):
         assert chat(client, "A").status == 200
         (gone / "tokenizer.json").unlink()
-        assert [answer.status for answer in pool.map(lambda _: chat(client, "A"), range(6))] == [200] * 6
+        assert [answer.status for answer in pool.map(lambda _: chat(client, "A"), range(6))] == [
+            200
+        ] * 6
 
 
 def test_a_text_is_measured_before_it_is_tokenised(chat_client, monkeypatch):
@@ -482,7 +541,11 @@ def test_a_text_is_measured_before_it_is_tokenised(chat_client, monkeypatch):
         assert len(answer.text) < 1000
     assert all(len(text) == 1 for text in tokenised)
     answer = chat(chat_client, "whale" * 2**20)
-    assert (answer.status, answer.error["code"], answer.error["param"]) == (400, "context_length_exceeded", "messages")
+    assert (answer.status, answer.error["code"], answer.error["param"]) == (
+        400,
+        "context_length_exceeded",
+        "messages",
+    )
     # what fits by its bytes is tokenised, and may be too long yet
     answer = ask(chat_client, {"prompt": "xy" * 40, "max_tokens": 2})
     assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
@@ -506,7 +569,9 @@ def test_texts_are_tokenised_two_at_a_time_and_aside(client, monkeypatch):
         answers = [pool.submit(ask, client, {"prompt": "A", "max_tokens": 2}) for _ in range(4)]
         until(lambda: len(at_once) == 2)
         assert client.call("GET", "/health").status == 200
-        assert ask(client, {"prompt": [3, 4], "max_tokens": 2}).status == 200, "ids need no tokeniser"
+        assert ask(client, {"prompt": [3, 4], "max_tokens": 2}).status == 200, (
+            "ids need no tokeniser"
+        )
         assert len(at_once) == 2
         go.set()
         assert [answer.result().status for answer in answers] == [200] * 4
@@ -548,7 +613,9 @@ def gated(run, monkeypatch, **sizes):
     """A server whose model takes a step only while the gate is open."""
     service, gate = Service(run, **sizes), threading.Event()
     step = service.worker.engine.step
-    monkeypatch.setattr(service.worker.engine, "step", lambda: (gate.wait(60), time.sleep(0.01), step())[2])
+    monkeypatch.setattr(
+        service.worker.engine, "step", lambda: (gate.wait(60), time.sleep(0.01), step())[2]
+    )
     with serving(service) as client:
         try:
             yield client, service.worker.engine, gate
@@ -568,7 +635,9 @@ def test_who_hangs_up_leaves_queue_and_batch(run, monkeypatch, stream):
             request = engine.running[0]
             gate.clear()
             seen = threading.Event()
-            left = [pool.submit(client.leave, "/v1/completions", body, when=seen.is_set) for _ in "ab"]
+            left = [
+                pool.submit(client.leave, "/v1/completions", body, when=seen.is_set) for _ in "ab"
+            ]
             until(lambda: engine.waiting == 2)
             seen.set()
             for one in left:
@@ -626,10 +695,19 @@ def test_half_open_connections_end(run, monkeypatch):
 
 
 def test_fields_without_a_meaning_here_are_noted_once(client, capsys):
-    body = {"prompt": "A", "max_tokens": 2, "user": "me", "store": True, "service_tier": "auto", "cache_prompt": True}
+    body = {
+        "prompt": "A",
+        "max_tokens": 2,
+        "user": "me",
+        "store": True,
+        "service_tier": "auto",
+        "cache_prompt": True,
+    }
     for _ in range(3):
         assert ask(client, body | {"metadata": None, "top_k": -1, "top_p": 0}).status == 200
-    notes = [line for line in capsys.readouterr().err.splitlines() if "changes nothing here" in line]
+    notes = [
+        line for line in capsys.readouterr().err.splitlines() if "changes nothing here" in line
+    ]
     assert len(notes) == 1
     assert "user, store, service_tier, cache_prompt, metadata" in notes[0]
 
@@ -637,7 +715,9 @@ def test_fields_without_a_meaning_here_are_noted_once(client, capsys):
 def test_top_p_0_is_the_likeliest(client):
     body = {"prompt": "A whale", "max_tokens": 8}
     greedy = ask(client, body | {"temperature": 0}).json()["choices"]
-    assert ask(client, body | {"temperature": 2, "top_p": 0, "top_k": -1}).json()["choices"] == greedy
+    assert (
+        ask(client, body | {"temperature": 2, "top_p": 0, "top_k": -1}).json()["choices"] == greedy
+    )
 
 
 @pytest.mark.parametrize(
@@ -722,7 +802,18 @@ def test_a_port_in_use_is_a_line_before_anything_is_announced(folder, capsys):
 @contextlib.contextmanager
 def started(folder, *words):
     """`rorqual serve` in a process of its own, and where it says that it listens."""
-    command = [sys.executable, "-m", "rorqual", "serve", str(folder), "--port", "0", "--device", "cpu", *words]
+    command = [
+        sys.executable,
+        "-m",
+        "rorqual",
+        "serve",
+        str(folder),
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+        *words,
+    ]
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "RORQUAL_SHAPES": "0"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True) as process:
@@ -748,9 +839,14 @@ def test_a_signal_ends_the_server_whatever_runs_and_waits(chatty, how):
         # the likeliest token is never the end
         endless = {"prompt": "A", "max_tokens": 900_000, "temperature": 0, "stop": ["never"]}
         connections = [client.connect() for _ in range(3)]
-        for connection, half in zip(connections, ("", head, head + "content-length: 99\r\n\r\n{"), strict=True):
+        for connection, half in zip(
+            connections, ("", head, head + "content-length: 99\r\n\r\n{"), strict=True
+        ):
             connection.sendall(half.encode())
-        asked = [pool.submit(ask, client, endless | {"stream": stream}) for stream in (True, False, False, True)]
+        asked = [
+            pool.submit(ask, client, endless | {"stream": stream})
+            for stream in (True, False, False, True)
+        ]
         asked.append(pool.submit(chat, client, "loop"))
         until(lambda: client.call("GET", "/health").json()["waiting"] == 2)
         process.send_signal(how)
@@ -766,7 +862,10 @@ def test_a_signal_ends_the_server_whatever_runs_and_waits(chatty, how):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 def test_ctrl_c_ends_the_server_in_the_middle_of_a_long_prefill(folder):
-    with started(folder, "--rows", "1", "--context", "1000000") as (process, _, port), ThreadPoolExecutor(1) as pool:
+    with (
+        started(folder, "--rows", "1", "--context", "1000000") as (process, _, port),
+        ThreadPoolExecutor(1) as pool,
+    ):
         client = Client(port)
         asked = pool.submit(ask, client, {"prompt": [3, 4, 5, 6] * 50_000, "max_tokens": 9})
         until(lambda: client.call("GET", "/health").json()["waiting"] == 0)
@@ -792,22 +891,31 @@ def test_it_serves_on_the_other_internet(folder):
 
 def test_openais_own_client_is_understood(chat_client, chatty):
     openai = pytest.importorskip("openai", reason="the openai package is not installed")
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{chat_client.port}/v1", api_key="none", max_retries=0)
+    client = openai.OpenAI(
+        base_url=f"http://127.0.0.1:{chat_client.port}/v1", api_key="none", max_retries=0
+    )
     with client:
         assert [model.id for model in client.models.list()] == ["chatty"]
         body = {"model": "chatty", "max_tokens": 6, "temperature": 0}
-        whole = client.completions.create(prompt="A whale", **body, user="me", extra_body={"top_k": -1})
+        whole = client.completions.create(
+            prompt="A whale", **body, user="me", extra_body={"top_k": -1}
+        )
         pieces = client.completions.create(prompt="A whale", **body, stream=True)
         assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
         assert whole.usage.completion_tokens == 6
 
         messages = [{"role": "user", "content": [{"type": "text", "text": "A whale"}]}]
-        said = client.chat.completions.create(messages=messages, **body, store=False, metadata={"a": "b"})
+        said = client.chat.completions.create(
+            messages=messages, **body, store=False, metadata={"a": "b"}
+        )
         answer = said.choices[0].message
         pieces = client.chat.completions.create(messages=messages, **body, stream=True)
         assert "".join(piece.choices[0].delta.content for piece in pieces) == answer.content
         more = [*messages, answer.model_dump(), messages[0]]
-        assert client.chat.completions.create(messages=more, **body).choices[0].message.role == "assistant"
+        assert (
+            client.chat.completions.create(messages=more, **body).choices[0].message.role
+            == "assistant"
+        )
 
         with pytest.raises(openai.NotFoundError) as missing:
             client.completions.create(prompt="A", **(body | {"model": "gpt-4o"}))

@@ -25,7 +25,8 @@ from rorqual.serve.decoding import decode
 from rorqual.serve.step import _Compiled, decoder, fits
 
 pytestmark = pytest.mark.skipif(
-    any(twin.usable(torch.device("cpu")) for twin in TWINS["decode_step"]), reason="numba is not installed"
+    any(twin.usable(torch.device("cpu")) for twin in TWINS["decode_step"]),
+    reason="numba is not installed",
 )
 BASE = ModelConfig(
     vocabulary=67,
@@ -33,7 +34,9 @@ BASE = ModelConfig(
     layers=3,
     dense_width=23,
     mla=MLAConfig(heads=5, q_lora_rank=7, kv_lora_rank=9, nope_dim=6, rope_dim=4, value_dim=3),
-    moe=MoEConfig(routed=12, active=3, shared=1, width=11, first_dense=1, router=RouterConfig(scale=2.5)),
+    moe=MoEConfig(
+        routed=12, active=3, shared=1, width=11, first_dense=1, router=RouterConfig(scale=2.5)
+    ),
     init_std=0.4,
 )
 SIZES = {
@@ -42,15 +45,22 @@ SIZES = {
     "dense": replace(BASE, moe=None),
     "no shared expert": replace(BASE, moe=replace(BASE.moe, shared=0)),
     "two shared": replace(BASE, moe=replace(BASE.moe, shared=2, first_dense=0), tied=True),
-    "v2": replace(BASE, moe=replace(BASE.moe, router=RouterConfig(score="softmax", renormalise=False, bias=False))),
+    "v2": replace(
+        BASE,
+        moe=replace(BASE.moe, router=RouterConfig(score="softmax", renormalise=False, bias=False)),
+    ),
     "v4's score": replace(BASE, moe=replace(BASE.moe, router=RouterConfig(score="sqrtsoftplus"))),
     "groups": replace(BASE, moe=replace(BASE.moe, router=RouterConfig(groups=4, groups_kept=2))),
     "groups by max": replace(
         BASE, moe=replace(BASE.moe, router=RouterConfig(groups=6, groups_kept=3, group_score="max"))
     ),
-    "yarn": replace(BASE, rope=RopeConfig(base=40.0, yarn=YarnConfig(factor=4.0, original_length=16))),
+    "yarn": replace(
+        BASE, rope=RopeConfig(base=40.0, yarn=YarnConfig(factor=4.0, original_length=16))
+    ),
     "half-split pairs": replace(BASE, rope=RopeConfig(interleaved=False), eps=1e-3),
-    "even sizes": replace(BASE, mla=replace(BASE.mla, heads=8, kv_lora_rank=16, nope_dim=8, value_dim=8)),
+    "even sizes": replace(
+        BASE, mla=replace(BASE.mla, heads=8, kv_lora_rank=16, nope_dim=8, value_dim=8)
+    ),
 }
 
 
@@ -64,7 +74,9 @@ def build(config: ModelConfig) -> LanguageModel:
     model = LanguageModel(config, seed=1).eval()
     for name, buffer in model.named_buffers():
         if name.endswith("correction_bias"):
-            buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(3)) - 0.5)
+            buffer.copy_(
+                torch.randn(buffer.shape, generator=torch.Generator().manual_seed(3)) - 0.5
+            )
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.data.uniform_(0.5, 1.5)
@@ -132,7 +144,9 @@ def test_weights_changed_in_place_are_seen():
     step = decoder(model, cache, 1)
     model.head.weight.mul_(2)
     expected = model(ids)[:, -1]
-    torch.testing.assert_close(step(ids[:, 7:]), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(
+        step(ids[:, 7:]), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
+    )
 
 
 @torch.inference_mode()
@@ -150,7 +164,9 @@ def test_three_hundred_steps_while_the_cache_grows_and_forgets():
             cache.select(torch.tensor([0]))
         found.append(step(ids[:, t : t + 1]))
     expected = model(ids)[:, 20:]
-    torch.testing.assert_close(torch.stack(found, 1), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(
+        torch.stack(found, 1), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
+    )
 
 
 def test_generations_in_several_threads_do_not_meet(monkeypatch):
@@ -188,7 +204,9 @@ def test_an_interrupt_leaves_nobody_waiting(asked, monkeypatch):
             step(ids[:, 8:])
     cache.crop(1)
     expected = model(ids)[:, -1]
-    torch.testing.assert_close(step(ids[:, 8:]), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(
+        step(ids[:, 8:]), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
+    )
 
 
 @torch.inference_mode()
@@ -199,12 +217,18 @@ def test_weights_that_are_replaced_go_on_to_the_end_of_the_generation():
     model.hidden(ids[:, :7], cache=cache)
     step = decoder(model, cache, 1)
     found = [step(ids[:, 7:8])]
-    model.load_state_dict({name: torch.zeros_like(value) for name, value in model.state_dict().items()}, assign=True)
+    model.load_state_dict(
+        {name: torch.zeros_like(value) for name, value in model.state_dict().items()}, assign=True
+    )
     model.double()
-    rubbish = [torch.full_like(value, 7.0) for value in model.parameters()]  # takes the memory that was let go
+    rubbish = [
+        torch.full_like(value, 7.0) for value in model.parameters()
+    ]  # takes the memory that was let go
     found.append(step(ids[:, 8:]))
     assert len(rubbish)
-    torch.testing.assert_close(torch.stack(found, 1), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(
+        torch.stack(found, 1), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
+    )
 
 
 def test_every_model_runs_the_same_machine_code():
@@ -216,8 +240,12 @@ def test_every_model_runs_the_same_machine_code():
 def test_the_first_generation_has_the_step_compiled_for_the_next(monkeypatch, capsys):
     started = []
     monkeypatch.setattr(kernel.Step, "kept", staticmethod(lambda: False))
-    monkeypatch.setattr(serve_step.subprocess, "Popen", lambda command, **_: started.append(command))
-    monkeypatch.setattr(serve_step, "_building", serve_step.functools.lru_cache(serve_step._building.__wrapped__))
+    monkeypatch.setattr(
+        serve_step.subprocess, "Popen", lambda command, **_: started.append(command)
+    )
+    monkeypatch.setattr(
+        serve_step, "_building", serve_step.functools.lru_cache(serve_step._building.__wrapped__)
+    )
     model = build(BASE)
     said = [[token for (token,) in decode(model, [[3, 5, 7]], max_new_tokens=9)] for _ in range(2)]
     assert len(started) == 1
@@ -225,7 +253,10 @@ def test_the_first_generation_has_the_step_compiled_for_the_next(monkeypatch, ca
     monkeypatch.undo()
     assert said == [[token for (token,) in decode(model, [[3, 5, 7]], max_new_tokens=9)]] * 2
     code = started[0][-1].replace("step.keep()", "print(step.__name__)")
-    assert subprocess.run([started[0][0], "-c", code], capture_output=True, text=True).stdout == "Step\n"
+    assert (
+        subprocess.run([started[0][0], "-c", code], capture_output=True, text=True).stdout
+        == "Step\n"
+    )
 
 
 def test_without_a_place_to_keep_it_nothing_is_compiled(monkeypatch, capsys):
@@ -238,7 +269,9 @@ def test_without_a_place_to_keep_it_nothing_is_compiled(monkeypatch, capsys):
 def test_one_process_compiles_at_a_time(monkeypatch, tmp_path):
     built = []
     monkeypatch.setattr(kernel.Step, "build", staticmethod(lambda: built.append(1)))
-    monkeypatch.setattr(kernel, "CODE", type("", (), {"stats": type("", (), {"cache_path": str(tmp_path / "new")})}))
+    monkeypatch.setattr(
+        kernel, "CODE", type("", (), {"stats": type("", (), {"cache_path": str(tmp_path / "new")})})
+    )
     kernel.Step.keep()
     assert built == [1]
     with (Path(tmp_path) / "new" / "step.lock").open("w") as lock:
@@ -308,7 +341,9 @@ def test_what_it_does_not_know_it_leaves_alone(change):
         replace(BASE, mla=None, gqa=GQAConfig(heads=2, kv_heads=1, head_dim=4)),
         replace(BASE, dsa=DSAConfig(heads=2, dim=8, chosen=6)),
         replace(BASE, hyper=HyperConfig(streams=2)),
-        replace(BASE, engram=EngramConfig(layers=(1,), rows_per_head=(40, 50), heads=2, head_dim=4)),
+        replace(
+            BASE, engram=EngramConfig(layers=(1,), rows_per_head=(40, 50), heads=2, head_dim=4)
+        ),
         replace(BASE, mla=replace(BASE.mla, bias=True)),
         replace(BASE, moe=replace(BASE.moe, router=RouterConfig(adaptive_mass=0.9))),
         replace(BASE, moe=replace(BASE.moe, router=RouterConfig(token_id_layers=2))),
@@ -323,7 +358,10 @@ def test_other_architectures_are_the_models_own(config):
 @torch.inference_mode()
 def test_padding_and_documents_are_the_models_own():
     model, ids = build(BASE), ids_of(6)
-    for known in ({"present": torch.tensor([[False] + [True] * 5])}, {"documents": torch.tensor([[0, 0, 0, 1, 1, 1]])}):
+    for known in (
+        {"present": torch.tensor([[False] + [True] * 5])},
+        {"documents": torch.tensor([[0, 0, 0, 1, 1, 1]])},
+    ):
         cache = model.new_cache(1)
         model.hidden(ids, cache=cache, **known)
         both = model.new_cache(1)

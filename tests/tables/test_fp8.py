@@ -15,7 +15,9 @@ from rorqual.tables.fp8 import lookup, width_of
 
 pytestmark = pytest.mark.engram
 
-CODES = [code for code in range(256) if code & 0x7F != 0x7F]  # e4m3 has two that are no numbers and no infinities
+CODES = [
+    code for code in range(256) if code & 0x7F != 0x7F
+]  # e4m3 has two that are no numbers and no infinities
 
 
 def number(code: int) -> float:
@@ -82,10 +84,15 @@ def test_what_is_no_number_stays_none() -> None:
     assert found[2].all()
 
 
-LARGEST = float(np.nextafter(np.float32(248 * 2.0**120), np.float32(0)))  # the next rounds to infinity
+LARGEST = float(
+    np.nextafter(np.float32(248 * 2.0**120), np.float32(0))
+)  # the next rounds to infinity
 FLOATS = st.floats(-LARGEST, LARGEST, width=32)
 TIES = [LARGEST, 448.0, 449.0, 464.0, 0.875, 17.0, 19.0, 2.0**-10, 3 * 2.0**-10, 2.0**-149, -0.0]
-BLOCKS = st.one_of(st.lists(FLOATS, min_size=1, max_size=32), st.lists(st.sampled_from(TIES), min_size=1, max_size=8))
+BLOCKS = st.one_of(
+    st.lists(FLOATS, min_size=1, max_size=32),
+    st.lists(st.sampled_from(TIES), min_size=1, max_size=8),
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -132,7 +139,10 @@ def test_any_shape_of_rows_into_given_memory() -> None:
 @pytest.mark.parametrize("width", [1, 31, 33, 80])
 def test_widths_without_whole_blocks_are_refused(width: int) -> None:
     fitting = -(-width // 32) * 32
-    with pytest.raises(ValueError, match=f"got rows of width {width}, expected a multiple of 32.*zeros to {fitting}"):
+    with pytest.raises(
+        ValueError,
+        match=f"got rows of width {width}, expected a multiple of 32.*zeros to {fitting}",
+    ):
         quantise(torch.randn(2, width))
     with pytest.raises(ValueError, match=f"got rows of width {width}"):
         record_bytes(width)
@@ -146,12 +156,16 @@ def test_widths_without_whole_blocks_are_refused(width: int) -> None:
 def test_values_that_are_no_numbers_are_refused(bad: float) -> None:
     values: Tensor = torch.randn(7, 64)
     values[4, 40] = bad
-    with pytest.raises(ValueError, match=r"got a value in row 4 that is nan, infinite or beyond 3.296e\+38"):
+    with pytest.raises(
+        ValueError, match=r"got a value in row 4 that is nan, infinite or beyond 3.296e\+38"
+    ):
         quantise(values)
 
 
 @pytest.mark.interpreted
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # 448 * 2^127 is inf, in numpy with a warning
+@pytest.mark.filterwarnings(
+    "ignore:overflow encountered:RuntimeWarning"
+)  # 448 * 2^127 is inf, in numpy with a warning
 def test_tiles_recall_every_byte_under_every_scale(
     tiled: torch.device, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +175,9 @@ def test_tiles_recall_every_byte_under_every_scale(
     from rorqual.kernels import triton_rows
 
     for shape in ((0,), (), (1,), (3, 5, 7), (2048,)):
-        if shape == (2048,):  # the interpreter's time is that of the programs, however much each of them does
+        if shape == (
+            2048,
+        ):  # the interpreter's time is that of the programs, however much each of them does
             monkeypatch.setattr(triton_rows, "_VALUES", 1 << 15)
         ids = torch.randperm(2048)[: math.prod(shape)].view(shape).to(tiled)
         ours, expected = kernels.triton_twins.recall(records, ids, 32), lookup(records, ids, 32)

@@ -41,13 +41,17 @@ class Memory:
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_course_goes_back_to_any_mark_that_is_kept(data: st.DataObject, tmp_path_factory) -> None:
+def test_any_course_goes_back_to_any_mark_that_is_kept(
+    data: st.DataObject, tmp_path_factory
+) -> None:
     """Changes, marks, returns and deaths in any order, against copies of the whole table."""
     table = Memory(tmp_path_factory.mktemp("undo"), keep=data.draw(st.integers(1, 4)))
     draw = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     table.journal.mark(0)
     kept, step = {0: table.rows.copy()}, 0
-    for what in data.draw(st.lists(st.sampled_from(["change", "change", "mark", "rewind", "die"]), max_size=14)):
+    for what in data.draw(
+        st.lists(st.sampled_from(["change", "change", "mark", "rewind", "die"]), max_size=14)
+    ):
         if what == "change":
             ids = np.flatnonzero(draw.random(ROWS) < 0.4)
             table.change(ids, draw.integers(256, size=(len(ids), SIZE), dtype=np.uint8))
@@ -116,7 +120,9 @@ def test_damaged_notes_are_refused_and_a_cut_last_one_is_not(tmp_path: pathlib.P
     whole, size = notes.read_bytes(), 24 + 8 + SIZE
     assert len(whole) == 40 + 3 * size
     for place in range(40, len(whole)):
-        notes.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        notes.write_bytes(
+            whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :]
+        )
         with pytest.raises(TableError, match="undo-0: got a damaged note before byte"):
             table.rewind(0)
     for cut in range(1, size + 1):
@@ -130,7 +136,9 @@ def test_damaged_notes_are_refused_and_a_cut_last_one_is_not(tmp_path: pathlib.P
         table.killed()
 
 
-def test_a_disk_that_is_full_loses_no_later_note(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_loses_no_later_note(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Half an entry is written when there is no more room; what is noted afterwards is found all the same."""
     table, one, write = Memory(tmp_path), np.ones((1, SIZE), np.uint8), os.pwrite
     table.journal.mark(0)
@@ -143,7 +151,9 @@ def test_a_disk_that_is_full_loses_no_later_note(tmp_path: pathlib.Path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
-        with pytest.raises(TableError, match="got No space left on device, expected room for notes of 1 rows"):
+        with pytest.raises(
+            TableError, match="got No space left on device, expected room for notes of 1 rows"
+        ):
             table.change(np.array([2]), one)
     assert not table.rows[2].any()
     table.change(np.array([2]), one)
@@ -172,7 +182,9 @@ def test_a_step_that_is_no_mark_and_another_boot_are_refused(
     table.rewind(4)
     table.change(np.array([3]), np.ones((1, SIZE), np.uint8))
     boot.write_text("and another")
-    with pytest.raises(TableError, match="undo-4: the machine has stopped since these rows were trained"):
+    with pytest.raises(
+        TableError, match="undo-4: the machine has stopped since these rows were trained"
+    ):
         table.rewind(4)
 
 
@@ -188,7 +200,9 @@ def test_notes_of_an_earlier_mark_that_are_cut_are_refused(tmp_path: pathlib.Pat
     whole, size = notes.read_bytes(), 24 + 8 + SIZE
     for cut in range(1, size):
         notes.write_bytes(whole[:-cut])
-        with pytest.raises(TableError, match=f"undo-0: got a note cut behind byte {40 + size}, expected it as"):
+        with pytest.raises(
+            TableError, match=f"undo-0: got a note cut behind byte {40 + size}, expected it as"
+        ):
             table.rewind(0)
     notes.write_bytes(whole)
     table.rewind(0)

@@ -23,22 +23,32 @@ HOMES = [
 def run_of(folder: pathlib.Path) -> list[torch.Tensor]:
     """Two tables of a run's weights."""
     values = [torch.randn(50, 32), torch.randn(70, 32)]
-    save_file({f"tables.{n}.weight": each for n, each in enumerate(values)}, folder / "model.safetensors")
+    save_file(
+        {f"tables.{n}.weight": each for n, each in enumerate(values)}, folder / "model.safetensors"
+    )
     return values
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, FP8])
-def test_every_home_has_the_rows_of_the_files(dtype: torch.dtype | None, tmp_path: pathlib.Path) -> None:
+def test_every_home_has_the_rows_of_the_files(
+    dtype: torch.dtype | None, tmp_path: pathlib.Path
+) -> None:
     values = run_of(tmp_path)
     folder = None
     if dtype is not None:
         folder = str(tmp_path / "other")
         for n, each in enumerate(values):
             write_table(f"{folder}/{n}", each, dtype=dtype, shard_rows=33)
-        values = [Table.of_file(f"{folder}/{n}").prefetch(torch.arange(len(v))).wait() for n, v in enumerate(values)]
+        values = [
+            Table.of_file(f"{folder}/{n}").prefetch(torch.arange(len(v))).wait()
+            for n, v in enumerate(values)
+        ]
     for config in HOMES:
         config = TableConfig(
-            placement=config.placement, folder=folder, hot_bytes=config.hot_bytes, prefetch=config.prefetch
+            placement=config.placement,
+            folder=folder,
+            hot_bytes=config.hot_bytes,
+            prefetch=config.prefetch,
         )
         tables = open_tables(tmp_path, 2, config)
         with torch.no_grad():
@@ -47,7 +57,9 @@ def test_every_home_has_the_rows_of_the_files(dtype: torch.dtype | None, tmp_pat
                 assert torch.equal(table.prefetch(torch.arange(len(expected))).wait(), expected)
 
 
-def test_rows_that_learnt_on_a_disk_are_found_where_the_weights_have_none(tmp_path: pathlib.Path) -> None:
+def test_rows_that_learnt_on_a_disk_are_found_where_the_weights_have_none(
+    tmp_path: pathlib.Path,
+) -> None:
     apart = torch.randn(9, 4)
     write_table(tmp_path / "tables" / "0", apart)
     with pytest.raises(TableError, match="expected a run's weights"):
@@ -65,7 +77,9 @@ def test_rows_that_learnt_on_a_disk_are_found_where_the_weights_have_none(tmp_pa
 def test_rows_of_the_hot_list_are_kept_and_nothing_else(tmp_path: pathlib.Path) -> None:
     values = run_of(tmp_path)
     save_file({"1": torch.tensor([60, 3, 3, 9, 5])}, tmp_path / "hot")
-    config = TableConfig(placement="disk", hot=str(tmp_path / "hot"), hot_bytes=3 * 128, prefetch=False)
+    config = TableConfig(
+        placement="disk", hot=str(tmp_path / "hot"), hot_bytes=3 * 128, prefetch=False
+    )
     first, second = open_tables(tmp_path, 2, config)
     for ids, hits in (([60, 3, 9, 9], 3), ([5, 4], 3), ([5, 4], 3), ([60, 0, 69], 4)):
         assert torch.equal(second.prefetch(torch.tensor(ids)).wait(), values[1][ids])
@@ -87,7 +101,11 @@ def test_bad_configs_and_lists_are_refused(tmp_path: pathlib.Path) -> None:
             TableConfig(**given)
     lists = [{"1": torch.tensor([70])}, {"1": torch.tensor([1.0])}, {"rows": torch.tensor([1])}]
     for number, (content, reason) in enumerate(
-        zip(lists, ["got row id 70, expected 0 to 69", "int64 row ids", "by their table's number"], strict=True)
+        zip(
+            lists,
+            ["got row id 70, expected 0 to 69", "int64 row ids", "by their table's number"],
+            strict=True,
+        )
     ):
         path = tmp_path / f"hot{number}"
         save_file(content, path)

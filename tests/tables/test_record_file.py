@@ -27,7 +27,9 @@ def of(table: nn.Module) -> nn.ModuleDict:
     model = nn.ModuleDict({"table": table, "out": nn.Linear(WIDTH, 3)})
     with torch.no_grad():
         for number, parameter in enumerate(model["out"].parameters()):
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+            )
     return model.train()
 
 
@@ -40,13 +42,17 @@ def pair(folder: pathlib.Path, prefetch: bool = True) -> tuple[nn.ModuleDict, nn
         after = torch.rand(3)
         torch.manual_seed(5)
         table.draw(0.02)
-        assert torch.equal(torch.rand(3), after)  # the generator stands where one draw of all leaves it
+        assert torch.equal(
+            torch.rand(3), after
+        )  # the generator stands where one draw of all leaves it
     return of(resident), of(table)
 
 
 def batch(step: int, size: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(step)
-    ids = torch.randint(ROWS, (2, size), generator=draw) % (ROWS if step % 3 else 17)  # many duplicates now and then
+    ids = torch.randint(ROWS, (2, size), generator=draw) % (
+        ROWS if step % 3 else 17
+    )  # many duplicates now and then
     return ids, torch.randn(2, size, 3, generator=draw)
 
 
@@ -70,29 +76,43 @@ def rows(model: nn.ModuleDict) -> torch.Tensor:
 @pytest.mark.parametrize("kernels", ["", "reference"])
 @pytest.mark.parametrize("micro", [1, 2])
 def test_rows_learn_as_resident_ones_do(
-    prefetch: bool, kernels: str, micro: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    prefetch: bool,
+    kernels: str,
+    micro: int,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Values, norms and the dense weights, step for step; rows, averages and counts at the end."""
     monkeypatch.setenv("RORQUAL_KERNELS", kernels)
     resident, other = pair(tmp_path, prefetch)
-    ours, theirs = Optimizer(other, OptimConfig(clip=0.1)), Optimizer(resident, OptimConfig(clip=0.1))
+    ours, theirs = (
+        Optimizer(other, OptimConfig(clip=0.1)),
+        Optimizer(resident, OptimConfig(clip=0.1)),
+    )
     assert ours.state.keys() == {name for name in theirs.state if not name.startswith("table.")}
     for step in range(8):
         assert train(other, ours, step, micro) == train(resident, theirs, step, micro)
         assert torch.equal(rows(other), rows(resident))
-    assert all(torch.equal(*each) for each in zip(other["out"].parameters(), resident["out"].parameters(), strict=True))
+    assert all(
+        torch.equal(*each)
+        for each in zip(other["out"].parameters(), resident["out"].parameters(), strict=True)
+    )
     table = other["table"]
     table.flush()
     records = torch.from_numpy(np.fromfile(tmp_path / "records", np.float32)).view(ROWS, -1)
     assert torch.equal(records[:, WIDTH : 2 * WIDTH], theirs.state["table.weight.exp_avg"])
     assert torch.equal(records[:, 2 * WIDTH : 3 * WIDTH], theirs.state["table.weight.exp_avg_sq"])
-    assert torch.equal(records[:, -1].contiguous().view(torch.int32), theirs.state["table.weight.updates"])
+    assert torch.equal(
+        records[:, -1].contiguous().view(torch.int32), theirs.state["table.weight.updates"]
+    )
     with torch.no_grad():
         assert torch.equal(table.prefetch(batch(1)[0]).wait(), rows(resident)[batch(1)[0]])
     table.close()
 
 
-@pytest.mark.parametrize(("count", "width"), [(1, 1), (1, 17), (300, 1), (7000, 300), (70_000, 16), (65_537, 16)])
+@pytest.mark.parametrize(
+    ("count", "width"), [(1, 1), (1, 17), (300, 1), (7000, 300), (70_000, 16), (65_537, 16)]
+)
 def test_drawn_in_parts_as_in_one(count: int, width: int, tmp_path: pathlib.Path) -> None:
     torch.manual_seed(1)
     expected = torch.randn(count, width) * 0.02
@@ -158,7 +178,13 @@ def test_a_kill_at_any_moment_leaves_a_table_that_goes_back(tmp_path: pathlib.Pa
     """Killed in the middle of steps: rewound to the last mark, it goes on as one that was never stopped."""
     resident, _ = pair(tmp_path / "unused")
     theirs = Optimizer(resident, OptimConfig())
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "t"), str(pathlib.Path(__file__).parent)]
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        str(tmp_path / "t"),
+        str(pathlib.Path(__file__).parent),
+    ]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     while child.stdout.readline() != "on\n":
         pass
@@ -172,7 +198,9 @@ def test_a_kill_at_any_moment_leaves_a_table_that_goes_back(tmp_path: pathlib.Pa
     model = of(table)
     model["out"].load_state_dict(resident["out"].state_dict())
     ours = Optimizer(model, OptimConfig())
-    ours.load_state_dict({name: value for name, value in theirs.state.items() if name in ours.state})
+    ours.load_state_dict(
+        {name: value for name, value in theirs.state.items() if name in ours.state}
+    )
     for step in range(7, 10):
         train(resident, theirs, step)
         train(model, ours, step)
@@ -186,7 +214,9 @@ def test_one_process_trains_a_table(tmp_path: pathlib.Path) -> None:
         "import sys, time; from rorqual.tables import Table;"
         "table = Table.of_records(sys.argv[1], 5, 3); print('here', flush=True); time.sleep(60)"
     )
-    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert child.stdout.readline() == "here\n"
         with pytest.raises(TableError, match="records: got rows that another table trains now"):
@@ -201,10 +231,15 @@ def test_one_table_of_a_process_trains_the_rows(tmp_path: pathlib.Path) -> None:
     """A second is refused until the first is closed or gone, and takes nothing of the first one's lock with it."""
     code = "import sys; from rorqual.tables import Table; Table.of_records(sys.argv[1], 5, 3)"
     table = Table.of_records(tmp_path, 5, 3)
-    with pytest.raises(TableError, match=r"records: got rows that another table trains now.*close the other"):
+    with pytest.raises(
+        TableError, match=r"records: got rows that another table trains now.*close the other"
+    ):
         Table.of_records(tmp_path, 5, 3)
     other = [sys.executable, "-c", code, str(tmp_path)]
-    assert "another table trains now" in subprocess.run(other, capture_output=True, text=True, check=False).stderr
+    assert (
+        "another table trains now"
+        in subprocess.run(other, capture_output=True, text=True, check=False).stderr
+    )
     table.close()
     table = Table.of_records(tmp_path, 5, 3)
     del table
@@ -212,7 +247,9 @@ def test_one_table_of_a_process_trains_the_rows(tmp_path: pathlib.Path) -> None:
     Table.of_records(tmp_path, 5, 3).close()
 
 
-def test_rows_asked_for_before_an_update_are_not_what_the_next_one_changes(tmp_path: pathlib.Path) -> None:
+def test_rows_asked_for_before_an_update_are_not_what_the_next_one_changes(
+    tmp_path: pathlib.Path,
+) -> None:
     """The next batch is asked for while this one's update is still to come: no update is lost."""
     _, model = pair(tmp_path)
     table, ids, gradient = model["table"], torch.arange(6), torch.ones(6, WIDTH)
@@ -319,11 +356,17 @@ def test_what_is_left_of_a_larger_table_that_was_never_whole_is_no_harm(
 def open_files(folder: pathlib.Path) -> list[str]:
     gc.collect()
     places = (pathlib.Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
-    return [str(place.readlink()) for place in places if place.is_symlink() and str(folder) in os.readlink(place)]
+    return [
+        str(place.readlink())
+        for place in places
+        if place.is_symlink() and str(folder) in os.readlink(place)
+    ]
 
 
 @pytest.mark.parametrize("closed", [True, False])
-def test_a_table_that_is_closed_or_dropped_keeps_no_file_open(closed: bool, tmp_path: pathlib.Path) -> None:
+def test_a_table_that_is_closed_or_dropped_keeps_no_file_open(
+    closed: bool, tmp_path: pathlib.Path
+) -> None:
     def change(rows: torch.Tensor, *rest: torch.Tensor) -> None:
         rows += 1
 

@@ -29,10 +29,16 @@ def test_what_was_used_last_stays(slots: int, size: int, far: int, most: int, se
         ids = np.array(wanted)
         into, missing = kept.lookup(ids * far)
         assert missing.tolist() == [place for place, row in enumerate(wanted) if row not in used]
-        assert all(np.array_equal(into[p], values[row]) for p, row in enumerate(wanted) if row in used)
+        assert all(
+            np.array_equal(into[p], values[row]) for p, row in enumerate(wanted) if row in used
+        )
         used = [row for row in used if row not in wanted] + [row for row in wanted if row in used]
         kept.insert(ids[missing] * far, torch.from_numpy(values[ids[missing]]))
-        used = (used + ids[missing].tolist())[max(0, len(used) + len(missing) - slots) :] if slots else []
+        used = (
+            (used + ids[missing].tolist())[max(0, len(used) + len(missing) - slots) :]
+            if slots
+            else []
+        )
 
 
 def test_what_is_frozen_stays_for_good() -> None:

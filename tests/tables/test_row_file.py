@@ -24,8 +24,14 @@ FP8 = torch.float8_e4m3fn
 ROWS, WIDTH = 101, 7
 
 
-def damage(path: pathlib.Path, header: dict | str | bytes, data: bytes = bytes(24), size: int | None = None) -> None:
-    raw = header if isinstance(header, bytes) else (header if isinstance(header, str) else json.dumps(header)).encode()
+def damage(
+    path: pathlib.Path, header: dict | str | bytes, data: bytes = bytes(24), size: int | None = None
+) -> None:
+    raw = (
+        header
+        if isinstance(header, bytes)
+        else (header if isinstance(header, str) else json.dumps(header)).encode()
+    )
     path.write_bytes(struct.pack("<Q", len(raw) if size is None else size) + raw + data)
 
 
@@ -69,7 +75,11 @@ ENTRY = json.dumps(entry())
         ({"row": entry()}, None, "got tensors row, expected 'rows'"),
         ({"__metadata__": {"a": 1}, "rows": entry()}, None, "metadata"),
         ({"__metadata__": [], "rows": entry()}, None, "metadata"),
-        ({"__metadata__": {"xxh3_header": "\ud800"}, "rows": entry()}, None, "not as it was written"),
+        (
+            {"__metadata__": {"xxh3_header": "\ud800"}, "rows": entry()},
+            None,
+            "not as it was written",
+        ),
         ({"rows": entry(shape=[1] * 65)}, None, "expected counts from 0"),
         ({"rows": entry(shape=[-1] * 10_000)}, None, "expected counts from 0"),
         ({"rows": entry(shape=[1, 6, *[1] * 50])}, None, "expected rows by width"),
@@ -80,7 +90,9 @@ ENTRY = json.dumps(entry())
         (f'{{"rows": {ENTRY[:-1]}, "shape": [{"9" * 5000}]}}}}', None, "no JSON object"),
     ],
 )
-def test_malformed_files_are_refused(header, size: int | None, reason: str, tmp_path: pathlib.Path) -> None:
+def test_malformed_files_are_refused(
+    header, size: int | None, reason: str, tmp_path: pathlib.Path
+) -> None:
     path = tmp_path / "bad.safetensors"
     damage(path, header, size=size)
     with pytest.raises(TableError, match=reason) as caught:
@@ -95,11 +107,15 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: pathlib.Path) -
     (tmp_path / "a.safetensors").mkdir()
     os.mkfifo(tmp_path / "b.safetensors")
     for path in (tmp_path, tmp_path / "b.safetensors"):
-        with pytest.raises(TableError, match=r"[ab].safetensors: got a folder, a device or a pipe, expected a"):
+        with pytest.raises(
+            TableError, match=r"[ab].safetensors: got a folder, a device or a pipe, expected a"
+        ):
             Table.of_file(path)
 
 
-def test_a_disk_that_cannot_read_is_a_refusal(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_cannot_read_is_a_refusal(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While the header is read, and while every byte is."""
     folder = write_table(tmp_path / "t", torch.randn(4, 3))
     read = os.preadv
@@ -114,7 +130,9 @@ def test_a_disk_that_cannot_read_is_a_refusal(tmp_path: pathlib.Path, monkeypatc
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "preadv", failing)
-            with pytest.raises(TableError, match=r"table-00001-of-00001.safetensors: Input/output error"):
+            with pytest.raises(
+                TableError, match=r"table-00001-of-00001.safetensors: Input/output error"
+            ):
                 verify(folder)
     assert verify(folder) == []
 
@@ -158,9 +176,18 @@ def mutated(kind: str, raw: bytes, draw: np.random.Generator) -> bytes:
         other[:8] = struct.pack("<Q", int(draw.integers(head, 2**63)))
     else:
         words = {
-            "dtype": (b'"F32"', draw.choice([b'"F64"', b'"F16"', b'"U8"', b'"BF16"', b'"I32"', b"F32"])),
-            "shape": (b"[5, 3]", draw.choice([b"[3, 5]", b"[5, 4]", b"[6, 3]", b"[15]", b"[0, 3]", b"[-5, -3]"])),
-            "offsets": (b"[0, 60]", draw.choice([b"[0, 59]", b"[4, 64]", b"[60, 0]", b"[0, 61]", b"[60]"])),
+            "dtype": (
+                b'"F32"',
+                draw.choice([b'"F64"', b'"F16"', b'"U8"', b'"BF16"', b'"I32"', b"F32"]),
+            ),
+            "shape": (
+                b"[5, 3]",
+                draw.choice([b"[3, 5]", b"[5, 4]", b"[6, 3]", b"[15]", b"[0, 3]", b"[-5, -3]"]),
+            ),
+            "offsets": (
+                b"[0, 60]",
+                draw.choice([b"[0, 59]", b"[4, 64]", b"[60, 0]", b"[0, 61]", b"[60]"]),
+            ),
         }
         header = raw[8:head].replace(*words[kind])
         return struct.pack("<Q", len(header)) + header + raw[head:]
@@ -177,7 +204,17 @@ def refusal(folder: pathlib.Path) -> str | None:
 
 
 KINDS = (
-    *("flip", "cut within the header", "insert", "cut", "lengthen", "junk", "giant header", "dtype", "shape"),
+    *(
+        "flip",
+        "cut within the header",
+        "insert",
+        "cut",
+        "lengthen",
+        "junk",
+        "giant header",
+        "dtype",
+        "shape",
+    ),
     *("offsets", "missing", "doubled"),
 )
 
@@ -196,7 +233,11 @@ def test_a_thousand_harmed_tables_are_refused_before_the_first_row(tmp_path: pat
             extra.write_bytes(shards[victim])
         else:
             victim.write_bytes(mutated(kind, shards[victim], draw))
-        if (reason := refusal(folder)) is None or str(folder) not in reason or len(reason) < len(str(folder)) + 20:
+        if (
+            (reason := refusal(folder)) is None
+            or str(folder) not in reason
+            or len(reason) < len(str(folder)) + 20
+        ):
             read.append((turn, kind, reason, victim.exists() and victim.read_bytes()))
         extra.unlink(missing_ok=True)
         victim.write_bytes(shards[victim])
@@ -207,7 +248,9 @@ def test_a_thousand_harmed_tables_are_refused_before_the_first_row(tmp_path: pat
 def test_shards_missing_doubled_or_of_another_table_are_refused(tmp_path: pathlib.Path) -> None:
     folder = write_table(tmp_path / "t", torch.randn(10, 3), shard_rows=3)
     shards = sorted(folder.glob("*"))
-    assert [shard.name for shard in shards] == [f"table-0000{n}-of-00004.safetensors" for n in range(1, 5)]
+    assert [shard.name for shard in shards] == [
+        f"table-0000{n}-of-00004.safetensors" for n in range(1, 5)
+    ]
     kept = {shard: shard.read_bytes() for shard in shards}
 
     def refused(reason: str) -> None:
@@ -226,7 +269,9 @@ def test_shards_missing_doubled_or_of_another_table_are_refused(tmp_path: pathli
     refused("expected rows from 3: a shard missing or doubled")
     save_file({"rows": torch.randn(3, 3)}, shards[2])
     refused("no first_row")
-    save_file({"rows": torch.randn(3, 3)}, shards[2], {"first_row": "9" * 5000, "rows_in_all": "10"})
+    save_file(
+        {"rows": torch.randn(3, 3)}, shards[2], {"first_row": "9" * 5000, "rows_in_all": "10"}
+    )
     refused("no first_row")
     save_file({"rows": torch.randn(3, 4)}, shards[2], {"first_row": "6", "rows_in_all": "10"})
     refused("another table")
@@ -269,11 +314,15 @@ def test_opening_a_refused_folder_leaves_no_file_open(tmp_path: pathlib.Path) ->
         ([2, 32], {"width": "31"}),
     ],
 )
-def test_bytes_without_a_fitting_format_are_refused(shape: list[int], changes: dict, tmp_path: pathlib.Path) -> None:
+def test_bytes_without_a_fitting_format_are_refused(
+    shape: list[int], changes: dict, tmp_path: pathlib.Path
+) -> None:
     said = {"format": "fp8-e4m3-e8m0-32", "width": "64", "first_row": "0", "rows_in_all": "2"}
     said = {name: word for name, word in (said | changes).items() if word is not None}
     save_file({"rows": torch.zeros(shape, dtype=torch.uint8)}, tmp_path / "bad.safetensors", said)
-    with pytest.raises(TableError, match=r"bad.safetensors: got \d+-byte rows.*expected 'fp8-e4m3-e8m0-32'"):
+    with pytest.raises(
+        TableError, match=r"bad.safetensors: got \d+-byte rows.*expected 'fp8-e4m3-e8m0-32'"
+    ):
         Table.of_file(tmp_path)
 
 
@@ -287,12 +336,20 @@ def test_shards_of_other_formats_are_of_another_table(tmp_path: pathlib.Path) ->
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_a_flipped_bit_among_the_rows_is_found_in_its_block(data: st.DataObject, tmp_path_factory) -> None:
+def test_a_flipped_bit_among_the_rows_is_found_in_its_block(
+    data: st.DataObject, tmp_path_factory
+) -> None:
     """Shards of 2.5 MiB: the damaged rows that are named hold the one that was hit, and are no more than its MiB."""
-    folder = write_table(tmp_path_factory.mktemp("table") / "t", torch.zeros(1500, 1000), shard_rows=650)
+    folder = write_table(
+        tmp_path_factory.mktemp("table") / "t", torch.zeros(1500, 1000), shard_rows=650
+    )
     files = sorted(folder.glob("*"))
     assert verify(folder) == []
-    hits = data.draw(st.lists(st.tuples(st.integers(0, 1499), st.integers(0, 4000 * 8 - 1)), min_size=1, max_size=3))
+    hits = data.draw(
+        st.lists(
+            st.tuples(st.integers(0, 1499), st.integers(0, 4000 * 8 - 1)), min_size=1, max_size=3
+        )
+    )
     for row, bit in set(hits):
         path, within = files[row // 650], row % 650
         rows = min(650, 1500 - row // 650 * 650)
@@ -303,7 +360,10 @@ def test_a_flipped_bit_among_the_rows_is_found_in_its_block(data: st.DataObject,
     for row, bit in set(hits):
         block = (row % 650 * 4000 + bit // 8) >> 20
         first = row // 650 * 650 + (block << 20) // 4000
-        assert any(each.path == files[row // 650] and each.rows.start == first and row in each.rows for each in found)
+        assert any(
+            each.path == files[row // 650] and each.rows.start == first and row in each.rows
+            for each in found
+        )
     assert len(found) <= len(set(hits))
     assert all(len(each.rows) <= (1 << 20) // 4000 + 2 for each in found)
 
@@ -332,8 +392,14 @@ def test_every_flipped_bit_of_a_file_is_found(tmp_path: pathlib.Path) -> None:
 
 
 def test_files_without_checksums_cannot_be_verified(tmp_path: pathlib.Path) -> None:
-    save_file({"rows": torch.randn(3, 3)}, tmp_path / "a.safetensors", {"first_row": "0", "rows_in_all": "3"})
-    with pytest.raises(TableError, match="got no checksum for each MiB, expected a file that write_table wrote"):
+    save_file(
+        {"rows": torch.randn(3, 3)},
+        tmp_path / "a.safetensors",
+        {"first_row": "0", "rows_in_all": "3"},
+    )
+    with pytest.raises(
+        TableError, match="got no checksum for each MiB, expected a file that write_table wrote"
+    ):
         verify(tmp_path)
     with pytest.raises(TableError, match="No such file"):
         verify(tmp_path / "none")
@@ -352,7 +418,9 @@ def test_systems_without_positional_reads_read_and_write_the_same(
     table = Table.of_file(folder, cache_bytes=0)
     ids = [torch.randint(1003, (50,)) for _ in range(40)]
     with ThreadPoolExecutor(4) as pool:
-        for rows, got in zip(ids, pool.map(lambda rows: table.prefetch(rows).wait(), ids), strict=True):
+        for rows, got in zip(
+            ids, pool.map(lambda rows: table.prefetch(rows).wait(), ids), strict=True
+        ):
             assert torch.equal(got, values[rows])
     table.file.drop_page_cache()
     table.file.fill_page_cache()
@@ -366,14 +434,19 @@ def test_checksums_are_those_of_each_mib_however_it_comes(cuts: list[int], size:
     raw = bytes(size)
     edges = sorted({0, size, *(cut for cut in cuts if cut < size)})
     pieces = [memoryview(raw)[begin:end] for begin, end in zip(edges, edges[1:], strict=False)]
-    expected = [xxhash.xxh3_64_hexdigest(raw[at : at + (1 << 20)]) for at in range(0, size, 1 << 20)]
+    expected = [
+        xxhash.xxh3_64_hexdigest(raw[at : at + (1 << 20)]) for at in range(0, size, 1 << 20)
+    ]
     assert list(checksums(pieces)) == expected
 
 
 def test_any_matrix_of_any_safetensors_file_is_a_table(tmp_path: pathlib.Path) -> None:
     weight = torch.randn(ROWS, WIDTH)
     path = tmp_path / "model.safetensors"
-    save_file({"a": torch.ones(3, dtype=torch.int8), "tables.0.weight": weight, "z": torch.ones(2, 2)}, path)
+    save_file(
+        {"a": torch.ones(3, dtype=torch.int8), "tables.0.weight": weight, "z": torch.ones(2, 2)},
+        path,
+    )
     table = Table.of_file(path, name="tables.0.weight")
     assert torch.equal(table.prefetch(torch.arange(ROWS)).wait(), weight)
     for name, reason in (("rows", "expected 'rows'"), ("a", "expected rows by width")):
@@ -383,18 +456,24 @@ def test_any_matrix_of_any_safetensors_file_is_a_table(tmp_path: pathlib.Path) -
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_rows_that_lie_apart_and_together_are_the_ones_asked_for(data: st.DataObject, tmp_path_factory) -> None:
+def test_rows_that_lie_apart_and_together_are_the_ones_asked_for(
+    data: st.DataObject, tmp_path_factory
+) -> None:
     """Rows of 400 bytes in shards: next to each other, a few apart, a page apart, in other shards."""
     values = torch.arange(300).view(300, 1) + torch.arange(100) / 128
     rows = data.draw(st.integers(1, 320))
-    table = Table.of_file(write_table(tmp_path_factory.mktemp("table") / "t", values, shard_rows=rows), cache_bytes=0)
+    table = Table.of_file(
+        write_table(tmp_path_factory.mktemp("table") / "t", values, shard_rows=rows), cache_bytes=0
+    )
     ids = torch.tensor(data.draw(st.lists(st.integers(0, 299), min_size=1, max_size=60)))
     assert torch.equal(table.prefetch(ids).wait(), values[ids])
     table.close()
 
 
 @pytest.mark.parametrize("count", [3, 64, 65, 3000])
-def test_rows_that_the_system_does_not_hold_are_waited_for(count: int, tmp_path: pathlib.Path) -> None:
+def test_rows_that_the_system_does_not_hold_are_waited_for(
+    count: int, tmp_path: pathlib.Path
+) -> None:
     """After the system was told to forget the file; few rows and many, near and apart."""
     values = torch.randn(6000, 300)
     (path,) = write_table(tmp_path / "t", values).glob("*")
@@ -419,7 +498,9 @@ def test_hot_rows_of_fp8_cost_their_record(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
-def test_a_file_cut_while_serving_fails_the_call_and_no_more(prefetch: bool, tmp_path: pathlib.Path) -> None:
+def test_a_file_cut_while_serving_fails_the_call_and_no_more(
+    prefetch: bool, tmp_path: pathlib.Path
+) -> None:
     values = torch.randn(10, 3)
     folder = write_table(tmp_path / "t", values)
     (path,) = folder.glob("*.safetensors")
@@ -477,12 +558,16 @@ def test_files_replaced_fifty_times_while_serving(tmp_path: pathlib.Path) -> Non
 def test_small_batches_are_right_and_counted(data: st.DataObject, tmp_path_factory) -> None:
     """Duplicates, shards, cached rows that give way or stay: the rows, and what was read of them."""
     values = torch.arange(90).view(90, 1) + torch.arange(5) / 8
-    folder = write_table(tmp_path_factory.mktemp("t") / "t", values, shard_rows=data.draw(st.integers(7, 90)))
+    folder = write_table(
+        tmp_path_factory.mktemp("t") / "t", values, shard_rows=data.draw(st.integers(7, 90))
+    )
     cached = data.draw(st.sampled_from([0, 20, 60, 2000]))
     frozen = torch.tensor(data.draw(st.lists(st.integers(0, 89), max_size=4)), dtype=torch.int64)
     table = Table.of_file(folder, cache_bytes=cached, cached_rows=frozen)
     seen: set[int] = set()
-    for ids in data.draw(st.lists(st.lists(st.integers(0, 89), min_size=1, max_size=20), max_size=5)):
+    for ids in data.draw(
+        st.lists(st.lists(st.integers(0, 89), min_size=1, max_size=20), max_size=5)
+    ):
         before = table.metrics()
         assert torch.equal(table.prefetch(torch.tensor(ids)).wait(), values[ids])
         more = {name: value - before[name] for name, value in table.metrics().items()}

@@ -11,7 +11,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rorqual.tables import Table, TableError, convert, dequantise, draw_table, quantise, verify, write_table
+from rorqual.tables import (
+    Table,
+    TableError,
+    convert,
+    dequantise,
+    draw_table,
+    quantise,
+    verify,
+    write_table,
+)
 
 pytestmark = pytest.mark.engram
 
@@ -58,7 +67,9 @@ def test_bad_sizes_and_places_are_refused(tmp_path: pathlib.Path) -> None:
     folder = write_table(tmp_path / "t", torch.randn(4, 3))
     with pytest.raises(ValueError, match="expected a new or empty folder"):
         write_table(folder, torch.randn(4, 3))
-    with pytest.raises(ValueError, match=r"got torch.float64 rows, expected torch.float32, .*bfloat16, .*e4m3fn"):
+    with pytest.raises(
+        ValueError, match=r"got torch.float64 rows, expected torch.float32, .*bfloat16, .*e4m3fn"
+    ):
         write_table(tmp_path / "u", torch.randn(4, 3).double())
     with pytest.raises(ValueError, match=r"got torch.float16 rows"):
         write_table(tmp_path / "u", torch.randn(4, 3), dtype=torch.float16)
@@ -68,13 +79,17 @@ def test_bad_sizes_and_places_are_refused(tmp_path: pathlib.Path) -> None:
         write_table(tmp_path / "u", torch.randn(4, 3), shard_rows=0)
     assert not (tmp_path / "u").exists()
     for place in ("", ".", "..", "/", tmp_path / "none" / ".."):
-        with pytest.raises(ValueError, match="has no name of its own, expected a new or empty folder's"):
+        with pytest.raises(
+            ValueError, match="has no name of its own, expected a new or empty folder's"
+        ):
             write_table(place, torch.randn(4, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8])
 @pytest.mark.parametrize("into", [torch.float32, torch.bfloat16, FP8])
-def test_a_table_is_converted_shard_by_shard(dtype: torch.dtype, into: torch.dtype, tmp_path: pathlib.Path) -> None:
+def test_a_table_is_converted_shard_by_shard(
+    dtype: torch.dtype, into: torch.dtype, tmp_path: pathlib.Path
+) -> None:
     values = torch.randn(50, 64)
     stored = write_table(tmp_path / "a", values, dtype=dtype, shard_rows=17)
     told: list[int] = []
@@ -98,13 +113,17 @@ def test_a_tensor_of_any_file_becomes_a_table(tmp_path: pathlib.Path) -> None:
 
 
 def test_drawn_rows_are_normal_and_the_same_again(tmp_path: pathlib.Path) -> None:
-    one, two = (draw_table(tmp_path / name, 20_000, 32, std=0.5, seed=3, shard_rows=7000) for name in "ab")
+    one, two = (
+        draw_table(tmp_path / name, 20_000, 32, std=0.5, seed=3, shard_rows=7000) for name in "ab"
+    )
     assert torch.equal(rows_of(one), rows_of(two))
     other = rows_of(draw_table(tmp_path / "c", 20_000, 32, std=0.5, seed=4, shard_rows=7000))
     assert not (other == rows_of(one)).any(1).any()
     assert abs(other.std() - 0.5) < 0.005
     assert len(other.unique(dim=0)) == 20_000
-    fp8 = rows_of(draw_table(tmp_path / "d", 20_000, 32, std=0.5, seed=4, shard_rows=7000, dtype=FP8))
+    fp8 = rows_of(
+        draw_table(tmp_path / "d", 20_000, 32, std=0.5, seed=4, shard_rows=7000, dtype=FP8)
+    )
     assert torch.equal(fp8, quantise(other))
     with pytest.raises(ValueError, match="got 0 rows of width 3"):
         draw_table(tmp_path / "e", 0, 3)
@@ -119,7 +138,9 @@ def test_a_tensor_that_cannot_be_written_leaves_nothing(tmp_path: pathlib.Path) 
 
 
 def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match=r"bytes free, expected 4,000,000,000,000,000 for the table"):
+    with pytest.raises(
+        ValueError, match=r"bytes free, expected 4,000,000,000,000,000 for the table"
+    ):
         draw_table(tmp_path / "t", 10**12, 1000)
     assert list(tmp_path.iterdir()) == []
 
@@ -135,7 +156,9 @@ def test_a_table_in_parts_and_shards_is_the_same_table(tmp_path: pathlib.Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_build_that_was_stopped_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_that_was_stopped_goes_on(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stopped within every shard in turn: no table until the last, the same bytes, no shard again."""
     whole = draw_table(tmp_path / "whole", 40, 64, shard_rows=10)
     expected = {file.name: file.read_bytes() for file in whole.glob("*")}
@@ -155,14 +178,18 @@ def test_a_build_that_was_stopped_goes_on(tmp_path: pathlib.Path, monkeypatch: p
             draw_table(folder, 40, 64, shard_rows=10)
         except KeyboardInterrupt:
             assert len(list((tmp_path / "t.partial").glob("*.safetensors"))) == len(drawn) + 1
-            with pytest.raises(ValueError, match="finish it by the command that began it, or delete"):
+            with pytest.raises(
+                ValueError, match="finish it by the command that began it, or delete"
+            ):
                 draw_table(folder, 41, 64, shard_rows=10)
         drawn.append(made[0])
     assert len(drawn) == len({tuple(seed) for seed in drawn}) == 4
     assert {file.name: file.read_bytes() for file in folder.glob("*")} == expected
 
 
-def test_a_build_that_was_stopped_before_the_table_had_its_name_goes_on(tmp_path: pathlib.Path) -> None:
+def test_a_build_that_was_stopped_before_the_table_had_its_name_goes_on(
+    tmp_path: pathlib.Path,
+) -> None:
     """All shards are there: none is written again."""
     size = 40 * 8 * 4
 
@@ -172,7 +199,9 @@ def test_a_build_that_was_stopped_before_the_table_had_its_name_goes_on(tmp_path
 
     with pytest.raises(KeyboardInterrupt):
         draw_table(tmp_path / "t", 40, 8, shard_rows=10, progress=stop)
-    written = {path.name: path.stat().st_ino for path in (tmp_path / "t.partial").glob("*.safetensors")}
+    written = {
+        path.name: path.stat().st_ino for path in (tmp_path / "t.partial").glob("*.safetensors")
+    }
     folder = draw_table(tmp_path / "t", 40, 8, shard_rows=10)
     assert {path.name: path.stat().st_ino for path in folder.iterdir()} == written
     assert len(written) == 4
@@ -211,12 +240,16 @@ def test_one_process_writes_a_table(tmp_path: pathlib.Path) -> None:
 
     def again(done: int) -> None:
         if not refused:
-            with pytest.raises(ValueError, match="another process writes this table, expected one at a") as error:
+            with pytest.raises(
+                ValueError, match="another process writes this table, expected one at a"
+            ) as error:
                 draw_table(tmp_path / "t", 20, 8, shard_rows=10)
             refused.append(str(error.value))
 
     folder = draw_table(tmp_path / "t", 20, 8, shard_rows=10, progress=again)
     assert "t.partial" in refused[0]
     assert verify(folder) == []
-    with pytest.raises(ValueError, match="got 549755813889 rows a shard, expected 1 to 17179869184: its checksums"):
+    with pytest.raises(
+        ValueError, match="got 549755813889 rows a shard, expected 1 to 17179869184: its checksums"
+    ):
         draw_table(tmp_path / "u", 2**40, 8, shard_rows=2**39 + 1)

@@ -17,7 +17,9 @@ pytestmark = pytest.mark.engram
 def run_of(folder: pathlib.Path) -> list[torch.Tensor]:
     """Two tables of a run's weights."""
     values = [torch.randn(50, 32), torch.randn(70, 32)]
-    save_file({f"tables.{n}.weight": each for n, each in enumerate(values)}, folder / "model.safetensors")
+    save_file(
+        {f"tables.{n}.weight": each for n, each in enumerate(values)}, folder / "model.safetensors"
+    )
     return values
 
 
@@ -60,7 +62,9 @@ def test_processes_share_one_copy_that_goes_with_the_last(tmp_path: pathlib.Path
             child.wait()
 
 
-def test_a_copy_that_nobody_holds_is_removed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_nobody_holds_is_removed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shared, "SHARED", tmp_path / "shared")
     (tmp_path / "shared").mkdir()
     values = run_of(tmp_path)

@@ -18,7 +18,9 @@ ROWS, WIDTH = 1000, 300  # 1.2 MB in float32, where memory begins to be kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
-@pytest.mark.parametrize(("rows", "width"), [(0, 3), (3, 5), (ROWS, WIDTH), (1 << 15, 77), (1, 1 << 21)])
+@pytest.mark.parametrize(
+    ("rows", "width"), [(0, 3), (3, 5), (ROWS, WIDTH), (1 << 15, 77), (1, 1 << 21)]
+)
 def test_memory_has_the_shape_and_type_asked_for(dtype: torch.dtype, rows: int, width: int) -> None:
     given = Staging().take(rows, width, dtype)
     assert given.shape == (rows, width)

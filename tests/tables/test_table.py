@@ -12,7 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rorqual.tables import Table, TableConfig, dequantise, draw_table, open_table, quantise, write_table
+from rorqual.tables import (
+    Table,
+    TableConfig,
+    dequantise,
+    draw_table,
+    open_table,
+    quantise,
+    write_table,
+)
 
 pytestmark = pytest.mark.engram
 
@@ -20,7 +28,9 @@ ROWS, WIDTH, BLOCKS = 101, 7, 64
 FP8 = torch.float8_e4m3fn
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, FP8], ids=["float32", "bfloat16", "fp8"])
+@pytest.fixture(
+    scope="module", params=[torch.float32, torch.bfloat16, FP8], ids=["float32", "bfloat16", "fp8"]
+)
 def kept(request: pytest.FixtureRequest) -> Tensor:
     """Rows as a table keeps them: numbers, or records of fp8."""
     if request.param == FP8:
@@ -42,14 +52,23 @@ def on_device(kept: Tensor) -> Table:
 
 def homes(kept: Tensor, folder: pathlib.Path) -> list:
     row = kept.shape[1] * kept.dtype.itemsize
-    disks = [Table.of_file(folder, cache_bytes=hot, prefetch=bool(hot % 2)) for hot in (0, 1, row, 13 * row, 1 << 20)]
+    disks = [
+        Table.of_file(folder, cache_bytes=hot, prefetch=bool(hot % 2))
+        for hot in (0, 1, row, 13 * row, 1 << 20)
+    ]
     return [on_device(kept), Table.of_values(kept), Table.of_values(kept, prefetch=False), *disks]
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
-def test_every_home_gives_the_same_bits(kept: Tensor, data: st.DataObject, tmp_path_factory) -> None:
-    folder = write_table(tmp_path_factory.mktemp("table") / "t", kept, shard_rows=data.draw(st.integers(1, 150)))
+def test_every_home_gives_the_same_bits(
+    kept: Tensor, data: st.DataObject, tmp_path_factory
+) -> None:
+    folder = write_table(
+        tmp_path_factory.mktemp("table") / "t", kept, shard_rows=data.draw(st.integers(1, 150))
+    )
     tables, values = homes(kept, folder), numbers(kept)
     for _ in range(data.draw(st.integers(1, 6))):
         shape = data.draw(st.lists(st.integers(0, 5), max_size=3))
@@ -77,10 +96,14 @@ def test_large_recalls_have_the_same_bits(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
-def test_recalls_that_are_partly_hot_have_the_same_bits(prefetch: bool, tmp_path: pathlib.Path) -> None:
+def test_recalls_that_are_partly_hot_have_the_same_bits(
+    prefetch: bool, tmp_path: pathlib.Path
+) -> None:
     """Hot rows scattered among the ids of a call, which are too many to be fetched one by one."""
     values = torch.randn(5000, 8)
-    table = Table.of_file(write_table(tmp_path / "t", values), cache_bytes=2000 * 8 * 4, prefetch=prefetch)
+    table = Table.of_file(
+        write_table(tmp_path / "t", values), cache_bytes=2000 * 8 * 4, prefetch=prefetch
+    )
     for _ in range(8):
         ids = torch.randint(5000, (700,))
         assert torch.equal(table.prefetch(ids).wait(), values[ids])
@@ -107,7 +130,11 @@ def test_rows_stay_while_somebody_holds_them(home: str, tmp_path: pathlib.Path) 
         table = Table(5000, 128)
         table.load_state_dict({"weight": values})
     else:
-        table = Table.of_values(values) if home == "host" else Table.of_file(write_table(tmp_path / "t", values))
+        table = (
+            Table.of_values(values)
+            if home == "host"
+            else Table.of_file(write_table(tmp_path / "t", values))
+        )
     with torch.no_grad():
         ids = [torch.randint(5000, (3, 1000)) for _ in range(6)]
         pending = [table.prefetch(each) for each in ids]
@@ -230,7 +257,9 @@ def test_ids_that_are_no_whole_numbers_are_refused(tmp_path: pathlib.Path) -> No
     values = torch.randn(ROWS, WIDTH)
     for table in homes(values, write_table(tmp_path / "t", values)):
         for dtype in (torch.float32, torch.bool, torch.uint8, torch.int16):
-            with pytest.raises(ValueError, match=f"got row ids in {dtype}, expected torch.int64 or torch.int32"):
+            with pytest.raises(
+                ValueError, match=f"got row ids in {dtype}, expected torch.int64 or torch.int32"
+            ):
                 table.prefetch.__wrapped__(table, torch.zeros(2, dtype=dtype))
 
 
@@ -244,7 +273,9 @@ def test_ten_thousand_bad_batches_are_refused(tmp_path: pathlib.Path) -> None:
         count = int(draw.integers(1, len(ids) + 1))
         far = draw.choice([1, ROWS, 2**31, 2**62])
         bad = np.where(
-            draw.random(count) < 0.5, -draw.integers(1, far + 1, count), ROWS + draw.integers(far, size=count)
+            draw.random(count) < 0.5,
+            -draw.integers(1, far + 1, count),
+            ROWS + draw.integers(far, size=count),
         )
         ids[draw.permutation(len(ids))[:count]] = bad
         with pytest.raises(ValueError, match=r"got row id -?\d+, expected 0 to 100"):
@@ -254,27 +285,38 @@ def test_ten_thousand_bad_batches_are_refused(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8])
-def test_a_million_rows_are_the_same_bits_everywhere(dtype: torch.dtype, tmp_path: pathlib.Path) -> None:
+def test_a_million_rows_are_the_same_bits_everywhere(
+    dtype: torch.dtype, tmp_path: pathlib.Path
+) -> None:
     """Duplicates, evictions, three sizes of the hot set, a frozen list, prefetch on and off: 0 bits of difference."""
     folder = draw_table(tmp_path / "t", 1_000_003, 32, dtype=dtype, shard_rows=300_000)
     whole = open_table(folder, "rows", TableConfig()).eval()
     row = whole.weight.shape[1] * whole.weight.element_size()
-    others = [open_table(folder, "rows", TableConfig(placement="host", prefetch=on)) for on in (True, False)]
+    others = [
+        open_table(folder, "rows", TableConfig(placement="host", prefetch=on))
+        for on in (True, False)
+    ]
     for hot in (0, row, 1000 * row, 1 << 30):
         others += [Table.of_file(folder, cache_bytes=hot, prefetch=on) for on in (True, False)]
-    others.append(Table.of_file(folder, cache_bytes=5000 * row, cached_rows=torch.randint(1_000_003, (9000,))))
+    others.append(
+        Table.of_file(folder, cache_bytes=5000 * row, cached_rows=torch.randint(1_000_003, (9000,)))
+    )
     with torch.no_grad():
         for turn in range(40):
             ids = torch.randint(1_000_003, (25_000,))
             ids[::2] %= 1 + 2000 * turn  # duplicates, and rows that come again
             expected = whole.prefetch(ids).wait()
             for table in others:
-                assert torch.equal(table.prefetch(ids).wait().view(torch.uint8), expected.view(torch.uint8))
+                assert torch.equal(
+                    table.prefetch(ids).wait().view(torch.uint8), expected.view(torch.uint8)
+                )
 
 
 def test_hot_rows_are_counted_and_the_oldest_gives_way(tmp_path: pathlib.Path) -> None:
     values = torch.randn(ROWS, WIDTH)
-    table = Table.of_file(write_table(tmp_path / "t", values), cache_bytes=2 * WIDTH * 4, prefetch=False)
+    table = Table.of_file(
+        write_table(tmp_path / "t", values), cache_bytes=2 * WIDTH * 4, prefetch=False
+    )
     for ids, hits in (([1, 1, 2], 0), ([1], 1), ([3], 1), ([2], 1), ([3], 2), ([1], 2)):
         table.prefetch(torch.tensor(ids)).wait()
         assert table.metrics()["hits"] == hits, ids
@@ -288,7 +330,9 @@ def test_bad_sizes_are_refused(tmp_path: pathlib.Path) -> None:
         Table(0, 3)
     with pytest.raises(ValueError, match="-1 bytes"):
         Table.of_file(write_table(tmp_path / "t", torch.randn(4, 3)), cache_bytes=-1)
-    with pytest.raises(ValueError, match=r"got torch.float64 rows, expected torch.float32, .*bfloat16, .*e4m3fn"):
+    with pytest.raises(
+        ValueError, match=r"got torch.float64 rows, expected torch.float32, .*bfloat16, .*e4m3fn"
+    ):
         Table.of_values(torch.randn(4, 3).double())
     with pytest.raises(ValueError, match="got records of 3 bytes"):
         Table.of_values(torch.zeros(4, 3, dtype=torch.uint8))

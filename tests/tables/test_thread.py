@@ -53,7 +53,11 @@ def test_a_call_that_cannot_be_asked_for_takes_no_room(monkeypatch: pytest.Monke
     """No thread to be had, or ctrl-C: an error each time, and never a wait without end."""
     thread = BackgroundThread(2)
     with monkeypatch.context() as patch:
-        patch.setattr(ThreadPoolExecutor, "submit", lambda *_: (_ for _ in ()).throw(RuntimeError("no thread")))
+        patch.setattr(
+            ThreadPoolExecutor,
+            "submit",
+            lambda *_: (_ for _ in ()).throw(RuntimeError("no thread")),
+        )
         for _ in range(3):
             with pytest.raises(RuntimeError, match="no thread"):
                 thread.submit(print)

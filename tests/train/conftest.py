@@ -59,7 +59,9 @@ def make_tokens(seed: int = 0) -> Tokens:
     return Tokens(ids, starts, np.array(lengths), 0, f"{seed}")
 
 
-def make_step(steps: int = 20, kind: str = "adamw", config: ModelConfig = CONFIG, **options: Any) -> TrainStep:
+def make_step(
+    steps: int = 20, kind: str = "adamw", config: ModelConfig = CONFIG, **options: Any
+) -> TrainStep:
     """A step of a run of `steps`, whose biases never rest unless asked."""
     optim = OptimConfig(kind=kind, lr=5e-3, warmup=3)
     options = {"bias_rest": 0.0, "rows": ROWS, "length": LENGTH} | options
@@ -123,9 +125,16 @@ MODEL = ModelConfig(
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("text")
-    animals, places = ("whale", "otter", "heron", "lynx", "newt"), ("the sea", "a river", "the marsh", "a wood")
+    animals, places = (
+        ("whale", "otter", "heron", "lynx", "newt"),
+        ("the sea", "a river", "the marsh", "a wood"),
+    )
     lines = [
-        json.dumps({"text": f"{number}. A {animal} lives in {place} with {number % 9} young, and eats {food}."})
+        json.dumps(
+            {
+                "text": f"{number}. A {animal} lives in {place} with {number % 9} young, and eats {food}."
+            }
+        )
         for number in range(12)
         for animal in animals
         for place in places
@@ -140,5 +149,12 @@ def config(text, tmp_path) -> TrainConfig:
     data = DataConfig(source=str(text / "animals.jsonl"), vocabulary=300, cache=str(text / "cache"))
     optim = OptimConfig(lr=1e-2, warmup=2)
     return TrainConfig(
-        model=MODEL, optim=optim, data=data, folder=str(tmp_path / "run"), steps=8, rows=4, length=24, save_every=3
+        model=MODEL,
+        optim=optim,
+        data=data,
+        folder=str(tmp_path / "run"),
+        steps=8,
+        rows=4,
+        length=24,
+        save_every=3,
     )

@@ -47,7 +47,9 @@ class At(Callback):
 def run(small) -> Callable[..., int]:
     """Trains in a folder, as far as the callbacks let it; returns the last step."""
 
-    def run(folder: Path, step: TrainStep, *, every: int = 100, keep: int = 2, stream=None, **callbacks) -> int:
+    def run(
+        folder: Path, step: TrainStep, *, every: int = 100, keep: int = 2, stream=None, **callbacks
+    ) -> int:
         folder.mkdir(exist_ok=True)
         step.config = replace(step.config, folder=str(folder), save_every=every, keep=keep)
         metrics = MetricsCallback(MetricsWriter(step.config))
@@ -139,7 +141,9 @@ def test_hostile_engine_checkpoints_are_never_opened(small, run, tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
     assert not marker.exists()
     assert not [
-        path for path in (tmp_path / "checkpoints" / "step4").iterdir() if path.suffix not in (".json", ".safetensors")
+        path
+        for path in (tmp_path / "checkpoints" / "step4").iterdir()
+        if path.suffix not in (".json", ".safetensors")
     ]
     pickle.loads(bomb)
     assert marker.exists()  # the bomb was live
@@ -231,7 +235,11 @@ def test_a_resumed_run_repeats_its_skipped_steps_to_the_last_bit(small, run, tmp
     assert run(tmp_path / "stopped", spoilt(), stop=At(3, cancel)) == 3
     resumed = spoilt()
     assert run(tmp_path / "stopped", resumed) == 6
-    assert (resumed.skipped, resumed.skipped_in_a_row) == (straight.skipped, straight.skipped_in_a_row) == (3, 0)
+    assert (
+        (resumed.skipped, resumed.skipped_in_a_row)
+        == (straight.skipped, straight.skipped_in_a_row)
+        == (3, 0)
+    )
     for name, tensor in state_of(straight).items():
         assert torch.equal(state_of(resumed)[name], tensor), name
     timing = {"tokens_per_second", "seconds", "seconds_left"}
@@ -242,13 +250,17 @@ def test_a_resumed_run_repeats_its_skipped_steps_to_the_last_bit(small, run, tmp
     assert one == other
 
 
-def test_too_many_skipped_steps_in_a_row_stop_the_run_with_its_checkpoints_intact(small, run, tmp_path):
+def test_too_many_skipped_steps_in_a_row_stop_the_run_with_its_checkpoints_intact(
+    small, run, tmp_path
+):
     """None is written while nothing is learnt, so none that was good is pushed out."""
 
     def poison(trainer) -> None:
         trainer.train_module.step.model.head.weight.data.fill_(torch.nan)
 
-    with pytest.raises(Diverged, match=r"no finite loss in 4 steps in a row, the last of them 8.*lower --optim\.lr"):
+    with pytest.raises(
+        Diverged, match=r"no finite loss in 4 steps in a row, the last of them 8.*lower --optim\.lr"
+    ):
         run(tmp_path, small.step(skip_limit=4), every=1, keep=2, poison=At(4, poison))
     found = checkpoint.steps(tmp_path / "checkpoints")
     assert [step for step, _ in found][-2:] == [3, 4]
@@ -270,7 +282,9 @@ def test_a_state_that_is_not_finite_is_never_saved(small, run, tmp_path):
     def poison(trainer) -> None:
         trainer.train_module.step.optimizer.state["embed.weight.exp_avg"].view(-1)[3] = torch.inf
 
-    with pytest.raises(Diverged, match=r"step 6: got model\.embed\.weight that is not finite, so it was not saved"):
+    with pytest.raises(
+        Diverged, match=r"step 6: got model\.embed\.weight that is not finite, so it was not saved"
+    ):
         run(tmp_path, small.step(), every=2, keep=1, poison=At(5, poison))
     # whether step 2 has given way to step 4 by then depends on how fast another thread writes
     assert checkpoint.steps(tmp_path / "checkpoints")[-1][0] == 4
@@ -300,7 +314,9 @@ def test_the_newest_checkpoints_stay(small, run, tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step8", "step9"]
 
 
-def test_a_full_disk_behind_training_ends_the_run_in_a_line(small, run, tmp_path, no_larger_file, capfd):
+def test_a_full_disk_behind_training_ends_the_run_in_a_line(
+    small, run, tmp_path, no_larger_file, capfd
+):
     """The checkpoint is written by another thread; the one before stays, and the run goes on once there is room."""
 
     def fill(trainer) -> None:

@@ -26,10 +26,17 @@ def test_trim_keeps_the_steps_made_and_drops_half_a_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     trim_metrics(path, 3)
     assert not path.exists()
-    whole = [{"step": step, "loss": 0.1 * step} for step in range(1, 6)] + [{"step": 3, "validation_loss": 1.0}]
+    whole = [{"step": step, "loss": 0.1 * step} for step in range(1, 6)] + [
+        {"step": 3, "validation_loss": 1.0}
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in whole) + '{"step": 2, "lo')
     trim_metrics(path, 3)
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [whole[0], whole[1], whole[2], whole[5]]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        whole[0],
+        whole[1],
+        whole[2],
+        whole[5],
+    ]
 
 
 def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
@@ -40,11 +47,18 @@ def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
             events.write({"loss": value, "balance_sequence": value / 7}, step)
         events.close()
     shown = EventAccumulator(str(tmp_path)).Reload()
-    assert [(event.step, event.value) for event in shown.Scalars("loss")] == [(1, 5.0), (2, 4.0), (3, 2.5), (4, 2.0)]
+    assert [(event.step, event.value) for event in shown.Scalars("loss")] == [
+        (1, 5.0),
+        (2, 4.0),
+        (3, 2.5),
+        (4, 2.0),
+    ]
     assert shown.Scalars("balance_sequence")[-1].value == pytest.approx(2 / 7)
 
 
-def test_a_full_disk_under_tensorboard_is_an_error_where_it_happens(tmp_path, no_larger_file, capfd):
+def test_a_full_disk_under_tensorboard_is_an_error_where_it_happens(
+    tmp_path, no_larger_file, capfd
+):
     events = EventFile(tmp_path, 1)
     (path,) = tmp_path.iterdir()
     no_larger_file(path.stat().st_size)
@@ -69,7 +83,9 @@ def test_the_best_weights_are_those_of_the_lowest_loss_after_a_resume_too(tmp_pa
         kept = {"model.weight": torch.zeros(1, 1)}
         return checkpoint.load_state(tmp_path / "best", kept)["step"], kept["model.weight"].item()
 
-    assert best_of(BestCheckpoint(tmp_path / "best", model), {1: 3.0, 2: 1.0, 3: 2.0, 4: math.nan}) == (2, 2.0)
+    assert best_of(
+        BestCheckpoint(tmp_path / "best", model), {1: 3.0, 2: 1.0, 3: 2.0, 4: math.nan}
+    ) == (2, 2.0)
     resumed = BestCheckpoint(tmp_path / "best", model)
     assert best_of(resumed, {5: 1.5}) == (2, 2.0)
     assert best_of(resumed, {6: 0.5, 7: 0.7}) == (6, 6.0)

@@ -12,7 +12,15 @@ from rorqual import kernels
 from rorqual.layers.experts import Experts
 from rorqual.tables import Table
 from rorqual.train.config import OptimConfig
-from rorqual.train.optim import Optimizer, coalesce, orthogonalise, roles, row_adam, schedule, sum_rows
+from rorqual.train.optim import (
+    Optimizer,
+    coalesce,
+    orthogonalise,
+    roles,
+    row_adam,
+    schedule,
+    sum_rows,
+)
 
 pytestmark = pytest.mark.engram
 
@@ -41,8 +49,18 @@ class Double(nn.Module):
     def forward(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         block = self.blocks[0]
         hidden = block.norm(self.embed(ids) + self.tables[0].prefetch(rows).wait())
-        experts = hidden @ block.experts.gate_up[0] @ block.experts.gate_up[1].mT @ block.experts.down[2].mT
-        return (self.head(hidden) ** 2).mean() + block.proj(hidden).sin().sum() + block.mix.cos().sum() + experts.mean()
+        experts = (
+            hidden
+            @ block.experts.gate_up[0]
+            @ block.experts.gate_up[1].mT
+            @ block.experts.down[2].mT
+        )
+        return (
+            (self.head(hidden) ** 2).mean()
+            + block.proj(hidden).sin().sum()
+            + block.mix.cos().sum()
+            + experts.mean()
+        )
 
 
 def gradients(model: nn.Module, seed: int) -> None:
@@ -53,7 +71,9 @@ def gradients(model: nn.Module, seed: int) -> None:
             if isinstance(module, Table):
                 index = torch.randint(0, len(parameter), (1, 25), generator=generator)
                 values = torch.randn(25, parameter.shape[1], generator=generator)
-                parameter.grad = torch.sparse_coo_tensor(index, values, parameter.shape, check_invariants=False)
+                parameter.grad = torch.sparse_coo_tensor(
+                    index, values, parameter.shape, check_invariants=False
+                )
             else:
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
 
@@ -120,7 +140,9 @@ def test_dense_parameters_follow_torch_adamw_and_only_matrices_decay():
     decayed = [copies[name] for name in names if roles(model)[name] != "plain"]
     plain = [copies[name] for name in names if roles(model)[name] == "plain"]
     expected = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.3}, {"params": plain, "weight_decay": 0.0}], lr=0.005, betas=(0.9, 0.95)
+        [{"params": decayed, "weight_decay": 0.3}, {"params": plain, "weight_decay": 0.0}],
+        lr=0.005,
+        betas=(0.9, 0.95),
     )
     for step in range(4):
         gradients(model, step)
@@ -184,7 +206,9 @@ def test_untouched_rows_and_their_state_stay_bit_for_bit():
 
 
 @pytest.mark.parametrize("twin", ["reference", "numba"])
-@pytest.mark.parametrize(("touched", "width", "threads"), [(0, 4, 1), (1, 1, 1), (777, 5, 1), (5000, 3, 2)])
+@pytest.mark.parametrize(
+    ("touched", "width", "threads"), [(0, 4, 1), (1, 1, 1), (777, 5, 1), (5000, 3, 2)]
+)
 def test_row_adam_twins_agree_and_touch_nothing_else(twin, touched, width, threads, monkeypatch):
     """Rows that are not touched hold NaN, and still do; a row's own numbers agree to float32 rounding."""
     choose_twin(twin, monkeypatch)
@@ -254,7 +278,9 @@ def test_the_norm_is_of_everything_at_once_and_the_rows_are_clipped_with_it():
     again = [p.grad.to_dense().clone() for p in model.parameters()]
     optimizer.config = OptimConfig(clip=1.0)
     torch.testing.assert_close(optimizer.clip(), torch.tensor(0.25))
-    assert all(torch.equal(p.grad.to_dense(), g) for p, g in zip(model.parameters(), again, strict=True))
+    assert all(
+        torch.equal(p.grad.to_dense(), g) for p, g in zip(model.parameters(), again, strict=True)
+    )
 
 
 def test_gradients_really_flow_and_accumulate_over_micro_batches():
@@ -299,7 +325,9 @@ def test_muon_follows_torch_muon_on_matrices():
     ours = model.blocks[0].proj.weight
     copy = nn.Parameter(ours.detach().clone())
     start = copy.detach().clone()
-    theirs = torch.optim.Muon([copy], lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    theirs = torch.optim.Muon(
+        [copy], lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
     for step in range(3):
         gradients(model, step)
         copy.grad = ours.grad.clone()
@@ -311,15 +339,22 @@ def test_muon_follows_torch_muon_on_matrices():
 
 def test_muon_turns_every_expert_and_both_of_its_input_matrices_by_themselves():
     model, lr = Double(), 0.01
-    experts, optimizer = model.blocks[0].experts, Optimizer(model, OptimConfig(kind="muon", lr=lr, weight_decay=0.0))
+    experts, optimizer = (
+        model.blocks[0].experts,
+        Optimizer(model, OptimConfig(kind="muon", lr=lr, weight_decay=0.0)),
+    )
     gate_up, down = experts.gate_up.detach().clone(), experts.down.detach().clone()
     gradients(model, 0)
     g_in, g_out = experts.gate_up.grad.clone(), experts.down.grad.clone()
     optimizer.step()
     for expert in range(3):
         for half in (slice(0, 5), slice(5, 10)):
-            moved = (experts.gate_up[expert, :, half] - gate_up[expert, :, half]) / (-lr * 0.2 * math.sqrt(6))
-            torch.testing.assert_close(moved, orthogonalise(g_in[expert, :, half].clone()), rtol=0, atol=1e-3)
+            moved = (experts.gate_up[expert, :, half] - gate_up[expert, :, half]) / (
+                -lr * 0.2 * math.sqrt(6)
+            )
+            torch.testing.assert_close(
+                moved, orthogonalise(g_in[expert, :, half].clone()), rtol=0, atol=1e-3
+            )
         moved = (experts.down[expert] - down[expert]) / (-lr * 0.2 * math.sqrt(6))
         torch.testing.assert_close(moved, orthogonalise(g_out[expert].clone()), rtol=0, atol=1e-3)
 
@@ -352,7 +387,9 @@ def test_state_goes_out_and_in_and_training_goes_on_to_the_bit(kind):
 def test_state_of_another_kind_is_refused():
     model = Double()
     with pytest.raises(ValueError, match="other names"):
-        Optimizer(model, OptimConfig(kind="muon")).load_state_dict(Optimizer(model, OptimConfig()).state_dict())
+        Optimizer(model, OptimConfig(kind="muon")).load_state_dict(
+            Optimizer(model, OptimConfig()).state_dict()
+        )
 
 
 def test_schedule():
@@ -364,13 +401,20 @@ def test_schedule():
     assert found[110] == pytest.approx(0.0)
     assert all(a >= b for a, b in zip(found[10:], found[11:], strict=False))
     linear = OptimConfig(warmup=0, decay="linear")
-    assert [schedule(step, 4, linear) for step in range(5)] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert [schedule(step, 4, linear) for step in range(5)] == pytest.approx(
+        [1, 0.75, 0.5, 0.25, 0]
+    )
     constant = OptimConfig(warmup=0, decay="constant")
     assert schedule(3, 4, constant) == 1.0
     assert schedule(0, 4, OptimConfig(warmup=0, decay_share=0.0)) == 1.0
 
 
-@given(st.integers(1, 300), st.integers(0, 300), st.floats(0, 1), st.sampled_from(["constant", "linear", "cosine"]))
+@given(
+    st.integers(1, 300),
+    st.integers(0, 300),
+    st.floats(0, 1),
+    st.sampled_from(["constant", "linear", "cosine"]),
+)
 @settings(max_examples=60, deadline=None)
 def test_schedule_stays_within_0_and_1(total, warmup, share, decay):
     config = OptimConfig(warmup=warmup, decay_share=share, decay=decay)
@@ -378,19 +422,28 @@ def test_schedule_stays_within_0_and_1(total, warmup, share, decay):
 
 
 @pytest.mark.parametrize("twin", ["reference", "numba"])
-@pytest.mark.parametrize(("count", "width", "threads"), [(0, 3, 1), (1, 1, 1), (50, 17, 1), (9000, 5, 2)])
+@pytest.mark.parametrize(
+    ("count", "width", "threads"), [(0, 3, 1), (1, 1, 1), (50, 17, 1), (9000, 5, 2)]
+)
 def test_sum_rows_twins_name_each_row_once(twin, count, width, threads, monkeypatch):
     known = kernels.available()["sum_rows"]
     if twin not in ("reference", *known) or known.get(twin, True) is not True:
         pytest.skip(f"no {twin} twin of sum_rows here")
     monkeypatch.setenv(kernels.VARIABLE, f"sum_rows={twin}")
-    index, values = torch.randint(0, max(1, count // 2), (count,)) * 10**9, torch.randn(count, width)
+    index, values = (
+        torch.randint(0, max(1, count // 2), (count,)) * 10**9,
+        torch.randn(count, width),
+    )
     before, default = values.clone(), torch.get_num_threads()
     torch.set_num_threads(threads)
     distinct, sums = kernels.pick("sum_rows", sum_rows, index, values)(index, values)
     torch.set_num_threads(default)
     assert distinct.tolist() == sorted(set(index.tolist()))
-    expected = torch.stack([values[index == row].double().sum(0) for row in distinct]) if count else sums.double()
+    expected = (
+        torch.stack([values[index == row].double().sum(0) for row in distinct])
+        if count
+        else sums.double()
+    )
     torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-5)
     assert sums.shape == (len(distinct), width)
     sums.zero_()
@@ -404,7 +457,9 @@ def test_the_order_of_duplicates_does_not_matter():
         torch.manual_seed(1)
         model = Double()
         optimizer, table = Optimizer(model, OptimConfig(clip=0.5)), model.tables[0].weight
-        table.grad = torch.sparse_coo_tensor(index[order][None], values[order], table.shape, check_invariants=False)
+        table.grad = torch.sparse_coo_tensor(
+            index[order][None], values[order], table.shape, check_invariants=False
+        )
         optimizer.clip()
         optimizer.step()
         found.append(table.detach().clone())
@@ -415,9 +470,15 @@ def test_the_order_of_duplicates_does_not_matter():
 def test_rows_touched_every_step_follow_torch_adam(dtype, atol):
     """The averages are float32 for bfloat16 rows too: 60 steps leave them as near as the rows' own rounding."""
     table = Table(20, 7, dtype=dtype)
-    model, config = nn.ModuleDict({"table": table}), OptimConfig(lr=0.002, betas=(0.9, 0.999), clip=1e9)
+    model, config = (
+        nn.ModuleDict({"table": table}),
+        OptimConfig(lr=0.002, betas=(0.9, 0.999), clip=1e9),
+    )
     copy = nn.Parameter(table.weight.detach().float())
-    optimizer, dense = Optimizer(model, config), torch.optim.Adam([copy], lr=0.01, betas=(0.9, 0.999))
+    optimizer, dense = (
+        Optimizer(model, config),
+        torch.optim.Adam([copy], lr=0.01, betas=(0.9, 0.999)),
+    )
     for _ in range(60):
         gradient = (torch.randn(20, 7) + 1.0).to(dtype)
         table.weight.grad = torch.sparse_coo_tensor(

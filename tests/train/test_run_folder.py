@@ -26,7 +26,11 @@ def test_longer_is_allowed_and_other_is_not(config):
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_fewer_steps_than_a_finished_run_has_change_nothing_and_say_so(config, capsys):
@@ -51,7 +55,9 @@ def test_fewer_steps_than_an_unfinished_run_has_made_are_refused(config):
     with pytest.raises(Stopped):
         train(config, on_metrics=stop)
     before = bytes_of(Path(config.folder))
-    with pytest.raises(ValueError, match=r"got --steps 3, expected at least the 5 that are made already \(of 8\)"):
+    with pytest.raises(
+        ValueError, match=r"got --steps 3, expected at least the 5 that are made already \(of 8\)"
+    ):
         train(replace(config, steps=3))
     assert bytes_of(Path(config.folder)) == before
     assert len(losses(train(replace(config, steps=6)))) == 6
@@ -91,6 +97,8 @@ def test_rows_of_another_run_that_has_no_checkpoint_are_not_taken(config, tmp_pa
 
 def test_a_folder_of_runs_is_no_place_to_train(config, capsys):
     folder = train(replace(config, steps=1))
-    with pytest.raises(ValueError, match=f"{folder.parent}: got a folder of runs .*run.*expected one for this run"):
+    with pytest.raises(
+        ValueError, match=f"{folder.parent}: got a folder of runs .*run.*expected one for this run"
+    ):
         train(replace(config, folder=str(folder.parent)))
     assert not (folder.parent / "train.json").exists()

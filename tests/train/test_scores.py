@@ -18,7 +18,9 @@ def batches(ids: torch.Tensor, labels: torch.Tensor) -> list[dict[str, torch.Ten
 
 
 def test_validation_is_a_mean_over_tokens_whatever_the_batches():
-    model = LanguageModel(ModelConfig(vocabulary=20, dim=16, layers=1, dense_width=24, init_std=0.5))
+    model = LanguageModel(
+        ModelConfig(vocabulary=20, dim=16, layers=1, dense_width=24, init_std=0.5)
+    )
     ids = torch.randint(0, 20, (3, 9))
     labels = torch.randint(0, 20, (3, 9))
     labels[0, 2:] = -100
@@ -27,7 +29,9 @@ def test_validation_is_a_mean_over_tokens_whatever_the_batches():
     model.blocks[0].eval()  # a frozen part
     modes, state = [module.training for module in model.modules()], torch.get_rng_state()
     found = validate(model, batches(ids, labels), 2.5, torch.float32)
-    expected = nn.functional.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), ignore_index=-100)
+    expected = nn.functional.cross_entropy(
+        model(ids).flatten(0, 1), labels.flatten(), ignore_index=-100
+    )
     assert found["validation_loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(expected.item() / math.log(2) / 2.5, rel=1e-5)
     assert [module.training for module in model.modules()] == modes and model.training
@@ -55,7 +59,11 @@ def looked_up(ids: torch.Tensor) -> torch.Tensor:
     first, out = 1 + NEEDLES.filler, torch.zeros_like(ids)
     for row, line in enumerate(ids.tolist()):
         text, question = line[: line.index(0)], line[line.index(0) :]
-        hidden = [pair for pair in zip(text, text[1:], strict=False) if first <= pair[0] < first + NEEDLES.keys]
+        hidden = [
+            pair
+            for pair in zip(text, text[1:], strict=False)
+            if first <= pair[0] < first + NEEDLES.keys
+        ]
         values, key = [], 0
         for place, token in enumerate(question):
             if first <= token < first + NEEDLES.keys:
@@ -71,13 +79,20 @@ def test_a_perfect_reader_finds_everything_and_a_blind_one_what_chance_gives():
     state = torch.get_rng_state()
     found = needle_accuracy(model, exams(NEEDLES, 16, 64))
     lengths = (32, 64, 128)
-    assert {column(task, n) for task in TASKS for n in lengths} | {"accuracy"} == {n for n in found if "part" not in n}
-    assert set(found.values()) == {1.0} and {column(t, 64, p) for t in TASKS for p in range(DEPTHS)} <= found.keys()
+    assert {column(task, n) for task in TASKS for n in lengths} | {"accuracy"} == {
+        n for n in found if "part" not in n
+    }
+    assert (
+        set(found.values()) == {1.0}
+        and {column(t, 64, p) for t in TASKS for p in range(DEPTHS)} <= found.keys()
+    )
     assert model.training and torch.equal(torch.get_rng_state(), state)
 
     generator = torch.Generator().manual_seed(1)
     first = 1 + NEEDLES.filler + NEEDLES.keys
-    blind = Reader(lambda ids: torch.randint(first, first + NEEDLES.values, ids.shape, generator=generator))
+    blind = Reader(
+        lambda ids: torch.randint(first, first + NEEDLES.values, ids.shape, generator=generator)
+    )
     found = needle_accuracy(blind, exams(NEEDLES, 16, 64))
     assert 0.5 / NEEDLES.values < found["accuracy"] < 2 / NEEDLES.values
     assert needle_accuracy(Reader(torch.zeros_like), exams(NEEDLES, 16, 64))["accuracy"] == 0
@@ -86,7 +101,9 @@ def test_a_perfect_reader_finds_everything_and_a_blind_one_what_chance_gives():
 def test_a_needle_that_is_found_only_in_the_beginning_shows_in_the_parts():
     def near_the_beginning(ids: torch.Tensor) -> torch.Tensor:
         text = (ids == 0).long().argmax(1, keepdim=True)
-        kept = torch.where(torch.arange(ids.shape[1]) * DEPTHS >= text + DEPTHS, ids.clamp_max(1), ids)
+        kept = torch.where(
+            torch.arange(ids.shape[1]) * DEPTHS >= text + DEPTHS, ids.clamp_max(1), ids
+        )
         return looked_up(torch.where(torch.arange(ids.shape[1]) >= text, ids, kept))
 
     singles = {key: made for key, made in exams(NEEDLES, 16, 64).items() if key[0] == "single"}
@@ -96,7 +113,9 @@ def test_a_needle_that_is_found_only_in_the_beginning_shows_in_the_parts():
 
 
 def test_a_sample_is_the_same_each_time_and_stays_within_the_vocabulary():
-    model = LanguageModel(ModelConfig(vocabulary=20, dim=16, layers=1, dense_width=24, init_std=0.5)).train()
+    model = LanguageModel(
+        ModelConfig(vocabulary=20, dim=16, layers=1, dense_width=24, init_std=0.5)
+    ).train()
     state = torch.get_rng_state()
     prompt = torch.tensor([3, 1])
     sample = sample_continuation(model, prompt, 12, 5, torch.float32)

@@ -22,7 +22,9 @@ from rorqual.train.optim import Optimizer
 from rorqual.train.step import Diverged, StepResult, TrainStep, unchanged_random_state
 
 
-def run(step: TrainStep, stream: Stream, first: int = 1, last: int | None = None) -> list[StepResult]:
+def run(
+    step: TrainStep, stream: Stream, first: int = 1, last: int | None = None
+) -> list[StepResult]:
     """Makes the steps `first` to `last` (of all)."""
     return [step(next(stream), number) for number in range(first, (last or step.config.steps) + 1)]
 
@@ -48,7 +50,9 @@ def test_a_dry_run_makes_no_gradient_as_large_as_a_table(small):
     step = small.step()
     seen = []
     table = step.model.tables[0].weight
-    table.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.is_sparse))
+    table.register_post_accumulate_grad_hook(
+        lambda parameter: seen.append(parameter.grad.is_sparse)
+    )
     step.dry_run(next(small.stream()), 1)
     assert seen and all(seen)
 
@@ -107,7 +111,9 @@ def test_biases_rest_late(small):
     assert torch.equal(bias, before)
 
 
-@pytest.mark.parametrize("hyper", [HyperConfig(streams=3, iterations=4), HyperConfig(streams=2, kind="hc")], ids=str)
+@pytest.mark.parametrize(
+    "hyper", [HyperConfig(streams=3, iterations=4), HyperConfig(streams=2, kind="hc")], ids=str
+)
 def test_streams_are_measured_now_and_then_and_change_nothing(small, monkeypatch, hyper):
     config = replace(small.config, hyper=hyper)
     monkeypatch.setattr(step_module, "STREAM_INTERVAL", 3)
@@ -139,14 +145,18 @@ def indexed(small) -> ModelConfig:
 
 
 @pytest.mark.parametrize("rows", [None, 2])
-def test_in_the_warm_up_the_indexers_loss_changes_no_bit_of_the_models_gradients(small, indexed, rows):
+def test_in_the_warm_up_the_indexers_loss_changes_no_bit_of_the_models_gradients(
+    small, indexed, rows
+):
     found = []
     for weight in (0.0, 1.0, 7.0):
         config = replace(small.without_noise(indexed), dsa=replace(indexed.dsa, weight=weight))
         step = small.step(config=config, micro_rows=rows)
         step.forward_backward(next(small.stream()), 1)
         parameters = step.model.named_parameters()
-        found.append({n: None if p.grad is None else p.grad.to_dense().clone() for n, p in parameters})
+        found.append(
+            {n: None if p.grad is None else p.grad.to_dense().clone() for n, p in parameters}
+        )
     without, once, sevenfold = found
     indexers = [name for name in once if ".inner." in name]
     assert len(indexers) == 3 * 5  # two blocks and MTP's
@@ -215,7 +225,9 @@ def test_training_makes_indexers_find_what_attention_looks_at(small):
         stream, measured = Stream(small.tokens(), small.rows, 24, seed=3), []
         optimizer = Optimizer(model, OptimConfig(lr=1e-2, warmup=3))
         for step, batch in zip(range(80), stream, strict=False):
-            loss = model.loss(batch["ids"], batch["labels"], documents=batch["documents"], warm=step < 40)
+            loss = model.loss(
+                batch["ids"], batch["labels"], documents=batch["documents"], warm=step < 40
+            )
             loss.total.backward()
             optimizer.clip()
             optimizer.step()
@@ -266,7 +278,10 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(small, what, k
     finite = skipped.means["loss"].isfinite(), skipped.values["grad_norm"].isfinite()
     assert finite == (what != "loss", what == "loss")
     said = capsys.readouterr().err.replace("\n", " ")
-    assert f"step 3: got a {'loss' if what == 'loss' else 'gradient'} that is not finite, so nothing was" in said
+    assert (
+        f"step 3: got a {'loss' if what == 'loss' else 'gradient'} that is not finite, so nothing was"
+        in said
+    )
 
     (after,) = run(step, stream, 4, 4)
     state = state_of(step)
@@ -290,13 +305,17 @@ def test_nan_from_one_part_of_the_loss_skips_the_step(small, indexed, monkeypatc
         found = loss(self, *args, **options)
         calls.append(found)
         if part == "mtp":
-            return found._replace(mtp=found.mtp * torch.nan, total=found.total + found.mtp * torch.nan)
+            return found._replace(
+                mtp=found.mtp * torch.nan, total=found.total + found.mtp * torch.nan
+            )
         if part == "indexer":
             nan = found.lesson.loss * torch.nan
             return found._replace(lesson=found.lesson._replace(loss=nan), total=found.total + nan)
         if len(calls) == 1:
             return found
-        return found._replace(next_token=found.next_token * torch.nan, total=found.total * torch.nan)
+        return found._replace(
+            next_token=found.next_token * torch.nan, total=found.total * torch.nan
+        )
 
     with monkeypatch.context() as patch:
         patch.setattr(LanguageModel, "loss", spoilt)
@@ -311,7 +330,8 @@ def test_nan_from_one_part_of_the_loss_skips_the_step(small, indexed, monkeypatc
 def test_too_many_skipped_steps_in_a_row_raise(small):
     step = small.spoil(small.step(steps=8, skip_limit=3), small.nan_gradient, 2, 3, 5, 6, 7)
     with pytest.raises(
-        Diverged, match=r"no finite gradient in 3 steps in a row, the last of them 7.*lower --optim\.lr"
+        Diverged,
+        match=r"no finite gradient in 3 steps in a row, the last of them 7.*lower --optim\.lr",
     ):
         run(step, small.stream())
     assert (step.skipped, step.skipped_in_a_row) == (5, 3)

@@ -58,14 +58,22 @@ def test_from_text_to_a_finished_folder(config, text):
     said: list[dict] = []
     folder = train(config, on_metrics=said.append)
     names = {path.name for path in folder.iterdir()}
-    assert names >= {"config.json", "train.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert names >= {
+        "config.json",
+        "train.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert lines(folder) == said
     assert configs.load(TrainConfig, folder / "train.json") == config
     assert [step for step, _ in steps(folder / "checkpoints")] == [6, 8]
 
     training = [line for line in said if "loss" in line]
     assert [line["step"] for line in training] == list(range(1, 9))
-    assert {"loss", "total", "lr", "grad_norm", "max_violation", "balance_sequence"} <= training[0].keys()
+    assert {"loss", "total", "lr", "grad_norm", "max_violation", "balance_sequence"} <= training[
+        0
+    ].keys()
     assert {"tokens", "tokens_per_second", "seconds", "seconds_left"} <= training[0].keys()
     assert training[-1]["tokens"] == 8 * 4 * 24
     assert training[-1]["seconds_left"] == 0
@@ -75,7 +83,12 @@ def test_from_text_to_a_finished_folder(config, text):
     held = [line for line in said if "validation_loss" in line]
     assert [line["step"] for line in held] == [4, 8]
     tokens = prepare(config.data).tokens.validation
-    again = validate(load_model(folder), validation_batches(tokens, 3, 24), tokens.bytes / len(tokens), torch.float32)
+    again = validate(
+        load_model(folder),
+        validation_batches(tokens, 3, 24),
+        tokens.bytes / len(tokens),
+        torch.float32,
+    )
     assert again["validation_loss"] == pytest.approx(held[-1]["validation_loss"], rel=1e-5)
     assert again["bits_per_byte"] == pytest.approx(held[-1]["bits_per_byte"], rel=1e-5)
     assert Tokenizer.load(folder).vocabulary == prepare(config.data).vocabulary
@@ -93,7 +106,9 @@ def balanced(config: TrainConfig, balance: BalanceConfig, folder: str) -> TrainC
     """Two mixtures, MTP's among them, without noise, balanced so."""
     moe = replace(config.model.moe, balance=replace(balance, devices=2), router=RouterConfig())
     model = replace(config.model, moe=moe, mtp=MTPConfig(), engram=None)
-    return replace(config, model=model, folder=str(Path(config.folder).parent / folder), bias_rest=0.0, steps=3)
+    return replace(
+        config, model=model, folder=str(Path(config.folder).parent / folder), bias_rest=0.0, steps=3
+    )
 
 
 def test_load_and_every_loss_are_reported(config):
@@ -113,13 +128,21 @@ def test_load_and_every_loss_are_reported(config):
         for name, value in parts.items():
             least = {"z_loss": 0.0, "communication": 0.5}.get(name, 0.9)
             assert value > least * coefficients[name]
-        assert line["total"] == pytest.approx(line["loss"] + 0.3 * line["mtp"] + sum(parts.values()), rel=1e-5)
+        assert line["total"] == pytest.approx(
+            line["loss"] + 0.3 * line["mtp"] + sum(parts.values()), rel=1e-5
+        )
     model = load_model(folder)
-    for place, mixture in enumerate((model.blocks[1].ffn, model.mtp[0].block.ffn)):  # each load is of its own mixture
+    for place, mixture in enumerate(
+        (model.blocks[1].ffn, model.mtp[0].block.ffn)
+    ):  # each load is of its own mixture
         loads = torch.tensor([line["load"][place] for line in training], dtype=torch.float32)
         moved = 1e-3 * (loads.mean(1, keepdim=True) - loads).sign().sum(0)
         torch.testing.assert_close(mixture.router.e_score_correction_bias, moved)
-    bare = train(replace(asked, model=replace(config.model, moe=None), folder=asked.folder + "_bare", steps=1))
+    bare = train(
+        replace(
+            asked, model=replace(config.model, moe=None), folder=asked.folder + "_bare", steps=1
+        )
+    )
     assert not [line for line in lines(bare) if "load" in line]
 
 
@@ -129,9 +152,17 @@ def test_every_remedy_moves_weights(config):
     found = {}
     for name in ("none", "bias_rate", *REMEDIES):
         remedy = {} if name == "none" else {name: 0.5}
-        model = load_model(train(balanced(config, BalanceConfig(**{"bias_rate": 0.0, "sequence": 0.0} | remedy), name)))
+        model = load_model(
+            train(
+                balanced(
+                    config, BalanceConfig(**{"bias_rate": 0.0, "sequence": 0.0} | remedy), name
+                )
+            )
+        )
         mixtures = [model.blocks[1].ffn, model.mtp[0].block.ffn]
-        found[name] = [(m.router.weight.detach(), m.router.e_score_correction_bias) for m in mixtures]
+        found[name] = [
+            (m.router.weight.detach(), m.router.e_score_correction_bias) for m in mixtures
+        ]
     for name, mixtures in found.items():
         for (weight, bias), (plain, _) in zip(mixtures, found["none"], strict=True):
             assert bias.any() == (name == "bias_rate")
@@ -151,7 +182,9 @@ def test_another_seed_draws_other_weights(config, tmp_path):
     """At a rate that moves nothing, so that what differs was drawn and not learnt."""
     still, drawn = replace(config.optim, lr=1e-12), []
     for seed in (1, 2):
-        folder = train(replace(config, folder=str(tmp_path / str(seed)), seed=seed, steps=1, optim=still))
+        folder = train(
+            replace(config, folder=str(tmp_path / str(seed)), seed=seed, steps=1, optim=still)
+        )
         drawn.append(load_model(folder).state_dict())
     for name in ("embed.weight", "blocks.0.attention.o_proj.weight", "tables.0.weight"):
         one, other = drawn[0][name].flatten(), drawn[1][name].flatten()
@@ -170,7 +203,9 @@ def test_the_trial_of_a_step_changes_nothing(config, tables, tmp_path, monkeypat
             return trial(*given)
 
         monkeypatch.setattr(trainer, "estimate_step_seconds", counted)
-        options = replace(config, folder=str(tmp_path / name), tables=tables, steps=16, save_every=2)
+        options = replace(
+            config, folder=str(tmp_path / name), tables=tables, steps=16, save_every=2
+        )
         with pytest.raises(Stopped):
             train(options, on_metrics=stop_at(4))
         folder = train(options)
@@ -186,7 +221,11 @@ def test_a_run_says_what_is_ahead_before_it_starts(config, capsys):
         train(replace(config, steps=few + 1), on_metrics=stop_at(6))
     said = capsys.readouterr().err.splitlines()
     total = (few + 1) * 4 * 24
-    (ahead,) = [line for line in said if line.startswith(f"{few + 1} steps of 4 x 24 tokens: {total:,} tokens")]
+    (ahead,) = [
+        line
+        for line in said
+        if line.startswith(f"{few + 1} steps of 4 x 24 tokens: {total:,} tokens")
+    ]
     assert ahead.endswith("4 epochs of the text")
     (warning,) = [line for line in said if "more than 4 times" in line]
     assert warning.endswith(f"try --steps {few}")
@@ -205,7 +244,9 @@ def test_a_run_says_what_is_ahead_before_it_starts(config, capsys):
 
 @pytest.mark.parametrize("tables", ["host", "disk"])
 def test_tables_elsewhere_are_refused_for_a_model_without_any(config, tables):
-    with pytest.raises(ValueError, match=f"got {tables} for a model without Engram.*--model.engram default"):
+    with pytest.raises(
+        ValueError, match=f"got {tables} for a model without Engram.*--model.engram default"
+    ):
         train(replace(config, tables=tables, model=replace(config.model, engram=None)))
 
 
@@ -224,9 +265,14 @@ def test_stopped_and_called_again_is_as_if_never_stopped(config, tmp_path, numbe
     assert not finished(config)
     assert not (Path(config.folder) / "model.safetensors").exists()
     folder = train(config)
-    assert (folder / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+    assert (folder / "model.safetensors").read_bytes() == (
+        straight / "model.safetensors"
+    ).read_bytes()
     timing = {"tokens_per_second", "seconds", "seconds_left"}
-    one, other = ([{k: v for k, v in line.items() if k not in timing} for line in lines(f)] for f in (straight, folder))
+    one, other = (
+        [{k: v for k, v in line.items() if k not in timing} for line in lines(f)]
+        for f in (straight, folder)
+    )
     assert one == other
 
 
@@ -255,7 +301,9 @@ def test_rows_that_learn_on_the_disk_are_those_of_the_device(config, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["row", "loss"])
-def test_wherever_rows_learn_a_step_that_is_not_finite_leaves_them(config, tmp_path, monkeypatch, where):
+def test_wherever_rows_learn_a_step_that_is_not_finite_leaves_them(
+    config, tmp_path, monkeypatch, where
+):
     """In device memory, in the host's and on a disk: the same run, whose third and fourth step update nothing."""
     clip, loss = Optimizer.clip, LanguageModel.loss
     batches = []  # the first is the engine's, which tries what a step takes
@@ -279,7 +327,9 @@ def test_wherever_rows_learn_a_step_that_is_not_finite_leaves_them(config, tmp_p
     for tables in ("device", "host", "disk"):
         batches.clear()
         folder = train(replace(config, tables=tables, folder=str(tmp_path / tables)))
-        metrics = [(line.get("loss"), line.get("skipped_steps")) for line in lines(folder) if "lr" in line]
+        metrics = [
+            (line.get("loss"), line.get("skipped_steps")) for line in lines(folder) if "lr" in line
+        ]
         assert [skipped for _, skipped in metrics] == [None, None, 1, 2, 2, 2, 2, 2]
         found.append((metrics, load_model(folder).state_dict()))
     (first, state), *others = found
@@ -293,7 +343,9 @@ def test_a_model_whose_validation_is_not_finite_is_not_finished(config, monkeypa
     """At a rate of 1e30 the first update is the last: fewer steps are left than end a run."""
     config = replace(config, optim=OptimConfig(lr=1e30, warmup=0), steps=4, tables="disk")
     for _ in range(2):
-        with pytest.raises(Diverged, match=r"validation loss that is not finite after step 4.*lower --optim\.lr"):
+        with pytest.raises(
+            Diverged, match=r"validation loss that is not finite after step 4.*lower --optim\.lr"
+        ):
             train(config)
         assert not finished(config)
         assert not (Path(config.folder) / "model.safetensors").exists()
@@ -316,7 +368,9 @@ def test_rows_that_learn_in_host_memory_are_those_of_the_device(config, tmp_path
         train(config, on_metrics=stop)
     folder = train(config)
     assert losses(folder) == losses(straight)
-    assert (folder / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+    assert (folder / "model.safetensors").read_bytes() == (
+        straight / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_longer_run_that_was_killed_is_not_finished(config, tmp_path, monkeypatch):
@@ -393,7 +447,9 @@ def test_a_full_disk_is_one_line_on_the_command_line(config, tmp_path):
 def test_engram_stands_on_the_padding_of_the_tokenizer_it_is_given(config, tmp_path):
     own = prepare(config.data).tokenizer
     own.save(tmp_path / "foreign")
-    named = json.loads((tmp_path / "foreign" / "tokenizer_config.json").read_text()) | {"pad_token": own.token(40)}
+    named = json.loads((tmp_path / "foreign" / "tokenizer_config.json").read_text()) | {
+        "pad_token": own.token(40)
+    }
     (tmp_path / "foreign" / "tokenizer_config.json").write_text(json.dumps(named))
     ended = configs.replace(config.model, "engram.eos_id", 7)
     data = replace(config.data, tokenizer=str(tmp_path / "foreign"))
@@ -409,7 +465,9 @@ def test_engram_stands_on_the_padding_of_the_tokenizer_it_is_given(config, tmp_p
 
 
 def test_bfloat16_and_muon_train_too(config):
-    folder = train(replace(config, dtype="bfloat16", optim=replace(config.optim, kind="muon"), steps=6))
+    folder = train(
+        replace(config, dtype="bfloat16", optim=replace(config.optim, kind="muon"), steps=6)
+    )
     assert losses(folder)[-1] < losses(folder)[0] - 0.2
 
 
@@ -429,7 +487,9 @@ def test_killed_and_called_again_is_as_if_never_killed(config, tmp_path, tables)
     command = [sys.executable, "-c", code, str(tmp_path / "wanted.json")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     for at in ("25", "47"):
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, text=True
+        ) as process:
             assert process.stdout is not None
             next(line for line in process.stdout if line.strip() == at)
             process.kill()
@@ -444,13 +504,24 @@ def test_killed_and_called_again_is_as_if_never_killed(config, tmp_path, tables)
 
 
 NEEDLES = NeedleConfig(
-    keys=4, values=4, filler=2, needles=2, asked=2, drill=4, shortest=16, alone=1, grow=2, questions=4
+    keys=4,
+    values=4,
+    filler=2,
+    needles=2,
+    asked=2,
+    drill=4,
+    shortest=16,
+    alone=1,
+    grow=2,
+    questions=4,
 )
 
 
 def test_questions_in_place_of_a_text_stop_and_go_on_too(config, tmp_path):
     """Texts grow on the way, and the stop comes after they grew; the memory addresses raw ids."""
-    config = replace(config, needles=NEEDLES, length=32, validate_every=4, data=DataConfig(source="nowhere"))
+    config = replace(
+        config, needles=NEEDLES, length=32, validate_every=4, data=DataConfig(source="nowhere")
+    )
     straight = train(replace(config, folder=str(tmp_path / "straight")))
 
     def stop(line: dict) -> None:
@@ -460,7 +531,9 @@ def test_questions_in_place_of_a_text_stop_and_go_on_too(config, tmp_path):
     with pytest.raises(Stopped):
         train(config, on_metrics=stop)
     folder = train(config)
-    assert (folder / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+    assert (folder / "model.safetensors").read_bytes() == (
+        straight / "model.safetensors"
+    ).read_bytes()
     held = [line for line in lines(folder) if "accuracy" in line]
     assert [line["step"] for line in held] == [4, 8]
     other = [line for line in lines(straight) if "accuracy" in line]
@@ -470,8 +543,14 @@ def test_questions_in_place_of_a_text_stop_and_go_on_too(config, tmp_path):
     assert not (folder / "tokenizer.json").exists()
     with pytest.raises(ValueError, match=r"another run \(needles\.filler differ\)"):
         train(replace(config, needles=replace(NEEDLES, filler=3)))
-    with pytest.raises(ValueError, match=r"model\.vocabulary: got 10, expected at least the needles' 11"):
-        train(replace(config, model=replace(config.model, vocabulary=10), folder=str(tmp_path / "narrow")))
+    with pytest.raises(
+        ValueError, match=r"model\.vocabulary: got 10, expected at least the needles' 11"
+    ):
+        train(
+            replace(
+                config, model=replace(config.model, vocabulary=10), folder=str(tmp_path / "narrow")
+            )
+        )
 
 
 def stopping(at: int):
@@ -492,8 +571,15 @@ def test_a_stopped_run_is_read_at_its_newest_step(config, tables, capsys):
     assert not (folder / "model.safetensors").exists()
     capsys.readouterr()
     text = load(folder).generate("1. A whale", max_new_tokens=6, temperature=0)
-    assert f"{folder}: not finished, read at step 5 of 8" in capsys.readouterr().err.replace("\n", " ")
-    assert load(folder / "checkpoints" / "step5").generate("1. A whale", max_new_tokens=6, temperature=0) == text
+    assert f"{folder}: not finished, read at step 5 of 8" in capsys.readouterr().err.replace(
+        "\n", " "
+    )
+    assert (
+        load(folder / "checkpoints" / "step5").generate(
+            "1. A whale", max_new_tokens=6, temperature=0
+        )
+        == text
+    )
     earlier = load(folder / "checkpoints" / "step3")
     assert "read at step 3 of 8" in capsys.readouterr().err.replace("\n", " ")
     saved = {}
@@ -517,7 +603,19 @@ def test_a_stopped_run_is_read_at_its_newest_step(config, tables, capsys):
     assert "not finished" not in capsys.readouterr().err
     last = load(folder / "checkpoints" / "step8").model.state_dict()
     assert all(torch.equal(last[name], final[name]) for name in final)
-    assert main(["memory", str(folder / "checkpoints" / "step8"), "1. A", "--suppress", " whale", "--save"]) == 1
+    assert (
+        main(
+            [
+                "memory",
+                str(folder / "checkpoints" / "step8"),
+                "1. A",
+                "--suppress",
+                " whale",
+                "--save",
+            ]
+        )
+        == 1
+    )
     with pytest.raises(Stopped):
         train(replace(config, steps=12), on_metrics=stopping(10))
     capsys.readouterr()
@@ -543,7 +641,9 @@ def test_a_run_that_cannot_be_read_yet_says_what_to_do(config, tmp_path, capsys)
         train(config, on_metrics=stopping(5))
     with pytest.raises(ValueError, match="rows learn on the disk"):
         load(config.folder)
-    alone = shutil.copytree(Path(config.folder) / "checkpoints" / "step5", tmp_path / "alone" / "there" / "step5")
+    alone = shutil.copytree(
+        Path(config.folder) / "checkpoints" / "step5", tmp_path / "alone" / "there" / "step5"
+    )
     with pytest.raises(ValueError, match="expected it inside its run"):
         load(alone)
     with pytest.raises(FileNotFoundError, match=f"did you mean {config.folder}"):
@@ -596,7 +696,9 @@ def test_a_run_is_validated_ten_times_and_its_best_weights_are_kept(config, caps
     with pytest.raises(Stopped):
         train(config, on_metrics=stopping(15))
     folder = train(config)
-    held = {line["step"]: line["validation_loss"] for line in lines(folder) if "validation_loss" in line}
+    held = {
+        line["step"]: line["validation_loss"] for line in lines(folder) if "validation_loss" in line
+    }
     assert list(held) == [10, 20, 30]
     assert [step for step, _ in steps(folder / "checkpoints")] == [24, 30]
     capsys.readouterr()
@@ -604,8 +706,12 @@ def test_a_run_is_validated_ten_times_and_its_best_weights_are_kept(config, caps
     said = capsys.readouterr().err.replace("\n", " ")
     tokens = prepare(config.data).tokens.validation
     sample = [next(iter(validation_batches(tokens, 4, 24)))]
-    found = validate(best.model, sample, tokens.bytes / len(tokens), torch.float32)["validation_loss"]
-    final = validate(load_model(folder), sample, tokens.bytes / len(tokens), torch.float32)["validation_loss"]
+    found = validate(best.model, sample, tokens.bytes / len(tokens), torch.float32)[
+        "validation_loss"
+    ]
+    final = validate(load_model(folder), sample, tokens.bytes / len(tokens), torch.float32)[
+        "validation_loss"
+    ]
     lowest = min([*(loss for step, loss in held.items() if step < 30), final])
     assert found == pytest.approx(lowest, rel=1e-5)
     assert f"(validation loss {found:.4f})" in said
