@@ -470,14 +470,6 @@ def test_the_demo_of_the_page_is_the_demo_of_the_makefile() -> None:
     assert "-m rorqual demo" in done.stdout
 
 
-def test_the_tree_is_that_of_the_house() -> None:
-    trees = [
-        next(block for block in blocks(page, "") if "rorqual/" in block)
-        for page in (PAGES[0], ROOT / "docs/house.md")
-    ]
-    assert trees[0] == trees[1]
-
-
 def test_the_pages_name_the_same_commands() -> None:
     first, second = (blocks(page, "sh") for page in PAGES)
     assert first == second

@@ -1,4 +1,4 @@
-"""The contract of docs/house.md: floors, names, mirrors."""
+"""The rules of docs/architecture.md: imports, names, mirrors."""
 
 import ast
 import functools
@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-HOUSE = ROOT / "rorqual"
-FILES = sorted(HOUSE.rglob("*.py"))
+PACKAGE = ROOT / "rorqual"
+FILES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 BANNED = {"utils", "util", "common", "base", "helpers", "helper", "misc", "core"}
 OPTIONAL = {  # what an extra or the user brings, and what takes long to load and is seldom needed
@@ -20,7 +20,7 @@ MAY_DISTRIBUTE = {
     "parallel.py",
     "checkpoint.py",
     "train",
-}  # the rest of the house does not know that others exist
+}  # nothing else may know that there are other ranks
 
 
 def name(path: Path) -> str:
@@ -86,7 +86,9 @@ def test_every_file_says_what_it_does() -> None:
 
 def test_every_file_has_a_name_that_says_something() -> None:
     parts = [
-        (path, part.removesuffix(".py")) for path in FILES for part in path.relative_to(HOUSE).parts
+        (path, part.removesuffix(".py"))
+        for path in FILES
+        for part in path.relative_to(PACKAGE).parts
     ]
     assert not [name(path) for path, part in parts if part in BANNED]
 
@@ -114,10 +116,10 @@ def test_no_file_keeps_state() -> None:
 
 
 def test_files_import_at_their_top() -> None:
-    """But for what is optional, and our files that cannot be loaded without it; the command line loads a room."""
+    """Except for what is optional or needs it. Each command of the command line loads what it needs."""
     wrong = []
     for path in FILES:
-        if path.is_relative_to(HOUSE / "cli") or path == HOUSE / "__init__.py":
+        if path.is_relative_to(PACKAGE / "cli") or path == PACKAGE / "__init__.py":
             continue
         for function in functions(path):
             modules = [module for module, _ in imports(function)]
@@ -126,23 +128,23 @@ def test_files_import_at_their_top() -> None:
     assert not wrong
 
 
-def test_only_upstairs_is_distributed() -> None:
-    rooms = [path for path in FILES if path.relative_to(HOUSE).parts[0] not in MAY_DISTRIBUTE]
+def test_few_files_are_distributed() -> None:
+    files = [path for path in FILES if path.relative_to(PACKAGE).parts[0] not in MAY_DISTRIBUTE]
     assert not [
-        name(path) for path in rooms if "torch.distributed" in path.read_text(encoding="utf-8")
+        name(path) for path in files if "torch.distributed" in path.read_text(encoding="utf-8")
     ]
 
 
 def test_one_file_names_the_engine() -> None:
-    rooms = [path for path in FILES if path != HOUSE / "train" / "engine.py"]
+    files = [path for path in FILES if path != PACKAGE / "train" / "engine.py"]
     named = [
-        (path, module.partition(".")[0]) for path in rooms for module, _ in imports(tree_of(path))
+        (path, module.partition(".")[0]) for path in files for module, _ in imports(tree_of(path))
     ]
     assert not [name(path) for path, module in named if module == "olmo_core"]
 
 
-def test_nobody_inside_uses_the_front_door() -> None:
-    """`from rorqual import x` takes a room, never a name that rorqual/__init__.py offers to users."""
+def test_no_file_imports_the_public_names() -> None:
+    """`from rorqual import x` takes a module, never a name that rorqual/__init__.py offers to users."""
     wrong = []
     for path in FILES:
         for module, _ in imports(tree_of(path)):
@@ -151,17 +153,17 @@ def test_nobody_inside_uses_the_front_door() -> None:
                 and module.count(".") == 1
                 and module != "rorqual.__version__"
             ):
-                room = HOUSE / module.removeprefix("rorqual.")
-                if not room.is_dir() and not room.with_suffix(".py").is_file():
+                target = PACKAGE / module.removeprefix("rorqual.")
+                if not target.is_dir() and not target.with_suffix(".py").is_file():
                     wrong.append(f"{name(path)}: {module}")
     assert not wrong
 
 
 def test_every_file_has_its_mirror() -> None:
-    """rorqual/layers/moe.py -> tests/layers/test_moe.py; twins are tested with the layer they are twins of."""
+    """rorqual/layers/moe.py -> tests/layers/test_moe.py; kernels are tested with their references."""
     lonely = []
     for path in FILES:
-        inside = path.relative_to(HOUSE)
+        inside = path.relative_to(PACKAGE)
         if inside.name in ("__init__.py", "__main__.py") or inside.parts[0] == "kernels":
             continue
         if not (ROOT / "tests" / inside.parent / f"test_{inside.name}").is_file():
@@ -169,8 +171,8 @@ def test_every_file_has_its_mirror() -> None:
     assert not lonely
 
 
-def test_floors_hold() -> None:
-    """import-linter's contracts in pyproject.toml: strictly lower floors, every room named."""
+def test_imports_point_down() -> None:
+    """import-linter's contracts in pyproject.toml: strictly lower groups, every file named."""
     lint = (
         "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
     )
@@ -179,21 +181,21 @@ def test_floors_hold() -> None:
 
 
 def test_layers_kernels_and_tables_know_no_text() -> None:
-    rooms = [
+    files = [
         path
         for path in FILES
-        if path.relative_to(HOUSE).parts[0] in ("layers", "kernels", "tables")
+        if path.relative_to(PACKAGE).parts[0] in ("layers", "kernels", "tables")
     ]
-    assert rooms
-    for path in rooms:
+    assert files
+    for path in files:
         for module, _ in imports(tree_of(path)):
             assert module.partition(".")[0] not in ("tokenizers", "datasets"), name(path)
             assert not module.startswith("rorqual.data"), name(path)
 
 
 def listed() -> set[str]:
-    """The files and folders of the tree in docs/house.md, as paths below rorqual/."""
-    tree = (ROOT / "docs/house.md").read_text(encoding="utf-8").split("```")[1]
+    """The files and folders of the tree in docs/architecture.md, as paths below rorqual/."""
+    tree = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").split("```")[1]
     folder, found = "", set()
     for line in tree.splitlines():
         match = re.match(r"( +)([\w.]+(?:/|\.py)(?:, [\w.]+\.py)*)(?= )", line)
@@ -209,21 +211,21 @@ def listed() -> set[str]:
     return found
 
 
-def test_every_room_has_its_line_in_the_house() -> None:
+def test_every_file_has_its_line_in_the_architecture() -> None:
     """Each file under its own folder, so that of two files of one name both are listed; and none that is gone."""
-    rooms = set()
-    for inside in (path.relative_to(HOUSE) for path in FILES):
+    files = set()
+    for inside in (path.relative_to(PACKAGE) for path in FILES):
         if len(inside.parts) == 2:
-            rooms.add(f"{inside.parts[0]}/")
+            files.add(f"{inside.parts[0]}/")
         if len(inside.parts) == 1 or inside.name != "__init__.py":
-            rooms.add(inside.as_posix())
-    assert rooms - listed() == set(), "docs/house.md has no line for these"
-    assert listed() - rooms == set(), "docs/house.md has a line for what is not there"
+            files.add(inside.as_posix())
+    assert files - listed() == set(), "docs/architecture.md has no line for these"
+    assert listed() - files == set(), "docs/architecture.md has a line for what is not there"
 
 
 def test_tests_mirror_a_file_each() -> None:
     standing = {
-        "test_house.py",
+        "test_architecture.py",
         "test_install.py",
         "test_readme.py",
         "test_examples.py",
@@ -240,7 +242,7 @@ def test_tests_mirror_a_file_each() -> None:
     }
     assert standing <= tests.keys()
     for inside in tests.keys() - standing:
-        mirrored = HOUSE / inside.replace("test_", "", 1)
+        mirrored = PACKAGE / inside.replace("test_", "", 1)
         assert mirrored.is_file(), f"tests/{inside} mirrors nothing"
 
 
