@@ -288,7 +288,7 @@ class Params:
     # the model; flags change every model that is named
     model: ModelConfig = field(default_factory=ModelConfig)
     context: int = 4096  # tokens that a token attends over, half of them on average
-    base: float | None = None  # without a name: how many tokens a rotary base tells apart
+    base: float | None = None  # without a name: a rotary base, whose longest context is printed
     factor: float = 1.0  # with --base: how far YaRN stretches it
 
 

@@ -138,9 +138,8 @@ class Corpus:
             longest,
             near,
         )
-        self._copies: dict[int, str] | None = (
-            None  # number of a text -> why it is a copy; known after a whole pass
-        )
+        # The reason why a text is a copy, by the text's number; None until a whole pass is done.
+        self._copies: dict[int, str] | None = None
 
     def __str__(self) -> str:
         return (

@@ -1,4 +1,4 @@
-"""The configuration of the needle tasks of data/needles.py. It loads no torch."""
+"""Defines the config of the needle tasks of data/needles.py, without loading torch."""
 
 from dataclasses import dataclass
 

@@ -36,9 +36,8 @@ class Rows(NamedTuple):
 
     ids: Int[np.ndarray, "R L"]
     answers: Bool[np.ndarray, "R L"]  # where an id is a value that was asked for
-    places: Int[
-        np.ndarray, "R L"
-    ]  # of each answer: where in the text its pair begins; -1 elsewhere
+    # at each answer: where in the text its pair begins; -1 elsewhere
+    places: Int[np.ndarray, "R L"]
     text: int  # ids before the question mark
 
 
@@ -72,7 +71,9 @@ def write(
     np.put_along_axis(ids, places, keys, 1)
     np.put_along_axis(ids, places + 1, values, 1)
     ids[:, text] = QUESTION
-    at = np.arange(text + 2, length + 1, 1 if task == "multi-value" else 2)  # of the answers
+    at = np.arange(
+        text + 2, length + 1, 1 if task == "multi-value" else 2
+    )  # positions of the answers
     ids[:, text + 1] = keys[:, 0]
     ids[:, at - 1] = np.take_along_axis(keys, asked, 1) if task != "multi-value" else ids[:, at - 1]
     ids[:, at] = np.take_along_axis(values, asked, 1)
@@ -89,9 +90,8 @@ def _asked(
     Needles are numbered at random, so the first are as good as any.
     """
     if task == "multi-query" and drill:
-        return generator.integers(
-            0, config.needles, (rows, drill)
-        )  # without repetition the last answers would follow from the others
+        # Without repetition the last answers would follow from the others.
+        return generator.integers(0, config.needles, (rows, drill))
     many = {"multi-value": config.asked, "multi-query": config.asked}.get(task, 1)
     return np.tile(np.arange(many), (rows, 1))
 
@@ -135,12 +135,13 @@ def _generator(seed: int, number: int, side: int) -> np.random.Generator:
 
 
 class NeedleStream:
-    """Endless training batches of one rank, with the interface of `Stream`.
+    """Yields endless training batches of one rank, with the interface of `Stream`.
 
-    Batch n depends on (seed, n, rank) alone, and on the number of ranks. The first `alone` batches
-    are multi-query, with sequences of `shortest` tokens. From then on all tasks have equally many
-    sequences, but for what does not divide, and after every `grow` batches the sequence length
-    doubles, up to `length`. A batch has as many sequences as fit into rows * length tokens.
+    Batch n depends on the seed, n, the rank and the number of ranks alone. The first `alone`
+    batches are multi-query, with sequences of `shortest` tokens. From then on all tasks have
+    equally many sequences, but for what does not divide, and after every `grow` batches the
+    sequence length doubles, up to `length`. A batch has as many sequences as fit into rows * length
+    tokens.
     """
 
     def __init__(

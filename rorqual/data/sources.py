@@ -147,9 +147,8 @@ def _licenses(chosen: Iterable[importlib.metadata.Distribution]) -> str:
     """Summarises the licences of packages, such as "MIT (12), Apache-2.0 (7), ..."."""
     counts: Counter[str] = Counter()
     for distribution in chosen:
-        said = (
-            distribution.metadata.get_all
-        )  # plain indexing by a field that is not there is deprecated
+        # Plain indexing by a field that is not there is deprecated.
+        said = distribution.metadata.get_all
         kinds = [
             kind.split(" :: ")[-1]
             for kind in said("Classifier", [])
@@ -205,9 +204,8 @@ def _gcide(folder: Path) -> Source:
     return Source(
         name="Collaborative International Dictionary of English (Debian dict-gcide)",
         license="GPL-2.0-or-later",
-        bytes=struct.unpack("<I", packed.read_bytes()[-4:].rjust(4, b"\0"))[
-            0
-        ],  # gzip ends with the length
+        # The last four bytes of a gzip file are the length of its content.
+        bytes=struct.unpack("<I", packed.read_bytes()[-4:].rjust(4, b"\0"))[0],
         read=lambda skip: _entries(index, packed, skip),
         stamp=lambda: files.digest([index, packed], root=folder),
     )

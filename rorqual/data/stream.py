@@ -301,9 +301,8 @@ class _Order:
         starts = np.asarray(tokens.starts)
         self.documents = order
         self.ends = (starts[1:] - starts[:-1])[order].cumsum()
-        self.shift = (
-            starts[1:][order] - self.ends
-        )  # from a place in this order to the place in the file
+        # Added to a place in this order, the shift gives the place in the file.
+        self.shift = starts[1:][order] - self.ends
 
     def find(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the places in the file, and the ranks of the documents, of places in order."""

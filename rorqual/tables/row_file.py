@@ -124,7 +124,7 @@ class FileRows:
 
 
 def _runs(ids: np.ndarray, size: int) -> list[tuple[int, int, int]]:
-    """Yields runs of consecutive ids: their place in memory, bytes, and place in the file."""
+    """Returns runs of consecutive ids: their place in memory, bytes, and place in the file."""
     begins = np.flatnonzero(np.diff(ids, prepend=-2) != 1)
     counts = np.diff(begins, append=len(ids))
     columns = (begins * size, counts * size, ids[begins] * size)
@@ -291,7 +291,7 @@ def verify(path: str | os.PathLike[str]) -> list[Damage]:
 
 
 def checksums(pieces: Iterable[memoryview]) -> Iterator[str]:
-    """Computes 16 hexadecimal digits for every MiB of bytes that come in pieces of any size."""
+    """Yields 16 hexadecimal digits for every MiB of bytes that come in pieces of any size."""
     digest = xxhash.xxh3_64()
     left = CHECKED_BYTES
     for piece in pieces:
