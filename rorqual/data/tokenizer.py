@@ -131,7 +131,7 @@ class Tokenizer:
             or not kinds <= {"ByteLevel", "Split", "Digits", "Punctuation", "NFC"}
         ):
             return None
-        # a letter of the vocabulary stands for a byte; added tokens are written as they read
+        # A letter of the vocabulary stands for a byte; an added token is its text itself.
         spelt = max(map(len, self.backend.get_vocab(with_added_tokens=False)), default=1)
         added = max(
             (len(token["content"].encode()) for token in settings["added_tokens"]), default=1
@@ -267,8 +267,8 @@ def _find(path: str | os.PathLike[str], name: str) -> Path | None:
     except HFValidationError:
         return None
     except (EntryNotFoundError, OSError) as error:
-        # The first error means that the repository has no such file; the second one, its subclass,
-        # is raised when offline, too.
+        # The repository has no such file, or is out of reach and its files are not cached. The
+        # optional tokenizer_config.json may be missing in either case.
         said_so = isinstance(error, EntryNotFoundError) and not isinstance(
             error, LocalEntryNotFoundError
         )

@@ -22,8 +22,8 @@ BLOCK = 32  # values that share a scale
 FP8 = torch.float8_e4m3fn
 DTYPES = (torch.float32, torch.bfloat16, FP8)
 _BIAS = 127  # added to an exponent in its byte; a byte of 255 is no number
-_MIN_EXPONENT = -126  # of a scale that is written: a normal float32
-_LIMIT = 248 * 2.0**120  # would round to 2^128, which float32 does not have
+_MIN_EXPONENT = -126  # smallest exponent of a stored scale: a normal float32
+_LIMIT = 248 * 2.0**120  # values from here on round to 2^128, which float32 does not have
 _DECODED_TOGETHER = 1 << 16  # values, whose intermediate results stay in a core's cache
 
 

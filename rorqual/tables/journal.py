@@ -26,7 +26,7 @@ _HEAD = struct.Struct("<QQ")  # rows of an entry, checksum of its ids and record
 _SEAL = struct.Struct("<Q")  # checksum of the head
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
-Write = Callable[[np.ndarray, np.ndarray], None]  # (ids, records)
+Write = Callable[[np.ndarray, np.ndarray], None]  # called with (ids, records)
 
 
 class Journal:
@@ -36,7 +36,7 @@ class Journal:
         self.folder = folder
         self.size = size
         self.keep = keep
-        self._recorded = np.zeros(rows, dtype=np.bool_)  # since the last mark
+        self._recorded = np.zeros(rows, dtype=np.bool_)  # rows recorded since the last mark
         self._file = -1
         path = folder / "marks.json"
         self.marks: list[int] = _read_marks(path) if path.is_file() else []
@@ -85,7 +85,7 @@ class Journal:
     def mark(self, step: int) -> None:
         """Makes the table as it is on the disk now a mark."""
         self.close()
-        # of an earlier mark of the same name
+        # A file of this name belongs to an earlier mark of the same step.
         (self.folder / f"undo-{step}").unlink(missing_ok=True)
         marks = [*(mark for mark in self.marks if mark < step), step]
         self._save(marks[-self.keep :])

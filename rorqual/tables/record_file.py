@@ -77,7 +77,7 @@ class RecordFile:
     ) -> UInt8[np.ndarray, "K record"]:
         """Returns the records after one update."""
         after = before.view(np.float32).copy()
-        # as the update expects them: three matrices, and a vector of counts
+        # The update takes three matrices, and a vector of counts.
         parts = after[:, :-1].reshape(-1, 3, self.width).transpose(1, 0, 2)
         matrices = np.ascontiguousarray(parts)
         rows, first, second = torch.from_numpy(matrices).unbind()
@@ -107,13 +107,14 @@ class RecordFile:
         """
         filled = bool(self._journal.marks)
         if not filled:
-            # of a larger table that was never whole
+            # The file may have the records of a larger table that was never finished.
             os.ftruncate(self._records.file, 0)
         step = max(16, _DRAWN // self.width // 16 * 16)
         first = 0
         while first < self.rows:
             left = self.rows - first
-            # fewer than 16 rows at the end are drawn with those before: torch would draw others
+            # Fewer than 16 rows at the end are drawn with those before them: alone, torch would
+            # draw other numbers.
             count = left if left < step + 16 else step
             values = torch.randn(count, self.width) * std
             if not filled:
@@ -163,7 +164,7 @@ def _open_alone(path: Path) -> tuple[int, BaseFileLock]:
         f"{path}: got rows that another table trains now, in this process or another;"
         " expected one at a time: close the other"
     )
-    # a finalizer may release it on any thread
+    # The lock is not thread-local, since a finalizer may release it on any thread.
     lock_path = path.with_name(path.name + ".lock")
     lock = acquired(lock_path, refusal, thread_local=False, error=TableError)
     return os.open(path, os.O_RDWR | os.O_CREAT | BINARY, 0o666), lock

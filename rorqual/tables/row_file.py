@@ -32,14 +32,14 @@ from rorqual.tables.fp8 import BLOCK, FP8
 
 KINDS = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": FP8}
 FORMAT = "fp8-e4m3-e8m0-32"
-BLANK = "0" * 16  # in the place of the header's checksum while it is computed
-CHECKED_BYTES = 1 << 20  # that share a checksum
+BLANK = "0" * 16  # stands for the header's checksum while it is computed
+CHECKED_BYTES = 1 << 20  # bytes that share a checksum
 _PIECE = 1 << 18  # bytes that verification reads at a time: they stay in a core's cache
 _MAX_HEADER = 16 << 20  # bytes; a header has a few hundred, and 16 a MiB of rows
-_MAX_DIGITS = 20  # of a number of rows
+_MAX_DIGITS = 20  # digits of a number of rows
 _MAX_AXES = 64  # torch's limit; the product of a million sizes would take hours
 _ANNOUNCED = 512  # reads that one thread makes after announcing all of them to the system
-_THREADS = 32  # that share more reads, so that the disk has many to choose from
+_THREADS = 32  # threads that share more reads, so that the disk can order many of them
 
 
 class TableError(ValueError):
@@ -139,11 +139,11 @@ class Shard(FileRows):
 
     def __init__(self, path: Path, name: str) -> None:
         try:
-            # opening a pipe would wait for a writer
+            # Without O_NONBLOCK, opening a pipe would wait for a writer.
             file = os.open(path, os.O_RDONLY | BINARY | getattr(os, "O_NONBLOCK", 0))
         except OSError as error:
             raise TableError(f"{path}: {error.strerror}") from error
-        # also closes the file of a table that is dropped
+        # The finalizer also closes the file of a table that is garbage-collected.
         self._close = weakref.finalize(self, os.close, file)
         try:
             self.metadata, entry, start = _header(path, file, name)

@@ -103,7 +103,7 @@ def draw_table(
         raise ValueError(f"table: got {got}, expected at least 1, 1, 0 and 0")
 
     def source(first: int, end: int) -> Tensor:
-        # torch's generator would use 32 bits of the seed
+        # NumPy's generator uses all bits of the seed; torch's would use 32.
         generator = np.random.default_rng([seed, first])
         values = generator.standard_normal((end - first, width), dtype=np.float32)
         return torch.from_numpy(values).mul_(std)
@@ -145,7 +145,7 @@ class _Build:
                 raise
             partial.rename(folder)
             flush(folder.parent)
-            # last: until the table has its name, the same command goes on
+            # Removed last: until the table has its name, the same command can resume the build.
             (folder / _ORIGIN).unlink()
         return folder
 
@@ -253,6 +253,7 @@ def _alone(partial: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # before the release, or two processes may lock two files of this name; Windows refuses
+            # Removed before the release, or two processes may lock two files of this name. Windows
+            # refuses to remove it.
             with suppress(OSError):
                 path.unlink()

@@ -47,7 +47,7 @@ def shared_rows(file: RowFile, name: str) -> Tensor:
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise ValueError(f"shared: got {folder} of another user, expected a folder of this one")
     size = file.rows * file.row_bytes
-    # no copy of a file has the same
+    # A copy of a file has another inode and time, so it has another key.
     stats = [(str(shard.path.resolve()), shard.path.stat()) for shard in file.shards]
     stamps = [(path, about.st_ino, about.st_ctime_ns) for path, about in stats]
     key = hashlib.blake2b(repr((stamps, name, size)).encode(), digest_size=12).hexdigest()
@@ -63,7 +63,7 @@ def shared_rows(file: RowFile, name: str) -> Tensor:
                 raise ValueError(f"{file.shards[0].path}: {got}, expected {size:,} for the table")
             with atomic_write(copy) as beside:
                 copy_rows(file, _mapped(beside, size))
-        # never closed: the lock ends with this process
+        # The file is never closed: the lock ends with this process.
         fcntl.flock(os.open(copy, os.O_RDONLY), fcntl.LOCK_SH)
     return _typed(_mapped(copy, size), file)
 

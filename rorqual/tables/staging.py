@@ -52,7 +52,7 @@ class Staging:
                 lease = block[:size]
                 self._blocks[place] = block, weakref.ref(lease)
                 return lease
-        # free ones are too small by now
+        # All free blocks are too small.
         for place in reversed(free):
             del self._blocks[place]
         whole = np.empty(size + _LINE, dtype=np.uint8)

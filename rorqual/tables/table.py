@@ -109,7 +109,7 @@ class Table(nn.Module):
     def _parameter(self, source: Tensor | RowFile | RecordFile | None) -> nn.Parameter | None:
         """Creates the parameter with the rows, or for their gradients; None if read only."""
         if self.placement == "disk":
-            # stands for the rows in gradients, and has one number in memory
+            # The parameter only receives gradients; it has one number in memory.
             gradients = torch.zeros(1, 1).expand(self.rows, self.width)
             return nn.Parameter(gradients) if self.trainable else None
         if isinstance(source, Tensor):
