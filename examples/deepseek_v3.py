@@ -1,4 +1,4 @@
-"""DeepSeek-V3 at the size of a classroom, trained on one sentence: every step of the data with its shape.
+"""Trains a small DeepSeek-V3 on one sentence, and prints the shape of the data at every step.
 
 python examples/deepseek_v3.py
 """
@@ -17,13 +17,13 @@ from rorqual.presets import preset
 from rorqual.serve.decoding import Tally, speculate
 
 text = "the blue whale sings; the blue whale dives; the sea is blue and wide. " * 2
-ids = torch.tensor(
-    [[string.printable.index(letter) for letter in text]]
-)  # a vocabulary of 100 letters
+# a vocabulary of 100 letters
+ids = torch.tensor([[string.printable.index(letter) for letter in text]])
 
 classroom = preset("classroom")
 print(
-    f"1. classroom: {costs(classroom).total:,} parameters, {costs(classroom).activated:,} activated a token"
+    f"1. classroom: {costs(classroom).total:,} parameters, {costs(classroom).activated:,} "
+    "activated a token"
 )
 attention = MLAConfig(
     heads=4, q_lora_rank=24, kv_lora_rank=16, nope_dim=16, rope_dim=8, value_dim=16
@@ -33,12 +33,14 @@ config = replace(
 )
 model, size = LanguageModel(config), costs(config)
 print(
-    f"   with latent attention, a shared expert and multi-token prediction: {size.total:,} + {size.mtp:,} for MTP"
+    "   with latent attention, a shared expert and multi-token prediction: "
+    f"{size.total:,} + {size.mtp:,} for MTP"
 )
 
 hidden, auxes = model.hidden(ids)
 print(
-    f"2. ids {list(ids.shape)} -> embeddings -> {config.layers} blocks -> hidden {list(hidden.shape)} = [B, T, D]"
+    f"2. ids {list(ids.shape)} -> embeddings -> {config.layers} blocks -> hidden "
+    f"{list(hidden.shape)} = [B, T, D]"
 )
 for layer, routing in enumerate(aux.routing for aux in auxes if aux.routing is not None):
     shown = zip(text[:5], routing.chosen[0].tolist(), routing.weights[0].tolist(), strict=False)
@@ -47,12 +49,14 @@ for layer, routing in enumerate(aux.routing for aux in auxes if aux.routing is n
         + ", ".join(f"{c!r} to {e} by {w[0]:.2f} {w[1]:.2f}" for c, e, w in shown)
     )
 print(
-    f"   logits {list(model.logits(hidden).shape)}, the head is the embedding ({model.head.weight.shape[0]} letters)"
+    f"   logits {list(model.logits(hidden).shape)}, the head is the embedding "
+    f"({model.head.weight.shape[0]} letters)"
 )
 
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
 print(
-    "3. training: next letter + 0.3 * the one after it (MTP) + balance; biases move once a step, without a gradient"
+    "3. training: next letter + 0.3 * the one after it (MTP) + balance; biases move once a step, "
+    "without a gradient"
 )
 for step in range(101):
     loss = model.loss(ids[:, :-1], ids[:, 1:])
@@ -64,7 +68,8 @@ for step in range(101):
     if step % 20 == 0:
         load = ", ".join(f"{max_violation(counts):.2f}" for counts in loss.counts)
         print(
-            f"   step {step:2d}: next {loss.next_token:.3f} nats, the one after {loss.mtp:.3f}, MaxVio {load}"
+            f"   step {step:2d}: next {loss.next_token:.3f} nats, the one after {loss.mtp:.3f}, "
+            f"MaxVio {load}"
         )
 
 cache = model.new_cache(batch=1)
@@ -73,7 +78,8 @@ latent = cache.layers[0].attention.latent
 held = latent.buffer[:, : latent.length]
 print(f"4. the cache after {cache.length} letters: {list(held.shape)} a layer, latent and rope key")
 print(
-    f"   {held.shape[-1]} values a token, where 4 heads of keys and values would keep {4 * (16 + 8 + 16)}"
+    f"   {held.shape[-1]} values a token, where 4 heads of keys and values would keep "
+    f"{4 * (16 + 8 + 16)}"
 )
 
 prompt, tally = ids[0, :4].tolist(), Tally()
@@ -82,5 +88,6 @@ said = "".join(
 )
 print(f"5. {text[:4]!r} goes on {said!r}")
 print(
-    f"   MTP drafted {tally.drafted} letters, {tally.accepted} stood; 60 letters took {tally.rounds + 1} forwards"
+    f"   MTP drafted {tally.drafted} letters, {tally.accepted} stood; "
+    f"60 letters took {tally.rounds + 1} forwards"
 )

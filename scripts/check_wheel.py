@@ -1,10 +1,10 @@
-"""Builds the wheel and tries it as a user would who has no checkout: in an environment of its own.
+"""Builds the wheel and tests it without the checkout, in an environment of its own.
 
     python scripts/check_wheel.py
 
-`python -m build` makes the archives; `rorqual[all]` is installed from the wheel with nothing but wheels; then the
-command line answers, every module that needs no other extra is imported, and `tiny` trains, is scored, continues a
-text and gets its report.
+`python -m build` makes the archives; `rorqual[all]` is installed from the wheel with nothing but
+wheels; then the command line runs, every module that needs no other extra is imported, and `tiny`
+trains, is scored, continues a text and gets its report.
 """
 
 import os
@@ -27,7 +27,7 @@ for module in pkgutil.walk_packages(rorqual.__path__, "rorqual."):
 
 
 def run(*command: str | os.PathLike[str], cwd: Path) -> str:
-    """Runs a command away from the checkout; its output, or the end of this script with it."""
+    """Runs a command outside the checkout and returns its output; ends this script if it fails."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
@@ -39,9 +39,10 @@ def run(*command: str | os.PathLike[str], cwd: Path) -> str:
 
 
 def install(python: Path, wheel: Path, cwd: Path) -> None:
-    """The wheel with its extra `all`, at the versions of constraints.txt and as wheels alone.
+    """Installs the wheel with its extra `all`, at the versions of constraints.txt.
 
-    A torch that pip was given locally is taken first, as the Makefile does.
+    Everything is installed from wheels alone. A torch that pip was given locally is taken first, as
+    the Makefile does.
     """
     pip = [
         str(python),

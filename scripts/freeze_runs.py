@@ -1,6 +1,7 @@
 """Records what small models compute today, so that a later version can be held against it.
 
-    python scripts/freeze_runs.py                  runs all of tests/golden/frozen again and rewrites it
+    python scripts/freeze_runs.py                  runs all of tests/golden/frozen again and
+                                                   rewrites it
     python scripts/freeze_runs.py --exact FOLDER   writes the results of this machine into FOLDER
 
 A file holds "given", the complete configuration of a run, and "found", what the run computed. To
@@ -42,19 +43,21 @@ from rorqual.train.trainer import train
 
 FROZEN = Path(__file__).resolve().parents[1] / "tests" / "golden" / "frozen"
 
-# The dotted name of an option in the committed files, and its name today. None: it is gone, and its value is what the
-# code does now. A section's name stands for everything below it: {"model.hyper": "model.hyper_connections"}.
+# The dotted name of an option in the committed files, and its name today. None: it is gone, and
+# its value is what the code does now. A section's name stands for everything below it:
+# {"model.hyper": "model.hyper_connections"}.
 OPTIONS: dict[str, str | None] = {"model.hyper.exit": None, "train.model.hyper.exit": None}
-# A part of a parameter's name in the committed files, and today's: {"attention_site": "attention_residual"}.
+# A part of a parameter's name in the committed files, and today's:
+# {"attention_site": "attention_residual"}.
 PARAMETERS: dict[str, str] = {}
 
 # standard deviation of what is added to every weight, since zeros and ones hide mistakes
 STIRRED = 0.02
-VALUES = 8  # of a gradient, evenly spaced
+VALUES = 8  # recorded values of a gradient, evenly spaced
 
 
 def translated(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The committed options under the names that they have today."""
+    """Returns the committed options under the names that they have today."""
     found: dict[str, Any] = {}
     for path, value in _flat(given, ""):
         name: str | None = path
@@ -80,20 +83,21 @@ def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def complete(cls: type, given: Mapping[str, Any]) -> Any:
-    """The configuration `given`; ValueError where an option is left to its default."""
+    """Builds the configuration `given`; ValueError if it leaves an option to its default."""
     config = configs.from_dict(cls, given)
     known = dict(_flat(given, ""))
     missing = [name for name, _ in _flat(configs.to_dict(config), "") if name not in known]
     if missing:
         raise ValueError(
-            f"{cls.__name__}: got no {', '.join(missing)}, expected every option in the frozen file, "
+            f"{cls.__name__}: got no {', '.join(missing)}, expected every option in the frozen "
+            "file, "
             "a new one with the value that keeps the numbers"
         )
     return config
 
 
 def stream(count: int, vocabulary: int, start: int = 0) -> list[int]:
-    """Ids of a made-up language: each id is followed by one of three others."""
+    """Returns ids of a made-up language: each id is followed by one of three others."""
     ids, last = [], start % vocabulary
     for place in range(start, start + count):
         last = (last * 5 + 17 + (place * 2654435761 >> 13) % 3) % vocabulary
@@ -102,7 +106,10 @@ def stream(count: int, vocabulary: int, start: int = 0) -> list[int]:
 
 
 def batch(given: Mapping[str, Any], step: int) -> dict[str, Tensor | None]:
-    """The fixed batch of a step; every second one holds packed documents, whose last labels are missing."""
+    """Returns the fixed batch of a step.
+
+    At even steps it has packed documents, whose last labels are missing.
+    """
     size, length = given["batch_size"], given["seq_len"]
     flat = stream(size * (length + 1), given["model"]["vocabulary"], 1000 * step + 1)
     whole = torch.tensor(flat).view(size, length + 1)
@@ -117,7 +124,7 @@ def batch(given: Mapping[str, Any], step: int) -> dict[str, Tensor | None]:
 
 
 def build(given: Mapping[str, Any]) -> LanguageModel:
-    """The model from its seed, every weight moved a little away from zeros and ones."""
+    """Builds the model from its seed, with every weight moved a little away from zeros and ones."""
     model = LanguageModel(complete(ModelConfig, given["model"]), seed=given["seed"])
     generator = torch.Generator().manual_seed(given["seed"] + 1)
     with torch.no_grad():
@@ -140,7 +147,7 @@ def loss_of(
 def gradients(
     given: Mapping[str, Any], step: int, *, warm: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Digest, sum, norm and some values of each parameter's gradient after one batch."""
+    """Returns digest, sum, norm and some values of each parameter's gradient after one batch."""
     model = build(given).train()
     loss_of(model, given, step, warm=warm).total.backward()
     found = {}
@@ -161,7 +168,10 @@ def gradients(
 
 
 def losses(given: Mapping[str, Any]) -> list[str]:
-    """The total loss of each training step, with the project's optimizer, schedule and balancing."""
+    """Returns the total loss of each training step.
+
+    The steps use the project's optimizer, schedule and balancing.
+    """
     model = build(given).train()
     optimizer = Optimizer(model, complete(OptimConfig, given["optim"]))
     mixtures = [module for module in model.modules() if isinstance(module, MoE)]
@@ -190,21 +200,24 @@ def prompts(given: Mapping[str, Any]) -> list[list[int]]:
 
 
 def greedy(model: LanguageModel, asked: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    """The next `count` ids of each prompt, all prompts in one batch."""
+    """Returns the next `count` ids of each prompt, all prompts in one batch."""
     steps = list(decode(model, asked, max_new_tokens=count))
     return [[int(step[row] or 0) for step in steps] for row in range(len(asked))]
 
 
 @torch.inference_mode()
 def margins(model: LanguageModel, prompt: Sequence[int], ids: Sequence[int]) -> list[float]:
-    """By how much the best logit leads the second at each new id, from one call without a cache."""
+    """Returns the lead of the best logit over the second at each new id.
+
+    The logits come from one call without a cache.
+    """
     logits = model(torch.tensor([[*prompt, *ids[:-1]]]))[0, len(prompt) - 1 :]
     best = logits.topk(2).values
     return (best[:, 0] - best[:, 1]).tolist()
 
 
 def continuations(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Greedy ids of the prompts in one batch and of each alone, and the margins of the latter."""
+    """Returns greedy ids of the prompts in one batch and alone, with the latter's margins."""
     model, asked, count = build(given).eval(), prompts(given), given["new_tokens"]
     alone = [greedy(model, [prompt], count)[0] for prompt in asked]
     return {
@@ -215,13 +228,14 @@ def continuations(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_text(path: Path) -> None:
-    """Two hundred short documents, the same everywhere."""
+    """Writes two hundred short documents, the same everywhere."""
     animals, places = (
         ("whale", "otter", "heron", "lynx", "newt"),
         ("the sea", "a river", "the marsh", "a wood"),
     )
     documents = [
-        f"{number}. A {animals[number % 5]} lives in {places[number // 5 % 4]} with {number * 7 % 11} young, and eats "
+        f"{number}. A {animals[number % 5]} lives in {places[number // 5 % 4]} with "
+        f"{number * 7 % 11} young, and eats "
         f"{'krill' if number % 3 else 'fish and frogs'}. It sleeps {number * 13 % 17} hours."
         for number in range(200)
     ]
@@ -230,7 +244,7 @@ def write_text(path: Path) -> None:
 
 
 def trained(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Losses of the trainer, step by step, and its validation at the end."""
+    """Returns the trainer's losses, step by step, and its validation at the end."""
     text = folder / "text.jsonl"
     write_text(text)
     config = complete(TrainConfig, given["train"])
@@ -250,7 +264,7 @@ def trained(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def run(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Everything that a frozen file holds as "found". `folder` is empty and is written to."""
+    """Computes the whole "found" of a frozen file. `folder` is empty and is written to."""
     given = translated(given)
     if given["kind"] == "train":
         return trained(given, folder)
@@ -262,7 +276,7 @@ def run(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def renamed(name: str) -> str:
-    """A parameter's committed name as it is today."""
+    """Returns a parameter's committed name as it is today."""
     for old, new in PARAMETERS.items():
         name = name.replace(old, new)
     return name

@@ -1,7 +1,9 @@
 """Lists what users may call: Python names, commands and their flags, options, keys of JSON answers.
 
-    python scripts/list_public.py           prints what differs from tests/golden/public.json (exit code 1)
-    python scripts/list_public.py --write   writes it, after a change that is meant; review the diff
+    python scripts/list_public.py           prints what differs from tests/golden/public.json
+                                            (exit code 1)
+    python scripts/list_public.py --write   writes it, after a change that is meant;
+                                            review the diff
 
 tests/test_public.py fails where the committed list is not today's.
 """
@@ -40,17 +42,18 @@ PROSE = [
     "The blue whale is the largest animal known to have lived.",
     "A fin whale sings below the sea.",
 ]
+# Below these, keys are data and no interface.
 OPEN = {
     "config",
     "kernels",
     "kernels_picked",
     "sizes",
     "parts",
-}  # below these, keys are data and no interface
+}
 
 
 def public() -> dict[str, Any]:
-    """Everything that a user may call or read, as JSON."""
+    """Returns everything that a user may call or read, as JSON."""
     with tempfile.TemporaryDirectory() as folder:
         return {
             "python": names(),
@@ -62,7 +65,10 @@ def public() -> dict[str, Any]:
 
 
 def names() -> dict[str, Any]:
-    """Each name of `rorqual.__all__`: parameters, and those of its public methods or functions."""
+    """Describes each name of `rorqual.__all__`: its parameters, or those of its public functions.
+
+    For a class these are the parameters of its constructor and of its public methods.
+    """
     return {name: described(getattr(rorqual, name)) for name in sorted(rorqual.__all__)}
 
 
@@ -84,7 +90,7 @@ def described(thing: Any) -> Any:
 
 
 def _is_own(module: ModuleType, name: str) -> bool:
-    """Whether a module defines the name: a function or class of its own, or a constant."""
+    """Returns whether a module defines the name: a function or class of its own, or a constant."""
     thing = getattr(module, name)
     return (
         getattr(thing, "__module__", module.__name__ if name.isupper() else None) == module.__name__
@@ -92,7 +98,7 @@ def _is_own(module: ModuleType, name: str) -> bool:
 
 
 def parameters(call: Any) -> list[str]:
-    """Names, with * before those that are keyword-only and = after those with a default."""
+    """Lists names, with * before those that are keyword-only and = after those with a default."""
     found = []
     for parameter in inspect.signature(inspect.unwrap(call)).parameters.values():
         stars = {
@@ -106,7 +112,7 @@ def parameters(call: Any) -> list[str]:
 
 
 def options(cls: Any) -> dict[str, Any]:
-    """Each option by its dotted name, with its default; parts that are off are listed, too."""
+    """Returns each option by its dotted name, with its default; parts that are off are listed."""
     listed = configs.options(cls)
     return {
         each.name: configs.to_dict(each.default)
@@ -116,7 +122,7 @@ def options(cls: Any) -> dict[str, Any]:
 
 
 def commands() -> dict[str, list[str]]:
-    """Each command and sub-command, with the flags that its --help names."""
+    """Returns each command and sub-command, with the flags that its --help names."""
     typed = [[name] for name in COMMANDS]
     typed += [["table", verb] for verb in VERBS] + [["sweep", kind] for kind in (*KINDS, "needle")]
     found = {}
@@ -131,7 +137,7 @@ def commands() -> dict[str, list[str]]:
 
 @contextlib.contextmanager
 def _wide() -> Iterator[None]:
-    """A terminal in which no flag is cut in two."""
+    """Sets a terminal width in which no flag is cut in two."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "400"
     try:
@@ -144,7 +150,7 @@ def _wide() -> Iterator[None]:
 
 
 def _said(words: list[str], *, may_fail: bool = False) -> str:
-    """What a command prints on standard output."""
+    """Returns what a command prints on standard output."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(words)
@@ -156,7 +162,10 @@ def _said(words: list[str], *, may_fail: bool = False) -> str:
 
 
 def keys(value: Any, path: str = "") -> list[str]:
-    """Dotted names in a JSON value; [] stands for the items of a list, * for keys that are data."""
+    """Lists dotted names in a JSON value.
+
+    [] stands for the items of a list, * for keys that are data.
+    """
     if isinstance(value, Mapping):
         found = set()
         for name, part in value.items():
@@ -170,7 +179,7 @@ def keys(value: Any, path: str = "") -> list[str]:
 
 
 def answers(folder: Path) -> dict[str, list[str]]:
-    """Keys of what commands print with --json, of metrics.jsonl and of both servers' answers."""
+    """Returns keys of the output of --json, of metrics.jsonl and of both servers' answers."""
     text, run = folder / "text.jsonl", folder / "run"
     text.write_text(
         "".join(json.dumps({"text": f"{n}. {PROSE[n % 2]}"}) + "\n" for n in range(60)),
@@ -243,7 +252,7 @@ def answers(folder: Path) -> dict[str, list[str]]:
 
 
 def save_run(folder: Path) -> None:
-    """An untrained `tiny` of two blocks with Engram, and a tokenizer of a few words."""
+    """Saves an untrained `tiny` of two blocks with Engram, and a tokenizer of a few words."""
     words = tokenizer.train(PROSE * 40, 300)
     small = preset("tiny")
     for name, value in {
@@ -258,7 +267,7 @@ def save_run(folder: Path) -> None:
 
 
 def served(folder: Path) -> dict[str, list[str]]:
-    """Keys of the answers of `rorqual serve` and `rorqual explore`."""
+    """Returns keys of the answers of `rorqual serve` and `rorqual explore`."""
     from starlette.testclient import TestClient
 
     from rorqual.serve.server import Service, application
@@ -283,11 +292,10 @@ def served(folder: Path) -> dict[str, list[str]]:
 
 
 def difference(committed: Any, now: Any) -> list[str]:
-    """Lines that went (-) and came (+), with where they stand."""
+    """Lists lines that went (-) and came (+), with where they stand."""
     before, after = (sorted(_lines(value, "")) for value in (committed, now))
-    lines = list(difflib.unified_diff(before, after, n=0, lineterm=""))[
-        2:
-    ]  # the first two name files
+    # The first two lines name files.
+    lines = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
     return [line for line in lines if line[0] in "+-"]
 
 

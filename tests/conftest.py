@@ -1,8 +1,9 @@
-"""pytest in -> rorqual imported with its shapes checked, on as many threads as there are cores for.
+"""Configures pytest: imports rorqual with its shapes checked, on OMP_NUM_THREADS threads, or one.
 
-Every jaxtyping annotation in rorqual is checked by beartype while tests run, and by nothing in production.
-torch.compile cannot trace the checks, so a test marked `compiled` runs in a process of its own without them. One marked
-`interpreted` runs Triton's kernels: on a GPU where there is one, else in a process of its own, interpreted.
+Every jaxtyping annotation in rorqual is checked by beartype while tests run, and by nothing in
+production. torch.compile cannot trace the checks, so a test marked `compiled` runs in a process of
+its own without them. One marked `interpreted` runs Triton's kernels: on a GPU where there is one,
+else in a process of its own, interpreted.
 """
 
 import importlib.util
@@ -30,14 +31,15 @@ import torch  # noqa: E402 (after the hook and the threads, which it reads when 
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-ALONE = {  # what a test so marked needs in its environment before anything is imported
+# The environment that a test with a mark needs before anything is imported.
+ALONE = {
     "compiled": {"RORQUAL_SHAPES": "0"},
     "interpreted": {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"},
 }
 
 
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Hands a test whose mark asks for another environment to a process of its own."""
+    """Runs a test whose mark needs another environment in a process of its own."""
     marks = [mark.name for mark in pyfuncitem.iter_markers() if mark.name in ALONE]
     needed = {name: value for mark in marks for name, value in ALONE[mark].items()}
     if "interpreted" in marks and importlib.util.find_spec("triton") is None:
@@ -64,14 +66,14 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 
 class NoOtherSkips:
-    """In CI, ends the run as failed where a test was skipped for a reason that tests/skips.txt does not list."""
+    """Fails the run in CI if a test was skipped for a reason that tests/skips.txt does not list."""
 
     def __init__(self, allowed: list[str]) -> None:
         self.allowed = [re.compile(pattern) for pattern in allowed]
         self.refused: list[str] = []
 
     def look(self, report: pytest.TestReport | pytest.CollectReport) -> None:
-        """Notes the skip of a test, or of a whole file."""
+        """Records the skip of a test, or of a whole file."""
         if not report.skipped or hasattr(report, "wasxfail"):
             return
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
@@ -97,7 +99,10 @@ class NoOtherSkips:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Takes the list of allowed skips where CI says that it is one; xdist's workers report to the first process."""
+    """Registers the list of allowed skips if the environment has CI set.
+
+    xdist's workers report to the first process.
+    """
     if os.environ.get("CI") and not hasattr(config, "workerinput"):
         lines = Path(__file__).with_name("skips.txt").read_text(encoding="utf-8").splitlines()
         patterns = [line for line in lines if line and not line.startswith("#")]
@@ -106,13 +111,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Every test starts from the same seed, whichever ran before it."""
+    """Starts every test from the same seed, whichever ran before it."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Memory that torch hands out uninitialised holds NaN or the largest integer: a read before a write shows."""
+    """Fills uninitialised memory of torch with NaN or the largest integer.
+
+    A read before a write then changes the result.
+    """
     fills, strict = (
         torch.utils.deterministic.fill_uninitialized_memory,
         torch.are_deterministic_algorithms_enabled(),
@@ -127,7 +135,10 @@ def poisoned() -> Iterator[None]:
 
 @pytest.fixture
 def no_larger_file() -> Iterator[Callable[[int], None]]:
-    """A function after which no file can grow beyond so many bytes, as on a disk that is full, until the test ends."""
+    """Provides a function that limits the size of files in bytes until the test ends.
+
+    Writes beyond it fail, as on a disk that is full.
+    """
     resource = pytest.importorskip("resource", reason="a system without limits of resources")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -138,13 +149,13 @@ def no_larger_file() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def tiled() -> torch.device:
-    """Where Triton's kernels run in a test marked `interpreted`."""
+    """The device on which Triton's kernels run in a test marked `interpreted`."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder: an untrained `tiny` with Engram, two blocks and a tokenizer of a few words."""
+    """Saves a run folder: an untrained `tiny` of two blocks with Engram, and a small tokenizer."""
     from rorqual import checkpoint, config
     from rorqual.data import tokenizer
     from rorqual.model import LanguageModel

@@ -1,4 +1,4 @@
-"""Configs as JSON, by dotted name and by flags."""
+"""Tests configs as JSON, by dotted name and by flags."""
 
 import json
 from dataclasses import dataclass, field

@@ -1,6 +1,7 @@
-"""Every example runs from anywhere, in seconds, says what it does step by step, and fits on a page.
+"""Tests that every example runs from anywhere, in seconds, prints its steps, and fits on a page.
 
-`retrofit.py` alone needs a model and most of an hour; here it runs with a tiny model, and fits on four pages.
+`retrofit.py` alone needs a model and most of an hour; here it runs with a tiny model, and fits on
+four pages.
 """
 
 import json

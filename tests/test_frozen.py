@@ -1,17 +1,17 @@
-"""The models of tests/golden/frozen compute today what they computed when they were frozen.
+"""Tests that the models of tests/golden/frozen compute what they computed when they were frozen.
 
-scripts/freeze_runs.py holds the runs and writes the files.
+scripts/freeze_runs.py has the runs and writes the files.
 
-Two modes. By default the committed files are compared within the tolerances below, which another
-processor needs. With RORQUAL_FROZEN=FOLDER, a folder that `scripts/freeze_runs.py --exact FOLDER`
-wrote on this machine before a change, every number is compared bit for bit.
+There are two modes. By default the committed files are compared within the tolerances below, which
+another processor needs. With RORQUAL_FROZEN=FOLDER, a folder that `scripts/freeze_runs.py --exact
+FOLDER` wrote on this machine before a change, every number is compared bit for bit.
 
-Why these tolerances. The files were run again on this machine with SSE instructions alone in torch,
-MKL and oneDNN (in place of AVX2), and with kernels in place of the reference. Losses differed by at
-most 6e-6 in 20 steps, values of gradients by at most 8e-5 of the gradient's norm. Models with a
-mixture of experts are the exception: rounding changes which of two equally good experts a token
-takes, and from then on the runs part (`tiny` by up to 0.014 nats). Their later steps are compared
-within LATER; in the exact mode every step counts.
+The reason for these tolerances: the files were run again on this machine with SSE instructions
+alone in torch, MKL and oneDNN (in place of AVX2), and with kernels in place of the reference.
+Losses differed by at most 6e-6 in 20 steps, values of gradients by at most 8e-5 of the gradient's
+norm. Models with a mixture of experts are the exception: rounding changes which of two equally good
+experts a token takes, and from then on the runs diverge (`tiny` by up to 0.014 nats). Their later
+steps are compared within LATER; in the exact mode every step counts.
 """
 
 import importlib.util
@@ -47,7 +47,7 @@ spec.loader.exec_module(freeze_runs)
 
 
 def frozen(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configuration of a run, and what it computed."""
+    """Reads the configuration of a run, and what it computed."""
     given = json.loads((COMMITTED / f"{name}.json").read_text(encoding="utf-8"))["given"]
     folder = COMMITTED if EXACT is None else Path(EXACT)
     found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
@@ -66,13 +66,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No kernels."""
+    """Turns all kernels off."""
     monkeypatch.setenv(VARIABLE, "reference")
 
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels wherever they run."""
+    """Turns kernels on wherever they can run."""
     monkeypatch.delenv(VARIABLE, raising=False)
 
 
@@ -107,7 +107,10 @@ def same_gradients(got: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def same_ids(got: list[list[int]], expected: list[list[int]], margins: list[list[float]]) -> None:
-    """Equal up to the first id that was nearly another; behind it a row says something else."""
+    """Compares ids up to the first one whose choice was nearly a tie.
+
+    Behind it a sequence may go on with other ids.
+    """
     for row, (ids, before, leads) in enumerate(zip(got, expected, margins, strict=True)):
         assert len(ids) == len(before)
         at = next(
@@ -136,7 +139,7 @@ def test_kernels_give_the_frozen_losses(name: str) -> None:
 @pytest.mark.usefixtures("reference")
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_those_that_were_frozen(name: str) -> None:
-    """Of packed documents, and of plain rows (there DSA's indexers warm up)."""
+    """Covers packed documents, and plain sequences, where DSA's indexers are in warm-up."""
     given, before = frozen(name)
     same_gradients(freeze_runs.gradients(given, 0), before["gradients"]["documents"])
     same_gradients(freeze_runs.gradients(given, 1, warm=True), before["gradients"]["plain"])
@@ -164,7 +167,7 @@ def test_the_trainer_gives_the_frozen_losses(tmp_path: Path) -> None:
 
 
 def test_a_frozen_file_commits_every_option(tmp_path: Path) -> None:
-    """A default that changes later must not change what was frozen."""
+    """A later change of a default must not change what was frozen."""
     given, _ = frozen("dense_mla")
     del given["model"]["mla"]["eps"]
     with pytest.raises(ValueError, match=r"mla\.eps"):

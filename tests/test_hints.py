@@ -1,4 +1,4 @@
-"""Names that are nearly right, and packages that are not there."""
+"""Tests suggestions for misspelt names, and for packages that are not installed."""
 
 from pathlib import Path
 
@@ -20,7 +20,10 @@ def test_choose_names_the_nearest() -> None:
 def test_an_extra_is_installed_from_the_checkout_or_what_is_installed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The name is on no index: a checkout is installed by its path, a wheel's extras follow from its own metadata."""
+    """The name rorqual is on no package index.
+
+    So a checkout is installed by its path, and a wheel's extras follow from its own metadata.
+    """
     root = Path(hints.__file__).parents[1]
     monkeypatch.chdir(tmp_path)
     assert hints.install("serve") == f"pip install -e '{root}[serve]'"

@@ -1,4 +1,4 @@
-"""What is installed, and how: few packages for a user, wheels alone for everybody."""
+"""Tests what is installed, and how: few packages for a user, wheels alone for everybody."""
 
 import re
 import subprocess
@@ -12,12 +12,13 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SCREEN = 50  # lines of a terminal
-SOURCE_ONLY = {"rouge-score", "word2number", "sqlitedict"}  # on the index as source archives alone
+# Packages that the index has as source archives alone.
+SOURCE_ONLY = {"rouge-score", "word2number", "sqlitedict"}
 GPU = re.compile(r"nvidia-|cuda-|triton$")  # what torch brings for a GPU
 
 
 def needed(requirements: list[str]) -> set[str]:
-    """Every package that these requirements bring, as far as it is installed here."""
+    """Returns every package that these requirements bring, as far as it is installed here."""
     found: set[str] = set()
     waiting = [(Requirement(line), frozenset[str]()) for line in requirements]
     while waiting:
@@ -41,7 +42,10 @@ def test_a_plain_install_fits_one_screen() -> None:
 
 
 def test_no_extra_brings_what_has_to_be_built() -> None:
-    """Straight, or through another package; the harness that asks for these is installed without them."""
+    """Neither directly nor through another package; the harness that needs these is an exception.
+
+    It is installed without them.
+    """
     own = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
     others = [line for line in own if not line.startswith("rorqual")]
     assert not needed(PROJECT["dependencies"] + others) & (SOURCE_ONLY | {"lm-eval"})
@@ -53,7 +57,7 @@ def test_what_has_to_be_built_is_not_pinned() -> None:
 
 
 def made(target: str) -> list[str]:
-    """The commands of pip that a target would run, as if nothing were installed."""
+    """Returns the pip commands that a target would run, as if nothing were installed."""
     command = ["make", "--dry-run", "--always-make", target]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return [

@@ -1,4 +1,4 @@
-"""Configs are found without torch, under the names of their layers too; primes are those of a sieve."""
+"""Tests configs without torch, also under the names of their layers, and primes against a sieve."""
 
 import importlib
 import pickle

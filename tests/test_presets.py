@@ -1,4 +1,4 @@
-"""Presets are data: they validate, survive JSON, and a misspelt one is named."""
+"""Tests that presets are data: they validate, survive JSON, and a misspelt one is named."""
 
 import runpy
 
@@ -47,7 +47,10 @@ def test_rows_of_the_production_memories(name, totals):
 
 @pytest.mark.engram
 def test_the_memory_of_qwen_ple_is_the_published_one():
-    """What its checkpoint stores: multipliers, rows (padded to a multiple of 128), and its config's end of text."""
+    """Compares with what its checkpoint stores.
+
+    It stores multipliers, rows (padded to a multiple of 128), and its config's end of text.
+    """
     config, shape = preset("qwen-ple"), memory("qwen-ple")
     (rows,) = row_totals(shape)
     assert -(-rows // 128) * 128 == 320_001_536
@@ -94,7 +97,7 @@ def test_the_demo_and_v41_are_what_their_authors_wrote():
 
 
 def test_no_prime_is_searched_for_by_a_preset(monkeypatch):
-    """A search near 16e6 belongs to the model that needs it, not to everybody's import."""
+    """A search near 16e6 belongs to the model that needs it, not to every import."""
     monkeypatch.setattr(
         model_config, "_is_prime", lambda n: pytest.fail(f"looked whether {n} is prime")
     )

@@ -1,4 +1,4 @@
-"""scripts/list_public.py: what users may call is what tests/golden/public.json lists."""
+"""Tests that tests/golden/public.json lists what users may call, by scripts/list_public.py."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ def committed() -> dict:
 
 
 def test_what_users_may_call_is_what_is_committed() -> None:
-    """In a process of its own, where no shapes are checked: that is three times as fast."""
+    """Runs in a process of its own without shape checks, which is three times as fast."""
     script = ROOT / "scripts" / "list_public.py"
     done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True)
     meant = "a change that is meant: python scripts/list_public.py --write, and review the diff"

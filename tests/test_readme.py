@@ -1,6 +1,7 @@
-"""What the READMEs, the pages of docs/ and --help tell a reader to type, typed.
+"""Runs what the READMEs, the pages of docs/ and --help show a reader to type.
 
-A block that needs what this machine may lack stands below a comment, `<!-- needs: hours -->`, with reasons from NEEDS.
+A block that needs what this machine may lack stands below a comment, `<!-- needs: hours -->`, with
+reasons from NEEDS.
 """
 
 import contextlib
@@ -34,9 +35,10 @@ from rorqual.train.config import TrainConfig
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs/zh/README.md"]
 DOCS = [path for path in sorted((ROOT / "docs").rglob("*.md")) if path not in PAGES]
-NEEDS = {"a gpu", "a download", "hours"}  # what a machine may lack that a marked block needs
+NEEDS = {"a gpu", "a download", "hours"}  # what a marked block may need
 LITTLE_DATA = ["--data.source", "notes/", "--data.vocabulary", "300", "--data.cache", "cache"]
-SHORTER = {  # flags that let a long command end soon, as typed otherwise
+# Flags that shorten a long command, which is otherwise as typed.
+SHORTER = {
     "train": ["--steps", "2", "--rows", "2", "--length", "32", *LITTLE_DATA],
     "demo": [
         "--steps",
@@ -87,19 +89,20 @@ SHORTER = {  # flags that let a long command end soon, as typed otherwise
         "1",
     ],
 }
+# Numbers of rows, and what they are replaced with.
 SMALLER = {
     "100000000": "2000",
     "10000000": "2000",
     "10_000_000": "2000",
     "65_536": "509",
-}  # numbers of rows, the same
+}
 SLOW = {"train", "demo", "report", "params", "sweep", "plan", "serve", "explore", "make", "python"}
-TRAINS = "train(config)"  # in a block of Python
-ENDLESS = {"serve", "explore"}  # until they are interrupted
+TRAINS = "train(config)"  # the call that trains in a block of Python
+ENDLESS = {"serve", "explore"}  # commands that run until they are interrupted
 
 
 class Block(NamedTuple):
-    """A fenced block of a page, and what the comment above it says that it needs."""
+    """A fenced block of a page, and the needs that the comment above it lists."""
 
     language: str
     body: str
@@ -140,7 +143,7 @@ def commands() -> list[str]:
 
 
 def shorter(words: Sequence[str]) -> list[str]:
-    """The words of a command, in small."""
+    """Returns the words of a command, at a small size."""
     flags = SHORTER.get(" ".join(words[1:3]), SHORTER.get(words[1], []))
     if words[1] == "memory" and "--data" not in words:
         flags = []
@@ -148,7 +151,10 @@ def shorter(words: Sequence[str]) -> list[str]:
 
 
 def with_files(words: list[str], folder: Path) -> tuple[list[str], Path | None]:
-    """The words before `> FILE`, and that file. A configuration file that other lines of a page make is made."""
+    """Returns the words before `> FILE`, and that file.
+
+    A configuration file that other lines of a page make is made.
+    """
     words, file = (words[:-2], folder / words[-1]) if words[-2:-1] == [">"] else (words, None)
     for path in (folder / word for word in words if word.endswith(".yaml")):
         if not path.exists():
@@ -163,7 +169,10 @@ def slow(words: Sequence[str]) -> bool:
 
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A demo's run, untrained, and a Llama, both of a tokenizer that knows the words of the examples."""
+    """Saves an untrained run in place of a demo's, and a Llama.
+
+    Both have a tokenizer that has the words of the examples.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from rorqual.hub.auto import fast_tokenizer
@@ -197,7 +206,10 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(stand_in: Path, tmp_path: Path) -> Path:
-    """A folder in which what the pages take for granted is there: a finished demo, notes, models of others."""
+    """Makes a folder with all that the pages assume.
+
+    It has a finished demo, notes, and models of others.
+    """
     for arm in ("moe", "engram"):
         shutil.copytree(stand_in / "run", tmp_path / "runs/demo" / arm)
     shutil.copytree(stand_in / "llama", tmp_path / "HuggingFaceTB/SmolLM2-135M")
@@ -247,7 +259,10 @@ def test_the_python_runs(
 
 
 def type_it(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Runs one line of a page, in small; it must end well, say something, and change what it says it changes."""
+    """Runs one line of a page, at a small size.
+
+    It must succeed, print something, and change the memory's output if it edits memory.
+    """
     words = shlex.split(line, comments=True)
     if words[0] == "python":
         done = subprocess.run(
@@ -261,7 +276,8 @@ def type_it(line: str, capsys: pytest.CaptureFixture[str]) -> None:
         return
     words, file = with_files(words, Path())
     if words[1] == "train" and words[2] in PRESETS:
-        shutil.rmtree(Path("runs") / words[2], ignore_errors=True)  # of the example before
+        # Remove the run of the example before.
+        shutil.rmtree(Path("runs") / words[2], ignore_errors=True)
     assert main(shorter(words)[1:]) == 0, f"{line}\n{capsys.readouterr().err[-4000:]}"
     said = capsys.readouterr().out
     assert said.strip(), line
@@ -273,12 +289,12 @@ def type_it(line: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def memory_text(words: list[str]) -> bool:
-    """Whether `rorqual memory RUN TEXT` has its text."""
+    """Returns whether `rorqual memory RUN TEXT` has its text."""
     return len(words) > 3 and not words[3].startswith("-")
 
 
 def type_and_interrupt(words: list[str]) -> None:
-    """Starts a command that runs until ctrl-C, waits for its address, and types that."""
+    """Starts a command that runs until ctrl-C, waits for its address, and interrupts it."""
     command = [sys.executable, "-m", *words]
     if "--port" in words:
         command[command.index("--port") + 1] = "0"
@@ -316,7 +332,7 @@ OURS = os.environ | {
 
 
 def read_through(page: Path, capsys: pytest.CaptureFixture[str], *, slow_too: bool) -> None:
-    """Does what a page says, from its first block to its last, in one folder and one Python."""
+    """Runs a page's blocks, from first to last, in one folder and one Python process."""
     names: dict[str, Any] = {"__name__": "page", "replace": replace}
     for block in all_blocks(page):
         if block.needs:
@@ -353,7 +369,7 @@ WITH_SLOW = [
 
 @pytest.fixture
 def no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sweep's runs are not made: each gets a loss."""
+    """Replaces a sweep's runs: each gets a loss without being trained."""
 
     def made(jobs, **_: Any) -> None:
         for job in jobs:
@@ -391,7 +407,7 @@ def test_the_page_runs(
 
 
 def help_examples() -> dict[str, list[str]]:
-    """Command -> the lines that `rorqual --help` and its own --help show of it, in their order."""
+    """Returns, for each command, the examples in `rorqual --help` and its own --help, in order."""
     found = {name: [f"rorqual {command.example}"] for name, command in COMMANDS.items()}
     for path in sorted((ROOT / "rorqual/cli").glob("*.py")):
         for line in re.findall(
@@ -414,7 +430,8 @@ def test_the_examples_of_help_run(
     name: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
-    # processes that train are started in test_trainer.py; here the words are read, and what is wrong with them said
+    # Processes that train are started in test_trainer.py; this test checks the parsing of the words
+    # and its errors.
     monkeypatch.setattr("rorqual.parallel.torchrun", lambda flags, command: print(*flags, *command))
     for line in help_examples()[name]:
         type_it(line, capsys)

@@ -1,4 +1,4 @@
-"""Samples of what benchmarks/ does at length: hostile texts, and bugs that the tests must catch."""
+"""Runs samples of the long tests in benchmarks/: hostile texts, and bugs that tests must catch."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ SCRIPT = ROOT / "benchmarks" / "texts.py"
 
 @pytest.mark.slow
 def test_every_hostile_file_is_read_counted_or_refused():
-    """A tenth of the soak: no file is lost in silence, none ends in a traceback."""
+    """Runs a tenth of the soak: no file is lost uncounted, and none ends in a traceback."""
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
     command = [sys.executable, SCRIPT, "--files", "100", "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

@@ -1,1 +1,1 @@
-"""A command line in -> one call into a room out."""
+"""Runs a command line by calling one function of the package that implements it."""

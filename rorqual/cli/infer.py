@@ -1,4 +1,4 @@
-"""Options of a command that asks a trained model -> one call into its room out."""
+"""Implements the commands that run a trained model: generate, eval, serve, explore and memory."""
 
 import json
 import os
@@ -39,11 +39,10 @@ class Generate:
     speculative: bool = False  # draft with the MTP module; needs --temperature 0
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None  # default: as stored
-    tables: Literal["device", "host", "disk"] = "device"  # where Engram's rows live
-    rows_in: str | None = (
-        None  # folder of tables 0, 1, ... that `rorqual table convert` made; none: the run's own
-    )
-    hot_bytes: int = 64 << 20  # of rows of a table on a disk that are kept in memory
+    tables: Literal["device", "host", "disk"] = "device"  # the placement of Engram's rows
+    # folder of tables 0, 1, ... that `rorqual table convert` made; none: the run's own
+    rows_in: str | None = None
+    hot_bytes: int = 64 << 20  # bytes of rows in memory, of a table on a disk
 
 
 def _homes(options: "Generate | Serve") -> dict[str, Any]:
@@ -100,24 +99,22 @@ def generate_command(argv: list[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluate:
-    """Loss of a model on text it may not have seen: nats a token, bits a byte. Or scores of lm-eval's tasks.
+    """Measures a model's loss on text, in nats a token and bits a byte, or its scores in lm-eval.
 
-    Without --data on the text that the run kept apart from its training.
+    Without --data the text is the part that the run kept apart from its training.
 
     rorqual eval runs/demo/engram
     rorqual eval runs/demo/engram --data notes/ --split all
     """
 
     run: Positional[str]  # a run folder, a DeepSeek folder or a hub id
-    data: str | None = (
-        None  # a corpus name, a file, a folder, a Hugging Face data set; none: the run's own, or wordnet
-    )
-    column: str | None = (
-        None  # the field that holds the text; none: the run's for its own data, else text
-    )
+    # a corpus name, a file, a folder, a Hugging Face data set; none: the run's own, or wordnet
+    data: str | None = None
+    # the field that holds the text; none: the run's for its own data, else text
+    column: str | None = None
     split: Literal["validation", "train", "all"] = "validation"  # which documents of it
     limit: int | None = None  # at most this many documents, or items a task
-    length: int | None = None  # tokens of context; none: as in the run's training, or 512
+    length: int | None = None  # sequence length; none: as in the run's training, or 512
     rows: int = 8  # sequences at a time
     tasks: tuple[str, ...] = ()  # names that `lm-eval ls tasks` lists, instead of text
     device: str = "auto"
@@ -147,13 +144,14 @@ def eval_command(argv: list[str]) -> int:
         return 0
     print(f"{score.nats_per_token:.4f} nats a token, {score.bits_per_byte:.4f} bits a byte")
     print(
-        f"{score.tokens:,} tokens of {score.documents:,} documents, {score.bytes:,} bytes ({options.split})"
+        f"{score.tokens:,} tokens of {score.documents:,} documents, "
+        f"{score.bytes:,} bytes ({options.split})"
     )
     return 0
 
 
 def _score(run: "Run", options: Evaluate) -> "Score":
-    """Over the text asked for, or else that of the run's own training."""
+    """Scores the text of --data, or else that of the run's own training."""
     from rorqual import evaluate
     from rorqual.data.corpus import trained
 
@@ -179,18 +177,17 @@ class Serve:
     """
 
     run: Positional[str]  # a run folder, a DeepSeek folder or a hub id
-    host: str = "127.0.0.1"  # another address lets other machines ask; there is no login
+    host: str = "127.0.0.1"  # another address lets other machines connect; there is no login
     port: int = 8000
     rows: int = 8  # requests at once
     context: int = 4096  # tokens of a request and its answer
     max_waiting: int = 256  # requests in the queue; more are answered with status 429
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None  # default: as stored
-    tables: Literal["device", "host", "disk"] = "device"  # where Engram's rows live
-    rows_in: str | None = (
-        None  # folder of tables 0, 1, ... that `rorqual table convert` made; none: the run's own
-    )
-    hot_bytes: int = 64 << 20  # of rows of a table on a disk that are kept in memory
+    tables: Literal["device", "host", "disk"] = "device"  # the placement of Engram's rows
+    # folder of tables 0, 1, ... that `rorqual table convert` made; none: the run's own
+    rows_in: str | None = None
+    hot_bytes: int = 64 << 20  # bytes of rows in memory, of a table on a disk
 
 
 def serve_command(argv: list[str]) -> int:
@@ -200,7 +197,7 @@ def serve_command(argv: list[str]) -> int:
 
     if not 0 <= options.port < 2**16:
         raise UsageError(f"got port {options.port}, expected 0..65535")
-    # a port that is taken is known before the model is loaded, which may take minutes
+    # Check the port before loading the model, which may take minutes.
     listen(options.host, options.port).close()
     run = load(options.run, device=options.device, dtype=options.dtype, **_homes(options))
     try:
@@ -214,7 +211,7 @@ def serve_command(argv: list[str]) -> int:
             given=options.run,
         )
     except KeyboardInterrupt:
-        # an interpreter that ends in order takes seconds, and crashes where a step is still at work
+        # An orderly exit takes seconds, and crashes where a step is still running.
         print("\nrorqual: stopped", file=sys.stderr, flush=True)
         os._exit(130)
     return 0
@@ -232,7 +229,10 @@ def explore_command(argv: list[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """What each token of a text reads from memory and how far it trusts it; what an edit changes, and edits undone.
+    """Shows what each token reads from memory, and edits those rows, with undo.
+
+    For each token it prints the gates, which weigh what the token reads; for an edit, what it
+    changes in the next token.
 
     rorqual memory runs/demo/engram "the great white" --rows
     rorqual memory runs/demo/engram "the great white" --suppress " great white" --top 5 --save
@@ -244,17 +244,16 @@ class Memory:
     text: Positional[str] = ""  # none: only edits, or a corpus
     rows: bool = False  # print which rows each token reads, order by order, head by head
     suppress: tuple[str, ...] = ()  # n-grams whose rows become zero
-    overwrite: tuple[str, str] | None = (
-        None  # an n-gram, and a number for its rows or a JSON file [heads][width]
-    )
+    # an n-gram, and a number for its rows or a JSON file [heads][width]
+    overwrite: tuple[str, str] | None = None
     transplant: tuple[str, str] | None = None  # the second n-gram's rows become the first's
-    layer: int | None = None  # the block to edit or to count; none: all that remember
+    layer: int | None = None  # the block to edit or to count; none: all with Engram
     save: bool = False  # keep the edits in the run's weights; --undo takes them back
     undo: bool = False  # take back what the last --save edited
     edits: bool = False  # list the edits that are saved
     data: str | None = None  # a corpus: the rows it reads most, and which of its n-grams share rows
     column: str = "text"  # the field of the corpus that holds the text
-    limit: int = 1000  # documents of it
+    limit: int = 1000  # documents of the corpus
     shared: str | None = None  # with --data: which of its n-grams read this one's rows
     top: int = 8  # how many next tokens, rows or n-grams to show
     device: str = "auto"
@@ -298,7 +297,7 @@ def memory_command(argv: list[str]) -> int:
 
 
 def _surgery(run: "Run", editor: "Editor", options: Memory) -> dict[str, Any]:
-    """What was edited or taken back, and what that changed of the next token."""
+    """Makes and undoes edits, and returns them with the change of the next token."""
     from rorqual import memory
 
     given, journal = (run.model, run.tokenizer, options.text), _journal(run, options)
@@ -336,11 +335,15 @@ def _surgery(run: "Run", editor: "Editor", options: Memory) -> dict[str, Any]:
 
 
 def _layers(run: "Run", options: Memory) -> tuple[int, ...]:
-    return run.config.engram.layers if options.layer is None else (options.layer,)  # type: ignore[union-attr]
+    return (
+        run.config.engram.layers  # type: ignore[union-attr]
+        if options.layer is None
+        else (options.layer,)
+    )
 
 
 def _journal(run: "Run", options: Memory) -> Path | None:
-    """The file beside the weights that keeps their edits; None where nobody asks for it."""
+    """Returns the file beside the weights that keeps their edits; None if no option needs it."""
     if not (options.save or options.undo or options.edits):
         return None
     from rorqual import checkpoint
@@ -352,13 +355,17 @@ def _journal(run: "Run", options: Memory) -> Path | None:
         )
     if checkpoint.is_checkpoint(options.run) or not checkpoint.is_finished(folder):
         raise ValueError(
-            f"{options.run}: edits are saved in a run that is finished, and this is a checkpoint of one"
+            f"{options.run}: edits are saved in a run that is finished, "
+            "and this is a checkpoint of one"
         )
     return folder / "edits.safetensors"
 
 
 def _keep(run: "Run", editor: "Editor", journal: Path, *, undone: bool) -> None:
-    """Weights and journal, in the order that leaves an edit which can be undone wherever this is stopped."""
+    """Saves weights and journal, so that an edit can be undone wherever this is stopped.
+
+    An edit writes the journal first, an undo the weights.
+    """
     from rorqual import checkpoint
 
     for step in (1, 2):
@@ -369,7 +376,7 @@ def _keep(run: "Run", editor: "Editor", journal: Path, *, undone: bool) -> None:
 
 
 def _values(ngram: str, said: str, editor: "Editor", layer: int) -> "Tensor":
-    """Rows of one number throughout, or those of a JSON file."""
+    """Returns rows filled with one number, or the rows in a JSON file."""
     import torch
 
     shape = editor.look(ngram, layer).shape
@@ -390,7 +397,7 @@ def _about(edit: "Edit") -> dict[str, Any]:
 
 
 def _corpus(run: "Run", options: Memory) -> dict[str, Any]:
-    """By block: the rows read most, the rows that n-grams share, who shares those of one n-gram."""
+    """Returns, by block, the rows read most, the shared rows, and who shares one n-gram's rows."""
     from rorqual import evaluate, memory
 
     found: dict[str, Any] = {}
@@ -413,7 +420,7 @@ def _corpus(run: "Run", options: Memory) -> dict[str, Any]:
 
 
 def _show(found: dict[str, Any], options: Memory) -> None:
-    """The same as --json, to be read."""
+    """Prints the same as --json in readable form."""
     for one in found.get("reads", ()):
         gates = "  ".join(
             f"block {layer}: {' '.join(f'{g:.2f}' for g in said)}"
@@ -424,7 +431,8 @@ def _show(found: dict[str, Any], options: Memory) -> None:
             heads = len(read) // len(one.ngrams)
             for n, ngram in enumerate(one.ngrams):
                 print(
-                    f"    block {layer}  {ngram!r:24} rows {' '.join(map(str, read[n * heads : (n + 1) * heads]))}"
+                    f"    block {layer}  {ngram!r:24} rows "
+                    f"{' '.join(map(str, read[n * heads : (n + 1) * heads]))}"
                 )
     if "reads" in found and not options.rows:
         streams = len(next(iter(found["reads"][0].gates.values())))
@@ -448,7 +456,8 @@ def _show(found: dict[str, Any], options: Memory) -> None:
 def _show_corpus(layer: str, of: dict[str, Any]) -> None:
     all_of = of["collisions"]
     print(
-        f"block {layer}: {all_of.ngrams:,} n-grams read {all_of.rows:,} rows, {all_of.shared:,} of them shared"
+        f"block {layer}: {all_of.ngrams:,} n-grams read {all_of.rows:,} rows, "
+        f"{all_of.shared:,} of them shared"
     )
     for row, reads, ngram in of["popular"]:
         print(f"  row {row} read {reads:,} times, most by {ngram!r}")

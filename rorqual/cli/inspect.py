@@ -1,4 +1,4 @@
-"""Options of a command that looks at text, runs or this machine -> one call into its room out."""
+"""Implements the commands that inspect text, runs or this machine: data, doctor and report."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from rorqual.cli.parse import Positional, emit, parse_new, take
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
-    """What a corpus holds: documents, bytes, licence, what was skipped and why, and a sample.
+    """Describes a corpus: documents, bytes, licence, what was skipped and why, and a sample.
 
     rorqual data wordnet
     rorqual data notes/ --sample 3
@@ -43,7 +43,8 @@ def data_command(argv: list[str]) -> int:
         or "nothing"
     )
     print(
-        f"{corpus.name}: {documents:,} documents, {size:,} bytes, {validation:,} of them kept for validation"
+        f"{corpus.name}: {documents:,} documents, {size:,} bytes, "
+        f"{validation:,} of them kept for validation"
     )
     print(f"licence: {corpus.license}\nskipped: {skipped}")
     for document in sample:
@@ -57,7 +58,9 @@ def data_command(argv: list[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Doctor:
-    """What this machine has: versions, cores, devices, kernels, and what mends what is wrong (exit code 1 then).
+    """Checks this machine: versions, cores, devices, kernels, and how to repair what is wrong.
+
+    The exit code is 1 if something is wrong.
 
     rorqual doctor --json
     """
@@ -80,16 +83,15 @@ def doctor_command(argv: list[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """One self-contained page of runs: costs, curves, gates over a sentence, what the experts take.
+    """Writes one self-contained page about runs: costs, curves, gates over a sentence, expert load.
 
     rorqual report runs/demo --out runs/demo/report.html
     """
 
     runs: Positional[tuple[str, ...]]  # run folders, or folders of them
-    out: str | None = (
-        None  # none: report.html in the first folder, report-2.html where that is of other runs
-    )
-    sentence: str | None = None  # the gates are shown over it
+    # none: report.html in the first folder, report-2.html where that is of other runs
+    out: str | None = None
+    sentence: str | None = None  # the text over which the gates are shown
 
 
 def report_command(argv: list[str]) -> int:
@@ -111,10 +113,10 @@ def report_command(argv: list[str]) -> int:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The folder, if it is a run, else the runs it holds but those that a sweep moved aside (NAME.before-1).
+    """Returns the folder if it is a run, else the runs in it.
 
-    One that is not finished is among them once it has a checkpoint. FileNotFoundError, saying how to make one, without
-    any.
+    Runs that a sweep moved aside (NAME.before-1) are left out; one that is not finished is included
+    once it has a checkpoint. FileNotFoundError, with a hint on how to make one, if there are none.
     """
     from rorqual.checkpoint import is_checkpoint, readable
 

@@ -1,7 +1,8 @@
-"""argv in -> one call and its exit code out.
+"""Runs the command named on the command line and returns its exit code.
 
-Neither torch nor the option parser is loaded here, so `rorqual --help` answers at once; a command loads the room that
-it calls.
+Neither torch nor the option parser is loaded here, so that `rorqual --help` is fast; a command
+loads the package that it calls.
+
 Exit codes: 0 done, 1 failed, 2 the command line is wrong, 130 stopped by ctrl-C.
 """
 
@@ -15,7 +16,8 @@ from typing import NamedTuple
 from rorqual import __version__
 from rorqual.hints import choose, install
 
-EXTRAS = {  # the module an optional part needs -> the extra that brings it
+# The module that an optional part needs, and the extra that installs it.
+EXTRAS = {
     "olmo_core": "train",
     "tensorboard": "train",
     "datasets": "hub",
@@ -27,7 +29,7 @@ EXTRAS = {  # the module an optional part needs -> the extra that brings it
 
 
 class Command(NamedTuple):
-    """What it does, how it is typed, and the file of this folder that holds its function."""
+    """What a command does, an example, and the file of this folder that has its function."""
 
     what: str
     example: str
@@ -97,11 +99,13 @@ COMMANDS = {
 
 HELP = """usage: rorqual COMMAND [ARGUMENTS]      rorqual COMMAND --help says more
 
-A laboratory for sparse language models: mixture of experts, Engram memory, latent attention, hyper-connections.
+A laboratory for sparse language models: mixture of experts, Engram memory, \
+latent attention, hyper-connections.
 
 {commands}
 
-A training is a preset's name or a YAML file, then what differs; a part that is off is switched on by naming it:
+A training is a preset's name or a YAML file, then what differs; \
+a part that is off is switched on by naming it:
   rorqual train tiny --data notes/ model.engram.rows_per_head=5000,5000
   rorqual train my.yaml model.engram=none --model.dim 128
 Start here: rorqual demo (minutes, offline), then rorqual generate runs/demo/engram "A whale is".
@@ -109,7 +113,10 @@ Start here: rorqual demo (minutes, offline), then rorqual generate runs/demo/eng
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; what a user got wrong is one or two lines on standard error, never a traceback."""
+    """Runs one command and returns its exit code.
+
+    A user's mistake prints one or two lines on standard error, never a traceback.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(words)
@@ -119,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nrorqual: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # whoever read our output has left; python would complain again when it flushes at exit
+        # The reader of our output is gone; python would raise again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -147,7 +154,7 @@ def _run(words: list[str]) -> int:
 
 
 def help_text() -> str:
-    """Every command, what it does and how it is typed."""
+    """Lists every command with what it does and an example."""
     width = max(map(len, COMMANDS))
     lines = (
         f"  {name:{width}}  {it.what}\n  {'':{width}}    rorqual {it.example}"
@@ -157,7 +164,10 @@ def help_text() -> str:
 
 
 def _failed(error: Exception, words: list[str]) -> int:
-    """Says what went wrong. An exception that no user can cause keeps its traceback, since it is our mistake."""
+    """Prints an error and returns its exit code.
+
+    An exception that no user can cause keeps its traceback, since it is a bug.
+    """
     usage = bool(getattr(error, "usage", False))
     missing = isinstance(error, ModuleNotFoundError) and not (error.name or "rorqual").startswith(
         "rorqual"

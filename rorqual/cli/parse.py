@@ -1,4 +1,4 @@
-"""Command lines into dataclasses of options."""
+"""Parses command lines into dataclasses of options."""
 
 import argparse
 import dataclasses
@@ -16,7 +16,8 @@ Positional = Annotated[T, "positional"]  # a field that is given by its place, w
 Changes = list[tuple[str, Any]]  # dotted names and what was typed for them, in order
 USAGE = "[--OPTION VALUE | OPTION=VALUE ...]"
 
-ELSEWHERE = {  # a flag of other trainers and servers -> ours, the first that the command has
+# A flag of other trainers and servers, and our names for it: the first that the command has.
+ELSEWHERE = {
     "--batch-size": ("rows",),
     "--train-batch-size": ("rows",),
     "--micro-batch-size": ("micro-rows",),
@@ -65,7 +66,8 @@ ELSEWHERE = {  # a flag of other trainers and servers -> ours, the first that th
     "--logging-steps": ("log-every",),
     "--log-interval": ("log-every",),
 }
-NOTES = {  # where the number means another thing
+# Conversions, for options whose number has another meaning here.
+NOTES = {
     "steps": "steps = epochs * tokens of the text / (--rows * --length)",
     "micro-rows": "steps of accumulation = --rows / (ranks * --micro-rows)",
 }
@@ -79,26 +81,26 @@ COUNTED_OTHERWISE = (
 
 
 class UsageError(ValueError):
-    """The command line itself is wrong: exit code 2."""
+    """A wrong command line: exit code 2."""
 
     usage = True
 
 
 def parse(start: T, argv: Sequence[str], command: str, epilogue: str = "") -> T:
-    """The options in `start`, changed by argv.
+    """Returns the options in `start`, changed by argv.
 
-    UsageError for what fits nothing; --help prints, the epilogue last, and leaves.
+    UsageError for an unknown or invalid option; --help prints, the epilogue last, and exits.
     """
     return changed(start, read(start, argv, command, epilogue))
 
 
 def parse_new(cls: type[T], argv: Sequence[str], command: str) -> T:
-    """Options of a class that may have required fields, from argv; errors as `parse`."""
+    """Builds options from argv, of a class that may have required fields; errors as `parse`."""
     return changed(typing.cast("T", cls), read(cls, argv, command))
 
 
 def changed(start: T, changes: Changes) -> T:
-    """The config with these changes; what does not fit is the command line's fault."""
+    """Returns the config with these changes; UsageError for a change that does not fit."""
     try:
         return config.change(start, changes, lax=True)
     except ValueError as error:
@@ -112,9 +114,10 @@ def read(
     epilogue: str = "",
     short: Mapping[str, str] | None = None,
 ) -> Changes:
-    """What argv changes: --name value, --name=value or, where nothing is given by its place, name=value.
+    """Parses argv into changes, without checking the values.
 
-    `short` has names that stand for longer ones. The values are not looked at yet.
+    It takes --name value, --name=value or, where nothing is given by its place, name=value. `short`
+    maps short names to longer ones.
     """
     cls = start if isinstance(start, type) else type(start)
     helped = any(word in ("-h", "--help") for word in argv)
@@ -161,7 +164,10 @@ def _is_placed(hint: Any) -> bool:
 def _parser(
     cls: Any, command: str, epilogue: str, places: Sequence[str]
 ) -> argparse.ArgumentParser:
-    """A parser whose help begins with the sentences of the class's docstring and ends with its commands."""
+    """Makes a parser whose help has the class's docstring.
+
+    The help begins with the docstring's sentences and ends with its example commands.
+    """
     text = "" if config.summary(cls) == "" else inspect.cleandoc(cls.__doc__)
     sentences = [line for line in text.splitlines() if not line.startswith("rorqual ")]
     commands = [f"  {line}" for line in text.splitlines() if line.startswith("rorqual ")]
@@ -188,7 +194,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Note(argparse.Action):
-    """Notes what was typed, and in which order."""
+    """Records what was typed, and in which order."""
 
     def __call__(
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
@@ -197,7 +203,11 @@ class _Note(argparse.Action):
 
 
 def _add(group: Any, option: config.Option, flags: list[str], placed: bool) -> None:
-    """One option of a parser; `placed`, if some are given by their place, which the values of another must not take."""
+    """Adds one option to a parser.
+
+    `placed`: some options are given by their place, and another option's values must not take
+    theirs.
+    """
     hint = option.annotation
     kinds = config.members(hint)
     items = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple), ())
@@ -256,7 +266,10 @@ def _help(option: config.Option) -> str:
 def _spelled(
     argv: Sequence[str], names: Mapping[str, str], bools: set[str], pairs: bool
 ) -> Iterator[str]:
-    """The words as the parser takes them: dashes in names, --name=value for name=value, every bool with a value."""
+    """Rewrites the words as argparse takes them.
+
+    Names get dashes, name=value becomes --name=value, and every bool gets a value.
+    """
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -277,7 +290,10 @@ def _spelled(
 
 
 def _unknown(word: str, names: Mapping[str, str], command: str) -> str:
-    """A word that fits nothing: what it is called here, if other tools have it, or the option that is nearest."""
+    """Describes an unknown option, and suggests another.
+
+    The suggestion is the name here of an option of other tools, or the nearest option.
+    """
     head, equals, value = word.partition("=")
     dashes = "--" if head.startswith("--") else ""
     name = head.removeprefix("--").replace("-", "_")
@@ -286,7 +302,10 @@ def _unknown(word: str, names: Mapping[str, str], command: str) -> str:
     for other in ELSEWHERE.get(flag, ()) if dashes or equals else ():
         if other.replace("-", "_") in names.values():
             note = f"; {NOTES[other]}" if flag in COUNTED_OTHERWISE else ""
-            return f"got {flag}, which {here} calls --{'data' if other == 'data.source' else other}{note}"
+            return (
+                f"got {flag}, which {here} calls "
+                f"--{'data' if other == 'data.source' else other}{note}"
+            )
     path, _, tail = name.rpartition("no_")
     if tail and path + tail in names:
         return f"got {word}, expected {path}{tail}=false"
@@ -295,12 +314,15 @@ def _unknown(word: str, names: Mapping[str, str], command: str) -> str:
     )
     if near and (dashes or equals):
         right = near[0].replace("_", "-") if dashes else near[0]
-        return f"got {word}, which is no option of {here}; did you mean {dashes}{right}{equals}{value}?"
+        return (
+            f"got {word}, which is no option of {here}; "
+            f"did you mean {dashes}{right}{equals}{value}?"
+        )
     return f"got {word!r}, expected an option; {here} --help lists them"
 
 
 def split_first(argv: Sequence[str], what: str, example: str) -> tuple[str, list[str]]:
-    """The word that comes before all flags, and the rest."""
+    """Splits argv into the word before all flags, and the rest."""
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         got = repr(argv[0]) if argv else "nothing"
         raise UsageError(f"got {got}, expected {what} first: {example}")
@@ -308,12 +330,15 @@ def split_first(argv: Sequence[str], what: str, example: str) -> tuple[str, list
 
 
 def emit(value: Any) -> None:
-    """One JSON object on standard output; dataclasses and named tuples become objects."""
+    """Prints one JSON object on standard output; dataclasses and named tuples become objects."""
     print(json.dumps(jsonable(value), ensure_ascii=False))
 
 
 def jsonable(value: Any) -> Any:
-    """Plain JSON values of dataclasses, named tuples, mappings, sequences and zero-dimensional tensors."""
+    """Converts a value to plain JSON values.
+
+    Takes dataclasses, named tuples, mappings, sequences and zero-dimensional tensors.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)
@@ -330,6 +355,6 @@ def jsonable(value: Any) -> Any:
 
 
 def take(flag: str, argv: Sequence[str]) -> tuple[bool, list[str]]:
-    """Whether a flag that every command has is there, and argv without it."""
+    """Returns whether argv has a flag that every command has, and argv without it."""
     end = argv.index("--") if "--" in argv else len(argv)
     return flag in argv[:end], [word for i, word in enumerate(argv) if word != flag or i >= end]

@@ -1,4 +1,4 @@
-"""Options of a command about tables of rows -> one call into rorqual.tables, or into the measurement of homes, out."""
+"""Implements `rorqual table`: builds, inspects, verifies, converts and measures tables of rows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -25,9 +25,10 @@ EXAMPLE = "rorqual table inspect runs/demo/engram"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Build:
-    """Writes a table shard by shard: of normal numbers, or of the rows of a run or of any safetensors file.
+    """Writes a table of normal numbers, or of rows of a run or safetensors file.
 
-    Ctrl-C leaves the shards that are whole in TABLE.partial; the same command goes on.
+    It writes shard by shard. Ctrl-C leaves the shards that are whole in TABLE.partial; the same
+    command goes on.
 
     rorqual table build memory --rows 10000000 --width 256 --dtype fp8
     rorqual table build engram-rows --source runs/demo/engram --number 0 --dtype bfloat16
@@ -40,7 +41,7 @@ class Build:
     rows: int | None = None  # without a source: how many
     width: int | None = None  # without a source: values of a row
     dtype: Dtype | None = None  # none: the source's, or float32
-    std: float = 0.02  # of the numbers
+    std: float = 0.02  # standard deviation of the numbers
     seed: int = 0
     shard_bytes: int = 1 << 30
 
@@ -62,7 +63,9 @@ class Convert:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inspect:
-    """Shapes, formats, shards, sizes and hot rows of tables; exit code 1 for files that are no table.
+    """Prints shapes, formats, shards, sizes and hot rows of tables.
+
+    The exit code is 1 for files that are no table.
 
     rorqual table inspect runs/demo/engram --hot hot.safetensors
     """
@@ -74,7 +77,9 @@ class Inspect:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verify:
-    """Reads every byte of a table and names the rows that are not as they were written; exit code 1 then.
+    """Reads every byte of a table and names the rows that are not as they were written.
+
+    The exit code is 1 if there are any.
 
     rorqual table verify memory
     """
@@ -84,7 +89,7 @@ class Verify:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hot:
-    """Writes which rows of a run's tables a corpus reads most: the list of rows that stay in memory.
+    """Writes a list of the rows of a run's tables that a corpus reads most, to keep in memory.
 
     rorqual table hot runs/demo/engram hot.safetensors --data wordnet
     """
@@ -93,31 +98,32 @@ class Hot:
     out: Positional[str]  # the new file, for TableConfig's `hot`
     data: str = "wordnet"  # a corpus name, a file or a folder
     column: str = "text"  # the field of the corpus that holds the text
-    limit: int = 1000  # documents of it
-    rows: int = 65_536  # of each table
+    limit: int = 1000  # documents of the corpus
+    rows: int = 65_536  # how many of each table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bench:
-    """How fast a table is here in every home: rows a second, a step's fetch, tokens a second under a model.
+    """Measures a table on this machine in every placement.
 
-    The same rows, weights and prompts in each; all must say the same ids. A cold disk is one whose file the system was
-    told to forget.
+    It measures rows a second, a step's fetch, and tokens a second under a model. The rows, weights
+    and prompts are the same in each placement; all must generate the same ids. For a cold disk the
+    file is removed from the system's page cache.
 
     rorqual table bench --rows 10000000 --figure homes.svg
     """
 
-    rows: int = 1_000_000  # rounded up to the model's primes
+    rows: int = 1_000_000  # rows of the table, rounded up to the model's primes
     width: int = 64  # values of a row
     dtype: Dtype = "bfloat16"
-    folder: str = "."  # on the disk that is measured; the table is removed afterwards
-    hot_bytes: int = 16 << 20  # in the lines with hot rows
-    dim: int = 512  # of the model that generates
+    folder: str = "."  # a folder on the disk that is measured; the table is removed afterwards
+    hot_bytes: int = 16 << 20  # bytes of hot rows, in the lines that have them
+    dim: int = 512  # width of the model that generates
     layers: int = 6
-    tokens: int = 32  # generated a round
-    sequences: int = 1  # at once
+    tokens: int = 32  # tokens generated a round
+    sequences: int = 1  # sequences generated at once
     rounds: int = 3
-    seconds: float = 1.0  # for rows a second, a line
+    seconds: float = 1.0  # time to measure rows a second, for each line
     seed: int = 0
     figure: str | None = None  # where to draw tokens a second: .svg, .png or .pdf
     run: str | None = None  # a run folder whose page (`rorqual report`) is to show the figure
@@ -149,7 +155,8 @@ def build(options: Build, as_json: bool) -> int:
     if options.source is not None:
         if options.rows is not None or options.width is not None:
             raise UsageError(
-                "got --source with --rows or --width, expected one of them: a source has its own shape"
+                "got --source with --rows or --width, expected one of them: "
+                "a source has its own shape"
             )
         return _written(options, options.source, as_json)
     if options.rows is None or options.width is None:
@@ -188,14 +195,15 @@ def convert(options: Convert, as_json: bool) -> int:
 
 
 def _written(options: Build | Convert, source: str, as_json: bool) -> int:
-    """A table out of another, told as `inspect` tells it."""
+    """Writes a table from another, and prints it as `inspect` does."""
     from rorqual import tables
     from rorqual.tables.fp8 import row_bytes
 
     found = tables_in(Path(source), options.name)
     if not 0 <= options.number < len(found):
         raise UsageError(
-            f"got --number {options.number}, expected 0 to {len(found) - 1}: {source} has so many tables"
+            f"got --number {options.number}, expected 0 to {len(found) - 1}: "
+            f"{source} has so many tables"
         )
     path, name = found[options.number]
     before = tables.RowFile(path, name)
@@ -236,17 +244,21 @@ def inspect(options: Inspect, as_json: bool) -> int:
         return 0
     for about in found:
         print(
-            f"{about['path']} {about['name']}: {about['rows']:,} rows of {about['width']} values in {about['dtype']}, "
+            f"{about['path']} {about['name']}: {about['rows']:,} rows of {about['width']} values "
+            f"in {about['dtype']}, "
             f"{about['row_bytes']} bytes each, {about['bytes']:,} bytes in {len(about['shards'])} "
-            f"file{'s' if len(about['shards']) > 1 else ''}, {'with' if about['checksums'] else 'without'} checksums"
+            f"file{'s' if len(about['shards']) > 1 else ''}, "
+            f"{'with' if about['checksums'] else 'without'} checksums"
         )
         for shard in about["shards"] if len(about["shards"]) > 1 else ():
             print(
-                f"  {shard['file']}  rows {shard['first']:,} to {shard['first'] + shard['rows'] - 1:,}"
+                f"  {shard['file']}  rows {shard['first']:,} to "
+                f"{shard['first'] + shard['rows'] - 1:,}"
             )
         if (hot := about.get("hot")) is not None:
             print(
-                f"  hot: {hot['rows']:,} rows, {hot['bytes']:,} bytes; first {', '.join(map(str, hot['first']))}"
+                f"  hot: {hot['rows']:,} rows, {hot['bytes']:,} bytes; "
+                f"first {', '.join(map(str, hot['first']))}"
             )
     return 0
 
@@ -291,7 +303,8 @@ def verify(options: Verify, as_json: bool) -> int:
     else:
         for each in damaged:
             print(
-                f"{each.path}: rows {each.rows.start:,} to {each.rows.stop - 1:,} are not as they were written"
+                f"{each.path}: rows {each.rows.start:,} to {each.rows.stop - 1:,} are not as they "
+                "were written"
             )
     return 1 if damaged else 0
 
@@ -311,7 +324,8 @@ def hot(options: Hot, as_json: bool) -> int:
     if not Path(options.out).parent.is_dir() or Path(options.out).is_dir():
         raise UsageError(f"got {options.out}, expected a file in a folder that is there")
     if Path(options.out).exists():
-        hot_rows(Path(options.out))  # only such a list is written over, and never a run's weights
+        # Only such a list is overwritten, and never a run's weights.
+        hot_rows(Path(options.out))
     run = load(options.run)
     if run.config.engram is None:
         raise ValueError(f"{options.run}: got a run without tables, expected a model with Engram")
@@ -385,7 +399,10 @@ def bench(options: Bench, as_json: bool) -> int:
 
 
 def tables_in(path: Path, name: str | None) -> list[tuple[Path, str]]:
-    """Where a path has tables, and what their tensors are called: a run's by number, or the one of a file or folder."""
+    """Returns the path and the tensor's name of each table: a run's by number, or one.
+
+    One table is that of a file or folder.
+    """
     if name is None and (path / "config.json").is_file():
         from rorqual.tables import placement
 
@@ -405,7 +422,7 @@ def _dtype(name: str) -> Any:
 
 
 class _bar:
-    """A bar on a terminal, nothing elsewhere, for what is told how many bytes are done."""
+    """Shows bytes done as a bar on a terminal, and nothing elsewhere."""
 
     def __init__(self, total: int) -> None:
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())

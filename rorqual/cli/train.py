@@ -1,4 +1,7 @@
-"""Options of a command that makes or weighs models -> one call into its room out."""
+"""Implements the commands that train, plan and compare models, and those about configs.
+
+They are demo, train, config, launch, params, plan and sweep.
+"""
 
 import os
 import shlex
@@ -41,13 +44,16 @@ def demo_command(argv: list[str]) -> int:
 TRAIN_ENDS = """examples:
   rorqual train tiny --data notes/ --steps 500     a preset, on the text of a folder, into runs/tiny
   rorqual train tiny data=notes/ steps=500         the same
-  rorqual train notes.yaml                         a file that `rorqual config tiny > notes.yaml` began, into runs/notes
-  rorqual train runs/tiny                          goes on where it was stopped; so does the first line, typed again
+  rorqual train notes.yaml                         a file that \
+`rorqual config tiny > notes.yaml` began, into runs/notes
+  rorqual train runs/tiny                          goes on where it was stopped; \
+so does the first line, typed again
   rorqual train runs/tiny --steps 1000             goes on for longer
 
 --data is short for --data.source: a corpus (wordnet), a file, a folder, or a Hugging Face dataset.
 
-A part that is off (engram, mtp, hyper, moe, gqa, nsa, moba, dsa) is switched on by naming one of its fields, or with
+A part that is off (engram, mtp, hyper, moe, gqa, nsa, moba, dsa) is switched on \
+by naming one of its fields, or with
 `default`; `none` switches a part off. The result has to be valid, not each word on the way:
   rorqual train tiny model.mtp.depth=1 model.hyper=default
   rorqual train tiny model.engram=none
@@ -74,13 +80,14 @@ def train_command(argv: list[str]) -> int:
         emit({"folder": folder} | scored(Path(folder)) | {"seconds": clock.seconds})
     else:
         print(
-            f'{folder}: rorqual generate {folder} "..." continues a text, rorqual eval {folder} scores it'
+            f'{folder}: rorqual generate {folder} "..." continues a text, '
+            f"rorqual eval {folder} scores it"
         )
     return 0
 
 
 def train_options(argv: list[str]) -> "TrainConfig":
-    """The TrainConfig that the words after `rorqual train` ask for."""
+    """Builds the TrainConfig from the words after `rorqual train`."""
     example = "rorqual train tiny --data notes/"
     name, words = split_first(argv, "a preset's name, a YAML file or a run folder", example)
     from rorqual.train.config import TrainConfig
@@ -90,7 +97,7 @@ def train_options(argv: list[str]) -> "TrainConfig":
         read(TrainConfig(), ["--help"], command, TRAIN_ENDS, DATA)
     saved = Path(name) / "train.json"
     if saved.is_file():
-        # where it was trained is not where it is, once it was moved
+        # The saved folder is out of date once a run was moved.
         start = configs.replace(configs.load(TrainConfig, saved), "folder", name)
     elif configs.is_yaml(name):
         start = TrainConfig(folder=f"runs/{Path(name).stem}")
@@ -105,13 +112,13 @@ def train_options(argv: list[str]) -> "TrainConfig":
 
     before = start if saved.is_file() else begun(asked(start).folder)
     if before is not None:
-        # a run that goes on keeps its optimizer, which may be older than today's recipe
+        # A run that is resumed keeps its optimizer, which may be older than today's recipe.
         return asked(replace(start, optim=before.optim))
     return with_recipe(start, asked)
 
 
 def begun(folder: str) -> "TrainConfig | None":
-    """The config of the run in this folder, if there is one to go on from."""
+    """Returns the config of the run in this folder, if it can be resumed."""
     if not (Path(folder) / "train.json").is_file():
         return None
     from rorqual.train.run_folder import begun
@@ -120,13 +127,14 @@ def begun(folder: str) -> "TrainConfig | None":
 
 
 def config_command(argv: list[str]) -> int:
-    """Prints what `rorqual train` would train, as YAML that it takes in turn."""
+    """Prints what `rorqual train` would train, as YAML that it also reads."""
     if not argv or argv[0] in ("-h", "--help"):
         print(CONFIG_HELP)
         return 0
     text = configs.to_yaml(train_options(argv))
     print(
-        f"# rorqual train FILE.yaml trains what this file says; rorqual train --help has examples\n\n{text}",
+        "# rorqual train FILE.yaml trains what this file says; "
+        f"rorqual train --help has examples\n\n{text}",
         end="",
     )
     return 0
@@ -134,28 +142,33 @@ def config_command(argv: list[str]) -> int:
 
 CONFIG_HELP = """usage: rorqual config PRESET|FILE.yaml|RUN [--OPTION VALUE | OPTION=VALUE ...]
 
-Prints the whole configuration of a training, every field with its comment, as YAML that rorqual train takes.
+Prints the whole configuration of a training, every field with its comment, \
+as YAML that rorqual train takes.
 The names are those of rorqual train --help; what they change is printed changed.
 
   rorqual config tiny > notes.yaml
   rorqual config tiny model.engram=default data=notes/ > notes.yaml"""
 
 
-LAUNCH_HELP = """usage: rorqual launch [FLAGS OF TORCHRUN] PRESET|FILE.yaml|RUN [OPTIONS OF rorqual train]
+LAUNCH_HELP = """usage: rorqual launch [FLAGS OF TORCHRUN] PRESET|FILE.yaml|RUN \
+[OPTIONS OF rorqual train]
 
-Trains in several processes by torchrun. When one of them dies, all are started again and go on from the newest
-checkpoint, --max-restarts times (3). Batches are those of one process: --rows is of all processes together.
+Trains in several processes by torchrun. When one of them dies, all are started again \
+and go on from the newest
+checkpoint, --max-restarts times (3). Batches are those of one process: \
+--rows is of all processes together.
 
   rorqual launch --nproc-per-node 2 tiny --data notes/ --save-every 50
   rorqual launch --nproc-per-node gpu --max-restarts 10 small --data notes/
 
-What goes wrong in the training itself, such as a loss that stays NaN, is tried as often, since torchrun
+What goes wrong in the training itself, such as a loss that stays NaN, is tried as often, \
+since torchrun
 cannot tell it from a process that died. Ctrl-C stops and saves, as in one process.
 torchrun --help lists its flags, rorqual train --help those of training."""
 
 
 def launch_command(argv: list[str]) -> int:
-    """Training in several processes; what a user got wrong is said before any of them starts."""
+    """Trains in several processes; a user's mistake is reported before any of them starts."""
     if not argv or argv[0] in ("-h", "--help"):
         print(LAUNCH_HELP)
         return 0
@@ -173,7 +186,10 @@ def launch_command(argv: list[str]) -> int:
 
 
 def scored(folder: Path) -> dict[str, Any]:
-    """The steps of a run, its last loss, nats a token, and what its last validation found; None for what it has not."""
+    """Returns the steps of a run, its last loss, and the results of its last validation.
+
+    These are nats a token and bits a byte, or accuracy; a missing value is None.
+    """
     from rorqual.experiments.runs import last
 
     answers, made = last(folder, "accuracy"), last(folder)
@@ -185,10 +201,12 @@ def scored(folder: Path) -> dict[str, Any]:
 
 
 def refuse_too_large(options: "TrainConfig") -> None:
-    """ValueError where this machine cannot hold the least that training keeps, before any text is read.
+    """Refuses a model that this machine cannot train, before any text is read.
 
-    Of each parameter that is its weight, its gradient and one value of the optimizer; of a row its weight. A run that
-    passes may still be too large: activations are not counted.
+    ValueError where the memory cannot hold the least that training keeps, or the disk its
+    checkpoints. The least is the weight, the gradient and one value of the optimizer for each
+    parameter, and the weight for each row. A run that passes may still be too large: activations
+    are not counted.
     """
     import torch
 
@@ -224,14 +242,20 @@ def refuse_too_large(options: "TrainConfig") -> None:
 
 
 def progress(steps: int, every: float = 5.0) -> Callable[[dict[str, Any]], None]:
-    """Says where training is: the first step, the last, every validation, and a line every so many seconds."""
+    """Returns a callback that prints the progress of training.
+
+    It prints the first step, the last, every validation, and a line every `every` seconds.
+    """
     from rorqual import runtime
 
     clock, told = runtime.Clock(), [-every]
 
     def show(record: dict[str, Any]) -> None:
         if "validation_loss" in record:
-            words = f"{record['validation_loss']:.4f} nats a token, {record['bits_per_byte']:.4f} bits a byte"
+            words = (
+                f"{record['validation_loss']:.4f} nats a token, "
+                f"{record['bits_per_byte']:.4f} bits a byte"
+            )
             runtime.log(f"step {record['step']:,}  validation {words}", style="bold")
             if "sample" in record:
                 text = " ".join(f"{record['prompt']} -> {record['sample']}".split())
@@ -252,18 +276,19 @@ def progress(steps: int, every: float = 5.0) -> Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Params:
-    """Parameters, FLOPs a token and cache bytes a token of presets or run folders, side by side.
+    """Prints parameters, FLOPs a token and cache bytes a token of models side by side.
+
+    A model is a preset or a run folder.
 
     rorqual params moe-27b engram-27b --context 32768
     rorqual params tiny --model.engram.layers 1
     rorqual params --base 500000
     """
 
-    model: ModelConfig = field(
-        default_factory=ModelConfig
-    )  # flags change every model that is named
+    # the model; flags change every model that is named
+    model: ModelConfig = field(default_factory=ModelConfig)
     context: int = 4096  # tokens that a token attends over, half of them on average
-    base: float | None = None  # without a name: how many tokens a rotary base tells apart
+    base: float | None = None  # without a name: a rotary base, whose longest context is printed
     factor: float = 1.0  # with --base: how far YaRN stretches it
 
 
@@ -307,7 +332,7 @@ def params_command(argv: list[str]) -> int:
 
 
 def base_command(options: Params, as_json: bool) -> int:
-    """How long a context a rotary base carries, of no model in particular."""
+    """Prints the longest context of a rotary base, without any model."""
     if options.base is None:
         raise UsageError(
             "got no name, expected presets or run folders first: rorqual params tiny small"
@@ -318,13 +343,17 @@ def base_command(options: Params, as_json: bool) -> int:
         emit({"base": options.base, "factor": options.factor, "longest_context": tokens})
     else:
         print(
-            f"a rotary base of {options.base:,g}, stretched {options.factor:g} times, tells {tokens:,} tokens apart"
+            f"a rotary base of {options.base:,g}, stretched {options.factor:g} times, "
+            f"tells {tokens:,} tokens apart"
         )
     return 0
 
 
 def show(found: dict[str, Costs]) -> None:
-    """A row a figure, a column a model; as wide as that is, since a terminal's width would cut digits off."""
+    """Prints a table with a line a figure and a column a model.
+
+    It is as wide as needed, since a terminal's width would cut digits off.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -399,7 +428,10 @@ def plan_command(argv: list[str]) -> int:
 
 
 def machine_for(model: ModelConfig, typed: dict[str, Any]) -> "Machine":
-    """The machine that a plan begins with: this one for a small model or by its name, unless another is named."""
+    """Returns the machine that a plan starts from.
+
+    It is this machine for a small model or if --device names it, unless another is named.
+    """
     from rorqual.experiments.devices import Machine, usual_machine
 
     device = typed.get("machine.device")
@@ -410,12 +442,12 @@ def machine_for(model: ModelConfig, typed: dict[str, Any]) -> "Machine":
     try:
         return usual_machine(float(typed.get("total", costs(model).total)))
     except ValueError:
-        # what is no number is refused when the flags are read
+        # A value that is no number is refused when the flags are parsed.
         return Machine()
 
 
 def as_typed(said: str, like: str, typed: dict[str, Any]) -> str:
-    """A refusal of the planner, which begins with the field it is about, in the words of the command line."""
+    """Rewrites a refusal of the planner, which begins with its field, with the flags as typed."""
     field, _, rest = said.partition(": ")
     name = {"base": "like", "flops_per_token": "flops"}.get(field, field)
     names = ("total", "activated", "flops") if field == "budget" else (name,)
@@ -428,7 +460,7 @@ def as_typed(said: str, like: str, typed: dict[str, Any]) -> str:
 
 
 def show_estimates(machine: Any, found: Mapping[str, Any]) -> None:
-    """What each arm keeps, by role, and how long a step takes it."""
+    """Prints what each arm keeps, by role, and how long a step of it takes."""
     from rich.console import Console
     from rich.table import Table
 
@@ -472,7 +504,7 @@ def show_estimates(machine: Any, found: Mapping[str, Any]) -> None:
 
 
 def size(count: float) -> str:
-    """Bytes in the unit that leaves one to three digits before the point."""
+    """Formats bytes in the unit that leaves one to three digits before the point."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":
             break
@@ -481,7 +513,10 @@ def size(count: float) -> str:
 
 
 def differing(base: Any, other: Any, name: str = "model") -> list[str]:
-    """The words that turn one config into the other; parts that are switched on or off among them."""
+    """Returns the words that turn one config into the other.
+
+    Parts that are switched on or off are among them.
+    """
     words: list[str] = []
     for each in fields(other):
         path, was, now = f"{name}.{each.name}", getattr(base, each.name), getattr(other, each.name)
@@ -541,7 +576,7 @@ def sweep_command(argv: list[str]) -> int:
 
 
 def named(name: str) -> ModelConfig:
-    """The config of a preset, or of a run folder."""
+    """Returns the config of a preset, or of a run folder."""
     if (Path(name) / "config.json").is_file():
         from rorqual import checkpoint
 
@@ -554,9 +589,10 @@ def named(name: str) -> ModelConfig:
 
 
 def with_recipe(start: T, asked: Callable[[T], T]) -> T:
-    """What is asked for of a config with `model` and `optim`; `optim` begins as the recipe for what is trained.
+    """Returns a config whose `optim` starts as the recipe for what is trained.
 
-    The model's width, and whether needles are learnt, is known once it was asked.
+    `asked` applies the user's changes to a config with `model` and `optim`. The model's width, and
+    whether needles are trained, are known only after it was applied once.
     """
     from rorqual.train.config import OptimConfig, recipe
 
@@ -566,12 +602,12 @@ def with_recipe(start: T, asked: Callable[[T], T]) -> T:
     read = begin(OptimConfig())
     usual = recipe(read.model.dim, needles=getattr(read, "needles", None) is not None)
     options = begin(usual)
-    # a rate is that of its kind of optimizer
+    # The recipe's learning rate is right for its own kind of optimizer only.
     return options if options.optim.kind == usual.kind else read
 
 
 def usual(kind: str, name: str, names: Iterable[str]) -> str:
-    """The name if it is one of those; otherwise the command line is wrong."""
+    """Returns the name if it is one of `names`; otherwise raises UsageError."""
     try:
         return choose(kind, name, names)
     except ValueError as error:
@@ -579,5 +615,5 @@ def usual(kind: str, name: str, names: Iterable[str]) -> str:
 
 
 def is_option(word: str) -> bool:
-    """Whether a word is --name or name=value, and no name of a model."""
+    """Returns whether a word is --name or name=value, and not the name of a model."""
     return word.startswith("-") or "=" in word

@@ -1,1 +1,1 @@
-"""Text and files in -> ids, documents and batches out; nothing above them is known here."""
+"""Turns text and files into token ids, documents and batches; imports nothing from above."""

@@ -1,12 +1,16 @@
-"""The name of a source in -> documents out: clean, no two nearly alike, each on its own side of the split.
+"""Reads the documents of a source: cleaned, deduplicated, and split into train and validation.
 
-    clean       UTF-8 with "\\n" line ends, no bytes that text never holds, at most `longest` bytes, else cut
-    alike       Jaccard(A, B) = |A and B| / |A or B| >= near, of the sets of 5-letter pieces; the first of two stays
-    side        validation where place(text) < 2%, place = hash of the text alone, in [0, 1); the pieces of a text that
-                was cut go with the first; where that leaves a side empty, the smallest place alone validates
+    clean       UTF-8 with "\\n" line ends, no bytes that text never holds,
+                at most `longest` bytes, else cut
+    alike       Jaccard(A, B) = |A and B| / |A or B| >= near, of the sets of 5-letter pieces;
+                the first of two stays
+    side        validation where place(text) < 2%, place = hash of the text alone, in [0, 1);
+                the pieces of a text that was cut go with the first; where that leaves a side
+                empty, the smallest place alone validates
 
-Jaccard is estimated from 128 minima of hashes (MinHash, Broder 1997), and only documents that share a band of minima
-are compared, so two that are just over the threshold may both stay. Imports `sources` and `files` beside it.
+Jaccard is estimated from 128 minima of hashes (MinHash, Broder 1997), and only documents that share
+a band of minima are compared, so two that are just over the threshold may both stay. Imports
+`sources` and `files` beside it.
 """
 
 import functools
@@ -27,24 +31,26 @@ import rensa
 from rorqual.data import files, sources
 
 VALIDATION = 0.02
-_LETTERS = 5  # of one piece: two words of Chinese, most of one of English
+# Letters of one piece: two words of Chinese, most of one of English.
+_LETTERS = 5
 _MINIMA = 128
-_READING = 1  # counts up whenever the same source gives other documents than before
+# Counts up whenever a change of this file makes the same source give other documents.
+_READING = 1
 
 Side = Literal["train", "validation"]
 
 
 def place(text: str) -> float:
-    """Where the text falls in [0, 1): the same on every machine and in every corpus."""
+    """Hashes a text to a number in [0, 1), the same on every machine and in every corpus."""
     return (
         int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=6).digest(), "big") / 2**48
     )
 
 
 def split(text: str) -> Side:
-    """The side of a whole text by itself: it stays there whatever else joins or leaves the corpus.
+    """Returns the side of a whole text, which does not depend on the rest of the corpus.
 
-    `Corpus.sided` knows of texts that were cut and of corpora too small to have both sides.
+    `Corpus.sided` also handles texts that were cut, and corpora too small to have both sides.
     """
     return "validation" if place(text) < VALIDATION else "train"
 
@@ -57,11 +63,12 @@ def open_corpus(
     longest: int = files.LONGEST,
     near: float | None = 0.8,
 ) -> "Corpus":
-    """The corpus of that name (`sources` lists them); nothing is read yet but a folder's names or a dataset's header.
+    """Opens the corpus of a source; `sources` lists their names.
 
-    column: of a jsonl file, parquet file or dataset. limit: how many documents at most. longest: bytes of one document.
-    near: drop a document whose Jaccard similarity with an earlier one reaches this; None drops exact copies alone.
-    ValueError for a source that is not there, and for numbers out of range.
+    Reads nothing yet but a folder's names or a dataset's header. column: of a jsonl file, parquet
+    file or dataset. limit: how many documents at most. longest: bytes of one document. near: drop a
+    document whose Jaccard similarity with an earlier one reaches this; None drops exact copies
+    alone. ValueError for a source that does not exist, and for numbers out of range.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"got limit {limit}, expected at least 1 document")
@@ -76,7 +83,7 @@ def open_corpus(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
-    """The text that a run was trained on, and its tokens of context."""
+    """The text that a run was trained on, and its sequence length in tokens."""
 
     source: str
     column: str
@@ -85,7 +92,10 @@ class Trained:
 
 
 def trained(folder: str | os.PathLike[str]) -> Trained | None:
-    """What FOLDER/train.json says; None where there is none. ValueError for one that does not say it."""
+    """Reads the text and sequence length of a run from FOLDER/train.json.
+
+    Returns None if there is no such file. ValueError for a file without them.
+    """
     path = Path(folder) / "train.json"
     if not path.is_file():
         return None
@@ -104,8 +114,10 @@ def trained(folder: str | os.PathLike[str]) -> Trained | None:
 class Corpus:
     """Documents with a name, a licence and a size.
 
-    name, license: str. bytes: int | None   of the source as it is read, None where a hub does not say.
-    skipped: Counter   of the latest pass: reason -> how many texts it cost. examples: reason -> the first place.
+    name, license    str
+    bytes            int | None, of the source as it is read; None where it is unknown
+    skipped          Counter of the latest pass: reason -> number of texts left out
+    examples         reason -> the first place
     """
 
     def __init__(
@@ -126,16 +138,21 @@ class Corpus:
             longest,
             near,
         )
-        self._copies: dict[int, str] | None = (
-            None  # which texts a whole pass found to be copies, and how
-        )
+        # The reason why a text is a copy, by the text's number; None until a whole pass is done.
+        self._copies: dict[int, str] | None = None
 
     def __str__(self) -> str:
-        return f"{self.name} ({'size unknown' if self.bytes is None else f'{self.bytes / 1e6:.1f} MB'}; {self.license})"
+        return (
+            f"{self.name} ({'size unknown' if self.bytes is None else f'{self.bytes / 1e6:.1f} MB'}"
+            f"; {self.license})"
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of all that decides which documents come out; reads local files whole."""
+        """A hash of all that decides which documents come out.
+
+        Computing it reads local files whole.
+        """
         settings = [
             self._column,
             self._limit,
@@ -148,21 +165,28 @@ class Corpus:
         return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
 
     def documents(self) -> Iterator[str]:
-        """Each document once, in the order of the source. ValueError at the end if there was none, with the reasons."""
+        """Yields each document once, in the order of the source.
+
+        ValueError at the end if there was none, with the reasons.
+        """
         return (text for text, _ in self._kept())
 
     def sided(self) -> Iterator[tuple[Side, str]]:
-        """(side, document), in the order of the source: what every training, tokenizer and evaluation goes by."""
+        """Yields (side, document) in the order of the source.
+
+        Every training, tokenizer and evaluation uses this split.
+        """
         together, bound = self._rule
         for text, at in self._kept():
             yield "validation" if (at if together else place(text)) < bound else "train", text
 
     @functools.cached_property
     def _rule(self) -> tuple[bool, float]:
-        """Whether the pieces of a text stay together, and below which place a document validates.
+        """Returns whether the pieces of a text stay together, and the bound of validation.
 
-        A corpus of one text has no other to validate on, so each of its pieces is by itself. Reads until both sides
-        have been met, which small corpora alone do not show soon.
+        A document whose place is below the bound validates. A corpus of one text has no other to
+        validate on, so each of its pieces is assigned by itself. Reads until both sides have
+        occurred; only small corpora are read far, or whole, for that.
         """
         lowest, highest = _span(at for _, at in self._kept())
         together = lowest < highest
@@ -171,7 +195,7 @@ class Corpus:
         return together, VALIDATION if lowest < VALIDATION <= highest else math.nextafter(lowest, 1)
 
     def _kept(self) -> Iterator[tuple[str, float]]:
-        """(document, place of the text that it is of)."""
+        """Yields (document, place of the text that it is part of)."""
         self.skipped, self.examples = Counter(), {}
         kept, copies = 0, {} if self._copies is None else self._copies
         for text, at in islice(self._unlike(copies), self._limit):
@@ -192,7 +216,10 @@ class Corpus:
         self.examples.setdefault(reason, where.encode("utf-8", "replace").decode("utf-8")[:400])
 
     def _unlike(self, copies: dict[int, str]) -> Iterator[tuple[str, float]]:
-        """Texts that are no copies of earlier ones. Fills `copies` on the first pass and believes it on later ones."""
+        """Yields texts that are no copies of earlier ones.
+
+        The first pass fills `copies`; later passes use it as it is.
+        """
         known = self._copies is not None
         seen: set[bytes] = set()
         index = rensa.RMinHashDeduplicator(
@@ -215,7 +242,7 @@ class Corpus:
                 yield text, at
 
     def _clean(self) -> Iterator[tuple[str, str, float]]:
-        """(where it stands, text no longer than allowed, place of its first piece)."""
+        """Yields (where it stands, text no longer than allowed, place of its first piece)."""
         at: float | None = None
         for where, raw in self._source.read(self._skip):
             short = len(raw) <= self._longest
@@ -247,7 +274,7 @@ class Corpus:
 
 
 def _span(places: Iterable[float]) -> tuple[float, float]:
-    """The smallest and the largest place, or the first that lie on both sides."""
+    """Returns the smallest and the largest place, or stops as soon as the two lie on both sides."""
     lowest, highest = 1.0, 0.0
     for at in places:
         lowest, highest = min(lowest, at), max(highest, at)

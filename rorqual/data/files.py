@@ -1,8 +1,8 @@
-"""A file or folder in -> its texts out, undecoded: .txt and .md whole, .jsonl and .parquet one record a text.
+"""Reads the raw texts of a file or folder: .txt and .md whole, .jsonl and .parquet by record.
 
-A reader yields (place, bytes) and calls `skip(reason, place)` for all that it leaves out, so that nothing is lost in
-silence. A text longer than asked for comes in pieces that end where a paragraph, a line or a word does, and all but
-the first of them are of type `Rest`.
+A reader yields (place, bytes) and calls `skip(reason, place)` for all that it leaves out, so that
+everything left out is counted. A text longer than requested comes in pieces that end where a
+paragraph, a line or a word does, and all but the first of them are of type `Rest`.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class Rest(bytes):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Listed:
-    """The readable files of a folder, or one file; `left` is what was met beside them, (reason, place)."""
+    """The readable files of a folder, or one file; `left` lists all else as (reason, place)."""
 
     root: Path
     paths: tuple[Path, ...]
@@ -47,7 +47,7 @@ class Listed:
         return sum(os.path.getsize(path) for path in self.paths if os.path.isfile(path))
 
     def stamp(self) -> str:
-        """Changes when a name or a content does, and with it what is one text."""
+        """Returns a text that changes when a name, a content or the division into texts does."""
         return f"whole {digest(self.paths, root=self.root)}"
 
     def read(self, column: str, longest: int, skip: Skip) -> Raw:
@@ -58,7 +58,10 @@ class Listed:
 
 
 def listed(path: Path) -> Listed:
-    """ValueError for a file of a kind that nobody reads here, and for a folder without any."""
+    """Lists the readable files of a folder, or one file.
+
+    ValueError for a file of a kind that no reader here reads, and for a folder without any.
+    """
     if not path.is_dir():
         if path.suffix.lower() not in _READERS:
             raise ValueError(
@@ -77,7 +80,7 @@ def listed(path: Path) -> Listed:
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
-    """The readable files below a folder, in order of their names, and what else is there."""
+    """Returns the readable files below a folder in order of name, and all else with reasons."""
     paths: list[Path] = []
     left: list[tuple[str, str]] = []
 
@@ -116,7 +119,7 @@ def _file(path: Path, column: str, longest: int, skip: Skip) -> Raw:
 
 
 def cut(file: io.BufferedIOBase, where: str, longest: int, skip: Skip) -> Raw:
-    """A text in pieces of at most `longest` bytes, each ending with a paragraph, else a line, else a word.
+    """Cuts a text into pieces of at most `longest` bytes at a paragraph, else a line, else a word.
 
     A word longer than half a piece is no prose: it is left out, as one, however long it is.
     """
@@ -146,13 +149,17 @@ def _cut(file: io.BufferedIOBase, where: str, longest: int, skip: Skip) -> Itera
 
 
 def _behind(text: bytes) -> tuple[bytes, bool]:
-    """(what follows the first word, whether that word goes on behind the text)."""
+    """Returns what follows the first word, and whether that word goes on beyond the text."""
     found = _BLANK.search(text)
     return (text[found.end() :], False) if found else (b"", True)
 
 
 def _ends(text: bytes, first: int, last: int) -> list[int]:
-    """Where the last paragraph, line, sentence without blanks, and word between `first` and `last` end; 0 for none."""
+    """Returns where the last paragraph, line, unspaced sentence and word end; 0 for none.
+
+    Only ends between `first` and `last` count. A sentence of a script without blanks ends with its
+    full stop.
+    """
     places = (text.rfind(mark, first, last) + len(mark) for mark in _MARKS)
     return [place if place >= len(mark) else 0 for mark, place in zip(_MARKS, places, strict=True)]
 
@@ -203,7 +210,7 @@ def _parquet(file: io.BufferedIOBase, where: str, column: str, longest: int, ski
 
 
 def cell(row: Any, column: str, where: str, skip: Skip) -> Raw:
-    """The text of one record."""
+    """Yields the text of one record."""
     if not isinstance(row, dict):
         skip("no JSON object", f"{where}: {type(row).__name__}")
     elif column not in row:
@@ -218,7 +225,7 @@ def cell(row: Any, column: str, where: str, skip: Skip) -> Raw:
 
 
 def digest(paths: Iterable[Path], *, root: Path) -> str:
-    """Of names below `root` and contents."""
+    """Hashes the names of files below `root` and their contents."""
     total = hashlib.blake2b(digest_size=16)
     for path in paths:
         content = hashlib.blake2b(digest_size=16)
@@ -234,12 +241,12 @@ def digest(paths: Iterable[Path], *, root: Path) -> str:
 
 
 def printable(path: Path) -> str:
-    """A file name need not be text."""
+    """Returns a path as text; bytes that are not UTF-8 are replaced."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
 def hub_reason(error: BaseException) -> str:
-    """One line on why the hub gave nothing, and what to do where it cannot be reached."""
+    """Describes in one line why the hub returned nothing, and the remedy if it is out of reach."""
     chain: list[BaseException] = [error]
     while (
         cause := chain[-1].__cause__ or chain[-1].__context__

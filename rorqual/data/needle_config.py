@@ -1,22 +1,22 @@
-"""The configuration of the needle tasks of data/needles.py. It loads no torch."""
+"""Defines the config of the needle tasks of data/needles.py, without loading torch."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NeedleConfig:
-    """The language, what is asked in it, and how training texts grow to their full length."""
+    """The language of the needle tasks, their questions, and how training texts grow in length."""
 
     keys: int = 12
     values: int = 12
     filler: int = 16
     needles: int = 4  # pairs in a text; single has one
-    asked: int = 2  # values of multi-value, keys of multi-query
+    asked: int = 2  # values that multi-value asks for, keys that multi-query asks for
     drill: int = 8  # keys of a multi-query of training, drawn with repetition; 0: as when held out
     shortest: int = 24  # tokens of the first training texts
-    alone: int = 200  # first batches, all multi-query: the most labels that need the key
+    alone: int = 200  # first batches, all multi-query: it has the most labels that need the key
     grow: int = 60  # batches from then on before the length doubles, until it is the full one
-    questions: int = 64  # held-out rows of each task and length
+    questions: int = 64  # held-out sequences of each task and length
 
     def __post_init__(self) -> None:
         positive = (
@@ -38,7 +38,7 @@ class NeedleConfig:
 
     @property
     def vocabulary(self) -> int:
-        """How many token ids the language has."""
+        """The number of token ids in the language."""
         return 1 + self.filler + self.keys + self.values
 
     @property

@@ -1,14 +1,17 @@
-"""A seed -> batches of questions about pairs that are hidden in a text: needles in a haystack, as token ids.
+"""Generates needle-in-a-haystack batches: questions about pairs hidden in a text of token ids.
 
-    id            0: the question mark; then `filler` ids that mean nothing, `keys` keys and `values` values
+    id            0: the question mark; then `filler` ids that mean nothing,
+                  `keys` keys and `values` values
     text          filler, with pairs  key value  at random places
-    single        one pair in the text                                      ? key value
-    multi-key     `needles` pairs                                           ? key value
-    multi-value   `needles` pairs, `asked` of them of one key               ? key value value ..    as they came
-    multi-query   `needles` pairs                                           ? key value key value ..
+    single        one pair in the text                        ? key value
+    multi-key     `needles` pairs                             ? key value
+    multi-value   `needles` pairs, `asked` of them of one     ? key value value ..
+                  key                                         in the order of the text
+    multi-query   `needles` pairs                             ? key value key value ..
 
-The question ends the row; its values are the only labels. Keys, values, places and filler are drawn anew for every row,
-no two pairs of a row share a value. The four tasks of RULER (arXiv 2404.06654) in the smallest language that has them.
+The question ends the sequence; its values are the only labels. Keys, values, places and filler are
+drawn anew for every sequence, no two pairs of a sequence share a value. The four tasks of RULER
+(arXiv 2404.06654) in the smallest language that has them. The same seed gives the same batches.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,26 +26,28 @@ from rorqual.data.needle_config import NeedleConfig
 
 TASKS = ("single", "multi-key", "multi-value", "multi-query")
 DEPTHS = 4  # equal parts of a text in which a needle may stand
-IGNORED = -100  # the label of what is no answer
+IGNORED = -100  # the label of ids that are no answers
 QUESTION = 0  # the id that ends a text
-_TRAINED, _HELD_OUT = 0, 1  # what is drawn for
+_TRAINED, _HELD_OUT = 0, 1  # the two purposes of a draw
 
 
 class Rows(NamedTuple):
-    """Texts with their questions: one id more than a batch is long, since labels stand one further on."""
+    """Texts with their questions, one id longer than a batch, since labels are shifted by one."""
 
     ids: Int[np.ndarray, "R L"]
     answers: Bool[np.ndarray, "R L"]  # where an id is a value that was asked for
-    places: Int[
-        np.ndarray, "R L"
-    ]  # of each answer: where in the text its pair begins; -1 elsewhere
+    # at each answer: where in the text its pair begins; -1 elsewhere
+    places: Int[np.ndarray, "R L"]
     text: int  # ids before the question mark
 
 
 def write(
     task: str, rows: int, length: int, config: NeedleConfig, generator: np.random.Generator, drill=0
 ) -> Rows:
-    """Rows of `length` + 1 ids. `drill`: keys that a multi-query asks for, drawn with repetition; 0: `asked` once."""
+    """Draws sequences of `length` + 1 ids for one task.
+
+    `drill`: keys that a multi-query asks for, drawn with repetition; 0: `asked` keys once.
+    """
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, expected one of {', '.join(TASKS)}")
     many = 1 if task == "single" else config.needles
@@ -66,7 +71,9 @@ def write(
     np.put_along_axis(ids, places, keys, 1)
     np.put_along_axis(ids, places + 1, values, 1)
     ids[:, text] = QUESTION
-    at = np.arange(text + 2, length + 1, 1 if task == "multi-value" else 2)  # of the answers
+    at = np.arange(
+        text + 2, length + 1, 1 if task == "multi-value" else 2
+    )  # positions of the answers
     ids[:, text + 1] = keys[:, 0]
     ids[:, at - 1] = np.take_along_axis(keys, asked, 1) if task != "multi-value" else ids[:, at - 1]
     ids[:, at] = np.take_along_axis(values, asked, 1)
@@ -78,22 +85,27 @@ def write(
 def _asked(
     task: str, rows: int, config: NeedleConfig, generator: np.random.Generator, drill: int
 ) -> np.ndarray:
-    """Which needles are asked for, in which order. Needles are numbered at random, so the first are as good as any."""
+    """Returns which needles each sequence asks for, in order.
+
+    Needles are numbered at random, so the first are as good as any.
+    """
     if task == "multi-query" and drill:
-        return generator.integers(
-            0, config.needles, (rows, drill)
-        )  # without repetition the last follow from the rest
+        # Without repetition the last answers would follow from the others.
+        return generator.integers(0, config.needles, (rows, drill))
     many = {"multi-value": config.asked, "multi-query": config.asked}.get(task, 1)
     return np.tile(np.arange(many), (rows, 1))
 
 
 def _distinct(rows: int, of: int, count: int, generator: np.random.Generator) -> np.ndarray:
-    """int64 [rows, count]: `count` different numbers below `of` in each row, in random order."""
+    """Returns int64 [rows, count]: `count` different numbers below `of`, in random order."""
     return np.argsort(generator.random((rows, of)), axis=1)[:, :count]
 
 
 def _places(rows: int, many: int, text: int, generator: np.random.Generator) -> np.ndarray:
-    """int64 [rows, many]: where pairs begin in a text of so many ids, no two overlapping, in random order."""
+    """Returns int64 [rows, many]: where pairs begin in a text of `text` ids.
+
+    No two pairs overlap, and their order is random.
+    """
     before = np.sort(
         generator.integers(0, text - 2 * many + 1, (rows, many)), axis=1
     ) + 2 * np.arange(many)
@@ -123,11 +135,13 @@ def _generator(seed: int, number: int, side: int) -> np.random.Generator:
 
 
 class NeedleStream:
-    """Endless training batches of one rank, with the face of `Stream`; batch n depends on (seed, n, rank) alone.
+    """Yields endless training batches of one rank, with the interface of `Stream`.
 
-    The first `alone` batches are multi-query, of `shortest` tokens a row. From then on all tasks have equally many
-    rows, but for what does not divide, and after every `grow` batches the tokens of a row double, up to `length`. A
-    batch has as many rows as fit into rows * length tokens.
+    Batch n depends on the seed, n, the rank and the number of ranks alone. The first `alone`
+    batches are multi-query, with sequences of `shortest` tokens. From then on all tasks have
+    equally many sequences, but for what does not divide, and after every `grow` batches the
+    sequence length doubles, up to `length`. A batch has as many sequences as fit into rows * length
+    tokens.
     """
 
     def __init__(
@@ -172,7 +186,7 @@ class NeedleStream:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _shares(self, rows: int) -> dict[str, int]:
-        """Rows of each task in this batch."""
+        """Returns the number of sequences of each task in this batch."""
         if self.number < self.config.alone:
             return {"multi-query": rows}
         shares = (
@@ -181,7 +195,7 @@ class NeedleStream:
         return {task: share for task, share in zip(TASKS, shares, strict=True) if share}
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON knows it."""
+        """Returns the position of the stream as JSON values."""
         return {"number": self.number}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -191,10 +205,11 @@ class NeedleStream:
 def held_out(
     config: NeedleConfig, task: str, length: int, rows: int = 16, rank: int = 0, world: int = 1
 ) -> Iterator[dict[str, Tensor]]:
-    """`questions` rows of one task and length, the same whatever was trained with which seed; a rank's share of them.
+    """Yields a rank's share of the `questions` sequences of one task and length.
 
-    Beside ids, labels and documents: `depths`, the part of the text in which the needle of each label stands, -1
-    where there is no label, and `tasks`, the place in TASKS. Every rank gets equally many batches, since they answer
+    They do not depend on the training or its seed. Beside ids, labels and documents: `depths`, the
+    part of the text in which the needle of each label stands, -1 where there is no label, and
+    `tasks`, the place in TASKS. Every rank gets equally many batches, since ranks evaluate
     together: a surplus one has no label.
     """
     number = TASKS.index(task)
@@ -207,14 +222,17 @@ def held_out(
 
 
 def chance(config: NeedleConfig) -> dict[str, float]:
-    """What a model scores that answers with any value of the text: 1 over their number, but for `single` all."""
+    """Returns the accuracy of answering with any value of the text.
+
+    It is 1 over the number of values in the text, and 1 for `single`.
+    """
     return {task: 1.0 if task == "single" else 1 / config.needles for task in TASKS}
 
 
 def exams(
     config: NeedleConfig, rows: int, length: int, rank: int = 0, world: int = 1
 ) -> dict[tuple[str, int], Iterator[dict[str, Tensor]]]:
-    """Held-out batches of every task at every one of `exam_lengths`."""
+    """Returns held-out batches of every task at every one of `exam_lengths`."""
     share = max(1, rows // world)
     lengths = exam_lengths(config, length)
     return {
@@ -223,12 +241,18 @@ def exams(
 
 
 def exam_lengths(config: NeedleConfig, length: int) -> tuple[int, ...]:
-    """Half of what was trained, where the needles have room, the whole, and twice that, which was never trained."""
+    """Returns half the trained length, if the needles fit into it, the whole, and twice that.
+
+    Twice the trained length never occurs in training.
+    """
     return (length // 2, length, 2 * length) if length // 2 >= config.room else (length, 2 * length)
 
 
 def grade(predicted: Int[Tensor, "B T"], batch: Mapping[str, Tensor]) -> Int[Tensor, "parts 2"]:
-    """Of the answers whose needles stand in each part of the text: how many are right, how many there are."""
+    """Counts right answers and all answers for each part of the text.
+
+    An answer belongs to the part of the text in which its needle stands.
+    """
     asked = batch["labels"] != IGNORED
     right = (predicted == batch["labels"])[asked].long()
     counts = torch.stack([right, torch.ones_like(right)], 1)
@@ -236,6 +260,6 @@ def grade(predicted: Int[Tensor, "B T"], batch: Mapping[str, Tensor]) -> Int[Ten
 
 
 def column(task: str, length: int, part: int | None = None) -> str:
-    """What an accuracy is called in a run's metrics; `part`: of the text, counted from 0."""
+    """Returns the name of an accuracy in a run's metrics; `part`: of the text, counted from 0."""
     name = f"accuracy_{task}_{length}"
     return name if part is None else f"{name}_part_{part}"

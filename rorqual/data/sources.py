@@ -1,13 +1,16 @@
-"""The name of a source in -> its raw texts out, undecoded and uncleaned, with licence and size.
+"""Finds a source by name and reads its raw texts, undecoded and uncleaned, with licence and size.
 
-    wordnet                        WordNet 3.0, bundled with rorqual
-    docstrings[:PACKAGE,...]       docstrings of the Python packages installed here; parsed, never imported
-    gcide                          the Collaborative International Dictionary of English, from Debian's dict-gcide
-    hf:NAME[:CONFIG[:SPLIT]]       a Hugging Face dataset, streamed
-    a file or folder               .txt, .md, .jsonl, .parquet
+    wordnet                      WordNet 3.0, bundled with rorqual
+    docstrings[:PACKAGE,...]     docstrings of the Python packages installed here; parsed, never
+                                 imported
+    gcide                        the Collaborative International Dictionary of English, from
+                                 Debian's dict-gcide
+    hf:NAME[:CONFIG[:SPLIT]]     a Hugging Face dataset, streamed
+    a file or folder             .txt, .md, .jsonl, .parquet
 
-`corpus.open_corpus` makes documents of them. A reader yields (place, bytes) and calls `skip(reason, place)` for all
-that it leaves out, so that nothing is lost in silence. Imports `files` beside it.
+`corpus.open_corpus` makes documents of them. A reader yields (place, bytes) and calls `skip(reason,
+place)` for all that it leaves out, so that everything left out is counted. Imports `files` beside
+it.
 """
 
 import ast
@@ -41,7 +44,10 @@ _DIGITS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Where texts come from. `bytes` is the size of what is read, None where nobody says; `stamp` changes with it."""
+    """Where texts come from.
+
+    `bytes` is the size of what is read, None where it is unknown; `stamp` changes with the texts.
+    """
 
     name: str
     license: str
@@ -51,9 +57,9 @@ class Source:
 
 
 def find(name: str, *, column: str = "text", longest: int = files.LONGEST) -> Source:
-    """The source of that name. Long files may come in pieces of `longest` bytes.
+    """Returns the source of that name. Long files may come in pieces of `longest` bytes.
 
-    ValueError, with the mend, for a source that is not there.
+    ValueError, with a hint, for a source that does not exist.
     """
     kind, _, rest = name.partition(":")
     if name == "wordnet":
@@ -138,12 +144,11 @@ def _docstrings(packages: list[str]) -> Source:
 
 
 def _licenses(chosen: Iterable[importlib.metadata.Distribution]) -> str:
-    """ "MIT (12), Apache-2.0 (7), ..." """
+    """Summarises the licences of packages, such as "MIT (12), Apache-2.0 (7), ..."."""
     counts: Counter[str] = Counter()
     for distribution in chosen:
-        said = (
-            distribution.metadata.get_all
-        )  # plain indexing by a field that is not there is deprecated
+        # Plain indexing by a field that is not there is deprecated.
+        said = distribution.metadata.get_all
         kinds = [
             kind.split(" :: ")[-1]
             for kind in said("Classifier", [])
@@ -161,7 +166,7 @@ def _licenses(chosen: Iterable[importlib.metadata.Distribution]) -> str:
 
 
 def _documented(path: Path, module: str, skip: Skip) -> list[tuple[str, str]]:
-    """(qualified name, docstring) of a module and of all that it defines, in the order of the file."""
+    """Returns (qualified name, docstring) of a module and its definitions, in the file's order."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an invalid escape in somebody's source
@@ -193,21 +198,21 @@ def _gcide(folder: Path) -> Source:
     index, packed = folder / "gcide.index", folder / "gcide.dict.dz"
     if not (index.is_file() and packed.is_file()):
         raise ValueError(
-            "got data 'gcide', which is not installed here, expected `apt install dict-gcide` before"
+            "got data 'gcide', which is not installed here, "
+            "expected `apt install dict-gcide` before"
         )
     return Source(
         name="Collaborative International Dictionary of English (Debian dict-gcide)",
         license="GPL-2.0-or-later",
-        bytes=struct.unpack("<I", packed.read_bytes()[-4:].rjust(4, b"\0"))[
-            0
-        ],  # gzip ends with the length
+        # The last four bytes of a gzip file are the length of its content.
+        bytes=struct.unpack("<I", packed.read_bytes()[-4:].rjust(4, b"\0"))[0],
         read=lambda skip: _entries(index, packed, skip),
         stamp=lambda: files.digest([index, packed], root=folder),
     )
 
 
 def _entries(index: Path, packed: Path, skip: Skip) -> Raw:
-    """Each entry of a dictd dictionary once, however many headwords lead to it."""
+    """Yields each entry of a dictd dictionary once, however many headwords refer to it."""
     try:
         with gzip.open(packed) as file:
             content = file.read()
@@ -229,12 +234,15 @@ def _entries(index: Path, packed: Path, skip: Skip) -> Raw:
 
 
 def _number(digits: str) -> int:
-    """dictd's base 64, most significant digit first."""
+    """Decodes dictd's base 64, most significant digit first."""
     return functools.reduce(lambda value, digit: value * 64 + _DIGITS[digit], digits, 0)
 
 
 def _entry(text: bytes) -> bytes:
-    """Paragraphs on one line each, without source marks such as [1913 Webster] on lines of their own, and braces."""
+    """Puts each paragraph of an entry on one line, without braces and source marks.
+
+    Source marks, such as [1913 Webster], are removed where they stand on lines of their own.
+    """
     lines = [line.strip() for line in text.split(b"\n")]
     joined = b"\n".join(line for line in lines if not re.fullmatch(rb"\[[^\[\]]*\]( \S+)?", line))
     plain = re.sub(rb" {2,}", b" ", re.sub(rb"(?<!\n)\n(?!\n)", b" ", joined))
@@ -263,7 +271,8 @@ def _hub(name: str, column: str) -> Source:
         raise ValueError(f"hf:{name}: {files.hub_reason(error)}") from error
     if rows.column_names is not None and column not in rows.column_names:
         raise ValueError(
-            f"hf:{name}: got column {column!r}, expected one of {', '.join(rows.column_names)} (--column)"
+            f"hf:{name}: got column {column!r}, "
+            f"expected one of {', '.join(rows.column_names)} (--column)"
         )
 
     def read(skip: Skip) -> Raw:

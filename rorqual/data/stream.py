@@ -1,14 +1,17 @@
-"""Documents in -> packed batches out, the same after any stop, on any number of ranks.
+"""Packs documents into batches, the same after any stop and on any number of ranks.
 
     stored      begin t1 .. tn, one document after another; flat files, two bytes an id, or four
-    epoch e     the documents in the order that (seed, e) draws; epochs follow each other without end
-    window w    the ids at w * length .. (w + 1) * length of that endless text; its labels stand one further on
+    epoch e     the documents in the order that (seed, e) draws; epochs follow each other
+                without end
+    window w    the ids at w * length .. (w + 1) * length of that endless text;
+                its labels are shifted by one
     row n       window W k + draw(seed, k)[n mod W],  k = n // W,  W = windows of an epoch
     batch s     rows  s * rows * world + rank * rows  ..  + rows - 1
 
-So in every epoch each token is read once, and foretold once but for `begin`: the label of a document's last token is
-`end`, whichever document follows; that of a row's last token, where its document goes on, is the first token of the
-next window. Many tokenizers have one token for both, <|end|>. Where the stream stands is one number, n. Imports
+A row is a sequence of a batch. So in every epoch each token is read once, and predicted once but
+for `begin`: the label of a document's last token is `end`, whichever document follows; that of a
+sequence's last token, where its document goes on, is the first token of the next window. Many
+tokenizers have one token for both, <|end|>. The position in the stream is one number, n. Imports
 `corpus` and `tokenizer` beside it.
 """
 
@@ -33,21 +36,25 @@ from rorqual.data.corpus import VALIDATION, Corpus, Side, place
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.io import flush, flush_folder
 
-IGNORED = -100  # the label of what is only padding
+IGNORED = -100  # the label of padding
 _FORMAT = 1
 _SIDES: tuple[Side, ...] = ("train", "validation")
 _BATCH_BYTES = 2**19  # of text handed to the tokenizer at once
-_ORDER, _WINDOWS = 0, 1  # what a draw is for
+_ORDER, _WINDOWS = 0, 1  # the two purposes of a draw
 
 Batch = dict[str, Int64[Tensor, "B T"]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tokens:
-    """One side of the split. Document d is ids[starts[d] : starts[d + 1]] and begins with the tokenizer's `begin_id`.
+    """One side of the split, as token ids.
 
-    ids: uint16 or uint32 [tokens]; starts: int64 [documents + 1]; sizes: int64 [documents], UTF-8 bytes of the text;
-    digest: of ids and starts.
+    Document d is ids[starts[d] : starts[d + 1]] and begins with the tokenizer's `begin_id`.
+
+        ids       uint16 or uint32 [tokens]
+        starts    int64 [documents + 1]
+        sizes     int64 [documents], UTF-8 bytes of the text
+        digest    of ids and starts
     """
 
     ids: np.ndarray
@@ -70,7 +77,10 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenFolder:
-    """A tokenised corpus on disk. `about`: name, license, bytes of the source, and what was skipped, by reason."""
+    """A tokenised corpus on disk.
+
+    `about`: name, license, bytes of the source, and what was skipped, by reason.
+    """
 
     path: Path
     train: Tokens
@@ -87,10 +97,12 @@ def tokenise(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> TokenFolder:
-    """The corpus in ids, below `folder`, under a name that changes with the documents and the tokenizer.
+    """Tokenises a corpus into a folder below `folder`.
 
-    What is there already is opened, not made again; half-written folders are never seen. `progress` is told the bytes
-    of text done so far. Sides are those of `Corpus.sided`. ValueError for a corpus of fewer than two documents.
+    The folder's name changes with the documents and the tokenizer. A folder that exists already is
+    opened, not made again; a half-written one never has that name. `progress` is called with the
+    bytes of text done so far. Sides are those of `Corpus.sided`. ValueError for a corpus of fewer
+    than two documents.
     """
     said = [_FORMAT, VALIDATION, corpus.fingerprint, tokenizer.backend.to_str(), tokenizer.end_id]
     said += [tokenizer.begin_id] * (tokenizer.begin_id != tokenizer.end_id)
@@ -109,7 +121,10 @@ def tokenise(
 
 
 def open_tokens(path: str | os.PathLike[str]) -> TokenFolder:
-    """A folder that `tokenise` wrote. ValueError for one that it did not, or that has been damaged since."""
+    """Opens a folder that `tokenise` wrote.
+
+    ValueError for any other folder, and for one that has been damaged since.
+    """
     found = _opened(Path(path))
     if found is None:
         raise ValueError(
@@ -119,7 +134,7 @@ def open_tokens(path: str | os.PathLike[str]) -> TokenFolder:
 
 
 def _put(beside: Path, path: Path) -> None:
-    """Gives the folder its name, unless another process was first; a damaged one makes room."""
+    """Renames the folder to its name, unless another process was first; replaces a damaged one."""
     for attempt in range(2):
         try:
             os.rename(beside, path)
@@ -172,7 +187,10 @@ def _write(
 
 
 def _ordered(sided: Iterable[tuple[Side, str]]) -> Iterator[tuple[Side, str]]:
-    """The nearest to validation so far waits until another validates: so token files were ordered from the first on."""
+    """Reorders texts so that the train text nearest to validation waits until another validates.
+
+    Token files have been ordered like this since the first version.
+    """
     held: str | None = None
     validated = False
     for side, text in sided:
@@ -227,7 +245,7 @@ class _Writer:
         starts = np.concatenate([np.zeros(1, np.int64), *self.lengths]).cumsum()
         sizes = np.concatenate([np.zeros(0, np.int64), *self.sizes])
         for name, array in (("starts", starts), ("sizes", sizes)):
-            # numpy's own writing to a file does not say that the disk is full
+            # numpy's own writing to a file raises no error when the disk is full
             whole = io.BytesIO()
             np.save(whole, array)
             self.path.with_suffix(f".{name}.npy").write_bytes(whole.getvalue())
@@ -266,7 +284,10 @@ def _side(path: Path, meta: dict[str, Any], side: str) -> Tokens:
 
 
 def _draw(seed: int, what: int, number: int, count: int) -> np.ndarray:
-    """int64 [count]: a permutation. Philox's raw bits and a stable sort are the same in every version of numpy."""
+    """Draws a permutation, int64 [count].
+
+    Philox's raw bits and a stable sort are the same in every version of numpy.
+    """
     bits = np.random.Philox(key=np.array([seed, 2 * number + what], dtype=np.uint64)).random_raw(
         count
     )
@@ -280,18 +301,17 @@ class _Order:
         starts = np.asarray(tokens.starts)
         self.documents = order
         self.ends = (starts[1:] - starts[:-1])[order].cumsum()
-        self.shift = (
-            starts[1:][order] - self.ends
-        )  # from a place in this order to the place in the file
+        # Added to a place in this order, the shift gives the place in the file.
+        self.shift = starts[1:][order] - self.ends
 
     def find(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Places in this order -> (places in the file, ranks of their documents)."""
+        """Returns the places in the file, and the ranks of the documents, of places in order."""
         ranks = np.searchsorted(self.ends, at, side="right")
         return at + self.shift[ranks], ranks
 
 
 def _windows_of(tokens: Tokens, rows: int, length: int, rank: int, world: int) -> int:
-    """Windows of one epoch; ValueError for numbers that make no batch."""
+    """Returns the number of windows of one epoch; ValueError for numbers that make no batch."""
     if rows < 1 or length < 1:
         raise ValueError(f"got rows={rows} and length={length}, expected at least 1 of each")
     if not 0 <= rank < world:
@@ -302,11 +322,13 @@ def _windows_of(tokens: Tokens, rows: int, length: int, rank: int, world: int) -
 
 
 class Stream:
-    """Endless training batches of one rank: {"ids", "labels", "documents"}, each int64 [rows, length].
+    """Yields endless training batches of one rank.
 
-    `documents` numbers the documents as they come, so two tokens belong together if and only if their numbers agree.
-    `rows` is per rank: rows * world rows of one stream are the same text, whatever the world. An iterator over itself;
-    state_dict() after a batch, and load_state_dict() of that elsewhere, goes on with the very next batch.
+    A batch is {"ids", "labels", "documents"}, each int64 [rows, length]. `documents` numbers the
+    documents as they come, so two tokens belong together if and only if their numbers agree.
+    `rows`, the batch size, is per rank: rows * world sequences of one stream are the same text,
+    whatever the world. An iterator over itself; state_dict() after a batch, and load_state_dict()
+    of that elsewhere, goes on with the very next batch.
     """
 
     def __init__(
@@ -329,7 +351,7 @@ class Stream:
 
     @property
     def total_batches(self) -> int:
-        """Batches of one epoch, the last of which reaches into the next."""
+        """The number of batches of one epoch, the last of which reaches into the next."""
         return -(-self._windows // (self.rows * self.world))
 
     def __iter__(self) -> "Stream":
@@ -345,7 +367,7 @@ class Stream:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON knows it."""
+        """Returns the position of the stream as JSON values."""
         return {
             "row": self._row,
             "seed": self.seed,
@@ -354,7 +376,10 @@ class Stream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """ValueError for the state of another text, seed or length; rows and world may have changed."""
+        """Moves to a saved position.
+
+        ValueError for the state of another text, seed or length; rows and world may have changed.
+        """
         for name, own in (
             ("seed", self.seed),
             ("length", self.length),
@@ -362,12 +387,13 @@ class Stream:
         ):
             if state[name] != own:
                 raise ValueError(
-                    f"stream: got a state with {name} {state[name]}, expected {own}; it cannot be resumed"
+                    f"stream: got a state with {name} {state[name]}, expected {own}; "
+                    "it cannot be resumed"
                 )
         self._row = int(state["row"])
 
     def _placed(self, rows: np.ndarray) -> np.ndarray:
-        """Numbers of rows -> numbers of windows."""
+        """Returns the numbers of the windows in these rows."""
         groups = rows // self._windows
         placed = np.empty_like(rows)
         for group in np.unique(groups):
@@ -379,7 +405,7 @@ class Stream:
         return placed
 
     def _read(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Places in the endless text -> (ids, numbers of documents)."""
+        """Returns the ids, and the numbers of the documents, at places in the endless text."""
         epochs = at // len(self.tokens)
         files, documents = np.empty_like(at), np.empty_like(at)
         for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
@@ -397,7 +423,7 @@ class Stream:
 
 
 def _kept(kept: dict[int, Any], number: int, make: Callable[[int], Any]) -> Any:
-    """What was made for this number before, or is made now; the four latest are remembered."""
+    """Returns the cached value of a number, or makes it; the four latest are cached."""
     if number not in kept:
         if len(kept) >= 4:
             del kept[next(iter(kept))]
@@ -408,11 +434,13 @@ def _kept(kept: dict[int, Any], number: int, make: Callable[[int], Any]) -> Any:
 def validation_batches(
     tokens: Tokens, rows: int, length: int, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
-    """Every token once, and foretold once but for begin, and each document's end, in batches as of `Stream`.
+    """Yields every token of a side once, in batches like those of `Stream`.
 
-    The documents come in an order drawn once and for all, so the first few batches are a fair sample; `documents` are
-    their numbers in `tokens` (with `tokens.sizes` for bits a byte). All batches have all rows, and all ranks equally
-    many batches: what is left over holds end_id with label -100 and document -1, so a rank may see no label at all.
+    Every token but `begin` is predicted once, and so is each document's end. The documents come in
+    an order drawn once and for all, so the first few batches are a fair sample; `documents` are
+    their numbers in `tokens` (with `tokens.sizes` for bits a byte). All batches have the full batch
+    size, and all ranks equally many batches: padding has end_id with label -100 and document -1, so
+    a rank may have no label at all.
     """
     windows = _windows_of(tokens, rows, length, rank, world)
     order = _Order(tokens, _draw(0, _ORDER, 0, tokens.documents))
@@ -428,7 +456,7 @@ def validation_batches(
 
 
 def _following(ids: np.ndarray, documents: np.ndarray, end_id: int) -> np.ndarray:
-    """[rows, length + 1] -> [rows, length]: the next id of the same document, or its end."""
+    """Returns labels, [rows, length], of [rows, length + 1]: the document's next id, or its end."""
     return np.where(documents[:, 1:] == documents[:, :-1], ids[:, 1:], end_id)
 
 

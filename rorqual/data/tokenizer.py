@@ -1,12 +1,15 @@
-"""Text in -> ids out; with them the canonical map, raw id -> number of all ids that read alike.
+"""Encodes text to token ids, and maps ids that read alike to one canonical id.
 
-    key(i)       = vocabulary string of i                             if its text holds U+FFFD, a piece of a character
-                 = strip(lower(no_accents(NFD(NFKC(text of i)))))     else; a lone blank stays one space
-                 = the text itself                                    if nothing is left
+    key(i)       = vocabulary string of i                           if its text holds U+FFFD,
+                                                                    a piece of a character
+                 = strip(lower(no_accents(NFD(NFKC(text of i)))))   else; a lone blank stays
+                                                                    one space
+                 = the text itself                                  if nothing is left
     canonical(i) = how many different keys came before key(i) first came
 
-Engram addresses its rows with canonical ids, so that "Apple", " apple" and "APPLE" recall alike: tokenizer compression,
-section 2.2 of Conditional Memory via Scalable Lookup, arXiv:2601.07372.
+Engram addresses its rows with canonical ids, so that "Apple", " apple" and "APPLE" look up the same
+rows: tokenizer compression, section 2.2 of Conditional Memory via Scalable Lookup,
+arXiv:2601.07372.
 """
 
 import json
@@ -33,7 +36,8 @@ def _normalizer() -> normalizers.Normalizer:
     steps = [
         normalizers.NFKC(),
         normalizers.NFD(),
-        normalizers.StripAccents(),  # categories Mn, Mc and Me; Mn alone gives 99,045 keys for DeepSeek-V3, not 98,627
+        # categories Mn, Mc and Me; Mn alone gives 99,045 keys for DeepSeek-V3, not 98,627
+        normalizers.StripAccents(),
         normalizers.Lowercase(),
         normalizers.Replace(Regex(r"[ \t\r\n]+"), " "),
         normalizers.Replace(Regex(r"^ $"), _BLANK),
@@ -44,10 +48,11 @@ def _normalizer() -> normalizers.Normalizer:
 
 
 def canonical_ids(backend: tokenizers.Tokenizer) -> np.ndarray:
-    """int32[V], from raw to canonical id, for any Hugging Face fast tokenizer (`fast.backend_tokenizer`).
+    """Returns int32[V], from raw to canonical id.
 
-    Canonical ids number the keys in order of first appearance over all raw ids, added tokens included. About two
-    seconds for 129,000 ids.
+    Takes any Hugging Face fast tokenizer (`fast.backend_tokenizer`). Canonical ids number the keys
+    in order of first appearance over all raw ids, added tokens included. About two seconds for
+    129,000 ids.
     """
     size = _size(backend)
     texts = backend.decode_batch([[i] for i in range(size)], skip_special_tokens=False)
@@ -61,20 +66,24 @@ def canonical_ids(backend: tokenizers.Tokenizer) -> np.ndarray:
 
 
 def _size(backend: tokenizers.Tokenizer) -> int:
-    """One more than the largest id; an unused id below it decodes to nothing."""
+    """Returns one more than the largest id; an unused id below it decodes to nothing."""
     return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 class Tokenizer:
-    """A fast tokenizer with the three ids that a language model needs: `begin_id`, `end_id` and `pad_id`.
+    """A fast tokenizer with `begin_id`, `end_id` and `pad_id`, the ids that a language model needs.
 
-    The text of a special token inside a document is text, not the token: nobody ends a document by writing about it.
+    The text of a special token inside a document is text, not the token: no document ends because
+    it contains that text.
     """
 
     def __init__(
         self, backend: tokenizers.Tokenizer, settings: Mapping[str, Any] | None = None
     ) -> None:
-        """`settings` is the content of a tokenizer_config.json; ValueError if it names tokens that do not exist."""
+        """Takes the content of a tokenizer_config.json as `settings`.
+
+        ValueError if it names tokens that do not exist.
+        """
         self.backend = backend
         self.settings = dict(settings or {})
         self.vocabulary = _size(backend)
@@ -107,13 +116,14 @@ class Tokenizer:
     def longest(self) -> int | None:
         """Bytes of the longest token: a text of n * longest + 1 bytes has more than n tokens.
 
-        None where that cannot be said: the tokenizer does not spell bytes, or drops some of a text.
+        None where there is no such bound: the tokenizer does not spell bytes, or drops some of a
+        text.
         """
         settings = json.loads(self.backend.to_str())
         parts = [*_parts(settings["normalizer"]), *_parts(settings["pre_tokenizer"])]
         kinds = {part["type"] for part in parts}
         removes = any(part.get("behavior") == "Removed" for part in parts)
-        # such a token takes spaces beside it, as many as there are
+        # such a token includes all spaces beside it
         removes |= any(token["lstrip"] or token["rstrip"] for token in settings["added_tokens"])
         if (
             removes
@@ -121,7 +131,7 @@ class Tokenizer:
             or not kinds <= {"ByteLevel", "Split", "Digits", "Punctuation", "NFC"}
         ):
             return None
-        # a letter of the vocabulary stands for a byte; added tokens are written as they read
+        # A letter of the vocabulary stands for a byte; an added token is its text itself.
         spelt = max(map(len, self.backend.get_vocab(with_added_tokens=False)), default=1)
         added = max(
             (len(token["content"].encode()) for token in settings["added_tokens"]), default=1
@@ -130,29 +140,32 @@ class Tokenizer:
         return max(spelt, added) * (3 if "NFC" in kinds else 1)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of the text, with no special token before or after."""
+        """Returns the ids of the text, with no special token before or after."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, on all cores."""
+        """Returns the ids of each text, on all cores."""
         return [
             found.ids
             for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         ]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids, special tokens written out; a piece of a character becomes U+FFFD."""
+        """Returns the text of the ids, with special tokens written out.
+
+        A piece of a character becomes U+FFFD.
+        """
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def token(self, i: int) -> str:
-        """The text of one id, or its vocabulary string where it is a piece of a character."""
+        """Returns the text of one id, or its vocabulary string if it is a piece of a character."""
         if not 0 <= i < self.vocabulary:
             raise ValueError(f"got id {i}, expected 0 to {self.vocabulary - 1}")
         text = self.decode([i])
         return (self.backend.id_to_token(i) if "\ufffd" in text else text) or text
 
     def templated(self) -> tokenizers.Tokenizer:
-        """A copy of the backend in which a text begins with `begin_id`, where special tokens are asked for."""
+        """Copies the backend; the copy begins a text with `begin_id` if it adds special tokens."""
         copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
         begin = copy.id_to_token(self.begin_id)
         copy.post_processor = processors.TemplateProcessing(
@@ -161,11 +174,11 @@ class Tokenizer:
         return copy
 
     def canonical_map(self) -> np.ndarray:
-        """int32[V]: see `canonical_ids`."""
+        """Returns int32[V]: see `canonical_ids`."""
         return canonical_ids(self.backend)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` loads too.
+        """Writes tokenizer.json and tokenizer_config.json, for `transformers.AutoTokenizer` too.
 
         A text that it encodes there begins with `begin_id`, as every text does in training.
         """
@@ -182,14 +195,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """From a folder, a tokenizer.json (with tokenizer_config.json beside it), or a Hugging Face hub id.
+        """Loads a folder, a tokenizer.json, or a Hugging Face hub id.
 
-        ValueError, naming the file, for one that is missing or is no tokenizer.
+        A tokenizer.json may have tokenizer_config.json beside it. ValueError, naming the file, for
+        one that is missing or is no tokenizer.
         """
         file = _find(path, "tokenizer.json")
         if file is None:
             raise ValueError(
-                f"got {os.fspath(path)!r}, expected a folder with tokenizer.json, that file, or a hub id"
+                f"got {os.fspath(path)!r}, "
+                "expected a folder with tokenizer.json, that file, or a hub id"
             )
         beside = file.parent if Path(path).exists() else path
         config = _find(beside, "tokenizer_config.json")
@@ -203,11 +218,15 @@ class Tokenizer:
 
     @classmethod
     def of(cls, fast: Any) -> "Tokenizer":
-        """From a transformers fast tokenizer, which keeps its own state. ValueError for one that is not fast."""
+        """Copies a transformers fast tokenizer, which keeps its own state.
+
+        ValueError for one that is not fast.
+        """
         backend = getattr(fast, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(
-                f"got {type(fast).__name__}, expected a fast tokenizer (one with a backend_tokenizer)"
+                f"got {type(fast).__name__}, "
+                "expected a fast tokenizer (one with a backend_tokenizer)"
             )
         names = {
             name: getattr(fast, name, None) for name in ("bos_token", "eos_token", "pad_token")
@@ -219,7 +238,7 @@ class Tokenizer:
 
 
 def _parts(settings: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """The steps of a normalizer or a pre-tokenizer, those of sequences in their places."""
+    """Lists the steps of a normalizer or a pre-tokenizer, with sequences flattened in place."""
     if settings is None:
         return []
     if settings["type"] != "Sequence":
@@ -229,7 +248,7 @@ def _parts(settings: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 
 
 def _find(path: str | os.PathLike[str], name: str) -> Path | None:
-    """The local file, fetched from the hub if `path` is the id of a repository there."""
+    """Returns the local file, fetched from the hub if `path` is the id of a repository there."""
     here = Path(path)
     if here.exists():
         file = here / name if here.is_dir() else here
@@ -248,7 +267,8 @@ def _find(path: str | os.PathLike[str], name: str) -> Path | None:
     except HFValidationError:
         return None
     except (EntryNotFoundError, OSError) as error:
-        # the hub says that the repository has no such file; the second one may be missing offline, too
+        # The repository has no such file, or is out of reach and its files are not cached. The
+        # optional tokenizer_config.json may be missing in either case.
         said_so = isinstance(error, EntryNotFoundError) and not isinstance(
             error, LocalEntryNotFoundError
         )
@@ -260,10 +280,11 @@ def _find(path: str | os.PathLike[str], name: str) -> Path | None:
 
 
 def train(documents: Iterable[str], vocabulary: int) -> Tokenizer:
-    """Byte-level BPE with one special token, "<|end|>" = id 0: beginning, end and padding of a document.
+    """Trains byte-level BPE with one special token, "<|end|>" = id 0.
 
-    Lossless: decode(encode(text)) == text. The vocabulary is smaller than asked for if the documents hold too few
-    pairs, so read `.vocabulary`. ValueError below 257 (256 bytes and the special token), and for no documents.
+    That token is beginning, end and padding of a document. Lossless: decode(encode(text)) == text.
+    The vocabulary is smaller than requested if the documents hold too few pairs, so read
+    `.vocabulary`. ValueError below 257 (256 bytes and the special token), and for no documents.
     """
     if vocabulary < _BYTES + 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Tables of rows that are looked up by id, on the device, in host memory or on a disk."""
+"""Stores tables of rows that are looked up by id: on the device, in host memory or on a disk."""
 
 from rorqual.tables.fp8 import dequantise, quantise, record_bytes
 from rorqual.tables.placement import TableConfig, hot_rows, open_table, open_tables

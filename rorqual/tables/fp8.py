@@ -1,4 +1,4 @@
-"""Rows as records of bytes: the formats that a table keeps its rows in.
+"""Converts rows to records of bytes, in the formats that a table stores, and back.
 
     float32     4 W bytes
     bfloat16    2 W bytes
@@ -22,13 +22,16 @@ BLOCK = 32  # values that share a scale
 FP8 = torch.float8_e4m3fn
 DTYPES = (torch.float32, torch.bfloat16, FP8)
 _BIAS = 127  # added to an exponent in its byte; a byte of 255 is no number
-_MIN_EXPONENT = -126  # of a scale that is written: a normal float32
-_LIMIT = 248 * 2.0**120  # would round to 2^128, which float32 does not have
+_MIN_EXPONENT = -126  # smallest exponent of a stored scale: a normal float32
+_LIMIT = 248 * 2.0**120  # values from here on round to 2^128, which float32 does not have
 _DECODED_TOGETHER = 1 << 16  # values, whose intermediate results stay in a core's cache
 
 
 def record_bytes(width: int) -> int:
-    """Bytes of an fp8 row of `width` values. ValueError unless the width is a multiple of 32."""
+    """Returns the bytes of an fp8 row of `width` values.
+
+    ValueError unless the width is a multiple of 32.
+    """
     if width < 1 or width % BLOCK:
         padded = max(1, -(-width // BLOCK)) * BLOCK
         raise ValueError(
@@ -39,7 +42,10 @@ def record_bytes(width: int) -> int:
 
 
 def width_of(record: int) -> int:
-    """The width of rows whose fp8 records have so many bytes. ValueError if there is none."""
+    """Returns the width of rows whose fp8 records have this many bytes.
+
+    ValueError if there is none.
+    """
     if record < 1 or record % (BLOCK + 1):
         raise ValueError(
             f"fp8: got records of {record} bytes, expected a multiple of {BLOCK + 1}:"
@@ -49,7 +55,10 @@ def width_of(record: int) -> int:
 
 
 def row_bytes(width: int, dtype: torch.dtype) -> int:
-    """Bytes of a row. ValueError for a dtype that no table has, or a width that fp8 cannot keep."""
+    """Returns the bytes of a row.
+
+    ValueError for a dtype that no table has, or a width that fp8 cannot store.
+    """
     if dtype not in DTYPES:
         known = ", ".join(str(dtype) for dtype in DTYPES)
         raise ValueError(f"table: got {dtype} rows, expected {known}")
@@ -57,14 +66,14 @@ def row_bytes(width: int, dtype: torch.dtype) -> int:
 
 
 def stored_as(values: Tensor) -> tuple[int, torch.dtype]:
-    """Width and dtype of stored rows: a matrix of numbers, or of fp8 records in bytes."""
+    """Returns width and dtype of stored rows: a matrix of numbers, or of fp8 records in bytes."""
     if values.dtype == torch.uint8:
         return width_of(values.shape[1]), FP8
     return values.shape[1], values.dtype
 
 
 def convert_rows(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Stored rows in another format: numbers, or fp8 records in bytes."""
+    """Converts stored rows to another format: numbers, or fp8 records in bytes."""
     width, stored = stored_as(values)
     if stored == dtype:
         return values
@@ -73,9 +82,10 @@ def convert_rows(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def quantise(values: Float[Tensor, "rows W"]) -> UInt8[Tensor, "rows record"]:
-    """fp8 records of W e4m3 bytes and W / 32 scale bytes; a block of zeros has scale 1.
+    """Converts rows to fp8 records of W e4m3 bytes and W / 32 scale bytes.
 
-    ValueError for a width that is no multiple of 32, and for nan, infinity and what rounds to it.
+    A block of zeros has scale 1. ValueError for a width that is no multiple of 32, and for nan,
+    infinity and what rounds to it.
     """
     rows, width = values.shape
     records = torch.empty(rows, record_bytes(width), dtype=torch.uint8, device=values.device)
@@ -101,7 +111,10 @@ def quantise(values: Float[Tensor, "rows W"]) -> UInt8[Tensor, "rows record"]:
 
 
 def _scales(codes: Tensor) -> Tensor:
-    """2^(code - 127) by its bits, since torch.compile does not know E8M0; 0 is subnormal."""
+    """Builds 2^(code - 127) from its bits, since torch.compile does not support E8M0.
+
+    Code 0 is subnormal.
+    """
     normal = (codes.int() << 23).view(torch.float32)
     return normal.masked_fill(codes == 0, 2.0**-127).masked_fill(codes == 255, torch.nan)
 
@@ -109,7 +122,7 @@ def _scales(codes: Tensor) -> Tensor:
 def dequantise(
     records: UInt8[Tensor, "*B record"], width: int, *, out: Float[Tensor, "*B W"] | None = None
 ) -> Float[Tensor, "*B W"]:
-    """float32 rows of fp8 records, written to `out` if it is given.
+    """Converts fp8 records to float32 rows, written to `out` if it is given.
 
     A scale byte of 255, and e4m3's nan, are nan. ValueError for records of another width.
     """
@@ -135,5 +148,5 @@ def dequantise(
 def lookup(
     records: UInt8[Tensor, "rows record"], ids: Int[Tensor, "*B"], width: int
 ) -> Float[Tensor, "*B W"]:
-    """float32 rows of these ids, from the records of a whole table."""
+    """Returns float32 rows of these ids, from the records of a whole table."""
     return dequantise(records[ids], width)

@@ -1,4 +1,4 @@
-"""Undo journal of rows that are trained in a file: brings them back to what they were at a mark.
+"""Keeps an undo journal of rows that are trained in a file, to restore them as of a mark.
 
     FOLDER/marks.json     the marks that the table can go back to, the newest last
     FOLDER/undo-STEP      after mark STEP, repeated: count, checksum, checksum of both, ids, records
@@ -26,7 +26,7 @@ _HEAD = struct.Struct("<QQ")  # rows of an entry, checksum of its ids and record
 _SEAL = struct.Struct("<Q")  # checksum of the head
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
-Write = Callable[[np.ndarray, np.ndarray], None]  # (ids, records)
+Write = Callable[[np.ndarray, np.ndarray], None]  # called with (ids, records)
 
 
 class Journal:
@@ -36,13 +36,13 @@ class Journal:
         self.folder = folder
         self.size = size
         self.keep = keep
-        self._recorded = np.zeros(rows, dtype=np.bool_)  # since the last mark
+        self._recorded = np.zeros(rows, dtype=np.bool_)  # rows recorded since the last mark
         self._file = -1
         path = folder / "marks.json"
         self.marks: list[int] = _read_marks(path) if path.is_file() else []
 
     def record(self, ids: np.ndarray, records: np.ndarray) -> None:
-        """Writes what these rows are now, except for rows that it has since the last mark.
+        """Records these rows as they are now, except rows recorded since the last mark.
 
         TableError if it cannot; the file is then as before, so that later entries can be read.
         """
@@ -83,9 +83,9 @@ class Journal:
             raise TableError(f"{path}: got {error.strerror}, expected room for notes") from error
 
     def mark(self, step: int) -> None:
-        """Names the table as it is on the disk now."""
+        """Makes the table as it is on the disk now a mark."""
         self.close()
-        # of an earlier mark of the same name
+        # A file of this name belongs to an earlier mark of the same step.
         (self.folder / f"undo-{step}").unlink(missing_ok=True)
         marks = [*(mark for mark in self.marks if mark < step), step]
         self._save(marks[-self.keep :])
@@ -93,7 +93,7 @@ class Journal:
             (self.folder / f"undo-{mark}").unlink(missing_ok=True)
 
     def rewind(self, step: int, write: Write, flush: Callable[[], None]) -> None:
-        """Writes back what rows were at mark `step`, newest entries first.
+        """Restores the rows as of mark `step`, newest entries first.
 
         TableError if there is no such mark, or its entries are damaged.
         """
@@ -112,7 +112,7 @@ class Journal:
             (self.folder / f"undo-{mark}").unlink(missing_ok=True)
 
     def _replay(self, path: Path, write: Write, newest: bool) -> None:
-        """Writes back all entries of a file; only that of the newest mark may be cut."""
+        """Writes back all entries of a file; only the file of the newest mark may be cut."""
         boot = _boot()
         with path.open("rb") as file:
             if file.read(len(boot)) != boot:
@@ -130,7 +130,7 @@ class Journal:
                 raise TableError(f"{path}: {got}, expected it as it was written")
 
     def _entry(self, path: Path, file: BinaryIO) -> tuple[np.ndarray, np.ndarray] | None:
-        """The next ids and records; None at the end, or where an entry is cut."""
+        """Reads the next ids and records; None at the end, or where an entry is cut."""
         head = file.read(_HEAD.size + _SEAL.size)
         if len(head) < _HEAD.size + _SEAL.size:
             return None
@@ -150,7 +150,7 @@ class Journal:
         self.marks = marks
 
     def close(self) -> None:
-        """Closes the file; rows are recorded anew afterwards."""
+        """Closes the file; afterwards rows are recorded anew."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -159,12 +159,12 @@ class Journal:
 
 
 def _boot() -> bytes:
-    """40 bytes that differ from one start of the machine to the next, where the system has them."""
+    """Returns 40 bytes that identify the machine's current boot, where the system has them."""
     return (_BOOT.read_bytes().strip() if _BOOT.is_file() else b"").ljust(40)
 
 
 def _read_marks(path: Path) -> list[int]:
-    """TableError for a file that is not a list of steps."""
+    """Reads the list of marks. TableError for a file that is not a list of steps."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

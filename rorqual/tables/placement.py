@@ -1,4 +1,4 @@
-"""Opens the tables of a run where a config places them."""
+"""Opens the tables of a run in the placement that its config names."""
 
 import os
 import re
@@ -19,13 +19,14 @@ from rorqual.tables.thread import BackgroundThread
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableConfig:
-    """Where a model's tables are. Rows keep the format of their files: a run's are float32."""
+    """The placement of a model's tables. Rows keep their files' format: a run's are float32."""
 
     placement: Placement = "device"
-    folder: str | None = None  # of tables 0, 1, ... in the order of the layers; None: the run's own
-    hot_bytes: int = 64 << 20  # of rows of a table on a disk that are cached
+    # folder of tables 0, 1, ... in the order of the layers; None: the run's own
+    folder: str | None = None
+    hot_bytes: int = 64 << 20  # bytes of cached rows of a table on a disk
     hot: str | None = None  # a file of row ids, most wanted first, cached for good
-    prefetch: bool = True  # on a background thread
+    prefetch: bool = True  # whether rows are fetched on a background thread
     shared: bool = False  # one copy in host memory for all processes of this node
 
     def __post_init__(self) -> None:
@@ -40,7 +41,7 @@ class TableConfig:
 
 
 def open_tables(folder: str | os.PathLike[str], count: int, config: TableConfig) -> list[Table]:
-    """The `count` tables of a run's folder; one thread fetches for all of them.
+    """Opens the `count` tables of a run's folder; one thread fetches for all of them.
 
     TableError for files that are missing or not sound.
     """
@@ -51,7 +52,7 @@ def open_tables(folder: str | os.PathLike[str], count: int, config: TableConfig)
 
 
 def table_places(folder: Path, count: int, config: TableConfig) -> list[tuple[Path, str]]:
-    """The file or folder of each table, and its tensor's name.
+    """Returns the file or folder of each table, and its tensor's name.
 
     Rows that were trained on a disk are in FOLDER/tables, others in the weights.
     """
@@ -64,7 +65,7 @@ def table_places(folder: Path, count: int, config: TableConfig) -> list[tuple[Pa
 
 
 def table_names(path: Path) -> list[str]:
-    """The tables in a file of weights, in the order of their layers."""
+    """Returns the names of the tables in a file of weights, in the order of their layers."""
     try:
         with safe_open(path, "pt") as file:
             keys = list(file.keys())
@@ -81,7 +82,10 @@ def open_table(
     hot: Tensor | None = None,
     thread: BackgroundThread | None = None,
 ) -> Table:
-    """One table. hot: row ids, most wanted first. thread: that of other tables."""
+    """Opens one table.
+
+    hot: row ids, most wanted first. thread: that of other tables.
+    """
     fetching = {"prefetch": config.prefetch, "thread": thread}
     if config.placement == "disk":
         return Table.of_file(path, name, cache_bytes=config.hot_bytes, cached_rows=hot, **fetching)
@@ -97,7 +101,10 @@ def open_table(
 
 
 def hot_rows(path: Path) -> dict[str, Tensor]:
-    """Row ids by the number of their table, most wanted first. TableError for another file."""
+    """Reads row ids by the number of their table, most wanted first.
+
+    TableError for another file.
+    """
     try:
         found = load_file(path)
     except (OSError, SafetensorError) as error:

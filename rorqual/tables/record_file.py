@@ -1,9 +1,9 @@
-"""Rows that are trained in a file, with the state of row-sparse Adam beside each.
+"""Stores rows that are trained in a file, with the state of row-sparse Adam beside each.
 
     FOLDER/records    for each row: values [W], averages of gradients [W] and of their squares [W],
                       number of updates
 
-One read brings all that an update needs, and one write keeps it. See journal.py for what a killed
+One read fetches all that an update needs, and one write stores it. See journal.py for what a killed
 process leaves.
 """
 
@@ -30,13 +30,16 @@ _KEPT = 4  # reads whose records are kept for an update; those of others are rea
 
 
 class RecordFile:
-    """float32 rows and their optimizer state in FOLDER/records; `keep` marks to go back to.
+    """float32 rows and their optimizer state in FOLDER/records, with `keep` marks to go back to.
 
     `read` and `replace` are called in order by one thread.
     """
 
     def __init__(self, folder: str | os.PathLike[str], rows: int, width: int, keep: int) -> None:
-        """`draw` fills a new folder. TableError for a folder of other sizes."""
+        """Opens the folder, or creates one that `draw` fills.
+
+        TableError for a folder of other sizes.
+        """
         self.folder = Path(folder)
         self.rows = rows
         self.width = width
@@ -54,27 +57,27 @@ class RecordFile:
         self._read: list[tuple[np.ndarray, np.ndarray]] = []
 
     def read(self, ids: Int[np.ndarray, " K"]) -> UInt8[Tensor, "K bytes"]:
-        """The values of rising ids; their records are kept for the update to come."""
+        """Returns the values of rising ids; their records are cached for the next update."""
         records = self.records(ids)
         self._read = [*self._read[1 - _KEPT :], (ids, records)]
         return torch.from_numpy(records[:, : 4 * self.width])
 
     def records(self, ids: Int[np.ndarray, " K"]) -> UInt8[np.ndarray, "K record"]:
-        """Whole records of rising ids."""
+        """Returns whole records of rising ids."""
         found = np.empty((len(ids), self.record_bytes), np.uint8)
         self._records.read(ids, found)
         return found
 
     def kept_records(self, ids: Int[np.ndarray, " K"]) -> UInt8[np.ndarray, "K record"] | None:
-        """The records of a recent `read` of the same ids, if nothing was written since."""
+        """Returns the records of a recent `read` of the same ids, if nothing was written since."""
         return next((records for known, records in self._read if np.array_equal(known, ids)), None)
 
     def updated(
         self, before: UInt8[np.ndarray, "K record"], gradient: Float[Tensor, "K W"], update: Update
     ) -> UInt8[np.ndarray, "K record"]:
-        """Records after one update."""
+        """Returns the records after one update."""
         after = before.view(np.float32).copy()
-        # as the update expects them: three matrices, and a vector of counts
+        # The update takes three matrices, and a vector of counts.
         parts = after[:, :-1].reshape(-1, 3, self.width).transpose(1, 0, 2)
         matrices = np.ascontiguousarray(parts)
         rows, first, second = torch.from_numpy(matrices).unbind()
@@ -90,7 +93,7 @@ class RecordFile:
         before: UInt8[np.ndarray, "K record"],
         after: UInt8[np.ndarray, "K record"],
     ) -> None:
-        """Writes new records, after the journal has the old ones."""
+        """Writes new records, after the journal has recorded the old ones."""
         self._journal.record(ids, before)
         self._records.write(ids, after)
         # records read before are out of date, those read from now on are not
@@ -98,19 +101,20 @@ class RecordFile:
 
     @torch.no_grad()
     def draw(self, std: float) -> None:
-        """Fills the table with normal numbers, as one draw from torch's generator gives them.
+        """Fills the table with normal numbers, the same as one draw from torch's generator.
 
         If it is filled already, the generator moves on and the rows stay.
         """
         filled = bool(self._journal.marks)
         if not filled:
-            # of a larger table that was never whole
+            # The file may have the records of a larger table that was never finished.
             os.ftruncate(self._records.file, 0)
         step = max(16, _DRAWN // self.width // 16 * 16)
         first = 0
         while first < self.rows:
             left = self.rows - first
-            # fewer than 16 rows at the end are drawn with those before: torch would draw others
+            # Fewer than 16 rows at the end are drawn with those before them: alone, torch would
+            # draw other numbers.
             count = left if left < step + 16 else step
             values = torch.randn(count, self.width) * std
             if not filled:
@@ -135,7 +139,7 @@ class RecordFile:
         self._journal.mark(step)
 
     def rewind(self, step: int) -> None:
-        """Brings rows and state back to mark `step`. TableError if they are not to be had."""
+        """Restores rows and state as of mark `step`. TableError if they are not available."""
         self._read = []
         self._journal.rewind(step, self._records.write, lambda: os.fsync(self._records.file))
 
@@ -152,7 +156,7 @@ def _release(file: int, journal: Journal, lock: BaseFileLock) -> None:
 
 
 def _open_alone(path: Path) -> tuple[int, BaseFileLock]:
-    """Opens a file that nothing else opens so until the lock is released or this process ends.
+    """Opens a file for one table only, until the lock is released or this process ends.
 
     TableError if another table has it, here or in another process. A fork does not keep the lock.
     """
@@ -160,7 +164,7 @@ def _open_alone(path: Path) -> tuple[int, BaseFileLock]:
         f"{path}: got rows that another table trains now, in this process or another;"
         " expected one at a time: close the other"
     )
-    # a finalizer may release it on any thread
+    # The lock is not thread-local, since a finalizer may release it on any thread.
     lock_path = path.with_name(path.name + ".lock")
     lock = acquired(lock_path, refusal, thread_local=False, error=TableError)
     return os.open(path, os.O_RDWR | os.O_CREAT | BINARY, 0o666), lock

@@ -1,4 +1,4 @@
-"""The files of a table: safetensors shards, checked before the first row and read by position.
+"""Reads the files of a table: safetensors shards, checked before the first row is read.
 
     table-00001-of-00004.safetensors    a matrix `rows`: float32, bfloat16, or bytes (fp8 records)
     first_row, rows_in_all              where the shard stands in its table
@@ -6,8 +6,9 @@
     xxh3_header                         a checksum of the header, with 16 zeros in its own place
     xxh3_per_mib                        a checksum of every 2^20 bytes of rows, 16 digits each
 
-A file that is not sound is refused with TableError, which names the file and the reason. Files are
-never mapped: one that is cut while it is read fails a call and not the process.
+Rows are read by position. A file that is not sound is refused with TableError, which names the file
+and the reason. Files are never mapped: one that is cut while it is read fails a call and not the
+process.
 """
 
 import json
@@ -31,14 +32,14 @@ from rorqual.tables.fp8 import BLOCK, FP8
 
 KINDS = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": FP8}
 FORMAT = "fp8-e4m3-e8m0-32"
-BLANK = "0" * 16  # in the place of the header's checksum while it is computed
-CHECKED_BYTES = 1 << 20  # that share a checksum
+BLANK = "0" * 16  # stands for the header's checksum while it is computed
+CHECKED_BYTES = 1 << 20  # bytes that share a checksum
 _PIECE = 1 << 18  # bytes that verification reads at a time: they stay in a core's cache
 _MAX_HEADER = 16 << 20  # bytes; a header has a few hundred, and 16 a MiB of rows
-_MAX_DIGITS = 20  # of a number of rows
+_MAX_DIGITS = 20  # digits of a number of rows
 _MAX_AXES = 64  # torch's limit; the product of a million sizes would take hours
-_ANNOUNCED = 512  # reads that one thread makes after it told the system of all of them
-_THREADS = 32  # that share more reads, so that the disk has many to choose from
+_ANNOUNCED = 512  # reads that one thread makes after announcing all of them to the system
+_THREADS = 32  # threads that share more reads, so that the disk can order many of them
 
 
 class TableError(ValueError):
@@ -75,7 +76,7 @@ class FileRows:
             list(threads.map(read, parts))
 
     def _read_at_once(self, target: memoryview, run: tuple[int, int, int]) -> bool:
-        """Reads what the system has in memory; False if that would take a wait."""
+        """Reads the bytes that the system has in memory; returns False if that would block."""
         place, size, at = run
         if self.file < 0 or not (hasattr(os, "preadv") and hasattr(os, "RWF_NOWAIT")):
             return False
@@ -86,13 +87,13 @@ class FileRows:
             return False
 
     def _announce(self, runs: list[tuple[int, int, int]]) -> None:
-        """Has the disk begin with several reads at once, where the system can."""
+        """Makes the disk start several reads at once, where the system can."""
         if len(runs) > 1 and self.file >= 0 and hasattr(os, "posix_fadvise"):
             for _, size, at in runs:
                 os.posix_fadvise(self.file, self.start + at, size, os.POSIX_FADV_WILLNEED)
 
     def read_bytes(self, into: memoryview, at: int) -> None:
-        """Fills `into` from byte `at` of the rows on."""
+        """Fills `into` with bytes from byte `at` of the rows on."""
         got = 0
         try:
             while self.file >= 0 and got < len(into):
@@ -111,7 +112,7 @@ class FileRows:
             )
 
     def write(self, ids: Int[np.ndarray, " K"], rows: UInt8[np.ndarray, "K bytes"]) -> None:
-        """Writes rows of rising ids. TableError names the row that found no place."""
+        """Writes rows of rising ids. TableError names the row that could not be written."""
         source = np.ascontiguousarray(rows).reshape(-1).data
         for place, size, at in _runs(ids, self.row_bytes):
             try:
@@ -123,7 +124,7 @@ class FileRows:
 
 
 def _runs(ids: np.ndarray, size: int) -> list[tuple[int, int, int]]:
-    """Neighbours among rising ids: their place in memory, bytes, and place in the file."""
+    """Returns runs of consecutive ids: their place in memory, bytes, and place in the file."""
     begins = np.flatnonzero(np.diff(ids, prepend=-2) != 1)
     counts = np.diff(begins, append=len(ids))
     columns = (begins * size, counts * size, ids[begins] * size)
@@ -138,11 +139,11 @@ class Shard(FileRows):
 
     def __init__(self, path: Path, name: str) -> None:
         try:
-            # opening a pipe would wait for a writer
+            # Without O_NONBLOCK, opening a pipe would wait for a writer.
             file = os.open(path, os.O_RDONLY | BINARY | getattr(os, "O_NONBLOCK", 0))
         except OSError as error:
             raise TableError(f"{path}: {error.strerror}") from error
-        # also closes the file of a table that is dropped
+        # The finalizer also closes the file of a table that is garbage-collected.
         self._close = weakref.finalize(self, os.close, file)
         try:
             self.metadata, entry, start = _header(path, file, name)
@@ -158,7 +159,10 @@ class Shard(FileRows):
         super().__init__(path, file, start, columns * self.dtype.itemsize)
 
     def damaged(self) -> list[int]:
-        """Numbers of the MiB that are not as they were written. TableError without checksums."""
+        """Returns the numbers of the MiB that are not as they were written.
+
+        TableError without checksums.
+        """
         size = self.rows * self.row_bytes
         noted = self.metadata.get("xxh3_per_mib", "")
         if len(noted) != 16 * -(-size // CHECKED_BYTES):
@@ -175,7 +179,7 @@ class Shard(FileRows):
             yield piece
 
     def rows_of(self, block: int) -> range:
-        """The rows of the table that lie in one MiB of this shard."""
+        """Returns the rows of the table that lie in one MiB of this shard."""
         first = block * CHECKED_BYTES // self.row_bytes
         end = min(-(-(block + 1) * CHECKED_BYTES // self.row_bytes), self.rows)
         shift = int(self.metadata["first_row"])
@@ -191,7 +195,10 @@ class RowFile:
     """A table's rows in one safetensors file, or in a folder of shards."""
 
     def __init__(self, path: str | os.PathLike[str], name: str = "rows") -> None:
-        """`name` is the tensor's. TableError for files that are not sound."""
+        """Opens and checks all shards; `name` is the tensor's.
+
+        TableError for files that are not sound.
+        """
         self.shards = open_shards(Path(path), name)
         first = self.shards[0]
         self.width = first.width
@@ -203,7 +210,7 @@ class RowFile:
         self._failed: np.ndarray | None = None
 
     def read(self, ids: Int[np.ndarray, " K"]) -> UInt8[Tensor, "K bytes"]:
-        """The rows of rising ids, as they are stored."""
+        """Returns the rows of rising ids, as they are stored."""
         raw = np.empty((len(ids), self.row_bytes), np.uint8)
         edges = np.searchsorted(ids, self._starts).tolist()
         for number, shard in enumerate(self.shards):
@@ -217,14 +224,14 @@ class RowFile:
         return torch.from_numpy(raw)
 
     def stored(self, first: int, end: int) -> Tensor:
-        """Rows first..end in the type they are stored in: numbers, or fp8 records in bytes."""
+        """Returns rows first..end in the type they are stored in: numbers, or fp8 in bytes."""
         raw = self.read(np.arange(first, end))
         return raw if self.dtype == FP8 else raw.view(self.dtype)
 
     def damage(self) -> str | None:
-        """Why rows can no longer be read, naming the file; None while they can.
+        """Returns why rows can no longer be read, naming the file; None while they can.
 
-        Looks whether each file is there and has its last row, and reads again what failed last.
+        Checks whether each file is there and has its last row, and reads again what failed last.
         """
         failed = self._failed
         try:
@@ -243,14 +250,14 @@ class RowFile:
         return None
 
     def drop_page_cache(self) -> None:
-        """Has the system drop these files from its memory, so that the disk itself is measured."""
+        """Makes the system drop these files from its memory, to measure the disk itself."""
         for shard in self.shards:
             os.fsync(shard.file)
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(shard.file, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def fill_page_cache(self) -> None:
-        """Has the system read these files whole, so that no row waits for the disk."""
+        """Makes the system read these files whole, so that no row waits for the disk."""
         buffer = memoryview(bytearray(CHECKED_BYTES))
         for shard in self.shards:
             at = 0
@@ -284,7 +291,7 @@ def verify(path: str | os.PathLike[str]) -> list[Damage]:
 
 
 def checksums(pieces: Iterable[memoryview]) -> Iterator[str]:
-    """16 hexadecimal digits for every MiB of bytes that come in pieces of any size."""
+    """Yields 16 hexadecimal digits for every MiB of bytes that come in pieces of any size."""
     digest = xxhash.xxh3_64()
     left = CHECKED_BYTES
     for piece in pieces:
@@ -302,7 +309,7 @@ def checksums(pieces: Iterable[memoryview]) -> Iterator[str]:
 
 
 def open_shards(path: Path, name: str) -> list[Shard]:
-    """The shards in order of their rows: one file, or every .safetensors file of a folder."""
+    """Opens the shards in order of their rows: one file, or every .safetensors file of a folder."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
         got = "got a folder without .safetensors files"
@@ -344,7 +351,10 @@ def _in_order(path: Path, shards: list[Shard]) -> list[Shard]:
 
 
 def _fp8_width(path: Path, metadata: Mapping[str, str], columns: int) -> int:
-    """The width of rows in fp8 records. TableError unless format and width fit the records."""
+    """Returns the width of rows in fp8 records.
+
+    TableError unless format and width fit the records.
+    """
     width = columns * BLOCK // (BLOCK + 1)
     claimed = (metadata.get("format"), metadata.get("width"))
     if claimed != (FORMAT, str(width)) or columns % (BLOCK + 1):
@@ -354,7 +364,7 @@ def _fp8_width(path: Path, metadata: Mapping[str, str], columns: int) -> int:
 
 
 def _header(path: Path, file: int, name: str) -> tuple[Mapping[str, str], Mapping[str, Any], int]:
-    """Metadata, the entry of tensor `name`, and the byte where it begins, all checked."""
+    """Returns metadata, the entry of tensor `name`, and the byte where it begins, all checked."""
     about = os.fstat(file)
     if not stat.S_ISREG(about.st_mode):
         raise TableError(f"{path}: got a folder, a device or a pipe, expected a safetensors file")
@@ -387,7 +397,7 @@ def _header(path: Path, file: int, name: str) -> tuple[Mapping[str, str], Mappin
 
 
 def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], Mapping[str, str]]:
-    """A header's entries by name, and its metadata, which must fit a checksum in them."""
+    """Returns a header's entries by name, and its metadata, which must fit a checksum in them."""
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_names)
     except (ValueError, RecursionError) as error:
@@ -416,7 +426,10 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _extent(path: Path, name: str, entry: Any) -> tuple[int, int]:
-    """Where a tensor's bytes begin and end. TableError for an entry that contradicts itself."""
+    """Returns where a tensor's bytes begin and end.
+
+    TableError for an entry that contradicts itself.
+    """
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         got = f"got an entry of {name!r:.60}"
         raise TableError(f"{path}: {got} without exactly dtype, shape and data_offsets")
@@ -435,7 +448,7 @@ def _extent(path: Path, name: str, entry: Any) -> tuple[int, int]:
 
 
 def _short(word: str) -> str:
-    """A foreign word as a part of one line."""
+    """Shortens a text from a file to a part of one line."""
     return repr(word[:40])[1:-1]
 
 

@@ -3,7 +3,7 @@
     rows -> rows in the table's format -> NAME.partial/table-00001-of-00004.safetensors, ... -> NAME
 
 Few rows are in memory at a time. A shard appears whole or not at all, and the table with its last
-shard. The same command goes on with a build that was stopped, after its last whole shard.
+shard. The same command resumes a build that was stopped, after its last whole shard.
 """
 
 import json
@@ -103,7 +103,7 @@ def draw_table(
         raise ValueError(f"table: got {got}, expected at least 1, 1, 0 and 0")
 
     def source(first: int, end: int) -> Tensor:
-        # torch's generator would use 32 bits of the seed
+        # NumPy's generator uses all bits of the seed; torch's would use 32.
         generator = np.random.default_rng([seed, first])
         values = generator.standard_normal((end - first, width), dtype=np.float32)
         return torch.from_numpy(values).mul_(std)
@@ -114,7 +114,7 @@ def draw_table(
 
 @dataclass
 class _Build:
-    """A table to be written. Without an origin nothing of a stopped build is used again."""
+    """A table to be written. Without an origin, nothing of a stopped build is used again."""
 
     rows: int
     width: int
@@ -135,7 +135,7 @@ class _Build:
         with _alone(partial):
             remove_partial(partial)
             if self.origin is None:
-                # nobody knows whether rows that a process had in memory are the same now
+                # Rows that a process had in memory may be others now.
                 _remove_shards(partial)
             try:
                 self._write_shards(partial)
@@ -145,7 +145,7 @@ class _Build:
                 raise
             partial.rename(folder)
             flush(folder.parent)
-            # last: until the table has its name, the same command goes on
+            # Removed last: until the table has its name, the same command can resume the build.
             (folder / _ORIGIN).unlink()
         return folder
 
@@ -162,7 +162,7 @@ class _Build:
         return rows
 
     def _begin(self, folder: Path) -> Path:
-        """The folder to write into. ValueError if it is taken, or the disk too small."""
+        """Returns the folder to write into. ValueError if it is taken, or the disk is too small."""
         if folder.name in ("", ".."):
             got = f"{str(folder)!r}, which has no name of its own"
             raise ValueError(f"got {got}, expected a new or empty folder's")
@@ -218,7 +218,7 @@ class _Build:
             yield raw
 
     def _header(self, first: int, end: int, sums: str) -> bytes:
-        """The bytes before the rows; as many whatever the checksums are."""
+        """Returns the bytes before the rows; their number does not depend on the checksums."""
         metadata = {
             "xxh3_header": BLANK,
             "first_row": str(first),
@@ -253,6 +253,7 @@ def _alone(partial: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # before the release, or two processes may lock two files of this name; Windows refuses
+            # Removed before the release, or two processes may lock two files of this name. Windows
+            # refuses to remove it.
             with suppress(OSError):
                 path.unlink()

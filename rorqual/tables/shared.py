@@ -1,7 +1,7 @@
-"""Copies a table's rows to memory: of one process, or of all processes of a node.
+"""Copies a table's rows to memory, of one process or shared by all processes of a node.
 
-A shared copy is a file in SHARED/rorqual-USER, named after what it is a copy of. Each process holds
-a lock on it until it ends; who opens a shared table next removes copies without a lock.
+A shared copy is a file in SHARED/rorqual-USER, named after its source. Each process holds a lock on
+it until it ends; the next process that opens a shared table removes copies without a lock.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ except ImportError:
 
 SHARED = Path("/dev/shm")
 _PART = 1 << 16  # rows copied at a time
-_PATIENCE = 3600.0  # seconds that another process may take to copy
+_PATIENCE = 3600.0  # timeout in seconds while another process copies
 
 
 def copy_rows(file: RowFile, into: Tensor | None = None) -> Tensor:
-    """All rows as they are stored, in new memory or in the bytes of `into`."""
+    """Copies all rows as they are stored, to new memory or to the bytes of `into`."""
     raw = torch.empty(file.rows * file.row_bytes, dtype=torch.uint8) if into is None else into
     rows = _typed(raw, file)
     for first in range(0, file.rows, _PART):
@@ -38,7 +38,7 @@ def copy_rows(file: RowFile, into: Tensor | None = None) -> Tensor:
 
 
 def shared_rows(file: RowFile, name: str) -> Tensor:
-    """All rows as they are stored, in memory that the processes of this node share."""
+    """Returns all rows as they are stored, in memory that the processes of this node share."""
     if fcntl is None or not SHARED.is_dir():
         expected = "expected a system with memory that processes share by name"
         raise ValueError(f"shared: got no {SHARED}, {expected}")
@@ -47,7 +47,7 @@ def shared_rows(file: RowFile, name: str) -> Tensor:
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise ValueError(f"shared: got {folder} of another user, expected a folder of this one")
     size = file.rows * file.row_bytes
-    # no copy of a file has the same
+    # A copy of a file has another inode and time, so it has another key.
     stats = [(str(shard.path.resolve()), shard.path.stat()) for shard in file.shards]
     stamps = [(path, about.st_ino, about.st_ctime_ns) for path, about in stats]
     key = hashlib.blake2b(repr((stamps, name, size)).encode(), digest_size=12).hexdigest()
@@ -63,7 +63,7 @@ def shared_rows(file: RowFile, name: str) -> Tensor:
                 raise ValueError(f"{file.shards[0].path}: {got}, expected {size:,} for the table")
             with atomic_write(copy) as beside:
                 copy_rows(file, _mapped(beside, size))
-        # never closed: the lock ends with this process
+        # The file is never closed: the lock ends with this process.
         fcntl.flock(os.open(copy, os.O_RDONLY), fcntl.LOCK_SH)
     return _typed(_mapped(copy, size), file)
 
@@ -73,13 +73,13 @@ def _mapped(path: Path, size: int) -> Tensor:
 
 
 def _typed(raw: Tensor, file: RowFile) -> Tensor:
-    """Bytes as rows in the type they are stored in."""
+    """Views bytes as rows in the type they are stored in."""
     rows = raw.view(file.rows, file.row_bytes)
     return rows if file.dtype == FP8 else rows.view(file.dtype)
 
 
 def _remove_unused(folder: Path, wanted: Path) -> None:
-    """Removes copies, but for `wanted`, whose last process has ended."""
+    """Removes copies whose last process has ended, but for `wanted`."""
     for path in folder.glob("*.rows"):
         if path == wanted:
             continue

@@ -1,4 +1,4 @@
-"""Memory for large results, used again once no tensor lies on it.
+"""Provides memory for large results, and reuses it once no tensor refers to it.
 
 The system maps a large tensor anew each time that it is made, and its new pages cost more than the
 rows that are written to them.
@@ -17,7 +17,7 @@ _LINE = 64  # bytes of a cache line, where rows begin
 
 
 class Staging:
-    """Hands out memory of any size. `pinned`: page-locked memory, from torch's cache."""
+    """Provides memory of any size. `pinned`: page-locked memory, from torch's cache."""
 
     def __init__(self, pinned: bool = False) -> None:
         self.pinned = pinned
@@ -25,11 +25,14 @@ class Staging:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type, tuple[bool]]:
-        """A copy starts without memory."""
+        """Makes a copy start without memory."""
         return Staging, (self.pinned,)
 
     def take(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        """An uninitialised [rows, width] on the CPU, which nothing else uses while a view lives."""
+        """Returns an uninitialised [rows, width] on the CPU.
+
+        Nothing else uses its memory while a view lives.
+        """
         size = rows * width * dtype.itemsize
         if self.pinned or size < _SMALL:
             return torch.empty(rows, width, dtype=dtype, pin_memory=self.pinned)
@@ -38,7 +41,10 @@ class Staging:
         return torch.from_numpy(lease).view(dtype).view(rows, width)
 
     def _lease(self, size: int) -> np.ndarray:
-        """Bytes of a free block. Tensors hold the array; the block is free when it dies."""
+        """Returns the bytes of a free block.
+
+        Tensors hold the array; the block is free when it dies.
+        """
         free = [place for place, (_, lease) in enumerate(self._blocks) if lease() is None]
         for place in free:
             block = self._blocks[place][0]
@@ -46,7 +52,7 @@ class Staging:
                 lease = block[:size]
                 self._blocks[place] = block, weakref.ref(lease)
                 return lease
-        # free ones are too small by now
+        # All free blocks are too small.
         for place in reversed(free):
             del self._blocks[place]
         whole = np.empty(size + _LINE, dtype=np.uint8)

@@ -4,8 +4,8 @@
     values = handle.wait()              [..., width], on the device of the ids
 
 Row ids follow from the text alone, so a model prefetches the rows of all layers before its first
-block and waits at each layer. A layer knows neither the placement nor the format: fp8 rows arrive
-as float32, and all placements give the same bits.
+block and waits at each layer. A layer depends on neither the placement nor the format: fp8 rows
+arrive as float32, and all placements give the same bits.
 
 Conditional Memory via Scalable Lookup, section 2.5, arXiv:2601.07372.
 """
@@ -38,7 +38,7 @@ _ID_TYPES = (torch.int64, torch.int32)
 
 
 class Handle(NamedTuple):
-    """Rows on their way; `wait()` returns them, [..., width]."""
+    """A fetch in progress; `wait()` returns its rows, [..., width]."""
 
     wait: Callable[[], Float[Tensor, "*B width"]]
 
@@ -70,10 +70,11 @@ class Table(nn.Module):
         prefetch: bool = True,
         thread: BackgroundThread | None = None,
     ) -> None:
-        """New rows are normal, with deviation 0.02; fp8 rows, which are not trained, are 0.
+        """Creates a table; new rows are normal, with deviation 0.02.
 
-        source: where the rows are already; a tensor, or one of the files. cache: of a `RowFile`.
-        prefetch: whether a background thread fetches. thread: that of other tables, to share it.
+        fp8 rows, which are not trained, are 0. source: where the rows are already; a tensor, or one
+        of the files. cache: of a `RowFile`. prefetch: whether a background thread fetches. thread:
+        that of other tables, to share it.
         """
         super().__init__()
         if rows < 1 or width < 1:
@@ -106,9 +107,9 @@ class Table(nn.Module):
             self._writing: Future[None] | None = None
 
     def _parameter(self, source: Tensor | RowFile | RecordFile | None) -> nn.Parameter | None:
-        """The parameter that has the rows, or has their gradients; None if they are read only."""
+        """Creates the parameter with the rows, or for their gradients; None if read only."""
         if self.placement == "disk":
-            # stands for the rows in gradients, and has one number in memory
+            # The parameter only receives gradients; it has one number in memory.
             gradients = torch.zeros(1, 1).expand(self.rows, self.width)
             return nn.Parameter(gradients) if self.trainable else None
         if isinstance(source, Tensor):
@@ -128,7 +129,7 @@ class Table(nn.Module):
     def of_values(
         cls, values: Shaped[Tensor, "rows stored"], *, shared: bool = False, **options: Any
     ) -> "Table":
-        """Read-only rows in host memory, from numbers or fp8 records.
+        """Makes a read-only table in host memory from numbers or fp8 records.
 
         shared: other processes have these values, too, so they are not copied to pinned memory.
         """
@@ -149,10 +150,11 @@ class Table(nn.Module):
         cached_rows: Int[Tensor, " H"] | None = None,
         **options: Any,
     ) -> "Table":
-        """Read-only rows on the disk: tensor `name` of a safetensors file, or a folder of shards.
+        """Opens read-only rows on the disk.
 
-        cached_rows: ids, most wanted first; as many of them as `cache_bytes` hold are read now and
-        stay in memory. Without them the rows that were used last do.
+        They are tensor `name` of a safetensors file, or a folder of shards. cached_rows: ids, most
+        wanted first; as many of them as `cache_bytes` hold are read now and stay in memory. Without
+        them the most recently used rows do.
         """
         if cache_bytes < 0:
             raise ValueError(f"table: got {cache_bytes} bytes of cached rows, expected at least 0")
@@ -171,13 +173,17 @@ class Table(nn.Module):
     def of_records(
         cls, folder: str | os.PathLike[str], rows: int, width: int, *, keep: int = 3, **options: Any
     ) -> "Table":
-        """Rows trained on the disk, with `keep` marks to go back to; `draw` fills a new folder."""
+        """Opens rows trained on the disk, with `keep` marks to go back to.
+
+        `draw` fills a new folder.
+        """
         return cls(rows, width, "disk", source=RecordFile(folder, rows, width, keep), **options)
 
     def prefetch(self, row_ids: Int[Tensor, "*B"]) -> Handle:
         """Starts fetching rows. ValueError for ids outside the table.
 
-        With gradients, those of rows elsewhere than `row_ids` are sparse, and come back to them.
+        With gradients, those of rows in another memory than `row_ids` are sparse, and are copied
+        back to the rows' memory.
         """
         if self.placement == "device" or (self.placement == "host" and row_ids.is_cpu):
             # nothing is nearer than this memory: rows are read when they are waited for
@@ -199,7 +205,7 @@ class Table(nn.Module):
         return Handle(wait)
 
     def _fetching(self, ids: Tensor) -> Callable[[], Tensor]:
-        """Starts a fetch; returns what waits for it."""
+        """Starts a fetch; returns a function that waits for it."""
         fetch = self._fetch if self.placement == "disk" else self._fetch_from_memory
         if not self._background:
             return lambda: fetch(ids)
@@ -217,7 +223,7 @@ class Table(nn.Module):
         return values
 
     def _fetch(self, ids: Tensor) -> Tensor:
-        """Rows from the cache, and from the file what is not there."""
+        """Returns rows from the cache, and from the file those that are not cached."""
         unique, places = np.unique(ids.reshape(-1).numpy(), return_inverse=True)
         with self._lock:
             rows, missing = self._cache.lookup(unique)
@@ -232,7 +238,7 @@ class Table(nn.Module):
         return self._ordered(rows, places)
 
     def _fetch_cached(self, ids: Tensor) -> Tensor | None:
-        """Rows from the cache; None if one of them is not there."""
+        """Returns rows from the cache; None if one of them is not there."""
         unique, places = np.unique(ids.reshape(-1).numpy(), return_inverse=True)
         with self._lock:
             rows, missing = self._cache.lookup(unique)
@@ -242,7 +248,7 @@ class Table(nn.Module):
         return self._ordered(rows, places)
 
     def _ordered(self, rows: Tensor, places: np.ndarray) -> Tensor:
-        """Different rows, as they are stored, as numbers in the order of the ids."""
+        """Converts distinct stored rows to numbers, in the order of the ids."""
         numbers = dequantise(rows, self.width) if self.dtype == FP8 else rows.view(self.dtype)
         return gather(numbers, torch.from_numpy(places), self.width, self._staging)
 
@@ -251,7 +257,7 @@ class Table(nn.Module):
             return self._lookup(ids)
 
     def _lookup(self, row_ids: Tensor) -> Tensor:
-        """Rows in memory, where the ids are too; with gradients if they are trained."""
+        """Looks up rows in memory, where the ids are too; with gradients if they are trained."""
         if self.placement == "host":
             self._count(row_ids.numel(), 0, row_ids.numel())
         if self.values is not None:
@@ -275,8 +281,11 @@ class Table(nn.Module):
         self._counts["bytes"] += read * self.row_bytes
 
     def metrics(self) -> dict[str, float]:
-        """Rows looked up, how many different, how many of these cached and their share, bytes read,
-        seconds waited; nothing for rows on the device."""
+        """Returns the counts of lookups; empty for rows on the device.
+
+        Rows looked up, how many different, how many of these cached and their share, bytes read,
+        seconds waited.
+        """
         if self.placement == "device":
             return {}
         return self._counts | {
@@ -287,7 +296,7 @@ class Table(nn.Module):
     def update(
         self, row_ids: Int[Tensor, " K"], gradient: Float[Tensor, "K W"], update: Update
     ) -> None:
-        """Updates rows on the disk, whose ids rise; they are written while the model computes on.
+        """Updates rows on the disk, whose ids rise; they are written while the model computes.
 
         update(rows, first, second, counts, which, gradient) changes the rows and their state in
         place. A write that fails raises TableError at the next call.
@@ -309,14 +318,14 @@ class Table(nn.Module):
         return self.file
 
     def _run(self, call: Callable[..., Any], *arguments: Any) -> "Future[Any]":
-        """Runs a call behind those before; waits for it if there is no prefetching."""
+        """Runs a call after those before it; waits for it if there is no prefetching."""
         future = self._thread.submit(call, *arguments)
         if not self._background:
             future.exception()
         return future
 
     def flush(self) -> None:
-        """Waits for a write that is under way. TableError if it failed."""
+        """Waits for a write in progress. TableError if it failed."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -326,23 +335,23 @@ class Table(nn.Module):
         self._record_file().draw(std)
 
     def mark(self, step: int) -> None:
-        """Makes rows on the disk able to come back to what they are now."""
+        """Makes the present rows on the disk a mark that `rewind` can restore."""
         self.flush()
         self._record_file().mark(step)
 
     def rewind(self, step: int) -> None:
-        """Brings rows on the disk back to a mark. TableError if they are not to be had."""
+        """Restores rows on the disk as of a mark. TableError if they are not available."""
         self.flush()
         self._record_file().rewind(step)
 
     def read_trained(self, first: int, end: int) -> Float[Tensor, "rows W"]:
-        """Rows first..end of a table that is trained on the disk."""
+        """Returns rows first..end of a table that is trained on the disk."""
         self.flush()
         values = self._record_file().records(np.arange(first, end))[:, : 4 * self.width]
         return torch.from_numpy(values.copy()).view(torch.float32)
 
     def damage(self) -> str | None:
-        """Why rows can no longer be read from their files; None while they can."""
+        """Returns why rows can no longer be read from their files; None while they can."""
         return self.file.damage() if isinstance(self.file, RowFile) else None
 
     def close(self) -> None:
@@ -360,7 +369,7 @@ class Table(nn.Module):
         return super()._apply(fn, recurse) if self.placement == "device" else self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """The state has rows in memory; those on the disk are in their files."""
+        """Saves rows in memory; those on the disk are in their files."""
         if self.placement != "disk":
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
@@ -370,7 +379,7 @@ class Table(nn.Module):
 
 
 class _SparseGradient(torch.autograd.Function):
-    """Passes fetched values on, and gives their gradient to the table's weight, row by row."""
+    """Passes fetched values on, and adds their gradient to the table's weight, row by row."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, values: Tensor, ids: Tensor) -> Tensor:
@@ -386,7 +395,10 @@ class _SparseGradient(torch.autograd.Function):
 
 
 def check_ids(row_ids: Tensor, rows: int) -> None:
-    """ValueError for ids outside 0..rows-1; on an accelerator an assertion that does not wait."""
+    """Raises ValueError for ids outside 0..rows-1.
+
+    On an accelerator it is an assertion that does not wait.
+    """
     if row_ids.dtype not in _ID_TYPES:
         raise ValueError(
             f"got row ids in {row_ids.dtype}, expected {_ID_TYPES[0]} or {_ID_TYPES[1]}"

@@ -1,4 +1,4 @@
-"""Commands that ask a trained model."""
+"""Tests the commands that run a trained model."""
 
 import io
 import json
@@ -58,7 +58,10 @@ def test_generate_with_drafts_says_the_same_and_how_many_stood(
     assert found["prompt"] + found["text"] + "\n" == plain
     assert tally["drafted"] == 2 * tally["rounds"] > 0
     assert tally["acceptance"] == pytest.approx(tally["accepted"] / tally["drafted"])
-    told = f"drafts: {tally['drafted']} in {tally['rounds']} forwards, accepted {tally['acceptance']:.0%}"
+    told = (
+        f"drafts: {tally['drafted']} in {tally['rounds']} forwards, "
+        f"accepted {tally['acceptance']:.0%}"
+    )
     assert told in said.err
 
 
@@ -315,7 +318,8 @@ def test_offline_the_hub_is_a_line(
     tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # which tests are started with
+    # All tests start with this variable.
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(words) == 1
     printed = capsys.readouterr().err.strip().splitlines()
     assert len(printed) == 1

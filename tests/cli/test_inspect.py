@@ -1,4 +1,4 @@
-"""Commands that look at text, runs and this machine."""
+"""Tests the commands that inspect text, runs and this machine."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The front door: what is loaded, what is said, which code it leaves with."""
+"""Tests the entry point: which modules it loads, what it prints, and its exit codes."""
 
 import shlex
 import subprocess
@@ -28,7 +28,8 @@ def test_help_loads_neither_torch_nor_the_converter() -> None:
 def test_the_package_loads_no_room_and_knows_its_names() -> None:
     done = run(
         "import sys; import rorqual as rq; assert not {'torch', 'numpy'} & set(sys.modules);"
-        "assert all(hasattr(rq, name) for name in rq.__all__); assert set(rq.__all__) <= set(dir(rq));"
+        "assert all(hasattr(rq, name) for name in rq.__all__); "
+        "assert set(rq.__all__) <= set(dir(rq));"
         "print(rq.__version__)"
     )
     assert done.returncode == 0, done.stderr

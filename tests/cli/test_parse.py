@@ -1,4 +1,4 @@
-"""Command lines into dataclasses, and what fits nothing into a line."""
+"""Tests parsing command lines into dataclasses, and one-line errors for all else."""
 
 import re
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The command about tables: what it writes, what it says, and the code that it leaves with."""
+"""Tests `rorqual table`: what it writes, what it prints, and its exit codes."""
 
 import json
 import shutil
@@ -60,8 +60,8 @@ def test_a_drawn_table_is_built_inspected_and_converted(
     assert main(["table", "inspect", one]) == 0
     printed = capsys.readouterr().out
     assert (
-        "1,000 rows of 64 values in float32, 256 bytes each, 256,000 bytes in 3 files, with checksums"
-        in printed
+        "1,000 rows of 64 values in float32, 256 bytes each, 256,000 bytes in 3 files, "
+        "with checksums" in printed
     )
     assert "rows 390 to 779" in printed
 
@@ -143,7 +143,8 @@ def test_mistakes_are_a_line(
 ) -> None:
     there = write_table(tmp_path / "there", torch.randn(4, 3))
     (tmp_path / "junk.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
-    save_file({"weight": torch.ones(2)}, tmp_path / "kept.safetensors")  # somebody's weights
+    # A file of weights, which must not be overwritten.
+    save_file({"weight": torch.ones(2)}, tmp_path / "kept.safetensors")
     new, shape = str(tmp_path / "new"), ["--rows", "3", "--width", "33"]
     for words, code, expected in (
         ([], 2, "expected one of build, inspect, verify, convert, hot, bench"),

@@ -1,4 +1,4 @@
-"""Commands that make or weigh models."""
+"""Tests the commands that train, plan and compare models."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def test_params_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_params_loads_no_torch(words: list[str]) -> None:
-    """Torch alone takes longer to load than the answer may."""
+    """Loading torch alone takes longer than the command should."""
     code = (
         f"import sys; from rorqual.cli.main import main; assert main(['params', *{words}]) == 0;"
         "print(sorted({'torch', 'numpy', 'transformers', 'jaxtyping'} & set(sys.modules)))"
@@ -107,7 +107,8 @@ def test_params_prints_every_digit_of_the_models_that_are_named(
     assert main(["params", *names, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found) == names
-    monkeypatch.setenv("COLUMNS", "80")  # of a terminal that has no room for all
+    # A terminal too narrow for the whole table.
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["params", *names]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == names
@@ -190,7 +191,8 @@ def test_plan_spends_one_budget(capsys: pytest.CaptureFixture[str]) -> None:
         found["engram"]["estimate"]["host_bytes"]
         == kept["weights"] + kept["gradients"] + kept["state"]
     )
-    for arm in ("moe", "engram", "dense"):  # the flags that are printed make what was planned
+    # The printed flags give the planned config.
+    for arm in ("moe", "engram", "dense"):
         planned = configs.from_dict(ModelConfig, found[arm]["config"])
         assert (
             parse(TrainConfig(model=preset("tiny")), found[arm]["flags"], "train").model == planned
@@ -231,9 +233,17 @@ def test_plan_makes_the_papers_models(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("count", "said"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (4_190_000, "4.19 MB"), (61e9, "61 GB"),
-                        (2.5e12, "2.5 TB"), (4.2e15, "4,200 TB")],
-)  # fmt: skip
+    ("count", "said"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (4_190_000, "4.19 MB"),
+        (61e9, "61 GB"),
+        (2.5e12, "2.5 TB"),
+        (4.2e15, "4,200 TB"),
+    ],
+)
 def test_sizes_have_three_digits(count: float, said: str) -> None:
     assert training.size(count) == said
 
@@ -307,8 +317,9 @@ def test_a_moved_run_is_trained_where_it_is(
     assert main(["train", str(tmp_path / "after"), "--steps", "5"]) == 0
     assert main(["train", str(tmp_path / "after"), "--folder", "elsewhere"]) == 0
     assert asked == [
-        TrainConfig(folder=str(tmp_path / "after"), seed=3, steps=5), TrainConfig(folder="elsewhere", seed=3)
-    ]  # fmt: skip
+        TrainConfig(folder=str(tmp_path / "after"), seed=3, steps=5),
+        TrainConfig(folder="elsewhere", seed=3),
+    ]
 
 
 def test_train_help_teaches(
@@ -351,7 +362,7 @@ def test_train_help_teaches(
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[TrainConfig]:
-    """What `rorqual train` would have trained, in a folder where nothing was."""
+    """Collects the configs that `rorqual train` would train, in an empty folder."""
     found: list[TrainConfig] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("rorqual.cli.train.refuse_too_large", lambda config: None)
@@ -419,7 +430,7 @@ OVERRIDES = {
 def test_what_is_asked_for_survives_yaml(
     capsys: pytest.CaptureFixture[str], overrides: list[tuple[str, Any]]
 ) -> None:
-    """And each value that is asked for is there, but for those that later ones replace."""
+    """Each typed value survives, too, but for those that later ones replace."""
     words = [f"{name}={_typed(value)}" for name, value in overrides]
     wanted = training.train_options(["tiny", *words])
     with tempfile.TemporaryDirectory() as folder:
@@ -559,9 +570,8 @@ def test_train_demo_and_sweep_begin_with_one_recipe(
             assert asked.pop().optim == recipe(preset(name).dim)
     assert recipe(64) != recipe(256)
     for words in (["train", "tiny"], ["sweep", "experts"]):
-        assert (
-            main([*words, "--model.dim", "128", "--optim.clip", "0.5"]) == 0
-        )  # of the width that is asked for
+        # The recipe is that of the width on the command line.
+        assert main([*words, "--model.dim", "128", "--optim.clip", "0.5"]) == 0
         assert asked.pop().optim == replace(recipe(128), clip=0.5)
     assert main(["train", "tiny", "--needles", "default"]) == 0
     assert asked.pop().optim == recipe(64, needles=True) != recipe(64)
@@ -579,7 +589,7 @@ def test_train_demo_and_sweep_begin_with_one_recipe(
 def test_a_run_that_goes_on_keeps_its_optimizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_run: Path
 ) -> None:
-    """Runs begun when another optimizer was the default are not refused for it."""
+    """Runs started when another optimizer was the default can still be resumed."""
     asked: list[Any] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
@@ -588,7 +598,8 @@ def test_a_run_that_goes_on_keeps_its_optimizer(
     old = TrainConfig(model=preset("tiny"), optim=OptimConfig(lr=4e-3), folder="runs/tiny")
     configs.save(old, "runs/tiny/train.json")
     assert main(["train", "tiny"]) == 0
-    assert asked.pop().optim == recipe(64)  # there is nothing to go on from
+    # There is no checkpoint to resume from.
+    assert asked.pop().optim == recipe(64)
     assert main(["train", "runs/tiny"]) == 0
     assert asked.pop() == old
     shutil.copy(small_run / "model.safetensors", "runs/tiny")

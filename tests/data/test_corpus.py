@@ -1,4 +1,4 @@
-"""Any source in -> clean, distinct documents out, and a count of everything else."""
+"""Tests that any source gives clean, distinct documents, and that all else is counted."""
 
 import json
 import random
@@ -187,7 +187,10 @@ def jaccard(a: str, b: str) -> float:
 
 
 def test_the_threshold_is_a_jaccard_similarity(tmp_path: Path) -> None:
-    """Decided right wherever the true similarity is well off the threshold (5 standard errors of 128 minima)."""
+    """Decisions are right wherever the true similarity is well off the threshold.
+
+    Well off means 5 standard errors of 128 minima.
+    """
     draw = random.Random(1)
     for trial in range(120):
         words = sentence(draw, 80)
@@ -296,7 +299,7 @@ def records(folder: Path, texts: list[str], **options) -> Corpus:
 def test_both_sides_of_the_smallest_corpus(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str]
 ) -> None:
-    """By `split`, unless that leaves a side empty: then the nearest alone validates."""
+    """`split` decides, unless that leaves a side empty: then the smallest place alone validates."""
     sided = list(records(tmp_path_factory.mktemp("few"), texts).sided())
     assert [text for _, text in sided] == texts
     plainly = [text for text in texts if split(text) == "validation"]

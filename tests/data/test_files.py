@@ -1,4 +1,4 @@
-"""Files of every kind and state in -> texts out, and a reason for all that is left out."""
+"""Tests reading files of every kind and state, and the reason for all that is left out."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from rorqual.data import files
 def read(
     path: Path, column: str = "text", longest: int = files.LONGEST
 ) -> tuple[list[str], Counter[str], list[str]]:
-    """(texts, reasons, places of what was left out)."""
+    """Returns texts, reasons, and places of what was left out."""
     reasons: Counter[str] = Counter()
     places: list[str] = []
 

@@ -1,4 +1,4 @@
-"""needle_config.py: the languages that are refused."""
+"""Tests which languages needle_config.py refuses."""
 
 import pytest
 

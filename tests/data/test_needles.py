@@ -1,4 +1,4 @@
-"""Every question can be answered from its text; a batch is its seed and number and nothing else."""
+"""Tests that each question can be answered from its text, and that seed and number fix a batch."""
 
 from itertools import islice
 
@@ -40,7 +40,7 @@ SMALL = NeedleConfig(
 
 
 def pairs(text: list[int], config: NeedleConfig) -> list[tuple[int, int]]:
-    """Key, value of every pair in a text, by reading it."""
+    """Reads key and value of every pair in a text."""
     first_key, first_value = 1 + config.filler, 1 + config.filler + config.keys
     return [
         (a, b) for a, b in zip(text, text[1:], strict=False) if first_key <= a < first_value <= b
@@ -211,7 +211,7 @@ def test_grades_count_by_the_part_of_the_text():
 
 
 def test_any_value_of_the_text_scores_what_chance_says():
-    """A reader that finds values and no keys, against the generator itself."""
+    """Compares `chance` with a reader that finds values and no keys, on the generator's texts."""
     config = NeedleConfig(questions=400)
     generator = torch.Generator().manual_seed(0)
     for task, expected in chance(config).items():

@@ -1,4 +1,4 @@
-"""The name of a source in -> raw texts out: WordNet, docstrings, gcide, and a dataset of the hub's library."""
+"""Tests reading raw texts: WordNet, docstrings, gcide, and a dataset of the hub's library."""
 
 import bz2
 import gzip
@@ -65,7 +65,8 @@ def test_the_licence_of_wordnet_lies_beside_it() -> None:
     ("line", "document"),
     [
         (
-            "00004258 03 n 02 living_thing 0 animate_thing 0 000 | a living  (or once living) entity ",
+            "00004258 03 n 02 living_thing 0 animate_thing 0 000 | a living  (or once living) "
+            "entity ",
             "living thing, animate thing: a living (or once living) entity",
         ),
         (
@@ -88,7 +89,8 @@ def test_a_synset_becomes_a_sentence(script: ModuleType, line: str, document: st
     [
         (
             "",
-            "got data '', expected wordnet, docstrings, gcide, hf:NAME, or a file or folder that exists",
+            "got data '', expected wordnet, docstrings, gcide, hf:NAME, "
+            "or a file or folder that exists",
         ),
         ("wordnett", "got data 'wordnett', expected wordnet"),
         ("no/such/file.txt", "expected wordnet"),
@@ -109,7 +111,7 @@ def test_a_source_that_is_not_there(name: str, message: str) -> None:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An installed package that must not be imported, with files that no parser likes."""
+    """Makes an installed package that must not be imported, with files that do not parse."""
     folder = tmp_path / "hostile"
     folder.mkdir()
     code = [
@@ -187,10 +189,11 @@ def number(value: int) -> str:
 
 @pytest.fixture
 def dictd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A dictionary of three entries, one of them under two headwords."""
+    """Writes a dictionary of three entries, one of them under two headwords."""
     entries = [
         "00-database-info\n   About.\n",
-        "Calx \\Calx\\, n.; pl. {Calxes}. [L.]\n   1. Quick-\n   lime.    --Ure.\n   [1913 Webster]\n\n   2. Ash.\n"
+        "Calx \\Calx\\, n.; pl. {Calxes}. [L.]\n   1. Quick-\n   lime.    --Ure.\n"
+        "   [1913 Webster]\n\n   2. Ash.\n"
         "      [PJC] Cam\n",
         "it\x92s\n   Bad.\n",
         "Dog \\Dog\\, n.\n   A friend.\n",

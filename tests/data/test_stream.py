@@ -1,4 +1,7 @@
-"""Documents -> token files -> batches: nothing lost or twice, the same after any stop and on any number of ranks."""
+"""Tests token files and batches: nothing is lost or doubled.
+
+Batches are the same after any stop and on any number of ranks.
+"""
 
 import json
 import os
@@ -34,7 +37,10 @@ def tokens(*documents: list[int], dtype: type = np.uint16) -> Tokens:
 
 
 def some(count: int, seed: int = 0) -> Tokens:
-    """Documents of 0 to 12 ids; document d holds ids of 100 d + 100 and on, so each id tells where it stands."""
+    """Makes documents of 0 to 12 ids.
+
+    Document d has ids of 100 d + 100 and on, so each id identifies its position.
+    """
     draw = np.random.default_rng(seed)
     return tokens(
         *[list(range(100 * d + 100, 100 * d + 100 + draw.integers(0, 13))) for d in range(count)]
@@ -58,7 +64,7 @@ def same(a: list[dict[str, torch.Tensor]], b: list[dict[str, torch.Tensor]]) -> 
 def windows(
     side: Tokens, length: int, count: int, seed: int = 3
 ) -> dict[int, tuple[list[int], list[int], list[int]]]:
-    """Number of the window -> (ids, labels, documents), through the stream's own order."""
+    """Returns (ids, labels, documents) by number of the window, in the stream's own order."""
     given = Stream(side, 1, length, seed)
     found = {}
     for row in range(count):
@@ -71,7 +77,7 @@ def windows(
 def endless(
     side: Tokens, length: int, epochs: int, seed: int = 3
 ) -> tuple[list[int], list[int], list[int]]:
-    """(ids, labels, documents) of that many epochs and a bit, in the order of the text."""
+    """Returns (ids, labels, documents) of a bit more than `epochs` epochs, in the text's order."""
     count = -(-len(side) * (epochs + 1) // length)
     group = -(-len(side) // length)
     found = windows(side, length, -(-count // group) * group, seed)
@@ -366,7 +372,7 @@ def test_a_stop_halfway_leaves_nothing(
 
 
 def test_two_at_once_agree(tmp_path: Path, small: Tokenizer) -> None:
-    """Another process finishes first: its folder stays."""
+    """If another process finishes first, its folder stays."""
 
     def other(done: int) -> None:
         tokenise(open_corpus(limit=50), small, tmp_path)
@@ -394,7 +400,7 @@ BEGIN = 8
 
 
 def two_tokens(*documents: list[int]) -> Tokens:
-    """`tokens` for a tokenizer whose begin is not its end."""
+    """Makes `tokens` for a tokenizer whose begin is not its end."""
     side = tokens(*documents)
     ids = side.ids.copy()
     ids[side.starts[:-1]] = BEGIN
@@ -445,7 +451,7 @@ def test_too_small_a_corpus_is_an_error(tmp_path: Path, small: Tokenizer) -> Non
 
 
 def test_no_file_is_ever_executed(tmp_path: Path, small: Tokenizer) -> None:
-    """A pickle where an array should be is refused."""
+    """A pickle in place of an array is refused."""
     found = tokenise(open_corpus(limit=50), small, tmp_path)
     np.save(found.path / "train.starts.npy", np.array([Path], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="got no whole token folder"):

@@ -1,4 +1,4 @@
-"""Texts in -> the ids, canonical ids and files that the tokenizer must make of them."""
+"""Tests the ids, canonical ids and files that the tokenizer makes of texts."""
 
 import hashlib
 import json
@@ -52,7 +52,10 @@ def test_canonical_map_is_the_authors(case: dict) -> None:
 
 
 def by_the_spec(backend: tokenizers.Tokenizer, size: int) -> list[int]:
-    """Canonical ids an id at a time, with Python's own unicodedata and no normalizer of the tokenizers library."""
+    """Computes canonical ids one id at a time.
+
+    It uses Python's own unicodedata, and no normalizer of the tokenizers library.
+    """
     numbers: dict[str, int] = {}
     found = []
     for i in range(size):
@@ -69,7 +72,7 @@ def by_the_spec(backend: tokenizers.Tokenizer, size: int) -> list[int]:
 
 
 def trained(kind: str) -> tokenizers.Tokenizer:
-    """A small tokenizer of each family that fast tokenizers come in."""
+    """Trains a small tokenizer of each family of fast tokenizers."""
     models, trainers = tokenizers.models, tokenizers.trainers
     pre, decoders = tokenizers.pre_tokenizers, tokenizers.decoders
     special = ["<unk>", "<s>"]
@@ -132,7 +135,10 @@ def test_map_of_every_family_is_the_specs(kind: str) -> None:
 
 @pytest.mark.engram
 def test_a_gap_in_the_ids_has_one_canonical_id() -> None:
-    """Ids that no token has decode to nothing; they share one number, and those after them keep their places."""
+    """Ids without a token decode to nothing.
+
+    They share one number, and the ids after them keep their places.
+    """
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 3, "A": 5}, "a"))
     assert backend.id_to_token(1) is None
     assert canonical_ids(backend).tolist() == [0, 1, 1, 2, 1, 0]
@@ -149,7 +155,7 @@ def test_map_of_any_tokens_is_the_specs(tokens: list[str]) -> None:
 
 
 def words(*vocabulary: str) -> tokenizers.Tokenizer:
-    """A tokenizer whose tokens are these strings, byte-level."""
+    """Makes a byte-level tokenizer whose tokens are these strings."""
     backend = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({word: i for i, word in enumerate(vocabulary)}, "Ġ")
     )
@@ -159,7 +165,8 @@ def words(*vocabulary: str) -> tokenizers.Tokenizer:
 
 @pytest.mark.engram
 def test_rules_of_the_map() -> None:
-    # Ġ is a blank, Ċ a line feed, Ã alone the first byte of two, Ã© is é, ÌĢ a combining grave alone
+    # Ġ is a blank, Ċ a line feed, Ã alone the first byte of two, Ã© is é,
+    # ÌĢ a combining grave alone.
     found = canonical_ids(
         words("Apple", "Ġapple", "APPLE", "Ġ", "ĊĊ", "ĠĠ", "Ã", "Ä", "Ã©", "e", "ÌĢ", "Ġa", "A")
     )
@@ -271,7 +278,7 @@ def test_missing_and_unreachable_are_refused(tmp_path: pathlib.Path) -> None:
 def test_a_repository_without_settings_loads(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hub says that there is no tokenizer_config.json; then there are no settings, and no error."""
+    """A hub repository without tokenizer_config.json has no settings, and raises no error."""
     errors, httpx = pytest.importorskip("huggingface_hub.errors"), pytest.importorskip("httpx")
     train(TEXTS, 300).save(tmp_path)
 
