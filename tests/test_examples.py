@@ -38,9 +38,8 @@ def test_the_example_runs(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_the_example_is_short(path: Path) -> None:
+def test_the_example_says_how_to_run_it(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 60
     assert f"python examples/{path.name}" in text
 
 
@@ -60,7 +59,6 @@ def test_retrofit_learns_with_both_arms_and_takes_them_off_again(tmp_path: Path)
     for arm, rate in found["best"].items():
         runs = [run for run in found["runs"] if run["arm"] == arm]
         assert max(runs, key=lambda run: run["choosing"])["rate"] == rate
-    assert len(RETROFIT.read_text(encoding="utf-8").splitlines()) < 300
 
 
 @pytest.mark.parametrize(

@@ -778,5 +778,9 @@ def test_compiled_as_eager() -> None:
     assert torch.equal(rows, rig.addresses(ids, where))
     hidden, memory = torch.randn(2, 17, 2, 8), torch.randn(2, 17, rig.config.memory_width)
     layer = rig.layers[0]
-    out = torch.compile(layer, fullgraph=True, backend="aot_eager")(hidden, memory, where)
+
+    def call(hidden: Tensor, memory: Tensor) -> Tensor:
+        return recalled(layer, hidden, memory, where)
+
+    out = torch.compile(call, fullgraph=True, backend="aot_eager")(hidden, memory)
     torch.testing.assert_close(out, recalled(layer, hidden, memory, where))

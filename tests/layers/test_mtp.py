@@ -7,11 +7,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rorqual.layers.basics import SwiGLU
+from rorqual.layers.context import Context, context
 from rorqual.layers.mtp import MTP, MTPConfig, ahead
+from rorqual.layers.streams import Streams
 
 
-def one_stream(x: Tensor, block: nn.Module) -> tuple[Tensor, None, str]:
-    return (x + block(x))[:, :, None], None, "routing"
+class Block(nn.Module):
+    """A residual feed-forward with the interface of a model's block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn = SwiGLU(6, 9)
+
+    def forward(self, x: Streams, ctx: Context) -> tuple[Streams, Context]:
+        return x.add(self.ffn(x.values)), ctx
 
 
 def normed(x: Tensor, weight: Tensor) -> Tensor:
@@ -19,17 +28,17 @@ def normed(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def test_is_the_formula_with_the_embedding_first() -> None:
-    module = MTP(6, 1e-6, SwiGLU(6, 9))
+    module, ctx = MTP(6, 1e-6, Block()), context(2, 5, "cpu")
     module.enorm.weight.data, module.hnorm.weight.data = torch.randn(6), torch.randn(6)
     hidden, embedded = torch.randn(2, 5, 6), torch.randn(2, 5, 6)
-    out, routing = module(hidden, embedded, one_stream)
+    out, aux = module(hidden, embedded, ctx)
     of_embedding, of_hidden = module.eh_proj.weight[:, :6], module.eh_proj.weight[:, 6:]
     joined = (
         normed(embedded, module.enorm.weight) @ of_embedding.T
         + normed(hidden, module.hnorm.weight) @ of_hidden.T
     )
-    torch.testing.assert_close(out, joined + module.block(joined))
-    assert routing == "routing"
+    torch.testing.assert_close(out, joined + module.block.ffn(joined))
+    assert aux is ctx
 
 
 def test_has_the_parts_that_are_published() -> None:
@@ -40,10 +49,10 @@ def test_has_the_parts_that_are_published() -> None:
 
 
 def test_depths_chain_and_every_depth_learns() -> None:
-    first, second = MTP(6, 1e-6, SwiGLU(6, 9)), MTP(6, 1e-6, SwiGLU(6, 9))
+    first, second, ctx = MTP(6, 1e-6, Block()), MTP(6, 1e-6, Block()), context(1, 4, "cpu")
     hidden = torch.randn(1, 4, 6, requires_grad=True)
-    one, _ = first(hidden, torch.randn(1, 4, 6), one_stream)
-    two, _ = second(one, torch.randn(1, 4, 6), one_stream)
+    one, _ = first(hidden, torch.randn(1, 4, 6), ctx)
+    two, _ = second(one, torch.randn(1, 4, 6), ctx)
     second.norm(two).square().sum().backward()
     learning = [*first.eh_proj.parameters(), *first.block.parameters(), *second.parameters()]
     assert all(
