@@ -166,7 +166,7 @@ class Memory(nn.Module):
         return host
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module, after a memory that PEFT froze with the host is made trainable again."""
+        """As of any module, after a memory that PEFT froze with the host is made trainable."""
         self._undo_freezing()
         return super().named_modules(*args, **kwargs)
 
@@ -208,7 +208,7 @@ class Memory(nn.Module):
     def _before(
         self, body: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        """Hashes the ids once and prefetches the rows of all layers, before the host's body runs."""
+        """Hashes the ids once and prefetches the rows of all layers, before the body runs."""
         if args:
             kwargs = (
                 dict(zip(inspect.signature(body.forward).parameters, args, strict=False)) | kwargs
@@ -390,17 +390,18 @@ def attach(
     zero: str = "values",
     **options: Any,
 ) -> Memory:
-    """Adds an Engram before the blocks `layers` of a transformers causal model, or PEFT's model of one.
+    """Adds an Engram before the blocks `layers` of a transformers causal model.
 
-    Returns the memory. tokenizer: the model's, ours or a fast one of transformers. `options` are
-    EngramConfig's other fields (rows_per_head, heads, head_dim, ...). Logits are unchanged, bit for
-    bit, until the memory is trained; the host's parameters are frozen, but not PEFT's adapters. Its
-    rows have dense gradients, which every optimizer accepts; rorqual's own uses sparse ones, for
-    the rows that were read, during its steps. `zero`: what is 0 at first, "values" (W_v) or "rows".
-    With "rows", text whose n-grams were never trained keeps its logits, bit for bit, unless its
-    hashes collide with trained rows. The memory has the model's device and dtype; of a model in
-    bfloat16 it is better trained in float32 (`memory.float()`). ValueError for a model whose blocks
-    cannot be found or have several residual streams, or layers that it does not have.
+    It returns the memory. The model may also be PEFT's around a causal model. tokenizer: the
+    model's, ours or a fast one of transformers. `options` are EngramConfig's other fields
+    (rows_per_head, heads, head_dim, ...). Logits are unchanged, bit for bit, until the memory is
+    trained; the host's parameters are frozen, but not PEFT's adapters. Its rows have dense
+    gradients, which every optimizer accepts; rorqual's own uses sparse ones, for the rows that were
+    read, during its steps. `zero`: what is 0 at first, "values" (W_v) or "rows". With "rows", text
+    whose n-grams were never trained keeps its logits, bit for bit, unless its hashes collide with
+    trained rows. The memory has the model's device and dtype; of a model in bfloat16 it is better
+    trained in float32 (`memory.float()`). ValueError for a model whose blocks cannot be found or
+    have several residual streams, or layers that it does not have.
     """
     ours = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.of(tokenizer)
     known = {field.name for field in dataclasses.fields(EngramConfig)} - {"layers"}
