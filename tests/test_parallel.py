@@ -326,7 +326,10 @@ def ranks_of(launcher: int) -> dict[int, int]:
     not Path("/proc/self/environ").exists(), reason="a process is found by its environment"
 )
 def test_a_killed_rank_is_started_again_and_ends_with_the_same_losses(folder):
-    """Compares a `rorqual launch` run, with kill -9 of a rank in its middle, to an undisturbed one."""
+    """Compares a `rorqual launch` run with an undisturbed one.
+
+    One rank of it gets kill -9 in the middle of the run.
+    """
     config = replace(config_of(folder, "launched"), steps=12, save_every=4)
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",

@@ -1,4 +1,4 @@
-"""Tests Engram on models of transformers: identity at first, training, decoding, saving, removal."""
+"""Tests Engram on models of transformers: identity at first, training, decoding, files, removal."""
 
 import copy
 import gc

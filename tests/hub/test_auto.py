@@ -1,4 +1,4 @@
-"""Tests the transformers wrapper: equal logits, its cache, every way to generate, saving, loading."""
+"""Tests the transformers wrapper: equal logits, its cache, generation, saving and loading."""
 
 import copy
 import shutil
@@ -312,7 +312,7 @@ def test_training_with_rows_elsewhere_is_refused(home, small_run, tmp_path):
 
 
 def test_a_run_folder_opens_in_transformers(small_run, tmp_path):
-    """Opens the model, the tokenizer and a pipeline with the run's output by its own config.json."""
+    """Opens the model, the tokenizer and a pipeline with the run's output by its config.json."""
     run, ids = load(small_run, device="cpu"), torch.tensor([PROMPTS[0]])
     config = AutoConfig.from_pretrained(small_run)
     assert isinstance(config, RorqualConfig) and config.model == run.config

@@ -234,7 +234,10 @@ def test_dequantise_scales_block_by_block(shape):
 
 
 def quantise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Converts projections to float8 with 128 x 128 scales, as V3 is published; the rest to bfloat16."""
+    """Converts projections to float8 with 128 x 128 scales, as V3 is published.
+
+    The rest becomes bfloat16.
+    """
     out = {}
     for name, tensor in tensors.items():
         if "_proj" not in name:
@@ -339,7 +342,8 @@ import sys, torch
 from rorqual.hub import checkpoints
 checkpoints.load(sys.argv[1]); checkpoints.WINDOW = 8 << 20
 def status(name):
-    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(name))
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") \
+if line.startswith(name))
 open("/proc/self/clear_refs", "w").write("5")
 before = status("VmRSS")
 model = checkpoints.load(sys.argv[2])

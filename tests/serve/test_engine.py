@@ -111,7 +111,10 @@ PARTS = {
 
 
 def come_and_go(model, lengths: list[int], seed: int) -> None:
-    """Requests arrive while others run, at most three at once; each must get the ids it gets alone."""
+    """Requests arrive while others run, at most three at once.
+
+    Each must get the ids that it gets alone.
+    """
     draw, engine, requests = random.Random(seed), Engine(model, rows=3), []
     asked = [
         ([draw.randrange(61) for _ in range(length)], draw.randrange(2, 9)) for length in lengths

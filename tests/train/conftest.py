@@ -1,4 +1,4 @@
-"""Shared fixtures of the training tests: a small model, steps that train it, a small text, a run."""
+"""Shared fixtures of the training tests: a small model and steps that train it, a text, a run."""
 
 import json
 from collections.abc import Callable
