@@ -294,7 +294,7 @@ def _gated(gate, up, out, factor):  # pragma: no cover
 def _experts_in(place, sizes, hidden, chosen, weights, inner, begin, end):  # pragma: no cover
     """Writes inner[k, begin:end] = weight_k silu(gate) up.
 
-    These are this thread's columns of every routed expert.
+    These are this thread's columns of every selected expert.
     """
     width, both = sizes.width, np.empty(2 * sizes.width, np.float32)
     every = at(place[GATE_UP], sizes.experts * sizes.dim, 2 * width)
@@ -308,7 +308,7 @@ def _experts_in(place, sizes, hidden, chosen, weights, inner, begin, end):  # pr
 
 @compiled
 def _feed_forward(place, sizes, x, wide, shared, clocks, me, phase):  # pragma: no cover
-    """Adds SwiGLU(norm(x)), dense or shared, and the routed experts to x. Two barriers."""
+    """Adds SwiGLU(norm(x)), dense or shared, and the selected experts to x. Two barriers."""
     threads, hidden = clocks.shape[0], np.empty(sizes.dim, np.float32)
     norm(x, at(place[FFN_NORM], 1, sizes.dim)[0], sizes.eps, hidden)
     inner, plain = shared[3:], shared[2, :wide]
