@@ -260,7 +260,7 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
-            # A thread for each core would use address space that the template may not exceed.
+            # A thread for each core would use address space that the memory limit counts.
             env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2"},
         )
         weakref.finalize(self, process.kill)
