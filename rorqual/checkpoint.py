@@ -1,13 +1,13 @@
-"""Checkpoints of a training run, and the folder of a finished model.
+"""Saves and loads checkpoints of a training run, and the folder of a finished model.
 
     stepN/rank*.json             everything but tensors, as JSON
-    stepN/*.safetensors          tensors, by torch.distributed.checkpoint, from one process or many
+    stepN/*.safetensors          tensors, by torch.distributed.checkpoint, from one process or more
     stepN/digest.json            size and SHA-256 of each of these files
 
 A checkpoint is written to stepN.partial, flushed to the disk and renamed, so a process that is
 killed at any moment leaves the checkpoint before it. It is verified before use. Nothing in it is
 ever executed: only JSON and safetensors are opened. Pickles in the folder (`.pt`, `.metadata`) are
-not looked at.
+never read.
 """
 
 import base64
@@ -52,19 +52,19 @@ from rorqual.runtime import log
 from rorqual.tables import TableConfig, open_tables
 
 DIGEST = "digest.json"
-UNDER_WAY = ".unfinished"  # in a run's folder until its model is written
-BEST = "best"  # beside stepN: the weights with the lowest validation loss, and nothing else
+UNDER_WAY = ".unfinished"  # a file in a run's folder until its model is written
+BEST = "best"  # beside stepN: only the weights, of the lowest validation loss
 FORMAT = "rorqual-state-1"
-# What config.json says beside ModelConfig's fields, by which transformers knows a run folder.
+# The fields of config.json beside ModelConfig's, by which transformers recognizes a run folder.
 KIND: Mapping[str, Any] = {"model_type": "rorqual", "architectures": ["RorqualForCausalLM"]}
 SPECIAL = {"bos_token_id": "begin_id", "eos_token_id": "end_id", "pad_token_id": "pad_id"}
-_MODEL = "model."  # the beginning of the names of a model's tensors in a checkpoint
+_MODEL = "model."  # the prefix of a model's tensors in a checkpoint
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Damaged(ValueError):
-    """A checkpoint does not hold what was written; the message names the file."""
+    """A checkpoint does not contain what was written; the message names the file."""
 
 
 def save_state(
@@ -99,7 +99,7 @@ def save_state(
             replace_folder(partial, folder)
         _barrier(group)
     except BaseException:
-        # On a full disk its space is needed.
+        # On a full disk the space of the partial folder is needed.
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -153,7 +153,7 @@ def _read_values(folder: Path, rank: int = 0) -> Any:
 
 
 def is_checkpoint(folder: str | os.PathLike) -> bool:
-    """Whether a folder holds a checkpoint that was finished; `verify` checks its bytes."""
+    """Whether a folder is a checkpoint that was finished; `verify` checks its bytes."""
     return (Path(folder) / DIGEST).is_file()
 
 
@@ -211,8 +211,8 @@ def steps(folder: str | os.PathLike) -> list[tuple[int, Path]]:
 def latest(folder: str | os.PathLike) -> Path | None:
     """Returns the newest good checkpoint in a folder, or None if there is no checkpoint at all.
 
-    A good one is whole, as `verify` finds, and all its numbers are finite. Others are logged. If
-    none is good it raises Damaged: starting again would hide that.
+    A good one passes `verify`, and all its numbers are finite. Others are logged. If none is good
+    it raises Damaged: starting again would hide that.
     """
     error: Damaged | None = None
     for _, path in reversed(steps(folder)):
@@ -225,7 +225,8 @@ def latest(folder: str | os.PathLike) -> Path | None:
             log(f"{damage}; trying the checkpoint before it")
     if error is not None:
         raise Damaged(
-            f"{folder}: every checkpoint is damaged (last: {error}); move the folder away to start again"
+            f"{folder}: every checkpoint is damaged (last: {error}); "
+            "move the folder away to start again"
         )
     return None
 
@@ -237,7 +238,8 @@ def _check_finite(folder: Path) -> None:
             for name in file.keys():  # noqa: SIM118
                 if not_finite({name: file.get_tensor(name)}):
                     raise Damaged(
-                        f"{path}: got {name} with NaN or infinite numbers, expected a training that is sound"
+                        f"{path}: got {name} with NaN or infinite numbers, "
+                        "expected a training that is sound"
                     )
 
 
@@ -256,7 +258,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 def recover(folder: str | os.PathLike) -> None:
     """Completes or removes what a killed process was writing in a folder of checkpoints.
 
-    For the one process that writes there, before it begins.
+    Only the one process that writes there calls it, before it begins.
     """
     folder = Path(folder)
     restore_folders(folder)
@@ -267,7 +269,7 @@ def recover(folder: str | os.PathLike) -> None:
 
 
 def is_finished(folder: str | os.PathLike) -> bool:
-    """Whether a folder holds a model that no training is about to replace."""
+    """Whether a folder has a model that no training is about to replace."""
     folder = Path(folder)
     return (folder / "model.safetensors").is_file() and not (folder / UNDER_WAY).exists()
 
@@ -375,11 +377,11 @@ def load_model(
     device: str | torch.device = "cpu",
     tables: TableConfig | None = None,
 ) -> LanguageModel:
-    """Loads the model of a run's folder, in evaluation mode. `tables` says where its rows live.
+    """Loads the model of a run's folder, in evaluation mode. `tables` is the placement of its rows.
 
     An unfinished run is read from its newest good checkpoint; RUN/checkpoints/stepN reads that
-    checkpoint. The log says which step it is. ValueError for another folder, Damaged for torn
-    weights, TableError for a torn table.
+    checkpoint. The log names its step. ValueError for another folder, Damaged for incomplete
+    weights, TableError for an incomplete table.
     """
     folder = Path(folder)
     tables = tables or TableConfig()
@@ -393,17 +395,21 @@ def load_model(
     if missing:
         hint = "expected a run's folder (make one with `rorqual train`)"
         if (folder / "train.json").is_file():
-            hint = f"expected a run that has a checkpoint or is finished; go on: rorqual train {folder}"
+            hint = (
+                "expected a run that has a checkpoint or is finished; "
+                f"go on: rorqual train {folder}"
+            )
         raise ValueError(f"{folder}: got no {' and no '.join(missing)} and no checkpoint, {hint}")
     return _load_finished(folder, device, tables)
 
 
 def _load_finished(folder: Path, device: str | torch.device, tables: TableConfig) -> LanguageModel:
-    """Loads the model from config.json and model.safetensors, its rows from wherever they are."""
+    """Loads the model from config.json and model.safetensors, and its rows from their placement."""
     config = read_config(folder)
     if config.engram is None and tables != TableConfig():
         raise ValueError(
-            f"{folder}: got {tables} for a model without Engram, expected none: it has no rows to keep elsewhere"
+            f"{folder}: got {tables} for a model without Engram, "
+            "expected none: it has no rows to keep elsewhere"
         )
     path = folder / "model.safetensors"
     stored = stored_shapes(path)
@@ -417,7 +423,7 @@ def _load_finished(folder: Path, device: str | torch.device, tables: TableConfig
     if elsewhere or in_files:
         opened = open_tables(folder, len(config.engram.layers) if config.engram else 0, tables)
     with torch.device(device):
-        # Engram takes the canonical map from the state.
+        # Engram reads the canonical map from the state.
         model = LanguageModel(config, seed=None, tables=opened)
     model_state = model.state_dict()
     if opened is not None:
@@ -436,14 +442,14 @@ def _read_weights(path: Path, device: str, without_tables: bool) -> dict[str, Te
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Reads the shapes in a safetensors file, which are in its header."""
+    """Reads the shapes of a safetensors file from its header."""
     with _open_weights(path, "cpu") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 @contextmanager
 def _open_weights(path: Path, device: str) -> Iterator[Any]:
-    """Opens a safetensors file; Damaged if it is torn."""
+    """Opens a safetensors file; Damaged if it is incomplete."""
     try:
         with safe_open(path, "pt", device=device) as file:
             yield file
@@ -456,8 +462,8 @@ def _load_newest(
 ) -> LanguageModel | None:
     """Loads the newest good checkpoint, else the best one; returns None if there is neither.
 
-    Training may remove a checkpoint while it is read. It is there to write newer ones, so the
-    newest is then looked for again.
+    Training may remove a checkpoint while it is read. It then writes newer ones, so the newest is
+    looked up again.
     """
     checkpoints = folder / "checkpoints"
     best = checkpoints / BEST
@@ -489,7 +495,8 @@ def _load_checkpoint(
     run = run_of(folder)
     if tables != TableConfig():
         raise ValueError(
-            f"{folder}: got {tables}, expected none: rows of a checkpoint are read into memory alone"
+            f"{folder}: got {tables}, "
+            "expected none: rows of a checkpoint are read into memory alone"
         )
     if not verified:
         verify(folder)
@@ -511,14 +518,14 @@ def _load_checkpoint(
         )
     _compare(folder, saved, _shapes(state))
     _read(folder, {f"{_MODEL}{name}": tensor for name, tensor in state.items()})
-    # Not filled in place: Engram derives from its canonical map when it is loaded.
+    # Not filled in place: Engram derives tensors from its canonical map when it is loaded.
     model.load_state_dict(state)
     log(_where_read(run, folder))
     return model.to(device).eval()
 
 
 def _where_read(run: Path, folder: Path) -> str:
-    """Describes a checkpoint that was read: its run, its step, and of how many."""
+    """Describes a checkpoint that was read: its run, its step and the run's number of steps."""
     path = run / "train.json"
     total = json.loads(path.read_text(encoding="utf-8")).get("steps") if path.is_file() else None
     of = "" if total is None else f" of {total:,}"
@@ -534,8 +541,8 @@ def _where_read(run: Path, folder: Path) -> str:
 def check_sizes(folder: Path, config: ModelConfig, shapes: Shapes) -> None:
     """Raises ValueError if a config's sizes are not those of the weights.
 
-    It is called before a model of these sizes is built. What decides little of the size is left to
-    the comparison of all tensors afterwards.
+    It is called before a model of these sizes is built. Options with little effect on the size are
+    checked by the comparison of all tensors afterwards.
     """
     wrong = f"{folder}: config.json: "
     depth = config.mtp.depth if config.mtp is not None else 0
@@ -549,18 +556,19 @@ def check_sizes(folder: Path, config: ModelConfig, shapes: Shapes) -> None:
         if axis < len(shape) and got != shape[axis]:
             raise ValueError(f"{wrong}{option}: got {got}, expected {shape[axis]} as {tensor} has")
     if config.engram is not None and "tables.0.weight" in shapes:
-        # A head has a prime number of rows, at least as many as the config says.
+        # A head has a prime number of rows, at least as many as in the config.
         rows = shapes["tables.0.weight"][0]
         per_head = config.engram.rows_per_head
         least = sum(per_head) * config.engram.heads
         if least > rows:
             raise ValueError(
-                f"{wrong}engram.rows_per_head: got {per_head}, {least} rows or more, expected {rows} in all"
+                f"{wrong}engram.rows_per_head: got {per_head}, {least} rows or more, "
+                f"expected {rows} in all"
             )
 
 
 def _sizes(config: ModelConfig) -> Iterator[tuple[str, int, str, int]]:
-    """Yields the options that decide a model's size: (name, value, tensor, axis of that size)."""
+    """Yields the options that determine a model's size: (name, value, tensor, axis of the size)."""
     attention = "blocks.0.attention"
     yield "vocabulary", config.vocabulary, "embed.weight", 0
     yield "dim", config.dim, "embed.weight", 1
@@ -600,7 +608,7 @@ def _sizes(config: ModelConfig) -> Iterator[tuple[str, int, str, int]]:
 
 
 def encode(value: Any) -> Any:
-    """Turns plain Python, numpy arrays and tensors into JSON values that `decode` restores."""
+    """Converts plain Python, numpy arrays and tensors to JSON values that `decode` restores."""
     if isinstance(value, Tensor):
         return {"": "tensor", "value": encode(value.detach().cpu().numpy())}
     if isinstance(value, np.ndarray):
@@ -623,7 +631,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """Restores what `encode` was given; builds values and nothing else, whatever they say."""
+    """Restores the input of `encode`; builds only values, whatever the JSON contains."""
     if isinstance(value, list):
         return [decode(item) for item in value]
     if not isinstance(value, dict):
@@ -678,7 +686,7 @@ def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def _without_group_warning() -> Iterator[None]:
-    """Silences the warning that a process without a group is taken for the only one: it is."""
+    """Silences torch's warning that a process without a group is assumed to be the only one."""
     message = r"torch\.distributed is .*assuming the intent is to (save|load)"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message, UserWarning)
@@ -687,7 +695,7 @@ def _without_group_warning() -> Iterator[None]:
 
 @contextmanager
 def _first_failure(folder: Path) -> Iterator[None]:
-    """Raises what failed on the first rank that failed, in one line.
+    """Raises the error of the first rank that failed, in one line.
 
     torch's CheckpointException is no Exception, and its text is the tracebacks of all ranks.
     """
@@ -714,7 +722,7 @@ def _barrier(group: dist.ProcessGroup | None) -> None:
 
 
 def _on_first_rank(check: Callable[[], None], group: dist.ProcessGroup | None) -> None:
-    """Runs a check on rank 0 and raises its Damaged on every rank, so that all go on or none."""
+    """Runs a check on rank 0 and raises its Damaged on every rank, so that all continue or none."""
     rank, world = _rank_and_world(group)
     error: list[Exception | None] = [None]
     if rank == 0:

@@ -1,12 +1,13 @@
-"""A model in one process -> the same model over many out.
+"""Distributes a model over several processes.
 
-    shard      FSDP2: every block's parameters cut over the ranks, gathered while it runs
-    Exchange   experts cut over the ranks: one all-to-all carries rows to their experts, another the results back
-    mean_rows  a table's row gradients of all ranks, added where they are: tables are whole on every rank
-    torchrun   a command -> that command in many processes, started again when one of them dies
+    shard      FSDP2: every block's parameters are sharded over the ranks and gathered while it runs
+    Exchange   expert parallelism: one all-to-all sends tokens to their experts, another returns
+               the results
+    mean_rows  gathers a table's row gradients of all ranks: tables are replicated on every rank
+    torchrun   runs a command in several processes, and restarts it when one of them dies
 
-Parallelism is put on from outside; a model does not know of it. The mathematics stays that of one process with the
-batches of all ranks put together.
+Parallelism is applied from outside; model code does not depend on it. The mathematics is that of
+one process with the batches of all ranks concatenated.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def rank() -> int:
 
 
 def world() -> int:
-    """How many processes train together; 1 without a process group."""
+    """Returns the number of ranks; 1 without a process group."""
     return dist.get_world_size() if _together() else 1
 
 
@@ -53,7 +54,10 @@ def _together() -> bool:
 
 
 def join(device: torch.device) -> bool:
-    """Enter the process group that torchrun's environment describes; False where there is none, or it was entered."""
+    """Joins the process group that torchrun's environment describes.
+
+    False where there is none, or it was already joined.
+    """
     if runtime.ranks()[1] == 1 or _together():
         return False
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -61,15 +65,15 @@ def join(device: torch.device) -> bool:
 
 
 def leave() -> None:
-    """Undo `join`."""
+    """Leaves the process group that `join` joined."""
     if _together():
         dist.destroy_process_group()
 
 
 def torchrun_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The flags of torchrun that come first, with their values, and the words from the first that is neither.
+    """Splits argv into torchrun's leading flags, with their values, and the rest.
 
-    ValueError where a flag is not torchrun's, and where nothing else comes.
+    ValueError where a flag is not torchrun's, and where nothing follows the flags.
     """
     words = _torchrun_parser().parse_args(argv).training_script_args
     at = len(argv) - len(words) - 1
@@ -77,12 +81,12 @@ def torchrun_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def torchrun(flags: Sequence[str], command: Sequence[str]) -> None:
-    """Run `python -m COMMAND` in as many processes as the flags say, all again when one of them dies.
+    """Runs `python -m COMMAND` in as many processes as the flags set; all restart when one dies.
 
-    RuntimeError when the last try has failed, KeyboardInterrupt when this process was asked to stop.
+    RuntimeError when the last try has failed, KeyboardInterrupt when this process was interrupted.
     """
     asked = _torchrun_parser().parse_args([*flags, "-m", *command])
-    # processes that start again would else meet in the store of those that died, full of their addresses
+    # Otherwise restarted processes would read the addresses of those that died from a shared store.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if asked.nproc_per_node.isdigit():
         os.environ.setdefault(
@@ -115,7 +119,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def first(work: Callable[[], T]) -> T:
-    """What `work` returns, on rank 0 before the others begin: they find what it left on the disk."""
+    """Runs `work` on rank 0 before the other ranks, which find its files on the disk."""
     if rank() > 0:
         dist.barrier()
     found = work()
@@ -125,7 +129,7 @@ def first(work: Callable[[], T]) -> T:
 
 
 def total(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-    """The sum over all ranks."""
+    """Returns the sum over all ranks."""
     if world() == 1:
         return tensor
     summed = tensor.clone()
@@ -134,9 +138,10 @@ def total(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
 
 
 def mean_rows(table: nn.Parameter) -> None:
-    """Give every rank the mean of all ranks' sparse gradients of a table, as rows and values one after another.
+    """Replaces a table's sparse gradient by the mean over all ranks.
 
-    Ranks touch different numbers of rows: shorter ones are filled up with zeros for row 0, which change nothing.
+    The rows and values of the ranks are concatenated. Ranks touch different numbers of rows:
+    shorter ones are padded with zeros for row 0, which change nothing.
     """
     if world() == 1:
         return
@@ -154,7 +159,7 @@ def mean_rows(table: nn.Parameter) -> None:
 
 
 def _gathered(tensor: Tensor) -> Tensor:
-    """Every rank's tensor, all of one shape, one after another."""
+    """Concatenates the tensors of all ranks, which have one shape."""
     found = [torch.empty_like(tensor) for _ in range(world())]
     dist.all_gather(found, tensor.contiguous())
     return torch.cat(found)
@@ -168,12 +173,13 @@ def _no_rows(table: Tensor) -> Tensor:
 
 
 def shard(model: nn.Module, mesh: DeviceMesh | None = None, experts: bool = False) -> nn.Module:
-    """Cut the model over the ranks in place, block by block; `loss` and `forward` gather what they need.
+    """Shards the model over the ranks in place, block by block.
 
-    Parameters are gathered as they are kept and gradients reduced in float32: products in bfloat16 are autocast's, as
-    on one rank. A policy that cast them would cast the rotary tables and the residual streams' coefficients, too.
-    Engram's tables are left whole (`mean_rows`). experts: every rank keeps some experts and is sent their tokens, in
-    place of gathering all of them.
+    `loss` and `forward` gather the parameters that they need, in their own dtype. Gradients are
+    reduced in float32: matrix products in bfloat16 come from autocast, as on one rank. A policy
+    that cast parameters would also cast the rotary tables and the residual streams' coefficients.
+    Engram's tables are not sharded (`mean_rows`). experts: every rank keeps some experts and
+    receives their tokens, instead of gathering all experts.
     """
     device = next(model.parameters()).device
     mesh = mesh or init_device_mesh(device.type, (world(),))
@@ -193,7 +199,10 @@ def shard(model: nn.Module, mesh: DeviceMesh | None = None, experts: bool = Fals
 
 
 def _cut_experts(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Rank r of W keeps the r-th run of E / W experts of every mixture; tokens come to them by an Exchange."""
+    """Gives rank r of W the r-th range of E / W experts of every MoE.
+
+    An Exchange sends the experts their tokens.
+    """
     for mixture in (module for module in model.modules() if isinstance(module, MoE)):
         if mixture.config.routed % mesh.size():
             raise ValueError(
@@ -206,7 +215,7 @@ def _cut_experts(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 class Exchange:
-    """Carries rows to the ranks that hold their experts, and what these made of them back; fits `MoE.exchange`."""
+    """Sends tokens to the ranks of their experts and returns the results; fits `MoE.exchange`."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
@@ -214,7 +223,11 @@ class Exchange:
     def __call__(
         self, rows: Float[Tensor, "N D"], counts: Int[Tensor, " E"], experts: Experts
     ) -> Float[Tensor, "N D"]:
-        """Rows sorted by expert, counts[e] of them for expert e of all E -> what experts return, in the same order."""
+        """Applies the experts of all ranks to `rows`.
+
+        rows: tokens sorted by expert, counts[e] of them for expert e of all E. Returns the experts'
+        outputs in the same order.
+        """
         ranks = dist.get_world_size(self.group)
         sent = counts.view(ranks, -1)  # [W, E / W]
         due = torch.empty_like(sent)
@@ -226,7 +239,8 @@ class Exchange:
             .repeat(ranks)
             .repeat_interleave(due.flatten())
         )
-        order = expert.argsort(stable=True)  # they come by rank, experts want them by expert
+        # Tokens arrive by rank, experts need them by expert.
+        order = expert.argsort(stable=True)
         own = {
             name: p.to_local() if isinstance(p, DTensor) else p
             for name, p in experts.named_parameters()
@@ -237,7 +251,10 @@ class Exchange:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows by rank, differentiable. `scale` makes of an expert's gradients, which all ranks add to, their mean."""
+    """Differentiable all-to-all of rows by rank.
+
+    `scale` turns an expert's gradients, which all ranks add to, into their mean.
+    """
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""checkpoint.py: what comes back is what was written, damage is named, nothing is executed, a kill loses nothing."""
+"""Tests checkpoint.py: exact round trips, named damage, no executed code, no loss after a kill."""
 
 import functools
 import itertools
@@ -94,7 +94,7 @@ def test_saving_again_replaces(tmp_path):
 
 
 class Bomb:
-    """Unpickling it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -122,7 +122,7 @@ def test_hostile_pickles_in_the_folder_are_never_executed(tmp_path):
     save_state(folder, tensors, {"step": 2})
     assert not marker.exists()
     pickle.loads(bomb)
-    assert marker.exists()  # the bomb was live
+    assert marker.exists()  # the bomb works
 
 
 def damage_truncate(path: Path) -> None:
@@ -179,7 +179,7 @@ def test_when_none_is_finite_training_does_not_silently_start_again(tmp_path):
 
 
 def test_a_full_disk_is_an_oserror_and_leaves_the_checkpoint_before(tmp_path, no_larger_file):
-    """Also of the same name: what was there is replaced by what is whole, or not at all."""
+    """Also of the same name: a checkpoint is replaced by a complete one, or not at all."""
     tensors = {"a": torch.randn(40_000), "b": torch.zeros(3)}
     save_state(tmp_path / "step1", tensors, {"step": 1})
     no_larger_file(100_000)
@@ -268,7 +268,7 @@ def test_recover_puts_back_what_a_kill_left_between_two_renames(tmp_path):
 
 
 def test_a_stop_before_any_rename_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
-    """While one is replaced: the old one or the new one is there, whichever rename never came."""
+    """During a replacement the old one or the new one exists, whichever rename did not happen."""
     for renames in itertools.count():
         folder, stopped = tmp_path / str(renames) / "step1", False
         save_state(folder, {"a": torch.full((3,), 1.0)}, 1)
@@ -289,7 +289,7 @@ def test_a_stop_before_any_rename_leaves_a_whole_checkpoint(tmp_path, monkeypatc
 
 
 def stop_before_rename(number: int, patch: pytest.MonkeyPatch) -> None:
-    """Rename `number`, from 0, does not happen, nor does anything after it."""
+    """Prevents rename `number`, counted from 0, and everything after it."""
     made = []
 
     def rename(source, target, *, real) -> None:
@@ -395,7 +395,7 @@ SIZES = {
 def test_a_size_that_is_not_the_weights_is_refused_before_anything_is_built(
     name, tmp_path, monkeypatch
 ):
-    """`layers: 10000000` took 45 s and 8 GB."""
+    """Without the check, `layers: 10000000` took 45 s and 8 GB."""
     parts = {
         "moe": MoEConfig(routed=4, active=2, width=8, first_dense=1),
         "engram": EngramConfig(layers=(0,), rows_per_head=(11, 11), heads=2, head_dim=4),
@@ -477,7 +477,10 @@ def test_only_the_expected_warning_is_kept_back(tmp_path, monkeypatch, recwarn):
 
 @pytest.mark.slow
 def test_kills_lose_nothing():
-    """A tenth of the soak in benchmarks/kills.py: whatever was reported as saved is there, whole."""
+    """Runs a tenth of the soak in benchmarks/kills.py.
+
+    Every checkpoint that was reported as saved is complete.
+    """
     script = Path(__file__).parents[1] / "benchmarks" / "kills.py"
     command = [sys.executable, script, "--kills", "10", "--json"]
     environment = os.environ | {"PYTHONPATH": str(script.parents[1])}
@@ -501,7 +504,7 @@ def test_a_run_says_what_it_is_and_older_ones_are_read(tmp_path: Path) -> None:
     )
     assert is_run(tmp_path) and read_config(tmp_path) == model.config
     assert said == configs.to_dict(model.config)
-    configs.save(model.config, tmp_path / "config.json")  # as runs were written before
+    configs.save(model.config, tmp_path / "config.json")  # the format of older runs
     assert is_run(tmp_path) and load_model(tmp_path).config == model.config
     for text, reason in (
         ({"model_type": "deepseek_v3"}, "got model_type 'deepseek_v3', expected a rorqual run"),

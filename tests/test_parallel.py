@@ -1,4 +1,4 @@
-"""parallel.py on two gloo processes against one process with both batches: the numbers are the same.
+"""Tests parallel.py: two gloo processes compute the numbers of one process with both batches.
 
 Run as a script, this file is the two processes.
 """
@@ -50,7 +50,8 @@ CONFIG = ModelConfig(
     mtp=MTPConfig(),
     init_std=0.1,
 )
-# The first site's streams are all equal, so that the gradient of what mixes them is rounding alone; Adam's step is not.
+# The first site's streams are all equal, so that the gradient of their mixer is only rounding
+# error, while Adam's step is not.
 ROUNDING = "blocks.0.attention_site.mixer"
 STEPS, ROWS, LENGTH = 3, 4, 10
 CASES = {
@@ -64,7 +65,7 @@ CASES = {
 def steps(
     kind: str, prepare: Callable | None = None
 ) -> tuple[LanguageModel, Optimizer, list[float]]:
-    """A few optimizer steps on this rank's share of the rows."""
+    """Runs a few optimizer steps on this rank's share of the batch."""
     model = LanguageModel(CONFIG, seed=2)
     if prepare is not None:
         prepare(model)
@@ -85,16 +86,15 @@ def steps(
 
 
 def config_of(folder: Path, name: str) -> TrainConfig:
-    """What is trained under a name: "two", "one_bfloat16", "two_needles" and so on."""
+    """Returns the config of a run by its name: "two", "one_bfloat16", "two_needles" and so on."""
     data = DataConfig(
         source=str(folder / "text.jsonl"), vocabulary=300, cache=str(folder / "cache")
     )
     whole = TrainConfig(
         model=CONFIG, data=data, folder=str(folder / name), steps=4, rows=4, length=12, save_every=2
     )
-    if name.endswith(
-        "bfloat16"
-    ):  # streams whose coefficients are handed from block to block in float32
+    # With streams whose coefficients are passed from block to block in float32.
+    if name.endswith("bfloat16"):
         return replace(
             whole,
             dtype="bfloat16",
@@ -109,7 +109,7 @@ def config_of(folder: Path, name: str) -> TrainConfig:
 
 
 def found_in(folder: Path) -> dict[str, float]:
-    """The last validation of a run."""
+    """Returns the last validation of a run."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         k: v
@@ -120,7 +120,7 @@ def found_in(folder: Path) -> dict[str, float]:
 
 
 def one_of_two(folder: Path) -> None:
-    """What each of the two processes does; rank 0 leaves what there is to compare."""
+    """Runs one of the two processes; rank 0 writes the results to compare."""
     parallel.join(torch.device("cpu"))
     for name, (kind, experts) in CASES.items():
         model, optimizer, norms = steps(
@@ -147,7 +147,7 @@ def one_of_two(folder: Path) -> None:
 
 @contextmanager
 def spoilt_third_step(rank: int) -> Iterator[None]:
-    """On one rank the loss of the third step is NaN, where it is reported and nowhere else."""
+    """Makes the reported loss of the third step NaN on one rank, and nothing else."""
     forward_backward = TrainStep.forward_backward
 
     def spoilt(self, batch, step):
@@ -164,7 +164,7 @@ def spoilt_third_step(rank: int) -> Iterator[None]:
 
 
 def exchange(folder: Path) -> None:
-    """All tokens of rank 1 go to experts of rank 0, and to none of expert 3."""
+    """Routes all tokens of rank 1 to experts of rank 0, and none to expert 3."""
     experts = Experts(4, 6, 5)
     torch.nn.init.normal_(experts.down, generator=torch.Generator().manual_seed(1))
     torch.nn.init.normal_(experts.gate_up, generator=torch.Generator().manual_seed(2))
@@ -193,7 +193,7 @@ def exchange(folder: Path) -> None:
 
 
 def _end_with(work: Callable) -> None:
-    """Leave without cleaning up; who fails takes the other along, which would wait for it."""
+    """Exits without cleanup; a process that fails ends the other, which would wait for it."""
     try:
         work()
     except BaseException:
@@ -223,7 +223,7 @@ def main(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where the two processes left their results."""
+    """The folder with the results of the two processes."""
     folder = tmp_path_factory.mktemp("two")
     lines = (
         json.dumps({"text": f"The {n}th whale met {n % 7} seals and {n % 5} boats."})
@@ -245,7 +245,10 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(CASES))
 def test_two_ranks_make_the_steps_of_one(folder, name):
-    """Parameters, optimizer state and gradient norms; the checkpoint of two is read by one."""
+    """Compares parameters, optimizer state and gradient norms.
+
+    One process reads the checkpoint of two.
+    """
     model, optimizer, norms = steps(CASES[name][0])
     expected = {f"model.{key}": value for key, value in model.state_dict().items()}
     expected |= {f"optim.{key}": value for key, value in optimizer.state_dict().items()}
@@ -287,7 +290,7 @@ def test_training_on_two_ranks_is_training_on_one(folder, name, close):
 
 @pytest.mark.slow
 def test_ranks_skip_a_step_together(folder):
-    """What one rank alone saw stops the update of both, as it would of one process."""
+    """A NaN on one rank stops the update of both, as it would in one process."""
     with spoilt_third_step(rank=0):
         train(config_of(folder, "one_skips"))
     one, two = (
@@ -302,7 +305,7 @@ def test_ranks_skip_a_step_together(folder):
 
 
 def ranks_of(launcher: int) -> dict[int, int]:
-    """Rank -> process, of those that this one started."""
+    """Maps ranks to processes, for those that this launcher started."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -323,7 +326,10 @@ def ranks_of(launcher: int) -> dict[int, int]:
     not Path("/proc/self/environ").exists(), reason="a process is found by its environment"
 )
 def test_a_killed_rank_is_started_again_and_ends_with_the_same_losses(folder):
-    """kill -9 of one rank in the middle of a run that `rorqual launch` started, against one that nobody disturbs."""
+    """Compares a `rorqual launch` run with an undisturbed one.
+
+    One rank of it gets kill -9 in the middle of the run.
+    """
     config = replace(config_of(folder, "launched"), steps=12, save_every=4)
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -365,7 +371,10 @@ def test_a_killed_rank_is_started_again_and_ends_with_the_same_losses(folder):
 
 @pytest.mark.slow
 def test_two_ranks_answer_the_exam_that_one_sets(folder):
-    """Each rank draws questions of its own to learn from; held out are the same, three batches shared by two."""
+    """Each rank draws its own training questions.
+
+    The held-out questions are the same three batches, shared by two ranks.
+    """
     config = config_of(folder, "two_needles")
     model = checkpoint.load_model(Path(config.folder)).eval()
     expected = needle_accuracy(

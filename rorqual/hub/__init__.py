@@ -1,1 +1,1 @@
-"""Other people's models -> ours, ours -> theirs: DeepSeek folders, the transformers face, memory on any host."""
+"""Reads and writes other formats: DeepSeek folders, transformers models, Engram in any host."""

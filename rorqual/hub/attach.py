@@ -1,11 +1,13 @@
-"""Any causal model of transformers in -> the same model with Engram in some of its blocks, out.
+"""Adds Engram to blocks of any causal model of transformers.
 
-    hidden <- hidden + engram(hidden)           before the block, as in our own models
-    W_v = 0 and conv = 0 at first               so the model says what it said, bit for bit, until memory is trained
+    hidden <- hidden + engram(hidden)       before the block, as in our own models
+    W_v = 0 and conv = 0 at first           so that the logits are unchanged, bit for bit, until the
+                                            memory is trained
 
-Hooks put it there and take it away; no class of the host is changed. What memory keeps between calls (the ids and the
-convolution's values) lives on the host's own cache object and follows its verbs. Only memory is trainable, and PEFT's
-adapters, whichever of the two came first.
+Hooks add it and are removed again; no class of the host is changed. The memory's state between
+calls (the ids and the convolution's values) is stored on the host's own cache object and follows
+the operations on it. Only the memory is trainable, and PEFT's adapters, whichever of the two was
+added first.
 Retrofit of Conditional Memory via Scalable Lookup, arXiv:2601.07372.
 """
 
@@ -39,9 +41,9 @@ FORMAT = "rorqual-memory-1"
 
 
 class Memory(nn.Module):
-    """Addresses, tables and Engram layers beside a host. `attach` makes it; `detach` takes it off again.
+    """Addresses, tables and Engram layers of a host model. `attach` adds it; `detach` removes it.
 
-    It is a submodule of the host, so that `.to`, `.parameters()` and a trainer find it.
+    It is a submodule of the host, so that `.to`, `.parameters()` and a trainer include it.
     """
 
     def __init__(
@@ -55,19 +57,21 @@ class Memory(nn.Module):
         self.tables = nn.ModuleList(Table(rows, config.head_dim) for rows in row_totals(config))
         self.engrams = nn.ModuleList(Engram(config, width) for _ in config.layers)
         self.start("values", seed)
-        self._host: tuple[
-            nn.Module, ...
-        ] = ()  # a tuple, so that the host is no submodule of its memory
+        # A tuple, so that the host is no submodule of its memory.
+        self._host: tuple[nn.Module, ...] = ()
         self._frozen: list[tuple[nn.Parameter, bool]] = []
         self._trained: list[tuple[nn.Parameter, bool]] = []
         self._adapters: tuple[str, ...] = ()
         self._hooks: list[Any] = []
-        self._caches: list[weakref.ref[Any]] = []  # those whose class was changed
-        self._now: list[Context] | None = None  # of the call under way, one a layer
+        self._caches: list[weakref.ref[Any]] = []  # caches whose class was changed
+        self._now: list[Context] | None = None  # of the current call, one a layer
 
     @torch.no_grad()
     def start(self, zero: str, seed: int = 0) -> None:
-        """New weights that add nothing: rows and projections normal, deviation 0.02; convolution 0, and `zero` 0."""
+        """Draws new weights that add nothing.
+
+        Rows and projections are normal with deviation 0.02; the convolution is 0, and so is `zero`.
+        """
         generator = torch.Generator().manual_seed(seed)
         for table, engram in zip(self._stores, self.engrams, strict=True):
             assert isinstance(engram, Engram)
@@ -84,20 +88,21 @@ class Memory(nn.Module):
         return bool(self._hooks)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of the host takes its memory along, but neither the caches that others hold nor a call under way."""
+        """Returns the state of a copy: without the caches of others and the current call."""
         return self.__dict__ | {"_caches": [], "_now": None}
 
     def new_state(self) -> "MemoryCache":
-        """What one cache of the host carries for the memory."""
+        """Returns the memory's state for one cache of the host."""
         halo, ids = self.config.halo, Everything(self.config.ngram - 1, fill=self.config.missing_id)
         return MemoryCache(
             Past(), ids, tuple(Everything(halo) if halo else None for _ in self.config.layers)
         )
 
     def mount(self, host: nn.Module) -> None:
-        """Hook into the host and make memory alone trainable, beside PEFT's adapters if it has any.
+        """Adds hooks to the host and makes only the memory trainable, beside PEFT's adapters.
 
-        ValueError, and nothing changes, where that cannot be."""
+        ValueError, and nothing changes, where that is not possible.
+        """
         if any(isinstance(module, Memory) for module in host.modules()):
             raise ValueError("attach: the model already carries a memory; detach it first")
         body, blocks = find_blocks(host)
@@ -119,7 +124,8 @@ class Memory(nn.Module):
             )
         if len(devices := {str(parameter.device) for parameter in host.parameters()}) > 1:
             raise ValueError(
-                f"attach: got a model on {', '.join(sorted(devices))}, expected one device for all of it"
+                f"attach: got a model on {', '.join(sorted(devices))}, "
+                "expected one device for all of it"
             )
         floats = [parameter for parameter in host.parameters() if parameter.is_floating_point()]
         self.to(device=floats[0].device, dtype=floats[0].dtype)
@@ -140,7 +146,10 @@ class Memory(nn.Module):
         host.add_module(NAME, self)
 
     def detach(self) -> nn.Module:
-        """Take the memory off: the host computes, trains and saves as before, its caches too. Returns the host."""
+        """Removes the memory and returns the host.
+
+        The host computes, trains and saves as before, and so do its caches.
+        """
         if not self.attached:
             raise ValueError("detach: this memory is not attached")
         for hook in self._hooks:
@@ -157,19 +166,23 @@ class Memory(nn.Module):
         return host
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module; before it, memory that PEFT has frozen with the host is made trainable again."""
+        """As of any module, after a memory that PEFT froze with the host is made trainable."""
         self._undo_freezing()
         return super().named_modules(*args, **kwargs)
 
     def requires_grad_(self, requires_grad: bool = True) -> "Memory":
-        """As of any module. Memory that is frozen so stays frozen when PEFT comes."""
+        """As of any module. A memory that this call freezes stays frozen when PEFT is added."""
         super().requires_grad_(requires_grad)
         self._trained = []
         return self
 
     def _undo_freezing(self) -> None:
-        """PEFT freezes all that it finds in a model when it comes, and calls nobody then. So whoever lists the modules
-        or parameters next, an optimizer among them, gets what was trainable before. Once: later freezing is meant."""
+        """Restores what was trainable before PEFT froze the whole model.
+
+        PEFT freezes all parameters when it is added, and calls no hook. So this runs when the
+        modules or parameters are listed next, for example by an optimizer. It acts once: later
+        freezing is intended.
+        """
         before, self._adapters = self._adapters, _adapters(self._host[0]) if self._host else ()
         own = [parameter for child in self.children() for parameter in child.parameters()]
         if any(parameter.requires_grad for parameter in own):
@@ -179,7 +192,10 @@ class Memory(nn.Module):
                 parameter.requires_grad_(trained)
 
     def save(self, path: str | Path) -> None:
-        """The memory alone, as one safetensors file whose header says what it fits; whole or not at all."""
+        """Writes the memory alone, as one safetensors file, atomically.
+
+        The file's header describes the models that it fits.
+        """
         about = {
             "config": configs.to_dict(self.config),
             "width": self.width,
@@ -192,7 +208,7 @@ class Memory(nn.Module):
     def _before(
         self, body: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        """Before the host's body runs: hash the ids once and ask for the rows of all layers."""
+        """Hashes the ids once and prefetches the rows of all layers, before the body runs."""
         if args:
             kwargs = (
                 dict(zip(inspect.signature(body.forward).parameters, args, strict=False)) | kwargs
@@ -226,7 +242,7 @@ class Memory(nn.Module):
         self._now = None
 
     def _cache(self, body: Any, kwargs: dict[str, Any]) -> Any:
-        """The host's cache, made to carry the memory's state; None where this call keeps none."""
+        """Returns the host's cache with the memory's state; None where this call keeps no cache."""
         cache = kwargs.get("past_key_values")
         if kwargs.get("cache") is not None:
             raise ValueError(
@@ -240,7 +256,8 @@ class Memory(nn.Module):
             cache = DynamicCache(config=body.config)
         if not isinstance(cache, Cache):
             raise ValueError(
-                f"memory: got past_key_values as {type(cache).__name__}, expected a Cache of transformers"
+                f"memory: got past_key_values as {type(cache).__name__}, "
+                "expected a Cache of transformers"
             )
         if not isinstance(cache, Remembering):
             cache.__class__ = type(
@@ -255,20 +272,22 @@ class Memory(nn.Module):
             seen = known if cache.rorqual_memory() is self else 0
             got = f"a cache of {held} tokens, {seen} of which it has seen"
             raise ValueError(
-                f"memory: got {got}, expected a new one: it was filled before the memory was attached"
+                f"memory: got {got}, "
+                "expected a new one: it was filled before the memory was attached"
             )
         return cache
 
     def _recall(
         self, place: int, block: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        """Before a block that remembers: what it adds to the hidden state."""
+        """Adds Engram's output to the hidden states, before a block with memory runs."""
         assert self._now is not None
         hidden: Float[Tensor, "B T D"] = args[0] if args else kwargs["hidden_states"]
         if hidden.dim() != 3 or hidden.shape[-1] != self.width:
             got = f"{type(block).__name__} with hidden states {list(hidden.shape)}"
             raise ValueError(
-                f"memory: got {got}, expected [batch, time, {self.width}]: no memory fits this model"
+                f"memory: got {got}, expected [batch, time, {self.width}]: "
+                "no memory fits this model"
             )
         added = self.engrams[place](hidden[:, :, None], self._now[place])[:, :, 0]
         hidden = hidden + added.to(hidden.dtype)
@@ -276,13 +295,19 @@ class Memory(nn.Module):
 
 
 class Everything(Recent):
-    """All tokens, not the last few: a host's cache is cut back by any number of them. Gradients of new ones pass."""
+    """Stores all tokens, not the last few: a host's cache can be cropped by any number of them.
+
+    Gradients of new tokens are kept.
+    """
 
     def __init__(self, count: int, fill: int | float = 0) -> None:
         super().__init__(count, slack=0, fill=fill)
 
     def claim(self, new: Shaped[Tensor, "B T ..."]) -> tuple[Tensor, int]:
-        """The buffer, doubled when it is full, and the column from which the caller must write `new` into it."""
+        """Reserves space for `new`, which the caller must write.
+
+        Returns the buffer, doubled when it is full, and the column to write at.
+        """
         batch, time = new.shape[:2]
         if self.buffer is None or (self.length == 0 and len(self.buffer) != batch):
             self.buffer = new.new_full((batch, self.count + time + 16, *new.shape[2:]), self.fill)
@@ -298,14 +323,14 @@ class Everything(Recent):
         return self.buffer, at
 
     def extend(self, new: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "B L ..."]:
-        """The `count` tokens before `new`, and `new` itself with its gradient."""
+        """Returns the `count` tokens before `new`, and `new` itself with its gradient."""
         window = super().extend(new)
         return torch.cat([window[:, : -new.shape[1]], new], dim=1) if new.requires_grad else window
 
 
 @dataclasses.dataclass(eq=False)
 class MemoryCache(Bundle):
-    """What the memory keeps between the calls of its host."""
+    """The memory's state between calls of its host."""
 
     past: Past
     ids: Everything
@@ -313,7 +338,7 @@ class MemoryCache(Bundle):
 
 
 class Remembering:
-    """Mixed into the class of one host cache: the memory's state follows what is done to the cache."""
+    """Mixin for the class of one host cache: applies its operations to the memory's state, too."""
 
     rorqual_state: MemoryCache
     rorqual_memory: "weakref.ref[Memory]"
@@ -337,7 +362,10 @@ class Remembering:
             )
 
     def crop(self, tokens_to_remove: int) -> None:
-        """By what the host's cache lost, whichever way this version of transformers counts."""
+        """Crops the memory's state by what the host's cache lost.
+
+        So it does not depend on how the version of transformers counts.
+        """
         before = int(self.get_seq_length())  # type: ignore[attr-defined]
         super().crop(tokens_to_remove)  # type: ignore[misc]
         lost = before - int(self.get_seq_length())  # type: ignore[attr-defined]
@@ -348,7 +376,7 @@ class Remembering:
         self.rorqual_state.reset()
 
     def forget(self) -> None:
-        """The cache as it was before the memory came."""
+        """Restores the cache to its state before the memory was attached."""
         self.__class__ = type(self).__bases__[1]
         del self.rorqual_state, self.rorqual_memory
 
@@ -362,17 +390,18 @@ def attach(
     zero: str = "values",
     **options: Any,
 ) -> Memory:
-    """Give a transformers causal model, or PEFT's model around one, an Engram before the blocks `layers`.
+    """Adds an Engram before the blocks `layers` of a transformers causal model.
 
-    Returns the memory. tokenizer: the model's, ours or a fast one of transformers. `options` are
-    EngramConfig's other fields (rows_per_head, heads, head_dim, ...). Logits are unchanged, bit for
-    bit, until the memory is trained; the host's parameters are frozen, but not PEFT's adapters.
-    Its rows have dense gradients, which every optimizer takes; rorqual's own has sparse ones, for the
-    rows that were read, during its steps. `zero`: what is 0 at first, W_v, or the rows: then text
-    whose n-grams were never trained keeps its logits, bit for bit, unless its hashes meet trained rows.
-    The memory has the model's device and dtype; of a model in bfloat16 it is better trained in float32
-    (`memory.float()`). ValueError for a model whose blocks cannot be found or have several residual
-    streams, or layers that it does not have.
+    It returns the memory. The model may also be PEFT's around a causal model. tokenizer: the
+    model's, ours or a fast one of transformers. `options` are EngramConfig's other fields
+    (rows_per_head, heads, head_dim, ...). Logits are unchanged, bit for bit, until the memory is
+    trained; the host's parameters are frozen, but not PEFT's adapters. Its rows have dense
+    gradients, which every optimizer accepts; rorqual's own uses sparse ones, for the rows that were
+    read, during its steps. `zero`: what is 0 at first, "values" (W_v) or "rows". With "rows", text
+    whose n-grams were never trained keeps its logits, bit for bit, unless its hashes collide with
+    trained rows. The memory has the model's device and dtype; of a model in bfloat16 it is better
+    trained in float32 (`memory.float()`). ValueError for a model whose blocks cannot be found or
+    have several residual streams, or layers that it does not have.
     """
     ours = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.of(tokenizer)
     known = {field.name for field in dataclasses.fields(EngramConfig)} - {"layers"}
@@ -385,7 +414,7 @@ def attach(
     settings = configs.from_dict(
         EngramConfig, {"pad_id": ours.pad_id, **options, "layers": list(layers)}
     )
-    # before anything large is made
+    # This check comes before anything large is allocated.
     _check_hidden(model, *find_blocks(model))
     memory = Memory(settings, ours, _vocabulary_of(model, ours), _width_of(model), seed=seed)
     memory.start(zero, seed)
@@ -394,8 +423,11 @@ def attach(
 
 
 def load_memory(model: nn.Module, tokenizer: Any, path: str | Path) -> Memory:
-    """Attach what `Memory.save` wrote, in the dtype it had. ValueError where it is no such file, or is of another model
-    or tokenizer; the model is then left as it was."""
+    """Attaches a memory that `Memory.save` wrote, in the dtype it had.
+
+    ValueError where the file is none, or is of another model or tokenizer; the model is then left
+    as it was.
+    """
     config, width, tensors = _read(path)
     if width != (own := _width_of(model)):
         raise ValueError(f"{path}: made for a model of width {width}, got one of width {own}")
@@ -410,7 +442,10 @@ def load_memory(model: nn.Module, tokenizer: Any, path: str | Path) -> Memory:
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], int, dict[str, Tensor]]:
-    """A memory file's config, width and tensors. ValueError, before anything large is made, where they do not agree."""
+    """Returns a memory file's config, width and tensors.
+
+    ValueError, before anything large is allocated, where they do not agree.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -435,7 +470,10 @@ def _read(path: str | Path) -> tuple[dict[str, Any], int, dict[str, Tensor]]:
 
 
 def find_blocks(host: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """The module whose forward runs the blocks, and the blocks. ValueError for what is no causal model."""
+    """Returns the module whose forward runs the blocks, and the blocks.
+
+    ValueError for what is not a causal model.
+    """
     config = getattr(host, "config", None)
     text = config.get_text_config(decoder=True) if config is not None else None
     count = getattr(text, "num_hidden_layers", None)
@@ -449,17 +487,21 @@ def find_blocks(host: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
             if of_text and isinstance(child, nn.ModuleList) and len(child) == count:
                 return module, child
     raise ValueError(
-        f"attach: found no list of {count} blocks in {type(host).__name__}, expected a causal model of transformers"
+        f"attach: found no list of {count} blocks in {type(host).__name__}, "
+        "expected a causal model of transformers"
     )
 
 
 class _Reached(Exception):
-    """The shape of the hidden states that came to a block."""
+    """Carries the shape of the hidden states that reached a block."""
 
 
 def _check_hidden(model: nn.Module, body: nn.Module, blocks: nn.ModuleList) -> None:
-    """ValueError where the first block takes anything but [batch, time, width], as of several residual streams: seen
-    by a call of one token that ends at the block. Nothing is said of a model which such a call does not suit."""
+    """Checks that the first block takes [batch, time, width], and not several residual streams.
+
+    The check is a call of one token that stops at the block. ValueError for another shape. A model
+    that cannot run such a call passes.
+    """
 
     def stop(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         raise _Reached(list((args[0] if args else kwargs["hidden_states"]).shape))
@@ -467,7 +509,7 @@ def _check_hidden(model: nn.Module, body: nn.Module, blocks: nn.ModuleList) -> N
     hook = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
     shape, width = None, _width_of(model)
     try:
-        # a host in training draws for its dropout
+        # A host in training mode draws random numbers for its dropout.
         with torch.no_grad(), torch.random.fork_rng():
             body.forward(
                 input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(body.parameters()).device)
@@ -486,12 +528,12 @@ def _check_hidden(model: nn.Module, body: nn.Module, blocks: nn.ModuleList) -> N
 
 
 def _adapters(host: nn.Module) -> tuple[str, ...]:
-    """Names of PEFT's adapters on a model."""
+    """Returns the names of PEFT's adapters on a model."""
     return tuple(getattr(host, "peft_config", ()))
 
 
 def _width_of(model: Any) -> int:
-    """Of the hidden states, which in some models is not that of the embedding."""
+    """Returns the width of the hidden states, which in some models is not that of the embedding."""
     return model.config.get_text_config(decoder=True).hidden_size
 
 
@@ -499,13 +541,17 @@ def _vocabulary_of(model: Any, tokenizer: Tokenizer) -> int:
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocabulary > rows:
         raise ValueError(
-            f"tokenizer: got {tokenizer.vocabulary} ids, expected at most the model's {rows}: is it the model's own?"
+            f"tokenizer: got {tokenizer.vocabulary} ids, "
+            f"expected at most the model's {rows}: is it the model's own?"
         )
     return rows
 
 
 def _presence(kwargs: dict[str, Any], ids: Tensor, past: int) -> Tensor | None:
-    """Which of the new tokens are there, from the host's attention mask: a token that is sees itself."""
+    """Returns which of the new tokens are valid, from the host's attention mask.
+
+    A valid token attends to itself.
+    """
     mask, time = kwargs.get("attention_mask"), ids.shape[1]
     if isinstance(mask, dict):  # one for each kind of attention
         mask = mask.get("full_attention")
@@ -532,7 +578,7 @@ def _presence(kwargs: dict[str, Any], ids: Tensor, past: int) -> Tensor | None:
 
 
 def _documents(kwargs: dict[str, Any], ids: Tensor) -> Tensor | None:
-    """Packed documents, which the host is told of by position ids that start again; None where they do not."""
+    """Returns document ids where position ids restart within a sequence; None where they do not."""
     positions = kwargs.get("position_ids")
     if (
         positions is None

@@ -1,8 +1,10 @@
-"""A LanguageModel in -> the same model as transformers' Auto classes know models, out.
+"""Makes a LanguageModel available to transformers' Auto classes.
 
-import rorqual.hub.auto                     registers "rorqual" with AutoConfig and AutoModelForCausalLM
-RorqualForCausalLM.of(model)                the face: it holds the model and computes nothing itself
-AutoModelForCausalLM.from_pretrained(...)   another process imports this file first; no code comes with a checkpoint
+import rorqual.hub.auto                     registers "rorqual" with AutoConfig and
+                                            AutoModelForCausalLM
+RorqualForCausalLM.of(model)                wraps the model and computes nothing itself
+AutoModelForCausalLM.from_pretrained(...)   needs this import first in another process; a checkpoint
+                                            contains no code
 """
 
 import dataclasses
@@ -30,9 +32,10 @@ from rorqual.tables import Table
 
 
 class RorqualConfig(PreTrainedConfig):
-    """`shape` is ModelConfig as plain JSON; the rest is what transformers asks of any config.
+    """The transformers config of a model; `shape` is ModelConfig as plain JSON.
 
-    The config.json of a run folder has the fields of `shape` at its top.
+    The other fields are those of any transformers config. The config.json of a run folder has the
+    fields of `shape` at its top level.
     """
 
     model_type = "rorqual"
@@ -82,7 +85,7 @@ class RorqualConfig(PreTrainedConfig):
 
 
 class RorqualCache(HubCache):
-    """transformers' verbs, said to a model.Cache. The caches of `generate` are of this kind."""
+    """Gives a model.Cache the interface of transformers' caches, as `generate` uses it."""
 
     def __init__(self, cache: Cache, rows: int) -> None:
         super().__init__(layers=[])
@@ -114,7 +117,7 @@ class RorqualCache(HubCache):
         self.batch_select_indices(torch.arange(self.rows).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """transformers counts what to remove below zero: crop(-3) forgets three tokens."""
+        """Removes tokens; transformers passes a negative number: crop(-3) removes three."""
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop: got {tokens_to_remove}, expected minus the number of tokens to forget"
@@ -146,14 +149,13 @@ class RorqualCache(HubCache):
 
 
 class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
-    """`.model` is the LanguageModel; forward translates transformers' words into its own."""
+    """Wraps a LanguageModel, `.model`; forward translates transformers' arguments into its own."""
 
     config_class = RorqualConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = False
-    accepts_loss_kwargs = (
-        False  # the loss is a mean over one batch, whatever number of tokens a Trainer names
-    )
+    # The loss is a mean over one batch, whatever number of tokens a Trainer passes.
+    accepts_loss_kwargs = False
     _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
     _no_split_modules = ("Block",)
 
@@ -170,7 +172,7 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def of(cls, model: LanguageModel, tokenizer: Tokenizer | None = None) -> "RorqualForCausalLM":
-        """The face of this very model: its parameters are shared, not copied."""
+        """Wraps this very model: its parameters are shared, not copied."""
         names = {}
         if tokenizer is not None:
             names = {
@@ -183,10 +185,11 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
-        """As transformers' own, from safetensors only; what Engram addresses with is taken from the map, and checked.
+        """As transformers' own, from safetensors only; Engram's addresses are derived and checked.
 
-        ValueError where the checkpoint's multipliers, primes or map are not those of its config, and where a tensor
-        is missing (Engram's rows that learnt on a disk lie in files that transformers does not know).
+        They are derived from the checkpoint's canonical map. ValueError where the checkpoint's
+        multipliers, primes or map are not those of its config, and where a tensor is missing
+        (Engram's rows that were trained on a disk are in files that transformers does not know).
         """
         options |= {"use_safetensors": True}
         told = options.pop("output_loading_info", False)
@@ -194,7 +197,8 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
         if missing := sorted(info["missing_keys"]):
             got = f"got no {missing[0].removeprefix('model.')!r} ({len(missing)} missing)"
             raise ValueError(
-                f"{args[0] if args else 'model'}: {got}, expected all weights: open a run with rq.load"
+                f"{args[0] if args else 'model'}: {got}, "
+                "expected all weights: open a run with rq.load"
             )
         addresses = face.model.addresses
         if addresses is not None:
@@ -204,17 +208,18 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # its own cache is made in forward
+        return False  # forward makes a cache of its own kind
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Values come from LanguageModel's init or from a checkpoint."""
+        """Does nothing: values come from LanguageModel's init or from a checkpoint."""
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.model.embed
 
     def set_input_embeddings(self, value: torch.nn.Module) -> None:
         raise ValueError(
-            "resizing the vocabulary is not supported: train a model with --model.vocabulary instead"
+            "resizing the vocabulary is not supported: "
+            "train a model with --model.vocabulary instead"
         )
 
     def get_output_embeddings(self) -> torch.nn.Module:
@@ -231,23 +236,27 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **unused: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and with `labels` (unshifted, -100 ignored) the loss.
+        """Returns the logits, and with `labels` (unshifted, -100 ignored) the loss.
 
-        The loss of a model in training mode is LanguageModel.loss's total, balance and MTP included; otherwise the
-        next token's alone. Positions follow from the mask, so position_ids are not read. ValueError for inputs_embeds
-        (memory is addressed by ids) and for a cache of another kind.
+        The loss of a model in training mode is LanguageModel.loss's total, balance and MTP
+        included; otherwise the next token's alone. Positions follow from the mask, so position_ids
+        are not read. ValueError for inputs_embeds (memory is addressed by ids) and for a cache of
+        another kind.
         """
         if input_ids is None or inputs_embeds is not None:
             raise ValueError(
-                "rorqual: got inputs_embeds, expected input_ids (experts and memory may be chosen by id)"
+                "rorqual: got inputs_embeds, expected input_ids "
+                "(experts and memory may be chosen by id)"
             )
         if unused.get("output_attentions") or unused.get("output_hidden_states"):
             raise ValueError(
-                "rorqual: attentions and hidden states are not returned; read them with rorqual.analyze.taps"
+                "rorqual: attentions and hidden states are not returned; "
+                "read them with rorqual.analyze.taps"
             )
         if past_key_values is not None and not isinstance(past_key_values, RorqualCache):
             raise ValueError(
-                f"past_key_values: got {type(past_key_values).__name__}, expected a RorqualCache or None"
+                f"past_key_values: got {type(past_key_values).__name__}, "
+                "expected a RorqualCache or None"
             )
         present = _present(attention_mask, input_ids)
         loss = None if labels is None else self._loss(input_ids, labels, present)
@@ -273,19 +282,20 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
         return loss.total if self.training else loss.next_token
 
     def _check_tables(self) -> None:
-        """ValueError where a step would leave Engram's rows as they are, or fail behind it."""
+        """Raises ValueError where a step would not train Engram's rows, or would fail after it."""
         placed = {table.placement for table in self.model.tables if isinstance(table, Table)}
         elsewhere = ", ".join(sorted(placed - {"device"}))
         if elsewhere:
             raise ValueError(
-                f"tables: got rows on {elsewhere}, which no optimizer of transformers trains, expected"
-                " them on the device: rq.load(folder, tables='device'). `rorqual train --tables host` or `disk` trains"
-                " rows that lie elsewhere; a model whose own weights are frozen (LoRA) keeps its tables anywhere"
+                f"tables: got rows on {elsewhere}, which no optimizer of transformers trains, "
+                "expected them on the device: rq.load(folder, tables='device'). "
+                "`rorqual train --tables host` or `disk` trains rows that lie elsewhere; "
+                "a model whose own weights are frozen (LoRA) keeps its tables anywhere"
             )
 
 
 def _present(mask: Tensor | None, ids: Tensor) -> Tensor | None:
-    """Which of the new tokens are there; None where all are."""
+    """Returns which of the new tokens are valid; None where all are."""
     if mask is None:
         return None
     if mask.dim() != 2 or mask.shape[1] < ids.shape[1]:
@@ -297,7 +307,10 @@ def _present(mask: Tensor | None, ids: Tensor) -> Tensor | None:
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers knows it; a text that it encodes begins with `begin_id`, as in training."""
+    """Converts the tokenizer to transformers' class.
+
+    A text that it encodes begins with `begin_id`, as in training.
+    """
     backend = tokenizer.templated()
     begin, end, pad = (
         backend.id_to_token(i) for i in (tokenizer.begin_id, tokenizer.end_id, tokenizer.pad_id)

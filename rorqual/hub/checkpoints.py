@@ -1,11 +1,15 @@
-"""A DeepSeek V2 or V3 folder in -> our LanguageModel out, our LanguageModel -> such a folder.
+"""Reads folders of DeepSeek V2 and V3 models into a LanguageModel, and writes such folders.
 
-    model.layers.1.mlp.experts.7.gate_proj.weight [F, D]   <->   blocks.1.ffn.experts.gate_up[7, :, :F] transposed
-    x.weight float8 e4m3, x.weight_scale_inv [R/128, C/128]  ->   weight * its block's scale
-    model.layers.N (N = num_hidden_layers)                  <->   mtp.0, whose embedding and head are the model's own
+    model.layers.1.mlp.experts.7.gate_proj.weight [F, D]
+        <->  blocks.1.ffn.experts.gate_up[7, :, :F] transposed
+    x.weight float8 e4m3, x.weight_scale_inv [R/128, C/128]
+        ->   weight * its block's scale
+    model.layers.N (N = num_hidden_layers)
+        <->  mtp.0, whose embedding and head are the model's own
 
-`places` is that table for a whole config, read in both directions. Weights go file by file, tensor by tensor, into
-the model's own memory. JSON and safetensors only: pickles are never opened, code beside them is never looked at.
+`places` is that table for a whole config, used in both directions. Weights are read file by file,
+tensor by tensor, into the model's own memory. JSON and safetensors only: pickles are never opened,
+and code in the folder is never read.
 
 Released configurations of arXiv 2405.04434, 2412.19437 and 2501.12948.
 """
@@ -29,14 +33,17 @@ from rorqual.model_config import ModelConfig
 
 
 class Place(NamedTuple):
-    """Where one published tensor stands in our state: state[name][at], its last two axes exchanged if `transposed`."""
+    """The place of one published tensor in our state dict: state[name][at].
+
+    Its last two axes are exchanged if `transposed`.
+    """
 
     name: str
     at: tuple[int | slice, ...] = ()
     transposed: bool = False
 
     def of(self, state: Mapping[str, Tensor]) -> Tensor:
-        """The part of our state, a view, in the published shape."""
+        """Returns the part of our state dict, a view, in the published shape."""
         part = state[self.name][self.at] if self.at else state[self.name]
         return part.mT if self.transposed else part
 
@@ -51,16 +58,15 @@ ATTENTION = (
     "kv_b_proj",
     "o_proj",
 )
-BIASED = ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")  # where the config's attention_bias puts one
+BIASED = ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")  # biased where the config has attention_bias
 SWIGLU = ("gate_proj", "up_proj", "down_proj")
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")  # of weights, in safetensors' words
-WINDOW = (
-    64 << 20
-)  # bytes; what was read of a mapped file counts as memory until it is closed, so it is, after so many
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")  # dtypes of weights, as safetensors names them
+# Bytes that are read of a mapped file before it is closed: until then they count as memory.
+WINDOW = 64 << 20
 
 
 def places(config: ModelConfig) -> dict[str, Place]:
-    """Published name -> place, for every tensor that a folder of this config must hold."""
+    """Maps published names to places, for every tensor that a folder of this config must have."""
     table = {
         "model.embed_tokens.weight": Place("embed.weight"),
         "model.norm.weight": Place("norm.weight"),
@@ -83,7 +89,10 @@ def places(config: ModelConfig) -> dict[str, Place]:
 
 
 def copies(config: ModelConfig) -> dict[str, Place]:
-    """Published name -> place, for tensors that a folder may hold again: MTP's embedding and head, a tied head."""
+    """Maps published names to places, for tensors that a folder may repeat.
+
+    These are MTP's embedding and head, and a tied head.
+    """
     embed, head = Place("embed.weight"), Place("embed.weight" if config.tied else "head.weight")
     table = {"lm_head.weight": head} if config.tied else {}
     for depth in range(config.mtp.depth if config.mtp is not None else 0):
@@ -93,7 +102,10 @@ def copies(config: ModelConfig) -> dict[str, Place]:
 
 
 def hollow(config: ModelConfig) -> dict[str, Place]:
-    """Published name -> place of no values in a state with an entry "": the shared experts of a model without any."""
+    """Maps published names to empty places, for the shared experts of a model without any.
+
+    The state dict needs an entry "" for them.
+    """
     if config.moe is None or config.moe.shared:
         return {}
     blocks = config.layers + (config.mtp.depth if config.mtp is not None else 0)
@@ -157,7 +169,10 @@ def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
 
 
 class Files:
-    """The weight files of a folder: which tensor lies where, with its shape and dtype. ValueError if any is missing."""
+    """The weight files of a folder: the file, shape and dtype of each tensor.
+
+    ValueError if a file is missing.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.where, self.shapes, self.dtypes = folder, {}, {}, {}
@@ -195,7 +210,10 @@ class Files:
         return [self.folder / name for name in names]
 
     def tensor(self, name: str) -> Tensor:
-        """One stored tensor, in the mapped memory of its file; only the file last read from stays open."""
+        """Returns one stored tensor, in the mapped memory of its file.
+
+        Only the file that was read last stays open.
+        """
         path = self.where[name]
         if self._open is None or self._open[0] != path or self._read > WINDOW:
             self.close()
@@ -232,7 +250,10 @@ def _some(names: list[str], most: int = 8) -> str:
 def dequantise(
     weight: Float[Tensor, "R C"], scale: Float[Tensor, "r c"], block: tuple[int, int] = (128, 128)
 ) -> Float[Tensor, "R C"]:
-    """float8 weights times their block's scale, in float32; the last block of an axis may be cut off."""
+    """Multiplies float8 weights by their block's scale, in float32.
+
+    The last block of an axis may be incomplete.
+    """
     out = weight.to(torch.float32, copy=True)
     for rows, own in zip(out.split(block[0]), scale.float(), strict=True):
         rows *= own.repeat_interleave(block[1])[: out.shape[1]]
@@ -242,10 +263,11 @@ def dequantise(
 def load(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> LanguageModel:
-    """The model of a published folder (DeepSeek V2, V2-Lite, V3, R1, or transformers' save_pretrained of one).
+    """Loads a folder of DeepSeek V2, V2-Lite, V3, R1, or of transformers' save_pretrained of one.
 
-    dtype None keeps the stored one (float8 becomes bfloat16); router biases are float32 always. ValueError, with the
-    names, for another architecture, missing files, missing, left-over or misshapen tensors.
+    dtype None keeps the stored one (float8 becomes bfloat16); router biases are always float32.
+    ValueError, with the names, for another architecture, missing files, and tensors that are
+    missing, unknown or of the wrong shape.
     """
     folder = Path(folder)
     description, files = _json(folder / "config.json"), Files(folder)
@@ -272,7 +294,10 @@ def load(
 
 
 def _mtp_depth(description: Mapping[str, Any], files: Files) -> int:
-    """Blocks stored behind the last one; a folder may promise them in its config and leave them out."""
+    """Counts the blocks stored after the last layer.
+
+    A folder may have them in its config and leave out their weights.
+    """
     found = (
         re.match(r"model\.layers\.(\d+)\.(eh_proj|enorm|hnorm)\.", name) for name in files.where
     )
@@ -287,7 +312,10 @@ def _mtp_depth(description: Mapping[str, Any], files: Files) -> int:
 
 
 def _scale_block(description: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns that share a scale of float8 weights; None where a whole tensor does."""
+    """Returns the rows and columns that share a scale of float8 weights.
+
+    None where a whole tensor has one scale.
+    """
     said = (description.get("quantization_config") or {}).get("weight_block_size", [128, 128])
     if said is None:
         return None
@@ -308,7 +336,7 @@ def _stored_dtype(files: Files) -> torch.dtype:
 
 
 def _check_sizes(files: Files, config: ModelConfig) -> None:
-    """Refuses a config larger than the folder before a model, or a name for each tensor it asks for, is made."""
+    """Refuses a config larger than the folder, before a model or its tensors' names are made."""
 
     def count(pattern: str) -> int:
         return len({match[1] for name in files.where if (match := re.search(pattern, name))})
@@ -326,26 +354,27 @@ def _check_sizes(files: Files, config: ModelConfig) -> None:
             max(routers, default=count(r"\.mlp\.experts\.(\d+)\.")),
         )
     embed = files.shapes.get("model.embed_tokens.weight", ())
-    # fewer than there are leave tensors over, which are named
+    # Where the config has fewer than are stored, `_check` names the tensors that are left over.
     wrong = {name: sizes for name, sizes in most.items() if sizes[0] > sizes[1]}
     ours = ("vocab_size", config.vocabulary), ("hidden_size", config.dim)
     equal = {name: (got, size) for (name, got), size in zip(ours, embed, strict=False)}
     wrong |= {name: sizes for name, sizes in equal.items() if sizes[0] != sizes[1]}
     for name, (got, stored) in wrong.items():
         raise ValueError(
-            f"{files.folder}: tensors disagree with config.json. {name}: got {got}, expected {stored} as they have"
+            f"{files.folder}: tensors disagree with config.json. "
+            f"{name}: got {got}, expected {stored} as they have"
         )
 
 
 def _check(
     files: Files, config: ModelConfig, state: Mapping[str, Tensor], block: tuple[int, int] | None
 ) -> None:
-    """ValueError naming every kind of disagreement between what is stored and what the config says."""
+    """Raises ValueError with every disagreement between the stored tensors and the config."""
     needed, known = places(config), {**places(config), **copies(config)}
     scales = {
         f"{name}_scale_inv": name for name, dtype in files.dtypes.items() if dtype == "F8_E4M3"
     }
-    # a tensor of no values (of no shared expert) says nothing
+    # An empty tensor (of no shared expert) has nothing to check.
     stored = {
         name
         for name in files.where
@@ -412,10 +441,11 @@ def _read(files: Files, name: str, block: tuple[int, int] | None) -> Tensor:
 def export(
     model: LanguageModel, folder: str | Path, *, shard_bytes: int = 4 << 30, **fields: Any
 ) -> None:
-    """Write a folder that transformers' DeepseekV2ForCausalLM or DeepseekV3ForCausalLM loads with equal logits.
+    """Writes a folder that DeepseekV2ForCausalLM or DeepseekV3ForCausalLM loads with equal logits.
 
-    `fields` go into config.json as they are (eos_token_id, max_position_embeddings ...). ValueError where the model
-    has a part that the format cannot hold, named, or where the folder already holds a model.
+    Both are classes of transformers. `fields` are added to config.json unchanged (eos_token_id,
+    max_position_embeddings ...). ValueError where the model has a part that the format cannot
+    express, with its name, or where the folder already contains a model.
     """
     folder, config = Path(folder), model.config
     description = published(
@@ -461,7 +491,7 @@ def _bytes(tensor: Tensor) -> int:
 def _shards(
     state: Mapping[str, Tensor], table: Mapping[str, Place], most: int
 ) -> Iterator[list[str]]:
-    """The names of the table, in order, in runs of at most `most` bytes."""
+    """Yields the names of the table, in order, in groups of at most `most` bytes."""
     names: list[str] = []
     size = 0
     for name, place in table.items():

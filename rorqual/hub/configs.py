@@ -1,10 +1,11 @@
-"""DeepSeek's config.json in -> ModelConfig out, ModelConfig -> such a description.
+"""Converts between DeepSeek's config.json and ModelConfig.
 
-    deepseek_v2   softmax scores, one group (greedy) or the best groups by their maximum (group_limited_greedy)
-    deepseek_v3   sigmoid scores and a bias for choosing, groups by the sum of their two best
+    deepseek_v2   softmax scores, one group (greedy) or the groups with the largest maxima
+                  (group_limited_greedy)
+    deepseek_v3   sigmoid scores and a bias for the selection, groups by the sum of their two best
 
-What the format can say and we do not compute, and what we compute and it cannot say, is refused by name. Fields that
-transformers reads past, fields of training (dropout, auxiliary losses) and of deployment (ep_size) are read past.
+What only one of the two can express is refused by name. Fields that transformers ignores, fields of
+training (dropout, auxiliary losses) and of deployment (ep_size) are ignored.
 """
 
 import math
@@ -49,7 +50,7 @@ ALIASES = {
     "deepseek_v2": {"num_experts": "n_routed_experts"},
     "deepseek_v3": {"num_local_experts": "n_routed_experts"},
 }
-ONLY: dict[str, tuple[Any, ...]] = {  # None stands for absent, too
+ONLY: dict[str, tuple[Any, ...]] = {  # None also means absent
     "hidden_act": ("silu", None),
     "mlp_bias": (False, None),
     "partial_rotary_factor": (1.0, None),
@@ -70,11 +71,11 @@ ONLY_OF: dict[str, dict[str, tuple[Any, ...]]] = {
 
 
 def config_of(description: Mapping[str, Any], mtp_depth: int = 0) -> ModelConfig:
-    """The ModelConfig of a published config.json; `mtp_depth` is how many MTP blocks the folder really holds.
+    """Converts a published config.json; `mtp_depth` is how many MTP blocks the folder contains.
 
-    What it leaves out is as transformers has it; what transformers reads past (V2's norm_topk_prob and rope_interleave,
-    moe_layer_freq) is read past. ValueError for another architecture, absent sizes, or values that this architecture
-    does not know.
+    Missing fields have transformers' defaults; fields that transformers ignores (V2's
+    norm_topk_prob and rope_interleave, moe_layer_freq) are ignored. ValueError for another
+    architecture, absent sizes, or values that this architecture does not support.
     """
     kind = description.get("model_type")
     if kind not in KINDS:
@@ -150,7 +151,10 @@ def _refuse_unknown(description: Mapping[str, Any], kind: str) -> None:
 
 
 def _rope_of(description: Mapping[str, Any], interleaved: bool) -> RopeConfig:
-    """rope_theta with rope_scaling (as released), or rope_parameters (transformers 5); of both, the first."""
+    """Reads rope_theta with rope_scaling (as released), or rope_parameters (transformers 5).
+
+    Of both, the first is read.
+    """
     key = "rope_scaling" if description.get("rope_scaling") else "rope_parameters"
     said = description.get(key) or {}
     if not isinstance(said, Mapping):
@@ -159,7 +163,8 @@ def _rope_of(description: Mapping[str, Any], interleaved: bool) -> RopeConfig:
         )
     if said.get("partial_rotary_factor") not in (1.0, None):
         raise ValueError(
-            f"config.json: {key}.partial_rotary_factor: got {said['partial_rotary_factor']}, expected 1.0"
+            f"config.json: {key}.partial_rotary_factor: "
+            f"got {said['partial_rotary_factor']}, expected 1.0"
         )
     base = _number({"rope_theta": description["rope_theta"], **said}, "rope_theta")
     kind = said.get("rope_type", said.get("type", "default"))
@@ -174,12 +179,12 @@ def _yarn_of(description: Mapping[str, Any], said: Mapping[str, Any], within: st
         raise ValueError(
             f"config.json: {within}truncate: got {said['truncate']!r}, expected true or none"
         )
-    given = {
-        key: value for key, value in said.items() if value
-    }  # transformers reads past 0 and null
+    # transformers ignores 0 and null.
+    given = {key: value for key, value in said.items() if value}
     length = "original_max_position_embeddings"
     lengths = {length: description["max_position_embeddings"]} | given
-    if description.get(length) is not None:  # beside the rope fields it outranks them
+    # Beside the rope fields it has priority over them.
+    if description.get(length) is not None:
         lengths[length] = description[length]
     factor = _number(said, "factor", within)
     mscale, of_softmax = _mscales(said, given, factor, within)
@@ -196,8 +201,11 @@ def _yarn_of(description: Mapping[str, Any], said: Mapping[str, Any], within: st
 def _mscales(
     said: Mapping[str, Any], given: Mapping[str, Any], factor: float, within: str
 ) -> tuple[float, float]:
-    """mscale and mscale_all_dim that give transformers' factor on cos and sin: attention_factor if it is there, else
-    the ratio of both mscales if both are, else mscale(s, 1); with the softmax's mscale(s, mscale_all_dim)^2."""
+    """Returns mscale and mscale_all_dim that give transformers' factor on cos and sin.
+
+    That factor is attention_factor if it is set, else the ratio of both mscales if both are, else
+    mscale(s, 1); the softmax is scaled by mscale(s, mscale_all_dim)^2.
+    """
     of_softmax = _number(given, "mscale_all_dim", within) if "mscale_all_dim" in given else 0.0
     if said.get("attention_factor") is None:
         if "mscale_all_dim" not in given:
@@ -212,7 +220,8 @@ def _mscales(
     )
     if wanted != 1 and not stretch:
         raise ValueError(
-            f"config.json: {within}attention_factor: got {wanted} with factor {factor}, expected 1 or none"
+            f"config.json: {within}attention_factor: "
+            f"got {wanted} with factor {factor}, expected 1 or none"
         )
     return (wanted * (stretch * of_softmax + 1) - 1) / stretch if stretch else 1.0, of_softmax
 
@@ -264,9 +273,10 @@ def _v2_balance(d: Mapping[str, Any]) -> BalanceConfig:
 
 
 def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
-    """The config.json that transformers' DeepseekV2Config or DeepseekV3Config reads; `fields` are added as they are.
+    """Returns the config.json that transformers' DeepseekV2Config or DeepseekV3Config reads.
 
-    ValueError naming the parts of our model that the format cannot hold.
+    `fields` are added unchanged. ValueError with the parts of our model that the format cannot
+    express.
     """
     if foreign := _foreign(config):
         raise ValueError(f"a DeepSeek folder cannot hold {', '.join(foreign)}")
@@ -300,7 +310,7 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
 
 
 def _foreign(config: ModelConfig) -> list[str]:
-    """What of a model is not DeepSeek V2's or V3's, in words."""
+    """Describes the parts of a model that DeepSeek V2 or V3 does not have."""
     found = [
         name
         for name in ("gqa", "nsa", "moba", "dsa", "engram", "hyper")
@@ -347,9 +357,8 @@ def _published_rope(rope: RopeConfig) -> dict[str, Any]:
         "mscale": yarn.mscale,
         "mscale_all_dim": yarn.mscale_all_dim,
     }
-    if (
-        0 in (yarn.mscale, yarn.mscale_all_dim) and yarn.mscale != 1 and yarn.factor > 1
-    ):  # it reads past a 0
+    # transformers ignores a 0.
+    if 0 in (yarn.mscale, yarn.mscale_all_dim) and yarn.mscale != 1 and yarn.factor > 1:
         stretch = 0.1 * math.log(yarn.factor)
         scaling["attention_factor"] = (stretch * yarn.mscale + 1) / (
             stretch * yarn.mscale_all_dim + 1

@@ -1,7 +1,8 @@
-"""The name of a layer's function in -> the fastest twin that runs here out, else the layer's own reference.
+"""Chooses the fastest kernel that can run on the given tensors, or the PyTorch reference.
 
-A twin has the signature of its reference and gives the same numbers. The environment variable RORQUAL_KERNELS overrides
-the choice: "reference" takes the reference everywhere, "engram_rows=reference,other=numba" decides name by name.
+A kernel has the signature of its reference and gives the same numbers. The environment variable
+RORQUAL_KERNELS overrides the choice: "reference" selects the reference everywhere, and
+"engram_rows=reference,other=numba" decides name by name.
 """
 
 import functools
@@ -31,7 +32,10 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True, slots=True)
 class Twin:
-    """`usable(*tensors_or_device)` is "" where `function` can run on them, else the reason why not."""
+    """One kernel of an operation: its kind, its function and where it can run.
+
+    `usable(*tensors_or_device)` is "" where `function` can run on them, else the reason why not.
+    """
 
     kind: str
     function: Callable[..., Any]
@@ -67,10 +71,11 @@ TWINS: Mapping[str, tuple[Twin, ...]] = MappingProxyType(
 
 
 def pick(name: str, reference: Callable[..., Any], *where: Any) -> Callable[..., Any]:
-    """The first twin of `name` that is usable for these tensors (or this device), else `reference`.
+    """Returns the first kernel of `name` that can run on these tensors or this device.
 
-    Under torch.compile always the reference, which the compiler turns into a kernel of its own. ValueError where the
-    environment asks for a twin that cannot run here.
+    It is `reference` where no kernel can run. Under torch.compile it is always the reference, which
+    the compiler turns into a kernel of its own. ValueError where the environment selects a kernel
+    that cannot run here.
     """
     if torch.compiler.is_compiling():
         return reference
@@ -91,7 +96,10 @@ def pick(name: str, reference: Callable[..., Any], *where: Any) -> Callable[...,
 
 
 def available() -> dict[str, dict[str, bool | str]]:
-    """{name: {twin: True, or the reason why it does not run}} for this machine's CPU and accelerator."""
+    """Lists the kernels that run on this machine's CPU and accelerator.
+
+    {name: {kind: True, or the reason why it does not run}}.
+    """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     devices = [torch.device("cpu"), *([accelerator] if accelerator is not None else [])]
     found: dict[str, dict[str, bool | str]] = {}
@@ -103,7 +111,7 @@ def available() -> dict[str, dict[str, bool | str]]:
 
 @functools.lru_cache(maxsize=8)
 def _wanted(text: str) -> Mapping[str, str]:
-    """What RORQUAL_KERNELS asks for, {name: kind}; ValueError for an unknown name or kind."""
+    """Parses RORQUAL_KERNELS into {name: kind}; ValueError for an unknown name or kind."""
     if text.strip() in ("", REFERENCE):
         return dict.fromkeys(TWINS, REFERENCE) if text.strip() else {}
     wanted = {}

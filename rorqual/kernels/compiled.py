@@ -1,4 +1,4 @@
-"""A Python loop over arrays in -> machine code out, for tensors on the CPU."""
+"""Compiles Python loops over arrays to machine code for tensors on the CPU, with numba."""
 
 import inspect
 import itertools
@@ -14,10 +14,11 @@ from torch import Tensor
 
 
 def usable(*where: Tensor | torch.device) -> str:
-    """Why a compiled twin cannot run on these tensors or devices; "" if it can."""
+    """Returns why a compiled kernel cannot run on these tensors or devices; "" if it can."""
     for thing in where:
         if not isinstance(thing, torch.device) and thing.is_cpu:
-            continue  # at decode naming the device costs as much as the work
+            # Constructing the device costs as much as the work of a decoding step.
+            continue
         device = thing if isinstance(thing, torch.device) else thing.device
         if device.type != "cpu":
             return f"it runs on the cpu, not on {device.type}"
@@ -25,21 +26,24 @@ def usable(*where: Tensor | torch.device) -> str:
 
 
 def compiled(function: Callable[..., Any], *, any_order: bool = False) -> Callable[..., Any]:
-    """Machine code at the first call, kept beside the source for the next process where that can be written.
+    """Compiles a function at its first call.
 
-    `any_order` lets sums of floats be taken in any order, and so on vectors.
+    The machine code is cached beside the source for later processes, where that can be written.
+    `any_order` permits sums of floats in any order, and so vector instructions.
     """
-    plain = inspect.unwrap(function)  # tests wrap every function to check its shapes
+    # Tests wrap every function to check its shapes.
+    plain = inspect.unwrap(function)
     options = {"nogil": True, "fastmath": {"reassoc", "contract"} if any_order else False}
     try:
         return numba.njit(**options, cache=True)(plain)
-    except RuntimeError:  # no writable place for numba's cache
+    # numba finds no directory where it can write its cache.
+    except RuntimeError:
         return numba.njit(**options)(plain)
 
 
 @intrinsic
 def pointer(context, address):
-    """In compiled code: a whole number, such as a tensor's data_ptr(), as what numba.carray reads from."""
+    """In compiled code: converts an integer, such as data_ptr(), to the input of numba.carray."""
 
     def generate(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
@@ -48,17 +52,17 @@ def pointer(context, address):
 
 
 def _fetch(builder, place):
+    """Emits LLVM's prefetch instruction for an address."""
     number = cgutils.int32_t
     shape = cgutils.ir.FunctionType(cgutils.ir.VoidType(), [place.type, number, number, number])
     fetch = builder.module.declare_intrinsic("llvm.prefetch", [place.type], shape)
-    builder.call(
-        fetch, [place, number(0), number(3), number(1)]
-    )  # to read, to the nearest cache, data
+    # Arguments: read access, the nearest cache, data (not instructions).
+    builder.call(fetch, [place, number(0), number(3), number(1)])
 
 
 @intrinsic
 def ask(context, array, row, column):
-    """In compiled code: begin to fetch this number of a matrix, which is wanted soon; nothing waits for it."""
+    """In compiled code: prefetches the cache line of a matrix element, without waiting for it."""
 
     def generate(context, builder, signature, arguments):
         kind = signature.args[0]
@@ -74,7 +78,7 @@ def ask(context, array, row, column):
 
 @intrinsic
 def prefetch(context, address):
-    """In compiled code: ask for the line of memory at an address before it is read. No address is wrong."""
+    """In compiled code: prefetches the cache line at an address. Any address is allowed."""
 
     def generate(context, builder, signature, arguments):
         _fetch(builder, builder.inttoptr(arguments[0], cgutils.voidptr_t))
@@ -84,7 +88,10 @@ def prefetch(context, address):
 
 
 def spread(loop: Callable[[int, int, int], None], count: int, parts: int) -> None:
-    """loop(part, first, last) for `parts` equal parts of `count`, each on a thread; compiled code holds no lock."""
+    """Calls loop(part, first, last) for `parts` equal parts of `count`, each on its own thread.
+
+    Compiled code releases the GIL, so the threads run at the same time.
+    """
     if parts <= 1:
         loop(0, 0, count)
         return

@@ -1,8 +1,9 @@
-"""Queries, latents, an indexer's queries and keys in -> attended to the best keys out: layers.dsa.attend_best compiled.
+"""Attends to the top-k keys that an indexer selects: layers.dsa.attend_best, compiled.
 
-A token scores every key, finds the least score that is chosen from how many keys lie above each (a histogram of the
-scores' bits, eleven at a time), and reads the chosen latents where they lie, to score and to sum them, with nothing
-gathered. Threads split rows and tokens. float32, CPU, without gradients.
+For each token the kernel scores every key and finds the lowest score that is still selected, by a
+radix selection: histograms of the scores' bits, up to eleven bits at a time. It then reads the
+selected latents in place, to score and to sum them, without a gather. Threads split sequences and
+tokens. float32, CPU, without gradients.
 """
 
 import functools
@@ -18,15 +19,17 @@ from rorqual.kernels.compiled import prefetch
 from rorqual.kernels.select import shown
 from rorqual.kernels.vectors import ZERO, at, dots, fill, largest, powers, score_tile, sums
 
-_AHEAD = 8  # latents asked for before they are used
-_TILE = 64  # indexer keys, or latents, that stay in a near cache while every head reads them
-_loop = functools.partial(compiled.compiled, any_order=True)  # sums may run on vectors
+_AHEAD = 8  # latents between the one that is prefetched and the one that is used
+_TILE = 64  # indexer keys, or latents, that stay in the first cache while every head reads them
+_loop = functools.partial(compiled.compiled, any_order=True)  # sums may use vector instructions
 
 
 @_loop
 def _ordered(products, weights, begin, end, ordered):  # pragma: no cover
-    """ordered[l] = sum_j weights[j] relu(products[j, l]) in bits that compare as it does, unsigned. The products are
-    used up."""
+    """Writes ordered[l] = sum_j weights[j] relu(products[j, l]) as order-preserving unsigned bits.
+
+    `products` is overwritten.
+    """
     totals, count = products[0], end - begin
     for l in range(count):
         totals[l] = weights[0] * max(totals[l], ZERO)
@@ -44,7 +47,10 @@ def _ordered(products, weights, begin, end, ordered):  # pragma: no cover
 
 @compiled.compiled
 def _choose(ordered, end, chosen):  # pragma: no cover
-    """The columns of the largest of ordered[:end], of equal ones the last, into `chosen`, ascending."""
+    """Writes the columns of the largest of ordered[:end] into `chosen`, in ascending order.
+
+    Of equal values the last ones are selected.
+    """
     known, mask, left = np.uint32(0), np.uint32(0), chosen.shape[0]
     for shift in (21, 10, 0):
         counts = np.zeros(2048, np.int64)
@@ -74,7 +80,7 @@ def _fetch(base, step, chosen, n, width):  # pragma: no cover
 
 @_loop
 def _four(base, step, chosen, n):  # pragma: no cover
-    """Addresses of the latents n .. n + 3 of those chosen; behind the last stands the last."""
+    """Returns the addresses of the selected latents n .. n + 3; past the end, the last one's."""
     last = chosen.shape[0] - 1
     a, b = base + chosen[min(n, last)] * step, base + chosen[min(n + 1, last)] * step
     return a, b, base + chosen[min(n + 2, last)] * step, base + chosen[min(n + 3, last)] * step
@@ -82,7 +88,10 @@ def _four(base, step, chosen, n):  # pragma: no cover
 
 @_loop
 def _weigh(scores, count, bits, best, total, out):  # pragma: no cover
-    """Scores of one query and `count` latents -> their weights; what was summed before is weighed by the same best."""
+    """Turns the scores of one query for `count` latents into weights, in place.
+
+    The running maximum `best` is updated, and the earlier sums are rescaled to it (online softmax).
+    """
     before, best[0] = best[0], max(best[0], largest(scores[:count]))
     if before < best[0]:
         factor = np.float32(math.exp(before - best[0]))
@@ -97,8 +106,11 @@ def _weigh(scores, count, bits, best, total, out):  # pragma: no cover
 
 @_loop
 def _attend(query, base, step, chosen, scores, bits, out):  # pragma: no cover
-    """out[h] = the mean of the chosen latents, weighted by how they score against query[h]. A tile of them is scored
-    and summed while it is in the cache. The scores have room for three more, which count for nothing."""
+    """Writes out[h], the mean of the selected latents weighted by the softmax of their scores.
+
+    Each tile of latents is scored and summed while it is in the cache. The scores have space for
+    three more columns, which are set to 0.
+    """
     (heads, width), last = query.shape, chosen.shape[0]
     best, total = np.full((heads, 1), -np.inf, np.float32), np.zeros((heads, 1), np.float32)
     for h in range(heads):
@@ -125,8 +137,11 @@ def _attend(query, base, step, chosen, scores, bits, out):  # pragma: no cover
 def _tokens(
     query, looking, weights, lead, places, length, most, scale, out, first, last
 ):  # pragma: no cover
-    """Tokens first .. last of B T. `places` of the indexer's keys and of the latents: address, and bytes a row and a
-    column further. Row b starts at column lead[b]."""
+    """Computes tokens first .. last of B T.
+
+    `places` of the indexer's keys and of the latents: address, bytes from one sequence to the next,
+    bytes from one column to the next. Sequence b starts at column lead[b].
+    """
     (_, time, heads, width), (own, narrow) = query.shape, looking.shape[2:]
     products, ordered = np.empty((own, _TILE), np.float32), np.empty(length, np.uint32)
     scores, bits = np.empty((heads, _TILE), np.float32), np.empty(_TILE, np.int32)
@@ -158,7 +173,7 @@ def attend_best(
     scale: float,
     lead: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T H R"]:
-    """See layers.dsa.attend_best, whose numbers these are within float32 rounding."""
+    """Computes layers.dsa.attend_best, within float32 rounding."""
     (batch, time), length = query.shape[:2], key.shape[1]
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     latent = latent if latent.stride(-1) == 1 else latent.contiguous()

@@ -1,16 +1,18 @@
-"""Ids in -> the table rows they address out: the compiled twins of layers.addresses, on the CPU.
+"""Computes the table rows that token ids address: compiled kernels of layers.addresses, on the CPU.
 
-hash_rows     ids of a window -> rows              twin of layers.addresses.hash_rows
-follow_rows   new ids behind those held -> rows    twin of layers.addresses.follow_rows
+hash_rows     rows of a window of ids              kernel of layers.addresses.hash_rows
+follow_rows   rows of new ids behind cached ones   kernel of layers.addresses.follow_rows
 
-Tokens are taken in blocks, a head at a time over a block, so that all arithmetic runs on vectors. Where every prime
-exceeds 8191 the remainder is taken without a division, and still exactly. With u = 2^-53, in float64,
+Tokens are processed in blocks, one head at a time over a block, so that all arithmetic uses vector
+instructions. Where every prime exceeds 8191 the remainder is computed without a division, and is
+still exact. With u = 2^-53, in float64,
 
     i = (1/p) (1 - 4u),   q = trunc(x i),   r = x - q p in int64,   then r - p if r >= p
 
-1/p, i, x < 2^63 and x i are each rounded once, by at most u: x i lies below x/p, and by less than 8u 2^63/p <= 1, so
-that q is the quotient or one less. Threads split the tokens; the compiled code holds no lock of Python's. It is handed
-addresses of memory, since an array a tensor costs more than the hash of a whole decode step.
+1/p, i, x < 2^63 and x i are each rounded once, by at most u: x i lies below x/p, and by less than
+8u 2^63/p <= 1, so that q is the quotient or one less. Threads split the tokens; the compiled code
+releases Python's lock. It takes memory addresses, since the conversion of each tensor to an array
+costs more than the hash of a whole decoding step.
 """
 
 import itertools
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from rorqual.kernels.compiled import compiled, pointer
 
-_BLOCK = 64  # tokens at a time: what is computed of them stays in the nearest cache
+_BLOCK = 64  # tokens at a time: their intermediate values stay in the first cache
 _EXACT_FROM = 8192  # the smallest prime for which the proof above holds
 _WORTH_A_THREAD = 16384  # addresses; below, starting threads takes longer than the work
 
@@ -35,7 +37,10 @@ _WORTH_A_THREAD = 16384  # addresses; below, starting threads takes longer than 
 def _look_up(
     ids, stride, lead, time, reach, canonical, pad, known, start, count
 ):  # pragma: no cover
-    """known[k, j] = canonical id k before token start + j; False if an id has none. `lead` ids stand before a row."""
+    """Writes known[k, j] = canonical id k before token start + j; False if an id has none.
+
+    `lead` ids precede the tokens of each sequence.
+    """
     strange, done, top = False, 0, len(canonical)
     row, t = start // time, start % time
     while done < count:
@@ -64,7 +69,7 @@ def _look_up(
 
 @compiled
 def _invert(primes):  # pragma: no cover
-    """The factors i of the proof, shaped as `primes`; none where it does not hold."""
+    """Returns the proof's factors i, shaped as `primes`; empty where the proof does not hold."""
     inverse = np.empty(primes.shape)
     for layer in range(primes.shape[0]):
         for order in range(primes.shape[1]):
@@ -77,7 +82,7 @@ def _invert(primes):  # pragma: no cover
 
 @compiled
 def _mix(known, multipliers, primes, inverse, offsets, mix, wide, rows, count):  # pragma: no cover
-    """rows[head, j] of one layer, its orders side by side; divides where `inverse` is empty."""
+    """Writes rows[head, j] of one layer, orders side by side; divides where `inverse` is empty."""
     orders, heads = primes.shape
     for j in range(count):
         mix[j] = known[0, j] * multipliers[0]
@@ -103,7 +108,10 @@ def _mix(known, multipliers, primes, inverse, offsets, mix, wide, rows, count): 
 def _hash(
     asked, new, new_stride, ids, stride, lead, batch, time, reach, pad, out, first, last,
 ):  # pragma: no cover  # fmt: skip
-    """Fills out[:, first:last], tokens counted over the batch; False if an id is not known. `new` is written first."""
+    """Fills out[:, first:last], with tokens counted over the batch; False if an id is unknown.
+
+    The ids `new` are written to the cache first.
+    """
     canonical, multipliers, primes, offsets, layers, orders, heads, top = asked
     width, memory = orders * heads, numba.carray(pointer(ids), batch * stride, np.int64)
     if new:
@@ -153,7 +161,7 @@ def hash_rows(
     out: Int[Tensor, "Lm B T R"] | None = None,
     kept: dict[str, Any] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
-    """See layers.addresses.hash_rows, whose numbers these are, bit for bit."""
+    """Computes layers.addresses.hash_rows, bit for bit."""
     ids, stride = _plain(ids)
     near = None if reach is None else reach.long().contiguous()
     asked = _ask(kept, canonical_map, multipliers, primes, offsets)
@@ -185,7 +193,7 @@ def follow_rows(
     out: Int[Tensor, "Lm B T R"] | None = None,
     kept: dict[str, Any] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
-    """See layers.addresses.follow_rows, whose numbers these are, bit for bit."""
+    """Computes layers.addresses.follow_rows, bit for bit."""
     asked, (batch, time) = _ask(kept, canonical_map, multipliers, primes, offsets), ids.shape
     ids, stride = _plain(ids)
     if held is None:
@@ -214,9 +222,12 @@ def follow_rows(
 
 
 class _Asked(NamedTuple):
-    """What four tensors said of themselves: asking them anew costs more than a decode step's hash."""
+    """The addresses and sizes of four tensors, cached.
 
-    exact: tuple[Tensor, ...]  # held, so that no other tensor comes to lie where they lie
+    Reading them again costs more than the hash of a decoding step.
+    """
+
+    exact: tuple[Tensor, ...]  # referenced, so that their memory is not reused
     pointers: tuple[int, ...]
     numbers: tuple[int, ...]  # the pointers, then Lm, O, J and V
     layers: int
@@ -231,7 +242,7 @@ def _ask(
     primes: Tensor,
     offsets: Tensor,
 ) -> _Asked:
-    """Asks again where the tensors do not lie where those lie that were asked last."""
+    """Returns the cached addresses and sizes, or reads them again where the tensors have moved."""
     pointers = (
         canonical_map.data_ptr(),
         multipliers.data_ptr(),
@@ -252,18 +263,20 @@ def _ask(
 
 
 def _plain(ids: Tensor) -> tuple[Tensor, int]:
-    """int64, each row's ids side by side, and how far the rows lie apart."""
+    """Returns the ids as int64, contiguous in each sequence, and the stride between sequences."""
     ids = ids if ids.dtype is torch.int64 else ids.long()
     stride, near = ids.stride()
     return (ids, stride) if near == 1 else (ids.contiguous(), ids.shape[1])
 
 
 def _run(asked, new, new_stride, ids, stride, lead, batch, time, reach, pad, out) -> Tensor:
-    """The rows of `batch` times `time` tokens, the first `lead` columns right of the address `ids`."""
+    """Computes the rows of `batch` times `time` tokens.
+
+    The first token is `lead` ids after the address `ids`.
+    """
     if out is None:
-        out = torch.from_numpy(
-            np.empty((asked.layers, batch, time, asked.width), np.int64)
-        )  # half of torch.empty
+        # This takes half the time of torch.empty.
+        out = torch.from_numpy(np.empty((asked.layers, batch, time, asked.width), np.int64))
     else:
         assert out.is_contiguous()
     near = 0 if reach is None else reach.data_ptr()

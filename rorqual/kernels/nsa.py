@@ -1,8 +1,8 @@
-"""Queries, keys of three resolutions in -> values attended at each out: layers.nsa.attend_few compiled.
+"""Attends to compressed, selected and window keys in one pass: layers.nsa.attend_few, compiled.
 
-A token scores the compressed keys of its group, chooses by them, and reads the chosen blocks and the window where they
-lie, with nothing gathered, masked or kept in between. Threads split rows, tokens and groups. float32, CPU, without
-gradients.
+For each token the kernel scores the compressed keys of its group, selects blocks by these scores,
+and reads the selected blocks and the window in place; nothing is gathered, masked or stored in
+between. Threads split sequences, tokens and groups. float32, CPU, without gradients.
 """
 
 import functools
@@ -18,13 +18,15 @@ from rorqual.kernels.select import over_blocks, scaled, where
 from rorqual.kernels.vectors import ZERO, fill
 
 _WORTH_A_THREAD = 1 << 22  # products; below, starting threads takes longer than the work
-_loop = functools.partial(compiled.compiled, any_order=True)  # sums may run on vectors
+_loop = functools.partial(compiled.compiled, any_order=True)  # sums may use vector instructions
 
 
 @_loop
 def _importance(weights, seen, each, per, importance):  # pragma: no cover
-    """importance[j] = sum over h and i of weights[h, i] W[i, j]: compressed block i is `each` pieces, j is `per`.
-    The weights are used up."""
+    """Writes importance[j] = sum over h and i of weights[h, i] W[i, j].
+
+    A compressed block i is `each` pieces long, a selection block j `per`. `weights` is overwritten.
+    """
     fill(importance, ZERO)
     summed = weights[0]
     for h in range(1, weights.shape[0]):
@@ -41,7 +43,10 @@ def _importance(weights, seen, each, per, importance):  # pragma: no cover
 
 @_loop
 def _choose(importance, own, index):  # pragma: no cover
-    """The forced blocks and the most important others up to `own`, of equal ones the later; -1 behind them."""
+    """Selects the forced blocks and then the most important others before `own`; -1 fills the rest.
+
+    Of equally important blocks the later one is selected.
+    """
     count = min(own + 1, 3)
     for n in range(index.shape[0]):
         index[n] = -1
@@ -63,8 +68,12 @@ def _choose(importance, own, index):  # pragma: no cover
 def _attend(
     query, given, positions, lead, places, held, length, sizes, scale, out, first, last
 ):  # pragma: no cover
-    """Groups first .. last of B T G. `places` of the compressed keys and values, the keys and values, the window's:
-    address, and bytes a row, a column and a group further. `held`: compressed blocks; `length`: keys."""
+    """Computes groups first .. last of B T G.
+
+    `places` of the compressed keys and values, the keys and values, and the window's: address, and
+    bytes from one sequence, column and group to the next. `held` is the number of compressed
+    blocks, `length` that of keys.
+    """
     block, stride, size, chosen, window = sizes
     time, (groups, known) = out.shape[1], given.shape[2:]
     share, most = out.shape[3] // groups, known if known else chosen
@@ -154,14 +163,13 @@ def attend_few(
     config: Any,
     scale: float,
 ) -> Float[Tensor, "B T 3 H Q"]:
-    """See layers.nsa.attend_few, whose numbers these are within float32 rounding."""
+    """Computes layers.nsa.attend_few, within float32 rounding."""
     (batch, time, heads, width), groups = query.shape, key.shape[2]
     lead = positions.new_zeros(batch) if lead is None else lead
     index = positions.new_zeros(batch, time, groups, 0) if index is None else index
     pairs = small_key, small_value, key, value, near_key, near_value
-    dense = [
-        x if x.stride(-1) == 1 else x.contiguous() for x in pairs
-    ]  # held as long as their addresses are used
+    # Referenced as long as their addresses are used.
+    dense = [x if x.stride(-1) == 1 else x.contiguous() for x in pairs]
     places, sizes = np.array([where(x) for x in dense]), _sizes(config)
     out = query.new_empty(batch, time, 3, heads, value.shape[-1])
     given = [x.detach().contiguous().numpy() for x in (query, index, positions, lead)]

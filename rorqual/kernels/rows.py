@@ -1,11 +1,11 @@
-"""Touched rows and their gradients in -> the rows after one Adam update out: compiled twins of train.optim.
+"""Applies one Adam update to the touched rows of a table: compiled kernels of train.optim.
 
-    sum_rows     gradients by row id, some named twice -> each row once, duplicates added
-    row_adam     distinct rows and their gradients     -> the rows, their averages and counts, updated
+    sum_rows     sums gradients by row id, so that each row occurs once
+    row_adam     updates distinct rows, their moving averages and update counts
 
-A row, its two averages and its count are read, changed and written back before the next row is touched, so each costs
-one visit to memory, and rows to come are asked for while this one is worked on. Threads split the rows, which are
-distinct. On the CPU, float32.
+A row, its two averages and its count are read, changed and written back before the next row, so
+that each is read from memory once; later rows are prefetched meanwhile. Threads split the rows,
+which are distinct. On the CPU, float32.
 """
 
 from collections.abc import Callable
@@ -18,16 +18,19 @@ from torch import Tensor
 from rorqual.kernels import compiled
 
 _WORTH_A_THREAD = 2048  # rows; below, starting threads takes longer than the work
-_AHEAD = (
-    6  # rows between the one that is asked for and the one that is changed; 2 to 8 measured alike
-)
+_AHEAD = 6  # rows between the one that is prefetched and the one that is updated; 2 to 8 are alike
 _LINE = 16  # float32 numbers in a cache line
-_KNOWN = 1024  # update counts whose bias correction is looked up; two powers a row cost as much as 30 of its numbers
+# Update counts whose bias correction is precomputed: two powers a row cost as much as 30 of its
+# numbers.
+_KNOWN = 1024
 
 
 @compiled.compiled
 def _sum(several, order, starts, values, sums, begin, end):  # pragma: no cover
-    """sums[k] = values[order[starts[k]]] + ... + values[order[starts[k + 1] - 1]] for k of `several`, in float64."""
+    """Writes sums[k] = values[order[starts[k]]] + ... + values[order[starts[k + 1] - 1]].
+
+    k runs over several[begin:end]; the sums are computed in float64.
+    """
     total = np.empty(values.shape[1])
     for k in several[begin:end]:
         total[:] = 0.0
@@ -42,7 +45,10 @@ def _sum(several, order, starts, values, sums, begin, end):  # pragma: no cover
 def _update(
     rows, first, second, updates, touched, gradient, known, rates, begin, end
 ):  # pragma: no cover
-    """`rates`: float64 [lr, b1, b2, eps]. `known`: float32 [2, n], see `_corrections`."""
+    """Updates the rows touched[begin:end] in place.
+
+    `rates`: float64 [lr, b1, b2, eps]. `known`: float32 [2, n], see `_corrections`.
+    """
     b1, b2 = np.float32(rates[1]), np.float32(rates[2])
     c1, c2 = np.float32(1.0 - rates[1]), np.float32(1.0 - rates[2])
     for k in range(begin, end):
@@ -67,20 +73,25 @@ def _update(
         for i in range(p.shape[0]):
             m[i] = b1 * m[i] + c1 * g[i]
             v[i] = b2 * v[i] + c2 * g[i] * g[i]
-            # np.divide does not check for 0, which would keep the loop from running on vectors
+            # np.divide does not check for 0; the check would keep the loop from using vector
+            # instructions.
             p[i] -= np.divide(size * m[i], np.sqrt(v[i]) + floor)
 
 
 def _corrections(lr: float, betas: tuple[float, float], eps: float) -> np.ndarray:
-    """float32 [2, n]: a row's step size lr sqrt(1 - b2^n) / (1 - b1^n) at its n-th update, and eps sqrt(1 - b2^n)."""
+    """Precomputes the bias corrections of the n-th update of a row, float32 [2, n].
+
+    They are the step size lr sqrt(1 - b2^n) / (1 - b1^n) and the term eps sqrt(1 - b2^n).
+    """
     n = np.arange(_KNOWN)
-    n[0] = 1  # never looked up: the first update is number 1
+    # Entry 0 is never read: the first update is number 1.
+    n[0] = 1
     root = np.sqrt(1.0 - betas[1] ** n)
     return np.stack([lr * root / (1.0 - betas[0] ** n), eps * root]).astype(np.float32)
 
 
 def _split(work: Callable[[int, int], None], count: int) -> None:
-    """work(begin, end) over 0..count, on as many threads as torch has where that is worth it."""
+    """Calls work(begin, end) over 0..count, on as many of torch's threads as are worth starting."""
     parts = min(torch.get_num_threads(), max(1, count // _WORTH_A_THREAD))
     compiled.spread(lambda _, begin, end: work(begin, end), count, parts)
 
@@ -88,9 +99,10 @@ def _split(work: Callable[[int, int], None], count: int) -> None:
 def sum_rows(
     index: Int[Tensor, " K"], values: Float[Tensor, "K W"]
 ) -> tuple[Int[Tensor, " D"], Float[Tensor, "D W"]]:
-    """See train.optim.sum_rows, whose numbers these are within float32 rounding."""
+    """Computes train.optim.sum_rows, within float32 rounding."""
     count = len(index)
-    # row and place as one number: sorting those is stable, and numpy sorts numbers 5 times as fast as torch sorts pairs
+    # Row and position are packed into one number: this makes the sort stable, and numpy sorts
+    # numbers 5 times as fast as torch sorts pairs.
     keys = index.numpy() * count + np.arange(count)
     keys.sort()
     ids, order = np.divmod(keys, max(count, 1))
@@ -113,7 +125,7 @@ def row_adam(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """See train.optim.row_adam, whose numbers these are within float32 rounding."""
+    """Computes train.optim.row_adam, within float32 rounding."""
     arrays = [
         tensor.detach().numpy()
         for tensor in (rows, first, second, updates, touched, gradient.contiguous())
@@ -123,7 +135,7 @@ def row_adam(
 
 
 def usable(*where: Tensor | torch.device) -> str:
-    """Why they cannot run on these tensors or this device; "" if they can."""
+    """Returns why these kernels cannot run on these tensors or this device; "" if they can."""
     for thing in where:
         if isinstance(thing, Tensor) and thing.is_floating_point() and thing.dtype != torch.float32:
             return f"it computes in float32, not in {thing.dtype}"

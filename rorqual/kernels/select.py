@@ -1,8 +1,9 @@
-"""Queries, keys, values and chosen blocks of keys in -> attended values out: layers.selection's gathered form compiled.
+"""Attends to selected blocks of keys: layers.selection's gathered form, compiled.
 
-The keys of a chosen block are read where they lie, once for all heads that share the choice, and stay in the core's
-nearest cache while these score them; nothing is gathered first. Rows that lie apart come from memory one by one unless
-they are asked for ahead of their use. Threads split tokens and choices. float32, CPU, without gradients.
+The keys of a selected block are read in place, once for all heads that share the selection, and
+stay in the core's first cache while these heads score them; nothing is gathered. Keys that are
+not contiguous are prefetched, since they would otherwise be read from memory one by one. Threads
+split tokens and selections. float32, CPU, without gradients.
 """
 
 import functools
@@ -18,9 +19,9 @@ from rorqual.kernels.compiled import prefetch
 from rorqual.kernels.vectors import ZERO, dots, fill, softmax, sums
 
 _WORTH_A_THREAD = 1 << 22  # products; below, starting threads takes longer than the work
-_AHEAD = 16  # keys
+_AHEAD = 16  # keys between the one that is prefetched and the one that is used
 _LEAST = np.float32(1e-20)
-_loop = functools.partial(compiled.compiled, any_order=True)  # sums may run on vectors
+_loop = functools.partial(compiled.compiled, any_order=True)  # sums may use vector instructions
 
 
 @_loop
@@ -30,13 +31,21 @@ def _line(address, width):  # pragma: no cover
 
 @_loop
 def shown(weight):  # pragma: no cover
-    """What no sum of float32 would show is zero: products so small that they lose bits take a hundred times as long."""
-    return ZERO if weight <= _LEAST else weight  # what is not a number stays
+    """Rounds a negligible weight to zero.
+
+    No float32 sum would change by it, and products with denormal results take a hundred times as
+    long.
+    """
+    # NaN stays NaN.
+    return ZERO if weight <= _LEAST else weight
 
 
 @_loop
 def _fetch(rows, step, count, following, l, width):  # pragma: no cover
-    """Asks for the four rows that are _AHEAD of row l, those behind the last at address `following`."""
+    """Prefetches the four rows that are _AHEAD of row l.
+
+    Past the last row, those at the address `following` are prefetched.
+    """
     for n in range(l + _AHEAD, l + _AHEAD + 4):
         row = rows + n * step if n < count else following + (n - count) * step
         for i in range(0, width, 16):
@@ -45,7 +54,7 @@ def _fetch(rows, step, count, following, l, width):  # pragma: no cover
 
 @_loop
 def _score(queries, keys, step, count, following, scores):  # pragma: no cover
-    """scores[h, l] = queries[h] . the key at address keys + l step."""
+    """Writes scores[h, l] = queries[h] . the key at address keys + l step."""
     width, l = queries.shape[1], 0
     while l + 4 <= count:
         _fetch(keys, step, count, following, l, width)
@@ -63,8 +72,10 @@ def _score(queries, keys, step, count, following, scores):  # pragma: no cover
 
 @_loop
 def _sum(weights, values, step, count, following, out):  # pragma: no cover
-    """out[h] += sum over l of weights[h, l] the value at address values + l step. The weights stay: others compare
-    them."""
+    """Adds to out[h] the sum over l of weights[h, l] times the value at address values + l step.
+
+    `weights` is not modified: callers compare them.
+    """
     width, l, few = out.shape[1], 0, np.empty((out.shape[0], 4), np.float32)
     while l + 4 <= count:
         _fetch(values, step, count, following, l, width)
@@ -86,8 +97,10 @@ def _sum(weights, values, step, count, following, out):  # pragma: no cover
 def over_blocks(
     own, index, end, block, key, key_step, value, value_step, scores, bits, result
 ):  # pragma: no cover
-    """result[h] = own[h]'s mean of the values of the keys before `end` in the blocks `index`. Keys and values lie at
-    addresses key + l key_step, value + l value_step."""
+    """Writes result[h], the attention of own[h] to the keys before `end` in the blocks `index`.
+
+    Keys and values lie at the addresses key + l key_step and value + l value_step.
+    """
     blocks, seen = index.shape[0], 0
     for n in range(blocks):
         count = min(block, end - index[n] * block)
@@ -130,7 +143,10 @@ def scaled(query, scale, own):  # pragma: no cover
 def _attend(
     query, index, positions, lead, key, value, held, block, scale, out, first, last
 ):  # pragma: no cover
-    """Choices first .. last of B T J. `key` and `value`: address, and bytes a row, a column and a group further."""
+    """Computes selections first .. last of B T J.
+
+    `key` and `value`: address, and bytes from one sequence, column and group to the next.
+    """
     (_, time, heads, width), (choices, most), groups = query.shape, index.shape[2:], held[1]
     share = heads // choices
     own = np.empty((share, width), np.float32)
@@ -148,7 +164,7 @@ def _attend(
 
 
 def where(x: Tensor) -> np.ndarray:
-    """Address, and bytes from one row, column and group to the next."""
+    """Returns the address, and the bytes from one sequence, column and group to the next."""
     return np.array([x.data_ptr(), *(x.element_size() * step for step in x.stride()[:3])], np.int64)
 
 
@@ -162,7 +178,7 @@ def selected_attention(
     scale: float,
     lead: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T H Q"]:
-    """See layers.selection.selected_attention, whose numbers these are within float32 rounding."""
+    """Computes layers.selection.selected_attention, within float32 rounding."""
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     lead = positions.new_zeros(len(positions)) if lead is None else lead
@@ -176,7 +192,7 @@ def selected_attention(
 
 
 def usable(*where: Tensor | torch.device) -> str:
-    """Why it cannot run on these tensors or this device; "" if it can."""
+    """Returns why the kernel cannot run on these tensors or this device; "" if it can."""
     for thing in where:
         if isinstance(thing, Tensor) and thing.dtype != torch.float32:
             return f"it computes in float32, not in {thing.dtype}"

@@ -1,12 +1,15 @@
-"""One token's id, a model's weights and latent cache in -> its logits out: a whole decoding step as one compiled call.
+"""Computes the logits of one token's decoding step in one compiled call.
 
-What serve.step does with the model's modules, for one row of a DeepSeek model in float32 on the CPU. A step reads every
-weight that it needs once and computes next to nothing, so its time is memory's; a module at a time it is Python's.
+It does what serve.step does with the model's modules, for one sequence of a DeepSeek model in
+float32 on the CPU. A step reads each weight that it needs once and computes little, so it is bound
+by memory bandwidth; module by module it is bound by Python's overhead.
 
-    every thread runs `_step` on its share of each product's rows, columns or heads, and waits at `_meet` where the next
-    product reads what all of them wrote; what is cheap (norms, router) each computes for itself
+    Every thread runs `_step` on its share of each product's rows, columns or heads, and waits at
+    `_meet` where the next product reads what all of them wrote. Each thread computes cheap parts
+    (norms, router) itself.
 
-Attention is the absorbed form of layers.attention.MLA: one query of kv_rank + rope values a head over the cached rows.
+Attention is the absorbed form of layers.attention.MLA: one query of kv_rank + rope values a head
+over the cached latents.
 """
 
 import math
@@ -46,17 +49,18 @@ PLACES = (
     FFN_NORM, GATE, UP, DOWN, ROUTER, BIAS, GATE_UP, EXPERTS_DOWN,
 ) = range(len(PLACES))  # fmt: skip
 SOFTMAX, SIGMOID, SQRTSOFTPLUS = range(3)  # kinds of score
-TILE = 64  # cached rows that stay in the first cache while every head reads them
-LINE = 8  # int64 in a cache line: no two threads write to one
-PATIENCE = 2000  # looks at the others before the core is given to somebody else
-GONE = np.iinfo(
-    np.int64
-).max  # where the clock of one who will not come stands: nobody waits for it
+TILE = 64  # cached latents that stay in the first cache while every head reads them
+LINE = 8  # int64 numbers in a cache line: no two threads write to the same line
+PATIENCE = 2000  # polls of another thread's clock before the core is yielded
+GONE = np.iinfo(np.int64).max  # the clock of a thread that failed: no other thread waits for it
 TINY = np.float32(np.finfo(np.float32).tiny)
 
 
 class Sizes(NamedTuple):
-    """What the weights' addresses do not say. Widths are 0 where a part is absent."""
+    """The sizes and options of a model, besides its weights' addresses.
+
+    Widths are 0 where a part is absent.
+    """
 
     dim: int
     vocabulary: int
@@ -105,7 +109,7 @@ _give_way = types.ExternalFunction("sched_yield", types.int32())
 
 @compiled
 def _meet(clocks, me, phase):  # pragma: no cover
-    """Wait until every thread has come to `phase`; what they wrote before is then to be read."""
+    """Waits until every thread has reached `phase`; what they wrote before can then be read."""
     _publish(clocks.ctypes.data + 8 * LINE * me, phase)
     for other in range(clocks.shape[0]):
         looks = 0
@@ -122,7 +126,10 @@ def _share(count, me, threads):  # pragma: no cover
 
 @compiled
 def _attend(queries, keys, summed):  # pragma: no cover
-    """summed[h] = softmax(queries[h] . keys) keys, the first summed.shape[1] values of them."""
+    """Writes summed[h] = softmax(queries[h] . keys) keys.
+
+    Only the first summed.shape[1] values of a key are summed.
+    """
     heads, length = queries.shape[0], keys.shape[0]
     scores, bits = np.empty((heads, length), np.float32), np.empty(length, np.int32)
     for begin in range(0, length, TILE):
@@ -135,7 +142,10 @@ def _attend(queries, keys, summed):  # pragma: no cover
 
 @compiled
 def _heads(place, sizes, low, latent, cos, sin, out, me, threads):  # pragma: no cover
-    """out of this thread's heads. `low` is the query's latent, or the hidden state itself, normed."""
+    """Computes `out` of this thread's heads.
+
+    `low` is the query's normalized latent, or the normalized hidden state where there is no latent.
+    """
     begin, end = _share(sizes.heads, me, threads)
     wide, up = sizes.nope + sizes.rope, sizes.nope + sizes.value
     raw = np.zeros(sizes.heads * wide, np.float32)
@@ -162,7 +172,7 @@ def _heads(place, sizes, low, latent, cos, sin, out, me, threads):  # pragma: no
 
 @compiled
 def _attention(place, sizes, x, held, cos, sin, shared, clocks, me, phase):  # pragma: no cover
-    """x += attention(norm(x)); the new row of the cache is `held`. Four meetings."""
+    """Adds attention(norm(x)) to x; the new cache entry is number `held`. Four barriers."""
     threads, down = clocks.shape[0], sizes.rank + sizes.rope
     hidden = np.empty(sizes.dim, np.float32)
     norm(x, at(place[ATTENTION_NORM], 1, sizes.dim)[0], sizes.eps, hidden)
@@ -200,7 +210,10 @@ def _attention(place, sizes, x, held, cos, sin, shared, clocks, me, phase):  # p
 
 @compiled
 def _best_groups(biased, sizes):  # pragma: no cover
-    """-inf outside of the groups_kept best groups, in place; of equal ones the lower."""
+    """Sets the scores outside of the groups_kept best groups to -inf, in place.
+
+    Of equal groups the lower is kept.
+    """
     size, least = sizes.experts // sizes.groups, np.float32(-np.inf)
     worth = np.empty(sizes.groups, np.float32)
     for g in range(sizes.groups):
@@ -223,7 +236,7 @@ def _best_groups(biased, sizes):  # pragma: no cover
 
 @compiled
 def _score(logits, kind):  # pragma: no cover
-    """In place."""
+    """Applies the router's score function in place."""
     best, total = logits[0], ZERO
     for e in range(logits.shape[0]):
         best = max(best, logits[e])
@@ -243,7 +256,10 @@ def _score(logits, kind):  # pragma: no cover
 
 @compiled
 def _route(place, sizes, hidden, chosen, weights):  # pragma: no cover
-    """The router of layers.router for one token; of equal scores the lower expert."""
+    """Computes the router of layers.router for one token.
+
+    Of equal scores the lower expert is selected.
+    """
     scores, biased = np.zeros(sizes.experts, np.float32), np.zeros(sizes.experts, np.float32)
     rows(at(place[ROUTER], sizes.experts, sizes.dim), hidden, scores, 0, sizes.experts)
     _score(scores, sizes.score)
@@ -276,7 +292,10 @@ def _gated(gate, up, out, factor):  # pragma: no cover
 
 @compiled
 def _experts_in(place, sizes, hidden, chosen, weights, inner, begin, end):  # pragma: no cover
-    """inner[k, begin:end] = weight_k silu(gate) up of this thread's columns of every chosen expert."""
+    """Writes inner[k, begin:end] = weight_k silu(gate) up.
+
+    These are this thread's columns of every selected expert.
+    """
     width, both = sizes.width, np.empty(2 * sizes.width, np.float32)
     every = at(place[GATE_UP], sizes.experts * sizes.dim, 2 * width)
     for k in range(sizes.active):
@@ -289,7 +308,7 @@ def _experts_in(place, sizes, hidden, chosen, weights, inner, begin, end):  # pr
 
 @compiled
 def _feed_forward(place, sizes, x, wide, shared, clocks, me, phase):  # pragma: no cover
-    """x += SwiGLU(norm(x)), dense or shared, and the chosen experts. Two meetings."""
+    """Adds SwiGLU(norm(x)), dense or shared, and the selected experts to x. Two barriers."""
     threads, hidden = clocks.shape[0], np.empty(sizes.dim, np.float32)
     norm(x, at(place[FFN_NORM], 1, sizes.dim)[0], sizes.eps, hidden)
     inner, plain = shared[3:], shared[2, :wide]
@@ -318,8 +337,11 @@ def _feed_forward(place, sizes, x, wide, shared, clocks, me, phase):  # pragma: 
 def _step(
     places, widths, ends, sizes, x, held, cos, sin, shared, clocks, logits, me, phase
 ):  # pragma: no cover
-    """`places` [layers, PLACES] and `ends` (final norm, head) are addresses; `widths` of each SwiGLU; `phase` is behind
-    all meetings so far."""
+    """Computes this thread's share of a decoding step.
+
+    `places` [layers, PLACES] and `ends` (final norm, head) are addresses; `widths` are those of
+    each SwiGLU; `phase` is greater than that of every barrier so far.
+    """
     for layer in range(places.shape[0]):
         _attention(places[layer], sizes, x, held, cos, sin, shared, clocks, me, phase + 6 * layer)
         _feed_forward(
@@ -332,11 +354,11 @@ def _step(
     rows(at(ends[1], sizes.vocabulary, sizes.dim), hidden, logits, begin, end)
 
 
-CODE: Any = _step  # and what numba knows of it
+CODE: Any = _step  # the same function as a numba dispatcher
 
 
 def _types() -> tuple:
-    """Of what `_step` takes, the same for every model."""
+    """Returns the numba types of `_step`'s arguments, which are the same for every model."""
     none, whole = np.empty(0, np.float32), np.zeros(1, np.int64)
     sizes = Sizes(*(kind() for kind in Sizes.__annotations__.values()))
     empty = Step(np.zeros((1, len(PLACES)), np.int64), whole, whole, sizes, 1)
@@ -344,12 +366,18 @@ def _types() -> tuple:
 
 
 class Step:
-    """A model's addresses, sizes and room to work in; call it once a token. The weights are to stay where they are."""
+    """A model's addresses, sizes and scratch memory; call it once a token.
+
+    The weights must not move in memory.
+    """
 
     def __init__(
         self, places: np.ndarray, widths: np.ndarray, ends: np.ndarray, sizes: Sizes, threads: int
     ) -> None:
-        """`places` [layers, PLACES] may be changed between calls: a cache that grows moves."""
+        """Stores the addresses and starts the threads.
+
+        `places` [layers, PLACES] may be changed between calls: a cache that grows moves.
+        """
         self.places, self.widths, self.ends, self.sizes = places, widths, ends, sizes
         self.clocks = np.zeros((threads, LINE), np.int64)
         widest = max(
@@ -365,12 +393,18 @@ class Step:
 
     @staticmethod
     def build() -> None:
-        """Compile, some 20 seconds of a core, or read what was compiled and kept before, a tenth of one."""
+        """Compiles the step, or loads it from numba's cache.
+
+        Compilation takes some 20 seconds of a core, loading a tenth of a second.
+        """
         CODE.compile(_types())
 
     @staticmethod
     def kept() -> bool:
-        """Whether the machine code is there, in this process or kept; if kept, it is read."""
+        """Returns whether the machine code exists, in this process or cached on disk.
+
+        Code that is cached is loaded.
+        """
         if not CODE.signatures and CODE._cache.load_overload(_types(), CODE.targetctx) is None:
             return False
         Step.build()
@@ -382,7 +416,7 @@ class Step:
 
     @staticmethod
     def keep() -> None:
-        """Build, so that other processes find it, unless another does."""
+        """Compiles the step into numba's cache for other processes, unless another does so."""
         place = Path(CODE.stats.cache_path)
         place.mkdir(parents=True, exist_ok=True)
         with suppress(Locked), lock(place / "step.lock", "another process builds the step"):
@@ -406,7 +440,10 @@ class Step:
         )
 
     def __call__(self, x: np.ndarray, held: int, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-        """x [D], the token's embedding, is overwritten; `held` tokens are cached. Logits [V]."""
+        """Returns the logits [V] of one token.
+
+        x [D], the token's embedding, is overwritten; `held` tokens are cached.
+        """
         logits = np.empty(self.sizes.vocabulary, np.float32)
         given = self._given(x, held, cos, sin, logits)
         phase = 1 + 6 * len(self.places) * self.calls
@@ -417,9 +454,9 @@ class Step:
                 assert self.pool is not None
                 others.append(self.pool.submit(_step, *given, me, phase))
             _step(*given, 0, phase)
-        except (
-            BaseException
-        ):  # such as Ctrl-C between two of them: those that wait would wait for ever
+        # An exception such as Ctrl-C between two submissions: the threads that were started would
+        # wait for ever.
+        except BaseException:
             self.clocks[:, 0] = GONE
             wait(others)
             self.clocks[:, 0] = 0

@@ -1,11 +1,12 @@
-"""Hidden states, keys and value in -> the gated value and its norm out: the Triton twin of layers.engram.fuse.
+"""Gates an Engram value and normalizes it: the Triton kernel of layers.engram.fuse.
 
-Forward and backward read each input once. A program takes a run of tokens of one stream, a token's D values at a time,
-and keeps the stream's norm weights, and in backward the sums that are their gradients, to itself. Nothing is kept from
-forward but its inputs. With r the reciprocal root mean square of what stands beside it, q = h r w_q, k = key r w_k:
+Forward and backward read each input once. A program processes a range of tokens of one stream, the
+D values of one token at a time. It keeps the stream's norm weights in registers, and in backward
+the sums that are their gradients. Only the inputs are saved from forward. With r the reciprocal
+root mean square of the vector beside it, q = h r w_q, k = key r w_k:
 
     d score  = <d v_s, value> gate (1 - gate) / (2 sqrt |score|)           0 where the root is flat
-    d h      = d score (r w_q k / sqrt(D) - r^2 h score / D)               and so the key, with q for k
+    d h      = d score (r w_q k / sqrt(D) - r^2 h score / D)               d key: with q for k
     d w_q    = w_k P, d w_k = w_q P,   P = sum over tokens of d score (h r)(key r) / sqrt(D)
     d v_s   += r (u - v_s r^2 <u, v_s> / D),   u = w d norm(v_s)
 """
@@ -34,7 +35,7 @@ def _row(source, place, inside):
 @triton.jit
 @inspect.unwrap
 def _normed(x, dim, eps):
-    """x r, and r."""
+    """Returns x r, and r."""
     r = tl.rsqrt(tl.sum(x * x, axis=0) / dim + eps)
     return x * r, r
 
@@ -42,7 +43,7 @@ def _normed(x, dim, eps):
 @triton.jit
 @inspect.unwrap
 def _gate(score, COPYSIGN: tl.constexpr):
-    """The gate, and its derivative by the score."""
+    """Returns the gate and its derivative with respect to the score."""
     size = tl.abs(score)
     root = tl.sqrt(tl.maximum(size, _FLAT))
     sign = tl.where(score < 0, -1.0, 1.0)
@@ -208,7 +209,7 @@ def fuse(
     eps: float,
     conv_eps: float,
 ) -> tuple[Float[Tensor, "B T S D"], Float[Tensor, "B T S D"] | None]:
-    """See layers.engram.fuse, whose numbers these are within rounding."""
+    """Computes layers.engram.fuse, within rounding."""
     return _Fuse.apply(
         hidden, key, value, query_norm, key_norm, conv_norm, live, sign, eps, conv_eps
     )

@@ -1,7 +1,7 @@
-"""Ids of a window in -> the table rows they address out: the Triton twin of layers.addresses.hash_rows.
+"""Computes the table rows that a window of ids addresses: the kernel of layers.addresses.hash_rows.
 
-A program takes a block of tokens of one layer through all orders and heads, in exact 64-bit integers. A bad id sets a
-flag; nobody waits for the device to read it.
+A Triton program computes all orders and heads of a block of tokens of one layer, in exact 64-bit
+integers. An invalid id sets a flag, which is read without waiting for the device.
 """
 
 import inspect
@@ -13,13 +13,13 @@ import triton.language as tl
 from jaxtyping import Int
 from torch import Tensor
 
-_TOKENS = 64  # a program's
+_TOKENS = 64  # tokens a program
 
 
 @triton.jit
 @inspect.unwrap  # tests wrap every function to check its shapes
 def _known(ids, place, canonical, size, inside, strange):
-    """Canonical ids; `strange` is set where there is none."""
+    """Returns canonical ids, and sets `strange` where an id has none."""
     raw = tl.load(ids + place, mask=inside, other=0).to(tl.int64)
     valid = (raw >= 0) & (raw < size)
     known = tl.load(canonical + raw, mask=inside & valid, other=-1).to(tl.int64)
@@ -68,7 +68,7 @@ def hash_rows(
     out: Int[Tensor, "Lm B T R"] | None = None,
     kept: dict[str, Any] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
-    """See layers.addresses.hash_rows, whose numbers these are, bit for bit."""
+    """Computes layers.addresses.hash_rows, bit for bit."""
     layers, orders, heads = primes.shape
     batch, time = ids.shape[0], ids.shape[1] - orders
     if out is None:
@@ -84,9 +84,8 @@ def hash_rows(
             ORDERS=orders, HEADS=heads, BLOCK=_TOKENS, WIDE=triton.next_power_of_2(heads),
         )  # fmt: skip
     if ids.device.type != "cpu":
-        torch._assert_async(
-            strange == 0, "Engram: an id has no canonical id"
-        )  # does not wait for the device
+        # This check does not wait for the device.
+        torch._assert_async(strange == 0, "Engram: an id has no canonical id")
     elif strange:
         raise IndexError("an id has no canonical id")
     return out

@@ -1,12 +1,14 @@
-"""Streams and what is projected of them in -> what layers.streams.collapse and .write make of them: their Triton twins.
+"""Reads and writes residual streams: the Triton kernels of layers.streams.collapse and .write.
 
-A program takes a few tokens with all their streams, so that forward and backward of either function read the streams
-once. The S x S matrices, Sinkhorn's iterates among them, stay in registers: backward walks them again from the logits,
-keeping what each step divided by. With P = c dL/dc a step c' = c / d has the backward P <- P - c' sum P, c <- c' d.
+A program processes a few tokens with all their streams, so that forward and backward of either
+function read the streams once. The S x S matrices, Sinkhorn's iterates among them, stay in
+registers: backward recomputes them from the logits and keeps the divisor of each step. With
+P = c dL/dc a step c' = c / d has the backward P <- P - c' sum P, c <- c' d.
 
-    collapse   d x_i  = pre_i du         d pre_i = <du, x_i>       then through the sigmoids and Sinkhorn to the logits
-    write      d x_j  = sum_k comb[j, k] dy_k      d comb[j, k] = <x_j, dy_k>      d out = sum_k post_k dy_k
-               d post_k = <dy_k, out>
+    collapse   d x_i  = pre_i du         d pre_i = <du, x_i>
+               then through the sigmoids and Sinkhorn to the logits
+    write      d x_j  = sum_k comb[j, k] dy_k      d comb[j, k] = <x_j, dy_k>
+               d out  = sum_k post_k dy_k          d post_k = <dy_k, out>
 """
 
 import inspect
@@ -19,14 +21,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_TILE = 64  # rows of a tile, tokens times streams, and columns of it
-_TINY = 1.1754943508222875e-38  # float32's least normal number
+_TILE = 64  # tokens times streams of a tile, and its columns
+_TINY = 1.1754943508222875e-38  # float32's smallest normal number
 
 
 @triton.jit
 @inspect.unwrap  # tests wrap every function to check its shapes
 def _start(m, scale, base, n, tokens, eps, floor, S: tl.constexpr, P: tl.constexpr):
-    """The softmax over the last axis [n, j, k] and the matrix that the steps begin with; 0 outside."""
+    """Returns the softmax over the last axis [n, j, k] and Sinkhorn's first matrix; 0 outside."""
     j, k = tl.arange(0, P)[None, :, None], tl.arange(0, P)[None, None, :]
     inside, row = (j < S) & (k < S), (2 + j) * S + k
     live = inside & (n < tokens)[:, None, None]
@@ -40,7 +42,7 @@ def _start(m, scale, base, n, tokens, eps, floor, S: tl.constexpr, P: tl.constex
 @triton.jit
 @inspect.unwrap
 def _sigmoids(m, scale, base, n, tokens, which: tl.constexpr, S: tl.constexpr, P: tl.constexpr):
-    """sigmoid of the logits of pre (which 0) or post (1), [n, s]."""
+    """Returns the sigmoid of the logits of pre (which 0) or post (1), [n, s]."""
     s = tl.arange(0, P)
     row = which * S + s
     live = (s < S)[None, :] & (n < tokens)[:, None]
@@ -53,7 +55,7 @@ def _sigmoids(m, scale, base, n, tokens, which: tl.constexpr, S: tl.constexpr, P
 @triton.jit
 @inspect.unwrap
 def _divisor(comb, eps, axis: tl.constexpr, S: tl.constexpr, P: tl.constexpr):
-    """What a step divides by, [n, the other axis]; 1 outside."""
+    """Returns the divisor of a Sinkhorn step, [n, the other axis]; 1 outside."""
     return tl.where((tl.arange(0, P) < S)[None, :], tl.sum(comb, axis=axis) + eps, 1.0)
 
 
@@ -108,7 +110,7 @@ def _unwind(
     P: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """d logits of comb, [n, j, k]."""
+    """Returns the gradient of the logits of comb, [n, j, k]."""
     s, t = tl.arange(0, P), tl.arange(0, STEPS)[None, None, :]
     start, c = _start(m, scale, base, n, tokens, eps, floor, S, P)
     total = _divisor(c, eps, 1, S, P)
@@ -329,7 +331,7 @@ def collapse(
 ) -> tuple[
     Float[Tensor, "N D"], Float[Tensor, "S N"], Float[Tensor, "S N"], Float[Tensor, "S S N"]
 ]:
-    """See layers.streams.collapse, whose numbers these are within rounding."""
+    """Computes layers.streams.collapse, within rounding."""
     return _Collapse.apply(streams, m, scale, base, carried, iterations, eps)
 
 
@@ -339,5 +341,5 @@ def write(
     post: Float[Tensor, "S N"],
     comb: Float[Tensor, "S S N"] | None,
 ) -> Float[Tensor, "N S D"]:
-    """See layers.streams.write, whose numbers these are within rounding."""
+    """Computes layers.streams.write, within rounding."""
     return _Write.apply(streams, out, post, comb)

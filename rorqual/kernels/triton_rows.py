@@ -1,10 +1,12 @@
-"""Records of bytes, row ids in -> float32 rows out: the Triton twin of tables.fp8.lookup.
+"""Decodes rows of an fp8 table to float32: the Triton kernel of tables.fp8.lookup.
 
-The rows of float32 and bfloat16 tables have none: torch.embedding reads and writes each once already. An fp8 row would
-be copied, looked up value by value and scaled, three passes; here its bytes become numbers in registers. They are
-decoded by hand, since e4m3 is a type of newer devices only:
+Tables in float32 and bfloat16 need no kernel: torch.embedding already reads and writes each row
+once. An fp8 row would be copied, looked up value by value and scaled, in three passes; here its
+bytes become numbers in registers. They are decoded by hand, since only newer devices have a type
+for e4m3:
 
-    value = (1 + mantissa / 8) 2^(exponent - 7), or mantissa / 512 where the exponent is 0; 127 and 255 are nan
+    value = (1 + mantissa / 8) 2^(exponent - 7), or mantissa / 512 where the exponent is 0;
+            127 and 255 are nan
     scale = 2^(byte - 127); 255 is nan
 """
 
@@ -16,7 +18,7 @@ import triton.language as tl
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-_VALUES = 1024  # a program's
+_VALUES = 1024  # values a program
 _SHARE = tl.constexpr(32)  # values that share a scale
 
 
@@ -48,7 +50,7 @@ def _recall(records, ids, out, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 def recall(
     records: UInt8[Tensor, "rows record"], ids: Int[Tensor, "*B"], width: int
 ) -> Float[Tensor, "*B W"]:
-    """See tables.fp8.lookup, whose numbers these are, bit for bit."""
+    """Computes tables.fp8.lookup, bit for bit."""
     out = torch.empty(*ids.shape, width, dtype=torch.float32, device=records.device)
     if out.numel():
         with torch.cuda.device_of(records):

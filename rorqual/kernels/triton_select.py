@@ -1,9 +1,10 @@
-"""Queries, keys, values, chosen blocks in -> what layers.selection.selected_attention makes of them: its Triton twin.
+"""Attends to selected blocks of keys: the Triton kernel of layers.selection.selected_attention.
 
-Forward, and the queries' gradient, by token: a program takes the heads of one choice and walks over the blocks chosen,
-with a running maximum. The keys' gradient by block: the choices are sorted by the block they name, and a program takes
-a piece of a block and walks over the tokens that chose it, so that every sum has one order and nothing is added
-atomically. Kept from forward are the inputs, the output and the logarithm of what it was divided by:
+Forward, and the gradient of the queries, run by token: a program takes the heads of one selection
+and iterates over the selected blocks, with a running maximum. The gradient of the keys runs by
+block: the selections are sorted by block, and a program takes a piece of a block and iterates over
+the tokens that selected it, so that every sum has a fixed order and no atomic addition is needed.
+Saved from forward are the inputs, the output and the logarithm of the softmax's denominator:
 
     p = exp(scale q . k - log sum)      d s = p (<d out, v> - <d out, out>)
     d q = scale d s k                   d k = scale d s q                   d v = p d out
@@ -19,14 +20,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_LEAST = 16  # of each side of a product
+_LEAST = 16  # the shortest side of a matrix product
 _PIECE = 64  # keys of a block at a time
 
 
 @triton.jit
 @inspect.unwrap  # tests wrap every function to check its shapes
 def _rows(source, row, live, width, PADDED: tl.constexpr):
-    """source[row], rows of `width` values, [len(row), PADDED]; 0 outside."""
+    """Loads source[row], `width` values each, [len(row), PADDED]; 0 outside."""
     column = tl.arange(0, PADDED)
     inside = live[:, None] & (column < width)[None, :]
     return tl.load(source + row[:, None] * width + column[None, :], mask=inside, other=0.0)
@@ -37,7 +38,7 @@ def _rows(source, row, live, width, PADDED: tl.constexpr):
 def _keys(
     source, batch, columns, group, live, width, stride_b, stride_l, stride_g, PADDED: tl.constexpr
 ):
-    """source[batch, columns, group], [len(columns), PADDED]; 0 outside."""
+    """Loads source[batch, columns, group], [len(columns), PADDED]; 0 outside."""
     at = (
         batch * stride_b
         + columns.to(tl.int64)[:, None] * stride_l
@@ -52,7 +53,8 @@ def _keys(
 @triton.jit
 @inspect.unwrap
 def _dot(left, right, EXACT: tl.constexpr):
-    if EXACT:  # the interpreter multiplies bfloat16 as if it were integers
+    # Triton's interpreter multiplies bfloat16 as if it were integers.
+    if EXACT:
         return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
     return tl.dot(left, right, input_precision="ieee")
 
@@ -60,7 +62,7 @@ def _dot(left, right, EXACT: tl.constexpr):
 @triton.jit
 @inspect.unwrap
 def _columns(which, first, block, limit, PIECE: tl.constexpr):
-    """The columns of a piece of a block, and which of them are keys of that block before `limit`."""
+    """Returns the columns of a piece of a block, and which are keys of the block before `limit`."""
     inner = first + tl.arange(0, PIECE)
     columns = which * block + inner
     return columns, (inner < block) & (columns < limit)
@@ -215,9 +217,11 @@ def _constants(query: Tensor, value: Tensor, choices: int, block: int) -> dict[s
 def _by_block(
     index: Int[Tensor, "B T J K"], groups: int, blocks: int
 ) -> tuple[Int[Tensor, " places"], Int[Tensor, " edges"]]:
-    """Which (token, choice) pairs chose each block, by row and group: their numbers in order, where each block's start.
+    """Sorts the (token, selection) pairs by the block that they select, per sequence and group.
 
-    Of B G blocks edges, the last is where the last block's end."""
+    Returns the numbers of the pairs in order, and the B G blocks + 1 edges: where the pairs of each
+    block start, and last where those of the last block end.
+    """
     batch, _, choices, chosen = index.shape
     row = torch.arange(batch, device=index.device)[:, None] * groups
     row = row + torch.arange(choices, device=index.device) * groups // choices
@@ -266,7 +270,7 @@ class _Selected(torch.autograd.Function):
 
 
 def _by_token(kernel: Any, tensors: tuple[Tensor, ...], ctx: Any) -> None:
-    """A program for each token and choice."""
+    """Launches one program for each token and selection."""
     query, key, value, index = tensors[:4]
     (batch, time, choices, chosen), (_, length, groups, wide) = index.shape, key.shape
     constants = _constants(query, value, choices, ctx.block)
@@ -287,8 +291,10 @@ def selected_attention(
     scale: float,
     lead: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T H Q"]:
-    """See layers.selection.selected_attention, whose numbers these are within rounding; every gradient too. Rows that
-    `lead` shifts are attended one after the other."""
+    """Computes layers.selection.selected_attention and all its gradients, within rounding.
+
+    Sequences that `lead` shifts are computed one after the other.
+    """
     both = torch.promote_types(query.dtype, key.dtype)
     query, key = query.to(both), key.to(both)
     if lead is None:

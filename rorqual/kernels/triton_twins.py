@@ -1,7 +1,8 @@
-"""A call in -> what the Triton twin of that name answers out; Triton is loaded when one is first called.
+"""Calls the Triton kernels, and imports Triton at the first call.
 
-Where TRITON_INTERPRET=1 was set before Triton was loaded, the kernels run on the CPU, statement by statement in numpy:
-slow, and meant for tests. They are then taken only where RORQUAL_KERNELS asks for them.
+Where TRITON_INTERPRET=1 was set before Triton was imported, the kernels run on the CPU, statement
+by statement in numpy: slow, and meant for tests. They are then used only where RORQUAL_KERNELS
+selects them.
 """
 
 import functools
@@ -15,49 +16,52 @@ from torch import Tensor
 
 
 def hash_rows(*given: Any) -> Tensor:
-    """layers.addresses.hash_rows."""
+    """Computes layers.addresses.hash_rows."""
     from rorqual.kernels import triton_hash
 
     return triton_hash.hash_rows(*given)
 
 
 def recall(*given: Any) -> Tensor:
-    """tables.fp8.lookup."""
+    """Computes tables.fp8.lookup."""
     from rorqual.kernels import triton_rows
 
     return triton_rows.recall(*given)
 
 
 def fuse(*given: Any) -> tuple[Tensor, Tensor | None]:
-    """layers.engram.fuse."""
+    """Computes layers.engram.fuse."""
     from rorqual.kernels import triton_fuse
 
     return triton_fuse.fuse(*given)
 
 
 def collapse(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """layers.streams.collapse."""
+    """Computes layers.streams.collapse."""
     from rorqual.kernels import triton_hyper
 
     return triton_hyper.collapse(*given)
 
 
 def write(*given: Any) -> Tensor:
-    """layers.streams.write."""
+    """Computes layers.streams.write."""
     from rorqual.kernels import triton_hyper
 
     return triton_hyper.write(*given)
 
 
 def selected_attention(*given: Any) -> Tensor:
-    """layers.selection.selected_attention."""
+    """Computes layers.selection.selected_attention."""
     from rorqual.kernels import triton_select
 
     return triton_select.selected_attention(*given)
 
 
 def usable(name: str) -> Callable[..., str]:
-    """A function that says why the twin of `name` cannot run on some tensors or devices; "" if it can."""
+    """Returns a function that returns why the kernel `name` cannot run on some tensors or devices.
+
+    The reason is "" where it can.
+    """
 
     def reason(*where: Tensor | torch.device) -> str:
         for thing in where:

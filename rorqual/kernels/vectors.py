@@ -1,7 +1,8 @@
-"""Vectors and matrices in -> products, norms and softmax of them out: what compiled steps are made of.
+"""Products, norms and softmax of vectors and matrices, for use in compiled code.
 
-Every function is for one thread, in float32, with sums in any order so that they run on vectors; products are added to
-`out`. Loops where numpy would have a word: each such word costs the compiler a second.
+Every function runs on one thread, in float32, with sums in any order so that they use vector
+instructions; products are added to `out`. Loops replace numpy's functions, since each of those
+costs a second of compilation.
 """
 
 import numba
@@ -36,7 +37,10 @@ def norm(x, weight, eps, out):  # pragma: no cover
 
 @_any_order
 def rows(weight, x, out, begin, end):  # pragma: no cover
-    """out[r] += weight[r] . x, four rows at a time so that their sums do not wait for each other."""
+    """Adds weight[r] . x to out[r].
+
+    Four rows are computed at a time, so that their sums do not wait for each other.
+    """
     r = begin
     while r + 4 <= end:
         a, b, c, d = weight[r], weight[r + 1], weight[r + 2], weight[r + 3]
@@ -60,7 +64,7 @@ def rows(weight, x, out, begin, end):  # pragma: no cover
 
 @_any_order
 def columns(weight, x, out, begin, end):  # pragma: no cover
-    """out[begin:end] += x @ weight[:, begin:end], four rows of the weight at a time."""
+    """Adds x @ weight[:, begin:end] to out[begin:end], four rows of the weight at a time."""
     own, i = out[begin:end], 0
     while i + 4 <= x.shape[0]:
         a, b, c, d = (
@@ -80,7 +84,7 @@ def columns(weight, x, out, begin, end):  # pragma: no cover
 
 @compiled
 def rotate(x, cos, sin, interleaved):  # pragma: no cover
-    """In place, each pair by its angle."""
+    """Rotates each pair by its angle, in place."""
     half = cos.shape[0]
     for i in range(half):
         a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
@@ -105,8 +109,11 @@ def largest(numbers):  # pragma: no cover
 
 @_any_order
 def powers(scores, bits, best):  # pragma: no cover
-    """scores[l] = exp(scores[l] - best) in place; their sum. exp(s) = 2^k 2^f with k whole: 2^f by its series, to 1e-8
-    for |f| <= 1/2, 2^k by a float's exponent."""
+    """Computes scores[l] = exp(scores[l] - best) in place and returns their sum.
+
+    exp(s) = 2^k 2^f with integer k: 2^f by its series, to 1e-8 for |f| <= 1/2, and 2^k by a float's
+    exponent.
+    """
     for l in range(scores.shape[0]):
         turned = max((scores[l] - best) * np.float32(1.4426950408889634), np.float32(-126))
         whole = np.floor(turned + np.float32(0.5))
@@ -126,13 +133,13 @@ def powers(scores, bits, best):  # pragma: no cover
 
 @_any_order
 def softmax(scores, bits):  # pragma: no cover
-    """In place."""
+    """Applies the softmax in place."""
     share = ONE / powers(scores, bits, largest(scores))
     for l in range(scores.shape[0]):
         scores[l] *= share
 
 
-LANES = 16  # numbers side by side in the two loops below; a core with shorter vectors takes several
+LANES = 16  # numbers a vector in the two loops below; a core with shorter vectors uses several
 _FLOAT, _WHOLE = ir.FloatType(), ir.IntType(64)
 _VECTOR, _FOUR = ir.VectorType(_FLOAT, LANES), ir.VectorType(_FLOAT, 4)
 _FUSED = ("contract",)  # a product and its sum may be rounded once
@@ -156,7 +163,7 @@ def _picked(builder, one, other, lanes):
 
 
 def _everywhere(builder, number):
-    """A vector of one number."""
+    """Returns a vector whose lanes all have one number."""
     none = ir.Constant(_VECTOR, ir.Undefined)
     return _picked(
         builder,
@@ -167,7 +174,10 @@ def _everywhere(builder, number):
 
 
 def _across(builder, vectors):
-    """Up to 16 vectors -> one that has the sum of the n-th in its n-th lane: neighbours are added four times."""
+    """Reduces up to 16 vectors to one vector whose n-th lane is the sum of the n-th one.
+
+    Neighbouring lanes are added four times.
+    """
     for _ in range(4):
         pairs = zip(vectors[::2], vectors[1::2], strict=True) if len(vectors) > 1 else [vectors * 2]
         found = []
@@ -183,7 +193,10 @@ def _step(builder, bytes_apart, count):
 
 
 def _dots(heads):
-    """out[h, k] = sum over 16 `chunks` numbers of query h times those at address k of a, b, c, d."""
+    """Makes an intrinsic: out[h, k] = the dot product of query h and the numbers at address k.
+
+    Address k is one of a, b, c, d; 16 `chunks` numbers are multiplied.
+    """
 
     def typed(context, queries, apart, a, b, c, d, chunks, out, out_apart):
         def generate(context, builder, signature, arguments):
@@ -216,7 +229,10 @@ def _dots(heads):
 
 
 def _sums(heads):
-    """out[h, i] += sum over k of weights[h, k] times the i-th of the 16 `chunks` numbers at address k of a, b, c, d."""
+    """Makes an intrinsic that adds the sum over k of weights[h, k] times values k to out[h, i].
+
+    The values are the 16 `chunks` numbers at address k of a, b, c, d.
+    """
 
     def typed(context, weights, apart, a, b, c, d, chunks, out, out_apart):
         def generate(context, builder, signature, arguments):
@@ -251,8 +267,10 @@ _dots_4, _dots_1, _sums_4, _sums_1 = _dots(4), _dots(1), _sums(4), _sums(1)
 
 @_any_order
 def dots(queries, a, b, c, d, scores, l):  # pragma: no cover
-    """scores[h, l .. l + 3] = queries[h] . the rows at addresses a, b, c, d: of four queries at a time, so that a
-    number is used four times for each time that it is loaded."""
+    """Writes scores[h, l .. l + 3] = queries[h] . the rows at addresses a, b, c, d.
+
+    It processes four queries at a time, so that each number that is loaded is used four times.
+    """
     (heads, width), h = queries.shape, 0
     given, apart, chunks = queries.ctypes.data, queries.strides[0], width // LANES
     out, out_apart = scores.ctypes.data + 4 * l, scores.strides[0]
@@ -279,7 +297,7 @@ def dots(queries, a, b, c, d, scores, l):  # pragma: no cover
 
 @_any_order
 def sums(weights, l, a, b, c, d, out):  # pragma: no cover
-    """out[h] += weights[h, l .. l + 3] of the rows at addresses a, b, c, d."""
+    """Adds weights[h, l .. l + 3] times the rows at addresses a, b, c, d to out[h]."""
     (heads, width), h = out.shape, 0
     given, apart, chunks = weights.ctypes.data + 4 * l, weights.strides[0], width // LANES
     made, out_apart = out.ctypes.data, out.strides[0]
@@ -299,7 +317,7 @@ def sums(weights, l, a, b, c, d, out):  # pragma: no cover
 
 @_any_order
 def score_tile(queries, keys, scores, begin, end):  # pragma: no cover
-    """scores[h, l] = queries[h] . keys[l] for l from `begin` to `end`."""
+    """Writes scores[h, l] = queries[h] . keys[l] for l from `begin` to `end`."""
     l, first, step = begin, keys.ctypes.data, keys.strides[0]
     while l + 4 <= end:
         a = first + l * step
@@ -315,7 +333,10 @@ def score_tile(queries, keys, scores, begin, end):  # pragma: no cover
 
 @_any_order
 def sum_tile(weights, values, out, begin, end):  # pragma: no cover
-    """out[h] += sum over l from `begin` to `end` of weights[h, l] values[l], their first out.shape[1] numbers."""
+    """Adds the sum over l from `begin` to `end` of weights[h, l] values[l] to out[h].
+
+    Of each value only the first out.shape[1] numbers are used.
+    """
     l, first, step = begin, values.ctypes.data, values.strides[0]
     while l + 4 <= end:
         a = first + l * step

@@ -1,1 +1,1 @@
-"""Serving: requests in -> text out."""
+"""Generates text from a trained model, in a process or over HTTP."""

@@ -1,8 +1,9 @@
-"""Prompt ids in -> the ids that follow out, step by step.
+"""Decodes token ids after a prompt, one by one or by speculative decoding.
 
-    prompts of different lengths stand side by side by left padding; `present` hides the padding from every layer
-    drafts = MTP(hidden of the last token, next id), a depth on each other's; one forward checks them, and they stand
-             as far as they are the argmax
+    Prompts of different lengths form a batch by left padding; `present` masks the padding in every
+    layer. drafts = MTP(hidden of the last token, next id), each depth on the output of the one
+    before; one forward verifies them, and they are accepted up to the first that is not the
+    argmax.
 
 MTP drafts: DeepSeek-V3, arXiv:2412.19437, section 2.2.
 """
@@ -26,7 +27,10 @@ from rorqual.serve.step import decoder
 def pad_left(
     prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu"
 ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"] | None]:
-    """Prompts side by side, last tokens aligned; `present` is None where all are equally long."""
+    """Batches prompts with left padding, so that their last tokens are aligned.
+
+    `present` is None where all prompts are equally long. ValueError for an empty prompt.
+    """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("got an empty prompt, expected at least one token a prompt")
     longest = max(len(prompt) for prompt in prompts)
@@ -40,7 +44,7 @@ def pad_left(
 def saw(
     prompts: Sequence[Sequence[int]], vocabulary: int, device: torch.device | str
 ) -> Bool[Tensor, "B V"]:
-    """Which ids each prompt holds."""
+    """Marks the ids that occur in each prompt."""
     seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=device)
     for row, prompt in enumerate(prompts):
         seen[row, [token for token in prompt if token < vocabulary]] = True
@@ -58,10 +62,11 @@ def decode(
     pad_id: int = 0,
     vocabulary: int | None = None,
 ) -> Iterator[list[int | None]]:
-    """Each step yields the new id of every prompt, None for one that has ended (its `end_id` is yielded first).
+    """Yields the new id of every prompt at each step, and None for a sequence that has ended.
 
-    `vocabulary`: ids from there on are never drawn (a model's table may be longer than its tokenizer).
-    An ended row leaves the cache at once, so a batch grows cheaper as its rows end.
+    The `end_id` of a sequence is yielded before it ends. `vocabulary`: ids from there on are never
+    sampled (a model's table may be longer than its tokenizer). A sequence that has ended is removed
+    from the cache at once, so that each step costs less as sequences end.
     """
     device = next(model.parameters()).device
     ids, present = pad_left(prompts, pad_id, device)
@@ -89,9 +94,9 @@ def decode(
 
 @dataclass(slots=True)
 class Tally:
-    """How many drafts were made, how many of them the model itself would have said, and the forwards that checked them.
+    """Acceptance statistics of speculative decoding: drafts, accepted drafts, verifying forwards.
 
-    A draft behind one that did not stand counts as made and not accepted.
+    A draft after one that was rejected counts as drafted and not accepted.
     """
 
     drafted: int = 0
@@ -104,15 +109,17 @@ class Tally:
 
 
 class Front(NamedTuple):
-    """Where the rows of a batch stand in speculative decoding: positions the model has read, and what comes after."""
+    """State of speculative decoding: the positions that were read last, and the ids after them."""
 
-    hidden: Float[Tensor, "B S D"]  # of the last positions read
+    hidden: Float[Tensor, "B S D"]  # of the last positions that were read
     told: Int[Tensor, "B S"]  # the id after each of them
     present: Bool[Tensor, "B S"] | None
-    sure: Int[Tensor, "B N"]  # what the model has said and not read yet, an id at least; -1 beyond
+    sure: Int[
+        Tensor, "B N"
+    ]  # accepted ids that are not in the cache yet, at least one a sequence; -1 pads
 
     def select(self, index: Int[Tensor, " B2"]) -> "Front":
-        """Keep the rows `index`, in that order."""
+        """Keeps the sequences `index`, in that order."""
         present = None if self.present is None else self.present[index]
         return Front(self.hidden[index], self.told[index], present, self.sure[index])
 
@@ -120,11 +127,13 @@ class Front(NamedTuple):
 def _draftable(model: LanguageModel) -> None:
     if not len(model.mtp):
         raise ValueError(
-            "speculative: got a model without MTP, expected one trained with it (--model.mtp.depth 1)"
+            "speculative: got a model without MTP, "
+            "expected one trained with it (--model.mtp.depth 1)"
         )
     if model.config.moba is not None and model.config.moba.decode == "full":
         raise ValueError(
-            'speculative: got moba.decode "full", expected "sparse": drafts are checked several at once'
+            'speculative: got moba.decode "full", expected "sparse": '
+            "drafts are checked several at once"
         )
 
 
@@ -138,15 +147,18 @@ def speculate(
     vocabulary: int | None = None,
     tally: Tally | None = None,
 ) -> Iterator[list[int | None]]:
-    """Greedy decoding by drafts of the model's own MTP modules, one a depth: yields what `decode` yields, in fewer
-    forwards. ValueError for a model without MTP.
+    """Decodes greedily with drafts of the model's own MTP modules, one a depth.
 
-    One forward checks all drafts of a round. Those before the first that is not the argmax stand, the id that the model
-    says after them comes free, and the cache forgets the rest. Rows of a batch go on together, as far as the slowest;
-    what another is sure of beyond that is not drafted again.
+    Yields what `decode` yields, in fewer forwards. ValueError for a model without MTP.
+
+    One forward verifies all drafts of a round. Those before the first that is not the argmax are
+    accepted, the id that the model predicts after them needs no further forward, and the rest is
+    cropped from the cache. The sequences of a batch advance together, as far as the slowest; ids
+    that were accepted in another sequence beyond that are not drafted again.
     """
     _draftable(model)
-    # inference_mode stands on the three functions below that compute: around a `yield` it would reach the caller
+    # inference_mode decorates the three functions below that compute: around a `yield` it would
+    # stay on in the caller.
     tally, vocabulary = Tally() if tally is None else tally, vocabulary or model.config.vocabulary
     ids, present = pad_left(prompts, pad_id, next(model.parameters()).device)
     cache = model.new_cache(
@@ -174,7 +186,7 @@ def speculate(
 def _without_ended(
     front: Front, cache: Cache, live: list[int], going: set[int]
 ) -> tuple[Front, list[int]]:
-    """The rows that go on; the others leave the cache, too."""
+    """Returns the state of the sequences that continue, and removes the others from the cache."""
     places = [place for place, row in enumerate(live) if row in going]
     index = torch.tensor(places, device=front.sure.device)
     cache.select(index)
@@ -185,7 +197,7 @@ def _without_ended(
 def _read(
     model: LanguageModel, ids: Tensor, present: Tensor | None, cache: Cache, vocabulary: int
 ) -> tuple[Front, Int[Tensor, "B 1"]]:
-    """Read the prompts: the first front, and what the model says after each."""
+    """Runs the prompts; returns the first state, and the id that the model predicts after each."""
     hidden = model.hidden(ids, present=present, cache=cache)[0]
     fresh = _argmax(model.logits(hidden[:, -1:]), vocabulary)
     told = torch.cat([ids[:, 1:], fresh], 1)
@@ -196,7 +208,10 @@ def _read(
 def _round(
     model: LanguageModel, front: Front, cache: Cache, vocabulary: int, tally: Tally
 ) -> tuple[Front, Int[Tensor, "B N"]]:
-    """Draft, check, keep what agrees in every row: the new front, and the ids that all rows said."""
+    """Drafts, verifies, and accepts what every sequence agrees on.
+
+    Returns the new state, and the ids that all sequences accepted.
+    """
     drafts = _drafts(model, front, cache, vocabulary)
     hidden = model.hidden(torch.cat([front.sure[:, :1], drafts], 1), cache=cache)[0]
     best = _argmax(model.logits(hidden), vocabulary)  # [B, depths + 1]
@@ -207,9 +222,8 @@ def _round(
     lengths = stood.sum(1, keepdim=True)
     kept = int(lengths.min()) + 1
     cache.crop(best.shape[1] - kept)
-    again = min(
-        len(model.mtp) - 1, front.told.shape[1]
-    )  # positions whose deeper modules were told drafts
+    # Positions whose deeper modules read drafts.
+    again = min(len(model.mtp) - 1, front.told.shape[1])
     cache.crop_drafts(again)
 
     def moved(before: Tensor, new: Tensor) -> Tensor:
@@ -230,7 +244,10 @@ def _round(
 def _drafts(
     model: LanguageModel, front: Front, cache: Cache, vocabulary: int
 ) -> Int[Tensor, "B depths"]:
-    """What follows the first sure id: other sure ones, or what each depth of MTP says when it is told those before."""
+    """Returns the candidates after the first accepted id: other accepted ids, else MTP's drafts.
+
+    Each depth of MTP reads the ids of the depths before it.
+    """
     hidden, told, drafts = front.hidden, front.told, []
     for depth, module in enumerate(model.mtp):
         hidden = model.draft(hidden, told, depth=depth, present=front.present, cache=cache)[0]

@@ -1,10 +1,12 @@
-"""Requests in -> one batched step for all of them out.
+"""Runs requests with continuous batching: one batched step for all of them.
 
-    step:  admit (prefill what waits into its own cache)  ->  one id for every running row  ->  join  ->  evict
+    step:  admit (prefill waiting requests into a cache of their own), decode one id for every
+           running request, join the caches, evict finished requests
 
-Rows of different ages stand side by side as a left-padded batch does: `join` aligns the last tokens of two caches
-and marks what stands before a shorter one as absent, so that a row's ids do not depend on its neighbours. Prompts
-are prefilled beside others of like length alone (`by_length`). A request that no id can be drawn for ends alone.
+Sequences of different ages form a left-padded batch: `join` aligns the last tokens of two caches
+and marks the positions before a shorter one as padding, so that the ids of a sequence do not
+depend on its neighbours. Prompts are prefilled only with others of similar length (`by_length`).
+A request that no id can be sampled for ends without affecting the others.
 Continuous batching: Orca, OSDI 2022.
 """
 
@@ -25,16 +27,18 @@ from rorqual.serve.decoding import pad_left, saw
 from rorqual.serve.sampling import GREEDY, Sampling, sample
 
 # A forward over 2 to 8 short prompts costs little more than one over the longest. Padding costs
-# more the longer it is, and it bars attention from its causal, windowed and sparse fast paths.
-PADDED_LENGTH = 256  # longer prompts are prefilled with those of their own length alone
+# more the longer it is, and it disables the causal, windowed and sparse fast paths of attention.
+PADDED_LENGTH = 256  # longer prompts are prefilled only with prompts of the same length
 PADDING = 128  # tokens of padding that cost about as much as one more forward
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One prompt on its way. `ids` grows by one a step until `finish` says why it ended.
+    """One prompt that is being completed; `ids` grows by one a step until `finish` is set.
 
-    "stop", "length", "cancelled", or "error" where no id could be drawn from its logits."""
+    `finish` is "stop", "length", "cancelled", or "error" where no id could be sampled from its
+    logits.
+    """
 
     prompt: tuple[int, ...]
     max_new_tokens: int
@@ -49,9 +53,10 @@ class Request:
 
 
 class Engine:
-    """At most `rows` requests at once over one cache; at most `context` tokens each, prompt and answer.
+    """Runs at most `rows` requests at once over one cache.
 
-    `submit` and `cancel` may be called from any thread, `step` and `run` from one.
+    Each has at most `context` tokens, prompt and answer. `submit` and `cancel` may be called from
+    any thread, `step` and `run` from one.
     """
 
     def __init__(
@@ -90,9 +95,10 @@ class Engine:
         sampling: Sampling = GREEDY,
         row: int = 0,
     ) -> Request:
-        """Put a prompt in the queue; `row` tells equal seeds apart, as `Sampling.generator` does.
+        """Puts a prompt in the queue.
 
-        ValueError where it is empty, too long, or holds ids that the model or its tokenizer has not.
+        `row` makes equal seeds differ, as in `Sampling.generator`. ValueError where the prompt is
+        empty, too long, or contains ids that the model or its tokenizer does not have.
         """
         if not prompt or not all(0 <= token < self.vocabulary for token in prompt):
             raise ValueError(
@@ -109,9 +115,9 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Leave the queue at once or the batch at the next step.
+        """Removes a request from the queue at once, or from the batch at the next step.
 
-        A finished request stays as it is.
+        A finished request is not changed.
         """
         if request.finish is not None:
             return
@@ -120,7 +126,7 @@ class Engine:
             self._waiting.remove(request)
 
     def drop(self) -> list[Request]:
-        """Give up what runs, after a step that failed; returns it."""
+        """Drops and returns all running requests, after a step that failed."""
         dropped = [*self.running, *self._admitted]
         for request in dropped:
             request.finish = request.finish or "error"
@@ -136,7 +142,7 @@ class Engine:
         return not self.running and not self._waiting
 
     def run(self, prompts: Sequence[Sequence[int]], **options) -> list[list[int]]:
-        """All prompts to their ends; the new ids of each, in order."""
+        """Completes all prompts; returns the new ids of each, in order."""
         requests = [self.submit(prompt, **options) for prompt in prompts]
         while not self.idle:
             self.step()
@@ -144,9 +150,10 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """Every running request, and every one that there was room to admit, gets one id; returns these requests.
+        """Decodes one id for every running and every newly admitted request.
 
-        One whose logits no id can be drawn from gets none, and its `finish` becomes "error".
+        Returns these requests. One whose logits no id can be sampled from gets none, and its
+        `finish` becomes "error".
         """
         self._evict()
         admitted = self._admitted = self._admit()
@@ -166,7 +173,7 @@ class Engine:
         return list(self.running)
 
     def _prefill(self, requests: list[Request]) -> Cache:
-        """Give each its first id; returns the cache of their prompts."""
+        """Decodes the first id of each request; returns the cache of their prompts."""
         ids, present = pad_left([request.prompt for request in requests], self.pad_id, self._device)
         cache = self.model.new_cache(len(requests), capacity=ids.shape[1] + 64)
         self._give(requests, ids, present, cache)
@@ -222,10 +229,10 @@ class Engine:
 
 
 def by_length(requests: Sequence[Request]) -> list[list[Request]]:
-    """The requests in groups to prefill together, shortest first.
+    """Groups requests that are prefilled together, shortest first.
 
-    Prompts of equal length always go together. A longer one of at most PADDED_LENGTH tokens joins those before it
-    where this pads them by at most PADDING tokens in all.
+    Prompts of equal length are always grouped. A longer one of at most PADDED_LENGTH tokens joins
+    the group before it where this adds at most PADDING tokens of padding in all.
     """
     groups: list[list[Request]] = []
     for request in sorted(requests, key=lambda request: len(request.prompt)):
@@ -241,7 +248,10 @@ def by_length(requests: Sequence[Request]) -> list[list[Request]]:
 
 
 def join(caches: tuple[Cache, Cache], rows: tuple[int, int]) -> Cache:
-    """The rows of both caches in one, their last tokens aligned; what stood before every row is dropped."""
+    """Joins the sequences of two caches into one, with their last tokens aligned.
+
+    Positions before the first token of every sequence are dropped.
+    """
     left, right = caches
     size = max(_held(left.past), _held(right.past))
     layers = [
@@ -254,7 +264,7 @@ def join(caches: tuple[Cache, Cache], rows: tuple[int, int]) -> Cache:
 
 
 def _tensors(cache: Cache):
-    """The buffers of a cache, in order."""
+    """Yields the buffers of a cache, in order."""
     stack: list = [*cache.layers]
     while stack:
         part = stack.pop()
@@ -264,7 +274,7 @@ def _tensors(cache: Cache):
 
 
 def _held(past: Past) -> int:
-    """Tokens from the first that is present in any row."""
+    """Returns the number of positions from the first that is valid in any sequence."""
     present = past.present
     if not present.length or present.buffer is None:
         return past.length
@@ -295,7 +305,7 @@ def _join(a, b, left: Past, right: Past, size: int):
 
 
 def _tail(kept: Appended, size: int) -> Tensor:
-    """The last `size` tokens, zeros before them where fewer are held."""
+    """Returns the last `size` tokens, preceded by zeros where fewer are cached."""
     assert kept.buffer is not None
     held = kept.buffer[:, max(0, kept.length - size) : kept.length]
     if held.shape[1] == size:
@@ -312,7 +322,10 @@ def _stack(a: Tensor, b: Tensor, size: int) -> Appended:
 
 
 def _join_recent(a: Recent, b: Recent) -> Recent:
-    """Both keep the same count; a joined row cannot be cropped further than the younger of the two."""
+    """Joins two windows of recent tokens, which hold the same count.
+
+    A joined sequence cannot be cropped further than the younger of the two.
+    """
     joined = Recent(a.count, a.slack, a.fill)
     if a.buffer is None or b.buffer is None:
         return joined
@@ -323,23 +336,23 @@ def _join_recent(a: Recent, b: Recent) -> Recent:
 
 
 def _join_blocks(a: Blocks, b: Blocks, size: int, current: bool) -> Blocks:
-    """Blocks are counted from a row's own first token, so they stay as they are, zeros behind the fewer.
+    """Joins compressed blocks; zeros follow those of the sequence with fewer.
 
-    Unless both are `current`, the joined one is empty and makes all blocks from the keys at the next step: a padded
-    prompt makes none.
+    Blocks are counted from a sequence's own first token, so that they need no alignment. Unless
+    both are `current`, the joined one is empty and computes all blocks from the keys at the next
+    step: a padded prompt computes none.
     """
     joined = Blocks(a.block, a.stride, size + 64)
     if current and a.made.buffer is not None and b.made.buffer is not None:
-        most = min(
-            max(a.made.length, b.made.length), joined.count(size)
-        )  # rows that had more may have left
+        # Sequences that had more blocks may have been removed.
+        most = min(max(a.made.length, b.made.length), joined.count(size))
         joined.made.append(torch.cat([_head(a.made, most), _head(b.made, most)]))
         joined.tokens = size
     return joined
 
 
 def _head(kept: Appended, size: int) -> Tensor:
-    """The first `size` entries, zeros behind them where fewer are held."""
+    """Returns the first `size` entries, followed by zeros where fewer are cached."""
     assert kept.buffer is not None
     held = kept.buffer[:, : min(kept.length, size)]
     return torch.cat(
@@ -350,7 +363,10 @@ def _head(kept: Appended, size: int) -> Tensor:
 def _join_past(
     pasts: tuple[Past, Past], rows: tuple[int, int], size: int, device: torch.device
 ) -> Past:
-    """Presence is named for every token from here on, unless both are equally long and nothing is absent."""
+    """Joins the pasts of two caches, with a validity mask for every token.
+
+    The mask is omitted where all positions are valid.
+    """
     joined, present = Past(size + 64), []
     for past, batch in zip(pasts, rows, strict=True):
         known = past.present

@@ -1,6 +1,7 @@
-"""A run folder, a hub folder or a hub id in -> the object that continues text out.
+"""Loads a model from a run folder, a hub folder or a hub id, and generates text with it.
 
-text -> ids -> decoding.decode or decoding.speculate -> ids -> TextStream -> text that never splits a character
+The text is encoded; decoding.decode or decoding.speculate appends ids; a TextStream decodes them
+to text without splitting a character.
 """
 
 import difflib
@@ -28,10 +29,10 @@ from rorqual.serve.decoding import Tally, decode, speculate
 from rorqual.serve.sampling import GREEDY, Sampling
 from rorqual.tables import TableConfig
 
-TEMPLATE_SECONDS = 10.0  # in which a chat template must have filled in the messages
-TEMPLATE_BYTES = 1 << 30  # of memory that it may take for that
-# The program of `Run.chat`: a line of JSON in, a line of JSON out. faulthandler's clock ends the
-# process whatever it does and whoever started it: one operation of Python can take hours.
+TEMPLATE_SECONDS = 10.0  # the time limit of a chat template
+TEMPLATE_BYTES = 1 << 30  # the memory that a chat template may use
+# The program of `Run.chat`: it reads a line of JSON and writes a line of JSON. faulthandler's timer
+# ends the process whatever it does and whoever started it: one operation of Python can take hours.
 _TEMPLATE = """
 import faulthandler, json, os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -75,7 +76,7 @@ for line in sys.stdin:
 
 
 class TooLong(ValueError):
-    """A text of more bytes than its context can hold, known before it is tokenised."""
+    """A text has more bytes than its context can hold; raised before it is tokenised."""
 
     def __init__(self, size: int, longest: int) -> None:
         self.tokens = -(-size // longest)
@@ -85,29 +86,29 @@ class TooLong(ValueError):
 
 
 class TextStream:
-    """Ids one by one in -> text that can be shown at once out.
+    """Decodes ids one by one to text that can be shown at once.
 
-    A character is held back until its last byte is there, and text that may become a stop string until it has not.
-    The pieces join to exactly the text of all ids (up to the first stop string).
+    A character is held back until its last byte has arrived, and text that may become a stop string
+    until it cannot. The pieces concatenate to exactly the text of all ids (up to the first stop
+    string).
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(word for word in stop if word)
         self.stopped = False
-        self._ids: list[int] = []  # since the last id at whose end every character was whole
-        self._before = 0  # ids of it that are context only
-        self._shown = 0  # characters of its text already given
+        self._ids: list[int] = []  # since the last id at whose end every character was complete
+        self._before = 0  # number of these ids that are context only
+        self._shown = 0  # characters of their text that were already returned
         self._held = ""
 
     def push(self, token: int) -> str:
-        """What can be shown after one more id."""
+        """Returns the text that can be shown after one more id."""
         if self.stopped:
             return ""
         self._ids.append(token)
         text = self.tokenizer.decode(self._ids)
-        whole = not text.endswith(
-            "\ufffd"
-        )  # a broken last character may yet be completed; those before it cannot
+        # A broken last character may yet be completed; those before it cannot.
+        whole = not text.endswith("\ufffd")
         fresh = text[self._shown : len(text) if whole else -1]
         self._shown += len(fresh)
         if whole:
@@ -117,7 +118,7 @@ class TextStream:
         return self._release(fresh)
 
     def flush(self) -> str:
-        """What was held back, at the end."""
+        """Returns the text that was held back, at the end."""
         if self.stopped:
             return ""
         rest = self._release(self.tokenizer.decode(self._ids)[self._shown :]) if self._ids else ""
@@ -143,7 +144,10 @@ class TextStream:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """What followed one prompt. `finish`: "stop" (end of document or a stop string) or "length"."""
+    """The continuation of one prompt.
+
+    `finish`: "stop" (end of document or a stop string) or "length".
+    """
 
     text: str
     ids: tuple[int, ...]
@@ -152,7 +156,7 @@ class Completion:
 
 
 class Run:
-    """A model with its tokenizer: what `load` returns."""
+    """A model with its tokenizer, as `load` returns it."""
 
     def __init__(
         self, model: LanguageModel, tokenizer: Tokenizer | None, folder: Path | None = None
@@ -169,7 +173,8 @@ class Run:
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
             raise ValueError(
-                f"{self.folder} holds no tokenizer.json: put the tokenizer's files beside the weights"
+                f"{self.folder} holds no tokenizer.json: "
+                "put the tokenizer's files beside the weights"
             )
         return self._tokenizer
 
@@ -179,12 +184,14 @@ class Run:
         parts = [name for name in names if getattr(self.config, name) is not None]
         where = next(self.model.parameters())
         return (
-            f"Run({self.folder or 'in memory'}: {size:,} parameters, {self.config.layers} layers of width "
-            f"{self.config.dim}, {' + '.join(parts)}, {str(where.dtype).removeprefix('torch.')} on {where.device})"
+            f"Run({self.folder or 'in memory'}: {size:,} parameters, "
+            f"{self.config.layers} layers of width "
+            f"{self.config.dim}, {' + '.join(parts)}, "
+            f"{str(where.dtype).removeprefix('torch.')} on {where.device})"
         )
 
     def prompt(self, text: str, *, context: int | None = None) -> list[int]:
-        """The ids of a text that begins a document.
+        """Returns the ids of a text that begins a document.
 
         TooLong, before anything is tokenised, for a text that cannot fit into `context` tokens.
         """
@@ -193,15 +200,15 @@ class Run:
             size = len(text.encode())
             if size > context * longest:
                 raise TooLong(size, longest)
-        # a batch of one: for a batch the tokenizers library lets other threads run meanwhile
+        # A batch of one: for a batch the tokenizers library releases the GIL.
         return [self.tokenizer.begin_id, *self.tokenizer.encode_batch([text])[0]]
 
     def chat(self, messages: list[dict[str, str]], *, context: int | None = None) -> list[int]:
-        """The ids of messages ({"role": .., "content": ..}) by the tokenizer's own template.
+        """Returns the ids of messages ({"role": .., "content": ..}) by the tokenizer's template.
 
         ValueError where it has none, or where it takes more than TEMPLATE_SECONDS; TooLong as in
-        `prompt`. The template is text that jinja fills in a sandbox, in a process of its own with a
-        bound on its memory: no loop or product that a template's author wrote can hold this process.
+        `prompt`. jinja renders the template in a sandbox, in a separate process with a limit on its
+        memory: no loop or product in a template can block this process.
         """
         if self.folder is None or not chat_template(self.folder):
             raise ValueError(
@@ -222,7 +229,7 @@ class Run:
                 line = ""
             if not line.endswith("\n"):
                 process.kill()
-                # so that the next chat sees that it has ended
+                # After this, the next chat finds that the process has ended.
                 process.wait()
                 limit = f"more than {TEMPLATE_SECONDS:g} s, or ended its process"
                 raise ValueError(f"messages: the chat template took {limit}")
@@ -235,7 +242,10 @@ class Run:
         return answer["ids"]
 
     def _open_template(self, folder: Path) -> subprocess.Popen[str]:
-        """The process that fills the template; it ends with this one, or when `close` is called."""
+        """Starts the process that renders the template.
+
+        It ends with this process, or when `close` is called.
+        """
         process = subprocess.Popen(
             [
                 sys.executable,
@@ -250,14 +260,14 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
-            # a thread for each core would take address space that the template is then refused
+            # A thread for each core would use address space that the memory limit counts.
             env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2"},
         )
         weakref.finalize(self, process.kill)
         return process
 
     def close(self) -> None:
-        """Ends the process that fills the chat template; the next chat starts another."""
+        """Ends the process that renders the chat template; the next chat starts another."""
         if self._chatty is not None:
             self._chatty.kill()
 
@@ -270,7 +280,7 @@ class Run:
         stop: Sequence[str] = (),
         speculative: bool = False,
     ) -> list[Completion]:
-        """Continuations of a batch of prompts of any lengths, in order; ids, text and why each ended."""
+        """Completes prompts of any lengths; returns ids, text and finish reasons, in order."""
         tokenizer, tally = self.tokenizer, Tally() if speculative else None
         streams = [TextStream(tokenizer, stop) for _ in texts]
         ids: list[list[int]] = [[] for _ in texts]
@@ -313,11 +323,11 @@ class Run:
         speculative: bool = False,
         **options: Any,
     ) -> str | list[str]:
-        """The continuation of a text, or of each of a list; without the text itself.
+        """Returns the continuation of a text, or of each of a list, without the text itself.
 
-        `options` are Sampling's fields: temperature (0 is greedy), top_k, top_p, min_p, repetition_penalty, seed.
-        Row i of a list draws with seed + i. `speculative` (greedy, a model with MTP) says the same in fewer
-        forwards. ValueError for a number out of range.
+        `options` are Sampling's fields: temperature (0 is greedy), top_k, top_p, min_p,
+        repetition_penalty, seed. Text i of a list is sampled with seed + i. `speculative` (greedy,
+        a model with MTP) returns the same in fewer forwards. ValueError for a number out of range.
         """
         texts = [text] if isinstance(text, str) else text
         sampling = Sampling(**options)
@@ -340,9 +350,10 @@ class Run:
         tally: Tally | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """The continuation piece by piece, as soon as it can be shown; `options` are Sampling's fields.
+        """Yields the continuation piece by piece, as soon as it can be shown.
 
-        With a `tally` it is decoded greedily by drafts, which the tally counts.
+        `options` are Sampling's fields. With a `tally` the text is decoded greedily and
+        speculatively, and the tally counts the drafts.
         """
         pieces = TextStream(self.tokenizer, stop)
         sampling = sampling or Sampling(**options)
@@ -359,7 +370,7 @@ class Run:
     def _steps(
         self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, tally: Tally | None
     ) -> Iterator[Sequence[int | None]]:
-        """The new ids of every prompt, a step at a time."""
+        """Yields the new ids of every prompt, step by step."""
         if max_new_tokens < 1:
             raise ValueError(f"got max_new_tokens={max_new_tokens}, expected at least 1")
         end_id, vocabulary = (
@@ -378,9 +389,13 @@ class Run:
             )
             return
         if sampling.temperature or sampling.repetition_penalty != 1.0:
-            got = f"temperature {sampling.temperature}, repetition penalty {sampling.repetition_penalty}"
+            got = (
+                f"temperature {sampling.temperature}, "
+                f"repetition penalty {sampling.repetition_penalty}"
+            )
             raise ValueError(
-                f"speculative: got {got}, expected temperature 0 (--temperature 0) without a penalty"
+                f"speculative: got {got}, "
+                "expected temperature 0 (--temperature 0) without a penalty"
             )
         yield from speculate(
             self.model,
@@ -405,15 +420,17 @@ def load(
     tables: Placement = "device",
     **sizes: Any,
 ) -> Run:
-    """A run folder, a DeepSeek hub folder, a folder that RorqualForCausalLM saved, or a hub id -> Run.
+    """Loads a run folder, a DeepSeek hub folder, a folder of RorqualForCausalLM, or a hub id.
 
-    Of a run that is not finished its newest checkpoint is read; RUN/checkpoints/stepN (or best) is that checkpoint. The
-    log says of which step.
+    Of a run that is not finished its newest checkpoint is read; RUN/checkpoints/stepN (or best) is
+    that checkpoint. The log names the step.
 
-    `tables` says where Engram's rows are to live, and `sizes` are other fields of TableConfig (hot_bytes, folder).
+    `tables` is the placement of Engram's tables, and `sizes` are other fields of TableConfig
+    (hot_bytes, folder).
 
-    Only JSON and safetensors are read: no code of a checkpoint is ever run. dtype None keeps the stored one.
-    FileNotFoundError where nothing is; ValueError where a folder is not a model or disagrees with itself.
+    Only JSON and safetensors are read: no code of a checkpoint is ever run. dtype None keeps the
+    stored one. FileNotFoundError where nothing is found; ValueError where a folder is not a model
+    or contradicts itself.
     """
     folder = find(where)
     wanted = None if dtype is None else runtime.dtype(dtype)
@@ -425,9 +442,10 @@ def load(
 
 
 def find(where: str | Path) -> Path:
-    """The folder that holds the model: a local one, or a snapshot of a hub id's safetensors and JSON.
+    """Returns the folder of a model: a local one, or a snapshot of a hub id's safetensors and JSON.
 
-    `owner/name` is a hub id where no `owner` is here; anything else that is missing is a mistake in a path.
+    `owner/name` is a hub id where no folder `owner` exists here; anything else that is missing is
+    taken as a wrong path.
     """
     folder = Path(where).expanduser()
     if (folder / "config.json").is_file() or checkpoint.is_checkpoint(folder):
@@ -439,7 +457,10 @@ def find(where: str | Path) -> Path:
 
 
 def missing(where: str | Path) -> Exception:
-    """The error for a path that is no model's folder: what is there instead, or what it may have meant."""
+    """Returns the error for a path that is no model's folder.
+
+    Its message names what exists there instead, or suggests similar paths.
+    """
     folder = Path(where).expanduser()
     if (folder / "adapter_config.json").is_file():
         base = "load its base model with transformers and peft"
@@ -459,7 +480,8 @@ def missing(where: str | Path) -> Exception:
         return FileNotFoundError(f"{where} holds no config.json: {mend}")
     if folder.exists():
         return ValueError(
-            f"{where} is a file, expected the folder it lies in, with config.json and model.safetensors"
+            f"{where} is a file, expected the folder it lies in, "
+            "with config.json and model.safetensors"
         )
     guess = f"did you mean {' or '.join(map(str, found))}?" if (found := near(folder)) else ""
     mend = guess or "expected a run folder (make one with `rorqual train`) or a hub id"
@@ -467,7 +489,10 @@ def missing(where: str | Path) -> Exception:
 
 
 def near(folder: Path) -> list[Path]:
-    """Folders that are there and called almost so, every part of the path mended in its turn; three at most."""
+    """Returns at most three existing folders with similar names.
+
+    Each part of the path is corrected in turn.
+    """
     found = [Path(folder.anchor)]
     for part in folder.relative_to(folder.anchor).parts:
         mended: list[Path] = []
@@ -482,7 +507,7 @@ def near(folder: Path) -> list[Path]:
 
 
 def snapshot(name: str) -> Path:
-    """Download (or find in the cache) the JSON and safetensors of a hub id, nothing else."""
+    """Downloads the JSON and safetensors of a hub id, and nothing else, unless they are cached."""
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -500,7 +525,7 @@ def snapshot(name: str) -> Path:
 def read(
     folder: Path, tables: TableConfig | None = None, dtype: torch.dtype | None = None
 ) -> LanguageModel:
-    """The model of a local folder, by what its config.json says it is.
+    """Reads the model of a local folder, of the kind that its config.json names.
 
     DeepSeek's weights are read into `dtype`, or as they are stored; others keep theirs.
     """
@@ -509,7 +534,8 @@ def read(
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     if tables not in (None, TableConfig()):
         raise ValueError(
-            f"{folder}: got {tables}, expected a run of rorqual's own, whose tables can lie elsewhere"
+            f"{folder}: got {tables}, expected a run of rorqual's own, "
+            "whose tables can lie elsewhere"
         )
     if kind in DEEPSEEK:
         return checkpoints.load(folder, dtype=dtype)
@@ -527,7 +553,7 @@ def read(
 
 
 def chat_template(folder: Path) -> bool:
-    """Whether the tokenizer beside a model says how messages are written."""
+    """Returns whether the tokenizer beside a model has a chat template."""
     if (folder / "chat_template.jinja").is_file():
         return True
     file = folder / "tokenizer_config.json"

@@ -1,6 +1,7 @@
-"""The JSON body of a request in -> what was asked for, or what is wrong with it, out.
+"""Parses the JSON body of a request; errors name what is wrong with it.
 
-The words are OpenAI's, of /v1/completions and /v1/chat/completions, and top_k, min_p and repetition_penalty.
+The fields are OpenAI's, of /v1/completions and /v1/chat/completions, and top_k, min_p and
+repetition_penalty.
 """
 
 import asyncio
@@ -15,8 +16,8 @@ from starlette.requests import Request
 
 from rorqual.serve.sampling import Sampling
 
-# They would change the answer and are not done here, so they are accepted only at values that ask
-# for nothing. The first group is OpenAI's, the second that of other servers.
+# These fields would change the answer and are not supported, so they are accepted only at values
+# without effect. The first group is OpenAI's, the second that of other servers.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "echo": (None, False),
     "logprobs": (None, False, 0),
@@ -57,7 +58,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "add_generation_prompt": (None, True),
     "continue_final_message": (None, False),
 }
-# OpenAI and other servers take them, and no answer of this one would differ.
+# OpenAI and other servers accept these fields; they would not change an answer of this server.
 IGNORED = frozenset(
     {
         "user",
@@ -101,7 +102,7 @@ _LONGEST = 200  # characters of a value, or of a name, that an error repeats
 
 
 class Refusal(ValueError):
-    """An error that says more than 400: its status, OpenAI's code for it, headers of the answer."""
+    """An error with a status other than 400, OpenAI's code for it, or headers of the answer."""
 
     def __init__(
         self,
@@ -123,7 +124,7 @@ class Refusal(ValueError):
 class Ask:
     """One request; `prompts` are texts or ids, a chat has `messages` and no prompts.
 
-    `model` is None where the request leaves it out; `ignored` are its fields that have no meaning
+    `model` is None where the request leaves it out; `ignored` are its fields that have no effect
     here.
     """
 
@@ -140,10 +141,10 @@ class Ask:
 
 
 async def body(http: Request, largest: int, seconds: float = 30) -> Any:
-    """What a request carries.
+    """Reads and parses the body of a request.
 
     ValueError for another content type, more than `largest` bytes, no JSON, or where it has not all
-    come within `seconds`.
+    arrived within `seconds`.
     """
     kind = http.headers.get("content-type", "").split(";")[0].strip()
     if kind != "application/json":
@@ -166,15 +167,17 @@ async def body(http: Request, largest: int, seconds: float = 30) -> Any:
         return json.loads(content)
     except ValueError as error:
         raise ValueError(f"body is not JSON: {error}") from error
-    except RecursionError as error:  # json reads by recursion
+    # The json module parses recursively.
+    except RecursionError as error:
         raise ValueError(
             "body is not JSON for us: lists or objects too deep in one another"
         ) from error
 
 
 def parse(body: Any, *, chat: bool, most: int = 64) -> Ask:
-    """ValueError, in a sentence that names the field, for anything that cannot be done as asked.
+    """Parses the body of a request into an Ask.
 
+    ValueError, in a sentence that names the field, for anything that is invalid or not supported.
     `most`: continuations that one request may ask for.
     """
     if not isinstance(body, Mapping):
@@ -210,9 +213,9 @@ def parse(body: Any, *, chat: bool, most: int = 64) -> Ask:
 
 
 def _refuse(body: Mapping[str, Any], misplaced: str) -> tuple[str, ...]:
-    """The fields that are ignored.
+    """Returns the fields that are ignored.
 
-    ValueError for one that is unknown, or asks for what is not done.
+    ValueError for one that is unknown, or whose value is not supported.
     """
     ignored = []
     for name, value in body.items():
@@ -235,15 +238,15 @@ def _refuse(body: Mapping[str, Any], misplaced: str) -> tuple[str, ...]:
 
 
 def _short(value: Any) -> str:
-    """A value as an error repeats it, at most a line of it."""
+    """Formats a value for an error message, at most one line of it."""
     text = reprlib.repr(value)
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
 def _whole(text: str) -> str:
-    """The text with surrogates joined to characters; one without its other half becomes U+FFFD.
+    """Joins surrogates to characters; one without its other half becomes U+FFFD.
 
-    JSON can write half a character, which a client sends that cut a text in the middle of one.
+    JSON can contain half a character, as from a client that cut a text in the middle of one.
     """
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -259,7 +262,7 @@ def _number(body: Mapping[str, Any], name: str, kind: type, default, low, high):
 
 
 def _seed(body: Mapping[str, Any]) -> int | None:
-    """The seed, any 64-bit integer; -1 asks for chance, as other servers have it."""
+    """Returns the seed, any 64-bit integer; -1 means a random seed, as in other servers."""
     seed = _number(body, "seed", int, None, -(2**63), 2**63 - 1)
     return None if seed in (None, -1) else seed % 2**63
 
@@ -276,9 +279,9 @@ def _sampling(body: Mapping[str, Any]) -> Sampling:
     top_k = _number(body, "top_k", int, None, -1, 2**31)
     return Sampling(
         temperature=_number(body, "temperature", float, 1.0, 0, 100),
-        # 0 leaves the likeliest token alone, as the smallest probability that Sampling takes does
+        # 0 keeps only the likeliest token, as does the smallest probability that Sampling accepts.
         top_p=None if top_p is None else max(top_p, 1e-6),
-        # other servers write -1 or 0 for no limit
+        # Other servers use -1 or 0 for no limit.
         top_k=None if top_k in (-1, 0) else top_k,
         min_p=_number(body, "min_p", float, None, 0, 1),
         repetition_penalty=_number(body, "repetition_penalty", float, 1.0, 1e-3, 1e3),
@@ -325,7 +328,7 @@ def _messages(value: Any) -> tuple[Mapping[str, str], ...]:
 
 
 def _message(message: Any, where: str) -> Mapping[str, str]:
-    """Its role and its content as one text."""
+    """Returns the role of a message and its content as one text."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(
             f"{where}: got {_short(message)}, expected an object with the texts role and content"
@@ -335,7 +338,7 @@ def _message(message: Any, where: str) -> Mapping[str, str]:
         if message.get(name):
             raise ValueError(f"{where}.{name}: this server does not do tools; leave it out")
     content = message.get("content")
-    # an assistant that only called a tool, or declined, has said nothing
+    # The content is null where an assistant only called a tool, or declined.
     if content is None and role == "assistant":
         content = ""
     if isinstance(content, list):
@@ -349,12 +352,13 @@ def _message(message: Any, where: str) -> Mapping[str, str]:
 
 
 def _part(part: Any, where: str) -> str:
-    """The text of one part of a message. ValueError for an image, a sound or a file."""
+    """Returns the text of one part of a message. ValueError for an image, a sound or a file."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in ("text", "refusal"):
         got = f"a part of type {_short(kind)}" if kind is not None else _short(part)
         raise ValueError(
-            f'{where}: got {got}, expected {{"type": "text", "text": ...}}: this model reads text only'
+            f'{where}: got {got}, expected {{"type": "text", "text": ...}}: '
+            "this model reads text only"
         )
     text = part.get(kind)
     if not isinstance(text, str):

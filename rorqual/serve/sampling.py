@@ -1,10 +1,12 @@
-"""Logits in -> the next id out.
+"""Samples the next id from logits.
 
-    logits  = repetition penalty, / temperature, top-k, top-p, min-p       in this order, all off by default
-    next id ~ softmax(logits), or argmax where temperature is below the smallest normal float32, 1.18e-38
+    logits  = repetition penalty, / temperature, top-k, top-p, min-p
+              in this order, all off by default
+    next id ~ softmax(logits)
+              or argmax where temperature is below the smallest normal float32, 1.18e-38
 
-Nothing overflows on the way: the largest logit is subtracted before the division, so that the likeliest id stands at 0
-and the others fall to -inf at worst, and a penalty leaves a finite logit finite.
+Nothing overflows: the largest logit is subtracted before the division, so that the likeliest id
+has logit 0 and the others become -inf at worst, and a penalty leaves a finite logit finite.
 
 Top-p: arXiv:1904.09751. Min-p: arXiv:2407.01082. Repetition penalty: arXiv:1909.05858.
 """
@@ -19,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How the next id is drawn. A filter is off where it is None; greedy decoding ignores them all."""
+    """Options of sampling. A filter is off where it is None; greedy decoding ignores them all."""
 
     temperature: float = 0.8
     top_k: int | None = None
@@ -47,11 +49,17 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest id is taken: at temperature 0, or one that float32 cannot divide by."""
+        """Whether the likeliest id is chosen.
+
+        So it is at temperature 0, or at one too small for a float32 division.
+        """
         return self.temperature < torch.finfo(torch.float32).tiny
 
     def generator(self, row: int = 0) -> torch.Generator:
-        """The random stream of one row: its draws do not depend on which rows stand beside it."""
+        """Returns the random generator of one sequence.
+
+        Its draws do not depend on the other sequences of the batch.
+        """
         generator = torch.Generator()
         if self.seed is None:
             generator.seed()
@@ -66,9 +74,10 @@ GREEDY = Sampling(temperature=0.0)
 def penalise(
     logits: Float[Tensor, "B V"], seen: Bool[Tensor, "B V"], penalty: float
 ) -> Float[Tensor, "B V"]:
-    """logit / penalty where positive, logit * penalty where negative, for the ids already in the text.
+    """Applies the repetition penalty to the ids that are already in the text.
 
-    A finite logit stays finite: what would overflow becomes the largest number of its dtype.
+    logit / penalty where positive, logit * penalty where negative. A finite logit stays finite: a
+    value that would overflow becomes the largest number of its dtype.
     """
     limit = torch.finfo(logits.dtype).max
     penalised = torch.where(logits > 0, logits / penalty, logits * penalty).clamp(-limit, limit)
@@ -76,9 +85,10 @@ def penalise(
 
 
 def narrow(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:
-    """Temperature, then top-k, top-p and min-p: what is not kept becomes -inf; the likeliest id is always kept.
+    """Applies temperature, then top-k, top-p and min-p; filtered ids get -inf.
 
-    top-p keeps the likeliest ids until their mass first reaches p; min-p those at least p times as likely as the best.
+    The likeliest id is always kept. top-p keeps the likeliest ids until their mass first reaches p;
+    min-p keeps those that are at least p times as likely as the likeliest.
     """
     logits = logits.float() / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
@@ -106,16 +116,19 @@ def sample(
     generators: Sequence[torch.Generator] = (),
     seen: Bool[Tensor, "B V"] | None = None,
 ) -> Int[Tensor, " B"]:
-    """One id a row. `generators`: one a row (needed unless greedy); `seen`: ids the penalty weakens.
+    """Samples one id a sequence.
 
-    ValueError where a row has no finite largest logit: it holds NaN or inf, or nothing but -inf.
+    `generators`: one a sequence (needed unless greedy); `seen`: the ids that the penalty applies
+    to. ValueError where a sequence has no finite largest logit: it contains NaN or inf, or only
+    -inf.
     """
     logits = logits.float()
     usable = logits.amax(-1).isfinite()
     if not usable.all():
         bad = (~usable).nonzero().flatten().tolist()
         raise ValueError(
-            f"got logits that are NaN, inf or all -inf in rows {bad}, expected a finite largest logit in each: "
+            f"got logits that are NaN, inf or all -inf in rows {bad}, "
+            "expected a finite largest logit in each: "
             "weights that are not finite, or a dtype too narrow for them (float32 holds more)"
         )
     if seen is not None and sampling.repetition_penalty != 1.0:

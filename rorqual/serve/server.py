@@ -1,13 +1,13 @@
-"""HTTP in -> requests to the engine, and their answers as JSON or server-sent events, out.
+"""Serves a model over HTTP, with answers as JSON or server-sent events.
 
     POST /v1/completions         continues texts
     POST /v1/chat/completions    answers messages, where the tokenizer has a chat template
-    GET  /v1/models, /health     what is served, and how busy it is
+    GET  /v1/models, /health     the models that are served, and the load
 
-One thread runs the model; handlers only queue requests and read ids. Texts are tokenised in threads
-of their own, and chat templates filled in a process of its own. It listens on 127.0.0.1 unless told
-otherwise, and takes JSON only, so that a page in a browser on this machine cannot use it unasked.
-Errors have OpenAI's shape.
+One thread runs the model; handlers only queue requests and read ids. Texts are tokenised in
+separate threads, and chat templates rendered in a separate process. The server listens on
+127.0.0.1 by default, and accepts JSON only, so that a page in a browser on this machine cannot use
+it without the user's consent. Errors have OpenAI's shape.
 """
 
 import asyncio
@@ -46,23 +46,23 @@ from rorqual.tables import Table
 LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
 LARGEST = 8 * 2**20  # bytes of a request's body
 LONGEST = 1000  # characters of an error's message
-HEAD_SECONDS = 10.0  # in which a connection must have sent the head of a request
-BODY_SECONDS = 30.0  # and then its body
-GRACE_SECONDS = 3.0  # that running requests have to end once the server is told to
+HEAD_SECONDS = 10.0  # the time limit for the head of a request, from the connection on
+BODY_SECONDS = 30.0  # the time limit for its body after that
+GRACE_SECONDS = 3.0  # the time that running requests have to end when the server stops
 MAX_WAITING = 256  # requests in the queue
 
 T = TypeVar("T")
 
 
 class Failure(RuntimeError):
-    """The model thread could not finish a request, or the server stops."""
+    """The model thread could not finish a request, or the server is stopping."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
 
 
-# how the worker ends a request that has no answer, and what its client hears
+# The reason with which the worker ends a request without an answer: its message and status.
 FAILURES: Mapping[str, tuple[str, int]] = {
     "error": ("the model failed on this request: see the server's log", 500),
     "stopping": ("the server is stopping", 503),
@@ -70,7 +70,10 @@ FAILURES: Mapping[str, tuple[str, int]] = {
 
 
 class Worker(threading.Thread):
-    """The one thread that runs the model. `submit` may be called from any; tokens come back through asyncio queues."""
+    """The one thread that runs the model.
+
+    `submit` may be called from any thread; tokens are returned through asyncio queues.
+    """
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(name="rorqual model", daemon=True)
@@ -80,7 +83,10 @@ class Worker(threading.Thread):
         self._stopping = False
 
     def submit(self, prompt: Sequence[int], **options: Any) -> tuple[Request, asyncio.Queue]:
-        """Call it on the event loop that will read the queue: (id, finish) a token; finish is None until the last."""
+        """Submits a prompt; call it on the event loop that will read the queue.
+
+        The queue gets (id, finish) for each token; finish is None until the last.
+        """
         queue: asyncio.Queue = asyncio.Queue()
         with self._wake:
             request = self.engine.submit(prompt, **options)
@@ -89,27 +95,28 @@ class Worker(threading.Thread):
         return request, queue
 
     def forget(self, request: Request) -> None:
-        """Nobody reads the queue any more."""
+        """Cancels a request whose queue is no longer read."""
         with self._wake:
             self._ends.pop(request, None)
         self.engine.cancel(request)
 
     @property
     def unfinished(self) -> int:
-        """Requests that somebody waits for, in the batch or in the queue."""
+        """The number of requests, running or queued, that a client waits for."""
         return len(self._ends)
 
     def end(self, *, waiting_only: bool = False) -> None:
-        """Ends all requests, or those that no step has worked on yet, as the server is stopping."""
+        """Ends all requests, or those without any id yet, because the server is stopping."""
         with self._wake:
             requests = [request for request in self._ends if not (waiting_only and request.ids)]
         for request in requests:
-            # told first: a step that ends in between would else tell that it was cancelled
+            # The client is notified first: otherwise a step that ends in between would report
+            # "cancelled".
             self._tell(request, (None, "stopping"))
             self.engine.cancel(request)
 
     def stop(self) -> None:
-        """Ends the thread after the step that it is in. A long one goes on when this returns."""
+        """Stops the thread after its current step. A long step may still run when this returns."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -123,10 +130,12 @@ class Worker(threading.Thread):
                     return
             try:
                 for request in self.engine.step():
-                    # one that failed got no id; one that was cancelled meanwhile may have none at all
+                    # A request that failed got no id; one that was cancelled meanwhile may have
+                    # none at all.
                     failed = request.finish == "error" or not request.ids
                     self._tell(request, (None if failed else request.ids[-1], request.finish))
-            except Exception as error:  # a request must not take the others' thread with it
+            # A request must not stop the thread that serves the others.
+            except Exception as error:
                 runtime.log(
                     f"serve: a step failed, its requests are dropped: {error!r}", style="red"
                 )
@@ -145,10 +154,11 @@ class Worker(threading.Thread):
 
 
 class Service:
-    """A run behind HTTP: what the routes call.
+    """A run behind HTTP, as the routes use it.
 
-    name: of the model in requests and answers, its folder's by default; `aliases` are taken too.
-    max_waiting: requests in the queue beyond the `rows` that run; more are refused with status 429.
+    name: the model's name in requests and answers, its folder's by default; `aliases` are accepted
+    too. max_waiting: requests in the queue beyond the `rows` that run; more are refused with status
+    429.
     """
 
     def __init__(
@@ -179,14 +189,14 @@ class Service:
         self.worker = Worker(engine)
         self.stopping = False
         self._arriving = 0  # prompts that are being tokenised
-        self._ignored: set[str] = set()  # fields of which the log has a note
-        # how many threads tokenise at once; a slow chat template keeps only chats waiting
+        self._ignored: set[str] = set()  # fields that were already logged
+        # How many threads tokenise at once; a slow chat template delays only chats.
         self._texts = asyncio.Semaphore(2)
         self._chats = asyncio.Semaphore(1)
         self._threads = CapacityLimiter(math.inf)
 
     def check(self, ask: Ask) -> None:
-        """Refusal for another model's name; a note in the log of each field that is ignored."""
+        """Refuses a request for another model, and logs each field that is ignored once."""
         if ask.model and ask.model.rstrip("/") not in {name.rstrip("/") for name in self.names}:
             message = f"The model {ask.model[:200]!r} does not exist: this server has {self.name!r}"
             raise Refusal(message, status=404, code="model_not_found", param="model")
@@ -197,9 +207,9 @@ class Service:
             )
 
     async def take(self, ask: Ask) -> list[tuple[Request, asyncio.Queue]]:
-        """Puts all its prompts into the queue, or none.
+        """Puts all prompts of a request into the queue, or none.
 
-        Refusal where the queue has no place for all of them, or one is too long.
+        Refusal where the queue has no space for all of them, or one is too long.
         """
         engine, wanted = self.worker.engine, max(len(ask.prompts), 1) * ask.copies
         places = engine.rows + self.max_waiting
@@ -220,7 +230,7 @@ class Service:
             got = f"your prompt has at least {error.tokens} tokens"
             raise self._too_long(got, ask) from error
         except ValueError:
-            # a chat template is ended with the server
+            # The process of the chat template ends with the server.
             self._refuse_if_stopping()
             raise
         finally:
@@ -231,7 +241,7 @@ class Service:
             raise Refusal("the server is stopping", status=503, headers={"retry-after": "10"})
 
     async def _prompts(self, ask: Ask) -> list[list[int]]:
-        """The ids to continue, each `copies` times."""
+        """Returns the ids to continue, each `copies` times."""
         context = self.worker.engine.context
         if ask.messages:
             messages = [dict(message) for message in ask.messages]
@@ -248,8 +258,11 @@ class Service:
         return [ids for ids in texts for _ in range(ask.copies)]
 
     async def _aside(self, turn: asyncio.Semaphore, work: Callable[[], T]) -> T:
-        """What `work` returns, by a thread. Who hangs up leaves the queue for a turn; a thread at work keeps its turn
-        until it is done, whether anybody waits for it or not."""
+        """Runs `work` on a thread and returns its result.
+
+        A client that disconnects gives up its place in the queue for `turn`; a running thread keeps
+        its turn until it is done, whether its result is awaited or not.
+        """
         await turn.acquire()
         call = to_thread.run_sync(work, limiter=self._threads, abandon_on_cancel=True)
         task = asyncio.ensure_future(call)
@@ -257,7 +270,7 @@ class Service:
         def done(ended: asyncio.Future) -> None:
             turn.release()
             if not ended.cancelled():
-                # looked at, so that nobody complains of an error that nobody waits for
+                # The exception is retrieved, so that asyncio does not log it as never retrieved.
                 ended.exception()
 
         task.add_done_callback(done)
@@ -289,14 +302,15 @@ class Service:
 
     def _too_long(self, got: str, ask: Ask) -> Refusal:
         message = (
-            f"This model's maximum context length is {self.worker.engine.context} tokens. However, {got}. "
+            f"This model's maximum context length is {self.worker.engine.context} tokens. "
+            f"However, {got}. "
             "Please reduce the length of the prompt or the completion."
         )
         param = "messages" if ask.messages else "prompt"
         return Refusal(message, code="context_length_exceeded", param=param)
 
     def unreadable(self) -> list[dict[str, Any]]:
-        """Which tables on a disk can no longer be read, and why."""
+        """Lists the tables on a disk that can no longer be read, and why."""
         found = []
         for number, table in enumerate(self.run.model.tables):
             why = cast(Table, table).damage()
@@ -311,7 +325,10 @@ class Service:
     async def pieces(
         self, ask: Ask, request: Request, queue: asyncio.Queue
     ) -> AsyncIterator[tuple[str, str | None]]:
-        """Text as it comes, then the reason why it ended. Failure where the model thread dropped the request."""
+        """Yields text as it is decoded, and last the finish reason.
+
+        Failure where the model thread dropped the request.
+        """
         stream, end_id = TextStream(self.run.tokenizer, ask.stop), self.run.tokenizer.end_id
         try:
             while True:
@@ -331,7 +348,7 @@ class Service:
 
 
 def application(service: Service, *, hosts: Sequence[str] = LOCAL) -> Starlette:
-    """The ASGI application; `hosts` are the names by which it may be called ("*": any)."""
+    """Returns the ASGI application; `hosts` are the host names that it accepts ("*": any)."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette):
@@ -367,8 +384,9 @@ def application(service: Service, *, hosts: Sequence[str] = LOCAL) -> Starlette:
         if counted := [
             counts for table in service.run.model.tables if (counts := cast(Table, table).metrics())
         ]:
-            busy["tables"] = counted  # rows, bytes and hit rate of those that are not on the device
-        # by a thread, since a disk that hangs must not hold up the other requests
+            # Rows, bytes and hit rate of the tables that are not on the device.
+            busy["tables"] = counted
+        # On a thread, since a disk that hangs must not block the other requests.
         unreadable = await to_thread.run_sync(service.unreadable, abandon_on_cancel=True)
         if unreadable:
             busy["unreadable"] = unreadable
@@ -396,7 +414,7 @@ def application(service: Service, *, hosts: Sequence[str] = LOCAL) -> Starlette:
 
 
 async def _no_route(http: Http, error: Exception) -> Response:
-    """No such path, or not by this method."""
+    """Answers a request for an unknown path or method."""
     assert isinstance(error, HTTPException)
     asked = f"{http.method} {http.url.path[:200]}"
     return _error(error.status_code, f"{asked}: {error.detail}", headers=error.headers)
@@ -414,7 +432,7 @@ async def _answer(service: Service, http: Http, *, chat: bool) -> Response:
             return Events(service, ask, await _while_there(http, service.take(ask)), chat)
         return JSONResponse(await _while_there(http, _complete(service, ask, chat)))
     except ClientDisconnect:
-        return Response(status_code=499)  # which nobody reads
+        return Response(status_code=499)  # the client does not read it
     except Refusal as error:
         return _error(
             error.status, str(error), code=error.code, param=error.param, headers=error.headers
@@ -423,12 +441,16 @@ async def _answer(service: Service, http: Http, *, chat: bool) -> Response:
         return _error(400, str(error))
     except Failure as error:
         return _error(error.status, str(error))
-    except RecursionError:  # json reads by recursion, and so do the messages about what it read
+    # The json module parses recursively, as do the messages about its result.
+    except RecursionError:
         return _error(400, "body: got lists or objects too deep in one another, expected a request")
 
 
 async def _while_there(http: Http, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` returns; it is cancelled, with ClientDisconnect, when the client hangs up."""
+    """Returns the result of `work`, which is cancelled if the client disconnects.
+
+    ClientDisconnect is then raised.
+    """
 
     async def hung_up() -> None:
         while (await http.receive())["type"] != "http.disconnect":
@@ -446,7 +468,7 @@ async def _while_there(http: Http, work: Coroutine[Any, Any, T]) -> T:
 
 
 async def _complete(service: Service, ask: Ask, chat: bool) -> dict:
-    """The whole answer. Its rows are free when it returns, or is cancelled."""
+    """Returns the whole answer. Its requests have left the batch at return or cancellation."""
     taken = await service.take(ask)
     words = Words(service.name, chat, _prompt_tokens(taken))
     answers = [asyncio.ensure_future(_whole(service, ask, *one)) for one in taken]
@@ -465,7 +487,7 @@ def _prompt_tokens(taken: list[tuple[Request, asyncio.Queue]]) -> int:
 
 
 class Events(StreamingResponse):
-    """An answer piece by piece. Its rows are free when it ends, even if it never began."""
+    """An answer that is streamed. Its requests leave the batch when it ends or fails to begin."""
 
     def __init__(self, service: Service, ask: Ask, taken: list, chat: bool) -> None:
         self._service, self._taken = service, taken
@@ -487,7 +509,10 @@ async def _whole(
 
 
 async def _events(service: Service, ask: Ask, taken: list, words: "Words") -> AsyncIterator[str]:
-    """Pieces of every choice as they come, interleaved; then usage where asked, then [DONE]."""
+    """Yields the pieces of every choice as they arrive, interleaved.
+
+    Usage follows if it was requested, then [DONE].
+    """
     merged: asyncio.Queue = asyncio.Queue()
 
     async def pump(row: int, request: Request, queue: asyncio.Queue) -> None:
@@ -529,7 +554,7 @@ def _event(value: dict) -> str:
 
 
 class Words:
-    """One answer in OpenAI's words: a completion or a chat, whole or in chunks."""
+    """Formats one answer as OpenAI does: a completion or a chat, whole or in chunks."""
 
     def __init__(self, model: str, chat: bool, prompt_tokens: int) -> None:
         self.chat, self.prompt_tokens = chat, prompt_tokens
@@ -576,7 +601,10 @@ class Words:
 def _problem(
     status: int, message: str, *, code: str | None = None, param: str | None = None
 ) -> dict:
-    """An error in OpenAI's words. Its message is cut, and made text that UTF-8 can write."""
+    """Returns an error as OpenAI formats it.
+
+    The message is truncated, and characters that UTF-8 cannot encode are replaced.
+    """
     if len(message) > LONGEST:
         message = message[:LONGEST] + "..."
     kind = (
@@ -603,14 +631,17 @@ def _error(
 
 
 class TimedProtocol(H11Protocol):
-    """A connection that is closed where no head of a request has come for HEAD_SECONDS."""
+    """Closes a connection where no head of a request has arrived for HEAD_SECONDS."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.loop.call_later(HEAD_SECONDS, self._look, None)
 
     def _look(self, before: Any) -> None:
-        """`before`: the last request at the last look; anything else if one was being answered."""
+        """Closes the connection where it was idle since the last check.
+
+        `before`: the last request at the last check; another value if one was being answered.
+        """
         if self.transport.is_closing():
             return
         idle = self.cycle is None or self.cycle.response_complete
@@ -621,7 +652,7 @@ class TimedProtocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Says where it serves once it does. Told to stop, it ends within seconds whatever runs."""
+    """Logs its address once it serves, and stops within seconds whatever runs."""
 
     def __init__(self, service: Service, config: uvicorn.Config, address: str) -> None:
         super().__init__(config)
@@ -640,12 +671,12 @@ class Server(uvicorn.Server):
         runtime.log(f"{self.address}/v1/completions ({limits})")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Ends what waits now and what runs after GRACE_SECONDS, then cancels everything else."""
+        """Ends queued requests now and running ones after GRACE_SECONDS; then cancels the rest."""
         self.service.stopping = True
         self.service.run.close()
         self.service.worker.end(waiting_only=True)
         for connection in list(self.server_state.connections):
-            # nothing is to come of a request that is not here yet
+            # A request that has not fully arrived will not be answered.
             cycle = getattr(connection, "cycle", None)
             if cycle is not None and cycle.more_body and not cycle.response_complete:
                 connection.transport.close()
@@ -655,13 +686,13 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there.
+    """Opens a socket that listens on a host and port.
 
-    ValueError for a port that is taken, or a host that is not this machine's.
+    ValueError for a port that is in use, or a host that is not this machine's.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        # localhost has two addresses; most clients and our own messages mean the older kind
+        # localhost has two addresses; most clients and our own messages mean IPv4.
         family = min(each[0] for each in found if each[0] in (socket.AF_INET, socket.AF_INET6))
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
@@ -681,10 +712,10 @@ def serve(
     max_waiting: int = MAX_WAITING,
     given: str | None = None,
 ) -> None:
-    """Answers until interrupted.
+    """Serves requests until interrupted.
 
-    There is no login: on a host other than this machine's own, anyone may ask.
-    given: what the user called the run, a folder or a hub id; requests may call it so, too.
+    There is no login: on a host other than this machine's own, anyone may send requests.
+    given: what the user called the run, a folder or a hub id; requests may use this name, too.
     """
     hub_id = given is not None and not Path(given).expanduser().exists()
     service = Service(
@@ -701,8 +732,8 @@ def serve(
         http=TimedProtocol,
         ws="none",
         log_level="warning",
-        # a request that the worker has ended is answered at once; this cancels the rest, such as one
-        # whose client does not read
+        # A request that the worker has ended is answered at once; this cancels the rest, such as
+        # one whose client does not read.
         timeout_graceful_shutdown=int(GRACE_SECONDS) + 2,
     )
     with listen(host, port) as listening:
@@ -710,6 +741,6 @@ def serve(
         address = f"http://{shown}:{listening.getsockname()[1]}"
         server = Server(service, config, address)
         server.run(sockets=[listening])
-    # asyncio swallows the ctrl-C that uvicorn hands on where its last task is over by then
+    # asyncio swallows the Ctrl-C that uvicorn passes on where its last task is over by then.
     if server.interrupted:
         raise KeyboardInterrupt

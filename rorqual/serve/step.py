@@ -1,10 +1,11 @@
-"""A model, its cache and a row's last id in -> the logits of the next out, by the fastest way that there is for them.
+"""Computes the logits of the next token with the fastest decoding step that fits the model.
 
     reference   the model itself: any model, any batch
-    decode_step kernels.step, one compiled call: a DeepSeek model (MLA; dense or MoE), one row without padding or
-                documents, float32 on the CPU, nothing hooked, adapted or replaced
+    decode_step kernels.step, one compiled call: a DeepSeek model (MLA; dense or MoE), one sequence
+                without padding or documents, float32 on the CPU, without hooks, adapters or
+                replaced modules
 
-Both leave the cache alike, so that either can go on where the other stopped.
+Both leave the same cache, so that either can continue after the other.
 """
 
 import functools
@@ -32,7 +33,7 @@ from rorqual.model import Block, LanguageModel
 from rorqual.model_config import ROUTER_SCORES
 from rorqual.runtime import log
 
-# what the compiled step knows the inside of; anything else may be an adapter
+# The module types that the compiled step implements; any other may be an adapter.
 KNOWN = (nn.Linear, nn.Embedding, RMSNorm, SwiGLU, MLA, Router, Experts, MoE, Residual, Block)
 TURNED = 256  # positions whose rotations are computed at once
 
@@ -40,9 +41,10 @@ Decoder = Callable[[Int[Tensor, "B 1"]], Float[Tensor, "B V"]]
 
 
 def decoder(model: LanguageModel, cache: Cache, rows: int) -> Decoder:
-    """What turns the last id of each of `rows` rows into logits, and adds it to the cache.
+    """Returns a function from the last id of each of `rows` sequences to their logits.
 
-    For one generation: weights changed in place are seen, of those that are replaced the old go on.
+    Each call extends the cache. The function is for one generation: weights that are changed in
+    place take effect, weights that are replaced do not.
     """
 
     def reference(ids: Tensor) -> Tensor:
@@ -55,12 +57,15 @@ def decoder(model: LanguageModel, cache: Cache, rows: int) -> Decoder:
 
 
 def _reference() -> None:
-    """Stands for the model itself where a twin is looked for."""
+    """Placeholder for the model itself in the choice of a kernel."""
 
 
 def built(step: Any) -> bool:
-    """Whether the step's machine code is there. If not, it is being compiled from now on, for the generations to come:
-    by a process of its own, since a thread that compiles and one that decodes take the interpreter from each other."""
+    """Returns whether the step's machine code exists; if not, starts its compilation.
+
+    The compilation serves later generations. It runs in a process of its own, since a compiling and
+    a decoding thread would compete for the interpreter.
+    """
     if step.kept():
         return True
     _building(step)
@@ -69,15 +74,17 @@ def built(step: Any) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _building(step: Any) -> subprocess.Popen | None:
-    """Once a process; not waited for."""
+    """Starts the compilation once a process, without waiting for it."""
     if not step.keepable():
         log(
-            "models decode module by module: there is nowhere to keep a compiled step (set NUMBA_CACHE_DIR)",
+            "models decode module by module: there is nowhere to keep a compiled step "
+            "(set NUMBA_CACHE_DIR)",
             "yellow",
         )
         return None
     log(
-        "compiling the decoding step (some 20 s of a core, once an installation); until then models decode without it"
+        "compiling the decoding step (some 20 s of a core, once an installation); "
+        "until then models decode without it"
     )
     code = (
         "import os; getattr(os, 'nice', int)(10); "
@@ -95,7 +102,7 @@ def _building(step: Any) -> subprocess.Popen | None:
 
 
 def fits(model: LanguageModel) -> bool:
-    """Whether the compiled step computes what this model does."""
+    """Returns whether the compiled step computes what this model does."""
     c = model.config
     if (
         c.mla is None
@@ -129,9 +136,8 @@ class _Compiled:
     def __init__(self, step: Callable[..., Step], model: LanguageModel, cache: Cache) -> None:
         self.model, self.cache, self.turned = model, cache, -1
         self.embed = model.embed.weight.detach()
-        self.kept = [
-            value.detach() for value in (*model.parameters(), *model.buffers())
-        ]  # their memory is read
+        # Referenced, since the step reads their memory.
+        self.kept = [value.detach() for value in (*model.parameters(), *model.buffers())]
         self.latents = [
             cast(Appended, layer.attention.latent) for layer in cast(Iterable, cache.layers)
         ]
@@ -161,7 +167,7 @@ class _Compiled:
 
 
 def _places(block: Block) -> list[int]:
-    """The addresses of one block's weights, in the order of PLACES; 0 where there is none."""
+    """Returns the addresses of one block's weights, in the order of PLACES; 0 for a missing one."""
     attention, ffn = cast(MLA, block.attention), block.ffn
     plain = ffn.shared if isinstance(ffn, MoE) else ffn
     lora = attention.config.q_lora_rank is not None
@@ -186,13 +192,13 @@ def _places(block: Block) -> list[int]:
 
 
 def _width(block: Block) -> int:
-    """Of the SwiGLU that every token takes."""
+    """Returns the width of the SwiGLU that is applied to every token."""
     plain = block.ffn.shared if isinstance(block.ffn, MoE) else block.ffn
     return 0 if plain is None else plain.gate_proj.weight.shape[0]
 
 
 def sizes(model: LanguageModel) -> Sizes:
-    """What the compiled step must know of a config."""
+    """Returns the sizes and options of a model for the compiled step."""
     c, mla, moe, attention = (
         model.config,
         model.config.mla,

@@ -1,1 +1,1 @@
-"""Training: from a config to a run folder. Only engine.py names OLMo-core."""
+"""Trains a model from a config into a run folder. Only engine.py imports OLMo-core."""

@@ -1,6 +1,6 @@
-"""The configuration of a training run: the model, its optimizer, the data, and for how long.
+"""The configuration of a training run: the model, its optimizer, the data and the number of steps.
 
-It loads no torch, so that the command line can show every option at once.
+It imports no torch, so that the command line can list every option at once.
 """
 
 import math
@@ -10,26 +10,27 @@ from typing import Any, Literal
 from rorqual.data.needle_config import NeedleConfig
 from rorqual.model_config import ModelConfig
 
-BYTE_VOCABULARY = 257  # the smallest vocabulary that can write any text: the bytes and the end
+BYTE_VOCABULARY = 257  # the smallest vocabulary that can express any text: the bytes and the end
 NEEDLE_RATE = 6e-3  # Muon's, for needles; at 1e-2 attention stays at chance for hundreds of steps
-WIDEST = 512  # the largest model width that `recipe` has a rate of its own for
+WIDEST = 512  # the largest model width for which `recipe` has a rate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Which text a model is trained on, and its tokenizer."""
+    """The text that a model is trained on, and its tokenizer."""
 
     source: str = "wordnet"  # a corpus name, a file, a folder, or a Hugging Face dataset
     column: str = "text"  # of a jsonl, parquet or dataset source
     limit: int | None = None  # documents at most
     vocabulary: int | None = None  # of the tokenizer that is trained on the text; None: the model's
-    tokenizer: str | None = None  # a folder, a tokenizer.json or a hub id to take instead
-    cache: str = "runs/cache"  # tokenizers and token files, kept for the next time
+    tokenizer: str | None = None  # a folder, a tokenizer.json or a hub id to use instead
+    cache: str = "runs/cache"  # tokenizers and token files, for later runs
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 2:
             raise ValueError(
-                f"limit: got {self.limit}, expected at least 2 documents, one of them to validate on"
+                f"limit: got {self.limit}, "
+                "expected at least 2 documents, one of them to validate on"
             )
         if self.vocabulary is not None and self.vocabulary < BYTE_VOCABULARY:
             raise ValueError(
@@ -40,7 +41,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """How parameters learn. `optim.schedule` scales all rates from step to step."""
+    """Options of the optimizer. `optim.schedule` scales all rates from step to step."""
 
     kind: Literal["adamw", "muon"] = "adamw"  # what updates the matrices of the blocks
     lr: float = 3e-3
@@ -85,16 +86,16 @@ class TrainConfig:
     steps: int = 1000
     rows: int = 16
     length: int = 256
-    micro_rows: int | None = None  # rows a forward pass; None: all of this rank's
+    micro_rows: int | None = None  # sequences a forward pass; None: all of this rank's
     seed: int = 0
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; parameters are float32
-    tables: Literal["device", "host", "disk"] = "device"  # of Engram; disk: in FOLDER/learning
-    threads: int | None = None  # None: as many as torch takes
-    bias_rest: float = 0.05  # share of the last steps, in which router biases stay as they are
+    tables: Literal["device", "host", "disk"] = "device"  # Engram's rows; disk: FOLDER/learning
+    threads: int | None = None  # None: as many as torch uses
+    bias_rest: float = 0.05  # share of the last steps, in which router biases do not change
     mtp_late: float | None = None  # MTP's weight in the last third of the steps; None: as before
-    indexer_alone: bool = False  # nothing else learns in the warm-up of DSA's indexers
-    log_every: int = 1  # steps between two collections of metrics, which hold every step
+    indexer_alone: bool = False  # only DSA's indexers are trained during their warm-up
+    log_every: int = 1  # steps between two collections of metrics, which contain every step
     validate_every: int | None = None  # steps; None: ten times a run; 0: at the end only
     validation_tokens: int | None = None  # at most; None: all at the end, 1 % of the run's before
     save_every: int = 250  # steps between two checkpoints
@@ -114,7 +115,8 @@ class TrainConfig:
             raise ValueError(f"validate_every: got {self.validate_every}, expected at least 0")
         if self.indexer_alone and self.model.dsa is None:
             raise ValueError(
-                "indexer_alone: got a model without DSA, expected --model.dsa, whose indexers it is about"
+                "indexer_alone: got a model without DSA, "
+                "expected --model.dsa, whose indexers it is about"
             )
         if not 0 <= self.bias_rest <= 1:
             raise ValueError(f"bias_rest: got {self.bias_rest}, expected 0..1")
@@ -130,7 +132,7 @@ def _expect_one_of(name: str, value: Any, *choices: str) -> None:
 
 
 def recipe(dim: int, *, needles: bool = False) -> OptimConfig:
-    """Returns the optimizer that `rorqual train`, the demo and the sweeps begin with.
+    """Returns the default optimizer of `rorqual train`, the demo and the sweeps.
 
     `dim` is the model's width. Up to 64 it is Muon at 0.02, as measured (docs/log.md). An update's
     largest singular value grows with sqrt(width) here, and should not for one rate to serve every

@@ -1,13 +1,13 @@
 """Adapters to OLMo-core, which owns the training loop, its callbacks and the signals.
 
     Module                    TrainModule           calls TrainStep
-    Loader                    DataLoaderBase        hands on the batches of a stream
+    Loader                    DataLoaderBase        yields the batches of a stream
     SafetensorsCheckpointer   Checkpointer          writes and reads by rorqual.checkpoint
     CheckpointCallback        CheckpointerCallback  when to write, and which to remove
     MetricsCallback           ConsoleLogger...      passes metrics to a MetricsWriter
     ValidationCallback        Callback              calls a Validation
 
-OLMo-core's own checkpoints are pickles; SafetensorsCheckpointer leaves no way to them.
+OLMo-core's own checkpoints are pickles; SafetensorsCheckpointer never reads or writes them.
 """
 
 import logging
@@ -32,7 +32,7 @@ from rorqual.train.step import Diverged, TrainStep
 
 
 class Module(TrainModule):
-    """Makes the steps of OLMo-core's loop by a TrainStep, and records what they measure."""
+    """Runs the steps of OLMo-core's loop with a TrainStep, and records their metrics."""
 
     def __init__(self, step: TrainStep) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Module(TrainModule):
         self.expert_counts: Tensor | None = None  # of the last step; see StepResult
 
     def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
-        """Makes a whole step, so nothing is left for `optim_step`."""
+        """Runs a whole step, so that nothing is left for `optim_step`."""
         number = self.trainer.global_step
         if dry_run:
             self.step.dry_run(batch, number + 1)
@@ -92,7 +92,7 @@ class Module(TrainModule):
 
 
 class Loader(DataLoaderBase):
-    """Hands on the batches of a stream, which is one endless epoch.
+    """Yields the batches of a stream, which is one endless epoch.
 
     The ids have their own name and OLMo-core's. `vocabulary` bounds those of the dry run.
     """
@@ -136,10 +136,10 @@ class Loader(DataLoaderBase):
 
 
 class WriteFuture(Future):
-    """The future of a write on another thread, completed by the thread that asks for it.
+    """The future of a write on another thread, completed by the thread that polls it.
 
     OLMo-core's callbacks thus run on the training thread. They are called only if the write has
-    succeeded; if it failed, `result` raises why.
+    succeeded; if it failed, `result` raises its error.
     """
 
     def __init__(self, write: Future) -> None:
@@ -159,7 +159,7 @@ class WriteFuture(Future):
         return super().result(timeout)
 
     def _complete(self) -> None:
-        """Waits for the write and takes its outcome, once."""
+        """Waits for the write and copies its outcome, once."""
         if super().done():
             return
         error = self.write.exception()
@@ -220,10 +220,11 @@ class SafetensorsCheckpointer(Checkpointer):
         partial = load_optim_state is False or load_trainer_state is False
         if partial or reset_optimizer_states_on_load:
             raise ValueError(
-                "got a part of a checkpoint asked for, expected the whole: load_model reads weights alone"
+                "got a part of a checkpoint asked for, "
+                "expected the whole: load_model reads weights alone"
             )
         state = train_module.state_dict()
-        # Whole numbers of a model are Engram's addresses: they are given, not learnt.
+        # The integer tensors of a model are Engram's addresses, which are not trained.
         addresses = {
             name: tensor.clone()
             for name, tensor in state.items()
@@ -256,9 +257,10 @@ class SafetensorsCheckpointer(Checkpointer):
 
 
 def _state_to_save(train_module: TrainModule, train_state: dict[str, Any]) -> dict[str, Tensor]:
-    """Returns the module's live tensors; tables on disk can come back to them from now on.
+    """Returns the module's live tensors, and marks the step for the tables on disk.
 
-    Diverged, on every rank, where a number is not finite: no checkpoint is better than that one.
+    Those can be rewound to it from now on. Diverged, on every rank, where a number is not finite:
+    no checkpoint is better than that one.
     """
     module = cast(Module, train_module)
     step = train_state["global_step"]
@@ -282,10 +284,10 @@ def _folder(dir: Any) -> Path:
 
 
 class CheckpointCallback(CheckpointerCallback):
-    """Saves every `every` steps, while training goes on, and at the end; keeps the newest `keep`.
+    """Saves every `every` steps, while training continues, and at the end; keeps the newest `keep`.
 
     Those of earlier sessions count. None is written or removed after a step that changed nothing:
-    what it would hold is not known to be good.
+    it is not known whether its state is good.
     """
 
     def __init__(self, every: int, keep: int) -> None:
@@ -319,16 +321,16 @@ class CheckpointCallback(CheckpointerCallback):
             self._remove_old_checkpoints()
 
     def close(self) -> None:
-        """Ends the writing thread. OLMo-core has waited for all writes by now."""
+        """Ends the writing thread. OLMo-core has waited for all writes before."""
         writer = getattr(self.checkpointer, "writer", None)
         if writer is not None:
             writer.shutdown(wait=True)
 
 
 class MetricsCallback(ConsoleLoggerCallback):
-    """Passes what OLMo-core collects to a MetricsWriter, in place of its own console log."""
+    """Passes the metrics that OLMo-core collects to a MetricsWriter, instead of its console log."""
 
-    # Before the checkpoint callback, whose time is not the step's.
+    # Runs before the checkpoint callback, whose time does not count as the step's.
     priority: ClassVar[int] = 2
 
     def __init__(self, writer: MetricsWriter) -> None:
@@ -364,7 +366,7 @@ class MetricsCallback(ConsoleLoggerCallback):
 
 
 class ValidationCallback(Callback):
-    """Lets a Validation run after the steps at which it is time."""
+    """Runs a Validation after the steps at which it is due."""
 
     def __init__(self, validation: Validation) -> None:
         super().__init__()
@@ -377,7 +379,7 @@ class ValidationCallback(Callback):
 def fit(step: TrainStep, loader: Loader, callbacks: dict[str, Callback]) -> int:
     """Trains from the newest good checkpoint to the last step; returns the step it ended at.
 
-    That is fewer than `config.steps` if it was asked to stop.
+    That is less than `config.steps` if training was interrupted.
     """
     # The errors that OLMo-core raises are enough.
     logging.getLogger("olmo_core").setLevel(logging.CRITICAL)
@@ -403,12 +405,12 @@ def fit(step: TrainStep, loader: Loader, callbacks: dict[str, Callback]) -> int:
     except RuntimeError as error:
         if error.__cause__ is None or not _raised_by_trainer(error):
             raise
-        # The trainer reports what failed on one of its threads as the cause of an error of its own.
+        # The trainer reports an error on one of its threads as the cause of its own error.
         raise error.__cause__ from None
     return trainer.global_step
 
 
 def _raised_by_trainer(error: BaseException) -> bool:
-    """Whether OLMo-core's trainer raised an error itself, and nothing that it called."""
+    """Whether OLMo-core's trainer raised an error itself, and not code that it called."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return frame.f_globals["__name__"] == Trainer.__module__

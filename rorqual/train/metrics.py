@@ -1,4 +1,4 @@
-"""Metrics of a training run, and the validation that is part of them.
+"""Writes the metrics of a training run, and validates the model during it.
 
 metrics.jsonl has a line for every step and for every validation:
 
@@ -6,15 +6,15 @@ metrics.jsonl has a line for every step and for every validation:
     {"step", "validation_loss", "bits_per_byte", "prompt", "sample", "seconds"}
     {"step", "accuracy", "accuracy_TASK_LENGTH", ..., "seconds"}                       of needles
 
-Losses are nats a token. "sample" is what the model writes after "prompt", the beginning of a
+Losses are nats a token. "sample" is the model's continuation of "prompt", the beginning of a
 held-out document. Further fields of a step:
 
     indexer, indexer_recall     with DSA: the indexers' loss in nats a query, and the share of the
                                 attention on the selected keys; means over layers
-    load, max_violation         with experts: the tokens that each expert took, a list for every
+    load, max_violation         with experts: the tokens routed to each expert, a list for every
                                 layer of experts (MTP's last), and the worst layer's violation
     row_gain, column_gain,      with residual streams, in step 1 and every 50 steps after it: gains
-    stream_spread               of the product of all H_res; the worst rank's, on one row
+    stream_spread               of the product of all H_res; the worst rank's, on one sequence
     skipped_steps               how many steps so far were not finite, and so changed nothing; such
                                 a step has no load, and lacks what was not finite
 
@@ -44,13 +44,13 @@ from rorqual.train.source import Source
 
 METRICS = "metrics.jsonl"
 FIRST_STEPS = 5  # after which the log says how long the run will take
-WINDOW = 20  # steps that the speed is a mean of
+WINDOW = 20  # steps over which the speed is averaged
 VALIDATIONS = 10  # of a run, where the config names no interval
-LEAST_INTERVAL = 10  # steps between two of them
+LEAST_INTERVAL = 10  # steps between two validations
 
 
 class StepTime(NamedTuple):
-    """When a step ended and what is known of it before its metrics have been collected."""
+    """The time of a step's end and the data available before its metrics are collected."""
 
     seconds: float  # of training since the run began
     mean_seconds: float  # of the last steps
@@ -60,8 +60,8 @@ class StepTime(NamedTuple):
 class MetricsWriter:
     """Writes metrics.jsonl and tensorboard's events, and passes every line to `on_metrics`.
 
-    Only rank 0 writes. `estimate` returns the seconds of a step before any was made. `seconds` are
-    those of training steps, over all sessions of the run.
+    Only rank 0 writes. `estimate` returns the estimated seconds of a step before the first one.
+    `seconds` are those of training steps, over all sessions of the run.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class MetricsWriter:
         self._events: EventFile | None = None
 
     def start(self, step: int) -> None:
-        """Opens the files for what comes after `step`."""
+        """Opens the files for the steps after `step`."""
         if step:
             runtime.log(f"{self.folder}: resuming at step {step:,} of {self.steps:,}")
         if self.estimate is not None and self.steps - step > FIRST_STEPS:
@@ -96,7 +96,7 @@ class MetricsWriter:
         self._step_began = time.perf_counter()
 
     def end_step(self, step: int, expert_counts: Tensor | None) -> None:
-        """Notes how long a step took; its line is written by `write_step`, maybe later."""
+        """Records how long a step took; its line is written by `write_step`, perhaps later."""
         now = time.perf_counter()
         self.seconds += now - self._step_began
         self._recent.append(now - self._step_began)
@@ -110,7 +110,7 @@ class MetricsWriter:
         self._times[step] = StepTime(self.seconds, mean_seconds, expert_counts)
 
     def write_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes the line of a step that was made in this session."""
+        """Writes the line of a step of this session."""
         if step not in self._times or not metrics:
             return
         seconds, mean_seconds, expert_counts = self._times.pop(step)
@@ -126,7 +126,7 @@ class MetricsWriter:
         self.write(line)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Appends a line, without the numbers that are not finite: JSON has none."""
+        """Appends a line, without numbers that are not finite: JSON has none."""
         line = {
             name: value
             for name, value in line.items()
@@ -159,7 +159,7 @@ class MetricsWriter:
 class EventFile:
     """An event file of tensorboard, which hides older events of the step `first` and later.
 
-    tensorboard's own writer is not used: it has a thread, whose traceback stands in the log when
+    tensorboard's own writer is not used: it has a thread, whose traceback appears in the log when
     the disk is full.
     """
 
@@ -205,7 +205,7 @@ def trim_metrics(path: Path, step: int) -> None:
 class Validation:
     """Scores held-out data at intervals and at the end of a run, and keeps the best weights.
 
-    Validations within the run read a sample, by which the weights are compared.
+    Validations within the run read a sample, on which the weights are compared.
     """
 
     def __init__(
@@ -216,19 +216,19 @@ class Validation:
         self.config = config
         self.writer = writer
         self.interval = validation_interval(config)
-        # With one validation the best weights are the last, which are the model's.
+        # With only one validation the best weights are the final ones.
         best = Path(config.folder) / "checkpoints" / checkpoint.BEST
         self.best = BestCheckpoint(best, model) if self.interval else None
 
     def after_step(self, step: int) -> None:
-        """Validates on the sample if it is time; the last step is left to `run`."""
+        """Validates on the sample if it is due; the last step is left to `run`."""
         if self.interval and step % self.interval == 0 and step < self.config.steps:
             self.run(step, whole=False)
 
     def run(self, step: int, *, whole: bool) -> dict[str, float]:
         """Validates now, on all held-out data or on the sample, and returns the scores."""
         scores = self.source.score(self.model, self.config, whole=whole)
-        # A token takes a small part of a step's time, so a run of few steps samples few.
+        # Each token takes a small part of a step's time, so a short run samples few tokens.
         steps = self.interval or self.config.steps
         sample = self.source.sample(self.model, self.config, max(4, steps // 4))
         seconds = round(self.writer.seconds, 3)
@@ -245,7 +245,7 @@ def validation_interval(config: TrainConfig) -> int:
     """Returns the steps between two validations, or 0 if there is only the one at the end."""
     if config.validate_every is not None:
         return config.validate_every
-    # Needles are asked in full each time, which takes long in a short run.
+    # All questions about needles are evaluated each time, which takes long in a short run.
     if config.needles is not None:
         return 0
     return max(LEAST_INTERVAL, -(-config.steps // VALIDATIONS))

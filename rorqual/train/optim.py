@@ -51,7 +51,7 @@ Role = Literal["rows", "matrix", "decayed", "plain"]
 
 
 def roles(model: nn.Module) -> dict[str, Role]:
-    """Returns what each parameter is to the optimizer, by name.
+    """Returns the role of each parameter in the optimizer, by name.
 
     rows: Engram's tables. matrix: weights of linear maps, routers and experts inside the blocks.
     decayed: embedding and head. plain: norms, biases, convolutions, hyper-connections' maps.
@@ -105,12 +105,12 @@ def row_adam(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """Updates the distinct rows `touched` in place by Adam; other rows and their state stay.
+    """Updates the distinct rows `touched` in place by Adam; other rows do not change.
 
         p <- p - lr m^ / (sqrt(v^) + eps),  m^ = m / (1 - b1^n),  v^ = v / (1 - b2^n)
 
-    n is how often this row was updated. The averages m and v are float32 whatever the rows are: in
-    bfloat16 v would hardly ever fall.
+    n is the number of updates of this row. The averages m and v are float32 whatever the rows are:
+    in bfloat16 v would hardly ever fall. The state of other rows does not change, either.
     """
     width, (b1, b2) = rows.shape[1], betas
     scratch = first.new_empty(3, min(CHUNK, max(len(touched), 1)), width)
@@ -134,17 +134,17 @@ def row_adam(
 def sum_rows(
     index: Int[Tensor, " K"], values: Float[Tensor, "K W"]
 ) -> tuple[Int[Tensor, " D"], Float[Tensor, "D W"]]:
-    """Returns the distinct numbers of `index`, rising, and for each the sum of its `values`."""
+    """Returns the distinct numbers of `index`, ascending, and for each the sum of its `values`."""
     index, order = index.sort(stable=True)
     distinct, counts = torch.unique_consecutive(index, return_counts=True)
-    # a bag a row reads and adds in one pass; index_add adds slice by slice
+    # A bag for each row reads and adds in one pass; index_add adds slice by slice.
     return distinct, F.embedding_bag(order, values, counts.cumsum(0) - counts, mode="sum")
 
 
 def coalesce(gradient: Tensor) -> Tensor:
-    """Turns a gradient of rows into a sparse one with each row once, in rising order.
+    """Converts a gradient of rows to a sparse one with each row once, in ascending order.
 
-    Duplicates are added; of a dense gradient the rows that are not 0 are taken. The values may be
+    Duplicates are added; of a dense gradient the rows that are not 0 are kept. The values may be
     changed in place.
     """
     if not gradient.is_sparse:
@@ -170,10 +170,10 @@ def _give_dense_gradients(tables: Iterable[Table]) -> None:
 class Optimizer:
     """Updates all parameters of a model, each by the optimizer of its role.
 
-    There is one norm to clip, one step and one flat state. From `zero_grad()` to `step()`, tables
-    on the device give sparse gradients: a dense one would be as large as the table. Before and
-    after, their gradients are dense, as other optimizers expect. A table on disk keeps the state of
-    its rows itself, not in `state`.
+    One norm is clipped, one call updates everything, and the state is one flat dictionary. From
+    `zero_grad()` to `step()`, tables on the device have sparse gradients: a dense one would be as
+    large as the table. Before and after, their gradients are dense, as other optimizers expect. A
+    table on disk stores the state of its rows itself, not in `state`.
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
@@ -184,7 +184,7 @@ class Optimizer:
         role = roles(model)
         self.rows = [name for name in self.parameters if role[name] == "rows"]
         own = {id(module.weight): module for module in self.tables if module.file is not None}
-        # They keep the state of their rows.
+        # These tables store the state of their rows themselves.
         self.tables_on_disk = {
             name: own[id(p)] for name, p in self.parameters.items() if id(p) in own
         }
@@ -208,7 +208,7 @@ class Optimizer:
         self.state = self._new_state()
 
     def _new_state(self) -> dict[str, Tensor]:
-        """Returns what is carried from step to step, by name, as the tensors that AdamW updates."""
+        """Returns the optimizer's state by name, as the tensors that AdamW updates."""
         state: dict[str, Tensor] = {}
         for name in self.dense:
             parameter = self.parameters[name]
@@ -237,7 +237,7 @@ class Optimizer:
         return {key: value.detach() for key, value in state.items()}
 
     def zero_grad(self) -> None:
-        """Drops all gradients and makes the next ones of tables on the device sparse."""
+        """Removes all gradients and makes the next ones of tables on the device sparse."""
         for table in self.tables:
             table.sparse = True
         for parameter in self.parameters.values():
@@ -264,7 +264,7 @@ class Optimizer:
         return norm
 
     def _gradients(self) -> Iterable[Tensor]:
-        """Yields the tensors that hold gradient values; of a sparse one, the values of its rows."""
+        """Yields the gradients' values; of a sparse one, the values of its rows."""
         for parameter in self.parameters.values():
             if parameter.grad is not None:
                 yield parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
@@ -280,7 +280,7 @@ class Optimizer:
         for name in self.matrices:
             if self.parameters[name].grad is not None:
                 self._update_matrix(name, lr)
-        # Last: a device does its part while rows elsewhere are updated.
+        # Rows come last: the device computes its updates while rows elsewhere are updated.
         for name in self.rows:
             if self.parameters[name].grad is not None:
                 self._update_rows(name, lr * self.config.row_scale)
@@ -295,7 +295,7 @@ class Optimizer:
         stack = (
             whole.unflatten(-1, (2, -1)).transpose(-2, -3) if name.endswith("gate_up") else whole
         )
-        # A gate and an up projection side by side are two matrices.
+        # A gate and an up projection in one tensor are two matrices.
         turned = orthogonalise(stack)
         turned = turned.transpose(-2, -3).flatten(-2) if name.endswith("gate_up") else turned
         if isinstance(update, DTensor):
@@ -336,12 +336,12 @@ class Optimizer:
         table.update(gradient._indices()[0], gradient._values(), change)
 
     def mark(self, step: int) -> None:
-        """Lets tables on disk come back to this step from now on."""
+        """Marks a step to which tables on disk can be rewound."""
         for table in self.tables_on_disk.values():
             table.mark(step)
 
     def rewind(self, step: int) -> None:
-        """Takes tables on disk back to a marked step; TableError where they cannot."""
+        """Rewinds tables on disk to a marked step; TableError where that is not possible."""
         for table in self.tables_on_disk.values():
             table.rewind(step)
 
@@ -355,7 +355,8 @@ class Optimizer:
         if state.keys() != self.state.keys():
             odd = sorted(state.keys() ^ self.state.keys())[0]
             raise ValueError(
-                f"optimizer state: got other names, first {odd!r}, expected those of this model and kind"
+                f"optimizer state: got other names, first {odd!r}, "
+                "expected those of this model and kind"
             )
         for name, value in state.items():
             self.state[name].copy_(value)

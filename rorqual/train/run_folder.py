@@ -1,12 +1,12 @@
-"""The folder of a training run: what is in it, whose it is, and who may write there.
+"""The folder of a training run: its files, its config, and the lock for its one writer.
 
 train.json, metrics.jsonl, tensorboard/     from the first step on
-config.json, tokenizer.json                 what the model is and how it reads
+config.json, tokenizer.json                 the model's config and its tokenizer
 checkpoints/stepN/                          to resume from
-checkpoints/best/                           the weights that validated best, to read
+checkpoints/best/                           the weights with the best validation, to read
 model.safetensors                           the model, when it is finished
-learning/, tables/                          with tables on disk: their rows as they learn, and
-                                            when they have learnt
+learning/, tables/                          with tables on disk: their rows during training, and
+                                            after it
 """
 
 import errno
@@ -23,13 +23,13 @@ from rorqual import config as configs
 from rorqual.io import lock, remove_partial
 from rorqual.train.config import TrainConfig
 
-FIXED = (  # what a resumed run may not change
+FIXED = (  # options that a resumed run may not change
     *("model", "optim", "data", "needles", "rows", "length", "micro_rows"),
     *("seed", "dtype", "tables", "bias_rest", "mtp_late", "indexer_alone"),
 )
-SAMPLED_BY = ("steps", "validate_every", "validation_tokens")  # which text a validation reads
+SAMPLED_BY = ("steps", "validate_every", "validation_tokens")  # they select the validation text
 CONFIG = "train.json"
-ABANDONED = 600.0  # seconds after which nobody writes to a partial file any more
+ABANDONED = 600.0  # seconds after which a partial file is taken as abandoned
 
 
 def saved_config(folder: Path) -> TrainConfig | None:
@@ -39,19 +39,19 @@ def saved_config(folder: Path) -> TrainConfig | None:
 
 
 def begun(folder: str | os.PathLike[str]) -> TrainConfig | None:
-    """Returns the config of the run in a folder if it has something to go on from."""
+    """Returns the config of the run in a folder if the run can be resumed."""
     folder = Path(folder)
     return saved_config(folder) if has_progress(folder) else None
 
 
 def has_progress(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint or a model to go on from."""
+    """Whether a folder has a checkpoint or a model to resume from."""
     saved = checkpoint.steps(folder / "checkpoints")
     return bool(saved) or (folder / "model.safetensors").is_file()
 
 
 def finished(config: TrainConfig) -> bool:
-    """Whether the folder holds the model of this very run, trained for as many steps."""
+    """Whether the folder has the model of this very run, trained for as many steps."""
     folder = Path(config.folder)
     saved = saved_config(folder)
     if saved is None or saved.steps != config.steps or differences(saved, config):
@@ -60,10 +60,10 @@ def finished(config: TrainConfig) -> bool:
 
 
 def finished_with_more_steps(config: TrainConfig) -> bool:
-    """Whether the folder holds this run, finished, with more steps than `config` has; logs it.
+    """Whether the folder has this run, finished, with more steps than `config` has; logs it.
 
-    ValueError where the run has come further than `config` goes and is not finished: there is no
-    model that could be returned.
+    ValueError where the run has more steps than `config` and is not finished: there is no model
+    that could be returned.
     """
     folder = Path(config.folder)
     saved = saved_config(folder)
@@ -78,7 +78,8 @@ def finished_with_more_steps(config: TrainConfig) -> bool:
     steps_made = max((step for step, _ in checkpoint.steps(folder / "checkpoints")), default=0)
     if steps_made > config.steps:
         raise ValueError(
-            f"{folder}: got --steps {config.steps}, expected at least the {steps_made} that are made "
+            f"{folder}: got --steps {config.steps}, "
+            f"expected at least the {steps_made} that are made "
             f"already (of {saved.steps}): go on with more, or choose another --folder"
         )
     return False
@@ -109,7 +110,7 @@ def _flat_options(config: TrainConfig) -> dict[str, Any]:
 
 
 def refuse_folder_of_runs(folder: Path) -> None:
-    """Raises ValueError for a folder that is no run and holds some: files would lie among them."""
+    """Raises ValueError for a folder of runs that is no run itself: files would be among them."""
     if (folder / CONFIG).is_file():
         return
     paths = [path for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/{CONFIG}")]
@@ -117,14 +118,15 @@ def refuse_folder_of_runs(folder: Path) -> None:
     if inside:
         names = ", ".join([*inside[:3], *["..."] * (len(inside) > 3)])
         raise ValueError(
-            f"{folder}: got a folder of runs ({names}), expected one for this run alone: --folder {folder / 'NAME'}"
+            f"{folder}: got a folder of runs ({names}), "
+            f"expected one for this run alone: --folder {folder / 'NAME'}"
         )
 
 
 def start_run(folder: Path, config: TrainConfig) -> None:
     """Writes train.json; ValueError if the folder has progress of a run with another config.
 
-    If that run has none, what its tables learnt on disk is removed: this run draws its own rows.
+    If that run has none, its tables on disk are removed: this run draws its own rows.
     """
     saved = saved_config(folder)
     progress = has_progress(folder)
@@ -138,7 +140,7 @@ def start_run(folder: Path, config: TrainConfig) -> None:
         return
     if differing and (folder / "learning").is_dir():
         shutil.rmtree(folder / "learning")
-    # Losses over another sample of the held-out documents do not compare with this run's.
+    # Losses over another sample of the held-out documents are not comparable with this run's.
     same_sample = saved is not None and all(
         getattr(saved, name) == getattr(config, name) for name in SAMPLED_BY
     )
@@ -150,7 +152,7 @@ def start_run(folder: Path, config: TrainConfig) -> None:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Lets one process train in a folder at a time; ValueError while another one does.
+    """Allows only one process to train in a folder at a time; ValueError while another one does.
 
     The lock is released when its process ends, even if it is killed.
     """
@@ -160,18 +162,21 @@ def exclusive(folder: Path) -> Iterator[None]:
         return
     refusal = f"{folder}: another process trains here; wait, or choose another --folder"
     with lock(folder / ".lock", refusal):
-        # Others may be writing a report or edits of memory there.
+        # Other processes may be writing a report or edits of memory there.
         remove_partial(folder, age=ABANDONED)
         yield
 
 
 @contextmanager
 def explain_full_disk(folder: Path) -> Iterator[None]:
-    """Turns the OSError of a full disk into one that says what stays and how to go on."""
+    """Converts the OSError of a full disk to one with an explanation.
+
+    It tells which checkpoints are good and how to resume.
+    """
     try:
         yield
     except OSError as error:
-        # A quota has a number on POSIX alone.
+        # Only POSIX has an error number for a quota.
         full_disk = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
         if error.errno is None or error.errno not in full_disk:
             raise

@@ -1,6 +1,6 @@
-"""What training measures of a model that it does not train on at that moment.
+"""Evaluates a model during training.
 
-Mode, gradients and random numbers are as before afterwards, so training goes on to the same bits.
+Mode, gradients and random numbers are restored afterwards, so that training continues bit for bit.
 """
 
 import math
@@ -15,7 +15,7 @@ from rorqual import parallel
 from rorqual.data.needles import DEPTHS, column, grade
 from rorqual.train.step import autocast, unchanged_random_state
 
-STEP_OVER_FORWARD = 2.5  # time of a training step over a forward pass's, about (docs/log.md)
+STEP_OVER_FORWARD = 2.5  # time of a training step over a forward pass, about (docs/log.md)
 TEMPERATURE = 0.8  # of samples
 
 
@@ -49,11 +49,12 @@ def needle_accuracy(
     exams: Mapping[tuple[str, int], Iterable[Mapping[str, Tensor]]],
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
-    """Returns the share of right answers by task, length and part of the text, as `column` names.
+    """Returns the share of right answers by task, length and part of the text.
 
-    An answer is right if its id is the most likely one after the answers before it; "accuracy" is
-    the mean over tasks and lengths. `exams` holds this rank's batches by task and length, as
-    `needles.exams` makes them. A part of the text in which no needle stood is left out.
+    `column` names them. An answer is right if its id is the most likely one after the answers
+    before it; "accuracy" is the mean over tasks and lengths. `exams` are this rank's batches by
+    task and length, as `needles.exams` makes them. A part of the text without any needle is left
+    out.
     """
     accuracies: dict[str, float] = {"accuracy": 0.0}
     with evaluation_mode(model, dtype) as device:
@@ -74,7 +75,7 @@ def needle_accuracy(
 def sample_continuation(
     model: nn.Module, prompt: Tensor, count: int, vocabulary: int, dtype: torch.dtype
 ) -> list[int]:
-    """Draws `count` ids below `vocabulary` after a prompt, always with the same random numbers.
+    """Samples `count` ids below `vocabulary` after a prompt, always with the same random numbers.
 
     Every rank calls it. There are fewer ids where the model's numbers are not finite.
     """
@@ -98,11 +99,11 @@ def estimate_step_seconds(
     length: int,
     dtype: torch.dtype,
 ) -> float:
-    """Estimates the seconds of a training step by the time of a forward pass.
+    """Estimates the seconds of a training step from the time of a forward pass.
 
-    The first of two passes is not counted: it allocates and compiles. Documents are packed, four
-    to a row, and gradients are on, so that the pass is that of training. `rows` are this rank's,
-    `micro_rows` of them a pass. docs/log.md has how far off it was.
+    The first of two passes is not counted: it allocates and compiles. Documents are packed, four to
+    a sequence, and gradients are on, so that the pass is that of training. `rows` are this rank's
+    sequences, `micro_rows` of them a pass. docs/log.md has the error of the estimate.
     """
     with evaluation_mode(model, dtype) as device, torch.enable_grad():
         ids = torch.arange(micro_rows * length, device=device).view(micro_rows, length) % vocabulary
@@ -110,7 +111,7 @@ def estimate_step_seconds(
         for _ in range(2):
             began = time.perf_counter()
             loss = model.loss(ids, ids, documents=documents)  # type: ignore[operator]
-            # Reading the number waits until the device has finished.
+            # Reading the value waits until the device has finished.
             loss.next_token.item()
             seconds = time.perf_counter() - began
     return seconds * STEP_OVER_FORWARD * math.ceil(rows / micro_rows)
@@ -118,7 +119,7 @@ def estimate_step_seconds(
 
 @contextmanager
 def evaluation_mode(model: nn.Module, dtype: torch.dtype) -> Iterator[torch.device]:
-    """Turns off dropout-like modes and gradients in the block; yields the model's device."""
+    """Turns off training mode and gradients in the block; yields the model's device."""
     device = next(model.parameters()).device
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -1,4 +1,4 @@
-"""What a model is trained on and validated with: a text, or questions about needles."""
+"""The data of training and validation: a text, or questions about needles."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -21,10 +21,10 @@ from rorqual.model_config import ModelConfig
 from rorqual.train.config import BYTE_VOCABULARY, DataConfig, TrainConfig
 from rorqual.train.scores import needle_accuracy, sample_continuation, validate
 
-GOOD_EPOCHS = 4  # passes over a text up to which repeating it is nearly as good as new text
-SAMPLE_SHARE = 0.01  # of a run's tokens that a validation within it reads: 3 % of the time in all
-PROMPT_TOKENS = 8  # of a held-out document that are continued
-SAMPLE_TOKENS = 32  # of the continuation, at most
+GOOD_EPOCHS = 4  # epochs up to which repeated text is nearly as good as new text
+SAMPLE_SHARE = 0.01  # of a run's tokens, read by a validation within it: 3 % of the time in all
+PROMPT_TOKENS = 8  # length of the prompt from a held-out document
+SAMPLE_TOKENS = 32  # the maximum length of the continuation
 
 
 class TextSource(NamedTuple):
@@ -56,7 +56,7 @@ class TextSource(NamedTuple):
         return Stream(self.tokens.train, rows, config.length, config.seed, rank, world)
 
     def score(self, model: nn.Module, config: TrainConfig, *, whole: bool) -> dict[str, float]:
-        """Returns the loss over all held-out documents, or over a sample that is always the same."""
+        """Returns the loss over all held-out documents, or over a sample that never changes."""
         held_out = self.tokens.validation
         bytes_per_token = held_out.bytes / len(held_out)
         batches = self._validation_batches(config, whole)
@@ -112,7 +112,7 @@ class NeedleSource(NamedTuple):
         return QUESTION
 
     def canonical_map(self) -> np.ndarray:
-        """Returns the identity: no two ids of this language mean the same."""
+        """Returns the identity: no two ids of this language have the same meaning."""
         return np.arange(self.vocabulary)
 
     def stream(self, config: TrainConfig) -> NeedleStream:
@@ -122,7 +122,7 @@ class NeedleSource(NamedTuple):
         return NeedleStream(self.needles, rows, config.length, config.seed, rank, world)
 
     def score(self, model: nn.Module, config: TrainConfig, *, whole: bool) -> dict[str, float]:
-        """Returns the shares of right answers to the held-out questions, which are always all."""
+        """Returns the shares of right answers to the held-out questions; always to all of them."""
         del whole
         rank, world = parallel.rank(), parallel.world()
         questions = exams(self.needles, config.rows, config.length, rank, world)
@@ -134,16 +134,20 @@ class NeedleSource(NamedTuple):
         return {}
 
     def __str__(self) -> str:
-        return f"questions about {self.needles.needles} pairs hidden in a text; vocabulary {self.vocabulary:,}"
+        return (
+            f"questions about {self.needles.needles} pairs hidden in a text; "
+            f"vocabulary {self.vocabulary:,}"
+        )
 
 
 Source = TextSource | NeedleSource
 
 
 def open_source(config: TrainConfig) -> Source:
-    """Opens what a run is trained on, and logs it and the run's length.
+    """Opens the data of a run, and logs it and the run's length.
 
-    ValueError where the model's vocabulary is too small for it, or the rows do not fit the ranks.
+    ValueError where the model's vocabulary is too small for it, or the batch size is no multiple of
+    the number of ranks.
     """
     limit = config.model.vocabulary
     source: Source
@@ -151,7 +155,7 @@ def open_source(config: TrainConfig) -> Source:
         source = NeedleSource(config.needles)
     else:
         data = _data_for(config.data, limit)
-        # Rank 0 first: the others find what it made in the cache.
+        # Rank 0 runs first: the others find its files in the cache.
         source = parallel.first(lambda: prepare(data))
     if source.vocabulary > limit:
         whose = "needles'" if config.needles is not None else "tokenizer's"
@@ -169,7 +173,7 @@ def open_source(config: TrainConfig) -> Source:
 
 
 def _data_for(data: DataConfig, limit: int) -> DataConfig:
-    """Fills in the vocabulary of a tokenizer that is to be trained: the model's."""
+    """Sets the vocabulary of a tokenizer that is to be trained to the model's."""
     if data.tokenizer is not None or data.vocabulary is not None:
         return data
     if limit < BYTE_VOCABULARY:
@@ -203,9 +207,9 @@ def _log_length(config: TrainConfig, source: Source) -> None:
 
 
 def prepare(data: DataConfig, *, progress: Callable[[int], None] | None = None) -> TextSource:
-    """Trains or loads the tokenizer and tokenizes the text; what is in the cache is opened.
+    """Trains or loads the tokenizer and tokenizes the text; cached files are reused.
 
-    `progress` is called with the bytes that are tokenized so far.
+    `progress` is called with the number of bytes that are tokenized so far.
     """
     cache = Path(data.cache)
     corpus = open_corpus(data.source, column=data.column, limit=data.limit)
@@ -222,7 +226,8 @@ def prepare(data: DataConfig, *, progress: Callable[[int], None] | None = None) 
             first = next(texts, None)
             if first is None:
                 raise ValueError(
-                    f"{corpus.name}: got one document, expected at least two, one of them to validate on"
+                    f"{corpus.name}: got one document, "
+                    "expected at least two, one of them to validate on"
                 )
             train_tokenizer(chain([first], texts), vocabulary).save(folder)
         tokenizer = Tokenizer.load(folder)

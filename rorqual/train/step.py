@@ -1,7 +1,7 @@
 """One training step, from a batch to updated parameters.
 
 `TrainStep` is all that training does to a model. OLMo-core's loop calls it (engine.py), and it
-works without that loop, called with one batch after another.
+also works without that loop, called with one batch after another.
 """
 
 import random
@@ -29,16 +29,16 @@ Batch = Mapping[str, Tensor]  # "ids", "labels" and "documents", each [rows, len
 
 
 class Diverged(RuntimeError):
-    """Losses, gradients or weights stay NaN or infinite, and training cannot go on."""
+    """Losses, gradients or weights stay NaN or infinite, and training cannot continue."""
 
 
 class StepResult(NamedTuple):
-    """What a step measured."""
+    """The measurements of a step."""
 
     means: dict[str, Tensor]  # this rank's part; the batch's value is the mean over ranks
     largest: dict[str, float]  # of this rank; the largest over ranks counts
     values: dict[str, float | Tensor]  # the same on every rank
-    expert_counts: Tensor | None  # [layers, E] tokens of all ranks that each expert took
+    expert_counts: Tensor | None  # [layers, E] tokens of all ranks that were routed to each expert
 
 
 class TrainStep:
@@ -67,7 +67,7 @@ class TrainStep:
         # Forward and backward, one micro-batch at a time.
         losses, expert_counts = self.forward_backward(batch, step)
 
-        # FSDP has averaged the gradients over ranks, but for those of Engram's tables.
+        # FSDP has averaged the gradients over ranks, except those of Engram's tables.
         for name in self.optimizer.rows:
             parallel.mean_rows(self.optimizer.parameters[name])
         grad_norm = self.optimizer.clip()
@@ -93,7 +93,7 @@ class TrainStep:
     def forward_backward(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], Tensor | None]:
         """Accumulates the gradients of all micro-batches; returns the losses and expert counts.
 
-        A micro-batch weighs as much as its share of the labels of all ranks.
+        A micro-batch is weighted by its share of the labels of all ranks.
         """
         self.optimizer.zero_grad()
         losses: dict[str, Tensor] = {}
@@ -132,7 +132,7 @@ class TrainStep:
         return dsa is not None and step <= dsa.warmup
 
     def only_indexers_learn(self, step: int) -> bool:
-        """Whether nothing else learns while the indexers warm up."""
+        """Whether only the indexers are trained, during their warm-up."""
         return self.config.indexer_alone and self.indexer_warmup(step)
 
     def find_not_finite(self, values: Mapping[str, Tensor]) -> set[str]:
@@ -160,7 +160,7 @@ class TrainStep:
             )
 
     def balance_experts(self, expert_counts: Tensor, step: int) -> None:
-        """Moves the routers' biases by how many tokens of the whole batch each expert took."""
+        """Updates the routers' biases by the number of tokens of the whole batch at each expert."""
         resting = step > round(self.config.steps * (1 - self.config.bias_rest))
         if resting or self.only_indexers_learn(step):
             return
@@ -170,14 +170,14 @@ class TrainStep:
                 update_bias(mixture.router.e_score_correction_bias, counts, rate)
 
     def prepare_model(self, step: int) -> None:
-        """Puts the model into training mode, and MoBA into full attention in its last phase."""
+        """Sets the model to training mode, and MoBA to full attention in its last phase."""
         self.model.train()
         moba = self.model.config.moba
         if moba is not None:
             switch(self.model, step > moba.full_from * self.config.steps)
 
     def measure_streams(self, batch: Batch, step: int) -> dict[str, float]:
-        """Measures the residual streams on one row before it is trained on, every 50 steps."""
+        """Measures the residual streams on one sequence before the update, every 50 steps."""
         if self.model.config.hyper is None or (step - 1) % STREAM_INTERVAL:
             return {}
         names = ("ids", "labels", "documents")
@@ -187,7 +187,7 @@ class TrainStep:
         return {} if measured is None else dict(zip(STREAM_METRICS, measured, strict=True))
 
     def dry_run(self, batch: Batch, step: int) -> None:
-        """Runs forward and backward, which allocates and compiles, and leaves no trace."""
+        """Runs forward and backward, which allocates and compiles, without lasting effects."""
         self.prepare_model(step)
         with unchanged_random_state():
             self.forward_backward(batch, step)

@@ -1,6 +1,6 @@
-"""Trains a model into a run folder; called again with the same config, it goes on.
+"""Trains a model into a run folder, or resumes its training when called again with the same config.
 
-Resumed or not, the numbers are the same to the last bit (docs/train.md says on what that rests).
+Resumed or not, the numbers are the same to the last bit (docs/train.md has the conditions).
 train/run_folder.py lists the files of a run folder.
 """
 
@@ -30,18 +30,21 @@ from rorqual.train.step import Diverged, TrainStep
 
 
 class Stopped(KeyboardInterrupt):
-    """Training was asked to stop (ctrl-C, SIGTERM) and saved first. The message says how to go on."""
+    """Training was interrupted (ctrl-C, SIGTERM) and saved first.
+
+    The message tells how to resume.
+    """
 
 
 def train(
     config: TrainConfig, *, on_metrics: Callable[[dict[str, Any]], None] | None = None
 ) -> Path:
-    """Trains, or goes on training, and returns the run folder with the finished model.
+    """Trains, or resumes training, and returns the run folder with the finished model.
 
-    A folder that holds the model already is returned at once. `on_metrics` is called with every
-    line of metrics.jsonl as it is written. Raises Stopped after ctrl-C or SIGTERM, when everything
-    is saved; Diverged when losses or gradients stay NaN or infinite; ValueError for a folder with
-    another run; Damaged when no checkpoint in it is good.
+    A folder that has the finished model already is returned at once. `on_metrics` is called with
+    every line of metrics.jsonl as it is written. Raises Stopped after ctrl-C or SIGTERM, when
+    everything is saved; Diverged when losses or gradients stay NaN or infinite; ValueError for a
+    folder with another run; Damaged when no checkpoint in it is good.
     """
     if config.threads is not None:
         runtime.threads(config.threads)
@@ -49,7 +52,8 @@ def train(
     folder = Path(config.folder)
     if run_folder.finished(config):
         runtime.log(
-            f"{folder} holds this model, finished; remove it or choose another --folder to train again"
+            f"{folder} holds this model, finished; "
+            "remove it or choose another --folder to train again"
         )
         return folder
     if run_folder.finished_with_more_steps(config):
@@ -69,9 +73,9 @@ def train(
 
 
 def refuse(config: TrainConfig) -> None:
-    """Raises ValueError for what is wrong with a config beyond its values, and writes nothing.
+    """Raises ValueError for errors of a config beyond its single values, and writes nothing.
 
-    That is tables elsewhere for a model without any, an unknown text, and a folder of runs.
+    These are tables elsewhere for a model without any, an unknown text, and a folder of runs.
     """
     if config.tables != "device" and config.model.engram is None:
         raise ValueError(
@@ -96,7 +100,7 @@ def _train(
     folder = Path(config.folder)
     source = open_source(config)
     runtime.seed_everything(config.seed)
-    # Tables are closed however the run ends, so that another of this process may train them.
+    # Tables are closed however the run ends, so that another run of this process may train them.
     with ExitStack() as open_tables:
         model = _build_model(config, source, device, open_tables)
         step = TrainStep(model, Optimizer(model, config.optim), config)
@@ -119,7 +123,10 @@ def _train(
         }
         made = engine.fit(step, loader, callbacks)
         if made < config.steps:
-            message = f"stopped at step {made} of {config.steps}, saved in {folder}; the same command goes on"
+            message = (
+                f"stopped at step {made} of {config.steps}, saved in {folder}; "
+                "the same command goes on"
+            )
             runtime.log(message)
             raise Stopped(message)
         scores = validation.run(made, whole=True)
@@ -135,9 +142,9 @@ def _train(
 def _build_model(
     config: TrainConfig, source: Source, device: torch.device, open_tables: ExitStack
 ) -> LanguageModel:
-    """Builds the model with the source's special ids, cut over the ranks if there are several.
+    """Builds the model with the source's special ids, sharded over the ranks if there are several.
 
-    config.json describes it; train.json keeps the config as it was given.
+    config.json describes it; train.json has the config as it was given.
     """
     shape = config.model
     canonical_map = None
@@ -157,7 +164,10 @@ def _build_model(
 def _build_tables(
     config: TrainConfig, shape: ModelConfig, open_tables: ExitStack
 ) -> list[Table] | None:
-    """Builds Engram's tables if they learn in host memory or on disk, and not with the model."""
+    """Builds Engram's tables if they are trained in host memory or on disk.
+
+    None means that they are built with the model.
+    """
     if config.tables == "device" or shape.engram is None:
         return None
     if parallel.world() > 1:
@@ -182,7 +192,10 @@ def _build_tables(
 
 
 def _write_tables(folder: Path, model: LanguageModel) -> None:
-    """Writes rows that learnt on disk to FOLDER/tables, where a run's rows are looked for first."""
+    """Writes rows that were trained on disk to FOLDER/tables.
+
+    A run's rows are searched there first.
+    """
     learnt = [
         table for table in model.tables if isinstance(table, Table) and table.placement == "disk"
     ]

@@ -1,4 +1,4 @@
-"""Engram on models of transformers: identity at first, trained alone, right at decode, saved alone, taken off again."""
+"""Tests Engram on models of transformers: identity at first, training, decoding, files, removal."""
 
 import copy
 import gc
@@ -90,7 +90,7 @@ def llama():
 
 
 def wake(memory) -> None:
-    """Values and convolution as training would leave them: nothing is an identity any more."""
+    """Sets values and convolution as after training, so that nothing is an identity any more."""
     for engram in memory.engrams:
         torch.nn.init.normal_(engram.value_proj.weight, std=0.5)
         torch.nn.init.normal_(engram.conv, std=0.5)
@@ -103,7 +103,7 @@ def prompt(rows: int = 2, time: int = 9) -> torch.Tensor:
 
 
 def test_identity_at_first_then_detached_bit_for_bit(host, tokenizer):
-    next(host.parameters()).requires_grad_(False)  # as its owner had it
+    next(host.parameters()).requires_grad_(False)  # as before the memory was attached
     ids, weights = prompt(), copy.deepcopy(host.state_dict())
     trained = {name: p.requires_grad for name, p in host.named_parameters()}
     hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in host.modules()]
@@ -297,9 +297,8 @@ def test_rows_of_zero_leave_all_other_text_as_it_was(llama, tokenizer):
     assert torch.equal(llama(prompt(4, 12)).logits, before)
     ids = torch.tensor([[7, 8, 9, 10]])
     llama(ids, labels=ids).loss.backward()
-    assert (
-        memory.tables[0].weight.grad.coalesce().values().abs().max() > 0
-    )  # from the first step on
+    # From the first step on.
+    assert memory.tables[0].weight.grad.coalesce().values().abs().max() > 0
     with torch.no_grad():
         for row in memory.tables[0].weight.grad.coalesce().indices()[0]:
             memory.tables[0].weight[row] += 1.0
@@ -325,7 +324,7 @@ def test_every_way_to_generate_says_what_full_forwards_say(host, tokenizer, how)
     wake(attach(host, tokenizer, (0, 2), **SMALL))
     rows = 1 if "prompt_lookup_num_tokens" in how else 2
     ids = prompt(rows, 9)
-    ids[:, 6:] = ids[:, :3]  # something to look up
+    ids[:, 6:] = ids[:, :3]  # repeated text for the prompt lookup
     options = {
         "attention_mask": torch.ones_like(ids),
         "max_new_tokens": 10,
@@ -588,7 +587,7 @@ def test_a_cache_of_another_memory_or_of_no_kind_is_refused(llama, tokenizer):
     with pytest.raises(ValueError, match="got a paged cache"):
         llama(prompt(2, 1), cache=object())
     cache = llama(prompt()).past_key_values
-    cache.layers[0].crop(-2)  # behind the memory's back
+    cache.layers[0].crop(-2)  # the memory is not cropped with it
     with pytest.raises(ValueError, match="a cache of 7 tokens, 9 of which"):
         llama(prompt(2, 1), past_key_values=cache)
 
@@ -640,7 +639,7 @@ def test_a_model_of_several_streams_is_refused_at_once(kind, tokenizer):
 
 
 def step(model) -> dict[str, bool]:
-    """Which parameters a step of an ordinary loop changes, by what they belong to."""
+    """Returns which parameters a step of an ordinary loop changes, by their owner."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):  # LoRA's A has no gradient while B is 0
@@ -735,7 +734,7 @@ def test_the_trainer_of_transformers_trains_memory_alone(llama, tokenizer, tmp_p
 
 @pytest.mark.parametrize("last", ["step", "zero_grad", "nothing"])
 def test_the_trainer_of_transformers_goes_on_after_our_optimizer(llama, tokenizer, tmp_path, last):
-    """Our optimizer's sparse gradients of rows do not outlast it: AdamW takes none."""
+    """Our optimizer's sparse gradients of rows end with it: AdamW does not accept them."""
     memory, rows = attach(llama, tokenizer, (1,), **SMALL), prompt(8, 12)
     wake(memory)
 

@@ -1,4 +1,4 @@
-"""The transformers face: same logits, its own cache, generate in every way, saved and loaded whole."""
+"""Tests the transformers wrapper: equal logits, its cache, generation, saving and loading."""
 
 import copy
 import shutil
@@ -68,8 +68,8 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:
     """Asserts that two results of the same weights agree in float32.
 
-    Some CPUs add a product's terms in another order when it has another number of rows, or when the weights begin at
-    another address, as loaded ones do.
+    Some CPUs add a product's terms in another order when it has another number of rows, or when the
+    weights begin at another address, as loaded ones do.
     """
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
@@ -224,7 +224,8 @@ def test_another_process_needs_the_import_and_no_code(face, tmp_path):
     )
     assert done.stdout.strip() == "RorqualForCausalLM", done.stderr
     script = (
-        "import sys, rorqual as rq; run = rq.load(sys.argv[1]); from transformers import AutoModelForCausalLM;"
+        "import sys, rorqual as rq; run = rq.load(sys.argv[1]); "
+        "from transformers import AutoModelForCausalLM;"
         "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__, run.config.layers)"
     )
     done = subprocess.run(
@@ -268,7 +269,7 @@ def examples(count: int = 8) -> list[dict]:
 
 
 def test_trainer_of_transformers_trains_memory_too(tokenizer, tmp_path):
-    """With its default AdamW, then saved by it and loaded again."""
+    """Trains with its default AdamW, then saves with the trainer and loads again."""
     model = LanguageModel(CONFIGS["all"], torch.from_numpy(tokenizer.canonical_map()), seed=2)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     face = RorqualForCausalLM.of(model, tokenizer)
@@ -305,13 +306,13 @@ def test_training_with_rows_elsewhere_is_refused(home, small_run, tmp_path):
     with pytest.raises(ValueError, match=rf"got rows on {home}, .* expected them on the device"):
         trainer.train()
     ids = torch.tensor([PROMPTS[0]])
-    assert face.eval()(ids, labels=ids).loss.isfinite()  # to score is not to train
+    assert face.eval()(ids, labels=ids).loss.isfinite()  # scoring is allowed
     face.train().requires_grad_(False)
     assert face(ids, labels=ids).loss.isfinite()
 
 
 def test_a_run_folder_opens_in_transformers(small_run, tmp_path):
-    """By its own config.json: the model, the tokenizer, and a pipeline that says what the run says."""
+    """Opens the model, the tokenizer and a pipeline with the run's output by its config.json."""
     run, ids = load(small_run, device="cpu"), torch.tensor([PROMPTS[0]])
     config = AutoConfig.from_pretrained(small_run)
     assert isinstance(config, RorqualConfig) and config.model == run.config
@@ -346,7 +347,7 @@ def test_a_tied_run_opens_in_transformers(tokenizer, tmp_path):
 
 
 def test_weights_that_are_missing_are_named(small_run, tmp_path):
-    """As where Engram's rows learnt on a disk and lie in files of their own."""
+    """They are missing where Engram's rows were trained on a disk and have their own files."""
     shutil.copytree(small_run, tmp_path / "run")
     state = load_file(tmp_path / "run" / "model.safetensors")
     state.pop("tables.0.weight")

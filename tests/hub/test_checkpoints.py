@@ -77,7 +77,7 @@ def build(name: str) -> LanguageModel:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A copy of the golden V3 folder, to be spoilt."""
+    """A copy of the golden V3 folder, to be damaged."""
     shutil.copytree(
         GOLDEN / "deepseek_v3_tiny", tmp_path / "folder", ignore=shutil.ignore_patterns("expected*")
     )
@@ -128,7 +128,7 @@ def test_we_load_what_we_export(name, tmp_path):
         for config in (model.config, again.config)
     )
     ours.pop("yarn"), theirs.pop("yarn")
-    assert theirs == pytest.approx(ours, rel=1e-9)  # an attention_factor is solved for mscale
+    assert theirs == pytest.approx(ours, rel=1e-9)  # mscale is computed from attention_factor
     if model.config.moe is not None:
         assert replace(again.config.moe, balance=model.config.moe.balance) == model.config.moe
     assert again.state_dict().keys() == model.state_dict().keys()
@@ -192,8 +192,11 @@ def test_mtp_blocks_stand_behind_the_last_as_released(tmp_path):
 
 
 def test_mtp_foretells_what_transformers_does_with_the_same_weights(tmp_path):
-    """Each depth given the same hidden states. transformers reads MTP blocks where it expects V3's, behind layer 61, so
-    that it is told where ours are; it hands the next depth what comes out of `norm`, which the model here does not."""
+    """Each depth gets the same hidden states in both.
+
+    transformers reads MTP blocks where it expects V3's, after layer 61, so that it is given the
+    place of ours; it passes the output of `norm` to the next depth, which the model here does not.
+    """
     model = build("v3, mtp")
     export(model, tmp_path)
     main = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -231,7 +234,10 @@ def test_dequantise_scales_block_by_block(shape):
 
 
 def quantise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Projections as float8 with 128 x 128 scales, as V3 is published; the rest in bfloat16."""
+    """Converts projections to float8 with 128 x 128 scales, as V3 is published.
+
+    The rest becomes bfloat16.
+    """
     out = {}
     for name, tensor in tensors.items():
         if "_proj" not in name:
@@ -250,7 +256,7 @@ def quantise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def shard(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> None:
-    """Names dealt out in turn, so that a weight and its scale lie in different files."""
+    """Deals the names out in turn, so that a weight and its scale are in different files."""
     (folder / "model.safetensors").unlink()
     where = {
         name: f"model-{i % count + 1:05}-of-{count:05}.safetensors"
@@ -289,9 +295,8 @@ def test_float8_shards_are_dequantised(folder):
     assert all(torch.equal(asked[name], tensor) for name, tensor in wide.state_dict().items())
     ids = torch.randint(0, 211, (2, 30))
     with torch.no_grad():
-        assert (wide(ids) - plain(ids)).norm() < 0.25 * plain(
-            ids
-        ).norm()  # some tokens change experts
+        # Some tokens change experts.
+        assert (wide(ids) - plain(ids)).norm() < 0.25 * plain(ids).norm()
 
 
 def with_scales(folder: Path, block: object) -> None:
@@ -322,7 +327,10 @@ def test_a_scale_may_belong_to_a_whole_tensor_or_to_other_blocks(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [True, False])
 def test_loading_never_holds_the_model_twice(tmp_path, sharded):
-    """Memory beyond the model while it loads, mapped files included, in a process of its own: about two windows."""
+    """Memory beyond the model during loading, mapped files included, is about two windows.
+
+    It is measured in a separate process.
+    """
     config = replace(V3, vocabulary=20_000, dim=256, moe=replace(V3.moe, routed=128, width=128))
     export(
         LanguageModel(config, seed=None),
@@ -334,7 +342,8 @@ import sys, torch
 from rorqual.hub import checkpoints
 checkpoints.load(sys.argv[1]); checkpoints.WINDOW = 8 << 20
 def status(name):
-    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(name))
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") \
+if line.startswith(name))
 open("/proc/self/clear_refs", "w").write("5")
 before = status("VmRSS")
 model = checkpoints.load(sys.argv[2])

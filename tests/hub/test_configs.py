@@ -368,7 +368,7 @@ def test_what_the_format_cannot_hold_is_named(config, words):
         published(config)
 
 
-# folders that transformers writes, loaded here, held against transformers' own numbers
+# Folders that transformers writes are loaded here and compared with transformers' own numbers.
 TINY = {
     "vocab_size": 59, "hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 28, "moe_intermediate_size": 12,
     "num_attention_heads": 4, "num_key_value_heads": None, "q_lora_rank": 10, "kv_lora_rank": 8, "qk_nope_head_dim": 6,

@@ -1,4 +1,4 @@
-"""Names, devices and an environment variable in -> the twin that is picked, or the reference."""
+"""Tests which kernel is chosen for names, devices and the environment variable."""
 
 from collections.abc import Callable
 
@@ -73,7 +73,7 @@ def test_what_cannot_be_is_refused(
 
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.device | None], None]:
-    """Makes torch name this accelerator, or none, whatever the machine has."""
+    """Makes torch report this accelerator, or none, whatever the machine has."""
     return lambda device: monkeypatch.setattr(
         torch.accelerator, "current_accelerator", lambda **_: device
     )
@@ -94,7 +94,7 @@ def test_available_says_why_not(
 def test_the_first_twin_that_is_available_is_picked(
     accelerator: Callable[[torch.device | None], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of this machine's own twins, on a CPU: those by numba run, those by Triton say that they want a GPU."""
+    """On a CPU the numba kernels run, and the Triton kernels report that they need a GPU."""
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     accelerator(None)

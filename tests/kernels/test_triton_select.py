@@ -1,4 +1,4 @@
-"""Blocks chosen by token, attended by Triton's tiles: the numbers and gradients of layers.selection."""
+"""Tests that Triton's block-sparse attention has the numbers and gradients of layers.selection."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from rorqual.layers.selection import best_blocks, selected_attention
 
 pytestmark = pytest.mark.nsa
 
-CASES = [  # batch, queries, keys, heads, groups, choices, width, depth, keys a block, blocks
+CASES = [  # batch, queries, keys, heads, groups, selections, width, depth, keys a block, blocks
     (2, 9, 9, 4, 2, 2, 5, 3, 4, 2),
     (1, 7, 23, 6, 2, 6, 8, 8, 5, 3),
     (1, 3, 70, 3, 1, 1, 17, 20, 33, 2),
@@ -21,7 +21,10 @@ CASES = [  # batch, queries, keys, heads, groups, choices, width, depth, keys a 
 def chosen(
     batch: int, time: int, keys: int, choices: int, block: int, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks at random, some places empty, one query that sees nothing; the queries' columns."""
+    """Returns random blocks, some of them empty, and the queries' columns.
+
+    The first query sees nothing.
+    """
     positions = (torch.arange(time) + keys - time).expand(batch, time).contiguous()
     scores = torch.rand(batch, time, choices, -(-keys // block))
     index = best_blocks(scores, positions // block, torch.zeros_like(positions), count)
@@ -44,9 +47,8 @@ def test_tiles_attend_as_the_gathered_form(
     for batch, time, keys, heads, groups, choices, width, depth, block, count in CASES:
         index, positions = (x.to(tiled) for x in chosen(batch, time, keys, choices, block, count))
         query = torch.randn(batch, time, heads, width).to(dtype)
-        key = torch.full((batch, keys + 3, groups, width), torch.nan).to(
-            dtype
-        )  # a cache's buffer is longer
+        # A cache's buffer is longer than its keys.
+        key = torch.full((batch, keys + 3, groups, width), torch.nan).to(dtype)
         value = torch.full((batch, keys + 5, groups, depth), torch.nan).to(dtype)
         key[:, :keys], value[:, :keys] = (
             torch.randn(batch, keys, groups, width),
@@ -69,8 +71,9 @@ def test_tiles_attend_as_the_gathered_form(
 @pytest.mark.interpreted
 def test_tiles_take_keys_in_any_layout_and_none_at_all(tiled: torch.device) -> None:
     index, positions = chosen(1, 6, 11, 2, 4, 3)
-    strided = torch.randn(1, 2, 8, 11).permute(0, 3, 1, 2).to(tiled)  # last axis not dense
-    query = torch.randn(1, 6, 4, 8, dtype=torch.bfloat16).to(tiled)  # and of another dtype
+    # The last axis is not contiguous, and the query has another dtype.
+    strided = torch.randn(1, 2, 8, 11).permute(0, 3, 1, 2).to(tiled)
+    query = torch.randn(1, 6, 4, 8, dtype=torch.bfloat16).to(tiled)
     rest = (index.to(tiled), positions.to(tiled), 4, 0.3)
     ours = triton_twins.selected_attention(query, strided, strided, *rest)
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""Devices, an environment and a machine without Triton in -> whether a Triton twin is taken; what loads it."""
+"""Tests when a Triton kernel is chosen, and that Triton is imported only then."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def reference() -> None:
-    """What a twin would take the place of."""
+    """The reference that a kernel would replace."""
 
 
 @pytest.fixture(autouse=True)
@@ -65,8 +65,10 @@ import sys, torch
 from rorqual.model import LanguageModel
 from rorqual.presets import preset
 model = LanguageModel(preset("tiny"))
-model.loss(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)).total.backward()
-assert not any(name == "triton" or name.startswith("rorqual.kernels.triton_fuse") for name in sys.modules)
+model.loss(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))\
+.total.backward()
+assert not any(name == "triton" or name.startswith("rorqual.kernels.triton_fuse") \
+for name in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

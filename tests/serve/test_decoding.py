@@ -1,4 +1,4 @@
-"""Decoding against a loop of whole forwards: batches, padding, ends, bounds, drafts."""
+"""Tests decoding against a loop of whole forwards: batches, padding, ends, bounds, drafts."""
 
 import copy
 from dataclasses import replace
@@ -52,7 +52,7 @@ def model(request):
 
 @torch.no_grad()
 def plainly(model, prompt, count: int, end_id=None, vocabulary=None) -> list[int]:
-    """Greedy by one whole forward a token."""
+    """Decodes greedily with one whole forward a token."""
     ids = list(prompt)
     for _ in range(count):
         ids.append(int(model(torch.tensor([ids]))[0, -1, :vocabulary].argmax()))
@@ -139,7 +139,10 @@ DRAFTING = [
 
 @pytest.fixture(scope="module", params=DRAFTING, ids=str)
 def drafting(request):
-    """Every kind of model with one to three depths, taught a cycle with slips, so that drafts stand and fall."""
+    """Every kind of model with one to three depths, trained on a cycle with errors.
+
+    So some drafts are accepted and some rejected.
+    """
     name, depth = request.param
     model = LanguageModel(replace(CONFIGS[name], mtp=MTPConfig(depth=depth), init_std=0.1), seed=3)
     ids = (torch.arange(25)[None] * 5 + torch.arange(4)[:, None]) % 12
@@ -161,7 +164,7 @@ def drafting(request):
     ending=st.integers(0, 13),
 )
 def test_drafts_change_nothing(drafting, prompts, count, ending):
-    """Any depth, any batch of different lengths, whatever row ends where."""
+    """Holds for any depth and any batch of different lengths, whichever sequence ends where."""
     tally, depth = Tally(), len(drafting.mtp)
     said = drafted(drafting, prompts, max_new_tokens=count, tally=tally)
     assert said == together(drafting, prompts, max_new_tokens=count)
@@ -173,7 +176,7 @@ def test_drafts_change_nothing(drafting, prompts, count, ending):
 
 
 def test_some_drafts_stand_and_some_fall(drafting):
-    """Otherwise the test above would be about one of two cases."""
+    """Otherwise the test above would cover only one of two cases."""
     tally = Tally()
     said = drafted(drafting, PROMPTS, max_new_tokens=14, tally=tally)
     assert said == [plainly(drafting, prompt, 14) for prompt in PROMPTS]
@@ -195,19 +198,20 @@ def test_a_trained_model_accepts_its_own_drafts():
         said = drafted(model.eval(), prompts, max_new_tokens=16, tally=tally)
         assert said == [row[4 + n : 20 + n].tolist() for n, row in enumerate(ids[:rows])]
         assert said == [plainly(model, prompt, 16) for prompt in prompts]
-        assert tally == Tally(
-            drafted=2 * 5 * rows, accepted=2 * 5 * rows, rounds=5
-        )  # 1 id, then 3 a round
+        # 1 id, then 3 a round.
+        assert tally == Tally(drafted=2 * 5 * rows, accepted=2 * 5 * rows, rounds=5)
         assert tally.acceptance == 1
 
 
 @torch.no_grad()
 def test_a_depth_is_told_in_decoding_what_it_is_told_in_training(drafting, monkeypatch):
-    """Each depth's answers in the rounds are those of one call over all the text, as a loss makes it: a cache that kept
-    what a rejected draft had told, or a neighbour's padding, would go unseen in the ids, and cost drafts only."""
-    made: list[
-        tuple[int, torch.Tensor, torch.Tensor]
-    ] = []  # depth, what it was told last, what it said
+    """Each depth's outputs in the rounds are those of one call over all the text, as in a loss.
+
+    A cache that kept the ids of a rejected draft, or a neighbour's padding, would not show in the
+    ids, and would only cost drafts.
+    """
+    # Depth, its last input id and its output.
+    made: list[tuple[int, torch.Tensor, torch.Tensor]] = []
     plain = LanguageModel.draft
 
     def watched(self, hidden, told, *, depth, **options):
@@ -235,7 +239,7 @@ def test_a_depth_is_told_in_decoding_what_it_is_told_in_training(drafting, monke
 
 
 def _chain(model, ids, rounds) -> list[torch.Tensor]:
-    """What every depth says behind `ids` if it is told them all, and last what it was told."""
+    """Returns every depth's output after `ids`, if it reads all of them and last the given id."""
     hidden, told, found = model.hidden(ids)[0], ids, []
     for depth, last, _ in rounds:
         told = torch.cat([told[:, 1:], last], 1)
@@ -246,7 +250,10 @@ def _chain(model, ids, rounds) -> list[torch.Tensor]:
 
 @torch.inference_mode()
 def test_what_a_row_is_sure_of_is_not_drafted():
-    """Of two rows the second has said 60 already, which no module would; depth 2 is told so."""
+    """Of two sequences the second has already accepted 60, and depth 2 reads it.
+
+    No module would draft 60.
+    """
     model = LanguageModel(replace(CONFIGS["mla"], mtp=MTPConfig(depth=2)), seed=3).eval()
     hidden, told = model.hidden(torch.tensor([[1, 2], [1, 2]]))[0], torch.tensor([[2, 3], [2, 3]])
     free, bound = _drafts(
@@ -261,7 +268,10 @@ def test_what_a_row_is_sure_of_is_not_drafted():
 
 
 def test_drafts_build_no_graph(drafting, monkeypatch):
-    """Neither the drafts nor what checks them, also where a row ends; and the caller's own mode is left alone."""
+    """Neither the drafts nor the verification build one, also where a sequence ends.
+
+    The caller's own grad mode does not change.
+    """
     seen = {"hidden": [], "draft": []}
 
     def watched(name):

@@ -1,4 +1,4 @@
-"""Continuous batching: every request says what it says alone, whoever comes and goes beside it."""
+"""Tests continuous batching: a request's ids do not depend on the other requests of the batch."""
 
 import copy
 import functools
@@ -111,7 +111,10 @@ PARTS = {
 
 
 def come_and_go(model, lengths: list[int], seed: int) -> None:
-    """Requests arrive while others run, in three rows; each must say what it says alone."""
+    """Requests arrive while others run, at most three at once.
+
+    Each must get the ids that it gets alone.
+    """
     draw, engine, requests = random.Random(seed), Engine(model, rows=3), []
     asked = [
         ([draw.randrange(61) for _ in range(length)], draw.randrange(2, 9)) for length in lengths
@@ -144,7 +147,7 @@ def test_every_attention_beside_every_part(name, count):
 
 @torch.inference_mode()
 def test_blocks_of_a_long_row_that_left_are_not_taken_for_those_of_a_shorter():
-    """The row that stays is as long as the one that joins it, so that nothing is padded any more."""
+    """The sequence that stays is as long as the one that joins it, so that no padding is left."""
     model = LanguageModel(ModelConfig(**SMALL | ATTENTIONS["moba"]), seed=4).eval()
     text = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(1))
     left, right = model.new_cache(2), model.new_cache(1)
@@ -165,7 +168,7 @@ BAD = 60  # an id whose embedding is NaN
 
 @pytest.fixture
 def poisoned(model):
-    """The model, one of whose ids makes every logit after it NaN."""
+    """The model, with one id that makes every logit after it NaN."""
     poisoned = copy.deepcopy(model)
     with torch.no_grad():
         poisoned.embed.weight[BAD] = torch.nan
@@ -183,7 +186,7 @@ def test_a_request_whose_logits_are_nan_ends_alone(poisoned, prompt, sampling):
     )
     expected = [alone(poisoned, one, **options) for one in asked]
     engine = Engine(poisoned, rows=3)
-    engine.vocabulary = BAD  # so that nobody else says it
+    engine.vocabulary = BAD  # so that no other request samples it
     first = engine.submit(asked[0], max_new_tokens=6, sampling=sampling)
     engine.step()
     engine.vocabulary = BAD + 1
@@ -222,7 +225,7 @@ def test_a_request_whose_logits_become_nan_ends_with_what_it_said(model):
 def test_a_tiny_temperature_is_greedy_and_harms_nobody(model, temperature):
     loud = copy.deepcopy(model)
     with torch.no_grad():
-        loud.norm.weight.mul_(20.0)  # logits far above 3.4
+        loud.norm.weight.mul_(20.0)  # logits are far above 3.4
     asked, tiny = prompts(3, seed=8), Sampling(temperature=temperature, seed=1)
     engine = Engine(loud, rows=3)
     requests = [engine.submit(prompt, max_new_tokens=5, sampling=tiny) for prompt in asked[:2]]

@@ -1,4 +1,4 @@
-"""Text in, text out: streaming, stops, batches, and what `load` finds and refuses."""
+"""Tests text generation: streaming, stops, batches, and what `load` finds and refuses."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def model(tokenizer):
     )
     model = LanguageModel(config, torch.from_numpy(tokenizer.canonical_map()), seed=1)
     with torch.no_grad():
-        model.head.weight[tokenizer.end_id] = 0.0  # an end would be too early for these tests
+        model.head.weight[tokenizer.end_id] = 0.0  # the end id would come too early for these tests
     return model
 
 
@@ -79,9 +79,8 @@ def test_streamed_ids_are_their_text_even_when_they_are_no_text(tokenizer, ids):
 
 
 def test_a_character_comes_whole_and_at_once(tokenizer):
-    whale = [
-        tokenizer.backend.token_to_id(byte) for byte in "ðŁĲĭ"
-    ]  # the four bytes of a whale, as byte-level BPE spells
+    # The four bytes of a whale, as byte-level BPE spells them.
+    whale = [tokenizer.backend.token_to_id(byte) for byte in "ðŁĲĭ"]
     assert tokenizer.decode(whale) == "🐋"
     stream = TextStream(tokenizer)
     assert [stream.push(token) for token in [*whale, *tokenizer.encode("a")]] == [
@@ -273,7 +272,10 @@ def test_a_hub_id_that_cannot_be_had_is_one_line():
 def test_a_chat_template_writes_the_messages(run, folder, tmp_path):
     chatty = tmp_path / "chatty"
     shutil.copytree(folder, chatty)
-    template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n"
+        "{% endfor %}assistant:"
+    )
     (chatty / "chat_template.jinja").write_text(template, encoding="utf-8")
     loaded = load(chatty)
     ids = loaded.chat([{"role": "user", "content": "A whale"}])
@@ -289,7 +291,10 @@ def test_a_seeded_batch_row_is_its_own_draw(run):
 
 
 def test_sixty_four_texts_are_the_same_wherever_the_rows_live(folder, model, tmp_path):
-    """Device, host, disk; a cache of none, one and all rows; drafts; prefetch on and off; hot rows that stay."""
+    """Holds on device, host and disk, with a cache of no, one and all rows, and with drafts.
+
+    Also with prefetch on and off, and with hot rows that stay cached.
+    """
     row = 8 * 4
     save_file({"0": torch.arange(100)}, tmp_path / "hot")
     homes = [

@@ -1,4 +1,4 @@
-"""Bodies of requests: what is understood, and that each error names its field."""
+"""Tests the parsing of request bodies: what is accepted, and that each error names its field."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Sampling against transformers' own logits processors, closed forms and bad input."""
+"""Tests sampling against transformers' own logits processors, closed forms and bad input."""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""The HTTP face: answers equal the run's own, streams equal wholes, errors are 400 with a sentence."""
+"""Tests the HTTP server: answers equal the run's own, streams equal whole answers, errors are 400.
+
+Every error has a sentence that explains it.
+"""
 
 import contextlib
 import http.client
@@ -60,7 +63,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chatty(folder, tmp_path_factory):
-    """The same with a chat template that does not end where a message is "loop" or "power"."""
+    """The same folder with a chat template that never ends for the messages "loop" and "power"."""
     chatty = tmp_path_factory.mktemp("runs") / "chatty"
     shutil.copytree(folder, chatty)
     (chatty / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
@@ -105,7 +108,7 @@ class Client:
             return Answer(answer.status, kind, answer.read().decode(), dict(answer.headers))
 
     def leave(self, path: str, body: dict, *, when) -> None:
-        """Asks, and hangs up without an answer when `when()` is true."""
+        """Sends a request, and disconnects without an answer when `when()` is true."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request(
             "POST", path, json.dumps(body).encode(), {"content-type": "application/json"}
@@ -118,7 +121,7 @@ class Client:
 
 
 def until(condition):
-    """Waits for it, a minute at most."""
+    """Waits for the condition, a minute at most."""
     end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, "nothing happened in a minute"
@@ -127,7 +130,7 @@ def until(condition):
 
 @contextlib.contextmanager
 def serving(service):
-    """A real server on a free port, in a thread of its own."""
+    """Runs a real server on a free port, in its own thread."""
     server = uvicorn.Server(
         uvicorn.Config(application(service), http=TimedProtocol, port=0, log_level="error")
     )
@@ -292,7 +295,7 @@ def test_a_request_that_cannot_be_sampled_fails_alone(folder):
 
 
 def test_leaving_a_request_that_cannot_be_sampled_harms_nobody(folder, monkeypatch):
-    """It is cancelled while its prompt is read, and then has neither an answer nor an id."""
+    """It is cancelled while its prompt is prefilled, and then has neither an answer nor an id."""
     broken = load(folder, device="cpu")
     with torch.no_grad():
         broken.model.embed.weight[7] = torch.nan
@@ -375,7 +378,7 @@ def test_health_tells_of_tables_that_are_not_on_the_device(folder):
     run = load(folder, device="cpu", tables="disk")
     with serving(Service(run, rows=4, context=64)) as client:
         assert client.call("GET", "/health").json()["tables"][0]["rows"] == 0
-        for _ in range(2):  # the second time its rows are hot
+        for _ in range(2):  # the second time its rows are cached
             ask(client, {"prompt": "A whale", "max_tokens": 4, "temperature": 0})
         (table,) = client.call("GET", "/health").json()["tables"]
     assert table["rows"] >= table["different"] > table["hits"] > 0
@@ -492,7 +495,7 @@ def test_a_chat_template_that_wants_memory_is_refused(chatty):
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [None, 3 << 30])
 def test_a_chat_template_is_filled_on_many_cores_and_under_a_limit(chatty, monkeypatch, limit):
-    """A thread for each of 64 cores would take more address space than the template is allowed."""
+    """A thread for each of 64 cores would use more address space than the template may."""
     monkeypatch.setenv("RAYON_NUM_THREADS", "64")
     start = subprocess.Popen
 
@@ -546,7 +549,7 @@ def test_a_text_is_measured_before_it_is_tokenised(chat_client, monkeypatch):
         "context_length_exceeded",
         "messages",
     )
-    # what fits by its bytes is tokenised, and may be too long yet
+    # A text that fits by its bytes is tokenised, and may still be too long.
     answer = ask(chat_client, {"prompt": "xy" * 40, "max_tokens": 2})
     assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
     assert tokenised[-1] == "xy" * 40
@@ -578,7 +581,7 @@ def test_texts_are_tokenised_two_at_a_time_and_aside(client, monkeypatch):
 
 
 def test_who_hangs_up_leaves_no_second_thread_behind(client, monkeypatch):
-    """A text that is being tokenised keeps its turn, though nobody waits for it."""
+    """A text that is being tokenised keeps its turn, though no client waits for it."""
     go, at_once, most, lock = threading.Event(), [], [], threading.Lock()
     prompt = Run.prompt
 
@@ -601,7 +604,7 @@ def test_who_hangs_up_leaves_no_second_thread_behind(client, monkeypatch):
         for one in gone:
             one.result()
         answers = [pool.submit(ask, client, body) for _ in "ab"]
-        # they have arrived when this one, which needs no tokeniser, is answered
+        # The two have arrived when this request, which needs no tokeniser, is answered.
         assert ask(client, {"prompt": [3, 4], "max_tokens": 2}).status == 200
         go.set()
         assert [answer.result().status for answer in answers] == [200, 200]
@@ -610,7 +613,7 @@ def test_who_hangs_up_leaves_no_second_thread_behind(client, monkeypatch):
 
 @contextlib.contextmanager
 def gated(run, monkeypatch, **sizes):
-    """A server whose model takes a step only while the gate is open."""
+    """A server whose model runs a step only while the gate is open."""
     service, gate = Service(run, **sizes), threading.Event()
     step = service.worker.engine.step
     monkeypatch.setattr(
@@ -642,7 +645,7 @@ def test_who_hangs_up_leaves_queue_and_batch(run, monkeypatch, stream):
             seen.set()
             for one in left:
                 one.result()
-            # the model stands still: they leave by themselves
+            # The model does not run: the requests are removed without it.
             until(lambda: engine.waiting == 0)
             done.set()
             first.result()
@@ -685,7 +688,7 @@ def test_half_open_connections_end(run, monkeypatch):
         with client.connect() as connection:
             connection.sendall(head + b'content-length: 100\r\n\r\n{"prompt": ')
             assert connection.recv(100).startswith(b"HTTP/1.1 408")
-        # one that waits for its answer is not half open
+        # A connection that waits for its answer is not half open.
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(ask, client, {"prompt": "A", "max_tokens": 2})
             until(lambda: not engine.idle)
@@ -801,7 +804,7 @@ def test_a_port_in_use_is_a_line_before_anything_is_announced(folder, capsys):
 
 @contextlib.contextmanager
 def started(folder, *words):
-    """`rorqual serve` in a process of its own, and where it says that it listens."""
+    """Starts `rorqual serve` in its own process and finds the address that it prints."""
     command = [
         sys.executable,
         "-m",
@@ -836,7 +839,7 @@ def test_a_signal_ends_the_server_whatever_runs_and_waits(chatty, how):
     head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     with started(chatty, *sizes) as (process, _, port), ThreadPoolExecutor(9) as pool:
         client = Client(port)
-        # the likeliest token is never the end
+        # The likeliest token is never the end id.
         endless = {"prompt": "A", "max_tokens": 900_000, "temperature": 0, "stop": ["never"]}
         connections = [client.connect() for _ in range(3)]
         for connection, half in zip(

@@ -1,4 +1,7 @@
-"""The compiled decoding step against the model itself: every architecture it takes, and that it leaves others alone."""
+"""Tests the compiled decoding step against the model, for every architecture that it supports.
+
+All others must be left to the model itself.
+"""
 
 import fcntl
 import subprocess
@@ -70,7 +73,10 @@ def ready():
 
 
 def build(config: ModelConfig) -> LanguageModel:
-    """With router biases of both signs, which decide and never weigh."""
+    """Builds a model with router biases of both signs.
+
+    They affect the selection of experts and not their weights.
+    """
     model = LanguageModel(config, seed=1).eval()
     for name, buffer in model.named_buffers():
         if name.endswith("correction_bias"):
@@ -89,7 +95,7 @@ def ids_of(length: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def steps(model, ids, given, capacity=4):
-    """Logits of the ids behind the first `given`, an id at a time, and the cache that they leave."""
+    """Returns the logits of the ids after the first `given`, id by id, and the resulting cache."""
     cache = model.new_cache(1, capacity)
     model.hidden(ids[:, :given], cache=cache)
     step = decoder(model, cache, 1)
@@ -157,7 +163,7 @@ def test_three_hundred_steps_while_the_cache_grows_and_forgets():
     step, found = decoder(model, cache, 1), []
     assert isinstance(step, _Compiled)
     for t in range(20, 320):
-        if t % 50 == 0:  # drafts that did not stand
+        if t % 50 == 0:  # drafts that were rejected
             for wrong in range(3):
                 step(ids[:, wrong : wrong + 1])
             cache.crop(3)
@@ -221,9 +227,8 @@ def test_weights_that_are_replaced_go_on_to_the_end_of_the_generation():
         {name: torch.zeros_like(value) for name, value in model.state_dict().items()}, assign=True
     )
     model.double()
-    rubbish = [
-        torch.full_like(value, 7.0) for value in model.parameters()
-    ]  # takes the memory that was let go
+    # These tensors reuse the memory that was freed.
+    rubbish = [torch.full_like(value, 7.0) for value in model.parameters()]
     found.append(step(ids[:, 8:]))
     assert len(rubbish)
     torch.testing.assert_close(
@@ -285,7 +290,7 @@ class Adapted(nn.Linear):
 
 
 class Adapter(nn.Module):
-    """Holds plain layers and no weights of its own, as LoRA does."""
+    """Contains plain layers and no weights of its own, as LoRA does."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What tests of training share: a small model and steps that train it, a small text and a run on it."""
+"""Shared fixtures of the training tests: a small model and steps that train it, a text, a run."""
 
 import json
 from collections.abc import Callable
@@ -45,7 +45,7 @@ ROWS, LENGTH = 4, 12
 
 
 def make_tokens(seed: int = 0) -> Tokens:
-    """Forty documents of a language in which every word is followed by one of three."""
+    """Returns forty documents of a language in which every word is followed by one of three."""
     rng = np.random.default_rng(seed)
     documents = []
     for _ in range(40):
@@ -62,7 +62,7 @@ def make_tokens(seed: int = 0) -> Tokens:
 def make_step(
     steps: int = 20, kind: str = "adamw", config: ModelConfig = CONFIG, **options: Any
 ) -> TrainStep:
-    """A step of a run of `steps`, whose biases never rest unless asked."""
+    """Returns a step of a run of `steps`, whose biases are always updated by default."""
     optim = OptimConfig(kind=kind, lr=5e-3, warmup=3)
     options = {"bias_rest": 0.0, "rows": ROWS, "length": LENGTH} | options
     training = TrainConfig(model=config, optim=optim, steps=steps, **options)
@@ -79,7 +79,7 @@ def without_noise(config: ModelConfig) -> ModelConfig:
 
 
 def spoil(step: TrainStep, what: Callable[[TrainStep, dict], None], *numbers: int) -> TrainStep:
-    """Changes losses or gradients of these steps before anything is made of them."""
+    """Changes losses or gradients of these steps before they are used."""
     forward_backward = step.forward_backward
 
     def spoilt(batch, number):
@@ -132,7 +132,8 @@ def text(tmp_path_factory) -> Path:
     lines = [
         json.dumps(
             {
-                "text": f"{number}. A {animal} lives in {place} with {number % 9} young, and eats {food}."
+                "text": f"{number}. A {animal} lives in {place} "
+                f"with {number % 9} young, and eats {food}."
             }
         )
         for number in range(12)

@@ -1,4 +1,4 @@
-"""config.py: what is refused, and the recipe that trainings begin with."""
+"""Tests config.py: refused values, and the default optimizer of trainings."""
 
 import subprocess
 import sys
@@ -11,7 +11,10 @@ from rorqual.train.config import OptimConfig, TrainConfig, recipe
 
 
 def test_options_load_no_torch() -> None:
-    code = "import sys; from rorqual.train.config import TrainConfig; TrainConfig(); print('torch' in sys.modules)"
+    code = (
+        "import sys; from rorqual.train.config import TrainConfig; TrainConfig(); "
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -1,4 +1,4 @@
-"""engine.py under OLMo-core's own trainer: exact resume, hostile checkpoints, signals, failures on its threads."""
+"""Tests engine.py in OLMo-core's trainer: exact resume, hostile files, signals, thread failures."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from rorqual.train.step import Diverged, TrainStep
 
 
 class At(Callback):
-    """Does something when a step has been made."""
+    """Calls a function after one step."""
 
     def __init__(self, step: int, what) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def cancel(trainer) -> None:
 
 @pytest.mark.parametrize(("kind", "half"), [("adamw", 10), ("muon", 3)])
 def test_ten_steps_and_ten_more_are_twenty_to_the_last_bit(small, run, tmp_path, kind, half):
-    """Parameters, optimizer state and every loss; the noisy router draws random numbers all the while."""
+    """Compares parameters, optimizer state and every loss; the router's noise is random."""
     torch.manual_seed(1)
     straight = small.step(2 * half, kind)
     assert run(tmp_path / "straight", straight) == 2 * half
@@ -102,7 +102,7 @@ def test_ten_steps_and_ten_more_are_twenty_to_the_last_bit(small, run, tmp_path,
 
 
 def test_a_checkpoint_written_beside_training_is_of_its_own_step(small, run, tmp_path):
-    """Training goes on while it is written, on copies."""
+    """Training continues while copies are written."""
     torch.manual_seed(1)
     run(tmp_path / "on", small.step(steps=6), every=3)
     found = state_of(small.step(steps=6))
@@ -115,7 +115,7 @@ def test_a_checkpoint_written_beside_training_is_of_its_own_step(small, run, tmp
 
 
 class Bomb:
-    """Unpickling it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -125,7 +125,7 @@ class Bomb:
 
 
 def test_hostile_engine_checkpoints_are_never_opened(small, run, tmp_path):
-    """The files that OLMo-core and DCP would unpickle, both beside our checkpoint and in it."""
+    """The files that OLMo-core and DCP would unpickle are beside our checkpoint and in it."""
     step = small.step(steps=4)
     run(tmp_path, step, stop=At(2, cancel))
     marker = tmp_path / "executed"
@@ -146,7 +146,7 @@ def test_hostile_engine_checkpoints_are_never_opened(small, run, tmp_path):
         if path.suffix not in (".json", ".safetensors")
     ]
     pickle.loads(bomb)
-    assert marker.exists()  # the bomb was live
+    assert marker.exists()  # the bomb works
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(small, run, tmp_path):
@@ -203,7 +203,7 @@ def test_metrics_have_the_names_of_the_step_and_none_of_the_engine(small, run, t
 
 
 def test_an_error_with_a_cause_is_raised_as_it_is(small, run, tmp_path):
-    """Only what OLMo-core wraps is unwrapped."""
+    """Only errors that OLMo-core wraps are unwrapped."""
     step = small.step(steps=2)
 
     def fail(batch, number):
@@ -253,7 +253,7 @@ def test_a_resumed_run_repeats_its_skipped_steps_to_the_last_bit(small, run, tmp
 def test_too_many_skipped_steps_in_a_row_stop_the_run_with_its_checkpoints_intact(
     small, run, tmp_path
 ):
-    """None is written while nothing is learnt, so none that was good is pushed out."""
+    """No checkpoint is written while steps are skipped, so that no good one is removed."""
 
     def poison(trainer) -> None:
         trainer.train_module.step.model.head.weight.data.fill_(torch.nan)
@@ -272,12 +272,15 @@ def test_a_row_of_skipped_steps_ends_with_the_first_good_one(small, run, tmp_pat
     step = small.spoil(small.step(steps=8, skip_limit=3), small.nan_gradient, 2, 3, 5, 6, 8)
     assert run(tmp_path, step, every=2, keep=1) == 8
     assert (step.skipped, step.skipped_in_a_row) == (5, 1)
-    # the last step saves, and leaves the one before it: what it holds is not known to be good
+    # The last step saves, and keeps the one before it: the last one is not known to be good.
     assert [step for step, _ in checkpoint.steps(tmp_path / "checkpoints")] == [4, 8]
 
 
 def test_a_state_that_is_not_finite_is_never_saved(small, run, tmp_path):
-    """An update can make NaN of a finite gradient: the run ends, the checkpoints before it stay."""
+    """An update can make NaN of a finite gradient.
+
+    The run then ends, and the checkpoints before it stay.
+    """
 
     def poison(trainer) -> None:
         trainer.train_module.step.optimizer.state["embed.weight.exp_avg"].view(-1)[3] = torch.inf
@@ -286,7 +289,7 @@ def test_a_state_that_is_not_finite_is_never_saved(small, run, tmp_path):
         Diverged, match=r"step 6: got model\.embed\.weight that is not finite, so it was not saved"
     ):
         run(tmp_path, small.step(), every=2, keep=1, poison=At(5, poison))
-    # whether step 2 has given way to step 4 by then depends on how fast another thread writes
+    # Whether step 4 has replaced step 2 by then depends on how fast another thread writes.
     assert checkpoint.steps(tmp_path / "checkpoints")[-1][0] == 4
     assert run(tmp_path, small.step(steps=6)) == 6
 
@@ -317,7 +320,10 @@ def test_the_newest_checkpoints_stay(small, run, tmp_path):
 def test_a_full_disk_behind_training_ends_the_run_in_a_line(
     small, run, tmp_path, no_larger_file, capfd
 ):
-    """The checkpoint is written by another thread; the one before stays, and the run goes on once there is room."""
+    """The checkpoint is written by another thread; the one before stays.
+
+    The run resumes once there is space.
+    """
 
     def fill(trainer) -> None:
         while not (tmp_path / "checkpoints" / "step2").is_dir():

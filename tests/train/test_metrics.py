@@ -1,4 +1,4 @@
-"""metrics.py: what is kept of a metrics file, tensorboard, and the best weights."""
+"""Tests metrics.py: the trimmed metrics file, tensorboard, and the best weights."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def test_trim_keeps_the_steps_made_and_drops_half_a_line(tmp_path):
 
 
 def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
-    """Steps that are repeated stand once, with the later value."""
+    """Repeated steps appear once, with the later value."""
     for first, values in ((1, (5.0, 4.0, 3.0)), (3, (2.5, 2.0))):
         events = EventFile(tmp_path, first)
         for step, value in enumerate(values, first):
@@ -66,7 +66,7 @@ def test_a_full_disk_under_tensorboard_is_an_error_where_it_happens(
         events.write({"loss": 1.0}, 1)
     events.close()
     del events
-    # pytest's own output may be a larger file than the limit
+    # pytest's own output may be a larger file than the limit.
     no_larger_file(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     assert capfd.readouterr().err == ""
 
@@ -75,7 +75,7 @@ def test_the_best_weights_are_those_of_the_lowest_loss_after_a_resume_too(tmp_pa
     model = nn.Linear(1, 1, bias=False)
 
     def best_of(best: BestCheckpoint, losses: dict[int, float]) -> tuple[int, float]:
-        """Offers weights that are all the number of their step; the step that is kept, and its weight."""
+        """Offers weights equal to their step's number; returns the kept step and its weight."""
         for step, loss in losses.items():
             with torch.no_grad():
                 model.weight.fill_(step)

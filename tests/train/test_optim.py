@@ -1,4 +1,4 @@
-"""optim.py against torch's own optimizers, closed forms, and a dense Adam that is told which rows were touched."""
+"""Tests optim.py against torch's optimizers, closed forms, and a dense Adam with touched rows."""
 
 import math
 
@@ -37,7 +37,7 @@ class Block(nn.Module):
 
 
 class Double(nn.Module):
-    """Every kind of parameter a language model has."""
+    """Has every kind of parameter of a language model."""
 
     def __init__(self, rows: int = 40) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Double(nn.Module):
 
 
 def gradients(model: nn.Module, seed: int) -> None:
-    """Random gradients: dense ones, and sparse ones with duplicates for the tables."""
+    """Sets random gradients: dense ones, and sparse ones with duplicates for the tables."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -163,7 +163,7 @@ def choose_twin(twin: str, monkeypatch) -> None:
 
 
 def dense_rows(table, gradient, state, lr, betas, eps):
-    """Adam written out for every row by itself, in float64."""
+    """Computes Adam for each row separately, in float64."""
     for row in gradient.nonzero()[:, 0].unique().tolist():
         state["n"][row] += 1
         n, g = state["n"][row], gradient[row]
@@ -210,7 +210,10 @@ def test_untouched_rows_and_their_state_stay_bit_for_bit():
     ("touched", "width", "threads"), [(0, 4, 1), (1, 1, 1), (777, 5, 1), (5000, 3, 2)]
 )
 def test_row_adam_twins_agree_and_touch_nothing_else(twin, touched, width, threads, monkeypatch):
-    """Rows that are not touched hold NaN, and still do; a row's own numbers agree to float32 rounding."""
+    """Rows that are not touched contain NaN before and after.
+
+    The numbers of an updated row agree to float32 rounding.
+    """
     choose_twin(twin, monkeypatch)
     index = torch.randperm(6000)[:touched]
     tensors = [torch.full((6000, width), torch.nan) for _ in range(3)]
@@ -234,7 +237,10 @@ def test_row_adam_twins_agree_and_touch_nothing_else(twin, touched, width, threa
 
 
 def test_a_row_seen_late_moves_as_far_as_one_seen_first():
-    """Adam's first step is lr * sign(g), whenever it comes; a table-wide count would give a late row 3 times less."""
+    """Adam's first step is lr * sign(g), whenever it comes.
+
+    A count for the whole table would give a late row a step 3 times smaller.
+    """
     table, first, second = torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3)
     counts = torch.zeros(2, dtype=torch.int32)
     arguments = (table, first, second, counts)
@@ -308,7 +314,7 @@ def test_orthogonalise(shape):
     found = torch.linalg.svdvals(turned)
     assert found.max() < 1.3
     assert found.median() > 0.6
-    inner = u.mT @ turned @ v.mT  # the singular vectors are kept: diagonal in their basis
+    inner = u.mT @ turned @ v.mT  # diagonal, since the singular vectors do not change
     off = inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))
     assert off.abs().max() < 1e-3
     assert values.shape == found.shape
@@ -319,7 +325,10 @@ def test_orthogonalise_of_nothing_is_nothing():
 
 
 def test_muon_follows_torch_muon_on_matrices():
-    """torch.optim.Muon takes two dimensions only and computes in bfloat16, hence the tolerance."""
+    """The tolerance is that of torch.optim.Muon, which computes in bfloat16.
+
+    It supports two dimensions only.
+    """
     model, config = Double(), OptimConfig(kind="muon", lr=0.01, weight_decay=0.1, clip=1e9)
     optimizer = Optimizer(model, config)
     ours = model.blocks[0].proj.weight
@@ -468,7 +477,10 @@ def test_the_order_of_duplicates_does_not_matter():
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
 def test_rows_touched_every_step_follow_torch_adam(dtype, atol):
-    """The averages are float32 for bfloat16 rows too: 60 steps leave them as near as the rows' own rounding."""
+    """The averages are float32 for bfloat16 rows too.
+
+    After 60 steps they are as close as the rows' own rounding.
+    """
     table = Table(20, 7, dtype=dtype)
     model, config = (
         nn.ModuleDict({"table": table}),

@@ -1,4 +1,4 @@
-"""run_folder.py: which run a folder holds, who may train in it, and what another run may not take."""
+"""Tests run_folder.py: which run a folder has, which process may train in it, what is refused."""
 
 import fcntl
 import os
@@ -81,7 +81,10 @@ def test_a_folder_that_held_no_run_keeps_what_is_called_learning(config):
 
 
 def test_rows_of_another_run_that_has_no_checkpoint_are_not_taken(config, tmp_path):
-    """Stopped before its first checkpoint; then another seed in the same folder draws its own rows."""
+    """A run stops before its first checkpoint.
+
+    Another seed in the same folder then draws its own rows.
+    """
 
     def stop(line: dict) -> None:
         raise RuntimeError("killed")

@@ -1,4 +1,4 @@
-"""scores.py: the arithmetic of validation, of answers and of samples."""
+"""Tests scores.py: the arithmetic of validation, of answers and of samples."""
 
 import math
 
@@ -44,7 +44,7 @@ NEEDLES = NeedleConfig(questions=96)
 
 
 class Reader(nn.Module):
-    """Answers with what `choose` makes of the ids, whatever it was trained on."""
+    """Answers with the result of `choose` for the ids, whatever it was trained on."""
 
     def __init__(self, choose) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Reader(nn.Module):
 
 
 def looked_up(ids: torch.Tensor) -> torch.Tensor:
-    """A reader of the language: what first followed the key, or of one key's values those that come next."""
+    """Reads the language: the first value after the key, or the next ones of a key's values."""
     first, out = 1 + NEEDLES.filler, torch.zeros_like(ids)
     for row, line in enumerate(ids.tolist()):
         text, question = line[: line.index(0)], line[line.index(0) :]

@@ -1,4 +1,4 @@
-"""source.py: a text in tokens, its cache, and the vocabularies that are refused."""
+"""Tests source.py: a tokenized text, its cache, and the vocabularies that are refused."""
 
 import json
 from dataclasses import replace

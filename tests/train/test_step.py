@@ -1,4 +1,4 @@
-"""step.py: micro-batches, balance, the phases of a training, and steps that are not finite."""
+"""Tests step.py: micro-batches, balance, phases of a training, and steps that are not finite."""
 
 import random
 from dataclasses import replace
@@ -25,7 +25,7 @@ from rorqual.train.step import Diverged, StepResult, TrainStep, unchanged_random
 def run(
     step: TrainStep, stream: Stream, first: int = 1, last: int | None = None
 ) -> list[StepResult]:
-    """Makes the steps `first` to `last` (of all)."""
+    """Runs the steps `first` to `last` (of all)."""
     return [step(next(stream), number) for number in range(first, (last or step.config.steps) + 1)]
 
 
@@ -66,7 +66,10 @@ def test_random_states_are_restored_after_an_error_too():
 
 
 def test_micro_batches_add_up_to_the_batch_weighted_by_tokens(small):
-    """Rows with fewer targets count for less: the mean is over tokens, not over micro-batches."""
+    """Sequences with fewer targets have less weight.
+
+    The mean is over tokens, not over micro-batches.
+    """
     moe = replace(small.config.moe, router=RouterConfig(), balance=BalanceConfig(sequence=0.0))
     config = replace(small.config, mtp=None, moe=moe)
     batch = next(small.stream())
@@ -216,7 +219,10 @@ def test_moba_attends_fully_in_its_last_phase(small, monkeypatch):
 
 
 def test_training_makes_indexers_find_what_attention_looks_at(small):
-    """In both phases, of 40 steps each: against indexers that stay as they are, in a model that learns as much."""
+    """Compares trained indexers with untrained ones in a model that is trained as long.
+
+    Each of the two phases has 40 steps.
+    """
     config = replace(small.config, moe=None, engram=None, mtp=None, init_std=0.3)
     found = {}
     for weight in (0.0, 1.0):
@@ -258,7 +264,10 @@ def spoil_loss(step: TrainStep, losses: dict) -> None:
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("what", ["nan", "infinite", "row", "loss"])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(small, what, kind, capsys):
-    """Parameters, optimizer state, rows and router biases stay; the next step learns again."""
+    """Parameters, optimizer state, rows and router biases do not change.
+
+    The next step trains again.
+    """
     spoils = {
         "nan": small.nan_gradient,
         "infinite": lambda step, losses: small.nan_gradient(step, losses, -torch.inf),
@@ -279,8 +288,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(small, what, k
     assert finite == (what != "loss", what == "loss")
     said = capsys.readouterr().err.replace("\n", " ")
     assert (
-        f"step 3: got a {'loss' if what == 'loss' else 'gradient'} that is not finite, so nothing was"
-        in said
+        f"step 3: got a {'loss' if what == 'loss' else 'gradient'} "
+        "that is not finite, so nothing was" in said
     )
 
     (after,) = run(step, stream, 4, 4)
@@ -294,7 +303,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(small, what, k
 
 @pytest.mark.parametrize("part", ["mtp", "indexer", "one micro-batch"])
 def test_nan_from_one_part_of_the_loss_skips_the_step(small, indexed, monkeypatch, part):
-    """MTP's loss, the indexers', or the second of two micro-batches: the forward itself gives NaN."""
+    """The forward gives NaN in MTP's loss, the indexers', or the second of two micro-batches."""
     config = small.without_noise(indexed if part == "indexer" else small.config)
     step, stream = small.step(steps=4, config=config, micro_rows=2), small.stream()
     run(step, stream, 1, 2)

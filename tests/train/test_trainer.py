@@ -1,4 +1,4 @@
-"""trainer.py from text to a finished folder: files, figures, sameness, stopping and going on, what it refuses."""
+"""Tests trainer.py, from text to a finished folder: files, numbers, stops, resumption, refusals."""
 
 import json
 import os
@@ -40,7 +40,7 @@ from rorqual.train.trainer import Stopped, train
 
 
 def stop_at(step: int):
-    """What asks a training to stop, as ctrl-C does, after this step."""
+    """Returns a callback that interrupts training after this step, as ctrl-C does."""
 
     def stop(line: dict) -> None:
         if line["step"] == step:
@@ -103,7 +103,7 @@ REMEDIES = ("sequence", "expert", "device", "communication", "z_loss")
 
 
 def balanced(config: TrainConfig, balance: BalanceConfig, folder: str) -> TrainConfig:
-    """Two mixtures, MTP's among them, without noise, balanced so."""
+    """Returns a config with two MoE layers, MTP's among them, without noise, with this balance."""
     moe = replace(config.model.moe, balance=replace(balance, devices=2), router=RouterConfig())
     model = replace(config.model, moe=moe, mtp=MTPConfig(), engram=None)
     return replace(
@@ -112,7 +112,10 @@ def balanced(config: TrainConfig, balance: BalanceConfig, folder: str) -> TrainC
 
 
 def test_load_and_every_loss_are_reported(config):
-    """A step's load counts all tokens of all micro-batches; what is minimised is what is reported."""
+    """A step's load counts all tokens of all micro-batches.
+
+    The losses that are minimised are those that are reported.
+    """
     coefficients = dict(zip(REMEDIES, (0.01, 0.02, 0.03, 0.04, 0.05), strict=True))
     asked = balanced(config, BalanceConfig(**coefficients), "all")
     folder = train(replace(asked, micro_rows=1, log_every=2))
@@ -132,9 +135,8 @@ def test_load_and_every_loss_are_reported(config):
             line["loss"] + 0.3 * line["mtp"] + sum(parts.values()), rel=1e-5
         )
     model = load_model(folder)
-    for place, mixture in enumerate(
-        (model.blocks[1].ffn, model.mtp[0].block.ffn)
-    ):  # each load is of its own mixture
+    # Each load is that of its own MoE layer.
+    for place, mixture in enumerate((model.blocks[1].ffn, model.mtp[0].block.ffn)):
         loads = torch.tensor([line["load"][place] for line in training], dtype=torch.float32)
         moved = 1e-3 * (loads.mean(1, keepdim=True) - loads).sign().sum(0)
         torch.testing.assert_close(mixture.router.e_score_correction_bias, moved)
@@ -147,8 +149,10 @@ def test_load_and_every_loss_are_reported(config):
 
 
 def test_every_remedy_moves_weights(config):
-    """A loss that is configured and never added would leave the very bits of a training without it. Three steps, so
-    that the bias cannot have gone and come back."""
+    """A loss that is configured and never added would leave the bits of a training without it.
+
+    There are three steps, so that the bias cannot return to its start.
+    """
     found = {}
     for name in ("none", "bias_rate", *REMEDIES):
         remedy = {} if name == "none" else {name: 0.5}
@@ -179,7 +183,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(config, tmp_path
 
 
 def test_another_seed_draws_other_weights(config, tmp_path):
-    """At a rate that moves nothing, so that what differs was drawn and not learnt."""
+    """The rate changes nothing, so that only initial values differ."""
     still, drawn = replace(config.optim, lr=1e-12), []
     for seed in (1, 2):
         folder = train(
@@ -193,7 +197,7 @@ def test_another_seed_draws_other_weights(config, tmp_path):
 
 @pytest.mark.parametrize("tables", ["device", "host", "disk"])
 def test_the_trial_of_a_step_changes_nothing(config, tables, tmp_path, monkeypatch):
-    """Neither losses nor weights, of a run that stops and goes on."""
+    """Neither losses nor weights of a run that stops and resumes change."""
     found = []
     for name, trial in (("a", trainer.estimate_step_seconds), ("b", lambda *_: 1.0)):
         calls = []
@@ -277,7 +281,10 @@ def test_stopped_and_called_again_is_as_if_never_stopped(config, tmp_path, numbe
 
 
 def test_rows_that_learn_on_the_disk_are_those_of_the_device(config, tmp_path):
-    """Stopped between two checkpoints and called again: every bit of the run whose rows are resident."""
+    """The run stops between two checkpoints and resumes.
+
+    Every bit is that of a run with rows on the device.
+    """
     straight = train(replace(config, folder=str(tmp_path / "straight"), steps=10))
 
     def stop(line: dict) -> None:
@@ -304,9 +311,12 @@ def test_rows_that_learn_on_the_disk_are_those_of_the_device(config, tmp_path):
 def test_wherever_rows_learn_a_step_that_is_not_finite_leaves_them(
     config, tmp_path, monkeypatch, where
 ):
-    """In device memory, in the host's and on a disk: the same run, whose third and fourth step update nothing."""
+    """In device memory, host memory and on a disk the run is the same.
+
+    Its third and fourth step update nothing.
+    """
     clip, loss = Optimizer.clip, LanguageModel.loss
-    batches = []  # the first is the engine's, which tries what a step takes
+    batches = []  # the first is that of the engine's dry run
 
     def spoilt_clip(self):
         gradient = self.parameters["tables.0.weight"].grad
@@ -340,7 +350,10 @@ def test_wherever_rows_learn_a_step_that_is_not_finite_leaves_them(
 
 
 def test_a_model_whose_validation_is_not_finite_is_not_finished(config, monkeypatch):
-    """At a rate of 1e30 the first update is the last: fewer steps are left than end a run."""
+    """At a rate of 1e30 only the first update happens.
+
+    Fewer steps are left than would end the run.
+    """
     config = replace(config, optim=OptimConfig(lr=1e30, warmup=0), steps=4, tables="disk")
     for _ in range(2):
         with pytest.raises(
@@ -356,7 +369,10 @@ def test_a_model_whose_validation_is_not_finite_is_not_finished(config, monkeypa
 
 
 def test_rows_that_learn_in_host_memory_are_those_of_the_device(config, tmp_path):
-    """Stopped and called again: the weights' file of the run whose rows are resident, byte for byte."""
+    """The run stops and resumes.
+
+    Its weights' file is that of a run with rows on the device, byte for byte.
+    """
     straight = train(replace(config, folder=str(tmp_path / "straight"), steps=6))
 
     def stop(line: dict) -> None:
@@ -374,7 +390,10 @@ def test_rows_that_learn_in_host_memory_are_those_of_the_device(config, tmp_path
 
 
 def test_a_longer_run_that_was_killed_is_not_finished(config, tmp_path, monkeypatch):
-    """The model of the shorter one is there all the while, also between the last checkpoint and the new model."""
+    """The shorter run's model exists all the time.
+
+    It also exists between the last checkpoint and the new model.
+    """
     config = replace(config, tables="disk")
     folder = train(replace(config, steps=3))
     straight = shutil.copytree(folder, tmp_path / "straight")
@@ -398,7 +417,10 @@ def test_a_longer_run_that_was_killed_is_not_finished(config, tmp_path, monkeypa
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-ROOM = "expected room to write; checkpoints written before are good, and the same command goes on once there is room"
+ROOM = (
+    "expected room to write; checkpoints written before are good, "
+    "and the same command goes on once there is room"
+)
 
 
 def test_tokenising_on_a_full_disk_is_said_in_a_line(config, tmp_path, no_larger_file):
@@ -430,7 +452,7 @@ def test_metrics_on_a_full_disk_are_said_in_a_line(config):
 
 @pytest.mark.slow
 def test_a_full_disk_is_one_line_on_the_command_line(config, tmp_path):
-    """The checkpoint at step 3 does not fit; what has been said before are the text and the first step."""
+    """The checkpoint at step 3 does not fit; before it, the text and the first step are logged."""
     configs.save(config, Path(config.folder) / "train.json")
     prepare(config.data)
     command = f"ulimit -f 40; exec {sys.executable} -m rorqual train {config.folder}"
@@ -474,7 +496,7 @@ def test_bfloat16_and_muon_train_too(config):
 @pytest.mark.slow
 @pytest.mark.parametrize("tables", ["device", "host", "disk"])
 def test_killed_and_called_again_is_as_if_never_killed(config, tmp_path, tables):
-    """kill -9 of the whole process, wherever it is; then the same command."""
+    """The whole process gets kill -9, wherever it is; then the same command runs again."""
     config = replace(config, steps=60, save_every=10)
     straight = train(replace(config, folder=str(tmp_path / "straight")))
     config = replace(config, tables=tables)
@@ -482,7 +504,8 @@ def test_killed_and_called_again_is_as_if_never_killed(config, tmp_path, tables)
     code = (
         "import sys; from rorqual import config; from rorqual.train.config import TrainConfig\n"
         "from rorqual.train.trainer import train\n"
-        "train(config.load(TrainConfig, sys.argv[1]), on_metrics=lambda line: print(line['step'], flush=True))"
+        "train(config.load(TrainConfig, sys.argv[1]), "
+        "on_metrics=lambda line: print(line['step'], flush=True))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "wanted.json")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -518,7 +541,7 @@ NEEDLES = NeedleConfig(
 
 
 def test_questions_in_place_of_a_text_stop_and_go_on_too(config, tmp_path):
-    """Texts grow on the way, and the stop comes after they grew; the memory addresses raw ids."""
+    """Texts grow during training, and the stop comes after they grew; Engram addresses raw ids."""
     config = replace(
         config, needles=NEEDLES, length=32, validate_every=4, data=DataConfig(source="nowhere")
     )
@@ -563,7 +586,10 @@ def stopping(at: int):
 
 @pytest.mark.parametrize("tables", ["device", pytest.param("host", marks=pytest.mark.slow)])
 def test_a_stopped_run_is_read_at_its_newest_step(config, tables, capsys):
-    """By its folder or by a checkpoint's, from Python and from the command line; finished, it is the final model."""
+    """It is read by its folder or by a checkpoint's, from Python and from the command line.
+
+    A finished run is its final model.
+    """
     config = replace(config, tables=tables)
     with pytest.raises(Stopped):
         train(config, on_metrics=stopping(5))
@@ -652,7 +678,7 @@ def test_a_run_that_cannot_be_read_yet_says_what_to_do(config, tmp_path, capsys)
 
 @pytest.mark.slow
 def test_reading_while_training_writes_sees_whole_checkpoints_only(config, tmp_path):
-    """Each checkpoint goes as soon as the next is there; what is read is always that of one step."""
+    """Each checkpoint is removed when the next exists; a read always gets one step's values."""
     config = replace(config, steps=20, save_every=1, keep=1, validate_every=0)
     folder, read, failed = Path(config.folder), [], []
     stop = threading.Event()
@@ -691,7 +717,10 @@ def test_validation_and_samples_change_no_number_of_training(config, tmp_path):
 
 
 def test_a_run_is_validated_ten_times_and_its_best_weights_are_kept(config, capsys):
-    """The best is the lowest validation over the same sample, wherever the run was stopped; it is no step to resume."""
+    """The best has the lowest validation loss over the same sample, wherever the run was stopped.
+
+    It is not a step to resume from.
+    """
     config = replace(config, steps=30, optim=replace(config.optim, lr=0.05), save_every=12)
     with pytest.raises(Stopped):
         train(config, on_metrics=stopping(15))
