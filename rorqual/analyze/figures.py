@@ -34,8 +34,8 @@ _STYLE = {
 }
 
 
-# Fallback fonts in this order, for glyphs that the default font lacks. Only installed ones are used,
-# since matplotlib warns about others.
+# Fallback fonts in this order, for glyphs that the default font lacks. Only installed ones are
+# used, since matplotlib warns about others.
 _MORE_FONTS = (
     "Noto Sans CJK SC",
     "Source Han Sans SC",
@@ -48,7 +48,7 @@ _MORE_FONTS = (
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Applies the style of rorqual's figures, for a `with` block around drawing and around saving."""
+    """Applies the style of rorqual's figures in a `with` block around drawing and saving."""
     installed = set(font_manager.get_font_names())
     families = ["sans-serif", *(name for name in _MORE_FONTS if name in installed)]
     with matplotlib.rc_context({**_STYLE, "font.family": families}), warnings.catch_warnings():
@@ -132,7 +132,10 @@ def smooth(values: np.ndarray, span: int = 8) -> np.ndarray:
 
 
 def gate_map(found: Gates, title: str = "") -> Figure:
-    """Draws the gates: tokens across, one line per layer and stream; a long text continues below."""
+    """Draws the gates: tokens across, one line per layer and stream.
+
+    A long text continues below.
+    """
     with style():
         layers, time, streams = found.values.shape
         lines, wide = -(-time // ACROSS), min(time, ACROSS)

@@ -231,10 +231,9 @@ def similarity(
 
 
 def alignment(table: Float[Tensor, "La Lb"], k: int = 5) -> Float[Tensor, " Lb"]:
-    """Returns for each column j the mean row index of its k most similar rows, weighted by
-    similarity.
+    """Returns for each column j the weighted mean row index of its k most similar rows.
 
-    NaN where no row is similar at all. ValueError for k below 1.
+    The weights are the similarities. NaN where no row is similar at all. ValueError for k below 1.
     """
     if k < 1:
         raise ValueError(f"alignment: got k {k}, expected at least 1")

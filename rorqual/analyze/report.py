@@ -140,8 +140,9 @@ def _load(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], cont
 
 
 def _kept(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], context: int) -> Kept:
-    """Scores each document by itself, its end included where it is reached; every token counts
-    alike.
+    """Scores each document by itself, with the memory and without.
+
+    The end of a document is scored too where it is reached; every token counts alike.
     """
     device, sums, tokens = model.embed.weight.device, [0.0, 0.0], 0
     for ids in tokenizer.encode_batch(list(texts)):
@@ -311,7 +312,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = (
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
-    return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    return (
+        f'<div class="wide"><table><thead><tr>{cells}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
 
 
 def results_table(readings: Sequence[Reading]) -> str:

@@ -35,9 +35,7 @@ class Chosen(NamedTuple):
 
 
 def ours(model: nn.Module) -> LanguageModel | None:
-    """Returns the model if it is one of ours, or the one inside a wrapper for transformers, or
-    None.
-    """
+    """Returns the model if it is one of ours, or the one that a wrapper holds, or None."""
     found = model if isinstance(model, LanguageModel) else getattr(model, "model", None)
     return found if isinstance(found, LanguageModel) else None
 
@@ -73,10 +71,10 @@ def block_states(model: nn.Module, ids: Int[Tensor, "B T"]) -> list[Float[Tensor
 def lens_logits(
     model: nn.Module, ids: Int[Tensor, "B T"]
 ) -> tuple[Float[Tensor, "B T V"], Iterator[Float[Tensor, "B T V"]]]:
-    """Returns the model's own logits, and those of each block before the last as if it were the
-    last.
+    """Returns the model's own logits, and those of each block before the last.
 
-    The latter are computed one at a time; for a host, each takes a forward pass of its own.
+    The latter are what the model would predict if that block were its last. They are computed one
+    at a time; for a host, each takes a forward pass of its own.
     """
     names = block_names(model)
     with quiet(model), Taps(model, *map(_literally, names)) as taps:
@@ -116,9 +114,9 @@ def gate_names(model: nn.Module) -> dict[int, str]:
 
 
 def recalling(model: nn.Module, ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    """Returns False at dead tokens of documents that begin in the first column.
+    """Returns a mask that is False at dead tokens, for documents that begin in the first column.
 
-    Such tokens look nothing up, whatever their gate is.
+    Dead tokens look nothing up, whatever their gate is.
     """
     found = (module for module in model.modules() if isinstance(module, Addresses))
     live = [
@@ -173,8 +171,9 @@ def chosen(model: nn.Module, ids: Int[Tensor, "B T"]) -> Chosen:
 
 
 def _choice(module: nn.Module) -> str | None:
-    """Returns the name of the argument with the selected experts, if this module is a host's
-    experts.
+    """Returns the name of the argument with the selected experts, None if there is none.
+
+    Only the experts of a host have one.
     """
     known = inspect.signature(module.forward).parameters if hasattr(module, "forward") else {}
     return next((name for name in CHOICES if name in known), None)

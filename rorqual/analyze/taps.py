@@ -80,7 +80,10 @@ def detached(value: Any) -> Any:
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[nn.Module]:
-    """Sets evaluation mode without gradients for a `with` block, then restores each module's mode."""
+    """Sets evaluation mode without gradients for a `with` block.
+
+    Then it restores the mode of each module.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
