@@ -6,8 +6,7 @@
                       tokens, n-grams, rows, gates, experts, predictions
     POST /api/edit    {text, token, order, source}
                       sets rows of the n-gram that ends at `token` to zero, or to those that the
-                      last
-                      n-gram of `source` reads
+                      last n-gram of `source` reads
     POST /api/undo    {all}
                       undoes the last edit, or every one
 
