@@ -1,4 +1,7 @@
-"""Tests scores against sums by hand: every token once, documents apart, bits per byte of the text."""
+"""Tests scores against sums by hand.
+
+Every token counts once, documents are apart, and bits per byte are over the text's own bytes.
+"""
 
 import json
 import math

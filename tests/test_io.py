@@ -1,4 +1,4 @@
-"""Tests atomic files after errors, kills and refusals of the system, locks, and positional access."""
+"""Tests atomic files after errors, kills and refusals of the system; locks; positions."""
 
 import errno
 import hashlib

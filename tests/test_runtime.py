@@ -138,7 +138,10 @@ EXTRAS = {
 
 
 def elsewhere(code: str, *words: str) -> str:
-    """Runs Python code without the functions that Windows and macOS lack, and returns its output."""
+    """Runs Python code without the functions that Windows and macOS lack.
+
+    Returns what the code prints.
+    """
     root = str(Path(runtime.__file__).parents[1])
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "RORQUAL_KERNELS": "sum_rows=reference"}
     command = [sys.executable, "-c", ELSEWHERE + code, root, *words]

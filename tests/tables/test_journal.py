@@ -144,7 +144,10 @@ def test_damaged_notes_are_refused_and_a_cut_last_one_is_not(tmp_path: pathlib.P
 def test_a_disk_that_is_full_loses_no_later_note(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half an entry is written when the disk is full; entries recorded afterwards are still found."""
+    """Half an entry is written when the disk is full.
+
+    Entries that are recorded afterwards are still found.
+    """
     table, one, write = Memory(tmp_path), np.ones((1, SIZE), np.uint8), os.pwrite
     table.journal.mark(0)
     table.change(np.array([1]), one)

@@ -138,8 +138,9 @@ def test_it_is_in_no_state_and_stays_where_it_is(tmp_path: pathlib.Path) -> None
 
 
 def test_a_table_goes_back_to_every_mark(tmp_path: pathlib.Path) -> None:
-    """Rewinds after any number of steps between marks, one mark without any; trains and rewinds
-    again.
+    """Rewinds after any number of steps between marks, one mark without any.
+
+    Then it trains on other batches and rewinds again.
     """
     _, model = pair(tmp_path)
     optimizer, kept = Optimizer(model, OptimConfig()), {0: rows(model).clone()}
@@ -312,8 +313,9 @@ def test_rows_in_host_memory_feed_a_device() -> None:
 
 
 def test_notes_cut_anywhere_and_flipped_are_no_harm_or_are_seen(tmp_path: pathlib.Path) -> None:
-    """An incomplete entry was being written, so its rows are unchanged; one of another boot is
-    refused.
+    """The rows of an incomplete entry are unchanged, since it was being written.
+
+    An entry of another boot is refused.
     """
     _, model = pair(tmp_path)
     table, optimizer, first = model["table"], Optimizer(model, OptimConfig()), rows(model).clone()

@@ -568,7 +568,10 @@ def test_files_replaced_fifty_times_while_serving(tmp_path: pathlib.Path) -> Non
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_small_batches_are_right_and_counted(data: st.DataObject, tmp_path_factory) -> None:
-    """Checks the rows and the metrics, with duplicates, shards, and cached rows evicted or frozen."""
+    """Checks the rows and the metrics of small batches.
+
+    There are duplicates, shards, and cached rows that are evicted or frozen.
+    """
     values = torch.arange(90).view(90, 1) + torch.arange(5) / 8
     folder = write_table(
         tmp_path_factory.mktemp("t") / "t", values, shard_rows=data.draw(st.integers(7, 90))

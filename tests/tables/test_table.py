@@ -82,7 +82,7 @@ def test_every_home_gives_the_same_bits(
 
 
 def test_large_recalls_have_the_same_bits(tmp_path: pathlib.Path) -> None:
-    """Tests sizes at which memory is reused, ids that are a slice of a larger tensor, 32-bit ids."""
+    """Tests sizes at which memory is reused, ids that are a slice, and 32-bit ids."""
     values = torch.randn(5000, 128)
     table = Table(5000, 128)
     table.load_state_dict({"weight": values})
@@ -99,8 +99,9 @@ def test_large_recalls_have_the_same_bits(tmp_path: pathlib.Path) -> None:
 def test_recalls_that_are_partly_hot_have_the_same_bits(
     prefetch: bool, tmp_path: pathlib.Path
 ) -> None:
-    """Cached rows are scattered among the ids of a call, which are too many to be fetched one by
-    one.
+    """Cached rows are scattered among the ids of a call.
+
+    The ids are too many to be fetched one by one.
     """
     values = torch.randn(5000, 8)
     table = Table.of_file(
@@ -249,8 +250,9 @@ def test_bad_ids_are_found_wherever_they_stand(data: st.DataObject) -> None:
 @pytest.mark.parametrize("bad", [-1, 300_000, 2**40, -(2**62)])
 @pytest.mark.parametrize("place", [0, 70_000])
 def test_ids_that_are_written_to_before_the_wait_read_no_other_memory(bad: int, place: int) -> None:
-    """Ids are checked at the prefetch; changing them later raises an error and reads no other
-    memory.
+    """Changing ids after the prefetch that checked them raises an error.
+
+    No other memory is read.
     """
     values, ids = torch.randn(300_000, 8), torch.zeros(70_001, dtype=torch.int64)
     for table in (Table.of_values(values), Table(300_000, 8)):
