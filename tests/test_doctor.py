@@ -1,4 +1,4 @@
-"""Tests that the doctor's report is true, and that every failure comes with a hint."""
+"""Tests that the doctor's report is true, and that every failure has a hint."""
 
 import json
 import platform

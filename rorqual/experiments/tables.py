@@ -37,7 +37,10 @@ VOCABULARY = 8192  # with a larger one the head of a model of this size takes mo
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchConfig:
-    """How large the table is, and the model that reads it; sizes are in bytes where they say so."""
+    """How large the table is, and which model reads it.
+
+    Sizes in bytes have names that end in bytes.
+    """
 
     rows: int = 1_000_000  # in all tables together
     width: int = 64
@@ -105,8 +108,8 @@ def ways(hot_bytes: int) -> list[Way]:
 def bench(config: BenchConfig, say: Callable[[str], None] = lambda _: None) -> list[Line]:
     """Measures every placement, the resident table first.
 
-    RuntimeError if two of them generate different ids. ValueError where the disk has no room for
-    the table.
+    RuntimeError if two of them generate different ids. ValueError where the disk has too little
+    space for the table.
     """
     with tempfile.TemporaryDirectory(dir=config.folder, prefix="table-bench-") as place:
         say(
