@@ -49,7 +49,7 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'rorqual' has no attribute {name!r}")
-    # A program that loads our models may go on with transformers' Auto classes.
+    # A program that loads our models may use transformers' Auto classes afterwards.
     if name == "load":
         importlib.import_module("rorqual.hub.auto")
     module, _, attribute = _HOMES[name].partition(":")

@@ -73,7 +73,7 @@ def test_partial_files_go_when_they_are_old_and_no_others_do(tmp_path: Path) -> 
     assert len(list(tmp_path.iterdir())) == 6
     for path in tmp_path.iterdir():
         os.utime(path, (0, 0))
-    # The next writer of the same file deletes one, the owner of the folder the others.
+    # The next writer of the same file deletes its own, the owner of the folder any.
     io.write_text(tmp_path / "a.txt", "")
     left = [*others, ".b.txt.0123456789abcdef.partial", ".c.0123456789abcdef.partial", "a.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left)

@@ -165,7 +165,7 @@ def test_muon_costs_its_products():
 
 def test_a_model_without_memory_has_no_rows_and_a_large_one_does_not_fit():
     assert estimate(replace(TINY, engram=None), Machine()).rows == 0
-    # It has half of the blocks, and all of the memory.
+    # The model has half of the blocks, and all of the memory.
     large = replace(preset("engram-40b"), layers=15)
     here, there = (
         estimate(large, Machine(devices=3, tables=tables)) for tables in ("device", "host")

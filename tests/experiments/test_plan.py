@@ -127,7 +127,7 @@ def test_no_experts_and_no_room_are_refused():
 @given(
     name=st.sampled_from(["tiny", "small", "moe-27b", "deepseek-v2-lite"]),
     rho=st.floats(0.3, 0.9),
-    total=st.floats(1.0, 3.0),  # factor of the preset's total, beside that of the activated ones
+    total=st.floats(1.0, 3.0),  # factor of the total, beyond that of the activated parameters
     activated=st.floats(0.6, 1.6),
     flops=st.booleans(),
 )

@@ -99,7 +99,8 @@ def test_generations_are_the_same_bits_from_every_home(
         for on in (True, False)
     ]
     every = [tables.opened(config, folder, home) for home in homes]
-    # The model draws the values of its parameters, to which resident rows belong: it gets others.
+    # The model initialises its parameters, which would overwrite resident rows, so it is built with
+    # tables on the disk.
     model = tables.model_with(config, every[-1])
     for seed in range(generations):
         prompt = torch.randint(

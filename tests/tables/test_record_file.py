@@ -284,7 +284,7 @@ def test_rows_in_host_memory_learn_as_resident_ones_do_and_stay_there() -> None:
     after = torch.rand(1)
     torch.manual_seed(3)
     hosted = Table(ROWS, WIDTH, "host")
-    # The table has a generator of its own.
+    # Creating the table does not advance the global generator.
     assert torch.equal(torch.rand(1), after)
     resident = Table(ROWS, WIDTH)
     resident.load_state_dict(hosted.state_dict())
