@@ -1,16 +1,19 @@
-"""DeepSeek-V3's architecture at 14M parameters: prefill, decode and training beside transformers on the same weights.
+"""Times DeepSeek-V3's architecture at 14M parameters against transformers on the same weights.
 
     python benchmarks/backbone.py --threads 2
     python benchmarks/backbone.py --only decode_512 train_float32 --json
 
-Our model is exported to a folder that transformers loads as DeepseekV3ForCausalLM, experts and attention its default;
-logits are checked to agree to 1e-4 of their largest. Every figure is tokens a second over transformers' tokens a
+It measures prefill, decoding and training. Our model is exported to a folder that transformers
+loads as DeepseekV3ForCausalLM, with its default experts and attention; logits are checked to agree
+to 1e-4 of their largest. Every figure is our tokens per second over transformers' tokens per
 second, the median over interleaved rounds:
 
     prefill_N   a prompt of N tokens into each library's own cache, logits of the last position
-    decode_N    greedy, one prompt of N tokens, each library's own loop and cache; decode_N_llamacpp is the same over
-                llama.cpp's tokens a second, where gguf and xllamacpp are installed
-    train_D     8 x 256 tokens: loss, backward, fused AdamW; float32, bfloat16 (weights too), autocast (weights float32)
+    decode_N    greedy, one prompt of N tokens, each library's own loop and cache;
+                decode_N_llamacpp is the same over llama.cpp's tokens per second, where gguf and
+                xllamacpp are installed
+    train_D     8 x 256 tokens: loss, backward, fused AdamW; float32, bfloat16 (weights too),
+                autocast (weights float32)
 """
 
 import argparse
@@ -55,7 +58,7 @@ CONFIG = ModelConfig(
     init_std=0.05,
 )
 CONTEXTS = (512, 2048)
-NEW = 64  # tokens decoded a round
+NEW = 64  # tokens decoded per round
 BATCH, TIME = 8, 256
 
 Timed = Callable[[], float]  # seconds
@@ -68,7 +71,10 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def compare(ours: Timed, theirs: dict[str, Timed], rounds: int) -> dict[str, float]:
-    """Of each of `theirs`: its seconds over ours, the median over rounds in which each runs once; and the seconds."""
+    """Returns the seconds of each of `theirs` over ours, and the least milliseconds of all.
+
+    A ratio is the median over rounds in which each runs once.
+    """
     taken: dict[str, list[float]] = {name: [] for name in ("ours", *theirs)}
     for turn in range(rounds + 1):
         for name, step in (("ours", ours), *theirs.items()):
@@ -83,7 +89,10 @@ def compare(ours: Timed, theirs: dict[str, Timed], rounds: int) -> dict[str, flo
 
 
 def pair(folder: Path) -> tuple[LanguageModel, DeepseekV3ForCausalLM]:
-    """Our model and transformers' with the same weights; AssertionError where their logits differ."""
+    """Returns our model and transformers' with the same weights.
+
+    AssertionError where their logits differ.
+    """
     ours = LanguageModel(CONFIG, seed=0).eval()
     checkpoints.export(ours, folder, max_position_embeddings=4096)
     theirs = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -112,7 +121,10 @@ def prefill(
 
 
 def greedy(theirs: DeepseekV3ForCausalLM, ids: Tensor) -> tuple[list[int], float]:
-    """The next NEW ids and the seconds that all but the first took; a bare loop is faster here than generate()."""
+    """Returns the next NEW ids of transformers and the seconds for all but the first.
+
+    It is a bare loop, which is faster here than generate().
+    """
     with torch.inference_mode():
         cache, said, began = DynamicCache(), [], 0.0
         for _ in range(NEW):
@@ -124,7 +136,7 @@ def greedy(theirs: DeepseekV3ForCausalLM, ids: Tensor) -> tuple[list[int], float
 
 
 def own_greedy(ours: LanguageModel, prompt: list[int]) -> tuple[list[int], float]:
-    """The same of our own loop."""
+    """Returns the same for our own loop."""
     said, began = [], 0.0
     for (token,) in decode(ours, [prompt], max_new_tokens=NEW):
         said.append(token)
@@ -134,7 +146,10 @@ def own_greedy(ours: LanguageModel, prompt: list[int]) -> tuple[list[int], float
 
 @functools.lru_cache(maxsize=1)
 def llamacpp(ours: LanguageModel) -> Callable[[list[int], int], tuple[list[int], float]] | None:
-    """Its greedy decoding of our weights, whose first ids are ours; None and a line where it is not installed."""
+    """Returns llama.cpp's greedy decoding of our weights, whose first ids must equal ours.
+
+    Where llama.cpp is not installed it prints a line and returns None.
+    """
     try:
         import gguf_export
     except ImportError as error:
@@ -164,7 +179,7 @@ def decoding(
 def training(
     ours: LanguageModel, theirs: DeepseekV3ForCausalLM, kind: str
 ) -> tuple[Timed, dict[str, Timed]]:
-    """Steps of copies, so that the models keep their weights."""
+    """Returns steps of copies of the models, so that the models keep their weights."""
     text = torch.randint(0, CONFIG.vocabulary, (BATCH, TIME + 1))
     ids, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32

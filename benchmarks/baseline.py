@@ -1,14 +1,14 @@
-"""Runs the benchmarks that hold a bar and collects their ratios in one table.
+"""Runs the benchmarks that have a bar and collects their ratios in one table.
 
-    python benchmarks/baseline.py                       all of them, which takes long: leave the machine idle
+    python benchmarks/baseline.py                       all; takes long: leave the machine idle
     python benchmarks/baseline.py --against ../before   another checkout too, in turns: before, now
     python benchmarks/baseline.py --only rows decode_512 --json
     python benchmarks/baseline.py --smallest            tiny sizes: shows that everything runs
 
 Every figure comes from a benchmark of this folder, run in a process of its own by the command that
-docs/log.md names. A ratio is better the higher it is, but for the mHC block, whose ratio is its
-time over a plain block's. With --against the other checkout's own benchmark runs under its own
-rorqual; the two take turns --rounds times, and medians are compared.
+docs/log.md names. A higher ratio is better, except for the mHC block, whose ratio is its time over
+a plain block's. With --against the other checkout's own benchmark runs under its own rorqual; the
+two take turns --rounds times, and medians are compared.
 """
 
 import argparse
@@ -24,11 +24,11 @@ HERE = Path(__file__).resolve().parents[1]
 
 
 class Bar(NamedTuple):
-    """A figure: the benchmark that measures it, and what it must reach."""
+    """A figure: the benchmark that measures it, and the value that it must reach."""
 
     script: str
-    words: str
-    smallest: str  # the words of a run that takes seconds
+    words: str  # the arguments of the benchmark
+    smallest: str  # the arguments of a run that takes seconds
     threads: int
     what: str
     least: float | None = None
@@ -37,13 +37,13 @@ class Bar(NamedTuple):
 
 
 def backbone(name: str, what: str, **bar: float) -> Bar:
-    """A figure of backbone.py, over transformers."""
+    """Returns a figure of backbone.py, over transformers."""
     words = f"--threads 2 --only {name}"
     return Bar("backbone", f"{words} --rounds 9", f"{words} --rounds 1", 2, what, **bar)
 
 
 def sparse(kind: str, what: str) -> Bar:
-    """How many times as fast as full attention one kind decodes behind 32k tokens."""
+    """Returns the speed of one kind over full attention, decoding at 32k tokens of context."""
     words = "--phases decode --threads 1 --kinds"
     full = "mla" if kind == "dsa" else "gqa"
     sizes = "--lengths 32768 --rounds 15"
@@ -99,7 +99,7 @@ BARS = {
 
 
 def figure(name: str, answer: dict[str, Any]) -> float:
-    """The ratio in a benchmark's JSON answer."""
+    """Reads the ratio from a benchmark's JSON answer."""
     if name == "addresses":
         return answer["addresses_vs_numpy"]
     if name == "rows":
@@ -117,7 +117,7 @@ def figure(name: str, answer: dict[str, Any]) -> float:
 
 
 def measured(name: str, checkout: Path, *, smallest: bool) -> float | str:
-    """The ratio that a checkout reaches, or the error of a benchmark that fails."""
+    """Returns the ratio that a checkout reaches, or the error of a benchmark that fails."""
     bar = BARS[name]
     command = [sys.executable, str(checkout / "benchmarks" / f"{bar.script}.py"), "--json"]
     command += (bar.smallest if smallest else bar.words).split()
@@ -129,7 +129,7 @@ def measured(name: str, checkout: Path, *, smallest: bool) -> float | str:
 
 
 def compared(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One line of the table: medians over the rounds, in which the checkouts take turns."""
+    """Returns one line of the table: medians over the rounds, in which the checkouts take turns."""
     bar = BARS[name]
     places = {"now": HERE} | (
         {"before": Path(options.against).resolve()} if options.against else {}
@@ -164,7 +164,10 @@ def wanted(bar: Bar) -> str:
 
 
 def holds(bar: Bar, now: float, before: float | None) -> bool | None:
-    """None where that is not known: a bar that is a share of another checkout's ratio needs it."""
+    """Returns whether a figure reaches its bar, or None where that is unknown.
+
+    A bar that is a share of another checkout's ratio needs that ratio.
+    """
     if bar.of_before is not None:
         return None if before is None else now >= bar.of_before * before
     return now >= bar.least if bar.least is not None else bar.most is not None and now <= bar.most

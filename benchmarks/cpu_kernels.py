@@ -1,17 +1,20 @@
-"""Measures what each CPU kernel brings to training and generating with the project's own presets.
+"""Measures the gain of each CPU kernel in training and generating with the project's own presets.
 
-    for n in 1 2; do OMP_NUM_THREADS=$n python benchmarks/cpu_kernels.py --json kernels-$n.json; done
+    for n in 1 2; do
+        OMP_NUM_THREADS=$n python benchmarks/cpu_kernels.py --json kernels-$n.json
+    done
     python benchmarks/cpu_kernels.py --merge kernels-1.json kernels-2.json
 
-A work is a training step of a preset with Engram (loss, backward, clip, optimizer), or a prompt of 256 tokens
-and 48 that are generated behind it. In every round each work is done once with all kernels, and then
-once for each kernel with that one alone put back to its PyTorch reference; the rounds take turns. A
-ratio is the median time without the kernel over the median with all. Kernels that a work never calls
-are left out of it. `--merge` prints the table of several runs, with the geometric mean over training
-and generating that decides (1.1 in the mean, 1.3 somewhere, or a bar of its own).
+A workload is a training step of a preset with Engram (loss, backward, clip, optimizer), or a prompt
+of 256 tokens and 48 that are generated after it. In every round each workload runs once with all
+kernels, and then once for each kernel with that one alone replaced by its PyTorch reference; the
+rounds take turns. A ratio is the median time without the kernel over the median with all. Kernels
+that a workload never calls are left out of it. `--merge` prints the table of several runs, with the
+geometric mean over training and generating that decides (1.1 in the mean, 1.3 somewhere, or a bar
+of its own).
 
-With `--tables disk` rows learn, or are read, in files below `--folder`, of which the system holds every
-byte; a table that is read keeps `--hot-bytes` of its rows in memory.
+With `--tables disk` rows are trained, or read, in files below `--folder`, of which the page cache
+holds every byte; a table that is read keeps `--hot-bytes` of its rows in memory.
 """
 
 import argparse
@@ -41,13 +44,13 @@ from rorqual.tables import Table, draw_table
 from rorqual.train.config import recipe
 from rorqual.train.optim import Optimizer
 
-SHAPES = {"tiny": (16, 256), "small": (4, 256)}  # rows and tokens of a training step
+SHAPES = {"tiny": (16, 256), "small": (4, 256)}  # batch size and sequence length of training
 PROMPT, CONTINUED = 256, 48  # tokens
 CPU_KIND = "numba"
 
 
 def training(model: LanguageModel, rows: int, length: int) -> Callable[[], object]:
-    """Returns what does one training step."""
+    """Returns a function that makes one training step."""
     optimizer = Optimizer(model, recipe(model.config.dim))
     ids = torch.randint(
         model.config.vocabulary, (rows, length + 1), generator=torch.Generator().manual_seed(0)
@@ -63,7 +66,7 @@ def training(model: LanguageModel, rows: int, length: int) -> Callable[[], objec
 
 
 def generating(model: LanguageModel) -> Callable[[], object]:
-    """Returns what generates greedily from one prompt."""
+    """Returns a function that generates greedily from one prompt."""
     ids = torch.randint(
         model.config.vocabulary, (PROMPT,), generator=torch.Generator().manual_seed(0)
     ).tolist()
@@ -86,7 +89,7 @@ def on_disk(config: ModelConfig, kind: str, folder: Path, hot_bytes: int) -> lis
 
 
 def called(work: Callable[[], object]) -> set[str]:
-    """The names of the kernels that the work calls, by doing it once."""
+    """Returns the names of the kernels that the workload calls, by running it once."""
     names: set[str] = set()
 
     def counting(name: str, kernel: kernels.Twin) -> kernels.Twin:
@@ -99,7 +102,7 @@ def called(work: Callable[[], object]) -> set[str]:
     counted = {
         name: tuple(counting(name, kernel) for kernel in own) for name, own in kernels.TWINS.items()
     }
-    # the work before may have left one of them out
+    # The workload before may have disabled one of the kernels.
     with mock.patch.object(kernels, "TWINS", MappingProxyType(counted)):
         seconds(work, None)
     return names
@@ -113,9 +116,13 @@ def seconds(work: Callable[[], object], without: str | None) -> float:
 
 
 def ratios(work: Callable[[], object], rounds: int) -> dict[str, float]:
-    """{kernel: time without it over time with all, medians}; "" is the time with all, in milliseconds."""
+    """Returns {kernel: time without it over time with all}, of medians.
+
+    The entry "" is the time with all kernels, in milliseconds.
+    """
     names = sorted(called(work))
-    for name in (None, *names):  # compiles, allocates
+    # The first run of each compiles and allocates.
+    for name in (None, *names):
         seconds(work, name)
     times: dict[str | None, list[float]] = {name: [] for name in (None, *names)}
     for _ in range(rounds):
@@ -127,7 +134,10 @@ def ratios(work: Callable[[], object], rounds: int) -> dict[str, float]:
 
 
 def merged(tables: Iterable[dict[str, dict[str, float]]]) -> str:
-    """The runs' tables as one in markdown, a kernel a line, with the mean and the best over all works."""
+    """Formats the runs' tables as one in markdown, one kernel per line.
+
+    The last columns are the mean and the best over all workloads.
+    """
     works = {work: found for table in tables for work, found in table.items()}
     names = sorted({name for found in works.values() for name in found if name})
     lines = [
@@ -136,7 +146,7 @@ def merged(tables: Iterable[dict[str, dict[str, float]]]) -> str:
     ]
     for name in names:
         cells = [f"{found[name]:.2f}" if name in found else "" for found in works.values()]
-        # a work that never calls the kernel is neither faster nor slower for it
+        # A workload that never calls the kernel is neither faster nor slower for it.
         each = [found.get(name, 1.0) for found in works.values()]
         mean = math.exp(sum(map(math.log, each)) / len(each))
         lines.append(f"| `{name}` | {' | '.join(cells)} | {mean:.2f} | {max(each):.2f} |")
@@ -146,12 +156,12 @@ def merged(tables: Iterable[dict[str, dict[str, float]]]) -> str:
 
 
 def measured(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
-    """The ratios of every work."""
+    """Returns the ratios of every workload."""
     table: dict[str, dict[str, float]] = {}
     for name, kind in itertools.product(options.presets, ("train", "decode")):
         config = preset(name)
         if config.engram is None:
-            # what the demo trains beside the preset itself
+            # The demo trains this model beside the preset itself.
             config = split_budget(config, DemoConfig().rho).engram.config
         canonical = torch.arange(config.vocabulary) if config.engram is not None else None
         disk = options.tables == "disk"

@@ -1,13 +1,14 @@
-"""Times plain greedy decoding against drafts, by depth and by the share of drafts that stand.
+"""Times plain greedy decoding against drafts, by depth and by the share of accepted drafts.
 
     python benchmarks/drafts.py
     python benchmarks/drafts.py --preset small --depths 1 2 --acceptance 0 0.5 0.8 1 --json
 
-The modules of an untrained model draft at full cost, and what they say is then replaced: by what the
-model will say itself with the probability `--acceptance`, else by another id. The text is that of plain
-decoding in every row, which is checked. `plain` is what `decode` takes, a compiled step where the model
-has one; `forwards` is one forward of PyTorch a token, which is what drafts must beat where there is none.
-Batch 1, float32, the median over the rounds, in which the kinds take turns.
+The modules of an untrained model draft at full cost, and their drafts are then replaced: by the id
+that the model itself will choose with the probability `--acceptance`, else by another id. The text
+is that of plain decoding for every setting, which is checked. `plain` is what `decode` takes, a
+compiled step where the model has one; `forwards` is one forward pass of PyTorch per token, which
+drafts must beat where there is no compiled step. Batch size 1, float32, the median over the rounds,
+in which the kinds take turns.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def tokens(steps: Any) -> list[int]:
 
 @torch.inference_mode()
 def forwards(model: LanguageModel, prompt: list[int], count: int) -> list[int]:
-    """Greedy by one forward a token behind the cache, without the compiled step."""
+    """Decodes greedily with one forward pass per token and a cache, without the compiled step."""
     cache, ids, said = model.new_cache(1, len(prompt) + count), torch.tensor([prompt]), []
     for _ in range(count):
         logits = model.logits(model.hidden(ids, cache=cache, last=True)[0])
@@ -45,12 +46,15 @@ def forwards(model: LanguageModel, prompt: list[int], count: int) -> list[int]:
 
 
 def drafts(text: list[int], acceptance: float, vocabulary: int) -> Callable[..., Tensor]:
-    """The modules' work, and drafts of which each stands with the probability `acceptance`."""
+    """Returns a replacement of `_drafts` that does the same work and replaces the result.
+
+    Each draft is accepted with the probability `acceptance`.
+    """
     generator, work = torch.Generator().manual_seed(0), decoding._drafts
 
     def made(model: LanguageModel, front: decoding.Front, cache: Any, most: int) -> Tensor:
         out = work(model, front, cache, most)
-        # the cache holds all but the last of what is known
+        # The cache has all known tokens but the last.
         at = cache.past.length + 1
         true = torch.tensor([(text + [0] * out.shape[1])[at : at + out.shape[1]]])
         stands = torch.rand(out.shape, generator=generator) < acceptance
@@ -68,7 +72,7 @@ def timed(call: Callable[[], list[int]], expected: list[int] | None) -> tuple[fl
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Tokens a second of each kind, and how many ids a forward of the drafts gave."""
+    """Returns tokens per second of each kind, and how many ids a round of drafts yields."""
     rows = []
     for depth in options.depths:
         config = replace(preset(options.preset), "mtp", MTPConfig(depth=depth))
@@ -100,7 +104,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         speeds: dict[str, list[float]] = {kind: [] for kind in kinds}
         for turn in range(options.rounds + 1):
             for kind, call in kinds.items():
-                # other rounding may choose another id of two that score alike
+                # With other rounding, another of two ids with equal scores may be chosen.
                 speed, _ = timed(call, None if kind == "forwards" else text)
                 if turn:
                     speeds[kind].append(speed)
@@ -138,12 +142,14 @@ def main() -> None:
         print(json.dumps(rows))
         return
     print(
-        "depth  drafts that stand  ids a round    plain  forwards   drafts  over plain  over forwards"
+        "depth  drafts that stand  ids a round    plain  forwards   drafts  "
+        "over plain  over forwards"
     )
     for row in rows:
         print(
-            f"{row['depth']:5}  {row['acceptance']:17.2f}  {row['ids_a_round']:11.2f}  {row['plain']:7.1f}  "
-            f"{row['forwards']:8.1f}  {row['drafts']:7.1f}  {row['over_plain']:10.2f}  {row['over_forwards']:13.2f}"
+            f"{row['depth']:5}  {row['acceptance']:17.2f}  {row['ids_a_round']:11.2f}  "
+            f"{row['plain']:7.1f}  {row['forwards']:8.1f}  {row['drafts']:7.1f}  "
+            f"{row['over_plain']:10.2f}  {row['over_forwards']:13.2f}"
         )
 
 

@@ -1,15 +1,17 @@
-"""Engram's addresses, recall and rows in training, each beside its peer in one run.
+"""Times Engram's addresses, lookup and training, each beside its peer in one run.
 
     OMP_NUM_THREADS=2 python benchmarks/engram.py --tokens 1000000
 
-addresses    one layer, 16 rows a token (bigrams and trigrams, 8 heads each), against a plain numpy loop over the heads
-             in the structure of the authors' code, spared what that computes twice; both must give the same rows, or
-             the run ends. Also on one thread.
-decode       one layer and two, 16 rows each, one new token of each of 32 sequences. The hash itself is the compiled
-             twin on ids that are there, as a model calls it, with its result's memory and the check of every id; the
-             whole step is what a model calls: the ids before from the cache, these kept in it, the choice of the twin.
-recall       rows into memory that is there already, against torch.index_select(out=)
-sparse step  see rows.py, whose functions these are
+    addresses    one layer, 16 rows per token (bigrams and trigrams, 8 heads each), against a plain
+                 numpy loop over the heads in the structure of the authors' code, without what that
+                 computes twice; both must give the same rows, or the run ends. Also on one thread.
+    decode       one layer and two, 16 rows each, one new token of each of 32 sequences. The hash
+                 itself is the compiled kernel on given ids, as a model calls it, with its result's
+                 memory and the check of every id; the whole step is what a model calls: reading the
+                 earlier ids from the cache, storing these in it, choosing the kernel.
+    recall       lookup of rows into memory that is allocated already, against
+                 torch.index_select(out=)
+    sparse step  see rows.py, whose functions these are
 
 Rounds are interleaved; medians are printed.
 """
@@ -35,7 +37,10 @@ CPU = torch.device("cpu")
 
 
 def measure(steps: dict[str, Callable[[], object]], rounds: int, each: int = 1) -> dict[str, float]:
-    """Milliseconds of each, the median of interleaved rounds of `each` calls, after one to warm up."""
+    """Returns the milliseconds of each step.
+
+    It is the median of interleaved rounds of `each` calls, after one round to warm up.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):
         for name, step in steps.items():
@@ -47,7 +52,10 @@ def measure(steps: dict[str, Callable[[], object]], rounds: int, each: int = 1) 
 
 
 def per_head(ids: np.ndarray, own: Addresses) -> np.ndarray:
-    """[B, T, R] of one layer: shift and mix every order, then the remainder, a head at a time."""
+    """Returns the row ids [B, T, R] of one layer, computed one head at a time.
+
+    It shifts and mixes the ids of every order, then takes the remainder.
+    """
     known = own.canonical_map.numpy().astype(np.int64)[ids]
     multipliers, primes, offsets = (
         own.multipliers[0].numpy(),

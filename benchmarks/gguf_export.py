@@ -1,7 +1,8 @@
-"""A DeepSeek model of ours -> a .gguf file that llama.cpp reads, architecture deepseek2 in float32: a bar for decoding.
+"""Exports a DeepSeek model of ours to a .gguf file, which llama.cpp decodes for comparison.
 
-One key head of kv_lora_rank + rope values; kv_b is cut into what goes to the query and what comes behind the sum.
-llama.cpp comes with `pip install xllamacpp`, the writer with `pip install gguf`.
+The architecture is deepseek2 in float32. The cache has one key head of kv_lora_rank + rope values;
+kv_b is split into the part for the query and the part that follows the sum. llama.cpp comes with
+`pip install xllamacpp`, the writer with `pip install gguf`.
 """
 
 import re
@@ -25,7 +26,7 @@ GATING = {
 
 
 def describe(writer: gguf.GGUFWriter, c: ModelConfig, context: int) -> None:
-    """ValueError for what is not written here."""
+    """Writes the model's sizes; ValueError for models that cannot be exported."""
     a, m = c.mla, c.moe
     plain = (
         c.rope.interleaved
@@ -36,7 +37,8 @@ def describe(writer: gguf.GGUFWriter, c: ModelConfig, context: int) -> None:
     )
     if not plain or m is None or m.router.groups > 1 or m.router.score not in GATING:
         raise ValueError(
-            "gguf: expected MLA and experts without groups, YaRN or biases, pairs interleaved, one eps"
+            "gguf: expected MLA and experts without groups, YaRN or biases, "
+            "pairs interleaved, one eps"
         )
     said = {
         "context_length": context, "embedding_length": c.dim, "block_count": c.layers, "layer_norm_rms_eps": c.eps,
@@ -54,7 +56,7 @@ def describe(writer: gguf.GGUFWriter, c: ModelConfig, context: int) -> None:
 
 
 def words(writer: gguf.GGUFWriter, vocabulary: int) -> None:
-    """A vocabulary must be there; only ids are ever given and taken."""
+    """Writes a placeholder vocabulary, which must exist although only ids are used."""
     writer.add_vocab_size(vocabulary)
     writer.add_tokenizer_model("llama")
     writer.add_token_list([f"<{number}>" for number in range(vocabulary)])
@@ -65,7 +67,7 @@ def words(writer: gguf.GGUFWriter, vocabulary: int) -> None:
 
 
 def tensors(block: Block) -> dict[str, Tensor]:
-    """One block's, by llama.cpp's names."""
+    """Returns one block's tensors, by llama.cpp's names."""
     attention, ffn = cast(MLA, block.attention), block.ffn
     c = attention.config
     up, down = attention.kv_b_proj.weight.unflatten(0, (c.heads, -1)).split(
@@ -105,7 +107,7 @@ def tensors(block: Block) -> dict[str, Tensor]:
 
 
 def export(model: LanguageModel, path: str | Path, context: int = 4096) -> None:
-    """Write the model; its next-token logits are then llama.cpp's."""
+    """Writes the model; llama.cpp then computes the same next-token logits."""
     writer = gguf.GGUFWriter(str(path), "deepseek2")
     describe(writer, model.config, context)
     words(writer, model.config.vocabulary)
@@ -124,8 +126,11 @@ def export(model: LanguageModel, path: str | Path, context: int = 4096) -> None:
 def greedy(
     path: str | Path, threads: int, context: int = 4096
 ) -> Callable[[list[int], int], tuple[list[int], float]]:
-    """llama.cpp over the file: (prompt, how many) -> the ids that follow, and its own seconds for all but the first.
-    Its defaults hold, a cache in float16 among them."""
+    """Returns a function that decodes greedily with llama.cpp from the file.
+
+    The function takes a prompt and a number of tokens. It returns the ids that follow, and
+    llama.cpp's own seconds for all but the first. Its defaults hold, among them a cache in float16.
+    """
     options = xllamacpp.CommonParams()
     options.model.path, options.n_ctx, options.n_parallel, options.verbosity = (
         str(path),

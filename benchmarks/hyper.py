@@ -1,11 +1,12 @@
-"""A block with many streams and the plain residual block -> how much the streams cost, eager and compiled.
+"""Times a block with several streams against the plain residual block, eager and compiled.
 
     python benchmarks/hyper.py --dim 512 --time 2048
     python benchmarks/hyper.py --kinds mhc --no-eager --threads 1
     python benchmarks/hyper.py --dim 64 --time 1024 --kinds mhc "single pass" --no-compiled --json
 
-A block is attention and a SwiGLU of 4 * dim behind a norm each; a step is forward and backward. All variants take turns
-in every round, so that a busy machine slows them alike; what is printed is the least and the median over the rounds.
+A block is attention and a SwiGLU of 4 * dim, each after a norm; a step is forward and backward. All
+variants take turns in every round, so that a busy machine slows them alike; the least and the
+median over the rounds are printed.
 """
 
 import argparse
@@ -25,7 +26,10 @@ from rorqual.layers.hyper import Connection, HyperConfig, Residual, Streams, ent
 
 
 class Block(nn.Module):
-    """Two sites around attention and SwiGLU; one plain stream when `config` is None."""
+    """A block with two residual sites, around attention and SwiGLU.
+
+    It has one plain stream if `config` is None.
+    """
 
     def __init__(self, dim: int, tokens: int, config: HyperConfig | None):
         super().__init__()
@@ -46,7 +50,7 @@ class Block(nn.Module):
 
 
 def step(block: Callable, streams: torch.Tensor) -> Callable[[], None]:
-    """One forward and backward as a training step does them."""
+    """Returns one forward and backward pass, as in a training step."""
 
     def run() -> None:
         block(streams).square().mean().backward()
@@ -64,7 +68,7 @@ KINDS = {
 
 
 def variants(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    """name -> one step, warmed up (and so compiled)."""
+    """Returns one step per variant by name, warmed up (and so compiled)."""
     configs: dict[str, HyperConfig | None] = {"plain": None}
     configs |= {name: HyperConfig(streams=options.streams, **KINDS[name]) for name in options.kinds}
     steps = {}

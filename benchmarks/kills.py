@@ -1,8 +1,9 @@
-"""A process that writes checkpoints, killed at random moments -> how often something was lost (never).
+"""Kills a process that writes checkpoints at random moments, and counts what is lost (nothing).
 
     python benchmarks/kills.py --kills 100
 
-After every kill the newest good checkpoint must be at least the last one reported as saved, and all of one step.
+After every kill the newest good checkpoint must be at least the last one reported as saved, and all
+of one step.
 """
 
 import argparse
@@ -22,12 +23,12 @@ NAMES = [f"layer{i}.weight" for i in range(8)]
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:
-    """8 tensors of 128 KiB, every number of them the step."""
+    """Returns 8 tensors of 128 KiB, filled with the number of the step."""
     return {name: torch.full((128, 256), float(step)) for name in NAMES}
 
 
 def write_forever(folder: str, step: int, reports: Connection) -> None:
-    """Save step after step and report each once it is safe."""
+    """Saves one step after the other and reports each once it is safe."""
     recover(folder)
     while True:
         step += 1
@@ -38,19 +39,26 @@ def write_forever(folder: str, step: int, reports: Connection) -> None:
 
 
 def _drop(folder: Path) -> None:
-    """The digest first, as the trainer does: what is half gone is no checkpoint."""
+    """Deletes a checkpoint, its digest first, as the trainer does.
+
+    Without its digest a half deleted folder is no checkpoint.
+    """
     for path in sorted(folder.iterdir(), key=lambda path: path.name != "digest.json"):
         path.unlink()
     folder.rmdir()
 
 
 def one_kill(context, folder: str, step: int, rng: random.Random) -> tuple[int, bool]:
-    """Start a writer, kill it; the last step it reported, and whether the kill met a write."""
+    """Starts a writer and kills it.
+
+    Returns the last step that it reported, and whether the kill interrupted a write.
+    """
     reports, sink = context.Pipe(duplex=False)
     process = context.Process(target=write_forever, args=(folder, step, sink))
     process.start()
     sink.close()
-    reported = reports.recv()  # the writer is at work
+    # The first report shows that the writer is at work.
+    reported = reports.recv()
     time.sleep(rng.uniform(0.0, 0.1))
     process.kill()
     process.join()
@@ -62,7 +70,10 @@ def one_kill(context, folder: str, step: int, rng: random.Random) -> tuple[int, 
 
 
 def check(folder: str, reported: int) -> int:
-    """The step found; AssertionError if anything that was reported is lost or mixed."""
+    """Returns the step of the newest checkpoint.
+
+    AssertionError if anything that was reported is lost or mixed.
+    """
     found = latest(folder)
     assert found is not None, "no checkpoint survived"
     state = {name: torch.zeros(128, 256) for name in NAMES}

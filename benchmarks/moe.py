@@ -1,8 +1,9 @@
-"""One mixture-of-experts layer, forward and backward, against transformers' DeepseekV3MoE with the same weights.
+"""Times one mixture-of-experts layer against transformers' DeepseekV3MoE with the same weights.
 
     python benchmarks/moe.py --tokens 4096 --dim 256 --width 128 --experts 32 --active 4
 
-The peer runs each way that transformers has; outputs are checked to agree. Interleaved medians are printed.
+It times forward and backward. The peer runs in each of transformers' implementations; outputs are
+checked to agree. Interleaved medians are printed.
 """
 
 import argparse
@@ -24,7 +25,10 @@ WAYS = ("eager", "grouped_mm")
 
 
 def measure(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Milliseconds of each, the median of interleaved rounds after one to warm up."""
+    """Returns the milliseconds of each step.
+
+    It is the median of interleaved rounds, after one to warm up.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):
         for name, step in steps.items():
@@ -35,7 +39,7 @@ def measure(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
 
 
 def peer(own: MoE, dim: int, way: str) -> DeepseekV3MoE:
-    """transformers' layer with our weights."""
+    """Returns transformers' layer with our weights."""
     config = DeepseekV3Config(
         hidden_size=dim, num_attention_heads=2, moe_intermediate_size=own.config.width, n_shared_experts=1,
         n_routed_experts=own.config.routed, num_experts_per_tok=own.config.active, n_group=1, topk_group=1,
@@ -54,7 +58,10 @@ def peer(own: MoE, dim: int, way: str) -> DeepseekV3MoE:
 
 
 def both_ways(layer: Callable[[Tensor], Tensor], hidden: Tensor) -> Callable[[], Tensor]:
-    """Forward and backward into the input and every weight; gradients add up, as over micro-batches."""
+    """Returns one forward and backward pass, into the input and every weight.
+
+    Gradients add up, as over micro-batches.
+    """
     leaf = hidden.clone().requires_grad_()
 
     def step() -> Tensor:
@@ -91,12 +98,14 @@ def main() -> None:
         torch.testing.assert_close(ours, other, rtol=1e-3, atol=1e-4)
     found = measure(steps, options.rounds)
     ratios = {f"moe_vs_{way}": found[f"transformers {way}"] / found["rorqual"] for way in WAYS}
-    ratios["moe_vs_transformers"] = min(ratios.values())  # against the faster of its ways
+    # The last ratio is against the fastest implementation.
+    ratios["moe_vs_transformers"] = min(ratios.values())
     if options.json:
         print(json.dumps(ratios | {"milliseconds": found, "threads": torch.get_num_threads()}))
         return
     print(
-        f"{options.tokens} tokens, {options.active} of {options.experts} experts, {torch.get_num_threads()} threads"
+        f"{options.tokens} tokens, {options.active} of {options.experts} experts, "
+        f"{torch.get_num_threads()} threads"
     )
     print(
         *(f"{name:24} {ms:9.2f} ms {ms / found['rorqual']:7.2f} x" for name, ms in found.items()),

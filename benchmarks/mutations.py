@@ -4,7 +4,7 @@
     python benchmarks/mutations.py --only clip-enlarges --show
     python benchmarks/mutations.py --list
 
-The mutations stand in mutations.toml: a name, the defect that a user would meet, the file, the
+The mutations are in mutations.toml: a name, the defect that a user would meet, the file, the
 exact old text, the new text, and the tests that catch it (one that fails is enough). First all of
 these tests must pass without a mutation. Status 1 if a mutation survived; 2 if the data do not fit
 the code or the tests fail as they are. It forks, so it runs on Linux and macOS alone.
@@ -38,16 +38,17 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "RORQUAL_SHAPES": "0",  # twice as fast; a bug is to be caught by its numbers, not by a shape
+    # Twice as fast, and a bug is to be caught by its numbers, not by a shape.
+    "RORQUAL_SHAPES": "0",
 }
 PRELOADED = ("torch", "numba", "transformers.modeling_utils", "olmo_core.train")
 RAN = 64  # added to pytest's exit status, since Python's own after an error is 1, too
-ENDINGS = {RAN: "passed", RAN + 1: "failed"}  # of any other the tests did not run
+ENDINGS = {RAN: "passed", RAN + 1: "failed"}  # with any other status the tests did not run
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """One bug: `old`, which stands once in `file`, is replaced by `new`."""
+    """One bug: `old`, which occurs once in `file`, is replaced by `new`."""
 
     name: str
     defect: str
@@ -58,7 +59,7 @@ class Mutation:
 
 
 def read_mutations(path: Path) -> list[Mutation]:
-    """Reads the file of mutations. ValueError for a doubled name, a missing or an unknown field."""
+    """Reads the file of mutations; ValueError for a doubled name, a missing or unknown field."""
     entries = tomllib.loads(path.read_text(encoding="utf-8"))["mutation"]
     mutations = []
     for entry in entries:
@@ -75,7 +76,7 @@ def read_mutations(path: Path) -> list[Mutation]:
 
 
 def mutated(mutation: Mutation, root: Path) -> str:
-    """Returns the file's text with the bug. ValueError unless the old text stands there once."""
+    """Returns the file's text with the bug; ValueError unless the old text occurs there once."""
     text = (root / mutation.file).read_text(encoding="utf-8")
     count = text.count(mutation.old)
     if count != 1 or mutation.old == mutation.new:
@@ -135,7 +136,8 @@ def run_in_fork(folder: Path, tests: list[str], output: Path) -> None:
     found = importlib.util.find_spec("rorqual")
     if found is None or not str(found.origin).startswith(str(folder)):
         raise RuntimeError(f"got rorqual from {found}, expected the copy in {folder}")
-    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]  # no failure need be made small
+    # Failures are not shrunk.
+    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
     hypothesis.settings.register_profile("mutations", phases=phases, database=None)
     hypothesis.settings.load_profile("mutations")
     options = ["-x", "-q", "--tb=short", "--hypothesis-seed=0"]
@@ -165,7 +167,7 @@ def try_all(mutations: list[Mutation], *, show: bool) -> int:
             start = time.perf_counter()
             file = folder / mutation.file
             file.write_text(texts[mutation.name], encoding="utf-8")
-            # a time of its own, or bytecode of another text from the same second would be run
+            # A distinct time, since bytecode of another text from the same second would be run.
             os.utime(file, (number, number))
             ending, output = run_tests(folder, list(mutation.tests))
             shutil.copy2(ROOT / mutation.file, file)

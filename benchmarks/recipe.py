@@ -1,13 +1,13 @@
-"""Which optimizer a new user's first training should have: a row of arms, each with every seed, on one text.
+r"""Compares optimizers for a new user's first training, each with several seeds on one text.
 
     OMP_NUM_THREADS=1 python benchmarks/recipe.py --folder runs/recipe
-    OMP_NUM_THREADS=1 python benchmarks/recipe.py --folder runs/recipe --dim 256 --steps 200 --seeds 1 \
-        --arms muon:5e-3 muon:1e-2 muon:2e-2 muon:4e-2
+    OMP_NUM_THREADS=1 python benchmarks/recipe.py --folder runs/recipe --dim 256 --steps 200 \
+        --seeds 1 --arms muon:5e-3 muon:1e-2 muon:2e-2 muon:4e-2
 
-The text is what every Python has: the topics of its language reference and the docstrings of its library. An arm is
-KIND:RATE. Runs are made one after another with one thread; finished ones are not repeated, and an interrupted one goes
-on, so the same command may be stopped and typed again. Printed are the losses on held-out documents and the paired
-difference of every arm to the first.
+The text is what every Python has: the topics of its language reference and the docstrings of its
+library. An arm is KIND:RATE. Runs are made one after another with one thread; finished ones are not
+repeated, and an interrupted one resumes, so the same command may be stopped and typed again. It
+prints the losses on held-out documents and the paired difference of every arm to the first.
 """
 
 import argparse
@@ -25,12 +25,16 @@ from rorqual.train.config import DataConfig, OptimConfig, TrainConfig
 from rorqual.train.trainer import train
 
 ARMS = ("adamw:3e-3", "muon:2e-2", "adamw:1e-2")
-VOCABULARY = 4096  # at least
+VOCABULARY = 4096  # the smallest vocabulary of a model
 NOT_DOCUMENTATION = {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data"}
 
 
 def docstrings(path: Path) -> dict[str, str]:
-    """Name -> text: a module's own docstring, and those of each of its classes and functions with what is in them."""
+    """Returns the docstrings of a module by name.
+
+    They are the module's own, and those of each of its classes and functions with everything in
+    them.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
     holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = {"": ast.get_docstring(tree) or ""}
@@ -44,7 +48,10 @@ def docstrings(path: Path) -> dict[str, str]:
 
 
 def write_text(folder: Path) -> None:
-    """Writes Python's own documentation into the folder, a .txt a topic, a module, a class and a function."""
+    """Writes Python's own documentation into the folder.
+
+    There is a .txt for every topic, module, class and function.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in topics.items():
         (folder / f"topic-{name}.txt").write_text(text, encoding="utf-8")
@@ -57,12 +64,12 @@ def write_text(folder: Path) -> None:
 
 
 def configs(options: argparse.Namespace) -> dict[str, list[TrainConfig]]:
-    """Arm -> its training with every seed."""
+    """Returns the trainings of each arm, one per seed."""
     model = preset(options.preset)
     if options.dim is not None:
         model = replace(model, dim=options.dim)
     if model.vocabulary < VOCABULARY:
-        # the classroom model's own is too small for text
+        # The classroom model's own vocabulary is too small for text.
         model = replace(model, vocabulary=VOCABULARY)
     data = DataConfig(source=str(options.folder / "text"), cache=str(options.folder / "cache"))
     found: dict[str, list[TrainConfig]] = {}
@@ -88,7 +95,7 @@ def configs(options: argparse.Namespace) -> dict[str, list[TrainConfig]]:
 
 
 def report(losses: dict[str, list[float]]) -> None:
-    """Prints a line an arm, and how it compares with the first where both have several seeds."""
+    """Prints one line per arm, and its comparison with the first where both have several seeds."""
     first = next(iter(losses))
     for arm, own in losses.items():
         mean, error = mean_and_error(own)
@@ -116,7 +123,7 @@ def main() -> None:
         write_text(options.folder / "text")
     arms = configs(options)
     losses: dict[str, list[float]] = {arm: [] for arm in arms}
-    # The first two arms come first, seed by seed, so that a stopped benchmark has compared something.
+    # The first two arms come first, seed by seed, so that a stopped benchmark has compared two.
     names = list(arms)
     for group in (names[:2], names[2:]):
         for seed in range(options.seeds):

@@ -1,10 +1,11 @@
-"""One full step of row-sparse Adam, against a dense fused AdamW step of the same table in the same run.
+"""Times one step of row-sparse Adam against dense fused AdamW on the same table in one run.
 
     python benchmarks/rows.py --rows 1000000 --width 128 --touched 16384
 
-A step here is what training pays: coalesce the gradient of `--touched` row ids (duplicates among them), clip, update.
-The peers are torch.optim.AdamW(fused=True) on a dense gradient that is there already, and torch.optim.SparseAdam, whose
-bias correction counts steps of the whole table. Rounds are interleaved; medians are printed.
+A step here is what training pays: coalesce the gradient of `--touched` row ids (duplicates among
+them), clip, update. The peers are torch.optim.AdamW(fused=True) on a dense gradient that is there
+already, and torch.optim.SparseAdam, whose bias correction counts steps of the whole table. Rounds
+are interleaved; medians are printed.
 """
 
 import argparse
@@ -22,7 +23,10 @@ from rorqual.train.optim import Optimizer
 
 
 def measure(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Milliseconds of each, the median of interleaved rounds after one to warm up."""
+    """Returns the milliseconds of each step.
+
+    It is the median of interleaved rounds, after one to warm up.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):
         for name, step in steps.items():
@@ -96,7 +100,8 @@ def main() -> None:
         print(json.dumps(result | {"milliseconds": found, "threads": torch.get_num_threads()}))
         return
     print(
-        f"{size[0]:,} x {size[1]} rows, {options.touched:,} touched, {torch.get_num_threads()} threads"
+        f"{size[0]:,} x {size[1]} rows, {options.touched:,} touched, "
+        f"{torch.get_num_threads()} threads"
     )
     for name, milliseconds in found.items():
         print(f"{name:20} {milliseconds:9.2f} ms   {ratio[name]:6.2f} x")

@@ -1,11 +1,12 @@
-"""Prompts of unlike length admitted in one step of the engine -> its time over that of each prompt alone.
+"""Times one engine step that admits prompts of unlike length against a step for each alone.
 
     python benchmarks/serving.py
     python benchmarks/serving.py --attentions nsa dsa --prompts 3000 4 --threads 2 --json
 
-Two layers of width 128 with random weights, float32. `alone` is a step for each prompt in an engine of its own,
-`together` one step that admits all of them, `padded` one prefill of all of them as a padded batch, which is what the
-engine did before it sorted prompts by length. Rounds are interleaved; medians are printed.
+The model has two layers of width 128 with random weights, float32. `alone` is a step for each
+prompt in an engine of its own, `together` one step that admits all of them, `padded` one prefill of
+all of them as a padded batch, which is what the engine did before it sorted prompts by length.
+Rounds are interleaved; medians are printed.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def admit(model: LanguageModel, prompts: list[list[int]]) -> None:
-    """One step of an engine that all prompts wait for."""
+    """Runs one step of an engine in which all prompts are waiting."""
     engine = Engine(model, rows=len(prompts), context=64 + max(map(len, prompts)))
     for prompt in prompts:
         engine.submit(prompt)
@@ -52,14 +53,14 @@ def admit(model: LanguageModel, prompts: list[list[int]]) -> None:
 
 @torch.inference_mode()
 def pad(model: LanguageModel, prompts: list[list[int]]) -> None:
-    """All prompts in one prefill, whatever their lengths."""
+    """Runs one prefill of all prompts as a padded batch."""
     ids, present = pad_left(prompts, 0)
     cache = model.new_cache(len(prompts), capacity=ids.shape[1])
     model.logits(model.hidden(ids, present=present, cache=cache, last=True)[0])
 
 
 def measure(attention: str, lengths: list[int], rounds: int) -> dict[str, float]:
-    """Seconds of each way to take the prompts in."""
+    """Returns the median seconds of each way to admit the prompts."""
     config = ModelConfig(vocabulary=VOCABULARY, dim=128, layers=2, **ATTENTIONS[attention])
     model = LanguageModel(config, seed=0).eval()
     prompts = [torch.randint(0, VOCABULARY, (length,)).tolist() for length in lengths]

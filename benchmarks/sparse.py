@@ -1,23 +1,26 @@
-"""Kinds of attention and lengths of context -> time and memory of decoding and of prefill, and where each kind pays.
+"""Times kinds of attention by context length, and reports where each pays.
 
     python benchmarks/sparse.py
     python benchmarks/sparse.py --lengths 1024 4096 --heads 8 --kv-heads 2 --rounds 3 --json
 
-What is timed is one layer's attention, batch 1, float32:
+It measures time and memory of one layer's attention, batch size 1, float32:
 
-    decode     the last of T tokens behind a cache of the others, its projections among it
-    attend     the same without the projections of queries, keys, values and outputs that full attention has as well:
-               what the choice itself brings, since those take the same time however long the context is
-    prefill    a prompt of T tokens into an empty cache, its projections among it
+    decode     the last of T tokens after a cache of the others, including its projections
+    attend     the same without the projections of queries, keys, values and outputs that full
+               attention has as well. This shows what the selection itself brings, since the
+               projections take the same time however long the context is
+    prefill    a prompt of T tokens into an empty cache, including its projections
 
-A round calls every kind once, so that a busy machine slows them alike and a kind finds none of its weights in the
-processor's caches, as in a model of many layers; what is printed is the median over the rounds. Where no prompt is
-timed, all of the cache but its last tile is random numbers. The last token of a tile obeys the tile's choice; one token
-in 128 makes it and takes longer. The last of these T completes one of NSA's blocks, as one token in 16 does.
-A kind's peer is full attention of its own sort: gqa for NSA and MoBA, absorbed mla for DSA. A kind pays from the first
-length at which, and from which on, it is faster.
+A round calls every kind once, so that a busy machine slows them alike and a kind finds none of its
+weights in the processor's caches, as in a model of many layers; the median over the rounds is
+printed. Where no prompt is timed, all of the cache but its last tile is random numbers. The last
+token of a tile uses the tile's selection; one token in 128 makes it and takes longer. The last of
+these T completes one of NSA's blocks, as one token in 16 does. A kind's peer is full attention of
+its own sort: gqa for NSA and MoBA, absorbed mla for DSA. A kind pays from the first length at
+which, and from which on, it is faster.
 
-Memory is what a prefill allocates at its peak, by torch's own record of every allocation, and what its cache holds.
+Memory is the peak that a prefill allocates, by torch's own record of every allocation, and the size
+of its cache.
 """
 
 import argparse
@@ -49,7 +52,10 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 
 @dataclass(frozen=True)
 class Kind:
-    """`build(options)` is one layer's attention; `peer` names the full attention that it is held against."""
+    """One kind of attention.
+
+    `build(options)` returns one layer; `peer` names the full attention that it is compared with.
+    """
 
     build: Callable[[argparse.Namespace], GQA | MLA]
     peer: str
@@ -60,7 +66,10 @@ def gqa(options: argparse.Namespace) -> GQAConfig:
 
 
 def mla(options: argparse.Namespace) -> MLAConfig:
-    """DeepSeek's widths a head; but for the rotary one, which an indexer of 32 must hold."""
+    """Returns an MLA config with DeepSeek's widths per head.
+
+    Only the rotary width differs, since an indexer of 32 must contain it.
+    """
     return MLAConfig(
         heads=options.heads,
         q_lora_rank=384,
@@ -72,7 +81,7 @@ def mla(options: argparse.Namespace) -> MLAConfig:
 
 
 def nsa(choice: Choice) -> Callable[[argparse.Namespace], GQA | MLA]:
-    """The paper's sizes."""
+    """Returns a builder of NSA with the paper's sizes."""
 
     def build(options: argparse.Namespace) -> GQA | MLA:
         config = NSAConfig(chosen=options.chosen, window=options.window, choice=choice)
@@ -106,7 +115,7 @@ KINDS = {
 
 
 def placed(attention: GQA | MLA, time: int, past: Past, cache: Any = None) -> Context:
-    """The context of a call, which a model makes once for all layers."""
+    """Returns the context of a call, which a model makes once for all layers."""
     ctx = context(1, time, "cpu", past=past, rope=(ROPE, attention.rope_dim))
     return ctx if cache is None else ctx.for_block(BlockCache(cache))
 
@@ -119,7 +128,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "
 
 
 class Known(nn.Module):
-    """A projection of one token whose result is known."""
+    """Replaces the projection of one token by a fixed result."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -130,7 +139,7 @@ class Known(nn.Module):
 
 
 def bare(attention: GQA | MLA) -> GQA | MLA:
-    """The same layer without the time of its projections."""
+    """Returns the same layer without the time of its projections."""
     found = copy.copy(attention)
     widths = {
         name: getattr(attention, name).out_features
@@ -142,7 +151,7 @@ def bare(attention: GQA | MLA) -> GQA | MLA:
 
 
 class Runner:
-    """A layer of one kind, called in one of three ways."""
+    """Calls a layer of one kind in one of three ways."""
 
     def __init__(self, kind: Kind, options: argparse.Namespace, length: int):
         torch.manual_seed(0)
@@ -163,7 +172,7 @@ class Runner:
         self.warm = True
 
     def fill(self) -> None:
-        """A cache of T - 1 tokens."""
+        """Fills the cache with T - 1 tokens."""
         if self.warm:
             self.cache.crop(1)
             self.past.crop(1)
@@ -197,7 +206,7 @@ class Runner:
 
 
 def held(cache: Any) -> Iterator[Appended | Recent]:
-    """Every container of a layer's cache, those within others too."""
+    """Yields every container of a layer's cache, including nested ones."""
     if isinstance(cache, (Appended, Recent)):
         yield cache
     elif cache is not None and not isinstance(cache, (int, torch.Tensor)):
@@ -206,7 +215,7 @@ def held(cache: Any) -> Iterator[Appended | Recent]:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Of the tokens seen; room kept for more is not counted."""
+    """Counts the cache's bytes for the tokens seen, without space reserved for more."""
     total = 0
     for part in held(cache):
         if part.buffer is not None:
@@ -216,11 +225,12 @@ def cache_bytes(cache: Any) -> int:
 
 
 def peak_bytes(run: Callable[[], None]) -> int:
-    """The most that is allocated at a time while `run` runs, above what was before."""
+    """Returns the most bytes allocated at one time by `run`, above what was allocated before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         run()
     assert record.profiler is not None and record.profiler.kineto_results is not None
-    events = record.profiler.kineto_results.events()  # events() sums them up by operation
+    # The profile's own events() sums the events up by operation.
+    events = record.profiler.kineto_results.events()
     changes = sorted(
         (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
     )
@@ -232,7 +242,7 @@ def peak_bytes(run: Callable[[], None]) -> int:
 
 
 def timed(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each; they take turns."""
+    """Returns the median seconds of each; they take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -243,12 +253,13 @@ def timed(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
 
 
 def measure(options: argparse.Namespace, length: int) -> list[dict[str, Any]]:
-    """A row for each kind and phase."""
+    """Returns one result for each kind and phase."""
     runners = {name: Runner(KINDS[name], options, length) for name in options.kinds}
     found: dict[str, dict[str, float]] = {}
     memory: dict[str, int] = {}
     if "prefill" in options.phases:
-        if length <= options.memory_up_to:  # first, so that they are warm
+        # Memory is measured first, so that the layers are warmed up before they are timed.
+        if length <= options.memory_up_to:
             memory = {name: peak_bytes(runner.prefill) for name, runner in runners.items()}
         rounds = max(1, options.rounds * 1024 // length)
         found["prefill"] = timed({name: runner.prefill for name, runner in runners.items()}, rounds)
@@ -272,9 +283,13 @@ def measure(options: argparse.Namespace, length: int) -> list[dict[str, Any]]:
 
 
 def pays(rows: list[dict[str, Any]]) -> dict[str, dict[str, int | None]]:
-    """{phase: {kind: the length from which on it is the faster; None where it is not at the longest}}."""
+    """Returns {phase: {kind: the length from which on it is the faster}}.
+
+    The length is None where the kind is not faster at the longest.
+    """
     found: dict[str, dict[str, int | None]] = {}
-    for row in rows:  # lengths ascend
+    # The lengths ascend.
+    for row in rows:
         if row["times_full"] is not None and KINDS[row["kind"]].peer != row["kind"]:
             of_phase = found.setdefault(row["phase"], {})
             since = of_phase.get(row["kind"])
@@ -285,7 +300,10 @@ def pays(rows: list[dict[str, Any]]) -> dict[str, dict[str, int | None]]:
 
 
 def tables(rows: list[dict[str, Any]], options: argparse.Namespace) -> Iterator[str]:
-    """Lines: for each phase what each kind takes at each length, and how much of its peer's time that is saved."""
+    """Yields lines of text with the time and memory of each kind, by phase and length.
+
+    The number behind a time is how many times as fast as its peer the kind is.
+    """
     for phase in options.phases:
         every = [row for row in rows if row["phase"] == phase]
         yield f"{phase}: milliseconds (times as fast as full attention of its sort)"

@@ -1,22 +1,26 @@
-"""What tables must show, each bar beside what was measured here.
+"""Measures what tables must achieve, and prints each bar beside the measured value.
 
     OMP_NUM_THREADS=2 python benchmarks/tables.py --folder /mnt/disk
 
-host         recall from host memory against torch.index_select(out=), rows of 64 to 4,096 bytes; batches of 65,536 rows
-             against F.embedding
-ids          the check of row ids, as a share of the gather that it guards
-verify       bytes a second of one core over a table that the system holds
-cold         rows a second from a file that the system was told to forget, in batches of 12,000 of 264 bytes
-generation   tokens a second with two tables resident, in host memory, on the disk warm and cold, with and without
-             prefetch, for one sequence and for several at once; all must say the same ids. Cold: the system is told to
-             forget the files before every step. Without prefetch each layer reads when its turn comes
-training     a step of a small model whose rows learn on the disk, against the same step with a resident table
-limit        a process that may have only a quarter of its table's bytes in memory says the same ids as one that has
-             all, and cannot load that table
-refusals     the tests of parity over 1e6 rows and 64 generations, of 1,000 mutated files, of 10,000 batches of bad ids,
-             and of 50 files cut, replaced or unlinked while serving: how many fail, of how many
+    host         lookup from host memory against torch.index_select(out=), rows of 64 to 4,096
+                 bytes; batches of 65,536 rows against F.embedding
+    ids          the check of row ids, as a share of the gather that it guards
+    verify       bytes per second of one core over a table in the page cache
+    cold         rows per second from a file dropped from the page cache, in batches of 12,000 of
+                 264 bytes
+    generation   tokens per second with two tables resident, in host memory, on the disk warm and
+                 cold, with and without prefetch, for one sequence and for several at once; all
+                 must generate the same ids. Cold: the files are dropped from the page cache before
+                 every step. Without prefetch each layer reads when it runs
+    training     a step of a small model whose rows learn on the disk, against the same step with a
+                 resident table
+    limit        a process that may have only a quarter of its table's bytes in memory generates the
+                 same ids as one that has all, and cannot load that table
+    refusals     the tests of parity over 1e6 rows and 64 generations, of 1,000 mutated files, of
+                 10,000 batches of bad ids, and of 50 files cut, replaced or unlinked while serving:
+                 how many fail, of how many
 
-Rounds are interleaved, medians are told. `--only` names the parts to run.
+Rounds are interleaved, medians are printed. `--only` names the parts to run.
 """
 
 import argparse
@@ -64,7 +68,7 @@ class Shown(NamedTuple):
 
 
 def interleaved(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, after one round to warm up."""
+    """Returns the median seconds of each, after one warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):
         for name, step in steps.items():
@@ -106,15 +110,17 @@ def host(options: argparse.Namespace) -> list[Shown]:
 
 
 def ids(options: argparse.Namespace) -> list[Shown]:
-    """What a gather takes longer when its ids are checked first; they were written just before, as hashes are."""
+    """Measures how much longer a gather takes when its ids are checked first.
+
+    The ids were written just before, as hashes are.
+    """
     values = torch.randn(max(BATCH, options.host_bytes // 256), 64)
     hashed, out = torch.randint(len(values), (BATCH,)), torch.empty(BATCH, 64)
     wanted = torch.empty_like(hashed)
     spans: dict[bool, list[float]] = {False: [], True: []}
     for turn in range(10 * options.rounds):
-        for check in (
-            (False, True) if turn % 2 else (True, False)
-        ):  # who comes second has more in the caches, or less
+        # The second of a pair has more in the caches, or less, so they take turns.
+        for check in (False, True) if turn % 2 else (True, False):
             wanted.copy_(hashed)
             began = time.perf_counter()
             if check:
@@ -186,7 +192,10 @@ def generation(options: argparse.Namespace, folder: Path) -> list[Shown]:
 
 
 def training(options: argparse.Namespace, folder: Path) -> list[Shown]:
-    """Both from the same seed on the same batches; the losses must be the same."""
+    """Times a training step with resident rows and with rows on the disk.
+
+    Both models have the same seed and the same batches; the losses must be equal.
+    """
     per_head = options.rows // 16
     shape = ModelConfig(
         dim=options.train_dim,
@@ -240,7 +249,8 @@ def step_of(model: LanguageModel, optimizer: Optimizer, tokens: int) -> Callable
     return step
 
 
-# Run by itself: which ids a model says whose table is on the disk, within memory that cannot hold it.
+# A process of its own prints the ids that a model generates whose table is on the disk. Its memory
+# may be limited to less than the table.
 CHILD = """
 import json, resource, sys
 import torch

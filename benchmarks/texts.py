@@ -1,8 +1,10 @@
-"""Hostile files, one corpus each -> how each ended: read, counted in `.skipped`, or refused with a ValueError.
+"""Soaks the corpus reader with hostile files and counts how each ends.
+
+A file is read, counted in `.skipped`, or refused with a ValueError; each is a corpus of its own.
 
     python benchmarks/texts.py --files 1000
 
-Any other exception, and any file that gives neither text nor reason, is lost; expected are none.
+Any other exception, and any file that gives neither text nor reason, is lost; none is expected.
 """
 
 import argparse
@@ -38,7 +40,7 @@ def text(rng: random.Random, length: int = 400) -> bytes:
 
 
 def scratched(data: bytes, rng: random.Random) -> bytes:
-    """Cut at a random place or whole, some bytes overwritten."""
+    """Returns the data with some bytes overwritten, whole or cut at a random place."""
     found = bytearray(data[: rng.choice((len(data), rng.randrange(len(data)) + 1))])
     for place in rng.choices(range(len(found)), k=rng.randint(0, 4)):
         found[place] = rng.randrange(256)
@@ -75,20 +77,21 @@ KINDS: dict[str, tuple[str, Callable[[random.Random], bytes]]] = {
 
 
 def ending(path: Path) -> str:
-    """How reading the file ends: "read", "skipped", "refused", or "lost: why"."""
+    """Returns how reading the file ends: "read", "skipped", "refused", or "lost: why"."""
     try:
         corpus = open_corpus(str(path))
         read = sum(1 for document in corpus.documents() if document.strip())
     except ValueError as error:
         clear = path.name in str(error) or corpus.skipped
         return "refused" if clear and "expected" in str(error) else f"lost: unclear {error!r}"
-    except Exception as error:  # whatever else it is, is what is looked for
+    # Any other exception is what this benchmark searches for.
+    except Exception as error:
         return f"lost: {error!r}"
     return "skipped" if corpus.skipped else "read" if read else "lost: neither text nor reason"
 
 
 def soak(files: int) -> dict[str, Counter[str]]:
-    """How the files of each kind ended."""
+    """Counts how the files of each kind end."""
     rng, found = random.Random(0), {kind: Counter[str]() for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         for number, (kind, (suffix, make)) in zip(

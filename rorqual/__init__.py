@@ -1,6 +1,6 @@
-"""A name that a user needs in -> the object out, loaded when first asked for.
+"""Sparse language models: experts, conditional memory and sparse attention.
 
-`import rorqual` itself loads neither torch nor a room.
+The public names are loaded on first use; `import rorqual` itself loads neither torch nor a module.
 """
 
 import importlib
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from rorqual.serve.generate import load as load
     from rorqual.train.config import TrainConfig as TrainConfig
 
-# a room's own name stays the room, since importing it puts it here: rq.costs.costs(config), rq.presets.PRESETS
+# A module's own name stays the module, since importing a module sets it as an attribute of this
+# package: rq.costs.costs(config), rq.presets.PRESETS.
 _HOMES = {
     "costs": "rorqual.costs:",
     "presets": "rorqual.presets:",
@@ -48,9 +49,8 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'rorqual' has no attribute {name!r}")
-    if (
-        name == "load"
-    ):  # whoever loads our models in Python may go on with transformers' Auto classes
+    # A program that loads our models may use transformers' Auto classes afterwards.
+    if name == "load":
         importlib.import_module("rorqual.hub.auto")
     module, _, attribute = _HOMES[name].partition(":")
     loaded = importlib.import_module(module)

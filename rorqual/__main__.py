@@ -1,4 +1,4 @@
-"""`python -m rorqual` in -> what the command `rorqual` does out."""
+"""Runs the command `rorqual` for `python -m rorqual`."""
 
 import sys
 

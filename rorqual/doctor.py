@@ -1,6 +1,7 @@
-"""This machine -> what runs here, on which kernels, and what is missing.
+"""Reports what runs on this machine, on which kernels, and what is missing.
 
-report = versions, cores, memory, devices, kernels, checks        a check that failed says what mends it
+The report has versions, cores, memory, devices, kernels and checks; a failed check has a hint how
+to fix it.
 """
 
 import importlib.metadata
@@ -22,13 +23,13 @@ from rorqual.hints import install
 from rorqual.model import LanguageModel
 from rorqual.model_config import EngramConfig, ModelConfig, MoEConfig
 
-BROUGHT = ("lm-eval",)  # used where the user has it; no extra of ours brings it
+BROUGHT = ("lm-eval",)  # used where the user has installed it; no extra of ours does
 BUNDLES = ("all", "dev")  # extras made of the others, or for work on rorqual itself
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """One thing looked at. `state`: "ok", "missing" (optional) or "wrong" (something will not work)."""
+    """One check. `state`: "ok", "missing" (optional) or "wrong" (something will not work)."""
 
     name: str
     state: str
@@ -38,7 +39,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What `rorqual doctor` prints; `to_dict` is its --json."""
+    """The output of `rorqual doctor`; `to_dict` is its --json."""
 
     rorqual: str
     python: str
@@ -48,13 +49,11 @@ class Report:
     memory_bytes: int
     disk_free_bytes: int
     devices: tuple[str, ...]
-    kernels: dict[
-        str, dict[str, Any]
-    ]  # by name and twin: True, or the reason why it does not run here
-    kernels_picked: dict[
-        str, str
-    ]  # by name: the twin that a call takes now, "reference", or "" where asking fails
-    kernels_asked: str  # what the environment asks for; "" leaves the choice to us
+    # by function and kernel: True, or the reason why it does not run here
+    kernels: dict[str, dict[str, Any]]
+    # by function: the kernel that a call takes now, "reference", or "" where the choice fails
+    kernels_picked: dict[str, str]
+    kernels_asked: str  # the environment's choice of kernels; "" leaves it to rorqual
     checks: tuple[Check, ...]
 
     @property
@@ -66,7 +65,7 @@ class Report:
 
 
 def examine(folder: str | Path = ".") -> Report:
-    """Look at everything; `folder` is where runs would be written."""
+    """Examines this machine; `folder` is where runs would be written."""
     picked = {name: _picked(name) for name in kernels.TWINS}
     return Report(
         rorqual=_version("rorqual") or "not installed (run from source)",
@@ -93,11 +92,12 @@ def examine(folder: str | Path = ".") -> Report:
 
 
 def lines(report: Report) -> list[str]:
-    """The report as text, one thing a line, what is wrong last and with its mend."""
+    """Formats the report as text, one item per line; failures come last, with their hints."""
     gib = 2**30
     head = [
         f"rorqual {report.rorqual}, Python {report.python}, {report.system}",
-        f"{report.cores} cores, {report.threads} threads, {report.memory_bytes / gib:.1f} GiB of memory, "
+        f"{report.cores} cores, {report.threads} threads, "
+        f"{report.memory_bytes / gib:.1f} GiB of memory, "
         f"{report.disk_free_bytes / gib:.1f} GiB free on disk",
         f"devices: {', '.join(report.devices)}",
     ]
@@ -124,11 +124,14 @@ def _version(distribution: str) -> str | None:
 
 
 def _reference() -> None:
-    """Stands for the layer's own function when asking which twin would take its place."""
+    """Placeholder for the layer's own function when a kernel is chosen."""
 
 
 def _picked(name: str) -> tuple[str, str]:
-    """What `kernels.pick` takes on this process's device, and "", or "" and why it refuses."""
+    """Returns what `kernels.pick` chooses on this process's device, and "".
+
+    Where it refuses, returns "" and the reason.
+    """
     try:
         chosen = kernels.pick(name, _reference, runtime.device())
     except ValueError as error:
@@ -152,7 +155,11 @@ def _kernels(picked: dict[str, tuple[str, str]]) -> Check:
 
 
 def memory() -> int:
-    """Bytes of memory this process may use: the machine's, or its control group's limit if that is lower."""
+    """Returns the bytes of memory that this process may use.
+
+    That is the machine's memory, or its control group's limit if that is lower; 0 where it is
+    unknown.
+    """
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -166,7 +173,8 @@ def memory() -> int:
 
 def _devices() -> list[str]:
     found = [
-        f"cpu ({platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+        f"cpu ({platform.processor() or platform.machine()}, "
+        f"{torch.backends.cpu.get_cpu_capability()})"
     ]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -177,7 +185,7 @@ def _devices() -> list[str]:
 
 
 def _wanted() -> list[tuple[str, str | None]]:
-    """(distribution, the extra that brings it or None) of all that rorqual's own metadata names."""
+    """Returns (distribution, its extra or None) of all that rorqual's own metadata names."""
     found = []
     for line in importlib.metadata.requires("rorqual") or ():
         word, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"]([\w-]+)", line)
@@ -211,7 +219,10 @@ def _packages() -> list[Check]:
 
 
 def _package(distribution: str, otherwise: str, mend: str) -> Check:
-    """`otherwise` is the state where it is not installed, `mend` the command that installs it."""
+    """Checks one distribution.
+
+    `otherwise` is the state where it is not installed, `mend` the command that installs it.
+    """
     version = _version(distribution)
     if version is not None:
         return Check(name=distribution, state="ok", found=version)
@@ -271,7 +282,7 @@ def _disk(folder: str | Path) -> Check:
 
 @contextmanager
 def _asking(text: str) -> Iterator[None]:
-    """The environment's choice of kernels is `text` inside."""
+    """Sets the environment's choice of kernels to `text` for a `with` block."""
     before = os.environ.get(kernels.VARIABLE)
     os.environ[kernels.VARIABLE] = text
     try:
@@ -284,7 +295,10 @@ def _asking(text: str) -> Iterator[None]:
 
 
 def _arithmetic() -> Check:
-    """A small model with experts and Engram says the same twice, to the last bit, and the same as by the references."""
+    """Checks that a small model with experts and Engram computes correctly.
+
+    Two runs must agree to the last bit, and with the references to a tolerance.
+    """
     engram = EngramConfig(layers=(0,), rows_per_head=(31, 31), heads=2, head_dim=8)
     moe = MoEConfig(routed=8, active=2, width=16)
     model = LanguageModel(

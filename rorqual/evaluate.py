@@ -1,9 +1,10 @@
-"""A model, and text or tasks -> scores.
+"""Scores a model on text or on tasks.
 
-    nats a token = - sum of ln p(token | what came before it in its document) / tokens
-    bits a byte  = the same sum / ln 2 / bytes of UTF-8 text                 comparable between tokenizers
+    nats per token = - sum of ln p(token | the tokens before it in its document) / tokens
+    bits per byte  = the same sum / ln 2 / bytes of UTF-8 text     comparable between tokenizers
 
-Every token of a document is foretold once, its end included; a document longer than the window is read in windows.
+Every token of a document is predicted once, its end included; a document that is longer than the
+window is read in windows.
 """
 
 import itertools
@@ -29,7 +30,7 @@ SPLITS = ("validation", "train", "all")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """What a text cost; `tokens` counts each document's end, `bytes` its UTF-8 text alone."""
+    """The loss on a text; `tokens` counts each document's end, `bytes` its UTF-8 text alone."""
 
     nats_per_token: float
     bits_per_byte: float
@@ -48,9 +49,10 @@ def texts(
     column: str = "text",
     within: int | None = None,
 ) -> Iterator[str]:
-    """Documents of a corpus (a name, a file, a folder) that belong to that part of it, at most `limit`.
+    """Returns documents of one part of a corpus (a name, a file, a folder), at most `limit`.
 
-    The parts are those of training. `within`: the corpus ends after so many documents, as a training's `data.limit`.
+    The parts are those of training. `within`: the corpus ends after so many documents, as with a
+    training's `data.limit`.
     """
     if part not in SPLITS:
         raise ValueError(f"split: got {part!r}, expected one of {', '.join(SPLITS)}")
@@ -68,9 +70,9 @@ def score(
     length: int = 512,
     rows: int = 8,
 ) -> Score:
-    """The loss over documents, packed into rows of `length` tokens that never see each other's documents.
+    """Measures the loss over documents, packed into sequences of `length` tokens.
 
-    ValueError where there are none.
+    Attention never crosses a document boundary. ValueError where there are no documents.
     """
     if length < 1 or rows < 1:
         raise ValueError(f"got length={length} and rows={rows}, expected at least 1 of each")
@@ -81,7 +83,8 @@ def score(
         tokens += int((labels != IGNORED).sum())
     if not counted.documents:
         raise ValueError(
-            "got no document to evaluate on, expected at least one (try --split all, or a larger corpus)"
+            "got no document to evaluate on, expected at least one "
+            "(try --split all, or a larger corpus)"
         )
     return Score(
         nats_per_token=nats / tokens,
@@ -96,7 +99,7 @@ def score(
 
 @dataclass(slots=True)
 class Counted:
-    """How much text has gone by."""
+    """Counts the documents and bytes that pass through it."""
 
     documents: int = 0
     bytes: int = 0
@@ -111,7 +114,10 @@ class Counted:
 def pack(
     documents: Iterable[str], tokenizer: Tokenizer, *, length: int, rows: int
 ) -> Iterator[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"], Int[Tensor, "B T"]]]:
-    """(ids, labels, documents), each [at most rows, length]; the last row ends in padding that is no target."""
+    """Yields (ids, labels, documents), each [at most rows, length].
+
+    The last sequence ends in padding, which is no target.
+    """
     line: list[tuple[int, int, int]] = []  # id, label, document
     batch: list[list[tuple[int, int, int]]] = []
     for number, document in enumerate(documents):
@@ -141,7 +147,7 @@ def nats_of(
     labels: Int[Tensor, "B T"],
     documents: Int[Tensor, "B T"],
 ) -> float:
-    """Summed nats of the labels, without balance or MTP losses."""
+    """Returns the summed nats of the labels, without balance or MTP losses."""
     device = next(model.parameters()).device
     hidden: Float[Tensor, "B T D"] = model.hidden(ids.to(device), documents=documents.to(device))[0]
     normed = model.norm(hidden).flatten(0, 1)
@@ -151,9 +157,10 @@ def nats_of(
 def tasks(
     model: LanguageModel, tokenizer: Tokenizer, names: list[str], *, limit: int | None = None
 ) -> dict[str, Any]:
-    """Scores of EleutherAI's evaluation harness, by task: {task: {metric: value}}. A name may be a YAML file.
+    """Runs tasks of EleutherAI's evaluation harness: {task: {metric: value}}.
 
-    ValueError where the harness is not installed or a task is unknown to it.
+    A name may be a YAML file. ValueError where the harness is not installed or does not have a
+    task.
     """
     try:
         import lm_eval
@@ -164,10 +171,9 @@ def tasks(
         hint = "pip install datasets evaluate sacrebleu tenacity; pip install --no-deps lm-eval"
         raise ValueError(f"tasks need the evaluation harness, got no {missing}: {hint}") from error
 
+    # Reading the thousands of tasks of the harness takes many seconds.
     own = all(Path(name).is_file() for name in names)
-    manager = TaskManager(
-        include_defaults=not own
-    )  # reading the thousands that it brings takes many seconds
+    manager = TaskManager(include_defaults=not own)
     unknown = [name for name in names if name not in manager.all_tasks and not Path(name).is_file()]
     if unknown:
         raise ValueError(

@@ -1,14 +1,17 @@
-"""A run -> a live page: what each token reads, trusts, takes and foretells, and what an edit of its memory changes.
+"""Serves a page that shows what a run reads and predicts, and what an edit of its memory changes.
 
     GET  /            explore.html, which loads nothing else
     GET  /api/model   its sizes, and which parts it has
-    POST /api/read    {text}                         tokens, n-grams, rows, gates, experts, predictions
-    POST /api/edit    {text, token, order, source}   rows of the n-gram that ends at `token`: zeroed, or those that the
-                                                     last n-gram of `source` reads
-    POST /api/undo    {all}                          the last edit, or every one
+    POST /api/read    {text}
+                      tokens, n-grams, rows, gates, experts, predictions
+    POST /api/edit    {text, token, order, source}
+                      sets rows of the n-gram that ends at `token` to zero, or to those that the
+                      last n-gram of `source` reads
+    POST /api/undo    {all}
+                      undoes the last edit, or every one
 
-It listens on this machine alone and takes JSON alone, so that a page of another site cannot use it. Edits end with the
-process: the run's folder is never written.
+The server listens on this machine alone and takes JSON alone, so that a page of another site cannot
+use it. Edits end with the process: the run's folder is never written.
 """
 
 import socket
@@ -43,32 +46,35 @@ from rorqual.serve.generate import Run, load
 from rorqual.serve.protocol import body
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
-NAMES = ("127.0.0.1", "localhost", "[::1]")  # the same as a browser writes them
-LARGEST = 1 << 20  # bytes of a request
-MOST = 512  # tokens of a text
+NAMES = ("127.0.0.1", "localhost", "[::1]")  # the same, as a browser writes them
+LARGEST = 1 << 20  # most bytes of a request
+MOST = 512  # most tokens of a text
 BEST = 8  # predictions of each kind that are shown
 ALIKE = 12  # other tokens of the same canonical id that are shown
 _PAGE = Path(__file__).with_name("explore.html")
 _POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # which the first does not speak of
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; "
+    # default-src does not cover these three.
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExploreConfig:
-    """Which run is shown, and where."""
+    """Which run is shown, and where the page is served."""
 
     run: str  # a run folder, a DeepSeek folder or a hub id
     host: str = "127.0.0.1"
     port: int = 8765  # 0: any that is free
-    open: bool = False  # in the browser
+    open: bool = False  # open the page in the browser
     device: str = "auto"
 
     def __post_init__(self) -> None:
         if self.host not in LOCAL:
             raise ValueError(
-                f"host: got {self.host!r}, expected {' or '.join(LOCAL)}: who reaches the page can edit the memory, so "
+                f"host: got {self.host!r}, expected {' or '.join(LOCAL)}: "
+                "who reaches the page can edit the memory, so "
                 "other machines are kept out (an ssh tunnel lets you in)"
             )
         if not 0 <= self.port < 2**16:
@@ -77,7 +83,7 @@ class ExploreConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Read:
-    """A text to be read."""
+    """A request to read a text."""
 
     text: str = ""
 
@@ -88,43 +94,49 @@ class Read:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """The rows of the n-gram of `order` that ends at token `token` of `text`, 0 being the start of the document."""
+    """A request to edit the rows of the n-gram of `order` that ends at token `token` of `text`.
+
+    Token 0 is the start of the document.
+    """
 
     text: str = ""
     token: int = -1
     order: int = 2
-    source: str | None = None  # put in the rows that this text's last n-gram reads; None: zeros
+    source: str | None = None  # the text whose last n-gram's rows are copied; None: zeros
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Undo:
-    """Takes back the last change, or all."""
+    """A request to undo the last change, or all."""
 
     all: bool = False
 
 
 class Pass(NamedTuple):
-    """What one forward showed of a text."""
+    """Results of one forward pass over a text."""
 
     logs: Float[Tensor, "T V"]  # log-probabilities
-    gates: list[Float[Tensor, "T S"]]  # of each block that remembers
+    gates: list[Float[Tensor, "T S"]]  # of each block with Engram
     routings: list[Routing]
 
 
 class Explorer:
-    """A run under the glass: reads texts, and keeps the edits of its memory. Calls may come from several threads."""
+    """Reads texts with a run, and keeps the edits of its memory.
+
+    Calls may come from several threads.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run, self.model, self.tokenizer = run, run.model, run.tokenizer
         self.engram = run.config.engram
         self.name = run.folder.resolve().name if run.folder is not None else "a model in memory"
         self.editor = Editor(self.model, self.tokenizer) if self.engram is not None else None
-        self.changes: list[str] = []  # each an edit in every block that remembers
+        self.changes: list[str] = []  # each is an edit in every block with Engram
         self._lock = threading.RLock()
         self._known = min(run.config.vocabulary, self.tokenizer.vocabulary)
 
     def describe(self) -> dict[str, Any]:
-        """Sizes and parts, for the page's head."""
+        """Returns sizes and parts of the model, for the page's head."""
         config, engram = self.run.config, self.engram
         experts = [i for i in range(config.layers) if config.has_experts(i)]
         parts = ("mla", "gqa", "nsa", "moba", "dsa", "moe", "engram", "hyper", "mtp")
@@ -149,7 +161,10 @@ class Explorer:
         }
 
     def read(self, ask: Read) -> dict[str, Any]:
-        """Everything the page shows of a text; position 0 is the start of the document."""
+        """Returns everything that the page shows of a text.
+
+        Position 0 is the start of the document.
+        """
         ids = self._ids(ask.text)
         with self._lock:
             now = self._forward(ids)
@@ -178,7 +193,7 @@ class Explorer:
             }
 
     def standing(self) -> list[dict[str, Any]]:
-        """The changes, oldest first, and the rows of each block that each one holds."""
+        """Returns the changes, oldest first, and the rows of each block that each one edited."""
         if self.editor is None or self.engram is None:
             return []
         rows = [edit.rows.tolist() for edit in self.editor.edits]
@@ -189,12 +204,16 @@ class Explorer:
         ]
 
     def edit(self, ask: Change) -> dict[str, Any]:
-        """Zeroes rows or overwrites them, in every block that remembers. ValueError for what cannot be edited."""
+        """Sets rows to zero or overwrites them, in every block with Engram.
+
+        ValueError for what cannot be edited.
+        """
         if self.editor is None or self.engram is None:
             raise ValueError("edit: got a model without Engram, expected one with memory")
         if not 2 <= ask.order <= self.engram.ngram:
             raise ValueError(
-                f"order: got {ask.order}, expected 2..{self.engram.ngram}, the lengths of its n-grams"
+                f"order: got {ask.order}, expected 2..{self.engram.ngram}, "
+                "the lengths of its n-grams"
             )
         ids = self._ids(Read(text=ask.text).text)
         if not 0 <= ask.token < len(ids):
@@ -223,7 +242,7 @@ class Explorer:
             return {"edits": self.standing()}
 
     def undo(self, ask: Undo) -> dict[str, Any]:
-        """ValueError where nothing was edited."""
+        """Undoes the last change or all; ValueError where nothing was edited."""
         with self._lock:
             if self.editor is None or self.engram is None or not self.changes:
                 raise ValueError("undo: got nothing to take back, expected an edit before it")
@@ -261,7 +280,10 @@ class Explorer:
         return torch.tensor([ids], device=self.model.embed.weight.device)
 
     def _ngram(self, ids: list[int], place: int, order: int) -> list[int]:
-        """The ids of the n-gram that ends at `place`; before the document stand pads, as Engram reads them."""
+        """Returns the ids of the n-gram that ends at `place`.
+
+        Positions before the document are filled with the id that Engram uses there.
+        """
         assert self.engram is not None
         return ([self.engram.missing_id] * order + ids[: place + 1])[-order:]
 
@@ -281,17 +303,23 @@ class Explorer:
         return found
 
     def _ngrams(self, ids: list[int]) -> list[list[str]]:
-        """For each token its n-grams in words, shortest first; what lies before the document is left out."""
+        """Returns each token's n-grams as text, shortest first.
+
+        Positions before the document are left out.
+        """
         orders = range(2, self.engram.ngram + 1) if self.engram is not None else ()
         return [[self._words(ids, place, order) for order in orders] for place in range(len(ids))]
 
     def _words(self, ids: list[int], place: int, order: int) -> str:
-        """The n-gram that ends at `place`; one that reaches back to the start of the document says so."""
+        """Returns the n-gram that ends at `place` as text; it marks the start of the document."""
         text = "".join(self.tokenizer.token(i) for i in ids[max(1, place - order + 1) : place + 1])
         return "“" + ("⟨start⟩" if place < order else "") + text.replace("\n", "⏎") + "”"
 
     def _predictions(self, kinds: Mapping[str, Float[Tensor, "T V"]]) -> list[list[dict[str, Any]]]:
-        """After each token the best of every kind, with its probability in all of them; likeliest now first."""
+        """Returns the best predictions of every kind after each token.
+
+        Each has its probability in all kinds; the likeliest with the present memory is first.
+        """
         best = [logs.topk(min(BEST, logs.shape[1])).indices for logs in kinds.values()]
         ids = torch.cat(best, -1)  # [T, kinds * BEST]
         chances = torch.stack([logs.gather(1, ids).exp() for logs in kinds.values()], -1)
@@ -309,7 +337,7 @@ class Explorer:
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:
-        """The memory as it was before every edit, for a `with` block."""
+        """Restores the memory as it was before every edit, for a `with` block."""
         assert self.editor is not None and self.engram is not None
         tables, held = (
             dict(zip(self.engram.layers, self.model.tables.parameters(), strict=True)),
@@ -331,7 +359,7 @@ def _column(ids: list[int], like: Tensor) -> Int[Tensor, "T 1"]:
 
 
 def _effect(now: Float[Tensor, "T V"], without: Float[Tensor, "T V"]) -> Float[Tensor, " T"]:
-    """How far the memory, or its edits, moved what follows each token: KL(now || without), nats."""
+    """Returns how far the memory, or its edits, moved each prediction: KL(now || without), nats."""
     return (now.exp() * (now - without)).sum(-1).clamp_min(0.0)
 
 
@@ -343,7 +371,7 @@ def _round(values: Tensor) -> Any:
 
 
 def _experts(routing: Routing) -> list[list[dict[str, Any]]]:
-    """Of every token the experts it took, heaviest first."""
+    """Returns the experts that each token selected, heaviest first."""
     rows = zip(routing.chosen[0].tolist(), routing.weights[0].float().tolist(), strict=True)
     return [
         [
@@ -356,7 +384,7 @@ def _experts(routing: Routing) -> list[list[dict[str, Any]]]:
 
 
 def app(run: Run) -> Starlette:
-    """The ASGI application of a run."""
+    """Returns the ASGI application of a run."""
     explorer = Explorer(run)
     page = _PAGE.read_text(encoding="utf-8")
 
@@ -401,7 +429,10 @@ def _object(found: Any) -> dict[str, Any]:
 
 
 def main(config: ExploreConfig) -> None:
-    """Shows the page until interrupted. ValueError for a port that is taken, and whatever `load` refuses."""
+    """Serves the page until interrupted.
+
+    ValueError for a port that is taken, and for what `load` refuses.
+    """
     run = load(config.run, device=config.device)
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
@@ -415,8 +446,7 @@ def main(config: ExploreConfig) -> None:
         address = f"http://{host}:{listening.getsockname()[1]}/"
         runtime.log(f"exploring {run!r}")
         runtime.log(f"{address} (ctrl-C ends it; edits are not saved)")
+        # The socket listens already, so the browser waits for the first answer.
         if config.open:
-            webbrowser.open(
-                address
-            )  # it is listening already: the browser waits for the first answer
+            webbrowser.open(address)
         uvicorn.Server(uvicorn.Config(app(run), log_level="warning")).run(sockets=[listening])

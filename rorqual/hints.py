@@ -1,4 +1,4 @@
-"""What to write in place of a wrong name, and what to install in place of a missing module."""
+"""Suggests the right name for a wrong one, and the command that installs a missing module."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,7 +6,10 @@ from pathlib import Path
 
 
 def choose(kind: str, name: str, names: Iterable[str]) -> str:
-    """`name` if it is among `names`, else a ValueError that names the nearest; kind says what it is the name of."""
+    """Returns `name` if it is among `names`; else a ValueError names the nearest.
+
+    `kind` is the kind of thing that the message calls it.
+    """
     known = list(names)
     if name in known:
         return name
@@ -16,7 +19,10 @@ def choose(kind: str, name: str, names: Iterable[str]) -> str:
 
 
 def install(extra: str) -> str:
-    """The pip command that adds an extra to the rorqual that is running: a checkout, or what is installed already."""
+    """Returns the pip command that adds an extra to the rorqual that is running.
+
+    That is a checkout, or what is installed already.
+    """
     checkout = Path(__file__).parents[1]
     if not (checkout / "pyproject.toml").is_file():
         return f"pip install 'rorqual[{extra}]'"

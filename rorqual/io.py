@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all, locks that end with their process, reads and writes at a position.
+"""Writes files whole or not at all, locks files, and reads and writes at a position.
 
-Configs, weights, tokenizers, tables and edits of memory are written through this module, so that a kill or a full disk
-at any moment leaves the file that was there before.
+Configs, weights, tokenizers, tables and edits of memory are written through this module, so that a
+kill or a full disk at any moment leaves the file that was there before. Locks end with their
+process.
 """
 
 import errno
@@ -24,21 +25,19 @@ from safetensors import SafetensorError
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-BINARY = getattr(os, "O_BINARY", 0)  # Windows would translate line ends
+BINARY = getattr(os, "O_BINARY", 0)  # Windows would translate line ends otherwise
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")  # the names of files that are not whole yet
-_ABANDONED = (
-    3600.0  # seconds since a partial file was written to, after which nobody writes it any more
-)
+_ABANDONED = 3600.0  # seconds since its last write, after which a partial file counts as abandoned
+# Some file systems refuse to flush a folder with one of these.
 _NO_FLUSH = (
     errno.EINVAL,
     errno.EACCES,
     errno.EPERM,
     errno.ENOTSUP,
-)  # of folders, on some file systems
+)
 _LONGEST = 50  # characters of a name that its partial file keeps: 200 bytes at most
-_POSITION = (
-    threading.Lock()
-)  # held while a file's position is moved, where it cannot be read at another
+# Held while a file's position is moved, on systems without reads and writes at a given position.
+_POSITION = threading.Lock()
 
 
 class Locked(ValueError):
@@ -47,18 +46,19 @@ class Locked(ValueError):
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a new path beside `path` to write to; when the block ends that file is on the disk under `path`.
+    """Yields a new path beside `path` to write to, and renames it to `path` when the block ends.
 
-    If the block raises, the new file is deleted and what was at `path` stays; a link at `path` is replaced, not
-    followed. The file may be read by whom the umask lets, whatever the library that wrote it prefers. An OSError names
-    `path`, also where safetensors has an error of its own. What a killed process leaves goes when the same path is
-    written an hour later, or by `remove_partial`.
+    The file is on the disk by then. If the block raises, the new file is deleted and what was at
+    `path` stays; a link at `path` is replaced, not followed. The file is readable as the umask
+    allows, whatever the library that wrote it sets. An OSError names `path`, also where safetensors
+    has an error of its own. What a killed process leaves is deleted when the same path is written
+    an hour later, or by `remove_partial`.
     """
     path = Path(path)
     for abandoned in _partial(path.parent, f".{path.name[:_LONGEST]}.", _ABANDONED):
         with suppress(OSError):
             abandoned.unlink()
-    # random, since threads and containers may share a process's number
+    # The name is random, since threads and containers may share a process id.
     beside = path.with_name(f".{path.name[:_LONGEST]}.{secrets.token_hex(8)}.partial")
     try:
         os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -82,20 +82,21 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_partial(folder: Path, age: float = 0.0) -> None:
-    """Deletes what killed processes were writing in `folder`, if nothing was written to it for `age` seconds.
+    """Deletes the files that killed processes were writing in `folder`.
 
-    With an age of 0 it is for the one process that writes there.
+    A file is deleted if nothing was written to it for `age` seconds. An age of 0 is for the only
+    process that writes there.
     """
     for path in _partial(folder, ".", age):
         path.unlink(missing_ok=True)
 
 
 def _partial(folder: Path, prefix: str, age: float) -> list[Path]:
-    """The partial files that begin so and were not written to for `age` seconds."""
+    """Returns the partial files with this prefix that were not written to for `age` seconds."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name.startswith(prefix) and _PARTIAL.fullmatch(path.name):
-            # another process may be done with it meanwhile
+            # Another process may rename or delete it meanwhile.
             with suppress(FileNotFoundError):
                 about = path.lstat()
                 if stat.S_ISREG(about.st_mode) and time.time() - about.st_mtime >= age:
@@ -117,8 +118,8 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 def replace_folder(new: Path, folder: Path) -> None:
     """Renames the folder `new`, whose files it flushes first, to `folder`.
 
-    A folder that is there waits under another name until that is done. `restore_folders` puts it back where a process
-    was killed in between.
+    A folder that is there is kept under another name until that is done. `restore_folders` puts it
+    back where a process was killed in between.
     """
     flush_folder(new)
     replaced = folder.with_name(folder.name + ".replaced")
@@ -131,7 +132,10 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def restore_folders(parent: Path) -> None:
-    """Ends what a killed `replace_folder` began in `parent`. For the one process that writes there."""
+    """Completes or reverts what a killed `replace_folder` began in `parent`.
+
+    It is for the only process that writes there.
+    """
     for replaced in parent.glob("*.replaced"):
         place = replaced.with_suffix("")
         if place.exists():
@@ -142,8 +146,9 @@ def restore_folders(parent: Path) -> None:
 
 def flush(path: Path) -> None:
     """Waits until a file's bytes, or the names in a folder, are on the disk."""
+    # Windows does not open folders.
     if os.name == "nt" and path.is_dir():
-        return  # Windows does not open folders
+        return
     try:
         file = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
         try:
@@ -164,9 +169,10 @@ def flush_folder(folder: Path) -> None:
 
 @contextmanager
 def lock(path: Path, refusal: str, *, timeout: float = 0) -> Iterator[None]:
-    """Holds the lock file `path`, which no other process gets until the block or this process ends.
+    """Holds the lock file `path` until the block or this process ends.
 
-    Locked with the text `refusal` where another has it for longer than `timeout` seconds.
+    No other process gets it until then. Locked, with the text `refusal`, where another holds it for
+    longer than `timeout` seconds.
     """
     held = acquired(path, refusal, timeout=timeout)
     try:
@@ -183,8 +189,11 @@ def acquired(
     thread_local: bool = True,
     error: type[ValueError] = Locked,
 ) -> "BaseFileLock":
-    """Returns the lock that `lock` holds, for those who release it elsewhere, or on another thread."""
-    # it loads asyncio, which takes longer than most commands that only describe a model
+    """Returns the lock that `lock` holds, acquired.
+
+    It is for callers that release it elsewhere, or on another thread.
+    """
+    # filelock loads asyncio, which takes longer than most commands that only describe a model.
     from filelock import FileLock, Timeout
 
     held = FileLock(path, timeout=timeout, thread_local=thread_local)
@@ -205,7 +214,7 @@ def size_and_sha256(path: Path) -> dict[str, Any]:
 
 
 def read_at(file: int, into: memoryview, offset: int) -> int:
-    """Reads from an open file into memory, from byte `offset` on; returns how many bytes there were."""
+    """Reads from an open file into memory, from byte `offset` on; returns the bytes read."""
     if hasattr(os, "preadv"):
         return os.preadv(file, [into], offset)
     with _POSITION:
@@ -216,7 +225,7 @@ def read_at(file: int, into: memoryview, offset: int) -> int:
 
 
 def write_at(file: int, data: memoryview, offset: int) -> int:
-    """Writes to an open file from byte `offset` on; returns how many bytes it took."""
+    """Writes to an open file from byte `offset` on; returns the number of bytes written."""
     if hasattr(os, "pwrite"):
         return os.pwrite(file, data, offset)
     with _POSITION:
@@ -225,7 +234,7 @@ def write_at(file: int, data: memoryview, offset: int) -> int:
 
 
 def write_all_at(file: int, data: bytes | memoryview, offset: int) -> None:
-    """Writes all of it from byte `offset` on, however little the system takes at a time."""
+    """Writes all of the data from byte `offset` on, even if the system takes it in pieces."""
     data = memoryview(data)
     while data:
         done = write_at(file, data, offset)

@@ -1,13 +1,16 @@
-"""A model that remembers, and a text or an n-gram -> what it reads, what the gates said, and edits that can be undone.
+"""Inspects and edits the Engram memory of a model.
 
-    reads(text)          the rows that each token reads, and how far each stream trusts them
-    rows_of(n-gram)      the heads of that order at its last token: the only rows that depend on it all
-    popular, collisions  what a corpus reads most, and which of its n-grams must share a row
-    Editor               suppress, overwrite or transplant the rows of an n-gram; undo takes back the last edit
-    difference           two next-token distributions -> KL(p || q) = sum p ln(p / q), and who moved most
+    reads(text)          the rows that each token reads, and the gate of each stream
+    rows_of(n-gram)      the heads of that order at its last token: the only rows that depend on
+                         all of it
+    popular, collisions  the rows that a corpus reads most, and those that its n-grams share
+    Editor               suppress, overwrite or transplant the rows of an n-gram; undo reverts the
+                         last edit
+    difference           KL(p || q) = sum p ln(p / q) of two next-token distributions, and the
+                         tokens that moved most
 
-A model is ours, or one of transformers that `attach` gave a memory. A row is shared by every n-gram that hashes to it.
-Conditional Memory via Scalable Lookup, section 6, arXiv:2601.07372.
+A model is ours, or one of transformers that `attach` gave a memory. A row is shared by every n-gram
+that hashes to it. Conditional Memory via Scalable Lookup, section 6, arXiv:2601.07372.
 """
 
 import json
@@ -33,19 +36,22 @@ from rorqual.model import LanguageModel
 from rorqual.model_config import EngramConfig
 from rorqual.tables import Table
 
-Ngram = str | Sequence[int]  # text that is 2 to N tokens long, or their ids
+Ngram = str | Sequence[int]  # a text of 2 to N tokens, or their ids
 FORMAT = "rorqual-edits-1"
-_ATTACHED = "rorqual_memory"  # where `attach` puts a memory; its room loads transformers, which is not needed here
-_KEPT = 2**18  # different n-grams of a corpus that are counted; beyond, the rarer are forgotten
+# The attribute in which `attach` stores a memory. Its module is not imported, since it loads
+# transformers, which is not needed here.
+_ATTACHED = "rorqual_memory"
+_KEPT = 2**18  # distinct n-grams counted per order; beyond twice that the rarest are dropped
 _STORED = ("rows", "before", "after")
 _BATCH = 4096  # n-grams hashed at a time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Read:
-    """What one token read. By block: rows [R] (order-major, then head) and gates [S], one a stream.
+    """Rows and gates of one token.
 
-    ngrams: the text that addressed each order's rows, 2 first; shorter where the document had just begun.
+    By block: rows [R] (order-major, then head) and gates [S], one per stream. ngrams: the text that
+    addressed each order's rows, order 2 first; shorter at the beginning of a document.
     """
 
     token: str
@@ -57,7 +63,7 @@ class Read:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Edit:
-    """One change: what stood there before, and what stands there since. `layer` is a block's index."""
+    """One edit: the values before and after it; `layer` is a block's index."""
 
     what: str
     layer: int
@@ -68,7 +74,10 @@ class Edit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """Of two next-token distributions: KL(before || after), nats; (token, before, after), most moved first."""
+    """Difference of two next-token distributions.
+
+    KL(before || after) in nats, and (token, before, after), most moved first.
+    """
 
     kl: float
     movers: list[tuple[str, float, float]]
@@ -76,12 +85,15 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Collisions:
-    """Which n-grams of a corpus share rows in one layer. Two that read alike (one canonical n-gram) count as one."""
+    """N-grams of a corpus that share rows in one layer.
 
-    ngrams: int  # different ones
-    rows: int  # that they read
-    shared: int  # of those, read by more than one
-    worst: list[tuple[int, list[str]]]  # (row, its readers), most readers first
+    Two n-grams that read alike (one canonical n-gram) count as one.
+    """
+
+    ngrams: int  # distinct n-grams
+    rows: int  # rows that they read
+    shared: int  # rows that more than one of them reads
+    worst: list[tuple[int, list[str]]]  # (row, the n-grams that read it), most n-grams first
 
 
 class _Parts(NamedTuple):
@@ -111,13 +123,17 @@ def _parts(model: nn.Module) -> _Parts:
 def _place(config: EngramConfig, layer: int) -> int:
     if layer not in config.layers:
         raise ValueError(
-            f"layer: got {layer}, expected a block that remembers: {', '.join(map(str, config.layers))}"
+            f"layer: got {layer}, "
+            f"expected a block that remembers: {', '.join(map(str, config.layers))}"
         )
     return config.layers.index(layer)
 
 
 def _prompt(model: nn.Module, tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text that begins a document; a transformers model gets what its own tokenizer puts around it."""
+    """Returns the ids of a text that begins a document.
+
+    A transformers model gets the special ids that its own tokenizer adds.
+    """
     if isinstance(model, LanguageModel):
         return [tokenizer.begin_id, *tokenizer.encode(text)]
     return tokenizer.backend.encode(text).ids
@@ -125,13 +141,16 @@ def _prompt(model: nn.Module, tokenizer: Tokenizer, text: str) -> list[int]:
 
 @torch.inference_mode()
 def rows(model: nn.Module, ids: Int[Tensor, "B T"]) -> Int[Tensor, "Lm B T R"]:
-    """Row ids that a whole sequence reads in every Engram layer."""
+    """Returns the row ids that a whole sequence reads in every Engram layer."""
     return _parts(model).addresses(ids, context(ids.shape[0], ids.shape[1], ids.device))
 
 
 @torch.inference_mode()
 def reads(model: nn.Module, tokenizer: Tokenizer, text: str) -> list[Read]:
-    """For each token of a document (its begin id first): what it read, and what the gates said (0 where dead)."""
+    """Returns the rows and gates of each token of a document, its begin id first.
+
+    Gates of dead tokens are 0.
+    """
     config, addresses, _, engrams, device = _parts(model)
     ids = torch.tensor([_prompt(model, tokenizer, text)], device=device)
     if not ids.numel():
@@ -170,7 +189,10 @@ def reads(model: nn.Module, tokenizer: Tokenizer, text: str) -> list[Read]:
 
 
 def ids_of(model: nn.Module, tokenizer: Tokenizer, ngram: Ngram) -> list[int]:
-    """The tokens of an n-gram. ValueError where they are not 2 to N, or no look-back passes them."""
+    """Returns the token ids of an n-gram.
+
+    ValueError where they are not 2 to N, or where one is a dead token, which n-grams do not span.
+    """
     ids, config = (
         tokenizer.encode(ngram) if isinstance(ngram, str) else list(ngram),
         _parts(model).config,
@@ -186,13 +208,19 @@ def ids_of(model: nn.Module, tokenizer: Tokenizer, ngram: Ngram) -> list[int]:
 
 
 def rows_of(model: nn.Module, tokenizer: Tokenizer, ngram: Ngram, layer: int) -> list[int]:
-    """The rows, one a head, that depend on the whole n-gram: those of its own order at its last token."""
+    """Returns the rows, one per head, that depend on the whole n-gram.
+
+    They are those of its own order at its last token.
+    """
     ids, place = ids_of(model, tokenizer, ngram), _place(_parts(model).config, layer)
     return _rows_of_many(model, np.array([ids]), place)[0].tolist()
 
 
 def _rows_of_many(model: nn.Module, ngrams: np.ndarray, place: int) -> np.ndarray:
-    """int64 [M, J]: the rows of the own order of M n-grams of one order, at their last tokens."""
+    """Returns the rows of M n-grams of one order, int64 [M, J].
+
+    They are the rows of that order at the last tokens.
+    """
     config, _, _, _, device = _parts(model)
     own = slice((ngrams.shape[1] - 2) * config.heads, (ngrams.shape[1] - 1) * config.heads)
     parts = [
@@ -204,7 +232,10 @@ def _rows_of_many(model: nn.Module, ngrams: np.ndarray, place: int) -> np.ndarra
 
 @torch.inference_mode()
 def distribution(model: Any, tokenizer: Tokenizer, text: str) -> Float[Tensor, " V"]:
-    """Probabilities of the token after a text that begins a document, over the tokenizer's ids; float32."""
+    """Returns the probabilities of the token after a text that begins a document.
+
+    They are float32, over the tokenizer's ids.
+    """
     ids = torch.tensor([_prompt(model, tokenizer, text)], device=next(model.parameters()).device)
     if isinstance(model, LanguageModel):
         logits = model.logits(model.hidden(ids)[0][:, -1:])[0, 0]
@@ -216,14 +247,14 @@ def distribution(model: Any, tokenizer: Tokenizer, text: str) -> Float[Tensor, "
 def next_tokens(
     model: nn.Module, tokenizer: Tokenizer, text: str, count: int = 10
 ) -> list[tuple[str, float]]:
-    """The likeliest tokens after a text that begins a document, with their probabilities."""
+    """Returns the likeliest tokens after a text that begins a document, with probabilities."""
     return likeliest(distribution(model, tokenizer, text), tokenizer, count)
 
 
 def likeliest(
     chances: Float[Tensor, " V"], tokenizer: Tokenizer, count: int = 10
 ) -> list[tuple[str, float]]:
-    """The likeliest tokens of a distribution, with their probabilities."""
+    """Returns the likeliest tokens of a distribution, with their probabilities."""
     best = chances.topk(min(count, len(chances)))
     return [
         (tokenizer.token(i), p)
@@ -234,7 +265,10 @@ def likeliest(
 def difference(
     before: Float[Tensor, " V"], after: Float[Tensor, " V"], tokenizer: Tokenizer, count: int = 10
 ) -> Difference:
-    """How far `after` is from `before`, summed in float64; the `count` tokens whose probability changed most."""
+    """Returns the KL from `before` to `after`, and the `count` tokens that moved most.
+
+    The KL is summed in float64; tokens move by the change of their probability.
+    """
     p, q = before.double(), after.double()
     terms = torch.where(p > 0, p * (p.log() - q.clamp_min(1e-300).log()), 0.0)
     moved = (q - p).abs().topk(min(count, len(p))).indices.tolist()
@@ -245,7 +279,10 @@ def difference(
 
 
 class _Counts:
-    """The n-grams of a corpus as it streams by, by order; the rarest are forgotten beyond `_KEPT` different ones."""
+    """Counts the n-grams of a corpus by order as its documents are added.
+
+    Of each order the rarest are dropped when there are more than twice `_KEPT` distinct ones.
+    """
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, _parts(model).config
@@ -254,7 +291,7 @@ class _Counts:
         }
 
     def add(self, text: str) -> list[int]:
-        """Counts a document's n-grams that no dead token is part of; its ids."""
+        """Counts the n-grams of a document that contain no dead token, and returns its ids."""
         ids, dead = _prompt(self.model, self.tokenizer, text), set(self.config.dead_tokens)
         for order, counter in self.of.items():
             whole = zip(*(ids[k:] for k in range(order)), strict=False)
@@ -267,9 +304,10 @@ class _Counts:
 def popular(
     model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str], layer: int, count: int = 10
 ) -> list[tuple[int, int, str]]:
-    """The rows that a corpus reads most in one layer: (row, reads, the n-gram that reads it most).
+    """Returns the rows that a corpus reads most in one layer.
 
-    Reads by n-grams wholly within their document. It holds a count for each row; n-grams up to 2^18 of each order.
+    Each is (row, reads, the n-gram that reads it most). Reads are counted for n-grams wholly within
+    their document. There is a count for each row, and for up to 2^18 n-grams of each order.
     """
     config, addresses, _, _, device = _parts(model)
     place, counts = _place(config, layer), _Counts(model, tokenizer)
@@ -293,7 +331,7 @@ def popular(
 
 
 def _addressed(model: nn.Module, counter: Counter[tuple[int, ...]], place: int):
-    """(n-gram, how often, its rows) of each."""
+    """Yields (n-gram, count, its rows) of each n-gram."""
     if counter:
         read = _rows_of_many(model, np.array(list(counter)), place)
         for (ngram, times), own in zip(counter.items(), read.tolist(), strict=True):
@@ -301,7 +339,7 @@ def _addressed(model: nn.Module, counter: Counter[tuple[int, ...]], place: int):
 
 
 def _readers(model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str], place: int):
-    """(n-gram as it first came, its rows) for every canonical n-gram of a corpus."""
+    """Yields (n-gram in its first form, its rows) for every canonical n-gram of a corpus."""
     counts, canonical = _Counts(model, tokenizer), _parts(model).addresses.canonical_map.tolist()
     for text in texts:
         counts.add(text)
@@ -316,7 +354,7 @@ def _readers(model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str], place
 def collisions(
     model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str], layer: int, count: int = 10
 ) -> Collisions:
-    """Which n-grams of a corpus share a row in one layer, and how many rows are shared."""
+    """Returns which n-grams of a corpus share a row in one layer, and how many rows they share."""
     readers: dict[int, list[tuple[int, ...]]] = {}
     found = list(_readers(model, tokenizer, texts, _place(_parts(model).config, layer)))
     for ngram, own in found:
@@ -333,7 +371,10 @@ def collisions(
 def sharing(
     model: nn.Module, tokenizer: Tokenizer, ngram: Ngram, texts: Iterable[str], layer: int
 ) -> dict[str, int]:
-    """Other n-grams of a corpus that read some of this one's rows: how many rows each shares, most first."""
+    """Returns the other n-grams of a corpus that read some of this n-gram's rows.
+
+    The values are the numbers of shared rows, most first.
+    """
     mine, ids = set(rows_of(model, tokenizer, ngram, layer)), ids_of(model, tokenizer, ngram)
     canonical = _parts(model).addresses.canonical_map.tolist()
     itself = [canonical[token] for token in ids]
@@ -345,7 +386,7 @@ def sharing(
 
 
 class Editor:
-    """Edits a model's rows in place and remembers how to take each edit back, last first."""
+    """Edits a model's rows in place, and stores the values to undo the edits in, last first."""
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer) -> None:
         _parts(model)
@@ -353,32 +394,39 @@ class Editor:
         self.edits: list[Edit] = []
 
     def suppress(self, ngram: Ngram, layer: int) -> Edit:
-        """Its rows become zero: recalled, they say nothing."""
+        """Sets the n-gram's rows to zero, so that its lookup returns nothing."""
         read = self.look(ngram, layer)
         return self._write(f"suppress {ngram!r}", ngram, layer, torch.zeros_like(read))
 
     def overwrite(self, ngram: Ngram, layer: int, values: Float[Tensor, "J width"]) -> Edit:
-        """Its rows become these, one a head. ValueError for another shape, or numbers that are none."""
+        """Sets the n-gram's rows to these values, one row per head.
+
+        ValueError for another shape, or for numbers that are not finite.
+        """
         return self._write(f"overwrite {ngram!r}", ngram, layer, values)
 
     def transplant(self, source: Ngram, target: Ngram, layer: int) -> Edit:
-        """The target's rows become the source's, head by head. Both must be n-grams of one order."""
+        """Copies the source's rows to the target's, head by head.
+
+        Both must be n-grams of one order.
+        """
         orders = [len(ids_of(self.model, self.tokenizer, ngram)) for ngram in (source, target)]
         if orders[0] != orders[1]:
             raise ValueError(
-                f"transplant: got n-grams of {orders[0]} and {orders[1]} tokens, expected equally many"
+                f"transplant: got n-grams of {orders[0]} and {orders[1]} tokens, "
+                "expected equally many"
             )
         return self._write(
             f"transplant {source!r} to {target!r}", target, layer, self.look(source, layer)
         )
 
     def look(self, ngram: Ngram, layer: int) -> Float[Tensor, "J width"]:
-        """A copy of the n-gram's rows as they are now."""
+        """Returns a copy of the n-gram's rows as they are now."""
         own = rows_of(self.model, self.tokenizer, ngram, layer)
         return self._table(layer).weight.detach()[own].clone()
 
     def undo(self) -> Edit:
-        """Take back the last edit, bit for bit. ValueError where there is none."""
+        """Reverts the last edit, bit for bit; ValueError where there is none."""
         if not self.edits:
             raise ValueError("undo: got no edit to take back")
         edit = self.edits.pop()
@@ -388,7 +436,10 @@ class Editor:
         return edit
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """The edits as one safetensors file, so that another process can undo them; whole or not at all."""
+        """Writes the edits as one safetensors file, whole or not at all.
+
+        Another process can undo them with it.
+        """
         path = Path(path)
         about = {
             "edits": [[e.what, e.layer] for e in self.edits],
@@ -403,7 +454,10 @@ class Editor:
             save_file(tensors, beside, metadata={"format": FORMAT, "about": json.dumps(about)})
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """What `save` wrote, but for edits the model does not hold. ValueError for another model's, or changed rows."""
+        """Reads what `save` wrote, apart from the last edits that the model does not contain.
+
+        ValueError for edits of another model, or for rows that were changed since.
+        """
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}

@@ -1,4 +1,4 @@
-"""Names and numbers that a user gives in -> this process's device, dtype, seeds, ranks, threads, clock and log out."""
+"""Sets up this process: device, dtype, seeds, ranks, threads, clock and log."""
 
 import os
 import random
@@ -15,9 +15,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto" is the accelerator that is there, else the CPU.
+    """Returns the device of that name; "auto" is the accelerator if there is one, else the CPU.
 
-    A plain "cuda" becomes this process's own, by LOCAL_RANK. ValueError when there is no such device here.
+    A plain "cuda" becomes this process's own, by LOCAL_RANK. ValueError when there is no such
+    device here.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
@@ -30,7 +31,8 @@ def device(name: str = "auto") -> torch.device:
         accelerator is None or accelerator.type != wanted.type
     ):
         raise ValueError(
-            f"got device {name!r}, expected one that is here: {accelerator or 'cpu'} (try --device auto)"
+            f"got device {name!r}, expected one that is here: {accelerator or 'cpu'} "
+            "(try --device auto)"
         )
     if wanted.type == "cuda" and wanted.index is None:
         wanted = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -42,14 +44,17 @@ def device(name: str = "auto") -> torch.device:
 
 
 def dtype(name: str) -> torch.dtype:
-    """ "float32" or "bfloat16" -> the torch dtype."""
+    """Returns the torch dtype named "float32" or "bfloat16"."""
     if name not in DTYPES:
         raise ValueError(f"got dtype {name!r}, expected {' or '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python, numpy and torch on every device. A seed is a whole number of 32 bits, which is what numpy takes."""
+    """Seeds Python, numpy and torch on every device.
+
+    A seed is a whole number of 32 bits, which is what numpy takes.
+    """
     if not 0 <= seed < 2**32:
         raise ValueError(f"got seed {seed}, expected 0 <= seed < 2**32")
     random.seed(seed)
@@ -58,7 +63,10 @@ def seed_everything(seed: int) -> None:
 
 
 def ranks() -> tuple[int, int]:
-    """(rank, world size), from the RANK and WORLD_SIZE that torchrun sets; (0, 1) in a process that runs alone."""
+    """Returns (rank, world size) from RANK and WORLD_SIZE, which torchrun sets.
+
+    They are (0, 1) in a process that runs alone.
+    """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if not 0 <= rank < world:
         raise ValueError(f"got RANK={rank} WORLD_SIZE={world}, expected 0 <= RANK < WORLD_SIZE")
@@ -66,14 +74,18 @@ def ranks() -> tuple[int, int]:
 
 
 def cores() -> int:
-    """Cores this process may use, which in a container or under taskset are fewer than the machine's."""
+    """Returns the number of cores that this process may use.
+
+    In a container or under taskset they are fewer than the machine's.
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads(count: int) -> None:
-    """Lets torch, and every process started from here, use this many threads.
+    """Sets the number of threads of torch, and of every process started from here.
 
-    The environment is set because the training engine defaults OMP_NUM_THREADS to 8 when it is imported without one.
+    The environment is set because the training engine defaults OMP_NUM_THREADS to 8 when it is
+    imported without one.
     """
     if count < 1:
         raise ValueError(f"got {count} threads, expected at least 1")
@@ -83,7 +95,10 @@ def threads(count: int) -> None:
 
 @dataclass
 class Clock:
-    """Seconds since it was made (`seconds`), and since it was last asked (`lap()`), by the monotonic clock."""
+    """Measures seconds since its creation (`seconds`) and since the last `lap()`.
+
+    It uses the performance counter, which is monotonic.
+    """
 
     started: float = field(default_factory=time.perf_counter)
     last: float = field(default_factory=time.perf_counter)
@@ -99,7 +114,10 @@ class Clock:
 
 
 def log(message: str, style: str = "") -> None:
-    """One line on standard error, from rank 0 only, so that standard output stays the command's answer."""
+    """Prints one line on standard error, from rank 0 only.
+
+    Standard output stays free for the command's result.
+    """
     if ranks()[0] == 0:
         console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
         console.print(escape(message), style=style or None)

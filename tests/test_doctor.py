@@ -1,4 +1,4 @@
-"""The doctor tells the truth about this machine, and a mend for whatever is amiss."""
+"""Tests that the doctor's report is true, and that every failure has a hint."""
 
 import json
 import platform

@@ -1,4 +1,7 @@
-"""Scores against sums by hand: every token once, documents apart, bits a byte of the text's own bytes."""
+"""Tests scores against sums by hand.
+
+Every token counts once, documents are apart, and bits per byte are over the text's own bytes.
+"""
 
 import json
 import math
@@ -43,7 +46,7 @@ def model(tokenizer):
 
 @torch.no_grad()
 def by_hand(model, tokenizer, texts) -> tuple[float, int]:
-    """Each document alone, its end foretold too."""
+    """Sums the loss of each document alone, its end included."""
     nats, tokens = 0.0, 0
     for text in texts:
         ids = torch.tensor([[tokenizer.begin_id, *tokenizer.encode(text), tokenizer.end_id]])
@@ -138,7 +141,10 @@ def test_nothing_to_score_and_bad_numbers(model, tokenizer, tmp_path):
 
 @pytest.fixture
 def questions(tmp_path):
-    """A task of lm-eval in a folder: which of two ends a sentence has. Nothing is fetched."""
+    """Writes a task of lm-eval into a folder: which of two ends a sentence has.
+
+    Nothing is downloaded.
+    """
     rows = [
         {"text": "the sea, the", "ends": [" sea", " Wal"], "end": 0},
         {"text": "A whale", "ends": ["x", " is"], "end": 1},
@@ -158,7 +164,8 @@ def questions(tmp_path):
         "target_delimiter": "",
         "metric_list": [{"metric": "acc"}],
     }
-    (tmp_path / "whales.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
+    # JSON is YAML.
+    (tmp_path / "whales.yaml").write_text(json.dumps(task), encoding="utf-8")
     return rows, tmp_path / "whales.yaml"
 
 

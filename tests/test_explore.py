@@ -1,4 +1,4 @@
-"""The page and its endpoints: the model's own numbers, edits taken back bit for bit, nonsense refused in a sentence."""
+"""Tests the page and its endpoints: the numbers, the edits and their undo, and refused requests."""
 
 import http.client
 import json
@@ -207,7 +207,8 @@ def test_edits_of_the_same_rows_are_taken_back_in_turn(run, client, at_once):
     before = weights(run)
     for source in (None, "the sea", "a whale"):
         client.post("/api/edit", json={"text": TEXT, "token": 2, "order": 2, "source": source})
-    read(client)  # looks at the memory as it was, and leaves the edits standing
+    # Reading restores the original memory for a moment, and keeps the edits.
+    read(client)
     left = [
         client.post("/api/undo", json={"all": at_once}).json()["edits"]
         for _ in range(1 if at_once else 3)
@@ -315,7 +316,7 @@ def test_a_memory_with_fewer_gates_is_read(run, gating):
 
 
 def test_edits_from_many_threads_are_each_whole(run):
-    """Two tabs edit, read and undo at once: in the end nothing is left of it."""
+    """Two threads edit, read and undo at once; afterwards the memory is as before."""
     explorer, before, failed = explore.Explorer(run), weights(run), []
 
     def tab(token):
@@ -413,7 +414,7 @@ def test_a_port_that_is_taken_is_named(small_run):
 
 @contextmanager
 def shown(run):
-    """The page on a free port, as a browser would find it."""
+    """Serves the page on a free port, as for a browser."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = uvicorn.Server(uvicorn.Config(app(run), log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -469,7 +470,7 @@ def browser():
 
 @contextmanager
 def visit(browser, run, width=1200, scheme="light"):
-    """A fresh page of the run; what its scripts complained of must be nothing."""
+    """Opens a fresh page of the run, and requires that its scripts report no error."""
     complaints = []
     with shown(run) as port:
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
@@ -554,7 +555,8 @@ def test_it_fits_and_reads_in_light_and_dark(browser, run, width, scheme):
             "nothing sticks out of the page"
         )
         shades = page.evaluate(
-            "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+            "[getComputedStyle(document.body).color, "
+            "getComputedStyle(document.body).backgroundColor]"
         )
         ink, paper = (sum(map(int, re.findall(r"\d+", shade)[:3])) for shade in shades)
         assert (ink > paper) == (scheme == "dark") and abs(ink - paper) > 400

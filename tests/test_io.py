@@ -1,4 +1,4 @@
-"""Files whole or not at all: after errors, kills and refusals of the system; locks; positions."""
+"""Tests atomic files after errors, kills and refusals of the system; locks; positions."""
 
 import errno
 import hashlib
@@ -73,7 +73,7 @@ def test_partial_files_go_when_they_are_old_and_no_others_do(tmp_path: Path) -> 
     assert len(list(tmp_path.iterdir())) == 6
     for path in tmp_path.iterdir():
         os.utime(path, (0, 0))
-    # by the next writer of the same file, and by who holds the folder
+    # The next writer of the same file deletes its own, the owner of the folder any.
     io.write_text(tmp_path / "a.txt", "")
     left = [*others, ".b.txt.0123456789abcdef.partial", ".c.0123456789abcdef.partial", "a.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left)
@@ -124,7 +124,10 @@ def test_a_lock_is_held_by_one_and_released_with_the_block(tmp_path: Path) -> No
     with io.lock(path, "first"):
         with pytest.raises(io.Locked, match="taken"), io.lock(path, "taken"):
             pass
-        code = f"from pathlib import Path\nfrom rorqual import io\nwith io.lock(Path({str(path)!r}), 'taken'): pass"
+        code = (
+            "from pathlib import Path\nfrom rorqual import io\n"
+            f"with io.lock(Path({str(path)!r}), 'taken'): pass"
+        )
         other = subprocess.run(
             [sys.executable, "-c", code], check=False, capture_output=True, text=True
         )
@@ -149,7 +152,7 @@ def test_a_folder_is_replaced_and_a_stop_in_between_is_undone(tmp_path: Path, mo
     assert flushed[:2] == [tmp_path / "new" / "a", tmp_path / "new"] and flushed[-1] == tmp_path
     assert (tmp_path / "step1" / "a").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["step1"]
-    # killed after the old one was moved away, and then after the new one had come
+    # Killed after the old folder was moved away, and then after the new one was in its place.
     (tmp_path / "step1").rename(tmp_path / "step1.replaced")
     io.restore_folders(tmp_path)
     assert (tmp_path / "step1" / "a").read_text() == "new"
@@ -163,7 +166,7 @@ def test_a_folder_is_replaced_and_a_stop_in_between_is_undone(tmp_path: Path, mo
 def test_positions(
     tmp_path_factory: pytest.TempPathFactory, portable: bool, first: bytes, offset: int, size: int
 ):
-    """With and without the calls that only POSIX has."""
+    """Tests with and without the calls that only POSIX has."""
     with (
         pytest.MonkeyPatch.context() as patch,
         tmp_path_factory.getbasetemp().joinpath("at").open("w+b") as file,

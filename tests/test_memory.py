@@ -1,4 +1,4 @@
-"""Reading what a model remembers, editing it, and undoing it bit for bit."""
+"""Tests reading and editing a model's memory, and undoing edits bit for bit."""
 
 from collections import Counter
 
@@ -120,9 +120,8 @@ def test_the_next_token_is_the_models(model, tokenizer):
     best = memory.next_tokens(model, tokenizer, TEXTS[0], 5)
     ids = torch.tensor([[tokenizer.begin_id, *tokenizer.encode(TEXTS[0])]])
     chances = model(ids)[0, -1, : tokenizer.vocabulary].softmax(-1)
-    assert [p for _, p in best] == pytest.approx(
-        chances.topk(5).values.tolist(), rel=1e-5
-    )  # float32, two call shapes
+    # The two calls have different shapes, so their float32 results differ a little.
+    assert [p for _, p in best] == pytest.approx(chances.topk(5).values.tolist(), rel=1e-5)
     assert len(memory.next_tokens(model, tokenizer, TEXTS[0], 10_000)) == tokenizer.vocabulary
 
 
@@ -194,7 +193,7 @@ def host(tokenizer):
 
 
 def every_reader(model, tokenizer, layer: int) -> dict[int, Counter]:
-    """Row -> the n-grams of TEXTS that read it, one row of one token after the other."""
+    """Maps each row to the n-grams of TEXTS that read it, one row of one token at a time."""
     readers: dict[int, Counter] = {}
     for text in TEXTS:
         read = memory.reads(model, tokenizer, text)
@@ -298,7 +297,8 @@ def test_edits_are_undone_by_another_process(editor, model, tokenizer, tmp_path)
     assert [edit.what for edit in other.edits] == [edit.what for edit in editor.edits]
     other.undo()
     late = memory.Editor(model, tokenizer)
-    late.load(tmp_path / "edits")  # the weights were saved, the journal was not: the edit is gone
+    # The weights were saved without the journal: the edit that they lack is dropped.
+    late.load(tmp_path / "edits")
     assert len(late.edits) == 1
     late.undo()
     assert all(

@@ -1,4 +1,4 @@
-"""Devices, dtypes, seeds, ranks, threads, the clock and the log line."""
+"""Tests devices, dtypes, seeds, ranks, threads, the clock and the log line."""
 
 import json
 import os
@@ -138,7 +138,10 @@ EXTRAS = {
 
 
 def elsewhere(code: str, *words: str) -> str:
-    """What Python code prints where the system lacks what Windows and macOS lack."""
+    """Runs Python code without the functions that Windows and macOS lack.
+
+    Returns what the code prints.
+    """
     root = str(Path(runtime.__file__).parents[1])
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "RORQUAL_KERNELS": "sum_rows=reference"}
     command = [sys.executable, "-c", ELSEWHERE + code, root, *words]

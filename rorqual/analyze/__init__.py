@@ -1,1 +1,1 @@
-"""models -> numbers -> pages."""
+"""Measurements of trained models, and the figures and pages made from them."""

@@ -1,4 +1,4 @@
-"""Numbers -> matplotlib figures: loss curves, the gate map, expert load, a sweep with error bars."""
+"""Draws matplotlib figures: loss curves, the gate map, expert load, sweeps with error bars."""
 
 import math
 import warnings
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from rorqual.analyze.measures import Gates, Load
 
+# The colours are legible on white and on black.
 COLOURS = (
     "#2f7fd1",
     "#e07b39",
@@ -20,9 +21,9 @@ COLOURS = (
     "#b65fc2",
     "#c94f4f",
     "#8a8a2e",
-)  # legible on white and on black
-DASHES = ("-", "--", ":", "-.")  # of arms beyond the colours
-ACROSS = 30  # tokens of a gate map side by side: more would be too small to read on a page
+)
+DASHES = ("-", "--", ":", "-.")  # tell arms apart once the colours repeat
+ACROSS = 30  # tokens per line of a gate map: more would be too small to read on a page
 _STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -33,7 +34,8 @@ _STYLE = {
 }
 
 
-# tried in this order for what the usual font lacks; a name that is not installed would be complained about
+# Fallback fonts in this order, for glyphs that the default font lacks. Only installed ones are
+# used, since matplotlib warns about others.
 _MORE_FONTS = (
     "Noto Sans CJK SC",
     "Source Han Sans SC",
@@ -46,11 +48,12 @@ _MORE_FONTS = (
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Our look, for a `with` block around drawing and around saving."""
+    """Applies the style of rorqual's figures in a `with` block around drawing and saving."""
     installed = set(font_manager.get_font_names())
     families = ["sans-serif", *(name for name in _MORE_FONTS if name in installed)]
     with matplotlib.rc_context({**_STYLE, "font.family": families}), warnings.catch_warnings():
-        # text stays text in an SVG: the reader's fonts draw what the fonts here lack, only its width is a guess
+        # Text stays text in an SVG: the reader's fonts draw what the fonts here lack, and only its
+        # width is a guess.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from", category=UserWarning)
         yield
 
@@ -61,9 +64,9 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def curves(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Figure:
-    """Training loss (thin, smoothed) and validation loss (dots) over tokens; seeds of an arm share a colour.
+    """Draws training loss (thin, smoothed) and validation loss (dots) over tokens.
 
-    A loss that is no finite number is left out.
+    Seeds of an arm share a colour. A loss that is not finite is left out.
     """
     with style():
         figure = _figure(7.5, 3.4)
@@ -86,17 +89,17 @@ def curves(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Figure:
         axes.set_ylabel("loss, nats a token")
         axes.grid(alpha=0.2)
         if named:
-            legend = axes.legend(
-                named.values(), named
-            )  # handed over, since "_x" as a label would be left out
+            # The labels are given here, since a label such as "_x" on the line would be left out.
+            legend = axes.legend(named.values(), named)
+            # A name with dollar signs is not a formula.
             for text in legend.get_texts():
-                text.set_parse_math(False)  # "cost$" is a run like others
+                text.set_parse_math(False)
         _zoom(axes, runs)
         return figure
 
 
 def _points(records: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(tokens, value) wherever it is a finite number; a validation stands at the tokens of its step."""
+    """Returns (tokens, value) of every finite value; a validation is at the tokens of its step."""
     tokens = {r["step"]: r["tokens"] for r in records if "tokens" in r}
     return [
         (tokens[r["step"]], r[key])
@@ -106,7 +109,7 @@ def _points(records: Sequence[dict[str, Any]], key: str) -> list[tuple[float, fl
 
 
 def _zoom(axes: Any, runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> None:
-    """The first steps would flatten everything after them: leave them out of the y axis."""
+    """Leaves the first tenth out of the y axis, since it would flatten everything after it."""
     later = [
         r["loss"] for _, records in runs for r in list(records)[len(records) // 10 :] if "loss" in r
     ]
@@ -121,7 +124,7 @@ def _arm(name: str) -> str:
 
 
 def smooth(values: np.ndarray, span: int = 8) -> np.ndarray:
-    """Mean of the last `span` values at every point."""
+    """Averages the last `span` values at every point."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - span)
@@ -129,7 +132,10 @@ def smooth(values: np.ndarray, span: int = 8) -> np.ndarray:
 
 
 def gate_map(found: Gates, title: str = "") -> Figure:
-    """Tokens across, a row for each layer and stream, colour the gate; a long text goes on below."""
+    """Draws the gates: tokens across, one line per layer and stream.
+
+    A long text continues below.
+    """
     with style():
         layers, time, streams = found.values.shape
         lines, wide = -(-time // ACROSS), min(time, ACROSS)
@@ -152,8 +158,9 @@ def gate_map(found: Gates, title: str = "") -> Figure:
                 vmax=1,
                 interpolation="nearest",
             )
-            axes.set_xlim(-0.5, wide - 0.5)  # a last line that is shorter has cells as wide
-            # "$x_$" is a token like others
+            # The cells of a shorter last line are as wide as the others.
+            axes.set_xlim(-0.5, wide - 0.5)
+            # A token with dollar signs is not a formula.
             axes.set_xticks(
                 range(len(words[part])), words[part], rotation=60, ha="right", parse_math=False
             )
@@ -167,7 +174,7 @@ def gate_map(found: Gates, title: str = "") -> Figure:
 
 
 def load_map(load: Load) -> Figure:
-    """Each expert's share of its layer's tokens over the uniform share; 1 is balance."""
+    """Draws each expert's share of its layer's tokens over the uniform share; 1 is balance."""
     with style():
         layers, experts = load.counts.shape
         figure = _figure(7.5, 0.9 + 0.32 * layers)
@@ -193,9 +200,10 @@ def sweep(
     levels: Mapping[str, float] | None = None,
     names: Sequence[str] = (),
 ) -> Figure:
-    """Lines of (x, mean, standard error) with error bars.
+    """Draws lines of (x, mean, standard error) with error bars.
 
-    levels: values beside the axis, drawn across. names: what stands at x = 0, 1, ..: then no line joins the points.
+    levels: values that are drawn as horizontal lines. names: labels of x = 0, 1, ..; with names, no
+    line joins the points.
     """
     with style():
         figure = _figure(6.5, 3.6)
@@ -233,7 +241,10 @@ def sweep(
 
 
 def bars(values: Mapping[str, float], *, x: str) -> Figure:
-    """A horizontal bar a name, the first at the top, each with its number and its share of the first."""
+    """Draws one horizontal bar per name, the first at the top.
+
+    Each has its number and its share of the first.
+    """
     with style():
         figure = _figure(7.5, 0.8 + 0.3 * len(values))
         axes = figure.subplots()

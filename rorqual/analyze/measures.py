@@ -1,15 +1,22 @@
-"""Activations -> numbers: logit lens, CKA, gates, expert load, suppression of the memory.
+"""Measures activations: logit lens, CKA, gates, expert load, suppression of the memory.
 
-    lens_l       = KL(softmax(head(norm(x_n))) || softmax(head(norm(x_l))))            nats, mean over tokens
-    hsic(K, L)   = [tr(K L) + 1'K1 1'L1 / ((n-1)(n-2)) - 2/(n-2) 1'K L 1] / (n (n-3))  K, L with zeroed diagonals
+    lens_l       = KL(softmax(head(norm(x_n))) || softmax(head(norm(x_l))))
+                   nats, mean over tokens
+    hsic(K, L)   = [tr(K L) + 1'K1 1'L1 / ((n-1)(n-2)) - 2/(n-2) 1'K L 1] / (n (n-3))
                  = <centred(K), centred(L)> / (n (n-3))
-    cka(X, Y)    = hsic(XX', YY') / sqrt(hsic(XX', XX') hsic(YY', YY'))                each hsic a mean over minibatches
-    special_l    = sum of p(e, v) ln [p(e, v) / (p(e) p(v))]                           what an expert tells of its token
-    alignment_j  = sum of i * s_ij / sum of s_ij over the k layers i most like j       where layer j stands in the other
+                   K, L with zeroed diagonals
+    cka(X, Y)    = hsic(XX', YY') / sqrt(hsic(XX', XX') hsic(YY', YY'))
+                   each hsic a mean over minibatches
+    special_l    = sum of p(e, v) ln [p(e, v) / (p(e) p(v))]
+                   mutual information of the expert and its token
+    alignment_j  = sum of i * s_ij / sum of s_ij over the k layers i most like j
+                   position of layer j in the other model
 
-All of them read our models and any causal model of transformers; gates and suppression, one that carries memory.
+All of them take our models and any causal model of transformers; gates and suppression need a
+memory.
 
-Unbiased HSIC: Song et al. 2012; minibatch CKA: Nguyen et al., arXiv 2010.15327; alignment: Engram, arXiv 2601.07372.
+Unbiased HSIC: Song et al. 2012; minibatch CKA: Nguyen et al., arXiv 2010.15327; alignment: Engram,
+arXiv 2601.07372.
 """
 
 import math
@@ -38,17 +45,18 @@ from rorqual.model import IGNORED, LanguageModel
 
 
 class Gates(NamedTuple):
-    """How far each token trusted what was recalled."""
+    """Gates of every token of a text."""
 
     tokens: list[str]
-    layers: tuple[int, ...]  # the blocks that remember
+    layers: tuple[int, ...]  # the blocks with Engram
     values: Float[Tensor, "Lm T S"]  # in (0, 1); 0 at dead tokens
 
 
 def gates(model: nn.Module, tokenizer: Tokenizer, text: str) -> Gates:
-    """The gate of every token, layer and stream over `text`, of ours or of a memory attached to a host.
+    """Returns the gate of every token, layer and stream over `text`.
 
-    ValueError for a model without memory or an empty text.
+    The model is one of ours, or a host with an attached memory. ValueError for a model without
+    memory or an empty text.
     """
     names = gate_names(model)
     if not names:
@@ -65,29 +73,33 @@ def gates(model: nn.Module, tokenizer: Tokenizer, text: str) -> Gates:
 
 
 class Load(NamedTuple):
-    """What the experts of every mixture took."""
+    """Tokens that the experts of every mixture processed."""
 
     layers: tuple[int, ...]  # the blocks with experts
-    counts: Int[Tensor, "L E"]  # tokens an expert
-    by_token: Int[Tensor, "L E V"]  # of which of this id
+    counts: Int[Tensor, "L E"]  # tokens per expert
+    by_token: Int[Tensor, "L E V"]  # tokens per expert and token id
 
     @property
     def shares(self) -> Float[Tensor, "L E"]:
-        """Each expert's part of its layer's tokens; uniform is 1 / E."""
+        """Each expert's share of its layer's tokens; uniform is 1 / E."""
         return self.counts / self.counts.sum(-1, keepdim=True).clamp_min(1)
 
     @property
     def specialisation(self) -> Float[Tensor, " L"]:
-        """What the expert tells of the token: their mutual information in nats, at most ln E.
+        """Mutual information of the expert and the token id, in nats, at most ln E.
 
-        0 where every expert takes all tokens alike. Few tokens overstate it: each id seen once tells its expert.
+        It is 0 where every expert processes all token ids alike. Few tokens overstate it: an id
+        that occurs once determines its expert.
         """
         joint = self.by_token.double() / self.by_token.sum((1, 2), keepdim=True).clamp_min(1)
         apart = joint.sum(1, keepdim=True) * joint.sum(2, keepdim=True)
         return torch.special.xlogy(joint, joint / apart.clamp_min(1e-300)).sum((1, 2)).float()
 
     def favourites(self, layer: int, expert: int, k: int = 8) -> list[tuple[int, float]]:
-        """The k ids this expert takes most above their own frequency: (id, share here / share everywhere)."""
+        """Returns the k ids that this expert processes most above their own frequency.
+
+        Each is (id, share here / share everywhere).
+        """
         here = self.by_token[layer, expert].float()
         everywhere = self.by_token[layer].sum(0).float()
         lift = (here / here.sum().clamp_min(1)) / (
@@ -99,7 +111,10 @@ class Load(NamedTuple):
 
 
 def expert_load(model: nn.Module, batches: Iterable[Int[Tensor, "B T"]]) -> Load:
-    """Which tokens each expert took over these batches. ValueError for a model without experts, and for no batch."""
+    """Counts the tokens that each expert processes over these batches.
+
+    ValueError for a model without experts, and for no batch.
+    """
     layers, by_token = tuple[int, ...](), torch.zeros(0, 0, 0, dtype=torch.long)
     for ids in batches:
         found = chosen(model, ids)
@@ -116,7 +131,7 @@ def expert_load(model: nn.Module, batches: Iterable[Int[Tensor, "B T"]]) -> Load
 
 
 def _words(model: nn.Module) -> int:
-    """Ids that the model has embeddings for."""
+    """Returns the number of ids that the model has embeddings for."""
     own = ours(model)
     return (
         own.config.vocabulary
@@ -131,7 +146,10 @@ def _add(table: Int[Tensor, "E V"], slots: Int[Tensor, "N K"], ids: Int[Tensor, 
 
 
 def logit_lens(model: nn.Module, ids: Int[Tensor, "B T"]) -> Float[Tensor, " layers"]:
-    """KL from the final prediction to what each block already says, in nats; the last entry is 0. Any causal model."""
+    """Returns the KL from the final prediction to that of each block, in nats; the last entry is 0.
+
+    It takes any causal model.
+    """
     final, early = lens_logits(model, ids)
     whole = final.log_softmax(-1)
     return torch.stack(
@@ -144,7 +162,10 @@ def _kl(p: Float[Tensor, "B T V"], q: Float[Tensor, "B T V"]) -> Float[Tensor, "
 
 
 def hsic(x: Float[Tensor, "N D"], y: Float[Tensor, "N D2"]) -> Float[Tensor, ""]:
-    """Unbiased estimate of the Hilbert-Schmidt independence criterion with linear kernels; N at least 4, float64."""
+    """Estimates the Hilbert-Schmidt independence criterion with linear kernels, without bias.
+
+    N is at least 4; the result is float64.
+    """
     n = x.shape[0]
     if n < 4 or y.shape[0] != n:
         raise ValueError(
@@ -154,10 +175,11 @@ def hsic(x: Float[Tensor, "N D"], y: Float[Tensor, "N D2"]) -> Float[Tensor, ""]
 
 
 def cka(pairs: Iterable[tuple[Float[Tensor, "N D"], Float[Tensor, "N D2"]]]) -> float:
-    """Linear centred kernel alignment of two representations, over minibatches of the same samples.
+    """Returns the linear centred kernel alignment of two representations of the same samples.
 
-    1 for equal ones up to rotation, scale and shift; about 0 for unrelated ones (it can fall a little below), and 0
-    where one of them is the same for every sample.
+    The sums run over minibatches. It is 1 for representations that are equal up to rotation, scale
+    and shift; about 0 for unrelated ones (it can fall a little below), and 0 where one of them is
+    the same for every sample.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     for x, y in pairs:
@@ -166,18 +188,19 @@ def cka(pairs: Iterable[tuple[Float[Tensor, "N D"], Float[Tensor, "N D2"]]]) -> 
 
 
 def centred(x: Float[Tensor, "N D"]) -> Float[Tensor, "N N"]:
-    """The linear kernel of the samples, such that hsic(x, y) = <centred(x), centred(y)> / (n (n - 3)); float64.
+    """Returns the centred linear kernel of the samples, in float64.
 
-    Off the diagonal K_ij - (K1)_i/(n-2) - (K1)_j/(n-2) + 1'K1/((n-1)(n-2)), on it 0; samples that are all alike have 0
+    Then hsic(x, y) = <centred(x), centred(y)> / (n (n - 3)). Off the diagonal it is K_ij -
+    (K1)_i/(n-2) - (K1)_j/(n-2) + 1'K1/((n-1)(n-2)), on it 0; samples that are all alike have 0
     everywhere. ValueError below 4 samples.
     """
     n = x.shape[0]
     if n < 4:
         raise ValueError(f"centred: got {n} samples, expected at least 4")
     x = x.double()
-    about = x - x.mean(
-        0
-    )  # changes no entry of the result, but for what rounding would leave of a large mean
+    # Subtracting the mean changes no entry of the result, apart from the rounding errors of a large
+    # mean.
+    about = x - x.mean(0)
     x = about.masked_fill(about.square().sum() <= 1e-24 * x.square().sum(), 0.0)
     k = (x @ x.T).fill_diagonal_(0.0)
     sums = k.sum(0) / (n - 2)
@@ -187,7 +210,10 @@ def centred(x: Float[Tensor, "N D"]) -> Float[Tensor, "N N"]:
 def similarity(
     a: nn.Module, b: nn.Module, batches: Iterable[Int[Tensor, "B T"]]
 ) -> Float[Tensor, "La Lb"]:
-    """CKA of every layer of `a` with every layer of `b` over the same ids; HSICs are summed over the batches first."""
+    """Returns the CKA of every layer of `a` with every layer of `b` over the same ids.
+
+    HSICs are summed over the batches first.
+    """
     across = own_a = own_b = torch.zeros(())
     for ids in batches:
         scale = max(1, ids.numel() * (ids.numel() - 3)) ** -0.5
@@ -205,9 +231,9 @@ def similarity(
 
 
 def alignment(table: Float[Tensor, "La Lb"], k: int = 5) -> Float[Tensor, " Lb"]:
-    """For each column j the mean row index, weighted by similarity, of its k most similar rows.
+    """Returns for each column j the weighted mean row index of its k most similar rows.
 
-    NaN where no row is similar at all. ValueError for k below 1.
+    The weights are the similarities. NaN where no row is similar at all. ValueError for k below 1.
     """
     if k < 1:
         raise ValueError(f"alignment: got k {k}, expected at least 1")
@@ -217,7 +243,7 @@ def alignment(table: Float[Tensor, "La Lb"], k: int = 5) -> Float[Tensor, " Lb"]
 
 @contextmanager
 def without_memory(model: nn.Module) -> Iterator[nn.Module]:
-    """Engram's outputs are zero inside the `with` block; the rest of the model is as it was."""
+    """Zeroes Engram's outputs inside the `with` block; the rest of the model is unchanged."""
     handles = [
         module.register_forward_hook(lambda _, __, out: torch.zeros_like(out))
         for module in model.modules()
@@ -235,7 +261,10 @@ def without_memory(model: nn.Module) -> Iterator[nn.Module]:
 def suppression(
     model: nn.Module, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"]
 ) -> tuple[float, float]:
-    """Mean next-token nats with memory, and with its output suppressed; labels of -100 do not count."""
+    """Returns mean next-token nats with memory, and with its output suppressed.
+
+    Labels of -100 do not count.
+    """
     with quiet(model):
         whole = _nats(model, ids, labels)
         with without_memory(model):
@@ -251,19 +280,22 @@ def _nats(model: nn.Module, ids: Tensor, labels: Tensor) -> float:
 
 
 class Kept(NamedTuple):
-    """What a task scores with memory and without."""
+    """Scores of a task with memory and without."""
 
     whole: float
     without: float
 
     @property
     def share(self) -> float:
-        """What is left of the score; NaN where there was none."""
+        """Share of the score that remains without memory; NaN where the score is 0."""
         return self.without / self.whole if self.whole else math.nan
 
 
 def suppressed(model: nn.Module, tasks: Mapping[str, Callable[[], float]]) -> dict[str, Kept]:
-    """Each task's score with the memory of `model`, and with its output suppressed. A task is what scores the model."""
+    """Scores each task with the memory of `model`, and with its output suppressed.
+
+    A task is a function that scores the model.
+    """
     with quiet(model):
         whole = {name: float(score()) for name, score in tasks.items()}
         with without_memory(model):

@@ -1,7 +1,7 @@
-"""Run folders -> one self-contained page: losses, curves, gates over a sentence, expert load, costs.
+"""Writes one self-contained page about runs: losses, curves, gates, expert load, costs.
 
-No network, and no script but a sorter. Figures are matplotlib's, as SVG inside the page with the text's own colour, so
-that light, dark and print all read well.
+The page loads nothing from a network, and its only script sorts tables. Figures are matplotlib's,
+as SVG inside the page with the text's own colour, so that light, dark and print all read well.
 """
 
 import functools
@@ -34,16 +34,14 @@ from rorqual.model_config import ModelConfig
 
 SENTENCE = "The Eiffel Tower is a famous tower in Paris, the capital of France."
 SAMPLE = 200  # documents of validation text for expert load
-READ_TWICE = 50  # of those, with the memory and without it
-CONTEXT = (
-    4096  # tokens at most that are read at once, where the length of the training is not known
-)
+READ_TWICE = 50  # documents of those that are scored with the memory and without it
+CONTEXT = 4096  # most tokens read at once, where the sequence length of the training is unknown
 _PAGE = Path(__file__).with_name("report.html")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What a page says of one run."""
+    """Everything that a page shows of one run."""
 
     name: str
     config: ModelConfig
@@ -51,21 +49,22 @@ class Reading:
     records: list[dict[str, Any]]
     gates: Gates | None = None
     load: Load | None = None
-    kept: Kept | None = None  # nats a token of the sample with its memory and without
-    favourites: list[tuple[int, int, str]] = field(
-        default_factory=list
-    )  # layer, expert, what it takes above chance
-    homes: dict[str, float] = field(
-        default_factory=dict
-    )  # tokens a second by where rows live: `rorqual table bench`
+    kept: Kept | None = None  # nats per token of the sample with its memory and without
+    # layer, expert, the tokens that it processes above chance
+    favourites: list[tuple[int, int, str]] = field(default_factory=list)
+    # tokens per second by placement of the rows, from `rorqual table bench`
+    homes: dict[str, float] = field(default_factory=dict)
 
     def last(self, key: str) -> float | None:
-        """The newest value of a metric, None if it was never logged."""
+        """Returns the newest value of a metric, None if it was never logged."""
         return next((record[key] for record in reversed(self.records) if key in record), None)
 
 
 def sample(run: Trained | None, count: int = SAMPLE) -> tuple[str, ...]:
-    """The first documents kept apart from this training; WordNet's for an unknown one, or where its text is gone."""
+    """Returns the first documents of the validation part of a training's corpus.
+
+    They are WordNet's for an unknown training, or where its text is gone.
+    """
     if run is not None:
         try:
             return _held_out(run.source, run.column, run.limit, count)
@@ -86,17 +85,19 @@ def read_run(
     texts: Sequence[str] = (),
     draw: Callable[[Trained | None], Sequence[str]] = sample,
 ) -> Reading:
-    """Everything the page needs of one run folder; costs are those at its context in training, 4,096 where unknown.
+    """Reads everything that the page shows of one run folder.
 
-    The load of experts and the loss without memory are over `texts`, else over what `draw` gives for the run's
-    training, of each as many tokens as fit that context. A run without a tokenizer (of needles) reads no text.
+    Costs are those at its sequence length in training, 4,096 where unknown. The load of experts and
+    the loss without memory are over `texts`, or over what `draw` returns for the run's training, of
+    each as many tokens as fit that length. A run without a tokenizer (of needles) reads no text.
     FileNotFoundError, naming the folder, for what is no run.
     """
     weights = Path(folder)
     folder = run_of(weights)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"report: got {folder}, expected a run folder with config.json; train one with `rorqual train`"
+            f"report: got {folder}, expected a run folder with config.json; "
+            "train one with `rorqual train`"
         )
     model, before = load_model(weights), trained(folder)
     context = CONTEXT if before is None else before.length
@@ -139,7 +140,10 @@ def _load(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], cont
 
 
 def _kept(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], context: int) -> Kept:
-    """Each document by itself, its end foretold too where it is reached; every token counts alike."""
+    """Scores each document by itself, with the memory and without.
+
+    The end of a document is scored too where it is reached; every token counts alike.
+    """
     device, sums, tokens = model.embed.weight.device, [0.0, 0.0], 0
     for ids in tokenizer.encode_batch(list(texts)):
         known, following = (
@@ -155,7 +159,7 @@ def _kept(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], cont
 
 
 def _favourites(load: Load, tokenizer: Tokenizer, experts: int = 6) -> list[tuple[int, int, str]]:
-    """The busiest experts of every layer and what they take."""
+    """Returns the busiest experts of every layer and the tokens that they process."""
     rows = []
     for n, layer in enumerate(load.layers):
         for expert in load.counts[n].topk(min(experts, load.counts.shape[1])).indices.tolist():
@@ -165,7 +169,7 @@ def _favourites(load: Load, tokenizer: Tokenizer, experts: int = 6) -> list[tupl
 
 
 def page_for(runs: Sequence[str | Path], folder: str | Path) -> Path:
-    """The first of report.html, report-2.html, ... in the folder that is not there yet, or is of these very runs."""
+    """Returns the first of report.html, report-2.html, ... that is free or of these runs."""
     names_in_turn = ("report.html" if n == 1 else f"report-{n}.html" for n in itertools.count(1))
     return next(
         page
@@ -175,14 +179,14 @@ def page_for(runs: Sequence[str | Path], folder: str | Path) -> Path:
 
 
 def _is_of(page: Path, runs: Sequence[str | Path]) -> bool:
-    """Whether a page was made from these runs, wherever it and they were moved together."""
+    """Returns whether a page was made from these runs, even if it and they were moved together."""
     return f'<meta name="rorqual-runs" content="{_mark(page, runs)}">' in page.read_text(
         encoding="utf-8", errors="replace"
     )
 
 
 def _mark(page: Path, runs: Sequence[str | Path]) -> str:
-    """What a page says of the runs it was made from: their places, seen from its own."""
+    """Formats the runs that a page was made from: their paths, relative to the page's folder."""
     here = page.parent.resolve()
     return html.escape(
         json.dumps(sorted({os.path.relpath(Path(run).resolve(), here) for run in runs}))
@@ -199,19 +203,21 @@ def write_report(
     note: str = "",
     asked: Sequence[str | Path] | None = None,
 ) -> Path:
-    """Reads the run folders and writes the page; returns its path. `note` is a paragraph of text above the tables.
+    """Reads the run folders, writes the page and returns its path.
 
-    `asked` are the folders that the runs were found in, by which `page_for` knows the page again; None: the runs. A
-    page of others that is there is replaced, and the log says so; ValueError for any other file.
+    `note` is a paragraph of text above the tables. `asked` are the folders that the runs were found
+    in, by which `page_for` recognises the page later; None: the runs. A page of other runs at `out`
+    is replaced, and the log says so; ValueError for any other file.
 
-    A folder that is named twice is read once; runs of one name have as much of their path before it as tells them
-    apart.
+    A folder that is named twice is read once; runs of one name are prefixed with as much of their
+    path as tells them apart.
     """
     folders = list(dict.fromkeys(Path(run).resolve() for run in runs))
     if not folders:
         raise ValueError("report: got no runs, expected at least one run folder")
     _check_replaced(Path(out), asked or runs)
-    draw = functools.cache(sample)  # runs of one text share its sample
+    # Runs of one text share its sample.
+    draw = functools.cache(sample)
     read = functools.partial(read_run, sentence=sentence, texts=texts, draw=draw)
     readings = [
         replace(read(folder), name=name)
@@ -251,23 +257,25 @@ def write_report(
 
 
 def _check_replaced(out: Path, runs: Sequence[str | Path]) -> None:
-    """Says that a page of other runs is going to be replaced. ValueError for a file that is no page."""
+    """Logs that a page of other runs will be replaced; ValueError for a file that is no page."""
     if out.is_dir():
         raise ValueError(
-            f"report: got the folder {out} to write to, expected a file in it: {out / 'report.html'}"
+            f"report: got the folder {out} to write to, "
+            f"expected a file in it: {out / 'report.html'}"
         )
     if not out.exists() or _is_of(out, runs):
         return
     with out.open("rb") as file:
         if not file.read(64).lstrip().lower().startswith(b"<!doctype html"):
             raise ValueError(
-                f"report: got {out}, which is no page, to write over, expected another name: --out NAME.html"
+                f"report: got {out}, which is no page, to write over, "
+                "expected another name: --out NAME.html"
             )
     runtime.log(f"{out}: replaces a page that was made from other runs")
 
 
 def names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path, or as many of the last parts as differ from those of every other."""
+    """Returns the shortest end of each path that is the end of no other."""
     lengths = range(1, max(len(folder.parts) for folder in folders) + 1)
 
     def tail(folder: Path, length: int) -> str:
@@ -282,31 +290,36 @@ def names(folders: Sequence[Path]) -> list[str]:
 
 
 def svg(figure: Any, label: str) -> str:
-    """A matplotlib figure as inline SVG whose black is the page's text colour; `label` is read to who cannot see it."""
+    """Returns a matplotlib figure as inline SVG whose black is the page's text colour.
+
+    `label` is what a screen reader reads aloud.
+    """
     buffer = io.StringIO()
     with figures.style():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     drawing = buffer.getvalue()
     drawing = drawing[drawing.index("<svg") :]
     drawing = re.sub(r'height="[\d.]+pt"', "", drawing, count=1)
-    drawing = re.sub(
-        r'width="([\d.]+pt)"', r'style="--own: \1"', drawing, count=1
-    )  # the page caps the width by it
+    # The page limits the width by this property.
+    drawing = re.sub(r'width="([\d.]+pt)"', r'style="--own: \1"', drawing, count=1)
     drawing = drawing.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
     return f"<figure>{drawing.replace(': #000000', ': currentColor')}</figure>"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A sortable HTML table; cells are text and are escaped."""
+    """Returns a sortable HTML table; cells are text and are escaped."""
     cells = "".join(f'<th scope="col"><button>{html.escape(name)}</button></th>' for name in head)
     lines = (
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
-    return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    return (
+        f'<div class="wide"><table><thead><tr>{cells}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
 
 
 def results_table(readings: Sequence[Reading]) -> str:
-    """Losses and what they took, one row a run; what no run has is left out."""
+    """Returns losses and resources, one line per run; columns that no run has are left out."""
     columns = (
         ("validation, nats a token", "validation_loss", 4),
         ("bits a byte", "bits_per_byte", 4),
@@ -322,7 +335,7 @@ def results_table(readings: Sequence[Reading]) -> str:
 
 
 def costs_table(readings: Sequence[Reading]) -> str:
-    """Parameters, FLOPs and cache bytes, one row a run."""
+    """Returns parameters, FLOPs and cache bytes, one line per run."""
     head = (
         "run",
         "total parameters",
@@ -344,7 +357,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _memory_part(readings: Sequence[Reading]) -> str:
-    """The gates of every run with a memory, then what its loss is without."""
+    """Returns the gates of every run with a memory, then a table of its loss with and without."""
     if not readings:
         return ""
     head = ("run", "sampled text, nats a token", "its memory silenced", "worth, nats a token")
@@ -357,7 +370,10 @@ def _memory_part(readings: Sequence[Reading]) -> str:
 
 
 def _gate_text(reading: Reading) -> str:
-    """The sentence with each token tinted by its gate, the mean of the streams, a line a layer; then all streams."""
+    """Returns the sentence with each token tinted by its gate, then a figure of all streams.
+
+    There is one line per layer, and the tint is the mean over the streams.
+    """
     found = reading.gates
     assert found is not None
     lines = []
@@ -400,7 +416,8 @@ def _load_part(reading: Reading) -> str:
         + svg(
             figures.load_map(load), f"load of every expert of {reading.name} over the uniform load"
         )
-        + f"<p>What an expert tells of its token, block by block: {told} nats, of at most {most:.2f}.</p>"
+        + f"<p>What an expert tells of its token, block by block: {told} nats, "
+        f"of at most {most:.2f}.</p>"
         + f"<details><summary>what the busiest experts take</summary>{taken}</details>"
     )
 

@@ -1,7 +1,8 @@
-"""A model, ours or transformers', and ids in -> what its blocks left, said and chose, out.
+"""Reads hidden states, logits and selected experts of our models and of transformers' models.
 
-A host is any causal model of transformers. What its blocks would say is asked of the host itself: the output of the
-last block is replaced by that of an earlier one, and whatever the host does after its blocks is done to it.
+A host is any causal model of transformers. Its early predictions are computed by the host itself:
+the output of the last block is replaced by that of an earlier one, and the host applies whatever
+comes after its blocks.
 """
 
 import inspect
@@ -18,28 +19,29 @@ from rorqual.layers.context import context
 from rorqual.layers.engram import Addresses, Engram
 from rorqual.model import LanguageModel
 
+# Names that transformers' experts give to the argument with the experts of each token.
 CHOICES = (
     "top_k_index",
     "router_indices",
-)  # what transformers' experts call the experts of each token
+)
 
 
 class Chosen(NamedTuple):
-    """What the mixtures of one forward took: experts from 0, -1 in a slot that was not taken."""
+    """Experts that one forward pass selected: indices from 0, and -1 in a slot that is not used."""
 
     layers: tuple[int, ...]  # the blocks with experts
     experts: int  # E, of the largest
-    slots: list[Int[Tensor, "N K"]]  # of each of those blocks, tokens flattened
+    slots: list[Int[Tensor, "N K"]]  # one per block in layers, tokens flattened
 
 
 def ours(model: nn.Module) -> LanguageModel | None:
-    """The model if it is one of ours, or the one that a wrapper for transformers holds."""
+    """Returns the model if it is one of ours, or the one that a wrapper holds, or None."""
     found = model if isinstance(model, LanguageModel) else getattr(model, "model", None)
     return found if isinstance(found, LanguageModel) else None
 
 
 def block_names(model: nn.Module) -> list[str]:
-    """Dotted names of the blocks, first to last. ValueError for what is no causal model."""
+    """Returns the dotted names of the blocks in order; ValueError if this is no causal model."""
     if (own := ours(model)) is not None:
         modules: list[nn.Module] = list(own.blocks)
     else:
@@ -51,14 +53,14 @@ def block_names(model: nn.Module) -> list[str]:
 
 
 def run(model: nn.Module, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-    """Logits of the token after each id."""
+    """Returns the logits of the token after each id."""
     if isinstance(model, LanguageModel):
         return model(ids)
     return model(input_ids=ids, use_cache=False).logits.float()
 
 
 def block_states(model: nn.Module, ids: Int[Tensor, "B T"]) -> list[Float[Tensor, "N D"]]:
-    """What each block leaves, float32, tokens flattened; several streams are summed."""
+    """Returns the output of each block in float32, tokens flattened; several streams are summed."""
     names = block_names(model)
     with quiet(model), Taps(model, *map(_literally, names)) as taps:
         run(model, ids)
@@ -69,9 +71,10 @@ def block_states(model: nn.Module, ids: Int[Tensor, "B T"]) -> list[Float[Tensor
 def lens_logits(
     model: nn.Module, ids: Int[Tensor, "B T"]
 ) -> tuple[Float[Tensor, "B T V"], Iterator[Float[Tensor, "B T V"]]]:
-    """The model's own logits, and what each block before the last would say if it were the last, one at a time.
+    """Returns the model's own logits, and those of each block before the last.
 
-    Of a host, each of those takes a forward of its own.
+    The latter are what the model would predict if that block were its last. They are computed one
+    at a time; for a host, each takes a forward pass of its own.
     """
     names = block_names(model)
     with quiet(model), Taps(model, *map(_literally, names)) as taps:
@@ -99,7 +102,10 @@ def _replayed(model: nn.Module, ids: Tensor, last: nn.Module, state: Tensor) -> 
 
 
 def gate_names(model: nn.Module) -> dict[int, str]:
-    """The block of each Engram -> the dotted name of its gate, in ours and in a memory attached to a host."""
+    """Maps the block of each Engram to the dotted name of its gate.
+
+    This covers our models and memories attached to a host.
+    """
     found: dict[int, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, Engram):
@@ -108,7 +114,10 @@ def gate_names(model: nn.Module) -> dict[int, str]:
 
 
 def recalling(model: nn.Module, ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    """False at dead tokens, of documents that begin in the first column: they recall nothing, whatever a gate says."""
+    """Returns a mask that is False at dead tokens, for documents that begin in the first column.
+
+    Dead tokens look nothing up, whatever their gate is.
+    """
     found = (module for module in model.modules() if isinstance(module, Addresses))
     live = [
         addresses.live(ids, context(ids.shape[0], ids.shape[1], ids.device)) for addresses in found
@@ -117,7 +126,10 @@ def recalling(model: nn.Module, ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
 
 
 def _block_of(model: nn.Module, engram: str) -> int:
-    """From the name of ours; a memory attached to a host has a list of its own, in the order of its config."""
+    """Returns the block of an Engram module from its name.
+
+    A memory attached to a host has a list of its own, in the order of its config.
+    """
     if block := re.search(r"blocks\.(\d+)\.engram$", engram):
         return int(block[1])
     memory, _, place = engram.rpartition(".engrams.")
@@ -125,7 +137,7 @@ def _block_of(model: nn.Module, engram: str) -> int:
 
 
 def chosen(model: nn.Module, ids: Int[Tensor, "B T"]) -> Chosen:
-    """Which experts every token took. ValueError for a model without any."""
+    """Returns the experts that every token selected; ValueError for a model without experts."""
     if (own := ours(model)) is not None and own.config.moe is not None:
         with quiet(model):
             routings = [aux.routing for aux in own.hidden(ids)[1] if aux.routing is not None]
@@ -139,7 +151,8 @@ def chosen(model: nn.Module, ids: Int[Tensor, "B T"]) -> Chosen:
     )
     if not mixtures:
         raise ValueError(
-            "experts: got a model without experts, or whose experts are not told what each token chose"
+            "experts: got a model without experts, "
+            "or whose experts are not told what each token chose"
         )
     blocks, seen = block_names(model), dict[str, Tensor]()
     handles = [_listen(module, name, seen) for name, module in mixtures.items()]
@@ -158,7 +171,10 @@ def chosen(model: nn.Module, ids: Int[Tensor, "B T"]) -> Chosen:
 
 
 def _choice(module: nn.Module) -> str | None:
-    """The argument that tells a host's experts what was chosen, if this module is one."""
+    """Returns the name of the argument with the selected experts, None if there is none.
+
+    Only the experts of a host have one.
+    """
     known = inspect.signature(module.forward).parameters if hasattr(module, "forward") else {}
     return next((name for name in CHOICES if name in known), None)
 
@@ -174,12 +190,12 @@ def _listen(module: nn.Module, name: str, seen: dict[str, Tensor]) -> Any:
 
 
 def _first(output: Any) -> Tensor:
-    """A block's hidden state, of ours the values of its streams."""
+    """Returns a block's hidden state; for our models, the values of its streams."""
     while not isinstance(output, Tensor):
         output = output[0]
     return output
 
 
 def _literally(name: str) -> str:
-    """A pattern that matches this name alone."""
+    """Returns a pattern that matches this name alone."""
     return re.sub(r"([*?[])", r"[\1]", name)

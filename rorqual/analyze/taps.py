@@ -1,8 +1,8 @@
-"""A model and names of its modules in -> what went through them while it ran, without touching it.
+"""Records the outputs of a model's modules while it runs, without changing it.
 
 with Taps(model, "blocks.*.ffn") as taps:
     model(ids)
-taps["blocks.0.ffn"]            the outputs, one a call
+taps["blocks.0.ffn"]            the outputs, one per call
 """
 
 import copy
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 
 class Taps:
-    """Forward hooks on every module whose dotted name matches a pattern (`*` matches dots too), for a `with` block.
+    """Puts forward hooks on every module whose dotted name matches a pattern, for a `with` block.
 
-    `keep` turns an output into what is kept; as it is, copies of its tensors are, which stay as they are when a later
-    module writes over the output. ValueError where nothing matches.
+    `*` in a pattern matches dots too. `keep` turns an output into what is stored. By default its
+    tensors are copied, so that they stay as they are when a later module writes over the output.
+    ValueError where nothing matches.
     """
 
     def __init__(
@@ -61,10 +62,11 @@ class Taps:
 
 
 def detached(value: Any) -> Any:
-    """The same structure with copies of its tensors, cut from the graph."""
+    """Returns the same structure with copies of its tensors, detached from the graph."""
     if isinstance(value, Tensor):
         return value.detach().clone()
-    if isinstance(value, dict):  # an output of transformers is one, and wants its keys one by one
+    # An output of transformers is a dict, and its keys must be set one by one.
+    if isinstance(value, dict):
         found = copy.copy(value)
         for key, part in value.items():
             found[key] = detached(part)
@@ -78,7 +80,10 @@ def detached(value: Any) -> Any:
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode without gradients for a `with` block; the mode that each module was in comes back."""
+    """Sets evaluation mode without gradients for a `with` block.
+
+    Then it restores the mode of each module.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,1 +1,1 @@
-"""configs -> runs -> conclusions."""
+"""Experiments that train several configs and draw conclusions from the runs."""

@@ -1,14 +1,17 @@
-"""A kind of sweep -> runs -> a table, a figure and a sentence that may say "not established".
+"""Runs a sweep over one design choice and reports a table, a figure and a conclusion.
 
-    allocation   loss over rho, the share of inactive experts that stay experts; totals and FLOPs equal
+    allocation   loss over rho, the share of inactive experts that stay experts; totals, FLOPs equal
     experts      loss over routed experts, no memory; FLOPs equal: do experts pay at this size?
-    slots        loss over rows a head, the backbone fixed
-    layers       loss over the block that remembers, rows fixed
-    ablation     the memory without gates, convolution, canonical ids, a gate a stream, or its orders; rows fixed
+    slots        loss over rows per head, the backbone fixed
+    layers       loss over the block that has Engram, rows fixed
+    ablation     the memory without gates, convolution or canonical ids, with one gate for all
+                 streams, or with other n-gram orders; rows fixed
 
-Every point is trained with every seed at every learning rate. Points are compared by the paired difference to the first
-one, seed by seed, with its standard error: at each rate, and each at its best. A point of which a run diverged has no
-mean: it ranks last, and the sentence says so. Interrupted sweeps go on; finished and diverged runs are never repeated.
+Every point is trained with every seed at every learning rate. Points are compared by the paired
+difference to the first one, seed by seed, with its standard error: at each rate, and each at its
+best. The conclusion says "not established" where the difference is not. A point of which a run
+diverged has no mean: it ranks last, and the conclusion names it. Interrupted sweeps resume;
+finished and diverged runs are never repeated.
 """
 
 import csv
@@ -37,31 +40,32 @@ from rorqual.train.source import prepare
 
 Kind = Literal["allocation", "experts", "slots", "layers", "ablation"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-FEW = 2  # rows a head of a memory that holds nothing; rounded up to different primes
+# Rows per head of a memory that is too small to hold anything; rounded up to different primes.
+FEW = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepConfig:
-    """What is compared, and at what length."""
+    """What a sweep compares, and how long each run trains."""
 
     kind: Kind = "allocation"
     preset: str = "tiny"  # or a run folder
-    model: ModelConfig = field(
-        default_factory=lambda: preset("tiny")
-    )  # flags change the model that is followed
+    # the model that the points are derived from; flags change it
+    model: ModelConfig = field(default_factory=lambda: preset("tiny"))
     rhos: tuple[float, ...] = (1.0, 0.7, 0.4)
-    experts: tuple[int, ...] = (2, 8, 32)  # routed, of which a token takes as many as in the model
+    # numbers of routed experts; the number activated per token stays that of the model
+    experts: tuple[int, ...] = (2, 8, 32)
     rows_per_head: tuple[int, ...] = (FEW, 64, 1024, 16384)
-    rho: float = 0.7  # of slots, layers and ablation
+    rho: float = 0.7  # allocation ratio of the kinds slots, layers and ablation
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: recipe(preset("tiny").dim))
-    rates: tuple[float, ...] = (1.0,)  # every point is trained at each of these times optim.lr
+    rates: tuple[float, ...] = (1.0,)  # factors of optim.lr; every point is trained at each
     steps: int = 200
     rows: int = 8
     length: int = 128
     seeds: int = 2
     folder: str = "runs/sweep"
-    workers: int | None = None  # processes at a time; None: one a core
+    workers: int | None = None  # processes at a time; None: one per core
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -82,7 +86,7 @@ class SweepConfig:
 
 
 class Point(NamedTuple):
-    """One place on the axis, or a control beside it."""
+    """One model of a sweep: a position on the axis, or a control beside it."""
 
     name: str
     x: float
@@ -91,19 +95,19 @@ class Point(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What a point scored at a learning rate, over its seeds."""
+    """Losses of one point at one learning rate, over its seeds."""
 
     point: Point
     rate: float
-    losses: list[float]  # nan of a run that diverged
-    mean: float  # nan where one of them is
+    losses: list[float]  # one per seed; nan for a run that diverged
+    mean: float  # nan where a loss is nan
     error: float  # standard error of the mean; nan with one seed
     difference: float  # mean of the paired differences to the first point
     difference_error: float
 
 
 def points(config: SweepConfig, base: ModelConfig) -> list[Point]:
-    """The models of a sweep; the first is what the others are compared with."""
+    """Returns the models of a sweep; the others are compared with the first."""
     if base.moe is None:
         raise ValueError("model: got one without experts, expected moe to be on")
     if config.kind == "allocation":
@@ -128,27 +132,32 @@ def points(config: SweepConfig, base: ModelConfig) -> list[Point]:
 
 
 def _allocation(config: SweepConfig, base: ModelConfig) -> list[Point]:
-    """The pure model's shared expert is wider by what a memory's projections cost, or it would be the cheaper one."""
+    """Returns the points of the allocation sweep, and its two controls.
+
+    The pure model's shared expert is widened by the FLOPs of a memory's projections, since it would
+    be cheaper than the others otherwise.
+    """
     memory, alone = base.engram or default_memory(base), replace(base, engram=None)
     few = replace(base, engram=with_rows(memory, FEW))
     more = costs(few, config.length).flops_per_token - costs(alone, config.length).flops_per_token
     pure = with_flops(alone, more)
     rhos = sorted(config.rhos, reverse=True)
     plans = [split_budget(pure, rho, memory, context=config.length, pays="memory") for rho in rhos]
-    distinct = {
-        p.rho: p.engram.config for p in plans if p.rho < 1
-    }  # two rhos may keep the same experts
+    # Two values of rho may keep the same number of experts.
+    distinct = {p.rho: p.engram.config for p in plans if p.rho < 1}
     assert base.moe is not None
-    digits = (
-        2 if base.moe.routed - base.moe.active <= 100 else 5
-    )  # a point keeps its name whatever stands beside it
+    # The digits depend on the model alone, so that a point keeps its name in every sweep.
+    digits = 2 if base.moe.routed - base.moe.active <= 100 else 5
     curve = [Point(f"rho-{rho:.{digits}f}", rho, found) for rho, found in distinct.items()]
     controls = [Point("plain", 1.0, alone, control=True), Point("few-rows", 1.0, few, control=True)]
     return [Point("rho-1.00", 1.0, pure), *curve, *controls]
 
 
 def _experts(config: SweepConfig, base: ModelConfig) -> list[Point]:
-    """Shared experts pay for the router of the most experts, so that a token costs the same everywhere."""
+    """Returns the points of the experts sweep, which cost equal FLOPs per token.
+
+    Shared experts are widened by what the router of the most experts costs more.
+    """
     assert base.moe is not None
     numbers = sorted(config.experts)
     models = [replace(base, engram=None, moe=replace(base.moe, routed=n)) for n in numbers]
@@ -158,7 +167,11 @@ def _experts(config: SweepConfig, base: ModelConfig) -> list[Point]:
 
 
 def _ablations(memory: EngramConfig, streams: int) -> dict[str, EngramConfig]:
-    """One thing at a time. Other orders keep a token's rows and the table: where orders are fewer, heads are more."""
+    """Returns the memory with one thing changed at a time, by name.
+
+    Other n-gram orders keep the rows per token and the size of the table: with fewer orders there
+    are more heads.
+    """
     rows = sum(memory.rows_per_head) // len(memory.rows_per_head)
     reads, spread = memory.rows_per_token, memory.dilation or memory.ngram
     orders = {"bigrams-only": 1, "to-trigrams": 2, "to-5-grams": 4}
@@ -177,7 +190,10 @@ def _ablations(memory: EngramConfig, streams: int) -> dict[str, EngramConfig]:
 
 
 def main(config: SweepConfig, *, console: Console | None = None) -> Path:
-    """Runs the sweep; writes sweep.csv, sweep.svg and conclusion.txt into its folder, and returns the folder."""
+    """Runs the sweep and returns the folder of its results.
+
+    It writes sweep.json, sweep.csv, sweep.svg and conclusion.txt there.
+    """
     console = console or Console()
     data = replace(config.data, vocabulary=config.data.vocabulary or config.model.vocabulary)
     config = replace(config, data=data)
@@ -188,7 +204,7 @@ def main(config: SweepConfig, *, console: Console | None = None) -> Path:
         seeded(folder, f"{p.name}-lr-{rate:g}", _training(config, p, rate), config.seeds)
         for p, rate in tried
     ]
-    # a seed after the other, so that a sweep that is stopped has every point
+    # Jobs are ordered by seed, so that a sweep that is stopped early has every point.
     in_turn = [job for turn in zip(*jobs, strict=True) for job in turn]
     run(in_turn, workers=config.workers, console=console, diverging=True)
     losses = [[_loss(job) for job in each] for each in jobs]
@@ -201,7 +217,10 @@ def main(config: SweepConfig, *, console: Console | None = None) -> Path:
 
 
 def _loss(job: Job) -> float:
-    """The validation loss of a finished run; NaN for one that diverged, whatever it was before that."""
+    """Returns the final validation loss of a run.
+
+    It is NaN for one that diverged, whatever it logged before.
+    """
     return (
         math.nan
         if job.diverged()
@@ -217,22 +236,25 @@ def _training(config: SweepConfig, point: Point, rate: float) -> TrainConfig:
         steps=config.steps,
         rows=config.rows,
         length=config.length,
-        # runs are compared by their ends
+        # Runs are compared by their final validation loss.
         validate_every=0,
     )
 
 
-Scored = tuple[Point, float, Sequence[float]]  # a point, a learning rate, a loss a seed
+Scored = tuple[Point, float, Sequence[float]]  # a point, a learning rate, one loss per seed
 
 
 def tabulate(scored: Sequence[Scored]) -> list[Row]:
-    """A row a point and rate, compared with the first point at the same rate."""
+    """Returns one result per point and rate, compared with the first point at the same rate."""
     rates = dict.fromkeys(rate for _, rate, _ in scored)
     return [row for rate in rates for row in _compare([each for each in scored if each[1] == rate])]
 
 
 def at_best(rows: Sequence[Row]) -> list[Row]:
-    """A row a point, at the rate whose mean loss is lowest for it, compared with the first point at its own best."""
+    """Returns one result per point, at the rate with its lowest mean loss.
+
+    Each is compared with the first point at that point's own best rate.
+    """
     best: dict[str, Row] = {}
     for row in rows:
         best[row.point.name] = min(best.get(row.point.name, row), row, key=_rank)
@@ -240,7 +262,7 @@ def at_best(rows: Sequence[Row]) -> list[Row]:
 
 
 def _rank(row: Row) -> tuple[bool, float]:
-    """The lowest mean first; nan is no number to be compared, and stands last."""
+    """Sort key: the lowest mean first, and nan, which does not compare, last."""
     return math.isnan(row.mean), row.mean
 
 
@@ -253,9 +275,11 @@ def _compare(scored: Sequence[Scored]) -> list[Row]:
 
 
 def conclusion(kind: Kind, rows: Sequence[Row]) -> str:
-    """What the differences allow one to say, of every point at its best rate, then of the same two points at each.
+    """States which differences between the points are established.
 
-    Last come the points of which runs diverged, and at which rate."""
+    First come the points at their best rates, then the same two points at each rate, last the
+    points of which runs diverged, and at which rate.
+    """
     best = at_best(rows)
     axis, controls = [r for r in best if not r.point.control], [r for r in best if r.point.control]
     low, *others = sorted(axis, key=_rank)
@@ -263,7 +287,8 @@ def conclusion(kind: Kind, rows: Sequence[Row]) -> str:
     several = rates if len(rates) > 1 else []
     at = f" at a rate of {low.rate:g}" if several else ""
     said = [
-        f"{low.point.name} scored lowest ({low.mean:.4f} nats a token{at}, {seeds} seed{'s' * (seeds > 1)})"
+        f"{low.point.name} scored lowest "
+        f"({low.mean:.4f} nats a token{at}, {seeds} seed{'s' * (seeds > 1)})"
     ]
     if math.isnan(low.mean):
         said = ["no point has a mean, since runs of each diverged"]
@@ -273,7 +298,8 @@ def conclusion(kind: Kind, rows: Sequence[Row]) -> str:
             _against(low, other),
             *(f"at a rate of {rate:g} {_at(rows, rate, low, other)}" for rate in several),
         ]
-        if kind == "ablation":  # each part that was taken away is a question of its own
+        # Every ablated part is compared with the whole memory.
+        if kind == "ablation":
             said += [
                 _against(row, first)
                 for row in axis
@@ -332,7 +358,10 @@ _QUESTIONS: dict[str, tuple[str, Callable[[Sequence[Row]], bool]]] = {
 
 
 def _write(folder: Path, config: SweepConfig, rows: Sequence[Row], said: str) -> None:
-    """What was asked and what came out. All is drawn before the first file is replaced, so that they agree."""
+    """Writes the config and the results of a sweep.
+
+    Everything is drawn before the first file is replaced, so that the files agree.
+    """
     drawn = io.StringIO()
     with figures.style():
         _draw(config.kind, rows).savefig(drawn, format="svg", metadata={"Date": None})
@@ -347,7 +376,7 @@ def _write(folder: Path, config: SweepConfig, rows: Sequence[Row], said: str) ->
 
 
 def _csv(rows: Sequence[Row], seeds: int) -> str:
-    """A line a point and rate; the last columns are the losses, headed by their seed."""
+    """Formats one line per point and rate; the last columns are the losses, one per seed."""
     best, file = {(row.point.name, row.rate) for row in at_best(rows)}, io.StringIO()
     writer, numbers = csv.writer(file), ("mean", "standard_error", "difference", "difference_error")
     writer.writerow(
@@ -376,14 +405,15 @@ AXES = {
 
 
 def _draw(kind: Kind, rows: Sequence[Row]) -> Figure:
-    """A line a learning rate over the axis, controls as levels beside it."""
+    """Draws one line per learning rate over the axis, with the controls as horizontal levels."""
     several = len({row.rate for row in rows}) > 1
     lines: dict[str, list[tuple[float, float, float]]] = {}
     levels: dict[str, float] = {}
     for row in rows:
         name = f"rate {row.rate:g}" if several else "validation"
         if math.isnan(row.mean):
-            continue  # there is nowhere to draw it, and the sentence names it
+            # A nan cannot be drawn; the conclusion names the point.
+            continue
         if row.point.control:
             levels[row.point.name + f", {name}" * several] = row.mean
         else:

@@ -1,11 +1,12 @@
-"""Parameters and FLOPs wanted -> the mixture of experts that has them.
+"""Solves for a mixture of experts that has a given number of parameters and FLOPs.
 
-    w = (t - a) / (E - K)      width of one of E routed experts, K of them taken by a token
+    w = (t - a) / (E - K)      width of one of E routed experts, K of them activated per token
     s = a - K w                width of the shared expert
 
-t and a are what the budgets, total and activated, leave beside the backbone and the routers, in weights of one SwiGLU
-of width 1 in every block with experts: two equations for two widths, E chosen so that w is close to what it was. Where
-the activated budget asks for another backbone, depth and every width of it are scaled by one factor.
+t and a are what the total and the activated budget leave after the backbone and the routers, in
+weights of one SwiGLU of width 1 in every block with experts. These are two equations for two
+widths; E is chosen so that w is close to its value in the given model. Where the activated budget
+requires another backbone, its depth and every width of it are scaled by one factor.
 """
 
 import math
@@ -16,25 +17,25 @@ from typing import NamedTuple
 from rorqual.costs import Costs, costs
 from rorqual.model_config import EngramConfig, GQAConfig, MLAConfig, ModelConfig, MoEConfig
 
-TOTAL_TOLERANCE = 0.005  # of the parameters
-FLOP_TOLERANCE = 0.01  # of what a token goes through
-SAME = 0.05  # an activated budget this close is spent on the widths of the experts, and the backbone stays
+TOTAL_TOLERANCE = 0.005  # relative, of the total parameters
+FLOP_TOLERANCE = 0.01  # relative, of the activated parameters or FLOPs per token
+# An activated budget this close is spent on the widths of the experts, and the backbone stays.
+SAME = 0.05
 AXES = {"activated": "activated parameters", "flops_per_token": "FLOPs a token"}
-FINE = 0.2  # of a tolerance: a solution that is this good is not bettered at the cost of the shape
+# Fraction of a tolerance; below it, a smaller error is not bought with a less similar shape.
+FINE = 0.2
 
 
 class Budget(NamedTuple):
-    """What a model may have. Nothing is said of what is None: it is as in the model that is followed."""
+    """The parameters and FLOPs that a model may have; None keeps those of the given model."""
 
     total: float | None = None  # parameters, MTP's modules not counted
-    activated: float | None = (
-        None  # parameters that a token goes through, all but the input embedding
-    )
-    flops: float | None = None  # a token, forward; instead of `activated`
+    activated: float | None = None  # parameters used per token, all but the input embedding
+    flops: float | None = None  # per token, forward pass; instead of `activated`
 
 
 class Wanted(NamedTuple):
-    """A budget made whole, and which of the costs is its second axis."""
+    """A budget without open values, and the name of the cost that is its second axis."""
 
     total: float
     activated: float
@@ -42,10 +43,15 @@ class Wanted(NamedTuple):
 
 
 def wanted(budget: Budget, have: Costs) -> Wanted:
-    """The budget with what it leaves open filled from `have`. ValueError for what no model can have."""
+    """Fills the open values of a budget from `have`.
+
+    ValueError for both activated parameters and FLOPs, and for values that are not finite and above
+    0.
+    """
     if budget.activated is not None and budget.flops is not None:
         raise ValueError(
-            "budget: got activated parameters and FLOPs, expected one of them: both say what a token may cost"
+            "budget: got activated parameters and FLOPs, expected one of them: "
+            "both say what a token may cost"
         )
     axis = "activated" if budget.activated is not None else "flops_per_token"
     second = budget.activated if budget.activated is not None else budget.flops
@@ -58,9 +64,10 @@ def wanted(budget: Budget, have: Costs) -> Wanted:
 
 
 def spend(like: ModelConfig, budget: Budget, *, context: int = 4096) -> ModelConfig:
-    """The mixture of experts, shaped like `like` and without memory, that has the budget to the tolerances.
+    """Returns a mixture of experts shaped like `like`, without memory, that has the budget.
 
-    ValueError where `like` has no experts, and for a budget that no such model has.
+    Its costs agree with the budget to the tolerances. ValueError where `like` has no experts, and
+    for a budget that no such model has.
     """
     if like.moe is None:
         raise ValueError("like: got a model without experts, expected moe to be on")
@@ -72,9 +79,9 @@ def spend(like: ModelConfig, budget: Budget, *, context: int = 4096) -> ModelCon
     if kept is not None and _errors(costs(kept, context), want) <= 1:
         return kept
     best: tuple[float, ModelConfig] | None = None
-    for _ in range(
-        3
-    ):  # what the two equations do not know of (a router that differs by block) shows in the costs
+    # The two equations leave out details such as a router that differs by block, which the costs
+    # include: solving again from the solution corrects for them.
+    for _ in range(3):
         found = _widths(base, have, want)
         after = costs(found, context)
         error = _errors(after, want)
@@ -85,20 +92,21 @@ def spend(like: ModelConfig, budget: Budget, *, context: int = 4096) -> ModelCon
     assert best is not None
     if best[0] > 1:
         raise ValueError(
-            f"budget: got {want.total:.4g} parameters and {want.activated:.4g} {AXES[want.axis]}, expected sizes that "
-            "whole widths of experts add up to: a larger total, or --like a model with narrower experts"
+            f"budget: got {want.total:.4g} parameters and {want.activated:.4g} {AXES[want.axis]}, "
+            "expected sizes that whole widths of experts add up to: "
+            "a larger total, or --like a model with narrower experts"
         )
     return best[1]
 
 
 def _errors(have: Costs, want: Wanted) -> float:
-    """The worse of the two differences, in tolerances."""
+    """Returns the larger of the two relative errors, each divided by its tolerance."""
     total, second = have.total / want.total - 1, getattr(have, want.axis) / want.activated - 1
     return max(abs(total) / TOTAL_TOLERANCE, abs(second) / FLOP_TOLERANCE)
 
 
 def _unit(config: ModelConfig) -> int:
-    """Weights of one SwiGLU of width 1 in every block with experts."""
+    """Counts the weights of one SwiGLU of width 1 in every block with experts."""
     blocks = sum(config.has_experts(i) for i in range(config.layers))
     if not blocks:
         raise ValueError(
@@ -108,18 +116,21 @@ def _unit(config: ModelConfig) -> int:
 
 
 def _router(config: ModelConfig) -> int:
-    """Weights that a further expert brings beside its own."""
+    """Counts the router's weights for one more expert in every block with experts."""
     assert config.moe is not None
     return _unit(config) // 3 + _unit(config) // (3 * config.dim) * config.moe.router.bias
 
 
 def step_of(moe: MoEConfig) -> int:
-    """Experts come in multiples of this: what the router's groups and the devices divide."""
+    """Returns the number that the experts must be a multiple of.
+
+    It is the least common multiple of the router's groups and the devices.
+    """
     return math.lcm(moe.router.groups, moe.balance.devices)
 
 
 def least_experts(moe: MoEConfig) -> int:
-    """The fewest that the groups, which a token takes its experts from, hold room with."""
+    """Returns the fewest experts with which the selected groups have enough for a token."""
     router, step = moe.router, step_of(moe)
     size = math.ceil(moe.active / router.groups_kept)
     if router.groups_kept < router.groups and router.group_score == "top2":
@@ -128,7 +139,10 @@ def least_experts(moe: MoEConfig) -> int:
 
 
 def _only_experts(base: ModelConfig, have: Costs, want: Wanted) -> ModelConfig | None:
-    """`base` with more or fewer experts, all widths as they are; None where that leaves no choice to the router."""
+    """Changes only the number of experts of `base`, and keeps all widths.
+
+    None where the router would be left without a choice.
+    """
     assert base.moe is not None
     step = step_of(base.moe)
     more = (want.total - have.total) / (_unit(base) * base.moe.width + _router(base))
@@ -141,14 +155,18 @@ def _only_experts(base: ModelConfig, have: Costs, want: Wanted) -> ModelConfig |
 
 
 def _widths(base: ModelConfig, have: Costs, want: Wanted) -> ModelConfig:
-    """The two equations, for the number of experts that leaves the width of one closest to what it is."""
+    """Solves the two equations for the widths of the experts.
+
+    Of the possible numbers of experts it takes the one that keeps their width closest to `base`'s.
+    """
     moe, unit, router = base.moe, _unit(base), _router(base)
     assert moe is not None
-    second = 2 if want.axis == "flops_per_token" else 1  # a weight is two FLOPs
+    # A weight costs two FLOPs.
+    second = 2 if want.axis == "flops_per_token" else 1
     own = moe.active * moe.width + moe.shared_hidden
     total = (want.total - have.total) / unit + moe.routed * moe.width + moe.shared_hidden
     spent = (want.activated - getattr(have, want.axis)) / second / unit + own
-    room = total - spent  # of the experts that rest: (E - K) w
+    room = total - spent  # width of the experts that are not activated: (E - K) w
     best: tuple[float, int, int, int] | None = None
     for routed in _numbers(moe, room):
         width = max(1, round(room / (routed - moe.active)))
@@ -172,17 +190,21 @@ def _refusal(moe: MoEConfig, want: Wanted, room: float) -> str:
     got = f"got {want.total:.4g} parameters beside {want.activated:.4g} {AXES[want.axis]}"
     if room < least_experts(moe) - moe.active + 1:
         return (
-            f"total: {got}, expected room for more than the {moe.active} experts that a token takes; raise total, or "
-            "lower what a token may cost"
+            f"total: {got}, expected room for more than the {moe.active} experts "
+            "that a token takes; raise total, or lower what a token may cost"
         )
     return (
-        f"total: {got}, which leaves a token no room for its {moe.active} experts beside the backbone and a router of "
-        "so many, expected a smaller total, or more that a token may cost; or --like a smaller model"
+        f"total: {got}, which leaves a token no room for its {moe.active} experts "
+        "beside the backbone and a router of so many, "
+        "expected a smaller total, or more that a token may cost; or --like a smaller model"
     )
 
 
 def _numbers(moe: MoEConfig, room: float) -> Iterator[int]:
-    """Numbers of experts worth a look: those whose width lies between half and twice what it is."""
+    """Yields the numbers of experts to try.
+
+    Their widths lie between half and twice the present one.
+    """
     step, least = step_of(moe), least_experts(moe)
     if room <= 0:
         return
@@ -194,26 +216,36 @@ def _numbers(moe: MoEConfig, room: float) -> Iterator[int]:
 
 
 def _backbone(like: ModelConfig, want: Wanted, context: int) -> ModelConfig:
-    """`like`, or `like` scaled until a token costs about what it may; its mixture keeps its share of that."""
+    """Returns `like`, scaled until its cost per token is near the budget.
+
+    The mixture of experts keeps its share of that cost. ValueError where no scale comes close
+    enough.
+    """
     factor, found = 1.0, like
     for _ in range(6):
         ratio = want.activated / getattr(costs(found, context), want.axis)
         if abs(ratio - 1) <= SAME:
             break
-        factor *= ratio ** (1 / 3)  # depth times width squared
+        # The cost grows as depth times width squared.
+        factor *= ratio ** (1 / 3)
         found = scaled(like, factor)
     else:
-        if not 0.8 < ratio < 1.25:  # the widths of the experts make up for less
+        # The widths of the experts make up for a smaller difference.
+        if not 0.8 < ratio < 1.25:
             raise ValueError(
-                f"{want.axis}: got {want.activated:.4g}, expected about {want.activated / ratio:.4g}, the nearest that "
-                f"this shape reaches with a vocabulary of {like.vocabulary:,}; --like another model, or a smaller "
-                "vocabulary"
+                f"{want.axis}: got {want.activated:.4g}, "
+                f"expected about {want.activated / ratio:.4g}, the nearest that "
+                f"this shape reaches with a vocabulary of {like.vocabulary:,}; "
+                "--like another model, or a smaller vocabulary"
             )
     return found
 
 
 def scaled(like: ModelConfig, factor: float) -> ModelConfig:
-    """Depth, width, heads, latent ranks and the experts' widths times `factor`; the widths of heads stay. No memory."""
+    """Scales depth, width, heads, latent ranks and the experts' widths by `factor`.
+
+    The widths of heads stay. The result has no memory.
+    """
     layers = max(2, round(like.layers * factor))
     moe = like.moe
     if moe is not None:
@@ -235,7 +267,10 @@ def scaled(like: ModelConfig, factor: float) -> ModelConfig:
 
 
 def _even(value: float) -> int:
-    """Near the value, a multiple of what matrix units like: 64 from 1,024 on, 16 from 256 on, 8 below."""
+    """Rounds a width to a multiple that suits matrix units.
+
+    It is 64 from 1,024 on, 16 from 256 on, 8 below.
+    """
     step = 64 if value >= 1024 else 16 if value >= 256 else 8
     return max(step, step * round(value / step))
 
@@ -256,7 +291,11 @@ def _scaled_gqa(gqa: GQAConfig, factor: float) -> GQAConfig:
 
 
 def scaled_memory(engram: EngramConfig, like: ModelConfig, base: ModelConfig) -> EngramConfig:
-    """The memory of `like` for the backbone of `base`: in blocks as deep, of heads as wide for the width."""
+    """Adapts the memory of `like` to the backbone of `base`.
+
+    Its blocks are at the same relative depth, and the width of its heads scales with the model's
+    width.
+    """
     if (base.layers, base.dim) == (like.layers, like.dim):
         return engram
     layers = tuple(dict.fromkeys(layer * base.layers // like.layers for layer in engram.layers))

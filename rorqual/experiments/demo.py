@@ -1,7 +1,8 @@
-"""Nothing -> two trained arms and a page: the same budget spent on experts alone, and on experts with memory.
+"""Trains two models of one budget, experts alone and experts with memory, and writes a report.
 
-text -> tokenizer -> token files (kept for the next time) -> one run an arm and seed, side by side -> losses, a
-continuation, a row of gates, and report.html.
+The text is tokenized into token files, which are kept for the next time. Each arm is then trained
+once per seed, both arms side by side. The demo prints the losses, a continuation of the prompt by
+each arm and a sentence coloured by its gates, and writes gates.png and report.html.
 """
 
 import os
@@ -27,13 +28,16 @@ from rorqual.serve.generate import load
 from rorqual.train.config import DataConfig, OptimConfig, TrainConfig, recipe
 from rorqual.train.source import prepare
 
-SENTENCE = "The blue whale is the largest mammal; Alexander the Great was king of Macedon, in northern Greece."
+SENTENCE = (
+    "The blue whale is the largest mammal; "
+    "Alexander the Great was king of Macedon, in northern Greece."
+)
 PROMPT = "whale,"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
-    """What the demo trains and how long."""
+    """What the demo trains and for how long."""
 
     preset: str = "tiny"
     rho: float = 0.7  # share of the inactive experts that stay experts
@@ -41,11 +45,11 @@ class DemoConfig:
     folder: str = "runs/demo"
     cache: str = "runs/cache"
     steps: int = 420
-    rows: int = 8  # sequences a step
-    length: int = 128  # tokens a sequence
+    rows: int = 8  # batch size: sequences per step
+    length: int = 128  # sequence length in tokens
     optim: OptimConfig = field(default_factory=lambda: recipe(preset("tiny").dim))
-    seeds: int = 2  # runs an arm
-    minutes: float = 7.0  # further seeds are left out when they would not end by then
+    seeds: int = 2  # runs per arm
+    minutes: float = 7.0  # further seeds are skipped when they would not end by then
     sentence: str = SENTENCE
     prompt: str = PROMPT
 
@@ -59,14 +63,17 @@ class DemoConfig:
 class Result(NamedTuple):
     """What the demo measured."""
 
-    losses: dict[str, list[float]]  # arm -> validation nats a token, one a seed
-    bits: dict[str, list[float]]  # arm -> bits a byte
+    losses: dict[str, list[float]]  # by arm: validation nats per token, one per seed
+    bits: dict[str, list[float]]  # by arm: bits per byte, one per seed
     report: Path
     seconds: float
 
 
 def main(config: DemoConfig, *, console: Console | None = None) -> Result:
-    """Runs it all; see the module. Finished runs of the same config are not repeated, interrupted ones go on."""
+    """Runs the whole demo; see the module.
+
+    Finished runs of the same config are not repeated, and interrupted ones resume.
+    """
     console, began = console or Console(), time.monotonic()
     base = replace(preset(config.preset), engram=None)
     data = DataConfig(source=config.data, vocabulary=base.vocabulary, cache=config.cache)
@@ -116,7 +123,7 @@ def _jobs(config: DemoConfig, data: DataConfig, plan: Plan, seed: int) -> dict[s
                 length=config.length,
                 seed=seed,
                 folder=folder,
-                # the arms are compared by their ends
+                # The arms are compared by their final validation loss.
                 validate_every=0,
             ),
         )
@@ -126,7 +133,7 @@ def _jobs(config: DemoConfig, data: DataConfig, plan: Plan, seed: int) -> dict[s
 def _train(
     config: DemoConfig, data: DataConfig, plan: Plan, began: float, console: Console
 ) -> dict[str, list[Job]]:
-    """Pairs of arms, a seed after the other, as long as the next pair is likely to end in time."""
+    """Trains both arms one seed after the other, while the next pair is likely to end in time."""
     done: dict[str, list[Job]] = {"moe": [], "engram": []}
     for seed in range(config.seeds):
         jobs, start = _jobs(config, data, plan, seed), time.monotonic()
@@ -136,14 +143,18 @@ def _train(
         took, spent = time.monotonic() - start, time.monotonic() - began
         if seed + 1 < config.seeds and spent + took > 60 * config.minutes:
             console.print(
-                f"   {seed + 1} of {config.seeds} seeds: a further one would pass {config.minutes:g} minutes"
+                f"   {seed + 1} of {config.seeds} seeds: "
+                f"a further one would pass {config.minutes:g} minutes"
             )
             break
     return done
 
 
 def verdict(losses: dict[str, list[float]]) -> str:
-    """One sentence on the two arms; with one seed it claims nothing."""
+    """Summarises the difference between the arms in one sentence.
+
+    With one seed it claims nothing.
+    """
     gaps = [a - b for a, b in zip(losses["moe"], losses["engram"], strict=True)]
     gap = statistics.fmean(gaps)
     winner = "less" if gap > 0 else "more"
@@ -152,11 +163,17 @@ def verdict(losses: dict[str, list[float]]) -> str:
         return f"{said}, with one seed: a difference, not a finding."
     spread = f"{min(gaps):+.4f} to {max(gaps):+.4f}"
     agreed = all(g > 0 for g in gaps) or all(g < 0 for g in gaps)
-    return f"{said} ({spread} over {len(gaps)} seeds); {'the seeds agree' if agreed else 'the seeds disagree'}."
+    return (
+        f"{said} ({spread} over {len(gaps)} seeds); "
+        f"{'the seeds agree' if agreed else 'the seeds disagree'}."
+    )
 
 
 def _show(config: DemoConfig, jobs: dict[str, list[Job]], said: str, console: Console) -> Path:
-    """A continuation of each arm, a row of gates, the page and the picture."""
+    """Prints a continuation by each arm and the gates of a sentence.
+
+    It writes gates.png and report.html, and returns the path of the report.
+    """
     folder = Path(config.folder)
     for arm, own in jobs.items():
         text = load(own[0].folder).generate(
@@ -175,7 +192,7 @@ def _show(config: DemoConfig, jobs: dict[str, list[Job]], said: str, console: Co
 
 
 def gate_line(found: Gates) -> Text:
-    """The sentence, each token on a background as bright as its gate."""
+    """Formats the sentence with each token on a background as bright as its gate."""
     means = found.values.mean((0, 2)).tolist()
     low, high = min(means), max(means)
     line = Text("  ")

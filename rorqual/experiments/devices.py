@@ -1,23 +1,28 @@
-"""A ModelConfig, a training step and devices -> bytes by role and seconds a step: an estimate, not a measurement.
+"""Estimates the bytes and the seconds of one training step on given devices.
 
-    weights 4 P, gradients 4 P                                        float32, as the trainer keeps them
-    state   rows 8 P + 4 a row    matrices 4 P (Muon), 8 P (AdamW)    others 8 P
-    compute = 3 (FLOPs + 2 M) tokens / (devices peak utilisation)     a backward pass is two forward passes
+These are estimates from published figures, not measurements; bytes are given by parameter role.
+
+    weights 4 P, gradients 4 P                                      float32, as in the trainer
+    state   rows 8 P + 4 per row    matrices 4 P (Muon), 8 P (AdamW)    others 8 P
+    compute = 3 (FLOPs + 2 M) tokens / (devices peak utilisation)   backward is two forward passes
     update  = bytes of the state, read and written / (devices bandwidth), and Muon's products
-    rows    = (8 tokens R W + 28 distinct W) / (devices bandwidth)    recalled, summed, updated; over all tables
-            = 4 tokens R W / (devices link), there and back at once   where the tables are in the host's memory
-    step    = compute + update + rows, or max(compute, rows) + update where rows come from the host behind the compute
+    rows    = (8 tokens R W + 28 distinct W) / (devices bandwidth)  lookup, sum, update; all tables
+            = 4 tokens R W / (devices link), in both directions at once: tables in the host's memory
+    step    = compute + update + rows
+            = max(compute, rows) + update: tables in the host's memory, read behind the compute
 
-M weights of MTP's modules multiply a token, the shared head's in each of them; their attention is left out.
-R rows of width W are read by a token in each block that remembers, at most tokens x R distinct ones by a step; the
-others have neither gradient nor update. Everything is spread evenly over the devices; activations, exchanges between
-devices and what the allocator loses are not in it.
+M weights of MTP's modules multiply a token, the shared head's in each of them; their attention is
+left out. Each block with Engram reads R rows of width W per token, and a step reads at most
+tokens x R distinct rows of a table; other rows have neither gradient nor update. Everything is
+spread evenly over the devices. Activations, communication between devices and the allocator's
+losses are not included.
 
-Published peaks, bfloat16 with sums in float32 and without sparsity (half of what a sheet gives with it). NVIDIA's data
-sheets of A100 (80GB SXM, 2021), H100 (SXM, 2023), H200 (SXM, 2024) and HGX B200 (2024), its Ada architecture paper for
-the RTX 4090 (2022); AMD's data sheet of the MI300X (2023): 304 units x 2048 x 2.1 GHz. `link` is PCIe x16, one
-direction: generation 4 for the A100 and RTX 4090, 5 for the others, the B200 among them as its usual hosts have it.
-The device `cpu` is this machine: the speed of its float32 products and of its memory is measured when it is asked for.
+Published peaks, bfloat16 with sums in float32 and without sparsity (half of what a sheet gives with
+it). NVIDIA's data sheets of A100 (80GB SXM, 2021), H100 (SXM, 2023), H200 (SXM, 2024) and HGX B200
+(2024), its Ada architecture paper for the RTX 4090 (2022); AMD's data sheet of the MI300X (2023):
+304 units x 2048 x 2.1 GHz. `link` is PCIe x16, one direction: generation 4 for the A100 and the
+RTX 4090, 5 for the others, including the B200, as its usual hosts have it. The device `cpu` is this
+machine: the speed of its float32 products and of its memory is measured on first use.
 """
 
 import functools
@@ -40,16 +45,16 @@ from rorqual.train.config import TrainConfig
 from rorqual.train.optim import Role, roles
 
 FLOAT = 4  # bytes; parameters, gradients and moments are float32
-ROUNDS = 5  # Newton-Schulz, of Muon
+ROUNDS = 5  # Newton-Schulz iterations of Muon
 
 
 class Device(NamedTuple):
-    """What its maker says of one."""
+    """Published figures of one device."""
 
-    flops: float  # a second, bfloat16 products, without sparsity
+    flops: float  # per second, bfloat16 products, without sparsity
     memory: float  # bytes
-    bandwidth: float  # bytes a second, of its own memory
-    link: float  # bytes a second, from the host's memory
+    bandwidth: float  # bytes per second, of its own memory
+    link: float  # bytes per second, from the host's memory
 
 
 DEVICES = {
@@ -60,15 +65,22 @@ DEVICES = {
     "mi300x": Device(1307.4e12, 192e9, 5.3e12, 64e9),
     "rtx4090": Device(165.2e12, 24e9, 1.008e12, 32e9),
 }
-SMALL = 100_000_000  # parameters up to which a model is planned for this machine, unless another is named
+# Up to this many parameters a model is planned for this machine, unless another is named.
+SMALL = 100_000_000
 
 
 @functools.cache
 def this_machine() -> Device:
-    """This machine's cores as torch uses them, measured in half a second; its memory is both its own and its host's."""
+    """Measures this machine's cores, as torch uses them, in half a second.
+
+    Its memory counts both as the device's own and as the host's.
+    """
 
     def best(work: Callable[[], object]) -> float:
-        """Seconds of the fastest of several calls, so that other programs disturb it less."""
+        """Returns the seconds of the fastest of several calls.
+
+        Other programs disturb it least.
+        """
         spans = []
         for _ in range(9):
             began = time.perf_counter()
@@ -78,7 +90,7 @@ def this_machine() -> Device:
 
     size = 512
     left, right = torch.randn(size, size), torch.randn(size, size)
-    # larger than the caches
+    # The copied tensor is larger than the caches.
     source = torch.zeros(1 << 23)
     target = torch.empty_like(source)
     flops = 2 * size**3 / best(lambda: left @ right)
@@ -87,22 +99,21 @@ def this_machine() -> Device:
 
 
 def device_of(name: str) -> Device:
-    """What is known of a device, by its name in DEVICES, or `cpu`."""
+    """Returns the figures of a device, by its name in DEVICES, or `cpu`."""
     return this_machine() if name == "cpu" else DEVICES[name]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """What a model is trained on, and how."""
+    """The devices that a model is trained on, and how they are used."""
 
     device: str = "h100"  # one of DEVICES, or cpu: this machine
     devices: int = 8
-    utilisation: float = 0.4  # of the peak, in the products; measure your own
-    step_tokens: int = 1 << 20  # of one update, over all devices
+    utilisation: float = 0.4  # share of the peak that products reach; measure your own
+    step_tokens: int = 1 << 20  # tokens per update, over all devices
     optimizer: Literal["adamw", "muon"] = "muon"  # of the blocks' matrices
-    tables: Literal["device", "host"] = (
-        "device"  # where Engram's rows lie, their moments beside them
-    )
+    # placement of Engram's rows and of their moments
+    tables: Literal["device", "host"] = "device"
 
     def __post_init__(self) -> None:
         choose("device", self.device, (*DEVICES, "cpu"))
@@ -111,12 +122,13 @@ class Machine:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if not 0 < self.utilisation <= 1:
             raise ValueError(
-                f"utilisation: got {self.utilisation}, expected a share of the peak, more than 0, at most 1"
+                f"utilisation: got {self.utilisation}, "
+                "expected a share of the peak, more than 0, at most 1"
             )
 
 
 def usual_machine(parameters: float) -> Machine:
-    """What a model of so many parameters is trained on where nobody says: this machine, or eight H100s."""
+    """Returns the default machine for a model of this size: this machine, or eight H100s."""
     if parameters > SMALL:
         return Machine()
     trained = TrainConfig()
@@ -124,29 +136,32 @@ def usual_machine(parameters: float) -> Machine:
 
 
 class Bytes(NamedTuple):
-    """What the parameters of one role keep, over all devices."""
+    """Parameters of one role and their bytes, over all devices."""
 
     parameters: int  # their number
     weights: int
-    gradients: int  # of rows: those that a step reads, at most
-    state: int  # the optimizer's
+    gradients: int  # for rows: at most those that a step reads
+    state: int  # of the optimizer
 
 
 class Estimate(NamedTuple):
-    """Of one model on one machine."""
+    """Bytes and seconds of one training step of one model on one machine."""
 
     roles: dict[Role, Bytes]  # rows, matrix, decayed, plain
     device_bytes: int  # on each device, without activations
-    host_bytes: int  # in the memory of the hosts, together
-    fits: bool  # whether the device holds that
+    host_bytes: int  # in the memory of all hosts together
+    fits: bool  # whether device_bytes fit into the device's memory
     compute: float  # seconds: forward and backward products
     update: float  # seconds: the optimizer, rows not counted
-    rows: float  # seconds: rows recalled, their gradients summed, their update
+    rows: float  # seconds: rows looked up, their gradients summed, their update
     step: float  # seconds, all together
 
 
 def estimate(config: ModelConfig, machine: Machine, context: int = 4096) -> Estimate:
-    """Bytes and seconds of one training step. The utilisation is assumed, not measured."""
+    """Estimates bytes and seconds of one training step.
+
+    The utilisation is assumed, not measured.
+    """
     device, count = device_of(machine.device), machine.devices
     sizes, tensors, products = _sizes(config)
     kept = _bytes(config, machine, sizes, tensors)
@@ -155,9 +170,8 @@ def estimate(config: ModelConfig, machine: Machine, context: int = 4096) -> Esti
     held = (sum(sum(one[1:]) for one in kept.values()) - hosted) / count
     peak = device.flops * machine.utilisation * count
     own = costs(config, context)
-    heads = (
-        config.vocabulary * config.dim * (config.mtp.depth - 1 if config.mtp is not None else 0)
-    )  # counted but once
+    # The costs count the shared head once, although every MTP module multiplies by it.
+    heads = config.vocabulary * config.dim * (config.mtp.depth - 1 if config.mtp is not None else 0)
     compute = (
         3 * (own.flops_per_token + 2 * (own.mtp_activated + heads)) * machine.step_tokens / peak
     )
@@ -184,7 +198,7 @@ def estimate(config: ModelConfig, machine: Machine, context: int = 4096) -> Esti
 
 
 def _sizes(config: ModelConfig) -> tuple[Counter[Role], Counter[Role], float]:
-    """Of each role parameters and tensors; FLOPs of Muon's products over all matrices."""
+    """Counts parameters and tensors by role, and the FLOPs of Muon's products over all matrices."""
     with torch.device("meta"), _Unfilled():
         model = LanguageModel(config, seed=None)
     role, sizes, tensors, products = roles(model), Counter[Role](), Counter[Role](), 0.0
@@ -193,15 +207,15 @@ def _sizes(config: ModelConfig) -> tuple[Counter[Role], Counter[Role], float]:
         tensors[role[name]] += 1
         if role[name] == "matrix":
             *stack, tall, wide = parameter.shape
-            halves = (
-                2 if name.endswith("gate_up") else 1
-            )  # gate and up are two matrices side by side
+            # Gate and up are two matrices side by side.
+            halves = 2 if name.endswith("gate_up") else 1
             small, large = sorted((tall, wide // halves))
             products += math.prod(stack) * halves * ROUNDS * (4 * small**2 * large + 2 * small**3)
     return sizes, tensors, products
 
 
-FILLING = (  # what gives numbers to a tensor that has its shape
+# Operations that fill an existing tensor with values.
+FILLING = (
     *(
         torch.Tensor.mul,
         torch.Tensor.normal_,
@@ -214,7 +228,10 @@ FILLING = (  # what gives numbers to a tensor that has its shape
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leaves new parameters without values: on the meta device they have none, and filling them loads the compiler."""
+    """Leaves new parameters without values.
+
+    On the meta device they have none, and filling them would load the compiler.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -240,7 +257,8 @@ def _bytes(
         if role == "rows":
             assert config.engram is not None
             width = config.engram.head_dim
-            state = 2 * weights + 4 * (number // width)  # and how often each row was updated
+            # The last term counts how often each row was updated.
+            state = 2 * weights + 4 * (number // width)
             found[role] = Bytes(
                 number, weights, _touched(config, machine) * (FLOAT * width + 8), state
             )
@@ -252,7 +270,7 @@ def _bytes(
 
 
 def _touched(config: ModelConfig, machine: Machine) -> int:
-    """Rows that one step reads, at most, over all tables."""
+    """Returns the most rows that one step can read, over all tables."""
     if config.engram is None:
         return 0
     read = machine.step_tokens * config.engram.rows_per_token
@@ -260,7 +278,11 @@ def _touched(config: ModelConfig, machine: Machine) -> int:
 
 
 def _row_seconds(config: ModelConfig, machine: Machine) -> float:
-    """Each token's rows fetched and their gradients brought back; each distinct row and its moments rewritten."""
+    """Estimates the seconds of lookups, of the rows' gradients and of their update.
+
+    Each token's rows are fetched and their gradients returned; each distinct row and its moments
+    are rewritten.
+    """
     if config.engram is None:
         return 0.0
     device, width = device_of(machine.device), config.engram.head_dim
@@ -272,9 +294,8 @@ def _row_seconds(config: ModelConfig, machine: Machine) -> float:
         * FLOAT
     )
     if machine.tables == "host":
-        return read / (
-            device.link * machine.devices
-        )  # there and back at once: the link has two directions
+        # Rows and gradients move at the same time, since the link has two directions.
+        return read / (device.link * machine.devices)
     return (2 * read + 7 * FLOAT * _touched(config, machine) * width) / (
         device.bandwidth * machine.devices
     )

@@ -1,9 +1,10 @@
-"""Kinds of attention, with memory and without -> how often each finds what a text hid: a table, figures, a sentence.
+"""Trains kinds of attention, with and without memory, to find values that a text hides.
 
-Every arm learns the four tasks of `data.needles` with every seed, in the trainer; texts grow to their full length. An
-accuracy is the share of held-out answers whose most likely id is right, the answers before it given. A sparse kind is
-compared with the full attention that it stands in for, memory with none, by paired differences seed by seed.
-Interrupted sweeps go on; finished runs are never repeated.
+The results are a table, figures and a conclusion. Every arm learns the four tasks of `data.needles`
+with every seed, in the trainer; texts grow to their full length. An accuracy is the share of
+held-out answers whose most likely id is right, given the answers before it. A sparse kind is
+compared with the full attention that it replaces, and memory with none, by paired differences seed
+by seed. Interrupted sweeps resume; finished runs are never repeated.
 """
 
 import csv
@@ -37,12 +38,15 @@ from rorqual.train.config import NEEDLE_RATE, OptimConfig, TrainConfig
 
 Kind = Literal["gqa", "nsa", "moba", "mla", "dsa"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-FULL = {"nsa": "gqa", "moba": "gqa", "dsa": "mla"}  # what a sparse kind stands in for
+FULL = {"nsa": "gqa", "moba": "gqa", "dsa": "mla"}  # the full attention that a sparse kind replaces
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NeedleSweep:
-    """Which arms are trained on what, for how long; sizes at which the sparse kinds are sparse."""
+    """Which arms are trained, and for how long.
+
+    The sizes are those at which the sparse kinds are sparse.
+    """
 
     kinds: tuple[Kind, ...] = KINDS
     memory: Literal["both", "off", "on"] = "both"
@@ -77,7 +81,7 @@ class NeedleSweep:
     length: int = 192
     seeds: int = 2
     folder: str = "runs/sweep"
-    workers: int | None = None  # processes at a time; None: one a core
+    workers: int | None = None  # processes at a time; None: one per core
 
     def __post_init__(self) -> None:
         for name in ("seeds", "dim", "layers", "dense_width", "steps", "rows", "length"):
@@ -105,11 +109,11 @@ class Arm(NamedTuple):
         return self.kind + "-engram" * self.memory
 
 
-Scores = dict[str, float]  # a run's accuracies, by `column`'s names
+Scores = dict[str, float]  # accuracies of a run, by the names that `column` returns
 
 
 def arms(config: NeedleSweep) -> list[Arm]:
-    """Every kind of attention, without memory and with it."""
+    """Returns every kind of attention, without memory, with it, or both."""
     plain = ModelConfig(
         vocabulary=config.needles.vocabulary,
         dim=config.dim,
@@ -129,7 +133,10 @@ def arms(config: NeedleSweep) -> list[Arm]:
 
 
 def main(config: NeedleSweep, *, console: Console | None = None) -> Path:
-    """Runs the sweep; writes needle.csv, its figures and conclusion.txt into its folder, and returns the folder."""
+    """Runs the sweep and returns the folder of its results.
+
+    It writes needle.csv, the figures and conclusion.txt there.
+    """
     console = console or Console()
     folder = Path(config.folder) / "needle"
     entered = arms(config)
@@ -160,17 +167,20 @@ def _training(config: NeedleSweep, arm: Arm) -> TrainConfig:
 
 
 def _total(config: NeedleSweep) -> str:
-    """A column that only a finished run's last line has."""
+    """Returns the name of a column that only a finished run's last line has."""
     return column(TASKS[0], config.length)
 
 
 def overall(scores: Scores, length: int) -> float:
-    """The mean of the four tasks at one length."""
+    """Averages the four tasks' accuracies at one length."""
     return sum(scores[column(task, length)] for task in TASKS) / len(TASKS)
 
 
 def conclusion(config: NeedleSweep, entered: Sequence[Arm], scores: dict[str, list[Scores]]) -> str:
-    """What the paired differences of the four tasks' mean allow one to say, at the length that was trained."""
+    """States which differences are established at the trained length.
+
+    The scores that are compared are the means of the four tasks.
+    """
     means = {
         name: [overall(each, config.length) for each in seeds] for name, seeds in scores.items()
     }
@@ -185,7 +195,10 @@ def conclusion(config: NeedleSweep, entered: Sequence[Arm], scores: dict[str, li
     ]
     best = max(means, key=lambda name: mean_and_error(means[name])[0])
     seeds = f"{config.seeds} seed{'s' * (config.seeds > 1)}"
-    head = f"{best} found most ({mean_and_error(means[best])[0]:.3f} of the answers at {config.length} tokens, {seeds})"
+    head = (
+        f"{best} found most ({mean_and_error(means[best])[0]:.3f} of the answers "
+        f"at {config.length} tokens, {seeds})"
+    )
     return "; ".join([head, *parts]) + " (95 %, paired t)."
 
 
@@ -215,7 +228,11 @@ def _table(config: NeedleSweep, scores: dict[str, list[Scores]]) -> Table:
 def _write(
     folder: Path, config: NeedleSweep, entered: Sequence[Arm], scores: dict[str, list[Scores]]
 ) -> None:
-    """A line of needle.csv for every accuracy that was measured; part: of the text, empty for the whole."""
+    """Writes needle.csv and the figures.
+
+    The table has one line for every accuracy that was measured; its column `part` is the part of
+    the text, empty for the whole.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lengths = exam_lengths(config.needles, config.length)
     table = io.StringIO(newline="")
@@ -252,7 +269,10 @@ def _draw(
 
 
 def _by_depth(seeds: Sequence[Scores], length: int) -> list[tuple[float, float, float]]:
-    """Middle of each part of the text, mean over the tasks that have needles there, its error over seeds."""
+    """Returns each part's middle, its mean accuracy and the standard error over seeds.
+
+    The mean is over the tasks that have needles in that part of the text.
+    """
     found = []
     for part in range(DEPTHS):
         names = [column(task, length, part) for task in TASKS]

@@ -1,10 +1,12 @@
-"""Scores of two arms, one a seed -> the mean of their differences, its error, and whether that is established.
+"""Compares two arms by the paired differences of their scores, one score per seed.
 
-d_s   = a_s - b_s                        seed by seed
-error = stdev(d) / sqrt(seeds)
-established when |mean(d)| > t error     t: Student's two-sided 95 % for seeds - 1 degrees of freedom
+    d_s   = a_s - b_s                        seed by seed
+    error = stdev(d) / sqrt(seeds)
+    established when |mean(d)| > t error     t: Student's two-sided 95 % quantile for seeds - 1
+                                             degrees of freedom
 
-A score that is no number, of a run that diverged, makes mean and error nan, and nothing established.
+The score of a run that diverged is not finite. It makes mean and error nan, and nothing
+established.
 """
 
 import math
@@ -26,10 +28,11 @@ T_95 = {
 
 
 def t_factor(seeds: int) -> float:
-    """Standard errors that a mean of so many paired differences must be away from 0 to be established at 95 %.
+    """Returns the two-sided 95 % quantile of Student's t for this many paired differences.
 
-    From 10 degrees of freedom v on z + (z^3 + z) / 4v + (5z^5 + 16z^3 + 3z) / 96v^2 + .., to 2e-4, z = 1.96 of the
-    normal distribution (Abramowitz and Stegun 26.7.5).
+    A mean is established if it is more than so many standard errors away from 0. From 10 degrees of
+    freedom v on it is z + (z^3 + z) / 4v + (5z^5 + 16z^3 + 3z) / 96v^2 + .., to 2e-4, with z = 1.96
+    of the normal distribution (Abramowitz and Stegun 26.7.5).
     """
     v, z = seeds - 1, statistics.NormalDist().inv_cdf(0.975)
     terms = (
@@ -42,7 +45,10 @@ def t_factor(seeds: int) -> float:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error, nan with one value; both nan where a value is no finite number."""
+    """Returns the mean and its standard error.
+
+    The error is nan with one value; both are nan where a value is not finite.
+    """
     if not all(map(math.isfinite, values)):
         return math.nan, math.nan
     mean = statistics.fmean(values)
@@ -50,19 +56,22 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def difference(own: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error of own - other, seed by seed."""
+    """Returns mean and standard error of own - other, seed by seed."""
     return mean_and_error([a - b for a, b in zip(own, other, strict=True)])
 
 
 def established(mean: float, error: float, seeds: int) -> bool:
-    """Whether a mean of so many paired differences is away from 0 at 95 %; never with one seed."""
+    """Returns whether a mean of paired differences is away from 0 at 95 %; False with one seed."""
     return abs(mean) > t_factor(seeds) * error
 
 
 def compared(
     one: str, other: str, own: Sequence[float], others: Sequence[float], digits: int = 4
 ) -> str:
-    """The two arms' names, the mean of own - others with its error, and whether it is established."""
+    """Formats a comparison of two arms.
+
+    It has their names, the mean of own - others with its error, and whether it is established.
+    """
     mean, error = difference(own, others)
     figure = f"{mean:+.{digits}f}" if math.isfinite(mean) else "no number"
     figure += f" +- {error:.{digits}f}" if math.isfinite(error) else ""

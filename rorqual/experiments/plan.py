@@ -1,12 +1,16 @@
-"""A budget -> the configs that spend it: pure mixture of experts, part of it given to memory, dense control.
+"""Plans how to spend a budget: on experts alone, on experts and memory, or on a dense control.
 
-    rho = (E - k) / (E0 - k)        share of the inactive experts that stay experts, of E0 in the pure model
-    E   = k + round(rho (E0 - k))   routed experts beside the memory, k chosen for a token; then the nearest number
-                                    that the router's groups and the devices divide, with room for k
+    rho = (E - k) / (E0 - k)        share of the inactive experts that stay experts;
+                                    E0 are the experts of the pure model
+    E   = k + round(rho (E0 - k))   routed experts beside the memory, k activated per token; then
+                                    the nearest number that the router's groups and the devices
+                                    divide, with enough experts for k
 
-What the other experts held goes to Engram's rows, after its projections have been paid for: the totals agree. Where
-the projections add more FLOPs a token than `FLOP_TOLERANCE`, a shared expert evens them out: the pure model's is
-widened, or the memory arm's is narrowed where the pure model has its budget already.
+The parameters of the other experts go to Engram's rows, after its projections have been paid for,
+so that the totals agree. Where the projections add more FLOPs per token than `FLOP_TOLERANCE`, a
+shared expert evens them out: the pure model's is widened, or the memory arm's is narrowed where the
+pure model has its budget already.
+
 Conditional Memory via Scalable Lookup, arXiv 2601.07372, section 3.
 """
 
@@ -26,32 +30,30 @@ from rorqual.experiments.budget import (
 from rorqual.experiments.devices import Machine
 from rorqual.model_config import EngramConfig, ModelConfig, MoEConfig, row_totals
 
-RHO = 0.75  # where the paper's curve is lowest
+RHO = 0.75  # the minimum of the paper's curve
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanConfig:
-    """One budget spent three ways: on experts, on experts and memory, and densely (the same FLOPs alone).
+    """Spends one budget in three ways: on experts, on experts and memory, and on a dense model.
 
-    What each of the three keeps and takes on the machine is an estimate from its maker's figures.
+    The dense model has the same FLOPs alone. The bytes and the step time of each on the machine are
+    estimates from its maker's figures.
 
     rorqual plan --like moe-27b --rho 0.743
     rorqual plan --total 2.7e10 --activated 3.8e9 --device h200 --devices 64
     """
 
-    like: str = "moe-27b"  # a preset or run folder with experts: the shape, and every budget that is not given
-    model: ModelConfig = field(
-        default_factory=ModelConfig
-    )  # flags change the model that is followed
+    # a preset or run folder with experts: the shape, and every budget that is not given
+    like: str = "moe-27b"
+    # the model of `like`; flags change it
+    model: ModelConfig = field(default_factory=ModelConfig)
     total: float | None = None  # parameters; backbone and experts are solved for
-    activated: float | None = (
-        None  # parameters that a token goes through, all but the input embedding
-    )
-    flops: float | None = None  # a token, forward; instead of `activated`
-    rho: float | None = (
-        None  # share of the inactive experts that stay experts; 0.75, or that of a `like` with memory
-    )
-    context: int = 4096  # tokens that a token attends over, half of them on average
+    activated: float | None = None  # parameters used per token, all but the input embedding
+    flops: float | None = None  # per token, forward pass; instead of `activated`
+    # share of the inactive experts that stay experts; 0.75, or that of a `like` with memory
+    rho: float | None = None
+    context: int = 4096  # sequence length; a token attends over half of it on average
     machine: Machine = field(default_factory=Machine)
 
 
@@ -64,7 +66,7 @@ class Arm(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Arms of equal total parameters and equal activated FLOPs a token; `dense` has the FLOPs alone."""
+    """Arms of equal total parameters and FLOPs per token; `dense` has equal FLOPs alone."""
 
     rho: float  # as reached with whole experts
     moe: Arm
@@ -75,10 +77,10 @@ class Plan(NamedTuple):
 def plan_budget(
     like: ModelConfig, budget: Budget, rho: float | None = None, *, context: int = 4096
 ) -> Plan:
-    """Arms shaped like `like` that have the budget; what the budget leaves open is as in `like`.
+    """Returns arms shaped like `like` that have the budget; open values are those of `like`.
 
-    A `like` with memory, no budget and no rho is the memory arm itself, and its pure mixture is solved for. Else rho
-    is 0.75 where it is None. ValueError for what cannot be had.
+    A `like` with memory, no budget and no rho is the memory arm itself, and its pure mixture is
+    solved for. Otherwise a rho of None means 0.75. ValueError for what cannot be had.
     """
     if like.moe is None or (budget == Budget() and like.engram is None):
         return split_budget(like, RHO if rho is None else rho, context=context)
@@ -102,12 +104,13 @@ def split_budget(
     context: int = 4096,
     pays: Literal["pure", "memory"] = "pure",
 ) -> Plan:
-    """Gives 1 - rho of the inactive experts of `base` to a memory shaped like `engram` (its rows are solved for).
+    """Gives 1 - rho of the inactive experts of `base` to a memory shaped like `engram`.
 
-    `pays` says whose shared expert evens the FLOPs of the projections out: "pure" widens that of the pure model,
-    "memory" narrows that of the memory arm. ValueError when rho is outside [0, 1], `base` has no experts, or the
-    projections cost more than what is given up. Where no expert can be given up, the rho reached is 1 and the memory
-    arm is `base`.
+    The rows of the memory are solved for. `pays` selects the shared expert that evens out the FLOPs
+    of the projections: "pure" widens that of the pure model, "memory" narrows that of the memory
+    arm. ValueError when rho is outside [0, 1], `base` has no experts, or the projections cost more
+    than what is given up. Where no expert can be given up, the rho reached is 1 and the memory arm
+    is `base` without memory.
     """
     if base.moe is None:
         raise ValueError("base: got a model without experts, expected moe to be on")
@@ -129,9 +132,10 @@ def split_budget(
     total, flops = agreement(plan)
     if abs(total) > TOTAL_TOLERANCE or abs(flops) > FLOP_TOLERANCE:
         raise ValueError(
-            f"rho: got a memory arm {total:+.2%} in parameters and {flops:+.2%} in FLOPs from the pure one, expected "
-            f"{TOTAL_TOLERANCE:.1%} and {FLOP_TOLERANCE:.0%}: primes and whole widths are too coarse for a memory this "
-            "small; lower rho, or give it fewer heads"
+            f"rho: got a memory arm {total:+.2%} in parameters and {flops:+.2%} in FLOPs "
+            f"from the pure one, expected {TOTAL_TOLERANCE:.1%} and {FLOP_TOLERANCE:.0%}: "
+            "primes and whole widths are too coarse for a memory this small; "
+            "lower rho, or give it fewer heads"
         )
     return plan
 
@@ -143,7 +147,10 @@ def _kept_experts(moe: MoEConfig, rho: float) -> int:
 
 
 def default_memory(base: ModelConfig) -> EngramConfig:
-    """The paper's shape in small: one early block, a second near the middle from eight blocks on, orders 2 and 3."""
+    """Returns a small memory of the paper's shape: orders 2 and 3, in one early block.
+
+    From eight blocks on, a second is near the middle.
+    """
     layers = (1,) if base.layers < 8 else (1, base.layers // 2 - 1)
     head_dim = max(8, base.dim // 32 // 4 * 4)
     return EngramConfig(
@@ -152,14 +159,18 @@ def default_memory(base: ModelConfig) -> EngramConfig:
 
 
 def with_rows(config: EngramConfig, rows: int) -> EngramConfig:
-    """The same memory with this many rows a head in every order."""
+    """Returns the same memory with this many rows per head in every order."""
     return replace(config, rows_per_head=(rows,) * len(config.rows_per_head))
 
 
 def _evened(
     moe: ModelConfig, empty: ModelConfig, context: int, pays: str
 ) -> tuple[Arm, ModelConfig]:
-    """The pure arm and the memory arm, rows still to be found, with FLOPs a token that differ within the tolerance."""
+    """Evens out the FLOPs per token of the pure arm and of the memory arm.
+
+    Returns the pure arm and the memory arm's config, whose rows are not solved for yet. Their FLOPs
+    differ within the tolerance.
+    """
     have = costs(moe, context)
     more = costs(empty, context).flops_per_token - have.flops_per_token
     if abs(more) > FLOP_TOLERANCE * have.flops_per_token:
@@ -172,7 +183,7 @@ def _evened(
 
 
 def with_flops(config: ModelConfig, more: int) -> ModelConfig:
-    """`config` with its shared expert so much wider, or narrower, that a token costs `more` FLOPs more."""
+    """Widens or narrows the shared expert of `config` so that a token costs `more` FLOPs more."""
     assert config.moe is not None
     blocks = sum(config.has_experts(i) for i in range(config.layers))
     width = config.moe.shared_hidden + (
@@ -180,8 +191,9 @@ def with_flops(config: ModelConfig, more: int) -> ModelConfig:
     )
     if width < 0:
         raise ValueError(
-            f"engram: got projections of {-more:,} FLOPs a token, expected no more than those of the shared expert, "
-            "which pays for them; narrow the memory (fewer heads or layers, a smaller head_dim), or raise the budget"
+            f"engram: got projections of {-more:,} FLOPs a token, "
+            "expected no more than those of the shared expert, which pays for them; "
+            "narrow the memory (fewer heads or layers, a smaller head_dim), or raise the budget"
         )
     if width == config.moe.shared_hidden:
         return config
@@ -192,12 +204,16 @@ def with_flops(config: ModelConfig, more: int) -> ModelConfig:
 def _solve_rows(
     target: Costs, empty: ModelConfig, template: EngramConfig, context: int
 ) -> EngramConfig:
-    """The rows a head whose primes come closest to what is free; halving, since primes do not lie evenly."""
+    """Finds the rows per head whose primes come closest to the free parameters.
+
+    It bisects, since primes are not evenly spaced.
+    """
     spent = costs(empty, context)
     free = target.total - (spent.total - spent.memory)
     if free < spent.memory:
         raise ValueError(
-            f"rho: got a memory of {free:,} parameters after its projections, expected at least {spent.memory:,}; "
+            f"rho: got a memory of {free:,} parameters after its projections, "
+            f"expected at least {spent.memory:,}; "
             "lower rho, or narrow the memory (fewer heads, a smaller head_dim, fewer layers)"
         )
 
@@ -212,7 +228,10 @@ def _solve_rows(
 
 
 def _dense(pure: Arm, context: int) -> Arm:
-    """No experts, the same FLOPs a token: the control that says what sparsity brought."""
+    """Returns a dense model of the same FLOPs per token.
+
+    It is the control that shows what sparsity gains.
+    """
     config = replace(pure.config, moe=None, engram=None)
     step = 2 * 3 * config.dim * config.layers
     narrow = costs(replace(config, dense_width=1), context).flops_per_token
@@ -222,6 +241,9 @@ def _dense(pure: Arm, context: int) -> Arm:
 
 
 def agreement(plan: Plan) -> tuple[float, float]:
-    """How far the memory arm is from the pure one: relative difference of total parameters, of FLOPs a token."""
+    """Returns how far the memory arm is from the pure one.
+
+    These are the relative differences of total parameters and of FLOPs per token.
+    """
     a, b = plan.moe.costs, plan.engram.costs
     return b.total / a.total - 1, b.flops_per_token / a.flops_per_token - 1

@@ -1,9 +1,9 @@
-"""Training configs -> finished run folders: several at a time, each in a process of its own, with live progress.
+"""Trains several configs, a few at a time, each in a process of its own, with live progress.
 
-A run whose folder already holds the finished model of the same config is not run again; an interrupted one goes on
-where it stopped. Each process has its share of the cores, and its output goes to `log.txt` in its folder. Whoever
-starts the processes holds the lock of the folder that their folders are in; when it is gone, killed or not, each of
-them saves and ends.
+A run whose folder already holds the finished model of the same config is not run again; an
+interrupted one resumes where it stopped. Each process has its share of the cores, and its output
+goes to `log.txt` in its folder. The process that starts the others holds a lock on the folder that
+contains theirs; when it ends, killed or not, each of them saves and ends.
 """
 
 import itertools
@@ -32,12 +32,12 @@ from rorqual.train.run_folder import finished
 from rorqual.train.step import Diverged
 from rorqual.train.trainer import Stopped, train
 
-POLL = 0.5  # seconds between two looks at the metrics
-LINE_EVERY = 15.0  # seconds between two lines where there is no terminal
-PATIENCE = 60.0  # seconds in which a process that outlived whoever started it saves and ends
-WANTED = "wanted.json"  # in a run's folder: what its process is to train
-DIVERGED = "diverged.txt"  # in the folder of a run whose loss was no finite number: at which step
-DIVERGED_CODE = 3  # of the process
+POLL = 0.5  # seconds between two reads of the metrics
+LINE_EVERY = 15.0  # seconds between two progress lines without a terminal
+PATIENCE = 60.0  # seconds to save and end for a process whose parent is gone
+WANTED = "wanted.json"  # in a run's folder: the config that its process trains
+DIVERGED = "diverged.txt"  # in the folder of a run whose loss was not finite: at which step
+DIVERGED_CODE = 3  # exit status of a process whose run diverged
 
 
 class Job(NamedTuple):
@@ -51,11 +51,11 @@ class Job(NamedTuple):
         return Path(self.config.folder)
 
     def finished(self) -> bool:
-        """Whether the folder holds this very run, finished."""
+        """Returns whether the folder holds this run, finished."""
         return finished(self.config)
 
     def begun(self) -> bool:
-        """Whether the folder was made for this very config, so that an interrupted run can go on."""
+        """Returns whether the folder was made for this config, so that its run can resume."""
         said = [path for name in ("train.json", WANTED) if (path := self.folder / name).is_file()]
         try:
             return bool(said) and configs.load(TrainConfig, said[0]) == self.config
@@ -63,12 +63,12 @@ class Job(NamedTuple):
             return False
 
     def diverged(self) -> bool:
-        """Whether this very run ended because its loss was no finite number."""
+        """Returns whether this run ended because its loss was not finite."""
         return (self.folder / DIVERGED).is_file() and self.begun() and not self.finished()
 
 
 def seeded(folder: Path, name: str, config: TrainConfig, seeds: int) -> list[Job]:
-    """The same training with the seeds 0 to `seeds` - 1, each in its own folder."""
+    """Returns the same training with the seeds 0 to `seeds` - 1, each in its own folder."""
     names = [f"{name}-seed-{seed}" for seed in range(seeds)]
     return [
         Job(n, replace(config, seed=seed, folder=str(folder / n))) for seed, n in enumerate(names)
@@ -76,17 +76,16 @@ def seeded(folder: Path, name: str, config: TrainConfig, seeds: int) -> list[Job
 
 
 def last(folder: Path, key: str = "loss") -> dict[str, Any]:
-    """The newest metrics of a run that hold `key`; empty when there are none yet."""
+    """Reads the newest metrics of a run that have `key`; empty when there are none yet."""
     for line in reversed(_lines(folder)):
-        if f'"{key}"' in line and key in (
-            found := json.loads(line)
-        ):  # few are parsed: it is asked twice a second
+        # Only lines that contain the key are parsed, since this runs twice a second.
+        if f'"{key}"' in line and key in (found := json.loads(line)):
             return found
     return {}
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """Every line of metrics.jsonl; a line still being written is left out."""
+    """Reads every line of metrics.jsonl; a line still being written is left out."""
     return [json.loads(line) for line in _lines(folder)]
 
 
@@ -103,10 +102,11 @@ def run(
     console: Console | None = None,
     diverging: bool = False,
 ) -> None:
-    """Runs what is not finished, `workers` at a time (default: one a core); RuntimeError with a log's end if one fails.
+    """Runs the jobs that are not finished, `workers` at a time (default: one per core).
 
-    diverging: a run whose loss is no finite number counts as done, and has no validation loss. Ctrl-C stops the
-    processes, which save first; the next call goes on. ValueError where another process makes runs in these folders.
+    diverging: a run whose loss is not finite counts as done, and has no validation loss. Ctrl-C
+    stops the processes, which save first; the next call resumes them. RuntimeError with the end of
+    its log if a run fails. ValueError where another process makes runs in these folders.
     """
     console = console or Console(stderr=True)
     workers = max(1, min(workers or runtime.cores(), len(jobs)))
@@ -153,7 +153,10 @@ def _run(
 
 @contextmanager
 def _alone(folders: set[Path]) -> Iterator[None]:
-    """One process that makes runs a folder. The locks go with it, even killed."""
+    """Locks the folders, so that only one process makes runs in each.
+
+    The locks end with the process, even when it is killed.
+    """
     with ExitStack() as stack:
         for folder in sorted(folders):
             folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +166,10 @@ def _alone(folders: set[Path]) -> Iterator[None]:
 
 
 def _wait(folder: Path) -> None:
-    """Until nobody trains in the folder: a process whose starter was killed takes a moment to save."""
+    """Waits until no process trains in the folder.
+
+    A process whose parent was killed takes a moment to save.
+    """
     if not (folder / ".lock").is_file():
         return
     refusal = f"{folder}: another process trains here; wait, or choose another --folder"
@@ -185,15 +191,17 @@ def _start(job: Job, threads: int) -> subprocess.Popen:
 
 
 def make_room(job: Job) -> None:
-    """An empty folder, or the job's own to go on in. Another run there is moved aside, to NAME.before-1 and so on.
+    """Prepares the job's folder: an empty one, or the job's own to resume in.
 
-    ValueError for a folder that is not empty and holds no run: it is somebody's.
+    Another run there is moved aside, to NAME.before-1 and so on. ValueError for a folder that is
+    not empty and holds no run, since it has someone's files.
     """
     folder = job.folder
     if folder.is_dir() and any(folder.iterdir()) and not job.begun():
         if not (folder / "train.json").is_file() and not (folder / WANTED).is_file():
             raise ValueError(
-                f"{folder}: got a folder with other files, expected none or a run; choose another --folder"
+                f"{folder}: got a folder with other files, expected none or a run; "
+                "choose another --folder"
             )
         names = (folder.with_name(f"{folder.name}.before-{n}") for n in itertools.count(1))
         folder.rename(next(name for name in names if not name.exists()))
@@ -256,9 +264,10 @@ def _table(jobs: Sequence[Job]) -> Table:
 
 
 def main(path: str) -> int:
-    """Trains what the config at `path` says; 130 after ctrl-C or SIGTERM, when everything is saved.
+    """Trains the config at `path`, and returns the exit status of the process.
 
-    DIVERGED_CODE where the loss was no finite number, which is then written into its folder.
+    It is 130 after ctrl-C or SIGTERM, when everything is saved, and DIVERGED_CODE where the loss
+    was not finite, which is then written into the run's folder.
     """
     config = configs.load(TrainConfig, Path(path))
     try:
@@ -273,7 +282,10 @@ def main(path: str) -> int:
 
 
 def follow(parent: int) -> None:
-    """Asks this process to save and end as soon as the one that started it is gone."""
+    """Watches the process that started this one, and ends this one after it.
+
+    The SIGTERM that it sends makes the run save first.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,11 +1,13 @@
-"""A number of rows -> how fast a table of them is on this machine in every home, by itself and under a model.
+"""Measures a table of rows in every placement on this machine, by itself and under a model.
 
-    resident, host, disk warm, disk cold  x  prefetch  x  hot rows      each with the same rows, weights and prompts
+    resident, host, disk warm, disk cold  x  prefetch  x  hot rows
 
-A cold disk is one whose files the system was told to forget before each step; a warm one's were read whole just before.
-Forgetting leaves nothing of the model in the caches of a core, so its weights are read once before each step is timed.
-Two layers remember, a third and two thirds up; without prefetch each reads when its turn comes. All ways must say the
-same ids. Rounds of all ways are interleaved, and a speed is that of the median step.
+Every combination has the same rows, weights and prompts. A cold disk is one whose files are dropped
+from the page cache before each step; a warm one's were read whole just before. Dropping leaves
+nothing of the model in the caches of a core, so its weights are read once before each step is
+timed. Two layers have Engram, at a third and two thirds of the depth; without prefetch each reads
+when it runs. All combinations must generate the same ids. Rounds of all combinations are
+interleaved, and a speed is that of the median step.
 """
 
 import statistics
@@ -29,25 +31,28 @@ from rorqual.tables.fp8 import FP8
 Tables = Sequence[Table]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": FP8}
-PROMPT = 16  # ids
+PROMPT = 16  # token ids
 VOCABULARY = 8192  # with a larger one the head of a model of this size takes most of a step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchConfig:
-    """How large the table is, and what reads it. Sizes in bytes where they say so."""
+    """How large the table is, and which model reads it.
 
-    rows: int = 1_000_000  # of all tables
+    Sizes in bytes have names that end in bytes.
+    """
+
+    rows: int = 1_000_000  # in all tables together
     width: int = 64
     dtype: Literal["float32", "bfloat16", "fp8"] = "bfloat16"
     folder: str = "."  # on the disk that is measured; the table is removed afterwards
-    hot_bytes: int = 16 << 20  # where rows are kept in memory
-    dim: int = 512  # of the model that generates
+    hot_bytes: int = 16 << 20  # size of the row cache in memory, where one is used
+    dim: int = 512  # width of the model that generates
     layers: int = 6
-    tokens: int = 32  # generated a round
-    sequences: int = 1  # at once
+    tokens: int = 32  # generated per round
+    sequences: int = 1  # batch size
     rounds: int = 3
-    seconds: float = 1.0  # for rows a second, a way
+    seconds: float = 1.0  # to measure rows per second, for each placement
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,7 +69,7 @@ class BenchConfig:
 
 
 class Way(NamedTuple):
-    """A home, and whether the system holds the file, rows are fetched ahead, and some are kept."""
+    """A placement, with or without prefetch, a row cache and a warm page cache."""
 
     name: str
     config: TableConfig
@@ -72,18 +77,18 @@ class Way(NamedTuple):
 
 
 class Line(NamedTuple):
-    """What a way gives; seconds of one step's fetch."""
+    """Measurements of one placement; step times are the seconds of one step's fetch."""
 
     name: str
     rows_per_second: float
     step_p50: float
     step_p99: float
     tokens_per_second: float
-    hit_rate: float  # of the different rows that the model asked for
+    hit_rate: float  # of the distinct rows that the model looked up
 
 
 def ways(hot_bytes: int) -> list[Way]:
-    """Everything that is compared."""
+    """Returns everything that is compared."""
     found = [
         Way("resident", TableConfig()),
         Way("host memory", TableConfig(placement="host")),
@@ -101,13 +106,15 @@ def ways(hot_bytes: int) -> list[Way]:
 
 
 def bench(config: BenchConfig, say: Callable[[str], None] = lambda _: None) -> list[Line]:
-    """A line a way, the resident table first. RuntimeError if two ways say different ids.
+    """Measures every placement, the resident table first.
 
-    ValueError where the disk has no room for the table.
+    RuntimeError if two of them generate different ids. ValueError where the disk has too little
+    space for the table.
     """
     with tempfile.TemporaryDirectory(dir=config.folder, prefix="table-bench-") as place:
         say(
-            f"drawing {sum(row_totals(memory_of(config))):,} rows of {config.width} values in {config.dtype}"
+            f"drawing {sum(row_totals(memory_of(config))):,} rows "
+            f"of {config.width} values in {config.dtype}"
         )
         folder = drawn(config, Path(place))
         every = [(way, opened(config, folder, way.config)) for way in ways(config.hot_bytes)]
@@ -121,7 +128,7 @@ def bench(config: BenchConfig, say: Callable[[str], None] = lambda _: None) -> l
 
 
 def drawn(config: BenchConfig, folder: Path) -> Path:
-    """The folder with a table for each layer that remembers."""
+    """Draws a table for each layer with Engram, and returns their folder."""
     for n, rows in enumerate(row_totals(memory_of(config))):
         draw_table(
             folder / str(n), rows, config.width, dtype=DTYPES[config.dtype], seed=config.seed + n
@@ -130,13 +137,13 @@ def drawn(config: BenchConfig, folder: Path) -> Path:
 
 
 def opened(config: BenchConfig, folder: Path, placed: TableConfig) -> Tables:
-    """The tables of that folder in a home."""
+    """Opens the tables of that folder with the given placement."""
     found = open_tables(folder, len(memory_of(config).layers), replace(placed, folder=str(folder)))
     return [table.eval() for table in found]
 
 
 def memory_of(config: BenchConfig) -> EngramConfig:
-    """Two layers of two orders of eight heads, which share the rows between them."""
+    """Returns two layers of two orders of eight heads, which share the rows between them."""
     layers = tuple(sorted({config.layers // 3, 2 * config.layers // 3}))
     each = max(2, config.rows // (16 * len(layers)))
     return EngramConfig(layers=layers, rows_per_head=(each, each), head_dim=config.width, heads=8)
@@ -160,7 +167,10 @@ def _generated(
     every: list[tuple[Way, Tables]],
     say: Callable[[str], None],
 ) -> dict[str, float]:
-    """Tokens a second of each way by the median step of interleaved rounds, after one to warm up."""
+    """Measures the tokens per second of each placement.
+
+    A speed is that of the median step of interleaved rounds, after a warm-up round.
+    """
     taken: dict[str, list[float]] = {way.name: [] for way, _ in every}
     weights = [
         weight for name, weight in model.named_parameters() if not name.startswith("tables.")
@@ -186,7 +196,10 @@ def _generated(
 
 
 def _warm(way: Way, tables: Tables) -> None:
-    """The cold ways of the round before have had the system forget the files."""
+    """Reads the files of a placement that is not cold into the page cache, if it has files.
+
+    The cold placements of the round before have dropped them.
+    """
     for table in tables:
         if isinstance(table.file, RowFile) and not way.cold:
             table.file.fill_page_cache()
@@ -195,7 +208,10 @@ def _warm(way: Way, tables: Tables) -> None:
 def _walked(
     steps: Iterator[list[int | None]], cold: Tables, weights: Sequence[torch.Tensor]
 ) -> tuple[list[list[int | None]], list[float]]:
-    """All that is said, and the seconds of each step but the first, the prompt's; forgetting is in none."""
+    """Returns all generated ids, and the seconds of each step after the first, the prompt's.
+
+    The time to drop the page cache is not included.
+    """
     said, seconds = [next(steps)], list[float]()
     while True:
         for table in cold:
@@ -251,8 +267,8 @@ def measure(
 ) -> dict[str, float]:
     """Measures a table with ids that are drawn uniformly, the worst case for a cache.
 
-    Returns rows_per_second in batches of 4,096 ids, and the median and 99th percentile of one token's
-    fetch in seconds. `before` is called ahead of every fetch and not timed.
+    Returns rows_per_second in batches of 4,096 ids, and the median and 99th percentile of one
+    token's fetch in seconds. `before` is called ahead of every fetch and not timed.
     """
     draw = torch.Generator().manual_seed(seed)
 

@@ -1,4 +1,4 @@
-"""Figures hold the numbers they were given."""
+"""Tests that figures show the numbers they were given."""
 
 import io
 import math
@@ -40,7 +40,8 @@ def test_a_long_text_goes_on_below_as_large_as_before():
         for n in (figures.ACROSS, 73)
     )
     assert short.get_size_inches()[0] == long.get_size_inches()[0] < 12
-    parts = long.axes[:-1]  # the last is the scale
+    # The last axes are the colour scale.
+    parts = long.axes[:-1]
     assert [axes.images[0].get_array().shape for axes in parts] == [(2, 30), (2, 30), (2, 13)]
     words = [tick.get_text() for axes in parts for tick in axes.get_xticklabels()]
     assert words == [f"t{i}" for i in range(73)] and len({axes.get_xlim() for axes in parts}) == 1

@@ -1,4 +1,4 @@
-"""Each measure against a closed form or a brute force."""
+"""Tests each measure against a closed form or a brute force."""
 
 import copy
 import itertools
@@ -95,7 +95,7 @@ def test_alignment_of_a_shifted_diagonal():
 
 
 def test_logit_lens_by_hand(model):
-    """The same model cut off after each block says what the lens says that it does."""
+    """The lens agrees with the same model cut off after each block."""
     ids = torch.randint(
         0, model.config.vocabulary, (2, 7), generator=torch.Generator().manual_seed(0)
     )
@@ -227,9 +227,8 @@ def test_similarity_of_a_model_with_itself(model):
 
 def test_similarity_is_cka_of_every_pair_of_layers(model):
     other = LanguageModel(replace(preset("classroom"), vocabulary=model.config.vocabulary), seed=3)
-    batches = [
-        torch.randint(0, model.config.vocabulary, (2, t)) for t in (9, 14)
-    ]  # of unequal size
+    # The batches are of unequal size.
+    batches = [torch.randint(0, model.config.vocabulary, (2, t)) for t in (9, 14)]
     table = measures.similarity(model, other, iter(batches))
     states = [[block_states(m, ids) for ids in batches] for m in (model, other)]
     for i in range(3):

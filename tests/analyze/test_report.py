@@ -1,4 +1,4 @@
-"""The page holds what the runs say, loads nothing from elsewhere, and refuses what is no run."""
+"""Tests that the page shows the runs' data, loads nothing, and refuses folders that are no runs."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def runs(tmp_path_factory):
 
 
 class Balanced(HTMLParser):
-    """Every tag that must be closed is."""
+    """Checks that every tag that must be closed is."""
 
     OPEN = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -178,7 +178,7 @@ def test_expert_load_begins_each_text_as_a_document(runs):
 
 
 def test_a_document_is_read_as_far_as_a_training_would(runs, tmp_path):
-    """A text of 64 KB is one document; its attention would not fit."""
+    """A text of 64 KB is one document, whose attention would not fit into memory."""
     long, run = "the whale swims in the sea " * 50, tmp_path / "run"
     shutil.copytree(runs[1], run)
     (run / "train.json").write_text(
@@ -282,7 +282,10 @@ QUIET = [
 
 @pytest.fixture(scope="module")
 def page_of(runs, tmp_path_factory):
-    """Opens the report in a browser, at a width and in a scheme; nothing may be asked for or complained of."""
+    """Opens the report in a browser, at a given width and colour scheme.
+
+    The page must not request anything, and the browser must not report an error.
+    """
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="playwright is missing: pip install playwright"
     )
@@ -344,7 +347,7 @@ def test_it_fits_and_reads_in_light_and_dark(page_of, width, scheme):
 
 
 def brightness(colour):
-    """Relative luminance of "rgb(r, g, b)", as WCAG 2 defines it."""
+    """Computes the relative luminance of "rgb(r, g, b)", as WCAG 2 defines it."""
     shares = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
     linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
@@ -384,7 +387,8 @@ def test_it_prints_with_everything_unfolded_in_black_on_white(page_of):
         folds = page.locator("details").count()
         page.evaluate(
             "addEventListener('beforeprint', () => { window.printed = ["
-            "document.querySelectorAll('details[open]').length, getComputedStyle(document.body).color] })"
+            "document.querySelectorAll('details[open]').length, "
+            "getComputedStyle(document.body).color] })"
         )
         printed = page.pdf(format="A4")
         assert printed.startswith(b"%PDF") and len(re.findall(rb"/Type\s*/Page\b", printed)) >= 2
@@ -392,7 +396,8 @@ def test_it_prints_with_everything_unfolded_in_black_on_white(page_of):
         assert page.locator("details[open]").count() == 0, "folded again"
         page.emulate_media(media="print", color_scheme="dark")
         ink, paper = page.evaluate(
-            "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+            "[getComputedStyle(document.body).color, "
+            "getComputedStyle(document.body).backgroundColor]"
         )
         assert (ink, paper) == ("rgb(0, 0, 0)", "rgb(255, 255, 255)")
         assert (

@@ -1,4 +1,4 @@
-"""The measures read hosts of transformers as they read our own models."""
+"""Tests that the measures treat hosts of transformers like our own models."""
 
 from dataclasses import replace
 
@@ -36,7 +36,10 @@ def ids():
     ("kind", "norm"), [("gpt2", "ln_f"), ("llama", "norm"), ("gemma2", "norm")]
 )
 def test_the_lens_of_a_host_is_its_own_end_after_an_early_block(kind, norm, ids):
-    """By hand: the host's final norm, its head and, in Gemma 2, its soft cap on the logits."""
+    """Computes the lens by hand.
+
+    It applies the host's final norm, its head and, in Gemma 2, its soft cap on the logits.
+    """
     model = host(kind)
     lens = measures.logit_lens(model, ids)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Taps see what goes through and leave no trace."""
+"""Tests that taps record outputs and leave no trace."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 
 
 def test_quiet_gives_every_mode_back():
-    """A frozen part of a model in training stays as it was, whatever happens inside."""
+    """A frozen part of a model in training stays frozen, also after an error inside the block."""
     model = _model().train()
     model[0].eval()
     with quiet(model):

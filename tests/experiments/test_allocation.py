@@ -1,4 +1,4 @@
-"""Sweeps compare what they say they compare, and claim no more than their seeds allow."""
+"""Tests that sweeps compare the right points, and claim no more than their seeds allow."""
 
 import csv
 import io
@@ -306,7 +306,7 @@ def test_a_rate_at_which_a_point_diverged_is_not_its_best():
 
 
 def test_points_keep_their_names_whatever_stands_beside_them():
-    """Or a longer list would train again what is finished."""
+    """With other names, a longer list of points would train finished runs again."""
     moe = replace(BASE.moe, routed=400, width=8, active=2)
     base = replace(BASE, moe=moe)
     few, many = (
@@ -359,7 +359,7 @@ class Text:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
-    """A sweep whose runs are not trained: their losses follow from their config."""
+    """Replaces training in a sweep: the losses are computed from the configs."""
     seen: list[TrainConfig] = []
 
     def score(folder, key):
@@ -405,7 +405,10 @@ def test_the_sentence_and_the_figure_are_those_of_the_csv(tmp_path, trained, rat
     assert {float(r["rate"]) for r in best} == {0.02} and len(best) == 5
     low = min((r for r in best if r["control"] == "False"), key=lambda r: float(r["mean"]))
     assert said.startswith(f"{low['point']} scored lowest ({float(low['mean']):.4f} nats a token")
-    told = f"{low['point']} against rho-1.00 {float(low['difference']):+.4f} +- {float(low['difference_error']):.4f}"
+    told = (
+        f"{low['point']} against rho-1.00 {float(low['difference']):+.4f} "
+        f"+- {float(low['difference_error']):.4f}"
+    )
     assert (
         told in said
         and "few-rows against rho-1.00" in said
@@ -416,15 +419,18 @@ def test_the_sentence_and_the_figure_are_those_of_the_csv(tmp_path, trained, rat
             r for r in rows if r["point"] == low["point"] and float(r["rate"]) == 0.02 * rate
         )
         assert (
-            f"at a rate of {0.02 * rate:g} {low['point']} against rho-1.00 {float(each['difference']):+.4f}"
-            in said
+            f"at a rate of {0.02 * rate:g} {low['point']} against rho-1.00 "
+            f"{float(each['difference']):+.4f}" in said
         )
     drawn = (folder / "sweep.svg").read_text()
     assert drawn.startswith("<?xml") and all(word in drawn for word in ("few-rows", ">rho<"))
 
 
 def test_a_sweep_of_which_runs_diverged_is_written_whole(tmp_path, trained, monkeypatch):
-    """The losses stand in the table as they are, the figure leaves the point out, the sentence names it."""
+    """A diverged run's loss is nan in the table.
+
+    The figure leaves its point out, and the conclusion names it.
+    """
     score = allocation.last
     gone = "rho-1.00-lr-0.02-seed-1"
     monkeypatch.setattr(
@@ -490,7 +496,8 @@ def test_every_kind_says_and_draws_something(tmp_path, trained):
         assert ", established" not in said and ("not established" in said or len(rows) == 1)
 
 
-@pytest.mark.slow  # four short runs, each a process of its own
+# It makes four short runs, each in a process of its own.
+@pytest.mark.slow
 def test_from_a_text_to_the_sentence_and_again(tmp_path):
     words = ["whale", "river", "stone", "cloud", "engine", "harbour", "violet", "copper"]
     lines = (f"The {a} of the {b} is {c}, entry {n}." for n, (a, b, c) in enumerate(

@@ -1,4 +1,7 @@
-"""A mixture that has a budget: by hand, at the paper's sizes, or refused in a sentence."""
+"""Tests that a mixture of experts meets its budget, by hand and at the paper's sizes.
+
+Impossible budgets are refused in one sentence.
+"""
 
 from dataclasses import replace
 
@@ -24,14 +27,14 @@ def test_its_own_budget_is_itself():
 
 @pytest.mark.parametrize("routed", [20, 33, 51])
 def test_a_total_alone_changes_the_number_of_experts(routed):
-    """The router's own weights are more of what a token goes through: within the tolerance here."""
+    """The router's own weights add to the activated parameters, within the tolerance here."""
     asked = replace(TINY, moe=replace(TINY.moe, routed=routed))
     assert spend(TINY, Budget(costs(asked, 128).total), context=128) == asked
 
 
 @pytest.mark.parametrize(("routed", "width", "shared"), [(40, 44, 20), (20, 24, 90), (64, 18, 60)])
 def test_the_widths_are_the_solution_of_the_two_equations(routed, width, shared):
-    """Whatever widths a model has, one of the same costs is found."""
+    """For any widths of a model, a model of the same costs is found."""
     asked = replace(TINY, moe=replace(TINY.moe, routed=routed, width=width, shared_width=shared))
     want = costs(asked, 128)
     found = spend(TINY, Budget(want.total, want.activated), context=128)
@@ -59,7 +62,7 @@ def test_experts_come_in_groups_that_devices_divide():
 
 
 def test_an_activated_budget_scales_the_backbone():
-    """At a sixth of MoE-27B's activated parameters: the paper's sweep has 568e6 of 5.7e9."""
+    """Tests a sixth of MoE-27B's activated parameters: the paper's sweep has 568e6 of 5.7e9."""
     found = spend(preset("moe-27b"), Budget(5.7e9, 568e6))
     have = costs(found)
     assert have.total == pytest.approx(5.7e9, rel=0.005) and have.activated == pytest.approx(
@@ -75,7 +78,8 @@ def test_scaled_is_itself_at_one_and_fits_together_below():
     for name in ("tiny", "small", "classroom", "deepseek-v2-lite", "deepseekmoe-16b"):
         like = replace(preset(name), engram=None)
         for factor in (0.05, 0.3, 0.8, 1.0, 1.7):
-            found = scaled(like, factor)  # the configs refuse what does not fit
+            # The configs themselves refuse sizes that do not fit together.
+            found = scaled(like, factor)
             assert found.layers > found.moe.first_dense
         assert scaled(like, 1.0) == like
     wide = scaled(replace(preset("classroom")), 2.5)

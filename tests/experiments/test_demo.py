@@ -1,4 +1,4 @@
-"""The demo's sentences claim what the numbers allow, and the whole of it runs on any text."""
+"""Tests that the demo's verdict matches its numbers, and that the demo runs on any text."""
 
 import io
 import json

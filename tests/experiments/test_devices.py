@@ -1,4 +1,4 @@
-"""The estimate against what an optimizer really keeps, and against seconds by hand."""
+"""Tests the estimate against an optimizer's real state, and against seconds computed by hand."""
 
 import subprocess
 import sys
@@ -53,11 +53,16 @@ def test_bytes_are_those_of_the_optimizer(kind):
 
 
 def test_gradients_are_those_of_a_step():
-    """Of a table, the rows that were read, each with its number; of the rest, as many as there are weights."""
+    """Compares the estimated bytes of gradients with those of a backward pass.
+
+    A table has gradients of the rows that were read, each with its index; other weights have as
+    many as there are weights.
+    """
     torch.manual_seed(0)
     model = LanguageModel(TINY)
     for table in model.tables:
-        table.sparse = True  # as the trainer's optimizer has it
+        # The trainer's optimizer sets it, too.
+        table.sparse = True
     ids = torch.randint(0, TINY.vocabulary, (1, 9))
     model.loss(ids, ids.roll(-1, 1)).total.backward()
     rows = [table.weight.grad.coalesce() for table in model.tables]
@@ -116,7 +121,10 @@ def test_this_machine_is_measured():
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_mtp_is_trained_too(monkeypatch, depth):
-    """A module foretells with the model's own head: its weights and the head's multiply every token once more."""
+    """A module predicts with the model's own head.
+
+    Its weights and the head's multiply every token once more.
+    """
     monkeypatch.setitem(DEVICES, "toy", Device(flops=1e9, memory=1e12, bandwidth=1e8, link=1e7))
     machine = Machine(device="toy", devices=1, utilisation=1.0, step_tokens=10)
     with_mtp = replace(TINY, mtp=MTPConfig(depth=depth))
@@ -135,7 +143,10 @@ def test_mtp_is_trained_too(monkeypatch, depth):
 
 
 def test_muon_costs_its_products():
-    """Five rounds of a gram matrix, its square and their product with the matrix; gate and up are two matrices."""
+    """Tests five rounds of a gram matrix, its square and their product with the matrix.
+
+    Gate and up are two matrices.
+    """
     plain = replace(preset("classroom"), layers=1, moe=None, engram=None, hyper=None)
     slow, fast = (
         estimate(plain, Machine(optimizer=kind, devices=1, utilisation=1.0))
@@ -154,7 +165,8 @@ def test_muon_costs_its_products():
 
 def test_a_model_without_memory_has_no_rows_and_a_large_one_does_not_fit():
     assert estimate(replace(TINY, engram=None), Machine()).rows == 0
-    large = replace(preset("engram-40b"), layers=15)  # half of the blocks, all of the memory
+    # The model has half of the blocks, and all of the memory.
+    large = replace(preset("engram-40b"), layers=15)
     here, there = (
         estimate(large, Machine(devices=3, tables=tables)) for tables in ("device", "host")
     )
@@ -179,9 +191,13 @@ def test_what_is_no_machine_is_refused(wrong, said):
 
 
 def test_an_estimate_does_not_load_the_compiler() -> None:
-    """torch.compile's front end, which random numbers on the meta device load, takes longer than the estimate."""
+    """Loading torch.compile's front end takes longer than the estimate.
+
+    Random numbers on the meta device load it.
+    """
     code = (
-        "import sys; from rorqual.experiments.devices import Machine, estimate; from rorqual.presets import preset;"
+        "import sys; from rorqual.experiments.devices import Machine, estimate; "
+        "from rorqual.presets import preset;"
         "estimate(preset('tiny'), Machine());"
         "print(sorted({'torch._dynamo', 'torch._inductor', 'transformers'} & set(sys.modules)))"
     )

@@ -1,4 +1,4 @@
-"""The needle sweep enters what it says, claims no more than its seeds allow, and runs from nothing to its table."""
+"""Tests the needle sweep: its arms, its conclusion, and a whole run to its table."""
 
 import csv
 import io
@@ -46,7 +46,7 @@ TINY = NeedleSweep(
 
 
 def scores(*shares: float, length: int = 32) -> list[dict[str, float]]:
-    """Seeds that found these shares of every task's answers."""
+    """Returns the scores of seeds that found these shares of every task's answers."""
     return [{column(task, length): share for task in TASKS} for share in shares]
 
 

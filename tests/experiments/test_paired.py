@@ -1,4 +1,4 @@
-"""Differences are taken seed by seed, and no more is established than Student's t allows."""
+"""Tests that differences are paired by seed, and that Student's t decides what is established."""
 
 import math
 
@@ -16,8 +16,11 @@ def test_paired_differences_and_their_error():
 
 
 def test_established_is_what_the_t_test_says():
-    """scipy.stats.ttest_rel([3.9, 4.8, 5.7], [4, 5, 6]) gives p = 0.0742; of four such differences with this mean and
-    deviation, p = 0.028."""
+    """Compares with scipy.
+
+    scipy.stats.ttest_rel([3.9, 4.8, 5.7], [4, 5, 6]) gives p = 0.0742; of four such differences
+    with this mean and deviation, p = 0.028.
+    """
     mean, error = difference([3.9, 4.8, 5.7], [4.0, 5.0, 6.0])
     assert not established(mean, error, 3)
     assert established(mean, error * (3 / 4) ** 0.5, 4) and established(
@@ -44,7 +47,7 @@ def test_factors_fall_towards_the_normal_one():
     ],
 )
 def test_factors_of_many_seeds_are_students(freedom, t):
-    """As printed in any table of Student's distribution."""
+    """The values are those of any printed table of Student's distribution."""
     assert t_factor(freedom + 1) == pytest.approx(t, abs=2.5e-4)
 
 

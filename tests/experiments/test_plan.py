@@ -1,4 +1,4 @@
-"""Budgets are equal to the last per cent, and the papers' own models come out."""
+"""Tests that budgets agree to their tolerances, and that plans reproduce the papers' models."""
 
 import math
 import re
@@ -33,9 +33,8 @@ def test_totals_and_flops_agree_for_any_budget(rho, routed, width):
 
 def test_the_papers_models():
     shape = preset("engram-27b").engram
-    plan = split_budget(
-        preset("moe-27b"), 0.743
-    )  # the memory's shape is the paper's without being told
+    # The default shape of the memory is the paper's.
+    plan = split_budget(preset("moe-27b"), 0.743)
     assert (plan.engram.config.engram.layers, plan.engram.config.engram.memory_width) == (
         (1, 14),
         1280,
@@ -87,7 +86,8 @@ def test_without_a_shared_expert_one_is_made_to_widen(rho):
 @pytest.mark.parametrize("rho", [0.0, 0.3, 0.743])
 def test_kept_experts_fill_groups_and_devices(name, rho):
     base = replace(preset(name), layers=4)
-    moe = split_budget(base, rho).engram.config.moe  # MoEConfig itself refuses broken groups
+    # MoEConfig itself refuses groups of unequal size.
+    moe = split_budget(base, rho).engram.config.moe
     step = math.lcm(moe.router.groups, moe.balance.devices)
     wanted = moe.active + rho * (base.moe.routed - moe.active)
     size = moe.routed // moe.router.groups
@@ -127,14 +127,15 @@ def test_no_experts_and_no_room_are_refused():
 @given(
     name=st.sampled_from(["tiny", "small", "moe-27b", "deepseek-v2-lite"]),
     rho=st.floats(0.3, 0.9),
-    total=st.floats(1.0, 3.0),  # for every activated parameter, over what the preset has
+    total=st.floats(1.0, 3.0),  # factor of the total, beyond that of the activated parameters
     activated=st.floats(0.6, 1.6),
     flops=st.booleans(),
 )
 def test_every_arm_has_the_budget(name, rho, total, activated, flops):
-    """Of any shape, scaled or not: what can be had is had, what cannot is refused in one sentence."""
+    """Every possible budget is met for any shape; others are refused with one sentence."""
     like = preset(name)
-    if like.layers > 4:  # a model of some blocks costs as the whole does, block by block
+    # Costs are counted block by block, so a model of four blocks suffices.
+    if like.layers > 4:
         like = replace(like, layers=4)
     have = costs(like, 256)
     axis = "flops_per_token" if flops else "activated"
@@ -180,7 +181,7 @@ def test_the_pure_model_pays_or_the_memory_arm_does():
 
 
 def test_a_router_that_lost_many_experts_is_made_up_for():
-    """Here the router of the pure model costs more than the projections of a narrow memory."""
+    """The router of the pure model costs more here than the projections of a narrow memory."""
     base = replace(TINY, moe=replace(TINY.moe, routed=400, width=8, active=2))
     plan = split_budget(base, 0.4, EngramConfig(layers=(1,), heads=1, head_dim=4), context=128)
     assert plan.engram.config.moe.shared_hidden > plan.moe.config.moe.shared_hidden
@@ -192,7 +193,7 @@ def test_a_router_that_lost_many_experts_is_made_up_for():
     ("engram-40b", None, 109, 18.53),
 ])  # fmt: skip
 def test_a_model_with_memory_finds_its_pure_mixture(name, rho, routed, billions):
-    """From Engram-27B comes MoE-27B back; Engram-40B's table is that of 54 experts."""
+    """Engram-27B leads back to MoE-27B; Engram-40B's table is that of 54 experts."""
     plan = plan_budget(preset(name), Budget(), rho)
     assert plan.moe.config == replace(
         preset("moe-27b"), moe=replace(preset("moe-27b").moe, routed=routed)

@@ -1,4 +1,4 @@
-"""Jobs know whether they are finished or only begun; what is killed goes on; a failing run shows the end of its log."""
+"""Tests the state of jobs, resuming killed runs, and the log of a failing run."""
 
 import fcntl
 import io
@@ -80,7 +80,7 @@ def test_two_that_make_runs_do_not_share_a_folder(tmp_path):
 
 
 def test_a_folder_in_which_somebody_trains_is_waited_for_and_left_alone(tmp_path, monkeypatch):
-    """Moved aside, two processes would write into one file."""
+    """If the folder were moved aside, two processes would write into one file."""
     monkeypatch.setattr(runs, "PATIENCE", 0.0)
     job = _job(tmp_path / "one")
     configs.save(_job(tmp_path / "one", seed=1).config, job.folder / "train.json")
@@ -171,7 +171,8 @@ def _data(tmp_path):
     return DataConfig(source=str(tmp_path / "text"), cache=str(tmp_path / "cache"))
 
 
-@pytest.mark.slow  # two processes
+# It starts two processes.
+@pytest.mark.slow
 def test_a_run_that_diverges_leaves_the_others_and_is_not_repeated(tmp_path):
     config = TrainConfig(
         model=SMALL, data=_data(tmp_path), steps=4, rows=2, length=32, skip_limit=2
@@ -195,12 +196,14 @@ def test_a_run_that_diverges_leaves_the_others_and_is_not_repeated(tmp_path):
         run(jobs, console=told)
 
 
-@pytest.mark.slow  # four processes, each of which takes seconds to start
+# It starts four processes, each of which takes seconds.
+@pytest.mark.slow
 @pytest.mark.parametrize("hit", [os.killpg, os.kill], ids=["all", "the sweep alone"])
 def test_killed_in_the_middle_it_goes_on_and_repeats_nothing(tmp_path, hit):
-    """Two runs, one at a time; everything, or what started them, is killed while the second trains.
+    """Kills everything, or the parent alone, while the second of two runs trains.
 
-    What is finished stays as it is, and nobody trains on behind the back of the next call.
+    The runs are one at a time. Finished work stays as it is, and no process trains on during the
+    next call.
     """
     data = _data(tmp_path)
     config = TrainConfig(model=SMALL, data=data, steps=100, rows=2, length=32, save_every=10)
@@ -208,8 +211,10 @@ def test_killed_in_the_middle_it_goes_on_and_repeats_nothing(tmp_path, hit):
     configs.save(config, tmp_path / "config.json")
     (tmp_path / "sweep.py").write_text(
         "import sys\nfrom pathlib import Path\nfrom rorqual import config\n"
-        "from rorqual.experiments.runs import run, seeded\nfrom rorqual.train.config import TrainConfig\n"
-        "run(seeded(Path(sys.argv[1]), 'arm', config.load(TrainConfig, Path(sys.argv[2])), 2), workers=1)\n"
+        "from rorqual.experiments.runs import run, seeded\n"
+        "from rorqual.train.config import TrainConfig\n"
+        "run(seeded(Path(sys.argv[1]), 'arm', config.load(TrainConfig, Path(sys.argv[2])), 2), "
+        "workers=1)\n"
     )
     words = [
         sys.executable,
@@ -225,9 +230,8 @@ def test_killed_in_the_middle_it_goes_on_and_repeats_nothing(tmp_path, hit):
     finally:
         hit(process.pid, signal.SIGKILL)
         process.wait()
-    while hit is os.killpg and not _free(
-        jobs[1].folder / ".lock"
-    ):  # until the kernel has ended the run, too
+    # Wait until the operating system has ended the run, too.
+    while hit is os.killpg and not _free(jobs[1].folder / ".lock"):
         time.sleep(0.02)
     assert jobs[0].finished() and jobs[1].begun() and not jobs[1].finished()
     mark, seen = (jobs[0].folder / "model.safetensors").stat().st_mtime_ns, records(jobs[0].folder)

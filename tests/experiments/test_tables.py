@@ -1,4 +1,7 @@
-"""A small table in every home -> lines that can be compared, and the refusal of homes that differ."""
+"""Tests the measurements of a small table in every placement.
+
+Placements that generate different ids are an error.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +70,7 @@ def test_measure_says_what_a_table_gives(tmp_path: Path) -> None:
 
 
 def said(model: LanguageModel, prompt: list[int], count: int) -> tuple[list, torch.Tensor]:
-    """`count` ids, and the logits after all of them."""
+    """Returns the prompt with `count` generated ids, and the logits after all of them."""
     ids = [*prompt, *(step[0] for step in decode(model, [prompt], max_new_tokens=count))]
     with torch.no_grad():
         return ids, model(torch.tensor([ids]))
@@ -79,7 +82,10 @@ def said(model: LanguageModel, prompt: list[int], count: int) -> tuple[list, tor
 def test_generations_are_the_same_bits_from_every_home(
     generations: int, count: int, tmp_path: Path
 ) -> None:
-    """Three sizes of the hot set, one of them a row, prefetch on and off: ids and logits."""
+    """Compares ids and logits between placements.
+
+    There are three sizes of the row cache, one of them a row, each with and without prefetch.
+    """
     config = tables.BenchConfig(rows=20_000, width=16, dim=32, layers=2)
     folder = tables.drawn(config, tmp_path)
     homes = [
@@ -93,9 +99,9 @@ def test_generations_are_the_same_bits_from_every_home(
         for on in (True, False)
     ]
     every = [tables.opened(config, folder, home) for home in homes]
-    model = tables.model_with(
-        config, every[-1]
-    )  # which draws the values of parameters, so not of the resident rows
+    # The model initialises its parameters, which would overwrite resident rows, so it is built with
+    # tables on the disk.
+    model = tables.model_with(config, every[-1])
     for seed in range(generations):
         prompt = torch.randint(
             model.config.vocabulary, (5,), generator=torch.Generator().manual_seed(seed)
@@ -109,7 +115,10 @@ def test_generations_are_the_same_bits_from_every_home(
 
 
 def test_drafts_are_checked_with_rows_from_the_disk(tmp_path: Path) -> None:
-    """Speculative decoding asks for the rows of drafts as of any ids, and says what decoding says."""
+    """Speculative decoding looks up the rows of drafts like those of any ids.
+
+    Its result is that of plain decoding.
+    """
     config = tables.BenchConfig(rows=5000, width=16, dim=32, layers=2)
     held = tables.opened(
         config, tables.drawn(config, tmp_path), TableConfig(placement="disk", hot_bytes=64)

@@ -1,4 +1,4 @@
-"""Values and records, ordinary and extreme, in -> the bytes, the numbers or the refusal that must come."""
+"""Tests the bytes and the values of fp8 records, and the refusal of values that do not fit."""
 
 import math
 
@@ -15,13 +15,15 @@ from rorqual.tables.fp8 import lookup, width_of
 
 pytestmark = pytest.mark.engram
 
-CODES = [
-    code for code in range(256) if code & 0x7F != 0x7F
-]  # e4m3 has two that are no numbers and no infinities
+# e4m3 has two codes that are nan, and no infinities.
+CODES = [code for code in range(256) if code & 0x7F != 0x7F]
 
 
 def number(code: int) -> float:
-    """What e4m3 means, from its definition: sign, 4 bits of exponent with bias 7, 3 bits of fraction."""
+    """Returns the value of an e4m3 code, from its definition.
+
+    It has a sign, 4 bits of exponent with bias 7, and 3 bits of fraction.
+    """
     exponent, fraction = code >> 3 & 15, code & 7
     size = (1 + fraction / 8) * 2.0 ** (exponent - 7) if exponent else fraction / 8 * 2.0**-6
     return -size if code & 128 else size
@@ -31,14 +33,20 @@ SIZES = np.array([number(code) for code in range(0x7F)])
 
 
 def expected(block: list[float]) -> tuple[float, list[float]]:
-    """The scale and the values of one block in exact double arithmetic, by looking at every e4m3 number."""
+    """Returns the scale and the values of one block in exact double arithmetic.
+
+    It searches all e4m3 numbers.
+    """
     largest = max(abs(value) for value in block)
     scale = next(2.0**e for e in range(-126, 128) if largest <= 448 * 2.0**e) if largest else 1.0
     return scale, [nearest(value / scale) * scale for value in block]
 
 
 def nearest(value: float) -> float:
-    """The e4m3 number nearest to a value of at most 448; of two equally near, the one whose last bit is 0."""
+    """Returns the e4m3 number nearest to a value of at most 448.
+
+    Of two equally near it is the one whose last bit is 0.
+    """
     distances = np.abs(SIZES - abs(value))
     codes = np.flatnonzero(distances == distances.min())
     return math.copysign(SIZES[min(codes, key=lambda code: code & 1)], value)
@@ -52,7 +60,7 @@ def test_a_record_is_a_byte_a_value_and_a_byte_every_32() -> None:
 
 @pytest.mark.parametrize("exponent", [-126, -30, 0, 1, 100, 119])
 def test_every_e4m3_number_comes_back(exponent: int) -> None:
-    """In a block that holds 448 times its scale, every number that e4m3 knows is kept exactly."""
+    """A block that contains 448 times its scale keeps every e4m3 number exactly."""
     values = torch.full((len(CODES), 32), 448.0)
     values[:, 1] = torch.tensor([number(code) for code in CODES])
     values = (values.double() * 2.0**exponent).float()
@@ -84,9 +92,8 @@ def test_what_is_no_number_stays_none() -> None:
     assert found[2].all()
 
 
-LARGEST = float(
-    np.nextafter(np.float32(248 * 2.0**120), np.float32(0))
-)  # the next rounds to infinity
+# The next larger number rounds to infinity.
+LARGEST = float(np.nextafter(np.float32(248 * 2.0**120), np.float32(0)))
 FLOATS = st.floats(-LARGEST, LARGEST, width=32)
 TIES = [LARGEST, 448.0, 449.0, 464.0, 0.875, 17.0, 19.0, 2.0**-10, 3 * 2.0**-10, 2.0**-149, -0.0]
 BLOCKS = st.one_of(
@@ -98,7 +105,10 @@ BLOCKS = st.one_of(
 @settings(max_examples=300, deadline=None)
 @given(block=BLOCKS)
 def test_scale_and_rounding_are_those_of_exact_arithmetic(block: list[float]) -> None:
-    """Ties, subnormals, zeros, the largest float: against a search through all e4m3 numbers in double."""
+    """Compares ties, subnormals, zeros and the largest float with a search in double.
+
+    The search goes through all e4m3 numbers.
+    """
     block = block + [0.0] * (32 - len(block))
     scale, values = expected(block)
     records = quantise(torch.tensor([block], dtype=torch.float32))
@@ -109,7 +119,10 @@ def test_scale_and_rounding_are_those_of_exact_arithmetic(block: list[float]) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "width"), [(1, 32), (3, 96), (700, 256), (5, 65536 + 32)])
 def test_error_is_bounded_at_every_size(dtype: torch.dtype, rows: int, width: int) -> None:
-    """|v| / 16 where the value is normal beside its scale, s / 1024 below; blocks do not see each other."""
+    """The error is at most |v| / 16 where the value is normal beside its scale, s / 1024 below.
+
+    Blocks do not influence each other.
+    """
     values = (torch.randn(rows, width) * torch.randn(rows, width).mul(8).exp2()).to(dtype)
     records = quantise(values)
     found, exact = dequantise(records, width), values.float()
@@ -162,10 +175,9 @@ def test_values_that_are_no_numbers_are_refused(bad: float) -> None:
         quantise(values)
 
 
+# 448 * 2^127 is inf, of which numpy warns.
 @pytest.mark.interpreted
-@pytest.mark.filterwarnings(
-    "ignore:overflow encountered:RuntimeWarning"
-)  # 448 * 2^127 is inf, in numpy with a warning
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_tiles_recall_every_byte_under_every_scale(
     tiled: torch.device, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,9 +187,8 @@ def test_tiles_recall_every_byte_under_every_scale(
     from rorqual.kernels import triton_rows
 
     for shape in ((0,), (), (1,), (3, 5, 7), (2048,)):
-        if shape == (
-            2048,
-        ):  # the interpreter's time is that of the programs, however much each of them does
+        # The interpreter's time depends on the number of programs, not on the work of each.
+        if shape == (2048,):
             monkeypatch.setattr(triton_rows, "_VALUES", 1 << 15)
         ids = torch.randperm(2048)[: math.prod(shape)].view(shape).to(tiled)
         ours, expected = kernels.triton_twins.recall(records, ids, 32), lookup(records, ids, 32)

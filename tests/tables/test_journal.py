@@ -1,4 +1,4 @@
-"""Rows overwritten between marks, processes that end anywhere, in -> the rows of any mark, or the refusal."""
+"""Tests that a journal restores the rows of any mark, or refuses, after any interruption."""
 
 import os
 import pathlib
@@ -17,7 +17,7 @@ ROWS, SIZE = 20, 12
 
 
 class Memory:
-    """A table of bytes that is overwritten as tables are: noted first."""
+    """A table of bytes that records rows in the journal before it overwrites them."""
 
     def __init__(self, folder: pathlib.Path, keep: int = 3) -> None:
         self.folder, self.keep = folder, keep
@@ -35,7 +35,7 @@ class Memory:
         self.journal.rewind(step, self.write, lambda: None)
 
     def killed(self) -> None:
-        """Another process opens what is there."""
+        """Opens the journal again, as another process would."""
         self.journal = Journal(self.folder, ROWS, SIZE, self.keep)
 
 
@@ -44,7 +44,7 @@ class Memory:
 def test_any_course_goes_back_to_any_mark_that_is_kept(
     data: st.DataObject, tmp_path_factory
 ) -> None:
-    """Changes, marks, returns and deaths in any order, against copies of the whole table."""
+    """Compares changes, marks, rewinds and kills in any order with copies of the whole table."""
     table = Memory(tmp_path_factory.mktemp("undo"), keep=data.draw(st.integers(1, 4)))
     draw = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     table.journal.mark(0)
@@ -60,7 +60,8 @@ def test_any_course_goes_back_to_any_mark_that_is_kept(
             table.journal.mark(step)
             kept[step] = table.rows.copy()
         else:
-            if what == "die":  # whoever opens it then goes back before anything else
+            # A process that opens the journal after a kill rewinds before anything else.
+            if what == "die":
                 table.killed()
             back = table.journal.marks[int(draw.integers(len(table.journal.marks)))]
             table.rewind(back)
@@ -104,14 +105,18 @@ def test_notes_of_a_process_that_ended_are_not_written_over(tmp_path: pathlib.Pa
     table.rewind(0)
     assert not table.rows.any()
     table.change(np.array([4]), one)
-    table.journal.mark(0)  # the same step again is what the table is now
+    # Marking the same step again replaces the mark by the present rows.
+    table.journal.mark(0)
     table.change(np.array([4]), one + 1)
     table.rewind(0)
     assert np.array_equal(table.rows[4:5], one)
 
 
 def test_damaged_notes_are_refused_and_a_cut_last_one_is_not(tmp_path: pathlib.Path) -> None:
-    """Every bit of three entries flipped, every byte of the last cut off: refused, or the rows of before."""
+    """Flips every bit of three entries, and cuts off every byte of the last.
+
+    The result is a refusal, or the rows from before.
+    """
     table, one = Memory(tmp_path), np.ones((1, SIZE), np.uint8)
     table.journal.mark(0)
     for row in (3, 4, 5):
@@ -139,7 +144,10 @@ def test_damaged_notes_are_refused_and_a_cut_last_one_is_not(tmp_path: pathlib.P
 def test_a_disk_that_is_full_loses_no_later_note(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half an entry is written when there is no more room; what is noted afterwards is found all the same."""
+    """Half an entry is written when the disk is full.
+
+    Entries that are recorded afterwards are still found.
+    """
     table, one, write = Memory(tmp_path), np.ones((1, SIZE), np.uint8), os.pwrite
     table.journal.mark(0)
     table.change(np.array([1]), one)
@@ -177,7 +185,8 @@ def test_a_step_that_is_no_mark_and_another_boot_are_refused(
     boot = tmp_path / "boot"
     boot.write_text("another start")
     monkeypatch.setattr(journal, "_BOOT", boot)
-    table.rewind(4)  # nothing was written since, so nothing can be lost
+    # Nothing was written since the mark, so nothing can be lost.
+    table.rewind(4)
     table.change(np.array([3]), np.ones((1, SIZE), np.uint8))
     table.rewind(4)
     table.change(np.array([3]), np.ones((1, SIZE), np.uint8))
@@ -189,7 +198,10 @@ def test_a_step_that_is_no_mark_and_another_boot_are_refused(
 
 
 def test_notes_of_an_earlier_mark_that_are_cut_are_refused(tmp_path: pathlib.Path) -> None:
-    """Their rows were overwritten: only behind the newest mark is a cut note one that was being written."""
+    """The rows of a cut entry of an earlier mark have been overwritten.
+
+    Only behind the newest mark can a cut entry be one that was being written.
+    """
     table, one = Memory(tmp_path), np.ones((1, SIZE), np.uint8)
     table.journal.mark(0)
     for row in (3, 4):

@@ -1,4 +1,4 @@
-"""Configs and files in -> tables in their homes, the same rows in all, or the refusal that must come."""
+"""Tests that tables have the same rows in every placement, and that bad configs are refused."""
 
 import pathlib
 
@@ -21,7 +21,7 @@ HOMES = [
 
 
 def run_of(folder: pathlib.Path) -> list[torch.Tensor]:
-    """Two tables of a run's weights."""
+    """Writes two tables as a run's weights."""
     values = [torch.randn(50, 32), torch.randn(70, 32)]
     save_file(
         {f"tables.{n}.weight": each for n, each in enumerate(values)}, folder / "model.safetensors"
@@ -87,7 +87,8 @@ def test_rows_of_the_hot_list_are_kept_and_nothing_else(tmp_path: pathlib.Path) 
     assert second.metrics()["bytes"] == (2 + 2 + 2) * 128
     for _ in range(2):
         first.prefetch(torch.tensor([1])).wait()
-    assert first.metrics()["hits"] == 1  # without a list those read last
+    # Without a list, the rows read last are cached.
+    assert first.metrics()["hits"] == 1
 
 
 def test_bad_configs_and_lists_are_refused(tmp_path: pathlib.Path) -> None:

@@ -1,4 +1,4 @@
-"""Steps of training, stops and damage in -> the rows of a resident table to the last bit, or the refusal."""
+"""Tests that rows trained on disk equal those of a resident table, through stops and damage."""
 
 import gc
 import os
@@ -23,7 +23,7 @@ ROWS, WIDTH = 301, 12
 
 
 def of(table: nn.Module) -> nn.ModuleDict:
-    """A model: the table and something dense under it."""
+    """Returns a model with the table and a dense layer on top."""
     model = nn.ModuleDict({"table": table, "out": nn.Linear(WIDTH, 3)})
     with torch.no_grad():
         for number, parameter in enumerate(model["out"].parameters()):
@@ -34,7 +34,7 @@ def of(table: nn.Module) -> nn.ModuleDict:
 
 
 def pair(folder: pathlib.Path, prefetch: bool = True) -> tuple[nn.ModuleDict, nn.ModuleDict]:
-    """The same model twice: resident, and on the disk."""
+    """Returns the same model twice: with a resident table, and with one on disk."""
     resident, table = Table(ROWS, WIDTH), Table.of_records(folder, ROWS, WIDTH, prefetch=prefetch)
     with torch.no_grad():
         torch.manual_seed(5)
@@ -42,17 +42,15 @@ def pair(folder: pathlib.Path, prefetch: bool = True) -> tuple[nn.ModuleDict, nn
         after = torch.rand(3)
         torch.manual_seed(5)
         table.draw(0.02)
-        assert torch.equal(
-            torch.rand(3), after
-        )  # the generator stands where one draw of all leaves it
+        # The generator's state is the one after a single draw of all rows.
+        assert torch.equal(torch.rand(3), after)
     return of(resident), of(table)
 
 
 def batch(step: int, size: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(step)
-    ids = torch.randint(ROWS, (2, size), generator=draw) % (
-        ROWS if step % 3 else 17
-    )  # many duplicates now and then
+    # Every third batch has many duplicates.
+    ids = torch.randint(ROWS, (2, size), generator=draw) % (ROWS if step % 3 else 17)
     return ids, torch.randn(2, size, 3, generator=draw)
 
 
@@ -82,7 +80,10 @@ def test_rows_learn_as_resident_ones_do(
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Values, norms and the dense weights, step for step; rows, averages and counts at the end."""
+    """Compares values, norms and the dense weights after each step.
+
+    Rows, averages and counts are compared at the end.
+    """
     monkeypatch.setenv("RORQUAL_KERNELS", kernels)
     resident, other = pair(tmp_path, prefetch)
     ours, theirs = (
@@ -117,7 +118,8 @@ def test_drawn_in_parts_as_in_one(count: int, width: int, tmp_path: pathlib.Path
     torch.manual_seed(1)
     expected = torch.randn(count, width) * 0.02
     following = torch.rand(1)
-    for _ in range(2):  # the second time the table is filled already
+    # The second time, the table is filled already.
+    for _ in range(2):
         torch.manual_seed(1)
         table = Table.of_records(tmp_path / "t", count, width)
         table.draw(0.02)
@@ -136,7 +138,10 @@ def test_it_is_in_no_state_and_stays_where_it_is(tmp_path: pathlib.Path) -> None
 
 
 def test_a_table_goes_back_to_every_mark(tmp_path: pathlib.Path) -> None:
-    """Any number of steps between marks, one without any; back, forward another way, back again."""
+    """Rewinds after any number of steps between marks, one mark without any.
+
+    Then it trains on other batches and rewinds again.
+    """
     _, model = pair(tmp_path)
     optimizer, kept = Optimizer(model, OptimConfig()), {0: rows(model).clone()}
     for step in range(1, 7):
@@ -146,7 +151,8 @@ def test_a_table_goes_back_to_every_mark(tmp_path: pathlib.Path) -> None:
             optimizer.mark(step)
             kept[step] = rows(model).clone()
     with pytest.raises(TableError, match=r"got no mark of step 0, expected one of \[2, 3, 4\]"):
-        optimizer.rewind(0)  # three are kept
+        # Three marks are kept.
+        optimizer.rewind(0)
     for back in (4, 3, 2):
         optimizer.rewind(back)
         assert torch.equal(rows(model), kept[back])
@@ -175,7 +181,10 @@ for step in range(9, 10**6):
 
 
 def test_a_kill_at_any_moment_leaves_a_table_that_goes_back(tmp_path: pathlib.Path) -> None:
-    """Killed in the middle of steps: rewound to the last mark, it goes on as one that was never stopped."""
+    """Kills training in the middle of steps.
+
+    Rewound to the last mark, it continues like one that was never stopped.
+    """
     resident, _ = pair(tmp_path / "unused")
     theirs = Optimizer(resident, OptimConfig())
     command = [
@@ -209,7 +218,7 @@ def test_a_kill_at_any_moment_leaves_a_table_that_goes_back(tmp_path: pathlib.Pa
 
 
 def test_one_process_trains_a_table(tmp_path: pathlib.Path) -> None:
-    """Another is refused until the first ends, however it ends."""
+    """Another process is refused until the first ends, however it ends."""
     code = (
         "import sys, time; from rorqual.tables import Table;"
         "table = Table.of_records(sys.argv[1], 5, 3); print('here', flush=True); time.sleep(60)"
@@ -228,7 +237,10 @@ def test_one_process_trains_a_table(tmp_path: pathlib.Path) -> None:
 
 
 def test_one_table_of_a_process_trains_the_rows(tmp_path: pathlib.Path) -> None:
-    """A second is refused until the first is closed or gone, and takes nothing of the first one's lock with it."""
+    """A second table is refused until the first is closed or gone.
+
+    The refusal does not release the lock of the first.
+    """
     code = "import sys; from rorqual.tables import Table; Table.of_records(sys.argv[1], 5, 3)"
     table = Table.of_records(tmp_path, 5, 3)
     with pytest.raises(
@@ -250,7 +262,7 @@ def test_one_table_of_a_process_trains_the_rows(tmp_path: pathlib.Path) -> None:
 def test_rows_asked_for_before_an_update_are_not_what_the_next_one_changes(
     tmp_path: pathlib.Path,
 ) -> None:
-    """The next batch is asked for while this one's update is still to come: no update is lost."""
+    """No update is lost when the next batch is prefetched before the update of this one."""
     _, model = pair(tmp_path)
     table, ids, gradient = model["table"], torch.arange(6), torch.ones(6, WIDTH)
 
@@ -272,7 +284,8 @@ def test_rows_in_host_memory_learn_as_resident_ones_do_and_stay_there() -> None:
     after = torch.rand(1)
     torch.manual_seed(3)
     hosted = Table(ROWS, WIDTH, "host")
-    assert torch.equal(torch.rand(1), after)  # it draws from nobody's generator
+    # Creating the table does not advance the global generator.
+    assert torch.equal(torch.rand(1), after)
     resident = Table(ROWS, WIDTH)
     resident.load_state_dict(hosted.state_dict())
     ours, theirs = of(hosted), of(resident)
@@ -300,7 +313,10 @@ def test_rows_in_host_memory_feed_a_device() -> None:
 
 
 def test_notes_cut_anywhere_and_flipped_are_no_harm_or_are_seen(tmp_path: pathlib.Path) -> None:
-    """An entry that is not whole was being written, so its rows are untouched; one of another boot is refused."""
+    """The rows of an incomplete entry are unchanged, since it was being written.
+
+    An entry of another boot is refused.
+    """
     _, model = pair(tmp_path)
     table, optimizer, first = model["table"], Optimizer(model, OptimConfig()), rows(model).clone()
     train(model, optimizer, 1)
@@ -337,7 +353,7 @@ def test_other_shapes_and_lost_rows_are_refused(tmp_path: pathlib.Path) -> None:
 def test_what_is_left_of_a_larger_table_that_was_never_whole_is_no_harm(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed while it was drawn; then a smaller one in its place, which can be opened again."""
+    """A table is killed while it is drawn; a smaller one in its place can be opened again."""
     with monkeypatch.context() as patch:
         patch.setattr(RecordFile, "mark", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         table = Table.of_records(tmp_path, 500, 4)

@@ -1,4 +1,4 @@
-"""Row ids in any order -> the rows that are held, and the one that gives way, as a list of them would have it."""
+"""Tests which rows the cache returns and evicts, against a plain list."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,10 @@ pytestmark = pytest.mark.engram
     seed=st.integers(0, 2**32),
 )
 def test_what_was_used_last_stays(slots: int, size: int, far: int, most: int, seed: int) -> None:
-    """Against a plain list of ids, oldest first; ids far apart and side by side, more than there are slots."""
+    """Compares with a plain list of ids, oldest first.
+
+    The ids are far apart and adjacent, and more than there are slots.
+    """
     draw = np.random.default_rng(seed)
     values = draw.integers(256, size=(60, size), dtype=np.uint8)
     kept, used = RowCache(slots * size, size, 2**40), []

@@ -1,4 +1,4 @@
-"""Files, sound and broken in every way, in -> the table, the damaged rows or the refusal that must come."""
+"""Tests that sound files open, and that damaged ones are refused or reported."""
 
 import json
 import os
@@ -98,12 +98,13 @@ def test_malformed_files_are_refused(
     with pytest.raises(TableError, match=reason) as caught:
         Table.of_file(path)
     assert str(path) in str(caught.value)
-    assert str(caught.value).isprintable()  # one line
+    # The message is one line.
+    assert str(caught.value).isprintable()
     assert len(str(caught.value)) < len(str(path)) + 300
 
 
 def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: pathlib.Path) -> None:
-    """A folder, and a pipe that nobody writes to, where a shard should be."""
+    """Tests a folder, and a pipe without a writer, in the place of a shard."""
     (tmp_path / "a.safetensors").mkdir()
     os.mkfifo(tmp_path / "b.safetensors")
     for path in (tmp_path, tmp_path / "b.safetensors"):
@@ -116,10 +117,11 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: pathlib.Path) -
 def test_a_disk_that_cannot_read_is_a_refusal(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the header is read, and while every byte is."""
+    """Reading fails within the header, and within the rows."""
     folder = write_table(tmp_path / "t", torch.randn(4, 3))
     read = os.preadv
-    for good in (0, 2):  # the size of the header and the header are two reads
+    # The size of the header and the header are two reads.
+    for good in (0, 2):
         left = [True] * good
 
         def failing(*given: object, left: list[bool] = left) -> int:
@@ -157,7 +159,7 @@ def test_fragments_are_refused(content: bytes, tmp_path: pathlib.Path) -> None:
 
 
 def mutated(kind: str, raw: bytes, draw: np.random.Generator) -> bytes:
-    """A file of one table, harmed in one way."""
+    """Returns the bytes of a file of one table with one kind of damage."""
     head = 8 + struct.unpack("<Q", raw[:8])[0]
     place, other = int(draw.integers(head)), bytearray(raw)
     if kind == "flip":
@@ -195,7 +197,7 @@ def mutated(kind: str, raw: bytes, draw: np.random.Generator) -> bytes:
 
 
 def refusal(folder: pathlib.Path) -> str | None:
-    """What a table is refused with; None if it is opened."""
+    """Returns the message with which a table is refused, or None if it opens."""
     try:
         Table.of_file(folder)
     except TableError as error:
@@ -220,7 +222,7 @@ KINDS = (
 
 
 def test_a_thousand_harmed_tables_are_refused_before_the_first_row(tmp_path: pathlib.Path) -> None:
-    """Each with a TableError that names the table, and a reason."""
+    """Each is refused with a TableError that names the table and a reason."""
     folder = write_table(tmp_path / "t", torch.randn(20, 3), shard_rows=5)
     shards = {file: file.read_bytes() for file in sorted(folder.glob("*"))}
     draw, read = np.random.default_rng(0), []
@@ -339,7 +341,10 @@ def test_shards_of_other_formats_are_of_another_table(tmp_path: pathlib.Path) ->
 def test_a_flipped_bit_among_the_rows_is_found_in_its_block(
     data: st.DataObject, tmp_path_factory
 ) -> None:
-    """Shards of 2.5 MiB: the damaged rows that are named hold the one that was hit, and are no more than its MiB."""
+    """Flips bits in shards of 2.5 MiB.
+
+    Each reported range of rows contains the damaged one, and is no larger than its MiB.
+    """
     folder = write_table(
         tmp_path_factory.mktemp("table") / "t", torch.zeros(1500, 1000), shard_rows=650
     )
@@ -369,7 +374,7 @@ def test_a_flipped_bit_among_the_rows_is_found_in_its_block(
 
 
 def test_every_flipped_bit_of_a_file_is_found(tmp_path: pathlib.Path) -> None:
-    """Header and rows, bit by bit: refused, or reported."""
+    """Every flipped bit of the header and of the rows leads to a refusal or a report."""
     (path,) = write_table(tmp_path / "t", torch.randn(1, 32), dtype=FP8).glob("*")
     whole = path.read_bytes()
 
@@ -408,7 +413,10 @@ def test_files_without_checksums_cannot_be_verified(tmp_path: pathlib.Path) -> N
 def test_systems_without_positional_reads_read_and_write_the_same(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows, checksums and files written are those of a system with preadv and pwrite; threads take turns."""
+    """Rows, checksums and written files are those of a system with preadv and pwrite.
+
+    Threads take turns there.
+    """
     values = torch.randn(1003, 7)
     folder = write_table(tmp_path / "t", values, shard_rows=400)
     names = [name for name in dir(os) if name.startswith(("pread", "pwrite", "posix_fadvise"))]
@@ -459,7 +467,7 @@ def test_any_matrix_of_any_safetensors_file_is_a_table(tmp_path: pathlib.Path) -
 def test_rows_that_lie_apart_and_together_are_the_ones_asked_for(
     data: st.DataObject, tmp_path_factory
 ) -> None:
-    """Rows of 400 bytes in shards: next to each other, a few apart, a page apart, in other shards."""
+    """Reads rows of 400 bytes in shards: adjacent, a few apart, a page apart, in other shards."""
     values = torch.arange(300).view(300, 1) + torch.arange(100) / 128
     rows = data.draw(st.integers(1, 320))
     table = Table.of_file(
@@ -474,7 +482,7 @@ def test_rows_that_lie_apart_and_together_are_the_ones_asked_for(
 def test_rows_that_the_system_does_not_hold_are_waited_for(
     count: int, tmp_path: pathlib.Path
 ) -> None:
-    """After the system was told to forget the file; few rows and many, near and apart."""
+    """Reads few rows and many, near and apart, after the page cache was dropped."""
     values = torch.randn(6000, 300)
     (path,) = write_table(tmp_path / "t", values).glob("*")
     file = os.open(path, os.O_RDONLY)
@@ -510,7 +518,8 @@ def test_a_file_cut_while_serving_fails_the_call_and_no_more(
     with pytest.raises(TableError, match=r"got 7 bytes of row 9, expected 12"):
         pending.wait()
     assert torch.equal(table.prefetch(torch.tensor([0, 8])).wait(), values[[0, 8]])
-    path.unlink()  # an open file stays readable
+    # An open file stays readable.
+    path.unlink()
     assert torch.equal(table.prefetch(torch.tensor([1])).wait(), values[1:2])
     table.close()
     with pytest.raises(TableError, match="closed"):
@@ -529,7 +538,10 @@ def test_a_cut_names_the_first_row_that_is_lost(tmp_path: pathlib.Path) -> None:
 
 
 def test_files_replaced_fifty_times_while_serving(tmp_path: pathlib.Path) -> None:
-    """Cut, replaced, unlinked in turn: the call that needs lost rows fails, the process and the next table live."""
+    """Cuts, replaces and unlinks files in turn.
+
+    A call that needs lost rows fails; the process and the next table are not affected.
+    """
     values = torch.randn(100, 16)
     for turn in range(50):
         folder = write_table(tmp_path / str(turn), values)
@@ -556,7 +568,10 @@ def test_files_replaced_fifty_times_while_serving(tmp_path: pathlib.Path) -> Non
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_small_batches_are_right_and_counted(data: st.DataObject, tmp_path_factory) -> None:
-    """Duplicates, shards, cached rows that give way or stay: the rows, and what was read of them."""
+    """Checks the rows and the metrics of small batches.
+
+    There are duplicates, shards, and cached rows that are evicted or frozen.
+    """
     values = torch.arange(90).view(90, 1) + torch.arange(5) / 8
     folder = write_table(
         tmp_path_factory.mktemp("t") / "t", values, shard_rows=data.draw(st.integers(7, 90))
@@ -580,7 +595,7 @@ def test_small_batches_are_right_and_counted(data: st.DataObject, tmp_path_facto
 
 
 def test_small_batches_of_cached_rows_need_no_file(tmp_path: pathlib.Path) -> None:
-    """Nor do they wait for the thread; larger ones and other rows do."""
+    """Nor do they wait for the thread; larger batches and other rows do."""
     values = torch.randn(600, 4)
     folder = write_table(tmp_path / "t", values)
     table = Table.of_file(folder, cache_bytes=300 * 16)

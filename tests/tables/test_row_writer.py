@@ -1,4 +1,4 @@
-"""Rows given, stored or drawn in -> the files that must come, whole or not at all."""
+"""Tests that tables are written whole or not at all, from given, stored or drawn rows."""
 
 import pathlib
 import shutil
@@ -28,7 +28,7 @@ FP8 = torch.float8_e4m3fn
 
 
 def rows_of(folder: pathlib.Path) -> torch.Tensor:
-    """As they are kept, by another reader than ours."""
+    """Returns the rows as they are stored, read by another library."""
     return torch.cat([load_file(file)["rows"] for file in sorted(folder.glob("*"))])
 
 
@@ -146,7 +146,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path: pathli
 
 
 def test_a_table_in_parts_and_shards_is_the_same_table(tmp_path: pathlib.Path) -> None:
-    """Rows of 40 MiB, more than are written at a time."""
+    """The rows take 40 MiB, more than is written at a time."""
     values = torch.randn(41, 1 << 18)
     for number, shard_rows in enumerate((13, 41, 500, None)):
         folder = write_table(tmp_path / str(number), values, shard_rows=shard_rows)
@@ -159,7 +159,10 @@ def test_a_table_in_parts_and_shards_is_the_same_table(tmp_path: pathlib.Path) -
 def test_a_build_that_was_stopped_goes_on(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped within every shard in turn: no table until the last, the same bytes, no shard again."""
+    """Stops the build within every shard in turn.
+
+    There is no table until the last shard; its bytes are the same, and no shard is made again.
+    """
     whole = draw_table(tmp_path / "whole", 40, 64, shard_rows=10)
     expected = {file.name: file.read_bytes() for file in whole.glob("*")}
     generator, made = np.random.default_rng, []
@@ -190,7 +193,7 @@ def test_a_build_that_was_stopped_goes_on(
 def test_a_build_that_was_stopped_before_the_table_had_its_name_goes_on(
     tmp_path: pathlib.Path,
 ) -> None:
-    """All shards are there: none is written again."""
+    """All shards are there, and none is written again."""
     size = 40 * 8 * 4
 
     def stop(done: int) -> None:
@@ -220,7 +223,7 @@ write_rows(sys.argv[1], 2000, 1 << 18, source)
 
 
 def test_rows_that_were_in_memory_are_written_anew(tmp_path: pathlib.Path) -> None:
-    """A process that was killed leaves a shard of its rows; those of the next are others."""
+    """A killed process leaves a shard of its rows, which differ from those of the next process."""
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "t")], check=False)
     assert done.returncode == 1
     assert (tmp_path / "t.partial").is_dir()
@@ -235,7 +238,7 @@ def test_rows_that_were_in_memory_are_written_anew(tmp_path: pathlib.Path) -> No
 
 
 def test_one_process_writes_a_table(tmp_path: pathlib.Path) -> None:
-    """Asked for again while it is being written, by the same command."""
+    """The same command is refused while the table is being written."""
     refused: list[str] = []
 
     def again(done: int) -> None:

@@ -1,4 +1,4 @@
-"""Processes that share the rows of a table: one copy, which goes with the last of them."""
+"""Tests that processes share one copy of a table's rows, which the last of them removes."""
 
 import pathlib
 import signal
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.engram
 
 
 def run_of(folder: pathlib.Path) -> list[torch.Tensor]:
-    """Two tables of a run's weights."""
+    """Writes two tables as a run's weights."""
     values = [torch.randn(50, 32), torch.randn(70, 32)]
     save_file(
         {f"tables.{n}.weight": each for n, each in enumerate(values)}, folder / "model.safetensors"
@@ -41,7 +41,7 @@ def copies() -> set[pathlib.Path]:
 
 @pytest.mark.skipif(not shared.SHARED.is_dir(), reason="no memory that processes share by name")
 def test_processes_share_one_copy_that_goes_with_the_last(tmp_path: pathlib.Path) -> None:
-    """What one writes the other reads; a killed one lets go as well."""
+    """One process reads what another writes; a killed process releases the copy, too."""
     (values, _), before = run_of(tmp_path), copies()
     command, pipe = [sys.executable, "-c", CHILD, str(tmp_path)], subprocess.PIPE
     children = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
@@ -83,9 +83,11 @@ def test_a_copy_that_nobody_holds_is_removed(
     assert done.returncode == 0, done.stderr
     (left,) = copies()
     open_tables(tmp_path, 2, TableConfig(placement="host", shared=True))
-    assert left in copies()  # its rows were wanted again
+    # The copy stays, since its rows are in use again.
+    assert left in copies()
     assert len(copies()) == 2
     save_file({"tables.0.weight": values[0] + 1}, tmp_path / "model.safetensors")
     (table,) = open_tables(tmp_path, 1, TableConfig(placement="host", shared=True))
     assert torch.equal(table.prefetch(torch.arange(50)).wait(), values[0] + 1)
-    assert left in copies()  # held by this process
+    # This process holds the copy.
+    assert left in copies()

@@ -1,4 +1,4 @@
-"""Sizes, and tensors that live or die, in -> the memory that they must get."""
+"""Tests the memory that staging returns: its shape, its reuse and its bounds."""
 
 import copy
 import gc
@@ -14,7 +14,7 @@ from rorqual.tables.staging import Staging
 
 pytestmark = pytest.mark.engram
 
-ROWS, WIDTH = 1000, 300  # 1.2 MB in float32, where memory begins to be kept
+ROWS, WIDTH = 1000, 300  # 1.2 MB in float32, the size from which memory is reused
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
@@ -54,7 +54,7 @@ def test_the_last_view_holds_the_memory() -> None:
 
 @pytest.fixture
 def allocated() -> Iterator[Callable[[], int]]:
-    """How many bytes were allocated since the test began; small objects of Python's are among them."""
+    """Returns the bytes allocated since the test began, including Python's small objects."""
     tracemalloc.start()
     yield lambda: tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()

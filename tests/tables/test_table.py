@@ -1,4 +1,4 @@
-"""Tables in every home and format, and row ids, in -> the rows, the counts or the refusal that must come."""
+"""Tests lookups, gradients, metrics and refusals of tables in every placement and format."""
 
 import copy
 import pathlib
@@ -32,14 +32,14 @@ FP8 = torch.float8_e4m3fn
     scope="module", params=[torch.float32, torch.bfloat16, FP8], ids=["float32", "bfloat16", "fp8"]
 )
 def kept(request: pytest.FixtureRequest) -> Tensor:
-    """Rows as a table keeps them: numbers, or records of fp8."""
+    """Returns rows as a table stores them: numbers, or records of fp8."""
     if request.param == FP8:
         return quantise(torch.randn(ROWS, BLOCKS) * 5)
     return torch.randn(ROWS, WIDTH).to(request.param)
 
 
 def numbers(kept: Tensor) -> Tensor:
-    """The rows that a layer must get."""
+    """Returns the rows that a layer must get."""
     return dequantise(kept, BLOCKS) if kept.dtype == torch.uint8 else kept
 
 
@@ -82,7 +82,7 @@ def test_every_home_gives_the_same_bits(
 
 
 def test_large_recalls_have_the_same_bits(tmp_path: pathlib.Path) -> None:
-    """Beyond the size at which memory is kept, ids that are a cut of a larger tensor, 32-bit ids."""
+    """Tests sizes at which memory is reused, ids that are a slice, and 32-bit ids."""
     values = torch.randn(5000, 128)
     table = Table(5000, 128)
     table.load_state_dict({"weight": values})
@@ -99,7 +99,10 @@ def test_large_recalls_have_the_same_bits(tmp_path: pathlib.Path) -> None:
 def test_recalls_that_are_partly_hot_have_the_same_bits(
     prefetch: bool, tmp_path: pathlib.Path
 ) -> None:
-    """Hot rows scattered among the ids of a call, which are too many to be fetched one by one."""
+    """Cached rows are scattered among the ids of a call.
+
+    The ids are too many to be fetched one by one.
+    """
     values = torch.randn(5000, 8)
     table = Table.of_file(
         write_table(tmp_path / "t", values), cache_bytes=2000 * 8 * 4, prefetch=prefetch
@@ -114,7 +117,8 @@ def test_recalls_that_are_partly_hot_have_the_same_bits(
 def test_several_requests_on_their_way_at_once(kept: Tensor, tmp_path: pathlib.Path) -> None:
     table = Table.of_file(write_table(tmp_path / "t", kept), cache_bytes=200)
     values = numbers(kept)
-    ids = [torch.randint(ROWS, (5, 3)) for _ in range(40)]  # more than the queue holds
+    # These are more than fit into the queue.
+    ids = [torch.randint(ROWS, (5, 3)) for _ in range(40)]
     pending = [table.prefetch(each) for each in ids]
     for each, rows in zip(reversed(ids), reversed(pending), strict=True):
         assert torch.equal(rows.wait(), values[each])
@@ -124,7 +128,10 @@ def test_several_requests_on_their_way_at_once(kept: Tensor, tmp_path: pathlib.P
 
 @pytest.mark.parametrize("home", ["device", "host", "disk"])
 def test_rows_stay_while_somebody_holds_them(home: str, tmp_path: pathlib.Path) -> None:
-    """Beams, requests under way at once, views: later recalls of one table never write where earlier rows lie."""
+    """Later lookups of a table never write into the memory of earlier rows that are in use.
+
+    Beams, concurrent requests and views hold such rows.
+    """
     values = torch.randn(5000, 128)
     if home == "device":
         table = Table(5000, 128)
@@ -138,7 +145,8 @@ def test_rows_stay_while_somebody_holds_them(home: str, tmp_path: pathlib.Path) 
     with torch.no_grad():
         ids = [torch.randint(5000, (3, 1000)) for _ in range(6)]
         pending = [table.prefetch(each) for each in ids]
-        held = [each.wait().flatten(1)[:, 128:] for each in pending]  # a view alone holds them
+        # Only a view holds the rows.
+        held = [each.wait().flatten(1)[:, 128:] for each in pending]
         for each, rows in zip(ids, held, strict=True):
             assert torch.equal(rows, values[each].flatten(1)[:, 128:])
 
@@ -155,7 +163,7 @@ def test_memory_of_rows_that_are_gone_is_taken_again() -> None:
 
 
 def test_rows_saved_for_a_backward_pass_are_not_overwritten() -> None:
-    """A frozen table under a layer that learns: the graph holds the rows."""
+    """The graph holds the rows of a frozen table under a trainable layer."""
     table, weight = Table(5000, 128).requires_grad_(False), torch.randn(128, requires_grad=True)
     ids = torch.randint(5000, (3000,))
     loss = (table.prefetch(ids).wait() * weight).sum()
@@ -227,7 +235,7 @@ def test_ids_outside_the_table_are_refused(kept: Tensor, bad: int, tmp_path: pat
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_bad_ids_are_found_wherever_they_stand(data: st.DataObject) -> None:
-    """One id outside among good ones, in both integer types, contiguous or not."""
+    """Tests one id out of range among good ones, in both integer types, contiguous or not."""
     table, dtype = Table(ROWS, 2), data.draw(st.sampled_from([torch.int64, torch.int32]))
     shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
     ids = torch.randint(ROWS, [*shape, 2]).to(dtype)[..., 0]
@@ -242,7 +250,10 @@ def test_bad_ids_are_found_wherever_they_stand(data: st.DataObject) -> None:
 @pytest.mark.parametrize("bad", [-1, 300_000, 2**40, -(2**62)])
 @pytest.mark.parametrize("place", [0, 70_000])
 def test_ids_that_are_written_to_before_the_wait_read_no_other_memory(bad: int, place: int) -> None:
-    """They were checked when they were asked for; who changes them gets an error and not what lies there."""
+    """Changing ids after the prefetch that checked them raises an error.
+
+    No other memory is read.
+    """
     values, ids = torch.randn(300_000, 8), torch.zeros(70_001, dtype=torch.int64)
     for table in (Table.of_values(values), Table(300_000, 8)):
         with torch.no_grad():
@@ -264,7 +275,10 @@ def test_ids_that_are_no_whole_numbers_are_refused(tmp_path: pathlib.Path) -> No
 
 
 def test_ten_thousand_bad_batches_are_refused(tmp_path: pathlib.Path) -> None:
-    """In every home, one id or many outside, near the ends and far: none is answered, least of all with zeros."""
+    """Tests one id or many out of range, near the ends and far, in every placement.
+
+    None is answered, in particular not with zeros.
+    """
     values = torch.randn(ROWS, WIDTH)
     tables = homes(values, write_table(tmp_path / "t", values))[:4]
     draw = np.random.default_rng(0)
@@ -288,7 +302,11 @@ def test_ten_thousand_bad_batches_are_refused(tmp_path: pathlib.Path) -> None:
 def test_a_million_rows_are_the_same_bits_everywhere(
     dtype: torch.dtype, tmp_path: pathlib.Path
 ) -> None:
-    """Duplicates, evictions, three sizes of the hot set, a frozen list, prefetch on and off: 0 bits of difference."""
+    """Compares the bits of all placements.
+
+    There are duplicates, evictions, three sizes of the row cache, a frozen list, prefetch on and
+    off.
+    """
     folder = draw_table(tmp_path / "t", 1_000_003, 32, dtype=dtype, shard_rows=300_000)
     whole = open_table(folder, "rows", TableConfig()).eval()
     row = whole.weight.shape[1] * whole.weight.element_size()
@@ -304,7 +322,8 @@ def test_a_million_rows_are_the_same_bits_everywhere(
     with torch.no_grad():
         for turn in range(40):
             ids = torch.randint(1_000_003, (25_000,))
-            ids[::2] %= 1 + 2000 * turn  # duplicates, and rows that come again
+            # This makes duplicates within a batch, and rows that occur again later.
+            ids[::2] %= 1 + 2000 * turn
             expected = whole.prefetch(ids).wait()
             for table in others:
                 assert torch.equal(

@@ -1,4 +1,4 @@
-"""Calls of several tables in -> their results in order, and no more on their way than there is room for."""
+"""Tests that a background thread runs calls in order, and bounds the calls in flight."""
 
 import os
 import subprocess
@@ -50,7 +50,7 @@ def test_one_more_than_there_is_room_for_waits() -> None:
 
 
 def test_a_call_that_cannot_be_asked_for_takes_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No thread to be had, or ctrl-C: an error each time, and never a wait without end."""
+    """Without a thread, or after ctrl-C, each call raises an error and none waits forever."""
     thread = BackgroundThread(2)
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -84,11 +84,13 @@ def test_who_asks_while_it_closes_has_no_second_thread() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
 def test_a_fork_has_a_thread_of_its_own() -> None:
-    """In a process without torch's threads, which a fork may not survive."""
+    """Tests in a process without torch's threads, which a fork may not survive."""
     code = (
-        "import os, signal; from rorqual.tables.thread import BackgroundThread; thread = BackgroundThread(1)\n"
+        "import os, signal; from rorqual.tables.thread import BackgroundThread; "
+        "thread = BackgroundThread(1)\n"
         "thread.submit(int).result(); child = os.fork(); signal.alarm(20)\n"
-        "assert [thread.submit(pow, 2, n).result() for n in range(3)] == [1, 2, 4]; thread.close()\n"
+        "assert [thread.submit(pow, 2, n).result() for n in range(3)] == [1, 2, 4]; "
+        "thread.close()\n"
         "assert child == 0 or os.waitpid(child, 0)[1] == 0; os._exit(0)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
