@@ -41,11 +41,15 @@ def describe(writer: gguf.GGUFWriter, c: ModelConfig, context: int) -> None:
             "pairs interleaved, one eps"
         )
     said = {
-        "context_length": context, "embedding_length": c.dim, "block_count": c.layers, "layer_norm_rms_eps": c.eps,
+        "context_length": context, "embedding_length": c.dim, "block_count": c.layers,
+        "layer_norm_rms_eps": c.eps,
         "feed_forward_length": c.dense_width, "leading_dense_block_count": m.first_dense,
-        "rope_freq_base": c.rope.base, "rope_dimension_count": a.rope_dim, "head_count": a.heads, "head_count_kv": 1,
-        "key_length": a.kv_lora_rank + a.rope_dim, "value_length": a.kv_lora_rank, "kv_lora_rank": a.kv_lora_rank,
-        "key_length_mla": a.nope_dim + a.rope_dim, "value_length_mla": a.value_dim, "q_lora_rank": a.q_lora_rank,
+        "rope_freq_base": c.rope.base, "rope_dimension_count": a.rope_dim, "head_count": a.heads,
+        "head_count_kv": 1,
+        "key_length": a.kv_lora_rank + a.rope_dim, "value_length": a.kv_lora_rank,
+        "kv_lora_rank": a.kv_lora_rank,
+        "key_length_mla": a.nope_dim + a.rope_dim, "value_length_mla": a.value_dim,
+        "q_lora_rank": a.q_lora_rank,
         "expert_count": m.routed, "expert_used_count": m.active, "expert_shared_count": m.shared,
         "expert_feed_forward_length": m.width, "expert_gating_func": GATING[m.router.score],
         "expert_weights_scale": m.router.scale, "expert_weights_norm": m.router.renormalise,

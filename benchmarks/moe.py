@@ -41,8 +41,10 @@ def measure(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
 def peer(own: MoE, dim: int, way: str) -> DeepseekV3MoE:
     """Returns transformers' layer with our weights."""
     config = DeepseekV3Config(
-        hidden_size=dim, num_attention_heads=2, moe_intermediate_size=own.config.width, n_shared_experts=1,
-        n_routed_experts=own.config.routed, num_experts_per_tok=own.config.active, n_group=1, topk_group=1,
+        hidden_size=dim, num_attention_heads=2, moe_intermediate_size=own.config.width,
+        n_shared_experts=1,
+        n_routed_experts=own.config.routed, num_experts_per_tok=own.config.active, n_group=1,
+        topk_group=1,
         routed_scaling_factor=1.0,
     )  # fmt: skip
     config._experts_implementation = way

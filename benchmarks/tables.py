@@ -259,11 +259,16 @@ from rorqual.experiments.tables import BenchConfig
 from rorqual.experiments import tables
 from rorqual.serve.decoding import decode
 from rorqual.tables import TableConfig
-def told(name): return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(name))
-folder, config, allowed = Path(sys.argv[1]), BenchConfig(**json.loads(sys.argv[2])), int(sys.argv[3])
+def told(name):
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+folder, allowed = Path(sys.argv[1]), int(sys.argv[3])
+config = BenchConfig(**json.loads(sys.argv[2]))
 torch.set_num_threads(1)
-model = tables.model_with(config, tables.opened(config, folder, TableConfig(placement="disk", hot_bytes=0)))
-prompts = torch.randint(model.config.vocabulary, (1, 16), generator=torch.Generator().manual_seed(0)).tolist()
+on_disk = TableConfig(placement="disk", hot_bytes=0)
+model = tables.model_with(config, tables.opened(config, folder, on_disk))
+draw = torch.Generator().manual_seed(0)
+prompts = torch.randint(model.config.vocabulary, (1, 16), generator=draw).tolist()
 list(decode(model, prompts, max_new_tokens=2))
 loaded = False
 if allowed:

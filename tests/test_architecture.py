@@ -13,8 +13,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 BANNED = {"utils", "util", "common", "base", "helpers", "helper", "misc", "core"}
 OPTIONAL = {  # what an extra or the user brings, and what takes long to load and is seldom needed
-    "accelerate", "datasets", "filelock", "huggingface_hub", "lm_eval", "matplotlib", "olmo_core", "peft", "pyarrow",
-    "starlette", "tensorboard", "transformers", "triton", "uvicorn",
+    "accelerate", "datasets", "filelock", "huggingface_hub", "lm_eval", "matplotlib", "olmo_core",
+    "peft", "pyarrow", "starlette", "tensorboard", "transformers", "triton", "uvicorn",
 }  # fmt: skip
 MAY_DISTRIBUTE = {
     "parallel.py",
@@ -116,7 +116,7 @@ def test_no_file_keeps_state() -> None:
 
 
 def test_files_import_at_their_top() -> None:
-    """Except for what is optional or needs it. Each command of the command line loads what it needs."""
+    """Except for what is optional or needs it. Each command loads what it needs."""
     wrong = []
     for path in FILES:
         if path.is_relative_to(PACKAGE / "cli") or path == PACKAGE / "__init__.py":
@@ -144,7 +144,7 @@ def test_one_file_names_the_engine() -> None:
 
 
 def test_no_file_imports_the_public_names() -> None:
-    """`from rorqual import x` takes a module, never a name that rorqual/__init__.py offers to users."""
+    """`from rorqual import x` takes a module, never a name that is offered to users."""
     wrong = []
     for path in FILES:
         for module, _ in imports(tree_of(path)):
@@ -160,7 +160,7 @@ def test_no_file_imports_the_public_names() -> None:
 
 
 def test_every_file_has_its_mirror() -> None:
-    """rorqual/layers/moe.py -> tests/layers/test_moe.py; kernels are tested with their references."""
+    """layers/moe.py has tests/layers/test_moe.py; kernels are tested with their references."""
     lonely = []
     for path in FILES:
         inside = path.relative_to(PACKAGE)
@@ -212,7 +212,7 @@ def listed() -> set[str]:
 
 
 def test_every_file_has_its_line_in_the_architecture() -> None:
-    """Each file under its own folder, so that of two files of one name both are listed; and none that is gone."""
+    """Each file under its own folder, so that two of one name are both there; none is gone."""
     files = set()
     for inside in (path.relative_to(PACKAGE) for path in FILES):
         if len(inside.parts) == 2:
@@ -224,6 +224,8 @@ def test_every_file_has_its_line_in_the_architecture() -> None:
 
 
 def test_tests_mirror_a_file_each() -> None:
+    # test_soak runs benchmarks/, test_golden tests/golden/check.py, test_pick kernels/__init__.py,
+    # test_frozen and test_public scripts/
     standing = {
         "test_architecture.py",
         "test_install.py",
@@ -234,7 +236,7 @@ def test_tests_mirror_a_file_each() -> None:
         "kernels/test_pick.py",
         "test_frozen.py",
         "test_public.py",
-    }  # of no one file; soak: benchmarks/; golden: tests/golden/check.py; pick: kernels/__init__.py; the rest: scripts/
+    }
     tests = {
         path.relative_to(ROOT / "tests").as_posix(): path
         for path in TESTS

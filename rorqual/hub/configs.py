@@ -25,19 +25,23 @@ from rorqual.model_config import (
 
 KINDS = ("deepseek_v2", "deepseek_v3")
 WHOLE = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "kv_lora_rank",
+    "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
+    "kv_lora_rank",
     "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip
 REQUIRED = (*WHOLE, "q_lora_rank")
 REQUIRED_WITH_EXPERTS = ("moe_intermediate_size", "num_experts_per_tok")
 DEFAULTS: dict[str, dict[str, Any]] = {  # transformers' DeepseekV2Config and DeepseekV3Config
     "deepseek_v2": {
-        "n_routed_experts": 64, "n_shared_experts": 2, "first_k_dense_replace": 0, "n_group": None, "topk_group": None,
+        "n_routed_experts": 64, "n_shared_experts": 2, "first_k_dense_replace": 0, "n_group": None,
+        "topk_group": None,
         "topk_method": "greedy", "routed_scaling_factor": 1.0, "max_position_embeddings": 2048,
     },
     "deepseek_v3": {
-        "n_routed_experts": 256, "n_shared_experts": 1, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4,
-        "norm_topk_prob": True, "routed_scaling_factor": 2.5, "max_position_embeddings": 4096, "rope_interleave": True,
+        "n_routed_experts": 256, "n_shared_experts": 1, "first_k_dense_replace": 3, "n_group": 8,
+        "topk_group": 4,
+        "norm_topk_prob": True, "routed_scaling_factor": 2.5, "max_position_embeddings": 4096,
+        "rope_interleave": True,
     },
 }  # fmt: skip
 DEFAULTS_OF_BOTH = {

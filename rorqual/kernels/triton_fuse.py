@@ -57,7 +57,8 @@ def _gate(score, COPYSIGN: tl.constexpr):
 @inspect.unwrap
 def _forward(
     hidden, key, value, query_norm, key_norm, conv_norm, live, gated, normed,
-    tokens, span, dim, scale, eps, conv_eps, STREAMS: tl.constexpr, COPYSIGN: tl.constexpr, BLOCK: tl.constexpr,
+    tokens, span, dim, scale, eps, conv_eps, STREAMS: tl.constexpr, COPYSIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     first, stream = tl.program_id(0) * span, tl.program_id(1)
     columns = tl.arange(0, BLOCK)
@@ -86,7 +87,8 @@ def _forward(
 def _backward(
     hidden, key, value, query_norm, key_norm, conv_norm, live, d_gated, d_normed,
     d_hidden, d_key, d_value, d_gate, d_conv,
-    tokens, span, dim, scale, eps, conv_eps, STREAMS: tl.constexpr, COPYSIGN: tl.constexpr, BLOCK: tl.constexpr,
+    tokens, span, dim, scale, eps, conv_eps, STREAMS: tl.constexpr, COPYSIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     run, stream = tl.program_id(0), tl.program_id(1)
     columns = tl.arange(0, BLOCK)
@@ -140,7 +142,8 @@ def _launch(
     with torch.cuda.device_of(tensors[0]):
         kernel[(triton.cdiv(tokens, span), streams)](
             *tensors, tokens, span, dim, dim**-0.5, *eps,
-            STREAMS=streams, COPYSIGN=sign == "copysign", BLOCK=block, num_warps=min(max(block // 256, 1), 16),
+            STREAMS=streams, COPYSIGN=sign == "copysign", BLOCK=block,
+            num_warps=min(max(block // 256, 1), 16),
         )  # fmt: skip
 
 

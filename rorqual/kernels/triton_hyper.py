@@ -63,7 +63,8 @@ def _divisor(comb, eps, axis: tl.constexpr, S: tl.constexpr, P: tl.constexpr):
 @inspect.unwrap
 def _collapse(
     streams, m, scale, base, carried, u, pre, post, comb,
-    tokens, dim, eps, floor, iterations, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    tokens, dim, eps, floor, iterations, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     n, s = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
     live = (s < S)[None, :] & (n < tokens)[:, None]
@@ -139,7 +140,8 @@ def _unwind(
 @inspect.unwrap
 def _collapse_backward(
     streams, m, scale, base, carried, d_u, d_pre, d_post, d_comb, d_streams, d_logits, d_carried,
-    tokens, dim, eps, floor, iterations, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    tokens, dim, eps, floor, iterations, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
     n, s = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
@@ -290,7 +292,8 @@ class _Collapse(torch.autograd.Function):
     def backward(ctx, *changes):
         streams, m, scale, base, carried = ctx.saved_tensors
         made = (
-            torch.empty_like(streams), torch.empty_like(m), None if carried is None else torch.empty_like(carried),
+            torch.empty_like(streams), torch.empty_like(m),
+            None if carried is None else torch.empty_like(carried),
         )  # fmt: skip
         steps = triton.next_power_of_2(2 * ctx.rest[-1] - 1)
         given = (streams, m, scale, base, carried, *_whole(*changes))

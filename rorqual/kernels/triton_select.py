@@ -74,7 +74,8 @@ def _forward(
     query, key, value, index, positions, out, sums,
     key_b, key_l, key_g, value_b, value_l, value_g,
     time, length, groups, choices, chosen, block, wide, deep, scale,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, PIECE: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
+    PIECE: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
     batch, choice = (tl.program_id(1) // choices).to(tl.int64), tl.program_id(1) % choices
@@ -119,7 +120,8 @@ def _backward_queries(
     query, key, value, index, positions, out, sums, d_out, d_query, products,
     key_b, key_l, key_g, value_b, value_l, value_g,
     time, length, groups, choices, chosen, block, wide, deep, scale,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, PIECE: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
+    PIECE: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
     batch, choice = (tl.program_id(1) // choices).to(tl.int64), tl.program_id(1) % choices
@@ -159,7 +161,8 @@ def _backward_keys(
     query, key, value, positions, sums, d_out, products, order, starts, d_key, d_value,
     key_b, key_l, key_g, value_b, value_l, value_g,
     length, groups, choices, blocks, block, wide, deep, scale,
-    HEADS: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
+    HEADS: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    DEEP: tl.constexpr,
     PIECE: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -261,10 +264,14 @@ class _Selected(torch.autograd.Function):
             constants = _constants(query, value, choices, ctx.block)
             each = triton.next_power_of_2(constants["HEADS"])
             with torch.cuda.device_of(query):
-                _backward_keys[(blocks * triton.cdiv(ctx.block, constants["PIECE"]), batch * groups)](
-                    query, key, value, positions, sums, d_out, products, *_by_block(index, groups, blocks),
-                    d_key, d_value, *key.stride()[:3], *value.stride()[:3], length, groups, choices, blocks,
-                    ctx.block, wide, value.shape[3], ctx.scale, EACH=each, ROWS=max(2 * _LEAST, each), **constants,
+                _backward_keys[(blocks * triton.cdiv(ctx.block, constants["PIECE"]),
+                batch * groups)](
+                    query, key, value, positions, sums, d_out, products, *_by_block(index, groups,
+                    blocks),
+                    d_key, d_value, *key.stride()[:3], *value.stride()[:3], length, groups, choices,
+                    blocks,
+                    ctx.block, wide, value.shape[3], ctx.scale, EACH=each, ROWS=max(2 * _LEAST,
+                    each), **constants,
                 )  # fmt: skip
         return d_query, d_key, d_value, None, None, None, None
 
@@ -276,7 +283,8 @@ def _by_token(kernel: Any, tensors: tuple[Tensor, ...], ctx: Any) -> None:
     constants = _constants(query, value, choices, ctx.block)
     with torch.cuda.device_of(query):
         kernel[(time, batch * choices)](
-            *tensors, *key.stride()[:3], *value.stride()[:3], time, length, groups, choices, chosen, ctx.block, wide,
+            *tensors, *key.stride()[:3], *value.stride()[:3], time, length, groups, choices, chosen,
+            ctx.block, wide,
             value.shape[3], ctx.scale, ROWS=_padded(constants["HEADS"]), **constants,
         )  # fmt: skip
 

@@ -22,7 +22,8 @@ WIDE = SMALL | {"intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 8
 
 def host(kind: str, **more):
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **({"n_embd": 16, "n_layer": 3, "n_head": 2, "vocab_size": V}
+    config = transformers.AutoConfig.for_model(kind, **({"n_embd": 16, "n_layer": 3, "n_head": 2,
+    "vocab_size": V}
         if kind == "gpt2" else WIDE) | {"initializer_range": 0.5} | more)  # fmt: skip
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
@@ -79,7 +80,8 @@ def test_states_of_a_host_are_its_hidden_states(ids):
     ("kind", "more", "layers"),
     [
         ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, (0, 1, 2)),
-        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "decoder_sparse_step": 1,
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+        "decoder_sparse_step": 1,
                        "mlp_only_layers": [1]}, (0, 2)),
     ],
 )  # fmt: skip

@@ -189,7 +189,8 @@ def test_a_router_that_lost_many_experts_is_made_up_for():
 
 
 @pytest.mark.parametrize(("name", "rho", "routed", "billions"), [
-    ("engram-27b", None, 72, 5.79), pytest.param("engram-27b", 0.743, 72, 5.78, marks=pytest.mark.slow),
+    ("engram-27b", None, 72, 5.79), pytest.param("engram-27b", 0.743, 72, 5.78,
+    marks=pytest.mark.slow),
     ("engram-40b", None, 109, 18.53),
 ])  # fmt: skip
 def test_a_model_with_memory_finds_its_pure_mixture(name, rho, routed, billions):

@@ -619,10 +619,13 @@ def test_models_that_memory_cannot_follow_are_refused(tokenizer):
 @pytest.mark.parametrize("kind", ["deepseek_v4", "gemma3n_text"])
 def test_a_model_of_several_streams_is_refused_at_once(kind, tokenizer):
     own = {
-        "deepseek_v4": {"head_dim": 16, "q_lora_rank": 8, "o_groups": 2, "o_lora_rank": 8, "num_key_value_heads": 1,
-                        "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "deepseek_v4": {"head_dim": 16, "q_lora_rank": 8, "o_groups": 2, "o_lora_rank": 8,
+        "num_key_value_heads": 1,
+                        "moe_intermediate_size": 16, "n_routed_experts": 4,
+                        "num_experts_per_tok": 2,
                         "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4},
-        "gemma3n_text": {"head_dim": 8, "vocab_size_per_layer_input": 300, "hidden_size_per_layer_input": 8,
+        "gemma3n_text": {"head_dim": 8, "vocab_size_per_layer_input": 300,
+        "hidden_size_per_layer_input": 8,
                          "num_kv_shared_layers": 0, "laurel_rank": 4},
     }  # fmt: skip
     config = AutoConfig.for_model(
@@ -778,7 +781,8 @@ def test_a_fast_tokenizer_of_transformers_does_as_well(llama, tokenizer):
 
 def test_width_is_that_of_the_hidden_states(tokenizer):
     config = AutoConfig.for_model(
-        "opt", vocab_size=300, hidden_size=32, word_embed_proj_dim=16, ffn_dim=48, num_hidden_layers=2,
+        "opt", vocab_size=300, hidden_size=32, word_embed_proj_dim=16, ffn_dim=48,
+        num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=64, pad_token_id=0,
     )  # fmt: skip
     host = AutoModelForCausalLM.from_config(config).eval()

@@ -35,7 +35,8 @@ MLA = MLAConfig(heads=4, q_lora_rank=12, kv_lora_rank=10, nope_dim=6, rope_dim=4
 V3 = ModelConfig(
     vocabulary=61, dim=20, layers=3, dense_width=28, mla=MLA, init_std=0.3,
     moe=MoEConfig(
-        routed=8, active=3, shared=2, width=12, first_dense=1, router=RouterConfig(groups=4, groups_kept=2, scale=2.5)
+        routed=8, active=3, shared=2, width=12, first_dense=1, router=RouterConfig(groups=4,
+        groups_kept=2, scale=2.5)
     ),
 )  # fmt: skip
 YARN = YarnConfig(factor=3.0, original_length=16, mscale=0.7, mscale_all_dim=0.4)
@@ -53,7 +54,8 @@ CONFIGS = {
     "v3, mtp": replace(V3, mtp=MTPConfig(depth=2)),
     "v3, tied, half-split": replace(V3, tied=True, rope=RopeConfig(base=300.0, interleaved=False)),
     "v3, yarn": replace(V3, rope=RopeConfig(yarn=YARN)),
-    "v3, weights as scored": replace(V3, moe=replace(V3.moe, router=replace(V3.moe.router, renormalise=False))),
+    "v3, weights as scored": replace(V3, moe=replace(V3.moe, router=replace(V3.moe.router,
+    renormalise=False))),
     "v3, no shared expert, biased": replace(
         V3, mla=replace(MLA, bias=True), moe=replace(V3.moe, shared=0), mtp=MTPConfig()
     ),
@@ -62,7 +64,8 @@ CONFIGS = {
     "dense, mtp": replace(V3, moe=None, mtp=MTPConfig()),
     "v2": replace(V3, moe=replace(V3.moe, router=V2_ROUTER)),
     "v2, one group, no q latent": replace(
-        V3, mla=replace(MLA, q_lora_rank=None), moe=replace(V3.moe, router=replace(V2_ROUTER, groups=1, groups_kept=1))
+        V3, mla=replace(MLA, q_lora_rank=None), moe=replace(V3.moe, router=replace(V2_ROUTER,
+        groups=1, groups_kept=1))
     ),
 }  # fmt: skip
 
@@ -461,7 +464,8 @@ def test_tensors_that_disagree_with_the_config_are_named(name, folder):
 
 MUTATED = {  # of the golden V3 folder's config.json: every size, halved and enlarged
     "vocab_size": "lm_head", "hidden_size": "embed_tokens", "num_hidden_layers": "model.layers.",
-    "intermediate_size": "layers.0.mlp", "moe_intermediate_size": "experts.0", "num_attention_heads": "self_attn",
+    "intermediate_size": "layers.0.mlp", "moe_intermediate_size": "experts.0",
+    "num_attention_heads": "self_attn",
     "q_lora_rank": "q_a_proj", "kv_lora_rank": "kv_a_proj", "qk_nope_head_dim": "q_b_proj",
     "qk_rope_head_dim": "kv_a_proj", "v_head_dim": "o_proj", "n_routed_experts": "experts.",
     "n_shared_experts": "shared_experts", "first_k_dense_replace": "mlp",

@@ -210,9 +210,12 @@ def without(description: dict, *keys: str) -> dict:
 
 
 OPTIONAL = (
-    "n_routed_experts", "n_shared_experts", "first_k_dense_replace", "n_group", "topk_group", "topk_method",
-    "norm_topk_prob", "routed_scaling_factor", "scoring_func", "rms_norm_eps", "initializer_range", "rope_theta",
-    "tie_word_embeddings", "rope_scaling", "max_position_embeddings", "hidden_act", "num_key_value_heads",
+    "n_routed_experts", "n_shared_experts", "first_k_dense_replace", "n_group", "topk_group",
+    "topk_method",
+    "norm_topk_prob", "routed_scaling_factor", "scoring_func", "rms_norm_eps", "initializer_range",
+    "rope_theta",
+    "tie_word_embeddings", "rope_scaling", "max_position_embeddings", "hidden_act",
+    "num_key_value_heads",
 )  # fmt: skip
 
 
@@ -370,10 +373,14 @@ def test_what_the_format_cannot_hold_is_named(config, words):
 
 # Folders that transformers writes are loaded here and compared with transformers' own numbers.
 TINY = {
-    "vocab_size": 59, "hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 28, "moe_intermediate_size": 12,
-    "num_attention_heads": 4, "num_key_value_heads": None, "q_lora_rank": 10, "kv_lora_rank": 8, "qk_nope_head_dim": 6,
-    "qk_rope_head_dim": 4, "v_head_dim": 5, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2,
-    "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "initializer_range": 0.3, "bos_token_id": None,
+    "vocab_size": 59, "hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 28,
+    "moe_intermediate_size": 12,
+    "num_attention_heads": 4, "num_key_value_heads": None, "q_lora_rank": 10, "kv_lora_rank": 8,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4, "v_head_dim": 5, "n_routed_experts": 8, "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "initializer_range": 0.3,
+    "bos_token_id": None,
     "eos_token_id": None, "max_position_embeddings": 64,
 }  # fmt: skip
 SHORT_YARN = {
