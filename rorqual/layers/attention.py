@@ -156,7 +156,10 @@ class MLA(nn.Module):
         return nope, ctx.rotate(rope, self.interleaved)
 
     def _latent(self, hidden: Tensor, ctx: Context) -> Tensor:
-        """Returns the normed latent and rotated key that are cached, [B, T, kv_lora_rank + rope]."""
+        """Returns the normed latent and the rotated key, [B, T, kv_lora_rank + rope].
+
+        This is what is cached.
+        """
         c = self.config
         latent, key = self.kv_a_proj_with_mqa(hidden).split([c.kv_lora_rank, c.rope_dim], dim=-1)
         key = ctx.rotate(key, self.interleaved)
