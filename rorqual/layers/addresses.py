@@ -145,7 +145,7 @@ def _strange(ids: Tensor, canonical_map: Tensor) -> Tensor:
 
 
 def last_columns(held: Tensor, width: int, fill: int) -> Tensor:
-    """Returns the last `width` columns of [B, L], filled with `fill` on the left where L is less."""
+    """Returns the last `width` columns of [B, L], filled with `fill` on the left if L is less."""
     return F.pad(held, (max(0, width - held.shape[1]), 0), value=fill)[:, -width:]
 
 

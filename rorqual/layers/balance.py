@@ -3,12 +3,12 @@
 For one sequence of T tokens, E experts, K selected, s the scores:
 
     f_i = E / (K T) * tokens that took i        P_i = mean over t of s_i / sum_j s_j
-    sequence       a * sum_i f_i P_i                                            V3, 1e-4
-    expert         the same, s as they are (softmax)                            V1 and V2, 1e-3 to 1e-2
-    device         a * sum_d mean(f_i of d) * sum(P_i of d)                     V2, 0.05
-    communication  a * sum_d D / (M T) * tokens sent to d * sum(P_i of d)       V2, 0.02
-    z_loss         a * mean over tokens of logsumexp(logits)^2                  ST-MoE, 1e-3
-    bias_i        <- bias_i + rate * sign(mean(counts) - counts_i)              once a step, no gradient
+    sequence       a * sum_i f_i P_i                                        V3, 1e-4
+    expert         the same, s as they are (softmax)                        V1 and V2, 1e-3 to 1e-2
+    device         a * sum_d mean(f_i of d) * sum(P_i of d)                 V2, 0.05
+    communication  a * sum_d D / (M T) * tokens sent to d * sum(P_i of d)   V2, 0.02
+    z_loss         a * mean over tokens of logsumexp(logits)^2              ST-MoE, 1e-3
+    bias_i        <- bias_i + rate * sign(mean(counts) - counts_i)          once a step, no gradient
 
 A loss is the mean over sequences, and exactly its coefficient when routing is uniform; the gradient
 flows through P. Padding is left out of all of them. DeepSeekMoE arXiv:2401.06066, V2 2405.04434, V3

@@ -1,7 +1,7 @@
 """Hyper-connections: residual streams that each sublayer reads, mixes and writes.
 
     m    = (fn vec(x)) / rms(vec(x))                       one norm over all S*D values, unweighted
-    pre  = sigmoid(scale_0 m_pre + base_pre) + eps         how much of each stream the sublayer reads
+    pre  = sigmoid(scale_0 m_pre + base_pre) + eps         how much of each stream is read
     post = 2 sigmoid(scale_1 m_post + base_post)           how much of its output each stream takes
     comb = Sinkhorn(scale_2 m_comb + base_comb)            how the streams mix, doubly stochastic
     x_k <- post_k F(sum_i pre_i x_i) + sum_j comb[j, k] x_j           transposed: H_res = comb^T
@@ -105,7 +105,7 @@ class Manifold(nn.Module):
     def reset_parameters(self) -> None:
         """Resets fn ~ N(0, 1/(S D)), so that m has deviation 1, and scale = config.scale.
 
-        base is as the class describes.
+        base starts as the class describes.
         """
         streams = self.config.streams
         with torch.no_grad():
@@ -182,8 +182,7 @@ class Unconstrained(nn.Module):
 
 
 class Connection(nn.Module):
-    """One site: `read` computes a sublayer's input from the streams, `write` adds its output to
-    them.
+    """One site: `read` computes a sublayer's input from the streams, `write` adds its output.
 
     The sublayer applies its own norm to its input. `site` counts sublayers from 0 through the whole
     model. The pre-mapping is handed on in wide precision, with its gradient; only single_pass reads
@@ -232,7 +231,7 @@ class Connection(nn.Module):
 
 
 class Residual(nn.Module):
-    """The plain residual connection, x + F(x), with the methods of Connection for a single stream."""
+    """The plain residual connection, x + F(x), with the methods of Connection for one stream."""
 
     def read(self, x: Streams) -> tuple[Float[Tensor, "B T D"], Mapping]:
         """Returns the stream itself, and a mapping without coefficients."""
@@ -270,8 +269,9 @@ class Exit(nn.Module):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Resets fn ~ N(0, 1/(S D)), base so that the weights start at 1/S each, scale =
-        config.scale.
+        """Resets fn ~ N(0, 1/(S D)) and scale = config.scale.
+
+        base is reset so that the weights start at 1/S each.
         """
         if self.config is not None and self.kind == "mhc":
             with torch.no_grad():

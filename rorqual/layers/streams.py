@@ -34,8 +34,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Sinkhorn(torch.autograd.Function):
-    """Sinkhorn normalisation with the tokens last; backward recomputes the iterates from the
-    logits.
+    """Sinkhorn normalisation, tokens last; backward recomputes the iterates from the logits.
 
     Step n normalises axis n mod 2. One step c' = c / d, d = sum_axis c + eps, has, in P = c'
     dL/dc', the backward P <- P - c' sum_axis P: there is no division, so no gradient can overflow
