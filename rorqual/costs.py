@@ -322,7 +322,7 @@ def _moba_products(moba: MoBAConfig, gqa: GQAConfig, context: int) -> int:
     A query scores the mean of every block before its own, and attends to the keys of its own block
     and the selected ones.
     """
-    scored = seen = 0  # of the whole context; seen twice
+    scored = seen = 0  # sums over the whole context; `seen` counts pairs twice
     for before in range(-(-context // moba.block)):
         width = min(moba.block, context - before * moba.block)
         scored += width * before

@@ -269,7 +269,7 @@ class BalanceConfig:
     expert: float = 0.0
     device: float = 0.0
     communication: float = 0.0
-    devices: int = 1  # D
+    devices: int = 1  # D, devices that hold the experts
     device_limit: int = 1  # M, devices that a token's experts may be on
     z_loss: float = 0.0
 
@@ -293,11 +293,11 @@ class MoEConfig:
     Every token takes the shared experts.
     """
 
-    routed: int = 32  # E
-    active: int = 2  # K
-    shared: int = 1  # 0 for none; they are one SwiGLU
-    width: int = 32  # of one expert
-    shared_width: int | None = None  # of the shared SwiGLU; None: shared * width
+    routed: int = 32  # E, routed experts
+    active: int = 2  # K, routed experts of a token
+    shared: int = 1  # shared experts, built as one SwiGLU; 0 for none
+    width: int = 32  # hidden width of one expert
+    shared_width: int | None = None  # width of the shared SwiGLU; None: shared * width
     first_dense: int = 0  # blocks before this one have a dense feed-forward
     router: RouterConfig = field(default_factory=RouterConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
@@ -492,7 +492,8 @@ class HyperConfig:
     norm_eps: float = 1e-6  # inside the root of the norm
     mix: Literal["sinkhorn", "identity"] = "sinkhorn"  # how the streams mix; identity: not at all
     scale: float = 0.01  # a, the start of every learned scale
-    identity: float = 2.0  # start of comb's diagonal logits; much above 5 starves their gradient
+    # start of comb's diagonal logits; far above 5 their gradient nearly vanishes
+    identity: float = 2.0
 
     def __post_init__(self):
         for name, allowed in (

@@ -50,9 +50,10 @@ _SOFTMAX_BALANCE = BalanceConfig(
 _MLA = MLAConfig(
     heads=128, q_lora_rank=1536, kv_lora_rank=512, nope_dim=128, rope_dim=64, value_dim=128
 )
+# The width is ours.
 _MOE_27B = MoEConfig(
     routed=72, active=6, shared=2, width=1536, first_dense=1, router=RouterConfig(scale=2.5)
-)  # width ours
+)
 _ENGRAM_27B = EngramConfig(
     layers=(1, 14), rows_per_head=(2_262_400, 2_262_400), heads=8, head_dim=80
 )

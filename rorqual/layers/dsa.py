@@ -129,7 +129,8 @@ class Look(NamedTuple):
     key: Float[Tensor, "B L P"]
     mask: Bool[Tensor, "B 1 T L"] | None  # None: a query sees the keys up to its own
     most: int  # keys that a query may select
-    # The left padding of each sequence, where a mask of few queries says no more than that.
+    # The left padding of each sequence, if the mask of a few queries hides nothing else before
+    # them.
     lead: Int[Tensor, " B"] | None = None
 
     @property

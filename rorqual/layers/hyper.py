@@ -124,9 +124,8 @@ class Manifold(nn.Module):
         u is read with the pre-mapping `carried` if it is given.
         """
         config, precision = self.config, wide(streams.dtype)
-        m = project(
-            streams.flatten(1).to(precision), self.fn.to(precision), config.norm_eps
-        )  # [K, N]
+        # [K, N]
+        m = project(streams.flatten(1).to(precision), self.fn.to(precision), config.norm_eps)
         scale, base = self.scale.to(precision), self.base.to(precision)
         if config.mix == "sinkhorn":
             function = pick("hyper_collapse", collapse, streams)

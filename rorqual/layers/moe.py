@@ -138,8 +138,8 @@ class MoE(nn.Module):
     ) -> tuple[Float[Tensor, "B T D"], Routing]:
         """Returns the output and the routing.
 
-        Padding uses no routed expert; if the config says so, token ids select the experts. Both
-        come from the context.
+        Padding uses no routed expert; token ids select the experts where the config wants that.
+        Both come from the context.
         """
         known = (None, None) if ctx is None else (ctx.ids, ctx.present)
         routing = self.router(hidden, *known)

@@ -593,9 +593,8 @@ def test_ids_outside_the_tokenizer_are_refused(
     kind: str, bad: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
-    addresses = Addresses(
-        EngramConfig(), torch.arange(20), 25
-    )  # a tokenizer of 20 ids, a model vocabulary of 25
+    # A tokenizer of 20 ids, a model vocabulary of 25.
+    addresses = Addresses(EngramConfig(), torch.arange(20), 25)
     ids = torch.tensor([[3, 19, bad, 4]])
     with pytest.raises(ValueError, match=f"got id {bad}, expected one of the 20"):
         addresses(ids, context(1, 4, "cpu"))

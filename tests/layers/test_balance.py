@@ -83,10 +83,8 @@ def test_collapsed_routing_costs_its_closed_form(
     values = {
         "sequence": experts / active,
         "expert": experts / active,
-        "device": experts
-        / active
-        * min(active, size)
-        / size,  # mean of f over a device, which K may fill in part
+        # The mean of f over a device, which K may fill in part.
+        "device": experts / active * min(active, size) / size,
         "communication": devices / limit,
     }
     for name, value in values.items():

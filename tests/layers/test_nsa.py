@@ -642,7 +642,7 @@ def test_rows_of_any_length_decode_as_if_alone(config, kernels, monkeypatch):
 def test_many_tokens_at_once_may_come_between_the_steps_of_padded_rows(choice, back):
     """Many tokens at once use masks and do not update the compressed blocks.
 
-    The blocks are completed later, unless too much was cropped.
+    The blocks catch up later, as far as their tokens were not cropped.
     """
     attention, hidden, lead = (
         layer(replace(SMALL, choice=choice)),
