@@ -25,7 +25,7 @@ def attend(
 ) -> Float[Tensor, "B T H Q"]:
     """Computes softmax(scale q . k) v with H query heads over G key heads.
 
-    Query t sees the keys where `mask` is True; without a mask it sees those up to t (`causal`, T =
+    Query t sees the keys where `mask` is True. Without a mask it sees those up to t (`causal`, T =
     L) or all. A query that sees no key gets zeros. The fused path needs values as wide as keys: the
     narrower of the two are padded with zeros, which change nothing. If each sequence has one query,
     the heads of a group are treated as queries, so that each key is read once for all of them.

@@ -377,8 +377,9 @@ class _Divergence(torch.autograd.Function):
     """Sums the KL divergence and the recall over queries, and counts the queries of each.
 
     The divergence is KL(target || softmax(I)). The recall is over queries that have more keys than
-    they may select. With e = dKL/dI = softmax(I) - target and s_j = <q_j, k>:  dw_j = sum_s e
-    relu(s_j), ds_j = e w_j [s_j > 0].
+    they may select. The gradients, with s_j = <q_j, k>, are
+
+        e = dKL/dI = softmax(I) - target    dw_j = sum_s e relu(s_j)    ds_j = e w_j [s_j > 0]
     """
 
     @staticmethod

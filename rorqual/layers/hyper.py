@@ -15,9 +15,9 @@ mHC: Manifold-Constrained Hyper-Connections, arXiv:2512.24880, in the arithmetic
     post = s_b tanh(n W_b) + B_0
     comb = s_a tanh(n W_r) + A_r0
 
-With `eps=0` this is the paper's arithmetic: exp, columns of H_res normalised first, rows last, pre
-= sigmoid alone. Coefficients are float32 whatever the dtypes of streams and autocast are (float64
-stays float64). The tensor functions are in streams.py.
+With `eps=0` this is the paper's arithmetic: exp, columns of H_res normalised first, rows last, and
+pre = sigmoid alone. Coefficients are float32 for any dtype of streams and autocast (float64 stays
+float64). The tensor functions are in streams.py.
 """
 
 import math

@@ -6,8 +6,8 @@
     x_k       <- post_k F(u) + sum_j comb[j, k] x_j           `write`
 
 It is the arithmetic of mHC (arXiv:2512.24880) without its parameters. Every sum over streams is
-computed in the precision of the coefficients, and the S*S matrices of all tokens are stored as [S,
-S, N], tokens last.
+computed in the precision of the coefficients. The S*S matrices of all tokens are stored as
+[S, S, N], tokens last.
 """
 
 from typing import NamedTuple
@@ -36,10 +36,12 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 class _Sinkhorn(torch.autograd.Function):
     """Sinkhorn normalisation, tokens last; backward recomputes the iterates from the logits.
 
-    Step n normalises axis n mod 2. One step c' = c / d, d = sum_axis c + eps, has, in P = c'
-    dL/dc', the backward P <- P - c' sum_axis P: there is no division, so no gradient can overflow
-    however small a sum was. Only the logits are saved. Backward keeps the sums d, a quarter of the
-    size of the iterates c = c' d.
+    Step n normalises axis n mod 2. One step and its backward, with P = c' dL/dc', are
+
+        c' = c / d,   d = sum_axis c + eps          P <- P - c' sum_axis P
+
+    There is no division, so no gradient can overflow however small a sum was. Only the logits are
+    saved. Backward stores the sums d, a quarter of the size of the iterates c = c' d.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Compares ours with a file or folder of golden numbers and prints the error of each item.
+"""Compares our results with a golden file or folder and prints the error of each item.
 
     python tests/golden/check.py tests/golden/deepseek_v3_tiny
         a hub-format folder with expected.safetensors
