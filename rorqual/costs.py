@@ -1,11 +1,12 @@
-"""Parameters, FLOPs and cache bytes of a model, by formula from its config: no model is built, no torch is imported.
+"""Computes parameters, FLOPs and cache bytes of a model from its config, without torch or a model.
 
-activated = total - resting experts - memory + recalled rows - input embedding
-FLOPs a token = 2 (activated matrices + attention + mixing of the streams + Engram)      forward
+    activated = total - unused experts - memory + looked-up rows - input embedding
+    FLOPs a token = 2 (activated matrices + attention + mixing of the streams + Engram)      forward
 
-Attention is the mean over the tokens of a context, which see context / 2 keys, or fewer: the last `window`, or those
-that DSA, NSA or MoBA choose, and then what choosing takes counts too. Additions alone, softmax and norms do not count.
-tests/test_costs.py builds models without storage and counts their parameters: both must agree exactly.
+Attention is the mean over the tokens of a context, which see context / 2 keys, or fewer: the last
+`window`, or those that DSA, NSA or MoBA select; then the cost of selecting counts too. Additions
+alone, softmax and norms do not count. tests/test_costs.py builds models without storage and counts
+their parameters: both must agree exactly.
 """
 
 from dataclasses import dataclass
@@ -27,50 +28,51 @@ from rorqual.model_config import (
 
 
 class Costs(NamedTuple):
-    """What a model weighs and takes. Parameters are counted, FLOPs are 2 for a multiply and add, forward only."""
+    """The sizes and costs of a model.
+
+    Parameters are counted; FLOPs are 2 for a multiply and add, forward only.
+    """
 
     total: int  # with router biases, without MTP's modules
-    activated: int  # all a token goes through but the input embedding
+    activated: int  # all that a token uses, without the input embedding
     activated_with_embedding: int  # the published "activated" of most reports: both embeddings
-    memory: int  # rows of Engram's tables, in parameters; never activated but for the few recalled
+    # rows of Engram's tables, in parameters; only the few that are looked up are activated
+    memory: int
     mtp: int  # MTP's modules
-    mtp_activated: int  # a token's way through them, the shared head included
+    mtp_activated: int  # what a token uses of them, the shared head included
     mtp_activated_with_embedding: int  # and the shared embedding
     flops_per_token: int  # forward, the mean over the tokens of a context
-    cache_bytes_per_token: int  # attention's and its choosers', in bfloat16
+    cache_bytes_per_token: int  # of attention and of what selects its keys, in bfloat16
     longest_context: int  # tokens that the rotary base, stretched by YaRN, tells apart
 
 
 def costs(config: ModelConfig, context: int = 4096) -> Costs:
-    """What a model of this config weighs, and what a token in a context of so many tokens takes.
+    """Computes the sizes of a model of this config and the costs of a token in a context.
 
-    context: tokens that attention and its choosers see half of on average. ValueError for no token, and for a config
-    that no model can be built of.
+    context: number of tokens; attention and what selects its keys see half of them on average.
+    ValueError for no token, and for a config that no model can be built of.
     """
     if context < 1:
         raise ValueError(f"context: got {context}, expected at least 1 token")
     config.check_parts()
     embedding = config.vocabulary * config.dim
-    input_embedding = (
-        0 if config.tied else embedding
-    )  # beside the head, which is the embedding where they are tied
+    # `embedding` counts the head; where they are tied, the head is the input embedding.
+    input_embedding = 0 if config.tied else embedding
     blocks, memory = _backbone(config), _rows(config)
-    total = (
-        embedding + input_embedding + blocks.matrices + blocks.others + config.dim + memory
-    )  # dim: the last norm
+    # config.dim is the last norm.
+    total = embedding + input_embedding + blocks.matrices + blocks.others + config.dim + memory
 
     blocks_with_experts = sum(config.has_experts(i) for i in range(config.layers))
     resting = blocks_with_experts * _resting(config)
     recalled = (
         len(config.engram.layers) * config.engram.memory_width if config.engram is not None else 0
     )
-    activated = total - resting - memory + recalled  # both embeddings among them
+    activated = total - resting - memory + recalled  # includes both embeddings
 
     depth = config.mtp.depth if config.mtp is not None else 0
     mtp = sum(_mtp(config, k) for k in range(depth))
-    drafted = (
-        mtp - depth * _resting(config) + (embedding if depth else 0)
-    )  # the shared head among them
+    # includes the shared head
+    drafted = mtp - depth * _resting(config) + (embedding if depth else 0)
 
     products = blocks.matrices - resting + embedding  # the head multiplies, tied or not
     products += config.layers * _attention_products(config, context)
@@ -95,7 +97,8 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
 class Parameters:
     """The parameters of a part of a model: matrices that multiply every token once, and all others.
 
-    The others only scale or shift (norms, biases), or their products are counted by a function of their own.
+    The others only scale or shift (norms, biases), or their products are counted by a function of
+    their own.
     """
 
     matrices: int = 0
@@ -106,21 +109,20 @@ class Parameters:
 
 
 def _backbone(config: ModelConfig) -> Parameters:
-    """All blocks and the exit of the streams; neither embedding, head nor the last norm."""
+    """Counts all blocks and the exit of the streams, without embedding, head and last norm."""
     found = Parameters(others=_exit(config.hyper, config.dim) if config.hyper is not None else 0)
     for index in range(config.layers):
         found += _block(config, index)
         if config.engram is not None and config.remembers(index):
             found += Parameters(others=_engram(config.engram, config.dim, config.streams))
         if config.hyper is not None:
-            found += Parameters(
-                others=2 * _connection(config.hyper, config.dim)
-            )  # of attention, of the feed-forward
+            # One connection for attention and one for the feed-forward.
+            found += Parameters(others=2 * _connection(config.hyper, config.dim))
     return found
 
 
 def _block(config: ModelConfig, index: int) -> Parameters:
-    """Two norms, attention, feed-forward: a block as it is with one stream and without memory."""
+    """Counts two norms, attention and feed-forward: a block with one stream and without Engram."""
     found = Parameters(others=2 * config.dim) + _attention(config)
     if config.moe is not None and config.has_experts(index):
         return found + _moe(config.moe, config.dim)
@@ -128,7 +130,7 @@ def _block(config: ModelConfig, index: int) -> Parameters:
 
 
 def _attention(config: ModelConfig) -> Parameters:
-    """MLA or GQA with the attention inside it; MoBA has no parameters."""
+    """Counts MLA or GQA with its inner attention; MoBA has no parameters."""
     if config.mla is not None:
         found = _mla(config.mla, config.dim)
         return found if config.dsa is None else found + _dsa(config.dsa, config.mla, config.dim)
@@ -138,7 +140,10 @@ def _attention(config: ModelConfig) -> Parameters:
 
 
 def _mla(mla: MLAConfig, dim: int) -> Parameters:
-    """W_q, or W_dq and W_uq with a norm between; W_dkv beside W_kr, a norm, W_uk beside W_uv; W_o."""
+    """Counts the projections and norms of queries, keys and values, and W_o.
+
+    They are W_q, or W_dq and W_uq with a norm between; W_dkv beside W_kr, a norm, W_uk beside W_uv.
+    """
     query = mla.heads * (mla.nope_dim + mla.rope_dim)
     rank = mla.q_lora_rank
     latent = mla.kv_lora_rank + mla.rope_dim
@@ -151,22 +156,26 @@ def _mla(mla: MLAConfig, dim: int) -> Parameters:
 
 
 def _dsa(dsa: DSAConfig, mla: MLAConfig, dim: int) -> Parameters:
-    """The indexer's W_q (of the query latent, if there is one), W_k and W_w; the layer norm of its keys."""
+    """Counts the indexer's W_q (of the query latent, if any), W_k and W_w, and its key norm."""
     queries = (mla.q_lora_rank or dim) * dsa.heads * dsa.dim
     return Parameters(queries + dim * dsa.dim + dim * dsa.heads, 2 * dsa.dim)
 
 
 def _gqa(gqa: GQAConfig, dim: int) -> Parameters:
-    """W_q and W_o of the query heads, W_k and W_v of the key heads; norms of queries and keys, sinks."""
+    """Counts the projections of queries, keys, values and output, query and key norms, and sinks.
+
+    W_q and W_o are of the query heads, W_k and W_v of the key heads.
+    """
     matrices = dim * (gqa.heads + gqa.kv_heads) * _widths(gqa)
     norms = 2 * gqa.head_dim if gqa.qk_norm else 0
     return Parameters(matrices, norms + (gqa.heads if gqa.sinks else 0))
 
 
 def _nsa(nsa: NSAConfig, gqa: GQAConfig, dim: int) -> Parameters:
-    """Keys and values of two more branches, the gates' two layers; what compresses keys and values.
+    """Counts keys and values of two more branches, the two layers of the gates, and compression.
 
-    Compressing a block of l keys of width P takes a position for each, [l P, P] and [P, P]; `_nsa_products` counts it.
+    Compressing a block of l keys of width P takes a position for each, [l P, P] and [P, P];
+    `_nsa_products` counts its products.
     """
     gates = 3 * gqa.heads
     widths = (gqa.head_dim, gqa.value_dim or gqa.head_dim)
@@ -178,14 +187,14 @@ def _nsa(nsa: NSAConfig, gqa: GQAConfig, dim: int) -> Parameters:
 
 
 def _moe(moe: MoEConfig, dim: int) -> Parameters:
-    """The router and the biases it chooses with, all routed experts, the shared one."""
+    """Counts the router and its selection biases, all routed experts and the shared one."""
     experts = moe.routed * _swiglu(dim, moe.width)
     shared = _swiglu(dim, moe.shared_hidden) if moe.shared else 0
     return Parameters(moe.routed * dim + experts + shared, moe.routed if moe.router.bias else 0)
 
 
 def _resting(config: ModelConfig) -> int:
-    """Parameters of one block's experts that a token does not take."""
+    """Counts the parameters of one block's experts that a token does not use."""
     return (
         0
         if config.moe is None
@@ -194,12 +203,15 @@ def _resting(config: ModelConfig) -> int:
 
 
 def _swiglu(dim: int, width: int) -> int:
-    """W_gate, W_up and W_down."""
+    """Counts W_gate, W_up and W_down."""
     return 3 * dim * width
 
 
 def _engram(engram: EngramConfig, dim: int, streams: int) -> int:
-    """W_k of each gate and W_v over the recalled width M, two norms a gate, the convolution's norm and taps."""
+    """Counts W_k of each gate and W_v over the memory width M, two norms a gate, convolution.
+
+    The convolution has a norm and taps.
+    """
     gates = engram.gates(streams)
     projections = (engram.memory_width + engram.bias) * (gates + 1) * dim
     convolution = streams * dim * (1 + engram.kernel) if engram.conv else 0
@@ -207,35 +219,43 @@ def _engram(engram: EngramConfig, dim: int, streams: int) -> int:
 
 
 def _rows(config: ModelConfig) -> int:
-    """All rows of all tables, in parameters."""
+    """Counts all rows of all tables, in parameters."""
     return 0 if config.engram is None else sum(row_totals(config.engram)) * config.engram.head_dim
 
 
 def _connection(hyper: HyperConfig, dim: int) -> int:
-    """fn, base and scale of one site; its coefficients are S of pre, S of post and those of comb."""
+    """Counts fn, base and scale of one site.
+
+    Its coefficients are S of pre, S of post and those of comb.
+    """
     S = hyper.streams
     if hyper.kind == "hc":
-        return (
-            (2 + S) * dim + (2 * S + S * S) + 2
-        )  # fn reads each stream by itself, and writes comb's row of it
+        # fn reads each stream by itself and computes comb's row of it
+        return (2 + S) * dim + (2 * S + S * S) + 2
     coefficients = 2 * S + (S * S if hyper.mix == "sinkhorn" else 0)
     return coefficients * S * dim + coefficients + 3
 
 
 def _exit(hyper: HyperConfig, dim: int) -> int:
-    """fn, base and scale of what reads the streams at the end, where that is learned."""
+    """Counts fn, base and scale of the exit, if it is learned."""
     S = hyper.streams
     return S * S * dim + S + 1 if hyper.kind == "mhc" else 0
 
 
 def _mtp(config: ModelConfig, depth: int) -> int:
-    """Three norms, the projection of two hidden states to one, a block that comes after the model's last."""
+    """Counts three norms, the projection of two hidden states to one, and a block.
+
+    The block comes after the model's last.
+    """
     block = _block(config, config.layers + depth)
     return 3 * config.dim + 2 * config.dim * config.dim + block.matrices + block.others
 
 
 def _attention_products(config: ModelConfig, context: int) -> int:
-    """Products of one token in one block beside its projections, the mean over the tokens of a context and blocks."""
+    """Counts the products of one token in one block besides its projections.
+
+    It is the mean over the tokens of a context and over the blocks.
+    """
     if config.mla is not None:
         scored, seen = _dsa_products(config, context)
         return scored + config.mla.heads * (
@@ -255,26 +275,38 @@ def _attention_products(config: ModelConfig, context: int) -> int:
 
 
 def _seen(context: int, most: int | None = None) -> int:
-    """Twice the query-key pairs of a context: a token sees those before it, `most` at most; context^2 without limit."""
+    """Counts twice the query-key pairs of a context.
+
+    A token sees those before it, `most` at most; the result is context^2 without a limit.
+    """
     reach = min(context, most or context)
     return reach * (2 * context - reach)
 
 
 def _widths(gqa: GQAConfig) -> int:
-    """Width of a key and of a value: the products of one query with one key and of its probability with the value."""
+    """Returns the width of a key plus that of a value.
+
+    These are the products of one query with one key and of its probability with the value.
+    """
     return gqa.head_dim + (gqa.value_dim or gqa.head_dim)
 
 
 def _dsa_products(config: ModelConfig, context: int) -> tuple[int, int]:
-    """The indexer's products a token, each head's <q, k> and its weight over half the context, and twice the pairs
-    attended. Where every key is chosen nothing is scored."""
+    """Counts the indexer's products a token, and twice the query-key pairs of attention.
+
+    The indexer takes each head's <q, k> and its weight over half the context. If every key is
+    selected, nothing is scored.
+    """
     if config.dsa is None or context <= config.dsa.chosen:
         return 0, _seen(context)
     return config.dsa.heads * (config.dsa.dim + 1) * context // 2, _seen(context, config.dsa.chosen)
 
 
 def _nsa_products(nsa: NSAConfig, gqa: GQAConfig, context: int) -> int:
-    """Compressing, three branches, three gates. Compressed block i is seen from its last key on: i d + l - 1."""
+    """Counts compression, three branches and three gates.
+
+    Compressed block i is seen from its last key on: i d + l - 1.
+    """
     value = gqa.value_dim or gqa.head_dim
     blocks = max(0, (context - nsa.block) // nsa.stride + 1)
     compressing = gqa.kv_heads * blocks * (nsa.block + 1) * (gqa.head_dim**2 + value**2)
@@ -285,8 +317,12 @@ def _nsa_products(nsa: NSAConfig, gqa: GQAConfig, context: int) -> int:
 
 
 def _moba_products(moba: MoBAConfig, gqa: GQAConfig, context: int) -> int:
-    """A query's score with the mean of every block before its own, and the keys of its own and the chosen ones."""
-    scored = seen = 0  # of the whole context; seen twice
+    """Counts the products of scoring block means and of attending to the selected blocks.
+
+    A query scores the mean of every block before its own, and attends to the keys of its own block
+    and the selected ones.
+    """
+    scored = seen = 0  # sums over the whole context; `seen` counts pairs twice
     for before in range(-(-context // moba.block)):
         width = min(moba.block, context - before * moba.block)
         scored += width * before
@@ -295,7 +331,10 @@ def _moba_products(moba: MoBAConfig, gqa: GQAConfig, context: int) -> int:
 
 
 def _hyper_products(config: ModelConfig) -> int:
-    """Two sites a block and the exit: coefficients, reading S streams into one, writing one to S, mixing S with S."""
+    """Counts two sites a block and the exit.
+
+    They compute coefficients, read S streams into one, write one to S and mix S with S.
+    """
     hyper, S, D = config.hyper, config.streams, config.dim
     if hyper is None:
         return 0
@@ -313,7 +352,7 @@ def _hyper_products(config: ModelConfig) -> int:
 
 
 def _engram_products(config: ModelConfig) -> int:
-    """Key and value projections, the gates and what they scale, the convolution."""
+    """Counts the key and value projections, the gates and what they scale, and the convolution."""
     if config.engram is None:
         return 0
     wide, keys = config.streams * config.dim, config.engram.gates(config.streams) * config.dim
@@ -323,7 +362,10 @@ def _engram_products(config: ModelConfig) -> int:
 
 
 def _cached_bytes(config: ModelConfig) -> int:
-    """Of all blocks, for each further token, in bfloat16 but for MoBA's float32 means. A window forgets nothing."""
+    """Counts the cache bytes of all blocks for each further token.
+
+    All is bfloat16 but MoBA's float32 means. A window discards nothing.
+    """
     if config.mla is not None:
         indexed = config.dsa.dim if config.dsa is not None else 0
         return 2 * config.layers * (config.mla.kv_lora_rank + config.mla.rope_dim + indexed)

@@ -1,9 +1,9 @@
-"""token ids -> logits or loss: the block, the whole model, its cache, its initial values.
+"""The language model: its blocks, its cache, its losses and its initial values.
 
-    x_0     = embed(ids), copied to S streams                                  one stream without hyper-connections
-    x      <- x + engram(x)                                                    blocks that remember
-    x      <- H_res x + H_post^T attention(norm(H_pre x))                      x + attention(norm(x)) with one stream
-    x      <- H_res x + H_post^T ffn(norm(H_pre x))                            dense first, then a mixture of experts
+    x_0     = embed(ids), copied to S streams                 one stream without hyper-connections
+    x      <- x + engram(x)                                   blocks with Engram
+    x      <- H_res x + H_post^T attention(norm(H_pre x))     x + attention(norm(x)) for one stream
+    x      <- H_res x + H_post^T ffn(norm(H_pre x))           dense first, then experts
     logits  = head(norm(exit(x_n)))
 
 DeepSeek-V3 (arXiv 2412.19437), mHC (2512.24880), Engram (2601.07372).
@@ -37,26 +37,26 @@ from rorqual.model_config import row_totals
 from rorqual.tables import Table
 
 IGNORED = -100  # a label that is no target
-ROW_STD = 0.02  # Engram's rows at the start
+ROW_STD = 0.02  # standard deviation of Engram's rows at the start
 
 
 class Loss(NamedTuple):
-    """What one batch cost, in nats; `total` is what is minimised."""
+    """The loss of a batch and its parts, in nats; `total` is what is minimised."""
 
     total: Float[Tensor, ""]
-    next_token: Float[Tensor, ""]  # mean over the labels that count
+    next_token: Float[Tensor, ""]  # mean over the labels that are targets
     mtp: Float[Tensor, ""] | None  # mean over depths, unweighted
     balance: dict[str, Tensor]  # weighted, summed over layers
-    counts: Int[Tensor, "layers E"] | None  # tokens each expert took
-    tokens: Int[Tensor, ""]  # labels that count
-    lesson: Lesson | None = None  # of DSA's indexers, in training; the mean over layers
+    counts: Int[Tensor, "layers E"] | None  # tokens of each expert
+    tokens: Int[Tensor, ""]  # number of labels that are targets
+    lesson: Lesson | None = None  # loss of DSA's indexers, in training; the mean over layers
 
 
 class Aux(NamedTuple):
-    """What a block says beside its output, for losses and measures; None for a part that it does not have."""
+    """A block's outputs besides the streams, for losses and measures; None if it lacks the part."""
 
-    lesson: Lesson | None  # of DSA's indexer, in training
-    routing: Routing | None  # of its mixture of experts
+    lesson: Lesson | None  # loss of DSA's indexer, in training
+    routing: Routing | None  # routing of its mixture of experts
 
 
 def _attention(config: ModelConfig, index: int) -> MLA | GQA:
@@ -78,10 +78,13 @@ def _attention(config: ModelConfig, index: int) -> MLA | GQA:
 
 
 class Block(nn.Module):
-    """Memory, attention, feed-forward; each reads the streams and adds to them."""
+    """One transformer block: Engram, attention and feed-forward, each added to the streams."""
 
     def __init__(self, config: ModelConfig, index: int, *, plain: bool = False) -> None:
-        """`plain`: one stream and no memory whatever the config says (MTP's blocks)."""
+        """Builds the parts that the config gives to block `index`.
+
+        If `plain` is True, the block has neither hyper-connections nor Engram, as MTP blocks do.
+        """
         super().__init__()
         hyper = None if plain else config.hyper
         self.engram = (
@@ -105,12 +108,13 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Streams, ctx: Context) -> tuple[Streams, Aux]:
-        """Memory, attention and feed-forward, each added to the residual streams."""
+        """Adds Engram, attention and feed-forward to the residual streams."""
         if self.engram is not None:
             x = x.add(self.engram(x.values, ctx))
         h, mapping = self.attention_site.read(x)  # [B, T, D], and how its output is written back
         out, lesson = self.attention(self.attention_norm(h), ctx)
-        if ctx.last_only:  # of the positions before, the keys alone were wanted
+        # The positions before the last one were needed only for their keys.
+        if ctx.last_only:
             mapping, ctx = mapping.last(), ctx.last()
         x = self.attention_site.write(out, mapping)
         h, mapping = self.ffn_site.read(x)
@@ -133,7 +137,11 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """ids -> logits. `canonical_map` numbers the tokenizer's ids for Engram; loading a checkpoint restores it."""
+    """Maps token ids to logits.
+
+    `canonical_map` maps the tokenizer's ids to canonical ids for Engram; loading a checkpoint
+    restores it.
+    """
 
     def __init__(
         self,
@@ -143,14 +151,15 @@ class LanguageModel(nn.Module):
         seed: int | None = 0,
         tables: Sequence[nn.Module] | None = None,
     ) -> None:
-        """Values are drawn by `init(self, seed)`; seed None leaves them as allocated (loading, meta device).
+        """Builds the model and draws its values with `init(self, seed)`.
 
-        `tables` hold Engram's rows where they are, one a layer; without them the model has them on its device."""
+        With seed None the values stay as allocated (loading, meta device). `tables` hold Engram's
+        rows, one table a layer; without them the model allocates the rows on its own device.
+        """
         super().__init__()
         self.config = config
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # modules draw as they are made; the values are init's
+        # Modules draw values when they are built; `init` sets the values that count.
+        with torch.random.fork_rng(devices=[]):
             self._build(config, canonical_map, tables)
         if seed is not None:
             init(self, seed)
@@ -186,11 +195,11 @@ class LanguageModel(nn.Module):
     def forward(
         self, ids: Int[Tensor, "B T"], *, documents=None, present=None, cache: Cache | None = None
     ):
-        """Logits [B, T, V] of the token after each id; float32."""
+        """Returns the logits [B, T, V] of the token after each id, in float32."""
         return self.logits(self.hidden(ids, documents=documents, present=present, cache=cache)[0])
 
     def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
-        """`hidden` comes from before the final norm."""
+        """Computes the logits of `hidden`, taken before the final norm."""
         return self.head(self.norm(hidden)).float()
 
     def hidden(
@@ -203,11 +212,12 @@ class LanguageModel(nn.Module):
         last: bool = False,
         warm=None,
     ) -> tuple[Float[Tensor, "B T2 D"], list[Aux]]:
-        """The last block's output before the final norm, and what each block says beside.
+        """Returns the last block's output before the final norm, and the Aux of each block.
 
-        `last`: of the last position alone, T2 = 1, which a prompt's other positions need not reach. `warm` teaches
-        DSA's indexers; while True every key is attended to.
-        documents [B, T] numbers packed documents, which never see each other; present [B, T] is False at padding.
+        With `last` it is of the last position alone, T2 = 1; the other positions of a prompt skip
+        the end of the last block. If `warm` is given, DSA's indexers are trained; while it is True
+        every key is attended to. documents [B, T] numbers packed documents, which never see each
+        other; present [B, T] is False at padding.
         """
         ctx = self._context(ids, cache, documents, present, warm)
         if self.addresses is not None:
@@ -224,7 +234,7 @@ class LanguageModel(nn.Module):
         return self.leave(x), auxes
 
     def leave(self, x: Streams) -> Float[Tensor, "B T D"]:
-        """One hidden state of the residual streams that the last block returns."""
+        """Reduces the residual streams of the last block to one hidden state."""
         return self.exit(x) if self.exit is not None else x.values[:, :, 0]
 
     def _context(
@@ -243,7 +253,7 @@ class LanguageModel(nn.Module):
         )
 
     def _recall(self, ids: Tensor, ctx: Context, history: Recent | None) -> dict[int, object]:
-        """All layers' addresses hashed once, all rows requested before the first block runs."""
+        """Hashes all layers' addresses once and prefetches all rows before the first block runs."""
         if self.addresses is None or self.config.engram is None:
             return {}
         rows = self.addresses(ids, ctx, history)  # [Lm, B, T, R]
@@ -265,9 +275,10 @@ class LanguageModel(nn.Module):
         cache: Cache | None = None,
         warm=None,
     ) -> tuple[Float[Tensor, "B T D"], Aux]:
-        """MTP module `depth`: hidden of positions i and the ids at i + 1 + depth -> hidden that foretells the next.
+        """Runs MTP module `depth` on the hidden states of positions i and the ids at i + 1 + depth.
 
-        Its logits are head(mtp[depth].norm(hidden)); the hidden is what depth + 1 takes.
+        Returns the hidden states that predict the next id, and the Aux. The logits are
+        head(mtp[depth].norm(hidden)); depth + 1 takes the hidden states.
         """
         part = cache.drafts[depth] if cache is not None else None
         ctx = self._context(following, part, documents, present, warm).for_block(part)
@@ -282,9 +293,12 @@ class LanguageModel(nn.Module):
         present=None,
         warm: bool = False,
     ) -> Loss:
-        """Next-token nats, plus MTP, balance and indexer losses by their weights; labels[t] follows ids[t], -100 none.
+        """Computes the total loss of a batch and its parts, in nats.
 
-        `warm`: DSA's indexers, taught in training mode alone, are in their warm-up."""
+        The total is the next-token loss plus MTP, balance and indexer losses by their weights.
+        labels[t] follows ids[t]; -100 is no target. If `warm` is True, DSA's indexers are in their
+        warm-up; they are trained only in training mode.
+        """
         taught = self.training and self.config.dsa is not None
         known = {"documents": documents, "present": present, "warm": warm if taught else None}
         hidden, auxes = self.hidden(ids, **known)
@@ -314,7 +328,11 @@ class LanguageModel(nn.Module):
         return summed / (labels != IGNORED).sum().clamp_min(1)
 
     def _mtp_loss(self, ids, hidden, labels, known) -> tuple[Tensor | None, list[Aux]]:
-        """Depth k is told the ids up to t + k, labels or not, and foretells label t + k, within one document."""
+        """Computes the mean MTP loss over depths.
+
+        Depth k reads the ids up to t + k, whether they are labels or not, and predicts label t + k,
+        within one document.
+        """
         if self.config.mtp is None:
             return None, []
         documents = known["documents"]
@@ -328,7 +346,10 @@ class LanguageModel(nn.Module):
         return torch.stack(nats).mean(), auxes
 
     def new_cache(self, batch: int, capacity: int = 256) -> Cache:
-        """An empty cache for `batch` rows, room for `capacity` tokens at first (it grows)."""
+        """Returns an empty cache for `batch` sequences.
+
+        It has room for `capacity` tokens at first and grows.
+        """
         if batch < 1 or capacity < 1:
             raise ValueError(
                 f"cache: got batch {batch} and capacity {capacity}, expected at least 1 of each"
@@ -343,16 +364,19 @@ class LanguageModel(nn.Module):
 
 
 def init(model: LanguageModel, seed: int = 0) -> None:
-    """Fill every parameter from one seed, on the CPU so that every device starts alike; the caller's RNG is untouched.
+    """Draws every parameter from one seed, on the CPU so that every device starts alike.
 
-    | parameter                                     | value                                              |
-    |-----------------------------------------------|----------------------------------------------------|
-    | embedding, head, projections, router, experts | normal, standard deviation `init_std`              |
-    | norm weights                                  | 1                                                  |
-    | biases, router biases, attention sinks        | 0                                                  |
-    | Engram's rows                                 | normal, standard deviation 0.02                    |
-    | Engram's convolution                          | 0                                                  |
-    | hyper-connections                             | phi normal(0, 1/(S D)), see `Connection`, `Exit`    |
+    The caller's RNG is left unchanged.
+
+    | parameter                                     | value                                      |
+    |-----------------------------------------------|--------------------------------------------|
+    | embedding, head, projections, router, experts | normal, standard deviation `init_std`      |
+    | norm weights                                  | 1                                          |
+    | biases, router biases, attention sinks        | 0                                          |
+    | Engram's rows                                 | normal, standard deviation 0.02            |
+    | Engram's convolution                          | 0                                          |
+    | hyper-connections                             | phi normal(0, 1/(S D)), see `Connection`,  |
+    |                                               | `Exit`                                     |
     """
     std = model.config.init_std
     starts_itself = (Connection, Exit)

@@ -1,8 +1,8 @@
-"""The configuration of a model and of each of its layers, and the arithmetic that needs nothing else.
+"""The configuration of a model and its layers, and the arithmetic that needs nothing else.
 
-Frozen dataclasses that refuse what cannot be. Nothing here imports torch or numpy, so that what only describes or
-counts a model (presets, costs, `rorqual params`) starts at once. A layer's config is also a name of the layer's file:
-`from rorqual.layers.nsa import NSAConfig`.
+Frozen dataclasses that refuse impossible values. Nothing here imports torch or numpy, so that what
+only describes or counts a model (presets, costs, `rorqual params`) starts at once. A layer's config
+is also a name of the layer's file: `from rorqual.layers.nsa import NSAConfig`.
 """
 
 import itertools
@@ -13,18 +13,17 @@ from typing import Literal
 ROUTER_SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("top2", "max")
 
-Choice = Literal["token", "tile"]  # who chooses the blocks of keys in NSA and MoBA
+Choice = Literal["token", "tile"]  # what selects the blocks of keys in NSA and MoBA
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class YarnConfig:
-    """How a rotary base trained on `original_length` tokens is stretched to `factor` times as many."""
+    """Stretches a rotary base trained on `original_length` tokens to `factor` times as many."""
 
     factor: float = 40.0
     original_length: int = 4096
-    beta_fast: float = (
-        32.0  # pairs that turn more often than this within original_length stay as they are
-    )
+    # pairs that turn more often than this within original_length stay as they are
+    beta_fast: float = 32.0
     beta_slow: float = 1.0  # pairs that turn less often than this are slowed by the whole factor
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
@@ -32,17 +31,22 @@ class YarnConfig:
     def __post_init__(self) -> None:
         if self.factor < 1 or self.original_length < 1:
             raise ValueError(
-                f"got factor {self.factor} and original_length {self.original_length}, expected both at least 1"
+                f"got factor {self.factor} and original_length {self.original_length}, "
+                "expected both at least 1"
             )
         if not 0 < self.beta_slow < self.beta_fast:
             raise ValueError(
-                f"got beta_fast {self.beta_fast}, beta_slow {self.beta_slow}, expected 0 < slow < fast"
+                f"got beta_fast {self.beta_fast}, beta_slow {self.beta_slow}, "
+                "expected 0 < slow < fast"
             )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeConfig:
-    """Rotary positions. `interleaved`: pairs are (2i, 2i+1) as DeepSeek trains them, otherwise (i, i + dim/2)."""
+    """Rotary positions.
+
+    `interleaved`: pairs are (2i, 2i+1) as DeepSeek trains them, otherwise (i, i + dim/2).
+    """
 
     base: float = 10000.0
     interleaved: bool = True
@@ -54,10 +58,11 @@ class RopeConfig:
 
 
 def longest_context(base: float, factor: float = 1.0) -> int:
-    """Tokens that a rotary base tells apart, pi * base * YaRN factor.
+    """Returns how many tokens a rotary base tells apart, pi * base * YaRN factor.
 
-    The slowest pair turns once in about 2 pi base tokens, and angles theta and 2 pi - theta have one cosine, so half
-    a turn is usable."""
+    The slowest pair turns once in about 2 pi base tokens, and angles theta and 2 pi - theta have
+    one cosine, so half a turn is usable.
+    """
     return int(math.pi * base * factor)
 
 
@@ -66,13 +71,13 @@ class MLAConfig:
     """Sizes of multi-head latent attention; DeepSeek-V3: 128 heads, 1536, 512, 128, 64, 128."""
 
     heads: int = 4
-    q_lora_rank: int | None = None  # None: queries come straight from the hidden state
+    q_lora_rank: int | None = None  # None: queries are projected directly from the hidden state
     kv_lora_rank: int = 32
     nope_dim: int = 16  # per head, without position
     rope_dim: int = 16  # per head, rotated; the key's is shared by all heads
     value_dim: int = 16
     eps: float = 1e-6  # of both latents' norms, whatever the model's is
-    bias: bool = False  # on the two projections down and the one out
+    bias: bool = False  # on the two down projections and the output projection
 
     def __post_init__(self) -> None:
         for name in ("heads", "kv_lora_rank", "nope_dim", "rope_dim", "value_dim"):
@@ -93,7 +98,7 @@ class GQAConfig:
     head_dim: int = 16
     value_dim: int | None = None  # None: head_dim
     window: int | None = None  # keys a query sees, itself included; None: all
-    sinks: bool = False  # one learned logit a head that takes probability and gives nothing
+    sinks: bool = False  # one learned logit a head that takes probability and has no value
     qk_norm: bool = False  # RMSNorm over each head's query and key, before rope
 
     def __post_init__(self) -> None:
@@ -106,7 +111,8 @@ class GQAConfig:
             )
         if self.head_dim % 2:
             raise ValueError(
-                f"head_dim: got {self.head_dim}, expected an even width, which rope rotates in pairs"
+                f"head_dim: got {self.head_dim}, "
+                "expected an even width, which rope rotates in pairs"
             )
         for name in ("value_dim", "window"):
             if (value := getattr(self, name)) is not None and value < 1:
@@ -122,16 +128,15 @@ class GQAConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NSAConfig:
-    """Sizes in keys; the paper's are the defaults."""
+    """Sizes of Native Sparse Attention, in keys; the paper's are the defaults."""
 
-    block: int = 32  # l, keys a compressed key stands for
+    block: int = 32  # l, keys that a compressed key summarises
     stride: int = 16  # d, between compressed keys; divides the other two
-    select_block: int = 64  # l'
-    chosen: int = 16  # selection blocks, the three forced ones among them
+    select_block: int = 64  # l', keys in a selection block
+    chosen: int = 16  # selection blocks a query sees, the three forced ones included
     window: int = 512
-    choice: Choice = (
-        "token"  # who chooses blocks: each token, or (ours) the first of a tile of 128 for them all
-    )
+    # what selects blocks: each token, or (ours) the first of a tile of 128 for all of them
+    choice: Choice = "token"
 
     def __post_init__(self) -> None:
         for name in ("block", "stride", "select_block", "window"):
@@ -140,7 +145,8 @@ class NSAConfig:
         for name in ("block", "select_block"):
             if getattr(self, name) % self.stride:
                 raise ValueError(
-                    f"nsa.{name}: got {getattr(self, name)}, expected a multiple of the stride, {self.stride}"
+                    f"nsa.{name}: got {getattr(self, name)}, "
+                    f"expected a multiple of the stride, {self.stride}"
                 )
         if self.chosen < 3:
             raise ValueError(
@@ -152,18 +158,17 @@ class NSAConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoBAConfig:
-    """How keys are grouped and how many groups a query sees."""
+    """How keys are grouped into blocks and how many blocks a query sees."""
 
-    block: int = 512  # keys
-    chosen: int = 3  # blocks, the query's own among them
-    decode: Literal["sparse", "full"] = (
-        "sparse"  # what single new tokens do: the paper serves with full
-    )
-    choice: Choice = (
-        "token"  # who chooses blocks: each token, or (ours) the first of a tile of 128 for them all
-    )
-    full_layers: int = 0  # the last so many layers attend fully; the paper: 3 of 32
-    full_from: float = 1.0  # share of a training's steps after which all layers do; the paper: 0.9
+    block: int = 512  # keys in a block
+    chosen: int = 3  # blocks a query sees, its own included
+    # attention of single new tokens; the paper serves with full
+    decode: Literal["sparse", "full"] = "sparse"
+    # what selects blocks: each token, or (ours) the first of a tile of 128 for all of them
+    choice: Choice = "token"
+    full_layers: int = 0  # number of last layers that attend fully; the paper: 3 of 32
+    # share of the training steps after which all layers attend fully; the paper: 0.9
+    full_from: float = 1.0
 
     def __post_init__(self) -> None:
         if self.full_layers < 0 or not 0 <= self.full_from <= 1:
@@ -175,21 +180,24 @@ class MoBAConfig:
         for name, kinds in (("decode", ("sparse", "full")), ("choice", ("token", "tile"))):
             if getattr(self, name) not in kinds:
                 raise ValueError(
-                    f"moba.{name}: got {getattr(self, name)!r}, expected {kinds[0]!r} or {kinds[1]!r}"
+                    f"moba.{name}: got {getattr(self, name)!r}, "
+                    f"expected {kinds[0]!r} or {kinds[1]!r}"
                 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DSAConfig:
-    """Sizes of the indexer and how it is trained; DeepSeek-V3.2: 64 heads of 128, 2048 chosen, 1000 steps."""
+    """Sizes of the indexer and how it is trained.
+
+    DeepSeek-V3.2: 64 heads of 128, 2048 chosen, 1000 steps.
+    """
 
     heads: int = 4
     dim: int = 32  # per head, at least MLA's rope_dim
     chosen: int = 2048  # keys a query sees
     warmup: int = 1000  # steps in which MLA attends to every key and the loss is over every key
-    weight: float = (
-        1.0  # of the loss, a mean over layers; no gradient of it reaches anything but the indexers
-    )
+    # of the indexer loss, a mean over layers; its gradient reaches only the indexers
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("heads", "dim", "chosen"):
@@ -200,38 +208,39 @@ class DSAConfig:
                 raise ValueError(f"dsa.{name}: got {getattr(self, name)}, expected 0 or more")
 
     def check_rope_dim(self, rope_dim: int) -> None:
-        """Refuses an attention around it that rotates more than the indexer's heads hold."""
+        """Refuses a surrounding attention that rotates more than the indexer's heads hold."""
         if self.dim < rope_dim:
             raise ValueError(f"dsa.dim: got {self.dim}, expected at least mla.rope_dim, {rope_dim}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RouterConfig:
-    """How a token's experts are scored, chosen and weighted."""
+    """How a token's experts are scored, selected and weighted."""
 
     score: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "sigmoid"
-    groups: int = 1  # experts come in this many equal groups ..
-    groups_kept: int = 1  # .. and a token takes all of its experts from this many of them
+    groups: int = 1  # number of equal groups of experts
+    groups_kept: int = 1  # groups from which a token takes all of its experts
     group_score: Literal["top2", "max"] = "top2"
-    renormalise: bool = True  # weights of the chosen sum to `scale`
+    renormalise: bool = True  # weights of the selected experts sum to `scale`
     scale: float = 1.0  # of the routed weights; shared experts have none
-    bias: bool = True  # a bias on choosing, moved by loss-free balancing
+    bias: bool = True  # a bias on the selection, moved by loss-free balancing
     noise: float = 0.0  # standard deviation of the noise on the logits in training
-    adaptive_mass: float | None = (
-        None  # experts are taken, best first, until they hold this share of the scores
-    )
-    min_active: int = 1  # .. but never fewer than this
-    token_id_layers: int = 0  # the first so many layers choose by token id
+    # experts are taken, best first, until they hold this share of the scores
+    adaptive_mass: float | None = None
+    min_active: int = 1  # experts that adaptive_mass takes at least
+    token_id_layers: int = 0  # number of first layers that select experts by token id
 
     def __post_init__(self) -> None:
         for name, allowed in (("score", ROUTER_SCORES), ("group_score", GROUP_SCORES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"router.{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
+                    f"router.{name}: got {getattr(self, name)!r}, "
+                    f"expected one of {', '.join(allowed)}"
                 )
         if not 1 <= self.groups_kept <= self.groups:
             raise ValueError(
-                f"router.groups_kept: got {self.groups_kept}, expected 1 to the {self.groups} groups"
+                f"router.groups_kept: got {self.groups_kept}, "
+                f"expected 1 to the {self.groups} groups"
             )
         if not self.scale > 0:
             raise ValueError(f"router.scale: got {self.scale}, expected more than 0")
@@ -250,15 +259,18 @@ class RouterConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BalanceConfig:
-    """Coefficients; 0 leaves a loss out. Device d holds the d-th of `devices` equal runs of experts."""
+    """Coefficients of the balance losses; 0 leaves a loss out.
+
+    Device d holds the d-th of `devices` equal groups of experts.
+    """
 
     bias_rate: float = 1e-3  # gamma of the loss-free bias
     sequence: float = 1e-4
     expert: float = 0.0
     device: float = 0.0
     communication: float = 0.0
-    devices: int = 1  # D
-    device_limit: int = 1  # M, devices a token's experts may lie on
+    devices: int = 1  # D, devices that hold the experts
+    device_limit: int = 1  # M, devices that a token's experts may be on
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
@@ -269,19 +281,23 @@ class BalanceConfig:
             raise ValueError(f"balance.devices: got {self.devices}, expected at least 1")
         if not 1 <= self.device_limit <= self.devices:
             raise ValueError(
-                f"balance.device_limit: got {self.device_limit}, expected 1 to the {self.devices} of balance.devices"
+                f"balance.device_limit: got {self.device_limit}, "
+                f"expected 1 to the {self.devices} of balance.devices"
             )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoEConfig:
-    """A mixture of `routed` experts, `active` of them a token, beside shared ones that every token takes."""
+    """A mixture of `routed` experts, `active` of them a token, and shared experts.
 
-    routed: int = 32  # E
-    active: int = 2  # K
-    shared: int = 1  # 0 for none; they are one SwiGLU
-    width: int = 32  # of one expert
-    shared_width: int | None = None  # of the shared SwiGLU; None: shared * width
+    Every token takes the shared experts.
+    """
+
+    routed: int = 32  # E, routed experts
+    active: int = 2  # K, routed experts of a token
+    shared: int = 1  # shared experts, built as one SwiGLU; 0 for none
+    width: int = 32  # hidden width of one expert
+    shared_width: int | None = None  # width of the shared SwiGLU; None: shared * width
     first_dense: int = 0  # blocks before this one have a dense feed-forward
     router: RouterConfig = field(default_factory=RouterConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
@@ -298,16 +314,19 @@ class MoEConfig:
             )
         if self.shared_width is not None and (self.shared_width < 1 or not self.shared):
             raise ValueError(
-                f"moe.shared_width: got {self.shared_width} with shared {self.shared}, expected at least 1 of each"
+                f"moe.shared_width: got {self.shared_width} with shared {self.shared}, "
+                "expected at least 1 of each"
             )
         self._check_groups()
         if self.router.min_active > self.active:
             raise ValueError(
-                f"router.min_active: got {self.router.min_active}, expected at most active, {self.active}"
+                f"router.min_active: got {self.router.min_active}, "
+                f"expected at most active, {self.active}"
             )
         if self.routed % self.balance.devices:
             raise ValueError(
-                f"balance.devices: got {self.balance.devices}, expected a divisor of {self.routed} experts"
+                f"balance.devices: got {self.balance.devices}, "
+                f"expected a divisor of {self.routed} experts"
             )
 
     def _check_groups(self) -> None:
@@ -319,7 +338,8 @@ class MoEConfig:
         size = self.routed // router.groups
         if router.groups_kept * size < self.active:
             raise ValueError(
-                f"router.groups_kept: got {router.groups_kept} groups of {size}, expected room for {self.active}"
+                f"router.groups_kept: got {router.groups_kept} groups of {size}, "
+                f"expected room for {self.active}"
             )
         if router.groups_kept < router.groups and router.group_score == "top2" and size < 2:
             raise ValueError(
@@ -334,40 +354,37 @@ class MoEConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngramConfig:
-    """Which blocks remember, how much, and how. Every production variant is one setting of these fields."""
+    """The blocks that have Engram, the sizes of their memory, and its variants.
 
-    layers: tuple[int, ...] = (1,)  # blocks that remember, counted from 0
-    rows_per_head: tuple[int, ...] = (
-        4096,
-        4096,
-    )  # one for each n-gram order, 2 first; rounded up to primes
+    Every production variant is one setting of these fields.
+    """
+
+    layers: tuple[int, ...] = (1,)  # blocks with Engram, counted from 0
+    # one for each n-gram order, 2 first; rounded up to primes
+    rows_per_head: tuple[int, ...] = (4096, 4096)
     heads: int = 4  # hash heads of each order
     head_dim: int = 16  # width of a row
     kernel: int = 4  # taps of the convolution over time
     dilation: int | None = None  # tokens between two taps; None: the largest n-gram
     conv: bool = True
     bias: bool = False  # of the key and value projections
-    gating: Literal["streams", "shared", "open"] = (
-        "streams"  # a gate a stream; one, of their mean; none, always 1
-    )
-    sign: Literal["sign", "copysign"] = (
-        "sign"  # of the square root at a score of exactly 0: gate 1/2, or a little more
-    )
-    eps: float = (
-        1.1920929e-7  # of the gate's norms; what torch's rms_norm takes when it is told none
-    )
+    # a gate for each stream; one, of their mean; or none, always 1
+    gating: Literal["streams", "shared", "open"] = "streams"
+    # of the square root at a score of exactly 0: gate 1/2, or a little more
+    sign: Literal["sign", "copysign"] = "sign"
+    eps: float = 1.1920929e-7  # of the gate's norms; the default of torch's rms_norm
     conv_eps: float = 1e-5  # of the norm before the convolution
     seed: int = 0
     # what draws the multipliers: numpy's default generator (DeepSeek), or splitmix64 (Qwen)
     generator: Literal["numpy", "splitmix64"] = "numpy"
-    canonical: bool = True  # address with canonical ids; False: with raw ones
-    pad_id: int = 0  # raw id that stands for missing left context
-    # raw id that ends a text: look-back stops at it, and it stands for missing left context in place of pad_id
+    canonical: bool = True  # hash canonical ids; False: raw ones
+    pad_id: int = 0  # raw id that replaces missing left context
+    # raw id that ends a text: look-back stops at it, and it replaces missing left context in place
+    # of pad_id
     eos_id: int | None = None
     end_of_document: bool = True  # look-back and convolution stop where a document begins
-    dead_tokens: tuple[
-        int, ...
-    ] = ()  # raw ids (images) that look-back stops at and that recall nothing
+    # raw ids (images) that look-back stops at and that look nothing up
+    dead_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
@@ -376,7 +393,8 @@ class EngramConfig:
             )
         if not self.rows_per_head or min(self.rows_per_head) < 2:
             raise ValueError(
-                f"engram.rows_per_head: got {self.rows_per_head}, expected 2 or more for each n-gram order"
+                f"engram.rows_per_head: got {self.rows_per_head}, "
+                "expected 2 or more for each n-gram order"
             )
         for name in ("heads", "head_dim", "kernel", "dilation"):
             if (value := getattr(self, name)) is not None and value < 1:
@@ -411,23 +429,23 @@ class EngramConfig:
 
     @property
     def memory_width(self) -> int:
-        """M, the width of what one token recalls in one layer."""
+        """M, the width of what one token looks up in one layer."""
         return self.rows_per_token * self.head_dim
 
     @property
     def missing_id(self) -> int:
-        """The raw id that stands where there is no left context."""
+        """The raw id that replaces missing left context."""
         return self.pad_id if self.eos_id is None else self.eos_id
 
     def unknown_missing_id(self, ids: int) -> ValueError:
-        """The error for a missing_id that a tokenizer of so many ids does not have."""
+        """Returns the error for a missing_id that a tokenizer of so many ids does not have."""
         name = "pad_id" if self.eos_id is None else "eos_id"
         return ValueError(
             f"engram.{name}: got {self.missing_id}, expected an id of the tokenizer, below {ids}"
         )
 
     def gates(self, streams: int) -> int:
-        """How many keys, and gates that differ, a token has in one layer."""
+        """Returns the number of keys, and of different gates, that a token has in one layer."""
         return {"streams": streams, "shared": 1, "open": 0}[self.gating]
 
     @property
@@ -441,7 +459,10 @@ def _is_prime(n: int) -> bool:
 
 
 def head_primes(config: EngramConfig) -> list[list[list[int]]]:
-    """[Lm][N-1][J]: each head's next prime >= its order's rows_per_head that no head before it has taken."""
+    """Returns the primes of the heads, [Lm][N-1][J].
+
+    Each head has the next prime >= its order's rows_per_head that no head before it has taken.
+    """
     taken: set[int] = set()
     layers = []
     for _ in config.layers:
@@ -456,7 +477,7 @@ def head_primes(config: EngramConfig) -> list[list[list[int]]]:
 
 
 def row_totals(config: EngramConfig) -> tuple[int, ...]:
-    """Rows of each layer's table: the sums of its primes."""
+    """Returns the rows of each layer's table, the sums of its primes."""
     return tuple(sum(map(sum, orders)) for orders in head_primes(config))
 
 
@@ -471,7 +492,8 @@ class HyperConfig:
     norm_eps: float = 1e-6  # inside the root of the norm
     mix: Literal["sinkhorn", "identity"] = "sinkhorn"  # how the streams mix; identity: not at all
     scale: float = 0.01  # a, the start of every learned scale
-    identity: float = 2.0  # start of comb's diagonal logits; much above 5 starves their gradient
+    # start of comb's diagonal logits; far above 5 their gradient nearly vanishes
+    identity: float = 2.0
 
     def __post_init__(self):
         for name, allowed in (
@@ -480,7 +502,8 @@ class HyperConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"hyper.{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
+                    f"hyper.{name}: got {getattr(self, name)!r}, "
+                    f"expected one of {', '.join(allowed)}"
                 )
         for name in ("streams", "iterations"):
             if getattr(self, name) < 1:
@@ -491,13 +514,14 @@ class HyperConfig:
             raise ValueError(f"hyper.norm_eps: got {self.norm_eps}, expected more than 0")
         if self.kind == "hc" and self.mix != "sinkhorn":
             raise ValueError(
-                f"hyper.mix: got {self.mix!r} with kind='hc', whose mix is its own; leave it as it is"
+                f"hyper.mix: got {self.mix!r} with kind='hc', "
+                "whose mix is its own; leave it as it is"
             )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MTPConfig:
-    """How many tokens beyond the next are foretold, and what that counts for."""
+    """How many tokens beyond the next are predicted, and the weight of their loss."""
 
     depth: int = 1
     weight: float = 0.3  # lambda, of the mean over depths; V3 lowers it to 0.1 late in training
@@ -511,7 +535,10 @@ class MTPConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Every size of a model. A part is off when its config is None; exactly one of `mla` and `gqa` is on."""
+    """Every size of a model. A part is off if its config is None.
+
+    Exactly one of `mla` and `gqa` is on.
+    """
 
     vocabulary: int = 4096
     dim: int = 64
@@ -538,12 +565,14 @@ class ModelConfig:
         attention = [name for name in ("mla", "gqa") if getattr(self, name) is not None]
         if len(attention) != 1:
             raise ValueError(
-                f"attention: got {' and '.join(attention) or 'none'}, expected exactly one of mla and gqa"
+                f"attention: got {' and '.join(attention) or 'none'}, "
+                "expected exactly one of mla and gqa"
             )
         for inner, outer in (("nsa", "gqa"), ("moba", "gqa"), ("dsa", "mla")):
             if getattr(self, inner) is not None and getattr(self, outer) is None:
                 raise ValueError(
-                    f"{inner}: got attention {attention[0]}, expected {outer}, which it works inside"
+                    f"{inner}: got attention {attention[0]}, "
+                    f"expected {outer}, which it works inside"
                 )
         if self.nsa is not None and self.moba is not None:
             raise ValueError("inner attention: got nsa and moba, expected at most one")
@@ -555,7 +584,8 @@ class ModelConfig:
             )
         if self.moe is not None and self.moe.first_dense > self.layers:
             raise ValueError(
-                f"moe.first_dense: got {self.moe.first_dense}, expected at most {self.layers} layers"
+                f"moe.first_dense: got {self.moe.first_dense}, "
+                f"expected at most {self.layers} layers"
             )
 
     @property
@@ -563,14 +593,14 @@ class ModelConfig:
         return self.hyper.streams if self.hyper is not None else 1
 
     def has_experts(self, index: int) -> bool:
-        """Whether block `index` holds experts; MTP's blocks, counted on after the last, do."""
+        """Whether block `index` has experts; MTP's blocks, counted on after the last, do."""
         return self.moe is not None and index >= self.moe.first_dense
 
     def remembers(self, index: int) -> bool:
         return self.engram is not None and index in self.engram.layers
 
     def check_parts(self) -> None:
-        """Refuses parts that do not fit each other, as the layers do when a model is built of them."""
+        """Refuses parts that do not fit each other, as building the model would."""
         if self.gqa is not None and (self.nsa is not None or self.moba is not None):
             self.gqa.check_inner()
         if self.mla is not None and self.dsa is not None:

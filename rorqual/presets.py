@@ -1,15 +1,19 @@
-"""name -> ModelConfig, data only.
+"""The presets: a ModelConfig for each name, data only.
 
-`classroom` and the paper's four are built from published sizes; what a paper does not publish is marked `ours`.
-DeepSeek: arXiv 2401.06066, 2405.04434, 2412.19437. Engram's four: 2601.07372.
+`classroom` and the paper's four are built from published sizes; what a paper does not publish is
+marked `ours`. DeepSeek: arXiv 2401.06066, 2405.04434, 2412.19437. Engram's four: 2601.07372.
 
-Three presets publish a memory and stand for that alone; all else of them that is not named here is ours.
+Three presets publish a memory and stand for that alone; everything else in them that is not named
+here is ours.
 
-    engram-demo           the authors' demo: memory, width 1024, 30 blocks, 4 streams; seed 0, pad id 2
-    deepseek-v4.1-flash   memory, width 5120, 4 streams. Set engram.dead_tokens to the image tokens of your tokenizer
-    qwen-ple              Qwen3.8-Flash-Next's memory, row for row: raw ids, splitmix64, texts that end at id 248044,
-                          one layer of 320,001,446 rows x 160 (its files pad them to a multiple of 128), width 2560.
-                          Ours: the residual streams, attention and feed-forward around it
+    engram-demo           the authors' demo: memory, width 1024, 30 blocks, 4 streams; seed 0,
+                          pad id 2
+    deepseek-v4.1-flash   memory, width 5120, 4 streams. Set engram.dead_tokens to the image tokens
+                          of your tokenizer
+    qwen-ple              Qwen3.8-Flash-Next's memory, row for row: raw ids, splitmix64, texts that
+                          end at id 248044, one layer of 320,001,446 rows x 160 (its files pad them
+                          to a multiple of 128), width 2560. Ours: the residual streams, attention
+                          and feed-forward around it
 """
 
 from dataclasses import replace
@@ -46,9 +50,10 @@ _SOFTMAX_BALANCE = BalanceConfig(
 _MLA = MLAConfig(
     heads=128, q_lora_rank=1536, kv_lora_rank=512, nope_dim=128, rope_dim=64, value_dim=128
 )
+# The width is ours.
 _MOE_27B = MoEConfig(
     routed=72, active=6, shared=2, width=1536, first_dense=1, router=RouterConfig(scale=2.5)
-)  # width ours
+)
 _ENGRAM_27B = EngramConfig(
     layers=(1, 14), rows_per_head=(2_262_400, 2_262_400), heads=8, head_dim=80
 )
@@ -244,5 +249,5 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The config of this name; ValueError, naming the nearest, when there is none."""
+    """Returns the config of this name; ValueError, naming the nearest, if there is none."""
     return PRESETS[choose("preset", name, PRESETS)]

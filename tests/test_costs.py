@@ -1,4 +1,7 @@
-"""Costs against the parameters of models built without storage, and against the published figures, to the digit."""
+"""Tests costs against the parameters of real models and against the published figures.
+
+The models are built without storage; figures must agree to the digit.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +30,7 @@ from rorqual.model_config import (
 )
 from rorqual.presets import PRESETS, preset
 
-PUBLISHED = {  # in 1e9: total, activated, with both embeddings; every digit as it is published
+PUBLISHED = {  # in 1e9: total, activated, with both embeddings; every digit as published
     "deepseek-v3": ("671.026", "36.626", "37.552"),
     "deepseek-v2": ("235.741", "20.85", "21.376"),
     "deepseek-v2-lite": ("15.7065", "2.451", "2.661"),
@@ -36,7 +39,7 @@ PUBLISHED = {  # in 1e9: total, activated, with both embeddings; every digit as 
 
 
 def billions(count: int, like: str) -> str:
-    """A count in 1e9, with as many digits as another."""
+    """Formats a count in 1e9 with as many digits as `like`."""
     return f"{count / 1e9:.{len(like.partition('.')[2])}f}"
 
 
@@ -86,7 +89,7 @@ def test_the_classroom_model_by_hand():
 
 
 class Counted(NamedTuple):
-    """What `costs` says, counted on a model."""
+    """The results of `costs`, counted on a model."""
 
     total: int
     activated: int
@@ -99,7 +102,7 @@ class Counted(NamedTuple):
 
 
 def counted(config: ModelConfig) -> Counted:
-    """Counts the parameters of the model itself, built on the meta device, where it takes no memory."""
+    """Counts the parameters of the model itself, built on the meta device without memory."""
     with torch.device("meta"):
         model = LanguageModel(config, seed=None)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -163,7 +166,7 @@ def test_every_preset_is_counted_as_its_model(name: str) -> None:
 
 
 def drawn(draw: Callable[[st.SearchStrategy[Any]], Any]) -> ModelConfig:
-    """A small odd model, of any parts and options."""
+    """Draws a small odd model with any parts and options."""
 
     def number(least: int, most: int) -> int:
         return draw(st.integers(least, most))
@@ -314,7 +317,7 @@ MATRICES = 3 * (8 * (8 + 4 + 4) + 8 * 8 + 3 * 8 * 4) + 8 * 10  # q k v, o, SwiGL
 
 
 def products(config: ModelConfig, context: int = 100) -> int:
-    """Multiply-adds a token."""
+    """Returns the multiply-adds a token."""
     flops = costs(config, context).flops_per_token
     assert flops % 2 == 0
     return flops // 2
@@ -337,7 +340,7 @@ def test_a_window_limits_what_is_seen_but_not_what_is_kept():
 
 def test_moba_by_hand():
     moba = replace(PLAIN, moba=MoBAConfig(block=10, chosen=3))
-    before = sum(range(10)) / 10  # blocks before the own, the mean of ten
+    before = sum(range(10)) / 10  # blocks before the own, mean over ten
     seen = 5 + 10 * (0 + 1 + 8 * 2) / 10
     assert products(moba) == MATRICES + 3 * 2 * (4 * before + (4 + 4) * seen)
     assert costs(moba).cache_bytes_per_token == 3 * (2 * (4 + 4) + 4) - 3 * 4 + 3 * 4 * 4 // 10
@@ -350,9 +353,8 @@ def test_moba_by_hand():
 
 def test_nsa_by_hand():
     nsa = replace(PLAIN, nsa=NSAConfig(block=4, stride=2, select_block=4, chosen=3, window=10))
-    projections = 3 * (
-        2 * 8 * 8 + 8 * 6 + 6 * 6
-    )  # two more pairs of keys and values; the gates' two layers
+    # two more pairs of keys and values; the gates' two layers
+    projections = 3 * (2 * 8 * 8 + 8 * 6 + 6 * 6)
     blocks = range(3, 100, 2)  # the last key of each
     compressing = len(blocks) * 2 * (4 * 4 * 4 + 4 * 4) / 100
     compressed = sum(100 - last for last in blocks) / 100

@@ -1,4 +1,4 @@
-"""tests/golden/check.py: the golden files, files of other configurations that are made here, and bad ones."""
+"""Tests tests/golden/check.py on the golden files, on files made here, and on bad ones."""
 
 import hashlib
 import importlib.util
@@ -49,7 +49,7 @@ def check():
 
 @pytest.fixture
 def run(check, monkeypatch, capsys):
-    """The command: exit code, standard output, standard error."""
+    """Runs the command; returns exit code, standard output and standard error."""
 
     def command(*words) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["check.py", *map(str, words)])
@@ -66,8 +66,10 @@ def theirs(
     prompt: int = 16,
     **fields,
 ) -> None:
-    """A folder in the golden layout by transformers: every gradient, under transformers' names. `written` changes
-    config.json afterwards, which transformers then reads again."""
+    """Writes a folder in the golden layout with transformers: every gradient, under its names.
+
+    `written` changes config.json afterwards, which transformers then reads again.
+    """
     torch.manual_seed(5)
     config, model = {
         "v3": (DeepseekV3Config, DeepseekV3ForCausalLM), "v2": (DeepseekV2Config, DeepseekV2ForCausalLM)
@@ -236,7 +238,10 @@ def test_what_a_hub_folder_has_too_much_is_wrong_and_what_it_lacks_is_named(run,
 
 @pytest.mark.parametrize("name", [*FOLDERS, "v3"])
 def test_a_gradient_that_is_missing_is_seen(check, name, tmp_path, monkeypatch):
-    """Ours zero, one at a time, the router's and the experts' too; the forward is as it should be."""
+    """Sets our gradients to zero, one at a time, the router's and the experts' too.
+
+    The forward is unchanged.
+    """
     theirs(tmp_path, name) if name not in FOLDERS else shutil.copytree(
         GOLDEN / name, tmp_path, dirs_exist_ok=True
     )
@@ -258,7 +263,10 @@ def test_a_gradient_that_is_missing_is_seen(check, name, tmp_path, monkeypatch):
 
 
 def test_what_counts_as_nothing(check):
-    """Both below it. A small gradient that differs by less than it is still another gradient."""
+    """Values agree if both are below the threshold.
+
+    A small gradient that differs by less than the threshold is still another gradient.
+    """
     near, small = check.near, torch.tensor([1e-8, -1e-8])
     assert near("", small, -small, nothing=2e-8).error == 0
     assert near("", small, -small, nothing=5e-9).error == 2
@@ -330,7 +338,7 @@ def test_missing_and_cut_engram_files_are_a_line_and_status_2(run, tmp_path):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A tokenizer's folder, its canonical map, and what encodes."""
+    """Returns a tokenizer's folder, its canonical map and its encode function."""
     words = train(
         ["Only Alexander the Great could tame the horse; ALEXANDER, alexander. Naïve café 中文."]
         * 9,
@@ -344,7 +352,7 @@ def small(tmp_path_factory):
 def local_rows(
     known: list[int], pad: int, multipliers: list[int], primes: list[list[int]]
 ) -> np.ndarray:
-    """[T, heads of all orders], before offsets, a number at a time."""
+    """Computes rows [T, heads of all orders] before offsets, one number at a time."""
     rows = []
     for t in range(len(known)):
         mix, row = known[t] * multipliers[0], []
@@ -356,7 +364,7 @@ def local_rows(
 
 
 def drawn(layers, rows, heads, seed, canonical) -> tuple[dict, dict]:
-    """Multipliers and primes of each layer."""
+    """Draws the multipliers and primes of each layer."""
     half, taken, primes = max(1, ((2**63 - 1) // canonical) // 2), set(), {}
     multipliers = {
         layer: (
@@ -378,7 +386,7 @@ def drawn(layers, rows, heads, seed, canonical) -> tuple[dict, dict]:
 
 
 def hash_case(small, layers, rows, heads, seed, pad, texts) -> dict:
-    """One configuration of a file in the format of engram_hash.json."""
+    """Builds one configuration of a file in the format of engram_hash.json."""
     _, canonical, encode = small
     size = int(canonical.max()) + 1
     multipliers, primes = drawn(layers, rows, heads, seed, size)
@@ -472,7 +480,10 @@ def test_an_engram_hash_file_of_other_contents_is_a_line_and_status_2(run, small
 
 
 class Demo(nn.Module):
-    """Section 3 of the spec out of torch's own modules, under the names of the authors' weights."""
+    """Builds section 3 of the spec from torch's own modules.
+
+    The names are those of the authors' weights.
+    """
 
     def __init__(self, rows, width, dim, streams, kernel, dilation, bias) -> None:
         super().__init__()
@@ -509,7 +520,7 @@ class Demo(nn.Module):
 def write_forward(
     path, small, layers, rows, heads, width, dim, streams, kernel, bias, batch, time, pad=3
 ) -> None:
-    """A file in the format of engram_forward.safetensors."""
+    """Writes a file in the format of engram_forward.safetensors."""
     torch.manual_seed(time)
     _, canonical, _ = small
     multipliers, primes = drawn(layers, rows, heads, 5, int(canonical.max()) + 1)

@@ -1,4 +1,4 @@
-"""The whole model: cache equals forward, documents are sealed, every part trains, initial values and losses by hand."""
+"""Tests the whole model: cache, documents, training of every part, initial values and losses."""
 
 import contextlib
 import copy
@@ -74,8 +74,11 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def precise(model):
-    """The model in float64. In float32 logits are off by 2e-5 in one forward pass already, since norms of small vectors
-    enlarge what was rounded; here it is the rounding of the logits themselves that the tolerance is for."""
+    """Returns the model in float64.
+
+    In float32 logits are off by 2e-5 in one forward pass already, because norms of small vectors
+    enlarge rounding errors; here the tolerance is for the rounding of the logits themselves.
+    """
     return copy.deepcopy(model).double()
 
 
@@ -144,9 +147,8 @@ def test_the_future_is_unseen(model):
     ids = _ids(1, 12)
     other = ids.clone()
     other[0, 8] = (other[0, 8] + 1) % BASE.vocabulary
-    exact = copy.deepcopy(
-        model
-    ).double()  # which rows an expert gets together changes the last bits of float32
+    # In float32 the grouping of an expert's tokens changes the last bits.
+    exact = copy.deepcopy(model).double()
     changed = (exact(ids) - exact(other)).abs().amax(-1)[0]
     assert (changed[:8] < 1e-6).all() and changed[8] > 1e-3
 
@@ -203,7 +205,10 @@ def test_loss_is_the_mean_cross_entropy_of_the_labels_that_count():
 
 
 def test_mtp_targets_stay_within_the_document():
-    """Depth k of a token is trained only where the token k ahead is of its document: count by which labels matter."""
+    """Counts which labels matter to the MTP loss.
+
+    Depth k of a token is trained only where the token k ahead is in its document.
+    """
     model = LanguageModel(replace(VARIANTS["plain"], mtp=MTPConfig(depth=1)), seed=3)
     ids, documents = _ids(1, 9), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
     base = model.loss(ids[:, :-1], ids[:, 1:], documents=documents).mtp
@@ -214,7 +219,7 @@ def test_mtp_targets_stay_within_the_document():
         counted.append(
             not torch.equal(model.loss(ids[:, :-1], labels, documents=documents).mtp, base)
         )
-    # label t is the target of position t - 1 where both are of one document; what a position is told are the ids
+    # Label t is the target of position t - 1 if both are in one document; a position reads the ids.
     assert counted == [False, True, True, False, True, True, True, True]
     loss = model.loss(ids[:, :-1], ids[:, 1:], documents=documents)
     hidden, _ = model.hidden(ids[:, :-1], documents=documents)
@@ -226,7 +231,10 @@ def test_mtp_targets_stay_within_the_document():
 
 
 def _foretold(model: LanguageModel, ids: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
-    """Equations 21 to 25 of DeepSeek-V3 for one document by itself: at depth k only its first T - k positions."""
+    """Computes equations 21 to 25 of DeepSeek-V3 for one document alone.
+
+    At depth k it uses only the first T - k positions.
+    """
     hidden, found = model.hidden(ids[None])[0][0], []
     for k, module in enumerate(model.mtp, 1):
         hidden = hidden[: max(len(ids) - k, 0)]
@@ -250,7 +258,7 @@ def _foretold(model: LanguageModel, ids: torch.Tensor, labels: torch.Tensor) -> 
     missing=st.floats(0, 0.6), name=st.sampled_from(["plain", "everything", "gqa"]),
 )  # fmt: skip
 def test_mtp_of_packed_documents_is_that_of_each_alone(lengths, depth, seed, missing, name):
-    """Values and all gradients, with labels missing anywhere, a question's among them."""
+    """Compares values and all gradients, with labels missing anywhere, as those of a question."""
     model = LanguageModel(replace(VARIANTS[name], mtp=MTPConfig(depth=depth)), seed=seed).double()
     ids = _ids(1, sum(lengths), seed)
     labels = torch.cat([ids[:, 1:], ids[:, :1]], 1)
@@ -296,9 +304,8 @@ def test_every_depth_of_mtp_learns_and_teaches_the_model():
         for name, p in model.named_parameters()
         if p.grad is None or not p.grad.to_dense().any()
     }
-    assert still == {
-        "norm.weight"
-    }  # the model's own norm stands behind the hidden state that MTP takes
+    # The model's own norm comes after the hidden state that MTP takes.
+    assert still == {"norm.weight"}
 
 
 def test_counts_and_balance_come_from_every_mixture():
@@ -358,7 +365,8 @@ def test_cache_refuses_what_it_does_not_hold():
         _everything().new_cache(0)
 
 
-# The state of a whole model, end to end: whatever is done to a cache, its logits are those of one full forward.
+# The state of a whole model, end to end: whatever is done to a cache, its logits are those of one
+# full forward.
 
 WORDS = 41
 VARIED: dict[str, dict] = {
@@ -425,7 +433,10 @@ def test_moba_knows_which_layers_are_the_last() -> None:
 
 
 class Scripted(RuleBasedStateMachine):
-    """Any script of extend, select, crop and reset, on rows of different lengths: rows are (id, document)."""
+    """Runs any script of extend, select, crop and reset on sequences of different lengths.
+
+    `rows` holds the sequences, as (id, document).
+    """
 
     @initialize(
         name=st.sampled_from(sorted(VARIED)),
@@ -457,9 +468,8 @@ class Scripted(RuleBasedStateMachine):
             row += list(zip(ids[b].tolist(), numbers, strict=True))[count - fresh[b] :]
         self.held = min(64, self.held + count)
         longest = max(map(len, self.rows))
-        filled = torch.tensor(
-            [row + [row[-1]] * (longest - len(row)) for row in self.rows]
-        )  # on the right: unseen
+        # Padding on the right, which no token sees.
+        filled = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in self.rows])
         whole = self.model(filled[..., 0], documents=filled[..., 1])
         for b, row in enumerate(self.rows):
             expected = whole[b, len(row) - fresh[b] : len(row)]
@@ -486,7 +496,10 @@ class Scripted(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def crop(self, data: st.DataObject) -> None:
-        """Refused ones, further than is held, must leave everything as it was. 64 tokens are, and new ones again."""
+        """Crops the cache; a refused crop, beyond what is stored, must change nothing.
+
+        64 tokens are stored, and new ones again.
+        """
         count = data.draw(st.integers(0, min(map(len, self.rows)) - 1))
         if count > self.held:
             with contextlib.suppress(ValueError):
@@ -554,7 +567,10 @@ def test_state_goes_back_as_far_as_it_was_asked_to_hold() -> None:
     "name", [name for name in VARIED if VARIED[name].get("end_of_document", True)]
 )
 def test_state_of_packed_documents_is_sealed_to_the_bit(name: str) -> None:
-    """Other tokens in one document change nothing in the others, in a whole forward or in cached pieces."""
+    """Other tokens in one document change nothing in the others.
+
+    This holds in a whole forward and in cached pieces.
+    """
     model = state_model(name, experts=False)
     ids, documents = (
         torch.randint(0, WORDS, (2, 24)),
@@ -575,7 +591,10 @@ def test_state_of_packed_documents_is_sealed_to_the_bit(name: str) -> None:
 
 
 def test_the_obvious_loop_trains_memory():
-    """One optimizer of torch takes all parameters of a model that remembers; rows that were not read stay."""
+    """One torch optimizer takes all parameters of a model with Engram.
+
+    Rows that were not read stay the same.
+    """
     model = LanguageModel(replace(BASE, init_std=0.02)).train()
     before = [table.weight.detach().clone() for table in model.tables]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)

@@ -1,1 +1,4 @@
-"""Hidden states in -> hidden states out: one paper, or one part of one, a file; nothing here knows text or ranks."""
+"""The layers of a model. Each file holds one paper or one part of one.
+
+A layer maps hidden states to hidden states. Nothing here handles text or process ranks.
+"""

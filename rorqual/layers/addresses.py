@@ -1,8 +1,8 @@
-"""Raw ids in -> the rows that every Engram layer reads out, all layers at once.
+"""Hashes token ids to the table rows that every Engram layer reads, for all layers at once.
 
-    x      = canonical(ids)                                              ids that read alike are one
-    mix_n  = x[t] m_0 xor x[t-1] m_1 xor ... xor x[t-n+1] m_(n-1)        the suffix n-gram, n = 2..N
-    row    = offset + mix_n mod prime                                    one row a head
+    x      = canonical(ids)                                          equivalent ids become one
+    mix_n  = x[t] m_0 xor x[t-1] m_1 xor ... xor x[t-n+1] m_(n-1)    the suffix n-gram, n = 2..N
+    row    = offset + mix_n mod prime                                one row a head
 
 Conditional Memory via Scalable Lookup, section 2.2, arXiv:2601.07372.
 """
@@ -25,21 +25,31 @@ from rorqual.model_config import head_primes
 from rorqual.model_config import row_totals as row_totals
 from rorqual.tables.staging import Staging
 
-WORTH_KEEPING = 4096  # tokens whose rows' memory is kept for the next call
+WORTH_KEEPING = (
+    4096  # from so many tokens on, the memory of their row ids is kept for the next call
+)
 
 
 def find_primes(config: EngramConfig) -> np.ndarray:
-    """int64 [Lm, N-1, J]: each head's next prime >= its order's rows_per_head that no head before it has taken."""
+    """Returns the primes of the heads, int64 [Lm, N-1, J].
+
+    Each head has the next prime >= its order's rows_per_head that no head before it has taken.
+    """
     return np.array(head_primes(config), dtype=np.int64)
 
 
 def draw_multipliers(config: EngramConfig, canonical: int) -> np.ndarray:
-    """int64 [Lm, N], odd: 2 r + 1, with r below half = max(1, ((2^63 - 1) // V') // 2), V' = `canonical`.
+    """Draws the odd multipliers, int64 [Lm, N].
+
+    They are 2 r + 1, with r below half = max(1, ((2^63 - 1) // V') // 2), V' = `canonical`.
 
     numpy: r is uniform, drawn from the seed + 10007 times the block's index.
-    splitmix64: r is the i-th number, from 1, modulo half, of the generator whose state is the seed + 10007 times the
-    layer's place in the config's list, advanced once before the first.
-    For ids below V' no product leaves int64, no mix is negative. The first is the current token's.
+
+    splitmix64: r is the i-th number, from 1, modulo half, of the generator whose state is the seed
+    + 10007 times the layer's index in the config's list, advanced once before the first.
+
+    For ids below V' no product leaves int64 and no mix is negative. The first is the current
+    token's.
     """
     half = max(1, ((2**63 - 1) // canonical) // 2)
     if config.generator == "splitmix64":
@@ -56,7 +66,7 @@ def draw_multipliers(config: EngramConfig, canonical: int) -> np.ndarray:
 
 
 def _splitmix64(state: int, count: int) -> int:
-    """The count-th number, from 1, that splitmix64 gives from this state."""
+    """Returns the count-th number, from 1, that splitmix64 generates from this state."""
     x = (state + 0x9E3779B97F4A7C15 * count) % 2**64
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
@@ -74,18 +84,19 @@ def hash_rows(
     out: Int[Tensor, "Lm B T R"] | None = None,
     kept: dict[str, Any] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
-    """The rows of T tokens in every Engram layer, from the W = N-1 + T raw ids of them and of those before them.
+    """Computes the rows of T tokens in every Engram layer from W = N-1 + T raw ids.
 
-    reach[b, t] is how many earlier tokens token t may look back at (None: all N-1); the others read as `pad`, a
-    canonical id. Order-major, then head. `out` is memory for them, contiguous; `kept`, a dict, is where a twin notes
-    what it asked of these tensors. IndexError if an id has no canonical id (-1 in the map, or outside it).
+    The ids are those of the tokens and of the ones before them. reach[b, t] is the number of
+    earlier tokens that token t may look back at (None: all N-1); the others are replaced by `pad`,
+    a canonical id. Rows are order-major, then by head. `out` is contiguous memory for them; `kept`
+    is a dict in which a kernel stores what it derived from these tensors. IndexError if an id has
+    no canonical id (-1 in the map, or outside it).
     """
     orders, time = primes.shape[1], ids.shape[1] - primes.shape[1]
     strange = _strange(ids, canonical_map).any()
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(
-            ~strange, "Engram: an id has no canonical id"
-        )  # does not wait for the device
+        # This does not wait for the device.
+        torch._assert_async(~strange, "Engram: an id has no canonical id")
     elif strange:
         raise IndexError("an id has no canonical id")
     known = canonical_map[ids].long()
@@ -112,9 +123,10 @@ def follow_rows(
     out: Int[Tensor, "Lm B T R"] | None = None,
     kept: dict[str, Any] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
-    """hash_rows of `ids`, which are written into `held` from column `at` on, behind those that stand left of it.
+    """Computes hash_rows of `ids` and writes the ids into `held` from column `at` on.
 
-    Without `held` the raw id `pad_id` stands before them.
+    The columns left of `at` hold the ids before them. Without `held` the raw id `pad_id` precedes
+    them.
     """
     before, time = primes.shape[1], ids.shape[1]
     if held is None:
@@ -127,21 +139,22 @@ def follow_rows(
 
 
 def _strange(ids: Tensor, canonical_map: Tensor) -> Tensor:
-    """Which ids the tokenizer does not have."""
+    """Marks the ids that the tokenizer does not have."""
     top = len(canonical_map) - 1
     return (ids < 0) | (ids > top) | (canonical_map[ids.clamp(0, top)] < 0)
 
 
 def last_columns(held: Tensor, width: int, fill: int) -> Tensor:
-    """The last `width` columns of [B, L], with `fill` on the left where L is less."""
+    """Returns the last `width` columns of [B, L], filled with `fill` on the left if L is less."""
     return F.pad(held, (max(0, width - held.shape[1]), 0), value=fill)[:, -width:]
 
 
 class Addresses(nn.Module):
-    """Raw ids -> the rows that every Engram layer reads; computed once for all layers, before the first block.
+    """Hashes raw ids to the rows of every Engram layer, before the first block.
 
-    Multipliers, primes, the canonical map and its sha-256 are saved with the model; a checkpoint in which they are not
-    this model's is refused, naming which.
+    The rows are computed once for all layers. Multipliers, primes, the canonical map and its
+    sha-256 are saved with the model. A checkpoint in which they differ from this model's is
+    refused, with the names of those that differ.
     """
 
     multipliers: Tensor
@@ -156,9 +169,10 @@ class Addresses(nn.Module):
         canonical_map: Int[Tensor, " V"] | Int[np.ndarray, " V"] | None = None,
         vocabulary: int | None = None,
     ) -> None:
-        """`canonical_map` is the tokenizer's; without one ids stand for themselves until a checkpoint brings its map.
+        """Takes the tokenizer's `canonical_map`; without one each raw id is its own canonical id.
 
-        A model vocabulary beyond the map's leaves raw ids without a canonical id; they are refused when they come.
+        A checkpoint that is loaded later brings its map. A model vocabulary beyond the map's leaves
+        raw ids without a canonical id; they are refused when they occur.
         """
         super().__init__()
         self.config = config
@@ -173,16 +187,18 @@ class Addresses(nn.Module):
         size = len(given) if vocabulary is None else vocabulary
         if len(given) > size:
             raise ValueError(
-                f"canonical map: got {len(given)} ids, expected at most the model's vocabulary of {size}"
+                f"canonical map: got {len(given)} ids, "
+                f"expected at most the model's vocabulary of {size}"
             )
         self._adopt(np.concatenate([given, np.full(size - len(given), -1, dtype=np.int32)]))
 
     def _adopt(self, canonical_map: np.ndarray) -> None:
-        """Everything that follows from the config and this map."""
+        """Computes and registers everything that follows from the config and this map."""
         known = canonical_map[canonical_map >= 0]
         if not len(known) or canonical_map.min() < -1 or len(np.unique(known)) != known.max() + 1:
             raise ValueError(
-                "canonical map: got gaps or negative ids, expected every number from 0 up to the largest"
+                "canonical map: got gaps or negative ids, "
+                "expected every number from 0 up to the largest"
             )
         missing = self.config.missing_id
         if missing >= len(canonical_map) or canonical_map[missing] < 0:
@@ -204,7 +220,7 @@ class Addresses(nn.Module):
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Addresses":
-        """Moves as any module does; memory that `to_empty` has just allocated gets its numbers back."""
+        """Moves the buffers as any module does, and restores their values after `to_empty`."""
         super()._apply(fn, recurse)
         self._kept.clear()
         for name, value in self._exact.items():
@@ -213,7 +229,10 @@ class Addresses(nn.Module):
         return self
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides every address, as JSON values; the sha-256 is of the map as little-endian int32."""
+        """Returns what determines every address, as JSON values.
+
+        The sha-256 is of the map as little-endian int32.
+        """
         digest = self._exact["canonical_sha256"].tobytes().hex()
         return {name: self._exact[name].tolist() for name in ("multipliers", "primes")} | {
             "canonical_sha256": digest
@@ -237,20 +256,24 @@ class Addresses(nn.Module):
         if not (same.get("canonical_map", True) and same.get("canonical_sha256", True)):
             differ.append("canonical map")
         if differ:
-            got = f"got a checkpoint with other {' and other '.join(differ)} than this model's, expected the same"
+            got = (
+                f"got a checkpoint with other {' and other '.join(differ)} than this model's, "
+                "expected the same"
+            )
             raise ValueError(
-                f"Engram: {got}: take its tokenizer and its engram layers, rows_per_head, heads, seed and generator"
+                f"Engram: {got}: take its tokenizer and its engram layers, "
+                "rows_per_head, heads, seed and generator"
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> Recent:
-        """The last N-1 raw ids of every row."""
+        """Returns an empty cache for the last N-1 raw ids of every sequence."""
         return Recent(self.config.ngram - 1, fill=self.config.missing_id)
 
     def live(self, ids: Int[Tensor, "B T"], ctx: Context) -> Bool[Tensor, "B T"] | None:
-        """False at padding and dead tokens, where the gate is 0; None if there is neither."""
+        """Returns False at padding and dead tokens, where the gate is 0; None if there are none."""
         if not self.config.dead_tokens:
             return ctx.present
         alive = ~torch.isin(ids, torch.tensor(self.config.dead_tokens, device=ids.device))
@@ -259,11 +282,14 @@ class Addresses(nn.Module):
     def forward(
         self, ids: Int[Tensor, "B T"], ctx: Context, history: Recent | None = None
     ) -> Int[Tensor, "Lm B T R"]:
-        """Row ids into each layer's table. `history` holds the ids of earlier calls and takes these.
+        """Computes row ids into each layer's table and appends the ids to `history`.
 
-        Missing context (before the start, behind padding, a dead token or a document's beginning) reads as the pad id;
-        with an eos_id as that, and what lies behind an earlier eos_id is missing, too.
-        ValueError for an id that the tokenizer does not have, unless it stands at padding.
+        `history` holds the ids of earlier calls. Missing context (before the start, across padding,
+        a dead token or the beginning of a document) is replaced by the pad id. If there is an
+        eos_id it is used in place of the pad id, and what lies before an earlier eos_id is missing,
+        too.
+
+        ValueError for an id that the tokenizer does not have, unless it is padding.
         """
         ids, missing = ids.long(), self.config.missing_id
         if ctx.present is not None:
@@ -295,7 +321,10 @@ class Addresses(nn.Module):
             ) from None
 
     def _memory(self, ids: Tensor) -> Tensor | None:
-        """For the rows of a long call on a CPU, kept for the next: fresh pages cost more than the hash."""
+        """Returns memory for the rows of a long call on a CPU, reused by the next call.
+
+        Fresh pages cost more than the hash.
+        """
         layers, width = self.offsets.shape
         if ids.numel() < WORTH_KEEPING or not ids.is_cpu or torch.compiler.is_compiling():
             return None
@@ -306,7 +335,10 @@ class Addresses(nn.Module):
     def _place(
         self, ids: Tensor, ctx: Context, history: Recent | None
     ) -> tuple[Tensor | None, int] | None:
-        """Where these ids are held, if they simply follow those before: nothing stops any look-back, and they fit."""
+        """Returns where these ids are stored, if they simply follow those before.
+
+        That is so if nothing limits any look-back and the ids fit.
+        """
         documents = ctx.key_documents if self.config.end_of_document else None
         stopped = self.config.dead_tokens or self.config.eos_id is not None
         if documents is not None or ctx.key_present is not None or stopped:
@@ -314,8 +346,11 @@ class Addresses(nn.Module):
         return (None, 0) if history is None else history.claim(ids)
 
     def _reach(self, window: Tensor, ctx: Context) -> Tensor | None:
-        """How many earlier tokens each token may look back at, int64 [B, T]; None if nothing stops any."""
-        stops = []  # [B, W], True where looking back from the token behind it must end
+        """Computes how many earlier tokens each token may look back at, int64 [B, T].
+
+        Returns None if nothing limits any look-back.
+        """
+        stops = []  # [B, W], True where the look-back of the tokens after it must end
         documents = ctx.key_documents if self.config.end_of_document else None
         width, before = window.shape[1], self.config.ngram - 1
         if ctx.key_present is not None:
@@ -332,7 +367,6 @@ class Addresses(nn.Module):
         if not stops:
             return None
         stop = torch.stack(stops).any(0)
-        clear = torch.stack(
-            [~stop[:, before - k : width - k] for k in range(1, before + 1)]
-        )  # [N-1, B, T]
+        # [N-1, B, T]
+        clear = torch.stack([~stop[:, before - k : width - k] for k in range(1, before + 1)])
         return clear.long().cumprod(0).sum(0)

@@ -1,8 +1,9 @@
-"""Queries, keys and values in -> each query's mean of the values, weighted by how its keys score, out.
+"""Computes softmax attention, masked or causal, for grouped query heads.
 
-    out[t] = sum_s softmax_s(scale q_t . k_s) v_s          over the keys a query sees; zeros where it sees none
+    out[t] = sum_s softmax_s(scale q_t . k_s) v_s     over the keys t sees; zeros if it sees none
 
-One call of torch's fused attention, or, where that would spend its time above the diagonal, blocks of queries.
+It is one call of torch's fused attention, or a loop over blocks of queries where the fused call
+would spend its time above the diagonal.
 """
 
 import torch
@@ -10,8 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-FUSED_KEYS = 512  # that the fused path of a CPU takes together
-BLOCK = 64  # queries; their scores stay in a core's cache
+FUSED_KEYS = 512  # keys that the fused path of a CPU processes together
+BLOCK = 64  # queries; their scores fit a core's cache
 
 
 def attend(
@@ -22,11 +23,12 @@ def attend(
     mask: Bool[Tensor, "#B 1 #T L"] | None = None,
     causal: bool = False,
 ) -> Float[Tensor, "B T H Q"]:
-    """softmax(scale q . k) v, H query heads over G key heads; a query that sees no key gets zeros.
+    """Computes softmax(scale q . k) v with H query heads over G key heads.
 
-    Query t sees the keys where `mask` is True; without a mask those up to t (`causal`, T = L) or all. The fused path
-    wants values as wide as keys: the narrower are padded with zeros, which change nothing. Where a row has one query,
-    the heads of a group stand as if they were queries, so that each key is read once for all of them.
+    Query t sees the keys where `mask` is True. Without a mask it sees those up to t (`causal`, T =
+    L) or all. A query that sees no key gets zeros. The fused path needs values as wide as keys: the
+    narrower of the two are padded with zeros, which change nothing. If each sequence has one query,
+    the heads of a group are treated as queries, so that each key is read once for all of them.
     """
     if query.shape[1] == 1 and query.shape[2] != key.shape[2]:
         folded = query[:, 0].unflatten(1, (key.shape[2], -1)).transpose(1, 2)
@@ -37,11 +39,12 @@ def attend(
         and query.requires_grad
         and dtype in (torch.bfloat16, torch.float16)
     ):
+        # The backward pass is faster in float32 on a CPU.
         query, key, value = (
             query.float(),
             key.float(),
             value.float(),
-        )  # its backward is the faster one there
+        )
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if causal and _blocks_are_faster(query, key):
         return _by_blocks(query, key, value, scale)
@@ -67,24 +70,34 @@ def attend_shared(
     scale: float,
     mask: Bool[Tensor, "#B 1 #T L"] | None,
 ) -> Float[Tensor, "B T H P"]:
-    """`attend` with one key head, whose keys are the values too, and no query before its mask: each key is read once
-    for all heads."""
+    """Attends with one key head whose keys are also the values.
+
+    Each key is read once for all query heads. Without a mask every query sees every key.
+    """
     heads = query.shape[2]
     if mask is not None and mask.shape[2] > 1:
-        mask = mask.repeat_interleave(heads, dim=2)  # each token's H queries see what it sees
+        # All H queries of a token see the same keys.
+        mask = mask.repeat_interleave(heads, dim=2)
     key = key.unsqueeze(2)
     return attend(query.flatten(1, 2).unsqueeze(2), key, key, scale, mask).view_as(query)
 
 
 def _blocks_are_faster(query: Tensor, key: Tensor) -> bool:
-    """Than the fused path, which looks at keys 512 at a time on a CPU: below that at all above the diagonal, too."""
+    """Whether the loop over blocks is faster than the fused path.
+
+    The fused path of a CPU processes 512 keys at a time, so up to that length it computes
+    everything above the diagonal too.
+    """
     plain = query.is_cpu and query.dtype == torch.float32 and query.shape == key.shape
     traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
     return plain and not traced and query.shape[2] <= FUSED_KEYS
 
 
 def _by_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention of BLOCK queries of all heads at a time to the keys up to them; [B, H, T, P] to [B, T, H, Q]."""
+    """Computes causal attention for BLOCK queries of all heads at a time, over the keys up to them.
+
+    Maps [B, H, T, P] to [B, T, H, Q].
+    """
     batch, heads, time, _ = query.shape
     later = query.new_full((BLOCK, BLOCK), -torch.inf).triu_(1)
     query, key, value = (x.reshape(batch * heads, time, -1) for x in (query * scale, key, value))
@@ -100,5 +113,8 @@ def _by_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tenso
 
 
 def by_head(first: Tensor, second: Tensor) -> Tensor:
-    """[B, L, H, P1 + P2], a head's tokens side by side in memory: so the fused path reads them."""
+    """Concatenates two tensors to [B, L, H, P1 + P2], the tokens of each head contiguous.
+
+    The fused path reads them in this layout.
+    """
     return torch.cat([first.transpose(1, 2), second.transpose(1, 2)], dim=-1).transpose(1, 2)

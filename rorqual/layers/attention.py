@@ -1,18 +1,21 @@
-"""Hidden states in -> hidden states that have looked at the tokens before them out.
+"""Multi-head latent attention (MLA) and grouped-query attention (GQA).
 
-MLA (arXiv 2405.04434, 2412.19437). Of each token, c = norm(W_dkv x) is its latent, r = rope(W_kr x) its one rotary key:
+MLA (arXiv 2405.04434, 2412.19437): c = norm(W_dkv x) is the latent of a token and r = rope(W_kr x)
+its one rotary key:
 
     q_h   = [n_h | p_h],   n_h from W_q norm(W_dq x),  p_h = rope(...)
     k_h   = [W_uk,h c | r],   v_h = W_uv,h c
     out   = W_o concat_h softmax(scale q_h . k_h) v_h,   scale = (nope + rope)^-0.5 * mscale^2
 
     expanded   k_h and v_h are formed for every key: training, prefill
-    absorbed   n_h . W_uk,h c = (W_uk,h^T n_h) . c  and  sum p W_uv,h c = W_uv,h sum p c: decoding reads [c | r] only,
-               kv_lora_rank + rope_dim values a token, as if H queries shared one key head
-    gathered   absorbed, over copies of the latents that an indexer chose (dsa.py) and of no others
+    absorbed   n_h . W_uk,h c = (W_uk,h^T n_h) . c  and  sum p W_uv,h c = W_uv,h sum p c: decoding
+               reads [c | r] only, kv_lora_rank + rope_dim values a token, as if H queries
+               shared one key head
+    gathered   absorbed, over copies of only those latents that an indexer selects (dsa.py)
 
-GQA (arXiv 2305.13245): `heads` query heads share `kv_heads` key heads, optionally over the last `window` keys only
-(2004.05150), with a learned sink in the softmax's denominator (2309.17453, 2508.10925), with normed queries and keys.
+GQA (arXiv 2305.13245): `heads` query heads share `kv_heads` key heads, optionally over the last
+`window` keys only (2004.05150), with a learned sink in the softmax's denominator (2309.17453,
+2508.10925), with normed queries and keys.
 """
 
 from dataclasses import dataclass
@@ -31,11 +34,14 @@ from rorqual.model_config import GQAConfig as GQAConfig
 from rorqual.model_config import MLAConfig as MLAConfig
 from rorqual.model_config import RopeConfig
 
-GATHERING = 2.0  # the time of a gathered key over that of one read in its place
+GATHERING = 2.0  # time of a gathered key relative to one that is read in place
 
 
 def _visibility(ctx: Context) -> tuple[Tensor | None, bool]:
-    """`mask` and `causal` for attend; one new token without a mask sees everything and needs neither."""
+    """Returns the arguments `mask` and `causal` of attend.
+
+    One new token without a mask sees every key and needs neither.
+    """
     if ctx.mask is None and ctx.past == 0:
         return None, ctx.positions.shape[1] > 1
     if ctx.mask is None and ctx.positions.shape[1] == 1:
@@ -45,7 +51,7 @@ def _visibility(ctx: Context) -> tuple[Tensor | None, bool]:
 
 @dataclass(eq=False)
 class MLACache(Bundle):
-    """What MLA keeps: [latent | rotated key] of every token, and the indexer's keys."""
+    """MLA's cache: [latent | rotated key] of every token, and the indexer's keys."""
 
     latent: Appended
     inner: Any = None
@@ -53,7 +59,7 @@ class MLACache(Bundle):
 
 @dataclass(eq=False)
 class GQACache(Bundle):
-    """What GQA keeps: keys and values of every token, and what its inner attention makes of them."""
+    """GQA's cache: keys and values of every token, and the cache of its inner attention."""
 
     keys: Appended
     values: Appended
@@ -61,14 +67,18 @@ class GQACache(Bundle):
 
 
 class MLA(nn.Module):
-    """Multi-head latent attention. Projections are named and laid out as in DeepSeek's checkpoints:
+    """Multi-head latent attention.
 
-    q per head [nope | rope], kv_a [latent | rope], kv_b per head [nope | value].
+    Projections are named and laid out as in DeepSeek's checkpoints: q per head [nope | rope], kv_a
+    [latent | rope], kv_b per head [nope | value].
     """
 
     def __init__(self, config: MLAConfig, dim: int, rope: RopeConfig, inner: Any = None):
-        """`inner` chooses the keys each query sees (DSA): inner.keys(...) are cached, inner.look(...) is a
-        Look."""
+        """Builds the projections.
+
+        `inner` is an indexer that selects the keys each query sees (DSA): inner.keys(...) are
+        cached, and inner.look(...) returns a Look.
+        """
         super().__init__()
         self.config, self.interleaved = config, rope.interleaved
         self.inner: Any = inner
@@ -93,7 +103,10 @@ class MLA(nn.Module):
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> MLACache:
-        """Room for `capacity` tokens of kv_lora_rank + rope_dim values; allocated at the first token."""
+        """Returns an empty cache for `capacity` tokens of kv_lora_rank + rope_dim values.
+
+        Memory is allocated at the first token.
+        """
         inner = (
             self.inner.new_cache(batch, capacity, dtype, device) if self.inner is not None else None
         )
@@ -104,10 +117,11 @@ class MLA(nn.Module):
         hidden: Float[Tensor, "B T D"],
         ctx: Context,
     ) -> tuple[Float[Tensor, "B T2 D"], Any]:
-        """The output of the new tokens, or with `ctx.last_only` of the last, and the indexer's Lesson if it learns.
+        """Returns the output of the new tokens, and the indexer's Lesson if it is trained.
 
-        With a cache the new tokens are appended to it. The form is whichever multiplies less; all give the same numbers
-        to rounding. While the indexer warms up its choice is not obeyed.
+        With `ctx.last_only` only the last token has an output. With a cache the new tokens are
+        appended to it. The form with fewer multiplications is used; all forms agree up to rounding.
+        During the indexer warm-up MLA attends to every key.
         """
         latent = self._latent(hidden, ctx)
         if ctx.cache is not None:
@@ -135,21 +149,28 @@ class MLA(nn.Module):
         return self.o_proj(out.flatten(2)), lesson
 
     def _query(self, query_latent: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Without position [B, T, H, nope] and with [B, T, H, rope]."""
+        """Returns the unrotated queries [B, T, H, nope] and the rotated ones [B, T, H, rope]."""
         c = self.config
         query = self.q_proj(query_latent) if c.q_lora_rank is None else self.q_b_proj(query_latent)
         nope, rope = query.unflatten(-1, (c.heads, -1)).split([c.nope_dim, c.rope_dim], dim=-1)
         return nope, ctx.rotate(rope, self.interleaved)
 
     def _latent(self, hidden: Tensor, ctx: Context) -> Tensor:
-        """The normed latent and the rotated key side by side, [B, T, kv_lora_rank + rope]: what is cached."""
+        """Returns the normed latent and the rotated key, [B, T, kv_lora_rank + rope].
+
+        This is what is cached.
+        """
         c = self.config
         latent, key = self.kv_a_proj_with_mqa(hidden).split([c.kv_lora_rank, c.rope_dim], dim=-1)
         key = ctx.rotate(key, self.interleaved)
         return torch.cat([self.kv_a_layernorm(latent), key], dim=-1)
 
     def _absorbing_is_cheaper(self, time: int) -> bool:
-        """Products a key and head: `time` wider ones, against expanding the key once and `time` narrower ones."""
+        """Whether the absorbed form takes no more products per key and head than the expanded form.
+
+        The absorbed form takes `time` wider products; the expanded form expands the key once and
+        takes `time` narrower ones.
+        """
         c = self.config
         expanded = c.kv_lora_rank * (c.nope_dim + c.value_dim) + time * (
             c.nope_dim + c.rope_dim + c.value_dim
@@ -170,7 +191,11 @@ class MLA(nn.Module):
     def _sparse(
         self, nope: Tensor, rope: Tensor, latent: Tensor, ctx: Context, look: Any
     ) -> Float[Tensor, "B T H Q"]:
-        """To the chosen keys: queries with few keys hide the others, those behind them gather, whichever is cheaper."""
+        """Attends to the selected keys only.
+
+        Queries with few keys mask the others; those after them gather the selected keys. The split
+        is where one becomes cheaper than the other.
+        """
         past, time = ctx.past, nope.shape[1]
         absorbing = past > 0 and self._absorbing_is_cheaper(time)
         graded = torch.is_grad_enabled() and latent.requires_grad
@@ -191,7 +216,7 @@ class MLA(nn.Module):
         return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
 
     def _gathers_from(self, look: Any, absorbing: bool) -> int:
-        """The first query with so many keys that copying the chosen costs less than hiding the others."""
+        """Returns the first query for which copying the selected keys costs less than masking."""
         c, dearer, time = self.config, GATHERING, look.query.shape[1]
         if not absorbing:
             dearer *= (2 * c.kv_lora_rank + c.rope_dim) / (c.nope_dim + c.rope_dim + c.value_dim)
@@ -201,7 +226,7 @@ class MLA(nn.Module):
     def _taught(
         self, nope: Tensor, rope: Tensor, latent: Tensor, ctx: Context, look: Any
     ) -> tuple[Float[Tensor, "B T H Q"], Any]:
-        """In training, with what the indexer makes of these very queries and keys."""
+        """Attends during training and computes the indexer loss for the same queries and keys."""
         query, key, value = self._expand(nope, rope, latent)
         lesson = look.lesson(query, key, self.scale, bool(ctx.warm), ctx.present)
         if look.chooses and not ctx.warm:
@@ -214,7 +239,7 @@ class MLA(nn.Module):
         return attend(*self._expand(nope, rope, latent), self.scale, mask, causal)
 
     def _expand(self, nope: Tensor, rope: Tensor, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys [B, T or L, H, nope + rope], values [B, L, H, value]."""
+        """Forms queries and keys [B, T or L, H, nope + rope] and values [B, L, H, value]."""
         c = self.config
         latent, key = latent.split([c.kv_lora_rank, c.rope_dim], dim=-1)
         up = self.kv_b_proj(latent).unflatten(-1, (c.heads, -1))  # [B, L, H, nope + value]
@@ -231,7 +256,7 @@ class MLA(nn.Module):
     def _absorb(
         self, nope: Tensor, rope: Tensor
     ) -> tuple[Float[Tensor, "B T H R"], Float[Tensor, "H Q C"]]:
-        """Queries that meet the latents themselves, and what makes values of a sum of latents."""
+        """Returns queries that multiply the latents, and what maps a sum of latents to values."""
         c = self.config
         key_up, value_up = (
             self._up_weight().unflatten(0, (c.heads, -1)).split([c.nope_dim, c.value_dim], dim=1)
@@ -242,7 +267,7 @@ class MLA(nn.Module):
         return torch.einsum("bthr,hvr->bthv", summed[..., : self.config.kv_lora_rank], value_up)
 
     def _up_weight(self) -> Float[Tensor, "HQ R"]:
-        """kv_b_proj as a matrix, also where something that is not a Linear stands in its place (LoRA, quantised)."""
+        """Returns kv_b_proj as a matrix, even if it is no Linear (LoRA, quantised)."""
         if type(self.kv_b_proj) is nn.Linear:
             return self.kv_b_proj.weight
         weight = self.o_proj.weight
@@ -252,11 +277,17 @@ class MLA(nn.Module):
 
 
 class GQA(nn.Module):
-    """Grouped-query attention over q_proj, k_proj, v_proj, o_proj; every head's whole width is rotated."""
+    """Grouped-query attention; the whole width of every head is rotated.
+
+    The projections are q_proj, k_proj, v_proj and o_proj.
+    """
 
     def __init__(self, config: GQAConfig, dim: int, rope: RopeConfig, inner: Any = None):
-        """`inner` attends in our place (NSA, MoBA): inner(q, k, v, hidden=, ctx=, scale=, cache=, tables=, last=),
-        [B, T, H, Q] or of the `last` token alone."""
+        """Builds the projections. `inner` replaces the attention itself (NSA, MoBA).
+
+        It is called as inner(query, key, value, hidden, ctx, scale) and returns [B, T, H, Q], or
+        the last token alone.
+        """
         super().__init__()
         if inner is not None:
             config.check_inner()
@@ -275,7 +306,10 @@ class GQA(nn.Module):
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> GQACache:
-        """Room for `capacity` tokens' keys and values; allocated at the first token."""
+        """Returns an empty cache for keys and values of `capacity` tokens.
+
+        Memory is allocated at the first token.
+        """
         inner = (
             self.inner.new_cache(batch, capacity, dtype, device)
             if hasattr(self.inner, "new_cache")
@@ -288,9 +322,11 @@ class GQA(nn.Module):
         hidden: Float[Tensor, "B T D"],
         ctx: Context,
     ) -> tuple[Float[Tensor, "B T2 D"], None]:
-        """The output of the new tokens, or with `ctx.last_only` of the last; there is no indexer that could learn.
+        """Returns the output of the new tokens, and None in place of a Lesson.
 
-        With a cache the new tokens are appended to it."""
+        With `ctx.last_only` only the last token has an output. GQA has no indexer to train. With a
+        cache the new tokens are appended to it.
+        """
         query, key, value = self._project(hidden, ctx)
         if ctx.cache is not None:
             cache = ctx.cache.attention
@@ -327,7 +363,8 @@ class GQA(nn.Module):
         else:
             near = ctx.positions[:, :, None] - ctx.key_positions[:, None, :] < window
             mask, causal = near[:, None] & ctx.visible(), False
-            if ctx.key_present is None:  # nothing further back is near
+            # Without padding, the keys before `span` are outside every query's window.
+            if ctx.key_present is None:
                 span = window + time - 1
                 key, value, mask = key[:, -span:], value[:, -span:], mask[..., -span:]
         if self.sink_bias is not None:
@@ -337,14 +374,16 @@ class GQA(nn.Module):
     def _attend_with_sink(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """One more key, whose logit is the head's sink and whose value is zero, through one more width in which
-        every query is 1, every real key 0 and the sink's key what gives the logit."""
+        """Attends with one extra key per head: its logit is the head's sink, its value zero.
+
+        Queries and keys get one extra width: it is 1 in every query, 0 in every real key, and in
+        the sink's key the number that gives the logit.
+        """
         assert self.sink_bias is not None
         heads = query.shape[2]
         key, value = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (key, value))
-        sink = F.pad(
-            (self.sink_bias / self.scale).to(key.dtype)[:, None], (key.shape[-1], 0)
-        )  # [H, P + 1]
+        # [H, P + 1]
+        sink = F.pad((self.sink_bias / self.scale).to(key.dtype)[:, None], (key.shape[-1], 0))
         key = torch.cat([sink.expand(key.shape[0], 1, -1, -1), F.pad(key, (0, 1))], dim=1)
         if mask is not None:
             mask = F.pad(mask, (1, 0), value=True)

@@ -1,18 +1,18 @@
-"""Routing -> losses that spread tokens evenly, and the bias that does it without one.
+"""Losses that spread tokens evenly over the experts, and the bias that does it without a loss.
 
-Of one sequence of T tokens, E experts, K chosen, s the scores:
+For one sequence of T tokens, E experts, K selected, s the scores:
 
-    f_i = E / (K T) * tokens that took i                 P_i = mean over t of s_i / sum_j s_j
-    sequence       a * sum_i f_i P_i                                                       V3, 1e-4
-    expert         the same, s as they are (softmax)                                       V1 and V2, 1e-3 to 1e-2
-    device         a * sum_d mean(f_i of d) * sum(P_i of d)                                V2, 0.05
-    communication  a * sum_d D / (M T) * tokens sent to d * sum(P_i of d)                  V2, 0.02
-    z_loss         a * mean over tokens of logsumexp(logits)^2                             ST-MoE, 1e-3
-    bias_i        <- bias_i + rate * sign(mean(counts) - counts_i)                         once a step, no gradient
+    f_i = E / (K T) * tokens that took i        P_i = mean over t of s_i / sum_j s_j
+    sequence       a * sum_i f_i P_i                                        V3, 1e-4
+    expert         the same, s as they are (softmax)                        V1 and V2, 1e-3 to 1e-2
+    device         a * sum_d mean(f_i of d) * sum(P_i of d)                 V2, 0.05
+    communication  a * sum_d D / (M T) * tokens sent to d * sum(P_i of d)   V2, 0.02
+    z_loss         a * mean over tokens of logsumexp(logits)^2              ST-MoE, 1e-3
+    bias_i        <- bias_i + rate * sign(mean(counts) - counts_i)          once a step, no gradient
 
-A loss is the mean over sequences, and exactly its coefficient when routing is uniform; the gradient flows through P.
-Padding takes no part in any. DeepSeekMoE arXiv:2401.06066, V2 2405.04434, V3 2412.19437; the bias: 2408.15664;
-ST-MoE: 2202.08906.
+A loss is the mean over sequences, and exactly its coefficient when routing is uniform; the gradient
+flows through P. Padding is left out of all of them. DeepSeekMoE arXiv:2401.06066, V2 2405.04434, V3
+2412.19437; the bias: 2408.15664; ST-MoE: 2202.08906.
 """
 
 import torch
@@ -24,9 +24,9 @@ from rorqual.model_config import BalanceConfig as BalanceConfig
 
 
 def losses(routing: Routing, config: BalanceConfig, active: int) -> dict[str, Float[Tensor, ""]]:
-    """Every loss with a coefficient, multiplied by it, by the name of its field; `active` is K.
+    """Computes every loss with a coefficient, multiplied by it, by the name of its field.
 
-    Where token ids choose the experts, only the z-loss is left.
+    `active` is K. If token ids select the experts, only the z-loss is left.
     """
     found = {}
     if not routing.fixed and (
@@ -58,7 +58,7 @@ def losses(routing: Routing, config: BalanceConfig, active: int) -> dict[str, Fl
 def z_loss(
     logits: Float[Tensor, "B T E"], present: Bool[Tensor, "B T"] | None = None
 ) -> Float[Tensor, ""]:
-    """Mean over present tokens of logsumexp(logits)^2: keeps router logits small."""
+    """Averages logsumexp(logits)^2 over valid tokens; this keeps router logits small."""
     squared = logits.logsumexp(-1).square()
     return (
         squared.mean()
@@ -69,15 +69,21 @@ def z_loss(
 
 @torch.no_grad()
 def update_bias(bias: Float[Tensor, " E"] | None, counts: Num[Tensor, " E"], rate: float) -> None:
-    """bias_i += rate * sign(mean(counts) - counts_i), in place; `counts` are those of a whole optimizer step, all
-    micro-batches and ranks added. A router without a bias (None) is left as it is."""
+    """Computes bias_i += rate * sign(mean(counts) - counts_i), in place.
+
+    `counts` are those of a whole optimizer step, summed over all micro-batches and ranks. A router
+    without a bias (None) is left unchanged.
+    """
     if bias is not None:
         load = counts.to(bias.device, torch.float64)
         bias += rate * (load.mean() - load).sign().to(bias.dtype)
 
 
 def max_violation(counts: Num[Tensor, " E"]) -> float:
-    """MaxVio = max(counts) / mean(counts) - 1: 0 when balanced (or empty), E/K - 1 when all tokens take the same K."""
+    """Computes MaxVio = max(counts) / mean(counts) - 1.
+
+    It is 0 when balanced (or empty), and E/K - 1 when all tokens take the same K.
+    """
     load = counts.double()
     return float(load.max() / load.mean()) - 1 if load.sum() else 0.0
 
@@ -94,20 +100,20 @@ def _per_token(summed: Tensor, routing: Routing) -> Float[Tensor, "B X"]:
 
 
 def _over_time(values: Float[Tensor, "B T E"], routing: Routing) -> Float[Tensor, "B E"]:
-    """Mean over present tokens."""
+    """Averages over valid tokens."""
     kept = values if routing.present is None else values * routing.present[..., None]
     return _per_token(kept.sum(1), routing)
 
 
 def _mean(values: Float[Tensor, " B"], routing: Routing) -> Float[Tensor, ""]:
-    """Mean over the sequences that hold a token."""
+    """Averages over the sequences that hold a valid token."""
     if routing.present is None:
         return values.mean() if routing.scores.shape[1] else values.sum()
     return values.sum() / routing.present.any(1).sum().clamp_min(1)
 
 
 def _load(routing: Routing, active: int) -> Float[Tensor, "B E"]:
-    """f: 1 for every expert when routing is uniform."""
+    """Computes f, which is 1 for every expert when routing is uniform."""
     experts = routing.scores.shape[-1]
     taken = routing.taken().flatten(1).to(routing.scores.dtype)
     counts = taken.new_zeros(len(taken), experts).scatter_add_(1, routing.chosen.flatten(1), taken)
@@ -115,7 +121,7 @@ def _load(routing: Routing, active: int) -> Float[Tensor, "B E"]:
 
 
 def _sent(routing: Routing, devices: int) -> Float[Tensor, "B devices"]:
-    """Share of a sequence's tokens with at least one expert on each device."""
+    """Computes the share of a sequence's tokens with at least one expert on each device."""
     place = routing.chosen // (routing.scores.shape[-1] // devices)  # [B, T, K]
     taken = routing.taken().to(routing.scores.dtype)
     on = taken.new_zeros(*place.shape[:2], devices).scatter_reduce(-1, place, taken, "amax")

@@ -1,9 +1,10 @@
-"""Tensors in -> the same tensors normed, rotated, gated or scored out: what has no paper of its own.
+"""Basic functions and modules: norms, rotary positions, SwiGLU, cross-entropy and top-k indices.
 
-rms_norm(x)    = x / sqrt(mean(x^2) + eps) * weight                      float32 inside
+rms_norm(x)    = x / sqrt(mean(x^2) + eps) * weight                 float32 inside
 swiglu(x)      = W_down (silu(W_gate x) * W_up x)
-rotate(x)      = (a cos - b sin, a sin + b cos) for each pair (a, b)     rotary positions, arXiv:2104.09864
-YaRN           = rotary frequencies stretched where they are slow        arXiv:2309.00071
+rotate(x)      = (a cos - b sin, a sin + b cos) for each pair (a, b)
+                 rotary positions, arXiv:2104.09864
+YaRN           = rotary frequencies stretched where they are slow   arXiv:2309.00071
 chunked_cross_entropy = cross-entropy of hidden @ weight.T, never holding all logits
 """
 
@@ -19,13 +20,13 @@ from rorqual.model_config import RopeConfig as RopeConfig
 from rorqual.model_config import YarnConfig as YarnConfig
 from rorqual.model_config import longest_context as longest_context
 
-LOGITS = 1 << 22  # 16 MiB of them in float32
+LOGITS = 1 << 22  # per chunk; 16 MiB in float32
 
 
 def rms_norm(
     x: Float[Tensor, "*B D"], weight: Float[Tensor, " D"] | None, eps: float
 ) -> Float[Tensor, "*B D"]:
-    """x / sqrt(mean(x^2) + eps) * weight, in float32, returned in the dtype of x."""
+    """Computes x / sqrt(mean(x^2) + eps) * weight in float32 and returns it in the dtype of x."""
     if weight is None:
         return F.rms_norm(_wide(x), x.shape[-1:], None, eps).to(x.dtype)
     if not torch.is_grad_enabled():
@@ -34,13 +35,16 @@ def rms_norm(
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x scale weight, and scale."""
+    """Returns x * scale * weight, and scale = 1 / sqrt(mean(x^2) + eps)."""
     scale = torch.linalg.vecdot(x, x).unsqueeze(-1).div_(x.shape[-1]).add_(eps).rsqrt_()
     return (x * scale).mul_(weight), scale
 
 
 class _RMSNorm(torch.autograd.Function):
-    """What torch forms of seven operations forward and a dozen backward. Once differentiable."""
+    """RMS norm with an explicit backward. Once differentiable.
+
+    Autograd would record seven operations forward and a dozen backward.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -51,7 +55,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        """With n = x scale: dL/dn = g w, dL/dx = scale (dL/dn - n mean(dL/dn n)), dL/dw = sum g n."""
+        """Computes the gradients of x and weight.
+
+        With n = x scale: dL/dn = g w, dL/dx = scale (dL/dn - n mean(dL/dn n)), dL/dw = sum g n.
+        """
         x, weight, scale = ctx.saved_tensors
         normed = x * scale
         along = grads[0] * normed
@@ -61,7 +68,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _wide(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if it came so."""
+    """Converts x to float32; float64 stays float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -78,7 +85,7 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """W_down (silu(W_gate x) * W_up x), without biases: dim -> width -> dim."""
+    """Computes W_down (silu(W_gate x) * W_up x), without biases: dim -> width -> dim."""
 
     def __init__(self, dim: int, width: int):
         super().__init__()
@@ -91,12 +98,12 @@ class SwiGLU(nn.Module):
 
 
 def _mscale(factor: float, weight: float) -> float:
-    """0.1 weight ln(factor) + 1: how much more sharply attention must look over a longer context."""
+    """Computes YaRN's attention factor, 0.1 weight ln(factor) + 1; 1 if factor <= 1."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _ramp_ends(yarn: YarnConfig, base: float, dim: int) -> tuple[float, float]:
-    """The pairs between which YaRN goes from the old frequencies to the slowed ones."""
+    """Returns the pairs between which YaRN goes from the original to the slowed frequencies."""
 
     def pair(turns: float) -> float:
         return dim * math.log(yarn.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
@@ -109,9 +116,13 @@ def _ramp_ends(yarn: YarnConfig, base: float, dim: int) -> tuple[float, float]:
 
 
 def rope_frequencies(config: RopeConfig, dim: int) -> Float[Tensor, " F"]:
-    """Radians a token of each of the dim/2 pairs: f_i = base^(-2i/dim), and with YaRN f (1 - ramp) + f/s ramp,
+    """Computes the rotary frequencies of the dim/2 pairs, in radians a token.
 
-    ramp(i) = clamp((i - low) / (high - low), 0, 1). ValueError if dim is odd."""
+        f_i = base^(-2i/dim), and with YaRN f (1 - ramp) + f/s ramp,
+        ramp(i) = clamp((i - low) / (high - low), 0, 1)
+
+    ValueError if dim is odd.
+    """
     if dim % 2:
         raise ValueError(f"got a rotary width of {dim}, expected an even one")
     frequencies = 1.0 / config.base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
@@ -125,7 +136,10 @@ def rope_frequencies(config: RopeConfig, dim: int) -> Float[Tensor, " F"]:
 def rope_tables(
     config: RopeConfig, dim: int, positions: Int[Tensor, "B T"]
 ) -> tuple[Float[Tensor, "B T F"], Float[Tensor, "B T F"]]:
-    """cos and sin of position * frequency in float32, times YaRN's mscale(s, mscale) / mscale(s, mscale_all_dim)."""
+    """Computes cos and sin of position * frequency in float32.
+
+    With YaRN both are multiplied by mscale(s, mscale) / mscale(s, mscale_all_dim).
+    """
     angles = positions.unsqueeze(-1).float() * rope_frequencies(config, dim).to(positions.device)
     if config.yarn is None:
         return angles.cos(), angles.sin()
@@ -140,15 +154,18 @@ def rotate(
     sin: Float[Tensor, "B T F"],
     interleaved: bool,
 ) -> Float[Tensor, "B T *H P"]:
-    """Each pair (a, b) of the last axis to (a cos - b sin, a sin + b cos), P = 2 F; heads may lie between T and P."""
+    """Maps each pair (a, b) of the last axis to (a cos - b sin, a sin + b cos), P = 2 F.
+
+    Heads may lie between T and P.
+    """
     shape = (*cos.shape[:2], *(1,) * (x.dim() - 3), cos.shape[-1])
     cos, sin = cos.view(shape), sin.view(shape)
-    alone = x.requires_grad and x.numel() == x.shape[-1]  # its gradient may begin at an odd place
-    if (
-        interleaved and cos.dtype == x.dtype and not (alone or torch.compiler.is_compiling())
-    ):  # pairs are complex
+    # The gradient of a single vector may start at an odd storage offset.
+    alone = x.requires_grad and x.numel() == x.shape[-1]
+    # Interleaved pairs are rotated as complex numbers, which must start at an even storage offset.
+    if interleaved and cos.dtype == x.dtype and not (alone or torch.compiler.is_compiling()):
         x = x.contiguous()
-        x = x.clone() if x.storage_offset() % 2 else x  # a complex number starts at an even place
+        x = x.clone() if x.storage_offset() % 2 else x
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
@@ -159,14 +176,17 @@ def rotate(
 
 
 def softmax_factor(config: RopeConfig) -> float:
-    """What YaRN multiplies the softmax scale by: mscale(s, mscale_all_dim)^2 (1.8739 for DeepSeek-V3), else 1."""
+    """Returns YaRN's factor on the softmax scale.
+
+    It is mscale(s, mscale_all_dim)^2 (1.8739 for DeepSeek-V3), or 1 without YaRN.
+    """
     return (
         1.0 if config.yarn is None else _mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
     )
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Chunk by chunk; where a gradient is wanted, it is formed beside the loss, from the same logits."""
+    """Computes the loss chunk by chunk, and its gradient, if needed, from the same logits."""
 
     @staticmethod
     def forward(
@@ -185,7 +205,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += F.nll_loss(log, targets, ignore_index=-100, reduction="sum")
             if wants_hidden or wants_weight:
                 kept, places = (targets != -100)[:, None], targets.clamp_min(0)[:, None]
-                error = log.exp_()  # softmax - onehot; rows without a target are left out below
+                # softmax - onehot; tokens without a target are masked by `kept` below
+                error = log.exp_()
                 error = error.scatter_add_(1, places, error.new_full(places.shape, -1.0)).to(
                     hidden.dtype
                 )
@@ -206,7 +227,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, where it can be without a pass of its own."""
+    """Adds left @ right to total, in one fused operation if the dtypes agree."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
@@ -219,25 +240,25 @@ def chunked_cross_entropy(
     labels: Int[Tensor, " N"],
     chunk: int | None = None,
 ) -> Float[Tensor, ""]:
-    """Sum over rows of -log softmax(hidden @ weight.T)[label] in nats, rows with label -100 left out.
+    """Sums -log softmax(hidden @ weight.T)[label] over the tokens, in nats; label -100 is left out.
 
-    At most `chunk` rows of logits exist at a time. The product is taken in the dtype of its operands, all that
-    follows in float32. Once differentiable.
+    At most `chunk` tokens' logits exist at a time. The product is taken in the dtype of its
+    operands, all that follows in float32. Once differentiable.
     """
-    if (
-        chunk is None
-    ):  # on a CPU what stays in its caches; a chunk costs one pass over the weight's gradient
+    if chunk is None:
+        # A CPU's chunk fits its caches; each chunk costs one pass over the weight's gradient.
         chunk = min(max(LOGITS // len(weight), 256), 2048) if weight.device.type == "cpu" else 2048
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, torch.is_grad_enabled())
 
 
 def largest(scores: Float[Tensor, "*B L"], count: int) -> Int[Tensor, "*B K"]:
-    """Indices of the `count` largest float32 scores of each row, in no order, of equal ones the last.
+    """Returns the indices of the `count` largest float32 scores along the last axis, in no order.
 
-    topk leaves ties open, and then one call over all tokens and many over a cache choose differently; here the index
-    stands in the low half of what is compared, under the score's bits in an order in which integers compare as floats.
+    Of equal scores the last is taken. topk leaves ties open, so one call over all tokens and many
+    calls over a cache could select differently. Here the index stands in the low half of the
+    compared integers, under the bits of the score, reordered so that integers compare as floats.
     """
-    bits = (scores + 0.0).view(torch.int32)  # -0 becomes 0
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0 into 0
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
     ordered = ordered | torch.arange(scores.shape[-1], device=scores.device)
     return ordered.topk(min(count, scores.shape[-1]), dim=-1, sorted=False).values & 0xFFFFFFFF

@@ -1,13 +1,13 @@
-"""New tokens of a call in -> what a layer remembers of all calls out.
+"""Containers for the state that layers keep between calls.
 
-Containers only; what is kept in them is each layer's business. Every container knows three verbs:
+Each layer decides what it stores in them. Every container has three methods:
 
-    select(index)   keep these rows, in this order (beams, finished requests)
-    crop(k)         forget the last k tokens (rejected drafts)
-    reset()         forget everything, keep the memory
+    select(index)   keeps these sequences of the batch, in this order (beams, finished requests)
+    crop(k)         removes the last k tokens (rejected drafts)
+    reset()         removes all tokens and keeps the memory
 
-Nothing here carries gradients: a cache is for inference, and what an `append` or `extend` returns is valid
-until the next call of the same container.
+Nothing here carries gradients: a cache is for inference. What an `append` or `extend` returns is
+valid until the next call of the same container.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 class State(Protocol):
-    """What every container can do."""
+    """The methods of every container."""
 
     def select(self, index: Tensor) -> None: ...
     def crop(self, count: int) -> None: ...
@@ -29,9 +29,10 @@ class State(Protocol):
 
 
 class Appended:
-    """Everything since the start, in one preallocated buffer [B, capacity, ...] that doubles when it is full.
+    """Stores all tokens since the start in a buffer [B, capacity, ...].
 
-    `capacity` is the number of tokens to make room for at the first append; `.length` the number held.
+    The buffer is preallocated and doubles when it is full. `capacity` is the number of tokens
+    allocated at the first append; `.length` is the number stored.
     """
 
     def __init__(self, capacity: int = 0):
@@ -40,7 +41,10 @@ class Appended:
         self.buffer: Tensor | None = None
 
     def append(self, new: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "B L ..."]:
-        """Put `new` behind what is held; returns all of it, a view. ValueError if the batch has changed."""
+        """Appends `new` and returns all stored tokens as a view.
+
+        ValueError if the batch size has changed.
+        """
         new, batch, stop = new.detach(), new.shape[0], self.length + new.shape[1]
         if self.length and self.buffer is not None and self.buffer.shape[0] != batch:
             raise ValueError(
@@ -54,8 +58,11 @@ class Appended:
         return self.buffer[:, :stop]
 
     def claim(self, count: int) -> tuple[Shaped[Tensor, "B L ..."], int]:
-        """The buffer and the column from which the caller must write `count` tokens into it. ValueError where nothing
-        has been appended, so that neither width nor batch is known."""
+        """Reserves `count` tokens and returns the buffer and the first reserved column.
+
+        The caller must write them from that column on. ValueError if nothing has been appended, so
+        that neither the width nor the batch size is known.
+        """
         if self.buffer is None or not self.length:
             raise ValueError(
                 "claim: got an empty cache, expected one that holds a token: append the first"
@@ -75,7 +82,10 @@ class Appended:
         self.buffer = buffer
 
     def select(self, index: Int[Tensor, " B"]) -> None:
-        """Keep the rows `index`, in that order. An empty buffer may still have the rows of a batch before `reset`."""
+        """Keeps the sequences `index`, in that order.
+
+        An empty buffer may still have the batch size from before `reset`.
+        """
         if self.buffer is not None and self.length:
             kept = self.buffer[:, : self.length].index_select(0, index)
             if len(index) != self.buffer.shape[0]:
@@ -83,25 +93,25 @@ class Appended:
             self.buffer[:, : self.length] = kept
 
     def crop(self, count: int) -> None:
-        """Forget the last `count` tokens. ValueError if fewer are held."""
+        """Removes the last `count` tokens. ValueError if fewer are stored."""
         if not 0 <= count <= self.length:
             raise ValueError(f"got {count} tokens to forget, expected 0 to the {self.length} held")
         self.length -= count
 
     def reset(self) -> None:
-        """Forget everything; the buffer stays for the next sequence."""
+        """Removes all tokens; the buffer stays allocated for the next sequence."""
         self.length = 0
 
 
 class Recent:
-    """The last `count` tokens, and up to `slack` more so that `crop` can go back that far.
+    """Stores the last `count` tokens, and up to `slack` more so that `crop` can go back that far.
 
-    Where nothing came before, `fill` stands.
+    Columns before the first token hold `fill`.
     """
 
     length: int  # tokens seen
-    known: int  # of those, the last that are still held
-    end: int  # where the next goes
+    known: int  # of those, the latest ones that are still stored
+    end: int  # column of the next token
 
     def __init__(self, count: int, slack: int = 64, fill: int | float = 0):
         self.count, self.slack, self.fill = count, slack, fill
@@ -109,7 +119,7 @@ class Recent:
         self.reset()
 
     def extend(self, new: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "B L ..."]:
-        """Put `new` behind what is held; returns the `count` tokens before it and `new` itself, L = count + T."""
+        """Appends `new`; returns the `count` tokens before it and `new` itself, L = count + T."""
         new, time, keep = new.detach(), new.shape[1], self.count + self.slack
         if (claimed := self.claim(new)) is not None:
             buffer, at = claimed
@@ -123,9 +133,10 @@ class Recent:
         return result
 
     def claim(self, new: Shaped[Tensor, "B T ..."]) -> tuple[Tensor, int] | None:
-        """The buffer [B, L, ...] and the column from which the caller must write `new` into it.
+        """Reserves columns for `new`; returns the buffer [B, L, ...] and the first of them.
 
-        None, and nothing is claimed, where the buffer is too short: `extend` then. ValueError if the batch has changed.
+        The caller must write `new` there. Returns None, and reserves nothing, if the buffer is too
+        short; call `extend` then. ValueError if the batch size has changed.
         """
         (batch, time), keep, buffer = new.shape[:2], self.count + self.slack, self.buffer
         if buffer is None or (self.length == 0 and len(buffer) != batch):
@@ -152,26 +163,33 @@ class Recent:
         self.end = keep
 
     def select(self, index: Int[Tensor, " B"]) -> None:
-        """Keep the rows `index`, in that order."""
+        """Keeps the sequences `index`, in that order."""
         if self.buffer is not None and self.length:
             self.buffer = self.buffer.index_select(0, index)
 
     @property
     def spare(self) -> int:
-        """How many of the last tokens can be forgotten so that what came before the next one is still held."""
+        """How many tokens `crop` can remove while those before the next one stay stored."""
         return self.length if self.known == self.length else self.known - self.count
 
     def hold(self, slack: int) -> None:
-        """Hold `slack` tokens more than are read, so that `crop` can go back that far. For an empty container."""
+        """Stores `slack` tokens more than are read, so that `crop` can go back that far.
+
+        The container must be empty.
+        """
         if self.length:
             raise ValueError(
-                f"hold: got a container of {self.length} tokens, expected an empty one: reset it first"
+                f"hold: got a container of {self.length} tokens, "
+                "expected an empty one: reset it first"
             )
         self.slack, self.buffer = slack, None
         self.reset()
 
     def crop(self, count: int) -> None:
-        """Forget the last `count` tokens, `spare` at most, or all. ValueError where what came before is not held."""
+        """Removes the last `count` tokens, at most `spare` of them, or all.
+
+        ValueError if the tokens before them are no longer stored.
+        """
         if count == self.length:
             self.reset()
             return
@@ -195,7 +213,7 @@ class Recent:
         self.end += room
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Removes all tokens."""
         self.length = self.known = 0
         self.end = self.count + self.slack
         if self.buffer is not None:
@@ -203,7 +221,10 @@ class Recent:
 
 
 class Past:
-    """How many tokens a model has cached, and, where any call named them, their documents and which are present."""
+    """Counts the cached tokens of a model and stores their documents and validity.
+
+    Both are stored only if some call has given them.
+    """
 
     def __init__(self, capacity: int = 0):
         self.length = 0
@@ -211,7 +232,7 @@ class Past:
 
     @property
     def named(self) -> bool:
-        """Whether any call has named documents or padding."""
+        """Whether any call has given documents or padding."""
         return bool(self.documents.length or self.present.length)
 
     def append(
@@ -221,10 +242,11 @@ class Past:
         documents: Int[Tensor, "B T"] | None,
         present: Bool[Tensor, "B T"] | None,
     ) -> tuple[Int[Tensor, "B L"] | None, Bool[Tensor, "B L"] | None]:
-        """The documents and presence of all tokens, cached and new; None where no call has named them.
+        """Appends new tokens and returns the documents and validity of all tokens, cached and new.
 
-        New tokens without documents go on with the last document of their row; without `present` they are present.
-        Tokens cached before the first call that names documents belong to document 0.
+        Both are None if no call has given them. New tokens without `documents` continue the last
+        document of their sequence; without `present` they are valid. Tokens cached before the first
+        call that gives documents belong to document 0.
         """
         if documents is None and self.documents.length:
             assert self.documents.buffer is not None
@@ -249,12 +271,12 @@ class Past:
         return kept.append(new)
 
     def select(self, index: Int[Tensor, " B"]) -> None:
-        """Keep the rows `index`, in that order."""
+        """Keeps the sequences `index`, in that order."""
         self.documents.select(index)
         self.present.select(index)
 
     def crop(self, count: int) -> None:
-        """Forget the last `count` tokens."""
+        """Removes the last `count` tokens."""
         if not 0 <= count <= self.length:
             raise ValueError(f"got {count} tokens to forget, expected 0 to the {self.length} held")
         self.length -= count
@@ -262,66 +284,75 @@ class Past:
             kept.crop(min(count, kept.length))
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Removes all tokens."""
         self.length = 0
         self.documents.reset()
         self.present.reset()
 
 
 class Bundle:
-    """Several containers as the fields of a dataclass, which says what is kept.
+    """Groups several containers as the fields of a dataclass.
 
-    A field is a container, None, or a tuple of those. What is done to the bundle is done to all of them.
+    A field is a container, None, or a tuple of those. Each method applies to all of them.
     """
 
     @property
     def parts(self) -> dict[str, Any]:
-        """The fields by their names."""
+        """The fields by name."""
         return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}  # type: ignore[arg-type]
 
     def states(self) -> list[Any]:
-        """The containers, of tuples, too."""
+        """Returns the containers, including those in tuples."""
         found: list[Any] = []
         for part in self.parts.values():
             found += part if isinstance(part, tuple) else [part]
         return [part for part in found if part is not None]
 
     def select(self, index: Int[Tensor, " B"]) -> None:
-        """Keep the rows `index` in every part."""
+        """Keeps the sequences `index` in every part."""
         for state in self.states():
             state.select(index)
 
     @property
     def recent(self) -> list[Recent]:
-        """The containers, of bundles in this one, too, that do not hold everything."""
+        """The containers that do not store all tokens, including those of nested bundles."""
         held = [state for state in self.states() if isinstance(state, Recent)]
         return held + [
             one for state in self.states() if isinstance(state, Bundle) for one in state.recent
         ]
 
     def hold(self, slack: int) -> None:
-        """Every part holds so much that `crop` can go back `slack` tokens (64 otherwise). For empty containers."""
+        """Lets `crop` go back `slack` tokens in every part; the default is 64.
+
+        The containers must be empty.
+        """
         for part in self.recent:
             part.hold(slack)
 
     def crop(self, count: int) -> None:
-        """Forget the last `count` tokens in every part. ValueError, and nothing is forgotten, where one cannot."""
+        """Removes the last `count` tokens in every part.
+
+        ValueError, with nothing removed, if a part cannot go back that far.
+        """
         for held in self.recent:
             if held.spare < count < held.length:
-                got = f"got {count} tokens to forget, expected 0 to {held.spare}, or all {held.length}"
+                got = (
+                    f"got {count} tokens to forget, "
+                    f"expected 0 to {held.spare}, or all {held.length}"
+                )
                 raise ValueError(f"{got}: hold({count}) an empty cache, and it can go back as far")
         for state in self.states():
             state.crop(count)
 
     def reset(self) -> None:
-        """Forget everything in every part."""
+        """Removes all tokens in every part."""
         for state in self.states():
             state.reset()
 
 
 @dataclass(eq=False)
 class BlockCache(Bundle):
-    """What a block keeps between calls."""
+    """The cache of one block."""
 
     attention: Any  # MLACache or GQACache
     engram: Recent | None = None
@@ -329,7 +360,7 @@ class BlockCache(Bundle):
 
 @dataclass(eq=False)
 class DraftCache(BlockCache):
-    """What a depth of MTP keeps, which is called by itself."""
+    """The cache of one MTP depth, which counts its own tokens."""
 
     past: Past = field(kw_only=True)
 
@@ -340,10 +371,11 @@ class _All(Bundle):
 
 
 class Cache:
-    """What a model keeps between calls: a bundle a block, who stands where, the last ids, and MTP's own.
+    """The cache of a model: a bundle per block, past tokens, last ids, and the caches of MTP.
 
-    select(index) keeps or reorders rows of the batch, crop(k) forgets the last k tokens, reset() forgets all.
-    A draft's bundle has a `past` of its own: every depth of MTP is called by itself.
+    select(index) keeps or reorders the sequences of the batch, crop(k) removes the last k tokens,
+    and reset() removes all. A draft's bundle has a `past` of its own, because every depth of MTP is
+    called separately.
     """
 
     def __init__(
@@ -354,7 +386,7 @@ class Cache:
 
     @property
     def length(self) -> int:
-        """Tokens seen."""
+        """Number of tokens seen."""
         return self.past.length
 
     def select(self, index: Int[Tensor, " B2"]) -> None:
@@ -362,7 +394,7 @@ class Cache:
         self._ahead.select(index)
 
     def crop(self, k: int) -> None:
-        """Forget the last k tokens; drafts that went further are forgotten as far."""
+        """Removes the last k tokens; drafts that are longer are cropped to the same length."""
         if not 0 <= k <= self.length:
             raise ValueError(f"crop: got {k}, expected 0..{self.length}, the tokens cached")
         self._model.crop(k)
@@ -370,13 +402,16 @@ class Cache:
             draft.crop(max(0, draft.past.length - self.length))
 
     def hold(self, k: int) -> None:
-        """Let `crop` go back k tokens; without this 64. For an empty cache: it costs k tokens of Engram's values."""
+        """Lets `crop` go back k tokens; the default is 64. The cache must be empty.
+
+        It costs the memory of k tokens of Engram's values.
+        """
         if k < 0:
             raise ValueError(f"hold: got {k}, expected at least 0 tokens")
         self._model.hold(k)
 
     def crop_drafts(self, k: int) -> None:
-        """Every depth of MTP forgets the last k tokens: what it was told of them was itself a draft."""
+        """Removes the last k tokens of every MTP depth, because their input was itself a draft."""
         self._ahead.crop(k)
 
     def reset(self) -> None:

@@ -1,13 +1,14 @@
-"""What a forward pass knows beside the hidden states, built once and read by every layer.
+"""Holds the facts of a forward pass, besides the hidden states, that layers read.
 
-    positions, documents, present    where each new token stands in its row
-    key_..., mask                    the same of all keys, cached ones first, and which of them a query sees
-    cos, sin                         the rotations of the new tokens
-    ids, live, rows                  the token ids, where Engram recalls nothing, this block's rows of its table
-    cache                            what this block keeps between calls
-    warm, last_only                  whether DSA's indexers warm up; whether the last position alone is wanted
+    positions, documents, present    position, document and validity of each new token
+    key_..., mask                    the same for all keys, cached ones first; keys each query sees
+    cos, sin                         rotary tables of the new tokens
+    ids, live, rows                  token ids, where Engram looks rows up, the block's table rows
+    cache                            the block's cache between calls
+    warm, last_only                  DSA's indexer warm-up; whether only the last position is needed
 
-Layers take `(x, ctx)`. What a new layer must know is a new field here, not a parameter of every function on the way.
+A context is built once per call, and layers take `(x, ctx)`. A fact that a new layer needs is a new
+field here, not a parameter of every function on the way.
 """
 
 from dataclasses import dataclass, replace
@@ -24,13 +25,14 @@ from rorqual.model_config import RopeConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """Where the T new tokens of a call stand, the L = past + T keys that they may look at, and what layers keep.
+    """Describes the T new tokens of a call, the L = past + T keys, and the block's cache.
 
-    `documents` None means one document a row, `present` None that nothing is padding, and `mask` None that query t
-    sees the cached keys and the new ones up to t. The `key_` fields are the same for all L keys.
+    If `documents` is None, each sequence is one document. If `present` is None, no token is
+    padding. If `mask` is None, query t sees the cached keys and the new ones up to t. The `key_`
+    fields are the same for all L keys.
     """
 
-    positions: Int[Tensor, "B T"]  # within its document, padding not counted
+    positions: Int[Tensor, "B T"]  # within the document, padding not counted
     documents: Int[Tensor, "B T"] | None = None
     present: Bool[Tensor, "B T"] | None = None
     mask: Bool[Tensor, "B 1 T L"] | None = None
@@ -38,36 +40,37 @@ class Context:
     key_documents: Int[Tensor, "B L"] | None = None
     key_present: Bool[Tensor, "B L"] | None = None
     past: int = 0  # tokens cached before this call
-    lead: Int[Tensor, " B"] | None = (
-        None  # behind a cache: padding before each row's first token, if none is elsewhere
-    )
+    # With a cache: the left padding of each sequence, if there is no padding elsewhere.
+    lead: Int[Tensor, " B"] | None = None
     cos: Float[Tensor, "B T F"] | None = None
     sin: Float[Tensor, "B T F"] | None = None
     ids: Int[Tensor, "B T"] | None = None
-    live: Bool[Tensor, "B T"] | None = None  # False where nothing is recalled
-    rows: Any = None  # of the block's Engram: `rows.wait()` is float [B, T, R, head_dim]
+    live: Bool[Tensor, "B T"] | None = None  # False where Engram looks nothing up
+    # Prefetched rows of the block's Engram table: `rows.wait()` is float [B, T, R, head_dim].
+    rows: Any = None
     cache: Any = None  # the block's BlockCache
-    warm: bool | None = None  # None where no indexer learns
-    last_only: bool = False  # attention returns its last position alone; the others are its keys
+    warm: bool | None = None  # whether the indexers warm up; None: they are not trained
+    # Attention returns only its last position; the other positions serve as its keys.
+    last_only: bool = False
 
     def for_block(self, cache: Any, rows: Any = None, last_only: bool = False) -> "Context":
-        """The same call as one block sees it."""
+        """Returns this context with the cache and the table rows of one block."""
         return replace(self, cache=cache, rows=rows, last_only=last_only)
 
     def visible(self) -> Bool[Tensor, "B 1 T L"]:
-        """`mask`, or the plain causal mask (batch axis 1) where it is None."""
+        """Returns `mask`, or the plain causal mask (batch axis 1) if it is None."""
         if self.mask is not None:
             return self.mask
         time = self.positions.shape[1]
         return _causal(time, self.past + time, self.positions.device)[None, None]
 
     def rotate(self, x: Float[Tensor, "B T *H P"], interleaved: bool) -> Float[Tensor, "B T *H P"]:
-        """Queries or keys of the new tokens, turned by their positions."""
+        """Applies the rotary embedding of the new tokens to their queries or keys."""
         assert self.cos is not None and self.sin is not None, "a context without rope"
         return rotate(x, self.cos, self.sin, interleaved)
 
     def last(self) -> "Context":
-        """The last new token alone, the others as if they had been cached before."""
+        """Returns the context of the last new token; the tokens before it count as cached."""
         return replace(
             self,
             positions=self.positions[:, -1:],
@@ -88,12 +91,18 @@ def _last(values: Tensor | None) -> Tensor | None:
 
 
 def _causal(time: int, length: int, device: torch.device) -> Bool[Tensor, "T L"]:
-    """The last `time` of `length` tokens as queries: each sees the keys up to itself."""
+    """Returns the causal mask of the last `time` of `length` tokens as queries.
+
+    Each query sees the keys up to itself.
+    """
     return torch.ones(time, length, dtype=torch.bool, device=device).tril(length - time)
 
 
 def _count(documents: Tensor | None, present: Tensor | None) -> Tensor:
-    """Positions [B, L]: present tokens since the start of the document; padding repeats its predecessor's."""
+    """Computes positions [B, L]: the valid tokens since the start of the document, counted from 0.
+
+    A padding token has the position of the token before it.
+    """
     known = present if present is not None else documents
     assert known is not None
     here = torch.ones_like(known, dtype=torch.long) if present is None else present.long()
@@ -106,8 +115,10 @@ def _count(documents: Tensor | None, present: Tensor | None) -> Tensor:
 
 
 def _mask(time: int, documents: Tensor | None, present: Tensor | None) -> Tensor:
-    """[B, 1, T, L]: causal, within the document, present keys only. A padding query sees itself alone, so that its
-    softmax is defined; nobody else sees it."""
+    """Builds the mask [B, 1, T, L]: causal, within the document, valid keys only.
+
+    A padding query sees itself alone, so that its softmax is defined; no other query sees it.
+    """
     known = documents if documents is not None else present
     assert known is not None
     length = known.shape[1]
@@ -124,7 +135,11 @@ def _mask(time: int, documents: Tensor | None, present: Tensor | None) -> Tensor
 def _lead(
     documents: Tensor | None, present: Tensor | None, places: Tensor, cached: int
 ) -> Tensor | None:
-    """Columns of padding before each row's first token; None where there are documents, or padding elsewhere."""
+    """Returns the left padding of each sequence, in columns.
+
+    Returns None if there are documents, padding elsewhere, or left padding beyond the cached
+    tokens, and while a compiler traces.
+    """
     if present is None or documents is not None or torch.compiler.is_compiling():
         return None
     lead = present.shape[1] - 1 - places[:, -1]
@@ -146,10 +161,11 @@ def context(
     rope: tuple[RopeConfig, int] | None = None,
     **more: Any,
 ) -> Context:
-    """The context of `time` new tokens in each row, behind what `past` holds. They are appended to `past`.
+    """Builds the context of `time` new tokens in each sequence and appends them to `past`.
 
-    The mask is None whenever neither documents nor present is known, of new or cached tokens. rope: the config and the
-    rotary width of the model's attention, without which there are no cos and sin. more: other fields of Context.
+    `past` holds the tokens cached before. The mask is None if neither documents nor padding is
+    known, for new or cached tokens. `rope` is the config and the rotary width of the model's
+    attention; without it there are no cos and sin. `more` are other fields of Context.
     """
     cached = 0 if past is None else past.length
     every_document, everyone = documents, present

@@ -1,14 +1,15 @@
-"""Hidden states in -> which keys each query may see, and how far from that its attention looked, out.
+"""Selects the keys that each query attends to with a lightning indexer, and trains the indexer.
 
     I[t, s] = heads^-1/2 sum_j w[t, j] relu(dim^-1/2 <q_j[t], k[s]>)        float32
     q_j     = rope(W_q c)_j    k = rope(layer_norm(W_k x))    w = W_w x      c: MLA's query latent
     S[t]    = the `chosen` keys of largest I[t, .] among those t may see, of equal ones the latest
-    loss    = mean_t KL(mean_h p_h[t, .] || softmax(I[t, .]))                p_h: the probabilities of MLA's head h
+    loss    = mean_t KL(mean_h p_h[t, .] || softmax(I[t, .]))    p_h: probabilities of MLA's head h
 
-The lightning indexer of DeepSeek Sparse Attention (DeepSeek-V3.2, arXiv 2512.02556). Its rope turns the pairs
-(i, i + rope/2) of the first rope_dim values, unlike MLA's. The choice carries no gradient; the indexer learns by the
-loss alone, from detached inputs: first over every key while MLA attends to all of them (dense warm-up, 1000 steps),
-then over S while MLA attends to S, p_h being its probabilities there.
+This is DeepSeek Sparse Attention (DeepSeek-V3.2, arXiv 2512.02556). The indexer's rope rotates the
+pairs (i, i + rope/2) of the first rope_dim values, unlike MLA's. The selection carries no gradient;
+the indexer is trained by the loss alone, from detached inputs. During the dense warm-up (1000
+steps) the loss is over every key and MLA attends to all of them; then it is over S and MLA attends
+to S, where p_h are its probabilities.
 """
 
 from collections.abc import Iterator
@@ -28,14 +29,14 @@ from rorqual.layers.selection import FEW, straight
 from rorqual.model_config import DSAConfig as DSAConfig
 from rorqual.model_config import RopeConfig
 
-QUERIES = 512  # looked at together, at most
-SCORES = 1 << 23  # that stand at a time: 32 MiB of float32
+QUERIES = 512  # processed at a time, at most
+SCORES = 1 << 23  # scores in memory at a time: 32 MiB of float32
 COPIED = 1 << 21  # numbers of latents gathered at a time
 
 
 @runtime_checkable
 class Latent(Protocol):
-    """What the indexer must know of the attention around it; MLAConfig is one."""
+    """The sizes of the surrounding attention that the indexer needs; MLAConfig has them."""
 
     @property
     def q_lora_rank(self) -> int | None: ...
@@ -44,16 +45,16 @@ class Latent(Protocol):
 
 
 class Lesson(NamedTuple):
-    """How an indexer did in one call of its attention, or several in the mean."""
+    """The indexer loss and recall of one attention call, or their mean over several."""
 
     loss: Float[Tensor, ""]  # nats a query
-    recall: Float[
-        Tensor, ""
-    ]  # of the probability over every key, what the chosen carry; of queries that must choose
+    # Share of the probability over every key that the selected keys carry, over queries with more
+    # keys than they may select.
+    recall: Float[Tensor, ""]
 
 
 def mean_lesson(lessons: list[Lesson]) -> Lesson | None:
-    """Over the layers; None without any."""
+    """Averages over the layers; returns None if the list is empty."""
     return (
         Lesson(*(torch.stack(part).mean() for part in zip(*lessons, strict=True)))
         if lessons
@@ -62,10 +63,16 @@ def mean_lesson(lessons: list[Lesson]) -> Lesson | None:
 
 
 class DSA(nn.Module):
-    """The lightning indexer: MLA asks it `look(...)`. Parameters are named as in DeepSeek-V3.2's checkpoints."""
+    """The lightning indexer; MLA calls its `look(...)`.
+
+    Parameters are named as in DeepSeek-V3.2's checkpoints.
+    """
 
     def __init__(self, config: DSAConfig, dim: int, mla: Latent, rope: RopeConfig):
-        """`rope` is MLA's; its tables come with every call and its pairing is not ours, so nothing is kept of it."""
+        """Builds the projections. `rope` is MLA's and is not stored.
+
+        Its tables come with every call, and the indexer has its own pairing.
+        """
         super().__init__()
         config.check_rope_dim(mla.rope_dim)
         self.config, self.rope_dim = config, mla.rope_dim
@@ -77,11 +84,11 @@ class DSA(nn.Module):
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> Appended:
-        """The indexer's keys, `dim` values a token."""
+        """Returns an empty cache for the indexer's keys, `dim` values a token."""
         return Appended(capacity)
 
     def keys(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Float[Tensor, "B L P"]:
-        """k of every token, the cached ones first; the new ones are appended to the cache."""
+        """Returns k of every token, cached ones first, and appends the new ones to the cache."""
         new = self._turn(self.k_norm(self.wk(hidden.detach())), ctx)
         kept = ctx.cache.attention.inner.append(new) if ctx.cache is not None else new
         return kept if ctx.past else new
@@ -93,10 +100,10 @@ class DSA(nn.Module):
         key: Float[Tensor, "B L P"],
         ctx: Context,
     ) -> "Look":
-        """q and w of the new tokens beside the keys of all. Nothing that comes in gets a gradient through it.
+        """Returns q and w of the new tokens with the keys of all, as a Look.
 
-        w has both scales, dim^-1/2 heads^-1/2, in it: a positive factor passes through relu, so it may as well
-        multiply the few weights as the many scores.
+        No gradient flows to the inputs. w includes both scales, dim^-1/2 heads^-1/2: a positive
+        factor passes through relu, so it can multiply the few weights in place of the many scores.
         """
         query = self.wq_b(query_latent.detach()).unflatten(-1, (self.config.heads, -1))
         weights = (
@@ -112,27 +119,30 @@ class DSA(nn.Module):
 
 
 class Look(NamedTuple):
-    """What the indexer says of T queries and L keys, asked a run of queries at a time.
+    """Scores and selects keys for T queries and L keys, one slice of queries at a time.
 
-    A run sees no key after its last query, so all that is said of it is said of the `end` keys up to there.
+    A slice sees no key after its last query, so its results cover only the `end` keys up to there.
     """
 
     query: Float[Tensor, "B T J P"]
     weights: Float[Tensor, "B T J"]
     key: Float[Tensor, "B L P"]
     mask: Bool[Tensor, "B 1 T L"] | None  # None: a query sees the keys up to its own
-    most: int  # keys that a query may choose
-    lead: Int[Tensor, " B"] | None = (
-        None  # where a mask of few queries says no more: columns before each row's first
-    )
+    most: int  # keys that a query may select
+    # The left padding of each sequence, if the mask of a few queries hides nothing else before
+    # them.
+    lead: Int[Tensor, " B"] | None = None
 
     @property
     def chooses(self) -> bool:
-        """Whether there are keys to leave out."""
+        """Whether there are more keys than a query may select."""
         return self.key.shape[1] > self.most
 
     def runs(self, heads: int = 0) -> Iterator[slice]:
-        """The queries in runs whose scores, of the indexer's heads and `heads` others, are SCORES at most."""
+        """Splits the queries into slices with at most SCORES scores.
+
+        Scores of the indexer's heads and of `heads` others are counted.
+        """
         batch, time, own, _ = self.query.shape
         step = max(1, min(QUERIES, SCORES // (batch * (own + heads) * self.key.shape[1])))
         return (slice(at, min(at + step, time)) for at in range(0, time, step))
@@ -141,7 +151,7 @@ class Look(NamedTuple):
         return self.key.shape[1] - self.query.shape[1] + run.stop
 
     def visible(self, run: slice) -> Bool[Tensor, "#B 1 T end"]:
-        """Whether chosen or not."""
+        """Returns the keys that the queries may see, selected or not."""
         end, count = self.end(run), run.stop - run.start
         if self.mask is not None:
             return self.mask[:, :, run, :end]
@@ -152,12 +162,15 @@ class Look(NamedTuple):
     def chosen(
         self, run: slice, scores: Float[Tensor, "B T end"] | None = None
     ) -> tuple[Int[Tensor, "B T K"], Bool[Tensor, "B T K"] | None] | None:
-        """The chosen keys of each query, and which of them it may see, None: all. None where every key is chosen.
-        `scores` are index_scores' where they are known."""
+        """Returns the selected keys of each query, and which of them it may see (None: all).
+
+        Returns None if every key is selected. `scores` are those of index_scores, if they are
+        already known.
+        """
         end, count = self.end(run), run.stop - run.start
         if end <= self.most:
             return None
-        # not as a decorator, which torch.compile cannot trace on a method of a tuple
+        # torch.compile cannot trace no_grad as a decorator on a method of a tuple.
         with torch.no_grad():
             if scores is None:
                 scores = index_scores(self.query[:, run], self.key[:, :end], self.weights[:, run])
@@ -171,7 +184,7 @@ class Look(NamedTuple):
     def seen(
         self, run: slice, scores: Float[Tensor, "B T end"] | None = None
     ) -> Bool[Tensor, "#B 1 T end"]:
-        """True at the chosen keys of each query that it may see."""
+        """Returns True at the selected keys of each query that it may see."""
         found = self.chosen(run, scores)
         if found is None:
             return self.visible(run)
@@ -182,7 +195,7 @@ class Look(NamedTuple):
         ]
 
     def split(self, count: int) -> tuple["Look", "Look"]:
-        """Of the first `count` queries, with the keys up to them, and of the others."""
+        """Splits into the first `count` queries, with the keys up to them, and the others."""
         length, mask = self.key.shape[1] - self.query.shape[1] + count, self.mask
         before, after = (
             (None, None) if mask is None else (mask[:, :, :count, :length], mask[:, :, count:])
@@ -213,7 +226,10 @@ class Look(NamedTuple):
         value: Float[Tensor, "B L H Q"],
         scale: float,
     ) -> Float[Tensor, "B T H Q"]:
-        """Attention in which the keys that are not chosen are masked: every key is read, one mask a run."""
+        """Attends with a mask over the keys that are not selected.
+
+        Every key is read, and one mask is formed for each slice of queries.
+        """
         outs = []
         for run in self.runs():
             keys, values = key[:, : self.end(run)], value[:, : self.end(run)]
@@ -223,8 +239,11 @@ class Look(NamedTuple):
     def gathering(
         self, query: Float[Tensor, "B T H R"], latent: Float[Tensor, "B L R"], scale: float
     ) -> Float[Tensor, "B T H R"]:
-        """The same to keys that all heads share and that are the values too: the chosen are read where they lie, or
-        copied out, and the others never read. For queries that all have more keys than they may choose."""
+        """Attends to selected keys that all heads share and that are also the values.
+
+        The selected keys are read in place or copied out; the others are never read. Every query
+        must have more keys than it may select.
+        """
         if (self.mask is None or self.lead is not None) and query.shape[1] <= FEW:
             given = query, latent, self.query, self.key, self.weights
             return kernels.pick("dsa_few", attend_best, *given)(*given, self.most, scale, self.lead)
@@ -233,7 +252,10 @@ class Look(NamedTuple):
     def copying(
         self, query: Float[Tensor, "B T H R"], latent: Float[Tensor, "B L R"], scale: float
     ) -> Float[Tensor, "B T H R"]:
-        """`gathering` of any number of queries, COPIED numbers at a time, and SCORES scores."""
+        """Computes `gathering` for any number of queries.
+
+        At most COPIED numbers and SCORES scores are in memory at a time.
+        """
         few, outs = max(1, COPIED // (self.most * latent.shape[-1])), []
         for run in self.runs():
             found = self.chosen(run)
@@ -253,9 +275,10 @@ class Look(NamedTuple):
         warm: bool,
         present: Bool[Tensor, "B T"] | None = None,
     ) -> Lesson:
-        """The loss against the attention of these queries to these keys, a mean over the queries present.
+        """Computes the indexer loss and recall for the attention of these queries to these keys.
 
-        Neither gets a gradient. At most SCORES scores stand at a time: the gradient is formed beside the loss.
+        The loss is a mean over the valid queries. Queries and keys get no gradient. At most SCORES
+        scores are in memory at a time: the gradient is formed together with the loss.
         """
         attention = query.detach(), key.detach(), scale, warm
         summed, carried, queries, choosing = _Divergence.apply(*self[:5], *attention, present)
@@ -273,8 +296,11 @@ def attend_best(
     scale: float,
     lead: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T H R"]:
-    """The last T of L tokens attend each to the `most` latents whose keys score best with the indexer's query,
-    `looking`. Row b starts at column lead[b], or at the first. kernels/dsa.py is its twin."""
+    """Attends from each of the last T of L tokens to the `most` latents of best score.
+
+    `looking` are the indexer's queries, and `key` and `weights` its keys and head weights. Sequence
+    b starts at column lead[b], or at the first. The kernel is kernels/dsa.py.
+    """
     time, length, mask = query.shape[1], key.shape[1], None
     if lead is not None:
         columns = torch.arange(length, device=key.device)
@@ -287,12 +313,14 @@ def attend_best(
 def _attend_to(
     query: Tensor, latent: Tensor, index: Tensor, real: Tensor | None, scale: float
 ) -> Tensor:
-    """[B, T, H, R] to the latents `index` [B, T, K]; row by row, or a view of the cache would be copied whole."""
+    """Attends from queries [B, T, H, R] to the latents `index` [B, T, K].
+
+    It loops over the sequences, because gathering from a view of the cache would copy it whole.
+    """
     rows = []
     for row in range(len(query)):
-        key = (
-            latent[row].index_select(0, index[row].flatten()).unflatten(0, index.shape[1:])
-        )  # [T, K, R]
+        # [T, K, R]
+        key = latent[row].index_select(0, index[row].flatten()).unflatten(0, index.shape[1:])
         mask = None if real is None else real[row, :, None, None]
         rows.append(attend_shared(query[row].unsqueeze(1), key, scale, mask).squeeze(1))
     return torch.stack(rows)
@@ -301,12 +329,15 @@ def _attend_to(
 def index_scores(
     query: Float[Tensor, "B T J P"], key: Float[Tensor, "B L P"], weights: Float[Tensor, "B T J"]
 ) -> Float[Tensor, "B T L"]:
-    """sum_j w_j relu(<q_j, k>), float32."""
+    """Computes sum_j w_j relu(<q_j, k>) in float32."""
     return _weighted(_products(query, key), weights)
 
 
 def _products(query: Tensor, key: Tensor) -> Float[Tensor, "B T J L"]:
-    """relu(<q_j, k>), float32 whatever autocast says: a rounded score chooses other keys."""
+    """Computes relu(<q_j, k>) in float32, also under autocast.
+
+    A rounded score would select other keys.
+    """
     with torch.autocast(query.device.type, enabled=False):
         return (query.float().flatten(1, 2) @ key.float().mT).relu_().unflatten(1, query.shape[1:3])
 
@@ -324,12 +355,14 @@ def attention_target(
     scale: float,
     warm: bool,
 ) -> tuple[Float[Tensor, "B T L"], Float[Tensor, "B T"]]:
-    """What the indexer should find: the mean over heads of the probabilities that MLA has, over every key it may look
-    at while `warm`, later over those `seen`. Beside it, how much of the probability over every key the seen carry."""
+    """Computes the indexer's target: MLA's attention probabilities, averaged over the heads.
+
+    During the warm-up they are over every visible key, later over those in `seen`. The second
+    result is the share of the probability over every key that the `seen` keys carry.
+    """
     with torch.autocast(query.device.type, enabled=False):
-        logits = (query.float().transpose(1, 2) * scale) @ key.float().permute(
-            0, 2, 3, 1
-        )  # [B, H, T, L]
+        # [B, H, T, L]
+        logits = (query.float().transpose(1, 2) * scale) @ key.float().permute(0, 2, 3, 1)
     powers = logits.masked_fill_(~visible, -torch.inf)
     powers = powers.sub_(powers.amax(-1, keepdim=True).clamp_min(-1e30)).exp_()
     every = powers.sum(-1, keepdim=True).clamp_min(1e-30)
@@ -341,9 +374,12 @@ def attention_target(
 
 
 class _Divergence(torch.autograd.Function):
-    """Sums over queries: KL(target || softmax(I)), recall where there is a choice, and how many queries each counts.
+    """Sums the KL divergence and the recall over queries, and counts the queries of each.
 
-    With e = dKL/dI = softmax(I) - target and s_j = <q_j, k>:  dw_j = sum_s e relu(s_j),  ds_j = e w_j [s_j > 0].
+    The divergence is KL(target || softmax(I)). The recall is over queries that have more keys than
+    they may select. The gradients, with s_j = <q_j, k>, are
+
+        e = dKL/dI = softmax(I) - target    dw_j = sum_s e relu(s_j)    ds_j = e w_j [s_j > 0]
     """
 
     @staticmethod
@@ -385,7 +421,10 @@ class _Divergence(torch.autograd.Function):
 
 
 def _compared(scores: Tensor, target: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(target || softmax(scores)) of each query, nats, and its gradient by the scores, both over the keys `over`."""
+    """Computes KL(target || softmax(scores)) of each query and its gradient by the scores.
+
+    The divergence is in nats; both are over the keys `over`.
+    """
     log = scores.masked_fill(~over, torch.finfo(scores.dtype).min).log_softmax(-1)
     terms = torch.special.xlogy(target, target) - target * log.masked_fill(~over, 0.0)
     return terms.sum(-1), log.exp_().mul_(over).sub_(target)
@@ -394,7 +433,7 @@ def _compared(scores: Tensor, target: Tensor, over: Tensor) -> tuple[Tensor, Ten
 def _add_gradients(
     grads: list[Tensor], run: slice, products: Tensor, error: Tensor, look: Look
 ) -> None:
-    """Into those of query, weights and key; `products` is used up."""
+    """Adds to the gradients of query, weights and key. `products` is overwritten."""
     (of_query, of_weights, of_key), end = grads, look.end(run)
     query, weights, key = (
         look.query[:, run].float(),

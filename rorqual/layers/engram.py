@@ -1,12 +1,13 @@
-"""Recalled rows and hidden states in -> what is added to the hidden states out.
+"""Engram: adds looked-up n-gram memory to the residual streams of a block.
 
-    memory = table[row], all heads of all orders side by side                     constant-time recall
-    gate_s = sigmoid(ssqrt(<norm(hidden_s), norm(W_k,s memory)> / sqrt(D)))       how far stream s trusts it
+    memory = table[row], all heads of all orders side by side            constant-time lookup
+    gate_s = sigmoid(ssqrt(<norm(hidden_s), norm(W_k,s memory)> / sqrt(D)))      one a stream s
     v_s    = gate_s W_v memory
-    out_s  = v_s + silu(conv(norm(v_s)))                                          added to stream s before attention
+    out_s  = v_s + silu(conv(norm(v_s)))              added to stream s before attention
 
-For ablations `gating` is "shared", which gives all streams the gate of their mean, or "open", where every gate is 1.
-Conditional Memory via Scalable Lookup, arXiv:2601.07372. The signed square root is in the authors' code, not in eq. 4.
+For ablations `gating` is "shared", which gives all streams the gate of their mean, or "open", where
+every gate is 1. Conditional Memory via Scalable Lookup, arXiv:2601.07372. The signed square root is
+in the authors' code, not in eq. 4.
 """
 
 from typing import Literal
@@ -28,7 +29,7 @@ from rorqual.layers.cache import Recent
 from rorqual.layers.context import Context
 from rorqual.model_config import EngramConfig, row_totals
 
-# The paper's names have one door, this one.
+# This module is the public API for the names of the paper.
 __all__ = [
     "Addresses",
     "Engram",
@@ -47,7 +48,10 @@ _FLAT = 1e-6  # below this |score| the signed square root is constant
 
 
 class Gate(nn.Module):
-    """How far each stream trusts what was recalled. Hook its output to see the gates."""
+    """Computes the gate of each stream on the looked-up memory.
+
+    Hook its output to record the gates.
+    """
 
     def __init__(self, config: EngramConfig, dim: int, streams: int) -> None:
         super().__init__()
@@ -59,7 +63,7 @@ class Gate(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "B T S D"], key: Float[Tensor, "B T G D"] | None
     ) -> Float[Tensor, "B T S"]:
-        """In (0, 1), float32, a key a gate; 1 where there is no key."""
+        """Computes gates in (0, 1), float32, one for each key; they are 1 if there is no key."""
         shape = hidden.shape[:-1]
         if key is None:
             return torch.ones(shape, dtype=torch.float32, device=hidden.device)
@@ -70,7 +74,7 @@ class Gate(nn.Module):
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last axis, a weight for each stream; float32."""
+    """Root-mean-square norm over the last axis, with one weight for each stream, in float32."""
     return F.rms_norm(x.float(), x.shape[-1:], None, eps) * weight.float()
 
 
@@ -79,9 +83,10 @@ def gate(
     key: Float[Tensor, "B T S D"],
     sign: Literal["sign", "copysign"] = "sign",
 ) -> Float[Tensor, "B T S"]:
-    """sigmoid(sign(score) sqrt(max(|score|, 1e-6))), score = <query, key> / sqrt(D), in float32.
+    """Computes sigmoid(sign(score) sqrt(max(|score|, 1e-6))) in float32.
 
-    The slope of the root reaches 500 just above 1e-6 and is 0 below.
+    score = <query, key> / sqrt(D). The slope of the root reaches 500 just above 1e-6 and is 0
+    below.
     """
     score = (query.float() * key.float()).sum(-1) * query.shape[-1] ** -0.5
     root = score.abs().clamp_min(_FLAT).sqrt()
@@ -95,7 +100,10 @@ def weigh(
     live: Bool[Tensor, "B T"] | None,
     eps: float,
 ) -> tuple[Float[Tensor, "B T S D"], Float[Tensor, "B T S D"] | None]:
-    """v_s = gate_s value, with the gate 0 where `live` is False; norm(v_s), or None without its weight `conv_norm`."""
+    """Computes v_s = gate_s value and norm(v_s).
+
+    The gate is 0 where `live` is False. The norm is None without its weight `conv_norm`.
+    """
     if live is not None:
         gates = gates.masked_fill(~live[..., None], 0.0)
     gated = gates[..., None].to(value.dtype) * value[:, :, None]
@@ -114,9 +122,10 @@ def fuse(
     eps: float,
     conv_eps: float,
 ) -> tuple[Float[Tensor, "B T S D"], Float[Tensor, "B T S D"] | None]:
-    """`weigh` of `gate` of the normed inputs: all from the projections to the convolution, for a twin to do at once.
+    """Computes `weigh` of `gate` of the normed inputs, as one function for a kernel to implement.
 
-    Norms and gates in float32, both results in the dtype of `value`.
+    It is all from the projections to the convolution. Norms and gates are in float32, both results
+    in the dtype of `value`.
     """
     gates = gate(_norm(hidden, query_norm, eps), _norm(key, key_norm, eps), sign)
     return weigh(gates, value, conv_norm, live, conv_eps)
@@ -128,9 +137,10 @@ def convolve(
     documents: Int[Tensor, "B W"] | None,
     halo: int,
 ) -> Float[Tensor, "B T S D"]:
-    """Depthwise and causal over the T = W - halo last tokens: weight[..., taps-1-j] takes the value j dilations before.
+    """Applies a causal depthwise convolution over the T = W - halo last tokens.
 
-    halo is (taps - 1) dilations, the tokens that stand before the first. A value of another document counts as 0.
+    weight[..., taps-1-j] multiplies the value j dilations before. halo is (taps - 1) dilations, the
+    number of tokens before the first one. A value of another document counts as 0.
     """
     time, taps = window.shape[1] - halo, weight.shape[-1]
     out = window[:, halo:] * weight[..., -1]
@@ -145,7 +155,7 @@ def convolve(
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether somebody waits for this module to be called."""
+    """Whether the module has hooks, its own or global ones."""
     own = (
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -156,7 +166,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 class Engram(nn.Module):
-    """What a block remembers: memory and residual streams -> what is added to the streams before attention."""
+    """Computes what a block's memory adds to the residual streams before attention."""
 
     def __init__(self, config: EngramConfig, dim: int, streams: int = 1) -> None:
         super().__init__()
@@ -177,7 +187,10 @@ class Engram(nn.Module):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None, std: float = 0.02) -> None:
-        """Projections normal with deviation `std`, biases 0, norm weights 1, convolution 0: at first out = v."""
+        """Resets the parameters so that at first out = v.
+
+        Projections are normal with deviation `std`, biases 0, norm weights 1, the convolution 0.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("proj.weight"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
@@ -187,7 +200,10 @@ class Engram(nn.Module):
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> Recent | None:
-        """The last (kernel-1) * dilation normed values of every stream; None without a convolution."""
+        """Returns a cache for the last (kernel-1) * dilation normed values of every stream.
+
+        Returns None without a convolution.
+        """
         return Recent(self.config.halo) if self.config.halo else None
 
     def forward(
@@ -195,13 +211,17 @@ class Engram(nn.Module):
         hidden: Float[Tensor, "B T S D"],
         ctx: Context,
     ) -> Float[Tensor, "B T S D"]:
-        """What to add to `hidden`, of the rows in `ctx`. Where `ctx.live` (or ctx.present) is False the gate is 0.
+        """Computes the update of `hidden` from the rows in `ctx`.
 
-        ValueError for memory of another width than the config's: rows of a table that was made for another.
+        The gate is 0 where `ctx.live` (or ctx.present) is False. ValueError for memory of another
+        width than the config's: rows of a table that was made for another config.
         """
         memory = ctx.rows.wait().flatten(-2)  # [B, T, M]
         if memory.shape[-1] != self.config.memory_width:
-            got = f"got {memory.shape[-1]} recalled numbers a token, expected {self.config.memory_width}"
+            got = (
+                f"got {memory.shape[-1]} recalled numbers a token, "
+                f"expected {self.config.memory_width}"
+            )
             read = f"{self.config.rows_per_token} rows of {self.config.head_dim}"
             raise ValueError(
                 f"Engram: {got}, {read}: give it a table of that head_dim, or the table's config"
@@ -217,7 +237,10 @@ class Engram(nn.Module):
     def _fuse(
         self, hidden: Tensor, key: Tensor | None, value: Tensor, live: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The gated value and its norm, in one go where every stream has its gate and nobody watches it."""
+        """Computes the gated value and its norm.
+
+        They are one fused operation if every stream has its own gate and the gate has no hooks.
+        """
         config, conv_norm = self.config, self.conv_norm if self.config.conv else None
         if key is None or config.gating != "streams" or _hooked(self.gate):
             return weigh(self.gate(hidden, key), value, conv_norm, live, config.conv_eps)

@@ -1,9 +1,9 @@
-"""Rows grouped by expert -> rows, each through its own expert.
+"""SwiGLU experts, applied to rows that are grouped by expert.
 
-    out = (silu(gate) * up) W_down[e],   [gate, up] = row W_gate_up[e]                     SwiGLU, expert e of the row
+    out = (silu(gate) * up) W_down[e],   [gate, up] = row W_gate_up[e]           expert e of the row
 
-All experts are one grouped product, which takes runs of rows of any length, none included. Fine-grained experts:
-DeepSeekMoE, arXiv:2401.06066.
+All experts are one grouped product, which takes groups of any number of rows, including none.
+Fine-grained experts: DeepSeekMoE, arXiv:2401.06066.
 """
 
 import torch
@@ -11,17 +11,21 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-ALIGNED = 16  # bytes; the grouped product refuses rows that are no multiple of it
+ALIGNED = 16  # bytes; the grouped product needs rows of a multiple of it
 GROUPED = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
-# Rows: oneDNN writes a program for every new shape of a half-precision product, at ten times the product's work.
+# Rows. oneDNN compiles a program for every new shape of a half-precision product, at ten times
+# the cost of the product.
 WINDOW = 64
 
 
 def grouped_product(
     rows: Float[Tensor, "N D"], weight: Float[Tensor, "E D W"], counts: Int[Tensor, " E"]
 ) -> Float[Tensor, "N W"]:
-    """The first counts[0] rows times weight[0], the next counts[1] times weight[1], and so on; sum(counts) is N."""
+    """Multiplies the first counts[0] rows by weight[0], the next counts[1] by weight[1], and so on.
+
+    sum(counts) is N.
+    """
     ends = counts.cumsum(0, dtype=torch.int32)
     if torch.compiler.is_compiling():
         return _traced(rows, weight, ends)
@@ -29,7 +33,7 @@ def grouped_product(
 
 
 def _multiply(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """Per group: rows [N, D] times [E, D, W], or [D, N] times [N, W] to [E, D, W]."""
+    """Multiplies per group: rows [N, D] by [E, D, W], or [D, N] by [N, W] to [E, D, W]."""
     if left.device.type == "cpu" and left.dtype in HALVES:
         return (_by_window if right.dim() == 3 else _gradient_by_window)(left, right, ends)
     if left.dtype in GROUPED and all(
@@ -40,7 +44,10 @@ def _multiply(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
 
 
 def _one_by_one(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """The same, a product an expert: for sizes and dtypes that the grouped product refuses."""
+    """Computes `_multiply` with one product for each expert.
+
+    It is for sizes and dtypes that the grouped product does not support.
+    """
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     if right.dim() == 3:
         return torch.cat([part @ own for part, own in zip(left.split(sizes), right, strict=True)])
@@ -49,10 +56,12 @@ def _one_by_one(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
 
 
 def _windows(ends: Tensor) -> list[tuple[int, int, int, int, int]]:
-    """(group, first row, last, and a window of a multiple of WINDOW rows around them) of every group that has rows.
+    """Returns (group, first row, last, and a window around them) of every group that has rows.
 
-    Runs of any length make a new shape at every step; windows make a few that come again. None reaches behind the last
-    group, where rows may be anything."""
+    A window has a multiple of WINDOW rows. Groups of any size would make a new shape at every step;
+    windows have a few shapes that recur. None reaches beyond the last group, where rows may hold
+    anything.
+    """
     found, first, bounds = [], 0, ends.tolist()
     length = bounds[-1]
     for group, last in enumerate(bounds):
@@ -65,7 +74,10 @@ def _windows(ends: Tensor) -> list[tuple[int, int, int, int, int]]:
 
 
 def _by_window(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """In ascending order: what a window writes behind its own rows, the next group overwrites."""
+    """Multiplies group by group in ascending order.
+
+    What a window writes after its own rows is overwritten by the next group.
+    """
     out = rows.new_empty(rows.shape[0], weight.shape[2])
     for group, first, last, begin, end in _windows(ends):
         if begin == first:
@@ -76,7 +88,7 @@ def _by_window(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def _gradient_by_window(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
-    """Rows of a window that are another group's meet zeros."""
+    """Multiplies group by group; rows of a window that belong to another group meet zeros."""
     out = grad.new_zeros(len(ends), rows.shape[0], grad.shape[1])
     for group, first, last, begin, end in _windows(ends):
         own = grad.new_zeros(end - begin, grad.shape[1])
@@ -86,7 +98,7 @@ def _gradient_by_window(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
 
 
 def _gradients(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    grad = grad.contiguous()  # the grouped product refuses an expanded one
+    grad = grad.contiguous()  # the grouped product does not take an expanded one
     return _multiply(grad, weight.transpose(1, 2), ends), _multiply(rows.T, grad, ends)
 
 
@@ -102,7 +114,8 @@ class _Product(torch.autograd.Function):
         return *_gradients(grads[0], *ctx.saved_tensors), None
 
 
-# torch.compile refuses the grouped product in float32 and cannot cut rows by numbers it has not got: it calls these.
+# torch.compile does not support the grouped product in float32 and cannot split rows by sizes that
+# it does not know, so it calls these operators.
 @torch.library.custom_op("rorqual::grouped_product", mutates_args=())
 def _traced(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return _multiply(rows.contiguous(), weight, ends)
@@ -147,14 +160,17 @@ class Experts(nn.Module):
     def forward(
         self, rows: Float[Tensor, "N D"], counts: Int[Tensor, " E"]
     ) -> Float[Tensor, "N D"]:
-        """`rows` sorted by expert, counts[e] of them for expert e. Computed in the dtype of autocast, which the grouped
-        product does not see by itself, or else in that of the rows."""
+        """Applies the experts to `rows`, sorted by expert, counts[e] of them for expert e.
+
+        It is computed in the dtype of autocast, which the grouped product does not apply by itself,
+        or else in that of the rows.
+        """
         dtype = _dtype(rows)
         gate, up = grouped_product(rows.to(dtype), self.gate_up.to(dtype), counts).chunk(2, dim=-1)
         return grouped_product(F.silu(gate) * up, self.down.to(dtype), counts)
 
     def few(self, rows: Float[Tensor, "N D"], chosen: Int[Tensor, "N K"]) -> Float[Tensor, "N K D"]:
-        """The same of unsorted rows, each through its K experts: a product a slot, for few rows."""
+        """Applies its K experts to each of a few unsorted rows, with one product for each slot."""
         dtype, slots = _dtype(rows), chosen.flatten().tolist()
         own = rows.to(dtype).repeat_interleave(chosen.shape[1], 0).split(1)
         inner = [

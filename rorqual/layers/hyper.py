@@ -1,18 +1,23 @@
-"""Residual streams in -> residual streams out.
+"""Hyper-connections: residual streams that each sublayer reads, mixes and writes.
 
-    m    = (fn vec(x)) / rms(vec(x))                                   one norm over all S*D values, unweighted
-    pre  = sigmoid(scale_0 m_pre + base_pre) + eps                     how much of each stream the sublayer reads
-    post = 2 sigmoid(scale_1 m_post + base_post)                       how much of its output each stream takes
-    comb = Sinkhorn(scale_2 m_comb + base_comb)                        how the streams mix, doubly stochastic
-    x_k <- post_k F(sum_i pre_i x_i) + sum_j comb[j, k] x_j            transposed: H_res = comb^T
+    m    = (fn vec(x)) / rms(vec(x))                       one norm over all S*D values, unweighted
+    pre  = sigmoid(scale_0 m_pre + base_pre) + eps         how much of each stream is read
+    post = 2 sigmoid(scale_1 m_post + base_post)           how much of its output each stream takes
+    comb = Sinkhorn(scale_2 m_comb + base_comb)            how the streams mix, doubly stochastic
+    x_k <- post_k F(sum_i pre_i x_i) + sum_j comb[j, k] x_j           transposed: H_res = comb^T
 
-mHC: Manifold-Constrained Hyper-Connections, arXiv:2512.24880, in the arithmetic of DeepSeek-V4; `kind="single_pass"`
-reads with the previous site's pre (V4.1). The unconstrained ancestor, `kind="hc"`, is Hyper-Connections, 2409.19606:
+mHC: Manifold-Constrained Hyper-Connections, arXiv:2512.24880, in the arithmetic of DeepSeek-V4;
+`kind="single_pass"` reads with the previous site's pre (V4.1). The unconstrained ancestor,
+`kind="hc"`, is Hyper-Connections, 2409.19606:
 
-    n = norm(x_j)     pre = s_a tanh(n W_m) + A_m0     post = s_b tanh(n W_b) + B_0     comb = s_a tanh(n W_r) + A_r0
+    n    = norm(x_j)
+    pre  = s_a tanh(n W_m) + A_m0
+    post = s_b tanh(n W_b) + B_0
+    comb = s_a tanh(n W_r) + A_r0
 
-With `eps=0` this is the paper's arithmetic: exp, columns of H_res normalised first, rows last, pre = sigmoid alone.
-Coefficients are float32 whatever the streams and autocast are (float64 stays float64). Tensor functions: streams.py.
+With `eps=0` this is the paper's arithmetic: exp, columns of H_res normalised first, rows last, and
+pre = sigmoid alone. Coefficients are float32 for any dtype of streams and autocast (float64 stays
+float64). The tensor functions are in streams.py.
 """
 
 import math
@@ -30,7 +35,10 @@ from rorqual.model_config import HyperConfig as HyperConfig
 
 
 class Mapping(NamedTuple):
-    """What a site read and how its sublayer's output is written back: tokens of all rows first, or last."""
+    """The streams that a site read, and the mappings that write its sublayer's output back.
+
+    Tokens of all sequences come first or last, as the shapes show.
+    """
 
     streams: Float[Tensor, "N S D"]
     shape: tuple[int, int]  # batch and time, N = B T
@@ -39,7 +47,7 @@ class Mapping(NamedTuple):
     pre: Float[Tensor, "S N"] | None = None  # the pre-mapping that is handed on
 
     def last(self) -> "Mapping":
-        """The last position alone."""
+        """Returns the mapping of the last position."""
         batch, time = self.shape
         others = (
             None if tokens_last is None else tokens_last.unflatten(-1, (batch, time))[..., -1]
@@ -49,7 +57,10 @@ class Mapping(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """What a site computes from the streams. comb[j, k] is the way from stream j to stream k; None is the identity."""
+    """The coefficients that a site computes from the streams.
+
+    comb[j, k] is the weight from stream j to stream k; None is the identity.
+    """
 
     pre: Float[Tensor, "B T S"]
     post: Float[Tensor, "B T S"]
@@ -57,7 +68,7 @@ class Coefficients(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What a mixer makes of the streams: the sublayer's input, and the coefficients with the tokens last."""
+    """A mixer's result: the sublayer's input, and the coefficients with the tokens last."""
 
     u: Float[Tensor, "N D"]
     pre: Float[Tensor, "S N"]
@@ -66,15 +77,20 @@ class Read(NamedTuple):
 
 
 def unrounded(streams: Tensor) -> torch.autocast:
-    """Autocast would round coefficients, and the products that mix the streams, to bfloat16."""
+    """Disables autocast.
+
+    Autocast would round coefficients, and the products that mix the streams, to bfloat16.
+    """
     return torch.autocast(streams.device.type, enabled=False)
 
 
 class Manifold(nn.Module):
-    """The coefficients of mHC. Parameters as in DeepSeek-V4: rows pre | post | comb, the last row-major [j, k].
+    """Computes the coefficients of mHC.
 
-    At the start pre sums to 1 and post is 1 up to scale * noise, so equal streams make a plain residual network; fn is
-    random, for with fn = 0 and equal biases the streams would stay equal for ever.
+    Parameters are as in DeepSeek-V4: rows pre | post | comb, the last row-major [j, k]. At the
+    start pre sums to 1 and post is 1 up to scale * noise, so equal streams make a plain residual
+    network. fn is random, because with fn = 0 and equal biases the streams would stay equal for
+    ever.
     """
 
     def __init__(self, config: HyperConfig, dim: int):
@@ -87,7 +103,10 @@ class Manifold(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """fn ~ N(0, 1/(S D)), so that m has deviation 1; base as the class says; scale = config.scale."""
+        """Resets fn ~ N(0, 1/(S D)), so that m has deviation 1, and scale = config.scale.
+
+        base starts as the class describes.
+        """
         streams = self.config.streams
         with torch.no_grad():
             self.fn.copy_(torch.randn(self.fn.shape) * self.fn.shape[1] ** -0.5)
@@ -100,11 +119,13 @@ class Manifold(nn.Module):
     def forward(
         self, streams: Float[Tensor, "N S D"], carried: Float[Tensor, "S N"] | None = None
     ) -> Read:
-        """u, read with `carried` where given, pre, post and comb [S, S, N] or None, in wide precision."""
+        """Computes u, pre, post and comb [S, S, N] or None, in wide precision.
+
+        u is read with the pre-mapping `carried` if it is given.
+        """
         config, precision = self.config, wide(streams.dtype)
-        m = project(
-            streams.flatten(1).to(precision), self.fn.to(precision), config.norm_eps
-        )  # [K, N]
+        # [K, N]
+        m = project(streams.flatten(1).to(precision), self.fn.to(precision), config.norm_eps)
         scale, base = self.scale.to(precision), self.base.to(precision)
         if config.mix == "sinkhorn":
             function = pick("hyper_collapse", collapse, streams)
@@ -114,7 +135,10 @@ class Manifold(nn.Module):
 
 
 class Unconstrained(nn.Module):
-    """The coefficients of Hyper-Connections; at the start a pre-norm residual network that reads stream site mod S."""
+    """Computes the coefficients of Hyper-Connections.
+
+    At the start it is a pre-norm residual network that reads stream site mod S.
+    """
 
     def __init__(self, config: HyperConfig, dim: int, site: int):
         super().__init__()
@@ -128,7 +152,7 @@ class Unconstrained(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """W = 0, s = config.scale, B_0 = ones, A_m0 = e_{site mod S}, A_r0 = I."""
+        """Resets W = 0, s = config.scale, B_0 = ones, A_m0 = e_{site mod S}, A_r0 = I."""
         streams = self.config.streams
         with torch.no_grad():
             self.fn.zero_()
@@ -140,7 +164,10 @@ class Unconstrained(nn.Module):
     def forward(
         self, streams: Float[Tensor, "N S D"], carried: Float[Tensor, "S N"] | None = None
     ) -> Read:
-        """u, pre, post and comb in wide precision; comb[j, k] is A_r's row of stream j. `carried` must be None."""
+        """Computes u, pre, post and comb in wide precision; `carried` must be None.
+
+        comb[j, k] is A_r's row of stream j.
+        """
         assert carried is None
         precision, S = wide(streams.dtype), self.config.streams
         flat = streams.flatten(0, 1).to(precision)
@@ -154,10 +181,11 @@ class Unconstrained(nn.Module):
 
 
 class Connection(nn.Module):
-    """One site: `read` makes a sublayer's input of the streams, `write` puts its output back.
+    """One site: `read` computes a sublayer's input from the streams, `write` adds its output.
 
-    The sublayer applies its own norm to what it is given. `site` counts sublayers from 0 through the whole model. The
-    pre-mapping is handed on in wide precision, with its gradient; only single_pass reads with that of the site before.
+    The sublayer applies its own norm to its input. `site` counts sublayers from 0 through the whole
+    model. The pre-mapping is handed on in wide precision, with its gradient; only single_pass reads
+    with that of the site before.
     """
 
     def __init__(self, config: HyperConfig, dim: int, site: int = 0):
@@ -168,11 +196,11 @@ class Connection(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """The start of every parameter, as the mixer's docstring says."""
+        """Resets every parameter to the start that the mixer's docstring describes."""
         self.mixer.reset_parameters()
 
     def coefficients(self, streams: Float[Tensor, "B T S D"]) -> Coefficients:
-        """pre, post and comb for these streams, for measures and pictures."""
+        """Computes pre, post and comb for these streams, for analysis."""
         batch, time, S, _ = streams.shape
         with unrounded(streams):
             _, pre, post, comb = self.mixer(streams.flatten(0, 1))
@@ -181,19 +209,19 @@ class Connection(nn.Module):
         return Coefficients(pre.T.reshape(batch, time, S), post.T.reshape(batch, time, S), comb)
 
     def read(self, x: Streams) -> tuple[Float[Tensor, "B T D"], Mapping]:
-        """The sublayer's input, sum_i pre_i x_i, and how its output is to be written back."""
+        """Returns the sublayer's input, sum_i pre_i x_i, and the mapping for `write`."""
         batch, time, S, dim = x.values.shape
         flat, single = x.values.reshape(batch * time, S, dim), self.config.kind == "single_pass"
         with unrounded(flat):
             handed_on = x.pre.flatten(0, 1).T if single and x.pre is not None else None
             u, pre, post, comb = self.mixer(flat, handed_on)
         if single and x.pre is None:
-            # the first site's pre-mapping is one-hot on stream 0
+            # The first site's pre-mapping is one-hot on stream 0.
             u = x.values[:, :, 0]
         return u.view(batch, time, dim), Mapping(flat, (batch, time), post, comb, pre)
 
     def write(self, out: Float[Tensor, "B T D"], mapping: Mapping) -> Streams:
-        """x_k <- post_k out + sum_j comb[j, k] x_j."""
+        """Computes x_k <- post_k out + sum_j comb[j, k] x_j."""
         flat, shape, post, comb, pre = mapping
         assert pre is not None
         with unrounded(flat):
@@ -202,29 +230,31 @@ class Connection(nn.Module):
 
 
 class Residual(nn.Module):
-    """The plain residual connection, x + F(x), with the methods of Connection for a single stream."""
+    """The plain residual connection, x + F(x), with the methods of Connection for one stream."""
 
     def read(self, x: Streams) -> tuple[Float[Tensor, "B T D"], Mapping]:
-        """The stream itself; nobody's pre-mapping is handed on."""
+        """Returns the stream itself, and a mapping without coefficients."""
         batch, time = x.values.shape[:2]
         return x.values[:, :, 0], Mapping(x.values.flatten(0, 1), (batch, time))
 
     def write(self, out: Float[Tensor, "B T D"], mapping: Mapping) -> Streams:
-        """x + out."""
+        """Computes x + out."""
         return Streams(mapping.streams.unflatten(0, mapping.shape) + out[:, :, None])
 
 
 def enter(hidden: Float[Tensor, "B T D"], config: HyperConfig | None) -> Streams:
-    """Every stream is the embedding; one stream when config is None."""
+    """Copies the embedding to every stream; to one stream when config is None."""
     return Streams(hidden[:, :, None].expand(-1, -1, config.streams if config else 1, -1))
 
 
 class Exit(nn.Module):
-    """Makes one hidden state of the streams, before the final norm; with config None it takes the only stream.
+    """Reduces the streams to one hidden state before the final norm.
 
     mhc (DeepSeek-V4)     u = sum_i (sigmoid(scale m_i + base_i) + eps) x_i, m as in Manifold
     single_pass (V4.1)    u = sum_i pre_i x_i, with the last site's pre
     hc                    u = sum_i x_i
+
+    With config None it returns the only stream.
     """
 
     def __init__(self, config: HyperConfig | None, dim: int):
@@ -238,7 +268,10 @@ class Exit(nn.Module):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """fn ~ N(0, 1/(S D)), base so that the weights start at 1/S each, scale = config.scale."""
+        """Resets fn ~ N(0, 1/(S D)) and scale = config.scale.
+
+        base is reset so that the weights start at 1/S each.
+        """
         if self.config is not None and self.kind == "mhc":
             with torch.no_grad():
                 self.fn.copy_(torch.randn(self.fn.shape) * self.fn.shape[1] ** -0.5)
@@ -246,7 +279,7 @@ class Exit(nn.Module):
                 self.scale.fill_(self.config.scale)
 
     def forward(self, x: Streams) -> Float[Tensor, "B T D"]:
-        """One stream of width D. Without a site before, single_pass takes stream 0."""
+        """Returns one stream of width D. Without a site before, single_pass returns stream 0."""
         streams, carried = x
         if self.kind == "hc":
             alone = streams.shape[2] == 1
@@ -277,15 +310,19 @@ class Exit(nn.Module):
 
 
 def _even(streams: int) -> float:
-    """The logit whose sigmoid is 1/S; S = 1 has none, so it stops at 0.9999."""
+    """Returns the logit whose sigmoid is 1/S.
+
+    S = 1 has none, so its sigmoid is 0.9999.
+    """
     return -math.log(streams - 1) if streams > 1 else math.log(9999.0)
 
 
 def composite_gain(combs: Sequence[Float[Tensor, "*N S S"]]) -> tuple[float, float]:
-    """Largest absolute row sum and column sum of H_res_L ... H_res_1 over all tokens, H_res = comb^T; (1, 1) for none.
+    """Computes the largest absolute row and column sum of H_res_L ... H_res_1 over all tokens.
 
-    How far a signal (rows) and a gradient (columns) may grow along the streams alone: about 1 for mHC, thousands for
-    unconstrained HC (section 3 of arXiv:2512.24880). `combs` in the order of the sites.
+    H_res = comb^T; the result is (1, 1) without any. The sums bound how far a signal (rows) and a
+    gradient (columns) may grow along the streams alone: about 1 for mHC, thousands for
+    unconstrained HC (section 3 of arXiv:2512.24880). `combs` are in the order of the sites.
     """
     if not combs:
         return 1.0, 1.0
@@ -296,14 +333,17 @@ def composite_gain(combs: Sequence[Float[Tensor, "*N S S"]]) -> tuple[float, flo
 
 
 def spread(streams: Float[Tensor, "B T S D"]) -> float:
-    """Root mean square of the streams around their mean over that of the mean; 0 when all streams are one."""
+    """Computes the RMS of the streams around their mean over the RMS of the mean.
+
+    It is 0 when all streams are equal.
+    """
     streams = streams.to(wide(streams.dtype))
     mean = streams.mean(2, keepdim=True)
     return ((streams - mean).square().mean() / mean.square().mean().clamp_min(1e-30)).sqrt().item()
 
 
 class Health(NamedTuple):
-    """How the streams of a model fare over one call."""
+    """The gains and the spread of a model's streams over one call."""
 
     row_gain: float
     column_gain: float
@@ -311,9 +351,10 @@ class Health(NamedTuple):
 
 
 def health(model: nn.Module, call: Callable[[], object]) -> Health | None:
-    """How the streams fare while `call` runs the model; None if it reaches no block with hyper-connections.
+    """Measures the streams while `call` runs the model.
 
-    Every mixer is watched in the order they run, and the streams that the last block returns. Sites that do not mix
+    Returns None if it reaches no block with hyper-connections. Hooks record every mixer in the
+    order in which they run, and the streams that the last block returns. Sites that do not mix
     count as identities. No gradient is kept.
     """
     combs: list[Tensor] = []

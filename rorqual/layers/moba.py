@@ -1,15 +1,15 @@
-"""Queries, keys and values in -> values attended within a few blocks of keys out.
+"""Mixture of Block Attention (MoBA): each query attends to its own block and the best earlier ones.
 
     score[t, i] = <q_t, mean of the keys of block i>           float32, per query head, unscaled
     chosen[t]   = own block and the best (chosen - 1) of the blocks before it in the document
     out_t       = softmax over the keys of the chosen blocks, up to t
 
-The choice is hard: no gradient passes through scores or means. chosen >= the number of blocks is full causal attention,
-chosen = 1 is block-diagonal. Blocks are counted from the start of each document, padding left out, so that a packed
-or padded document attends exactly as it would alone.
+The selection is hard: no gradient passes through scores or means. chosen >= the number of blocks is
+full causal attention, chosen = 1 is block-diagonal. Blocks are counted from the start of each
+document, without padding, so that a packed or padded document gives the same result as alone.
 
-MoBA: Mixture of Block Attention, arXiv:2502.13189. `choice="tile"`, where the first of 128 queries chooses for all of
-them (layers/tiles.py), is ours.
+MoBA: Mixture of Block Attention, arXiv:2502.13189. `choice="tile"`, where the first of 128 queries
+selects for all of them (layers/tiles.py), is ours.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,10 @@ def block_means(
     present: Bool[Tensor, "B L"] | None,
     count: int,
 ) -> Float[Tensor, "B M G P"]:
-    """Mean of the present keys of each of the `count` blocks of a row, float32; 0 for a block without any."""
+    """Averages the valid keys of each of a sequence's `count` blocks, in float32.
+
+    A block without any has mean 0.
+    """
     batch = keys.shape[0]
     rows = (segment + count * torch.arange(batch, device=keys.device)[:, None]).flatten()
     weight = torch.ones_like(rows) if present is None else present.flatten().long()
@@ -60,14 +63,13 @@ def choose(
     first: Int[Tensor, "B T"],
     chosen: int,
 ) -> Int[Tensor, "B T H K"]:
-    """The `chosen` best blocks of each query head among first .. own, -1 where there are fewer.
+    """Selects the `chosen` best blocks among first .. own for each query head.
 
-    The block after the last that has a mean is still growing; it can only be own, which needs no score.
+    The index is -1 where there are fewer. The block after the last that has a mean is still
+    growing; it can only be own, which needs no score.
     """
-    with (
-        torch.no_grad(),
-        torch.autocast(query.device.type, enabled=False),
-    ):  # a rounded score chooses other blocks
+    # A rounded score would select other blocks.
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         grouped = wide(query).unflatten(2, (means.shape[2], -1))
         scores = torch.einsum("btghd,bmgd->btghm", grouped, means.to(grouped.dtype)).flatten(2, 3)
         return best_blocks(F.pad(scores, (0, 1)), own, first, chosen)  # of [B, T, H, M + 1]
@@ -75,17 +77,23 @@ def choose(
 
 @dataclass(eq=False)
 class MoBACache(Bundle):
-    """What MoBA keeps beside GQA's keys and values."""
+    """MoBA's cache besides GQA's keys and values."""
 
     means: Blocks
-    choice: Recent | None = None  # of the tile that is not full yet
+    choice: Recent | None = None  # selection of the incomplete tile
 
 
 class MoBA(nn.Module):
-    """Inner attention for GQA, without parameters. While `full` is True it is full attention: `switch` sets it."""
+    """Inner attention for GQA, without parameters.
+
+    While `full` is True it is full attention; `switch` sets it.
+    """
 
     def __init__(self, config: MoBAConfig, left: int | None = None):
-        """`left`: layers from this one to the model's last, itself included."""
+        """Sets the mode; the last `config.full_layers` layers always attend fully.
+
+        `left` counts the layers from this one to the model's last, itself included.
+        """
         super().__init__()
         self.config, self.always = config, left is not None and left <= config.full_layers
         self.full = self.always
@@ -93,7 +101,10 @@ class MoBA(nn.Module):
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> MoBACache | None:
-        """The block means beside the keys that GQA keeps, and the choice of the tile that is not full yet."""
+        """Returns an empty cache for the block means and the selection of the incomplete tile.
+
+        Returns None if the layer always attends fully. GQA caches the keys.
+        """
         if self.always:
             return None
         choice = Recent(1) if self.config.choice == "tile" else None
@@ -108,13 +119,15 @@ class MoBA(nn.Module):
         ctx: Context,
         scale: float,
     ) -> Float[Tensor, "B T2 H Q"]:
-        """Attended values of the last T of L tokens, or with `ctx.last_only` of the last alone; rotary positions are in
-        query and key."""
+        """Attends from the last T of L tokens, or with `ctx.last_only` from the last one.
+
+        Query and key must be rotated already.
+        """
         cache = ctx.cache.attention.inner if ctx.cache is not None else None
-        single = ctx.past > 0 and query.shape[1] == 1  # the last of a prompt is none
-        if (
-            ctx.last_only and self.config.choice == "token"
-        ):  # a tile's first query is asked even if its last alone is wanted
+        # A single new token after a cache; the last token of a prompt does not count as one.
+        single = ctx.past > 0 and query.shape[1] == 1
+        # With tiles the first query of a tile selects, even if only the last one is needed.
+        if ctx.last_only and self.config.choice == "token":
             query, ctx = query[:, -1:], ctx.last()
         if self.always or (self.full and ctx.cache is None):
             return full_attention(query, key, value, ctx, scale)
@@ -150,7 +163,10 @@ class MoBA(nn.Module):
     def _blocks(
         self, key: Tensor, ctx: Context, lead, cache: MoBACache | None
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Block of each key where columns do not tell it, block of each query [B, T], means [B, M, G, P]."""
+        """Returns the block of each key, the block of each query [B, T] and the means [B, M, G, P].
+
+        The block of each key is None where columns determine it.
+        """
         size = self.config.block
         if ctx.mask is not None:
             segment = segments(ctx, size)
@@ -166,7 +182,7 @@ def _mean(keys: Float[Tensor, "B M G l P"]) -> Float[Tensor, "B M G P"]:
 
 
 def switch(model: nn.Module, full: bool) -> None:
-    """Every MoBA of a model attends fully, or as its config says."""
+    """Switches every MoBA of a model to full attention, or back to its config."""
     for module in model.modules():
         if isinstance(module, MoBA):
             module.full = full or module.always

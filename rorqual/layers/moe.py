@@ -1,9 +1,9 @@
-"""Hidden states -> hidden states, through the shared experts and the few routed ones of each token.
+"""Mixture of experts: the shared experts and the few routed experts of each token.
 
     y = shared(u) + sum over the K chosen of weight_i * expert_i(u)
 
-Tokens are copied to K slots, slots sorted by expert, so that all experts are one grouped product, and summed back.
-DeepSeekMoE, arXiv:2401.06066.
+Tokens are copied to K slots, slots are sorted by expert so that all experts are one grouped
+product, and the results are summed for each token. DeepSeekMoE, arXiv:2401.06066.
 """
 
 from collections.abc import Callable
@@ -20,15 +20,18 @@ from rorqual.layers.experts import Experts
 from rorqual.layers.router import Router, Routing
 from rorqual.model_config import MoEConfig as MoEConfig
 
-FEW = 8  # slots; up to here a product a slot beats a grouped one
+FEW = 8  # slots; up to so many, one product for each slot is faster than a grouped one
 
 Exchange = Callable[[Float[Tensor, "N D"], Int[Tensor, " E"], Experts], Float[Tensor, "N D"]]
 
 
 class Slots(NamedTuple):
-    """Tokens copied to rows sorted by expert. Rows are fewer than N * K where slots are not taken."""
+    """Copies of tokens, sorted by expert; there are fewer than N * K where slots are not taken.
 
-    order: Int[Tensor, " slots"]  # slot n * K + k that each row is
+    Here rows are these copies.
+    """
+
+    order: Int[Tensor, " slots"]  # slot n * K + k of each row
     rows: Int[Tensor, "N K"]  # row of each slot; R for one not taken
     counts: Int[Tensor, " E"]  # rows of each expert
 
@@ -36,7 +39,11 @@ class Slots(NamedTuple):
 def sort_by_expert(
     chosen: Int[Tensor, " slots"], experts: int
 ) -> tuple[Int[Tensor, " slots"], Int[Tensor, " slots"], Int[Tensor, " E"]]:
-    """The slot of each row, the row of each slot, the end of each expert's rows; slots of no expert (E) come last."""
+    """Sorts slots by expert.
+
+    Returns the slot of each row, the row of each slot, and the end of each expert's rows; slots of
+    no expert (E) come last.
+    """
     expert, order = chosen.sort(stable=True)
     ends = torch.searchsorted(expert, torch.arange(experts, device=expert.device), right=True)
     rows = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
@@ -44,7 +51,10 @@ def sort_by_expert(
 
 
 def sort_slots(routing: Routing, dropping: bool) -> Slots:
-    """Slots by expert, tokens in their order within one. `dropping`: slots of weight 0 get no row."""
+    """Sorts slots by expert, with tokens in their order within each expert.
+
+    With `dropping`, slots of weight 0 get no row.
+    """
     experts = routing.scores.shape[-1]
     chosen = routing.chosen.flatten()
     if dropping:
@@ -59,14 +69,17 @@ def sort_slots(routing: Routing, dropping: bool) -> Slots:
 
 
 def _summed(values: Tensor, slots: Slots, weights: Tensor | None) -> Tensor:
-    """For every token the (weighted) sum of its rows; a row that does not exist counts as 0."""
+    """Computes the (weighted) sum of each token's rows; a row that does not exist counts as 0."""
     if len(slots.order) < slots.rows.numel():
         values = torch.cat([values, values.new_zeros(1, values.shape[1])])
     return F.embedding_bag(slots.rows, values, mode="sum", per_sample_weights=weights)
 
 
 class _Scatter(torch.autograd.Function):
-    """hidden [N, D] -> rows [R, D]. Its gradient adds a token's rows where they lie, K reads and no atomics."""
+    """Copies hidden [N, D] to rows [R, D].
+
+    The backward sums a token's rows in place, with K reads and no atomics.
+    """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, slots: Slots) -> Tensor:
@@ -79,7 +92,7 @@ class _Scatter(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """rows [R, D], weights [N, K] -> hidden [N, D], the weighted sum in the dtype of the weights."""
+    """Sums rows [R, D] with weights [N, K] to hidden [N, D], in the dtype of the weights."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, weights: Tensor, slots: Slots) -> Tensor:
@@ -99,13 +112,20 @@ class _Gather(torch.autograd.Function):
 
 
 class MoE(nn.Module):
-    """`exchange`, when set, runs the experts in place of calling them: exchange(rows, counts, experts) -> rows in the
-    same order. Expert parallelism puts its all-to-all there and cuts `experts` over the ranks."""
+    """A feed-forward of routed experts and an optional shared SwiGLU.
+
+    If `exchange` is set, it runs the experts in place of a direct call: exchange(rows, counts,
+    experts) returns rows in the same order. Expert parallelism puts its all-to-all there and splits
+    `experts` over the ranks.
+    """
 
     def __init__(
         self, config: MoEConfig, dim: int, layer: int = 0, vocabulary: int | None = None
     ) -> None:
-        """`layer`: the block's index; `vocabulary` is needed where experts are chosen by token id."""
+        """Builds the router and the experts. `layer` is the block's index.
+
+        `vocabulary` is needed if experts are selected by token id.
+        """
         super().__init__()
         self.config = config
         self.router = Router(config.router, dim, config.routed, config.active, layer, vocabulary)
@@ -116,14 +136,18 @@ class MoE(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "B T D"], ctx: Context | None = None
     ) -> tuple[Float[Tensor, "B T D"], Routing]:
-        """Padding takes no routed expert; where the config says so, ids choose the experts. Both are the context's."""
+        """Returns the output and the routing.
+
+        Padding uses no routed expert; token ids select the experts where the config wants that.
+        Both come from the context.
+        """
         known = (None, None) if ctx is None else (ctx.ids, ctx.present)
         routing = self.router(hidden, *known)
         rows, weights = hidden.flatten(0, 1), routing.weights.flatten(0, 1)
         if self._few(routing):
             out = (self.experts.few(rows, routing.chosen.flatten(0, 1)) * weights[..., None]).sum(1)
         else:
-            # a number of rows that is known only when they are sorted would break a traced graph in two
+            # The number of rows would depend on the values, which breaks a traced graph in two.
             droppable = self.config.router.adaptive_mass is not None or routing.present is not None
             slots = sort_slots(routing, droppable and not torch.compiler.is_compiling())
             run = self.exchange or (lambda rows, counts, experts: experts(rows, counts))
@@ -134,8 +158,11 @@ class MoE(nn.Module):
         return (out if self.shared is None else out + self.shared(hidden)), routing
 
     def _few(self, routing: Routing) -> bool:
-        """Whether sorting would cost more than a product a slot: a token or two of decoding, on a device that waits for
-        nobody when it is asked which experts they chose."""
+        """Whether one product for each slot is cheaper than sorting.
+
+        That is so for a token or two of decoding, on a device where reading the selected experts
+        does not wait.
+        """
         waits = (
             routing.chosen.device.type != "cpu"
             or torch.compiler.is_compiling()

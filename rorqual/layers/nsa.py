@@ -1,20 +1,24 @@
-"""Queries, keys, values and hidden states in -> values attended at three resolutions out.
+"""Native Sparse Attention: attends to compressed blocks, selected blocks and a window of keys.
 
-    out      = g_cmp Attn(q, K_cmp, V_cmp) + g_slc Attn(q, K_slc, V_slc) + g_win Attn(q, K_win, V_win)
+    out      = g_cmp Attn(q, K_cmp, V_cmp) + g_slc Attn(q, K_slc, V_slc)
+               + g_win Attn(q, K_win, V_win)
     g        = sigmoid(MLP(hidden))                          one a head and branch
-    K_cmp,i  = mean(k) + MLP(vec(k + position)),  k = keys i d .. i d + l - 1 of the document; V_cmp likewise;
-               query t sees block i when i d + l - 1 <= t, and gets 0 where it sees none
-    p_slc    = sum over the heads of a group of p_cmp W       W[i, j]: stride-d pieces of block i in selection block j
-    K_slc    = keys of the `chosen` selection blocks of l' keys with the largest p_slc, up to t; forced among them: the
-               document's first, the query's own and the one before
+    K_cmp,i  = mean(k) + MLP(vec(k + position)),  k = keys i d .. i d + l - 1 of the document;
+               V_cmp likewise; query t sees block i when i d + l - 1 <= t; 0 if it sees none
+    p_slc    = sum over the heads of a group of p_cmp W
+               W[i, j]: number of stride-d pieces of block i in selection block j
+    K_slc    = keys of the `chosen` selection blocks of l' keys with the largest p_slc, up to t;
+               always among them: the document's first, the query's own and the one before
     K_win    = the last `window` keys
 
-Each branch has keys and values of its own: GQA's are the selected branch's, the other two are projected here. All keys
-are rotated before anything else. The choice carries no gradient. Blocks are counted from the start of each document,
-padding left out, so that a packed or padded document attends exactly as it would alone.
+Each branch has keys and values of its own: GQA's are the selected branch's, the other two are
+projected here. All keys are rotated before anything else. The selection carries no gradient. Blocks
+are counted from the start of each document, without padding, so that a packed or padded document
+gives the same result as alone.
 
-Native Sparse Attention, arXiv:2502.11089. The mean beside the MLP is ours: the start is mean pooling. So is
-`choice="tile"`, where the first of 128 queries chooses for all of them (layers/tiles.py).
+Native Sparse Attention, arXiv:2502.11089. The mean added to the MLP is ours: compression starts as
+mean pooling. So is `choice="tile"`, where the first of 128 queries selects for all of them
+(layers/tiles.py).
 """
 
 import functools
@@ -51,7 +55,7 @@ from rorqual.model_config import RopeConfig
 
 @runtime_checkable
 class Heads(Protocol):
-    """What must be known of the attention around; GQAConfig is one."""
+    """The sizes of the surrounding attention that NSA needs; GQAConfig has them."""
 
     @property
     def heads(self) -> int: ...
@@ -64,18 +68,26 @@ class Heads(Protocol):
 
 
 class Compressed(NamedTuple):
-    """The compressed blocks of each row. Without documents and padding block i is the keys i d .. i d + l - 1."""
+    """The compressed blocks of each sequence.
+
+    Without documents and padding, block i is the keys i d .. i d + l - 1.
+    """
 
     keys: Float[Tensor, "B M G P"]
     values: Float[Tensor, "B M G Q"]
     ends: Int[Tensor, "B M"] | None = None  # column of the last key
     pieces: Int[Tensor, "B M U"] | None = None  # selection block of each stride-d piece
-    real: Bool[Tensor, "B M"] | None = None  # rows of a batch may hold fewer than M
+    real: Bool[Tensor, "B M"] | None = None  # a sequence may have fewer than M blocks
     segment: Int[Tensor, "B L"] | None = None  # selection block of each key
 
 
 class Compression(nn.Module):
-    """block keys (or values) -> one: mean(x) + W_2 silu(W_1 vec(x + position)), the same for every group."""
+    """Compresses the keys (or values) of a block into one.
+
+        mean(x) + W_2 silu(W_1 vec(x + position))
+
+    The parameters are the same for every group.
+    """
 
     def __init__(self, block: int, dim: int):
         super().__init__()
@@ -89,7 +101,7 @@ class Compression(nn.Module):
 
 @dataclass(eq=False)
 class KeysAndValues(Bundle):
-    """Two containers of one kind."""
+    """A pair of containers of one kind."""
 
     keys: Any
     values: Any
@@ -97,19 +109,22 @@ class KeysAndValues(Bundle):
 
 @dataclass(eq=False)
 class NSACache(Bundle):
-    """What NSA keeps beside GQA's keys and values."""
+    """NSA's cache besides GQA's keys and values."""
 
-    blocks: KeysAndValues  # compressed, of Blocks
-    compressed: KeysAndValues  # what the blocks are made of
+    blocks: KeysAndValues  # compressed keys and values, both Blocks
+    compressed: KeysAndValues  # keys and values before compression
     window: KeysAndValues
-    choice: Recent | None = None  # of the tile that is not full yet
+    choice: Recent | None = None  # selection of the incomplete tile
 
 
 class NSA(nn.Module):
-    """Inner attention for GQA, with keys and values of its own for the compressed and the window branch."""
+    """Inner attention for GQA with a compressed, a selected and a window branch.
+
+    The compressed and the window branch have keys and values of their own.
+    """
 
     def __init__(self, config: NSAConfig, dim: int, gqa: Heads, rope: RopeConfig):
-        """`rope` is the attention's, for the keys made here are rotated here."""
+        """Builds the projections. `rope` is the attention's and rotates the keys made here."""
         super().__init__()
         self.config, self.rope = config, rope
         self.groups, self.key_dim, self.value_dim = (
@@ -128,7 +143,10 @@ class NSA(nn.Module):
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> NSACache:
-        """Keys and values of both branches made here, and the compressed blocks."""
+        """Returns an empty cache for both branches' keys and values and the compressed blocks.
+
+        With tiles it also holds the selection of the incomplete tile.
+        """
         compressed, window = (
             KeysAndValues(Appended(capacity), Appended(capacity)) for _ in range(2)
         )
@@ -145,16 +163,20 @@ class NSA(nn.Module):
         ctx: Context,
         scale: float,
     ) -> Float[Tensor, "B T2 H Q"]:
-        """Attended values of the last T of L tokens, or with `ctx.last_only` of the last alone. Rotary positions are in
-        query and key already."""
+        """Attends from the last T of L tokens, or with `ctx.last_only` from the last one.
+
+        Query and key must be rotated already.
+        """
         branches = self.branches(query, key, value, hidden, ctx, scale)
-        gates = self.gates(hidden[:, -branches.shape[1] :]).to(query.dtype)[
-            ..., None
-        ]  # [B, T2, 3, H, 1]
+        # [B, T2, 3, H, 1]
+        gates = self.gates(hidden[:, -branches.shape[1] :]).to(query.dtype)[..., None]
         return (gates * branches).sum(2)
 
     def gates(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T 3 H"]:
-        """How much of the compressed, the selected and the window branch each head takes, each in (0, 1)."""
+        """Computes each head's weights, in (0, 1), of the three branches.
+
+        Their order is the compressed, the selected and the window branch.
+        """
         return torch.sigmoid(self.gate_down(F.silu(self.gate_up(hidden)))).unflatten(-1, (3, -1))
 
     def branches(
@@ -166,12 +188,14 @@ class NSA(nn.Module):
         ctx: Context,
         scale: float,
     ) -> Float[Tensor, "B T2 3 H Q"]:
-        """What the compressed, the selected and the window branch attend to, before the gates."""
+        """Computes the outputs of the three branches before the gates.
+
+        Their order is the compressed, the selected and the window branch.
+        """
         cache = ctx.cache.attention.inner if ctx.cache is not None else None
         raw, near = self._own(hidden, ctx, cache)
-        if (
-            ctx.last_only and self.config.choice == "token"
-        ):  # a tile's first query is asked even if its last alone is wanted
+        # With tiles the first query of a tile selects, even if only the last one is needed.
+        if ctx.last_only and self.config.choice == "token":
             query, ctx = query[:, -1:], ctx.last()
         ctx, lead = straight(ctx) if cache is not None else (ctx, None)
         blocks = self._compress(*raw, ctx, lead, cache.blocks if cache is not None else None)
@@ -201,7 +225,7 @@ class NSA(nn.Module):
         scale,
         cache,
     ):
-        """All branches at once, each reading what it attends to and nothing else."""
+        """Computes all branches of a few tokens at once, reading only what they attend to."""
         index = None
         if self.config.choice == "tile":
             choose = functools.partial(self._choose_at, query, blocks, ctx, scale)
@@ -213,7 +237,7 @@ class NSA(nn.Module):
     def _choose_at(
         self, query: Tensor, blocks: Compressed, ctx: Context, scale: float, rows: Tensor
     ) -> Tensor:
-        """The blocks that the queries in the columns `rows` of a call choose."""
+        """Returns the blocks that the queries in the columns `rows` of a call select."""
         return self._choose(
             self._weights(query[:, rows], blocks, ctx, rows, scale)[0], blocks, ctx, rows
         )
@@ -221,7 +245,10 @@ class NSA(nn.Module):
     def _by_token(
         self, query, key, value, blocks: Compressed, ctx: Context, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """The compressed and the selected branch, whose choice the compressed one's probabilities are."""
+        """Computes the compressed and the selected branch.
+
+        The probabilities of the compressed branch select the blocks.
+        """
         size, parts = self.config.select_block, []
         for run in runs(query.shape[1]):
             own = query[:, run]
@@ -245,7 +272,10 @@ class NSA(nn.Module):
         scale: float,
         cache: Recent | None,
     ) -> tuple[Tensor, Tensor]:
-        """The same, with the probabilities of those queries alone that choose."""
+        """Computes the compressed and the selected branch with one selection per tile.
+
+        Probabilities are formed only for the queries that select.
+        """
         choose, parts = functools.partial(self._choose_at, query, blocks, ctx, scale), []
         for run in runs(query.shape[1]):
             seen = self._seen(blocks, ctx, run)
@@ -260,7 +290,10 @@ class NSA(nn.Module):
     def _own(
         self, hidden: Tensor, ctx: Context, cache: NSACache | None
     ) -> list[tuple[Tensor, Tensor]]:
-        """Rotated keys [B, L, G, P] and values [B, L, G, Q] of the compressed and of the window branch."""
+        """Projects the keys and values of the compressed and the window branch.
+
+        Returns rotated keys [B, L, G, P] and values [B, L, G, Q] of each.
+        """
         both = [
             linear(hidden).unflatten(-1, (self.groups, -1))
             for linear in (self.compressed_kv, self.window_kv)
@@ -284,9 +317,8 @@ class NSA(nn.Module):
             pieces = segment.gather(1, columns[..., ::stride].flatten(1)).unflatten(
                 1, (-1, block // stride)
             )
-            keys, values = (
-                x[rows, columns].transpose(2, 3) for x in (keys, values)
-            )  # [B, M, G, l, P]
+            # [B, M, G, l, P]
+            keys, values = (x[rows, columns].transpose(2, 3) for x in (keys, values))
             keys, values = self.compress_key(keys), self.compress_value(values)
             return Compressed(keys, values, columns[..., -1], pieces, real, segment)
         if cache is not None:
@@ -303,7 +335,10 @@ class NSA(nn.Module):
     def _seen(
         self, blocks: Compressed, ctx: Context, rows: slice | Tensor
     ) -> Bool[Tensor, "#B 1 T M"]:
-        """Which compressed blocks these of the new tokens see, all of their keys; those after the last are left out."""
+        """Returns the compressed blocks whose keys are all visible to the given new tokens.
+
+        Blocks after the last one are left out.
+        """
         if blocks.ends is not None and blocks.real is not None and ctx.mask is not None:
             mask = ctx.mask[:, :, rows]
             ends = blocks.ends[:, None, None].expand(-1, -1, mask.shape[2], -1)
@@ -318,7 +353,10 @@ class NSA(nn.Module):
     def _weights(
         self, query: Tensor, blocks: Compressed, ctx: Context, rows: slice | Tensor, scale: float
     ) -> tuple[Float[Tensor, "B G N T M"], Float[Tensor, "B M G Q"]]:
-        """p_cmp of each group's N heads, and the compressed values; 0 everywhere for a query that sees no block."""
+        """Computes p_cmp of each group's N heads, and the compressed values.
+
+        p_cmp is 0 everywhere for a query that sees no block.
+        """
         seen = self._seen(blocks, ctx, rows)
         keys, values = (x[:, : seen.shape[-1]] for x in (blocks.keys, blocks.values))
         return _probabilities(query, keys, seen, scale), values.to(query.dtype)
@@ -326,7 +364,7 @@ class NSA(nn.Module):
     def _choose(
         self, weights: Tensor, blocks: Compressed, ctx: Context, rows: slice | Tensor
     ) -> Int[Tensor, "B T G K"]:
-        """The selection blocks of largest p_slc."""
+        """Selects the selection blocks with the largest p_slc."""
         size, positions = self.config.select_block, ctx.positions[:, rows]
         probabilities = weights.detach().sum(2)  # [B, G, T, M]
         if blocks.segment is not None and blocks.pieces is not None:
@@ -348,9 +386,8 @@ class NSA(nn.Module):
             near = ctx.positions[:, run, None] - ctx.key_positions[:, None] < window
             return attend(query, key, value, scale, near[:, None] & visible(ctx, run))
         first, last = ctx.past + run.start, ctx.past + run.stop
-        begin = max(
-            0, first - window + 1
-        )  # nothing before the window, nothing after the last query
+        # Keep the keys from the start of the window to the last query.
+        begin = max(0, first - window + 1)
         key, value = key[:, begin:last], value[:, begin:last]
         if query.shape[1] == 1:
             return attend(query, key, value, scale)
@@ -363,7 +400,11 @@ class NSA(nn.Module):
 def importance_of(
     probabilities: Float[Tensor, "*B M"], count: int, config: NSAConfig
 ) -> Float[Tensor, "*B J"]:
-    """p_cmp W: what each of `count` selection blocks gets of the compressed blocks, one share a stride-d piece."""
+    """Computes p_cmp W: the importance of each of `count` selection blocks.
+
+    A selection block gets the probability of a compressed block once for each shared stride-d
+    piece.
+    """
     each, per = config.block // config.stride, config.select_block // config.stride
     pieces = F.pad(probabilities, (0, each - 1))
     for n in range(1, each):
@@ -374,7 +415,10 @@ def importance_of(
 def _complete(
     count: int, positions: Int[Tensor, "B T"], config: NSAConfig
 ) -> Bool[Tensor, "B T M"]:
-    """Which of the first `count` compressed blocks of their row queries see, blocks being counted as positions are."""
+    """Returns which of the first `count` compressed blocks of their sequence the queries see.
+
+    Blocks are counted as positions are.
+    """
     ends = torch.arange(count, device=positions.device) * config.stride + config.block - 1
     return ends <= positions[..., None]
 
@@ -385,8 +429,9 @@ def _probabilities(
     seen: Bool[Tensor, "B 1 T M"],
     scale: float,
 ) -> Float[Tensor, "B G N T M"]:
-    """p_cmp, float32; 0 everywhere for a query that sees no block."""
-    with torch.autocast(query.device.type, enabled=False):  # a rounded score chooses other blocks
+    """Computes p_cmp in float32; 0 everywhere for a query that sees no block."""
+    # A rounded score would select other blocks.
+    with torch.autocast(query.device.type, enabled=False):
         logits = (
             torch.einsum(
                 "btghp,bmgp->bghtm", wide(query.unflatten(2, (keys.shape[2], -1))), wide(keys)
@@ -411,10 +456,13 @@ def attend_few(
     config: NSAConfig,
     scale: float,
 ) -> Float[Tensor, "B T 3 H Q"]:
-    """The compressed, the selected and the window branch of a few tokens behind a cache, before the gates.
+    """Computes the three branches of a few tokens after a cache, before the gates.
 
-    `small_` are the compressed keys and values, `near_` the window branch's. Row b starts at column lead[b], or at the
-    first. `index` holds the blocks chosen already; None: each token chooses. kernels/nsa.py is its twin."""
+    The branches are the compressed, the selected and the window branch. `small_` are the compressed
+    keys and values, `near_` the window branch's. Sequence b starts at column lead[b], or at the
+    first. `index` holds the blocks selected already; if it is None, each token selects. The kernel
+    is kernels/nsa.py.
+    """
     weights = _probabilities(
         query, small_key, _complete(small_key.shape[1], positions, config)[:, None], scale
     )
@@ -426,23 +474,22 @@ def attend_few(
         scores = importance_of(weights.detach().sum(2), count, config).transpose(1, 2)
         index = best_blocks(scores, own, torch.zeros_like(own), config.chosen, forced=3)
     back = torch.arange(config.window, device=key.device)
-    near = (positions[..., None, None] - back).expand(
-        -1, -1, key.shape[2], -1
-    )  # a block of each key
+    # Each key of the window is a block of its own.
+    near = (positions[..., None, None] - back).expand(-1, -1, key.shape[2], -1)
     attention = kernels.pick("selected_attention", selected_attention, query, key, value)
     selected = attention(query, key, value, index, positions, config.select_block, scale, lead)
-    window = selected_attention(
-        query, near_key, near_value, near, positions, 1, scale, lead
-    )  # no twin for single keys
+    # The kernel does not take blocks of one key.
+    window = selected_attention(query, near_key, near_value, near, positions, 1, scale, lead)
     return torch.stack([compressed, selected, window], dim=2)
 
 
 def _block_columns(
     ctx: Context, block: int, stride: int
 ) -> tuple[Int[Tensor, "B M l"], Bool[Tensor, "B M"]]:
-    """The columns of each compressed block's keys, and which blocks are real, where there are documents or padding.
+    """Returns the columns of each compressed block's keys, and which blocks exist.
 
-    A block ends at each key whose position is l - 1, l - 1 + d, ...; its keys are the l present ones up to there.
+    It is for documents or padding. A block ends at each key whose position is l - 1, l - 1 + d,
+    ...; its keys are the l valid ones up to there.
     """
     places, length = ctx.key_positions, ctx.key_positions.shape[1]
     present = (
@@ -450,12 +497,11 @@ def _block_columns(
         if ctx.key_present is not None
         else torch.ones_like(places, dtype=torch.bool)
     )
-    order = (~present).long().argsort(dim=1, stable=True)  # present columns first
+    order = (~present).long().argsort(dim=1, stable=True)  # valid columns first
     ends = present & (places >= block - 1) & ((places - block + 1) % stride == 0)
     ends = ends.gather(1, order)
-    bound = max(
-        0, (length - block) // stride + 1
-    )  # however the documents lie, a block being no shorter than a stride
+    # This bounds the blocks of any documents, because a block is no shorter than a stride.
+    bound = max(0, (length - block) // stride + 1)
     most = bound if torch.compiler.is_compiling() else int(ends.sum(1).max())
     ranks = (~ends).long().argsort(dim=1, stable=True)[:, :most]  # [B, M]
     span = torch.arange(1 - block, 1, device=places.device)

@@ -1,19 +1,20 @@
-"""Hidden states -> the experts each token goes to, with their weights.
+"""Selects the experts of each token and computes their weights.
 
-    logits  = W hidden                                        float32; noise * N(0, 1) is added in training
+    logits  = W hidden                              float32; noise * N(0, 1) is added in training
     scores  = softmax(logits) | sigmoid(logits) | sqrt(softplus(logits))
-    chosen  = the K best of scores + bias                     from the best groups only; or by a table of token ids
+    chosen  = the K best of scores + bias           from the best groups only; or by token id
     weights = scale * scores[chosen] (/ their sum + 1e-20)    without the bias
 
-| model       | score        | groups         | group score                | weights      | scale  |
-|-------------|--------------|----------------|----------------------------|--------------|--------|
-| DeepSeekMoE | softmax      | none           |                            | as scored    | 1      |
-| DeepSeek-V2 | softmax      | 8, 3 kept      | its best score             | as scored    | 16     |
-| DeepSeek-V3 | sigmoid      | 8, 4 kept      | sum of its two best biased | renormalised | 2.5    |
-| DeepSeek-V4 | sqrtsoftplus | none           | (first layers: token ids)  | renormalised | 1.5    |
+| model       | score        | groups    | group score                | weights      | scale |
+|-------------|--------------|-----------|----------------------------|--------------|-------|
+| DeepSeekMoE | softmax      | none      |                            | as scored    | 1     |
+| DeepSeek-V2 | softmax      | 8, 3 kept | its best score             | as scored    | 16    |
+| DeepSeek-V3 | sigmoid      | 8, 4 kept | sum of its two best biased | renormalised | 2.5   |
+| DeepSeek-V4 | sqrtsoftplus | none      | (first layers: token ids)  | renormalised | 1.5   |
 
-DeepSeekMoE arXiv:2401.06066, V2 2405.04434, V3 2412.19437; the bias: 2408.15664. Noise: Shazeer et al. 1701.06538; as
-many experts as a token needs: Huang et al. 2403.07652; choice by token id: Roller et al. 2106.04426.
+DeepSeekMoE arXiv:2401.06066, V2 2405.04434, V3 2412.19437; the bias: 2408.15664. Noise: Shazeer et
+al. 1701.06538; as many experts as a token needs: Huang et al. 2403.07652; selection by token id:
+Roller et al. 2106.04426.
 """
 
 from typing import NamedTuple
@@ -25,30 +26,36 @@ from torch import Tensor, nn
 
 from rorqual.model_config import RouterConfig as RouterConfig
 
-SUM_EPS = 1e-20  # keeps a token whose scores all vanished from dividing by zero
+SUM_EPS = 1e-20  # avoids a division by zero where all scores of a token vanish
 
 
 class Routing(NamedTuple):
-    """Where tokens went, K slots each, best first. A slot of weight 0 is not taken: adaptive k drops it, or padding."""
+    """The experts of each token in K slots, best first.
+
+    A slot of weight 0 is not taken: adaptive k drops it, or the token is padding.
+    """
 
     chosen: Int[Tensor, "B T K"]
     weights: Float[Tensor, "B T K"]
     scores: Float[Tensor, "B T E"]
     logits: Float[Tensor, "B T E"]  # without noise
     present: Bool[Tensor, "B T"] | None = None  # False at padding; None: no padding
-    fixed: bool = False  # chosen by token id: no balance loss could change it
+    fixed: bool = False  # selected by token id: no balance loss could change it
 
     def taken(self) -> Bool[Tensor, "B T K"]:
         return self.weights != 0
 
     def counts(self) -> Int[Tensor, " E"]:
-        """Tokens that each expert took, padding left out."""
+        """Counts the tokens of each expert, without padding."""
         taken = self.taken().flatten().long()
         return taken.new_zeros(self.scores.shape[-1]).scatter_add_(0, self.chosen.flatten(), taken)
 
 
 def score(logits: Float[Tensor, "*N E"], kind: str) -> Float[Tensor, "*N E"]:
-    """softmax, sigmoid or sqrt(softplus). Where softplus underflows the score is 0 and has no gradient."""
+    """Applies softmax, sigmoid or sqrt(softplus) to the logits.
+
+    Where softplus underflows the score is 0 and has no gradient.
+    """
     if kind == "softmax":
         return logits.softmax(-1)
     if kind == "sigmoid":
@@ -57,9 +64,10 @@ def score(logits: Float[Tensor, "*N E"], kind: str) -> Float[Tensor, "*N E"]:
 
 
 class _SqrtSoftplus(torch.autograd.Function):
-    """sqrt(softplus(x)), whose slope sigmoid(x) / (2 sqrt(softplus(x))) goes to 0 with x.
+    """Computes sqrt(softplus(x)) with a stable backward.
 
-    The product of the two slopes that autograd would form overflows on the way, or is infinity times 0.
+    Its slope sigmoid(x) / (2 sqrt(softplus(x))) goes to 0 with x. The product of the two slopes
+    that autograd would form overflows on the way, or is infinity times 0.
     """
 
     @staticmethod
@@ -78,13 +86,15 @@ class _SqrtSoftplus(torch.autograd.Function):
 def within_groups(
     biased: Float[Tensor, "*N E"], groups: int, kept: int, group_score: str
 ) -> Float[Tensor, "*N E"]:
-    """`biased`, with -inf (a bias may be negative, so not 0) outside of each token's `kept` best groups."""
+    """Sets `biased` to -inf outside of each token's `kept` best groups.
+
+    A bias may be negative, so 0 would not exclude an expert.
+    """
     if kept == groups:
         return biased
     grouped = biased.unflatten(-1, (groups, -1))
-    worth = (
-        grouped.amax(-1) if group_score == "max" else grouped.topk(2, -1).values.sum(-1)
-    )  # [*N, groups]
+    # [*N, groups]
+    worth = grouped.amax(-1) if group_score == "max" else grouped.topk(2, -1).values.sum(-1)
     outside = torch.ones_like(worth, dtype=torch.bool).scatter(
         -1, worth.topk(kept, -1).indices, False
     )
@@ -94,7 +104,10 @@ def within_groups(
 def within_mass(
     weights: Float[Tensor, "*N K"], total: Float[Tensor, "*N"], mass: float, least: int
 ) -> Bool[Tensor, "*N K"]:
-    """True for the first slots up to the one with which their share of `total` reaches `mass`, and for `least`."""
+    """Marks the first slots up to the one with which their share of `total` reaches `mass`.
+
+    At least the first `least` slots are marked.
+    """
     before = weights.cumsum(-1) - weights
     return (before < mass * total[..., None]) | (
         torch.arange(weights.shape[-1], device=weights.device) < least
@@ -102,7 +115,7 @@ def within_mass(
 
 
 def token_table(vocabulary: int, experts: int, active: int, seed: int) -> Int[Tensor, "V K"]:
-    """K different experts for every token id, drawn evenly; the same for the same seed."""
+    """Draws K different experts for every token id, uniformly; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return (
         torch.rand(vocabulary, experts, generator=generator, device="cpu").topk(active, -1).indices
@@ -110,8 +123,10 @@ def token_table(vocabulary: int, experts: int, active: int, seed: int) -> Int[Te
 
 
 class Router(nn.Module):
-    """Scores every expert for every token and chooses `active` of them. In layers that choose by token id, the scores
-    still give the weights."""
+    """Scores every expert for every token and selects `active` of them.
+
+    In layers that select by token id, the scores still give the weights.
+    """
 
     def __init__(
         self,
@@ -122,7 +137,10 @@ class Router(nn.Module):
         layer: int = 0,
         vocabulary: int | None = None,
     ) -> None:
-        """`layer` is the block's index; ValueError where it chooses by token id and `vocabulary` is None."""
+        """Builds the router of the block with index `layer`.
+
+        ValueError if it selects by token id and `vocabulary` is None.
+        """
         super().__init__()
         self.config, self.active = config, active
         self.weight = nn.Parameter(torch.randn(experts, dim) * dim**-0.5)
@@ -143,7 +161,10 @@ class Router(nn.Module):
         ids: Int[Tensor, "B T"] | None = None,
         present: Bool[Tensor, "B T"] | None = None,
     ) -> Routing:
-        """`ids` are needed in layers that choose by them; `present` is False at padding."""
+        """Computes the routing of every token.
+
+        `ids` are needed in layers that select by them; `present` is False at padding.
+        """
         logits = self._logits(hidden)
         noisy = logits
         if self.training and self.config.noise:
@@ -154,7 +175,10 @@ class Router(nn.Module):
         return Routing(chosen, weights, scores, logits, present, self.table is not None)
 
     def _apply(self, fn, recurse=True):
-        """Conversions of the model leave the bias in float32: steps of 0.001 would be lost in bfloat16."""
+        """Keeps the bias in float32 when the model is converted.
+
+        Steps of 0.001 would be lost in bfloat16.
+        """
         before = self.e_score_correction_bias
         super()._apply(fn, recurse)
         after = self.e_score_correction_bias

@@ -1,14 +1,17 @@
-"""Queries, keys, values and chosen blocks of keys in -> values attended within those blocks out.
+"""Attends within selected blocks of keys, as MoBA and the selected branch of NSA do.
 
-    out[t]  = softmax(scale q_t . k) v over the keys up to t of the blocks that t has chosen
+    out[t]  = softmax(scale q_t . k) v over the keys up to t of the blocks that are selected for t
 
-What NSA's selected branch and MoBA share: they differ in how a block is scored. A choice is index[b, t, j] of K blocks,
--1 where fewer are chosen, one for each KV group (j of G) or each head (j of H). The same sum is taken in two ways:
+The two differ in how they score a block. A selection is index[b, t, j] of K blocks, -1 where fewer
+are selected, one for each KV group (j of G) or each head (j of H). The same sum is computed in two
+ways:
 
-    masked_attention     a boolean mask into scaled_dot_product_attention: documents, padding, gradients
-    selected_attention   the chosen keys alone, gathered for each token: decoding; kernels/select.py is its twin
+    masked_attention     a boolean mask for scaled_dot_product_attention, with documents, padding
+                         and gradients
+    selected_attention   only the selected keys, gathered for each token: decoding; its kernel is
+                         kernels/select.py
 
-and in two more where many queries have one choice: layers/tiles.py.
+layers/tiles.py has two more, for many queries that share one selection.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,19 +28,21 @@ from rorqual.layers.basics import largest
 from rorqual.layers.cache import Appended
 from rorqual.layers.context import Context
 
-QUERIES = 512  # attended at a time, so that no mask is T x T
-FEW = 16  # new tokens behind a cache that read what they chose where it lies, in padded rows too
+QUERIES = 512  # processed at a time, so that no mask is T x T
+FEW = 16  # up to so many new tokens after a cache read selected keys in place, left-padded ones too
 
 
 def runs(time: int) -> Iterator[slice]:
-    """The queries of a call, QUERIES at a time."""
+    """Splits the queries of a call into slices of QUERIES."""
     return (slice(start, min(start + QUERIES, time)) for start in range(0, time, QUERIES))
 
 
 def segments(ctx: Context, block: int) -> Int[Tensor, "B L"]:
-    """Which block of its row each key is in: documents in order, blocks in order, padding with its predecessor.
+    """Returns the block of its sequence that each key is in.
 
-    Block m of a row belongs to the document of query t when own[t] - positions[t] // block <= m <= own[t].
+    Blocks are numbered through the documents in order; padding has the block of the key before it.
+    Block m of a sequence belongs to the document of query t when own[t] - positions[t] // block <=
+    m <= own[t].
     """
     starts = ctx.key_positions % block == 0
     if ctx.key_present is not None:
@@ -46,29 +51,37 @@ def segments(ctx: Context, block: int) -> Int[Tensor, "B L"]:
 
 
 def most_blocks(segment: Int[Tensor, "B L"]) -> int:
-    """How many the row with most has. A compiler, which knows no values, is told as many as there are keys."""
+    """Returns the largest number of blocks of any sequence.
+
+    While a compiler traces, values are not known, and the number of keys is returned.
+    """
     return segment.shape[1] if torch.compiler.is_compiling() else int(segment.max()) + 1
 
 
 def straight(ctx: Context) -> tuple[Context, Int[Tensor, " B"] | None]:
-    """Of a few tokens behind a cache, in rows that are padded on the left alone: the ctx without its mask, and the
-    columns of padding before each row's first token, by which the row is shifted. Of others the ctx itself, None."""
+    """Removes the mask of a few tokens after a cache if their only padding is on the left.
+
+    Returns the context without its mask, and the left padding of each sequence in columns, by which
+    the sequence is shifted. In all other cases it returns the context itself and None.
+    """
     if ctx.lead is None or not ctx.past or ctx.positions.shape[1] > FEW:
         return ctx, None
     return replace(ctx, mask=None, present=None, key_present=None), ctx.lead
 
 
 class Blocks:
-    """What is made of each complete block of a growing sequence of keys, once, so that nothing reads the block again.
+    """Caches one value per complete block of a growing sequence of keys.
 
-    Block i of a row is its keys i stride .. i stride + block - 1, counted from the row's first token."""
+    No block is read twice. Block i of a sequence is its keys i stride .. i stride + block - 1,
+    counted from its first token.
+    """
 
     def __init__(self, block: int, stride: int, capacity: int = 0):
         self.block, self.stride, self.tokens = block, stride, 0
         self.made = Appended(capacity // stride)
 
     def count(self, tokens: int) -> int:
-        """Blocks that are complete in so many tokens."""
+        """Returns the number of complete blocks in `tokens` tokens."""
         return max(0, (tokens - self.block) // self.stride + 1)
 
     def update(
@@ -77,9 +90,11 @@ class Blocks:
         make: Callable[[Tensor], Tensor],
         lead: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B M G P"]:
-        """`make`, of keys [B, N, G, block, P], is asked for [B, N, G, P] of the blocks completed since the last call.
+        """Computes the newly completed blocks and returns those of the whole sequence.
 
-        Row b starts at column lead[b]. Behind the last block of a row that has fewer than another stand zeros."""
+        `make` maps keys [B, N, G, block, P] to [B, N, G, P]. Sequence b starts at column lead[b].
+        Zeros follow the last block of a sequence that has fewer blocks than another.
+        """
         before, self.tokens = self.tokens, keys.shape[1]
         if lead is None:
             done = self.made.length
@@ -105,33 +120,34 @@ class Blocks:
         made = make(keys[rows[:, None], columns].transpose(1, 2)[:, None])[:, 0].detach()
         more = max(span.stop for span in spans) - self.made.length
         held = self.made.append(made.new_zeros(len(starts), more, *made.shape[1:]))
-        held[rows, blocks] = made.to(held.dtype)  # autocast may have come or gone since the first
+        # The dtype may differ from that of the first call, if autocast was switched since.
+        held[rows, blocks] = made.to(held.dtype)
         return held
 
     def select(self, index: Int[Tensor, " B"]) -> None:
-        """Keep the rows `index`, in that order."""
+        """Keeps the sequences `index`, in that order."""
         self.made.select(index)
 
     def crop(self, count: int) -> None:
-        """Forget the last `count` tokens, and the blocks that they leave incomplete."""
+        """Removes the last `count` tokens, and the blocks that become incomplete."""
         self.tokens = max(0, self.tokens - count)
         self.made.crop(max(0, self.made.length - self.count(self.tokens)))
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Removes all tokens."""
         self.tokens = 0
         self.made.reset()
 
 
 def windows(keys: Float[Tensor, "B L G P"], block: int, stride: int) -> Float[Tensor, "B M G l P"]:
-    """The complete blocks of rows without documents or padding."""
+    """Returns the complete blocks of sequences without documents or padding."""
     if keys.shape[1] < block:
         return keys.new_empty(keys.shape[0], 0, keys.shape[2], block, keys.shape[3])
     return keys.unfold(1, block, stride).transpose(-1, -2)
 
 
 def visible(ctx: Context, run: slice) -> Bool[Tensor, "#B 1 T L"]:
-    """Which keys a run of the queries may see, without forming the mask of all queries."""
+    """Returns the mask of a slice of the queries without forming that of all queries."""
     if ctx.mask is not None:
         return ctx.mask[:, :, run]
     columns = torch.arange(ctx.key_positions.shape[1], device=ctx.key_positions.device)
@@ -147,7 +163,7 @@ def full_attention(
     ctx: Context,
     scale: float,
 ) -> Float[Tensor, "B T H Q"]:
-    """Every visible key."""
+    """Attends to every visible key."""
     if ctx.mask is None and query.shape[1] == 1:
         return attend(query, key, value, scale)
     if ctx.mask is None and not ctx.past:
@@ -165,10 +181,11 @@ def best_blocks(
     chosen: int,
     forced: int = 1,
 ) -> Int[Tensor, "B T J K"]:
-    """The `chosen` blocks of largest score, compared in float32, of equal ones the later; -1 where there are fewer.
+    """Selects the `chosen` blocks with the largest scores; -1 where there are fewer.
 
-    Only blocks first .. own can be chosen, and `own` always is; with `forced` 3 the document's `first` and the one
-    before `own` are, too. Their order is that of the columns, backwards: `own` first, -1 last.
+    Scores are compared in float32, and of equal ones the later block is taken. Only blocks first ..
+    own can be selected, and `own` always is; with `forced` 3 the document's `first` and the one
+    before `own` are, too. They are sorted by column, backwards: `own` first, -1 last.
     """
     block = torch.arange(scores.shape[-1], device=scores.device)
     own, first = own[:, :, None, None], first[:, :, None, None]
@@ -201,9 +218,11 @@ def attend_chosen(
     scale: float,
     lead: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T H Q"]:
-    """A run of the queries of a call over the blocks that each has chosen, whichever way is the cheapest here.
+    """Attends from a slice of the queries to their selected blocks, in the cheapest way.
 
-    `segment` is segments(ctx, block) where there are documents or padding, else None; `lead` is straight's."""
+    `segment` is segments(ctx, block) if there are documents or padding, else None; `lead` is from
+    `straight`.
+    """
     if segment is None:
         attention = kernels.pick("selected_attention", selected_attention, query, key, value)
         few = query.shape[1] * index.shape[-1] * block < key.shape[1]
@@ -222,16 +241,15 @@ def selected_attention(
     scale: float,
     lead: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T H Q"]:
-    """Reads the keys of the chosen blocks alone, for rows of one document: block j of a row starts at j * block,
-    counted from column lead[b], or from the first.
+    """Attends by reading only the keys of the selected blocks, in sequences of one document.
 
-    Query t sees key c of its row when c // block is in its index and c <= positions[t]; one that sees nothing gets 0.
-    No block may be named twice.
+    Block j of a sequence starts at j * block, counted from column lead[b], or from the first. Query
+    t sees key c of its sequence if c // block is in its index and c <= positions[t]; a query that
+    sees nothing gets 0. The index must not contain a block twice.
     """
     groups, choices = key.shape[2], index.shape[2]
-    columns = index[..., None] * block + torch.arange(
-        block, device=key.device
-    )  # [B, T, J, K, block]
+    # [B, T, J, K, block]
+    columns = index[..., None] * block + torch.arange(block, device=key.device)
     seen = (index[..., None] >= 0) & (columns <= positions[:, :, None, None, None])
     if lead is not None:
         columns = columns + lead[:, None, None, None, None]
@@ -255,7 +273,10 @@ def masked_attention(
     block: int,
     scale: float,
 ) -> Float[Tensor, "B T H Q"]:
-    """attend_chosen by a mask over the keys, formed for the heads of one choice at a time."""
+    """Computes attend_chosen with a mask over the keys.
+
+    The mask is formed for the heads of one selection at a time.
+    """
     choices, length = index.shape[2], key.shape[1] if segment is not None else ctx.past + run.stop
     count = most_blocks(segment) if segment is not None else -(-length // block)
     seen = visible(ctx, run)[..., :length]
@@ -285,5 +306,5 @@ def masked_attention(
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if it came so."""
+    """Converts x to float32; float64 stays float64."""
     return x if x.dtype == torch.float64 else x.float()

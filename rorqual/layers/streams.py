@@ -1,12 +1,13 @@
-"""Streams and what is projected of them in -> one stream to read, coefficients; then the streams rewritten out.
+"""The arithmetic of hyper-connections as functions of tensors: read, mix and write streams.
 
     pre, post  = sigmoid(scale_0 m_pre + base_pre) + eps, 2 sigmoid(scale_1 m_post + base_post)
     comb       = Sinkhorn(scale_2 m_comb + base_comb)
-    u          = sum_i pre_i x_i                              `collapse` is all of this
+    u          = sum_i pre_i x_i                              `collapse` computes all of these
     x_k       <- post_k F(u) + sum_j comb[j, k] x_j           `write`
 
-The arithmetic of mHC (arXiv:2512.24880) without its parameters: tensors in, tensors out. Whatever is a sum over streams
-is made in the precision of the coefficients, and the S*S matrices of all tokens stand as [S, S, N], tokens last.
+It is the arithmetic of mHC (arXiv:2512.24880) without its parameters. Every sum over streams is
+computed in the precision of the coefficients. The S*S matrices of all tokens are stored as
+[S, S, N], tokens last.
 """
 
 from typing import NamedTuple
@@ -20,33 +21,34 @@ class Streams(NamedTuple):
     """The residual streams between two sublayers."""
 
     values: Float[Tensor, "B T S D"]
-    pre: Float[Tensor, "B T S"] | None = (
-        None  # the pre-mapping of the site before, if there was one
-    )
+    pre: Float[Tensor, "B T S"] | None = None  # the pre-mapping of the site before, if any
 
     def add(self, update: Float[Tensor, "B T S D"]) -> "Streams":
-        """The streams with `update` added to their values."""
+        """Returns the streams with `update` added to their values."""
         return self._replace(values=self.values + update)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The precision of coefficients: float32, or float64 for float64 streams."""
+    """Returns the dtype of coefficients: float32, or float64 for float64 streams."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class _Sinkhorn(torch.autograd.Function):
-    """Sinkhorn with the tokens last; stores the logits alone and makes the iterates again in backward.
+    """Sinkhorn normalisation, tokens last; backward recomputes the iterates from the logits.
 
-    Step n normalises axis n mod 2. One step c' = c / d, d = sum_axis c + eps, has, in P = c' dL/dc', the backward
-    P <- P - c' sum_axis P: no division, so no gradient can overflow however small a sum was. Backward keeps the sums d,
-    a quarter of the iterates c = c' d.
+    Step n normalises axis n mod 2. One step and its backward, with P = c' dL/dc', are
+
+        c' = c / d,   d = sum_axis c + eps          P <- P - c' sum_axis P
+
+    There is no division, so no gradient can overflow however small a sum was. Only the logits are
+    saved. Backward stores the sums d, a quarter of the size of the iterates c = c' d.
     """
 
     @staticmethod
     def forward(ctx, logits, iterations, eps):
         ctx.save_for_backward(logits)
         ctx.iterations, ctx.eps = iterations, eps
-        # a row of exponentials that vanished must not become 0 / 0
+        # A row in which all exponentials underflow must not become 0 / 0.
         comb = logits.softmax(1) + (eps or torch.finfo(logits.dtype).tiny)
         for step in range(2 * iterations - 1):
             comb.div_(comb.sum(step % 2, keepdim=True).add_(eps))
@@ -60,7 +62,8 @@ class _Sinkhorn(torch.autograd.Function):
         for step in range(2 * ctx.iterations - 1):
             sums.append(comb.sum(step % 2, keepdim=True).add_(ctx.eps))
             comb.div_(sums[-1])
-        flow = gradient.contiguous() * comb  # a strided gradient would make every step strided
+        # A strided gradient would make every step strided.
+        flow = gradient.contiguous() * comb
         for step in reversed(range(2 * ctx.iterations - 1)):
             flow.addcmul_(comb, flow.sum(step % 2, keepdim=True), value=-1)
             comb.mul_(sums[step])
@@ -72,16 +75,21 @@ class _Sinkhorn(torch.autograd.Function):
 def sinkhorn(
     logits: Float[Tensor, "S S N"], iterations: int = 20, eps: float = 1e-6
 ) -> Float[Tensor, "S S N"]:
-    """c = softmax(logits, axis 1) + eps, axis 0 normalised; then iterations - 1 times axis 1 and axis 0 normalised.
+    """Normalises the logits to a matrix that is doubly stochastic once it has converged.
 
-    Every normalisation divides by (sum + eps). Axis 0 sums to 1 within 1e-5; axis 1 only as far as it has converged
-    (3e-2 and more off for logits of deviation 2). The S*S matrices come first so that every step runs along the tokens.
+    c = softmax(logits, axis 1) + eps, then axis 0 is normalised; then iterations - 1 times axis 1
+    and axis 0. Every normalisation divides by (sum + eps). Axis 0 sums to 1 within 1e-5; axis 1
+    only as far as it has converged (3e-2 and more off for logits of deviation 2). The S*S matrices
+    come first so that every step runs along the tokens.
     """
     return _Sinkhorn.apply(logits, iterations, eps)
 
 
 class _Project(torch.autograd.Function):
-    """(weight x^T) / rms(x): the norm commutes with the product, so the normalised streams are never stored."""
+    """Computes (weight x^T) / rms(x) without storing the normalised streams.
+
+    This is possible because the norm commutes with the product.
+    """
 
     @staticmethod
     def forward(ctx, flat, weight, eps):
@@ -102,7 +110,7 @@ class _Project(torch.autograd.Function):
 def project(
     flat: Float[Tensor, "N F"], weight: Float[Tensor, "K F"], eps: float = 1e-6
 ) -> Float[Tensor, "K N"]:
-    """m[k, n] = <weight_k, x_n> rsqrt(mean(x_n^2) + eps), tokens last."""
+    """Computes m[k, n] = <weight_k, x_n> rsqrt(mean(x_n^2) + eps), tokens last."""
     return _Project.apply(flat, weight, eps)
 
 
@@ -113,7 +121,10 @@ def squash(
     streams: int,
     eps: float,
 ) -> tuple[Float[Tensor, "S N"], Float[Tensor, "S N"], Float[Tensor, "L N"]]:
-    """pre, post and the logits of comb. Rows of m and base: S of pre, S of post, the rest of comb."""
+    """Computes pre, post and the logits of comb.
+
+    Rows of m and base: S of pre, S of post, the rest of comb.
+    """
     S, base = streams, base[:, None]
     pre = torch.sigmoid(m[:S] * scale[0] + base[:S]) + eps
     post = 2 * torch.sigmoid(m[S : 2 * S] * scale[1] + base[S : 2 * S])
@@ -121,8 +132,12 @@ def squash(
 
 
 def read(streams: Float[Tensor, "N S D"], pre: Float[Tensor, "S N"]) -> Float[Tensor, "N D"]:
-    """u = sum_i pre_i x_i, summed in the precision of pre, in the dtype of the streams."""
-    if torch.compiler.is_compiling():  # which fuses sums, and calls a library for products
+    """Computes u = sum_i pre_i x_i.
+
+    It is summed in the precision of pre and returned in the dtype of the streams.
+    """
+    # A compiler fuses sums, but calls a library for products.
+    if torch.compiler.is_compiling():
         return (pre.T[..., None] * streams).sum(1).to(streams.dtype)
     return (pre.T[:, None].contiguous() @ streams.to(pre.dtype))[:, 0].to(streams.dtype)
 
@@ -138,7 +153,10 @@ def collapse(
 ) -> tuple[
     Float[Tensor, "N D"], Float[Tensor, "S N"], Float[Tensor, "S N"], Float[Tensor, "S S N"]
 ]:
-    """u, pre, post and comb, K = 2S + S*S; comb's rows are row-major [j, k]. u is read with `carried` where given."""
+    """Computes u, pre, post and comb, with K = 2S + S*S.
+
+    comb's rows are row-major [j, k]. u is read with the pre-mapping `carried` if it is given.
+    """
     S = streams.shape[1]
     pre, post, logits = squash(m, scale, base, S, eps)
     comb = sinkhorn(logits.view(S, S, -1), iterations, eps)
@@ -151,9 +169,11 @@ def write(
     post: Float[Tensor, "S N"],
     comb: Float[Tensor, "S S N"] | None,
 ) -> Float[Tensor, "N S D"]:
-    """x_k <- post_k out + sum_j comb[j, k] x_j, summed in the precision of post, in the dtype of the streams.
+    """Computes x_k <- post_k out + sum_j comb[j, k] x_j.
 
-    comb None is the identity. A compiler is given one sum a stream, of which it makes one pass over all of them.
+    It is summed in the precision of post and returned in the dtype of the streams. comb None is the
+    identity. A compiler gets one sum for each stream, which it fuses into one pass over all of
+    them.
     """
     out, wide_streams = out.to(post.dtype), streams.to(post.dtype)
     if comb is not None and torch.compiler.is_compiling():

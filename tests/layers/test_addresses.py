@@ -1,4 +1,7 @@
-"""Configs and ids in -> the rows that the authors' code or a plain loop addresses; what is saved and refused."""
+"""Tests the rows that configs and ids address, and what is saved and refused.
+
+The rows are compared with the authors' code and with a plain loop.
+"""
 
 import copy
 import hashlib
@@ -69,7 +72,10 @@ def _tuple(value: object) -> object:
 def by_hand(
     ids: list[int], reach: list[int], config: EngramConfig, canonical: int, pad: int
 ) -> list:
-    """The spec, one token at a time, in Python's unbounded integers: [layer][token][head]."""
+    """Computes the rows by the spec, one token at a time, in Python's unbounded integers.
+
+    The result is indexed [layer][token][head].
+    """
     multipliers, primes = draw_multipliers(config, canonical).tolist(), find_primes(config).tolist()
     layers = []
     for layer in range(len(config.layers)):
@@ -95,7 +101,7 @@ def by_hand(
 @pytest.mark.parametrize("kind", ["reference", *TWINS])
 def test_rows_are_the_authors(case: dict, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
-    # ids that are canonical already, so that no tokenizer is needed: the identity over as many
+    # These ids are canonical already, so the identity map is enough and no tokenizer is needed.
     addresses = Addresses(golden_config(case), None, case["compressed_vocab_size"])
     assert addresses.fingerprint()["multipliers"] == list(case["multipliers"].values())
     assert addresses.fingerprint()["primes"] == list(case["primes"].values())
@@ -111,7 +117,7 @@ def test_rows_are_the_authors(case: dict, kind: str, monkeypatch: pytest.MonkeyP
 
 
 class Rows(nn.Module):
-    """In place of an embedding: the row ids themselves."""
+    """Replaces an embedding; returns the row ids themselves."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +128,7 @@ class Rows(nn.Module):
 
 
 def qwen_layers(config: EngramConfig, vocabulary: int) -> list[Qwen4ExpTextNGramEmbedding]:
-    """transformers' own modules of this memory; they return row ids in place of rows."""
+    """Builds transformers' own modules of this memory; they return row ids in place of rows."""
     said = Qwen4ExpTextConfig(
         vocab_size=vocabulary,
         eos_token_id=config.eos_id,
@@ -151,7 +157,10 @@ def qwen_layers(config: EngramConfig, vocabulary: int) -> list[Qwen4ExpTextNGram
 
 
 def qwen_rows(modules: list[Qwen4ExpTextNGramEmbedding], ids: Tensor, splits: list[int]) -> Tensor:
-    """[Lm, B, T, R] by transformers, the ids in pieces of these lengths behind one cache."""
+    """Computes the rows [Lm, B, T, R] with transformers, in pieces after one cache.
+
+    `splits` are the lengths of the pieces.
+    """
     cache = DynamicCache(config=modules[0].said) if len(splits) > 1 else None
     parts = [
         torch.stack([module(part, cache) for module in modules]) for part in ids.split(splits, 1)
@@ -173,7 +182,10 @@ QWENS = pytest.mark.parametrize("case", QWEN, ids=lambda case: case["name"])
 @QWENS
 @pytest.mark.parametrize("kind", ["reference", *TWINS])
 def test_rows_are_those_of_qwen(case: dict, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recorded from transformers, and transformers today: whole, and in two pieces at every place."""
+    """Compares with rows recorded from transformers, and with transformers today.
+
+    The ids come whole, and in two pieces split at every position.
+    """
     monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
     config, vocabulary = qwen_config(case)
     own, theirs = Addresses(config, None, vocabulary), qwen_layers(config, vocabulary)
@@ -199,7 +211,10 @@ def test_rows_are_those_of_qwen(case: dict, kind: str, monkeypatch: pytest.Monke
 def test_rows_of_padded_batches_are_those_of_qwen(
     case: dict, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Many texts with ends in them, padded on the left, whole, token by token, and one text more behind a reset."""
+    """Compares texts that contain end ids and are padded on the left.
+
+    They come whole and token by token, and once more after a reset of the history.
+    """
     monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
     config, vocabulary = qwen_config(case)
     own, theirs = Addresses(config, None, vocabulary), qwen_layers(config, vocabulary)
@@ -234,7 +249,10 @@ def test_tiles_address_as_qwen(tiled: torch.device) -> None:
 
 @pytest.mark.parametrize("generator", ["numpy", "splitmix64"])
 def test_an_end_of_text_hides_what_came_before(generator: str) -> None:
-    """With canonical ids, beside documents and dead tokens: behind an end the rows are those of a text that begins."""
+    """Rows after an end id are those of a text that begins there.
+
+    Canonical ids are on, with documents and dead tokens.
+    """
     config = EngramConfig(
         layers=(2, 0),
         rows_per_head=(97, 89),
@@ -258,7 +276,7 @@ def test_an_end_of_text_hides_what_came_before(generator: str) -> None:
 
 
 def test_another_generator_is_another_model() -> None:
-    """Configs of before have no such field, and mean numpy's."""
+    """Configs from before the field existed have no generator and mean numpy's."""
     plain, other = (
         Addresses(EngramConfig(), None, 30),
         Addresses(EngramConfig(generator="splitmix64"), None, 30),
@@ -318,7 +336,10 @@ def test_rows_are_those_of_a_plain_loop(rows_of, data: st.DataObject) -> None:
 @pytest.mark.parametrize("kind", TWINS)
 @pytest.mark.parametrize("prime", [8_209, 646_403, 2_262_413, 16_000_057, 2**31 - 1])
 def test_remainder_without_a_division_is_exact(kind: str, prime: int) -> None:
-    """Around multiples of the prime, up to the largest int64: the id is 1, so that the mix is the multiplier."""
+    """Tests mixes around multiples of the prime, up to the largest int64.
+
+    The id is 1, so that the mix is the multiplier.
+    """
     edges = [0, 1, prime - 1, prime, prime + 1, (2**63 - 1) // prime * prime]
     mixes = [m for edge in edges for m in (edge - 1, edge, edge + 1) if 0 <= m < 2**63] + [
         2**63 - 1,
@@ -356,7 +377,11 @@ def test_twin_at_odd_sizes_and_on_threads(kind: str, poisoned: None) -> None:
 
 
 def test_two_mixes_share_few_heads() -> None:
-    """A shared head's prime divides the mixes' difference, below 2^63: primes with a larger product cannot all."""
+    """Bounds the number of heads that two mixes can share.
+
+    A shared head's prime divides the difference of the mixes, which is below 2^63, so primes with a
+    larger product cannot all be shared.
+    """
     for rows, most in ((650_000, 3), (2_300_000, 2)):
         primes = (
             find_primes(EngramConfig(layers=(1, 14), rows_per_head=(rows, rows), heads=8))
@@ -374,7 +399,10 @@ def test_two_mixes_share_few_heads() -> None:
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_two_n_grams_share_few_heads(data: st.DataObject) -> None:
-    """The worst that can be made: mixes that differ by a multiple of as many primes as stay below 2^63."""
+    """Tests the worst case that exists.
+
+    The mixes differ by a multiple of as many primes as stay below 2^63.
+    """
     rows, most = data.draw(st.sampled_from([(650_000, 3), (2_300_000, 2), (16_000_000, 2)]))
     primes = find_primes(EngramConfig(rows_per_head=(rows,), heads=8)).flatten()
     shared = math.prod(data.draw(st.permutations(primes.tolist()))[:most])
@@ -391,7 +419,10 @@ def test_two_n_grams_share_few_heads(data: st.DataObject) -> None:
 
 
 def test_no_pair_of_many_n_grams_shares_more_than_three_heads() -> None:
-    """All pairs of 1,500 trigrams, and all 262,144 bigrams by the heads that two of them share at once."""
+    """Tests all pairs of 1,500 trigrams and all 262,144 bigrams.
+
+    The bigrams are tested by groups of four heads.
+    """
     addresses = Addresses(
         EngramConfig(rows_per_head=(646_400, 646_400), heads=8, seed=5), None, 512
     )
@@ -418,7 +449,10 @@ def test_rows_are_written_where_memory_is_given(rows_of) -> None:
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "move", "assign", "replace the data"])
 def test_what_a_twin_noted_of_one_model_is_never_used_for_another(how: str) -> None:
-    """The first model's numbers are overwritten, so that whoever still reads them there reads other rows."""
+    """A kernel's stored values of one model are not used for another.
+
+    The first model's tensors are overwritten, so that a stale read returns other rows.
+    """
     names = ("canonical_map", "multipliers", "primes", "offsets")
     first = Addresses(EngramConfig(layers=(1, 5), rows_per_head=(9001, 77), heads=5), None, 50)
     ids = torch.randint(50, (3, 4))
@@ -454,7 +488,7 @@ def test_what_a_twin_noted_of_one_model_is_never_used_for_another(how: str) -> N
 
 
 def test_ids_of_32_bits_are_remembered_as_any_others() -> None:
-    """By a history that began with padding and is used again without."""
+    """The history began with padding and is used again without it."""
     own = Addresses(EngramConfig(layers=(1,), rows_per_head=(9001, 77), heads=2), None, 50)
     ids, history = (
         torch.randint(50, (2, 6), dtype=torch.int32),
@@ -468,7 +502,7 @@ def test_ids_of_32_bits_are_remembered_as_any_others() -> None:
 
 
 def test_memory_of_long_calls_is_taken_again_only_when_nobody_holds_it() -> None:
-    """With and without a history, and after a call whose id was refused."""
+    """Tests calls with and without a history, and after a call whose id was refused."""
     own = Addresses(EngramConfig(layers=(1, 5), rows_per_head=(9001, 77), heads=5), None, 50)
     first, second, third = torch.randint(50, (3, 2, WORTH_KEEPING))
     where, names = (
@@ -494,7 +528,10 @@ def test_memory_of_long_calls_is_taken_again_only_when_nobody_holds_it() -> None
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_ids_that_follow_others_in_any_pieces(data: st.DataObject) -> None:
-    """Whole, in chunks longer and shorter than what the history holds, token by token, alone, from a wider tensor."""
+    """The ids come whole, in chunks, token by token, and as a view of a wider tensor.
+
+    Chunks are longer and shorter than what the history stores.
+    """
     layers = data.draw(st.sampled_from([(1,), (1, 14)]))
     sizes = data.draw(st.sampled_from([(97,), (8193, 31), (9001, 9001, 20_011)]))
     addresses = Addresses(
@@ -556,14 +593,14 @@ def test_ids_outside_the_tokenizer_are_refused(
     kind: str, bad: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
-    addresses = Addresses(
-        EngramConfig(), torch.arange(20), 25
-    )  # a model vocabulary of 25 for a tokenizer of 20
+    # A tokenizer of 20 ids, a model vocabulary of 25.
+    addresses = Addresses(EngramConfig(), torch.arange(20), 25)
     ids = torch.tensor([[3, 19, bad, 4]])
     with pytest.raises(ValueError, match=f"got id {bad}, expected one of the 20"):
         addresses(ids, context(1, 4, "cpu"))
     present = torch.tensor([[True, True, False, True]])
-    rows = addresses(ids, context(1, 4, "cpu", present=present))  # at padding nobody looks
+    # Ids at padding are not checked.
+    rows = addresses(ids, context(1, 4, "cpu", present=present))
     assert torch.equal(rows[:, :, 3], addresses(torch.tensor([[4]]), context(1, 1, "cpu"))[:, :, 0])
 
 
@@ -600,7 +637,7 @@ def test_another_models_addresses_are_refused(
     saved = Addresses(config, canonical, 30)
     ours = Addresses(EngramConfig(), torch.arange(30) if told else None, 30)
     if not told and "canonical" in names:
-        ours.load_state_dict(saved.state_dict())  # it had none of its own
+        ours.load_state_dict(saved.state_dict())  # a model without a map takes the saved one
         return
     with pytest.raises(ValueError, match=names):
         ours.load_state_dict(saved.state_dict())
@@ -635,7 +672,8 @@ def test_a_damaged_map_is_refused_by_its_digest() -> None:
     for canonical in (None, torch.arange(30), torch.arange(30).flip(0)):
         with pytest.raises(ValueError, match="canonical map"):
             Addresses(EngramConfig(), canonical, 30).load_state_dict(state)
-    with pytest.raises(ValueError, match="canonical map"):  # folded ids for a model of raw ones
+    # The checkpoint has a canonical map, and the model hashes raw ids.
+    with pytest.raises(ValueError, match="canonical map"):
         Addresses(EngramConfig(canonical=False), None, 30).load_state_dict(
             Addresses(EngramConfig(), torch.arange(30).flip(0), 30).state_dict()
         )
@@ -663,9 +701,8 @@ def test_bad_configs_are_refused(changes: dict, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         EngramConfig(**changes)
     config = EngramConfig()
-    object.__setattr__(
-        config, "sign", "plus"
-    )  # past beartype, which checks the annotation in tests
+    # This bypasses beartype, which checks the annotation in tests.
+    object.__setattr__(config, "sign", "plus")
     with pytest.raises(ValueError, match="expected sign or copysign"):
         config.__post_init__()
     object.__setattr__(config, "sign", "sign")
@@ -713,17 +750,21 @@ def test_bad_maps_are_refused(
 
 @pytest.mark.interpreted
 def test_tiles_address_as_the_reference(tiled: torch.device, poisoned: None) -> None:
-    """Bit for bit: primes small and large, heads that fill no tile, the largest ids, rows of tokens in two programs."""
+    """The kernel matches the reference bit for bit.
+
+    Primes are small and large, heads do not fill a tile, ids are the largest possible, and a
+    sequence's tokens are split over two programs.
+    """
     function, top = kernels.triton_twins.hash_rows, 2**31 - 2
     for layers, rows, heads, ids, within in (
         ((0,), (2,), 1, torch.tensor([[0, 1]]), 2),
         ((1, 14), (646_400, 97, 16_000_000), 5, torch.randint(98_627, (7, 13)), 98_627),
         ((3,), (16_000_000, 2**31 - 1), 3, torch.randint(90, (1, 69), dtype=torch.int32), 90),
-        ((0, 2), (31, 67), 2, torch.randint(9, (3, 2)), 9),  # the window alone, no token
+        ((0, 2), (31, 67), 2, torch.randint(9, (3, 2)), 9),  # only the window, no token
     ):
         config = EngramConfig(layers=layers, rows_per_head=rows, heads=heads)
         canonical = torch.arange(within)
-        canonical[-1] = top  # the multipliers are drawn for so many ids
+        canonical[-1] = top  # the multipliers are drawn for top + 1 ids
         primes = find_primes(config)
         flat = primes.reshape(len(primes), -1)
         numbers = [draw_multipliers(config, top + 1), primes, flat.cumsum(1) - flat]
@@ -733,7 +774,8 @@ def test_tiles_address_as_the_reference(tiled: torch.device, poisoned: None) -> 
         for reach in (None, near.to(tiled)):
             expected = hash_rows(ids.to(tiled), reach, *exact)
             assert torch.equal(function(ids.to(tiled), reach, *exact), expected)
-    if tiled.type == "cpu":  # an accelerator asserts on itself, and is lost to the process
+    # On an accelerator a failed device assertion makes it unusable for the process.
+    if tiled.type == "cpu":
         for bad in (-1, -100, 9, 2**40):
             with pytest.raises(IndexError, match="no canonical id"):
                 function(torch.tensor([[3, bad, 0, 1, 2]]), None, canonical, *exact[1:])

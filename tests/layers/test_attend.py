@@ -1,4 +1,4 @@
-"""attend.py against softmax(scale q k) v in float64, written out."""
+"""Tests attend.py against softmax(scale q k) v in float64, written out."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.dsa
 
 
 def exactly(query, key, value, scale, mask):
-    """The sum itself; every key head serves as many query heads, side by side."""
+    """Computes the sum directly; every key head serves the same number of adjacent query heads."""
     group = query.shape[2] // key.shape[2]
     key, value = (x.repeat_interleave(group, dim=2).double() for x in (key, value))
     logits = scale * torch.einsum("bthp,blhp->bhtl", query.double(), key).masked_fill(
@@ -52,7 +52,7 @@ def test_attend_takes_any_two_widths_on_the_fused_path(widths, poisoned):
     ("heads", "groups", "length"), [(1, 1, 1), (6, 2, 1), (6, 2, 13), (16, 1, 40), (3, 3, 13)]
 )
 def test_one_query_a_row_by_groups(heads, groups, length, dtype, masked, poisoned):
-    """Outputs and gradients."""
+    """Compares outputs and gradients."""
     shapes = (2, 1, heads, 6), (2, length, groups, 6), (2, length, groups, 5)
     given = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
     mask = (

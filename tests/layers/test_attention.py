@@ -69,7 +69,7 @@ def run(layer, hidden, past=None, cache=None, rope=None, **known):
 
 
 def in_pieces(layer, hidden, pieces, **known):
-    """What the layer gives when the tokens come in calls of these lengths."""
+    """Returns the layer's output when the tokens come in calls of these lengths."""
     past, cache, begin, outs = (
         Past(),
         layer.new_cache(hidden.shape[0], 8, hidden.dtype, hidden.device),
@@ -275,7 +275,7 @@ def test_padding_changes_nothing_and_is_finite(name, side, poisoned):
 
 
 def slowly(query, key, value, scale, visible, sink=None):
-    """Attention of one row, a query and a head at a time."""
+    """Computes attention of one sequence, one query and head at a time."""
     out = torch.zeros(query.shape[0], query.shape[1], value.shape[-1], dtype=query.dtype)
     for t in range(query.shape[0]):
         for h in range(query.shape[1]):
@@ -400,7 +400,10 @@ def test_impossible_sizes_are_refused(build, words):
 
 
 class Net(nn.Module):
-    """Two layers of one kind of attention, to learn to repeat: the second half of each row is its first again."""
+    """Two layers of one kind of attention that learn to repeat.
+
+    The second half of each sequence is its first half again.
+    """
 
     def __init__(self, kind: str):
         super().__init__()
@@ -443,7 +446,10 @@ SPARSE = {"block": 8, "stride": 4, "select_block": 4, "chosen": 4, "window": 6}
 
 @pytest.mark.parametrize("kind", ["nsa", "nsa tile", "moba", "moba tile", "dsa"])
 def test_a_trained_net_decodes_what_one_call_gives(kind):
-    """Weights that have learnt look at few keys sharply, and small errors of one layer move the choices of the next."""
+    """Trained weights attend sharply to few keys.
+
+    Small errors of one layer change the selections of the next.
+    """
     net = Net(kind)
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
     found = []

@@ -1,4 +1,7 @@
-"""Balance losses: closed forms at uniform and collapsed routing, the formulas as loops, and what training they do."""
+"""Tests the balance losses and the training that they do.
+
+The losses are compared with closed forms at uniform and collapsed routing, and with loops.
+"""
 
 from dataclasses import replace
 
@@ -16,7 +19,10 @@ OFF = BalanceConfig(bias_rate=0.0, sequence=0.0)
 
 
 def uniform(batch: int, time: int, experts: int, active: int) -> Routing:
-    """Every expert equally often and equally likely: slot k of token t is expert t K + k."""
+    """Builds a routing that takes every expert equally often with equal scores.
+
+    Slot k of token t is expert t K + k.
+    """
     chosen = (torch.arange(time)[:, None] * active + torch.arange(active)) % experts
     scores = torch.full((batch, time, experts), 1 / experts)
     weights = torch.ones(batch, time, active)
@@ -24,7 +30,7 @@ def uniform(batch: int, time: int, experts: int, active: int) -> Routing:
 
 
 def collapsed(batch: int, time: int, experts: int, active: int) -> Routing:
-    """Everything to experts 0..K-1, of which the scores are sure."""
+    """Builds a routing of all tokens to experts 0..K-1, which share all of the score."""
     chosen = torch.arange(active).expand(batch, time, active)
     scores = torch.zeros(batch, time, experts)
     scores[..., :active] = 1 / active
@@ -33,7 +39,10 @@ def collapsed(batch: int, time: int, experts: int, active: int) -> Routing:
 
 @st.composite
 def sizes(draw) -> tuple[int, int, int, int]:
-    """Devices D, experts a device, K of them active, sequences: K fills whole devices or shares one."""
+    """Draws devices D, experts per device, K of them active, and sequences.
+
+    K fills whole devices or shares one.
+    """
     devices, size, batch = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
     active = draw(
         st.sampled_from([k for k in range(1, devices * size + 1) if size % k == 0 or k % size == 0])
@@ -46,7 +55,10 @@ def sizes(draw) -> tuple[int, int, int, int]:
 def test_uniform_routing_costs_the_coefficient(
     shape: tuple[int, int, int, int], coefficient: float
 ) -> None:
-    """A token's K experts lie on M = max(1, K / size) devices, M being what the communication loss is told."""
+    """Each loss is its coefficient when routing is uniform.
+
+    A token's K experts are on M = max(1, K / size) devices, the limit of the communication loss.
+    """
     devices, size, active, batch = shape
     experts, limit = devices * size, max(1, active // size)
     routing = uniform(batch, experts, experts, active)
@@ -62,16 +74,17 @@ def test_uniform_routing_costs_the_coefficient(
 def test_collapsed_routing_costs_its_closed_form(
     shape: tuple[int, int, int, int], time: int
 ) -> None:
-    """All tokens on experts 0..K-1, of which the scores are sure: f is E/K there, P sums to 1, M devices get all."""
+    """All tokens go to experts 0..K-1, which share all of the score.
+
+    There f is E/K, P sums to 1, and M devices get all tokens.
+    """
     devices, size, active, batch = shape
     experts, limit = devices * size, max(1, active // size)
     values = {
         "sequence": experts / active,
         "expert": experts / active,
-        "device": experts
-        / active
-        * min(active, size)
-        / size,  # mean of f over a device, of which K may fill a part
+        # The mean of f over a device, which K may fill in part.
+        "device": experts / active * min(active, size) / size,
         "communication": devices / limit,
     }
     for name, value in values.items():
@@ -85,7 +98,10 @@ def test_collapsed_routing_costs_its_closed_form(
 
 
 def test_the_gradient_of_the_sequence_loss_in_numbers() -> None:
-    """Through P alone, f being given: d/d logits of a sum f_i softmax(logits)_i, with sigmoids in place of exp."""
+    """The gradient flows through P alone, and f is constant.
+
+    It is d/d logits of a sum f_i softmax(logits)_i, with sigmoids in place of exp.
+    """
     router, hidden = (
         Router(RouterConfig(score="sigmoid"), 5, 6, 2).double(),
         torch.randn(2, 7, 5, dtype=torch.float64),
@@ -104,7 +120,7 @@ def test_the_gradient_of_the_sequence_loss_in_numbers() -> None:
 
 
 def test_sending_to_all_allowed_devices_costs_the_coefficient() -> None:
-    """Each token on M = 2 of D = 4 devices, evenly: f'' is 1."""
+    """Each token goes to M = 2 of D = 4 devices, evenly, so f'' is 1."""
     routing = uniform(1, 8, 8, 2)
     chosen = torch.stack([torch.arange(8) % 4 * 2, (torch.arange(8) + 2) % 4 * 2], -1)[None]
     config = replace(OFF, communication=1.0, devices=4, device_limit=2)
@@ -114,7 +130,7 @@ def test_sending_to_all_allowed_devices_costs_the_coefficient() -> None:
 
 
 def by_hand(routing: Routing, name: str, active: int, devices: int, limit: int) -> float:
-    """The formulas of the docstring, one token at a time."""
+    """Computes the formulas of the module's docstring, one token at a time."""
     experts, found = routing.scores.shape[-1], []
     for b in range(len(routing.chosen)):
         there = [
@@ -160,7 +176,7 @@ def by_hand(routing: Routing, name: str, active: int, devices: int, limit: int) 
 def test_losses_are_the_formulas(name: str, padded: bool, score: str) -> None:
     present = torch.rand(4, 11) < 0.7 if padded else None
     if present is not None:
-        present[2] = False  # a row of padding only is no sequence
+        present[2] = False  # only padding, so it does not count as a sequence
     router = Router(RouterConfig(score=score, adaptive_mass=0.5, groups=4, groups_kept=2), 6, 12, 3)
     routing = router(torch.randn(4, 11, 6), None, present)
     config = replace(OFF, **{name: 0.7}, devices=4, device_limit=2)
@@ -228,7 +244,10 @@ def test_max_violation_in_numbers() -> None:
 
 
 def trained(config: BalanceConfig, score: str = "sigmoid", steps: int = 120) -> float:
-    """MaxVio after training a router that starts with all tokens on experts 0 and 1, as the task rewards a little."""
+    """Trains a router that starts with all tokens on experts 0 and 1 and returns MaxVio.
+
+    The task rewards that a little.
+    """
     torch.manual_seed(0)
     router = Router(RouterConfig(score=score), 8, 8, 2)
     router.weight.data *= 0.3

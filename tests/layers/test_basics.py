@@ -49,11 +49,12 @@ def test_swiglu_is_its_equation():
     "dim, base, yarn",
     [
         (64, 10000.0, YarnConfig()),  # DeepSeek-V3
+        # Without its clamp, low would be -1.
         (
             8,
             10000.0,
             YarnConfig(factor=4.0, original_length=64),
-        ),  # low would be -1 without its clamp
+        ),
         (64, 10000.0, YarnConfig(mscale=0.707, mscale_all_dim=0.707)),  # DeepSeek-V2
         (
             32,
@@ -102,7 +103,7 @@ def test_yarn_agrees_with_transformers(dim, base, yarn):
     mscale=st.tuples(st.floats(0.1, 2.0), st.floats(0.1, 2.0)),
 )
 def test_yarn_agrees_with_transformers_everywhere(dim, base, factor, original, fast, slow, mscale):
-    """Odd numbers of pairs, ramps cut at either end or empty, both factors apart."""
+    """Tests odd numbers of pairs, ramps cut at either end or empty, and different factors."""
     yarn = YarnConfig(
         factor=factor, original_length=original, beta_fast=fast, beta_slow=slow, mscale=mscale[0],
         mscale_all_dim=mscale[1],
@@ -126,7 +127,7 @@ def test_yarn_agrees_with_transformers_everywhere(dim, base, factor, original, f
 
 
 def replace_sizes(config, dim):
-    """The same positions around an attention small enough to be made often."""
+    """Keeps the positions and shrinks the attention, so that it is cheap to build often."""
     for name, value in {
         "hidden_size": 4, "num_attention_heads": 1, "num_key_value_heads": 1, "q_lora_rank": 2, "kv_lora_rank": 2,
         "qk_nope_head_dim": 4, "v_head_dim": 2, "qk_head_dim": 4 + dim,
@@ -140,7 +141,11 @@ def replace_sizes(config, dim):
     [(8, 1e4, 64, (0, 2)), (10, 20.0, 40000, (8, 9)), (64, 1e4, 4096, (10, 23))],
 )
 def test_the_ramp_in_numbers(dim, base, original, ends):
-    """low clamped at 0, where it would be -1; high clamped at dim - 1 with both ends past the last pair; V3's."""
+    """Tests the ends of the ramp.
+
+    low is clamped at 0, where it would be -1; high is clamped at dim - 1 with both ends past the
+    last pair; and V3's.
+    """
     low, high = ends
     config = RopeConfig(base=base, yarn=YarnConfig(factor=4.0, original_length=original))
     plain = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
@@ -190,16 +195,18 @@ def test_rotate_interleaved_is_complex_multiplication():
 
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_one_vector_takes_a_gradient_wherever_it_begins(interleaved):
-    """Of what stands behind three others, as a head's rotated part behind an odd one without position."""
+    """The vector follows three other values, so its gradient starts at an odd offset.
+
+    A head's rotated part is in this place after an odd unrotated part.
+    """
     x, tables = (
         torch.randn(1, 1, 4, requires_grad=True),
         rope_tables(RopeConfig(), 4, torch.tensor([[5]])),
     )
     pull = torch.randn(1, 1, 7)
     (torch.cat([torch.randn(1, 1, 3), rotate(x, *tables, interleaved)], -1) * pull).sum().backward()
-    back = rotate(
-        pull[..., 3:], tables[0], -tables[1], interleaved
-    )  # a rotation's transpose is the one back
+    # The transpose of a rotation is its inverse.
+    back = rotate(pull[..., 3:], tables[0], -tables[1], interleaved)
     torch.testing.assert_close(x.grad, back, atol=1e-6, rtol=0)
 
 
@@ -237,7 +244,10 @@ def test_longest_context_is_half_a_turn_of_the_slowest_pair():
 
 @pytest.mark.parametrize("base, factor", [(1e4, 1.0), (1e4, 40.0), (5e5, 8.0), (50.0, 2.5)])
 def test_longest_context_is_where_the_cosine_turns_back(base, factor):
-    """In a table as wide as can be: up to there the slowest pair's cosine falls, beyond it says what it said before."""
+    """Up to the longest context the slowest pair's cosine falls; beyond it, values repeat.
+
+    The pair is that of a very wide table.
+    """
     slowest = base ** (2 / 20000 - 1) / factor  # of 10,000 pairs
     longest = longest_context(base, factor)
     assert longest == math.floor(math.pi * base * factor)

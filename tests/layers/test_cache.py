@@ -117,7 +117,10 @@ def test_another_batch_is_refused(container, verb):
 
 @pytest.mark.parametrize("container", [Appended(), Recent(2)])
 def test_a_batch_before_reset_does_not_bind_a_selection(container):
-    """A larger batch whose tokens are still to come: the empty buffer has the rows of the smaller one before."""
+    """Selects from a larger batch whose tokens are still to come.
+
+    The empty buffer still has the size of the smaller batch before.
+    """
     put = container.append if isinstance(container, Appended) else container.extend
     put(draw(4, 0)[:1])
     container.reset()

@@ -1,4 +1,4 @@
-"""Where tokens stand and what they see, in one call and behind a cache, against loops over tokens."""
+"""Tests positions and masks against loops over tokens, in one call and after a cache."""
 
 import torch
 from hypothesis import given, settings
@@ -10,7 +10,7 @@ from rorqual.layers.context import context
 
 
 def slow_context(documents, present):
-    """Positions and mask of whole rows, one token at a time."""
+    """Computes positions and mask of whole sequences, one token at a time."""
     batch, length = documents.shape
     positions = torch.zeros(batch, length, dtype=torch.long)
     mask = torch.zeros(batch, length, length, dtype=torch.bool)
@@ -28,7 +28,7 @@ def slow_context(documents, present):
 
 
 def slow_mask_of_absent(mask, present):
-    """A padding query sees itself and what a present one in its place would."""
+    """Lets a padding query see itself and what a valid token in its place would see."""
     return mask & present[:, None, :, None]
 
 
@@ -86,7 +86,7 @@ def test_decoding_goes_on_behind_left_padding():
 
 
 def test_the_last_position_is_that_of_the_whole_call():
-    """Of everything that the context knows of each token; the others stand before it as cached ones do."""
+    """Compares every per-token field; the other tokens count as cached ones."""
     documents = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0]])
     present = torch.tensor([[True] * 5, [False, True, True, True, True]])
     ids, live = torch.arange(10).view(2, 5), torch.rand(2, 5) > 0.5

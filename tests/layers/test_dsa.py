@@ -31,7 +31,7 @@ def layer(chosen=5, mla=LATENT):
 
 
 def run(attention, hidden, past=None, cache=None, lessons=None, **known):
-    """The output; the indexer's loss and recall, if it learns, are appended to `lessons`."""
+    """Returns the output; the indexer's loss and recall, if it is trained, go to `lessons`."""
     known |= {"past": past, "cache": BlockCache(cache) if cache is not None else None}
     out, lesson = attention(
         hidden, context(*hidden.shape[:2], hidden.device, rope=(ROPE, attention.rope_dim), **known)
@@ -43,7 +43,7 @@ def run(attention, hidden, past=None, cache=None, lessons=None, **known):
 
 
 def looked(attention, hidden, **known):
-    """The indexer's look at a call."""
+    """Returns the indexer's Look of a call."""
     ctx = context(*hidden.shape[:2], hidden.device, rope=(ROPE, attention.rope_dim), **known)
     plain = attention.config.q_lora_rank is None
     latent = hidden if plain else attention.q_a_layernorm(attention.q_a_proj(hidden))
@@ -52,13 +52,16 @@ def looked(attention, hidden, **known):
 
 @pytest.fixture(params=["hiding", "gathering"])
 def way(request, monkeypatch):
-    """Both ways to the chosen keys, whichever is cheaper; where a gradient is wanted the others are always hidden."""
+    """Forces each of the two ways to attend to selected keys, whichever is cheaper.
+
+    With gradients, unselected keys are always masked.
+    """
     monkeypatch.setattr(attending, "GATHERING", {"hiding": 1e9, "gathering": 0.0}[request.param])
     return request.param
 
 
 def dense(attention):
-    """The same attention without an indexer."""
+    """Builds the same attention without an indexer."""
     plain = MLA(attention.config, 20, ROPE)
     plain.load_state_dict(
         {n: p for n, p in attention.state_dict().items() if not n.startswith("inner.")}
@@ -97,7 +100,7 @@ def test_chooses_what_transformers_chooses(batch, time, chosen):
     )
     look = ours.look(hidden, latent, ours.keys(hidden, where), where)
     got, scores = look.seen(slice(0, time))[:, 0], index_scores(look.query, look.key, look.weights)
-    differ = got ^ expected  # only among keys that score alike, which their topk leaves open
+    differ = got ^ expected  # only among keys of equal score, which their topk leaves open
     assert torch.equal(got.sum(-1), expected.sum(-1))
     assert (scores[differ] == 0).all()
     assert differ.float().mean() < 0.2
@@ -105,7 +108,10 @@ def test_chooses_what_transformers_chooses(batch, time, chosen):
 
 @pytest.mark.parametrize(("time", "chosen"), [(17, 5), (9, 20), (40, 11)])
 def test_is_the_naive_code_of_flash_linear_attention(time, chosen):
-    """Forward and backward; so many heads that no key scores 0, of which theirs may choose any."""
+    """Compares forward and backward.
+
+    There are so many heads that no key scores 0, because their code may select any of those.
+    """
     naive = pytest.importorskip(
         "fla.ops.dsa.naive", reason="fla-core is not installed", exc_type=ImportError
     )
@@ -188,7 +194,7 @@ def test_packed_documents_attend_as_if_alone(way):
 
 @torch.no_grad()
 def test_packed_documents_go_on_behind_a_cache(way):
-    """New ones begin in any call; tokens of which nothing is told belong to the last."""
+    """New documents begin in any call; tokens without document ids belong to the last one."""
     attention, hidden = layer(), torch.randn(2, 30, 20)
     documents = torch.arange(30) // torch.tensor([[11], [4]])
     whole = run(attention, hidden, documents=documents)
@@ -257,7 +263,7 @@ def test_a_padded_batch_decodes_from_its_cache(way):
 
 @torch.no_grad()
 def test_rows_of_different_lengths_decode_by_the_compiled_call(monkeypatch):
-    """Some shorter than the choice, some longer, and one without padding."""
+    """Some sequences are shorter than the selection, some longer, and one has no padding."""
     monkeypatch.setattr(attending, "GATHERING", 0.0)
     attention, leads = layer(), (0, 3, 8)
     hidden, calls, own = torch.randn(3, 17, 20), [], twin.attend_best
@@ -300,7 +306,10 @@ def test_runs_of_queries_change_nothing(monkeypatch, way):
 
 @torch.no_grad()
 def test_a_call_that_gathers_never_holds_a_mask_of_all_queries(monkeypatch, way):
-    """The largest tensor of a prefill grows with T alone: in runs of 8 queries, none has T x T values."""
+    """The largest tensor of a prefill grows with T alone.
+
+    In slices of 8 queries, none has T x T values.
+    """
     monkeypatch.setattr(dsa, "QUERIES", 8)
     attention, time, sizes = layer(), 400, []
 
@@ -337,7 +346,7 @@ def test_bfloat16_stays_near_float32(gathered, monkeypatch):
 
 
 def best_case(batch, time, heads, wide, length, own, narrow, most, ties=False):
-    """The last `time` of `length` tokens, latents and keys in longer buffers."""
+    """Builds the last `time` of `length` tokens, with latents and keys in longer buffers."""
     latent, key = (
         torch.randn(batch, length + 3, wide)[:, :length],
         torch.randn(batch, length + 5, narrow)[:, :length],
@@ -372,7 +381,7 @@ def test_the_twin_begins_each_row_where_it_begins(lead, poisoned):
     found = twin.attend_best(*given, lead)
     torch.testing.assert_close(found, attend_best(*given, lead), atol=5e-6, rtol=0)
     for row, at in enumerate(lead.tolist()):
-        if at > 30:  # fewer keys than may be chosen
+        if at > 30:  # fewer keys than may be selected
             continue
         query, latent, looking, key, weights = (x[row : row + 1] for x in given[:5])
         alone = attend_best(query, latent[:, at:], looking, key[:, at:], weights, *given[5:])
@@ -380,7 +389,10 @@ def test_the_twin_begins_each_row_where_it_begins(lead, poisoned):
 
 
 def test_few_queries_copy_few_latents_at_a_time(monkeypatch):
-    """Where no twin runs, in bfloat16 or on a GPU, COPIED and SCORES bound 16 tokens as they bound a prompt."""
+    """COPIED and SCORES bound 16 tokens as they bound a prompt.
+
+    That is where no kernel runs, in bfloat16 or on a GPU.
+    """
     given, asked, own = best_case(2, 16, 4, 20, 90, 4, 8, 30), [], dsa._attend_to
     expected = attend_best(*given)
     monkeypatch.setattr(
@@ -406,7 +418,7 @@ def test_the_twin_on_threads():
 
 
 def test_of_equal_keys_the_twin_chooses_the_last():
-    """Zeros of either sign among them."""
+    """Zeros of either sign are among the scores."""
     latent = torch.arange(9.0).view(1, 9, 1)
     key, looking, weights = (
         torch.zeros(1, 9, 1),
@@ -416,11 +428,11 @@ def test_of_equal_keys_the_twin_chooses_the_last():
     key[0, 2] = -1.0
     given = torch.zeros(1, 1, 1, 1), latent, looking, key, weights, 3, 1.0
     for way in (twin.attend_best, attend_best):
-        assert way(*given).item() == pytest.approx(7.0)  # of 6, 7 and 8
+        assert way(*given).item() == pytest.approx(7.0)  # the mean of 6, 7 and 8
 
 
 def slowly(look, query, key, scale, warm, present=None, visible=None):
-    """The loss and the recall, a query at a time, in float64, with a gradient."""
+    """Computes the loss and the recall one query at a time, in float64, with a gradient."""
     scores, terms, carried = index_scores_slowly(look), [], []
     for b in range(query.shape[0]):
         for t in range(query.shape[1]):
@@ -450,7 +462,7 @@ def index_scores_slowly(look):
 
 
 def leaves(batch=2, time=9, most=4, mask=None, heads=3):
-    """A look whose tensors want gradients, and an attention to learn from."""
+    """Builds a Look whose tensors need gradients, and the attention that trains it."""
     query, weights, key = (
         torch.randn(batch, time, 2, 6),
         torch.randn(batch, time, 2),
@@ -592,8 +604,10 @@ def test_an_indexer_learns_to_find_what_attention_looks_at(warm):
 @pytest.mark.compiled
 @pytest.mark.slow
 def test_a_compiled_call_is_one_graph(monkeypatch):
-    """Forward and backward, with and without the indexer's loss; in packed and padded rows, too; and a prompt, which
-    gathers the chosen keys."""
+    """Compiles forward and backward, with and without the indexer loss.
+
+    Sequences are packed and padded, too; and there is a prompt, which gathers the selected keys.
+    """
     monkeypatch.setattr(attending, "GATHERING", 0.0)
     attention, hidden = layer(), torch.randn(2, 21, 20)
     packed = torch.arange(21) // torch.tensor([[11], [7]])

@@ -1,4 +1,4 @@
-"""Rows, weights and hidden states in -> the gates and outputs that the authors' code gives, whole or in pieces."""
+"""Tests Engram's gates and outputs against the authors' code, whole and in pieces."""
 
 import json
 import math
@@ -22,10 +22,13 @@ from rorqual.layers.engram import Addresses, Engram, EngramConfig, row_totals
 from rorqual.tables import Handle
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden"
-# The canonical ids of input.ids in engram_forward.safetensors, by the map that tests/data/test_tokenizer.py checks.
+# The canonical ids of input.ids in engram_forward.safetensors, by the map that
+# tests/data/test_tokenizer.py checks.
 CANONICAL = [
-    "46845 8066 74351 93553 3771 14812 81003 93377 25178 31255 10156 42016 27492 18291 25919 40657 32131 7304 9005",
-    "586 85187 74193 82477 53180 80477 32974 44865 9824 2274 30407 12847 44953 96169 13803 38175 40077 21783 15886",
+    "46845 8066 74351 93553 3771 14812 81003 93377 25178 31255 10156 42016 "
+    "27492 18291 25919 40657 32131 7304 9005",
+    "586 85187 74193 82477 53180 80477 32974 44865 9824 2274 30407 12847 "
+    "44953 96169 13803 38175 40077 21783 15886",
 ]
 
 CPU = torch.device("cpu")
@@ -34,7 +37,10 @@ CPU = torch.device("cpu")
 def recalled(
     layer: Engram, hidden: Tensor, memory: Tensor, ctx: Context, cache: Recent | None = None
 ) -> Tensor:
-    """What the layer adds; memory [B, T, R, head_dim] or, its rows side by side, [B, T, M]."""
+    """Computes what the layer adds to the streams.
+
+    memory is [B, T, R, head_dim] or, with its rows side by side, [B, T, M].
+    """
     rows = memory if memory.dim() == 4 else memory.unsqueeze(-2)
     kept = None if cache is None else BlockCache(None, cache)
     return layer(hidden, replace(ctx, rows=Handle(lambda: rows), cache=kept))
@@ -48,7 +54,10 @@ class Kept(Bundle):
 
 
 class Rig(nn.Module):
-    """Two Engram layers with their tables: ids and layout in, rows and the sum of both layers' outputs out."""
+    """Two Engram layers with their tables.
+
+    It maps ids and layout to rows and to the sum of both layers' outputs.
+    """
 
     def __init__(self, streams: int = 2, **changes: object) -> None:
         super().__init__()
@@ -129,7 +138,8 @@ def test_in_chunks_of_any_size_as_at_once(data: st.DataObject) -> None:
         got_rows, got = rig(ids[:, part], cache=cache, **given_)
         assert torch.equal(got_rows, rows[:, :, part])
         torch.testing.assert_close(got, out[:, part], atol=1e-6, rtol=1e-5)
-    for row in range(batch):  # alone as in a batch
+    # Each sequence alone gives the same result as in a batch.
+    for row in range(batch):
         alone = {
             name: None if value is None else value[row : row + 1] for name, value in named.items()
         }
@@ -204,7 +214,7 @@ def test_left_padding_is_invisible(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_look_back_stops_at_padding_between_tokens(cached: bool) -> None:
-    """As in a batch of prompts that are padded on the right, of which the shorter rows go on."""
+    """Prompts of a batch are padded on the right, and the shorter sequences continue."""
     rig = Rig()
     ids, present = torch.tensor([[4, 6, 11, 8, 2]]), torch.tensor([[True, True, False, True, True]])
     cache = rig.new_cache() if cached else None
@@ -317,7 +327,10 @@ def test_convolution_and_its_gradients(
     packed: bool,
     poisoned: None,
 ) -> None:
-    """Against one sum a token, in double; the values before the first token are a cache's, and get gradients too."""
+    """Compares with one sum a token, in double.
+
+    The values before the first token are a cache's, and get gradients too.
+    """
     halo = step * (taps - 1)
     window, weight = torch.randn(batch, halo + time, streams, dim), torch.randn(streams, dim, taps)
     documents = torch.randint(2, (batch, halo + time)).cumsum(1) // 3 if packed else None
@@ -381,7 +394,7 @@ def test_slope_of_the_signed_root() -> None:
 def fused_in_double(
     hidden, key, value, query_norm, key_norm, conv_norm, live, sign, eps, conv_eps
 ) -> list[Tensor]:
-    """The layer's equations with nothing rounded; [v] or [v, norm(v)]."""
+    """Computes the layer's equations without rounding; returns [v] or [v, norm(v)]."""
 
     def normed(x: Tensor, weight: Tensor, least: float) -> Tensor:
         return weight * x / (x.square().mean(-1, keepdim=True) + least).sqrt()
@@ -400,7 +413,10 @@ def fused_in_double(
 def given_to_fuse(
     shape, conv: bool, masked: bool, sign: str, dtype=torch.float32, device=CPU
 ) -> tuple:
-    """Inputs of `fuse` with scores clear of 0, near which a rounded score has another slope."""
+    """Builds inputs of `fuse` whose scores are far from 0.
+
+    Near 0 a rounded score has another slope.
+    """
     hidden = torch.randn(shape)
     key = hidden * (0.5 + torch.rand(shape)) * torch.randn(shape[:3]).sign()[..., None]
     value, (query_norm, key_norm, conv_norm) = (
@@ -415,7 +431,10 @@ def given_to_fuse(
 
 
 def with_gradients(function, given: tuple, weights: list[Tensor]) -> list[Tensor]:
-    """What `function` returns, and the gradients of its weighted sum to every float it is given."""
+    """Returns the outputs of `function` and the gradients of all of its float inputs.
+
+    The gradients are those of the weighted sum of the outputs.
+    """
     floats = [
         x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
         for x in given
@@ -428,7 +447,10 @@ def with_gradients(function, given: tuple, weights: list[Tensor]) -> list[Tensor
 
 
 def check_fuse(function, given: tuple, tolerance: float) -> None:
-    """Outputs and gradients are those of the formula in double, relative to the largest of each."""
+    """Compares outputs and gradients with the formula in double.
+
+    Errors are relative to the largest value of each.
+    """
     weights = [torch.randn(given[0].shape) for _ in range(2)]
     got = with_gradients(function, given, weights)
     exact = tuple(
@@ -456,7 +478,10 @@ def test_fusion_and_its_gradients(
 
 
 def check_slopes(function, device=CPU) -> None:
-    """D = 1 and weights of 1: the score is the key's norm weight, exactly; 0 and below 1e-6 the root is flat."""
+    """Checks the slopes with D = 1 and weights of 1.
+
+    The score is exactly the key's norm weight; at 0 and below 1e-6 the root is flat.
+    """
     scores = torch.tensor([0.0, 0.5e-6, -0.5e-6, 1.1e-6, -1.1e-6, 1.0, -4.0], device=device)
     one = torch.ones(1, 1, 7, 1, device=device)
     roots = {"sign": [0.0, 1e-3, -1e-3], "copysign": [1e-3, 1e-3, -1e-3]}
@@ -477,7 +502,7 @@ def test_fusion_is_flat_near_no_score() -> None:
 
 
 def check_the_rest(function, device=CPU) -> None:
-    """Views that are no blocks of memory, a value that nobody differentiates, and no tokens at all."""
+    """Tests non-contiguous views, a value without gradient, and no tokens at all."""
     given = given_to_fuse((4, 3, 2, 6), True, True, "sign", device=device)
     views = (
         *(x.transpose(0, 1).contiguous().transpose(0, 1) for x in given[:3]),
@@ -488,9 +513,8 @@ def check_the_rest(function, device=CPU) -> None:
     for ours, expected in zip(function(*views), function(*given), strict=True):
         assert torch.equal(ours, expected)
     alone = given[1].clone().requires_grad_()
-    function(given[0], alone, *given[2:])[
-        1
-    ].sum().backward()  # through one result of two, to one input of six
+    # The gradient goes through one of two results, to one of six inputs.
+    function(given[0], alone, *given[2:])[1].sum().backward()
     assert alone.grad.isfinite().all() and alone.grad.any()
     for shape in ((0, 3, 2, 5), (2, 0, 2, 5)):
         check_fuse(function, given_to_fuse(shape, True, True, "sign", device=device), 0.0)
@@ -531,7 +555,10 @@ def test_a_layer_that_is_computed_again_for_its_gradients(reentrant: bool) -> No
 
 
 def test_what_torch_makes_by_default_does_not_matter() -> None:
-    """transformers sets another dtype while it loads; a caller may set another device."""
+    """torch's default dtype and device do not change results.
+
+    transformers sets another dtype while it loads; a caller may set another device.
+    """
     window, taps, given = (
         torch.randn(2, 9, 3, 5),
         torch.randn(3, 5, 4),
@@ -570,7 +597,7 @@ def test_tiles_fuse_as_the_formula(tiled: torch.device, poisoned: None) -> None:
             True,
             True,
             "copysign",
-        ),  # two runs of tokens, in one of which a row of the batch ends
+        ),  # two slices of tokens, in one of which a sequence ends
         ((1, 7, 1, 130), True, False, "sign"),
         ((1, 5, 3, 80), False, True, "sign"),
     ):
@@ -626,7 +653,10 @@ def test_whoever_watches_the_gate_sees_and_moves_it(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("gating", ["shared", "open"])
 def test_without_a_gate_a_stream(gating: str) -> None:
-    """Written out in double, gradients too: one gate, of the streams' mean; or none, so that v = W_v memory."""
+    """Compares with equations written out in double, gradients too.
+
+    There is one gate, of the streams' mean; or none, so that v = W_v memory.
+    """
     config = EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3, gating=gating)
     layer, dim, streams, present = Engram(config, 5, 3), 5, 3, torch.arange(4).expand(2, 4) > 0
     where = context(2, 4, "cpu", present=present)

@@ -1,4 +1,7 @@
-"""The grouped product against one product an expert, forward and backward, at sizes that are odd, empty or poisoned."""
+"""Tests the grouped product against one product for each expert, forward and backward.
+
+Sizes are odd or empty, and unused rows are poisoned.
+"""
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float64]
 
 
 def one_by_one(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
-    """A loop over experts in the plainest words."""
+    """Computes the experts with a plain loop."""
     out, start = [], 0
     for expert, count in enumerate(counts.tolist()):
         own = rows[start : start + count]
@@ -87,7 +90,7 @@ def test_experts_without_rows_get_a_zero_gradient(dim: int) -> None:
 def test_what_lies_behind_the_last_expert_reaches_no_gradient(
     counts: list[int], dtype: torch.dtype
 ) -> None:
-    """Padding leaves rows there that nobody computed."""
+    """Padding leaves rows after the last expert that were never computed."""
     rows, weight = torch.randn(sum(counts) + 40, 16).to(dtype), torch.randn(3, 16, 8).to(dtype)
     rows[sum(counts) :] = torch.nan
     ours, alone = (weight.clone().requires_grad_() for _ in range(2))
@@ -98,7 +101,7 @@ def test_what_lies_behind_the_last_expert_reaches_no_gradient(
 
 
 def test_an_expanded_gradient_and_rows_that_are_a_view_are_taken() -> None:
-    rows = torch.randn(16, 6).T.requires_grad_()  # columns lie apart
+    rows = torch.randn(16, 6).T.requires_grad_()  # not contiguous
     weight = torch.randn(2, 16, 8, requires_grad=True)
     grouped_product(rows, weight, torch.tensor([2, 4])).sum().backward()
     torch.testing.assert_close(rows.grad[0], weight.detach()[0].sum(1))

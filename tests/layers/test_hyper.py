@@ -34,7 +34,7 @@ KINDS = {
 
 
 def stirred(module: nn.Module, std: float = 1.0) -> nn.Module:
-    """Every parameter far from its start."""
+    """Moves every parameter far from its start."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(
@@ -50,7 +50,7 @@ def theirs(dim: int, config: HyperConfig, cls=DeepseekV4HyperConnection) -> nn.M
     return cls(SimpleNamespace(**sizes, hc_eps=config.eps, rms_norm_eps=config.norm_eps))
 
 
-RELEASED = [  # and what a config.json may say as well
+RELEASED = [  # the released config, and others that a config.json may contain
     HyperConfig(),
     HyperConfig(streams=3),
     HyperConfig(streams=1, iterations=2),
@@ -60,13 +60,16 @@ RELEASED = [  # and what a config.json may say as well
 
 
 def through(site: nn.Module, x: torch.Tensor, sublayer, pre: torch.Tensor | None = None):
-    """The streams after one sublayer, and the pre-mapping that is handed on."""
+    """Returns the streams after one sublayer, and the pre-mapping that is handed on."""
     u, mapping = site.read(Streams(x, pre))
     return site.write(sublayer(u), mapping)
 
 
 def plain(config: HyperConfig, site: Connection, x: torch.Tensor, sublayer) -> torch.Tensor:
-    """The equations of the file's docstring, a token and a stream at a time, by autograd alone."""
+    """Computes the equations of the module's docstring, one token and stream at a time.
+
+    Gradients come from autograd alone.
+    """
     mixer, S, out = site.mixer, config.streams, torch.empty_like(x)
     for b, t in torch.cartesian_prod(torch.arange(x.shape[0]), torch.arange(x.shape[1])).tolist():
         f = x[b, t].flatten()
@@ -165,7 +168,7 @@ class TestDeepSeekV4:
 
     @pytest.mark.parametrize("config", RELEASED, ids=str)
     def test_bfloat16_streams_are_read_as_theirs(self, config):
-        """Their coefficients are float32, too; what is read is rounded once."""
+        """Their coefficients are float32, too; the stream that is read is rounded once."""
         reference, site, seen = stirred(theirs(24, config)), Connection(config, 24), []
         site.mixer.load_state_dict(reference.state_dict())
         x = torch.randn(2, 5, config.streams, 24).bfloat16()
@@ -186,11 +189,14 @@ class TestDeepSeekV4:
 
 
 class TestPaper:
-    """eps=0 against the equations of arXiv:2512.24880 as they are written there."""
+    """With eps=0, tests against the equations of arXiv:2512.24880 as they are printed there."""
 
     @staticmethod
     def paper(x, phi_pre, phi_post, phi_res, a, b_pre, b_post, b_res, sublayer):
-        """x [S, D] of one token; H_res is applied as it stands, columns are normalised first."""
+        """Computes one site for x [S, D] of one token.
+
+        H_res is applied without a transpose, and columns are normalised first.
+        """
         S = len(x)
         normed = x.flatten() / (x.square().mean() + 1e-6).sqrt()
         pre = torch.sigmoid(a[0] * (normed @ phi_pre) + b_pre)
@@ -208,9 +214,8 @@ class TestPaper:
         x = torch.randn(1, 5, S, dim, dtype=torch.float64, requires_grad=True)
         pre, post, comb = site.mixer.fn.split([S, S, S * S])
         base = site.mixer.base.split([S, S, S * S])
-        phi_res = (
-            comb.view(S, S, -1).transpose(0, 1).flatten(0, 1).T
-        )  # comb[j, k] is the paper's [k, j]
+        # comb[j, k] is the paper's [k, j].
+        phi_res = comb.view(S, S, -1).transpose(0, 1).flatten(0, 1).T
         rest = (
             pre.T,
             post.T,
@@ -245,7 +250,7 @@ class TestPaper:
 
 
 class TestAlone:
-    """Against the equations, written out."""
+    """Tests against the equations, written out."""
 
     @pytest.mark.parametrize("streams", [1, 2, 4, 5])
     def test_a_site_is_its_equations(self, streams):
@@ -307,7 +312,7 @@ class TestTraps:
             site.mixer.base[8:] = torch.tensor(
                 [[0, 9, 0, 0], [0, 0, 9, 0], [0, 0, 0, 9], [9, 0, 0, 0.0]]
             ).flatten()
-            site.mixer.base[4:8] = -50.0  # nothing of the sublayer
+            site.mixer.base[4:8] = -50.0  # the sublayer's output gets no weight
         x = torch.arange(4.0).view(1, 1, 4, 1)
         out, _ = through(site, x, torch.zeros_like)
         close(out.flatten(), torch.tensor([3.0, 0.0, 1.0, 2.0]), 2e-3)  # stream j goes to j + 1
@@ -357,9 +362,8 @@ class TestTraps:
         got = site.coefficients(x)
         assert {value.dtype for value in got} == {torch.float32}
         assert (got.comb.sum(-2) - 1).abs().max() < 1e-5
-        assert (
-            got.comb.bfloat16().float().sum(-2) - 1
-        ).abs().max() > 1e-3  # what bfloat16 would have made of it
+        # In bfloat16 the sums would be this far off.
+        assert (got.comb.bfloat16().float().sum(-2) - 1).abs().max() > 1e-3
         out, carried = through(site, x, torch.tanh)
         assert out.dtype == torch.bfloat16
         assert carried.dtype == torch.float32
@@ -523,9 +527,8 @@ class TestHealth:
     def test_composite_gain_of_known_matrices(self):
         one = torch.tensor([[1.0, 2.0], [0.0, 1.0]]).expand(1, 1, 2, 2)  # H_res = [[1, 0], [2, 1]]
         assert composite_gain([one]) == (3.0, 3.0)
-        two = torch.tensor([[1.0, 0.0], [3.0, 1.0]]).expand(
-            1, 1, 2, 2
-        )  # H_res_2 H_res_1 = [[7, 3], [2, 1]]
+        # H_res_2 H_res_1 = [[7, 3], [2, 1]]
+        two = torch.tensor([[1.0, 0.0], [3.0, 1.0]]).expand(1, 1, 2, 2)
         assert composite_gain([one, two]) == (10.0, 9.0)
 
     def test_unconstrained_hc_drifts_where_mhc_stays(self):

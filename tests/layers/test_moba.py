@@ -20,14 +20,20 @@ CHOICES = pytest.mark.parametrize("choice", ["token", "tile"])
 
 @pytest.fixture(autouse=True, scope="module")
 def small_tiles() -> Iterator[None]:
-    """So that a few tokens make several tiles; 6 divides some of the blocks and is divided by others."""
+    """Makes tiles small, so that a few tokens fill several.
+
+    The size 6 divides some of the blocks and is divided by others.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "TILE", 6)
         yield
 
 
 def brute(query, key, value, scale, block, chosen, choice="token"):
-    """The definition, a query head at a time, for one document that fills the row."""
+    """Computes the definition one query head at a time.
+
+    One document fills the sequence.
+    """
     out = query.new_zeros(*query.shape[:3], value.shape[-1])
     for b in range(query.shape[0]):
         for t in range(query.shape[1]):
@@ -150,9 +156,8 @@ def test_the_choice_and_the_means_carry_no_gradient():
     q, k, v = tensors(1, 12, 1, 1)
     call(MoBA(MoBAConfig(block=4, chosen=2)), q, k, v)[:, -1].sum().backward()
     touched = k.grad[0].flatten(1).abs().sum(1) > 0
-    assert (
-        touched.view(3, 4).all(1).tolist().count(True) == 2
-    )  # own and one other; the third only had a mean
+    # The own block and one other are read; of the third only the mean is used.
+    assert touched.view(3, 4).all(1).tolist().count(True) == 2
 
 
 @CHOICES
@@ -168,7 +173,10 @@ def test_packed_documents_attend_as_if_alone(choice):
 
 @CHOICES
 def test_packed_documents_go_on_behind_a_cache(choice):
-    """New ones begin in any call; tokens of which nothing is told belong to the last. Gradients are as if alone."""
+    """New documents begin in any call; tokens without document ids belong to the last one.
+
+    Gradients are as if each document were alone.
+    """
     attention, hidden = layer(choice=choice), torch.randn(2, 30, 20)
     documents = torch.arange(30) // torch.tensor([[11], [4]])
     whole = run(attention, hidden, documents=documents)
@@ -256,7 +264,11 @@ def test_the_cache_forgets_and_reorders(choice):
 @pytest.mark.parametrize("kernels", ["", "reference"])
 @pytest.mark.parametrize("decode", ["sparse", "full"])
 def test_rows_of_any_length_decode_as_if_alone(choice, kernels, decode, monkeypatch):
-    """Reordered, cropped and reset on the way, one token and several at a time, without a mask where it is sparse."""
+    """Sequences of any length decode as if alone.
+
+    They are reordered, cropped and reset on the way, and come one token and several at a time.
+    Sparse attention uses no mask.
+    """
     monkeypatch.setenv("RORQUAL_KERNELS", kernels)
     attention, hidden, lead = (
         layer(choice=choice, decode=decode),
@@ -276,9 +288,8 @@ def test_rows_of_any_length_decode_as_if_alone(choice, kernels, decode, monkeypa
             torch.testing.assert_close(
                 prompt[row, start:], expected[row][: 14 - start], atol=1e-5, rtol=0
             )
-        run(
-            attention, hidden[:, 14:15], past, cache, present=present[:, 14:15]
-        )  # told or not, it is there
+        # Without `present` this token would be valid, too.
+        run(attention, hidden[:, 14:15], past, cache, present=present[:, 14:15])
         run(attention, torch.randn(3, 1, 20), past, cache)
         for kept in (past, cache):
             kept.crop(1)
@@ -330,7 +341,10 @@ def test_the_last_token_alone_gets_what_it_gets_among_all(choice, lead, before):
 
 @CHOICES
 def test_the_last_of_a_prompt_is_no_single_new_token(choice):
-    """It is asked alone, and still attends as the others of its call: decode="full" begins behind the prompt."""
+    """The last token of a prompt attends as the others of its call, even if only it is needed.
+
+    decode="full" begins after the prompt.
+    """
     attention, hidden = layer(decode="full", choice=choice), torch.randn(2, 30, 20)
     expected = run(attention, hidden)[:, -1:]
     for cache in (None, attention.new_cache(2, 8, hidden.dtype, hidden.device)):
@@ -340,7 +354,10 @@ def test_the_last_of_a_prompt_is_no_single_new_token(choice):
 
 @CHOICES
 def test_full_decoding_after_sparse_prefill(choice):
-    """And sparse again for several tokens at once: of the single ones their tile's choice has been kept."""
+    """Several tokens at once are sparse again after full decoding.
+
+    The selection of the single tokens' tile has been cached.
+    """
     sparse, full, hidden = (
         layer(choice=choice),
         layer(decode="full", choice=choice),
@@ -361,7 +378,7 @@ def test_full_decoding_after_sparse_prefill(choice):
 
 
 def test_a_layer_is_full_while_it_is_told_to_be():
-    """In one call, and in pieces behind a cache; then sparse again."""
+    """Tests full attention in one call and in pieces after a cache; then sparse attention again."""
     attention, hidden = layer(), torch.randn(2, 23, 20)
     sparse, past, cache = (
         run(attention, hidden),
@@ -408,7 +425,8 @@ def test_the_last_layers_and_the_last_phase_are_full():
     assert all(part.full for part in model)
     switch(model, False)
     assert [part.full for part in model] == [False, True, True]
-    assert model[2].new_cache(2, 8, torch.float32, torch.device("cpu")) is None  # it takes no means
+    # A layer that always attends fully needs no block means.
+    assert model[2].new_cache(2, 8, torch.float32, torch.device("cpu")) is None
     for wrong in ({"full_layers": -1}, {"full_from": 1.1}):
         with pytest.raises(ValueError, match="moba: got full_layers"):
             MoBAConfig(**wrong)
@@ -416,7 +434,7 @@ def test_the_last_layers_and_the_last_phase_are_full():
 
 @CHOICES
 def test_autocast_changes_no_choice(choice, monkeypatch):
-    """Rounded to bfloat16, scores of neighbours would be equal."""
+    """In bfloat16, scores of neighbouring blocks would be equal."""
     chosen, own = [], moba.choose
     monkeypatch.setattr(moba, "choose", lambda *given: chosen.append(own(*given)) or chosen[-1])
     inner, given = MoBA(MoBAConfig(block=2, chosen=4, choice=choice)), tensors(3, 90)

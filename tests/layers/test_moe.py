@@ -1,4 +1,7 @@
-"""The mixture against transformers' own and one expert at a time; padding, dropping, the seam, torch.compile, twins."""
+"""Tests the mixture against transformers' own and against one expert at a time.
+
+Covers padding, dropping, the exchange hook, torch.compile and kernels.
+"""
 
 import pytest
 import torch
@@ -33,7 +36,7 @@ V2 = RouterConfig(
 
 
 def one_by_one(moe: MoE, hidden: Tensor, routing: Routing) -> Tensor:
-    """shared(u) + sum of weight * expert(u), an expert at a time."""
+    """Computes shared(u) + sum of weight * expert(u), one expert at a time."""
     out = torch.zeros_like(hidden) if moe.shared is None else moe.shared(hidden)
     for expert in range(moe.config.routed):
         gate, up = (hidden @ moe.experts.gate_up[expert]).chunk(2, -1)
@@ -101,7 +104,10 @@ def test_equal_to_one_expert_at_a_time(router: RouterConfig, shape: tuple[int, i
 def test_equal_to_one_expert_at_a_time_at_any_size(
     groups, size, shared, dim, width, shape, to_one, data
 ) -> None:
-    """Odd widths, experts without tokens, a single token, all tokens on the same experts."""
+    """Compares with one expert at a time.
+
+    Covers odd widths, experts without tokens, a single token, and all tokens on the same experts.
+    """
     kept = data.draw(st.integers(1, groups))
     active = data.draw(st.integers(1, kept * size))
     mass = data.draw(st.none() | st.floats(0.1, 0.9))
@@ -119,7 +125,7 @@ def test_equal_to_one_expert_at_a_time_at_any_size(
 
 
 def compare(moe: MoE, hidden: Tensor) -> None:
-    """Outputs and all gradients against the loop."""
+    """Compares outputs and all gradients with the loop."""
     wish = torch.randn_like(hidden)
     found = []
     for run in (lambda x: moe(x)[0], lambda x: one_by_one(moe, x, moe.router(x))):
@@ -159,7 +165,7 @@ def test_rows_are_sorted_by_expert_and_stay_in_order_within() -> None:
 
 @pytest.mark.parametrize(("slots", "experts"), [(0, 3), (1, 1), (7, 3), (1000, 17)])
 def test_slots_are_sorted_by_expert_and_stay_in_order_within_one(slots: int, experts: int) -> None:
-    chosen = torch.randint(experts + 1, (slots,))  # E is no expert
+    chosen = torch.randint(experts + 1, (slots,))  # E means no expert
     order, rows, ends = sort_by_expert(chosen, experts)
     assert order.tolist() == sorted(range(slots), key=lambda slot: (int(chosen[slot]), slot))
     assert torch.equal(order[rows], torch.arange(slots))
@@ -167,7 +173,7 @@ def test_slots_are_sorted_by_expert_and_stay_in_order_within_one(slots: int, exp
 
 
 def test_a_few_slots_are_not_sorted_and_come_out_the_same() -> None:
-    """Decoding without gradients takes another way to the same numbers."""
+    """Decoding without gradients computes the same numbers in another way."""
     config = MoEConfig(
         routed=8, active=2, shared=1, width=5, router=RouterConfig(adaptive_mass=0.3)
     )
@@ -224,7 +230,7 @@ def test_the_exchange_takes_the_place_of_the_experts() -> None:
     expected = moe(hidden)[0]
 
     def swapped(rows: Tensor, counts: Tensor, experts: Experts) -> Tensor:
-        """Another machine holds the experts: it gets a copy and sends the results back."""
+        """Acts as another machine with the experts: it gets a copy and returns the results."""
         assert int(counts.sum()) == len(rows) == 2 * 5 * 2
         return experts(rows.clone(), counts).clone()
 
@@ -279,9 +285,10 @@ def test_the_same_input_gives_the_same_bits() -> None:
 
 
 def trained(name: str) -> tuple[float, float]:
-    """MaxVio and error after learning four linear maps, with a router that begins with all tokens on experts 0 and 1.
+    """Trains a mixture on four linear maps and returns MaxVio and the error.
 
-    MaxVio is over experts, or over the four devices of two experts where the remedy looks at those.
+    The router starts with all tokens on experts 0 and 1. MaxVio is over experts, or over the four
+    devices of two experts if the remedy works on those.
     """
     torch.manual_seed(0)
     remedy = {} if name == "none" else {name: {"bias_rate": 0.03, "z_loss": 1e-3}.get(name, 0.3)}

@@ -1,4 +1,4 @@
-"""Multi-token prediction: the module is its formula, in the released order, and depths chain."""
+"""Tests multi-token prediction: the formula, the released order, and chained depths."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_is_the_formula_with_the_embedding_first() -> None:
 
 
 def test_has_the_parts_that_are_published() -> None:
-    """Block, projection and three norms; embedding and head are the model's."""
+    """The parts are block, projection and three norms; embedding and head are the model's."""
     names = {name for name, _ in MTP(6, 1e-6, nn.Identity()).named_parameters()}
     assert names == {"enorm.weight", "hnorm.weight", "eh_proj.weight", "norm.weight"}
     assert MTP(6, 1e-6, nn.Identity()).eh_proj.weight.shape == (6, 12)
@@ -58,7 +58,7 @@ def test_depths_chain_and_every_depth_learns() -> None:
     assert all(
         parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in learning
     )
-    assert first.norm.weight.grad is None  # only its own logits go through its norm
+    assert first.norm.weight.grad is None  # only the first depth's logits use its norm
     assert hidden.grad is not None
 
 

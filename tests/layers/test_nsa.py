@@ -32,7 +32,10 @@ SIZES += [replace(config, choice="tile") for config in SIZES[::2]]
 
 @pytest.fixture(autouse=True, scope="module")
 def small_tiles() -> Iterator[None]:
-    """So that a few tokens make several tiles; 6 divides some of the blocks and is divided by others."""
+    """Makes tiles small, so that a few tokens fill several.
+
+    The size 6 divides some of the blocks and is divided by others.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "TILE", 6)
         yield
@@ -56,12 +59,15 @@ def run(attention, hidden, past=None, cache=None, **known):
 
 
 def attended(q, keys, values, scale):
-    """One query over these keys; zero where there are none."""
+    """Attends from one query to these keys; zero if there are none."""
     return (keys @ q * scale).softmax(0) @ values if len(keys) else q.new_zeros(values.shape[-1])
 
 
 def brute(inner, q, k, v, hidden, scale):
-    """The definition, a query at a time, for one document that fills the row: (compressed, selected, window)."""
+    """Computes the definition one query at a time, for one document that fills the sequence.
+
+    Returns (compressed, selected, window).
+    """
     c, (batch, time, heads, _) = inner.config, q.shape
     cos, sin = (
         x.to(q.dtype)
@@ -103,19 +109,22 @@ def brute(inner, q, k, v, hidden, scale):
 
 
 def complete(t, c):
-    """Compressed blocks that a query sees."""
+    """Returns the number of compressed blocks that a query sees."""
     return max(0, (t + 1 - c.block) // c.stride + 1)
 
 
 def compress(network, x, c):
-    """[B, L, G, P] -> [B, M, G, P], a block at a time."""
+    """Compresses [B, L, G, P] to [B, M, G, P], one block at a time."""
     starts = [i * c.stride for i in range(complete(x.shape[1] - 1, c))]
     made = [network(x[:, s : s + c.block].transpose(1, 2)[:, None]) for s in starts]
     return torch.cat(made, dim=1) if made else x[:, :0]
 
 
 def blocks_of(queries, small, t, c, scale):
-    """Selection blocks of token t; queries [T, heads of a group, P]. Compared in float32, of equal ones the later."""
+    """Selects the selection blocks of token t, for queries [T, heads of a group, P].
+
+    Scores are compared in float32, and of equal ones the later is taken.
+    """
     chooser = t // tiles.TILE * tiles.TILE if c.choice == "tile" else t
     own, past = chooser // c.select_block, complete(chooser, c)
     score = dict.fromkeys(range(own + 1), 0.0)
@@ -144,9 +153,8 @@ def blocks_of(queries, small, t, c, scale):
     value_dim=st.sampled_from([None, 5]),
 )
 def test_is_its_definition(config, time, heads, value_dim):
-    inner = layer(
-        config, *heads, value_dim
-    ).inner.double()  # in float32 rounding decides between nearly equal blocks
+    # In float32, rounding decides between nearly equal blocks.
+    inner = layer(config, *heads, value_dim).inner.double()
     torch.set_default_dtype(torch.float64)
     try:
         _hold(inner, config, time, heads, value_dim)
@@ -219,7 +227,10 @@ def test_choosing_everything_is_full_attention(time, heads, choice):
 @pytest.mark.parametrize("heads", [(16, 1), (6, 2), (3, 3)])
 @pytest.mark.parametrize("time", [5, 8, 45])
 def test_is_the_naive_code_of_flash_linear_attention(heads, time):
-    """Forward and backward. It has l = d = l' and means; what is left of a block at the end is one that nobody sees."""
+    """Compares forward and backward.
+
+    Their code has l = d = l' and means; the incomplete block at the end is one that no query sees.
+    """
     naive = pytest.importorskip(
         "fla.ops.nsa.naive", reason="fla-core is not installed", exc_type=ImportError
     )
@@ -261,7 +272,7 @@ def test_importance_weights_of_the_paper():
 @pytest.mark.parametrize("config", SIZES, ids=str)
 @pytest.mark.parametrize("time", [1, 5, 9, 24, 31])
 def test_importance_is_the_count_of_pieces(config, time):
-    """The sums over strides, which plain rows take, against W written out."""
+    """Compares the sums over strides, used without documents and padding, with W written out."""
     count = -(-time // config.select_block)
     blocks = max(0, (time - config.block) // config.stride + 1)
     share = torch.zeros(blocks, count)
@@ -312,7 +323,10 @@ def test_packed_documents_attend_as_if_alone(config):
 
 @pytest.mark.parametrize("choice", ["token", "tile"])
 def test_packed_documents_go_on_behind_a_cache(choice):
-    """New ones begin in any call; tokens of which nothing is told belong to the last. Gradients are as if alone."""
+    """New documents begin in any call; tokens without document ids belong to the last one.
+
+    Gradients are as if each document were alone.
+    """
     attention, hidden = layer(replace(SMALL, choice=choice)), torch.randn(2, 30, 20)
     documents = torch.arange(30) // torch.tensor([[11], [4]])
     whole = run(attention, hidden, documents=documents)
@@ -401,7 +415,7 @@ def test_decoding_reads_the_chosen_blocks_only():
     for kept in (cache.inner.window.keys, cache.inner.window.values):
         kept.buffer[:, :36] = torch.nan  # out of the window
     unread = [j for j in range(10) if not _reads(attention, cache, past, hidden, j)]
-    assert len(unread) >= 10 - 2 * 3  # two groups of three
+    assert len(unread) >= 10 - 2 * 3  # each of two groups selects three blocks
     for j in unread:
         cache.keys.buffer[:, 4 * j : 4 * j + 4] = torch.nan
     torch.testing.assert_close(
@@ -473,7 +487,7 @@ def test_an_unknown_choice_says_so():
 @pytest.mark.parametrize("choice", ["token", "tile"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_autocast_changes_no_choice(choice, packed, monkeypatch):
-    """Rounded to bfloat16, scores of neighbours would be equal."""
+    """In bfloat16, scores of neighbouring blocks would be equal."""
     chosen, own = [], NSA._choose
     monkeypatch.setattr(NSA, "_choose", lambda *given: chosen.append(own(*given)) or chosen[-1])
     inner = layer(replace(SMALL, chosen=6, choice=choice)).inner
@@ -492,7 +506,10 @@ def test_autocast_changes_no_choice(choice, packed, monkeypatch):
 
 
 def few(config, batch, time, heads, groups, widths, length, lead=None, chosen=None):
-    """What `attend_few` takes: the last `time` of `length` tokens, rows shifted by `lead`, keys in longer buffers."""
+    """Builds the arguments of `attend_few` for the last `time` of `length` tokens.
+
+    Sequences are shifted by `lead`, and keys are in longer buffers.
+    """
     own = torch.full((batch,), length) if lead is None else length - lead
     positions = own[:, None] - time + torch.arange(time)
     blocks = max((complete(int(n) - 1, config) for n in own), default=0)
@@ -529,7 +546,7 @@ def test_the_twin_gives_the_references_numbers(config, chosen, lead, poisoned):
 
 
 def test_of_equally_important_blocks_the_later():
-    """Keys without a score: every block within the row is as important as another."""
+    """All keys have equal scores, so every block of the sequence is equally important."""
     config = NSAConfig(block=4, stride=2, select_block=4, chosen=5, window=1)
     given = list(few(config, 1, 1, 2, 1, (3, 1), 40))
     given[3] = torch.zeros_like(given[3])  # compressed keys
@@ -538,15 +555,14 @@ def test_of_equally_important_blocks_the_later():
     )
     given[1] = torch.zeros_like(given[1])
     for way in (twin.attend_few, attend_few):
-        torch.testing.assert_close(
-            way(*given)[0, 0, 1, :, 0], torch.tensor([5 / 20, 5 / 20])
-        )  # 0, 6, 7, 8, 9
+        # Blocks 0, 6, 7, 8 and 9 are selected.
+        torch.testing.assert_close(way(*given)[0, 0, 1, :, 0], torch.tensor([5 / 20, 5 / 20]))
         given[2][0, 8:20] = 9.0
         torch.testing.assert_close(way(*given)[0, 0, 1, :, 0], torch.tensor([5 / 20, 5 / 20]))
 
 
 def test_blocks_are_chosen_by_what_no_sum_shows():
-    """exp(-50) beside 1 changes no mean of values and still is more than exp(-60)."""
+    """exp(-50) next to 1 changes no mean of values and still is more than exp(-60)."""
     config = NSAConfig(block=4, stride=4, select_block=4, chosen=4, window=1)
     given = list(few(config, 1, 1, 2, 1, (1, 1), 40))
     given[0], given[1] = torch.ones_like(given[0]), torch.zeros_like(given[1])
@@ -566,7 +582,7 @@ def test_the_twin_takes_no_rows_and_fewer_blocks_than_may_be_chosen(batch):
     given[7] = torch.tensor([4, 0]).expand(batch, 2, 2, 2)
     for _ in range(20):
         freed = [torch.ones(n, dtype=torch.long) for n in range(8, 48)]
-        del freed  # what is handed out next names block 1
+        del freed  # the memory that is allocated next contains block 1
         torch.testing.assert_close(twin.attend_few(*given), attend_few(*given), atol=5e-6, rtol=0)
 
 
@@ -582,16 +598,18 @@ def test_the_twin_on_threads():
 @pytest.mark.parametrize("kernels", ["", "reference"])
 @pytest.mark.parametrize("config", SIZES, ids=str)
 def test_rows_of_any_length_decode_as_if_alone(config, kernels, monkeypatch):
-    """Reordered, cropped and reset on the way, one token and several at a time, and no padding is ever read."""
+    """Sequences of any length decode as if alone, and padding is never read.
+
+    They are reordered, cropped and reset on the way, and come one token and several at a time.
+    """
     monkeypatch.setenv("RORQUAL_KERNELS", kernels)
     attention, hidden, lead = layer(config), torch.randn(3, 50, 20), torch.tensor([0, 6, 13])
     present = torch.arange(50) >= lead[:, None]
     past, cache = Past(), attention.new_cache(3, 8, hidden.dtype, hidden.device)
     for again in range(2):
         prompt = run(attention, hidden[:, :14], past, cache, present=present[:, :14])
-        run(
-            attention, hidden[:, 14:15], past, cache, present=present[:, 14:15]
-        )  # told or not, it is there
+        # Without `present` this token would be valid, too.
+        run(attention, hidden[:, 14:15], past, cache, present=present[:, 14:15])
         run(attention, torch.randn(3, 4, 20), past, cache)
         for kept in (past, cache):
             kept.crop(4)
@@ -622,7 +640,10 @@ def test_rows_of_any_length_decode_as_if_alone(config, kernels, monkeypatch):
 @pytest.mark.parametrize("choice", ["token", "tile"])
 @pytest.mark.parametrize("back", [2, 20])
 def test_many_tokens_at_once_may_come_between_the_steps_of_padded_rows(choice, back):
-    """They go through masks and leave the compressed blocks behind, which catch up; as far as nothing was forgotten."""
+    """Many tokens at once use masks and do not update the compressed blocks.
+
+    The blocks catch up later, as far as their tokens were not cropped.
+    """
     attention, hidden, lead = (
         layer(replace(SMALL, choice=choice)),
         torch.randn(2, 50, 20),
@@ -643,7 +664,7 @@ def test_many_tokens_at_once_may_come_between_the_steps_of_padded_rows(choice, b
 
 
 def test_padded_rows_read_the_chosen_blocks_only(monkeypatch):
-    """Neither masks nor keys that are compressed already: NaN stands in their place."""
+    """Neither masks nor keys that are compressed already are read; NaN replaces them."""
     attention, hidden = layer(), torch.randn(2, 41, 20)
     present = torch.arange(41) >= torch.tensor([[0], [5]])
     expected = run(attention, hidden, present=present)[:, 40:]

@@ -1,4 +1,7 @@
-"""Routers: transformers' own of DeepSeek-V2, V3 and V4, closed forms, what they leave untouched, and twins."""
+"""Tests the routers against transformers' DeepSeek-V2, V3 and V4, closed forms and kernels.
+
+It also tests what they leave unchanged.
+"""
 
 import math
 
@@ -39,7 +42,7 @@ V4 = RouterConfig(score="sqrtsoftplus", scale=1.5)
 
 
 def spread(routing: Routing) -> torch.Tensor:
-    """Weight of every expert, [B, T, E]: the same whatever order the chosen come in."""
+    """Returns the weight of every expert, [B, T, E], whatever the order of the selected ones."""
     return torch.zeros_like(routing.scores).scatter(-1, routing.chosen, routing.weights)
 
 
@@ -117,7 +120,10 @@ def test_v4_is_the_published_router(by_id: bool) -> None:
 @pytest.mark.parametrize("by_id", [False, True])
 @pytest.mark.parametrize("level", [-60.0, -87.0, -88.5, -100.0, -103.5, -110.0, -1e4, 50.0, 1e4])
 def test_v4_is_the_published_router_at_extreme_logits(level: float, by_id: bool) -> None:
-    """Where every score of a token vanishes so do its weights, and the gradient stays finite, as theirs does not."""
+    """Where every score of a token vanishes, so do its weights.
+
+    The gradient stays finite, unlike theirs.
+    """
     config = DeepseekV4Config(
         hidden_size=1, n_routed_experts=8, num_experts_per_tok=3, vocab_size=31
     )
@@ -146,7 +152,10 @@ def test_v4_is_the_published_router_at_extreme_logits(level: float, by_id: bool)
 def one_token(
     logits: list[float], bias: list[float], config: RouterConfig, active: int
 ) -> dict[int, float]:
-    """The docstring's formulas for one token, in Python's own numbers: {expert: weight}."""
+    """Computes the formulas of the module's docstring for one token, in Python floats.
+
+    Returns {expert: weight}.
+    """
     if config.score == "softmax":
         whole = sum(math.exp(x) for x in logits)
         scores = [math.exp(x) / whole for x in logits]
@@ -175,7 +184,7 @@ def one_token(
 
 @st.composite
 def routers(draw) -> tuple[RouterConfig, int, int]:
-    """Any possible config, its number of experts and how many of them are active."""
+    """Draws any valid config, its number of experts and how many of them are active."""
     groups, size = draw(st.integers(1, 5)), draw(st.integers(2, 4))
     kept = draw(st.integers(1, groups))
     active = draw(st.integers(1, kept * size))
@@ -238,7 +247,7 @@ def test_scores_that_vanish_have_finite_gradients(kind: str) -> None:
 
 
 def test_experts_outside_of_the_groups_are_never_taken_though_every_bias_is_negative() -> None:
-    """A mask of 0 would here prefer the masked experts to the allowed ones, which are all below 0."""
+    """A mask of 0 would prefer the masked experts to the allowed ones, which are all below 0."""
     biased = torch.tensor([[-0.1, -5.0, -0.9, -0.9, -2.0, -2.0]])
     allowed = within_groups(biased, 3, 1, "top2")
     assert allowed.tolist() == [
@@ -305,7 +314,7 @@ def test_noise_moves_choices_in_training_only() -> None:
     noisy = router(hidden)
     again = router(hidden)
     assert not torch.equal(noisy.chosen, again.chosen)
-    assert torch.equal(noisy.logits, again.logits)  # the noise is not in the logits that are shown
+    assert torch.equal(noisy.logits, again.logits)  # returned logits have no noise
     router.eval()
     assert torch.equal(router(hidden).weights, router(hidden).weights)
     silent = Router(RouterConfig(), 16, 8, 2)
@@ -395,7 +404,7 @@ def test_impossible_configs_are_refused(change: dict, words: str) -> None:
 
 @pytest.mark.parametrize(("name", "words"), [("score", "sqrtsoftplus"), ("group_score", "top2")])
 def test_unknown_kinds_are_refused(name: str, words: str) -> None:
-    """By the config itself: under pytest the annotations would refuse them first."""
+    """The config itself refuses them; under pytest the annotations would do so first."""
     config = RouterConfig()
     object.__setattr__(config, name, "loudest")
     with pytest.raises(ValueError, match=words):

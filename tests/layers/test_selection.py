@@ -1,4 +1,4 @@
-"""The ways of attending to chosen blocks are one sum, and the choice has one rule."""
+"""Tests that the ways of attending to selected blocks are one sum, and the selection rule."""
 
 import pytest
 import torch
@@ -45,7 +45,10 @@ def case(
     block,
     dtype=torch.float32,
 ):
-    """The last `time` of `length` tokens. Keys and values are a view into a longer buffer, as a cache's are."""
+    """Builds the last `time` of `length` tokens.
+
+    Keys and values are views of a longer buffer, as a cache's are.
+    """
     query = torch.randn(batch, time, heads, width).to(dtype)
     key = torch.randn(batch, length + 9, groups, width).to(dtype)[:, :length]
     value = torch.randn(batch, length + 9, groups, value_width).to(dtype)[:, :length]
@@ -103,7 +106,7 @@ def test_the_twin_at_any_size(batch, time, heads, width, length, chosen, block):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_shifted_row_attends_as_if_alone(shape, poisoned):
-    """Row b starts at its own column; what stands before is never read."""
+    """Sequence b starts at its own column, and columns before it are never read."""
     query, key, value, index, positions, block, scale = case(*shape)
     length, lead = key.shape[1], torch.tensor([4, 0, 7])[: len(key)]
     expected = selected_attention(query, key, value, index, positions, block, scale)
@@ -111,9 +114,8 @@ def test_a_shifted_row_attends_as_if_alone(shape, poisoned):
     for b, start in enumerate(lead.tolist()):
         for room, x in zip(shifted, (key, value), strict=True):
             room[b, start : start + length] = x[b]
-            room[b, start + length :] = (
-                0.0  # a gather may look behind a row's end, and weigh it by 0
-            )
+            # A gather may read past the end of a sequence with weight 0.
+            room[b, start + length :] = 0.0
     for way in (selected_attention, select.selected_attention):
         out = way(query, *(x.nan_to_num() for x in shifted), index, positions, block, scale, lead)
         torch.testing.assert_close(out, expected, atol=2e-6, rtol=0)
@@ -171,7 +173,7 @@ def test_rows_padded_on_the_left_are_shifted_and_others_are_not():
     st.data(),
 )
 def test_blocks_of_growing_rows_are_those_of_each_row_alone(pieces, size, parts, data):
-    """Whatever is forgotten and reordered in between; each complete block is asked for once."""
+    """Sequences are cropped and reordered in between; each complete block is computed once."""
     stride, block, length = size, size * parts, sum(pieces)
     lead = torch.tensor(data.draw(st.lists(st.integers(0, 4), min_size=3, max_size=3)))
     keys, blocks, done = torch.randn(3, length + 4, 2, 3), Blocks(block, stride), 4
@@ -211,7 +213,7 @@ def test_a_block_is_made_once():
 
 
 def test_blocks_keep_their_dtype():
-    """Where the prompt was under autocast and what follows is not, in padded rows as in plain ones."""
+    """The prompt was under autocast and what follows is not, with and without padding."""
     keys, lead = torch.randn(2, 30, 1, 3), torch.tensor([0, 3])
     for shift in (lead, None):
         blocks = Blocks(4, 2)
@@ -250,7 +252,7 @@ def test_the_twin_refuses_what_it_cannot_do():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[5] == shape[6]], ids=str)
 def test_gathered_is_masked(shape, dtype):
-    """What a cache's last tokens get either way, and its gradient."""
+    """Compares both ways for the last tokens of a cache, with gradients."""
     query, key, value, index, positions, block, scale = case(*shape, dtype=dtype)
     history = Past()
     history.length = int(positions[0, 0])
@@ -269,7 +271,7 @@ def test_gathered_is_masked(shape, dtype):
 
 
 def test_the_way_is_chosen_by_what_is_asked(monkeypatch):
-    """The twin where it can run; without it a gather for few queries and a mask for many."""
+    """The kernel is used where it can run; else a gather for few queries and a mask for many."""
     query, key, value, index, _, block, scale = case(1, 8, 4, 2, 2, 6, 6, 64, 2, 4)
     history = Past()
     history.length = 56
@@ -322,10 +324,11 @@ def test_of_equal_scores_the_later_block():
     scores = torch.zeros(1, 1, 2, 9)
     scores[0, 0, 1, 2] = 1.0
     index = best_blocks(scores, torch.tensor([[7]]), torch.tensor([[1]]), 4)
+    # Block 8 is later than own, and block 0 belongs to another document.
     assert index[0, 0].tolist() == [
         [7, 6, 5, 4],
         [7, 6, 5, 2],
-    ]  # 8 is later than own, 0 another document's
+    ]
     index = best_blocks(scores, torch.tensor([[7]]), torch.tensor([[1]]), 4, forced=3)
     assert index[0, 0].tolist() == [[7, 6, 5, 1], [7, 6, 2, 1]]
 

@@ -16,7 +16,7 @@ SIZES = [(37, 4, 70), (1, 1, 1), (5, 3, 129), (0, 2, 8), (17, 5, 33)]  # tokens,
 
 
 def outcome(function, given, pulls, *rest):
-    """What a function of tensors makes, and the gradient of everything it was given."""
+    """Returns the results of a function of tensors and the gradients of all of its inputs."""
     given = [x if x is None else x.detach().clone().requires_grad_() for x in given]
     made = function(*given, *rest)
     made = made if isinstance(made, tuple) else (made,)
@@ -25,7 +25,7 @@ def outcome(function, given, pulls, *rest):
 
 
 def alike(ours, expected):
-    """Within rounding of the dtype, of the largest value."""
+    """Compares within rounding of the dtype, relative to the largest value."""
     for a, b in zip(ours, expected, strict=True):
         assert a.dtype == b.dtype
         assert a.shape == b.shape
@@ -70,9 +70,8 @@ def test_only_the_axis_normalised_last_sums_to_one(deviation):
         assert other > 1e-2
 
 
-@pytest.mark.parametrize(
-    ("size", "eps"), [(20.0, 1e-6), (40.0, 0.0)]
-)  # autograd's own divisions overflow at 40
+# Autograd's own divisions overflow at 40.
+@pytest.mark.parametrize(("size", "eps"), [(20.0, 1e-6), (40.0, 0.0)])
 def test_backward_does_not_overflow(size: float, eps: float) -> None:
     logits = (torch.randn(4, 4, 2000).sign() * size).requires_grad_()
     sinkhorn(logits, 20, eps).backward(torch.randn(4, 4, 2000) * 1e4)
@@ -82,7 +81,7 @@ def test_backward_does_not_overflow(size: float, eps: float) -> None:
 
 def test_without_eps_what_vanishes_is_not_divided_by_zero() -> None:
     logits = torch.zeros(3, 3, 4)
-    logits[:, 1] = -300.0  # exp of it is 0
+    logits[:, 1] = -300.0  # exp(-300) is 0
     logits.requires_grad_()
     comb = sinkhorn(logits, 20, 0.0)
     comb.backward(torch.randn(3, 3, 4) * 1e4)
@@ -169,7 +168,7 @@ def test_tiles_write_as_the_formula(tiled: torch.device, poisoned: None) -> None
 def test_a_site_of_tiles_is_a_site(
     kind: str, tiled: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Strided gradients, a carried pre that is a view, and what Connection picks."""
+    """Tests strided gradients, a `carried` pre-mapping that is a view, and Connection's kernels."""
     sites = [
         Connection(HyperConfig(kind=kind, streams=3, iterations=3), 10, n).to(tiled)
         for n in range(2)

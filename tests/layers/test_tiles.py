@@ -1,4 +1,7 @@
-"""One choice for many queries: the loop over tiles and FlexAttention against a mask over all keys."""
+"""Tests one selection for many queries.
+
+The loop over tiles and FlexAttention are compared with a mask over all keys.
+"""
 
 import itertools
 
@@ -29,7 +32,10 @@ SIZES = [  # queries, heads, groups, choices, chosen, block
 
 
 def choice_of_tiles(time, choices, chosen, block, batch=2, tile=TILE):
-    """Own block first, then others before it, -1 where there are fewer, as best_blocks gives them."""
+    """Builds selections: own block first, then others before it; -1 where there are fewer.
+
+    It is the format of best_blocks.
+    """
     index = torch.full((batch, -(-time // tile), choices, chosen), -1)
     for b, n, j in torch.cartesian_prod(*map(torch.arange, index.shape[:3])).tolist():
         own = n * tile // block
@@ -39,7 +45,7 @@ def choice_of_tiles(time, choices, chosen, block, batch=2, tile=TILE):
 
 
 def mask_of(index, time, heads, block, tile=TILE):
-    """Bool [B, H, T, T], written out."""
+    """Builds the mask, bool [B, H, T, T], with plain loops."""
     batch, _, choices, _ = index.shape
     mask = torch.zeros(batch, heads, time, time, dtype=torch.bool)
     for b, h, t in torch.cartesian_prod(
@@ -68,7 +74,7 @@ def masked(query, key, value, mask, scale):
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_the_loop_is_a_mask(size):
-    """Forward and backward."""
+    """Compares forward and backward."""
     time, heads, groups, choices, chosen, block = size
     given = tensors(time, heads, groups, dtype=torch.float64, requires_grad=True)
     index = choice_of_tiles(time, choices, chosen, block)
@@ -93,7 +99,7 @@ def test_the_loop_behind_a_cache(past):
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_the_blocks_for_flex_attention(size):
-    """Which blocks it may look at, and how many it sees whole."""
+    """Tests which blocks the mask of FlexAttention includes."""
     time, heads, _, choices, chosen, block = size
     index = choice_of_tiles(time, choices, chosen, block)
     mask, width = mask_of(index, time, heads, block), -(-time // block)
@@ -108,7 +114,7 @@ def test_the_blocks_for_flex_attention(size):
 
 @pytest.mark.compiled
 def test_flex_attention_is_the_loop():
-    """One size only: compiling takes most of a minute."""
+    """Tests one size only, because compiling takes most of a minute."""
     time, heads, groups, choices, chosen, block = 300, 4, 2, 4, 3, 32
     given = tensors(time, heads, groups, width=16)
     index = choice_of_tiles(time, choices, chosen, block)
@@ -122,7 +128,7 @@ def test_flex_attention_is_the_loop():
 
 @pytest.mark.compiled
 def test_a_compiled_call_is_one_graph():
-    """Forward, backward and a prompt, of both kinds; of packed documents, too."""
+    """Compiles forward, backward and a prompt, for NSA and MoBA, with packed documents, too."""
     gqa, rope, hidden = (
         GQAConfig(heads=4, kv_heads=2, head_dim=8),
         RopeConfig(),
@@ -185,7 +191,7 @@ def test_the_choice_goes_from_call_to_call(pieces):
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that anybody makes."""
+    """Records the number of elements of the largest tensor that is created."""
 
     elements = 0
 
