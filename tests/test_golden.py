@@ -26,9 +26,12 @@ from rorqual.data.tokenizer import train
 GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = ["deepseek_v3_tiny", "deepseek_v2_lite_tiny"]
 SIZES = {
-    "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 20, "moe_intermediate_size": 12,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 10, "kv_lora_rank": 8, "qk_nope_head_dim": 6,
-    "qk_rope_head_dim": 4, "v_head_dim": 5, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 1,
+    "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 20,
+    "moe_intermediate_size": 12,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 10, "kv_lora_rank": 8,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4, "v_head_dim": 5, "n_routed_experts": 8, "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
     "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "max_position_embeddings": 64,
 }  # fmt: skip
 YARN = {
@@ -72,7 +75,8 @@ def theirs(
     """
     torch.manual_seed(5)
     config, model = {
-        "v3": (DeepseekV3Config, DeepseekV3ForCausalLM), "v2": (DeepseekV2Config, DeepseekV2ForCausalLM)
+        "v3": (DeepseekV3Config, DeepseekV3ForCausalLM), "v2": (DeepseekV2Config,
+        DeepseekV2ForCausalLM)
     }[kind]  # fmt: skip
     fresh = model._from_config(config(**SIZES | fields, pad_token_id=pad))
     with torch.no_grad():
@@ -104,27 +108,34 @@ def theirs(
 
 OTHERS = {
     "v3, a padding id, a prompt of a whole row": ("v3", {"pad": 3, "prompt": 20}),
-    "v3, tied, biased, no q latent": ("v3", {"tie_word_embeddings": True, "attention_bias": True, "q_lora_rank": None}),
+    "v3, tied, biased, no q latent": ("v3", {"tie_word_embeddings": True, "attention_bias": True,
+    "q_lora_rank": None}),
     "v3, one expert a token, no shared one": (
         "v3", {"num_experts_per_tok": 1, "n_shared_experts": 0, "n_group": 1, "topk_group": 1}
     ),
     "v3, wide values, all groups, experts everywhere": (
-        "v3", {"v_head_dim": 13, "topk_group": 4, "first_k_dense_replace": 0, "norm_topk_prob": False}
+        "v3", {"v_head_dim": 13, "topk_group": 4, "first_k_dense_replace": 0,
+        "norm_topk_prob": False}
     ),
     "v3, fields of training and deployment": (
-        "v3", {"written": {"attention_dropout": 0.1, "ep_size": 8, "moe_layer_freq": 2, "pretraining_tp": 4,
-                           "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}}}
+        "v3", {"written": {"attention_dropout": 0.1, "ep_size": 8, "moe_layer_freq": 2,
+        "pretraining_tp": 4,
+                           "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.Model"}}}
     ),
-    "v3, attention_factor": ("v3", {"rope_parameters": YARN | {"attention_factor": 1.3, "mscale_all_dim": 0.5}}),
+    "v3, attention_factor": ("v3", {"rope_parameters": YARN | {"attention_factor": 1.3,
+    "mscale_all_dim": 0.5}}),
     "v3, mscale_all_dim alone": ("v3", {"rope_parameters": YARN | {"mscale_all_dim": 0.7}}),
     "v3, yarn as released, half-split": (
-        "v3", {"rope_interleave": False, "written": {"rope_parameters": None, "rope_theta": 500, "rope_scaling": {
-            "type": "yarn", "factor": 4, "original_max_position_embeddings": 32, "mscale": 0.7, "mscale_all_dim": 0.3,
+        "v3", {"rope_interleave": False, "written": {"rope_parameters": None, "rope_theta": 500,
+        "rope_scaling": {
+            "type": "yarn", "factor": 4, "original_max_position_embeddings": 32, "mscale": 0.7,
+            "mscale_all_dim": 0.3,
             "finetuned": True}}}
     ),
     "v2, groups": ("v2", {"topk_method": "group_limited_greedy", "routed_scaling_factor": 3.0}),
     "v2, biased, no q latent, two shared": (
-        "v2", {"q_lora_rank": None, "attention_bias": True, "n_shared_experts": 2, "norm_topk_prob": True}
+        "v2", {"q_lora_rank": None, "attention_bias": True, "n_shared_experts": 2,
+        "norm_topk_prob": True}
     ),
 }  # fmt: skip
 
@@ -223,7 +234,8 @@ def test_what_a_hub_folder_has_too_much_is_wrong_and_what_it_lacks_is_named(run,
     rewrite(folder / "expected.safetensors", change)
     code, said, _ = run(folder)
     assert code == 0
-    assert [line.split("  ")[-1].removesuffix(", not in the file") for line in said.splitlines() if line[0] == "-"] == [
+    missing = [line for line in said.splitlines() if line[0] == "-"]
+    assert [line.split("  ")[-1].removesuffix(", not in the file") for line in missing] == [
         "logits", "hidden.1", "loss", "gradients", "greedy"
     ]  # fmt: skip
     assert said.count("not in the file") == 5 and said.count("ok ") == 3, "the other hidden states"
@@ -405,7 +417,8 @@ def hash_case(small, layers, rows, heads, seed, pad, texts) -> dict:
             case["hash_sha256_i64le"][str(layer)] = hashlib.sha256(local.tobytes()).hexdigest()
         cases.append(case)
     return {
-        "tokenizer": "small", "layer_ids": layers, "max_ngram_size": len(rows) + 1, "rows_per_head": rows,
+        "tokenizer": "small", "layer_ids": layers, "max_ngram_size": len(rows) + 1,
+        "rows_per_head": rows,
         "heads": heads, "seed": seed, "pad_id": pad, "compressed_vocab_size": size,
         "lookup_sha256_i32le": hashlib.sha256(canonical.astype("<i4").tobytes()).hexdigest(),
         "multipliers": {str(layer): multipliers[layer] for layer in layers},
@@ -440,7 +453,8 @@ def spoil(case: dict, name: str) -> None:
     of[name] = of[name][:-1] + "x" if isinstance(of[name], str) else of[name] + 1
 
 
-EVERY_NUMBER = ["compressed_vocab_size", "lookup_sha256_i32le", "multipliers", "primes", "seed", "compressed",
+EVERY_NUMBER = ["compressed_vocab_size", "lookup_sha256_i32le", "multipliers", "primes", "seed",
+"compressed",
                 "hash_first", "hash_last", "hash_sum", "hash_sha256_i64le"]  # fmt: skip
 
 
@@ -528,7 +542,8 @@ def write_forward(
     found = {"input.ids": ids, "input.hidden": torch.randn(batch, time, streams, dim)}
     for layer in layers:
         flat = [prime for order in primes[layer] for prime in order]
-        local = [local_rows(canonical[row].tolist(), int(canonical[pad]), multipliers[layer], primes[layer])
+        local = [local_rows(canonical[row].tolist(), int(canonical[pad]), multipliers[layer],
+        primes[layer])
                  for row in ids.tolist()]  # fmt: skip
         read = torch.tensor(np.stack(local)) + torch.tensor(flat).cumsum(0) - torch.tensor(flat)
         demo = Demo(
@@ -545,8 +560,10 @@ def write_forward(
         found |= {
             f"layer{layer}.{name}": tensor.detach().clone() for name, tensor in tensors.items()
         }
-    about = {"tokenizer": "small", "layer_ids": layers, "rows_per_head": rows, "embed_per_ngram": heads * width,
-             "heads": heads, "hidden": dim, "streams": streams, "kernel": kernel, "max_ngram": len(rows) + 1,
+    about = {"tokenizer": "small", "layer_ids": layers, "rows_per_head": rows,
+    "embed_per_ngram": heads * width,
+             "heads": heads, "hidden": dim, "streams": streams, "kernel": kernel,
+             "max_ngram": len(rows) + 1,
              "seed": 5, "pad_id": pad}  # fmt: skip
     save_file(found, path, {"config": json.dumps(about)})
 

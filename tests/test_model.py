@@ -254,7 +254,8 @@ def _foretold(model: LanguageModel, ids: torch.Tensor, labels: torch.Tensor) -> 
 
 @settings(max_examples=12, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4), depth=st.integers(1, 3), seed=st.integers(0, 99),
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4), depth=st.integers(1, 3),
+    seed=st.integers(0, 99),
     missing=st.floats(0, 0.6), name=st.sampled_from(["plain", "everything", "gqa"]),
 )  # fmt: skip
 def test_mtp_of_packed_documents_is_that_of_each_alone(lengths, depth, seed, missing, name):

@@ -48,7 +48,8 @@ from rorqual.tables import Handle  # noqa: E402
 TOLERANCE = 1e-5
 # The errors of reading a file that is missing, cut, or of other contents.
 NOT_WHAT_IT_SHOULD_BE = (
-    OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, SafetensorError,
+    OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError,
+    SafetensorError,
 )  # fmt: skip
 # transformers' fused expert tensors, and the first of ours that each holds
 FUSED = {

@@ -109,7 +109,8 @@ def test_yarn_agrees_with_transformers_everywhere(dim, base, factor, original, f
         mscale_all_dim=mscale[1],
     )  # fmt: skip
     parameters = {
-        "rope_type": "yarn", "rope_theta": base, "factor": factor, "original_max_position_embeddings": original,
+        "rope_type": "yarn", "rope_theta": base, "factor": factor,
+        "original_max_position_embeddings": original,
         "beta_fast": fast, "beta_slow": slow, "mscale": mscale[0], "mscale_all_dim": mscale[1],
     }  # fmt: skip
     theirs = DeepseekV3Config(
@@ -129,7 +130,8 @@ def test_yarn_agrees_with_transformers_everywhere(dim, base, factor, original, f
 def replace_sizes(config, dim):
     """Keeps the positions and shrinks the attention, so that it is cheap to build often."""
     for name, value in {
-        "hidden_size": 4, "num_attention_heads": 1, "num_key_value_heads": 1, "q_lora_rank": 2, "kv_lora_rank": 2,
+        "hidden_size": 4, "num_attention_heads": 1, "num_key_value_heads": 1, "q_lora_rank": 2,
+        "kv_lora_rank": 2,
         "qk_nope_head_dim": 4, "v_head_dim": 2, "qk_head_dim": 4 + dim,
     }.items():  # fmt: skip
         setattr(config, name, value)

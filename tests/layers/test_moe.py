@@ -97,8 +97,10 @@ def test_equal_to_one_expert_at_a_time(router: RouterConfig, shape: tuple[int, i
 
 @settings(max_examples=40, deadline=None)
 @given(
-    groups=st.integers(1, 3), size=st.integers(2, 4), shared=st.integers(0, 2), dim=st.integers(1, 9),
-    width=st.integers(1, 9), shape=st.tuples(st.integers(1, 3), st.integers(1, 5)), to_one=st.booleans(),
+    groups=st.integers(1, 3), size=st.integers(2, 4), shared=st.integers(0, 2), dim=st.integers(1,
+    9),
+    width=st.integers(1, 9), shape=st.tuples(st.integers(1, 3), st.integers(1, 5)),
+    to_one=st.booleans(),
     data=st.data(),
 )  # fmt: skip
 def test_equal_to_one_expert_at_a_time_at_any_size(

@@ -75,7 +75,8 @@ def test_v3_is_the_published_router(offset: float) -> None:
 @pytest.mark.parametrize("method", ["greedy", "group_limited_greedy"])
 def test_v2_is_the_published_router(method: str) -> None:
     config = DeepseekV2Config(
-        hidden_size=24, num_attention_heads=2, n_routed_experts=16, num_experts_per_tok=3, n_group=4, topk_group=2,
+        hidden_size=24, num_attention_heads=2, n_routed_experts=16, num_experts_per_tok=3,
+        n_group=4, topk_group=2,
         topk_method=method, routed_scaling_factor=16.0,
     )  # fmt: skip
     limits = {} if method == "group_limited_greedy" else {"groups": 1, "groups_kept": 1}
@@ -189,10 +190,12 @@ def routers(draw) -> tuple[RouterConfig, int, int]:
     kept = draw(st.integers(1, groups))
     active = draw(st.integers(1, kept * size))
     config = RouterConfig(
-        score=draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"])), groups=groups, groups_kept=kept,
+        score=draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"])), groups=groups,
+        groups_kept=kept,
         group_score=draw(st.sampled_from(["top2", "max"])), renormalise=draw(st.booleans()),
         scale=draw(st.sampled_from([1.0, 2.5, 16.0])), bias=draw(st.booleans()),
-        adaptive_mass=draw(st.none() | st.floats(0.05, 0.95)), min_active=draw(st.integers(1, active)),
+        adaptive_mass=draw(st.none() | st.floats(0.05, 0.95)), min_active=draw(st.integers(1,
+        active)),
     )  # fmt: skip
     return config, groups * size, active
 
