@@ -113,7 +113,7 @@ def _backbone(config: ModelConfig) -> Parameters:
     found = Parameters(others=_exit(config.hyper, config.dim) if config.hyper is not None else 0)
     for index in range(config.layers):
         found += _block(config, index)
-        if config.engram is not None and config.remembers(index):
+        if config.engram is not None and config.has_engram(index):
             found += Parameters(others=_engram(config.engram, config.dim, config.streams))
         if config.hyper is not None:
             # One connection for attention and one for the feed-forward.

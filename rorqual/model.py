@@ -24,7 +24,7 @@ from rorqual.layers.balance import losses
 from rorqual.layers.basics import RMSNorm, SwiGLU, chunked_cross_entropy
 from rorqual.layers.cache import BlockCache, Cache, DraftCache, Past, Recent
 from rorqual.layers.context import Context, context
-from rorqual.layers.dsa import DSA, Lesson, mean_lesson
+from rorqual.layers.dsa import DSA, IndexerLoss, mean_indexer_loss
 from rorqual.layers.engram import Addresses, Engram
 from rorqual.layers.hyper import Connection, Exit, Residual, Streams, enter
 from rorqual.layers.moba import MoBA
@@ -49,13 +49,15 @@ class Loss(NamedTuple):
     balance: dict[str, Tensor]  # weighted, summed over layers
     counts: Int[Tensor, "layers E"] | None  # tokens of each expert
     tokens: Int[Tensor, ""]  # number of labels that are targets
-    lesson: Lesson | None = None  # loss of DSA's indexers, in training; the mean over layers
+    indexer_loss: IndexerLoss | None = (
+        None  # loss of DSA's indexers, in training; the mean over layers
+    )
 
 
 class Aux(NamedTuple):
     """A block's outputs besides the streams, for losses and measures; None if it lacks the part."""
 
-    lesson: Lesson | None  # loss of DSA's indexer, in training
+    indexer_loss: IndexerLoss | None  # loss of DSA's indexer, in training
     routing: Routing | None  # routing of its mixture of experts
 
 
@@ -89,7 +91,7 @@ class Block(nn.Module):
         hyper = None if plain else config.hyper
         self.engram = (
             Engram(config.engram, config.dim, config.streams)
-            if config.engram is not None and config.remembers(index) and not plain
+            if config.engram is not None and config.has_engram(index) and not plain
             else None
         )
         self.attention_norm = RMSNorm(config.dim, config.eps)
@@ -112,14 +114,14 @@ class Block(nn.Module):
         if self.engram is not None:
             x = x.add(self.engram(x.values, ctx))
         h, mapping = self.attention_site.read(x)  # [B, T, D], and how its output is written back
-        out, lesson = self.attention(self.attention_norm(h), ctx)
+        out, indexer_loss = self.attention(self.attention_norm(h), ctx)
         # The positions before the last one were needed only for their keys.
         if ctx.last_only:
             mapping, ctx = mapping.last(), ctx.last()
         x = self.attention_site.write(out, mapping)
         h, mapping = self.ffn_site.read(x)
         out, routing = self._feed_forward(self.ffn_norm(h), ctx)
-        return self.ffn_site.write(out, mapping), Aux(lesson, routing)
+        return self.ffn_site.write(out, mapping), Aux(indexer_loss, routing)
 
     def _feed_forward(self, normed: Tensor, ctx: Context) -> tuple[Tensor, Routing | None]:
         if isinstance(self.ffn, MoE):
@@ -299,8 +301,8 @@ class LanguageModel(nn.Module):
         labels[t] follows ids[t]; -100 is no target. If `warm` is True, DSA's indexers are in their
         warm-up; they are trained only in training mode.
         """
-        taught = self.training and self.config.dsa is not None
-        known = {"documents": documents, "present": present, "warm": warm if taught else None}
+        training = self.training and self.config.dsa is not None
+        known = {"documents": documents, "present": present, "warm": warm if training else None}
         hidden, auxes = self.hidden(ids, **known)
         tokens = (labels != IGNORED).sum()
         next_token = self._nats(self.norm(hidden), labels)
@@ -317,11 +319,13 @@ class LanguageModel(nn.Module):
         total = next_token + sum(balance.values())
         if mtp is not None and self.config.mtp is not None:
             total = total + self.config.mtp.weight * mtp
-        lesson = mean_lesson([aux.lesson for aux in auxes if aux.lesson is not None])
-        if lesson is not None and self.config.dsa is not None:
-            total = total + self.config.dsa.weight * lesson.loss
+        indexer_loss = mean_indexer_loss(
+            [aux.indexer_loss for aux in auxes if aux.indexer_loss is not None]
+        )
+        if indexer_loss is not None and self.config.dsa is not None:
+            total = total + self.config.dsa.weight * indexer_loss.loss
         counts = torch.stack([routing.counts() for routing in routings]) if routings else None
-        return Loss(total, next_token, mtp, balance, counts, tokens, lesson)
+        return Loss(total, next_token, mtp, balance, counts, tokens, indexer_loss)
 
     def _nats(self, normed: Tensor, labels: Tensor) -> Tensor:
         summed = chunked_cross_entropy(normed.flatten(0, 1), self.head.weight, labels.flatten())

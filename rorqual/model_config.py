@@ -596,7 +596,7 @@ class ModelConfig:
         """Whether block `index` has experts; MTP's blocks, counted on after the last, do."""
         return self.moe is not None and index >= self.moe.first_dense
 
-    def remembers(self, index: int) -> bool:
+    def has_engram(self, index: int) -> bool:
         return self.engram is not None and index in self.engram.layers
 
     def check_parts(self) -> None:

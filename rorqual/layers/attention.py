@@ -77,7 +77,7 @@ class MLA(nn.Module):
         """Builds the projections.
 
         `inner` is an indexer that selects the keys each query sees (DSA): inner.keys(...) are
-        cached, and inner.look(...) returns a Look.
+        cached, and inner.select(...) returns an IndexerSelection.
         """
         super().__init__()
         self.config, self.interleaved = config, rope.interleaved
@@ -117,7 +117,7 @@ class MLA(nn.Module):
         hidden: Float[Tensor, "B T D"],
         ctx: Context,
     ) -> tuple[Float[Tensor, "B T2 D"], Any]:
-        """Returns the output of the new tokens, and the indexer's Lesson if it is trained.
+        """Returns the output of the new tokens, and an IndexerLoss if its indexer is trained.
 
         With `ctx.last_only` only the last token has an output. With a cache the new tokens are
         appended to it. The form with fewer multiplications is used; all forms agree up to rounding.
@@ -134,19 +134,19 @@ class MLA(nn.Module):
             hidden if self.config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(hidden))
         )
         nope, rope = self._query(query_latent, ctx)
-        look = (
-            self.inner.look(hidden, query_latent, index_key, ctx)
+        selection = (
+            self.inner.select(hidden, query_latent, index_key, ctx)
             if self.inner is not None
             else None
         )
-        lesson = None
-        if look is not None and ctx.warm is not None:
-            out, lesson = self._taught(nope, rope, latent, ctx, look)
-        elif look is not None and look.chooses:
-            out = self._sparse(nope, rope, latent, ctx, look)
+        indexer_loss = None
+        if selection is not None and ctx.warm is not None:
+            out, indexer_loss = self._train_indexer(nope, rope, latent, ctx, selection)
+        elif selection is not None and selection.chooses:
+            out = self._sparse(nope, rope, latent, ctx, selection)
         else:
             out = self._dense(nope, rope, latent, ctx)
-        return self.o_proj(out.flatten(2)), lesson
+        return self.o_proj(out.flatten(2)), indexer_loss
 
     def _query(self, query_latent: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Returns the unrotated queries [B, T, H, nope] and the rotated ones [B, T, H, rope]."""
@@ -189,7 +189,7 @@ class MLA(nn.Module):
         return form(nope, rope, latent, mask, causal)
 
     def _sparse(
-        self, nope: Tensor, rope: Tensor, latent: Tensor, ctx: Context, look: Any
+        self, nope: Tensor, rope: Tensor, latent: Tensor, ctx: Context, selection: Any
     ) -> Float[Tensor, "B T H Q"]:
         """Attends to the selected keys only.
 
@@ -199,8 +199,8 @@ class MLA(nn.Module):
         past, time = ctx.past, nope.shape[1]
         absorbing = past > 0 and self._absorbing_is_cheaper(time)
         graded = torch.is_grad_enabled() and latent.requires_grad
-        cut = time if graded else self._gathers_from(look, absorbing)
-        (early, late), outs = look.split(cut), []
+        cut = time if graded else self._gathers_from(selection, absorbing)
+        (early, late), outs = selection.split(cut), []
         if cut and absorbing:
             runs = ((run, early.end(run)) for run in early.runs())
             outs = [
@@ -215,23 +215,23 @@ class MLA(nn.Module):
             outs.append(self._lift(late.gathering(query, latent, self.scale), value_up))
         return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
 
-    def _gathers_from(self, look: Any, absorbing: bool) -> int:
+    def _gathers_from(self, selection: Any, absorbing: bool) -> int:
         """Returns the first query for which copying the selected keys costs less than masking."""
-        c, dearer, time = self.config, GATHERING, look.query.shape[1]
+        c, dearer, time = self.config, GATHERING, selection.query.shape[1]
         if not absorbing:
             dearer *= (2 * c.kv_lora_rank + c.rope_dim) / (c.nope_dim + c.rope_dim + c.value_dim)
-        keys = int(look.most * max(dearer, 1.0))
-        return min(max(keys - (look.key.shape[1] - time), 0), time)
+        keys = int(selection.most * max(dearer, 1.0))
+        return min(max(keys - (selection.key.shape[1] - time), 0), time)
 
-    def _taught(
-        self, nope: Tensor, rope: Tensor, latent: Tensor, ctx: Context, look: Any
+    def _train_indexer(
+        self, nope: Tensor, rope: Tensor, latent: Tensor, ctx: Context, selection: Any
     ) -> tuple[Float[Tensor, "B T H Q"], Any]:
         """Attends during training and computes the indexer loss for the same queries and keys."""
         query, key, value = self._expand(nope, rope, latent)
-        lesson = look.lesson(query, key, self.scale, bool(ctx.warm), ctx.present)
-        if look.chooses and not ctx.warm:
-            return look.hiding(query, key, value, self.scale), lesson
-        return attend(query, key, value, self.scale, *_visibility(ctx)), lesson
+        indexer_loss = selection.indexer_loss(query, key, self.scale, bool(ctx.warm), ctx.present)
+        if selection.chooses and not ctx.warm:
+            return selection.hiding(query, key, value, self.scale), indexer_loss
+        return attend(query, key, value, self.scale, *_visibility(ctx)), indexer_loss
 
     def _expanded(
         self, nope: Tensor, rope: Tensor, latent: Tensor, mask: Tensor | None, causal: bool
@@ -322,7 +322,7 @@ class GQA(nn.Module):
         hidden: Float[Tensor, "B T D"],
         ctx: Context,
     ) -> tuple[Float[Tensor, "B T2 D"], None]:
-        """Returns the output of the new tokens, and None in place of a Lesson.
+        """Returns the output of the new tokens, and None in place of an IndexerLoss.
 
         With `ctx.last_only` only the last token has an output. GQA has no indexer to train. With a
         cache the new tokens are appended to it.

@@ -44,7 +44,7 @@ class Latent(Protocol):
     def rope_dim(self) -> int: ...
 
 
-class Lesson(NamedTuple):
+class IndexerLoss(NamedTuple):
     """The indexer loss and recall of one attention call, or their mean over several."""
 
     loss: Float[Tensor, ""]  # nats a query
@@ -53,17 +53,17 @@ class Lesson(NamedTuple):
     recall: Float[Tensor, ""]
 
 
-def mean_lesson(lessons: list[Lesson]) -> Lesson | None:
+def mean_indexer_loss(indexer_losses: list[IndexerLoss]) -> IndexerLoss | None:
     """Averages over the layers; returns None if the list is empty."""
     return (
-        Lesson(*(torch.stack(part).mean() for part in zip(*lessons, strict=True)))
-        if lessons
+        IndexerLoss(*(torch.stack(part).mean() for part in zip(*indexer_losses, strict=True)))
+        if indexer_losses
         else None
     )
 
 
 class DSA(nn.Module):
-    """The lightning indexer; MLA calls its `look(...)`.
+    """The lightning indexer; MLA calls its `select(...)`.
 
     Parameters are named as in DeepSeek-V3.2's checkpoints.
     """
@@ -93,14 +93,14 @@ class DSA(nn.Module):
         kept = ctx.cache.attention.inner.append(new) if ctx.cache is not None else new
         return kept if ctx.past else new
 
-    def look(
+    def select(
         self,
         hidden: Float[Tensor, "B T D"],
         query_latent: Float[Tensor, "B T R"],
         key: Float[Tensor, "B L P"],
         ctx: Context,
-    ) -> "Look":
-        """Returns q and w of the new tokens with the keys of all, as a Look.
+    ) -> "IndexerSelection":
+        """Returns q and w of the new tokens with the keys of all, as an IndexerSelection.
 
         No gradient flows to the inputs. w includes both scales, dim^-1/2 heads^-1/2: a positive
         factor passes through relu, so it can multiply the few weights in place of the many scores.
@@ -111,14 +111,14 @@ class DSA(nn.Module):
             * (self.config.heads * self.config.dim) ** -0.5
         )
         asked = self._turn(query, ctx), weights, key
-        return Look(*asked, ctx.mask, self.config.chosen, straight(ctx)[1])
+        return IndexerSelection(*asked, ctx.mask, self.config.chosen, straight(ctx)[1])
 
     def _turn(self, x: Tensor, ctx: Context) -> Tensor:
         turned, rest = x.split([self.rope_dim, self.config.dim - self.rope_dim], dim=-1)
         return torch.cat([ctx.rotate(turned, interleaved=False), rest], dim=-1)
 
 
-class Look(NamedTuple):
+class IndexerSelection(NamedTuple):
     """Scores and selects keys for T queries and L keys, one slice of queries at a time.
 
     A slice sees no key after its last query, so its results cover only the `end` keys up to there.
@@ -194,14 +194,14 @@ class Look(NamedTuple):
             :, None
         ]
 
-    def split(self, count: int) -> tuple["Look", "Look"]:
+    def split(self, count: int) -> tuple["IndexerSelection", "IndexerSelection"]:
         """Splits into the first `count` queries, with the keys up to them, and the others."""
         length, mask = self.key.shape[1] - self.query.shape[1] + count, self.mask
         before, after = (
             (None, None) if mask is None else (mask[:, :, :count, :length], mask[:, :, count:])
         )
         return (
-            Look(
+            IndexerSelection(
                 self.query[:, :count],
                 self.weights[:, :count],
                 self.key[:, :length],
@@ -209,7 +209,7 @@ class Look(NamedTuple):
                 self.most,
                 self.lead,
             ),
-            Look(
+            IndexerSelection(
                 self.query[:, count:],
                 self.weights[:, count:],
                 self.key,
@@ -267,14 +267,14 @@ class Look(NamedTuple):
                 outs.append(_attend_to(some, latent, found[0][:, part], real, scale))
         return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
 
-    def lesson(
+    def indexer_loss(
         self,
         query: Float[Tensor, "B T H P2"],
         key: Float[Tensor, "B L H P2"],
         scale: float,
         warm: bool,
         present: Bool[Tensor, "B T"] | None = None,
-    ) -> Lesson:
+    ) -> IndexerLoss:
         """Computes the indexer loss and recall for the attention of these queries to these keys.
 
         The loss is a mean over the valid queries. Queries and keys get no gradient. At most SCORES
@@ -283,7 +283,7 @@ class Look(NamedTuple):
         attention = query.detach(), key.detach(), scale, warm
         summed, carried, queries, choosing = _Divergence.apply(*self[:5], *attention, present)
         recall = torch.where(choosing > 0, carried / choosing.clamp_min(1), 1.0)
-        return Lesson(summed / queries.clamp_min(1), recall)
+        return IndexerLoss(summed / queries.clamp_min(1), recall)
 
 
 def attend_best(
@@ -307,7 +307,7 @@ def attend_best(
         mask = ((columns >= lead[:, None, None]) & (columns <= columns[length - time :, None]))[
             :, None
         ]
-    return Look(looking, weights, key, mask, most).copying(query, latent, scale)
+    return IndexerSelection(looking, weights, key, mask, most).copying(query, latent, scale)
 
 
 def _attend_to(
@@ -384,17 +384,17 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, weights, key, mask, most, attended, attended_key, scale, warm, present):
-        look = Look(query, weights, key, mask, most)
+        selection = IndexerSelection(query, weights, key, mask, most)
         graded = any(ctx.needs_input_grad)
-        grads = [torch.zeros_like(x, dtype=torch.float32) for x in look[:3]] if graded else []
+        grads = [torch.zeros_like(x, dtype=torch.float32) for x in selection[:3]] if graded else []
         sums = torch.zeros(4, device=query.device)
         with torch.autocast(query.device.type, enabled=False):
-            for run in look.runs(attended.shape[2]):
-                keys, visible = key[:, : look.end(run)], look.visible(run)
+            for run in selection.runs(attended.shape[2]):
+                keys, visible = key[:, : selection.end(run)], selection.visible(run)
                 products = _products(query[:, run], keys)
                 scores = _weighted(products, weights[:, run])
-                seen = look.seen(run, scores)
-                heads = attended[:, run], attended_key[:, : look.end(run)]
+                seen = selection.seen(run, scores)
+                heads = attended[:, run], attended_key[:, : selection.end(run)]
                 target, carried = attention_target(*heads, visible, seen, scale, warm)
                 terms, error = _compared(scores, target, (visible if warm else seen)[:, 0])
                 counts = torch.ones_like(terms) if present is None else present[:, run].float()
@@ -408,7 +408,7 @@ class _Divergence(torch.autograd.Function):
                     ]
                 )
                 if graded:
-                    _add_gradients(grads, run, products, error * counts.unsqueeze(-1), look)
+                    _add_gradients(grads, run, products, error * counts.unsqueeze(-1), selection)
         ctx.grads = grads
         found = sums.unbind()
         ctx.mark_non_differentiable(*found[1:])
@@ -431,14 +431,14 @@ def _compared(scores: Tensor, target: Tensor, over: Tensor) -> tuple[Tensor, Ten
 
 
 def _add_gradients(
-    grads: list[Tensor], run: slice, products: Tensor, error: Tensor, look: Look
+    grads: list[Tensor], run: slice, products: Tensor, error: Tensor, selection: IndexerSelection
 ) -> None:
     """Adds to the gradients of query, weights and key. `products` is overwritten."""
-    (of_query, of_weights, of_key), end = grads, look.end(run)
+    (of_query, of_weights, of_key), end = grads, selection.end(run)
     query, weights, key = (
-        look.query[:, run].float(),
-        look.weights[:, run].float(),
-        look.key[:, :end].float(),
+        selection.query[:, run].float(),
+        selection.weights[:, run].float(),
+        selection.key[:, :end].float(),
     )
     of_weights[:, run] = (products @ error.unsqueeze(-1)).squeeze(-1)
     pull = products.gt_(0).mul_(error.unsqueeze(2)).mul_(weights.unsqueeze(-1)).flatten(1, 2)

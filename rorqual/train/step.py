@@ -117,9 +117,9 @@ class TrainStep:
     def minimised(self, loss: Loss, step: int) -> Tensor:
         """Returns the weighted sum of losses that this step minimises."""
         config = self.model.config
-        if loss.lesson is not None and self.only_indexers_learn(step):
+        if loss.indexer_loss is not None and self.only_indexers_learn(step):
             assert config.dsa is not None
-            return config.dsa.weight * loss.lesson.loss
+            return config.dsa.weight * loss.indexer_loss.loss
         late = 3 * step > 2 * self.config.steps
         if loss.mtp is not None and self.config.mtp_late is not None and late:
             assert config.mtp is not None
@@ -199,9 +199,9 @@ def named_losses(loss: Loss) -> dict[str, Tensor]:
     losses = {"loss": loss.next_token, "total": loss.total}
     if loss.mtp is not None:
         losses["mtp"] = loss.mtp
-    if loss.lesson is not None:
-        losses["indexer"] = loss.lesson.loss
-        losses["indexer_recall"] = loss.lesson.recall
+    if loss.indexer_loss is not None:
+        losses["indexer"] = loss.indexer_loss.loss
+        losses["indexer_recall"] = loss.indexer_loss.recall
     return losses | {f"balance_{name}": value for name, value in loss.balance.items()}
 
 

@@ -425,19 +425,19 @@ class Net(nn.Module):
         self.layers = nn.ModuleList(make(**known) for _ in range(2))
         self.norms = nn.ModuleList(RMSNorm(dim) for _ in range(3))
 
-    def forward(self, ids, past=None, caches=(None, None), lessons=None, **known):
-        warm, rope = None if lessons is None else False, (self.rope, self.layers[0].rope_dim)
+    def forward(self, ids, past=None, caches=(None, None), indexer_losses=None, **known):
+        warm, rope = None if indexer_losses is None else False, (self.rope, self.layers[0].rope_dim)
         ctx, hidden = (
             context(*ids.shape, ids.device, past=past, rope=rope, warm=warm, **known),
             self.embed(ids),
         )
         for attention, norm, cache in zip(self.layers, self.norms, caches, strict=False):
-            out, lesson = attention(
+            out, indexer_loss = attention(
                 norm(hidden), ctx.for_block(None if cache is None else BlockCache(cache))
             )
             hidden = hidden + out
-            if lesson is not None:
-                lessons.append(lesson)
+            if indexer_loss is not None:
+                indexer_losses.append(indexer_loss)
         return self.norms[2](hidden) @ self.embed.weight.T
 
 
@@ -455,13 +455,13 @@ def test_a_trained_net_decodes_what_one_call_gives(kind):
     found = []
     for _ in range(30):
         half = torch.randint(24, (8, 24))
-        ids, lessons = torch.cat([half, half], 1), []
+        ids, indexer_losses = torch.cat([half, half], 1), []
         loss = nn.functional.cross_entropy(
-            net(ids, lessons=lessons)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+            net(ids, indexer_losses=indexer_losses)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
         )
         found.append(loss.item())
         optimiser.zero_grad()
-        (loss + sum(lesson.loss for lesson in lessons)).backward()
+        (loss + sum(indexer_loss.loss for indexer_loss in indexer_losses)).backward()
         optimiser.step()
     assert found[-1] < 0.98 * found[0]
     half = torch.randint(24, (3, 35))

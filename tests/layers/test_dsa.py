@@ -14,7 +14,14 @@ from rorqual.layers.attention import MLA, MLAConfig
 from rorqual.layers.basics import RopeConfig
 from rorqual.layers.cache import BlockCache, Past
 from rorqual.layers.context import context
-from rorqual.layers.dsa import DSA, DSAConfig, Look, attend_best, index_scores, mean_lesson
+from rorqual.layers.dsa import (
+    DSA,
+    DSAConfig,
+    IndexerSelection,
+    attend_best,
+    index_scores,
+    mean_indexer_loss,
+)
 
 ROPE = RopeConfig(base=50.0)
 LATENT = MLAConfig(heads=4, q_lora_rank=12, kv_lora_rank=10, nope_dim=6, rope_dim=4, value_dim=7)
@@ -30,24 +37,24 @@ def layer(chosen=5, mla=LATENT):
     return stirred(MLA(mla, 20, ROPE, DSA(DSAConfig(heads=3, dim=8, chosen=chosen), 20, mla, ROPE)))
 
 
-def run(attention, hidden, past=None, cache=None, lessons=None, **known):
-    """Returns the output; the indexer's loss and recall, if it is trained, go to `lessons`."""
+def run(attention, hidden, past=None, cache=None, indexer_losses=None, **known):
+    """Returns the output; the loss of an indexer that is trained goes to `indexer_losses`."""
     known |= {"past": past, "cache": BlockCache(cache) if cache is not None else None}
-    out, lesson = attention(
+    out, indexer_loss = attention(
         hidden, context(*hidden.shape[:2], hidden.device, rope=(ROPE, attention.rope_dim), **known)
     )
-    assert (lesson is None) == (known.get("warm") is None)
-    if lesson is not None and lessons is not None:
-        lessons.append(lesson)
+    assert (indexer_loss is None) == (known.get("warm") is None)
+    if indexer_loss is not None and indexer_losses is not None:
+        indexer_losses.append(indexer_loss)
     return out
 
 
-def looked(attention, hidden, **known):
-    """Returns the indexer's Look of a call."""
+def selected(attention, hidden, **known):
+    """Returns the indexer's IndexerSelection of a call."""
     ctx = context(*hidden.shape[:2], hidden.device, rope=(ROPE, attention.rope_dim), **known)
     plain = attention.config.q_lora_rank is None
     latent = hidden if plain else attention.q_a_layernorm(attention.q_a_proj(hidden))
-    return attention.inner.look(hidden, latent, attention.inner.keys(hidden, ctx), ctx)
+    return attention.inner.select(hidden, latent, attention.inner.keys(hidden, ctx), ctx)
 
 
 @pytest.fixture(params=["hiding", "gathering"])
@@ -98,8 +105,11 @@ def test_chooses_what_transformers_chooses(batch, time, chosen):
     expected = (
         torch.zeros(batch, time, time, dtype=torch.bool).scatter(-1, theirs.long(), True) & causal
     )
-    look = ours.look(hidden, latent, ours.keys(hidden, where), where)
-    got, scores = look.seen(slice(0, time))[:, 0], index_scores(look.query, look.key, look.weights)
+    selection = ours.select(hidden, latent, ours.keys(hidden, where), where)
+    got, scores = (
+        selection.seen(slice(0, time))[:, 0],
+        index_scores(selection.query, selection.key, selection.weights),
+    )
     differ = got ^ expected  # only among keys of equal score, which their topk leaves open
     assert torch.equal(got.sum(-1), expected.sum(-1))
     assert (scores[differ] == 0).all()
@@ -121,7 +131,7 @@ def test_is_the_naive_code_of_flash_linear_attention(time, chosen):
         torch.randn(2, time, 8),
     )
     given = [torch.randn(2, time, 3, 6, requires_grad=True) for _ in range(3)]
-    ours = Look(looking, weights, key, None, chosen).hiding(*given, 0.4)
+    ours = IndexerSelection(looking, weights, key, None, chosen).hiding(*given, 0.4)
     theirs = naive.naive_dsa(*given, looking, key, weights, topk=chosen, scale=0.4)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
     pull = torch.randn_like(theirs)
@@ -149,8 +159,11 @@ def test_scores_are_their_equation():
 def test_attends_to_the_chosen_keys_alone(mla, way):
     attention, hidden = layer(4, mla), torch.randn(2, 13, 20)
     where = context(2, 13, "cpu", rope=(ROPE, mla.rope_dim))
-    look, plain = looked(attention, hidden), dense(attention)
-    scores, out = index_scores(look.query, look.key, look.weights), run(attention, hidden)
+    selection, plain = selected(attention, hidden), dense(attention)
+    scores, out = (
+        index_scores(selection.query, selection.key, selection.weights),
+        run(attention, hidden),
+    )
     for b in range(2):
         for t in range(13):
             kept = sorted(range(t + 1), key=lambda s, row=scores[b, t]: (row[s].item(), s))[-4:]
@@ -326,7 +339,7 @@ def test_a_call_that_gathers_never_holds_a_mask_of_all_queries(monkeypatch, way)
 
 def test_hidden_keys_get_no_gradient_and_the_others_that_of_dense_attention():
     attention, hidden = layer(4), torch.randn(1, 11, 20, requires_grad=True)
-    mask = looked(attention, hidden).seen(slice(0, 11))
+    mask = selected(attention, hidden).seen(slice(0, 11))
     masked = replace(context(1, 11, "cpu", rope=(ROPE, 4)), mask=mask)
     outs = run(attention, hidden), dense(attention)(hidden, masked)[0]
     pull = torch.randn_like(outs[0])
@@ -431,21 +444,21 @@ def test_of_equal_keys_the_twin_chooses_the_last():
         assert way(*given).item() == pytest.approx(7.0)  # the mean of 6, 7 and 8
 
 
-def slowly(look, query, key, scale, warm, present=None, visible=None):
+def slowly(selection, query, key, scale, warm, present=None, visible=None):
     """Computes the loss and the recall one query at a time, in float64, with a gradient."""
-    scores, terms, carried = index_scores_slowly(look), [], []
+    scores, terms, carried = index_scores_slowly(selection), [], []
     for b in range(query.shape[0]):
         for t in range(query.shape[1]):
             if present is not None and not present[b, t]:
                 continue
             keys = [s for s in range(t + 1) if visible is None or visible[b, t, s]]
             order = sorted(keys, key=lambda s, row=scores[b, t]: (row[s].item(), s))
-            chosen = sorted(order[-look.most :])
+            chosen = sorted(order[-selection.most :])
             logits = scale * torch.einsum("hp,shp->hs", query[b, t].double(), key[b].double())
             over = keys if warm else chosen
             target = logits[:, over].softmax(-1).mean(0).detach()
             terms.append((target * (target.log() - scores[b, t, over].log_softmax(-1))).sum())
-            if len(keys) > look.most:
+            if len(keys) > selection.most:
                 carried.append(
                     logits[:, keys]
                     .softmax(-1)[:, [keys.index(s) for s in chosen]]
@@ -456,13 +469,15 @@ def slowly(look, query, key, scale, warm, present=None, visible=None):
     return torch.stack(terms).mean(), sum(carried) / len(carried) if carried else 1.0
 
 
-def index_scores_slowly(look):
-    products = torch.einsum("btjp,blp->btjl", look.query.double(), look.key.double()).clamp_min(0)
-    return torch.einsum("btj,btjl->btl", look.weights.double(), products)
+def index_scores_slowly(selection):
+    products = torch.einsum(
+        "btjp,blp->btjl", selection.query.double(), selection.key.double()
+    ).clamp_min(0)
+    return torch.einsum("btj,btjl->btl", selection.weights.double(), products)
 
 
 def leaves(batch=2, time=9, most=4, mask=None, heads=3):
-    """Builds a Look whose tensors need gradients, and the attention that trains it."""
+    """Builds a IndexerSelection whose tensors need gradients, and the attention that trains it."""
     query, weights, key = (
         torch.randn(batch, time, 2, 6),
         torch.randn(batch, time, 2),
@@ -470,25 +485,26 @@ def leaves(batch=2, time=9, most=4, mask=None, heads=3):
     )
     tensors = [x.requires_grad_() for x in (query, weights, key)]
     return (
-        Look(*tensors, mask, most),
+        IndexerSelection(*tensors, mask, most),
         torch.randn(batch, time, heads, 5),
         torch.randn(batch, time, heads, 5),
     )
 
 
-class TestLesson:
+class TestIndexerLoss:
     @pytest.mark.parametrize("warm", [True, False])
     @pytest.mark.parametrize("most", [1, 4, 20])
     @pytest.mark.parametrize("queries", [512, 4])
     def test_is_the_divergence_and_its_gradient(self, warm, most, queries, monkeypatch):
         monkeypatch.setattr(dsa, "QUERIES", queries)
-        look, query, key = leaves(most=most)
-        found = look.lesson(query, key, 0.7, warm)
-        loss, recall = slowly(look, query, key, 0.7, warm)
+        selection, query, key = leaves(most=most)
+        found = selection.indexer_loss(query, key, 0.7, warm)
+        loss, recall = slowly(selection, query, key, 0.7, warm)
         torch.testing.assert_close(found.loss, loss.float(), rtol=1e-5, atol=1e-6)
         assert found.recall.item() == pytest.approx(recall, abs=1e-5)
         mine, theirs = (
-            torch.autograd.grad(3.0 * x, look[:3], allow_unused=True) for x in (found.loss, loss)
+            torch.autograd.grad(3.0 * x, selection[:3], allow_unused=True)
+            for x in (found.loss, loss)
         )
         for one, other in zip(mine, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
@@ -498,55 +514,64 @@ class TestLesson:
         documents = torch.tensor([[0] * 6 + [1] * 3, [2] * 9])
         present = torch.tensor([[True] * 9, [False] * 2 + [True] * 7])
         mask = context(2, 9, "cpu", documents=documents, present=present).mask
-        look, query, key = leaves(most=3, mask=mask)
-        found = look.lesson(query, key, 0.7, warm, present)
-        loss, recall = slowly(look, query, key, 0.7, warm, present, mask[:, 0])
+        selection, query, key = leaves(most=3, mask=mask)
+        found = selection.indexer_loss(query, key, 0.7, warm, present)
+        loss, recall = slowly(selection, query, key, 0.7, warm, present, mask[:, 0])
         torch.testing.assert_close(found.loss, loss.float(), rtol=1e-5, atol=1e-6)
         assert found.recall.item() == pytest.approx(recall, abs=1e-5)
-        mine, theirs = (torch.autograd.grad(x, look[:3]) for x in (found.loss, loss))
+        mine, theirs = (torch.autograd.grad(x, selection[:3]) for x in (found.loss, loss))
         for one, other in zip(mine, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
         assert not mine[0][1, :2].any()
         assert mine[0][1, 4:].any()
 
     def test_is_float32_under_autocast_too(self):
-        look, query, key = leaves()
-        expected = look.lesson(query, key, 0.7, False)
+        selection, query, key = leaves()
+        expected = selection.indexer_loss(query, key, 0.7, False)
         with torch.autocast("cpu", torch.bfloat16):
-            found = look.lesson(query, key, 0.7, False)
-            assert torch.equal(look.chosen(slice(0, 9))[0], Look(*look).chosen(slice(0, 9))[0])
+            found = selection.indexer_loss(query, key, 0.7, False)
+            assert torch.equal(
+                selection.chosen(slice(0, 9))[0],
+                IndexerSelection(*selection).chosen(slice(0, 9))[0],
+            )
         assert found.loss.dtype == torch.float32
         assert torch.equal(found.loss, expected.loss)
         assert torch.equal(found.recall, expected.recall)
 
     def test_nobody_present_costs_nothing(self):
-        look, query, key = leaves()
-        found = look.lesson(query, key, 0.7, True, torch.zeros(2, 9, dtype=torch.bool))
+        selection, query, key = leaves()
+        found = selection.indexer_loss(query, key, 0.7, True, torch.zeros(2, 9, dtype=torch.bool))
         assert found.loss == 0
         assert found.recall == 1
-        assert all(not g.any() for g in torch.autograd.grad(found.loss, look[:3]))
+        assert all(not g.any() for g in torch.autograd.grad(found.loss, selection[:3]))
 
     def test_without_a_gradient_is_the_same_number(self):
-        look, query, key = leaves()
-        expected = look.lesson(query, key, 0.7, False)
+        selection, query, key = leaves()
+        expected = selection.indexer_loss(query, key, 0.7, False)
         with torch.no_grad():
-            assert torch.equal(look.lesson(query, key, 0.7, False).loss, expected.loss)
+            assert torch.equal(selection.indexer_loss(query, key, 0.7, False).loss, expected.loss)
 
     def test_several_are_their_mean(self):
-        lessons = [look.lesson(query, key, 0.7, True) for look, query, key in (leaves(), leaves())]
-        assert mean_lesson(lessons).loss == (lessons[0].loss + lessons[1].loss) / 2
-        assert mean_lesson([]) is None
+        indexer_losses = [
+            selection.indexer_loss(query, key, 0.7, True)
+            for selection, query, key in (leaves(), leaves())
+        ]
+        assert (
+            mean_indexer_loss(indexer_losses).loss
+            == (indexer_losses[0].loss + indexer_losses[1].loss) / 2
+        )
+        assert mean_indexer_loss([]) is None
 
 
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_taught_call_attends_as_it_would_and_obeys_once_it_is_warm(warm):
-    attention, hidden, lessons = layer(), torch.randn(2, 14, 20), []
-    out = run(attention, hidden, lessons=lessons, warm=warm)
+    attention, hidden, indexer_losses = layer(), torch.randn(2, 14, 20), []
+    out = run(attention, hidden, indexer_losses=indexer_losses, warm=warm)
     expected = run(dense(attention) if warm else attention, hidden)
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
-    assert len(lessons) == 1
-    assert lessons[0].loss > 0
-    assert 0 < lessons[0].recall < 1
+    assert len(indexer_losses) == 1
+    assert indexer_losses[0].loss > 0
+    assert 0 < indexer_losses[0].recall < 1
 
 
 @pytest.mark.parametrize("warm", [True, False])
@@ -554,7 +579,7 @@ def test_is_taught_under_autocast(warm):
     attention, hidden, found = layer(), torch.randn(2, 30, 20), []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = run(attention, hidden, lessons=found, warm=warm)
+            out = run(attention, hidden, indexer_losses=found, warm=warm)
         assert out.dtype == (torch.bfloat16 if enabled else torch.float32)
     assert found[1].loss.dtype == torch.float32
     assert found[1].loss.item() == pytest.approx(found[0].loss.item(), rel=0.1)
@@ -567,14 +592,16 @@ def test_is_taught_under_autocast(warm):
 
 @pytest.mark.parametrize("warm", [True, False])
 def test_the_model_learns_neither_from_the_choice_nor_from_the_lesson(warm):
-    attention, hidden, lessons = layer(), torch.randn(1, 12, 20, requires_grad=True), []
-    run(attention, hidden, lessons=lessons, warm=warm).sum().backward(retain_graph=True)
+    attention, hidden, indexer_losses = layer(), torch.randn(1, 12, 20, requires_grad=True), []
+    run(attention, hidden, indexer_losses=indexer_losses, warm=warm).sum().backward(
+        retain_graph=True
+    )
     assert all(p.grad is None for p in attention.inner.parameters())
     before = {
         name: p.grad.clone() for name, p in attention.named_parameters() if p.grad is not None
     }
     before["hidden"] = hidden.grad.clone()
-    lessons[0].loss.backward()
+    indexer_losses[0].loss.backward()
     assert torch.equal(hidden.grad, before["hidden"])
     for name, p in attention.named_parameters():
         if name.startswith("inner."):
@@ -590,12 +617,12 @@ def test_an_indexer_learns_to_find_what_attention_looks_at(warm):
     attention.inner = DSA(DSAConfig(heads=8, dim=16, chosen=6), 20, LATENT, ROPE)
     optimiser, found = torch.optim.Adam(attention.inner.parameters(), lr=2e-2), []
     for step in range(60):
-        lessons = []
-        run(attention, hidden, lessons=lessons, warm=warm or step < 30)
+        indexer_losses = []
+        run(attention, hidden, indexer_losses=indexer_losses, warm=warm or step < 30)
         optimiser.zero_grad()
-        lessons[0].loss.backward()
+        indexer_losses[0].loss.backward()
         optimiser.step()
-        found.append(lessons[0])
+        found.append(indexer_losses[0])
     assert found[29].loss < 0.6 * found[0].loss
     assert found[59].recall > found[0].recall + 0.1
     assert warm or found[59].loss < found[30].loss
@@ -617,9 +644,9 @@ def test_a_compiled_call_is_one_graph(monkeypatch):
     for known, warm in cases:
 
         def call(x, known=known, warm=warm):
-            lessons = []
-            out = run(attention, x, lessons=lessons, warm=warm, **known)
-            return [out, *(value for lesson in lessons for value in lesson)]
+            indexer_losses = []
+            out = run(attention, x, indexer_losses=indexer_losses, warm=warm, **known)
+            return [out, *(value for indexer_loss in indexer_losses for value in indexer_loss)]
 
         torch._dynamo.reset()
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")

@@ -238,7 +238,7 @@ def test_training_makes_indexers_find_what_attention_looks_at(small):
             optimizer.clip()
             optimizer.step()
             optimizer.zero_grad()
-            measured.append(torch.stack(loss.lesson).detach())
+            measured.append(torch.stack(loss.indexer_loss).detach())
         found[weight] = [torch.stack(measured[end - 10 : end]).mean(0) for end in (40, 80)]
     for (loss, recall), (idle_loss, idle_recall) in zip(found[1.0], found[0.0], strict=True):
         assert loss < 0.6 * idle_loss
@@ -318,8 +318,10 @@ def test_nan_from_one_part_of_the_loss_skips_the_step(small, indexed, monkeypatc
                 mtp=found.mtp * torch.nan, total=found.total + found.mtp * torch.nan
             )
         if part == "indexer":
-            nan = found.lesson.loss * torch.nan
-            return found._replace(lesson=found.lesson._replace(loss=nan), total=found.total + nan)
+            nan = found.indexer_loss.loss * torch.nan
+            return found._replace(
+                indexer_loss=found.indexer_loss._replace(loss=nan), total=found.total + nan
+            )
         if len(calls) == 1:
             return found
         return found._replace(
