@@ -379,7 +379,7 @@ def init(model: LanguageModel, seed: int = 0) -> None:
     | biases, router biases, attention sinks        | 0                                          |
     | Engram's rows                                 | normal, standard deviation 0.02            |
     | Engram's convolution                          | 0                                          |
-    | hyper-connections                             | phi normal(0, 1/(S D)), see `Connection`,  |
+    | hyper-connections                             | fn normal(0, 1/(S D)), see `Connection`,   |
     |                                               | `Exit`                                     |
     """
     std = model.config.init_std
