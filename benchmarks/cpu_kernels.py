@@ -60,7 +60,7 @@ def training(model: LanguageModel, rows: int, length: int) -> Callable[[], objec
         model.loss(ids[:, :-1], ids[:, 1:]).total.backward()
         optimizer.clip()
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.begin_step()
 
     return step
 

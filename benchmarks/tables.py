@@ -239,7 +239,7 @@ def step_of(model: LanguageModel, optimizer: Optimizer, tokens: int) -> Callable
     @torch.enable_grad()
     def step() -> float:
         ids = torch.randint(model.config.vocabulary, (tokens // 256, 257), generator=draw)
-        optimizer.zero_grad()
+        optimizer.begin_step()
         loss = model.loss(ids[:, :-1], ids[:, 1:]).total
         loss.backward()
         optimizer.clip()

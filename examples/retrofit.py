@@ -253,13 +253,13 @@ def learn(model: nn.Module, data: Iterator, rate: float, seconds: float) -> dict
     )
     began, step, losses = time.process_time(), 0, []
     while (spent := (time.process_time() - began) / CORES) < seconds:
+        optimizer.begin_step()
         loss = loss_of(model, *next(data))
         loss.backward()
         optimizer.clip()
         optimizer.step(
             schedule(step, step + 1, optimizer.config) * min(1.0, 2 - 2 * spent / seconds)
         )
-        optimizer.zero_grad()
         step, losses = step + 1, [*losses[-9:], loss.item()]
     touched = sum(
         parameter.numel()

@@ -179,7 +179,7 @@ def losses(given: Mapping[str, Any]) -> list[str]:
     for step in range(given["steps"]):
         if moba is not None:
             switch(model, step + 1 > moba.full_from * given["steps"])
-        optimizer.zero_grad()
+        optimizer.begin_step()
         loss = loss_of(model, given, step, warm=dsa is not None and step < dsa.warmup)
         loss.total.backward()
         optimizer.clip()

@@ -76,7 +76,7 @@ def steps(
             0, 300, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(step)
         )
         mine = ids[parallel.rank() * share : (parallel.rank() + 1) * share]
-        optimizer.zero_grad()
+        optimizer.begin_step()
         model.loss(mine[:, :-1], mine[:, 1:]).total.backward()
         for name in optimizer.rows:
             parallel.mean_rows(optimizer.parameters[name])

@@ -13,7 +13,6 @@ al. 2024, arXiv 2502.16982; rows: arXiv 2601.07372.
 """
 
 import math
-import weakref
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -162,24 +161,18 @@ def coalesce(gradient: Tensor) -> Tensor:
     )
 
 
-def _give_dense_gradients(tables: Iterable[Table]) -> None:
-    for table in tables:
-        table.sparse = False
-
-
 class Optimizer:
     """Updates all parameters of a model, each by the optimizer of its role.
 
     One norm is clipped, one call updates everything, and the state is one flat dictionary. From
-    `zero_grad()` to `step()`, tables on the device have sparse gradients: a dense one would be as
-    large as the table. Before and after, their gradients are dense, as other optimizers expect. A
-    table on disk stores the state of its rows itself, not in `state`.
+    `begin_step()` to `step()`, tables on the device have sparse gradients: a dense one would be as
+    large as the table. Without `begin_step()` they are dense, and updated alike. A table on disk
+    stores the state of its rows itself, not in `state`.
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         self.config = config
         self.tables = [table for table in model.modules() if isinstance(table, Table)]
-        weakref.finalize(self, _give_dense_gradients, self.tables)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         role = roles(model)
         self.rows = [name for name in self.parameters if role[name] == "rows"]
@@ -236,10 +229,16 @@ class Optimizer:
             )
         return {key: value.detach() for key, value in state.items()}
 
-    def zero_grad(self) -> None:
-        """Removes all gradients and makes the next ones of tables on the device sparse."""
+    def begin_step(self) -> None:
+        """Removes all gradients and makes those of tables on the device sparse until `step`."""
+        self.zero_grad()
         for table in self.tables:
             table.sparse = True
+
+    def zero_grad(self) -> None:
+        """Removes all gradients; the next ones are dense, as every optimizer accepts them."""
+        for table in self.tables:
+            table.sparse = False
         for parameter in self.parameters.values():
             parameter.grad = None
 
@@ -284,7 +283,8 @@ class Optimizer:
         for name in self.rows:
             if self.parameters[name].grad is not None:
                 self._update_rows(name, lr * self.config.row_scale)
-        _give_dense_gradients(self.tables)
+        for table in self.tables:
+            table.sparse = False
 
     def _update_matrix(self, name: str, lr: float) -> None:
         parameter, momentum = self.parameters[name], self.config.momentum

@@ -95,7 +95,7 @@ class TrainStep:
 
         A micro-batch is weighted by its share of the labels of all ranks.
         """
-        self.optimizer.zero_grad()
+        self.optimizer.begin_step()
         losses: dict[str, Tensor] = {}
         expert_counts = None
         on_device = [batch[name].to(self.device) for name in ("ids", "labels", "documents")]

@@ -56,7 +56,7 @@ def batch(step: int, size: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
 
 def train(model: nn.ModuleDict, optimizer: Optimizer, step: int, micro: int = 1) -> float:
     ids, target = batch(step)
-    optimizer.zero_grad()
+    optimizer.begin_step()
     for part, wanted in zip(ids.chunk(micro), target.chunk(micro), strict=True):
         loss = (model["out"](model["table"].prefetch(part).wait()) - wanted).square().mean()
         loss.backward()

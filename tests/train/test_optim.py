@@ -102,10 +102,11 @@ def test_tables_give_sparse_gradients_to_this_optimizer_and_dense_ones_to_others
         return table.weight.grad.is_sparse
 
     assert not sparse()
-    optimizer.zero_grad()
-    assert sparse()
-    optimizer.step()
-    assert not sparse()
+    for end in (optimizer.step, optimizer.zero_grad):
+        optimizer.begin_step()
+        assert sparse()
+        end()
+        assert not sparse()
 
 
 def test_a_dense_gradient_of_rows_gives_the_step_of_a_sparse_one():

@@ -231,13 +231,13 @@ def test_training_makes_indexers_find_what_attention_looks_at(small):
         stream, measured = Stream(small.tokens(), small.rows, 24, seed=3), []
         optimizer = Optimizer(model, OptimConfig(lr=1e-2, warmup=3))
         for step, batch in zip(range(80), stream, strict=False):
+            optimizer.begin_step()
             loss = model.loss(
                 batch["ids"], batch["labels"], documents=batch["documents"], warm=step < 40
             )
             loss.total.backward()
             optimizer.clip()
             optimizer.step()
-            optimizer.zero_grad()
             measured.append(torch.stack(loss.indexer_loss).detach())
         found[weight] = [torch.stack(measured[end - 10 : end]).mean(0) for end in (40, 80)]
     for (loss, recall), (idle_loss, idle_recall) in zip(found[1.0], found[0.0], strict=True):
