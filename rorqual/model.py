@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rorqual.layers.attention import GQA, MLA
 from rorqual.layers.balance import losses
 from rorqual.layers.basics import RMSNorm, SwiGLU, chunked_cross_entropy
-from rorqual.layers.cache import BlockCache, Cache, DraftCache, Past, Recent
+from rorqual.layers.cache import Appended, BlockCache, Cache, DraftCache, Past
 from rorqual.layers.context import Context, context
 from rorqual.layers.dsa import DSA, IndexerLoss, mean_indexer_loss
 from rorqual.layers.engram import Addresses, Engram
@@ -117,7 +117,7 @@ class Block(nn.Module):
         out, indexer_loss = self.attention(self.attention_norm(h), ctx)
         # The positions before the last one were needed only for their keys.
         if ctx.last_only:
-            mapping, ctx = mapping.last(), ctx.last()
+            mapping, ctx = mapping.last(ctx.lengths), ctx.last()
         x = self.attention_site.write(out, mapping)
         h, mapping = self.ffn_site.read(x)
         out, routing = self._feed_forward(self.ffn_norm(h), ctx)
@@ -195,10 +195,10 @@ class LanguageModel(nn.Module):
         )
 
     def forward(
-        self, ids: Int[Tensor, "B T"], *, documents=None, present=None, cache: Cache | None = None
+        self, ids: Int[Tensor, "B T"], *, documents=None, lengths=None, cache: Cache | None = None
     ):
         """Returns the logits [B, T, V] of the token after each id, in float32."""
-        return self.logits(self.hidden(ids, documents=documents, present=present, cache=cache)[0])
+        return self.logits(self.hidden(ids, documents=documents, lengths=lengths, cache=cache)[0])
 
     def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """Computes the logits of `hidden`, taken before the final norm."""
@@ -209,7 +209,7 @@ class LanguageModel(nn.Module):
         ids: Int[Tensor, "B T"],
         *,
         documents=None,
-        present=None,
+        lengths=None,
         cache=None,
         last: bool = False,
         warm=None,
@@ -219,9 +219,9 @@ class LanguageModel(nn.Module):
         With `last` it is of the last position alone, T2 = 1; the other positions of a prompt skip
         the end of the last block. If `warm` is given, DSA's indexers are trained; while it is True
         every key is attended to. documents [B, T] numbers packed documents, which never see each
-        other; present [B, T] is False at padding.
+        other; lengths [B] is the number of valid tokens of each row, which padding follows.
         """
-        ctx = self._context(ids, cache, documents, present, warm)
+        ctx = self._context(ids, cache, documents, lengths, warm)
         if self.addresses is not None:
             ctx = replace(ctx, live=self.addresses.live(ids, ctx))
         pending = self._recall(ids, ctx, cache.ids if cache is not None else None)
@@ -240,21 +240,21 @@ class LanguageModel(nn.Module):
         return self.exit(x) if self.exit is not None else x.values[:, :, 0]
 
     def _context(
-        self, ids: Tensor, cache: Cache | DraftCache | None, documents, present, warm
+        self, ids: Tensor, cache: Cache | DraftCache | None, documents, lengths, warm
     ) -> Context:
         return context(
             ids.shape[0],
             ids.shape[1],
             ids.device,
             documents=documents,
-            present=present,
+            lengths=lengths,
             past=cache.past if cache is not None else None,
             rope=(self.config.rope, self.rope_dim),
             ids=ids,
             warm=warm,
         )
 
-    def _recall(self, ids: Tensor, ctx: Context, history: Recent | None) -> dict[int, object]:
+    def _recall(self, ids: Tensor, ctx: Context, history: Appended | None) -> dict[int, object]:
         """Hashes all layers' addresses once and prefetches all rows before the first block runs."""
         if self.addresses is None or self.config.engram is None:
             return {}
@@ -273,7 +273,7 @@ class LanguageModel(nn.Module):
         *,
         depth: int = 0,
         documents=None,
-        present=None,
+        lengths=None,
         cache: Cache | None = None,
         warm=None,
     ) -> tuple[Float[Tensor, "B T D"], Aux]:
@@ -283,7 +283,7 @@ class LanguageModel(nn.Module):
         head(mtp[depth].norm(hidden)); depth + 1 takes the hidden states.
         """
         part = cache.drafts[depth] if cache is not None else None
-        ctx = self._context(following, part, documents, present, warm).for_block(part)
+        ctx = self._context(following, part, documents, lengths, warm).for_block(part)
         return cast(MTP, self.mtp[depth])(hidden, self.embed(following), ctx)
 
     def loss(
@@ -292,7 +292,7 @@ class LanguageModel(nn.Module):
         labels: Int[Tensor, "B T"],
         *,
         documents=None,
-        present=None,
+        lengths=None,
         warm: bool = False,
     ) -> Loss:
         """Computes the total loss of a batch and its parts, in nats.
@@ -302,7 +302,7 @@ class LanguageModel(nn.Module):
         warm-up; they are trained only in training mode.
         """
         training = self.training and self.config.dsa is not None
-        known = {"documents": documents, "present": present, "warm": warm if training else None}
+        known = {"documents": documents, "lengths": lengths, "warm": warm if training else None}
         hidden, auxes = self.hidden(ids, **known)
         tokens = (labels != IGNORED).sum()
         next_token = self._nats(self.norm(hidden), labels)
@@ -362,9 +362,11 @@ class LanguageModel(nn.Module):
         of = (batch, capacity, weight.dtype, weight.device)
         ids = self.addresses.new_cache(*of) if self.addresses is not None else None
         blocks = [cast(Block, cast(MTP, module).block) for module in self.mtp]
-        drafts = [DraftCache(past=Past(capacity), **block.new_cache(*of).parts) for block in blocks]
+        drafts = [
+            DraftCache(past=Past(batch, capacity), **block.new_cache(*of).parts) for block in blocks
+        ]
         layers = [cast(Block, block).new_cache(*of) for block in self.blocks]
-        return Cache(layers, Past(capacity), ids, drafts)
+        return Cache(layers, Past(batch, capacity), ids, drafts)
 
 
 def init(model: LanguageModel, seed: int = 0) -> None:

@@ -20,17 +20,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache as HubCache
+from transformers import DynamicCache
 
 from rorqual import config as configs
 from rorqual.data.tokenizer import Tokenizer
+from rorqual.hub.padding import Columns, Packing, packing
 from rorqual.io import atomic_write
 from rorqual.layers.addresses import Addresses
-from rorqual.layers.cache import BlockCache, Bundle, Past, Recent
+from rorqual.layers.cache import Appended, BlockCache, Cache, Past
 from rorqual.layers.context import Context, context
 from rorqual.layers.engram import Engram
 from rorqual.model_config import EngramConfig, row_totals
@@ -65,6 +67,7 @@ class Memory(nn.Module):
         self._hooks: list[Any] = []
         self._caches: list[weakref.ref[Any]] = []  # caches whose class was changed
         self._now: list[Context] | None = None  # of the current call, one a layer
+        self._packing: Packing | None = None  # of the current call
 
     @torch.no_grad()
     def start(self, zero: str, seed: int = 0) -> None:
@@ -89,14 +92,14 @@ class Memory(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state of a copy: without the caches of others and the current call."""
-        return self.__dict__ | {"_caches": [], "_now": None}
+        return self.__dict__ | {"_caches": [], "_now": None, "_packing": None}
 
-    def new_state(self) -> "MemoryCache":
-        """Returns the memory's state for one cache of the host."""
-        halo, ids = self.config.halo, Everything(self.config.ngram - 1, fill=self.config.missing_id)
-        return MemoryCache(
-            Past(), ids, tuple(Everything(halo) if halo else None for _ in self.config.layers)
-        )
+    def new_state(self, batch: int) -> "MemoryCache":
+        """Returns the memory's state for one cache of the host, for `batch` sequences."""
+        halo = self.config.halo
+        ids = Appended(before=self.config.ngram - 1, fill=self.config.missing_id)
+        layers = [BlockCache(None, Everything(halo) if halo else None) for _ in self.config.layers]
+        return MemoryCache(Cache(layers, Past(batch), ids), Columns())
 
     def mount(self, host: nn.Module) -> None:
         """Adds hooks to the host and makes only the memory trainable, beside PEFT's adapters.
@@ -222,24 +225,30 @@ class Memory(nn.Module):
         if cache is not None:
             kwargs["past_key_values"] = cache
         state = None if cache is None else cache.rorqual_state
-        past = Past() if state is None else state.past
-        present, documents = _presence(kwargs, ids, past.length), None
-        if past.length == 0:
-            documents = _documents(kwargs, ids)
-        batch, time = ids.shape
-        ctx = context(batch, time, ids.device, documents=documents, present=present, past=past)
-        rows = self.addresses(ids, ctx, None if state is None else state.ids)  # [Lm, B, T, R]
+        columns = 0 if state is None else state.columns.count
+        packed = self._packing = packing(_valid(kwargs, ids, columns))
+        documents = _documents(kwargs, ids) if columns == 0 else None
+        tokens, batch, time = ids if packed is None else packed.pack(ids), *ids.shape
+        if state is not None:
+            state.append(batch, time, packed)
+        ctx = context(
+            batch,
+            time,
+            ids.device,
+            documents=documents,
+            lengths=None if packed is None else packed.lengths,
+            past=None if state is None else state.cache.past,
+        )
+        history = None if state is None else state.cache.ids
+        rows = self.addresses(tokens, ctx, history)  # [Lm, B, T, R]
         pending = [table.prefetch(rows[place]) for place, table in enumerate(self._stores)]
-        ctx = dataclasses.replace(ctx, live=self.addresses.live(ids, ctx))
-        caches = (None,) * len(pending) if state is None else state.layers
-        self._now = [
-            ctx.for_block(BlockCache(None, kept), row)
-            for kept, row in zip(caches, pending, strict=True)
-        ]
+        ctx = dataclasses.replace(ctx, live=self.addresses.live(tokens, ctx))
+        caches = (None,) * len(pending) if state is None else state.cache.layers
+        self._now = [ctx.for_block(kept, row) for kept, row in zip(caches, pending, strict=True)]
         return (), kwargs
 
     def _after(self, body: nn.Module, args: tuple, output: Any) -> None:
-        self._now = None
+        self._now = self._packing = None
 
     def _cache(self, body: Any, kwargs: dict[str, Any]) -> Any:
         """Returns the host's cache with the memory's state; None where this call keeps no cache."""
@@ -254,7 +263,7 @@ class Memory(nn.Module):
             if not use or (body.training and torch.is_grad_enabled()):
                 return None
             cache = DynamicCache(config=body.config)
-        if not isinstance(cache, Cache):
+        if not isinstance(cache, HubCache):
             raise ValueError(
                 f"memory: got past_key_values as {type(cache).__name__}, "
                 "expected a Cache of transformers"
@@ -266,8 +275,9 @@ class Memory(nn.Module):
             self._caches = [known for known in self._caches if known() is not None] + [
                 weakref.ref(cache)
             ]
-            cache.rorqual_state, cache.rorqual_memory = self.new_state(), weakref.ref(self)
-        held, known = int(cache.get_seq_length()), cache.rorqual_state.past.length
+            state = self.new_state(len(kwargs["input_ids"]))
+            cache.rorqual_state, cache.rorqual_memory = state, weakref.ref(self)
+        held, known = int(cache.get_seq_length()), cache.rorqual_state.columns.count
         if held != known or cache.rorqual_memory() is not self:
             seen = known if cache.rorqual_memory() is self else 0
             got = f"a cache of {held} tokens, {seen} of which it has seen"
@@ -289,52 +299,56 @@ class Memory(nn.Module):
                 f"memory: got {got}, expected [batch, time, {self.width}]: "
                 "no memory fits this model"
             )
-        added = self.engrams[place](hidden[:, :, None], self._now[place])[:, :, 0]
+        packed = self._packing
+        tokens = hidden if packed is None else packed.pack(hidden)
+        added = self.engrams[place](tokens[:, :, None], self._now[place])[:, :, 0]
+        added = added if packed is None else packed.unpack(added)
         hidden = hidden + added.to(hidden.dtype)
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 
-class Everything(Recent):
+class Everything(Appended):
     """Stores all tokens, not the last few: a host's cache can be cropped by any number of them.
 
     Gradients of new tokens are kept.
     """
 
-    def __init__(self, count: int, fill: int | float = 0) -> None:
-        super().__init__(count, slack=0, fill=fill)
+    def __init__(self, count: int) -> None:
+        super().__init__(before=count)
 
-    def claim(self, new: Shaped[Tensor, "B T ..."]) -> tuple[Tensor, int]:
-        """Reserves space for `new`, which the caller must write.
-
-        Returns the buffer, doubled when it is full, and the column to write at.
-        """
-        batch, time = new.shape[:2]
-        if self.buffer is None or (self.length == 0 and len(self.buffer) != batch):
-            self.buffer = new.new_full((batch, self.count + time + 16, *new.shape[2:]), self.fill)
-        if len(self.buffer) != batch:
-            raise ValueError(
-                f"got a batch of {batch}, expected the {len(self.buffer)} rows that are cached"
-            )
-        if self.end + time > self.buffer.shape[1]:
-            more = self.buffer.new_full((batch, self.end + time, *new.shape[2:]), self.fill)
-            self.buffer = torch.cat([self.buffer[:, : self.end], more], dim=1)
-        at, self.end = self.end, self.end + time
-        self.length = self.known = self.length + time
-        return self.buffer, at
-
-    def extend(self, new: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "B L ..."]:
-        """Returns the `count` tokens before `new`, and `new` itself with its gradient."""
-        window = super().extend(new)
-        return torch.cat([window[:, : -new.shape[1]], new], dim=1) if new.requires_grad else window
+    def extend(self, new: Shaped[Tensor, "B T ..."], ctx: Context) -> Shaped[Tensor, "B L ..."]:
+        """Stores `new`; returns the `before` tokens before it, and `new` with its gradient."""
+        self.append(new, ctx)
+        window = self.window(ctx, new.shape[1])
+        return torch.cat([window[:, : self.before], new], dim=1)
 
 
 @dataclasses.dataclass(eq=False)
-class MemoryCache(Bundle):
+class MemoryCache:
     """The memory's state between calls of its host."""
 
-    past: Past
-    ids: Everything
-    layers: tuple[Everything | None, ...]  # the convolution's values, one a layer
+    cache: Cache
+    columns: Columns
+
+    def append(self, batch: int, time: int, packed: Packing | None) -> None:
+        """Counts the columns of one call; an empty cache takes a batch of any size."""
+        if self.columns.count == 0:
+            self.cache.past = Past(batch)
+        self.columns.append(batch, time, packed)
+
+    def select(self, index: Int[Tensor, " B"]) -> None:
+        """Keeps the sequences `index`, in that order."""
+        self.cache.select(index)
+        self.columns.select(index)
+
+    def crop(self, count: int) -> None:
+        """Removes the last `count` columns."""
+        self.cache.crop(self.columns.crop(count, self.cache.past.batch))
+
+    def reset(self) -> None:
+        """Removes all tokens."""
+        self.cache.reset()
+        self.columns.reset()
 
 
 class Remembering:
@@ -355,11 +369,8 @@ class Remembering:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        rows = self.rorqual_state.ids.buffer
-        if rows is not None:
-            self.rorqual_state.select(
-                torch.arange(len(rows), device=rows.device).repeat_interleave(repeats)
-            )
+        rows = torch.arange(self.rorqual_state.cache.past.batch)
+        self.rorqual_state.select(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Crops the memory's state by what the host's cache lost.
@@ -369,7 +380,7 @@ class Remembering:
         before = int(self.get_seq_length())  # type: ignore[attr-defined]
         super().crop(tokens_to_remove)  # type: ignore[misc]
         lost = before - int(self.get_seq_length())  # type: ignore[attr-defined]
-        self.rorqual_state.crop(min(lost, self.rorqual_state.past.length))
+        self.rorqual_state.crop(min(lost, self.rorqual_state.columns.count))
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
@@ -547,8 +558,8 @@ def _vocabulary_of(model: Any, tokenizer: Tokenizer) -> int:
     return rows
 
 
-def _presence(kwargs: dict[str, Any], ids: Tensor, past: int) -> Tensor | None:
-    """Returns which of the new tokens are valid, from the host's attention mask.
+def _valid(kwargs: dict[str, Any], ids: Tensor, past: int) -> Tensor | None:
+    """Returns which of the new tokens are valid, from the host's attention mask; None without one.
 
     A valid token attends to itself.
     """
@@ -558,23 +569,19 @@ def _presence(kwargs: dict[str, Any], ids: Tensor, past: int) -> Tensor | None:
     if mask is None:
         return None
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= time:
-        present = mask[:, -time:].bool()
-    elif (
+        return mask[:, -time:].bool()
+    if (
         isinstance(mask, Tensor)
         and mask.dim() == 4
         and mask.shape[2] == time
         and mask.shape[3] >= past + time
     ):
         own = mask[:, 0, :, past : past + time].diagonal(dim1=1, dim2=2)
-        present = (own if own.dtype == torch.bool else own >= 0).expand(ids.shape)
-    else:
-        got = (
-            f"{type(mask).__name__} {list(mask.shape) if isinstance(mask, Tensor) else ''}".strip()
-        )
-        raise ValueError(
-            f"memory: got attention_mask {got}, expected [batch, cached + new tokens], or none"
-        )
-    return None if bool(present.all()) else present
+        return (own if own.dtype == torch.bool else own >= 0).expand(ids.shape)
+    got = f"{type(mask).__name__} {list(mask.shape) if isinstance(mask, Tensor) else ''}".strip()
+    raise ValueError(
+        f"memory: got attention_mask {got}, expected [batch, cached + new tokens], or none"
+    )
 
 
 def _documents(kwargs: dict[str, Any], ids: Tensor) -> Tensor | None:

@@ -25,6 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from rorqual import config as configs
 from rorqual.data.tokenizer import Tokenizer
+from rorqual.hub.padding import Columns, Packing, packing
 from rorqual.layers.cache import Cache
 from rorqual.model import IGNORED, LanguageModel
 from rorqual.model_config import ModelConfig
@@ -89,28 +90,29 @@ class RorqualCache(HubCache):
 
     def __init__(self, cache: Cache, rows: int) -> None:
         super().__init__(layers=[])
-        self.cache, self.rows = cache, rows
+        self.cache, self.rows, self.columns = cache, rows, Columns()
 
     def __repr__(self) -> str:
-        return f"RorqualCache({self.rows} rows, {self.cache.length} tokens)"
+        return f"RorqualCache({self.rows} rows, {self.columns.count} tokens)"
 
     def __len__(self) -> int:
         return len(self.cache.layers)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.cache.length
+        return self.columns.count
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.cache.length + query_length, 0
+        return self.columns.count + query_length, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.cache.select(indices)
+        self.columns.select(indices)
         self.rows = len(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -122,10 +124,15 @@ class RorqualCache(HubCache):
             raise ValueError(
                 f"crop: got {tokens_to_remove}, expected minus the number of tokens to forget"
             )
-        self.cache.crop(-tokens_to_remove)
+        if -tokens_to_remove > self.columns.count:
+            raise ValueError(
+                f"crop: got {-tokens_to_remove}, expected at most the {self.columns.count} cached"
+            )
+        self.cache.crop(self.columns.crop(-tokens_to_remove, self.rows))
 
     def reset(self) -> None:
         self.cache.reset()
+        self.columns.reset()
 
     @property
     def batch_size(self) -> int:
@@ -258,27 +265,40 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
                 f"past_key_values: got {type(past_key_values).__name__}, "
                 "expected a RorqualCache or None"
             )
-        present = _present(attention_mask, input_ids)
-        loss = None if labels is None else self._loss(input_ids, labels, present)
+        packed = packing(_valid(attention_mask, input_ids))
+        lengths = None if packed is None else packed.lengths
+        ids = input_ids if packed is None else packed.pack(input_ids)
+        loss = None
+        if labels is not None:
+            loss = self._loss(ids, labels, packed)
         if (
             past_key_values is None
             and (self.config.use_cache if use_cache is None else use_cache)
             and labels is None
         ):
             past_key_values = RorqualCache(self.model.new_cache(len(input_ids)), len(input_ids))
-        cache = past_key_values.cache if past_key_values is not None else None
-        hidden = self.model.hidden(input_ids, present=present, cache=cache)[0]
+        cache = None
+        if past_key_values is not None:
+            cache = past_key_values.cache
+            past_key_values.columns.append(*ids.shape, packed)
+        hidden = self.model.hidden(ids, lengths=lengths, cache=cache)[0]
+        hidden = hidden if packed is None else packed.unpack(hidden)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithPast(
             loss=loss, logits=self.model.logits(hidden[:, kept]), past_key_values=past_key_values
         )
 
-    def _loss(self, ids: Tensor, labels: Tensor, present: Tensor | None) -> Tensor:
+    def _loss(self, ids: Tensor, labels: Tensor, packed: Packing | None) -> Tensor:
+        """Returns the loss of packed ids and of labels as they were given."""
         if self.training and torch.is_grad_enabled() and self.model.embed.weight.requires_grad:
             self._check_tables()
+        lengths = None
+        if packed is not None:
+            lengths = packed.lengths
+            labels = packed.pack(labels.masked_fill(~packed.valid, IGNORED))
         following = torch.full_like(labels, IGNORED)
         following[:, :-1] = labels[:, 1:]
-        loss = self.model.loss(ids, following, present=present)
+        loss = self.model.loss(ids, following, lengths=lengths)
         return loss.total if self.training else loss.next_token
 
     def _check_tables(self) -> None:
@@ -294,16 +314,15 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
             )
 
 
-def _present(mask: Tensor | None, ids: Tensor) -> Tensor | None:
-    """Returns which of the new tokens are valid; None where all are."""
+def _valid(mask: Tensor | None, ids: Tensor) -> Tensor | None:
+    """Returns which of the new tokens are valid; None without a mask."""
     if mask is None:
         return None
     if mask.dim() != 2 or mask.shape[1] < ids.shape[1]:
         raise ValueError(
             f"attention_mask: got shape {tuple(mask.shape)}, expected [batch, cached + new tokens]"
         )
-    present = mask[:, -ids.shape[1] :].bool()
-    return None if bool(present.all()) else present
+    return mask[:, -ids.shape[1] :].bool()
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:

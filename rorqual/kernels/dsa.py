@@ -135,12 +135,12 @@ def _attend(query, base, step, chosen, scores, bits, out):  # pragma: no cover
 
 @_loop
 def _tokens(
-    query, looking, weights, lead, places, length, most, scale, out, first, last
+    query, looking, weights, ends, places, length, most, scale, out, first, last
 ):  # pragma: no cover
     """Computes tokens first .. last of B T.
 
     `places` of the indexer's keys and of the latents: address, bytes from one sequence to the next,
-    bytes from one column to the next. Sequence b starts at column lead[b].
+    bytes from one column to the next. A token reads the first ends[b, t] columns.
     """
     (_, time, heads, width), (own, narrow) = query.shape, looking.shape[2:]
     products, ordered = np.empty((own, _TILE), np.float32), np.empty(length, np.uint32)
@@ -148,8 +148,8 @@ def _tokens(
     scaled, chosen = np.zeros((heads, width), np.float32), np.empty(most, np.int64)
     for n in range(first, last):
         b, t = n // time, n % time
-        end = length - time + t + 1 - lead[b]
-        keys = at(places[0, 0] + b * places[0, 1] + lead[b] * places[0, 2], end, narrow)
+        end = ends[b, t]
+        keys = at(places[0, 0] + b * places[0, 1], end, narrow)
         for begin in range(0, end, _TILE):
             stop = min(begin + _TILE, end)
             score_tile(looking[b, t], keys[begin:stop], products, 0, stop - begin)
@@ -159,7 +159,7 @@ def _tokens(
         for h in range(heads):
             for i in range(width):
                 scaled[h, i] = query[b, t, h, i] * scale
-        latents = places[1, 0] + b * places[1, 1] + lead[b] * places[1, 2]
+        latents = places[1, 0] + b * places[1, 1]
         _attend(scaled, latents, places[1, 2], chosen[:count], scores, bits, out[b, t])
 
 
@@ -171,7 +171,7 @@ def attend_best(
     weights: Float[Tensor, "B T J"],
     most: int,
     scale: float,
-    lead: Int[Tensor, " B"] | None = None,
+    ends: Int[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T H R"]:
     """Computes layers.dsa.attend_best, within float32 rounding."""
     (batch, time), length = query.shape[:2], key.shape[1]
@@ -181,8 +181,9 @@ def attend_best(
     places = np.array(
         [[x.data_ptr(), 4 * x.stride(0), 4 * x.stride(1)] for x in (key, latent)], np.int64
     )
-    lead = torch.zeros(batch, dtype=torch.int64) if lead is None else lead
-    given = [x.detach().contiguous().numpy() for x in (query, looking, weights, lead)]
+    if ends is None:
+        ends = torch.arange(length - time + 1, length + 1).expand(batch, -1)
+    given = [x.detach().contiguous().numpy() for x in (query, looking, weights, ends)]
     rest = places, length, most, np.float32(scale), out.numpy()
     parts = min(torch.get_num_threads(), batch * time)
     compiled.spread(lambda _, *span: _tokens(*given, *rest, *span), batch * time, parts)

@@ -66,7 +66,7 @@ def _choose(importance, own, index):  # pragma: no cover
 
 @_loop
 def _attend(
-    query, given, positions, lead, places, held, length, sizes, scale, out, first, last
+    query, given, positions, places, held, length, sizes, scale, out, first, last
 ):  # pragma: no cover
     """Computes groups first .. last of B T G.
 
@@ -90,12 +90,7 @@ def _attend(
         position = positions[b, t]
         scaled(query[b, t, g * share :], scale, own)
         for x in range(6):
-            at[x] = (
-                places[x, 0]
-                + b * places[x, 1]
-                + g * places[x, 3]
-                + (lead[b] * places[x, 2] if x > 1 else 0)
-            )
+            at[x] = places[x, 0] + b * places[x, 1] + g * places[x, 3]
         heads = slice(g * share, (g + 1) * share)
         seen = max(0, min(held, (position + 1 - block) // stride + 1))
         over_blocks(
@@ -159,20 +154,18 @@ def attend_few(
     near_value: Float[Tensor, "B L G Q"],
     index: Int[Tensor, "B T G K"] | None,
     positions: Int[Tensor, "B T"],
-    lead: Int[Tensor, " B"] | None,
     config: Any,
     scale: float,
 ) -> Float[Tensor, "B T 3 H Q"]:
     """Computes layers.nsa.attend_few, within float32 rounding."""
     (batch, time, heads, width), groups = query.shape, key.shape[2]
-    lead = positions.new_zeros(batch) if lead is None else lead
     index = positions.new_zeros(batch, time, groups, 0) if index is None else index
     pairs = small_key, small_value, key, value, near_key, near_value
     # Referenced as long as their addresses are used.
     dense = [x if x.stride(-1) == 1 else x.contiguous() for x in pairs]
     places, sizes = np.array([where(x) for x in dense]), _sizes(config)
     out = query.new_empty(batch, time, 3, heads, value.shape[-1])
-    given = [x.detach().contiguous().numpy() for x in (query, index, positions, lead)]
+    given = [x.detach().contiguous().numpy() for x in (query, index, positions)]
     items, held = batch * time * groups, small_key.shape[1]
     work = items * (heads // groups) * (held + sizes[3] * sizes[2] + sizes[4]) * width
     parts = min(torch.get_num_threads(), max(1, work // _WORTH_A_THREAD), items)

@@ -1,4 +1,4 @@
-"""Attends to selected blocks of keys: layers.selection's gathered form, compiled.
+"""Attends to selected blocks of keys: layers.sparse's gathered form, compiled.
 
 The keys of a selected block are read in place, once for all heads that share the selection, and
 stay in the core's first cache while these heads score them; nothing is gathered. Keys that are
@@ -141,7 +141,7 @@ def scaled(query, scale, own):  # pragma: no cover
 
 @_loop
 def _attend(
-    query, index, positions, lead, key, value, held, block, scale, out, first, last
+    query, index, positions, key, value, held, block, scale, out, first, last
 ):  # pragma: no cover
     """Computes selections first .. last of B T J.
 
@@ -153,10 +153,10 @@ def _attend(
     scores, bits = np.empty((share, most * block), np.float32), np.empty(most * block, np.int32)
     for n in range(first, last):
         b, t, j = n // (time * choices), n // choices % time, n % choices
-        group, end = j * groups // choices, min(positions[b, t] + 1, held[0] - lead[b])
+        group, end = j * groups // choices, min(positions[b, t] + 1, held[0])
         scaled(query[b, t, j * share :], scale, own)
-        keys = key[0] + b * key[1] + lead[b] * key[2] + group * key[3]
-        values = value[0] + b * value[1] + lead[b] * value[2] + group * value[3]
+        keys = key[0] + b * key[1] + group * key[3]
+        values = value[0] + b * value[1] + group * value[3]
         result = out[b, t, j * share : (j + 1) * share]
         over_blocks(
             own, index[b, t, j], end, block, keys, key[2], values, value[2], scores, bits, result
@@ -176,13 +176,11 @@ def selected_attention(
     positions: Int[Tensor, "B T"],
     block: int,
     scale: float,
-    lead: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T H Q"]:
-    """Computes layers.selection.selected_attention, within float32 rounding."""
+    """Computes layers.sparse.selected_attention, within float32 rounding."""
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     out = query.new_empty(*query.shape[:3], value.shape[-1])
-    lead = positions.new_zeros(len(positions)) if lead is None else lead
-    given = [x.detach().contiguous().numpy() for x in (query, index, positions, lead)]
+    given = [x.detach().contiguous().numpy() for x in (query, index, positions)]
     held, made = np.array(key.shape[1:3], np.int64), out.numpy()
     items, work = index[..., 0].numel(), index.numel() * block * (query.shape[2] // index.shape[2])
     parts = min(torch.get_num_threads(), max(1, work * query.shape[3] // _WORTH_A_THREAD), items)

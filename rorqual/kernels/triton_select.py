@@ -1,4 +1,4 @@
-"""Attends to selected blocks of keys: the Triton kernel of layers.selection.selected_attention.
+"""Attends to selected blocks of keys: the Triton kernel of layers.sparse.selected_attention.
 
 Forward, and the gradient of the queries, run by token: a program takes the heads of one selection
 and iterates over the selected blocks, with a running maximum. The gradient of the keys runs by
@@ -297,19 +297,8 @@ def selected_attention(
     positions: Int[Tensor, "B T"],
     block: int,
     scale: float,
-    lead: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T H Q"]:
-    """Computes layers.selection.selected_attention and all its gradients, within rounding.
-
-    Sequences that `lead` shifts are computed one after the other.
-    """
+    """Computes layers.sparse.selected_attention and all its gradients, within rounding."""
     both = torch.promote_types(query.dtype, key.dtype)
     query, key = query.to(both), key.to(both)
-    if lead is None:
-        return _Selected.apply(query, key, value, index, positions, block, scale)
-    rows = [(slice(b, b + 1), slice(start, None)) for b, start in enumerate(lead.tolist())]
-    parts = [
-        _Selected.apply(query[b], key[b, of], value[b, of], index[b], positions[b], block, scale)
-        for b, of in rows
-    ]
-    return torch.cat(parts)
+    return _Selected.apply(query, key, value, index, positions, block, scale)

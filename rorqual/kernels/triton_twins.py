@@ -51,7 +51,7 @@ def write(*given: Any) -> Tensor:
 
 
 def selected_attention(*given: Any) -> Tensor:
-    """Computes layers.selection.selected_attention."""
+    """Computes layers.sparse.selected_attention."""
     from rorqual.kernels import triton_select
 
     return triton_select.selected_attention(*given)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from rorqual.kernels import pick
-from rorqual.layers.cache import Recent
+from rorqual.layers.cache import Appended
 from rorqual.layers.context import Context
 from rorqual.model_config import EngramConfig as EngramConfig
 from rorqual.model_config import head_primes
@@ -144,11 +144,6 @@ def _strange(ids: Tensor, canonical_map: Tensor) -> Tensor:
     return (ids < 0) | (ids > top) | (canonical_map[ids.clamp(0, top)] < 0)
 
 
-def last_columns(held: Tensor, width: int, fill: int) -> Tensor:
-    """Returns the last `width` columns of [B, L], filled with `fill` on the left if L is less."""
-    return F.pad(held, (max(0, width - held.shape[1]), 0), value=fill)[:, -width:]
-
-
 class Addresses(nn.Module):
     """Hashes raw ids to the rows of every Engram layer, before the first block.
 
@@ -268,32 +263,32 @@ class Addresses(nn.Module):
 
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> Recent:
-        """Returns an empty cache for the last N-1 raw ids of every sequence."""
-        return Recent(self.config.ngram - 1, fill=self.config.missing_id)
+    ) -> Appended:
+        """Returns an empty cache for the raw ids of every sequence."""
+        return Appended(capacity, before=self.config.ngram - 1, fill=self.config.missing_id)
 
     def live(self, ids: Int[Tensor, "B T"], ctx: Context) -> Bool[Tensor, "B T"] | None:
         """Returns False at padding and dead tokens, where the gate is 0; None if there are none."""
         if not self.config.dead_tokens:
-            return ctx.present
+            return ctx.valid
         alive = ~torch.isin(ids, torch.tensor(self.config.dead_tokens, device=ids.device))
-        return alive if ctx.present is None else alive & ctx.present
+        return alive if ctx.valid is None else alive & ctx.valid
 
     def forward(
-        self, ids: Int[Tensor, "B T"], ctx: Context, history: Recent | None = None
+        self, ids: Int[Tensor, "B T"], ctx: Context, history: Appended | None = None
     ) -> Int[Tensor, "Lm B T R"]:
         """Computes row ids into each layer's table and appends the ids to `history`.
 
-        `history` holds the ids of earlier calls. Missing context (before the start, across padding,
-        a dead token or the beginning of a document) is replaced by the pad id. If there is an
+        `history` holds the ids of earlier calls. Missing context (before the start, across a dead
+        token or the beginning of a document) is replaced by the pad id. If there is an
         eos_id it is used in place of the pad id, and what lies before an earlier eos_id is missing,
         too.
 
         ValueError for an id that the tokenizer does not have, unless it is padding.
         """
         ids, missing = ids.long(), self.config.missing_id
-        if ctx.present is not None:
-            ids = torch.where(ctx.present, ids, missing)
+        if ctx.valid is not None:
+            ids = torch.where(ctx.valid, ids, missing)
         exact = [
             self._buffers[name] for name in ("canonical_map", "multipliers", "primes", "offsets")
         ]
@@ -302,8 +297,11 @@ class Addresses(nn.Module):
             if (place := self._place(ids, ctx, history)) is not None:
                 rows_of = pick("engram_follow", follow_rows, ids, exact[0])
                 return rows_of(ids, *place, *exact, missing, out, self._kept)
-            before = (self.config.ngram - 1, 0)
-            window = F.pad(ids, before, value=missing) if history is None else history.extend(ids)
+            if history is None:
+                window = F.pad(ids, (self.config.ngram - 1, 0), value=missing)
+            else:
+                history.append(ids, ctx)
+                window = history.window(ctx, ids.shape[1])
             rows_of = pick("engram_rows", hash_rows, ids, exact[0])
             return rows_of(window, self._reach(window, ctx), *exact, self.pad, out, self._kept)
         except IndexError:
@@ -333,17 +331,19 @@ class Addresses(nn.Module):
         )
 
     def _place(
-        self, ids: Tensor, ctx: Context, history: Recent | None
+        self, ids: Tensor, ctx: Context, history: Appended | None
     ) -> tuple[Tensor | None, int] | None:
         """Returns where these ids are stored, if they simply follow those before.
 
-        That is so if nothing limits any look-back and the ids fit.
+        That is so if nothing limits any look-back and all sequences have the same length.
         """
         documents = ctx.key_documents if self.config.end_of_document else None
         stopped = self.config.dead_tokens or self.config.eos_id is not None
-        if documents is not None or ctx.key_present is not None or stopped:
+        if documents is not None or ctx.starts is not None or stopped:
             return None
-        return (None, 0) if history is None else history.claim(ids)
+        if history is None:
+            return None, 0
+        return history.reserve(ids, ctx.key_count), history.before + ctx.past
 
     def _reach(self, window: Tensor, ctx: Context) -> Tensor | None:
         """Computes how many earlier tokens each token may look back at, int64 [B, T].
@@ -351,10 +351,8 @@ class Addresses(nn.Module):
         Returns None if nothing limits any look-back.
         """
         stops = []  # [B, W], True where the look-back of the tokens after it must end
-        documents = ctx.key_documents if self.config.end_of_document else None
         width, before = window.shape[1], self.config.ngram - 1
-        if ctx.key_present is not None:
-            stops.append(~last_columns(ctx.key_present, width, False))
+        documents = ctx.documents_before(before) if self.config.end_of_document else None
         if self.config.dead_tokens:
             stops.append(
                 torch.isin(window, torch.tensor(self.config.dead_tokens, device=window.device))
@@ -362,8 +360,7 @@ class Addresses(nn.Module):
         if self.config.eos_id is not None:
             stops.append(window == self.config.eos_id)
         if documents is not None:
-            kept = last_columns(documents, width, -1)
-            stops.append(F.pad(kept[:, 1:] != kept[:, :-1], (0, 1)))
+            stops.append(F.pad(documents[:, 1:] != documents[:, :-1], (0, 1)))
         if not stops:
             return None
         stop = torch.stack(stops).any(0)

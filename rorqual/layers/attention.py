@@ -125,11 +125,11 @@ class MLA(nn.Module):
         """
         latent = self._latent(hidden, ctx)
         if ctx.cache is not None:
-            kept = ctx.cache.attention.latent.append(latent)
+            kept = ctx.cache.attention.latent.append(latent, ctx)
             latent = kept if ctx.past else latent
         index_key = self.inner.keys(hidden, ctx) if self.inner is not None else None
         if ctx.last_only:
-            hidden, ctx = hidden[:, -1:], ctx.last()
+            hidden, ctx = ctx.last_of(hidden), ctx.last()
         query_latent = (
             hidden if self.config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(hidden))
         )
@@ -228,7 +228,7 @@ class MLA(nn.Module):
     ) -> tuple[Float[Tensor, "B T H Q"], Any]:
         """Attends during training and computes the indexer loss for the same queries and keys."""
         query, key, value = self._expand(nope, rope, latent)
-        indexer_loss = selection.indexer_loss(query, key, self.scale, bool(ctx.warm), ctx.present)
+        indexer_loss = selection.indexer_loss(query, key, self.scale, bool(ctx.warm), ctx.valid)
         if selection.chooses and not ctx.warm:
             return selection.hiding(query, key, value, self.scale), indexer_loss
         return attend(query, key, value, self.scale, *_visibility(ctx)), indexer_loss
@@ -330,16 +330,15 @@ class GQA(nn.Module):
         query, key, value = self._project(hidden, ctx)
         if ctx.cache is not None:
             cache = ctx.cache.attention
-            kept = cache.keys.append(key), cache.values.append(value)
+            kept = cache.keys.append(key, ctx), cache.values.append(value, ctx)
             key, value = kept if ctx.past else (key, value)
         if self.inner is not None:
             out = self.inner(query, key, value, hidden, ctx, self.scale)
         elif ctx.last_only:
-            out = self._attend(query[:, -1:], key, value, ctx.last())
+            out = self._attend(ctx.last_of(query), key, value, ctx.last())
         else:
             out = self._attend(query, key, value, ctx)
-        out = out.flatten(2)
-        return self.o_proj(out[:, -1:] if ctx.last_only else out), None
+        return self.o_proj(out.flatten(2)), None
 
     def _project(self, hidden: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
@@ -358,13 +357,12 @@ class GQA(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, ctx: Context) -> Tensor:
         window, time = self.config.window, query.shape[1]
-        if window is None or (ctx.key_present is None and key.shape[1] <= window):
+        if window is None or key.shape[1] <= window:
             mask, causal = _visibility(ctx)
         else:
-            near = ctx.positions[:, :, None] - ctx.key_positions[:, None, :] < window
-            mask, causal = near[:, None] & ctx.visible(), False
-            # Without padding, the keys before `span` are outside every query's window.
-            if ctx.key_present is None:
+            mask, causal = ctx.visible() & ctx.within(window), False
+            # With one length for all, the keys before `span` are outside every query's window.
+            if ctx.starts is None:
                 span = window + time - 1
                 key, value, mask = key[:, -span:], value[:, -span:], mask[..., -span:]
         if self.sink_bias is not None:

@@ -51,20 +51,16 @@ def losses(routing: Routing, config: BalanceConfig, active: int) -> dict[str, Fl
                 (sent * of_device).sum(-1), routing
             )
     if config.z_loss:
-        found["z_loss"] = config.z_loss * z_loss(routing.logits, routing.present)
+        found["z_loss"] = config.z_loss * z_loss(routing.logits, routing.valid)
     return found
 
 
 def z_loss(
-    logits: Float[Tensor, "B T E"], present: Bool[Tensor, "B T"] | None = None
+    logits: Float[Tensor, "B T E"], valid: Bool[Tensor, "B T"] | None = None
 ) -> Float[Tensor, ""]:
     """Averages logsumexp(logits)^2 over valid tokens; this keeps router logits small."""
     squared = logits.logsumexp(-1).square()
-    return (
-        squared.mean()
-        if present is None
-        else (squared * present).sum() / present.sum().clamp_min(1)
-    )
+    return squared.mean() if valid is None else (squared * valid).sum() / valid.sum().clamp_min(1)
 
 
 @torch.no_grad()
@@ -89,9 +85,7 @@ def max_violation(counts: Num[Tensor, " E"]) -> float:
 
 
 def _tokens(routing: Routing) -> Int[Tensor, " B"] | int:
-    return (
-        routing.scores.shape[1] if routing.present is None else routing.present.sum(1).clamp_min(1)
-    )
+    return routing.scores.shape[1] if routing.valid is None else routing.valid.sum(1).clamp_min(1)
 
 
 def _per_token(summed: Tensor, routing: Routing) -> Float[Tensor, "B X"]:
@@ -101,15 +95,15 @@ def _per_token(summed: Tensor, routing: Routing) -> Float[Tensor, "B X"]:
 
 def _over_time(values: Float[Tensor, "B T E"], routing: Routing) -> Float[Tensor, "B E"]:
     """Averages over valid tokens."""
-    kept = values if routing.present is None else values * routing.present[..., None]
+    kept = values if routing.valid is None else values * routing.valid[..., None]
     return _per_token(kept.sum(1), routing)
 
 
 def _mean(values: Float[Tensor, " B"], routing: Routing) -> Float[Tensor, ""]:
     """Averages over the sequences that hold a valid token."""
-    if routing.present is None:
+    if routing.valid is None:
         return values.mean() if routing.scores.shape[1] else values.sum()
-    return values.sum() / routing.present.any(1).sum().clamp_min(1)
+    return values.sum() / routing.valid.any(1).sum().clamp_min(1)
 
 
 def _load(routing: Routing, active: int) -> Float[Tensor, "B E"]:

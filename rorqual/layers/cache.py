@@ -1,10 +1,13 @@
 """Containers for the state that layers keep between calls.
 
-Each layer decides what it stores in them. Every container has three methods:
+A cache has a length for every sequence of the batch: `Past.lengths` counts the tokens that are
+cached. The containers only store values; a context says which columns the new tokens of a call get.
+A sequence begins at column 0 in every container, so that sequences of different lengths need no
+padding in front. Columns from a sequence's length on hold nothing that is ever read.
 
-    select(index)   keeps these sequences of the batch, in this order (beams, finished requests)
-    crop(k)         removes the last k tokens (rejected drafts)
-    reset()         removes all tokens and keeps the memory
+    Appended   all tokens                       keys, values, latents, token ids
+    Recent     the last few tokens              values that a convolution looks back at
+    Blocks     one value per complete block     layers/selection.py
 
 Nothing here carries gradients: a cache is for inference. What an `append` or `extend` returns is
 valid until the next call of the same container.
@@ -13,281 +16,253 @@ valid until the next call of the same container.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 
+@runtime_checkable
+class NewTokens(Protocol):
+    """What a container needs to know about the new tokens of a call; Context is one."""
+
+    @property
+    def past(self) -> int:
+        """Tokens cached before in every sequence, or in the longest one."""
+        ...
+
+    @property
+    def starts(self) -> Int[Tensor, " B"] | None:
+        """Tokens cached before in each sequence; None if all have `past`."""
+        ...
+
+    @property
+    def lengths(self) -> Int[Tensor, " B"] | None:
+        """Valid new tokens of each sequence; None if all of them are."""
+        ...
+
+
+@runtime_checkable
 class State(Protocol):
     """The methods of every container."""
 
-    def select(self, index: Tensor) -> None: ...
-    def crop(self, count: int) -> None: ...
-    def reset(self) -> None: ...
+    def select(self, index: Int[Tensor, " B"], length: int) -> None:
+        """Keeps these sequences of the batch, in this order; none is longer than `length`."""
+        ...
+
+    def join(self, other: Any, lengths: tuple[int, int]) -> None:
+        """Appends the sequences of `other` to the batch; `lengths` are the longest of each."""
+        ...
 
 
 class Appended:
     """Stores all tokens since the start in a buffer [B, capacity, ...].
 
-    The buffer is preallocated and doubles when it is full. `capacity` is the number of tokens
-    allocated at the first append; `.length` is the number stored.
+    The buffer is allocated at the first append, for `capacity` tokens, and doubles when it is full.
+    `before` more columns in front of the first token hold `fill`, for layers that look back.
     """
 
-    def __init__(self, capacity: int = 0):
-        self.capacity = capacity
-        self.length = 0
+    def __init__(self, capacity: int = 0, before: int = 0, fill: int = 0):
+        self.capacity, self.before, self.fill = capacity, before, fill
         self.buffer: Tensor | None = None
 
-    def append(self, new: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "B L ..."]:
-        """Appends `new` and returns all stored tokens as a view.
+    def append(self, new: Shaped[Tensor, "B T ..."], ctx: NewTokens) -> Shaped[Tensor, "B L ..."]:
+        """Stores `new` behind the tokens of each sequence; returns all as a view, L = past + T.
 
-        ValueError if the batch size has changed.
+        Columns of a shorter sequence beyond its own new tokens hold older values or zeros.
         """
-        new, batch, stop = new.detach(), new.shape[0], self.length + new.shape[1]
-        if self.length and self.buffer is not None and self.buffer.shape[0] != batch:
-            raise ValueError(
-                f"got a batch of {batch}, expected the {self.buffer.shape[0]} rows that are cached"
-            )
-        if self.buffer is None or self.buffer.shape[0] != batch or self.buffer.shape[1] < stop:
-            self._grow(new, stop)
-        assert self.buffer is not None
-        self.buffer[:, self.length : stop] = new
-        self.length = stop
-        return self.buffer[:, :stop]
+        end = ctx.past + new.shape[1]
+        stored = self.reserve(new, end)[:, self.before :]
+        if ctx.starts is None:
+            stored[:, ctx.past : end] = new.detach()
+        else:
+            rows, columns = _places(ctx.starts, 0, new.shape[1])
+            stored[rows, columns] = new.detach().to(stored.dtype)
+        return stored[:, :end]
 
-    def claim(self, count: int) -> tuple[Shaped[Tensor, "B L ..."], int]:
-        """Reserves `count` tokens and returns the buffer and the first reserved column.
+    def reserve(self, like: Shaped[Tensor, "B T ..."], length: int) -> Shaped[Tensor, "B C ..."]:
+        """Returns the buffer with space for `length` tokens a sequence, as wide as `like`.
 
-        The caller must write them from that column on. ValueError if nothing has been appended, so
-        that neither the width nor the batch size is known.
+        Token t is at column `before` + t.
         """
-        if self.buffer is None or not self.length:
-            raise ValueError(
-                "claim: got an empty cache, expected one that holds a token: append the first"
-            )
-        at, stop = self.length, self.length + count
-        if self.buffer.shape[1] < stop:
-            self._grow(self.buffer, stop)
-        self.length = stop
-        return self.buffer, at
-
-    def _grow(self, new: Tensor, needed: int) -> None:
-        held = 0 if self.buffer is None else self.buffer.shape[1]
-        size = max(needed, self.capacity, 2 * held if held < needed else held, 16)
-        buffer = new.new_empty(new.shape[0], size, *new.shape[2:])
-        if self.length and self.buffer is not None:
-            buffer[:, : self.length] = self.buffer[:, : self.length]
+        size, buffer = self.before + length, self.buffer
+        if buffer is None or len(buffer) != len(like):
+            columns = max(size, self.before + self.capacity, 16)
+            buffer = like.new_zeros(len(like), columns, *like.shape[2:])
+            buffer[:, : self.before] = self.fill
+        elif buffer.shape[1] < size:
+            buffer = _widened(buffer, max(size, self.before + self.capacity, 2 * buffer.shape[1]))
         self.buffer = buffer
+        return buffer
 
-    def select(self, index: Int[Tensor, " B"]) -> None:
-        """Keeps the sequences `index`, in that order.
+    def window(self, ctx: NewTokens, time: int) -> Shaped[Tensor, "B W ..."]:
+        """Returns the last `time` tokens, already stored, and the `before` ones before them."""
+        assert self.buffer is not None
+        if ctx.starts is None:
+            return self.buffer[:, ctx.past : ctx.past + self.before + time]
+        return self.buffer[_places(ctx.starts, 0, self.before + time)]
 
-        An empty buffer may still have the batch size from before `reset`.
-        """
-        if self.buffer is not None and self.length:
-            kept = self.buffer[:, : self.length].index_select(0, index)
-            if len(index) != self.buffer.shape[0]:
-                self.buffer = self.buffer.new_empty(len(index), *self.buffer.shape[1:])
-            self.buffer[:, : self.length] = kept
+    def select(self, index: Int[Tensor, " B"], length: int) -> None:
+        if self.buffer is not None:
+            selected = self.buffer[:, : self.before + length].index_select(0, index)
+            if len(index) != len(self.buffer):
+                self.buffer = self.buffer.new_zeros(len(index), *self.buffer.shape[1:])
+            self.buffer[:, : self.before + length] = selected
 
-    def crop(self, count: int) -> None:
-        """Removes the last `count` tokens. ValueError if fewer are stored."""
-        if not 0 <= count <= self.length:
-            raise ValueError(f"got {count} tokens to forget, expected 0 to the {self.length} held")
-        self.length -= count
+    def join(self, other: "Appended", lengths: tuple[int, int]) -> None:
+        if self.buffer is None or other.buffer is None:
+            self.buffer = None
+            return
+        size = self.before + max(self.capacity, *lengths)
+        pairs = zip((self.buffer, other.buffer), lengths, strict=True)
+        self.buffer = torch.cat(
+            [_widened(buffer[:, : self.before + length], size) for buffer, length in pairs]
+        )
 
-    def reset(self) -> None:
-        """Removes all tokens; the buffer stays allocated for the next sequence."""
-        self.length = 0
+
+def _places(
+    starts: Int[Tensor, " B"], first: int, count: int
+) -> tuple[Int[Tensor, "B 1"], Int[Tensor, "B T"]]:
+    """Returns rows and columns of the `count` tokens from `first` behind the start of each row."""
+    steps = torch.arange(first, first + count, device=starts.device)
+    return torch.arange(len(starts), device=starts.device)[:, None], starts[:, None] + steps
+
+
+def _widened(buffer: Tensor, columns: int) -> Tensor:
+    """Returns a copy with `columns` columns; the new ones are 0."""
+    wider = buffer.new_zeros(len(buffer), columns, *buffer.shape[2:])
+    wider[:, : buffer.shape[1]] = buffer
+    return wider
 
 
 class Recent:
-    """Stores the last `count` tokens, and up to `slack` more so that `crop` can go back that far.
+    """Stores the last `count` tokens, and `slack` more so that a cache can be cropped that far.
 
-    Columns before the first token hold `fill`.
+    Token t is at column t mod (count + slack). Before the first token there are zeros.
     """
 
-    length: int  # tokens seen
-    known: int  # of those, the latest ones that are still stored
-    end: int  # column of the next token
-
-    def __init__(self, count: int, slack: int = 64, fill: int | float = 0):
-        self.count, self.slack, self.fill = count, slack, fill
+    def __init__(self, count: int, slack: int = 64):
+        self.count, self.slack = count, slack
         self.buffer: Tensor | None = None
-        self.reset()
 
-    def extend(self, new: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "B L ..."]:
-        """Appends `new`; returns the `count` tokens before it and `new` itself, L = count + T."""
-        new, time, keep = new.detach(), new.shape[1], self.count + self.slack
-        if (claimed := self.claim(new)) is not None:
-            buffer, at = claimed
-            buffer[:, at : at + time] = new
-            return buffer[:, at - self.count : at + time]
-        assert self.buffer is not None
-        result = torch.cat([self.buffer[:, self.end - self.count : self.end], new], dim=1)
-        whole = torch.cat([self.buffer[:, : self.end], new], dim=1)
-        self.buffer[:, :keep] = whole[:, whole.shape[1] - keep :]
-        self.length, self.known, self.end = self.length + time, min(self.known + time, keep), keep
+    def extend(self, new: Shaped[Tensor, "B T ..."], ctx: NewTokens) -> Shaped[Tensor, "B L ..."]:
+        """Stores `new`; returns the `count` tokens before it and `new` itself, L = count + T."""
+        result = torch.cat([self.before(ctx, new), new], dim=1)
+        buffer, new = self._allocated(new), new.detach()
+        size = buffer.shape[1]
+        # Of more tokens than there is space for only the last valid ones are stored.
+        count = min(new.shape[1], size)
+        if ctx.starts is None and ctx.lengths is None:
+            at = (ctx.past + new.shape[1] - count) % size
+            end = min(size, at + count)
+            buffer[:, at:end] = new[:, new.shape[1] - count :][:, : end - at]
+            buffer[:, : count - (end - at)] = new[:, new.shape[1] - count + end - at :]
+            return result
+        ends = new.shape[1] if ctx.lengths is None else ctx.lengths
+        first = torch.zeros(len(new), dtype=torch.long, device=new.device) + ends - count
+        rows, steps = _places(first, 0, count)
+        columns = ((ctx.past if ctx.starts is None else ctx.starts[:, None]) + steps) % size
+        beyond = (steps < 0).view(*steps.shape, *[1] * (new.dim() - 2))
+        latest = new[rows, steps.clamp_min(0)].to(buffer.dtype)
+        buffer[rows, columns] = torch.where(beyond, buffer[rows, columns], latest)
         return result
 
-    def claim(self, new: Shaped[Tensor, "B T ..."]) -> tuple[Tensor, int] | None:
-        """Reserves columns for `new`; returns the buffer [B, L, ...] and the first of them.
+    def before(self, ctx: NewTokens, like: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "B C ..."]:
+        """Returns the last `count` tokens before the new ones; `like` has their shape."""
+        buffer, count = self._allocated(like), self.count
+        size = buffer.shape[1]
+        if ctx.starts is not None:
+            rows, columns = _places(ctx.starts, -count, count)
+            missing = (columns < 0).view(*columns.shape, *[1] * (buffer.dim() - 2))
+            return buffer[rows, columns % size].masked_fill(missing, 0)
+        if ctx.past < count:
+            missing = torch.zeros_like(buffer[:, ctx.past : count])
+            return torch.cat([missing, buffer[:, : ctx.past]], 1)
+        at = (ctx.past - count) % size
+        if at + count <= size:
+            return buffer[:, at : at + count]
+        return torch.cat([buffer[:, at:], buffer[:, : at + count - size]], 1)
 
-        The caller must write `new` there. Returns None, and reserves nothing, if the buffer is too
-        short; call `extend` then. ValueError if the batch size has changed.
-        """
-        (batch, time), keep, buffer = new.shape[:2], self.count + self.slack, self.buffer
-        if buffer is None or (self.length == 0 and len(buffer) != batch):
-            buffer = self.buffer = new.new_full((batch, 2 * keep + 16, *new.shape[2:]), self.fill)
-        if len(buffer) != batch:
-            raise ValueError(
-                f"got a batch of {batch}, expected the {len(buffer)} rows that are cached"
-            )
-        if self.end + time > buffer.shape[1]:
-            self._to_front(keep)
-        at = self.end
-        if at + time > buffer.shape[1]:
-            return None
-        self.length, self.known, self.end = (
-            self.length + time,
-            min(self.known + time, keep),
-            at + time,
-        )
-        return buffer, at
+    def _allocated(self, like: Tensor) -> Tensor:
+        if self.buffer is None or len(self.buffer) != len(like):
+            size = self.count + self.slack
+            self.buffer = like.new_zeros(len(like), size, *like.shape[2:])
+        return self.buffer
 
-    def _to_front(self, keep: int) -> None:
-        assert self.buffer is not None
-        self.buffer[:, :keep] = self.buffer[:, self.end - keep : self.end].clone()
-        self.end = keep
-
-    def select(self, index: Int[Tensor, " B"]) -> None:
-        """Keeps the sequences `index`, in that order."""
-        if self.buffer is not None and self.length:
+    def select(self, index: Int[Tensor, " B"], length: int) -> None:
+        if self.buffer is not None:
             self.buffer = self.buffer.index_select(0, index)
 
-    @property
-    def spare(self) -> int:
-        """How many tokens `crop` can remove while those before the next one stay stored."""
-        return self.length if self.known == self.length else self.known - self.count
-
-    def hold(self, slack: int) -> None:
-        """Stores `slack` tokens more than are read, so that `crop` can go back that far.
-
-        The container must be empty.
-        """
-        if self.length:
-            raise ValueError(
-                f"hold: got a container of {self.length} tokens, "
-                "expected an empty one: reset it first"
-            )
-        self.slack, self.buffer = slack, None
-        self.reset()
-
-    def crop(self, count: int) -> None:
-        """Removes the last `count` tokens, at most `spare` of them, or all.
-
-        ValueError if the tokens before them are no longer stored.
-        """
-        if count == self.length:
-            self.reset()
+    def join(self, other: "Recent", lengths: tuple[int, int]) -> None:
+        if self.buffer is None or other.buffer is None:
+            self.buffer = None
             return
-        if not 0 <= count <= self.spare:
-            raise ValueError(
-                f"got {count} tokens to forget, expected 0 to {self.spare}, or all {self.length}"
-            )
-        self.length, self.known, self.end = (
-            self.length - count,
-            self.known - count,
-            self.end - count,
-        )
-        if self.end < self.count + self.slack and self.buffer is not None:
-            self._shift(self.count + self.slack - self.end)
-
-    def _shift(self, room: int) -> None:
-        assert self.buffer is not None
-        kept = self.buffer[:, : self.end].clone()
-        self.buffer[:, :room] = self.fill
-        self.buffer[:, room : room + self.end] = kept
-        self.end += room
-
-    def reset(self) -> None:
-        """Removes all tokens."""
-        self.length = self.known = 0
-        self.end = self.count + self.slack
-        if self.buffer is not None:
-            self.buffer.fill_(self.fill)
+        self.buffer = torch.cat([self.buffer, other.buffer])
 
 
 class Past:
-    """Counts the cached tokens of a model and stores their documents and validity.
+    """Counts the cached tokens of each sequence and stores their document ids, if there are any."""
 
-    Both are stored only if some call has given them.
-    """
-
-    def __init__(self, capacity: int = 0):
-        self.length = 0
-        self.documents, self.present = Appended(capacity), Appended(capacity)
-
-    @property
-    def named(self) -> bool:
-        """Whether any call has given documents or padding."""
-        return bool(self.documents.length or self.present.length)
-
-    def append(
-        self,
-        batch: int,
-        time: int,
-        documents: Int[Tensor, "B T"] | None,
-        present: Bool[Tensor, "B T"] | None,
-    ) -> tuple[Int[Tensor, "B L"] | None, Bool[Tensor, "B L"] | None]:
-        """Appends new tokens and returns the documents and validity of all tokens, cached and new.
-
-        Both are None if no call has given them. New tokens without `documents` continue the last
-        document of their sequence; without `present` they are valid. Tokens cached before the first
-        call that gives documents belong to document 0.
-        """
-        if documents is None and self.documents.length:
-            assert self.documents.buffer is not None
-            documents = self.documents.buffer[:, self.documents.length - 1, None].expand(
-                batch, time
-            )
-        if present is None and self.present.length:
-            assert self.present.buffer is not None
-            present = self.present.buffer.new_ones(batch, time)
-        everyone = (
-            self._append(self.documents, documents, 0),
-            self._append(self.present, present, True),
-        )
-        self.length += time
-        return everyone
-
-    def _append(self, kept: Appended, new: Tensor | None, before: int | bool) -> Tensor | None:
-        if new is None:
-            return None
-        if kept.length < self.length:
-            kept.append(new.new_full((new.shape[0], self.length), before))
-        return kept.append(new)
-
-    def select(self, index: Int[Tensor, " B"]) -> None:
-        """Keeps the sequences `index`, in that order."""
-        self.documents.select(index)
-        self.present.select(index)
-
-    def crop(self, count: int) -> None:
-        """Removes the last `count` tokens."""
-        if not 0 <= count <= self.length:
-            raise ValueError(f"got {count} tokens to forget, expected 0 to the {self.length} held")
-        self.length -= count
-        for kept in (self.documents, self.present):
-            kept.crop(min(count, kept.length))
+    def __init__(self, batch: int, capacity: int = 0):
+        self.batch, self.capacity = batch, capacity
+        self.reset()
 
     def reset(self) -> None:
         """Removes all tokens."""
-        self.length = 0
-        self.documents.reset()
-        self.present.reset()
+        self.lengths = [0] * self.batch
+        # The longest that each sequence has been, as far as containers may have forgotten for it.
+        self.longest = [0] * self.batch
+        self.documents = Appended(self.capacity)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens cached in the longest sequence."""
+        return max(self.lengths)
+
+    @property
+    def named(self) -> bool:
+        """Whether any call has given document ids."""
+        return self.documents.buffer is not None
+
+    def starts(self, device: torch.device | str) -> Int[Tensor, " B"] | None:
+        """Returns the number of tokens cached in each sequence; None if all have the same."""
+        if min(self.lengths) == max(self.lengths):
+            return None
+        return torch.tensor(self.lengths, device=device)
+
+    def append(self, counts: Sequence[int]) -> None:
+        """Counts new tokens, so many in each sequence."""
+        pairs = list(zip(self.lengths, counts, strict=True))
+        self.lengths = [length + count for length, count in pairs]
+        self.longest = [max(pair) for pair in zip(self.longest, self.lengths, strict=True)]
+
+    def crop(self, counts: Sequence[int]) -> None:
+        """Removes the last tokens, so many of each sequence."""
+        for length, count in zip(self.lengths, counts, strict=True):
+            if not 0 <= count <= length:
+                raise ValueError(
+                    f"crop: got {count} tokens to forget, expected 0 to the {length} cached"
+                )
+        self.lengths = [length - count for length, count in zip(self.lengths, counts, strict=True)]
+        self.longest = [
+            longest if length else 0
+            for longest, length in zip(self.longest, self.lengths, strict=True)
+        ]
+
+    def select(self, index: Sequence[int], rows: Int[Tensor, " B"]) -> None:
+        """Keeps the sequences `index`, in that order."""
+        self.documents.select(rows, self.length)
+        self.lengths = [self.lengths[row] for row in index]
+        self.longest = [self.longest[row] for row in index]
+        self.batch = len(index)
+
+    def join(self, other: "Past") -> None:
+        """Appends the sequences of another batch."""
+        if self.named or other.named:
+            raise ValueError("join: got a cache of packed documents, expected one document a row")
+        self.lengths, self.longest = self.lengths + other.lengths, self.longest + other.longest
+        self.batch += other.batch
 
 
 class Bundle:
@@ -302,52 +277,22 @@ class Bundle:
         return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}  # type: ignore[arg-type]
 
     def states(self) -> list[Any]:
-        """Returns the containers, including those in tuples."""
+        """Returns the containers, including those in tuples and bundles."""
         found: list[Any] = []
         for part in self.parts.values():
-            found += part if isinstance(part, tuple) else [part]
-        return [part for part in found if part is not None]
+            for state in part if isinstance(part, tuple) else (part,):
+                found += state.states() if isinstance(state, Bundle) else [state]
+        return [state for state in found if isinstance(state, State)]
 
-    def select(self, index: Int[Tensor, " B"]) -> None:
+    def select(self, index: Int[Tensor, " B"], length: int) -> None:
         """Keeps the sequences `index` in every part."""
         for state in self.states():
-            state.select(index)
+            state.select(index, length)
 
-    @property
-    def recent(self) -> list[Recent]:
-        """The containers that do not store all tokens, including those of nested bundles."""
-        held = [state for state in self.states() if isinstance(state, Recent)]
-        return held + [
-            one for state in self.states() if isinstance(state, Bundle) for one in state.recent
-        ]
-
-    def hold(self, slack: int) -> None:
-        """Lets `crop` go back `slack` tokens in every part; the default is 64.
-
-        The containers must be empty.
-        """
-        for part in self.recent:
-            part.hold(slack)
-
-    def crop(self, count: int) -> None:
-        """Removes the last `count` tokens in every part.
-
-        ValueError, with nothing removed, if a part cannot go back that far.
-        """
-        for held in self.recent:
-            if held.spare < count < held.length:
-                got = (
-                    f"got {count} tokens to forget, "
-                    f"expected 0 to {held.spare}, or all {held.length}"
-                )
-                raise ValueError(f"{got}: hold({count}) an empty cache, and it can go back as far")
-        for state in self.states():
-            state.crop(count)
-
-    def reset(self) -> None:
-        """Removes all tokens in every part."""
-        for state in self.states():
-            state.reset()
+    def join(self, other: "Bundle", lengths: tuple[int, int]) -> None:
+        """Appends the sequences of `other` in every part."""
+        for state, more in zip(self.states(), other.states(), strict=True):
+            state.join(more, lengths)
 
 
 @dataclass(eq=False)
@@ -365,41 +310,76 @@ class DraftCache(BlockCache):
     past: Past = field(kw_only=True)
 
 
-@dataclass(eq=False)
-class _All(Bundle):
-    every: tuple[Any, ...]
-
-
 class Cache:
     """The cache of a model: a bundle per block, past tokens, last ids, and the caches of MTP.
 
-    select(index) keeps or reorders the sequences of the batch, crop(k) removes the last k tokens,
-    and reset() removes all. A draft's bundle has a `past` of its own, because every depth of MTP is
-    called separately.
+    select(index) keeps or reorders the sequences of the batch, join(other) appends the sequences of
+    another cache, crop(k) removes the last k tokens, and reset() removes all. A draft's bundle has
+    a `past` of its own, because every depth of MTP is called separately.
     """
 
     def __init__(
-        self, layers: Sequence[Any], past: Past, ids: Recent | None, drafts: Sequence[Any]
+        self,
+        layers: Sequence[BlockCache],
+        past: Past,
+        ids: Appended | None = None,
+        drafts: Sequence[DraftCache] = (),
     ) -> None:
         self.layers, self.past, self.ids, self.drafts = tuple(layers), past, ids, tuple(drafts)
-        self._model, self._ahead = _All((past, ids, *layers)), _All(self.drafts)
 
     @property
     def length(self) -> int:
-        """Number of tokens seen."""
+        """Number of tokens cached in the longest sequence."""
         return self.past.length
 
-    def select(self, index: Int[Tensor, " B2"]) -> None:
-        self._model.select(index)
-        self._ahead.select(index)
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Number of tokens cached in each sequence."""
+        return tuple(self.past.lengths)
 
-    def crop(self, k: int) -> None:
-        """Removes the last k tokens; drafts that are longer are cropped to the same length."""
-        if not 0 <= k <= self.length:
-            raise ValueError(f"crop: got {k}, expected 0..{self.length}, the tokens cached")
-        self._model.crop(k)
+    def _states(self) -> list[Any]:
+        states = [state for layer in self.layers for state in layer.states()]
+        return states if self.ids is None else [self.ids, *states]
+
+    def select(self, index: Int[Tensor, " B2"]) -> None:
+        rows = index.tolist()
+        for state in self._states():
+            state.select(index, self.length)
+        self.past.select(rows, index)
         for draft in self.drafts:
-            draft.crop(max(0, draft.past.length - self.length))
+            draft.select(index, draft.past.length)
+            draft.past.select(rows, index)
+
+    def join(self, other: "Cache") -> None:
+        """Appends the sequences of `other`, a cache of the same model without drafts."""
+        for state, more in zip(self._states(), other._states(), strict=True):
+            state.join(more, (self.length, other.length))
+        self.past.join(other.past)
+        self.drafts = ()
+
+    def crop(self, k: int | Sequence[int]) -> None:
+        """Removes the last k tokens, of every sequence or so many of each.
+
+        Drafts that are longer are cropped to the same length. ValueError, with nothing removed, if
+        a layer has forgotten what came before them.
+        """
+        past = self.past
+        counts = [k] * past.batch if isinstance(k, int) else list(k)
+        slack = min(
+            (state.slack for state in self._states() if isinstance(state, Recent)), default=None
+        )
+        for length, longest, count in zip(past.lengths, past.longest, counts, strict=True):
+            far = longest - (length - count)
+            if slack is not None and count < length and far > slack:
+                expected = f"expected 0 to {max(0, slack - (longest - length))}, or all {length}"
+                raise ValueError(
+                    f"crop: got {count} tokens to forget, {expected}: "
+                    f"hold({far}) an empty cache, and it can go back as far"
+                )
+        past.crop(counts)
+        for draft in self.drafts:
+            extra = zip(draft.past.lengths, past.lengths, strict=True)
+            draft.past.crop([max(0, more - length) for more, length in extra])
 
     def hold(self, k: int) -> None:
         """Lets `crop` go back k tokens; the default is 64. The cache must be empty.
@@ -408,12 +388,21 @@ class Cache:
         """
         if k < 0:
             raise ValueError(f"hold: got {k}, expected at least 0 tokens")
-        self._model.hold(k)
+        if self.length:
+            raise ValueError(
+                f"hold: got a cache of {self.length} tokens, expected an empty one: reset it first"
+            )
+        for state in self._states():
+            if isinstance(state, Recent):
+                state.slack, state.buffer = k, None
 
-    def crop_drafts(self, k: int) -> None:
-        """Removes the last k tokens of every MTP depth, because their input was itself a draft."""
-        self._ahead.crop(k)
+    def crop_drafts(self, counts: Sequence[int]) -> None:
+        """Removes the last tokens of every MTP depth, because their input was itself a draft."""
+        for draft in self.drafts:
+            pairs = zip(counts, draft.past.lengths, strict=True)
+            draft.past.crop([min(pair) for pair in pairs])
 
     def reset(self) -> None:
-        self._model.reset()
-        self._ahead.reset()
+        """Removes all tokens; buffers stay allocated for the next sequences."""
+        for past in (self.past, *(draft.past for draft in self.drafts)):
+            past.reset()

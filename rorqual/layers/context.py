@@ -1,6 +1,7 @@
 """Holds the facts of a forward pass, besides the hidden states, that layers read.
 
-    positions, documents, present    position, document and validity of each new token
+    positions, documents, lengths    position and document of each new token; valid tokens a row
+    past, starts                     tokens cached before the call
     key_..., mask                    the same for all keys, cached ones first; keys each query sees
     cos, sin                         rotary tables of the new tokens
     ids, live, rows                  token ids, where Engram looks rows up, the block's table rows
@@ -9,13 +10,18 @@
 
 A context is built once per call, and layers take `(x, ctx)`. A fact that a new layer needs is a new
 field here, not a parameter of every function on the way.
+
+Every sequence begins at column 0 of the keys and has a length of its own. Padding follows its
+tokens, where causal attention never sees it; there is no padding before them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from rorqual.layers.basics import rope_tables, rotate
@@ -25,23 +31,24 @@ from rorqual.model_config import RopeConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """Describes the T new tokens of a call, the L = past + T keys, and the block's cache.
+    """Describes the T new tokens of each sequence of a call, its keys, and the block's cache.
 
-    If `documents` is None, each sequence is one document. If `present` is None, no token is
-    padding. If `mask` is None, query t sees the cached keys and the new ones up to t. The `key_`
-    fields are the same for all L keys.
+    There are L = past + T columns of keys. New token t of sequence b is key past + t, or
+    starts[b] + t where the sequences have different lengths. It sees the keys up to its own, of its
+    document. `mask` says so where columns alone do not: it is None if all sequences have the same
+    number of cached tokens and no documents.
     """
 
-    positions: Int[Tensor, "B T"]  # within the document, padding not counted
+    positions: Int[Tensor, "B T"]  # within the document
+    lengths: Int[Tensor, " B"] | None = None  # valid new tokens of each row; None: all T
     documents: Int[Tensor, "B T"] | None = None
-    present: Bool[Tensor, "B T"] | None = None
-    mask: Bool[Tensor, "B 1 T L"] | None = None
-    key_positions: Int[Tensor, "B L"]
+    past: int = 0  # tokens cached before this call, in the longest sequence
+    starts: Int[Tensor, " B"] | None = None  # the same for each sequence; None: all have `past`
+    key_count: int  # L
+    # Of all L keys, with documents only.
+    key_positions: Int[Tensor, "B L"] | None = None
     key_documents: Int[Tensor, "B L"] | None = None
-    key_present: Bool[Tensor, "B L"] | None = None
-    past: int = 0  # tokens cached before this call
-    # With a cache: the left padding of each sequence, if there is no padding elsewhere.
-    lead: Int[Tensor, " B"] | None = None
+    mask: Bool[Tensor, "B 1 T L"] | None = None
     cos: Float[Tensor, "B T F"] | None = None
     sin: Float[Tensor, "B T F"] | None = None
     ids: Int[Tensor, "B T"] | None = None
@@ -57,97 +64,117 @@ class Context:
         """Returns this context with the cache and the table rows of one block."""
         return replace(self, cache=cache, rows=rows, last_only=last_only)
 
-    def visible(self) -> Bool[Tensor, "B 1 T L"]:
-        """Returns `mask`, or the plain causal mask (batch axis 1) if it is None."""
+    @property
+    def valid(self) -> Bool[Tensor, "B T"] | None:
+        """False at padding; None if there is no padding."""
+        if self.lengths is None:
+            return None
+        steps = torch.arange(self.positions.shape[1], device=self.lengths.device)
+        return steps < self.lengths[:, None]
+
+    @property
+    def columns(self) -> Int[Tensor, "#B T"]:
+        """The column of each new token among the keys."""
+        span = Span(self.past, self.starts)
+        return span.columns(self.positions.shape[1], self.positions.device)
+
+    def visible(self, run: slice = slice(None)) -> Bool[Tensor, "#B 1 T L"]:
+        """Returns the keys that the new tokens `run` see: those of `mask`, or all up to them."""
         if self.mask is not None:
-            return self.mask
+            return self.mask[:, :, run]
+        return _causal(self.columns[:, run], self.key_count)[:, None]
+
+    def within(self, window: int, run: slice = slice(None)) -> Bool[Tensor, "#B 1 T L"]:
+        """Returns the keys that are less than `window` tokens before the new tokens `run`."""
+        places = torch.arange(self.key_count, device=self.positions.device)
+        return (self.columns[:, run, None] - places < window)[:, None]
+
+    def documents_before(self, count: int) -> Int[Tensor, "B W"] | None:
+        """Returns the documents of the last `count` tokens before the new ones and of those.
+
+        Before the start of a sequence it is -1. None without documents.
+        """
+        if self.key_documents is None:
+            return None
+        padded = F.pad(self.key_documents, (count, 0), value=-1)
+        if self.starts is None:
+            return padded[:, self.past :]
         time = self.positions.shape[1]
-        return _causal(time, self.past + time, self.positions.device)[None, None]
+        return padded.gather(1, Span(self.past, self.starts).columns(count + time, padded.device))
 
     def rotate(self, x: Float[Tensor, "B T *H P"], interleaved: bool) -> Float[Tensor, "B T *H P"]:
         """Applies the rotary embedding of the new tokens to their queries or keys."""
         assert self.cos is not None and self.sin is not None, "a context without rope"
         return rotate(x, self.cos, self.sin, interleaved)
 
+    def last_of(self, x: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "B 1 ..."]:
+        """Returns the values of each sequence's last valid new token."""
+        if self.lengths is None:
+            return x[:, -1:]
+        return x[torch.arange(len(x), device=x.device)[:, None], self.lengths[:, None] - 1]
+
     def last(self) -> "Context":
-        """Returns the context of the last new token; the tokens before it count as cached."""
+        """Returns the context of the last valid new token; those before it count as cached."""
+        starts, mask = self.starts, self.mask
+        if self.lengths is not None:
+            starts = (self.past if starts is None else starts) + self.lengths - 1
+            mask = _causal(starts[:, None], self.key_count)[:, None] if mask is None else mask
+        elif starts is not None:
+            starts = starts + self.positions.shape[1] - 1
+        if mask is not None and mask is self.mask:
+            mask = self.last_of(mask.transpose(1, 2)).transpose(1, 2)
+        fields = ("positions", "documents", "cos", "sin", "ids", "live")
+        values = {name: getattr(self, name) for name in fields}
         return replace(
             self,
-            positions=self.positions[:, -1:],
-            documents=_last(self.documents),
-            present=_last(self.present),
-            mask=None if self.mask is None else self.mask[:, :, -1:],
-            past=self.past + self.positions.shape[1] - 1,
-            cos=_last(self.cos),
-            sin=_last(self.sin),
-            ids=_last(self.ids),
-            live=_last(self.live),
+            **{name: None if x is None else self.last_of(x) for name, x in values.items()},
+            lengths=None,
+            starts=starts,
+            mask=mask,
+            past=self.key_count - 1,
             last_only=False,
         )
 
 
-def _last(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values[:, -1:]
+def _causal(columns: Int[Tensor, "#B T"], length: int) -> Bool[Tensor, "#B T L"]:
+    """Returns which of `length` keys the queries at these columns see: those up to themselves."""
+    return torch.arange(length, device=columns.device) <= columns[..., None]
 
 
-def _causal(time: int, length: int, device: torch.device) -> Bool[Tensor, "T L"]:
-    """Returns the causal mask of the last `time` of `length` tokens as queries.
-
-    Each query sees the keys up to itself.
-    """
-    return torch.ones(time, length, dtype=torch.bool, device=device).tril(length - time)
-
-
-def _count(documents: Tensor | None, present: Tensor | None) -> Tensor:
-    """Computes positions [B, L]: the valid tokens since the start of the document, counted from 0.
-
-    A padding token has the position of the token before it.
-    """
-    known = present if present is not None else documents
-    assert known is not None
-    here = torch.ones_like(known, dtype=torch.long) if present is None else present.long()
-    count = here.cumsum(1)
-    if documents is not None:
-        begins = torch.ones_like(documents, dtype=torch.bool)
-        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        count = count - torch.where(begins, count - here, 0).cummax(1).values
-    return (count - 1).clamp_min(0)
+def _count(documents: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+    """Counts the tokens since the start of the document, from 0."""
+    count = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return count - torch.where(begins, count, 0).cummax(1).values
 
 
-def _mask(time: int, documents: Tensor | None, present: Tensor | None) -> Tensor:
-    """Builds the mask [B, 1, T, L]: causal, within the document, valid keys only.
+class Span(NamedTuple):
+    """Where the new tokens go: behind `past` cached ones, or `starts` in each sequence."""
 
-    A padding query sees itself alone, so that its softmax is defined; no other query sees it.
-    """
-    known = documents if documents is not None else present
-    assert known is not None
-    length = known.shape[1]
-    mask = _causal(time, length, known.device)[None]
-    if documents is not None:
-        mask = mask & (documents[:, -time:, None] == documents[:, None, :])
-    if present is not None:
-        mask = mask & present[:, None, :]
-        own = torch.eye(time, dtype=torch.bool, device=known.device)
-        mask[:, :, length - time :] |= own & ~present[:, -time:, None]
-    return mask[:, None]
+    past: int
+    starts: Int[Tensor, " B"] | None
+    lengths: Int[Tensor, " B"] | None = None
+
+    def columns(self, time: int, device: torch.device | str) -> Int[Tensor, "#B T"]:
+        """Returns the column of each of `time` new tokens."""
+        steps = torch.arange(time, device=device)
+        return self.past + steps[None] if self.starts is None else self.starts[:, None] + steps
 
 
-def _lead(
-    documents: Tensor | None, present: Tensor | None, places: Tensor, cached: int
-) -> Tensor | None:
-    """Returns the left padding of each sequence, in columns.
-
-    Returns None if there are documents, padding elsewhere, or left padding beyond the cached
-    tokens, and while a compiler traces.
-    """
-    if present is None or documents is not None or torch.compiler.is_compiling():
+def checked_lengths(
+    lengths: Int[Tensor, " B"] | Sequence[int] | None, batch: int, time: int
+) -> list[int] | None:
+    """Returns the number of valid tokens in each row; None if there is no padding."""
+    if lengths is None:
         return None
-    lead = present.shape[1] - 1 - places[:, -1]
-    columns = torch.arange(present.shape[1], device=lead.device)
-    whole = torch.equal(present, columns >= lead[:, None]) and not (
-        cached and bool((lead > cached).any())
-    )
-    return lead if whole else None
+    counts = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+    if len(counts) != batch or not all(1 <= count <= time for count in counts):
+        raise ValueError(
+            f"lengths: got {counts}, expected {batch} numbers of tokens from 1 to {time}; "
+            "padding follows the tokens of a row"
+        )
+    return None if min(counts) == time else counts
 
 
 def context(
@@ -156,39 +183,65 @@ def context(
     device: torch.device | str,
     *,
     documents: Int[Tensor, "B T"] | None = None,
-    present: Bool[Tensor, "B T"] | None = None,
+    lengths: Int[Tensor, " B"] | Sequence[int] | None = None,
     past: Past | None = None,
     rope: tuple[RopeConfig, int] | None = None,
     **more: Any,
 ) -> Context:
     """Builds the context of `time` new tokens in each sequence and appends them to `past`.
 
-    `past` holds the tokens cached before. The mask is None if neither documents nor padding is
-    known, for new or cached tokens. `rope` is the config and the rotary width of the model's
-    attention; without it there are no cos and sin. `more` are other fields of Context.
+    `past` counts the tokens cached before. `lengths` is the number of valid tokens in each row,
+    which padding follows; None if there is no padding. `rope` is the config and the rotary width of
+    the model's attention; without it there are no cos and sin. `more` are other fields of Context.
+    New tokens without `documents` continue the last document of their sequence.
     """
-    cached = 0 if past is None else past.length
-    every_document, everyone = documents, present
-    if past is not None:
-        every_document, everyone = past.append(batch, time, documents, present)
-    known = every_document is not None or everyone is not None
-    if known:
-        places = _count(every_document, everyone)
+    counts = checked_lengths(lengths, batch, time)
+    if past is None:
+        span, every_document = Span(0, None), documents
+    elif past.batch != batch:
+        raise ValueError(
+            f"got a batch of {batch}, expected the {past.batch} sequences that are cached"
+        )
     else:
-        places = torch.arange(cached + time, device=device).expand(batch, -1)
-    positions = places[:, cached:]
-    cos, sin = rope_tables(*rope, positions) if rope is not None else (None, None)
-    return Context(
-        positions=positions,
-        documents=None if every_document is None else every_document[:, cached:],
-        present=None if everyone is None else everyone[:, cached:],
-        mask=_mask(time, every_document, everyone) if known else None,
-        key_positions=places,
-        key_documents=every_document,
-        key_present=everyone,
-        past=cached,
-        lead=_lead(every_document, everyone, places, cached) if past is not None else None,
-        cos=cos,
-        sin=sin,
-        **more,
-    )
+        span = Span(past.length, past.starts(device))
+        every_document = _append_documents(past, documents, span, (batch, time))
+        past.append([time] * batch if counts is None else counts)
+    length = span.past + time
+    columns = span.columns(time, device).expand(batch, -1)
+    fields: dict[str, Any] = {"positions": columns}
+    if every_document is not None:
+        places = _count(every_document)
+        own = every_document.gather(1, columns)
+        fields = {
+            "positions": places.gather(1, columns),
+            "documents": own,
+            "key_positions": places,
+            "key_documents": every_document,
+            "mask": (_causal(columns, length) & (own[..., None] == every_document[:, None]))[
+                :, None
+            ],
+        }
+    elif span.starts is not None:
+        fields["mask"] = _causal(columns, length)[:, None]
+    if rope is not None:
+        fields["cos"], fields["sin"] = rope_tables(*rope, fields["positions"])
+    if counts is not None:
+        fields["lengths"] = torch.tensor(counts, device=device)
+    return Context(past=span.past, starts=span.starts, key_count=length, **fields, **more)
+
+
+def _append_documents(
+    past: Past, documents: Int[Tensor, "B T"] | None, span: Span, shape: tuple[int, int]
+) -> Int[Tensor, "B L"] | None:
+    """Stores the documents of the new tokens; returns those of all, or None if none was ever given.
+
+    New tokens without documents continue the last one of their sequence.
+    """
+    if documents is None:
+        if not past.named:
+            return None
+        stored = past.documents.buffer
+        assert stored is not None
+        last = torch.tensor([[max(0, length - 1)] for length in past.lengths], device=stored.device)
+        documents = stored.gather(1, last).expand(shape)
+    return past.documents.append(documents, span)

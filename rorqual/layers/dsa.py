@@ -25,7 +25,7 @@ from rorqual.layers.attend import attend, attend_shared
 from rorqual.layers.basics import largest
 from rorqual.layers.cache import Appended
 from rorqual.layers.context import Context
-from rorqual.layers.selection import FEW, straight
+from rorqual.layers.sparse import FEW
 from rorqual.model_config import DSAConfig as DSAConfig
 from rorqual.model_config import RopeConfig
 
@@ -90,7 +90,7 @@ class DSA(nn.Module):
     def keys(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Float[Tensor, "B L P"]:
         """Returns k of every token, cached ones first, and appends the new ones to the cache."""
         new = self._turn(self.k_norm(self.wk(hidden.detach())), ctx)
-        kept = ctx.cache.attention.inner.append(new) if ctx.cache is not None else new
+        kept = ctx.cache.attention.inner.append(new, ctx) if ctx.cache is not None else new
         return kept if ctx.past else new
 
     def select(
@@ -110,8 +110,11 @@ class DSA(nn.Module):
             self.weights_proj(hidden.detach()).float()
             * (self.config.heads * self.config.dim) ** -0.5
         )
+        # With one document a row the columns of the queries say which keys they see.
+        ragged = ctx.starts is not None and ctx.key_documents is None
+        ends = ctx.columns + 1 if ragged else None
         asked = self._turn(query, ctx), weights, key
-        return IndexerSelection(*asked, ctx.mask, self.config.chosen, straight(ctx)[1])
+        return IndexerSelection(*asked, ctx.mask, self.config.chosen, ends)
 
     def _turn(self, x: Tensor, ctx: Context) -> Tensor:
         turned, rest = x.split([self.rope_dim, self.config.dim - self.rope_dim], dim=-1)
@@ -129,9 +132,8 @@ class IndexerSelection(NamedTuple):
     key: Float[Tensor, "B L P"]
     mask: Bool[Tensor, "B 1 T L"] | None  # None: a query sees the keys up to its own
     most: int  # keys that a query may select
-    # The left padding of each sequence, if the mask of a few queries hides nothing else before
-    # them.
-    lead: Int[Tensor, " B"] | None = None
+    # The number of keys that each query sees, if `mask` only says that these are the first ones.
+    ends: Int[Tensor, "B T"] | None = None
 
     @property
     def chooses(self) -> bool:
@@ -207,7 +209,7 @@ class IndexerSelection(NamedTuple):
                 self.key[:, :length],
                 before,
                 self.most,
-                self.lead,
+                None if self.ends is None else self.ends[:, :count],
             ),
             IndexerSelection(
                 self.query[:, count:],
@@ -215,7 +217,7 @@ class IndexerSelection(NamedTuple):
                 self.key,
                 after,
                 self.most,
-                self.lead,
+                None if self.ends is None else self.ends[:, count:],
             ),
         )
 
@@ -244,9 +246,9 @@ class IndexerSelection(NamedTuple):
         The selected keys are read in place or copied out; the others are never read. Every query
         must have more keys than it may select.
         """
-        if (self.mask is None or self.lead is not None) and query.shape[1] <= FEW:
+        if (self.mask is None or self.ends is not None) and query.shape[1] <= FEW:
             given = query, latent, self.query, self.key, self.weights
-            return kernels.pick("dsa_few", attend_best, *given)(*given, self.most, scale, self.lead)
+            return kernels.pick("dsa_few", attend_best, *given)(*given, self.most, scale, self.ends)
         return self.copying(query, latent, scale)
 
     def copying(
@@ -273,7 +275,7 @@ class IndexerSelection(NamedTuple):
         key: Float[Tensor, "B L H P2"],
         scale: float,
         warm: bool,
-        present: Bool[Tensor, "B T"] | None = None,
+        valid: Bool[Tensor, "B T"] | None = None,
     ) -> IndexerLoss:
         """Computes the indexer loss and recall for the attention of these queries to these keys.
 
@@ -281,7 +283,7 @@ class IndexerSelection(NamedTuple):
         scores are in memory at a time: the gradient is formed together with the loss.
         """
         attention = query.detach(), key.detach(), scale, warm
-        summed, carried, queries, choosing = _Divergence.apply(*self[:5], *attention, present)
+        summed, carried, queries, choosing = _Divergence.apply(*self[:5], *attention, valid)
         recall = torch.where(choosing > 0, carried / choosing.clamp_min(1), 1.0)
         return IndexerLoss(summed / queries.clamp_min(1), recall)
 
@@ -294,19 +296,16 @@ def attend_best(
     weights: Float[Tensor, "B T J"],
     most: int,
     scale: float,
-    lead: Int[Tensor, " B"] | None = None,
+    ends: Int[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T H R"]:
-    """Attends from each of the last T of L tokens to the `most` latents of best score.
+    """Attends from each token to the `most` latents of best score among its first `ends` ones.
 
-    `looking` are the indexer's queries, and `key` and `weights` its keys and head weights. Sequence
-    b starts at column lead[b], or at the first. The kernel is kernels/dsa.py.
+    `looking` are the indexer's queries, and `key` and `weights` its keys and head weights. Without
+    `ends` the tokens are the last of all sequences. The kernel is kernels/dsa.py.
     """
-    time, length, mask = query.shape[1], key.shape[1], None
-    if lead is not None:
-        columns = torch.arange(length, device=key.device)
-        mask = ((columns >= lead[:, None, None]) & (columns <= columns[length - time :, None]))[
-            :, None
-        ]
+    mask = None
+    if ends is not None:
+        mask = (torch.arange(key.shape[1], device=key.device) < ends[..., None])[:, None]
     return IndexerSelection(looking, weights, key, mask, most).copying(query, latent, scale)
 
 
@@ -383,7 +382,7 @@ class _Divergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, weights, key, mask, most, attended, attended_key, scale, warm, present):
+    def forward(ctx, query, weights, key, mask, most, attended, attended_key, scale, warm, valid):
         selection = IndexerSelection(query, weights, key, mask, most)
         graded = any(ctx.needs_input_grad)
         grads = [torch.zeros_like(x, dtype=torch.float32) for x in selection[:3]] if graded else []
@@ -397,7 +396,7 @@ class _Divergence(torch.autograd.Function):
                 heads = attended[:, run], attended_key[:, : selection.end(run)]
                 target, carried = attention_target(*heads, visible, seen, scale, warm)
                 terms, error = _compared(scores, target, (visible if warm else seen)[:, 0])
-                counts = torch.ones_like(terms) if present is None else present[:, run].float()
+                counts = torch.ones_like(terms) if valid is None else valid[:, run].float()
                 choosing = counts * (visible[:, 0].sum(-1) > most)
                 sums += torch.stack(
                     [

@@ -23,7 +23,6 @@ from rorqual.layers.addresses import (
     draw_multipliers,
     find_primes,
     hash_rows,
-    last_columns,
 )
 from rorqual.layers.cache import Recent
 from rorqual.layers.context import Context
@@ -213,7 +212,7 @@ class Engram(nn.Module):
     ) -> Float[Tensor, "B T S D"]:
         """Computes the update of `hidden` from the rows in `ctx`.
 
-        The gate is 0 where `ctx.live` (or ctx.present) is False. ValueError for memory of another
+        The gate is 0 where `ctx.live` (or ctx.valid) is False. ValueError for memory of another
         width than the config's: rows of a table that was made for another config.
         """
         memory = ctx.rows.wait().flatten(-2)  # [B, T, M]
@@ -229,9 +228,7 @@ class Engram(nn.Module):
         memory = memory.to(self.value_proj.weight.dtype)
         key = None if self.key_proj is None else self.key_proj(memory).unflatten(-1, (-1, self.dim))
         value = self.value_proj(memory)
-        gated, normed = self._fuse(
-            hidden, key, value, ctx.present if ctx.live is None else ctx.live
-        )
+        gated, normed = self._fuse(hidden, key, value, ctx.valid if ctx.live is None else ctx.live)
         return gated if normed is None else gated + F.silu(self._convolve(normed, ctx))
 
     def _fuse(
@@ -250,14 +247,13 @@ class Engram(nn.Module):
 
     def _convolve(self, normed: Tensor, ctx: Context) -> Tensor:
         cache = None if ctx.cache is None else ctx.cache.engram
-        halo, time = self.config.halo, normed.shape[1]
+        halo = self.config.halo
         window = (
             normed
             if not halo
             else F.pad(normed, (0, 0, 0, 0, halo, 0))
             if cache is None
-            else cache.extend(normed)
+            else cache.extend(normed, ctx)
         )
-        documents = ctx.key_documents if self.config.end_of_document else None
-        kept = None if documents is None else last_columns(documents, halo + time, -1)
-        return convolve(window, self.conv, kept, halo)
+        documents = ctx.documents_before(halo) if self.config.end_of_document else None
+        return convolve(window, self.conv, documents, halo)

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rorqual.kernels import pick
@@ -46,14 +46,16 @@ class Mapping(NamedTuple):
     comb: Float[Tensor, "S S N"] | None = None  # None: the streams do not mix
     pre: Float[Tensor, "S N"] | None = None  # the pre-mapping that is handed on
 
-    def last(self) -> "Mapping":
-        """Returns the mapping of the last position."""
+    def last(self, lengths: Int[Tensor, " B"] | None) -> "Mapping":
+        """Returns the mapping of each sequence's last token; `lengths` is None without padding."""
         batch, time = self.shape
+        rows = torch.arange(batch, device=self.streams.device)
+        at = (rows, lengths - 1) if lengths is not None else (slice(None), -1)
         others = (
-            None if tokens_last is None else tokens_last.unflatten(-1, (batch, time))[..., -1]
+            None if tokens_last is None else tokens_last.unflatten(-1, (batch, time))[..., *at]
             for tokens_last in (self.post, self.comb, self.pre)
         )
-        return Mapping(self.streams.unflatten(0, (batch, time))[:, -1], (batch, 1), *others)
+        return Mapping(self.streams.unflatten(0, (batch, time))[at], (batch, 1), *others)
 
 
 class Coefficients(NamedTuple):

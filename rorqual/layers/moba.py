@@ -16,43 +16,41 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rorqual.layers.cache import Bundle, Recent
 from rorqual.layers.context import Context
-from rorqual.layers.selection import (
+from rorqual.layers.sparse import (
     Blocks,
-    attend_chosen,
+    Selection,
+    attend_selected,
     best_blocks,
+    by_tiles,
     full_attention,
     most_blocks,
+    own_blocks,
     runs,
     segments,
-    straight,
+    tile_queries,
     wide,
     windows,
 )
-from rorqual.layers.tiles import attend_tiles, tile_choices
 from rorqual.model_config import MoBAConfig as MoBAConfig
 
 
 def block_means(
-    keys: Float[Tensor, "B L G P"],
-    segment: Int[Tensor, "B L"],
-    present: Bool[Tensor, "B L"] | None,
-    count: int,
+    keys: Float[Tensor, "B L G P"], segment: Int[Tensor, "B L"], count: int
 ) -> Float[Tensor, "B M G P"]:
-    """Averages the valid keys of each of a sequence's `count` blocks, in float32.
+    """Averages the keys of each of a sequence's `count` blocks, in float32; 0 for an empty block.
 
-    A block without any has mean 0.
+    Only complete blocks are ever scored, so that columns beyond a sequence do not matter.
     """
     batch = keys.shape[0]
     rows = (segment + count * torch.arange(batch, device=keys.device)[:, None]).flatten()
-    weight = torch.ones_like(rows) if present is None else present.flatten().long()
-    kept = wide(keys).flatten(0, 1) * weight[:, None, None]
-    sums = kept.new_zeros(batch * count, *keys.shape[2:]).index_add_(0, rows, kept)
-    sizes = weight.new_zeros(batch * count).index_add_(0, rows, weight)
+    every = wide(keys).flatten(0, 1)
+    sums = every.new_zeros(batch * count, *keys.shape[2:]).index_add_(0, rows, every)
+    sizes = rows.new_zeros(batch * count).index_add_(0, rows, torch.ones_like(rows))
     return (sums / sizes.clamp_min(1)[:, None, None]).unflatten(0, (batch, count))
 
 
@@ -98,6 +96,10 @@ class MoBA(nn.Module):
         self.config, self.always = config, left is not None and left <= config.full_layers
         self.full = self.always
 
+    @property
+    def _by_tiles(self) -> bool:
+        return self.config.choice == "tile" and not self.always
+
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> MoBACache | None:
@@ -119,62 +121,71 @@ class MoBA(nn.Module):
         ctx: Context,
         scale: float,
     ) -> Float[Tensor, "B T2 H Q"]:
-        """Attends from the last T of L tokens, or with `ctx.last_only` from the last one.
+        """Attends from the new tokens, or with `ctx.last_only` from the last one of each sequence.
 
         Query and key must be rotated already.
         """
-        cache = ctx.cache.attention.inner if ctx.cache is not None else None
         # A single new token after a cache; the last token of a prompt does not count as one.
         single = ctx.past > 0 and query.shape[1] == 1
+        full, tiles = self.full or (single and self.config.decode == "full"), self._by_tiles
+        # A cache needs means and selections even while attention is full: it may be switched.
+        cached = ctx.cache is not None and not self.always
+        segment, means = self._means(key, ctx) if cached or not full else (None, None)
         # With tiles the first query of a tile selects, even if only the last one is needed.
-        if ctx.last_only and self.config.choice == "token":
-            query, ctx = query[:, -1:], ctx.last()
-        if self.always or (self.full and ctx.cache is None):
-            return full_attention(query, key, value, ctx, scale)
-        whole, (ctx, lead) = ctx, straight(ctx) if cache is not None else (ctx, None)
-        segment, own, means = self._blocks(key, ctx, lead, cache)
-        size, held = self.config.block, cache.choice if cache is not None else None
-        first = own - ctx.positions // size
+        if ctx.last_only and not tiles:
+            query, ctx = ctx.last_of(query), ctx.last()
+        keys = None
+        if means is not None and (tiles or not full):
+            keys = self.select(query, means, segment, ctx)
+        if keys is None or full:
+            out = full_attention(query, key, value, ctx, scale)
+        else:
+            out = attend_selected(query, key, value, keys, ctx, scale)
+        return ctx.last_of(out) if ctx.last_only else out
 
-        def choose_at(rows: slice | Tensor) -> Tensor:
-            end = (
-                -(-(ctx.past + rows.stop) // size)
-                if isinstance(rows, slice) and segment is None
-                else None
-            )
-            return choose(
-                query[:, rows], means[:, :end], own[:, rows], first[:, rows], self.config.chosen
-            )
+    def select(
+        self,
+        query: Float[Tensor, "B T H P"],
+        means: Float[Tensor, "B M G P"],
+        segment: Int[Tensor, "B L"] | None,
+        ctx: Context,
+    ) -> Selection | None:
+        """Returns the blocks that each query attends to; None where there is no more than one.
 
-        if self.full or key.shape[1] <= size or (single and self.config.decode == "full"):
-            if held is not None:
-                tile_choices(choose_at, ctx, segment, held, lead)
-            return full_attention(query, key, value, whole, scale)
-        if self.config.choice == "tile":
-            return attend_tiles(query, key, value, choose_at, ctx, segment, size, scale, held, lead)
-        parts = [
-            attend_chosen(
-                query[:, run], key, value, choose_at(run), ctx, run, segment, size, scale, lead
-            )
-            for run in runs(query.shape[1])
-        ]
-        return torch.cat(parts, dim=1)
-
-    def _blocks(
-        self, key: Tensor, ctx: Context, lead, cache: MoBACache | None
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Returns the block of each key, the block of each query [B, T] and the means [B, M, G, P].
-
-        The block of each key is None where columns determine it.
+        With tiles the selection of the incomplete tile is cached.
         """
+        size, chosen, tiles, found = self.config.block, self.config.chosen, self._by_tiles, []
+        own = own_blocks(ctx, segment, size)
+        first = own - ctx.positions // size
+        if not tiles and ctx.key_count <= size:
+            return None
+        queries = tile_queries(ctx) if tiles else None
+        for run in runs(query.shape[1] if queries is None else len(queries)):
+            each = run if queries is None else queries[run]
+            # Without a mask no query of the run sees later blocks.
+            end = -(-(ctx.past + run.stop) // size) if ctx.mask is None and not tiles else None
+            found.append(
+                choose(query[:, each], means[:, :end], own[:, each], first[:, each], chosen)
+            )
+        if not tiles:
+            return Selection(torch.cat(found, dim=1), size, segment)
+        cache = None if ctx.cache is None else ctx.cache.attention.inner.choice
+        index = (
+            torch.cat(found, dim=1) if found else own.new_empty(len(own), 0, query.shape[2], chosen)
+        )
+        keys = by_tiles(index, ctx, segment, size, cache)
+        return None if ctx.key_count <= size else keys
+
+    def _means(
+        self, key: Tensor, ctx: Context
+    ) -> tuple[Int[Tensor, "B L"] | None, Float[Tensor, "B M G P"]]:
+        """Returns the block of each key, None where columns determine it, and the blocks' means."""
         size = self.config.block
-        if ctx.mask is not None:
-            segment = segments(ctx, size)
-            means = block_means(key.detach(), segment, ctx.key_present, most_blocks(segment))
-            return segment, segment[:, ctx.past :], means
-        if cache is not None:
-            return None, ctx.positions // size, cache.means.update(key, _mean, lead)
-        return None, ctx.positions // size, _mean(windows(key.detach(), size, size))
+        if (segment := segments(ctx, size)) is not None:
+            return segment, block_means(key.detach(), segment, most_blocks(segment))
+        if ctx.cache is not None:
+            return None, ctx.cache.attention.inner.means.update(key, _mean, ctx)
+        return None, _mean(windows(key.detach(), size, size))
 
 
 def _mean(keys: Float[Tensor, "B M G l P"]) -> Float[Tensor, "B M G P"]:

@@ -141,14 +141,14 @@ class MoE(nn.Module):
         Padding uses no routed expert; token ids select the experts where the config wants that.
         Both come from the context.
         """
-        known = (None, None) if ctx is None else (ctx.ids, ctx.present)
+        known = (None, None) if ctx is None else (ctx.ids, ctx.valid)
         routing = self.router(hidden, *known)
         rows, weights = hidden.flatten(0, 1), routing.weights.flatten(0, 1)
         if self._few(routing):
             out = (self.experts.few(rows, routing.chosen.flatten(0, 1)) * weights[..., None]).sum(1)
         else:
             # The number of rows would depend on the values, which breaks a traced graph in two.
-            droppable = self.config.router.adaptive_mass is not None or routing.present is not None
+            droppable = self.config.router.adaptive_mass is not None or routing.valid is not None
             slots = sort_slots(routing, droppable and not torch.compiler.is_compiling())
             run = self.exchange or (lambda rows, counts, experts: experts(rows, counts))
             out = _Gather.apply(

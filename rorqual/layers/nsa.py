@@ -21,7 +21,6 @@ mean pooling. So is `choice="tile"`, where the first of 128 queries selects for 
 (layers/tiles.py).
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -34,21 +33,22 @@ from rorqual import kernels
 from rorqual.layers.attend import attend
 from rorqual.layers.cache import Appended, Bundle, Recent
 from rorqual.layers.context import Context
-from rorqual.layers.selection import (
+from rorqual.layers.sparse import (
     FEW,
     Blocks,
-    attend_chosen,
+    Selection,
+    attend_selected,
     best_blocks,
+    by_tiles,
     most_blocks,
+    own_blocks,
     runs,
     segments,
     selected_attention,
-    straight,
-    visible,
+    tile_queries,
     wide,
     windows,
 )
-from rorqual.layers.tiles import attend_tiles, token_choices
 from rorqual.model_config import NSAConfig as NSAConfig
 from rorqual.model_config import RopeConfig
 
@@ -163,13 +163,13 @@ class NSA(nn.Module):
         ctx: Context,
         scale: float,
     ) -> Float[Tensor, "B T2 H Q"]:
-        """Attends from the last T of L tokens, or with `ctx.last_only` from the last one.
+        """Attends from the new tokens, or with `ctx.last_only` from the last one of each sequence.
 
         Query and key must be rotated already.
         """
         branches = self.branches(query, key, value, hidden, ctx, scale)
-        # [B, T2, 3, H, 1]
-        gates = self.gates(hidden[:, -branches.shape[1] :]).to(query.dtype)[..., None]
+        hidden = ctx.last_of(hidden) if ctx.last_only else hidden
+        gates = self.gates(hidden).to(query.dtype)[..., None]  # [B, T2, 3, H, 1]
         return (gates * branches).sum(2)
 
     def gates(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T 3 H"]:
@@ -192,104 +192,70 @@ class NSA(nn.Module):
 
         Their order is the compressed, the selected and the window branch.
         """
-        cache = ctx.cache.attention.inner if ctx.cache is not None else None
-        raw, near = self._own(hidden, ctx, cache)
+        raw, near = self._own(hidden, ctx)
+        blocks = self._compress(*raw, ctx)
         # With tiles the first query of a tile selects, even if only the last one is needed.
-        if ctx.last_only and self.config.choice == "token":
-            query, ctx = query[:, -1:], ctx.last()
-        ctx, lead = straight(ctx) if cache is not None else (ctx, None)
-        blocks = self._compress(*raw, ctx, lead, cache.blocks if cache is not None else None)
-        given, choice = (query, key, value, blocks), cache.choice if cache is not None else None
-        if ctx.past and ctx.mask is None and query.shape[1] <= FEW:
-            return self._by_few(*given, *near, ctx, lead, scale, choice)
-        if self.config.choice == "tile":
-            compressed, selected = self._by_tile(*given, ctx, scale, choice)
+        tiles = self.config.choice == "tile"
+        if ctx.last_only and not tiles:
+            query, ctx = ctx.last_of(query), ctx.last()
+        if ctx.past and blocks.segment is None and query.shape[1] <= FEW:
+            keys = self.select(query, blocks, ctx, scale) if tiles else None
+            pairs = key, value, blocks.keys, blocks.values, *near
+            index = None if keys is None else keys.index
+            attention = kernels.pick("nsa_few", attend_few, query, *pairs)
+            out = attention(query, *pairs, index, ctx.positions, self.config, scale)
         else:
-            compressed, selected = self._by_token(*given, ctx, scale)
-        window = [
-            self._attend_window(query[:, run], *near, ctx, run, scale)
-            for run in runs(query.shape[1])
-        ]
-        return torch.stack([compressed, selected, torch.cat(window, dim=1)], dim=2)
+            compressed, keys = self._compressed(query, blocks, ctx, scale)
+            selected = attend_selected(query, key, value, keys, ctx, scale)
+            window = self._attend_window(query, *near, ctx, scale)
+            out = torch.stack([compressed, selected, window], dim=2)
+        return ctx.last_of(out) if ctx.last_only else out
 
-    def _by_few(
-        self,
-        query,
-        key,
-        value,
-        blocks: "Compressed",
-        near_key,
-        near_value,
-        ctx: Context,
-        lead,
-        scale,
-        cache,
-    ):
-        """Computes all branches of a few tokens at once, reading only what they attend to."""
-        index = None
-        if self.config.choice == "tile":
-            choose = functools.partial(self._choose_at, query, blocks, ctx, scale)
-            index = token_choices(choose, ctx, None, self.config.select_block, cache, lead)
-        pairs = key, value, blocks.keys, blocks.values, near_key, near_value
-        attention = kernels.pick("nsa_few", attend_few, query, *pairs)
-        return attention(query, *pairs, index, ctx.positions, lead, self.config, scale)
+    def select(
+        self, query: Float[Tensor, "B T H P"], blocks: Compressed, ctx: Context, scale: float
+    ) -> Selection:
+        """Returns the selection blocks that each query attends to: those of largest p_slc.
 
-    def _choose_at(
-        self, query: Tensor, blocks: Compressed, ctx: Context, scale: float, rows: Tensor
-    ) -> Tensor:
-        """Returns the blocks that the queries in the columns `rows` of a call select."""
-        return self._choose(
-            self._weights(query[:, rows], blocks, ctx, rows, scale)[0], blocks, ctx, rows
-        )
-
-    def _by_token(
-        self, query, key, value, blocks: Compressed, ctx: Context, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Computes the compressed and the selected branch.
-
-        The probabilities of the compressed branch select the blocks.
+        With tiles only the first query of a tile selects, and the selection of the incomplete tile
+        is cached.
         """
-        size, parts = self.config.select_block, []
-        for run in runs(query.shape[1]):
-            own = query[:, run]
-            weights, values = self._weights(own, blocks, ctx, run, scale)
-            compressed = torch.einsum("bghtm,bmgq->btghq", weights.to(own.dtype), values).flatten(
-                2, 3
-            )
-            index = self._choose(weights, blocks, ctx, run)
-            selected = attend_chosen(own, key, value, index, ctx, run, blocks.segment, size, scale)
-            parts.append((compressed, selected))
-        compressed, selected = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
-        return compressed, selected
+        time, size, tiles = query.shape[1], self.config.select_block, self.config.choice == "tile"
+        queries, found = tile_queries(ctx) if tiles else torch.arange(time), []
+        for run in runs(len(queries)):
+            rows = queries[run] if tiles else run
+            seen = self._seen(blocks, ctx, rows)
+            weights = _probabilities(query[:, rows], blocks.keys[:, : seen.shape[-1]], seen, scale)
+            found.append(self._choose(weights, blocks, ctx, rows))
+        if not tiles:
+            return Selection(torch.cat(found, dim=1), size, blocks.segment)
+        cache = None if ctx.cache is None else ctx.cache.attention.inner.choice
+        none = queries.new_empty(len(query), 0, self.groups, self.config.chosen)
+        return by_tiles(torch.cat([none, *found], dim=1), ctx, blocks.segment, size, cache)
 
-    def _by_tile(
-        self,
-        query,
-        key,
-        value,
-        blocks: Compressed,
-        ctx: Context,
-        scale: float,
-        cache: Recent | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Computes the compressed and the selected branch with one selection per tile.
+    def _compressed(
+        self, query: Float[Tensor, "B T H P"], blocks: Compressed, ctx: Context, scale: float
+    ) -> tuple[Float[Tensor, "B T H Q"], Selection]:
+        """Attends to the compressed blocks; returns the output and the blocks that it selects.
 
-        Probabilities are formed only for the queries that select.
+        Without tiles every query selects by its probabilities, which are formed once for both.
         """
-        choose, parts = functools.partial(self._choose_at, query, blocks, ctx, scale), []
+        tiles, outs, found = self.config.choice == "tile", [], []
         for run in runs(query.shape[1]):
-            seen = self._seen(blocks, ctx, run)
-            keys, values = (
-                x[:, : seen.shape[-1]].to(query.dtype) for x in (blocks.keys, blocks.values)
-            )
-            parts.append(attend(query[:, run], keys, values, scale, seen))
-        size, segment = self.config.select_block, blocks.segment
-        selected = attend_tiles(query, key, value, choose, ctx, segment, size, scale, cache)
-        return torch.cat(parts, dim=1), selected
+            own, seen = query[:, run], self._seen(blocks, ctx, run)
+            keys, values = (x[:, : seen.shape[-1]] for x in (blocks.keys, blocks.values))
+            if tiles:
+                outs.append(attend(own, keys.to(own.dtype), values.to(own.dtype), scale, seen))
+                continue
+            weights = _probabilities(own, keys, seen, scale)
+            out = torch.einsum("bghtm,bmgq->btghq", weights.to(own.dtype), values.to(own.dtype))
+            outs.append(out.flatten(2, 3))
+            found.append(self._choose(weights, blocks, ctx, run))
+        out = torch.cat(outs, dim=1)
+        if tiles:
+            return out, self.select(query, blocks, ctx, scale)
+        return out, Selection(torch.cat(found, dim=1), self.config.select_block, blocks.segment)
 
-    def _own(
-        self, hidden: Tensor, ctx: Context, cache: NSACache | None
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _own(self, hidden: Tensor, ctx: Context) -> list[tuple[Tensor, Tensor]]:
         """Projects the keys and values of the compressed and the window branch.
 
         Returns rotated keys [B, L, G, P] and values [B, L, G, Q] of each.
@@ -299,19 +265,21 @@ class NSA(nn.Module):
             for linear in (self.compressed_kv, self.window_kv)
         ]
         keys, values = torch.cat(both, dim=2).split([self.key_dim, self.value_dim], dim=-1)
-        turned, found = ctx.rotate(keys, self.rope.interleaved), []
-        caches = (None, None) if cache is None else (cache.compressed, cache.window)
-        for key, value, own in zip(turned.chunk(2, 2), values.chunk(2, 2), caches, strict=True):
-            kept = (key, value) if own is None else (own.keys.append(key), own.values.append(value))
-            found.append(kept if ctx.past else (key, value))
-        return found
+        turned = ctx.rotate(keys, self.rope.interleaved)
+        pairs = list(zip(turned.chunk(2, 2), values.chunk(2, 2), strict=True))
+        if ctx.cache is None:
+            return pairs
+        cache = ctx.cache.attention.inner
+        stored = [
+            (own.keys.append(key, ctx), own.values.append(value, ctx))
+            for own, (key, value) in zip((cache.compressed, cache.window), pairs, strict=True)
+        ]
+        return stored if ctx.past else pairs
 
-    def _compress(
-        self, keys: Tensor, values: Tensor, ctx: Context, lead, cache: KeysAndValues | None
-    ) -> Compressed:
+    def _compress(self, keys: Tensor, values: Tensor, ctx: Context) -> Compressed:
+        """Compresses the complete blocks of the compressed branch's keys and values."""
         block, stride = self.config.block, self.config.stride
-        if ctx.mask is not None:
-            segment = segments(ctx, self.config.select_block)
+        if (segment := segments(ctx, self.config.select_block)) is not None:
             columns, real = _block_columns(ctx, block, stride)
             rows = torch.arange(keys.shape[0], device=keys.device)[:, None, None]
             pieces = segment.gather(1, columns[..., ::stride].flatten(1)).unflatten(
@@ -321,12 +289,12 @@ class NSA(nn.Module):
             keys, values = (x[rows, columns].transpose(2, 3) for x in (keys, values))
             keys, values = self.compress_key(keys), self.compress_value(values)
             return Compressed(keys, values, columns[..., -1], pieces, real, segment)
-        if cache is not None:
-            kept = (
-                cache.keys.update(keys, self.compress_key, lead),
-                cache.values.update(values, self.compress_value, lead),
+        if ctx.cache is not None:
+            blocks = ctx.cache.attention.inner.blocks
+            return Compressed(
+                blocks.keys.update(keys, self.compress_key, ctx),
+                blocks.values.update(values, self.compress_value, ctx),
             )
-            return Compressed(*kept)
         return Compressed(
             self.compress_key(windows(keys, block, stride)),
             self.compress_value(windows(values, block, stride)),
@@ -344,57 +312,53 @@ class NSA(nn.Module):
             ends = blocks.ends[:, None, None].expand(-1, -1, mask.shape[2], -1)
             return mask.gather(-1, ends) & blocks.real[:, None, None]
         count = blocks.keys.shape[1]
-        if isinstance(rows, slice):
-            count = min(
-                count, max(0, (ctx.past + rows.stop - self.config.block) // self.config.stride + 1)
-            )
+        # Without a mask no query of a slice sees later blocks.
+        if isinstance(rows, slice) and ctx.mask is None:
+            end = ctx.past + rows.stop
+            count = min(count, max(0, (end - self.config.block) // self.config.stride + 1))
         return _complete(count, ctx.positions[:, rows], self.config)[:, None]
-
-    def _weights(
-        self, query: Tensor, blocks: Compressed, ctx: Context, rows: slice | Tensor, scale: float
-    ) -> tuple[Float[Tensor, "B G N T M"], Float[Tensor, "B M G Q"]]:
-        """Computes p_cmp of each group's N heads, and the compressed values.
-
-        p_cmp is 0 everywhere for a query that sees no block.
-        """
-        seen = self._seen(blocks, ctx, rows)
-        keys, values = (x[:, : seen.shape[-1]] for x in (blocks.keys, blocks.values))
-        return _probabilities(query, keys, seen, scale), values.to(query.dtype)
 
     def _choose(
         self, weights: Tensor, blocks: Compressed, ctx: Context, rows: slice | Tensor
     ) -> Int[Tensor, "B T G K"]:
         """Selects the selection blocks with the largest p_slc."""
         size, positions = self.config.select_block, ctx.positions[:, rows]
+        own = own_blocks(ctx, blocks.segment, size)[:, rows]
         probabilities = weights.detach().sum(2)  # [B, G, T, M]
         if blocks.segment is not None and blocks.pieces is not None:
-            own, count = blocks.segment[:, ctx.past :][:, rows], most_blocks(blocks.segment)
+            count = most_blocks(blocks.segment)
             share = F.one_hot(blocks.pieces, count).sum(2).to(weights.dtype)  # W, [B, M, J]
             with torch.autocast(probabilities.device.type, enabled=False):
                 importance = probabilities @ share[:, None]
         else:
-            own = positions // size
-            end = ctx.past + (rows.stop if isinstance(rows, slice) else ctx.positions.shape[1])
+            bounded = isinstance(rows, slice) and ctx.mask is None
+            end = ctx.past + rows.stop if bounded else ctx.key_count
             importance = importance_of(probabilities, -(-end // size), self.config)
         return best_blocks(
             importance.transpose(1, 2), own, own - positions // size, self.config.chosen, forced=3
         )
 
-    def _attend_window(self, query, key, value, ctx: Context, run: slice, scale: float) -> Tensor:
-        window = self.config.window
-        if ctx.mask is not None:
-            near = ctx.positions[:, run, None] - ctx.key_positions[:, None] < window
-            return attend(query, key, value, scale, near[:, None] & visible(ctx, run))
-        first, last = ctx.past + run.start, ctx.past + run.stop
-        # Keep the keys from the start of the window to the last query.
-        begin = max(0, first - window + 1)
-        key, value = key[:, begin:last], value[:, begin:last]
-        if query.shape[1] == 1:
-            return attend(query, key, value, scale)
-        back = torch.arange(first, last, device=key.device)[:, None] - torch.arange(
-            begin, last, device=key.device
-        )
-        return attend(query, key, value, scale, ((back >= 0) & (back < window))[None, None])
+    def _attend_window(
+        self, query: Tensor, key: Tensor, value: Tensor, ctx: Context, scale: float
+    ) -> Float[Tensor, "B T H Q"]:
+        """Attends to the last `window` keys of the document, up to the query."""
+        window, parts = self.config.window, []
+        for run in runs(query.shape[1]):
+            own = query[:, run]
+            if ctx.mask is not None:
+                mask = ctx.visible(run) & ctx.within(window, run)
+                parts.append(attend(own, key, value, scale, mask))
+                continue
+            first, last = ctx.past + run.start, ctx.past + run.stop
+            # Keep the keys from the start of the window to the last query.
+            begin = max(0, first - window + 1)
+            near = key[:, begin:last], value[:, begin:last]
+            back = torch.arange(first, last, device=key.device)[:, None] - torch.arange(
+                begin, last, device=key.device
+            )
+            mask = ((back >= 0) & (back < window))[None, None] if own.shape[1] > 1 else None
+            parts.append(attend(own, *near, scale, mask))
+        return torch.cat(parts, dim=1)
 
 
 def importance_of(
@@ -452,16 +416,14 @@ def attend_few(
     near_value: Float[Tensor, "B L G Q"],
     index: Int[Tensor, "B T G K"] | None,
     positions: Int[Tensor, "B T"],
-    lead: Int[Tensor, " B"] | None,
     config: NSAConfig,
     scale: float,
 ) -> Float[Tensor, "B T 3 H Q"]:
     """Computes the three branches of a few tokens after a cache, before the gates.
 
     The branches are the compressed, the selected and the window branch. `small_` are the compressed
-    keys and values, `near_` the window branch's. Sequence b starts at column lead[b], or at the
-    first. `index` holds the blocks selected already; if it is None, each token selects. The kernel
-    is kernels/nsa.py.
+    keys and values, `near_` the window branch's. `index` holds the blocks selected already; if it
+    is None, each token selects. The kernel is kernels/nsa.py.
     """
     weights = _probabilities(
         query, small_key, _complete(small_key.shape[1], positions, config)[:, None], scale
@@ -477,9 +439,9 @@ def attend_few(
     # Each key of the window is a block of its own.
     near = (positions[..., None, None] - back).expand(-1, -1, key.shape[2], -1)
     attention = kernels.pick("selected_attention", selected_attention, query, key, value)
-    selected = attention(query, key, value, index, positions, config.select_block, scale, lead)
+    selected = attention(query, key, value, index, positions, config.select_block, scale)
     # The kernel does not take blocks of one key.
-    window = selected_attention(query, near_key, near_value, near, positions, 1, scale, lead)
+    window = selected_attention(query, near_key, near_value, near, positions, 1, scale)
     return torch.stack([compressed, selected, window], dim=2)
 
 
@@ -488,22 +450,16 @@ def _block_columns(
 ) -> tuple[Int[Tensor, "B M l"], Bool[Tensor, "B M"]]:
     """Returns the columns of each compressed block's keys, and which blocks exist.
 
-    It is for documents or padding. A block ends at each key whose position is l - 1, l - 1 + d,
-    ...; its keys are the l valid ones up to there.
+    It is for packed documents. A block ends at each key whose position is l - 1, l - 1 + d, ...;
+    its keys are the l ones up to there.
     """
-    places, length = ctx.key_positions, ctx.key_positions.shape[1]
-    present = (
-        ctx.key_present
-        if ctx.key_present is not None
-        else torch.ones_like(places, dtype=torch.bool)
-    )
-    order = (~present).long().argsort(dim=1, stable=True)  # valid columns first
-    ends = present & (places >= block - 1) & ((places - block + 1) % stride == 0)
-    ends = ends.gather(1, order)
+    places = ctx.key_positions
+    assert places is not None
+    length = places.shape[1]
+    ends = (places >= block - 1) & ((places - block + 1) % stride == 0)
     # This bounds the blocks of any documents, because a block is no shorter than a stride.
     bound = max(0, (length - block) // stride + 1)
     most = bound if torch.compiler.is_compiling() else int(ends.sum(1).max())
-    ranks = (~ends).long().argsort(dim=1, stable=True)[:, :most]  # [B, M]
+    last = (~ends).long().argsort(dim=1, stable=True)[:, :most]  # [B, M]
     span = torch.arange(1 - block, 1, device=places.device)
-    columns = (ranks[..., None] + span).clamp(0, length - 1).flatten(1)
-    return order.gather(1, columns).unflatten(1, (most, block)), ends.gather(1, ranks)
+    return (last[..., None] + span).clamp_min(0), ends.gather(1, last)

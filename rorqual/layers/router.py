@@ -39,7 +39,7 @@ class Routing(NamedTuple):
     weights: Float[Tensor, "B T K"]
     scores: Float[Tensor, "B T E"]
     logits: Float[Tensor, "B T E"]  # without noise
-    present: Bool[Tensor, "B T"] | None = None  # False at padding; None: no padding
+    valid: Bool[Tensor, "B T"] | None = None  # False at padding; None: no padding
     fixed: bool = False  # selected by token id: no balance loss could change it
 
     def taken(self) -> Bool[Tensor, "B T K"]:
@@ -159,11 +159,11 @@ class Router(nn.Module):
         self,
         hidden: Float[Tensor, "B T D"],
         ids: Int[Tensor, "B T"] | None = None,
-        present: Bool[Tensor, "B T"] | None = None,
+        valid: Bool[Tensor, "B T"] | None = None,
     ) -> Routing:
         """Computes the routing of every token.
 
-        `ids` are needed in layers that select by them; `present` is False at padding.
+        `ids` are needed in layers that select by them; `valid` is False at padding.
         """
         logits = self._logits(hidden)
         noisy = logits
@@ -171,8 +171,8 @@ class Router(nn.Module):
             noisy = logits + self.config.noise * torch.randn_like(logits)
         scores = score(noisy, self.config.score)
         chosen = self._chosen(scores.detach(), ids)
-        weights = self._weights(scores, chosen, present)
-        return Routing(chosen, weights, scores, logits, present, self.table is not None)
+        weights = self._weights(scores, chosen, valid)
+        return Routing(chosen, weights, scores, logits, valid, self.table is not None)
 
     def _apply(self, fn, recurse=True):
         """Keeps the bias in float32 when the model is converted.
@@ -207,7 +207,7 @@ class Router(nn.Module):
         allowed = within_groups(biased, config.groups, config.groups_kept, config.group_score)
         return allowed.topk(self.active, -1).indices
 
-    def _weights(self, scores: Tensor, chosen: Tensor, present: Tensor | None) -> Tensor:
+    def _weights(self, scores: Tensor, chosen: Tensor, valid: Tensor | None) -> Tensor:
         weights = scores.gather(-1, chosen)
         if self.config.adaptive_mass is not None:
             kept = within_mass(
@@ -221,4 +221,4 @@ class Router(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + SUM_EPS)
         if self.config.scale != 1.0:
             weights = weights * self.config.scale
-        return weights if present is None else weights * present[..., None]
+        return weights if valid is None else weights * valid[..., None]

@@ -1,13 +1,14 @@
 """Decodes token ids after a prompt, one by one or by speculative decoding.
 
-    Prompts of different lengths form a batch by left padding; `present` masks the padding in every
-    layer. drafts = MTP(hidden of the last token, next id), each depth on the output of the one
-    before; one forward verifies them, and they are accepted up to the first that is not the
-    argmax.
+    Prompts of different lengths form a batch with padding behind the shorter ones; the cache has a
+    length for every sequence. drafts = MTP(hidden of the last token, next id), each depth on the
+    output of the one before; one forward verifies them, and they are accepted up to the first that
+    is not the argmax.
 
 MTP drafts: DeepSeek-V3, arXiv:2412.19437, section 2.2.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -24,21 +25,18 @@ from rorqual.serve.sampling import GREEDY, Sampling, sample
 from rorqual.serve.step import decoder
 
 
-def pad_left(
+def pad(
     prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu"
-) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"] | None]:
-    """Batches prompts with left padding, so that their last tokens are aligned.
+) -> tuple[Int[Tensor, "B T"], list[int]]:
+    """Batches prompts, with padding behind the shorter ones; returns the ids and the lengths.
 
-    `present` is None where all prompts are equally long. ValueError for an empty prompt.
+    ValueError for an empty prompt.
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("got an empty prompt, expected at least one token a prompt")
     longest = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    if all(len(prompt) == longest for prompt in prompts):
-        return ids, None
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    return ids, torch.arange(longest, device=device) >= longest - lengths[:, None]
+    ids = torch.tensor([list(p) + [pad_id] * (longest - len(p)) for p in prompts], device=device)
+    return ids, [len(prompt) for prompt in prompts]
 
 
 def saw(
@@ -69,13 +67,13 @@ def decode(
     from the cache at once, so that each step costs less as sequences end.
     """
     device = next(model.parameters()).device
-    ids, present = pad_left(prompts, pad_id, device)
+    ids, lengths = pad(prompts, pad_id, device)
     vocabulary = vocabulary or model.config.vocabulary
     seen = saw(prompts, vocabulary, device) if sampling.repetition_penalty != 1.0 else None
     generators = [sampling.generator(row) for row in range(len(prompts))]
     cache = model.new_cache(len(prompts), capacity=ids.shape[1] + max_new_tokens)
     live = list(range(len(prompts)))
-    logits = model.logits(model.hidden(ids, present=present, cache=cache, last=True)[0])[:, 0]
+    logits = model.logits(model.hidden(ids, lengths=lengths, cache=cache, last=True)[0])[:, 0]
     step = decoder(model, cache, len(prompts))
     for turn in range(max_new_tokens):
         logits = (step(ids) if turn else logits)[:, :vocabulary]
@@ -113,15 +111,12 @@ class Front(NamedTuple):
 
     hidden: Float[Tensor, "B S D"]  # of the last positions that were read
     told: Int[Tensor, "B S"]  # the id after each of them
-    present: Bool[Tensor, "B S"] | None
-    sure: Int[
-        Tensor, "B N"
-    ]  # accepted ids that are not in the cache yet, at least one a sequence; -1 pads
+    lengths: Int[Tensor, " B"]  # how many of the S positions of each sequence are valid, the first
+    sure: Int[Tensor, "B 1"]  # the accepted id of each sequence that is not in the cache yet
 
     def select(self, index: Int[Tensor, " B2"]) -> "Front":
         """Keeps the sequences `index`, in that order."""
-        present = None if self.present is None else self.present[index]
-        return Front(self.hidden[index], self.told[index], present, self.sure[index])
+        return Front(*(part[index] for part in self))
 
 
 def _draftable(model: LanguageModel) -> None:
@@ -153,109 +148,119 @@ def speculate(
 
     One forward verifies all drafts of a round. Those before the first that is not the argmax are
     accepted, the id that the model predicts after them needs no further forward, and the rest is
-    cropped from the cache. The sequences of a batch advance together, as far as the slowest; ids
-    that were accepted in another sequence beyond that are not drafted again.
+    cropped from the cache. Each sequence of a batch advances by as many ids as it accepts; an id is
+    yielded once all sequences that go on have one.
     """
     _draftable(model)
     # inference_mode decorates the three functions below that compute: around a `yield` it would
     # stay on in the caller.
     tally, vocabulary = Tally() if tally is None else tally, vocabulary or model.config.vocabulary
-    ids, present = pad_left(prompts, pad_id, next(model.parameters()).device)
+    ids, lengths = pad(prompts, pad_id, next(model.parameters()).device)
     cache = model.new_cache(
         len(prompts), capacity=ids.shape[1] + max_new_tokens + len(model.mtp) + 1
     )
-    front, fresh = _read(model, ids, present, cache, vocabulary)
-    live, given = list(range(len(prompts))), 0
-    while True:
-        going = set(live)
-        for column in fresh[:, : max_new_tokens - given].T.tolist():
-            said = {row: token for row, token in zip(live, column, strict=True) if row in going}
-            yield [said.get(row) for row in range(len(prompts))]
-            going -= {row for row, token in said.items() if token == end_id}
-            if not going:
-                return
-        given += fresh.shape[1]
-        if given >= max_new_tokens:
-            return
-        if len(going) < len(live):
-            front, live = _without_ended(front, cache, live, going)
-        front, fresh = _round(model, front, cache, vocabulary, tally)
+    queues: list[deque[int]] = [deque() for _ in prompts]
+    counts, live = [0] * len(prompts), list(range(len(prompts)))
+    front, fresh = _read(model, ids, lengths, cache, vocabulary)
+    while live:
+        going = []
+        for place, (row, new) in enumerate(zip(live, fresh, strict=True)):
+            new = new[: max_new_tokens - counts[row]]
+            ended = end_id in new
+            queues[row].extend(new[: new.index(end_id) + 1] if ended else new)
+            counts[row] += len(new)
+            if not ended and counts[row] < max_new_tokens:
+                going.append(place)
+        rows = [live[place] for place in going]
+        while any(queues) and all(queues[row] for row in rows):
+            yield [queue.popleft() if queue else None for queue in queues]
+        if going and len(going) < len(live):
+            front = _select(front, cache, going)
+        live = rows
+        if live:
+            front, fresh = _round(model, front, cache, vocabulary, tally)
 
 
 @torch.inference_mode()
-def _without_ended(
-    front: Front, cache: Cache, live: list[int], going: set[int]
-) -> tuple[Front, list[int]]:
-    """Returns the state of the sequences that continue, and removes the others from the cache."""
-    places = [place for place, row in enumerate(live) if row in going]
+def _select(front: Front, cache: Cache, places: list[int]) -> Front:
+    """Keeps the sequences that go on, in the cache and in the state that is returned."""
     index = torch.tensor(places, device=front.sure.device)
     cache.select(index)
-    return front.select(index), [live[place] for place in places]
+    return front.select(index)
 
 
 @torch.inference_mode()
 def _read(
-    model: LanguageModel, ids: Tensor, present: Tensor | None, cache: Cache, vocabulary: int
-) -> tuple[Front, Int[Tensor, "B 1"]]:
+    model: LanguageModel, ids: Tensor, lengths: list[int], cache: Cache, vocabulary: int
+) -> tuple[Front, list[list[int]]]:
     """Runs the prompts; returns the first state, and the id that the model predicts after each."""
-    hidden = model.hidden(ids, present=present, cache=cache)[0]
-    fresh = _argmax(model.logits(hidden[:, -1:]), vocabulary)
-    told = torch.cat([ids[:, 1:], fresh], 1)
-    return Front(hidden, told, present, F.pad(fresh, (0, len(model.mtp)), value=-1)), fresh
+    hidden = model.hidden(ids, lengths=lengths, cache=cache)[0]
+    count = torch.tensor(lengths, device=ids.device)
+    sure = _argmax(model.logits(_last(hidden, count)), vocabulary)
+    return Front(hidden, _shifted(ids, sure, count), count, sure), sure.tolist()
 
 
 @torch.inference_mode()
 def _round(
     model: LanguageModel, front: Front, cache: Cache, vocabulary: int, tally: Tally
-) -> tuple[Front, Int[Tensor, "B N"]]:
-    """Drafts, verifies, and accepts what every sequence agrees on.
-
-    Returns the new state, and the ids that all sequences accepted.
-    """
+) -> tuple[Front, list[list[int]]]:
+    """Drafts, verifies and accepts; returns the new state and the accepted ids of each sequence."""
     drafts = _drafts(model, front, cache, vocabulary)
-    hidden = model.hidden(torch.cat([front.sure[:, :1], drafts], 1), cache=cache)[0]
+    hidden = model.hidden(torch.cat([front.sure, drafts], 1), cache=cache)[0]
     best = _argmax(model.logits(hidden), vocabulary)  # [B, depths + 1]
-    stood, guessed = (best[:, :-1] == drafts).long().cumprod(1), front.sure[:, 1:] < 0
+    stood = (best[:, :-1] == drafts).long().cumprod(1)
     tally.rounds += 1
-    tally.drafted += int(guessed.sum())
-    tally.accepted += int((guessed & (stood == 1)).sum())
-    lengths = stood.sum(1, keepdim=True)
-    kept = int(lengths.min()) + 1
-    cache.crop(best.shape[1] - kept)
-    # Positions whose deeper modules read drafts.
-    again = min(len(model.mtp) - 1, front.told.shape[1])
-    cache.crop_drafts(again)
-
-    def moved(before: Tensor, new: Tensor) -> Tensor:
-        return torch.cat([before[:, before.shape[1] - again :], new[:, :kept]], 1)
-
-    present = (
-        None
-        if front.present is None
-        else moved(front.present, torch.ones_like(best, dtype=torch.bool))
+    tally.drafted += stood.numel()
+    tally.accepted += int(stood.sum())
+    # Of the ids that were read, the first one and the drafts that stood stay in the cache.
+    kept = stood.sum(1) + 1
+    cache.crop((best.shape[1] - kept).tolist())
+    # Positions whose deeper modules read drafts are read again.
+    again = front.lengths.clamp_max(len(model.mtp) - 1)
+    cache.crop_drafts(again.tolist())
+    lengths = again + kept
+    steps = torch.arange(int(lengths.max()), device=best.device)
+    before = front.lengths[:, None] - again[:, None] + steps
+    after = front.hidden.shape[1] + steps - again[:, None]
+    columns = torch.where(steps < again[:, None], before, after)
+    columns = columns.clamp_max(front.hidden.shape[1] + best.shape[1] - 1)
+    rows = torch.arange(len(best), device=best.device)[:, None]
+    state = Front(
+        torch.cat([front.hidden, hidden], 1)[rows, columns],
+        torch.cat([front.told, best], 1)[rows, columns],
+        lengths,
+        best.gather(1, kept[:, None] - 1),
     )
-    sure = best.masked_fill(torch.arange(best.shape[1], device=best.device) > lengths, -1)
-    sure = F.pad(sure[:, kept - 1 :], (0, kept - 1), value=-1)
-    return Front(moved(front.hidden, hidden), moved(front.told, best), present, sure), best[
-        :, :kept
-    ]
+    accepted = zip(best.tolist(), kept.tolist(), strict=True)
+    return state, [ids[:count] for ids, count in accepted]
 
 
 def _drafts(
     model: LanguageModel, front: Front, cache: Cache, vocabulary: int
 ) -> Int[Tensor, "B depths"]:
-    """Returns the candidates after the first accepted id: other accepted ids, else MTP's drafts.
+    """Returns MTP's drafts of the ids after the accepted one.
 
     Each depth of MTP reads the ids of the depths before it.
     """
     hidden, told, drafts = front.hidden, front.told, []
     for depth, module in enumerate(model.mtp):
-        hidden = model.draft(hidden, told, depth=depth, present=front.present, cache=cache)[0]
-        said = _argmax(model.head(cast(MTP, module).norm(hidden[:, -1:])), vocabulary)
-        sure = front.sure[:, depth + 1, None]
-        drafts.append(torch.where(sure < 0, said, sure))
-        told = torch.cat([told[:, 1:], drafts[-1]], 1)
+        hidden = model.draft(hidden, told, depth=depth, lengths=front.lengths, cache=cache)[0]
+        last = cast(MTP, module).norm(_last(hidden, front.lengths))
+        drafts.append(_argmax(model.head(last), vocabulary))
+        told = _shifted(told, drafts[-1], front.lengths)
     return torch.cat(drafts, 1)
+
+
+def _last(x: Float[Tensor, "B T D"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B 1 D"]:
+    """Returns the last valid value of each sequence."""
+    return x[torch.arange(len(x), device=x.device)[:, None], lengths[:, None] - 1]
+
+
+def _shifted(
+    ids: Int[Tensor, "B T"], last: Int[Tensor, "B 1"], lengths: Int[Tensor, " B"]
+) -> Int[Tensor, "B T"]:
+    """Returns the id after each position: the ids shifted by one, with `last` at the end."""
+    return F.pad(ids[:, 1:], (0, 1)).scatter(1, lengths[:, None] - 1, last)
 
 
 def _argmax(logits: Float[Tensor, "B T V"], vocabulary: int) -> Int[Tensor, "B T"]:

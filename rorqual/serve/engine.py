@@ -3,9 +3,9 @@
     step:  admit (prefill waiting requests into a cache of their own), decode one id for every
            running request, join the caches, evict finished requests
 
-Sequences of different ages form a left-padded batch: `join` aligns the last tokens of two caches
-and marks the positions before a shorter one as padding, so that the ids of a sequence do not
-depend on its neighbours. Prompts are prefilled only with others of similar length (`by_length`).
+A cache has a length for every sequence, so that sequences of different ages form a batch and the
+ids of a sequence do not depend on its neighbours. Prompts are prefilled only with others of similar
+length (`by_length`).
 A request that no id can be sampled for ends without affecting the others.
 Continuous batching: Orca, OSDI 2022.
 """
@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 
 from rorqual import runtime
-from rorqual.layers.cache import Appended, Bundle, Cache, Past, Recent
-from rorqual.layers.selection import Blocks
+from rorqual.layers.cache import Cache
 from rorqual.model import LanguageModel
-from rorqual.serve.decoding import pad_left, saw
+from rorqual.serve.decoding import pad, saw
 from rorqual.serve.sampling import GREEDY, Sampling, sample
 
-# A forward over 2 to 8 short prompts costs little more than one over the longest. Padding costs
-# more the longer it is, and it disables the causal, windowed and sparse fast paths of attention.
+# A forward over 2 to 8 short prompts costs little more than one over the longest; padding costs
+# more the longer it is.
 PADDED_LENGTH = 256  # longer prompts are prefilled only with prompts of the same length
 PADDING = 128  # tokens of padding that cost about as much as one more forward
 
@@ -166,17 +165,18 @@ class Engine:
         filled = [(requests, self._prefill(requests)) for requests in by_length(admitted)]
         for requests, cache in filled:
             if self.running and self._cache is not None:
-                cache = join((self._cache, cache), (len(self.running), len(requests)))
-            self._cache = cache
+                self._cache.join(cache)
+            else:
+                self._cache = cache
             self.running = self.running + requests
         self._admitted = []
         return list(self.running)
 
     def _prefill(self, requests: list[Request]) -> Cache:
         """Decodes the first id of each request; returns the cache of their prompts."""
-        ids, present = pad_left([request.prompt for request in requests], self.pad_id, self._device)
+        ids, lengths = pad([request.prompt for request in requests], self.pad_id, self._device)
         cache = self.model.new_cache(len(requests), capacity=ids.shape[1] + 64)
-        self._give(requests, ids, present, cache)
+        self._give(requests, ids, lengths, cache)
         return cache
 
     @property
@@ -203,9 +203,9 @@ class Engine:
             self._cache.select(torch.tensor(kept, device=self._device))
 
     def _give(
-        self, requests: list[Request], ids: Tensor, present: Tensor | None, cache: Cache
+        self, requests: list[Request], ids: Tensor, lengths: list[int] | None, cache: Cache
     ) -> None:
-        hidden = self.model.hidden(ids, present=present, cache=cache, last=True)[0]
+        hidden = self.model.hidden(ids, lengths=lengths, cache=cache, last=True)[0]
         logits = self.model.logits(hidden)[:, 0, : self.vocabulary]
         for row, request in enumerate(requests):
             seen = None
@@ -245,135 +245,3 @@ def by_length(requests: Sequence[Request]) -> list[list[Request]]:
         else:
             groups.append([request])
     return groups
-
-
-def join(caches: tuple[Cache, Cache], rows: tuple[int, int]) -> Cache:
-    """Joins the sequences of two caches into one, with their last tokens aligned.
-
-    Positions before the first token of every sequence are dropped.
-    """
-    left, right = caches
-    size = max(_held(left.past), _held(right.past))
-    layers = [
-        _join(a, b, left.past, right.past, size)
-        for a, b in zip(left.layers, right.layers, strict=True)
-    ]
-    ids = _join(left.ids, right.ids, left.past, right.past, size)
-    device = next(_tensors(left)).device
-    return Cache(layers, _join_past((left.past, right.past), rows, size, device), ids, [])
-
-
-def _tensors(cache: Cache):
-    """Yields the buffers of a cache, in order."""
-    stack: list = [*cache.layers]
-    while stack:
-        part = stack.pop()
-        stack += part.states() if isinstance(part, Bundle) else []
-        if getattr(part, "buffer", None) is not None:
-            yield part.buffer
-
-
-def _held(past: Past) -> int:
-    """Returns the number of positions from the first that is valid in any sequence."""
-    present = past.present
-    if not present.length or present.buffer is None:
-        return past.length
-    anywhere = present.buffer[:, : present.length].any(0)
-    return past.length - int(anywhere.int().argmax())
-
-
-def _join(a, b, left: Past, right: Past, size: int):
-    if a is None:
-        return None
-    if isinstance(a, Bundle):
-        return type(a)(
-            **{
-                name: _join(part, b.parts[name], left, right, size)
-                for name, part in a.parts.items()
-            }
-        )
-    if isinstance(a, Recent):
-        return _join_recent(a, b)
-    if isinstance(a, Blocks):
-        current = a.tokens == left.length and b.tokens == right.length
-        return _join_blocks(a, b, size, current)
-    if isinstance(a, Appended) and a.length == left.length and b.length == right.length:
-        return _stack(_tail(a, size), _tail(b, size), size)
-    raise ValueError(
-        f"join: got a layer that keeps {type(a).__name__}, expected one that keeps tokens or blocks"
-    )
-
-
-def _tail(kept: Appended, size: int) -> Tensor:
-    """Returns the last `size` tokens, preceded by zeros where fewer are cached."""
-    assert kept.buffer is not None
-    held = kept.buffer[:, max(0, kept.length - size) : kept.length]
-    if held.shape[1] == size:
-        return held
-    return torch.cat(
-        [held.new_zeros(held.shape[0], size - held.shape[1], *held.shape[2:]), held], 1
-    )
-
-
-def _stack(a: Tensor, b: Tensor, size: int) -> Appended:
-    joined = Appended(size + 64)
-    joined.append(torch.cat([a, b]))
-    return joined
-
-
-def _join_recent(a: Recent, b: Recent) -> Recent:
-    """Joins two windows of recent tokens, which hold the same count.
-
-    A joined sequence cannot be cropped further than the younger of the two.
-    """
-    joined = Recent(a.count, a.slack, a.fill)
-    if a.buffer is None or b.buffer is None:
-        return joined
-    keep, buffers = a.count + a.slack, ((a.buffer, a.end), (b.buffer, b.end))
-    joined.extend(torch.cat([buffer[:, end - keep : end] for buffer, end in buffers]))
-    joined.length, joined.known = max(a.length, b.length), min(a.known, b.known)
-    return joined
-
-
-def _join_blocks(a: Blocks, b: Blocks, size: int, current: bool) -> Blocks:
-    """Joins compressed blocks; zeros follow those of the sequence with fewer.
-
-    Blocks are counted from a sequence's own first token, so that they need no alignment. Unless
-    both are `current`, the joined one is empty and computes all blocks from the keys at the next
-    step: a padded prompt computes none.
-    """
-    joined = Blocks(a.block, a.stride, size + 64)
-    if current and a.made.buffer is not None and b.made.buffer is not None:
-        # Sequences that had more blocks may have been removed.
-        most = min(max(a.made.length, b.made.length), joined.count(size))
-        joined.made.append(torch.cat([_head(a.made, most), _head(b.made, most)]))
-        joined.tokens = size
-    return joined
-
-
-def _head(kept: Appended, size: int) -> Tensor:
-    """Returns the first `size` entries, followed by zeros where fewer are cached."""
-    assert kept.buffer is not None
-    held = kept.buffer[:, : min(kept.length, size)]
-    return torch.cat(
-        [held, held.new_zeros(held.shape[0], size - held.shape[1], *held.shape[2:])], 1
-    )
-
-
-def _join_past(
-    pasts: tuple[Past, Past], rows: tuple[int, int], size: int, device: torch.device
-) -> Past:
-    """Joins the pasts of two caches, with a validity mask for every token.
-
-    The mask is omitted where all positions are valid.
-    """
-    joined, present = Past(size + 64), []
-    for past, batch in zip(pasts, rows, strict=True):
-        known = past.present
-        if not known.length:
-            known = Appended()
-            known.append(torch.ones(batch, past.length, dtype=torch.bool, device=device))
-        present.append(_tail(known, size))
-    everyone = torch.cat(present)
-    joined.append(len(everyone), size, None, None if bool(everyone.all()) else everyone)
-    return joined

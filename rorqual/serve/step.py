@@ -150,8 +150,10 @@ class _Compiled:
     def __call__(self, ids: Int[Tensor, "1 1"]) -> Float[Tensor, "1 V"]:
         held = self.cache.past.length
         for layer, latent in enumerate(self.latents):
-            self.places[layer, PLACES.index("latent")] = latent.claim(1)[0].data_ptr()
-        self.cache.past.append(1, 1, None, None)
+            assert latent.buffer is not None
+            buffer = latent.reserve(latent.buffer, held + 1)
+            self.places[layer, PLACES.index("latent")] = buffer.data_ptr()
+        self.cache.past.append([1])
         cos, sin = self._rotation(held)
         embedded = self.embed[ids[0, 0]].numpy().copy()
         return torch.from_numpy(self.step(embedded, held, cos, sin))[None]

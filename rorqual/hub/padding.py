@@ -1,0 +1,79 @@
+"""Converts batches that are padded anywhere, as transformers' are, to rorqual's and back.
+
+Inside rorqual a sequence begins at column 0 and padding follows it. A batch of transformers has an
+attention mask, usually with padding in front; its caches count columns, padding included.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor
+
+
+class Packing(NamedTuple):
+    """Moves the valid tokens of each row to its front, and results back to where they were."""
+
+    valid: Bool[Tensor, "B T"]
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of tokens in each row; a row without any keeps one, which means nothing."""
+        return self.valid.sum(1).clamp_min(1).tolist()
+
+    def pack(self, x: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "B T ..."]:
+        """Returns x with the valid tokens of each row first, in their order."""
+        order = (~self.valid).long().argsort(dim=1, stable=True)
+        return x[torch.arange(len(x), device=x.device)[:, None], order]
+
+    def unpack(self, x: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "B T ..."]:
+        """Undoes `pack`; padding becomes 0."""
+        places = (self.valid.cumsum(1) - 1).clamp_min(0)
+        found = x[torch.arange(len(x), device=x.device)[:, None], places]
+        return found.masked_fill(~self.valid.view(*self.valid.shape, *[1] * (x.dim() - 2)), 0)
+
+
+def packing(valid: Bool[Tensor, "B T"] | None) -> Packing | None:
+    """Returns the packing of a batch; None where nothing is padded."""
+    return None if valid is None or bool(valid.all()) else Packing(valid)
+
+
+class Columns:
+    """Counts the columns that a cache of transformers holds, and the tokens among them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        # Whether each column up to the last padding is a token; those after it all are.
+        self._valid: Tensor | None = None
+
+    def append(self, batch: int, time: int, packing: Packing | None) -> None:
+        """Counts the columns of one call."""
+        if packing is not None:
+            before = self._known(batch, packing.valid.device)
+            self._valid = torch.cat([before, packing.valid], dim=1)
+        self.count += time
+
+    def crop(self, count: int, batch: int) -> list[int]:
+        """Removes the last `count` columns; returns how many tokens of each row they hold."""
+        kept = self.count - count
+        self.count = kept
+        if self._valid is None or self._valid.shape[1] <= kept:
+            return [count] * batch
+        padding = (~self._valid[:, kept:]).sum(1)
+        self._valid = self._valid[:, :kept]
+        return (count - padding).tolist()
+
+    def select(self, index: Int[Tensor, " B"]) -> None:
+        """Keeps the rows `index`, in that order."""
+        if self._valid is not None:
+            self._valid = self._valid[index]
+
+    def reset(self) -> None:
+        """Removes all columns."""
+        self.count, self._valid = 0, None
+
+    def _known(self, batch: int, device: torch.device) -> Bool[Tensor, "B L"]:
+        valid = torch.ones(batch, self.count, dtype=torch.bool, device=device)
+        if self._valid is not None:
+            valid[:, : self._valid.shape[1]] = self._valid
+        return valid

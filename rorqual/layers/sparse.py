@@ -1,0 +1,366 @@
+"""Attends to selected keys: the part that MoBA, NSA and their tiles share.
+
+    keys = select(query, key, ctx)                    which blocks of keys each query attends to
+    out  = attend_selected(query, key, value, keys, ctx, scale)
+
+    out[t] = softmax(scale q_t . k) v over the keys up to t of the blocks that are selected for t
+
+The papers differ in how they score a block. A selection is index[b, t, j] of K blocks, -1 where
+fewer are selected, one for each KV group (j of G) or each head (j of H). The same sum is computed
+in three ways:
+
+    masked     a boolean mask for scaled_dot_product_attention, with documents and gradients
+    gathered   only the selected keys, for each token: decoding; kernels/select.py compiles it
+    tiles      one selection for many queries, whose keys are gathered once (layers/tiles.py)
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rorqual import kernels
+from rorqual.layers.attend import attend
+from rorqual.layers.basics import largest
+from rorqual.layers.cache import Appended, Recent
+from rorqual.layers.context import Context
+from rorqual.layers.tiles import TILE, flex_tiles, loop_tiles
+
+QUERIES = 512  # processed at a time, so that no mask is T x T
+FEW = 16  # up to so many new tokens after a cache read their selected keys in place
+
+
+class Selection(NamedTuple):
+    """The blocks of keys that each query attends to."""
+
+    index: Int[Tensor, "B T J K"]  # -1 where there are fewer
+    block: int  # keys a block
+    # The block of each key where documents are packed; None: column // block.
+    segment: Int[Tensor, "B L"] | None = None
+    # Whether `index` has one row for each tile of the call, and not for each query.
+    tiles: bool = False
+
+
+def runs(time: int) -> Iterator[slice]:
+    """Splits the queries of a call into slices of QUERIES."""
+    return (slice(start, min(start + QUERIES, time)) for start in range(0, time, QUERIES))
+
+
+def segments(ctx: Context, block: int) -> Int[Tensor, "B L"] | None:
+    """Returns the block of its sequence that each key is in; None if columns say it.
+
+    Blocks are numbered through the documents of a sequence in order. Block m belongs to the
+    document of query t when own[t] - positions[t] // block <= m <= own[t].
+    """
+    if ctx.key_positions is None:
+        return None
+    return (ctx.key_positions % block == 0).cumsum(1) - 1
+
+
+def own_blocks(ctx: Context, segment: Int[Tensor, "B L"] | None, block: int) -> Int[Tensor, "B T"]:
+    """Returns the block of each new token."""
+    if segment is None:
+        return ctx.positions // block
+    return segment.gather(1, ctx.columns.expand_as(ctx.positions))
+
+
+def most_blocks(segment: Int[Tensor, "B L"]) -> int:
+    """Returns the largest number of blocks of any sequence.
+
+    While a compiler traces, values are not known, and the number of keys is returned.
+    """
+    return segment.shape[1] if torch.compiler.is_compiling() else int(segment.max()) + 1
+
+
+class Blocks:
+    """Caches one value per complete block of a growing sequence of keys.
+
+    No block is read twice. Block i of a sequence is its keys i stride .. i stride + block - 1.
+    """
+
+    def __init__(self, block: int, stride: int, capacity: int = 0):
+        self.block, self.stride = block, stride
+        self.values = Appended(capacity // stride)
+
+    def count(self, tokens: int) -> int:
+        """Returns the number of complete blocks in `tokens` tokens."""
+        return max(0, (tokens - self.block) // self.stride + 1)
+
+    def update(
+        self, keys: Float[Tensor, "B L G P"], make: Callable[[Tensor], Tensor], ctx: Context
+    ) -> Float[Tensor, "B M G P"]:
+        """Computes the blocks that the new tokens complete and returns those of all tokens.
+
+        `make` maps keys [B, N, G, block, P] to [B, N, G, P]. What follows the last complete block
+        of a shorter sequence means nothing.
+        """
+        total = self.count(ctx.key_count)
+        if ctx.starts is not None:
+            return self._update_rows(keys, make, ctx)[:, :total]
+        done = self.count(ctx.past)
+        if done == total and self.values.buffer is not None:
+            return self.values.buffer[:, :total]
+        new = make(windows(keys[:, done * self.stride :], self.block, self.stride)).detach()
+        buffer = self.values.reserve(new, total)
+        buffer[:, done:total] = new
+        return buffer[:, :total]
+
+    def _update_rows(
+        self, keys: Tensor, make: Callable[[Tensor], Tensor], ctx: Context
+    ) -> Float[Tensor, "B C G P"]:
+        """Computes `update` for sequences of different lengths."""
+        assert ctx.starts is not None
+        time = ctx.positions.shape[1]
+        ends = ctx.starts + (time if ctx.lengths is None else ctx.lengths)
+        done, total = (
+            ((tokens - self.block) // self.stride + 1).clamp_min(0) for tokens in (ctx.starts, ends)
+        )
+        candidates = done[:, None] + torch.arange(time // self.stride + 1, device=done.device)
+        rows, places = (candidates < total[:, None]).nonzero(as_tuple=True)
+        if self.values.buffer is not None and not len(rows):
+            return self.values.reserve(self.values.buffer, self.count(ctx.key_count))
+        blocks = candidates[rows, places]
+        columns = blocks[:, None] * self.stride + torch.arange(self.block, device=done.device)
+        new = make(keys[rows[:, None], columns].transpose(1, 2)[:, None])[:, 0].detach()
+        like = new.new_empty(len(keys), 0, *new.shape[1:])
+        buffer = self.values.reserve(like, self.count(ctx.key_count))
+        # The dtype may differ from that of the first call, if autocast was switched since.
+        buffer[rows, blocks] = new.to(buffer.dtype)
+        return buffer
+
+    def select(self, index: Int[Tensor, " B"], length: int) -> None:
+        """Keeps the sequences `index`, in that order."""
+        self.values.select(index, self.count(length))
+
+    def join(self, other: "Blocks", lengths: tuple[int, int]) -> None:
+        """Appends the sequences of another batch."""
+        counts = self.count(lengths[0]), self.count(lengths[1])
+        self.values.join(other.values, counts)
+
+
+def windows(keys: Float[Tensor, "B L G P"], block: int, stride: int) -> Float[Tensor, "B M G l P"]:
+    """Returns the complete blocks of sequences without documents."""
+    if keys.shape[1] < block:
+        return keys.new_empty(keys.shape[0], 0, keys.shape[2], block, keys.shape[3])
+    return keys.unfold(1, block, stride).transpose(-1, -2)
+
+
+def full_attention(
+    query: Float[Tensor, "B T H P"],
+    key: Float[Tensor, "B L G P"],
+    value: Float[Tensor, "B L G Q"],
+    ctx: Context,
+    scale: float,
+) -> Float[Tensor, "B T H Q"]:
+    """Attends to every visible key."""
+    if ctx.mask is None and query.shape[1] == 1:
+        return attend(query, key, value, scale)
+    if ctx.mask is None and not ctx.past:
+        return attend(query, key, value, scale, causal=True)
+    parts = [
+        attend(query[:, run], key, value, scale, ctx.visible(run)) for run in runs(query.shape[1])
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def best_blocks(
+    scores: Float[Tensor, "B T J M"],
+    own: Int[Tensor, "B T"],
+    first: Int[Tensor, "B T"],
+    chosen: int,
+    forced: int = 1,
+) -> Int[Tensor, "B T J K"]:
+    """Selects the `chosen` blocks with the largest scores; -1 where there are fewer.
+
+    Scores are compared in float32, and of equal ones the later block is taken. Only blocks first ..
+    own can be selected, and `own` always is; with `forced` 3 the document's `first` and the one
+    before `own` are, too. They are sorted by column, backwards: `own` first, -1 last.
+    """
+    block = torch.arange(scores.shape[-1], device=scores.device)
+    own, first = own[:, :, None, None], first[:, :, None, None]
+    always = block == own
+    if forced == 3:
+        always = always | (block == first) | (block == own - 1)
+    scores = (
+        scores.float()
+        .masked_fill(always, torch.inf)
+        .masked_fill((block < first) | (block > own), -torch.inf)
+    )
+    index = largest(scores, chosen)
+    index = (
+        index.masked_fill(scores.gather(-1, index) == -torch.inf, -1)
+        .sort(-1, descending=True)
+        .values
+    )
+    return F.pad(index, (0, chosen - index.shape[-1]), value=-1)
+
+
+def tile_queries(ctx: Context) -> Int[Tensor, " N"]:
+    """Returns the new tokens whose selection `by_tiles` needs: the first one of every tile.
+
+    If sequences of a batch have tiles at different columns, it is every new token, or none where no
+    tile starts.
+    """
+    time, device = ctx.positions.shape[1], ctx.positions.device
+    if _aligned(ctx):
+        first = min(-ctx.past % TILE, time)
+        return torch.arange(first, time, TILE, device=device)
+    count = 0 if ctx.past and not (ctx.positions % TILE == 0).any() else time
+    return torch.arange(count, device=device)
+
+
+def _aligned(ctx: Context) -> bool:
+    """Whether a tile starts at the same column in all sequences."""
+    return ctx.key_documents is None and ctx.starts is None
+
+
+def by_tiles(
+    index: Int[Tensor, "B N J K"],
+    ctx: Context,
+    segment: Int[Tensor, "B L"] | None,
+    block: int,
+    cache: Recent | None,
+) -> Selection:
+    """Returns the selection of a call in which the first query of a tile selects for all of it.
+
+    `index` holds the blocks that `tile_queries` select, own first. `cache` keeps the selection of
+    an incomplete tile for the next call.
+    """
+    time, held = ctx.positions.shape[1], None if cache is None else cache.before(ctx, index)
+    steps = torch.arange(time, device=index.device)
+    if _aligned(ctx):
+        tiles = index if held is None or ctx.past % TILE == 0 else torch.cat([held, index], dim=1)
+        columns = ctx.past + steps
+        each = tiles.index_select(1, columns // TILE - ctx.past // TILE)
+    else:
+        first = steps.where(ctx.positions % TILE == 0, -1).cummax(1).values[:, :, None, None]
+        shape = (len(index), time, *index.shape[2:])
+        found = index.gather(1, first.clamp_min(0).expand(shape)) if index.shape[1] else held
+        each = found.expand(shape) if held is None else found.expand(shape).where(first >= 0, held)
+    if cache is not None:
+        cache.extend(each, ctx)
+    if _aligned(ctx) and time >= TILE:
+        return Selection(tiles, block, tiles=True)
+    begun = _begun(ctx.positions, own_blocks(ctx, segment, block), block, each.shape[2])
+    return Selection(torch.cat([each, begun], dim=-1), block, segment)
+
+
+def _begun(positions: Tensor, own: Tensor, block: int, choices: int) -> Int[Tensor, "B T J E"]:
+    """Returns the blocks that a token's tile has begun since its first query.
+
+    The index is -1 where it has begun fewer than it may.
+    """
+    aligned = block % TILE == 0 or TILE % block == 0
+    back = torch.arange(
+        (TILE - 1) // block if aligned else -(-(TILE - 1) // block), device=own.device
+    )
+    begun = positions // block - positions // TILE * TILE // block
+    blocks = (own[..., None] - back).where(back < begun[..., None], -1)
+    return blocks[:, :, None].expand(-1, -1, choices, -1)
+
+
+def attend_selected(
+    query: Float[Tensor, "B T H P"],
+    key: Float[Tensor, "B L G P"],
+    value: Float[Tensor, "B L G Q"],
+    keys: Selection,
+    ctx: Context,
+    scale: float,
+) -> Float[Tensor, "B T H Q"]:
+    """Attends from each query to its selected blocks, in the cheapest way."""
+    if keys.tiles:
+        # FlexAttention has a backward and fuses on a GPU only; on a CPU the loop is faster.
+        if query.is_cuda and ctx.past == 0:
+            return flex_tiles(query, key, value, keys.index, keys.block, scale)
+        return loop_tiles(query, key, value, keys.index, ctx.past, keys.block, scale)
+    parts = []
+    for run in runs(query.shape[1]):
+        index, own = keys.index[:, run], query[:, run]
+        if keys.segment is None:
+            attention = kernels.pick("selected_attention", selected_attention, own, key, value)
+            few = own.shape[1] * index.shape[-1] * keys.block < key.shape[1]
+            if attention is not selected_attention or few:
+                positions = ctx.positions[:, run]
+                parts.append(attention(own, key, value, index, positions, keys.block, scale))
+                continue
+        parts.append(masked_attention(own, key, value, index, keys, ctx, run, scale))
+    return torch.cat(parts, dim=1)
+
+
+def selected_attention(
+    query: Float[Tensor, "B T H P"],
+    key: Float[Tensor, "B L G P"],
+    value: Float[Tensor, "B L G Q"],
+    index: Int[Tensor, "B T J K"],
+    positions: Int[Tensor, "B T"],
+    block: int,
+    scale: float,
+) -> Float[Tensor, "B T H Q"]:
+    """Attends by reading only the keys of the selected blocks, in sequences of one document.
+
+    Query t sees key c of its sequence if c // block is in its index and c <= positions[t]; a query
+    that sees nothing gets 0. The index must not contain a block twice.
+    """
+    groups, choices = key.shape[2], index.shape[2]
+    # [B, T, J, K, block]
+    columns = index[..., None] * block + torch.arange(block, device=key.device)
+    seen = (index[..., None] >= 0) & (columns <= positions[:, :, None, None, None])
+    columns, seen = columns.flatten(3).clamp(0, key.shape[1] - 1), seen.flatten(3)[:, :, :, None]
+    row = torch.arange(len(key), device=key.device)[:, None, None, None]
+    group = (torch.arange(choices, device=key.device) * groups // choices)[:, None]
+    keys, values = key[row, columns, group], value[row, columns, group]
+    logits = wide(query).unflatten(2, (choices, -1)) @ wide(keys).transpose(-1, -2) * scale
+    weights = logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1) * seen
+    return (weights.to(value.dtype) @ values).flatten(2, 3)
+
+
+def masked_attention(
+    query: Float[Tensor, "B T H P"],
+    key: Float[Tensor, "B L G P"],
+    value: Float[Tensor, "B L G Q"],
+    index: Int[Tensor, "B T J K"],
+    keys: Selection,
+    ctx: Context,
+    run: slice,
+    scale: float,
+) -> Float[Tensor, "B T H Q"]:
+    """Attends from the queries `run` with a mask over the keys.
+
+    The mask is formed for the heads of one selection at a time.
+    """
+    segment, choices = keys.segment, index.shape[2]
+    # Without documents and with one length for all, no query of the run sees later keys.
+    length = ctx.past + run.stop if ctx.mask is None else key.shape[1]
+    count = most_blocks(segment) if segment is not None else -(-length // keys.block)
+    seen = ctx.visible(run)[..., :length]
+    key, value, out = key[:, :length], value[:, :length], []
+    for j in range(choices):
+        own, heads = (
+            index[:, :, j],
+            slice(j * query.shape[2] // choices, (j + 1) * query.shape[2] // choices),
+        )
+        kept = own.new_zeros(*own.shape[:2], count + 1, dtype=torch.bool)
+        kept = kept.scatter_(-1, own.where(own >= 0, count), True)[..., :count]  # [B, T, M]
+        if segment is None:
+            mask = kept.repeat_interleave(keys.block, dim=-1)[..., :length]
+        else:
+            mask = kept.gather(-1, segment[:, None].expand(-1, own.shape[1], -1))
+        group = slice(j * key.shape[2] // choices, j * key.shape[2] // choices + 1)
+        out.append(
+            attend(
+                query[:, :, heads],
+                key[:, :, group],
+                value[:, :, group],
+                scale,
+                mask[:, None] & seen,
+            )
+        )
+    return torch.cat(out, dim=2)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Converts x to float32; float64 stays float64."""
+    return x if x.dtype == torch.float64 else x.float()
