@@ -108,16 +108,17 @@ class Context:
         return rotate(x, self.cos, self.sin, interleaved)
 
     def last_of(self, x: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "B 1 ..."]:
-        """Returns the values of each sequence's last valid new token."""
+        """Returns the values of each sequence's last valid new token (its first if it has none)."""
         if self.lengths is None:
             return x[:, -1:]
-        return x[torch.arange(len(x), device=x.device)[:, None], self.lengths[:, None] - 1]
+        last = (self.lengths[:, None] - 1).clamp_min(0)
+        return x[torch.arange(len(x), device=x.device)[:, None], last]
 
     def last(self) -> "Context":
         """Returns the context of the last valid new token; those before it count as cached."""
         starts, mask = self.starts, self.mask
         if self.lengths is not None:
-            starts = (self.past if starts is None else starts) + self.lengths - 1
+            starts = (self.past if starts is None else starts) + (self.lengths - 1).clamp_min(0)
             mask = _causal(starts[:, None], self.key_count)[:, None] if mask is None else mask
         elif starts is not None:
             starts = starts + self.positions.shape[1] - 1
@@ -169,9 +170,9 @@ def checked_lengths(
     if lengths is None:
         return None
     counts = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
-    if len(counts) != batch or not all(1 <= count <= time for count in counts):
+    if len(counts) != batch or not all(0 <= count <= time for count in counts):
         raise ValueError(
-            f"lengths: got {counts}, expected {batch} numbers of tokens from 1 to {time}; "
+            f"lengths: got {counts}, expected {batch} numbers of tokens from 0 to {time}; "
             "padding follows the tokens of a row"
         )
     return None if min(counts) == time else counts
@@ -198,11 +199,8 @@ def context(
     counts = checked_lengths(lengths, batch, time)
     if past is None:
         span, every_document = Span(0, None), documents
-    elif past.batch != batch:
-        raise ValueError(
-            f"got a batch of {batch}, expected the {past.batch} sequences that are cached"
-        )
     else:
+        past.take(batch)
         span = Span(past.length, past.starts(device))
         every_document = _append_documents(past, documents, span, (batch, time))
         past.append([time] * batch if counts is None else counts)

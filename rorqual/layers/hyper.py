@@ -50,7 +50,7 @@ class Mapping(NamedTuple):
         """Returns the mapping of each sequence's last token; `lengths` is None without padding."""
         batch, time = self.shape
         rows = torch.arange(batch, device=self.streams.device)
-        at = (rows, lengths - 1) if lengths is not None else (slice(None), -1)
+        at = (rows, (lengths - 1).clamp_min(0)) if lengths is not None else (slice(None), -1)
         others = (
             None if tokens_last is None else tokens_last.unflatten(-1, (batch, time))[..., *at]
             for tokens_last in (self.post, self.comb, self.pre)

@@ -211,24 +211,26 @@ def test_rows_are_those_of_qwen(case: dict, kind: str, monkeypatch: pytest.Monke
 def test_rows_of_padded_batches_are_those_of_qwen(
     case: dict, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compares texts that contain end ids and are padded on the left.
+    """Compares texts of different lengths that contain end ids.
 
-    They come whole and token by token, and once more after a reset of the history.
+    They come whole and token by token, and once more from the start.
     """
     monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
     config, vocabulary = qwen_config(case)
     own, theirs = Addresses(config, None, vocabulary), qwen_layers(config, vocabulary)
     ids = torch.randint(vocabulary, (7, 40))
     ids[torch.rand(ids.shape) < 0.25] = config.eos_id
-    present = torch.arange(40) >= torch.tensor([0, 1, 2, 3, 17, 39, 5])[:, None]
-    rows = qwen_rows(theirs, ids.where(present, torch.tensor(config.eos_id)), [40])
-    junk = ids.masked_fill(~present, -100)
-    assert torch.equal(own(junk, context(7, 40, "cpu", present=present)), rows)
-    history, past = own.new_cache(7, 0, torch.float32, torch.device("cpu")), Past()
+    lengths = [40, 39, 38, 37, 23, 1, 35]
+    valid = torch.arange(40) < torch.tensor(lengths)[:, None]
+    rows = qwen_rows(theirs, ids, [40])
+    junk = ids.masked_fill(~valid, -100)
+    found = own(junk, context(7, 40, "cpu", lengths=lengths))
+    assert torch.equal(found[:, valid], rows[:, valid])
+    history, past = own.new_cache(7, 0, torch.float32, torch.device("cpu")), Past(7)
     for t in range(40):
-        where = context(7, 1, "cpu", present=present[:, t : t + 1], past=past)
-        assert torch.equal(own(junk[:, t : t + 1], where, history), rows[:, :, t : t + 1])
-    history.reset()
+        ctx = context(7, 1, "cpu", lengths=valid[:, t].long(), past=past)
+        found = own(junk[:, t : t + 1], ctx, history)
+        assert torch.equal(found[:, valid[:, t], 0], rows[:, valid[:, t], t])
     assert torch.equal(own(ids, context(7, 40, "cpu"), history), qwen_rows(theirs, ids, [40]))
 
 
@@ -494,8 +496,7 @@ def test_ids_of_32_bits_are_remembered_as_any_others() -> None:
         torch.randint(50, (2, 6), dtype=torch.int32),
         own.new_cache(2, 8, torch.float32, torch.device("cpu")),
     )
-    own(ids, context(2, 6, "cpu", present=torch.arange(6) >= torch.tensor([[0], [2]])), history)
-    history.reset()
+    own(ids, context(2, 6, "cpu", lengths=[6, 4]), history)
     assert torch.equal(
         own(ids, context(2, 6, "cpu"), history), own(ids.long(), context(2, 6, "cpu"))
     )
@@ -598,10 +599,9 @@ def test_ids_outside_the_tokenizer_are_refused(
     ids = torch.tensor([[3, 19, bad, 4]])
     with pytest.raises(ValueError, match=f"got id {bad}, expected one of the 20"):
         addresses(ids, context(1, 4, "cpu"))
-    present = torch.tensor([[True, True, False, True]])
     # Ids at padding are not checked.
-    rows = addresses(ids, context(1, 4, "cpu", present=present))
-    assert torch.equal(rows[:, :, 3], addresses(torch.tensor([[4]]), context(1, 1, "cpu"))[:, :, 0])
+    rows = addresses(ids, context(1, 4, "cpu", lengths=[2]))
+    assert torch.equal(rows[:, :, :2], addresses(ids[:, :2], context(1, 2, "cpu")))
 
 
 def test_saved_addresses_load_and_bring_the_map() -> None:

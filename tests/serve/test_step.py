@@ -364,7 +364,7 @@ def test_other_architectures_are_the_models_own(config):
 def test_padding_and_documents_are_the_models_own():
     model, ids = build(BASE), ids_of(6)
     for known in (
-        {"present": torch.tensor([[False] + [True] * 5])},
+        {"lengths": [5]},
         {"documents": torch.tensor([[0, 0, 0, 1, 1, 1]])},
     ):
         cache = model.new_cache(1)
