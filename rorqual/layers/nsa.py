@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rorqual import kernels
+from rorqual.kernels import kernel
 from rorqual.layers.attend import attend
 from rorqual.layers.cache import Appended, Bundle, Recent
 from rorqual.layers.context import Context
@@ -231,8 +231,7 @@ class NSA(nn.Module):
             choose = functools.partial(self._choose_at, query, blocks, ctx, scale)
             index = token_choices(choose, ctx, None, self.config.select_block, cache, lead)
         pairs = key, value, blocks.keys, blocks.values, near_key, near_value
-        attention = kernels.pick("nsa_few", attend_few, query, *pairs)
-        return attention(query, *pairs, index, ctx.positions, lead, self.config, scale)
+        return attend_few(query, *pairs, index, ctx.positions, lead, self.config, scale)
 
     def _choose_at(
         self, query: Tensor, blocks: Compressed, ctx: Context, scale: float, rows: Tensor
@@ -442,6 +441,7 @@ def _probabilities(
     return logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1) * seen
 
 
+@kernel(numba="rorqual.kernels.nsa:attend_few")
 def attend_few(
     query: Float[Tensor, "B T H P"],
     key: Float[Tensor, "B L G P"],
@@ -476,10 +476,12 @@ def attend_few(
     back = torch.arange(config.window, device=key.device)
     # Each key of the window is a block of its own.
     near = (positions[..., None, None] - back).expand(-1, -1, key.shape[2], -1)
-    attention = kernels.pick("selected_attention", selected_attention, query, key, value)
-    selected = attention(query, key, value, index, positions, config.select_block, scale, lead)
+    size = config.select_block
+    selected = selected_attention(query, key, value, index, positions, size, scale, lead)
     # The kernel does not take blocks of one key.
-    window = selected_attention(query, near_key, near_value, near, positions, 1, scale, lead)
+    window = selected_attention.reference(
+        query, near_key, near_value, near, positions, 1, scale, lead
+    )
     return torch.stack([compressed, selected, window], dim=2)
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rorqual import kernels
+from rorqual.kernels import kernel
 from rorqual.layers.attend import attend
 from rorqual.layers.basics import largest
 from rorqual.layers.cache import Appended
@@ -224,13 +224,18 @@ def attend_chosen(
     `straight`.
     """
     if segment is None:
-        attention = kernels.pick("selected_attention", selected_attention, query, key, value)
+        has_kernel = selected_attention.choose(query, key, value) is not None
         few = query.shape[1] * index.shape[-1] * block < key.shape[1]
-        if attention is not selected_attention or few or lead is not None:
-            return attention(query, key, value, index, ctx.positions[:, run], block, scale, lead)
+        if has_kernel or few or lead is not None:
+            positions = ctx.positions[:, run]
+            return selected_attention(query, key, value, index, positions, block, scale, lead)
     return masked_attention(query, key, value, index, ctx, run, segment, block, scale)
 
 
+@kernel(
+    numba="rorqual.kernels.select:selected_attention",
+    triton="rorqual.kernels.triton_select:selected_attention",
+)
 def selected_attention(
     query: Float[Tensor, "B T H P"],
     key: Float[Tensor, "B L G P"],

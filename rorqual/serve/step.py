@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rorqual.kernels import pick
+from rorqual import kernels
 from rorqual.kernels.step import PLACES, Sizes, Step
 from rorqual.layers.attention import MLA
 from rorqual.layers.basics import RMSNorm, SwiGLU, rope_tables
@@ -37,6 +37,9 @@ from rorqual.runtime import log
 KNOWN = (nn.Linear, nn.Embedding, RMSNorm, SwiGLU, MLA, Router, Experts, MoE, Residual, Block)
 TURNED = 256  # positions whose rotations are computed at once
 
+# The model itself is what runs without it.
+STEP = kernels.choice("decode_step", __name__, numba="rorqual.kernels.step:Step")
+
 Decoder = Callable[[Int[Tensor, "B 1"]], Float[Tensor, "B V"]]
 
 
@@ -50,14 +53,10 @@ def decoder(model: LanguageModel, cache: Cache, rows: int) -> Decoder:
     def reference(ids: Tensor) -> Tensor:
         return model.logits(model.hidden(ids, cache=cache)[0])[:, 0]
 
-    step = pick("decode_step", _reference, model.embed.weight)
-    if step is _reference or rows != 1 or not fits(model) or cache.past.named:
+    step = STEP.choose(model.embed.weight.detach())
+    if step is None or rows != 1 or not fits(model) or cache.past.named:
         return reference
     return _Compiled(step, model, cache) if built(step) else reference
-
-
-def _reference() -> None:
-    """Placeholder for the model itself in the choice of a kernel."""
 
 
 def built(step: Any) -> bool:
