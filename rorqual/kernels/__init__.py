@@ -37,7 +37,7 @@ VARIABLE = "RORQUAL_KERNELS"
 REFERENCE = "reference"
 
 # The modules that register something. A name in RORQUAL_KERNELS may belong to one that is not
-# imported yet; `registered` imports them all. `choice` refuses a module that is not listed.
+# imported yet; `registered` imports them all. `_register` refuses a module that is not listed.
 MODULES = (
     "rorqual.tables.fp8",
     "rorqual.layers.addresses",
@@ -54,6 +54,9 @@ MODULES = (
 # microseconds; os.environ.get takes up to 2, which is more than all other checks of a call.
 _ENVIRONMENT: Mapping[Any, Any] = os.environ._data  # type: ignore[attr-defined]
 _KEY = os.environ.encodekey(VARIABLE)
+
+# Fewer look-ups in a module than torch.float32.
+_FLOAT32 = torch.float32
 
 _REGISTERED: dict[str, "Choice"] = {}
 
@@ -80,7 +83,7 @@ def numba_refuses(
             continue
         if not x.is_cpu:
             return f"it runs on the cpu, not on {x.device.type}"
-        if x.dtype is not torch.float32 and x.dtype.is_floating_point:
+        if x.dtype is not _FLOAT32 and x.dtype.is_floating_point:
             return f"it computes in float32, not in {x.dtype}"
         if with_gradients and x.requires_grad:
             return "it has no backward"
@@ -144,8 +147,14 @@ class Kernel:
 class Choice:
     """The kernels of one name, the preferred one first."""
 
-    def __init__(self, name: str, module: str, targets: Mapping[str, str]) -> None:
-        self.name, self.module = name, module
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        targets: Mapping[str, str],
+        reference: Callable[..., Any] | None = None,
+    ) -> None:
+        self.name, self.module, self.reference = name, module, reference
         self.kernels = tuple(Kernel(kind, target) for kind, target in targets.items())
 
     def select(
@@ -224,7 +233,8 @@ def kernel(**targets: str) -> Callable[[Callable[P, R]], Operation[P, R]]:
     """
 
     def register(reference: Callable[P, R]) -> Operation[P, R]:
-        made = choice(reference.__name__, reference.__module__, **targets)
+        made = Choice(reference.__name__, reference.__module__, targets, reference)
+        _register(made)
         signature, select = inspect.signature(reference), made.select
         floats, others = _tensors(signature)
 
@@ -235,7 +245,10 @@ def kernel(**targets: str) -> Callable[[Callable[P, R]], Operation[P, R]]:
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
                 given = tuple(bound.arguments.values())
-            kernel = select(given, floats, others)
+            try:
+                kernel = select(given, floats, others)
+            except IndexError:  # too few arguments, which the reference refuses
+                kernel = None
             if kernel is None:
                 return reference(*args, **kwargs)
             return kernel.function(*args, **kwargs)
@@ -271,14 +284,19 @@ def choice(name: str, module: str, **targets: str) -> Choice:
 
     The caller, `module`, asks `choose` and does without where that is None.
     """
+    made = Choice(name, module, targets)
+    _register(made)
+    return made
+
+
+def _register(made: Choice) -> None:
+    name, module = made.name, made.module
     assert module in MODULES or not module.startswith("rorqual."), (
         f"{name}: list {module} in rorqual.kernels.MODULES"
     )
-    made = Choice(name, module, targets)
     before = _REGISTERED.setdefault(name, made)
     assert before.module == module, f"{module}: {name} is already registered by {before.module}"
     _REGISTERED[name] = made
-    return made
 
 
 def registered() -> Mapping[str, Choice]:

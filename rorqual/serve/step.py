@@ -12,7 +12,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +21,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rorqual import kernels
-from rorqual.kernels.step import PLACES, Sizes, Step
 from rorqual.layers.attention import MLA
 from rorqual.layers.basics import RMSNorm, SwiGLU, rope_tables
 from rorqual.layers.cache import Appended, Cache
@@ -37,7 +36,7 @@ from rorqual.runtime import log
 KNOWN = (nn.Linear, nn.Embedding, RMSNorm, SwiGLU, MLA, Router, Experts, MoE, Residual, Block)
 TURNED = 256  # positions whose rotations are computed at once
 
-# The model itself is what runs without it.
+# The class of the compiled step, where it can run; the model itself decodes where it cannot.
 STEP = kernels.choice("decode_step", __name__, numba="rorqual.kernels.step:Step")
 
 Decoder = Callable[[Int[Tensor, "B 1"]], Float[Tensor, "B V"]]
@@ -132,7 +131,9 @@ def fits(model: LanguageModel) -> bool:
 
 
 class _Compiled:
-    def __init__(self, step: Callable[..., Step], model: LanguageModel, cache: Cache) -> None:
+    """Runs kernels.step.Step, the class `step`, which needs numba and is imported when it runs."""
+
+    def __init__(self, step: Any, model: LanguageModel, cache: Cache) -> None:
         self.model, self.cache, self.turned = model, cache, -1
         self.embed = model.embed.weight.detach()
         # Referenced, since the step reads their memory.
@@ -141,15 +142,17 @@ class _Compiled:
             cast(Appended, layer.attention.latent) for layer in cast(Iterable, cache.layers)
         ]
         blocks = [cast(Block, block) for block in model.blocks]
-        self.places = np.array([_places(block) for block in blocks], np.int64)
+        self.places = np.array([_places(block, step.PLACES) for block in blocks], np.int64)
         widths = np.array([_width(block) for block in blocks], np.int64)
         ends = np.array([model.norm.weight.data_ptr(), model.head.weight.data_ptr()], np.int64)
-        self.step = step(self.places, widths, ends, sizes(model), torch.get_num_threads())
+        self.latent = step.PLACES.index("latent")
+        own = sizes(model, step.SIZES)
+        self.step = step(self.places, widths, ends, own, torch.get_num_threads())
 
     def __call__(self, ids: Int[Tensor, "1 1"]) -> Float[Tensor, "1 V"]:
         held = self.cache.past.length
         for layer, latent in enumerate(self.latents):
-            self.places[layer, PLACES.index("latent")] = latent.claim(1)[0].data_ptr()
+            self.places[layer, self.latent] = latent.claim(1)[0].data_ptr()
         self.cache.past.append(1, 1, None, None)
         cos, sin = self._rotation(held)
         embedded = self.embed[ids[0, 0]].numpy().copy()
@@ -165,8 +168,8 @@ class _Compiled:
         return self.cos[place], self.sin[place]
 
 
-def _places(block: Block) -> list[int]:
-    """Returns the addresses of one block's weights, in the order of PLACES; 0 for a missing one."""
+def _places(block: Block, names: Sequence[str]) -> list[int]:
+    """Returns the addresses of a block's weights in the order of `names`; 0 for a missing one."""
     attention, ffn = cast(MLA, block.attention), block.ffn
     plain = ffn.shared if isinstance(ffn, MoE) else ffn
     lora = attention.config.q_lora_rank is not None
@@ -186,7 +189,7 @@ def _places(block: Block) -> list[int]:
     if isinstance(ffn, MoE):
         found |= {"router": ffn.router.weight, "bias": ffn.router.e_score_correction_bias}
         found |= {"gate_up": ffn.experts.gate_up, "experts_down": ffn.experts.down}
-    given = (found.get(name) for name in PLACES)
+    given = (found.get(name) for name in names)
     return [0 if weight is None else weight.data_ptr() for weight in given]
 
 
@@ -196,8 +199,8 @@ def _width(block: Block) -> int:
     return 0 if plain is None else plain.gate_proj.weight.shape[0]
 
 
-def sizes(model: LanguageModel) -> Sizes:
-    """Returns the sizes and options of a model for the compiled step."""
+def sizes(model: LanguageModel, make: Callable[..., Any]) -> Any:
+    """Makes the compiled step's Sizes of the sizes and options of a model."""
     c, mla, moe, attention = (
         model.config,
         model.config.mla,
@@ -206,7 +209,7 @@ def sizes(model: LanguageModel) -> Sizes:
     )
     assert mla is not None and isinstance(attention, MLA)
     router = moe.router if moe is not None else None
-    return Sizes(
+    return make(
         dim=c.dim,
         vocabulary=c.vocabulary,
         heads=mla.heads,

@@ -199,6 +199,8 @@ assert "rorqual.kernels.engram" not in sys.modules
 model.loss(ids, ids).total.backward()
 assert not any(name.startswith(("triton", "rorqual.kernels.triton_")) for name in sys.modules)
 assert ("rorqual.kernels.engram" in sys.modules) == (not sys.argv[1:])
+from rorqual.serve.step import STEP
+assert (STEP.choose(torch.zeros(1)) is None) == bool(sys.argv[1:])
 """
     run(code)
     run(code, without_numba=True)
