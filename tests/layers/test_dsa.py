@@ -281,12 +281,14 @@ def test_rows_of_different_lengths_decode_by_the_compiled_call(monkeypatch):
     attention, leads = layer(), (0, 3, 8)
     hidden, calls, own = torch.randn(3, 17, 20), [], twin.attend_best
     present = torch.arange(17) >= torch.tensor(leads)[:, None]
-    monkeypatch.setattr(dsa.kernels, "pick", lambda name, *rest: calls.append(name) or own)
+    monkeypatch.setattr(
+        attend_best.choice.kernels[0], "function", lambda *x: calls.append("attend_best") or own(*x)
+    )
     past, cache = Past(), attention.new_cache(3, 8, hidden.dtype, hidden.device)
     outs = [run(attention, hidden[:, :10], past, cache, present=present[:, :10])]
     assert not calls
     outs += [run(attention, part, past, cache) for part in hidden[:, 10:].split([1, 2, 1, 1, 2], 1)]
-    assert calls == ["dsa_few"] * 5
+    assert calls == ["attend_best"] * 5
     for row, lead in enumerate(leads):
         alone = run(attention, hidden[row : row + 1, lead:])
         torch.testing.assert_close(
@@ -385,19 +387,23 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_twin_gives_the_references_numbers(case, ties, poisoned):
     given = best_case(*case, ties=ties)
-    torch.testing.assert_close(twin.attend_best(*given), attend_best(*given), atol=5e-6, rtol=0)
+    torch.testing.assert_close(
+        twin.attend_best(*given), attend_best.reference(*given), atol=5e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("lead", [[0, 7], [46, 1], [30, 30]])
 def test_the_twin_begins_each_row_where_it_begins(lead, poisoned):
     given, lead = best_case(2, 3, 3, 7, 50, 3, 5, 11), torch.tensor(lead)
     found = twin.attend_best(*given, lead)
-    torch.testing.assert_close(found, attend_best(*given, lead), atol=5e-6, rtol=0)
+    torch.testing.assert_close(found, attend_best.reference(*given, lead), atol=5e-6, rtol=0)
     for row, at in enumerate(lead.tolist()):
         if at > 30:  # fewer keys than may be selected
             continue
         query, latent, looking, key, weights = (x[row : row + 1] for x in given[:5])
-        alone = attend_best(query, latent[:, at:], looking, key[:, at:], weights, *given[5:])
+        alone = attend_best.reference(
+            query, latent[:, at:], looking, key[:, at:], weights, *given[5:]
+        )
         torch.testing.assert_close(found[row : row + 1], alone, atol=5e-6, rtol=0)
 
 
@@ -407,13 +413,13 @@ def test_few_queries_copy_few_latents_at_a_time(monkeypatch):
     That is where no kernel runs, in bfloat16 or on a GPU.
     """
     given, asked, own = best_case(2, 16, 4, 20, 90, 4, 8, 30), [], dsa._attend_to
-    expected = attend_best(*given)
+    expected = attend_best.reference(*given)
     monkeypatch.setattr(
         dsa, "_attend_to", lambda *x: asked.append(x[2].numel() // 2 * 20) or own(*x)
     )
     for name, value in (("COPIED", 1200), ("SCORES", 2 * 4 * 90 * 3)):
         monkeypatch.setattr(dsa, name, value)
-        torch.testing.assert_close(attend_best(*given), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(attend_best.reference(*given), expected, atol=1e-6, rtol=0)
     assert max(asked) <= 1200
 
 
@@ -425,7 +431,9 @@ def test_the_twin_on_threads():
     given, threads = best_case(3, 2, 4, 20, 90, 4, 8, 30), torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        torch.testing.assert_close(twin.attend_best(*given), attend_best(*given), atol=5e-6, rtol=0)
+        torch.testing.assert_close(
+            twin.attend_best(*given), attend_best.reference(*given), atol=5e-6, rtol=0
+        )
     finally:
         torch.set_num_threads(threads)
 
@@ -440,7 +448,7 @@ def test_of_equal_keys_the_twin_chooses_the_last():
     )
     key[0, 2] = -1.0
     given = torch.zeros(1, 1, 1, 1), latent, looking, key, weights, 3, 1.0
-    for way in (twin.attend_best, attend_best):
+    for way in (twin.attend_best, attend_best.reference):
         assert way(*given).item() == pytest.approx(7.0)  # the mean of 6, 7 and 8
 
 

@@ -565,7 +565,7 @@ def test_what_torch_makes_by_default_does_not_matter() -> None:
 
 @pytest.mark.interpreted
 def test_tiles_fuse_as_the_formula(tiled: torch.device, poisoned: None) -> None:
-    function = kernels.triton_twins.fuse
+    function = engram.fuse.choice.load("triton")
     for shape, conv, masked, sign in (
         ((1, 1, 1, 1), True, False, "sign"),
         (
@@ -601,7 +601,7 @@ def test_layer_on_tiles_is_the_layer(tiled: torch.device, monkeypatch: pytest.Mo
     )
     found = []
     for kind in ("reference", "triton"):
-        monkeypatch.setenv(kernels.VARIABLE, f"engram_fuse={kind}")
+        monkeypatch.setenv(kernels.VARIABLE, f"fuse={kind}")
         asked = [x.to(tiled).requires_grad_() for x in (hidden, memory)]
         out = recalled(layer, *asked, where)
         wanted = [*asked, *layer.parameters()]
@@ -619,7 +619,7 @@ def test_whoever_watches_the_gate_sees_and_moves_it(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(recalled(layer, hidden, memory, where), alone)
     hook.remove()
     hook = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
-    monkeypatch.setattr(engram, "pick", lambda *_: pytest.fail("fused, though somebody watches"))
+    monkeypatch.setattr(engram, "fuse", lambda *_: pytest.fail("fused, though somebody watches"))
     recalled(layer, hidden, memory, where)
     hook.remove()
     hook = layer.gate.register_forward_hook(lambda module, args, out: torch.zeros_like(out))

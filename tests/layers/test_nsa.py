@@ -542,7 +542,9 @@ def test_the_twin_gives_the_references_numbers(config, chosen, lead, poisoned):
     ):
         shift = None if lead is None else torch.tensor(lead)
         given = few(config, 3, time, heads, groups, widths, length, shift, chosen)
-        torch.testing.assert_close(twin.attend_few(*given), attend_few(*given), atol=5e-6, rtol=0)
+        torch.testing.assert_close(
+            twin.attend_few(*given), attend_few.reference(*given), atol=5e-6, rtol=0
+        )
 
 
 def test_of_equally_important_blocks_the_later():
@@ -554,7 +556,7 @@ def test_of_equally_important_blocks_the_later():
         1, torch.tensor([0, 12, 24, 28, 32, 36]).view(1, -1, 1, 1), 1.0
     )
     given[1] = torch.zeros_like(given[1])
-    for way in (twin.attend_few, attend_few):
+    for way in (twin.attend_few, attend_few.reference):
         # Blocks 0, 6, 7, 8 and 9 are selected.
         torch.testing.assert_close(way(*given)[0, 0, 1, :, 0], torch.tensor([5 / 20, 5 / 20]))
         given[2][0, 8:20] = 9.0
@@ -570,7 +572,7 @@ def test_blocks_are_chosen_by_what_no_sum_shows():
     given[3] = (
         torch.tensor([0.0, -60, -50, -52, -54, -56, -58, -62, -64, 0]).view(1, 10, 1, 1) / 0.4
     )
-    for way in (twin.attend_few, attend_few):
+    for way in (twin.attend_few, attend_few.reference):
         out = way(*given)[0, 0, 1, :, 0]
         torch.testing.assert_close(out, torch.full((2,), (0 + 2 + 8 + 9) / 4))
 
@@ -578,19 +580,25 @@ def test_blocks_are_chosen_by_what_no_sum_shows():
 @pytest.mark.parametrize("batch", [0, 1])
 def test_the_twin_takes_no_rows_and_fewer_blocks_than_may_be_chosen(batch):
     given = list(few(NSAConfig(), batch, 2, 4, 2, (6, 5), 300))
-    torch.testing.assert_close(twin.attend_few(*given), attend_few(*given), atol=5e-6, rtol=0)
+    torch.testing.assert_close(
+        twin.attend_few(*given), attend_few.reference(*given), atol=5e-6, rtol=0
+    )
     given[7] = torch.tensor([4, 0]).expand(batch, 2, 2, 2)
     for _ in range(20):
         freed = [torch.ones(n, dtype=torch.long) for n in range(8, 48)]
         del freed  # the memory that is allocated next contains block 1
-        torch.testing.assert_close(twin.attend_few(*given), attend_few(*given), atol=5e-6, rtol=0)
+        torch.testing.assert_close(
+            twin.attend_few(*given), attend_few.reference(*given), atol=5e-6, rtol=0
+        )
 
 
 def test_the_twin_on_threads():
     given, threads = few(NSAConfig(), 2, 3, 16, 4, (64, 64), 900), torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        torch.testing.assert_close(twin.attend_few(*given), attend_few(*given), atol=5e-6, rtol=0)
+        torch.testing.assert_close(
+            twin.attend_few(*given), attend_few.reference(*given), atol=5e-6, rtol=0
+        )
     finally:
         torch.set_num_threads(threads)
 

@@ -76,14 +76,16 @@ def brute(query, key, value, index, positions, block, scale):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_is_its_definition(shape):
     given = case(*shape, dtype=torch.float64)
-    torch.testing.assert_close(selected_attention(*given), brute(*given), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        selected_attention.reference(*given), brute(*given), atol=1e-12, rtol=0
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_twin_gives_the_references_numbers(shape, poisoned):
     given = case(*shape)
     torch.testing.assert_close(
-        select.selected_attention(*given), selected_attention(*given), atol=2e-6, rtol=0
+        select.selected_attention(*given), selected_attention.reference(*given), atol=2e-6, rtol=0
     )
 
 
@@ -100,7 +102,7 @@ def test_the_twin_gives_the_references_numbers(shape, poisoned):
 def test_the_twin_at_any_size(batch, time, heads, width, length, chosen, block):
     given = case(batch, time, *heads, width, width, length, chosen, block)
     torch.testing.assert_close(
-        select.selected_attention(*given), selected_attention(*given), atol=5e-6, rtol=0
+        select.selected_attention(*given), selected_attention.reference(*given), atol=5e-6, rtol=0
     )
 
 
@@ -109,14 +111,14 @@ def test_a_shifted_row_attends_as_if_alone(shape, poisoned):
     """Sequence b starts at its own column, and columns before it are never read."""
     query, key, value, index, positions, block, scale = case(*shape)
     length, lead = key.shape[1], torch.tensor([4, 0, 7])[: len(key)]
-    expected = selected_attention(query, key, value, index, positions, block, scale)
+    expected = selected_attention.reference(query, key, value, index, positions, block, scale)
     shifted = [torch.full((len(x), length + 7, *x.shape[2:]), torch.nan) for x in (key, value)]
     for b, start in enumerate(lead.tolist()):
         for room, x in zip(shifted, (key, value), strict=True):
             room[b, start : start + length] = x[b]
             # A gather may read past the end of a sequence with weight 0.
             room[b, start + length :] = 0.0
-    for way in (selected_attention, select.selected_attention):
+    for way in (selected_attention.reference, select.selected_attention):
         out = way(query, *(x.nan_to_num() for x in shifted), index, positions, block, scale, lead)
         torch.testing.assert_close(out, expected, atol=2e-6, rtol=0)
     out = select.selected_attention(query, *shifted, index, positions, block, scale, lead)
@@ -127,7 +129,7 @@ def test_weights_that_no_sum_shows_take_no_time_and_no_number_hides():
     query, key, value, index, positions, block, _ = case(*SHAPES[1])
     out = select.selected_attention(query, key, value, index, positions, block, 40.0)
     torch.testing.assert_close(
-        out, selected_attention(query, key, value, index, positions, block, 40.0)
+        out, selected_attention.reference(query, key, value, index, positions, block, 40.0)
     )
     query[0, 0, 0, 0] = torch.nan
     out = select.selected_attention(query, key, value, index, positions, block, 0.4)
@@ -229,7 +231,7 @@ def test_the_twin_on_threads():
     given, threads = case(2, 30, 4, 2, 2, 64, 64, 400, 12, 32), torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        exact = selected_attention(
+        exact = selected_attention.reference(
             *(x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in given)
         )
         torch.testing.assert_close(
@@ -237,16 +239,6 @@ def test_the_twin_on_threads():
         )
     finally:
         torch.set_num_threads(threads)
-
-
-def test_the_twin_refuses_what_it_cannot_do():
-    plain = torch.zeros(2)
-    assert select.usable(plain) == ""
-    assert "bfloat16" in select.usable(plain, plain.bfloat16())
-    assert "backward" in select.usable(plain.clone().requires_grad_())
-    with torch.no_grad():
-        assert select.usable(plain.clone().requires_grad_()) == ""
-    assert "cuda" in select.usable(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -261,7 +253,7 @@ def test_gathered_is_masked(shape, dtype):
     masked = selection.masked_attention(
         *given, index, where, slice(0, query.shape[1]), None, block, scale
     )
-    gathered = selected_attention(*given, index, positions, block, scale)
+    gathered = selected_attention.reference(*given, index, positions, block, scale)
     loose = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype]
     torch.testing.assert_close(masked, gathered, atol=loose, rtol=0)
     pull = torch.randn_like(masked)
@@ -272,31 +264,37 @@ def test_gathered_is_masked(shape, dtype):
 
 def test_the_way_is_chosen_by_what_is_asked(monkeypatch):
     """The kernel is used where it can run; else a gather for few queries and a mask for many."""
-    query, key, value, index, _, block, scale = case(1, 8, 4, 2, 2, 6, 6, 64, 2, 4)
+    query, key, value, index, positions, block, scale = case(1, 8, 4, 2, 2, 6, 6, 64, 2, 4)
     history = Past()
     history.length = 56
     where, used = context(1, 8, "cpu", past=history), []
-    for name in ("selected_attention", "masked_attention"):
-        way = getattr(selection, name)
+    for owner, name in (
+        (selected_attention.choice.kernels[0], "function"),
+        (selection, "masked_attention"),
+    ):
+        way = getattr(owner, name)
         monkeypatch.setattr(
-            selection, name, lambda *g, way=way, name=name: (used.append(name), way(*g))[1]
+            owner, name, lambda *g, way=way, name=name: (used.append(name), way(*g))[1]
         )
     for kind, count, expected in (
-        ("", 8, []),
+        ("", 8, ["function"]),
         ("reference", 8, ["masked_attention"]),
-        ("reference", 2, ["selected_attention"]),
+        ("reference", 2, []),
     ):
         monkeypatch.setenv(kernels.VARIABLE, kind)
         used.clear()
         run = slice(8 - count, 8)
-        attend_chosen(query[:, run], key, value, index[:, run], where, run, None, block, scale)
+        given = query[:, run], key, value, index[:, run]
+        out = attend_chosen(*given, where, run, None, block, scale)
         assert used == expected
+        exact = selected_attention.reference(*given, positions[:, run], block, scale)
+        torch.testing.assert_close(out, exact, atol=2e-6, rtol=0)
 
 
 def test_a_query_without_keys_gets_nothing():
     query, key, value, index, positions, block, scale = case(1, 3, 4, 2, 2, 6, 6, 20, 3, 4)
     empty = torch.full_like(index, -1)
-    for way in (selected_attention, select.selected_attention):
+    for way in (selected_attention.reference, select.selected_attention):
         assert (way(query, key, value, empty, positions, block, scale) == 0).all()
 
 
