@@ -361,10 +361,19 @@ class Cache:
             draft.past.select(rows, index)
 
     def join(self, other: "Cache") -> None:
-        """Appends the sequences of `other`, a cache of the same model without drafts."""
-        for state, more in zip(self._states(), other._states(), strict=True):
-            state.join(more, (self.length, other.length))
+        """Appends the sequences of `other`, a cache of the same model without drafts.
+
+        ValueError, with nothing joined, if documents are packed or only one of them has tokens.
+        """
+        lengths = self.length, other.length
+        if min(lengths) == 0 < max(lengths):
+            raise ValueError(
+                f"join: got caches of {lengths[0]} and {lengths[1]} tokens, expected tokens in "
+                "both: run the model on the empty one first"
+            )
         self.past.join(other.past)
+        for state, more in zip(self._states(), other._states(), strict=True):
+            state.join(more, lengths)
         self.drafts = ()
 
     def crop(self, k: int | Sequence[int]) -> None:
