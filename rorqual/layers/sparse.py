@@ -64,7 +64,7 @@ def own_blocks(ctx: Context, segment: Int[Tensor, "B L"] | None, block: int) -> 
     """Returns the block of each new token."""
     if segment is None:
         return ctx.positions // block
-    return segment.gather(1, ctx.columns.expand_as(ctx.positions))
+    return segment.gather(1, ctx.columns)
 
 
 def most_blocks(segment: Int[Tensor, "B L"]) -> int:
