@@ -19,6 +19,7 @@ from rorqual.kernels import (
     compiled,
     dsa,
     engram,
+    files,
     nsa,
     rows,
     select,
@@ -64,6 +65,7 @@ TWINS: Mapping[str, tuple[Twin, ...]] = MappingProxyType(
         "dsa_few": (Twin("numba", dsa.attend_best, select.usable),),
         "nsa_few": (Twin("numba", nsa.attend_few, select.usable),),
         "decode_step": (Twin("numba", step.Step, rows.usable),),
+        "read_rows": (Twin("numba", files.read_rows, files.usable),),
         "row_adam": (Twin("numba", rows.row_adam, rows.usable),),
         "sum_rows": (Twin("numba", rows.sum_rows, rows.usable),),
     }
