@@ -26,18 +26,17 @@ class RowCache:
         self, ids: Int[np.ndarray, " K"]
     ) -> tuple[UInt8[Tensor, "K bytes"], Int[np.ndarray, " missing"]]:
         """Returns rows, and the places of those that are not cached, to be filled in."""
+        rows = torch.empty(len(ids), self._values.shape[1], dtype=torch.uint8)
         if not self.slots:
-            rows = np.empty((len(ids), self._values.shape[1]), np.uint8)
-            return torch.from_numpy(rows), np.arange(len(ids))
-        rows = ids.tolist()
-        slots = np.array([self._slot_of.get(row, -1) for row in rows], dtype=np.int64)
-        missing = np.flatnonzero(slots < 0)
-        for row in rows:
-            if row in self._slot_of:
+            return rows, np.arange(len(ids))
+        wanted = ids.tolist()
+        slots = np.array([self._slot_of.get(row, -1) for row in wanted], dtype=np.int64)
+        for row, slot in zip(wanted, slots.tolist(), strict=True):
+            if slot >= 0:
                 self._slot_of.move_to_end(row)
         # Missing rows get any row's bytes; the caller overwrites them.
-        slots[missing] = 0
-        return torch.from_numpy(self._values.take(slots, axis=0)), missing
+        self._values.take(slots, axis=0, out=rows.numpy(), mode="clip")
+        return rows, np.flatnonzero(slots < 0)
 
     def insert(self, ids: Int[np.ndarray, " K"], values: UInt8[Tensor, "K bytes"]) -> None:
         """Caches rows that are not cached yet; if they are more than fit, the last ones."""

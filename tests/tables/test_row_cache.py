@@ -75,3 +75,10 @@ def test_repeated_ids_are_found_and_cached_once() -> None:
     rows, missing = kept.lookup(np.array([3, 5, 7, 9]))
     assert missing.tolist() == [0]
     assert rows[1:].flatten().tolist() == [50, 70, 90]
+
+
+def test_no_ids_give_no_rows_of_a_type_that_can_be_viewed() -> None:
+    for slots in (0, 3):
+        rows, missing = RowCache(8 * slots, 8, 2**40).lookup(np.array([], dtype=np.int64))
+        assert rows.view(torch.float32).shape == (0, 2)
+        assert len(missing) == 0
