@@ -18,6 +18,7 @@ holds every byte; a table that is read keeps `--hot-bytes` of its rows in memory
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -26,9 +27,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from unittest import mock
 
 import torch
@@ -92,18 +91,20 @@ def called(work: Callable[[], object]) -> set[str]:
     """Returns the names of the kernels that the workload calls, by running it once."""
     names: set[str] = set()
 
-    def counting(name: str, kernel: kernels.Twin) -> kernels.Twin:
-        def function(*given: object, **named: object) -> object:
+    def counting(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def counted(*given: object, **named: object) -> object:
             names.add(name)
-            return kernel.function(*given, **named)
+            return function(*given, **named)
 
-        return replace(kernel, function=function)
+        return counted
 
-    counted = {
-        name: tuple(counting(name, kernel) for kernel in own) for name, own in kernels.TWINS.items()
-    }
-    # The workload before may have disabled one of the kernels.
-    with mock.patch.object(kernels, "TWINS", MappingProxyType(counted)):
+    with contextlib.ExitStack() as stack:
+        for name, choice in kernels.registered().items():
+            for kernel in choice.kernels:
+                if kernel.kind == CPU_KIND:
+                    counted = counting(name, kernel.function)
+                    stack.enter_context(mock.patch.object(kernel, "function", counted))
+        # The workload before may have disabled one of the kernels.
         seconds(work, None)
     return names
 

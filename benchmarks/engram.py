@@ -27,7 +27,6 @@ import numpy as np
 import rows as rows_benchmark
 import torch
 
-from rorqual.kernels import pick
 from rorqual.layers.addresses import Addresses, EngramConfig, follow_rows
 from rorqual.layers.context import context
 from rorqual.tables import Table
@@ -108,9 +107,9 @@ def decode_steps(rows: int, layers: tuple[int, ...], name: str) -> dict[str, Cal
     own(ids, where, history)
     buffer, at = history.claim(ids)
     exact = (own.canonical_map, own.multipliers, own.primes, own.offsets)
-    twin, kept = pick("engram_follow", follow_rows, ids, own.primes), dict[str, Any]()
+    kept = dict[str, Any]()
     return {
-        f"hash of a 32-token decode step, {name}": lambda: twin(
+        f"hash of a 32-token decode step, {name}": lambda: follow_rows(
             ids, buffer, at, *exact, 0, None, kept
         ),
         f"whole step with history, {name}": lambda: own(ids, where, history),

@@ -66,7 +66,7 @@ class Report:
 
 def examine(folder: str | Path = ".") -> Report:
     """Examines this machine; `folder` is where runs would be written."""
-    picked = {name: _picked(name) for name in kernels.TWINS}
+    picked = {name: _picked(choice) for name, choice in kernels.registered().items()}
     return Report(
         rorqual=_version("rorqual") or "not installed (run from source)",
         python=platform.python_version(),
@@ -76,7 +76,7 @@ def examine(folder: str | Path = ".") -> Report:
         memory_bytes=memory(),
         disk_free_bytes=shutil.disk_usage(folder).free,
         devices=tuple(_devices()),
-        kernels={name: dict(twins) for name, twins in kernels.available().items()},
+        kernels=dict(kernels.available()),
         kernels_picked={name: kind for name, (kind, _) in picked.items()},
         kernels_asked=os.environ.get(kernels.VARIABLE, ""),
         checks=(
@@ -103,8 +103,8 @@ def lines(report: Report) -> list[str]:
     ]
     if report.kernels_asked:
         head.append(f"{kernels.VARIABLE}={report.kernels_asked}")
-    for name, twins in report.kernels.items():
-        reasons = [f"{twin}: {state}" for twin, state in twins.items() if state is not True]
+    for name, kinds in report.kernels.items():
+        reasons = [f"{kind}: {state}" for kind, state in kinds.items() if state is not True]
         taken = report.kernels_picked[name] or "none"
         head.append(f"kernel {name}: {taken}" + (f" ({'; '.join(reasons)})" if reasons else ""))
     order = {"ok": 0, "missing": 1, "wrong": 2}
@@ -123,22 +123,15 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _reference() -> None:
-    """Placeholder for the layer's own function when a kernel is chosen."""
-
-
-def _picked(name: str) -> tuple[str, str]:
-    """Returns what `kernels.pick` chooses on this process's device, and "".
+def _picked(choice: kernels.Choice) -> tuple[str, str]:
+    """Returns the kind of kernel that runs on this process's device, or "reference", and "".
 
     Where it refuses, returns "" and the reason.
     """
     try:
-        chosen = kernels.pick(name, _reference, runtime.device())
+        return choice.kind(runtime.device()), ""
     except ValueError as error:
         return "", str(error)
-    return next(
-        (twin.kind for twin in kernels.TWINS[name] if twin.function is chosen), kernels.REFERENCE
-    ), ""
 
 
 def _kernels(picked: dict[str, tuple[str, str]]) -> Check:

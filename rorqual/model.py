@@ -120,13 +120,9 @@ class Block(nn.Module):
             mapping, ctx = mapping.last(ctx.lengths), ctx.last()
         x = self.attention_site.write(out, mapping)
         h, mapping = self.ffn_site.read(x)
-        out, routing = self._feed_forward(self.ffn_norm(h), ctx)
+        h = self.ffn_norm(h)
+        out, routing = self.ffn(h, ctx) if isinstance(self.ffn, MoE) else (self.ffn(h), None)
         return self.ffn_site.write(out, mapping), Aux(indexer_loss, routing)
-
-    def _feed_forward(self, normed: Tensor, ctx: Context) -> tuple[Tensor, Routing | None]:
-        if isinstance(self.ffn, MoE):
-            return self.ffn(normed, ctx)
-        return self.ffn(normed), None
 
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device

@@ -9,6 +9,7 @@ import torch
 
 from rorqual import doctor, hints, kernels
 from rorqual.cli.main import main
+from rorqual.layers.addresses import follow_rows
 
 
 def test_the_report_is_true_and_speaks_json(tmp_path):
@@ -88,10 +89,9 @@ def test_the_kernel_reported_is_the_one_that_is_picked(tmp_path, monkeypatch):
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     picked = doctor.examine(tmp_path).kernels_picked
     for name, kind in picked.items():
-        chosen = kernels.pick(name, print, doctor.runtime.device())
-        assert (kind == "reference") == (chosen is print)
-    monkeypatch.setenv(kernels.VARIABLE, "engram_rows=reference")
-    assert doctor.examine(tmp_path).kernels_picked == picked | {"engram_rows": "reference"}
+        assert kind == kernels.registered()[name].kind(doctor.runtime.device())
+    monkeypatch.setenv(kernels.VARIABLE, "hash_rows=reference")
+    assert doctor.examine(tmp_path).kernels_picked == picked | {"hash_rows": "reference"}
     monkeypatch.setenv(kernels.VARIABLE, "reference")
     report = doctor.examine(tmp_path)
     assert set(report.kernels_picked.values()) == {"reference"}
@@ -101,7 +101,7 @@ def test_the_kernel_reported_is_the_one_that_is_picked(tmp_path, monkeypatch):
 
 
 def test_nonsense_asked_of_the_kernels_is_an_error(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv(kernels.VARIABLE, "engram_rows=nonsense")
+    monkeypatch.setenv(kernels.VARIABLE, "hash_rows=nonsense")
     assert main(["doctor", "--folder", str(tmp_path)]) == 1
     said = capsys.readouterr().out
     assert "wrong   kernels: " in said
@@ -110,11 +110,8 @@ def test_nonsense_asked_of_the_kernels_is_an_error(tmp_path, monkeypatch, capsys
 
 
 def test_a_kernel_that_says_something_else_is_found(tmp_path, monkeypatch):
-    def crooked(name, reference, *where):
-        asked = doctor.os.environ.get(kernels.VARIABLE) == "reference"
-        return reference if asked or name != "engram_rows" else lambda *given: reference(*given) * 0
-
-    monkeypatch.setattr("rorqual.layers.addresses.pick", crooked)
+    (kernel,) = follow_rows.choice.kernels
+    monkeypatch.setattr(kernel, "function", lambda *given: follow_rows.reference(*given) * 0)
     checks = {check.name: check for check in doctor.examine(tmp_path).checks}
     assert checks["arithmetic"].state == "wrong"
     assert "at fault" in checks["arithmetic"].mend

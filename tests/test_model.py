@@ -106,26 +106,35 @@ def test_chunks_crop_and_reorder_equal_one_forward(precise):
 
 
 @torch.no_grad()
-def test_left_padding_is_invisible(precise):
+def test_padding_is_invisible(precise):
     model, ids = precise, _ids(1, 9)
-    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
-    present = torch.arange(13)[None] >= 4
-    assert torch.allclose(model(padded, present=present)[:, 4:], model(ids), atol=2e-6)
+    padded = torch.cat([ids[:, :5], torch.zeros(1, 4, dtype=torch.long)], 1)
+    assert torch.allclose(model(padded, lengths=[5])[:, :5], model(ids[:, :5]), atol=2e-6)
     cache = model.new_cache(1)
-    model(padded[:, :8], present=present[:, :8], cache=cache)
-    assert torch.allclose(model(padded[:, 8:], cache=cache), model(ids)[:, 4:], atol=2e-6)
+    model(padded, lengths=[5], cache=cache)
+    assert cache.lengths == (5,)
+    assert torch.allclose(model(ids[:, 5:], cache=cache), model(ids)[:, 5:], atol=2e-6)
+
+
+@pytest.mark.parametrize("lengths", [[-1, 3], [3], [4, 3], [3, 3, 3]])
+def test_lengths_that_are_none_are_refused(lengths):
+    model = LanguageModel(ModelConfig(vocabulary=WORDS, dim=8, layers=1, dense_width=8))
+    with pytest.raises(ValueError, match=r"lengths: got .*, expected 2 numbers .* from 0 to 3"):
+        model(torch.ones(2, 3, dtype=torch.long), lengths=lengths)
 
 
 @torch.no_grad()
 def test_the_last_position_alone_is_that_of_all(precise):
     model = precise
     ids, cache, whole = _ids(2, 11), model.new_cache(2), model.new_cache(2)
-    for known in ({}, {"present": torch.tensor([[False] * 3 + [True] * 8, [True] * 11])}):
+    for lengths in (None, [8, 11]):
         cache.reset()
         whole.reset()
-        last = model.hidden(ids, cache=cache, last=True, **known)[0]
+        last = model.hidden(ids, cache=cache, last=True, lengths=lengths)[0]
         assert last.shape[1] == 1
-        assert torch.allclose(last, model.hidden(ids, cache=whole, **known)[0][:, -1:], atol=2e-6)
+        expected = model.hidden(ids, cache=whole, lengths=lengths)[0]
+        places = torch.tensor(lengths or [11, 11]) - 1
+        assert torch.allclose(last[:, 0], expected[torch.arange(2), places], atol=2e-6)
         assert torch.allclose(
             model(ids[:, :1], cache=cache), model(ids[:, :1], cache=whole), atol=2e-6
         )
@@ -360,7 +369,7 @@ def test_what_cannot_be_is_refused(change, message):
 
 def test_cache_refuses_what_it_does_not_hold():
     cache = _everything().new_cache(1)
-    with pytest.raises(ValueError, match=r"crop: got 1, expected 0\.\.0"):
+    with pytest.raises(ValueError, match="crop: got 1 tokens to forget, expected 0 to"):
         cache.crop(1)
     with pytest.raises(ValueError, match="got batch 0"):
         _everything().new_cache(0)
@@ -450,36 +459,41 @@ class Scripted(RuleBasedStateMachine):
 
     def fill(self, sizes: list[int]) -> None:
         self.rows: list[list[tuple[int, int]]] = [[] for _ in sizes]
-        self.padding, self.held = [max(sizes) - size for size in sizes], 0
-        present = torch.tensor(
-            [[t >= padding for t in range(max(sizes))] for padding in self.padding]
-        )
-        self.feed(max(sizes), None, None if present.all() else present)
+        self.held = [0] * len(sizes)
+        self.feed(max(sizes), None, None if min(sizes) == max(sizes) else sizes)
 
     @torch.no_grad()
     def feed(
-        self, count: int, documents: torch.Tensor | None, present: torch.Tensor | None = None
+        self, count: int, documents: torch.Tensor | None, lengths: list[int] | None = None
     ) -> None:
         ids = torch.randint(0, WORDS, (len(self.rows), count), generator=self.draw)
-        got = self.model(ids, documents=documents, present=present, cache=self.cache)
-        fresh = [count - padding if present is not None else count for padding in self.padding]
+        got = self.model(ids, documents=documents, lengths=lengths, cache=self.cache)
+        fresh = lengths or [count] * len(self.rows)
         for b, row in enumerate(self.rows):
             last = row[-1][1] if row else 0
             numbers = [last] * count if documents is None else documents[b].tolist()
-            row += list(zip(ids[b].tolist(), numbers, strict=True))[count - fresh[b] :]
-        self.held = min(64, self.held + count)
+            row += list(zip(ids[b].tolist(), numbers, strict=True))[: fresh[b]]
+        self.held = [min(64, held + new) for held, new in zip(self.held, fresh, strict=True)]
         longest = max(map(len, self.rows))
         # Padding on the right, which no token sees.
         filled = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in self.rows])
         whole = self.model(filled[..., 0], documents=filled[..., 1])
         for b, row in enumerate(self.rows):
             expected = whole[b, len(row) - fresh[b] : len(row)]
-            torch.testing.assert_close(got[b, count - fresh[b] :], expected, rtol=0, atol=1e-5)
-        assert self.cache.length == len(self.rows[0]) + self.padding[0]
+            torch.testing.assert_close(got[b, : fresh[b]], expected, rtol=0, atol=1e-5)
+        assert self.cache.lengths == tuple(map(len, self.rows))
 
     @rule(count=st.sampled_from([1, 1, 2, 3, 7, 40, 150]))
     def extend(self, count: int) -> None:
         self.feed(count, None)
+
+    @rule(data=st.data(), count=st.integers(2, 9))
+    def extend_each(self, data: st.DataObject, count: int) -> None:
+        """Extends each sequence by so many tokens of its own."""
+        rows = len(self.rows)
+        self.feed(
+            count, None, data.draw(st.lists(st.integers(1, count), min_size=rows, max_size=rows))
+        )
 
     @rule(steps=st.lists(st.integers(0, 1), min_size=2, max_size=7))
     def extend_by_documents(self, steps: list[int]) -> None:
@@ -490,10 +504,8 @@ class Scripted(RuleBasedStateMachine):
     def select(self, data: st.DataObject) -> None:
         index = data.draw(st.lists(st.integers(0, len(self.rows) - 1), min_size=1, max_size=3))
         self.cache.select(torch.tensor(index))
-        self.rows, self.padding = (
-            [list(self.rows[i]) for i in index],
-            [self.padding[i] for i in index],
-        )
+        self.rows = [list(self.rows[i]) for i in index]
+        self.held = [self.held[i] for i in index]
 
     @rule(data=st.data())
     def crop(self, data: st.DataObject) -> None:
@@ -501,16 +513,16 @@ class Scripted(RuleBasedStateMachine):
 
         64 tokens are stored, and new ones again.
         """
-        count = data.draw(st.integers(0, min(map(len, self.rows)) - 1))
-        if count > self.held:
+        counts = [data.draw(st.integers(0, len(row) - 1)) for row in self.rows]
+        if any(count > held for count, held in zip(counts, self.held, strict=True)):
             with contextlib.suppress(ValueError):
-                self.cache.crop(count)
-            if self.cache.length == len(self.rows[0]) + self.padding[0]:
+                self.cache.crop(counts)
+            if self.cache.lengths == tuple(map(len, self.rows)):
                 return
         else:
-            assert self.cache.crop(count) is None
-        self.held = max(0, self.held - count)
-        self.rows = [row[: len(row) - count] for row in self.rows]
+            assert self.cache.crop(counts) is None
+        self.held = [max(0, held - count) for held, count in zip(self.held, counts, strict=True)]
+        self.rows = [row[: len(row) - n] for row, n in zip(self.rows, counts, strict=True)]
 
     @rule(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3))
     def reset(self, sizes: list[int]) -> None:

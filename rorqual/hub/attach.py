@@ -32,7 +32,7 @@ from rorqual.data.tokenizer import Tokenizer
 from rorqual.hub.padding import Columns, Packing, packing
 from rorqual.io import atomic_write
 from rorqual.layers.addresses import Addresses
-from rorqual.layers.cache import Appended, BlockCache, Cache, Past
+from rorqual.layers.cache import Appended, BlockCache, Cache, NewTokens, Past
 from rorqual.layers.context import Context, context
 from rorqual.layers.engram import Engram
 from rorqual.model_config import EngramConfig, row_totals
@@ -230,7 +230,7 @@ class Memory(nn.Module):
         documents = _documents(kwargs, ids) if columns == 0 else None
         tokens, batch, time = ids if packed is None else packed.pack(ids), *ids.shape
         if state is not None:
-            state.append(batch, time, packed)
+            state.columns.append(batch, time, packed)
         ctx = context(
             batch,
             time,
@@ -316,7 +316,7 @@ class Everything(Appended):
     def __init__(self, count: int) -> None:
         super().__init__(before=count)
 
-    def extend(self, new: Shaped[Tensor, "B T ..."], ctx: Context) -> Shaped[Tensor, "B L ..."]:
+    def extend(self, new: Shaped[Tensor, "B T ..."], ctx: NewTokens) -> Shaped[Tensor, "B L ..."]:
         """Stores `new`; returns the `before` tokens before it, and `new` with its gradient."""
         self.append(new, ctx)
         window = self.window(ctx, new.shape[1])
@@ -329,12 +329,6 @@ class MemoryCache:
 
     cache: Cache
     columns: Columns
-
-    def append(self, batch: int, time: int, packed: Packing | None) -> None:
-        """Counts the columns of one call; an empty cache takes a batch of any size."""
-        if self.columns.count == 0:
-            self.cache.past = Past(batch)
-        self.columns.append(batch, time, packed)
 
     def select(self, index: Int[Tensor, " B"]) -> None:
         """Keeps the sequences `index`, in that order."""

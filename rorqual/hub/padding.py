@@ -18,8 +18,8 @@ class Packing(NamedTuple):
 
     @property
     def lengths(self) -> list[int]:
-        """The number of tokens in each row; a row without any keeps one, which means nothing."""
-        return self.valid.sum(1).clamp_min(1).tolist()
+        """The number of tokens in each row."""
+        return self.valid.sum(1).tolist()
 
     def pack(self, x: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "B T ..."]:
         """Returns x with the valid tokens of each row first, in their order."""

@@ -1,98 +1,309 @@
-"""Chooses the fastest kernel that can run on the given tensors, or the PyTorch reference.
+"""Registers kernels on their PyTorch references, and runs the fastest that can take the arguments.
 
-A kernel has the signature of its reference and gives the same numbers. The environment variable
-RORQUAL_KERNELS overrides the choice: "reference" selects the reference everywhere, and
-"engram_rows=reference,other=numba" decides name by name.
+    @kernel(
+        numba="rorqual.kernels.select:selected_attention",
+        triton="rorqual.kernels.triton_select:selected_attention",
+    )
+    def selected_attention(query, key, ...): ...
+
+The decorated function is the reference: it documents the operation, and runs wherever no kernel
+can. A kernel is a function of the same signature that returns the same numbers. It is named by
+module and function, and imported when it first runs: neither numba nor triton need be installed.
+
+    selected_attention(query, ...)             runs the fastest kernel, or else the reference
+    selected_attention.reference(query, ...)   runs the reference
+    selected_attention.choose(query, ...)      returns the kernel that would run, or None
+
+The environment variable RORQUAL_KERNELS overrides the choice: "reference" selects the reference
+everywhere, and "hash_rows=reference,row_adam=numba" decides function by function.
 """
 
 import functools
+import importlib
+import importlib.util
+import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ParamSpec, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from rorqual.hints import choose
-from rorqual.kernels import (
-    compiled,
-    dsa,
-    engram,
-    nsa,
-    rows,
-    select,
-    step,
-    triton_twins,
-)
 
 VARIABLE = "RORQUAL_KERNELS"
 REFERENCE = "reference"
 
+# The modules that register something. A name in RORQUAL_KERNELS may belong to one that is not
+# imported yet; `registered` imports them all. `_register` refuses a module that is not listed.
+MODULES = (
+    "rorqual.tables.fp8",
+    "rorqual.layers.addresses",
+    "rorqual.layers.engram",
+    "rorqual.layers.streams",
+    "rorqual.layers.sparse",
+    "rorqual.layers.nsa",
+    "rorqual.layers.dsa",
+    "rorqual.train.optim",
+    "rorqual.serve.step",
+)
 
-@dataclass(frozen=True, slots=True)
-class Twin:
-    """One kernel of an operation: its kind, its function and where it can run.
+# The dictionary behind os.environ, and the variable's key in it. Reading it takes 0.03
+# microseconds; os.environ.get takes up to 2, which is more than all other checks of a call.
+_ENVIRONMENT: Mapping[Any, Any] = os.environ._data  # type: ignore[attr-defined]
+_KEY = os.environ.encodekey(VARIABLE)
 
-    `usable(*tensors_or_device)` is "" where `function` can run on them, else the reason why not.
+# Fewer look-ups in a module than torch.float32.
+_FLOAT32 = torch.float32
+
+_REGISTERED: dict[str, "Choice"] = {}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def numba_refuses(
+    args: Sequence[Any], floats: Iterable[int], others: Iterable[int], selected: bool
+) -> str:
+    """Returns why numba's kernels cannot take these arguments; "" if they can.
+
+    They take tensors on the CPU, of integers or float32, without gradients. args[i] is a tensor or
+    None for i in `floats` and `others`; those of `others` are known to be no floats.
     """
+    for i in others:
+        x = args[i]
+        if x is not None and not x.is_cpu:
+            return f"it runs on the cpu, not on {x.device.type}"
+    with_gradients = bool(floats) and torch.is_grad_enabled()
+    for i in floats:
+        x = args[i]
+        if x is None:
+            continue
+        if not x.is_cpu:
+            return f"it runs on the cpu, not on {x.device.type}"
+        if x.dtype is not _FLOAT32 and x.dtype.is_floating_point:
+            return f"it computes in float32, not in {x.dtype}"
+        if with_gradients and x.requires_grad:
+            return "it has no backward"
+    return ""
 
-    kind: str
-    function: Callable[..., Any]
-    usable: Callable[..., str]
+
+def triton_refuses(
+    args: Sequence[Any], floats: Iterable[int], others: Iterable[int], selected: bool
+) -> str:
+    """Returns why Triton's kernels cannot take these arguments, as numba_refuses does.
+
+    They take tensors on a GPU, of any dtype but float64. Where TRITON_INTERPRET=1 was set before
+    Triton was imported, they run on the CPU, statement by statement in numpy: slow, and meant for
+    tests. They do so only where RORQUAL_KERNELS has `selected` them.
+    """
+    interpreted = selected and os.environ.get("TRITON_INTERPRET") == "1"
+    for i in (*floats, *others):
+        x = args[i]
+        if x is None:
+            continue
+        if not (x.device.type == "cuda" or (interpreted and x.is_cpu)):
+            return f"it runs on cuda, not on {x.device.type}"
+        if x.dtype is torch.float64:
+            return "it computes in float32, not in float64"
+    return ""
 
 
-TWINS: Mapping[str, tuple[Twin, ...]] = MappingProxyType(
-    {
-        "engram_rows": (
-            Twin("numba", engram.hash_rows, compiled.usable),
-            Twin("triton", triton_twins.hash_rows, triton_twins.usable("engram_rows")),
-        ),
-        "engram_follow": (Twin("numba", engram.follow_rows, compiled.usable),),
-        "engram_fuse": (Twin("triton", triton_twins.fuse, triton_twins.usable("engram_fuse")),),
-        "hyper_collapse": (
-            Twin("triton", triton_twins.collapse, triton_twins.usable("hyper_collapse")),
-        ),
-        "hyper_write": (Twin("triton", triton_twins.write, triton_twins.usable("hyper_write")),),
-        "fp8_rows": (Twin("triton", triton_twins.recall, triton_twins.usable("fp8_rows")),),
-        "selected_attention": (
-            Twin("numba", select.selected_attention, select.usable),
-            Twin(
-                "triton", triton_twins.selected_attention, triton_twins.usable("selected_attention")
-            ),
-        ),
-        "dsa_few": (Twin("numba", dsa.attend_best, select.usable),),
-        "nsa_few": (Twin("numba", nsa.attend_few, select.usable),),
-        "decode_step": (Twin("numba", step.Step, rows.usable),),
-        "row_adam": (Twin("numba", rows.row_adam, rows.usable),),
-        "sum_rows": (Twin("numba", rows.sum_rows, rows.usable),),
-    }
+_Refuses = Callable[[Sequence[Any], Iterable[int], Iterable[int], bool], str]
+# By kind of kernel, which is also the name of the package that compiles it.
+_REFUSES: Mapping[str, _Refuses] = MappingProxyType(
+    {"numba": numba_refuses, "triton": triton_refuses}
 )
 
 
-def pick(name: str, reference: Callable[..., Any], *where: Any) -> Callable[..., Any]:
-    """Returns the first kernel of `name` that can run on these tensors or this device.
+@dataclass(frozen=True, slots=True)
+class _On:
+    """Stands for any float32 tensor on a device."""
 
-    It is `reference` where no kernel can run. Under torch.compile it is always the reference, which
-    the compiler turns into a kernel of its own. ValueError where the environment selects a kernel
-    that cannot run here.
+    device: torch.device
+    dtype = torch.float32
+    requires_grad = False
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+
+class Kernel:
+    """One implementation, "module:function", which is imported when it first runs."""
+
+    def __init__(self, kind: str, target: str) -> None:
+        self.kind, self.target, self.refuses = kind, target, _REFUSES[kind]
+        self.missing = "" if _installed(kind) else f"{kind} is not installed"
+
+    @functools.cached_property
+    def function(self) -> Callable[..., Any]:
+        module, _, name = self.target.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+class Choice:
+    """The kernels of one name, the preferred one first."""
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        targets: Mapping[str, str],
+        reference: Callable[..., Any] | None = None,
+    ) -> None:
+        self.name, self.module, self.reference = name, module, reference
+        self.kernels = tuple(Kernel(kind, target) for kind, target in targets.items())
+
+    def select(
+        self, args: Sequence[Any], floats: Iterable[int], others: Iterable[int] = ()
+    ) -> Kernel | None:
+        """Returns the first kernel that can take these arguments; None stands for the reference.
+
+        args[i] is a tensor or None for i in `floats` and `others`; those of `others` are no floats.
+        Under torch.compile it is None, since the compiler turns the reference into a kernel of its
+        own. ValueError where RORQUAL_KERNELS names a kernel that cannot take the arguments.
+        """
+        if torch.compiler.is_compiling():
+            return None
+        text, wanted = _ENVIRONMENT.get(_KEY), None
+        if text:
+            everywhere, by_name = _parse(os.environ.decodevalue(text))
+            wanted = by_name.get(self.name, everywhere)
+            if wanted == REFERENCE:
+                return None
+        for kernel in self.kernels:
+            if wanted is not None and wanted != kernel.kind:
+                continue
+            reason = kernel.refuses(args, floats, others, wanted is not None) or kernel.missing
+            if not reason:
+                return kernel
+            if wanted is not None:
+                raise ValueError(
+                    f"{VARIABLE} asks for {self.name}={wanted}, which does not run here: {reason}"
+                )
+        return None
+
+    def kind(self, *where: Tensor | torch.device) -> str:
+        """Returns the kind of the kernel that runs on these tensors or devices, or "reference"."""
+        kernel = self._select(where)
+        return REFERENCE if kernel is None else kernel.kind
+
+    def choose(self, *where: Tensor | torch.device) -> Callable[..., Any] | None:
+        """Returns the kernel that runs on these tensors or devices, or None."""
+        kernel = self._select(where)
+        return None if kernel is None else kernel.function
+
+    def _select(self, where: Sequence[Tensor | torch.device]) -> Kernel | None:
+        tensors = [_On(x) if isinstance(x, torch.device) else x for x in where]
+        return self.select(tensors, range(len(tensors)))
+
+    def reasons(self, device: torch.device) -> dict[str, str]:
+        """Returns for each kind why its kernel does not run on a device; "" if it does."""
+        return {
+            kernel.kind: kernel.refuses([_On(device)], [0], [], False) or kernel.missing
+            for kernel in self.kernels
+        }
+
+    def load(self, kind: str) -> Callable[..., Any]:
+        """Returns the kernel of one kind, wherever it can run."""
+        kinds = {kernel.kind: kernel for kernel in self.kernels}
+        return kinds[choose(f"kind of {self.name}", kind, kinds)].function
+
+
+@runtime_checkable
+class Operation(Protocol[P, R]):
+    """A decorated reference: a function whose calls run a kernel where one can run."""
+
+    __name__: str
+    reference: Callable[P, R]
+    choice: Choice
+    choose: Callable[..., Callable[P, R] | None]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+
+def kernel(**targets: str) -> Callable[[Callable[P, R]], Operation[P, R]]:
+    """Registers kernels of a reference, by kind: "numba" or "triton", each as "module:function".
+
+    Where more than one can run, the first is taken. The tensors among the required parameters
+    decide which can.
     """
-    if torch.compiler.is_compiling():
-        return reference
-    wanted = _wanted(os.environ.get(VARIABLE, "")).get(name)
-    if wanted == REFERENCE:
-        return reference
-    for twin in TWINS.get(name, ()):
-        if wanted not in (None, twin.kind):
+
+    def register(reference: Callable[P, R]) -> Operation[P, R]:
+        made = Choice(reference.__name__, reference.__module__, targets, reference)
+        _register(made)
+        signature, select = inspect.signature(reference), made.select
+        floats, others = _tensors(signature)
+
+        @functools.wraps(reference)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            given: Sequence[Any] = args
+            if kwargs:
+                bound = signature.bind(*args, **kwargs)
+                bound.apply_defaults()
+                given = tuple(bound.arguments.values())
+            try:
+                kernel = select(given, floats, others)
+            except IndexError:  # too few arguments, which the reference refuses
+                kernel = None
+            if kernel is None:
+                return reference(*args, **kwargs)
+            return kernel.function(*args, **kwargs)
+
+        operation = cast(Operation[P, R], run)
+        operation.reference, operation.choice, operation.choose = reference, made, made.choose
+        return operation
+
+    return register
+
+
+def _tensors(signature: inspect.Signature) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the places of the required tensors that may be floats, and of the others.
+
+    They are read from the annotations, since a look at every argument of a call would take as long
+    as some kernels do.
+    """
+    floats: tuple[int, ...] = ()
+    others: tuple[int, ...] = ()
+    for i, parameter in enumerate(signature.parameters.values()):
+        words = str(parameter.annotation)
+        if parameter.default is not parameter.empty or "Tensor" not in words:
             continue
-        reason = twin.usable(*where)
-        if not reason:
-            return twin.function
-        if wanted is not None:
-            raise ValueError(
-                f"{VARIABLE} asks for {name}={wanted}, which does not run here: {reason}"
-            )
-    return reference
+        if any(f"{dtype}[" in words for dtype in ("Int", "UInt8", "Bool")):
+            others += (i,)
+        else:
+            floats += (i,)
+    return floats, others
+
+
+def choice(name: str, module: str, **targets: str) -> Choice:
+    """Registers kernels of something that no single function can be the reference of.
+
+    The caller, `module`, asks `choose` and does without where that is None.
+    """
+    made = Choice(name, module, targets)
+    _register(made)
+    return made
+
+
+def _register(made: Choice) -> None:
+    name, module = made.name, made.module
+    assert module in MODULES or not module.startswith("rorqual."), (
+        f"{name}: list {module} in rorqual.kernels.MODULES"
+    )
+    before = _REGISTERED.setdefault(name, made)
+    assert before.module == module, f"{module}: {name} is already registered by {before.module}"
+    _REGISTERED[name] = made
+
+
+def registered() -> Mapping[str, Choice]:
+    """Returns every choice by its name, which is that of the reference."""
+    for module in MODULES:
+        importlib.import_module(module)
+    return dict(sorted(_REGISTERED.items()))
 
 
 def available() -> dict[str, dict[str, bool | str]]:
@@ -102,27 +313,38 @@ def available() -> dict[str, dict[str, bool | str]]:
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     devices = [torch.device("cpu"), *([accelerator] if accelerator is not None else [])]
-    found: dict[str, dict[str, bool | str]] = {}
-    for name, twins in TWINS.items():
-        reasons = {twin.kind: [twin.usable(device) for device in devices] for twin in twins}
-        found[name] = {kind: True if "" in each else each[0] for kind, each in reasons.items()}
-    return found
+    result: dict[str, dict[str, bool | str]] = {}
+    for name, made in registered().items():
+        reasons = [made.reasons(device) for device in devices]
+        result[name] = {
+            kind: True if any(not each[kind] for each in reasons) else reason
+            for kind, reason in reasons[0].items()
+        }
+    return result
+
+
+@functools.cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 @functools.lru_cache(maxsize=8)
-def _wanted(text: str) -> Mapping[str, str]:
-    """Parses RORQUAL_KERNELS into {name: kind}; ValueError for an unknown name or kind."""
+def _parse(text: str) -> tuple[str | None, Mapping[str, str]]:
+    """Parses RORQUAL_KERNELS: the kind for every name, or None, and the kinds of single names.
+
+    ValueError for an unknown name or kind.
+    """
     if text.strip() in ("", REFERENCE):
-        return dict.fromkeys(TWINS, REFERENCE) if text.strip() else {}
-    wanted = {}
+        return text.strip() or None, {}
+    kinds = {}
     for item in text.split(","):
         name, equals, kind = (part.strip() for part in item.partition("="))
         if not equals:
             raise ValueError(
                 f"got {VARIABLE}={text!r}, expected 'reference' or name=kind,name=kind"
             )
-        choose(f"{VARIABLE} name", name, TWINS)
-        wanted[name] = choose(
-            f"kind of {name}", kind, [REFERENCE, *(twin.kind for twin in TWINS[name])]
-        )
-    return wanted
+        choices = _REGISTERED if name in _REGISTERED else registered()
+        choose(f"{VARIABLE} name", name, choices)
+        known = [REFERENCE, *(kernel.kind for kernel in choices[name].kernels)]
+        kinds[name] = choose(f"kind of {name}", kind, known)
+    return None, kinds

@@ -7,22 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
-import torch
 from numba.core import cgutils
 from numba.extending import intrinsic
-from torch import Tensor
-
-
-def usable(*where: Tensor | torch.device) -> str:
-    """Returns why a compiled kernel cannot run on these tensors or devices; "" if it can."""
-    for thing in where:
-        if not isinstance(thing, torch.device) and thing.is_cpu:
-            # Constructing the device costs as much as the work of a decoding step.
-            continue
-        device = thing if isinstance(thing, torch.device) else thing.device
-        if device.type != "cpu":
-            return f"it runs on the cpu, not on {device.type}"
-    return ""
 
 
 def compiled(function: Callable[..., Any], *, any_order: bool = False) -> Callable[..., Any]:

@@ -132,11 +132,3 @@ def row_adam(
     ]
     known, rates = _corrections(lr, betas, eps), np.array([lr, *betas, eps])
     _split(lambda begin, end: _update(*arrays, known, rates, begin, end), len(touched))
-
-
-def usable(*where: Tensor | torch.device) -> str:
-    """Returns why these kernels cannot run on these tensors or this device; "" if they can."""
-    for thing in where:
-        if isinstance(thing, Tensor) and thing.is_floating_point() and thing.dtype != torch.float32:
-            return f"it computes in float32, not in {thing.dtype}"
-    return compiled.usable(*where)

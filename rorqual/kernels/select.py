@@ -187,13 +187,3 @@ def selected_attention(
     rest = where(key), where(value), held, block, np.float32(scale), made
     compiled.spread(lambda _, *span: _attend(*given, *rest, *span), items, parts)
     return out
-
-
-def usable(*where: Tensor | torch.device) -> str:
-    """Returns why the kernel cannot run on these tensors or this device; "" if it can."""
-    for thing in where:
-        if isinstance(thing, Tensor) and thing.dtype != torch.float32:
-            return f"it computes in float32, not in {thing.dtype}"
-        if isinstance(thing, Tensor) and thing.requires_grad and torch.is_grad_enabled():
-            return "it has no backward"
-    return compiled.usable(*where)

@@ -371,6 +371,10 @@ class Step:
     The weights must not move in memory.
     """
 
+    # For the caller, which does not import this module.
+    PLACES = PLACES
+    SIZES = Sizes
+
     def __init__(
         self, places: np.ndarray, widths: np.ndarray, ends: np.ndarray, sizes: Sizes, threads: int
     ) -> None:

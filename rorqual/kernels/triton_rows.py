@@ -34,7 +34,7 @@ def _e4m3(byte):
 
 @triton.jit
 @inspect.unwrap
-def _recall(records, ids, out, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _lookup(records, ids, out, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
     column = place % WIDTH
@@ -47,7 +47,7 @@ def _recall(records, ids, out, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + place, value * bits.to(tl.float32, bitcast=True), mask=inside)
 
 
-def recall(
+def lookup(
     records: UInt8[Tensor, "rows record"], ids: Int[Tensor, "*B"], width: int
 ) -> Float[Tensor, "*B W"]:
     """Computes tables.fp8.lookup, bit for bit."""
@@ -55,7 +55,7 @@ def recall(
     if out.numel():
         with torch.cuda.device_of(records):
             grid = (triton.cdiv(out.numel(), _VALUES),)
-            _recall[grid](
+            _lookup[grid](
                 records.contiguous(), ids.contiguous(), out, out.numel(), WIDTH=width, BLOCK=_VALUES
             )
     return out

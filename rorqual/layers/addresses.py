@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from rorqual.kernels import pick
+from rorqual.kernels import kernel
 from rorqual.layers.cache import Appended
 from rorqual.layers.context import Context
 from rorqual.model_config import EngramConfig as EngramConfig
@@ -73,6 +73,7 @@ def _splitmix64(state: int, count: int) -> int:
     return x ^ (x >> 31)
 
 
+@kernel(numba="rorqual.kernels.engram:hash_rows", triton="rorqual.kernels.triton_hash:hash_rows")
 def hash_rows(
     ids: Int[Tensor, "B W"],
     reach: Int[Tensor, "B T"] | None,
@@ -111,6 +112,7 @@ def hash_rows(
     return torch.add(torch.cat(rows, dim=-1), offsets[:, None, None], out=out)
 
 
+@kernel(numba="rorqual.kernels.engram:follow_rows")
 def follow_rows(
     ids: Int[Tensor, "B T"],
     held: Int[Tensor, "B L"] | None,
@@ -134,8 +136,7 @@ def follow_rows(
     else:
         held[:, at : at + time] = ids
         window = held[:, at - before : at + time]
-    given = (window, None, canonical_map, multipliers, primes, offsets, 0, out, kept)
-    return pick("engram_rows", hash_rows, ids, primes)(*given)
+    return hash_rows(window, None, canonical_map, multipliers, primes, offsets, 0, out, kept)
 
 
 def _strange(ids: Tensor, canonical_map: Tensor) -> Tensor:
@@ -289,21 +290,25 @@ class Addresses(nn.Module):
         ids, missing = ids.long(), self.config.missing_id
         if ctx.valid is not None:
             ids = torch.where(ctx.valid, ids, missing)
-        exact = [
-            self._buffers[name] for name in ("canonical_map", "multipliers", "primes", "offsets")
-        ]
+        # A look into this dictionary is faster than an attribute of a module.
+        buffers: dict[str, Any] = self._buffers
+        exact = (
+            buffers["canonical_map"],
+            buffers["multipliers"],
+            buffers["primes"],
+            buffers["offsets"],
+        )
         out = self._memory(ids)
         try:
             if (place := self._place(ids, ctx, history)) is not None:
-                rows_of = pick("engram_follow", follow_rows, ids, exact[0])
-                return rows_of(ids, *place, *exact, missing, out, self._kept)
+                return follow_rows(ids, *place, *exact, missing, out, self._kept)
             if history is None:
                 window = F.pad(ids, (self.config.ngram - 1, 0), value=missing)
             else:
                 history.append(ids, ctx)
                 window = history.window(ctx, ids.shape[1])
-            rows_of = pick("engram_rows", hash_rows, ids, exact[0])
-            return rows_of(window, self._reach(window, ctx), *exact, self.pad, out, self._kept)
+            reach = self._reach(window, ctx)
+            return hash_rows(window, reach, *exact, self.pad, out, self._kept)
         except IndexError:
             held = (
                 ids

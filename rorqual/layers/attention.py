@@ -123,7 +123,11 @@ class MLA(nn.Module):
         appended to it. The form with fewer multiplications is used; all forms agree up to rounding.
         During the indexer warm-up MLA attends to every key.
         """
-        latent = self._latent(hidden, ctx)
+        c = self.config
+        latent, key = self.kv_a_proj_with_mqa(hidden).split([c.kv_lora_rank, c.rope_dim], dim=-1)
+        latent = self.kv_a_layernorm(latent)
+        # What is cached: [latent | rotated key], kv_lora_rank + rope_dim values a token.
+        latent = torch.cat([latent, ctx.rotate(key, self.interleaved)], dim=-1)
         if ctx.cache is not None:
             kept = ctx.cache.attention.latent.append(latent, ctx)
             latent = kept if ctx.past else latent
@@ -131,7 +135,7 @@ class MLA(nn.Module):
         if ctx.last_only:
             hidden, ctx = ctx.last_of(hidden), ctx.last()
         query_latent = (
-            hidden if self.config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(hidden))
+            hidden if c.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(hidden))
         )
         nope, rope = self._query(query_latent, ctx)
         selection = (
@@ -145,7 +149,9 @@ class MLA(nn.Module):
         elif selection is not None and selection.chooses:
             out = self._sparse(nope, rope, latent, ctx, selection)
         else:
-            out = self._dense(nope, rope, latent, ctx)
+            absorbing = ctx.past > 0 and self._absorbing_is_cheaper(nope.shape[1])
+            form = self._absorbed if absorbing else self._expanded
+            out = form(nope, rope, latent, *_visibility(ctx))
         return self.o_proj(out.flatten(2)), indexer_loss
 
     def _query(self, query_latent: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
@@ -154,16 +160,6 @@ class MLA(nn.Module):
         query = self.q_proj(query_latent) if c.q_lora_rank is None else self.q_b_proj(query_latent)
         nope, rope = query.unflatten(-1, (c.heads, -1)).split([c.nope_dim, c.rope_dim], dim=-1)
         return nope, ctx.rotate(rope, self.interleaved)
-
-    def _latent(self, hidden: Tensor, ctx: Context) -> Tensor:
-        """Returns the normed latent and the rotated key, [B, T, kv_lora_rank + rope].
-
-        This is what is cached.
-        """
-        c = self.config
-        latent, key = self.kv_a_proj_with_mqa(hidden).split([c.kv_lora_rank, c.rope_dim], dim=-1)
-        key = ctx.rotate(key, self.interleaved)
-        return torch.cat([self.kv_a_layernorm(latent), key], dim=-1)
 
     def _absorbing_is_cheaper(self, time: int) -> bool:
         """Whether the absorbed form takes no more products per key and head than the expanded form.
@@ -176,17 +172,6 @@ class MLA(nn.Module):
             c.nope_dim + c.rope_dim + c.value_dim
         )
         return time * (2 * c.kv_lora_rank + c.rope_dim) <= expanded
-
-    def _dense(
-        self, nope: Tensor, rope: Tensor, latent: Tensor, ctx: Context
-    ) -> Float[Tensor, "B T H Q"]:
-        mask, causal = _visibility(ctx)
-        form = (
-            self._absorbed
-            if ctx.past and self._absorbing_is_cheaper(nope.shape[1])
-            else self._expanded
-        )
-        return form(nope, rope, latent, mask, causal)
 
     def _sparse(
         self, nope: Tensor, rope: Tensor, latent: Tensor, ctx: Context, selection: Any

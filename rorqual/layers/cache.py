@@ -7,7 +7,7 @@ padding in front. Columns from a sequence's length on hold nothing that is ever 
 
     Appended   all tokens                       keys, values, latents, token ids
     Recent     the last few tokens              values that a convolution looks back at
-    Blocks     one value per complete block     layers/selection.py
+    Blocks     one value per complete block     layers/sparse.py
 
 Nothing here carries gradients: a cache is for inference. What an `append` or `extend` returns is
 valid until the next call of the same container.
@@ -43,7 +43,6 @@ class NewTokens(Protocol):
         ...
 
 
-@runtime_checkable
 class State(Protocol):
     """The methods of every container."""
 
@@ -204,7 +203,7 @@ class Recent:
 class Past:
     """Counts the cached tokens of each sequence and stores their document ids, if there are any."""
 
-    def __init__(self, batch: int, capacity: int = 0):
+    def __init__(self, batch: int = 1, capacity: int = 0):
         self.batch, self.capacity = batch, capacity
         self.reset()
 
@@ -230,6 +229,17 @@ class Past:
         if min(self.lengths) == max(self.lengths):
             return None
         return torch.tensor(self.lengths, device=device)
+
+    def take(self, batch: int) -> None:
+        """Checks the size of a call's batch; an empty cache takes one of any size."""
+        if batch == self.batch:
+            return
+        if self.length:
+            raise ValueError(
+                f"got a batch of {batch}, expected the {self.batch} sequences that are cached"
+            )
+        self.batch = batch
+        self.reset()
 
     def append(self, counts: Sequence[int]) -> None:
         """Counts new tokens, so many in each sequence."""
@@ -282,7 +292,7 @@ class Bundle:
         for part in self.parts.values():
             for state in part if isinstance(part, tuple) else (part,):
                 found += state.states() if isinstance(state, Bundle) else [state]
-        return [state for state in found if isinstance(state, State)]
+        return [state for state in found if state is not None and not isinstance(state, Past)]
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
         """Keeps the sequences `index` in every part."""
@@ -300,7 +310,7 @@ class BlockCache(Bundle):
     """The cache of one block."""
 
     attention: Any  # MLACache or GQACache
-    engram: Recent | None = None
+    engram: Any = None  # Recent, or what `attach` uses in its place
 
 
 @dataclass(eq=False)

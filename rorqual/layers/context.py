@@ -44,6 +44,7 @@ class Context:
     documents: Int[Tensor, "B T"] | None = None
     past: int = 0  # tokens cached before this call, in the longest sequence
     starts: Int[Tensor, " B"] | None = None  # the same for each sequence; None: all have `past`
+    columns: Int[Tensor, "B T"]  # the column of each new token among the keys
     key_count: int  # L
     # Of all L keys, with documents only.
     key_positions: Int[Tensor, "B L"] | None = None
@@ -72,22 +73,20 @@ class Context:
         steps = torch.arange(self.positions.shape[1], device=self.lengths.device)
         return steps < self.lengths[:, None]
 
-    @property
-    def columns(self) -> Int[Tensor, "#B T"]:
-        """The column of each new token among the keys."""
-        span = Span(self.past, self.starts)
-        return span.columns(self.positions.shape[1], self.positions.device)
-
     def visible(self, run: slice = slice(None)) -> Bool[Tensor, "#B 1 T L"]:
         """Returns the keys that the new tokens `run` see: those of `mask`, or all up to them."""
         if self.mask is not None:
             return self.mask[:, :, run]
-        return _causal(self.columns[:, run], self.key_count)[:, None]
+        # Where all sequences have the same length, one mask serves the batch.
+        columns = self.columns[:, run] if self.starts is not None else self.columns[:1, run]
+        keys = torch.arange(self.key_count, device=columns.device)
+        return (keys <= columns[..., None])[:, None]
 
     def within(self, window: int, run: slice = slice(None)) -> Bool[Tensor, "#B 1 T L"]:
         """Returns the keys that are less than `window` tokens before the new tokens `run`."""
-        places = torch.arange(self.key_count, device=self.positions.device)
-        return (self.columns[:, run, None] - places < window)[:, None]
+        columns = self.columns[:, run] if self.starts is not None else self.columns[:1, run]
+        keys = torch.arange(self.key_count, device=columns.device)
+        return (columns[..., None] - keys < window)[:, None]
 
     def documents_before(self, count: int) -> Int[Tensor, "B W"] | None:
         """Returns the documents of the last `count` tokens before the new ones and of those.
@@ -108,22 +107,23 @@ class Context:
         return rotate(x, self.cos, self.sin, interleaved)
 
     def last_of(self, x: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "B 1 ..."]:
-        """Returns the values of each sequence's last valid new token."""
+        """Returns the values of each sequence's last valid new token (its first if it has none)."""
         if self.lengths is None:
             return x[:, -1:]
-        return x[torch.arange(len(x), device=x.device)[:, None], self.lengths[:, None] - 1]
+        last = (self.lengths[:, None] - 1).clamp_min(0)
+        return x[torch.arange(len(x), device=x.device)[:, None], last]
 
     def last(self) -> "Context":
         """Returns the context of the last valid new token; those before it count as cached."""
         starts, mask = self.starts, self.mask
         if self.lengths is not None:
-            starts = (self.past if starts is None else starts) + self.lengths - 1
+            starts = (self.past if starts is None else starts) + (self.lengths - 1).clamp_min(0)
             mask = _causal(starts[:, None], self.key_count)[:, None] if mask is None else mask
         elif starts is not None:
             starts = starts + self.positions.shape[1] - 1
         if mask is not None and mask is self.mask:
             mask = self.last_of(mask.transpose(1, 2)).transpose(1, 2)
-        fields = ("positions", "documents", "cos", "sin", "ids", "live")
+        fields = ("positions", "columns", "documents", "cos", "sin", "ids", "live")
         values = {name: getattr(self, name) for name in fields}
         return replace(
             self,
@@ -169,9 +169,9 @@ def checked_lengths(
     if lengths is None:
         return None
     counts = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
-    if len(counts) != batch or not all(1 <= count <= time for count in counts):
+    if len(counts) != batch or not all(0 <= count <= time for count in counts):
         raise ValueError(
-            f"lengths: got {counts}, expected {batch} numbers of tokens from 1 to {time}; "
+            f"lengths: got {counts}, expected {batch} numbers of tokens from 0 to {time}; "
             "padding follows the tokens of a row"
         )
     return None if min(counts) == time else counts
@@ -198,21 +198,18 @@ def context(
     counts = checked_lengths(lengths, batch, time)
     if past is None:
         span, every_document = Span(0, None), documents
-    elif past.batch != batch:
-        raise ValueError(
-            f"got a batch of {batch}, expected the {past.batch} sequences that are cached"
-        )
     else:
+        past.take(batch)
         span = Span(past.length, past.starts(device))
         every_document = _append_documents(past, documents, span, (batch, time))
         past.append([time] * batch if counts is None else counts)
     length = span.past + time
     columns = span.columns(time, device).expand(batch, -1)
-    fields: dict[str, Any] = {"positions": columns}
+    fields: dict[str, Any] = {"positions": columns, "columns": columns}
     if every_document is not None:
         places = _count(every_document)
         own = every_document.gather(1, columns)
-        fields = {
+        fields |= {
             "positions": places.gather(1, columns),
             "documents": own,
             "key_positions": places,

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rorqual import kernels
+from rorqual.kernels import kernel
 from rorqual.layers.attend import attend, attend_shared
 from rorqual.layers.basics import largest
 from rorqual.layers.cache import Appended
@@ -248,7 +248,7 @@ class IndexerSelection(NamedTuple):
         """
         if (self.mask is None or self.ends is not None) and query.shape[1] <= FEW:
             given = query, latent, self.query, self.key, self.weights
-            return kernels.pick("dsa_few", attend_best, *given)(*given, self.most, scale, self.ends)
+            return attend_best(*given, self.most, scale, self.ends)
         return self.copying(query, latent, scale)
 
     def copying(
@@ -288,6 +288,7 @@ class IndexerSelection(NamedTuple):
         return IndexerLoss(summed / queries.clamp_min(1), recall)
 
 
+@kernel(numba="rorqual.kernels.dsa:attend_best")
 def attend_best(
     query: Float[Tensor, "B T H R"],
     latent: Float[Tensor, "B L R"],

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rorqual.kernels import pick
+from rorqual.kernels import kernel
 from rorqual.layers.addresses import (
     Addresses,
     draw_multipliers,
@@ -109,6 +109,7 @@ def weigh(
     return gated, None if conv_norm is None else _norm(gated, conv_norm, eps).to(gated.dtype)
 
 
+@kernel(triton="rorqual.kernels.triton_fuse:fuse")
 def fuse(
     hidden: Float[Tensor, "B T S D"],
     key: Float[Tensor, "B T S D"],
@@ -242,8 +243,8 @@ class Engram(nn.Module):
         if key is None or config.gating != "streams" or _hooked(self.gate):
             return weigh(self.gate(hidden, key), value, conv_norm, live, config.conv_eps)
         norms = (self.gate.query_norm, self.gate.key_norm, conv_norm)
-        given = (hidden, key, value, *norms, live, config.sign, config.eps, config.conv_eps)
-        return pick("engram_fuse", fuse, hidden, key, value)(*given)
+        constants = (config.sign, config.eps, config.conv_eps)
+        return fuse(hidden, key, value, *norms, live, *constants)
 
     def _convolve(self, normed: Tensor, ctx: Context) -> Tensor:
         cache = None if ctx.cache is None else ctx.cache.engram

@@ -28,7 +28,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rorqual.kernels import pick
 from rorqual.layers.streams import Streams as Streams
 from rorqual.layers.streams import collapse, project, read, squash, wide, write
 from rorqual.model_config import HyperConfig as HyperConfig
@@ -50,7 +49,7 @@ class Mapping(NamedTuple):
         """Returns the mapping of each sequence's last token; `lengths` is None without padding."""
         batch, time = self.shape
         rows = torch.arange(batch, device=self.streams.device)
-        at = (rows, lengths - 1) if lengths is not None else (slice(None), -1)
+        at = (rows, (lengths - 1).clamp_min(0)) if lengths is not None else (slice(None), -1)
         others = (
             None if tokens_last is None else tokens_last.unflatten(-1, (batch, time))[..., *at]
             for tokens_last in (self.post, self.comb, self.pre)
@@ -130,8 +129,7 @@ class Manifold(nn.Module):
         m = project(streams.flatten(1).to(precision), self.fn.to(precision), config.norm_eps)
         scale, base = self.scale.to(precision), self.base.to(precision)
         if config.mix == "sinkhorn":
-            function = pick("hyper_collapse", collapse, streams)
-            return Read(*function(streams, m, scale, base, carried, config.iterations, config.eps))
+            return Read(*collapse(streams, m, scale, base, carried, config.iterations, config.eps))
         pre, post, _ = squash(m, scale, base, config.streams, config.eps)
         return Read(read(streams, pre if carried is None else carried), pre, post, None)
 
@@ -225,9 +223,9 @@ class Connection(nn.Module):
     def write(self, out: Float[Tensor, "B T D"], mapping: Mapping) -> Streams:
         """Computes x_k <- post_k out + sum_j comb[j, k] x_j."""
         flat, shape, post, comb, pre = mapping
-        assert pre is not None
+        assert post is not None and pre is not None
         with unrounded(flat):
-            written = pick("hyper_write", write, flat)(flat, out.flatten(0, 1), post, comb)
+            written = write(flat, out.flatten(0, 1), post, comb)
         return Streams(written.unflatten(0, shape), pre.T.unflatten(0, shape))
 
 

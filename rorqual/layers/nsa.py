@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rorqual import kernels
+from rorqual.kernels import kernel
 from rorqual.layers.attend import attend
 from rorqual.layers.cache import Appended, Bundle, Recent
 from rorqual.layers.context import Context
@@ -202,8 +202,7 @@ class NSA(nn.Module):
             keys = self.select(query, blocks, ctx, scale) if tiles else None
             pairs = key, value, blocks.keys, blocks.values, *near
             index = None if keys is None else keys.index
-            attention = kernels.pick("nsa_few", attend_few, query, *pairs)
-            out = attention(query, *pairs, index, ctx.positions, self.config, scale)
+            out = attend_few(query, *pairs, index, ctx.positions, self.config, scale)
         else:
             compressed, keys = self._compressed(query, blocks, ctx, scale)
             selected = attend_selected(query, key, value, keys, ctx, scale)
@@ -406,6 +405,7 @@ def _probabilities(
     return logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1) * seen
 
 
+@kernel(numba="rorqual.kernels.nsa:attend_few")
 def attend_few(
     query: Float[Tensor, "B T H P"],
     key: Float[Tensor, "B L G P"],
@@ -438,10 +438,10 @@ def attend_few(
     back = torch.arange(config.window, device=key.device)
     # Each key of the window is a block of its own.
     near = (positions[..., None, None] - back).expand(-1, -1, key.shape[2], -1)
-    attention = kernels.pick("selected_attention", selected_attention, query, key, value)
-    selected = attention(query, key, value, index, positions, config.select_block, scale)
+    size = config.select_block
+    selected = selected_attention(query, key, value, index, positions, size, scale)
     # The kernel does not take blocks of one key.
-    window = selected_attention(query, near_key, near_value, near, positions, 1, scale)
+    window = selected_attention.reference(query, near_key, near_value, near, positions, 1, scale)
     return torch.stack([compressed, selected, window], dim=2)
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rorqual import kernels
+from rorqual.kernels import kernel
 from rorqual.layers.attend import attend
 from rorqual.layers.basics import largest
 from rorqual.layers.cache import Appended, Recent
@@ -64,7 +64,7 @@ def own_blocks(ctx: Context, segment: Int[Tensor, "B L"] | None, block: int) -> 
     """Returns the block of each new token."""
     if segment is None:
         return ctx.positions // block
-    return segment.gather(1, ctx.columns.expand_as(ctx.positions))
+    return segment.gather(1, ctx.columns)
 
 
 def most_blocks(segment: Int[Tensor, "B L"]) -> int:
@@ -280,16 +280,19 @@ def attend_selected(
     for run in runs(query.shape[1]):
         index, own = keys.index[:, run], query[:, run]
         if keys.segment is None:
-            attention = kernels.pick("selected_attention", selected_attention, own, key, value)
             few = own.shape[1] * index.shape[-1] * keys.block < key.shape[1]
-            if attention is not selected_attention or few:
-                positions = ctx.positions[:, run]
-                parts.append(attention(own, key, value, index, positions, keys.block, scale))
+            if few or selected_attention.choose(own, key, value) is not None:
+                given = own, key, value, index, ctx.positions[:, run]
+                parts.append(selected_attention(*given, keys.block, scale))
                 continue
         parts.append(masked_attention(own, key, value, index, keys, ctx, run, scale))
     return torch.cat(parts, dim=1)
 
 
+@kernel(
+    numba="rorqual.kernels.select:selected_attention",
+    triton="rorqual.kernels.triton_select:selected_attention",
+)
 def selected_attention(
     query: Float[Tensor, "B T H P"],
     key: Float[Tensor, "B L G P"],

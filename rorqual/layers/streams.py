@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rorqual.kernels import kernel
+
 
 class Streams(NamedTuple):
     """The residual streams between two sublayers."""
@@ -142,6 +144,7 @@ def read(streams: Float[Tensor, "N S D"], pre: Float[Tensor, "S N"]) -> Float[Te
     return (pre.T[:, None].contiguous() @ streams.to(pre.dtype))[:, 0].to(streams.dtype)
 
 
+@kernel(triton="rorqual.kernels.triton_hyper:collapse")
 def collapse(
     streams: Float[Tensor, "N S D"],
     m: Float[Tensor, "K N"],
@@ -163,6 +166,7 @@ def collapse(
     return read(streams, pre if carried is None else carried), pre, post, comb
 
 
+@kernel(triton="rorqual.kernels.triton_hyper:write")
 def write(
     streams: Float[Tensor, "N S D"],
     out: Float[Tensor, "N D"],

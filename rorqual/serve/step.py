@@ -12,7 +12,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -20,8 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rorqual.kernels import pick
-from rorqual.kernels.step import PLACES, Sizes, Step
+from rorqual import kernels
 from rorqual.layers.attention import MLA
 from rorqual.layers.basics import RMSNorm, SwiGLU, rope_tables
 from rorqual.layers.cache import Appended, Cache
@@ -37,6 +36,9 @@ from rorqual.runtime import log
 KNOWN = (nn.Linear, nn.Embedding, RMSNorm, SwiGLU, MLA, Router, Experts, MoE, Residual, Block)
 TURNED = 256  # positions whose rotations are computed at once
 
+# The class of the compiled step, where it can run; the model itself decodes where it cannot.
+STEP = kernels.choice("decode_step", __name__, numba="rorqual.kernels.step:Step")
+
 Decoder = Callable[[Int[Tensor, "B 1"]], Float[Tensor, "B V"]]
 
 
@@ -50,14 +52,10 @@ def decoder(model: LanguageModel, cache: Cache, rows: int) -> Decoder:
     def reference(ids: Tensor) -> Tensor:
         return model.logits(model.hidden(ids, cache=cache)[0])[:, 0]
 
-    step = pick("decode_step", _reference, model.embed.weight)
-    if step is _reference or rows != 1 or not fits(model) or cache.past.named:
+    step = STEP.choose(model.embed.weight.detach())
+    if step is None or rows != 1 or not fits(model) or cache.past.named:
         return reference
     return _Compiled(step, model, cache) if built(step) else reference
-
-
-def _reference() -> None:
-    """Placeholder for the model itself in the choice of a kernel."""
 
 
 def built(step: Any) -> bool:
@@ -133,7 +131,9 @@ def fits(model: LanguageModel) -> bool:
 
 
 class _Compiled:
-    def __init__(self, step: Callable[..., Step], model: LanguageModel, cache: Cache) -> None:
+    """Runs kernels.step.Step, the class `step`, which needs numba and is imported when it runs."""
+
+    def __init__(self, step: Any, model: LanguageModel, cache: Cache) -> None:
         self.model, self.cache, self.turned = model, cache, -1
         self.embed = model.embed.weight.detach()
         # Referenced, since the step reads their memory.
@@ -142,17 +142,19 @@ class _Compiled:
             cast(Appended, layer.attention.latent) for layer in cast(Iterable, cache.layers)
         ]
         blocks = [cast(Block, block) for block in model.blocks]
-        self.places = np.array([_places(block) for block in blocks], np.int64)
+        self.places = np.array([_places(block, step.PLACES) for block in blocks], np.int64)
         widths = np.array([_width(block) for block in blocks], np.int64)
         ends = np.array([model.norm.weight.data_ptr(), model.head.weight.data_ptr()], np.int64)
-        self.step = step(self.places, widths, ends, sizes(model), torch.get_num_threads())
+        self.latent = step.self.latent
+        own = sizes(model, step.SIZES)
+        self.step = step(self.places, widths, ends, own, torch.get_num_threads())
 
     def __call__(self, ids: Int[Tensor, "1 1"]) -> Float[Tensor, "1 V"]:
         held = self.cache.past.length
         for layer, latent in enumerate(self.latents):
             assert latent.buffer is not None
             buffer = latent.reserve(latent.buffer, held + 1)
-            self.places[layer, PLACES.index("latent")] = buffer.data_ptr()
+            self.places[layer, self.latent] = buffer.data_ptr()
         self.cache.past.append([1])
         cos, sin = self._rotation(held)
         embedded = self.embed[ids[0, 0]].numpy().copy()
@@ -168,8 +170,8 @@ class _Compiled:
         return self.cos[place], self.sin[place]
 
 
-def _places(block: Block) -> list[int]:
-    """Returns the addresses of one block's weights, in the order of PLACES; 0 for a missing one."""
+def _places(block: Block, names: Sequence[str]) -> list[int]:
+    """Returns the addresses of a block's weights in the order of `names`; 0 for a missing one."""
     attention, ffn = cast(MLA, block.attention), block.ffn
     plain = ffn.shared if isinstance(ffn, MoE) else ffn
     lora = attention.config.q_lora_rank is not None
@@ -189,7 +191,7 @@ def _places(block: Block) -> list[int]:
     if isinstance(ffn, MoE):
         found |= {"router": ffn.router.weight, "bias": ffn.router.e_score_correction_bias}
         found |= {"gate_up": ffn.experts.gate_up, "experts_down": ffn.experts.down}
-    given = (found.get(name) for name in PLACES)
+    given = (found.get(name) for name in names)
     return [0 if weight is None else weight.data_ptr() for weight in given]
 
 
@@ -199,8 +201,8 @@ def _width(block: Block) -> int:
     return 0 if plain is None else plain.gate_proj.weight.shape[0]
 
 
-def sizes(model: LanguageModel) -> Sizes:
-    """Returns the sizes and options of a model for the compiled step."""
+def sizes(model: LanguageModel, make: Callable[..., Any]) -> Any:
+    """Makes the compiled step's Sizes of the sizes and options of a model."""
     c, mla, moe, attention = (
         model.config,
         model.config.mla,
@@ -209,7 +211,7 @@ def sizes(model: LanguageModel) -> Sizes:
     )
     assert mla is not None and isinstance(attention, MLA)
     router = moe.router if moe is not None else None
-    return Sizes(
+    return make(
         dim=c.dim,
         vocabulary=c.vocabulary,
         heads=mla.heads,

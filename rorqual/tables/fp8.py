@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from rorqual.kernels import kernel
+
 BLOCK = 32  # values that share a scale
 FP8 = torch.float8_e4m3fn
 DTYPES = (torch.float32, torch.bfloat16, FP8)
@@ -145,6 +147,7 @@ def dequantise(
     return out
 
 
+@kernel(triton="rorqual.kernels.triton_rows:lookup")
 def lookup(
     records: UInt8[Tensor, "rows record"], ids: Int[Tensor, "*B"], width: int
 ) -> Float[Tensor, "*B W"]:

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from rorqual.kernels import pick
 from rorqual.tables.fp8 import FP8, dequantise, lookup, record_bytes, row_bytes, stored_as
 from rorqual.tables.record_file import RecordFile, Update
 from rorqual.tables.row_cache import RowCache
@@ -418,7 +417,7 @@ def check_ids(row_ids: Tensor, rows: int) -> None:
 def gather(stored: Tensor, row_ids: Tensor, width: int, staging: Staging) -> Tensor:
     """Copies stored rows, [..., width]; fp8 records become float32."""
     if stored.dtype == torch.uint8 and stored.device.type != "cpu":
-        return pick("fp8_rows", lookup, stored, row_ids)(stored, row_ids, width)
+        return lookup(stored, row_ids, width)
     ids = row_ids.reshape(-1)
     staged = stored.device.type == "cpu" and not torch.compiler.is_compiling()
     if staged:

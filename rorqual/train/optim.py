@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rorqual import kernels
+from rorqual.kernels import kernel
 from rorqual.layers.experts import Experts
 from rorqual.layers.router import Router
 from rorqual.tables import Table
@@ -93,6 +93,7 @@ def orthogonalise(
     return (x.mT if tall else x).to(matrix.dtype)
 
 
+@kernel(numba="rorqual.kernels.rows:row_adam")
 def row_adam(
     rows: Float[Tensor, "N W"],
     first: Float[Tensor, "N W"],
@@ -130,6 +131,7 @@ def row_adam(
         rows.index_copy_(0, index, p.to(rows.dtype))
 
 
+@kernel(numba="rorqual.kernels.rows:sum_rows")
 def sum_rows(
     index: Int[Tensor, " K"], values: Float[Tensor, "K W"]
 ) -> tuple[Int[Tensor, " D"], Float[Tensor, "D W"]]:
@@ -155,7 +157,7 @@ def coalesce(gradient: Tensor) -> Tensor:
     if gradient.is_coalesced():
         return gradient
     index, values = gradient._indices()[0], gradient._values()
-    distinct, summed = kernels.pick("sum_rows", sum_rows, index, values)(index, values)
+    distinct, summed = sum_rows(index, values)
     return torch.sparse_coo_tensor(
         distinct[None], summed, gradient.shape, is_coalesced=True, check_invariants=False
     )
@@ -314,8 +316,7 @@ class Optimizer:
             self.state[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "updates")
         )
         touched, values = gradient._indices()[0], gradient._values()
-        update = kernels.pick("row_adam", row_adam, table, values)
-        update(
+        row_adam(
             table.detach(),
             first,
             second,
@@ -328,10 +329,17 @@ class Optimizer:
         )
 
     def _update_on_disk(self, table: Table, gradient: Tensor, lr: float) -> None:
-        def change(*tensors: Tensor) -> None:
-            kernels.pick("row_adam", row_adam, *tensors)(
-                *tensors, lr, self.config.betas, self.config.eps
-            )
+        betas, eps = self.config.betas, self.config.eps
+
+        def change(
+            rows: Tensor,
+            first: Tensor,
+            second: Tensor,
+            updates: Tensor,
+            touched: Tensor,
+            values: Tensor,
+        ) -> None:
+            row_adam(rows, first, second, updates, touched, values, lr, betas, eps)
 
         table.update(gradient._indices()[0], gradient._values(), change)
 

@@ -22,6 +22,7 @@ from transformers import (
 from rorqual.checkpoint import save_model
 from rorqual.data.tokenizer import train
 from rorqual.hub.auto import RorqualCache, RorqualConfig, RorqualForCausalLM, fast_tokenizer
+from rorqual.hub.padding import Packing
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.hyper import HyperConfig
 from rorqual.layers.moe import MoEConfig
@@ -146,7 +147,10 @@ def test_loss_is_the_models(face, model):
     ids, mask = padded()
     labels = ids.masked_fill(mask == 0, -100)
     following = torch.cat([labels[:, 1:], torch.full((3, 1), -100)], 1)
-    own = model.loss(ids, following, present=mask.bool())
+    packed = Packing(mask.bool())
+    # A loss counts no token after padding.
+    following = packed.pack(following.masked_fill(mask == 0, -100))
+    own = model.loss(packed.pack(ids), following, lengths=packed.lengths)
     torch.testing.assert_close(face(ids, attention_mask=mask, labels=labels).loss, own.next_token)
     face.train()
     trained = face(ids, attention_mask=mask, labels=labels).loss

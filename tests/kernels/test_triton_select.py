@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from rorqual import kernels
-from rorqual.kernels import triton_twins
 from rorqual.layers.sparse import best_blocks, selected_attention
 
 pytestmark = pytest.mark.nsa
@@ -59,8 +58,8 @@ def test_tiles_attend_as_the_gathered_form(
             torch.randn(batch, time, heads, depth).to(tiled),
             (index, positions, block, width**-0.5),
         )
-        ours = outcome(triton_twins.selected_attention, given, pull, *rest)
-        expected = outcome(selected_attention, [x.float() for x in given], pull, *rest)
+        ours = outcome(selected_attention.choice.load("triton"), given, pull, *rest)
+        expected = outcome(selected_attention.reference, [x.float() for x in given], pull, *rest)
         assert ours[0][0, 0].abs().max() == 0
         for a, b in zip(ours, expected, strict=True):
             assert a.dtype == dtype
@@ -75,15 +74,17 @@ def test_tiles_take_keys_in_any_layout_and_none_at_all(tiled: torch.device) -> N
     strided = torch.randn(1, 2, 8, 11).permute(0, 3, 1, 2).to(tiled)
     query = torch.randn(1, 6, 4, 8, dtype=torch.bfloat16).to(tiled)
     rest = (index.to(tiled), positions.to(tiled), 4, 0.3)
-    ours = triton_twins.selected_attention(query, strided, strided, *rest)
+    ours = selected_attention.choice.load("triton")(query, strided, strided, *rest)
     torch.testing.assert_close(
-        ours, selected_attention(query, strided, strided, *rest), atol=2e-2, rtol=0
+        ours, selected_attention.reference(query, strided, strided, *rest), atol=2e-2, rtol=0
     )
     # Columns beyond a row are never read.
     longer = torch.cat([strided, torch.full_like(strided[:, :3], torch.nan)], 1)
-    torch.testing.assert_close(triton_twins.selected_attention(query, longer, longer, *rest), ours)
+    torch.testing.assert_close(
+        selected_attention.choice.load("triton")(query, longer, longer, *rest), ours
+    )
     empty = torch.empty(1, 0, 4, 8).to(tiled)
-    none = triton_twins.selected_attention(
+    none = selected_attention.choice.load("triton")(
         empty, strided, strided, rest[0][:, :0], rest[1][:, :0], 4, 0.3
     )
     assert none.shape == empty.shape
@@ -95,7 +96,4 @@ def test_picked_with_gradients_where_asked_for(
 ) -> None:
     monkeypatch.setenv(kernels.VARIABLE, "selected_attention=triton")
     where = torch.ones(1, requires_grad=True, device=tiled)
-    assert (
-        kernels.pick("selected_attention", selected_attention, where)
-        is triton_twins.selected_attention
-    )
+    assert selected_attention.choose(where) is selected_attention.choice.load("triton")

@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -39,23 +40,21 @@ from rorqual.layers.context import context
 
 pytestmark = pytest.mark.engram
 
-FOLLOWS = {
-    twin.kind: twin.function
-    for twin in kernels.TWINS["engram_follow"]
-    if not twin.usable(torch.device("cpu"))
-}
+
+def kernels_on_the_cpu(operation: kernels.Operation) -> dict[str, Callable]:
+    reasons = operation.choice.reasons(torch.device("cpu"))
+    return {kind: operation.choice.load(kind) for kind, reason in reasons.items() if not reason}
+
+
+FOLLOWS = kernels_on_the_cpu(follow_rows)
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden"
 HASHES = json.loads((GOLDEN / "engram_hash.json").read_text(encoding="utf-8"))
 
 
-TWINS = {
-    twin.kind: twin.function
-    for twin in kernels.TWINS["engram_rows"]
-    if not twin.usable(torch.device("cpu"))
-}
-
-
-EVERY = pytest.mark.parametrize("rows_of", [hash_rows, *TWINS.values()], ids=["reference", *TWINS])
+KERNELS = kernels_on_the_cpu(hash_rows)
+EVERY = pytest.mark.parametrize(
+    "rows_of", [hash_rows.reference, *KERNELS.values()], ids=["reference", *KERNELS]
+)
 
 
 def golden_config(case: dict) -> EngramConfig:
@@ -98,9 +97,9 @@ def by_hand(
 
 
 @pytest.mark.parametrize("case", HASHES, ids=lambda case: case["tokenizer"])
-@pytest.mark.parametrize("kind", ["reference", *TWINS])
+@pytest.mark.parametrize("kind", ["reference", *KERNELS])
 def test_rows_are_the_authors(case: dict, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
+    monkeypatch.setenv(kernels.VARIABLE, f"hash_rows={kind},follow_rows={kind}")
     # These ids are canonical already, so the identity map is enough and no tokenizer is needed.
     addresses = Addresses(golden_config(case), None, case["compressed_vocab_size"])
     assert addresses.fingerprint()["multipliers"] == list(case["multipliers"].values())
@@ -180,13 +179,13 @@ QWENS = pytest.mark.parametrize("case", QWEN, ids=lambda case: case["name"])
 
 
 @QWENS
-@pytest.mark.parametrize("kind", ["reference", *TWINS])
+@pytest.mark.parametrize("kind", ["reference", *KERNELS])
 def test_rows_are_those_of_qwen(case: dict, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compares with rows recorded from transformers, and with transformers today.
 
     The ids come whole, and in two pieces split at every position.
     """
-    monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
+    monkeypatch.setenv(kernels.VARIABLE, f"hash_rows={kind},follow_rows={kind}")
     config, vocabulary = qwen_config(case)
     own, theirs = Addresses(config, None, vocabulary), qwen_layers(config, vocabulary)
     assert own.fingerprint()["multipliers"] == case["multipliers"]
@@ -207,28 +206,30 @@ def test_rows_are_those_of_qwen(case: dict, kind: str, monkeypatch: pytest.Monke
 
 
 @QWENS
-@pytest.mark.parametrize("kind", ["reference", *TWINS])
+@pytest.mark.parametrize("kind", ["reference", *KERNELS])
 def test_rows_of_padded_batches_are_those_of_qwen(
     case: dict, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compares texts that contain end ids and are padded on the left.
+    """Compares texts of different lengths that contain end ids.
 
-    They come whole and token by token, and once more after a reset of the history.
+    They come whole and token by token, and once more from the start.
     """
-    monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
+    monkeypatch.setenv(kernels.VARIABLE, f"hash_rows={kind},follow_rows={kind}")
     config, vocabulary = qwen_config(case)
     own, theirs = Addresses(config, None, vocabulary), qwen_layers(config, vocabulary)
     ids = torch.randint(vocabulary, (7, 40))
     ids[torch.rand(ids.shape) < 0.25] = config.eos_id
-    present = torch.arange(40) >= torch.tensor([0, 1, 2, 3, 17, 39, 5])[:, None]
-    rows = qwen_rows(theirs, ids.where(present, torch.tensor(config.eos_id)), [40])
-    junk = ids.masked_fill(~present, -100)
-    assert torch.equal(own(junk, context(7, 40, "cpu", present=present)), rows)
-    history, past = own.new_cache(7, 0, torch.float32, torch.device("cpu")), Past()
+    lengths = [40, 39, 38, 37, 23, 1, 35]
+    valid = torch.arange(40) < torch.tensor(lengths)[:, None]
+    rows = qwen_rows(theirs, ids, [40])
+    junk = ids.masked_fill(~valid, -100)
+    found = own(junk, context(7, 40, "cpu", lengths=lengths))
+    assert torch.equal(found[:, valid], rows[:, valid])
+    history, past = own.new_cache(7, 0, torch.float32, torch.device("cpu")), Past(7)
     for t in range(40):
-        where = context(7, 1, "cpu", present=present[:, t : t + 1], past=past)
-        assert torch.equal(own(junk[:, t : t + 1], where, history), rows[:, :, t : t + 1])
-    history.reset()
+        ctx = context(7, 1, "cpu", lengths=valid[:, t].long(), past=past)
+        found = own(junk[:, t : t + 1], ctx, history)
+        assert torch.equal(found[:, valid[:, t], 0], rows[:, valid[:, t], t])
     assert torch.equal(own(ids, context(7, 40, "cpu"), history), qwen_rows(theirs, ids, [40]))
 
 
@@ -243,7 +244,7 @@ def test_tiles_address_as_qwen(tiled: torch.device) -> None:
             ids = torch.tensor([recorded["ids"]])
             window = F.pad(ids, (config.ngram - 1, 0), value=config.eos_id)
             reach = own._reach(window, context(*ids.shape, "cpu")).to(tiled)
-            got = kernels.triton_twins.hash_rows(window.to(tiled), reach, *exact, own.pad)
+            got = hash_rows.choice.load("triton")(window.to(tiled), reach, *exact, own.pad)
             assert got[:, 0].tolist() == recorded["rows"]
 
 
@@ -333,7 +334,7 @@ def test_rows_are_those_of_a_plain_loop(rows_of, data: st.DataObject) -> None:
     assert (got < torch.from_numpy(flat.sum(1))[:, None, None, None]).all()
 
 
-@pytest.mark.parametrize("kind", TWINS)
+@pytest.mark.parametrize("kind", KERNELS)
 @pytest.mark.parametrize("prime", [8_209, 646_403, 2_262_413, 16_000_057, 2**31 - 1])
 def test_remainder_without_a_division_is_exact(kind: str, prime: int) -> None:
     """Tests mixes around multiples of the prime, up to the largest int64.
@@ -349,13 +350,13 @@ def test_remainder_without_a_division_is_exact(kind: str, prime: int) -> None:
     mixes += np.random.default_rng(0).integers(0, 2**63 - 1, 300).tolist()
     exact = torch.tensor([[m, 0] for m in mixes]), torch.full((len(mixes), 1, 1), prime)
     offsets = torch.zeros(len(mixes), 1, dtype=torch.int64)
-    got = TWINS[kind](
+    got = KERNELS[kind](
         torch.tensor([[0, 1]]), None, torch.arange(2, dtype=torch.int32), *exact, offsets, 0
     )
     assert got.flatten().tolist() == [m % prime for m in mixes]
 
 
-@pytest.mark.parametrize("kind", TWINS)
+@pytest.mark.parametrize("kind", KERNELS)
 def test_twin_at_odd_sizes_and_on_threads(kind: str, poisoned: None) -> None:
     config = EngramConfig(layers=(1, 5), rows_per_head=(9001, 77, 70_001), heads=5)
     addresses = Addresses(config, None, 50)
@@ -371,7 +372,9 @@ def test_twin_at_odd_sizes_and_on_threads(kind: str, poisoned: None) -> None:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            assert torch.equal(TWINS[kind](ids, None, *exact), hash_rows(ids, None, *exact))
+            assert torch.equal(
+                KERNELS[kind](ids, None, *exact), hash_rows.reference(ids, None, *exact)
+            )
         finally:
             torch.set_num_threads(before)
 
@@ -414,7 +417,9 @@ def test_two_n_grams_share_few_heads(data: st.DataObject) -> None:
         torch.from_numpy(primes).expand(2, 1, 8).contiguous(),
         torch.zeros(2, 8, dtype=torch.int64),
     )
-    got = hash_rows(torch.tensor([[0, 1]]), None, torch.arange(2, dtype=torch.int32), *exact, 0)
+    got = hash_rows.reference(
+        torch.tensor([[0, 1]]), None, torch.arange(2, dtype=torch.int32), *exact, 0
+    )
     assert most <= (got[0] == got[1]).sum() <= most
 
 
@@ -444,7 +449,7 @@ def test_rows_are_written_where_memory_is_given(rows_of) -> None:
     ids, out = torch.randint(50, (3, 9)), torch.full((2, 3, 7, 10), -1)
     got = rows_of(ids, None, *exact, out=out)
     assert got.data_ptr() == out.data_ptr()
-    assert torch.equal(out, hash_rows(ids, None, *exact))
+    assert torch.equal(out, hash_rows.reference(ids, None, *exact))
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "move", "assign", "replace the data"])
@@ -458,7 +463,9 @@ def test_what_a_twin_noted_of_one_model_is_never_used_for_another(how: str) -> N
     ids = torch.randint(50, (3, 4))
     first(ids, context(3, 4, "cpu"))
     before = {name: getattr(first, name) for name in names}
-    expected = hash_rows(F.pad(ids, (2, 0)), None, *(x.clone() for x in before.values()), 0)
+    expected = hash_rows.reference(
+        F.pad(ids, (2, 0)), None, *(x.clone() for x in before.values()), 0
+    )
     second = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}.get(
         how, lambda x: x
     )(first)
@@ -494,8 +501,7 @@ def test_ids_of_32_bits_are_remembered_as_any_others() -> None:
         torch.randint(50, (2, 6), dtype=torch.int32),
         own.new_cache(2, 8, torch.float32, torch.device("cpu")),
     )
-    own(ids, context(2, 6, "cpu", present=torch.arange(6) >= torch.tensor([[0], [2]])), history)
-    history.reset()
+    own(ids, context(2, 6, "cpu", lengths=[6, 4]), history)
     assert torch.equal(
         own(ids, context(2, 6, "cpu"), history), own(ids.long(), context(2, 6, "cpu"))
     )
@@ -519,7 +525,10 @@ def test_memory_of_long_calls_is_taken_again_only_when_nobody_holds_it() -> None
     assert len({*(rows.data_ptr() for rows in kept), dropped}) == 3
     for ids, rows in zip((first, second), kept, strict=True):
         assert torch.equal(
-            rows, hash_rows(F.pad(ids, (2, 0)), None, *(getattr(own, name) for name in names), 0)
+            rows,
+            hash_rows.reference(
+                F.pad(ids, (2, 0)), None, *(getattr(own, name) for name in names), 0
+            ),
         )
     again = kept.pop(0).data_ptr()
     assert own(third, where).data_ptr() == again
@@ -546,7 +555,7 @@ def test_ids_that_follow_others_in_any_pieces(data: st.DataObject) -> None:
     plain = F.pad(ids, (len(sizes), 0), value=7)
     names = ("canonical_map", "multipliers", "primes", "offsets")
     assert torch.equal(
-        whole, hash_rows(plain, None, *(getattr(addresses, name) for name in names), 0)
+        whole, hash_rows.reference(plain, None, *(getattr(addresses, name) for name in names), 0)
     )
     history, past, at = addresses.new_cache(1, 0, torch.float32, torch.device("cpu")), Past(), 0
     for length in [*lengths, 1]:
@@ -569,14 +578,18 @@ def test_following_twin_leaves_in_the_history_what_the_reference_does(
     exact = (own.canonical_map, own.multipliers, own.primes, own.offsets, 7)
     ids, held = torch.randint(50, (batch, time)), torch.randint(50, (batch, 90))
     ours, theirs = held.clone(), held.clone()
-    assert torch.equal(FOLLOWS[kind](ids, ours, 4, *exact), follow_rows(ids, theirs, 4, *exact))
+    assert torch.equal(
+        FOLLOWS[kind](ids, ours, 4, *exact), follow_rows.reference(ids, theirs, 4, *exact)
+    )
     assert torch.equal(ours, theirs)
-    assert torch.equal(FOLLOWS[kind](ids, None, 0, *exact), follow_rows(ids, None, 0, *exact))
+    assert torch.equal(
+        FOLLOWS[kind](ids, None, 0, *exact), follow_rows.reference(ids, None, 0, *exact)
+    )
 
 
-@pytest.mark.parametrize("kind", ["reference", *TWINS])
+@pytest.mark.parametrize("kind", ["reference", *KERNELS])
 def test_a_refused_id_is_named_behind_a_history(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
+    monkeypatch.setenv(kernels.VARIABLE, f"hash_rows={kind},follow_rows={kind}")
     addresses = Addresses(EngramConfig(), torch.arange(20), 25)
     for length in (1, 300):
         history = addresses.new_cache(1, 0, torch.float32, torch.device("cpu"))
@@ -587,21 +600,20 @@ def test_a_refused_id_is_named_behind_a_history(kind: str, monkeypatch: pytest.M
             addresses(ids, context(2, length, "cpu"), history)
 
 
-@pytest.mark.parametrize("kind", ["reference", *TWINS])
+@pytest.mark.parametrize("kind", ["reference", *KERNELS])
 @pytest.mark.parametrize("bad", [-1, -100, 20, 25, 2**40])
 def test_ids_outside_the_tokenizer_are_refused(
     kind: str, bad: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(kernels.VARIABLE, f"engram_rows={kind},engram_follow={kind}")
+    monkeypatch.setenv(kernels.VARIABLE, f"hash_rows={kind},follow_rows={kind}")
     # A tokenizer of 20 ids, a model vocabulary of 25.
     addresses = Addresses(EngramConfig(), torch.arange(20), 25)
     ids = torch.tensor([[3, 19, bad, 4]])
     with pytest.raises(ValueError, match=f"got id {bad}, expected one of the 20"):
         addresses(ids, context(1, 4, "cpu"))
-    present = torch.tensor([[True, True, False, True]])
     # Ids at padding are not checked.
-    rows = addresses(ids, context(1, 4, "cpu", present=present))
-    assert torch.equal(rows[:, :, 3], addresses(torch.tensor([[4]]), context(1, 1, "cpu"))[:, :, 0])
+    rows = addresses(ids, context(1, 4, "cpu", lengths=[2]))
+    assert torch.equal(rows[:, :, :2], addresses(ids[:, :2], context(1, 2, "cpu")))
 
 
 def test_saved_addresses_load_and_bring_the_map() -> None:
@@ -755,7 +767,7 @@ def test_tiles_address_as_the_reference(tiled: torch.device, poisoned: None) -> 
     Primes are small and large, heads do not fill a tile, ids are the largest possible, and a
     sequence's tokens are split over two programs.
     """
-    function, top = kernels.triton_twins.hash_rows, 2**31 - 2
+    function, top = hash_rows.choice.load("triton"), 2**31 - 2
     for layers, rows, heads, ids, within in (
         ((0,), (2,), 1, torch.tensor([[0, 1]]), 2),
         ((1, 14), (646_400, 97, 16_000_000), 5, torch.randint(98_627, (7, 13)), 98_627),
@@ -772,7 +784,7 @@ def test_tiles_address_as_the_reference(tiled: torch.device, poisoned: None) -> 
         ids[..., -1] = within - 1
         near = torch.randint(config.ngram, (len(ids), ids.shape[1] - config.ngram + 1))
         for reach in (None, near.to(tiled)):
-            expected = hash_rows(ids.to(tiled), reach, *exact)
+            expected = hash_rows.reference(ids.to(tiled), reach, *exact)
             assert torch.equal(function(ids.to(tiled), reach, *exact), expected)
     # On an accelerator a failed device assertion makes it unusable for the process.
     if tiled.type == "cpu":

@@ -71,7 +71,7 @@ def run(layer, hidden, past=None, cache=None, rope=None, **known):
 def in_pieces(layer, hidden, pieces, **known):
     """Returns the layer's output when the tokens come in calls of these lengths."""
     past, cache, begin, outs = (
-        Past(),
+        Past(2),
         layer.new_cache(hidden.shape[0], 8, hidden.dtype, hidden.device),
         0,
         [],
@@ -95,18 +95,17 @@ def in_pieces(layer, hidden, pieces, **known):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_last_token_alone_gets_what_it_gets_among_all(name, before):
     layer, hidden = build(name), torch.randn(2, 12, 24)
-    present = torch.ones(2, 12, dtype=torch.bool)
-    present[1, :2] = False
-    for known in ({}, {"present": present}):
-        expected = run(layer, hidden, **known)[:, -1:]
-        past, cache = Past(), layer.new_cache(2, 8, hidden.dtype, hidden.device)
-        parts = [
-            {key: x[:, cut] for key, x in known.items()}
-            for cut in (slice(before), slice(before, None))
-        ]
+    for lengths in ([12, 12], [12, 9]):
+        every = run(layer, hidden)
+        expected = torch.stack(
+            [row[length - 1 :][:1] for row, length in zip(every, lengths, strict=True)]
+        )
+        past, cache = Past(2), layer.new_cache(2, 8, hidden.dtype, hidden.device)
         if before:
-            run(layer, hidden[:, :before], past=past, cache=cache, **parts[0])
-        found = run(layer, hidden[:, before:], past=past, cache=cache, last_only=True, **parts[1])
+            run(layer, hidden[:, :before], past=past, cache=cache)
+        rest = [length - before for length in lengths]
+        known = {"past": past, "cache": cache, "last_only": True, "lengths": rest}
+        found = run(layer, hidden[:, before:], **known)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
         assert found.shape[1] == 1
 
@@ -155,14 +154,12 @@ def test_calls_in_pieces_equal_one_call(name, pieces):
 @pytest.mark.parametrize("pieces", [[13], [1] * 13, [5, 1, 1, 6]])
 @pytest.mark.parametrize("name", VARIANTS)
 @torch.no_grad()
-def test_calls_in_pieces_equal_one_call_with_documents_and_padding(name, pieces):
+def test_calls_in_pieces_equal_one_call_with_documents(name, pieces):
     layer, hidden = build(name), torch.randn(2, 13, 24)
     documents = torch.tensor([[0] * 4 + [1] * 9, [3] * 7 + [4] * 6])
-    present = torch.tensor([[False] * 2 + [True] * 8 + [False] * 2 + [True], [True] * 13])
-    known = {"documents": documents, "present": present}
     torch.testing.assert_close(
-        in_pieces(layer, hidden, pieces, **known)[present],
-        run(layer, hidden, **known)[present],
+        in_pieces(layer, hidden, pieces, documents=documents),
+        run(layer, hidden, documents=documents),
         rtol=1e-5,
         atol=1e-5,
     )
@@ -181,7 +178,7 @@ def test_mla_absorbed_equals_expanded(name, form, monkeypatch):
             layer, each, lambda *a, each=each, plain=plain: used.append(each) or plain(*a)
         )
     monkeypatch.setattr(layer, "_absorbing_is_cheaper", lambda time: form == "absorbed")
-    past, cache = Past(), layer.new_cache(2, 150, hidden.dtype, hidden.device)
+    past, cache = Past(2), layer.new_cache(2, 150, hidden.dtype, hidden.device)
     outs = [
         run(layer, part, past=past, cache=cache, rope=rope)
         for part in hidden.split([100, 1, 49], 1)
@@ -212,7 +209,7 @@ def test_mla_caches_the_latent_and_the_rotary_key_only():
     layer = MLA(
         MLAConfig(heads=2, kv_lora_rank=512, nope_dim=8, rope_dim=64, value_dim=8), 16, RopeConfig()
     )
-    past, cache = Past(), layer.new_cache(3, 20, torch.float32, torch.device("cpu"))
+    past, cache = Past(3), layer.new_cache(3, 20, torch.float32, torch.device("cpu"))
     run(layer, torch.randn(3, 5, 16), past=past, cache=cache)
     assert cache.latent.buffer.shape == (3, 20, 576)
 
@@ -256,21 +253,14 @@ def test_a_packed_document_equals_the_document_alone(name):
     torch.testing.assert_close(packed[:, 4:], run(layer, hidden[:, 4:]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_padding_changes_nothing_and_is_finite(name, side, poisoned):
+def test_padding_changes_nothing_and_is_finite(name, poisoned):
     layer, hidden = build(name), torch.randn(2, 9, 24, requires_grad=True)
-    present = torch.ones(2, 9, dtype=torch.bool)
-    present[0, :4] = False
-    if side == "right":
-        present = present.flip(1)
-    out = run(layer, hidden, present=present)
-    torch.testing.assert_close(
-        out[0, present[0]], run(layer, hidden[:1, present[0]])[0], rtol=1e-5, atol=1e-5
-    )
+    out = run(layer, hidden, lengths=[5, 9])
+    torch.testing.assert_close(out[0, :5], run(layer, hidden[:1, :5])[0], rtol=1e-5, atol=1e-5)
     assert out.isfinite().all()
-    (out[present].sum()).backward()
-    assert hidden.grad.isfinite().all() and not hidden.grad[~present].any()
+    (out[0, :5].sum() + out[1].sum()).backward()
+    assert hidden.grad.isfinite().all() and not hidden.grad[0, 5:].any()
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
@@ -331,16 +321,15 @@ def test_a_large_sink_takes_the_attention():
 @torch.no_grad()
 def test_cropped_and_reordered_caches_go_on(name):
     layer, hidden, order = build(name), torch.randn(2, 12, 24), torch.tensor([1, 1, 0])
-    past, cache = Past(), layer.new_cache(2, 4, hidden.dtype, hidden.device)
+    past, cache = Past(2), layer.new_cache(2, 4, hidden.dtype, hidden.device)
     run(layer, hidden[:, :7], past=past, cache=cache)
     run(layer, torch.randn(2, 3, 24), past=past, cache=cache)
-    for part in (past, cache):
-        part.crop(3)
-        part.select(order)
+    past.crop([3, 3])
+    cache.select(order, past.length)
+    past.select(order.tolist(), order)
     out = run(layer, hidden[order, 7:], past=past, cache=cache)
     torch.testing.assert_close(out, run(layer, hidden)[order, 7:], rtol=1e-5, atol=1e-5)
-    for part in (past, cache):
-        part.reset()
+    past.reset()
     torch.testing.assert_close(
         run(layer, hidden, past=past, cache=cache), run(layer, hidden), rtol=1e-5, atol=1e-5
     )
@@ -367,7 +356,7 @@ def test_an_inner_attention_gets_every_key_and_our_scale():
         def forward(self, query, key, value, hidden, ctx, scale):
             assert hidden.shape[1] == query.shape[1] == ctx.positions.shape[1]
             if ctx.cache is not None:
-                assert ctx.cache.attention.inner.append(hidden).shape[1] == key.shape[1]
+                assert ctx.cache.attention.inner.append(hidden, ctx).shape[1] == key.shape[1]
             return attend(query, key, value, scale, ctx.visible())
 
     layer = build("gqa")
@@ -465,21 +454,20 @@ def test_a_trained_net_decodes_what_one_call_gives(kind):
         optimiser.step()
     assert found[-1] < 0.98 * found[0]
     half = torch.randint(24, (3, 35))
-    ids, lead = torch.cat([half, half], 1), torch.tensor([0, 5, 17])
-    present = torch.arange(70) >= lead[:, None]
+    ids = torch.cat([half, half], 1)
     with torch.no_grad():
-        alone = [net(ids[row : row + 1, start:])[0] for row, start in enumerate(lead.tolist())]
-        for known in ({}, {"present": present}):
+        expected = net(ids)
+        for lengths in ([30, 30, 30], [30, 25, 13]):
             past, caches = (
-                Past(),
+                Past(3),
                 [layer.new_cache(3, 70, torch.float32, ids.device) for layer in net.layers],
             )
-            prompt = {name: x[:, :30] for name, x in known.items()}
-            outs = [net(ids[:, :30], past, caches, **prompt)]
-            outs += [
-                net(part, past, caches) for part in ids[:, 30:].split([1] * 30 + [3, 2, 1, 4], 1)
-            ]
-            out, expected = torch.cat(outs, 1), alone if known else net(ids)
-            for row, start in enumerate(lead.tolist()):
-                ours = out[row, start:] if known else out[row]
-                torch.testing.assert_close(ours, expected[row], atol=1e-4, rtol=0)
+            outs = net(ids[:, :30], past, caches, lengths=lengths)
+            found = [[row[:length]] for row, length in zip(outs, lengths, strict=True)]
+            for time in [1] * 30 + [3, 2, 1, 4]:
+                rows = zip(ids, past.lengths, strict=True)
+                part = torch.stack([row[begin : begin + time] for row, begin in rows])
+                for row, out in zip(found, net(part, past, caches), strict=True):
+                    row.append(out)
+            for row, length, whole in zip(found, lengths, expected, strict=True):
+                torch.testing.assert_close(torch.cat(row), whole[: length + 40], atol=1e-4, rtol=0)

@@ -136,7 +136,7 @@ def by_hand(routing: Routing, name: str, active: int, devices: int, limit: int) 
         there = [
             t
             for t in range(routing.chosen.shape[1])
-            if routing.present is None or bool(routing.present[b, t])
+            if routing.valid is None or bool(routing.valid[b, t])
         ]
         if not there:
             continue
@@ -174,11 +174,11 @@ def by_hand(routing: Routing, name: str, active: int, devices: int, limit: int) 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_losses_are_the_formulas(name: str, padded: bool, score: str) -> None:
-    present = torch.rand(4, 11) < 0.7 if padded else None
-    if present is not None:
-        present[2] = False  # only padding, so it does not count as a sequence
+    valid = torch.rand(4, 11) < 0.7 if padded else None
+    if valid is not None:
+        valid[2] = False  # only padding, so it does not count as a sequence
     router = Router(RouterConfig(score=score, adaptive_mass=0.5, groups=4, groups_kept=2), 6, 12, 3)
-    routing = router(torch.randn(4, 11, 6), None, present)
+    routing = router(torch.randn(4, 11, 6), None, valid)
     config = replace(OFF, **{name: 0.7}, devices=4, device_limit=2)
     expected = 0.7 * by_hand(routing, name, 3, 4, 2)
     assert losses(routing, config, 3)[name].item() == pytest.approx(expected, rel=1e-5)
@@ -187,13 +187,13 @@ def test_losses_are_the_formulas(name: str, padded: bool, score: str) -> None:
 @pytest.mark.parametrize("name", [*NAMES, "z_loss"])
 def test_padding_takes_no_part(name: str) -> None:
     router, hidden = Router(RouterConfig(), 6, 8, 2), torch.randn(2, 9, 6)
-    present = torch.ones(2, 9, dtype=torch.bool)
-    present[:, 6:] = False
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    valid[:, 6:] = False
     config = replace(OFF, **{name: 1.0}, devices=2)
     short = losses(router(hidden[:, :6]), config, 2)[name]
-    one = losses(router(hidden, None, present), config, 2)[name]
+    one = losses(router(hidden, None, valid), config, 2)[name]
     hidden[:, 6:] = 100 * torch.randn(2, 3, 6)
-    two = losses(router(hidden, None, present), config, 2)[name]
+    two = losses(router(hidden, None, valid), config, 2)[name]
     torch.testing.assert_close(one, short)
     assert torch.equal(one, two)
 

@@ -1,3 +1,5 @@
+"""Tests the containers of a cache against concatenation, sequence by sequence."""
+
 from dataclasses import dataclass
 
 import pytest
@@ -5,166 +7,221 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rorqual.layers.cache import Appended, Bundle, Past, Recent
+from rorqual.layers.cache import Appended, BlockCache, Bundle, Cache, Past, Recent
+from rorqual.layers.context import Span
 
 CALLS = st.lists(
     st.one_of(
-        st.tuples(st.just("new"), st.integers(0, 9)),
-        st.tuples(st.just("long"), st.integers(30, 60)),
-        st.tuples(st.just("crop"), st.integers(0, 5)),
+        st.tuples(st.just("new"), st.integers(0, 9), st.booleans()),
+        st.tuples(st.just("long"), st.integers(30, 60), st.booleans()),
+        st.tuples(st.just("crop"), st.lists(st.integers(0, 6), min_size=2, max_size=2)),
         st.tuples(st.just("select"), st.lists(st.integers(0, 1), min_size=2, max_size=2)),
-        st.tuples(st.just("reset"), st.none()),
+        st.tuples(st.just("join"), st.integers(0, 20)),
+        st.tuples(st.just("reset")),
     ),
     max_size=14,
 )
 
 
-def draw(time: int, seed: int) -> torch.Tensor:
-    return torch.randn(2, time, 3, generator=torch.Generator().manual_seed(seed))
+def draw(time: int, seed: int, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, time, 3, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=60, deadline=None)
-@given(calls=CALLS, capacity=st.integers(0, 40))
-def test_appended_is_concatenation(calls, capacity):
-    kept, expected = Appended(capacity), torch.empty(2, 0, 3)
-    for seed, (verb, value) in enumerate(calls):
-        if verb in ("new", "long"):
-            expected = torch.cat([expected, draw(value, seed)], 1)
-            assert torch.equal(kept.append(draw(value, seed)), expected)
-        elif verb == "crop":
-            value = min(value, kept.length)
-            kept.crop(value)
-            expected = expected[:, : expected.shape[1] - value]
-        elif verb == "select":
-            kept.select(torch.tensor(value))
-            expected = expected[value]
-        else:
-            kept.reset()
-            expected = expected[:, :0]
-        assert kept.length == expected.shape[1]
+def cache_of(kept, batch: int = 2) -> Cache:
+    """Returns a model's cache that holds one container."""
+    return Cache([BlockCache(kept)], Past(batch))
+
+
+def put(cache: Cache, new: torch.Tensor, counts: list[int] | None = None, verb: str = "append"):
+    """Stores new tokens as a forward pass does, and counts them."""
+    past = cache.past
+    lengths = None if counts is None else torch.tensor(counts)
+    span = Span(past.length, past.starts("cpu"), lengths)
+    found = getattr(cache.layers[0].attention, verb)(new, span)
+    past.append([new.shape[1]] * len(new) if counts is None else counts)
+    return found
+
+
+class Script:
+    """Runs calls on a cache and on lists of each sequence's tokens."""
+
+    def __init__(self, kept, make) -> None:
+        self.cache, self.make = cache_of(kept), make
+        self.rows = [torch.empty(0, 3), torch.empty(0, 3)]
+
+    def feed(self, seed: int, time: int, ragged: bool, verb: str) -> None:
+        new, before = draw(time, seed), [len(row) for row in self.rows]
+        counts = [time, time // 2] if ragged else None
+        found = put(self.cache, new, counts, verb)
+        for b, row in enumerate(self.rows):
+            self.rows[b] = torch.cat([row, new[b, : time if counts is None else counts[b]]])
+        self.check(found, before, counts or [time, time])
+        assert self.cache.lengths == tuple(map(len, self.rows))
+
+    def run(self, calls, verb: str) -> None:
+        for seed, (name, *values) in enumerate(calls):
+            if name in ("new", "long"):
+                self.feed(seed, *values, verb)
+            elif name == "crop":
+                self.crop([min(n, len(row)) for n, row in zip(values[0], self.rows, strict=True)])
+            elif name == "select":
+                self.cache.select(torch.tensor(values[0]))
+                self.rows = [self.rows[row] for row in values[0]]
+            elif name == "join":
+                self.join(values[0], seed, verb)
+            else:
+                self.cache.reset()
+                self.rows = [row[:0] for row in self.rows]
+
+    def crop(self, counts: list[int]) -> None:
+        try:
+            self.cache.crop(counts)
+        except ValueError:
+            assert self.cache.lengths == tuple(map(len, self.rows))
+            return
+        self.rows = [row[: len(row) - n] for row, n in zip(self.rows, counts, strict=True)]
+
+    def join(self, time: int, seed: int, verb: str) -> None:
+        """Replaces the second sequence by one of another cache."""
+        other = cache_of(self.make(), 1)
+        if time:
+            put(other, draw(time, seed, 1), None, verb)
+        self.cache.select(torch.tensor([0]))
+        if not time or not len(self.rows[0]):
+            # An empty container has no shape to join.
+            self.cache, self.rows = cache_of(self.make()), [row[:0] for row in self.rows]
+            return
+        self.cache.join(other)
+        self.rows[1] = draw(time, seed, 1)[0]
 
 
 @settings(max_examples=100, deadline=None)
+@given(calls=CALLS, capacity=st.integers(0, 40))
+def test_appended_is_concatenation(calls, capacity):
+    script = Script(Appended(capacity), lambda: Appended(capacity))
+
+    def check(found, before, counts):
+        for b, row in enumerate(script.rows):
+            assert torch.equal(found[b, : len(row)], row)
+        assert found.isfinite().all()
+
+    script.check = check
+    script.run(calls, "append")
+
+
+@settings(max_examples=100, deadline=None)
+@given(calls=CALLS, before=st.integers(0, 5))
+def test_a_window_is_the_end_of_the_concatenation(calls, before):
+    def make():
+        return Appended(before=before, fill=7)
+
+    script = Script(make(), make)
+
+    def append(new, span):
+        kept = script.cache.layers[0].attention
+        Appended.append(kept, new, span)
+        return kept.window(span, new.shape[1])
+
+    def check(found, lengths, counts):
+        for b, row in enumerate(script.rows):
+            padded = torch.cat([torch.full((before, 3), 7.0), row])
+            end = lengths[b] + counts[b]
+            assert torch.equal(found[b, : before + counts[b]], padded[lengths[b] : before + end])
+
+    script.check = check
+    for seed, (name, *values) in enumerate(calls):
+        if name in ("new", "long"):
+            script.cache.layers[0].attention.append = append
+            script.feed(seed, *values, "append")
+            del script.cache.layers[0].attention.append
+        else:
+            script.run([(name, *values)], "append")
+
+
+@settings(max_examples=150, deadline=None)
 @given(calls=CALLS, count=st.integers(0, 6))
 def test_recent_is_the_tail_of_the_concatenation(calls, count):
-    kept, expected = Recent(count, slack=5, fill=7.0), torch.full((2, count, 3), 7.0)
-    for seed, (verb, value) in enumerate(calls):
-        if verb in ("new", "long"):
-            expected = torch.cat([expected, draw(value, seed)], 1)
-            assert torch.equal(
-                kept.extend(draw(value, seed)), expected[:, expected.shape[1] - count - value :]
-            )
-        elif verb == "crop":
-            value = min(value, kept.length, kept.known)
-            try:
-                kept.crop(value)
-            except ValueError:
-                continue
-            expected = expected[:, : expected.shape[1] - value]
-        elif verb == "select":
-            kept.select(torch.tensor(value))
-            expected = torch.cat(
-                [expected[value][:, :count].fill_(7.0), expected[value][:, count:]], 1
-            )
-        else:
-            kept.reset()
-            expected = torch.full((2, count, 3), 7.0)
-        assert kept.length == expected.shape[1] - count
+    script = Script(Recent(count, slack=5), lambda: Recent(count, slack=5))
+
+    def check(found, before, counts):
+        for b, row in enumerate(script.rows):
+            padded = torch.cat([torch.zeros(count, 3), row])
+            expected = padded[before[b] : before[b] + count + counts[b]]
+            assert torch.equal(found[b, : count + counts[b]], expected)
+
+    script.check = check
+    script.run(calls, "extend")
 
 
 def test_recent_goes_back_as_far_as_slack():
-    kept = Recent(3, slack=4)
-    kept.extend(draw(50, 0))
-    kept.crop(4)
-    assert torch.equal(kept.extend(draw(1, 1))[:, :3], draw(50, 0)[:, 43:46])
-    with pytest.raises(ValueError, match="got 9 tokens to forget"):
-        kept.crop(9)
+    cache = cache_of(Recent(3, slack=4))
+    put(cache, draw(50, 0), verb="extend")
+    cache.crop(4)
+    assert torch.equal(put(cache, draw(1, 1), verb="extend")[:, :3], draw(50, 0)[:, 43:46])
+    with pytest.raises(ValueError, match=r"got 9 tokens to forget, expected 0 to 1, or all 47"):
+        cache.crop(9)
+    with pytest.raises(ValueError, match="expected 0 to 1"):
+        cache.crop([0, 2])
+    assert cache.lengths == (47, 47)
+    cache.crop([47, 1])
+    assert cache.lengths == (0, 46)
 
 
-def test_recent_forgets_everything_while_everything_is_held():
-    kept = Recent(3, slack=4, fill=-1)
-    kept.extend(draw(5, 0))
-    kept.crop(5)
-    assert torch.equal(kept.extend(draw(1, 1))[:, :3], torch.full((2, 3, 3), -1.0))
+def test_a_cache_that_holds_more_goes_back_as_far():
+    cache = cache_of(Recent(3, slack=4))
+    cache.hold(30)
+    put(cache, draw(50, 0), verb="extend")
+    with pytest.raises(ValueError, match="hold: got a cache of 50 tokens, expected an empty one"):
+        cache.hold(40)
+    cache.crop(30)
+    assert torch.equal(put(cache, draw(1, 1), verb="extend")[:, :3], draw(50, 0)[:, 17:20])
 
 
 def test_a_prefilled_buffer_is_not_moved():
-    kept = Appended(capacity=100)
-    first = kept.append(draw(60, 0)).data_ptr()
-    assert kept.append(draw(40, 1)).data_ptr() == first
-    assert kept.append(draw(1, 2)).data_ptr() != first
-    assert kept.buffer is not None and kept.buffer.shape[1] == 200
+    cache = cache_of(Appended(capacity=100))
+    first = put(cache, draw(60, 0)).data_ptr()
+    assert put(cache, draw(40, 1)).data_ptr() == first
+    assert put(cache, draw(1, 2)).data_ptr() != first
+    assert cache.layers[0].attention.buffer.shape[1] == 200
 
 
 def test_select_changes_the_batch():
-    kept, recent = Appended(), Recent(2)
-    kept.append(draw(4, 0))
-    recent.extend(draw(4, 0))
-    for container in (kept, recent):
-        container.select(torch.tensor([1, 1, 0]))
-    assert torch.equal(kept.append(torch.zeros(3, 0, 3)), draw(4, 0)[[1, 1, 0]])
-    assert torch.equal(recent.extend(torch.zeros(3, 0, 3)), draw(4, 0)[[1, 1, 0], 2:])
+    for kept, verb in ((Appended(), "append"), (Recent(4), "extend")):
+        cache = cache_of(kept)
+        put(cache, draw(4, 0), verb=verb)
+        cache.select(torch.tensor([1, 1, 0]))
+        assert torch.equal(put(cache, torch.zeros(3, 0, 3), verb=verb), draw(4, 0)[[1, 1, 0]])
 
 
-@pytest.mark.parametrize("container, verb", [(Appended(), "append"), (Recent(2), "extend")])
-def test_another_batch_is_refused(container, verb):
-    getattr(container, verb)(draw(4, 0))
-    with pytest.raises(ValueError, match="got a batch of 1, expected the 2 rows"):
-        getattr(container, verb)(draw(1, 0)[:1])
-    container.reset()
-    getattr(container, verb)(draw(1, 0)[:1])
-
-
-@pytest.mark.parametrize("container", [Appended(), Recent(2)])
-def test_a_batch_before_reset_does_not_bind_a_selection(container):
-    """Selects from a larger batch whose tokens are still to come.
-
-    The empty buffer still has the size of the smaller batch before.
-    """
-    put = container.append if isinstance(container, Appended) else container.extend
-    put(draw(4, 0)[:1])
-    container.reset()
-    container.select(torch.tensor([2, 0]))
-    assert torch.equal(put(draw(4, 1))[:, -4:], draw(4, 1))
-
-
-def test_documents_named_before_reset_do_not_bind_a_selection():
-    past = Past()
-    past.append(1, 3, torch.tensor([[0, 0, 1]]), torch.tensor([[False, True, True]]))
+def test_another_batch_is_refused_unless_nothing_is_cached():
+    past = Past(2)
+    past.take(3)
+    past.append([1, 2, 3])
+    with pytest.raises(ValueError, match="got a batch of 1, expected the 3 sequences"):
+        past.take(1)
     past.reset()
-    past.append(3, 1, None, None)
-    past.select(torch.tensor([1, 2]))
-    documents, present = past.append(2, 1, torch.tensor([[1], [2]]), None)
-    assert documents.tolist() == [[0, 1], [0, 2]] and present is None
+    past.take(1)
+    assert past.lengths == [0]
 
 
-def test_crop_past_the_start_is_refused():
-    kept, past = Appended(), Past()
-    kept.append(draw(2, 0))
-    past.append(2, 2, None, None)
-    for container in (kept, past):
-        with pytest.raises(ValueError, match="got 3 tokens to forget, expected 0 to the 2 held"):
-            container.crop(3)
+def test_sequences_of_different_lengths_have_starts_of_their_own():
+    past = Past(2)
+    assert past.starts("cpu") is None
+    past.append([3, 5])
+    assert past.starts("cpu").tolist() == [3, 5]
+    past.crop([0, 2])
+    assert past.starts("cpu") is None and past.length == 3
+    with pytest.raises(ValueError, match="got 4 tokens to forget, expected 0 to the 3 cached"):
+        past.crop([4, 0])
+    assert past.lengths == [3, 3]
 
 
-def test_nothing_kept_carries_gradients():
-    assert not Appended().append(draw(2, 0).requires_grad_()).requires_grad
-    assert not Recent(1).extend(draw(2, 0).requires_grad_()).requires_grad
-
-
-def test_past_goes_on_with_the_last_document():
-    past = Past()
-    documents, present = past.append(2, 3, torch.tensor([[0, 0, 1], [4, 5, 5]]), None)
-    assert present is None
-    documents, present = past.append(2, 2, None, torch.tensor([[True, False], [True, True]]))
-    assert documents.tolist() == [[0, 0, 1, 1, 1], [4, 5, 5, 5, 5]]
-    assert present.tolist() == [[True, True, True, True, False], [True] * 5]
-    past.crop(3)
-    past.select(torch.tensor([1]))
-    documents, present = past.append(1, 1, None, None)
-    assert documents.tolist() == [[4, 5, 5]] and present.tolist() == [[True] * 3]
-    past.reset()
-    assert past.append(1, 2, None, None) == (None, None) and past.length == 2
+def test_nothing_cached_carries_gradients():
+    cache = cache_of(Appended())
+    assert not put(cache, draw(2, 0).requires_grad_()).requires_grad
+    cache = cache_of(Recent(1))
+    put(cache, draw(2, 0).requires_grad_(), verb="extend")
+    assert not put(cache, draw(2, 1), verb="extend").requires_grad
 
 
 @dataclass(eq=False)
@@ -175,34 +232,27 @@ class Kept(Bundle):
 
 
 def test_what_is_done_to_a_bundle_is_done_to_all_in_it():
-    bundle = Kept(Appended(), (Appended(), None))
-    bundle.keys.append(draw(4, 0))
-    bundle.pair[0].append(draw(4, 1))
-    bundle.select(torch.tensor([1, 0]))
-    bundle.crop(1)
-    assert torch.equal(bundle.keys.append(draw(0, 0)), draw(4, 0)[[1, 0], :3])
-    bundle.reset()
-    assert bundle.pair[0].length == 0 and bundle.inner is None
+    def make():
+        return Kept(Appended(), (Appended(), None), BlockCache(Recent(4)))
+
+    bundle, other, span = make(), make(), Span(0, None)
+    for each, seed in ((bundle, 0), (other, 1)):
+        each.keys.append(draw(4, seed), span)
+        each.pair[0].append(draw(4, seed), span)
+        each.inner.attention.extend(draw(4, seed), span)
+    bundle.select(torch.tensor([1]), 4)
+    bundle.join(other, (4, 4))
+    expected, span = torch.cat([draw(4, 0)[[1]], draw(4, 1)]), Span(4, None)
+    for found in (bundle.keys, bundle.pair[0]):
+        assert torch.equal(found.append(torch.zeros(3, 0, 3), span), expected)
+    assert torch.equal(bundle.inner.attention.extend(torch.zeros(3, 0, 3), span), expected)
 
 
-@pytest.mark.parametrize("capacity", [1, 40])
-def test_claimed_room_is_what_append_would_have_filled(capacity):
+def test_reserved_space_is_what_append_would_have_filled():
     first, more = torch.randn(2, 5, 3), torch.randn(2, 30, 3)
-    plain, claimed = Appended(capacity), Appended(capacity)
-    expected = [plain.append(part) for part in (first, more)][-1]
-    claimed.append(first)
-    for part in more.split(1, 1):
-        buffer, at = claimed.claim(1)
-        buffer[:, at : at + 1] = part
-    assert claimed.length == 35
-    torch.testing.assert_close(claimed.buffer[:, :35], expected, rtol=0, atol=0)
-
-
-def test_an_empty_cache_has_no_room_to_claim():
-    kept = Appended(8)
-    with pytest.raises(ValueError, match="claim: got an empty cache"):
-        kept.claim(1)
-    kept.append(torch.randn(2, 1, 3))
-    kept.reset()
-    with pytest.raises(ValueError, match="claim: got an empty cache"):
-        kept.claim(1)
+    for capacity in (1, 40):
+        kept = Appended(capacity)
+        kept.append(first, Span(0, None))
+        for t in range(30):
+            kept.reserve(first, 6 + t)[:, 5 + t] = more[:, t]
+        assert torch.equal(kept.buffer[:, :35], torch.cat([first, more], 1))

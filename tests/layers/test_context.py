@@ -1,5 +1,6 @@
 """Tests positions and masks against loops over tokens, in one call and after a cache."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,103 +10,112 @@ from rorqual.layers.cache import Past
 from rorqual.layers.context import context
 
 
-def slow_context(documents, present):
-    """Computes positions and mask of whole sequences, one token at a time."""
-    batch, length = documents.shape
-    positions = torch.zeros(batch, length, dtype=torch.long)
-    mask = torch.zeros(batch, length, length, dtype=torch.bool)
-    for row in range(batch):
-        seen = 0
-        for t in range(length):
-            if t == 0 or documents[row, t] != documents[row, t - 1]:
-                seen = 0
-            seen += int(present[row, t])
-            positions[row, t] = max(seen - 1, 0)
-            for key in range(t + 1):
-                mask[row, t, key] = documents[row, t] == documents[row, key] and present[row, key]
-            mask[row, t, t] = True
-    return positions, mask[:, None]
+def slow_context(documents: list[list[int]]):
+    """Computes positions and visible keys of whole sequences, one token at a time."""
+    positions, visible = [], []
+    for row in documents:
+        places, seen = [], []
+        for t, document in enumerate(row):
+            places.append(places[-1] + 1 if t and document == row[t - 1] else 0)
+            seen.append([s for s in range(t + 1) if row[s] == document])
+        positions.append(places)
+        visible.append(seen)
+    return positions, visible
 
 
-def slow_mask_of_absent(mask, present):
-    """Lets a padding query see itself and what a valid token in its place would see."""
-    return mask & present[:, None, :, None]
-
-
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_context_in_one_call_and_in_pieces(data):
-    length = data.draw(st.integers(1, 9))
-    starts = torch.tensor(
-        [data.draw(st.lists(st.booleans(), min_size=length, max_size=length)) for _ in range(2)]
-    )
-    present = torch.tensor(
-        [data.draw(st.lists(st.booleans(), min_size=length, max_size=length)) for _ in range(2)]
-    )
-    documents = starts.long().cumsum(1)
-    positions, mask = slow_context(documents, present)
-    whole = context(2, length, "cpu", documents=documents, present=present)
-    assert torch.equal(whole.positions, positions) and whole.past == 0
-    assert torch.equal(slow_mask_of_absent(whole.mask, present), slow_mask_of_absent(mask, present))
-    assert whole.mask.any(-1).all()
-    past, begin = Past(), 0
-    while begin < length:
-        end = data.draw(st.integers(begin + 1, length))
-        known = {"documents": documents[:, begin:end], "present": present[:, begin:end]}
-        part = context(2, end - begin, "cpu", past=past, **known)
-        assert torch.equal(part.positions, positions[:, begin:end]) and part.past == begin
-        assert torch.equal(part.key_positions, positions[:, :end])
-        assert torch.equal(part.key_documents, documents[:, :end]) and torch.equal(
-            part.key_present, present[:, :end]
+    """Sequences of different lengths, in calls that extend each by a number of its own."""
+    packed = data.draw(st.booleans())
+    past, rows = Past(2), [[], []]
+    for _ in range(data.draw(st.integers(1, 4))):
+        time = data.draw(st.integers(1, 5))
+        begins = data.draw(
+            st.lists(st.lists(st.booleans(), min_size=time, max_size=time), min_size=2, max_size=2)
         )
-        here = present[:, begin:end]
-        assert torch.equal(
-            slow_mask_of_absent(part.mask, here),
-            slow_mask_of_absent(mask[:, :, begin:end, :end], here),
-        )
-        begin = end
+        last = [row[-1] if row else 0 for row in rows]
+        new = (torch.tensor(last)[:, None] + torch.tensor(begins).cumsum(1)) * packed
+        counts = data.draw(st.none() | st.lists(st.integers(0, time), min_size=2, max_size=2))
+        before = [len(row) for row in rows]
+        ctx = context(2, time, "cpu", past=past, documents=new if packed else None, lengths=counts)
+        for b, row in enumerate(rows):
+            row += new[b, : time if counts is None else counts[b]].tolist()
+        positions, visible = slow_context(rows)
+        assert ctx.past == max(before) and ctx.key_count == max(before) + time
+        assert (ctx.starts is None) == (before[0] == before[1])
+        for b in range(2):
+            for t in range(time if counts is None else counts[b]):
+                at = before[b] + t
+                assert ctx.positions[b, t] == positions[b][at]
+                assert ctx.columns.expand(2, -1)[b, t] == at
+                mask = ctx.visible().expand(2, -1, -1, -1)[b, 0, t]
+                assert mask.nonzero().flatten().tolist() == visible[b][at]
+                if packed:
+                    assert ctx.documents[b, t] == ctx.key_documents[b, at] == rows[b][at]
+        if counts is not None and min(counts) < time:
+            assert ctx.valid.sum(1).tolist() == counts
+        else:
+            assert ctx.valid is None
+        assert past.lengths == [len(row) for row in rows]
 
 
 def test_context_without_anything_to_hide_needs_no_mask():
-    past = Past()
+    past = Past(2)
     for begin, time in ((0, 4), (4, 1), (5, 3)):
-        where = context(2, time, "cpu", past=past)
-        assert where.mask is None and where.documents is None and where.present is None
-        assert where.positions.tolist() == [list(range(begin, begin + time))] * 2
-        assert torch.equal(where.visible()[0, 0], torch.ones(time, begin + time).tril(begin).bool())
+        ctx = context(2, time, "cpu", past=past)
+        assert ctx.mask is None and ctx.documents is None and ctx.valid is None
+        assert ctx.positions.tolist() == [list(range(begin, begin + time))] * 2
+        assert torch.equal(ctx.visible()[0, 0], torch.ones(time, begin + time).tril(begin).bool())
 
 
-def test_decoding_goes_on_behind_left_padding():
-    past = Past()
-    context(
-        2, 3, "cpu", present=torch.tensor([[False, False, True], [True, True, True]]), past=past
-    )
-    where = context(2, 1, "cpu", past=past)
-    assert where.positions.tolist() == [[1], [3]]
-    assert where.mask[:, 0, 0].tolist() == [[False, False, True, True], [True] * 4]
+def test_padding_behind_the_tokens_needs_no_mask():
+    past = Past(2)
+    ctx = context(2, 3, "cpu", lengths=[1, 3], past=past)
+    assert ctx.mask is None and ctx.valid.tolist() == [[True, False, False], [True] * 3]
+    ctx = context(2, 1, "cpu", past=past)
+    assert ctx.positions.tolist() == [[1], [3]]
+    assert ctx.mask[:, 0, 0].tolist() == [[True, True, False, False], [True] * 4]
 
 
-def test_the_last_position_is_that_of_the_whole_call():
-    """Compares every per-token field; the other tokens count as cached ones."""
-    documents = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0]])
-    present = torch.tensor([[True] * 5, [False, True, True, True, True]])
+@pytest.mark.parametrize("lengths", [[3], [4, 1], [-1, 1], [1, 2, 3]])
+def test_lengths_that_do_not_fit_are_refused(lengths):
+    with pytest.raises(ValueError, match=r"lengths: got .* expected 2 numbers of tokens from 0"):
+        context(2, 3, "cpu", lengths=lengths)
+
+
+def test_documents_go_on_where_none_are_given():
+    past = Past(2)
+    context(2, 2, "cpu", past=past)
+    first = context(2, 3, "cpu", documents=torch.tensor([[0, 0, 1], [4, 5, 5]]), past=past)
+    assert first.key_documents.tolist() == [[0, 0, 0, 0, 1], [0, 0, 4, 5, 5]]
+    past.crop([0, 2])
+    ctx = context(2, 2, "cpu", past=past)
+    assert ctx.documents.tolist() == [[1, 1], [4, 4]]
+    assert ctx.positions.tolist() == [[1, 2], [1, 2]]
+    assert ctx.documents_before(2).tolist() == [[0, 1, 1, 1], [0, 4, 4, 4]]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("lengths", [None, [2, 5]])
+def test_the_last_position_is_that_of_the_whole_call(packed, lengths):
+    """Compares every field of a token; the other tokens count as cached ones."""
+    documents = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0]]) if packed else None
     ids, live = torch.arange(10).view(2, 5), torch.rand(2, 5) > 0.5
-    known = {
-        "documents": documents,
-        "present": present,
-        "rope": (RopeConfig(), 6),
-        "ids": ids,
-        "live": live,
-    }
-    whole = context(2, 5, "cpu", last_only=True, **known)
-    last = whole.last()
-    assert last.past == 4 and not last.last_only
-    for name in ("positions", "documents", "present", "cos", "sin", "ids", "live"):
-        assert torch.equal(getattr(last, name), getattr(whole, name)[:, -1:]), name
-    assert torch.equal(last.mask, whole.mask[:, :, -1:])
-    assert torch.equal(last.key_positions, whole.key_positions)
-    plain = context(2, 5, "cpu")
-    assert torch.equal(plain.last().visible(), plain.visible()[:, :, -1:])
+    known = {"documents": documents, "lengths": lengths, "rope": (RopeConfig(), 6)}
+    whole = context(2, 5, "cpu", last_only=True, ids=ids, live=live, **known)
+    last, places = whole.last(), torch.tensor(lengths or [5, 5]) - 1
+    assert last.past == 4 and not last.last_only and last.lengths is None
+    for name in ("positions", "documents", "cos", "sin", "ids", "live"):
+        value = getattr(whole, name)
+        if value is None:
+            assert not packed and getattr(last, name) is None
+        else:
+            assert torch.equal(getattr(last, name)[:, 0], value[[0, 1], places]), name
+    seen = whole.visible().expand(2, -1, -1, -1)[[0, 1], 0, places]
+    assert torch.equal(last.visible().expand(2, -1, -1, -1)[:, 0, 0], seen)
+    assert torch.equal(last.columns.expand(2, -1)[:, 0], places)
+    assert last.key_count == whole.key_count
 
 
 def test_rotations_are_those_of_the_positions_in_a_document():

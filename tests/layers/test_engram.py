@@ -3,7 +3,7 @@
 import json
 import math
 import pathlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rorqual import kernels
 from rorqual.layers import engram
-from rorqual.layers.cache import BlockCache, Bundle, Past, Recent
+from rorqual.layers.cache import BlockCache, Cache, Past
 from rorqual.layers.context import Context, context
 from rorqual.layers.engram import Addresses, Engram, EngramConfig, row_totals
 from rorqual.tables import Handle
@@ -35,22 +35,14 @@ CPU = torch.device("cpu")
 
 
 def recalled(
-    layer: Engram, hidden: Tensor, memory: Tensor, ctx: Context, cache: Recent | None = None
+    layer: Engram, hidden: Tensor, memory: Tensor, ctx: Context, cache: BlockCache | None = None
 ) -> Tensor:
     """Computes what the layer adds to the streams.
 
     memory is [B, T, R, head_dim] or, with its rows side by side, [B, T, M].
     """
     rows = memory if memory.dim() == 4 else memory.unsqueeze(-2)
-    kept = None if cache is None else BlockCache(None, cache)
-    return layer(hidden, replace(ctx, rows=Handle(lambda: rows), cache=kept))
-
-
-@dataclass(eq=False)
-class Kept(Bundle):
-    past: Past
-    ids: Recent
-    layers: tuple[Recent | None, ...]
+    return layer(hidden, replace(ctx, rows=Handle(lambda: rows), cache=cache))
 
 
 class Rig(nn.Module):
@@ -73,17 +65,17 @@ class Rig(nn.Module):
             if self.config.conv:
                 nn.init.normal_(layer.conv)
 
-    def new_cache(self) -> Bundle:
+    def new_cache(self) -> Cache:
         of = (1, 0, torch.float32, torch.device("cpu"))
-        kept = tuple(layer.new_cache(*of) for layer in self.layers)
-        return Kept(Past(), self.addresses.new_cache(*of), kept)
+        layers = [BlockCache(None, layer.new_cache(*of)) for layer in self.layers]
+        return Cache(layers, Past(), self.addresses.new_cache(*of))
 
     @torch.no_grad()
     def forward(
-        self, ids: Tensor, *, documents=None, present=None, cache: Bundle | None = None
+        self, ids: Tensor, *, documents=None, lengths=None, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor]:
         past = cache.past if cache else None
-        where = context(*ids.shape, "cpu", documents=documents, present=present, past=past)
+        where = context(*ids.shape, "cpu", documents=documents, lengths=lengths, past=past)
         rows = self.addresses(ids, where, cache.ids if cache else None)
         live, hidden = self.addresses.live(ids, where), self.hidden[ids]
         outs = [
@@ -113,12 +105,6 @@ VARIANTS = st.fixed_dictionaries(
 )
 
 
-def cuts(data: st.DataObject, length: int) -> list[tuple[int, int]]:
-    inner = data.draw(st.lists(st.integers(1, length), max_size=6)) if length > 1 else []
-    edges = sorted({0, *inner, length})
-    return list(zip(edges[:-1], edges[1:], strict=True))
-
-
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_in_chunks_of_any_size_as_at_once(data: st.DataObject) -> None:
@@ -127,23 +113,30 @@ def test_in_chunks_of_any_size_as_at_once(data: st.DataObject) -> None:
     batch, time = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 40))
     ids = torch.randint(40, (batch, time))
     documents = torch.randint(2, (batch, time)).cumsum(1) if data.draw(st.booleans()) else None
-    lefts = torch.randint(time, (batch, 1))
-    present = torch.arange(time) >= lefts if data.draw(st.booleans()) else None
-    rows, out = rig(ids, documents=documents, present=present)
-    cache = rig.new_cache()
-    for start, stop in cuts(data, time):
-        part = slice(start, stop)
-        named = {"documents": documents, "present": present}
-        given_ = {name: None if value is None else value[:, part] for name, value in named.items()}
-        got_rows, got = rig(ids[:, part], cache=cache, **given_)
-        assert torch.equal(got_rows, rows[:, :, part])
-        torch.testing.assert_close(got, out[:, part], atol=1e-6, rtol=1e-5)
+    rows, out = rig(ids, documents=documents)
+    cache, done = rig.new_cache(), [0] * batch
+    ragged = data.draw(st.booleans())
+    # Each call extends each sequence by a number of tokens of its own.
+    while min(done) < time:
+        most = data.draw(st.integers(1, 8))
+        counts = [min(data.draw(st.integers(0, most)) if ragged else most, time - n) for n in done]
+        part = torch.zeros(batch, max(1, *counts), dtype=torch.long)
+        numbers = part.clone()
+        for b, (start, count) in enumerate(zip(done, counts, strict=True)):
+            part[b, :count] = ids[b, start : start + count]
+            if documents is not None:
+                numbers[b, :count] = documents[b, start : start + count]
+        known = {"documents": None if documents is None else numbers, "lengths": counts}
+        got_rows, got = rig(part, cache=cache, **known)
+        for b, (start, count) in enumerate(zip(done, counts, strict=True)):
+            assert torch.equal(got_rows[:, b, :count], rows[:, b, start : start + count])
+            expected = out[b, start : start + count]
+            torch.testing.assert_close(got[b, :count], expected, atol=1e-6, rtol=1e-5)
+        done = [start + count for start, count in zip(done, counts, strict=True)]
     # Each sequence alone gives the same result as in a batch.
     for row in range(batch):
-        alone = {
-            name: None if value is None else value[row : row + 1] for name, value in named.items()
-        }
-        alone_rows, alone_out = rig(ids[row : row + 1], **alone)
+        alone = None if documents is None else documents[row : row + 1]
+        alone_rows, alone_out = rig(ids[row : row + 1], documents=alone)
         assert torch.equal(alone_rows, rows[:, row : row + 1])
         torch.testing.assert_close(alone_out, out[row : row + 1], atol=1e-6, rtol=1e-5)
 
@@ -200,33 +193,16 @@ def test_without_resets_documents_do_see_each_other() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-def test_left_padding_is_invisible(data: st.DataObject) -> None:
+def test_padding_is_invisible(data: st.DataObject) -> None:
     torch.manual_seed(0)
     rig = Rig(**data.draw(VARIANTS))
-    ids, left = torch.randint(40, (2, data.draw(st.integers(1, 20)))), data.draw(st.integers(1, 12))
-    padded = torch.cat([torch.randint(-100, 100, (2, left)), ids], 1)
-    present = (torch.arange(padded.shape[1]) >= left).expand(padded.shape)
-    rows, out = rig.addresses(padded, context(*padded.shape, "cpu", present=present)), rig(ids)
-    assert torch.equal(rows[:, :, left:], out[0])
-    got = rig(padded.clamp(0, 39), present=present)[1]
-    torch.testing.assert_close(got[:, left:], out[1], atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_look_back_stops_at_padding_between_tokens(cached: bool) -> None:
-    """Prompts of a batch are padded on the right, and the shorter sequences continue."""
-    rig = Rig()
-    ids, present = torch.tensor([[4, 6, 11, 8, 2]]), torch.tensor([[True, True, False, True, True]])
-    cache = rig.new_cache() if cached else None
-    if cached:
-        rig(ids[:, :3], present=present[:, :3], cache=cache)
-        rows, _ = rig(ids[:, 3:], cache=cache)
-    else:
-        rows, _ = rig(ids, present=present)
-    alone, _ = rig(ids[:, 3:])
-    assert torch.equal(rows[:, :, -2:], alone)
-    behind, _ = rig(ids[:, [0, 1, 3, 4]])
-    assert not torch.equal(rows[:, :, -2:], behind[:, :, -2:])
+    ids, more = torch.randint(40, (2, data.draw(st.integers(1, 20)))), data.draw(st.integers(1, 12))
+    padded, time = torch.cat([ids, torch.randint(-100, 100, (2, more))], 1), ids.shape[1]
+    ctx = context(*padded.shape, "cpu", lengths=[time, time])
+    rows, out = rig.addresses(padded, ctx), rig(ids)
+    assert torch.equal(rows[:, :, :time], out[0])
+    got = rig(padded.clamp(0, 39), lengths=[time, time])[1]
+    torch.testing.assert_close(got[:, :time], out[1], atol=1e-6, rtol=1e-5)
 
 
 def test_look_back_stops_at_a_dead_token_and_it_recalls_nothing() -> None:
@@ -589,7 +565,7 @@ def test_what_torch_makes_by_default_does_not_matter() -> None:
 
 @pytest.mark.interpreted
 def test_tiles_fuse_as_the_formula(tiled: torch.device, poisoned: None) -> None:
-    function = kernels.triton_twins.fuse
+    function = engram.fuse.choice.load("triton")
     for shape, conv, masked, sign in (
         ((1, 1, 1, 1), True, False, "sign"),
         (
@@ -614,7 +590,7 @@ def test_layer_on_tiles_is_the_layer(tiled: torch.device, monkeypatch: pytest.Mo
     config = EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3)
     layer, where = (
         Engram(config, 5, 3).to(tiled),
-        context(2, 4, str(tiled), present=torch.arange(4) > torch.ones(2, 1)),
+        context(2, 4, str(tiled), lengths=[2, 2]),
     )
     layer.reset(std=0.5)
     nn.init.normal_(layer.conv)
@@ -625,7 +601,7 @@ def test_layer_on_tiles_is_the_layer(tiled: torch.device, monkeypatch: pytest.Mo
     )
     found = []
     for kind in ("reference", "triton"):
-        monkeypatch.setenv(kernels.VARIABLE, f"engram_fuse={kind}")
+        monkeypatch.setenv(kernels.VARIABLE, f"fuse={kind}")
         asked = [x.to(tiled).requires_grad_() for x in (hidden, memory)]
         out = recalled(layer, *asked, where)
         wanted = [*asked, *layer.parameters()]
@@ -643,7 +619,7 @@ def test_whoever_watches_the_gate_sees_and_moves_it(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(recalled(layer, hidden, memory, where), alone)
     hook.remove()
     hook = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
-    monkeypatch.setattr(engram, "pick", lambda *_: pytest.fail("fused, though somebody watches"))
+    monkeypatch.setattr(engram, "fuse", lambda *_: pytest.fail("fused, though somebody watches"))
     recalled(layer, hidden, memory, where)
     hook.remove()
     hook = layer.gate.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
@@ -658,8 +634,8 @@ def test_without_a_gate_a_stream(gating: str) -> None:
     There is one gate, of the streams' mean; or none, so that v = W_v memory.
     """
     config = EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3, gating=gating)
-    layer, dim, streams, present = Engram(config, 5, 3), 5, 3, torch.arange(4).expand(2, 4) > 0
-    where = context(2, 4, "cpu", present=present)
+    layer, dim, streams, valid = Engram(config, 5, 3), 5, 3, torch.arange(4).expand(2, 4) < 3
+    where = context(2, 4, "cpu", lengths=[3, 3])
     layer.reset(std=0.5)
     nn.init.normal_(layer.conv)
     assert [name for name, _ in layer.named_parameters() if "key" in name or "query" in name] == (
@@ -680,7 +656,7 @@ def test_without_a_gate_a_stream(gating: str) -> None:
             )
             score = (query * key).sum(-1) / dim**0.5
             gates = (score.sign() * score.abs().sqrt()).sigmoid()
-        gated = (gates * present)[..., None] * (memory @ p["value_proj.weight"].T)
+        gated = (gates * valid)[..., None] * (memory @ p["value_proj.weight"].T)
         gated = gated[:, :, None].expand(2, 4, streams, dim)
         normed = F.rms_norm(gated, (dim,), None, config.conv_eps) * p["conv_norm"]
         return gated + F.silu(

@@ -180,8 +180,7 @@ def test_a_few_slots_are_not_sorted_and_come_out_the_same() -> None:
         routed=8, active=2, shared=1, width=5, router=RouterConfig(adaptive_mass=0.3)
     )
     moe, hidden = MoE(config, 6), torch.randn(2, 2, 6)
-    present = torch.tensor([[True, True], [False, True]])
-    for where in (None, context(2, 2, "cpu", present=present)):
+    for where in (None, context(2, 2, "cpu", lengths=[2, 1])):
         expected, _ = moe(hidden, where)
         with torch.no_grad():
             torch.testing.assert_close(moe(hidden, where)[0], expected)
@@ -212,15 +211,14 @@ def test_slots_that_are_not_taken_cost_no_row() -> None:
 
 def test_padding_takes_no_expert_and_moves_no_other_token() -> None:
     moe = MoE(MoEConfig(routed=8, active=2, shared=1, width=4), 8)
-    present = torch.ones(2, 6, dtype=torch.bool)
-    present[0, :2] = present[1, :5] = False
-    where = context(2, 6, "cpu", present=present)
+    where = context(2, 6, "cpu", lengths=[4, 1])
+    valid = where.valid
     hidden = torch.randn(2, 6, 8, requires_grad=True)
     out, routing = moe(hidden, where)
-    torch.testing.assert_close(out[present], moe(hidden)[0][present])
-    torch.testing.assert_close(out[~present], moe.shared(hidden)[~present])
-    assert int(routing.counts().sum()) == 2 * int(present.sum())
-    nothing, _ = moe(hidden, context(2, 6, "cpu", present=torch.zeros_like(present)))
+    torch.testing.assert_close(out[valid], moe(hidden)[0][valid])
+    torch.testing.assert_close(out[~valid], moe.shared(hidden)[~valid])
+    assert int(routing.counts().sum()) == 2 * int(valid.sum())
+    nothing, _ = moe(hidden, context(2, 6, "cpu", lengths=[0, 0]))
     torch.testing.assert_close(nothing, moe.shared(hidden))
     nothing.sum().backward()
     assert moe.experts.down.grad.abs().sum() == 0
@@ -343,19 +341,17 @@ def test_a_collapsed_mixture_recovers_and_learns_with(remedy: str) -> None:
 )
 def test_compiles_without_a_break(router: RouterConfig, padded: bool, backend: str) -> None:
     moe = MoE(MoEConfig(routed=8, active=3, shared=1, width=16, router=router), 16)
-    hidden, present = torch.randn(2, 9, 16), torch.ones(2, 9, dtype=torch.bool)
+    hidden, valid = torch.randn(2, 9, 16), torch.ones(2, 9, dtype=torch.bool)
     if padded:
-        present[0, :4] = False
-    where = context(2, 9, "cpu", present=present if padded else None)
+        valid[0, 5:] = False
+    where = context(2, 9, "cpu", lengths=valid.sum(1))
     found = []
     for module in (moe, torch.compile(moe, fullgraph=True, backend=backend)):
         leaf = hidden.clone().requires_grad_()
         moe.zero_grad()
         out = module(leaf, where)[0]
-        (out.square().sum(-1) * present).sum().backward()
-        found.append(
-            [out.detach()[present], leaf.grad, *[p.grad.clone() for p in moe.parameters()]]
-        )
+        (out.square().sum(-1) * valid).sum().backward()
+        found.append([out.detach()[valid], leaf.grad, *[p.grad.clone() for p in moe.parameters()]])
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 

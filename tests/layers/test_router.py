@@ -380,11 +380,11 @@ def test_the_token_table_is_even_repeatable_and_without_twins() -> None:
 
 
 def test_padding_is_counted_nowhere() -> None:
-    present = torch.tensor([[True, True, False], [False, True, True]])
-    routing = Router(RouterConfig(), 8, 4, 2)(torch.randn(2, 3, 8), None, present)
-    assert (routing.weights[~present] == 0).all()
-    assert (routing.weights[present] > 0).all()
-    expected = routing.chosen[present].flatten().bincount(minlength=4)
+    valid = torch.tensor([[True, True, False], [False, True, True]])
+    routing = Router(RouterConfig(), 8, 4, 2)(torch.randn(2, 3, 8), None, valid)
+    assert (routing.weights[~valid] == 0).all()
+    assert (routing.weights[valid] > 0).all()
+    expected = routing.chosen[valid].flatten().bincount(minlength=4)
     assert torch.equal(routing.counts(), expected)
 
 

@@ -228,16 +228,6 @@ def test_the_kernel_on_threads():
         torch.set_num_threads(threads)
 
 
-def test_the_kernel_refuses_what_it_cannot_do():
-    plain = torch.zeros(2)
-    assert select.usable(plain) == ""
-    assert "bfloat16" in select.usable(plain, plain.bfloat16())
-    assert "backward" in select.usable(plain.clone().requires_grad_())
-    with torch.no_grad():
-        assert select.usable(plain.clone().requires_grad_()) == ""
-    assert "cuda" in select.usable(torch.device("cuda"))
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shorter", [(0, 0, 0), (1, 0, 2)], ids=str)
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[5] == shape[6]], ids=str)

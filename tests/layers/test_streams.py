@@ -139,7 +139,7 @@ def test_tiles_collapse_as_the_formula(tiled: torch.device, poisoned: None) -> N
                     *torch.randn(2, count, tokens),
                     torch.randn(count, count, tokens),
                 ]
-                functions = (kernels.triton_twins.collapse, streams.collapse)
+                functions = (streams.collapse.choice.load("triton"), streams.collapse.reference)
                 alike(*(outcome(function, given, pulls, iterations, eps) for function in functions))
 
 
@@ -157,7 +157,7 @@ def test_tiles_write_as_the_formula(tiled: torch.device, poisoned: None) -> None
                     for x in (*given, torch.rand(count, tokens), comb)
                 ]
                 functions, pulls = (
-                    (kernels.triton_twins.write, streams.write),
+                    (streams.write.choice.load("triton"), streams.write.reference),
                     [torch.randn(tokens, count, dim)],
                 )
                 alike(*(outcome(function, given, pulls) for function in functions))
@@ -175,11 +175,9 @@ def test_a_site_of_tiles_is_a_site(
     ]
     start, pull, found = torch.randn(2, 5, 3, 10), torch.randn(2, 3, 5, 10).transpose(1, 2), []
     for choice in ("reference", "triton"):
-        asked = ",".join(f"{name}={choice}" for name in ("hyper_collapse", "hyper_write"))
+        asked = ",".join(f"{name}={choice}" for name in ("collapse", "write"))
         monkeypatch.setitem(os.environ, kernels.VARIABLE, asked)
-        assert (kernels.pick("hyper_write", streams.write, start.to(tiled)) is streams.write) == (
-            choice == "reference"
-        )
+        assert streams.write.choice.kind(start.to(tiled)) == choice
         given = start.to(tiled).requires_grad_()
         x = Streams(given)
         for site, sublayer in zip(sites, (torch.sin, torch.cos), strict=True):

@@ -190,10 +190,10 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("choice", ["token", "tile"])
 @pytest.mark.parametrize("kind", ["nsa", "moba", "full"])
-@pytest.mark.parametrize("twin", ["", "reference"])
-def test_prefill_forms_no_square(kind, choice, twin, monkeypatch):
+@pytest.mark.parametrize("kernels", ["", "reference"])
+def test_prefill_forms_no_square(kind, choice, kernels, monkeypatch):
     monkeypatch.setattr(sparse, "QUERIES", 64)
-    monkeypatch.setenv("RORQUAL_KERNELS", twin)
+    monkeypatch.setenv("RORQUAL_KERNELS", kernels)
     gqa, rope, time = GQAConfig(heads=2, kv_heads=1, head_dim=4), RopeConfig(), 2048
     inner = MoBA(MoBAConfig(block=64, chosen=3, choice=choice))
     if kind == "nsa":

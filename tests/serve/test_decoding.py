@@ -15,7 +15,7 @@ from rorqual.layers.moba import MoBAConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel, ModelConfig
-from rorqual.serve.decoding import Front, Tally, _drafts, decode, pad_left, speculate
+from rorqual.serve.decoding import Tally, decode, pad, speculate
 from rorqual.serve.sampling import Sampling
 
 ENGRAM = EngramConfig(layers=(0,), rows_per_head=(97, 97), heads=2, head_dim=8)
@@ -214,9 +214,10 @@ def test_a_depth_is_told_in_decoding_what_it_is_told_in_training(drafting, monke
     made: list[tuple[int, torch.Tensor, torch.Tensor]] = []
     plain = LanguageModel.draft
 
-    def watched(self, hidden, told, *, depth, **options):
-        found = plain(self, hidden, told, depth=depth, **options)
-        made.append((depth, told[:1, -1:], found[0][:1, -1:]))
+    def watched(self, hidden, told, *, depth, lengths, **options):
+        found = plain(self, hidden, told, depth=depth, lengths=lengths, **options)
+        last = slice(lengths[0] - 1, lengths[0])
+        made.append((depth, told[:1, last], found[0][:1, last]))
         return found
 
     monkeypatch.setattr(LanguageModel, "draft", watched)
@@ -246,25 +247,6 @@ def _chain(model, ids, rounds) -> list[torch.Tensor]:
         hidden = model.draft(hidden, told, depth=depth)[0]
         found.append(hidden[:, -1:])
     return found
-
-
-@torch.inference_mode()
-def test_what_a_row_is_sure_of_is_not_drafted():
-    """Of two sequences the second has already accepted 60, and depth 2 reads it.
-
-    No module would draft 60.
-    """
-    model = LanguageModel(replace(CONFIGS["mla"], mtp=MTPConfig(depth=2)), seed=3).eval()
-    hidden, told = model.hidden(torch.tensor([[1, 2], [1, 2]]))[0], torch.tensor([[2, 3], [2, 3]])
-    free, bound = _drafts(
-        model,
-        Front(hidden, told, None, torch.tensor([[3, -1, -1], [3, 60, -1]])),
-        model.new_cache(2),
-        60,
-    ).tolist()
-    assert bound[0] == 60 != free[0]
-    deeper = model.draft(model.draft(hidden, told)[0][1:], torch.tensor([[3, 60]]), depth=1)[0]
-    assert bound[1] == int(model.head(model.mtp[1].norm(deeper[0, -1]))[:60].argmax())
 
 
 def test_drafts_build_no_graph(drafting, monkeypatch):
@@ -310,19 +292,15 @@ def test_single_tokens_that_attend_otherwise_are_not_drafted():
 
 @settings(max_examples=25, deadline=None)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5))
-def test_padding_stands_left_and_is_marked(lengths):
+def test_padding_follows_the_tokens(lengths):
     prompts = [list(range(1, n + 1)) for n in lengths]
-    ids, present = pad_left(prompts, 0)
-    if present is None:
-        assert len(set(lengths)) == 1
-        present = torch.ones_like(ids, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        assert ids[row][present[row]].tolist() == prompt
-        assert present[row, -len(prompt) :].all()
-        assert present[row].sum() == len(prompt)
+    ids, counts = pad(prompts, 0)
+    assert counts == lengths
+    for row, prompt in zip(ids.tolist(), prompts, strict=True):
+        assert row == prompt + [0] * (max(lengths) - len(prompt))
 
 
 @pytest.mark.parametrize("prompts", [[], [[1], []]])
 def test_empty_prompts_are_refused(prompts):
     with pytest.raises(ValueError, match="empty prompt"):
-        pad_left(prompts, 0)
+        pad(prompts, 0)

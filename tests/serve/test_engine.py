@@ -20,7 +20,7 @@ from rorqual.layers.mtp import MTPConfig
 from rorqual.layers.nsa import NSAConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.serve.decoding import decode
-from rorqual.serve.engine import Engine, join
+from rorqual.serve.engine import Engine
 from rorqual.serve.sampling import Sampling
 
 ENGRAM = EngramConfig(layers=(0,), rows_per_head=(97, 97), heads=2, head_dim=8)
@@ -147,18 +147,19 @@ def test_every_attention_beside_every_part(name, count):
 
 @torch.inference_mode()
 def test_blocks_of_a_long_row_that_left_are_not_taken_for_those_of_a_shorter():
-    """The sequence that stays is as long as the one that joins it, so that no padding is left."""
+    """The sequence that stays is as long as the one that joins it."""
     model = LanguageModel(ModelConfig(**SMALL | ATTENTIONS["moba"]), seed=4).eval()
     text = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(1))
     left, right = model.new_cache(2), model.new_cache(1)
-    present = torch.arange(39) >= torch.tensor([[0], [28]])
-    model.hidden(F.pad(text[:, :11], (28, 0)), present=present, cache=left)
+    padded = torch.stack([text[0, :39], F.pad(text[1, :11], (0, 28))])
+    model.hidden(padded, lengths=[39, 11], cache=left)
     model.hidden(text[:, 11:12], cache=left)
     left.select(torch.tensor([1]))
     model.hidden(text[:1, :12], cache=right)
-    joined, rows = join((left, right), (1, 1)), text.flip(0)
+    left.join(right)
+    rows = text.flip(0)
     for at in range(12, 40):
-        found = model.hidden(rows[:, at : at + 1], cache=joined)[0]
+        found = model.hidden(rows[:, at : at + 1], cache=left)[0]
         expected = model.hidden(rows[:, : at + 1])[0][:, -1:]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 

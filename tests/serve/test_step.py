@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from rorqual.kernels import TWINS
 from rorqual.kernels import step as kernel
 from rorqual.layers.attention import GQAConfig, MLAConfig
 from rorqual.layers.basics import RopeConfig, YarnConfig
@@ -28,7 +27,7 @@ from rorqual.serve.decoding import decode
 from rorqual.serve.step import _Compiled, decoder, fits
 
 pytestmark = pytest.mark.skipif(
-    any(twin.usable(torch.device("cpu")) for twin in TWINS["decode_step"]),
+    serve_step.STEP.kind(torch.device("cpu")) == "reference",
     reason="numba is not installed",
 )
 BASE = ModelConfig(
@@ -364,7 +363,7 @@ def test_other_architectures_are_the_models_own(config):
 def test_padding_and_documents_are_the_models_own():
     model, ids = build(BASE), ids_of(6)
     for known in (
-        {"present": torch.tensor([[False] + [True] * 5])},
+        {"lengths": [5]},
         {"documents": torch.tensor([[0, 0, 0, 1, 1, 1]])},
     ):
         cache = model.new_cache(1)

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rorqual import kernels
 from rorqual.tables import dequantise, quantise, record_bytes
 from rorqual.tables.fp8 import lookup, width_of
 
@@ -191,8 +190,13 @@ def test_tiles_recall_every_byte_under_every_scale(
         if shape == (2048,):
             monkeypatch.setattr(triton_rows, "_VALUES", 1 << 15)
         ids = torch.randperm(2048)[: math.prod(shape)].view(shape).to(tiled)
-        ours, expected = kernels.triton_twins.recall(records, ids, 32), lookup(records, ids, 32)
+        ours, expected = (
+            lookup.choice.load("triton")(records, ids, 32),
+            lookup.reference(records, ids, 32),
+        )
         torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
     records = quantise(torch.randn(5, 96)).to(tiled)
     ids = torch.tensor([[4, 0, 4]], device=tiled)
-    assert torch.equal(kernels.triton_twins.recall(records, ids, 96), lookup(records, ids, 96))
+    assert torch.equal(
+        lookup.choice.load("triton")(records, ids, 96), lookup.reference(records, ids, 96)
+    )

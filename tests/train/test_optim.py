@@ -156,11 +156,11 @@ def test_dense_parameters_follow_torch_adamw_and_only_matrices_decay():
         torch.testing.assert_close(model.get_parameter(name), copies[name], rtol=1e-5, atol=1e-7)
 
 
-def choose_twin(twin: str, monkeypatch) -> None:
+def choose_kernel(kind: str, monkeypatch) -> None:
     known = kernels.available()["row_adam"]
-    if twin not in ("reference", *known) or known.get(twin, True) is not True:
-        pytest.skip(f"no {twin} twin of row_adam here")
-    monkeypatch.setenv(kernels.VARIABLE, f"row_adam={twin}")
+    if kind not in ("reference", *known) or known.get(kind, True) is not True:
+        pytest.skip(f"no {kind} kernel of row_adam here")
+    monkeypatch.setenv(kernels.VARIABLE, f"row_adam={kind}")
 
 
 def dense_rows(table, gradient, state, lr, betas, eps):
@@ -174,10 +174,10 @@ def dense_rows(table, gradient, state, lr, betas, eps):
         table[row] -= lr * m / (v.sqrt() + eps)
 
 
-@pytest.mark.parametrize("twin", ["reference", "numba"])
+@pytest.mark.parametrize("kind", ["reference", "numba"])
 @pytest.mark.parametrize("rows", [40, 1, 1300])
-def test_rows_follow_adam_with_each_rows_own_count(rows, twin, monkeypatch):
-    choose_twin(twin, monkeypatch)
+def test_rows_follow_adam_with_each_rows_own_count(rows, kind, monkeypatch):
+    choose_kernel(kind, monkeypatch)
     model, config = Double(rows), OptimConfig(lr=0.01, clip=1e9, weight_decay=0.5)
     optimizer, table = Optimizer(model, config), model.tables[0].weight
     expected = table.detach().double().clone()
@@ -206,16 +206,16 @@ def test_untouched_rows_and_their_state_stay_bit_for_bit():
     assert not optimizer.state["tables.0.weight.exp_avg"][~touched].any()
 
 
-@pytest.mark.parametrize("twin", ["reference", "numba"])
+@pytest.mark.parametrize("kind", ["reference", "numba"])
 @pytest.mark.parametrize(
     ("touched", "width", "threads"), [(0, 4, 1), (1, 1, 1), (777, 5, 1), (5000, 3, 2)]
 )
-def test_row_adam_twins_agree_and_touch_nothing_else(twin, touched, width, threads, monkeypatch):
+def test_row_adam_kernels_agree_and_touch_nothing_else(kind, touched, width, threads, monkeypatch):
     """Rows that are not touched contain NaN before and after.
 
     The numbers of an updated row agree to float32 rounding.
     """
-    choose_twin(twin, monkeypatch)
+    choose_kernel(kind, monkeypatch)
     index = torch.randperm(6000)[:touched]
     tensors = [torch.full((6000, width), torch.nan) for _ in range(3)]
     counts = torch.randint(0, 5, (6000,), dtype=torch.int32)
@@ -225,8 +225,7 @@ def test_row_adam_twins_agree_and_touch_nothing_else(twin, touched, width, threa
     before, gradient = counts.clone(), torch.randn(touched, width)
     count, default = counts[index].double()[:, None] + 1, torch.get_num_threads()
     torch.set_num_threads(threads)
-    update = kernels.pick("row_adam", row_adam, gradient)
-    update(*tensors, counts, index, gradient, 0.1, (0.9, 0.95), 1e-8)
+    row_adam(*tensors, counts, index, gradient, 0.1, (0.9, 0.95), 1e-8)
     torch.set_num_threads(default)
     m, v = 0.9 * copies[1][index] + 0.1 * gradient, 0.95 * copies[2][index] + 0.05 * gradient**2
     moved = 0.1 * (m / (1 - 0.9**count)) / ((v / (1 - 0.95**count)).sqrt() + 1e-8)
@@ -431,22 +430,22 @@ def test_schedule_stays_within_0_and_1(total, warmup, share, decay):
     assert all(0 < schedule(step, total, config) <= 1 + 1e-9 for step in range(total))
 
 
-@pytest.mark.parametrize("twin", ["reference", "numba"])
+@pytest.mark.parametrize("kind", ["reference", "numba"])
 @pytest.mark.parametrize(
     ("count", "width", "threads"), [(0, 3, 1), (1, 1, 1), (50, 17, 1), (9000, 5, 2)]
 )
-def test_sum_rows_twins_name_each_row_once(twin, count, width, threads, monkeypatch):
+def test_sum_rows_kernels_name_each_row_once(kind, count, width, threads, monkeypatch):
     known = kernels.available()["sum_rows"]
-    if twin not in ("reference", *known) or known.get(twin, True) is not True:
-        pytest.skip(f"no {twin} twin of sum_rows here")
-    monkeypatch.setenv(kernels.VARIABLE, f"sum_rows={twin}")
+    if kind not in ("reference", *known) or known.get(kind, True) is not True:
+        pytest.skip(f"no {kind} kernel of sum_rows here")
+    monkeypatch.setenv(kernels.VARIABLE, f"sum_rows={kind}")
     index, values = (
         torch.randint(0, max(1, count // 2), (count,)) * 10**9,
         torch.randn(count, width),
     )
     before, default = values.clone(), torch.get_num_threads()
     torch.set_num_threads(threads)
-    distinct, sums = kernels.pick("sum_rows", sum_rows, index, values)(index, values)
+    distinct, sums = sum_rows(index, values)
     torch.set_num_threads(default)
     assert distinct.tolist() == sorted(set(index.tolist()))
     expected = (
@@ -506,12 +505,12 @@ def test_rows_touched_every_step_follow_torch_adam(dtype, atol):
 
 
 def test_bias_corrections_beyond_those_looked_up(monkeypatch):
-    choose_twin("numba", monkeypatch)
+    choose_kernel("numba", monkeypatch)
     tensors = [torch.rand(3, 5) for _ in range(3)]
     copies = [tensor.clone() for tensor in tensors]
     counts = torch.tensor([1021, 1022, 5000], dtype=torch.int32)
     given = (torch.arange(3), torch.randn(3, 5), 0.1, (0.9, 0.9999), 1e-8)
-    kernels.pick("row_adam", row_adam, given[1])(*tensors, counts.clone(), *given)
-    row_adam(*copies, counts, *given)
+    row_adam(*tensors, counts.clone(), *given)
+    row_adam.reference(*copies, counts, *given)
     for one, other in zip(tensors, copies, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
