@@ -7,7 +7,7 @@ padding in front. Columns from a sequence's length on hold nothing that is ever 
 
     Appended   all tokens                       keys, values, latents, token ids
     Recent     the last few tokens              values that a convolution looks back at
-    Blocks     one value per complete block     layers/selection.py
+    Blocks     one value per complete block     layers/sparse.py
 
 Nothing here carries gradients: a cache is for inference. What an `append` or `extend` returns is
 valid until the next call of the same container.
