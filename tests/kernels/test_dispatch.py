@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rorqual import kernels
 from rorqual.layers.addresses import hash_rows
-from rorqual.layers.selection import selected_attention
+from rorqual.layers.sparse import selected_attention
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -94,7 +94,7 @@ def test_a_name_of_a_module_that_is_not_imported_is_known() -> None:
     """row_adam is registered by train.optim, which no layer imports."""
     code = """
 import sys, torch
-from rorqual.layers.selection import selected_attention
+from rorqual.layers.sparse import selected_attention
 assert "rorqual.train.optim" not in sys.modules
 assert selected_attention.choose(torch.zeros(1)) is not None
 """
