@@ -85,7 +85,7 @@ def nsa(choice: Choice) -> Callable[[argparse.Namespace], GQA | MLA]:
 
     def build(options: argparse.Namespace) -> GQA | MLA:
         config = NSAConfig(chosen=options.chosen, window=options.window, choice=choice)
-        return GQA(gqa(options), options.dim, ROPE, NSA(config, options.dim, gqa(options), ROPE))
+        return NSA(config, gqa(options), options.dim, ROPE)
 
     return build
 
@@ -93,14 +93,14 @@ def nsa(choice: Choice) -> Callable[[argparse.Namespace], GQA | MLA]:
 def moba(choice: Choice) -> Callable[[argparse.Namespace], GQA | MLA]:
     def build(options: argparse.Namespace) -> GQA | MLA:
         config = MoBAConfig(block=64, chosen=options.chosen, choice=choice)
-        return GQA(gqa(options), options.dim, ROPE, MoBA(config))
+        return MoBA(config, gqa(options), options.dim, ROPE)
 
     return build
 
 
 def dsa(options: argparse.Namespace) -> GQA | MLA:
     config = DSAConfig(heads=4, dim=32, chosen=options.dsa_chosen)
-    return MLA(mla(options), options.dim, ROPE, DSA(config, options.dim, mla(options), ROPE))
+    return DSA(config, mla(options), options.dim, ROPE)
 
 
 KINDS = {

@@ -167,9 +167,9 @@ class DSA(MLA):
             outs.append(early.attend_masked(*given, scale))
         if cut < nope.shape[1]:
             query, value_up = self.absorb(nope[:, cut:], rope[:, cut:])
-            if late.few:
-                asked = late.query, late.key, late.weights, late.most
-                out = attend_best(query, latent, *asked, scale, late.ends)
+            given = query, latent, late.query, late.key, late.weights
+            if late.few and attend_best.choose(*given) is not None:
+                out = attend_best(*given, late.most, scale, late.ends)
             else:
                 out = late.attend_gathered(query, latent, scale)
             outs.append(self.lift(out, value_up))
@@ -367,7 +367,8 @@ def attend_best(
     """Attends from each token to the `most` latents of best score among its first `ends` ones.
 
     `looking` are the indexer's queries, and `key` and `weights` its keys and head weights. Without
-    `ends` the tokens are the last of all sequences. The kernel is kernels/dsa.py.
+    `ends` the tokens are the last of all sequences. This says what the kernel computes; where no
+    kernel runs, IndexerSelection.attend_gathered computes it in bounded memory.
     """
     scores = index_scores(looking, key, weights)
     if ends is None:

@@ -14,10 +14,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3RotaryEmbedding,
 )
 
-from rorqual.layers.attend import attend
 from rorqual.layers.attention import GQA, MLA, GQAConfig, MLAConfig
 from rorqual.layers.basics import RMSNorm, RopeConfig, YarnConfig
-from rorqual.layers.cache import Appended, BlockCache, Past
+from rorqual.layers.cache import BlockCache, Past
 from rorqual.layers.context import context
 from rorqual.layers.dsa import DSA, DSAConfig
 from rorqual.layers.moba import MoBA, MoBAConfig
@@ -172,7 +171,7 @@ def test_mla_absorbed_equals_expanded(name, form, monkeypatch):
     config, rope, _, dim = RELEASES[name]
     layer, hidden = MLA(config, dim, rope), torch.randn(2, 150, dim)
     used = []
-    for each in ("_absorbed", "_expanded"):
+    for each in ("absorbed", "expanded"):
         plain = getattr(layer, each)
         monkeypatch.setattr(
             layer, each, lambda *a, each=each, plain=plain: used.append(each) or plain(*a)
@@ -183,7 +182,7 @@ def test_mla_absorbed_equals_expanded(name, form, monkeypatch):
         run(layer, part, past=past, cache=cache, rope=rope)
         for part in hidden.split([100, 1, 49], 1)
     ]
-    assert used == ["_expanded"] + 2 * ["_" + form]
+    assert used == ["expanded"] + 2 * [form]
     whole = run(layer, hidden, rope=rope)
     torch.testing.assert_close(
         torch.cat(outs, 1), whole, rtol=1e-5, atol=1e-5 * whole.abs().max().item()
@@ -288,7 +287,7 @@ def test_gqa_equals_one_query_at_a_time(name):
     layer = build(name).double()
     c, hidden = layer.config, torch.randn(1, 11, 24, dtype=torch.float64, requires_grad=True)
     where = context(1, 11, "cpu", rope=(RopeConfig(base=50.0, yarn=YARN), c.head_dim))
-    query, key, value = layer._project(hidden, where)
+    query, key, value = layer.project(hidden, where)
     gap = torch.arange(11)[:, None] - torch.arange(11)
     visible = (gap >= 0) & (gap < (c.window or 99))
     expected = layer.o_proj(
@@ -348,29 +347,6 @@ def test_bfloat16_stays_near_float32(name):
     assert (decoded - expected).norm() < 0.03 * expected.norm()
 
 
-def test_an_inner_attention_gets_every_key_and_our_scale():
-    class Inner(nn.Module):
-        def new_cache(self, batch, capacity, dtype, device):
-            return Appended(capacity)
-
-        def forward(self, query, key, value, hidden, ctx, scale):
-            assert hidden.shape[1] == query.shape[1] == ctx.positions.shape[1]
-            if ctx.cache is not None:
-                assert ctx.cache.attention.inner.append(hidden, ctx).shape[1] == key.shape[1]
-            return attend(query, key, value, scale, ctx.visible())
-
-    layer = build("gqa")
-    layer.inner = Inner()
-    hidden = torch.randn(2, 9, 24)
-    plain = build("gqa")
-    plain.load_state_dict(layer.state_dict())
-    torch.testing.assert_close(run(layer, hidden), run(plain, hidden))
-    with torch.no_grad():
-        torch.testing.assert_close(
-            in_pieces(layer, hidden, [6, 1, 2]), run(plain, hidden), rtol=1e-5, atol=1e-5
-        )
-
-
 @pytest.mark.parametrize(
     "build, words",
     [
@@ -380,7 +356,14 @@ def test_an_inner_attention_gets_every_key_and_our_scale():
         (lambda: GQAConfig(heads=4, kv_heads=3), "kv_heads: got 3"),
         (lambda: GQAConfig(head_dim=5), "head_dim: got 5"),
         (lambda: GQAConfig(window=0), "window: got 0"),
-        (lambda: GQA(GQAConfig(window=4), 8, RopeConfig(), nn.Identity()), "one or the other"),
+        (
+            lambda: MoBA(MoBAConfig(), GQAConfig(window=4), 8, RopeConfig()),
+            "one or the other",
+        ),
+        (
+            lambda: NSA(NSAConfig(), GQAConfig(sinks=True), 8, RopeConfig()),
+            "one or the other",
+        ),
     ],
 )
 def test_impossible_sizes_are_refused(build, words):
@@ -401,13 +384,9 @@ class Net(nn.Module):
             heads=4, q_lora_rank=16, kv_lora_rank=12, nope_dim=8, rope_dim=4, value_dim=8
         )
         make = {
-            "nsa": lambda **tile: GQA(
-                gqa, dim, rope, NSA(NSAConfig(**SPARSE, **tile), dim, gqa, rope)
-            ),
-            "moba": lambda **tile: GQA(gqa, dim, rope, MoBA(MoBAConfig(block=4, chosen=4, **tile))),
-            "dsa": lambda: MLA(
-                mla, dim, rope, DSA(DSAConfig(heads=2, dim=8, chosen=20), dim, mla, rope)
-            ),
+            "nsa": lambda **tile: NSA(NSAConfig(**SPARSE, **tile), gqa, dim, rope),
+            "moba": lambda **tile: MoBA(MoBAConfig(block=4, chosen=4, **tile), gqa, dim, rope),
+            "dsa": lambda: DSA(DSAConfig(heads=2, dim=8, chosen=20), mla, dim, rope),
         }[kind.split()[0]]
         known = {"choice": "tile"} if kind.endswith("tile") else {}
         self.rope, self.embed = rope, nn.Embedding(24, dim)

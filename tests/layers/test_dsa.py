@@ -14,18 +14,20 @@ from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32In
 
 from rorqual import kernels
 from rorqual.kernels import dsa as kernel
-from rorqual.layers import attention as attending
 from rorqual.layers import dsa
 from rorqual.layers.attention import MLA, MLAConfig
 from rorqual.layers.basics import RopeConfig
+from rorqual.layers.cache import BlockCache, Past
 from rorqual.layers.context import context
 from rorqual.layers.dsa import (
     DSA,
     DSAConfig,
+    Indexer,
     IndexerSelection,
     attend_best,
     index_scores,
     mean_indexer_loss,
+    selected_mask,
 )
 
 ROPE = RopeConfig(base=50.0)
@@ -39,7 +41,7 @@ def stirred(module, std=0.4):
 
 
 def layer(chosen=5, mla=LATENT):
-    return stirred(MLA(mla, 20, ROPE, DSA(DSAConfig(heads=3, dim=8, chosen=chosen), 20, mla, ROPE)))
+    return stirred(DSA(DSAConfig(heads=3, dim=8, chosen=chosen), mla, 20, ROPE))
 
 
 def run(attention, hidden, indexer_losses=None, **known):
@@ -58,16 +60,16 @@ def selected(attention, hidden, **known):
     ctx = context(*hidden.shape[:2], hidden.device, rope=(ROPE, attention.rope_dim), **known)
     plain = attention.config.q_lora_rank is None
     latent = hidden if plain else attention.q_a_layernorm(attention.q_a_proj(hidden))
-    return attention.inner.select(hidden, latent, attention.inner.keys(hidden, ctx), ctx)
+    return attention.indexer.select(hidden, latent, attention.indexer.keys(hidden, ctx), ctx)
 
 
-@pytest.fixture(params=["hiding", "gathering"])
+@pytest.fixture(params=["masked", "gathered"])
 def way(request, monkeypatch):
     """Forces each of the two ways to attend to selected keys, whichever is cheaper.
 
     With gradients, unselected keys are always masked.
     """
-    monkeypatch.setattr(attending, "GATHERING", {"hiding": 1e9, "gathering": 0.0}[request.param])
+    monkeypatch.setattr(dsa, "GATHERING", {"masked": 1e9, "gathered": 0.0}[request.param])
     return request.param
 
 
@@ -75,7 +77,7 @@ def dense(attention):
     """Builds the same attention without an indexer."""
     plain = MLA(attention.config, 20, ROPE)
     plain.load_state_dict(
-        {n: p for n, p in attention.state_dict().items() if not n.startswith("inner.")}
+        {n: p for n, p in attention.state_dict().items() if not n.startswith("indexer.")}
     )
     return plain
 
@@ -92,7 +94,7 @@ def test_chooses_what_transformers_chooses(batch, time, chosen):
     )
     reference, ours = (
         stirred(DeepseekV32Indexer(config, 0)),
-        DSA(DSAConfig(heads=3, dim=8, chosen=chosen), 20, LATENT, ROPE),
+        Indexer(DSAConfig(heads=3, dim=8, chosen=chosen), LATENT, 20),
     )
     ours.load_state_dict(reference.state_dict())
     hidden, latent = torch.randn(batch, time, 20), torch.randn(batch, time, 12)
@@ -111,7 +113,7 @@ def test_chooses_what_transformers_chooses(batch, time, chosen):
     )
     selection = ours.select(hidden, latent, ours.keys(hidden, where), where)
     got, scores = (
-        selection.seen(slice(0, time))[:, 0],
+        selected_mask(selection, slice(0, time), selection.top_k(slice(0, time)))[:, 0],
         index_scores(selection.query, selection.key, selection.weights),
     )
     differ = got ^ expected  # only among keys of equal score, which their topk leaves open
@@ -135,7 +137,7 @@ def test_is_the_naive_code_of_flash_linear_attention(time, chosen):
         torch.randn(2, time, 8),
     )
     given = [torch.randn(2, time, 3, 6, requires_grad=True) for _ in range(3)]
-    ours = IndexerSelection(looking, weights, key, None, chosen).hiding(*given, 0.4)
+    ours = IndexerSelection(looking, weights, key, None, chosen).attend_masked(*given, 0.4)
     theirs = naive.naive_dsa(*given, looking, key, weights, topk=chosen, scale=0.4)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
     pull = torch.randn_like(theirs)
@@ -219,7 +221,8 @@ def test_a_call_that_gathers_never_holds_a_mask_of_all_queries(monkeypatch, way)
 
 def test_hidden_keys_get_no_gradient_and_the_others_that_of_dense_attention():
     attention, hidden = layer(4), torch.randn(1, 11, 20, requires_grad=True)
-    mask = selected(attention, hidden).seen(slice(0, 11))
+    selection, every = selected(attention, hidden), slice(0, 11)
+    mask = selected_mask(selection, every, selection.top_k(every))
     masked = replace(context(1, 11, "cpu", rope=(ROPE, 4)), mask=mask)
     outs = run(attention, hidden), dense(attention)(hidden, masked)[0]
     pull = torch.randn_like(outs[0])
@@ -279,20 +282,31 @@ def test_the_kernel_reads_each_row_to_its_end(lengths, references, poisoned):
     torch.testing.assert_close(kernel.attend_best(*given, ends), expected, atol=5e-6, rtol=0)
 
 
+@torch.no_grad()
 def test_few_queries_copy_few_latents_at_a_time(monkeypatch, references):
-    """COPIED and SCORES bound 16 tokens as they bound a prompt.
+    """COPIED and SCORES bound 16 tokens after a cache as they bound a prompt.
 
     That is where no kernel runs, in bfloat16 or on a GPU.
     """
-    given, asked, own = best_case(2, 16, 4, 20, 90, 4, 8, 30), [], dsa._attend_to
-    expected = attend_best(*given)
-    monkeypatch.setattr(
-        dsa, "_attend_to", lambda *x: asked.append(x[2].numel() // 2 * 20) or own(*x)
-    )
-    for name, value in (("COPIED", 1200), ("SCORES", 2 * 4 * 90 * 3)):
+    attention, hidden, past = layer(12), torch.randn(2, 76, 20), Past(2)
+    monkeypatch.setattr(dsa, "GATHERING", 0.0)
+    expected, sizes = run(attention, hidden)[:, 60:], []
+    cache = BlockCache(attention.new_cache(2, 80, hidden.dtype, hidden.device))
+    run(attention, hidden[:, :60], past=past, cache=cache)
+    for name, value in (("COPIED", 600), ("SCORES", 2 * 3 * 76 * 3)):
         monkeypatch.setattr(dsa, name, value)
-        torch.testing.assert_close(attend_best(*given), expected, atol=1e-6, rtol=0)
-    assert max(asked) <= 1200
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if "index_select" in str(function):
+                sizes.append(out.numel())
+            return out
+
+    with Copies():
+        found = run(attention, hidden[:, 60:], past=past, cache=cache)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert sizes and max(sizes) <= 600
 
 
 def test_the_kernel_takes_no_rows():
@@ -378,7 +392,7 @@ class TestIndexerLoss:
     def test_is_the_divergence_and_its_gradient(self, warm, most, queries, monkeypatch):
         monkeypatch.setattr(dsa, "QUERIES", queries)
         selection, query, key = leaves(most=most)
-        found = selection.indexer_loss(query, key, 0.7, warm)
+        found = selection.kl_loss(query, key, 0.7, warm)
         loss, recall = slowly(selection, query, key, 0.7, warm)
         torch.testing.assert_close(found.loss, loss.float(), rtol=1e-5, atol=1e-6)
         assert found.recall.item() == pytest.approx(recall, abs=1e-5)
@@ -395,7 +409,7 @@ class TestIndexerLoss:
         ctx = context(2, 9, "cpu", documents=documents, lengths=[9, 7])
         mask, valid = ctx.mask, ctx.valid
         selection, query, key = leaves(most=3, mask=mask)
-        found = selection.indexer_loss(query, key, 0.7, warm, valid)
+        found = selection.kl_loss(query, key, 0.7, warm, valid)
         loss, recall = slowly(selection, query, key, 0.7, warm, valid, mask[:, 0])
         torch.testing.assert_close(found.loss, loss.float(), rtol=1e-5, atol=1e-6)
         assert found.recall.item() == pytest.approx(recall, abs=1e-5)
@@ -407,12 +421,12 @@ class TestIndexerLoss:
 
     def test_is_float32_under_autocast_too(self):
         selection, query, key = leaves()
-        expected = selection.indexer_loss(query, key, 0.7, False)
+        expected = selection.kl_loss(query, key, 0.7, False)
         with torch.autocast("cpu", torch.bfloat16):
-            found = selection.indexer_loss(query, key, 0.7, False)
+            found = selection.kl_loss(query, key, 0.7, False)
             assert torch.equal(
-                selection.chosen(slice(0, 9))[0],
-                IndexerSelection(*selection).chosen(slice(0, 9))[0],
+                selection.top_k(slice(0, 9))[0],
+                IndexerSelection(*selection).top_k(slice(0, 9))[0],
             )
         assert found.loss.dtype == torch.float32
         assert torch.equal(found.loss, expected.loss)
@@ -420,20 +434,20 @@ class TestIndexerLoss:
 
     def test_no_valid_query_costs_nothing(self):
         selection, query, key = leaves()
-        found = selection.indexer_loss(query, key, 0.7, True, torch.zeros(2, 9, dtype=torch.bool))
+        found = selection.kl_loss(query, key, 0.7, True, torch.zeros(2, 9, dtype=torch.bool))
         assert found.loss == 0
         assert found.recall == 1
         assert all(not g.any() for g in torch.autograd.grad(found.loss, selection[:3]))
 
     def test_without_a_gradient_is_the_same_number(self):
         selection, query, key = leaves()
-        expected = selection.indexer_loss(query, key, 0.7, False)
+        expected = selection.kl_loss(query, key, 0.7, False)
         with torch.no_grad():
-            assert torch.equal(selection.indexer_loss(query, key, 0.7, False).loss, expected.loss)
+            assert torch.equal(selection.kl_loss(query, key, 0.7, False).loss, expected.loss)
 
     def test_several_are_their_mean(self):
         indexer_losses = [
-            selection.indexer_loss(query, key, 0.7, True)
+            selection.kl_loss(query, key, 0.7, True)
             for selection, query, key in (leaves(), leaves())
         ]
         assert (
@@ -499,7 +513,7 @@ def test_the_model_learns_neither_from_the_choice_nor_from_the_indexer_loss(warm
     run(attention, hidden, indexer_losses=indexer_losses, warm=warm).sum().backward(
         retain_graph=True
     )
-    assert all(p.grad is None for p in attention.inner.parameters())
+    assert all(p.grad is None for p in attention.indexer.parameters())
     before = {
         name: p.grad.clone() for name, p in attention.named_parameters() if p.grad is not None
     }
@@ -507,7 +521,7 @@ def test_the_model_learns_neither_from_the_choice_nor_from_the_indexer_loss(warm
     indexer_losses[0].loss.backward()
     assert torch.equal(hidden.grad, before["hidden"])
     for name, p in attention.named_parameters():
-        if name.startswith("inner."):
+        if name.startswith("indexer."):
             assert p.grad.isfinite().all()
             assert p.grad.any(), name
         else:
@@ -517,8 +531,8 @@ def test_the_model_learns_neither_from_the_choice_nor_from_the_indexer_loss(warm
 @pytest.mark.parametrize("warm", [True, False])
 def test_an_indexer_learns_to_find_what_attention_looks_at(warm):
     attention, hidden = layer(6), torch.randn(8, 32, 20)
-    attention.inner = DSA(DSAConfig(heads=8, dim=16, chosen=6), 20, LATENT, ROPE)
-    optimiser, found = torch.optim.Adam(attention.inner.parameters(), lr=2e-2), []
+    attention.indexer = Indexer(DSAConfig(heads=8, dim=16, chosen=6), LATENT, 20)
+    optimiser, found = torch.optim.Adam(attention.indexer.parameters(), lr=2e-2), []
     for step in range(60):
         indexer_losses = []
         run(attention, hidden, indexer_losses=indexer_losses, warm=warm or step < 30)
@@ -538,7 +552,7 @@ def test_a_compiled_call_is_one_graph(monkeypatch):
 
     Sequences are packed and padded, too; and there is a prompt, which gathers the selected keys.
     """
-    monkeypatch.setattr(attending, "GATHERING", 0.0)
+    monkeypatch.setattr(dsa, "GATHERING", 0.0)
     attention, hidden = layer(), torch.randn(2, 21, 20)
     packed = torch.arange(21) // torch.tensor([[11], [7]])
     padded = {"lengths": [21, 17]}
@@ -579,4 +593,4 @@ def test_refuses_what_cannot_be():
         with pytest.raises(ValueError, match=f"dsa.{name}: got -1, expected 0 or more"):
             DSAConfig(**{name: -1})
     with pytest.raises(ValueError, match=r"dsa.dim: got 2, expected at least mla.rope_dim, 4"):
-        DSA(DSAConfig(dim=2), 20, LATENT, ROPE)
+        DSA(DSAConfig(dim=2), LATENT, 20, ROPE)

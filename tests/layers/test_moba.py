@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 from rorqual.layers import moba, sparse, tiles
-from rorqual.layers.attention import GQA, GQACache, GQAConfig
+from rorqual.layers.attention import GQA, GQAConfig
 from rorqual.layers.basics import RopeConfig
-from rorqual.layers.cache import Appended, BlockCache, Past
+from rorqual.layers.cache import BlockCache, Past
 from rorqual.layers.context import context
 from rorqual.layers.moba import MoBA, MoBAConfig, switch
 
@@ -64,25 +64,33 @@ def tensors(batch, time, heads=4, groups=2, width=6, value_width=6, **kind):
     return [torch.randn(batch, *shape, requires_grad=True, **kind) for shape in shapes]
 
 
-def call(inner, q, k, v, cache=None, history=None, scale=0.4, **known):
-    kept = BlockCache(GQACache(Appended(), Appended(), cache)) if cache is not None else None
-    return inner(
-        q,
-        k,
-        v,
-        q.flatten(2),
-        context(*q.shape[:2], q.device, past=history, cache=kept, **known),
-        scale,
-    )
+def moba_of(q, k, left=None, **options):
+    """Returns MoBA for these heads; `call` gives it queries, keys and values."""
+    gqa = GQAConfig(heads=q.shape[2], kv_heads=k.shape[2], head_dim=q.shape[3])
+    return MoBA(MoBAConfig(**options), gqa, 20, ROPE, left)
+
+
+def call(attention, q, k, v, cache=None, history=None, **known):
+    """Returns what the attention makes of given queries, keys and values, at a scale of 0.4."""
+    attention.project, attention.o_proj = lambda hidden, ctx: (q, k, v), Taken()
+    attention.scale = 0.4
+    kept = None if cache is None else BlockCache(cache)
+    ctx = context(*q.shape[:2], q.device, past=history, cache=kept, **known)
+    attention(torch.zeros(*q.shape[:2], 20), ctx)
+    return attention.o_proj.taken.unflatten(-1, (q.shape[2], -1))
+
+
+class Taken(torch.nn.Module):
+    """Stands for the output projection and records what it is given."""
+
+    def forward(self, x):
+        self.taken = x
+        return x.new_zeros(*x.shape[:-1], 20)
 
 
 def layer(block=4, chosen=2, decode="sparse", kv_heads=2, choice="token"):
-    attention = GQA(
-        GQAConfig(heads=4, kv_heads=kv_heads, head_dim=6),
-        20,
-        ROPE,
-        MoBA(MoBAConfig(block=block, chosen=chosen, decode=decode, choice=choice)),
-    )
+    config = MoBAConfig(block=block, chosen=chosen, decode=decode, choice=choice)
+    attention = MoBA(config, GQAConfig(heads=4, kv_heads=kv_heads, head_dim=6), 20, ROPE)
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return attention
@@ -105,7 +113,7 @@ def run(attention, hidden, past=None, cache=None, **known):
 )
 def test_is_its_definition(batch, time, block, chosen, heads, choice):
     q, k, v = tensors(batch, time, *heads, value_width=5, dtype=torch.float64)
-    inner = MoBA(MoBAConfig(block=block, chosen=chosen, choice=choice))
+    inner = moba_of(q, k, block=block, chosen=chosen, choice=choice)
     ours, expected = call(inner, q, k, v), brute(q, k, v, 0.4, block, chosen, choice)
     torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
     pull = torch.randn_like(expected)
@@ -122,14 +130,14 @@ def test_choosing_everything_is_full_attention(time):
     ).transpose(1, 2)
     pull = torch.randn_like(full)
     grads = torch.autograd.grad((full * pull).sum(), (q, k, v))
-    swapped = MoBA(MoBAConfig(block=4, chosen=1))
+    swapped = moba_of(q, k, block=4, chosen=1)
     swapped.full = True
     every = (
-        MoBAConfig(block=4, chosen=8),
-        MoBAConfig(block=64, chosen=1),
-        MoBAConfig(block=4, chosen=8, choice="tile"),
+        moba_of(q, k, block=4, chosen=8),
+        moba_of(q, k, block=64, chosen=1),
+        moba_of(q, k, block=4, chosen=8, choice="tile"),
     )
-    for inner in (*map(MoBA, every), swapped):
+    for inner in (*every, swapped):
         ours = call(inner, q, k, v)
         torch.testing.assert_close(ours, full, atol=1e-5, rtol=0)
         for a, b in zip(torch.autograd.grad((ours * pull).sum(), (q, k, v)), grads, strict=True):
@@ -138,9 +146,9 @@ def test_choosing_everything_is_full_attention(time):
 
 def test_one_block_is_block_diagonal():
     q, k, v = tensors(1, 14)
-    ours = call(MoBA(MoBAConfig(block=4, chosen=1)), q, k, v)
+    ours = call(moba_of(q, k, block=4, chosen=1), q, k, v)
     pieces = [
-        call(MoBA(MoBAConfig(block=4, chosen=1)), *(x[:, s : s + 4] for x in (q, k, v)))
+        call(moba_of(q, k, block=4, chosen=1), *(x[:, s : s + 4] for x in (q, k, v)))
         for s in range(0, 14, 4)
     ]
     torch.testing.assert_close(ours, torch.cat(pieces, 1), atol=1e-6, rtol=0)
@@ -148,19 +156,20 @@ def test_one_block_is_block_diagonal():
 
 def test_the_choice_and_the_means_carry_no_gradient():
     q, k, v = tensors(1, 12, 1, 1)
-    call(MoBA(MoBAConfig(block=4, chosen=2)), q, k, v)[:, -1].sum().backward()
+    call(moba_of(q, k, block=4, chosen=2), q, k, v)[:, -1].sum().backward()
     touched = k.grad[0].flatten(1).abs().sum(1) > 0
     # The own block and one other are read; of the third only the mean is used.
     assert touched.view(3, 4).all(1).tolist().count(True) == 2
 
 
 def test_decoding_reads_the_chosen_blocks_only():
-    inner, history = MoBA(MoBAConfig(block=4, chosen=2)), Past(1)
     q, k, v = (x.detach() for x in tensors(1, 41, 1, 1))
+    inner, history = moba_of(q, k, block=4, chosen=2), Past(1)
     cache = inner.new_cache(1, 64, q.dtype, q.device)
     call(inner, q[:, :40], k[:, :40], v[:, :40], cache=cache, history=history)
     means = k[:, :40].unflatten(1, (10, 4)).mean(2)
-    index = moba.choose(q[:, 40:], means, torch.tensor([[10]]), torch.tensor([[0]]), 2)
+    scores = moba.block_scores(q[:, 40:], means)
+    index = sparse.best_blocks(scores, torch.tensor([[10]]), torch.tensor([[0]]), 2)
     spoiled = torch.full_like(v, torch.nan)
     for i in index.flatten().tolist():
         spoiled[:, 4 * i : 4 * i + 4] = v[:, 4 * i : 4 * i + 4]
@@ -213,7 +222,7 @@ def test_a_layer_is_full_while_it_is_told_to_be():
         Past(2),
         attention.new_cache(2, 8, hidden.dtype, hidden.device),
     )
-    attention.inner.full = True
+    attention.full = True
     whole = run(attention, hidden)
     plain = GQA(attention.config, 20, ROPE)
     plain.load_state_dict(attention.state_dict())
@@ -222,7 +231,7 @@ def test_a_layer_is_full_while_it_is_told_to_be():
         [run(attention, part, past, cache) for part in hidden.split([7, 9, 1, 6], 1)], 1
     )
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
-    attention.inner.full = False
+    attention.full = False
     torch.testing.assert_close(run(attention, hidden), expected)
 
 
@@ -267,14 +276,15 @@ def test_unknown_words_say_so():
 
 
 def test_the_last_layers_and_the_last_phase_are_full():
-    model = torch.nn.ModuleList(MoBA(MoBAConfig(full_layers=2), left) for left in (3, 2, 1))
+    q, k, _ = tensors(1, 2)
+    model = torch.nn.ModuleList(moba_of(q, k, left, full_layers=2) for left in (3, 2, 1))
     assert [part.full for part in model] == [False, True, True]
     switch(model, True)
     assert all(part.full for part in model)
     switch(model, False)
     assert [part.full for part in model] == [False, True, True]
     # A layer that always attends fully needs no block means.
-    assert model[2].new_cache(2, 8, torch.float32, torch.device("cpu")) is None
+    assert model[2].new_cache(2, 8, torch.float32, torch.device("cpu")).means is None
     for wrong in ({"full_layers": -1}, {"full_from": 1.1}):
         with pytest.raises(ValueError, match="moba: got full_layers"):
             MoBAConfig(**wrong)
@@ -284,8 +294,8 @@ def test_the_last_layers_and_the_last_phase_are_full():
 @pytest.mark.parametrize("packed", [False, True])
 def test_autocast_changes_no_choice(choice, packed):
     """In bfloat16, scores of neighbouring blocks would be equal."""
-    inner = MoBA(MoBAConfig(block=2, chosen=4, choice=choice))
     query, key, _ = (x.detach() for x in tensors(3, 90))
+    inner = moba_of(query, key, block=2, chosen=4, choice=choice)
     documents = (torch.arange(90) // 70).expand(3, -1)
     ctx = context(3, 90, "cpu", documents=documents if packed else None)
     segment = sparse.segments(ctx, 2)

@@ -16,7 +16,7 @@ from jaxtyping import TypeCheckError
 from rorqual import kernels
 from rorqual.kernels import nsa as kernel
 from rorqual.layers import sparse, tiles
-from rorqual.layers.attention import GQA, GQAConfig
+from rorqual.layers.attention import GQAConfig
 from rorqual.layers.basics import RopeConfig, rope_tables, rotate
 from rorqual.layers.context import context
 from rorqual.layers.nsa import NSA, Compressed, NSAConfig, attend_few, importance_of
@@ -49,7 +49,7 @@ def small_tiles() -> Iterator[None]:
 
 def layer(config=SMALL, heads=4, kv_heads=2, value_dim=None, dim=20):
     gqa = GQAConfig(heads=heads, kv_heads=kv_heads, head_dim=6, value_dim=value_dim)
-    attention = GQA(gqa, dim, ROPE, NSA(config, dim, gqa, ROPE))
+    attention = NSA(config, gqa, dim, ROPE)
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return attention
@@ -57,6 +57,36 @@ def layer(config=SMALL, heads=4, kv_heads=2, value_dim=None, dim=20):
 
 def run(attention, hidden):
     return attention(hidden, context(*hidden.shape[:2], hidden.device, rope=(ROPE, 6)))[0]
+
+
+def branches(attention, q, k, v, hidden, ctx):
+    """Returns the three branches' outputs for given queries, keys and values, at a scale of 0.4."""
+    outs = []
+    for n in range(3):
+        own = torch.zeros(*q.shape[:2], 3, q.shape[2], dtype=q.dtype)
+        own[:, :, n] = 1.0
+        outs.append(call(attention, q, k, v, hidden, ctx, lambda hidden, own=own: own))
+    return torch.stack(outs, 2)
+
+
+def call(attention, q, k, v, hidden, ctx, gates=None):
+    """Returns what the attention makes of given queries, keys and values, at a scale of 0.4."""
+    copy = NSA(attention.nsa, attention.config, 20, ROPE)
+    for name, module in attention.named_children():
+        setattr(copy, name, module)
+    copy.project, copy.o_proj, copy.scale = lambda hidden, ctx: (q, k, v), Taken(), 0.4
+    if gates is not None:
+        copy.gates = gates
+    copy(hidden, ctx)
+    return copy.o_proj.taken.unflatten(-1, (q.shape[2], -1))
+
+
+class Taken(torch.nn.Module):
+    """Stands for the output projection and records what it is given."""
+
+    def forward(self, x):
+        self.taken = x
+        return x.new_zeros(*x.shape[:-1], 20)
 
 
 def attended(q, keys, values, scale):
@@ -67,12 +97,12 @@ def attended(q, keys, values, scale):
 def own_pairs(inner, hidden):
     """Returns the rotated keys and the values of the compressed and of the window branch."""
     places = torch.arange(hidden.shape[1]).expand(len(hidden), -1)
-    cos, sin = (x.to(hidden.dtype) for x in rope_tables(inner.rope, inner.key_dim, places))
+    cos, sin = (x.to(hidden.dtype) for x in rope_tables(ROPE, inner.config.head_dim, places))
     pairs = []
     for linear in (inner.compressed_kv, inner.window_kv):
-        both = linear(hidden).unflatten(-1, (inner.groups, -1))
-        key, value = both.split([inner.key_dim, inner.value_dim], -1)
-        pairs.append((rotate(key, cos, sin, inner.rope.interleaved), value))
+        both = linear(hidden).unflatten(-1, (inner.config.kv_heads, -1))
+        key, value = both.split([inner.config.head_dim, inner.value_dim], -1)
+        pairs.append((rotate(key, cos, sin, inner.interleaved), value))
     return pairs
 
 
@@ -81,7 +111,7 @@ def brute(inner, q, k, v, hidden, scale):
 
     Returns (compressed, selected, window).
     """
-    c, (batch, time, heads, _) = inner.config, q.shape
+    c, (batch, time, heads, _) = inner.nsa, q.shape
     own = own_pairs(inner, hidden)
     outs = [q.new_zeros(batch, time, heads, v.shape[-1]) for _ in range(3)]
     group = heads // k.shape[2]
@@ -158,7 +188,7 @@ def blocks_of(queries, small, t, c, scale):
 )
 def test_is_its_definition(config, time, heads, value_dim):
     # In float32, rounding decides between nearly equal blocks.
-    inner = layer(config, *heads, value_dim).inner.double()
+    inner = layer(config, *heads, value_dim).double()
     torch.set_default_dtype(torch.float64)
     try:
         _hold(inner, config, time, heads, value_dim)
@@ -169,7 +199,7 @@ def test_is_its_definition(config, time, heads, value_dim):
 def _hold(inner, config, time, heads, value_dim):
     q, k = torch.randn(1, time, heads[0], 6), torch.randn(1, time, heads[1], 6)
     v, hidden = torch.randn(1, time, heads[1], value_dim or 6), torch.randn(1, time, 20)
-    got = inner.branches(q, k, v, hidden, context(1, time, "cpu", rope=(ROPE, 6)), 0.4)
+    got = branches(inner, q, k, v, hidden, context(1, time, "cpu", rope=(ROPE, 6)))
     for name, ours, expected in zip(
         BRANCHES, got.unbind(2), brute(inner, q, k, v, hidden, 0.4), strict=True
     ):
@@ -180,13 +210,13 @@ def _hold(inner, config, time, heads, value_dim):
 
 @pytest.mark.parametrize("choice", ["token", "tile"])
 def test_gradients_are_the_definitions(choice):
-    inner, (time, heads, groups) = layer(replace(SMALL, choice=choice)).inner, (18, 4, 2)
+    inner, (time, heads, groups) = layer(replace(SMALL, choice=choice)), (18, 4, 2)
     q, k, v = (torch.randn(1, time, n, 6, requires_grad=True) for n in (heads, groups, groups))
     hidden, where = (
         torch.randn(1, time, 20, requires_grad=True),
         context(1, time, "cpu", rope=(ROPE, 6)),
     )
-    ours = inner(q, k, v, hidden, where, 0.4)
+    ours = call(inner, q, k, v, hidden, where)
     gates = torch.sigmoid(inner.gate_down(F.silu(inner.gate_up(hidden)))).unflatten(-1, (3, heads))
     expected = sum(
         gates[:, :, n, :, None] * x for n, x in enumerate(brute(inner, q, k, v, hidden, 0.4))
@@ -205,7 +235,7 @@ def test_gradients_are_the_definitions(choice):
 def test_choosing_everything_is_full_attention(time, heads, choice):
     inner = layer(
         NSAConfig(block=4, stride=2, select_block=4, chosen=8, window=32, choice=choice), *heads
-    ).inner
+    )
     q, k, v = (
         torch.randn(2, time, n, 6, requires_grad=True) for n in (heads[0], heads[1], heads[1])
     )
@@ -217,7 +247,7 @@ def test_choosing_everything_is_full_attention(time, heads, choice):
             *three, is_causal=True, scale=0.4, enable_gqa=True
         ).transpose(1, 2)
 
-    got = inner.branches(q, k, v, hidden, where, 0.4)
+    got = branches(inner, q, k, v, hidden, where)
     _, selected, window = got.unbind(2)
     torch.testing.assert_close(selected, full(k, v), atol=1e-5, rtol=0)
     own = own_pairs(inner, hidden)[1]
@@ -238,7 +268,7 @@ def test_is_the_naive_code_of_flash_linear_attention(heads, time):
     naive = pytest.importorskip(
         "fla.ops.nsa.naive", reason="fla-core is not installed", exc_type=ImportError
     )
-    inner = layer(NSAConfig(block=8, stride=8, select_block=8, chosen=4, window=1), *heads).inner
+    inner = layer(NSAConfig(block=8, stride=8, select_block=8, chosen=4, window=1), *heads)
     for network in (inner.compress_key, inner.compress_value):
         torch.nn.init.zeros_(network.down.weight)
     q, k, v = (
@@ -248,7 +278,7 @@ def test_is_the_naive_code_of_flash_linear_attention(heads, time):
         torch.randn(2, time, 20, requires_grad=True),
         context(2, time, "cpu", rope=(ROPE, 6)),
     )
-    ours = inner.branches(q, k, v, hidden, where, 0.4)[:, :, :2]
+    ours = branches(inner, q, k, v, hidden, where)[:, :, :2]
     pairs = own_pairs(inner, hidden)[0]
     small = [torch.stack([part.mean(1) for part in x.split(8, 1)], 1) for x in pairs]
     compressed, _ = naive.naive_nsa_compression(q, *small, 8, 0.4)
@@ -290,14 +320,14 @@ def test_importance_is_the_count_of_pieces(config, time):
 
 
 def test_a_query_before_the_first_complete_block_gets_nothing_from_the_compressed():
-    inner = layer().inner
+    inner = layer()
     q, k, v, hidden = (
         torch.randn(1, 9, 4, 6),
         torch.randn(1, 9, 2, 6),
         torch.randn(1, 9, 2, 6),
         torch.randn(1, 9, 20),
     )
-    compressed = inner.branches(q, k, v, hidden, context(1, 9, "cpu", rope=(ROPE, 6)), 0.4)[:, :, 0]
+    compressed = branches(inner, q, k, v, hidden, context(1, 9, "cpu", rope=(ROPE, 6)))[:, :, 0]
     assert (compressed[:, :3] == 0).all()
     assert (compressed[:, 3:] != 0).all()
 
@@ -312,12 +342,10 @@ def test_each_branch_and_gate_learns(choice):
 
 @pytest.mark.parametrize("choice", ["token", "tile"])
 def test_the_choice_carries_no_gradient(choice):
-    inner = layer(replace(SMALL, choice=choice)).inner
+    inner = layer(replace(SMALL, choice=choice))
     q, k, v = (torch.randn(1, 20, n, 6) for n in (4, 2, 2))
     hidden = torch.randn(1, 20, 20)
-    got = inner.branches(
-        q, k.requires_grad_(), v, hidden, context(1, 20, "cpu", rope=(ROPE, 6)), 0.4
-    )
+    got = branches(inner, q, k.requires_grad_(), v, hidden, context(1, 20, "cpu", rope=(ROPE, 6)))
     got[:, :, 1].sum().backward()
     assert not any(
         parameter.grad.any() for parameter in inner.parameters() if parameter.grad is not None
@@ -368,11 +396,18 @@ def compressed_means(key, documents, config):
     return Compressed(keys, keys, ends, pieces, torch.ones_like(ends, dtype=torch.bool), segment)
 
 
+def selection_of(attention, query, blocks, ctx):
+    """Returns the selection of every query, or of the first of each tile."""
+    if attention.tiles:
+        return attention.select(query, blocks, ctx)
+    return attention._attend_compressed(query, blocks, ctx)[1]
+
+
 @pytest.mark.parametrize("choice", ["token", "tile"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_autocast_changes_no_choice(choice, packed):
     """In bfloat16, scores of neighbouring blocks would be equal."""
-    inner = layer(replace(SMALL, chosen=6, choice=choice)).inner
+    inner = layer(replace(SMALL, chosen=6, choice=choice))
     query, key = torch.randn(2, 90, 4, 6), torch.randn(2, 90, 2, 6)
     documents = (torch.arange(90) // 70).expand(2, -1)
     ctx = context(2, 90, "cpu", documents=documents if packed else None)
@@ -381,9 +416,9 @@ def test_autocast_changes_no_choice(choice, packed):
     else:
         means = sparse.windows(key, SMALL.block, SMALL.stride).mean(-2)
         blocks = Compressed(means, means)
-    expected = inner.select(query, blocks, ctx, 0.4)
+    expected = selection_of(inner, query, blocks, ctx)
     with torch.autocast("cpu", torch.bfloat16):
-        found = inner.select(query, blocks, ctx, 0.4)
+        found = selection_of(inner, query, blocks, ctx)
     assert torch.equal(found.index, expected.index)
 
 

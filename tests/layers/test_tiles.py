@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rorqual.layers import sparse
-from rorqual.layers.attention import GQA, GQAConfig
+from rorqual.layers.attention import GQAConfig
 from rorqual.layers.basics import RopeConfig
 from rorqual.layers.cache import Past
 from rorqual.layers.context import context
@@ -137,9 +137,9 @@ def test_a_compiled_call_is_one_graph():
     )
     nsa = NSAConfig(block=4, stride=2, select_block=4, chosen=3, window=5)
     packed = (torch.arange(150) // torch.tensor([[40], [7]])).long()
-    tile = MoBA(MoBAConfig(block=4, chosen=2, choice="tile"))
-    for inner, documents in itertools.product((NSA(nsa, 32, gqa, rope), tile), (None, packed)):
-        attention = GQA(gqa, 32, rope, inner)
+    tile = MoBA(MoBAConfig(block=4, chosen=2, choice="tile"), gqa, 32, rope)
+    kinds = NSA(nsa, gqa, 32, rope), tile
+    for attention, documents in itertools.product(kinds, (None, packed)):
 
         def call(x, attention=attention, documents=documents):
             return attention(x, context(*x.shape[:2], "cpu", documents=documents, rope=(rope, 8)))[
@@ -195,12 +195,11 @@ def test_prefill_forms_no_square(kind, choice, kernels, monkeypatch):
     monkeypatch.setattr(sparse, "QUERIES", 64)
     monkeypatch.setenv("RORQUAL_KERNELS", kernels)
     gqa, rope, time = GQAConfig(heads=2, kv_heads=1, head_dim=4), RopeConfig(), 2048
-    inner = MoBA(MoBAConfig(block=64, chosen=3, choice=choice))
+    attention = MoBA(MoBAConfig(block=64, chosen=3, choice=choice), gqa, 8, rope)
     if kind == "nsa":
-        inner = NSA(NSAConfig(chosen=3, window=64, choice=choice), 8, gqa, rope)
+        attention = NSA(NSAConfig(chosen=3, window=64, choice=choice), gqa, 8, rope)
     elif kind == "full":
-        inner.full = True
-    attention = GQA(gqa, 8, rope, inner)
+        attention.full = True
     with torch.no_grad(), Largest() as largest:
         attention(torch.randn(1, time, 8), context(1, time, "cpu", rope=(rope, 4)))
     assert largest.elements <= 2 * 64 * time
