@@ -63,20 +63,15 @@ class Aux(NamedTuple):
 
 def _attention(config: ModelConfig, index: int) -> MLA | GQA:
     if config.mla is not None:
-        inner = (
-            DSA(config.dsa, config.dim, config.mla, config.rope) if config.dsa is not None else None
-        )
-        return MLA(config.mla, config.dim, config.rope, inner)
+        if config.dsa is not None:
+            return DSA(config.dsa, config.mla, config.dim, config.rope)
+        return MLA(config.mla, config.dim, config.rope)
     assert config.gqa is not None
     if config.nsa is not None:
-        return GQA(
-            config.gqa,
-            config.dim,
-            config.rope,
-            NSA(config.nsa, config.dim, config.gqa, config.rope),
-        )
-    moba = MoBA(config.moba, config.layers - index) if config.moba is not None else None
-    return GQA(config.gqa, config.dim, config.rope, moba)
+        return NSA(config.nsa, config.gqa, config.dim, config.rope)
+    if config.moba is not None:
+        return MoBA(config.moba, config.gqa, config.dim, config.rope, config.layers - index)
+    return GQA(config.gqa, config.dim, config.rope)
 
 
 class Block(nn.Module):

@@ -224,8 +224,8 @@ def test_every_file_has_its_line_in_the_architecture() -> None:
 
 
 def test_tests_mirror_a_file_each() -> None:
-    # test_soak runs benchmarks/, test_golden tests/golden/check.py, test_dispatch is for
-    # kernels/__init__.py, test_frozen and test_public for scripts/
+    # test_soak runs benchmarks/, test_golden tests/golden/check.py, test_dispatch and
+    # test_kernels are for kernels/, test_frozen and test_public for scripts/
     standing = {
         "test_architecture.py",
         "test_install.py",
@@ -234,6 +234,7 @@ def test_tests_mirror_a_file_each() -> None:
         "test_soak.py",
         "test_golden.py",
         "kernels/test_dispatch.py",
+        "kernels/test_kernels.py",
         "test_frozen.py",
         "test_public.py",
     }

@@ -12,8 +12,6 @@ from rorqual.layers.streams import sinkhorn
 
 pytestmark = pytest.mark.hyper
 
-SIZES = [(37, 4, 70), (1, 1, 1), (5, 3, 129), (0, 2, 8), (17, 5, 33)]  # tokens, streams, width
-
 
 def outcome(function, given, pulls, *rest):
     """Returns the results of a function of tensors and the gradients of all of its inputs."""
@@ -117,50 +115,6 @@ def test_write_mixes_from_j_to_k() -> None:
     torch.testing.assert_close(
         streams.write(x, out, post, None), x + torch.einsum("kn,nd->nkd", post, out)
     )
-
-
-@pytest.mark.interpreted
-def test_tiles_collapse_as_the_formula(tiled: torch.device, poisoned: None) -> None:
-    for case, (tokens, count, dim) in enumerate(SIZES):
-        for eps, iterations in ((1e-6, 20 if case == 0 else 3), (0.0, 1)):
-            for dtype in (torch.float32, torch.bfloat16):
-                rows = 2 * count + count**2
-                carried = torch.rand(count, tokens) if eps else None
-                given = (
-                    torch.randn(tokens, count, dim).to(dtype),
-                    2 * torch.randn(rows, tokens),
-                    torch.rand(3) + 0.5,
-                )
-                given = [
-                    x if x is None else x.to(tiled) for x in (*given, torch.randn(rows), carried)
-                ]
-                pulls = [
-                    torch.randn(tokens, dim),
-                    *torch.randn(2, count, tokens),
-                    torch.randn(count, count, tokens),
-                ]
-                functions = (streams.collapse.choice.load("triton"), streams.collapse.reference)
-                alike(*(outcome(function, given, pulls, iterations, eps) for function in functions))
-
-
-@pytest.mark.interpreted
-def test_tiles_write_as_the_formula(tiled: torch.device, poisoned: None) -> None:
-    for tokens, count, dim in SIZES:
-        for comb in (torch.rand(count, count, tokens), None):
-            for dtype in (torch.float32, torch.bfloat16):
-                given = (
-                    torch.randn(tokens, count, dim).to(dtype),
-                    torch.randn(tokens, dim).to(dtype),
-                )
-                given = [
-                    x if x is None else x.to(tiled)
-                    for x in (*given, torch.rand(count, tokens), comb)
-                ]
-                functions, pulls = (
-                    (streams.write.choice.load("triton"), streams.write.reference),
-                    [torch.randn(tokens, count, dim)],
-                )
-                alike(*(outcome(function, given, pulls) for function in functions))
 
 
 @pytest.mark.interpreted

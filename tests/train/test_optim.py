@@ -206,16 +206,12 @@ def test_untouched_rows_and_their_state_stay_bit_for_bit():
     assert not optimizer.state["tables.0.weight.exp_avg"][~touched].any()
 
 
-@pytest.mark.parametrize("kind", ["reference", "numba"])
-@pytest.mark.parametrize(
-    ("touched", "width", "threads"), [(0, 4, 1), (1, 1, 1), (777, 5, 1), (5000, 3, 2)]
-)
-def test_row_adam_kernels_agree_and_touch_nothing_else(kind, touched, width, threads, monkeypatch):
+@pytest.mark.parametrize(("touched", "width"), [(0, 4), (1, 1), (777, 5), (5000, 3)])
+def test_row_adam_touches_nothing_else(touched, width):
     """Rows that are not touched contain NaN before and after.
 
     The numbers of an updated row agree to float32 rounding.
     """
-    choose_kernel(kind, monkeypatch)
     index = torch.randperm(6000)[:touched]
     tensors = [torch.full((6000, width), torch.nan) for _ in range(3)]
     counts = torch.randint(0, 5, (6000,), dtype=torch.int32)
@@ -223,10 +219,8 @@ def test_row_adam_kernels_agree_and_touch_nothing_else(kind, touched, width, thr
         tensor[index] = torch.rand(touched, width)
     copies = [tensor.double() for tensor in tensors]
     before, gradient = counts.clone(), torch.randn(touched, width)
-    count, default = counts[index].double()[:, None] + 1, torch.get_num_threads()
-    torch.set_num_threads(threads)
-    row_adam(*tensors, counts, index, gradient, 0.1, (0.9, 0.95), 1e-8)
-    torch.set_num_threads(default)
+    count = counts[index].double()[:, None] + 1
+    row_adam.reference(*tensors, counts, index, gradient, 0.1, (0.9, 0.95), 1e-8)
     m, v = 0.9 * copies[1][index] + 0.1 * gradient, 0.95 * copies[2][index] + 0.05 * gradient**2
     moved = 0.1 * (m / (1 - 0.9**count)) / ((v / (1 - 0.95**count)).sqrt() + 1e-8)
     for tensor, expected in zip(tensors, (copies[0][index] - moved, m, v), strict=True):
@@ -430,23 +424,15 @@ def test_schedule_stays_within_0_and_1(total, warmup, share, decay):
     assert all(0 < schedule(step, total, config) <= 1 + 1e-9 for step in range(total))
 
 
-@pytest.mark.parametrize("kind", ["reference", "numba"])
-@pytest.mark.parametrize(
-    ("count", "width", "threads"), [(0, 3, 1), (1, 1, 1), (50, 17, 1), (9000, 5, 2)]
-)
-def test_sum_rows_kernels_name_each_row_once(kind, count, width, threads, monkeypatch):
-    known = kernels.available()["sum_rows"]
-    if kind not in ("reference", *known) or known.get(kind, True) is not True:
-        pytest.skip(f"no {kind} kernel of sum_rows here")
-    monkeypatch.setenv(kernels.VARIABLE, f"sum_rows={kind}")
+@pytest.mark.parametrize("function", [sum_rows, sum_rows.reference], ids=["chosen", "reference"])
+@pytest.mark.parametrize(("count", "width"), [(0, 3), (1, 1), (50, 17), (9000, 5)])
+def test_sum_rows_names_each_row_once(function, count, width):
     index, values = (
         torch.randint(0, max(1, count // 2), (count,)) * 10**9,
         torch.randn(count, width),
     )
-    before, default = values.clone(), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    distinct, sums = sum_rows(index, values)
-    torch.set_num_threads(default)
+    before = values.clone()
+    distinct, sums = function(index, values)
     assert distinct.tolist() == sorted(set(index.tolist()))
     expected = (
         torch.stack([values[index == row].double().sum(0) for row in distinct])
@@ -502,15 +488,3 @@ def test_rows_touched_every_step_follow_torch_adam(dtype, atol):
         dense.step()
     torch.testing.assert_close(table.weight.detach().float(), copy.detach(), rtol=0, atol=atol)
     assert optimizer.state["table.weight.exp_avg_sq"].dtype == torch.float32
-
-
-def test_bias_corrections_beyond_those_looked_up(monkeypatch):
-    choose_kernel("numba", monkeypatch)
-    tensors = [torch.rand(3, 5) for _ in range(3)]
-    copies = [tensor.clone() for tensor in tensors]
-    counts = torch.tensor([1021, 1022, 5000], dtype=torch.int32)
-    given = (torch.arange(3), torch.randn(3, 5), 0.1, (0.9, 0.9999), 1e-8)
-    row_adam(*tensors, counts.clone(), *given)
-    row_adam.reference(*copies, counts, *given)
-    for one, other in zip(tensors, copies, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
