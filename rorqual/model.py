@@ -63,20 +63,15 @@ class Aux(NamedTuple):
 
 def _attention(config: ModelConfig, index: int) -> MLA | GQA:
     if config.mla is not None:
-        inner = (
-            DSA(config.dsa, config.dim, config.mla, config.rope) if config.dsa is not None else None
-        )
-        return MLA(config.mla, config.dim, config.rope, inner)
+        if config.dsa is not None:
+            return DSA(config.dsa, config.mla, config.dim, config.rope)
+        return MLA(config.mla, config.dim, config.rope)
     assert config.gqa is not None
     if config.nsa is not None:
-        return GQA(
-            config.gqa,
-            config.dim,
-            config.rope,
-            NSA(config.nsa, config.dim, config.gqa, config.rope),
-        )
-    moba = MoBA(config.moba, config.layers - index) if config.moba is not None else None
-    return GQA(config.gqa, config.dim, config.rope, moba)
+        return NSA(config.nsa, config.gqa, config.dim, config.rope)
+    if config.moba is not None:
+        return MoBA(config.moba, config.gqa, config.dim, config.rope, config.layers - index)
+    return GQA(config.gqa, config.dim, config.rope)
 
 
 class Block(nn.Module):
@@ -120,13 +115,9 @@ class Block(nn.Module):
             mapping, ctx = mapping.last(ctx.lengths), ctx.last()
         x = self.attention_site.write(out, mapping)
         h, mapping = self.ffn_site.read(x)
-        out, routing = self._feed_forward(self.ffn_norm(h), ctx)
+        h = self.ffn_norm(h)
+        out, routing = self.ffn(h, ctx) if isinstance(self.ffn, MoE) else (self.ffn(h), None)
         return self.ffn_site.write(out, mapping), Aux(indexer_loss, routing)
-
-    def _feed_forward(self, normed: Tensor, ctx: Context) -> tuple[Tensor, Routing | None]:
-        if isinstance(self.ffn, MoE):
-            return self.ffn(normed, ctx)
-        return self.ffn(normed), None
 
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device

@@ -118,11 +118,11 @@ class GQAConfig:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1 or None")
 
-    def check_inner(self) -> None:
-        """Refuses a window and sinks, which an inner attention (NSA, MoBA) does not have."""
+    def check_sparse(self) -> None:
+        """Refuses a window and sinks, which NSA and MoBA do not have."""
         if self.window is not None or self.sinks:
             raise ValueError(
-                "got window or sinks together with an inner attention, expected one or the other"
+                "got window or sinks together with sparse attention, expected one or the other"
             )
 
 
@@ -546,9 +546,9 @@ class ModelConfig:
     dense_width: int = 256  # SwiGLU width of blocks without experts
     mla: MLAConfig | None = field(default_factory=MLAConfig)
     gqa: GQAConfig | None = None
-    nsa: NSAConfig | None = None  # inner attention of gqa
-    moba: MoBAConfig | None = None  # inner attention of gqa
-    dsa: DSAConfig | None = None  # inner attention of mla
+    nsa: NSAConfig | None = None  # selects keys of gqa
+    moba: MoBAConfig | None = None  # selects keys of gqa
+    dsa: DSAConfig | None = None  # selects keys of mla
     rope: RopeConfig = field(default_factory=RopeConfig)
     moe: MoEConfig | None = None
     engram: EngramConfig | None = None
@@ -575,7 +575,7 @@ class ModelConfig:
                     f"expected {outer}, which it works inside"
                 )
         if self.nsa is not None and self.moba is not None:
-            raise ValueError("inner attention: got nsa and moba, expected at most one")
+            raise ValueError("sparse attention: got nsa and moba, expected at most one")
         if self.engram is not None and (
             late := [i for i in self.engram.layers if not 0 <= i < self.layers]
         ):
@@ -602,7 +602,7 @@ class ModelConfig:
     def check_parts(self) -> None:
         """Refuses parts that do not fit each other, as building the model would."""
         if self.gqa is not None and (self.nsa is not None or self.moba is not None):
-            self.gqa.check_inner()
+            self.gqa.check_sparse()
         if self.mla is not None and self.dsa is not None:
             self.dsa.check_rope_dim(self.mla.rope_dim)
         if self.engram is not None and self.engram.missing_id >= self.vocabulary:

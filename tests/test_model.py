@@ -435,7 +435,7 @@ def test_moba_knows_which_layers_are_the_last() -> None:
     config = ModelConfig(
         vocabulary=30, layers=3, mla=None, gqa=GQAConfig(), moba=MoBAConfig(full_layers=2)
     )
-    assert [block.attention.inner.full for block in LanguageModel(config).blocks] == [
+    assert [block.attention.full for block in LanguageModel(config).blocks] == [
         False,
         True,
         True,

@@ -40,6 +40,7 @@ REFERENCE = "reference"
 # imported yet; `registered` imports them all. `_register` refuses a module that is not listed.
 MODULES = (
     "rorqual.tables.fp8",
+    "rorqual.tables.row_file",
     "rorqual.layers.addresses",
     "rorqual.layers.engram",
     "rorqual.layers.streams",
@@ -134,9 +135,9 @@ class _On:
 class Kernel:
     """One implementation, "module:function", which is imported when it first runs."""
 
-    def __init__(self, kind: str, target: str) -> None:
+    def __init__(self, kind: str, target: str, missing: str = "") -> None:
         self.kind, self.target, self.refuses = kind, target, _REFUSES[kind]
-        self.missing = "" if _installed(kind) else f"{kind} is not installed"
+        self.missing = missing or ("" if _installed(kind) else f"{kind} is not installed")
 
     @functools.cached_property
     def function(self) -> Callable[..., Any]:
@@ -153,9 +154,10 @@ class Choice:
         module: str,
         targets: Mapping[str, str],
         reference: Callable[..., Any] | None = None,
+        missing: str = "",
     ) -> None:
         self.name, self.module, self.reference = name, module, reference
-        self.kernels = tuple(Kernel(kind, target) for kind, target in targets.items())
+        self.kernels = tuple(Kernel(kind, target, missing) for kind, target in targets.items())
 
     def select(
         self, args: Sequence[Any], floats: Iterable[int], others: Iterable[int] = ()
@@ -225,15 +227,15 @@ class Operation(Protocol[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
 
-def kernel(**targets: str) -> Callable[[Callable[P, R]], Operation[P, R]]:
+def kernel(*, missing: str = "", **targets: str) -> Callable[[Callable[P, R]], Operation[P, R]]:
     """Registers kernels of a reference, by kind: "numba" or "triton", each as "module:function".
 
     Where more than one can run, the first is taken. The tensors among the required parameters
-    decide which can.
+    decide which can. `missing` says what this system lacks for them; "" if nothing.
     """
 
     def register(reference: Callable[P, R]) -> Operation[P, R]:
-        made = Choice(reference.__name__, reference.__module__, targets, reference)
+        made = Choice(reference.__name__, reference.__module__, targets, reference, missing)
         _register(made)
         signature, select = inspect.signature(reference), made.select
         floats, others = _tensors(signature)

@@ -11,7 +11,6 @@ its one rotary key:
     absorbed   n_h . W_uk,h c = (W_uk,h^T n_h) . c  and  sum p W_uv,h c = W_uv,h sum p c: decoding
                reads [c | r] only, kv_lora_rank + rope_dim values a token, as if H queries
                shared one key head
-    gathered   absorbed, over copies of only those latents that an indexer selects (dsa.py)
 
 GQA (arXiv 2305.13245): `heads` query heads share `kv_heads` key heads, optionally over the last
 `window` keys only (2004.05150), with a learned sink in the softmax's denominator (2309.17453,
@@ -34,10 +33,8 @@ from rorqual.model_config import GQAConfig as GQAConfig
 from rorqual.model_config import MLAConfig as MLAConfig
 from rorqual.model_config import RopeConfig
 
-GATHERING = 2.0  # time of a gathered key relative to one that is read in place
 
-
-def _visibility(ctx: Context) -> tuple[Tensor | None, bool]:
+def visibility(ctx: Context) -> tuple[Tensor | None, bool]:
     """Returns the arguments `mask` and `causal` of attend.
 
     One new token without a mask sees every key and needs neither.
@@ -51,37 +48,29 @@ def _visibility(ctx: Context) -> tuple[Tensor | None, bool]:
 
 @dataclass(eq=False)
 class MLACache(Bundle):
-    """MLA's cache: [latent | rotated key] of every token, and the indexer's keys."""
+    """MLA's cache: [latent | rotated key] of every token."""
 
     latent: Appended
-    inner: Any = None
 
 
 @dataclass(eq=False)
 class GQACache(Bundle):
-    """GQA's cache: keys and values of every token, and the cache of its inner attention."""
+    """GQA's cache: keys and values of every token."""
 
     keys: Appended
     values: Appended
-    inner: Any = None
 
 
 class MLA(nn.Module):
     """Multi-head latent attention.
 
     Projections are named and laid out as in DeepSeek's checkpoints: q per head [nope | rope], kv_a
-    [latent | rope], kv_b per head [nope | value].
+    [latent | rope], kv_b per head [nope | value]. DSA is a subclass that selects keys.
     """
 
-    def __init__(self, config: MLAConfig, dim: int, rope: RopeConfig, inner: Any = None):
-        """Builds the projections.
-
-        `inner` is an indexer that selects the keys each query sees (DSA): inner.keys(...) are
-        cached, and inner.select(...) returns an IndexerSelection.
-        """
+    def __init__(self, config: MLAConfig, dim: int, rope: RopeConfig):
         super().__init__()
         self.config, self.interleaved = config, rope.interleaved
-        self.inner: Any = inner
         self.rope_dim = config.rope_dim
         self.scale = (config.nope_dim + config.rope_dim) ** -0.5 * softmax_factor(rope)
         query = config.heads * (config.nope_dim + config.rope_dim)
@@ -107,63 +96,55 @@ class MLA(nn.Module):
 
         Memory is allocated at the first token.
         """
-        inner = (
-            self.inner.new_cache(batch, capacity, dtype, device) if self.inner is not None else None
-        )
-        return MLACache(Appended(capacity), inner)
+        return MLACache(Appended(capacity))
 
     def forward(
         self,
         hidden: Float[Tensor, "B T D"],
         ctx: Context,
     ) -> tuple[Float[Tensor, "B T2 D"], Any]:
-        """Returns the output of the new tokens, and an IndexerLoss if its indexer is trained.
+        """Returns the output of the new tokens, and None in place of an IndexerLoss.
 
-        With `ctx.last_only` only the last token has an output. With a cache the new tokens are
-        appended to it. The form with fewer multiplications is used; all forms agree up to rounding.
-        During the indexer warm-up MLA attends to every key.
+        With `ctx.last_only` only the last token of each sequence has an output. With a cache the
+        new tokens are appended to it. The form with fewer multiplications is used; both agree up to
+        rounding.
         """
-        latent = self._latent(hidden, ctx)
-        if ctx.cache is not None:
-            kept = ctx.cache.attention.latent.append(latent, ctx)
-            latent = kept if ctx.past else latent
-        index_key = self.inner.keys(hidden, ctx) if self.inner is not None else None
+        latent = self.latents(hidden, ctx)
         if ctx.last_only:
             hidden, ctx = ctx.last_of(hidden), ctx.last()
-        query_latent = (
-            hidden if self.config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(hidden))
-        )
-        nope, rope = self._query(query_latent, ctx)
-        selection = (
-            self.inner.select(hidden, query_latent, index_key, ctx)
-            if self.inner is not None
-            else None
-        )
-        indexer_loss = None
-        if selection is not None and ctx.warm is not None:
-            out, indexer_loss = self._train_indexer(nope, rope, latent, ctx, selection)
-        elif selection is not None and selection.chooses:
-            out = self._sparse(nope, rope, latent, ctx, selection)
-        else:
-            out = self._dense(nope, rope, latent, ctx)
-        return self.o_proj(out.flatten(2)), indexer_loss
+        nope, rope = self.queries(self.query_latent(hidden), ctx)
+        form = self.absorbed if self.absorbs(ctx) else self.expanded
+        return self.o_proj(form(nope, rope, latent, *visibility(ctx)).flatten(2)), None
 
-    def _query(self, query_latent: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Returns the unrotated queries [B, T, H, nope] and the rotated ones [B, T, H, rope]."""
+    def latents(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Float[Tensor, "B L R"]:
+        """Returns [latent | rotated key] of all tokens, cached ones first: what is cached."""
+        c = self.config
+        latent, key = self.kv_a_proj_with_mqa(hidden).split([c.kv_lora_rank, c.rope_dim], dim=-1)
+        latent = self.kv_a_layernorm(latent)
+        latent = torch.cat([latent, ctx.rotate(key, self.interleaved)], dim=-1)
+        if ctx.cache is None:
+            return latent
+        cached = ctx.cache.attention.latent.append(latent, ctx)
+        return cached if ctx.past else latent
+
+    def query_latent(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T R"]:
+        """Returns what queries are made of: norm(W_dq x), or x if there is no W_dq."""
+        if self.config.q_lora_rank is None:
+            return hidden
+        return self.q_a_layernorm(self.q_a_proj(hidden))
+
+    def queries(
+        self, query_latent: Float[Tensor, "B T R"], ctx: Context
+    ) -> tuple[Float[Tensor, "B T H N"], Float[Tensor, "B T H P"]]:
+        """Returns the unrotated queries and the rotated ones."""
         c = self.config
         query = self.q_proj(query_latent) if c.q_lora_rank is None else self.q_b_proj(query_latent)
         nope, rope = query.unflatten(-1, (c.heads, -1)).split([c.nope_dim, c.rope_dim], dim=-1)
         return nope, ctx.rotate(rope, self.interleaved)
 
-    def _latent(self, hidden: Tensor, ctx: Context) -> Tensor:
-        """Returns the normed latent and the rotated key, [B, T, kv_lora_rank + rope].
-
-        This is what is cached.
-        """
-        c = self.config
-        latent, key = self.kv_a_proj_with_mqa(hidden).split([c.kv_lora_rank, c.rope_dim], dim=-1)
-        key = ctx.rotate(key, self.interleaved)
-        return torch.cat([self.kv_a_layernorm(latent), key], dim=-1)
+    def absorbs(self, ctx: Context) -> bool:
+        """Whether the new tokens attend in the absorbed form: after a cache, if it is cheaper."""
+        return ctx.past > 0 and self._absorbing_is_cheaper(ctx.positions.shape[1])
 
     def _absorbing_is_cheaper(self, time: int) -> bool:
         """Whether the absorbed form takes no more products per key and head than the expanded form.
@@ -177,68 +158,12 @@ class MLA(nn.Module):
         )
         return time * (2 * c.kv_lora_rank + c.rope_dim) <= expanded
 
-    def _dense(
-        self, nope: Tensor, rope: Tensor, latent: Tensor, ctx: Context
-    ) -> Float[Tensor, "B T H Q"]:
-        mask, causal = _visibility(ctx)
-        form = (
-            self._absorbed
-            if ctx.past and self._absorbing_is_cheaper(nope.shape[1])
-            else self._expanded
-        )
-        return form(nope, rope, latent, mask, causal)
-
-    def _sparse(
-        self, nope: Tensor, rope: Tensor, latent: Tensor, ctx: Context, selection: Any
-    ) -> Float[Tensor, "B T H Q"]:
-        """Attends to the selected keys only.
-
-        Queries with few keys mask the others; those after them gather the selected keys. The split
-        is where one becomes cheaper than the other.
-        """
-        past, time = ctx.past, nope.shape[1]
-        absorbing = past > 0 and self._absorbing_is_cheaper(time)
-        graded = torch.is_grad_enabled() and latent.requires_grad
-        cut = time if graded else self._gathers_from(selection, absorbing)
-        (early, late), outs = selection.split(cut), []
-        if cut and absorbing:
-            runs = ((run, early.end(run)) for run in early.runs())
-            outs = [
-                self._absorbed(nope[:, run], rope[:, run], latent[:, :end], early.seen(run))
-                for run, end in runs
-            ]
-        elif cut:
-            query, key, value = self._expand(nope[:, :cut], rope[:, :cut], latent[:, : past + cut])
-            outs = [early.hiding(query, key, value, self.scale)]
-        if cut < time:
-            query, value_up = self._absorb(nope[:, cut:], rope[:, cut:])
-            outs.append(self._lift(late.gathering(query, latent, self.scale), value_up))
-        return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
-
-    def _gathers_from(self, selection: Any, absorbing: bool) -> int:
-        """Returns the first query for which copying the selected keys costs less than masking."""
-        c, dearer, time = self.config, GATHERING, selection.query.shape[1]
-        if not absorbing:
-            dearer *= (2 * c.kv_lora_rank + c.rope_dim) / (c.nope_dim + c.rope_dim + c.value_dim)
-        keys = int(selection.most * max(dearer, 1.0))
-        return min(max(keys - (selection.key.shape[1] - time), 0), time)
-
-    def _train_indexer(
-        self, nope: Tensor, rope: Tensor, latent: Tensor, ctx: Context, selection: Any
-    ) -> tuple[Float[Tensor, "B T H Q"], Any]:
-        """Attends during training and computes the indexer loss for the same queries and keys."""
-        query, key, value = self._expand(nope, rope, latent)
-        indexer_loss = selection.indexer_loss(query, key, self.scale, bool(ctx.warm), ctx.valid)
-        if selection.chooses and not ctx.warm:
-            return selection.hiding(query, key, value, self.scale), indexer_loss
-        return attend(query, key, value, self.scale, *_visibility(ctx)), indexer_loss
-
-    def _expanded(
+    def expanded(
         self, nope: Tensor, rope: Tensor, latent: Tensor, mask: Tensor | None, causal: bool
     ) -> Float[Tensor, "B T H Q"]:
-        return attend(*self._expand(nope, rope, latent), self.scale, mask, causal)
+        return attend(*self.expand(nope, rope, latent), self.scale, mask, causal)
 
-    def _expand(self, nope: Tensor, rope: Tensor, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def expand(self, nope: Tensor, rope: Tensor, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Forms queries and keys [B, T or L, H, nope + rope] and values [B, L, H, value]."""
         c = self.config
         latent, key = latent.split([c.kv_lora_rank, c.rope_dim], dim=-1)
@@ -247,13 +172,13 @@ class MLA(nn.Module):
         key = by_head(key_nope, key.unsqueeze(2).expand(-1, -1, c.heads, -1))
         return by_head(nope, rope), key, value
 
-    def _absorbed(
+    def absorbed(
         self, nope: Tensor, rope: Tensor, latent: Tensor, mask: Tensor | None, causal: bool = False
     ) -> Float[Tensor, "B T H Q"]:
-        query, value_up = self._absorb(nope, rope)
-        return self._lift(attend_shared(query, latent, self.scale, mask), value_up)
+        query, value_up = self.absorb(nope, rope)
+        return self.lift(attend_shared(query, latent, self.scale, mask), value_up)
 
-    def _absorb(
+    def absorb(
         self, nope: Tensor, rope: Tensor
     ) -> tuple[Float[Tensor, "B T H R"], Float[Tensor, "H Q C"]]:
         """Returns queries that multiply the latents, and what maps a sum of latents to values."""
@@ -263,7 +188,7 @@ class MLA(nn.Module):
         )
         return torch.cat([torch.einsum("bthn,hnr->bthr", nope, key_up), rope], dim=-1), value_up
 
-    def _lift(self, summed: Tensor, value_up: Tensor) -> Float[Tensor, "B T H Q"]:
+    def lift(self, summed: Tensor, value_up: Tensor) -> Float[Tensor, "B T H Q"]:
         return torch.einsum("bthr,hvr->bthv", summed[..., : self.config.kv_lora_rank], value_up)
 
     def _up_weight(self) -> Float[Tensor, "HQ R"]:
@@ -279,20 +204,13 @@ class MLA(nn.Module):
 class GQA(nn.Module):
     """Grouped-query attention; the whole width of every head is rotated.
 
-    The projections are q_proj, k_proj, v_proj and o_proj.
+    The projections are q_proj, k_proj, v_proj and o_proj. MoBA and NSA are subclasses that select
+    keys.
     """
 
-    def __init__(self, config: GQAConfig, dim: int, rope: RopeConfig, inner: Any = None):
-        """Builds the projections. `inner` replaces the attention itself (NSA, MoBA).
-
-        It is called as inner(query, key, value, hidden, ctx, scale) and returns [B, T, H, Q], or
-        the last token alone.
-        """
+    def __init__(self, config: GQAConfig, dim: int, rope: RopeConfig):
         super().__init__()
-        if inner is not None:
-            config.check_inner()
         self.config, self.interleaved = config, rope.interleaved
-        self.inner: Any = inner
         self.rope_dim, self.value_dim = config.head_dim, config.value_dim or config.head_dim
         self.scale = config.head_dim**-0.5 * softmax_factor(rope)
         self.q_proj = nn.Linear(dim, config.heads * config.head_dim, bias=False)
@@ -310,12 +228,7 @@ class GQA(nn.Module):
 
         Memory is allocated at the first token.
         """
-        inner = (
-            self.inner.new_cache(batch, capacity, dtype, device)
-            if hasattr(self.inner, "new_cache")
-            else None
-        )
-        return GQACache(Appended(capacity), Appended(capacity), inner)
+        return GQACache(Appended(capacity), Appended(capacity))
 
     def forward(
         self,
@@ -327,20 +240,16 @@ class GQA(nn.Module):
         With `ctx.last_only` only the last token has an output. GQA has no indexer to train. With a
         cache the new tokens are appended to it.
         """
-        query, key, value = self._project(hidden, ctx)
-        if ctx.cache is not None:
-            cache = ctx.cache.attention
-            kept = cache.keys.append(key, ctx), cache.values.append(value, ctx)
-            key, value = kept if ctx.past else (key, value)
-        if self.inner is not None:
-            out = self.inner(query, key, value, hidden, ctx, self.scale)
-        elif ctx.last_only:
-            out = self._attend(ctx.last_of(query), key, value, ctx.last())
-        else:
-            out = self._attend(query, key, value, ctx)
+        query, key, value = self.project(hidden, ctx)
+        if ctx.last_only:
+            query, ctx = ctx.last_of(query), ctx.last()
+        out = self._attend(query, key, value, ctx)
         return self.o_proj(out.flatten(2)), None
 
-    def _project(self, hidden: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, hidden: Float[Tensor, "B T D"], ctx: Context
+    ) -> tuple[Float[Tensor, "B T H P"], Float[Tensor, "B L G P"], Float[Tensor, "B L G Q"]]:
+        """Returns rotated queries of the new tokens, and keys and values of all tokens."""
         c = self.config
         query, key = (
             projection(hidden).unflatten(-1, (heads, -1))
@@ -349,16 +258,18 @@ class GQA(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         turned = ctx.rotate(torch.cat([query, key], dim=2), self.interleaved)
-        return (
-            turned[:, :, : c.heads],
-            turned[:, :, c.heads :],
-            self.v_proj(hidden).unflatten(-1, (c.kv_heads, -1)),
-        )
+        query, key = turned[:, :, : c.heads], turned[:, :, c.heads :]
+        value = self.v_proj(hidden).unflatten(-1, (c.kv_heads, -1))
+        if ctx.cache is not None:
+            cache = ctx.cache.attention
+            cached = cache.keys.append(key, ctx), cache.values.append(value, ctx)
+            key, value = cached if ctx.past else (key, value)
+        return query, key, value
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, ctx: Context) -> Tensor:
         window, time = self.config.window, query.shape[1]
         if window is None or key.shape[1] <= window:
-            mask, causal = _visibility(ctx)
+            mask, causal = visibility(ctx)
         else:
             mask, causal = ctx.visible() & ctx.within(window), False
             # With one length for all, the keys before `span` are outside every query's window.

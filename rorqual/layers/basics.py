@@ -1,6 +1,6 @@
 """Basic functions and modules: norms, rotary positions, SwiGLU, cross-entropy and top-k indices.
 
-rms_norm(x)    = x / sqrt(mean(x^2) + eps) * weight                 float32 inside
+RMSNorm(x)     = x / sqrt(mean(x^2) + eps) * weight                 float32 inside
 swiglu(x)      = W_down (silu(W_gate x) * W_up x)
 rotate(x)      = (a cos - b sin, a sin + b cos) for each pair (a, b)
                  rotary positions, arXiv:2104.09864
@@ -21,17 +21,6 @@ from rorqual.model_config import YarnConfig as YarnConfig
 from rorqual.model_config import longest_context as longest_context
 
 LOGITS = 1 << 22  # per chunk; 16 MiB in float32
-
-
-def rms_norm(
-    x: Float[Tensor, "*B D"], weight: Float[Tensor, " D"] | None, eps: float
-) -> Float[Tensor, "*B D"]:
-    """Computes x / sqrt(mean(x^2) + eps) * weight in float32 and returns it in the dtype of x."""
-    if weight is None:
-        return F.rms_norm(_wide(x), x.shape[-1:], None, eps).to(x.dtype)
-    if not torch.is_grad_enabled():
-        return _normed(_wide(x), _wide(weight), eps)[0].to(x.dtype)
-    return _RMSNorm.apply(_wide(x), _wide(weight), eps).to(x.dtype)
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -73,7 +62,10 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, with a learned weight that starts at one."""
+    """Root-mean-square norm over the last axis, with a learned weight that starts at one.
+
+    It computes x / sqrt(mean(x^2) + eps) * weight in float32 and returns it in the dtype of x.
+    """
 
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
@@ -81,7 +73,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        return rms_norm(x, self.weight, self.eps)
+        given = _wide(x), _wide(self.weight), self.eps
+        out = _RMSNorm.apply(*given) if torch.is_grad_enabled() else _normed(*given)[0]
+        return out.to(x.dtype)
 
 
 class SwiGLU(nn.Module):

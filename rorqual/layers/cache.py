@@ -7,7 +7,7 @@ padding in front. Columns from a sequence's length on hold nothing that is ever 
 
     Appended   all tokens                       keys, values, latents, token ids
     Recent     the last few tokens              values that a convolution looks back at
-    Blocks     one value per complete block     layers/selection.py
+    Blocks     one value per complete block     layers/sparse.py
 
 Nothing here carries gradients: a cache is for inference. What an `append` or `extend` returns is
 valid until the next call of the same container.
@@ -91,7 +91,8 @@ class Appended:
             buffer = like.new_zeros(len(like), columns, *like.shape[2:])
             buffer[:, : self.before] = self.fill
         elif buffer.shape[1] < size:
-            buffer = _widened(buffer, max(size, self.before + self.capacity, 2 * buffer.shape[1]))
+            more = max(size, self.before + self.capacity, 2 * buffer.shape[1]) - buffer.shape[1]
+            buffer = torch.cat([buffer, buffer.new_zeros(len(buffer), more, *like.shape[2:])], 1)
         self.buffer = buffer
         return buffer
 
@@ -148,32 +149,18 @@ class Recent:
     def extend(self, new: Shaped[Tensor, "B T ..."], ctx: NewTokens) -> Shaped[Tensor, "B L ..."]:
         """Stores `new`; returns the `count` tokens before it and `new` itself, L = count + T."""
         result = torch.cat([self.before(ctx, new), new], dim=1)
-        buffer, new = self._allocated(new), new.detach()
-        size = buffer.shape[1]
-        # Of more tokens than there is space for only the last valid ones are stored.
-        count = min(new.shape[1], size)
-        if ctx.starts is None and ctx.lengths is None:
-            at = (ctx.past + new.shape[1] - count) % size
-            end = min(size, at + count)
-            buffer[:, at:end] = new[:, new.shape[1] - count :][:, : end - at]
-            buffer[:, : count - (end - at)] = new[:, new.shape[1] - count + end - at :]
-            return result
-        ends = new.shape[1] if ctx.lengths is None else ctx.lengths
-        first = torch.zeros(len(new), dtype=torch.long, device=new.device) + ends - count
-        rows, steps = _places(first, 0, count)
-        columns = ((ctx.past if ctx.starts is None else ctx.starts[:, None]) + steps) % size
-        beyond = (steps < 0).view(*steps.shape, *[1] * (new.dim() - 2))
-        latest = new[rows, steps.clamp_min(0)].to(buffer.dtype)
-        buffer[rows, columns] = torch.where(beyond, buffer[rows, columns], latest)
+        self.store(new.detach(), ctx)
         return result
 
     def before(self, ctx: NewTokens, like: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "B C ..."]:
         """Returns the last `count` tokens before the new ones; `like` has their shape."""
-        buffer, count = self._allocated(like), self.count
-        size = buffer.shape[1]
+        size, count, buffer = self.count + self.slack, self.count, self.buffer
+        if buffer is None or len(buffer) != len(like):
+            self.buffer = buffer = like.new_zeros(len(like), size, *like.shape[2:])
         if ctx.starts is not None:
-            rows, columns = _places(ctx.starts, -count, count)
+            columns = ctx.starts[:, None] + torch.arange(-count, 0, device=buffer.device)
             missing = (columns < 0).view(*columns.shape, *[1] * (buffer.dim() - 2))
+            rows = torch.arange(len(buffer), device=buffer.device)[:, None]
             return buffer[rows, columns % size].masked_fill(missing, 0)
         if ctx.past < count:
             missing = torch.zeros_like(buffer[:, ctx.past : count])
@@ -183,11 +170,25 @@ class Recent:
             return buffer[:, at : at + count]
         return torch.cat([buffer[:, at:], buffer[:, : at + count - size]], 1)
 
-    def _allocated(self, like: Tensor) -> Tensor:
-        if self.buffer is None or len(self.buffer) != len(like):
-            size = self.count + self.slack
-            self.buffer = like.new_zeros(len(like), size, *like.shape[2:])
-        return self.buffer
+    def store(self, new: Shaped[Tensor, "B T ..."], ctx: NewTokens) -> None:
+        """Stores the new tokens; `before` has been called."""
+        assert self.buffer is not None
+        buffer, time, size = self.buffer, new.shape[1], self.count + self.slack
+        # Of more tokens than there is space for only the last valid ones are stored.
+        count = min(time, size)
+        if ctx.starts is None and ctx.lengths is None:
+            at = (ctx.past + time - count) % size
+            end = min(size, at + count)
+            buffer[:, at:end] = new[:, time - count :][:, : end - at]
+            buffer[:, : count - (end - at)] = new[:, time - count + end - at :]
+            return
+        rows = torch.arange(len(new), device=new.device)[:, None]
+        ends = torch.full_like(rows, time) if ctx.lengths is None else ctx.lengths[:, None]
+        steps = ends - count + torch.arange(count, device=new.device)
+        columns = ((ctx.past if ctx.starts is None else ctx.starts[:, None]) + steps) % size
+        earlier = (steps < 0).view(*steps.shape, *[1] * (new.dim() - 2))
+        latest = new[rows, steps.clamp_min(0)].to(buffer.dtype)
+        buffer[rows, columns] = torch.where(earlier, buffer[rows, columns], latest)
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
         if self.buffer is not None:
@@ -361,10 +362,19 @@ class Cache:
             draft.past.select(rows, index)
 
     def join(self, other: "Cache") -> None:
-        """Appends the sequences of `other`, a cache of the same model without drafts."""
-        for state, more in zip(self._states(), other._states(), strict=True):
-            state.join(more, (self.length, other.length))
+        """Appends the sequences of `other`, a cache of the same model without drafts.
+
+        ValueError, with nothing joined, if documents are packed or only one of them has tokens.
+        """
+        lengths = self.length, other.length
+        if min(lengths) == 0 < max(lengths):
+            raise ValueError(
+                f"join: got caches of {lengths[0]} and {lengths[1]} tokens, expected tokens in "
+                "both: run the model on the empty one first"
+            )
         self.past.join(other.past)
+        for state, more in zip(self._states(), other._states(), strict=True):
+            state.join(more, lengths)
         self.drafts = ()
 
     def crop(self, k: int | Sequence[int]) -> None:

@@ -44,6 +44,7 @@ class Context:
     documents: Int[Tensor, "B T"] | None = None
     past: int = 0  # tokens cached before this call, in the longest sequence
     starts: Int[Tensor, " B"] | None = None  # the same for each sequence; None: all have `past`
+    columns: Int[Tensor, "B T"]  # the column of each new token among the keys
     key_count: int  # L
     # Of all L keys, with documents only.
     key_positions: Int[Tensor, "B L"] | None = None
@@ -72,22 +73,20 @@ class Context:
         steps = torch.arange(self.positions.shape[1], device=self.lengths.device)
         return steps < self.lengths[:, None]
 
-    @property
-    def columns(self) -> Int[Tensor, "#B T"]:
-        """The column of each new token among the keys."""
-        span = Span(self.past, self.starts)
-        return span.columns(self.positions.shape[1], self.positions.device)
-
     def visible(self, run: slice = slice(None)) -> Bool[Tensor, "#B 1 T L"]:
         """Returns the keys that the new tokens `run` see: those of `mask`, or all up to them."""
         if self.mask is not None:
             return self.mask[:, :, run]
-        return _causal(self.columns[:, run], self.key_count)[:, None]
+        # Where all sequences have the same length, one mask serves the batch.
+        columns = self.columns[:, run] if self.starts is not None else self.columns[:1, run]
+        keys = torch.arange(self.key_count, device=columns.device)
+        return (keys <= columns[..., None])[:, None]
 
     def within(self, window: int, run: slice = slice(None)) -> Bool[Tensor, "#B 1 T L"]:
         """Returns the keys that are less than `window` tokens before the new tokens `run`."""
-        places = torch.arange(self.key_count, device=self.positions.device)
-        return (self.columns[:, run, None] - places < window)[:, None]
+        columns = self.columns[:, run] if self.starts is not None else self.columns[:1, run]
+        keys = torch.arange(self.key_count, device=columns.device)
+        return (columns[..., None] - keys < window)[:, None]
 
     def documents_before(self, count: int) -> Int[Tensor, "B W"] | None:
         """Returns the documents of the last `count` tokens before the new ones and of those.
@@ -124,7 +123,7 @@ class Context:
             starts = starts + self.positions.shape[1] - 1
         if mask is not None and mask is self.mask:
             mask = self.last_of(mask.transpose(1, 2)).transpose(1, 2)
-        fields = ("positions", "documents", "cos", "sin", "ids", "live")
+        fields = ("positions", "columns", "documents", "cos", "sin", "ids", "live")
         values = {name: getattr(self, name) for name in fields}
         return replace(
             self,
@@ -206,11 +205,11 @@ def context(
         past.append([time] * batch if counts is None else counts)
     length = span.past + time
     columns = span.columns(time, device).expand(batch, -1)
-    fields: dict[str, Any] = {"positions": columns}
+    fields: dict[str, Any] = {"positions": columns, "columns": columns}
     if every_document is not None:
         places = _count(every_document)
         own = every_document.gather(1, columns)
-        fields = {
+        fields |= {
             "positions": places.gather(1, columns),
             "documents": own,
             "key_positions": places,

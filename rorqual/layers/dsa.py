@@ -13,7 +13,8 @@ to S, where p_h are its probabilities.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,26 +23,18 @@ from torch.autograd.function import once_differentiable
 
 from rorqual.kernels import kernel
 from rorqual.layers.attend import attend, attend_shared
-from rorqual.layers.basics import largest
+from rorqual.layers.attention import MLA, MLACache, visibility
+from rorqual.layers.basics import largest, rotate
 from rorqual.layers.cache import Appended
 from rorqual.layers.context import Context
 from rorqual.layers.sparse import FEW
 from rorqual.model_config import DSAConfig as DSAConfig
-from rorqual.model_config import RopeConfig
+from rorqual.model_config import MLAConfig, RopeConfig
 
 QUERIES = 512  # processed at a time, at most
 SCORES = 1 << 23  # scores in memory at a time: 32 MiB of float32
+GATHERING = 2.0  # time of a gathered key relative to one that is read in place
 COPIED = 1 << 21  # numbers of latents gathered at a time
-
-
-@runtime_checkable
-class Latent(Protocol):
-    """The sizes of the surrounding attention that the indexer needs; MLAConfig has them."""
-
-    @property
-    def q_lora_rank(self) -> int | None: ...
-    @property
-    def rope_dim(self) -> int: ...
 
 
 class IndexerLoss(NamedTuple):
@@ -62,17 +55,10 @@ def mean_indexer_loss(indexer_losses: list[IndexerLoss]) -> IndexerLoss | None:
     )
 
 
-class DSA(nn.Module):
-    """The lightning indexer; MLA calls its `select(...)`.
+class Indexer(nn.Module):
+    """The lightning indexer; its parameters are named as in DeepSeek-V3.2's checkpoints."""
 
-    Parameters are named as in DeepSeek-V3.2's checkpoints.
-    """
-
-    def __init__(self, config: DSAConfig, dim: int, mla: Latent, rope: RopeConfig):
-        """Builds the projections. `rope` is MLA's and is not stored.
-
-        Its tables come with every call, and the indexer has its own pairing.
-        """
+    def __init__(self, config: DSAConfig, mla: MLAConfig, dim: int):
         super().__init__()
         config.check_rope_dim(mla.rope_dim)
         self.config, self.rope_dim = config, mla.rope_dim
@@ -81,17 +67,13 @@ class DSA(nn.Module):
         self.k_norm = nn.LayerNorm(config.dim, eps=1e-6)
         self.weights_proj = nn.Linear(dim, config.heads, bias=False)
 
-    def new_cache(
-        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> Appended:
-        """Returns an empty cache for the indexer's keys, `dim` values a token."""
-        return Appended(capacity)
-
     def keys(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Float[Tensor, "B L P"]:
         """Returns k of every token, cached ones first, and appends the new ones to the cache."""
         new = self._turn(self.k_norm(self.wk(hidden.detach())), ctx)
-        kept = ctx.cache.attention.inner.append(new, ctx) if ctx.cache is not None else new
-        return kept if ctx.past else new
+        if ctx.cache is None:
+            return new
+        cached = ctx.cache.attention.index_keys.append(new, ctx)
+        return cached if ctx.past else new
 
     def select(
         self,
@@ -118,7 +100,88 @@ class DSA(nn.Module):
 
     def _turn(self, x: Tensor, ctx: Context) -> Tensor:
         turned, rest = x.split([self.rope_dim, self.config.dim - self.rope_dim], dim=-1)
-        return torch.cat([ctx.rotate(turned, interleaved=False), rest], dim=-1)
+        assert ctx.cos is not None and ctx.sin is not None
+        return torch.cat([rotate(turned, ctx.cos, ctx.sin, interleaved=False), rest], dim=-1)
+
+
+@dataclass(eq=False)
+class DSACache(MLACache):
+    """MLA's cache and the indexer's keys, `dim` values a token."""
+
+    index_keys: Appended
+
+
+class DSA(MLA):
+    """Multi-head latent attention to the keys that an indexer selects."""
+
+    def __init__(self, config: DSAConfig, mla: MLAConfig, dim: int, rope: RopeConfig):
+        super().__init__(mla, dim, rope)
+        self.indexer = Indexer(config, mla, dim)
+
+    def new_cache(
+        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> DSACache:
+        """Returns an empty cache for `capacity` tokens."""
+        return DSACache(Appended(capacity), Appended(capacity))
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "B T D"],
+        ctx: Context,
+    ) -> tuple[Float[Tensor, "B T2 D"], IndexerLoss | None]:
+        """Returns the output of the new tokens, and an IndexerLoss if the indexer is trained.
+
+        With `ctx.last_only` only the last token of each sequence has an output. During the indexer
+        warm-up every key is attended to. Queries with few keys mask those that are not selected;
+        those after them gather the selected keys. The split is where one becomes cheaper.
+        """
+        latent = self.latents(hidden, ctx)
+        index_key = self.indexer.keys(hidden, ctx)
+        if ctx.last_only:
+            hidden, ctx = ctx.last_of(hidden), ctx.last()
+        query_latent = self.query_latent(hidden)
+        nope, rope = self.queries(query_latent, ctx)
+        selection = self.indexer.select(hidden, query_latent, index_key, ctx)
+        absorbing, scale = self.absorbs(ctx), self.scale
+        if ctx.warm is not None:
+            query, key, value = self.expand(nope, rope, latent)
+            loss = selection.kl_loss(query, key, scale, ctx.warm, ctx.valid)
+            if selection.chooses and not ctx.warm:
+                out = selection.attend_masked(query, key, value, scale)
+            else:
+                out = attend(query, key, value, scale, *visibility(ctx))
+            return self.o_proj(out.flatten(2)), loss
+        if not selection.chooses:
+            form = self.absorbed if absorbing else self.expanded
+            return self.o_proj(form(nope, rope, latent, *visibility(ctx)).flatten(2)), None
+        graded = torch.is_grad_enabled() and latent.requires_grad
+        cut = nope.shape[1] if graded else self._gathers_from(selection, absorbing)
+        (early, late), outs = selection.split(cut), []
+        if cut and absorbing:
+            for run in early.runs():
+                mask = selected_mask(early, run, early.top_k(run))
+                keys = latent[:, : early.end(run)]
+                outs.append(self.absorbed(nope[:, run], rope[:, run], keys, mask))
+        elif cut:
+            given = self.expand(nope[:, :cut], rope[:, :cut], latent[:, : ctx.past + cut])
+            outs.append(early.attend_masked(*given, scale))
+        if cut < nope.shape[1]:
+            query, value_up = self.absorb(nope[:, cut:], rope[:, cut:])
+            if late.few:
+                asked = late.query, late.key, late.weights, late.most
+                out = attend_best(query, latent, *asked, scale, late.ends)
+            else:
+                out = late.attend_gathered(query, latent, scale)
+            outs.append(self.lift(out, value_up))
+        return self.o_proj(torch.cat(outs, dim=1).flatten(2)), None
+
+    def _gathers_from(self, selection: "IndexerSelection", absorbing: bool) -> int:
+        """Returns the first query for which copying the selected keys costs less than masking."""
+        c, dearer, time = self.config, GATHERING, selection.query.shape[1]
+        if not absorbing:
+            dearer *= (2 * c.kv_lora_rank + c.rope_dim) / (c.nope_dim + c.rope_dim + c.value_dim)
+        keys = int(selection.most * max(dearer, 1.0))
+        return min(max(keys - (selection.key.shape[1] - time), 0), time)
 
 
 class IndexerSelection(NamedTuple):
@@ -140,6 +203,11 @@ class IndexerSelection(NamedTuple):
         """Whether there are more keys than a query may select."""
         return self.key.shape[1] > self.most
 
+    @property
+    def few(self) -> bool:
+        """Whether these are few queries, each of which sees all keys up to its own."""
+        return (self.mask is None or self.ends is not None) and self.query.shape[1] <= FEW
+
     def runs(self, heads: int = 0) -> Iterator[slice]:
         """Splits the queries into slices with at most SCORES scores.
 
@@ -154,14 +222,14 @@ class IndexerSelection(NamedTuple):
 
     def visible(self, run: slice) -> Bool[Tensor, "#B 1 T end"]:
         """Returns the keys that the queries may see, selected or not."""
-        end, count = self.end(run), run.stop - run.start
+        end, count = self.key.shape[1] - self.query.shape[1] + run.stop, run.stop - run.start
         if self.mask is not None:
             return self.mask[:, :, run, :end]
         return torch.ones(1, 1, count, end, dtype=torch.bool, device=self.key.device).tril(
             end - count
         )
 
-    def chosen(
+    def top_k(
         self, run: slice, scores: Float[Tensor, "B T end"] | None = None
     ) -> tuple[Int[Tensor, "B T K"], Bool[Tensor, "B T K"] | None] | None:
         """Returns the selected keys of each query, and which of them it may see (None: all).
@@ -182,19 +250,6 @@ class IndexerSelection(NamedTuple):
             if self.mask is None and end - count + 1 >= self.most:
                 return index, None
             return index, scores.gather(-1, index) > -torch.inf
-
-    def seen(
-        self, run: slice, scores: Float[Tensor, "B T end"] | None = None
-    ) -> Bool[Tensor, "#B 1 T end"]:
-        """Returns True at the selected keys of each query that it may see."""
-        found = self.chosen(run, scores)
-        if found is None:
-            return self.visible(run)
-        index, real = found
-        seen = torch.zeros(*index.shape[:2], self.end(run), dtype=torch.bool, device=index.device)
-        return (seen.scatter_(-1, index, True) if real is None else seen.scatter_(-1, index, real))[
-            :, None
-        ]
 
     def split(self, count: int) -> tuple["IndexerSelection", "IndexerSelection"]:
         """Splits into the first `count` queries, with the keys up to them, and the others."""
@@ -221,7 +276,7 @@ class IndexerSelection(NamedTuple):
             ),
         )
 
-    def hiding(
+    def attend_masked(
         self,
         query: Float[Tensor, "B T H P2"],
         key: Float[Tensor, "B L H P2"],
@@ -235,41 +290,38 @@ class IndexerSelection(NamedTuple):
         outs = []
         for run in self.runs():
             keys, values = key[:, : self.end(run)], value[:, : self.end(run)]
-            outs.append(attend(query[:, run], keys, values, scale, self.seen(run)))
+            mask = selected_mask(self, run, self.top_k(run))
+            outs.append(attend(query[:, run], keys, values, scale, mask))
         return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
 
-    def gathering(
+    def attend_gathered(
         self, query: Float[Tensor, "B T H R"], latent: Float[Tensor, "B L R"], scale: float
     ) -> Float[Tensor, "B T H R"]:
-        """Attends to selected keys that all heads share and that are also the values.
+        """Attends to copies of the selected latents, which all heads share as keys and as values.
 
-        The selected keys are read in place or copied out; the others are never read. Every query
-        must have more keys than it may select.
-        """
-        if (self.mask is None or self.ends is not None) and query.shape[1] <= FEW:
-            given = query, latent, self.query, self.key, self.weights
-            return attend_best(*given, self.most, scale, self.ends)
-        return self.copying(query, latent, scale)
-
-    def copying(
-        self, query: Float[Tensor, "B T H R"], latent: Float[Tensor, "B L R"], scale: float
-    ) -> Float[Tensor, "B T H R"]:
-        """Computes `gathering` for any number of queries.
-
-        At most COPIED numbers and SCORES scores are in memory at a time.
+        The others are never read. Every query must have more keys than it may select. At most
+        COPIED numbers and SCORES scores are in memory at a time.
         """
         few, outs = max(1, COPIED // (self.most * latent.shape[-1])), []
         for run in self.runs():
-            found = self.chosen(run)
+            found = self.top_k(run)
             assert found is not None
             for at in range(run.start, run.stop, few):
                 part = slice(at - run.start, at - run.start + few)
                 some = query[:, at : min(at + few, run.stop)]
-                real = None if found[1] is None else found[1][:, part]
-                outs.append(_attend_to(some, latent, found[0][:, part], real, scale))
+                real = None if found[1] is None else found[1][:, part, None, None]
+                rows = []
+                # Gathering from a view of the cache, all sequences at once, would copy it whole.
+                for row, index in enumerate(found[0][:, part]):
+                    keys = latent[row].index_select(0, index.flatten())
+                    keys = keys.unflatten(0, index.shape)  # [T, K, R]
+                    mask = None if real is None else real[row]
+                    own = some[row].unsqueeze(1)
+                    rows.append(attend_shared(own, keys, scale, mask).squeeze(1))
+                outs.append(torch.stack(rows))
         return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
 
-    def indexer_loss(
+    def kl_loss(
         self,
         query: Float[Tensor, "B T H P2"],
         key: Float[Tensor, "B L H P2"],
@@ -288,6 +340,19 @@ class IndexerSelection(NamedTuple):
         return IndexerLoss(summed / queries.clamp_min(1), recall)
 
 
+def selected_mask(
+    selection: IndexerSelection,
+    run: slice,
+    found: tuple[Int[Tensor, "B T K"], Bool[Tensor, "B T K"] | None] | None,
+) -> Bool[Tensor, "#B 1 T end"]:
+    """Returns True at the keys that top_k has selected and that the query may see."""
+    if found is None:
+        return selection.visible(run)
+    index, real = found
+    mask = torch.zeros(*index.shape[:2], selection.end(run), dtype=torch.bool, device=index.device)
+    return mask.scatter_(-1, index, True if real is None else real)[:, None]
+
+
 @kernel(numba="rorqual.kernels.dsa:attend_best")
 def attend_best(
     query: Float[Tensor, "B T H R"],
@@ -304,47 +369,30 @@ def attend_best(
     `looking` are the indexer's queries, and `key` and `weights` its keys and head weights. Without
     `ends` the tokens are the last of all sequences. The kernel is kernels/dsa.py.
     """
-    mask = None
-    if ends is not None:
-        mask = (torch.arange(key.shape[1], device=key.device) < ends[..., None])[:, None]
-    return IndexerSelection(looking, weights, key, mask, most).copying(query, latent, scale)
-
-
-def _attend_to(
-    query: Tensor, latent: Tensor, index: Tensor, real: Tensor | None, scale: float
-) -> Tensor:
-    """Attends from queries [B, T, H, R] to the latents `index` [B, T, K].
-
-    It loops over the sequences, because gathering from a view of the cache would copy it whole.
-    """
+    scores = index_scores(looking, key, weights)
+    if ends is None:
+        length = key.shape[1]
+        ends = torch.arange(length - query.shape[1] + 1, length + 1, device=key.device)[None]
+    visible = torch.arange(key.shape[1], device=key.device) < ends[..., None]
+    index = largest(scores.masked_fill(~visible, -torch.inf), most)
+    real = visible.expand_as(scores).gather(-1, index)[:, :, None, None]
     rows = []
-    for row in range(len(query)):
-        # [T, K, R]
-        key = latent[row].index_select(0, index[row].flatten()).unflatten(0, index.shape[1:])
-        mask = None if real is None else real[row, :, None, None]
-        rows.append(attend_shared(query[row].unsqueeze(1), key, scale, mask).squeeze(1))
+    for row, places in enumerate(index):
+        keys = latent[row].index_select(0, places.flatten()).unflatten(0, places.shape)
+        rows.append(attend_shared(query[row].unsqueeze(1), keys, scale, real[row]).squeeze(1))
     return torch.stack(rows)
 
 
 def index_scores(
     query: Float[Tensor, "B T J P"], key: Float[Tensor, "B L P"], weights: Float[Tensor, "B T J"]
 ) -> Float[Tensor, "B T L"]:
-    """Computes sum_j w_j relu(<q_j, k>) in float32."""
-    return _weighted(_products(query, key), weights)
-
-
-def _products(query: Tensor, key: Tensor) -> Float[Tensor, "B T J L"]:
-    """Computes relu(<q_j, k>) in float32, also under autocast.
+    """Computes sum_j w_j relu(<q_j, k>) in float32, also under autocast.
 
     A rounded score would select other keys.
     """
     with torch.autocast(query.device.type, enabled=False):
-        return (query.float().flatten(1, 2) @ key.float().mT).relu_().unflatten(1, query.shape[1:3])
-
-
-def _weighted(products: Tensor, weights: Tensor) -> Float[Tensor, "B T L"]:
-    with torch.autocast(products.device.type, enabled=False):
-        return (weights.float().unsqueeze(2) @ products).squeeze(2)
+        products = (query.float().flatten(1, 2) @ key.float().mT).relu_()
+        return (weights.float().unsqueeze(2) @ products.unflatten(1, query.shape[1:3])).squeeze(2)
 
 
 def attention_target(
@@ -391,9 +439,11 @@ class _Divergence(torch.autograd.Function):
         with torch.autocast(query.device.type, enabled=False):
             for run in selection.runs(attended.shape[2]):
                 keys, visible = key[:, : selection.end(run)], selection.visible(run)
-                products = _products(query[:, run], keys)
-                scores = _weighted(products, weights[:, run])
-                seen = selection.seen(run, scores)
+                own = query[:, run].float()
+                products = (own.flatten(1, 2) @ keys.float().mT).relu_()
+                products = products.unflatten(1, own.shape[1:3])  # [B, T, J, L]
+                scores = (weights[:, run].float().unsqueeze(2) @ products).squeeze(2)
+                seen = selected_mask(selection, run, selection.top_k(run, scores))
                 heads = attended[:, run], attended_key[:, : selection.end(run)]
                 target, carried = attention_target(*heads, visible, seen, scale, warm)
                 terms, error = _compared(scores, target, (visible if warm else seen)[:, 0])

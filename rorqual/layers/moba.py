@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rorqual.layers.cache import Bundle, Recent
+from rorqual.layers.attention import GQA, GQACache
+from rorqual.layers.cache import Appended, Recent
 from rorqual.layers.context import Context
 from rorqual.layers.sparse import (
     Blocks,
@@ -36,6 +37,7 @@ from rorqual.layers.sparse import (
     wide,
     windows,
 )
+from rorqual.model_config import GQAConfig, RopeConfig
 from rorqual.model_config import MoBAConfig as MoBAConfig
 
 
@@ -54,94 +56,90 @@ def block_means(
     return (sums / sizes.clamp_min(1)[:, None, None]).unflatten(0, (batch, count))
 
 
-def choose(
-    query: Float[Tensor, "B T H P"],
-    means: Float[Tensor, "B M G P"],
-    own: Int[Tensor, "B T"],
-    first: Int[Tensor, "B T"],
-    chosen: int,
-) -> Int[Tensor, "B T H K"]:
-    """Selects the `chosen` best blocks among first .. own for each query head.
+def block_scores(
+    query: Float[Tensor, "B T H P"], means: Float[Tensor, "B M G P"]
+) -> Float[Tensor, "B T H N"]:
+    """Computes <q_t, mean of the keys of block i> in float32, for N = M + 1 blocks.
 
-    The index is -1 where there are fewer. The block after the last that has a mean is still
-    growing; it can only be own, which needs no score.
+    The block after the last that has a mean is still growing. It can only be a query's own, which
+    needs no score.
     """
     # A rounded score would select other blocks.
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         grouped = wide(query).unflatten(2, (means.shape[2], -1))
-        scores = torch.einsum("btghd,bmgd->btghm", grouped, means.to(grouped.dtype)).flatten(2, 3)
-        return best_blocks(F.pad(scores, (0, 1)), own, first, chosen)  # of [B, T, H, M + 1]
+        scores = torch.einsum("btghd,bmgd->btghm", grouped, means.to(grouped.dtype))
+        return F.pad(scores.flatten(2, 3), (0, 1))
 
 
 @dataclass(eq=False)
-class MoBACache(Bundle):
-    """MoBA's cache besides GQA's keys and values."""
+class MoBACache(GQACache):
+    """The cache of keys, values, block means and the selection of the incomplete tile.
 
-    means: Blocks
-    choice: Recent | None = None  # selection of the incomplete tile
+    A layer that always attends fully has no means.
+    """
+
+    means: Blocks | None = None
+    choice: Recent | None = None
 
 
-class MoBA(nn.Module):
-    """Inner attention for GQA, without parameters.
+class MoBA(GQA):
+    """Grouped-query attention to selected blocks, without parameters of its own.
 
     While `full` is True it is full attention; `switch` sets it.
     """
 
-    def __init__(self, config: MoBAConfig, left: int | None = None):
-        """Sets the mode; the last `config.full_layers` layers always attend fully.
+    def __init__(
+        self,
+        config: MoBAConfig,
+        gqa: GQAConfig,
+        dim: int,
+        rope: RopeConfig,
+        left: int | None = None,
+    ):
+        """Builds the projections; the last `config.full_layers` layers always attend fully.
 
         `left` counts the layers from this one to the model's last, itself included.
         """
-        super().__init__()
-        self.config, self.always = config, left is not None and left <= config.full_layers
+        gqa.check_sparse()
+        super().__init__(gqa, dim, rope)
+        self.moba, self.always = config, left is not None and left <= config.full_layers
         self.full = self.always
-
-    @property
-    def _by_tiles(self) -> bool:
-        return self.config.choice == "tile" and not self.always
+        self.tiles = config.choice == "tile" and not self.always
 
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> MoBACache | None:
-        """Returns an empty cache for the block means and the selection of the incomplete tile.
-
-        Returns None if the layer always attends fully. GQA caches the keys.
-        """
-        if self.always:
-            return None
-        choice = Recent(1) if self.config.choice == "tile" else None
-        return MoBACache(Blocks(self.config.block, self.config.block, capacity), choice)
+    ) -> MoBACache:
+        """Returns an empty cache for `capacity` tokens."""
+        means = None if self.always else Blocks(self.moba.block, self.moba.block, capacity)
+        choice = Recent(1) if self.tiles else None
+        return MoBACache(Appended(capacity), Appended(capacity), means, choice)
 
     def forward(
-        self,
-        query: Float[Tensor, "B T H P"],
-        key: Float[Tensor, "B L G P"],
-        value: Float[Tensor, "B L G Q"],
-        hidden: Float[Tensor, "B T D"],
-        ctx: Context,
-        scale: float,
-    ) -> Float[Tensor, "B T2 H Q"]:
-        """Attends from the new tokens, or with `ctx.last_only` from the last one of each sequence.
+        self, hidden: Float[Tensor, "B T D"], ctx: Context
+    ) -> tuple[Float[Tensor, "B T2 D"], None]:
+        """Returns the output of the new tokens, and None in place of an IndexerLoss.
 
-        Query and key must be rotated already.
+        With `ctx.last_only` only the last token of each sequence has an output.
         """
+        query, key, value = self.project(hidden, ctx)
         # A single new token after a cache; the last token of a prompt does not count as one.
         single = ctx.past > 0 and query.shape[1] == 1
-        full, tiles = self.full or (single and self.config.decode == "full"), self._by_tiles
+        full = self.full or (single and self.moba.decode == "full")
         # A cache needs means and selections even while attention is full: it may be switched.
         cached = ctx.cache is not None and not self.always
         segment, means = self._means(key, ctx) if cached or not full else (None, None)
         # With tiles the first query of a tile selects, even if only the last one is needed.
-        if ctx.last_only and not tiles:
+        if ctx.last_only and not self.tiles:
             query, ctx = ctx.last_of(query), ctx.last()
         keys = None
-        if means is not None and (tiles or not full):
+        if means is not None and (self.tiles or not full):
             keys = self.select(query, means, segment, ctx)
         if keys is None or full:
-            out = full_attention(query, key, value, ctx, scale)
+            out = full_attention(query, key, value, ctx, self.scale)
         else:
-            out = attend_selected(query, key, value, keys, ctx, scale)
-        return ctx.last_of(out) if ctx.last_only else out
+            out = attend_selected(query, key, value, keys, ctx, self.scale)
+        out = ctx.last_of(out) if ctx.last_only else out
+        return self.o_proj(out.flatten(2)), None
 
     def select(
         self,
@@ -154,42 +152,42 @@ class MoBA(nn.Module):
 
         With tiles the selection of the incomplete tile is cached.
         """
-        size, chosen, tiles, found = self.config.block, self.config.chosen, self._by_tiles, []
+        size, chosen = self.moba.block, self.moba.chosen
         own = own_blocks(ctx, segment, size)
         first = own - ctx.positions // size
-        if not tiles and ctx.key_count <= size:
+        if not self.tiles and ctx.key_count <= size:
             return None
-        queries = tile_queries(ctx) if tiles else None
+        queries = tile_queries(ctx) if self.tiles else None
+        index = [own.new_empty(len(own), 0, query.shape[2], chosen)]
         for run in runs(query.shape[1] if queries is None else len(queries)):
-            each = run if queries is None else queries[run]
-            # Without a mask no query of the run sees later blocks.
-            end = -(-(ctx.past + run.stop) // size) if ctx.mask is None and not tiles else None
-            found.append(
-                choose(query[:, each], means[:, :end], own[:, each], first[:, each], chosen)
-            )
-        if not tiles:
-            return Selection(torch.cat(found, dim=1), size, segment)
-        cache = None if ctx.cache is None else ctx.cache.attention.inner.choice
-        index = (
-            torch.cat(found, dim=1) if found else own.new_empty(len(own), 0, query.shape[2], chosen)
-        )
-        keys = by_tiles(index, ctx, segment, size, cache)
+            rows, end = run, None
+            if queries is not None:
+                rows = queries[run]
+            elif ctx.mask is None:
+                # No query of the run sees later blocks.
+                end = -(-(ctx.past + run.stop) // size)
+            scores = block_scores(query[:, rows], means[:, :end])
+            index.append(best_blocks(scores, own[:, rows], first[:, rows], chosen))
+        if not self.tiles:
+            return Selection(torch.cat(index, dim=1), size, segment)
+        choice = None if ctx.cache is None else ctx.cache.attention.choice
+        keys = by_tiles(torch.cat(index, dim=1), ctx, segment, size, choice)
         return None if ctx.key_count <= size else keys
 
     def _means(
         self, key: Tensor, ctx: Context
     ) -> tuple[Int[Tensor, "B L"] | None, Float[Tensor, "B M G P"]]:
         """Returns the block of each key, None where columns determine it, and the blocks' means."""
-        size = self.config.block
+        size = self.moba.block
         if (segment := segments(ctx, size)) is not None:
             return segment, block_means(key.detach(), segment, most_blocks(segment))
         if ctx.cache is not None:
-            return None, ctx.cache.attention.inner.means.update(key, _mean, ctx)
+            return None, ctx.cache.attention.means.update(key, _mean, ctx)
         return None, _mean(windows(key.detach(), size, size))
 
 
 def _mean(keys: Float[Tensor, "B M G l P"]) -> Float[Tensor, "B M G P"]:
-    return wide(keys).mean(-2)
+    return keys.to(torch.promote_types(keys.dtype, torch.float32)).mean(-2)
 
 
 def switch(model: nn.Module, full: bool) -> None:

@@ -22,7 +22,7 @@ mean pooling. So is `choice="tile"`, where the first of 128 queries selects for 
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from rorqual.kernels import kernel
 from rorqual.layers.attend import attend
+from rorqual.layers.attention import GQA, GQACache
 from rorqual.layers.cache import Appended, Bundle, Recent
 from rorqual.layers.context import Context
 from rorqual.layers.sparse import (
@@ -49,22 +50,8 @@ from rorqual.layers.sparse import (
     wide,
     windows,
 )
+from rorqual.model_config import GQAConfig, RopeConfig
 from rorqual.model_config import NSAConfig as NSAConfig
-from rorqual.model_config import RopeConfig
-
-
-@runtime_checkable
-class Heads(Protocol):
-    """The sizes of the surrounding attention that NSA needs; GQAConfig has them."""
-
-    @property
-    def heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def value_dim(self) -> int | None: ...
 
 
 class Compressed(NamedTuple):
@@ -108,8 +95,8 @@ class KeysAndValues(Bundle):
 
 
 @dataclass(eq=False)
-class NSACache(Bundle):
-    """NSA's cache besides GQA's keys and values."""
+class NSACache(GQACache):
+    """The cache of the three branches; the selected branch's keys and values are GQA's."""
 
     blocks: KeysAndValues  # compressed keys and values, both Blocks
     compressed: KeysAndValues  # keys and values before compression
@@ -117,25 +104,20 @@ class NSACache(Bundle):
     choice: Recent | None = None  # selection of the incomplete tile
 
 
-class NSA(nn.Module):
-    """Inner attention for GQA with a compressed, a selected and a window branch.
+class NSA(GQA):
+    """Grouped-query attention with a compressed, a selected and a window branch.
 
     The compressed and the window branch have keys and values of their own.
     """
 
-    def __init__(self, config: NSAConfig, dim: int, gqa: Heads, rope: RopeConfig):
-        """Builds the projections. `rope` is the attention's and rotates the keys made here."""
-        super().__init__()
-        self.config, self.rope = config, rope
-        self.groups, self.key_dim, self.value_dim = (
-            gqa.kv_heads,
-            gqa.head_dim,
-            gqa.value_dim or gqa.head_dim,
-        )
-        width = gqa.kv_heads * (self.key_dim + self.value_dim)
+    def __init__(self, config: NSAConfig, gqa: GQAConfig, dim: int, rope: RopeConfig):
+        gqa.check_sparse()
+        super().__init__(gqa, dim, rope)
+        self.nsa, self.tiles = config, config.choice == "tile"
+        width = gqa.kv_heads * (gqa.head_dim + self.value_dim)
         self.compressed_kv = nn.Linear(dim, width, bias=False)
         self.window_kv = nn.Linear(dim, width, bias=False)
-        self.compress_key = Compression(config.block, self.key_dim)
+        self.compress_key = Compression(config.block, gqa.head_dim)
         self.compress_value = Compression(config.block, self.value_dim)
         self.gate_up = nn.Linear(dim, 3 * gqa.heads, bias=False)
         self.gate_down = nn.Linear(3 * gqa.heads, 3 * gqa.heads)
@@ -143,34 +125,45 @@ class NSA(nn.Module):
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> NSACache:
-        """Returns an empty cache for both branches' keys and values and the compressed blocks.
-
-        With tiles it also holds the selection of the incomplete tile.
-        """
-        compressed, window = (
-            KeysAndValues(Appended(capacity), Appended(capacity)) for _ in range(2)
+        """Returns an empty cache for `capacity` tokens."""
+        size = self.nsa.block, self.nsa.stride, capacity
+        return NSACache(
+            Appended(capacity),
+            Appended(capacity),
+            blocks=KeysAndValues(Blocks(*size), Blocks(*size)),
+            compressed=KeysAndValues(Appended(capacity), Appended(capacity)),
+            window=KeysAndValues(Appended(capacity), Appended(capacity)),
+            choice=Recent(1) if self.tiles else None,
         )
-        size = self.config.block, self.config.stride, capacity
-        choice = Recent(1) if self.config.choice == "tile" else None
-        return NSACache(KeysAndValues(Blocks(*size), Blocks(*size)), compressed, window, choice)
 
     def forward(
-        self,
-        query: Float[Tensor, "B T H P"],
-        key: Float[Tensor, "B L G P"],
-        value: Float[Tensor, "B L G Q"],
-        hidden: Float[Tensor, "B T D"],
-        ctx: Context,
-        scale: float,
-    ) -> Float[Tensor, "B T2 H Q"]:
-        """Attends from the new tokens, or with `ctx.last_only` from the last one of each sequence.
+        self, hidden: Float[Tensor, "B T D"], ctx: Context
+    ) -> tuple[Float[Tensor, "B T2 D"], None]:
+        """Returns the output of the new tokens, and None in place of an IndexerLoss.
 
-        Query and key must be rotated already.
+        With `ctx.last_only` only the last token of each sequence has an output.
         """
-        branches = self.branches(query, key, value, hidden, ctx, scale)
-        hidden = ctx.last_of(hidden) if ctx.last_only else hidden
-        gates = self.gates(hidden).to(query.dtype)[..., None]  # [B, T2, 3, H, 1]
-        return (gates * branches).sum(2)
+        whole, scale = ctx, self.scale
+        query, key, value = self.project(hidden, ctx)
+        far, near = self._project_branches(hidden, ctx)
+        blocks = self._compress(*far, ctx)
+        # With tiles the first query of a tile selects, even if only the last one is needed.
+        if ctx.last_only and not self.tiles:
+            query, ctx = ctx.last_of(query), ctx.last()
+        if ctx.past and blocks.segment is None and query.shape[1] <= FEW:
+            index = self.select(query, blocks, ctx).index if self.tiles else None
+            pairs = key, value, blocks.keys, blocks.values, *near
+            out = attend_few(query, *pairs, index, ctx.positions, self.nsa, scale)
+        else:
+            compressed, keys = self._attend_compressed(query, blocks, ctx)
+            keys = self.select(query, blocks, ctx) if keys is None else keys
+            selected = attend_selected(query, key, value, keys, ctx, scale)
+            window = self._attend_window(query, *near, ctx)
+            out = torch.stack([compressed, selected, window], dim=2)
+        if whole.last_only:
+            out, hidden = ctx.last_of(out), whole.last_of(hidden)
+        gates = self.gates(hidden).to(out.dtype)[..., None]  # [B, T2, 3, H, 1]
+        return self.o_proj((gates * out).sum(2).flatten(2)), None
 
     def gates(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T 3 H"]:
         """Computes each head's weights, in (0, 1), of the three branches.
@@ -179,96 +172,65 @@ class NSA(nn.Module):
         """
         return torch.sigmoid(self.gate_down(F.silu(self.gate_up(hidden)))).unflatten(-1, (3, -1))
 
-    def branches(
-        self,
-        query: Float[Tensor, "B T H P"],
-        key: Float[Tensor, "B L G P"],
-        value: Float[Tensor, "B L G Q"],
-        hidden: Float[Tensor, "B T D"],
-        ctx: Context,
-        scale: float,
-    ) -> Float[Tensor, "B T2 3 H Q"]:
-        """Computes the outputs of the three branches before the gates.
-
-        Their order is the compressed, the selected and the window branch.
-        """
-        raw, near = self._own(hidden, ctx)
-        blocks = self._compress(*raw, ctx)
-        # With tiles the first query of a tile selects, even if only the last one is needed.
-        tiles = self.config.choice == "tile"
-        if ctx.last_only and not tiles:
-            query, ctx = ctx.last_of(query), ctx.last()
-        if ctx.past and blocks.segment is None and query.shape[1] <= FEW:
-            keys = self.select(query, blocks, ctx, scale) if tiles else None
-            pairs = key, value, blocks.keys, blocks.values, *near
-            index = None if keys is None else keys.index
-            out = attend_few(query, *pairs, index, ctx.positions, self.config, scale)
-        else:
-            compressed, keys = self._compressed(query, blocks, ctx, scale)
-            selected = attend_selected(query, key, value, keys, ctx, scale)
-            window = self._attend_window(query, *near, ctx, scale)
-            out = torch.stack([compressed, selected, window], dim=2)
-        return ctx.last_of(out) if ctx.last_only else out
-
     def select(
-        self, query: Float[Tensor, "B T H P"], blocks: Compressed, ctx: Context, scale: float
+        self, query: Float[Tensor, "B T H P"], blocks: Compressed, ctx: Context
     ) -> Selection:
-        """Returns the selection blocks that each query attends to: those of largest p_slc.
+        """Returns the selection blocks that the first query of each tile selects for all of it.
 
-        With tiles only the first query of a tile selects, and the selection of the incomplete tile
-        is cached.
+        They are those of largest p_slc. The selection of the incomplete tile is cached.
         """
-        time, size, tiles = query.shape[1], self.config.select_block, self.config.choice == "tile"
-        queries, found = tile_queries(ctx) if tiles else torch.arange(time), []
+        size, chosen, queries = self.nsa.select_block, self.nsa.chosen, tile_queries(ctx)
+        index = [queries.new_empty(len(query), 0, self.config.kv_heads, chosen)]
         for run in runs(len(queries)):
-            rows = queries[run] if tiles else run
+            rows = queries[run]
             seen = self._seen(blocks, ctx, rows)
-            weights = _probabilities(query[:, rows], blocks.keys[:, : seen.shape[-1]], seen, scale)
-            found.append(self._choose(weights, blocks, ctx, rows))
-        if not tiles:
-            return Selection(torch.cat(found, dim=1), size, blocks.segment)
-        cache = None if ctx.cache is None else ctx.cache.attention.inner.choice
-        none = queries.new_empty(len(query), 0, self.groups, self.config.chosen)
-        return by_tiles(torch.cat([none, *found], dim=1), ctx, blocks.segment, size, cache)
+            keys = blocks.keys[:, : seen.shape[-1]]
+            weights = _probabilities(query[:, rows], keys, seen, self.scale)
+            index.append(best_blocks(*self._importance(weights, blocks, ctx, rows), chosen, 3))
+        choice = None if ctx.cache is None else ctx.cache.attention.choice
+        return by_tiles(torch.cat(index, dim=1), ctx, blocks.segment, size, choice)
 
-    def _compressed(
-        self, query: Float[Tensor, "B T H P"], blocks: Compressed, ctx: Context, scale: float
-    ) -> tuple[Float[Tensor, "B T H Q"], Selection]:
+    def _attend_compressed(
+        self, query: Float[Tensor, "B T H P"], blocks: Compressed, ctx: Context
+    ) -> tuple[Float[Tensor, "B T H Q"], Selection | None]:
         """Attends to the compressed blocks; returns the output and the blocks that it selects.
 
-        Without tiles every query selects by its probabilities, which are formed once for both.
+        Every query selects by its probabilities, which are formed once for both. With tiles only
+        the first query of each selects, and None is returned.
         """
-        tiles, outs, found = self.config.choice == "tile", [], []
+        outs, index = [], []
         for run in runs(query.shape[1]):
             own, seen = query[:, run], self._seen(blocks, ctx, run)
             keys, values = (x[:, : seen.shape[-1]] for x in (blocks.keys, blocks.values))
-            if tiles:
-                outs.append(attend(own, keys.to(own.dtype), values.to(own.dtype), scale, seen))
+            values = values.to(own.dtype)
+            if self.tiles:
+                outs.append(attend(own, keys.to(own.dtype), values, self.scale, seen))
                 continue
-            weights = _probabilities(own, keys, seen, scale)
-            out = torch.einsum("bghtm,bmgq->btghq", weights.to(own.dtype), values.to(own.dtype))
+            weights = _probabilities(own, keys, seen, self.scale)
+            out = torch.einsum("bghtm,bmgq->btghq", weights.to(own.dtype), values)
             outs.append(out.flatten(2, 3))
-            found.append(self._choose(weights, blocks, ctx, run))
-        out = torch.cat(outs, dim=1)
-        if tiles:
-            return out, self.select(query, blocks, ctx, scale)
-        return out, Selection(torch.cat(found, dim=1), self.config.select_block, blocks.segment)
+            scored = self._importance(weights, blocks, ctx, run)
+            index.append(best_blocks(*scored, self.nsa.chosen, 3))
+        if self.tiles:
+            return torch.cat(outs, dim=1), None
+        keys = Selection(torch.cat(index, dim=1), self.nsa.select_block, blocks.segment)
+        return torch.cat(outs, dim=1), keys
 
-    def _own(self, hidden: Tensor, ctx: Context) -> list[tuple[Tensor, Tensor]]:
+    def _project_branches(self, hidden: Tensor, ctx: Context) -> list[tuple[Tensor, Tensor]]:
         """Projects the keys and values of the compressed and the window branch.
 
         Returns rotated keys [B, L, G, P] and values [B, L, G, Q] of each.
         """
         both = [
-            linear(hidden).unflatten(-1, (self.groups, -1))
+            linear(hidden).unflatten(-1, (self.config.kv_heads, -1))
             for linear in (self.compressed_kv, self.window_kv)
         ]
-        keys, values = torch.cat(both, dim=2).split([self.key_dim, self.value_dim], dim=-1)
-        turned = ctx.rotate(keys, self.rope.interleaved)
+        keys, values = torch.cat(both, dim=2).split([self.config.head_dim, self.value_dim], dim=-1)
+        turned = ctx.rotate(keys, self.interleaved)
         pairs = list(zip(turned.chunk(2, 2), values.chunk(2, 2), strict=True))
         if ctx.cache is None:
             return pairs
-        cache = ctx.cache.attention.inner
+        cache = ctx.cache.attention
         stored = [
             (own.keys.append(key, ctx), own.values.append(value, ctx))
             for own, (key, value) in zip((cache.compressed, cache.window), pairs, strict=True)
@@ -277,8 +239,8 @@ class NSA(nn.Module):
 
     def _compress(self, keys: Tensor, values: Tensor, ctx: Context) -> Compressed:
         """Compresses the complete blocks of the compressed branch's keys and values."""
-        block, stride = self.config.block, self.config.stride
-        if (segment := segments(ctx, self.config.select_block)) is not None:
+        block, stride = self.nsa.block, self.nsa.stride
+        if (segment := segments(ctx, self.nsa.select_block)) is not None:
             columns, real = _block_columns(ctx, block, stride)
             rows = torch.arange(keys.shape[0], device=keys.device)[:, None, None]
             pieces = segment.gather(1, columns[..., ::stride].flatten(1)).unflatten(
@@ -289,7 +251,7 @@ class NSA(nn.Module):
             keys, values = self.compress_key(keys), self.compress_value(values)
             return Compressed(keys, values, columns[..., -1], pieces, real, segment)
         if ctx.cache is not None:
-            blocks = ctx.cache.attention.inner.blocks
+            blocks = ctx.cache.attention.blocks
             return Compressed(
                 blocks.keys.update(keys, self.compress_key, ctx),
                 blocks.values.update(values, self.compress_value, ctx),
@@ -314,14 +276,14 @@ class NSA(nn.Module):
         # Without a mask no query of a slice sees later blocks.
         if isinstance(rows, slice) and ctx.mask is None:
             end = ctx.past + rows.stop
-            count = min(count, max(0, (end - self.config.block) // self.config.stride + 1))
-        return _complete(count, ctx.positions[:, rows], self.config)[:, None]
+            count = min(count, max(0, (end - self.nsa.block) // self.nsa.stride + 1))
+        return _complete(count, ctx.positions[:, rows], self.nsa)[:, None]
 
-    def _choose(
+    def _importance(
         self, weights: Tensor, blocks: Compressed, ctx: Context, rows: slice | Tensor
-    ) -> Int[Tensor, "B T G K"]:
-        """Selects the selection blocks with the largest p_slc."""
-        size, positions = self.config.select_block, ctx.positions[:, rows]
+    ) -> tuple[Float[Tensor, "B T G J"], Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+        """Computes p_slc; returns it with each query's own block and its document's first one."""
+        size, positions = self.nsa.select_block, ctx.positions[:, rows]
         own = own_blocks(ctx, blocks.segment, size)[:, rows]
         probabilities = weights.detach().sum(2)  # [B, G, T, M]
         if blocks.segment is not None and blocks.pieces is not None:
@@ -332,21 +294,19 @@ class NSA(nn.Module):
         else:
             bounded = isinstance(rows, slice) and ctx.mask is None
             end = ctx.past + rows.stop if bounded else ctx.key_count
-            importance = importance_of(probabilities, -(-end // size), self.config)
-        return best_blocks(
-            importance.transpose(1, 2), own, own - positions // size, self.config.chosen, forced=3
-        )
+            importance = importance_of(probabilities, -(-end // size), self.nsa)
+        return importance.transpose(1, 2), own, own - positions // size
 
     def _attend_window(
-        self, query: Tensor, key: Tensor, value: Tensor, ctx: Context, scale: float
+        self, query: Tensor, key: Tensor, value: Tensor, ctx: Context
     ) -> Float[Tensor, "B T H Q"]:
         """Attends to the last `window` keys of the document, up to the query."""
-        window, parts = self.config.window, []
+        window, parts = self.nsa.window, []
         for run in runs(query.shape[1]):
             own = query[:, run]
             if ctx.mask is not None:
                 mask = ctx.visible(run) & ctx.within(window, run)
-                parts.append(attend(own, key, value, scale, mask))
+                parts.append(attend(own, key, value, self.scale, mask))
                 continue
             first, last = ctx.past + run.start, ctx.past + run.stop
             # Keep the keys from the start of the window to the last query.
@@ -356,7 +316,7 @@ class NSA(nn.Module):
                 begin, last, device=key.device
             )
             mask = ((back >= 0) & (back < window))[None, None] if own.shape[1] > 1 else None
-            parts.append(attend(own, *near, scale, mask))
+            parts.append(attend(own, *near, self.scale, mask))
         return torch.cat(parts, dim=1)
 
 

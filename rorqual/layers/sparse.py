@@ -64,7 +64,7 @@ def own_blocks(ctx: Context, segment: Int[Tensor, "B L"] | None, block: int) -> 
     """Returns the block of each new token."""
     if segment is None:
         return ctx.positions // block
-    return segment.gather(1, ctx.columns.expand_as(ctx.positions))
+    return segment.gather(1, ctx.columns)
 
 
 def most_blocks(segment: Int[Tensor, "B L"]) -> int:
@@ -98,38 +98,30 @@ class Blocks:
         of a shorter sequence means nothing.
         """
         total = self.count(ctx.key_count)
-        if ctx.starts is not None:
-            return self._update_rows(keys, make, ctx)[:, :total]
-        done = self.count(ctx.past)
-        if done == total and self.values.buffer is not None:
-            return self.values.buffer[:, :total]
-        new = make(windows(keys[:, done * self.stride :], self.block, self.stride)).detach()
-        buffer = self.values.reserve(new, total)
-        buffer[:, done:total] = new
-        return buffer[:, :total]
-
-    def _update_rows(
-        self, keys: Tensor, make: Callable[[Tensor], Tensor], ctx: Context
-    ) -> Float[Tensor, "B C G P"]:
-        """Computes `update` for sequences of different lengths."""
-        assert ctx.starts is not None
-        time = ctx.positions.shape[1]
+        if ctx.starts is None:
+            done = self.count(ctx.past)
+            if done == total and self.values.buffer is not None:
+                return self.values.buffer[:, :total]
+            new = make(windows(keys[:, done * self.stride :], self.block, self.stride)).detach()
+            buffer = self.values.reserve(new, total)
+            buffer[:, done:total] = new
+            return buffer[:, :total]
+        time, device = ctx.positions.shape[1], keys.device
         ends = ctx.starts + (time if ctx.lengths is None else ctx.lengths)
-        done, total = (
+        first, stop = (
             ((tokens - self.block) // self.stride + 1).clamp_min(0) for tokens in (ctx.starts, ends)
         )
-        candidates = done[:, None] + torch.arange(time // self.stride + 1, device=done.device)
-        rows, places = (candidates < total[:, None]).nonzero(as_tuple=True)
+        candidates = first[:, None] + torch.arange(time // self.stride + 1, device=device)
+        rows, places = (candidates < stop[:, None]).nonzero(as_tuple=True)
         if self.values.buffer is not None and not len(rows):
-            return self.values.reserve(self.values.buffer, self.count(ctx.key_count))
+            return self.values.reserve(self.values.buffer, total)[:, :total]
         blocks = candidates[rows, places]
-        columns = blocks[:, None] * self.stride + torch.arange(self.block, device=done.device)
+        columns = blocks[:, None] * self.stride + torch.arange(self.block, device=device)
         new = make(keys[rows[:, None], columns].transpose(1, 2)[:, None])[:, 0].detach()
-        like = new.new_empty(len(keys), 0, *new.shape[1:])
-        buffer = self.values.reserve(like, self.count(ctx.key_count))
+        buffer = self.values.reserve(new.new_empty(len(keys), 0, *new.shape[1:]), total)
         # The dtype may differ from that of the first call, if autocast was switched since.
         buffer[rows, blocks] = new.to(buffer.dtype)
-        return buffer
+        return buffer[:, :total]
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
         """Keeps the sequences `index`, in that order."""
@@ -241,7 +233,7 @@ def by_tiles(
         found = index.gather(1, first.clamp_min(0).expand(shape)) if index.shape[1] else held
         each = found.expand(shape) if held is None else found.expand(shape).where(first >= 0, held)
     if cache is not None:
-        cache.extend(each, ctx)
+        cache.store(each, ctx)
     if _aligned(ctx) and time >= TILE:
         return Selection(tiles, block, tiles=True)
     begun = _begun(ctx.positions, own_blocks(ctx, segment, block), block, each.shape[2])

@@ -18,36 +18,37 @@ class RowCache:
         """Reserves memory for `max_bytes` of rows, but for no more than the table's `rows`."""
         self.slots = min(rows, max_bytes // row_bytes)
         self.frozen = False
-        self._values = torch.empty(self.slots, row_bytes, dtype=torch.uint8)
+        self._values = np.empty((self.slots, row_bytes), np.uint8)
         # slots by row id, the least recently used first
         self._slot_of: OrderedDict[int, int] = OrderedDict()
 
     def lookup(
         self, ids: Int[np.ndarray, " K"]
     ) -> tuple[UInt8[Tensor, "K bytes"], Int[np.ndarray, " missing"]]:
-        """Returns rows of distinct ids, and the places of uncached ones, to be filled in."""
+        """Returns rows, and the places of those that are not cached, to be filled in."""
+        rows = torch.empty(len(ids), self._values.shape[1], dtype=torch.uint8)
         if not self.slots:
-            rows = torch.empty(len(ids), self._values.shape[1], dtype=torch.uint8)
             return rows, np.arange(len(ids))
-        slots = np.array([self._use(row) for row in ids.tolist()], dtype=np.int64)
-        missing = np.flatnonzero(slots < 0)
+        wanted = ids.tolist()
+        slots = np.array([self._slot_of.get(row, -1) for row in wanted], dtype=np.int64)
+        for row, slot in zip(wanted, slots.tolist(), strict=True):
+            if slot >= 0:
+                self._slot_of.move_to_end(row)
         # Missing rows get any row's bytes; the caller overwrites them.
-        slots[missing] = 0
-        return self._values.index_select(0, torch.from_numpy(slots)), missing
-
-    def _use(self, row: int) -> int:
-        """Returns the slot of a row and makes it the most recently used; -1 if it is not cached."""
-        slot = self._slot_of.get(row, -1)
-        if slot >= 0:
-            self._slot_of.move_to_end(row)
-        return slot
+        self._values.take(slots, axis=0, out=rows.numpy(), mode="clip")
+        return rows, np.flatnonzero(slots < 0)
 
     def insert(self, ids: Int[np.ndarray, " K"], values: UInt8[Tensor, "K bytes"]) -> None:
         """Caches rows that are not cached yet; if they are more than fit, the last ones."""
         if not self.slots or self.frozen:
             return
-        slots = [self._place(row) for row in ids[-self.slots :].tolist()]
-        self._values[torch.tensor(slots, dtype=torch.int64)] = values[-self.slots :]
+        first = max(0, len(ids) - self.slots)
+        places = {
+            self._place(row): place
+            for place, row in enumerate(ids[first:].tolist(), first)
+            if row not in self._slot_of
+        }
+        self._values[list(places)] = values.numpy()[list(places.values())]
 
     def _place(self, row: int) -> int:
         """Returns a free slot, or the slot of the least recently used row, which is removed."""

@@ -16,8 +16,9 @@ import math
 import os
 import stat
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from rorqual.io import BINARY, read_at, write_all_at
+from rorqual.kernels import kernel
 from rorqual.tables.fp8 import BLOCK, FP8
 
 KINDS = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": FP8}
@@ -38,6 +40,7 @@ _PIECE = 1 << 18  # bytes that verification reads at a time: they stay in a core
 _MAX_HEADER = 16 << 20  # bytes; a header has a few hundred, and 16 a MiB of rows
 _MAX_DIGITS = 20  # digits of a number of rows
 _MAX_AXES = 64  # torch's limit; the product of a million sizes would take hours
+_ONE_FILE = np.array([0, np.iinfo(np.int64).max])  # the first rows of a file and of the next
 _ANNOUNCED = 512  # reads that one thread makes after announcing all of them to the system
 _THREADS = 32  # threads that share more reads, so that the disk can order many of them
 
@@ -56,41 +59,8 @@ class FileRows:
         self.row_bytes = row_bytes
 
     def read(self, ids: Int[np.ndarray, " K"], into: UInt8[np.ndarray, "K bytes"]) -> None:
-        """Reads rows of rising ids. TableError names the first row that the file does not have."""
-        runs = _runs(ids, self.row_bytes)
-        target = into.reshape(-1).data
-        if len(runs) <= _ANNOUNCED:
-            runs = [run for run in runs if not self._read_at_once(target, run)]
-            self._announce(runs)
-            for place, size, at in runs:
-                self.read_bytes(target[place : place + size], at)
-            return
-
-        def read(runs: list[tuple[int, int, int]]) -> None:
-            for place, size, at in runs:
-                self.read_bytes(target[place : place + size], at)
-
-        share = -(-len(runs) // _THREADS)
-        parts = [runs[at : at + share] for at in range(0, len(runs), share)]
-        with ThreadPoolExecutor(_THREADS) as threads:
-            list(threads.map(read, parts))
-
-    def _read_at_once(self, target: memoryview, run: tuple[int, int, int]) -> bool:
-        """Reads the bytes that the system has in memory; returns False if that would block."""
-        place, size, at = run
-        if self.file < 0 or not (hasattr(os, "preadv") and hasattr(os, "RWF_NOWAIT")):
-            return False
-        try:
-            part = target[place : place + size]
-            return os.preadv(self.file, [part], self.start + at, os.RWF_NOWAIT) == size
-        except OSError:
-            return False
-
-    def _announce(self, runs: list[tuple[int, int, int]]) -> None:
-        """Makes the disk start several reads at once, where the system can."""
-        if len(runs) > 1 and self.file >= 0 and hasattr(os, "posix_fadvise"):
-            for _, size, at in runs:
-                os.posix_fadvise(self.file, self.start + at, size, os.POSIX_FADV_WILLNEED)
+        """Reads rows. TableError names the first one that the file does not have."""
+        read_from([self], _ONE_FILE, ids, into)
 
     def read_bytes(self, into: memoryview, at: int) -> None:
         """Fills `into` with bytes from byte `at` of the rows on."""
@@ -114,20 +84,115 @@ class FileRows:
     def write(self, ids: Int[np.ndarray, " K"], rows: UInt8[np.ndarray, "K bytes"]) -> None:
         """Writes rows of rising ids. TableError names the row that could not be written."""
         source = np.ascontiguousarray(rows).reshape(-1).data
-        for place, size, at in _runs(ids, self.row_bytes):
+        size = self.row_bytes
+        for place, count, _, row in _runs(ids, _ONE_FILE):
             try:
-                write_all_at(self.file, source[place : place + size], self.start + at)
+                part = source[place * size : (place + count) * size]
+                write_all_at(self.file, part, self.start + row * size)
             except OSError as error:
-                row = at // self.row_bytes
                 got = f"got {error.strerror} at row {row}"
                 raise TableError(f"{self.path}: {got}, expected room for it") from error
 
 
-def _runs(ids: np.ndarray, size: int) -> list[tuple[int, int, int]]:
-    """Returns runs of consecutive ids: their place in memory, bytes, and place in the file."""
-    begins = np.flatnonzero(np.diff(ids, prepend=-2) != 1)
-    counts = np.diff(begins, append=len(ids))
-    columns = (begins * size, counts * size, ids[begins] * size)
+def read_from(
+    files: Sequence[FileRows],
+    first_rows: Int[np.ndarray, " F1"],
+    ids: Int[np.ndarray, " K"],
+    into: UInt8[np.ndarray, "K bytes"],
+) -> None:
+    """Reads rows from several files. TableError names the first one that its file does not have.
+
+    File n has the rows first_rows[n] to first_rows[n + 1].
+    """
+
+    def read(part: slice) -> None:
+        wanted, target = ids[part], into[part]
+        done = 0
+        while (done := done + _read(files, first_rows, wanted[done:], target[done:])) < len(wanted):
+            # This row is read once more, for the reason why it could not be read.
+            n = int(np.searchsorted(first_rows, wanted[done], side="right")) - 1
+            row = int(wanted[done] - first_rows[n])
+            files[n].read_bytes(target[done].data, row * files[n].row_bytes)
+            done += 1
+
+    if 1 + np.count_nonzero(np.diff(ids) != 1) <= _ANNOUNCED:
+        done = _read(files, first_rows, ids, into, wait=False)
+        read(slice(done, None))
+        return
+    share = -(-len(ids) // _THREADS)
+    with ThreadPoolExecutor(_THREADS) as threads:
+        list(threads.map(read, [slice(at, at + share) for at in range(0, len(ids), share)]))
+
+
+def _read(
+    files: Sequence[FileRows],
+    first_rows: np.ndarray,
+    ids: np.ndarray,
+    into: np.ndarray,
+    wait: bool = True,
+) -> int:
+    numbers = np.array([each.file for each in files])
+    starts = np.array([each.start for each in files])
+    return read_rows(numbers, starts, first_rows, ids, into, wait)
+
+
+@kernel(
+    numba="rorqual.kernels.files:read_rows",
+    missing="" if hasattr(os, "RWF_NOWAIT") else "this system has no preadv2 with RWF_NOWAIT",
+)
+def read_rows(
+    files: Int[np.ndarray, " F"],
+    starts: Int[np.ndarray, " F"],
+    first_rows: Int[np.ndarray, " F1"],
+    ids: Int[np.ndarray, " K"],
+    into: UInt8[np.ndarray, "K bytes"],
+    wait: bool,
+) -> int:
+    """Reads rows from open files; returns the place of the first that was not read, or K.
+
+    File n has the rows first_rows[n] to first_rows[n + 1], from byte starts[n] on. Without `wait`,
+    rows are read that the system has in memory, and the disk starts to read the others.
+    """
+    size = into.shape[1]
+    target = into.reshape(-1).data
+    first_missing = len(ids)
+    for place, count, n, row in _runs(ids, first_rows):
+        part = target[place * size : (place + count) * size]
+        try:
+            got = _read_run(int(files[n]), part, int(starts[n]) + row * size, wait)
+        except OSError:
+            got = 0
+        if got < len(part):
+            first_missing = min(first_missing, place + got // size)
+            if wait:
+                break
+    return first_missing
+
+
+def _read_run(file: int, into: memoryview, at: int, wait: bool) -> int:
+    """Returns how many bytes were read."""
+    if wait:
+        return read_at(file, into, at)
+    got = 0
+    if hasattr(os, "preadv") and hasattr(os, "RWF_NOWAIT"):
+        with suppress(BlockingIOError):
+            got = os.preadv(file, [into], at, os.RWF_NOWAIT)
+    if got < len(into) and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, at, len(into), os.POSIX_FADV_WILLNEED)
+    return got
+
+
+def _runs(ids: np.ndarray, first_rows: np.ndarray) -> list[tuple[int, int, int, int]]:
+    """Cuts ids into runs of rows that follow each other in one file.
+
+    Returns the place of each run in `ids`, its number of rows, its file, and its row in the file.
+    """
+    files = np.searchsorted(first_rows, ids, side="right") - 1
+    apart = (np.diff(ids, prepend=-2) != 1) | (np.diff(files, prepend=-1) != 0)
+    places = np.flatnonzero(apart)
+    counts = np.diff(places, append=len(ids))
+    files = files[places]
+    columns = (places, counts, files, ids[places] - first_rows[files])
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
@@ -205,23 +270,28 @@ class RowFile:
         self.dtype = first.dtype
         self.row_bytes = first.row_bytes
         # the first row of each shard, and of the one that would follow
-        self._starts = np.cumsum([0, *(shard.rows for shard in self.shards)])
-        self.rows = int(self._starts[-1])
+        self._first_rows = np.cumsum([0, *(shard.rows for shard in self.shards)])
+        self.rows = int(self._first_rows[-1])
         self._failed: np.ndarray | None = None
 
     def read(self, ids: Int[np.ndarray, " K"]) -> UInt8[Tensor, "K bytes"]:
-        """Returns the rows of rising ids, as they are stored."""
+        """Returns rows as they are stored."""
         raw = np.empty((len(ids), self.row_bytes), np.uint8)
-        edges = np.searchsorted(ids, self._starts).tolist()
-        for number, shard in enumerate(self.shards):
-            part = slice(edges[number], edges[number + 1])
-            if part.start < part.stop:
-                try:
-                    shard.read(ids[part] - self._starts[number], raw[part])
-                except TableError:
-                    self._failed = ids
-                    raise
+        try:
+            read_from(self.shards, self._first_rows, ids, raw)
+        except TableError:
+            self._failed = ids
+            raise
         return torch.from_numpy(raw)
+
+    def read_cached(self, ids: Int[np.ndarray, " K"]) -> UInt8[Tensor, "K bytes"] | None:
+        """Returns the rows if the system has all of them in memory.
+
+        If not, it returns None, and the disk starts to read them.
+        """
+        raw = np.empty((len(ids), self.row_bytes), np.uint8)
+        complete = _read(self.shards, self._first_rows, ids, raw, wait=False) == len(ids)
+        return torch.from_numpy(raw) if complete else None
 
     def stored(self, first: int, end: int) -> Tensor:
         """Returns rows first..end in the type they are stored in: numbers, or fp8 in bytes."""

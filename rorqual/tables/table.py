@@ -32,7 +32,7 @@ from rorqual.tables.thread import BackgroundThread
 
 Placement = Literal["device", "host", "disk"]
 
-_SMALL_BATCH = 256  # ids looked up at once if all rows are cached: waking the thread costs more
+_SMALL_BATCH = 256  # ids looked up at once if all rows are in memory: waking the thread costs more
 _ID_TYPES = (torch.int64, torch.int32)
 
 
@@ -191,7 +191,13 @@ class Table(nn.Module):
         # an assertion on a device would end the process, so ids are checked here
         ids = row_ids.detach().cpu()
         check_ids(ids, self.rows)
-        ids = ids.to(torch.int64, copy=True)
+        ids = ids.to(torch.int64)
+        rows = self._fetch_at_once(ids)
+        if rows is not None:
+            values = rows.view(*row_ids.shape, self.width).to(row_ids.device, non_blocking=True)
+            return Handle(lambda: values)
+        # The caller may write to its ids before they are used.
+        ids = ids.clone()
         fetched = self._fetching(ids)
         learns = self.trainable and self.training and torch.is_grad_enabled()
 
@@ -208,10 +214,6 @@ class Table(nn.Module):
         fetch = self._fetch if self.placement == "disk" else self._fetch_from_memory
         if not self._background:
             return lambda: fetch(ids)
-        if self._cache.slots and ids.numel() <= _SMALL_BATCH and not self._lock.locked():
-            cached = self._fetch_cached(ids)
-            if cached is not None:
-                return lambda: cached
         future = self._thread.submit(fetch, ids)
         return lambda: self._wait(future)
 
@@ -221,35 +223,51 @@ class Table(nn.Module):
         self._counts["wait_seconds"] += time.perf_counter() - began
         return values
 
+    def _fetch_at_once(self, ids: Tensor) -> Tensor | None:
+        """Returns few rows that are in memory already, in the row cache or the page cache.
+
+        None for others, which the disk starts to read. The ids are not made distinct first: that
+        would take longer than to read a row twice.
+        """
+        few = ids.numel() <= _SMALL_BATCH and isinstance(self.file, RowFile)
+        if not few or not self._background or self._lock.locked():
+            return None
+        wanted = ids.reshape(-1).numpy()
+        stored = self._stored(wanted, len(wanted), self.file.read_cached)
+        return None if stored is None else self._numbers(stored)
+
     def _fetch(self, ids: Tensor) -> Tensor:
-        """Returns rows from the cache, and from the file those that are not cached."""
+        """Returns rows from the row cache, and from the file those that are not cached."""
         unique, places = np.unique(ids.reshape(-1).numpy(), return_inverse=True)
+        stored = self._stored(unique, len(places), self.file.read)
+        assert stored is not None
+        return gather(self._numbers(stored), torch.from_numpy(places), self.width, self._staging)
+
+    def _stored(
+        self, ids: np.ndarray, asked: int, read: Callable[[np.ndarray], Tensor | None]
+    ) -> Tensor | None:
+        """Returns rows as they are stored; None if `read` does not have those that are not cached.
+
+        asked: the number of ids that were asked for.
+        """
         with self._lock:
-            rows, missing = self._cache.lookup(unique)
+            rows, missing = self._cache.lookup(ids)
+            uncached = ids[missing]
             if len(missing):
-                read = self.file.read(unique[missing])
-                self._cache.insert(unique[missing], read)
-                if len(missing) < len(unique):
-                    rows[torch.from_numpy(missing)] = read
+                values = read(uncached)
+                if values is None:
+                    return None
+                self._cache.insert(uncached, values)
+                if len(missing) == len(ids):
+                    rows = values
                 else:
-                    rows = read
-            self._count(len(places), len(unique), len(missing))
-        return self._ordered(rows, places)
+                    rows[torch.from_numpy(missing)] = values
+            self._count(asked, len(set(ids.tolist())), len(set(uncached.tolist())))
+        return rows
 
-    def _fetch_cached(self, ids: Tensor) -> Tensor | None:
-        """Returns rows from the cache; None if one of them is not there."""
-        unique, places = np.unique(ids.reshape(-1).numpy(), return_inverse=True)
-        with self._lock:
-            rows, missing = self._cache.lookup(unique)
-            if len(missing):
-                return None
-            self._count(len(places), len(unique), 0)
-        return self._ordered(rows, places)
-
-    def _ordered(self, rows: Tensor, places: np.ndarray) -> Tensor:
-        """Converts distinct stored rows to numbers, in the order of the ids."""
-        numbers = dequantise(rows, self.width) if self.dtype == FP8 else rows.view(self.dtype)
-        return gather(numbers, torch.from_numpy(places), self.width, self._staging)
+    def _numbers(self, stored: Tensor) -> Tensor:
+        """Converts stored rows to numbers."""
+        return dequantise(stored, self.width) if self.dtype == FP8 else stored.view(self.dtype)
 
     def _fetch_from_memory(self, ids: Tensor) -> Tensor:
         with torch.no_grad():

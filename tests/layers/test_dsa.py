@@ -1,3 +1,8 @@
+"""Tests what DSA selects and attends to, its kernel, and how its indexer is trained.
+
+What every attention must do (causality, documents, padding, caches) is in test_attention_kinds.py.
+"""
+
 from dataclasses import replace
 
 import pytest
@@ -7,12 +12,12 @@ from torch.utils._pytree import tree_leaves
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Indexer
 
-from rorqual.kernels import dsa as twin
+from rorqual import kernels
+from rorqual.kernels import dsa as kernel
 from rorqual.layers import attention as attending
 from rorqual.layers import dsa
 from rorqual.layers.attention import MLA, MLAConfig
 from rorqual.layers.basics import RopeConfig
-from rorqual.layers.cache import BlockCache, Past
 from rorqual.layers.context import context
 from rorqual.layers.dsa import (
     DSA,
@@ -37,9 +42,8 @@ def layer(chosen=5, mla=LATENT):
     return stirred(MLA(mla, 20, ROPE, DSA(DSAConfig(heads=3, dim=8, chosen=chosen), 20, mla, ROPE)))
 
 
-def run(attention, hidden, past=None, cache=None, indexer_losses=None, **known):
+def run(attention, hidden, indexer_losses=None, **known):
     """Returns the output; the loss of an indexer that is trained goes to `indexer_losses`."""
-    known |= {"past": past, "cache": BlockCache(cache) if cache is not None else None}
     out, indexer_loss = attention(
         hidden, context(*hidden.shape[:2], hidden.device, rope=(ROPE, attention.rope_dim), **known)
     )
@@ -185,132 +189,6 @@ def test_choosing_everything_is_dense_attention(time):
 
 
 @torch.no_grad()
-def test_no_query_sees_what_comes_after_it(way):
-    attention, hidden = layer(), torch.randn(1, 15, 20)
-    before = run(attention, hidden)
-    for t in range(15):
-        changed = hidden.clone()
-        changed[:, t:] += 3.0 * torch.randn(1, 15 - t, 20)
-        torch.testing.assert_close(run(attention, changed)[:, :t], before[:, :t], atol=1e-6, rtol=0)
-
-
-@torch.no_grad()
-def test_packed_documents_attend_as_if_alone(way):
-    attention, lengths = layer(), (9, 1, 14, 4)
-    hidden = torch.randn(1, sum(lengths), 20)
-    documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
-    alone = torch.cat([run(attention, part) for part in hidden.split(lengths, 1)], 1)
-    torch.testing.assert_close(
-        run(attention, hidden, documents=documents), alone, atol=1e-5, rtol=0
-    )
-
-
-@torch.no_grad()
-def test_packed_documents_go_on_behind_a_cache(way):
-    """New documents begin in any call; tokens without document ids belong to the last one."""
-    attention, hidden = layer(), torch.randn(2, 30, 20)
-    documents = torch.arange(30) // torch.tensor([[11], [4]])
-    whole = run(attention, hidden, documents=documents)
-    past, cache, done, outs = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device), 0, []
-    for count in (9, 1, 1, 6, 1, 2, 10):
-        part, begins = (
-            slice(done, done + count),
-            not torch.equal(documents[:, done - 1], documents[:, done + count - 1]),
-        )
-        told = {"documents": documents[:, part]} if begins or not done else {}
-        outs.append(run(attention, hidden[:, part], past, cache, **told))
-        done += count
-    torch.testing.assert_close(torch.cat(outs, 1), whole, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(("left", "right"), [(4, 0), (0, 4), (3, 2)])
-@torch.no_grad()
-def test_padding_changes_nothing(left, right, way, poisoned):
-    attention, hidden = layer(), torch.randn(2, 15, 20)
-    padded = torch.cat([torch.randn(2, left, 20), hidden, torch.randn(2, right, 20)], 1)
-    present = torch.zeros(2, padded.shape[1], dtype=torch.bool)
-    present[:, left : left + 15] = True
-    out = run(attention, padded, present=present)
-    assert out.isfinite().all()
-    torch.testing.assert_close(out[:, left : left + 15], run(attention, hidden), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("pieces", [[1] * 21, [9] + [1] * 12, [4, 3, 1, 6, 7], [2, 19]])
-@torch.no_grad()
-def test_decoding_equals_one_call(pieces, way):
-    attention, hidden = layer(), torch.randn(2, 21, 20)
-    past, cache = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device)
-    outs = [run(attention, part, past, cache) for part in hidden.split(pieces, 1)]
-    torch.testing.assert_close(torch.cat(outs, 1), run(attention, hidden), atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-def test_the_cache_forgets_and_reorders(way):
-    attention, hidden, index = layer(), torch.randn(3, 20, 20), torch.tensor([2, 0])
-    past, cache = Past(), attention.new_cache(3, 8, hidden.dtype, hidden.device)
-    run(attention, hidden[:, :12], past, cache)
-    run(attention, torch.randn(3, 5, 20), past, cache)
-    for kept in (past, cache):
-        kept.crop(5)
-        kept.select(index)
-    outs = [run(attention, part, past, cache) for part in hidden[index, 12:].split(1, 1)]
-    torch.testing.assert_close(
-        torch.cat(outs, 1), run(attention, hidden[index])[:, 12:], atol=1e-5, rtol=0
-    )
-    for kept in (past, cache):
-        kept.reset()
-    outs = [run(attention, part, past, cache) for part in hidden[:1].split([11, 1, 1, 7], 1)]
-    torch.testing.assert_close(torch.cat(outs, 1), run(attention, hidden[:1]), atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-def test_a_padded_batch_decodes_from_its_cache(way):
-    attention, hidden = layer(), torch.randn(2, 21, 20)
-    padded = torch.cat([torch.randn(2, 4, 20), hidden], 1)
-    present = (torch.arange(25) >= 4).expand(2, -1)
-    past, cache = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device)
-    outs = [run(attention, padded[:, :9], past, cache, present=present[:, :9])]
-    outs += [run(attention, part, past, cache) for part in padded[:, 9:].split([1, 1, 3, 1, 10], 1)]
-    torch.testing.assert_close(torch.cat(outs, 1)[:, 4:], run(attention, hidden), atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-def test_rows_of_different_lengths_decode_by_the_compiled_call(monkeypatch):
-    """Some sequences are shorter than the selection, some longer, and one has no padding."""
-    monkeypatch.setattr(attending, "GATHERING", 0.0)
-    attention, leads = layer(), (0, 3, 8)
-    hidden, calls, own = torch.randn(3, 17, 20), [], twin.attend_best
-    present = torch.arange(17) >= torch.tensor(leads)[:, None]
-    monkeypatch.setattr(
-        attend_best.choice.kernels[0], "function", lambda *x: calls.append("attend_best") or own(*x)
-    )
-    past, cache = Past(), attention.new_cache(3, 8, hidden.dtype, hidden.device)
-    outs = [run(attention, hidden[:, :10], past, cache, present=present[:, :10])]
-    assert not calls
-    outs += [run(attention, part, past, cache) for part in hidden[:, 10:].split([1, 2, 1, 1, 2], 1)]
-    assert calls == ["attend_best"] * 5
-    for row, lead in enumerate(leads):
-        alone = run(attention, hidden[row : row + 1, lead:])
-        torch.testing.assert_close(
-            torch.cat(outs, 1)[row : row + 1, lead:], alone, atol=1e-5, rtol=0
-        )
-
-
-@pytest.mark.parametrize("before", [0, 9])
-@torch.no_grad()
-def test_the_last_token_alone_gets_what_it_gets_among_all(before, way):
-    attention, hidden = layer(), torch.randn(2, 15, 20)
-    past, cache = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device)
-    if before:
-        run(attention, hidden[:, :before], past, cache)
-    found = run(attention, hidden[:, before:], past, cache, last_only=True)
-    torch.testing.assert_close(found, run(attention, hidden)[:, -1:], atol=1e-5, rtol=0)
-    following = torch.randn(2, 1, 20)
-    expected = run(attention, torch.cat([hidden, following], 1))[:, -1:]
-    torch.testing.assert_close(run(attention, following, past, cache), expected, atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
 def test_runs_of_queries_change_nothing(monkeypatch, way):
     attention, hidden = layer(), torch.randn(2, 23, 20)
     whole = run(attention, hidden)
@@ -349,15 +227,10 @@ def test_hidden_keys_get_no_gradient_and_the_others_that_of_dense_attention():
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("gathered", [False, True])
-@torch.no_grad()
-def test_bfloat16_stays_near_float32(gathered, monkeypatch):
-    monkeypatch.setattr(attending, "GATHERING", 0.0 if gathered else 1e9)
-    attention, hidden = layer(20), torch.randn(2, 30, 20)
-    expected = run(attention, hidden)
-    out = run(attention.bfloat16(), hidden.bfloat16())
-    assert out.dtype == torch.bfloat16
-    assert (out - expected).norm() < 0.05 * expected.norm()
+@pytest.fixture
+def references(monkeypatch):
+    """Makes the functions of layers the references; the kernel is called by its own name."""
+    monkeypatch.setenv(kernels.VARIABLE, "reference")
 
 
 def best_case(batch, time, heads, wide, length, own, narrow, most, ties=False):
@@ -385,60 +258,59 @@ CASES = [
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_twin_gives_the_references_numbers(case, ties, poisoned):
+def test_the_kernel_gives_the_references_numbers(case, ties, references, poisoned):
     given = best_case(*case, ties=ties)
-    torch.testing.assert_close(
-        twin.attend_best(*given), attend_best.reference(*given), atol=5e-6, rtol=0
-    )
+    torch.testing.assert_close(kernel.attend_best(*given), attend_best(*given), atol=5e-6, rtol=0)
 
 
-@pytest.mark.parametrize("lead", [[0, 7], [46, 1], [30, 30]])
-def test_the_twin_begins_each_row_where_it_begins(lead, poisoned):
-    given, lead = best_case(2, 3, 3, 7, 50, 3, 5, 11), torch.tensor(lead)
-    found = twin.attend_best(*given, lead)
-    torch.testing.assert_close(found, attend_best.reference(*given, lead), atol=5e-6, rtol=0)
-    for row, at in enumerate(lead.tolist()):
-        if at > 30:  # fewer keys than may be selected
-            continue
+@pytest.mark.parametrize("lengths", [[50, 43], [4, 49], [11, 12]], ids=str)
+def test_the_kernel_reads_each_row_to_its_end(lengths, references, poisoned):
+    """Some rows have fewer keys than may be selected. NaN follows the tokens of a row."""
+    given = best_case(2, 3, 3, 7, 50, 3, 5, 11)
+    ends = torch.tensor(lengths)[:, None] - 2 + torch.arange(3)
+    expected = attend_best(*given, ends)
+    for row, length in enumerate(lengths):
         query, latent, looking, key, weights = (x[row : row + 1] for x in given[:5])
-        alone = attend_best.reference(
-            query, latent[:, at:], looking, key[:, at:], weights, *given[5:]
-        )
-        torch.testing.assert_close(found[row : row + 1], alone, atol=5e-6, rtol=0)
+        if length - 2 > 11:
+            shorter = query, latent[:, :length], looking, key[:, :length], weights
+            alone = attend_best(*shorter, *given[5:])
+            torch.testing.assert_close(expected[row : row + 1], alone, atol=5e-6, rtol=0)
+        latent[:, length:], key[:, length:] = torch.nan, torch.nan
+    torch.testing.assert_close(kernel.attend_best(*given, ends), expected, atol=5e-6, rtol=0)
 
 
-def test_few_queries_copy_few_latents_at_a_time(monkeypatch):
+def test_few_queries_copy_few_latents_at_a_time(monkeypatch, references):
     """COPIED and SCORES bound 16 tokens as they bound a prompt.
 
     That is where no kernel runs, in bfloat16 or on a GPU.
     """
     given, asked, own = best_case(2, 16, 4, 20, 90, 4, 8, 30), [], dsa._attend_to
-    expected = attend_best.reference(*given)
+    expected = attend_best(*given)
     monkeypatch.setattr(
         dsa, "_attend_to", lambda *x: asked.append(x[2].numel() // 2 * 20) or own(*x)
     )
     for name, value in (("COPIED", 1200), ("SCORES", 2 * 4 * 90 * 3)):
         monkeypatch.setattr(dsa, name, value)
-        torch.testing.assert_close(attend_best.reference(*given), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(attend_best(*given), expected, atol=1e-6, rtol=0)
     assert max(asked) <= 1200
 
 
-def test_the_twin_takes_no_rows():
-    assert twin.attend_best(*best_case(0, 2, 4, 20, 90, 4, 8, 30)).shape == (0, 2, 4, 20)
+def test_the_kernel_takes_no_rows():
+    assert kernel.attend_best(*best_case(0, 2, 4, 20, 90, 4, 8, 30)).shape == (0, 2, 4, 20)
 
 
-def test_the_twin_on_threads():
+def test_the_kernel_on_threads(references):
     given, threads = best_case(3, 2, 4, 20, 90, 4, 8, 30), torch.get_num_threads()
     try:
         torch.set_num_threads(3)
         torch.testing.assert_close(
-            twin.attend_best(*given), attend_best.reference(*given), atol=5e-6, rtol=0
+            kernel.attend_best(*given), attend_best(*given), atol=5e-6, rtol=0
         )
     finally:
         torch.set_num_threads(threads)
 
 
-def test_of_equal_keys_the_twin_chooses_the_last():
+def test_of_equal_keys_the_kernel_chooses_the_last(references):
     """Zeros of either sign are among the scores."""
     latent = torch.arange(9.0).view(1, 9, 1)
     key, looking, weights = (
@@ -448,16 +320,16 @@ def test_of_equal_keys_the_twin_chooses_the_last():
     )
     key[0, 2] = -1.0
     given = torch.zeros(1, 1, 1, 1), latent, looking, key, weights, 3, 1.0
-    for way in (twin.attend_best, attend_best.reference):
+    for way in (kernel.attend_best, attend_best):
         assert way(*given).item() == pytest.approx(7.0)  # the mean of 6, 7 and 8
 
 
-def slowly(selection, query, key, scale, warm, present=None, visible=None):
+def slowly(selection, query, key, scale, warm, valid=None, visible=None):
     """Computes the loss and the recall one query at a time, in float64, with a gradient."""
     scores, terms, carried = index_scores_slowly(selection), [], []
     for b in range(query.shape[0]):
         for t in range(query.shape[1]):
-            if present is not None and not present[b, t]:
+            if valid is not None and not valid[b, t]:
                 continue
             keys = [s for s in range(t + 1) if visible is None or visible[b, t, s]]
             order = sorted(keys, key=lambda s, row=scores[b, t]: (row[s].item(), s))
@@ -520,18 +392,18 @@ class TestIndexerLoss:
     @pytest.mark.parametrize("warm", [True, False])
     def test_documents_and_padding_are_left_out(self, warm, poisoned):
         documents = torch.tensor([[0] * 6 + [1] * 3, [2] * 9])
-        present = torch.tensor([[True] * 9, [False] * 2 + [True] * 7])
-        mask = context(2, 9, "cpu", documents=documents, present=present).mask
+        ctx = context(2, 9, "cpu", documents=documents, lengths=[9, 7])
+        mask, valid = ctx.mask, ctx.valid
         selection, query, key = leaves(most=3, mask=mask)
-        found = selection.indexer_loss(query, key, 0.7, warm, present)
-        loss, recall = slowly(selection, query, key, 0.7, warm, present, mask[:, 0])
+        found = selection.indexer_loss(query, key, 0.7, warm, valid)
+        loss, recall = slowly(selection, query, key, 0.7, warm, valid, mask[:, 0])
         torch.testing.assert_close(found.loss, loss.float(), rtol=1e-5, atol=1e-6)
         assert found.recall.item() == pytest.approx(recall, abs=1e-5)
         mine, theirs = (torch.autograd.grad(x, selection[:3]) for x in (found.loss, loss))
         for one, other in zip(mine, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-        assert not mine[0][1, :2].any()
-        assert mine[0][1, 4:].any()
+        assert not mine[0][1, 7:].any()
+        assert mine[0][1, 4:7].any()
 
     def test_is_float32_under_autocast_too(self):
         selection, query, key = leaves()
@@ -546,7 +418,7 @@ class TestIndexerLoss:
         assert torch.equal(found.loss, expected.loss)
         assert torch.equal(found.recall, expected.recall)
 
-    def test_nobody_present_costs_nothing(self):
+    def test_no_valid_query_costs_nothing(self):
         selection, query, key = leaves()
         found = selection.indexer_loss(query, key, 0.7, True, torch.zeros(2, 9, dtype=torch.bool))
         assert found.loss == 0
@@ -572,7 +444,7 @@ class TestIndexerLoss:
 
 
 @pytest.mark.parametrize("warm", [True, False])
-def test_a_taught_call_attends_as_it_would_and_obeys_once_it_is_warm(warm):
+def test_a_call_that_trains_the_indexer_attends_densely_during_the_warm_up(warm):
     attention, hidden, indexer_losses = layer(), torch.randn(2, 14, 20), []
     out = run(attention, hidden, indexer_losses=indexer_losses, warm=warm)
     expected = run(dense(attention) if warm else attention, hidden)
@@ -583,7 +455,30 @@ def test_a_taught_call_attends_as_it_would_and_obeys_once_it_is_warm(warm):
 
 
 @pytest.mark.parametrize("warm", [True, False])
-def test_is_taught_under_autocast(warm):
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_indexer_loss_is_a_mean_over_the_queries_of_all_documents(warm, packed):
+    """Each document counts as if alone, and padding does not count."""
+    attention, hidden, losses, alone = layer(), torch.randn(2, 14, 20), [], []
+    known = {"documents": torch.arange(14).expand(2, -1) // 8} if packed else {}
+    out = run(attention, hidden, losses, warm=warm, lengths=[14, 11], **known)
+    cuts = [[8, 6], [8, 3]] if packed else [[14], [11]]
+    for row, sizes in enumerate(cuts):
+        parts = hidden[row : row + 1, : sum(sizes)].split(sizes, 1)
+        outs = [run(attention, part, alone, warm=warm) for part in parts]
+        torch.testing.assert_close(
+            out[row : row + 1, : sum(sizes)], torch.cat(outs, 1), atol=1e-5, rtol=0
+        )
+    sizes = torch.tensor([float(size) for row in cuts for size in row])
+    expected = (torch.stack([each.loss for each in alone]) * sizes).sum() / sizes.sum()
+    torch.testing.assert_close(losses[0].loss, expected, atol=1e-5, rtol=1e-5)
+    # The recall is over the queries that have more keys than they may select.
+    choosing = (sizes - 5).clamp_min(0)
+    expected = (torch.stack([each.recall for each in alone]) * choosing).sum() / choosing.sum()
+    torch.testing.assert_close(losses[0].recall, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_is_trained_under_autocast(warm):
     attention, hidden, found = layer(), torch.randn(2, 30, 20), []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
@@ -599,7 +494,7 @@ def test_is_taught_under_autocast(warm):
 
 
 @pytest.mark.parametrize("warm", [True, False])
-def test_the_model_learns_neither_from_the_choice_nor_from_the_lesson(warm):
+def test_the_model_learns_neither_from_the_choice_nor_from_the_indexer_loss(warm):
     attention, hidden, indexer_losses = layer(), torch.randn(1, 12, 20, requires_grad=True), []
     run(attention, hidden, indexer_losses=indexer_losses, warm=warm).sum().backward(
         retain_graph=True
@@ -646,8 +541,7 @@ def test_a_compiled_call_is_one_graph(monkeypatch):
     monkeypatch.setattr(attending, "GATHERING", 0.0)
     attention, hidden = layer(), torch.randn(2, 21, 20)
     packed = torch.arange(21) // torch.tensor([[11], [7]])
-    present = torch.arange(21) >= torch.tensor([[0], [4]])
-    padded = {"present": present}
+    padded = {"lengths": [21, 17]}
     cases = [({"documents": packed}, None), (padded, None), (padded | {"documents": packed}, False)]
     for known, warm in cases:
 

@@ -1,3 +1,8 @@
+"""Tests what MoBA computes, and how it switches between full and sparse attention.
+
+What every attention must do (causality, documents, padding, caches) is in test_attention_kinds.py.
+"""
+
 from collections.abc import Iterator
 
 import pytest
@@ -7,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from rorqual.layers import moba, selection, tiles
+from rorqual.layers import moba, sparse, tiles
 from rorqual.layers.attention import GQA, GQACache, GQAConfig
 from rorqual.layers.basics import RopeConfig
 from rorqual.layers.cache import Appended, BlockCache, Past
@@ -25,7 +30,8 @@ def small_tiles() -> Iterator[None]:
     The size 6 divides some of the blocks and is divided by others.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "TILE", 6)
+        for module in (sparse, tiles):
+            patch.setattr(module, "TILE", 6)
         yield
 
 
@@ -140,18 +146,6 @@ def test_one_block_is_block_diagonal():
     torch.testing.assert_close(ours, torch.cat(pieces, 1), atol=1e-6, rtol=0)
 
 
-@CHOICES
-def test_no_query_sees_what_comes_after_it(choice):
-    attention, hidden = layer(choice=choice), torch.randn(1, 19, 20)
-    before = run(attention, hidden)
-    for t in range(19):
-        changed = hidden.clone()
-        changed[:, t:] += 3.0 * torch.randn(1, 19 - t, 20)
-        after = run(attention, changed)
-        torch.testing.assert_close(after[:, :t], before[:, :t], atol=1e-6, rtol=0)
-        assert (after[:, t] - before[:, t]).abs().max() > 1e-3
-
-
 def test_the_choice_and_the_means_carry_no_gradient():
     q, k, v = tensors(1, 12, 1, 1)
     call(MoBA(MoBAConfig(block=4, chosen=2)), q, k, v)[:, -1].sum().backward()
@@ -160,183 +154,19 @@ def test_the_choice_and_the_means_carry_no_gradient():
     assert touched.view(3, 4).all(1).tolist().count(True) == 2
 
 
-@CHOICES
-def test_packed_documents_attend_as_if_alone(choice):
-    attention, lengths = layer(choice=choice), (7, 1, 13, 4)
-    hidden = torch.randn(1, sum(lengths), 20)
-    documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
-    alone = torch.cat([run(attention, part) for part in hidden.split(lengths, 1)], 1)
-    torch.testing.assert_close(
-        run(attention, hidden, documents=documents), alone, atol=1e-5, rtol=0
-    )
-
-
-@CHOICES
-def test_packed_documents_go_on_behind_a_cache(choice):
-    """New documents begin in any call; tokens without document ids belong to the last one.
-
-    Gradients are as if each document were alone.
-    """
-    attention, hidden = layer(choice=choice), torch.randn(2, 30, 20)
-    documents = torch.arange(30) // torch.tensor([[11], [4]])
-    whole = run(attention, hidden, documents=documents)
-    past, cache, done, outs = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device), 0, []
-    for count in (9, 1, 1, 6, 1, 2, 10):
-        part = slice(done, done + count)
-        goes_on = done > 0 and torch.equal(documents[:, done - 1], documents[:, done + count - 1])
-        told = {} if goes_on else {"documents": documents[:, part]}
-        outs.append(run(attention, hidden[:, part], past, cache, **told))
-        done += count
-    torch.testing.assert_close(torch.cat(outs, 1), whole, atol=1e-5, rtol=0)
-    pull, inputs = torch.randn_like(whole), list(attention.parameters())
-    alone = [
-        run(attention, part)
-        for row, size in ((0, 11), (1, 4))
-        for part in hidden[row : row + 1].split(size, 1)
-    ]
-    alone = torch.cat(alone, 1).view_as(whole)
-    grads = (torch.autograd.grad((y * pull).sum(), inputs) for y in (whole, alone))
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4 * max(1.0, b.abs().max().item()), rtol=0)
-
-
-@pytest.mark.parametrize("side", ["left", "right", "both"])
-@CHOICES
-def test_padding_changes_nothing(side, choice):
-    attention, hidden = layer(choice=choice), torch.randn(2, 15, 20)
-    left, right = 3 * (side != "right"), 5 * (side != "left")
-    padded = torch.cat([torch.randn(2, left, 20), hidden, torch.randn(2, right, 20)], 1)
-    present = torch.zeros(2, padded.shape[1], dtype=torch.bool)
-    present[:, left : left + 15] = True
-    out = run(attention, padded, present=present)
-    assert out.isfinite().all()
-    torch.testing.assert_close(out[:, left : left + 15], run(attention, hidden), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("pieces", [[1] * 40, [13] + [1] * 27, [20, 3, 1, 1, 7, 8], [40]])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@CHOICES
-def test_decoding_equals_one_call(pieces, kv_heads, choice):
-    attention, hidden = layer(kv_heads=kv_heads, choice=choice), torch.randn(2, 40, 20)
-    past, cache, outs = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device), []
-    for part in hidden.split(pieces, 1):
-        outs.append(run(attention, part, past, cache))
-    torch.testing.assert_close(torch.cat(outs, 1), run(attention, hidden), atol=1e-5, rtol=0)
-
-
 def test_decoding_reads_the_chosen_blocks_only():
-    inner, history = MoBA(MoBAConfig(block=4, chosen=2)), Past()
+    inner, history = MoBA(MoBAConfig(block=4, chosen=2)), Past(1)
     q, k, v = (x.detach() for x in tensors(1, 41, 1, 1))
     cache = inner.new_cache(1, 64, q.dtype, q.device)
     call(inner, q[:, :40], k[:, :40], v[:, :40], cache=cache, history=history)
-    index = moba.choose(
-        q[:, 40:], cache.means.made.buffer[:, :10], torch.tensor([[10]]), torch.tensor([[0]]), 2
-    )
+    means = k[:, :40].unflatten(1, (10, 4)).mean(2)
+    index = moba.choose(q[:, 40:], means, torch.tensor([[10]]), torch.tensor([[0]]), 2)
     spoiled = torch.full_like(v, torch.nan)
     for i in index.flatten().tolist():
         spoiled[:, 4 * i : 4 * i + 4] = v[:, 4 * i : 4 * i + 4]
     k_spoiled = torch.where(spoiled.isnan(), torch.nan, k)
     out = call(inner, q[:, 40:], k_spoiled, spoiled, cache=cache, history=history)
     torch.testing.assert_close(out, brute(q, k, v, 0.4, 4, 2)[:, 40:], atol=1e-5, rtol=0)
-
-
-@CHOICES
-def test_the_cache_forgets_and_reorders(choice):
-    attention, hidden = layer(choice=choice), torch.randn(3, 33, 20)
-    past, cache = Past(), attention.new_cache(3, 8, hidden.dtype, hidden.device)
-    run(attention, hidden[:, :20], past, cache)
-    run(attention, torch.randn(3, 7, 20), past, cache)
-    for kept in (past, cache):
-        kept.crop(7)
-    index = torch.tensor([2, 0])
-    for kept in (past, cache):
-        kept.select(index)
-    outs = [run(attention, part, past, cache) for part in hidden[index, 20:].split(1, 1)]
-    torch.testing.assert_close(
-        torch.cat(outs, 1), run(attention, hidden[index])[:, 20:], atol=1e-5, rtol=0
-    )
-    past.reset()
-    cache.reset()
-    torch.testing.assert_close(run(attention, hidden[:2], past, cache), run(attention, hidden[:2]))
-
-
-@CHOICES
-@pytest.mark.parametrize("kernels", ["", "reference"])
-@pytest.mark.parametrize("decode", ["sparse", "full"])
-def test_rows_of_any_length_decode_as_if_alone(choice, kernels, decode, monkeypatch):
-    """Sequences of any length decode as if alone.
-
-    They are reordered, cropped and reset on the way, and come one token and several at a time.
-    Sparse attention uses no mask.
-    """
-    monkeypatch.setenv("RORQUAL_KERNELS", kernels)
-    attention, hidden, lead = (
-        layer(choice=choice, decode=decode),
-        torch.randn(3, 50, 20),
-        torch.tensor([0, 6, 13]),
-    )
-    present = torch.arange(50) >= lead[:, None]
-    past, cache = Past(), attention.new_cache(3, 8, hidden.dtype, hidden.device)
-    expected = {}
-    for row, start in enumerate(lead.tolist()):
-        alone_past, alone = Past(), attention.new_cache(1, 8, hidden.dtype, hidden.device)
-        parts = hidden[row : row + 1, start:].split([14 - start, *[1] * 36], 1)
-        expected[row] = torch.cat([run(attention, part, alone_past, alone) for part in parts], 1)[0]
-    for index in (torch.tensor([1, 2]), torch.tensor([2, 0, 2])):
-        prompt = run(attention, hidden[:, :14], past, cache, present=present[:, :14])
-        for row, start in enumerate(lead.tolist()):
-            torch.testing.assert_close(
-                prompt[row, start:], expected[row][: 14 - start], atol=1e-5, rtol=0
-            )
-        # Without `present` this token would be valid, too.
-        run(attention, hidden[:, 14:15], past, cache, present=present[:, 14:15])
-        run(attention, torch.randn(3, 1, 20), past, cache)
-        for kept in (past, cache):
-            kept.crop(1)
-            kept.select(index)
-        late = torch.cat(
-            [run(attention, part, past, cache) for part in hidden[index, 15:].split([1] * 35, 1)], 1
-        )
-        for place, row in enumerate(index.tolist()):
-            torch.testing.assert_close(
-                late[place], expected[row][15 - lead[row] :], atol=1e-5, rtol=0
-            )
-        for kept in (past, cache):
-            kept.reset()
-
-
-@CHOICES
-def test_padded_rows_take_no_mask_and_no_mean_anew(choice, monkeypatch):
-    attention, hidden = layer(choice=choice), torch.randn(2, 41, 20)
-    present = torch.arange(41) >= torch.tensor([[0], [5]])
-    expected = run(attention, hidden, present=present)[:, 40:]
-    past, cache = Past(), attention.new_cache(2, 64, hidden.dtype, hidden.device)
-    run(attention, hidden[:, :39], past, cache, present=present[:, :39])
-    monkeypatch.setattr(moba, "block_means", None)
-    run(attention, hidden[:, 39:40], past, cache)
-    torch.testing.assert_close(
-        run(attention, hidden[:, 40:], past, cache), expected, atol=1e-5, rtol=0
-    )
-
-
-@CHOICES
-@pytest.mark.parametrize("lead", [[0, 0], [0, 7]])
-@pytest.mark.parametrize("before", [0, 9])
-def test_the_last_token_alone_gets_what_it_gets_among_all(choice, lead, before):
-    attention, hidden = layer(choice=choice), torch.randn(2, 31, 20)
-    present = torch.arange(31) >= torch.tensor(lead)[:, None]
-    cuts = slice(before), slice(before, 30), slice(30), slice(31)
-    known = [{"present": present[:, cut]} if any(lead) else {} for cut in cuts]
-    past, cache = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device)
-    if before:
-        run(attention, hidden[:, :before], past, cache, **known[0])
-    expected = run(attention, hidden[:, :30], **known[2])[:, -1:]
-    found = run(attention, hidden[:, before:30], past, cache, last_only=True, **known[1])
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    following = run(attention, hidden[:, 30:], past, cache)
-    torch.testing.assert_close(
-        following, run(attention, hidden, **known[3])[:, -1:], atol=1e-5, rtol=0
-    )
 
 
 @CHOICES
@@ -353,36 +183,34 @@ def test_the_last_of_a_prompt_is_no_single_new_token(choice):
 
 
 @CHOICES
-def test_full_decoding_after_sparse_prefill(choice):
+@pytest.mark.parametrize("prompts", [[23, 23], [15, 23]], ids=str)
+def test_full_decoding_after_sparse_prefill(choice, prompts):
     """Several tokens at once are sparse again after full decoding.
 
     The selection of the single tokens' tile has been cached.
     """
-    sparse, full, hidden = (
-        layer(choice=choice),
-        layer(decode="full", choice=choice),
-        torch.randn(1, 34, 20),
-    )
-    full.load_state_dict(sparse.state_dict())
-    past, cache = Past(), full.new_cache(1, 8, hidden.dtype, hidden.device)
-    whole = run(sparse, hidden)
-    torch.testing.assert_close(
-        run(full, hidden[:, :23], past, cache), whole[:, :23], atol=1e-5, rtol=0
-    )
-    out = [run(full, hidden[:, t : t + 1], past, cache) for t in range(23, 26)]
-    torch.testing.assert_close(
-        run(full, hidden[:, 26:], past, cache), whole[:, 26:], atol=1e-5, rtol=0
-    )
-    full.inner.full = True
-    torch.testing.assert_close(torch.cat(out, 1), run(full, hidden)[:, 23:26], atol=1e-5, rtol=0)
+    partial, decoding = layer(choice=choice), layer(decode="full", choice=choice)
+    decoding.load_state_dict(partial.state_dict())
+    full = GQA(partial.config, 20, ROPE)
+    full.load_state_dict(partial.state_dict())
+    hidden, past = torch.randn(2, 40, 20), Past(2)
+    cache = decoding.new_cache(2, 8, hidden.dtype, hidden.device)
+    for counts in (prompts, [1, 1], [1, 1], [1, 1], [11, 8], [1, 1]):
+        starts, time = past.lengths, max(counts)
+        new = torch.stack([hidden[row, n : n + time] for row, n in enumerate(starts)])
+        out = run(decoding, new, past, cache, lengths=counts)
+        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            attention = full if time == 1 else partial
+            alone = run(attention, hidden[row : row + 1, : start + count])[0, start:]
+            torch.testing.assert_close(out[row, :count], alone, atol=1e-5, rtol=0)
 
 
 def test_a_layer_is_full_while_it_is_told_to_be():
     """Tests full attention in one call and in pieces after a cache; then sparse attention again."""
     attention, hidden = layer(), torch.randn(2, 23, 20)
-    sparse, past, cache = (
+    expected, past, cache = (
         run(attention, hidden),
-        Past(),
+        Past(2),
         attention.new_cache(2, 8, hidden.dtype, hidden.device),
     )
     attention.inner.full = True
@@ -395,14 +223,34 @@ def test_a_layer_is_full_while_it_is_told_to_be():
     )
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
     attention.inner.full = False
-    torch.testing.assert_close(run(attention, hidden), sparse)
+    torch.testing.assert_close(run(attention, hidden), expected)
+
+
+@CHOICES
+def test_rows_of_any_length_may_be_switched(choice):
+    """A cache holds what sparse attention needs while attention is full, and the other way round.
+
+    Keys do not depend on attention in one layer, so that each call is as if it had never been
+    switched.
+    """
+    attention, hidden = layer(choice=choice), torch.randn(2, 60, 20)
+    past, cache = Past(2), attention.new_cache(2, 8, hidden.dtype, hidden.device)
+    calls = ([9, 14], True), ([1, 1], False), ([3, 1], True), ([1, 1], True), ([8, 20], False)
+    for counts, full in (*calls, ([1, 1], True), ([1, 1], False), ([13, 13], False)):
+        switch(attention, full)
+        starts, time = past.lengths, max(counts)
+        new = torch.stack([hidden[row, n : n + time] for row, n in enumerate(starts)])
+        out = run(attention, new, past, cache, lengths=counts)
+        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            alone = run(attention, hidden[row : row + 1, : start + count])[0, start:]
+            torch.testing.assert_close(out[row, :count], alone, atol=1e-5, rtol=0)
 
 
 @CHOICES
 def test_runs_of_queries_change_nothing(monkeypatch, choice):
     attention, hidden = layer(choice=choice).double(), torch.randn(2, 23, 20, dtype=torch.float64)
     whole = run(attention, hidden)
-    monkeypatch.setattr(selection, "QUERIES", 5)
+    monkeypatch.setattr(sparse, "QUERIES", 5)
     torch.testing.assert_close(run(attention, hidden), whole, atol=1e-12, rtol=0)
 
 
@@ -433,13 +281,17 @@ def test_the_last_layers_and_the_last_phase_are_full():
 
 
 @CHOICES
-def test_autocast_changes_no_choice(choice, monkeypatch):
+@pytest.mark.parametrize("packed", [False, True])
+def test_autocast_changes_no_choice(choice, packed):
     """In bfloat16, scores of neighbouring blocks would be equal."""
-    chosen, own = [], moba.choose
-    monkeypatch.setattr(moba, "choose", lambda *given: chosen.append(own(*given)) or chosen[-1])
-    inner, given = MoBA(MoBAConfig(block=2, chosen=4, choice=choice)), tensors(3, 90)
-    call(inner, *given)
+    inner = MoBA(MoBAConfig(block=2, chosen=4, choice=choice))
+    query, key, _ = (x.detach() for x in tensors(3, 90))
+    documents = (torch.arange(90) // 70).expand(3, -1)
+    ctx = context(3, 90, "cpu", documents=documents if packed else None)
+    segment = sparse.segments(ctx, 2)
+    columns = (torch.arange(90) // 2).expand(3, -1)
+    means = moba.block_means(key, columns if segment is None else segment, 45)
+    expected = inner.select(query, means, segment, ctx)
     with torch.autocast("cpu", torch.bfloat16):
-        call(inner, *given)
-    half = len(chosen) // 2
-    assert half and all(map(torch.equal, chosen[:half], chosen[half:]))
+        found = inner.select(query, means, segment, ctx)
+    assert torch.equal(found.index, expected.index)

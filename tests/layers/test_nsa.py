@@ -1,3 +1,8 @@
+"""Tests what NSA computes: its three branches, its selection, and the kernel for few tokens.
+
+What every attention must do (causality, documents, padding, caches) is in test_attention_kinds.py.
+"""
+
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -8,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from rorqual.kernels import nsa as twin
-from rorqual.layers import nsa, selection, tiles
+from rorqual import kernels
+from rorqual.kernels import nsa as kernel
+from rorqual.layers import sparse, tiles
 from rorqual.layers.attention import GQA, GQAConfig
 from rorqual.layers.basics import RopeConfig, rope_tables, rotate
-from rorqual.layers.cache import BlockCache, Past
 from rorqual.layers.context import context
-from rorqual.layers.nsa import NSA, NSAConfig, attend_few, importance_of
-from rorqual.layers.selection import best_blocks
+from rorqual.layers.nsa import NSA, Compressed, NSAConfig, attend_few, importance_of
+from rorqual.layers.sparse import best_blocks
 
 ROPE = RopeConfig(base=50.0)
 BRANCHES = "compressed", "selected", "window"
@@ -37,7 +42,8 @@ def small_tiles() -> Iterator[None]:
     The size 6 divides some of the blocks and is divided by others.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "TILE", 6)
+        for module in (sparse, tiles):
+            patch.setattr(module, "TILE", 6)
         yield
 
 
@@ -49,18 +55,25 @@ def layer(config=SMALL, heads=4, kv_heads=2, value_dim=None, dim=20):
     return attention
 
 
-def run(attention, hidden, past=None, cache=None, **known):
-    known |= {
-        "past": past,
-        "rope": (ROPE, 6),
-        "cache": BlockCache(cache) if cache is not None else None,
-    }
-    return attention(hidden, context(*hidden.shape[:2], hidden.device, **known))[0]
+def run(attention, hidden):
+    return attention(hidden, context(*hidden.shape[:2], hidden.device, rope=(ROPE, 6)))[0]
 
 
 def attended(q, keys, values, scale):
     """Attends from one query to these keys; zero if there are none."""
     return (keys @ q * scale).softmax(0) @ values if len(keys) else q.new_zeros(values.shape[-1])
+
+
+def own_pairs(inner, hidden):
+    """Returns the rotated keys and the values of the compressed and of the window branch."""
+    places = torch.arange(hidden.shape[1]).expand(len(hidden), -1)
+    cos, sin = (x.to(hidden.dtype) for x in rope_tables(inner.rope, inner.key_dim, places))
+    pairs = []
+    for linear in (inner.compressed_kv, inner.window_kv):
+        both = linear(hidden).unflatten(-1, (inner.groups, -1))
+        key, value = both.split([inner.key_dim, inner.value_dim], -1)
+        pairs.append((rotate(key, cos, sin, inner.rope.interleaved), value))
+    return pairs
 
 
 def brute(inner, q, k, v, hidden, scale):
@@ -69,16 +82,7 @@ def brute(inner, q, k, v, hidden, scale):
     Returns (compressed, selected, window).
     """
     c, (batch, time, heads, _) = inner.config, q.shape
-    cos, sin = (
-        x.to(q.dtype)
-        for x in rope_tables(inner.rope, k.shape[-1], torch.arange(time).expand(batch, -1))
-    )
-    own = []
-    for linear in (inner.compressed_kv, inner.window_kv):
-        key, value = (
-            linear(hidden).unflatten(-1, (k.shape[2], -1)).split([k.shape[-1], v.shape[-1]], -1)
-        )
-        own.append((rotate(key, cos, sin, inner.rope.interleaved), value))
+    own = own_pairs(inner, hidden)
     outs = [q.new_zeros(batch, time, heads, v.shape[-1]) for _ in range(3)]
     group = heads // k.shape[2]
     for b, t, g in torch.cartesian_prod(
@@ -216,7 +220,7 @@ def test_choosing_everything_is_full_attention(time, heads, choice):
     got = inner.branches(q, k, v, hidden, where, 0.4)
     _, selected, window = got.unbind(2)
     torch.testing.assert_close(selected, full(k, v), atol=1e-5, rtol=0)
-    own = inner._own(hidden, where, None)[1]
+    own = own_pairs(inner, hidden)[1]
     torch.testing.assert_close(window, full(*own), atol=1e-5, rtol=0)
     pull = torch.randn_like(selected)
     grads = (torch.autograd.grad((y * pull).sum(), (q, k, v)) for y in (selected, full(k, v)))
@@ -245,7 +249,7 @@ def test_is_the_naive_code_of_flash_linear_attention(heads, time):
         context(2, time, "cpu", rope=(ROPE, 6)),
     )
     ours = inner.branches(q, k, v, hidden, where, 0.4)[:, :, :2]
-    pairs = inner._own(hidden, where, None)[0]
+    pairs = own_pairs(inner, hidden)[0]
     small = [torch.stack([part.mean(1) for part in x.split(8, 1)], 1) for x in pairs]
     compressed, _ = naive.naive_nsa_compression(q, *small, 8, 0.4)
     selected = naive.naive_nsa_selection(
@@ -298,142 +302,6 @@ def test_a_query_before_the_first_complete_block_gets_nothing_from_the_compresse
     assert (compressed[:, 3:] != 0).all()
 
 
-@pytest.mark.parametrize("config", SIZES, ids=str)
-def test_no_query_sees_what_comes_after_it(config):
-    attention, hidden = layer(config), torch.randn(1, 17, 20)
-    before = run(attention, hidden)
-    for t in range(17):
-        changed = hidden.clone()
-        changed[:, t:] += 3.0 * torch.randn(1, 17 - t, 20)
-        after = run(attention, changed)
-        torch.testing.assert_close(after[:, :t], before[:, :t], atol=1e-5, rtol=0)
-        assert (after[:, t] - before[:, t]).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("config", SIZES, ids=str)
-def test_packed_documents_attend_as_if_alone(config):
-    attention, lengths = layer(config), (7, 1, 19, 4)
-    hidden = torch.randn(1, sum(lengths), 20)
-    documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
-    alone = torch.cat([run(attention, part) for part in hidden.split(lengths, 1)], 1)
-    torch.testing.assert_close(
-        run(attention, hidden, documents=documents), alone, atol=2e-5, rtol=0
-    )
-
-
-@pytest.mark.parametrize("choice", ["token", "tile"])
-def test_packed_documents_go_on_behind_a_cache(choice):
-    """New documents begin in any call; tokens without document ids belong to the last one.
-
-    Gradients are as if each document were alone.
-    """
-    attention, hidden = layer(replace(SMALL, choice=choice)), torch.randn(2, 30, 20)
-    documents = torch.arange(30) // torch.tensor([[11], [4]])
-    whole = run(attention, hidden, documents=documents)
-    past, cache, done, outs = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device), 0, []
-    for count in (9, 1, 1, 6, 1, 2, 10):
-        part = slice(done, done + count)
-        goes_on = done > 0 and torch.equal(documents[:, done - 1], documents[:, done + count - 1])
-        told = {} if goes_on else {"documents": documents[:, part]}
-        outs.append(run(attention, hidden[:, part], past, cache, **told))
-        done += count
-    torch.testing.assert_close(torch.cat(outs, 1), whole, atol=2e-5, rtol=0)
-    pull, inputs = torch.randn_like(whole), list(attention.parameters())
-    alone = [
-        run(attention, part)
-        for row, size in ((0, 11), (1, 4))
-        for part in hidden[row : row + 1].split(size, 1)
-    ]
-    alone = torch.cat(alone, 1).view_as(whole)
-    grads = (torch.autograd.grad((y * pull).sum(), inputs) for y in (whole, alone))
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4 * max(1.0, b.abs().max().item()), rtol=0)
-
-
-@pytest.mark.parametrize("choice", ["token", "tile"])
-def test_rows_may_be_packed_differently(choice):
-    attention, hidden = layer(replace(SMALL, choice=choice)), torch.randn(2, 20, 20)
-    documents = torch.stack([torch.arange(20) // 15, torch.arange(20) // 2])
-    out = run(attention, hidden, documents=documents)
-    for row, lengths in enumerate(([15, 5], [2] * 10)):
-        alone = torch.cat(
-            [run(attention, part) for part in hidden[row : row + 1].split(lengths, 1)], 1
-        )
-        torch.testing.assert_close(out[row : row + 1], alone, atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize("config", SIZES, ids=str)
-@pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 5), (3, 5)])
-def test_padding_changes_nothing(config, left, right):
-    attention, hidden = layer(config), torch.randn(2, 15, 20)
-    padded = torch.cat([torch.randn(2, left, 20), hidden, torch.randn(2, right, 20)], 1)
-    present = torch.zeros(2, padded.shape[1], dtype=torch.bool)
-    present[:, left : left + 15] = True
-    out = run(attention, padded, present=present)
-    assert out.isfinite().all()
-    torch.testing.assert_close(out[:, left : left + 15], run(attention, hidden), atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize("config", SIZES, ids=str)
-@pytest.mark.parametrize("pieces", [[1] * 30, [9] + [1] * 21, [2, 11, 1, 1, 15]])
-def test_decoding_equals_one_call(config, pieces):
-    attention, hidden = layer(config), torch.randn(2, 30, 20)
-    past, cache = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device)
-    outs = [run(attention, part, past, cache) for part in hidden.split(pieces, 1)]
-    torch.testing.assert_close(torch.cat(outs, 1), run(attention, hidden), atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize("choice", ["token", "tile"])
-def test_the_cache_forgets_and_reorders(choice):
-    attention, hidden, index = (
-        layer(replace(SMALL, choice=choice)),
-        torch.randn(3, 33, 20),
-        torch.tensor([2, 0]),
-    )
-    past, cache = Past(), attention.new_cache(3, 8, hidden.dtype, hidden.device)
-    run(attention, hidden[:, :20], past, cache)
-    run(attention, torch.randn(3, 7, 20), past, cache)
-    for kept in (past, cache):
-        kept.crop(7)
-        kept.select(index)
-    outs = [run(attention, part, past, cache) for part in hidden[index, 20:].split(1, 1)]
-    torch.testing.assert_close(
-        torch.cat(outs, 1), run(attention, hidden[index])[:, 20:], atol=2e-5, rtol=0
-    )
-    for kept in (past, cache):
-        kept.reset()
-    torch.testing.assert_close(run(attention, hidden[:2], past, cache), run(attention, hidden[:2]))
-
-
-def test_decoding_reads_the_chosen_blocks_only():
-    attention, hidden = layer(), torch.randn(1, 41, 20)
-    expected = run(attention, hidden)[:, 40:]
-    past, cache = Past(), attention.new_cache(1, 64, hidden.dtype, hidden.device)
-    run(attention, hidden[:, :40], past, cache)
-    for kept in (cache.inner.compressed.keys, cache.inner.compressed.values):
-        kept.buffer[:, :36] = torch.nan  # compressed already
-    for kept in (cache.inner.window.keys, cache.inner.window.values):
-        kept.buffer[:, :36] = torch.nan  # out of the window
-    unread = [j for j in range(10) if not _reads(attention, cache, past, hidden, j)]
-    assert len(unread) >= 10 - 2 * 3  # each of two groups selects three blocks
-    for j in unread:
-        cache.keys.buffer[:, 4 * j : 4 * j + 4] = torch.nan
-    torch.testing.assert_close(
-        run(attention, hidden[:, 40:], past, cache), expected, atol=2e-5, rtol=0
-    )
-
-
-def _reads(attention, cache, past, hidden, block):
-    """Whether the next token's result depends on the keys of this selection block."""
-    held = cache.keys.buffer.clone()
-    cache.keys.buffer[:, 4 * block : 4 * block + 4] = torch.nan
-    out = run(attention, hidden[:, 40:], past, cache)
-    for kept in (past, cache):
-        kept.crop(1)
-    cache.keys.buffer[:, :40] = held[:, :40]
-    return bool(out.isnan().any())
-
-
 @pytest.mark.parametrize("choice", ["token", "tile"])
 def test_each_branch_and_gate_learns(choice):
     attention = layer(replace(SMALL, choice=choice))
@@ -460,7 +328,7 @@ def test_the_choice_carries_no_gradient(choice):
 def test_runs_of_queries_change_nothing(monkeypatch, choice):
     attention, hidden = layer(replace(SMALL, choice=choice)), torch.randn(2, 23, 20)
     whole = run(attention, hidden)
-    monkeypatch.setattr(selection, "QUERIES", 5)
+    monkeypatch.setattr(sparse, "QUERIES", 5)
     torch.testing.assert_close(run(attention, hidden), whole, atol=1e-5, rtol=0)
 
 
@@ -484,35 +352,54 @@ def test_an_unknown_choice_says_so():
         NSAConfig(choice="block")
 
 
+def compressed_means(key, documents, config):
+    """Compresses every document of equally packed rows, whose values are not needed, to means."""
+    ctx = context(*documents.shape, "cpu", documents=documents)
+    segment, keys, ends, pieces = sparse.segments(ctx, config.select_block), [], [], []
+    for document in documents[0].unique():
+        columns = (documents[0] == document).nonzero().flatten()
+        for first in range(0, len(columns) - config.block + 1, config.stride):
+            block = columns[first : first + config.block]
+            keys.append(key[:, block].mean(1))
+            ends.append(block[-1])
+            pieces.append(segment[0, block[:: config.stride]])
+    ends, pieces = (torch.stack(x).expand(len(key), -1, *x[0].shape) for x in (ends, pieces))
+    ends, keys = ends.reshape(len(key), -1), torch.stack(keys, 1)
+    return Compressed(keys, keys, ends, pieces, torch.ones_like(ends, dtype=torch.bool), segment)
+
+
 @pytest.mark.parametrize("choice", ["token", "tile"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_autocast_changes_no_choice(choice, packed, monkeypatch):
+def test_autocast_changes_no_choice(choice, packed):
     """In bfloat16, scores of neighbouring blocks would be equal."""
-    chosen, own = [], NSA._choose
-    monkeypatch.setattr(NSA, "_choose", lambda *given: chosen.append(own(*given)) or chosen[-1])
     inner = layer(replace(SMALL, chosen=6, choice=choice)).inner
-    q, k, v = (torch.randn(2, 90, *shape) for shape in ((4, 6), (2, 6), (2, 6)))
-    where = context(
-        2, 90, "cpu", documents=(torch.arange(90) // 70).expand(2, -1) if packed else None
-    )
-    blocks = inner._compress(k, v, where, None, None)
-    for enabled in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            (inner._by_tile if choice == "tile" else inner._by_token)(
-                q, k, v, blocks, where, 0.4, *([None] if choice == "tile" else [])
-            )
-    half = len(chosen) // 2
-    assert half and all(map(torch.equal, chosen[:half], chosen[half:]))
+    query, key = torch.randn(2, 90, 4, 6), torch.randn(2, 90, 2, 6)
+    documents = (torch.arange(90) // 70).expand(2, -1)
+    ctx = context(2, 90, "cpu", documents=documents if packed else None)
+    if packed:
+        blocks = compressed_means(key, documents, SMALL)
+    else:
+        means = sparse.windows(key, SMALL.block, SMALL.stride).mean(-2)
+        blocks = Compressed(means, means)
+    expected = inner.select(query, blocks, ctx, 0.4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = inner.select(query, blocks, ctx, 0.4)
+    assert torch.equal(found.index, expected.index)
 
 
-def few(config, batch, time, heads, groups, widths, length, lead=None, chosen=None):
+@pytest.fixture
+def references(monkeypatch):
+    """Makes the functions of layers the references; the kernel is called by its own name."""
+    monkeypatch.setenv(kernels.VARIABLE, "reference")
+
+
+def few(config, batch, time, heads, groups, widths, length, shorter=(0, 0, 0), chosen=None):
     """Builds the arguments of `attend_few` for the last `time` of `length` tokens.
 
-    Sequences are shifted by `lead`, and keys are in longer buffers.
+    A row has as many fewer as `shorter` says, and keys are in longer buffers.
     """
-    own = torch.full((batch,), length) if lead is None else length - lead
-    positions = own[:, None] - time + torch.arange(time)
-    blocks = max((complete(int(n) - 1, config) for n in own), default=0)
+    positions = length - torch.tensor(shorter)[:batch, None] - time + torch.arange(time)
+    blocks = complete(length - 1, config)
     shapes = [
         (length, widths[0]),
         (length, widths[1]),
@@ -527,27 +414,41 @@ def few(config, batch, time, heads, groups, widths, length, lead=None, chosen=No
             scores, positions // config.select_block, torch.zeros_like(positions), chosen
         )
     query = torch.randn(batch, time, heads, widths[0])
-    return query, *pairs, index, positions, lead, config, 0.4
+    return query, *pairs, index, positions, config, 0.4
 
 
-@pytest.mark.parametrize("lead", [None, [0, 5, 11]])
+@pytest.mark.parametrize("shorter", [(0, 0, 0), (0, 5, 11)], ids=str)
 @pytest.mark.parametrize("chosen", [None, 4])
 @pytest.mark.parametrize("config", SIZES[:5], ids=str)
-def test_the_twin_gives_the_references_numbers(config, chosen, lead, poisoned):
+def test_the_kernel_gives_the_references_numbers(config, chosen, shorter, references, poisoned):
     for time, heads, groups, widths, length in (
         (1, 6, 2, (6, 5), 40),
         (3, 5, 1, (7, 7), 29),
         (2, 4, 4, (16, 33), 15),
         (1, 16, 2, (3, 1), 200),
     ):
-        shift = None if lead is None else torch.tensor(lead)
-        given = few(config, 3, time, heads, groups, widths, length, shift, chosen)
-        torch.testing.assert_close(
-            twin.attend_few(*given), attend_few.reference(*given), atol=5e-6, rtol=0
-        )
+        given = few(config, 3, time, heads, groups, widths, length, shorter, chosen)
+        torch.testing.assert_close(kernel.attend_few(*given), attend_few(*given), atol=5e-6, rtol=0)
 
 
-def test_of_equally_important_blocks_the_later():
+@pytest.mark.parametrize("way", [kernel.attend_few, attend_few], ids=["kernel", "reference"])
+def test_few_tokens_read_their_blocks_and_window_only(way, references):
+    """NaN replaces the selected branch's other keys, and those outside of the window."""
+    given = few(SMALL, 2, 2, 4, 2, (6, 5), 41, (0, 7), chosen=3)
+    expected = attend_few(*given)
+    _, key, value, _, _, near_key, near_value, index, positions, *_ = given
+    read = torch.zeros(2, 41, 2, 2, dtype=torch.bool)  # of each group: its blocks, its window
+    for b, t, g, k in torch.cartesian_prod(*map(torch.arange, index.shape)).tolist():
+        first, end = 4 * max(0, int(index[b, t, g, k])), int(positions[b, t]) + 1
+        read[b, first : first + 4, g, 0] = True
+        read[b, max(0, end - SMALL.window) : end, g, 1] = True
+    for n, pair in enumerate([(key, value), (near_key, near_value)]):
+        for x in pair:
+            x[~read[..., n]] = torch.nan
+    torch.testing.assert_close(way(*given), expected, atol=5e-6, rtol=0)
+
+
+def test_of_equally_important_blocks_the_later(references):
     """All keys have equal scores, so every block of the sequence is equally important."""
     config = NSAConfig(block=4, stride=2, select_block=4, chosen=5, window=1)
     given = list(few(config, 1, 1, 2, 1, (3, 1), 40))
@@ -556,14 +457,14 @@ def test_of_equally_important_blocks_the_later():
         1, torch.tensor([0, 12, 24, 28, 32, 36]).view(1, -1, 1, 1), 1.0
     )
     given[1] = torch.zeros_like(given[1])
-    for way in (twin.attend_few, attend_few.reference):
+    for way in (kernel.attend_few, attend_few):
         # Blocks 0, 6, 7, 8 and 9 are selected.
         torch.testing.assert_close(way(*given)[0, 0, 1, :, 0], torch.tensor([5 / 20, 5 / 20]))
         given[2][0, 8:20] = 9.0
         torch.testing.assert_close(way(*given)[0, 0, 1, :, 0], torch.tensor([5 / 20, 5 / 20]))
 
 
-def test_blocks_are_chosen_by_what_no_sum_shows():
+def test_blocks_are_chosen_by_what_no_sum_shows(references):
     """exp(-50) next to 1 changes no mean of values and still is more than exp(-60)."""
     config = NSAConfig(block=4, stride=4, select_block=4, chosen=4, window=1)
     given = list(few(config, 1, 1, 2, 1, (1, 1), 40))
@@ -572,137 +473,26 @@ def test_blocks_are_chosen_by_what_no_sum_shows():
     given[3] = (
         torch.tensor([0.0, -60, -50, -52, -54, -56, -58, -62, -64, 0]).view(1, 10, 1, 1) / 0.4
     )
-    for way in (twin.attend_few, attend_few.reference):
+    for way in (kernel.attend_few, attend_few):
         out = way(*given)[0, 0, 1, :, 0]
         torch.testing.assert_close(out, torch.full((2,), (0 + 2 + 8 + 9) / 4))
 
 
 @pytest.mark.parametrize("batch", [0, 1])
-def test_the_twin_takes_no_rows_and_fewer_blocks_than_may_be_chosen(batch):
+def test_the_kernel_takes_no_rows_and_fewer_blocks_than_may_be_chosen(batch, references):
     given = list(few(NSAConfig(), batch, 2, 4, 2, (6, 5), 300))
-    torch.testing.assert_close(
-        twin.attend_few(*given), attend_few.reference(*given), atol=5e-6, rtol=0
-    )
+    torch.testing.assert_close(kernel.attend_few(*given), attend_few(*given), atol=5e-6, rtol=0)
     given[7] = torch.tensor([4, 0]).expand(batch, 2, 2, 2)
     for _ in range(20):
         freed = [torch.ones(n, dtype=torch.long) for n in range(8, 48)]
         del freed  # the memory that is allocated next contains block 1
-        torch.testing.assert_close(
-            twin.attend_few(*given), attend_few.reference(*given), atol=5e-6, rtol=0
-        )
+        torch.testing.assert_close(kernel.attend_few(*given), attend_few(*given), atol=5e-6, rtol=0)
 
 
-def test_the_twin_on_threads():
+def test_the_kernel_on_threads(references):
     given, threads = few(NSAConfig(), 2, 3, 16, 4, (64, 64), 900), torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        torch.testing.assert_close(
-            twin.attend_few(*given), attend_few.reference(*given), atol=5e-6, rtol=0
-        )
+        torch.testing.assert_close(kernel.attend_few(*given), attend_few(*given), atol=5e-6, rtol=0)
     finally:
         torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("kernels", ["", "reference"])
-@pytest.mark.parametrize("config", SIZES, ids=str)
-def test_rows_of_any_length_decode_as_if_alone(config, kernels, monkeypatch):
-    """Sequences of any length decode as if alone, and padding is never read.
-
-    They are reordered, cropped and reset on the way, and come one token and several at a time.
-    """
-    monkeypatch.setenv("RORQUAL_KERNELS", kernels)
-    attention, hidden, lead = layer(config), torch.randn(3, 50, 20), torch.tensor([0, 6, 13])
-    present = torch.arange(50) >= lead[:, None]
-    past, cache = Past(), attention.new_cache(3, 8, hidden.dtype, hidden.device)
-    for again in range(2):
-        prompt = run(attention, hidden[:, :14], past, cache, present=present[:, :14])
-        # Without `present` this token would be valid, too.
-        run(attention, hidden[:, 14:15], past, cache, present=present[:, 14:15])
-        run(attention, torch.randn(3, 4, 20), past, cache)
-        for kept in (past, cache):
-            kept.crop(4)
-        outs = [
-            run(attention, part, past, cache)
-            for part in hidden[:, 15:30].split([1, 1, 3, 1, 8, 1], 1)
-        ]
-        index = torch.tensor([2, 0, 2] if again else [1, 2])
-        for kept in (past, cache):
-            kept.select(index)
-        late = [run(attention, part, past, cache) for part in hidden[index, 30:].split([1] * 20, 1)]
-        for row in range(3):
-            alone = run(attention, hidden[row : row + 1, lead[row] :])[0]
-            torch.testing.assert_close(
-                prompt[row, lead[row] :], alone[: 14 - lead[row]], atol=2e-5, rtol=0
-            )
-            torch.testing.assert_close(
-                torch.cat(outs, 1)[row], alone[15 - lead[row] : 30 - lead[row]], atol=2e-5, rtol=0
-            )
-            for place in (index == row).nonzero().flatten().tolist():
-                torch.testing.assert_close(
-                    torch.cat(late, 1)[place], alone[30 - lead[row] :], atol=2e-5, rtol=0
-                )
-        for kept in (past, cache):
-            kept.reset()
-
-
-@pytest.mark.parametrize("choice", ["token", "tile"])
-@pytest.mark.parametrize("back", [2, 20])
-def test_many_tokens_at_once_may_come_between_the_steps_of_padded_rows(choice, back):
-    """Many tokens at once use masks and do not update the compressed blocks.
-
-    The blocks catch up later, as far as their tokens were not cropped.
-    """
-    attention, hidden, lead = (
-        layer(replace(SMALL, choice=choice)),
-        torch.randn(2, 50, 20),
-        torch.tensor([0, 6]),
-    )
-    present = torch.arange(50) >= lead[:, None]
-    past, cache = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device)
-    run(attention, hidden[:, :14], past, cache, present=present[:, :14])
-    for part in (hidden[:, 14:15], hidden[:, 15 : 40 - back], torch.randn(2, back, 20)):
-        run(attention, part, past, cache)
-    for kept in (past, cache):
-        kept.crop(back)
-    parts = hidden[:, 40 - back :].split([1] * (10 + back), 1)
-    out = torch.cat([run(attention, part, past, cache) for part in parts], 1)
-    torch.testing.assert_close(
-        out, run(attention, hidden, present=present)[:, 40 - back :], atol=2e-5, rtol=0
-    )
-
-
-def test_padded_rows_read_the_chosen_blocks_only(monkeypatch):
-    """Neither masks nor keys that are compressed already are read; NaN replaces them."""
-    attention, hidden = layer(), torch.randn(2, 41, 20)
-    present = torch.arange(41) >= torch.tensor([[0], [5]])
-    expected = run(attention, hidden, present=present)[:, 40:]
-    past, cache = Past(), attention.new_cache(2, 64, hidden.dtype, hidden.device)
-    run(attention, hidden[:, :39], past, cache, present=present[:, :39])
-    run(attention, hidden[:, 39:40], past, cache)
-    for kept in (cache.inner.compressed, cache.inner.window):
-        for part in (kept.keys, kept.values):
-            part.buffer[:, :35] = torch.nan
-    monkeypatch.setattr(nsa, "segments", None)
-    torch.testing.assert_close(
-        run(attention, hidden[:, 40:], past, cache), expected, atol=2e-5, rtol=0
-    )
-
-
-@pytest.mark.parametrize("choice", ["token", "tile"])
-@pytest.mark.parametrize("lead", [[0, 0], [0, 7]])
-@pytest.mark.parametrize("before", [0, 9])
-def test_the_last_token_alone_gets_what_it_gets_among_all(choice, lead, before):
-    attention, hidden = layer(replace(SMALL, choice=choice)), torch.randn(2, 31, 20)
-    present = torch.arange(31) >= torch.tensor(lead)[:, None]
-    cuts = slice(before), slice(before, 30), slice(30), slice(31)
-    known = [{"present": present[:, cut]} if any(lead) else {} for cut in cuts]
-    past, cache = Past(), attention.new_cache(2, 8, hidden.dtype, hidden.device)
-    if before:
-        run(attention, hidden[:, :before], past, cache, **known[0])
-    expected = run(attention, hidden[:, :30], **known[2])[:, -1:]
-    found = run(attention, hidden[:, before:30], past, cache, last_only=True, **known[1])
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
-    following = run(attention, hidden[:, 30:], past, cache)
-    torch.testing.assert_close(
-        following, run(attention, hidden, **known[3])[:, -1:], atol=2e-5, rtol=0
-    )

@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rorqual.layers import selection
+from rorqual.layers import sparse
 from rorqual.layers.attention import GQA, GQAConfig
 from rorqual.layers.basics import RopeConfig
-from rorqual.layers.cache import Past, Recent
+from rorqual.layers.cache import Past
 from rorqual.layers.context import context
 from rorqual.layers.moba import MoBA, MoBAConfig
 from rorqual.layers.nsa import NSA, NSAConfig
-from rorqual.layers.tiles import TILE, attend_tiles, block_mask, flex_tiles, loop_tiles
+from rorqual.layers.sparse import tile_queries
+from rorqual.layers.tiles import TILE, block_mask, flex_tiles, loop_tiles
 
 pytestmark = pytest.mark.nsa
 
@@ -157,37 +158,21 @@ def test_a_compiled_call_is_one_graph():
 
 
 @pytest.mark.parametrize(
-    "pieces", [[150, 150], [100, 1, 1, 60, 138], [300], [127, 1, 1, 1, 170], [5, 130, 165]]
+    ("starts", "time", "expected"),
+    [
+        ([0, 0], 300, [0, 128, 256]),
+        ([130, 130], 127, [126]),
+        ([130, 130], 126, []),
+        ([256, 256], 1, [0]),
+        ([130, 140], 100, []),
+        ([130, 200], 60, [*range(60)]),  # a tile starts in the second row alone
+    ],
+    ids=str,
 )
-def test_the_choice_goes_from_call_to_call(pieces):
-    query, key, value = tensors(300, 4, 2)
-    index, cache, history, outs, done = choice_of_tiles(300, 2, 3, 32), Recent(1), Past(), [], 0
-    for count in pieces:
-        where = context(2, count, "cpu", past=history)
-
-        def choose(rows, done=done):
-            assert (rows + done).remainder(TILE).eq(0).all(), (
-                "somebody who is not a tile's first was asked"
-            )
-            return index[:, (rows + done) // TILE]
-
-        end = done + count
-        outs.append(
-            attend_tiles(
-                query[:, done:end],
-                key[:, :end],
-                value[:, :end],
-                choose,
-                where,
-                None,
-                32,
-                0.4,
-                cache,
-            )
-        )
-        done = end
-    whole = masked(query, key, value, mask_of(index, 300, 4, 32), 0.4)
-    torch.testing.assert_close(torch.cat(outs, 1), whole, atol=1e-5, rtol=0)
+def test_only_the_first_query_of_a_tile_selects(starts, time, expected):
+    past = Past(2)
+    past.append(starts)
+    assert tile_queries(context(2, time, "cpu", past=past)).tolist() == expected
 
 
 class Largest(TorchDispatchMode):
@@ -207,7 +192,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["nsa", "moba", "full"])
 @pytest.mark.parametrize("kernels", ["", "reference"])
 def test_prefill_forms_no_square(kind, choice, kernels, monkeypatch):
-    monkeypatch.setattr(selection, "QUERIES", 64)
+    monkeypatch.setattr(sparse, "QUERIES", 64)
     monkeypatch.setenv("RORQUAL_KERNELS", kernels)
     gqa, rope, time = GQAConfig(heads=2, kv_heads=1, head_dim=4), RopeConfig(), 2048
     inner = MoBA(MoBAConfig(block=64, chosen=3, choice=choice))

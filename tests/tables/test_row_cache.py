@@ -58,3 +58,27 @@ def test_no_more_rows_are_kept_than_fit_or_the_table_has() -> None:
     assert RowCache(1000, 9, 2**40).slots == 111
     assert RowCache(1000, 9, 50).slots == 50
     assert RowCache(8, 9, 50).slots == 0
+
+
+def test_repeated_ids_are_found_and_cached_once() -> None:
+    kept = RowCache(3, 1, 2**40)
+    kept.insert(np.array([3, 5, 3]), torch.tensor([[30], [50], [30]], dtype=torch.uint8))
+    rows, missing = kept.lookup(np.array([5, 7, 5, 3, 7]))
+    assert missing.tolist() == [1, 4]
+    assert rows[[0, 2, 3]].flatten().tolist() == [50, 50, 30]
+    kept.insert(np.array([7, 7]), torch.tensor([[70], [70]], dtype=torch.uint8))
+    rows, missing = kept.lookup(np.array([3, 5, 7]))
+    assert missing.tolist() == []
+    assert rows.flatten().tolist() == [30, 50, 70]
+    # A row that is cached stays as it is.
+    kept.insert(np.array([9, 5]), torch.tensor([[90], [0]], dtype=torch.uint8))
+    rows, missing = kept.lookup(np.array([3, 5, 7, 9]))
+    assert missing.tolist() == [0]
+    assert rows[1:].flatten().tolist() == [50, 70, 90]
+
+
+def test_no_ids_give_no_rows_of_a_type_that_can_be_viewed() -> None:
+    for slots in (0, 3):
+        rows, missing = RowCache(8 * slots, 8, 2**40).lookup(np.array([], dtype=np.int64))
+        assert rows.view(torch.float32).shape == (0, 2)
+        assert len(missing) == 0

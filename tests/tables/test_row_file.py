@@ -1,5 +1,6 @@
 """Tests that sound files open, and that damaged ones are refused or reported."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -15,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from rorqual.kernels import pick
 from rorqual.tables import Table, TableError, dequantise, quantise, verify, write_table
-from rorqual.tables.row_file import checksums
+from rorqual.tables.row_file import checksums, read_rows
 
 pytestmark = pytest.mark.engram
 
@@ -421,6 +423,7 @@ def test_systems_without_positional_reads_read_and_write_the_same(
     folder = write_table(tmp_path / "t", values, shard_rows=400)
     names = [name for name in dir(os) if name.startswith(("pread", "pwrite", "posix_fadvise"))]
     assert "preadv" in names or sys.platform == "win32"
+    monkeypatch.setenv("RORQUAL_KERNELS", "reference")
     for name in names:
         monkeypatch.delattr(os, name)
     table = Table.of_file(folder, cache_bytes=0)
@@ -619,4 +622,88 @@ def test_the_page_cache_is_dropped_and_filled(tmp_path: pathlib.Path) -> None:
         for change in (table.file.drop_page_cache, table.file.fill_page_cache):
             change()
             assert torch.equal(table.prefetch(ids).wait(), values[ids])
+    table.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the kernel reads with RWF_NOWAIT")
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    row_bytes=st.integers(1, 70),
+    cuts=st.lists(st.integers(0, 200), min_size=4, max_size=4),
+    steps=st.lists(st.sampled_from([-7, -1, 0, 1, 1, 1, 5, 40]), max_size=40),
+    wait=st.booleans(),
+)
+def test_compiled_reads_are_those_of_the_reference(
+    sizes: list[int],
+    row_bytes: int,
+    cuts: list[int],
+    steps: list[int],
+    wait: bool,
+    tmp_path_factory,
+) -> None:
+    """Reads odd sizes, repeated rows, rows in no order, none, and files that were cut."""
+    folder = tmp_path_factory.mktemp("raw")
+    kernel = pick("read_rows", read_rows)
+    assert kernel is not read_rows
+    rows = sum(sizes)
+    whole = np.random.default_rng(0).integers(256, size=(rows, row_bytes), dtype=np.uint8)
+    first_rows = np.cumsum([0, *sizes])
+    files, lost = [], np.zeros(rows, bool)
+    for n, (first, end) in enumerate(itertools.pairwise(first_rows.tolist())):
+        raw = bytes(n) + whole[first:end].tobytes()
+        raw = raw[: max(0, len(raw) - cuts[n])]
+        (folder / str(n)).write_bytes(raw)
+        files.append(os.open(folder / str(n), os.O_RDONLY))
+        lost[first + max(0, len(raw) - n) // row_bytes : end] = True
+    ids = np.cumsum([0, *steps])[1:] % rows
+    read = []
+    for function in (read_rows, kernel):
+        into = np.full((len(ids), row_bytes), 0xA5, np.uint8)
+        starts = np.arange(len(files))
+        done = function(np.array(files), starts, first_rows, ids, into, wait)
+        read.append((done, into))
+    for file in files:
+        os.close(file)
+    (expected, reference), (done, into) = read
+    assert done == expected == next(iter(np.flatnonzero(lost[ids])), len(ids))
+    # Bytes of a row that was read in part are the same too.
+    assert np.array_equal(reference, into)
+    assert np.array_equal(into[:done], whole[ids[:done]])
+    if not wait:
+        assert np.array_equal(into[~lost[ids]], whole[ids[~lost[ids]]])
+
+
+@pytest.mark.parametrize("kernels", ["", "reference"])
+def test_closed_files_give_no_row(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RORQUAL_KERNELS", kernels)
+    ids, into = np.array([0, 1]), np.full((2, 3), 0xA5, np.uint8)
+    for wait in (True, False):
+        read = pick("read_rows", read_rows)
+        assert read(np.array([-1]), np.array([0]), np.array([0, 9]), ids, into, wait) == 0
+    assert (into == 0xA5).all()
+
+
+@pytest.mark.parametrize("kernels", ["", "reference"])
+@pytest.mark.parametrize("hot", [0, 40, 1 << 20])
+def test_rows_in_the_page_cache_are_not_waited_for(
+    kernels: str, hot: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small batches need no thread, and damage that comes later does not reach them."""
+    monkeypatch.setenv("RORQUAL_KERNELS", kernels)
+    values = torch.randn(1000, 5)
+    folder = write_table(tmp_path / "t", values, shard_rows=300)
+    table = Table.of_file(folder, cache_bytes=hot)
+    pending = []
+    for _ in range(20):
+        ids = torch.randint(1000, (3, 16))
+        ids[0, :3] = ids[1, 0]
+        pending.append((ids, table.prefetch(ids)))
+    for path in folder.glob("*"):
+        os.truncate(path, 1)
+    if hasattr(os, "RWF_NOWAIT"):
+        for ids, rows in pending:
+            assert torch.equal(rows.wait(), values[ids])
+        assert table.metrics()["wait_seconds"] == 0
+        assert not table._thread.started
     table.close()

@@ -161,7 +161,7 @@ def test_in_the_warm_up_the_indexers_loss_changes_no_bit_of_the_models_gradients
             {n: None if p.grad is None else p.grad.to_dense().clone() for n, p in parameters}
         )
     without, once, sevenfold = found
-    indexers = [name for name in once if ".inner." in name]
+    indexers = [name for name in once if ".indexer." in name]
     assert len(indexers) == 3 * 5  # two blocks and MTP's
     for name, gradient in once.items():
         if name in indexers:
@@ -179,7 +179,7 @@ def test_indexers_learn_alone_in_their_warm_up_where_that_is_asked(small, indexe
     run(step, stream, 4, 5)
     last = state_of(step)
     for name in step.model.state_dict():
-        assert torch.equal(first[name], warmed[name]) == (".inner." not in name), name
+        assert torch.equal(first[name], warmed[name]) == (".indexer." not in name), name
         is_buffer = not first[name].is_floating_point() or name.endswith("correction_bias")
         assert is_buffer or not torch.equal(warmed[name], last[name]), name
     biases = [name for name in first if name.endswith("correction_bias")]
