@@ -29,7 +29,8 @@ from types import MappingProxyType
 from typing import Any, ParamSpec, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from rorqual.hints import choose
 
@@ -77,7 +78,7 @@ def numba_refuses(
         x = args[i]
         if x is not None and not x.is_cpu:
             return f"it runs on the cpu, not on {x.device.type}"
-    with_gradients = bool(floats) and torch.is_grad_enabled()
+    with_gradients = bool(floats) and is_grad_enabled()
     for i in floats:
         x = args[i]
         if x is None:
@@ -168,25 +169,30 @@ class Choice:
         Under torch.compile it is None, since the compiler turns the reference into a kernel of its
         own. ValueError where RORQUAL_KERNELS names a kernel that cannot take the arguments.
         """
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return None
-        text, wanted = _ENVIRONMENT.get(_KEY), None
-        if text:
+        if text := _ENVIRONMENT.get(_KEY):
             everywhere, by_name = _parse(os.environ.decodevalue(text))
-            wanted = by_name.get(self.name, everywhere)
-            if wanted == REFERENCE:
-                return None
+            kind = by_name.get(self.name, everywhere)
+            if kind is not None:
+                return self._selected(kind, args, floats, others)
         for kernel in self.kernels:
-            if wanted is not None and wanted != kernel.kind:
-                continue
-            reason = kernel.refuses(args, floats, others, wanted is not None) or kernel.missing
-            if not reason:
+            if not (kernel.refuses(args, floats, others, False) or kernel.missing):
                 return kernel
-            if wanted is not None:
-                raise ValueError(
-                    f"{VARIABLE} asks for {self.name}={wanted}, which does not run here: {reason}"
-                )
         return None
+
+    def _selected(
+        self, kind: str, args: Sequence[Any], floats: Iterable[int], others: Iterable[int]
+    ) -> Kernel | None:
+        """Returns the kernel of the kind that RORQUAL_KERNELS names."""
+        if kind == REFERENCE:
+            return None
+        (kernel,) = (kernel for kernel in self.kernels if kernel.kind == kind)
+        if reason := kernel.refuses(args, floats, others, True) or kernel.missing:
+            raise ValueError(
+                f"{VARIABLE} asks for {self.name}={kind}, which does not run here: {reason}"
+            )
+        return kernel
 
     def kind(self, *where: Tensor | torch.device) -> str:
         """Returns the kind of the kernel that runs on these tensors or devices, or "reference"."""

@@ -6,6 +6,7 @@ one without a case fails. Numba's kernels run on the CPU, Triton's on a GPU or i
 
 import importlib
 import inspect
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -298,10 +299,27 @@ def many_repeated_rows() -> Arguments:
     yield torch.randint(0, 4500, (9000,)), torch.randn(9000, 5)
 
 
+def files(dtype: torch.dtype) -> Arguments:
+    """Rows of two files, of which the second was cut in the middle of a row."""
+    for size in 1, 7, 70:
+        with tempfile.TemporaryFile() as first, tempfile.TemporaryFile() as second:
+            first.write(np.arange(11 * size + 3, dtype=np.uint8).tobytes())
+            second.write(np.arange(5 * size - 1, dtype=np.uint8).tobytes())
+            first.flush()
+            second.flush()
+            numbers = np.array([first.fileno(), second.fileno()])
+            for ids in [], [4], [15, 0, 1, 2, 2, 10, 11, 12, 3], [9, 10, 11, 12, 13, 14, 15, 8]:
+                for wait in True, False:
+                    into = np.full((len(ids), size), 0xA5, np.uint8)
+                    rows = np.array(ids, np.int64)
+                    yield numbers, np.array([3, 0]), np.array([0, 11, 16]), rows, into, wait
+
+
 CASES = {
     "hash_rows": Case(windows, large=long_windows),
     "follow_rows": Case(histories, large=long_histories),
     "lookup": Case(records),
+    "read_rows": Case(files),
     "fuse": Case(gates, triton=2e-5, bfloat16=3e-2),
     "collapse": Case(collapsing, triton=3e-6, bfloat16=2**-6),
     "write": Case(writing, triton=3e-6, bfloat16=2**-6),
@@ -425,6 +443,7 @@ def outcome(function: Callable, args: list[Any], kernel: kernels.Kernel) -> list
         x.requires_grad_(differentiable)
     result = function(*args)
     results = list(result) if isinstance(result, tuple) else [result]
+    results = [torch.tensor(x) if isinstance(x, int) else x for x in results]
     made = [x for x in results if x is not None]
     if differentiable and made:
         weights = torch.Generator().manual_seed(1)
@@ -433,13 +452,14 @@ def outcome(function: Callable, args: list[Any], kernel: kernels.Kernel) -> list
         total = sum((x.float() * pull.float()).sum() for x, pull in zip(made, pulls, strict=True))
         results += torch.autograd.grad(total, floats)
     memory = [whole(x.detach()) for x in args if isinstance(x, Tensor)]
+    memory += [torch.from_numpy(x) for x in args if isinstance(x, np.ndarray)]
     return [x if x is None else x.detach() for x in results] + memory
 
 
 def copied(x: Any) -> Any:
-    """Copies a tensor with all of the memory that it is a view of."""
+    """Copies an array, or a tensor with all of the memory that it is a view of."""
     if not isinstance(x, Tensor):
-        return x
+        return x.copy() if isinstance(x, np.ndarray) else x
     storage = x.untyped_storage().clone()
     same = torch.empty(0, dtype=x.dtype, device=x.device)
     return same.set_(storage, x.storage_offset(), x.shape, x.stride())
