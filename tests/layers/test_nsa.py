@@ -94,6 +94,12 @@ def attended(q, keys, values, scale):
     return (keys @ q * scale).softmax(0) @ values if len(keys) else q.new_zeros(values.shape[-1])
 
 
+def own_parameters(attention):
+    """Returns the parameters that NSA adds to GQA's."""
+    gqa = ("q_proj", "k_proj", "v_proj", "o_proj")
+    return [x for name, x in attention.named_parameters() if not name.startswith(gqa)]
+
+
 def own_pairs(inner, hidden):
     """Returns the rotated keys and the values of the compressed and of the window branch."""
     places = torch.arange(hidden.shape[1]).expand(len(hidden), -1)
@@ -222,7 +228,7 @@ def test_gradients_are_the_definitions(choice):
         gates[:, :, n, :, None] * x for n, x in enumerate(brute(inner, q, k, v, hidden, 0.4))
     )
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
-    pull, inputs = torch.randn_like(expected), [q, k, v, hidden, *inner.parameters()]
+    pull, inputs = torch.randn_like(expected), [q, k, v, hidden, *own_parameters(inner)]
     for a, b in zip(
         *(torch.autograd.grad((y * pull).sum(), inputs) for y in (ours, expected)), strict=True
     ):
