@@ -168,7 +168,7 @@ def reads(model: nn.Module, tokenizer: Tokenizer, text: str) -> list[Read]:
     finally:
         for hook in hooks:
             hook.remove()
-    alive = addresses.live(ids, context(ids.shape[0], ids.shape[1], device))
+    alive = addresses.lookup_mask(ids, context(ids.shape[0], ids.shape[1], device))
     for gates in said.values():
         if alive is not None:
             gates[~alive[0].cpu()] = 0.0

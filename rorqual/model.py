@@ -214,7 +214,7 @@ class LanguageModel(nn.Module):
         """
         ctx = self._context(ids, cache, documents, lengths, warm)
         if self.addresses is not None:
-            ctx = replace(ctx, live=self.addresses.live(ids, ctx))
+            ctx = replace(ctx, lookup_mask=self.addresses.lookup_mask(ids, ctx))
         pending = self._recall(ids, ctx, cache.ids if cache is not None else None)
         x = enter(self.embed(ids), self.config.hyper)  # [B, T, S, D]
         auxes = []

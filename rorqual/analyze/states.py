@@ -120,7 +120,8 @@ def recalling(model: nn.Module, ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     """
     found = (module for module in model.modules() if isinstance(module, Addresses))
     live = [
-        addresses.live(ids, context(ids.shape[0], ids.shape[1], ids.device)) for addresses in found
+        addresses.lookup_mask(ids, context(ids.shape[0], ids.shape[1], ids.device))
+        for addresses in found
     ]
     return next((one for one in live if one is not None), torch.ones_like(ids, dtype=torch.bool))
 

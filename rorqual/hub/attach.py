@@ -243,7 +243,7 @@ class Memory(nn.Module):
         history = None if state is None else state.cache.ids
         rows = self.addresses(tokens, ctx, history)  # [Lm, B, T, R]
         pending = [table.prefetch(rows[place]) for place, table in enumerate(self._stores)]
-        ctx = dataclasses.replace(ctx, live=self.addresses.live(tokens, ctx))
+        ctx = dataclasses.replace(ctx, lookup_mask=self.addresses.lookup_mask(tokens, ctx))
         caches = (None,) * len(pending) if state is None else state.cache.layers
         self._now = [ctx.for_block(kept, row) for kept, row in zip(caches, pending, strict=True)]
         return (), kwargs

@@ -33,18 +33,18 @@ from rorqual.model_config import ModelConfig
 
 
 class Place(NamedTuple):
-    """The place of one published tensor in our state dict: state[name][at].
+    """The place of one published tensor in our state dict: state[name][slices].
 
     Its last two axes are exchanged if `transposed`.
     """
 
     name: str
-    at: tuple[int | slice, ...] = ()
+    slices: tuple[int | slice, ...] = ()
     transposed: bool = False
 
     def of(self, state: Mapping[str, Tensor]) -> Tensor:
         """Returns the part of our state dict, a view, in the published shape."""
-        part = state[self.name][self.at] if self.at else state[self.name]
+        part = state[self.name][self.slices] if self.slices else state[self.name]
         return part.mT if self.transposed else part
 
 

@@ -268,7 +268,7 @@ class Addresses(nn.Module):
         """Returns an empty cache for the raw ids of every sequence."""
         return Appended(capacity, before=self.config.ngram - 1, fill=self.config.missing_id)
 
-    def live(self, ids: Int[Tensor, "B T"], ctx: Context) -> Bool[Tensor, "B T"] | None:
+    def lookup_mask(self, ids: Int[Tensor, "B T"], ctx: Context) -> Bool[Tensor, "B T"] | None:
         """Returns False at padding and dead tokens, where the gate is 0; None if there are none."""
         if not self.config.dead_tokens:
             return ctx.valid

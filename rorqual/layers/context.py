@@ -4,7 +4,7 @@
     past, starts                     tokens cached before the call
     key_..., mask                    the same for all keys, cached ones first; keys each query sees
     cos, sin                         rotary tables of the new tokens
-    ids, live, rows                  token ids, where Engram looks rows up, the block's table rows
+    ids, lookup_mask, rows           token ids, where Engram looks up, the block's table rows
     cache                            the block's cache between calls
     warm, last_only                  DSA's indexer warm-up; whether only the last position is needed
 
@@ -53,7 +53,7 @@ class Context:
     cos: Float[Tensor, "B T F"] | None = None
     sin: Float[Tensor, "B T F"] | None = None
     ids: Int[Tensor, "B T"] | None = None
-    live: Bool[Tensor, "B T"] | None = None  # False where Engram looks nothing up
+    lookup_mask: Bool[Tensor, "B T"] | None = None  # False where Engram looks nothing up
     # Prefetched rows of the block's Engram table: `rows.wait()` is float [B, T, R, head_dim].
     rows: Any = None
     cache: Any = None  # the block's BlockCache
@@ -125,7 +125,7 @@ class Context:
             mask = self.last_of(mask.transpose(1, 2)).transpose(1, 2)
         per_token: dict[str, Any] = {
             name: value if value is None else self.last_of(value)
-            for name in ("positions", "columns", "documents", "cos", "sin", "ids", "live")
+            for name in ("positions", "columns", "documents", "cos", "sin", "ids", "lookup_mask")
             for value in (getattr(self, name),)
         }
         return replace(

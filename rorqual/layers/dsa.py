@@ -159,7 +159,7 @@ class DSA(MLA):
         (early, late), outs = selection.split(cut), []
         if cut and absorbing:
             for run in early.runs():
-                mask = selected_mask(early, run, early.top_k(run))
+                mask = selected_mask(early, run, early.select(run))
                 keys = latent[:, : early.end(run)]
                 outs.append(self.absorbed(nope[:, run], rope[:, run], keys, mask))
         elif cut:
@@ -229,7 +229,7 @@ class IndexerSelection(NamedTuple):
             end - count
         )
 
-    def top_k(
+    def select(
         self, run: slice, scores: Float[Tensor, "B T end"] | None = None
     ) -> tuple[Int[Tensor, "B T K"], Bool[Tensor, "B T K"] | None] | None:
         """Returns the selected keys of each query, and which of them it may see (None: all).
@@ -290,7 +290,7 @@ class IndexerSelection(NamedTuple):
         outs = []
         for run in self.runs():
             keys, values = key[:, : self.end(run)], value[:, : self.end(run)]
-            mask = selected_mask(self, run, self.top_k(run))
+            mask = selected_mask(self, run, self.select(run))
             outs.append(attend(query[:, run], keys, values, scale, mask))
         return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
 
@@ -304,7 +304,7 @@ class IndexerSelection(NamedTuple):
         """
         few, outs = max(1, COPIED // (self.most * latent.shape[-1])), []
         for run in self.runs():
-            found = self.top_k(run)
+            found = self.select(run)
             assert found is not None
             for at in range(run.start, run.stop, few):
                 part = slice(at - run.start, at - run.start + few)
@@ -345,7 +345,7 @@ def selected_mask(
     run: slice,
     found: tuple[Int[Tensor, "B T K"], Bool[Tensor, "B T K"] | None] | None,
 ) -> Bool[Tensor, "#B 1 T end"]:
-    """Returns True at the keys that top_k has selected and that the query may see."""
+    """Returns True at the keys that `select` returned and that the query may see."""
     if found is None:
         return selection.visible(run)
     index, real = found
@@ -444,7 +444,7 @@ class _Divergence(torch.autograd.Function):
                 products = (own.flatten(1, 2) @ keys.float().mT).relu_()
                 products = products.unflatten(1, own.shape[1:3])  # [B, T, J, L]
                 scores = (weights[:, run].float().unsqueeze(2) @ products).squeeze(2)
-                seen = selected_mask(selection, run, selection.top_k(run, scores))
+                seen = selected_mask(selection, run, selection.select(run, scores))
                 heads = attended[:, run], attended_key[:, : selection.end(run)]
                 target, carried = attention_target(*heads, visible, seen, scale, warm)
                 terms, error = _compared(scores, target, (visible if warm else seen)[:, 0])

@@ -213,8 +213,8 @@ class Engram(nn.Module):
     ) -> Float[Tensor, "B T S D"]:
         """Computes the update of `hidden` from the rows in `ctx`.
 
-        The gate is 0 where `ctx.live` (or ctx.valid) is False. ValueError for memory of another
-        width than the config's: rows of a table that was made for another config.
+        The gate is 0 where `ctx.lookup_mask` (or ctx.valid) is False. ValueError for memory of
+        another width than the config's: rows of a table that was made for another config.
         """
         memory = ctx.rows.wait().flatten(-2)  # [B, T, M]
         if memory.shape[-1] != self.config.memory_width:
@@ -229,7 +229,9 @@ class Engram(nn.Module):
         memory = memory.to(self.value_proj.weight.dtype)
         key = None if self.key_proj is None else self.key_proj(memory).unflatten(-1, (-1, self.dim))
         value = self.value_proj(memory)
-        gated, normed = self._fuse(hidden, key, value, ctx.valid if ctx.live is None else ctx.live)
+        gated, normed = self._fuse(
+            hidden, key, value, ctx.valid if ctx.lookup_mask is None else ctx.lookup_mask
+        )
         return gated if normed is None else gated + F.silu(self._convolve(normed, ctx))
 
     def _fuse(

@@ -25,6 +25,7 @@ from rorqual.layers.context import Context
 from rorqual.layers.sparse import (
     Blocks,
     Selection,
+    as_float32,
     attend_selected,
     best_blocks,
     by_tiles,
@@ -34,7 +35,6 @@ from rorqual.layers.sparse import (
     runs,
     segments,
     tile_queries,
-    wide,
     windows,
 )
 from rorqual.model_config import GQAConfig, RopeConfig
@@ -50,7 +50,7 @@ def block_means(
     """
     batch = keys.shape[0]
     rows = (segment + count * torch.arange(batch, device=keys.device)[:, None]).flatten()
-    every = wide(keys).flatten(0, 1)
+    every = as_float32(keys).flatten(0, 1)
     sums = every.new_zeros(batch * count, *keys.shape[2:]).index_add_(0, rows, every)
     sizes = rows.new_zeros(batch * count).index_add_(0, rows, torch.ones_like(rows))
     return (sums / sizes.clamp_min(1)[:, None, None]).unflatten(0, (batch, count))
@@ -66,7 +66,7 @@ def block_scores(
     """
     # A rounded score would select other blocks.
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        grouped = wide(query).unflatten(2, (means.shape[2], -1))
+        grouped = as_float32(query).unflatten(2, (means.shape[2], -1))
         scores = torch.einsum("btghd,bmgd->btghm", grouped, means.to(grouped.dtype))
         return F.pad(scores.flatten(2, 3), (0, 1))
 

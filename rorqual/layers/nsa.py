@@ -38,6 +38,7 @@ from rorqual.layers.sparse import (
     FEW,
     Blocks,
     Selection,
+    as_float32,
     attend_selected,
     best_blocks,
     by_tiles,
@@ -47,7 +48,6 @@ from rorqual.layers.sparse import (
     segments,
     selected_attention,
     tile_queries,
-    wide,
     windows,
 )
 from rorqual.model_config import GQAConfig, RopeConfig
@@ -359,7 +359,9 @@ def _probabilities(
     with torch.autocast(query.device.type, enabled=False):
         logits = (
             torch.einsum(
-                "btghp,bmgp->bghtm", wide(query.unflatten(2, (keys.shape[2], -1))), wide(keys)
+                "btghp,bmgp->bghtm",
+                as_float32(query.unflatten(2, (keys.shape[2], -1))),
+                as_float32(keys),
             )
             * scale
         )

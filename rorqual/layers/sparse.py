@@ -308,7 +308,9 @@ def selected_attention(
     row = torch.arange(len(key), device=key.device)[:, None, None, None]
     group = (torch.arange(choices, device=key.device) * groups // choices)[:, None]
     keys, values = key[row, columns, group], value[row, columns, group]
-    logits = wide(query).unflatten(2, (choices, -1)) @ wide(keys).transpose(-1, -2) * scale
+    logits = (
+        as_float32(query).unflatten(2, (choices, -1)) @ as_float32(keys).transpose(-1, -2) * scale
+    )
     weights = logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1) * seen
     return (weights.to(value.dtype) @ values).flatten(2, 3)
 
@@ -357,6 +359,6 @@ def masked_attention(
     return torch.cat(out, dim=2)
 
 
-def wide(x: Tensor) -> Tensor:
+def as_float32(x: Tensor) -> Tensor:
     """Converts x to float32; float64 stays float64."""
     return x if x.dtype == torch.float64 else x.float()

@@ -256,7 +256,7 @@ def test_an_end_of_text_hides_what_came_before(generator: str) -> None:
         own(ids, context(1, 10, "cpu", documents=documents))[:, :, 1:],
         own(ids[:, 1:], context(1, 9, "cpu")),
     )
-    assert torch.equal(own.live(ids, context(1, 10, "cpu")), ids != 5)
+    assert torch.equal(own.lookup_mask(ids, context(1, 10, "cpu")), ids != 5)
 
 
 def test_another_generator_is_another_model() -> None:

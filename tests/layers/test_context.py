@@ -103,10 +103,10 @@ def test_the_last_position_is_that_of_the_whole_call(packed, lengths):
     documents = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0]]) if packed else None
     ids, live = torch.arange(10).view(2, 5), torch.rand(2, 5) > 0.5
     known = {"documents": documents, "lengths": lengths, "rope": (RopeConfig(), 6)}
-    whole = context(2, 5, "cpu", last_only=True, ids=ids, live=live, **known)
+    whole = context(2, 5, "cpu", last_only=True, ids=ids, lookup_mask=live, **known)
     last, places = whole.last(), torch.tensor(lengths or [5, 5]) - 1
     assert last.past == 4 and not last.last_only and last.lengths is None
-    for name in ("positions", "documents", "cos", "sin", "ids", "live"):
+    for name in ("positions", "documents", "cos", "sin", "ids", "lookup_mask"):
         value = getattr(whole, name)
         if value is None:
             assert not packed and getattr(last, name) is None

@@ -113,7 +113,7 @@ def test_chooses_what_transformers_chooses(batch, time, chosen):
     )
     selection = ours.select(hidden, latent, ours.keys(hidden, where), where)
     got, scores = (
-        selected_mask(selection, slice(0, time), selection.top_k(slice(0, time)))[:, 0],
+        selected_mask(selection, slice(0, time), selection.select(slice(0, time)))[:, 0],
         index_scores(selection.query, selection.key, selection.weights),
     )
     differ = got ^ expected  # only among keys of equal score, which their topk leaves open
@@ -222,7 +222,7 @@ def test_a_call_that_gathers_never_holds_a_mask_of_all_queries(monkeypatch, way)
 def test_hidden_keys_get_no_gradient_and_the_others_that_of_dense_attention():
     attention, hidden = layer(4), torch.randn(1, 11, 20, requires_grad=True)
     selection, every = selected(attention, hidden), slice(0, 11)
-    mask = selected_mask(selection, every, selection.top_k(every))
+    mask = selected_mask(selection, every, selection.select(every))
     masked = replace(context(1, 11, "cpu", rope=(ROPE, 4)), mask=mask)
     outs = run(attention, hidden), dense(attention)(hidden, masked)[0]
     pull = torch.randn_like(outs[0])
@@ -425,8 +425,8 @@ class TestIndexerLoss:
         with torch.autocast("cpu", torch.bfloat16):
             found = selection.kl_loss(query, key, 0.7, False)
             assert torch.equal(
-                selection.top_k(slice(0, 9))[0],
-                IndexerSelection(*selection).top_k(slice(0, 9))[0],
+                selection.select(slice(0, 9))[0],
+                IndexerSelection(*selection).select(slice(0, 9))[0],
             )
         assert found.loss.dtype == torch.float32
         assert torch.equal(found.loss, expected.loss)

@@ -77,10 +77,14 @@ class Rig(nn.Module):
         past = cache.past if cache else None
         where = context(*ids.shape, "cpu", documents=documents, lengths=lengths, past=past)
         rows = self.addresses(ids, where, cache.ids if cache else None)
-        live, hidden = self.addresses.live(ids, where), self.hidden[ids]
+        live, hidden = self.addresses.lookup_mask(ids, where), self.hidden[ids]
         outs = [
             recalled(
-                layer, hidden, table[rows[i]], replace(where, live=live), cache and cache.layers[i]
+                layer,
+                hidden,
+                table[rows[i]],
+                replace(where, lookup_mask=live),
+                cache and cache.layers[i],
             )
             for i, (layer, table) in enumerate(zip(self.layers, self.tables, strict=True))
         ]
