@@ -228,7 +228,8 @@ class Memory(nn.Module):
         columns = 0 if state is None else state.columns.count
         packed = self._packing = packing(_valid(kwargs, ids, columns))
         documents = _documents(kwargs, ids) if columns == 0 else None
-        tokens, batch, time = ids if packed is None else packed.pack(ids), *ids.shape
+        tokens: Tensor = ids if packed is None else packed.pack(ids)
+        batch, time = tokens.shape
         if state is not None:
             state.columns.append(batch, time, packed)
         ctx = context(

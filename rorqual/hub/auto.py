@@ -280,7 +280,7 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
         cache = None
         if past_key_values is not None:
             cache = past_key_values.cache
-            past_key_values.columns.append(*ids.shape, packed)
+            past_key_values.columns.append(ids.shape[0], ids.shape[1], packed)
         hidden = self.model.hidden(ids, lengths=lengths, cache=cache)[0]
         hidden = hidden if packed is None else packed.unpack(hidden)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

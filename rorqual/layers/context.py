@@ -123,11 +123,14 @@ class Context:
             starts = starts + self.positions.shape[1] - 1
         if mask is not None and mask is self.mask:
             mask = self.last_of(mask.transpose(1, 2)).transpose(1, 2)
-        fields = ("positions", "columns", "documents", "cos", "sin", "ids", "live")
-        values = {name: getattr(self, name) for name in fields}
+        per_token: dict[str, Any] = {
+            name: value if value is None else self.last_of(value)
+            for name in ("positions", "columns", "documents", "cos", "sin", "ids", "live")
+            for value in (getattr(self, name),)
+        }
         return replace(
             self,
-            **{name: None if x is None else self.last_of(x) for name, x in values.items()},
+            **per_token,
             lengths=None,
             starts=starts,
             mask=mask,

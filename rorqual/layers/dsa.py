@@ -167,9 +167,9 @@ class DSA(MLA):
             outs.append(early.attend_masked(*given, scale))
         if cut < nope.shape[1]:
             query, value_up = self.absorb(nope[:, cut:], rope[:, cut:])
-            given = query, latent, late.query, late.key, late.weights
-            if late.few and attend_best.choose(*given) is not None:
-                out = attend_best(*given, late.most, scale, late.ends)
+            few = query, latent, late.query, late.key, late.weights
+            if late.few and attend_best.choose(*few) is not None:
+                out = attend_best(*few, late.most, scale, late.ends)
             else:
                 out = late.attend_gathered(query, latent, scale)
             outs.append(self.lift(out, value_up))

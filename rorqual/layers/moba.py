@@ -160,10 +160,8 @@ class MoBA(GQA):
         queries = tile_queries(ctx) if self.tiles else None
         index = [own.new_empty(len(own), 0, query.shape[2], chosen)]
         for run in runs(query.shape[1] if queries is None else len(queries)):
-            rows, end = run, None
-            if queries is not None:
-                rows = queries[run]
-            elif ctx.mask is None:
+            rows, end = run if queries is None else queries[run], None
+            if queries is None and ctx.mask is None:
                 # No query of the run sees later blocks.
                 end = -(-(ctx.past + run.stop) // size)
             scores = block_scores(query[:, rows], means[:, :end])

@@ -151,7 +151,7 @@ class NSA(GQA):
         if ctx.last_only and not self.tiles:
             query, ctx = ctx.last_of(query), ctx.last()
         if ctx.past and blocks.segment is None and query.shape[1] <= FEW:
-            index = self.select(query, blocks, ctx).index if self.tiles else None
+            index = self.select(query, blocks, ctx).blocks if self.tiles else None
             pairs = key, value, blocks.keys, blocks.values, *near
             out = attend_few(query, *pairs, index, ctx.positions, self.nsa, scale)
         else:
@@ -213,8 +213,8 @@ class NSA(GQA):
             index.append(best_blocks(*scored, self.nsa.chosen, 3))
         if self.tiles:
             return torch.cat(outs, dim=1), None
-        keys = Selection(torch.cat(index, dim=1), self.nsa.select_block, blocks.segment)
-        return torch.cat(outs, dim=1), keys
+        selection = Selection(torch.cat(index, dim=1), self.nsa.select_block, blocks.segment)
+        return torch.cat(outs, dim=1), selection
 
     def _project_branches(self, hidden: Tensor, ctx: Context) -> list[tuple[Tensor, Tensor]]:
         """Projects the keys and values of the compressed and the window branch.
@@ -292,8 +292,10 @@ class NSA(GQA):
             with torch.autocast(probabilities.device.type, enabled=False):
                 importance = probabilities @ share[:, None]
         else:
-            bounded = isinstance(rows, slice) and ctx.mask is None
-            end = ctx.past + rows.stop if bounded else ctx.key_count
+            end = ctx.key_count
+            # Without a mask no query of a slice sees later blocks.
+            if isinstance(rows, slice) and ctx.mask is None:
+                end = ctx.past + rows.stop
             importance = importance_of(probabilities, -(-end // size), self.nsa)
         return importance.transpose(1, 2), own, own - positions // size
 
@@ -315,8 +317,8 @@ class NSA(GQA):
             back = torch.arange(first, last, device=key.device)[:, None] - torch.arange(
                 begin, last, device=key.device
             )
-            mask = ((back >= 0) & (back < window))[None, None] if own.shape[1] > 1 else None
-            parts.append(attend(own, *near, self.scale, mask))
+            within = ((back >= 0) & (back < window))[None, None]
+            parts.append(attend(own, *near, self.scale, within if own.shape[1] > 1 else None))
         return torch.cat(parts, dim=1)
 
 

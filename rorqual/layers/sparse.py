@@ -36,11 +36,11 @@ FEW = 16  # up to so many new tokens after a cache read their selected keys in p
 class Selection(NamedTuple):
     """The blocks of keys that each query attends to."""
 
-    index: Int[Tensor, "B T J K"]  # -1 where there are fewer
+    blocks: Int[Tensor, "B T J K"]  # -1 where there are fewer
     block: int  # keys a block
     # The block of each key where documents are packed; None: column // block.
     segment: Int[Tensor, "B L"] | None = None
-    # Whether `index` has one row for each tile of the call, and not for each query.
+    # Whether `blocks` has one row for each tile of the call, and not for each query.
     tiles: bool = False
 
 
@@ -230,8 +230,9 @@ def by_tiles(
     else:
         first = steps.where(ctx.positions % TILE == 0, -1).cummax(1).values[:, :, None, None]
         shape = (len(index), time, *index.shape[2:])
-        found = index.gather(1, first.clamp_min(0).expand(shape)) if index.shape[1] else held
-        each = found.expand(shape) if held is None else found.expand(shape).where(first >= 0, held)
+        each = held.expand(shape) if held is not None else index
+        if index.shape[1]:
+            each = index.gather(1, first.clamp_min(0).expand(shape)).where(first >= 0, each)
     if cache is not None:
         cache.store(each, ctx)
     if _aligned(ctx) and time >= TILE:
@@ -266,11 +267,11 @@ def attend_selected(
     if keys.tiles:
         # FlexAttention has a backward and fuses on a GPU only; on a CPU the loop is faster.
         if query.is_cuda and ctx.past == 0:
-            return flex_tiles(query, key, value, keys.index, keys.block, scale)
-        return loop_tiles(query, key, value, keys.index, ctx.past, keys.block, scale)
+            return flex_tiles(query, key, value, keys.blocks, keys.block, scale)
+        return loop_tiles(query, key, value, keys.blocks, ctx.past, keys.block, scale)
     parts = []
     for run in runs(query.shape[1]):
-        index, own = keys.index[:, run], query[:, run]
+        index, own = keys.blocks[:, run], query[:, run]
         if keys.segment is None:
             few = own.shape[1] * index.shape[-1] * keys.block < key.shape[1]
             if few or selected_attention.choose(own, key, value) is not None:

@@ -166,8 +166,10 @@ def speculate(
         going = []
         for place, (row, new) in enumerate(zip(live, fresh, strict=True)):
             new = new[: max_new_tokens - counts[row]]
-            ended = end_id in new
-            queues[row].extend(new[: new.index(end_id) + 1] if ended else new)
+            ended = False
+            if end_id is not None and end_id in new:
+                new, ended = new[: new.index(end_id) + 1], True
+            queues[row].extend(new)
             counts[row] += len(new)
             if not ended and counts[row] < max_new_tokens:
                 going.append(place)
