@@ -145,7 +145,7 @@ class _Compiled:
         self.places = np.array([_places(block, step.PLACES) for block in blocks], np.int64)
         widths = np.array([_width(block) for block in blocks], np.int64)
         ends = np.array([model.norm.weight.data_ptr(), model.head.weight.data_ptr()], np.int64)
-        self.latent = step.self.latent
+        self.latent = step.PLACES.index("latent")
         own = sizes(model, step.SIZES)
         self.step = step(self.places, widths, ends, own, torch.get_num_threads())
 

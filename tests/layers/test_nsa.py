@@ -458,20 +458,6 @@ def few(config, batch, time, heads, groups, widths, length, shorter=(0, 0, 0), c
     return query, *pairs, index, positions, config, 0.4
 
 
-@pytest.mark.parametrize("shorter", [(0, 0, 0), (0, 5, 11)], ids=str)
-@pytest.mark.parametrize("chosen", [None, 4])
-@pytest.mark.parametrize("config", SIZES[:5], ids=str)
-def test_the_kernel_gives_the_references_numbers(config, chosen, shorter, references, poisoned):
-    for time, heads, groups, widths, length in (
-        (1, 6, 2, (6, 5), 40),
-        (3, 5, 1, (7, 7), 29),
-        (2, 4, 4, (16, 33), 15),
-        (1, 16, 2, (3, 1), 200),
-    ):
-        given = few(config, 3, time, heads, groups, widths, length, shorter, chosen)
-        torch.testing.assert_close(kernel.attend_few(*given), attend_few(*given), atol=5e-6, rtol=0)
-
-
 @pytest.mark.parametrize("way", [kernel.attend_few, attend_few], ids=["kernel", "reference"])
 def test_few_tokens_read_their_blocks_and_window_only(way, references):
     """NaN replaces the selected branch's other keys, and those outside of the window."""
@@ -528,12 +514,3 @@ def test_the_kernel_takes_no_rows_and_fewer_blocks_than_may_be_chosen(batch, ref
         freed = [torch.ones(n, dtype=torch.long) for n in range(8, 48)]
         del freed  # the memory that is allocated next contains block 1
         torch.testing.assert_close(kernel.attend_few(*given), attend_few(*given), atol=5e-6, rtol=0)
-
-
-def test_the_kernel_on_threads(references):
-    given, threads = few(NSAConfig(), 2, 3, 16, 4, (64, 64), 900), torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        torch.testing.assert_close(kernel.attend_few(*given), attend_few(*given), atol=5e-6, rtol=0)
-    finally:
-        torch.set_num_threads(threads)
