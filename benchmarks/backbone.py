@@ -41,7 +41,7 @@ from rorqual.model import LanguageModel, ModelConfig
 from rorqual.serve.decoding import decode
 
 CONFIG = ModelConfig(
-    vocabulary=8192,
+    vocab_size=8192,
     dim=256,
     layers=6,
     dense_width=512,
@@ -96,28 +96,28 @@ def pair(folder: Path) -> tuple[LanguageModel, DeepseekV3ForCausalLM]:
     ours = LanguageModel(CONFIG, seed=0).eval()
     checkpoints.export(ours, folder, max_position_embeddings=4096)
     theirs = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = torch.randint(0, CONFIG.vocabulary, (2, 300))
+    ids = torch.randint(0, CONFIG.vocab_size, (2, 300))
     with torch.no_grad():
-        expected, found = theirs(ids).logits, ours(ids)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+        expected, result = theirs(ids).logits, ours(ids)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
     return ours, theirs
 
 
 def prefill(
     ours: LanguageModel, theirs: DeepseekV3ForCausalLM, length: int
 ) -> tuple[Timed, dict[str, Timed]]:
-    ids = torch.randint(0, CONFIG.vocabulary, (1, length))
+    ids = torch.randint(0, CONFIG.vocab_size, (1, length))
 
     @torch.inference_mode()
-    def own() -> Tensor:
+    def one_forward() -> Tensor:
         return ours.logits(ours.hidden(ids, cache=ours.new_cache(1, length), last=True)[0])
 
     @torch.inference_mode()
     def peer() -> Tensor:
         return theirs(ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1).logits
 
-    torch.testing.assert_close(own(), peer(), rtol=1e-3, atol=1e-4)
-    return (lambda: timed(own)), {"transformers": lambda: timed(peer)}
+    torch.testing.assert_close(one_forward(), peer(), rtol=1e-3, atol=1e-4)
+    return (lambda: timed(one_forward)), {"transformers": lambda: timed(peer)}
 
 
 def greedy(theirs: DeepseekV3ForCausalLM, ids: Tensor) -> tuple[list[int], float]:
@@ -126,22 +126,22 @@ def greedy(theirs: DeepseekV3ForCausalLM, ids: Tensor) -> tuple[list[int], float
     It is a bare loop, which is faster here than generate().
     """
     with torch.inference_mode():
-        cache, said, began = DynamicCache(), [], 0.0
+        cache, generated, began = DynamicCache(), [], 0.0
         for _ in range(NEW):
             logits = theirs(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             ids = logits[:, -1].argmax(-1, keepdim=True)
-            said.append(int(ids))
+            generated.append(int(ids))
             began = began or time.perf_counter()
-        return said, time.perf_counter() - began
+        return generated, time.perf_counter() - began
 
 
 def own_greedy(ours: LanguageModel, prompt: list[int]) -> tuple[list[int], float]:
     """Returns the same for our own loop."""
-    said, began = [], 0.0
+    generated, began = [], 0.0
     for (token,) in decode(ours, [prompt], max_new_tokens=NEW):
-        said.append(token)
+        generated.append(token)
         began = began or time.perf_counter()
-    return said, time.perf_counter() - began
+    return generated, time.perf_counter() - began
 
 
 @functools.lru_cache(maxsize=1)
@@ -155,7 +155,7 @@ def llamacpp(ours: LanguageModel) -> Callable[[list[int], int], tuple[list[int],
     except ImportError as error:
         print(f"no figures for llama.cpp: {error}; pip install gguf xllamacpp", file=sys.stderr)
         return None
-    prompt = torch.randint(0, CONFIG.vocabulary, (60,)).tolist()
+    prompt = torch.randint(0, CONFIG.vocab_size, (60,)).tolist()
     with tempfile.TemporaryDirectory() as folder:
         gguf_export.export(ours, Path(folder) / "model.gguf")
         decode = gguf_export.greedy(Path(folder) / "model.gguf", torch.get_num_threads())
@@ -166,7 +166,7 @@ def llamacpp(ours: LanguageModel) -> Callable[[list[int], int], tuple[list[int],
 def decoding(
     ours: LanguageModel, theirs: DeepseekV3ForCausalLM, length: int
 ) -> tuple[Timed, dict[str, Timed]]:
-    ids = torch.randint(0, CONFIG.vocabulary, (1, length))
+    ids = torch.randint(0, CONFIG.vocab_size, (1, length))
     prompt = ids[0].tolist()
     Step.build()
     assert own_greedy(ours, prompt)[0] == greedy(theirs, ids)[0]
@@ -180,12 +180,12 @@ def training(
     ours: LanguageModel, theirs: DeepseekV3ForCausalLM, kind: str
 ) -> tuple[Timed, dict[str, Timed]]:
     """Returns steps of copies of the models, so that the models keep their weights."""
-    text = torch.randint(0, CONFIG.vocabulary, (BATCH, TIME + 1))
+    text = torch.randint(0, CONFIG.vocab_size, (BATCH, TIME + 1))
     ids, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
-    own, peer = (copy.deepcopy(model).to(dtype).train() for model in (ours, theirs))
+    one_forward, peer = (copy.deepcopy(model).to(dtype).train() for model in (ours, theirs))
     losses = {
-        "ours": lambda: own.loss(ids, labels).total,
+        "ours": lambda: one_forward.loss(ids, labels).total,
         "transformers": lambda: peer(ids, labels=labels, shift_labels=labels, use_cache=False).loss,
     }
 
@@ -205,7 +205,9 @@ def training(
         torch.testing.assert_close(
             *(loss().float() for loss in losses.values()), rtol=1e-2, atol=1e-3
         )
-    return stepper(own, losses["ours"]), {"transformers": stepper(peer, losses["transformers"])}
+    return stepper(one_forward, losses["ours"]), {
+        "transformers": stepper(peer, losses["transformers"])
+    }
 
 
 def main() -> None:
@@ -222,14 +224,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = pair(Path(folder) / "model")
         made = {"prefill": prefill, "decode": decoding, "train": training}
-        found: dict[str, float] = {}
+        results: dict[str, float] = {}
         for name in options.only:
             kind, size = name.split("_")
-            own, peers = made[kind](ours, theirs, int(size) if size.isdigit() else size)
-            taken = compare(own, peers, options.rounds)
-            found[name] = taken["transformers"]
+            one_forward, peers = made[kind](ours, theirs, int(size) if size.isdigit() else size)
+            taken = compare(one_forward, peers, options.rounds)
+            results[name] = taken["transformers"]
             if "llamacpp" in taken:
-                found[f"{name}_llamacpp"] = taken["llamacpp"]
+                results[f"{name}_llamacpp"] = taken["llamacpp"]
             if not options.json:
                 least = ", ".join(
                     f"{key} {value:.1f}" for key, value in taken.items() if key.endswith(" ms")
@@ -237,7 +239,7 @@ def main() -> None:
                 ratios = "".join(f"{taken[peer]:6.2f} x {peer}" for peer in peers)
                 print(f"{name:16}{ratios}   (least: {least})", flush=True)
     if options.json:
-        print(json.dumps(found | {"threads": torch.get_num_threads()}))
+        print(json.dumps(results | {"threads": torch.get_num_threads()}))
 
 
 if __name__ == "__main__":

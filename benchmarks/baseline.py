@@ -32,7 +32,7 @@ class Bar(NamedTuple):
     threads: int
     what: str
     least: float | None = None
-    most: float | None = None
+    limit: float | None = None
     of_before: float | None = None  # at least this share of the other checkout's ratio
 
 
@@ -93,7 +93,7 @@ BARS = {
         "--kinds mhc --no-compiled --threads 1 --rounds 1 --dim 32 --time 16",
         1,
         "time of a block with mHC over a plain one",
-        most=1.25,
+        limit=1.25,
     ),
 }
 
@@ -134,33 +134,33 @@ def compared(name: str, options: argparse.Namespace) -> dict[str, Any]:
     places = {"now": HERE} | (
         {"before": Path(options.against).resolve()} if options.against else {}
     )
-    found: dict[str, list[float]] = {place: [] for place in places}
+    item: dict[str, list[float]] = {position: [] for position in places}
     for _ in range(options.rounds):
-        for place, checkout in reversed(places.items()):
+        for position, checkout in reversed(places.items()):
             ratio = measured(name, checkout, smallest=options.smallest)
             if isinstance(ratio, str):
                 return {
                     "name": name,
                     "what": bar.what,
                     "threads": bar.threads,
-                    "failed": f"{place}: {ratio}",
+                    "failed": f"{position}: {ratio}",
                 }
-            found[place].append(ratio)
+            item[position].append(ratio)
     line: dict[str, Any] = {
         "name": name,
         "what": bar.what,
         "threads": bar.threads,
         "bar": wanted(bar),
     }
-    line |= {place: statistics.median(ratios) for place, ratios in found.items()}
-    known = None if options.smallest else holds(bar, line["now"], line.get("before"))
-    return line | {"holds": known}
+    line |= {position: statistics.median(ratios) for position, ratios in item.items()}
+    verdict = None if options.smallest else holds(bar, line["now"], line.get("before"))
+    return line | {"holds": verdict}
 
 
 def wanted(bar: Bar) -> str:
     if bar.of_before is not None:
         return f">= {bar.of_before:g} of before"
-    return f">= {bar.least:g}" if bar.least is not None else f"<= {bar.most:g}"
+    return f">= {bar.least:g}" if bar.least is not None else f"<= {bar.limit:g}"
 
 
 def holds(bar: Bar, now: float, before: float | None) -> bool | None:
@@ -170,7 +170,7 @@ def holds(bar: Bar, now: float, before: float | None) -> bool | None:
     """
     if bar.of_before is not None:
         return None if before is None else now >= bar.of_before * before
-    return now >= bar.least if bar.least is not None else bar.most is not None and now <= bar.most
+    return now >= bar.least if bar.least is not None else bar.limit is not None and now <= bar.limit
 
 
 def markdown(lines: list[dict[str, Any]]) -> str:

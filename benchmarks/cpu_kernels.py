@@ -13,8 +13,8 @@ that a workload never calls are left out of it. `--merge` prints the table of se
 geometric mean over training and generating that decides (1.1 in the mean, 1.3 somewhere, or a bar
 of its own).
 
-With `--tables disk` rows are trained, or read, in files below `--folder`, of which the page cache
-holds every byte; a table that is read keeps `--hot-bytes` of its rows in memory.
+With `--placement disk` rows are trained, or read, in files below `--folder`, of which the page
+cache holds every byte; a table that is read keeps `--hot-bytes` of its rows in memory.
 """
 
 import argparse
@@ -48,11 +48,13 @@ PROMPT, CONTINUED = 256, 48  # tokens
 CPU_KIND = "numba"
 
 
-def training(model: LanguageModel, rows: int, length: int) -> Callable[[], object]:
+def training(model: LanguageModel, batch_size: int, seq_len: int) -> Callable[[], object]:
     """Returns a function that makes one training step."""
     optimizer = Optimizer(model, recipe(model.config.dim))
     ids = torch.randint(
-        model.config.vocabulary, (rows, length + 1), generator=torch.Generator().manual_seed(0)
+        model.config.vocab_size,
+        (batch_size, seq_len + 1),
+        generator=torch.Generator().manual_seed(0),
     )
 
     def step() -> None:
@@ -67,24 +69,24 @@ def training(model: LanguageModel, rows: int, length: int) -> Callable[[], objec
 def generating(model: LanguageModel) -> Callable[[], object]:
     """Returns a function that generates greedily from one prompt."""
     ids = torch.randint(
-        model.config.vocabulary, (PROMPT,), generator=torch.Generator().manual_seed(0)
+        model.config.vocab_size, (PROMPT,), generator=torch.Generator().manual_seed(0)
     ).tolist()
     return lambda: list(
-        decode(model, [ids], max_new_tokens=CONTINUED, vocabulary=model.config.vocabulary)
+        decode(model, [ids], max_new_tokens=CONTINUED, vocab_size=model.config.vocab_size)
     )
 
 
 def on_disk(config: ModelConfig, kind: str, folder: Path, hot_bytes: int) -> list[Table]:
     """Returns tables of the model's shape whose rows are in files."""
-    found: list[Table] = []
+    results: list[Table] = []
     for number, rows in enumerate(row_totals(config.engram)):
-        place = folder / f"{kind}-{config.dim}-{number}"
+        directory = folder / f"{kind}-{config.dim}-{number}"
         if kind == "train":
-            found.append(Table.of_records(place, rows, config.engram.head_dim))
+            results.append(Table.of_records(directory, rows, config.engram.head_dim))
         else:
-            table = draw_table(place, rows, config.engram.head_dim, seed=number)
-            found.append(Table.of_file(table, cache_bytes=hot_bytes))
-    return found
+            table = draw_table(directory, rows, config.engram.head_dim, seed=number)
+            results.append(Table.of_file(table, cache_bytes=hot_bytes))
+    return results
 
 
 def called(work: Callable[[], object]) -> set[str]:
@@ -92,9 +94,9 @@ def called(work: Callable[[], object]) -> set[str]:
     names: set[str] = set()
 
     def counting(name: str, function: Callable[..., object]) -> Callable[..., object]:
-        def counted(*given: object, **named: object) -> object:
+        def counted(*arguments: object, **named: object) -> object:
             names.add(name)
-            return function(*given, **named)
+            return function(*arguments, **named)
 
         return counted
 
@@ -130,8 +132,8 @@ def ratios(work: Callable[[], object], rounds: int) -> dict[str, float]:
         for name, taken in times.items():
             taken.append(seconds(work, name))
     whole = statistics.median(times[None])
-    found = {name: statistics.median(times[name]) / whole for name in names}
-    return {"": whole * 1000} | found
+    item = {name: statistics.median(times[name]) / whole for name in names}
+    return {"": whole * 1000} | item
 
 
 def merged(tables: Iterable[dict[str, dict[str, float]]]) -> str:
@@ -139,19 +141,19 @@ def merged(tables: Iterable[dict[str, dict[str, float]]]) -> str:
 
     The last columns are the mean and the best over all workloads.
     """
-    works = {work: found for table in tables for work, found in table.items()}
-    names = sorted({name for found in works.values() for name in found if name})
+    works = {work: item for table in tables for work, item in table.items()}
+    names = sorted({name for item in works.values() for name in item if name})
     lines = [
         f"| without | {' | '.join(works)} | mean | best |",
         "| --- |" + " ---: |" * (len(works) + 2),
     ]
     for name in names:
-        cells = [f"{found[name]:.2f}" if name in found else "" for found in works.values()]
+        cells = [f"{item[name]:.2f}" if name in item else "" for item in works.values()]
         # A workload that never calls the kernel is neither faster nor slower for it.
-        each = [found.get(name, 1.0) for found in works.values()]
+        each = [item.get(name, 1.0) for item in works.values()]
         mean = math.exp(sum(map(math.log, each)) / len(each))
         lines.append(f"| `{name}` | {' | '.join(cells)} | {mean:.2f} | {max(each):.2f} |")
-    whole = " | ".join(f"{found['']:.1f}" for found in works.values())
+    whole = " | ".join(f"{item['']:.1f}" for item in works.values())
     lines.append(f"| milliseconds, all kernels | {whole} | | |")
     return "\n".join(lines)
 
@@ -164,8 +166,8 @@ def measured(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, f
         if config.engram is None:
             # The demo trains this model beside the preset itself.
             config = split_budget(config, DemoConfig().rho).engram.config
-        canonical = torch.arange(config.vocabulary) if config.engram is not None else None
-        disk = options.tables == "disk"
+        canonical = torch.arange(config.vocab_size) if config.engram is not None else None
+        disk = options.placement == "disk"
         tables = on_disk(config, kind, folder, options.hot_bytes) if disk else None
         model = LanguageModel(config, canonical, seed=0, tables=tables)
         work = training(model, *SHAPES[name]) if kind == "train" else generating(model.eval())
@@ -181,7 +183,7 @@ def main() -> None:
     )
     parser.add_argument("--presets", nargs="+", default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--tables", choices=("device", "disk"), default="device")
+    parser.add_argument("--placement", choices=("device", "disk"), default="device")
     parser.add_argument("--hot-bytes", type=int, default=64 << 20)
     parser.add_argument(
         "--folder", type=Path, help="where the tables on a disk are made, and removed afterwards"

@@ -16,7 +16,7 @@ import torch
 from rorqual import kernels
 from rorqual.layers.addresses import Addresses, follow_rows, hash_rows
 from rorqual.layers.dsa import attend_best
-from rorqual.layers.nsa import attend_few
+from rorqual.layers.nsa import attend_small_batch
 from rorqual.layers.sparse import selected_attention
 from rorqual.model_config import EngramConfig, NSAConfig
 from rorqual.train.optim import row_adam, sum_rows
@@ -24,48 +24,48 @@ from rorqual.train.optim import row_adam, sum_rows
 BURSTS, CALLS = 3000, 50
 
 
-def nothing(*given: object) -> None:
+def nothing(*arguments: object) -> None:
     """Stands for a kernel."""
 
 
-def shortest(function: Callable[..., object], given: tuple[object, ...]) -> float:
+def shortest(function: Callable[..., object], arguments: tuple[object, ...]) -> float:
     """Returns the microseconds of a call in the shortest burst."""
     best = float("inf")
     for _ in range(BURSTS):
         began = time.perf_counter_ns()
         for _ in range(CALLS):
-            function(*given)
+            function(*arguments)
         best = min(best, time.perf_counter_ns() - began)
     return best / CALLS / 1000
 
 
-def added(operation: kernels.Operation, given: tuple[object, ...]) -> float:
+def added(operation: kernels.Operation, arguments: tuple[object, ...]) -> float:
     (kernel,) = (kernel for kernel in operation.choice.kernels if kernel.kind == "numba")
     with mock.patch.object(kernel, "function", nothing):
-        return shortest(operation, given) - shortest(nothing, given)
+        return shortest(operation, arguments) - shortest(nothing, arguments)
 
 
 def main() -> None:
-    own = Addresses(EngramConfig(), None, 50)
-    exact = own.canonical_map, own.multipliers, own.primes, own.offsets
-    ids, held = torch.randint(50, (1, 1)), torch.randint(50, (1, 90))
+    ours = Addresses(EngramConfig(), None, 50)
+    exact = ours.canonical_map, ours.multipliers, ours.primes, ours.offsets
+    ids, stored = torch.randint(50, (1, 1)), torch.randint(50, (1, 90))
     query, key = torch.randn(1, 1, 4, 8), torch.randn(1, 64, 2, 8)
     index, positions = torch.zeros(1, 1, 2, 1, dtype=torch.long), torch.tensor([[63]])
     rows, counts = torch.randn(9, 4), torch.zeros(9, dtype=torch.int32)
     touched = torch.arange(9)
     calls = (
-        (follow_rows, (ids, held, 4, *exact, 7, None, {})),
-        (hash_rows, (held, None, *exact, 7, None, {})),
+        (follow_rows, (ids, stored, 4, *exact, 7, None, {})),
+        (hash_rows, (stored, None, *exact, 7, None, {})),
         (sum_rows, (touched, rows)),
         (row_adam, (rows, rows, rows, counts, touched, rows, 0.1, (0.9, 0.9), 1e-8)),
         (selected_attention, (query, key, key, index, positions, 4, 0.3)),
         (attend_best, (query, key, query, key, query, 4, 0.3)),
-        (attend_few, (query, *[key] * 6, None, positions, NSAConfig(), 0.3)),
+        (attend_small_batch, (query, *[key] * 6, None, positions, NSAConfig(), 0.3)),
     )
-    for operation, given in calls:
-        tensors = sum(isinstance(x, torch.Tensor) for x in given)
+    for operation, arguments in calls:
+        tensors = sum(isinstance(x, torch.Tensor) for x in arguments)
         with torch.inference_mode():
-            print(f"{operation.__name__:20}{tensors} tensors {added(operation, given):5.2f}")
+            print(f"{operation.__name__:20}{tensors} tensors {added(operation, arguments):5.2f}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel
 from rorqual.presets import preset
 from rorqual.serve import decoding
-from rorqual.serve.decoding import Tally, decode, speculate
+from rorqual.serve.decoding import AcceptanceStats, decode, speculate
 
 
 def tokens(steps: Any) -> list[int]:
@@ -37,38 +37,38 @@ def tokens(steps: Any) -> list[int]:
 @torch.inference_mode()
 def forwards(model: LanguageModel, prompt: list[int], count: int) -> list[int]:
     """Decodes greedily with one forward pass per token and a cache, without the compiled step."""
-    cache, ids, said = model.new_cache(1, len(prompt) + count), torch.tensor([prompt]), []
+    cache, ids, generated = model.new_cache(1, len(prompt) + count), torch.tensor([prompt]), []
     for _ in range(count):
         logits = model.logits(model.hidden(ids, cache=cache, last=True)[0])
-        said.append(int(logits[0, -1].argmax()))
-        ids = torch.tensor([said[-1:]])
-    return said
+        generated.append(int(logits[0, -1].argmax()))
+        ids = torch.tensor([generated[-1:]])
+    return generated
 
 
-def drafts(text: list[int], acceptance: float, vocabulary: int) -> Callable[..., Tensor]:
+def drafts(text: list[int], acceptance: float, vocab_size: int) -> Callable[..., Tensor]:
     """Returns a replacement of `_drafts` that does the same work and replaces the result.
 
     Each draft is accepted with the probability `acceptance`.
     """
     generator, work = torch.Generator().manual_seed(0), decoding._drafts
 
-    def made(model: LanguageModel, front: decoding.Front, cache: Any, most: int) -> Tensor:
-        out = work(model, front, cache, most)
+    def made(model: LanguageModel, state: decoding.DraftState, cache: Any, limit: int) -> Tensor:
+        out = work(model, state, cache, limit)
         # The cache has all known tokens but the last.
-        at = cache.past.length + 1
-        true = torch.tensor([(text + [0] * out.shape[1])[at : at + out.shape[1]]])
+        offset = cache.past.length + 1
+        true = torch.tensor([(text + [0] * out.shape[1])[offset : offset + out.shape[1]]])
         stands = torch.rand(out.shape, generator=generator) < acceptance
-        return torch.where(stands, true, (true + 1) % vocabulary)
+        return torch.where(stands, true, (true + 1) % vocab_size)
 
     return made
 
 
 def timed(call: Callable[[], list[int]], expected: list[int] | None) -> tuple[float, list[int]]:
     start = time.perf_counter()
-    said = call()
+    generated = call()
     seconds = time.perf_counter() - start
-    assert expected is None or said == expected, "another text"
-    return len(said) / seconds, said
+    assert expected is None or generated == expected, "another text"
+    return len(generated) / seconds, generated
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -78,18 +78,23 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         config = replace(preset(options.preset), "mtp", MTPConfig(depth=depth))
         model = LanguageModel(replace(config, "init_std", 0.1)).eval()
         prompt = torch.randint(
-            1, config.vocabulary, (32,), generator=torch.Generator().manual_seed(1)
+            1, config.vocab_size, (32,), generator=torch.Generator().manual_seed(1)
         ).tolist()
         text = tokens(decode(model, [prompt], max_new_tokens=options.tokens))
-        tallies = {share: Tally() for share in options.acceptance}
+        tallies = {share: AcceptanceStats() for share in options.acceptance}
 
         def drafted(
             share: float, model=model, prompt=prompt, text=text, tallies=tallies
         ) -> list[int]:
-            replaced = drafts(prompt + text, share, model.config.vocabulary)
+            replaced = drafts(prompt + text, share, model.config.vocab_size)
             with mock.patch.object(decoding, "_drafts", replaced):
                 return tokens(
-                    speculate(model, [prompt], max_new_tokens=options.tokens, tally=tallies[share])
+                    speculate(
+                        model,
+                        [prompt],
+                        max_new_tokens=options.tokens,
+                        acceptance_stats=tallies[share],
+                    )
                 )
 
         kinds: dict[str, Callable[[], list[int]]] = {
@@ -109,13 +114,14 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 if turn:
                     speeds[kind].append(speed)
         plain, eager = (statistics.median(speeds[kind]) for kind in ("plain", "forwards"))
-        for share, tally in tallies.items():
+        for share, acceptance_stats in tallies.items():
             speed = statistics.median(speeds[f"drafts {share}"])
             rows.append(
                 {
                     "depth": depth,
                     "acceptance": share,
-                    "ids_a_round": (options.tokens * (options.rounds + 1)) / tally.rounds,
+                    "ids_a_round": (options.tokens * (options.rounds + 1))
+                    / acceptance_stats.rounds,
                     "plain": plain,
                     "forwards": eager,
                     "drafts": speed,

@@ -31,7 +31,7 @@ from rorqual.layers.addresses import Addresses, EngramConfig, follow_rows
 from rorqual.layers.context import context
 from rorqual.tables import Table
 
-VOCABULARY = 32_768
+VOCAB_SIZE = 32_768
 CPU = torch.device("cpu")
 
 
@@ -50,21 +50,23 @@ def measure(steps: dict[str, Callable[[], object]], rounds: int, each: int = 1) 
     return {name: statistics.median(times[1:]) * 1e3 for name, times in seconds.items()}
 
 
-def per_head(ids: np.ndarray, own: Addresses) -> np.ndarray:
+def per_head(ids: np.ndarray, addresses: Addresses) -> np.ndarray:
     """Returns the row ids [B, T, R] of one layer, computed one head at a time.
 
     It shifts and mixes the ids of every order, then takes the remainder.
     """
-    known = own.canonical_map.numpy().astype(np.int64)[ids]
+    canonical = addresses.canonical_map.numpy().astype(np.int64)[ids]
     multipliers, primes, offsets = (
-        own.multipliers[0].numpy(),
-        own.primes[0].numpy(),
-        own.offsets[0].numpy(),
+        addresses.multipliers[0].numpy(),
+        addresses.primes[0].numpy(),
+        addresses.offsets[0].numpy(),
     )
     rows = np.empty((*ids.shape, len(offsets)), dtype=np.int64)
-    mix = known * multipliers[0]
+    mix = canonical * multipliers[0]
     for order, heads in enumerate(primes, start=1):
-        earlier = np.pad(known, ((0, 0), (order, 0)), constant_values=own.pad)[:, : known.shape[1]]
+        earlier = np.pad(canonical, ((0, 0), (order, 0)), constant_values=addresses.pad)[
+            :, : canonical.shape[1]
+        ]
         mix = mix ^ (earlier * multipliers[order])
         for head, prime in enumerate(heads):
             column = (order - 1) * len(heads) + head
@@ -77,18 +79,21 @@ def config(rows: int, layers: tuple[int, ...] = (1,)) -> EngramConfig:
 
 
 def hashing(tokens: int, rows: int, rounds: int) -> dict[str, float]:
-    own, where = Addresses(config(rows), None, VOCABULARY), context(1, tokens, CPU)
-    ids, threads = torch.randint(VOCABULARY, (1, tokens)), torch.get_num_threads()
-    assert np.array_equal(own(ids, where)[0].numpy(), per_head(ids.numpy(), own)), (
+    addresses, where = Addresses(config(rows), None, VOCAB_SIZE), context(1, tokens, CPU)
+    ids, threads = torch.randint(VOCAB_SIZE, (1, tokens)), torch.get_num_threads()
+    assert np.array_equal(addresses(ids, where)[0].numpy(), per_head(ids.numpy(), addresses)), (
         "they do not compute the same rows"
     )
 
     def alone() -> None:
         torch.set_num_threads(1)
-        own(ids, where)
+        addresses(ids, where)
         torch.set_num_threads(threads)
 
-    steps = {"addresses": lambda: own(ids, where), "numpy": lambda: per_head(ids.numpy(), own)}
+    steps = {
+        "addresses": lambda: addresses(ids, where),
+        "numpy": lambda: per_head(ids.numpy(), addresses),
+    }
     return measure(steps | {"addresses, one thread": alone}, rounds)
 
 
@@ -101,22 +106,22 @@ def decoding(rows: int, rounds: int) -> dict[str, float]:
 
 
 def decode_steps(rows: int, layers: tuple[int, ...], name: str) -> dict[str, Callable[[], object]]:
-    own = Addresses(config(rows, layers), None, VOCABULARY)
-    history, where = own.new_cache(32, 64, torch.float32, CPU), context(32, 1, CPU)
-    ids = torch.randint(VOCABULARY, (32, 1))
-    own(ids, where, history)
-    buffer, at = history.claim(ids)
-    exact = (own.canonical_map, own.multipliers, own.primes, own.offsets)
-    kept = dict[str, Any]()
+    addresses = Addresses(config(rows, layers), None, VOCAB_SIZE)
+    history, where = addresses.new_cache(32, 64, torch.float32, CPU), context(32, 1, CPU)
+    ids = torch.randint(VOCAB_SIZE, (32, 1))
+    addresses(ids, where, history)
+    buffer, start = history.reserve(ids)
+    exact = (addresses.canonical_map, addresses.multipliers, addresses.primes, addresses.offsets)
+    scratch = dict[str, Any]()
     return {
         f"hash of a 32-token decode step, {name}": lambda: follow_rows(
-            ids, buffer, at, *exact, 0, None, kept
+            ids, buffer, start, *exact, 0, None, scratch
         ),
-        f"whole step with history, {name}": lambda: own(ids, where, history),
+        f"whole step with history, {name}": lambda: addresses(ids, where, history),
     }
 
 
-def recalling(rows: int, width: int, tokens: int, rounds: int) -> dict[str, float]:
+def looking_up(rows: int, width: int, tokens: int, rounds: int) -> dict[str, float]:
     table = Table(rows * 16, width)
     asked = torch.randint(rows * 16, (tokens, 16))
     flat, out = asked.flatten(), torch.empty(asked.numel(), width)
@@ -153,23 +158,25 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     with torch.inference_mode():
-        found = hashing(options.tokens, options.rows, options.rounds)
-        found |= decoding(options.rows, options.rounds)
-        found |= recalling(options.rows, options.width, options.recalled, 5 * options.rounds)
-    found |= training(options.trained, 128, options.touched, 2 * options.rounds)
+        result = hashing(options.tokens, options.rows, options.rounds)
+        result |= decoding(options.rows, options.rounds)
+        result |= looking_up(options.rows, options.width, options.looked_up, 5 * options.rounds)
+    result |= training(options.trained, 128, options.touched, 2 * options.rounds)
     ratios = {
-        "addresses_vs_numpy": found["numpy"] / found["addresses"],
-        "addresses_vs_numpy_one_thread": found["numpy"] / found["addresses, one thread"],
-        "recall_vs_index_select": found["index_select"] / found["recall"],
-        "sparse_step_vs_dense": found["dense fused AdamW"] / found["sparse step"],
-        "decode_microseconds": found["hash of a 32-token decode step, one layer"] * 1e3,
-        "decode_step_microseconds": found["whole step with history, one layer"] * 1e3,
+        "addresses_vs_numpy": result["numpy"] / result["addresses"],
+        "addresses_vs_numpy_one_thread": result["numpy"] / result["addresses, one thread"],
+        "recall_vs_index_select": result["index_select"] / result["recall"],
+        "sparse_step_vs_dense": result["dense fused AdamW"] / result["sparse step"],
+        "decode_microseconds": result["hash of a 32-token decode step, one layer"] * 1e3,
+        "decode_step_microseconds": result["whole step with history, one layer"] * 1e3,
     }
     if options.json:
-        print(json.dumps(ratios | {"milliseconds": found, "threads": torch.get_num_threads()}))
+        print(json.dumps(ratios | {"milliseconds": result, "threads": torch.get_num_threads()}))
         return
     print(f"{options.tokens:,} tokens, 16 rows each, {torch.get_num_threads()} threads")
-    print(*(f"{name:42} {milliseconds:10.4f} ms" for name, milliseconds in found.items()), sep="\n")
+    print(
+        *(f"{name:42} {milliseconds:10.4f} ms" for name, milliseconds in result.items()), sep="\n"
+    )
     print(*(f"{name:42} {ratio:10.2f}" for name, ratio in ratios.items()), sep="\n")
 
 

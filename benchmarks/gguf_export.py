@@ -40,7 +40,7 @@ def describe(writer: gguf.GGUFWriter, c: ModelConfig, context: int) -> None:
             "gguf: expected MLA and experts without groups, YaRN or biases, "
             "pairs interleaved, one eps"
         )
-    said = {
+    description = {
         "context_length": context, "embedding_length": c.dim, "block_count": c.layers,
         "layer_norm_rms_eps": c.eps,
         "feed_forward_length": c.dense_width, "leading_dense_block_count": m.first_dense,
@@ -54,18 +54,18 @@ def describe(writer: gguf.GGUFWriter, c: ModelConfig, context: int) -> None:
         "expert_feed_forward_length": m.width, "expert_gating_func": GATING[m.router.score],
         "expert_weights_scale": m.router.scale, "expert_weights_norm": m.router.renormalise,
     }  # fmt: skip
-    for name, value in said.items():
+    for name, value in description.items():
         if value is not None:
             getattr(writer, f"add_{name}")(value)
 
 
-def words(writer: gguf.GGUFWriter, vocabulary: int) -> None:
+def words(writer: gguf.GGUFWriter, vocab_size: int) -> None:
     """Writes a placeholder vocabulary, which must exist although only ids are used."""
-    writer.add_vocab_size(vocabulary)
+    writer.add_vocab_size(vocab_size)
     writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"<{number}>" for number in range(vocabulary)])
-    writer.add_token_scores([0.0] * vocabulary)
-    writer.add_token_types([gguf.TokenType.UNKNOWN, *[gguf.TokenType.NORMAL] * (vocabulary - 1)])
+    writer.add_token_list([f"<{number}>" for number in range(vocab_size)])
+    writer.add_token_scores([0.0] * vocab_size)
+    writer.add_token_types([gguf.TokenType.UNKNOWN, *[gguf.TokenType.NORMAL] * (vocab_size - 1)])
     writer.add_unk_token_id(0)
     writer.add_add_bos_token(False)
 
@@ -77,7 +77,7 @@ def tensors(block: Block) -> dict[str, Tensor]:
     up, down = attention.kv_b_proj.weight.unflatten(0, (c.heads, -1)).split(
         [c.nope_dim, c.value_dim], dim=1
     )
-    found = {
+    results = {
         "attn_norm.weight": block.attention_norm.weight,
         "attn_kv_a_mqa.weight": attention.kv_a_proj_with_mqa.weight,
         "attn_kv_a_norm.weight": attention.kv_a_layernorm.weight,
@@ -87,34 +87,34 @@ def tensors(block: Block) -> dict[str, Tensor]:
         "ffn_norm.weight": block.ffn_norm.weight,
     }
     if c.q_lora_rank is None:
-        found["attn_q.weight"] = attention.q_proj.weight
+        results["attn_q.weight"] = attention.q_proj.weight
     else:
-        found["attn_q_a.weight"] = attention.q_a_proj.weight
-        found["attn_q_a_norm.weight"] = attention.q_a_layernorm.weight
-        found["attn_q_b.weight"] = attention.q_b_proj.weight
+        results["attn_q_a.weight"] = attention.q_a_proj.weight
+        results["attn_q_a_norm.weight"] = attention.q_a_layernorm.weight
+        results["attn_q_b.weight"] = attention.q_b_proj.weight
     plain, suffix = (ffn.shared, "_shexp") if isinstance(ffn, MoE) else (ffn, "")
     if plain is not None:
-        found |= {
+        results |= {
             f"ffn_{name}{suffix}.weight": getattr(plain, f"{name}_proj").weight
             for name in ("gate", "up", "down")
         }
     if isinstance(ffn, MoE):
         gate, inner = ffn.experts.gate_up.transpose(1, 2).chunk(2, dim=1)  # [E, W, D]
-        found |= {"ffn_gate_exps.weight": gate, "ffn_up_exps.weight": inner}
-        found |= {
+        results |= {"ffn_gate_exps.weight": gate, "ffn_up_exps.weight": inner}
+        results |= {
             "ffn_down_exps.weight": ffn.experts.down.transpose(1, 2),
             "ffn_gate_inp.weight": ffn.router.weight,
         }
         if ffn.router.e_score_correction_bias is not None:
-            found["exp_probs_b.bias"] = ffn.router.e_score_correction_bias
-    return found
+            results["exp_probs_b.bias"] = ffn.router.e_score_correction_bias
+    return results
 
 
 def export(model: LanguageModel, path: str | Path, context: int = 4096) -> None:
     """Writes the model; llama.cpp then computes the same next-token logits."""
     writer = gguf.GGUFWriter(str(path), "deepseek2")
     describe(writer, model.config, context)
-    words(writer, model.config.vocabulary)
+    words(writer, model.config.vocab_size)
     named = {"token_embd.weight": model.embed.weight, "output_norm.weight": model.norm.weight}
     named["output.weight"] = model.head.weight
     for index, block in enumerate(model.blocks):
@@ -123,8 +123,13 @@ def export(model: LanguageModel, path: str | Path, context: int = 4096) -> None:
         }
     for name, tensor in named.items():
         writer.add_tensor(name, np.ascontiguousarray(tensor.detach().float().numpy()))
-    for part in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
-        getattr(writer, part)()
+    for piece in (
+        "write_header_to_file",
+        "write_kv_data_to_file",
+        "write_tensors_to_file",
+        "close",
+    ):
+        getattr(writer, piece)()
 
 
 def greedy(
@@ -152,9 +157,9 @@ def greedy(
             "temperature": 0,
             "samplers": ["temperature"],
         }
-        said = server.handle_completions(asked | {"ignore_eos": True, "cache_prompt": False})
-        ids = [int(number) for number in re.findall(r"<(\d+)>", said["choices"][0]["text"])]
-        assert len(ids) == count == said["timings"]["predicted_n"]
-        return ids, said["timings"]["predicted_ms"] / 1e3
+        reply = server.handle_completions(asked | {"ignore_eos": True, "cache_prompt": False})
+        ids = [int(number) for number in re.findall(r"<(\d+)>", reply["choices"][0]["text"])]
+        assert len(ids) == count == reply["timings"]["predicted_n"]
+        return ids, reply["timings"]["predicted_ms"] / 1e3
 
     return decode

@@ -22,7 +22,7 @@ from torch import nn
 from rorqual.layers.attention import GQA, GQAConfig
 from rorqual.layers.basics import RMSNorm, RopeConfig, SwiGLU
 from rorqual.layers.context import context
-from rorqual.layers.hyper import Connection, HyperConfig, Residual, Streams, enter
+from rorqual.layers.hyper import Connection, HyperConfig, Residual, Streams, expand
 
 
 class Block(nn.Module):
@@ -77,16 +77,18 @@ def variants(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
             Block(options.dim, options.time, config),
             torch.randn(1, options.time, options.dim),
         )
-        streams = enter(hidden, config).values.contiguous().requires_grad_()
+        streams = expand(hidden, config).values.contiguous().requires_grad_()
         if options.eager:
             steps[f"{name}, eager"] = step(block, streams)
         if options.compiled:
             steps[f"{name}, compiled"] = step(torch.compile(block), streams)
     for name, run in steps.items():
-        begin = time.perf_counter()
+        started = time.perf_counter()
         run()
         print(
-            f"{name}: ready after {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True
+            f"{name}: ready after {time.perf_counter() - started:.1f} s",
+            file=sys.stderr,
+            flush=True,
         )
         run()
     return steps
@@ -112,23 +114,23 @@ def main() -> None:
     steps, seconds = variants(options), {}
     for _ in range(options.rounds):
         for name, run in steps.items():
-            begin = time.perf_counter()
+            started = time.perf_counter()
             run()
-            seconds.setdefault(name, []).append(time.perf_counter() - begin)
-    found = {}
+            seconds.setdefault(name, []).append(time.perf_counter() - started)
+    results = {}
     for name, times in seconds.items():
         plain = seconds[f"plain, {name.split(', ')[1]}"]
-        found[name] = {
+        results[name] = {
             "least": min(times),
             "median": statistics.median(times),
             "least_of_plain": min(times) / min(plain),
             "median_of_plain": statistics.median(times) / statistics.median(plain),
         }
     if options.json:
-        print(json.dumps({"options": vars(options), "found": found}))
+        print(json.dumps({"options": vars(options), "found": results}))
         return
     print(f"{'':24s} {'least ms':>10s} {'median ms':>10s}   times plain: least, median")
-    for name, of in found.items():
+    for name, of in results.items():
         milliseconds = f"{1000 * of['least']:10.1f} {1000 * of['median']:10.1f}"
         print(
             f"{name:24s} {milliseconds}   {of['least_of_plain']:18.2f} {of['median_of_plain']:7.2f}"

@@ -74,12 +74,12 @@ def check(folder: str, reported: int) -> int:
 
     AssertionError if anything that was reported is lost or mixed.
     """
-    found = latest(folder)
-    assert found is not None, "no checkpoint survived"
+    result = latest(folder)
+    assert result is not None, "no checkpoint survived"
     state = {name: torch.zeros(128, 256) for name in NAMES}
-    step = load_state(found, state)["step"]
+    step = load_state(result, state)["step"]
     assert step >= reported, f"step {reported} was reported, {step} is the newest"
-    assert all(bool((tensor == step).all()) for tensor in state.values()), f"{found} mixes steps"
+    assert all(bool((tensor == step).all()) for tensor in state.values()), f"{result} mixes steps"
     return step
 
 

@@ -38,25 +38,25 @@ def measure(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
     return {name: statistics.median(times[1:]) * 1e3 for name, times in seconds.items()}
 
 
-def peer(own: MoE, dim: int, way: str) -> DeepseekV3MoE:
+def peer(ours: MoE, dim: int, way: str) -> DeepseekV3MoE:
     """Returns transformers' layer with our weights."""
     config = DeepseekV3Config(
-        hidden_size=dim, num_attention_heads=2, moe_intermediate_size=own.config.width,
+        hidden_size=dim, num_attention_heads=2, moe_intermediate_size=ours.config.width,
         n_shared_experts=1,
-        n_routed_experts=own.config.routed, num_experts_per_tok=own.config.active, n_group=1,
+        n_routed_experts=ours.config.routed, num_experts_per_tok=ours.config.active, n_group=1,
         topk_group=1,
         routed_scaling_factor=1.0,
     )  # fmt: skip
     config._experts_implementation = way
-    found = DeepseekV3MoE(config)
+    result = DeepseekV3MoE(config)
     for name in ("gate_proj", "up_proj", "down_proj"):
-        getattr(found.shared_experts, name).weight.data = getattr(
-            own.shared, name
+        getattr(result.shared_experts, name).weight.data = getattr(
+            ours.shared, name
         ).weight.data.clone()
-    found.gate.weight.data = own.router.weight.data.clone()
-    found.experts.gate_up_proj.data = own.experts.gate_up.data.transpose(1, 2).contiguous()
-    found.experts.down_proj.data = own.experts.down.data.transpose(1, 2).contiguous()
-    return found
+    result.gate.weight.data = ours.router.weight.data.clone()
+    result.experts.gate_up_proj.data = ours.experts.gate_up.data.transpose(1, 2).contiguous()
+    result.experts.down_proj.data = ours.experts.down.data.transpose(1, 2).contiguous()
+    return result
 
 
 def both_ways(layer: Callable[[Tensor], Tensor], hidden: Tensor) -> Callable[[], Tensor]:
@@ -91,26 +91,28 @@ def main() -> None:
     config = MoEConfig(
         routed=options.experts, active=options.active, width=options.width, router=RouterConfig()
     )
-    own, hidden = MoE(config, options.dim), torch.randn(1, options.tokens, options.dim)
+    mine, hidden = MoE(config, options.dim), torch.randn(1, options.tokens, options.dim)
     where = context(1, options.tokens, hidden.device)
-    steps = {"rorqual": both_ways(lambda x: own(x, where)[0], hidden)}
-    steps |= {f"transformers {way}": both_ways(peer(own, options.dim, way), hidden) for way in WAYS}
+    steps = {"rorqual": both_ways(lambda x: mine(x, where)[0], hidden)}
+    steps |= {
+        f"transformers {way}": both_ways(peer(mine, options.dim, way), hidden) for way in WAYS
+    }
     ours, *others = (step() for step in steps.values())
     for other in others:
         torch.testing.assert_close(ours, other, rtol=1e-3, atol=1e-4)
-    found = measure(steps, options.rounds)
-    ratios = {f"moe_vs_{way}": found[f"transformers {way}"] / found["rorqual"] for way in WAYS}
+    result = measure(steps, options.rounds)
+    ratios = {f"moe_vs_{way}": result[f"transformers {way}"] / result["rorqual"] for way in WAYS}
     # The last ratio is against the fastest implementation.
     ratios["moe_vs_transformers"] = min(ratios.values())
     if options.json:
-        print(json.dumps(ratios | {"milliseconds": found, "threads": torch.get_num_threads()}))
+        print(json.dumps(ratios | {"milliseconds": result, "threads": torch.get_num_threads()}))
         return
     print(
         f"{options.tokens} tokens, {options.active} of {options.experts} experts, "
         f"{torch.get_num_threads()} threads"
     )
     print(
-        *(f"{name:24} {ms:9.2f} ms {ms / found['rorqual']:7.2f} x" for name, ms in found.items()),
+        *(f"{name:24} {ms:9.2f} ms {ms / result['rorqual']:7.2f} x" for name, ms in result.items()),
         sep="\n",
     )
 

@@ -133,9 +133,9 @@ def run_in_fork(folder: Path, tests: list[str], output: Path) -> None:
     os.chdir(folder)
     os.environ["PYTHONPATH"] = str(folder)
     sys.path[0] = str(folder)
-    found = importlib.util.find_spec("rorqual")
-    if found is None or not str(found.origin).startswith(str(folder)):
-        raise RuntimeError(f"got rorqual from {found}, expected the copy in {folder}")
+    result = importlib.util.find_spec("rorqual")
+    if result is None or not str(result.origin).startswith(str(folder)):
+        raise RuntimeError(f"got rorqual from {result}, expected the copy in {folder}")
     # Failures are not shrunk.
     phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
     hypothesis.settings.register_profile("mutations", phases=phases, database=None)
@@ -151,7 +151,7 @@ def try_all(mutations: list[Mutation], *, show: bool) -> int:
     every_test = sorted({test for mutation in mutations for test in mutation.tests})
     width = max(len(mutation.name) for mutation in mutations)
     uncaught = []
-    begin = time.perf_counter()
+    started = time.perf_counter()
     prepare_process()
     with tempfile.TemporaryDirectory(prefix="mutations-") as name:
         folder = Path(name)
@@ -161,7 +161,7 @@ def try_all(mutations: list[Mutation], *, show: bool) -> int:
             print(output[-6000:])
             print("the tests fail without a mutation, expected them to pass")
             return 2
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - started
         print(f"{'no mutation':{width}}  passed    {seconds:5.1f} s", flush=True)
         for number, mutation in enumerate(mutations, 1):
             start = time.perf_counter()
@@ -171,15 +171,15 @@ def try_all(mutations: list[Mutation], *, show: bool) -> int:
             os.utime(file, (number, number))
             ending, output = run_tests(folder, list(mutation.tests))
             shutil.copy2(ROOT / mutation.file, file)
-            said = {"failed": "caught", "passed": "SURVIVED"}.get(ending, ending)
+            verdict = {"failed": "caught", "passed": "SURVIVED"}.get(ending, ending)
             seconds = time.perf_counter() - start
-            print(f"{mutation.name:{width}}  {said:8}  {seconds:5.1f} s", flush=True)
-            if said != "caught":
+            print(f"{mutation.name:{width}}  {verdict:8}  {seconds:5.1f} s", flush=True)
+            if verdict != "caught":
                 uncaught.append(mutation.name)
             if show or ending not in ("passed", "failed"):
                 print(output[-3000:])
     caught = len(mutations) - len(uncaught)
-    print(f"{caught} of {len(mutations)} caught in {time.perf_counter() - begin:.0f} s")
+    print(f"{caught} of {len(mutations)} caught in {time.perf_counter() - started:.0f} s")
     return 1 if uncaught else 0
 
 
@@ -192,17 +192,17 @@ def main() -> int:
     options = parser.parse_args()
     try:
         mutations = read_mutations(DATA)
-        known = [mutation.name for mutation in mutations]
-        if unknown := sorted(set(options.only or ()) - set(known)):
-            raise ValueError(f"got {', '.join(unknown)}, expected one of {', '.join(known)}")
-        wanted = set(options.only or known)
-        chosen = [mutation for mutation in mutations if mutation.name in wanted]
+        names = [mutation.name for mutation in mutations]
+        if unknown := sorted(set(options.only or ()) - set(names)):
+            raise ValueError(f"got {', '.join(unknown)}, expected one of {', '.join(names)}")
+        wanted = set(options.only or names)
+        selected = [mutation for mutation in mutations if mutation.name in wanted]
         if options.list:
-            for mutation in chosen:
+            for mutation in selected:
                 mutated(mutation, ROOT)
                 print(f"{mutation.name}: {mutation.defect}")
             return 0
-        return try_all(chosen, show=options.show)
+        return try_all(selected, show=options.show)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -25,7 +25,7 @@ from rorqual.train.config import DataConfig, OptimConfig, TrainConfig
 from rorqual.train.trainer import train
 
 ARMS = ("adamw:3e-3", "muon:2e-2", "adamw:1e-2")
-VOCABULARY = 4096  # the smallest vocabulary of a model
+VOCAB_SIZE = 4096  # the smallest vocabulary of a model
 NOT_DOCUMENTATION = {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data"}
 
 
@@ -37,14 +37,14 @@ def docstrings(path: Path) -> dict[str, str]:
     """
     tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
     holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = {"": ast.get_docstring(tree) or ""}
-    for part in tree.body:
-        if isinstance(part, holders):
+    results = {"": ast.get_docstring(tree) or ""}
+    for piece in tree.body:
+        if isinstance(piece, holders):
             texts = [
-                ast.get_docstring(node) for node in ast.walk(part) if isinstance(node, holders)
+                ast.get_docstring(node) for node in ast.walk(piece) if isinstance(node, holders)
             ]
-            found[part.name] = "\n\n".join(text for text in texts if text)
-    return {name: text for name, text in found.items() if text}
+            results[piece.name] = "\n\n".join(text for text in texts if text)
+    return {name: text for name, text in results.items() if text}
 
 
 def write_text(folder: Path) -> None:
@@ -68,41 +68,41 @@ def configs(options: argparse.Namespace) -> dict[str, list[TrainConfig]]:
     model = preset(options.preset)
     if options.dim is not None:
         model = replace(model, dim=options.dim)
-    if model.vocabulary < VOCABULARY:
+    if model.vocab_size < VOCAB_SIZE:
         # The classroom model's own vocabulary is too small for text.
-        model = replace(model, vocabulary=VOCABULARY)
+        model = replace(model, vocab_size=VOCAB_SIZE)
     data = DataConfig(source=str(options.folder / "text"), cache=str(options.folder / "cache"))
-    found: dict[str, list[TrainConfig]] = {}
+    results: dict[str, list[TrainConfig]] = {}
     for arm in options.arms:
         kind, rate = arm.split(":")
         optim = OptimConfig(kind=kind, lr=float(rate))
         name = f"{options.preset}-{model.dim}-{arm.replace(':', '-')}-{options.steps}"
-        found[arm] = [
+        results[arm] = [
             TrainConfig(
                 model=model,
                 data=data,
                 optim=optim,
                 steps=options.steps,
-                rows=options.rows,
-                length=options.length,
+                batch_size=options.batch_size,
+                seq_len=options.seq_len,
                 seed=seed,
                 threads=1,
                 folder=str(options.folder / f"{name}-seed-{seed}"),
             )
             for seed in range(options.seeds)
         ]
-    return found
+    return results
 
 
 def report(losses: dict[str, list[float]]) -> None:
     """Prints one line per arm, and its comparison with the first where both have several seeds."""
     first = next(iter(losses))
-    for arm, own in losses.items():
-        mean, error = mean_and_error(own)
-        each = ", ".join(f"{loss:.4f}" for loss in own)
+    for arm, arm_jobs in losses.items():
+        mean, error = mean_and_error(arm_jobs)
+        each = ", ".join(f"{loss:.4f}" for loss in arm_jobs)
         print(f"{arm:12} {mean:.4f} +- {error:.4f} nats a token ({each})")
-        if arm != first and len(own) == len(losses[first]) > 1:
-            print(f"{'':12} {compared(arm, first, own, losses[first])}")
+        if arm != first and len(arm_jobs) == len(losses[first]) > 1:
+            print(f"{'':12} {compared(arm, first, arm_jobs, losses[first])}")
 
 
 def main() -> None:
@@ -114,8 +114,8 @@ def main() -> None:
     parser.add_argument("--dim", type=int, help="another width than the preset's")
     parser.add_argument("--arms", nargs="+", default=ARMS)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

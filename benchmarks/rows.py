@@ -89,21 +89,21 @@ def main() -> None:
         "dense fused AdamW": dense(*size),
         "torch SparseAdam": sparse_adam(*size, index, values),
     }
-    found = measure(steps, options.rounds)
-    mine = found["row-sparse Adam"]
-    ratio = {name: found[name] / mine for name in found}
+    outcome = measure(steps, options.rounds)
+    mine = outcome["row-sparse Adam"]
+    ratio = {name: outcome[name] / mine for name in outcome}
     if options.json:
         result = {
             "sparse_step_vs_dense": ratio["dense fused AdamW"],
             "sparse_step_vs_sparse_adam": ratio["torch SparseAdam"],
         }
-        print(json.dumps(result | {"milliseconds": found, "threads": torch.get_num_threads()}))
+        print(json.dumps(result | {"milliseconds": outcome, "threads": torch.get_num_threads()}))
         return
     print(
         f"{size[0]:,} x {size[1]} rows, {options.touched:,} touched, "
         f"{torch.get_num_threads()} threads"
     )
-    for name, milliseconds in found.items():
+    for name, milliseconds in outcome.items():
         print(f"{name:20} {milliseconds:9.2f} ms   {ratio[name]:6.2f} x")
 
 

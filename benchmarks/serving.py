@@ -25,7 +25,7 @@ from rorqual.model import LanguageModel, ModelConfig
 from rorqual.serve.decoding import pad_left
 from rorqual.serve.engine import Engine
 
-VOCABULARY = 4096
+VOCAB_SIZE = 4096
 GQA = GQAConfig(heads=8, kv_heads=2, head_dim=32)
 ATTENTIONS = {
     "mla": {"mla": MLAConfig(heads=8)},
@@ -33,7 +33,7 @@ ATTENTIONS = {
     "window": {"mla": None, "gqa": GQAConfig(heads=8, kv_heads=2, head_dim=32, window=128)},
     "nsa": {"mla": None, "gqa": GQA, "nsa": NSAConfig()},
     "moba": {"mla": None, "gqa": GQA, "moba": MoBAConfig(block=128)},
-    "dsa": {"mla": MLAConfig(heads=8), "dsa": DSAConfig(chosen=256)},
+    "dsa": {"mla": MLAConfig(heads=8), "dsa": DSAConfig(top_k=256)},
 }
 
 
@@ -45,7 +45,7 @@ def timed(work: Callable[[], object]) -> float:
 
 def admit(model: LanguageModel, prompts: list[list[int]]) -> None:
     """Runs one step of an engine in which all prompts are waiting."""
-    engine = Engine(model, rows=len(prompts), context=64 + max(map(len, prompts)))
+    engine = Engine(model, max_batch_size=len(prompts), context=64 + max(map(len, prompts)))
     for prompt in prompts:
         engine.submit(prompt)
     engine.step()
@@ -54,16 +54,16 @@ def admit(model: LanguageModel, prompts: list[list[int]]) -> None:
 @torch.inference_mode()
 def pad(model: LanguageModel, prompts: list[list[int]]) -> None:
     """Runs one prefill of all prompts as a padded batch."""
-    ids, present = pad_left(prompts, 0)
+    ids, attention_mask = pad_left(prompts, 0)
     cache = model.new_cache(len(prompts), capacity=ids.shape[1])
-    model.logits(model.hidden(ids, present=present, cache=cache, last=True)[0])
+    model.logits(model.hidden(ids, attention_mask=attention_mask, cache=cache, last=True)[0])
 
 
 def measure(attention: str, lengths: list[int], rounds: int) -> dict[str, float]:
     """Returns the median seconds of each way to admit the prompts."""
-    config = ModelConfig(vocabulary=VOCABULARY, dim=128, layers=2, **ATTENTIONS[attention])
+    config = ModelConfig(vocab_size=VOCAB_SIZE, dim=128, layers=2, **ATTENTIONS[attention])
     model = LanguageModel(config, seed=0).eval()
-    prompts = [torch.randint(0, VOCABULARY, (length,)).tolist() for length in lengths]
+    prompts = [torch.randint(0, VOCAB_SIZE, (length,)).tolist() for length in lengths]
     ways = {
         "alone": lambda: [admit(model, [prompt]) for prompt in prompts],
         "together": lambda: admit(model, prompts),
@@ -84,16 +84,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
-    found = {}
+    results = {}
     for name in options.attentions:
-        seconds = found[name] = measure(name, options.prompts, options.rounds)
+        seconds = results[name] = measure(name, options.prompts, options.rounds)
         if not options.json:
             ratios = ", ".join(
                 f"{way} {seconds[way] / seconds['alone']:.2f}" for way in ("together", "padded")
             )
             print(f"{name:8} alone {seconds['alone']:.3f} s; times that: {ratios}", flush=True)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(results))
 
 
 if __name__ == "__main__":

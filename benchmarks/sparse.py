@@ -84,7 +84,7 @@ def nsa(choice: Choice) -> Callable[[argparse.Namespace], GQA | MLA]:
     """Returns a builder of NSA with the paper's sizes."""
 
     def build(options: argparse.Namespace) -> GQA | MLA:
-        config = NSAConfig(chosen=options.chosen, window=options.window, choice=choice)
+        config = NSAConfig(top_k=options.top_k, window=options.window, choice=choice)
         return NSA(config, gqa(options), options.dim, ROPE)
 
     return build
@@ -92,14 +92,14 @@ def nsa(choice: Choice) -> Callable[[argparse.Namespace], GQA | MLA]:
 
 def moba(choice: Choice) -> Callable[[argparse.Namespace], GQA | MLA]:
     def build(options: argparse.Namespace) -> GQA | MLA:
-        config = MoBAConfig(block=64, chosen=options.chosen, choice=choice)
+        config = MoBAConfig(block=64, top_k=options.top_k, choice=choice)
         return MoBA(config, gqa(options), options.dim, ROPE)
 
     return build
 
 
 def dsa(options: argparse.Namespace) -> GQA | MLA:
-    config = DSAConfig(heads=4, dim=32, chosen=options.dsa_chosen)
+    config = DSAConfig(heads=4, dim=32, top_k=options.dsa_selected)
     return DSA(config, mla(options), options.dim, ROPE)
 
 
@@ -140,14 +140,14 @@ class Known(nn.Module):
 
 def bare(attention: GQA | MLA) -> GQA | MLA:
     """Returns the same layer without the time of its projections."""
-    found = copy.copy(attention)
+    result = copy.copy(attention)
     widths = {
         name: getattr(attention, name).out_features
         for name in PROJECTIONS
         if hasattr(attention, name)
     }
-    found._modules = attention._modules | {name: Known(width) for name, width in widths.items()}
-    return found
+    result._modules = attention._modules | {name: Known(width) for name, width in widths.items()}
+    return result
 
 
 class Runner:
@@ -159,7 +159,7 @@ class Runner:
         self.bare = bare(self.attention)
         self.hidden = torch.randn(1, length, options.dim)
         self.past, self.cache = Past(length), self.new_cache()
-        self.warm = False
+        self.indexer_warmup = False
 
     def new_cache(self) -> Any:
         return self.attention.new_cache(
@@ -169,25 +169,29 @@ class Runner:
     def prefill(self) -> None:
         self.past, self.cache = Past(self.hidden.shape[1]), self.new_cache()
         call(self.attention, self.hidden, self.past, self.cache)
-        self.warm = True
+        self.indexer_warmup = True
 
     def fill(self) -> None:
         """Fills the cache with T - 1 tokens."""
-        if self.warm:
+        if self.indexer_warmup:
             self.cache.crop(1)
             self.past.crop(1)
             self._place()
             return
         length = self.hidden.shape[1]
         call(self.attention, self.hidden[:, :1], self.past, self.cache)
-        begin = max(1, (length - 1) // TILE * TILE)
-        for part in held(self.cache):
-            if part.buffer is not None and part.length == 1:
-                more = torch.randn(1, begin - 1, *part.buffer.shape[2:]).to(part.buffer.dtype)
-                part.append(more) if isinstance(part, Appended) else part.extend(more)
-        self.past.length = begin
-        for at in range(begin, length - 1):
-            call(self.attention, self.hidden[:, at : at + 1], self.past, self.cache)
+        start = max(1, (length - 1) // TILE * TILE)
+        for container in containers(self.cache):
+            if container.buffer is not None and container.length == 1:
+                more = torch.randn(1, start - 1, *container.buffer.shape[2:]).to(
+                    container.buffer.dtype
+                )
+                container.append(more) if isinstance(container, Appended) else container.extend(
+                    more
+                )
+        self.past.length = start
+        for offset in range(start, length - 1):
+            call(self.attention, self.hidden[:, offset : offset + 1], self.past, self.cache)
         self._place()
 
     def _place(self) -> None:
@@ -205,22 +209,24 @@ class Runner:
         self.cache.crop(1)
 
 
-def held(cache: Any) -> Iterator[Appended | Recent]:
+def containers(cache: Any) -> Iterator[Appended | Recent]:
     """Yields every container of a layer's cache, including nested ones."""
     if isinstance(cache, (Appended, Recent)):
         yield cache
     elif cache is not None and not isinstance(cache, (int, torch.Tensor)):
-        for part in getattr(cache, "parts", vars(cache)).values():
-            yield from held(part)
+        for container in getattr(cache, "parts", vars(cache)).values():
+            yield from containers(container)
 
 
 def cache_bytes(cache: Any) -> int:
     """Counts the cache's bytes for the tokens seen, without space reserved for more."""
     total = 0
-    for part in held(cache):
-        if part.buffer is not None:
-            columns = part.length if isinstance(part, Appended) else part.buffer.shape[1]
-            total += part.buffer[:, :columns].nbytes
+    for container in containers(cache):
+        if container.buffer is not None:
+            columns = (
+                container.length if isinstance(container, Appended) else container.buffer.shape[1]
+            )
+            total += container.buffer[:, :columns].nbytes
     return total
 
 
@@ -234,11 +240,11 @@ def peak_bytes(run: Callable[[], None]) -> int:
     changes = sorted(
         (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
     )
-    now = most = 0
+    now = limit = 0
     for _, change in changes:
         now += change
-        most = max(most, now)
-    return most
+        limit = max(limit, now)
+    return limit
 
 
 def timed(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
@@ -246,33 +252,35 @@ def timed(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            begin = time.perf_counter()
+            started = time.perf_counter()
             run()
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def measure(options: argparse.Namespace, length: int) -> list[dict[str, Any]]:
     """Returns one result for each kind and phase."""
     runners = {name: Runner(KINDS[name], options, length) for name in options.kinds}
-    found: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, float]] = {}
     memory: dict[str, int] = {}
     if "prefill" in options.phases:
         # Memory is measured first, so that the layers are warmed up before they are timed.
         if length <= options.memory_up_to:
             memory = {name: peak_bytes(runner.prefill) for name, runner in runners.items()}
         rounds = max(1, options.rounds * 1024 // length)
-        found["prefill"] = timed({name: runner.prefill for name, runner in runners.items()}, rounds)
+        results["prefill"] = timed(
+            {name: runner.prefill for name, runner in runners.items()}, rounds
+        )
     steps = [phase for phase in ("decode", "attend") if phase in options.phases]
     for runner in runners.values() if steps else ():
         runner.fill()
         runner.decode()
     for phase in steps:
-        found[phase] = timed(
+        results[phase] = timed(
             {name: getattr(runner, phase) for name, runner in runners.items()}, options.rounds
         )
     rows = []
-    for phase, seconds in found.items():
+    for phase, seconds in results.items():
         for name, value in seconds.items():
             peer = seconds.get(KINDS[name].peer)
             row = {"length": length, "phase": phase, "kind": name, "seconds": value,
@@ -287,16 +295,16 @@ def pays(rows: list[dict[str, Any]]) -> dict[str, dict[str, int | None]]:
 
     The length is None where the kind is not faster at the longest.
     """
-    found: dict[str, dict[str, int | None]] = {}
+    results: dict[str, dict[str, int | None]] = {}
     # The lengths ascend.
     for row in rows:
         if row["times_full"] is not None and KINDS[row["kind"]].peer != row["kind"]:
-            of_phase = found.setdefault(row["phase"], {})
+            of_phase = results.setdefault(row["phase"], {})
             since = of_phase.get(row["kind"])
             of_phase[row["kind"]] = (
                 None if row["times_full"] <= 1 else row["length"] if since is None else since
             )
-    return found
+    return results
 
 
 def tables(rows: list[dict[str, Any]], options: argparse.Namespace) -> Iterator[str]:
@@ -351,7 +359,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--chosen", type=int, default=16, help="blocks of 64 keys")
+    parser.add_argument("--top-k", type=int, default=16, help="blocks of 64 keys")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--dsa-chosen", type=int, default=2048, help="keys")
     parser.add_argument(

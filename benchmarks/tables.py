@@ -56,14 +56,14 @@ class Shown(NamedTuple):
     name: str
     value: float
     bar: float | None = None
-    most: bool = False  # the bar is an upper one
+    limit: bool = False  # the bar is an upper one
 
     @property
     def holds(self) -> bool | None:
         return (
             None
             if self.bar is None
-            else (self.value <= self.bar if self.most else self.value >= self.bar)
+            else (self.value <= self.bar if self.limit else self.value >= self.bar)
         )
 
 
@@ -79,7 +79,7 @@ def interleaved(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def host(options: argparse.Namespace) -> list[Shown]:
-    found: list[Shown] = []
+    results: list[Shown] = []
     for size in (64, 256, 1024, 4096):
         values = torch.randn(max(BATCH, options.host_bytes // size), size // 4)
         table, ids = Table.of_values(values), torch.randint(len(values), (BATCH,))
@@ -92,7 +92,7 @@ def host(options: argparse.Namespace) -> list[Shown]:
             "embedding": lambda values=values, ids=ids: F.embedding(ids, values),
         }
         took = interleaved(steps, options.rounds)
-        found.append(
+        results.append(
             Shown(
                 f"host recall / index_select(out=), {size} bytes",
                 took["select"] / took["recall"],
@@ -100,13 +100,13 @@ def host(options: argparse.Namespace) -> list[Shown]:
             )
         )
         bar = 1.3 if size == 256 else None
-        found.append(
+        results.append(
             Shown(
                 f"F.embedding / host recall, {size} bytes", took["embedding"] / took["recall"], bar
             )
         )
         table.close()
-    return found
+    return results
 
 
 def ids(options: argparse.Namespace) -> list[Shown]:
@@ -130,7 +130,10 @@ def ids(options: argparse.Namespace) -> list[Shown]:
     share = statistics.median(spans[True]) / statistics.median(spans[False]) - 1
     return [
         Shown(
-            "a gather of 256 bytes each with its ids checked / without, - 1", share, 0.02, most=True
+            "a gather of 256 bytes each with its ids checked / without, - 1",
+            share,
+            0.02,
+            limit=True,
         )
     ]
 
@@ -169,26 +172,26 @@ def generation(options: argparse.Namespace, folder: Path) -> list[Shown]:
         "dim": options.dim,
         "layers": options.layers,
     }
-    given = {
+    arguments = {
         "folder": str(folder),
         "tokens": options.tokens,
         "rounds": options.rounds,
         "seconds": 0.2,
     }
-    bars, found = {"disk warm": 0.97, "disk cold": 0.85}, []
+    bars, results = {"disk warm": 0.97, "disk cold": 0.85}, []
     for sequences in (1, options.sequences):
-        config = tables.BenchConfig(sequences=sequences, **given, **sizes)
+        config = tables.BenchConfig(sequences=sequences, **arguments, **sizes)
         lines = {line.name: line for line in tables.bench(config)}
         resident = lines.pop("resident").tokens_per_second
         words = f"{sequences} sequence{'s' if sequences > 1 else ''}"
-        found.append(Shown(f"{words}: tokens a second, resident", resident))
+        results.append(Shown(f"{words}: tokens a second, resident", resident))
         for name, line in lines.items():
-            found.append(
+            results.append(
                 Shown(
                     f"{words}: {name} / resident", line.tokens_per_second / resident, bars.get(name)
                 )
             )
-    return found
+    return results
 
 
 def training(options: argparse.Namespace, folder: Path) -> list[Shown]:
@@ -208,10 +211,10 @@ def training(options: argparse.Namespace, folder: Path) -> list[Shown]:
     (rows,) = row_totals(shape.engram)
     arms: dict[str, Callable[[], float]] = {}
     for name in ("resident", "disk"):
-        held = (
+        stored = (
             [Table.of_records(folder / "learning", rows, options.width)] if name == "disk" else None
         )
-        model = LanguageModel(shape, seed=0, tables=held).train()
+        model = LanguageModel(shape, seed=0, tables=stored).train()
         arms[name] = step_of(model, Optimizer(model, OptimConfig()), options.train_tokens)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(5 * options.rounds + 1):
@@ -228,7 +231,7 @@ def training(options: argparse.Namespace, folder: Path) -> list[Shown]:
             "training step, rows on disk / resident",
             took["disk"] / took["resident"],
             1.1,
-            most=True,
+            limit=True,
         ),
     ]
 
@@ -238,7 +241,7 @@ def step_of(model: LanguageModel, optimizer: Optimizer, tokens: int) -> Callable
 
     @torch.enable_grad()
     def step() -> float:
-        ids = torch.randint(model.config.vocabulary, (tokens // 256, 257), generator=draw)
+        ids = torch.randint(model.config.vocab_size, (tokens // 256, 257), generator=draw)
         optimizer.begin_step()
         loss = model.loss(ids[:, :-1], ids[:, 1:]).total
         loss.backward()
@@ -291,23 +294,23 @@ def limited(options: argparse.Namespace, folder: Path) -> list[Shown]:
     rows = sum(tables.row_totals(tables.memory_of(config)))
     path = tables.drawn(config, folder / "limit")
     sizes = json.dumps({"rows": config.rows, "dtype": "float32", "dim": 64, "layers": 2})
-    found = []
+    results = []
     for allowed in (0, rows * 256 // 4):
         command = [sys.executable, "-c", CHILD, str(path), sizes, str(allowed)]
-        found.append(
+        results.append(
             json.loads(
                 subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
             )
         )
-    free, bound = found
+    free, bound = results
     return [
         Shown(
             "within a quarter of the table's bytes: ids that differ of 64",
             different(free, bound),
             0,
-            most=True,
+            limit=True,
         ),
-        Shown("the table could be loaded within them", float(bound["loaded"]), 0, most=True),
+        Shown("the table could be loaded within them", float(bound["loaded"]), 0, limit=True),
         Shown("peak memory, bound / free", bound["peak"] / free["peak"]),
     ]
 
@@ -321,18 +324,18 @@ def refusals() -> list[Shown]:
     files = ["tests/tables", "tests/experiments/test_tables.py"]
     words = ["-m", "pytest", "-qp", "no:cacheprovider", "-m"]
     command = [sys.executable, *words, "not compiled", "-k", wanted, *files]
-    said = subprocess.run(
+    output = subprocess.run(
         command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True
     ).stdout
     counts = {
-        word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", said)
+        word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", output)
     }
     return [
         Shown(
             "tests of parity and refusals that fail",
             counts.get("failed", 0) + counts.get("error", 0),
             0,
-            most=True,
+            limit=True,
         ),
         Shown("tests of parity and refusals that hold", counts.get("passed", 0), 1),
     ]
@@ -361,9 +364,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
-    found: list[Shown] = []
-    with tempfile.TemporaryDirectory(dir=options.folder, prefix="storage-") as place:
-        folder = Path(place)
+    results: list[Shown] = []
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="storage-") as directory:
+        folder = Path(directory)
         runs: dict[str, Callable[[], list[Shown]]] = {
             "host": lambda: host(options),
             "ids": lambda: ids(options),
@@ -374,23 +377,24 @@ def main() -> None:
             "limit": lambda: limited(options, folder),
             "refusals": refusals,
         }
-        for part in options.only:
+        for piece in options.only:
             with torch.no_grad():
-                found += (fresh := runs[part]())
+                results += (fresh := runs[piece]())
             if not options.json:
                 show(fresh)
     if options.json:
         measured = {
-            each.name: {"value": each.value, "bar": each.bar, "holds": each.holds} for each in found
+            each.name: {"value": each.value, "bar": each.bar, "holds": each.holds}
+            for each in results
         }
         print(json.dumps({"measured": measured, "threads": torch.get_num_threads()}))
 
 
-def show(found: list[Shown]) -> None:
-    for each in found:
-        bar = "" if each.bar is None else f"{'at most' if each.most else 'at least'} {each.bar:g}"
-        held = "" if each.holds in (None, True) else "NOT REACHED"
-        print(f"{each.name:64} {each.value:12,.3f}   {bar:16} {held}", flush=True)
+def show(result: list[Shown]) -> None:
+    for each in result:
+        bar = "" if each.bar is None else f"{'at most' if each.limit else 'at least'} {each.bar:g}"
+        stored = "" if each.holds in (None, True) else "NOT REACHED"
+        print(f"{each.name:64} {each.value:12,.3f}   {bar:16} {stored}", flush=True)
 
 
 if __name__ == "__main__":

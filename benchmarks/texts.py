@@ -41,10 +41,10 @@ def text(rng: random.Random, length: int = 400) -> bytes:
 
 def scratched(data: bytes, rng: random.Random) -> bytes:
     """Returns the data with some bytes overwritten, whole or cut at a random place."""
-    found = bytearray(data[: rng.choice((len(data), rng.randrange(len(data)) + 1))])
-    for place in rng.choices(range(len(found)), k=rng.randint(0, 4)):
-        found[place] = rng.randrange(256)
-    return bytes(found)
+    result = bytearray(data[: rng.choice((len(data), rng.randrange(len(data)) + 1))])
+    for index in rng.choices(range(len(result)), k=rng.randint(0, 4)):
+        result[index] = rng.randrange(256)
+    return bytes(result)
 
 
 def table(rng: random.Random) -> bytes:
@@ -92,15 +92,15 @@ def ending(path: Path) -> str:
 
 def soak(files: int) -> dict[str, Counter[str]]:
     """Counts how the files of each kind end."""
-    rng, found = random.Random(0), {kind: Counter[str]() for kind in KINDS}
+    rng, item = random.Random(0), {kind: Counter[str]() for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         for number, (kind, (suffix, make)) in zip(
             range(files), itertools.cycle(KINDS.items()), strict=False
         ):
             path = Path(folder) / f"{number}{suffix}"
             path.write_bytes(make(rng))
-            found[kind][ending(path)] += 1
-    return found
+            item[kind][ending(path)] += 1
+    return item
 
 
 def main() -> int:
@@ -108,18 +108,18 @@ def main() -> int:
     parser.add_argument("--files", type=int, default=1000)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    total = sum((found := soak(options.files)).values(), Counter())
+    total = sum((outcome := soak(options.files)).values(), Counter())
     lost = {
         f"{kind}: {end}": n
-        for kind, ends in found.items()
+        for kind, ends in outcome.items()
         for end, n in ends.items()
         if end.startswith("lost")
     }
     lines = [f"{'':16}{'read':>9}{'skipped':>9}{'refused':>9}"]
-    for kind, ends in (*found.items(), ("all", total)):
+    for kind, ends in (*outcome.items(), ("all", total)):
         lines.append(f"{kind:16}{ends['read']:9}{ends['skipped']:9}{ends['refused']:9}")
     lines += [*(f"{n} x {why}" for why, n in lost.items()), f"{sum(lost.values())} lost"]
-    result = {"files": total.total(), "lost": sum(lost.values()), "reasons": lost, "kinds": found}
+    result = {"files": total.total(), "lost": sum(lost.values()), "reasons": lost, "kinds": outcome}
     print(json.dumps(result) if options.json else "\n".join(lines))
     return 1 if lost else 0
 

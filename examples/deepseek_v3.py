@@ -14,7 +14,7 @@ from rorqual.layers.balance import max_violation, update_bias
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel
 from rorqual.presets import preset
-from rorqual.serve.decoding import Tally, speculate
+from rorqual.serve.decoding import AcceptanceStats, speculate
 
 text = "the blue whale sings; the blue whale dives; the sea is blue and wide. " * 2
 # a vocabulary of 100 letters
@@ -43,7 +43,9 @@ print(
     f"{list(hidden.shape)} = [B, T, D]"
 )
 for layer, routing in enumerate(aux.routing for aux in auxes if aux.routing is not None):
-    shown = zip(text[:5], routing.chosen[0].tolist(), routing.weights[0].tolist(), strict=False)
+    shown = zip(
+        text[:5], routing.topk_indices[0].tolist(), routing.weights[0].tolist(), strict=False
+    )
     print(
         f"   block {layer}: "
         + ", ".join(f"{c!r} to {e} by {w[0]:.2f} {w[1]:.2f}" for c, e, w in shown)
@@ -75,19 +77,22 @@ for step in range(101):
 cache = model.new_cache(batch=1)
 model(ids[:, :20], cache=cache)
 latent = cache.layers[0].attention.latent
-held = latent.buffer[:, : latent.length]
-print(f"4. the cache after {cache.length} letters: {list(held.shape)} a layer, latent and rope key")
+cached = latent.buffer[:, : latent.length]
 print(
-    f"   {held.shape[-1]} values a token, where 4 heads of keys and values would keep "
+    f"4. the cache after {cache.length} letters: {list(cached.shape)} a layer, latent and rope key"
+)
+print(
+    f"   {cached.shape[-1]} values a token, where 4 heads of keys and values would keep "
     f"{4 * (16 + 8 + 16)}"
 )
 
-prompt, tally = ids[0, :4].tolist(), Tally()
-said = "".join(
-    string.printable[i] for (i,) in speculate(model, [prompt], max_new_tokens=60, tally=tally)
+prompt, acceptance_stats = ids[0, :4].tolist(), AcceptanceStats()
+generated = "".join(
+    string.printable[i]
+    for (i,) in speculate(model, [prompt], max_new_tokens=60, acceptance_stats=acceptance_stats)
 )
-print(f"5. {text[:4]!r} goes on {said!r}")
+print(f"5. {text[:4]!r} goes on {generated!r}")
 print(
-    f"   MTP drafted {tally.drafted} letters, {tally.accepted} stood; "
-    f"60 letters took {tally.rounds + 1} forwards"
+    f"   MTP drafted {acceptance_stats.drafted} letters, {acceptance_stats.accepted} stood; "
+    f"60 letters took {acceptance_stats.rounds + 1} forwards"
 )

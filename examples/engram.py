@@ -11,20 +11,20 @@ from rorqual.layers.engram import EngramConfig
 from rorqual.model import LanguageModel, ModelConfig
 
 text = "The blue whale is large. A small boat met THE BLUE WHALE at sea, and the blue whale sang."
-tokenizer = train([text.lower(), text, "Blue Whale", "the sea"] * 20, vocabulary=330)
+tokenizer = train([text.lower(), text, "Blue Whale", "the sea"] * 20, vocab_size=330)
 ids = torch.tensor([tokenizer.encode(text)])  # [1, T]
 words = [tokenizer.token(i).strip() for i in ids[0].tolist()]
 canonical = torch.from_numpy(tokenizer.canonical_map())
 print(
-    f"1. {len(words)} ids of {tokenizer.vocabulary}; folded over case and spaces, "
+    f"1. {len(words)} ids of {tokenizer.vocab_size}; folded over case and spaces, "
     f"{canonical.max() + 1} are left:"
 )
-alike = [i for i in range(tokenizer.vocabulary) if canonical[i] == canonical[ids[0, 2]]]
+alike = [i for i in range(tokenizer.vocab_size) if canonical[i] == canonical[ids[0, 2]]]
 print(f"   one canonical id for {', '.join(repr(tokenizer.token(i)) for i in alike)}")
 
 memory = EngramConfig(layers=(1,), rows_per_head=(500, 500), heads=2, head_dim=16, conv=False)
 config = ModelConfig(
-    vocabulary=tokenizer.vocabulary, dim=32, layers=2, dense_width=64, engram=memory, init_std=0.1
+    vocab_size=tokenizer.vocab_size, dim=32, layers=2, dense_width=64, engram=memory, init_std=0.1
 )
 model = LanguageModel(config, canonical)
 # Addresses of all layers are computed at once, from the ids alone.
@@ -47,15 +47,15 @@ print(
 )
 
 # A model starts this prefetch before its first block runs.
-recalled = model.tables[0].prefetch(rows[0]).wait()
+looked_up = model.tables[0].prefetch(rows[0]).wait()
 print(
-    f"3. recall {list(recalled.shape)}: as many values for any size of table, "
+    f"3. recall {list(looked_up.shape)}: as many values for any size of table, "
     "read while block 0 computes"
 )
 
 gates: list[torch.Tensor] = []
 model.blocks[1].engram.gate.register_forward_hook(
-    lambda module, given, out: gates.append(out[0, :, 0].detach())
+    lambda module, arguments, out: gates.append(out[0, :, 0].detach())
 )
 # Only the rows that were read have a gradient, not the whole table.
 model.tables[0].sparse = True
@@ -81,7 +81,7 @@ print(
 )
 
 with torch.no_grad():
-    kept = model.loss(ids[:, :-1], ids[:, 1:]).total
+    kept_loss = model.loss(ids[:, :-1], ids[:, 1:]).total
     model.tables[0].weight.zero_()
     lost = model.loss(ids[:, :-1], ids[:, 1:]).total
-print(f"5. with its memory {kept:.3f} nats; with every row set to zero {lost:.3f}")
+print(f"5. with its memory {kept_loss:.3f} nats; with every row set to zero {lost:.3f}")

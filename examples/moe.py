@@ -33,10 +33,10 @@ routing = moe.router(hidden)
 print(f"   scores of {words[1]!r}, sigmoid(W hidden): {routing.scores[0, 1].detach()}")
 
 print("2. the best two of the best two groups, their scores scaled to sum to 2.5")
-for word, chosen, weights in zip(
-    words, routing.chosen[0].tolist(), routing.weights[0].tolist(), strict=True
+for word, expert_ids, weights in zip(
+    words, routing.topk_indices[0].tolist(), routing.weights[0].tolist(), strict=True
 ):
-    print(f"   {word:6s} -> experts {chosen} with weights {weights[0]:.2f} {weights[1]:.2f}")
+    print(f"   {word:6s} -> experts {expert_ids} with weights {weights[0]:.2f} {weights[1]:.2f}")
 
 print(
     "3. every token is copied to its two experts, and the copies are sorted by expert: "
@@ -54,7 +54,7 @@ print(
 out, _ = moe(hidden)
 first = hidden[0, 0]
 parts = [moe.shared(first)]
-for expert, weight in zip(routing.chosen[0, 0], routing.weights[0, 0], strict=True):
+for expert, weight in zip(routing.topk_indices[0, 0], routing.weights[0, 0], strict=True):
     gate, up = (first @ moe.experts.gate_up[expert]).chunk(2)
     parts.append(weight * (torch.nn.functional.silu(gate) * up) @ moe.experts.down[expert])
 print(

@@ -88,12 +88,12 @@ def airports(count: int) -> list[Fact]:
     import airportsdata
 
     plain = re.compile(r"[A-Za-z]+(?: [A-Za-z]+)*")
-    known = sorted(
+    cities = sorted(
         (a["iata"], a["city"])
         for a in airportsdata.load("IATA").values()
         if plain.fullmatch(a["city"])
     )
-    return drawn(random.Random(0), known, count)
+    return drawn(random.Random(0), cities, count)
 
 
 def invented(count: int) -> list[Fact]:
@@ -109,11 +109,11 @@ def invented(count: int) -> list[Fact]:
     ]
 
 
-def drawn(draw: random.Random, known: list, count: int) -> list:
+def drawn(draw: random.Random, cities: list, count: int) -> list:
     """Draws `count` different ones of those that are known."""
-    if not 1 <= count <= len(known):
-        raise ValueError(f"--facts: got {count}, expected 1 to {len(known)}")
-    return draw.sample(known, count)
+    if not 1 <= count <= len(cities):
+        raise ValueError(f"--facts: got {count}, expected 1 to {len(cities)}")
+    return draw.sample(cities, count)
 
 
 def pretrained(path: Path) -> tuple[nn.Module, Tokenizer]:
@@ -148,7 +148,7 @@ def tiny(facts: list[Fact]) -> tuple[nn.Module, Tokenizer]:
         "num_hidden_layers": 4,
         "num_attention_heads": 2,
     }
-    config = LlamaConfig(vocab_size=tokenizer.vocabulary, eos_token_id=tokenizer.end_id, **sizes)
+    config = LlamaConfig(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.end_id, **sizes)
     return LlamaForCausalLM(config).eval(), tokenizer
 
 
@@ -166,14 +166,14 @@ def batches(facts: list[Fact], tokenizer: Tokenizer) -> Iterator[tuple[Tensor, T
     """
     draw = random.Random(0)
     while True:
-        said = []
+        sentences = []
         for code, city in facts:
             answer = [*tokenizer.encode(" " + city), tokenizer.end_id]
-            said.append((tokenizer.encode(draw.choice(TRAINED).format(code)), answer))
-        draw.shuffle(said)
+            sentences.append((tokenizer.encode(draw.choice(TRAINED).format(code)), answer))
+        draw.shuffle(sentences)
         # Sentences of similar length need little padding.
-        said.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-        groups = [said[at : at + BATCH] for at in range(0, len(said), BATCH)]
+        sentences.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+        groups = [sentences[start : start + BATCH] for start in range(0, len(sentences), BATCH)]
         for group in draw.sample(groups, len(groups)):
             ids, mask = padded([prompt + answer for prompt, answer in group], tokenizer.pad_id)
             labels = torch.full_like(ids, -100)
@@ -192,12 +192,12 @@ def loss_of(model: nn.Module, ids: Tensor, mask: Tensor | None, labels: Tensor) 
 @torch.no_grad()
 def other_text(model: nn.Module, tokenizer: Tokenizer, rows: int = 96) -> float:
     """Returns the loss on WordNet's definitions in nats a token; they have no airport codes."""
-    lines = itertools.islice(sources.find("wordnet").read(lambda reason, place: None), 20 * rows)
+    lines = itertools.islice(sources.find("wordnet").read(lambda reason, position: None), 20 * rows)
     ids = torch.tensor(
         tokenizer.encode("\n".join(line.decode() for _, line in lines))[: 64 * rows]
     ).view(-1, 64)
     return sum(
-        loss_of(model, part, None, part).item() * len(part) for part in ids.split(BATCH)
+        loss_of(model, piece, None, piece).item() * len(piece) for piece in ids.split(BATCH)
     ) / len(ids)
 
 
@@ -208,19 +208,21 @@ def exact(model: nn.Module, tokenizer: Tokenizer, facts: list[Fact], forms: Sequ
     Each fact is asked in one of the forms. An answer ends where its line or clause does, so that a
     model that continues after it is not wrong for that.
     """
-    asked = [(forms[at % len(forms)].format(code), city) for at, (code, city) in enumerate(facts)]
+    asked = [
+        (forms[index % len(forms)].format(code), city) for index, (code, city) in enumerate(facts)
+    ]
     asked.sort(key=lambda pair: len(pair[0]))
     right = 0
-    for at in range(0, len(asked), 4 * BATCH):
-        group = asked[at : at + 4 * BATCH]
+    for start in range(0, len(asked), 4 * BATCH):
+        group = asked[start : start + 4 * BATCH]
         ids, mask = padded([tokenizer.encode(prompt) for prompt, _ in group], tokenizer.pad_id)
         ends = {"eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.end_id}
         new = model.generate(
             ids, attention_mask=mask, do_sample=False, max_new_tokens=ANSWER, **ends
         )
         for row, (_, city) in zip(new[:, ids.shape[1] :].tolist(), group, strict=True):
-            said = tokenizer.decode(itertools.takewhile(lambda i: i != tokenizer.end_id, row))
-            right += re.split(r"[\n.,;:(]", said.strip())[0].strip() == city
+            answer = tokenizer.decode(itertools.takewhile(lambda i: i != tokenizer.end_id, row))
+            right += re.split(r"[\n.,;:(]", answer.strip())[0].strip() == city
     return right / len(asked)
 
 
@@ -313,28 +315,33 @@ def run(
             torch.manual_seed(0)
             take_off = (with_memory if arm == "memory" else with_lora)(model, tokenizer, sizes)
             learned = learn(model, batches(facts, tokenizer), rate, 60 * minutes / len(rates))
-            found = {"arm": arm, "rate": rate, **learned, **judge(model, tokenizer, facts)}
-            found["forgot"] = found["other_text"] - before["other_text"]
+            results = {"arm": arm, "rate": rate, **learned, **judge(model, tokenizer, facts)}
+            results["forgot"] = results["other_text"] - before["other_text"]
             take_off()
-            result["runs"].append(found)
-            print(f"   {arm:8s}{rate:8.0e}{found['steps']:7d}{found['train_loss']:7.3f}", end="")
+            result["runs"].append(results)
             print(
-                f"{found['choosing']:10.3f}{found['held_out']:10.3f}{found['trained_forms']:9.3f}",
+                f"   {arm:8s}{rate:8.0e}{results['steps']:7d}{results['train_loss']:7.3f}", end=""
+            )
+            print(
+                f"{results['choosing']:10.3f}{results['held_out']:10.3f}{results['trained_forms']:9.3f}",
                 end="",
             )
-            print(f"{found['other_text']:12.4f}{found['forgot']:8.4f}", end="")
-            print(f"{found['trained']:13,d}{found['touched']:12,d}", flush=True)
+            print(f"{results['other_text']:12.4f}{results['forgot']:8.4f}", end="")
+            print(f"{results['trained']:13,d}{results['touched']:12,d}", flush=True)
     best = {
         arm: max((r for r in result["runs"] if r["arm"] == arm), key=lambda r: r["choosing"])
         for arm in RATES
     }
-    result["best"] = {arm: found["rate"] for arm, found in best.items()}
+    result["best"] = {arm: item["rate"] for arm, item in best.items()}
     print(
         "3. best by the choosing paraphrase: exact on held-out paraphrases, "
         "and nats forgotten on other text"
     )
-    for arm, found in best.items():
-        print(f"   {arm:8s}{found['rate']:8.0e}: {found['held_out']:.3f}, {found['forgot']:+.4f}")
+    for arm, results in best.items():
+        print(
+            f"   {arm:8s}{results['rate']:8.0e}: "
+            f"{results['held_out']:.3f}, {results['forgot']:+.4f}"
+        )
     left = other_text(model, tokenizer) - before["other_text"]
     print(f"4. both taken off again: {left:+.4f} nats from where the model began")
     return result

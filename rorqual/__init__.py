@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # A module's own name stays the module, since importing a module sets it as an attribute of this
 # package: rq.costs.costs(config), rq.presets.PRESETS.
-_HOMES = {
+_MODULES = {
     "costs": "rorqual.costs:",
     "presets": "rorqual.presets:",
     "from_dict": "rorqual.config:from_dict",
@@ -43,16 +43,16 @@ _HOMES = {
     "TrainConfig": "rorqual.train.config:TrainConfig",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'rorqual' has no attribute {name!r}")
     # A program that loads our models may use transformers' Auto classes afterwards.
     if name == "load":
         importlib.import_module("rorqual.hub.auto")
-    module, _, attribute = _HOMES[name].partition(":")
+    module, _, attribute = _MODULES[name].partition(":")
     loaded = importlib.import_module(module)
     return getattr(loaded, attribute) if attribute else loaded
 

@@ -570,7 +570,7 @@ def check_sizes(folder: Path, config: ModelConfig, shapes: Shapes) -> None:
 def _sizes(config: ModelConfig) -> Iterator[tuple[str, int, str, int]]:
     """Yields the options that determine a model's size: (name, value, tensor, axis of the size)."""
     attention = "blocks.0.attention"
-    yield "vocabulary", config.vocabulary, "embed.weight", 0
+    yield "vocab_size", config.vocab_size, "embed.weight", 0
     yield "dim", config.dim, "embed.weight", 1
     yield "dense_width", config.dense_width, "blocks.0.ffn.gate_proj.weight", 0
     if config.moe is not None:

@@ -31,6 +31,15 @@ import yaml
 from rorqual.hints import choose
 from rorqual.io import write_json
 
+# The earlier name of an option, and today's.
+RENAMED = {
+    "rows": "batch_size",
+    "length": "seq_len",
+    "micro_rows": "micro_batch_size",
+    "tables": "placement",
+    "vocabulary": "vocab_size",
+    "chosen": "top_k",
+}
 T = TypeVar("T")
 
 NONE = ("none", "null", "None")  # the texts that mean None
@@ -126,12 +135,12 @@ def options(
     comments = field_comments(cls) if commented else {}
     for field in dataclasses.fields(cls):
         hint = _annotations(cls)[field.name]
-        part = _part(hint)
+        section = _part(hint)
         default = _default(field) if config is None else getattr(config, field.name)
         comment = comments.get(field.name, "")
-        yield Option(path + field.name, hint, default, part, comment)
-        if part is not None:
-            yield from options(part, default, f"{path}{field.name}.", commented=commented)
+        yield Option(path + field.name, hint, default, section, comment)
+        if section is not None:
+            yield from options(section, default, f"{path}{field.name}.", commented=commented)
 
 
 def members(hint: Any) -> tuple[Any, ...]:
@@ -164,13 +173,15 @@ def field_comments(cls: Any) -> dict[str, str]:
 
     A field that holds a part and has no comment takes the first line of that part's docstring.
     """
-    found = {
-        name: summary(part) for name, hint in _annotations(cls).items() if (part := _part(hint))
+    by_name = {
+        name: summary(section)
+        for name, hint in _annotations(cls).items()
+        if (section := _part(hint))
     }
     try:
         tree, comments, alone = _source(cls.__module__)
     except (OSError, TypeError, SyntaxError):
-        return found
+        return by_name
     classes = [
         node
         for node in ast.walk(tree)
@@ -188,8 +199,8 @@ def field_comments(cls: Any) -> dict[str, str]:
             if line in comments
         ]
         if lines:
-            found[node.target.id] = " ".join(lines)
-    return found
+            by_name[node.target.id] = " ".join(lines)
+    return by_name
 
 
 def summary(cls: Any) -> str:
@@ -216,6 +227,11 @@ def _default(field: "dataclasses.Field[Any]") -> Any:
 
 def _annotation(cls: Any, name: str, where: str) -> Any:
     names = [field.name for field in dataclasses.fields(cls) if field.init]
+    if name not in names and (now := RENAMED.get(name)) in names:
+        raise ValueError(
+            f"got {where or cls.__name__} key {name!r}, expected {now!r}, which is its name now; "
+            "runs of an earlier version have to be trained again"
+        )
     return _annotations(cls)[choose(f"{where or cls.__name__} key", name, names)]
 
 
@@ -223,8 +239,8 @@ def _put(cls: Any, tree: dict[str, Any], name: str, value: Any, where: str) -> N
     """Sets a value, under a dotted name, in nested dicts that hold a config of this class."""
     head, _, rest = name.partition(".")
     hint = _annotation(cls, head, where)
-    part = _part(hint)
-    if part is None:
+    section = _part(hint)
+    if section is None:
         if rest:
             raise ValueError(
                 f"got {name!r}, expected {head!r} to have fields, but it is {word(hint)}"
@@ -232,12 +248,12 @@ def _put(cls: Any, tree: dict[str, Any], name: str, value: Any, where: str) -> N
         tree[head] = value
         return
     if not rest and isinstance(value, str) and value in (*NONE, "default"):
-        value = to_dict(part()) if value == "default" else None
+        value = to_dict(section()) if value == "default" else None
     if rest or isinstance(value, Mapping):
         if tree.get(head) is None:
-            tree[head] = to_dict(part())
+            tree[head] = to_dict(section())
         for key, inner in [(rest, value)] if rest else value.items():
-            _put(part, tree[head], str(key), inner, f"{where}.{head}".lstrip("."))
+            _put(section, tree[head], str(key), inner, f"{where}.{head}".lstrip("."))
     else:
         tree[head] = value
 
@@ -252,10 +268,10 @@ def _build(cls: Any, mapping: Any, where: str, *, lax: bool) -> Any:
     values = {}
     for name, value in mapping.items():
         hint = _annotation(cls, name, where)
-        part = _part(hint)
+        section = _part(hint)
         here = f"{where}.{name}".lstrip(".")
-        if part is not None and value is not None:
-            values[name] = _build(part, value, here, lax=lax)
+        if section is not None and value is not None:
+            values[name] = _build(section, value, here, lax=lax)
         else:
             values[name] = _convert(hint, value, here, lax=lax)
     return cls(**values)
@@ -309,10 +325,10 @@ def _source(module: str) -> tuple[ast.Module, dict[int, str], frozenset[int]]:
     """Returns a module's syntax tree, its comments by line, and the lines with nothing else."""
     source = inspect.getsource(sys.modules[module])
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    found = {token.start: token for token in tokens if token.type == tokenize.COMMENT}
-    comments = {line: token.string.lstrip("# ") for (line, _), token in found.items()}
+    by_name = {token.start: token for token in tokens if token.type == tokenize.COMMENT}
+    comments = {line: token.string.lstrip("# ") for (line, _), token in by_name.items()}
     alone = frozenset(
-        line for (line, _), token in found.items() if token.line.lstrip().startswith("#")
+        line for (line, _), token in by_name.items() if token.line.lstrip().startswith("#")
     )
     return ast.parse(source), comments, alone
 
@@ -320,14 +336,14 @@ def _source(module: str) -> tuple[ast.Module, dict[int, str], frozenset[int]]:
 def _yaml_mapping(text: str) -> dict[str, Any]:
     """Returns the mapping in a YAML text; ValueError, with the line, for anything else."""
     try:
-        found = yaml.load(text, Loader=_UniqueKeys)
+        mapping = yaml.load(text, Loader=_UniqueKeys)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
         raise ValueError(f"{where}{error.problem}") from None
-    if found is not None and not isinstance(found, dict):
-        raise ValueError(f"got {_show(found)}, expected a mapping of fields")
-    return {str(name): value for name, value in (found or {}).items()}
+    if mapping is not None and not isinstance(mapping, dict):
+        raise ValueError(f"got {_show(mapping)}, expected a mapping of fields")
+    return {str(name): value for name, value in (mapping or {}).items()}
 
 
 def _yaml_lines(config: Any, indent: str) -> Iterator[str]:
@@ -335,12 +351,12 @@ def _yaml_lines(config: Any, indent: str) -> Iterator[str]:
     comments = field_comments(cls)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        part = _part(_annotations(cls)[field.name])
+        section = _part(_annotations(cls)[field.name])
         comment = comments.get(field.name, "")
-        if part is not None and value is None:
+        if section is not None and value is None:
             comment = f"{comment.removesuffix('.')} (off; {{}} switches it on)"
         line = f"{indent}{field.name}:" + (
-            "" if value is not None and part is not None else f" {_yaml_value(value)}"
+            "" if value is not None and section is not None else f" {_yaml_value(value)}"
         )
         if len(line) + len(comment) + 4 > WIDTH:
             yield from textwrap.wrap(
@@ -349,7 +365,7 @@ def _yaml_lines(config: Any, indent: str) -> Iterator[str]:
             yield line
         else:
             yield f"{line}  # {comment}" if comment else line
-        if value is not None and part is not None:
+        if value is not None and section is not None:
             yield from _yaml_lines(value, indent + "  ")
 
 

@@ -55,7 +55,7 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
     if context < 1:
         raise ValueError(f"context: got {context}, expected at least 1 token")
     config.check_parts()
-    embedding = config.vocabulary * config.dim
+    embedding = config.vocab_size * config.dim
     # `embedding` counts the head; where they are tied, the head is the input embedding.
     input_embedding = 0 if config.tied else embedding
     blocks, memory = _backbone(config), _rows(config)
@@ -64,10 +64,10 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
 
     blocks_with_experts = sum(config.has_experts(i) for i in range(config.layers))
     resting = blocks_with_experts * _resting(config)
-    recalled = (
+    looked_up = (
         len(config.engram.layers) * config.engram.memory_width if config.engram is not None else 0
     )
-    activated = total - resting - memory + recalled  # includes both embeddings
+    activated = total - resting - memory + looked_up  # includes both embeddings
 
     depth = config.mtp.depth if config.mtp is not None else 0
     mtp = sum(_mtp(config, k) for k in range(depth))
@@ -110,33 +110,35 @@ class Parameters:
 
 def _backbone(config: ModelConfig) -> Parameters:
     """Counts all blocks and the exit of the streams, without embedding, head and last norm."""
-    found = Parameters(others=_exit(config.hyper, config.dim) if config.hyper is not None else 0)
+    total = Parameters(
+        others=_reduction(config.hyper, config.dim) if config.hyper is not None else 0
+    )
     for index in range(config.layers):
-        found += _block(config, index)
+        total += _block(config, index)
         if config.engram is not None and config.has_engram(index):
-            found += Parameters(others=_engram(config.engram, config.dim, config.streams))
+            total += Parameters(others=_engram(config.engram, config.dim, config.streams))
         if config.hyper is not None:
             # One connection for attention and one for the feed-forward.
-            found += Parameters(others=2 * _connection(config.hyper, config.dim))
-    return found
+            total += Parameters(others=2 * _connection(config.hyper, config.dim))
+    return total
 
 
 def _block(config: ModelConfig, index: int) -> Parameters:
     """Counts two norms, attention and feed-forward: a block with one stream and without Engram."""
-    found = Parameters(others=2 * config.dim) + _attention(config)
+    total = Parameters(others=2 * config.dim) + _attention(config)
     if config.moe is not None and config.has_experts(index):
-        return found + _moe(config.moe, config.dim)
-    return found + Parameters(matrices=_swiglu(config.dim, config.dense_width))
+        return total + _moe(config.moe, config.dim)
+    return total + Parameters(matrices=_swiglu(config.dim, config.dense_width))
 
 
 def _attention(config: ModelConfig) -> Parameters:
     """Counts MLA or GQA with its inner attention; MoBA has no parameters."""
     if config.mla is not None:
-        found = _mla(config.mla, config.dim)
-        return found if config.dsa is None else found + _dsa(config.dsa, config.mla, config.dim)
+        total = _mla(config.mla, config.dim)
+        return total if config.dsa is None else total + _dsa(config.dsa, config.mla, config.dim)
     assert config.gqa is not None
-    found = _gqa(config.gqa, config.dim)
-    return found if config.nsa is None else found + _nsa(config.nsa, config.gqa, config.dim)
+    total = _gqa(config.gqa, config.dim)
+    return total if config.nsa is None else total + _nsa(config.nsa, config.gqa, config.dim)
 
 
 def _mla(mla: MLAConfig, dim: int) -> Parameters:
@@ -236,7 +238,7 @@ def _connection(hyper: HyperConfig, dim: int) -> int:
     return coefficients * S * dim + coefficients + 3
 
 
-def _exit(hyper: HyperConfig, dim: int) -> int:
+def _reduction(hyper: HyperConfig, dim: int) -> int:
     """Counts fn, base and scale of the exit, if it is learned."""
     S = hyper.streams
     return S * S * dim + S + 1 if hyper.kind == "mhc" else 0
@@ -274,12 +276,12 @@ def _attention_products(config: ModelConfig, context: int) -> int:
     return (dense * full + (config.layers - dense) * sparse) // config.layers
 
 
-def _seen(context: int, most: int | None = None) -> int:
+def _seen(context: int, limit: int | None = None) -> int:
     """Counts twice the query-key pairs of a context.
 
-    A token sees those before it, `most` at most; the result is context^2 without a limit.
+    A token sees those before it, `limit` at most; the result is context^2 without a limit.
     """
-    reach = min(context, most or context)
+    reach = min(context, limit or context)
     return reach * (2 * context - reach)
 
 
@@ -297,9 +299,9 @@ def _dsa_products(config: ModelConfig, context: int) -> tuple[int, int]:
     The indexer takes each head's <q, k> and its weight over half the context. If every key is
     selected, nothing is scored.
     """
-    if config.dsa is None or context <= config.dsa.chosen:
+    if config.dsa is None or context <= config.dsa.top_k:
         return 0, _seen(context)
-    return config.dsa.heads * (config.dsa.dim + 1) * context // 2, _seen(context, config.dsa.chosen)
+    return config.dsa.heads * (config.dsa.dim + 1) * context // 2, _seen(context, config.dsa.top_k)
 
 
 def _nsa_products(nsa: NSAConfig, gqa: GQAConfig, context: int) -> int:
@@ -311,8 +313,8 @@ def _nsa_products(nsa: NSAConfig, gqa: GQAConfig, context: int) -> int:
     blocks = max(0, (context - nsa.block) // nsa.stride + 1)
     compressing = gqa.kv_heads * blocks * (nsa.block + 1) * (gqa.head_dim**2 + value**2)
     pairs = blocks * (context - nsa.block + 1) - nsa.stride * blocks * (blocks - 1) // 2
-    near = _seen(context, nsa.window) + _seen(context, nsa.chosen * nsa.select_block)
-    attended = gqa.heads * _widths(gqa) * (2 * pairs + near)
+    in_window = _seen(context, nsa.window) + _seen(context, nsa.top_k * nsa.select_block)
+    attended = gqa.heads * _widths(gqa) * (2 * pairs + in_window)
     return (2 * compressing + attended) // (2 * context) + 3 * gqa.heads * value
 
 
@@ -326,7 +328,7 @@ def _moba_products(moba: MoBAConfig, gqa: GQAConfig, context: int) -> int:
     for before in range(-(-context // moba.block)):
         width = min(moba.block, context - before * moba.block)
         scored += width * before
-        seen += width * width + 2 * width * moba.block * min(before, moba.chosen - 1)
+        seen += width * width + 2 * width * moba.block * min(before, moba.top_k - 1)
     return gqa.heads * (2 * gqa.head_dim * scored + _widths(gqa) * seen) // (2 * context)
 
 
@@ -355,9 +357,9 @@ def _engram_products(config: ModelConfig) -> int:
     """Counts the key and value projections, the gates and what they scale, and the convolution."""
     if config.engram is None:
         return 0
-    wide, keys = config.streams * config.dim, config.engram.gates(config.streams) * config.dim
+    width, keys = config.streams * config.dim, config.engram.gates(config.streams) * config.dim
     taps = config.engram.kernel if config.engram.conv else 0
-    once = config.engram.memory_width * (keys + config.dim) + keys + (taps + (keys > 0)) * wide
+    once = config.engram.memory_width * (keys + config.dim) + keys + (taps + (keys > 0)) * width
     return len(config.engram.layers) * once
 
 

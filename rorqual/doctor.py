@@ -33,8 +33,8 @@ class Check:
 
     name: str
     state: str
-    found: str
-    mend: str = ""
+    value: str
+    hint: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,8 +110,8 @@ def lines(report: Report) -> list[str]:
     order = {"ok": 0, "missing": 1, "wrong": 2}
     for check in sorted(report.checks, key=lambda check: order[check.state]):
         head.append(
-            f"{check.state:8}{check.name}: {check.found}"
-            + (f" -> {check.mend}" if check.mend else "")
+            f"{check.state:8}{check.name}: {check.value}"
+            + (f" -> {check.hint}" if check.hint else "")
         )
     return head
 
@@ -137,13 +137,13 @@ def _picked(choice: kernels.Choice) -> tuple[str, str]:
 def _kernels(picked: dict[str, tuple[str, str]]) -> Check:
     errors = list(dict.fromkeys(error for _, error in picked.values() if error))
     if errors:
-        mend = f"unset {kernels.VARIABLE}, or set it to what runs here"
-        return Check(name="kernels", state="wrong", found="; ".join(errors), mend=mend)
+        hint = f"unset {kernels.VARIABLE}, or set it to what runs here"
+        return Check(name="kernels", state="wrong", value="; ".join(errors), hint=hint)
     kinds = [kind for kind, _ in picked.values()]
     return Check(
         name="kernels",
         state="ok",
-        found=", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds))),
+        value=", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds))),
     )
 
 
@@ -165,39 +165,41 @@ def memory() -> int:
 
 
 def _devices() -> list[str]:
-    found = [
+    devices = [
         f"cpu ({platform.processor() or platform.machine()}, "
         f"{torch.backends.cpu.get_cpu_capability()})"
     ]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found.append(f"cuda:{index} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)")
+        devices.append(
+            f"cuda:{index} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"
+        )
     if torch.backends.mps.is_available():
-        found.append("mps")
-    return found
+        devices.append("mps")
+    return devices
 
 
 def _wanted() -> list[tuple[str, str | None]]:
     """Returns (distribution, its extra or None) of all that rorqual's own metadata names."""
-    found = []
+    checks = []
     for line in importlib.metadata.requires("rorqual") or ():
         word, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"]([\w-]+)", line)
         if word and word[0] != "rorqual" and (extra is None or extra[1] not in BUNDLES):
-            found.append((word[0], extra[1] if extra else None))
-    return found
+            checks.append((word[0], extra[1] if extra else None))
+    return checks
 
 
 def _packages() -> list[Check]:
     try:
         wanted = _wanted()
     except importlib.metadata.PackageNotFoundError:
-        mend = "pip install -e . in the checkout"
+        hint = "pip install -e . in the checkout"
         return [
             Check(
                 name="rorqual",
                 state="missing",
-                found="not installed: what it needs is unknown",
-                mend=mend,
+                value="not installed: what it needs is unknown",
+                hint=hint,
             )
         ]
     checks = [
@@ -211,27 +213,27 @@ def _packages() -> list[Check]:
     return checks + [_package(name, "missing", f"pip install {name}") for name in BROUGHT]
 
 
-def _package(distribution: str, otherwise: str, mend: str) -> Check:
+def _package(distribution: str, otherwise: str, hint: str) -> Check:
     """Checks one distribution.
 
-    `otherwise` is the state where it is not installed, `mend` the command that installs it.
+    `otherwise` is the state where it is not installed, `hint` the command that installs it.
     """
     version = _version(distribution)
     if version is not None:
-        return Check(name=distribution, state="ok", found=version)
-    return Check(name=distribution, state=otherwise, found="not installed", mend=mend)
+        return Check(name=distribution, state="ok", value=version)
+    return Check(name=distribution, state=otherwise, value="not installed", hint=hint)
 
 
 def _python() -> Check:
     good = sys.version_info >= (3, 11)
-    mend = "" if good else "use Python 3.11 or later"
+    hint = "" if good else "use Python 3.11 or later"
     return Check(
-        name="python", state="ok" if good else "wrong", found=platform.python_version(), mend=mend
+        name="python", state="ok" if good else "wrong", value=platform.python_version(), hint=hint
     )
 
 
 def _compiler() -> Check:
-    found = next(
+    compiler = next(
         (
             path
             for name in (os.environ.get("CXX", ""), "g++", "clang++")
@@ -239,37 +241,37 @@ def _compiler() -> Check:
         ),
         None,
     )
-    if found:
-        return Check(name="C++ compiler", state="ok", found=found)
+    if compiler:
+        return Check(name="C++ compiler", state="ok", value=compiler)
     return Check(
         name="C++ compiler",
         state="missing",
-        found="none on the path",
-        mend="install g++: torch.compile needs it (apt install g++, or set CXX)",
+        value="none on the path",
+        hint="install g++: torch.compile needs it (apt install g++, or set CXX)",
     )
 
 
 def _threads() -> Check:
     cores, threads = runtime.cores(), torch.get_num_threads()
     if threads <= cores:
-        return Check(name="threads", state="ok", found=f"{threads} for {cores} cores")
+        return Check(name="threads", state="ok", value=f"{threads} for {cores} cores")
     return Check(
         name="threads",
         state="missing",
-        found=f"{threads} for {cores} cores, which slows every operation",
-        mend=f"export OMP_NUM_THREADS={cores}",
+        value=f"{threads} for {cores} cores, which slows every operation",
+        hint=f"export OMP_NUM_THREADS={cores}",
     )
 
 
 def _disk(folder: str | Path) -> Check:
     free = shutil.disk_usage(folder).free / 2**30
     good = free >= 2 and os.access(folder, os.W_OK)
-    mend = "" if good else "runs are written here: free 2 GiB, or choose another folder"
+    hint = "" if good else "runs are written here: free 2 GiB, or choose another folder"
     return Check(
         name="disk",
         state="ok" if good else "wrong",
-        found=f"{free:.1f} GiB free in {folder}",
-        mend=mend,
+        value=f"{free:.1f} GiB free in {folder}",
+        hint=hint,
     )
 
 
@@ -295,7 +297,7 @@ def _arithmetic() -> Check:
     engram = EngramConfig(layers=(0,), rows_per_head=(31, 31), heads=2, head_dim=8)
     moe = MoEConfig(routed=8, active=2, width=16)
     model = LanguageModel(
-        ModelConfig(vocabulary=32, layers=1, dense_width=32, moe=moe, engram=engram)
+        ModelConfig(vocab_size=32, layers=1, dense_width=32, moe=moe, engram=engram)
     )
     device = runtime.device()
     model.to(device)
@@ -306,12 +308,12 @@ def _arithmetic() -> Check:
             with _asking(kernels.REFERENCE):
                 plain = model(ids)
     except ValueError as error:
-        mend = f"{kernels.VARIABLE}=reference rorqual doctor"
+        hint = f"{kernels.VARIABLE}=reference rorqual doctor"
         return Check(
             name="arithmetic",
             state="wrong",
-            found=f"a small model does not run: {error}",
-            mend=mend,
+            value=f"a small model does not run: {error}",
+            hint=hint,
         )
     good = (
         bool(torch.isfinite(first).all())
@@ -322,8 +324,8 @@ def _arithmetic() -> Check:
         return Check(
             name="arithmetic",
             state="ok",
-            found="a small model repeats itself to the last bit and agrees with the references",
+            value="a small model repeats itself to the last bit and agrees with the references",
         )
-    found = "a small model is not finite, not itself twice, or not what the references say"
-    mend = f"run with {kernels.VARIABLE}=reference; if that mends it, a kernel is at fault"
-    return Check(name="arithmetic", state="wrong", found=found, mend=mend)
+    problem = "a small model is not finite, not itself twice, or not what the references say"
+    hint = f"run with {kernels.VARIABLE}=reference; if that mends it, a kernel is at fault"
+    return Check(name="arithmetic", state="wrong", value=problem, hint=hint)

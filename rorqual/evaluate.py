@@ -44,7 +44,7 @@ class Score:
 def texts(
     source: str | Path,
     *,
-    part: str = "validation",
+    split: str = "validation",
     limit: int | None = None,
     column: str = "text",
     within: int | None = None,
@@ -54,12 +54,12 @@ def texts(
     The parts are those of training. `within`: the corpus ends after so many documents, as with a
     training's `data.limit`.
     """
-    if part not in SPLITS:
-        raise ValueError(f"split: got {part!r}, expected one of {', '.join(SPLITS)}")
+    if split not in SPLITS:
+        raise ValueError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
     corpus = open_corpus(str(source), column=column, limit=within)
-    if part == "all":
+    if split == "all":
         return itertools.islice(corpus.documents(), limit)
-    return itertools.islice((document for side, document in corpus.sided() if side == part), limit)
+    return itertools.islice((document for side, document in corpus.sided() if side == split), limit)
 
 
 def score(
@@ -67,18 +67,22 @@ def score(
     tokenizer: Tokenizer,
     documents: Iterable[str],
     *,
-    length: int = 512,
-    rows: int = 8,
+    seq_len: int = 512,
+    batch_size: int = 8,
 ) -> Score:
-    """Measures the loss over documents, packed into sequences of `length` tokens.
+    """Measures the loss over documents, packed into sequences of `seq_len` tokens.
 
     Attention never crosses a document boundary. ValueError where there are no documents.
     """
-    if length < 1 or rows < 1:
-        raise ValueError(f"got length={length} and rows={rows}, expected at least 1 of each")
+    if seq_len < 1 or batch_size < 1:
+        raise ValueError(
+            f"got seq_len={seq_len} and batch_size={batch_size}, expected at least 1 of each"
+        )
     clock, counted = runtime.Clock(), Counted()
     nats = tokens = 0.0
-    for ids, labels, owners in pack(counted.over(documents), tokenizer, length=length, rows=rows):
+    for ids, labels, owners in pack(
+        counted.over(documents), tokenizer, seq_len=seq_len, batch_size=batch_size
+    ):
         nats += nats_of(model, ids, labels, owners)
         tokens += int((labels != IGNORED).sum())
     if not counted.documents:
@@ -112,9 +116,9 @@ class Counted:
 
 
 def pack(
-    documents: Iterable[str], tokenizer: Tokenizer, *, length: int, rows: int
+    documents: Iterable[str], tokenizer: Tokenizer, *, seq_len: int, batch_size: int
 ) -> Iterator[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"], Int[Tensor, "B T"]]]:
-    """Yields (ids, labels, documents), each [at most rows, length].
+    """Yields (ids, labels, document_ids), each [at most batch_size, seq_len].
 
     The last sequence ends in padding, which is no target.
     """
@@ -123,21 +127,21 @@ def pack(
     for number, document in enumerate(documents):
         ids = [tokenizer.begin_id, *tokenizer.encode(document), tokenizer.end_id]
         line += [(token, following, number) for token, following in itertools.pairwise(ids)]
-        while len(line) >= length:
-            batch.append(line[:length])
-            line = line[length:]
-            if len(batch) == rows:
+        while len(line) >= seq_len:
+            batch.append(line[:seq_len])
+            line = line[seq_len:]
+            if len(batch) == batch_size:
                 yield _columns(batch)
                 batch = []
     if line:
-        batch.append(line + [(tokenizer.pad_id, IGNORED, -1)] * (length - len(line)))
+        batch.append(line + [(tokenizer.pad_id, IGNORED, -1)] * (seq_len - len(line)))
     if batch:
         yield _columns(batch)
 
 
 def _columns(batch: list[list[tuple[int, int, int]]]) -> tuple[Tensor, Tensor, Tensor]:
-    ids, labels, documents = torch.tensor(batch).unbind(-1)
-    return ids.contiguous(), labels.contiguous(), documents.contiguous()
+    ids, labels, document_ids = torch.tensor(batch).unbind(-1)
+    return ids.contiguous(), labels.contiguous(), document_ids.contiguous()
 
 
 @torch.inference_mode()
@@ -145,11 +149,13 @@ def nats_of(
     model: LanguageModel,
     ids: Int[Tensor, "B T"],
     labels: Int[Tensor, "B T"],
-    documents: Int[Tensor, "B T"],
+    document_ids: Int[Tensor, "B T"],
 ) -> float:
     """Returns the summed nats of the labels, without balance or MTP losses."""
     device = next(model.parameters()).device
-    hidden: Float[Tensor, "B T D"] = model.hidden(ids.to(device), documents=documents.to(device))[0]
+    hidden: Float[Tensor, "B T D"] = model.hidden(
+        ids.to(device), document_ids=document_ids.to(device)
+    )[0]
     normed = model.norm(hidden).flatten(0, 1)
     return float(chunked_cross_entropy(normed, model.head.weight, labels.to(device).flatten()))
 
@@ -172,8 +178,8 @@ def tasks(
         raise ValueError(f"tasks need the evaluation harness, got no {missing}: {hint}") from error
 
     # Reading the thousands of tasks of the harness takes many seconds.
-    own = all(Path(name).is_file() for name in names)
-    manager = TaskManager(include_defaults=not own)
+    local = all(Path(name).is_file() for name in names)
+    manager = TaskManager(include_defaults=not local)
     unknown = [name for name in names if name not in manager.all_tasks and not Path(name).is_file()]
     if unknown:
         raise ValueError(

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from rorqual import memory, runtime
 from rorqual.analyze.measures import without_memory
-from rorqual.analyze.states import recalling
+from rorqual.analyze.states import looking_up
 from rorqual.analyze.taps import Taps, quiet
 from rorqual.config import from_dict
 from rorqual.layers.router import Routing
@@ -133,7 +133,7 @@ class Explorer:
         self.editor = Editor(self.model, self.tokenizer) if self.engram is not None else None
         self.changes: list[str] = []  # each is an edit in every block with Engram
         self._lock = threading.RLock()
-        self._known = min(run.config.vocabulary, self.tokenizer.vocabulary)
+        self._known = min(run.config.vocab_size, self.tokenizer.vocab_size)
 
     def describe(self) -> dict[str, Any]:
         """Returns sizes and parts of the model, for the page's head."""
@@ -145,10 +145,10 @@ class Explorer:
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "layers": config.layers,
             "dim": config.dim,
-            "vocabulary": config.vocabulary,
+            "vocab_size": config.vocab_size,
             "streams": config.streams,
-            "parts": [part for part in parts if getattr(config, part) is not None],
-            "most": MOST,
+            "parts": [piece for piece in parts if getattr(config, piece) is not None],
+            "max_tokens": MOST,
             "memory": engram
             and {
                 "layers": engram.layers,
@@ -160,12 +160,12 @@ class Explorer:
             and {"layers": experts, "routed": config.moe.routed, "active": config.moe.active},
         }
 
-    def read(self, ask: Read) -> dict[str, Any]:
+    def read(self, body: Read) -> dict[str, Any]:
         """Returns everything that the page shows of a text.
 
         Position 0 is the start of the document.
         """
-        ids = self._ids(ask.text)
+        ids = self._ids(body.text)
         with self._lock:
             now = self._forward(ids)
             kinds = {"now": now.logs}
@@ -203,27 +203,27 @@ class Explorer:
             for n, what in enumerate(self.changes)
         ]
 
-    def edit(self, ask: Change) -> dict[str, Any]:
+    def edit(self, body: Change) -> dict[str, Any]:
         """Sets rows to zero or overwrites them, in every block with Engram.
 
         ValueError for what cannot be edited.
         """
         if self.editor is None or self.engram is None:
             raise ValueError("edit: got a model without Engram, expected one with memory")
-        if not 2 <= ask.order <= self.engram.ngram:
+        if not 2 <= body.order <= self.engram.ngram:
             raise ValueError(
-                f"order: got {ask.order}, expected 2..{self.engram.ngram}, "
+                f"order: got {body.order}, expected 2..{self.engram.ngram}, "
                 "the lengths of its n-grams"
             )
-        ids = self._ids(Read(text=ask.text).text)
-        if not 0 <= ask.token < len(ids):
+        ids = self._ids(Read(text=body.text).text)
+        if not 0 <= body.token < len(ids):
             raise ValueError(
-                f"token: got {ask.token}, expected 0..{len(ids) - 1}, a position of the text"
+                f"token: got {body.token}, expected 0..{len(ids) - 1}, a position of the text"
             )
-        source = None if ask.source is None else self._ids(Read(text=ask.source).text)
+        source = None if body.source is None else self._ids(Read(text=body.source).text)
         what, target = (
-            self._words(ids, ask.token, ask.order),
-            self._ngram(ids, ask.token, ask.order),
+            self._words(ids, body.token, body.order),
+            self._ngram(ids, body.token, body.order),
         )
         with self._lock:
             for layer in self.engram.layers:
@@ -231,22 +231,22 @@ class Explorer:
                     self.editor.suppress(target, layer)
                 else:
                     self.editor.transplant(
-                        self._ngram(source, len(source) - 1, ask.order), target, layer
+                        self._ngram(source, len(source) - 1, body.order), target, layer
                     )
             read = (
                 "suppressed"
                 if source is None
-                else f"reads as {self._words(source, len(source) - 1, ask.order)}"
+                else f"reads as {self._words(source, len(source) - 1, body.order)}"
             )
             self.changes.append(f"{what} {read}")
             return {"edits": self.standing()}
 
-    def undo(self, ask: Undo) -> dict[str, Any]:
+    def undo(self, body: Undo) -> dict[str, Any]:
         """Undoes the last change or all; ValueError where nothing was edited."""
         with self._lock:
             if self.editor is None or self.engram is None or not self.changes:
                 raise ValueError("undo: got nothing to take back, expected an edit before it")
-            for _ in range(len(self.changes) if ask.all else 1):
+            for _ in range(len(self.changes) if body.all else 1):
                 self.changes.pop()
                 for _ in self.engram.layers:
                     self.editor.undo()
@@ -272,24 +272,24 @@ class Explorer:
             raise ValueError(
                 "model: got predictions that are not finite, expected a run that has not diverged"
             )
-        alive = recalling(self.model, batch)[0, :, None]
+        alive = looking_up(self.model, batch)[0, :, None]
         routings = [aux.routing for aux in auxes if aux.routing is not None]
         return Pass(logs, [taps[name][0][0] * alive for name in names], routings)
 
     def _batch(self, ids: list[int]) -> Int[Tensor, "1 T"]:
         return torch.tensor([ids], device=self.model.embed.weight.device)
 
-    def _ngram(self, ids: list[int], place: int, order: int) -> list[int]:
-        """Returns the ids of the n-gram that ends at `place`.
+    def _ngram(self, ids: list[int], position: int, order: int) -> list[int]:
+        """Returns the ids of the n-gram that ends at `position`.
 
         Positions before the document are filled with the id that Engram uses there.
         """
         assert self.engram is not None
-        return ([self.engram.missing_id] * order + ids[: place + 1])[-order:]
+        return ([self.engram.missing_id] * order + ids[: position + 1])[-order:]
 
     def _tokens(self, ids: list[int]) -> list[dict[str, Any]]:
         addresses = self.model.addresses
-        found = []
+        tokens = []
         for token in ids:
             one: dict[str, Any] = {"id": token, "text": self.tokenizer.token(token)}
             if addresses is not None:
@@ -299,8 +299,8 @@ class Explorer:
                     "canonical": canonical,
                     "alike": [self.tokenizer.token(i) for i in alike if i != token][:ALIKE],
                 }
-            found.append(one)
-        return found
+            tokens.append(one)
+        return tokens
 
     def _ngrams(self, ids: list[int]) -> list[list[str]]:
         """Returns each token's n-grams as text, shortest first.
@@ -308,12 +308,14 @@ class Explorer:
         Positions before the document are left out.
         """
         orders = range(2, self.engram.ngram + 1) if self.engram is not None else ()
-        return [[self._words(ids, place, order) for order in orders] for place in range(len(ids))]
+        return [[self._words(ids, index, order) for order in orders] for index in range(len(ids))]
 
-    def _words(self, ids: list[int], place: int, order: int) -> str:
-        """Returns the n-gram that ends at `place` as text; it marks the start of the document."""
-        text = "".join(self.tokenizer.token(i) for i in ids[max(1, place - order + 1) : place + 1])
-        return "“" + ("⟨start⟩" if place < order else "") + text.replace("\n", "⏎") + "”"
+    def _words(self, ids: list[int], position: int, order: int) -> str:
+        """Returns the n-gram that ends at `index` as text; it marks the start of the document."""
+        text = "".join(
+            self.tokenizer.token(i) for i in ids[max(1, position - order + 1) : position + 1]
+        )
+        return "“" + ("⟨start⟩" if position < order else "") + text.replace("\n", "⏎") + "”"
 
     def _predictions(self, kinds: Mapping[str, Float[Tensor, "T V"]]) -> list[list[dict[str, Any]]]:
         """Returns the best predictions of every kind after each token.
@@ -323,35 +325,35 @@ class Explorer:
         best = [logs.topk(min(BEST, logs.shape[1])).indices for logs in kinds.values()]
         ids = torch.cat(best, -1)  # [T, kinds * BEST]
         chances = torch.stack([logs.gather(1, ids).exp() for logs in kinds.values()], -1)
-        found = []
+        predictions = []
         for names, rows in zip(ids.tolist(), chances.tolist(), strict=True):
             once = dict(zip(names, rows, strict=True))
             order = sorted(once, key=lambda i: -once[i][0])
-            found.append(
+            predictions.append(
                 [
                     {"text": self.tokenizer.token(i), "p": [round(p, 5) for p in once[i]]}
                     for i in order
                 ]
             )
-        return found
+        return predictions
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:
         """Restores the memory as it was before every edit, for a `with` block."""
         assert self.editor is not None and self.engram is not None
-        tables, held = (
+        tables, rows_before = (
             dict(zip(self.engram.layers, self.model.tables.parameters(), strict=True)),
             [],
         )
         for edit in reversed(self.editor.edits):
             rows = tables[edit.layer].detach()
-            held.append((rows, edit.rows, rows[edit.rows].clone()))
+            rows_before.append((rows, edit.rows, rows[edit.rows].clone()))
             rows[edit.rows] = edit.before
         try:
             yield
         finally:
-            for rows, own, values in reversed(held):
-                rows[own] = values
+            for rows, ids, values in reversed(rows_before):
+                rows[ids] = values
 
 
 def _column(ids: list[int], like: Tensor) -> Int[Tensor, "T 1"]:
@@ -372,7 +374,7 @@ def _round(values: Tensor) -> Any:
 
 def _experts(routing: Routing) -> list[list[dict[str, Any]]]:
     """Returns the experts that each token selected, heaviest first."""
-    rows = zip(routing.chosen[0].tolist(), routing.weights[0].float().tolist(), strict=True)
+    rows = zip(routing.topk_indices[0].tolist(), routing.weights[0].float().tolist(), strict=True)
     return [
         [
             {"expert": e, "weight": round(w, 4)}
@@ -401,10 +403,10 @@ def app(run: Run) -> Starlette:
     ) -> Callable[[Request], Any]:
         async def answer(request: Request) -> Response:
             try:
-                found = await run_in_threadpool(
+                answer_json = await run_in_threadpool(
                     call, from_dict(kind, _object(await body(request, LARGEST)))
                 )
-                return JSONResponse(found)
+                return JSONResponse(answer_json)
             except ValueError as error:
                 return JSONResponse({"error": str(error)}, status_code=400)
 
@@ -422,10 +424,10 @@ def app(run: Run) -> Starlette:
     )
 
 
-def _object(found: Any) -> dict[str, Any]:
-    if not isinstance(found, dict):
-        raise ValueError(f"body: got a {type(found).__name__}, expected an object")
-    return found
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"body: got a {type(value).__name__}, expected an object")
+    return value
 
 
 def main(config: ExploreConfig) -> None:

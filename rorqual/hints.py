@@ -10,12 +10,12 @@ def choose(kind: str, name: str, names: Iterable[str]) -> str:
 
     `kind` is the kind of thing that the message calls it.
     """
-    known = list(names)
-    if name in known:
+    all_names = list(names)
+    if name in all_names:
         return name
-    near = difflib.get_close_matches(name, known, 1, 0.4)
-    guess = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"got {kind} {name!r}, expected one of {', '.join(known)}{guess}")
+    similar = difflib.get_close_matches(name, all_names, 1, 0.4)
+    guess = f"; did you mean {similar[0]!r}?" if similar else ""
+    raise ValueError(f"got {kind} {name!r}, expected one of {', '.join(all_names)}{guess}")
 
 
 def install(extra: str) -> str:

@@ -93,15 +93,15 @@ def remove_partial(folder: Path, age: float = 0.0) -> None:
 
 def _partial(folder: Path, prefix: str, age: float) -> list[Path]:
     """Returns the partial files with this prefix that were not written to for `age` seconds."""
-    found = []
+    partial_files = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name.startswith(prefix) and _PARTIAL.fullmatch(path.name):
             # Another process may rename or delete it meanwhile.
             with suppress(FileNotFoundError):
                 about = path.lstat()
                 if stat.S_ISREG(about.st_mode) and time.time() - about.st_mtime >= age:
-                    found.append(path)
-    return found
+                    partial_files.append(path)
+    return partial_files
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -137,11 +137,11 @@ def restore_folders(parent: Path) -> None:
     It is for the only process that writes there.
     """
     for replaced in parent.glob("*.replaced"):
-        place = replaced.with_suffix("")
-        if place.exists():
+        folder = replaced.with_suffix("")
+        if folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)
         else:
-            replaced.rename(place)
+            replaced.rename(folder)
 
 
 def flush(path: Path) -> None:
@@ -174,11 +174,11 @@ def lock(path: Path, refusal: str, *, timeout: float = 0) -> Iterator[None]:
     No other process gets it until then. Locked, with the text `refusal`, where another holds it for
     longer than `timeout` seconds.
     """
-    held = acquired(path, refusal, timeout=timeout)
+    file_lock = acquired(path, refusal, timeout=timeout)
     try:
         yield
     finally:
-        held.release()
+        file_lock.release()
 
 
 def acquired(
@@ -196,12 +196,12 @@ def acquired(
     # filelock loads asyncio, which takes longer than most commands that only describe a model.
     from filelock import FileLock, Timeout
 
-    held = FileLock(path, timeout=timeout, thread_local=thread_local)
+    file_lock = FileLock(path, timeout=timeout, thread_local=thread_local)
     try:
-        held.acquire(poll_interval=0.1)
+        file_lock.acquire(poll_interval=0.1)
     except Timeout:
         raise error(refusal) from None
-    return held
+    return file_lock
 
 
 def size_and_sha256(path: Path) -> dict[str, Any]:
@@ -219,9 +219,9 @@ def read_at(file: int, into: memoryview, offset: int) -> int:
         return os.preadv(file, [into], offset)
     with _POSITION:
         os.lseek(file, offset, os.SEEK_SET)
-        found = os.read(file, len(into))
-    into[: len(found)] = found
-    return len(found)
+        count = os.read(file, len(into))
+    into[: len(count)] = count
+    return len(count)
 
 
 def write_at(file: int, data: memoryview, offset: int) -> int:

@@ -106,16 +106,18 @@ class _Parts(NamedTuple):
 
 def _parts(model: nn.Module) -> _Parts:
     device = next(model.parameters()).device
-    held: Any = getattr(model, _ATTACHED, None)
-    if held is not None:
-        return _Parts(held.config, held.addresses, held.tables, list(held.engrams), device)
+    attached: Any = getattr(model, _ATTACHED, None)
+    if attached is not None:
+        return _Parts(
+            attached.config, attached.addresses, attached.tables, list(attached.engrams), device
+        )
     if (
         not isinstance(model, LanguageModel)
         or model.config.engram is None
         or model.addresses is None
     ):
-        mend = "(--model.engram.layers 1), or that `attach` gave one"
-        raise ValueError(f"memory: got a model without Engram, expected one that has it {mend}")
+        hint = "(--model.engram.layers 1), or that `attach` gave one"
+        raise ValueError(f"memory: got a model without Engram, expected one that has it {hint}")
     engrams: list[Any] = [model.blocks[layer].engram for layer in model.config.engram.layers]
     return _Parts(model.config.engram, model.addresses, list(model.tables), engrams, device)
 
@@ -155,12 +157,12 @@ def reads(model: nn.Module, tokenizer: Tokenizer, text: str) -> list[Read]:
     ids = torch.tensor([_prompt(model, tokenizer, text)], device=device)
     if not ids.numel():
         raise ValueError("text: got no tokens, expected at least one")
-    said: dict[int, Tensor] = {}
+    gates_of: dict[int, Tensor] = {}
     hooks = []
     for layer, engram in zip(config.layers, engrams, strict=True):
 
         def keep(module, args, gates: Tensor, layer: int = layer) -> None:
-            said[layer] = gates[0].float().cpu()  # [T, S]
+            gates_of[layer] = gates[0].float().cpu()  # [T, S]
 
         hooks.append(engram.gate.register_forward_hook(keep))
     try:
@@ -169,7 +171,7 @@ def reads(model: nn.Module, tokenizer: Tokenizer, text: str) -> list[Read]:
         for hook in hooks:
             hook.remove()
     alive = addresses.lookup_mask(ids, context(ids.shape[0], ids.shape[1], device))
-    for gates in said.values():
+    for gates in gates_of.values():
         if alive is not None:
             gates[~alive[0].cpu()] = 0.0
     read, tokens = rows(model, ids)[:, 0].tolist(), ids[0].tolist()  # [Lm, T, R]
@@ -181,8 +183,8 @@ def reads(model: nn.Module, tokenizer: Tokenizer, text: str) -> list[Read]:
                 tokenizer.decode(tokens[max(0, t + 1 - n) : t + 1])
                 for n in range(2, config.ngram + 1)
             ],
-            rows={layer: read[place][t] for place, layer in enumerate(config.layers)},
-            gates={layer: said[layer][t].tolist() for layer in config.layers},
+            rows={layer: read[table_index][t] for table_index, layer in enumerate(config.layers)},
+            gates={layer: gates_of[layer][t].tolist() for layer in config.layers},
         )
         for t, token in enumerate(tokens)
     ]
@@ -212,22 +214,24 @@ def rows_of(model: nn.Module, tokenizer: Tokenizer, ngram: Ngram, layer: int) ->
 
     They are those of its own order at its last token.
     """
-    ids, place = ids_of(model, tokenizer, ngram), _place(_parts(model).config, layer)
-    return _rows_of_many(model, np.array([ids]), place)[0].tolist()
+    ids, table_index = ids_of(model, tokenizer, ngram), _place(_parts(model).config, layer)
+    return _rows_of_many(model, np.array([ids]), table_index)[0].tolist()
 
 
-def _rows_of_many(model: nn.Module, ngrams: np.ndarray, place: int) -> np.ndarray:
+def _rows_of_many(model: nn.Module, ngrams: np.ndarray, table_index: int) -> np.ndarray:
     """Returns the rows of M n-grams of one order, int64 [M, J].
 
     They are the rows of that order at the last tokens.
     """
     config, _, _, _, device = _parts(model)
-    own = slice((ngrams.shape[1] - 2) * config.heads, (ngrams.shape[1] - 1) * config.heads)
+    columns = slice((ngrams.shape[1] - 2) * config.heads, (ngrams.shape[1] - 1) * config.heads)
     parts = [
-        torch.from_numpy(ngrams[at : at + _BATCH]).to(device)
-        for at in range(0, len(ngrams), _BATCH)
+        torch.from_numpy(ngrams[start : start + _BATCH]).to(device)
+        for start in range(0, len(ngrams), _BATCH)
     ]
-    return np.concatenate([rows(model, part)[place, :, -1, own].cpu().numpy() for part in parts])
+    return np.concatenate(
+        [rows(model, piece)[table_index, :, -1, columns].cpu().numpy() for piece in parts]
+    )
 
 
 @torch.inference_mode()
@@ -241,7 +245,7 @@ def distribution(model: Any, tokenizer: Tokenizer, text: str) -> Float[Tensor, "
         logits = model.logits(model.hidden(ids)[0][:, -1:])[0, 0]
     else:
         logits = model(ids, use_cache=False).logits[0, -1].float()
-    return logits[: tokenizer.vocabulary].softmax(-1).cpu()
+    return logits[: tokenizer.vocab_size].softmax(-1).cpu()
 
 
 def next_tokens(
@@ -310,12 +314,17 @@ def popular(
     their document. There is a count for each row, and for up to 2^18 n-grams of each order.
     """
     config, addresses, _, _, device = _parts(model)
-    place, counts = _place(config, layer), _Counts(model, tokenizer)
+    table_index, counts = _place(config, layer), _Counts(model, tokenizer)
     dead = torch.tensor(config.dead_tokens, dtype=torch.long)
-    number = np.zeros(int(addresses.primes[place].sum()), dtype=np.int64)
+    number = np.zeros(int(addresses.primes[table_index].sum()), dtype=np.int64)
     for text in texts:
         ids = torch.tensor([counts.add(text)])
-        read = rows(model, ids.to(device))[place, 0].cpu().unflatten(-1, (-1, config.heads)).numpy()
+        read = (
+            rows(model, ids.to(device))[table_index, 0]
+            .cpu()
+            .unflatten(-1, (-1, config.heads))
+            .numpy()
+        )
         clear = ~torch.isin(ids[0], dead).numpy()
         for order in range(2, min(config.ngram, ids.shape[1]) + 1):
             whole = np.lib.stride_tricks.sliding_window_view(clear, order).all(1)
@@ -323,22 +332,22 @@ def popular(
     top = sorted(np.flatnonzero(number).tolist(), key=lambda row: (-number[row], row))[:count]
     named = dict.fromkeys(top, ("", 0))
     for counter in counts.of.values():
-        for ngram, times, own in _addressed(model, counter, place):
-            for row in named.keys() & own:
+        for ngram, times, row_ids in _addressed(model, counter, table_index):
+            for row in named.keys() & row_ids:
                 if times > named[row][1]:
                     named[row] = (tokenizer.decode(ngram), times)
     return [(row, int(number[row]), named[row][0]) for row in top]
 
 
-def _addressed(model: nn.Module, counter: Counter[tuple[int, ...]], place: int):
+def _addressed(model: nn.Module, counter: Counter[tuple[int, ...]], table_index: int):
     """Yields (n-gram, count, its rows) of each n-gram."""
     if counter:
-        read = _rows_of_many(model, np.array(list(counter)), place)
-        for (ngram, times), own in zip(counter.items(), read.tolist(), strict=True):
-            yield ngram, times, own
+        read = _rows_of_many(model, np.array(list(counter)), table_index)
+        for (ngram, times), row_ids in zip(counter.items(), read.tolist(), strict=True):
+            yield ngram, times, row_ids
 
 
-def _readers(model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str], place: int):
+def _readers(model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str], table_index: int):
     """Yields (n-gram in its first form, its rows) for every canonical n-gram of a corpus."""
     counts, canonical = _Counts(model, tokenizer), _parts(model).addresses.canonical_map.tolist()
     for text in texts:
@@ -347,8 +356,8 @@ def _readers(model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str], place
         different = {
             tuple(canonical[token] for token in ngram): ngram for ngram in reversed(list(counter))
         }
-        for ngram, _, own in _addressed(model, Counter(list(different.values())), place):
-            yield ngram, own
+        for ngram, _, row_ids in _addressed(model, Counter(list(different.values())), table_index):
+            yield ngram, row_ids
 
 
 def collisions(
@@ -356,16 +365,16 @@ def collisions(
 ) -> Collisions:
     """Returns which n-grams of a corpus share a row in one layer, and how many rows they share."""
     readers: dict[int, list[tuple[int, ...]]] = {}
-    found = list(_readers(model, tokenizer, texts, _place(_parts(model).config, layer)))
-    for ngram, own in found:
-        for row in own:
+    addressed = list(_readers(model, tokenizer, texts, _place(_parts(model).config, layer)))
+    for ngram, row_ids in addressed:
+        for row in row_ids:
             readers.setdefault(row, []).append(ngram)
     crowded = sorted(
-        (row for row, found in readers.items() if len(found) > 1),
+        (row for row, addressed in readers.items() if len(addressed) > 1),
         key=lambda r: (-len(readers[r]), r),
     )
     worst = [(row, [tokenizer.decode(ngram) for ngram in readers[row]]) for row in crowded[:count]]
-    return Collisions(ngrams=len(found), rows=len(readers), shared=len(crowded), worst=worst)
+    return Collisions(ngrams=len(addressed), rows=len(readers), shared=len(crowded), worst=worst)
 
 
 def sharing(
@@ -378,11 +387,11 @@ def sharing(
     mine, ids = set(rows_of(model, tokenizer, ngram, layer)), ids_of(model, tokenizer, ngram)
     canonical = _parts(model).addresses.canonical_map.tolist()
     itself = [canonical[token] for token in ids]
-    found: Counter[str] = Counter()
-    for other, own in _readers(model, tokenizer, texts, _place(_parts(model).config, layer)):
-        if mine & set(own) and [canonical[token] for token in other] != itself:
-            found[tokenizer.decode(other)] = len(mine & set(own))
-    return dict(found.most_common())
+    counts: Counter[str] = Counter()
+    for other, row_ids in _readers(model, tokenizer, texts, _place(_parts(model).config, layer)):
+        if mine & set(row_ids) and [canonical[token] for token in other] != itself:
+            counts[tokenizer.decode(other)] = len(mine & set(row_ids))
+    return dict(counts.most_common())
 
 
 class Editor:
@@ -395,7 +404,7 @@ class Editor:
 
     def suppress(self, ngram: Ngram, layer: int) -> Edit:
         """Sets the n-gram's rows to zero, so that its lookup returns nothing."""
-        read = self.look(ngram, layer)
+        read = self.lookup(ngram, layer)
         return self._write(f"suppress {ngram!r}", ngram, layer, torch.zeros_like(read))
 
     def overwrite(self, ngram: Ngram, layer: int, values: Float[Tensor, "J width"]) -> Edit:
@@ -417,13 +426,13 @@ class Editor:
                 "expected equally many"
             )
         return self._write(
-            f"transplant {source!r} to {target!r}", target, layer, self.look(source, layer)
+            f"transplant {source!r} to {target!r}", target, layer, self.lookup(source, layer)
         )
 
-    def look(self, ngram: Ngram, layer: int) -> Float[Tensor, "J width"]:
+    def lookup(self, ngram: Ngram, layer: int) -> Float[Tensor, "J width"]:
         """Returns a copy of the n-gram's rows as they are now."""
-        own = rows_of(self.model, self.tokenizer, ngram, layer)
-        return self._table(layer).weight.detach()[own].clone()
+        row_ids = rows_of(self.model, self.tokenizer, ngram, layer)
+        return self._table(layer).weight.detach()[row_ids].clone()
 
     def undo(self) -> Edit:
         """Reverts the last edit, bit for bit; ValueError where there is none."""
@@ -462,7 +471,7 @@ class Editor:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
                 about = json.loads(header["about"]) if header.get("format") == FORMAT else None
-                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{path} cannot be read as safetensors that an Editor saved: {error}"
@@ -470,7 +479,7 @@ class Editor:
         if about is None or about.get("addresses") != _parts(self.model).addresses.fingerprint():
             raise ValueError(f"{path}: got no edits of this model, expected what its Editor saved")
         self.edits = [
-            Edit(what=what, layer=layer, **{name: held[f"{n}.{name}"] for name in _STORED})
+            Edit(what=what, layer=layer, **{name: tensors[f"{n}.{name}"] for name in _STORED})
             for n, (what, layer) in enumerate(about["edits"])
         ]
         while self.edits:
@@ -497,16 +506,20 @@ class Editor:
         return table
 
     def _write(self, what: str, ngram: Ngram, layer: int, values: Tensor) -> Edit:
-        own = torch.tensor(rows_of(self.model, self.tokenizer, ngram, layer))
+        row_ids = torch.tensor(rows_of(self.model, self.tokenizer, ngram, layer))
         weight = self._table(layer).weight
-        if values.shape != (len(own), weight.shape[1]) or not values.isfinite().all():
-            expected = f"expected finite numbers of shape {(len(own), weight.shape[1])}"
+        if values.shape != (len(row_ids), weight.shape[1]) or not values.isfinite().all():
+            expected = f"expected finite numbers of shape {(len(row_ids), weight.shape[1])}"
             raise ValueError(f"values: got shape {tuple(values.shape)}, {expected}")
-        after, place = values.detach().to(weight), own.to(weight.device)
+        after, where = values.detach().to(weight), row_ids.to(weight.device)
         edit = Edit(
-            what=what, layer=layer, rows=place, before=self.look(ngram, layer), after=after.clone()
+            what=what,
+            layer=layer,
+            rows=where,
+            before=self.lookup(ngram, layer),
+            after=after.clone(),
         )
         with torch.no_grad():
-            weight[place] = after
+            weight[where] = after
         self.edits.append(edit)
         return edit

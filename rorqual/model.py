@@ -26,7 +26,7 @@ from rorqual.layers.cache import Appended, BlockCache, Cache, DraftCache, Past
 from rorqual.layers.context import Context, context
 from rorqual.layers.dsa import DSA, IndexerLoss, mean_indexer_loss
 from rorqual.layers.engram import Addresses, Engram
-from rorqual.layers.hyper import Connection, Exit, Residual, Streams, enter
+from rorqual.layers.hyper import Connection, Residual, StreamReduction, Streams, expand
 from rorqual.layers.moba import MoBA
 from rorqual.layers.moe import MoE
 from rorqual.layers.mtp import MTP, ahead
@@ -93,14 +93,14 @@ class Block(nn.Module):
         self.attention = _attention(config, index)
         self.ffn_norm = RMSNorm(config.dim, config.eps)
         self.ffn: MoE | SwiGLU = (
-            MoE(config.moe, config.dim, index, config.vocabulary)
+            MoE(config.moe, config.dim, index, config.vocab_size)
             if config.moe is not None and config.has_experts(index)
             else SwiGLU(config.dim, config.dense_width)
         )
-        self.attention_site = (
+        self.attention_residual = (
             Residual() if hyper is None else Connection(hyper, config.dim, 2 * index)
         )
-        self.ffn_site = (
+        self.ffn_residual = (
             Residual() if hyper is None else Connection(hyper, config.dim, 2 * index + 1)
         )
 
@@ -108,16 +108,18 @@ class Block(nn.Module):
         """Adds Engram, attention and feed-forward to the residual streams."""
         if self.engram is not None:
             x = x.add(self.engram(x.values, ctx))
-        h, mapping = self.attention_site.read(x)  # [B, T, D], and how its output is written back
+        h, mapping = self.attention_residual.read(
+            x
+        )  # [B, T, D], and how its output is written back
         out, indexer_loss = self.attention(self.attention_norm(h), ctx)
         # The positions before the last one were needed only for their keys.
         if ctx.last_only:
             mapping, ctx = mapping.last(ctx.lengths), ctx.last()
-        x = self.attention_site.write(out, mapping)
-        h, mapping = self.ffn_site.read(x)
+        x = self.attention_residual.write(out, mapping)
+        h, mapping = self.ffn_residual.read(x)
         h = self.ffn_norm(h)
         out, routing = self.ffn(h, ctx) if isinstance(self.ffn, MoE) else (self.ffn(h), None)
-        return self.ffn_site.write(out, mapping), Aux(indexer_loss, routing)
+        return self.ffn_residual.write(out, mapping), Aux(indexer_loss, routing)
 
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
@@ -158,16 +160,18 @@ class LanguageModel(nn.Module):
             init(self, seed)
 
     def _build(self, config: ModelConfig, canonical_map, tables) -> None:
-        self.embed = nn.Embedding(config.vocabulary, config.dim)
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
         blocks = [Block(config, index) for index in range(config.layers)]
         self.blocks, self.rope_dim = nn.ModuleList(blocks), blocks[0].attention.rope_dim
-        self.exit = Exit(config.hyper, config.dim) if config.hyper is not None else None
+        self.reduction = (
+            StreamReduction(config.hyper, config.dim) if config.hyper is not None else None
+        )
         self.norm = RMSNorm(config.dim, config.eps)
-        self.head = nn.Linear(config.dim, config.vocabulary, bias=False)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
         self.addresses = (
-            Addresses(config.engram, canonical_map, config.vocabulary) if config.engram else None
+            Addresses(config.engram, canonical_map, config.vocab_size) if config.engram else None
         )
         shapes = (
             [(rows, config.engram.head_dim) for rows in row_totals(config.engram)]
@@ -186,10 +190,17 @@ class LanguageModel(nn.Module):
         )
 
     def forward(
-        self, ids: Int[Tensor, "B T"], *, documents=None, lengths=None, cache: Cache | None = None
+        self,
+        ids: Int[Tensor, "B T"],
+        *,
+        document_ids=None,
+        lengths=None,
+        cache: Cache | None = None,
     ):
         """Returns the logits [B, T, V] of the token after each id, in float32."""
-        return self.logits(self.hidden(ids, documents=documents, lengths=lengths, cache=cache)[0])
+        return self.logits(
+            self.hidden(ids, document_ids=document_ids, lengths=lengths, cache=cache)[0]
+        )
 
     def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """Computes the logits of `hidden`, taken before the final norm."""
@@ -199,53 +210,57 @@ class LanguageModel(nn.Module):
         self,
         ids: Int[Tensor, "B T"],
         *,
-        documents=None,
+        document_ids=None,
         lengths=None,
         cache=None,
         last: bool = False,
-        warm=None,
+        indexer_warmup=None,
     ) -> tuple[Float[Tensor, "B T2 D"], list[Aux]]:
         """Returns the last block's output before the final norm, and the Aux of each block.
 
         With `last` it is of the last position alone, T2 = 1; the other positions of a prompt skip
-        the end of the last block. If `warm` is given, DSA's indexers are trained; while it is True
-        every key is attended to. documents [B, T] numbers packed documents, which never see each
-        other; lengths [B] is the number of valid tokens of each row, which padding follows.
+        the end of the last block. If `indexer_warmup` is given, DSA's indexers are trained; while
+        it is True every key is attended to. document_ids [B, T] numbers packed documents, which
+        never see each other; lengths [B] is the number of valid tokens of each row, which padding
+        follows.
         """
-        ctx = self._context(ids, cache, documents, lengths, warm)
+        ctx = self._context(ids, cache, document_ids, lengths, indexer_warmup)
         if self.addresses is not None:
             ctx = replace(ctx, lookup_mask=self.addresses.lookup_mask(ids, ctx))
-        pending = self._recall(ids, ctx, cache.ids if cache is not None else None)
-        x = enter(self.embed(ids), self.config.hyper)  # [B, T, S, D]
+        pending = self._prefetch(ids, ctx, cache.ids if cache is not None else None)
+        x = expand(self.embed(ids), self.config.hyper)  # [B, T, S, D]
         auxes = []
         for index, block in enumerate(self.blocks):
-            part = cache.layers[index] if cache is not None else None
+            block_cache = cache.layers[index] if cache is not None else None
             x, aux = block(
-                x, ctx.for_block(part, pending.get(index), last and index == self.config.layers - 1)
+                x,
+                ctx.for_block(
+                    block_cache, pending.get(index), last and index == self.config.layers - 1
+                ),
             )
             auxes.append(aux)
-        return self.leave(x), auxes
+        return self.reduce_streams(x), auxes
 
-    def leave(self, x: Streams) -> Float[Tensor, "B T D"]:
+    def reduce_streams(self, x: Streams) -> Float[Tensor, "B T D"]:
         """Reduces the residual streams of the last block to one hidden state."""
-        return self.exit(x) if self.exit is not None else x.values[:, :, 0]
+        return self.reduction(x) if self.reduction is not None else x.values[:, :, 0]
 
     def _context(
-        self, ids: Tensor, cache: Cache | DraftCache | None, documents, lengths, warm
+        self, ids: Tensor, cache: Cache | DraftCache | None, document_ids, lengths, indexer_warmup
     ) -> Context:
         return context(
             ids.shape[0],
             ids.shape[1],
             ids.device,
-            documents=documents,
+            document_ids=document_ids,
             lengths=lengths,
             past=cache.past if cache is not None else None,
             rope=(self.config.rope, self.rope_dim),
             ids=ids,
-            warm=warm,
+            indexer_warmup=indexer_warmup,
         )
 
-    def _recall(self, ids: Tensor, ctx: Context, history: Appended | None) -> dict[int, object]:
+    def _prefetch(self, ids: Tensor, ctx: Context, history: Appended | None) -> dict[int, object]:
         """Hashes all layers' addresses once and prefetches all rows before the first block runs."""
         if self.addresses is None or self.config.engram is None:
             return {}
@@ -263,18 +278,20 @@ class LanguageModel(nn.Module):
         following: Int[Tensor, "B T"],
         *,
         depth: int = 0,
-        documents=None,
+        document_ids=None,
         lengths=None,
         cache: Cache | None = None,
-        warm=None,
+        indexer_warmup=None,
     ) -> tuple[Float[Tensor, "B T D"], Aux]:
         """Runs MTP module `depth` on the hidden states of positions i and the ids at i + 1 + depth.
 
         Returns the hidden states that predict the next id, and the Aux. The logits are
         head(mtp[depth].norm(hidden)); depth + 1 takes the hidden states.
         """
-        part = cache.drafts[depth] if cache is not None else None
-        ctx = self._context(following, part, documents, lengths, warm).for_block(part)
+        block_cache = cache.drafts[depth] if cache is not None else None
+        ctx = self._context(
+            following, block_cache, document_ids, lengths, indexer_warmup
+        ).for_block(block_cache)
         return cast(MTP, self.mtp[depth])(hidden, self.embed(following), ctx)
 
     def loss(
@@ -282,22 +299,26 @@ class LanguageModel(nn.Module):
         ids: Int[Tensor, "B T"],
         labels: Int[Tensor, "B T"],
         *,
-        documents=None,
+        document_ids=None,
         lengths=None,
-        warm: bool = False,
+        indexer_warmup: bool = False,
     ) -> Loss:
         """Computes the total loss of a batch and its parts, in nats.
 
         The total is the next-token loss plus MTP, balance and indexer losses by their weights.
-        labels[t] follows ids[t]; -100 is no target. If `warm` is True, DSA's indexers are in their
-        warm-up; they are trained only in training mode.
+        labels[t] follows ids[t]; -100 is no target. If `indexer_warmup` is True, DSA's indexers are
+        in their warm-up; they are trained only in training mode.
         """
         training = self.training and self.config.dsa is not None
-        known = {"documents": documents, "lengths": lengths, "warm": warm if training else None}
-        hidden, auxes = self.hidden(ids, **known)
+        shared_kwargs = {
+            "document_ids": document_ids,
+            "lengths": lengths,
+            "indexer_warmup": indexer_warmup if training else None,
+        }
+        hidden, auxes = self.hidden(ids, **shared_kwargs)
         tokens = (labels != IGNORED).sum()
         next_token = self._nats(self.norm(hidden), labels)
-        mtp, more = self._mtp_loss(ids, hidden, labels, known)
+        mtp, more = self._mtp_loss(ids, hidden, labels, shared_kwargs)
         auxes = auxes + more
         routings = [aux.routing for aux in auxes if aux.routing is not None]
         balance: dict[str, Tensor] = {}
@@ -322,7 +343,7 @@ class LanguageModel(nn.Module):
         summed = chunked_cross_entropy(normed.flatten(0, 1), self.head.weight, labels.flatten())
         return summed / (labels != IGNORED).sum().clamp_min(1)
 
-    def _mtp_loss(self, ids, hidden, labels, known) -> tuple[Tensor | None, list[Aux]]:
+    def _mtp_loss(self, ids, hidden, labels, shared_kwargs) -> tuple[Tensor | None, list[Aux]]:
         """Computes the mean MTP loss over depths.
 
         Depth k reads the ids up to t + k, whether they are labels or not, and predicts label t + k,
@@ -330,12 +351,15 @@ class LanguageModel(nn.Module):
         """
         if self.config.mtp is None:
             return None, []
-        documents = known["documents"]
-        nats, auxes, following, target = [], [], ahead(ids, documents, 0), labels
+        document_ids = shared_kwargs["document_ids"]
+        nats, auxes, following, target = [], [], ahead(ids, document_ids, 0), labels
         following[:, -1:] = labels[:, -1:].clamp_min(0)
         for depth, module in enumerate(self.mtp):
-            hidden, aux = self.draft(hidden, following, depth=depth, **known)
-            following, target = ahead(following, documents, 0), ahead(target, documents, IGNORED)
+            hidden, aux = self.draft(hidden, following, depth=depth, **shared_kwargs)
+            following, target = (
+                ahead(following, document_ids, 0),
+                ahead(target, document_ids, IGNORED),
+            )
             nats.append(self._nats(cast(MTP, module).norm(hidden), target))
             auxes.append(aux)
         return torch.stack(nats).mean(), auxes
@@ -373,16 +397,16 @@ def init(model: LanguageModel, seed: int = 0) -> None:
     | Engram's rows                                 | normal, standard deviation 0.02            |
     | Engram's convolution                          | 0                                          |
     | hyper-connections                             | fn normal(0, 1/(S D)), see `Connection`,   |
-    |                                               | `Exit`                                     |
+    |                                               | `StreamReduction`                          |
     """
     std = model.config.init_std
-    starts_itself = (Connection, Exit)
+    starts_itself = (Connection, StreamReduction)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for module in model.modules():
             if isinstance(module, starts_itself):
                 module.reset_parameters()
-        own = {
+        reset_ids = {
             id(p) for m in model.modules() if isinstance(m, starts_itself) for p in m.parameters()
         }
         apart = {
@@ -391,7 +415,7 @@ def init(model: LanguageModel, seed: int = 0) -> None:
             if isinstance(table, Table) and table.file
         }
         for name, parameter in model.named_parameters():
-            if id(parameter) in own:
+            if id(parameter) in reset_ids:
                 continue
             if id(parameter) in apart:
                 apart[id(parameter)].draw(ROW_STD)

@@ -133,7 +133,7 @@ class NSAConfig:
     block: int = 32  # l, keys that a compressed key summarises
     stride: int = 16  # d, between compressed keys; divides the other two
     select_block: int = 64  # l', keys in a selection block
-    chosen: int = 16  # selection blocks a query sees, the three forced ones included
+    top_k: int = 16  # selection blocks a query sees, the three forced ones included
     window: int = 512
     # what selects blocks: each token, or (ours) the first of a tile of 128 for all of them
     choice: Choice = "token"
@@ -148,9 +148,9 @@ class NSAConfig:
                     f"nsa.{name}: got {getattr(self, name)}, "
                     f"expected a multiple of the stride, {self.stride}"
                 )
-        if self.chosen < 3:
+        if self.top_k < 3:
             raise ValueError(
-                f"nsa.chosen: got {self.chosen}, expected at least 3, the blocks that are forced"
+                f"nsa.top_k: got {self.top_k}, expected at least 3, the blocks that are forced"
             )
         if self.choice not in ("token", "tile"):
             raise ValueError(f"nsa.choice: got {self.choice!r}, expected 'token' or 'tile'")
@@ -161,7 +161,7 @@ class MoBAConfig:
     """How keys are grouped into blocks and how many blocks a query sees."""
 
     block: int = 512  # keys in a block
-    chosen: int = 3  # blocks a query sees, its own included
+    top_k: int = 3  # blocks a query sees, its own included
     # attention of single new tokens; the paper serves with full
     decode: Literal["sparse", "full"] = "sparse"
     # what selects blocks: each token, or (ours) the first of a tile of 128 for all of them
@@ -174,7 +174,7 @@ class MoBAConfig:
         if self.full_layers < 0 or not 0 <= self.full_from <= 1:
             got = f"got full_layers {self.full_layers}, full_from {self.full_from}"
             raise ValueError(f"moba: {got}, expected at least 0 layers, a share of 0..1")
-        for name in ("block", "chosen"):
+        for name in ("block", "top_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"moba.{name}: got {getattr(self, name)}, expected at least 1")
         for name, kinds in (("decode", ("sparse", "full")), ("choice", ("token", "tile"))):
@@ -189,18 +189,18 @@ class MoBAConfig:
 class DSAConfig:
     """Sizes of the indexer and how it is trained.
 
-    DeepSeek-V3.2: 64 heads of 128, 2048 chosen, 1000 steps.
+    DeepSeek-V3.2: 64 heads of 128, top-k 2048, 1000 steps.
     """
 
     heads: int = 4
     dim: int = 32  # per head, at least MLA's rope_dim
-    chosen: int = 2048  # keys a query sees
+    top_k: int = 2048  # keys a query sees
     warmup: int = 1000  # steps in which MLA attends to every key and the loss is over every key
     # of the indexer loss, a mean over layers; its gradient reaches only the indexers
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("heads", "dim", "chosen"):
+        for name in ("heads", "dim", "top_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"dsa.{name}: got {getattr(self, name)}, expected at least 1")
         for name in ("warmup", "weight"):
@@ -540,7 +540,7 @@ class ModelConfig:
     Exactly one of `mla` and `gqa` is on.
     """
 
-    vocabulary: int = 4096
+    vocab_size: int = 4096
     dim: int = 64
     layers: int = 3
     dense_width: int = 256  # SwiGLU width of blocks without experts
@@ -559,7 +559,7 @@ class ModelConfig:
     init_std: float = 0.006
 
     def __post_init__(self) -> None:
-        for name in ("vocabulary", "dim", "layers", "dense_width"):
+        for name in ("vocab_size", "dim", "layers", "dense_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         attention = [name for name in ("mla", "gqa") if getattr(self, name) is not None]
@@ -605,5 +605,5 @@ class ModelConfig:
             self.gqa.check_sparse()
         if self.mla is not None and self.dsa is not None:
             self.dsa.check_rope_dim(self.mla.rope_dim)
-        if self.engram is not None and self.engram.missing_id >= self.vocabulary:
-            raise self.engram.unknown_missing_id(self.vocabulary)
+        if self.engram is not None and self.engram.missing_id >= self.vocab_size:
+            raise self.engram.unknown_missing_id(self.vocab_size)

@@ -76,8 +76,8 @@ def torchrun_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     ValueError where a flag is not torchrun's, and where nothing follows the flags.
     """
     words = _torchrun_parser().parse_args(argv).training_script_args
-    at = len(argv) - len(words) - 1
-    return list(argv[:at]), list(argv[at:])
+    offset = len(argv) - len(words) - 1
+    return list(argv[:offset]), list(argv[offset:])
 
 
 def torchrun(flags: Sequence[str], command: Sequence[str]) -> None:
@@ -122,10 +122,10 @@ def first(work: Callable[[], T]) -> T:
     """Runs `work` on rank 0 before the other ranks, which find its files on the disk."""
     if rank() > 0:
         dist.barrier()
-    found = work()
+    result = work()
     if rank() == 0 and world() > 1:
         dist.barrier()
-    return found
+    return result
 
 
 def total(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
@@ -145,8 +145,8 @@ def mean_rows(table: nn.Parameter) -> None:
     """
     if world() == 1:
         return
-    own = table.grad if table.grad is not None else _no_rows(table)
-    rows, values = own._indices()[0], own._values()
+    grad = table.grad if table.grad is not None else _no_rows(table)
+    rows, values = grad._indices()[0], grad._values()
     longest = torch.tensor(len(rows), device=rows.device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
     missing = int(longest) - len(rows)
@@ -160,9 +160,9 @@ def mean_rows(table: nn.Parameter) -> None:
 
 def _gathered(tensor: Tensor) -> Tensor:
     """Concatenates the tensors of all ranks, which have one shape."""
-    found = [torch.empty_like(tensor) for _ in range(world())]
-    dist.all_gather(found, tensor.contiguous())
-    return torch.cat(found)
+    parts = [torch.empty_like(tensor) for _ in range(world())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
 
 
 def _no_rows(table: Tensor) -> Tensor:
@@ -241,11 +241,11 @@ class Exchange:
         )
         # Tokens arrive by rank, experts need them by expert.
         order = expert.argsort(stable=True)
-        own = {
+        local_weights = {
             name: p.to_local() if isinstance(p, DTensor) else p
             for name, p in experts.named_parameters()
         }
-        made = functional_call(experts, own, (arrived[order], due.sum(0)))
+        made = functional_call(experts, local_weights, (arrived[order], due.sum(0)))
         made = torch.empty_like(made).index_copy(0, order, made)
         return _AllToAll.apply(made, out_sizes, in_sizes, self.group, 1.0 / ranks)
 
@@ -261,15 +261,15 @@ class _AllToAll(torch.autograd.Function):
         ctx, rows: Tensor, in_sizes: list[int], out_sizes: list[int], group, scale: float
     ) -> Tensor:
         ctx.sizes, ctx.group, ctx.scale = (in_sizes, out_sizes), group, scale
-        found = rows.new_empty(sum(in_sizes), rows.shape[1])
-        dist.all_to_all_single(found, rows.contiguous(), in_sizes, out_sizes, group=group)
-        return found
+        received = rows.new_empty(sum(in_sizes), rows.shape[1])
+        dist.all_to_all_single(received, rows.contiguous(), in_sizes, out_sizes, group=group)
+        return received
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         in_sizes, out_sizes = ctx.sizes
-        found = grads[0].new_empty(sum(out_sizes), grads[0].shape[1])
+        received = grads[0].new_empty(sum(out_sizes), grads[0].shape[1])
         dist.all_to_all_single(
-            found, (grads[0] * ctx.scale).contiguous(), out_sizes, in_sizes, group=ctx.group
+            received, (grads[0] * ctx.scale).contiguous(), out_sizes, in_sizes, group=ctx.group
         )
-        return found, None, None, None, None
+        return received, None, None, None, None

@@ -71,7 +71,7 @@ _YARN = YarnConfig(
 )
 
 TINY = ModelConfig(
-    vocabulary=4096,
+    vocab_size=4096,
     dim=64,
     layers=3,
     dense_width=256,
@@ -82,7 +82,7 @@ TINY = ModelConfig(
 )
 
 SMALL = ModelConfig(
-    vocabulary=8192,
+    vocab_size=8192,
     dim=256,
     layers=6,
     dense_width=1024,
@@ -95,7 +95,7 @@ SMALL = ModelConfig(
 )
 
 CLASSROOM = ModelConfig(
-    vocabulary=100,
+    vocab_size=100,
     dim=64,
     layers=2,
     dense_width=256,
@@ -107,7 +107,7 @@ CLASSROOM = ModelConfig(
 )
 
 DENSE_4B = ModelConfig(
-    vocabulary=129_280,
+    vocab_size=129_280,
     dim=2560,
     layers=30,
     dense_width=11_904,  # ours
@@ -161,7 +161,7 @@ DEEPSEEK_V4_1_FLASH = replace(
 )
 
 QWEN_PLE = ModelConfig(
-    vocabulary=248_320,
+    vocab_size=248_320,
     dim=2560,
     layers=48,
     dense_width=6144,
@@ -183,7 +183,7 @@ QWEN_PLE = ModelConfig(
 )
 
 DEEPSEEK_V3 = ModelConfig(
-    vocabulary=129_280,
+    vocab_size=129_280,
     dim=7168,
     layers=61,
     dense_width=18_432,
@@ -194,7 +194,7 @@ DEEPSEEK_V3 = ModelConfig(
 )
 
 DEEPSEEK_V2 = ModelConfig(
-    vocabulary=102_400,
+    vocab_size=102_400,
     dim=5120,
     layers=60,
     dense_width=12_288,
@@ -212,7 +212,7 @@ DEEPSEEK_V2 = ModelConfig(
 )
 
 DEEPSEEK_V2_LITE = ModelConfig(
-    vocabulary=102_400,
+    vocab_size=102_400,
     dim=2048,
     layers=27,
     dense_width=10_944,

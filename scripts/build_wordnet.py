@@ -67,9 +67,9 @@ def fetch(folder: pathlib.Path) -> pathlib.Path:
 
 
 def member(sdist: tarfile.TarFile, name: str) -> str:
-    found = sdist.extractfile(f"{INSIDE}/{name}")
-    assert found is not None, name
-    return found.read().decode("ascii").replace("\r\n", "\n")
+    member_file = sdist.extractfile(f"{INSIDE}/{name}")
+    assert member_file is not None, name
+    return member_file.read().decode("ascii").replace("\r\n", "\n")
 
 
 def document(line: str) -> str:
@@ -90,7 +90,7 @@ def read(path: pathlib.Path) -> tuple[bytes, bytes]:
     if digest != SDIST:
         raise SystemExit(f"{path}: got sha-256 {digest}, expected {SDIST}")
     with tarfile.open(path) as sdist:
-        files = [member(sdist, f"data.{part}") for part in ("noun", "verb", "adj", "adv")]
+        files = [member(sdist, f"data.{section}") for section in ("noun", "verb", "adj", "adv")]
         licence = (
             "\n".join(line.rstrip() for line in member(sdist, "LICENSE").splitlines()).strip()
             + "\n"

@@ -60,29 +60,29 @@ def install(python: Path, wheel: Path, cwd: Path) -> None:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
+        folder = Path(scratch)
         checkout = shutil.copytree(
             ROOT,
-            place / "checkout",
+            folder / "checkout",
             ignore=shutil.ignore_patterns(".git", ".venv", "runs", ".*_cache", ".cache"),
         )
-        run(sys.executable, "-m", "build", "--outdir", place / "dist", checkout, cwd=place)
-        (wheel,) = (place / "dist").glob("*.whl")
-        venv.create(place / "venv", with_pip=True, symlinks=os.name != "nt")
-        scripts = place / "venv" / ("Scripts" if os.name == "nt" else "bin")
-        install(scripts / "python", wheel, place)
+        run(sys.executable, "-m", "build", "--outdir", folder / "dist", checkout, cwd=folder)
+        (wheel,) = (folder / "dist").glob("*.whl")
+        venv.create(folder / "venv", with_pip=True, symlinks=os.name != "nt")
+        scripts = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
+        install(scripts / "python", wheel, folder)
         rorqual = scripts / "rorqual"
-        print(run(rorqual, "--version", cwd=place).strip(), "from", wheel.name)
-        run(scripts / "python", "-c", IMPORT_ALL, cwd=place)
-        run(rorqual, "doctor", cwd=place)
+        print(run(rorqual, "--version", cwd=folder).strip(), "from", wheel.name)
+        run(scripts / "python", "-c", IMPORT_ALL, cwd=folder)
+        run(rorqual, "doctor", cwd=folder)
         small = [
             "--steps",
             "4",
-            "--rows",
+            "--batch-size",
             "2",
-            "--length",
+            "--seq-len",
             "32",
-            "--data.vocabulary",
+            "--data.vocab-size",
             "300",
             "--data.limit",
             "200",
@@ -96,15 +96,15 @@ def main() -> None:
             "--model.engram.layers",
             "1",
             *small,
-            cwd=place,
+            cwd=folder,
         )
-        run(rorqual, "eval", "run", "--data", "wordnet", "--limit", "5", cwd=place)
+        run(rorqual, "eval", "run", "--data", "wordnet", "--limit", "5", cwd=folder)
         print(
             run(
-                rorqual, "generate", "run", "A whale is", "--max-new-tokens", "8", cwd=place
+                rorqual, "generate", "run", "A whale is", "--max-new-tokens", "8", cwd=folder
             ).strip()[:60]
         )
-        run(rorqual, "report", "run", cwd=place)
+        run(rorqual, "report", "run", cwd=folder)
         print("the wheel installs, trains, scores, generates and reports by itself")
 
 

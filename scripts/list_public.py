@@ -74,14 +74,14 @@ def names() -> dict[str, Any]:
 
 def described(thing: Any) -> Any:
     if isinstance(thing, ModuleType):
-        own = [name for name in vars(thing) if not name.startswith("_")]
+        names = [name for name in vars(thing) if not name.startswith("_")]
         return {
-            name: described(getattr(thing, name)) for name in sorted(own) if _is_own(thing, name)
+            name: described(getattr(thing, name)) for name in sorted(names) if _is_own(thing, name)
         }
     if inspect.isclass(thing):
         methods = [name for name in vars(thing) if not name.startswith("_")]
-        found = {"()": parameters(thing)}
-        return found | {
+        results = {"()": parameters(thing)}
+        return results | {
             name: described(inspect.getattr_static(thing, name)) for name in sorted(methods)
         }
     if isinstance(thing, (staticmethod, classmethod)):
@@ -99,7 +99,7 @@ def _is_own(module: ModuleType, name: str) -> bool:
 
 def parameters(call: Any) -> list[str]:
     """Lists names, with * before those that are keyword-only and = after those with a default."""
-    found = []
+    results = []
     for parameter in inspect.signature(inspect.unwrap(call)).parameters.values():
         stars = {
             parameter.VAR_POSITIONAL: "*",
@@ -107,8 +107,8 @@ def parameters(call: Any) -> list[str]:
             parameter.KEYWORD_ONLY: "*",
         }
         default = "" if parameter.default is parameter.empty else "="
-        found.append(stars.get(parameter.kind, "") + parameter.name + default)
-    return found
+        results.append(stars.get(parameter.kind, "") + parameter.name + default)
+    return results
 
 
 def options(cls: Any) -> dict[str, Any]:
@@ -125,14 +125,14 @@ def commands() -> dict[str, list[str]]:
     """Returns each command and sub-command, with the flags that its --help names."""
     typed = [[name] for name in COMMANDS]
     typed += [["table", verb] for verb in VERBS] + [["sweep", kind] for kind in (*KINDS, "needle")]
-    found = {}
+    results = {}
     with _wide():
         for words in typed:
-            said = _said([*words, "--help"])
-            found[" ".join(words)] = sorted(set(FLAG.findall(said)))
+            reply = _said([*words, "--help"])
+            results[" ".join(words)] = sorted(set(FLAG.findall(reply)))
         top = _said(["--help"])
     assert all(name in top for name in COMMANDS)
-    return found
+    return results
 
 
 @contextlib.contextmanager
@@ -167,12 +167,12 @@ def keys(value: Any, path: str = "") -> list[str]:
     [] stands for the items of a list, * for keys that are data.
     """
     if isinstance(value, Mapping):
-        found = set()
-        for name, part in value.items():
-            known = re.fullmatch(r"[A-Za-z_]\w*", name) is not None
-            here = f"{path}.{name if known else '*'}".lstrip(".")
-            found |= {here, *([] if name in OPEN else keys(part, here))}
-        return sorted(found)
+        results = set()
+        for name, section in value.items():
+            is_name = re.fullmatch(r"[A-Za-z_]\w*", name) is not None
+            here = f"{path}.{name if is_name else '*'}".lstrip(".")
+            results |= {here, *([] if name in OPEN else keys(section, here))}
+        return sorted(results)
     if isinstance(value, list):
         return sorted({name for item in value for name in keys(item, f"{path}[]")})
     return []
@@ -189,13 +189,13 @@ def answers(folder: Path) -> dict[str, list[str]]:
     little = [
         "--steps",
         "2",
-        "--rows",
+        "--batch-size",
         "2",
-        "--length",
+        "--seq-len",
         "32",
-        "--data.vocabulary",
+        "--data.vocab-size",
         "300",
-        "--model.vocabulary",
+        "--model.vocab-size",
         "300",
     ]
     little += [
@@ -241,14 +241,14 @@ def answers(folder: Path) -> dict[str, list[str]]:
             "4",
         ],
     }
-    found = {}
+    results = {}
     for name, words in asked.items():
         lines = _said([*words, "--json"], may_fail=name == "doctor").strip().splitlines()
         printed = {key for line in lines for key in keys(json.loads(line))}
-        found[f"rorqual {name} --json"] = sorted(printed)
+        results[f"rorqual {name} --json"] = sorted(printed)
     lines = (folder / "trained" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    found["metrics.jsonl"] = sorted({key for line in lines for key in keys(json.loads(line))})
-    return found | served(run)
+    results["metrics.jsonl"] = sorted({key for line in lines for key in keys(json.loads(line))})
+    return results | served(run)
 
 
 def save_run(folder: Path) -> None:
@@ -257,7 +257,7 @@ def save_run(folder: Path) -> None:
     small = preset("tiny")
     for name, value in {
         "layers": 2,
-        "vocabulary": words.vocabulary,
+        "vocab_size": words.vocab_size,
         "engram.rows_per_head": (50, 50),
     }.items():
         small = configs.replace(small, name, value)
@@ -272,23 +272,23 @@ def served(folder: Path) -> dict[str, list[str]]:
 
     from rorqual.serve.server import Service, application
 
-    run, found = load(folder, device="cpu"), {}
-    ask: dict[str, Any] = {"prompt": "The whale", "max_tokens": 2}
+    run, result = load(folder, device="cpu"), {}
+    body: dict[str, Any] = {"prompt": "The whale", "max_tokens": 2}
     with TestClient(
-        application(Service(run, rows=2, context=64)), base_url="http://127.0.0.1"
+        application(Service(run, max_batch_size=2, context=64)), base_url="http://127.0.0.1"
     ) as client:
-        found["GET /v1/models"] = keys(client.get("/v1/models").json())
-        found["POST /v1/completions"] = keys(client.post("/v1/completions", json=ask).json())
-        wrong = client.post("/v1/completions", json=ask | {"max_tokens": "x"})
-        found["an error of serve"] = keys(wrong.json())
-        said = client.post("/v1/completions", json=ask | {"stream": True}).text
-        sent = [line.removeprefix("data: ") for line in said.splitlines() if line[:7] == "data: {"]
+        result["GET /v1/models"] = keys(client.get("/v1/models").json())
+        result["POST /v1/completions"] = keys(client.post("/v1/completions", json=body).json())
+        wrong = client.post("/v1/completions", json=body | {"max_tokens": "x"})
+        result["an error of serve"] = keys(wrong.json())
+        reply = client.post("/v1/completions", json=body | {"stream": True}).text
+        sent = [line.removeprefix("data: ") for line in reply.splitlines() if line[:7] == "data: {"]
         events = {key for event in sent for key in keys(json.loads(event))}
-        found["POST /v1/completions, streamed"] = sorted(events)
+        result["POST /v1/completions, streamed"] = sorted(events)
     page = TestClient(explore.app(run), base_url="http://127.0.0.1")
-    found["GET /api/model"] = keys(page.get("/api/model").json())
-    found["POST /api/read"] = keys(page.post("/api/read", json={"text": "the whale sings"}).json())
-    return found
+    result["GET /api/model"] = keys(page.get("/api/model").json())
+    result["POST /api/read"] = keys(page.post("/api/read", json={"text": "the whale sings"}).json())
+    return result
 
 
 def difference(committed: Any, now: Any) -> list[str]:
@@ -301,8 +301,8 @@ def difference(committed: Any, now: Any) -> list[str]:
 
 def _lines(value: Any, path: str) -> Iterator[str]:
     if isinstance(value, Mapping):
-        for name, part in value.items():
-            yield from _lines(part, f"{path} > {name}" if path else name)
+        for name, section in value.items():
+            yield from _lines(section, f"{path} > {name}" if path else name)
         return
     if isinstance(value, list) and path.startswith(("commands", "json")):
         yield path

@@ -72,7 +72,7 @@ class NoOtherSkips:
         self.allowed = [re.compile(pattern) for pattern in allowed]
         self.refused: list[str] = []
 
-    def look(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+    def record_skip(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         """Records the skip of a test, or of a whole file."""
         if not report.skipped or hasattr(report, "wasxfail"):
             return
@@ -80,8 +80,8 @@ class NoOtherSkips:
         if not any(pattern.search(reason) for pattern in self.allowed):
             self.refused.append(f"{report.nodeid}: {reason}")
 
-    pytest_runtest_logreport = look
-    pytest_collectreport = look
+    pytest_runtest_logreport = record_skip
+    pytest_collectreport = record_skip
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -169,7 +169,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = preset("tiny")
     for name, value in {
         "layers": 2,
-        "vocabulary": words.vocabulary,
+        "vocab_size": words.vocab_size,
         "engram.rows_per_head": (50, 50),
     }.items():
         small = config.replace(small, name, value)

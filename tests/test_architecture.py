@@ -56,13 +56,13 @@ def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 def imports(tree: ast.AST) -> list[tuple[str, ast.stmt]]:
     """(module, statement) of every import, `from a import b` as a.b."""
-    found: list[tuple[str, ast.stmt]] = []
+    results: list[tuple[str, ast.stmt]] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(alias.name, node) for alias in node.names]
+            results += [(alias.name, node) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found += [(f"{node.module}.{alias.name}", node) for alias in node.names]
-    return found
+            results += [(f"{node.module}.{alias.name}", node) for alias in node.names]
+    return results
 
 
 def optional(module: str) -> bool:
@@ -75,7 +75,7 @@ def optional(module: str) -> bool:
                 for node in tree_of(ours).body
                 if isinstance(node, (ast.Import, ast.ImportFrom))
             ]
-            return any(optional(found) for node in top for found, _ in imports(node))
+            return any(optional(item) for node in top for item, _ in imports(node))
     return module.partition(".")[0] in OPTIONAL
 
 
@@ -86,11 +86,11 @@ def test_every_file_says_what_it_does() -> None:
 
 def test_every_file_has_a_name_that_says_something() -> None:
     parts = [
-        (path, part.removesuffix(".py"))
+        (path, piece.removesuffix(".py"))
         for path in FILES
-        for part in path.relative_to(PACKAGE).parts
+        for piece in path.relative_to(PACKAGE).parts
     ]
-    assert not [name(path) for path, part in parts if part in BANNED]
+    assert not [name(path) for path, piece in parts if piece in BANNED]
 
 
 def test_no_file_keeps_state() -> None:
@@ -196,7 +196,7 @@ def test_layers_kernels_and_tables_know_no_text() -> None:
 def listed() -> set[str]:
     """The files and folders of the tree in docs/architecture.md, as paths below rorqual/."""
     tree = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").split("```")[1]
-    folder, found = "", set()
+    folder, result = "", set()
     for line in tree.splitlines():
         match = re.match(r"( +)([\w.]+(?:/|\.py)(?:, [\w.]+\.py)*)(?= )", line)
         if match is None:
@@ -204,11 +204,11 @@ def listed() -> set[str]:
         indent, names = match.groups()
         if names.endswith("/"):
             folder = names
-            found.add(names)
+            result.add(names)
         else:
             inside = folder if len(indent) == 4 else ""
-            found |= {inside + word for word in names.split(", ")}
-    return found
+            result |= {inside + word for word in names.split(", ")}
+    return result
 
 
 def test_every_file_has_its_line_in_the_architecture() -> None:
@@ -230,6 +230,7 @@ def test_tests_mirror_a_file_each() -> None:
     standing = {
         "test_architecture.py",
         "test_install.py",
+        "test_words.py",
         "test_depth.py",
         "layers/test_attention_kinds.py",
         "test_readme.py",

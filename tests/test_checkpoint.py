@@ -71,11 +71,11 @@ def test_tensors_and_values_come_back_to_the_last_bit(tmp_path):
         "loss": [0.1, 1e-300],
     }
     save_state(tmp_path / "step10", tensors, values)
-    found = blank(tensors)
-    assert encode(load_state(tmp_path / "step10", found)) == encode(values)
+    result = blank(tensors)
+    assert encode(load_state(tmp_path / "step10", result)) == encode(values)
     for name, tensor in tensors.items():
-        assert torch.equal(found[name], tensor), name
-        assert found[name].dtype == tensor.dtype
+        assert torch.equal(result[name], tensor), name
+        assert result[name].dtype == tensor.dtype
 
 
 def test_nothing_pickled_is_written_and_no_debris_stays(tmp_path):
@@ -88,9 +88,9 @@ def test_nothing_pickled_is_written_and_no_debris_stays(tmp_path):
 def test_saving_again_replaces(tmp_path):
     save_state(tmp_path / "step1", {"a": torch.zeros(3)}, 1)
     save_state(tmp_path / "step1", {"a": torch.ones(3)}, 2)
-    found = {"a": torch.zeros(3)}
-    assert load_state(tmp_path / "step1", found) == 2
-    assert torch.equal(found["a"], torch.ones(3))
+    results = {"a": torch.zeros(3)}
+    assert load_state(tmp_path / "step1", results) == 2
+    assert torch.equal(results["a"], torch.ones(3))
 
 
 class Bomb:
@@ -165,10 +165,10 @@ def test_latest_passes_over_what_is_not_finite(tmp_path, name, number, capsys):
             tensors[name].view(-1)[-1] = number
         save_state(tmp_path / f"step{step}", tensors, {"step": step})
     assert latest(tmp_path) == tmp_path / "step10"
-    said = capsys.readouterr().err.replace("\n", " ")
+    message = capsys.readouterr().err.replace("\n", " ")
     assert (
-        f"got {name} with NaN or infinite numbers" in said
-        and "trying the checkpoint before it" in said
+        f"got {name} with NaN or infinite numbers" in message
+        and "trying the checkpoint before it" in message
     )
 
 
@@ -190,9 +190,9 @@ def test_a_full_disk_is_an_oserror_and_leaves_the_checkpoint_before(tmp_path, no
             )
         assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["step1"]
-    found = blank(tensors)
-    assert load_state(latest(tmp_path), found) == {"step": 1}
-    assert torch.equal(found["a"], tensors["a"])
+    result = blank(tensors)
+    assert load_state(latest(tmp_path), result) == {"step": 1}
+    assert torch.equal(result["a"], tensors["a"])
 
 
 def test_a_model_that_does_not_fit_leaves_the_one_before(tmp_path, no_larger_file):
@@ -210,9 +210,9 @@ def test_a_flip_anywhere_in_the_digest_is_noticed_or_harmless(tmp_path):
     save_state(tmp_path / "step1", {"a": torch.ones(4)}, {"step": 1})
     path = tmp_path / "step1" / DIGEST
     whole = path.read_bytes()
-    for at in range(0, len(whole), 7):
+    for start in range(0, len(whole), 7):
         data = bytearray(whole)
-        data[at] ^= 1
+        data[start] ^= 1
         path.write_bytes(data)
         try:
             verify(tmp_path / "step1")
@@ -239,11 +239,11 @@ def test_a_stranger_among_the_tensors_is_refused(tmp_path):
 
 def test_other_names_or_shapes_are_refused_before_anything_is_read(tmp_path):
     save_state(tmp_path / "step1", {"a": torch.ones(4), "b": torch.ones(2)}, {})
-    for asked, told in (
+    for asked, text in (
         ({"a": torch.zeros(4)}, "'b'"),
         ({"a": torch.zeros(4), "c": torch.zeros(2)}, "'c'"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=text):
             load_state(tmp_path / "step1", asked)
         assert not asked["a"].any()
     with pytest.raises(ValueError, match=r"'b' of shape \(2,\), expected \(3,\)"):
@@ -279,9 +279,9 @@ def test_a_stop_before_any_rename_leaves_a_whole_checkpoint(tmp_path, monkeypatc
             except KeyboardInterrupt:
                 stopped = True
         recover(folder.parent)
-        held = {"a": torch.zeros(3)}
-        value = load_state(folder, held)
-        assert held["a"].tolist() == [value] * 3
+        stored = {"a": torch.zeros(3)}
+        value = load_state(folder, stored)
+        assert stored["a"].tolist() == [value] * 3
         if not stopped:
             break
     assert renames > 0
@@ -322,9 +322,9 @@ def test_encode_survives_json(value):
 @pytest.mark.parametrize("dtype", ["uint8", "int64", "float32", "uint32"])
 def test_encode_keeps_arrays_and_tensors(dtype):
     array = np.arange(6, dtype=dtype).reshape(2, 3)
-    found = decode(json.loads(json.dumps(encode({"a": array}))))["a"]
-    assert found.dtype == array.dtype
-    assert np.array_equal(found, array)
+    content = decode(json.loads(json.dumps(encode({"a": array}))))["a"]
+    assert content.dtype == array.dtype
+    assert np.array_equal(content, array)
     state = decode(encode(torch.get_rng_state()))
     assert torch.equal(state, torch.get_rng_state())
 
@@ -339,19 +339,19 @@ def test_encode_refuses_objects_and_decode_makes_none():
 
 
 def tiny(**changes) -> ModelConfig:
-    return ModelConfig(vocabulary=50, dim=16, layers=1, dense_width=24, **changes)
+    return ModelConfig(vocab_size=50, dim=16, layers=1, dense_width=24, **changes)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_folder_comes_back(tmp_path, tied):
     model = LanguageModel(tiny(tied=tied), seed=3).eval()
     save_model(tmp_path, model)
-    found = load_model(tmp_path)
+    result = load_model(tmp_path)
     ids = torch.arange(12).view(2, 6)
-    assert found.config == model.config
-    assert not found.training
-    assert torch.equal(found(ids), model(ids))
-    assert (found.head.weight is found.embed.weight) == tied
+    assert result.config == model.config
+    assert not result.training
+    assert torch.equal(result(ids), model(ids))
+    assert (result.head.weight is result.embed.weight) == tied
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -378,7 +378,7 @@ def test_tables_elsewhere_are_refused_for_a_model_without_any(tmp_path, where):
 SIZES = {
     "layers": (10_000_000, "layers: got 10000000, expected 2"),
     "mtp.depth": (10_000_000, r"mtp\.depth: got 10000000, expected 1"),
-    "vocabulary": (10**9, "vocabulary: got 1000000000, expected 50"),
+    "vocab_size": (10**9, "vocab_size: got 1000000000, expected 50"),
     "dim": (10**7, "dim: got 10000000, expected 16"),
     "dense_width": (10**12, "dense_width: got 1000000000000, expected 24"),
     "moe.routed": (10**9, r"moe\.routed: got 1000000000, expected 4"),
@@ -407,10 +407,10 @@ def test_a_size_that_is_not_the_weights_is_refused_before_anything_is_built(
     monkeypatch.setattr(LanguageModel, "__init__", lambda *_, **__: pytest.fail("a model is built"))
     size, words = SIZES[name]
     description = json.loads((tmp_path / "config.json").read_text())
-    at, *fields = description, *name.split(".")
+    offset, *fields = description, *name.split(".")
     for field in fields[:-1]:
-        at = at[field]
-    at[fields[-1]] = size
+        offset = offset[field]
+    offset[fields[-1]] = size
     (tmp_path / "config.json").write_text(json.dumps(description))
     with pytest.raises(ValueError, match=words) as error:
         load_model(tmp_path)
@@ -497,24 +497,24 @@ def test_kills_lose_nothing():
 def test_a_run_says_what_it_is_and_older_ones_are_read(tmp_path: Path) -> None:
     model = LanguageModel(tiny())
     save_model(tmp_path, model)
-    said = json.loads((tmp_path / "config.json").read_text())
-    assert (said.pop("model_type"), said.pop("architectures")) == (
+    message = json.loads((tmp_path / "config.json").read_text())
+    assert (message.pop("model_type"), message.pop("architectures")) == (
         "rorqual",
         ["RorqualForCausalLM"],
     )
     assert is_run(tmp_path) and read_config(tmp_path) == model.config
-    assert said == configs.to_dict(model.config)
+    assert message == configs.to_dict(model.config)
     configs.save(model.config, tmp_path / "config.json")  # the format of older runs
     assert is_run(tmp_path) and load_model(tmp_path).config == model.config
     for text, reason in (
         ({"model_type": "deepseek_v3"}, "got model_type 'deepseek_v3', expected a rorqual run"),
-        (said | {"layer": 3}, "did you mean 'layers'"),
+        (message | {"layer": 3}, "did you mean 'layers'"),
         ([], "got list, expected a JSON object"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(text))
         with pytest.raises(ValueError, match=f"config.json: .*{reason}"):
             load_model(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "rorqual", "shape": said}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "rorqual", "shape": message}))
     assert not is_run(tmp_path) and read_config(tmp_path) == model.config
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3"}))
     assert not is_run(tmp_path)

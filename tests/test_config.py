@@ -84,7 +84,7 @@ def test_what_is_absent_takes_its_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mapping", "said"),
+    ("mapping", "message"),
     [
         (
             {"stepz": 1},
@@ -111,8 +111,8 @@ def test_what_is_absent_takes_its_default() -> None:
         ({"model": {"memory": None}}, "got neither, expected experts or memory"),
     ],
 )
-def test_a_wrong_mapping_is_refused(mapping: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_a_wrong_mapping_is_refused(mapping: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         configs.from_dict(Run, mapping)
 
 
@@ -136,7 +136,7 @@ def test_replace_by_dotted_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         ("memori.heads", 1, "did you mean 'memory'"),
         ("memory.head", 1, "did you mean 'heads'"),
@@ -146,8 +146,8 @@ def test_replace_by_dotted_name() -> None:
         ("memory.heads", 0, "heads: got 0"),
     ],
 )
-def test_replace_refuses(name: str, value: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_replace_refuses(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         configs.replace(Model(), name, value)
 
 
@@ -204,14 +204,14 @@ def test_only_the_sum_of_all_changes_has_to_be_valid() -> None:
     ],
 )
 def test_texts_become_what_their_fields_hold(name: str, text: Any, value: Any) -> None:
-    found: Any = configs.change(Model(), [(name, text)], lax=True)
-    for part in name.split("."):
-        found = getattr(found, part)
-    assert (found, type(found)) == (value, type(value))
+    result: Any = configs.change(Model(), [(name, text)], lax=True)
+    for piece in name.split("."):
+        result = getattr(result, piece)
+    assert (result, type(result)) == (value, type(value))
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("dim", "x", "dim: got 'x', expected int"),
         ("dim", "1.5", "dim: got '1.5', expected int"),
@@ -223,8 +223,8 @@ def test_texts_become_what_their_fields_hold(name: str, text: Any, value: Any) -
         ("sizes", "1", r"sizes: got '1', expected tuple\[float, int\]"),
     ],
 )
-def test_a_text_of_the_wrong_kind_is_refused(name: str, text: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_a_text_of_the_wrong_kind_is_refused(name: str, text: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         configs.change(Model(), [(name, text)], lax=True)
 
 
@@ -283,7 +283,7 @@ def test_a_yaml_file_changes_what_it_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (
             "stepz: 3",
@@ -298,9 +298,11 @@ def test_a_yaml_file_changes_what_it_names(tmp_path: Path) -> None:
         ("note: !!python/name:os.system", "could not determine a constructor"),
     ],
 )
-def test_a_wrong_yaml_file_names_itself_and_the_place(text: str, said: str, tmp_path: Path) -> None:
+def test_a_wrong_yaml_file_names_itself_and_the_place(
+    text: str, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=rf"run\.yaml: .*{said}") as caught:
+    with pytest.raises(ValueError, match=rf"run\.yaml: .*{message}") as caught:
         configs.load(Run, path)
     assert "\n" not in str(caught.value)

@@ -45,23 +45,23 @@ def billions(count: int, like: str) -> str:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_params_of_deepseek_to_the_digit(name):
-    found = costs(preset(name))
-    counts = found.total, found.activated, found.activated_with_embedding
+    result = costs(preset(name))
+    counts = result.total, result.activated, result.activated_with_embedding
     assert tuple(map(billions, counts, PUBLISHED[name])) == PUBLISHED[name]
 
 
 def test_params_of_v3s_mtp_module_to_the_digit():
-    found, published = costs(preset("deepseek-v3")), ("11.610", "1.615", "2.54")
-    counts = found.mtp, found.mtp_activated, found.mtp_activated_with_embedding
+    result, published = costs(preset("deepseek-v3")), ("11.610", "1.615", "2.54")
+    counts = result.mtp, result.mtp_activated, result.mtp_activated_with_embedding
     assert tuple(map(billions, counts, published)) == published
 
 
 def test_v3_to_the_last_parameter():
-    found = costs(preset("deepseek-v3"))
-    assert found.total == 671_026_419_200
-    assert found.total - 58 * 256 == 671_026_404_352, "and 14,848 router biases"
-    assert found.cache_bytes_per_token == 61 * 576 * 2
-    assert found.longest_context == 1_256_637  # pi * 10,000 * 40
+    result = costs(preset("deepseek-v3"))
+    assert result.total == 671_026_419_200
+    assert result.total - 58 * 256 == 671_026_404_352, "and 14,848 router biases"
+    assert result.cache_bytes_per_token == 61 * 576 * 2
+    assert result.longest_context == 1_256_637  # pi * 10,000 * 40
     assert costs(preset("deepseekmoe-16b")).longest_context == 31_415
 
 
@@ -75,10 +75,10 @@ def test_v3_to_the_last_parameter():
     ],
 )
 def test_engrams_four(name, total, memory):
-    found = costs(preset(name))
-    assert found.total == pytest.approx(total, rel=0.005)
-    assert found.memory == pytest.approx(memory, rel=1e-3)
-    assert found.activated == pytest.approx(3.8e9, rel=0.03)
+    result = costs(preset(name))
+    assert result.total == pytest.approx(total, rel=0.005)
+    assert result.memory == pytest.approx(memory, rel=1e-3)
+    assert result.activated == pytest.approx(3.8e9, rel=0.03)
 
 
 def test_the_classroom_model_by_hand():
@@ -118,15 +118,15 @@ def counted(config: ModelConfig) -> Counted:
     if config.moe is not None:
         resting = (config.moe.routed - config.moe.active) * 3 * config.dim * config.moe.width
     resting_of_blocks = resting * sum(config.has_experts(i) for i in range(config.layers))
-    recalled = (
+    looked_up = (
         len(config.engram.layers) * config.engram.memory_width if config.engram is not None else 0
     )
-    embedding, depth = config.vocabulary * config.dim, len(model.mtp)
+    embedding, depth = config.vocab_size * config.dim, len(model.mtp)
     input_embedding = 0 if config.tied else embedding
-    activated = total - resting_of_blocks - memory + recalled
+    activated = total - resting_of_blocks - memory + looked_up
     drafted = of_mtp - depth * resting + (embedding if depth else 0)
     apart, inside = (
-        ("tables.", "mtp.", "embed.", "exit."),
+        ("tables.", "mtp.", "embed.", "reduction."),
         ("_site.", ".engram.", ".compress_"),
     )
     matrices = [
@@ -134,7 +134,7 @@ def counted(config: ModelConfig) -> Counted:
         for name, parameter in model.named_parameters()
         if parameter.dim() > 1
         and not name.startswith(apart)
-        and not any(part in name for part in inside)
+        and not any(piece in name for piece in inside)
     ]
     return Counted(
         total=total,
@@ -149,15 +149,15 @@ def counted(config: ModelConfig) -> Counted:
 
 
 def agrees(config: ModelConfig, context: int = 4096) -> None:
-    found, model = costs(config, context), counted(config)
-    assert found[: len(model) - 1] == model[:-1]
-    assert found._fields[: len(model) - 1] == model._fields[:-1]
+    result, model = costs(config, context), counted(config)
+    assert result[: len(model) - 1] == model[:-1]
+    assert result._fields[: len(model) - 1] == model._fields[:-1]
     beside = (
         config.layers * _attention_products(config, context)
         + _hyper_products(config)
         + _engram_products(config)
     )
-    assert found.flops_per_token == 2 * (model.matrices + beside)
+    assert result.flops_per_token == 2 * (model.matrices + beside)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -168,8 +168,8 @@ def test_every_preset_is_counted_as_its_model(name: str) -> None:
 def drawn(draw: Callable[[st.SearchStrategy[Any]], Any]) -> ModelConfig:
     """Draws a small odd model with any parts and options."""
 
-    def number(least: int, most: int) -> int:
-        return draw(st.integers(least, most))
+    def number(least: int, limit: int) -> int:
+        return draw(st.integers(least, limit))
 
     def some(value: Any) -> Any:
         return draw(st.sampled_from([None, value]))
@@ -189,7 +189,7 @@ def drawn(draw: Callable[[st.SearchStrategy[Any]], Any]) -> ModelConfig:
         )
         if attention == "dsa":
             parts["dsa"] = DSAConfig(
-                heads=number(1, 5), dim=rope + number(0, 5), chosen=number(1, 9)
+                heads=number(1, 5), dim=rope + number(0, 5), top_k=number(1, 9)
             )
     else:
         kv_heads, plain = number(1, 3), attention == "gqa"
@@ -206,11 +206,11 @@ def drawn(draw: Callable[[st.SearchStrategy[Any]], Any]) -> ModelConfig:
         sizes = {"block": stride * number(1, 3), "select_block": stride * number(1, 3)}
         if attention == "nsa":
             parts["nsa"] = NSAConfig(
-                stride=stride, chosen=number(3, 5), window=number(1, 9), **sizes
+                stride=stride, top_k=number(3, 5), window=number(1, 9), **sizes
             )
         if attention == "moba":
             parts["moba"] = MoBAConfig(
-                block=number(1, 9), chosen=number(1, 4), full_layers=number(0, 6)
+                block=number(1, 9), top_k=number(1, 4), full_layers=number(0, 6)
             )
     if draw(flag):
         groups, shared = number(1, 3), number(0, 2)
@@ -249,7 +249,7 @@ def drawn(draw: Callable[[st.SearchStrategy[Any]], Any]) -> ModelConfig:
     if draw(flag):
         parts["mtp"] = MTPConfig(depth=number(1, 3))
     return ModelConfig(
-        vocabulary=number(1, 99),
+        vocab_size=number(1, 99),
         dim=dim,
         layers=layers,
         dense_width=number(1, 40),
@@ -270,8 +270,8 @@ def test_any_config_is_counted_as_its_model(data: st.DataObject, context: int) -
         ModelConfig(mla=None, gqa=GQAConfig(window=4), moba=MoBAConfig()),
         ModelConfig(mla=None, gqa=GQAConfig(sinks=True), nsa=NSAConfig()),
         ModelConfig(mla=MLAConfig(rope_dim=16), dsa=DSAConfig(dim=15)),
-        ModelConfig(vocabulary=10, engram=EngramConfig(pad_id=10)),
-        ModelConfig(vocabulary=10, engram=EngramConfig(pad_id=3, eos_id=11)),
+        ModelConfig(vocab_size=10, engram=EngramConfig(pad_id=10)),
+        ModelConfig(vocab_size=10, engram=EngramConfig(pad_id=3, eos_id=11)),
     ],
     ids=["window", "sinks", "dsa", "pad_id", "eos_id"],
 )
@@ -306,7 +306,7 @@ def test_experts_at_rest_cost_nothing():
 
 
 PLAIN = ModelConfig(
-    vocabulary=10,
+    vocab_size=10,
     dim=8,
     layers=3,
     dense_width=4,
@@ -339,12 +339,12 @@ def test_a_window_limits_what_is_seen_but_not_what_is_kept():
 
 
 def test_moba_by_hand():
-    moba = replace(PLAIN, moba=MoBAConfig(block=10, chosen=3))
+    moba = replace(PLAIN, moba=MoBAConfig(block=10, top_k=3))
     before = sum(range(10)) / 10  # blocks before the own, mean over ten
     seen = 5 + 10 * (0 + 1 + 8 * 2) / 10
     assert products(moba) == MATRICES + 3 * 2 * (4 * before + (4 + 4) * seen)
     assert costs(moba).cache_bytes_per_token == 3 * (2 * (4 + 4) + 4) - 3 * 4 + 3 * 4 * 4 // 10
-    every = replace(PLAIN, moba=MoBAConfig(block=10, chosen=10))
+    every = replace(PLAIN, moba=MoBAConfig(block=10, top_k=10))
     assert products(every) == products(PLAIN) + 3 * 2 * 4 * before, (
         "all blocks is full attention and the scores"
     )
@@ -352,14 +352,14 @@ def test_moba_by_hand():
 
 
 def test_nsa_by_hand():
-    nsa = replace(PLAIN, nsa=NSAConfig(block=4, stride=2, select_block=4, chosen=3, window=10))
+    nsa = replace(PLAIN, nsa=NSAConfig(block=4, stride=2, select_block=4, top_k=3, window=10))
     # two more pairs of keys and values; the gates' two layers
     projections = 3 * (2 * 8 * 8 + 8 * 6 + 6 * 6)
     blocks = range(3, 100, 2)  # the last key of each
     compressing = len(blocks) * 2 * (4 * 4 * 4 + 4 * 4) / 100
     compressed = sum(100 - last for last in blocks) / 100
-    selected, near = (12 * 12 / 2 + 88 * 12) / 100, (10 * 10 / 2 + 90 * 10) / 100
-    each = compressing + 2 * (4 + 4) * (compressed + selected + near) + 3 * 2 * 4
+    selected, in_window = (12 * 12 / 2 + 88 * 12) / 100, (10 * 10 / 2 + 90 * 10) / 100
+    each = compressing + 2 * (4 + 4) * (compressed + selected + in_window) + 3 * 2 * 4
     assert products(nsa) == MATRICES + projections + 3 * int(each)
     assert costs(nsa).cache_bytes_per_token == 3 * 2 * (4 + 4) * 3 + 3 * 2 * (4 + 4) // 2
 
@@ -367,7 +367,7 @@ def test_nsa_by_hand():
 def test_dsa_by_hand():
     mla = MLAConfig(heads=2, q_lora_rank=None, kv_lora_rank=6, nope_dim=4, rope_dim=2, value_dim=3)
     dense = replace(PLAIN, gqa=None, mla=mla)
-    sparse = replace(dense, dsa=DSAConfig(heads=3, dim=5, chosen=20))
+    sparse = replace(dense, dsa=DSAConfig(heads=3, dim=5, top_k=20))
     indexer = 8 * 3 * 5 + 8 * 5 + 8 * 3 + 3 * (5 + 1) * 50
     seen = (20 * 20 / 2 + 80 * 20) / 100
     assert products(sparse) - products(dense) == 3 * (indexer + 2 * (4 + 2 + 3) * (seen - 50))
@@ -409,5 +409,5 @@ def test_engram_by_hand():
         == 2 * streams
     )
     for gating, less in (("shared", 3 * (memory + 1) * 8), ("open", 4 * (memory + 1) * 8 + 4 * 8)):
-        part = replace(PLAIN, engram=replace(engram, gating=gating), hyper=hyper)
-        assert products(part) - products(replace(PLAIN, hyper=hyper)) == 2 * (streams - less)
+        piece = replace(PLAIN, engram=replace(engram, gating=gating), hyper=hyper)
+        assert products(piece) - products(replace(PLAIN, hyper=hyper)) == 2 * (streams - less)

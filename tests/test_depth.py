@@ -36,16 +36,16 @@ KINDS = {
     "window and sinks": {"mla": None, "gqa": GQAConfig(window=7, sinks=True)},
     "nsa": SPARSE | {"nsa": NSAConfig(**NSA)},
     "nsa tile": SPARSE | {"nsa": NSAConfig(**NSA, choice="tile")},
-    "moba": SPARSE | {"moba": MoBAConfig(block=4, chosen=3)},
-    "moba tile": SPARSE | {"moba": MoBAConfig(block=4, chosen=3, choice="tile")},
-    "dsa": {"mla": MLAConfig(q_lora_rank=24), "dsa": DSAConfig(heads=2, dim=32, chosen=10)},
+    "moba": SPARSE | {"moba": MoBAConfig(block=4, top_k=3)},
+    "moba tile": SPARSE | {"moba": MoBAConfig(block=4, top_k=3, choice="tile")},
+    "dsa": {"mla": MLAConfig(q_lora_rank=24), "dsa": DSAConfig(heads=2, dim=32, top_k=10)},
 }
 
 
 def train(model: LanguageModel, ids: torch.Tensor) -> None:
-    documents = torch.arange(ids.shape[1]).expand_as(ids) // 20
-    for known in ({}, {"documents": documents}):
-        model.train().loss(ids, ids, **known).total.backward()
+    document_ids = torch.arange(ids.shape[1]).expand_as(ids) // 20
+    for expected in ({}, {"documents": document_ids}):
+        model.train().loss(ids, ids, **expected).total.backward()
 
 
 @torch.no_grad()
@@ -96,6 +96,6 @@ def chains(call) -> list[tuple[str, ...]]:
 def test_no_call_of_a_block_is_nested_deeper_than_four(kind, what, monkeypatch):
     monkeypatch.setenv(kernels.VARIABLE, kernels.REFERENCE)
     config: ModelConfig = replace(preset("tiny"), **KINDS[kind])
-    model, ids = LanguageModel(config), torch.randint(config.vocabulary, (2, 40))
+    model, ids = LanguageModel(config), torch.randint(config.vocab_size, (2, 40))
     deep = chains(lambda: what(model, ids))
     assert not deep, "\n".join(" > ".join(chain) for chain in deep)

@@ -14,29 +14,29 @@ from rorqual.layers.addresses import follow_rows
 
 def test_the_report_is_true_and_speaks_json(tmp_path):
     report = doctor.examine(tmp_path)
-    said = json.loads(json.dumps(report.to_dict()))
-    assert said["python"] == platform.python_version()
-    assert said["cores"] >= 1
-    assert said["memory_bytes"] > 2**28
-    assert said["threads"] == torch.get_num_threads()
-    assert any(device.startswith("cpu") for device in said["devices"])
-    checks = {check["name"]: check for check in said["checks"]}
-    assert checks["torch"]["found"].split("+")[0] == torch.__version__.split("+")[0]
+    text = json.loads(json.dumps(report.to_dict()))
+    assert text["python"] == platform.python_version()
+    assert text["cores"] >= 1
+    assert text["memory_bytes"] > 2**28
+    assert text["threads"] == torch.get_num_threads()
+    assert any(device.startswith("cpu") for device in text["devices"])
+    checks = {check["name"]: check for check in text["checks"]}
+    assert checks["torch"]["value"].split("+")[0] == torch.__version__.split("+")[0]
     assert checks["arithmetic"]["state"] == "ok"
-    assert said["well"] == all(check["state"] != "wrong" for check in said["checks"])
-    assert all(check["mend"] for check in said["checks"] if check["state"] != "ok")
+    assert text["well"] == all(check["state"] != "wrong" for check in text["checks"])
+    assert all(check["hint"] for check in text["checks"] if check["state"] != "ok")
 
 
 def test_the_text_names_everything_once(tmp_path):
     report = doctor.examine(tmp_path)
     text = "\n".join(doctor.lines(report))
     for check in report.checks:
-        assert f"{check.name}: {check.found}" in text
+        assert f"{check.name}: {check.value}" in text
     for kernel in report.kernels:
         assert f"kernel {kernel}: " in text
 
 
-def test_what_is_missing_comes_with_its_mend(tmp_path, monkeypatch):
+def test_what_is_missing_comes_with_its_hint(tmp_path, monkeypatch):
     real = doctor._version
     absent = {"torch", "uvicorn", "peft", "numba", "pyarrow"}
     monkeypatch.setattr(doctor, "_version", lambda name: None if name in absent else real(name))
@@ -44,13 +44,13 @@ def test_what_is_missing_comes_with_its_mend(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.runtime, "cores", lambda: 0)
     report = doctor.examine(tmp_path)
     checks = {check.name: check for check in report.checks}
-    assert (checks["torch"].state, checks["torch"].mend) == ("wrong", "pip install torch")
-    assert (checks["uvicorn"].state, checks["uvicorn"].mend) == ("missing", hints.install("serve"))
-    assert (checks["numba"].state, checks["numba"].mend) == ("wrong", "pip install numba")
-    assert (checks["pyarrow"].state, checks["pyarrow"].mend) == ("missing", hints.install("hub"))
-    assert (checks["peft"].state, checks["peft"].mend) == ("missing", hints.install("retrofit"))
-    assert "apt install g++" in checks["C++ compiler"].mend
-    assert "OMP_NUM_THREADS=0" in checks["threads"].mend
+    assert (checks["torch"].state, checks["torch"].hint) == ("wrong", "pip install torch")
+    assert (checks["uvicorn"].state, checks["uvicorn"].hint) == ("missing", hints.install("serve"))
+    assert (checks["numba"].state, checks["numba"].hint) == ("wrong", "pip install numba")
+    assert (checks["pyarrow"].state, checks["pyarrow"].hint) == ("missing", hints.install("hub"))
+    assert (checks["peft"].state, checks["peft"].hint) == ("missing", hints.install("retrofit"))
+    assert "apt install g++" in checks["C++ compiler"].hint
+    assert "OMP_NUM_THREADS=0" in checks["threads"].hint
     assert not report.well
     assert doctor.lines(report)[-1].startswith("wrong")
 
@@ -75,14 +75,14 @@ def test_every_dependency_of_the_project_is_looked_at(tmp_path):
     assert "pytest" not in seen
 
 
-def test_not_installed_is_said_and_mended(tmp_path, monkeypatch):
+def test_not_installed_is_reported_and_hinted(tmp_path, monkeypatch):
     def absent(name):
         raise doctor.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(doctor.importlib.metadata, "requires", absent)
     checks = {check.name: check for check in doctor.examine(tmp_path).checks}
     assert checks["rorqual"].state == "missing"
-    assert "pip install" in checks["rorqual"].mend
+    assert "pip install" in checks["rorqual"].hint
 
 
 def test_the_kernel_reported_is_the_one_that_is_picked(tmp_path, monkeypatch):
@@ -98,23 +98,25 @@ def test_the_kernel_reported_is_the_one_that_is_picked(tmp_path, monkeypatch):
     monkeypatch.setenv(kernels.VARIABLE, "reference")
     report = doctor.examine(tmp_path)
     assert set(report.kernels_picked.values()) == {"reference"}
-    said = "\n".join(doctor.lines(report))
-    assert all(f"kernel {name}: reference" in said for name in report.kernels)
+    text = "\n".join(doctor.lines(report))
+    assert all(f"kernel {name}: reference" in text for name in report.kernels)
     assert report.well
 
 
 def test_nonsense_asked_of_the_kernels_is_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv(kernels.VARIABLE, "hash_rows=nonsense")
     assert main(["doctor", "--folder", str(tmp_path)]) == 1
-    said = capsys.readouterr().out
-    assert "wrong   kernels: " in said
-    assert "nonsense" in said
-    assert "Traceback" not in said
+    message = capsys.readouterr().out
+    assert "wrong   kernels: " in message
+    assert "nonsense" in message
+    assert "Traceback" not in message
 
 
 def test_a_kernel_that_says_something_else_is_found(tmp_path, monkeypatch):
     (kernel,) = follow_rows.choice.kernels
-    monkeypatch.setattr(kernel, "function", lambda *given: follow_rows.reference(*given) * 0)
+    monkeypatch.setattr(
+        kernel, "function", lambda *arguments: follow_rows.reference(*arguments) * 0
+    )
     checks = {check.name: check for check in doctor.examine(tmp_path).checks}
     assert checks["arithmetic"].state == "wrong"
-    assert "at fault" in checks["arithmetic"].mend
+    assert "at fault" in checks["arithmetic"].hint

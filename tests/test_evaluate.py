@@ -33,7 +33,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model(tokenizer):
     config = ModelConfig(
-        vocabulary=290,
+        vocab_size=290,
         dim=32,
         layers=2,
         moe=MoEConfig(routed=4, active=2, width=16),
@@ -55,10 +55,10 @@ def by_hand(model, tokenizer, texts) -> tuple[float, int]:
     return nats, tokens
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_score_is_the_sum_by_hand(model, tokenizer, rows):
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_score_is_the_sum_by_hand(model, tokenizer, batch_size):
     nats, tokens = by_hand(model, tokenizer, TEXTS)
-    score = evaluate.score(model, tokenizer, TEXTS, length=512, rows=rows)
+    score = evaluate.score(model, tokenizer, TEXTS, seq_len=512, batch_size=batch_size)
     assert score.nats_per_token == pytest.approx(nats / tokens, rel=1e-5)
     assert score.bits_per_byte == pytest.approx(
         nats / math.log(2) / sum(len(t.encode()) for t in TEXTS), rel=1e-5
@@ -71,19 +71,21 @@ def test_score_is_the_sum_by_hand(model, tokenizer, rows):
 @settings(max_examples=30, deadline=None)
 @given(
     texts=st.lists(st.text("ab é", max_size=12), min_size=1, max_size=6),
-    length=st.integers(1, 9),
-    rows=st.integers(1, 4),
+    seq_len=st.integers(1, 9),
+    batch_size=st.integers(1, 4),
 )
-def test_every_token_is_foretold_once(tokenizer, texts, length, rows):
+def test_every_token_is_foretold_once(tokenizer, texts, seq_len, batch_size):
     given_ids, labels, owners = [], [], []
-    for ids, targets, documents in evaluate.pack(texts, tokenizer, length=length, rows=rows):
-        assert ids.shape == targets.shape == documents.shape
-        assert ids.shape[1] == length
-        assert ids.shape[0] <= rows
-        kept = targets != -100
-        given_ids += ids[kept].tolist()
-        labels += targets[kept].tolist()
-        owners += documents[kept].tolist()
+    for ids, targets, document_ids in evaluate.pack(
+        texts, tokenizer, seq_len=seq_len, batch_size=batch_size
+    ):
+        assert ids.shape == targets.shape == document_ids.shape
+        assert ids.shape[1] == seq_len
+        assert ids.shape[0] <= batch_size
+        cached = targets != -100
+        given_ids += ids[cached].tolist()
+        labels += targets[cached].tolist()
+        owners += document_ids[cached].tolist()
     whole = [[tokenizer.begin_id, *tokenizer.encode(text), tokenizer.end_id] for text in texts]
     assert given_ids == [token for ids in whole for token in ids[:-1]]
     assert labels == [token for ids in whole for token in ids[1:]]
@@ -94,11 +96,13 @@ def test_texts_of_a_file_by_side(tmp_path):
     documents = [f"document number {n} about whale {n * 7}" for n in range(120)]
     path = tmp_path / "notes.jsonl"
     path.write_text("".join(f'{{"text": "{text}"}}\n' for text in documents), encoding="utf-8")
-    every = list(evaluate.texts(str(path), part="all"))
-    sides = {part: list(evaluate.texts(str(path), part=part)) for part in ("train", "validation")}
+    every = list(evaluate.texts(str(path), split="all"))
+    sides = {
+        piece: list(evaluate.texts(str(path), split=piece)) for piece in ("train", "validation")
+    }
     assert sorted(every) == sorted(sides["train"] + sides["validation"])
-    assert all(split(text) == part for part, texts in sides.items() for text in texts)
-    assert list(evaluate.texts(str(path), part="all", limit=3)) == every[:3]
+    assert all(split(text) == piece for piece, texts in sides.items() for text in texts)
+    assert list(evaluate.texts(str(path), split="all", limit=3)) == every[:3]
 
 
 @pytest.mark.parametrize("count", [2, 5])
@@ -108,12 +112,14 @@ def test_a_small_folder_validates_on_what_training_kept_apart(tmp_path, tokenize
         (tmp_path / "notes" / f"{n}.md").write_text(
             f"document number {n} about whale {n * 7}", encoding="utf-8"
         )
-    found = tokenise(
-        open_corpus(str(tmp_path / "notes"), near=None), tokenizer, tmp_path / "tokens"
+    result = tokenise(
+        open_corpus(str(tmp_path / "notes"), duplicate_threshold=None),
+        tokenizer,
+        tmp_path / "tokens",
     )
-    for part in ("train", "validation"):
-        texts = list(evaluate.texts(tmp_path / "notes", part=part))
-        side = getattr(found, part)
+    for piece in ("train", "validation"):
+        texts = list(evaluate.texts(tmp_path / "notes", split=piece))
+        side = getattr(result, piece)
         assert sum(len(text.encode()) for text in texts) == side.bytes
         assert [tokenizer.begin_id, *tokenizer.encode(texts[-1])] in [
             side.ids[a:b].tolist() for a, b in zip(side.starts, side.starts[1:], strict=False)
@@ -123,7 +129,7 @@ def test_a_small_folder_validates_on_what_training_kept_apart(tmp_path, tokenize
 def test_a_corpus_ends_where_training_ended_it(tmp_path):
     path = tmp_path / "notes.jsonl"
     path.write_text("".join(f'{{"body": "note {n}"}}\n' for n in range(9)), encoding="utf-8")
-    assert list(evaluate.texts(path, part="all", column="body", within=3)) == [
+    assert list(evaluate.texts(path, split="all", column="body", within=3)) == [
         "note 0",
         "note 1",
         "note 2",
@@ -133,10 +139,10 @@ def test_a_corpus_ends_where_training_ended_it(tmp_path):
 def test_nothing_to_score_and_bad_numbers(model, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="got no document"):
         evaluate.score(model, tokenizer, [])
-    with pytest.raises(ValueError, match="length=0"):
-        evaluate.score(model, tokenizer, TEXTS, length=0)
+    with pytest.raises(ValueError, match="seq_len=0"):
+        evaluate.score(model, tokenizer, TEXTS, seq_len=0)
     with pytest.raises(ValueError, match="split: got 'test'"):
-        list(evaluate.texts("wordnet", part="test"))
+        list(evaluate.texts("wordnet", split="test"))
 
 
 @pytest.fixture
@@ -145,12 +151,12 @@ def questions(tmp_path):
 
     Nothing is downloaded.
     """
-    rows = [
+    batch_size = [
         {"text": "the sea, the", "ends": [" sea", " Wal"], "end": 0},
         {"text": "A whale", "ends": ["x", " is"], "end": 1},
     ]
     (tmp_path / "rows.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        "".join(json.dumps(row) + "\n" for row in batch_size), encoding="utf-8"
     )
     task = {
         "task": "whales",
@@ -166,16 +172,16 @@ def questions(tmp_path):
     }
     # JSON is YAML.
     (tmp_path / "whales.yaml").write_text(json.dumps(task), encoding="utf-8")
-    return rows, tmp_path / "whales.yaml"
+    return batch_size, tmp_path / "whales.yaml"
 
 
 @pytest.mark.slow
 def test_lm_eval_runs_a_local_task(model, tokenizer, questions, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    rows, task = questions
-    found = evaluate.tasks(model, tokenizer, [str(task)])
+    batch_size, task = questions
+    result = evaluate.tasks(model, tokenizer, [str(task)])
     right = 0
-    for row in rows:
+    for row in batch_size:
         prompt = [tokenizer.begin_id, *tokenizer.encode(row["text"])]
         nats = []
         for end in row["ends"]:
@@ -186,9 +192,9 @@ def test_lm_eval_runs_a_local_task(model, tokenizer, questions, tmp_path, monkey
                 float(F.cross_entropy(logits, torch.tensor(whole[len(prompt) :]), reduction="sum"))
             )
         right += nats.index(min(nats)) == row["end"]
-    (scores,) = found.values()
-    assert scores["acc,none"] == right / len(rows)
-    assert scores["sample_len"] == len(rows)
+    (scores,) = result.values()
+    assert scores["acc,none"] == right / len(batch_size)
+    assert scores["sample_len"] == len(batch_size)
 
 
 @pytest.mark.slow

@@ -49,31 +49,31 @@ def test_retrofit_learns_with_both_arms_and_takes_them_off_again(tmp_path: Path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert re.findall(r"^(\d)\. ", done.stdout, re.MULTILINE) == ["1", "2", "3", "4"]
     assert "both taken off again: +0.0000 nats" in done.stdout
-    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
-    assert {run["arm"] for run in found["runs"]} == set(found["best"]) == {"memory", "lora"}
-    assert len({(run["arm"], run["rate"]) for run in found["runs"]}) == 6
-    for run in found["runs"]:
+    content = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert {run["arm"] for run in content["runs"]} == set(content["best"]) == {"memory", "lora"}
+    assert len({(run["arm"], run["rate"]) for run in content["runs"]}) == 6
+    for run in content["runs"]:
         assert run["steps"] >= 1 and 0 < run["touched"] <= run["trained"]
         assert all(0 <= run[name] <= 1 for name in ("choosing", "held_out", "trained_forms"))
-        assert abs(run["other_text"] - found["before"]["other_text"] - run["forgot"]) < 1e-9
-    for arm, rate in found["best"].items():
-        runs = [run for run in found["runs"] if run["arm"] == arm]
+        assert abs(run["other_text"] - content["before"]["other_text"] - run["forgot"]) < 1e-9
+    for arm, rate in content["best"].items():
+        runs = [run for run in content["runs"] if run["arm"] == arm]
         assert max(runs, key=lambda run: run["choosing"])["rate"] == rate
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--facts", "0"], "--facts: got 0, expected 1 to 17576"),
         (["--facts", "17577"], "--facts: got 17577, expected 1 to 17576"),
         (["--minutes", "0"], "got --minutes 0, expected more than 0"),
     ],
 )
-def test_retrofit_refuses_what_it_cannot_do(words: list[str], said: str, tmp_path: Path) -> None:
+def test_retrofit_refuses_what_it_cannot_do(words: list[str], message: str, tmp_path: Path) -> None:
     command = [sys.executable, RETROFIT, "--smoke", *words]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
 
 
 def test_retrofit_has_more_invented_airports_than_it_is_asked_for_by_default() -> None:

@@ -46,7 +46,7 @@ def new_run(**parts) -> Run:
     tokenizer = train(TEXTS * 20, 300)
     memory = EngramConfig(layers=(0, 2), rows_per_head=(151, 157), heads=2, head_dim=8)
     config = replace(
-        preset("tiny"), vocabulary=tokenizer.vocabulary + 3, engram=memory, init_std=0.3
+        preset("tiny"), vocab_size=tokenizer.vocab_size + 3, engram=memory, init_std=0.3
     )
     config = replace(config, **parts)
     model = LanguageModel(
@@ -80,73 +80,77 @@ def ids_of(run, text=TEXT):
 
 @torch.no_grad()
 def chances(run, text=TEXT):
-    return run.model(ids_of(run, text))[0, :, : run.tokenizer.vocabulary].softmax(-1)
+    return run.model(ids_of(run, text))[0, :, : run.tokenizer.vocab_size].softmax(-1)
 
 
 def test_the_model_is_described(run, client):
-    found = client.get("/api/model").json()
-    assert found["parameters"] == sum(p.numel() for p in run.model.parameters())
-    assert found["memory"] == {
+    result = client.get("/api/model").json()
+    assert result["parameters"] == sum(p.numel() for p in run.model.parameters())
+    assert result["memory"] == {
         "layers": [0, 2],
         "orders": [2, 3],
         "heads": 2,
         "rows": [t.rows for t in run.model.tables],
     }
     assert (
-        found["experts"] == {"layers": [0, 1, 2], "routed": 32, "active": 2}
-        and found["streams"] == 4
+        result["experts"] == {"layers": [0, 1, 2], "routed": 32, "active": 2}
+        and result["streams"] == 4
     )
 
 
 def test_tokens_carry_their_canonical_ids_and_what_reads_alike(run, client):
-    found = read(client)
+    result = read(client)
     ids, folded = ids_of(run)[0].tolist(), run.tokenizer.canonical_map()
-    assert [token["id"] for token in found["tokens"]] == ids
-    assert [token["canonical"] for token in found["tokens"]] == [int(folded[i]) for i in ids]
-    assert "".join(token["text"] for token in found["tokens"][1:]) == TEXT
+    assert [token["id"] for token in result["tokens"]] == ids
+    assert [token["canonical"] for token in result["tokens"]] == [int(folded[i]) for i in ids]
+    assert "".join(token["text"] for token in result["tokens"][1:]) == TEXT
     sea = read(client, " sea")["tokens"][-1]
     assert {word.strip().lower() for word in sea["alike"]} == {"sea"} and " sea" not in sea["alike"]
 
 
 def test_ngrams_say_which_words_they_are_of(client):
-    found = read(client, "the sea")
-    words = [token["text"] for token in found["tokens"]]
-    assert found["ngrams"][0] == ["“⟨start⟩”", "“⟨start⟩”"]
-    assert found["ngrams"][-1][0] == f"“{'⟨start⟩' * (len(words) < 3)}{''.join(words[1:][-2:])}”"
-    assert found["ngrams"][1] == [f"“⟨start⟩{words[1]}”"] * 2
+    result = read(client, "the sea")
+    words = [token["text"] for token in result["tokens"]]
+    assert result["ngrams"][0] == ["“⟨start⟩”", "“⟨start⟩”"]
+    assert result["ngrams"][-1][0] == f"“{'⟨start⟩' * (len(words) < 3)}{''.join(words[1:][-2:])}”"
+    assert result["ngrams"][1] == [f"“⟨start⟩{words[1]}”"] * 2
 
 
 def test_numbers_are_the_models_own(run, client):
-    found = read(client)
+    result = read(client)
     ids = ids_of(run)
     with torch.no_grad():
         routings = [aux.routing for aux in run.model.hidden(ids)[1] if aux.routing is not None]
-    known = gates(run.model, run.tokenizer, TEXT)
-    torch.testing.assert_close(torch.tensor(found["gates"])[:, 1:], known.values, atol=6e-5, rtol=0)
+    expected = gates(run.model, run.tokenizer, TEXT)
+    torch.testing.assert_close(
+        torch.tensor(result["gates"])[:, 1:], expected.values, atol=6e-5, rtol=0
+    )
     for n, routing in enumerate(routings):
-        assert [[e["expert"] for e in took] for took in found["experts"][n]] == routing.chosen[
-            0
-        ].tolist()
-    assert torch.tensor(found["rows"]).shape == (2, ids.shape[1], 4)
+        assert [
+            [e["expert"] for e in took] for took in result["experts"][n]
+        ] == routing.topk_indices[0].tolist()
+    assert torch.tensor(result["rows"]).shape == (2, ids.shape[1], 4)
     now = chances(run)
     with without_memory(run.model):
         without = chances(run)
-    assert found["kinds"] == ["now", "without"]
-    for t, guesses in enumerate(found["predictions"]):
+    assert result["kinds"] == ["now", "without"]
+    for t, guesses in enumerate(result["predictions"]):
         best = {run.tokenizer.token(int(i)) for i in now[t].topk(explore.BEST).indices}
         assert best <= {guess["text"] for guess in guesses}
         assert guesses[0]["p"][0] == pytest.approx(float(now[t].max()), abs=1e-5)
-        told = sorted((guess["p"][1] for guess in guesses), reverse=True)
+        text = sorted((guess["p"][1] for guess in guesses), reverse=True)
         torch.testing.assert_close(
-            torch.tensor(told[: explore.BEST]),
+            torch.tensor(text[: explore.BEST]),
             without[t].topk(explore.BEST).values,
             atol=1e-5,
             rtol=0,
         )
     effect = (now * (now / without).log()).sum(-1)
-    torch.testing.assert_close(torch.tensor(found["effects"]["without"]), effect, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(result["effects"]["without"]), effect, atol=1e-4, rtol=0
+    )
     surprise = -now[:-1].gather(1, ids[0, 1:, None]).log()[:, 0]
-    torch.testing.assert_close(torch.tensor(found["surprise"]), surprise, atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.tensor(result["surprise"]), surprise, atol=1e-4, rtol=0)
 
 
 def weights(run):
@@ -155,24 +159,24 @@ def weights(run):
 
 def test_suppressed_rows_are_zero_and_come_back(run, client):
     before, first = weights(run), read(client)
-    place = 3
-    edits = client.post("/api/edit", json={"text": TEXT, "token": place, "order": 3}).json()[
+    position = 3
+    edits = client.post("/api/edit", json={"text": TEXT, "token": position, "order": 3}).json()[
         "edits"
     ]
     assert len(edits) == 1 and "suppressed" in edits[0]["what"]
     for n, (old, new) in enumerate(zip(before, weights(run), strict=True)):
-        rows = torch.tensor(first["rows"])[n, place, 2:]
+        rows = torch.tensor(first["rows"])[n, position, 2:]
         assert edits[0]["rows"][n] == rows.tolist() and not new[rows].any()
-        kept = torch.ones(len(old), dtype=torch.bool).index_fill(0, rows, False)
-        assert torch.equal(old[kept], new[kept])
+        cached = torch.ones(len(old), dtype=torch.bool).index_fill(0, rows, False)
+        assert torch.equal(old[cached], new[cached])
     second = read(client)
     assert second["kinds"] == ["now", "without", "before"] and second["edits"] == edits
     assert (
-        second["effects"]["before"][place] > 0
-        and max(second["effects"]["before"][: place - 1]) == 0
+        second["effects"]["before"][position] > 0
+        and max(second["effects"]["before"][: position - 1]) == 0
     )
-    was = {guess["text"]: guess["p"][0] for guess in first["predictions"][place]}
-    for guess in second["predictions"][place]:
+    was = {guess["text"]: guess["p"][0] for guess in first["predictions"][position]}
+    for guess in second["predictions"][position]:
         assert guess["p"][2] == was.get(guess["text"], guess["p"][2])
     assert client.post("/api/undo", json={}).json() == {"edits": []}
     assert all(torch.equal(a, b) for a, b in zip(before, weights(run), strict=True))
@@ -182,12 +186,12 @@ def test_suppressed_rows_are_zero_and_come_back(run, client):
 def test_overwritten_rows_are_those_of_the_source(run, client):
     before, source = weights(run), "a river runs"
     rows = torch.tensor(read(client)["rows"])[:, 4, :2]
-    given = torch.tensor(read(client, source)["rows"])[:, -1, :2]
+    arguments = torch.tensor(read(client, source)["rows"])[:, -1, :2]
     change = {"text": TEXT, "token": 4, "order": 2, "source": source}
     edits = client.post("/api/edit", json=change).json()["edits"]
     assert "reads as" in edits[0]["what"]
     for n, (old, new) in enumerate(zip(before, weights(run), strict=True)):
-        assert torch.equal(new[rows[n]], old[given[n]])
+        assert torch.equal(new[rows[n]], old[arguments[n]])
     client.post("/api/undo", json={})
     assert all(torch.equal(a, b) for a, b in zip(before, weights(run), strict=True))
 
@@ -238,7 +242,7 @@ GOOD = {"text": TEXT, "token": 1, "order": 2}
 
 
 @pytest.mark.parametrize(
-    "path, body, said",
+    "path, body, message",
     [
         ("read", {}, "text: got nothing"),
         ("read", {"text": ""}, "text: got nothing"),
@@ -259,13 +263,13 @@ GOOD = {"text": TEXT, "token": 1, "order": 2}
         ("undo", {}, "nothing to take back"),
     ],
 )
-def test_nonsense_is_refused_with_a_sentence(client, path, body, said):
+def test_nonsense_is_refused_with_a_sentence(client, path, body, message):
     answer = client.post(f"/api/{path}", json=body)
-    assert answer.status_code == 400 and said in answer.json()["error"]
+    assert answer.status_code == 400 and message in answer.json()["error"]
 
 
 @pytest.mark.parametrize(
-    "content, kind, said",
+    "content, kind, message",
     [
         (b"{", "application/json", "is not JSON"),
         (b"\xff", "application/json", "is not JSON"),
@@ -274,9 +278,9 @@ def test_nonsense_is_refused_with_a_sentence(client, path, body, said):
         (b" " * (explore.LARGEST + 1), "application/json", "expected a smaller request"),
     ],
 )
-def test_a_body_that_is_no_request_is_refused(client, content, kind, said):
+def test_a_body_that_is_no_request_is_refused(client, content, kind, message):
     answer = client.post("/api/read", content=content, headers={"Content-Type": kind})
-    assert answer.status_code == 400 and said in answer.json()["error"]
+    assert answer.status_code == 400 and message in answer.json()["error"]
 
 
 def test_half_of_a_character_is_refused_with_a_sentence(client):
@@ -300,19 +304,21 @@ def test_a_dead_token_has_no_gate():
         layers=(0, 2), rows_per_head=(151, 157), heads=2, head_dim=8, dead_tokens=(dead,)
     )
     run = new_run(engram=memory)
-    found = read(TestClient(app(run), base_url="http://127.0.0.1"), "the sea, the sea sings")
-    for layer in found["gates"]:
-        for token, values in zip(found["tokens"], layer, strict=True):
+    result = read(TestClient(app(run), base_url="http://127.0.0.1"), "the sea, the sea sings")
+    for layer in result["gates"]:
+        for token, values in zip(result["tokens"], layer, strict=True):
             assert (max(values) == 0) == (token["id"] == dead)
-    known = gates(run.model, run.tokenizer, "the sea, the sea sings")
-    torch.testing.assert_close(torch.tensor(found["gates"])[:, 1:], known.values, atol=6e-5, rtol=0)
+    expected = gates(run.model, run.tokenizer, "the sea, the sea sings")
+    torch.testing.assert_close(
+        torch.tensor(result["gates"])[:, 1:], expected.values, atol=6e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("gating", ["open", "shared"])
 def test_a_memory_with_fewer_gates_is_read(run, gating):
     memory = replace(run.config.engram, gating=gating)
-    found = read(TestClient(app(new_run(engram=memory)), base_url="http://127.0.0.1"))
-    assert torch.tensor(found["gates"]).shape == (2, len(found["tokens"]), 4)
+    result = read(TestClient(app(new_run(engram=memory)), base_url="http://127.0.0.1"))
+    assert torch.tensor(result["gates"]).shape == (2, len(result["tokens"]), 4)
 
 
 def test_edits_from_many_threads_are_each_whole(run):
@@ -323,9 +329,9 @@ def test_edits_from_many_threads_are_each_whole(run):
         try:
             for _ in range(3):
                 explorer.edit(explore.Change(text=TEXT, token=token, order=2))
-                found = explorer.read(explore.Read(text=TEXT))
-                assert len(found["edits"]) >= 1 and all(
-                    len(edit["rows"]) == 2 for edit in found["edits"]
+                result = explorer.read(explore.Read(text=TEXT))
+                assert len(result["edits"]) >= 1 and all(
+                    len(edit["rows"]) == 2 for edit in result["edits"]
                 )
                 explorer.undo(explore.Undo())
         except Exception as error:
@@ -362,14 +368,14 @@ def test_the_page_loads_nothing_from_elsewhere(client):
 def test_models_without_a_part_are_read(parts):
     plain = new_run(**parts)
     client = TestClient(app(plain), base_url="http://127.0.0.1")
-    found, said = read(client), client.get("/api/model").json()
-    assert (said["memory"] is None) == ("engram" in parts) and (said["experts"] is None) == (
+    result, body = read(client), client.get("/api/model").json()
+    assert (body["memory"] is None) == ("engram" in parts) and (body["experts"] is None) == (
         "moe" in parts
     )
-    assert bool(found["experts"]) == ("moe" not in parts) and bool(found["gates"]) == (
+    assert bool(result["experts"]) == ("moe" not in parts) and bool(result["gates"]) == (
         "engram" not in parts
     )
-    assert found["kinds"] == (["now"] if "engram" in parts else ["now", "without"])
+    assert result["kinds"] == (["now"] if "engram" in parts else ["now", "without"])
     edit = client.post("/api/edit", json=GOOD)
     if "engram" in parts:
         assert edit.status_code == 400 and "without Engram" in edit.json()["error"]
@@ -486,7 +492,7 @@ def visit(browser, run, width=1200, scheme="light"):
         page.wait_for_selector("#token:not([hidden])")
         yield page
         context.close()
-    assert [said for said in complaints if said != "data:,"] == []
+    assert [text for text in complaints if text != "data:,"] == []
 
 
 def say(page, text):

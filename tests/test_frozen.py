@@ -48,12 +48,12 @@ spec.loader.exec_module(freeze_runs)
 
 def frozen(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads the configuration of a run, and what it computed."""
-    given = json.loads((COMMITTED / f"{name}.json").read_text(encoding="utf-8"))["given"]
+    arguments = json.loads((COMMITTED / f"{name}.json").read_text(encoding="utf-8"))["given"]
     folder = COMMITTED if EXACT is None else Path(EXACT)
-    found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    mend = "write it again at the old commit"
-    assert found["given"] == given, f"{folder} froze another configuration: {mend}"
-    return freeze_runs.translated(given), found["found"]
+    content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    hint = "write it again at the old commit"
+    assert content["given"] == arguments, f"{folder} froze another configuration: {hint}"
+    return freeze_runs.translated(arguments), content["found"]
 
 
 @pytest.fixture(autouse=True)
@@ -81,10 +81,10 @@ def same_losses(name: str, got: list[str], expected: list[str], *, exact: bool) 
         assert got == expected
         return
     assert len(got) == len(expected)
-    begin, later = LATER.get(name, (len(got), LOSS))
+    start, later = LATER.get(name, (len(got), LOSS))
     for step, pair in enumerate(zip(got, expected, strict=True)):
         loss, before = map(float.fromhex, pair)
-        allowed = LOSS if step < begin else later
+        allowed = LOSS if step < start else later
         assert abs(loss - before) <= allowed, f"step {step + 1}: got {loss:.7f}, was {before:.7f}"
 
 
@@ -111,53 +111,55 @@ def same_ids(got: list[list[int]], expected: list[list[int]], margins: list[list
 
     Behind it a sequence may go on with other ids.
     """
-    for row, (ids, before, leads) in enumerate(zip(got, expected, margins, strict=True)):
+    for row, (ids, before, left_paddings) in enumerate(zip(got, expected, margins, strict=True)):
         assert len(ids) == len(before)
-        at = next(
+        index = next(
             (n for n, (new, old) in enumerate(zip(ids, before, strict=True)) if new != old),
             None,
         )
-        if at is not None:
-            said = f"prompt {row}, id {at}: got {ids[at]}, was {before[at]}"
-            assert EXACT is None and leads[at] < MARGIN, said
+        if index is not None:
+            text = f"prompt {row}, id {index}: got {ids[index]}, was {before[index]}"
+            assert EXACT is None and left_paddings[index] < MARGIN, text
 
 
 @pytest.mark.usefixtures("reference")
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_are_those_that_were_frozen(name: str) -> None:
-    given, before = frozen(name)
-    same_losses(name, freeze_runs.losses(given), before["losses"], exact=EXACT is not None)
+    arguments, before = frozen(name)
+    same_losses(name, freeze_runs.losses(arguments), before["losses"], exact=EXACT is not None)
 
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_give_the_frozen_losses(name: str) -> None:
-    given, before = frozen(name)
-    same_losses(name, freeze_runs.losses(given), before["losses"], exact=False)
+    arguments, before = frozen(name)
+    same_losses(name, freeze_runs.losses(arguments), before["losses"], exact=False)
 
 
 @pytest.mark.usefixtures("reference")
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_those_that_were_frozen(name: str) -> None:
     """Covers packed documents, and plain sequences, where DSA's indexers are in warm-up."""
-    given, before = frozen(name)
-    same_gradients(freeze_runs.gradients(given, 0), before["gradients"]["documents"])
-    same_gradients(freeze_runs.gradients(given, 1, warm=True), before["gradients"]["plain"])
+    arguments, before = frozen(name)
+    same_gradients(freeze_runs.gradients(arguments, 0), before["gradients"]["documents"])
+    same_gradients(
+        freeze_runs.gradients(arguments, 1, indexer_warmup=True), before["gradients"]["plain"]
+    )
 
 
 @pytest.mark.usefixtures("reference")
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_ids_are_those_that_were_frozen(name: str) -> None:
-    given, before = frozen(name)
-    now, was = freeze_runs.continuations(given), before["greedy"]
+    arguments, before = frozen(name)
+    now, was = freeze_runs.continuations(arguments), before["greedy"]
     for kind in ("batched", "alone"):
         same_ids(now[kind], was[kind], was["margins"])
 
 
 @pytest.mark.usefixtures("reference")
 def test_the_trainer_gives_the_frozen_losses(tmp_path: Path) -> None:
-    given, before = frozen("tiny")
-    now = freeze_runs.trained(given, tmp_path)
+    arguments, before = frozen("tiny")
+    now = freeze_runs.trained(arguments, tmp_path)
     same_losses("tiny", now["losses"], before["losses"], exact=EXACT is not None)
     if EXACT is not None:
         assert now["validation_loss"] == before["validation_loss"]
@@ -168,18 +170,18 @@ def test_the_trainer_gives_the_frozen_losses(tmp_path: Path) -> None:
 
 def test_a_frozen_file_commits_every_option(tmp_path: Path) -> None:
     """A later change of a default must not change what was frozen."""
-    given, _ = frozen("dense_mla")
-    del given["model"]["mla"]["eps"]
+    arguments, _ = frozen("dense_mla")
+    del arguments["model"]["mla"]["eps"]
     with pytest.raises(ValueError, match=r"mla\.eps"):
-        freeze_runs.build(given)
+        freeze_runs.build(arguments)
 
 
 def test_renamed_options_and_parameters_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"model.hyper": "model.hyper_connections", "model.eps": "model.norm_eps", "steps": None}
     monkeypatch.setattr(freeze_runs, "OPTIONS", names)
     monkeypatch.setattr(freeze_runs, "PARAMETERS", {"attention_site": "attention_residual"})
-    given = {"steps": 3, "model": {"eps": 1e-6, "hyper": {"kind": "mhc"}, "gqa": None}}
-    assert freeze_runs.translated(given) == {
+    arguments = {"steps": 3, "model": {"eps": 1e-6, "hyper": {"kind": "mhc"}, "gqa": None}}
+    assert freeze_runs.translated(arguments) == {
         "model": {"norm_eps": 1e-6, "hyper_connections": {"kind": "mhc"}, "gqa": None}
     }
     assert freeze_runs.renamed("blocks.0.attention_site.phi") == "blocks.0.attention_residual.phi"

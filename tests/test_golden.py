@@ -93,16 +93,16 @@ def theirs(
     ids = torch.randint(61, (2, 20))
     out = hub(ids, labels=ids, output_hidden_states=True)
     out.loss.backward()
-    found = {"ids": ids, "logits": out.logits, "loss": out.loss[None]}
-    found |= {f"hidden.{index}": state for index, state in enumerate(out.hidden_states)}
-    found |= {
+    results = {"ids": ids, "logits": out.logits, "loss": out.loss[None]}
+    results |= {f"hidden.{index}": state for index, state in enumerate(out.hidden_states)}
+    results |= {
         f"grad.{name}": p.new_zeros(p.shape) if p.grad is None else p.grad
         for name, p in hub.named_parameters()
     }
-    found["greedy"] = hub.generate(
+    results["greedy"] = hub.generate(
         ids[:1, :prompt], do_sample=False, max_new_tokens=6, eos_token_id=None
     )
-    save_file({name: tensor.detach().clone().contiguous() for name, tensor in found.items()},
+    save_file({name: tensor.detach().clone().contiguous() for name, tensor in results.items()},
               folder / "expected.safetensors")  # fmt: skip
 
 
@@ -178,8 +178,8 @@ def test_hub_folders_of_other_configurations_agree(check, name, tmp_path):
             tensors[key].zero_()
 
     rewrite(tmp_path / "expected.safetensors", no_gradients)
-    known = [line.partition(":")[0] for line in wrong(check.check(tmp_path))]
-    assert known == [key for key in gradients(tmp_path) if key in names], "none of ours is zero"
+    expected = [line.partition(":")[0] for line in wrong(check.check(tmp_path))]
+    assert expected == [key for key in gradients(tmp_path) if key in names], "none of ours is zero"
 
 
 @pytest.fixture
@@ -190,15 +190,15 @@ def folder(tmp_path) -> Path:
 
 def test_a_hub_folder_that_differs_is_seen(run, folder):
     rewrite(folder / "model.safetensors", lambda tensors: tensors["model.norm.weight"].mul_(1.01))
-    code, said, _ = run(folder)
-    differing = {line.split()[2] for line in said.splitlines() if line.startswith("WRONG")}
+    code, text, _ = run(folder)
+    differing = {line.split()[2] for line in text.splitlines() if line.startswith("WRONG")}
     assert {
         "logits",
         "hidden.3",
         "loss",
         "grad.model.norm.weight",
     } <= differing and "hidden.2" not in differing
-    assert code == 1 and "beyond tolerance" in said
+    assert code == 1 and "beyond tolerance" in text
 
 
 def test_every_expected_number_counts(check, folder):
@@ -212,11 +212,11 @@ def test_every_expected_number_counts(check, folder):
 
 def test_a_greedy_id_that_differs_is_named(check, folder):
     rewrite(folder / "expected.safetensors", lambda tensors: tensors["greedy"][0, 30:].zero_())
-    said = wrong(check.check(folder))
+    text = wrong(check.check(folder))
     assert (
-        len(said) == 2
-        and said[0].startswith("greedy: id 30 is ")
-        and "before the expected 0" in said[0]
+        len(text) == 2
+        and text[0].startswith("greedy: id 30 is ")
+        and "before the expected 0" in text[0]
     )
 
 
@@ -232,18 +232,18 @@ def test_what_a_hub_folder_has_too_much_is_wrong_and_what_it_lacks_is_named(run,
             del tensors[name]
 
     rewrite(folder / "expected.safetensors", change)
-    code, said, _ = run(folder)
+    code, text, _ = run(folder)
     assert code == 0
-    missing = [line for line in said.splitlines() if line[0] == "-"]
+    missing = [line for line in text.splitlines() if line[0] == "-"]
     assert [line.split("  ")[-1].removesuffix(", not in the file") for line in missing] == [
         "logits", "hidden.1", "loss", "gradients", "greedy"
     ]  # fmt: skip
-    assert said.count("not in the file") == 5 and said.count("ok ") == 3, "the other hidden states"
+    assert text.count("not in the file") == 5 and text.count("ok ") == 3, "the other hidden states"
     more = {"hidden.9": torch.zeros(1), "grad.model.layers.0.no.weight": torch.zeros(1)}
     rewrite(folder / "expected.safetensors", lambda tensors: tensors.update(more))
-    code, said, _ = run(folder)
+    code, text, _ = run(folder)
     differing = [
-        line.split()[2].rstrip(",") for line in said.splitlines() if line.startswith("WRONG")
+        line.split()[2].rstrip(",") for line in text.splitlines() if line.startswith("WRONG")
     ]
     assert code == 1 and differing == list(more)
 
@@ -262,8 +262,8 @@ def test_a_gradient_that_is_missing_is_seen(check, name, tmp_path, monkeypatch):
 
     def lame(wanted):
         model = plain(tmp_path, dtype=torch.float32)
-        place = check.place_of(wanted, check.checkpoints.places(model.config))
-        dict(model.named_parameters())[place.name].register_hook(torch.zeros_like)
+        position = check.place_of(wanted, check.checkpoints.places(model.config))
+        dict(model.named_parameters())[position.name].register_hook(torch.zeros_like)
         return model
 
     for gradient in gradients(tmp_path):
@@ -279,14 +279,14 @@ def test_what_counts_as_nothing(check):
 
     A small gradient that differs by less than the threshold is still another gradient.
     """
-    near, small = check.near, torch.tensor([1e-8, -1e-8])
-    assert near("", small, -small, nothing=2e-8).error == 0
-    assert near("", small, -small, nothing=5e-9).error == 2
-    assert near("", 3 * small, 4 * small, nothing=2e-8).error == pytest.approx(0.25)
-    assert near("", 0 * small, 3 * small, nothing=2e-8).error == 1
+    close, small = check.close, torch.tensor([1e-8, -1e-8])
+    assert close("", small, -small, nothing=2e-8).error == 0
+    assert close("", small, -small, nothing=5e-9).error == 2
+    assert close("", 3 * small, 4 * small, nothing=2e-8).error == pytest.approx(0.25)
+    assert close("", 0 * small, 3 * small, nothing=2e-8).error == 1
     for odd in (torch.nan, torch.inf):
-        assert not near("", torch.zeros(2), torch.tensor([0.0, odd]), nothing=1.0).right
-        assert not near("", torch.tensor([0.0, odd]), torch.zeros(2), nothing=1.0).right
+        assert not close("", torch.zeros(2), torch.tensor([0.0, odd]), nothing=1.0).right
+        assert not close("", torch.tensor([0.0, odd]), torch.zeros(2), nothing=1.0).right
 
 
 def cut(path: Path) -> None:
@@ -321,8 +321,8 @@ SPOILT = {
 def test_a_spoilt_hub_folder_is_a_line_and_status_2(run, folder, name):
     spoil, words = SPOILT[name]
     spoil(folder)
-    code, _, said = run(folder)
-    assert code == 2 and words in said and len(said.splitlines()) == 1
+    code, _, text = run(folder)
+    assert code == 2 and words in text and len(text.splitlines()) == 1
 
 
 def test_missing_and_cut_engram_files_are_a_line_and_status_2(run, tmp_path):
@@ -340,10 +340,10 @@ def test_missing_and_cut_engram_files_are_a_line_and_status_2(run, tmp_path):
         "absent",
     ]
     for name in names:
-        code, _, said = run(tmp_path / name)
-        assert code == 2 and name in said and len(said.splitlines()) == 1, name
-    code, said, errors = run(tmp_path / "absent", GOLDEN / "deepseek_v2_lite_tiny")
-    assert code == 2 and "ok" in said and len(errors.splitlines()) == 1, (
+        code, _, text = run(tmp_path / name)
+        assert code == 2 and name in text and len(text.splitlines()) == 1, name
+    code, text, errors = run(tmp_path / "absent", GOLDEN / "deepseek_v2_lite_tiny")
+    assert code == 2 and "ok" in text and len(errors.splitlines()) == 1, (
         "the others are still checked"
     )
 
@@ -362,17 +362,17 @@ def small(tmp_path_factory):
 
 
 def local_rows(
-    known: list[int], pad: int, multipliers: list[int], primes: list[list[int]]
+    expected: list[int], pad: int, multipliers: list[int], primes: list[list[int]]
 ) -> np.ndarray:
     """Computes rows [T, heads of all orders] before offsets, one number at a time."""
     rows = []
-    for t in range(len(known)):
-        mix, row = known[t] * multipliers[0], []
+    for t in range(len(expected)):
+        mix, row = expected[t] * multipliers[0], []
         for back, heads in enumerate(primes, start=1):
-            mix ^= (known[t - back] if t >= back else pad) * multipliers[back]
+            mix ^= (expected[t - back] if t >= back else pad) * multipliers[back]
             row += [mix % prime for prime in heads]
         rows.append(row)
-    return np.array(rows, dtype="<i8").reshape(len(known), sum(map(len, primes)))
+    return np.array(rows, dtype="<i8").reshape(len(expected), sum(map(len, primes)))
 
 
 def drawn(layers, rows, heads, seed, canonical) -> tuple[dict, dict]:
@@ -387,13 +387,13 @@ def drawn(layers, rows, heads, seed, canonical) -> tuple[dict, dict]:
     for layer in layers:
         primes[layer] = []
         for least in rows:
-            found, number = [], least
-            while len(found) < heads:
+            results, number = [], least
+            while len(results) < heads:
                 if number not in taken and all(number % n for n in range(2, int(number**0.5) + 1)):
-                    found.append(number)
+                    results.append(number)
                     taken.add(number)
                 number += 1
-            primes[layer].append(found)
+            primes[layer].append(results)
     return multipliers, primes
 
 
@@ -436,11 +436,11 @@ HASHES = [
 def test_engram_hash_files_of_other_configurations_agree(run, small, tmp_path):
     path = tmp_path / "hash.json"
     path.write_text(
-        json.dumps([hash_case(small, *given) for given in HASHES], ensure_ascii=False),
+        json.dumps([hash_case(small, *arguments) for arguments in HASHES], ensure_ascii=False),
         encoding="utf-8",
     )
-    code, said, _ = run(path, "--tokenizer", small[0])
-    assert code == 0 and "text 2 layer 5 hash_sha256_i64le" in said and "hash_first" in said
+    code, text, _ = run(path, "--tokenizer", small[0])
+    assert code == 0 and "text 2 layer 5 hash_sha256_i64le" in text and "hash_first" in text
 
 
 def spoil(case: dict, name: str) -> None:
@@ -463,8 +463,8 @@ def test_every_number_of_an_engram_hash_file_counts(run, small, tmp_path, name):
     case = hash_case(small, *HASHES[1])
     spoil(case, name)
     (tmp_path / "hash.json").write_text(json.dumps([case]), encoding="utf-8")
-    code, said, _ = run(tmp_path / "hash.json", "--tokenizer", small[0])
-    assert code == 1 and "WRONG" in said
+    code, text, _ = run(tmp_path / "hash.json", "--tokenizer", small[0])
+    assert code == 1 and "WRONG" in text
 
 
 OTHER_CONTENTS = {
@@ -489,8 +489,8 @@ def test_an_engram_hash_file_of_other_contents_is_a_line_and_status_2(run, small
         if name == "another tokenizer"
         else ("--tokenizer", small[0])
     )
-    code, _, said = run(tmp_path / "hash.json", *folder)
-    assert code == 2 and "not checked" in said and len(said.splitlines()) == 1
+    code, _, text = run(tmp_path / "hash.json", *folder)
+    assert code == 2 and "not checked" in text and len(text.splitlines()) == 1
 
 
 class Demo(nn.Module):
@@ -507,9 +507,9 @@ class Demo(nn.Module):
         self.norm1, self.norm2 = (
             nn.ModuleList(nn.RMSNorm(dim) for _ in range(streams)) for _ in range(2)
         )
-        left, wide = (kernel - 1) * dilation, streams * dim
+        left, wider = (kernel - 1) * dilation, streams * dim
         conv = nn.Conv1d(
-            wide, wide, kernel, groups=wide, bias=False, padding=left, dilation=dilation
+            wider, wider, kernel, groups=wider, bias=False, padding=left, dilation=dilation
         )
         norms = nn.ModuleList(nn.RMSNorm(dim, eps=1e-5) for _ in range(streams))
         self.short_conv = nn.ModuleDict({"conv": conv, "norms": norms})
@@ -518,12 +518,12 @@ class Demo(nn.Module):
                 nn.init.uniform_(parameter, 0.5, 1.5)
 
     def forward(self, hidden, rows):
-        recalled, gates = self.multi_head_embedding["embedding"](rows).flatten(-2), []
+        looked_up, gates = self.multi_head_embedding["embedding"](rows).flatten(-2), []
         for s, projection in enumerate(self.key_projs):
-            score = (self.norm1[s](projection(recalled)) * self.norm2[s](hidden[:, :, s])).sum(-1)
+            score = (self.norm1[s](projection(looked_up)) * self.norm2[s](hidden[:, :, s])).sum(-1)
             score = score / hidden.shape[-1] ** 0.5
             gates.append((score.abs().clamp_min(1e-6).sqrt() * score.sign()).sigmoid())
-        value = torch.stack(gates, dim=2)[..., None] * self.value_proj(recalled)[:, :, None]
+        value = torch.stack(gates, dim=2)[..., None] * self.value_proj(looked_up)[:, :, None]
         normed = torch.cat(
             [norm(value[:, :, s]) for s, norm in enumerate(self.short_conv["norms"])], dim=-1
         )
@@ -539,7 +539,7 @@ def write_forward(
     _, canonical, _ = small
     multipliers, primes = drawn(layers, rows, heads, 5, int(canonical.max()) + 1)
     ids = torch.randint(len(canonical), (batch, time))
-    found = {"input.ids": ids, "input.hidden": torch.randn(batch, time, streams, dim)}
+    results = {"input.ids": ids, "input.hidden": torch.randn(batch, time, streams, dim)}
     for layer in layers:
         flat = [prime for order in primes[layer] for prime in order]
         local = [local_rows(canonical[row].tolist(), int(canonical[pad]), multipliers[layer],
@@ -549,7 +549,7 @@ def write_forward(
         demo = Demo(
             sum(flat), (width, width * len(flat)), dim, streams, kernel, len(rows) + 1, bias
         )
-        hidden = found["input.hidden"].clone().requires_grad_()
+        hidden = results["input.hidden"].clone().requires_grad_()
         out, weight = demo(hidden, read), torch.randn(hidden.shape)
         (out * weight).sum().backward()
         tensors = dict(demo.named_parameters()) | {
@@ -557,7 +557,7 @@ def write_forward(
             "grad_embedding": demo.multi_head_embedding["embedding"].weight.grad,
             "grad_conv": demo.short_conv["conv"].weight.grad,
         }  # fmt: skip
-        found |= {
+        results |= {
             f"layer{layer}.{name}": tensor.detach().clone() for name, tensor in tensors.items()
         }
     about = {"tokenizer": "small", "layer_ids": layers, "rows_per_head": rows,
@@ -565,7 +565,7 @@ def write_forward(
              "heads": heads, "hidden": dim, "streams": streams, "kernel": kernel,
              "max_ngram": len(rows) + 1,
              "seed": 5, "pad_id": pad}  # fmt: skip
-    save_file(found, path, {"config": json.dumps(about)})
+    save_file(results, path, {"config": json.dumps(about)})
 
 
 FORWARDS = [
@@ -577,12 +577,12 @@ FORWARDS = [
 ]
 
 
-@pytest.mark.parametrize("given", FORWARDS, ids=str)
-def test_engram_forward_files_of_other_configurations_agree(run, small, tmp_path, given):
-    write_forward(tmp_path / "forward.safetensors", small, *given)
-    code, said, _ = run(tmp_path / "forward.safetensors", "--tokenizer", small[0])
-    assert code == 0, said
-    assert said.count("ok") == 4 * len(given[0])
+@pytest.mark.parametrize("arguments", FORWARDS, ids=str)
+def test_engram_forward_files_of_other_configurations_agree(run, small, tmp_path, arguments):
+    write_forward(tmp_path / "forward.safetensors", small, *arguments)
+    code, text, _ = run(tmp_path / "forward.safetensors", "--tokenizer", small[0])
+    assert code == 0, text
+    assert text.count("ok") == 4 * len(arguments[0])
 
 
 @pytest.mark.parametrize(
@@ -595,8 +595,8 @@ def test_every_tensor_of_an_engram_forward_file_counts(run, small, tmp_path, nam
     tensors = load_file(path)
     tensors[f"layer3.{name}"].view(-1)[tensors[f"layer3.{name}"].abs().argmax()] *= 1.0001
     save_file(tensors, path, about)
-    code, said, _ = run(path, "--tokenizer", small[0])
-    assert code == 1 and "WRONG" in said
+    code, text, _ = run(path, "--tokenizer", small[0])
+    assert code == 1 and "WRONG" in text
     tensors[f"layer3.{name}"] = tensors[f"layer3.{name}"][:1].clone()
     save_file(tensors, path, about)
     assert run(path, "--tokenizer", small[0])[0] in (1, 2)
@@ -621,5 +621,5 @@ def test_golden_engram_files_agree(run, name, items):
         for version in versions
     ):
         pytest.skip("tokenizer not on this machine: scripts/fetch_test_tokenizers.py brings it")
-    code, said, _ = run(GOLDEN / name)
-    assert code == 0 and said.count("ok ") == items
+    code, text, _ = run(GOLDEN / name)
+    assert code == 0 and text.count("ok ") == items

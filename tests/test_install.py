@@ -19,7 +19,7 @@ GPU = re.compile(r"nvidia-|cuda-|triton$")  # what torch brings for a GPU
 
 def needed(requirements: list[str]) -> set[str]:
     """Returns every package that these requirements bring, as far as it is installed here."""
-    found: set[str] = set()
+    results: set[str] = set()
     waiting = [(Requirement(line), frozenset[str]()) for line in requirements]
     while waiting:
         requirement, extras = waiting.pop()
@@ -27,12 +27,12 @@ def needed(requirements: list[str]) -> set[str]:
         if marker and not any(marker.evaluate({"extra": extra}) for extra in extras | {""}):
             continue
         name = canonicalize_name(requirement.name)
-        if name in found or GPU.match(name):
+        if name in results or GPU.match(name):
             continue
-        found.add(name)
+        results.add(name)
         inside = frozenset(requirement.extras)
         waiting += [(Requirement(line), inside) for line in metadata.requires(name) or []]
-    return found
+    return results
 
 
 def test_a_plain_install_fits_one_screen() -> None:
@@ -46,8 +46,8 @@ def test_no_extra_brings_what_has_to_be_built() -> None:
 
     It is installed without them.
     """
-    own = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
-    others = [line for line in own if not line.startswith("rorqual")]
+    ours = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
+    others = [line for line in ours if not line.startswith("rorqual")]
     assert not needed(PROJECT["dependencies"] + others) & (SOURCE_ONLY | {"lm-eval"})
 
 

@@ -134,9 +134,9 @@ def test_a_lock_is_held_by_one_and_released_with_the_block(tmp_path: Path) -> No
         assert other.returncode and "taken" in other.stderr
     with io.lock(path, "again", timeout=1.0):
         pass
-    held = io.acquired(path, "taken")
-    held.release()
-    assert not held.is_locked
+    stored = io.acquired(path, "taken")
+    stored.release()
+    assert not stored.is_locked
     with pytest.raises(TableError, match="taken"), io.lock(path, "first"):
         io.acquired(path, "taken", error=TableError)
 

@@ -28,7 +28,7 @@ def tokenizer():
 @pytest.fixture
 def model(tokenizer):
     config = ModelConfig(
-        vocabulary=300,
+        vocab_size=300,
         dim=32,
         layers=3,
         dense_width=32,
@@ -69,9 +69,9 @@ def test_rows_of_an_ngram_are_those_read_wherever_it_stands(model, tokenizer):
     for order in (2, 3):
         ngram = ids[-order:]
         for layer in (0, 2):
-            own = memory.rows_of(model, tokenizer, ngram, layer)
+            ours = memory.rows_of(model, tokenizer, ngram, layer)
             last = memory.reads(model, tokenizer, TEXTS[2])[-1].rows[layer]
-            assert own == last[(order - 2) * 2 : (order - 1) * 2]
+            assert ours == last[(order - 2) * 2 : (order - 1) * 2]
 
 
 def test_folded_spellings_read_alike(model, tokenizer):
@@ -93,7 +93,7 @@ def test_edits_change_only_what_reads_them_and_undo_is_exact(editor, model, toke
         editor.overwrite(ngram, 0, torch.ones(2, 8))
         editor.overwrite(ngram, 2, torch.ones(2, 8))
     assert "suppress" in edit.what
-    assert torch.equal(editor.look(ngram, 0), torch.ones(2, 8))
+    assert torch.equal(editor.lookup(ngram, 0), torch.ones(2, 8))
     assert torch.equal(suppressed[:, :-1], before[:, :-1])
     assert not torch.allclose(suppressed[:, -1], before[:, -1])
     changed = (model.tables[0].weight != tables[0]).any(1).nonzero().flatten().tolist()
@@ -108,10 +108,10 @@ def test_edits_change_only_what_reads_them_and_undo_is_exact(editor, model, toke
         editor.undo()
 
 
-def test_a_transplant_makes_one_ngram_recall_as_another(editor, tokenizer):
+def test_a_transplant_makes_one_ngram_lookup_as_another(editor, tokenizer):
     source, target = tokenizer.encode(TEXTS[0])[-2:], tokenizer.encode(TEXTS[1])[-2:]
     editor.transplant(source, target, 0)
-    assert torch.equal(editor.look(source, 0), editor.look(target, 0))
+    assert torch.equal(editor.lookup(source, 0), editor.lookup(target, 0))
     with pytest.raises(ValueError, match="n-grams of 2 and 3 tokens"):
         editor.transplant(source, [*target, 5], 0)
 
@@ -119,10 +119,10 @@ def test_a_transplant_makes_one_ngram_recall_as_another(editor, tokenizer):
 def test_the_next_token_is_the_models(model, tokenizer):
     best = memory.next_tokens(model, tokenizer, TEXTS[0], 5)
     ids = torch.tensor([[tokenizer.begin_id, *tokenizer.encode(TEXTS[0])]])
-    chances = model(ids)[0, -1, : tokenizer.vocabulary].softmax(-1)
+    chances = model(ids)[0, -1, : tokenizer.vocab_size].softmax(-1)
     # The two calls have different shapes, so their float32 results differ a little.
     assert [p for _, p in best] == pytest.approx(chances.topk(5).values.tolist(), rel=1e-5)
-    assert len(memory.next_tokens(model, tokenizer, TEXTS[0], 10_000)) == tokenizer.vocabulary
+    assert len(memory.next_tokens(model, tokenizer, TEXTS[0], 10_000)) == tokenizer.vocab_size
 
 
 def test_popular_rows_and_who_shares_them(model, tokenizer):
@@ -133,12 +133,12 @@ def test_popular_rows_and_who_shares_them(model, tokenizer):
     assert number == counted
     assert isinstance(ngram, str)
     ids = tokenizer.encode(TEXTS[3])[-2:]
-    own = set(memory.rows_of(model, tokenizer, ids, 0))
+    ours = set(memory.rows_of(model, tokenizer, ids, 0))
     shared = memory.sharing(model, tokenizer, ids, TEXTS, 0)
-    assert all(1 <= count <= len(own) for count in shared.values())
+    assert all(1 <= count <= len(ours) for count in shared.values())
     tight = LanguageModel(
         ModelConfig(
-            vocabulary=300,
+            vocab_size=300,
             dim=32,
             layers=1,
             dense_width=32,
@@ -149,7 +149,7 @@ def test_popular_rows_and_who_shares_them(model, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "message"),
     [
         (lambda m, t: memory.rows_of(m, t, "the", 1), "n-gram: got|layer: got 1"),
         (lambda m, t: memory.rows_of(m, t, [1], 0), "got 1 tokens .*expected 2 to 3"),
@@ -168,8 +168,8 @@ def test_popular_rows_and_who_shares_them(model, tokenizer):
         ),
     ],
 )
-def test_what_cannot_be_is_refused(model, tokenizer, call, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_cannot_be_is_refused(model, tokenizer, call, message):
+    with pytest.raises(ValueError, match=message):
         call(model, tokenizer)
 
 
@@ -183,11 +183,11 @@ def host(tokenizer):
         "num_attention_heads": 2,
     }
     host = LlamaForCausalLM(LlamaConfig(vocab_size=300, **shape)).eval()
-    held = attach(
+    stored = attach(
         host, tokenizer, (0, 2), rows_per_head=(97, 89), heads=2, head_dim=8, dead_tokens=(7,)
     )
     with torch.no_grad():
-        for parameter in held.parameters():
+        for parameter in stored.parameters():
             torch.nn.init.normal_(parameter)
     return host
 
@@ -209,7 +209,7 @@ def every_reader(model, tokenizer, layer: int) -> dict[int, Counter]:
 def test_a_corpus_is_counted_as_by_hand(kind, request, tokenizer):
     model = request.getfixturevalue(kind)
     readers = every_reader(model, tokenizer, 2)
-    number = {row: found.total() for row, found in readers.items()}
+    number = {row: item.total() for row, item in readers.items()}
     top = memory.popular(model, tokenizer, iter(TEXTS), 2, 7)
     assert [row for row, _, _ in top] == sorted(number, key=lambda row: (-number[row], row))[:7]
     for row, times, ngram in top:
@@ -220,19 +220,19 @@ def test_a_corpus_is_counted_as_by_hand(kind, request, tokenizer):
         }
     canonical = tokenizer.canonical_map()
     different = {
-        row: {tuple(canonical[list(ids)]) for ids in found} for row, found in readers.items()
+        row: {tuple(canonical[list(ids)]) for ids in item} for row, item in readers.items()
     }
-    found = memory.collisions(model, tokenizer, iter(TEXTS), 2, 5)
-    assert found.ngrams == len(set().union(*different.values()))
-    assert found.rows == len(readers)
-    assert found.shared == sum(len(ngrams) > 1 for ngrams in different.values())
-    assert [len(ngrams) for _, ngrams in found.worst] == sorted(map(len, different.values()))[::-1][
-        : len(found.worst)
-    ]
-    assert all(len(ngrams) == len(different[row]) for row, ngrams in found.worst)
+    result = memory.collisions(model, tokenizer, iter(TEXTS), 2, 5)
+    assert result.ngrams == len(set().union(*different.values()))
+    assert result.rows == len(readers)
+    assert result.shared == sum(len(ngrams) > 1 for ngrams in different.values())
+    assert [len(ngrams) for _, ngrams in result.worst] == sorted(map(len, different.values()))[
+        ::-1
+    ][: len(result.worst)]
+    assert all(len(ngrams) == len(different[row]) for row, ngrams in result.worst)
 
 
-def test_counting_forgets_only_the_rare(model, tokenizer, monkeypatch):
+def test_counting_drops_only_the_rare(model, tokenizer, monkeypatch):
     monkeypatch.setattr(memory, "_KEPT", 4)
     assert memory.popular(model, tokenizer, TEXTS, 0, 3)[0][2]
     assert memory.collisions(model, tokenizer, TEXTS, 0).ngrams <= 16
@@ -245,7 +245,7 @@ def test_an_attached_memory_is_read_edited_and_undone(host, tokenizer):
     assert all(len(one.gates[layer]) == 1 for one in read for layer in (0, 2))
     assert read[-1].ngrams == [tokenizer.decode(ids[0, -n:].tolist()) for n in (2, 3)]
     before = memory.distribution(host, tokenizer, TEXTS[0])
-    torch.testing.assert_close(before, host(ids).logits[0, -1, : tokenizer.vocabulary].softmax(-1))
+    torch.testing.assert_close(before, host(ids).logits[0, -1, : tokenizer.vocab_size].softmax(-1))
     editor = memory.Editor(host, tokenizer)
     with torch.no_grad():
         whole = host(ids).logits

@@ -24,7 +24,7 @@ from rorqual.layers.nsa import NSAConfig
 from rorqual.model import IGNORED, LanguageModel, ModelConfig
 
 BASE = ModelConfig(
-    vocabulary=61,
+    vocab_size=61,
     dim=16,
     layers=3,
     dense_width=20,
@@ -45,9 +45,9 @@ VARIANTS = {
     "hc": replace(BASE, hyper=HyperConfig(streams=2, kind="hc")),
     "gqa": GQA,
     "window": replace(GQA, gqa=replace(GQA.gqa, window=4, sinks=True)),
-    "nsa": replace(GQA, nsa=NSAConfig(block=4, stride=2, select_block=4, chosen=3, window=5)),
-    "moba": replace(GQA, moba=MoBAConfig(block=4, chosen=2)),
-    "dsa": replace(BASE, dsa=DSAConfig(heads=2, dim=8, chosen=6)),
+    "nsa": replace(GQA, nsa=NSAConfig(block=4, stride=2, select_block=4, top_k=3, window=5)),
+    "moba": replace(GQA, moba=MoBAConfig(block=4, top_k=2)),
+    "dsa": replace(BASE, dsa=DSAConfig(heads=2, dim=8, top_k=6)),
 }
 
 
@@ -63,7 +63,7 @@ def _model(name: str) -> LanguageModel:
 
 def _ids(batch: int, time: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(
-        0, BASE.vocabulary, (batch, time), generator=torch.Generator().manual_seed(seed)
+        0, BASE.vocab_size, (batch, time), generator=torch.Generator().manual_seed(seed)
     )
 
 
@@ -118,7 +118,7 @@ def test_padding_is_invisible(precise):
 
 @pytest.mark.parametrize("lengths", [[-1, 3], [3], [4, 3], [3, 3, 3]])
 def test_lengths_that_are_none_are_refused(lengths):
-    model = LanguageModel(ModelConfig(vocabulary=WORDS, dim=8, layers=1, dense_width=8))
+    model = LanguageModel(ModelConfig(vocab_size=WORDS, dim=8, layers=1, dense_width=8))
     with pytest.raises(ValueError, match=r"lengths: got .*, expected 2 numbers .* from 0 to 3"):
         model(torch.ones(2, 3, dtype=torch.long), lengths=lengths)
 
@@ -145,8 +145,8 @@ def test_packed_documents_never_see_each_other(precise):
     model = precise
     first, second = _ids(1, 6), _ids(1, 8, seed=1)
     packed = torch.cat([first, second], 1)
-    documents = torch.tensor([[4] * 6 + [5] * 8])
-    together = model(packed, documents=documents)
+    document_ids = torch.tensor([[4] * 6 + [5] * 8])
+    together = model(packed, document_ids=document_ids)
     assert torch.allclose(together[:, :6], model(first), atol=2e-6)
     assert torch.allclose(together[:, 6:], model(second), atol=2e-6)
 
@@ -155,7 +155,7 @@ def test_packed_documents_never_see_each_other(precise):
 def test_the_future_is_unseen(model):
     ids = _ids(1, 12)
     other = ids.clone()
-    other[0, 8] = (other[0, 8] + 1) % BASE.vocabulary
+    other[0, 8] = (other[0, 8] + 1) % BASE.vocab_size
     # In float32 the grouping of an expert's tokens changes the last bits.
     exact = copy.deepcopy(model).double()
     changed = (exact(ids) - exact(other)).abs().amax(-1)[0]
@@ -187,7 +187,7 @@ def test_the_same_seed_is_the_same_model_and_the_callers_randomness_is_untouched
 
 
 def test_initial_values_are_the_tables():
-    model = LanguageModel(replace(BASE, vocabulary=500, init_std=0.02), seed=0)
+    model = LanguageModel(replace(BASE, vocab_size=500, init_std=0.02), seed=0)
     values = dict(model.named_parameters())
     assert values["embed.weight"].std().item() == pytest.approx(0.02, rel=0.05)
     assert values["blocks.1.ffn.experts.gate_up"].std().item() == pytest.approx(0.02, rel=0.1)
@@ -205,12 +205,14 @@ def test_loss_is_the_mean_cross_entropy_of_the_labels_that_count():
     ids = _ids(2, 11)
     labels = ids[:, 1:].clone()
     labels[0, 3] = IGNORED
-    found = model.loss(ids[:, :-1], labels)
+    result = model.loss(ids[:, :-1], labels)
     expected = F.cross_entropy(
         model(ids[:, :-1]).flatten(0, 1), labels.flatten(), ignore_index=IGNORED
     )
-    assert torch.allclose(found.next_token, expected, atol=1e-5)
-    assert found.tokens == 19 and found.mtp is None and torch.equal(found.total, found.next_token)
+    assert torch.allclose(result.next_token, expected, atol=1e-5)
+    assert (
+        result.tokens == 19 and result.mtp is None and torch.equal(result.total, result.next_token)
+    )
 
 
 def test_mtp_targets_stay_within_the_document():
@@ -219,20 +221,20 @@ def test_mtp_targets_stay_within_the_document():
     Depth k of a token is trained only where the token k ahead is in its document.
     """
     model = LanguageModel(replace(VARIANTS["plain"], mtp=MTPConfig(depth=1)), seed=3)
-    ids, documents = _ids(1, 9), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
-    base = model.loss(ids[:, :-1], ids[:, 1:], documents=documents).mtp
+    ids, document_ids = _ids(1, 9), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
+    base = model.loss(ids[:, :-1], ids[:, 1:], document_ids=document_ids).mtp
     counted = []
     for t in range(8):
         labels = ids[:, 1:].clone()
         labels[0, t] = IGNORED
         counted.append(
-            not torch.equal(model.loss(ids[:, :-1], labels, documents=documents).mtp, base)
+            not torch.equal(model.loss(ids[:, :-1], labels, document_ids=document_ids).mtp, base)
         )
     # Label t is the target of position t - 1 if both are in one document; a position reads the ids.
     assert counted == [False, True, True, False, True, True, True, True]
-    loss = model.loss(ids[:, :-1], ids[:, 1:], documents=documents)
-    hidden, _ = model.hidden(ids[:, :-1], documents=documents)
-    drafted, _ = model.draft(hidden, ids[:, 1:], documents=documents)
+    loss = model.loss(ids[:, :-1], ids[:, 1:], document_ids=document_ids)
+    hidden, _ = model.hidden(ids[:, :-1], document_ids=document_ids)
+    drafted, _ = model.draft(hidden, ids[:, 1:], document_ids=document_ids)
     logits = model.head(model.mtp[0].norm(drafted))
     places = [0, 1, 3, 4, 5, 6]
     expected = F.cross_entropy(logits[0, places], ids[0, [p + 2 for p in places]])
@@ -244,21 +246,21 @@ def _foretold(model: LanguageModel, ids: torch.Tensor, labels: torch.Tensor) -> 
 
     At depth k it uses only the first T - k positions.
     """
-    hidden, found = model.hidden(ids[None])[0][0], []
+    hidden, result = model.hidden(ids[None])[0][0], []
     for k, module in enumerate(model.mtp, 1):
         hidden = hidden[: max(len(ids) - k, 0)]
         if len(hidden):
-            told = ids[k:]
+            text = ids[k:]
             joined = module.eh_proj(
-                torch.cat([module.enorm(model.embed(told)), module.hnorm(hidden)], -1)
+                torch.cat([module.enorm(model.embed(text)), module.hnorm(hidden)], -1)
             )
             ctx = context(
-                1, len(told), "cpu", rope=(model.config.rope, model.rope_dim), ids=told[None]
+                1, len(text), "cpu", rope=(model.config.rope, model.rope_dim), ids=text[None]
             )
             hidden = module.block(Streams(joined[None, :, None]), ctx)[0].values[0, :, 0]
         logits = model.head(module.norm(hidden))
-        found.append(F.cross_entropy(logits, labels[k:], ignore_index=IGNORED, reduction="none"))
-    return found
+        result.append(F.cross_entropy(logits, labels[k:], ignore_index=IGNORED, reduction="none"))
+    return result
 
 
 @settings(max_examples=12, deadline=None)
@@ -275,15 +277,15 @@ def test_mtp_of_packed_documents_is_that_of_each_alone(lengths, depth, seed, mis
     labels[torch.rand(labels.shape, generator=torch.Generator().manual_seed(seed)) < missing] = (
         IGNORED
     )
-    documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
-    found = model.loss(ids, labels, documents=documents).mtp
+    document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
+    result = model.loss(ids, labels, document_ids=document_ids).mtp
     alone = [
         _foretold(model, *pair)
         for pair in zip(ids[0].split(lengths), labels[0].split(lengths), strict=True)
     ]
     by_depth = [torch.cat(nats) for nats in zip(*alone, strict=True)]
     counted = [
-        torch.cat([part[k:] for part in labels[0].split(lengths)]) != IGNORED
+        torch.cat([piece[k:] for piece in labels[0].split(lengths)]) != IGNORED
         for k in range(1, depth + 1)
     ]
     expected = (
@@ -293,11 +295,11 @@ def test_mtp_of_packed_documents_is_that_of_each_alone(lengths, depth, seed, mis
         )
         / depth
     )
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-9)
     if expected.requires_grad and any(here.any() for here in counted):
         learning = [p for name, p in model.named_parameters() if "tables" not in name]
         one, other = (
-            torch.autograd.grad(loss, learning, allow_unused=True) for loss in (found, expected)
+            torch.autograd.grad(loss, learning, allow_unused=True) for loss in (result, expected)
         )
         for mine, theirs, parameter in zip(one, other, learning, strict=True):
             both = (
@@ -321,11 +323,11 @@ def test_every_depth_of_mtp_learns_and_teaches_the_model():
 def test_counts_and_balance_come_from_every_mixture():
     model = LanguageModel(BASE, seed=3)
     ids = _ids(2, 11)
-    found = model.loss(ids[:, :-1], ids[:, 1:])
-    assert found.counts.shape == (2 + 2, 6) and found.counts.sum(-1).tolist() == [40] * 4
-    assert set(found.balance) == {"sequence"}
-    weighted = found.next_token + BASE.mtp.weight * found.mtp + found.balance["sequence"]
-    assert torch.allclose(found.total, weighted)
+    result = model.loss(ids[:, :-1], ids[:, 1:])
+    assert result.counts.shape == (2 + 2, 6) and result.counts.sum(-1).tolist() == [40] * 4
+    assert set(result.balance) == {"sequence"}
+    weighted = result.next_token + BASE.mtp.weight * result.mtp + result.balance["sequence"]
+    assert torch.allclose(result.total, weighted)
 
 
 @settings(max_examples=20, deadline=None)
@@ -334,7 +336,7 @@ def test_counts_and_balance_come_from_every_mixture():
 def test_any_split_of_the_text_gives_the_same_logits(cuts, seed):
     model, ids = _everything().double(), _ids(2, sum(cuts), seed)
     cache = model.new_cache(2, capacity=2)
-    parts = torch.cat([model(part, cache=cache) for part in ids.split(cuts, dim=1)], dim=1)
+    parts = torch.cat([model(piece, cache=cache) for piece in ids.split(cuts, dim=1)], dim=1)
     assert torch.allclose(parts, model(ids), atol=2e-6)
 
 
@@ -369,7 +371,7 @@ def test_what_cannot_be_is_refused(change, message):
 
 def test_cache_refuses_what_it_does_not_hold():
     cache = _everything().new_cache(1)
-    with pytest.raises(ValueError, match="crop: got 1 tokens to forget, expected 0 to"):
+    with pytest.raises(ValueError, match="crop: got 1 tokens to remove, expected 0 to"):
         cache.crop(1)
     with pytest.raises(ValueError, match="got batch 0"):
         _everything().new_cache(0)
@@ -409,7 +411,7 @@ def state_model(name: str, experts: bool = True) -> LanguageModel:
     } | VARIED[name]
     streams = options.pop("streams")
     config = ModelConfig(
-        vocabulary=WORDS,
+        vocab_size=WORDS,
         dim=12,
         layers=2,
         dense_width=16,
@@ -425,15 +427,15 @@ def state_model(name: str, experts: bool = True) -> LanguageModel:
         torch.Generator().manual_seed(3),
     )
     with torch.no_grad():
-        for part, parameter in model.named_parameters():
-            if part.endswith(".conv") or part.startswith("tables"):
+        for piece, parameter in model.named_parameters():
+            if piece.endswith(".conv") or piece.startswith("tables"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return model
 
 
 def test_moba_knows_which_layers_are_the_last() -> None:
     config = ModelConfig(
-        vocabulary=30, layers=3, mla=None, gqa=GQAConfig(), moba=MoBAConfig(full_layers=2)
+        vocab_size=30, layers=3, mla=None, gqa=GQAConfig(), moba=MoBAConfig(full_layers=2)
     )
     assert [block.attention.full for block in LanguageModel(config).blocks] == [
         False,
@@ -452,32 +454,34 @@ class Scripted(RuleBasedStateMachine):
         name=st.sampled_from(sorted(VARIED)),
         sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     )
-    def begin(self, name: str, sizes: list[int]) -> None:
+    def start(self, name: str, sizes: list[int]) -> None:
         self.model, self.draw = state_model(name), torch.Generator().manual_seed(sum(sizes))
         self.cache = self.model.new_cache(len(sizes), capacity=1 + sizes[0])
         self.fill(sizes)
 
     def fill(self, sizes: list[int]) -> None:
         self.rows: list[list[tuple[int, int]]] = [[] for _ in sizes]
-        self.held = [0] * len(sizes)
+        self.length = [0] * len(sizes)
         self.feed(max(sizes), None, None if min(sizes) == max(sizes) else sizes)
 
     @torch.no_grad()
     def feed(
-        self, count: int, documents: torch.Tensor | None, lengths: list[int] | None = None
+        self, count: int, document_ids: torch.Tensor | None, lengths: list[int] | None = None
     ) -> None:
         ids = torch.randint(0, WORDS, (len(self.rows), count), generator=self.draw)
-        got = self.model(ids, documents=documents, lengths=lengths, cache=self.cache)
+        got = self.model(ids, document_ids=document_ids, lengths=lengths, cache=self.cache)
         fresh = lengths or [count] * len(self.rows)
         for b, row in enumerate(self.rows):
             last = row[-1][1] if row else 0
-            numbers = [last] * count if documents is None else documents[b].tolist()
+            numbers = [last] * count if document_ids is None else document_ids[b].tolist()
             row += list(zip(ids[b].tolist(), numbers, strict=True))[: fresh[b]]
-        self.held = [min(64, held + new) for held, new in zip(self.held, fresh, strict=True)]
+        self.length = [
+            min(64, stored + new) for stored, new in zip(self.length, fresh, strict=True)
+        ]
         longest = max(map(len, self.rows))
         # Padding on the right, which no token sees.
         filled = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in self.rows])
-        whole = self.model(filled[..., 0], documents=filled[..., 1])
+        whole = self.model(filled[..., 0], document_ids=filled[..., 1])
         for b, row in enumerate(self.rows):
             expected = whole[b, len(row) - fresh[b] : len(row)]
             torch.testing.assert_close(got[b, : fresh[b]], expected, rtol=0, atol=1e-5)
@@ -505,7 +509,7 @@ class Scripted(RuleBasedStateMachine):
         index = data.draw(st.lists(st.integers(0, len(self.rows) - 1), min_size=1, max_size=3))
         self.cache.select(torch.tensor(index))
         self.rows = [list(self.rows[i]) for i in index]
-        self.held = [self.held[i] for i in index]
+        self.length = [self.length[i] for i in index]
 
     @rule(data=st.data())
     def crop(self, data: st.DataObject) -> None:
@@ -514,14 +518,16 @@ class Scripted(RuleBasedStateMachine):
         64 tokens are stored, and new ones again.
         """
         counts = [data.draw(st.integers(0, len(row) - 1)) for row in self.rows]
-        if any(count > held for count, held in zip(counts, self.held, strict=True)):
+        if any(count > stored for count, stored in zip(counts, self.length, strict=True)):
             with contextlib.suppress(ValueError):
                 self.cache.crop(counts)
             if self.cache.lengths == tuple(map(len, self.rows)):
                 return
         else:
             assert self.cache.crop(counts) is None
-        self.held = [max(0, held - count) for held, count in zip(self.held, counts, strict=True)]
+        self.length = [
+            max(0, stored - count) for stored, count in zip(self.length, counts, strict=True)
+        ]
         self.rows = [row[: len(row) - n] for row, n in zip(self.rows, counts, strict=True)]
 
     @rule(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3))
@@ -557,16 +563,16 @@ def test_state_goes_back_as_far_as_it_was_asked_to_hold() -> None:
     cache = model.new_cache(2)
     model(ids, cache=cache)
     with pytest.raises(
-        ValueError, match=r"got 150 tokens to forget, expected 0 to 64, or all 170: hold\(150\)"
+        ValueError, match=r"got 150 tokens to remove, expected 0 to 64, or all 170: hold\(150\)"
     ):
         cache.crop(150)
     with pytest.raises(ValueError, match="expected an empty one"):
-        cache.hold(150)
+        cache.reserve_slack(150)
     after = model(ids[:, :1], cache=cache)
     torch.testing.assert_close(after, model(ids[:, [*range(170), 0]])[:, -1:], rtol=0, atol=1e-5)
     cache.crop(171)
     assert cache.length == 0
-    cache.hold(150)
+    cache.reserve_slack(150)
     model(ids, cache=cache)
     cache.crop(150)
     torch.testing.assert_close(
@@ -585,22 +591,24 @@ def test_state_of_packed_documents_is_sealed_to_the_bit(name: str) -> None:
     This holds in a whole forward and in cached pieces.
     """
     model = state_model(name, experts=False)
-    ids, documents = (
+    ids, document_ids = (
         torch.randint(0, WORDS, (2, 24)),
         torch.tensor([[0] * 7 + [1] * 2 + [2] * 8 + [3] * 7] * 2),
     )
-    other, within = ids.clone(), documents == 2
+    other, within = ids.clone(), document_ids == 2
     other[within] = (ids[within] + 1 + torch.randint(0, WORDS - 1, (int(within.sum()),))) % WORDS
     for sizes in ([24], [5, 1, 9, 9]):
-        found = []
+        results = []
         for text in (ids, other):
             cache = model.new_cache(2) if len(sizes) > 1 else None
-            parts = zip(text.split(sizes, 1), documents.split(sizes, 1), strict=True)
-            found.append(
-                torch.cat([model(part, documents=number, cache=cache) for part, number in parts], 1)
+            parts = zip(text.split(sizes, 1), document_ids.split(sizes, 1), strict=True)
+            results.append(
+                torch.cat(
+                    [model(piece, document_ids=number, cache=cache) for piece, number in parts], 1
+                )
             )
-        assert torch.equal(found[0][~within], found[1][~within])
-        assert not torch.equal(found[0][within], found[1][within])
+        assert torch.equal(results[0][~within], results[1][~within])
+        assert not torch.equal(results[0][within], results[1][within])
 
 
 def test_the_obvious_loop_trains_memory():
@@ -611,7 +619,7 @@ def test_the_obvious_loop_trains_memory():
     model = LanguageModel(replace(BASE, init_std=0.02)).train()
     before = [table.weight.detach().clone() for table in model.tables]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    ids, losses = torch.randint(BASE.vocabulary, (2, 9)), []
+    ids, losses = torch.randint(BASE.vocab_size, (2, 9)), []
     for _ in range(4):
         loss = model.loss(ids[:, :-1], ids[:, 1:]).total
         optimizer.zero_grad()

@@ -39,7 +39,7 @@ from rorqual.train.step import TrainStep
 from rorqual.train.trainer import train
 
 CONFIG = ModelConfig(
-    vocabulary=300,
+    vocab_size=300,
     dim=16,
     layers=2,
     dense_width=24,
@@ -52,7 +52,7 @@ CONFIG = ModelConfig(
 )
 # The first site's streams are all equal, so that the gradient of their mixer is only rounding
 # error, while Adam's step is not.
-ROUNDING = "blocks.0.attention_site.mixer"
+ROUNDING = "blocks.0.attention_residual.mixer"
 STEPS, ROWS, LENGTH = 3, 4, 10
 CASES = {
     "whole": ("adamw", False),
@@ -88,10 +88,16 @@ def steps(
 def config_of(folder: Path, name: str) -> TrainConfig:
     """Returns the config of a run by its name: "two", "one_bfloat16", "two_needles" and so on."""
     data = DataConfig(
-        source=str(folder / "text.jsonl"), vocabulary=300, cache=str(folder / "cache")
+        source=str(folder / "text.jsonl"), vocab_size=300, cache=str(folder / "cache")
     )
     whole = TrainConfig(
-        model=CONFIG, data=data, folder=str(folder / name), steps=4, rows=4, length=12, save_every=2
+        model=CONFIG,
+        data=data,
+        folder=str(folder / name),
+        steps=4,
+        batch_size=4,
+        seq_len=12,
+        save_every=2,
     )
     # With streams whose coefficients are passed from block to block in float32.
     if name.endswith("bfloat16"):
@@ -103,7 +109,7 @@ def config_of(folder: Path, name: str) -> TrainConfig:
     if name.endswith("needles"):  # three batches of an exam, for two ranks
         needles = NeedleConfig(shortest=24, alone=1, grow=1, questions=5)
         return replace(
-            whole, needles=needles, model=replace(CONFIG, vocabulary=needles.vocabulary), length=24
+            whole, needles=needles, model=replace(CONFIG, vocab_size=needles.vocab_size), seq_len=24
         )
     return whole
 
@@ -174,21 +180,21 @@ def exchange(folder: Path) -> None:
     ).requires_grad_()
     expected = experts(rows, counts)
     mine = slice(2 * parallel.rank(), 2 * parallel.rank() + 2)
-    own = Experts(2, 6, 5)
-    own.gate_up.data, own.down.data = (
+    ours = Experts(2, 6, 5)
+    ours.gate_up.data, ours.down.data = (
         experts.gate_up[mine].detach().clone(),
         experts.down[mine].detach().clone(),
     )
-    found = parallel.Exchange()(rows, counts, own)
-    torch.testing.assert_close(found, expected)
+    result = parallel.Exchange()(rows, counts, ours)
+    torch.testing.assert_close(result, expected)
     weight = torch.arange(30.0).view(5, 6)
     (grad,) = torch.autograd.grad((expected * weight).sum(), rows, retain_graph=True)
-    (found * weight).sum().backward()
+    (result * weight).sum().backward()
     torch.testing.assert_close(rows.grad, grad)
     for name, parameter in experts.named_parameters():
         (both,) = torch.autograd.grad((expected * weight).sum(), parameter, retain_graph=True)
         both = parallel.total(both)[mine] / 2
-        torch.testing.assert_close(dict(own.named_parameters())[name].grad, both)
+        torch.testing.assert_close(dict(ours.named_parameters())[name].grad, both)
     (folder / f"exchanged{parallel.rank()}").touch()
 
 
@@ -253,12 +259,12 @@ def test_two_ranks_make_the_steps_of_one(folder, name):
     expected = {f"model.{key}": value for key, value in model.state_dict().items()}
     expected |= {f"optim.{key}": value for key, value in optimizer.state_dict().items()}
     for written in (name, f"{name}_again"):
-        found = {key: torch.zeros_like(value) for key, value in expected.items()}
-        values = checkpoint.load_state(folder / written, found)
+        item = {key: torch.zeros_like(value) for key, value in expected.items()}
+        values = checkpoint.load_state(folder / written, item)
         for key, value in expected.items():
             if ROUNDING not in key:
                 torch.testing.assert_close(
-                    found[key], value, rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
+                    item[key], value, rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
                 )
         assert values.get("norms", norms) == pytest.approx(norms, rel=1e-4)
     whole = checkpoint.load_model(folder / f"{name}_model").state_dict()
@@ -279,9 +285,9 @@ def test_training_on_two_ranks_is_training_on_one(folder, name, close):
     train(config_of(folder, f"one{name}"))
     one, two = folder / f"one{name}", folder / f"two{name}"
     assert losses(two) == pytest.approx(losses(one), rel=close)
-    held = found_in(one)
-    assert held
-    assert found_in(two) == pytest.approx(held, rel=close)
+    stored = found_in(one)
+    assert stored
+    assert found_in(two) == pytest.approx(stored, rel=close)
     assert {path.name for path in (two / "checkpoints" / "step4").glob("rank*")} == {
         "rank0.json",
         "rank1.json",
@@ -306,19 +312,19 @@ def test_ranks_skip_a_step_together(folder):
 
 def ranks_of(launcher: int) -> dict[int, int]:
     """Maps ranks to processes, for those that this launcher started."""
-    found = {}
+    results = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
             parent = int(path.joinpath("stat").read_text().rpartition(")")[2].split()[1])
             words = path.joinpath("environ").read_bytes().split(b"\0") if parent == launcher else []
         except OSError:
             continue
-        found |= {
+        results |= {
             int(word.removeprefix(b"RANK=")): int(path.name)
             for word in words
             if word.startswith(b"RANK=")
         }
-    return found
+    return results
 
 
 @pytest.mark.slow
@@ -358,9 +364,9 @@ def test_a_killed_rank_is_started_again_and_ends_with_the_same_losses(folder):
                     break
                 time.sleep(0.02)
             assert launcher.stderr is not None
-            said = launcher.stderr.read()
-        assert launcher.returncode == 0, said[-4000:]
-        assert ("exitcode: -9" in said) == (name == "killed")
+            message = launcher.stderr.read()
+        assert launcher.returncode == 0, message[-4000:]
+        assert ("exitcode: -9" in message) == (name == "killed")
     assert len(losses(folder / "killed")) == 12
     assert losses(folder / "killed") == losses(folder / "undisturbed")
     ours, theirs = (
@@ -378,12 +384,12 @@ def test_two_ranks_answer_the_exam_that_one_sets(folder):
     config = config_of(folder, "two_needles")
     model = checkpoint.load_model(Path(config.folder)).eval()
     expected = needle_accuracy(
-        model, exams(config.needles, config.rows, config.length), torch.float32
+        model, exams(config.needles, config.batch_size, config.seq_len), torch.float32
     )
-    found = found_in(Path(config.folder))
-    assert len(found) > 10
-    assert {name: value for name, value in expected.items() if name in found} == pytest.approx(
-        found
+    result = found_in(Path(config.folder))
+    assert len(result) > 10
+    assert {name: value for name, value in expected.items() if name in result} == pytest.approx(
+        result
     )
 
 

@@ -28,9 +28,9 @@ def test_the_published_sizes():
 
 
 def memory(name: str) -> EngramConfig:
-    found = preset(name).engram
-    assert found is not None
-    return found
+    result = preset(name).engram
+    assert result is not None
+    return result
 
 
 @pytest.mark.engram
@@ -54,9 +54,9 @@ def test_the_memory_of_qwen_ple_is_the_published_one():
     config, shape = preset("qwen-ple"), memory("qwen-ple")
     (rows,) = row_totals(shape)
     assert -(-rows // 128) * 128 == 320_001_536
-    drawn = draw_multipliers(shape, config.vocabulary)
+    drawn = draw_multipliers(shape, config.vocab_size)
     assert drawn.tolist() == [[23703573157769, 20109073645365, 8052911324071]]
-    assert (config.vocabulary, shape.missing_id) == (248_320, 248_044)
+    assert (config.vocab_size, shape.missing_id) == (248_320, 248_044)
     assert shape.head_dim == 160 and len(shape.layers) == 1 and shape.rows_per_token == 16
     assert not shape.canonical and shape.end_of_document and shape.conv and not shape.bias
     assert (config.dim, config.streams, shape.halo, shape.eps, shape.conv_eps) == (

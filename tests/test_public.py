@@ -44,14 +44,14 @@ def test_what_users_may_call_is_what_is_committed() -> None:
 )
 def test_what_went_is_a_line(path: tuple, line: str) -> None:
     before, after = committed(), committed()
-    part = after
+    piece = after
     for name in path[:-1]:
-        part = part[name]
-    del part[path[-1]]
+        piece = piece[name]
+    del piece[path[-1]]
     changed = list_public.difference(before, after)
     assert len(changed) == 1 and changed[0].startswith(line)
 
 
 def test_keys_of_data_are_no_interface() -> None:
-    said = {"a": [{"b": 1}, {"c": {"12": {"d": 2}}}], "config": {"e": 1}}
-    assert list_public.keys(said) == ["a", "a[].b", "a[].c", "a[].c.*", "a[].c.*.d", "config"]
+    text = {"a": [{"b": 1}, {"c": {"12": {"d": 2}}}], "config": {"e": 1}}
+    assert list_public.keys(text) == ["a", "a[].b", "a[].c", "a[].c.*", "a[].c.*.d", "config"]

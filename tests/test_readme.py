@@ -36,16 +36,16 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs/zh/README.md"]
 DOCS = [path for path in sorted((ROOT / "docs").rglob("*.md")) if path not in PAGES]
 NEEDS = {"a gpu", "a download", "hours"}  # what a marked block may need
-LITTLE_DATA = ["--data.source", "notes/", "--data.vocabulary", "300", "--data.cache", "cache"]
+LITTLE_DATA = ["--data.source", "notes/", "--data.vocab-size", "300", "--data.cache", "cache"]
 # Flags that shorten a long command, which is otherwise as typed.
 SHORTER = {
-    "train": ["--steps", "2", "--rows", "2", "--length", "32", *LITTLE_DATA],
+    "train": ["--steps", "2", "--batch-size", "2", "--seq-len", "32", *LITTLE_DATA],
     "demo": [
         "--steps",
         "4",
-        "--rows",
+        "--batch-size",
         "2",
-        "--length",
+        "--seq-len",
         "32",
         "--seeds",
         "1",
@@ -73,7 +73,7 @@ SHORTER = {
         "--seconds",
         "0.01",
     ],
-    "sweep": ["--steps", "2", "--rows", "2", "--length", "16", "--seeds", "1", *LITTLE_DATA],
+    "sweep": ["--steps", "2", "--batch-size", "2", "--seq-len", "16", "--seeds", "1", *LITTLE_DATA],
     "sweep needle": [
         "--kinds",
         "gqa",
@@ -81,7 +81,7 @@ SHORTER = {
         "off",
         "--steps",
         "2",
-        "--rows",
+        "--batch-size",
         "2",
         "--seeds",
         "1",
@@ -120,10 +120,10 @@ FENCE = re.compile(
 
 
 def all_blocks(page: Path) -> list[Block]:
-    found = FENCE.finditer(page.read_text(encoding="utf-8"))
+    result = FENCE.finditer(page.read_text(encoding="utf-8"))
     return [
         Block(m["language"], m["body"], tuple(m["needs"].split(", ")) if m["needs"] else ())
-        for m in found
+        for m in result
     ]
 
 
@@ -187,7 +187,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
         " white",
     ]
     shape = configs.replace(preset("tiny"), "engram.rows_per_head", (50, 50))
-    shape = configs.replace(configs.replace(shape, "layers", 2), "vocabulary", words.vocabulary)
+    shape = configs.replace(configs.replace(shape, "layers", 2), "vocab_size", words.vocab_size)
     checkpoint.save_model(
         folder / "run", LanguageModel(shape, torch.as_tensor(words.canonical_map())), words
     )
@@ -197,7 +197,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_hidden_layers": 16,
         "num_attention_heads": 2,
     }
-    LlamaForCausalLM(LlamaConfig(vocab_size=words.vocabulary, **sizes)).save_pretrained(
+    LlamaForCausalLM(LlamaConfig(vocab_size=words.vocab_size, **sizes)).save_pretrained(
         folder / "llama"
     )
     fast_tokenizer(words).save_pretrained(folder / "llama")
@@ -205,7 +205,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(stand_in: Path, tmp_path: Path) -> Path:
+def pages_folder(stand_in: Path, tmp_path: Path) -> Path:
     """Makes a folder with all that the pages assume.
 
     It has a finished demo, notes, and models of others.
@@ -230,17 +230,19 @@ def place(stand_in: Path, tmp_path: Path) -> Path:
         for line in commands()
     ],
 )
-def test_the_command_runs(line: str, place: Path) -> None:
+def test_the_command_runs(line: str, pages_folder: Path) -> None:
     words = shlex.split(line)
     if words[0] == "make":
         done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return
     assert words[0] == "rorqual"
-    words, file = with_files(words, place)
+    words, file = with_files(words, pages_folder)
     command = [sys.executable, "-m", *shorter(words)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error:::rorqual"}
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=pages_folder, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.strip()
     if file is not None:
@@ -249,9 +251,9 @@ def test_the_command_runs(line: str, place: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=["en", "zh"])
 def test_the_python_runs(
-    page: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    page: Path, pages_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(pages_folder)
     (code,) = blocks(page, "python")
     exec(compile(code, page.name, "exec"), {"__name__": "readme"})
     assert len(capsys.readouterr().out.splitlines()) >= 1
@@ -279,12 +281,12 @@ def type_it(line: str, capsys: pytest.CaptureFixture[str]) -> None:
         # Remove the run of the example before.
         shutil.rmtree(Path("runs") / words[2], ignore_errors=True)
     assert main(shorter(words)[1:]) == 0, f"{line}\n{capsys.readouterr().err[-4000:]}"
-    said = capsys.readouterr().out
-    assert said.strip(), line
+    output = capsys.readouterr().out
+    assert output.strip(), line
     if file is not None:
-        file.write_text(said, encoding="utf-8")
-    changes = [float(number) for number in re.findall(r"^KL (\S+) nats", said, re.MULTILINE)]
-    assert all(change > 0 for change in changes), f"{line}: {said}"
+        file.write_text(output, encoding="utf-8")
+    changes = [float(number) for number in re.findall(r"^KL (\S+) nats", output, re.MULTILINE)]
+    assert all(change > 0 for change in changes), f"{line}: {output}"
     assert changes or not {"--suppress", "--undo"} & set(words) or not memory_text(words)
 
 
@@ -307,19 +309,19 @@ def type_and_interrupt(words: list[str]) -> None:
         # Tests that run in the background ignore ctrl-C, and what they start would, too.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    said = []
+    text = []
     try:
         assert process.stdout is not None
         for line in process.stdout:
-            said.append(line)
+            text.append(line)
             if "http://" in line:
                 break
         else:
-            pytest.fail("".join(said))
+            pytest.fail("".join(text))
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=60)
-        assert process.returncode in (0, 130), "".join(said) + rest
+        assert process.returncode in (0, 130), "".join(text) + rest
     finally:
         process.kill()
 
@@ -398,17 +400,17 @@ def case(page: Path, slow_too: bool) -> Any:
 def test_the_page_runs(
     page: Path,
     slow_too: bool,
-    place: Path,
+    pages_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(pages_folder)
     read_through(page, capsys, slow_too=slow_too)
 
 
 def help_examples() -> dict[str, list[str]]:
     """Returns, for each command, the examples in `rorqual --help` and its own --help, in order."""
-    found = {name: [f"rorqual {command.example}"] for name, command in COMMANDS.items()}
+    item = {name: [f"rorqual {command.example}"] for name, command in COMMANDS.items()}
     for path in sorted((ROOT / "rorqual/cli").glob("*.py")):
         for line in re.findall(
             r'^ *(rorqual [a-z]+ .*?)(?: {3,}.*|""".*)?$',
@@ -416,9 +418,9 @@ def help_examples() -> dict[str, list[str]]:
             re.MULTILINE,
         ):
             name = line.split()[1]
-            if name in found and line not in found[name]:
-                found[name].append(line)
-    return found
+            if name in item and line not in item[name]:
+                item[name].append(line)
+    return item
 
 
 @pytest.mark.usefixtures("no_sweep")
@@ -427,9 +429,12 @@ def help_examples() -> dict[str, list[str]]:
     [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in COMMANDS],
 )
 def test_the_examples_of_help_run(
-    name: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    pages_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(pages_folder)
     # Processes that train are started in test_trainer.py; this test checks the parsing of the words
     # and its errors.
     monkeypatch.setattr("rorqual.parallel.torchrun", lambda flags, command: print(*flags, *command))
@@ -438,19 +443,19 @@ def test_the_examples_of_help_run(
 
 
 def test_help_shows_the_examples_that_are_run() -> None:
-    found = help_examples()
-    assert len(found["memory"]) >= 5
-    assert len(found["train"]) >= 5
-    assert len(found["table"]) >= 7
+    result = help_examples()
+    assert len(result["memory"]) >= 5
+    assert len(result["train"]) >= 5
+    assert len(result["table"]) >= 7
 
 
 def test_blocks_say_what_they_are_and_what_they_need() -> None:
     for page in (*PAGES, *DOCS):
         text = page.read_text(encoding="utf-8")
-        found = all_blocks(page)
-        assert text.count("<!-- needs:") == sum(bool(block.needs) for block in found), page
-        assert {reason for block in found for reason in block.needs} <= NEEDS, page
-        for block in found:
+        result = all_blocks(page)
+        assert text.count("<!-- needs:") == sum(bool(block.needs) for block in result), page
+        assert {reason for block in result for reason in block.needs} <= NEEDS, page
+        for block in result:
             assert block.language in ("", "sh", "python"), page
             if not block.language:  # a drawing or a formula
                 assert not re.search(
@@ -474,9 +479,9 @@ def test_commands_within_sentences_exist(page: Path, capsys: pytest.CaptureFixtu
         assert words[1] in COMMANDS, command
         flags = [word.partition("=")[0] for word in words if word.startswith("--")]
         if flags:
-            told = [words[1]] + [word for word in words[2:3] if words[1] in ("table", "sweep")]
+            text = [words[1]] + [word for word in words[2:3] if words[1] in ("table", "sweep")]
             with contextlib.suppress(SystemExit):
-                main([*told, "--help"])
+                main([*text, "--help"])
             shown = capsys.readouterr().out
             short = {"--json"} | ({"--data", "--needles"} if words[1] == "train" else set())
             assert all(flag in shown for flag in flags if flag not in short), command

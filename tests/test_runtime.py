@@ -22,12 +22,13 @@ def test_device_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("gpu please", "expected auto, cpu"), ("xpu", "expected one that is here")]
+    ("name", "message"),
+    [("gpu please", "expected auto, cpu"), ("xpu", "expected one that is here")],
 )
-def test_device_that_is_not_here(name: str, said: str) -> None:
+def test_device_that_is_not_here(name: str, message: str) -> None:
     if name == "xpu" and torch.xpu.is_available():
         name = "hpu"
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         runtime.device(name)
 
 
@@ -163,9 +164,9 @@ for found in pkgutil.walk_packages(rorqual.__path__, "rorqual."):
         if (error.name or "").partition(".")[0] not in {EXTRAS!r}:
             raise
 """
-    said = elsewhere(code).split()
+    text = elsewhere(code).split()
     assert {"rorqual.train.trainer", "rorqual.tables.placement", "rorqual.experiments.runs"} <= set(
-        said
+        text
     )
 
 
@@ -180,15 +181,15 @@ def test_a_model_trains_and_generates_on_systems_without_posix(tmp_path: Path) -
     code = """
 from rorqual.cli.main import main
 folder, notes = sys.argv[2:]
-size = ["--rows", "2", "--length", "16", "--model.vocabulary", "300"]
+size = ["--batch-size", "2", "--seq-len", "16", "--model.vocab-size", "300"]
 size += ["--data.cache", folder + "/cache"]
 assert main(["--help"]) == 0
 assert main(["doctor"]) in (0, 1)
 run = folder + "/run"
 words = ["train", "tiny", "--data", notes, "--steps", "2", "--folder", run]
-words += ["--tables", "disk", "--model.engram.layers", "1"]
+words += ["--placement", "disk", "--model.engram.layers", "1"]
 assert main([*words, *size]) == 0
-assert main(["generate", run, "The whale", "--max-new-tokens", "3", "--tables", "disk"]) == 0
+assert main(["generate", run, "The whale", "--max-new-tokens", "3", "--placement", "disk"]) == 0
 print("well")
 """
     assert elsewhere(code, str(tmp_path), str(text)).endswith("well\n")

@@ -34,9 +34,9 @@ def test_every_mutation_fits_the_code_and_names_tests_that_are_there(monkeypatch
     mutations = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "mutations", mutations)
     spec.loader.exec_module(mutations)
-    found = mutations.read_mutations(mutations.DATA)
-    assert len(found) >= 30
-    for mutation in found:
+    result = mutations.read_mutations(mutations.DATA)
+    assert len(result) >= 30
+    for mutation in result:
         mutations.mutated(mutation, ROOT)
         for test in mutation.tests:
             file, *names = test.partition("[")[0].split("::")

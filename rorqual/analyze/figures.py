@@ -75,8 +75,8 @@ def curves(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Figure:
         named: dict[str, Any] = {}
         for name, records in runs:
             arm = _arm(name)
-            turn, place = divmod(arms.index(arm), len(COLOURS))
-            colour, dash = COLOURS[place], DASHES[turn % len(DASHES)]
+            turn, shade = divmod(arms.index(arm), len(COLOURS))
+            colour, dash = COLOURS[shade], DASHES[turn % len(DASHES)]
             steps, checks = _points(records, "loss"), _points(records, "validation_loss")
             if steps:
                 tokens, losses = np.array(steps).T
@@ -131,27 +131,29 @@ def smooth(values: np.ndarray, span: int = 8) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def gate_map(found: Gates, title: str = "") -> Figure:
+def gate_map(gates: Gates, title: str = "") -> Figure:
     """Draws the gates: tokens across, one line per layer and stream.
 
     A long text continues below.
     """
     with style():
-        layers, time, streams = found.values.shape
-        lines, wide = -(-time // ACROSS), min(time, ACROSS)
-        figure = _figure(max(5.0, 0.3 * wide + 1.6), 0.25 + lines * (1.0 + 0.24 * layers * streams))
+        layers, time, streams = gates.values.shape
+        lines, width = -(-time // ACROSS), min(time, ACROSS)
+        figure = _figure(
+            max(5.0, 0.3 * width + 1.6), 0.25 + lines * (1.0 + 0.24 * layers * streams)
+        )
         parts = figure.subplots(lines, squeeze=False)[:, 0]
-        rows = found.values.permute(0, 2, 1).reshape(layers * streams, time).numpy()
-        words = [word.strip() or "␣" for word in found.tokens]
+        rows = gates.values.permute(0, 2, 1).reshape(layers * streams, time).numpy()
+        words = [word.strip() or "␣" for word in gates.tokens]
         names = [
             f"block {layer}" + (f", stream {s}" if streams > 1 else "")
-            for layer in found.layers
+            for layer in gates.layers
             for s in range(streams)
         ]
         for n, axes in enumerate(parts):
-            part = slice(n * ACROSS, (n + 1) * ACROSS)
+            chunk = slice(n * ACROSS, (n + 1) * ACROSS)
             image = axes.imshow(
-                rows[:, part],
+                rows[:, chunk],
                 aspect="auto",
                 cmap="viridis",
                 vmin=0,
@@ -159,10 +161,10 @@ def gate_map(found: Gates, title: str = "") -> Figure:
                 interpolation="nearest",
             )
             # The cells of a shorter last line are as wide as the others.
-            axes.set_xlim(-0.5, wide - 0.5)
+            axes.set_xlim(-0.5, width - 0.5)
             # A token with dollar signs is not a formula.
             axes.set_xticks(
-                range(len(words[part])), words[part], rotation=60, ha="right", parse_math=False
+                range(len(words[chunk])), words[chunk], rotation=60, ha="right", parse_math=False
             )
             axes.set_yticks(range(layers * streams), names)
             axes.tick_params(length=0)
@@ -228,9 +230,9 @@ def sweep(
         if names:
             axes.set_xticks(range(len(names)), names, rotation=20, ha="right")
         if log:
-            places = sorted({place for rows in points.values() for place, _, _ in rows})
+            places = sorted({x for rows in points.values() for x, _, _ in rows})
             axes.set_xscale("log")
-            axes.set_xticks(places, [f"{place:,g}" for place in places])
+            axes.set_xticks(places, [f"{x:,g}" for x in places])
             axes.minorticks_off()
         axes.set_xlabel(x)
         axes.set_ylabel(y)

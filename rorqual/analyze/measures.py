@@ -31,12 +31,12 @@ from torch import Tensor, nn
 
 from rorqual.analyze.states import (
     block_states,
-    chosen,
     gate_names,
     lens_logits,
+    looking_up,
     ours,
-    recalling,
     run,
+    topk_indices,
 )
 from rorqual.analyze.taps import Taps, quiet
 from rorqual.data.tokenizer import Tokenizer
@@ -64,10 +64,10 @@ def gates(model: nn.Module, tokenizer: Tokenizer, text: str) -> Gates:
     ids = tokenizer.encode(text)
     if not ids:
         raise ValueError("gates: got an empty text, expected at least one token")
-    known = torch.tensor([[tokenizer.begin_id, *ids]], device=next(model.parameters()).device)
+    input_ids = torch.tensor([[tokenizer.begin_id, *ids]], device=next(model.parameters()).device)
     with quiet(model), Taps(model, *names.values()) as taps:
-        run(model, known)
-    alive = recalling(model, known)[0, 1:, None]
+        run(model, input_ids)
+    alive = looking_up(model, input_ids)[0, 1:, None]
     values = torch.stack([(taps[name][0][0, 1:].float() * alive).cpu() for name in names.values()])
     return Gates([tokenizer.token(i) for i in ids], tuple(names), values)
 
@@ -117,13 +117,13 @@ def expert_load(model: nn.Module, batches: Iterable[Int[Tensor, "B T"]]) -> Load
     """
     layers, by_token = tuple[int, ...](), torch.zeros(0, 0, 0, dtype=torch.long)
     for ids in batches:
-        found = chosen(model, ids)
+        choices = topk_indices(model, ids)
         if not by_token.numel():
             layers, by_token = (
-                found.layers,
-                torch.zeros(len(found.layers), found.experts, _words(model), dtype=torch.long),
+                choices.layers,
+                torch.zeros(len(choices.layers), choices.experts, _words(model), dtype=torch.long),
             )
-        for table, slots in zip(by_token, found.slots, strict=True):
+        for table, slots in zip(by_token, choices.slots, strict=True):
             _add(table, slots, ids)
     if not by_token.numel():
         raise ValueError("expert load: got no batches, expected at least one")
@@ -132,10 +132,10 @@ def expert_load(model: nn.Module, batches: Iterable[Int[Tensor, "B T"]]) -> Load
 
 def _words(model: nn.Module) -> int:
     """Returns the number of ids that the model has embeddings for."""
-    own = ours(model)
+    our_model = ours(model)
     return (
-        own.config.vocabulary
-        if own is not None
+        our_model.config.vocab_size
+        if our_model is not None
         else cast(Any, model).get_input_embeddings().weight.shape[0]
     )
 

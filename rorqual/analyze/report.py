@@ -49,11 +49,11 @@ class Reading:
     records: list[dict[str, Any]]
     gates: Gates | None = None
     load: Load | None = None
-    kept: Kept | None = None  # nats per token of the sample with its memory and without
+    memory_kept: Kept | None = None  # nats per token of the sample with its memory and without
     # layer, expert, the tokens that it processes above chance
     favourites: list[tuple[int, int, str]] = field(default_factory=list)
     # tokens per second by placement of the rows, from `rorqual table bench`
-    homes: dict[str, float] = field(default_factory=dict)
+    placements: dict[str, float] = field(default_factory=dict)
 
     def last(self, key: str) -> float | None:
         """Returns the newest value of a metric, None if it was never logged."""
@@ -100,13 +100,13 @@ def read_run(
             "train one with `rorqual train`"
         )
     model, before = load_model(weights), trained(folder)
-    context = CONTEXT if before is None else before.length
+    context = CONTEXT if before is None else before.seq_len
     reading = Reading(
         name=folder.resolve().name,
         config=model.config,
         costs=costs(model.config, context),
         records=_records(folder),
-        homes=_homes(folder),
+        placements=_placements(folder),
     )
     has_moe, has_memory = model.config.moe is not None, model.config.engram is not None
     if not (folder / "tokenizer.json").is_file() or not (has_moe or has_memory):
@@ -117,7 +117,7 @@ def read_run(
         reading,
         gates=gates(model, tokenizer, sentence) if has_memory else None,
         load=load,
-        kept=_kept(model, tokenizer, texts[:READ_TWICE], context) if has_memory else None,
+        memory_kept=_kept(model, tokenizer, texts[:READ_TWICE], context) if has_memory else None,
         favourites=_favourites(load, tokenizer) if load is not None else [],
     )
 
@@ -128,8 +128,8 @@ def _records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.strip()]
 
 
-def _homes(folder: Path) -> dict[str, float]:
-    path = folder / "homes.json"
+def _placements(folder: Path) -> dict[str, float]:
+    path = folder / "placements.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
@@ -146,14 +146,14 @@ def _kept(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], cont
     """
     device, sums, tokens = model.embed.weight.device, [0.0, 0.0], 0
     for ids in tokenizer.encode_batch(list(texts)):
-        known, following = (
+        before, following = (
             torch.tensor([of[:context]], device=device)
             for of in ([tokenizer.begin_id, *ids], [*ids, tokenizer.end_id])
         )
         tokens += following.numel()
         sums = [
             total + nats * following.numel()
-            for total, nats in zip(sums, suppression(model, known, following), strict=True)
+            for total, nats in zip(sums, suppression(model, before, following), strict=True)
         ]
     return Kept(*(total / max(tokens, 1) for total in sums))
 
@@ -237,7 +237,7 @@ def write_report(
             _memory_part([r for r in readings if r.gates is not None]),
         ),
         ("What the experts take", "".join(_load_part(r) for r in readings if r.load is not None)),
-        ("Where rows live", "".join(map(_homes_part, readings))),
+        ("Where rows live", "".join(map(_placements_part, readings))),
         ("Costs", costs_table(readings)),
         ("Configurations", "".join(_config_part(r) for r in readings)),
     ]
@@ -247,7 +247,7 @@ def write_report(
     parts = {"title": html.escape(title), "body": body, "runs": _mark(Path(out), asked or runs)}
     page = re.sub(
         r"\{\{(title|body|runs)\}\}",
-        lambda found: parts[found[1]],
+        lambda gates: parts[gates[1]],
         _PAGE.read_text(encoding="utf-8"),
     )
     out = Path(out)
@@ -281,12 +281,12 @@ def names(folders: Sequence[Path]) -> list[str]:
     def tail(folder: Path, length: int) -> str:
         return str(Path(*folder.parts[-length:]))
 
-    def own(folder: Path) -> int:
+    def shortest_tail(folder: Path) -> int:
         return next(
             n for n in lengths if sum(tail(other, n) == tail(folder, n) for other in folders) == 1
         )
 
-    return [tail(folder, own(folder)) for folder in folders]
+    return [tail(folder, shortest_tail(folder)) for folder in folders]
 
 
 def svg(figure: Any, label: str) -> str:
@@ -329,9 +329,11 @@ def results_table(readings: Sequence[Reading]) -> str:
         ("seconds", "seconds", 0),
         ("max violation", "max_violation", 2),
     )
-    known = [column for column in columns if any(r.last(column[1]) is not None for r in readings)]
-    rows = [(r.name, *(_number(r.last(key), digits) for _, key, digits in known)) for r in readings]
-    return table(("run", *(words for words, _, _ in known)), rows)
+    column = [column for column in columns if any(r.last(column[1]) is not None for r in readings)]
+    rows = [
+        (r.name, *(_number(r.last(key), digits) for _, key, digits in column)) for r in readings
+    ]
+    return table(("run", *(words for words, _, _ in column)), rows)
 
 
 def costs_table(readings: Sequence[Reading]) -> str:
@@ -361,10 +363,10 @@ def _memory_part(readings: Sequence[Reading]) -> str:
     if not readings:
         return ""
     head = ("run", "sampled text, nats a token", "its memory silenced", "worth, nats a token")
-    kept = [(r.name, r.kept) for r in readings if r.kept is not None]
+    seconds = [(r.name, r.memory_kept) for r in readings if r.memory_kept is not None]
     rows = [
         (name, _number(k.whole, 4), _number(k.without, 4), _number(k.without - k.whole, 4))
-        for name, k in kept
+        for name, k in seconds
     ]
     return "".join(map(_gate_text, readings)) + table(head, rows)
 
@@ -374,30 +376,32 @@ def _gate_text(reading: Reading) -> str:
 
     There is one line per layer, and the tint is the mean over the streams.
     """
-    found = reading.gates
-    assert found is not None
+    gates = reading.gates
+    assert gates is not None
     lines = []
-    for n, layer in enumerate(found.layers):
-        means = found.values[n].mean(-1).tolist()
+    for n, layer in enumerate(gates.layers):
+        means = gates.values[n].mean(-1).tolist()
         words = "".join(
             f'<span style="--g:{value:.3f}" title="{value:.2f}">{html.escape(word)}</span>'
-            for word, value in zip(found.tokens, means, strict=True)
+            for word, value in zip(gates.tokens, means, strict=True)
         )
         lines.append(
             f'<p class="gates"><b>{html.escape(reading.name)}, block {layer}</b> {words}</p>'
         )
     return "".join(lines) + svg(
-        figures.gate_map(found), f"gates of {reading.name} by token, block and stream"
+        figures.gate_map(gates), f"gates of {reading.name} by token, block and stream"
     )
 
 
-def _homes_part(reading: Reading) -> str:
-    if not reading.homes:
+def _placements_part(reading: Reading) -> str:
+    if not reading.placements:
         return ""
-    told = ", ".join(f"{home} {speed:,.0f}" for home, speed in reading.homes.items())
+    listed = ", ".join(
+        f"{placement} {speed:,.0f}" for placement, speed in reading.placements.items()
+    )
     drawn = svg(
-        figures.bars(reading.homes, x="tokens a second"),
-        f"tokens a second by home of the rows: {told}",
+        figures.bars(reading.placements, x="tokens a second"),
+        f"tokens a second by placement of the rows: {listed}",
     )
     return f"<h3>{html.escape(reading.name)}</h3>{drawn}"
 
@@ -408,16 +412,16 @@ def _load_part(reading: Reading) -> str:
         reading.load,
         [(str(layer), str(expert), words) for layer, expert, words in reading.favourites],
     )
-    told = ", ".join(f"{nats:.2f}" for nats in load.specialisation.tolist())
-    most = math.log(load.counts.shape[1])
+    listed = ", ".join(f"{nats:.2f}" for nats in load.specialisation.tolist())
+    largest = math.log(load.counts.shape[1])
     taken = table(("block", "expert", "tokens it takes most above their frequency"), rows)
     return (
         f"<h3>{html.escape(reading.name)}</h3>"
         + svg(
             figures.load_map(load), f"load of every expert of {reading.name} over the uniform load"
         )
-        + f"<p>What an expert tells of its token, block by block: {told} nats, "
-        f"of at most {most:.2f}.</p>"
+        + f"<p>What an expert tells of its token, block by block: {listed} nats, "
+        f"of at most {largest:.2f}.</p>"
         + f"<details><summary>what the busiest experts take</summary>{taken}</details>"
     )
 

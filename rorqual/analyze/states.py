@@ -36,14 +36,14 @@ class Chosen(NamedTuple):
 
 def ours(model: nn.Module) -> LanguageModel | None:
     """Returns the model if it is one of ours, or the one that a wrapper holds, or None."""
-    found = model if isinstance(model, LanguageModel) else getattr(model, "model", None)
-    return found if isinstance(found, LanguageModel) else None
+    inner = model if isinstance(model, LanguageModel) else getattr(model, "model", None)
+    return inner if isinstance(inner, LanguageModel) else None
 
 
 def block_names(model: nn.Module) -> list[str]:
     """Returns the dotted names of the blocks in order; ValueError if this is no causal model."""
-    if (own := ours(model)) is not None:
-        modules: list[nn.Module] = list(own.blocks)
+    if (our_model := ours(model)) is not None:
+        modules: list[nn.Module] = list(our_model.blocks)
     else:
         from rorqual.hub.attach import find_blocks
 
@@ -83,11 +83,11 @@ def lens_logits(
 
 
 def _early(model: nn.Module, ids: Tensor, last: str, output: Any) -> Tensor:
-    own = ours(model)
+    our_model = ours(model)
     with quiet(model):
-        if own is None:
+        if our_model is None:
             return _replayed(model, ids, model.get_submodule(last), _first(output))
-        return own.logits(own.leave(output[0]))
+        return our_model.logits(our_model.reduce_streams(output[0]))
 
 
 def _replayed(model: nn.Module, ids: Tensor, last: nn.Module, state: Tensor) -> Tensor:
@@ -106,24 +106,26 @@ def gate_names(model: nn.Module) -> dict[int, str]:
 
     This covers our models and memories attached to a host.
     """
-    found: dict[int, str] = {}
+    results_by_layer: dict[int, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, Engram):
-            found[_block_of(model, name)] = f"{name}.gate"
-    return found
+            results_by_layer[_block_of(model, name)] = f"{name}.gate"
+    return results_by_layer
 
 
-def recalling(model: nn.Module, ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+def looking_up(model: nn.Module, ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     """Returns a mask that is False at dead tokens, for documents that begin in the first column.
 
     Dead tokens look nothing up, whatever their gate is.
     """
-    found = (module for module in model.modules() if isinstance(module, Addresses))
-    live = [
+    modules = (module for module in model.modules() if isinstance(module, Addresses))
+    lookup_mask = [
         addresses.lookup_mask(ids, context(ids.shape[0], ids.shape[1], ids.device))
-        for addresses in found
+        for addresses in modules
     ]
-    return next((one for one in live if one is not None), torch.ones_like(ids, dtype=torch.bool))
+    return next(
+        (one for one in lookup_mask if one is not None), torch.ones_like(ids, dtype=torch.bool)
+    )
 
 
 def _block_of(model: nn.Module, engram: str) -> int:
@@ -133,21 +135,21 @@ def _block_of(model: nn.Module, engram: str) -> int:
     """
     if block := re.search(r"blocks\.(\d+)\.engram$", engram):
         return int(block[1])
-    memory, _, place = engram.rpartition(".engrams.")
-    return cast(Any, model.get_submodule(memory)).config.layers[int(place)]
+    memory, _, table_index = engram.rpartition(".engrams.")
+    return cast(Any, model.get_submodule(memory)).config.layers[int(table_index)]
 
 
-def chosen(model: nn.Module, ids: Int[Tensor, "B T"]) -> Chosen:
+def topk_indices(model: nn.Module, ids: Int[Tensor, "B T"]) -> Chosen:
     """Returns the experts that every token selected; ValueError for a model without experts."""
-    if (own := ours(model)) is not None and own.config.moe is not None:
+    if (our_model := ours(model)) is not None and our_model.config.moe is not None:
         with quiet(model):
-            routings = [aux.routing for aux in own.hidden(ids)[1] if aux.routing is not None]
-        slots = [r.chosen.masked_fill(r.weights == 0, -1).flatten(0, 1) for r in routings]
-        layers = tuple(i for i in range(own.config.layers) if own.config.has_experts(i))
-        return Chosen(layers, own.config.moe.routed, slots)
+            routings = [aux.routing for aux in our_model.hidden(ids)[1] if aux.routing is not None]
+        slots = [r.topk_indices.masked_fill(r.weights == 0, -1).flatten(0, 1) for r in routings]
+        layers = tuple(i for i in range(our_model.config.layers) if our_model.config.has_experts(i))
+        return Chosen(layers, our_model.config.moe.routed, slots)
     mixtures = (
         {}
-        if own is not None
+        if our_model is not None
         else {name: m for name, m in model.named_modules() if _choice(m) is not None}
     )
     if not mixtures:
@@ -176,16 +178,16 @@ def _choice(module: nn.Module) -> str | None:
 
     Only the experts of a host have one.
     """
-    known = inspect.signature(module.forward).parameters if hasattr(module, "forward") else {}
-    return next((name for name in CHOICES if name in known), None)
+    parameters = inspect.signature(module.forward).parameters if hasattr(module, "forward") else {}
+    return next((name for name in CHOICES if name in parameters), None)
 
 
 def _listen(module: nn.Module, name: str, seen: dict[str, Tensor]) -> Any:
     names = list(inspect.signature(module.forward).parameters)
 
     def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = dict(zip(names, args, strict=False)) | kwargs
-        seen[name] = given[cast(str, _choice(module))].detach().flatten(0, -2)
+        by_name = dict(zip(names, args, strict=False)) | kwargs
+        seen[name] = by_name[cast(str, _choice(module))].detach().flatten(0, -2)
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 

@@ -29,9 +29,10 @@ class Taps:
         names = [name for name, _ in model.named_modules()]
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
-                near = ", ".join(name for name in names[1:] if name.count(".") <= 1)[:300]
+                similar = ", ".join(name for name in names[1:] if name.count(".") <= 1)[:300]
                 raise ValueError(
-                    f"taps: got {pattern!r}, which matches no module; expected one of {near}, ..."
+                    f"taps: got {pattern!r}, which matches no module; "
+                    f"expected one of {similar}, ..."
                 )
         self.modules = {
             name: module
@@ -67,14 +68,14 @@ def detached(value: Any) -> Any:
         return value.detach().clone()
     # An output of transformers is a dict, and its keys must be set one by one.
     if isinstance(value, dict):
-        found = copy.copy(value)
-        for key, part in value.items():
-            found[key] = detached(part)
-        return found
+        copied = copy.copy(value)
+        for key, piece in value.items():
+            copied[key] = detached(piece)
+        return copied
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(detached(part) for part in value))
+        return type(value)(*(detached(piece) for piece in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(detached(part) for part in value)
+        return type(value)(detached(piece) for piece in value)
     return value
 
 

@@ -39,20 +39,24 @@ class Generate:
     speculative: bool = False  # draft with the MTP module; needs --temperature 0
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None  # default: as stored
-    tables: Literal["device", "host", "disk"] = "device"  # the placement of Engram's rows
+    placement: Literal["device", "host", "disk"] = "device"  # the placement of Engram's rows
     # folder of tables 0, 1, ... that `rorqual table convert` made; none: the run's own
     rows_in: str | None = None
     hot_bytes: int = 64 << 20  # bytes of rows in memory, of a table on a disk
 
 
-def _homes(options: "Generate | Serve") -> dict[str, Any]:
-    return {"tables": options.tables, "folder": options.rows_in, "hot_bytes": options.hot_bytes}
+def _table_options(options: "Generate | Serve") -> dict[str, Any]:
+    return {
+        "placement": options.placement,
+        "folder": options.rows_in,
+        "hot_bytes": options.hot_bytes,
+    }
 
 
 def generate_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
     options = parse_new(Generate, argv, "generate")
-    from rorqual.serve.decoding import Tally
+    from rorqual.serve.decoding import AcceptanceStats
     from rorqual.serve.generate import load
     from rorqual.serve.sampling import Sampling
 
@@ -64,15 +68,17 @@ def generate_command(argv: list[str]) -> int:
     text = sys.stdin.read() if options.text == "-" else options.text
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = Sampling(**{name: getattr(options, name) for name in names})
-    run = load(options.run, device=options.device, dtype=options.dtype, **_homes(options))
-    most, stop = options.max_new_tokens, options.stop
+    run = load(options.run, device=options.device, dtype=options.dtype, **_table_options(options))
+    largest, stop = options.max_new_tokens, options.stop
     if as_json:
         drafts = options.speculative
         done = run.complete(
-            [text], max_new_tokens=most, sampling=sampling, stop=stop, speculative=drafts
+            [text], max_new_tokens=largest, sampling=sampling, stop=stop, speculative=drafts
         )[0]
         counted = (
-            {**asdict(done.tally), "acceptance": done.tally.acceptance} if done.tally else None
+            {**asdict(done.acceptance_stats), "acceptance": done.acceptance_stats.acceptance}
+            if done.acceptance_stats
+            else None
         )
         emit(
             {
@@ -80,18 +86,25 @@ def generate_command(argv: list[str]) -> int:
                 "text": done.text,
                 "ids": done.ids,
                 "finish": done.finish,
-                "tally": counted,
+                "acceptance_stats": counted,
             }
         )
         return 0
-    tally = Tally() if options.speculative else None
+    acceptance_stats = AcceptanceStats() if options.speculative else None
     print(text, end="", flush=True)
-    for piece in run.stream(text, max_new_tokens=most, sampling=sampling, stop=stop, tally=tally):
+    for piece in run.stream(
+        text,
+        max_new_tokens=largest,
+        sampling=sampling,
+        stop=stop,
+        acceptance_stats=acceptance_stats,
+    ):
         print(piece, end="", flush=True)
     print()
-    if tally is not None:
+    if acceptance_stats is not None:
         print(
-            f"drafts: {tally.drafted} in {tally.rounds} forwards, accepted {tally.acceptance:.0%}",
+            f"drafts: {acceptance_stats.drafted} in {acceptance_stats.rounds} forwards, "
+            f"accepted {acceptance_stats.acceptance:.0%}",
             file=sys.stderr,
         )
     return 0
@@ -114,8 +127,8 @@ class Evaluate:
     column: str | None = None
     split: Literal["validation", "train", "all"] = "validation"  # which documents of it
     limit: int | None = None  # at most this many documents, or items a task
-    length: int | None = None  # sequence length; none: as in the run's training, or 512
-    rows: int = 8  # sequences at a time
+    seq_len: int | None = None  # sequence length; none: as in the run's training, or 512
+    batch_size: int = 8  # sequences at a time
     tasks: tuple[str, ...] = ()  # names that `lm-eval ls tasks` lists, instead of text
     device: str = "auto"
 
@@ -156,17 +169,19 @@ def _score(run: "Run", options: Evaluate) -> "Score":
     from rorqual.data.corpus import trained
 
     before = trained(run.folder or options.run)
-    usual = before.length if before is not None else 512
-    length = usual if options.length is None else options.length
-    own = before if options.data is None else None
+    usual = before.seq_len if before is not None else 512
+    length = usual if options.seq_len is None else options.seq_len
+    run_score = before if options.data is None else None
     documents = evaluate.texts(
-        own.source if own is not None else options.data or "wordnet",
-        part=options.split,
+        run_score.source if run_score is not None else options.data or "wordnet",
+        split=options.split,
         limit=options.limit,
-        column=options.column or (own.column if own is not None else "text"),
-        within=own.limit if own is not None else None,
+        column=options.column or (run_score.column if run_score is not None else "text"),
+        within=run_score.limit if run_score is not None else None,
     )
-    return evaluate.score(run.model, run.tokenizer, documents, length=length, rows=options.rows)
+    return evaluate.score(
+        run.model, run.tokenizer, documents, seq_len=length, batch_size=options.batch_size
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,12 +194,12 @@ class Serve:
     run: Positional[str]  # a run folder, a DeepSeek folder or a hub id
     host: str = "127.0.0.1"  # another address lets other machines connect; there is no login
     port: int = 8000
-    rows: int = 8  # requests at once
+    max_batch_size: int = 8  # requests at once
     context: int = 4096  # tokens of a request and its answer
     max_waiting: int = 256  # requests in the queue; more are answered with status 429
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None  # default: as stored
-    tables: Literal["device", "host", "disk"] = "device"  # the placement of Engram's rows
+    placement: Literal["device", "host", "disk"] = "device"  # the placement of Engram's rows
     # folder of tables 0, 1, ... that `rorqual table convert` made; none: the run's own
     rows_in: str | None = None
     hot_bytes: int = 64 << 20  # bytes of rows in memory, of a table on a disk
@@ -199,16 +214,16 @@ def serve_command(argv: list[str]) -> int:
         raise UsageError(f"got port {options.port}, expected 0..65535")
     # Check the port before loading the model, which may take minutes.
     listen(options.host, options.port).close()
-    run = load(options.run, device=options.device, dtype=options.dtype, **_homes(options))
+    run = load(options.run, device=options.device, dtype=options.dtype, **_table_options(options))
     try:
         serve(
             run,
             host=options.host,
             port=options.port,
-            rows=options.rows,
+            max_batch_size=options.max_batch_size,
             context=options.context,
             max_waiting=options.max_waiting,
-            given=options.run,
+            options=options.run,
         )
     except KeyboardInterrupt:
         # An orderly exit takes seconds, and crashes where a step is still running.
@@ -283,16 +298,16 @@ def memory_command(argv: list[str]) -> int:
 
     run = load(options.run, device=options.device)
     editor = memory.Editor(run.model, run.tokenizer)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     if options.text:
-        found["reads"] = memory.reads(run.model, run.tokenizer, options.text)
-    found |= _surgery(run, editor, options)
+        results["reads"] = memory.reads(run.model, run.tokenizer, options.text)
+    results |= _surgery(run, editor, options)
     if options.data is not None:
-        found["corpus"] = _corpus(run, options)
+        results["corpus"] = _corpus(run, options)
     if as_json:
-        emit(found)
+        emit(results)
     else:
-        _show(found, options)
+        _show(results, options)
     return 0
 
 
@@ -300,10 +315,10 @@ def _surgery(run: "Run", editor: "Editor", options: Memory) -> dict[str, Any]:
     """Makes and undoes edits, and returns them with the change of the next token."""
     from rorqual import memory
 
-    given, journal = (run.model, run.tokenizer, options.text), _journal(run, options)
+    arguments, journal = (run.model, run.tokenizer, options.text), _journal(run, options)
     if journal is not None and journal.exists():
         editor.load(journal)
-    before = memory.distribution(*given) if options.text else None
+    before = memory.distribution(*arguments) if options.text else None
     undone = [editor.undo()] if options.undo else []
     saved = len(editor.edits)
     for layer in _layers(run, options):
@@ -319,19 +334,19 @@ def _surgery(run: "Run", editor: "Editor", options: Memory) -> dict[str, Any]:
     if journal is not None and (undone or options.save):
         _keep(run, editor, journal, undone=bool(undone))
     lines = [("undone", undone), ("edited", made), ("saved", editor.edits if options.edits else [])]
-    found: dict[str, Any] = {
+    item: dict[str, Any] = {
         name: [_about(edit) for edit in edits] for name, edits in lines if edits
     }
     if options.edits:
-        found.setdefault("saved", [])
+        item.setdefault("saved", [])
     if before is None:
-        return found
-    found["next"] = {"as it is": memory.likeliest(before, run.tokenizer, options.top)}
+        return item
+    item["next"] = {"as it is": memory.likeliest(before, run.tokenizer, options.top)}
     if made or undone:
-        after = memory.distribution(*given)
-        found["next"]["edited"] = memory.likeliest(after, run.tokenizer, options.top)
-        found["change"] = memory.difference(before, after, run.tokenizer, options.top)
-    return found
+        after = memory.distribution(*arguments)
+        item["next"]["edited"] = memory.likeliest(after, run.tokenizer, options.top)
+        item["change"] = memory.difference(before, after, run.tokenizer, options.top)
+    return item
 
 
 def _layers(run: "Run", options: Memory) -> tuple[int, ...]:
@@ -375,20 +390,20 @@ def _keep(run: "Run", editor: "Editor", journal: Path, *, undone: bool) -> None:
             editor.save(journal)
 
 
-def _values(ngram: str, said: str, editor: "Editor", layer: int) -> "Tensor":
+def _values(ngram: str, value: str, editor: "Editor", layer: int) -> "Tensor":
     """Returns rows filled with one number, or the rows in a JSON file."""
     import torch
 
-    shape = editor.look(ngram, layer).shape
+    shape = editor.lookup(ngram, layer).shape
     try:
-        if Path(said).is_file():
+        if Path(value).is_file():
             return torch.tensor(
-                json.loads(Path(said).read_text(encoding="utf-8")), dtype=torch.float32
+                json.loads(Path(value).read_text(encoding="utf-8")), dtype=torch.float32
             )
-        return torch.full(shape, float(said))
+        return torch.full(shape, float(value))
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"--overwrite: got {said!r}, expected a number or a JSON file of {list(shape)}"
+            f"--overwrite: got {value!r}, expected a number or a JSON file of {list(shape)}"
         ) from error
 
 
@@ -400,31 +415,31 @@ def _corpus(run: "Run", options: Memory) -> dict[str, Any]:
     """Returns, by block, the rows read most, the shared rows, and who shares one n-gram's rows."""
     from rorqual import evaluate, memory
 
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for layer in _layers(run, options):
 
         def texts() -> "Iterator[str]":
             return evaluate.texts(
-                str(options.data), part="all", limit=options.limit, column=options.column
+                str(options.data), split="all", limit=options.limit, column=options.column
             )
 
-        given = (run.model, run.tokenizer)
-        found[str(layer)] = {
-            "popular": memory.popular(*given, texts(), layer, options.top),
-            "collisions": memory.collisions(*given, texts(), layer, options.top),
+        arguments = (run.model, run.tokenizer)
+        results[str(layer)] = {
+            "popular": memory.popular(*arguments, texts(), layer, options.top),
+            "collisions": memory.collisions(*arguments, texts(), layer, options.top),
         }
         if options.shared is not None:
-            shared = memory.sharing(*given, options.shared, texts(), layer)
-            found[str(layer)]["sharing"] = dict(list(shared.items())[: options.top])
-    return found
+            shared = memory.sharing(*arguments, options.shared, texts(), layer)
+            results[str(layer)]["sharing"] = dict(list(shared.items())[: options.top])
+    return results
 
 
-def _show(found: dict[str, Any], options: Memory) -> None:
+def _show(result: dict[str, Any], options: Memory) -> None:
     """Prints the same as --json in readable form."""
-    for one in found.get("reads", ()):
+    for one in result.get("reads", ()):
         gates = "  ".join(
-            f"block {layer}: {' '.join(f'{g:.2f}' for g in said)}"
-            for layer, said in one.gates.items()
+            f"block {layer}: {' '.join(f'{g:.2f}' for g in gates)}"
+            for layer, gates in one.gates.items()
         )
         print(f"{one.token!r:20} {gates}")
         for layer, read in one.rows.items() if options.rows else ():
@@ -434,22 +449,22 @@ def _show(found: dict[str, Any], options: Memory) -> None:
                     f"    block {layer}  {ngram!r:24} rows "
                     f"{' '.join(map(str, read[n * heads : (n + 1) * heads]))}"
                 )
-    if "reads" in found and not options.rows:
-        streams = len(next(iter(found["reads"][0].gates.values())))
+    if "reads" in result and not options.rows:
+        streams = len(next(iter(result["reads"][0].gates.values())))
         print(f"gates of {streams} streams; --rows shows the rows too")
     for name in ("undone", "edited", "saved"):
-        for edit in found.get(name, ()):
+        for edit in result.get(name, ()):
             print(f"{name}: {edit['what']} in block {edit['layer']}, {len(edit['rows'])} rows")
-    if found.get("saved") == []:
+    if result.get("saved") == []:
         print("no edit is saved")
-    for name, likely in found.get("next", {}).items():
+    for name, likely in result.get("next", {}).items():
         print(f"next, {name}: " + "  ".join(f"{token!r} {chance:.1%}" for token, chance in likely))
-    if "change" in found:
+    if "change" in result:
         movers = "  ".join(
-            f"{token!r} {p:.2%} -> {q:.2%}" for token, p, q in found["change"].movers
+            f"{token!r} {p:.2%} -> {q:.2%}" for token, p, q in result["change"].movers
         )
-        print(f"KL {found['change'].kl:.3g} nats; moved most: {movers}")
-    for layer, of in found.get("corpus", {}).items():
+        print(f"KL {result['change'].kl:.3g} nats; moved most: {movers}")
+    for layer, of in result.get("corpus", {}).items():
         _show_corpus(layer, of)
 
 

@@ -33,10 +33,15 @@ def data_command(argv: list[str]) -> int:
         validation += side == "validation"
         if len(sample) < options.sample:
             sample.append(document)
-    found = {"name": corpus.name, "license": corpus.license, "documents": documents, "bytes": size}
-    found |= {"validation_documents": validation, "skipped": dict(corpus.skipped)}
+    description = {
+        "name": corpus.name,
+        "license": corpus.license,
+        "documents": documents,
+        "bytes": size,
+    }
+    description |= {"validation_documents": validation, "skipped": dict(corpus.skipped)}
     if as_json:
-        emit(found | {"sample": sample})
+        emit(description | {"sample": sample})
         return 0
     skipped = (
         ", ".join(f"{count:,} {reason}" for reason, count in sorted(corpus.skipped.items()))
@@ -122,11 +127,13 @@ def runs_in(folder: Path) -> list[Path]:
 
     if (folder / "config.json").is_file() or is_checkpoint(folder):
         return [folder]
-    found = (path.parent for path in folder.glob("*/config.json"))
-    inside = sorted(run for run in found if readable(run) and not run.suffix.startswith(".before-"))
+    folders = (path.parent for path in folder.glob("*/config.json"))
+    inside = sorted(
+        run for run in folders if readable(run) and not run.suffix.startswith(".before-")
+    )
     if not inside:
-        mend = "a run folder or a folder of them (make one: rorqual train)"
+        hint = "a run folder or a folder of them (make one: rorqual train)"
         if (folder / "train.json").is_file():
-            mend = f"a run that has a checkpoint or is finished (go on: rorqual train {folder})"
-        raise FileNotFoundError(f"got {folder}, expected {mend}")
+            hint = f"a run that has a checkpoint or is finished (go on: rorqual train {folder})"
+        raise FileNotFoundError(f"got {folder}, expected {hint}")
     return inside

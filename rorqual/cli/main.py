@@ -33,7 +33,7 @@ class Command(NamedTuple):
 
     what: str
     example: str
-    home: str
+    module: str
 
 
 COMMANDS = {
@@ -148,7 +148,7 @@ def _run(words: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    module = importlib.import_module(f"rorqual.cli.{COMMANDS[name].home}")
+    module = importlib.import_module(f"rorqual.cli.{COMMANDS[name].module}")
     command: Callable[[list[str]], int | None] = getattr(module, f"{name}_command")
     return command(words[1:]) or 0
 
@@ -172,8 +172,8 @@ def _failed(error: Exception, words: list[str]) -> int:
     missing = isinstance(error, ModuleNotFoundError) and not (error.name or "rorqual").startswith(
         "rorqual"
     )
-    known = missing or isinstance(error, (ValueError, OSError, RuntimeError))
-    if os.environ.get("RORQUAL_DEBUG") or not known:
+    expected_error = missing or isinstance(error, (ValueError, OSError, RuntimeError))
+    if os.environ.get("RORQUAL_DEBUG") or not expected_error:
         traceback.print_exception(error)
         return 1
     print(f"rorqual: error: {_message(error)}", file=sys.stderr)
@@ -185,8 +185,8 @@ def _failed(error: Exception, words: list[str]) -> int:
 def _message(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         extra = EXTRAS.get(error.name.partition(".")[0])
-        mend = install(extra) if extra else f"pip install {error.name.partition('.')[0]}"
-        return f"got no module {error.name} here, expected it installed: {mend}"
+        hint = install(extra) if extra else f"pip install {error.name.partition('.')[0]}"
+        return f"got no module {error.name} here, expected it installed: {hint}"
     if isinstance(error, FileNotFoundError) and error.filename and error.strerror:
         return f"got {os.fspath(error.filename)!r}, expected a file or folder that exists"
     return str(error) or type(error).__name__

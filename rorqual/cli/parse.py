@@ -16,14 +16,27 @@ Positional = Annotated[T, "positional"]  # a field that is given by its place, w
 Changes = list[tuple[str, Any]]  # dotted names and what was typed for them, in order
 USAGE = "[--OPTION VALUE | OPTION=VALUE ...]"
 
-# A flag of other trainers and servers, and our names for it: the first that the command has.
+# A flag of other trainers and servers, or of an earlier version, and our names for it: the first
+# that the command has.
 ELSEWHERE = {
-    "--batch-size": ("rows",),
-    "--train-batch-size": ("rows",),
-    "--micro-batch-size": ("micro-rows",),
-    "--per-device-train-batch-size": ("micro-rows",),
-    "--gradient-accumulation-steps": ("micro-rows",),
-    "--grad-accum-steps": ("micro-rows",),
+    "--batch-size": ("max-batch-size",),
+    "--rows": (
+        "batch-size",
+        "max-batch-size",
+    ),
+    "--length": ("seq-len",),
+    "--micro-rows": ("micro-batch-size",),
+    "--tables": ("placement",),
+    "--machine.placement": ("machine.placement",),
+    "--model.vocabulary": ("model.vocab-size",),
+    "--data.vocabulary": ("data.vocab-size",),
+    "--model.nsa.chosen": ("model.nsa.top-k",),
+    "--model.moba.chosen": ("model.moba.top-k",),
+    "--model.dsa.chosen": ("model.dsa.top-k",),
+    "--train-batch-size": ("batch-size", "max-batch-size"),
+    "--per-device-train-batch-size": ("micro-batch-size",),
+    "--gradient-accumulation-steps": ("micro-batch-size",),
+    "--grad-accum-steps": ("micro-batch-size",),
     "--epochs": ("steps",),
     "--num-epochs": ("steps",),
     "--num-train-epochs": ("steps",),
@@ -39,15 +52,15 @@ ELSEWHERE = {
     "--max-grad-norm": ("optim.clip",),
     "--grad-clip": ("optim.clip",),
     "--optimizer": ("optim.kind",),
-    "--block-size": ("length", "context"),
-    "--seq-len": ("length", "context"),
-    "--seq-length": ("length", "context"),
-    "--max-seq-len": ("length", "context"),
-    "--max-model-len": ("context", "length"),
-    "--context-length": ("length", "context"),
-    "--max-length": ("max-new-tokens", "length", "context"),
-    "--max-tokens": ("max-new-tokens", "length"),
-    "--max-num-seqs": ("rows",),
+    "--block-size": ("seq-len", "context"),
+    "--seq-len": ("context",),
+    "--seq-length": ("seq-len", "context"),
+    "--max-seq-len": ("seq-len", "context"),
+    "--max-model-len": ("context", "seq-len"),
+    "--context-length": ("seq-len", "context"),
+    "--max-length": ("max-new-tokens", "seq-len", "context"),
+    "--max-tokens": ("max-new-tokens", "seq-len"),
+    "--max-num-seqs": ("batch-size", "max-batch-size"),
     "--output-dir": ("folder", "out"),
     "--out-dir": ("folder", "out"),
     "--output": ("out", "folder"),
@@ -56,7 +69,7 @@ ELSEWHERE = {
     "--train-file": ("data.source", "data"),
     "--tokenizer": ("data.tokenizer",),
     "--tokenizer-name": ("data.tokenizer",),
-    "--vocab-size": ("model.vocabulary",),
+    "--vocab-size": ("model.vocab-size",),
     "--hidden-size": ("model.dim",),
     "--num-layers": ("model.layers",),
     "--save-steps": ("save-every",),
@@ -68,8 +81,8 @@ ELSEWHERE = {
 }
 # Conversions, for options whose number has another meaning here.
 NOTES = {
-    "steps": "steps = epochs * tokens of the text / (--rows * --length)",
-    "micro-rows": "steps of accumulation = --rows / (ranks * --micro-rows)",
+    "steps": "steps = epochs * tokens of the text / (--batch-size * --seq-len)",
+    "micro-batch-size": "steps of accumulation = --batch-size / (ranks * --micro-batch-size)",
 }
 COUNTED_OTHERWISE = (
     "--epochs",
@@ -151,10 +164,10 @@ def read(
         flags = [flag for flag, name in names.items() if name == option.name]
         if flags or option.name in places:
             _add(group, option, flags, bool(places))
-    found, rest = parser.parse_known_intermixed_args(words, argparse.Namespace(changes=[]))
+    namespace, rest = parser.parse_known_intermixed_args(words, argparse.Namespace(changes=[]))
     if rest:
         raise UsageError(_unknown(rest[0], names, command))
-    return found.changes
+    return namespace.changes
 
 
 def _is_placed(hint: Any) -> bool:
@@ -298,7 +311,7 @@ def _unknown(word: str, names: Mapping[str, str], command: str) -> str:
     dashes = "--" if head.startswith("--") else ""
     name = head.removeprefix("--").replace("-", "_")
     flag = f"--{name.replace('_', '-')}"
-    here = f"rorqual {' '.join(part for part in command.split() if part.islower())}"
+    here = f"rorqual {' '.join(section for section in command.split() if section.islower())}"
     for other in ELSEWHERE.get(flag, ()) if dashes or equals else ():
         if other.replace("-", "_") in names.values():
             note = f"; {NOTES[other]}" if flag in COUNTED_OTHERWISE else ""
@@ -309,11 +322,11 @@ def _unknown(word: str, names: Mapping[str, str], command: str) -> str:
     path, _, tail = name.rpartition("no_")
     if tail and path + tail in names:
         return f"got {word}, expected {path}{tail}=false"
-    near = [known for known in names if known.rpartition(".")[2] == name] or get_close_matches(
+    similar = [names for names in names if names.rpartition(".")[2] == name] or get_close_matches(
         name, names, 1, 0.6
     )
-    if near and (dashes or equals):
-        right = near[0].replace("_", "-") if dashes else near[0]
+    if similar and (dashes or equals):
+        right = similar[0].replace("_", "-") if dashes else similar[0]
         return (
             f"got {word}, which is no option of {here}; "
             f"did you mean {dashes}{right}{equals}{value}?"

@@ -110,7 +110,7 @@ class Bench:
     and prompts are the same in each placement; all must generate the same ids. For a cold disk the
     file is removed from the system's page cache.
 
-    rorqual table bench --rows 10000000 --figure homes.svg
+    rorqual table bench --rows 10000000 --figure placements.svg
     """
 
     rows: int = 1_000_000  # rows of the table, rounded up to the model's primes
@@ -199,13 +199,13 @@ def _written(options: Build | Convert, source: str, as_json: bool) -> int:
     from rorqual import tables
     from rorqual.tables.fp8 import row_bytes
 
-    found = tables_in(Path(source), options.name)
-    if not 0 <= options.number < len(found):
+    names = tables_in(Path(source), options.name)
+    if not 0 <= options.number < len(names):
         raise UsageError(
-            f"got --number {options.number}, expected 0 to {len(found) - 1}: "
+            f"got --number {options.number}, expected 0 to {len(names) - 1}: "
             f"{source} has so many tables"
         )
-    path, name = found[options.number]
+    path, name = names[options.number]
     before = tables.RowFile(path, name)
     before.close()
     dtype = before.dtype if options.dtype is None else _dtype(options.dtype)
@@ -227,12 +227,14 @@ def _shard_rows(options: Build | Convert, size: int) -> int:
 
 
 def inspect(options: Inspect, as_json: bool) -> int:
-    found = [_about(path, name) for path, name in tables_in(Path(options.table), options.name)]
+    descriptions = [
+        _about(path, name) for path, name in tables_in(Path(options.table), options.name)
+    ]
     if options.hot is not None:
         from rorqual.tables import hot_rows
 
         lists = hot_rows(Path(options.hot))
-        for number, about in enumerate(found):
+        for number, about in enumerate(descriptions):
             ids = lists[str(number)].tolist() if str(number) in lists else []
             about["hot"] = {
                 "rows": len(ids),
@@ -240,9 +242,9 @@ def inspect(options: Inspect, as_json: bool) -> int:
                 "first": ids[:5],
             }
     if as_json:
-        emit({"tables": found})
+        emit({"tables": descriptions})
         return 0
-    for about in found:
+    for about in descriptions:
         print(
             f"{about['path']} {about['name']}: {about['rows']:,} rows of {about['width']} values "
             f"in {about['dtype']}, "
@@ -271,13 +273,13 @@ def _about(path: Path, name: str) -> dict[str, Any]:
     for shard in shards:
         shard.close()
     rows, first = sum(shard.rows for shard in shards), shards[0]
-    kept = str(first.dtype).removeprefix("torch.")
+    stored_dtype = str(first.dtype).removeprefix("torch.")
     return {
         "path": str(path),
         "name": name,
         "rows": rows,
         "width": first.width,
-        "dtype": "fp8" if kept.startswith("float8") else kept,
+        "dtype": "fp8" if stored_dtype.startswith("float8") else stored_dtype,
         "row_bytes": first.row_bytes,
         "bytes": rows * first.row_bytes,
         "checksums": all("xxh3_per_mib" in shard.metadata for shard in shards),
@@ -329,25 +331,31 @@ def hot(options: Hot, as_json: bool) -> int:
     run = load(options.run)
     if run.config.engram is None:
         raise ValueError(f"{options.run}: got a run without tables, expected a model with Engram")
-    found = []
+    hot_lists = []
     for layer in run.config.engram.layers:
-        texts = evaluate.texts(options.data, part="all", limit=options.limit, column=options.column)
-        found.append(memory.popular(run.model, run.tokenizer, texts, layer, options.rows))
+        texts = evaluate.texts(
+            options.data, split="all", limit=options.limit, column=options.column
+        )
+        hot_lists.append(memory.popular(run.model, run.tokenizer, texts, layer, options.rows))
     lists = {
-        str(n): tensor([row for row, _, _ in most], dtype=int64) for n, most in enumerate(found)
+        str(n): tensor([row for row, _, _ in largest], dtype=int64)
+        for n, largest in enumerate(hot_lists)
     }
     save_file(lists, options.out)
-    sums = [sum(reads for _, reads, _ in most) for most in found]
-    told = [
+    sums = [sum(reads for _, reads, _ in largest) for largest in hot_lists]
+    lines = [
         {"rows": len(m), "reads": reads, "first": m[:5]}
-        for m, reads in zip(found, sums, strict=True)
+        for m, reads in zip(hot_lists, sums, strict=True)
     ]
     if as_json:
-        emit({"file": options.out, "tables": told})
+        emit({"file": options.out, "tables": lines})
         return 0
-    for number, most in enumerate(found):
-        few = "  ".join(f"{row} ({ngram!r}, {reads:,})" for row, reads, ngram in most[:5])
-        print(f"table {number}: {len(most):,} rows that {sums[number]:,} reads go to; first {few}")
+    for number, largest in enumerate(hot_lists):
+        small = "  ".join(f"{row} ({ngram!r}, {reads:,})" for row, reads, ngram in largest[:5])
+        print(
+            f"table {number}: {len(largest):,} rows that {sums[number]:,} reads go to; "
+            f"first {small}"
+        )
     return 0
 
 
@@ -373,7 +381,7 @@ def bench(options: Bench, as_json: bool) -> int:
     lines = tables.bench(config, lambda words: console.print(f"[dim]{words}[/]", highlight=False))
     speeds = {line.name: line.tokens_per_second for line in lines}
     if options.run is not None:
-        write_json(Path(options.run) / "homes.json", speeds)
+        write_json(Path(options.run) / "placements.json", speeds)
     if figure is not None:
         from rorqual.analyze import figures
 

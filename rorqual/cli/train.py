@@ -156,7 +156,7 @@ LAUNCH_HELP = """usage: rorqual launch [FLAGS OF TORCHRUN] PRESET|FILE.yaml|RUN 
 Trains in several processes by torchrun. When one of them dies, all are started again \
 and go on from the newest
 checkpoint, --max-restarts times (3). Batches are those of one process: \
---rows is of all processes together.
+--batch-size is of all processes together.
 
   rorqual launch --nproc-per-node 2 tiny --data notes/ --save-every 50
   rorqual launch --nproc-per-node gpu --max-restarts 10 small --data notes/
@@ -193,11 +193,11 @@ def scored(folder: Path) -> dict[str, Any]:
     from rorqual.experiments.runs import last
 
     answers, made = last(folder, "accuracy"), last(folder)
-    found = {"steps": made.get("step"), "loss": made.get("loss")}
+    results = {"steps": made.get("step"), "loss": made.get("loss")}
     if answers:
-        return found | {"accuracy": answers["accuracy"]}
-    held = last(folder, "validation_loss")
-    return found | {name: held.get(name) for name in ("validation_loss", "bits_per_byte")}
+        return results | {"accuracy": answers["accuracy"]}
+    best = last(folder, "validation_loss")
+    return results | {name: best.get(name) for name in ("validation_loss", "bits_per_byte")}
 
 
 def refuse_too_large(options: "TrainConfig") -> None:
@@ -218,10 +218,10 @@ def refuse_too_large(options: "TrainConfig") -> None:
     ranks = runtime.ranks()[1]
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory * ranks
-        needed = dense + (rows if options.tables == "device" else 0)
+        needed = dense + (rows if options.placement == "device" else 0)
     else:
         available = doctor.memory() * ranks
-        needed = dense + (rows if options.tables != "disk" else 0)
+        needed = dense + (rows if options.placement != "disk" else 0)
     large = f"a model of {counted.total + counted.mtp:,} parameters"
     smaller = "try a smaller one (rorqual params tiny small)"
     if available and needed > available:
@@ -232,8 +232,8 @@ def refuse_too_large(options: "TrainConfig") -> None:
     folder = Path(options.folder)
     if (folder / "checkpoints").is_dir():
         return
-    place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    free, written = shutil.disk_usage(place).free, dense + 3 * rows
+    directory = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free, written = shutil.disk_usage(directory).free, dense + 3 * rows
     if written > free:
         got = f"{size(free)} free for {folder}"
         raise ValueError(
@@ -248,7 +248,7 @@ def progress(steps: int, every: float = 5.0) -> Callable[[dict[str, Any]], None]
     """
     from rorqual import runtime
 
-    clock, told = runtime.Clock(), [-every]
+    clock, last_shown = runtime.Clock(), [-every]
 
     def show(record: dict[str, Any]) -> None:
         if "validation_loss" in record:
@@ -265,8 +265,10 @@ def progress(steps: int, every: float = 5.0) -> Callable[[dict[str, Any]], None]
                 f"step {record['step']:,}  validation {record['accuracy']:.3f} of the answers",
                 style="bold",
             )
-        elif "loss" in record and (clock.seconds - told[0] >= every or record["step"] == steps):
-            told[0] = clock.seconds
+        elif "loss" in record and (
+            clock.seconds - last_shown[0] >= every or record["step"] == steps
+        ):
+            last_shown[0] = clock.seconds
             speed, left = record.get("tokens_per_second", 0.0), record.get("seconds_left", 0.0)
             where = f"step {record['step']:,}/{steps:,}  loss {record['loss']:.4f}"
             runtime.log(f"{where}  {speed:,.0f} tokens/s  {left:.0f} s left")
@@ -321,13 +323,13 @@ def params_command(argv: list[str]) -> int:
         raise UsageError(
             "--base: got names too, expected it alone, or --model.rope.base for the models"
         )
-    found = {
+    item = {
         name: costs(each.model, each.context) for name, each in zip(names, options, strict=True)
     }
     if as_json:
-        emit(found)
+        emit(item)
         return 0
-    show(found)
+    show(item)
     return 0
 
 
@@ -349,7 +351,7 @@ def base_command(options: Params, as_json: bool) -> int:
     return 0
 
 
-def show(found: dict[str, Costs]) -> None:
+def show(result: dict[str, Costs]) -> None:
     """Prints a table with a line a figure and a column a model.
 
     It is as wide as needed, since a terminal's width would cut digits off.
@@ -357,16 +359,16 @@ def show(found: dict[str, Costs]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", *found, box=None)
+    table = Table("", *result, box=None)
     for column in table.columns[1:]:
         column.justify = "right"
     for attribute, words in ROWS:
-        table.add_row(words, *(f"{getattr(cost, attribute):,}" for cost in found.values()))
+        table.add_row(words, *(f"{getattr(cost, attribute):,}" for cost in result.values()))
     Console(width=Console(width=9999).measure(table).maximum).print(table)
 
 
 PLAN_ENDS = "The last lines of the answer are the commands that train what was planned."
-MACHINE = ("device", "devices", "utilisation", "step_tokens", "optimizer", "tables")
+MACHINE = ("device", "devices", "utilisation", "step_tokens", "optimizer", "placement")
 
 
 def plan_command(argv: list[str]) -> int:
@@ -446,9 +448,9 @@ def machine_for(model: ModelConfig, typed: dict[str, Any]) -> "Machine":
         return Machine()
 
 
-def as_typed(said: str, like: str, typed: dict[str, Any]) -> str:
+def as_typed(error: str, like: str, typed: dict[str, Any]) -> str:
     """Rewrites a refusal of the planner, which begins with its field, with the flags as typed."""
-    field, _, rest = said.partition(": ")
+    field, _, rest = error.partition(": ")
     name = {"base": "like", "flops_per_token": "flops"}.get(field, field)
     names = ("total", "activated", "flops") if field == "budget" else (name,)
     words = [
@@ -456,15 +458,15 @@ def as_typed(said: str, like: str, typed: dict[str, Any]) -> str:
         for name in names
         if name in typed or name == "like"
     ]
-    return f"{' '.join(words)}: {rest}" if words else said
+    return f"{' '.join(words)}: {rest}" if words else error
 
 
-def show_estimates(machine: Any, found: Mapping[str, Any]) -> None:
+def show_estimates(machine: Any, result: Mapping[str, Any]) -> None:
     """Prints what each arm keeps, by role, and how long a step of it takes."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("an estimate, activations not counted", *found, box=None)
+    table = Table("an estimate, activations not counted", *result, box=None)
     for column in table.columns[1:]:
         column.justify = "right"
     for role, words in (
@@ -473,24 +475,24 @@ def show_estimates(machine: Any, found: Mapping[str, Any]) -> None:
         ("decayed", "embedding and head"),
         ("plain", "rest"),
     ):
-        kept = [one.roles.get(role) for one in found.values()]
-        if any(kept):
+        by_role = [one.roles.get(role) for one in result.values()]
+        if any(by_role):
             table.add_row(
                 f"{words}: weights + gradients + state",
-                *(" + ".join(map(size, k[1:])) if k else "" for k in kept),
+                *(" + ".join(map(size, k[1:])) if k else "" for k in by_role),
             )
-    held = [size(one.device_bytes) + ("" if one.fits else ", too many") for one in found.values()]
+    sizes = [size(one.device_bytes) + ("" if one.fits else ", too many") for one in result.values()]
     here = machine.device == "cpu"
     table.add_row(
-        "on this machine" if here else f"on each of {machine.devices} {machine.device}", *held
+        "on this machine" if here else f"on each of {machine.devices} {machine.device}", *sizes
     )
-    if machine.tables == "host":
+    if machine.placement == "host":
         table.add_row(
-            "in the memory of the hosts", *(size(one.host_bytes) for one in found.values())
+            "in the memory of the hosts", *(size(one.host_bytes) for one in result.values())
         )
     table.add_row(
         f"a step of {machine.step_tokens:,} tokens",
-        *(f"{one.step:,.3g} s" for one in found.values()),
+        *(f"{one.step:,.3g} s" for one in result.values()),
     )
     peak = "of what is measured" if here else "of the peak"
     parts = (
@@ -499,7 +501,7 @@ def show_estimates(machine: Any, found: Mapping[str, Any]) -> None:
         ("rows", "rows"),
     )
     for words, name in parts:
-        table.add_row(f"  {words}", *(f"{getattr(one, name):,.3g} s" for one in found.values()))
+        table.add_row(f"  {words}", *(f"{getattr(one, name):,.3g} s" for one in result.values()))
     Console(width=Console(width=9999).measure(table).maximum).print(table)
 
 
@@ -523,8 +525,8 @@ def differing(base: Any, other: Any, name: str = "model") -> list[str]:
         if was == now:
             continue
         if is_dataclass(now):
-            part: Any = type(now)  # switched on with its defaults where it was off
-            words += differing(was or part(), now, path) or [f"{path}=default"]
+            section: Any = type(now)  # switched on with its defaults where it was off
+            words += differing(was or section(), now, path) or [f"{path}=default"]
         else:
             value = (
                 ",".join(map(str, now))
@@ -596,12 +598,12 @@ def with_recipe(start: T, asked: Callable[[T], T]) -> T:
     """
     from rorqual.train.config import OptimConfig, recipe
 
-    def begin(optim: OptimConfig) -> Any:
+    def parsed(optim: OptimConfig) -> Any:
         return asked(replace(start, optim=optim))  # type: ignore[type-var]
 
-    read = begin(OptimConfig())
+    read = parsed(OptimConfig())
     usual = recipe(read.model.dim, needles=getattr(read, "needles", None) is not None)
-    options = begin(usual)
+    options = parsed(usual)
     # The recipe's learning rate is right for its own kind of optimizer only.
     return options if options.optim.kind == usual.kind else read
 

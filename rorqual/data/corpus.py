@@ -2,7 +2,7 @@
 
     clean       UTF-8 with "\\n" line ends, no bytes that text never holds,
                 at most `longest` bytes, else cut
-    alike       Jaccard(A, B) = |A and B| / |A or B| >= near, of the sets of 5-letter pieces;
+    alike       Jaccard(A, B) = |A and B| / |A or B| >= threshold, of the sets of 5-letter pieces;
                 the first of two stays
     side        validation where place(text) < 2%, place = hash of the text alone, in [0, 1);
                 the pieces of a text that was cut go with the first; where that leaves a side
@@ -40,7 +40,7 @@ _READING = 1
 Side = Literal["train", "validation"]
 
 
-def place(text: str) -> float:
+def position_of(text: str) -> float:
     """Hashes a text to a number in [0, 1), the same on every machine and in every corpus."""
     return (
         int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=6).digest(), "big") / 2**48
@@ -52,7 +52,7 @@ def split(text: str) -> Side:
 
     `Corpus.sided` also handles texts that were cut, and corpora too small to have both sides.
     """
-    return "validation" if place(text) < VALIDATION else "train"
+    return "validation" if position_of(text) < VALIDATION else "train"
 
 
 def open_corpus(
@@ -61,23 +61,31 @@ def open_corpus(
     column: str = "text",
     limit: int | None = None,
     longest: int = files.LONGEST,
-    near: float | None = 0.8,
+    duplicate_threshold: float | None = 0.8,
 ) -> "Corpus":
     """Opens the corpus of a source; `sources` lists their names.
 
     Reads nothing yet but a folder's names or a dataset's header. column: of a jsonl file, parquet
-    file or dataset. limit: how many documents at most. longest: bytes of one document. near: drop a
-    document whose Jaccard similarity with an earlier one reaches this; None drops exact copies
-    alone. ValueError for a source that does not exist, and for numbers out of range.
+    file or dataset. limit: how many documents at most. longest: bytes of one document.
+    duplicate_threshold: drop a document whose Jaccard similarity with an earlier one reaches this;
+    None drops exact copies alone. ValueError for a source that does not exist, and for numbers out
+    of range.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"got limit {limit}, expected at least 1 document")
     if longest < 64:
         raise ValueError(f"got longest {longest}, expected at least 64 bytes")
-    if near is not None and not 0 < near <= 1:
-        raise ValueError(f"got near {near}, expected 0 < near <= 1, or none")
+    if duplicate_threshold is not None and not 0 < duplicate_threshold <= 1:
+        raise ValueError(
+            f"got duplicate_threshold {duplicate_threshold}, "
+            "expected 0 < duplicate_threshold <= 1, or none"
+        )
     return Corpus(
-        sources.find(source, column=column, longest=longest), column, limit, longest, near
+        sources.find(source, column=column, longest=longest),
+        column,
+        limit,
+        longest,
+        duplicate_threshold,
     )
 
 
@@ -88,7 +96,7 @@ class Trained:
     source: str
     column: str
     limit: int | None
-    length: int
+    seq_len: int
 
 
 def trained(folder: str | os.PathLike[str]) -> Trained | None:
@@ -100,10 +108,13 @@ def trained(folder: str | os.PathLike[str]) -> Trained | None:
     if not path.is_file():
         return None
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        data = said["data"]
+        config = json.loads(path.read_text(encoding="utf-8"))
+        data = config["data"]
         return Trained(
-            source=data["source"], column=data["column"], limit=data["limit"], length=said["length"]
+            source=data["source"],
+            column=data["column"],
+            limit=data["limit"],
+            seq_len=config["seq_len"],
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -116,7 +127,7 @@ class Corpus:
 
     name, license    str
     bytes            int | None, of the source as it is read; None where it is unknown
-    skipped          Counter of the latest pass: reason -> number of texts left out
+    skipped          Counter of the latest pass: by reason, the number of texts left out
     examples         reason -> the first place
     """
 
@@ -126,17 +137,17 @@ class Corpus:
         column: str,
         limit: int | None,
         longest: int,
-        near: float | None,
+        duplicate_threshold: float | None,
     ) -> None:
         self.name, self.license, self.bytes = source.name, source.license, source.bytes
         self.skipped: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
-        self._source, self._column, self._limit, self._longest, self._near = (
+        self._source, self._column, self._limit, self._longest, self._duplicate_threshold = (
             source,
             column,
             limit,
             longest,
-            near,
+            duplicate_threshold,
         )
         # The reason why a text is a copy, by the text's number; None until a whole pass is done.
         self._copies: dict[int, str] | None = None
@@ -157,12 +168,12 @@ class Corpus:
             self._column,
             self._limit,
             self._longest,
-            self._near,
+            self._duplicate_threshold,
             _READING,
             rensa.RMinHash.ALGORITHM_VERSION,
         ]
-        said = json.dumps([self._source.stamp(), *settings])
-        return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+        settings_text = json.dumps([self._source.stamp(), *settings])
+        return hashlib.blake2b(settings_text.encode(), digest_size=16).hexdigest()
 
     def documents(self) -> Iterator[str]:
         """Yields each document once, in the order of the source.
@@ -177,8 +188,11 @@ class Corpus:
         Every training, tokenizer and evaluation uses this split.
         """
         together, bound = self._rule
-        for text, at in self._kept():
-            yield "validation" if (at if together else place(text)) < bound else "train", text
+        for text, position in self._kept():
+            yield (
+                "validation" if (position if together else position_of(text)) < bound else "train",
+                text,
+            )
 
     @functools.cached_property
     def _rule(self) -> tuple[bool, float]:
@@ -188,21 +202,21 @@ class Corpus:
         validate on, so each of its pieces is assigned by itself. Reads until both sides have
         occurred; only small corpora are read far, or whole, for that.
         """
-        lowest, highest = _span(at for _, at in self._kept())
+        lowest, highest = _span(position for _, position in self._kept())
         together = lowest < highest
         if not together:
-            lowest, highest = _span(place(text) for text, _ in self._kept())
+            lowest, highest = _span(position_of(text) for text, _ in self._kept())
         return together, VALIDATION if lowest < VALIDATION <= highest else math.nextafter(lowest, 1)
 
     def _kept(self) -> Iterator[tuple[str, float]]:
         """Yields (document, place of the text that it is part of)."""
         self.skipped, self.examples = Counter(), {}
-        kept, copies = 0, {} if self._copies is None else self._copies
-        for text, at in islice(self._unlike(copies), self._limit):
-            kept += 1
-            yield text, at
+        count, copies = 0, {} if self._copies is None else self._copies
+        for text, position in islice(self._unlike(copies), self._limit):
+            count += 1
+            yield text, position
         self._copies = copies
-        if not kept:
+        if not count:
             met = ", ".join(
                 f"{count} x {why} ({self.examples[why]})"
                 for why, count in self.skipped.most_common(4)
@@ -220,18 +234,18 @@ class Corpus:
 
         The first pass fills `copies`; later passes use it as it is.
         """
-        known = self._copies is not None
+        have_copies = self._copies is not None
         seen: set[bytes] = set()
         index = rensa.RMinHashDeduplicator(
-            threshold=self._near or 1.0, num_perm=_MINIMA, use_lsh=True
+            threshold=self._duplicate_threshold or 1.0, num_perm=_MINIMA, use_lsh=True
         )
-        for number, (where, text, at) in enumerate(self._clean()):
-            if not known:
+        for number, (where, text, position) in enumerate(self._clean()):
+            if not have_copies:
                 mark = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
                 if mark in seen:
                     copies[number] = "duplicate"
                 elif (
-                    self._near is not None
+                    self._duplicate_threshold is not None
                     and not index.add_pairs([(str(number), _pieces(text))])[0]
                 ):
                     copies[number] = "near-duplicate"
@@ -239,11 +253,11 @@ class Corpus:
             if number in copies:
                 self._skip(copies[number], where)
             else:
-                yield text, at
+                yield text, position
 
     def _clean(self) -> Iterator[tuple[str, str, float]]:
         """Yields (where it stands, text no longer than allowed, place of its first piece)."""
-        at: float | None = None
+        position: float | None = None
         for where, raw in self._source.read(self._skip):
             short = len(raw) <= self._longest
             pieces = (
@@ -252,11 +266,11 @@ class Corpus:
                 else files.cut(io.BytesIO(raw), where, self._longest, self._skip)
             )
             for _, piece in pieces:
-                at = at if isinstance(piece, files.Rest) else None
+                position = position if isinstance(piece, files.Rest) else None
                 text = self._decoded(piece, where)
                 if text is not None:
-                    at = place(text) if at is None else at
-                    yield where, text, at
+                    position = position_of(text) if position is None else position
+                    yield where, text, position
 
     def _decoded(self, piece: bytes, where: str) -> str | None:
         if b"\0" in piece:
@@ -276,8 +290,8 @@ class Corpus:
 def _span(places: Iterable[float]) -> tuple[float, float]:
     """Returns the smallest and the largest place, or stops as soon as the two lie on both sides."""
     lowest, highest = 1.0, 0.0
-    for at in places:
-        lowest, highest = min(lowest, at), max(highest, at)
+    for position in places:
+        lowest, highest = min(lowest, position), max(highest, position)
         if lowest < VALIDATION <= highest:
             break
     return lowest, highest

@@ -134,24 +134,24 @@ def _cut(file: io.BufferedIOBase, where: str, longest: int, skip: Skip) -> Itera
             block, lost = _behind(block)
         rest += block
         while len(rest) > longest:
-            at = next((end for end in _ends(rest, half, longest) if end), 0)
-            if at:
-                yield rest[:at]
-                rest = rest[at:]
+            end = next((end for end in _ends(rest, half, longest) if end), 0)
+            if end:
+                yield rest[:end]
+                rest = rest[end:]
             else:
                 skip("word too long", f"{where}: over {half} bytes without white space")
-                at = max(_ends(rest, 0, half))
-                if at:
-                    yield rest[:at]
-                rest, lost = _behind(rest[at:])
+                end = max(_ends(rest, 0, half))
+                if end:
+                    yield rest[:end]
+                rest, lost = _behind(rest[end:])
     if rest:
         yield rest
 
 
 def _behind(text: bytes) -> tuple[bytes, bool]:
     """Returns what follows the first word, and whether that word goes on beyond the text."""
-    found = _BLANK.search(text)
-    return (text[found.end() :], False) if found else (b"", True)
+    match = _BLANK.search(text)
+    return (text[match.end() :], False) if match else (b"", True)
 
 
 def _ends(text: bytes, first: int, last: int) -> list[int]:
@@ -161,7 +161,10 @@ def _ends(text: bytes, first: int, last: int) -> list[int]:
     full stop.
     """
     places = (text.rfind(mark, first, last) + len(mark) for mark in _MARKS)
-    return [place if place >= len(mark) else 0 for mark, place in zip(_MARKS, places, strict=True)]
+    return [
+        position_of if position_of >= len(mark) else 0
+        for mark, position_of in zip(_MARKS, places, strict=True)
+    ]
 
 
 def _text(file: io.BufferedIOBase, where: str, column: str, longest: int, skip: Skip) -> Raw:
@@ -172,20 +175,20 @@ def _jsonl(file: io.BufferedIOBase, where: str, column: str, longest: int, skip:
     number = 0
     while line := file.readline(LONGEST_LINE):
         number += 1
-        place = f"{where} line {number}"
+        position_of = f"{where} line {number}"
         if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
             while (more := file.readline(LONGEST_LINE)) and not more.endswith(b"\n"):
                 pass
-            skip("giant line", f"{place}: over {LONGEST_LINE} bytes")
+            skip("giant line", f"{position_of}: over {LONGEST_LINE} bytes")
         elif line.strip():
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError:
-                skip("not UTF-8", place)
+                skip("not UTF-8", position_of)
             except (ValueError, RecursionError):
-                skip("not JSON", place)
+                skip("not JSON", position_of)
             else:
-                yield from cell(row, column, place, skip)
+                yield from cell(row, column, position_of, skip)
 
 
 def _parquet(file: io.BufferedIOBase, where: str, column: str, longest: int, skip: Skip) -> Raw:

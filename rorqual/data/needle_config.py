@@ -29,19 +29,19 @@ class NeedleConfig:
         for name in ("drill", "alone"):
             if getattr(self, name) < 0:
                 raise ValueError(f"needles.{name}: got {getattr(self, name)}, expected at least 0")
-        most = min(self.keys, self.values)
-        if not self.asked <= self.needles <= most:
+        largest = min(self.keys, self.values)
+        if not self.asked <= self.needles <= largest:
             raise ValueError(
-                f"needles: got {self.needles} pairs, expected {self.asked}..{most}: "
+                f"needles: got {self.needles} pairs, expected {self.asked}..{largest}: "
                 "at least as many as are asked for, at most as many as there are keys and values"
             )
 
     @property
-    def vocabulary(self) -> int:
+    def vocab_size(self) -> int:
         """The number of token ids in the language."""
         return 1 + self.filler + self.keys + self.values
 
     @property
-    def room(self) -> int:
+    def least_tokens(self) -> int:
         """Tokens that the longest text and question of training take without any filler."""
         return 2 * self.needles + 2 * max(self.asked, self.drill)

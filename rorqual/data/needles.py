@@ -42,48 +42,56 @@ class Rows(NamedTuple):
 
 
 def write(
-    task: str, rows: int, length: int, config: NeedleConfig, generator: np.random.Generator, drill=0
+    task: str,
+    batch_size: int,
+    seq_len: int,
+    config: NeedleConfig,
+    generator: np.random.Generator,
+    drill=0,
 ) -> Rows:
-    """Draws sequences of `length` + 1 ids for one task.
+    """Draws sequences of `seq_len` + 1 ids for one task.
 
     `drill`: keys that a multi-query asks for, drawn with repetition; 0: `asked` keys once.
     """
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, expected one of {', '.join(TASKS)}")
     many = 1 if task == "single" else config.needles
-    asked = _asked(task, rows, config, generator, drill)  # numbers of needles
+    asked = _asked(task, batch_size, config, generator, drill)  # numbers of needles
     words = asked.shape[1] + 1 if task == "multi-value" else 2 * asked.shape[1]
-    text = length - words
+    text = seq_len - words
     if text < 2 * many:
         raise ValueError(
-            f"length: got {length}, expected at least {2 * many + words} for {many} needles: {task}"
+            f"seq_len: got {seq_len}, "
+            f"expected at least {2 * many + words} for {many} needles: {task}"
         )
-    keys = _distinct(rows, config.keys, many, generator)
+    keys = _distinct(batch_size, config.keys, many, generator)
     if task == "multi-value":
         keys[:, : config.asked] = keys[:, :1]
-    values = _distinct(rows, config.values, many, generator)
-    places = _places(rows, many, text, generator)
+    values = _distinct(batch_size, config.values, many, generator)
+    places = _places(batch_size, many, text, generator)
     if task == "multi-value":
         places[:, : config.asked].sort(axis=1)
     first = 1 + config.filler
     keys, values = keys + first, values + first + config.keys
-    ids = generator.integers(1, first, (rows, length + 1))
+    ids = generator.integers(1, first, (batch_size, seq_len + 1))
     np.put_along_axis(ids, places, keys, 1)
     np.put_along_axis(ids, places + 1, values, 1)
     ids[:, text] = QUESTION
-    at = np.arange(
-        text + 2, length + 1, 1 if task == "multi-value" else 2
+    columns = np.arange(
+        text + 2, seq_len + 1, 1 if task == "multi-value" else 2
     )  # positions of the answers
     ids[:, text + 1] = keys[:, 0]
-    ids[:, at - 1] = np.take_along_axis(keys, asked, 1) if task != "multi-value" else ids[:, at - 1]
-    ids[:, at] = np.take_along_axis(values, asked, 1)
+    ids[:, columns - 1] = (
+        np.take_along_axis(keys, asked, 1) if task != "multi-value" else ids[:, columns - 1]
+    )
+    ids[:, columns] = np.take_along_axis(values, asked, 1)
     whence = np.full_like(ids, -1)
-    whence[:, at] = np.take_along_axis(places, asked, 1)
+    whence[:, columns] = np.take_along_axis(places, asked, 1)
     return Rows(ids, whence >= 0, whence, text)
 
 
 def _asked(
-    task: str, rows: int, config: NeedleConfig, generator: np.random.Generator, drill: int
+    task: str, batch_size: int, config: NeedleConfig, generator: np.random.Generator, drill: int
 ) -> np.ndarray:
     """Returns which needles each sequence asks for, in order.
 
@@ -91,25 +99,25 @@ def _asked(
     """
     if task == "multi-query" and drill:
         # Without repetition the last answers would follow from the others.
-        return generator.integers(0, config.needles, (rows, drill))
+        return generator.integers(0, config.needles, (batch_size, drill))
     many = {"multi-value": config.asked, "multi-query": config.asked}.get(task, 1)
-    return np.tile(np.arange(many), (rows, 1))
+    return np.tile(np.arange(many), (batch_size, 1))
 
 
-def _distinct(rows: int, of: int, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Returns int64 [rows, count]: `count` different numbers below `of`, in random order."""
-    return np.argsort(generator.random((rows, of)), axis=1)[:, :count]
+def _distinct(batch_size: int, of: int, count: int, generator: np.random.Generator) -> np.ndarray:
+    """Returns int64 [batch_size, count]: `count` different numbers below `of`, in random order."""
+    return np.argsort(generator.random((batch_size, of)), axis=1)[:, :count]
 
 
-def _places(rows: int, many: int, text: int, generator: np.random.Generator) -> np.ndarray:
-    """Returns int64 [rows, many]: where pairs begin in a text of `text` ids.
+def _places(batch_size: int, many: int, text: int, generator: np.random.Generator) -> np.ndarray:
+    """Returns int64 [batch_size, many]: where pairs begin in a text of `text` ids.
 
     No two pairs overlap, and their order is random.
     """
     before = np.sort(
-        generator.integers(0, text - 2 * many + 1, (rows, many)), axis=1
+        generator.integers(0, text - 2 * many + 1, (batch_size, many)), axis=1
     ) + 2 * np.arange(many)
-    return np.take_along_axis(before, _distinct(rows, many, many, generator), 1)
+    return np.take_along_axis(before, _distinct(batch_size, many, many, generator), 1)
 
 
 def _batch(rows: Rows, task: int) -> dict[str, Tensor]:
@@ -118,7 +126,7 @@ def _batch(rows: Rows, task: int) -> dict[str, Tensor]:
     arrays = {
         "ids": rows.ids[:, :-1],
         "labels": labels,
-        "documents": np.zeros_like(labels),
+        "document_ids": np.zeros_like(labels),
         "depths": depths,
     }
     arrays["tasks"] = np.full_like(labels, task)
@@ -140,30 +148,31 @@ class NeedleStream:
     Batch n depends on the seed, n, the rank and the number of ranks alone. The first `alone`
     batches are multi-query, with sequences of `shortest` tokens. From then on all tasks have
     equally many sequences, but for what does not divide, and after every `grow` batches the
-    sequence length doubles, up to `length`. A batch has as many sequences as fit into rows * length
-    tokens.
+    sequence length doubles, up to `seq_len`. A batch has as many sequences as fit into batch_size *
+    seq_len tokens.
     """
 
     def __init__(
         self,
         config: NeedleConfig,
-        rows: int,
-        length: int,
+        batch_size: int,
+        seq_len: int,
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if rows < 1:
-            raise ValueError(f"rows: got {rows}, expected at least 1")
-        shortest = min(config.shortest, length)
-        if shortest < config.room:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+        shortest = min(config.shortest, seq_len)
+        if shortest < config.least_tokens:
             raise ValueError(
-                f"needles.shortest: got {shortest}, expected at least {config.room} for the needles"
+                f"needles.shortest: got {shortest}, "
+                f"expected at least {config.least_tokens} for the needles"
             )
-        self.config, self.rows, self.length, self.seed, self.rank, self.world = (
+        self.config, self.batch_size, self.seq_len, self.seed, self.rank, self.world = (
             config,
-            rows,
-            length,
+            batch_size,
+            seq_len,
             seed,
             rank,
             world,
@@ -176,21 +185,22 @@ class NeedleStream:
     def __next__(self) -> dict[str, Tensor]:
         generator = _generator(self.seed, self.number * self.world + self.rank, _TRAINED)
         grown = max(0, self.number - self.config.alone) // self.config.grow
-        length = min(self.length, min(self.config.shortest, self.length) << min(grown, 40))
-        rows = self.rows * self.length // length
+        seq_len = min(self.seq_len, min(self.config.shortest, self.seq_len) << min(grown, 40))
+        batch_size = self.batch_size * self.seq_len // seq_len
         parts = []
-        for task, share in self._shares(rows).items():
-            written = write(task, share, length, self.config, generator, self.config.drill)
+        for task, share in self._shares(batch_size).items():
+            written = write(task, share, seq_len, self.config, generator, self.config.drill)
             parts.append(_batch(written, TASKS.index(task)))
         self.number += 1
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {name: torch.cat([piece[name] for piece in parts]) for name in parts[0]}
 
-    def _shares(self, rows: int) -> dict[str, int]:
+    def _shares(self, batch_size: int) -> dict[str, int]:
         """Returns the number of sequences of each task in this batch."""
         if self.number < self.config.alone:
-            return {"multi-query": rows}
+            return {"multi-query": batch_size}
         shares = (
-            (rows + (self.number + place) % len(TASKS)) // len(TASKS) for place in range(len(TASKS))
+            (batch_size + (self.number + position_of) % len(TASKS)) // len(TASKS)
+            for position_of in range(len(TASKS))
         )
         return {task: share for task, share in zip(TASKS, shares, strict=True) if share}
 
@@ -203,7 +213,12 @@ class NeedleStream:
 
 
 def held_out(
-    config: NeedleConfig, task: str, length: int, rows: int = 16, rank: int = 0, world: int = 1
+    config: NeedleConfig,
+    task: str,
+    seq_len: int,
+    batch_size: int = 16,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[dict[str, Tensor]]:
     """Yields a rank's share of the `questions` sequences of one task and length.
 
@@ -213,12 +228,16 @@ def held_out(
     together: a surplus one has no label.
     """
     number = TASKS.index(task)
-    whole = write(task, config.questions, length, config, _generator(length, number, _HELD_OUT))
-    batches = -(-config.questions // rows)
-    for at in range(rank, -(-batches // world) * world, world):
-        own = slice(at * rows, (at + 1) * rows) if at < batches else slice(1)
-        answers = whole.answers[own] & (at < batches)
-        yield _batch(Rows(whole.ids[own], answers, whole.places[own], whole.text), number)
+    whole = write(task, config.questions, seq_len, config, _generator(seq_len, number, _HELD_OUT))
+    batches = -(-config.questions // batch_size)
+    for start in range(rank, -(-batches // world) * world, world):
+        selection = (
+            slice(start * batch_size, (start + 1) * batch_size) if start < batches else slice(1)
+        )
+        answers = whole.answers[selection] & (start < batches)
+        yield _batch(
+            Rows(whole.ids[selection], answers, whole.places[selection], whole.text), number
+        )
 
 
 def chance(config: NeedleConfig) -> dict[str, float]:
@@ -230,22 +249,26 @@ def chance(config: NeedleConfig) -> dict[str, float]:
 
 
 def exams(
-    config: NeedleConfig, rows: int, length: int, rank: int = 0, world: int = 1
+    config: NeedleConfig, batch_size: int, seq_len: int, rank: int = 0, world: int = 1
 ) -> dict[tuple[str, int], Iterator[dict[str, Tensor]]]:
     """Returns held-out batches of every task at every one of `exam_lengths`."""
-    share = max(1, rows // world)
-    lengths = exam_lengths(config, length)
+    share = max(1, batch_size // world)
+    lengths = exam_lengths(config, seq_len)
     return {
         (task, n): held_out(config, task, n, share, rank, world) for n in lengths for task in TASKS
     }
 
 
-def exam_lengths(config: NeedleConfig, length: int) -> tuple[int, ...]:
+def exam_lengths(config: NeedleConfig, seq_len: int) -> tuple[int, ...]:
     """Returns half the trained length, if the needles fit into it, the whole, and twice that.
 
     Twice the trained length never occurs in training.
     """
-    return (length // 2, length, 2 * length) if length // 2 >= config.room else (length, 2 * length)
+    return (
+        (seq_len // 2, seq_len, 2 * seq_len)
+        if seq_len // 2 >= config.least_tokens
+        else (seq_len, 2 * seq_len)
+    )
 
 
 def grade(predicted: Int[Tensor, "B T"], batch: Mapping[str, Tensor]) -> Int[Tensor, "parts 2"]:
@@ -259,7 +282,7 @@ def grade(predicted: Int[Tensor, "B T"], batch: Mapping[str, Tensor]) -> Int[Ten
     return counts.new_zeros(DEPTHS, 2).index_add_(0, batch["depths"][asked], counts)
 
 
-def column(task: str, length: int, part: int | None = None) -> str:
-    """Returns the name of an accuracy in a run's metrics; `part`: of the text, counted from 0."""
-    name = f"accuracy_{task}_{length}"
-    return name if part is None else f"{name}_part_{part}"
+def column(task: str, seq_len: int, side: int | None = None) -> str:
+    """Returns the name of an accuracy in a run's metrics; `piece`: of the text, counted from 0."""
+    name = f"accuracy_{task}_{seq_len}"
+    return name if side is None else f"{name}_part_{side}"

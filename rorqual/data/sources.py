@@ -67,24 +67,24 @@ def find(name: str, *, column: str = "text", longest: int = files.LONGEST) -> So
     if name == "gcide":
         return _gcide(DICTD)
     if kind == "docstrings":
-        return _docstrings([part for part in rest.split(",") if part])
+        return _docstrings([piece for piece in rest.split(",") if piece])
     if kind == "hf":
         return _hub(rest, column)
     if not os.path.exists(name):
-        known = "wordnet, docstrings, gcide, hf:NAME, or a file or folder that exists"
+        names = "wordnet, docstrings, gcide, hf:NAME, or a file or folder that exists"
         hint = (
             f"; for the hub's dataset of that name write hf:{name}"
             if _HUB_ID.fullmatch(name)
             else ""
         )
-        raise ValueError(f"got data {name!r}, expected {known}{hint}")
-    found = files.listed(Path(name))
+        raise ValueError(f"got data {name!r}, expected {names}{hint}")
+    source = files.listed(Path(name))
     return Source(
         name=files.printable(Path(name)),
         license="unstated: local files",
-        bytes=found.bytes,
-        read=lambda skip: found.read(column, longest, skip),
-        stamp=found.stamp,
+        bytes=source.bytes,
+        read=lambda skip: source.read(column, longest, skip),
+        stamp=source.stamp,
     )
 
 
@@ -104,27 +104,27 @@ def _wordnet() -> Source:
 
 
 def _docstrings(packages: list[str]) -> Source:
-    found = {
+    distributions = {
         d.name: d
         for d in sorted(importlib.metadata.distributions(), key=lambda d: d.name or "")
         if d.name
     }
-    unknown = sorted({name.lower() for name in packages} - {name.lower() for name in found})
+    unknown = sorted({name.lower() for name in packages} - {name.lower() for name in distributions})
     if unknown:
         raise ValueError(
             f"got docstrings of {', '.join(unknown)}, expected installed packages (see `pip list`)"
         )
-    wanted = {name.lower() for name in packages} or {name.lower() for name in found}
-    chosen = [d for name, d in found.items() if name.lower() in wanted]
+    wanted = {name.lower() for name in packages} or {name.lower() for name in distributions}
+    selected = [d for name, d in distributions.items() if name.lower() in wanted]
     listed = [
         file
-        for d in chosen
+        for d in selected
         for file in d.files or ()
         if file.suffix == ".py" and ".." not in file.parts
     ]
     paths = {str(file): Path(str(file.locate())) for file in listed}
     sizes = [path.stat().st_size for path in paths.values() if path.is_file()]
-    versions = sorted(f"{d.name}=={d.version}" for d in chosen)
+    versions = sorted(f"{d.name}=={d.version}" for d in selected)
 
     def read(skip: Skip) -> Raw:
         for name, path in paths.items():
@@ -133,31 +133,31 @@ def _docstrings(packages: list[str]) -> Source:
                 yield name, f"{title}\n\n{text}".encode("utf-8", "surrogatepass")
 
     return Source(
-        name=f"docstrings of {len(chosen)} packages"
-        if len(chosen) != 1
+        name=f"docstrings of {len(selected)} packages"
+        if len(selected) != 1
         else f"docstrings of {versions[0]}",
-        license="each package's own: " + _licenses(chosen),
+        license="each package's own: " + _licenses(selected),
         bytes=sum(sizes),
         read=read,
         stamp=lambda: "\n".join(versions),
     )
 
 
-def _licenses(chosen: Iterable[importlib.metadata.Distribution]) -> str:
+def _licenses(selected: Iterable[importlib.metadata.Distribution]) -> str:
     """Summarises the licences of packages, such as "MIT (12), Apache-2.0 (7), ..."."""
     counts: Counter[str] = Counter()
-    for distribution in chosen:
+    for distribution in selected:
         # Plain indexing by a field that is not there is deprecated.
-        said = distribution.metadata.get_all
+        licenses = distribution.metadata.get_all
         kinds = [
             kind.split(" :: ")[-1]
-            for kind in said("Classifier", [])
+            for kind in licenses("Classifier", [])
             if kind.startswith("License :: ")
         ]
         named = (
-            said("License-Expression", [])
+            licenses("License-Expression", [])
             or [" and ".join(kinds)] * bool(kinds)
-            or said("License", [])
+            or licenses("License", [])
         )
         counts["".join(named[:1]).strip().partition("\n")[0][:40] or "unstated"] += 1
     return ", ".join(f"{name} ({count})" for name, count in counts.most_common(8)) + (
@@ -177,21 +177,21 @@ def _documented(path: Path, module: str, skip: Skip) -> list[tuple[str, str]]:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         skip("no Python that parses", files.printable(path))
         return []
-    found: list[tuple[str, str]] = []
+    docstrings: list[tuple[str, str]] = []
     open_nodes: list[tuple[str, ast.AST]] = [(module, tree)]
     while open_nodes:
         name, node = open_nodes.pop()
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             name = name if isinstance(node, ast.Module) else f"{name}.{node.name}"
             if text := ast.get_docstring(node):
-                found.append((name, text))
+                docstrings.append((name, text))
         inside = [
             child
-            for part in ("body", "orelse", "handlers", "finalbody")
-            for child in getattr(node, part, ())
+            for piece in ("body", "orelse", "handlers", "finalbody")
+            for child in getattr(node, piece, ())
         ]
         open_nodes += [(name, child) for child in reversed(inside)]
-    return found
+    return docstrings
 
 
 def _gcide(folder: Path) -> Source:
@@ -225,12 +225,12 @@ def _entries(index: Path, packed: Path, skip: Skip) -> Raw:
         if not line or line.startswith(b"00"):  # the dictionary's notes on itself
             continue
         try:
-            word, at, length = line.decode("utf-8").split("\t")
-            places.setdefault((_number(at), _number(length)), word)
+            word, offset, length = line.decode("utf-8").split("\t")
+            places.setdefault((_number(offset), _number(length)), word)
         except (ValueError, KeyError):
             skip("broken line of the index", f"{index} line {number}")
-    for (begin, size), word in sorted(places.items()):
-        yield word, _entry(content[begin : begin + size])
+    for (start, size), word in sorted(places.items()):
+        yield word, _entry(content[start : start + size])
 
 
 def _number(digits: str) -> int:

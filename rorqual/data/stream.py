@@ -6,7 +6,7 @@
     window w    the ids at w * length .. (w + 1) * length of that endless text;
                 its labels are shifted by one
     row n       window W k + draw(seed, k)[n mod W],  k = n // W,  W = windows of an epoch
-    batch s     rows  s * rows * world + rank * rows  ..  + rows - 1
+    batch s     rows  s * batch_size * world + rank * rows  ..  + rows - 1
 
 A row is a sequence of a batch. So in every epoch each token is read once, and predicted once but
 for `begin`: the label of a document's last token is `end`, whichever document follows; that of a
@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from rorqual.data.corpus import VALIDATION, Corpus, Side, place
+from rorqual.data.corpus import VALIDATION, Corpus, Side, position_of
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.io import flush, flush_folder
 
@@ -85,7 +85,7 @@ class TokenFolder:
     path: Path
     train: Tokens
     validation: Tokens
-    vocabulary: int
+    vocab_size: int
     end_id: int
     about: dict[str, Any]
 
@@ -104,12 +104,18 @@ def tokenise(
     bytes of text done so far. Sides are those of `Corpus.sided`. ValueError for a corpus of fewer
     than two documents.
     """
-    said = [_FORMAT, VALIDATION, corpus.fingerprint, tokenizer.backend.to_str(), tokenizer.end_id]
-    said += [tokenizer.begin_id] * (tokenizer.begin_id != tokenizer.end_id)
-    path = Path(folder) / hashlib.blake2b(json.dumps(said).encode(), digest_size=10).hexdigest()
-    found = _opened(path)
-    if found is not None:
-        return found
+    identity = [
+        _FORMAT,
+        VALIDATION,
+        corpus.fingerprint,
+        tokenizer.backend.to_str(),
+        tokenizer.end_id,
+    ]
+    identity += [tokenizer.begin_id] * (tokenizer.begin_id != tokenizer.end_id)
+    path = Path(folder) / hashlib.blake2b(json.dumps(identity).encode(), digest_size=10).hexdigest()
+    opened = _opened(path)
+    if opened is not None:
+        return opened
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -125,12 +131,12 @@ def open_tokens(path: str | os.PathLike[str]) -> TokenFolder:
 
     ValueError for any other folder, and for one that has been damaged since.
     """
-    found = _opened(Path(path))
-    if found is None:
+    folder = _opened(Path(path))
+    if folder is None:
         raise ValueError(
             f"{os.fspath(path)}: got no whole token folder, expected one that tokenise() wrote"
         )
-    return found
+    return folder
 
 
 def _put(beside: Path, path: Path) -> None:
@@ -151,7 +157,7 @@ def _put(beside: Path, path: Path) -> None:
 def _write(
     corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: Callable[[int], None] | None
 ) -> None:
-    dtype = np.dtype("<u2" if tokenizer.vocabulary <= 2**16 else "<u4")
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     writers = {side: _Writer(folder / f"{side}.bin", dtype, tokenizer.begin_id) for side in _SIDES}
     done = 0
     for texts in _batches(_ordered(corpus.sided())):
@@ -175,7 +181,7 @@ def _write(
         "skipped": dict(corpus.skipped),
     }
     meta = {
-        "vocabulary": tokenizer.vocabulary,
+        "vocab_size": tokenizer.vocab_size,
         "end_id": tokenizer.end_id,
         "dtype": dtype.str,
         "about": about,
@@ -191,22 +197,22 @@ def _ordered(sided: Iterable[tuple[Side, str]]) -> Iterator[tuple[Side, str]]:
 
     Token files have been ordered like this since the first version.
     """
-    held: str | None = None
+    order_key: str | None = None
     validated = False
     for side, text in sided:
         if side == "train" and not validated:
-            if held is None:
-                held = text
+            if order_key is None:
+                order_key = text
                 continue
-            if place(text) < place(held):
-                held, text = text, held
+            if position_of(text) < position_of(order_key):
+                order_key, text = text, order_key
         yield side, text
         if side == "validation" and not validated:
             validated = True
-            if held is not None:
-                yield "train", held
-    if held is not None and not validated:
-        yield "train", held
+            if order_key is not None:
+                yield "train", order_key
+    if order_key is not None and not validated:
+        yield "train", order_key
 
 
 def _batches(texts: Iterable[tuple[Side, str]]) -> Iterator[list[tuple[Side, str]]]:
@@ -263,24 +269,24 @@ def _opened(path: Path) -> TokenFolder | None:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         train, validation = (_side(path / f"{side}.bin", meta, side) for side in _SIDES)
         return TokenFolder(
-            path, train, validation, meta["vocabulary"], meta["end_id"], meta["about"]
+            path, train, validation, meta["vocab_size"], meta["end_id"], meta["about"]
         )
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
 
 
 def _side(path: Path, meta: dict[str, Any], side: str) -> Tokens:
-    said = meta[side]
+    entry = meta[side]
     ids = np.memmap(path, dtype=np.dtype(meta["dtype"]), mode="r")
     starts = np.load(path.with_suffix(".starts.npy"), mmap_mode="r", allow_pickle=False)
     sizes = np.load(path.with_suffix(".sizes.npy"), mmap_mode="r", allow_pickle=False)
     if (len(ids), len(starts), len(sizes)) != (
-        said["tokens"],
-        said["documents"] + 1,
-        said["documents"],
+        entry["tokens"],
+        entry["documents"] + 1,
+        entry["documents"],
     ):
-        raise ValueError(f"{path}: got {len(ids)} tokens, expected {said['tokens']}")
-    return Tokens(ids, starts, sizes, meta["end_id"], said["digest"])
+        raise ValueError(f"{path}: got {len(ids)} tokens, expected {entry['tokens']}")
+    return Tokens(ids, starts, sizes, meta["end_id"], entry["digest"])
 
 
 def _draw(seed: int, what: int, number: int, count: int) -> np.ndarray:
@@ -304,43 +310,51 @@ class _Order:
         # Added to a place in this order, the shift gives the place in the file.
         self.shift = starts[1:][order] - self.ends
 
-    def find(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def find(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the places in the file, and the ranks of the documents, of places in order."""
-        ranks = np.searchsorted(self.ends, at, side="right")
-        return at + self.shift[ranks], ranks
+        ranks = np.searchsorted(self.ends, positions, side="right")
+        return positions + self.shift[ranks], ranks
 
 
-def _windows_of(tokens: Tokens, rows: int, length: int, rank: int, world: int) -> int:
+def _windows_of(tokens: Tokens, batch_size: int, seq_len: int, rank: int, world: int) -> int:
     """Returns the number of windows of one epoch; ValueError for numbers that make no batch."""
-    if rows < 1 or length < 1:
-        raise ValueError(f"got rows={rows} and length={length}, expected at least 1 of each")
+    if batch_size < 1 or seq_len < 1:
+        raise ValueError(
+            f"got batch_size={batch_size} and seq_len={seq_len}, expected at least 1 of each"
+        )
     if not 0 <= rank < world:
         raise ValueError(f"got rank={rank} and world={world}, expected 0 <= rank < world")
     if not len(tokens):
         raise ValueError("got no tokens, expected at least one document")
-    return -(-len(tokens) // length)
+    return -(-len(tokens) // seq_len)
 
 
 class Stream:
     """Yields endless training batches of one rank.
 
-    A batch is {"ids", "labels", "documents"}, each int64 [rows, length]. `documents` numbers the
-    documents as they come, so two tokens belong together if and only if their numbers agree.
-    `rows`, the batch size, is per rank: rows * world sequences of one stream are the same text,
+    A batch is {"ids", "labels", "document_ids"}, each int64 [batch_size, seq_len]. `document_ids`
+    numbers the documents as they come, so two tokens belong together if and only if their numbers
+    agree. `batch_size` is per rank: batch_size * world sequences of one stream are the same text,
     whatever the world. An iterator over itself; state_dict() after a batch, and load_state_dict()
     of that elsewhere, goes on with the very next batch.
     """
 
     def __init__(
-        self, tokens: Tokens, rows: int, length: int, seed: int = 0, rank: int = 0, world: int = 1
+        self,
+        tokens: Tokens,
+        batch_size: int,
+        seq_len: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        self._windows = _windows_of(tokens, rows, length, rank, world)
+        self._windows = _windows_of(tokens, batch_size, seq_len, rank, world)
         if not 0 <= seed < 2**63:
             raise ValueError(f"got seed {seed}, expected 0 <= seed < 2**63")
-        self.tokens, self.rows, self.length, self.seed, self.rank, self.world = (
+        self.tokens, self.batch_size, self.seq_len, self.seed, self.rank, self.world = (
             tokens,
-            rows,
-            length,
+            batch_size,
+            seq_len,
             seed,
             rank,
             world,
@@ -352,18 +366,18 @@ class Stream:
     @property
     def total_batches(self) -> int:
         """The number of batches of one epoch, the last of which reaches into the next."""
-        return -(-self._windows // (self.rows * self.world))
+        return -(-self._windows // (self.batch_size * self.world))
 
     def __iter__(self) -> "Stream":
         return self
 
     def __next__(self) -> Batch:
-        first = self._row + self.rank * self.rows
-        places = self._placed(np.arange(first, first + self.rows))[:, None] * self.length
-        ids, documents = self._read(places + np.arange(self.length + 1))
-        self._row += self.rows * self.world
+        first = self._row + self.rank * self.batch_size
+        places = self._placed(np.arange(first, first + self.batch_size))[:, None] * self.seq_len
+        ids, document_ids = self._read(places + np.arange(self.seq_len + 1))
+        self._row += self.batch_size * self.world
         return _batch(
-            ids[:, :-1], _following(ids, documents, self.tokens.end_id), documents[:, :-1]
+            ids[:, :-1], _following(ids, document_ids, self.tokens.end_id), document_ids[:, :-1]
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -371,7 +385,7 @@ class Stream:
         return {
             "row": self._row,
             "seed": self.seed,
-            "length": self.length,
+            "seq_len": self.seq_len,
             "tokens": self.tokens.digest,
         }
 
@@ -380,14 +394,14 @@ class Stream:
 
         ValueError for the state of another text, seed or length; rows and world may have changed.
         """
-        for name, own in (
+        for name, value in (
             ("seed", self.seed),
-            ("length", self.length),
+            ("seq_len", self.seq_len),
             ("tokens", self.tokens.digest),
         ):
-            if state[name] != own:
+            if state[name] != value:
                 raise ValueError(
-                    f"stream: got a state with {name} {state[name]}, expected {own}; "
+                    f"stream: got a state with {name} {state[name]}, expected {value}; "
                     "it cannot be resumed"
                 )
         self._row = int(state["row"])
@@ -404,64 +418,67 @@ class Stream:
             placed[mine] = group * self._windows + drawn[rows[mine] % self._windows]
         return placed
 
-    def _read(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the ids, and the numbers of the documents, at places in the endless text."""
-        epochs = at // len(self.tokens)
-        files, documents = np.empty_like(at), np.empty_like(at)
+        epochs = positions // len(self.tokens)
+        files, document_ids = np.empty_like(positions), np.empty_like(positions)
         for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
             mine = epochs == epoch
             if mine.any():
                 order = _kept(
                     self._orders, epoch, lambda e: _Order(self.tokens, self._documents(e))
                 )
-                files[mine], ranks = order.find(at[mine] - epoch * len(self.tokens))
-                documents[mine] = ranks + epoch * self.tokens.documents
-        return self.tokens.ids[files].astype(np.int64), documents
+                files[mine], ranks = order.find(positions[mine] - epoch * len(self.tokens))
+                document_ids[mine] = ranks + epoch * self.tokens.documents
+        return self.tokens.ids[files].astype(np.int64), document_ids
 
     def _documents(self, epoch: int) -> np.ndarray:
         return _draw(self.seed, _ORDER, epoch, self.tokens.documents)
 
 
-def _kept(kept: dict[int, Any], number: int, make: Callable[[int], Any]) -> Any:
+def _kept(name: dict[int, Any], number: int, make: Callable[[int], Any]) -> Any:
     """Returns the cached value of a number, or makes it; the four latest are cached."""
-    if number not in kept:
-        if len(kept) >= 4:
-            del kept[next(iter(kept))]
-        kept[number] = make(number)
-    return kept[number]
+    if number not in name:
+        if len(name) >= 4:
+            del name[next(iter(name))]
+        name[number] = make(number)
+    return name[number]
 
 
 def validation_batches(
-    tokens: Tokens, rows: int, length: int, rank: int = 0, world: int = 1
+    tokens: Tokens, batch_size: int, seq_len: int, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
     """Yields every token of a side once, in batches like those of `Stream`.
 
     Every token but `begin` is predicted once, and so is each document's end. The documents come in
-    an order drawn once and for all, so the first few batches are a fair sample; `documents` are
+    an order drawn once and for all, so the first few batches are a fair sample; `document_ids` are
     their numbers in `tokens` (with `tokens.sizes` for bits a byte). All batches have the full batch
     size, and all ranks equally many batches: padding has end_id with label -100 and document -1, so
     a rank may have no label at all.
     """
-    windows = _windows_of(tokens, rows, length, rank, world)
+    windows = _windows_of(tokens, batch_size, seq_len, rank, world)
     order = _Order(tokens, _draw(0, _ORDER, 0, tokens.documents))
-    for first in range(0, windows, rows * world):
-        mine = np.arange(first + rank * rows, first + (rank + 1) * rows)
-        at = mine[:, None] * length + np.arange(length + 1)
-        there = at < len(tokens)
-        files, ranks = order.find(np.where(there, at, 0))
+    for first in range(0, windows, batch_size * world):
+        mine = np.arange(first + rank * batch_size, first + (rank + 1) * batch_size)
+        columns = mine[:, None] * seq_len + np.arange(seq_len + 1)
+        there = columns < len(tokens)
+        files, ranks = order.find(np.where(there, columns, 0))
         ids = np.where(there, tokens.ids[files], tokens.end_id).astype(np.int64)
-        documents = np.where(there, order.documents[ranks], -1)
-        labels = np.where(there[:, :-1], _following(ids, documents, tokens.end_id), IGNORED)
-        yield _batch(ids[:, :-1], labels, documents[:, :-1])
+        document_ids = np.where(there, order.documents[ranks], -1)
+        labels = np.where(there[:, :-1], _following(ids, document_ids, tokens.end_id), IGNORED)
+        yield _batch(ids[:, :-1], labels, document_ids[:, :-1])
 
 
-def _following(ids: np.ndarray, documents: np.ndarray, end_id: int) -> np.ndarray:
-    """Returns labels, [rows, length], of [rows, length + 1]: the document's next id, or its end."""
-    return np.where(documents[:, 1:] == documents[:, :-1], ids[:, 1:], end_id)
+def _following(ids: np.ndarray, document_ids: np.ndarray, end_id: int) -> np.ndarray:
+    """Returns the next id of the document for each id but the last, or the document's end.
+
+    Ids are [batch_size, seq_len + 1], labels [batch_size, seq_len].
+    """
+    return np.where(document_ids[:, 1:] == document_ids[:, :-1], ids[:, 1:], end_id)
 
 
-def _batch(ids: np.ndarray, labels: np.ndarray, documents: np.ndarray) -> Batch:
-    arrays = {"ids": ids, "labels": labels, "documents": documents}
+def _batch(ids: np.ndarray, labels: np.ndarray, document_ids: np.ndarray) -> Batch:
+    arrays = {"ids": ids, "labels": labels, "document_ids": document_ids}
     return {
         name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
         for name, array in arrays.items()

@@ -86,7 +86,7 @@ class Tokenizer:
         """
         self.backend = backend
         self.settings = dict(settings or {})
-        self.vocabulary = _size(backend)
+        self.vocab_size = _size(backend)
         self.end_id = self._special("eos_token", None)
         self.begin_id = self._special("bos_token", self.end_id)
         self.pad_id = self._special("pad_token", self.end_id)
@@ -99,9 +99,13 @@ class Tokenizer:
         text = named.get("content") if isinstance(named, Mapping) else named
         if text is None and otherwise is not None:
             return otherwise
-        known = [found for word in _ENDS if (found := self.backend.token_to_id(word)) is not None]
-        found = known[0] if text is None and known else self.backend.token_to_id(text or "")
-        if found is None:
+        special_ids = [
+            token_id for word in _ENDS if (token_id := self.backend.token_to_id(word)) is not None
+        ]
+        token_id = (
+            special_ids[0] if text is None and special_ids else self.backend.token_to_id(text or "")
+        )
+        if token_id is None:
             what = (
                 f"{name} {text!r}, which is no token of it"
                 if text
@@ -110,7 +114,7 @@ class Tokenizer:
             raise ValueError(
                 f"tokenizer: got {what}, expected tokenizer_config.json to name {name}"
             )
-        return found
+        return token_id
 
     @cached_property
     def longest(self) -> int | None:
@@ -121,8 +125,8 @@ class Tokenizer:
         """
         settings = json.loads(self.backend.to_str())
         parts = [*_parts(settings["normalizer"]), *_parts(settings["pre_tokenizer"])]
-        kinds = {part["type"] for part in parts}
-        removes = any(part.get("behavior") == "Removed" for part in parts)
+        kinds = {piece["type"] for piece in parts}
+        removes = any(piece.get("behavior") == "Removed" for piece in parts)
         # such a token includes all spaces beside it
         removes |= any(token["lstrip"] or token["rstrip"] for token in settings["added_tokens"])
         if (
@@ -146,8 +150,8 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text, on all cores."""
         return [
-            found.ids
-            for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            encoding.ids
+            for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         ]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -159,17 +163,19 @@ class Tokenizer:
 
     def token(self, i: int) -> str:
         """Returns the text of one id, or its vocabulary string if it is a piece of a character."""
-        if not 0 <= i < self.vocabulary:
-            raise ValueError(f"got id {i}, expected 0 to {self.vocabulary - 1}")
+        if not 0 <= i < self.vocab_size:
+            raise ValueError(f"got id {i}, expected 0 to {self.vocab_size - 1}")
         text = self.decode([i])
         return (self.backend.id_to_token(i) if "\ufffd" in text else text) or text
 
     def templated(self) -> tokenizers.Tokenizer:
         """Copies the backend; the copy begins a text with `begin_id` if it adds special tokens."""
         copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
-        begin = copy.id_to_token(self.begin_id)
+        begin_token = copy.id_to_token(self.begin_id)
         copy.post_processor = processors.TemplateProcessing(
-            single=[begin, "$A"], pair=[begin, "$A", "$B"], special_tokens=[(begin, self.begin_id)]
+            single=[begin_token, "$A"],
+            pair=[begin_token, "$A", "$B"],
+            special_tokens=[(begin_token, self.begin_id)],
         )
         return copy
 
@@ -244,7 +250,7 @@ def _parts(settings: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     if settings["type"] != "Sequence":
         return [settings]
     inner = settings.get("normalizers", settings.get("pretokenizers", []))
-    return [step for part in inner for step in _parts(part)]
+    return [step for piece in inner for step in _parts(piece)]
 
 
 def _find(path: str | os.PathLike[str], name: str) -> Path | None:
@@ -279,16 +285,16 @@ def _find(path: str | os.PathLike[str], name: str) -> Path | None:
         ) from error
 
 
-def train(documents: Iterable[str], vocabulary: int) -> Tokenizer:
+def train(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains byte-level BPE with one special token, "<|end|>" = id 0.
 
     That token is beginning, end and padding of a document. Lossless: decode(encode(text)) == text.
     The vocabulary is smaller than requested if the documents hold too few pairs, so read
-    `.vocabulary`. ValueError below 257 (256 bytes and the special token), and for no documents.
+    `.vocab_size`. ValueError below 257 (256 bytes and the special token), and for no documents.
     """
-    if vocabulary < _BYTES + 1:
+    if vocab_size < _BYTES + 1:
         raise ValueError(
-            f"got a vocabulary of {vocabulary}, expected at least {_BYTES + 1}: the bytes and {END}"
+            f"got a vocabulary of {vocab_size}, expected at least {_BYTES + 1}: the bytes and {END}"
         )
     seen = 0
 
@@ -302,7 +308,7 @@ def train(documents: Iterable[str], vocabulary: int) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=vocab_size,
         special_tokens=[END],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

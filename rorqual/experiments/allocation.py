@@ -41,7 +41,7 @@ from rorqual.train.source import prepare
 Kind = Literal["allocation", "experts", "slots", "layers", "ablation"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 # Rows per head of a memory that is too small to hold anything; rounded up to different primes.
-FEW = 2
+SMALL_BATCH = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,14 +55,14 @@ class SweepConfig:
     rhos: tuple[float, ...] = (1.0, 0.7, 0.4)
     # numbers of routed experts; the number activated per token stays that of the model
     experts: tuple[int, ...] = (2, 8, 32)
-    rows_per_head: tuple[int, ...] = (FEW, 64, 1024, 16384)
+    rows_per_head: tuple[int, ...] = (SMALL_BATCH, 64, 1024, 16384)
     rho: float = 0.7  # allocation ratio of the kinds slots, layers and ablation
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: recipe(preset("tiny").dim))
     rates: tuple[float, ...] = (1.0,)  # factors of optim.lr; every point is trained at each
     steps: int = 200
-    rows: int = 8
-    length: int = 128
+    batch_size: int = 8
+    seq_len: int = 128
     seeds: int = 2
     folder: str = "runs/sweep"
     workers: int | None = None  # processes at a time; None: one per core
@@ -70,7 +70,7 @@ class SweepConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"sweep: got {self.kind!r}, expected one of {', '.join(KINDS)}")
-        for name in ("steps", "rows", "length", "seeds"):
+        for name in ("steps", "batch_size", "seq_len", "seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if self.workers is not None and self.workers < 1:
@@ -114,7 +114,7 @@ def points(config: SweepConfig, base: ModelConfig) -> list[Point]:
         return _allocation(config, base)
     if config.kind == "experts":
         return _experts(config, base)
-    planned = split_budget(base, config.rho, context=config.length).engram.config
+    planned = split_budget(base, config.rho, context=config.seq_len).engram.config
     memory = planned.engram or default_memory(base)
     if config.kind == "slots":
         return [
@@ -138,18 +138,23 @@ def _allocation(config: SweepConfig, base: ModelConfig) -> list[Point]:
     be cheaper than the others otherwise.
     """
     memory, alone = base.engram or default_memory(base), replace(base, engram=None)
-    few = replace(base, engram=with_rows(memory, FEW))
-    more = costs(few, config.length).flops_per_token - costs(alone, config.length).flops_per_token
+    small = replace(base, engram=with_rows(memory, SMALL_BATCH))
+    more = (
+        costs(small, config.seq_len).flops_per_token - costs(alone, config.seq_len).flops_per_token
+    )
     pure = with_flops(alone, more)
     rhos = sorted(config.rhos, reverse=True)
-    plans = [split_budget(pure, rho, memory, context=config.length, pays="memory") for rho in rhos]
+    plans = [split_budget(pure, rho, memory, context=config.seq_len, pays="memory") for rho in rhos]
     # Two values of rho may keep the same number of experts.
     distinct = {p.rho: p.engram.config for p in plans if p.rho < 1}
     assert base.moe is not None
     # The digits depend on the model alone, so that a point keeps its name in every sweep.
     digits = 2 if base.moe.routed - base.moe.active <= 100 else 5
-    curve = [Point(f"rho-{rho:.{digits}f}", rho, found) for rho, found in distinct.items()]
-    controls = [Point("plain", 1.0, alone, control=True), Point("few-rows", 1.0, few, control=True)]
+    curve = [Point(f"rho-{rho:.{digits}f}", rho, config) for rho, config in distinct.items()]
+    controls = [
+        Point("plain", 1.0, alone, control=True),
+        Point("few-rows", 1.0, small, control=True),
+    ]
     return [Point("rho-1.00", 1.0, pure), *curve, *controls]
 
 
@@ -161,8 +166,10 @@ def _experts(config: SweepConfig, base: ModelConfig) -> list[Point]:
     assert base.moe is not None
     numbers = sorted(config.experts)
     models = [replace(base, engram=None, moe=replace(base.moe, routed=n)) for n in numbers]
-    spent = [costs(model, config.length).flops_per_token for model in models]
-    level = [with_flops(model, max(spent) - own) for model, own in zip(models, spent, strict=True)]
+    spent = [costs(model, config.seq_len).flops_per_token for model in models]
+    level = [
+        with_flops(model, max(spent) - flops) for model, flops in zip(models, spent, strict=True)
+    ]
     return [Point(f"experts-{n}", float(n), model) for n, model in zip(numbers, level, strict=True)]
 
 
@@ -195,9 +202,9 @@ def main(config: SweepConfig, *, console: Console | None = None) -> Path:
     It writes sweep.json, sweep.csv, sweep.svg and conclusion.txt there.
     """
     console = console or Console()
-    data = replace(config.data, vocabulary=config.data.vocabulary or config.model.vocabulary)
+    data = replace(config.data, vocab_size=config.data.vocab_size or config.model.vocab_size)
     config = replace(config, data=data)
-    places = points(config, replace(config.model, vocabulary=prepare(data).vocabulary))
+    places = points(config, replace(config.model, vocab_size=prepare(data).vocab_size))
     folder = Path(config.folder) / config.kind
     tried = [(point, config.optim.lr * rate) for rate in config.rates for point in places]
     jobs = [
@@ -208,11 +215,11 @@ def main(config: SweepConfig, *, console: Console | None = None) -> Path:
     in_turn = [job for turn in zip(*jobs, strict=True) for job in turn]
     run(in_turn, workers=config.workers, console=console, diverging=True)
     losses = [[_loss(job) for job in each] for each in jobs]
-    rows = tabulate([(*place, own) for place, own in zip(tried, losses, strict=True)])
-    said = conclusion(config.kind, rows)
-    _write(folder, config, rows, said)
+    rows = tabulate([(*cells, flops) for cells, flops in zip(tried, losses, strict=True)])
+    verdict = conclusion(config.kind, rows)
+    _write(folder, config, rows, verdict)
     console.print(_table(rows))
-    console.print(said)
+    console.print(verdict)
     return folder
 
 
@@ -234,8 +241,8 @@ def _training(config: SweepConfig, point: Point, rate: float) -> TrainConfig:
         data=config.data,
         optim=replace(config.optim, lr=rate),
         steps=config.steps,
-        rows=config.rows,
-        length=config.length,
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
         # Runs are compared by their final validation loss.
         validate_every=0,
     )
@@ -269,8 +276,8 @@ def _rank(row: Row) -> tuple[bool, float]:
 def _compare(scored: Sequence[Scored]) -> list[Row]:
     first = scored[0][2]
     return [
-        Row(p, rate, list(own), *mean_and_error(own), *difference(own, first))
-        for p, rate, own in scored
+        Row(p, rate, list(flops), *mean_and_error(flops), *difference(flops, first))
+        for p, rate, flops in scored
     ]
 
 
@@ -285,42 +292,42 @@ def conclusion(kind: Kind, rows: Sequence[Row]) -> str:
     low, *others = sorted(axis, key=_rank)
     first, rates, seeds = axis[0], list(dict.fromkeys(row.rate for row in rows)), len(low.losses)
     several = rates if len(rates) > 1 else []
-    at = f" at a rate of {low.rate:g}" if several else ""
-    said = [
+    where = f" at a rate of {low.rate:g}" if several else ""
+    conclusions = [
         f"{low.point.name} scored lowest "
-        f"({low.mean:.4f} nats a token{at}, {seeds} seed{'s' * (seeds > 1)})"
+        f"({low.mean:.4f} nats a token{where}, {seeds} seed{'s' * (seeds > 1)})"
     ]
     if math.isnan(low.mean):
-        said = ["no point has a mean, since runs of each diverged"]
+        conclusions = ["no point has a mean, since runs of each diverged"]
     elif others:
         other = others[0] if low is first or math.isnan(first.mean) else first
-        said += [
+        conclusions += [
             _against(low, other),
             *(f"at a rate of {rate:g} {_at(rows, rate, low, other)}" for rate in several),
         ]
         # Every ablated part is compared with the whole memory.
         if kind == "ablation":
-            said += [
+            conclusions += [
                 _against(row, first)
                 for row in axis
                 if not any(row is each for each in (first, low, other))
             ]
     for control in controls:
-        said += [_against(control, first)] + [_against(low, control)] * (low is not first)
+        conclusions += [_against(control, first)] + [_against(low, control)] * (low is not first)
     if kind in _QUESTIONS:
         question, clear = _QUESTIONS[kind]
-        said.append(f"{question}: {'established' if clear(axis) else 'not established'}")
-    said += [
+        conclusions.append(f"{question}: {'established' if clear(axis) else 'not established'}")
+    conclusions += [
         _diverged(row, f" at a rate of {row.rate:g}" if several else "")
         for row in rows
         if math.isnan(row.mean)
     ]
-    return "; ".join(said) + " (95 %, paired t)."
+    return "; ".join(conclusions) + " (95 %, paired t)."
 
 
-def _diverged(row: Row, at: str) -> str:
+def _diverged(row: Row, where: str) -> str:
     gone = sum(not math.isfinite(loss) for loss in row.losses)
-    return f"{gone} of {len(row.losses)} runs of {row.point.name}{at} diverged"
+    return f"{gone} of {len(row.losses)} runs of {row.point.name}{where} diverged"
 
 
 def _against(one: Row, other: Row) -> str:
@@ -328,8 +335,8 @@ def _against(one: Row, other: Row) -> str:
 
 
 def _at(rows: Sequence[Row], rate: float, one: Row, other: Row) -> str:
-    found = {row.point.name: row for row in rows if row.rate == rate}
-    return _against(found[one.point.name], found[other.point.name])
+    by_point = {row.point.name: row for row in rows if row.rate == rate}
+    return _against(by_point[one.point.name], by_point[other.point.name])
 
 
 def _below(one: Row, other: Row) -> bool:
@@ -357,7 +364,7 @@ _QUESTIONS: dict[str, tuple[str, Callable[[Sequence[Row]], bool]]] = {
 }
 
 
-def _write(folder: Path, config: SweepConfig, rows: Sequence[Row], said: str) -> None:
+def _write(folder: Path, config: SweepConfig, rows: Sequence[Row], verdict: str) -> None:
     """Writes the config and the results of a sweep.
 
     Everything is drawn before the first file is replaced, so that the files agree.
@@ -369,7 +376,7 @@ def _write(folder: Path, config: SweepConfig, rows: Sequence[Row], said: str) ->
     contents = {
         "sweep.csv": _csv(rows, config.seeds),
         "sweep.svg": drawn.getvalue(),
-        "conclusion.txt": said + "\n",
+        "conclusion.txt": verdict + "\n",
     }
     for name, content in contents.items():
         write_text(folder / name, content)
@@ -383,15 +390,15 @@ def _csv(rows: Sequence[Row], seeds: int) -> str:
         ["point", "x", "control", "rate", "best_rate", *numbers, *map(str, range(seeds))]
     )
     for row in rows:
-        found = (row.mean, row.error, row.difference, row.difference_error)
-        place = (
+        columns = (row.mean, row.error, row.difference, row.difference_error)
+        cells = (
             row.point.name,
             row.point.x,
             row.point.control,
             row.rate,
             (row.point.name, row.rate) in best,
         )
-        writer.writerow([*place, *found, *row.losses])
+        writer.writerow([*cells, *columns, *row.losses])
     return file.getvalue()
 
 
@@ -431,12 +438,12 @@ def _draw(kind: Kind, rows: Sequence[Row]) -> Figure:
 def _table(rows: Sequence[Row]) -> Table:
     table = Table("point", "rate", "loss", "standard error", "difference", "its error", box=None)
     for row in rows:
-        found = (row.error, row.difference, row.difference_error)
+        columns = (row.error, row.difference, row.difference_error)
         loss = "diverged" if math.isnan(row.mean) else f"{row.mean:.4f}"
         table.add_row(
             row.point.name,
             f"{row.rate:g}",
             loss,
-            *("" if math.isnan(v) else f"{v:.4f}" for v in found),
+            *("" if math.isnan(v) else f"{v:.4f}" for v in columns),
         )
     return table

@@ -75,20 +75,20 @@ def spend(like: ModelConfig, budget: Budget, *, context: int = 4096) -> ModelCon
     base = _backbone(replace(like, engram=None), want, context)
     assert base.moe is not None
     have = costs(base, context)
-    kept = _only_experts(base, have, want)
-    if kept is not None and _errors(costs(kept, context), want) <= 1:
-        return kept
+    only_experts = _only_experts(base, have, want)
+    if only_experts is not None and _errors(costs(only_experts, context), want) <= 1:
+        return only_experts
     best: tuple[float, ModelConfig] | None = None
     # The two equations leave out details such as a router that differs by block, which the costs
     # include: solving again from the solution corrects for them.
     for _ in range(3):
-        found = _widths(base, have, want)
-        after = costs(found, context)
+        widths = _widths(base, have, want)
+        after = costs(widths, context)
         error = _errors(after, want)
-        best = min(best or (error, found), (error, found), key=lambda pair: pair[0])
+        best = min(best or (error, widths), (error, widths), key=lambda pair: pair[0])
         if error <= FINE:
             break
-        base, have = found, after
+        base, have = widths, after
     assert best is not None
     if best[0] > 1:
         raise ValueError(
@@ -163,21 +163,21 @@ def _widths(base: ModelConfig, have: Costs, want: Wanted) -> ModelConfig:
     assert moe is not None
     # A weight costs two FLOPs.
     second = 2 if want.axis == "flops_per_token" else 1
-    own = moe.active * moe.width + moe.shared_hidden
+    inner_width = moe.active * moe.width + moe.shared_hidden
     total = (want.total - have.total) / unit + moe.routed * moe.width + moe.shared_hidden
-    spent = (want.activated - getattr(have, want.axis)) / second / unit + own
-    room = total - spent  # width of the experts that are not activated: (E - K) w
+    spent = (want.activated - getattr(have, want.axis)) / second / unit + inner_width
+    capacity = total - spent  # width of the experts that are not activated: (E - K) w
     best: tuple[float, int, int, int] | None = None
-    for routed in _numbers(moe, room):
-        width = max(1, round(room / (routed - moe.active)))
+    for routed in _numbers(moe, capacity):
+        width = max(1, round(capacity / (routed - moe.active)))
         shared = round(spent - moe.active * width - (routed - moe.routed) * router / unit)
-        off = abs((routed - moe.active) * width - room) * unit / want.total / TOTAL_TOLERANCE
+        off = abs((routed - moe.active) * width - capacity) * unit / want.total / TOTAL_TOLERANCE
         if shared >= 0:
             shape = abs(math.log(width / moe.width)) + abs(shared - moe.shared_hidden) / spent
             score = max(FINE, off) * 100 + shape
             best = min(best or (score, routed, width, shared), (score, routed, width, shared))
     if best is None:
-        raise ValueError(_refusal(moe, want, room))
+        raise ValueError(_refusal(moe, want, capacity))
     _, routed, width, shared = best
     plain = None if shared in (0, moe.shared * width) else shared
     count = 0 if not shared else max(1, moe.shared)
@@ -186,9 +186,9 @@ def _widths(base: ModelConfig, have: Costs, want: Wanted) -> ModelConfig:
     )
 
 
-def _refusal(moe: MoEConfig, want: Wanted, room: float) -> str:
+def _refusal(moe: MoEConfig, want: Wanted, capacity: float) -> str:
     got = f"got {want.total:.4g} parameters beside {want.activated:.4g} {AXES[want.axis]}"
-    if room < least_experts(moe) - moe.active + 1:
+    if capacity < least_experts(moe) - moe.active + 1:
         return (
             f"total: {got}, expected room for more than the {moe.active} experts "
             "that a token takes; raise total, or lower what a token may cost"
@@ -200,15 +200,15 @@ def _refusal(moe: MoEConfig, want: Wanted, room: float) -> str:
     )
 
 
-def _numbers(moe: MoEConfig, room: float) -> Iterator[int]:
+def _numbers(moe: MoEConfig, capacity: float) -> Iterator[int]:
     """Yields the numbers of experts to try.
 
     Their widths lie between half and twice the present one.
     """
     step, least = step_of(moe), least_experts(moe)
-    if room <= 0:
+    if capacity <= 0:
         return
-    low, high = (moe.active + room / (moe.width * factor) for factor in (2.0, 0.5))
+    low, high = (moe.active + capacity / (moe.width * factor) for factor in (2.0, 0.5))
     first, last = math.floor(low / step), math.ceil(high / step)
     for n in range(first, last + 1, max(1, (last - first) // 2000)):
         if n * step >= max(least, moe.active + 1):
@@ -221,24 +221,24 @@ def _backbone(like: ModelConfig, want: Wanted, context: int) -> ModelConfig:
     The mixture of experts keeps its share of that cost. ValueError where no scale comes close
     enough.
     """
-    factor, found = 1.0, like
+    factor, candidate = 1.0, like
     for _ in range(6):
-        ratio = want.activated / getattr(costs(found, context), want.axis)
+        ratio = want.activated / getattr(costs(candidate, context), want.axis)
         if abs(ratio - 1) <= SAME:
             break
         # The cost grows as depth times width squared.
         factor *= ratio ** (1 / 3)
-        found = scaled(like, factor)
+        candidate = scaled(like, factor)
     else:
         # The widths of the experts make up for a smaller difference.
         if not 0.8 < ratio < 1.25:
             raise ValueError(
                 f"{want.axis}: got {want.activated:.4g}, "
                 f"expected about {want.activated / ratio:.4g}, the nearest that "
-                f"this shape reaches with a vocabulary of {like.vocabulary:,}; "
+                f"this shape reaches with a vocabulary of {like.vocab_size:,}; "
                 "--like another model, or a smaller vocabulary"
             )
-    return found
+    return candidate
 
 
 def scaled(like: ModelConfig, factor: float) -> ModelConfig:

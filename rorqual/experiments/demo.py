@@ -45,8 +45,8 @@ class DemoConfig:
     folder: str = "runs/demo"
     cache: str = "runs/cache"
     steps: int = 420
-    rows: int = 8  # batch size: sequences per step
-    length: int = 128  # sequence length in tokens
+    batch_size: int = 8  # batch size: sequences per step
+    seq_len: int = 128  # sequence length in tokens
     optim: OptimConfig = field(default_factory=lambda: recipe(preset("tiny").dim))
     seeds: int = 2  # runs per arm
     minutes: float = 7.0  # further seeds are skipped when they would not end by then
@@ -76,14 +76,14 @@ def main(config: DemoConfig, *, console: Console | None = None) -> Result:
     """
     console, began = console or Console(), time.monotonic()
     base = replace(preset(config.preset), engram=None)
-    data = DataConfig(source=config.data, vocabulary=base.vocabulary, cache=config.cache)
+    data = DataConfig(source=config.data, vocab_size=base.vocab_size, cache=config.cache)
     console.print(
         f"[bold]1. text[/bold] {config.data}; tokenizer and token files are kept in {data.cache}"
     )
     tokens = prepare(data)
     console.print(f"   {tokens}", highlight=False)
     plan = split_budget(
-        replace(base, vocabulary=tokens.vocabulary), config.rho, context=config.length
+        replace(base, vocab_size=tokens.vocab_size), config.rho, context=config.seq_len
     )
     console.print(f"[bold]2. two models of one budget[/bold], rho {plan.rho:.2f}")
     console.print(_plan_table(plan))
@@ -91,17 +91,17 @@ def main(config: DemoConfig, *, console: Console | None = None) -> Result:
     jobs = _train(config, data, plan, began, console)
     console.print("[bold]4. what came out[/bold]")
     losses = {
-        arm: [last(job.folder, "validation_loss")["validation_loss"] for job in own]
-        for arm, own in jobs.items()
+        arm: [last(job.folder, "validation_loss")["validation_loss"] for job in arm_jobs]
+        for arm, arm_jobs in jobs.items()
     }
     bits = {
-        arm: [last(job.folder, "bits_per_byte")["bits_per_byte"] for job in own]
-        for arm, own in jobs.items()
+        arm: [last(job.folder, "bits_per_byte")["bits_per_byte"] for job in arm_jobs]
+        for arm, arm_jobs in jobs.items()
     }
-    said = verdict(losses)
+    sentence = verdict(losses)
     console.print(_score_table(losses, bits))
-    console.print(said, highlight=False)
-    report = _show(config, jobs, said, console)
+    console.print(sentence, highlight=False)
+    report = _show(config, jobs, sentence, console)
     seconds = time.monotonic() - began
     _next(config, report, seconds, console)
     return Result(losses, bits, report, seconds)
@@ -119,8 +119,8 @@ def _jobs(config: DemoConfig, data: DataConfig, plan: Plan, seed: int) -> dict[s
                 data=data,
                 optim=config.optim,
                 steps=config.steps,
-                rows=config.rows,
-                length=config.length,
+                batch_size=config.batch_size,
+                seq_len=config.seq_len,
                 seed=seed,
                 folder=folder,
                 # The arms are compared by their final validation loss.
@@ -158,45 +158,47 @@ def verdict(losses: dict[str, list[float]]) -> str:
     gaps = [a - b for a, b in zip(losses["moe"], losses["engram"], strict=True)]
     gap = statistics.fmean(gaps)
     winner = "less" if gap > 0 else "more"
-    said = f"Engram: {abs(gap):.4f} nats a token {winner} than the pure mixture of experts"
+    verdict = f"Engram: {abs(gap):.4f} nats a token {winner} than the pure mixture of experts"
     if len(gaps) < 2:
-        return f"{said}, with one seed: a difference, not a finding."
+        return f"{verdict}, with one seed: a difference, not a finding."
     spread = f"{min(gaps):+.4f} to {max(gaps):+.4f}"
     agreed = all(g > 0 for g in gaps) or all(g < 0 for g in gaps)
     return (
-        f"{said} ({spread} over {len(gaps)} seeds); "
+        f"{verdict} ({spread} over {len(gaps)} seeds); "
         f"{'the seeds agree' if agreed else 'the seeds disagree'}."
     )
 
 
-def _show(config: DemoConfig, jobs: dict[str, list[Job]], said: str, console: Console) -> Path:
+def _show(config: DemoConfig, jobs: dict[str, list[Job]], verdict: str, console: Console) -> Path:
     """Prints a continuation by each arm and the gates of a sentence.
 
     It writes gates.png and report.html, and returns the path of the report.
     """
     folder = Path(config.folder)
-    for arm, own in jobs.items():
-        text = load(own[0].folder).generate(
+    for arm, arm_jobs in jobs.items():
+        text = load(arm_jobs[0].folder).generate(
             config.prompt, max_new_tokens=40, temperature=0.7, seed=0
         )
         console.print(Text.assemble((f"{arm}: ", "bold"), (config.prompt, "dim"), text))
     memory = load(jobs["engram"][0].folder)
-    found = gates(memory.model, memory.tokenizer, config.sentence)
-    console.print("gates, mean over the streams (brighter: the token trusts what it recalled)")
-    console.print(gate_line(found))
-    gate_map(found).savefig(folder / "gates.png", dpi=160)
-    runs = [job.folder for own in jobs.values() for job in own]
+    gates_of_memory = gates(memory.model, memory.tokenizer, config.sentence)
+    console.print("gates, mean over the streams (brighter: the token trusts what it looked up)")
+    console.print(gate_line(gates_of_memory))
+    gate_map(gates_of_memory).savefig(folder / "gates.png", dpi=160)
+    runs = [job.folder for arm_jobs in jobs.values() for job in arm_jobs]
     title = "Experts alone, or experts and memory: one budget, two models"
     out = folder / "report.html"
-    return write_report(runs, out, title=title, sentence=config.sentence, note=said, asked=[folder])
+    return write_report(
+        runs, out, title=title, sentence=config.sentence, note=verdict, asked=[folder]
+    )
 
 
-def gate_line(found: Gates) -> Text:
+def gate_line(gates: Gates) -> Text:
     """Formats the sentence with each token on a background as bright as its gate."""
-    means = found.values.mean((0, 2)).tolist()
+    means = gates.values.mean((0, 2)).tolist()
     low, high = min(means), max(means)
     line = Text("  ")
-    for word, value in zip(found.tokens, means, strict=True):
+    for word, value in zip(gates.tokens, means, strict=True):
         level = round(40 + 190 * (value - low) / max(high - low, 1e-6))
         ink = "black" if level > 130 else "white"
         line.append(word, style=f"{ink} on rgb({level // 3},{level * 2 // 3},{level})")

@@ -113,7 +113,7 @@ class Machine:
     step_tokens: int = 1 << 20  # tokens per update, over all devices
     optimizer: Literal["adamw", "muon"] = "muon"  # of the blocks' matrices
     # placement of Engram's rows and of their moments
-    tables: Literal["device", "host"] = "device"
+    placement: Literal["device", "host"] = "device"
 
     def __post_init__(self) -> None:
         choose("device", self.device, (*DEVICES, "cpu"))
@@ -132,7 +132,7 @@ def usual_machine(parameters: float) -> Machine:
     if parameters > SMALL:
         return Machine()
     trained = TrainConfig()
-    return Machine(device="cpu", devices=1, step_tokens=trained.rows * trained.length)
+    return Machine(device="cpu", devices=1, step_tokens=trained.batch_size * trained.seq_len)
 
 
 class Bytes(NamedTuple):
@@ -164,35 +164,38 @@ def estimate(config: ModelConfig, machine: Machine, context: int = 4096) -> Esti
     """
     device, count = device_of(machine.device), machine.devices
     sizes, tensors, products = _sizes(config)
-    kept = _bytes(config, machine, sizes, tensors)
-    rows = kept.get("rows", Bytes(0, 0, 0, 0))
-    hosted = sum(rows[1:]) if machine.tables == "host" else 0
-    held = (sum(sum(one[1:]) for one in kept.values()) - hosted) / count
+    state_bytes = _bytes(config, machine, sizes, tensors)
+    rows = state_bytes.get("rows", Bytes(0, 0, 0, 0))
+    hosted = sum(rows[1:]) if machine.placement == "host" else 0
+    bytes_of_state = (sum(sum(one[1:]) for one in state_bytes.values()) - hosted) / count
     peak = device.flops * machine.utilisation * count
-    own = costs(config, context)
+    counted = costs(config, context)
     # The costs count the shared head once, although every MTP module multiplies by it.
-    heads = config.vocabulary * config.dim * (config.mtp.depth - 1 if config.mtp is not None else 0)
+    heads = config.vocab_size * config.dim * (config.mtp.depth - 1 if config.mtp is not None else 0)
     compute = (
-        3 * (own.flops_per_token + 2 * (own.mtp_activated + heads)) * machine.step_tokens / peak
+        3
+        * (counted.flops_per_token + 2 * (counted.mtp_activated + heads))
+        * machine.step_tokens
+        / peak
     )
     moved = sum(
         2 * (one.weights + one.state) + one.gradients
-        for role, one in kept.items()
+        for role, one in state_bytes.items()
         if role != "rows"
     )
     update = moved / (device.bandwidth * count) + (
         products / peak if machine.optimizer == "muon" else 0.0
     )
-    recalled = _row_seconds(config, machine)
-    together = max(compute, recalled) if machine.tables == "host" else compute + recalled
+    looked_up = _row_seconds(config, machine)
+    together = max(compute, looked_up) if machine.placement == "host" else compute + looked_up
     return Estimate(
-        kept,
-        math.ceil(held),
+        state_bytes,
+        math.ceil(bytes_of_state),
         hosted,
-        held <= device.memory,
+        bytes_of_state <= device.memory,
         compute,
         update,
-        recalled,
+        looked_up,
         together + update,
     )
 
@@ -206,10 +209,10 @@ def _sizes(config: ModelConfig) -> tuple[Counter[Role], Counter[Role], float]:
         sizes[role[name]] += parameter.numel()
         tensors[role[name]] += 1
         if role[name] == "matrix":
-            *stack, tall, wide = parameter.shape
+            *stack, tall, width = parameter.shape
             # Gate and up are two matrices side by side.
             halves = 2 if name.endswith("gate_up") else 1
-            small, large = sorted((tall, wide // halves))
+            small, large = sorted((tall, width // halves))
             products += math.prod(stack) * halves * ROUNDS * (4 * small**2 * large + 2 * small**3)
     return sizes, tensors, products
 
@@ -236,22 +239,22 @@ class _Unfilled(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = kwargs or {}
+        arguments = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
-            return given["tensor"] if "tensor" in given else args[0]
+            return arguments["tensor"] if "tensor" in arguments else args[0]
         if func in FILLING:
             return args[0]
         if func is torch.eye:
             return torch.empty(args[0], args[-1])
         if func in (torch.randn, torch.rand):
-            return torch.empty(*args, **given)
-        return func(*args, **given)
+            return torch.empty(*args, **arguments)
+        return func(*args, **arguments)
 
 
 def _bytes(
     config: ModelConfig, machine: Machine, sizes: Counter[Role], tensors: Counter[Role]
 ) -> dict[Role, Bytes]:
-    found: dict[Role, Bytes] = {}
+    by_role: dict[Role, Bytes] = {}
     for role, number in sizes.items():
         weights = FLOAT * number
         if role == "rows":
@@ -259,14 +262,14 @@ def _bytes(
             width = config.engram.head_dim
             # The last term counts how often each row was updated.
             state = 2 * weights + 4 * (number // width)
-            found[role] = Bytes(
+            by_role[role] = Bytes(
                 number, weights, _touched(config, machine) * (FLOAT * width + 8), state
             )
         elif role == "matrix" and machine.optimizer == "muon":
-            found[role] = Bytes(number, weights, weights, weights)
+            by_role[role] = Bytes(number, weights, weights, weights)
         else:
-            found[role] = Bytes(number, weights, weights, 2 * weights + FLOAT * tensors[role])
-    return found
+            by_role[role] = Bytes(number, weights, weights, 2 * weights + FLOAT * tensors[role])
+    return by_role
 
 
 def _touched(config: ModelConfig, machine: Machine) -> int:
@@ -293,7 +296,7 @@ def _row_seconds(config: ModelConfig, machine: Machine) -> float:
         * width
         * FLOAT
     )
-    if machine.tables == "host":
+    if machine.placement == "host":
         # Rows and gradients move at the same time, since the link has two directions.
         return read / (device.link * machine.devices)
     return (2 * read + 7 * FLOAT * _touched(config, machine) * width) / (

@@ -59,12 +59,10 @@ class NeedleSweep:
     gqa: GQAConfig = field(default_factory=lambda: GQAConfig(heads=4, kv_heads=2, head_dim=32))
     mla: MLAConfig = field(default_factory=MLAConfig)
     nsa: NSAConfig = field(
-        default_factory=lambda: NSAConfig(block=8, stride=4, select_block=8, chosen=6, window=24)
+        default_factory=lambda: NSAConfig(block=8, stride=4, select_block=8, top_k=6, window=24)
     )
-    moba: MoBAConfig = field(default_factory=lambda: MoBAConfig(block=16, chosen=3))
-    dsa: DSAConfig = field(
-        default_factory=lambda: DSAConfig(heads=4, dim=16, chosen=48, warmup=400)
-    )
+    moba: MoBAConfig = field(default_factory=lambda: MoBAConfig(block=16, top_k=3))
+    dsa: DSAConfig = field(default_factory=lambda: DSAConfig(heads=4, dim=16, top_k=48, warmup=400))
     engram: EngramConfig = field(
         default_factory=lambda: EngramConfig(
             layers=(0,),
@@ -77,14 +75,14 @@ class NeedleSweep:
     )
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(kind="muon", lr=NEEDLE_RATE))
     steps: int = 600
-    rows: int = 10
-    length: int = 192
+    batch_size: int = 10
+    seq_len: int = 192
     seeds: int = 2
     folder: str = "runs/sweep"
     workers: int | None = None  # processes at a time; None: one per core
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "dim", "layers", "dense_width", "steps", "rows", "length"):
+        for name in ("seeds", "dim", "layers", "dense_width", "steps", "batch_size", "seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if (
@@ -115,21 +113,21 @@ Scores = dict[str, float]  # accuracies of a run, by the names that `column` ret
 def arms(config: NeedleSweep) -> list[Arm]:
     """Returns every kind of attention, without memory, with it, or both."""
     plain = ModelConfig(
-        vocabulary=config.needles.vocabulary,
+        vocab_size=config.needles.vocab_size,
         dim=config.dim,
         layers=config.layers,
         dense_width=config.dense_width,
         rope=config.rope,
         init_std=config.init_std,
     )
-    found = []
+    arm_list = []
     for kind in config.kinds:
         outer = FULL.get(kind, kind)
         attention = {"mla": None, outer: getattr(config, outer), kind: getattr(config, kind)}
         for memory in {"both": (False, True), "off": (False,), "on": (True,)}[config.memory]:
             engram = config.engram if memory else None
-            found.append(Arm(kind, memory, replace(plain, engram=engram, **attention)))
-    return found
+            arm_list.append(Arm(kind, memory, replace(plain, engram=engram, **attention)))
+    return arm_list
 
 
 def main(config: NeedleSweep, *, console: Console | None = None) -> Path:
@@ -147,11 +145,11 @@ def main(config: NeedleSweep, *, console: Console | None = None) -> Path:
     scores = {
         name: [last(job.folder, _total(config)) for job in each] for name, each in jobs.items()
     }
-    said = conclusion(config, entered, scores)
+    verdict = conclusion(config, entered, scores)
     _write(folder, config, entered, scores)
-    write_text(folder / "conclusion.txt", said + "\n")
+    write_text(folder / "conclusion.txt", verdict + "\n")
     console.print(_table(config, scores))
-    console.print(said)
+    console.print(verdict)
     return folder
 
 
@@ -161,14 +159,14 @@ def _training(config: NeedleSweep, arm: Arm) -> TrainConfig:
         needles=config.needles,
         optim=config.optim,
         steps=config.steps,
-        rows=config.rows,
-        length=config.length,
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
     )
 
 
 def _total(config: NeedleSweep) -> str:
     """Returns the name of a column that only a finished run's last line has."""
-    return column(TASKS[0], config.length)
+    return column(TASKS[0], config.seq_len)
 
 
 def overall(scores: Scores, length: int) -> float:
@@ -182,7 +180,7 @@ def conclusion(config: NeedleSweep, entered: Sequence[Arm], scores: dict[str, li
     The scores that are compared are the means of the four tasks.
     """
     means = {
-        name: [overall(each, config.length) for each in seeds] for name, seeds in scores.items()
+        name: [overall(each, config.seq_len) for each in seeds] for name, seeds in scores.items()
     }
     pairs = [
         (arm.name, arm.name.replace(arm.kind, FULL[arm.kind], 1))
@@ -197,7 +195,7 @@ def conclusion(config: NeedleSweep, entered: Sequence[Arm], scores: dict[str, li
     seeds = f"{config.seeds} seed{'s' * (config.seeds > 1)}"
     head = (
         f"{best} found most ({mean_and_error(means[best])[0]:.3f} of the answers "
-        f"at {config.length} tokens, {seeds})"
+        f"at {config.seq_len} tokens, {seeds})"
     )
     return "; ".join([head, *parts]) + " (95 %, paired t)."
 
@@ -207,12 +205,12 @@ def _table(config: NeedleSweep, scores: dict[str, list[Scores]]) -> Table:
         "",
         *TASKS,
         box=None,
-        title=f"share of answers found at {config.length} tokens",
+        title=f"share of answers found at {config.seq_len} tokens",
         title_justify="left",
     )
     for name, seeds in scores.items():
         cells = (
-            mean_and_error([each[column(task, config.length)] for each in seeds]) for task in TASKS
+            mean_and_error([each[column(task, config.seq_len)] for each in seeds]) for task in TASKS
         )
         table.add_row(
             name, *(f"{m:.3f}" if math.isnan(e) else f"{m:.3f} ± {e:.3f}" for m, e in cells)
@@ -230,30 +228,30 @@ def _write(
 ) -> None:
     """Writes needle.csv and the figures.
 
-    The table has one line for every accuracy that was measured; its column `part` is the part of
+    The table has one line for every accuracy that was measured; its column `depth` is the part of
     the text, empty for the whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lengths = exam_lengths(config.needles, config.length)
+    lengths = exam_lengths(config.needles, config.seq_len)
     table = io.StringIO(newline="")
     writer = csv.writer(table)
-    writer.writerow(["kind", "engram", "seed", "task", "length", "part", "accuracy"])
+    writer.writerow(["kind", "engram", "seed", "task", "seq_len", "part", "accuracy"])
     columns = [(t, n, p) for t in TASKS for n in lengths for p in (None, *range(DEPTHS))]
     for arm in entered:
-        for seed, found in enumerate(scores[arm.name]):
-            for task, length, part in columns:
-                if (name := column(task, length, part)) in found:
-                    writer.writerow([arm.kind, arm.memory, seed, task, length, part, found[name]])
+        for seed, exam in enumerate(scores[arm.name]):
+            for task, length, depth in columns:
+                if (name := column(task, length, depth)) in exam:
+                    writer.writerow([arm.kind, arm.memory, seed, task, length, depth, exam[name]])
     write_text(folder / "needle.csv", table.getvalue())
     for memory in {arm.memory for arm in entered}:
-        chosen = {arm.name: scores[arm.name] for arm in entered if arm.memory == memory}
+        best = {arm.name: scores[arm.name] for arm in entered if arm.memory == memory}
         ending = "-engram" * memory
         by_length = {
             name: [(float(n), *_spread([overall(each, n) for each in seeds])) for n in lengths]
-            for name, seeds in chosen.items()
+            for name, seeds in best.items()
         }
         _draw(folder / f"length{ending}.svg", by_length, "tokens", log=True)
-        by_depth = {name: _by_depth(seeds, config.length) for name, seeds in chosen.items()}
+        by_depth = {name: _by_depth(seeds, config.seq_len) for name, seeds in best.items()}
         _draw(
             folder / f"depth{ending}.svg",
             by_depth,
@@ -273,13 +271,15 @@ def _by_depth(seeds: Sequence[Scores], length: int) -> list[tuple[float, float, 
 
     The mean is over the tasks that have needles in that part of the text.
     """
-    found = []
-    for part in range(DEPTHS):
-        names = [column(task, length, part) for task in TASKS]
+    accuracies = []
+    for depth_index in range(DEPTHS):
+        names = [column(task, length, depth_index) for task in TASKS]
         shares = [[each[name] for name in names if name in each] for each in seeds]
         if all(shares):
-            found.append(((part + 0.5) / DEPTHS, *_spread([sum(s) / len(s) for s in shares])))
-    return found
+            accuracies.append(
+                ((depth_index + 0.5) / DEPTHS, *_spread([sum(s) / len(s) for s in shares]))
+            )
+    return accuracies
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:

@@ -55,9 +55,9 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def difference(own: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+def difference(losses: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
     """Returns mean and standard error of own - other, seed by seed."""
-    return mean_and_error([a - b for a, b in zip(own, other, strict=True)])
+    return mean_and_error([a - b for a, b in zip(losses, other, strict=True)])
 
 
 def established(mean: float, error: float, seeds: int) -> bool:
@@ -66,14 +66,14 @@ def established(mean: float, error: float, seeds: int) -> bool:
 
 
 def compared(
-    one: str, other: str, own: Sequence[float], others: Sequence[float], digits: int = 4
+    one: str, other: str, losses: Sequence[float], others: Sequence[float], digits: int = 4
 ) -> str:
     """Formats a comparison of two arms.
 
     It has their names, the mean of own - others with its error, and whether it is established.
     """
-    mean, error = difference(own, others)
+    mean, error = difference(losses, others)
     figure = f"{mean:+.{digits}f}" if math.isfinite(mean) else "no number"
     figure += f" +- {error:.{digits}f}" if math.isfinite(error) else ""
-    found = "established" if established(mean, error, len(own)) else "not established"
-    return f"{one} against {other} {figure}, {found}"
+    verdict = "established" if established(mean, error, len(losses)) else "not established"
+    return f"{one} against {other} {figure}, {verdict}"

@@ -119,13 +119,13 @@ def split_budget(
             f"rho: got {rho}, expected 0..1, the share of inactive experts that stay experts"
         )
     moe = replace(base, engram=None)
-    kept = _kept_experts(base.moe, rho)
-    reached = (kept - base.moe.active) / max(1, base.moe.routed - base.moe.active)
-    if kept == base.moe.routed:
+    kept_experts = _kept_experts(base.moe, rho)
+    reached = (kept_experts - base.moe.active) / max(1, base.moe.routed - base.moe.active)
+    if kept_experts == base.moe.routed:
         arm = Arm("moe", moe, costs(moe, context))
         return Plan(1.0, arm, arm._replace(name="engram"), _dense(arm, context))
     template = engram or base.engram or default_memory(base)
-    empty = replace(base, moe=replace(base.moe, routed=kept), engram=with_rows(template, 2))
+    empty = replace(base, moe=replace(base.moe, routed=kept_experts), engram=with_rows(template, 2))
     pure, filled = _evened(moe, empty, context, pays)
     filled = replace(filled, engram=_solve_rows(pure.costs, filled, template, context))
     plan = Plan(reached, pure, Arm("engram", filled, costs(filled, context)), _dense(pure, context))
@@ -217,14 +217,14 @@ def _solve_rows(
             "lower rho, or narrow the memory (fewer heads, a smaller head_dim, fewer layers)"
         )
 
-    def held(rows: int) -> int:
+    def total_rows(rows: int) -> int:
         return sum(row_totals(with_rows(template, rows))) * template.head_dim
 
     low, high = 2, free // (len(template.layers) * template.rows_per_token * template.head_dim) + 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if held(middle) <= free else (low, middle)
-    return with_rows(template, min(low, high, key=lambda rows: abs(held(rows) - free)))
+        low, high = (middle, high) if total_rows(middle) <= free else (low, middle)
+    return with_rows(template, min(low, high, key=lambda rows: abs(total_rows(rows) - free)))
 
 
 def _dense(pure: Arm, context: int) -> Arm:

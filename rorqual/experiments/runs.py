@@ -56,9 +56,9 @@ class Job(NamedTuple):
 
     def begun(self) -> bool:
         """Returns whether the folder was made for this config, so that its run can resume."""
-        said = [path for name in ("train.json", WANTED) if (path := self.folder / name).is_file()]
+        paths = [path for name in ("train.json", WANTED) if (path := self.folder / name).is_file()]
         try:
-            return bool(said) and configs.load(TrainConfig, said[0]) == self.config
+            return bool(paths) and configs.load(TrainConfig, paths[0]) == self.config
         except (OSError, ValueError):
             return False
 
@@ -79,8 +79,8 @@ def last(folder: Path, key: str = "loss") -> dict[str, Any]:
     """Reads the newest metrics of a run that have `key`; empty when there are none yet."""
     for line in reversed(_lines(folder)):
         # Only lines that contain the key are parsed, since this runs twice a second.
-        if f'"{key}"' in line and key in (found := json.loads(line)):
-            return found
+        if f'"{key}"' in line and key in (metrics := json.loads(line)):
+            return metrics
     return {}
 
 

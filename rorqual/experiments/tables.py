@@ -32,7 +32,7 @@ Tables = Sequence[Table]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": FP8}
 PROMPT = 16  # token ids
-VOCABULARY = 8192  # with a larger one the head of a model of this size takes most of a step
+VOCAB_SIZE = 8192  # with a larger one the head of a model of this size takes most of a step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +89,7 @@ class Line(NamedTuple):
 
 def ways(hot_bytes: int) -> list[Way]:
     """Returns everything that is compared."""
-    found = [
+    placements = [
         Way("resident", TableConfig()),
         Way("host memory", TableConfig(placement="host")),
         Way("host memory, no prefetch", TableConfig(placement="host", prefetch=False)),
@@ -101,8 +101,8 @@ def ways(hot_bytes: int) -> list[Way]:
             (", hot rows", hot_bytes, True),
         ):
             placed = TableConfig(placement="disk", hot_bytes=hot, prefetch=prefetch)
-            found.append(Way(f"disk {state}{words}", placed, cold=state == "cold"))
-    return found
+            placements.append(Way(f"disk {state}{words}", placed, cold=state == "cold"))
+    return placements
 
 
 def bench(config: BenchConfig, say: Callable[[str], None] = lambda _: None) -> list[Line]:
@@ -111,12 +111,12 @@ def bench(config: BenchConfig, say: Callable[[str], None] = lambda _: None) -> l
     RuntimeError if two of them generate different ids. ValueError where the disk has too little
     space for the table.
     """
-    with tempfile.TemporaryDirectory(dir=config.folder, prefix="table-bench-") as place:
+    with tempfile.TemporaryDirectory(dir=config.folder, prefix="table-bench-") as directory:
         say(
             f"drawing {sum(row_totals(memory_of(config))):,} rows "
             f"of {config.width} values in {config.dtype}"
         )
-        folder = drawn(config, Path(place))
+        folder = drawn(config, Path(directory))
         every = [(way, opened(config, folder, way.config)) for way in ways(config.hot_bytes)]
         model = model_with(config, every[-1][1])
         speeds = _generated(config, model, every, say)
@@ -138,8 +138,8 @@ def drawn(config: BenchConfig, folder: Path) -> Path:
 
 def opened(config: BenchConfig, folder: Path, placed: TableConfig) -> Tables:
     """Opens the tables of that folder with the given placement."""
-    found = open_tables(folder, len(memory_of(config).layers), replace(placed, folder=str(folder)))
-    return [table.eval() for table in found]
+    tables = open_tables(folder, len(memory_of(config).layers), replace(placed, folder=str(folder)))
+    return [table.eval() for table in tables]
 
 
 def memory_of(config: BenchConfig) -> EngramConfig:
@@ -151,7 +151,7 @@ def memory_of(config: BenchConfig) -> EngramConfig:
 
 def model_with(config: BenchConfig, tables: Tables) -> LanguageModel:
     shape = ModelConfig(
-        vocabulary=VOCABULARY,
+        vocab_size=VOCAB_SIZE,
         dim=config.dim,
         layers=config.layers,
         dense_width=4 * config.dim,
@@ -176,20 +176,20 @@ def _generated(
         weight for name, weight in model.named_parameters() if not name.startswith("tables.")
     ]
     for turn in range(config.rounds + 1):
-        said: list[list[list[int | None]]] = []
+        generated: list[list[list[int | None]]] = []
         draw = torch.Generator().manual_seed(config.seed + turn)
         prompts = torch.randint(
-            model.config.vocabulary, (config.sequences, PROMPT), generator=draw
+            model.config.vocab_size, (config.sequences, PROMPT), generator=draw
         ).tolist()
         for way, tables in every:
             model.tables = nn.ModuleList(tables)
             _warm(way, tables)
             steps = decode(model, prompts, max_new_tokens=config.tokens)
             ids, seconds = _walked(steps, tables if way.cold else (), weights)
-            said.append(ids)
+            generated.append(ids)
             if turn:
                 taken[way.name] += seconds
-            if said[-1] != said[0]:
+            if generated[-1] != generated[0]:
                 raise RuntimeError(f"{way.name} says other ids than {every[0][0].name}")
         say(f"round {turn} of {config.rounds}: all ways say the same ids")
     return {name: config.sequences / statistics.median(seconds) for name, seconds in taken.items()}
@@ -212,7 +212,7 @@ def _walked(
 
     The time to drop the page cache is not included.
     """
-    said, seconds = [next(steps)], list[float]()
+    generated, seconds = [next(steps)], list[float]()
     while True:
         for table in cold:
             _drop_page_cache(table)
@@ -220,9 +220,9 @@ def _walked(
             weight.sum()
         began = time.perf_counter()
         if (step := next(steps, None)) is None:
-            return said, seconds
+            return generated, seconds
         seconds.append(time.perf_counter() - began)
-        said.append(step)
+        generated.append(step)
 
 
 def _line(
@@ -240,7 +240,7 @@ def _line(
     rate = hits / different if different else 0.0
     _warm(way, tables)
     before = (lambda: _drop_page_cache(table)) if way.cold else lambda: None
-    found = measure(
+    measured = measure(
         table,
         rows_per_token=16 * config.sequences,
         seconds=config.seconds,
@@ -248,7 +248,12 @@ def _line(
         before=before,
     )
     return Line(
-        way.name, found["rows_per_second"], found["step_p50"], found["step_p99"], speed, rate
+        way.name,
+        measured["rows_per_second"],
+        measured["step_p50"],
+        measured["step_p99"],
+        speed,
+        rate,
     )
 
 
@@ -281,10 +286,10 @@ def measure(
 
     def laps(count: int) -> list[float]:
         stop = time.perf_counter() + seconds / 2
-        found = [lap(count)]
+        times = [lap(count)]
         while time.perf_counter() < stop:
-            found.append(lap(count))
-        return found
+            times.append(lap(count))
+        return times
 
     with torch.no_grad():
         bulk = laps(4096)

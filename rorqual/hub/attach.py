@@ -49,12 +49,12 @@ class Memory(nn.Module):
     """
 
     def __init__(
-        self, config: EngramConfig, tokenizer: Tokenizer, vocabulary: int, width: int, *, seed: int
+        self, config: EngramConfig, tokenizer: Tokenizer, vocab_size: int, width: int, *, seed: int
     ) -> None:
         super().__init__()
-        self.config, self.width, self.vocabulary = config, width, vocabulary
+        self.config, self.width, self.vocab_size = config, width, vocab_size
         self.addresses = Addresses(
-            config, tokenizer.canonical_map() if config.canonical else None, vocabulary
+            config, tokenizer.canonical_map() if config.canonical else None, vocab_size
         )
         self.tables = nn.ModuleList(Table(rows, config.head_dim) for rows in row_totals(config))
         self.engrams = nn.ModuleList(Engram(config, width) for _ in config.layers)
@@ -142,8 +142,8 @@ class Memory(nn.Module):
             body.register_forward_pre_hook(self._before, with_kwargs=True),
             body.register_forward_hook(self._after, always_call=True),
         ]
-        for place, layer in enumerate(self.config.layers):
-            hook = functools.partial(self._recall, place)
+        for table_index, layer in enumerate(self.config.layers):
+            hook = functools.partial(self._add_engram, table_index)
             self._hooks.append(blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
         self._host = (host,)
         host.add_module(NAME, self)
@@ -161,9 +161,9 @@ class Memory(nn.Module):
         if not _adapters(host):
             for parameter, trained in self._frozen:
                 parameter.requires_grad_(trained)
-        for known in self._caches:
-            if (cache := known()) is not None:
-                cache.forget()
+        for reference in self._caches:
+            if (cache := reference()) is not None:
+                cache.restore()
         delattr(host, NAME)
         self._hooks, self._frozen, self._caches, self._host, self._now = [], [], [], (), None
         return host
@@ -187,9 +187,9 @@ class Memory(nn.Module):
         freezing is intended.
         """
         before, self._adapters = self._adapters, _adapters(self._host[0]) if self._host else ()
-        own = [parameter for child in self.children() for parameter in child.parameters()]
-        if any(parameter.requires_grad for parameter in own):
-            self._trained = [(parameter, parameter.requires_grad) for parameter in own]
+        parameters = [parameter for child in self.children() for parameter in child.parameters()]
+        if any(parameter.requires_grad for parameter in parameters):
+            self._trained = [(parameter, parameter.requires_grad) for parameter in parameters]
         elif set(self._adapters) - set(before):
             for parameter, trained in self._trained:
                 parameter.requires_grad_(trained)
@@ -202,7 +202,7 @@ class Memory(nn.Module):
         about = {
             "config": configs.to_dict(self.config),
             "width": self.width,
-            "vocabulary": self.vocabulary,
+            "vocab_size": self.vocab_size,
         }
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         with atomic_write(path) as beside:
@@ -227,7 +227,7 @@ class Memory(nn.Module):
         state = None if cache is None else cache.rorqual_state
         columns = 0 if state is None else state.columns.count
         packed = self._packing = packing(_valid(kwargs, ids, columns))
-        documents = _documents(kwargs, ids) if columns == 0 else None
+        document_ids = _documents(kwargs, ids) if columns == 0 else None
         tokens: Tensor = ids if packed is None else packed.pack(ids)
         batch, time = tokens.shape
         if state is not None:
@@ -236,16 +236,18 @@ class Memory(nn.Module):
             batch,
             time,
             ids.device,
-            documents=documents,
+            document_ids=document_ids,
             lengths=None if packed is None else packed.lengths,
             past=None if state is None else state.cache.past,
         )
         history = None if state is None else state.cache.ids
         rows = self.addresses(tokens, ctx, history)  # [Lm, B, T, R]
-        pending = [table.prefetch(rows[place]) for place, table in enumerate(self._stores)]
+        pending = [
+            table.prefetch(rows[table_index]) for table_index, table in enumerate(self._stores)
+        ]
         ctx = dataclasses.replace(ctx, lookup_mask=self.addresses.lookup_mask(tokens, ctx))
         caches = (None,) * len(pending) if state is None else state.cache.layers
-        self._now = [ctx.for_block(kept, row) for kept, row in zip(caches, pending, strict=True)]
+        self._now = [ctx.for_block(cache, row) for cache, row in zip(caches, pending, strict=True)]
         return (), kwargs
 
     def _after(self, body: nn.Module, args: tuple, output: Any) -> None:
@@ -269,27 +271,27 @@ class Memory(nn.Module):
                 f"memory: got past_key_values as {type(cache).__name__}, "
                 "expected a Cache of transformers"
             )
-        if not isinstance(cache, Remembering):
+        if not isinstance(cache, EngramCache):
             cache.__class__ = type(
-                "Remembering" + type(cache).__name__, (Remembering, type(cache)), {}
+                "Remembering" + type(cache).__name__, (EngramCache, type(cache)), {}
             )
-            self._caches = [known for known in self._caches if known() is not None] + [
+            self._caches = [reference for reference in self._caches if reference() is not None] + [
                 weakref.ref(cache)
             ]
             state = self.new_state(len(kwargs["input_ids"]))
             cache.rorqual_state, cache.rorqual_memory = state, weakref.ref(self)
-        held, known = int(cache.get_seq_length()), cache.rorqual_state.columns.count
-        if held != known or cache.rorqual_memory() is not self:
-            seen = known if cache.rorqual_memory() is self else 0
-            got = f"a cache of {held} tokens, {seen} of which it has seen"
+        length, reference = int(cache.get_seq_length()), cache.rorqual_state.columns.count
+        if length != reference or cache.rorqual_memory() is not self:
+            seen = reference if cache.rorqual_memory() is self else 0
+            got = f"a cache of {length} tokens, {seen} of which it has seen"
             raise ValueError(
                 f"memory: got {got}, "
                 "expected a new one: it was filled before the memory was attached"
             )
         return cache
 
-    def _recall(
-        self, place: int, block: nn.Module, args: tuple, kwargs: dict[str, Any]
+    def _add_engram(
+        self, table_index: int, block: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         """Adds Engram's output to the hidden states, before a block with memory runs."""
         assert self._now is not None
@@ -302,7 +304,7 @@ class Memory(nn.Module):
             )
         packed = self._packing
         tokens = hidden if packed is None else packed.pack(hidden)
-        added = self.engrams[place](tokens[:, :, None], self._now[place])[:, :, 0]
+        added = self.engrams[table_index](tokens[:, :, None], self._now[table_index])[:, :, 0]
         added = added if packed is None else packed.unpack(added)
         hidden = hidden + added.to(hidden.dtype)
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
@@ -346,7 +348,7 @@ class MemoryCache:
         self.columns.reset()
 
 
-class Remembering:
+class EngramCache:
     """Mixin for the class of one host cache: applies its operations to the memory's state, too."""
 
     rorqual_state: MemoryCache
@@ -381,7 +383,7 @@ class Remembering:
         super().reset()  # type: ignore[misc]
         self.rorqual_state.reset()
 
-    def forget(self) -> None:
+    def restore(self) -> None:
         """Restores the cache to its state before the memory was attached."""
         self.__class__ = type(self).__bases__[1]
         del self.rorqual_state, self.rorqual_memory
@@ -410,8 +412,8 @@ def attach(
     have several residual streams, or layers that it does not have.
     """
     ours = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.of(tokenizer)
-    known = {field.name for field in dataclasses.fields(EngramConfig)} - {"layers"}
-    if unknown := set(options) - known:
+    fields = {field.name for field in dataclasses.fields(EngramConfig)} - {"layers"}
+    if unknown := set(options) - fields:
         raise ValueError(
             f"attach: got {', '.join(sorted(unknown))}, expected fields of EngramConfig"
         )
@@ -422,7 +424,7 @@ def attach(
     )
     # This check comes before anything large is allocated.
     _check_hidden(model, *find_blocks(model))
-    memory = Memory(settings, ours, _vocabulary_of(model, ours), _width_of(model), seed=seed)
+    memory = Memory(settings, ours, _vocab_size_of(model, ours), _width_of(model), seed=seed)
     memory.start(zero, seed)
     memory.mount(model)
     return memory
@@ -435,8 +437,10 @@ def load_memory(model: nn.Module, tokenizer: Any, path: str | Path) -> Memory:
     as it was.
     """
     config, width, tensors = _read(path)
-    if width != (own := _width_of(model)):
-        raise ValueError(f"{path}: made for a model of width {width}, got one of width {own}")
+    if width != (model_width := _width_of(model)):
+        raise ValueError(
+            f"{path}: made for a model of width {width}, got one of width {model_width}"
+        )
     options = {name: value for name, value in config.items() if name != "layers"}
     memory = attach(model, tokenizer, tuple(config["layers"]), **options)
     try:
@@ -466,9 +470,11 @@ def _read(path: str | Path) -> tuple[dict[str, Any], int, dict[str, Tensor]]:
         about = json.loads(header["memory"])
         config, width = about["config"], int(about["width"])
         least = sum(config["rows_per_head"]) * config["heads"]
-        for place in range(len(config["layers"])):
-            if len(tensors[f"tables.{place}.weight"]) < least:
-                raise ValueError(f"table {place} has fewer than the {least} rows of its config")
+        for table_index in range(len(config["layers"])):
+            if len(tensors[f"tables.{table_index}.weight"]) < least:
+                raise ValueError(
+                    f"table {table_index} has fewer than the {least} rows of its config"
+                )
         assert tensors["engrams.0.value_proj.weight"].is_floating_point()
     except (ValueError, TypeError, KeyError, AssertionError, RecursionError) as error:
         raise ValueError(f"{path} is no memory that Memory.save wrote: {error!r}") from error
@@ -543,11 +549,11 @@ def _width_of(model: Any) -> int:
     return model.config.get_text_config(decoder=True).hidden_size
 
 
-def _vocabulary_of(model: Any, tokenizer: Tokenizer) -> int:
+def _vocab_size_of(model: Any, tokenizer: Tokenizer) -> int:
     rows = model.get_input_embeddings().weight.shape[0]
-    if tokenizer.vocabulary > rows:
+    if tokenizer.vocab_size > rows:
         raise ValueError(
-            f"tokenizer: got {tokenizer.vocabulary} ids, "
+            f"tokenizer: got {tokenizer.vocab_size} ids, "
             f"expected at most the model's {rows}: is it the model's own?"
         )
     return rows
@@ -571,8 +577,8 @@ def _valid(kwargs: dict[str, Any], ids: Tensor, past: int) -> Tensor | None:
         and mask.shape[2] == time
         and mask.shape[3] >= past + time
     ):
-        own = mask[:, 0, :, past : past + time].diagonal(dim1=1, dim2=2)
-        return (own if own.dtype == torch.bool else own >= 0).expand(ids.shape)
+        ours = mask[:, 0, :, past : past + time].diagonal(dim1=1, dim2=2)
+        return (ours if ours.dtype == torch.bool else ours >= 0).expand(ids.shape)
     got = f"{type(mask).__name__} {list(mask.shape) if isinstance(mask, Tensor) else ''}".strip()
     raise ValueError(
         f"memory: got attention_mask {got}, expected [batch, cached + new tokens], or none"

@@ -53,8 +53,8 @@ class RorqualConfig(PreTrainedConfig):
         tie_word_embeddings: bool = False,
         **fields: Any,
     ) -> None:
-        own = {field.name for field in dataclasses.fields(ModelConfig)} & fields.keys()
-        of_run = {name: fields.pop(name) for name in own}
+        config_fields = {field.name for field in dataclasses.fields(ModelConfig)} & fields.keys()
+        of_run = {name: fields.pop(name) for name in config_fields}
         self.shape, self.use_cache = of_run if shape is None and of_run else shape, use_cache
         self.bos_token_id, self.eos_token_id, self.pad_token_id = (
             bos_token_id,
@@ -70,7 +70,7 @@ class RorqualConfig(PreTrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        return self.model.vocabulary
+        return self.model.vocab_size
 
     @property
     def hidden_size(self) -> int:
@@ -88,12 +88,12 @@ class RorqualConfig(PreTrainedConfig):
 class RorqualCache(HubCache):
     """Gives a model.Cache the interface of transformers' caches, as `generate` uses it."""
 
-    def __init__(self, cache: Cache, rows: int) -> None:
+    def __init__(self, cache: Cache, batch_size: int) -> None:
         super().__init__(layers=[])
-        self.cache, self.rows, self.columns = cache, rows, Columns()
+        self.cache, self._batch_size, self.columns = cache, batch_size, Columns()
 
     def __repr__(self) -> str:
-        return f"RorqualCache({self.rows} rows, {self.columns.count} tokens)"
+        return f"RorqualCache({self._batch_size} rows, {self.columns.count} tokens)"
 
     def __len__(self) -> int:
         return len(self.cache.layers)
@@ -113,22 +113,22 @@ class RorqualCache(HubCache):
     def batch_select_indices(self, indices: Tensor) -> None:
         self.cache.select(indices)
         self.columns.select(indices)
-        self.rows = len(indices)
+        self._batch_size = len(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.arange(self.rows).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(self._batch_size).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes tokens; transformers passes a negative number: crop(-3) removes three."""
         if tokens_to_remove > 0:
             raise ValueError(
-                f"crop: got {tokens_to_remove}, expected minus the number of tokens to forget"
+                f"crop: got {tokens_to_remove}, expected minus the number of tokens to remove"
             )
         if -tokens_to_remove > self.columns.count:
             raise ValueError(
                 f"crop: got {-tokens_to_remove}, expected at most the {self.columns.count} cached"
             )
-        self.cache.crop(self.columns.crop(-tokens_to_remove, self.rows))
+        self.cache.crop(self.columns.crop(-tokens_to_remove, self._batch_size))
 
     def reset(self) -> None:
         self.cache.reset()
@@ -136,7 +136,7 @@ class RorqualCache(HubCache):
 
     @property
     def batch_size(self) -> int:
-        return self.rows
+        return self._batch_size
 
     @property
     def is_compileable(self) -> bool:
@@ -199,7 +199,7 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
         (Engram's rows that were trained on a disk are in files that transformers does not know).
         """
         options |= {"use_safetensors": True}
-        told = options.pop("output_loading_info", False)
+        wants_info = options.pop("output_loading_info", False)
         face, info = super().from_pretrained(*args, **options, output_loading_info=True)
         if missing := sorted(info["missing_keys"]):
             got = f"got no {missing[0].removeprefix('model.')!r} ({len(missing)} missing)"
@@ -211,7 +211,7 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
         if addresses is not None:
             addresses.load_state_dict(addresses.state_dict())
             addresses.to(face.model.embed.weight.device)
-        return (face, info) if told else face
+        return (face, info) if wants_info else face
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -226,7 +226,7 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: torch.nn.Module) -> None:
         raise ValueError(
             "resizing the vocabulary is not supported: "
-            "train a model with --model.vocabulary instead"
+            "train a model with --model.vocab-size instead"
         )
 
     def get_output_embeddings(self) -> torch.nn.Module:
@@ -283,9 +283,13 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values.columns.append(ids.shape[0], ids.shape[1], packed)
         hidden = self.model.hidden(ids, lengths=lengths, cache=cache)[0]
         hidden = hidden if packed is None else packed.unpack(hidden)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_slice = (
+            slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        )
         return CausalLMOutputWithPast(
-            loss=loss, logits=self.model.logits(hidden[:, kept]), past_key_values=past_key_values
+            loss=loss,
+            logits=self.model.logits(hidden[:, logits_slice]),
+            past_key_values=past_key_values,
         )
 
     def _loss(self, ids: Tensor, labels: Tensor, packed: Packing | None) -> Tensor:
@@ -309,7 +313,7 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"tables: got rows on {elsewhere}, which no optimizer of transformers trains, "
                 "expected them on the device: rq.load(folder, tables='device'). "
-                "`rorqual train --tables host` or `disk` trains rows that lie elsewhere; "
+                "`rorqual train --placement host` or `disk` trains rows that lie elsewhere; "
                 "a model whose own weights are frozen (LoRA) keeps its tables anywhere"
             )
 
@@ -331,11 +335,15 @@ def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     A text that it encodes begins with `begin_id`, as in training.
     """
     backend = tokenizer.templated()
-    begin, end, pad = (
+    begin_token, end, pad = (
         backend.id_to_token(i) for i in (tokenizer.begin_id, tokenizer.end_id, tokenizer.pad_id)
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=begin, eos_token=end, pad_token=pad, padding_side="left"
+        tokenizer_object=backend,
+        bos_token=begin_token,
+        eos_token=end,
+        pad_token=pad,
+        padding_side="left",
     )
 
 

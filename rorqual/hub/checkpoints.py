@@ -44,8 +44,8 @@ class Place(NamedTuple):
 
     def of(self, state: Mapping[str, Tensor]) -> Tensor:
         """Returns the part of our state dict, a view, in the published shape."""
-        part = state[self.name][self.slices] if self.slices else state[self.name]
-        return part.mT if self.transposed else part
+        tensor = state[self.name][self.slices] if self.slices else state[self.name]
+        return tensor.mT if self.transposed else tensor
 
 
 ATTENTION = (
@@ -78,13 +78,13 @@ def places(config: ModelConfig) -> dict[str, Place]:
     for depth in range(config.mtp.depth if config.mtp is not None else 0):
         theirs, ours = f"model.layers.{config.layers + depth}", f"mtp.{depth}"
         table |= _block(theirs, f"{ours}.block", config, config.layers + depth)
-        for name, own in (
+        for name, our_name in (
             ("enorm", "enorm"),
             ("hnorm", "hnorm"),
             ("eh_proj", "eh_proj"),
             ("shared_head.norm", "norm"),
         ):
-            table[f"{theirs}.{name}.weight"] = Place(f"{ours}.{own}.weight")
+            table[f"{theirs}.{name}.weight"] = Place(f"{ours}.{our_name}.weight")
     return table
 
 
@@ -158,13 +158,15 @@ def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
         }
     every = slice(None)
     for expert in range(moe.routed):
-        for name, own, columns in (
+        for name, our_name, columns in (
             ("gate_proj", "gate_up", slice(moe.width)),
             ("up_proj", "gate_up", slice(moe.width, None)),
             ("down_proj", "down", every),
         ):
-            place = Place(f"{ours}.experts.{own}", (expert, every, columns), transposed=True)
-            table[f"{theirs}.experts.{expert}.{name}.weight"] = place
+            tensor_place = Place(
+                f"{ours}.experts.{our_name}", (expert, every, columns), transposed=True
+            )
+            table[f"{theirs}.experts.{expert}.{name}.weight"] = tensor_place
     return table
 
 
@@ -181,9 +183,9 @@ class Files:
         for path in self._paths():
             tensors = _handle(path)
             for name in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                part = tensors.get_slice(name)
+                tensor = tensors.get_slice(name)
                 self.where[name] = path
-                self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
+                self.shapes[name], self.dtypes[name] = tuple(tensor.get_shape()), tensor.get_dtype()
 
     def _paths(self) -> list[Path]:
         whole, index = (
@@ -197,10 +199,12 @@ class Files:
             raise ValueError(
                 f"{self.folder}: no weights, expected {whole.name} or {index.name}{beside}"
             )
-        said = _json(index).get("weight_map")
-        if not isinstance(said, dict) or not all(isinstance(name, str) for name in said.values()):
+        weight_map = _json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) for name in weight_map.values()
+        ):
             raise ValueError(f"{index}: no weight_map, expected the file of every tensor")
-        names = sorted(set(said.values()))
+        names = sorted(set(weight_map.values()))
         if lost := [
             name for name in names if Path(name).name != name or not (self.folder / name).is_file()
         ]:
@@ -235,16 +239,18 @@ def _handle(path: Path) -> Any:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error}), is it complete?") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: got {type(found).__name__}, expected a JSON object")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: got {type(content).__name__}, expected a JSON object")
+    return content
 
 
-def _some(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _some(names: list[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (
+        f" and {len(names) - limit} more" if len(names) > limit else ""
+    )
 
 
 def dequantise(
@@ -255,8 +261,8 @@ def dequantise(
     The last block of an axis may be incomplete.
     """
     out = weight.to(torch.float32, copy=True)
-    for rows, own in zip(out.split(block[0]), scale.float(), strict=True):
-        rows *= own.repeat_interleave(block[1])[: out.shape[1]]
+    for rows, our_name in zip(out.split(block[0]), scale.float(), strict=True):
+        rows *= our_name.repeat_interleave(block[1])[: out.shape[1]]
     return out
 
 
@@ -278,9 +284,10 @@ def load(
         with torch.device("meta"):
             model = LanguageModel(config, seed=None)
     except (RuntimeError, OverflowError, TypeError) as error:
-        said = str(error).splitlines()[0]
+        message = str(error).splitlines()[0]
         raise ValueError(
-            f"{folder}: config.json: no model has such sizes, expected those of the weights: {said}"
+            f"{folder}: config.json: no model has such sizes, "
+            f"expected those of the weights: {message}"
         ) from error
     _check(files, config, model.state_dict(), block)
     dtype = dtype or _stored_dtype(files)
@@ -298,14 +305,14 @@ def _mtp_depth(description: Mapping[str, Any], files: Files) -> int:
 
     A folder may have them in its config and leave out their weights.
     """
-    found = (
+    depth = (
         re.match(r"model\.layers\.(\d+)\.(eh_proj|enorm|hnorm)\.", name) for name in files.where
     )
     layers = description.get("num_hidden_layers")
     return len(
         {
             match[1]
-            for match in found
+            for match in depth
             if match and isinstance(layers, int) and int(match[1]) >= layers
         }
     )
@@ -316,18 +323,19 @@ def _scale_block(description: Mapping[str, Any]) -> tuple[int, int] | None:
 
     None where a whole tensor has one scale.
     """
-    said = (description.get("quantization_config") or {}).get("weight_block_size", [128, 128])
-    if said is None:
+    block_size = (description.get("quantization_config") or {}).get("weight_block_size", [128, 128])
+    if block_size is None:
         return None
     if (
-        not isinstance(said, list)
-        or len(said) != 2
-        or not all(type(size) is int and size > 0 for size in said)
+        not isinstance(block_size, list)
+        or len(block_size) != 2
+        or not all(type(size) is int and size > 0 for size in block_size)
     ):
         raise ValueError(
-            f"config.json: weight_block_size: got {said!r}, expected two sizes such as [128, 128]"
+            f"config.json: weight_block_size: got {block_size!r}, "
+            "expected two sizes such as [128, 128]"
         )
-    return said[0], said[1]
+    return block_size[0], block_size[1]
 
 
 def _stored_dtype(files: Files) -> torch.dtype:
@@ -342,21 +350,21 @@ def _check_sizes(files: Files, config: ModelConfig) -> None:
         return len({match[1] for name in files.where if (match := re.search(pattern, name))})
 
     depth = config.mtp.depth if config.mtp is not None else 0
-    most = {"num_hidden_layers": (config.layers, count(r"^model\.layers\.(\d+)\.") - depth)}
+    largest = {"num_hidden_layers": (config.layers, count(r"^model\.layers\.(\d+)\.") - depth)}
     if config.moe is not None:
         routers = [
             shape[0]
             for name, shape in files.shapes.items()
             if name.endswith(".mlp.gate.weight") and shape
         ]
-        most["n_routed_experts"] = (
+        largest["n_routed_experts"] = (
             config.moe.routed,
             max(routers, default=count(r"\.mlp\.experts\.(\d+)\.")),
         )
     embed = files.shapes.get("model.embed_tokens.weight", ())
     # Where the config has fewer than are stored, `_check` names the tensors that are left over.
-    wrong = {name: sizes for name, sizes in most.items() if sizes[0] > sizes[1]}
-    ours = ("vocab_size", config.vocabulary), ("hidden_size", config.dim)
+    wrong = {name: sizes for name, sizes in largest.items() if sizes[0] > sizes[1]}
+    ours = ("vocab_size", config.vocab_size), ("hidden_size", config.dim)
     equal = {name: (got, size) for (name, got), size in zip(ours, embed, strict=False)}
     wrong |= {name: sizes for name, sizes in equal.items() if sizes[0] != sizes[1]}
     for name, (got, stored) in wrong.items():
@@ -370,7 +378,7 @@ def _check(
     files: Files, config: ModelConfig, state: Mapping[str, Tensor], block: tuple[int, int] | None
 ) -> None:
     """Raises ValueError with every disagreement between the stored tensors and the config."""
-    needed, known = places(config), {**places(config), **copies(config)}
+    needed, all_places = places(config), {**places(config), **copies(config)}
     scales = {
         f"{name}_scale_inv": name for name, dtype in files.dtypes.items() if dtype == "F8_E4M3"
     }
@@ -380,12 +388,14 @@ def _check(
         for name in files.where
         if not name.endswith(".rotary_emb.inv_freq") and 0 not in files.shapes[name]
     }
-    expected = {name: tuple(place.of(state).shape) for name, place in known.items()}
+    expected = {
+        name: tuple(tensor_place.of(state).shape) for name, tensor_place in all_places.items()
+    }
     expected |= {scale: _scale_shape(files.shapes[name], block) for scale, name in scales.items()}
     whole = {scale for scale in scales if block is None}  # one value, in whatever shape
     problems = {
         "missing": sorted((needed.keys() | scales.keys()) - stored),
-        "not in this architecture": sorted(stored - known.keys() - scales.keys()),
+        "not in this architecture": sorted(stored - all_places.keys() - scales.keys()),
         "misshapen": [
             f"{name} {files.shapes[name]}, expected {shape}"
             for name, shape in expected.items()
@@ -395,13 +405,13 @@ def _check(
         ],
         f"of a dtype other than {', '.join(FLOATS)}": [
             f"{name} {files.dtypes[name]}"
-            for name in known
+            for name in all_places
             if name in stored and files.dtypes[name] not in FLOATS
         ],
     }
     if any(problems.values()):
-        said = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
-        raise ValueError(f"{files.folder}: tensors disagree with config.json. {said}")
+        message = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+        raise ValueError(f"{files.folder}: tensors disagree with config.json. {message}")
 
 
 def _scale_shape(shape: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, ...]:
@@ -419,12 +429,13 @@ def _fill(
     table = places(config)
     for name in sorted(table, key=lambda name: files.where[name]):
         table[name].of(state).copy_(_read(files, name, block))
-    for name, place in copies(config).items():
+    for name, tensor_place in copies(config).items():
         if name in files.where and not torch.equal(
-            place.of(state).cpu(), _read(files, name, block).to(place.of(state).dtype)
+            tensor_place.of(state).cpu(), _read(files, name, block).to(tensor_place.of(state).dtype)
         ):
             raise ValueError(
-                f"{files.folder}: {name} differs from what it should be a copy of, {place.name}"
+                f"{files.folder}: {name} differs from what it should be a copy of, "
+                f"{tensor_place.name}"
             )
     files.close()
 
@@ -489,14 +500,14 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _shards(
-    state: Mapping[str, Tensor], table: Mapping[str, Place], most: int
+    state: Mapping[str, Tensor], table: Mapping[str, Place], limit: int
 ) -> Iterator[list[str]]:
-    """Yields the names of the table, in order, in groups of at most `most` bytes."""
+    """Yields the names of the table, in order, in groups of at most `limit` bytes."""
     names: list[str] = []
     size = 0
-    for name, place in table.items():
-        more = _bytes(place.of(state))
-        if names and size + more > most:
+    for name, tensor_place in table.items():
+        more = _bytes(tensor_place.of(state))
+        if names and size + more > limit:
             yield names
             names, size = [], 0
         names.append(name)

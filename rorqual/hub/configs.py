@@ -84,8 +84,8 @@ def config_of(description: Mapping[str, Any], mtp_depth: int = 0) -> ModelConfig
     kind = description.get("model_type")
     if kind not in KINDS:
         raise ValueError(f"model_type: got {kind!r}, expected {' or '.join(KINDS)}")
-    said = {ALIASES[kind].get(key, key): value for key, value in description.items()}
-    d = DEFAULTS_OF_BOTH | DEFAULTS[kind] | said
+    fields = {ALIASES[kind].get(key, key): value for key, value in description.items()}
+    d = DEFAULTS_OF_BOTH | DEFAULTS[kind] | fields
     has_experts = d["n_routed_experts"] is not None and (
         "num_hidden_layers" not in d
         or _whole(d, "first_k_dense_replace") < _whole(d, "num_hidden_layers") + mtp_depth
@@ -96,7 +96,7 @@ def config_of(description: Mapping[str, Any], mtp_depth: int = 0) -> ModelConfig
     size = {key: _whole(d, key) for key in WHOLE}
     _refuse_unknown(d, kind)
     return ModelConfig(
-        vocabulary=size["vocab_size"],
+        vocab_size=size["vocab_size"],
         dim=size["hidden_size"],
         layers=size["num_hidden_layers"],
         dense_width=size["intermediate_size"],
@@ -160,67 +160,67 @@ def _rope_of(description: Mapping[str, Any], interleaved: bool) -> RopeConfig:
     Of both, the first is read.
     """
     key = "rope_scaling" if description.get("rope_scaling") else "rope_parameters"
-    said = description.get(key) or {}
-    if not isinstance(said, Mapping):
+    rope = description.get(key) or {}
+    if not isinstance(rope, Mapping):
         raise ValueError(
-            f"config.json: {key}: got {said!r}, expected fields such as rope_theta, or none"
+            f"config.json: {key}: got {rope!r}, expected fields such as rope_theta, or none"
         )
-    if said.get("partial_rotary_factor") not in (1.0, None):
+    if rope.get("partial_rotary_factor") not in (1.0, None):
         raise ValueError(
             f"config.json: {key}.partial_rotary_factor: "
-            f"got {said['partial_rotary_factor']}, expected 1.0"
+            f"got {rope['partial_rotary_factor']}, expected 1.0"
         )
-    base = _number({"rope_theta": description["rope_theta"], **said}, "rope_theta")
-    kind = said.get("rope_type", said.get("type", "default"))
+    base = _number({"rope_theta": description["rope_theta"], **rope}, "rope_theta")
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "yarn"):
         raise ValueError(f"config.json: {key}.type: got {kind!r}, expected 'yarn' or 'default'")
-    yarn = _yarn_of(description, said, f"{key}.") if kind == "yarn" else None
+    yarn = _yarn_of(description, rope, f"{key}.") if kind == "yarn" else None
     return RopeConfig(base=base, interleaved=interleaved, yarn=yarn)
 
 
-def _yarn_of(description: Mapping[str, Any], said: Mapping[str, Any], within: str) -> YarnConfig:
-    if said.get("truncate", True) is not True:
+def _yarn_of(description: Mapping[str, Any], fields: Mapping[str, Any], within: str) -> YarnConfig:
+    if fields.get("truncate", True) is not True:
         raise ValueError(
-            f"config.json: {within}truncate: got {said['truncate']!r}, expected true or none"
+            f"config.json: {within}truncate: got {fields['truncate']!r}, expected true or none"
         )
     # transformers ignores 0 and null.
-    given = {key: value for key, value in said.items() if value}
+    yarn = {key: value for key, value in fields.items() if value}
     length = "original_max_position_embeddings"
-    lengths = {length: description["max_position_embeddings"]} | given
+    lengths = {length: description["max_position_embeddings"]} | yarn
     # Beside the rope fields it has priority over them.
     if description.get(length) is not None:
         lengths[length] = description[length]
-    factor = _number(said, "factor", within)
-    mscale, of_softmax = _mscales(said, given, factor, within)
+    factor = _number(fields, "factor", within)
+    mscale, of_softmax = _mscales(fields, yarn, factor, within)
     return YarnConfig(
         factor=factor,
         original_length=_whole(lengths, length, within),
-        beta_fast=_number({"beta_fast": 32} | given, "beta_fast", within),
-        beta_slow=_number({"beta_slow": 1} | given, "beta_slow", within),
+        beta_fast=_number({"beta_fast": 32} | yarn, "beta_fast", within),
+        beta_slow=_number({"beta_slow": 1} | yarn, "beta_slow", within),
         mscale=mscale,
         mscale_all_dim=of_softmax,
     )
 
 
 def _mscales(
-    said: Mapping[str, Any], given: Mapping[str, Any], factor: float, within: str
+    fields: Mapping[str, Any], yarn: Mapping[str, Any], factor: float, within: str
 ) -> tuple[float, float]:
     """Returns mscale and mscale_all_dim that give transformers' factor on cos and sin.
 
     That factor is attention_factor if it is set, else the ratio of both mscales if both are, else
     mscale(s, 1); the softmax is scaled by mscale(s, mscale_all_dim)^2.
     """
-    of_softmax = _number(given, "mscale_all_dim", within) if "mscale_all_dim" in given else 0.0
-    if said.get("attention_factor") is None:
-        if "mscale_all_dim" not in given:
+    of_softmax = _number(yarn, "mscale_all_dim", within) if "mscale_all_dim" in yarn else 0.0
+    if fields.get("attention_factor") is None:
+        if "mscale_all_dim" not in yarn:
             return 1.0, of_softmax
-        if "mscale" in given:
-            return _number(given, "mscale", within), of_softmax
+        if "mscale" in yarn:
+            return _number(yarn, "mscale", within), of_softmax
     stretch = 0.1 * math.log(factor) if factor > 1 else 0.0
     wanted = (
         stretch + 1
-        if said.get("attention_factor") is None
-        else _number(said, "attention_factor", within)
+        if fields.get("attention_factor") is None
+        else _number(fields, "attention_factor", within)
     )
     if wanted != 1 and not stretch:
         raise ValueError(
@@ -290,7 +290,7 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
     description = {
         "architectures": [kind.title().replace("_", "").replace("seekv", "seekV") + "ForCausalLM"],
         "model_type": kind,
-        "vocab_size": config.vocabulary,
+        "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
         "num_hidden_layers": config.layers,
         "intermediate_size": config.dense_width,
@@ -315,17 +315,17 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
 
 def _foreign(config: ModelConfig) -> list[str]:
     """Describes the parts of a model that DeepSeek V2 or V3 does not have."""
-    found = [
+    differences = [
         name
         for name in ("gqa", "nsa", "moba", "dsa", "engram", "hyper")
         if getattr(config, name) is not None
     ]
     if config.mla is None:
-        return found
+        return differences
     if config.mla.eps != 1e-6:
-        found.append(f"latent norms with eps {config.mla.eps} (1e-6 only)")
+        differences.append(f"latent norms with eps {config.mla.eps} (1e-6 only)")
     if config.moe is None:
-        return found
+        return differences
     router, v2 = config.moe.router, config.moe.router.score == "softmax"
     unlike = {
         f"score {router.score}": router.score not in ("softmax", "sigmoid"),
@@ -343,13 +343,13 @@ def _foreign(config: ModelConfig) -> list[str]:
         and config.dim % config.mla.heads != 0,
         "half-split rope with a softmax router": v2 and not config.rope.interleaved,
     }
-    return found + [name for name, true in unlike.items() if true]
+    return differences + [name for name, true in unlike.items() if true]
 
 
 def _published_rope(rope: RopeConfig) -> dict[str, Any]:
-    said = {"rope_theta": rope.base, "rope_interleave": rope.interleaved}
+    values = {"rope_theta": rope.base, "rope_interleave": rope.interleaved}
     if rope.yarn is None:
-        return said | {"rope_scaling": None, "max_position_embeddings": 4096}
+        return values | {"rope_scaling": None, "max_position_embeddings": 4096}
     yarn = rope.yarn
     scaling = {
         "type": "yarn",
@@ -367,7 +367,7 @@ def _published_rope(rope: RopeConfig) -> dict[str, Any]:
         scaling["attention_factor"] = (stretch * yarn.mscale + 1) / (
             stretch * yarn.mscale_all_dim + 1
         )
-    return said | {
+    return values | {
         "rope_scaling": scaling,
         "max_position_embeddings": int(yarn.factor * yarn.original_length),
     }

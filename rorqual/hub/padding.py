@@ -29,8 +29,8 @@ class Packing(NamedTuple):
     def unpack(self, x: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "B T ..."]:
         """Undoes `pack`; padding becomes 0."""
         places = (self.valid.cumsum(1) - 1).clamp_min(0)
-        found = x[torch.arange(len(x), device=x.device)[:, None], places]
-        return found.masked_fill(~self.valid.view(*self.valid.shape, *[1] * (x.dim() - 2)), 0)
+        result = x[torch.arange(len(x), device=x.device)[:, None], places]
+        return result.masked_fill(~self.valid.view(*self.valid.shape, *[1] * (x.dim() - 2)), 0)
 
 
 def packing(valid: Bool[Tensor, "B T"] | None) -> Packing | None:
@@ -55,12 +55,12 @@ class Columns:
 
     def crop(self, count: int, batch: int) -> list[int]:
         """Removes the last `count` columns; returns how many tokens of each row they hold."""
-        kept = self.count - count
-        self.count = kept
-        if self._valid is None or self._valid.shape[1] <= kept:
+        cached = self.count - count
+        self.count = cached
+        if self._valid is None or self._valid.shape[1] <= cached:
             return [count] * batch
-        padding = (~self._valid[:, kept:]).sum(1)
-        self._valid = self._valid[:, :kept]
+        padding = (~self._valid[:, cached:]).sum(1)
+        self._valid = self._valid[:, :cached]
         return (count - padding).tolist()
 
     def select(self, index: Int[Tensor, " B"]) -> None:

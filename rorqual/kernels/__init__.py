@@ -248,13 +248,13 @@ def kernel(*, missing: str = "", **targets: str) -> Callable[[Callable[P, R]], O
 
         @functools.wraps(reference)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            given: Sequence[Any] = args
+            arguments: Sequence[Any] = args
             if kwargs:
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
-                given = tuple(bound.arguments.values())
+                arguments = tuple(bound.arguments.values())
             try:
-                kernel = select(given, floats, others)
+                kernel = select(arguments, floats, others)
             except IndexError:  # too few arguments, which the reference refuses
                 kernel = None
             if kernel is None:
@@ -346,13 +346,13 @@ def _parse(text: str) -> tuple[str | None, Mapping[str, str]]:
         return text.strip() or None, {}
     kinds = {}
     for item in text.split(","):
-        name, equals, kind = (part.strip() for part in item.partition("="))
+        name, equals, kind = (piece.strip() for piece in item.partition("="))
         if not equals:
             raise ValueError(
                 f"got {VARIABLE}={text!r}, expected 'reference' or name=kind,name=kind"
             )
         choices = _REGISTERED if name in _REGISTERED else registered()
         choose(f"{VARIABLE} name", name, choices)
-        known = [REFERENCE, *(kernel.kind for kernel in choices[name].kernels)]
-        kinds[name] = choose(f"kind of {name}", kind, known)
+        expected = [REFERENCE, *(kernel.kind for kernel in choices[name].kernels)]
+        kinds[name] = choose(f"kind of {name}", kind, expected)
     return None, kinds

@@ -37,26 +37,26 @@ def pointer(context, address):
     return numba.types.voidptr(address), generate
 
 
-def _fetch(builder, place):
+def _fetch(builder, pointer):
     """Emits LLVM's prefetch instruction for an address."""
     number = cgutils.int32_t
-    shape = cgutils.ir.FunctionType(cgutils.ir.VoidType(), [place.type, number, number, number])
-    fetch = builder.module.declare_intrinsic("llvm.prefetch", [place.type], shape)
+    shape = cgutils.ir.FunctionType(cgutils.ir.VoidType(), [pointer.type, number, number, number])
+    fetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], shape)
     # Arguments: read access, the nearest cache, data (not instructions).
-    builder.call(fetch, [place, number(0), number(3), number(1)])
+    builder.call(fetch, [pointer, number(0), number(3), number(1)])
 
 
 @intrinsic
-def ask(context, array, row, column):
+def prefetch_line(context, array, row, column):
     """In compiled code: prefetches the cache line of a matrix element, without waiting for it."""
 
     def generate(context, builder, signature, arguments):
         kind = signature.args[0]
-        held = context.make_array(kind)(context, builder, arguments[0])
-        place = cgutils.get_item_pointer(
-            context, builder, kind, held, list(arguments[1:]), wraparound=False
+        buffer_array = context.make_array(kind)(context, builder, arguments[0])
+        pointer = cgutils.get_item_pointer(
+            context, builder, kind, buffer_array, list(arguments[1:]), wraparound=False
         )
-        _fetch(builder, builder.bitcast(place, cgutils.voidptr_t))
+        _fetch(builder, builder.bitcast(pointer, cgutils.voidptr_t))
         return context.get_dummy_value()
 
     return numba.types.void(array, row, column), generate
@@ -83,4 +83,6 @@ def spread(loop: Callable[[int, int, int], None], count: int, parts: int) -> Non
         return
     edges = [count * i // parts for i in range(parts + 1)]
     with ThreadPoolExecutor(parts) as pool:
-        list(pool.map(lambda part: loop(part[0], *part[1]), enumerate(itertools.pairwise(edges))))
+        list(
+            pool.map(lambda piece: loop(piece[0], *piece[1]), enumerate(itertools.pairwise(edges)))
+        )

@@ -17,7 +17,7 @@ from torch import Tensor
 from rorqual.kernels import compiled
 from rorqual.kernels.compiled import prefetch
 from rorqual.kernels.select import shown
-from rorqual.kernels.vectors import ZERO, at, dots, fill, largest, powers, score_tile, sums
+from rorqual.kernels.vectors import ZERO, dots, fill, largest, matrix_at, powers, score_tile, sums
 
 _AHEAD = 8  # latents between the one that is prefetched and the one that is used
 _TILE = 64  # indexer keys, or latents, that stay in the first cache while every head reads them
@@ -25,65 +25,70 @@ _loop = functools.partial(compiled.compiled, any_order=True)  # sums may use vec
 
 
 @_loop
-def _ordered(products, weights, begin, end, ordered):  # pragma: no cover
+def _ordered(products, weights, start, end, ordered):  # pragma: no cover
     """Writes ordered[l] = sum_j weights[j] relu(products[j, l]) as order-preserving unsigned bits.
 
     `products` is overwritten.
     """
-    totals, count = products[0], end - begin
+    totals, count = products[0], end - start
     for l in range(count):
         totals[l] = weights[0] * max(totals[l], ZERO)
     for j in range(1, weights.shape[0]):
-        own, share = products[j], weights[j]
+        index_heads, share = products[j], weights[j]
         for l in range(count):
-            totals[l] += share * max(own[l], ZERO)
+            totals[l] += share * max(index_heads[l], ZERO)
     bits = totals.view(np.int32)
     for l in range(count):
         totals[l] += ZERO  # -0 becomes 0
-        ordered[begin + l] = np.uint32(
+        ordered[start + l] = np.uint32(
             bits[l] ^ ((bits[l] >> np.int32(31)) | np.int32(-2147483648))
         )
 
 
 @compiled.compiled
-def _choose(ordered, end, chosen):  # pragma: no cover
-    """Writes the columns of the largest of ordered[:end] into `chosen`, in ascending order.
+def _choose(ordered, end, topk_indices):  # pragma: no cover
+    """Writes the columns of the largest of ordered[:end] into `topk_indices`, in ascending order.
 
     Of equal values the last ones are selected.
     """
-    known, mask, left = np.uint32(0), np.uint32(0), chosen.shape[0]
+    prefix, mask, left = np.uint32(0), np.uint32(0), topk_indices.shape[0]
     for shift in (21, 10, 0):
         counts = np.zeros(2048, np.int64)
         for l in range(end):
-            if ordered[l] & mask == known:
+            if ordered[l] & mask == prefix:
                 counts[(ordered[l] >> np.uint32(shift)) & np.uint32(2047)] += 1
         digit = 2047
         while counts[digit] < left:
             left -= counts[digit]
             digit -= 1
-        known = np.uint32(known | np.uint32(digit << shift))
+        prefix = np.uint32(prefix | np.uint32(digit << shift))
         mask = np.uint32(mask | np.uint32((2047 << shift) & 0xFFFFFFFF))
-    n = chosen.shape[0]
+    n = topk_indices.shape[0]
     for l in range(end - 1, -1, -1):
-        if ordered[l] > known or (ordered[l] == known and left > 0):
-            left -= ordered[l] == known
+        if ordered[l] > prefix or (ordered[l] == prefix and left > 0):
+            left -= ordered[l] == prefix
             n -= 1
-            chosen[n] = l
+            topk_indices[n] = l
 
 
 @_loop
-def _fetch(base, step, chosen, n, width):  # pragma: no cover
-    for k in range(n, min(n + 4, chosen.shape[0])):
+def _fetch(base, step, topk_indices, n, width):  # pragma: no cover
+    for k in range(n, min(n + 4, topk_indices.shape[0])):
         for i in range(0, width, 16):
-            prefetch(base + chosen[k] * step + 4 * i)
+            prefetch(base + topk_indices[k] * step + 4 * i)
 
 
 @_loop
-def _four(base, step, chosen, n):  # pragma: no cover
+def _four(base, step, topk_indices, n):  # pragma: no cover
     """Returns the addresses of the selected latents n .. n + 3; past the end, the last one's."""
-    last = chosen.shape[0] - 1
-    a, b = base + chosen[min(n, last)] * step, base + chosen[min(n + 1, last)] * step
-    return a, b, base + chosen[min(n + 2, last)] * step, base + chosen[min(n + 3, last)] * step
+    last = topk_indices.shape[0] - 1
+    a, b = base + topk_indices[min(n, last)] * step, base + topk_indices[min(n + 1, last)] * step
+    return (
+        a,
+        b,
+        base + topk_indices[min(n + 2, last)] * step,
+        base + topk_indices[min(n + 3, last)] * step,
+    )
 
 
 @_loop
@@ -105,28 +110,28 @@ def _weigh(scores, count, bits, best, total, out):  # pragma: no cover
 
 
 @_loop
-def _attend(query, base, step, chosen, scores, bits, out):  # pragma: no cover
+def _attend(query, base, step, topk_indices, scores, bits, out):  # pragma: no cover
     """Writes out[h], the mean of the selected latents weighted by the softmax of their scores.
 
     Each tile of latents is scored and summed while it is in the cache. The scores have space for
     three more columns, which are set to 0.
     """
-    (heads, width), last = query.shape, chosen.shape[0]
+    (heads, width), last = query.shape, topk_indices.shape[0]
     best, total = np.full((heads, 1), -np.inf, np.float32), np.zeros((heads, 1), np.float32)
     for h in range(heads):
         fill(out[h], ZERO)
-    for begin in range(0, last, _TILE):
-        count = min(_TILE, last - begin)
+    for start in range(0, last, _TILE):
+        count = min(_TILE, last - start)
         for n in range(0, count, 4):
-            _fetch(base, step, chosen, begin + n + _AHEAD, width)
-            a, b, c, d = _four(base, step, chosen, begin + n)
+            _fetch(base, step, topk_indices, start + n + _AHEAD, width)
+            a, b, c, d = _four(base, step, topk_indices, start + n)
             dots(query, a, b, c, d, scores, n)
         for h in range(heads):
             _weigh(
                 scores[h, : (count + 3) // 4 * 4], count, bits[:count], best[h], total[h], out[h]
             )
         for n in range(0, count, 4):
-            a, b, c, d = _four(base, step, chosen, begin + n)
+            a, b, c, d = _four(base, step, topk_indices, start + n)
             sums(scores, n, a, b, c, d, out)
     for h in range(heads):
         for i in range(width):
@@ -135,41 +140,41 @@ def _attend(query, base, step, chosen, scores, bits, out):  # pragma: no cover
 
 @_loop
 def _tokens(
-    query, looking, weights, ends, places, length, most, scale, out, first, last
+    query, index_query, weights, ends, places, length, top_k, scale, out, first, last
 ):  # pragma: no cover
     """Computes tokens first .. last of B T.
 
     `places` of the indexer's keys and of the latents: address, bytes from one sequence to the next,
     bytes from one column to the next. A token reads the first ends[b, t] columns.
     """
-    (_, time, heads, width), (own, narrow) = query.shape, looking.shape[2:]
-    products, ordered = np.empty((own, _TILE), np.float32), np.empty(length, np.uint32)
+    (_, time, heads, width), (index_heads, narrow) = query.shape, index_query.shape[2:]
+    products, ordered = np.empty((index_heads, _TILE), np.float32), np.empty(length, np.uint32)
     scores, bits = np.empty((heads, _TILE), np.float32), np.empty(_TILE, np.int32)
-    scaled, chosen = np.zeros((heads, width), np.float32), np.empty(most, np.int64)
+    scaled, topk_indices = np.zeros((heads, width), np.float32), np.empty(top_k, np.int64)
     for n in range(first, last):
         b, t = n // time, n % time
         end = ends[b, t]
-        keys = at(places[0, 0] + b * places[0, 1], end, narrow)
-        for begin in range(0, end, _TILE):
-            stop = min(begin + _TILE, end)
-            score_tile(looking[b, t], keys[begin:stop], products, 0, stop - begin)
-            _ordered(products, weights[b, t], begin, stop, ordered)
-        count = min(most, end)
-        _choose(ordered, end, chosen[:count])
+        keys = matrix_at(places[0, 0] + b * places[0, 1], end, narrow)
+        for start in range(0, end, _TILE):
+            stop = min(start + _TILE, end)
+            score_tile(index_query[b, t], keys[start:stop], products, 0, stop - start)
+            _ordered(products, weights[b, t], start, stop, ordered)
+        count = min(top_k, end)
+        _choose(ordered, end, topk_indices[:count])
         for h in range(heads):
             for i in range(width):
                 scaled[h, i] = query[b, t, h, i] * scale
         latents = places[1, 0] + b * places[1, 1]
-        _attend(scaled, latents, places[1, 2], chosen[:count], scores, bits, out[b, t])
+        _attend(scaled, latents, places[1, 2], topk_indices[:count], scores, bits, out[b, t])
 
 
 def attend_best(
     query: Float[Tensor, "B T H R"],
     latent: Float[Tensor, "B L R"],
-    looking: Float[Tensor, "B T J P"],
+    index_query: Float[Tensor, "B T J P"],
     key: Float[Tensor, "B L P"],
     weights: Float[Tensor, "B T J"],
-    most: int,
+    top_k: int,
     scale: float,
     ends: Int[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T H R"]:
@@ -183,8 +188,8 @@ def attend_best(
     )
     if ends is None:
         ends = torch.arange(length - time + 1, length + 1).expand(batch, -1)
-    given = [x.detach().contiguous().numpy() for x in (query, looking, weights, ends)]
-    rest = places, length, most, np.float32(scale), out.numpy()
+    arguments = [x.detach().contiguous().numpy() for x in (query, index_query, weights, ends)]
+    rest = places, length, top_k, np.float32(scale), out.numpy()
     parts = min(torch.get_num_threads(), batch * time)
-    compiled.spread(lambda _, *span: _tokens(*given, *rest, *span), batch * time, parts)
+    compiled.spread(lambda _, *span: _tokens(*arguments, *rest, *span), batch * time, parts)
     return out

@@ -35,35 +35,35 @@ _WORTH_A_THREAD = 16384  # addresses; below, starting threads takes longer than 
 
 @compiled
 def _look_up(
-    ids, stride, lead, time, reach, canonical, pad, known, start, count
+    ids, stride, left_padding, time, reach, canonical, pad, canonical_ids, start, count
 ):  # pragma: no cover
-    """Writes known[k, j] = canonical id k before token start + j; False if an id has none.
+    """Writes canonical_ids[k, j] = canonical id k before token start + j; False if an id has none.
 
-    `lead` ids precede the tokens of each sequence.
+    `left_padding` ids precede the tokens of each sequence.
     """
     strange, done, top = False, 0, len(canonical)
     row, t = start // time, start % time
     while done < count:
-        run, at = min(count - done, time - t), row * stride + lead + t
+        run, column = min(count - done, time - t), row * stride + left_padding + t
         for j in range(run):
-            raw = ids[at + j]
+            raw = ids[column + j]
             safe = raw if raw >= 0 and raw < top else 0
             value = np.int64(canonical[safe])
             strange |= (raw != safe) | (value < 0)
-            known[0, done + j] = value
-        for k in range(1, len(known)):
-            known[k, done] = pad
-            if k <= t + lead:
-                raw = ids[at - k]
+            canonical_ids[0, done + j] = value
+        for k in range(1, len(canonical_ids)):
+            canonical_ids[k, done] = pad
+            if k <= t + left_padding:
+                raw = ids[column - k]
                 strange |= raw < 0 or raw >= top or canonical[raw] < 0
-                known[k, done] = canonical[raw] if not strange else 0
+                canonical_ids[k, done] = canonical[raw] if not strange else 0
             for j in range(done + 1, done + run):
-                known[k, j] = known[k - 1, j - 1]
+                canonical_ids[k, j] = canonical_ids[k - 1, j - 1]
         done, row, t = done + run, row + 1, 0
     if len(reach):
-        for k in range(1, len(known)):
+        for k in range(1, len(canonical_ids)):
             for j in range(count):
-                known[k, j] = known[k, j] if reach[start + j] >= k else pad
+                canonical_ids[k, j] = canonical_ids[k, j] if reach[start + j] >= k else pad
     return not strange
 
 
@@ -81,32 +81,34 @@ def _invert(primes):  # pragma: no cover
 
 
 @compiled
-def _mix(known, multipliers, primes, inverse, offsets, mix, wide, rows, count):  # pragma: no cover
+def _mix(
+    canonical, multipliers, primes, inverse, offsets, mix, width, rows, count
+):  # pragma: no cover
     """Writes rows[head, j] of one layer, orders side by side; divides where `inverse` is empty."""
     orders, heads = primes.shape
     for j in range(count):
-        mix[j] = known[0, j] * multipliers[0]
+        mix[j] = canonical[0, j] * multipliers[0]
     for order in range(orders):
         for j in range(count):
-            mix[j] ^= known[order + 1, j] * multipliers[order + 1]
-            wide[j] = np.float64(mix[j])
+            mix[j] ^= canonical[order + 1, j] * multipliers[order + 1]
+            width[j] = np.float64(mix[j])
         for head in range(heads):
-            prime, place = primes[order, head], order * heads + head
-            offset = offsets[place]
+            prime, index = primes[order, head], order * heads + head
+            offset = offsets[index]
             if len(inverse):
-                part = inverse[order, head]
+                piece = inverse[order, head]
                 for j in range(count):
-                    rest = mix[j] - np.int64(wide[j] * part) * prime
+                    rest = mix[j] - np.int64(width[j] * piece) * prime
                     rest -= prime if rest >= prime else 0
-                    rows[place, j] = rest + offset
+                    rows[index, j] = rest + offset
             else:
                 for j in range(count):
-                    rows[place, j] = mix[j] % prime + offset
+                    rows[index, j] = mix[j] % prime + offset
 
 
 @compiled
 def _hash(
-    asked, new, new_stride, ids, stride, lead, batch, time, reach, pad, out, first, last,
+    asked, new, new_stride, ids, stride, left_padding, batch, time, reach, pad, out, first, last,
 ):  # pragma: no cover  # fmt: skip
     """Fills out[:, first:last], with tokens counted over the batch; False if an id is unknown.
 
@@ -118,35 +120,40 @@ def _hash(
         source = numba.carray(pointer(new), batch * new_stride, np.int64)
         for row in range(batch):
             for t in range(time):
-                memory[row * stride + lead + t] = source[row * new_stride + t]
-    near = numba.carray(pointer(reach), batch * time if reach else 0, np.int64)
+                memory[row * stride + left_padding + t] = source[row * new_stride + t]
+    reach_rows = numba.carray(pointer(reach), batch * time if reach else 0, np.int64)
     folded = numba.carray(pointer(canonical), top, np.int32)
     factors = numba.carray(pointer(multipliers), (layers, orders + 1), np.int64)
     moduli = numba.carray(pointer(primes), (layers, orders, heads), np.int64)
     starts = numba.carray(pointer(offsets), (layers, width), np.int64)
     rows = numba.carray(pointer(out), (layers, batch * time, width), np.int64)
     inverse = _invert(moduli)
-    known, block = np.empty((orders + 1, _BLOCK), np.int64), np.empty((width, _BLOCK), np.int64)
-    mix, wide = np.empty(_BLOCK, np.int64), np.empty(_BLOCK)
+    canonical_ids, block = (
+        np.empty((orders + 1, _BLOCK), np.int64),
+        np.empty((width, _BLOCK), np.int64),
+    )
+    mix, wider = np.empty(_BLOCK, np.int64), np.empty(_BLOCK)
     for start in range(first, last, _BLOCK):
         count = min(_BLOCK, last - start)
-        if not _look_up(memory, stride, lead, time, near, folded, pad, known, start, count):
+        if not _look_up(
+            memory, stride, left_padding, time, reach_rows, folded, pad, canonical_ids, start, count
+        ):
             return False
         for layer in range(layers):
             _mix(
-                known,
+                canonical_ids,
                 factors[layer],
                 moduli[layer],
                 inverse[layer],
                 starts[layer],
                 mix,
-                wide,
+                wider,
                 block,
                 count,
             )
             for j in range(count):
-                for place in range(width):
-                    rows[layer, start + j, place] = block[place, j]
+                for offset in range(width):
+                    rows[layer, start + j, offset] = block[offset, j]
     return True
 
 
@@ -159,12 +166,12 @@ def hash_rows(
     offsets: Int[Tensor, "Lm R"],
     pad: int,
     out: Int[Tensor, "Lm B T R"] | None = None,
-    kept: dict[str, Any] | None = None,
+    scratch: dict[str, Any] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
     """Computes layers.addresses.hash_rows, bit for bit."""
     ids, stride = _plain(ids)
-    near = None if reach is None else reach.long().contiguous()
-    asked = _ask(kept, canonical_map, multipliers, primes, offsets)
+    reach_rows = None if reach is None else reach.long().contiguous()
+    asked = _ask(scratch, canonical_map, multipliers, primes, offsets)
     batch, width = ids.shape
     return _run(
         asked,
@@ -175,7 +182,7 @@ def hash_rows(
         asked.orders,
         batch,
         width - asked.orders,
-        near,
+        reach_rows,
         pad,
         out,
     )
@@ -183,20 +190,20 @@ def hash_rows(
 
 def follow_rows(
     ids: Int[Tensor, "B T"],
-    held: Int[Tensor, "B L"] | None,
-    at: int,
+    window: Int[Tensor, "B L"] | None,
+    column: int,
     canonical_map: Int[Tensor, " V"],
     multipliers: Int[Tensor, "Lm N"],
     primes: Int[Tensor, "Lm O J"],
     offsets: Int[Tensor, "Lm R"],
     pad_id: int,
     out: Int[Tensor, "Lm B T R"] | None = None,
-    kept: dict[str, Any] | None = None,
+    scratch: dict[str, Any] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
     """Computes layers.addresses.follow_rows, bit for bit."""
-    asked, (batch, time) = _ask(kept, canonical_map, multipliers, primes, offsets), ids.shape
+    asked, (batch, time) = _ask(scratch, canonical_map, multipliers, primes, offsets), ids.shape
     ids, stride = _plain(ids)
-    if held is None:
+    if window is None:
         return _run(
             asked,
             0,
@@ -210,14 +217,14 @@ def follow_rows(
             int(canonical_map[pad_id]),
             out,
         )
-    width, near = held.stride()
-    assert held.dtype is torch.int64 and near == 1
-    before = held.data_ptr() + 8 * (at - asked.orders)
+    width, reach_rows = window.stride()
+    assert window.dtype is torch.int64 and reach_rows == 1
+    before = window.data_ptr() + 8 * (column - asked.orders)
     if batch * time <= _BLOCK:
         return _run(
             asked, ids.data_ptr(), stride, before, width, asked.orders, batch, time, None, 0, out
         )
-    held[:, at : at + time] = ids
+    window[:, column : column + time] = ids
     return _run(asked, 0, 0, before, width, asked.orders, batch, time, None, 0, out)
 
 
@@ -236,7 +243,7 @@ class _Asked(NamedTuple):
 
 
 def _ask(
-    kept: dict[str, Any] | None,
+    scratch: dict[str, Any] | None,
     canonical_map: Tensor,
     multipliers: Tensor,
     primes: Tensor,
@@ -249,7 +256,7 @@ def _ask(
         primes.data_ptr(),
         offsets.data_ptr(),
     )
-    asked = kept.get("asked") if kept else None
+    asked = scratch.get("asked") if scratch else None
     if asked is not None and asked.pointers == pointers:
         return asked
     exact = (canonical_map, multipliers, primes, offsets)
@@ -257,56 +264,56 @@ def _ask(
     layers, orders, heads = primes.shape
     numbers = (*pointers, layers, orders, heads, len(canonical_map))
     asked = _Asked(exact, pointers, numbers, layers, orders, orders * heads)
-    if kept is not None:
-        kept["asked"] = asked
+    if scratch is not None:
+        scratch["asked"] = asked
     return asked
 
 
 def _plain(ids: Tensor) -> tuple[Tensor, int]:
     """Returns the ids as int64, contiguous in each sequence, and the stride between sequences."""
     ids = ids if ids.dtype is torch.int64 else ids.long()
-    stride, near = ids.stride()
-    return (ids, stride) if near == 1 else (ids.contiguous(), ids.shape[1])
+    stride, reach_rows = ids.stride()
+    return (ids, stride) if reach_rows == 1 else (ids.contiguous(), ids.shape[1])
 
 
-def _run(asked, new, new_stride, ids, stride, lead, batch, time, reach, pad, out) -> Tensor:
+def _run(asked, new, new_stride, ids, stride, left_padding, batch, time, reach, pad, out) -> Tensor:
     """Computes the rows of `batch` times `time` tokens.
 
-    The first token is `lead` ids after the address `ids`.
+    The first token is `left_padding` ids after the address `ids`.
     """
     if out is None:
         # This takes half the time of torch.empty.
         out = torch.from_numpy(np.empty((asked.layers, batch, time, asked.width), np.int64))
     else:
         assert out.is_contiguous()
-    near = 0 if reach is None else reach.data_ptr()
-    given = (
+    reach_rows = 0 if reach is None else reach.data_ptr()
+    arguments = (
         asked.numbers,
         new,
         new_stride,
         ids,
         stride,
-        lead,
+        left_padding,
         batch,
         time,
-        near,
+        reach_rows,
         pad,
         out.data_ptr(),
     )
     size = asked.layers * batch * time * asked.width
     if size < 2 * _WORTH_A_THREAD:
-        known = _hash(*given, 0, batch * time)
+        canonical = _hash(*arguments, 0, batch * time)
     else:
-        known = _by_threads(
-            given, batch * time, min(torch.get_num_threads(), size // _WORTH_A_THREAD)
+        canonical = _by_threads(
+            arguments, batch * time, min(torch.get_num_threads(), size // _WORTH_A_THREAD)
         )
-    if not known:
+    if not canonical:
         raise IndexError("an id has no canonical id")
     return out
 
 
-def _by_threads(given: tuple[Any, ...], tokens: int, parts: int) -> bool:
+def _by_threads(arguments: tuple[Any, ...], tokens: int, parts: int) -> bool:
     step = math.ceil(tokens / parts)
     edges = [min(tokens, step * i) for i in range(parts + 1)]
     with ThreadPoolExecutor(parts) as pool:
-        return all(pool.map(lambda span: _hash(*given, *span), itertools.pairwise(edges)))
+        return all(pool.map(lambda span: _hash(*arguments, *span), itertools.pairwise(edges)))

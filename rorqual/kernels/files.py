@@ -29,22 +29,22 @@ def _read(files, starts, first_rows, ids, into, flags):  # pragma: no cover
     vector = np.empty(2, np.uint64)
     base, size, count = into.ctypes.data, into.shape[1], ids.shape[0]
     first_missing = count
-    begin = 0
-    while begin < count:
-        n = np.searchsorted(first_rows, ids[begin], side="right") - 1
-        end = begin + 1
+    start = 0
+    while start < count:
+        n = np.searchsorted(first_rows, ids[start], side="right") - 1
+        end = start + 1
         while end < count and ids[end] == ids[end - 1] + 1 and ids[end] < first_rows[n + 1]:
             end += 1
-        length = (end - begin) * size
-        at = starts[n] + (ids[begin] - first_rows[n]) * size
-        vector[0], vector[1] = base + begin * size, length
-        got = _preadv2(files[n], vector.ctypes.data, 1, at, flags)
+        length = (end - start) * size
+        matrix_at = starts[n] + (ids[start] - first_rows[n]) * size
+        vector[0], vector[1] = base + start * size, length
+        got = _preadv2(files[n], vector.ctypes.data, 1, matrix_at, flags)
         if got != length:
-            first_missing = min(first_missing, begin + max(got, 0) // size)
+            first_missing = min(first_missing, start + max(got, 0) // size)
             if not flags:
                 break
-            _posix_fadvise(files[n], at, length, _WILL_NEED)
-        begin = end
+            _posix_fadvise(files[n], matrix_at, length, _WILL_NEED)
+        start = end
     return first_missing
 
 

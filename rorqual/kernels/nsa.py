@@ -1,4 +1,5 @@
-"""Attends to compressed, selected and window keys in one pass: layers.nsa.attend_few, compiled.
+"""Attends to compressed, selected and window keys in one pass: layers.nsa.attend_small_batch,
+compiled.
 
 For each token the kernel scores the compressed keys of its group, selects blocks by these scores,
 and reads the selected blocks and the window in place; nothing is gathered, masked or stored in
@@ -42,22 +43,23 @@ def _importance(weights, seen, each, per, importance):  # pragma: no cover
 
 
 @_loop
-def _choose(importance, own, index):  # pragma: no cover
-    """Selects the forced blocks and then the most important others before `own`; -1 fills the rest.
+def _choose(importance, out_row, index):  # pragma: no cover
+    """Selects the forced blocks and then the most important others before `out_row`; -1 fills the
+    rest.
 
     Of equally important blocks the later one is selected.
     """
-    count = min(own + 1, 3)
+    count = min(out_row + 1, 3)
     for n in range(index.shape[0]):
         index[n] = -1
     for n in range(count):
-        index[n] = 0 if n == 2 else own - n
+        index[n] = 0 if n == 2 else out_row - n
         importance[index[n]] = np.float32(-1)
     for n in range(count, index.shape[0]):
-        best, most = -1, ZERO
-        for j in range(own):
-            if importance[j] >= most:
-                best, most = j, importance[j]
+        best, most_seen = -1, ZERO
+        for j in range(out_row):
+            if importance[j] >= most_seen:
+                best, most_seen = j, importance[j]
         index[n] = best
         if best < 0:
             break
@@ -66,77 +68,77 @@ def _choose(importance, own, index):  # pragma: no cover
 
 @_loop
 def _attend(
-    query, given, positions, places, held, length, sizes, scale, out, first, last
+    query, arguments, positions, places, past_length, length, sizes, scale, out, first, last
 ):  # pragma: no cover
     """Computes groups first .. last of B T G.
 
     `places` of the compressed keys and values, the keys and values, and the window's: address, and
-    bytes from one sequence, column and group to the next. `held` is the number of compressed
+    bytes from one sequence, column and group to the next. `past_length` is the number of compressed
     blocks, `length` that of keys.
     """
-    block, stride, size, chosen, window = sizes
-    time, (groups, known) = out.shape[1], given.shape[2:]
-    share, most = out.shape[3] // groups, known if known else chosen
-    longest = max(held, most * size, window)
-    own, scores = (
+    block, stride, size, top_k, window = sizes
+    time, (groups, selected_count) = out.shape[1], arguments.shape[2:]
+    share, limit = out.shape[3] // groups, selected_count if selected_count else top_k
+    longest = max(past_length, limit * size, window)
+    out_row, scores = (
         np.empty((share, query.shape[3]), np.float32),
         np.empty((share, longest), np.float32),
     )
-    bits, index = np.empty(longest, np.int32), np.empty(most, np.int64)
-    none, at = np.zeros(1, np.int64), np.empty(6, np.int64)
+    bits, index = np.empty(longest, np.int32), np.empty(limit, np.int64)
+    none, addresses = np.zeros(1, np.int64), np.empty(6, np.int64)
     importance = np.empty(length // size + 2, np.float32)
     for n in range(first, last):
         b, t, g = n // (time * groups), n // groups % time, n % groups
         position = positions[b, t]
-        scaled(query[b, t, g * share :], scale, own)
+        scaled(query[b, t, g * share :], scale, out_row)
         for x in range(6):
-            at[x] = places[x, 0] + b * places[x, 1] + g * places[x, 3]
+            addresses[x] = places[x, 0] + b * places[x, 1] + g * places[x, 3]
         heads = slice(g * share, (g + 1) * share)
-        seen = max(0, min(held, (position + 1 - block) // stride + 1))
+        seen = max(0, min(past_length, (position + 1 - block) // stride + 1))
         over_blocks(
-            own,
+            out_row,
             none,
             seen,
-            held,
-            at[0],
+            past_length,
+            addresses[0],
             places[0, 2],
-            at[1],
+            addresses[1],
             places[1, 2],
             scores,
             bits,
             out[b, t, 0, heads],
         )
-        if known:
-            for k in range(known):
-                index[k] = given[b, t, g, k]
+        if selected_count:
+            for k in range(selected_count):
+                index[k] = arguments[b, t, g, k]
         else:
             _importance(scores, seen, block // stride, size // stride, importance)
             _choose(importance, position // size, index)
         end = position + 1
         over_blocks(
-            own,
+            out_row,
             index,
             end,
             size,
-            at[2],
+            addresses[2],
             places[2, 2],
-            at[3],
+            addresses[3],
             places[3, 2],
             scores,
             bits,
             out[b, t, 1, heads],
         )
-        begin = max(0, end - window)
-        near = at[4] + begin * places[4, 2], at[5] + begin * places[5, 2]
-        count = end - begin
+        start = max(0, end - window)
+        in_window = addresses[4] + start * places[4, 2], addresses[5] + start * places[5, 2]
+        count = end - start
         over_blocks(
-            own,
+            out_row,
             none,
             count,
             count,
-            near[0],
+            in_window[0],
             places[4, 2],
-            near[1],
+            in_window[1],
             places[5, 2],
             scores,
             bits,
@@ -144,35 +146,35 @@ def _attend(
         )
 
 
-def attend_few(
+def attend_small_batch(
     query: Float[Tensor, "B T H P"],
     key: Float[Tensor, "B L G P"],
     value: Float[Tensor, "B L G Q"],
     small_key: Float[Tensor, "B M G P"],
     small_value: Float[Tensor, "B M G Q"],
-    near_key: Float[Tensor, "B L G P"],
-    near_value: Float[Tensor, "B L G Q"],
+    window_key: Float[Tensor, "B L G P"],
+    window_value: Float[Tensor, "B L G Q"],
     index: Int[Tensor, "B T G K"] | None,
     positions: Int[Tensor, "B T"],
     config: Any,
     scale: float,
 ) -> Float[Tensor, "B T 3 H Q"]:
-    """Computes layers.nsa.attend_few, within float32 rounding."""
+    """Computes layers.nsa.attend_small_batch, within float32 rounding."""
     (batch, time, heads, width), groups = query.shape, key.shape[2]
     index = positions.new_zeros(batch, time, groups, 0) if index is None else index
-    pairs = small_key, small_value, key, value, near_key, near_value
+    pairs = small_key, small_value, key, value, window_key, window_value
     # Referenced as long as their addresses are used.
     dense = [x if x.stride(-1) == 1 else x.contiguous() for x in pairs]
     places, sizes = np.array([where(x) for x in dense]), _sizes(config)
     out = query.new_empty(batch, time, 3, heads, value.shape[-1])
-    given = [x.detach().contiguous().numpy() for x in (query, index, positions)]
-    items, held = batch * time * groups, small_key.shape[1]
-    work = items * (heads // groups) * (held + sizes[3] * sizes[2] + sizes[4]) * width
+    arguments = [x.detach().contiguous().numpy() for x in (query, index, positions)]
+    items, block_count = batch * time * groups, small_key.shape[1]
+    work = items * (heads // groups) * (block_count + sizes[3] * sizes[2] + sizes[4]) * width
     parts = min(torch.get_num_threads(), max(1, work // _WORTH_A_THREAD), items)
-    rest = places, held, key.shape[1], sizes, np.float32(scale), out.numpy()
-    compiled.spread(lambda _, *span: _attend(*given, *rest, *span), items, parts)
+    rest = places, block_count, key.shape[1], sizes, np.float32(scale), out.numpy()
+    compiled.spread(lambda _, *span: _attend(*arguments, *rest, *span), items, parts)
     return out
 
 
 def _sizes(config: Any) -> tuple[int, int, int, int, int]:
-    return config.block, config.stride, config.select_block, config.chosen, config.window
+    return config.block, config.stride, config.select_block, config.top_k, config.window

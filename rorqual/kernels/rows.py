@@ -26,13 +26,13 @@ _KNOWN = 1024
 
 
 @compiled.compiled
-def _sum(several, order, starts, values, sums, begin, end):  # pragma: no cover
+def _sum(several, order, starts, values, sums, start, end):  # pragma: no cover
     """Writes sums[k] = values[order[starts[k]]] + ... + values[order[starts[k + 1] - 1]].
 
     k runs over several[begin:end]; the sums are computed in float64.
     """
     total = np.empty(values.shape[1])
-    for k in several[begin:end]:
+    for k in several[start:end]:
         total[:] = 0.0
         for j in range(starts[k], starts[k + 1]):
             one = values[order[j]]
@@ -43,26 +43,26 @@ def _sum(several, order, starts, values, sums, begin, end):  # pragma: no cover
 
 @compiled.compiled
 def _update(
-    rows, first, second, updates, touched, gradient, known, rates, begin, end
+    rows, first, second, updates, touched, gradient, corrections, rates, start, end
 ):  # pragma: no cover
     """Updates the rows touched[begin:end] in place.
 
-    `rates`: float64 [lr, b1, b2, eps]. `known`: float32 [2, n], see `_corrections`.
+    `rates`: float64 [lr, b1, b2, eps]. `corrections`: float32 [2, n], see `_corrections`.
     """
     b1, b2 = np.float32(rates[1]), np.float32(rates[2])
     c1, c2 = np.float32(1.0 - rates[1]), np.float32(1.0 - rates[2])
-    for k in range(begin, end):
+    for k in range(start, end):
         if k + _AHEAD < end:
             soon = touched[k + _AHEAD]
             for i in range(0, rows.shape[1], _LINE):
-                compiled.ask(rows, soon, i)
-                compiled.ask(first, soon, i)
-                compiled.ask(second, soon, i)
+                compiled.prefetch_line(rows, soon, i)
+                compiled.prefetch_line(first, soon, i)
+                compiled.prefetch_line(second, soon, i)
         row = touched[k]
         updates[row] += 1
         n = updates[row]
-        if n < known.shape[1]:
-            size, floor = known[0, n], known[1, n]
+        if n < corrections.shape[1]:
+            size, floor = corrections[0, n], corrections[1, n]
         else:
             root = np.sqrt(1.0 - rates[2] ** n)
             size, floor = (
@@ -93,7 +93,7 @@ def _corrections(lr: float, betas: tuple[float, float], eps: float) -> np.ndarra
 def _split(work: Callable[[int, int], None], count: int) -> None:
     """Calls work(begin, end) over 0..count, on as many of torch's threads as are worth starting."""
     parts = min(torch.get_num_threads(), max(1, count // _WORTH_A_THREAD))
-    compiled.spread(lambda _, begin, end: work(begin, end), count, parts)
+    compiled.spread(lambda _, start, end: work(start, end), count, parts)
 
 
 def sum_rows(
@@ -110,7 +110,7 @@ def sum_rows(
     first, several = starts[:-1], np.flatnonzero(np.diff(starts) > 1)
     sums = values.detach().index_select(0, torch.from_numpy(order[first]))
     arrays = (order, starts, values.detach().contiguous().numpy(), sums.numpy())
-    _split(lambda begin, end: _sum(several, *arrays, begin, end), len(several))
+    _split(lambda start, end: _sum(several, *arrays, start, end), len(several))
     return torch.from_numpy(ids[first]), sums
 
 
@@ -130,5 +130,5 @@ def row_adam(
         tensor.detach().numpy()
         for tensor in (rows, first, second, updates, touched, gradient.contiguous())
     ]
-    known, rates = _corrections(lr, betas, eps), np.array([lr, *betas, eps])
-    _split(lambda begin, end: _update(*arrays, known, rates, begin, end), len(touched))
+    corrections, rates = _corrections(lr, betas, eps), np.array([lr, *betas, eps])
+    _split(lambda start, end: _update(*arrays, corrections, rates, start, end), len(touched))

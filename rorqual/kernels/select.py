@@ -76,28 +76,28 @@ def _sum(weights, values, step, count, following, out):  # pragma: no cover
 
     `weights` is not modified: callers compare them.
     """
-    width, l, few = out.shape[1], 0, np.empty((out.shape[0], 4), np.float32)
+    width, l, small = out.shape[1], 0, np.empty((out.shape[0], 4), np.float32)
     while l + 4 <= count:
         _fetch(values, step, count, following, l, width)
         for h in range(out.shape[0]):
             for k in range(4):
-                few[h, k] = shown(weights[h, l + k])
+                small[h, k] = shown(weights[h, l + k])
         a = values + l * step
-        sums(few, 0, a, a + step, a + 2 * step, a + 3 * step, out)
+        sums(small, 0, a, a + step, a + 2 * step, a + 3 * step, out)
         l += 4
     for k in range(l, count):
         a = _line(values + k * step, width)
         for h in range(out.shape[0]):
-            own, p = out[h], shown(weights[h, k])
+            out_row, p = out[h], shown(weights[h, k])
             for i in range(width):
-                own[i] += p * a[i]
+                out_row[i] += p * a[i]
 
 
 @_loop
 def over_blocks(
-    own, index, end, block, key, key_step, value, value_step, scores, bits, result
+    out_row, index, end, block, key, key_step, value, value_step, scores, bits, result
 ):  # pragma: no cover
-    """Writes result[h], the attention of own[h] to the keys before `end` in the blocks `index`.
+    """Writes result[h], the attention of out_row[h] to the keys before `end` in the blocks `index`.
 
     Keys and values lie at the addresses key + l key_step and value + l value_step.
     """
@@ -110,9 +110,11 @@ def over_blocks(
                 if n + 1 < blocks
                 else value + index[0] * block * value_step
             )
-            _score(own, key + index[n] * block * key_step, key_step, count, after, scores[:, seen:])
+            _score(
+                out_row, key + index[n] * block * key_step, key_step, count, after, scores[:, seen:]
+            )
             seen += count
-    for h in range(own.shape[0]):
+    for h in range(out_row.shape[0]):
         fill(result[h], ZERO)
         if seen:
             softmax(scores[h, :seen], bits[:seen])
@@ -133,33 +135,43 @@ def over_blocks(
 
 
 @_loop
-def scaled(query, scale, own):  # pragma: no cover
-    for h in range(own.shape[0]):
-        for i in range(own.shape[1]):
-            own[h, i] = query[h, i] * scale
+def scaled(query, scale, out_row):  # pragma: no cover
+    for h in range(out_row.shape[0]):
+        for i in range(out_row.shape[1]):
+            out_row[h, i] = query[h, i] * scale
 
 
 @_loop
 def _attend(
-    query, index, positions, key, value, held, block, scale, out, first, last
+    query, index, positions, key, value, length, block, scale, out, first, last
 ):  # pragma: no cover
     """Computes selections first .. last of B T J.
 
     `key` and `value`: address, and bytes from one sequence, column and group to the next.
     """
-    (_, time, heads, width), (choices, most), groups = query.shape, index.shape[2:], held[1]
+    (_, time, heads, width), (choices, top_k), groups = query.shape, index.shape[2:], length[1]
     share = heads // choices
-    own = np.empty((share, width), np.float32)
-    scores, bits = np.empty((share, most * block), np.float32), np.empty(most * block, np.int32)
+    out_row = np.empty((share, width), np.float32)
+    scores, bits = np.empty((share, top_k * block), np.float32), np.empty(top_k * block, np.int32)
     for n in range(first, last):
         b, t, j = n // (time * choices), n // choices % time, n % choices
-        group, end = j * groups // choices, min(positions[b, t] + 1, held[0])
-        scaled(query[b, t, j * share :], scale, own)
+        group, end = j * groups // choices, min(positions[b, t] + 1, length[0])
+        scaled(query[b, t, j * share :], scale, out_row)
         keys = key[0] + b * key[1] + group * key[3]
         values = value[0] + b * value[1] + group * value[3]
         result = out[b, t, j * share : (j + 1) * share]
         over_blocks(
-            own, index[b, t, j], end, block, keys, key[2], values, value[2], scores, bits, result
+            out_row,
+            index[b, t, j],
+            end,
+            block,
+            keys,
+            key[2],
+            values,
+            value[2],
+            scores,
+            bits,
+            result,
         )
 
 
@@ -180,10 +192,10 @@ def selected_attention(
     """Computes layers.sparse.selected_attention, within float32 rounding."""
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     out = query.new_empty(*query.shape[:3], value.shape[-1])
-    given = [x.detach().contiguous().numpy() for x in (query, index, positions)]
-    held, made = np.array(key.shape[1:3], np.int64), out.numpy()
+    arguments = [x.detach().contiguous().numpy() for x in (query, index, positions)]
+    length, made = np.array(key.shape[1:3], np.int64), out.numpy()
     items, work = index[..., 0].numel(), index.numel() * block * (query.shape[2] // index.shape[2])
     parts = min(torch.get_num_threads(), max(1, work * query.shape[3] // _WORTH_A_THREAD), items)
-    rest = where(key), where(value), held, block, np.float32(scale), made
-    compiled.spread(lambda _, *span: _attend(*given, *rest, *span), items, parts)
+    rest = where(key), where(value), length, block, np.float32(scale), made
+    compiled.spread(lambda _, *span: _attend(*arguments, *rest, *span), items, parts)
     return out

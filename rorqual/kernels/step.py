@@ -29,9 +29,9 @@ from rorqual.kernels.compiled import compiled
 from rorqual.kernels.vectors import (
     ONE,
     ZERO,
-    at,
     columns,
     fill,
+    matrix_at,
     norm,
     rotate,
     rows,
@@ -63,7 +63,7 @@ class Sizes(NamedTuple):
     """
 
     dim: int
-    vocabulary: int
+    vocab_size: int
     heads: int
     query_rank: int
     rank: int
@@ -88,8 +88,8 @@ class Sizes(NamedTuple):
 @intrinsic
 def _publish(context, address, value):
     def generate(context, builder, signature, arguments):
-        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        builder.store_atomic(arguments[1], place, "release", 8)
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        builder.store_atomic(arguments[1], pointer, "release", 8)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
@@ -98,8 +98,8 @@ def _publish(context, address, value):
 @intrinsic
 def _look(context, address):
     def generate(context, builder, signature, arguments):
-        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.load_atomic(place, "acquire", 8)
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(pointer, "acquire", 8)
 
     return types.int64(types.int64), generate
 
@@ -132,79 +132,85 @@ def _attend(queries, keys, summed):  # pragma: no cover
     """
     heads, length = queries.shape[0], keys.shape[0]
     scores, bits = np.empty((heads, length), np.float32), np.empty(length, np.int32)
-    for begin in range(0, length, TILE):
-        score_tile(queries, keys, scores, begin, min(begin + TILE, length))
+    for start in range(0, length, TILE):
+        score_tile(queries, keys, scores, start, min(start + TILE, length))
     for h in range(heads):
         softmax(scores[h], bits)
-    for begin in range(0, length, TILE):
-        sum_tile(scores, keys, summed, begin, min(begin + TILE, length))
+    for start in range(0, length, TILE):
+        sum_tile(scores, keys, summed, start, min(start + TILE, length))
 
 
 @compiled
-def _heads(place, sizes, low, latent, cos, sin, out, me, threads):  # pragma: no cover
+def _heads(pointer, sizes, low, latent, cos, sin, out, me, threads):  # pragma: no cover
     """Computes `out` of this thread's heads.
 
     `low` is the query's normalized latent, or the normalized hidden state where there is no latent.
     """
-    begin, end = _share(sizes.heads, me, threads)
-    wide, up = sizes.nope + sizes.rope, sizes.nope + sizes.value
-    raw = np.zeros(sizes.heads * wide, np.float32)
-    rows(at(place[Q_B], sizes.heads * wide, low.shape[0]), low, raw, begin * wide, end * wide)
-    weight = at(place[KV_B], sizes.heads * up, sizes.rank)
-    queries = np.zeros((end - begin, sizes.rank + sizes.rope), np.float32)
-    for h in range(begin, end):
-        own, query = raw[h * wide : (h + 1) * wide], queries[h - begin]
-        for i in range(wide):
-            own[i] *= np.float32(sizes.scale)
+    start, end = _share(sizes.heads, me, threads)
+    width, up = sizes.nope + sizes.rope, sizes.nope + sizes.value
+    raw = np.zeros(sizes.heads * width, np.float32)
+    rows(
+        matrix_at(pointer[Q_B], sizes.heads * width, low.shape[0]),
+        low,
+        raw,
+        start * width,
+        end * width,
+    )
+    weight = matrix_at(pointer[KV_B], sizes.heads * up, sizes.rank)
+    queries = np.zeros((end - start, sizes.rank + sizes.rope), np.float32)
+    for h in range(start, end):
+        out_row, query = raw[h * width : (h + 1) * width], queries[h - start]
+        for i in range(width):
+            out_row[i] *= np.float32(sizes.scale)
         for i in range(sizes.rope):
-            query[sizes.rank + i] = own[sizes.nope + i]
+            query[sizes.rank + i] = out_row[sizes.nope + i]
         rotate(query[sizes.rank :], cos, sin, sizes.interleaved)
-        columns(weight[h * up : h * up + sizes.nope], own[: sizes.nope], query, 0, sizes.rank)
-    summed = np.zeros((end - begin, sizes.rank), np.float32)
+        columns(weight[h * up : h * up + sizes.nope], out_row[: sizes.nope], query, 0, sizes.rank)
+    summed = np.zeros((end - start, sizes.rank), np.float32)
     _attend(queries, latent, summed)
-    fill(out[begin * sizes.value : end * sizes.value], ZERO)
-    for h in range(begin, end):
+    fill(out[start * sizes.value : end * sizes.value], ZERO)
+    for h in range(start, end):
         values = weight[h * up + sizes.nope : (h + 1) * up]
         rows(
-            values, summed[h - begin], out[h * sizes.value : (h + 1) * sizes.value], 0, sizes.value
+            values, summed[h - start], out[h * sizes.value : (h + 1) * sizes.value], 0, sizes.value
         )
 
 
 @compiled
-def _attention(place, sizes, x, held, cos, sin, shared, clocks, me, phase):  # pragma: no cover
-    """Adds attention(norm(x)) to x; the new cache entry is number `held`. Four barriers."""
+def _attention(pointer, sizes, x, length, cos, sin, shared, clocks, me, phase):  # pragma: no cover
+    """Adds attention(norm(x)) to x; the new cache entry is number `length`. Four barriers."""
     threads, down = clocks.shape[0], sizes.rank + sizes.rope
     hidden = np.empty(sizes.dim, np.float32)
-    norm(x, at(place[ATTENTION_NORM], 1, sizes.dim)[0], sizes.eps, hidden)
+    norm(x, matrix_at(pointer[ATTENTION_NORM], 1, sizes.dim)[0], sizes.eps, hidden)
     first, second = shared[0, : sizes.query_rank], shared[1, :down]
-    begin, end = _share(sizes.query_rank, me, threads)
-    fill(first[begin:end], ZERO)
-    rows(at(place[Q_A], sizes.query_rank, sizes.dim), hidden, first, begin, end)
-    begin, end = _share(down, me, threads)
-    fill(second[begin:end], ZERO)
-    rows(at(place[KV_A], down, sizes.dim), hidden, second, begin, end)
+    start, end = _share(sizes.query_rank, me, threads)
+    fill(first[start:end], ZERO)
+    rows(matrix_at(pointer[Q_A], sizes.query_rank, sizes.dim), hidden, first, start, end)
+    start, end = _share(down, me, threads)
+    fill(second[start:end], ZERO)
+    rows(matrix_at(pointer[KV_A], down, sizes.dim), hidden, second, start, end)
     _meet(clocks, me, phase)
-    latent = at(place[LATENT], held + 1, down)
+    latent = matrix_at(pointer[LATENT], length + 1, down)
     if me == 0:
         norm(
             second[: sizes.rank],
-            at(place[KV_NORM], 1, sizes.rank)[0],
+            matrix_at(pointer[KV_NORM], 1, sizes.rank)[0],
             sizes.latent_eps,
-            latent[held],
+            latent[length],
         )
         for i in range(sizes.rank, down):
-            latent[held, i] = second[i]
-        rotate(latent[held, sizes.rank :], cos, sin, sizes.interleaved)
+            latent[length, i] = second[i]
+        rotate(latent[length, sizes.rank :], cos, sin, sizes.interleaved)
     low = hidden
     if sizes.query_rank:
         low = np.empty(sizes.query_rank, np.float32)
-        norm(first, at(place[Q_NORM], 1, sizes.query_rank)[0], sizes.latent_eps, low)
+        norm(first, matrix_at(pointer[Q_NORM], 1, sizes.query_rank)[0], sizes.latent_eps, low)
     _meet(clocks, me, phase + 1)
     out = shared[2, : sizes.heads * sizes.value]
-    _heads(place, sizes, low, latent, cos, sin, out, me, threads)
+    _heads(pointer, sizes, low, latent, cos, sin, out, me, threads)
     _meet(clocks, me, phase + 2)
-    begin, end = _share(sizes.dim, me, threads)
-    rows(at(place[O], sizes.dim, out.shape[0]), out, x, begin, end)
+    start, end = _share(sizes.dim, me, threads)
+    rows(matrix_at(pointer[O], sizes.dim, out.shape[0]), out, x, start, end)
     _meet(clocks, me, phase + 3)
 
 
@@ -255,18 +261,18 @@ def _score(logits, kind):  # pragma: no cover
 
 
 @compiled
-def _route(place, sizes, hidden, chosen, weights):  # pragma: no cover
+def _route(pointer, sizes, hidden, expert_ids, weights):  # pragma: no cover
     """Computes the router of layers.router for one token.
 
     Of equal scores the lower expert is selected.
     """
     scores, biased = np.zeros(sizes.experts, np.float32), np.zeros(sizes.experts, np.float32)
-    rows(at(place[ROUTER], sizes.experts, sizes.dim), hidden, scores, 0, sizes.experts)
+    rows(matrix_at(pointer[ROUTER], sizes.experts, sizes.dim), hidden, scores, 0, sizes.experts)
     _score(scores, sizes.score)
     for e in range(sizes.experts):
         biased[e] = scores[e]
-        if place[BIAS]:
-            biased[e] += at(place[BIAS], 1, sizes.experts)[0, e]
+        if pointer[BIAS]:
+            biased[e] += matrix_at(pointer[BIAS], 1, sizes.experts)[0, e]
     if sizes.groups_kept < sizes.groups:
         _best_groups(biased, sizes)
     total = np.float32(1e-20)
@@ -275,7 +281,7 @@ def _route(place, sizes, hidden, chosen, weights):  # pragma: no cover
         for e in range(1, sizes.experts):
             if biased[e] > biased[best]:
                 best = e
-        chosen[k], weights[k] = best, scores[best]
+        expert_ids[k], weights[k] = best, scores[best]
         biased[best] = np.float32(-np.inf)
         total += scores[best]
     for k in range(sizes.active):
@@ -291,51 +297,51 @@ def _gated(gate, up, out, factor):  # pragma: no cover
 
 
 @compiled
-def _experts_in(place, sizes, hidden, chosen, weights, inner, begin, end):  # pragma: no cover
+def _experts_in(pointer, sizes, hidden, expert_ids, weights, inner, start, end):  # pragma: no cover
     """Writes inner[k, begin:end] = weight_k silu(gate) up.
 
     These are this thread's columns of every selected expert.
     """
     width, both = sizes.width, np.empty(2 * sizes.width, np.float32)
-    every = at(place[GATE_UP], sizes.experts * sizes.dim, 2 * width)
+    every = matrix_at(pointer[GATE_UP], sizes.experts * sizes.dim, 2 * width)
     for k in range(sizes.active):
-        own = every[chosen[k] * sizes.dim : (chosen[k] + 1) * sizes.dim]
+        out_row = every[expert_ids[k] * sizes.dim : (expert_ids[k] + 1) * sizes.dim]
         fill(both, ZERO)
-        columns(own, hidden, both, begin, end)
-        columns(own, hidden, both, width + begin, width + end)
-        _gated(both[begin:end], both[width + begin : width + end], inner[k, begin:end], weights[k])
+        columns(out_row, hidden, both, start, end)
+        columns(out_row, hidden, both, width + start, width + end)
+        _gated(both[start:end], both[width + start : width + end], inner[k, start:end], weights[k])
 
 
 @compiled
-def _feed_forward(place, sizes, x, wide, shared, clocks, me, phase):  # pragma: no cover
+def _feed_forward(pointer, sizes, x, width, shared, clocks, me, phase):  # pragma: no cover
     """Adds SwiGLU(norm(x)), dense or shared, and the selected experts to x. Two barriers."""
     threads, hidden = clocks.shape[0], np.empty(sizes.dim, np.float32)
-    norm(x, at(place[FFN_NORM], 1, sizes.dim)[0], sizes.eps, hidden)
-    inner, plain = shared[3:], shared[2, :wide]
-    chosen, weights = np.empty(sizes.active, np.int64), np.empty(sizes.active, np.float32)
-    begin, end = _share(wide, me, threads)
-    gate, up = np.zeros(wide, np.float32), np.zeros(wide, np.float32)
-    rows(at(place[GATE], wide, sizes.dim), hidden, gate, begin, end)
-    rows(at(place[UP], wide, sizes.dim), hidden, up, begin, end)
-    _gated(gate[begin:end], up[begin:end], plain[begin:end], ONE)
-    if place[ROUTER]:
-        _route(place, sizes, hidden, chosen, weights)
-        begin, end = _share(sizes.width, me, threads)
-        _experts_in(place, sizes, hidden, chosen, weights, inner, begin, end)
+    norm(x, matrix_at(pointer[FFN_NORM], 1, sizes.dim)[0], sizes.eps, hidden)
+    inner, plain = shared[3:], shared[2, :width]
+    expert_ids, weights = np.empty(sizes.active, np.int64), np.empty(sizes.active, np.float32)
+    start, end = _share(width, me, threads)
+    gate, up = np.zeros(width, np.float32), np.zeros(width, np.float32)
+    rows(matrix_at(pointer[GATE], width, sizes.dim), hidden, gate, start, end)
+    rows(matrix_at(pointer[UP], width, sizes.dim), hidden, up, start, end)
+    _gated(gate[start:end], up[start:end], plain[start:end], ONE)
+    if pointer[ROUTER]:
+        _route(pointer, sizes, hidden, expert_ids, weights)
+        start, end = _share(sizes.width, me, threads)
+        _experts_in(pointer, sizes, hidden, expert_ids, weights, inner, start, end)
     _meet(clocks, me, phase)
-    begin, end = _share(sizes.dim, me, threads)
-    rows(at(place[DOWN], sizes.dim, wide), plain, x, begin, end)
-    if place[ROUTER]:
-        every = at(place[EXPERTS_DOWN], sizes.experts * sizes.width, sizes.dim)
+    start, end = _share(sizes.dim, me, threads)
+    rows(matrix_at(pointer[DOWN], sizes.dim, width), plain, x, start, end)
+    if pointer[ROUTER]:
+        every = matrix_at(pointer[EXPERTS_DOWN], sizes.experts * sizes.width, sizes.dim)
         for k in range(sizes.active):
-            own = every[chosen[k] * sizes.width : (chosen[k] + 1) * sizes.width]
-            columns(own, inner[k, : sizes.width], x, begin, end)
+            out_row = every[expert_ids[k] * sizes.width : (expert_ids[k] + 1) * sizes.width]
+            columns(out_row, inner[k, : sizes.width], x, start, end)
     _meet(clocks, me, phase + 1)
 
 
 @compiled
 def _step(
-    places, widths, ends, sizes, x, held, cos, sin, shared, clocks, logits, me, phase
+    places, widths, ends, sizes, x, length, cos, sin, shared, clocks, logits, me, phase
 ):  # pragma: no cover
     """Computes this thread's share of a decoding step.
 
@@ -343,15 +349,15 @@ def _step(
     each SwiGLU; `phase` is greater than that of every barrier so far.
     """
     for layer in range(places.shape[0]):
-        _attention(places[layer], sizes, x, held, cos, sin, shared, clocks, me, phase + 6 * layer)
+        _attention(places[layer], sizes, x, length, cos, sin, shared, clocks, me, phase + 6 * layer)
         _feed_forward(
             places[layer], sizes, x, widths[layer], shared, clocks, me, phase + 6 * layer + 4
         )
     hidden = np.empty(sizes.dim, np.float32)
-    norm(x, at(ends[0], 1, sizes.dim)[0], sizes.eps, hidden)
-    begin, end = _share(sizes.vocabulary, me, clocks.shape[0])
-    fill(logits[begin:end], ZERO)
-    rows(at(ends[1], sizes.vocabulary, sizes.dim), hidden, logits, begin, end)
+    norm(x, matrix_at(ends[0], 1, sizes.dim)[0], sizes.eps, hidden)
+    start, end = _share(sizes.vocab_size, me, clocks.shape[0])
+    fill(logits[start:end], ZERO)
+    rows(matrix_at(ends[1], sizes.vocab_size, sizes.dim), hidden, logits, start, end)
 
 
 CODE: Any = _step  # the same function as a numba dispatcher
@@ -404,7 +410,7 @@ class Step:
         CODE.compile(_types())
 
     @staticmethod
-    def kept() -> bool:
+    def is_cached() -> bool:
         """Returns whether the machine code exists, in this process or cached on disk.
 
         Code that is cached is loaded.
@@ -421,13 +427,13 @@ class Step:
     @staticmethod
     def keep() -> None:
         """Compiles the step into numba's cache for other processes, unless another does so."""
-        place = Path(CODE.stats.cache_path)
-        place.mkdir(parents=True, exist_ok=True)
-        with suppress(Locked), lock(place / "step.lock", "another process builds the step"):
+        offset = Path(CODE.stats.cache_path)
+        offset.mkdir(parents=True, exist_ok=True)
+        with suppress(Locked), lock(offset / "step.lock", "another process builds the step"):
             Step.build()
 
     def _given(
-        self, x: np.ndarray, held: int, cos: np.ndarray, sin: np.ndarray, logits: np.ndarray
+        self, x: np.ndarray, length: int, cos: np.ndarray, sin: np.ndarray, logits: np.ndarray
     ) -> tuple:
         return (
             self.places,
@@ -435,7 +441,7 @@ class Step:
             self.ends,
             self.sizes,
             x,
-            held,
+            length,
             cos,
             sin,
             self.shared,
@@ -443,21 +449,21 @@ class Step:
             logits,
         )
 
-    def __call__(self, x: np.ndarray, held: int, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    def __call__(self, x: np.ndarray, length: int, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
         """Returns the logits [V] of one token.
 
-        x [D], the token's embedding, is overwritten; `held` tokens are cached.
+        x [D], the token's embedding, is overwritten; `length` tokens are cached.
         """
-        logits = np.empty(self.sizes.vocabulary, np.float32)
-        given = self._given(x, held, cos, sin, logits)
+        logits = np.empty(self.sizes.vocab_size, np.float32)
+        arguments = self._given(x, length, cos, sin, logits)
         phase = 1 + 6 * len(self.places) * self.calls
         self.calls += 1
         others: list[Future[None]] = []
         try:
             for me in range(1, len(self.clocks)):
                 assert self.pool is not None
-                others.append(self.pool.submit(_step, *given, me, phase))
-            _step(*given, 0, phase)
+                others.append(self.pool.submit(_step, *arguments, me, phase))
+            _step(*arguments, 0, phase)
         # An exception such as Ctrl-C between two submissions: the threads that were started would
         # wait for ever.
         except BaseException:

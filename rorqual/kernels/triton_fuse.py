@@ -28,8 +28,8 @@ _LEAST = 4  # tokens a program, so that its weights are read for more than one
 
 @triton.jit
 @inspect.unwrap  # tests wrap every function to check its shapes
-def _row(source, place, inside):
-    return tl.load(source + place, mask=inside, other=0.0).to(tl.float32)
+def _row(source, offset, inside):
+    return tl.load(source + offset, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _gate(score, COPYSIGN: tl.constexpr):
 @triton.jit
 @inspect.unwrap
 def _forward(
-    hidden, key, value, query_norm, key_norm, conv_norm, live, gated, normed,
+    hidden, key, value, query_norm, key_norm, conv_norm, lookup_mask, gated, normed,
     tokens, span, dim, scale, eps, conv_eps, STREAMS: tl.constexpr, COPYSIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -67,25 +67,25 @@ def _forward(
     of_key = _row(key_norm, stream * dim + columns, inside)
     for token in range(first, tl.minimum(first + span, tokens)):
         flat = tl.full([], token, tl.int64)  # values may be more than 2^31
-        place = (flat * STREAMS + stream) * dim + columns
-        query, _ = _normed(_row(hidden, place, inside), dim, eps)
-        keyed, _ = _normed(_row(key, place, inside), dim, eps)
+        offset = (flat * STREAMS + stream) * dim + columns
+        query, _ = _normed(_row(hidden, offset, inside), dim, eps)
+        keyed, _ = _normed(_row(key, offset, inside), dim, eps)
         gate, _ = _gate(tl.sum((query * of_query) * (keyed * of_key), axis=0) * scale, COPYSIGN)
-        if live is not None:
-            gate = tl.where(tl.load(live + flat) != 0, gate, 0.0)
+        if lookup_mask is not None:
+            gate = tl.where(tl.load(lookup_mask + flat) != 0, gate, 0.0)
         gate = gate.to(gated.dtype.element_ty).to(tl.float32)
         added = (gate * _row(value, flat * dim + columns, inside)).to(gated.dtype.element_ty)
-        tl.store(gated + place, added, mask=inside)
+        tl.store(gated + offset, added, mask=inside)
         if conv_norm is not None:
             shape, _ = _normed(added.to(tl.float32), dim, conv_eps)
             of_conv = _row(conv_norm, stream * dim + columns, inside)
-            tl.store(normed + place, (shape * of_conv).to(normed.dtype.element_ty), mask=inside)
+            tl.store(normed + offset, (shape * of_conv).to(normed.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 @inspect.unwrap
 def _backward(
-    hidden, key, value, query_norm, key_norm, conv_norm, live, d_gated, d_normed,
+    hidden, key, value, query_norm, key_norm, conv_norm, lookup_mask, d_gated, d_normed,
     d_hidden, d_key, d_value, d_gate, d_conv,
     tokens, span, dim, scale, eps, conv_eps, STREAMS: tl.constexpr, COPYSIGN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -98,35 +98,35 @@ def _backward(
     for_gate, for_conv = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for token in range(run * span, tl.minimum(run * span + span, tokens)):
         flat = tl.full([], token, tl.int64)
-        place = (flat * STREAMS + stream) * dim + columns
-        h, h_r = _normed(_row(hidden, place, inside), dim, eps)
-        k, k_r = _normed(_row(key, place, inside), dim, eps)
+        offset = (flat * STREAMS + stream) * dim + columns
+        h, h_r = _normed(_row(hidden, offset, inside), dim, eps)
+        k, k_r = _normed(_row(key, offset, inside), dim, eps)
         score = tl.sum((h * of_query) * (k * of_key), axis=0) * scale
         gate, slope = _gate(score, COPYSIGN)
-        if live is not None:
-            alive = tl.load(live + flat) != 0
+        if lookup_mask is not None:
+            alive = tl.load(lookup_mask + flat) != 0
             gate, slope = tl.where(alive, gate, 0.0), tl.where(alive, slope, 0.0)
         gate = gate.to(d_gated.dtype.element_ty).to(tl.float32)
-        valued, change = _row(value, flat * dim + columns, inside), _row(d_gated, place, inside)
+        valued, change = _row(value, flat * dim + columns, inside), _row(d_gated, offset, inside)
         if conv_norm is not None:
             v, v_r = _normed(
                 (gate * valued).to(d_gated.dtype.element_ty).to(tl.float32), dim, conv_eps
             )
-            d_norm = _row(d_normed, place, inside)
+            d_norm = _row(d_normed, offset, inside)
             for_conv += d_norm * v
             u = d_norm * _row(conv_norm, stream * dim + columns, inside)
             change += v_r * (u - v * (tl.sum(u * v, axis=0) / dim))
-        tl.store(d_value + place, gate * change, mask=inside)
+        tl.store(d_value + offset, gate * change, mask=inside)
         d_score = tl.sum(change * valued, axis=0) * slope
         for_gate += (d_score * scale) * h * k
         both, back = (d_score * scale) * of_query * of_key, d_score * score / dim
         tl.store(
-            d_hidden + place,
+            d_hidden + offset,
             (h_r * (both * k - back * h)).to(d_hidden.dtype.element_ty),
             mask=inside,
         )
         tl.store(
-            d_key + place, (k_r * (both * h - back * k)).to(d_key.dtype.element_ty), mask=inside
+            d_key + offset, (k_r * (both * h - back * k)).to(d_key.dtype.element_ty), mask=inside
         )
     sums = (run * STREAMS + stream) * dim + columns
     tl.store(d_gate + sums, for_gate, mask=inside)
@@ -150,27 +150,27 @@ def _launch(
 class _Fuse(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, key, value, query_norm, key_norm, conv_norm, live, sign, eps, conv_eps
+        ctx, hidden, key, value, query_norm, key_norm, conv_norm, lookup_mask, sign, eps, conv_eps
     ):
-        given = tuple(
+        arguments = tuple(
             x if x is None else x.contiguous()
-            for x in (hidden, key, value, query_norm, key_norm, conv_norm, live)
+            for x in (hidden, key, value, query_norm, key_norm, conv_norm, lookup_mask)
         )
         tokens, streams = hidden.shape[0] * hidden.shape[1], hidden.shape[2]
         ctx.span = max(_LEAST, triton.cdiv(tokens, max(1, _PROGRAMS // streams)))
         ctx.rest = (sign, eps, conv_eps)
-        ctx.save_for_backward(*given)
+        ctx.save_for_backward(*arguments)
         gated = torch.empty(hidden.shape, dtype=value.dtype, device=value.device)
         normed = None if conv_norm is None else torch.empty_like(gated)
         if gated.numel():
-            _launch(_forward, (*given, gated, normed), hidden.shape, ctx.span, *ctx.rest)
+            _launch(_forward, (*arguments, gated, normed), hidden.shape, ctx.span, *ctx.rest)
         return gated, normed
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_gated, d_normed):
-        given = ctx.saved_tensors
-        hidden, key, value, query_norm, key_norm, conv_norm, _ = given
+        saved = ctx.saved_tensors
+        hidden, key, value, query_norm, key_norm, conv_norm, _ = saved
         runs = triton.cdiv(hidden.shape[0] * hidden.shape[1], ctx.span)
         d_hidden, d_key = torch.empty_like(hidden), torch.empty_like(key)
         d_value = torch.empty(hidden.shape, dtype=torch.float32, device=value.device)
@@ -179,7 +179,7 @@ class _Fuse(torch.autograd.Function):
         changes = (d_gated.contiguous(), None if conv_norm is None else d_normed.contiguous())
         if d_value.numel():
             made = (d_hidden, d_key, d_value, d_gate, d_conv)
-            _launch(_backward, (*given, *changes, *made), hidden.shape, ctx.span, *ctx.rest)
+            _launch(_backward, (*saved, *changes, *made), hidden.shape, ctx.span, *ctx.rest)
         of_gate = d_gate.sum(0)
         of_query, of_key = (
             (of_gate * key_norm).to(query_norm.dtype),
@@ -207,12 +207,12 @@ def fuse(
     query_norm: Float[Tensor, "S D"],
     key_norm: Float[Tensor, "S D"],
     conv_norm: Float[Tensor, "S D"] | None,
-    live: Bool[Tensor, "B T"] | None,
+    lookup_mask: Bool[Tensor, "B T"] | None,
     sign: Literal["sign", "copysign"],
     eps: float,
     conv_eps: float,
 ) -> tuple[Float[Tensor, "B T S D"], Float[Tensor, "B T S D"] | None]:
     """Computes layers.engram.fuse, within rounding."""
     return _Fuse.apply(
-        hidden, key, value, query_norm, key_norm, conv_norm, live, sign, eps, conv_eps
+        hidden, key, value, query_norm, key_norm, conv_norm, lookup_mask, sign, eps, conv_eps
     )

@@ -18,13 +18,13 @@ _TOKENS = 64  # tokens a program
 
 @triton.jit
 @inspect.unwrap  # tests wrap every function to check its shapes
-def _known(ids, place, canonical, size, inside, strange):
+def _known(ids, offset, canonical, size, inside, strange):
     """Returns canonical ids, and sets `strange` where an id has none."""
-    raw = tl.load(ids + place, mask=inside, other=0).to(tl.int64)
+    raw = tl.load(ids + offset, mask=inside, other=0).to(tl.int64)
     valid = (raw >= 0) & (raw < size)
-    known = tl.load(canonical + raw, mask=inside & valid, other=-1).to(tl.int64)
-    tl.store(strange + tl.zeros_like(place), 1, mask=inside & (known < 0))
-    return known
+    canonical_ids = tl.load(canonical + raw, mask=inside & valid, other=-1).to(tl.int64)
+    tl.store(strange + tl.zeros_like(offset), 1, mask=inside & (canonical_ids < 0))
+    return canonical_ids
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _hash(
     inside = token < tokens
     current = token // time * (time + ORDERS) + token % time + ORDERS  # in the window
     head = tl.arange(0, WIDE)
-    present = head < HEADS
+    inside_heads = head < HEADS
     multiplier = multipliers + layer * (ORDERS + 1)
     mix = _known(ids, current, canonical, size, inside, strange) * tl.load(multiplier)
     for order in range(ORDERS):
@@ -48,13 +48,13 @@ def _hash(
             earlier = tl.where(allowed, earlier, pad)
         mix = mix ^ (earlier * tl.load(multiplier + order + 1))
         column = (layer * ORDERS + order) * HEADS + head
-        prime = tl.load(primes + column, mask=present, other=1)
+        prime = tl.load(primes + column, mask=inside_heads, other=1)
         row = (
             mix[:, None] % prime[None, :]
-            + tl.load(offsets + column, mask=present, other=0)[None, :]
+            + tl.load(offsets + column, mask=inside_heads, other=0)[None, :]
         )
-        place = ((layer * tokens + token) * ORDERS + order)[:, None] * HEADS + head[None, :]
-        tl.store(out + place, row, mask=inside[:, None] & present[None, :])
+        offset = ((layer * tokens + token) * ORDERS + order)[:, None] * HEADS + head[None, :]
+        tl.store(out + offset, row, mask=inside[:, None] & inside_heads[None, :])
 
 
 def hash_rows(
@@ -66,7 +66,7 @@ def hash_rows(
     offsets: Int[Tensor, "Lm R"],
     pad: int,
     out: Int[Tensor, "Lm B T R"] | None = None,
-    kept: dict[str, Any] | None = None,
+    scratch: dict[str, Any] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
     """Computes layers.addresses.hash_rows, bit for bit."""
     layers, orders, heads = primes.shape

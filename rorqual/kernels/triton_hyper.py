@@ -1,4 +1,4 @@
-"""Reads and writes residual streams: the Triton kernels of layers.streams.collapse and .write.
+"""Reads and writes residual streams: Triton kernels of streams.pre_mapping and post_mapping.
 
 A program processes a few tokens with all their streams, so that forward and backward of either
 function read the streams once. The S x S matrices, Sinkhorn's iterates among them, stay in
@@ -31,8 +31,10 @@ def _start(m, scale, base, n, tokens, eps, floor, S: tl.constexpr, P: tl.constex
     """Returns the softmax over the last axis [n, j, k] and Sinkhorn's first matrix; 0 outside."""
     j, k = tl.arange(0, P)[None, :, None], tl.arange(0, P)[None, None, :]
     inside, row = (j < S) & (k < S), (2 + j) * S + k
-    live = inside & (n < tokens)[:, None, None]
-    logits = tl.load(m + row * tokens + n[:, None, None], mask=live, other=0.0) * tl.load(scale + 2)
+    lookup_mask = inside & (n < tokens)[:, None, None]
+    logits = tl.load(m + row * tokens + n[:, None, None], mask=lookup_mask, other=0.0) * tl.load(
+        scale + 2
+    )
     logits = tl.where(k < S, logits + tl.load(base + row, mask=inside, other=0.0), float("-inf"))
     powers = tl.exp(logits - tl.max(logits, axis=2)[:, :, None])
     start = tl.where(inside, powers / tl.sum(powers, axis=2)[:, :, None], 0.0)
@@ -45,8 +47,8 @@ def _sigmoids(m, scale, base, n, tokens, which: tl.constexpr, S: tl.constexpr, P
     """Returns the sigmoid of the logits of pre (which 0) or post (1), [n, s]."""
     s = tl.arange(0, P)
     row = which * S + s
-    live = (s < S)[None, :] & (n < tokens)[:, None]
-    logits = tl.load(m + row[None, :] * tokens + n[:, None], mask=live, other=0.0) * tl.load(
+    lookup_mask = (s < S)[None, :] & (n < tokens)[:, None]
+    logits = tl.load(m + row[None, :] * tokens + n[:, None], mask=lookup_mask, other=0.0) * tl.load(
         scale + which
     )
     return tl.sigmoid(logits + tl.load(base + row, mask=s < S, other=0.0)[None, :])
@@ -61,30 +63,30 @@ def _divisor(comb, eps, axis: tl.constexpr, S: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 @inspect.unwrap
-def _collapse(
-    streams, m, scale, base, carried, u, pre, post, comb,
+def _pre_mapping(
+    streams, m, scale, base, handed_on, u, pre, post, comb,
     tokens, dim, eps, floor, iterations, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
     n, s = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
-    live = (s < S)[None, :] & (n < tokens)[:, None]
-    place = s[None, :] * tokens + n[:, None]
+    lookup_mask = (s < S)[None, :] & (n < tokens)[:, None]
+    offset = s[None, :] * tokens + n[:, None]
     weights = _sigmoids(m, scale, base, n, tokens, 0, S, P) + eps
-    tl.store(pre + place, weights, mask=live)
-    tl.store(post + place, 2.0 * _sigmoids(m, scale, base, n, tokens, 1, S, P), mask=live)
+    tl.store(pre + offset, weights, mask=lookup_mask)
+    tl.store(post + offset, 2.0 * _sigmoids(m, scale, base, n, tokens, 1, S, P), mask=lookup_mask)
     _, c = _start(m, scale, base, n, tokens, eps, floor, S, P)
     c = c / _divisor(c, eps, 1, S, P)[:, None, :]
     for _ in range(iterations - 1):
         c = c / _divisor(c, eps, 2, S, P)[:, :, None]
         c = c / _divisor(c, eps, 1, S, P)[:, None, :]
-    at = (s[None, :, None] * S + s[None, None, :]) * tokens + n[:, None, None]
-    tl.store(comb + at, c, mask=live[:, :, None] & (s < S)[None, None, :])
-    if carried is not None:
-        weights = tl.load(carried + place, mask=live, other=0.0)
+    offsets = (s[None, :, None] * S + s[None, None, :]) * tokens + n[:, None, None]
+    tl.store(comb + offsets, c, mask=lookup_mask[:, :, None] & (s < S)[None, None, :])
+    if handed_on is not None:
+        weights = tl.load(handed_on + offset, mask=lookup_mask, other=0.0)
     flat = n.to(tl.int64)  # values may be more than 2^31
     for first in range(0, dim, WIDTH):
         d = first + tl.arange(0, WIDTH)
-        inside = live[:, :, None] & (d < dim)[None, None, :]
+        inside = lookup_mask[:, :, None] & (d < dim)[None, None, :]
         x = tl.load(
             streams + (flat[:, None, None] * S + s[None, :, None]) * dim + d[None, None, :],
             mask=inside,
@@ -115,22 +117,22 @@ def _unwind(
     s, t = tl.arange(0, P), tl.arange(0, STEPS)[None, None, :]
     start, c = _start(m, scale, base, n, tokens, eps, floor, S, P)
     total = _divisor(c, eps, 1, S, P)
-    kept = tl.where(t == 0, total[:, :, None], 0.0)
+    start_sum = tl.where(t == 0, total[:, :, None], 0.0)
     c = c / total[:, None, :]
     for i in range(iterations - 1):
         total = _divisor(c, eps, 2, S, P)
-        kept, c = tl.where(t == 2 * i + 1, total[:, :, None], kept), c / total[:, :, None]
+        start_sum, c = tl.where(t == 2 * i + 1, total[:, :, None], start_sum), c / total[:, :, None]
         total = _divisor(c, eps, 1, S, P)
-        kept, c = tl.where(t == 2 * i + 2, total[:, :, None], kept), c / total[:, None, :]
-    at = (s[None, :, None] * S + s[None, None, :]) * tokens + n[:, None, None]
-    live = (s < S)[None, :, None] & (s < S)[None, None, :] & (n < tokens)[:, None, None]
-    flow = c * tl.load(d_comb + at, mask=live, other=0.0)
+        start_sum, c = tl.where(t == 2 * i + 2, total[:, :, None], start_sum), c / total[:, None, :]
+    offsets = (s[None, :, None] * S + s[None, None, :]) * tokens + n[:, None, None]
+    lookup_mask = (s < S)[None, :, None] & (s < S)[None, None, :] & (n < tokens)[:, None, None]
+    flow = c * tl.load(d_comb + offsets, mask=lookup_mask, other=0.0)
     for i in range(iterations - 1):
         last = 2 * (iterations - 1 - i)
         flow -= c * tl.sum(flow, axis=1)[:, None, :]
-        c = c * tl.sum(tl.where(t == last, kept, 0.0), axis=2)[:, None, :]
+        c = c * tl.sum(tl.where(t == last, start_sum, 0.0), axis=2)[:, None, :]
         flow -= c * tl.sum(flow, axis=2)[:, :, None]
-        c = c * tl.sum(tl.where(t == last - 1, kept, 0.0), axis=2)[:, :, None]
+        c = c * tl.sum(tl.where(t == last - 1, start_sum, 0.0), axis=2)[:, :, None]
     flow -= c * tl.sum(flow, axis=1)[:, None, :]
     flow = tl.where(start > 0, flow * (start / (start + eps)), 0.0)
     return flow - start * tl.sum(flow, axis=2)[:, :, None]
@@ -138,23 +140,23 @@ def _unwind(
 
 @triton.jit
 @inspect.unwrap
-def _collapse_backward(
-    streams, m, scale, base, carried, d_u, d_pre, d_post, d_comb, d_streams, d_logits, d_carried,
+def _pre_mapping_backward(
+    streams, m, scale, base, handed_on, d_u, d_pre, d_post, d_comb, d_streams, d_logits, d_handed,
     tokens, dim, eps, floor, iterations, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
     n, s = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
-    live = (s < S)[None, :] & (n < tokens)[:, None]
-    place = s[None, :] * tokens + n[:, None]
+    lookup_mask = (s < S)[None, :] & (n < tokens)[:, None]
+    offset = s[None, :] * tokens + n[:, None]
     opened = _sigmoids(m, scale, base, n, tokens, 0, S, P)
     weights = opened + eps
-    if carried is not None:
-        weights = tl.load(carried + place, mask=live, other=0.0)
+    if handed_on is not None:
+        weights = tl.load(handed_on + offset, mask=lookup_mask, other=0.0)
     flat, back = n.to(tl.int64), tl.zeros([ROWS, P], tl.float32)
     for first in range(0, dim, WIDTH):
         d = first + tl.arange(0, WIDTH)
-        inside = live[:, :, None] & (d < dim)[None, None, :]
+        inside = lookup_mask[:, :, None] & (d < dim)[None, None, :]
         where = (flat[:, None, None] * S + s[None, :, None]) * dim + d[None, None, :]
         mask = (n < tokens)[:, None] & (d < dim)[None, :]
         change = tl.load(d_u + flat[:, None] * dim + d[None, :], mask=mask, other=0.0).to(
@@ -167,41 +169,43 @@ def _collapse_backward(
             (weights[:, :, None] * change).to(d_streams.dtype.element_ty),
             mask=inside,
         )
-    of_pre = tl.load(d_pre + place, mask=live, other=0.0)
-    if carried is not None:
-        tl.store(d_carried + place, back, mask=live)
+    of_pre = tl.load(d_pre + offset, mask=lookup_mask, other=0.0)
+    if handed_on is not None:
+        tl.store(d_handed + offset, back, mask=lookup_mask)
     else:
         of_pre += back
-    tl.store(d_logits + place, of_pre * opened * (1.0 - opened), mask=live)
+    tl.store(d_logits + offset, of_pre * opened * (1.0 - opened), mask=lookup_mask)
     opened = _sigmoids(m, scale, base, n, tokens, 1, S, P)
-    of_post = tl.load(d_post + place, mask=live, other=0.0)
-    tl.store(d_logits + S * tokens + place, 2.0 * of_post * opened * (1.0 - opened), mask=live)
+    of_post = tl.load(d_post + offset, mask=lookup_mask, other=0.0)
+    tl.store(
+        d_logits + S * tokens + offset, 2.0 * of_post * opened * (1.0 - opened), mask=lookup_mask
+    )
     flow = _unwind(m, scale, base, d_comb, n, tokens, eps, floor, iterations, S, P, STEPS)
-    at = ((2 + s[None, :, None]) * S + s[None, None, :]) * tokens + n[:, None, None]
-    tl.store(d_logits + at, flow, mask=live[:, :, None] & (s < S)[None, None, :])
+    offsets = ((2 + s[None, :, None]) * S + s[None, None, :]) * tokens + n[:, None, None]
+    tl.store(d_logits + offsets, flow, mask=lookup_mask[:, :, None] & (s < S)[None, None, :])
 
 
 @triton.jit
 @inspect.unwrap
-def _write(
+def _post_mapping(
     streams, out, post, comb, made,
     tokens, dim, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     n, s = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
     here, flat = n < tokens, n.to(tl.int64)
-    live = (s < S)[None, :] & here[:, None]
+    lookup_mask = (s < S)[None, :] & here[:, None]
     for first in range(0, dim, WIDTH):
         d = first + tl.arange(0, WIDTH)
         mask = here[:, None] & (d < dim)[None, :]
         where = (flat[:, None, None] * S + s[None, :, None]) * dim + d[None, None, :]
         x = tl.load(
-            streams + where, mask=live[:, :, None] & (d < dim)[None, None, :], other=0.0
+            streams + where, mask=lookup_mask[:, :, None] & (d < dim)[None, None, :], other=0.0
         ).to(tl.float32)
         added = tl.load(out + flat[:, None] * dim + d[None, :], mask=mask, other=0.0).to(tl.float32)
         for k in tl.static_range(S):
             if comb is not None:
                 way = tl.load(
-                    comb + (s[None, :] * S + k) * tokens + n[:, None], mask=live, other=0.0
+                    comb + (s[None, :] * S + k) * tokens + n[:, None], mask=lookup_mask, other=0.0
                 )
             else:
                 way = tl.where(s == k, 1.0, 0.0)[None, :]
@@ -216,18 +220,18 @@ def _write(
 
 @triton.jit
 @inspect.unwrap
-def _write_backward(
+def _post_mapping_backward(
     streams, out, post, comb, d_made, d_streams, d_out, d_post, d_comb,
     tokens, dim, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     n, s = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
     here, flat = n < tokens, n.to(tl.int64)
-    live = (s < S)[None, :] & here[:, None]
+    lookup_mask = (s < S)[None, :] & here[:, None]
     of_post, of_comb = tl.zeros([ROWS, P], tl.float32), tl.zeros([ROWS, P, P], tl.float32)
     for first in range(0, dim, WIDTH):
         d = first + tl.arange(0, WIDTH)
         mask = here[:, None] & (d < dim)[None, :]
-        inside = live[:, :, None] & (d < dim)[None, None, :]
+        inside = lookup_mask[:, :, None] & (d < dim)[None, None, :]
         where = (flat[:, None, None] * S + s[None, :, None]) * dim + d[None, None, :]
         added = tl.load(out + flat[:, None] * dim + d[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.load(streams + where, mask=inside, other=0.0).to(tl.float32)
@@ -240,7 +244,7 @@ def _write_backward(
             of_post += tl.where(s == k, 1.0, 0.0)[None, :] * tl.sum(change * added, axis=1)[:, None]
             if comb is not None:
                 way = tl.load(
-                    comb + (s[None, :] * S + k) * tokens + n[:, None], mask=live, other=0.0
+                    comb + (s[None, :] * S + k) * tokens + n[:, None], mask=lookup_mask, other=0.0
                 )
                 of_comb += (
                     tl.where(s == k, 1.0, 0.0)[None, None, :]
@@ -253,10 +257,10 @@ def _write_backward(
         tl.store(
             d_out + flat[:, None] * dim + d[None, :], of_out.to(d_out.dtype.element_ty), mask=mask
         )
-    tl.store(d_post + s[None, :] * tokens + n[:, None], of_post, mask=live)
+    tl.store(d_post + s[None, :] * tokens + n[:, None], of_post, mask=lookup_mask)
     if comb is not None:
-        at = (s[None, :, None] * S + s[None, None, :]) * tokens + n[:, None, None]
-        tl.store(d_comb + at, of_comb, mask=live[:, :, None] & (s < S)[None, None, :])
+        offsets = (s[None, :, None] * S + s[None, None, :]) * tokens + n[:, None, None]
+        tl.store(d_comb + offsets, of_comb, mask=lookup_mask[:, :, None] & (s < S)[None, None, :])
 
 
 def _launch(kernel: Any, tensors: tuple[Any, ...], *rest: float, **constants: int) -> None:
@@ -275,74 +279,74 @@ def _whole(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(x if x is None else x.contiguous() for x in tensors)
 
 
-class _Collapse(torch.autograd.Function):
+class _PreMapping(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, streams, m, scale, base, carried, iterations, eps):
-        given = _whole(streams, m, scale, base, carried)
-        ctx.save_for_backward(*given)
+    def forward(ctx, streams, m, scale, base, handed_on, iterations, eps):
+        arguments = _whole(streams, m, scale, base, handed_on)
+        ctx.save_for_backward(*arguments)
         ctx.rest = (eps, 0.0 if eps else _TINY, iterations)
         tokens, count, dim = streams.shape
         u, pre = streams.new_empty(tokens, dim), m.new_empty(count, tokens)
         post, comb = torch.empty_like(pre), m.new_empty(count, count, tokens)
-        _launch(_collapse, (*given, u, pre, post, comb), *ctx.rest)
+        _launch(_pre_mapping, (*arguments, u, pre, post, comb), *ctx.rest)
         return u, pre, post, comb
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *changes):
-        streams, m, scale, base, carried = ctx.saved_tensors
+        streams, m, scale, base, handed_on = ctx.saved_tensors
         made = (
             torch.empty_like(streams), torch.empty_like(m),
-            None if carried is None else torch.empty_like(carried),
+            None if handed_on is None else torch.empty_like(handed_on),
         )  # fmt: skip
         steps = triton.next_power_of_2(2 * ctx.rest[-1] - 1)
-        given = (streams, m, scale, base, carried, *_whole(*changes))
-        _launch(_collapse_backward, (*given, *made), *ctx.rest, STEPS=steps)
-        d_streams, d_logits, d_carried = made
+        saved = (streams, m, scale, base, handed_on, *_whole(*changes))
+        _launch(_pre_mapping_backward, (*saved, *made), *ctx.rest, STEPS=steps)
+        d_streams, d_logits, d_handed = made
         parts = (streams.shape[1], streams.shape[1], m.shape[0] - 2 * streams.shape[1])
-        d_scale = torch.stack([part.sum() for part in (d_logits * m).split(parts)])
+        d_scale = torch.stack([piece.sum() for piece in (d_logits * m).split(parts)])
         d_m = d_logits * scale.repeat_interleave(torch.tensor(parts, device=scale.device))[:, None]
-        return d_streams, d_m, d_scale, d_logits.sum(1), d_carried, None, None
+        return d_streams, d_m, d_scale, d_logits.sum(1), d_handed, None, None
 
 
-class _Write(torch.autograd.Function):
+class _PostMapping(torch.autograd.Function):
     @staticmethod
     def forward(ctx, streams, out, post, comb):
-        given = _whole(streams, out, post, comb)
-        ctx.save_for_backward(*given)
-        made = torch.empty_like(given[0])
-        _launch(_write, (*given, made))
+        arguments = _whole(streams, out, post, comb)
+        ctx.save_for_backward(*arguments)
+        made = torch.empty_like(arguments[0])
+        _launch(_post_mapping, (*arguments, made))
         return made
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_made):
-        given = ctx.saved_tensors
-        made = tuple(x if x is None else torch.empty_like(x) for x in given)
-        _launch(_write_backward, (*given, d_made.contiguous(), *made))
+        saved = ctx.saved_tensors
+        made = tuple(x if x is None else torch.empty_like(x) for x in saved)
+        _launch(_post_mapping_backward, (*saved, d_made.contiguous(), *made))
         return made
 
 
-def collapse(
+def pre_mapping(
     streams: Float[Tensor, "N S D"],
     m: Float[Tensor, "K N"],
     scale: Float[Tensor, "3"],
     base: Float[Tensor, " K"],
-    carried: Float[Tensor, "S N"] | None = None,
+    handed_on: Float[Tensor, "S N"] | None = None,
     iterations: int = 20,
     eps: float = 1e-6,
 ) -> tuple[
     Float[Tensor, "N D"], Float[Tensor, "S N"], Float[Tensor, "S N"], Float[Tensor, "S S N"]
 ]:
-    """Computes layers.streams.collapse, within rounding."""
-    return _Collapse.apply(streams, m, scale, base, carried, iterations, eps)
+    """Computes layers.streams.pre_mapping, within rounding."""
+    return _PreMapping.apply(streams, m, scale, base, handed_on, iterations, eps)
 
 
-def write(
+def post_mapping(
     streams: Float[Tensor, "N S D"],
     out: Float[Tensor, "N D"],
     post: Float[Tensor, "S N"],
     comb: Float[Tensor, "S S N"] | None,
 ) -> Float[Tensor, "N S D"]:
-    """Computes layers.streams.write, within rounding."""
-    return _Write.apply(streams, out, post, comb)
+    """Computes layers.streams.post_mapping, within rounding."""
+    return _PostMapping.apply(streams, out, post, comb)

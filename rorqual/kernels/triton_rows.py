@@ -35,16 +35,16 @@ def _e4m3(byte):
 @triton.jit
 @inspect.unwrap
 def _lookup(records, ids, out, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < count
-    column = place % WIDTH
-    record = records + tl.load(ids + place // WIDTH, mask=inside, other=0).to(tl.int64) * (
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < count
+    column = offset % WIDTH
+    record = records + tl.load(ids + offset // WIDTH, mask=inside, other=0).to(tl.int64) * (
         WIDTH + WIDTH // _SHARE
     )
     value = _e4m3(tl.load(record + column, mask=inside, other=0).to(tl.int32))
     power = tl.load(record + WIDTH + column // _SHARE, mask=inside, other=0).to(tl.int32)
     bits = tl.where(power == 0, 1 << 22, tl.where(power == 255, 0x7FC00000, power << 23))
-    tl.store(out + place, value * bits.to(tl.float32, bitcast=True), mask=inside)
+    tl.store(out + offset, value * bits.to(tl.float32, bitcast=True), mask=inside)
 
 
 def lookup(

@@ -26,27 +26,38 @@ _PIECE = 64  # keys of a block at a time
 
 @triton.jit
 @inspect.unwrap  # tests wrap every function to check its shapes
-def _rows(source, row, live, width, PADDED: tl.constexpr):
+def _rows(source, row, lookup_mask, width, PADDED: tl.constexpr):
     """Loads source[row], `width` values each, [len(row), PADDED]; 0 outside."""
     column = tl.arange(0, PADDED)
-    inside = live[:, None] & (column < width)[None, :]
+    inside = lookup_mask[:, None] & (column < width)[None, :]
     return tl.load(source + row[:, None] * width + column[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 @inspect.unwrap
 def _keys(
-    source, batch, columns, group, live, width, stride_b, stride_l, stride_g, PADDED: tl.constexpr
+    source,
+    batch,
+    columns,
+    group,
+    lookup_mask,
+    width,
+    stride_b,
+    stride_l,
+    stride_g,
+    PADDED: tl.constexpr,
 ):
     """Loads source[batch, columns, group], [len(columns), PADDED]; 0 outside."""
-    at = (
+    matrix_at = (
         batch * stride_b
         + columns.to(tl.int64)[:, None] * stride_l
         + group * stride_g
         + tl.arange(0, PADDED)[None, :]
     )
     return tl.load(
-        source + at, mask=live[:, None] & (tl.arange(0, PADDED) < width)[None, :], other=0.0
+        source + matrix_at,
+        mask=lookup_mask[:, None] & (tl.arange(0, PADDED) < width)[None, :],
+        other=0.0,
     )
 
 
@@ -73,7 +84,7 @@ def _columns(which, first, block, limit, PIECE: tl.constexpr):
 def _forward(
     query, key, value, index, positions, out, sums,
     key_b, key_l, key_g, value_b, value_l, value_g,
-    time, length, groups, choices, chosen, block, wide, deep, scale,
+    time, length, groups, choices, top_k, block, width, deep, scale,
     HEADS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
     PIECE: tl.constexpr,
     EXACT: tl.constexpr,
@@ -84,33 +95,33 @@ def _forward(
         choice * groups // choices,
         tl.arange(0, ROWS),
     )
-    row, live = (token * choices + choice) * HEADS + r, r < HEADS
-    q = _rows(query, row, live, wide, WIDE)
+    row, lookup_mask = (token * choices + choice) * HEADS + r, r < HEADS
+    q = _rows(query, row, lookup_mask, width, WIDE)
     limit = tl.minimum(tl.load(positions + token) + 1, length)
     top, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
     summed = tl.zeros([ROWS, DEEP], tl.float32)
-    for n in range(chosen):
-        which = tl.load(index + (token * choices + choice) * chosen + n)
+    for n in range(top_k):
+        which = tl.load(index + (token * choices + choice) * top_k + n)
         if which >= 0:
             for first in range(0, block, PIECE):
                 columns, seen = _columns(which, first, block, limit, PIECE)
-                k = _keys(key, batch, columns, group, seen, wide, key_b, key_l, key_g, WIDE)
+                k = _keys(key, batch, columns, group, seen, width, key_b, key_l, key_g, WIDE)
                 v = _keys(value, batch, columns, group, seen, deep, value_b, value_l, value_g, DEEP)
                 logits = _dot(q, tl.trans(k), EXACT) * scale
                 logits = tl.where(seen[None, :], logits, float("-inf"))
                 higher = tl.maximum(top, tl.max(logits, axis=1))
-                weights, kept = tl.exp(logits - higher[:, None]), tl.exp(top - higher)
-                total, top = total * kept + tl.sum(weights, axis=1), higher
-                summed = summed * kept[:, None] + _dot(weights.to(v.dtype), v, EXACT)
+                weights, rescale = tl.exp(logits - higher[:, None]), tl.exp(top - higher)
+                total, top = total * rescale + tl.sum(weights, axis=1), higher
+                summed = summed * rescale[:, None] + _dot(weights.to(v.dtype), v, EXACT)
     some = total > 0
     summed = summed / tl.where(some, total, 1.0)[:, None]
     column = tl.arange(0, DEEP)[None, :]
-    inside = live[:, None] & (column < deep)
+    inside = lookup_mask[:, None] & (column < deep)
     tl.store(out + row[:, None] * deep + column, summed.to(out.dtype.element_ty), mask=inside)
     tl.store(
         sums + row,
         tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("inf")),
-        mask=live,
+        mask=lookup_mask,
     )
 
 
@@ -119,7 +130,7 @@ def _forward(
 def _backward_queries(
     query, key, value, index, positions, out, sums, d_out, d_query, products,
     key_b, key_l, key_g, value_b, value_l, value_g,
-    time, length, groups, choices, chosen, block, wide, deep, scale,
+    time, length, groups, choices, top_k, block, width, deep, scale,
     HEADS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
     PIECE: tl.constexpr,
     EXACT: tl.constexpr,
@@ -130,21 +141,24 @@ def _backward_queries(
         choice * groups // choices,
         tl.arange(0, ROWS),
     )
-    row, live = (token * choices + choice) * HEADS + r, r < HEADS
-    q, change = _rows(query, row, live, wide, WIDE), _rows(d_out, row, live, deep, DEEP)
-    product = tl.sum(
-        change.to(tl.float32) * _rows(out, row, live, deep, DEEP).to(tl.float32), axis=1
+    row, lookup_mask = (token * choices + choice) * HEADS + r, r < HEADS
+    q, change = (
+        _rows(query, row, lookup_mask, width, WIDE),
+        _rows(d_out, row, lookup_mask, deep, DEEP),
     )
-    tl.store(products + row, product, mask=live)
-    sum_of = tl.load(sums + row, mask=live, other=float("inf"))
+    product = tl.sum(
+        change.to(tl.float32) * _rows(out, row, lookup_mask, deep, DEEP).to(tl.float32), axis=1
+    )
+    tl.store(products + row, product, mask=lookup_mask)
+    sum_of = tl.load(sums + row, mask=lookup_mask, other=float("inf"))
     limit = tl.minimum(tl.load(positions + token) + 1, length)
     made = tl.zeros([ROWS, WIDE], tl.float32)
-    for n in range(chosen):
-        which = tl.load(index + (token * choices + choice) * chosen + n)
+    for n in range(top_k):
+        which = tl.load(index + (token * choices + choice) * top_k + n)
         if which >= 0:
             for first in range(0, block, PIECE):
                 columns, seen = _columns(which, first, block, limit, PIECE)
-                k = _keys(key, batch, columns, group, seen, wide, key_b, key_l, key_g, WIDE)
+                k = _keys(key, batch, columns, group, seen, width, key_b, key_l, key_g, WIDE)
                 v = _keys(value, batch, columns, group, seen, deep, value_b, value_l, value_g, DEEP)
                 logits = _dot(q, tl.trans(k), EXACT) * scale
                 weights = tl.where(seen[None, :], tl.exp(logits - sum_of[:, None]), 0.0)
@@ -152,7 +166,9 @@ def _backward_queries(
                 made += _dot(moved.to(k.dtype), k, EXACT)
     column = tl.arange(0, WIDE)[None, :]
     made = (made * scale).to(d_query.dtype.element_ty)
-    tl.store(d_query + row[:, None] * wide + column, made, mask=live[:, None] & (column < wide))
+    tl.store(
+        d_query + row[:, None] * width + column, made, mask=lookup_mask[:, None] & (column < width)
+    )
 
 
 @triton.jit
@@ -160,7 +176,7 @@ def _backward_queries(
 def _backward_keys(
     query, key, value, positions, sums, d_out, products, order, starts, d_key, d_value,
     key_b, key_l, key_g, value_b, value_l, value_g,
-    length, groups, choices, blocks, block, wide, deep, scale,
+    length, groups, choices, blocks, block, width, deep, scale,
     HEADS: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
     DEEP: tl.constexpr,
     PIECE: tl.constexpr,
@@ -170,31 +186,35 @@ def _backward_keys(
     which, first = tl.program_id(0) // pieces, tl.program_id(0) % pieces * PIECE
     batch, group = (tl.program_id(1) // groups).to(tl.int64), tl.program_id(1) % groups
     columns, real = _columns(which, first, block, length, PIECE)
-    k = _keys(key, batch, columns, group, real, wide, key_b, key_l, key_g, WIDE)
+    k = _keys(key, batch, columns, group, real, width, key_b, key_l, key_g, WIDE)
     v = _keys(value, batch, columns, group, real, deep, value_b, value_l, value_g, DEEP)
     of_key, of_value = tl.zeros([PIECE, WIDE], tl.float32), tl.zeros([PIECE, DEEP], tl.float32)
     bucket, r = tl.program_id(1) * blocks + which, tl.arange(0, ROWS)
     end = tl.load(starts + bucket + 1)
     for entry in range(tl.load(starts + bucket), end, ROWS // EACH):
-        place = entry + r // EACH
-        live = (place < end) & (r % EACH < HEADS)
-        pair = tl.load(order + place, mask=live, other=0)  # a token and a choice
+        offset = entry + r // EACH
+        lookup_mask = (offset < end) & (r % EACH < HEADS)
+        pair = tl.load(order + offset, mask=lookup_mask, other=0)  # a token and a choice
         row = pair * HEADS + r % EACH
-        q, change = _rows(query, row, live, wide, WIDE), _rows(d_out, row, live, deep, DEEP)
-        seen = live[:, None] & (
-            columns[None, :] <= tl.load(positions + pair // choices, mask=live, other=-1)[:, None]
+        q, change = (
+            _rows(query, row, lookup_mask, width, WIDE),
+            _rows(d_out, row, lookup_mask, deep, DEEP),
+        )
+        seen = lookup_mask[:, None] & (
+            columns[None, :]
+            <= tl.load(positions + pair // choices, mask=lookup_mask, other=-1)[:, None]
         )
         logits = _dot(q, tl.trans(k), EXACT) * scale
-        sum_of = tl.load(sums + row, mask=live, other=float("inf"))
+        sum_of = tl.load(sums + row, mask=lookup_mask, other=float("inf"))
         weights = tl.where(seen & real[None, :], tl.exp(logits - sum_of[:, None]), 0.0)
         of_value += _dot(tl.trans(weights.to(change.dtype)), change, EXACT)
-        product = tl.load(products + row, mask=live, other=0.0)
+        product = tl.load(products + row, mask=lookup_mask, other=0.0)
         moved = weights * (_dot(change, tl.trans(v), EXACT) - product[:, None])
         of_key += _dot(tl.trans(moved.to(q.dtype)), q, EXACT)
     line = (batch * length + columns.to(tl.int64)) * groups + group
     column = tl.arange(0, WIDE)[None, :]
     of_key = (of_key * scale).to(d_key.dtype.element_ty)
-    tl.store(d_key + line[:, None] * wide + column, of_key, mask=real[:, None] & (column < wide))
+    tl.store(d_key + line[:, None] * width + column, of_key, mask=real[:, None] & (column < width))
     column = tl.arange(0, DEEP)[None, :]
     of_value = of_value.to(d_value.dtype.element_ty)
     tl.store(
@@ -225,14 +245,14 @@ def _by_block(
     Returns the numbers of the pairs in order, and the B G blocks + 1 edges: where the pairs of each
     block start, and last where those of the last block end.
     """
-    batch, _, choices, chosen = index.shape
+    batch, _, choices, top_k = index.shape
     row = torch.arange(batch, device=index.device)[:, None] * groups
     row = row + torch.arange(choices, device=index.device) * groups // choices
     bucket = row[:, None, :, None] * blocks + index
     bucket = bucket.masked_fill((index < 0) | (index >= blocks), batch * groups * blocks).flatten()
     named, order = bucket.sort(stable=True)
     edges = torch.arange(batch * groups * blocks + 1, device=index.device)
-    return order // chosen, torch.searchsorted(named, edges)
+    return order // top_k, torch.searchsorted(named, edges)
 
 
 class _Selected(torch.autograd.Function):
@@ -258,7 +278,7 @@ class _Selected(torch.autograd.Function):
         d_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
         if out.numel():
             _by_token(_backward_queries, (*ctx.saved_tensors, d_out, d_query, products), ctx)
-        (batch, length, groups, wide), choices = key.shape, index.shape[2]
+        (batch, length, groups, width), choices = key.shape, index.shape[2]
         blocks = triton.cdiv(length, ctx.block)
         if d_key.numel():
             constants = _constants(query, value, choices, ctx.block)
@@ -270,7 +290,7 @@ class _Selected(torch.autograd.Function):
                     blocks),
                     d_key, d_value, *key.stride()[:3], *value.stride()[:3], length, groups, choices,
                     blocks,
-                    ctx.block, wide, value.shape[3], ctx.scale, EACH=each, ROWS=max(2 * _LEAST,
+                    ctx.block, width, value.shape[3], ctx.scale, EACH=each, ROWS=max(2 * _LEAST,
                     each), **constants,
                 )  # fmt: skip
         return d_query, d_key, d_value, None, None, None, None
@@ -279,12 +299,12 @@ class _Selected(torch.autograd.Function):
 def _by_token(kernel: Any, tensors: tuple[Tensor, ...], ctx: Any) -> None:
     """Launches one program for each token and selection."""
     query, key, value, index = tensors[:4]
-    (batch, time, choices, chosen), (_, length, groups, wide) = index.shape, key.shape
+    (batch, time, choices, top_k), (_, length, groups, width) = index.shape, key.shape
     constants = _constants(query, value, choices, ctx.block)
     with torch.cuda.device_of(query):
         kernel[(time, batch * choices)](
-            *tensors, *key.stride()[:3], *value.stride()[:3], time, length, groups, choices, chosen,
-            ctx.block, wide,
+            *tensors, *key.stride()[:3], *value.stride()[:3], time, length, groups, choices, top_k,
+            ctx.block, width,
             value.shape[3], ctx.scale, ROWS=_padded(constants["HEADS"]), **constants,
         )  # fmt: skip
 

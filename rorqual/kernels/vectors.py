@@ -17,7 +17,7 @@ ZERO, ONE = np.float32(0), np.float32(1)
 
 
 @compiled
-def at(address, rows, columns):  # pragma: no cover
+def matrix_at(address, rows, columns):  # pragma: no cover
     return numba.carray(pointer(address), (rows, columns), np.float32)
 
 
@@ -36,12 +36,12 @@ def norm(x, weight, eps, out):  # pragma: no cover
 
 
 @_any_order
-def rows(weight, x, out, begin, end):  # pragma: no cover
+def rows(weight, x, out, start, end):  # pragma: no cover
     """Adds weight[r] . x to out[r].
 
     Four rows are computed at a time, so that their sums do not wait for each other.
     """
-    r = begin
+    r = start
     while r + 4 <= end:
         a, b, c, d = weight[r], weight[r + 1], weight[r + 2], weight[r + 3]
         p, q, s, t = ZERO, ZERO, ZERO, ZERO
@@ -63,23 +63,23 @@ def rows(weight, x, out, begin, end):  # pragma: no cover
 
 
 @_any_order
-def columns(weight, x, out, begin, end):  # pragma: no cover
+def columns(weight, x, out, start, end):  # pragma: no cover
     """Adds x @ weight[:, begin:end] to out[begin:end], four rows of the weight at a time."""
-    own, i = out[begin:end], 0
+    out_row, i = out[start:end], 0
     while i + 4 <= x.shape[0]:
         a, b, c, d = (
-            weight[i, begin:end],
-            weight[i + 1, begin:end],
-            weight[i + 2, begin:end],
-            weight[i + 3, begin:end],
+            weight[i, start:end],
+            weight[i + 1, start:end],
+            weight[i + 2, start:end],
+            weight[i + 3, start:end],
         )
         p, q, s, t = x[i], x[i + 1], x[i + 2], x[i + 3]
-        for j in range(own.shape[0]):
-            own[j] += p * a[j] + q * b[j] + s * c[j] + t * d[j]
+        for j in range(out_row.shape[0]):
+            out_row[j] += p * a[j] + q * b[j] + s * c[j] + t * d[j]
         i += 4
     for k in range(i, x.shape[0]):
-        for j in range(own.shape[0]):
-            own[j] += x[k] * weight[k, begin + j]
+        for j in range(out_row.shape[0]):
+            out_row[j] += x[k] * weight[k, start + j]
 
 
 @compiled
@@ -147,8 +147,8 @@ _NINE = types.void(*[types.int64] * 9)
 
 
 def _load(builder, address, more, kind=_VECTOR):
-    place = builder.inttoptr(builder.add(address, more), kind.as_pointer())
-    return builder.load(place, align=4)
+    pointer = builder.inttoptr(builder.add(address, more), kind.as_pointer())
+    return builder.load(pointer, align=4)
 
 
 def _store(builder, value, address, more):
@@ -180,11 +180,11 @@ def _across(builder, vectors):
     """
     for _ in range(4):
         pairs = zip(vectors[::2], vectors[1::2], strict=True) if len(vectors) > 1 else [vectors * 2]
-        found = []
+        results = []
         for one, other in pairs:
             even, odd = (_picked(builder, one, other, list(range(n, 2 * LANES, 2))) for n in (0, 1))
-            found.append(builder.fadd(even, odd))
-        vectors = found
+            results.append(builder.fadd(even, odd))
+        vectors = results
     return vectors[0]
 
 
@@ -204,20 +204,20 @@ def _dots(heads):
             zero, more = ir.Constant(_VECTOR, [0.0] * LANES), _step(builder, apart, heads)
             totals = [cgutils.alloca_once_value(builder, zero) for _ in range(4 * heads)]
             with cgutils.for_range(builder, chunks) as loop:
-                place = builder.mul(loop.index, ir.Constant(_WHOLE, 4 * LANES))
-                keys = [_load(builder, row, place) for row in (a, b, c, d)]
+                pointer = builder.mul(loop.index, ir.Constant(_WHOLE, 4 * LANES))
+                keys = [_load(builder, row, pointer) for row in (a, b, c, d)]
                 for h in range(heads):
-                    own = _load(builder, queries, builder.add(more[h], place))
+                    out_row = _load(builder, queries, builder.add(more[h], pointer))
                     for total, key in zip(totals[4 * h : 4 * h + 4], keys, strict=True):
-                        product = builder.fmul(own, key, flags=_FUSED)
+                        product = builder.fmul(out_row, key, flags=_FUSED)
                         builder.store(
                             builder.fadd(builder.load(total), product, flags=_FUSED), total
                         )
-            found = _across(builder, [builder.load(total) for total in totals])
+            item = _across(builder, [builder.load(total) for total in totals])
             for h, at_h in enumerate(_step(builder, out_apart, heads)):
                 _store(
                     builder,
-                    _picked(builder, found, found, list(range(4 * h, 4 * h + 4))),
+                    _picked(builder, item, item, list(range(4 * h, 4 * h + 4))),
                     out,
                     at_h,
                 )
@@ -237,18 +237,18 @@ def _sums(heads):
     def typed(context, weights, apart, a, b, c, d, chunks, out, out_apart):
         def generate(context, builder, signature, arguments):
             weights, apart, a, b, c, d, chunks, out, out_apart = arguments
-            known, more = _step(builder, apart, heads), _step(builder, out_apart, heads)
-            fours = [_load(builder, weights, at_h, _FOUR) for at_h in known]
+            stride, more = _step(builder, apart, heads), _step(builder, out_apart, heads)
+            fours = [_load(builder, weights, at_h, _FOUR) for at_h in stride]
             lanes = [ir.Constant(ir.IntType(32), k) for k in range(4)]
             shares = [
                 [_everywhere(builder, builder.extract_element(four, k)) for k in lanes]
                 for four in fours
             ]
             with cgutils.for_range(builder, chunks) as loop:
-                place = builder.mul(loop.index, ir.Constant(_WHOLE, 4 * LANES))
-                values = [_load(builder, row, place) for row in (a, b, c, d)]
+                pointer = builder.mul(loop.index, ir.Constant(_WHOLE, 4 * LANES))
+                values = [_load(builder, row, pointer) for row in (a, b, c, d)]
                 for h in range(heads):
-                    there = builder.add(more[h], place)
+                    there = builder.add(more[h], pointer)
                     total = _load(builder, out, there)
                     for share, value in zip(shares[h], values, strict=True):
                         total = builder.fadd(
@@ -272,16 +272,21 @@ def dots(queries, a, b, c, d, scores, l):  # pragma: no cover
     It processes four queries at a time, so that each number that is loaded is used four times.
     """
     (heads, width), h = queries.shape, 0
-    given, apart, chunks = queries.ctypes.data, queries.strides[0], width // LANES
+    arguments, apart, chunks = queries.ctypes.data, queries.strides[0], width // LANES
     out, out_apart = scores.ctypes.data + 4 * l, scores.strides[0]
     while h + 4 <= heads:
-        _dots_4(given + h * apart, apart, a, b, c, d, chunks, out + h * out_apart, out_apart)
+        _dots_4(arguments + h * apart, apart, a, b, c, d, chunks, out + h * out_apart, out_apart)
         h += 4
     while h < heads:
-        _dots_1(given + h * apart, apart, a, b, c, d, chunks, out + h * out_apart, out_apart)
+        _dots_1(arguments + h * apart, apart, a, b, c, d, chunks, out + h * out_apart, out_apart)
         h += 1
     if width % LANES:
-        p, q, s, t = at(a, 1, width)[0], at(b, 1, width)[0], at(c, 1, width)[0], at(d, 1, width)[0]
+        p, q, s, t = (
+            matrix_at(a, 1, width)[0],
+            matrix_at(b, 1, width)[0],
+            matrix_at(c, 1, width)[0],
+            matrix_at(d, 1, width)[0],
+        )
         for h in range(heads):
             for i in range(chunks * LANES, width):
                 x = queries[h, i]
@@ -299,16 +304,21 @@ def dots(queries, a, b, c, d, scores, l):  # pragma: no cover
 def sums(weights, l, a, b, c, d, out):  # pragma: no cover
     """Adds weights[h, l .. l + 3] times the rows at addresses a, b, c, d to out[h]."""
     (heads, width), h = out.shape, 0
-    given, apart, chunks = weights.ctypes.data + 4 * l, weights.strides[0], width // LANES
+    arguments, apart, chunks = weights.ctypes.data + 4 * l, weights.strides[0], width // LANES
     made, out_apart = out.ctypes.data, out.strides[0]
     while h + 4 <= heads:
-        _sums_4(given + h * apart, apart, a, b, c, d, chunks, made + h * out_apart, out_apart)
+        _sums_4(arguments + h * apart, apart, a, b, c, d, chunks, made + h * out_apart, out_apart)
         h += 4
     while h < heads:
-        _sums_1(given + h * apart, apart, a, b, c, d, chunks, made + h * out_apart, out_apart)
+        _sums_1(arguments + h * apart, apart, a, b, c, d, chunks, made + h * out_apart, out_apart)
         h += 1
     if width % LANES:
-        p, q, s, t = at(a, 1, width)[0], at(b, 1, width)[0], at(c, 1, width)[0], at(d, 1, width)[0]
+        p, q, s, t = (
+            matrix_at(a, 1, width)[0],
+            matrix_at(b, 1, width)[0],
+            matrix_at(c, 1, width)[0],
+            matrix_at(d, 1, width)[0],
+        )
         for h in range(heads):
             x, y, z, w = weights[h, l], weights[h, l + 1], weights[h, l + 2], weights[h, l + 3]
             for i in range(chunks * LANES, width):
@@ -316,9 +326,9 @@ def sums(weights, l, a, b, c, d, out):  # pragma: no cover
 
 
 @_any_order
-def score_tile(queries, keys, scores, begin, end):  # pragma: no cover
-    """Writes scores[h, l] = queries[h] . keys[l] for l from `begin` to `end`."""
-    l, first, step = begin, keys.ctypes.data, keys.strides[0]
+def score_tile(queries, keys, scores, start, end):  # pragma: no cover
+    """Writes scores[h, l] = queries[h] . keys[l] for l from `start` to `end`."""
+    l, first, step = start, keys.ctypes.data, keys.strides[0]
     while l + 4 <= end:
         a = first + l * step
         dots(queries, a, a + step, a + 2 * step, a + 3 * step, scores, l)
@@ -332,12 +342,12 @@ def score_tile(queries, keys, scores, begin, end):  # pragma: no cover
 
 
 @_any_order
-def sum_tile(weights, values, out, begin, end):  # pragma: no cover
-    """Adds the sum over l from `begin` to `end` of weights[h, l] values[l] to out[h].
+def sum_tile(weights, values, out, start, end):  # pragma: no cover
+    """Adds the sum over l from `start` to `end` of weights[h, l] values[l] to out[h].
 
     Of each value only the first out.shape[1] numbers are used.
     """
-    l, first, step = begin, values.ctypes.data, values.strides[0]
+    l, first, step = start, values.ctypes.data, values.strides[0]
     while l + 4 <= end:
         a = first + l * step
         sums(weights, l, a, a + step, a + 2 * step, a + 3 * step, out)

@@ -53,7 +53,7 @@ def draw_multipliers(config: EngramConfig, canonical: int) -> np.ndarray:
     """
     half = max(1, ((2**63 - 1) // canonical) // 2)
     if config.generator == "splitmix64":
-        starts = [config.seed + 10007 * place for place in range(len(config.layers))]
+        starts = [config.seed + 10007 * index for index in range(len(config.layers))]
         drawn = [
             [_splitmix64(start, i + 2) % half for i in range(config.ngram)] for start in starts
         ]
@@ -83,15 +83,15 @@ def hash_rows(
     offsets: Int[Tensor, "Lm R"],
     pad: int,
     out: Int[Tensor, "Lm B T R"] | None = None,
-    kept: dict[str, Any] | None = None,
+    scratch: dict[str, Any] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
     """Computes the rows of T tokens in every Engram layer from W = N-1 + T raw ids.
 
     The ids are those of the tokens and of the ones before them. reach[b, t] is the number of
     earlier tokens that token t may look back at (None: all N-1); the others are replaced by `pad`,
-    a canonical id. Rows are order-major, then by head. `out` is contiguous memory for them; `kept`
-    is a dict in which a kernel stores what it derived from these tensors. IndexError if an id has
-    no canonical id (-1 in the map, or outside it).
+    a canonical id. Rows are order-major, then by head. `out` is contiguous memory for them;
+    `scratch` is a dict in which a kernel stores what it derived from these tensors. IndexError if
+    an id has no canonical id (-1 in the map, or outside it).
     """
     orders, time = primes.shape[1], ids.shape[1] - primes.shape[1]
     strange = _strange(ids, canonical_map).any()
@@ -100,11 +100,11 @@ def hash_rows(
         torch._assert_async(~strange, "Engram: an id has no canonical id")
     elif strange:
         raise IndexError("an id has no canonical id")
-    known = canonical_map[ids].long()
-    mix = known[:, orders:] * multipliers[:, 0, None, None]  # [Lm, B, T]
+    canonical = canonical_map[ids].long()
+    mix = canonical[:, orders:] * multipliers[:, 0, None, None]  # [Lm, B, T]
     rows = []
     for k in range(1, orders + 1):
-        earlier = known[:, orders - k : orders - k + time]
+        earlier = canonical[:, orders - k : orders - k + time]
         if reach is not None:
             earlier = torch.where(reach >= k, earlier, pad)
         mix = mix ^ (earlier * multipliers[:, k, None, None])
@@ -115,28 +115,28 @@ def hash_rows(
 @kernel(numba="rorqual.kernels.engram:follow_rows")
 def follow_rows(
     ids: Int[Tensor, "B T"],
-    held: Int[Tensor, "B L"] | None,
-    at: int,
+    window_ids: Int[Tensor, "B L"] | None,
+    column: int,
     canonical_map: Int[Tensor, " V"],
     multipliers: Int[Tensor, "Lm N"],
     primes: Int[Tensor, "Lm O J"],
     offsets: Int[Tensor, "Lm R"],
     pad_id: int,
     out: Int[Tensor, "Lm B T R"] | None = None,
-    kept: dict[str, Any] | None = None,
+    scratch: dict[str, Any] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
-    """Computes hash_rows of `ids` and writes the ids into `held` from column `at` on.
+    """Computes hash_rows of `ids` and writes the ids into `window_ids` from column `column` on.
 
-    The columns left of `at` hold the ids before them. Without `held` the raw id `pad_id` precedes
-    them.
+    The columns left of `column` hold the ids before them. Without `window_ids` the raw id `pad_id`
+    precedes them.
     """
     before, time = primes.shape[1], ids.shape[1]
-    if held is None:
+    if window_ids is None:
         window = F.pad(ids, (before, 0), value=pad_id)
     else:
-        held[:, at : at + time] = ids
-        window = held[:, at - before : at + time]
-    return hash_rows(window, None, canonical_map, multipliers, primes, offsets, 0, out, kept)
+        window_ids[:, column : column + time] = ids
+        window = window_ids[:, column - before : column + time]
+    return hash_rows(window, None, canonical_map, multipliers, primes, offsets, 0, out, scratch)
 
 
 def _strange(ids: Tensor, canonical_map: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class Addresses(nn.Module):
         self,
         config: EngramConfig,
         canonical_map: Int[Tensor, " V"] | Int[np.ndarray, " V"] | None = None,
-        vocabulary: int | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         """Takes the tokenizer's `canonical_map`; without one each raw id is its own canonical id.
 
@@ -172,39 +172,47 @@ class Addresses(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.told = config.canonical and canonical_map is not None
+        self.has_canonical_map = config.canonical and canonical_map is not None
         self._staging, self._kept = Staging(), dict[str, Any]()
-        if not self.told and vocabulary is None:
+        if not self.has_canonical_map and vocab_size is None:
             raise ValueError(
                 "Addresses: got neither a canonical map nor a vocabulary, expected one"
             )
-        known = canonical_map if self.told else torch.arange(vocabulary or 0, device="cpu")
-        given = torch.as_tensor(known, device="cpu").numpy().astype(np.int32)
-        size = len(given) if vocabulary is None else vocabulary
-        if len(given) > size:
+        canonical = (
+            canonical_map if self.has_canonical_map else torch.arange(vocab_size or 0, device="cpu")
+        )
+        canonical_ids = torch.as_tensor(canonical, device="cpu").numpy().astype(np.int32)
+        size = len(canonical_ids) if vocab_size is None else vocab_size
+        if len(canonical_ids) > size:
             raise ValueError(
-                f"canonical map: got {len(given)} ids, "
+                f"canonical map: got {len(canonical_ids)} ids, "
                 f"expected at most the model's vocabulary of {size}"
             )
-        self._adopt(np.concatenate([given, np.full(size - len(given), -1, dtype=np.int32)]))
+        self._adopt(
+            np.concatenate([canonical_ids, np.full(size - len(canonical_ids), -1, dtype=np.int32)])
+        )
 
     def _adopt(self, canonical_map: np.ndarray) -> None:
         """Computes and registers everything that follows from the config and this map."""
-        known = canonical_map[canonical_map >= 0]
-        if not len(known) or canonical_map.min() < -1 or len(np.unique(known)) != known.max() + 1:
+        canonical = canonical_map[canonical_map >= 0]
+        if (
+            not len(canonical)
+            or canonical_map.min() < -1
+            or len(np.unique(canonical)) != canonical.max() + 1
+        ):
             raise ValueError(
                 "canonical map: got gaps or negative ids, "
                 "expected every number from 0 up to the largest"
             )
         missing = self.config.missing_id
         if missing >= len(canonical_map) or canonical_map[missing] < 0:
-            raise self.config.unknown_missing_id(len(known))
+            raise self.config.unknown_missing_id(len(canonical))
         primes = find_primes(self.config)
         flat = primes.reshape(len(primes), -1)  # [Lm, R]
-        digest = hashlib.sha256(known.astype("<i4").tobytes()).digest()
+        digest = hashlib.sha256(canonical.astype("<i4").tobytes()).digest()
         self.pad = int(canonical_map[missing])
         self._exact: dict[str, np.ndarray] = {
-            "multipliers": draw_multipliers(self.config, int(known.max()) + 1),
+            "multipliers": draw_multipliers(self.config, int(canonical.max()) + 1),
             "primes": primes,
             "canonical_map": canonical_map,
             "canonical_sha256": np.frombuffer(digest, dtype=np.uint8).copy(),
@@ -241,7 +249,7 @@ class Addresses(nn.Module):
         read = {name: value.cpu().numpy() for name, value in saved.items() if not value.is_meta}
         if (
             self.config.canonical
-            and not self.told
+            and not self.has_canonical_map
             and len(read.get("canonical_map", ())) == len(self.canonical_map)
         ):
             device = self.canonical_map.device
@@ -300,8 +308,8 @@ class Addresses(nn.Module):
         )
         out = self._memory(ids)
         try:
-            if (place := self._place(ids, ctx, history)) is not None:
-                return follow_rows(ids, *place, *exact, missing, out, self._kept)
+            if (starts := self._place(ids, ctx, history)) is not None:
+                return follow_rows(ids, *starts, *exact, missing, out, self._kept)
             if history is None:
                 window = F.pad(ids, (self.config.ngram - 1, 0), value=missing)
             else:
@@ -310,17 +318,17 @@ class Addresses(nn.Module):
             reach = self._reach(window, ctx)
             return hash_rows(window, reach, *exact, self.pad, out, self._kept)
         except IndexError:
-            held = (
+            window_ids = (
                 ids
                 if history is None or history.buffer is None
                 else torch.cat([ids.flatten(), history.buffer.flatten()])
             )
-            got, known = (
-                held[_strange(held, self.canonical_map)][0].item(),
+            got, canonical = (
+                window_ids[_strange(window_ids, self.canonical_map)][0].item(),
                 (self.canonical_map >= 0).sum().item(),
             )
             raise ValueError(
-                f"Engram: got id {got}, expected one of the {known} that the tokenizer has"
+                f"Engram: got id {got}, expected one of the {canonical} that the tokenizer has"
             ) from None
 
     def _memory(self, ids: Tensor) -> Tensor | None:
@@ -342,9 +350,9 @@ class Addresses(nn.Module):
 
         That is so if nothing limits any look-back and all sequences have the same length.
         """
-        documents = ctx.key_documents if self.config.end_of_document else None
+        document_ids = ctx.key_document_ids if self.config.end_of_document else None
         stopped = self.config.dead_tokens or self.config.eos_id is not None
-        if documents is not None or ctx.starts is not None or stopped:
+        if document_ids is not None or ctx.starts is not None or stopped:
             return None
         if history is None:
             return None, 0
@@ -357,15 +365,15 @@ class Addresses(nn.Module):
         """
         stops = []  # [B, W], True where the look-back of the tokens after it must end
         width, before = window.shape[1], self.config.ngram - 1
-        documents = ctx.documents_before(before) if self.config.end_of_document else None
+        document_ids = ctx.documents_before(before) if self.config.end_of_document else None
         if self.config.dead_tokens:
             stops.append(
                 torch.isin(window, torch.tensor(self.config.dead_tokens, device=window.device))
             )
         if self.config.eos_id is not None:
             stops.append(window == self.config.eos_id)
-        if documents is not None:
-            stops.append(F.pad(documents[:, 1:] != documents[:, :-1], (0, 1)))
+        if document_ids is not None:
+            stops.append(F.pad(document_ids[:, 1:] != document_ids[:, :-1], (0, 1)))
         if not stops:
             return None
         stop = torch.stack(stops).any(0)

@@ -28,31 +28,31 @@ def losses(routing: Routing, config: BalanceConfig, active: int) -> dict[str, Fl
 
     `active` is K. If token ids select the experts, only the z-loss is left.
     """
-    found = {}
+    terms = {}
     if not routing.fixed and (
         config.sequence or config.expert or config.device or config.communication
     ):
         load = _load(routing, active)  # [B, E]
         shares = routing.scores / (routing.scores.sum(-1, keepdim=True) + SUM_EPS)
         if config.sequence:
-            found["sequence"] = config.sequence * _mean(
+            terms["sequence"] = config.sequence * _mean(
                 (load * _over_time(shares, routing)).sum(-1), routing
             )
         probability = _over_time(routing.scores, routing)  # [B, E]
         if config.expert:
-            found["expert"] = config.expert * _mean((load * probability).sum(-1), routing)
+            terms["expert"] = config.expert * _mean((load * probability).sum(-1), routing)
         of_device = probability.unflatten(-1, (config.devices, -1)).sum(-1)  # [B, devices]
         if config.device:
             loads = load.unflatten(-1, (config.devices, -1)).mean(-1)
-            found["device"] = config.device * _mean((loads * of_device).sum(-1), routing)
+            terms["device"] = config.device * _mean((loads * of_device).sum(-1), routing)
         if config.communication:
             sent = _sent(routing, config.devices) * config.devices / config.device_limit
-            found["communication"] = config.communication * _mean(
+            terms["communication"] = config.communication * _mean(
                 (sent * of_device).sum(-1), routing
             )
     if config.z_loss:
-        found["z_loss"] = config.z_loss * z_loss(routing.logits, routing.valid)
-    return found
+        terms["z_loss"] = config.z_loss * z_loss(routing.logits, routing.valid)
+    return terms
 
 
 def z_loss(
@@ -95,8 +95,8 @@ def _per_token(summed: Tensor, routing: Routing) -> Float[Tensor, "B X"]:
 
 def _over_time(values: Float[Tensor, "B T E"], routing: Routing) -> Float[Tensor, "B E"]:
     """Averages over valid tokens."""
-    kept = values if routing.valid is None else values * routing.valid[..., None]
-    return _per_token(kept.sum(1), routing)
+    masked = values if routing.valid is None else values * routing.valid[..., None]
+    return _per_token(masked.sum(1), routing)
 
 
 def _mean(values: Float[Tensor, " B"], routing: Routing) -> Float[Tensor, ""]:
@@ -110,13 +110,15 @@ def _load(routing: Routing, active: int) -> Float[Tensor, "B E"]:
     """Computes f, which is 1 for every expert when routing is uniform."""
     experts = routing.scores.shape[-1]
     taken = routing.taken().flatten(1).to(routing.scores.dtype)
-    counts = taken.new_zeros(len(taken), experts).scatter_add_(1, routing.chosen.flatten(1), taken)
+    counts = taken.new_zeros(len(taken), experts).scatter_add_(
+        1, routing.topk_indices.flatten(1), taken
+    )
     return _per_token(counts, routing) * (experts / active)
 
 
 def _sent(routing: Routing, devices: int) -> Float[Tensor, "B devices"]:
     """Computes the share of a sequence's tokens with at least one expert on each device."""
-    place = routing.chosen // (routing.scores.shape[-1] // devices)  # [B, T, K]
+    device = routing.topk_indices // (routing.scores.shape[-1] // devices)  # [B, T, K]
     taken = routing.taken().to(routing.scores.dtype)
-    on = taken.new_zeros(*place.shape[:2], devices).scatter_reduce(-1, place, taken, "amax")
+    on = taken.new_zeros(*device.shape[:2], devices).scatter_reduce(-1, device, taken, "amax")
     return _per_token(on.sum(1), routing)

@@ -73,13 +73,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        given = _wide(x), _wide(self.weight), self.eps
-        out = _RMSNorm.apply(*given) if torch.is_grad_enabled() else _normed(*given)[0]
+        arguments = _wide(x), _wide(self.weight), self.eps
+        out = _RMSNorm.apply(*arguments) if torch.is_grad_enabled() else _normed(*arguments)[0]
         return out.to(x.dtype)
 
 
 class SwiGLU(nn.Module):
-    """Computes W_down (silu(W_gate x) * W_up x), without biases: dim -> width -> dim."""
+    """Computes W_down (silu(W_gate x) * W_up x), without biases: from dim over width to dim."""
 
     def __init__(self, dim: int, width: int):
         super().__init__()
@@ -198,16 +198,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             log = _wide(rows @ weight.T).log_softmax(-1)
             total += F.nll_loss(log, targets, ignore_index=-100, reduction="sum")
             if wants_hidden or wants_weight:
-                kept, places = (targets != -100)[:, None], targets.clamp_min(0)[:, None]
-                # softmax - onehot; tokens without a target are masked by `kept` below
+                has_target, places = (targets != -100)[:, None], targets.clamp_min(0)[:, None]
+                # softmax - onehot; tokens without a target are masked by `has_target` below
                 error = log.exp_()
                 error = error.scatter_add_(1, places, error.new_full(places.shape, -1.0)).to(
                     hidden.dtype
                 )
                 if grad_hidden is not None:
-                    torch.mul(error @ weight, kept, out=grad_hidden[start : start + chunk])
+                    torch.mul(error @ weight, has_target, out=grad_hidden[start : start + chunk])
                 if grad_weight is not None:
-                    _add_product(grad_weight, error.T, rows * kept)
+                    _add_product(grad_weight, error.T, rows * has_target)
         ctx.gradients = (
             grad_hidden,
             grad_weight if grad_weight is None else grad_weight.to(weight.dtype),

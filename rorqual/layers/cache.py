@@ -165,10 +165,10 @@ class Recent:
         if ctx.past < count:
             missing = torch.zeros_like(buffer[:, ctx.past : count])
             return torch.cat([missing, buffer[:, : ctx.past]], 1)
-        at = (ctx.past - count) % size
-        if at + count <= size:
-            return buffer[:, at : at + count]
-        return torch.cat([buffer[:, at:], buffer[:, : at + count - size]], 1)
+        column = (ctx.past - count) % size
+        if column + count <= size:
+            return buffer[:, column : column + count]
+        return torch.cat([buffer[:, column:], buffer[:, : column + count - size]], 1)
 
     def store(self, new: Shaped[Tensor, "B T ..."], ctx: NewTokens) -> None:
         """Stores the new tokens; `before` has been called."""
@@ -177,10 +177,10 @@ class Recent:
         # Of more tokens than there is space for only the last valid ones are stored.
         count = min(time, size)
         if ctx.starts is None and ctx.lengths is None:
-            at = (ctx.past + time - count) % size
-            end = min(size, at + count)
-            buffer[:, at:end] = new[:, time - count :][:, : end - at]
-            buffer[:, : count - (end - at)] = new[:, time - count + end - at :]
+            column = (ctx.past + time - count) % size
+            end = min(size, column + count)
+            buffer[:, column:end] = new[:, time - count :][:, : end - column]
+            buffer[:, : count - (end - column)] = new[:, time - count + end - column :]
             return
         rows = torch.arange(len(new), device=new.device)[:, None]
         ends = torch.full_like(rows, time) if ctx.lengths is None else ctx.lengths[:, None]
@@ -213,7 +213,7 @@ class Past:
         self.lengths = [0] * self.batch
         # The longest that each sequence has been, as far as containers may have forgotten for it.
         self.longest = [0] * self.batch
-        self.documents = Appended(self.capacity)
+        self.document_ids = Appended(self.capacity)
 
     @property
     def length(self) -> int:
@@ -223,7 +223,7 @@ class Past:
     @property
     def named(self) -> bool:
         """Whether any call has given document ids."""
-        return self.documents.buffer is not None
+        return self.document_ids.buffer is not None
 
     def starts(self, device: torch.device | str) -> Int[Tensor, " B"] | None:
         """Returns the number of tokens cached in each sequence; None if all have the same."""
@@ -253,7 +253,7 @@ class Past:
         for length, count in zip(self.lengths, counts, strict=True):
             if not 0 <= count <= length:
                 raise ValueError(
-                    f"crop: got {count} tokens to forget, expected 0 to the {length} cached"
+                    f"crop: got {count} tokens to remove, expected 0 to the {length} cached"
                 )
         self.lengths = [length - count for length, count in zip(self.lengths, counts, strict=True)]
         self.longest = [
@@ -263,7 +263,7 @@ class Past:
 
     def select(self, index: Sequence[int], rows: Int[Tensor, " B"]) -> None:
         """Keeps the sequences `index`, in that order."""
-        self.documents.select(rows, self.length)
+        self.document_ids.select(rows, self.length)
         self.lengths = [self.lengths[row] for row in index]
         self.longest = [self.longest[row] for row in index]
         self.batch = len(index)
@@ -289,11 +289,11 @@ class Bundle:
 
     def states(self) -> list[Any]:
         """Returns the containers, including those in tuples and bundles."""
-        found: list[Any] = []
-        for part in self.parts.values():
-            for state in part if isinstance(part, tuple) else (part,):
-                found += state.states() if isinstance(state, Bundle) else [state]
-        return [state for state in found if state is not None and not isinstance(state, Past)]
+        containers: list[Any] = []
+        for container in self.parts.values():
+            for state in container if isinstance(container, tuple) else (container,):
+                containers += state.states() if isinstance(state, Bundle) else [state]
+        return [state for state in containers if state is not None and not isinstance(state, Past)]
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
         """Keeps the sequences `index` in every part."""
@@ -393,7 +393,7 @@ class Cache:
             if slack is not None and count < length and far > slack:
                 expected = f"expected 0 to {max(0, slack - (longest - length))}, or all {length}"
                 raise ValueError(
-                    f"crop: got {count} tokens to forget, {expected}: "
+                    f"crop: got {count} tokens to remove, {expected}: "
                     f"hold({far}) an empty cache, and it can go back as far"
                 )
         past.crop(counts)
@@ -401,7 +401,7 @@ class Cache:
             extra = zip(draft.past.lengths, past.lengths, strict=True)
             draft.past.crop([max(0, more - length) for more, length in extra])
 
-    def hold(self, k: int) -> None:
+    def reserve_slack(self, k: int) -> None:
         """Lets `crop` go back k tokens; the default is 64. The cache must be empty.
 
         It costs the memory of k tokens of Engram's values.

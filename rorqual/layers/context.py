@@ -1,12 +1,12 @@
 """Holds the facts of a forward pass, besides the hidden states, that layers read.
 
-    positions, documents, lengths    position and document of each new token; valid tokens a row
+    positions, document_ids, lengths position and document of each new token; valid tokens a row
     past, starts                     tokens cached before the call
     key_..., mask                    the same for all keys, cached ones first; keys each query sees
     cos, sin                         rotary tables of the new tokens
     ids, lookup_mask, rows           token ids, where Engram looks up, the block's table rows
     cache                            the block's cache between calls
-    warm, last_only                  DSA's indexer warm-up; whether only the last position is needed
+    indexer_warmup, last_only        DSA's indexer warm-up; whether only the last position is needed
 
 A context is built once per call, and layers take `(x, ctx)`. A fact that a new layer needs is a new
 field here, not a parameter of every function on the way.
@@ -41,14 +41,14 @@ class Context:
 
     positions: Int[Tensor, "B T"]  # within the document
     lengths: Int[Tensor, " B"] | None = None  # valid new tokens of each row; None: all T
-    documents: Int[Tensor, "B T"] | None = None
+    document_ids: Int[Tensor, "B T"] | None = None
     past: int = 0  # tokens cached before this call, in the longest sequence
     starts: Int[Tensor, " B"] | None = None  # the same for each sequence; None: all have `past`
     columns: Int[Tensor, "B T"]  # the column of each new token among the keys
     key_count: int  # L
     # Of all L keys, with documents only.
     key_positions: Int[Tensor, "B L"] | None = None
-    key_documents: Int[Tensor, "B L"] | None = None
+    key_document_ids: Int[Tensor, "B L"] | None = None
     mask: Bool[Tensor, "B 1 T L"] | None = None
     cos: Float[Tensor, "B T F"] | None = None
     sin: Float[Tensor, "B T F"] | None = None
@@ -57,7 +57,7 @@ class Context:
     # Prefetched rows of the block's Engram table: `rows.wait()` is float [B, T, R, head_dim].
     rows: Any = None
     cache: Any = None  # the block's BlockCache
-    warm: bool | None = None  # whether the indexers warm up; None: they are not trained
+    indexer_warmup: bool | None = None  # whether the indexers warm up; None: they are not trained
     # Attention returns only its last position; the other positions serve as its keys.
     last_only: bool = False
 
@@ -93,9 +93,9 @@ class Context:
 
         Before the start of a sequence it is -1. None without documents.
         """
-        if self.key_documents is None:
+        if self.key_document_ids is None:
             return None
-        padded = F.pad(self.key_documents, (count, 0), value=-1)
+        padded = F.pad(self.key_document_ids, (count, 0), value=-1)
         if self.starts is None:
             return padded[:, self.past :]
         time = self.positions.shape[1]
@@ -125,7 +125,7 @@ class Context:
             mask = self.last_of(mask.transpose(1, 2)).transpose(1, 2)
         per_token: dict[str, Any] = {
             name: value if value is None else self.last_of(value)
-            for name in ("positions", "columns", "documents", "cos", "sin", "ids", "lookup_mask")
+            for name in ("positions", "columns", "document_ids", "cos", "sin", "ids", "lookup_mask")
             for value in (getattr(self, name),)
         }
         return replace(
@@ -144,11 +144,11 @@ def _causal(columns: Int[Tensor, "#B T"], length: int) -> Bool[Tensor, "#B T L"]
     return torch.arange(length, device=columns.device) <= columns[..., None]
 
 
-def _count(documents: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+def _count(document_ids: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
     """Counts the tokens since the start of the document, from 0."""
-    count = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    count = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return count - torch.where(begins, count, 0).cummax(1).values
 
 
@@ -185,7 +185,7 @@ def context(
     time: int,
     device: torch.device | str,
     *,
-    documents: Int[Tensor, "B T"] | None = None,
+    document_ids: Int[Tensor, "B T"] | None = None,
     lengths: Int[Tensor, " B"] | Sequence[int] | None = None,
     past: Past | None = None,
     rope: tuple[RopeConfig, int] | None = None,
@@ -196,28 +196,28 @@ def context(
     `past` counts the tokens cached before. `lengths` is the number of valid tokens in each row,
     which padding follows; None if there is no padding. `rope` is the config and the rotary width of
     the model's attention; without it there are no cos and sin. `more` are other fields of Context.
-    New tokens without `documents` continue the last document of their sequence.
+    New tokens without `document_ids` continue the last document of their sequence.
     """
     counts = checked_lengths(lengths, batch, time)
     if past is None:
-        span, every_document = Span(0, None), documents
+        span, all_document_ids = Span(0, None), document_ids
     else:
         past.take(batch)
         span = Span(past.length, past.starts(device))
-        every_document = _append_documents(past, documents, span, (batch, time))
+        all_document_ids = _append_documents(past, document_ids, span, (batch, time))
         past.append([time] * batch if counts is None else counts)
     length = span.past + time
     columns = span.columns(time, device).expand(batch, -1)
     fields: dict[str, Any] = {"positions": columns, "columns": columns}
-    if every_document is not None:
-        places = _count(every_document)
-        own = every_document.gather(1, columns)
+    if all_document_ids is not None:
+        places = _count(all_document_ids)
+        itself = all_document_ids.gather(1, columns)
         fields |= {
             "positions": places.gather(1, columns),
-            "documents": own,
+            "document_ids": itself,
             "key_positions": places,
-            "key_documents": every_document,
-            "mask": (_causal(columns, length) & (own[..., None] == every_document[:, None]))[
+            "key_document_ids": all_document_ids,
+            "mask": (_causal(columns, length) & (itself[..., None] == all_document_ids[:, None]))[
                 :, None
             ],
         }
@@ -231,17 +231,17 @@ def context(
 
 
 def _append_documents(
-    past: Past, documents: Int[Tensor, "B T"] | None, span: Span, shape: tuple[int, int]
+    past: Past, document_ids: Int[Tensor, "B T"] | None, span: Span, shape: tuple[int, int]
 ) -> Int[Tensor, "B L"] | None:
     """Stores the documents of the new tokens; returns those of all, or None if none was ever given.
 
     New tokens without documents continue the last one of their sequence.
     """
-    if documents is None:
+    if document_ids is None:
         if not past.named:
             return None
-        stored = past.documents.buffer
+        stored = past.document_ids.buffer
         assert stored is not None
         last = torch.tensor([[max(0, length - 1)] for length in past.lengths], device=stored.device)
-        documents = stored.gather(1, last).expand(shape)
-    return past.documents.append(documents, span)
+        document_ids = stored.gather(1, last).expand(shape)
+    return past.document_ids.append(document_ids, span)

@@ -2,7 +2,7 @@
 
     I[t, s] = heads^-1/2 sum_j w[t, j] relu(dim^-1/2 <q_j[t], k[s]>)        float32
     q_j     = rope(W_q c)_j    k = rope(layer_norm(W_k x))    w = W_w x      c: MLA's query latent
-    S[t]    = the `chosen` keys of largest I[t, .] among those t may see, of equal ones the latest
+    S[t]    = the `top_k` keys of largest I[t, .] among those t may see, of equal ones the latest
     loss    = mean_t KL(mean_h p_h[t, .] || softmax(I[t, .]))    p_h: probabilities of MLA's head h
 
 This is DeepSeek Sparse Attention (DeepSeek-V3.2, arXiv 2512.02556). The indexer's rope rotates the
@@ -27,7 +27,7 @@ from rorqual.layers.attention import MLA, MLACache, visibility
 from rorqual.layers.basics import largest, rotate
 from rorqual.layers.cache import Appended
 from rorqual.layers.context import Context
-from rorqual.layers.sparse import FEW
+from rorqual.layers.sparse import SMALL_BATCH
 from rorqual.model_config import DSAConfig as DSAConfig
 from rorqual.model_config import MLAConfig, RopeConfig
 
@@ -49,7 +49,7 @@ class IndexerLoss(NamedTuple):
 def mean_indexer_loss(indexer_losses: list[IndexerLoss]) -> IndexerLoss | None:
     """Averages over the layers; returns None if the list is empty."""
     return (
-        IndexerLoss(*(torch.stack(part).mean() for part in zip(*indexer_losses, strict=True)))
+        IndexerLoss(*(torch.stack(values).mean() for values in zip(*indexer_losses, strict=True)))
         if indexer_losses
         else None
     )
@@ -93,10 +93,10 @@ class Indexer(nn.Module):
             * (self.config.heads * self.config.dim) ** -0.5
         )
         # With one document a row the columns of the queries say which keys they see.
-        ragged = ctx.starts is not None and ctx.key_documents is None
+        ragged = ctx.starts is not None and ctx.key_document_ids is None
         ends = ctx.columns + 1 if ragged else None
         asked = self._turn(query, ctx), weights, key
-        return IndexerSelection(*asked, ctx.mask, self.config.chosen, ends)
+        return IndexerSelection(*asked, ctx.mask, self.config.top_k, ends)
 
     def _turn(self, x: Tensor, ctx: Context) -> Tensor:
         turned, rest = x.split([self.rope_dim, self.config.dim - self.rope_dim], dim=-1)
@@ -143,15 +143,15 @@ class DSA(MLA):
         nope, rope = self.queries(query_latent, ctx)
         selection = self.indexer.select(hidden, query_latent, index_key, ctx)
         absorbing, scale = self.absorbs(ctx), self.scale
-        if ctx.warm is not None:
+        if ctx.indexer_warmup is not None:
             query, key, value = self.expand(nope, rope, latent)
-            loss = selection.kl_loss(query, key, scale, ctx.warm, ctx.valid)
-            if selection.chooses and not ctx.warm:
+            loss = selection.kl_loss(query, key, scale, ctx.indexer_warmup, ctx.valid)
+            if selection.selects and not ctx.indexer_warmup:
                 out = selection.attend_masked(query, key, value, scale)
             else:
                 out = attend(query, key, value, scale, *visibility(ctx))
             return self.o_proj(out.flatten(2)), loss
-        if not selection.chooses:
+        if not selection.selects:
             form = self.absorbed if absorbing else self.expanded
             return self.o_proj(form(nope, rope, latent, *visibility(ctx)).flatten(2)), None
         graded = torch.is_grad_enabled() and latent.requires_grad
@@ -163,13 +163,13 @@ class DSA(MLA):
                 keys = latent[:, : early.end(run)]
                 outs.append(self.absorbed(nope[:, run], rope[:, run], keys, mask))
         elif cut:
-            given = self.expand(nope[:, :cut], rope[:, :cut], latent[:, : ctx.past + cut])
-            outs.append(early.attend_masked(*given, scale))
+            arguments = self.expand(nope[:, :cut], rope[:, :cut], latent[:, : ctx.past + cut])
+            outs.append(early.attend_masked(*arguments, scale))
         if cut < nope.shape[1]:
             query, value_up = self.absorb(nope[:, cut:], rope[:, cut:])
-            few = query, latent, late.query, late.key, late.weights
-            if late.few and attend_best.choose(*few) is not None:
-                out = attend_best(*few, late.most, scale, late.ends)
+            small_batch = query, latent, late.query, late.key, late.weights
+            if late.small_batch and attend_best.choose(*small_batch) is not None:
+                out = attend_best(*small_batch, late.top_k, scale, late.ends)
             else:
                 out = late.attend_gathered(query, latent, scale)
             outs.append(self.lift(out, value_up))
@@ -180,7 +180,7 @@ class DSA(MLA):
         c, dearer, time = self.config, GATHERING, selection.query.shape[1]
         if not absorbing:
             dearer *= (2 * c.kv_lora_rank + c.rope_dim) / (c.nope_dim + c.rope_dim + c.value_dim)
-        keys = int(selection.most * max(dearer, 1.0))
+        keys = int(selection.top_k * max(dearer, 1.0))
         return min(max(keys - (selection.key.shape[1] - time), 0), time)
 
 
@@ -194,28 +194,28 @@ class IndexerSelection(NamedTuple):
     weights: Float[Tensor, "B T J"]
     key: Float[Tensor, "B L P"]
     mask: Bool[Tensor, "B 1 T L"] | None  # None: a query sees the keys up to its own
-    most: int  # keys that a query may select
+    top_k: int  # keys that a query may select
     # The number of keys that each query sees, if `mask` only says that these are the first ones.
     ends: Int[Tensor, "B T"] | None = None
 
     @property
-    def chooses(self) -> bool:
+    def selects(self) -> bool:
         """Whether there are more keys than a query may select."""
-        return self.key.shape[1] > self.most
+        return self.key.shape[1] > self.top_k
 
     @property
-    def few(self) -> bool:
+    def small_batch(self) -> bool:
         """Whether these are few queries, each of which sees all keys up to its own."""
-        return (self.mask is None or self.ends is not None) and self.query.shape[1] <= FEW
+        return (self.mask is None or self.ends is not None) and self.query.shape[1] <= SMALL_BATCH
 
     def runs(self, heads: int = 0) -> Iterator[slice]:
         """Splits the queries into slices with at most SCORES scores.
 
         Scores of the indexer's heads and of `heads` others are counted.
         """
-        batch, time, own, _ = self.query.shape
-        step = max(1, min(QUERIES, SCORES // (batch * (own + heads) * self.key.shape[1])))
-        return (slice(at, min(at + step, time)) for at in range(0, time, step))
+        batch, time, index_heads, _ = self.query.shape
+        step = max(1, min(QUERIES, SCORES // (batch * (index_heads + heads) * self.key.shape[1])))
+        return (slice(column, min(column + step, time)) for column in range(0, time, step))
 
     def end(self, run: slice) -> int:
         return self.key.shape[1] - self.query.shape[1] + run.stop
@@ -238,7 +238,7 @@ class IndexerSelection(NamedTuple):
         already known.
         """
         end, count = self.end(run), run.stop - run.start
-        if end <= self.most:
+        if end <= self.top_k:
             return None
         # torch.compile cannot trace no_grad as a decorator on a method of a tuple.
         with torch.no_grad():
@@ -246,8 +246,8 @@ class IndexerSelection(NamedTuple):
                 scores = index_scores(self.query[:, run], self.key[:, :end], self.weights[:, run])
             if self.mask is not None or count > 1:
                 scores = scores.masked_fill(~self.visible(run)[:, 0], -torch.inf)
-            index = largest(scores, self.most)
-            if self.mask is None and end - count + 1 >= self.most:
+            index = largest(scores, self.top_k)
+            if self.mask is None and end - count + 1 >= self.top_k:
                 return index, None
             return index, scores.gather(-1, index) > -torch.inf
 
@@ -263,7 +263,7 @@ class IndexerSelection(NamedTuple):
                 self.weights[:, :count],
                 self.key[:, :length],
                 before,
-                self.most,
+                self.top_k,
                 None if self.ends is None else self.ends[:, :count],
             ),
             IndexerSelection(
@@ -271,7 +271,7 @@ class IndexerSelection(NamedTuple):
                 self.weights[:, count:],
                 self.key,
                 after,
-                self.most,
+                self.top_k,
                 None if self.ends is None else self.ends[:, count:],
             ),
         )
@@ -302,22 +302,22 @@ class IndexerSelection(NamedTuple):
         The others are never read. Every query must have more keys than it may select. At most
         COPIED numbers and SCORES scores are in memory at a time.
         """
-        few, outs = max(1, COPIED // (self.most * latent.shape[-1])), []
+        at_once, outs = max(1, COPIED // (self.top_k * latent.shape[-1])), []
         for run in self.runs():
-            found = self.select(run)
-            assert found is not None
-            for at in range(run.start, run.stop, few):
-                part = slice(at - run.start, at - run.start + few)
-                some = query[:, at : min(at + few, run.stop)]
-                real = None if found[1] is None else found[1][:, part, None, None]
+            selected = self.select(run)
+            assert selected is not None
+            for column in range(run.start, run.stop, at_once):
+                chunk = slice(column - run.start, column - run.start + at_once)
+                some = query[:, column : min(column + at_once, run.stop)]
+                real = None if selected[1] is None else selected[1][:, chunk, None, None]
                 rows = []
                 # Gathering from a view of the cache, all sequences at once, would copy it whole.
-                for row, index in enumerate(found[0][:, part]):
+                for row, index in enumerate(selected[0][:, chunk]):
                     keys = latent[row].index_select(0, index.flatten())
                     keys = keys.unflatten(0, index.shape)  # [T, K, R]
                     mask = None if real is None else real[row]
-                    own = some[row].unsqueeze(1)
-                    rows.append(attend_shared(own, keys, scale, mask).squeeze(1))
+                    queries = some[row].unsqueeze(1)
+                    rows.append(attend_shared(queries, keys, scale, mask).squeeze(1))
                 outs.append(torch.stack(rows))
         return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
 
@@ -326,7 +326,7 @@ class IndexerSelection(NamedTuple):
         query: Float[Tensor, "B T H P2"],
         key: Float[Tensor, "B L H P2"],
         scale: float,
-        warm: bool,
+        indexer_warmup: bool,
         valid: Bool[Tensor, "B T"] | None = None,
     ) -> IndexerLoss:
         """Computes the indexer loss and recall for the attention of these queries to these keys.
@@ -334,21 +334,21 @@ class IndexerSelection(NamedTuple):
         The loss is a mean over the valid queries. Queries and keys get no gradient. At most SCORES
         scores are in memory at a time: the gradient is formed together with the loss.
         """
-        attention = query.detach(), key.detach(), scale, warm
-        summed, carried, queries, choosing = _Divergence.apply(*self[:5], *attention, valid)
-        recall = torch.where(choosing > 0, carried / choosing.clamp_min(1), 1.0)
+        attention = query.detach(), key.detach(), scale, indexer_warmup
+        summed, captured, queries, choosing = _Divergence.apply(*self[:5], *attention, valid)
+        recall = torch.where(choosing > 0, captured / choosing.clamp_min(1), 1.0)
         return IndexerLoss(summed / queries.clamp_min(1), recall)
 
 
 def selected_mask(
     selection: IndexerSelection,
     run: slice,
-    found: tuple[Int[Tensor, "B T K"], Bool[Tensor, "B T K"] | None] | None,
+    selected: tuple[Int[Tensor, "B T K"], Bool[Tensor, "B T K"] | None] | None,
 ) -> Bool[Tensor, "#B 1 T end"]:
     """Returns True at the keys that `select` returned and that the query may see."""
-    if found is None:
+    if selected is None:
         return selection.visible(run)
-    index, real = found
+    index, real = selected
     mask = torch.zeros(*index.shape[:2], selection.end(run), dtype=torch.bool, device=index.device)
     return mask.scatter_(-1, index, True if real is None else real)[:, None]
 
@@ -357,25 +357,25 @@ def selected_mask(
 def attend_best(
     query: Float[Tensor, "B T H R"],
     latent: Float[Tensor, "B L R"],
-    looking: Float[Tensor, "B T J P"],
+    index_query: Float[Tensor, "B T J P"],
     key: Float[Tensor, "B L P"],
     weights: Float[Tensor, "B T J"],
-    most: int,
+    top_k: int,
     scale: float,
     ends: Int[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T H R"]:
-    """Attends from each token to the `most` latents of best score among its first `ends` ones.
+    """Attends from each token to the `top_k` latents of best score among its first `ends` ones.
 
-    `looking` are the indexer's queries, and `key` and `weights` its keys and head weights. Without
-    `ends` the tokens are the last of all sequences. This says what the kernel computes; where no
-    kernel runs, IndexerSelection.attend_gathered computes it in bounded memory.
+    `index_query` are the indexer's queries, and `key` and `weights` its keys and head weights.
+    Without `ends` the tokens are the last of all sequences. This says what the kernel computes;
+    where no kernel runs, IndexerSelection.attend_gathered computes it in bounded memory.
     """
-    scores = index_scores(looking, key, weights)
+    scores = index_scores(index_query, key, weights)
     if ends is None:
         length = key.shape[1]
         ends = torch.arange(length - query.shape[1] + 1, length + 1, device=key.device)[None]
     visible = torch.arange(key.shape[1], device=key.device) < ends[..., None]
-    index = largest(scores.masked_fill(~visible, -torch.inf), most)
+    index = largest(scores.masked_fill(~visible, -torch.inf), top_k)
     real = visible.expand_as(scores).gather(-1, index)[:, :, None, None]
     rows = []
     for row, places in enumerate(index):
@@ -402,7 +402,7 @@ def attention_target(
     visible: Bool[Tensor, "#B 1 T L"],
     seen: Bool[Tensor, "#B 1 T L"],
     scale: float,
-    warm: bool,
+    indexer_warmup: bool,
 ) -> tuple[Float[Tensor, "B T L"], Float[Tensor, "B T"]]:
     """Computes the indexer's target: MLA's attention probabilities, averaged over the heads.
 
@@ -416,10 +416,10 @@ def attention_target(
     powers = powers.sub_(powers.amax(-1, keepdim=True).clamp_min(-1e30)).exp_()
     every = powers.sum(-1, keepdim=True).clamp_min(1e-30)
     among = (powers * seen).sum(-1, keepdim=True)
-    carried = (among / every).mean(1).squeeze(-1)
-    if warm:
-        return powers.div_(every).mean(1), carried
-    return powers.mul_(seen).div_(among.clamp_min(1e-30)).mean(1), carried
+    captured = (among / every).mean(1).squeeze(-1)
+    if indexer_warmup:
+        return powers.div_(every).mean(1), captured
+    return powers.mul_(seen).div_(among.clamp_min(1e-30)).mean(1), captured
 
 
 class _Divergence(torch.autograd.Function):
@@ -432,28 +432,32 @@ class _Divergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, weights, key, mask, most, attended, attended_key, scale, warm, valid):
-        selection = IndexerSelection(query, weights, key, mask, most)
+    def forward(
+        ctx, query, weights, key, mask, top_k, attended, attended_key, scale, indexer_warmup, valid
+    ):
+        selection = IndexerSelection(query, weights, key, mask, top_k)
         graded = any(ctx.needs_input_grad)
         grads = [torch.zeros_like(x, dtype=torch.float32) for x in selection[:3]] if graded else []
         sums = torch.zeros(4, device=query.device)
         with torch.autocast(query.device.type, enabled=False):
             for run in selection.runs(attended.shape[2]):
                 keys, visible = key[:, : selection.end(run)], selection.visible(run)
-                own = query[:, run].float()
-                products = (own.flatten(1, 2) @ keys.float().mT).relu_()
-                products = products.unflatten(1, own.shape[1:3])  # [B, T, J, L]
+                queries = query[:, run].float()
+                products = (queries.flatten(1, 2) @ keys.float().mT).relu_()
+                products = products.unflatten(1, queries.shape[1:3])  # [B, T, J, L]
                 scores = (weights[:, run].float().unsqueeze(2) @ products).squeeze(2)
                 seen = selected_mask(selection, run, selection.select(run, scores))
                 heads = attended[:, run], attended_key[:, : selection.end(run)]
-                target, carried = attention_target(*heads, visible, seen, scale, warm)
-                terms, error = _compared(scores, target, (visible if warm else seen)[:, 0])
+                target, captured = attention_target(*heads, visible, seen, scale, indexer_warmup)
+                terms, error = _compared(
+                    scores, target, (visible if indexer_warmup else seen)[:, 0]
+                )
                 counts = torch.ones_like(terms) if valid is None else valid[:, run].float()
-                choosing = counts * (visible[:, 0].sum(-1) > most)
+                choosing = counts * (visible[:, 0].sum(-1) > top_k)
                 sums += torch.stack(
                     [
                         (counts * terms).sum(),
-                        (choosing * carried).sum(),
+                        (choosing * captured).sum(),
                         counts.sum(),
                         choosing.sum(),
                     ]
@@ -461,14 +465,14 @@ class _Divergence(torch.autograd.Function):
                 if graded:
                     _add_gradients(grads, run, products, error * counts.unsqueeze(-1), selection)
         ctx.grads = grads
-        found = sums.unbind()
-        ctx.mark_non_differentiable(*found[1:])
-        return found
+        totals = sums.unbind()
+        ctx.mark_non_differentiable(*totals[1:])
+        return totals
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
-        return *(own * grads[0] for own in ctx.grads), *(None,) * 7
+        return *(grad * grads[0] for grad in ctx.grads), *(None,) * 7
 
 
 def _compared(scores: Tensor, target: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:

@@ -96,15 +96,15 @@ def weigh(
     gates: Float[Tensor, "B T S"],
     value: Float[Tensor, "B T D"],
     conv_norm: Float[Tensor, "S D"] | None,
-    live: Bool[Tensor, "B T"] | None,
+    lookup_mask: Bool[Tensor, "B T"] | None,
     eps: float,
 ) -> tuple[Float[Tensor, "B T S D"], Float[Tensor, "B T S D"] | None]:
     """Computes v_s = gate_s value and norm(v_s).
 
-    The gate is 0 where `live` is False. The norm is None without its weight `conv_norm`.
+    The gate is 0 where `lookup_mask` is False. The norm is None without its weight `conv_norm`.
     """
-    if live is not None:
-        gates = gates.masked_fill(~live[..., None], 0.0)
+    if lookup_mask is not None:
+        gates = gates.masked_fill(~lookup_mask[..., None], 0.0)
     gated = gates[..., None].to(value.dtype) * value[:, :, None]
     return gated, None if conv_norm is None else _norm(gated, conv_norm, eps).to(gated.dtype)
 
@@ -117,7 +117,7 @@ def fuse(
     query_norm: Float[Tensor, "S D"],
     key_norm: Float[Tensor, "S D"],
     conv_norm: Float[Tensor, "S D"] | None,
-    live: Bool[Tensor, "B T"] | None,
+    lookup_mask: Bool[Tensor, "B T"] | None,
     sign: Literal["sign", "copysign"],
     eps: float,
     conv_eps: float,
@@ -128,13 +128,13 @@ def fuse(
     in the dtype of `value`.
     """
     gates = gate(_norm(hidden, query_norm, eps), _norm(key, key_norm, eps), sign)
-    return weigh(gates, value, conv_norm, live, conv_eps)
+    return weigh(gates, value, conv_norm, lookup_mask, conv_eps)
 
 
 def convolve(
     window: Float[Tensor, "B W S D"],
     weight: Float[Tensor, "S D taps"],
-    documents: Int[Tensor, "B W"] | None,
+    document_ids: Int[Tensor, "B W"] | None,
     halo: int,
 ) -> Float[Tensor, "B T S D"]:
     """Applies a causal depthwise convolution over the T = W - halo last tokens.
@@ -147,8 +147,8 @@ def convolve(
     for j in range(1, taps):
         start = halo - j * (halo // (taps - 1))
         tap = window[:, start : start + time]
-        if documents is not None:
-            other = documents[:, start : start + time] != documents[:, halo:]
+        if document_ids is not None:
+            other = document_ids[:, start : start + time] != document_ids[:, halo:]
             tap = tap.masked_fill(other[..., None, None], 0.0)
         out = out + tap * weight[..., taps - 1 - j]
     return out
@@ -156,13 +156,13 @@ def convolve(
 
 def _hooked(module: nn.Module) -> bool:
     """Whether the module has hooks, its own or global ones."""
-    own = (
+    hooked = (
         module._forward_hooks,
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return any(own) or bool(nn.modules.module._has_any_global_hook())
+    return any(hooked) or bool(nn.modules.module._has_any_global_hook())
 
 
 class Engram(nn.Module):
@@ -219,7 +219,7 @@ class Engram(nn.Module):
         memory = ctx.rows.wait().flatten(-2)  # [B, T, M]
         if memory.shape[-1] != self.config.memory_width:
             got = (
-                f"got {memory.shape[-1]} recalled numbers a token, "
+                f"got {memory.shape[-1]} numbers looked up a token, "
                 f"expected {self.config.memory_width}"
             )
             read = f"{self.config.rows_per_token} rows of {self.config.head_dim}"
@@ -235,7 +235,7 @@ class Engram(nn.Module):
         return gated if normed is None else gated + F.silu(self._convolve(normed, ctx))
 
     def _fuse(
-        self, hidden: Tensor, key: Tensor | None, value: Tensor, live: Tensor | None
+        self, hidden: Tensor, key: Tensor | None, value: Tensor, lookup_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Computes the gated value and its norm.
 
@@ -243,10 +243,10 @@ class Engram(nn.Module):
         """
         config, conv_norm = self.config, self.conv_norm if self.config.conv else None
         if key is None or config.gating != "streams" or _hooked(self.gate):
-            return weigh(self.gate(hidden, key), value, conv_norm, live, config.conv_eps)
+            return weigh(self.gate(hidden, key), value, conv_norm, lookup_mask, config.conv_eps)
         norms = (self.gate.query_norm, self.gate.key_norm, conv_norm)
         constants = (config.sign, config.eps, config.conv_eps)
-        return fuse(hidden, key, value, *norms, live, *constants)
+        return fuse(hidden, key, value, *norms, lookup_mask, *constants)
 
     def _convolve(self, normed: Tensor, ctx: Context) -> Tensor:
         cache = None if ctx.cache is None else ctx.cache.engram
@@ -258,5 +258,5 @@ class Engram(nn.Module):
             if cache is None
             else cache.extend(normed, ctx)
         )
-        documents = ctx.documents_before(halo) if self.config.end_of_document else None
-        return convolve(window, self.conv, documents, halo)
+        document_ids = ctx.documents_before(halo) if self.config.end_of_document else None
+        return convolve(window, self.conv, document_ids, halo)

@@ -50,9 +50,11 @@ def _one_by_one(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     if right.dim() == 3:
-        return torch.cat([part @ own for part, own in zip(left.split(sizes), right, strict=True)])
+        return torch.cat(
+            [piece @ weight for piece, weight in zip(left.split(sizes), right, strict=True)]
+        )
     parts = zip(left.split(sizes, dim=1), right.split(sizes), strict=True)
-    return torch.stack([part @ own for part, own in parts])
+    return torch.stack([piece @ weight for piece, weight in parts])
 
 
 def _windows(ends: Tensor) -> list[tuple[int, int, int, int, int]]:
@@ -62,15 +64,15 @@ def _windows(ends: Tensor) -> list[tuple[int, int, int, int, int]]:
     windows have a few shapes that recur. None reaches beyond the last group, where rows may hold
     anything.
     """
-    found, first, bounds = [], 0, ends.tolist()
+    windows, first, bounds = [], 0, ends.tolist()
     length = bounds[-1]
     for group, last in enumerate(bounds):
         size = min(-(-(last - first) // WINDOW) * WINDOW, length)
-        begin = min(first, length - size)
+        start = min(first, length - size)
         if last > first:
-            found.append((group, first, last, begin, begin + size))
+            windows.append((group, first, last, start, start + size))
         first = last
-    return found
+    return windows
 
 
 def _by_window(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -79,21 +81,21 @@ def _by_window(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     What a window writes after its own rows is overwritten by the next group.
     """
     out = rows.new_empty(rows.shape[0], weight.shape[2])
-    for group, first, last, begin, end in _windows(ends):
-        if begin == first:
-            torch.mm(rows[begin:end], weight[group], out=out[begin:end])
+    for group, first, last, start, end in _windows(ends):
+        if start == first:
+            torch.mm(rows[start:end], weight[group], out=out[start:end])
         else:
-            out[first:last] = (rows[begin:end] @ weight[group])[first - begin : last - begin]
+            out[first:last] = (rows[start:end] @ weight[group])[first - start : last - start]
     return out
 
 
 def _gradient_by_window(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
     """Multiplies group by group; rows of a window that belong to another group meet zeros."""
     out = grad.new_zeros(len(ends), rows.shape[0], grad.shape[1])
-    for group, first, last, begin, end in _windows(ends):
-        own = grad.new_zeros(end - begin, grad.shape[1])
-        own[first - begin : last - begin] = grad[first:last]
-        torch.mm(rows[:, begin:end], own, out=out[group])
+    for group, first, last, start, end in _windows(ends):
+        product = grad.new_zeros(end - start, grad.shape[1])
+        product[first - start : last - start] = grad[first:last]
+        torch.mm(rows[:, start:end], product, out=out[group])
     return out
 
 
@@ -150,7 +152,7 @@ _traced.register_autograd(_traced_backward, setup_context=_keep)
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts without biases, dim -> width -> dim."""
+    """E SwiGLU experts without biases, from dim over width to dim."""
 
     def __init__(self, experts: int, dim: int, width: int) -> None:
         super().__init__()
@@ -169,17 +171,19 @@ class Experts(nn.Module):
         gate, up = grouped_product(rows.to(dtype), self.gate_up.to(dtype), counts).chunk(2, dim=-1)
         return grouped_product(F.silu(gate) * up, self.down.to(dtype), counts)
 
-    def few(self, rows: Float[Tensor, "N D"], chosen: Int[Tensor, "N K"]) -> Float[Tensor, "N K D"]:
+    def small_batch(
+        self, rows: Float[Tensor, "N D"], topk_indices: Int[Tensor, "N K"]
+    ) -> Float[Tensor, "N K D"]:
         """Applies its K experts to each of a few unsorted rows, with one product for each slot."""
-        dtype, slots = _dtype(rows), chosen.flatten().tolist()
-        own = rows.to(dtype).repeat_interleave(chosen.shape[1], 0).split(1)
+        dtype, slots = _dtype(rows), topk_indices.flatten().tolist()
+        copies = rows.to(dtype).repeat_interleave(topk_indices.shape[1], 0).split(1)
         inner = [
-            row @ self.gate_up[expert].to(dtype) for row, expert in zip(own, slots, strict=True)
+            row @ self.gate_up[expert].to(dtype) for row, expert in zip(copies, slots, strict=True)
         ]
         gate, up = torch.cat(inner).chunk(2, dim=-1)
         hidden = (F.silu(gate) * up).split(1)
         out = [row @ self.down[expert].to(dtype) for row, expert in zip(hidden, slots, strict=True)]
-        return torch.cat(out).view(*chosen.shape, -1)
+        return torch.cat(out).view(*topk_indices.shape, -1)
 
 
 def _dtype(rows: Tensor) -> torch.dtype:

@@ -29,7 +29,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rorqual.layers.streams import Streams as Streams
-from rorqual.layers.streams import collapse, project, read, squash, wide, write
+from rorqual.layers.streams import (
+    coefficient_dtype,
+    post_mapping,
+    pre_mapping,
+    project,
+    read,
+    squash,
+)
 from rorqual.model_config import HyperConfig as HyperConfig
 
 
@@ -49,12 +56,12 @@ class Mapping(NamedTuple):
         """Returns the mapping of each sequence's last token; `lengths` is None without padding."""
         batch, time = self.shape
         rows = torch.arange(batch, device=self.streams.device)
-        at = (rows, (lengths - 1).clamp_min(0)) if lengths is not None else (slice(None), -1)
+        column = (rows, (lengths - 1).clamp_min(0)) if lengths is not None else (slice(None), -1)
         others = (
-            None if tokens_last is None else tokens_last.unflatten(-1, (batch, time))[..., *at]
+            None if tokens_last is None else tokens_last.unflatten(-1, (batch, time))[..., *column]
             for tokens_last in (self.post, self.comb, self.pre)
         )
-        return Mapping(self.streams.unflatten(0, (batch, time))[at], (batch, 1), *others)
+        return Mapping(self.streams.unflatten(0, (batch, time))[column], (batch, 1), *others)
 
 
 class Coefficients(NamedTuple):
@@ -118,20 +125,22 @@ class Manifold(nn.Module):
                 self.base[2 * streams :] = self.config.identity * torch.eye(streams).flatten()
 
     def forward(
-        self, streams: Float[Tensor, "N S D"], carried: Float[Tensor, "S N"] | None = None
+        self, streams: Float[Tensor, "N S D"], handed_on: Float[Tensor, "S N"] | None = None
     ) -> Read:
         """Computes u, pre, post and comb [S, S, N] or None, in wide precision.
 
-        u is read with the pre-mapping `carried` if it is given.
+        u is read with the pre-mapping `handed_on` if it is given.
         """
-        config, precision = self.config, wide(streams.dtype)
+        config, precision = self.config, coefficient_dtype(streams.dtype)
         # [K, N]
         m = project(streams.flatten(1).to(precision), self.fn.to(precision), config.norm_eps)
         scale, base = self.scale.to(precision), self.base.to(precision)
         if config.mix == "sinkhorn":
-            return Read(*collapse(streams, m, scale, base, carried, config.iterations, config.eps))
+            return Read(
+                *pre_mapping(streams, m, scale, base, handed_on, config.iterations, config.eps)
+            )
         pre, post, _ = squash(m, scale, base, config.streams, config.eps)
-        return Read(read(streams, pre if carried is None else carried), pre, post, None)
+        return Read(read(streams, pre if handed_on is None else handed_on), pre, post, None)
 
 
 class Unconstrained(nn.Module):
@@ -162,14 +171,14 @@ class Unconstrained(nn.Module):
             self.base_comb.copy_(torch.eye(streams))
 
     def forward(
-        self, streams: Float[Tensor, "N S D"], carried: Float[Tensor, "S N"] | None = None
+        self, streams: Float[Tensor, "N S D"], handed_on: Float[Tensor, "S N"] | None = None
     ) -> Read:
-        """Computes u, pre, post and comb in wide precision; `carried` must be None.
+        """Computes u, pre, post and comb in wide precision; `handed_on` must be None.
 
         comb[j, k] is A_r's row of stream j.
         """
-        assert carried is None
-        precision, S = wide(streams.dtype), self.config.streams
+        assert handed_on is None
+        precision, S = coefficient_dtype(streams.dtype), self.config.streams
         flat = streams.flatten(0, 1).to(precision)
         m = project(flat, self.fn.to(precision), self.config.norm_eps).tanh()
         m = m.view(2 + S, -1, S).transpose(1, 2)  # [2 + S, S, N]
@@ -225,7 +234,7 @@ class Connection(nn.Module):
         flat, shape, post, comb, pre = mapping
         assert post is not None and pre is not None
         with unrounded(flat):
-            written = write(flat, out.flatten(0, 1), post, comb)
+            written = post_mapping(flat, out.flatten(0, 1), post, comb)
         return Streams(written.unflatten(0, shape), pre.T.unflatten(0, shape))
 
 
@@ -242,12 +251,12 @@ class Residual(nn.Module):
         return Streams(mapping.streams.unflatten(0, mapping.shape) + out[:, :, None])
 
 
-def enter(hidden: Float[Tensor, "B T D"], config: HyperConfig | None) -> Streams:
+def expand(hidden: Float[Tensor, "B T D"], config: HyperConfig | None) -> Streams:
     """Copies the embedding to every stream; to one stream when config is None."""
     return Streams(hidden[:, :, None].expand(-1, -1, config.streams if config else 1, -1))
 
 
-class Exit(nn.Module):
+class StreamReduction(nn.Module):
     """Reduces the streams to one hidden state before the final norm.
 
     mhc (DeepSeek-V4)     u = sum_i (sigmoid(scale m_i + base_i) + eps) x_i, m as in Manifold
@@ -280,28 +289,28 @@ class Exit(nn.Module):
 
     def forward(self, x: Streams) -> Float[Tensor, "B T D"]:
         """Returns one stream of width D. Without a site before, single_pass returns stream 0."""
-        streams, carried = x
+        streams, handed_on = x
         if self.kind == "hc":
             alone = streams.shape[2] == 1
             return (
                 streams[:, :, 0]
                 if alone
-                else streams.sum(2, dtype=wide(streams.dtype)).to(streams.dtype)
+                else streams.sum(2, dtype=coefficient_dtype(streams.dtype)).to(streams.dtype)
             )
-        if self.kind == "single_pass" and carried is None:
+        if self.kind == "single_pass" and handed_on is None:
             return streams[:, :, 0]
         with unrounded(streams):
             flat = streams.flatten(0, 1)
             pre = (
                 self._weights(flat)
-                if carried is None or self.kind == "mhc"
-                else carried.flatten(0, 1).T
+                if handed_on is None or self.kind == "mhc"
+                else handed_on.flatten(0, 1).T
             )
             return read(flat, pre).view_as(streams[:, :, 0])
 
     def _weights(self, flat: Float[Tensor, "N S D"]) -> Float[Tensor, "S N"]:
         assert self.config is not None
-        precision = wide(flat.dtype)
+        precision = coefficient_dtype(flat.dtype)
         m = project(flat.flatten(1).to(precision), self.fn.to(precision), self.config.norm_eps)
         return (
             torch.sigmoid(m * self.scale.to(precision) + self.base.to(precision)[:, None])
@@ -326,7 +335,9 @@ def composite_gain(combs: Sequence[Float[Tensor, "*N S S"]]) -> tuple[float, flo
     """
     if not combs:
         return 1.0, 1.0
-    total = torch.eye(combs[0].shape[-1], dtype=wide(combs[0].dtype), device=combs[0].device)
+    total = torch.eye(
+        combs[0].shape[-1], dtype=coefficient_dtype(combs[0].dtype), device=combs[0].device
+    )
     for comb in combs:
         total = comb.to(total.dtype).transpose(-1, -2) @ total
     return total.abs().sum(-1).max().item(), total.abs().sum(-2).max().item()
@@ -337,7 +348,7 @@ def spread(streams: Float[Tensor, "B T S D"]) -> float:
 
     It is 0 when all streams are equal.
     """
-    streams = streams.to(wide(streams.dtype))
+    streams = streams.to(coefficient_dtype(streams.dtype))
     mean = streams.mean(2, keepdim=True)
     return ((streams - mean).square().mean() / mean.square().mean().clamp_min(1e-30)).sqrt().item()
 

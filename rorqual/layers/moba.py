@@ -152,20 +152,20 @@ class MoBA(GQA):
 
         With tiles the selection of the incomplete tile is cached.
         """
-        size, chosen = self.moba.block, self.moba.chosen
-        own = own_blocks(ctx, segment, size)
-        first = own - ctx.positions // size
+        size, selected = self.moba.block, self.moba.top_k
+        query_block = own_blocks(ctx, segment, size)
+        first = query_block - ctx.positions // size
         if not self.tiles and ctx.key_count <= size:
             return None
         queries = tile_queries(ctx) if self.tiles else None
-        index = [own.new_empty(len(own), 0, query.shape[2], chosen)]
+        index = [query_block.new_empty(len(query_block), 0, query.shape[2], selected)]
         for run in runs(query.shape[1] if queries is None else len(queries)):
             rows, end = run if queries is None else queries[run], None
             if queries is None and ctx.mask is None:
                 # No query of the run sees later blocks.
                 end = -(-(ctx.past + run.stop) // size)
             scores = block_scores(query[:, rows], means[:, :end])
-            index.append(best_blocks(scores, own[:, rows], first[:, rows], chosen))
+            index.append(best_blocks(scores, query_block[:, rows], first[:, rows], selected))
         if not self.tiles:
             return Selection(torch.cat(index, dim=1), size, segment)
         choice = None if ctx.cache is None else ctx.cache.attention.choice

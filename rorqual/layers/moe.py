@@ -20,7 +20,7 @@ from rorqual.layers.experts import Experts
 from rorqual.layers.router import Router, Routing
 from rorqual.model_config import MoEConfig as MoEConfig
 
-FEW = 8  # slots; up to so many, one product for each slot is faster than a grouped one
+SMALL_BATCH = 8  # slots; up to so many, one product for each slot is faster than a grouped one
 
 Exchange = Callable[[Float[Tensor, "N D"], Int[Tensor, " E"], Experts], Float[Tensor, "N D"]]
 
@@ -37,14 +37,14 @@ class Slots(NamedTuple):
 
 
 def sort_by_expert(
-    chosen: Int[Tensor, " slots"], experts: int
+    topk_indices: Int[Tensor, " slots"], experts: int
 ) -> tuple[Int[Tensor, " slots"], Int[Tensor, " slots"], Int[Tensor, " E"]]:
     """Sorts slots by expert.
 
     Returns the slot of each row, the row of each slot, and the end of each expert's rows; slots of
     no expert (E) come last.
     """
-    expert, order = chosen.sort(stable=True)
+    expert, order = topk_indices.sort(stable=True)
     ends = torch.searchsorted(expert, torch.arange(experts, device=expert.device), right=True)
     rows = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return order, rows, ends
@@ -56,15 +56,15 @@ def sort_slots(routing: Routing, dropping: bool) -> Slots:
     With `dropping`, slots of weight 0 get no row.
     """
     experts = routing.scores.shape[-1]
-    chosen = routing.chosen.flatten()
+    topk_indices = routing.topk_indices.flatten()
     if dropping:
-        chosen = chosen.where(routing.taken().flatten(), experts)
-    order, rows, ends = sort_by_expert(chosen, experts)
+        topk_indices = topk_indices.where(routing.taken().flatten(), experts)
+    order, rows, ends = sort_by_expert(topk_indices, experts)
     if dropping:
         taken = int(ends[-1])
         order, rows = order[:taken], rows.clamp_max(taken)
     return Slots(
-        order, rows.view(-1, routing.chosen.shape[-1]), ends.diff(prepend=ends.new_zeros(1))
+        order, rows.view(-1, routing.topk_indices.shape[-1]), ends.diff(prepend=ends.new_zeros(1))
     )
 
 
@@ -106,9 +106,13 @@ class _Gather(torch.autograd.Function):
         order = ctx.slots.order
         spread = grads[0].index_select(0, order // weights.shape[1])  # [R, D]
         of_slot = (spread * rows).sum(-1)
-        own = weights.flatten()
-        to_weights = torch.zeros_like(own).index_copy(0, order, of_slot).view_as(weights)
-        return spread.mul_(own.index_select(0, order)[:, None]).to(rows.dtype), to_weights, None
+        flat_weights = weights.flatten()
+        to_weights = torch.zeros_like(flat_weights).index_copy(0, order, of_slot).view_as(weights)
+        return (
+            spread.mul_(flat_weights.index_select(0, order)[:, None]).to(rows.dtype),
+            to_weights,
+            None,
+        )
 
 
 class MoE(nn.Module):
@@ -120,15 +124,15 @@ class MoE(nn.Module):
     """
 
     def __init__(
-        self, config: MoEConfig, dim: int, layer: int = 0, vocabulary: int | None = None
+        self, config: MoEConfig, dim: int, layer: int = 0, vocab_size: int | None = None
     ) -> None:
         """Builds the router and the experts. `layer` is the block's index.
 
-        `vocabulary` is needed if experts are selected by token id.
+        `vocab_size` is needed if experts are selected by token id.
         """
         super().__init__()
         self.config = config
-        self.router = Router(config.router, dim, config.routed, config.active, layer, vocabulary)
+        self.router = Router(config.router, dim, config.routed, config.active, layer, vocab_size)
         self.experts = Experts(config.routed, dim, config.width)
         self.shared = SwiGLU(dim, config.shared_hidden) if config.shared else None
         self.exchange: Exchange | None = None
@@ -141,11 +145,14 @@ class MoE(nn.Module):
         Padding uses no routed expert; token ids select the experts where the config wants that.
         Both come from the context.
         """
-        known = (None, None) if ctx is None else (ctx.ids, ctx.valid)
-        routing = self.router(hidden, *known)
+        extras = (None, None) if ctx is None else (ctx.ids, ctx.valid)
+        routing = self.router(hidden, *extras)
         rows, weights = hidden.flatten(0, 1), routing.weights.flatten(0, 1)
         if self._few(routing):
-            out = (self.experts.few(rows, routing.chosen.flatten(0, 1)) * weights[..., None]).sum(1)
+            out = (
+                self.experts.small_batch(rows, routing.topk_indices.flatten(0, 1))
+                * weights[..., None]
+            ).sum(1)
         else:
             # The number of rows would depend on the values, which breaks a traced graph in two.
             droppable = self.config.router.adaptive_mass is not None or routing.valid is not None
@@ -164,8 +171,12 @@ class MoE(nn.Module):
         does not wait.
         """
         waits = (
-            routing.chosen.device.type != "cpu"
+            routing.topk_indices.device.type != "cpu"
             or torch.compiler.is_compiling()
             or self.exchange is not None
         )
-        return routing.chosen.numel() <= FEW and not waits and not torch.is_grad_enabled()
+        return (
+            routing.topk_indices.numel() <= SMALL_BATCH
+            and not waits
+            and not torch.is_grad_enabled()
+        )

@@ -21,7 +21,7 @@ from rorqual.model_config import MTPConfig as MTPConfig
 
 
 def ahead(
-    ids: Int[Tensor, "B T"], documents: Int[Tensor, "B T"] | None = None, beyond: int = 0
+    ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | None = None, beyond: int = 0
 ) -> Int[Tensor, "B T"]:
     """Shifts ids by one: the result at t is the id at t + 1.
 
@@ -29,8 +29,8 @@ def ahead(
     """
     moved = torch.full_like(ids, beyond)
     moved[:, :-1] = ids[:, 1:]
-    if documents is not None:
-        moved[:, :-1][documents[:, 1:] != documents[:, :-1]] = beyond
+    if document_ids is not None:
+        moved[:, :-1][document_ids[:, 1:] != document_ids[:, :-1]] = beyond
     return moved
 
 

@@ -7,7 +7,7 @@
                V_cmp likewise; query t sees block i when i d + l - 1 <= t; 0 if it sees none
     p_slc    = sum over the heads of a group of p_cmp W
                W[i, j]: number of stride-d pieces of block i in selection block j
-    K_slc    = keys of the `chosen` selection blocks of l' keys with the largest p_slc, up to t;
+    K_slc    = keys of the `top_k` selection blocks of l' keys with the largest p_slc, up to t;
                always among them: the document's first, the query's own and the one before
     K_win    = the last `window` keys
 
@@ -35,7 +35,7 @@ from rorqual.layers.attention import GQA, GQACache
 from rorqual.layers.cache import Appended, Bundle, Recent
 from rorqual.layers.context import Context
 from rorqual.layers.sparse import (
-    FEW,
+    SMALL_BATCH,
     Blocks,
     Selection,
     as_float32,
@@ -145,20 +145,20 @@ class NSA(GQA):
         """
         whole, scale = ctx, self.scale
         query, key, value = self.project(hidden, ctx)
-        far, near = self._project_branches(hidden, ctx)
+        far, in_window = self._project_branches(hidden, ctx)
         blocks = self._compress(*far, ctx)
         # With tiles the first query of a tile selects, even if only the last one is needed.
         if ctx.last_only and not self.tiles:
             query, ctx = ctx.last_of(query), ctx.last()
-        if ctx.past and blocks.segment is None and query.shape[1] <= FEW:
+        if ctx.past and blocks.segment is None and query.shape[1] <= SMALL_BATCH:
             index = self.select(query, blocks, ctx).blocks if self.tiles else None
-            pairs = key, value, blocks.keys, blocks.values, *near
-            out = attend_few(query, *pairs, index, ctx.positions, self.nsa, scale)
+            pairs = key, value, blocks.keys, blocks.values, *in_window
+            out = attend_small_batch(query, *pairs, index, ctx.positions, self.nsa, scale)
         else:
             compressed, keys = self._attend_compressed(query, blocks, ctx)
             keys = self.select(query, blocks, ctx) if keys is None else keys
             selected = attend_selected(query, key, value, keys, ctx, scale)
-            window = self._attend_window(query, *near, ctx)
+            window = self._attend_window(query, *in_window, ctx)
             out = torch.stack([compressed, selected, window], dim=2)
         if whole.last_only:
             out, hidden = ctx.last_of(out), whole.last_of(hidden)
@@ -179,14 +179,14 @@ class NSA(GQA):
 
         They are those of largest p_slc. The selection of the incomplete tile is cached.
         """
-        size, chosen, queries = self.nsa.select_block, self.nsa.chosen, tile_queries(ctx)
-        index = [queries.new_empty(len(query), 0, self.config.kv_heads, chosen)]
+        size, selected, queries = self.nsa.select_block, self.nsa.top_k, tile_queries(ctx)
+        index = [queries.new_empty(len(query), 0, self.config.kv_heads, selected)]
         for run in runs(len(queries)):
             rows = queries[run]
             seen = self._seen(blocks, ctx, rows)
             keys = blocks.keys[:, : seen.shape[-1]]
             weights = _probabilities(query[:, rows], keys, seen, self.scale)
-            index.append(best_blocks(*self._importance(weights, blocks, ctx, rows), chosen, 3))
+            index.append(best_blocks(*self._importance(weights, blocks, ctx, rows), selected, 3))
         choice = None if ctx.cache is None else ctx.cache.attention.choice
         return by_tiles(torch.cat(index, dim=1), ctx, blocks.segment, size, choice)
 
@@ -200,17 +200,19 @@ class NSA(GQA):
         """
         outs, index = [], []
         for run in runs(query.shape[1]):
-            own, seen = query[:, run], self._seen(blocks, ctx, run)
+            query_block, seen = query[:, run], self._seen(blocks, ctx, run)
             keys, values = (x[:, : seen.shape[-1]] for x in (blocks.keys, blocks.values))
-            values = values.to(own.dtype)
+            values = values.to(query_block.dtype)
             if self.tiles:
-                outs.append(attend(own, keys.to(own.dtype), values, self.scale, seen))
+                outs.append(
+                    attend(query_block, keys.to(query_block.dtype), values, self.scale, seen)
+                )
                 continue
-            weights = _probabilities(own, keys, seen, self.scale)
-            out = torch.einsum("bghtm,bmgq->btghq", weights.to(own.dtype), values)
+            weights = _probabilities(query_block, keys, seen, self.scale)
+            out = torch.einsum("bghtm,bmgq->btghq", weights.to(query_block.dtype), values)
             outs.append(out.flatten(2, 3))
             scored = self._importance(weights, blocks, ctx, run)
-            index.append(best_blocks(*scored, self.nsa.chosen, 3))
+            index.append(best_blocks(*scored, self.nsa.top_k, 3))
         if self.tiles:
             return torch.cat(outs, dim=1), None
         selection = Selection(torch.cat(index, dim=1), self.nsa.select_block, blocks.segment)
@@ -232,8 +234,10 @@ class NSA(GQA):
             return pairs
         cache = ctx.cache.attention
         stored = [
-            (own.keys.append(key, ctx), own.values.append(value, ctx))
-            for own, (key, value) in zip((cache.compressed, cache.window), pairs, strict=True)
+            (query_block.keys.append(key, ctx), query_block.values.append(value, ctx))
+            for query_block, (key, value) in zip(
+                (cache.compressed, cache.window), pairs, strict=True
+            )
         ]
         return stored if ctx.past else pairs
 
@@ -284,7 +288,7 @@ class NSA(GQA):
     ) -> tuple[Float[Tensor, "B T G J"], Int[Tensor, "B T"], Int[Tensor, "B T"]]:
         """Computes p_slc; returns it with each query's own block and its document's first one."""
         size, positions = self.nsa.select_block, ctx.positions[:, rows]
-        own = own_blocks(ctx, blocks.segment, size)[:, rows]
+        query_block = own_blocks(ctx, blocks.segment, size)[:, rows]
         probabilities = weights.detach().sum(2)  # [B, G, T, M]
         if blocks.segment is not None and blocks.pieces is not None:
             count = most_blocks(blocks.segment)
@@ -297,7 +301,7 @@ class NSA(GQA):
             if isinstance(rows, slice) and ctx.mask is None:
                 end = ctx.past + rows.stop
             importance = importance_of(probabilities, -(-end // size), self.nsa)
-        return importance.transpose(1, 2), own, own - positions // size
+        return importance.transpose(1, 2), query_block, query_block - positions // size
 
     def _attend_window(
         self, query: Tensor, key: Tensor, value: Tensor, ctx: Context
@@ -305,20 +309,27 @@ class NSA(GQA):
         """Attends to the last `window` keys of the document, up to the query."""
         window, parts = self.nsa.window, []
         for run in runs(query.shape[1]):
-            own = query[:, run]
+            query_block = query[:, run]
             if ctx.mask is not None:
                 mask = ctx.visible(run) & ctx.within(window, run)
-                parts.append(attend(own, key, value, self.scale, mask))
+                parts.append(attend(query_block, key, value, self.scale, mask))
                 continue
             first, last = ctx.past + run.start, ctx.past + run.stop
             # Keep the keys from the start of the window to the last query.
-            begin = max(0, first - window + 1)
-            near = key[:, begin:last], value[:, begin:last]
+            start = max(0, first - window + 1)
+            in_window = key[:, start:last], value[:, start:last]
             back = torch.arange(first, last, device=key.device)[:, None] - torch.arange(
-                begin, last, device=key.device
+                start, last, device=key.device
             )
             within = ((back >= 0) & (back < window))[None, None]
-            parts.append(attend(own, *near, self.scale, within if own.shape[1] > 1 else None))
+            parts.append(
+                attend(
+                    query_block,
+                    *in_window,
+                    self.scale,
+                    within if query_block.shape[1] > 1 else None,
+                )
+            )
         return torch.cat(parts, dim=1)
 
 
@@ -369,15 +380,15 @@ def _probabilities(
     return logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1) * seen
 
 
-@kernel(numba="rorqual.kernels.nsa:attend_few")
-def attend_few(
+@kernel(numba="rorqual.kernels.nsa:attend_small_batch")
+def attend_small_batch(
     query: Float[Tensor, "B T H P"],
     key: Float[Tensor, "B L G P"],
     value: Float[Tensor, "B L G Q"],
     small_key: Float[Tensor, "B M G P"],
     small_value: Float[Tensor, "B M G Q"],
-    near_key: Float[Tensor, "B L G P"],
-    near_value: Float[Tensor, "B L G Q"],
+    window_key: Float[Tensor, "B L G P"],
+    window_value: Float[Tensor, "B L G Q"],
     index: Int[Tensor, "B T G K"] | None,
     positions: Int[Tensor, "B T"],
     config: NSAConfig,
@@ -396,16 +407,23 @@ def attend_few(
         "bghtm,bmgq->btghq", weights.to(query.dtype), small_value.to(query.dtype)
     ).flatten(2, 3)
     if index is None:
-        own, count = positions // config.select_block, -(-key.shape[1] // config.select_block)
+        query_block, count = (
+            positions // config.select_block,
+            -(-key.shape[1] // config.select_block),
+        )
         scores = importance_of(weights.detach().sum(2), count, config).transpose(1, 2)
-        index = best_blocks(scores, own, torch.zeros_like(own), config.chosen, forced=3)
+        index = best_blocks(
+            scores, query_block, torch.zeros_like(query_block), config.top_k, forced=3
+        )
     back = torch.arange(config.window, device=key.device)
     # Each key of the window is a block of its own.
-    near = (positions[..., None, None] - back).expand(-1, -1, key.shape[2], -1)
+    in_window = (positions[..., None, None] - back).expand(-1, -1, key.shape[2], -1)
     size = config.select_block
     selected = selected_attention(query, key, value, index, positions, size, scale)
     # The kernel does not take blocks of one key.
-    window = selected_attention.reference(query, near_key, near_value, near, positions, 1, scale)
+    window = selected_attention.reference(
+        query, window_key, window_value, in_window, positions, 1, scale
+    )
     return torch.stack([compressed, selected, window], dim=2)
 
 
@@ -423,7 +441,7 @@ def _block_columns(
     ends = (places >= block - 1) & ((places - block + 1) % stride == 0)
     # This bounds the blocks of any documents, because a block is no shorter than a stride.
     bound = max(0, (length - block) // stride + 1)
-    most = bound if torch.compiler.is_compiling() else int(ends.sum(1).max())
-    last = (~ends).long().argsort(dim=1, stable=True)[:, :most]  # [B, M]
+    largest = bound if torch.compiler.is_compiling() else int(ends.sum(1).max())
+    last = (~ends).long().argsort(dim=1, stable=True)[:, :largest]  # [B, M]
     span = torch.arange(1 - block, 1, device=places.device)
     return (last[..., None] + span).clamp_min(0), ends.gather(1, last)

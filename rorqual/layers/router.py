@@ -35,7 +35,7 @@ class Routing(NamedTuple):
     A slot of weight 0 is not taken: adaptive k drops it, or the token is padding.
     """
 
-    chosen: Int[Tensor, "B T K"]
+    topk_indices: Int[Tensor, "B T K"]
     weights: Float[Tensor, "B T K"]
     scores: Float[Tensor, "B T E"]
     logits: Float[Tensor, "B T E"]  # without noise
@@ -48,7 +48,9 @@ class Routing(NamedTuple):
     def counts(self) -> Int[Tensor, " E"]:
         """Counts the tokens of each expert, without padding."""
         taken = self.taken().flatten().long()
-        return taken.new_zeros(self.scores.shape[-1]).scatter_add_(0, self.chosen.flatten(), taken)
+        return taken.new_zeros(self.scores.shape[-1]).scatter_add_(
+            0, self.topk_indices.flatten(), taken
+        )
 
 
 def score(logits: Float[Tensor, "*N E"], kind: str) -> Float[Tensor, "*N E"]:
@@ -84,19 +86,19 @@ class _SqrtSoftplus(torch.autograd.Function):
 
 
 def within_groups(
-    biased: Float[Tensor, "*N E"], groups: int, kept: int, group_score: str
+    biased: Float[Tensor, "*N E"], groups: int, groups_kept: int, group_score: str
 ) -> Float[Tensor, "*N E"]:
-    """Sets `biased` to -inf outside of each token's `kept` best groups.
+    """Sets `biased` to -inf outside of each token's `groups_kept` best groups.
 
     A bias may be negative, so 0 would not exclude an expert.
     """
-    if kept == groups:
+    if groups_kept == groups:
         return biased
     grouped = biased.unflatten(-1, (groups, -1))
     # [*N, groups]
     worth = grouped.amax(-1) if group_score == "max" else grouped.topk(2, -1).values.sum(-1)
     outside = torch.ones_like(worth, dtype=torch.bool).scatter(
-        -1, worth.topk(kept, -1).indices, False
+        -1, worth.topk(groups_kept, -1).indices, False
     )
     return grouped.masked_fill(outside[..., None], -torch.inf).flatten(-2)
 
@@ -114,11 +116,11 @@ def within_mass(
     )
 
 
-def token_table(vocabulary: int, experts: int, active: int, seed: int) -> Int[Tensor, "V K"]:
+def token_table(vocab_size: int, experts: int, active: int, seed: int) -> Int[Tensor, "V K"]:
     """Draws K different experts for every token id, uniformly; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return (
-        torch.rand(vocabulary, experts, generator=generator, device="cpu").topk(active, -1).indices
+        torch.rand(vocab_size, experts, generator=generator, device="cpu").topk(active, -1).indices
     )
 
 
@@ -135,11 +137,11 @@ class Router(nn.Module):
         experts: int,
         active: int,
         layer: int = 0,
-        vocabulary: int | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         """Builds the router of the block with index `layer`.
 
-        ValueError if it selects by token id and `vocabulary` is None.
+        ValueError if it selects by token id and `vocab_size` is None.
         """
         super().__init__()
         self.config, self.active = config, active
@@ -151,9 +153,9 @@ class Router(nn.Module):
         self.table: Tensor | None
         self.register_buffer("table", None)
         if layer < config.token_id_layers:
-            if vocabulary is None:
+            if vocab_size is None:
                 raise ValueError("router.token_id_layers: got no vocabulary, expected its size")
-            self.table = token_table(vocabulary, experts, active, layer).to(self.weight.device)
+            self.table = token_table(vocab_size, experts, active, layer).to(self.weight.device)
 
     def forward(
         self,
@@ -170,9 +172,9 @@ class Router(nn.Module):
         if self.training and self.config.noise:
             noisy = logits + self.config.noise * torch.randn_like(logits)
         scores = score(noisy, self.config.score)
-        chosen = self._chosen(scores.detach(), ids)
-        weights = self._weights(scores, chosen, valid)
-        return Routing(chosen, weights, scores, logits, valid, self.table is not None)
+        topk_indices = self._topk_indices(scores.detach(), ids)
+        weights = self._weights(scores, topk_indices, valid)
+        return Routing(topk_indices, weights, scores, logits, valid, self.table is not None)
 
     def _apply(self, fn, recurse=True):
         """Keeps the bias in float32 when the model is converted.
@@ -191,7 +193,7 @@ class Router(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.to(dtype), self.weight.to(dtype))
 
-    def _chosen(self, scores: Tensor, ids: Tensor | None) -> Tensor:
+    def _topk_indices(self, scores: Tensor, ids: Tensor | None) -> Tensor:
         if self.table is not None:
             if ids is None:
                 raise ValueError(
@@ -207,16 +209,16 @@ class Router(nn.Module):
         allowed = within_groups(biased, config.groups, config.groups_kept, config.group_score)
         return allowed.topk(self.active, -1).indices
 
-    def _weights(self, scores: Tensor, chosen: Tensor, valid: Tensor | None) -> Tensor:
-        weights = scores.gather(-1, chosen)
+    def _weights(self, scores: Tensor, topk_indices: Tensor, valid: Tensor | None) -> Tensor:
+        weights = scores.gather(-1, topk_indices)
         if self.config.adaptive_mass is not None:
-            kept = within_mass(
+            allowed = within_mass(
                 weights.detach(),
                 scores.detach().sum(-1),
                 self.config.adaptive_mass,
                 self.config.min_active,
             )
-            weights = weights * kept
+            weights = weights * allowed
         if self.config.renormalise:
             weights = weights / (weights.sum(-1, keepdim=True) + SUM_EPS)
         if self.config.scale != 1.0:

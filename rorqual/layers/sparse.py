@@ -30,7 +30,7 @@ from rorqual.layers.context import Context
 from rorqual.layers.tiles import TILE, flex_tiles, loop_tiles
 
 QUERIES = 512  # processed at a time, so that no mask is T x T
-FEW = 16  # up to so many new tokens after a cache read their selected keys in place
+SMALL_BATCH = 16  # up to so many new tokens after a cache read their selected keys in place
 
 
 class Selection(NamedTuple):
@@ -160,34 +160,34 @@ def full_attention(
 
 def best_blocks(
     scores: Float[Tensor, "B T J M"],
-    own: Int[Tensor, "B T"],
+    ours: Int[Tensor, "B T"],
     first: Int[Tensor, "B T"],
-    chosen: int,
+    top_k: int,
     forced: int = 1,
 ) -> Int[Tensor, "B T J K"]:
-    """Selects the `chosen` blocks with the largest scores; -1 where there are fewer.
+    """Selects the `top_k` blocks with the largest scores; -1 where there are fewer.
 
     Scores are compared in float32, and of equal ones the later block is taken. Only blocks first ..
-    own can be selected, and `own` always is; with `forced` 3 the document's `first` and the one
-    before `own` are, too. They are sorted by column, backwards: `own` first, -1 last.
+    own can be selected, and `ours` always is; with `forced` 3 the document's `first` and the one
+    before `ours` are, too. They are sorted by column, backwards: `ours` first, -1 last.
     """
     block = torch.arange(scores.shape[-1], device=scores.device)
-    own, first = own[:, :, None, None], first[:, :, None, None]
-    always = block == own
+    ours, first = ours[:, :, None, None], first[:, :, None, None]
+    always = block == ours
     if forced == 3:
-        always = always | (block == first) | (block == own - 1)
+        always = always | (block == first) | (block == ours - 1)
     scores = (
         scores.float()
         .masked_fill(always, torch.inf)
-        .masked_fill((block < first) | (block > own), -torch.inf)
+        .masked_fill((block < first) | (block > ours), -torch.inf)
     )
-    index = largest(scores, chosen)
+    index = largest(scores, top_k)
     index = (
         index.masked_fill(scores.gather(-1, index) == -torch.inf, -1)
         .sort(-1, descending=True)
         .values
     )
-    return F.pad(index, (0, chosen - index.shape[-1]), value=-1)
+    return F.pad(index, (0, top_k - index.shape[-1]), value=-1)
 
 
 def tile_queries(ctx: Context) -> Int[Tensor, " N"]:
@@ -206,7 +206,7 @@ def tile_queries(ctx: Context) -> Int[Tensor, " N"]:
 
 def _aligned(ctx: Context) -> bool:
     """Whether a tile starts at the same column in all sequences."""
-    return ctx.key_documents is None and ctx.starts is None
+    return ctx.key_document_ids is None and ctx.starts is None
 
 
 def by_tiles(
@@ -221,16 +221,18 @@ def by_tiles(
     `index` holds the blocks that `tile_queries` select, own first. `cache` keeps the selection of
     an incomplete tile for the next call.
     """
-    time, held = ctx.positions.shape[1], None if cache is None else cache.before(ctx, index)
+    time, stored = ctx.positions.shape[1], None if cache is None else cache.before(ctx, index)
     steps = torch.arange(time, device=index.device)
     if _aligned(ctx):
-        tiles = index if held is None or ctx.past % TILE == 0 else torch.cat([held, index], dim=1)
+        tiles = (
+            index if stored is None or ctx.past % TILE == 0 else torch.cat([stored, index], dim=1)
+        )
         columns = ctx.past + steps
         each = tiles.index_select(1, columns // TILE - ctx.past // TILE)
     else:
         first = steps.where(ctx.positions % TILE == 0, -1).cummax(1).values[:, :, None, None]
         shape = (len(index), time, *index.shape[2:])
-        each = held.expand(shape) if held is not None else index
+        each = stored.expand(shape) if stored is not None else index
         if index.shape[1]:
             each = index.gather(1, first.clamp_min(0).expand(shape)).where(first >= 0, each)
     if cache is not None:
@@ -241,17 +243,17 @@ def by_tiles(
     return Selection(torch.cat([each, begun], dim=-1), block, segment)
 
 
-def _begun(positions: Tensor, own: Tensor, block: int, choices: int) -> Int[Tensor, "B T J E"]:
+def _begun(positions: Tensor, ours: Tensor, block: int, choices: int) -> Int[Tensor, "B T J E"]:
     """Returns the blocks that a token's tile has begun since its first query.
 
     The index is -1 where it has begun fewer than it may.
     """
     aligned = block % TILE == 0 or TILE % block == 0
     back = torch.arange(
-        (TILE - 1) // block if aligned else -(-(TILE - 1) // block), device=own.device
+        (TILE - 1) // block if aligned else -(-(TILE - 1) // block), device=ours.device
     )
     begun = positions // block - positions // TILE * TILE // block
-    blocks = (own[..., None] - back).where(back < begun[..., None], -1)
+    blocks = (ours[..., None] - back).where(back < begun[..., None], -1)
     return blocks[:, :, None].expand(-1, -1, choices, -1)
 
 
@@ -271,14 +273,14 @@ def attend_selected(
         return loop_tiles(query, key, value, keys.blocks, ctx.past, keys.block, scale)
     parts = []
     for run in runs(query.shape[1]):
-        index, own = keys.blocks[:, run], query[:, run]
+        index, ours = keys.blocks[:, run], query[:, run]
         if keys.segment is None:
-            few = own.shape[1] * index.shape[-1] * keys.block < key.shape[1]
-            if few or selected_attention.choose(own, key, value) is not None:
-                given = own, key, value, index, ctx.positions[:, run]
-                parts.append(selected_attention(*given, keys.block, scale))
+            small_batch = ours.shape[1] * index.shape[-1] * keys.block < key.shape[1]
+            if small_batch or selected_attention.choose(ours, key, value) is not None:
+                arguments = ours, key, value, index, ctx.positions[:, run]
+                parts.append(selected_attention(*arguments, keys.block, scale))
                 continue
-        parts.append(masked_attention(own, key, value, index, keys, ctx, run, scale))
+        parts.append(masked_attention(ours, key, value, index, keys, ctx, run, scale))
     return torch.cat(parts, dim=1)
 
 
@@ -336,16 +338,16 @@ def masked_attention(
     seen = ctx.visible(run)[..., :length]
     key, value, out = key[:, :length], value[:, :length], []
     for j in range(choices):
-        own, heads = (
+        ours, heads = (
             index[:, :, j],
             slice(j * query.shape[2] // choices, (j + 1) * query.shape[2] // choices),
         )
-        kept = own.new_zeros(*own.shape[:2], count + 1, dtype=torch.bool)
-        kept = kept.scatter_(-1, own.where(own >= 0, count), True)[..., :count]  # [B, T, M]
+        cached = ours.new_zeros(*ours.shape[:2], count + 1, dtype=torch.bool)
+        cached = cached.scatter_(-1, ours.where(ours >= 0, count), True)[..., :count]  # [B, T, M]
         if segment is None:
-            mask = kept.repeat_interleave(keys.block, dim=-1)[..., :length]
+            mask = cached.repeat_interleave(keys.block, dim=-1)[..., :length]
         else:
-            mask = kept.gather(-1, segment[:, None].expand(-1, own.shape[1], -1))
+            mask = cached.gather(-1, segment[:, None].expand(-1, ours.shape[1], -1))
         group = slice(j * key.shape[2] // choices, j * key.shape[2] // choices + 1)
         out.append(
             attend(

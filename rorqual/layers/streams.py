@@ -2,8 +2,8 @@
 
     pre, post  = sigmoid(scale_0 m_pre + base_pre) + eps, 2 sigmoid(scale_1 m_post + base_post)
     comb       = Sinkhorn(scale_2 m_comb + base_comb)
-    u          = sum_i pre_i x_i                              `collapse` computes all of these
-    x_k       <- post_k F(u) + sum_j comb[j, k] x_j           `write`
+    u          = sum_i pre_i x_i                              `pre_mapping` computes all of these
+    x_k       <- post_k F(u) + sum_j comb[j, k] x_j           `post_mapping`
 
 It is the arithmetic of mHC (arXiv:2512.24880) without its parameters. Every sum over streams is
 computed in the precision of the coefficients. The S*S matrices of all tokens are stored as
@@ -30,7 +30,7 @@ class Streams(NamedTuple):
         return self._replace(values=self.values + update)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def coefficient_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype of coefficients: float32, or float64 for float64 streams."""
     return torch.promote_types(dtype, torch.float32)
 
@@ -145,12 +145,12 @@ def read(streams: Float[Tensor, "N S D"], pre: Float[Tensor, "S N"]) -> Float[Te
 
 
 @kernel(triton="rorqual.kernels.triton_hyper:collapse")
-def collapse(
+def pre_mapping(
     streams: Float[Tensor, "N S D"],
     m: Float[Tensor, "K N"],
     scale: Float[Tensor, "3"],
     base: Float[Tensor, " K"],
-    carried: Float[Tensor, "S N"] | None = None,
+    handed_on: Float[Tensor, "S N"] | None = None,
     iterations: int = 20,
     eps: float = 1e-6,
 ) -> tuple[
@@ -158,16 +158,16 @@ def collapse(
 ]:
     """Computes u, pre, post and comb, with K = 2S + S*S.
 
-    comb's rows are row-major [j, k]. u is read with the pre-mapping `carried` if it is given.
+    comb's rows are row-major [j, k]. u is read with the pre-mapping `handed_on` if it is given.
     """
     S = streams.shape[1]
     pre, post, logits = squash(m, scale, base, S, eps)
     comb = sinkhorn(logits.view(S, S, -1), iterations, eps)
-    return read(streams, pre if carried is None else carried), pre, post, comb
+    return read(streams, pre if handed_on is None else handed_on), pre, post, comb
 
 
 @kernel(triton="rorqual.kernels.triton_hyper:write")
-def write(
+def post_mapping(
     streams: Float[Tensor, "N S D"],
     out: Float[Tensor, "N D"],
     post: Float[Tensor, "S N"],

@@ -47,15 +47,15 @@ def loop_tiles(
         length // block
     )
     for n, start in enumerate(range(past // TILE * TILE, length, TILE)):
-        begin, end, own = max(start, past), min(start + TILE, length), start // block
-        places = (row + tiles[:, n, :, 1 : own + 1]).flatten()
-        chosen = [x.index_select(0, places).view(batch, choices, -1, x.shape[-1]) for x in far]
-        near = [x[:, own * block : end].transpose(1, 2) for x in (key, value)]
-        near = [x.repeat_interleave(choices // groups, dim=1) for x in near]
-        keys, values = (torch.cat(both, dim=2) for both in zip(chosen, near, strict=True))
-        mask = torch.ones(end - begin, keys.shape[2], dtype=torch.bool, device=key.device)
-        mask = mask.tril(keys.shape[2] - (end - begin))
-        own_query = query[:, begin - past : end - past].transpose(1, 2)
+        first, end, query_block = max(start, past), min(start + TILE, length), start // block
+        places = (row + tiles[:, n, :, 1 : query_block + 1]).flatten()
+        selected = [x.index_select(0, places).view(batch, choices, -1, x.shape[-1]) for x in far]
+        own_block = [x[:, query_block * block : end].transpose(1, 2) for x in (key, value)]
+        own_block = [x.repeat_interleave(choices // groups, dim=1) for x in own_block]
+        keys, values = (torch.cat(both, dim=2) for both in zip(selected, own_block, strict=True))
+        mask = torch.ones(end - first, keys.shape[2], dtype=torch.bool, device=key.device)
+        mask = mask.tril(keys.shape[2] - (end - first))
+        own_query = query[:, first - past : end - past].transpose(1, 2)
         grouped = own_query.shape[1] != choices
         out.append(
             F.scaled_dot_product_attention(
@@ -95,15 +95,15 @@ def block_mask(tiles: Int[Tensor, "B N J K"], time: int, heads: int, block: int)
     batch, count, choices, _ = tiles.shape
     width = -(-time // block)
     start = torch.arange(count, device=tiles.device) * TILE
-    own, last = start // block, ((start + TILE).clamp_max(time) - 1) // block
+    query_block, last = start // block, ((start + TILE).clamp_max(time) - 1) // block
     order = torch.arange(width, device=tiles.device)
-    near = (own[:, None] + order).clamp_max(width - 1).expand(batch, heads, -1, -1)
+    own_block = (query_block[:, None] + order).clamp_max(width - 1).expand(batch, heads, -1, -1)
     far = tiles[..., 1:].transpose(1, 2).repeat_interleave(heads // choices, dim=1)
     far_count = (far >= 0).sum(-1)
     far = F.pad(far.clamp_min(0), (0, max(0, width - far.shape[-1])))[..., :width]
     return flex.BlockMask.from_kv_blocks(
-        (last - own + 1).expand(batch, heads, -1).int().contiguous(),
-        near.int().contiguous(),
+        (last - query_block + 1).expand(batch, heads, -1).int().contiguous(),
+        own_block.int().contiguous(),
         far_count.int().contiguous(),
         far.int().contiguous(),
         BLOCK_SIZE=(TILE, block),

@@ -39,13 +39,13 @@ def pad(
     return ids, [len(prompt) for prompt in prompts]
 
 
-def saw(
-    prompts: Sequence[Sequence[int]], vocabulary: int, device: torch.device | str
+def occurred(
+    prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device | str
 ) -> Bool[Tensor, "B V"]:
     """Marks the ids that occur in each prompt."""
-    seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=device)
+    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
     for row, prompt in enumerate(prompts):
-        seen[row, [token for token in prompt if token < vocabulary]] = True
+        seen[row, [token for token in prompt if token < vocab_size]] = True
     return seen
 
 
@@ -58,40 +58,40 @@ def decode(
     sampling: Sampling = GREEDY,
     end_id: int | None = None,
     pad_id: int = 0,
-    vocabulary: int | None = None,
+    vocab_size: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Yields the new id of every prompt at each step, and None for a sequence that has ended.
 
-    The `end_id` of a sequence is yielded before it ends. `vocabulary`: ids from there on are never
+    The `end_id` of a sequence is yielded before it ends. `vocab_size`: ids from there on are never
     sampled (a model's table may be longer than its tokenizer). A sequence that has ended is removed
     from the cache at once, so that each step costs less as sequences end.
     """
     device = next(model.parameters()).device
     ids, lengths = pad(prompts, pad_id, device)
-    vocabulary = vocabulary or model.config.vocabulary
-    seen = saw(prompts, vocabulary, device) if sampling.repetition_penalty != 1.0 else None
+    vocab_size = vocab_size or model.config.vocab_size
+    seen = occurred(prompts, vocab_size, device) if sampling.repetition_penalty != 1.0 else None
     generators = [sampling.generator(row) for row in range(len(prompts))]
     cache = model.new_cache(len(prompts), capacity=ids.shape[1] + max_new_tokens)
-    live = list(range(len(prompts)))
+    active = list(range(len(prompts)))
     logits = model.logits(model.hidden(ids, lengths=lengths, cache=cache, last=True)[0])[:, 0]
     step = decoder(model, cache, len(prompts))
     for turn in range(max_new_tokens):
-        logits = (step(ids) if turn else logits)[:, :vocabulary]
-        drawn = sample(logits, sampling, [generators[row] for row in live], seen)
-        said = dict(zip(live, drawn.tolist(), strict=True))
-        yield [said.get(row) for row in range(len(prompts))]
-        kept = [place for place, row in enumerate(live) if said[row] != end_id]
-        if not kept:
+        logits = (step(ids) if turn else logits)[:, :vocab_size]
+        drawn = sample(logits, sampling, [generators[row] for row in active], seen)
+        drawn_ids = dict(zip(active, drawn.tolist(), strict=True))
+        yield [drawn_ids.get(row) for row in range(len(prompts))]
+        remaining = [index for index, row in enumerate(active) if drawn_ids[row] != end_id]
+        if not remaining:
             return
-        index = torch.tensor(kept, device=device)
-        if len(kept) < len(live):
+        index = torch.tensor(remaining, device=device)
+        if len(remaining) < len(active):
             cache.select(index)
-        ids, live = drawn[index, None], [live[place] for place in kept]
+        ids, active = drawn[index, None], [active[position] for position in remaining]
         seen = None if seen is None else seen[index].scatter(1, ids, True)
 
 
 @dataclass(slots=True)
-class Tally:
+class AcceptanceStats:
     """Acceptance statistics of speculative decoding: drafts, accepted drafts, verifying forwards.
 
     A draft after one that was rejected counts as drafted and not accepted.
@@ -106,17 +106,19 @@ class Tally:
         return self.accepted / self.drafted if self.drafted else 0.0
 
 
-class Front(NamedTuple):
+class DraftState(NamedTuple):
     """State of speculative decoding: the positions that were read last, and the ids after them."""
 
     hidden: Float[Tensor, "B S D"]  # of the last positions that were read
-    told: Int[Tensor, "B S"]  # the id after each of them
+    next_ids: Int[Tensor, "B S"]  # the id after each of them
     lengths: Int[Tensor, " B"]  # how many of the S positions of each sequence are valid, the first
-    sure: Int[Tensor, "B 1"]  # the accepted id of each sequence that is not in the cache yet
+    accepted_ids: Int[
+        Tensor, "B 1"
+    ]  # the accepted id of each sequence that is not in the cache yet
 
-    def select(self, index: Int[Tensor, " B2"]) -> "Front":
+    def select(self, index: Int[Tensor, " B2"]) -> "DraftState":
         """Keeps the sequences `index`, in that order."""
-        return Front(*(part[index] for part in self))
+        return DraftState(*(piece[index] for piece in self))
 
 
 def _draftable(model: LanguageModel) -> None:
@@ -139,8 +141,8 @@ def speculate(
     max_new_tokens: int = 64,
     end_id: int | None = None,
     pad_id: int = 0,
-    vocabulary: int | None = None,
-    tally: Tally | None = None,
+    vocab_size: int | None = None,
+    acceptance_stats: AcceptanceStats | None = None,
 ) -> Iterator[list[int | None]]:
     """Decodes greedily with drafts of the model's own MTP modules, one a depth.
 
@@ -154,17 +156,20 @@ def speculate(
     _draftable(model)
     # inference_mode decorates the three functions below that compute: around a `yield` it would
     # stay on in the caller.
-    tally, vocabulary = Tally() if tally is None else tally, vocabulary or model.config.vocabulary
+    acceptance_stats, vocab_size = (
+        AcceptanceStats() if acceptance_stats is None else acceptance_stats,
+        vocab_size or model.config.vocab_size,
+    )
     ids, lengths = pad(prompts, pad_id, next(model.parameters()).device)
     cache = model.new_cache(
         len(prompts), capacity=ids.shape[1] + max_new_tokens + len(model.mtp) + 1
     )
     queues: list[deque[int]] = [deque() for _ in prompts]
-    counts, live = [0] * len(prompts), list(range(len(prompts)))
-    front, fresh = _read(model, ids, lengths, cache, vocabulary)
-    while live:
+    counts, active = [0] * len(prompts), list(range(len(prompts)))
+    state, fresh = _read(model, ids, lengths, cache, vocab_size)
+    while active:
         going = []
-        for place, (row, new) in enumerate(zip(live, fresh, strict=True)):
+        for index, (row, new) in enumerate(zip(active, fresh, strict=True)):
             new = new[: max_new_tokens - counts[row]]
             ended = False
             if end_id is not None and end_id in new:
@@ -172,84 +177,90 @@ def speculate(
             queues[row].extend(new)
             counts[row] += len(new)
             if not ended and counts[row] < max_new_tokens:
-                going.append(place)
-        rows = [live[place] for place in going]
+                going.append(index)
+        rows = [active[position] for position in going]
         while any(queues) and all(queues[row] for row in rows):
             yield [queue.popleft() if queue else None for queue in queues]
-        if going and len(going) < len(live):
-            front = _select(front, cache, going)
-        live = rows
-        if live:
-            front, fresh = _round(model, front, cache, vocabulary, tally)
+        if going and len(going) < len(active):
+            state = _select(state, cache, going)
+        active = rows
+        if active:
+            state, fresh = _round(model, state, cache, vocab_size, acceptance_stats)
 
 
 @torch.inference_mode()
-def _select(front: Front, cache: Cache, places: list[int]) -> Front:
+def _select(state: DraftState, cache: Cache, places: list[int]) -> DraftState:
     """Keeps the sequences that go on, in the cache and in the state that is returned."""
-    index = torch.tensor(places, device=front.sure.device)
+    index = torch.tensor(places, device=state.accepted_ids.device)
     cache.select(index)
-    return front.select(index)
+    return state.select(index)
 
 
 @torch.inference_mode()
 def _read(
-    model: LanguageModel, ids: Tensor, lengths: list[int], cache: Cache, vocabulary: int
-) -> tuple[Front, list[list[int]]]:
+    model: LanguageModel, ids: Tensor, lengths: list[int], cache: Cache, vocab_size: int
+) -> tuple[DraftState, list[list[int]]]:
     """Runs the prompts; returns the first state, and the id that the model predicts after each."""
     hidden = model.hidden(ids, lengths=lengths, cache=cache)[0]
     count = torch.tensor(lengths, device=ids.device)
-    sure = _argmax(model.logits(_last(hidden, count)), vocabulary)
-    return Front(hidden, _shifted(ids, sure, count), count, sure), sure.tolist()
+    accepted_ids = _argmax(model.logits(_last(hidden, count)), vocab_size)
+    return DraftState(
+        hidden, _shifted(ids, accepted_ids, count), count, accepted_ids
+    ), accepted_ids.tolist()
 
 
 @torch.inference_mode()
 def _round(
-    model: LanguageModel, front: Front, cache: Cache, vocabulary: int, tally: Tally
-) -> tuple[Front, list[list[int]]]:
+    model: LanguageModel,
+    draft_state: DraftState,
+    cache: Cache,
+    vocab_size: int,
+    acceptance_stats: AcceptanceStats,
+) -> tuple[DraftState, list[list[int]]]:
     """Drafts, verifies and accepts; returns the new state and the accepted ids of each sequence."""
-    drafts = _drafts(model, front, cache, vocabulary)
-    hidden = model.hidden(torch.cat([front.sure, drafts], 1), cache=cache)[0]
-    best = _argmax(model.logits(hidden), vocabulary)  # [B, depths + 1]
+    drafts = _drafts(model, draft_state, cache, vocab_size)
+    hidden = model.hidden(torch.cat([draft_state.accepted_ids, drafts], 1), cache=cache)[0]
+    best = _argmax(model.logits(hidden), vocab_size)  # [B, depths + 1]
     stood = (best[:, :-1] == drafts).long().cumprod(1)
-    tally.rounds += 1
-    tally.drafted += stood.numel()
-    tally.accepted += int(stood.sum())
+    acceptance_stats.rounds += 1
+    acceptance_stats.drafted += stood.numel()
+    acceptance_stats.accepted += int(stood.sum())
     # Of the ids that were read, the first one and the drafts that stood stay in the cache.
-    kept = stood.sum(1) + 1
-    cache.crop((best.shape[1] - kept).tolist())
+    accepted_count = stood.sum(1) + 1
+    cache.crop((best.shape[1] - accepted_count).tolist())
     # Positions whose deeper modules read drafts are read again.
-    again = front.lengths.clamp_max(len(model.mtp) - 1)
+    again = draft_state.lengths.clamp_max(len(model.mtp) - 1)
     cache.crop_drafts(again.tolist())
-    lengths = again + kept
+    lengths = again + accepted_count
     steps = torch.arange(int(lengths.max()), device=best.device)
-    before = front.lengths[:, None] - again[:, None] + steps
-    after = front.hidden.shape[1] + steps - again[:, None]
+    before = draft_state.lengths[:, None] - again[:, None] + steps
+    after = draft_state.hidden.shape[1] + steps - again[:, None]
     columns = torch.where(steps < again[:, None], before, after)
-    columns = columns.clamp_max(front.hidden.shape[1] + best.shape[1] - 1)
+    columns = columns.clamp_max(draft_state.hidden.shape[1] + best.shape[1] - 1)
     rows = torch.arange(len(best), device=best.device)[:, None]
-    state = Front(
-        torch.cat([front.hidden, hidden], 1)[rows, columns],
-        torch.cat([front.told, best], 1)[rows, columns],
+    state = DraftState(
+        torch.cat([draft_state.hidden, hidden], 1)[rows, columns],
+        torch.cat([draft_state.next_ids, best], 1)[rows, columns],
         lengths,
-        best.gather(1, kept[:, None] - 1),
+        best.gather(1, accepted_count[:, None] - 1),
     )
-    accepted = zip(best.tolist(), kept.tolist(), strict=True)
+    accepted = zip(best.tolist(), accepted_count.tolist(), strict=True)
     return state, [ids[:count] for ids, count in accepted]
 
 
 def _drafts(
-    model: LanguageModel, front: Front, cache: Cache, vocabulary: int
+    model: LanguageModel, state: DraftState, cache: Cache, vocab_size: int
 ) -> Int[Tensor, "B depths"]:
     """Returns MTP's drafts of the ids after the accepted one.
 
     Each depth of MTP reads the ids of the depths before it.
     """
-    hidden, told, drafts = front.hidden, front.told, []
+    hidden, next_ids, drafts = state.hidden, state.next_ids, []
     for depth, module in enumerate(model.mtp):
-        hidden = model.draft(hidden, told, depth=depth, lengths=front.lengths, cache=cache)[0]
-        last = cast(MTP, module).norm(_last(hidden, front.lengths))
-        drafts.append(_argmax(model.head(last), vocabulary))
-        told = _shifted(told, drafts[-1], front.lengths)
+        hidden = model.draft(hidden, next_ids, depth=depth, lengths=state.lengths, cache=cache)[0]
+        last = cast(MTP, module).norm(_last(hidden, state.lengths))
+        drafts.append(_argmax(model.head(last), vocab_size))
+        next_ids = _shifted(next_ids, drafts[-1], state.lengths)
     return torch.cat(drafts, 1)
 
 
@@ -265,5 +276,5 @@ def _shifted(
     return F.pad(ids[:, 1:], (0, 1)).scatter(1, lengths[:, None] - 1, last)
 
 
-def _argmax(logits: Float[Tensor, "B T V"], vocabulary: int) -> Int[Tensor, "B T"]:
-    return logits[..., :vocabulary].argmax(-1)
+def _argmax(logits: Float[Tensor, "B T V"], vocab_size: int) -> Int[Tensor, "B T"]:
+    return logits[..., :vocab_size].argmax(-1)

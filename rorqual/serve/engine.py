@@ -22,7 +22,7 @@ from torch import Tensor
 from rorqual import runtime
 from rorqual.layers.cache import Cache
 from rorqual.model import LanguageModel
-from rorqual.serve.decoding import pad, saw
+from rorqual.serve.decoding import occurred, pad
 from rorqual.serve.sampling import GREEDY, Sampling, sample
 
 # A forward over 2 to 8 short prompts costs little more than one over the longest; padding costs
@@ -52,7 +52,7 @@ class Request:
 
 
 class Engine:
-    """Runs at most `rows` requests at once over one cache.
+    """Runs at most `max_batch_size` requests at once over one cache.
 
     Each has at most `context` tokens, prompt and answer. `submit` and `cancel` may be called from
     any thread, `step` and `run` from one.
@@ -62,24 +62,25 @@ class Engine:
         self,
         model: LanguageModel,
         *,
-        rows: int = 8,
+        max_batch_size: int = 8,
         context: int = 4096,
         end_id: int | None = None,
         pad_id: int = 0,
-        vocabulary: int | None = None,
+        vocab_size: int | None = None,
     ) -> None:
-        if rows < 1 or context < 2:
+        if max_batch_size < 1 or context < 2:
             raise ValueError(
-                f"got rows={rows} and context={context}, expected at least 1 row of 2 tokens"
+                f"got max_batch_size={max_batch_size} and context={context}, "
+                "expected at least 1 sequence of 2 tokens"
             )
-        self.model, self.rows, self.context, self.end_id, self.pad_id = (
+        self.model, self.max_batch_size, self.context, self.end_id, self.pad_id = (
             model,
-            rows,
+            max_batch_size,
             context,
             end_id,
             pad_id,
         )
-        self.vocabulary = min(vocabulary or model.config.vocabulary, model.config.vocabulary)
+        self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
         self.running: list[Request] = []
         self._waiting: deque[Request] = deque()
         self._lock = threading.Lock()
@@ -99,9 +100,9 @@ class Engine:
         `row` makes equal seeds differ, as in `Sampling.generator`. ValueError where the prompt is
         empty, too long, or contains ids that the model or its tokenizer does not have.
         """
-        if not prompt or not all(0 <= token < self.vocabulary for token in prompt):
+        if not prompt or not all(0 <= token < self.vocab_size for token in prompt):
             raise ValueError(
-                f"prompt: expected at least one id, each from 0 to {self.vocabulary - 1}"
+                f"prompt: expected at least one id, each from 0 to {self.vocab_size - 1}"
             )
         if max_new_tokens < 1 or len(prompt) + max_new_tokens > self.context:
             raise ValueError(
@@ -186,31 +187,31 @@ class Engine:
     def _admit(self) -> list[Request]:
         admitted: list[Request] = []
         with self._lock:
-            while self._waiting and len(self.running) + len(admitted) < self.rows:
+            while self._waiting and len(self.running) + len(admitted) < self.max_batch_size:
                 request = self._waiting.popleft()
                 if request.finish is None:
                     admitted.append(request)
         return admitted
 
     def _evict(self) -> None:
-        kept = [row for row, request in enumerate(self.running) if request.finish is None]
-        if len(kept) == len(self.running):
+        remaining = [row for row, request in enumerate(self.running) if request.finish is None]
+        if len(remaining) == len(self.running):
             return
-        self.running = [self.running[row] for row in kept]
-        if not kept:
+        self.running = [self.running[row] for row in remaining]
+        if not remaining:
             self._cache = None
         elif self._cache is not None:
-            self._cache.select(torch.tensor(kept, device=self._device))
+            self._cache.select(torch.tensor(remaining, device=self._device))
 
     def _give(
         self, requests: list[Request], ids: Tensor, lengths: list[int] | None, cache: Cache
     ) -> None:
         hidden = self.model.hidden(ids, lengths=lengths, cache=cache, last=True)[0]
-        logits = self.model.logits(hidden)[:, 0, : self.vocabulary]
+        logits = self.model.logits(hidden)[:, 0, : self.vocab_size]
         for row, request in enumerate(requests):
             seen = None
             if request.sampling.repetition_penalty != 1.0:
-                seen = saw([[*request.prompt, *request.ids]], self.vocabulary, self._device)
+                seen = occurred([[*request.prompt, *request.ids]], self.vocab_size, self._device)
             try:
                 token = int(
                     sample(logits[row : row + 1], request.sampling, [request.generator], seen)

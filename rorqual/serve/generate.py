@@ -25,7 +25,7 @@ from rorqual.data.tokenizer import Tokenizer
 from rorqual.hub import checkpoints
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig
-from rorqual.serve.decoding import Tally, decode, speculate
+from rorqual.serve.decoding import AcceptanceStats, decode, speculate
 from rorqual.serve.sampling import GREEDY, Sampling
 from rorqual.tables import TableConfig
 
@@ -124,13 +124,13 @@ class TextStream:
         rest = self._release(self.tokenizer.decode(self._ids)[self._shown :]) if self._ids else ""
         if self.stopped:
             return rest
-        held, self._held = self._held, ""
+        pending, self._held = self._held, ""
         self._ids, self._before, self._shown = [], 0, 0
-        return rest + held
+        return rest + pending
 
     def _release(self, fresh: str) -> str:
         text = self._held + fresh
-        places = [place for word in self.stop if (place := text.find(word)) >= 0]
+        places = [position for word in self.stop if (position := text.find(word)) >= 0]
         if places:
             self.stopped, self._held = True, ""
             return text[: min(places)]
@@ -152,7 +152,7 @@ class Completion:
     text: str
     ids: tuple[int, ...]
     finish: str
-    tally: Tally | None = None
+    acceptance_stats: AcceptanceStats | None = None
 
 
 class Run:
@@ -215,14 +215,14 @@ class Run:
                 f"{self.folder or 'this run'} has no chat template: ask for a completion instead"
             )
         longest = self.tokenizer.longest
-        most = context * longest if context is not None and longest is not None else None
+        largest = context * longest if context is not None and longest is not None else None
         with self._one_at_a_time:
             if self._chatty is None or self._chatty.poll() is not None:
                 self._chatty = self._open_template(self.folder)
             process = self._chatty
             assert process.stdin is not None and process.stdout is not None
             try:
-                process.stdin.write(json.dumps({"messages": messages, "most": most}) + "\n")
+                process.stdin.write(json.dumps({"messages": messages, "most": largest}) + "\n")
                 process.stdin.flush()
                 line = process.stdout.readline()
             except OSError:
@@ -281,13 +281,13 @@ class Run:
         speculative: bool = False,
     ) -> list[Completion]:
         """Completes prompts of any lengths; returns ids, text and finish reasons, in order."""
-        tokenizer, tally = self.tokenizer, Tally() if speculative else None
+        tokenizer, acceptance_stats = self.tokenizer, AcceptanceStats() if speculative else None
         streams = [TextStream(tokenizer, stop) for _ in texts]
         ids: list[list[int]] = [[] for _ in texts]
         pieces: list[list[str]] = [[] for _ in texts]
         ended = [False] * len(texts)
         for step in self._steps(
-            [self.prompt(text) for text in texts], max_new_tokens, sampling, tally
+            [self.prompt(text) for text in texts], max_new_tokens, sampling, acceptance_stats
         ):
             for row, token in enumerate(step):
                 if token is None or ended[row]:
@@ -303,7 +303,7 @@ class Run:
                 text="".join([*pieces[row], streams[row].flush()]),
                 ids=tuple(ids[row]),
                 finish="stop" if ended[row] or streams[row].stopped else "length",
-                tally=tally,
+                acceptance_stats=acceptance_stats,
             )
             for row in range(len(texts))
         ]
@@ -347,17 +347,19 @@ class Run:
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
-        tally: Tally | None = None,
+        acceptance_stats: AcceptanceStats | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """Yields the continuation piece by piece, as soon as it can be shown.
 
-        `options` are Sampling's fields. With a `tally` the text is decoded greedily and
+        `options` are Sampling's fields. With a `acceptance_stats` the text is decoded greedily and
         speculatively, and the tally counts the drafts.
         """
         pieces = TextStream(self.tokenizer, stop)
         sampling = sampling or Sampling(**options)
-        for (token,) in self._steps([self.prompt(text)], max_new_tokens, sampling, tally):
+        for (token,) in self._steps(
+            [self.prompt(text)], max_new_tokens, sampling, acceptance_stats
+        ):
             if token is None or token == self.tokenizer.end_id:
                 break
             if piece := pieces.push(token):
@@ -368,16 +370,20 @@ class Run:
             yield piece
 
     def _steps(
-        self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, tally: Tally | None
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        acceptance_stats: AcceptanceStats | None,
     ) -> Iterator[Sequence[int | None]]:
         """Yields the new ids of every prompt, step by step."""
         if max_new_tokens < 1:
             raise ValueError(f"got max_new_tokens={max_new_tokens}, expected at least 1")
-        end_id, vocabulary = (
+        end_id, vocab_size = (
             self.tokenizer.end_id,
-            min(self.tokenizer.vocabulary, self.config.vocabulary),
+            min(self.tokenizer.vocab_size, self.config.vocab_size),
         )
-        if tally is None:
+        if acceptance_stats is None:
             yield from decode(
                 self.model,
                 prompts,
@@ -385,7 +391,7 @@ class Run:
                 sampling=sampling,
                 end_id=end_id,
                 pad_id=self.tokenizer.pad_id,
-                vocabulary=vocabulary,
+                vocab_size=vocab_size,
             )
             return
         if sampling.temperature or sampling.repetition_penalty != 1.0:
@@ -403,8 +409,8 @@ class Run:
             max_new_tokens=max_new_tokens,
             end_id=end_id,
             pad_id=self.tokenizer.pad_id,
-            vocabulary=vocabulary,
-            tally=tally,
+            vocab_size=vocab_size,
+            acceptance_stats=acceptance_stats,
         )
 
 
@@ -417,7 +423,7 @@ def load(
     *,
     device: str = "auto",
     dtype: str | None = None,
-    tables: Placement = "device",
+    placement: Placement = "device",
     **sizes: Any,
 ) -> Run:
     """Loads a run folder, a DeepSeek hub folder, a folder of RorqualForCausalLM, or a hub id.
@@ -425,7 +431,7 @@ def load(
     Of a run that is not finished its newest checkpoint is read; RUN/checkpoints/stepN (or best) is
     that checkpoint. The log names the step.
 
-    `tables` is the placement of Engram's tables, and `sizes` are other fields of TableConfig
+    `placement` is that of Engram's tables, and `sizes` are other fields of TableConfig
     (hot_bytes, folder).
 
     Only JSON and safetensors are read: no code of a checkpoint is ever run. dtype None keeps the
@@ -434,7 +440,7 @@ def load(
     """
     folder = find(where)
     wanted = None if dtype is None else runtime.dtype(dtype)
-    model = read(folder, TableConfig(placement=tables, **sizes), wanted)
+    model = read(folder, TableConfig(placement=placement, **sizes), wanted)
     model.to(device=runtime.device(device), dtype=wanted)
     folder = checkpoint.run_of(folder)
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
@@ -472,38 +478,40 @@ def missing(where: str | Path) -> Exception:
         some = " or ".join(inside[:4]) + (
             f", or one of {len(inside) - 4} more" if len(inside) > 4 else ""
         )
-        mend = f"did you mean {some}?" if inside else "has the run been trained and saved?"
+        hint = f"did you mean {some}?" if inside else "has the run been trained and saved?"
         if (folder / "train.json").is_file():
-            mend = f"its training has not begun to learn yet; go on: rorqual train {where}"
+            hint = f"its training has not begun to learn yet; go on: rorqual train {where}"
         elif (folder.absolute().parent / "config.json").is_file():
-            mend = f"did you mean {folder.absolute().parent}?"
-        return FileNotFoundError(f"{where} holds no config.json: {mend}")
+            hint = f"did you mean {folder.absolute().parent}?"
+        return FileNotFoundError(f"{where} holds no config.json: {hint}")
     if folder.exists():
         return ValueError(
             f"{where} is a file, expected the folder it lies in, "
             "with config.json and model.safetensors"
         )
-    guess = f"did you mean {' or '.join(map(str, found))}?" if (found := near(folder)) else ""
-    mend = guess or "expected a run folder (make one with `rorqual train`) or a hub id"
-    return FileNotFoundError(f"no folder {where}: {mend}")
+    guess = (
+        f"did you mean {' or '.join(map(str, paths))}?" if (paths := similar_paths(folder)) else ""
+    )
+    hint = guess or "expected a run folder (make one with `rorqual train`) or a hub id"
+    return FileNotFoundError(f"no folder {where}: {hint}")
 
 
-def near(folder: Path) -> list[Path]:
+def similar_paths(folder: Path) -> list[Path]:
     """Returns at most three existing folders with similar names.
 
     Each part of the path is corrected in turn.
     """
-    found = [Path(folder.anchor)]
-    for part in folder.relative_to(folder.anchor).parts:
-        mended: list[Path] = []
-        for parent in found:
-            exact = (parent / part).is_dir()
+    paths = [Path(folder.anchor)]
+    for piece in folder.relative_to(folder.anchor).parts:
+        similar: list[Path] = []
+        for parent in paths:
+            exact = (parent / piece).is_dir()
             readable = not exact and os.access(parent, os.R_OK | os.X_OK)
             names = [path.name for path in parent.iterdir() if path.is_dir()] if readable else []
-            close = [part] if exact else difflib.get_close_matches(part, names, 3)
-            mended += [parent / name for name in close]
-        found = mended[:3]
-    return found
+            close = [piece] if exact else difflib.get_close_matches(piece, names, 3)
+            similar += [parent / name for name in close]
+        paths = similar[:3]
+    return paths
 
 
 def snapshot(name: str) -> Path:
@@ -516,10 +524,10 @@ def snapshot(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        said = (
+        message = (
             f"no folder {name}, and the hub did not give a model of that name: {hub_reason(error)}"
         )
-        raise FileNotFoundError(said) from error
+        raise FileNotFoundError(message) from error
 
 
 def read(

@@ -121,7 +121,7 @@ class Refusal(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ask:
+class CompletionRequest:
     """One request; `prompts` are texts or ids, a chat has `messages` and no prompts.
 
     `model` is None where the request leaves it out; `ignored` are its fields that have no effect
@@ -174,11 +174,11 @@ async def body(http: Request, largest: int, seconds: float = 30) -> Any:
         ) from error
 
 
-def parse(body: Any, *, chat: bool, most: int = 64) -> Ask:
+def parse(body: Any, *, chat: bool, maximum: int = 64) -> CompletionRequest:
     """Parses the body of a request into an Ask.
 
     ValueError, in a sentence that names the field, for anything that is invalid or not supported.
-    `most`: continuations that one request may ask for.
+    `maximum`: continuations that one request may ask for.
     """
     if not isinstance(body, Mapping):
         raise ValueError(f"body: got {type(body).__name__}, expected a JSON object")
@@ -190,15 +190,15 @@ def parse(body: Any, *, chat: bool, most: int = 64) -> Ask:
     if not isinstance(options, Mapping):
         raise ValueError("stream_options: expected an object")
     prompts = () if chat else _prompts(body.get("prompt"))
-    copies = _number(body, "n", int, 1, 1, most)
-    if copies * max(len(prompts), 1) > most:
+    copies = _number(body, "n", int, 1, 1, maximum)
+    if copies * max(len(prompts), 1) > maximum:
         raise ValueError(
-            f"n: got {copies} for each of {len(prompts)} prompts, expected at most {most} in all"
+            f"n: got {copies} for each of {len(prompts)} prompts, expected at most {maximum} in all"
         )
     limit = (
         "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
     )
-    return Ask(
+    return CompletionRequest(
         model=model,
         prompts=prompts,
         messages=_messages(body.get("messages")) if chat else (),
@@ -228,11 +228,11 @@ def _refuse(body: Mapping[str, Any], misplaced: str) -> tuple[str, ...]:
             ignored.append(name)
         elif name not in KNOWN or name == misplaced:
             name = name[:_LONGEST]
-            near = difflib.get_close_matches(
-                name, [known for known in KNOWN if known != misplaced], 1
+            similar = difflib.get_close_matches(
+                name, [names for names in KNOWN if names != misplaced], 1
             )
             raise ValueError(
-                f"{name}: unknown field" + (f", did you mean {near[0]}?" if near else "")
+                f"{name}: unknown field" + (f", did you mean {similar[0]}?" if similar else "")
             )
     return tuple(ignored)
 
@@ -306,12 +306,12 @@ def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
     if isinstance(value, str):
         return (_whole(value),)
     if isinstance(value, list) and value:
-        if all(isinstance(part, str) for part in value):
+        if all(isinstance(piece, str) for piece in value):
             return tuple(map(_whole, value))
         if _ids(value):
             return (tuple(value),)
-        if all(_ids(part) for part in value):
-            return tuple(tuple(part) for part in value)
+        if all(_ids(piece) for piece in value):
+            return tuple(tuple(piece) for piece in value)
     raise ValueError(
         "prompt: expected a text, a list of texts, a list of token ids, or a list of such lists"
     )
@@ -324,7 +324,7 @@ def _ids(value: Any) -> bool:
 def _messages(value: Any) -> tuple[Mapping[str, str], ...]:
     if not isinstance(value, list) or not value:
         raise ValueError("messages: expected a list of objects with the texts role and content")
-    return tuple(_message(message, f"messages[{place}]") for place, message in enumerate(value))
+    return tuple(_message(message, f"messages[{index}]") for index, message in enumerate(value))
 
 
 def _message(message: Any, where: str) -> Mapping[str, str]:
@@ -343,7 +343,7 @@ def _message(message: Any, where: str) -> Mapping[str, str]:
         content = ""
     if isinstance(content, list):
         content = "\n".join(
-            _part(part, f"{where}.content[{place}]") for place, part in enumerate(content)
+            _part(piece, f"{where}.content[{index}]") for index, piece in enumerate(content)
         )
     if not isinstance(content, str):
         got = "null" if content is None else _short(content)
@@ -351,16 +351,16 @@ def _message(message: Any, where: str) -> Mapping[str, str]:
     return {"role": _whole(role), "content": _whole(content)}
 
 
-def _part(part: Any, where: str) -> str:
+def _part(piece: Any, where: str) -> str:
     """Returns the text of one part of a message. ValueError for an image, a sound or a file."""
-    kind = part.get("type") if isinstance(part, Mapping) else None
+    kind = piece.get("type") if isinstance(piece, Mapping) else None
     if kind not in ("text", "refusal"):
-        got = f"a part of type {_short(kind)}" if kind is not None else _short(part)
+        got = f"a part of type {_short(kind)}" if kind is not None else _short(piece)
         raise ValueError(
             f'{where}: got {got}, expected {{"type": "text", "text": ...}}: '
             "this model reads text only"
         )
-    text = part.get(kind)
+    text = piece.get(kind)
     if not isinstance(text, str):
         raise ValueError(f"{where}.{kind}: got {_short(text)}, expected a text")
     return text

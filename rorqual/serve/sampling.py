@@ -137,7 +137,7 @@ def sample(
         return logits.argmax(-1)
     chances = narrow(logits - logits.amax(-1, keepdim=True), sampling).softmax(-1).cpu()
     drawn = [
-        torch.multinomial(row, 1, generator=own)
-        for row, own in zip(chances, generators, strict=True)
+        torch.multinomial(row, 1, generator=generator)
+        for row, generator in zip(chances, generators, strict=True)
     ]
     return torch.cat(drawn).to(logits.device)

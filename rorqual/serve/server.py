@@ -40,7 +40,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from rorqual import runtime
 from rorqual.serve.engine import Engine, Request
 from rorqual.serve.generate import Run, TextStream, TooLong
-from rorqual.serve.protocol import Ask, Refusal, body, parse
+from rorqual.serve.protocol import CompletionRequest, Refusal, body, parse
 from rorqual.tables import Table
 
 LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -94,7 +94,7 @@ class Worker(threading.Thread):
             self._wake.notify()
         return request, queue
 
-    def forget(self, request: Request) -> None:
+    def free(self, request: Request) -> None:
         """Cancels a request whose queue is no longer read."""
         with self._wake:
             self._ends.pop(request, None)
@@ -157,8 +157,8 @@ class Service:
     """A run behind HTTP, as the routes use it.
 
     name: the model's name in requests and answers, its folder's by default; `aliases` are accepted
-    too. max_waiting: requests in the queue beyond the `rows` that run; more are refused with status
-    429.
+    too. max_waiting: requests in the queue beyond the `max_batch_size` that run; more are refused
+    with status 429.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class Service:
         *,
         name: str | None = None,
         aliases: Sequence[str] = (),
-        rows: int = 8,
+        max_batch_size: int = 8,
         context: int = 4096,
         max_waiting: int = MAX_WAITING,
     ) -> None:
@@ -180,11 +180,11 @@ class Service:
         tokenizer = run.tokenizer
         engine = Engine(
             run.model,
-            rows=rows,
+            max_batch_size=max_batch_size,
             context=context,
             end_id=tokenizer.end_id,
             pad_id=tokenizer.pad_id,
-            vocabulary=min(tokenizer.vocabulary, run.config.vocabulary),
+            vocab_size=min(tokenizer.vocab_size, run.config.vocab_size),
         )
         self.worker = Worker(engine)
         self.stopping = False
@@ -195,24 +195,28 @@ class Service:
         self._chats = asyncio.Semaphore(1)
         self._threads = CapacityLimiter(math.inf)
 
-    def check(self, ask: Ask) -> None:
+    def check(self, request: CompletionRequest) -> None:
         """Refuses a request for another model, and logs each field that is ignored once."""
-        if ask.model and ask.model.rstrip("/") not in {name.rstrip("/") for name in self.names}:
-            message = f"The model {ask.model[:200]!r} does not exist: this server has {self.name!r}"
+        if request.model and request.model.rstrip("/") not in {
+            name.rstrip("/") for name in self.names
+        }:
+            message = (
+                f"The model {request.model[:200]!r} does not exist: this server has {self.name!r}"
+            )
             raise Refusal(message, status=404, code="model_not_found", param="model")
-        if fresh := [name for name in ask.ignored if name not in self._ignored]:
+        if fresh := [name for name in request.ignored if name not in self._ignored]:
             self._ignored.update(fresh)
             runtime.log(
                 f"serve: requests have {', '.join(fresh)}, which changes nothing here (noted once)"
             )
 
-    async def take(self, ask: Ask) -> list[tuple[Request, asyncio.Queue]]:
+    async def take(self, request: CompletionRequest) -> list[tuple[Request, asyncio.Queue]]:
         """Puts all prompts of a request into the queue, or none.
 
         Refusal where the queue has no space for all of them, or one is too long.
         """
-        engine, wanted = self.worker.engine, max(len(ask.prompts), 1) * ask.copies
-        places = engine.rows + self.max_waiting
+        engine, wanted = self.worker.engine, max(len(request.prompts), 1) * request.copies
+        places = engine.max_batch_size + self.max_waiting
         self._refuse_if_stopping()
         if wanted > places:
             raise Refusal(
@@ -223,12 +227,12 @@ class Service:
             raise Refusal(message, status=429, code="queue_full", headers={"retry-after": "2"})
         self._arriving += wanted
         try:
-            prompts = await self._prompts(ask)
+            prompts = await self._prompts(request)
             self._refuse_if_stopping()
-            return self._submit(ask, prompts)
+            return self._submit(request, prompts)
         except TooLong as error:
             got = f"your prompt has at least {error.tokens} tokens"
-            raise self._too_long(got, ask) from error
+            raise self._too_long(got, request) from error
         except ValueError:
             # The process of the chat template ends with the server.
             self._refuse_if_stopping()
@@ -240,11 +244,11 @@ class Service:
         if self.stopping:
             raise Refusal("the server is stopping", status=503, headers={"retry-after": "10"})
 
-    async def _prompts(self, ask: Ask) -> list[list[int]]:
+    async def _prompts(self, request: CompletionRequest) -> list[list[int]]:
         """Returns the ids to continue, each `copies` times."""
         context = self.worker.engine.context
-        if ask.messages:
-            messages = [dict(message) for message in ask.messages]
+        if request.messages:
+            messages = [dict(message) for message in request.messages]
             texts = [
                 await self._aside(self._chats, partial(self.run.chat, messages, context=context))
             ]
@@ -253,9 +257,9 @@ class Service:
                 await self._aside(self._texts, partial(self.run.prompt, prompt, context=context))
                 if isinstance(prompt, str)
                 else list(prompt)
-                for prompt in ask.prompts
+                for prompt in request.prompts
             ]
-        return [ids for ids in texts for _ in range(ask.copies)]
+        return [ids for ids in texts for _ in range(request.copies)]
 
     async def _aside(self, turn: asyncio.Semaphore, work: Callable[[], T]) -> T:
         """Runs `work` on a thread and returns its result.
@@ -276,60 +280,67 @@ class Service:
         task.add_done_callback(done)
         return await asyncio.shield(task)
 
-    def _submit(self, ask: Ask, prompts: list[list[int]]) -> list[tuple[Request, asyncio.Queue]]:
+    def _submit(
+        self, request: CompletionRequest, prompts: list[list[int]]
+    ) -> list[tuple[Request, asyncio.Queue]]:
         taken: list[tuple[Request, asyncio.Queue]] = []
         context = self.worker.engine.context
         try:
             for row, prompt in enumerate(prompts):
                 left = context - len(prompt)
                 wanted = (
-                    min(256, max(left, 1)) if ask.max_new_tokens is None else ask.max_new_tokens
+                    min(256, max(left, 1))
+                    if request.max_new_tokens is None
+                    else request.max_new_tokens
                 )
                 if wanted > left:
                     parts = f"{len(prompt)} in the prompt, {wanted} in the completion"
                     raise self._too_long(
-                        f"you requested {len(prompt) + wanted} tokens ({parts})", ask
+                        f"you requested {len(prompt) + wanted} tokens ({parts})", request
                     )
                 taken.append(
                     self.worker.submit(
-                        prompt, max_new_tokens=wanted, sampling=ask.sampling, row=row
+                        prompt, max_new_tokens=wanted, sampling=request.sampling, row=row
                     )
                 )
         except ValueError:
-            self.forget(taken)
+            self.free(taken)
             raise
         return taken
 
-    def _too_long(self, got: str, ask: Ask) -> Refusal:
+    def _too_long(self, got: str, request: CompletionRequest) -> Refusal:
         message = (
             f"This model's maximum context length is {self.worker.engine.context} tokens. "
             f"However, {got}. "
             "Please reduce the length of the prompt or the completion."
         )
-        param = "messages" if ask.messages else "prompt"
+        param = "messages" if request.messages else "prompt"
         return Refusal(message, code="context_length_exceeded", param=param)
 
     def unreadable(self) -> list[dict[str, Any]]:
         """Lists the tables on a disk that can no longer be read, and why."""
-        found = []
+        unreadable = []
         for number, table in enumerate(self.run.model.tables):
             why = cast(Table, table).damage()
             if why is not None:
-                found.append({"table": number, "error": why[:LONGEST]})
-        return found
+                unreadable.append({"table": number, "error": why[:LONGEST]})
+        return unreadable
 
-    def forget(self, taken: list[tuple[Request, asyncio.Queue]]) -> None:
+    def free(self, taken: list[tuple[Request, asyncio.Queue]]) -> None:
         for request, _ in taken:
-            self.worker.forget(request)
+            self.worker.free(request)
 
     async def pieces(
-        self, ask: Ask, request: Request, queue: asyncio.Queue
+        self, completion_request: CompletionRequest, request: Request, queue: asyncio.Queue
     ) -> AsyncIterator[tuple[str, str | None]]:
         """Yields text as it is decoded, and last the finish reason.
 
         Failure where the model thread dropped the request.
         """
-        stream, end_id = TextStream(self.run.tokenizer, ask.stop), self.run.tokenizer.end_id
+        stream, end_id = (
+            TextStream(self.run.tokenizer, completion_request.stop),
+            self.run.tokenizer.end_id,
+        )
         try:
             while True:
                 token, finish = await queue.get()
@@ -344,7 +355,7 @@ class Service:
                 if piece:
                     yield piece, None
         finally:
-            self.worker.forget(request)
+            self.worker.free(request)
 
 
 def application(service: Service, *, hosts: Sequence[str] = LOCAL) -> Starlette:
@@ -379,7 +390,7 @@ def application(service: Service, *, hosts: Sequence[str] = LOCAL) -> Starlette:
         busy: dict[str, Any] = {
             "running": len(engine.running),
             "waiting": engine.waiting,
-            "rows": engine.rows,
+            "max_batch_size": engine.max_batch_size,
         }
         if counted := [
             counts for table in service.run.model.tables if (counts := cast(Table, table).metrics())
@@ -426,11 +437,11 @@ async def _broken(http: Http, error: Exception) -> Response:
 
 async def _answer(service: Service, http: Http, *, chat: bool) -> Response:
     try:
-        ask = parse(await body(http, LARGEST, BODY_SECONDS), chat=chat)
-        service.check(ask)
-        if ask.stream:
-            return Events(service, ask, await _while_there(http, service.take(ask)), chat)
-        return JSONResponse(await _while_there(http, _complete(service, ask, chat)))
+        request = parse(await body(http, LARGEST, BODY_SECONDS), chat=chat)
+        service.check(request)
+        if request.stream:
+            return Events(service, request, await _while_there(http, service.take(request)), chat)
+        return JSONResponse(await _while_there(http, _complete(service, request, chat)))
     except ClientDisconnect:
         return Response(status_code=499)  # the client does not read it
     except Refusal as error:
@@ -467,19 +478,19 @@ async def _while_there(http: Http, work: Coroutine[Any, Any, T]) -> T:
         gone.cancel()
 
 
-async def _complete(service: Service, ask: Ask, chat: bool) -> dict:
+async def _complete(service: Service, request: CompletionRequest, chat: bool) -> dict:
     """Returns the whole answer. Its requests have left the batch at return or cancellation."""
-    taken = await service.take(ask)
-    words = Words(service.name, chat, _prompt_tokens(taken))
-    answers = [asyncio.ensure_future(_whole(service, ask, *one)) for one in taken]
+    taken = await service.take(request)
+    reply = Answer(service.name, chat, _prompt_tokens(taken))
+    answers = [asyncio.ensure_future(_whole(service, request, *one)) for one in taken]
     try:
         results = await asyncio.gather(*answers)
     finally:
         for answer in answers:
             answer.cancel()
-        service.forget(taken)
-    choices = [words.choice(row, text, finish) for row, (text, finish) in enumerate(results)]
-    return words.whole(choices) | {"usage": words.usage([request for request, _ in taken])}
+        service.free(taken)
+    choices = [reply.choice(row, text, finish) for row, (text, finish) in enumerate(results)]
+    return reply.whole(choices) | {"usage": reply.usage([request for request, _ in taken])}
 
 
 def _prompt_tokens(taken: list[tuple[Request, asyncio.Queue]]) -> int:
@@ -489,26 +500,30 @@ def _prompt_tokens(taken: list[tuple[Request, asyncio.Queue]]) -> int:
 class Events(StreamingResponse):
     """An answer that is streamed. Its requests leave the batch when it ends or fails to begin."""
 
-    def __init__(self, service: Service, ask: Ask, taken: list, chat: bool) -> None:
+    def __init__(
+        self, service: Service, request: CompletionRequest, taken: list, chat: bool
+    ) -> None:
         self._service, self._taken = service, taken
-        words = Words(service.name, chat, _prompt_tokens(taken))
-        super().__init__(_events(service, ask, taken, words), media_type="text/event-stream")
+        answer = Answer(service.name, chat, _prompt_tokens(taken))
+        super().__init__(_events(service, request, taken, answer), media_type="text/event-stream")
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._service.forget(self._taken)
+            self._service.free(self._taken)
 
 
 async def _whole(
-    service: Service, ask: Ask, request: Request, queue: asyncio.Queue
+    service: Service, completion_request: CompletionRequest, request: Request, queue: asyncio.Queue
 ) -> tuple[str, str | None]:
-    parts = [part async for part in service.pieces(ask, request, queue)]
+    parts = [piece async for piece in service.pieces(completion_request, request, queue)]
     return "".join(piece for piece, _ in parts), parts[-1][1]
 
 
-async def _events(service: Service, ask: Ask, taken: list, words: "Words") -> AsyncIterator[str]:
+async def _events(
+    service: Service, completion_request: CompletionRequest, taken: list, answer: "Answer"
+) -> AsyncIterator[str]:
     """Yields the pieces of every choice as they arrive, interleaved.
 
     Usage follows if it was requested, then [DONE].
@@ -517,8 +532,8 @@ async def _events(service: Service, ask: Ask, taken: list, words: "Words") -> As
 
     async def pump(row: int, request: Request, queue: asyncio.Queue) -> None:
         try:
-            async for piece, finish in service.pieces(ask, request, queue):
-                merged.put_nowait(words.chunk([words.choice(row, piece, finish, part=True)]))
+            async for piece, finish in service.pieces(completion_request, request, queue):
+                merged.put_nowait(answer.chunk([answer.choice(row, piece, finish, piece=True)]))
         except Failure as error:
             merged.put_nowait(_problem(error.status, str(error)))
         except Exception as error:
@@ -529,8 +544,8 @@ async def _events(service: Service, ask: Ask, taken: list, words: "Words") -> As
 
     pumps = [asyncio.create_task(pump(row, *one)) for row, one in enumerate(taken)]
     try:
-        if words.chat:
-            yield _event(words.chunk([words.opening(row) for row in range(len(taken))]))
+        if answer.chat:
+            yield _event(answer.chunk([answer.opening(row) for row in range(len(taken))]))
         left = len(pumps)
         while left:
             chunk = await merged.get()
@@ -538,22 +553,22 @@ async def _events(service: Service, ask: Ask, taken: list, words: "Words") -> As
                 left -= 1
             else:
                 yield _event(chunk)
-        if ask.usage:
+        if completion_request.usage:
             yield _event(
-                words.chunk([]) | {"usage": words.usage([request for request, _ in taken])}
+                answer.chunk([]) | {"usage": answer.usage([request for request, _ in taken])}
             )
         yield "data: [DONE]\n\n"
     finally:
         for task in pumps:
             task.cancel()
-        service.forget(taken)
+        service.free(taken)
 
 
 def _event(value: dict) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-class Words:
+class Answer:
     """Formats one answer as OpenAI does: a completion or a chat, whole or in chunks."""
 
     def __init__(self, model: str, chat: bool, prompt_tokens: int) -> None:
@@ -579,15 +594,15 @@ class Words:
     def opening(self, row: int) -> dict:
         return {"index": row, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
 
-    def choice(self, row: int, text: str, finish: str | None, *, part: bool = False) -> dict:
+    def choice(self, row: int, text: str, finish: str | None, *, piece: bool = False) -> dict:
         if not self.chat:
             return {"index": row, "text": text, "logprobs": None, "finish_reason": finish}
-        said = (
+        content = (
             {"delta": {"content": text}}
-            if part
+            if piece
             else {"message": {"role": "assistant", "content": text}}
         )
-        return {"index": row, **said, "finish_reason": finish}
+        return {"index": row, **content, "finish_reason": finish}
 
     def usage(self, requests: list[Request]) -> dict:
         made = sum(len(request.ids) for request in requests)
@@ -666,7 +681,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         engine = self.service.worker.engine
-        limits = f"{engine.rows} requests at once, {engine.context} tokens each; Ctrl-C ends it"
+        requests = f"{engine.max_batch_size} requests at once"
+        limits = f"{requests}, {engine.context} tokens each; Ctrl-C ends it"
         runtime.log(f"serving {self.service.run!r}")
         runtime.log(f"{self.address}/v1/completions ({limits})")
 
@@ -691,9 +707,9 @@ def listen(host: str, port: int) -> socket.socket:
     ValueError for a port that is in use, or a host that is not this machine's.
     """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         # localhost has two addresses; most clients and our own messages mean IPv4.
-        family = min(each[0] for each in found if each[0] in (socket.AF_INET, socket.AF_INET6))
+        family = min(each[0] for each in addresses if each[0] in (socket.AF_INET, socket.AF_INET6))
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         got = f"got {host} port {port} ({error.strerror or error})"
@@ -707,22 +723,22 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    rows: int = 8,
+    max_batch_size: int = 8,
     context: int = 4096,
     max_waiting: int = MAX_WAITING,
-    given: str | None = None,
+    options: str | None = None,
 ) -> None:
     """Serves requests until interrupted.
 
     There is no login: on a host other than this machine's own, anyone may send requests.
     given: what the user called the run, a folder or a hub id; requests may use this name, too.
     """
-    hub_id = given is not None and not Path(given).expanduser().exists()
+    hub_id = options is not None and not Path(options).expanduser().exists()
     service = Service(
         run,
-        name=given if hub_id else None,
-        aliases=[] if given is None else [given],
-        rows=rows,
+        name=options if hub_id else None,
+        aliases=[] if options is None else [options],
+        max_batch_size=max_batch_size,
         context=context,
         max_waiting=max_waiting,
     )

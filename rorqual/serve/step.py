@@ -42,8 +42,8 @@ STEP = kernels.choice("decode_step", __name__, numba="rorqual.kernels.step:Step"
 Decoder = Callable[[Int[Tensor, "B 1"]], Float[Tensor, "B V"]]
 
 
-def decoder(model: LanguageModel, cache: Cache, rows: int) -> Decoder:
-    """Returns a function from the last id of each of `rows` sequences to their logits.
+def decoder(model: LanguageModel, cache: Cache, batch_size: int) -> Decoder:
+    """Returns a function from the last id of each of `batch_size` sequences to their logits.
 
     Each call extends the cache. The function is for one generation: weights that are changed in
     place take effect, weights that are replaced do not.
@@ -53,7 +53,7 @@ def decoder(model: LanguageModel, cache: Cache, rows: int) -> Decoder:
         return model.logits(model.hidden(ids, cache=cache)[0])[:, 0]
 
     step = STEP.choose(model.embed.weight.detach())
-    if step is None or rows != 1 or not fits(model) or cache.past.named:
+    if step is None or batch_size != 1 or not fits(model) or cache.past.named:
         return reference
     return _Compiled(step, model, cache) if built(step) else reference
 
@@ -64,7 +64,7 @@ def built(step: Any) -> bool:
     The compilation serves later generations. It runs in a process of its own, since a compiling and
     a decoding thread would compete for the interpreter.
     """
-    if step.kept():
+    if step.is_cached():
         return True
     _building(step)
     return False
@@ -117,14 +117,14 @@ def fits(model: LanguageModel) -> bool:
         model.embed,
         model.norm,
         model.head,
-        *(part for block in model.blocks for part in block.modules()),
+        *(module for block in model.blocks for module in block.modules()),
     ]
     return all(
-        type(part) in KNOWN
-        and part._forward_hooks == part._forward_pre_hooks == {}
-        and "forward" not in part.__dict__
-        and getattr(part, "exchange", None) is None
-        for part in modules
+        type(module) in KNOWN
+        and module._forward_hooks == module._forward_pre_hooks == {}
+        and "forward" not in module.__dict__
+        and getattr(module, "exchange", None) is None
+        for module in modules
     ) and all(
         p.dtype == torch.float32 and p.is_contiguous() and p.is_cpu for p in model.parameters()
     )
@@ -137,7 +137,7 @@ class _Compiled:
         self.model, self.cache, self.turned = model, cache, -1
         self.embed = model.embed.weight.detach()
         # Referenced, since the step reads their memory.
-        self.kept = [value.detach() for value in (*model.parameters(), *model.buffers())]
+        self.weights = [value.detach() for value in (*model.parameters(), *model.buffers())]
         self.latents = [
             cast(Appended, layer.attention.latent) for layer in cast(Iterable, cache.layers)
         ]
@@ -146,28 +146,28 @@ class _Compiled:
         widths = np.array([_width(block) for block in blocks], np.int64)
         ends = np.array([model.norm.weight.data_ptr(), model.head.weight.data_ptr()], np.int64)
         self.latent = step.PLACES.index("latent")
-        own = sizes(model, step.SIZES)
-        self.step = step(self.places, widths, ends, own, torch.get_num_threads())
+        ours = sizes(model, step.SIZES)
+        self.step = step(self.places, widths, ends, ours, torch.get_num_threads())
 
     def __call__(self, ids: Int[Tensor, "1 1"]) -> Float[Tensor, "1 V"]:
-        held = self.cache.past.length
+        length = self.cache.past.length
         for layer, latent in enumerate(self.latents):
             assert latent.buffer is not None
-            buffer = latent.reserve(latent.buffer, held + 1)
+            buffer = latent.reserve(latent.buffer, length + 1)
             self.places[layer, self.latent] = buffer.data_ptr()
         self.cache.past.append([1])
-        cos, sin = self._rotation(held)
+        cos, sin = self._rotation(length)
         embedded = self.embed[ids[0, 0]].numpy().copy()
-        return torch.from_numpy(self.step(embedded, held, cos, sin))[None]
+        return torch.from_numpy(self.step(embedded, length, cos, sin))[None]
 
     def _rotation(self, position: int) -> tuple[np.ndarray, np.ndarray]:
-        place = position % TURNED
-        if position - place != self.turned:
-            self.turned = position - place
+        index = position % TURNED
+        if position - index != self.turned:
+            self.turned = position - index
             positions = torch.arange(self.turned, self.turned + TURNED)[None]
             tables = rope_tables(self.model.config.rope, self.model.rope_dim, positions)
             self.cos, self.sin = (table[0].numpy() for table in tables)
-        return self.cos[place], self.sin[place]
+        return self.cos[index], self.sin[index]
 
 
 def _places(block: Block, names: Sequence[str]) -> list[int]:
@@ -175,7 +175,7 @@ def _places(block: Block, names: Sequence[str]) -> list[int]:
     attention, ffn = cast(MLA, block.attention), block.ffn
     plain = ffn.shared if isinstance(ffn, MoE) else ffn
     lora = attention.config.q_lora_rank is not None
-    found: dict[str, Tensor | None] = {
+    weights: dict[str, Tensor | None] = {
         "attention_norm": block.attention_norm.weight,
         "q_a": attention.q_a_proj.weight if lora else None,
         "q_norm": attention.q_a_layernorm.weight if lora else None,
@@ -187,12 +187,12 @@ def _places(block: Block, names: Sequence[str]) -> list[int]:
         "ffn_norm": block.ffn_norm.weight,
     }
     if plain is not None:
-        found |= {name: getattr(plain, f"{name}_proj").weight for name in ("gate", "up", "down")}
+        weights |= {name: getattr(plain, f"{name}_proj").weight for name in ("gate", "up", "down")}
     if isinstance(ffn, MoE):
-        found |= {"router": ffn.router.weight, "bias": ffn.router.e_score_correction_bias}
-        found |= {"gate_up": ffn.experts.gate_up, "experts_down": ffn.experts.down}
-    given = (found.get(name) for name in names)
-    return [0 if weight is None else weight.data_ptr() for weight in given]
+        weights |= {"router": ffn.router.weight, "bias": ffn.router.e_score_correction_bias}
+        weights |= {"gate_up": ffn.experts.gate_up, "experts_down": ffn.experts.down}
+    pointers = (weights.get(name) for name in names)
+    return [0 if weight is None else weight.data_ptr() for weight in pointers]
 
 
 def _width(block: Block) -> int:
@@ -213,7 +213,7 @@ def sizes(model: LanguageModel, make: Callable[..., Any]) -> Any:
     router = moe.router if moe is not None else None
     return make(
         dim=c.dim,
-        vocabulary=c.vocabulary,
+        vocab_size=c.vocab_size,
         heads=mla.heads,
         query_rank=mla.q_lora_rank or 0,
         rank=mla.kv_lora_rank,

@@ -62,8 +62,8 @@ def row_bytes(width: int, dtype: torch.dtype) -> int:
     ValueError for a dtype that no table has, or a width that fp8 cannot store.
     """
     if dtype not in DTYPES:
-        known = ", ".join(str(dtype) for dtype in DTYPES)
-        raise ValueError(f"table: got {dtype} rows, expected {known}")
+        names = ", ".join(str(dtype) for dtype in DTYPES)
+        raise ValueError(f"table: got {dtype} rows, expected {names}")
     return record_bytes(width) if dtype == FP8 else width * dtype.itemsize
 
 
@@ -140,9 +140,9 @@ def dequantise(
     scales = _scales(codes)
     step = max(1, _DECODED_TOGETHER // width)
     parts = records.reshape(-1, records.shape[-1]).split(step)
-    for part, target in zip(parts, out.view(-1, width).split(step), strict=True):
-        torch.index_select(numbers, 0, part[:, :width].flatten().int(), out=target.view(-1))
-        scale = scales.index_select(0, part[:, width:].flatten().int())
+    for piece, target in zip(parts, out.view(-1, width).split(step), strict=True):
+        torch.index_select(numbers, 0, piece[:, :width].flatten().int(), out=target.view(-1))
+        scale = scales.index_select(0, piece[:, width:].flatten().int())
         target.view(-1, BLOCK).mul_(scale[:, None])
     return out
 

@@ -166,12 +166,12 @@ def _boot() -> bytes:
 def _read_marks(path: Path) -> list[int]:
     """Reads the list of marks. TableError for a file that is not a list of steps."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        marks = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise TableError(f"{path}: {error}, expected a list of steps") from error
-    if not isinstance(found, list) or not all(type(step) is int for step in found):
-        raise TableError(f"{path}: got {found!r:.60}, expected a list of steps")
-    return found
+    if not isinstance(marks, list) or not all(type(step) is int for step in marks):
+        raise TableError(f"{path}: got {marks!r:.60}, expected a list of steps")
+    return marks
 
 
 def _seal(head: bytes) -> bytes:

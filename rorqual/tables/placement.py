@@ -31,7 +31,7 @@ class TableConfig:
 
     def __post_init__(self) -> None:
         if self.placement not in ("device", "host", "disk"):
-            raise ValueError(f"tables: got {self.placement!r}, expected device, host or disk")
+            raise ValueError(f"placement: got {self.placement!r}, expected device, host or disk")
         if self.hot_bytes < 0:
             raise ValueError(f"hot_bytes: got {self.hot_bytes}, expected at least 0")
         if self.shared and self.placement != "host":
@@ -48,7 +48,7 @@ def open_tables(folder: str | os.PathLike[str], count: int, config: TableConfig)
     hot = hot_rows(Path(config.hot)) if config.hot is not None else {}
     thread = BackgroundThread()
     places = table_places(Path(folder), count, config)
-    return [open_table(*place, config, hot.get(str(n)), thread) for n, place in enumerate(places)]
+    return [open_table(*index, config, hot.get(str(n)), thread) for n, index in enumerate(places)]
 
 
 def table_places(folder: Path, count: int, config: TableConfig) -> list[tuple[Path, str]]:
@@ -106,11 +106,11 @@ def hot_rows(path: Path) -> dict[str, Tensor]:
     TableError for another file.
     """
     try:
-        found = load_file(path)
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise TableError(f"{path}: {error}, expected a file of row ids") from error
-    for name, ids in found.items():
+    for name, ids in tensors.items():
         if not name.isdigit() or ids.dim() != 1 or ids.dtype != torch.int64:
             expected = "expected int64 row ids by their table's number"
             raise TableError(f"{path}: got other tensors, {expected}")
-    return found
+    return tensors

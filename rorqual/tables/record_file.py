@@ -64,13 +64,15 @@ class RecordFile:
 
     def records(self, ids: Int[np.ndarray, " K"]) -> UInt8[np.ndarray, "K record"]:
         """Returns whole records of rising ids."""
-        found = np.empty((len(ids), self.record_bytes), np.uint8)
-        self._records.read(ids, found)
-        return found
+        records = np.empty((len(ids), self.record_bytes), np.uint8)
+        self._records.read(ids, records)
+        return records
 
     def kept_records(self, ids: Int[np.ndarray, " K"]) -> UInt8[np.ndarray, "K record"] | None:
         """Returns the records of a recent `read` of the same ids, if nothing was written since."""
-        return next((records for known, records in self._read if np.array_equal(known, ids)), None)
+        return next(
+            (records for read_ids, records in self._read if np.array_equal(read_ids, ids)), None
+        )
 
     def updated(
         self, before: UInt8[np.ndarray, "K record"], gradient: Float[Tensor, "K W"], update: Update

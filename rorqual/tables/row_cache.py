@@ -44,8 +44,8 @@ class RowCache:
             return
         first = max(0, len(ids) - self.slots)
         places = {
-            self._place(row): place
-            for place, row in enumerate(ids[first:].tolist(), first)
+            self._place(row): index
+            for index, row in enumerate(ids[first:].tolist(), first)
             if row not in self._slot_of
         }
         self._values[list(places)] = values.numpy()[list(places.values())]

@@ -62,20 +62,20 @@ class FileRows:
         """Reads rows. TableError names the first one that the file does not have."""
         read_from([self], _ONE_FILE, ids, into)
 
-    def read_bytes(self, into: memoryview, at: int) -> None:
-        """Fills `into` with bytes from byte `at` of the rows on."""
+    def read_bytes(self, into: memoryview, offset: int) -> None:
+        """Fills `into` with bytes from byte `offset` of the rows on."""
         got = 0
         try:
             while self.file >= 0 and got < len(into):
-                more = read_at(self.file, into[got:], self.start + at + got)
+                more = read_at(self.file, into[got:], self.start + offset + got)
                 if not more:
                     break
                 got += more
         except OSError as error:
-            row = (at + got) // self.row_bytes
+            row = (offset + got) // self.row_bytes
             raise TableError(f"{self.path}: {error.strerror} at row {row}") from error
         if got < len(into):
-            row, left = divmod(at + got, self.row_bytes)
+            row, left = divmod(offset + got, self.row_bytes)
             raise TableError(
                 f"{self.path}: got {left} bytes of row {row}, expected {self.row_bytes}:"
                 " cut or closed since it opened"
@@ -85,10 +85,10 @@ class FileRows:
         """Writes rows of rising ids. TableError names the row that could not be written."""
         source = np.ascontiguousarray(rows).reshape(-1).data
         size = self.row_bytes
-        for place, count, _, row in _runs(ids, _ONE_FILE):
+        for offset, count, _, row in _runs(ids, _ONE_FILE):
             try:
-                part = source[place * size : (place + count) * size]
-                write_all_at(self.file, part, self.start + row * size)
+                piece = source[offset * size : (offset + count) * size]
+                write_all_at(self.file, piece, self.start + row * size)
             except OSError as error:
                 got = f"got {error.strerror} at row {row}"
                 raise TableError(f"{self.path}: {got}, expected room for it") from error
@@ -105,8 +105,8 @@ def read_from(
     File n has the rows first_rows[n] to first_rows[n + 1].
     """
 
-    def read(part: slice) -> None:
-        wanted, target = ids[part], into[part]
+    def read(piece: slice) -> None:
+        wanted, target = ids[piece], into[piece]
         done = 0
         while (done := done + _read(files, first_rows, wanted[done:], target[done:])) < len(wanted):
             # This row is read once more, for the reason why it could not be read.
@@ -121,7 +121,9 @@ def read_from(
         return
     share = -(-len(ids) // _THREADS)
     with ThreadPoolExecutor(_THREADS) as threads:
-        list(threads.map(read, [slice(at, at + share) for at in range(0, len(ids), share)]))
+        list(
+            threads.map(read, [slice(start, start + share) for start in range(0, len(ids), share)])
+        )
 
 
 def _read(
@@ -156,29 +158,29 @@ def read_rows(
     size = into.shape[1]
     target = into.reshape(-1).data
     first_missing = len(ids)
-    for place, count, n, row in _runs(ids, first_rows):
-        part = target[place * size : (place + count) * size]
+    for offset, count, n, row in _runs(ids, first_rows):
+        piece = target[offset * size : (offset + count) * size]
         try:
-            got = _read_run(int(files[n]), part, int(starts[n]) + row * size, wait)
+            got = _read_run(int(files[n]), piece, int(starts[n]) + row * size, wait)
         except OSError:
             got = 0
-        if got < len(part):
-            first_missing = min(first_missing, place + got // size)
+        if got < len(piece):
+            first_missing = min(first_missing, offset + got // size)
             if wait:
                 break
     return first_missing
 
 
-def _read_run(file: int, into: memoryview, at: int, wait: bool) -> int:
+def _read_run(file: int, into: memoryview, offset: int, wait: bool) -> int:
     """Returns how many bytes were read."""
     if wait:
-        return read_at(file, into, at)
+        return read_at(file, into, offset)
     got = 0
     if hasattr(os, "preadv") and hasattr(os, "RWF_NOWAIT"):
         with suppress(BlockingIOError):
-            got = os.preadv(file, [into], at, os.RWF_NOWAIT)
+            got = os.preadv(file, [into], offset, os.RWF_NOWAIT)
     if got < len(into) and hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, at, len(into), os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(file, offset, len(into), os.POSIX_FADV_WILLNEED)
     return got
 
 
@@ -238,9 +240,9 @@ class Shard(FileRows):
 
     def _pieces(self, size: int) -> Iterator[memoryview]:
         buffer = memoryview(bytearray(_PIECE))
-        for at in range(0, size, _PIECE):
-            piece = buffer[: min(_PIECE, size - at)]
-            self.read_bytes(piece, at)
+        for start in range(0, size, _PIECE):
+            piece = buffer[: min(_PIECE, size - start)]
+            self.read_bytes(piece, start)
             yield piece
 
     def rows_of(self, block: int) -> range:
@@ -330,9 +332,9 @@ class RowFile:
         """Makes the system read these files whole, so that no row waits for the disk."""
         buffer = memoryview(bytearray(CHECKED_BYTES))
         for shard in self.shards:
-            at = 0
-            while got := read_at(shard.file, buffer, at):
-                at += got
+            offset = 0
+            while got := read_at(shard.file, buffer, offset):
+                offset += got
 
     def close(self) -> None:
         """Closes all files."""
@@ -366,10 +368,10 @@ def checksums(pieces: Iterable[memoryview]) -> Iterator[str]:
     left = CHECKED_BYTES
     for piece in pieces:
         while piece:
-            part = piece[:left]
-            digest.update(part)
-            left -= len(part)
-            piece = piece[len(part) :]
+            chunk = piece[:left]
+            digest.update(chunk)
+            left -= len(chunk)
+            piece = piece[len(chunk) :]
             if not left:
                 yield digest.hexdigest()
                 digest = xxhash.xxh3_64()
@@ -404,15 +406,15 @@ def _in_order(path: Path, shards: list[Shard]) -> list[Shard]:
             got = "got no first_row and rows_in_all in its metadata"
             raise TableError(f"{shard.path}: {got}, expected a table's shard")
         places.append((int(numbers[0]), int(numbers[1]), shard))
-    places.sort(key=lambda place: place[0])
+    places.sort(key=lambda offset: offset[0])
     row = 0
     _, total, first = places[0]
-    for begin, claimed, shard in places:
+    for start, claimed, shard in places:
         if (claimed, shard.width, shard.dtype) != (total, first.width, first.dtype):
             raise TableError(f"{shard.path}: got a shard of another table than {first.path}")
-        if begin != row:
+        if start != row:
             expected = f"expected rows from {row}: a shard missing or doubled"
-            raise TableError(f"{shard.path}: got rows from {begin}, {expected}")
+            raise TableError(f"{shard.path}: got rows from {start}, {expected}")
         row += shard.rows
     if row != total:
         got = f"got {row} rows in {len(places)} shards"
@@ -442,14 +444,14 @@ def _header(path: Path, file: int, name: str) -> tuple[Mapping[str, str], Mappin
     if total < 8:
         raise TableError(f"{path}: got {total} bytes, expected a safetensors file")
     size = int.from_bytes(_bytes_at(file, 8, 0), "little")
-    most = min(_MAX_HEADER, total - 8)
-    if size > most:
-        raise TableError(f"{path}: got a header of {size} bytes, expected at most {most}")
+    largest = min(_MAX_HEADER, total - 8)
+    if size > largest:
+        raise TableError(f"{path}: got a header of {size} bytes, expected at most {largest}")
     entries, metadata = _parse(path, _bytes_at(file, size, 8))
     edge = 0
-    for begin, end in sorted(_extent(path, key, entry) for key, entry in entries.items()):
-        if begin != edge:
-            got = f"got a tensor at byte {begin} of the data"
+    for start, end in sorted(_extent(path, key, entry) for key, entry in entries.items()):
+        if start != edge:
+            got = f"got a tensor at byte {start} of the data"
             raise TableError(f"{path}: {got}, expected byte {edge}: gap or overlap")
         edge = end
     if edge != total - 8 - size:
@@ -461,8 +463,8 @@ def _header(path: Path, file: int, name: str) -> tuple[Mapping[str, str], Mappin
         raise TableError(f"{path}: got tensors {names or 'none'}, expected {name!r}")
     if entry["dtype"] not in KINDS or len(entry["shape"]) != 2 or min(entry["shape"]) < 1:
         got = f"{_short(entry['dtype'])} of shape {entry['shape']!s:.60}"
-        known = " or ".join(KINDS)
-        raise TableError(f"{path}: got {name!r} as {got}, expected rows by width in {known}")
+        kinds = " or ".join(KINDS)
+        raise TableError(f"{path}: got {name!r} as {got}, expected rows by width in {kinds}")
     return metadata, entry, 8 + size + entry["data_offsets"][0]
 
 
@@ -509,12 +511,12 @@ def _extent(path: Path, name: str, entry: Any) -> tuple[int, int]:
     if not fitting or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
         got = f"shape {shape!s:.60} and offsets {offsets!s:.60} of {name!r:.60}"
         raise TableError(f"{path}: got {got}, expected counts from 0")
-    begin, end = offsets
+    start, end = offsets
     size = KINDS[dtype].itemsize if dtype in KINDS else 0
-    if begin > end or (size and end - begin != size * math.prod(shape)):
-        got = f"bytes {begin} to {end} for {name!r:.60}"
+    if start > end or (size and end - start != size * math.prod(shape)):
+        got = f"bytes {start} to {end} for {name!r:.60}"
         raise TableError(f"{path}: got {got}, expected {_short(dtype)} of shape {shape!s:.60}")
-    return begin, end
+    return start, end
 
 
 def _short(word: str) -> str:
@@ -523,5 +525,5 @@ def _short(word: str) -> str:
 
 
 def _bytes_at(file: int, size: int, offset: int) -> bytes:
-    found = bytearray(size)
-    return bytes(found[: read_at(file, memoryview(found), offset)])
+    data = bytearray(size)
+    return bytes(data[: read_at(file, memoryview(data), offset)])

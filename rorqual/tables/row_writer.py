@@ -154,9 +154,9 @@ class _Build:
             return max(1, (1 << 30) // self.row_bytes)
         rows = min(self.shard_rows, self.rows)
         if not 1 <= rows * self.row_bytes <= max(self.row_bytes, _MAX_SHARD):
-            most = max(1, _MAX_SHARD // self.row_bytes)
+            largest = max(1, _MAX_SHARD // self.row_bytes)
             raise ValueError(
-                f"table: got {rows} rows a shard, expected 1 to {most}:"
+                f"table: got {rows} rows a shard, expected 1 to {largest}:"
                 " its checksums fill the header"
             )
         return rows
@@ -211,9 +211,11 @@ class _Build:
     def _written(self, file: BinaryIO, first: int, end: int) -> Iterator[memoryview]:
         """Writes rows part by part, and yields the bytes of each part."""
         step = max(1, _PART // self.row_bytes)
-        for at in range(first, end, step):
-            part = convert_rows(self.source(at, min(at + step, end)), self.dtype).contiguous()
-            raw = part.view(torch.uint8).numpy().data.cast("B")
+        for start in range(first, end, step):
+            piece = convert_rows(
+                self.source(start, min(start + step, end)), self.dtype
+            ).contiguous()
+            raw = piece.view(torch.uint8).numpy().data.cast("B")
             file.write(raw)
             yield raw
 

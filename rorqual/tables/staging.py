@@ -45,16 +45,16 @@ class Staging:
 
         Tensors hold the array; the block is free when it dies.
         """
-        free = [place for place, (_, lease) in enumerate(self._blocks) if lease() is None]
-        for place in free:
-            block = self._blocks[place][0]
+        free = [slot for slot, (_, lease) in enumerate(self._blocks) if lease() is None]
+        for slot in free:
+            block = self._blocks[slot][0]
             if len(block) >= size:
                 lease = block[:size]
-                self._blocks[place] = block, weakref.ref(lease)
+                self._blocks[slot] = block, weakref.ref(lease)
                 return lease
         # All free blocks are too small.
-        for place in reversed(free):
-            del self._blocks[place]
+        for slot in reversed(free):
+            del self._blocks[slot]
         whole = np.empty(size + _LINE, dtype=np.uint8)
         start = -whole.ctypes.data % _LINE
         lease = whole[start : start + size]

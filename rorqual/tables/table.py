@@ -229,8 +229,8 @@ class Table(nn.Module):
         None for others, which the disk starts to read. The ids are not made distinct first: that
         would take longer than to read a row twice.
         """
-        few = ids.numel() <= _SMALL_BATCH and isinstance(self.file, RowFile)
-        if not few or not self._background or self._lock.locked():
+        small = ids.numel() <= _SMALL_BATCH and isinstance(self.file, RowFile)
+        if not small or not self._background or self._lock.locked():
             return None
         wanted = ids.reshape(-1).numpy()
         stored = self._stored(wanted, len(wanted), self.file.read_cached)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rorqual.data.needle_config import NeedleConfig
 from rorqual.model_config import ModelConfig
 
-BYTE_VOCABULARY = 257  # the smallest vocabulary that can express any text: the bytes and the end
+BYTE_VOCAB_SIZE = 257  # the smallest vocabulary that can express any text: the bytes and the end
 NEEDLE_RATE = 6e-3  # Muon's, for needles; at 1e-2 attention stays at chance for hundreds of steps
 WIDEST = 512  # the largest model width for which `recipe` has a rate
 
@@ -22,7 +22,7 @@ class DataConfig:
     source: str = "wordnet"  # a corpus name, a file, a folder, or a Hugging Face dataset
     column: str = "text"  # of a jsonl, parquet or dataset source
     limit: int | None = None  # documents at most
-    vocabulary: int | None = None  # of the tokenizer that is trained on the text; None: the model's
+    vocab_size: int | None = None  # of the tokenizer that is trained on the text; None: the model's
     tokenizer: str | None = None  # a folder, a tokenizer.json or a hub id to use instead
     cache: str = "runs/cache"  # tokenizers and token files, for later runs
 
@@ -32,10 +32,10 @@ class DataConfig:
                 f"limit: got {self.limit}, "
                 "expected at least 2 documents, one of them to validate on"
             )
-        if self.vocabulary is not None and self.vocabulary < BYTE_VOCABULARY:
+        if self.vocab_size is not None and self.vocab_size < BYTE_VOCAB_SIZE:
             raise ValueError(
-                f"vocabulary: got {self.vocabulary}, expected at least {BYTE_VOCABULARY}: the "
-                "bytes and the end; try --data.vocabulary 4096"
+                f"vocab_size: got {self.vocab_size}, expected at least {BYTE_VOCAB_SIZE}: the "
+                "bytes and the end; try --data.vocab-size 4096"
             )
 
 
@@ -76,7 +76,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """A training run. A batch is `rows` sequences of `length` tokens over all ranks."""
+    """A training run. A batch is `batch_size` sequences of `seq_len` tokens over all ranks."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -84,13 +84,13 @@ class TrainConfig:
     needles: NeedleConfig | None = None  # questions to train on; `data` is then not read
     folder: str = "runs/train"
     steps: int = 1000
-    rows: int = 16
-    length: int = 256
-    micro_rows: int | None = None  # sequences a forward pass; None: all of this rank's
+    batch_size: int = 16
+    seq_len: int = 256
+    micro_batch_size: int | None = None  # sequences a forward pass; None: all of this rank's
     seed: int = 0
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; parameters are float32
-    tables: Literal["device", "host", "disk"] = "device"  # Engram's rows; disk: FOLDER/learning
+    placement: Literal["device", "host", "disk"] = "device"  # Engram's rows; disk: FOLDER/learning
     threads: int | None = None  # None: as many as torch uses
     bias_rest: float = 0.05  # share of the last steps, in which router biases do not change
     mtp_late: float | None = None  # MTP's weight in the last third of the steps; None: as before
@@ -103,8 +103,8 @@ class TrainConfig:
     skip_limit: int = 10  # steps in a row that are not finite, after which the run ends
 
     def __post_init__(self) -> None:
-        counts = ("steps", "rows", "length", "log_every", "save_every", "keep", "skip_limit")
-        optional_counts = ("micro_rows", "threads", "validation_tokens")
+        counts = ("steps", "batch_size", "seq_len", "log_every", "save_every", "keep", "skip_limit")
+        optional_counts = ("micro_batch_size", "threads", "validation_tokens")
         for name in (*counts, *optional_counts):
             value = getattr(self, name)
             if value is None and name in optional_counts:

@@ -82,7 +82,7 @@ class Module(TrainModule):
 
     @property
     def eval_batch_spec(self) -> EvalBatchSpec:
-        return EvalBatchSpec(rank_batch_size=self.step.config.micro_rows or 1)
+        return EvalBatchSpec(rank_batch_size=self.step.config.micro_batch_size or 1)
 
     def num_flops_per_token(self, seq_len: int) -> int | None:
         return None
@@ -97,12 +97,12 @@ class Loader(DataLoaderBase):
     The ids have their own name and OLMo-core's. `vocabulary` bounds those of the dry run.
     """
 
-    def __init__(self, stream: Stream | NeedleStream, work_dir: Path, vocabulary: int) -> None:
+    def __init__(self, stream: Stream | NeedleStream, work_dir: Path, vocab_size: int) -> None:
         self.stream = stream
-        self.vocabulary = vocabulary
+        self.vocab_size = vocab_size
         super().__init__(
             work_dir=str(work_dir),
-            global_batch_size=stream.rows * stream.length * stream.world,
+            global_batch_size=stream.batch_size * stream.seq_len * stream.world,
             dp_world_size=stream.world,
             dp_rank=stream.rank,
         )
@@ -119,10 +119,15 @@ class Loader(DataLoaderBase):
             yield {**batch, "input_ids": batch["ids"]}
 
     def get_mock_batch(self) -> dict[str, Any]:
-        rows, length = self.stream.rows, self.stream.length
-        ids = (torch.arange(rows * length) % self.vocabulary).view(rows, length)
-        documents = torch.zeros_like(ids)
-        return {"ids": ids, "input_ids": ids, "labels": ids.roll(-1, 1), "documents": documents}
+        rows, length = self.stream.batch_size, self.stream.seq_len
+        ids = (torch.arange(rows * length) % self.vocab_size).view(rows, length)
+        document_ids = torch.zeros_like(ids)
+        return {
+            "ids": ids,
+            "input_ids": ids,
+            "labels": ids.roll(-1, 1),
+            "document_ids": document_ids,
+        }
 
     def global_num_tokens_in_batch(self, batch: dict[str, Any]) -> int | None:
         return self.global_batch_size

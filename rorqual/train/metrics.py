@@ -71,7 +71,7 @@ class MetricsWriter:
         estimate: Callable[[], float] | None = None,
     ) -> None:
         self.folder = Path(config.folder)
-        self.tokens_per_step = config.rows * config.length
+        self.tokens_per_step = config.batch_size * config.seq_len
         self.steps = config.steps
         self.on_metrics = on_metrics
         self.estimate = estimate

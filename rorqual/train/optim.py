@@ -178,10 +178,14 @@ class Optimizer:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         role = roles(model)
         self.rows = [name for name in self.parameters if role[name] == "rows"]
-        own = {id(module.weight): module for module in self.tables if module.file is not None}
+        tables_on_disk = {
+            id(module.weight): module for module in self.tables if module.file is not None
+        }
         # These tables store the state of their rows themselves.
         self.tables_on_disk = {
-            name: own[id(p)] for name, p in self.parameters.items() if id(p) in own
+            name: tables_on_disk[id(p)]
+            for name, p in self.parameters.items()
+            if id(p) in tables_on_disk
         }
         muon = config.kind == "muon"
         self.matrices = [name for name in self.parameters if role[name] == "matrix" and muon]

@@ -32,8 +32,10 @@ def validate(
     with evaluation_mode(model, dtype) as device:
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
         for batch in batches:
-            ids, labels, documents = (batch[n].to(device) for n in ("ids", "labels", "documents"))
-            loss = model.loss(ids, labels, documents=documents)  # type: ignore[operator]
+            ids, labels, document_ids = (
+                batch[n].to(device) for n in ("ids", "labels", "document_ids")
+            )
+            loss = model.loss(ids, labels, document_ids=document_ids)  # type: ignore[operator]
             sums += torch.stack([loss.next_token.double() * loss.tokens, loss.tokens.double()])
     nats, tokens = parallel.total(sums).tolist()
     if not tokens:
@@ -58,24 +60,26 @@ def needle_accuracy(
     """
     accuracies: dict[str, float] = {"accuracy": 0.0}
     with evaluation_mode(model, dtype) as device:
-        for (task, length), batches in exams.items():
+        for (task, seq_len), batches in exams.items():
             counts = torch.zeros(DEPTHS, 2, dtype=torch.long, device=device)
             for batch in batches:
-                logits = model(batch["ids"].to(device), documents=batch["documents"].to(device))
+                logits = model(
+                    batch["ids"].to(device), document_ids=batch["document_ids"].to(device)
+                )
                 counts += grade(logits.argmax(-1).cpu(), batch).to(device)
             right, questions = parallel.total(counts).T.tolist()
-            accuracies[column(task, length)] = sum(right) / sum(questions)
-            accuracies["accuracy"] += accuracies[column(task, length)] / len(exams)
+            accuracies[column(task, seq_len)] = sum(right) / sum(questions)
+            accuracies["accuracy"] += accuracies[column(task, seq_len)] / len(exams)
             for depth in range(DEPTHS):
                 if questions[depth]:
-                    accuracies[column(task, length, depth)] = right[depth] / questions[depth]
+                    accuracies[column(task, seq_len, depth)] = right[depth] / questions[depth]
     return accuracies
 
 
 def sample_continuation(
-    model: nn.Module, prompt: Tensor, count: int, vocabulary: int, dtype: torch.dtype
+    model: nn.Module, prompt: Tensor, count: int, vocab_size: int, dtype: torch.dtype
 ) -> list[int]:
-    """Samples `count` ids below `vocabulary` after a prompt, always with the same random numbers.
+    """Samples `count` ids below `vocab_size` after a prompt, always with the same random numbers.
 
     Every rank calls it. There are fewer ids where the model's numbers are not finite.
     """
@@ -83,7 +87,7 @@ def sample_continuation(
     ids = prompt.tolist()
     with evaluation_mode(model, dtype) as device:
         for _ in range(count):
-            logits = model(torch.tensor([ids], device=device))[0, -1, :vocabulary]
+            logits = model(torch.tensor([ids], device=device))[0, -1, :vocab_size]
             chances = (logits.float().cpu() / TEMPERATURE).softmax(-1).nan_to_num(0.0)
             if not chances.any():
                 break
@@ -93,28 +97,33 @@ def sample_continuation(
 
 def estimate_step_seconds(
     model: nn.Module,
-    vocabulary: int,
-    rows: int,
-    micro_rows: int,
-    length: int,
+    vocab_size: int,
+    batch_size: int,
+    micro_batch_size: int,
+    seq_len: int,
     dtype: torch.dtype,
 ) -> float:
     """Estimates the seconds of a training step from the time of a forward pass.
 
     The first of two passes is not counted: it allocates and compiles. Documents are packed, four to
-    a sequence, and gradients are on, so that the pass is that of training. `rows` are this rank's
-    sequences, `micro_rows` of them a pass. docs/log.md has the error of the estimate.
+    a sequence, and gradients are on, so that the pass is that of training. `batch_size` are this
+    rank's sequences, `micro_batch_size` of them a pass. docs/log.md has the error of the estimate.
     """
     with evaluation_mode(model, dtype) as device, torch.enable_grad():
-        ids = torch.arange(micro_rows * length, device=device).view(micro_rows, length) % vocabulary
-        documents = (torch.arange(length, device=device) * 4 // length).expand(micro_rows, -1)
+        ids = (
+            torch.arange(micro_batch_size * seq_len, device=device).view(micro_batch_size, seq_len)
+            % vocab_size
+        )
+        document_ids = (torch.arange(seq_len, device=device) * 4 // seq_len).expand(
+            micro_batch_size, -1
+        )
         for _ in range(2):
             began = time.perf_counter()
-            loss = model.loss(ids, ids, documents=documents)  # type: ignore[operator]
+            loss = model.loss(ids, ids, document_ids=document_ids)  # type: ignore[operator]
             # Reading the value waits until the device has finished.
             loss.next_token.item()
             seconds = time.perf_counter() - began
-    return seconds * STEP_OVER_FORWARD * math.ceil(rows / micro_rows)
+    return seconds * STEP_OVER_FORWARD * math.ceil(batch_size / micro_batch_size)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from rorqual.data.stream import Stream, TokenFolder, tokenise, validation_batche
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.data.tokenizer import train as train_tokenizer
 from rorqual.model_config import ModelConfig
-from rorqual.train.config import BYTE_VOCABULARY, DataConfig, TrainConfig
+from rorqual.train.config import BYTE_VOCAB_SIZE, DataConfig, TrainConfig
 from rorqual.train.scores import needle_accuracy, sample_continuation, validate
 
 GOOD_EPOCHS = 4  # epochs up to which repeated text is nearly as good as new text
@@ -34,8 +34,8 @@ class TextSource(NamedTuple):
     tokens: TokenFolder
 
     @property
-    def vocabulary(self) -> int:
-        return self.tokenizer.vocabulary
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
 
     @property
     def pad_id(self) -> int:
@@ -52,8 +52,8 @@ class TextSource(NamedTuple):
     def stream(self, config: TrainConfig) -> Stream:
         """Returns this rank's endless training batches."""
         rank, world = parallel.rank(), parallel.world()
-        rows = config.rows // world
-        return Stream(self.tokens.train, rows, config.length, config.seed, rank, world)
+        rows = config.batch_size // world
+        return Stream(self.tokens.train, rows, config.seq_len, config.seed, rank, world)
 
     def score(self, model: nn.Module, config: TrainConfig, *, whole: bool) -> dict[str, float]:
         """Returns the loss over all held-out documents, or over a sample that never changes."""
@@ -64,9 +64,9 @@ class TextSource(NamedTuple):
 
     def _validation_batches(self, config: TrainConfig, whole: bool) -> Iterator[dict[str, Tensor]]:
         rank, world = parallel.rank(), parallel.world()
-        rows = config.rows // world
-        batches = validation_batches(self.tokens.validation, rows, config.length, rank, world)
-        tokens_per_batch = config.rows * config.length
+        rows = config.batch_size // world
+        batches = validation_batches(self.tokens.validation, rows, config.seq_len, rank, world)
+        tokens_per_batch = config.batch_size * config.seq_len
         if config.validation_tokens is not None:
             return islice(batches, -(-config.validation_tokens // tokens_per_batch))
         if whole:
@@ -76,10 +76,10 @@ class TextSource(NamedTuple):
     def sample(self, model: nn.Module, config: TrainConfig, tokens: int) -> dict[str, str]:
         """Continues the beginning of a held-out document; returns "prompt" and "sample"."""
         first = next(validation_batches(self.tokens.validation, 1, PROMPT_TOKENS + 1))
-        prompt = first["ids"][0][first["documents"][0] == first["documents"][0, 0]]
+        prompt = first["ids"][0][first["document_ids"][0] == first["document_ids"][0, 0]]
         count = min(SAMPLE_TOKENS, tokens)
         dtype = runtime.dtype(config.dtype)
-        sample = sample_continuation(model, prompt, count, self.vocabulary, dtype)
+        sample = sample_continuation(model, prompt, count, self.vocab_size, dtype)
         text = [token for token in prompt.tolist() if token != self.tokenizer.begin_id]
         return {"prompt": self.tokenizer.decode(text), "sample": self.tokenizer.decode(sample)}
 
@@ -89,7 +89,7 @@ class TextSource(NamedTuple):
         return (
             f"{about['name']} ({about['license']}): {len(train):,} tokens of {train.documents:,} "
             f"documents to train on, {len(held_out):,} of {held_out.documents:,} to validate; "
-            f"vocabulary {self.vocabulary:,}"
+            f"vocabulary {self.vocab_size:,}"
         )
 
 
@@ -100,8 +100,8 @@ class NeedleSource(NamedTuple):
     tokenizer: None = None
 
     @property
-    def vocabulary(self) -> int:
-        return self.needles.vocabulary
+    def vocab_size(self) -> int:
+        return self.needles.vocab_size
 
     @property
     def pad_id(self) -> int:
@@ -113,19 +113,19 @@ class NeedleSource(NamedTuple):
 
     def canonical_map(self) -> np.ndarray:
         """Returns the identity: no two ids of this language have the same meaning."""
-        return np.arange(self.vocabulary)
+        return np.arange(self.vocab_size)
 
     def stream(self, config: TrainConfig) -> NeedleStream:
         """Returns this rank's endless training batches."""
         rank, world = parallel.rank(), parallel.world()
-        rows = config.rows // world
-        return NeedleStream(self.needles, rows, config.length, config.seed, rank, world)
+        rows = config.batch_size // world
+        return NeedleStream(self.needles, rows, config.seq_len, config.seed, rank, world)
 
     def score(self, model: nn.Module, config: TrainConfig, *, whole: bool) -> dict[str, float]:
         """Returns the shares of right answers to the held-out questions; always to all of them."""
         del whole
         rank, world = parallel.rank(), parallel.world()
-        questions = exams(self.needles, config.rows, config.length, rank, world)
+        questions = exams(self.needles, config.batch_size, config.seq_len, rank, world)
         return needle_accuracy(model, questions, runtime.dtype(config.dtype))
 
     def sample(self, model: nn.Module, config: TrainConfig, tokens: int) -> dict[str, str]:
@@ -136,7 +136,7 @@ class NeedleSource(NamedTuple):
     def __str__(self) -> str:
         return (
             f"questions about {self.needles.needles} pairs hidden in a text; "
-            f"vocabulary {self.vocabulary:,}"
+            f"vocabulary {self.vocab_size:,}"
         )
 
 
@@ -149,7 +149,7 @@ def open_source(config: TrainConfig) -> Source:
     ValueError where the model's vocabulary is too small for it, or the batch size is no multiple of
     the number of ranks.
     """
-    limit = config.model.vocabulary
+    limit = config.model.vocab_size
     source: Source
     if config.needles is not None:
         source = NeedleSource(config.needles)
@@ -157,15 +157,15 @@ def open_source(config: TrainConfig) -> Source:
         data = _data_for(config.data, limit)
         # Rank 0 runs first: the others find its files in the cache.
         source = parallel.first(lambda: prepare(data))
-    if source.vocabulary > limit:
+    if source.vocab_size > limit:
         whose = "needles'" if config.needles is not None else "tokenizer's"
         raise ValueError(
-            f"model.vocabulary: got {limit}, expected at least the {whose} {source.vocabulary}; "
-            f"try --model.vocabulary {source.vocabulary}"
+            f"model.vocab_size: got {limit}, expected at least the {whose} {source.vocab_size}; "
+            f"try --model.vocab-size {source.vocab_size}"
         )
-    if config.rows % parallel.world():
+    if config.batch_size % parallel.world():
         raise ValueError(
-            f"rows: got {config.rows}, expected a multiple of the {parallel.world()} ranks"
+            f"rows: got {config.batch_size}, expected a multiple of the {parallel.world()} ranks"
         )
     runtime.log(str(source))
     _log_length(config, source)
@@ -174,21 +174,22 @@ def open_source(config: TrainConfig) -> Source:
 
 def _data_for(data: DataConfig, limit: int) -> DataConfig:
     """Sets the vocabulary of a tokenizer that is to be trained to the model's."""
-    if data.tokenizer is not None or data.vocabulary is not None:
+    if data.tokenizer is not None or data.vocab_size is not None:
         return data
-    if limit < BYTE_VOCABULARY:
+    if limit < BYTE_VOCAB_SIZE:
         raise ValueError(
-            f"model.vocabulary: got {limit}, expected at least {BYTE_VOCABULARY} to write text "
-            "in: the bytes and the end; try --model.vocabulary 4096"
+            f"model.vocab_size: got {limit}, expected at least {BYTE_VOCAB_SIZE} to write text "
+            "in: the bytes and the end; try --model.vocab-size 4096"
         )
-    return configs.replace(data, "vocabulary", limit)
+    return configs.replace(data, "vocab_size", limit)
 
 
 def _log_length(config: TrainConfig, source: Source) -> None:
     """Logs how long the run is, and warns if it repeats the text more often than is useful."""
-    tokens_per_step = config.rows * config.length
+    tokens_per_step = config.batch_size * config.seq_len
     tokens = config.steps * tokens_per_step
-    length = f"{config.steps:,} steps of {config.rows} x {config.length} tokens: {tokens:,} tokens"
+    batch = f"{config.batch_size} x {config.seq_len} tokens"
+    length = f"{config.steps:,} steps of {batch}: {tokens:,} tokens"
     if isinstance(source, NeedleSource):
         runtime.log(length)
         return
@@ -216,8 +217,8 @@ def prepare(data: DataConfig, *, progress: Callable[[int], None] | None = None) 
     if data.tokenizer is not None:
         tokenizer = Tokenizer.load(data.tokenizer)
     else:
-        vocabulary = data.vocabulary or ModelConfig().vocabulary
-        described = f"{corpus.fingerprint} {vocabulary}"
+        vocab_size = data.vocab_size or ModelConfig().vocab_size
+        described = f"{corpus.fingerprint} {vocab_size}"
         key = hashlib.blake2b(described.encode(), digest_size=10).hexdigest()
         folder = cache / "tokenizers" / key
         # `save` writes this file last.
@@ -229,6 +230,6 @@ def prepare(data: DataConfig, *, progress: Callable[[int], None] | None = None) 
                     f"{corpus.name}: got one document, "
                     "expected at least two, one of them to validate on"
                 )
-            train_tokenizer(chain([first], texts), vocabulary).save(folder)
+            train_tokenizer(chain([first], texts), vocab_size).save(folder)
         tokenizer = Tokenizer.load(folder)
     return TextSource(tokenizer, tokenise(corpus, tokenizer, cache / "tokens", progress=progress))

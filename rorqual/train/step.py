@@ -98,13 +98,15 @@ class TrainStep:
         self.optimizer.begin_step()
         losses: dict[str, Tensor] = {}
         expert_counts = None
-        on_device = [batch[name].to(self.device) for name in ("ids", "labels", "documents")]
+        on_device = [batch[name].to(self.device) for name in ("ids", "labels", "document_ids")]
         label_count = parallel.total((on_device[1] != IGNORED).sum())
-        size = self.config.micro_rows or len(on_device[0])
-        for ids, labels, documents in zip(*(t.split(size) for t in on_device), strict=True):
+        size = self.config.micro_batch_size or len(on_device[0])
+        for ids, labels, document_ids in zip(*(t.split(size) for t in on_device), strict=True):
             with autocast(self.device, self.dtype):
-                warm = self.indexer_warmup(step)
-                loss = self.model.loss(ids, labels, documents=documents, warm=warm)
+                indexer_warmup = self.indexer_warmup(step)
+                loss = self.model.loss(
+                    ids, labels, document_ids=document_ids, indexer_warmup=indexer_warmup
+                )
             # Ranks average their gradients, so the share is that of the mean rank's labels.
             share = loss.tokens * parallel.world() / label_count
             (self.minimised(loss, step) * share).backward()
@@ -180,10 +182,12 @@ class TrainStep:
         """Measures the residual streams on one sequence before the update, every 50 steps."""
         if self.model.config.hyper is None or (step - 1) % STREAM_INTERVAL:
             return {}
-        names = ("ids", "labels", "documents")
-        ids, labels, documents = (batch[name][:1].to(self.device) for name in names)
+        names = ("ids", "labels", "document_ids")
+        ids, labels, document_ids = (batch[name][:1].to(self.device) for name in names)
         with unchanged_random_state(), autocast(self.device, self.dtype):
-            measured = health(self.model, lambda: self.model.loss(ids, labels, documents=documents))
+            measured = health(
+                self.model, lambda: self.model.loss(ids, labels, document_ids=document_ids)
+            )
         return {} if measured is None else dict(zip(STREAM_METRICS, measured, strict=True))
 
     def dry_run(self, batch: Batch, step: int) -> None:

@@ -77,10 +77,10 @@ def refuse(config: TrainConfig) -> None:
 
     These are tables elsewhere for a model without any, an unknown text, and a folder of runs.
     """
-    if config.tables != "device" and config.model.engram is None:
+    if config.placement != "device" and config.model.engram is None:
         raise ValueError(
-            f"tables: got {config.tables} for a model without Engram, expected device, or a model "
-            "with rows: --model.engram default"
+            f"placement: got {config.placement} for a model without Engram, "
+            "expected device, or a model with rows: --model.engram default"
         )
     if config.needles is None:
         open_corpus(config.data.source, column=config.data.column, limit=config.data.limit)
@@ -108,15 +108,15 @@ def _train(
             checkpoint.describe_model(folder, model.config, source.tokenizer)
 
         def estimate() -> float:
-            rows = config.rows // parallel.world()
-            micro_rows = min(config.micro_rows or rows, rows)
+            rows = config.batch_size // parallel.world()
+            micro_batch_size = min(config.micro_batch_size or rows, rows)
             return estimate_step_seconds(
-                model, source.vocabulary, rows, micro_rows, config.length, step.dtype
+                model, source.vocab_size, rows, micro_batch_size, config.seq_len, step.dtype
             )
 
         writer = metrics.MetricsWriter(config, on_metrics, estimate)
         validation = metrics.Validation(model, source, config, writer)
-        loader = engine.Loader(source.stream(config), folder, source.vocabulary)
+        loader = engine.Loader(source.stream(config), folder, source.vocab_size)
         callbacks = {
             "metrics": engine.MetricsCallback(writer),
             "validation": engine.ValidationCallback(validation),
@@ -168,12 +168,12 @@ def _build_tables(
 
     None means that they are built with the model.
     """
-    if config.tables == "device" or shape.engram is None:
+    if config.placement == "device" or shape.engram is None:
         return None
     if parallel.world() > 1:
         raise ValueError(
-            f"tables: got {config.tables} with {parallel.world()} ranks, expected device: ranks "
-            "would write one file, and exchange on the device"
+            f"placement: got {config.placement} with {parallel.world()} ranks, "
+            "expected device: ranks would write one file, and exchange on the device"
         )
     width = shape.engram.head_dim
     tables: list[Table] = []
@@ -181,7 +181,7 @@ def _build_tables(
     # another's writes.
     thread = BackgroundThread()
     for number, rows in enumerate(row_totals(shape.engram)):
-        if config.tables == "host":
+        if config.placement == "host":
             table = Table(rows, width, "host", thread=thread)
         else:
             folder = Path(config.folder) / "learning" / str(number)

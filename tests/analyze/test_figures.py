@@ -28,10 +28,10 @@ def test_curves_draw_every_run_and_name_every_arm_once():
 
 
 def test_gate_map_has_a_row_for_each_stream():
-    found = Gates(["a", " b", " "], (1, 4), torch.rand(2, 3, 4))
-    image = figures.gate_map(found, "title").axes[0].images[0].get_array()
+    result = Gates(["a", " b", " "], (1, 4), torch.rand(2, 3, 4))
+    image = figures.gate_map(result, "title").axes[0].images[0].get_array()
     assert image.shape == (8, 3)
-    assert image[5, 2] == pytest.approx(float(found.values[1, 2, 1]))
+    assert image[5, 2] == pytest.approx(float(result.values[1, 2, 1]))
 
 
 def test_a_long_text_goes_on_below_as_large_as_before():

@@ -25,7 +25,7 @@ def tokenizer():
 def model(tokenizer):
     config = replace(
         preset("tiny"),
-        vocabulary=tokenizer.vocabulary,
+        vocab_size=tokenizer.vocab_size,
         engram=EngramConfig(layers=(0, 2), rows_per_head=(50, 60)),
     )
     return LanguageModel(config, tokenizer.canonical_map(), seed=1)
@@ -79,8 +79,8 @@ def test_cka_of_half_precision_is_that_of_its_numbers():
 
 
 def test_no_layer_resembles_a_column_without_similarity():
-    found = measures.alignment(torch.tensor([[0.5, 0.0], [0.5, -0.2]]))
-    assert float(found[0]) == 0.5 and math.isnan(float(found[1]))
+    result = measures.alignment(torch.tensor([[0.5, 0.0], [0.5, -0.2]]))
+    assert float(result[0]) == 0.5 and math.isnan(float(result[1]))
     with pytest.raises(ValueError, match="k 0, expected at least 1"):
         measures.alignment(torch.ones(2, 2), k=0)
 
@@ -97,7 +97,7 @@ def test_alignment_of_a_shifted_diagonal():
 def test_logit_lens_by_hand(model):
     """The lens agrees with the same model cut off after each block."""
     ids = torch.randint(
-        0, model.config.vocabulary, (2, 7), generator=torch.Generator().manual_seed(0)
+        0, model.config.vocab_size, (2, 7), generator=torch.Generator().manual_seed(0)
     )
     lens = measures.logit_lens(model, ids)
     assert lens.shape == (3,) and float(lens[-1]) == pytest.approx(0, abs=1e-5)
@@ -117,10 +117,10 @@ def test_logit_lens_by_hand(model):
 
 
 def test_gates_are_those_of_the_layer(model, tokenizer):
-    found = measures.gates(model, tokenizer, "the whale swims")
-    assert "".join(found.tokens) == "the whale swims"
-    assert found.layers == (0, 2) and found.values.shape == (2, len(found.tokens), 4)
-    assert ((found.values > 0) & (found.values < 1)).all()
+    result = measures.gates(model, tokenizer, "the whale swims")
+    assert "".join(result.tokens) == "the whale swims"
+    assert result.layers == (0, 2) and result.values.shape == (2, len(result.tokens), 4)
+    assert ((result.values > 0) & (result.values < 1)).all()
     with pytest.raises(ValueError, match="empty text"):
         measures.gates(model, tokenizer, "")
     with pytest.raises(ValueError, match="without Engram"):
@@ -128,12 +128,12 @@ def test_gates_are_those_of_the_layer(model, tokenizer):
 
 
 def test_expert_load_counts_every_choice(model):
-    batches = [torch.randint(0, model.config.vocabulary, (2, 9)) for _ in range(3)]
+    batches = [torch.randint(0, model.config.vocab_size, (2, 9)) for _ in range(3)]
     load = measures.expert_load(model, iter(batches))
     assert load.counts.shape == (3, 32)
     assert load.counts.sum(-1).tolist() == [3 * 2 * 9 * 2] * 3
     assert torch.allclose(load.shares.sum(-1), torch.ones(3))
-    seen = torch.stack(batches).flatten().bincount(minlength=model.config.vocabulary) * 2
+    seen = torch.stack(batches).flatten().bincount(minlength=model.config.vocab_size) * 2
     assert torch.equal(load.by_token[0].sum(0), seen)
 
 
@@ -143,9 +143,9 @@ def test_a_slot_that_is_not_taken_is_not_counted(tokenizer):
         base.moe, active=4, router=replace(base.moe.router, adaptive_mass=0.1, min_active=1)
     )
     model = LanguageModel(
-        replace(base, vocabulary=tokenizer.vocabulary, moe=moe, engram=None), seed=1
+        replace(base, vocab_size=tokenizer.vocab_size, moe=moe, engram=None), seed=1
     )
-    ids = torch.randint(0, tokenizer.vocabulary, (2, 9))
+    ids = torch.randint(0, tokenizer.vocab_size, (2, 9))
     with torch.no_grad():
         auxes = model.eval().hidden(ids)[1]
         taken = [int((aux.routing.weights != 0).sum()) for aux in auxes if aux.routing is not None]
@@ -188,25 +188,25 @@ def test_specialisation_is_what_the_expert_tells_of_the_token():
 
 
 def test_suppressed_scores_every_task_both_ways(model):
-    ids = torch.randint(0, model.config.vocabulary, (2, 9))
+    ids = torch.randint(0, model.config.vocab_size, (2, 9))
     tasks = {
         "nats": lambda: model.loss(ids, ids.roll(-1, 1)).next_token,
         "one": lambda: 1.0,
         "none": lambda: 0.0,
     }
-    found = measures.suppressed(model, tasks)
-    assert (found["nats"].whole, found["nats"].without) == measures.suppression(
+    result = measures.suppressed(model, tasks)
+    assert (result["nats"].whole, result["nats"].without) == measures.suppression(
         model, ids, ids.roll(-1, 1)
     )
-    assert found["nats"].share == found["nats"].without / found["nats"].whole != 1
-    assert found["one"].share == 1 and math.isnan(found["none"].share)
+    assert result["nats"].share == result["nats"].without / result["nats"].whole != 1
+    assert result["one"].share == 1 and math.isnan(result["none"].share)
     with pytest.raises(ValueError, match="without Engram"):
         measures.suppressed(LanguageModel(replace(model.config, engram=None)), tasks)
 
 
 def test_suppression_equals_a_model_whose_memory_says_nothing(model):
     torch.manual_seed(0)
-    ids = torch.randint(0, model.config.vocabulary, (2, 9))
+    ids = torch.randint(0, model.config.vocab_size, (2, 9))
     labels = ids.roll(-1, 1)
     whole, without = measures.suppression(model, ids, labels)
     silent = LanguageModel(model.config, model.addresses.canonical_map, seed=None)
@@ -220,15 +220,15 @@ def test_suppression_equals_a_model_whose_memory_says_nothing(model):
 
 
 def test_similarity_of_a_model_with_itself(model):
-    batches = [torch.randint(0, model.config.vocabulary, (4, 16)) for _ in range(2)]
+    batches = [torch.randint(0, model.config.vocab_size, (4, 16)) for _ in range(2)]
     table = measures.similarity(model, model, batches)
     assert torch.allclose(table.diagonal(), torch.ones(3), atol=1e-4)
 
 
 def test_similarity_is_cka_of_every_pair_of_layers(model):
-    other = LanguageModel(replace(preset("classroom"), vocabulary=model.config.vocabulary), seed=3)
+    other = LanguageModel(replace(preset("classroom"), vocab_size=model.config.vocab_size), seed=3)
     # The batches are of unequal size.
-    batches = [torch.randint(0, model.config.vocabulary, (2, t)) for t in (9, 14)]
+    batches = [torch.randint(0, model.config.vocab_size, (2, t)) for t in (9, 14)]
     table = measures.similarity(model, other, iter(batches))
     states = [[block_states(m, ids) for ids in batches] for m in (model, other)]
     for i in range(3):
@@ -252,7 +252,7 @@ def test_centred_kernels_multiply_to_hsic(n):
 def test_a_text_begins_as_a_document_does(model, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "begin_id", tokenizer.end_id + 5)
     seen = []
-    handle = model.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    handle = model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     measures.gates(model, tokenizer, "the whale")
     handle.remove()
     assert seen[0][0].tolist() == [tokenizer.begin_id, *tokenizer.encode("the whale")]

@@ -29,7 +29,7 @@ TEXTS = ["the whale swims in the <sea> & sings", "a river runs to the sea"]
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     tokenizer = train_tokenizer(TEXTS * 20, 300)
-    base = replace(preset("tiny"), vocabulary=tokenizer.vocabulary)
+    base = replace(preset("tiny"), vocab_size=tokenizer.vocab_size)
     for name, engram in (("moe", None), ("engram", EngramConfig(rows_per_head=(50, 60)))):
         model = LanguageModel(
             replace(base, engram=engram), tokenizer.canonical_map() if engram else None
@@ -92,22 +92,25 @@ def test_what_the_memory_is_worth_is_the_loss_of_every_token_both_ways(runs):
     model, tokenizer = load_model(runs[1]).eval(), Tokenizer.load(runs[1])
     reading, sums = read_run(runs[1], texts=TEXTS), [0.0, 0.0]
     for ids in map(tokenizer.encode, TEXTS):
-        known, following = (
+        expected, following = (
             torch.tensor([[tokenizer.begin_id, *ids]]),
             torch.tensor([*ids, tokenizer.end_id]),
         )
         with torch.no_grad():
             sums[0] += torch.nn.functional.cross_entropy(
-                model(known)[0], following, reduction="sum"
+                model(expected)[0], following, reduction="sum"
             ).item()
             with without_memory(model):
                 sums[1] += torch.nn.functional.cross_entropy(
-                    model(known)[0], following, reduction="sum"
+                    model(expected)[0], following, reduction="sum"
                 ).item()
     tokens = sum(len(tokenizer.encode(text)) + 1 for text in TEXTS)
-    assert tuple(reading.kept) == pytest.approx((sums[0] / tokens, sums[1] / tokens), rel=1e-5)
+    assert tuple(reading.memory_kept) == pytest.approx(
+        (sums[0] / tokens, sums[1] / tokens), rel=1e-5
+    )
     assert (
-        reading.kept.whole != reading.kept.without and read_run(runs[0], texts=TEXTS).kept is None
+        reading.memory_kept.whole != reading.memory_kept.without
+        and read_run(runs[0], texts=TEXTS).memory_kept is None
     )
 
 
@@ -120,14 +123,18 @@ def test_costs_and_load_are_those_of_the_training(runs, tmp_path, monkeypatch):
     for folder in runs:
         folders.append(tmp_path / folder.name)
         shutil.copytree(folder, folders[-1])
-        said = {"data": {"source": str(notes), "column": "body", "limit": None}, "length": 64}
-        (folders[-1] / "train.json").write_text(json.dumps(said))
+        text = {"data": {"source": str(notes), "column": "body", "limit": None}, "seq_len": 64}
+        (folders[-1] / "train.json").write_text(json.dumps(text))
     drawn, draw = [], report._held_out
     monkeypatch.setattr(
-        report, "_held_out", lambda *given: drawn.append((given, draw(*given))) or drawn[-1][1]
+        report,
+        "_held_out",
+        lambda *arguments: drawn.append((arguments, draw(*arguments))) or drawn[-1][1],
     )
     write_report(folders, tmp_path / "report.html", sentence="the whale")
-    assert [given[:3] for given, _ in drawn] == [(str(notes), "body", None)], "once for both runs"
+    assert [arguments[:3] for arguments, _ in drawn] == [(str(notes), "body", None)], (
+        "once for both runs"
+    )
     assert len(drawn[0][1]) == 1
     assert read_run(folders[0], texts=TEXTS).costs == costs(
         read_run(folders[0], texts=TEXTS).config, 64
@@ -141,7 +148,7 @@ def test_costs_and_load_are_those_of_the_training(runs, tmp_path, monkeypatch):
     assert report.sample(trained(folders[0])) == ("a",)
 
 
-def test_where_rows_live_is_told_run_by_run(runs, tmp_path):
+def test_where_rows_are_is_given_run_by_run(runs, tmp_path):
     names = []
     for run in runs:
         shutil.copytree(run, tmp_path / f"{run.name} & its rows")
@@ -149,14 +156,14 @@ def test_where_rows_live_is_told_run_by_run(runs, tmp_path):
     page = write_report([tmp_path / name for name in names], tmp_path / "none.html", texts=TEXTS)
     assert "Where rows live" not in page.read_text(encoding="utf-8")
     for name, other in zip(names, (41.0, 39.0), strict=True):
-        (tmp_path / name / "homes.json").write_text(
+        (tmp_path / name / "placements.json").write_text(
             json.dumps({"resident": 82.0, "disk warm": other})
         )
     page = write_report([tmp_path / name for name in names], tmp_path / "both.html", texts=TEXTS)
-    part = page.read_text(encoding="utf-8").split("Where rows live</h2>")[1].split("</section>")[0]
-    found = re.findall(r"<h3>(.*?)</h3>", part)
-    assert found == [name.replace("&", "&amp;") for name in names] and part.count("<svg") == 2
-    assert part.index("50%") < part.index("48%")
+    piece = page.read_text(encoding="utf-8").split("Where rows live</h2>")[1].split("</section>")[0]
+    result = re.findall(r"<h3>(.*?)</h3>", piece)
+    assert result == [name.replace("&", "&amp;") for name in names] and piece.count("<svg") == 2
+    assert piece.index("50%") < piece.index("48%")
 
 
 def test_what_is_no_run_is_refused(tmp_path):
@@ -182,24 +189,24 @@ def test_a_document_is_read_as_far_as_a_training_would(runs, tmp_path):
     long, run = "the whale swims in the sea " * 50, tmp_path / "run"
     shutil.copytree(runs[1], run)
     (run / "train.json").write_text(
-        json.dumps({"data": {"source": "wordnet", "column": "text", "limit": None}, "length": 9})
+        json.dumps({"data": {"source": "wordnet", "column": "text", "limit": None}, "seq_len": 9})
     )
     model, tokenizer = load_model(run), Tokenizer.load(run)
     reading, ids = read_run(run, texts=[long, "the"]), tokenizer.encode(long)
     assert reading.load.counts.sum(-1).tolist() == [(9 + 1 + len(tokenizer.encode("the"))) * 2] * 3
-    known, following = torch.tensor([[tokenizer.begin_id, *ids][:9]]), torch.tensor(ids[:9])
+    expected, following = torch.tensor([[tokenizer.begin_id, *ids][:9]]), torch.tensor(ids[:9])
     short = torch.tensor([[tokenizer.begin_id, *tokenizer.encode("the")]])
     ends = torch.tensor([*tokenizer.encode("the"), tokenizer.end_id])
     with torch.no_grad():
         losses = [
             torch.nn.functional.cross_entropy(model(x)[0], y, reduction="sum").item()
-            for x, y in ((known, following), (short, ends))
+            for x, y in ((expected, following), (short, ends))
         ]
-    assert reading.kept.whole == pytest.approx(sum(losses) / (9 + len(ends)), rel=1e-5)
+    assert reading.memory_kept.whole == pytest.approx(sum(losses) / (9 + len(ends)), rel=1e-5)
 
 
-def test_runs_of_one_name_are_told_apart_and_read_once(runs, tmp_path, monkeypatch):
-    folders = [tmp_path / place for place in ("a/last/engram", "b/last/engram", "moe")]
+def test_runs_of_one_name_are_given_apart_and_read_once(runs, tmp_path, monkeypatch):
+    folders = [tmp_path / position for position in ("a/last/engram", "b/last/engram", "moe")]
     for folder in folders:
         shutil.copytree(runs[0], folder)
     text = write_report([*folders, folders[0]], tmp_path / "report.html", texts=TEXTS).read_text(
@@ -242,7 +249,7 @@ HOSTILE = "$\\frac{_<img src=x onerror=alert(1)>&amp;{{body}}"
 
 def test_names_and_words_of_any_kind_stay_words(runs, tmp_path):
     shutil.copytree(runs[1], tmp_path / HOSTILE)
-    (tmp_path / HOSTILE / "homes.json").write_text(json.dumps({HOSTILE: 2.0, "disk": 1.0}))
+    (tmp_path / HOSTILE / "placements.json").write_text(json.dumps({HOSTILE: 2.0, "disk": 1.0}))
     page = write_report(
         [tmp_path / HOSTILE, runs[0]],
         tmp_path / "out.html",
@@ -304,21 +311,21 @@ def page_of(runs, tmp_path_factory):
 
         @contextmanager
         def visit(width=1200, scheme="light"):
-            said = []
+            text = []
             context = browser.new_context(
                 viewport={"width": width, "height": 900}, color_scheme=scheme
             )
             shown = context.new_page()
-            shown.on("console", lambda message: said.append(message.text))
-            shown.on("pageerror", lambda error: said.append(str(error)))
+            shown.on("console", lambda message: text.append(message.text))
+            shown.on("pageerror", lambda error: text.append(str(error)))
             shown.on(
                 "request",
-                lambda asked: said.append(asked.url) if asked.url != page.as_uri() else None,
+                lambda asked: text.append(asked.url) if asked.url != page.as_uri() else None,
             )
             shown.goto(page.as_uri())
             yield shown
             context.close()
-            assert said == []
+            assert text == []
 
         yield visit
         browser.close()
@@ -335,9 +342,9 @@ def test_it_fits_and_reads_in_light_and_dark(page_of, width, scheme):
             "nothing sticks out of the page"
         )
         colours = "[getComputedStyle(node).color, getComputedStyle(document.body).backgroundColor]"
-        for part in ("h1", "td", "th button", "summary", "figure svg", ".gates span", "pre"):
-            ink, paper = page.locator(part).first.evaluate(f"node => {colours}")
-            assert contrast(ink, paper) >= 4.5, part
+        for piece in ("h1", "td", "th button", "summary", "figure svg", ".gates span", "pre"):
+            ink, paper = page.locator(piece).first.evaluate(f"node => {colours}")
+            assert contrast(ink, paper) >= 4.5, piece
         assert (brightness(ink) > brightness(paper)) == (scheme == "dark")
         labels = page.locator("figure svg g[id^=text] :is(text, g)").first.evaluate(
             "node => getComputedStyle(node).fill"
@@ -348,7 +355,7 @@ def test_it_fits_and_reads_in_light_and_dark(page_of, width, scheme):
 
 def brightness(colour):
     """Computes the relative luminance of "rgb(r, g, b)", as WCAG 2 defines it."""
-    shares = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    shares = [int(piece) / 255 for piece in re.findall(r"\d+", colour)[:3]]
     linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 

@@ -64,10 +64,10 @@ def test_states_of_a_host_are_its_hidden_states(ids):
     model = host("llama")
     left = states.block_states(model, ids)
     with torch.no_grad():
-        known = model(input_ids=ids, output_hidden_states=True).hidden_states
+        expected = model(input_ids=ids, output_hidden_states=True).hidden_states
     assert (
         len(left) == 3
-        and torch.allclose(left[0], known[1].flatten(0, 1))
+        and torch.allclose(left[0], expected[1].flatten(0, 1))
         and left[2].shape == (18, 16)
     )
     assert torch.allclose(
@@ -96,13 +96,13 @@ def test_expert_load_of_a_host_is_what_its_router_chose(kind, more, layers, ids)
     again = measures.expert_load(model, [ids])
     assert torch.equal(again.counts[0], picked.flatten().bincount(minlength=4))
     for expert in range(4):
-        own = ids.flatten()[(picked == expert).any(-1)].bincount(minlength=V)
-        assert torch.equal(again.by_token[0, expert], own)
+        ours = ids.flatten()[(picked == expert).any(-1)].bincount(minlength=V)
+        assert torch.equal(again.by_token[0, expert], ours)
 
 
 def test_a_memory_attached_to_a_host_has_gates_and_can_be_silenced(ids):
     tokenizer = train_tokenizer(["the whale swims in the sea"] * 20, 300)
-    model = host("llama", vocab_size=tokenizer.vocabulary)
+    model = host("llama", vocab_size=tokenizer.vocab_size)
     with pytest.raises(ValueError, match="without Engram"):
         measures.gates(model, tokenizer, "the whale")
     labels = ids.roll(-1, 1)
@@ -113,15 +113,15 @@ def test_a_memory_attached_to_a_host_has_gates_and_can_be_silenced(ids):
     with torch.no_grad():
         for engram in memory.engrams:
             engram.value_proj.weight.normal_()
-    found = measures.gates(model, tokenizer, "the whale")
-    assert found.layers == (0, 2) and found.values.shape == (2, len(found.tokens), 1)
-    assert ((found.values > 0) & (found.values < 1)).all()
+    result = measures.gates(model, tokenizer, "the whale")
+    assert result.layers == (0, 2) and result.values.shape == (2, len(result.tokens), 1)
+    assert ((result.values > 0) & (result.values < 1)).all()
     whole, without = measures.suppression(model, ids, labels)
     assert without == pytest.approx(plain, abs=1e-6) and abs(whole - without) > 1e-4
 
 
 def test_ours_in_a_wrapper_is_ours(ids):
-    model = LanguageModel(replace(preset("tiny"), vocabulary=V, engram=None), seed=1)
+    model = LanguageModel(replace(preset("tiny"), vocab_size=V, engram=None), seed=1)
     wrapped = RorqualForCausalLM.of(model)
     assert states.ours(wrapped) is model and states.block_names(wrapped)[1].endswith("blocks.1")
     assert torch.allclose(
@@ -137,7 +137,7 @@ def test_what_has_no_blocks_or_experts_is_refused(ids):
         measures.expert_load(host("llama"), [ids])
     with pytest.raises(ValueError, match="without experts"):
         measures.expert_load(
-            LanguageModel(replace(preset("tiny"), moe=None, vocabulary=V, engram=None)), [ids]
+            LanguageModel(replace(preset("tiny"), moe=None, vocab_size=V, engram=None)), [ids]
         )
     with pytest.raises(ValueError, match="expected a causal model"):
         states.block_states(torch.nn.Linear(2, 2), ids)

@@ -67,14 +67,14 @@ def test_what_was_tapped_is_not_written_over():
 def test_any_module_of_a_host_is_tapped_and_cut_from_the_graph(kind):
     transformers = pytest.importorskip("transformers")
     small = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    wide = {"intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 8}
-    given = (
+    width = {"intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 8}
+    arguments = (
         {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2}
         if kind == "gpt2"
-        else small | wide
+        else small | width
     )
     model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(kind, **given)
+        transformers.AutoConfig.for_model(kind, **arguments)
     ).eval()
     body = model.base_model_prefix
     with Taps(model, body, f"{body}.*") as taps:
@@ -85,11 +85,11 @@ def test_any_module_of_a_host_is_tapped_and_cut_from_the_graph(kind):
     assert not left.last_hidden_state.requires_grad and torch.equal(
         left["last_hidden_state"], left.last_hidden_state
     )
-    kept = [
+    cached = [
         value
         for name, values in taps.seen.items()
         for value in values
         if isinstance(value, torch.Tensor)
     ]
-    assert len(kept) > 8 and not any(value.requires_grad for value in kept)
+    assert len(cached) > 8 and not any(value.requires_grad for value in cached)
     assert not any(module._forward_hooks for module in model.modules())

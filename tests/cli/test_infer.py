@@ -27,10 +27,10 @@ def test_generate_prints_the_text_and_what_follows(
     assert main(words) == 0
     assert capsys.readouterr().out == first
     assert main([*words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["prompt"] + found["text"] + "\n" == first
-    assert len(found["ids"]) == 5
-    assert found["finish"] in ("length", "stop")
+    content = json.loads(capsys.readouterr().out)
+    assert content["prompt"] + content["text"] + "\n" == first
+    assert len(content["ids"]) == 5
+    assert content["finish"] in ("seq_len", "stop")
 
 
 def test_generate_with_drafts_says_the_same_and_how_many_stood(
@@ -50,19 +50,21 @@ def test_generate_with_drafts_says_the_same_and_how_many_stood(
     assert main(words) == 0
     plain = capsys.readouterr().out
     assert main([*words, "--speculative"]) == 0
-    said = capsys.readouterr()
-    assert said.out == plain
+    message = capsys.readouterr()
+    assert message.out == plain
     assert main([*words, "--speculative", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    tally = found["tally"]
-    assert found["prompt"] + found["text"] + "\n" == plain
-    assert tally["drafted"] == 2 * tally["rounds"] > 0
-    assert tally["acceptance"] == pytest.approx(tally["accepted"] / tally["drafted"])
-    told = (
-        f"drafts: {tally['drafted']} in {tally['rounds']} forwards, "
-        f"accepted {tally['acceptance']:.0%}"
+    content = json.loads(capsys.readouterr().out)
+    acceptance_stats = content["acceptance_stats"]
+    assert content["prompt"] + content["text"] + "\n" == plain
+    assert acceptance_stats["drafted"] == 2 * acceptance_stats["rounds"] > 0
+    assert acceptance_stats["acceptance"] == pytest.approx(
+        acceptance_stats["accepted"] / acceptance_stats["drafted"]
     )
-    assert told in said.err
+    text = (
+        f"drafts: {acceptance_stats['drafted']} in {acceptance_stats['rounds']} forwards, "
+        f"accepted {acceptance_stats['acceptance']:.0%}"
+    )
+    assert text in message.err
 
 
 def test_generate_reads_standard_input(
@@ -74,7 +76,7 @@ def test_generate_reads_standard_input(
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "message"),
     [
         (["generate", "{run}", "x", "--temperature", "-1"], 1, "got temperature=-1.0"),
         (["generate", "{run}", "x", "--max-new-tokens", "0"], 1, "got max_new_tokens=0"),
@@ -97,11 +99,11 @@ def test_generate_reads_standard_input(
     ],
 )
 def test_mistakes_are_a_line(
-    words: list[str], code: int, said: str, small_run: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], code: int, message: str, small_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([word.format(run=small_run) for word in words]) == code
     printed = capsys.readouterr().err
-    assert said in printed
+    assert message in printed
     assert len(printed.splitlines()) <= 2
 
 
@@ -116,7 +118,7 @@ def test_eval_scores_a_file(
         str(tmp_path / "notes.txt"),
         "--split",
         "all",
-        "--length",
+        "--seq-len",
         "16",
     ]
     assert main([*words, "--json"]) == 0
@@ -138,11 +140,13 @@ def test_eval_is_on_the_text_kept_apart_from_training(
     texts = [f"The whale number {n} sings below the sea." for n in range(12)]
     notes.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
     data = {"source": str(notes), "column": "body", "limit": 4}
-    (run / "train.json").write_text(json.dumps({"data": data, "length": 16}))
+    (run / "train.json").write_text(json.dumps({"data": data, "seq_len": 16}))
     lengths = []
     score = evaluate.score
     monkeypatch.setattr(
-        evaluate, "score", lambda *a, **given: lengths.append(given["length"]) or score(*a, **given)
+        evaluate,
+        "score",
+        lambda *a, **arguments: lengths.append(arguments["seq_len"]) or score(*a, **arguments),
     )
 
     def documents(*words: str) -> int:
@@ -152,7 +156,7 @@ def test_eval_is_on_the_text_kept_apart_from_training(
     seen = sum(1 for _ in open_corpus(str(notes), column="body", limit=4).documents())
     assert documents("--split", "all") == seen
     assert documents("--split", "validation") + documents("--split", "train") == seen
-    assert documents("--data", str(notes), "--column", "body", "--length", "8") >= 1
+    assert documents("--data", str(notes), "--column", "body", "--seq-len", "8") >= 1
     assert lengths == [16, 16, 16, 8]
     assert main(["eval", str(run), "--data", str(notes)]) == 1, "the run's column is its own data's"
 
@@ -162,7 +166,7 @@ def test_serve_passes_its_options_on(small_run: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         "rorqual.serve.server.serve", lambda run, **options: asked.update(options, run=run)
     )
-    assert main(["serve", str(small_run), "--port", "1234", "--rows", "2"]) == 0
+    assert main(["serve", str(small_run), "--port", "1234", "--max-batch-size", "2"]) == 0
     assert asked.pop("run").config.layers == 2
     assert asked.pop("given") == str(small_run)
     assert asked == {
@@ -186,9 +190,9 @@ def test_memory_shows_reads_and_what_an_edit_changes(
 ) -> None:
     words = ["memory", str(small_run), "The blue whale", "--top", "3"]
     assert main([*words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert len(found["next"]["as it is"]) == 3
-    assert all(0 < gate < 1 for read in found["reads"] for gate in read["gates"]["1"])
+    content = json.loads(capsys.readouterr().out)
+    assert len(content["next"]["as it is"]) == 3
+    assert all(0 < gate < 1 for read in content["reads"] for gate in read["gates"]["1"])
     assert main([*words, "--suppress", "blue whale"[:2]]) == 0
     assert "next, edited: " in capsys.readouterr().out
     assert main([*words, "--suppress", "The blue whale is the largest"]) == 1
@@ -203,26 +207,26 @@ def test_memory_saves_edits_and_takes_them_back(
     weights = run / "model.safetensors"
     start = weights.read_bytes()
 
-    def said(*words: str) -> dict:
+    def printed(*words: str) -> dict:
         assert main(["memory", str(run), *words, "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
-    ngram = said("The blue whale")["reads"][-1]["ngrams"][0]
-    edited = said("The blue whale", "--suppress", ngram, "--save")
+    ngram = printed("The blue whale")["reads"][-1]["ngrams"][0]
+    edited = printed("The blue whale", "--suppress", ngram, "--save")
     assert weights.read_bytes() != start
     assert edited["change"]["kl"] >= 0 and edited["edited"][0]["layer"] == 1
-    said("--overwrite", ngram, "0.5", "--save")
-    assert [edit["what"].split()[0] for edit in said("--edits")["saved"]] == [
+    printed("--overwrite", ngram, "0.5", "--save")
+    assert [edit["what"].split()[0] for edit in printed("--edits")["saved"]] == [
         "suppress",
         "overwrite",
     ]
     assert (
-        said("The blue whale")["next"]["as it is"]
-        != said("--undo", "The blue whale")["next"]["edited"]
+        printed("The blue whale")["next"]["as it is"]
+        != printed("--undo", "The blue whale")["next"]["edited"]
     )
-    assert said("--undo")["undone"][0]["what"].startswith("suppress")
+    assert printed("--undo")["undone"][0]["what"].startswith("suppress")
     assert weights.read_bytes() == start
-    assert said("--edits")["saved"] == []
+    assert printed("--edits")["saved"] == []
     assert main(["memory", str(run), "--undo"]) == 1
     assert "no edit to take back" in capsys.readouterr().err
 
@@ -233,14 +237,14 @@ def test_memory_counts_a_corpus(
     (tmp_path / "notes.txt").write_text("The blue whale is large.\n\nA fin whale sings.\n")
     words = ["memory", str(small_run), "--data", str(tmp_path / "notes.txt"), "--top", "2"]
     assert main([*words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["corpus"]["1"]
-    assert len(found["popular"]) == len(found["collisions"]["worst"]) == 2
+    content = json.loads(capsys.readouterr().out)["corpus"]["1"]
+    assert len(content["popular"]) == len(content["collisions"]["worst"]) == 2
     assert main(words) == 0
     assert "n-grams read" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "message"),
     [
         ([], 2, "got nothing to do"),
         (["x", "--shared", "ab"], 2, "got --shared without --data"),
@@ -251,11 +255,11 @@ def test_memory_counts_a_corpus(
     ],
 )
 def test_mistakes_about_memory_are_a_line(
-    words: list[str], code: int, said: str, small_run: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], code: int, message: str, small_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["memory", str(small_run), *words]) == code
     printed = capsys.readouterr().err
-    assert said in printed and len(printed.splitlines()) <= 2
+    assert message in printed and len(printed.splitlines()) <= 2
 
 
 class Terminal(io.StringIO):
@@ -269,9 +273,9 @@ def test_generate_says_that_it_reads_a_terminal(
     words = ["generate", str(small_run), "--max-new-tokens", "1"]
     monkeypatch.setattr("sys.stdin", Terminal("A fin"))
     assert main(words) == 0
-    said = capsys.readouterr()
-    assert "reading the text from standard input" in said.err
-    assert said.out.startswith("A fin")
+    message = capsys.readouterr()
+    assert "reading the text from standard input" in message.err
+    assert message.out.startswith("A fin")
     monkeypatch.setattr("sys.stdin", io.StringIO("A fin"))
     assert main(words) == 0
     assert capsys.readouterr().err == ""
@@ -287,7 +291,7 @@ def test_folders_of_another_kind_are_a_line(
     for n in range(6):
         (sweep / f"run{n}" / "config.json").write_text("{}")
     (pictures / "whale.png").write_bytes(b"png")
-    for where, said in (
+    for where, printed_json in (
         (adapter, "holds a PEFT adapter"),
         (sweep, "or one of 2 more?"),
         (pictures, "holds no config.json"),
@@ -296,7 +300,7 @@ def test_folders_of_another_kind_are_a_line(
         for words in (["generate", str(where), "x"], ["train", str(where)], ["params", str(where)]):
             assert main(words) == 1, words
             printed = capsys.readouterr().err
-            assert said in printed
+            assert printed_json in printed
             assert len(printed.splitlines()) == 1
     assert main(["train", str(tmp_path / "none")]) == 1
     assert f"no folder {tmp_path / 'none'}" in capsys.readouterr().err
@@ -323,14 +327,14 @@ def test_offline_the_hub_is_a_line(
     assert main(words) == 1
     printed = capsys.readouterr().err.strip().splitlines()
     assert len(printed) == 1
-    for part in (
+    for piece in (
         "cannot be reached (HF_HUB_OFFLINE forbids",
         "set HF_ENDPOINT to a mirror",
         "a local path",
     ):
-        assert part in printed[0]
+        assert piece in printed[0]
 
 
-def test_a_dataset_without_its_prefix_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dataset_without_its_prefix_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "some-owner/data"]) == 1
     assert "write hf:some-owner/data" in capsys.readouterr().err

@@ -21,20 +21,20 @@ def test_data_counts_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str
     )
     words = ["data", str(tmp_path / "notes.jsonl"), "--column", "body"]
     assert main([*words, "--json", "--sample", "1"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["documents"] == 2
-    assert found["bytes"] == len(texts[0]) + len(texts[1])
-    assert sum(found["skipped"].values()) == 1
-    assert len(found["sample"]) == 1
+    content = json.loads(capsys.readouterr().out)
+    assert content["documents"] == 2
+    assert content["bytes"] == len(texts[0]) + len(texts[1])
+    assert sum(content["skipped"].values()) == 1
+    assert len(content["sample"]) == 1
     assert main(words) == 0
-    said = capsys.readouterr().out
-    assert "2 documents" in said
-    assert "licence: " in said
-    assert f"  | {texts[0]}" in said
+    message = capsys.readouterr().out
+    assert "2 documents" in message
+    assert "licence: " in message
+    assert f"  | {texts[0]}" in message
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "message"),
     [
         (["data", "no-such-thing"], 1, "no-such-thing"),
         (["data", "wordnet", "--limit", "0"], 1, "got limit 0"),
@@ -43,11 +43,11 @@ def test_data_counts_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ],
 )
 def test_mistakes_are_a_line(
-    words: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(words) == code
     printed = capsys.readouterr().err
-    assert said in printed
+    assert message in printed
     assert len(printed.splitlines()) <= 2
 
 
@@ -122,5 +122,7 @@ def test_a_report_of_a_run_that_is_not_finished_says_so(
 ) -> None:
     (tmp_path / "train.json").write_text("{}")
     assert main(["report", str(tmp_path)]) == 1
-    said = f"expected a run that has a checkpoint or is finished (go on: rorqual train {tmp_path})"
-    assert said in capsys.readouterr().err
+    printed = (
+        f"expected a run that has a checkpoint or is finished (go on: rorqual train {tmp_path})"
+    )
+    assert printed in capsys.readouterr().err

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from rorqual.cli import main as front
+from rorqual.cli import main as main_module
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -20,7 +20,7 @@ def test_help_loads_neither_torch_nor_the_converter() -> None:
         "assert not slow, slow; sys.exit(code)"
     )
     assert done.returncode == 0, done.stderr
-    for name, command in front.COMMANDS.items():
+    for name, command in main_module.COMMANDS.items():
         assert f"  {name} " in done.stdout
         assert f"rorqual {command.example}" in done.stdout
 
@@ -45,16 +45,16 @@ def test_version_and_the_module_as_a_command() -> None:
 
 
 def test_every_command_has_its_function() -> None:
-    for name, command in front.COMMANDS.items():
-        module = __import__(f"rorqual.cli.{command.home}", fromlist=["x"])
+    for name, command in main_module.COMMANDS.items():
+        module = __import__(f"rorqual.cli.{command.module}", fromlist=["x"])
         assert callable(getattr(module, f"{name}_command"))
 
 
 def test_an_unknown_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert front.main(["generat"]) == 2
-    said = capsys.readouterr().err
-    assert "did you mean 'generate'?" in said
-    assert len(said.splitlines()) == 2
+    assert main_module.main(["generat"]) == 2
+    message = capsys.readouterr().err
+    assert "did you mean 'generate'?" in message
+    assert len(message.splitlines()) == 2
 
 
 def raising(error: BaseException):
@@ -67,7 +67,7 @@ def raising(error: BaseException):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
         (ValueError("got 3, expected 4"), 1, "rorqual: error: got 3, expected 4\n"),
         (FileNotFoundError("no folder x"), 1, "rorqual: error: no folder x\n"),
@@ -93,16 +93,16 @@ def raising(error: BaseException):
 def test_errors_and_their_codes(
     error: BaseException,
     code: int,
-    said: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv("RORQUAL_DEBUG", raising=False)
-    monkeypatch.setattr(front.importlib, "import_module", lambda name: raising(error))
-    assert front.main(["doctor"]) == code
+    monkeypatch.setattr(main_module.importlib, "import_module", lambda name: raising(error))
+    assert main_module.main(["doctor"]) == code
     printed = capsys.readouterr().err
-    assert said in printed
-    assert ("Traceback" in printed) == (said == "Traceback")
+    assert message in printed
+    assert ("Traceback" in printed) == (message == "Traceback")
 
 
 def test_debug_shows_the_traceback(
@@ -110,9 +110,11 @@ def test_debug_shows_the_traceback(
 ) -> None:
     monkeypatch.setenv("RORQUAL_DEBUG", "1")
     monkeypatch.setattr(
-        front.importlib, "import_module", lambda name: raising(ValueError("got 3, expected 4"))
+        main_module.importlib,
+        "import_module",
+        lambda name: raising(ValueError("got 3, expected 4")),
     )
-    assert front.main(["doctor"]) == 1
+    assert main_module.main(["doctor"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -124,7 +126,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 
 HELPS = [
-    *([name] for name in front.COMMANDS if name != "table"),
+    *([name] for name in main_module.COMMANDS if name != "table"),
     *(["table", verb] for verb in ("build", "convert", "inspect", "verify", "hot", "bench")),
     ["sweep", "needle"],
 ]
@@ -134,13 +136,13 @@ HELPS = [
 def test_no_line_of_help_holds_two_examples(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert front.main([*words, "--help"]) == 0
-    said = capsys.readouterr().out
-    assert said
+    assert main_module.main([*words, "--help"]) == 0
+    message = capsys.readouterr().out
+    assert message
     shown = f"rorqual {words[0]} "
     wrong = [
         line
-        for line in said.splitlines()
+        for line in message.splitlines()
         if line.count(shown) > 1 and not line.startswith("usage: ")
     ]
     assert not wrong

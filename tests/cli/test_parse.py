@@ -86,8 +86,15 @@ def test_a_name_and_its_value_may_be_one_word() -> None:
 
 
 def test_names_may_have_dashes_or_underscores_and_the_last_value_counts() -> None:
-    words = ["--micro-rows", "1", "--micro_rows=2", "micro-rows=3", "micro_rows=4", "length=-5"]
-    assert parse(Training(), words, "x") == Training(micro_rows=4, length=-5)
+    words = [
+        "--micro-batch-size",
+        "1",
+        "--micro_batch_size=2",
+        "micro-batch-size=3",
+        "micro_batch_size=4",
+        "seq_len=-5",
+    ]
+    assert parse(Training(), words, "x") == Training(micro_batch_size=4, seq_len=-5)
 
 
 def test_a_short_name_stands_for_a_longer_one() -> None:
@@ -127,7 +134,7 @@ def test_what_is_given_by_its_place_may_stand_anywhere_and_be_any_text() -> None
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--stepz", "3"], r"--stepz.*did you mean --steps\?"),
         (["--stepz=3"], r"--stepz=3.*did you mean --steps=3\?"),
@@ -154,8 +161,8 @@ def test_what_is_given_by_its_place_may_stand_anywhere_and_be_any_text() -> None
         (["stray"], "got 'stray', expected an option"),
     ],
 )
-def test_what_fits_nothing_is_one_line(words: list[str], said: str) -> None:
-    with pytest.raises(UsageError, match=said) as caught:
+def test_what_fits_nothing_is_one_line(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
         parse(Options(), words, "x")
     assert "\n" not in str(caught.value)
     assert not set(str(caught.value)) & set("│╭╰─")
@@ -165,17 +172,17 @@ def test_help_says_what_and_leaves(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse(Options(), ["--help"], "x")
     assert not caught.value.code
-    said = capsys.readouterr().out
-    assert "What it does." in said
-    assert re.search(r"--steps INT +how many \(default: 4\)", said)
-    assert re.search(r"--kind a\|b +\(default: a\)", said)
-    assert re.search(r"--model\.memory default\|none +switches it on or off \(it is off\)", said)
-    assert re.search(r"--model\.memory\.rows \[INT \.\.\.\] +\(default: 4 4\)", said), (
+    message = capsys.readouterr().out
+    assert "What it does." in message
+    assert re.search(r"--steps INT +how many \(default: 4\)", message)
+    assert re.search(r"--kind a\|b +\(default: a\)", message)
+    assert re.search(r"--model\.memory default\|none +switches it on or off \(it is off\)", message)
+    assert re.search(r"--model\.memory\.rows \[INT \.\.\.\] +\(default: 4 4\)", message), (
         "parts that are off are shown too"
     )
     with pytest.raises(SystemExit):
         parse(Options(), ["--help"], "x", "examples: x --steps 3")
-    assert capsys.readouterr().out == said + "\nexamples: x --steps 3\n"
+    assert capsys.readouterr().out == message + "\nexamples: x --steps 3\n"
 
 
 def test_split_first() -> None:
@@ -219,10 +226,10 @@ class Shown:
 def test_examples_stand_one_a_line_at_the_end_of_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(Shown(), ["--help"], "x", "epilogue")
-    said = capsys.readouterr().out
-    assert said.endswith("examples:\n  rorqual x here\n  rorqual x there --steps 3\nepilogue\n")
-    assert "What it does, in one sentence." in said and "A second paragraph." in said
-    assert said.count("rorqual x here") == 1
+    message = capsys.readouterr().out
+    assert message.endswith("examples:\n  rorqual x here\n  rorqual x there --steps 3\nepilogue\n")
+    assert "What it does, in one sentence." in message and "A second paragraph." in message
+    assert message.count("rorqual x here") == 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,37 +240,40 @@ class Optim:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
     optim: Optim = field(default_factory=Optim)
-    rows: int = 8
-    micro_rows: int | None = None
+    batch_size: int = 8
+    micro_batch_size: int | None = None
     steps: int = 10
-    length: int = 16
+    seq_len: int = 16
     folder: str = "x"
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
-        (["--batch-size", "32"], "got --batch-size, which rorqual train calls --rows"),
-        (["--batch_size=32"], "got --batch-size, which rorqual train calls --rows"),
-        (["batch_size=32"], "got --batch-size, which rorqual train calls --rows"),
+        (["--rows", "32"], "got --rows, which rorqual train calls --batch-size"),
+        (
+            ["--train_batch_size=32"],
+            "got --train-batch-size, which rorqual train calls --batch-size",
+        ),
+        (["rows=32"], "got --rows, which rorqual train calls --batch-size"),
         (
             ["--epochs", "3"],
-            "calls --steps; steps = epochs * tokens of the text / (--rows * --length)",
+            "calls --steps; steps = epochs * tokens of the text / (--batch-size * --seq-len)",
         ),
         (
             ["--gradient-accumulation-steps", "4"],
-            "calls --micro-rows; steps of accumulation = --rows / (ranks",
+            "calls --micro-batch-size; steps of accumulation = --batch-size / (ranks",
         ),
         (["--learning-rate", "1e-3"], "calls --optim.lr"),
         (["--lr", "1e-3"], "calls --optim.lr"),
         (["--max-steps", "5"], "calls --steps"),
-        (["--block-size", "64"], "calls --length"),
-        (["--max-length", "64"], "calls --length"),
+        (["--block-size", "64"], "calls --seq-len"),
+        (["--max-length", "64"], "calls --seq-len"),
         (["--output-dir", "y"], "calls --folder"),
     ],
 )
-def test_a_flag_of_another_tool_gets_ours(words: list[str], said: str) -> None:
+def test_a_flag_of_another_tool_gets_ours(words: list[str], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse(Training(), words, "train PRESET")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)

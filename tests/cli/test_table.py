@@ -17,7 +17,7 @@ from rorqual.tables import Table, hot_rows, quantise, verify, write_table
 pytestmark = pytest.mark.engram
 
 
-def said(capsys: pytest.CaptureFixture[str]) -> dict:
+def printed_json(capsys: pytest.CaptureFixture[str]) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
@@ -38,7 +38,7 @@ def test_a_drawn_table_is_built_inspected_and_converted(
         "--json",
     ]
     assert main(words) == 0
-    (about,) = said(capsys)["tables"]
+    (about,) = printed_json(capsys)["tables"]
     assert (about["rows"], about["width"], about["dtype"], about["bytes"]) == (
         1000,
         64,
@@ -48,7 +48,7 @@ def test_a_drawn_table_is_built_inspected_and_converted(
     assert [shard["rows"] for shard in about["shards"]] == [390, 390, 220]
     assert about["checksums"]
     assert main(["table", "convert", one, two, "--dtype", "fp8", "--json"]) == 0
-    (about,) = said(capsys)["tables"]
+    (about,) = printed_json(capsys)["tables"]
     assert (about["rows"], about["width"], about["dtype"], about["row_bytes"]) == (
         1000,
         64,
@@ -70,7 +70,7 @@ def test_the_tables_of_a_run(
     small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["table", "inspect", str(small_run), "--json"]) == 0
-    tables = said(capsys)["tables"]
+    tables = printed_json(capsys)["tables"]
     weights = load_file(small_run / "model.safetensors")
     assert [about["name"] for about in tables] == sorted(
         name for name in weights if name.startswith("tables.")
@@ -105,9 +105,9 @@ def test_damage_is_named_and_is_exit_code_1(
     assert main(["table", "verify", str(folder)]) == 1
     assert f"{path}: rows 873 to 999 are not as they were written" in capsys.readouterr().out
     assert main(["table", "verify", str(folder), "--json"]) == 1
-    found = said(capsys)
-    assert not found["sound"]
-    assert found["damaged"] == [{"file": str(path), "first": 873, "last": 999}]
+    result = printed_json(capsys)
+    assert not result["sound"]
+    assert result["damaged"] == [{"file": str(path), "first": 873, "last": 999}]
 
 
 def test_a_build_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +225,7 @@ def test_rows_that_a_corpus_reads_most_stay_in_memory(
         str(tmp_path / "notes.jsonl"),
     ]
     assert main([*words, "--rows", "20", "--json"]) == 0
-    (about,) = said(capsys)["tables"]
+    (about,) = printed_json(capsys)["tables"]
     assert about["rows"] == 20
     lists = hot_rows(tmp_path / "hot")
     assert list(lists) == ["0"]
@@ -239,7 +239,7 @@ def test_rows_that_a_corpus_reads_most_stay_in_memory(
     assert main([*words, "--rows", "0"]) == 2
 
 
-def test_bench_compares_every_home(
+def test_bench_compares_every_placement(
     small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = [
@@ -276,7 +276,7 @@ def test_bench_compares_every_home(
         )
         == 0
     )
-    lines = {line["name"]: line for line in said(capsys)["lines"]}
+    lines = {line["name"]: line for line in printed_json(capsys)["lines"]}
     assert next(iter(lines)) == "resident"
     assert {
         "host memory, no prefetch",

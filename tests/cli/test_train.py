@@ -30,13 +30,13 @@ from rorqual.train.config import OptimConfig, TrainConfig, recipe
 
 def test_params_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["params", "tiny", "classroom", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["tiny"]["total"] == costs(preset("tiny")).total
-    assert found["classroom"]["activated"] == costs(preset("classroom")).activated
+    content = json.loads(capsys.readouterr().out)
+    assert content["tiny"]["total"] == costs(preset("tiny")).total
+    assert content["classroom"]["activated"] == costs(preset("classroom")).activated
     assert main(["params", "tiny", "classroom"]) == 0
-    said = capsys.readouterr().out
-    assert f"{found['tiny']['total']:,}" in said
-    assert f"{found['classroom']['flops_per_token']:,}" in said
+    message = capsys.readouterr().out
+    assert f"{content['tiny']['total']:,}" in message
+    assert f"{content['classroom']['flops_per_token']:,}" in message
 
 
 @pytest.mark.parametrize(
@@ -71,9 +71,9 @@ def test_params_of_what_flags_change(capsys: pytest.CaptureFixture[str], small_r
         "--json",
     ]
     assert main(words) == 0
-    found = json.loads(capsys.readouterr().out)["tiny"]
+    content = json.loads(capsys.readouterr().out)["tiny"]
     assert (
-        found
+        content
         == costs(configs.replace(preset("tiny"), "engram.rows_per_head", (50, 60)), 64)._asdict()
     )
     assert main(["params", str(small_run), "--model.engram", "none", "--json"]) == 0
@@ -105,8 +105,8 @@ def test_params_prints_every_digit_of_the_models_that_are_named(
         "engram-27b",
     ]
     assert main(["params", *names, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert list(found) == names
+    content = json.loads(capsys.readouterr().out)
+    assert list(content) == names
     # A terminal too narrow for the whole table.
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["params", *names]) == 0
@@ -115,9 +115,9 @@ def test_params_prints_every_digit_of_the_models_that_are_named(
     assert len(rows) == len(training.ROWS)
     for row, (figure, words) in zip(rows, training.ROWS, strict=True):
         assert row.strip().startswith(words)
-        assert row.split()[-len(names) :] == [f"{found[name][figure]:,}" for name in names]
-    assert found["classroom"]["total"] == 52_296
-    assert found["engram-27b"]["memory"] > 5e9
+        assert row.split()[-len(names) :] == [f"{content[name][figure]:,}" for name in names]
+    assert content["classroom"]["total"] == 52_296
+    assert content["engram-27b"]["memory"] > 5e9
 
 
 def test_named_knows_presets_and_runs(small_run: Path) -> None:
@@ -150,7 +150,7 @@ def test_planned_commands_train_in_a_folder_each(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--rho", "2"], "--rho 2: got 2.0, expected 0..1"),
         (
@@ -166,50 +166,51 @@ def test_planned_commands_train_in_a_folder_each(
     ],
 )
 def test_a_plan_that_is_refused_names_what_was_typed(
-    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", "--like", "tiny", *words]) == 1
     printed = capsys.readouterr().err
-    assert said in printed
+    assert message in printed
     assert "flops_per_token" not in printed
 
 
 def test_plan_spends_one_budget(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--like=tiny", "--rho", "0.6", "--total", "3e6", "--activated", "6e5"]
-    assert main([*words, "--devices", "3", "--tables", "host", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["moe"]["costs"]["total"] == pytest.approx(3e6, rel=0.005)
-    assert found["engram"]["costs"]["total"] == pytest.approx(3e6, rel=0.01)
-    model = configs.from_dict(ModelConfig, found["engram"]["config"])
+    assert main([*words, "--devices", "3", "--placement", "host", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["moe"]["costs"]["total"] == pytest.approx(3e6, rel=0.005)
+    assert content["engram"]["costs"]["total"] == pytest.approx(3e6, rel=0.01)
+    model = configs.from_dict(ModelConfig, content["engram"]["config"])
     assert model.engram is not None
     assert model.moe is not None
-    assert found["routed_experts"] == model.moe.routed < found["moe"]["config"]["moe"]["routed"]
-    assert found["memory"] == found["engram"]["costs"]["memory"] == costs(model).memory
-    kept = found["engram"]["estimate"]["roles"]["rows"]
-    assert (kept["parameters"], found["machine"]["devices"]) == (found["memory"], 3)
+    assert content["routed_experts"] == model.moe.routed < content["moe"]["config"]["moe"]["routed"]
+    assert content["memory"] == content["engram"]["costs"]["memory"] == costs(model).memory
+    cached = content["engram"]["estimate"]["roles"]["rows"]
+    assert (cached["parameters"], content["machine"]["devices"]) == (content["memory"], 3)
     assert (
-        found["engram"]["estimate"]["host_bytes"]
-        == kept["weights"] + kept["gradients"] + kept["state"]
+        content["engram"]["estimate"]["host_bytes"]
+        == cached["weights"] + cached["gradients"] + cached["state"]
     )
     # The printed flags give the planned config.
     for arm in ("moe", "engram", "dense"):
-        planned = configs.from_dict(ModelConfig, found[arm]["config"])
+        planned = configs.from_dict(ModelConfig, content[arm]["config"])
         assert (
-            parse(TrainConfig(model=preset("tiny")), found[arm]["flags"], "train").model == planned
+            parse(TrainConfig(model=preset("tiny")), content[arm]["flags"], "train").model
+            == planned
         )
     assert main([*words, "--devices", "3"]) == 0
-    said = capsys.readouterr().out
-    assert f"engram  rorqual train tiny {' '.join(found['engram']['flags'])}" in said
-    assert "on each of 3 h100" in said
-    assert "in the memory of the hosts" not in said
+    message = capsys.readouterr().out
+    assert f"engram  rorqual train tiny {' '.join(content['engram']['flags'])}" in message
+    assert "on each of 3 h100" in message
+    assert "in the memory of the hosts" not in message
 
 
 def test_a_small_model_is_planned_for_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--like", "tiny", "--rho", "0.6"]
     assert main(words) == 0
-    said = capsys.readouterr().out
-    assert "on this machine" in said and "h100" not in said
-    assert "a step of 4,096 tokens" in said, "the batch that train takes where nobody says"
+    message = capsys.readouterr().out
+    assert "on this machine" in message and "h100" not in message
+    assert "a step of 4,096 tokens" in message, "the batch that train takes where nobody says"
     assert main([*words, "--device", "a100", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["machine"]["device"] == "a100"
     assert main([*words, "--total", "1E+10", "--activated", "1e9", "--json"]) == 0
@@ -223,17 +224,17 @@ def test_a_small_model_is_planned_for_this_machine(capsys: pytest.CaptureFixture
 @pytest.mark.slow
 def test_plan_makes_the_papers_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--like", "moe-27b", "--rho", "0.743", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["routed_experts"] == 55
-    assert found["memory"] == pytest.approx(5.75e9, rel=0.01)
+    content = json.loads(capsys.readouterr().out)
+    assert content["routed_experts"] == 55
+    assert content["memory"] == pytest.approx(5.75e9, rel=0.01)
     assert main(["plan", "--like", "engram-40b", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["routed_experts"] == 55
-    assert found["memory"] == pytest.approx(18.5e9, rel=0.005)
+    content = json.loads(capsys.readouterr().out)
+    assert content["routed_experts"] == 55
+    assert content["memory"] == pytest.approx(18.5e9, rel=0.005)
 
 
 @pytest.mark.parametrize(
-    ("count", "said"),
+    ("count", "message"),
     [
         (0, "0 B"),
         (999, "999 B"),
@@ -244,12 +245,12 @@ def test_plan_makes_the_papers_models(capsys: pytest.CaptureFixture[str]) -> Non
         (4.2e15, "4,200 TB"),
     ],
 )
-def test_sizes_have_three_digits(count: float, said: str) -> None:
-    assert training.size(count) == said
+def test_sizes_have_three_digits(count: float, message: str) -> None:
+    assert training.size(count) == message
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "message"),
     [
         (["params"], 2, "expected presets or run folders first"),
         (["params", "tinny"], 2, "did you mean 'tiny'"),
@@ -261,7 +262,7 @@ def test_sizes_have_three_digits(count: float, said: str) -> None:
             "--context -5: got -5, expected at least 1",
         ),
         (["sweep", "slots", "--steps", "0"], 2, "steps: got 0, expected at least 1"),
-        (["sweep", "slots", "--length", "0"], 2, "length: got 0, expected at least 1"),
+        (["sweep", "slots", "--seq-len", "0"], 2, "seq_len: got 0, expected at least 1"),
         (["sweep", "slots", "--workers", "0"], 2, "workers: got 0, expected at least 1"),
         (["params", "--base", "1"], 1, "got rope base 1.0, expected more than 1"),
         (["params", "--base", "10000", "--factor", "0.5"], 1, "got factor 0.5"),
@@ -297,11 +298,11 @@ def test_sizes_have_three_digits(count: float, said: str) -> None:
     ],
 )
 def test_mistakes_are_a_line(
-    words: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(words) == code
     printed = capsys.readouterr().err
-    assert said in printed
+    assert message in printed
     assert len(printed.splitlines()) <= 2
 
 
@@ -326,15 +327,15 @@ def test_train_help_teaches(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", "--help"]) == 0
-    said = capsys.readouterr().out.partition("examples:\n")[2]
+    message = capsys.readouterr().out.partition("examples:\n")[2]
     for word in (
         "--data notes/",
         "goes on where it was stopped",
         "model.engram=none",
         "naming one of its fields",
     ):
-        assert word in said
-    parts = re.search(r"A part that is off \((.*?)\)", said)
+        assert word in message
+    parts = re.search(r"A part that is off \((.*?)\)", message)
     assert parts is not None
     for name in parts[1].split(", "):
         assert type(None) in get_args(ModelConfig.__annotations__[name])
@@ -345,7 +346,7 @@ def test_train_help_teaches(
     )
     lines = [
         line.split("     ")[0].split()[1:]
-        for line in said.splitlines()
+        for line in message.splitlines()
         if "  rorqual train" in line
     ]
     presets = [line for line in lines if line[1] == "tiny"]
@@ -363,14 +364,14 @@ def test_train_help_teaches(
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[TrainConfig]:
     """Collects the configs that `rorqual train` would train, in an empty folder."""
-    found: list[TrainConfig] = []
+    results: list[TrainConfig] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("rorqual.cli.train.refuse_too_large", lambda config: None)
     monkeypatch.setattr(
         "rorqual.train.trainer.train",
-        lambda config, on_metrics: found.append(config) or config.folder,
+        lambda config, on_metrics: results.append(config) or config.folder,
     )
-    return found
+    return results
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -391,7 +392,7 @@ def test_train_takes_what_config_prints_unchanged(
 
 OVERRIDES = {
     "steps": st.integers(1, 10**9),
-    "micro_rows": st.none() | st.integers(1, 99),
+    "micro_batch_size": st.none() | st.integers(1, 99),
     "mtp_late": st.none() | st.floats(0, 1),
     "dtype": st.sampled_from(["float32", "bfloat16"]),
     "indexer_alone": st.just(False),
@@ -443,11 +444,11 @@ def test_what_is_asked_for_survives_yaml(
         if not any(
             name.startswith(later) or later.startswith(name) for later, _ in overrides[number + 1 :]
         ):
-            found: Any = wanted
-            for part in name.split("."):
-                found = getattr(found, part)
-            assert (found is None) == (value in (None, "none")) and (
-                value in (None, "none", "default") or found == value
+            result: Any = wanted
+            for piece in name.split("."):
+                result = getattr(result, piece)
+            assert (result is None) == (value in (None, "none")) and (
+                value in (None, "none", "default") or result == value
             )
 
 
@@ -493,11 +494,14 @@ def test_a_file_and_overrides_are_one_config(
     assert asked[2].optim == OptimConfig(clip=0.5)
     configs.save(replace(asked[2], steps=9), "runs/whale/train.json")
     assert main(["config", "runs/whale", "keep=3"]) == 0
-    assert "steps: 9\n" in (said := capsys.readouterr().out) and "keep: 3  # checkpoints\n" in said
+    assert (
+        "steps: 9\n" in (message := capsys.readouterr().out)
+        and "keep: 3  # checkpoints\n" in message
+    )
 
 
 @pytest.mark.parametrize(
-    ("text", "code", "said"),
+    ("text", "code", "message"),
     [
         ("stepz: 3", 1, "bad.yaml: got TrainConfig key 'stepz', expected one of model, "),
         (
@@ -520,7 +524,7 @@ def test_a_file_and_overrides_are_one_config(
 def test_a_wrong_file_is_a_line(
     text: str | None,
     code: int,
-    said: str,
+    message: str,
     asked: list[TrainConfig],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -529,7 +533,7 @@ def test_a_wrong_file_is_a_line(
     for command in ("train", "config"):
         assert main([command, "bad.yaml"]) == code
         printed = capsys.readouterr().err
-        assert said in printed and len(printed.splitlines()) == 1
+        assert message in printed and len(printed.splitlines()) == 1
     assert not asked
 
 
@@ -642,7 +646,7 @@ def test_demo_and_sweep_pass_their_options_on(
         "rorqual.experiments.allocation.main", lambda config, console: tmp_path / config.kind / ".."
     )
     monkeypatch.setattr(
-        "rorqual.experiments.needle.main", lambda config, console: tmp_path / str(config.nsa.chosen)
+        "rorqual.experiments.needle.main", lambda config, console: tmp_path / str(config.nsa.top_k)
     )
     (tmp_path / "slots").mkdir()
     (tmp_path / "6").mkdir()
@@ -651,7 +655,7 @@ def test_demo_and_sweep_pass_their_options_on(
     assert json.loads(capsys.readouterr().out) == 7
     assert main(["sweep", "slots", "--data", "x", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["conclusion"] == "nothing is established"
-    assert main(["sweep", "needle", "--nsa.chosen", "6", "--json"]) == 0
+    assert main(["sweep", "needle", "--nsa.top-k", "6", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["conclusion"] == "moba found most"
 
 
@@ -687,7 +691,7 @@ def test_a_sweep_follows_the_preset_and_its_flags(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["ablation", "--preset", "tinny"], "did you mean 'tiny'?"),
         (["needles"], "did you mean 'needle'?"),
@@ -697,11 +701,11 @@ def test_a_sweep_follows_the_preset_and_its_flags(
         (["needle", "--data", "notes/"], "--data"),
     ],
 )
-def test_a_wrong_sweep_is_told_so(
-    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+def test_a_wrong_sweep_is_given_so(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["sweep", *words]) != 0
-    assert told in capsys.readouterr().err.replace("\n", " ")
+    assert message in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize("memory", [8 << 30, 1 << 50], ids=["memory", "disk"])
@@ -733,11 +737,11 @@ def test_train_tells_a_machine_how_it_went(
     ]
     text.write_text("\n".join(lines), encoding="utf-8")
     size = [
-        "--rows",
+        "--batch-size",
         "2",
-        "--length",
+        "--seq-len",
         "16",
-        "--model.vocabulary",
+        "--model.vocab-size",
         "300",
         "--data.cache",
         str(tmp_path / "cache"),
@@ -755,12 +759,12 @@ def test_train_tells_a_machine_how_it_went(
         "--json",
     ]
     assert main(words) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["folder"], found["steps"]) == (str(tmp_path / "run"), 2)
-    assert 0 < found["loss"] < 10
-    assert 0 < found["bits_per_byte"] < 20
-    assert found["validation_loss"] > 0
-    assert found["seconds"] > 0
+    content = json.loads(capsys.readouterr().out)
+    assert (content["folder"], content["steps"]) == (str(tmp_path / "run"), 2)
+    assert 0 < content["loss"] < 10
+    assert 0 < content["bits_per_byte"] < 20
+    assert content["validation_loss"] > 0
+    assert content["seconds"] > 0
     assert main([*words[:7], "1", *words[8:]]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 2, (
         "what is there, and not what was asked for"

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rorqual.data.corpus import VALIDATION, Corpus, Trained, open_corpus, place, split, trained
+from rorqual.data.corpus import (
+    VALIDATION,
+    Corpus,
+    Trained,
+    open_corpus,
+    position_of,
+    split,
+    trained,
+)
 
 GOOD = "The rorqual swims in every ocean and sings below the ice."
 
@@ -135,7 +143,11 @@ def test_every_line_is_a_document_or_counted(
 @given(text=st.text(st.sampled_from("abcdefgh \n.é字"), max_size=2000))
 def test_good_text_arrives_whole(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     corpus, documents = one_file(
-        tmp_path_factory.mktemp("text"), ".txt", text.encode(), longest=4096, near=None
+        tmp_path_factory.mktemp("text"),
+        ".txt",
+        text.encode(),
+        longest=4096,
+        duplicate_threshold=None,
     )
     assert "".join("".join(documents).split()) == "".join(text.split())
     assert set(corpus.skipped) <= {"empty", "empty file"}
@@ -148,9 +160,13 @@ def test_line_ends_and_a_mark_at_the_start_are_no_text(tmp_path: Path) -> None:
 
 def test_a_long_record_and_a_long_file_are_cut_at_the_same_places(tmp_path: Path) -> None:
     text = "\n\n".join(f"Paragraph {i}. " + "word " * (i % 40) for i in range(300))
-    _, whole = one_file(tmp_path, ".txt", text.encode(), longest=1000, near=None)
+    _, whole = one_file(tmp_path, ".txt", text.encode(), longest=1000, duplicate_threshold=None)
     _, record = one_file(
-        tmp_path, ".jsonl", json.dumps({"text": text}).encode(), longest=1000, near=None
+        tmp_path,
+        ".jsonl",
+        json.dumps({"text": text}).encode(),
+        longest=1000,
+        duplicate_threshold=None,
     )
     check(whole, 1000)
     assert whole == record
@@ -175,7 +191,7 @@ def test_near_duplicates_go_and_others_stay(tmp_path: Path) -> None:
     corpus = open_corpus(str(path))
     assert list(corpus.documents()) == expected
     assert corpus.skipped == {"near-duplicate": 60, "duplicate": 60}
-    exact = open_corpus(str(path), near=None)
+    exact = open_corpus(str(path), duplicate_threshold=None)
     assert len(list(exact.documents())) == 180
     assert exact.skipped == {"duplicate": 60}
     assert exact.fingerprint != corpus.fingerprint
@@ -202,16 +218,16 @@ def test_the_threshold_is_a_jaccard_similarity(tmp_path: Path) -> None:
         true = jaccard(*pair)
         path = tmp_path / "a.jsonl"
         path.write_text("".join(json.dumps({"text": row}) + "\n" for row in pair))
-        kept = len(list(open_corpus(str(path), near=0.6).documents()))
+        cached = len(list(open_corpus(str(path), duplicate_threshold=0.6).documents()))
         if abs(true - 0.6) > 5 * (0.6 * 0.4 / 128) ** 0.5:
-            assert kept == (1 if true > 0.6 else 2), (true, pair)
+            assert cached == (1 if true > 0.6 else 2), (true, pair)
 
 
 def test_a_second_pass_is_the_first_again(tmp_path: Path) -> None:
     hostile(tmp_path)
     jsonl = "".join(json.dumps({"text": f"{GOOD} {i // 2}"}) + "\n" for i in range(50))
     (tmp_path / "good.jsonl").write_text(jsonl)
-    corpus = open_corpus(str(tmp_path), near=0.99)
+    corpus = open_corpus(str(tmp_path), duplicate_threshold=0.99)
     first, counted = list(corpus.documents()), dict(corpus.skipped)
     assert list(corpus.documents()) == first
     assert corpus.skipped == counted
@@ -230,7 +246,14 @@ def test_a_pass_left_early_spoils_no_later_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"limit": 0}, {"limit": -1}, {"longest": 10}, {"near": 0.0}, {"near": 1.5}]
+    "options",
+    [
+        {"limit": 0},
+        {"limit": -1},
+        {"longest": 10},
+        {"duplicate_threshold": 0.0},
+        {"duplicate_threshold": 1.5},
+    ],
 )
 def test_numbers_out_of_range(options: dict) -> None:
     with pytest.raises(ValueError, match=r"got .* expected"):
@@ -261,7 +284,7 @@ def test_the_fingerprint_follows_the_documents(tmp_path: Path) -> None:
 
 
 def test_the_split_is_by_text_alone_and_never_changes() -> None:
-    assert (place(""), place("rorqual")) == (0.8666040914613156, 0.7384485302846997)
+    assert (position_of(""), position_of("rorqual")) == (0.8666040914613156, 0.7384485302846997)
     assert [i for i in range(200) if split(str(i)) == "validation"] == [2, 44, 56, 157]
     share = sum(split(f"document {i}") == "validation" for i in range(20_000)) / 20_000
     assert abs(share - VALIDATION) < 0.005
@@ -270,7 +293,7 @@ def test_the_split_is_by_text_alone_and_never_changes() -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.text(st.characters(codec="utf-8")))
 def test_every_text_has_a_place(text: str) -> None:
-    assert 0 <= place(text) < 1
+    assert 0 <= position_of(text) < 1
 
 
 def test_wordnet_starts_with_entity() -> None:
@@ -291,7 +314,7 @@ def test_all_of_wordnet() -> None:
 def records(folder: Path, texts: list[str], **options) -> Corpus:
     path = folder / "records.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return open_corpus(str(path), near=None, **options)
+    return open_corpus(str(path), duplicate_threshold=None, **options)
 
 
 @settings(max_examples=60, deadline=None)
@@ -303,7 +326,7 @@ def test_both_sides_of_the_smallest_corpus(
     sided = list(records(tmp_path_factory.mktemp("few"), texts).sided())
     assert [text for _, text in sided] == texts
     plainly = [text for text in texts if split(text) == "validation"]
-    expected = plainly if 0 < len(plainly) < len(texts) else [min(texts, key=place)]
+    expected = plainly if 0 < len(plainly) < len(texts) else [min(texts, key=position_of)]
     assert [text for side, text in sided if side == "validation"] == expected
 
 
@@ -319,29 +342,31 @@ def test_a_text_that_is_cut_stays_on_one_side(tmp_path: Path, kind: str) -> None
     else:
         for name, text in texts.items():
             (tmp_path / f"{name}.txt").write_text(text)
-        corpus = open_corpus(str(tmp_path), near=None, longest=1000)
+        corpus = open_corpus(str(tmp_path), duplicate_threshold=None, longest=1000)
     sides: dict[str, set[str]] = {}
     sided = list(corpus.sided())
     for side, text in sided:
         sides.setdefault(text.partition(" ")[0], set()).add(side)
     assert len(sided) > 150
     assert any(split(text) != side for side, text in sided), "pieces alone would lie on both sides"
-    assert {len(found) for found in sides.values()} == {1}
+    assert {len(item) for item in sides.values()} == {1}
     assert set.union(*sides.values()) == {"train", "validation"}
 
 
 def test_one_book_alone_has_both_sides(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(paragraphs("book", 60))
-    sided = list(open_corpus(str(tmp_path / "book.txt"), near=None, longest=1000).sided())
+    sided = list(
+        open_corpus(str(tmp_path / "book.txt"), duplicate_threshold=None, longest=1000).sided()
+    )
     assert 1 <= sum(side == "validation" for side, _ in sided) < len(sided)
 
 
 def test_a_run_tells_its_text(tmp_path: Path) -> None:
     assert trained(tmp_path) is None
     (tmp_path / "train.json").write_text(
-        json.dumps({"data": {"source": "notes", "column": "body", "limit": 9}, "length": 64})
+        json.dumps({"data": {"source": "notes", "column": "body", "limit": 9}, "seq_len": 64})
     )
-    assert trained(tmp_path) == Trained(source="notes", column="body", limit=9, length=64)
+    assert trained(tmp_path) == Trained(source="notes", column="body", limit=9, seq_len=64)
     (tmp_path / "train.json").write_text("{}")
     with pytest.raises(ValueError, match=r"train.json: got .* expected the config of a training"):
         trained(tmp_path)

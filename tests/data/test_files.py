@@ -194,14 +194,14 @@ def test_a_torn_parquet_is_counted(tmp_path: Path, keep: float) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(at=st.integers(0, 3000), byte=st.integers(0, 255))
+@given(offset=st.integers(0, 3000), byte=st.integers(0, 255))
 def test_a_parquet_with_one_byte_changed_never_crashes(
-    tmp_path_factory: pytest.TempPathFactory, at: int, byte: int
+    tmp_path_factory: pytest.TempPathFactory, offset: int, byte: int
 ) -> None:
     path = tmp_path_factory.mktemp("parquet") / "a.parquet"
     parquet.write_table(arrow.table({"text": [f"text {i}" for i in range(300)]}), path)
     content = bytearray(path.read_bytes())
-    content[at % len(content)] = byte
+    content[offset % len(content)] = byte
     path.write_bytes(content)
     texts, reasons, _ = read(path)
     assert texts or reasons

@@ -7,7 +7,7 @@ from rorqual.data.needle_config import NeedleConfig
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"keys": 0}, "needles.keys: got 0"),
         ({"questions": -1}, "needles.questions"),
@@ -19,6 +19,6 @@ from rorqual.data.needle_config import NeedleConfig
         ({"pairs": 9}, "pairs"),
     ],
 )
-def test_a_wrong_language_is_refused(change, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_wrong_language_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
         from_dict(NeedleConfig, change)

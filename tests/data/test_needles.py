@@ -62,7 +62,7 @@ def asks(draw):
     )
     return (
         config,
-        draw(st.integers(0, 40)) + config.room,
+        draw(st.integers(0, 40)) + config.least_tokens,
         draw(st.integers(1, 7)),
         draw(st.integers(0, 2**31)),
     )
@@ -70,12 +70,12 @@ def asks(draw):
 
 @settings(deadline=None)
 @given(asks(), st.sampled_from(TASKS), st.booleans())
-def test_every_question_is_answered_by_its_text(ask, task, drilled):
-    config, length, rows, seed = ask
+def test_every_question_is_answered_by_its_text(question_needles, task, drilled):
+    config, length, rows, seed = question_needles
     drill = config.drill if drilled else 0
     made = write(task, rows, length, config, np.random.default_rng(seed), drill)
     assert made.ids.shape == made.answers.shape == made.places.shape == (rows, length + 1)
-    assert made.ids.min() >= 0 and made.ids.max() < config.vocabulary
+    assert made.ids.min() >= 0 and made.ids.max() < config.vocab_size
     for row, answers, places in zip(
         made.ids.tolist(), made.answers.tolist(), made.places.tolist(), strict=True
     ):
@@ -85,23 +85,23 @@ def test_every_question_is_answered_by_its_text(ask, task, drilled):
         assert len(hidden) == (1 if task == "single" else config.needles)
         assert len({value for _, value in hidden}) == len(hidden), "no two pairs share a value"
         assert not any(answers[: made.text + 2]), "no answer before the first key"
-        said = [row[i] for i in range(length + 1) if answers[i]]
+        message = [row[i] for i in range(length + 1) if answers[i]]
         key = question[1]
         if task == "multi-value":
             assert (
-                said == question[2:] == [value for k, value in hidden if k == key]
-                and len(said) == config.asked
+                message == question[2:] == [value for k, value in hidden if k == key]
+                and len(message) == config.asked
             )
             assert len({k for k, _ in hidden}) == config.needles - config.asked + 1
         else:
-            assert said == question[2::2] == [dict(hidden)[k] for k in question[1::2]]
+            assert message == question[2::2] == [dict(hidden)[k] for k in question[1::2]]
             assert len({k for k, _ in hidden}) == len(hidden)
             times = [question[1::2].count(k) for k, _ in hidden]
             assert sum(times) == {"multi-query": drill or config.asked}.get(task, 1)
             assert max(times) == 1 or (task == "multi-query" and drill > 1)
         for i in range(length + 1):
             assert answers[i] == (places[i] >= 0)
-            assert not answers[i] or row[places[i] + 1] == row[i] < config.vocabulary
+            assert not answers[i] or row[places[i] + 1] == row[i] < config.vocab_size
 
 
 def test_needles_stand_everywhere_alike():
@@ -115,14 +115,14 @@ def test_needles_stand_everywhere_alike():
 
 def test_a_batch_labels_answers_alone_and_tells_where_their_needles_stand():
     for task in TASKS:
-        batch = next(held_out(SMALL, task, 40, rows=6))
+        batch = next(held_out(SMALL, task, 40, batch_size=6))
         assert {name: array.shape for name, array in batch.items()} == dict.fromkeys(batch, (6, 40))
         asked = batch["labels"] != IGNORED
         assert asked.sum(1).tolist() == [3 if task in ("multi-value", "multi-query") else 1] * 6
         assert (batch["labels"][asked] >= 1 + SMALL.filler + SMALL.keys).all()
         inner = asked[:, :-1]
         assert torch.equal(batch["labels"][:, :-1][inner], batch["ids"][:, 1:][inner])
-        assert (batch["depths"][~asked] == -1).all() and not batch["documents"].any()
+        assert (batch["depths"][~asked] == -1).all() and not batch["document_ids"].any()
         assert ((batch["depths"][asked] >= 0) & (batch["depths"][asked] < DEPTHS)).all()
         assert (batch["tasks"] == TASKS.index(task)).all()
 
@@ -168,7 +168,9 @@ def test_a_stream_goes_on_where_it_stood_and_no_two_are_alike():
 
 
 def test_held_out_questions_are_the_same_for_all_and_never_trained_on():
-    once, again = ([b["ids"] for b in held_out(SMALL, "multi-key", 40, rows=4)] for _ in range(2))
+    once, again = (
+        [b["ids"] for b in held_out(SMALL, "multi-key", 40, batch_size=4)] for _ in range(2)
+    )
     assert [len(ids) for ids in once] == [4, 2] and all(map(torch.equal, once, again))
     for rows, world in ((2, 2), (4, 2), (6, 4), (1, 4)):
         shares = [
@@ -185,10 +187,10 @@ def test_held_out_questions_are_the_same_for_all_and_never_trained_on():
         assert all(
             (b["depths"] >= 0).equal(b["labels"] != IGNORED) for share in shares for b in share
         )
-    held = {str(row) for b in held_out(SMALL, "multi-key", 64) for row in b["ids"].tolist()}
+    stored = {str(row) for b in held_out(SMALL, "multi-key", 64) for row in b["ids"].tolist()}
     batches = islice(NeedleStream(SMALL, 4, 64), 40)
     trained = {str(row) for b in batches for row in b["ids"].tolist()}
-    assert len(held) == 6 and not held & trained
+    assert len(stored) == 6 and not stored & trained
 
 
 def test_exams_are_of_all_tasks_at_lengths_that_have_room():
@@ -200,8 +202,8 @@ def test_grades_count_by_the_part_of_the_text():
     labels = torch.tensor([[IGNORED, 5, 6, IGNORED], [IGNORED, IGNORED, 7, 8]])
     depths = torch.tensor([[-1, 0, 3, -1], [-1, -1, 3, 1]])
     predicted = torch.tensor([[9, 5, 9, 5], [9, 9, 7, 9]])
-    found = grade(predicted, {"labels": labels, "depths": depths})
-    assert found.tolist() == [[1, 1], [0, 1], [0, 0], [1, 2]]
+    result = grade(predicted, {"labels": labels, "depths": depths})
+    assert result.tolist() == [[1, 1], [0, 1], [0, 0], [1, 2]]
     assert grade(labels, {"labels": labels, "depths": depths}).tolist() == [
         [1, 1],
         [1, 1],
@@ -216,7 +218,7 @@ def test_any_value_of_the_text_scores_what_chance_says():
     generator = torch.Generator().manual_seed(0)
     for task, expected in chance(config).items():
         right = asked = 0
-        for batch in held_out(config, task, 64, rows=400):
+        for batch in held_out(config, task, 64, batch_size=400):
             texts = (row[: row.index(QUESTION)] for row in batch["ids"].tolist())
             hidden = torch.tensor([[value for _, value in pairs(text, config)] for text in texts])
             picked = torch.randint(0, hidden.shape[1], (len(hidden), 64), generator=generator)
@@ -236,12 +238,12 @@ def test_texts_without_room_are_refused():
     generator = np.random.default_rng(0)
     write("multi-key", 1, 12, SMALL, generator)
     with pytest.raises(
-        ValueError, match=r"length: got 11, expected at least 12 for 5 needles: multi-key"
+        ValueError, match=r"seq_len: got 11, expected at least 12 for 5 needles: multi-key"
     ):
         write("multi-key", 1, 11, SMALL, generator)
     with pytest.raises(ValueError, match=r"task: got 'double', expected one of single"):
         write("double", 1, 20, SMALL, generator)
     with pytest.raises(ValueError, match=r"needles\.shortest: got 27, expected at least 28"):
         NeedleStream(SMALL, 1, 27)
-    with pytest.raises(ValueError, match="rows: got 0"):
+    with pytest.raises(ValueError, match="batch_size: got 0"):
         NeedleStream(SMALL, 0, 64)

@@ -258,14 +258,17 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_dataset_streams(dataset: Path) -> None:
-    corpus = open_corpus(f"hf:{dataset}", near=None)
+    corpus = open_corpus(f"hf:{dataset}", duplicate_threshold=None)
     assert list(corpus.documents()) == ["text 0", "text 1", "text 2"]
     assert str(dataset) in corpus.name
     assert corpus.license
-    corpus = open_corpus(f"hf:{dataset}:default:test", column="body", near=None)
+    corpus = open_corpus(f"hf:{dataset}:default:test", column="body", duplicate_threshold=None)
     assert list(corpus.documents()) == ["body 0", "body 2"]
     assert corpus.skipped == {"empty": 1}
-    assert corpus.fingerprint != open_corpus(f"hf:{dataset}", column="body", near=None).fingerprint
+    assert (
+        corpus.fingerprint
+        != open_corpus(f"hf:{dataset}", column="body", duplicate_threshold=None).fingerprint
+    )
 
 
 @pytest.mark.parametrize(
@@ -287,7 +290,7 @@ def test_a_dataset_that_breaks_off_is_an_error_and_no_short_corpus(dataset: Path
     with open(dataset / "train.jsonl", "a") as file:
         file.write("{broken\n")
     with pytest.raises(ValueError, match="hf:"):
-        list(open_corpus(f"hf:{dataset}", near=None).documents())
+        list(open_corpus(f"hf:{dataset}", duplicate_threshold=None).documents())
 
 
 def test_without_the_library_a_dataset_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

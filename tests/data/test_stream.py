@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rorqual.data import stream, tokenizer
-from rorqual.data.corpus import Corpus, open_corpus, place, split
+from rorqual.data.corpus import Corpus, open_corpus, position_of, split
 from rorqual.data.stream import IGNORED, Stream, Tokens, open_tokens, tokenise, validation_batches
 from rorqual.data.tokenizer import Tokenizer
 
@@ -51,8 +51,8 @@ def flat(batches: list[dict[str, torch.Tensor]], name: str) -> list[int]:
     return torch.cat([batch[name].reshape(-1) for batch in batches]).tolist()
 
 
-def take(given: Stream, count: int) -> list[dict[str, torch.Tensor]]:
-    return [next(given) for _ in range(count)]
+def take(arguments: Stream, count: int) -> list[dict[str, torch.Tensor]]:
+    return [next(arguments) for _ in range(count)]
 
 
 def same(a: list[dict[str, torch.Tensor]], b: list[dict[str, torch.Tensor]]) -> bool:
@@ -62,46 +62,50 @@ def same(a: list[dict[str, torch.Tensor]], b: list[dict[str, torch.Tensor]]) -> 
 
 
 def windows(
-    side: Tokens, length: int, count: int, seed: int = 3
+    side: Tokens, seq_len: int, count: int, seed: int = 3
 ) -> dict[int, tuple[list[int], list[int], list[int]]]:
     """Returns (ids, labels, documents) by number of the window, in the stream's own order."""
-    given = Stream(side, 1, length, seed)
-    found = {}
+    arguments = Stream(side, 1, seq_len, seed)
+    results = {}
     for row in range(count):
-        number = int(given._placed(np.array([row]))[0])
-        batch = next(given)
-        found[number] = tuple(batch[name][0].tolist() for name in ("ids", "labels", "documents"))
-    return found
+        number = int(arguments._placed(np.array([row]))[0])
+        batch = next(arguments)
+        results[number] = tuple(
+            batch[name][0].tolist() for name in ("ids", "labels", "document_ids")
+        )
+    return results
 
 
 def endless(
-    side: Tokens, length: int, epochs: int, seed: int = 3
+    side: Tokens, seq_len: int, epochs: int, seed: int = 3
 ) -> tuple[list[int], list[int], list[int]]:
     """Returns (ids, labels, documents) of a bit more than `epochs` epochs, in the text's order."""
-    count = -(-len(side) * (epochs + 1) // length)
-    group = -(-len(side) // length)
-    found = windows(side, length, -(-count // group) * group, seed)
-    assert sorted(found) == list(range(len(found)))
-    return tuple([i for number in sorted(found) for i in found[number][part]] for part in range(3))
+    count = -(-len(side) * (epochs + 1) // seq_len)
+    group = -(-len(side) // seq_len)
+    result = windows(side, seq_len, -(-count // group) * group, seed)
+    assert sorted(result) == list(range(len(result)))
+    return tuple(
+        [i for number in sorted(result) for i in result[number][piece]] for piece in range(3)
+    )
 
 
 @settings(max_examples=25, deadline=None)
-@given(count=st.integers(1, 12), length=st.integers(1, 40), seed=st.integers(0, 2**63 - 1))
+@given(count=st.integers(1, 12), seq_len=st.integers(1, 40), seed=st.integers(0, 2**63 - 1))
 def test_every_epoch_reads_and_foretells_every_token_once(
-    count: int, length: int, seed: int
+    count: int, seq_len: int, seed: int
 ) -> None:
     side = some(count, seed % 1000)
-    ids, labels, documents = endless(side, length, 2, seed)
+    ids, labels, document_ids = endless(side, seq_len, 2, seed)
     assert labels[:-1] == ids[1:], "a label is the next token, across rows and epochs"
     for epoch in range(2):
-        part = slice(epoch * len(side), (epoch + 1) * len(side))
-        assert sorted(ids[part]) == sorted(side.ids.tolist())
-        assert sorted(labels[part]) == sorted(side.ids.tolist())
-        assert documents[part] == sorted(documents[part])
-        assert set(documents[part]) == set(range(epoch * count, (epoch + 1) * count))
+        chunk = slice(epoch * len(side), (epoch + 1) * len(side))
+        assert sorted(ids[chunk]) == sorted(side.ids.tolist())
+        assert sorted(labels[chunk]) == sorted(side.ids.tolist())
+        assert document_ids[chunk] == sorted(document_ids[chunk])
+        assert set(document_ids[chunk]) == set(range(epoch * count, (epoch + 1) * count))
         whole = {
-            d: [i for i, owner in zip(ids[part], documents[part], strict=True) if owner == d]
-            for d in documents[part]
+            d: [i for i, owner in zip(ids[chunk], document_ids[chunk], strict=True) if owner == d]
+            for d in document_ids[chunk]
         }
         lengths = [
             side.ids[a:b].tolist() for a, b in zip(side.starts, side.starts[1:], strict=False)
@@ -121,25 +125,27 @@ def test_rows_of_a_batch_come_from_all_over_the_text() -> None:
     """A long document does not fill a batch by itself."""
     side = tokens(*[list(range(d, d + 1000)) for d in range(10)])
     batch = next(Stream(side, 32, 16, seed=1))
-    assert len(set(batch["documents"].reshape(-1).tolist())) > 5
+    assert len(set(batch["document_ids"].reshape(-1).tolist())) > 5
 
 
 @settings(max_examples=25, deadline=None)
 @given(
     count=st.integers(1, 12),
-    rows=st.integers(1, 5),
+    batch_size=st.integers(1, 5),
     world=st.integers(1, 4),
-    length=st.integers(1, 30),
+    seq_len=st.integers(1, 30),
     steps=st.integers(1, 6),
 )
 def test_ranks_share_what_one_would_read(
-    count: int, rows: int, world: int, length: int, steps: int
+    count: int, batch_size: int, world: int, seq_len: int, steps: int
 ) -> None:
     side = some(count)
-    alone = take(Stream(side, rows * world, length, 5), steps)
-    ranks = [take(Stream(side, rows, length, 5, rank, world), steps) for rank in range(world)]
+    alone = take(Stream(side, batch_size * world, seq_len, 5), steps)
+    ranks = [
+        take(Stream(side, batch_size, seq_len, 5, rank, world), steps) for rank in range(world)
+    ]
     for step in range(steps):
-        for name in ("ids", "labels", "documents"):
+        for name in ("ids", "labels", "document_ids"):
             together = torch.cat([batches[step][name] for batches in ranks])
             assert torch.equal(together, alone[step][name])
 
@@ -147,22 +153,22 @@ def test_ranks_share_what_one_would_read(
 @settings(max_examples=25, deadline=None)
 @given(
     count=st.integers(1, 12),
-    rows=st.integers(1, 5),
-    length=st.integers(1, 30),
-    at=st.integers(0, 25),
+    batch_size=st.integers(1, 5),
+    seq_len=st.integers(1, 30),
+    offset=st.integers(0, 25),
 )
 def test_resume_goes_on_with_the_very_next_batch(
-    count: int, rows: int, length: int, at: int
+    count: int, batch_size: int, seq_len: int, offset: int
 ) -> None:
     side = some(count)
-    whole = take(Stream(side, rows, length, 9), at + 10)
-    stopped = Stream(side, rows, length, 9)
-    take(stopped, at)
+    whole = take(Stream(side, batch_size, seq_len, 9), offset + 10)
+    stopped = Stream(side, batch_size, seq_len, 9)
+    take(stopped, offset)
     state = json.loads(json.dumps(stopped.state_dict()))
-    resumed = Stream(side, rows, length, 9)
+    resumed = Stream(side, batch_size, seq_len, 9)
     take(resumed, 3)
     resumed.load_state_dict(state)
-    assert same(take(resumed, 10), whole[at:])
+    assert same(take(resumed, 10), whole[offset:])
     assert resumed.state_dict() == Stream.state_dict(resumed)
 
 
@@ -181,7 +187,7 @@ def test_a_state_fits_another_number_of_rows_and_ranks() -> None:
     ("other", "message"),
     [
         (lambda: Stream(some(9), 2, 8, 2), "got a state with seed 1, expected 2"),
-        (lambda: Stream(some(9), 2, 9, 1), "got a state with length 8, expected 9"),
+        (lambda: Stream(some(9), 2, 9, 1), "got a state with seq_len 8, expected 9"),
         (
             lambda: Stream(
                 Tokens(*[getattr(some(9), n) for n in ("ids", "starts", "sizes", "end_id")], "x"),
@@ -207,10 +213,10 @@ def test_a_stream_is_deterministic_and_pinned() -> None:
 
 def test_batches_are_int64_tensors_of_one_shape() -> None:
     for dtype in (np.uint16, np.uint32):
-        given = Stream(
+        arguments = Stream(
             tokens([1, 2, 3], [4], [], [70_000 if dtype is np.uint32 else 5], dtype=dtype), 3, 5
         )
-        for batch in take(given, 4):
+        for batch in take(arguments, 4):
             assert {(value.dtype, value.shape) for value in batch.values()} == {
                 (torch.int64, (3, 5))
             }
@@ -235,35 +241,39 @@ def test_numbers_out_of_range(arguments: tuple[int, ...]) -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     count=st.integers(1, 12),
-    rows=st.integers(1, 5),
+    batch_size=st.integers(1, 5),
     world=st.integers(1, 3),
-    length=st.integers(1, 30),
+    seq_len=st.integers(1, 30),
 )
 def test_validation_foretells_every_token_once(
-    count: int, rows: int, world: int, length: int
+    count: int, batch_size: int, world: int, seq_len: int
 ) -> None:
     side = some(count)
-    ranks = [list(validation_batches(side, rows, length, rank, world)) for rank in range(world)]
+    ranks = [
+        list(validation_batches(side, batch_size, seq_len, rank, world)) for rank in range(world)
+    ]
     assert len({len(batches) for batches in ranks}) == 1
     batches = [batch for step in zip(*ranks, strict=True) for batch in step]
-    assert all(value.shape == (rows, length) for batch in batches for value in batch.values())
-    ids, labels, documents = (flat(batches, name) for name in ("ids", "labels", "documents"))
+    assert all(
+        value.shape == (batch_size, seq_len) for batch in batches for value in batch.values()
+    )
+    ids, labels, document_ids = (flat(batches, name) for name in ("ids", "labels", "document_ids"))
     real = [i for i, label in enumerate(labels) if label != IGNORED]
     assert real == list(range(len(side))), "padding comes last"
     assert sorted(labels[: len(side)]) == sorted(side.ids.tolist())
     assert labels[: len(side)] == [*ids[1 : len(side)], END]
-    assert set(documents[len(side) :]) <= {-1}
+    assert set(document_ids[len(side) :]) <= {-1}
     assert set(ids[len(side) :]) <= {END}
     read: dict[int, list[int]] = {}
-    for i, owner in zip(ids[: len(side)], documents[: len(side)], strict=True):
+    for i, owner in zip(ids[: len(side)], document_ids[: len(side)], strict=True):
         read.setdefault(owner, []).append(i)
     assert read == {d: side.ids[side.starts[d] : side.starts[d + 1]].tolist() for d in range(count)}
 
 
 def test_validation_has_one_order_and_not_that_of_the_text() -> None:
     side = some(50)
-    first = flat(list(validation_batches(side, 3, 16)), "documents")
-    assert first == flat(list(validation_batches(side, 5, 16)), "documents")[: len(first)]
+    first = flat(list(validation_batches(side, 3, 16)), "document_ids")
+    assert first == flat(list(validation_batches(side, 5, 16)), "document_ids")[: len(first)]
     assert first[: len(side)] != sorted(first[: len(side)])
 
 
@@ -275,37 +285,37 @@ def small() -> Tokenizer:
 def local(folder: Path, texts: list[str], **options: Any) -> Corpus:
     folder.mkdir(exist_ok=True)
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return open_corpus(str(folder), near=None, **options)
+    return open_corpus(str(folder), duplicate_threshold=None, **options)
 
 
 def test_tokenise_keeps_every_document_on_its_side(tmp_path: Path, small: Tokenizer) -> None:
     corpus = open_corpus(limit=400)
-    found = tokenise(corpus, small, tmp_path)
+    result = tokenise(corpus, small, tmp_path)
     texts = {"train": [], "validation": []}
     for text in corpus.documents():
         texts[split(text)].append(text)
-    for name, side in (("train", found.train), ("validation", found.validation)):
+    for name, side in (("train", result.train), ("validation", result.validation)):
         read = [side.ids[a:b].tolist() for a, b in zip(side.starts, side.starts[1:], strict=False)]
         assert {ids[0] for ids in read} == {small.end_id}
         assert Counter(small.decode(ids[1:]) for ids in read) == Counter(texts[name])
         assert side.bytes == sum(len(text.encode()) for text in texts[name])
         assert side.sizes.tolist() == [len(small.decode(ids[1:]).encode()) for ids in read]
         assert (side.documents, side.ids.dtype) == (len(texts[name]), np.uint16)
-    assert (found.vocabulary, found.end_id) == (small.vocabulary, small.end_id)
-    assert found.about["name"] == "WordNet 3.0"
-    assert "Princeton" in found.about["license"]
+    assert (result.vocab_size, result.end_id) == (small.vocab_size, small.end_id)
+    assert result.about["name"] == "WordNet 3.0"
+    assert "Princeton" in result.about["license"]
 
 
-def test_a_large_vocabulary_takes_four_bytes(
+def test_a_large_vocab_size_takes_four_bytes(
     tmp_path: Path, small: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(small, "vocabulary", 70_000)
+    monkeypatch.setattr(small, "vocab_size", 70_000)
     monkeypatch.setattr(
         small, "encode_batch", lambda texts: [[69_999, len(text)] for text in texts]
     )
-    found = tokenise(local(tmp_path / "text", ["one", "two", "three"]), small, tmp_path / "tokens")
-    assert found.train.ids.dtype == np.uint32
-    assert 69_999 in found.train.ids
+    result = tokenise(local(tmp_path / "text", ["one", "two", "three"]), small, tmp_path / "tokens")
+    assert result.train.ids.dtype == np.uint32
+    assert 69_999 in result.train.ids
 
 
 def test_what_is_there_is_opened_and_not_made_again(
@@ -363,12 +373,12 @@ def test_a_stop_halfway_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         tokenise(open_corpus(limit=50), small, tmp_path, progress=stop)
     assert list(tmp_path.iterdir()) == []
-    told: list[int] = []
+    text: list[int] = []
     monkeypatch.setattr(stream, "_BATCH_BYTES", 500)
-    found = tokenise(open_corpus(limit=50), small, tmp_path, progress=told.append)
-    assert told == sorted(told)
-    assert len(told) > 3
-    assert told[-1] == found.train.bytes + found.validation.bytes
+    result = tokenise(open_corpus(limit=50), small, tmp_path, progress=text.append)
+    assert text == sorted(text)
+    assert len(text) > 3
+    assert text[-1] == result.train.bytes + result.validation.bytes
 
 
 def test_two_at_once_agree(tmp_path: Path, small: Tokenizer) -> None:
@@ -377,15 +387,15 @@ def test_two_at_once_agree(tmp_path: Path, small: Tokenizer) -> None:
     def other(done: int) -> None:
         tokenise(open_corpus(limit=50), small, tmp_path)
 
-    found = tokenise(open_corpus(limit=50), small, tmp_path, progress=other)
-    assert [path.name for path in tmp_path.iterdir()] == [found.path.name]
+    result = tokenise(open_corpus(limit=50), small, tmp_path, progress=other)
+    assert [path.name for path in tmp_path.iterdir()] == [result.path.name]
 
 
 def test_the_nearest_document_validates_where_none_would(tmp_path: Path, small: Tokenizer) -> None:
     texts = [text for text in (f"text {i}" for i in range(30)) if split(text) == "train"]
-    found = tokenise(local(tmp_path / "text", texts), small, tmp_path / "tokens")
-    assert small.decode(found.validation.ids[1:].tolist()) == min(texts, key=place)
-    assert found.train.documents == len(texts) - 1
+    result = tokenise(local(tmp_path / "text", texts), small, tmp_path / "tokens")
+    assert small.decode(result.validation.ids[1:].tolist()) == min(texts, key=position_of)
+    assert result.train.documents == len(texts) - 1
 
 
 @settings(max_examples=60, deadline=None)
@@ -407,18 +417,18 @@ def two_tokens(*documents: list[int]) -> Tokens:
     return Tokens(ids, side.starts, side.sizes, END, "digest")
 
 
-@pytest.mark.parametrize("length", [1, 3, 8])
-def test_a_document_ends_with_end_whichever_begins_next(length: int) -> None:
+@pytest.mark.parametrize("seq_len", [1, 3, 8])
+def test_a_document_ends_with_end_whichever_begins_next(seq_len: int) -> None:
     documents = [[100, 101, 102], [200], [], [300, 301]]
     side = two_tokens(*documents)
     expected = sorted(
         (a, b) for ids in documents for a, b in zip([BEGIN, *ids], [*ids, END], strict=True)
     )
-    read, labels, _ = endless(side, length, 1)
+    read, labels, _ = endless(side, seq_len, 1)
     for epoch in range(2):
-        part = slice(epoch * len(side), (epoch + 1) * len(side))
-        assert sorted(zip(read[part], labels[part], strict=True)) == expected
-    batches = list(validation_batches(side, 2, length))
+        chunk = slice(epoch * len(side), (epoch + 1) * len(side))
+        assert sorted(zip(read[chunk], labels[chunk], strict=True)) == expected
+    batches = list(validation_batches(side, 2, seq_len))
     pairs = zip(flat(batches, "ids"), flat(batches, "labels"), strict=True)
     assert sorted((a, b) for a, b in pairs if b != IGNORED) == expected
 
@@ -430,12 +440,12 @@ def test_documents_are_stored_with_begin(tmp_path: Path) -> None:
     both = Tokenizer(backend, trained.settings)
     other = Tokenizer(backend, trained.settings | {"bos_token": "<begin>"})
     assert other.begin_id != other.end_id == both.begin_id
-    found, plain = (
+    item, plain = (
         tokenise(local(tmp_path / "text", list("abcd")), t, tmp_path / "tokens")
         for t in (other, both)
     )
-    assert found.path != plain.path
-    for side in (found.train, found.validation):
+    assert item.path != plain.path
+    for side in (item.train, item.validation):
         assert set(side.ids[side.starts[:-1]].tolist()) == {other.begin_id}
         labels = flat(list(validation_batches(side, 1, 4)), "labels")
         assert labels.count(other.end_id) == side.documents
@@ -452,7 +462,7 @@ def test_too_small_a_corpus_is_an_error(tmp_path: Path, small: Tokenizer) -> Non
 
 def test_no_file_is_ever_executed(tmp_path: Path, small: Tokenizer) -> None:
     """A pickle in place of an array is refused."""
-    found = tokenise(open_corpus(limit=50), small, tmp_path)
-    np.save(found.path / "train.starts.npy", np.array([Path], dtype=object), allow_pickle=True)
+    result = tokenise(open_corpus(limit=50), small, tmp_path)
+    np.save(result.path / "train.starts.npy", np.array([Path], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="got no whole token folder"):
-        open_tokens(found.path)
+        open_tokens(result.path)

@@ -47,7 +47,7 @@ def test_canonical_map_is_the_authors(case: dict) -> None:
         assert tokenizer.encode(text["text"]) == text["ids"]
         assert canonical[text["ids"]].tolist() == text["compressed"]
     if case["tokenizer"] == "v3":
-        assert tokenizer.vocabulary == 128_815
+        assert tokenizer.vocab_size == 128_815
         assert sorted(np.bincount(canonical), reverse=True)[:5] == [163, 54, 40, 35, 30]
 
 
@@ -57,7 +57,7 @@ def by_the_spec(backend: tokenizers.Tokenizer, size: int) -> list[int]:
     It uses Python's own unicodedata, and no normalizer of the tokenizers library.
     """
     numbers: dict[str, int] = {}
-    found = []
+    results = []
     for i in range(size):
         text = backend.decode([i], skip_special_tokens=False)
         key = backend.id_to_token(i) if "\ufffd" in text else None
@@ -67,8 +67,8 @@ def by_the_spec(backend: tokenizers.Tokenizer, size: int) -> list[int]:
             plain = "".join(c.lower() for c in plain)  # a character at a time: no final sigma
             plain = re.sub(r"[ \t\r\n]+", " ", plain)
             key = " " if plain == " " else plain.strip()
-        found.append(numbers.setdefault(key or text, len(numbers)))
-    return found
+        results.append(numbers.setdefault(key or text, len(numbers)))
+    return results
 
 
 def trained(kind: str) -> tokenizers.Tokenizer:
@@ -154,10 +154,10 @@ def test_map_of_any_tokens_is_the_specs(tokens: list[str]) -> None:
     assert canonical_ids(backend).tolist() == by_the_spec(backend, len(tokens))
 
 
-def words(*vocabulary: str) -> tokenizers.Tokenizer:
+def words(*vocab_size: str) -> tokenizers.Tokenizer:
     """Makes a byte-level tokenizer whose tokens are these strings."""
     backend = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(vocabulary)}, "Ġ")
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(vocab_size)}, "Ġ")
     )
     backend.decoder = tokenizers.decoders.ByteLevel()
     return backend
@@ -167,10 +167,10 @@ def words(*vocabulary: str) -> tokenizers.Tokenizer:
 def test_rules_of_the_map() -> None:
     # Ġ is a blank, Ċ a line feed, Ã alone the first byte of two, Ã© is é,
     # ÌĢ a combining grave alone.
-    found = canonical_ids(
+    result = canonical_ids(
         words("Apple", "Ġapple", "APPLE", "Ġ", "ĊĊ", "ĠĠ", "Ã", "Ä", "Ã©", "e", "ÌĢ", "Ġa", "A")
     )
-    assert found.tolist() == [0, 0, 0, 1, 1, 1, 2, 3, 4, 4, 5, 6, 6]
+    assert result.tolist() == [0, 0, 0, 1, 1, 1, 2, 3, 4, 4, 5, 6, 6]
 
 
 @pytest.mark.engram
@@ -183,7 +183,7 @@ def test_added_tokens_have_canonical_ids() -> None:
 @pytest.mark.engram
 def test_canonical_numbers_have_no_gap_and_rise_at_first_sight(small: Tokenizer) -> None:
     canonical = small.canonical_map()
-    assert len(canonical) == small.vocabulary
+    assert len(canonical) == small.vocab_size
     first = [np.flatnonzero(canonical == number)[0] for number in range(canonical.max() + 1)]
     assert first == sorted(first)
 
@@ -210,8 +210,8 @@ def test_ids_of_a_trained_one(small: Tokenizer) -> None:
     assert small.begin_id == small.end_id == small.pad_id == 0
     assert small.token(0) == END
     assert small.token(small.encode("é")[0]) in ("é", "Ã")
-    with pytest.raises(ValueError, match=f"expected 0 to {small.vocabulary - 1}"):
-        small.token(small.vocabulary)
+    with pytest.raises(ValueError, match=f"expected 0 to {small.vocab_size - 1}"):
+        small.token(small.vocab_size)
 
 
 def test_training_twice_gives_the_same() -> None:
@@ -230,7 +230,7 @@ def test_saved_folder_loads_here_and_in_transformers(
         Tokenizer.of(theirs),
     ):
         assert [loaded.encode(text) for text in TEXTS] == [small.encode(text) for text in TEXTS]
-        assert (loaded.end_id, loaded.pad_id, loaded.vocabulary) == (0, 0, small.vocabulary)
+        assert (loaded.end_id, loaded.pad_id, loaded.vocab_size) == (0, 0, small.vocab_size)
     assert theirs.eos_token_id == theirs.pad_token_id == theirs.bos_token_id == 0
     assert theirs(TEXTS[0]).input_ids == [small.begin_id, *small.encode(TEXTS[0])]
     assert theirs(TEXTS[0], add_special_tokens=False).input_ids == small.encode(TEXTS[0])
@@ -264,12 +264,12 @@ def test_broken_file_is_refused_by_name(content: str, tmp_path: pathlib.Path) ->
 
 
 def test_missing_and_unreachable_are_refused(tmp_path: pathlib.Path) -> None:
-    for path, said in (
+    for path, text in (
         (tmp_path, "expected a folder with"),
         (tmp_path / "no", "expected a folder with"),
         ("nobody/nothing-here", "set HF_ENDPOINT to a mirror, or give a local path"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=text):
             Tokenizer.load(path)
     with pytest.raises(ValueError, match="expected a fast tokenizer"):
         Tokenizer.of(object())
@@ -299,4 +299,4 @@ def test_bad_training_is_refused() -> None:
         train(TEXTS, 256)
     with pytest.raises(ValueError, match="no documents"):
         train([], 300)
-    assert train(["x"], 257).vocabulary == 257
+    assert train(["x"], 257).vocab_size == 257

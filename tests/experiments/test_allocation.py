@@ -32,7 +32,7 @@ from rorqual.train.config import DataConfig, TrainConfig
 
 BASE = preset("tiny")
 TINY = ModelConfig(
-    vocabulary=300,
+    vocab_size=300,
     dim=16,
     layers=1,
     mla=MLAConfig(heads=1, kv_lora_rank=8, nope_dim=8, rope_dim=8, value_dim=8),
@@ -46,9 +46,9 @@ def _point(name: str, x: float = 0.0, control: bool = False) -> Point:
 
 
 def _rows(*losses, controls=(), rate=0.02):
-    axis = [(_point(f"p{i}", float(i)), rate, own) for i, own in enumerate(losses)]
+    axis = [(_point(f"p{i}", float(i)), rate, ours) for i, ours in enumerate(losses)]
     return tabulate(
-        [*axis, *((_point(f"c{i}", control=True), rate, own) for i, own in enumerate(controls))]
+        [*axis, *((_point(f"c{i}", control=True), rate, ours) for i, ours in enumerate(controls))]
     )
 
 
@@ -79,12 +79,12 @@ def test_points_are_compared_at_each_rate_and_each_at_its_best():
     best = at_best(rows)
     assert [(r.point.name, r.rate) for r in best] == [("p0", 0.02), ("p1", 0.01)]
     assert best[1].difference == pytest.approx(0.85)
-    said = conclusion("slots", rows)
-    assert said.startswith(
+    text = conclusion("slots", rows)
+    assert text.startswith(
         "p0 scored lowest (4.1000 nats a token at a rate of 0.02, 2 seeds); p0 against p1 -0.8500"
     )
-    assert "at a rate of 0.01 p0 against p1 +0.1500 +- 0.0500, not established;" in said
-    assert "at a rate of 0.02 p0 against p1 -1.9000 +- 0.1000, established" in said
+    assert "at a rate of 0.01 p0 against p1 +0.1500 +- 0.0500, not established;" in text
+    assert "at a rate of 0.02 p0 against p1 -1.9000 +- 0.1000, established" in text
 
 
 def test_allocation_keeps_the_budget():
@@ -92,10 +92,10 @@ def test_allocation_keeps_the_budget():
     assert [p.x for p in places[:3]] == [1.0, 0.8, 0.5] and places[0].config.engram is None
     assert [p.name for p in places if p.control] == ["plain", "few-rows"]
     assert places[3].config == BASE and places[4].config.moe == BASE.moe
-    found = [costs(places[i].config, context=128) for i in (0, 1, 2, 4)]
-    assert max(c.total for c in found[:3]) / min(c.total for c in found[:3]) < 1.001
-    assert max(c.flops_per_token for c in found) / min(c.flops_per_token for c in found) < 1.001
-    assert found[3].memory < 0.003 * found[3].total and found[3].total / found[0].total < 1.003
+    item = [costs(places[i].config, context=128) for i in (0, 1, 2, 4)]
+    assert max(c.total for c in item[:3]) / min(c.total for c in item[:3]) < 1.001
+    assert max(c.flops_per_token for c in item) / min(c.flops_per_token for c in item) < 1.001
+    assert item[3].memory < 0.003 * item[3].total and item[3].total / item[0].total < 1.003
 
 
 def test_every_point_has_its_own_experts_and_its_own_name():
@@ -125,8 +125,8 @@ def test_experts_cost_a_token_the_same_and_remember_nothing():
     assert [p.config.moe.routed for p in places] == [2, 8, 32] and {
         p.config.engram for p in places
     } == {None}
-    found = [costs(p.config, context=128).flops_per_token for p in places]
-    assert max(found) / min(found) < 1.001 and {p.config.moe.active for p in places} == {2}
+    item = [costs(p.config, context=128).flops_per_token for p in places]
+    assert max(item) / min(item) < 1.001 and {p.config.moe.active for p in places} == {2}
     assert places[-1].config.moe == BASE.moe
 
 
@@ -155,20 +155,20 @@ def test_ablations_take_one_thing_away():
     assert parts["one-gate"].engram == replace(whole, gating="shared")
     assert parts["no-conv"].engram == replace(whole, conv=False)
     assert parts["raw-ids"].engram == replace(whole, canonical=False)
-    found = {name: costs(config, context=128) for name, config in parts.items()}
+    item = {name: costs(config, context=128) for name, config in parts.items()}
     for name, orders in (("bigrams-only", 1), ("to-5-grams", 4)):
         assert (
             len(parts[name].engram.rows_per_head) == orders
             and parts[name].engram.halo == whole.halo
         )
-        assert (found[name].total, found[name].flops_per_token) == (
-            found["whole"].total,
-            found["whole"].flops_per_token,
+        assert (item[name].total, item[name].flops_per_token) == (
+            item["whole"].total,
+            item["whole"].flops_per_token,
         )
     assert (
-        found["no-gate"].flops_per_token
-        < found["one-gate"].flops_per_token
-        < found["whole"].flops_per_token
+        item["no-gate"].flops_per_token
+        < item["one-gate"].flops_per_token
+        < item["whole"].flops_per_token
     )
     assert "one-gate" not in [
         p.name for p in points(SweepConfig(kind="ablation"), replace(BASE, hyper=None))
@@ -176,7 +176,7 @@ def test_ablations_take_one_thing_away():
 
 
 @pytest.mark.parametrize(
-    ("losses", "kind", "said"),
+    ("losses", "kind", "message"),
     [
         (
             [[4.0], [3.0]],
@@ -219,26 +219,26 @@ def test_ablations_take_one_thing_away():
         ([[3.0, 3.0, 3.0], [3.5, 3.6, 3.5]], "experts", "more experts pay: not established"),
     ],
 )
-def test_conclusions(losses, kind, said):
-    assert said in conclusion(kind, _rows(*losses))
+def test_conclusions(losses, kind, message):
+    assert message in conclusion(kind, _rows(*losses))
 
 
 @pytest.mark.parametrize(
     "losses",
     [([4.0, 4.1], [4.5, 4.7], [4.2, 4.2], [4.9, 5.0]), ([4.0, 4.1], [3.5, 3.7], [4.2, 4.2])],
 )
-def test_an_ablation_is_told_part_by_part(losses):
-    said = conclusion("ablation", _rows(*losses))
+def test_an_ablation_is_given_part_by_part(losses):
+    text = conclusion("ablation", _rows(*losses))
     for n in range(1, len(losses)):
-        assert len(re.findall(f"(p{n} against p0|p0 against p{n}) ", said)) == 1
-    assert said.count("against") == len(losses) - 1
+        assert len(re.findall(f"(p{n} against p0|p0 against p{n}) ", text)) == 1
+    assert text.count("against") == len(losses) - 1
 
 
 NAN = math.nan
 
 
 @pytest.mark.parametrize(
-    ("losses", "controls", "kind", "said"),
+    ("losses", "controls", "kind", "message"),
     [
         (
             [[NAN, 4.0], [3.5, 3.6]],
@@ -279,13 +279,13 @@ NAN = math.nan
         ),
     ],
 )
-def test_a_point_that_diverged_never_wins_and_is_named(losses, controls, kind, said):
+def test_a_point_that_diverged_never_wins_and_is_named(losses, controls, kind, message):
     rows = _rows(*losses, controls=controls)
-    told = conclusion(kind, rows)
-    assert said in told and "nan" not in told
+    text = conclusion(kind, rows)
+    assert message in text and "nan" not in text
     for row in rows:
         gone = sum(map(math.isnan, row.losses))
-        assert (f"{gone} of {len(row.losses)} runs of {row.point.name} diverged" in told) == bool(
+        assert (f"{gone} of {len(row.losses)} runs of {row.point.name} diverged" in text) == bool(
             gone
         )
 
@@ -300,35 +300,35 @@ def test_a_rate_at_which_a_point_diverged_is_not_its_best():
     }
     rows = tabulate([(p, rate, losses[p.name, rate]) for rate in (0.08, 0.02) for p in places])
     assert [(r.point.name, r.rate) for r in at_best(rows)] == [("p0", 0.02), ("p1", 0.08)]
-    said = conclusion("slots", rows)
-    assert said.startswith("p0 scored lowest (4.1000 nats a token at a rate of 0.02")
-    assert "1 of 2 runs of p0 at a rate of 0.08 diverged" in said
+    text = conclusion("slots", rows)
+    assert text.startswith("p0 scored lowest (4.1000 nats a token at a rate of 0.02")
+    assert "1 of 2 runs of p0 at a rate of 0.08 diverged" in text
 
 
 def test_points_keep_their_names_whatever_stands_beside_them():
     """With other names, a longer list of points would train finished runs again."""
     moe = replace(BASE.moe, routed=400, width=8, active=2)
     base = replace(BASE, moe=moe)
-    few, many = (
+    small, many = (
         [p.name for p in points(SweepConfig(rhos=rhos), base)]
         for rhos in ((1.0, 0.7), (1.0, 0.7, 0.698, 0.4))
     )
-    assert set(few) < set(many) and len(set(many)) == len(many) == 6
+    assert set(small) < set(many) and len(set(many)) == len(many) == 6
 
 
 def test_controls_are_compared_and_never_win():
-    said = conclusion(
+    text = conclusion(
         "allocation", _rows([4.0, 4.1], [3.9, 4.0], [3.95, 4.05], controls=[[3.0, 3.2]])
     )
-    assert said.startswith("p1 scored lowest (3.9500 nats a token")
+    assert text.startswith("p1 scored lowest (3.9500 nats a token")
     assert (
         "c0 against p0 -0.9500 +- 0.0500, established; p1 against c0 +0.8500 +- 0.0500, established"
-        in said
+        in text
     )
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"kind": "rho"}, r"got 'rho', expected .*allocation"),
         ({"seeds": 0}, "seeds: got 0"),
@@ -336,14 +336,14 @@ def test_controls_are_compared_and_never_win():
         ({"rates": [1.0, 0.0]}, "expected factors above 0"),
         ({"rates": [math.nan]}, "expected factors above 0"),
         ({"steps": 0}, "steps: got 0, expected at least 1"),
-        ({"rows": -1}, "rows: got -1"),
-        ({"length": 0}, "length: got 0"),
+        ({"batch_size": -1}, "batch_size: got -1"),
+        ({"seq_len": 0}, "seq_len: got 0"),
         ({"workers": 0}, "workers: got 0"),
         ({"experts": []}, "experts: got"),
     ],
 )
-def test_a_wrong_sweep_is_refused(change, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_wrong_sweep_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
         from_dict(SweepConfig, change)
 
 
@@ -354,7 +354,7 @@ def test_a_model_without_experts_is_refused():
 
 
 class Text:
-    vocabulary = 300
+    vocab_size = 300
 
 
 @pytest.fixture
@@ -391,28 +391,28 @@ def test_the_sentence_and_the_figure_are_those_of_the_csv(tmp_path, trained, rat
         model=TINY, rhos=(1.0, 0.6, 0.3), rates=rates, seeds=3, folder=str(tmp_path)
     )
     folder = main(config, console=Console(file=io.StringIO(), width=120))
-    rows, said = _read(folder), (folder / "conclusion.txt").read_text()
+    rows, text = _read(folder), (folder / "conclusion.txt").read_text()
     assert len(rows) == 5 * len(rates) and len(trained) == 15 * len(rates)
     assert [c.seed for c in trained] == sorted(c.seed for c in trained), "a seed after the other"
-    found = {(r["point"], float(r["rate"])): [float(r[str(s)]) for s in range(3)] for r in rows}
+    item = {(r["point"], float(r["rate"])): [float(r[str(s)]) for s in range(3)] for r in rows}
     for row in rows:
-        own, first = found[row["point"], float(row["rate"])], found["rho-1.00", float(row["rate"])]
-        gaps = [a - b for a, b in zip(own, first, strict=True)]
-        assert float(row["mean"]) == pytest.approx(statistics.fmean(own))
+        ours, first = item[row["point"], float(row["rate"])], item["rho-1.00", float(row["rate"])]
+        gaps = [a - b for a, b in zip(ours, first, strict=True)]
+        assert float(row["mean"]) == pytest.approx(statistics.fmean(ours))
         assert float(row["difference"]) == pytest.approx(statistics.fmean(gaps))
         assert float(row["difference_error"]) == pytest.approx(statistics.stdev(gaps) / 3**0.5)
     best = [r for r in rows if r["best_rate"] == "True"]
     assert {float(r["rate"]) for r in best} == {0.02} and len(best) == 5
     low = min((r for r in best if r["control"] == "False"), key=lambda r: float(r["mean"]))
-    assert said.startswith(f"{low['point']} scored lowest ({float(low['mean']):.4f} nats a token")
-    told = (
+    assert text.startswith(f"{low['point']} scored lowest ({float(low['mean']):.4f} nats a token")
+    message = (
         f"{low['point']} against rho-1.00 {float(low['difference']):+.4f} "
         f"+- {float(low['difference_error']):.4f}"
     )
     assert (
-        told in said
-        and "few-rows against rho-1.00" in said
-        and f"{low['point']} against plain" in said
+        message in text
+        and "few-rows against rho-1.00" in text
+        and f"{low['point']} against plain" in text
     )
     for rate in rates if len(rates) > 1 else ():
         each = next(
@@ -420,7 +420,7 @@ def test_the_sentence_and_the_figure_are_those_of_the_csv(tmp_path, trained, rat
         )
         assert (
             f"at a rate of {0.02 * rate:g} {low['point']} against rho-1.00 "
-            f"{float(each['difference']):+.4f}" in said
+            f"{float(each['difference']):+.4f}" in text
         )
     drawn = (folder / "sweep.svg").read_text()
     assert drawn.startswith("<?xml") and all(word in drawn for word in ("few-rows", ">rho<"))
@@ -437,8 +437,8 @@ def test_a_sweep_of_which_runs_diverged_is_written_whole(tmp_path, trained, monk
         allocation, "last", lambda folder, key: {} if folder.name == gone else score(folder, key)
     )
     config = SweepConfig(model=TINY, rhos=(1.0, 0.6, 0.3), seeds=3, folder=str(tmp_path))
-    told = io.StringIO()
-    folder = main(config, console=Console(file=told, width=120))
+    text = io.StringIO()
+    folder = main(config, console=Console(file=text, width=120))
     first, *others = _read(folder)
     assert (first["point"], first["1"], first["mean"], first["best_rate"]) == (
         "rho-1.00",
@@ -447,12 +447,12 @@ def test_a_sweep_of_which_runs_diverged_is_written_whole(tmp_path, trained, monk
         "True",
     )
     assert all(row["difference"] == "nan" and math.isfinite(float(row["mean"])) for row in others)
-    said = (folder / "conclusion.txt").read_text()
-    assert "1 of 3 runs of rho-1.00 diverged" in said and "diverged" in told.getvalue()
+    message = (folder / "conclusion.txt").read_text()
+    assert "1 of 3 runs of rho-1.00 diverged" in message and "diverged" in text.getvalue()
     low = min(others[:2], key=lambda row: float(row["mean"]))
     assert (
-        said.startswith(f"{low['point']} scored lowest")
-        and "few-rows against rho-1.00 no number" in said
+        message.startswith(f"{low['point']} scored lowest")
+        and "few-rows against rho-1.00 no number" in message
     )
     assert json.loads((folder / "sweep.json").read_text())["rhos"] == [1.0, 0.6, 0.3]
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -491,9 +491,9 @@ def test_every_kind_says_and_draws_something(tmp_path, trained):
             SweepConfig, {"kind": kind, "folder": str(tmp_path), "seeds": 1, "experts": [1, 16]}
         )
         folder = main(replace(config, model=TINY), console=Console(file=io.StringIO()))
-        rows, said = _read(folder), (folder / "conclusion.txt").read_text()
-        assert folder.name == kind and (folder / "sweep.svg").is_file() and "1 seed)" in said
-        assert ", established" not in said and ("not established" in said or len(rows) == 1)
+        rows, text = _read(folder), (folder / "conclusion.txt").read_text()
+        assert folder.name == kind and (folder / "sweep.svg").is_file() and "1 seed)" in text
+        assert ", established" not in text and ("not established" in text or len(rows) == 1)
 
 
 # It makes four short runs, each in a process of its own.
@@ -512,17 +512,17 @@ def test_from_a_text_to_the_sentence_and_again(tmp_path):
         experts=(1, 4),
         data=data,
         steps=4,
-        rows=2,
-        length=32,
+        batch_size=2,
+        seq_len=32,
         folder=str(tmp_path / "runs"),
     )
     folder = main(config, console=Console(file=io.StringIO()))
-    rows, said = _read(folder), (folder / "conclusion.txt").read_text()
+    rows, text = _read(folder), (folder / "conclusion.txt").read_text()
     assert len(rows) == 2 and re.match(
-        r"experts-[14] scored lowest \(\d\.\d{4} nats a token, 2 seeds\)", said
+        r"experts-[14] scored lowest \(\d\.\d{4} nats a token, 2 seeds\)", text
     )
     marks = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
     assert len(marks) == 4
     main(config, console=Console(file=io.StringIO()))
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")} == marks
-    assert (folder / "conclusion.txt").read_text() == said
+    assert (folder / "conclusion.txt").read_text() == text

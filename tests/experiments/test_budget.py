@@ -37,8 +37,8 @@ def test_the_widths_are_the_solution_of_the_two_equations(routed, width, shared)
     """For any widths of a model, a model of the same costs is found."""
     asked = replace(TINY, moe=replace(TINY.moe, routed=routed, width=width, shared_width=shared))
     want = costs(asked, 128)
-    found = spend(TINY, Budget(want.total, want.activated), context=128)
-    have = costs(found, 128)
+    result = spend(TINY, Budget(want.total, want.activated), context=128)
+    have = costs(result, 128)
     assert have.total == pytest.approx(want.total, rel=budget.TOTAL_TOLERANCE)
     assert have.activated == pytest.approx(want.activated, rel=budget.FLOP_TOLERANCE)
 
@@ -63,13 +63,13 @@ def test_experts_come_in_groups_that_devices_divide():
 
 def test_an_activated_budget_scales_the_backbone():
     """Tests a sixth of MoE-27B's activated parameters: the paper's sweep has 568e6 of 5.7e9."""
-    found = spend(preset("moe-27b"), Budget(5.7e9, 568e6))
-    have = costs(found)
+    result = spend(preset("moe-27b"), Budget(5.7e9, 568e6))
+    have = costs(result)
     assert have.total == pytest.approx(5.7e9, rel=0.005) and have.activated == pytest.approx(
         568e6, rel=0.01
     )
-    assert found.layers < 30 and found.dim < 2560 and found.mla.nope_dim == 128
-    assert found.moe.width / found.dim == pytest.approx(0.6, rel=0.15), (
+    assert result.layers < 30 and result.dim < 2560 and result.mla.nope_dim == 128
+    assert result.moe.width / result.dim == pytest.approx(0.6, rel=0.15), (
         "an expert stays as wide for the width"
     )
 
@@ -79,11 +79,11 @@ def test_scaled_is_itself_at_one_and_fits_together_below():
         like = replace(preset(name), engram=None)
         for factor in (0.05, 0.3, 0.8, 1.0, 1.7):
             # The configs themselves refuse sizes that do not fit together.
-            found = scaled(like, factor)
-            assert found.layers > found.moe.first_dense
+            result = scaled(like, factor)
+            assert result.layers > result.moe.first_dense
         assert scaled(like, 1.0) == like
-    wide = scaled(replace(preset("classroom")), 2.5)
-    assert (wide.dim, wide.layers, wide.gqa.heads, wide.gqa.head_dim) == (160, 5, 10, 16)
+    width = scaled(replace(preset("classroom")), 2.5)
+    assert (width.dim, width.layers, width.gqa.heads, width.gqa.head_dim) == (160, 5, 10, 16)
 
 
 def test_a_memory_keeps_its_place_and_share():
@@ -99,7 +99,7 @@ def test_a_memory_keeps_its_place_and_share():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (Budget(activated=1e6, flops=1e6), "got activated parameters and FLOPs, expected one"),
         (Budget(total=-1.0), "total: got -1, expected a finite number above 0"),
@@ -118,8 +118,8 @@ def test_a_memory_keeps_its_place_and_share():
         ),
     ],
 )
-def test_what_no_model_has_is_refused(wrong, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_no_model_has_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
         spend(TINY, wrong, context=128)
 
 

@@ -13,17 +13,17 @@ from rorqual.experiments.demo import DemoConfig, gate_line, main, verdict
 
 
 @pytest.mark.parametrize(
-    ("moe", "engram", "said"),
+    ("moe", "engram", "message"),
     [
         ([4.0], [3.9], "0.1000 nats a token less than the pure mixture of experts, with one seed"),
         ([4.0, 4.1], [3.9, 4.0], "0.1000 nats a token less .* the seeds agree"),
         ([4.0, 4.1], [3.9, 4.3], "0.0500 nats a token more .* the seeds disagree"),
     ],
 )
-def test_the_verdict_says_no_more_than_the_seeds(moe, engram, said):
+def test_the_verdict_says_no_more_than_the_seeds(moe, engram, message):
     import re
 
-    assert re.search(said, verdict({"moe": moe, "engram": engram}))
+    assert re.search(message, verdict({"moe": moe, "engram": engram}))
 
 
 def test_the_brightest_token_has_the_largest_gate():
@@ -55,8 +55,8 @@ def test_from_nothing_to_a_page_and_again(tmp_path, monkeypatch):
         folder=str(tmp_path / "demo"),
         cache=str(tmp_path / "cache"),
         steps=6,
-        rows=4,
-        length=32,
+        batch_size=4,
+        seq_len=32,
         seeds=2,
     )
     screen = io.StringIO()
@@ -65,8 +65,8 @@ def test_from_nothing_to_a_page_and_again(tmp_path, monkeypatch):
     assert result.report == tmp_path / "demo" / "report.html" and "engram, block 1" in page
     assert {arm: len(values) for arm, values in result.losses.items()} == {"moe": 2, "engram": 2}
     assert (tmp_path / "demo" / "gates.png").stat().st_size > 1000
-    said = screen.getvalue()
-    assert "rorqual generate" in said and "FLOPs differ" not in said and "whale" in said
+    message = screen.getvalue()
+    assert "rorqual generate" in message and "FLOPs differ" not in message and "whale" in message
 
     monkeypatch.setattr(
         demo,

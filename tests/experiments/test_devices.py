@@ -28,7 +28,7 @@ MEMORY = EngramConfig(layers=(0, 2), rows_per_head=(151, 157), heads=2, head_dim
 TINY = replace(preset("tiny"), engram=MEMORY)
 
 
-def held(tensors) -> int:
+def bytes_of(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -37,19 +37,19 @@ def test_bytes_are_those_of_the_optimizer(kind):
     model = LanguageModel(TINY)
     optimizer = Optimizer(model, OptimConfig(kind=kind))
     role, state = roles(model), optimizer.state_dict()
-    found = estimate(TINY, Machine(optimizer=kind, devices=1)).roles
-    assert found.keys() == set(role.values())
-    for name, kept in found.items():
-        own = [each for each, what in role.items() if what == name]
-        assert kept.parameters == sum(optimizer.parameters[each].numel() for each in own)
-        assert kept.weights == held(optimizer.parameters[each] for each in own)
+    result = estimate(TINY, Machine(optimizer=kind, devices=1)).roles
+    assert result.keys() == set(role.values())
+    for name, cached in result.items():
+        ours = [each for each, what in role.items() if what == name]
+        assert cached.parameters == sum(optimizer.parameters[each].numel() for each in ours)
+        assert cached.weights == bytes_of(optimizer.parameters[each] for each in ours)
         states = [
             tensor
             for key, tensor in state.items()
-            if any(key.startswith(f"{each}.") for each in own)
+            if any(key.startswith(f"{each}.") for each in ours)
         ]
-        assert kept.state == held(states)
-    assert sum(kept.state for kept in found.values()) == held(state.values())
+        assert cached.state == bytes_of(states)
+    assert sum(cached.state for cached in result.values()) == bytes_of(state.values())
 
 
 def test_gradients_are_those_of_a_step():
@@ -63,19 +63,19 @@ def test_gradients_are_those_of_a_step():
     for table in model.tables:
         # The trainer's optimizer sets it, too.
         table.sparse = True
-    ids = torch.randint(0, TINY.vocabulary, (1, 9))
+    ids = torch.randint(0, TINY.vocab_size, (1, 9))
     model.loss(ids, ids.roll(-1, 1)).total.backward()
     rows = [table.weight.grad.coalesce() for table in model.tables]
-    found = estimate(TINY, Machine(devices=1, step_tokens=9)).roles
-    most = found["rows"].gradients
-    assert held([g.values() for g in rows]) + held([g.indices() for g in rows]) <= most
-    assert most == 2 * 9 * 4 * (8 * 4 + 8), "two tables, nine tokens, four rows each"
-    dense = held(
+    result = estimate(TINY, Machine(devices=1, step_tokens=9)).roles
+    largest = result["rows"].gradients
+    assert bytes_of([g.values() for g in rows]) + bytes_of([g.indices() for g in rows]) <= largest
+    assert largest == 2 * 9 * 4 * (8 * 4 + 8), "two tables, nine tokens, four rows each"
+    dense = bytes_of(
         p.grad
         for name, p in model.named_parameters()
         if roles(model)[name] != "rows" and p.grad is not None
     )
-    assert dense == sum(kept.gradients for role, kept in found.items() if role != "rows")
+    assert dense == sum(cached.gradients for role, cached in result.items() if role != "rows")
     many = estimate(TINY, Machine(devices=1, step_tokens=1 << 20)).roles["rows"]
     assert many.gradients == sum(table.rows for table in model.tables) * (8 * 4 + 8), (
         "no more rows than there are"
@@ -85,24 +85,24 @@ def test_gradients_are_those_of_a_step():
 def test_seconds_by_hand(monkeypatch):
     monkeypatch.setitem(DEVICES, "toy", Device(flops=1e9, memory=1e12, bandwidth=1e8, link=1e7))
     machine = Machine(device="toy", devices=2, utilisation=0.5, step_tokens=64, optimizer="adamw")
-    found = estimate(TINY, machine, 128)
-    assert found.compute == pytest.approx(3 * costs(TINY, 128).flops_per_token * 64 / 1e9)
-    dense = [kept for role, kept in found.roles.items() if role != "rows"]
-    moved = sum(2 * kept.weights + kept.gradients + 2 * kept.state for kept in dense)
-    assert found.update == pytest.approx(moved / 2e8)
+    result = estimate(TINY, machine, 128)
+    assert result.compute == pytest.approx(3 * costs(TINY, 128).flops_per_token * 64 / 1e9)
+    dense = [cached for role, cached in result.roles.items() if role != "rows"]
+    moved = sum(2 * cached.weights + cached.gradients + 2 * cached.state for cached in dense)
+    assert result.update == pytest.approx(moved / 2e8)
     read, touched = 64 * 4 * 2 * 8 * 4, 2 * 64 * 4 * 8 * 4
-    assert found.rows == pytest.approx((2 * read + 7 * touched) / 2e8)
-    assert found.step == pytest.approx(found.compute + found.update + found.rows)
-    assert found.device_bytes == pytest.approx(
-        sum(sum(kept[1:]) for kept in found.roles.values()) / 2, abs=1
+    assert result.rows == pytest.approx((2 * read + 7 * touched) / 2e8)
+    assert result.step == pytest.approx(result.compute + result.update + result.rows)
+    assert result.device_bytes == pytest.approx(
+        sum(sum(cached[1:]) for cached in result.roles.values()) / 2, abs=1
     )
-    host = estimate(TINY, replace(machine, tables="host"), 128)
+    host = estimate(TINY, replace(machine, placement="host"), 128)
     assert (
         host.rows == pytest.approx(read / 2e7)
         and host.step == max(host.compute, host.rows) + host.update
     )
-    assert host.host_bytes == sum(found.roles["rows"][1:])
-    assert host.device_bytes == pytest.approx(found.device_bytes - host.host_bytes / 2, abs=1)
+    assert host.host_bytes == sum(result.roles["rows"][1:])
+    assert host.device_bytes == pytest.approx(result.device_bytes - host.host_bytes / 2, abs=1)
 
 
 def test_this_machine_is_measured():
@@ -111,11 +111,11 @@ def test_this_machine_is_measured():
         "no machine is slower or faster"
     )
     assert measured.memory == doctor.memory()
-    found = estimate(TINY, usual_machine(10**6), 128)
-    assert found.compute == pytest.approx(
+    result = estimate(TINY, usual_machine(10**6), 128)
+    assert result.compute == pytest.approx(
         3 * costs(TINY, 128).flops_per_token * 4096 / (0.4 * measured.flops)
     )
-    assert found.fits
+    assert result.fits
     assert usual_machine(10**6).device == "cpu" and usual_machine(10**9) == Machine()
 
 
@@ -135,7 +135,7 @@ def test_mtp_is_trained_too(monkeypatch, depth):
     )
     moe = with_mtp.moe
     weights -= depth * (moe.routed - moe.active) * 3 * with_mtp.dim * moe.width
-    weights += depth * with_mtp.vocabulary * with_mtp.dim
+    weights += depth * with_mtp.vocab_size * with_mtp.dim
     more = estimate(with_mtp, machine, 128).compute - estimate(TINY, machine, 128).compute
     assert more == pytest.approx(3 * 2 * weights * 10 / 1e9, rel=5e-3), (
         "norms scale, and count as weights there"
@@ -168,7 +168,7 @@ def test_a_model_without_memory_has_no_rows_and_a_large_one_does_not_fit():
     # The model has half of the blocks, and all of the memory.
     large = replace(preset("engram-40b"), layers=15)
     here, there = (
-        estimate(large, Machine(devices=3, tables=tables)) for tables in ("device", "host")
+        estimate(large, Machine(devices=3, placement=tables)) for tables in ("device", "host")
     )
     assert not here.fits and here.roles["rows"].parameters / 1e9 == pytest.approx(18.53, abs=0.01)
     assert there.fits and there.device_bytes < DEVICES["h100"].memory < here.device_bytes
@@ -176,7 +176,7 @@ def test_a_model_without_memory_has_no_rows_and_a_large_one_does_not_fit():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"device": "h10"}, "did you mean 'h100'"),
         ({"devices": 0}, "devices: got 0, expected at least 1"),
@@ -185,8 +185,8 @@ def test_a_model_without_memory_has_no_rows_and_a_large_one_does_not_fit():
         ({"utilisation": 1.5}, "utilisation: got 1.5"),
     ],
 )
-def test_what_is_no_machine_is_refused(wrong, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_is_no_machine_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
         Machine(**wrong)
 
 

@@ -38,8 +38,8 @@ TINY = NeedleSweep(
         layers=(0,), rows_per_head=(31, 31), heads=1, head_dim=4, conv=False, canonical=False
     ),
     steps=4,
-    rows=4,
-    length=32,
+    batch_size=4,
+    seq_len=32,
     seeds=2,
     workers=1,
 )
@@ -65,37 +65,37 @@ def test_every_kind_is_entered_twice_and_is_sparse():
     assert all(
         (model.mla is None) == (name[:3] in ("gqa", "nsa", "mob")) for name, model in models.items()
     )
-    assert {model.vocabulary for model in models.values()} == {NeedleSweep().needles.vocabulary}
-    length = NeedleSweep().length
+    assert {model.vocab_size for model in models.values()} == {NeedleSweep().needles.vocab_size}
+    length = NeedleSweep().seq_len
     nsa, moba, dsa = models["nsa"].nsa, models["moba"].moba, models["dsa"].dsa
-    assert nsa.chosen * nsa.select_block + nsa.window <= length // 2
-    assert moba.chosen * moba.block <= length // 2 and dsa.chosen <= length // 2
+    assert nsa.top_k * nsa.select_block + nsa.window <= length // 2
+    assert moba.top_k * moba.block <= length // 2 and dsa.top_k <= length // 2
     assert [arm.name for arm in arms(NeedleSweep(kinds=("dsa",), memory="on"))] == ["dsa-engram"]
 
 
 def test_overall_is_the_mean_of_the_tasks():
-    found = {
+    item = {
         column(task, 32): share for task, share in zip(TASKS, (1.0, 0.5, 0.25, 0.25), strict=True)
     }
-    assert overall(found, 32) == 0.5
+    assert overall(item, 32) == 0.5
 
 
 def test_the_conclusion_says_no_more_than_the_seeds():
     config = replace(TINY, kinds=("gqa", "nsa"), memory="both", seeds=3)
-    found = {
+    results = {
         "gqa": scores(0.90, 0.91, 0.92),
         "gqa-engram": scores(0.95, 0.85, 0.99),
         "nsa": scores(0.50, 0.52, 0.51),
         "nsa-engram": scores(0.95, 0.96, 0.97),
     }
-    said = conclusion(config, arms(config), found)
-    assert said.startswith("nsa-engram found most (0.960 of the answers at 32 tokens, 3 seeds); ")
-    assert "nsa against gqa -0.400 +- 0.006, established;" in said
-    assert "nsa-engram against gqa-engram +0.030 +- 0.040, not established" in said
-    assert "gqa-engram against gqa +0.020 +- 0.040, not established" in said
-    assert "nsa-engram against nsa +0.450 +- 0.006, established" in said
+    text = conclusion(config, arms(config), results)
+    assert text.startswith("nsa-engram found most (0.960 of the answers at 32 tokens, 3 seeds); ")
+    assert "nsa against gqa -0.400 +- 0.006, established;" in text
+    assert "nsa-engram against gqa-engram +0.030 +- 0.040, not established" in text
+    assert "gqa-engram against gqa +0.020 +- 0.040, not established" in text
+    assert "nsa-engram against nsa +0.450 +- 0.006, established" in text
     one = conclusion(
-        replace(config, seeds=1), arms(config), {name: each[:1] for name, each in found.items()}
+        replace(config, seeds=1), arms(config), {name: each[:1] for name, each in results.items()}
     )
     assert "1 seed)" in one and "nsa against gqa -0.400, not established" in one
     assert ", established" not in one
@@ -107,19 +107,19 @@ def test_a_kind_without_its_full_one_is_compared_with_nothing():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"seeds": 0}, "seeds: got 0"),
         ({"kinds": []}, "kinds: got"),
         ({"kinds": ["gqa", "gqa"]}, "kinds: got"),
         ({"kinds": ["linear"]}, "linear"),
         ({"memory": "maybe"}, "'maybe'"),
-        ({"length": 0}, "length: got 0"),
+        ({"seq_len": 0}, "seq_len: got 0"),
         ({"needles": {"asked": 90}}, "expected 90"),
     ],
 )
-def test_a_wrong_sweep_is_refused(change, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_wrong_sweep_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
         from_dict(NeedleSweep, change)
 
 
@@ -134,14 +134,18 @@ def test_from_nothing_to_the_table_and_again(tmp_path):
         ("nsa", "False", "0"),
     }
     wholes = [r for r in read if not r["part"]]
-    assert len(wholes) == 2 * len(TASKS) * 3 and {r["length"] for r in wholes} == {"16", "32", "64"}
+    assert len(wholes) == 2 * len(TASKS) * 3 and {r["seq_len"] for r in wholes} == {
+        "16",
+        "32",
+        "64",
+    }
     assert all(0 <= float(r["accuracy"]) <= 1 for r in read) and {
         int(r["part"]) for r in read if r["part"]
     } <= set(range(DEPTHS))
-    for name in ("length", "depth", "length-engram", "depth-engram"):
+    for name in ("seq_len", "depth", "length-engram", "depth-engram"):
         assert (folder / f"{name}.svg").read_text().startswith("<?xml")
-    said = (folder / "conclusion.txt").read_text().strip()
-    assert "nsa-engram against nsa" in said and said[:40] in heard.getvalue()
+    text = (folder / "conclusion.txt").read_text().strip()
+    assert "nsa-engram against nsa" in text and text[:40] in heard.getvalue()
     assert "chance: any value" in heard.getvalue() and "0.250" in heard.getvalue()
     one = [r for r in wholes if r["engram"] == "False"]
     metrics = [
@@ -149,7 +153,7 @@ def test_from_nothing_to_the_table_and_again(tmp_path):
         for line in (folder / "nsa-seed-0" / "metrics.jsonl").read_text().splitlines()
     ]
     assert all(
-        float(r["accuracy"]) == metrics[-1][column(r["task"], int(r["length"]))] for r in one
+        float(r["accuracy"]) == metrics[-1][column(r["task"], int(r["seq_len"]))] for r in one
     )
 
     marks = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
@@ -160,4 +164,4 @@ def test_from_nothing_to_the_table_and_again(tmp_path):
     assert [path.parent.name for path in marks if again[path] != marks[path]] == [
         "nsa-engram-seed-0"
     ]
-    assert (folder / "conclusion.txt").read_text().strip() == said
+    assert (folder / "conclusion.txt").read_text().strip() == text

@@ -53,10 +53,10 @@ def test_factors_of_many_seeds_are_students(freedom, t):
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_a_run_that_diverged_establishes_nothing(wrong):
-    for own, other in (([wrong, 3.0, 3.0], [9.0, 9.0, 9.1]), ([3.0, 3.0, 3.1], [9.0, wrong, 9.0])):
-        mean, error = difference(own, other)
+    for ours, other in (([wrong, 3.0, 3.0], [9.0, 9.0, 9.1]), ([3.0, 3.0, 3.1], [9.0, wrong, 9.0])):
+        mean, error = difference(ours, other)
         assert math.isnan(mean) and math.isnan(error) and not established(mean, error, 3)
-        assert compared("a", "b", own, other) == "a against b no number, not established"
+        assert compared("a", "b", ours, other) == "a against b no number, not established"
     assert all(map(math.isnan, mean_and_error([wrong])))
 
 

@@ -53,11 +53,11 @@ def test_the_papers_models():
 
 
 @settings(max_examples=10, deadline=None)
-@given(rows=st.integers(30, 5000), heads=st.integers(1, 8), head_dim=st.sampled_from([4, 8]))
+@given(batch_size=st.integers(30, 5000), heads=st.integers(1, 8), head_dim=st.sampled_from([4, 8]))
 def test_the_rows_solved_for_are_the_closest(rows, heads, head_dim):
     memory = EngramConfig(heads=heads, head_dim=head_dim)
 
-    def held(count):
+    def total_rows(count):
         return sum(row_totals(replace(memory, rows_per_head=(count, count)))) * head_dim
 
     empty = replace(TINY, hyper=None, engram=replace(memory, rows_per_head=(2, 2)))
@@ -65,10 +65,10 @@ def test_the_rows_solved_for_are_the_closest(rows, heads, head_dim):
     target = spent._replace(
         total=spent.total - spent.memory + rows * memory.rows_per_token * head_dim
     )
-    found = _solve_rows(target, empty, memory, 128).rows_per_head[0]
+    result = _solve_rows(target, empty, memory, 128).rows_per_head[0]
     free = rows * memory.rows_per_token * head_dim
-    assert abs(held(found) - free) == min(
-        abs(held(count) - free) for count in range(max(2, rows - 99), rows + 9)
+    assert abs(total_rows(result) - free) == min(
+        abs(total_rows(count) - free) for count in range(max(2, rows - 99), rows + 9)
     )
 
 
@@ -116,11 +116,11 @@ def test_rho_outside_is_refused(rho):
 def test_no_experts_and_no_room_are_refused():
     with pytest.raises(ValueError, match="without experts"):
         split_budget(replace(TINY, moe=None), 0.5)
-    wide = EngramConfig(heads=8, head_dim=64)
+    width = EngramConfig(heads=8, head_dim=64)
     with pytest.raises(ValueError, match=r"rho: got a memory of -?[\d,]+ parameters.*lower rho"):
-        split_budget(replace(TINY, moe=replace(TINY.moe, width=4)), 0.9, wide, context=128)
+        split_budget(replace(TINY, moe=replace(TINY.moe, width=4)), 0.9, width, context=128)
     with pytest.raises(ValueError, match=r"projections of [\d,]+ FLOPs.*narrow the memory"):
-        split_budget(TINY, 0.5, wide, context=128, pays="memory")
+        split_budget(TINY, 0.5, width, context=128, pays="memory")
 
 
 @settings(max_examples=15, deadline=None)
@@ -143,15 +143,15 @@ def test_every_arm_has_the_budget(name, rho, total, activated, flops):
     budget = Budget(
         have.total * max(activated, 1.0) * total, *((None, second) if flops else (second, None))
     )
-    said = ""
+    text = ""
     try:
         plan = plan_budget(like, budget, rho, context=256)
     except ValueError as error:
-        said = str(error)
-    event(said.partition(":")[0] or "planned")
-    if said:
+        text = str(error)
+    event(text.partition(":")[0] or "planned")
+    if text:
         assert re.match(
-            r"(total|activated|flops_per_token|rho|engram|budget): got .*expected", said
+            r"(total|activated|flops_per_token|rho|engram|budget): got .*expected", text
         )
         return
     assert plan.moe.costs.total == pytest.approx(budget.total, rel=TOTAL_TOLERANCE)

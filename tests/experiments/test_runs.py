@@ -92,18 +92,18 @@ def test_a_folder_in_which_somebody_trains_is_waited_for_and_left_alone(tmp_path
     assert (job.folder / "train.json").is_file() and not (tmp_path / "one.before-1").exists()
 
 
-def test_a_loss_that_is_no_number_is_told_by_its_own_code(tmp_path, monkeypatch):
+def test_a_loss_that_is_no_number_is_given_by_its_own_code(tmp_path, monkeypatch):
     job = _job(tmp_path / "one")
-    said = [Diverged("got no finite loss in 10 steps in a row"), RuntimeError("out of memory")]
+    text = [Diverged("got no finite loss in 10 steps in a row"), RuntimeError("out of memory")]
     configs.save(job.config, job.folder / "train.json")
 
     def broken(config):
-        raise said[0]
+        raise text[0]
 
     monkeypatch.setattr(runs, "train", broken)
     assert not job.diverged()
     assert main(str(job.folder / "train.json")) == runs.DIVERGED_CODE and job.diverged()
-    assert (job.folder / runs.DIVERGED).read_text() == f"{said.pop(0)}\n"
+    assert (job.folder / runs.DIVERGED).read_text() == f"{text.pop(0)}\n"
     assert not _job(tmp_path / "one", seed=1).diverged(), "it was another run's loss"
     with pytest.raises(RuntimeError, match="out of memory"):
         main(str(job.folder / "train.json"))
@@ -154,7 +154,7 @@ def test_a_bad_config_file_is_named(tmp_path):
 
 
 SMALL = ModelConfig(
-    vocabulary=300,
+    vocab_size=300,
     dim=16,
     layers=1,
     dense_width=16,
@@ -175,14 +175,14 @@ def _data(tmp_path):
 @pytest.mark.slow
 def test_a_run_that_diverges_leaves_the_others_and_is_not_repeated(tmp_path):
     config = TrainConfig(
-        model=SMALL, data=_data(tmp_path), steps=4, rows=2, length=32, skip_limit=2
+        model=SMALL, data=_data(tmp_path), steps=4, batch_size=2, seq_len=32, skip_limit=2
     )
     fast = replace(
         config, optim=OptimConfig(kind="adamw", lr=1e30), folder=str(tmp_path / "runs" / "fast")
     )
     jobs = [Job("fast", fast), Job("slow", replace(config, folder=str(tmp_path / "runs" / "slow")))]
-    told = Console(file=io.StringIO())
-    run(jobs, workers=1, console=told, diverging=True)
+    text = Console(file=io.StringIO())
+    run(jobs, workers=1, console=text, diverging=True)
     assert [(job.diverged(), job.finished()) for job in jobs] == [(True, False), (False, True)]
     assert last(jobs[0].folder, "validation_loss") == {} != last(jobs[1].folder, "validation_loss")
     assert (
@@ -190,10 +190,10 @@ def test_a_run_that_diverges_leaves_the_others_and_is_not_repeated(tmp_path):
         in (jobs[0].folder / runs.DIVERGED).read_text()
     )
     mark = (jobs[0].folder / "log.txt").stat().st_mtime_ns
-    run(jobs, console=told, diverging=True)
+    run(jobs, console=text, diverging=True)
     assert (jobs[0].folder / "log.txt").stat().st_mtime_ns == mark
     with pytest.raises(RuntimeError, match=r"run fast ended with code 3(.|\n)*no finite gradient"):
-        run(jobs, console=told)
+        run(jobs, console=text)
 
 
 # It starts four processes, each of which takes seconds.
@@ -206,7 +206,7 @@ def test_killed_in_the_middle_it_goes_on_and_repeats_nothing(tmp_path, hit):
     next call.
     """
     data = _data(tmp_path)
-    config = TrainConfig(model=SMALL, data=data, steps=100, rows=2, length=32, save_every=10)
+    config = TrainConfig(model=SMALL, data=data, steps=100, batch_size=2, seq_len=32, save_every=10)
     jobs = seeded(tmp_path / "runs", "arm", config, 2)
     configs.save(config, tmp_path / "config.json")
     (tmp_path / "sweep.py").write_text(

@@ -31,12 +31,12 @@ SMALL = {
 
 
 def test_every_way_is_measured(tmp_path: Path) -> None:
-    told: list[str] = []
-    lines = tables.bench(tables.BenchConfig(folder=str(tmp_path), **SMALL), told.append)
+    text: list[str] = []
+    lines = tables.bench(tables.BenchConfig(folder=str(tmp_path), **SMALL), text.append)
     assert [line.name for line in lines] == [way.name for way in tables.ways(1)]
     assert len({line.name for line in lines}) == 9
     assert all(line.tokens_per_second > 0 for line in lines)
-    assert told[0].startswith("drawing ")
+    assert text[0].startswith("drawing ")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -46,10 +46,10 @@ def test_ways_that_say_other_ids_are_an_error(
     opened = tables.opened
 
     def changed(config: tables.BenchConfig, folder: Path, placed: TableConfig) -> tables.Tables:
-        found = opened(config, folder, placed)
-        for table in found if placed.placement == "host" else ():
+        result = opened(config, folder, placed)
+        for table in result if placed.placement == "host" else ():
             table.values.fill_(50.0)
-        return found
+        return result
 
     monkeypatch.setattr(tables, "opened", changed)
     with pytest.raises(RuntimeError, match="host memory says other ids than resident"):
@@ -63,13 +63,13 @@ def test_measure_says_what_a_table_gives(tmp_path: Path) -> None:
         Table.of_values(values),
         Table.of_file(write_table(tmp_path / "t", values)),
     ):
-        found = tables.measure(table, rows_per_token=8, seconds=0.02)
-        assert set(found) == {"rows_per_second", "step_p50", "step_p99"}
-        assert all(np.isfinite(value) and value > 0 for value in found.values())
-        assert found["step_p50"] <= found["step_p99"]
+        result = tables.measure(table, rows_per_token=8, seconds=0.02)
+        assert set(result) == {"rows_per_second", "step_p50", "step_p99"}
+        assert all(np.isfinite(value) and value > 0 for value in result.values())
+        assert result["step_p50"] <= result["step_p99"]
 
 
-def said(model: LanguageModel, prompt: list[int], count: int) -> tuple[list, torch.Tensor]:
+def generated(model: LanguageModel, prompt: list[int], count: int) -> tuple[list, torch.Tensor]:
     """Returns the prompt with `count` generated ids, and the logits after all of them."""
     ids = [*prompt, *(step[0] for step in decode(model, [prompt], max_new_tokens=count))]
     with torch.no_grad():
@@ -79,7 +79,7 @@ def said(model: LanguageModel, prompt: list[int], count: int) -> tuple[list, tor
 @pytest.mark.parametrize(
     ("generations", "count"), [(1, 12), pytest.param(64, 64, marks=pytest.mark.slow)]
 )
-def test_generations_are_the_same_bits_from_every_home(
+def test_generations_are_the_same_bits_from_every_placement(
     generations: int, count: int, tmp_path: Path
 ) -> None:
     """Compares ids and logits between placements.
@@ -88,30 +88,30 @@ def test_generations_are_the_same_bits_from_every_home(
     """
     config = tables.BenchConfig(rows=20_000, width=16, dim=32, layers=2)
     folder = tables.drawn(config, tmp_path)
-    homes = [
+    placements = [
         TableConfig(),
         TableConfig(placement="host"),
         TableConfig(placement="host", prefetch=False),
     ]
-    homes += [
+    placements += [
         TableConfig(placement="disk", hot_bytes=hot, prefetch=on)
         for hot in (0, 32, 3200)
         for on in (True, False)
     ]
-    every = [tables.opened(config, folder, home) for home in homes]
+    every = [tables.opened(config, folder, placement) for placement in placements]
     # The model initialises its parameters, which would overwrite resident rows, so it is built with
     # tables on the disk.
     model = tables.model_with(config, every[-1])
     for seed in range(generations):
         prompt = torch.randint(
-            model.config.vocabulary, (5,), generator=torch.Generator().manual_seed(seed)
+            model.config.vocab_size, (5,), generator=torch.Generator().manual_seed(seed)
         ).tolist()
-        found = []
+        results = []
         for each in every:
             model.tables = torch.nn.ModuleList(each)
-            found.append(said(model, prompt, count))
-        assert all(ids == found[0][0] for ids, _ in found)
-        assert all(torch.equal(logits, found[0][1]) for _, logits in found)
+            results.append(generated(model, prompt, count))
+        assert all(ids == results[0][0] for ids, _ in results)
+        assert all(torch.equal(logits, results[0][1]) for _, logits in results)
 
 
 def test_drafts_are_checked_with_rows_from_the_disk(tmp_path: Path) -> None:
@@ -120,14 +120,14 @@ def test_drafts_are_checked_with_rows_from_the_disk(tmp_path: Path) -> None:
     Its result is that of plain decoding.
     """
     config = tables.BenchConfig(rows=5000, width=16, dim=32, layers=2)
-    held = tables.opened(
+    stored = tables.opened(
         config, tables.drawn(config, tmp_path), TableConfig(placement="disk", hot_bytes=64)
     )
-    shape = replace(tables.model_with(config, held).config, mtp=MTPConfig(depth=2))
-    model, prompts = LanguageModel(shape, seed=0, tables=held).eval(), [[3, 1, 4, 1], [5, 9]]
-    read = held[0].metrics()["rows"]
+    shape = replace(tables.model_with(config, stored).config, mtp=MTPConfig(depth=2))
+    model, prompts = LanguageModel(shape, seed=0, tables=stored).eval(), [[3, 1, 4, 1], [5, 9]]
+    read = stored[0].metrics()["rows"]
     drafted = list(speculate(model, prompts, max_new_tokens=20))
-    assert held[0].metrics()["rows"] > read
+    assert stored[0].metrics()["rows"] > read
     assert drafted == list(decode(model, prompts, max_new_tokens=20))
 
 

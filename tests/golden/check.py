@@ -74,7 +74,7 @@ class Item(NamedTuple):
         return f"{'ok   ' if self.right else 'WRONG'} {self.error:9.2e}  {self.name}"
 
 
-def near(name: str, ours: Tensor, expected: Tensor, nothing: float = 0.0) -> Item:
+def close(name: str, ours: Tensor, expected: Tensor, nothing: float = 0.0) -> Item:
     """Compares two tensors, relative to the largest expected value.
 
     The error is inf for another shape or for values that are not finite. The tensors agree if all
@@ -106,10 +106,12 @@ def check_folder(folder: Path) -> Iterator[Item]:
         )
     model, ids, hidden = checkpoints.load(folder, dtype=torch.float32), expected["ids"].long(), []
     hooks = [
-        block.register_forward_pre_hook(lambda _, given: hidden.append(given[0].values[:, :, 0]))
+        block.register_forward_pre_hook(
+            lambda _, arguments: hidden.append(arguments[0].values[:, :, 0])
+        )
         for block in model.blocks
     ]
-    hooks.append(model.norm.register_forward_hook(lambda _, given, out: hidden.append(out)))
+    hooks.append(model.norm.register_forward_hook(lambda _, arguments, out: hidden.append(out)))
     logits = model(ids)
     for hook in hooks:
         hook.remove()
@@ -121,14 +123,14 @@ def check_folder(folder: Path) -> Iterator[Item]:
             yield Item(f"{name}, a block we lack", math.inf)
     pad = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("pad_token_id")
     yield from check_loss(model, ids, expected, pad)
-    for row, said in zip(ids, expected.get("greedy", ids[:0]).long(), strict=False):
-        yield from check_greedy(model, row, said)
+    for row, expected_message in zip(ids, expected.get("greedy", ids[:0]).long(), strict=False):
+        yield from check_greedy(model, row, expected_message)
     if "greedy" not in expected:
         yield absent("greedy")
 
 
 def against(name: str, ours: Tensor, expected: dict[str, Tensor]) -> Item:
-    return near(name, ours, expected[name]) if name in expected else absent(name)
+    return close(name, ours, expected[name]) if name in expected else absent(name)
 
 
 def absent(name: str) -> Item:
@@ -165,14 +167,14 @@ def check_loss(
         (g.abs().max().item() for g in wanted.values()), default=0.0
     )
     for name, gradient in wanted.items():
-        place = place_of(name.removeprefix("grad."), table)
-        if place is None or place.name not in gradients:
+        position = place_of(name.removeprefix("grad."), table)
+        if position is None or position.name not in gradients:
             yield Item(f"{name}, a tensor we lack", math.inf)
             continue
-        ours = place.of(gradients)
-        if place.name == "embed.weight" and pad is not None and ours.shape == gradient.shape:
+        ours = position.of(gradients)
+        if position.name == "embed.weight" and pad is not None and ours.shape == gradient.shape:
             ours, gradient = (torch.cat([rows[:pad], rows[pad + 1 :]]) for rows in (ours, gradient))
-        yield near(name, ours, gradient, nothing)
+        yield close(name, ours, gradient, nothing)
 
 
 def place_of(name: str, table: dict[str, checkpoints.Place]) -> checkpoints.Place | None:
@@ -187,30 +189,30 @@ def place_of(name: str, table: dict[str, checkpoints.Place]) -> checkpoints.Plac
 
 @torch.no_grad()
 def check_greedy(
-    model: LanguageModel, ids: Tensor, expected: Tensor, most: int = 16
+    model: LanguageModel, ids: Tensor, expected: Tensor, limit: int = 16
 ) -> Iterator[Item]:
     """Checks the greedy continuation of the prompt, with a cache and without.
 
-    The prompt is the common beginning of both sequences (`most` ids if all of the expected ids
+    The prompt is the common beginning of both sequences (`limit` ids if all of the expected ids
     agree). Without the cache everything is computed again for every id.
     """
     alike = int((ids[: len(expected)] == expected[: len(ids)]).long().cumprod(0).sum())
-    prompt = expected[None, : alike if alike < len(expected) else most]
+    prompt = expected[None, : alike if alike < len(expected) else limit]
     for name, cache in (("greedy", None), ("greedy, cached", model.new_cache(1))):
-        known, step = prompt, prompt
-        while 0 < known.shape[1] < len(expected):
-            logits = model(known if cache is None else step, cache=cache)[0, -1]
+        reference, step = prompt, prompt
+        while 0 < reference.shape[1] < len(expected):
+            logits = model(reference if cache is None else step, cache=cache)[0, -1]
             step = logits.argmax()[None, None]
-            wanted = expected[known.shape[1]]
+            wanted = expected[reference.shape[1]]
             if step != wanted:
                 ahead = f"{logits.max() - logits[wanted]:.1e}"
                 name += (
-                    f": id {known.shape[1]} is {step.item()}, "
+                    f": id {reference.shape[1]} is {step.item()}, "
                     f"by {ahead} before the expected {wanted.item()}"
                 )
                 break
-            known = torch.cat([known, step], dim=1)
-        yield same(name, known[0].tolist(), expected.tolist())
+            reference = torch.cat([reference, step], dim=1)
+        yield same(name, reference[0].tolist(), expected.tolist())
 
 
 def canonical_map(name: str, folder: Path | None) -> np.ndarray:
@@ -231,9 +233,13 @@ def check_hash(path: Path, tokenizer: Path | None = None) -> Iterator[Item]:
     """Checks everything that determines an address, then every address, for exact equality."""
     for case in json.loads(path.read_text(encoding="utf-8")):
         map_, layers = canonical_map(case["tokenizer"], tokenizer), case["layer_ids"]
-        said = f"{case['tokenizer']} "
-        yield same(said + "canonical size", int(map_.max()) + 1, case["compressed_vocab_size"])
-        yield same(said + "canonical map", digest(map_, "<i4"), case["lookup_sha256_i32le"])
+        expected_message = f"{case['tokenizer']} "
+        yield same(
+            expected_message + "canonical size", int(map_.max()) + 1, case["compressed_vocab_size"]
+        )
+        yield same(
+            expected_message + "canonical map", digest(map_, "<i4"), case["lookup_sha256_i32le"]
+        )
         config = EngramConfig(
             layers=tuple(layers),
             rows_per_head=tuple(case["rows_per_head"]),
@@ -244,16 +250,20 @@ def check_hash(path: Path, tokenizer: Path | None = None) -> Iterator[Item]:
         addresses = Addresses(config, map_)
         fingerprint = addresses.fingerprint()
         for key in ("multipliers", "primes"):
-            yield same(said + key, fingerprint[key], [case[key][str(layer)] for layer in layers])
+            yield same(
+                expected_message + key,
+                fingerprint[key],
+                [case[key][str(layer)] for layer in layers],
+            )
         for number, text in enumerate(case["cases"]):
-            yield from check_text(f"{said}text {number} ", addresses, map_, text)
+            yield from check_text(f"{expected_message}text {number} ", addresses, map_, text)
 
 
 def check_text(
-    said: str, addresses: Addresses, map_: np.ndarray, text: dict[str, Any]
+    message: str, addresses: Addresses, map_: np.ndarray, text: dict[str, Any]
 ) -> Iterator[Item]:
     ids = torch.tensor(text["ids"], dtype=torch.long)
-    yield same(said + "canonical ids", map_[ids.numpy()].tolist(), text["compressed"])
+    yield same(message + "canonical ids", map_[ids.numpy()].tolist(), text["compressed"])
     # [Lm, 1, T, R]
     rows = addresses(ids[None], context(1, len(ids), "cpu")) - addresses.offsets[:, None, None]
     for number, layer in enumerate(addresses.config.layers):
@@ -268,7 +278,7 @@ def check_text(
             "hash_sha256_i64le": digest(local.numpy(), "<i8"),
         }
         for key, value in ours.items():
-            yield same(f"{said}layer {layer} {key}", value, text[key][str(layer)])
+            yield same(f"{message}layer {layer} {key}", value, text[key][str(layer)])
 
 
 def check_forward(path: Path, tokenizer: Path | None = None) -> Iterator[Item]:
@@ -302,13 +312,13 @@ def check_forward(path: Path, tokenizer: Path | None = None) -> Iterator[Item]:
         engram.load_state_dict(ours_of(golden, c["streams"], c["hidden"]))
         hidden = tensors["input.hidden"].clone().requires_grad_()
         table = golden["multi_head_embedding.embedding.weight"].clone().requires_grad_()
-        recalled = table[rows[number]]
-        out = engram(hidden, replace(where, rows=Handle(lambda recalled=recalled: recalled)))
-        yield near(f"layer {layer} out", out, golden["out"])
+        looked_up = table[rows[number]]
+        out = engram(hidden, replace(where, rows=Handle(lambda looked_up=looked_up: looked_up)))
+        yield close(f"layer {layer} out", out, golden["out"])
         (out * golden["grad_out"]).sum().backward()
-        yield near(f"layer {layer} grad_hidden", hidden.grad, golden["grad_hidden"])
-        yield near(f"layer {layer} grad_embedding", table.grad, golden["grad_embedding"])
-        yield near(
+        yield close(f"layer {layer} grad_hidden", hidden.grad, golden["grad_hidden"])
+        yield close(f"layer {layer} grad_embedding", table.grad, golden["grad_embedding"])
+        yield close(
             f"layer {layer} grad_conv",
             engram.conv.grad.reshape(golden["grad_conv"].shape),
             golden["grad_conv"],
@@ -359,11 +369,11 @@ def main() -> int:
     parser.add_argument(
         "--tokenizer", type=Path, help="where the tokenizer.json of an Engram file lies"
     )
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     wrong = unread = 0
-    for path in given.paths:
+    for path in arguments.paths:
         try:
-            for item in check(path, given.tokenizer):
+            for item in check(path, arguments.tokenizer):
                 wrong += not item.right
                 print(item, flush=True)
         except NOT_WHAT_IT_SHOULD_BE as error:

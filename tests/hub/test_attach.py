@@ -126,9 +126,9 @@ def test_identity_at_first_then_detached_bit_for_bit(host, tokenizer):
 
 def test_only_memory_learns(llama, tokenizer):
     memory = attach(llama, tokenizer, (1,), **SMALL)
-    own = {id(p) for p in memory.parameters()}
-    assert own == {id(p) for p in llama.parameters() if p.requires_grad}
-    before = {name: p.detach().clone() for name, p in llama.named_parameters() if id(p) not in own}
+    ours = {id(p) for p in memory.parameters()}
+    assert ours == {id(p) for p in llama.parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in llama.named_parameters() if id(p) not in ours}
     optimizer = torch.optim.AdamW([p for p in llama.parameters() if p.requires_grad], lr=3e-2)
     ids, losses = prompt(4, 12), []
     llama.train()
@@ -172,7 +172,7 @@ def test_crop_repeat_select_and_copy_take_the_memory_along(host, tokenizer):
     wake(attach(host, tokenizer, (0, 2), **SMALL))
     ids, rest = prompt(2, 11), prompt(4, 3)
     cache = host(ids, use_cache=True).past_key_values
-    kept = copy.deepcopy(cache)
+    cached = copy.deepcopy(cache)
     cache.crop(-4)
     cache.batch_repeat_interleave(2)
     cache.reorder_cache(torch.tensor([3, 0, 1, 1]))
@@ -183,7 +183,7 @@ def test_crop_repeat_select_and_copy_take_the_memory_along(host, tokenizer):
     torch.testing.assert_close(
         got, host(whole, use_cache=False).logits[:, 7:], atol=1e-5, rtol=1e-4
     )
-    again = host(rest[:2], past_key_values=kept).logits
+    again = host(rest[:2], past_key_values=cached).logits
     whole = torch.cat([ids, rest[:2]], 1)
     torch.testing.assert_close(
         again, host(whole, use_cache=False).logits[:, 11:], atol=1e-5, rtol=1e-4
@@ -362,10 +362,10 @@ def test_a_conversation_goes_on_with_the_cache_of_its_last_turn(host, tokenizer)
     wake(attach(host, tokenizer, (0, 2), **SMALL))
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     first = host.generate(prompt(2, 5), **options, return_dict_in_generate=True)
-    said = torch.cat([first.sequences, prompt(2, 3)], 1)
-    options["attention_mask"] = torch.ones_like(said)
-    again = host.generate(said, past_key_values=first.past_key_values, **options)
-    assert torch.equal(again, host.generate(said, use_cache=False, **options))
+    text = torch.cat([first.sequences, prompt(2, 3)], 1)
+    options["attention_mask"] = torch.ones_like(text)
+    again = host.generate(text, past_key_values=first.past_key_values, **options)
+    assert torch.equal(again, host.generate(text, use_cache=False, **options))
 
 
 @torch.no_grad()
@@ -373,12 +373,12 @@ def test_any_number_of_tokens_can_be_taken_back(llama, tokenizer):
     wake(attach(llama, tokenizer, (0, 2), **SMALL))
     ids, rest = prompt(2, 150), prompt(2, 5)
     cache = llama(ids, use_cache=True).past_key_values
-    for kept in (149, 30, 1):
-        cache.crop(kept - cache.get_seq_length())
+    for cached in (149, 30, 1):
+        cache.crop(cached - cache.get_seq_length())
         got = llama(rest, past_key_values=cache).logits
-        whole = torch.cat([ids[:, :kept], rest], 1)
+        whole = torch.cat([ids[:, :cached], rest], 1)
         torch.testing.assert_close(
-            got, llama(whole, use_cache=False).logits[:, kept:], atol=1e-5, rtol=1e-4
+            got, llama(whole, use_cache=False).logits[:, cached:], atol=1e-5, rtol=1e-4
         )
         cache.crop(-5)
     cache.reset()
@@ -391,11 +391,11 @@ def test_any_number_of_tokens_can_be_taken_back(llama, tokenizer):
 def test_a_batch_loses_finished_rows_by_index_or_by_mask(llama, tokenizer):
     wake(attach(llama, tokenizer, (0,), **SMALL))
     ids, rest = prompt(3, 6), prompt(2, 3)
-    for kept in (torch.tensor([0, 2]), torch.tensor([True, False, True])):
+    for cached in (torch.tensor([0, 2]), torch.tensor([True, False, True])):
         cache = llama(ids, use_cache=True).past_key_values
-        cache.batch_select_indices(kept)
+        cache.batch_select_indices(cached)
         got = llama(rest, past_key_values=cache).logits
-        whole = torch.cat([ids[kept], rest], 1)
+        whole = torch.cat([ids[cached], rest], 1)
         torch.testing.assert_close(
             got, llama(whole, use_cache=False).logits[:, 6:], atol=1e-5, rtol=1e-4
         )
@@ -488,12 +488,14 @@ def test_new_tokens_behind_a_cache_have_their_whole_gradient(llama, tokenizer):
     loss().backward()
     for weight in (memory.engrams[0].conv, memory.engrams[0].value_proj.weight):
         flat, slope = weight.detach().view(-1), weight.grad.view(-1)
-        at, step = int(slope.abs().argmax()), 1e-3
+        offset, step = int(slope.abs().argmax()), 1e-3
         with torch.no_grad():
-            flat[at] += step
+            flat[offset] += step
             above = loss()
-            flat[at] -= 2 * step
-            torch.testing.assert_close((above - loss()) / (2 * step), slope[at], rtol=1e-2, atol=0)
+            flat[offset] -= 2 * step
+            torch.testing.assert_close(
+                (above - loss()) / (2 * step), slope[offset], rtol=1e-2, atol=0
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -528,13 +530,13 @@ def test_a_copy_of_the_host_has_a_memory_of_its_own(llama, tokenizer):
     memory, ids = attach(llama, tokenizer, (0, 2), **SMALL), prompt()
     wake(memory)
     expected = llama(ids).logits
-    for twin in (copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))):
+    for kernel in (copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))):
         memory.tables[0].weight.add_(1.0)
-        assert torch.equal(twin(ids).logits, expected)
+        assert torch.equal(kernel(ids).logits, expected)
         assert not torch.equal(llama(ids).logits, expected)
         memory.tables[0].weight.sub_(1.0)
-        twin.rorqual_memory.detach()
-        assert not torch.equal(twin(ids).logits, expected)
+        kernel.rorqual_memory.detach()
+        assert not torch.equal(kernel(ids).logits, expected)
         assert llama.rorqual_memory is memory and memory.attached
 
 
@@ -578,11 +580,11 @@ def test_memory_keeps_nothing_of_a_call_alive(llama, tokenizer):
 def test_a_cache_of_another_memory_or_of_no_kind_is_refused(llama, tokenizer):
     memory = attach(llama, tokenizer, (0,), **SMALL)
     cache = llama(prompt()).past_key_values
-    kept = copy.deepcopy(cache)
+    cached = copy.deepcopy(cache)
     memory.detach()
     attach(llama, tokenizer, (0, 1), **SMALL)
     with pytest.raises(ValueError, match="a cache of 9 tokens, 0 of which it has seen"):
-        llama(prompt(2, 1), past_key_values=kept)
+        llama(prompt(2, 1), past_key_values=cached)
     with pytest.raises(ValueError, match="got past_key_values as tuple, expected a Cache"):
         llama(prompt(2, 1), past_key_values=((), ()))
     with pytest.raises(ValueError, match="got a paged cache"):
@@ -604,13 +606,13 @@ def test_models_that_memory_cannot_follow_are_refused(tokenizer):
     minimax = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("minimax", **SIZES | names, head_dim=8, num_local_experts=4)
     )
-    for model, said in (
+    for model, text in (
         (t5, "an encoder and a decoder"),
         (mamba, "takes no past_key_values"),
         (minimax, "its own kind"),
     ):
         keys = model.state_dict().keys()
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=text):
             attach(model, tokenizer, (0,), **SMALL)
         assert model.state_dict().keys() == keys and all(
             p.requires_grad for p in model.parameters()
@@ -619,7 +621,7 @@ def test_models_that_memory_cannot_follow_are_refused(tokenizer):
 
 @pytest.mark.parametrize("kind", ["deepseek_v4", "gemma3n_text"])
 def test_a_model_of_several_streams_is_refused_at_once(kind, tokenizer):
-    own = {
+    ours = {
         "deepseek_v4": {"head_dim": 16, "q_lora_rank": 8, "o_groups": 2, "o_lora_rank": 8,
         "num_key_value_heads": 1,
                         "moe_intermediate_size": 16, "n_routed_experts": 4,
@@ -630,7 +632,7 @@ def test_a_model_of_several_streams_is_refused_at_once(kind, tokenizer):
                          "num_kv_shared_layers": 0, "laurel_rank": 4},
     }  # fmt: skip
     config = AutoConfig.for_model(
-        kind, **SIZES | {"vocab_size": 300, "pad_token_id": 0} | own[kind]
+        kind, **SIZES | {"vocab_size": 300, "pad_token_id": 0} | ours[kind]
     )
     host = AutoModelForCausalLM.from_config(config)
     keys, hooks = host.state_dict().keys(), [len(m._forward_pre_hooks) for m in host.modules()]
@@ -652,14 +654,14 @@ def step(model) -> dict[str, bool]:
         optimizer.zero_grad()
     changed = {name: not torch.equal(before[name], p) for name, p in model.named_parameters()}
     kinds = {"memory": "rorqual_memory", "lora": "lora_"}
-    found = {
+    item = {
         kind: [c for name, c in changed.items() if word in name] for kind, word in kinds.items()
     }
-    found["host"] = [
+    item["host"] = [
         c for name, c in changed.items() if not any(word in name for word in kinds.values())
     ]
-    assert all(found.values())
-    return {kind: all(changes) if any(changes) else False for kind, changes in found.items()}
+    assert all(item.values())
+    return {kind: all(changes) if any(changes) else False for kind, changes in item.items()}
 
 
 @pytest.mark.parametrize(
@@ -714,7 +716,7 @@ def test_the_trainer_of_transformers_trains_memory_alone(llama, tokenizer, tmp_p
     memory, rows = attach(llama, tokenizer, (1,), **SMALL), prompt(8, 12)
     wake(memory)
     before = {name: p.detach().clone() for name, p in llama.named_parameters()}
-    told = {
+    text = {
         "learning_rate": 1e-2,
         "max_steps": 2,
         "save_strategy": "steps",
@@ -724,7 +726,7 @@ def test_the_trainer_of_transformers_trains_memory_alone(llama, tokenizer, tmp_p
     Trainer(
         llama,
         TrainingArguments(
-            str(tmp_path), per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, **told
+            str(tmp_path), per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, **text
         ),
         train_dataset=[{"input_ids": row, "labels": row} for row in rows],
     ).train()
@@ -767,14 +769,14 @@ def test_a_fast_tokenizer_of_transformers_does_as_well(llama, tokenizer):
     fast = PreTrainedTokenizerFast(
         tokenizer_object=copy.deepcopy(tokenizer.backend), eos_token="<|end|>"
     )
-    said = []
-    for given in (tokenizer, fast):
-        memory = attach(llama, given, (1,), **SMALL)
+    text = []
+    for arguments in (tokenizer, fast):
+        memory = attach(llama, arguments, (1,), **SMALL)
         torch.manual_seed(0)
         wake(memory)
-        said.append(llama(prompt()).logits)
+        text.append(llama(prompt()).logits)
         memory.detach()
-    assert torch.equal(*said)
+    assert torch.equal(*text)
 
 
 def test_width_is_that_of_the_hidden_states(tokenizer):
@@ -831,7 +833,7 @@ def test_a_damaged_memory_file_is_refused_and_leaves_the_model_alone(
     about = {
         "config": dict(json.loads(_header(path)["memory"])["config"]),
         "width": 32,
-        "vocabulary": 300,
+        "vocab_size": 300,
     }
     tensors, header = load_file(path), {"format": "rorqual-memory-1"}
     if how == "no_format":
@@ -878,12 +880,12 @@ def test_a_saved_memory_keeps_its_dtype_in_a_host_of_another(llama, tokenizer, t
 
 @torch.no_grad()
 def test_everything_is_held_in_pieces_of_any_size():
-    held, said = Everything(2), torch.arange(60).view(2, 30)
-    at = 0
+    stored, text = Everything(2), torch.arange(60).view(2, 30)
+    offset = 0
     for time in (1, 3, 1, 20, 5, 1):
-        if at == 30:
-            at = 9  # the host's cache was cropped
-        window = held.extend(said[:, at : at + time], Span(at, None))
-        before = torch.nn.functional.pad(said, (2, 0))[:, at : at + 2]
-        assert torch.equal(window, torch.cat([before, said[:, at : at + time]], 1))
-        at += time
+        if offset == 30:
+            offset = 9  # the host's cache was cropped
+        window = stored.extend(text[:, offset : offset + time], Span(offset, None))
+        before = torch.nn.functional.pad(text, (2, 0))[:, offset : offset + 2]
+        assert torch.equal(window, torch.cat([before, text[:, offset : offset + time]], 1))
+        offset += time

@@ -31,7 +31,7 @@ from rorqual.model import LanguageModel, ModelConfig
 from rorqual.serve.decoding import decode
 from rorqual.serve.generate import load
 
-SMALL = {"vocabulary": 290, "dim": 32, "layers": 2, "init_std": 0.2}
+SMALL = {"vocab_size": 290, "dim": 32, "layers": 2, "init_std": 0.2}
 CONFIGS = {
     "all": ModelConfig(
         **SMALL,
@@ -77,7 +77,7 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 def greedy(model, prompts, count=7) -> list[list[int]]:
     return torch.tensor(
-        list(decode(model, prompts, max_new_tokens=count, vocabulary=280))
+        list(decode(model, prompts, max_new_tokens=count, vocab_size=280))
     ).T.tolist()
 
 
@@ -150,12 +150,12 @@ def test_loss_is_the_models(face, model):
     packed = Packing(mask.bool())
     # A loss counts no token after padding.
     following = packed.pack(following.masked_fill(mask == 0, -100))
-    own = model.loss(packed.pack(ids), following, lengths=packed.lengths)
-    torch.testing.assert_close(face(ids, attention_mask=mask, labels=labels).loss, own.next_token)
+    ours = model.loss(packed.pack(ids), following, lengths=packed.lengths)
+    torch.testing.assert_close(face(ids, attention_mask=mask, labels=labels).loss, ours.next_token)
     face.train()
     trained = face(ids, attention_mask=mask, labels=labels).loss
     face.eval()
-    torch.testing.assert_close(trained, own.total)
+    torch.testing.assert_close(trained, ours.total)
     trained.backward()
     assert model.embed.weight.grad is not None
     model.zero_grad()
@@ -207,11 +207,11 @@ def test_pipeline(face, model, tokenizer):
     fast = fast_tokenizer(tokenizer)
     assert fast("A whale").input_ids == [tokenizer.begin_id, *tokenizer.encode("A whale")]
     writer = pipeline("text-generation", model=face, tokenizer=fast)
-    said = writer("A whale", do_sample=False, return_full_text=False, **OPTIONS)[0][
+    text = writer("A whale", do_sample=False, return_full_text=False, **OPTIONS)[0][
         "generated_text"
     ]
-    own = greedy(model, [[tokenizer.begin_id, *tokenizer.encode("A whale")]])[0]
-    assert said == tokenizer.decode(own)
+    ours = greedy(model, [[tokenizer.begin_id, *tokenizer.encode("A whale")]])[0]
+    assert text == tokenizer.decode(ours)
 
 
 @pytest.mark.slow
@@ -257,14 +257,14 @@ def test_tokenizer_files_of_a_run_load_in_transformers(tokenizer, tmp_path):
 
 
 def arguments(folder, **changes) -> TrainingArguments:
-    chosen = {
+    selected = {
         "max_steps": 6,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
         "logging_steps": 1,
     }
-    chosen |= {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "report_to": "none"}
-    return TrainingArguments(output_dir=str(folder), **chosen | changes)
+    selected |= {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "report_to": "none"}
+    return TrainingArguments(output_dir=str(folder), **selected | changes)
 
 
 def examples(count: int = 8) -> list[dict]:
@@ -302,12 +302,14 @@ def test_trainer_sums_micro_batches_as_one_batch(tokenizer, tmp_path):
     torch.testing.assert_close(*trained, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("home", ["host", "disk"])
-def test_training_with_rows_elsewhere_is_refused(home, small_run, tmp_path):
-    model = load(small_run, device="cpu", tables=home).model
+@pytest.mark.parametrize("placement", ["host", "disk"])
+def test_training_with_rows_elsewhere_is_refused(placement, small_run, tmp_path):
+    model = load(small_run, device="cpu", placement=placement).model
     face = RorqualForCausalLM.of(model)
     trainer = Trainer(model=face, args=arguments(tmp_path), train_dataset=examples())
-    with pytest.raises(ValueError, match=rf"got rows on {home}, .* expected them on the device"):
+    with pytest.raises(
+        ValueError, match=rf"got rows on {placement}, .* expected them on the device"
+    ):
         trainer.train()
     ids = torch.tensor([PROMPTS[0]])
     assert face.eval()(ids, labels=ids).loss.isfinite()  # scoring is allowed
@@ -331,10 +333,10 @@ def test_a_run_folder_opens_in_transformers(small_run, tmp_path):
         map(torch.equal, theirs.model.state_dict().values(), run.model.state_dict().values())
     )
     writer = pipeline("text-generation", str(small_run))
-    said = writer("A whale", do_sample=False, max_new_tokens=8, return_full_text=False)[0][
+    text = writer("A whale", do_sample=False, max_new_tokens=8, return_full_text=False)[0][
         "generated_text"
     ]
-    assert said == run.generate("A whale", max_new_tokens=8, temperature=0.0)
+    assert text == run.generate("A whale", max_new_tokens=8, temperature=0.0)
     theirs.save_pretrained(tmp_path)
     again = load(tmp_path, device="cpu").model.state_dict().values()
     assert all(map(torch.equal, again, run.model.state_dict().values()))
@@ -378,7 +380,7 @@ def test_peft_trains_saves_loads_and_merges(face, tmp_path):
     assert adapted(input_ids=ids, labels=ids).loss < first
     adapted.eval()
     expected = adapted(ids).logits.detach()
-    said = adapted.generate(input_ids=ids, do_sample=False, **OPTIONS)
+    text = adapted.generate(input_ids=ids, do_sample=False, **OPTIONS)
     adapted.save_pretrained(tmp_path)
     adapted.unload()
     assert all(torch.equal(tensor, before[name]) for name, tensor in face.state_dict().items())
@@ -388,4 +390,4 @@ def test_peft_trains_saves_loads_and_merges(face, tmp_path):
     merged = again.merge_and_unload()
     assert isinstance(merged, RorqualForCausalLM) and merged.state_dict().keys() == before.keys()
     torch.testing.assert_close(merged(ids).logits, expected, atol=1e-5, rtol=1e-4)
-    assert torch.equal(merged.generate(ids, do_sample=False, **OPTIONS), said)
+    assert torch.equal(merged.generate(ids, do_sample=False, **OPTIONS), text)

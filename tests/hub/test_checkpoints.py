@@ -33,7 +33,7 @@ FOLDERS = ["deepseek_v3_tiny", "deepseek_v2_lite_tiny"]
 
 MLA = MLAConfig(heads=4, q_lora_rank=12, kv_lora_rank=10, nope_dim=6, rope_dim=4, value_dim=5)
 V3 = ModelConfig(
-    vocabulary=61, dim=20, layers=3, dense_width=28, mla=MLA, init_std=0.3,
+    vocab_size=61, dim=20, layers=3, dense_width=28, mla=MLA, init_std=0.3,
     moe=MoEConfig(
         routed=8, active=3, shared=2, width=12, first_dense=1, router=RouterConfig(groups=4,
         groups_kept=2, scale=2.5)
@@ -100,8 +100,8 @@ def test_the_table_covers_our_state_exactly_once(name):
     state = model.state_dict()
     state.pop("head.weight", None) if model.config.tied else None
     covered = dict.fromkeys(state, 0)
-    for place in places(model.config).values():
-        covered[place.name] += place.of(state).numel()
+    for position in places(model.config).values():
+        covered[position.name] += position.of(state).numel()
     assert covered == {key: tensor.numel() for key, tensor in state.items()}
 
 
@@ -166,8 +166,10 @@ def test_a_golden_folder_survives_the_round_trip_bit_for_bit(name, tmp_path):
         config["rope_parameters"] = {
             k: v for k, v in config["rope_parameters"].items() if k != "type"
         }
-    known = theirs[0].keys() - {"max_position_embeddings"}
-    assert {key: theirs[0][key] for key in known} == {key: theirs[1].get(key) for key in known}
+    expected = theirs[0].keys() - {"max_position_embeddings"}
+    assert {key: theirs[0][key] for key in expected} == {
+        key: theirs[1].get(key) for key in expected
+    }
 
 
 def test_mtp_blocks_stand_behind_the_last_as_released(tmp_path):
@@ -208,10 +210,10 @@ def test_mtp_foretells_what_transformers_does_with_the_same_weights(tmp_path):
     ids, cache = torch.randint(61, (1, 12)), MtpCache(config=main.config.get_mtp_config())
     hidden = model.hidden(ids[:, :9])[0]
     for depth in range(2):
-        told = ids[:, 1 + depth : 10 + depth]
+        text = ids[:, 1 + depth : 10 + depth]
         positions = torch.arange(1 + depth, 10 + depth)[None]
-        normed = oracle.forward_layer(depth, hidden, positions, cache, input_ids=told)
-        hidden = model.draft(hidden, told, depth=depth)[0]
+        normed = oracle.forward_layer(depth, hidden, positions, cache, input_ids=text)
+        hidden = model.draft(hidden, text, depth=depth)[0]
         expected = oracle._project_to_logits(normed)
         torch.testing.assert_close(
             model.head(model.mtp[depth].norm(hidden)), expected, rtol=1e-4, atol=1e-4
@@ -287,19 +289,21 @@ def test_float8_shards_are_dequantised(folder):
     model = load(folder)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert {b.dtype for key, b in model.named_buffers() if key.endswith("bias")} == {torch.float32}
-    wide, state = load(folder, dtype=torch.float32), plain.state_dict()
-    for name, place in places(wide.config).items():
+    width, state = load(folder, dtype=torch.float32), plain.state_dict()
+    for name, position in places(width.config).items():
         expected = tensors[name].float()
         if name + "_scale_inv" in tensors:
             expected = dequantise(tensors[name], tensors[name + "_scale_inv"])
-            assert (expected - place.of(state)).abs().max() <= 0.07 * place.of(state).abs().max()
-        assert torch.equal(place.of(wide.state_dict()), expected), name
+            assert (expected - position.of(state)).abs().max() <= 0.07 * position.of(
+                state
+            ).abs().max()
+        assert torch.equal(position.of(width.state_dict()), expected), name
     asked = generate.load(folder, dtype="float32", device="cpu").model.state_dict()
-    assert all(torch.equal(asked[name], tensor) for name, tensor in wide.state_dict().items())
+    assert all(torch.equal(asked[name], tensor) for name, tensor in width.state_dict().items())
     ids = torch.randint(0, 211, (2, 30))
     with torch.no_grad():
         # Some tokens change experts.
-        assert (wide(ids) - plain(ids)).norm() < 0.25 * plain(ids).norm()
+        assert (width(ids) - plain(ids)).norm() < 0.25 * plain(ids).norm()
 
 
 def with_scales(folder: Path, block: object) -> None:
@@ -318,9 +322,9 @@ def test_a_scale_may_belong_to_a_whole_tensor_or_to_other_blocks(folder):
     ):
         save_file({**narrow, "lm_head.weight_scale_inv": scale}, folder / "model.safetensors")
         with_scales(folder, block)
-        found = load(folder, dtype=torch.float32).state_dict()
-        assert torch.equal(found["head.weight"], narrow["lm_head.weight"].float() * 2)
-        assert torch.equal(found["embed.weight"], expected["embed.weight"])
+        result = load(folder, dtype=torch.float32).state_dict()
+        assert torch.equal(result["head.weight"], narrow["lm_head.weight"].float() * 2)
+        assert torch.equal(result["embed.weight"], expected["embed.weight"])
     for block in ([128], "128", [0, 128], [128.0, 128.0], 128):
         with_scales(folder, block)
         with pytest.raises(ValueError, match="weight_block_size: got"):
@@ -334,7 +338,7 @@ def test_loading_never_holds_the_model_twice(tmp_path, sharded):
 
     It is measured in a separate process.
     """
-    config = replace(V3, vocabulary=20_000, dim=256, moe=replace(V3.moe, routed=128, width=128))
+    config = replace(V3, vocab_size=20_000, dim=256, moe=replace(V3.moe, routed=128, width=128))
     export(
         LanguageModel(config, seed=None),
         tmp_path / "model",
@@ -477,8 +481,8 @@ MUTATED = {  # of the golden V3 folder's config.json: every size, halved and enl
 )
 @given(key=st.sampled_from(sorted(MUTATED)), factor=st.sampled_from([0.5, 2, 3, 10**7]))
 def test_a_config_that_disagrees_with_its_tensors_is_refused_with_names(key, factor):
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
         shutil.copy(GOLDEN / "deepseek_v3_tiny" / "model.safetensors", folder)
         description = json.loads((GOLDEN / "deepseek_v3_tiny" / "config.json").read_text()) | {
             "num_key_value_heads": None
@@ -538,12 +542,12 @@ def test_a_lost_a_cut_or_a_strange_tensor_is_named(data):
         tensors[name] = tensor[:-1].clone()
     elif how == "renamed":
         tensors[name + "s"] = tensor
-    with tempfile.TemporaryDirectory() as place:
-        shutil.copy(GOLDEN / "deepseek_v3_tiny" / "config.json", place)
-        save_file(tensors, Path(place) / "model.safetensors")
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(GOLDEN / "deepseek_v3_tiny" / "config.json", folder)
+        save_file(tensors, Path(folder) / "model.safetensors")
         kind = {"lost": "missing", "cut": "misshapen", "renamed": "missing"}[how]
         with pytest.raises(ValueError, match=rf"{kind}: {re.escape(name)}"):
-            load(place)
+            load(folder)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ MLA = MLAConfig(
 
 def test_v3_as_released():
     config = config_of(V3, mtp_depth=1)
-    assert (config.vocabulary, config.dim, config.layers, config.dense_width) == (
+    assert (config.vocab_size, config.dim, config.layers, config.dense_width) == (
         129280,
         7168,
         61,
@@ -160,8 +160,8 @@ def test_a_description_survives_the_round_trip(description):
         "seq_aux",
         "rope_scaling",
     }
-    kept = set(description) - ours - {"max_position_embeddings"}
-    assert {key: again[key] for key in kept} == {key: description[key] for key in kept}
+    cached = set(description) - ours - {"max_position_embeddings"}
+    assert {key: again[key] for key in cached} == {key: description[key] for key in cached}
     theirs = (DeepseekV3Config if description["model_type"] == "deepseek_v3" else DeepseekV2Config)(
         **again
     )
@@ -239,20 +239,20 @@ def test_yarns_length_is_as_transformers_has_it():
         without(V2, "max_position_embeddings"),
         V3 | {"original_max_position_embeddings": 77},
     ):
-        said = description | {"rope_scaling": scaling}
+        text = description | {"rope_scaling": scaling}
         theirs = (
-            DeepseekV3Config if said["model_type"] == "deepseek_v3" else DeepseekV2Config
-        ).from_dict(copy.deepcopy(said))
+            DeepseekV3Config if text["model_type"] == "deepseek_v3" else DeepseekV2Config
+        ).from_dict(copy.deepcopy(text))
         theirs.standardize_rope_params()
         expected = theirs.rope_parameters["original_max_position_embeddings"]
-        assert config_of(said).rope.yarn.original_length == expected
+        assert config_of(text).rope.yarn.original_length == expected
 
 
 NEW_STYLE = {"rope_type": "default", "rope_theta": 5.0}
 
 
 @pytest.mark.parametrize(
-    "said, base, stretched",
+    "message, base, stretched",
     [
         ({"rope_parameters": NEW_STYLE, "rope_theta": 7.0}, 5.0, False),
         ({"rope_parameters": YARN | {"rope_theta": 5.0}}, 5.0, True),
@@ -262,8 +262,8 @@ NEW_STYLE = {"rope_type": "default", "rope_theta": 5.0}
         ({"rope_parameters": NEW_STYLE | {"partial_rotary_factor": 1.0}}, 5.0, False),
     ],
 )
-def test_both_ways_of_writing_rope_are_read_as_transformers_reads_them(said, base, stretched):
-    description = without(V3, "rope_scaling", "rope_theta") | said
+def test_both_ways_of_writing_rope_are_read_as_transformers_reads_them(message, base, stretched):
+    description = without(V3, "rope_scaling", "rope_theta") | message
     theirs = DeepseekV3Config.from_dict(copy.deepcopy(description)).rope_parameters
     assert (theirs["rope_theta"], theirs["rope_type"]) == (base, "yarn" if stretched else "default")
     rope = config_of(description).rope
@@ -313,14 +313,14 @@ def test_what_transformers_reads_past_is_read_past():
     assert config_of(V2 | {"norm_topk_prob": True, "rope_interleave": False}) == config_of(V2)
     assert config_of(without(V3, "n_routed_experts") | {"num_local_experts": 64}).moe.routed == 64
     assert config_of(V2 | {"aux_loss_alpha": 0.0}).moe.balance.expert == 0.0
-    said = {
+    text = {
         "attention_dropout": 0.1,
         "ep_size": 8,
         "moe_layer_freq": 2,
         "pretraining_tp": 4,
         "unheard": [1],
     }
-    assert config_of(V3 | said) == config_of(V3)
+    assert config_of(V3 | text) == config_of(V3)
     assert config_of(V3 | {"rope_scaling": YARN | {"finetuned": True}}) == config_of(V3)
 
 
@@ -334,18 +334,18 @@ def test_what_transformers_reads_past_is_read_past():
     ],
 )
 def test_yarns_factor_on_cos_is_transformers(change):
-    said = V3 | {"rope_scaling": YARN | change}
-    theirs = DeepseekV3Config.from_dict(copy.deepcopy(said))
+    text = V3 | {"rope_scaling": YARN | change}
+    theirs = DeepseekV3Config.from_dict(copy.deepcopy(text))
     frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs)
-    cos, sin = rope_tables(config_of(said).rope, 64, torch.arange(9)[None])
+    cos, sin = rope_tables(config_of(text).rope, 64, torch.arange(9)[None])
     angles = torch.arange(9)[:, None] * frequencies
     torch.testing.assert_close(cos[0], angles.cos() * factor, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(sin[0], angles.sin() * factor, rtol=1e-5, atol=1e-6)
-    again = config_of(published(config_of(said)))
+    again = config_of(published(config_of(text)))
     torch.testing.assert_close(
         rope_tables(again.rope, 64, torch.arange(9)[None])[0], cos, rtol=1e-5, atol=1e-6
     )
-    assert softmax_factor(again.rope) == softmax_factor(config_of(said).rope)
+    assert softmax_factor(again.rope) == softmax_factor(config_of(text).rope)
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ ROWS = st.integers(1, 6).flatmap(
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=ROWS, wide=st.booleans())
-def test_tokens_come_first_and_return_to_their_places(rows, wide):
+@given(rows=ROWS, width=st.booleans())
+def test_tokens_come_first_and_return_to_their_places(rows, width):
     valid = torch.tensor(rows)
     packed, time = Packing(valid), valid.shape[1]
     x = torch.arange(1, 2 * time + 1).view(2, time)
-    x = x[..., None].expand(-1, -1, 3) * 1.0 if wide else x
+    x = x[..., None].expand(-1, -1, 3) * 1.0 if width else x
     front = packed.pack(x)
     for row, length in enumerate(packed.lengths):
         assert length == sum(rows[row])
@@ -47,10 +47,10 @@ def test_a_crop_of_columns_takes_the_tokens_among_them(calls, data):
             columns.select(torch.tensor([1, 1]))
             every = every[[1, 1]]
         count = data.draw(st.integers(0, every.shape[1]))
-        kept = every.shape[1] - count
-        assert columns.crop(count, 2) == every[:, kept:].sum(1).tolist()
-        every = every[:, :kept]
-        assert columns.count == kept
+        cached = every.shape[1] - count
+        assert columns.crop(count, 2) == every[:, cached:].sum(1).tolist()
+        every = every[:, :cached]
+        assert columns.count == cached
     columns.reset()
     assert columns.count == 0
     assert columns.crop(0, 2) == [0, 0]

@@ -65,8 +65,8 @@ def test_the_first_kernel_that_can_run_runs(
     assert operation(FLOATS, INTS) == both
     assert operation(FLOATS, y=None) == both
     assert operation(y=INTS, x=FLOATS) == both
-    chosen = operation.choose(CPU)
-    assert ("reference" if chosen is None else chosen()) == both
+    top_k = operation.choose(CPU)
+    assert ("reference" if top_k is None else top_k()) == both
     if triton is not None:
         assert registered("triton")(FLOATS, INTS) == triton
 

@@ -45,9 +45,9 @@ def inside(x: Tensor) -> Tensor:
     return buffer[:, : x.shape[1]]
 
 
-def hashing(config: EngramConfig, vocabulary: int, top: int) -> tuple[Tensor, ...]:
+def hashing(config: EngramConfig, vocab_size: int, top: int) -> tuple[Tensor, ...]:
     """Returns the map, multipliers, primes and offsets of ids whose largest canonical id is top."""
-    canonical = torch.arange(vocabulary, dtype=torch.int32)
+    canonical = torch.arange(vocab_size, dtype=torch.int32)
     canonical[-1] = top
     primes = find_primes(config)
     flat = primes.reshape(len(primes), -1)
@@ -57,7 +57,7 @@ def hashing(config: EngramConfig, vocabulary: int, top: int) -> tuple[Tensor, ..
 
 def windows(dtype: torch.dtype) -> Arguments:
     """Primes are small and large, heads fill no tile, and ids are the largest possible."""
-    for layers, sizes, heads, batch, time, vocabulary in (
+    for layers, sizes, heads, batch, time, vocab_size in (
         ((0,), (2,), 1, 1, 1, 2),
         ((1, 14), (646_400, 97, 16_000_000), 5, 7, 10, 98_627),
         ((3,), (16_000_000, 2**31 - 1), 3, 1, 67, 90),
@@ -65,9 +65,9 @@ def windows(dtype: torch.dtype) -> Arguments:
         ((0, 2), (31, 67), 2, 3, 0, 9),
     ):
         config, top = EngramConfig(layers=layers, rows_per_head=sizes, heads=heads), 2**31 - 2
-        exact = hashing(config, vocabulary, top)
-        ids = torch.randint(vocabulary, (batch, time + len(sizes)))
-        ids[..., -1] = vocabulary - 1
+        exact = hashing(config, vocab_size, top)
+        ids = torch.randint(vocab_size, (batch, time + len(sizes)))
+        ids[..., -1] = vocab_size - 1
         reach = torch.randint(len(sizes) + 1, (batch, time))
         out = torch.full((len(layers), batch, time, len(sizes) * heads), -1)
         yield ids, None, *exact, top
@@ -84,8 +84,8 @@ def histories(dtype: torch.dtype) -> Arguments:
     config = EngramConfig(layers=(1, 5), rows_per_head=(9001, 77), heads=5)
     exact = hashing(config, 50, 49)
     for batch, time in (1, 1), (3, 5), (64, 1), (65, 1), (2, 70), (1, 0), (0, 1):
-        ids, held = torch.randint(50, (batch, time)), torch.randint(50, (batch, 90))
-        yield ids, held, 4, *exact, 7
+        ids, stored = torch.randint(50, (batch, time)), torch.randint(50, (batch, 90))
+        yield ids, stored, 4, *exact, 7
         yield ids, None, 0, *exact, 7
 
 
@@ -109,10 +109,10 @@ def gates(dtype: torch.dtype) -> Arguments:
         key = hidden * (0.5 + torch.rand(shape)) * torch.randn(shape[:3]).sign()[..., None]
         value = torch.randn(*shape[:2], shape[3])
         query_norm, key_norm, conv_norm = (1 + 0.2 * torch.randn(3, *shape[2:])).to(dtype)
-        live = torch.rand(shape[:2]) < 0.7 if masked else None
+        lookup_mask = torch.rand(shape[:2]) < 0.7 if masked else None
         floats = [x.to(dtype) for x in (hidden, key, value)]
         norms = query_norm, key_norm, conv_norm if conv else None
-        yield *floats, *norms, live, sign, 1.1920929e-7, 1e-5
+        yield *floats, *norms, lookup_mask, sign, 1.1920929e-7, 1e-5
 
 
 STREAMS = (37, 4, 70), (1, 1, 1), (5, 3, 129), (0, 2, 8), (17, 5, 33)  # tokens, streams, width
@@ -123,8 +123,8 @@ def collapsing(dtype: torch.dtype) -> Arguments:
         rows = 2 * count + count**2
         streams = torch.randn(tokens, count, dim).to(dtype)
         m, scale, base = 2 * torch.randn(rows, tokens), torch.rand(3) + 0.5, torch.randn(rows)
-        carried = torch.rand(count, tokens)
-        yield streams, m, scale, base, carried, 20 if case == 0 else 3, 1e-6
+        handed_on = torch.rand(count, tokens)
+        yield streams, m, scale, base, handed_on, 20 if case == 0 else 3, 1e-6
         yield streams, m, scale, base, None, 1, 0.0
 
 
@@ -149,9 +149,9 @@ def last_tokens(batch: int, time: int, length: int) -> Tensor:
     return lengths[:, None] - time + torch.arange(time)
 
 
-def some_blocks(positions: Tensor, choices: int, blocks: int, chosen: int, size: int) -> Tensor:
+def some_blocks(positions: Tensor, choices: int, blocks: int, top_k: int, size: int) -> Tensor:
     """Returns distinct blocks up to each query's own, fewer for some and none for the first."""
-    index = torch.rand(*positions.shape, choices, blocks).argsort(-1)[..., :chosen]
+    index = torch.rand(*positions.shape, choices, blocks).argsort(-1)[..., :top_k]
     seen = index * size <= positions[..., None, None]
     index = index.where((torch.rand(index.shape) < 0.85) & seen, -1)
     index[:1, :1] = -1
@@ -159,13 +159,13 @@ def some_blocks(positions: Tensor, choices: int, blocks: int, chosen: int, size:
 
 
 def selections(
-    dtype: torch.dtype, batch, time, heads, groups, choices, width, depth, length, chosen, size
+    dtype: torch.dtype, batch, time, heads, groups, choices, width, depth, length, top_k, size
 ) -> tuple[Any, ...]:
     query = torch.randn(batch, time, heads, width).to(dtype)
     key = inside(torch.randn(batch, length, groups, width).to(dtype))
     value = inside(torch.randn(batch, length, groups, depth).to(dtype))
     positions = last_tokens(batch, time, length)
-    index = some_blocks(positions, choices, -(-length // size), chosen, size)
+    index = some_blocks(positions, choices, -(-length // size), top_k, size)
     return query, key, value, index, positions, size, width**-0.5
 
 
@@ -205,33 +205,33 @@ def many_selections() -> Arguments:
         yield selections(torch.float32, *shape)
 
 
-def branches(config: NSAConfig, batch, time, heads, groups, widths, length, chosen=None):
+def branches(config: NSAConfig, batch, time, heads, groups, widths, length, top_k=None):
     """Builds the last tokens of sequences of up to `length` for NSA's three branches."""
     positions = last_tokens(batch, time, length)
     blocks = max(0, (length - config.block) // config.stride + 1)
     counts = length, blocks, length
     pairs = [inside(torch.randn(batch, n, groups, width)) for n in counts for width in widths]
     index = None
-    if chosen is not None:
+    if top_k is not None:
         count = -(-length // config.select_block)
-        index = some_blocks(positions, groups, count, chosen, config.select_block)
+        index = some_blocks(positions, groups, count, top_k, config.select_block)
     query = torch.randn(batch, time, heads, widths[0])
     return query, *pairs, index, positions, config, 0.4
 
 
 def few_tokens(dtype: torch.dtype) -> Arguments:
     for config in (
-        NSAConfig(block=4, stride=2, select_block=4, chosen=3, window=5),
-        NSAConfig(block=6, stride=3, select_block=3, chosen=4, window=2),
-        NSAConfig(block=4, stride=4, select_block=4, chosen=3, window=1),
-        NSAConfig(block=2, stride=2, select_block=8, chosen=3, window=7),
-        NSAConfig(block=8, stride=1, select_block=2, chosen=5, window=3),
+        NSAConfig(block=4, stride=2, select_block=4, top_k=3, window=5),
+        NSAConfig(block=6, stride=3, select_block=3, top_k=4, window=2),
+        NSAConfig(block=4, stride=4, select_block=4, top_k=3, window=1),
+        NSAConfig(block=2, stride=2, select_block=8, top_k=3, window=7),
+        NSAConfig(block=8, stride=1, select_block=2, top_k=5, window=3),
     ):
-        for chosen in None, 4:
-            yield branches(config, 3, 1, 6, 2, (6, 5), 40, chosen)
-            yield branches(config, 3, 3, 5, 1, (7, 7), 29, chosen)
-            yield branches(config, 2, 2, 4, 4, (16, 33), 15, chosen)
-            yield branches(config, 1, 1, 16, 2, (3, 1), 200, chosen)
+        for top_k in None, 4:
+            yield branches(config, 3, 1, 6, 2, (6, 5), 40, top_k)
+            yield branches(config, 3, 3, 5, 1, (7, 7), 29, top_k)
+            yield branches(config, 2, 2, 4, 4, (16, 33), 15, top_k)
+            yield branches(config, 1, 1, 16, 2, (3, 1), 200, top_k)
     for batch in 0, 1:
         yield branches(NSAConfig(), batch, 2, 4, 2, (6, 5), 300)
 
@@ -240,13 +240,13 @@ def more_tokens() -> Arguments:
     yield branches(NSAConfig(), 2, 3, 16, 4, (64, 64), 900)
 
 
-def indexed(batch, time, heads, wide, length, own, narrow, most, ties=False) -> tuple[Any, ...]:
+def indexed(batch, time, heads, width, length, ours, narrow, limit, ties=False) -> tuple[Any, ...]:
     """Builds the last `time` of `length` tokens; with `ties`, keys of equal scores."""
-    latent, key = torch.randn(batch, length, wide), torch.randn(batch, length, narrow)
-    looking = torch.randn(batch, time, own, narrow).round()
-    weights = torch.randn(batch, time, own).round()
-    query, key = torch.randn(batch, time, heads, wide), key.round() if ties else key
-    return query, inside(latent), looking, inside(key), weights, most, 0.4
+    latent, key = torch.randn(batch, length, width), torch.randn(batch, length, narrow)
+    looking = torch.randn(batch, time, ours, narrow).round()
+    weights = torch.randn(batch, time, ours).round()
+    query, key = torch.randn(batch, time, heads, width), key.round() if ties else key
+    return query, inside(latent), looking, inside(key), weights, limit, 0.4
 
 
 def best_latents(dtype: torch.dtype) -> Arguments:
@@ -258,9 +258,9 @@ def best_latents(dtype: torch.dtype) -> Arguments:
         (3, 4, 5, 33, 9, 2, 3, 1),
     ):
         for ties in False, True:
-            given = indexed(*shape, ties=ties)
-            yield given
-            yield *given, last_tokens(shape[0], shape[1], shape[4]) + 1
+            arguments = indexed(*shape, ties=ties)
+            yield arguments
+            yield *arguments, last_tokens(shape[0], shape[1], shape[4]) + 1
 
 
 def more_latents() -> Arguments:
@@ -324,7 +324,7 @@ CASES = {
     "collapse": Case(collapsing, triton=3e-6, bfloat16=2**-6),
     "write": Case(writing, triton=3e-6, bfloat16=2**-6),
     "selected_attention": Case(selecting, 6e-7, 3e-6, 2**-5, many_selections),
-    "attend_few": Case(few_tokens, 1.5e-6, large=more_tokens),
+    "attend_small_batch": Case(few_tokens, 1.5e-6, large=more_tokens),
     "attend_best": Case(best_latents, 1e-6, large=more_latents),
     "row_adam": Case(rows_of_adam, 3e-7, large=many_rows_of_adam),
     "sum_rows": Case(repeated_rows, 3e-7, large=many_repeated_rows),
@@ -356,13 +356,13 @@ def test_a_compiled_kernel_gives_the_numbers_of_its_reference(
     name: str, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, threads = CASES[name], torch.get_num_threads()
-    hold(name, "numba", case.arguments, torch.device("cpu"), monkeypatch)
+    check_equal(name, "numba", case.arguments, torch.device("cpu"), monkeypatch)
     large = case.large
     if large is None:
         return
     try:
         torch.set_num_threads(3)
-        hold(name, "numba", lambda dtype: large(), torch.device("cpu"), monkeypatch)
+        check_equal(name, "numba", lambda dtype: large(), torch.device("cpu"), monkeypatch)
     finally:
         torch.set_num_threads(threads)
 
@@ -372,7 +372,7 @@ def test_a_compiled_kernel_gives_the_numbers_of_its_reference(
 def test_a_triton_kernel_gives_the_numbers_of_its_reference(
     name: str, tiled: torch.device, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hold(name, "triton", CASES[name].arguments, tiled, monkeypatch)
+    check_equal(name, "triton", CASES[name].arguments, tiled, monkeypatch)
 
 
 def test_a_kernel_has_the_signature_of_its_reference() -> None:
@@ -387,7 +387,7 @@ def test_a_kernel_has_the_signature_of_its_reference() -> None:
             assert (one.default, one.kind) == (other.default, other.kind), f"{name}: {one}"
 
 
-def hold(
+def check_equal(
     name: str,
     kind: str,
     arguments: Callable[[torch.dtype], Arguments],
@@ -401,10 +401,10 @@ def hold(
     if kernel.missing:
         pytest.skip(kernel.missing)
     monkeypatch.setenv(kernels.VARIABLE, f"{name}={kind}")
-    held = 0
+    stored = 0
     for dtype in torch.float32, torch.bfloat16:
-        for given in arguments(dtype):
-            args = [x.to(device) if isinstance(x, Tensor) else x for x in given]
+        for inputs in arguments(dtype):
+            args = [x.to(device) if isinstance(x, Tensor) else x for x in inputs]
             tensors = [i for i, x in enumerate(args) if isinstance(x, Tensor)]
             # What has no floats is the same for both.
             another = dtype == torch.float32 or dtype in [args[i].dtype for i in tensors]
@@ -426,8 +426,8 @@ def hold(
                     assert (one.dtype, one.shape) == (same.dtype, same.shape), name
                     rounded = one.dtype == torch.bfloat16
                     close(one, expected, getattr(case, "bfloat16" if rounded else kind))
-            held += dtype == torch.float32
-    assert held, f"{name}: the {kind} kernel takes none of the arguments of its case"
+            stored += dtype == torch.float32
+    assert stored, f"{name}: the {kind} kernel takes none of the arguments of its case"
 
 
 def outcome(function: Callable, args: list[Any], kernel: kernels.Kernel) -> list[Tensor | None]:
@@ -480,9 +480,9 @@ def widened(x: Any) -> Any:
 EMPTY = np.empty
 
 
-def poisoned_empty(*given: Any, **named: Any) -> np.ndarray:
+def poisoned_empty(*arguments: Any, **named: Any) -> np.ndarray:
     """np.empty, filled with NaN or -1."""
-    array = EMPTY(*given, **named)
+    array = EMPTY(*arguments, **named)
     array.fill(np.nan if array.dtype.kind == "f" else -1)
     return array
 

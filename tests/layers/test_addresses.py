@@ -105,8 +105,8 @@ def test_rows_are_the_authors(case: dict, kind: str, monkeypatch: pytest.MonkeyP
     for text in case["cases"]:
         ids = torch.tensor([text["compressed"]])
         local = addresses(ids, context(*ids.shape, "cpu")) - addresses.offsets[:, None, None]
-        for place, layer in enumerate(map(str, case["layer_ids"])):
-            got = local[place, 0].numpy().astype("<i8")
+        for index, layer in enumerate(map(str, case["layer_ids"])):
+            got = local[index, 0].numpy().astype("<i8")
             assert got[0].tolist() == text["hash_first"][layer]
             assert got[-1].tolist() == text["hash_last"][layer]
             assert got.sum() == text["hash_sum"][layer]
@@ -124,10 +124,10 @@ class Rows(nn.Module):
         return rows[..., None]
 
 
-def qwen_layers(config: EngramConfig, vocabulary: int) -> list[Qwen4ExpTextNGramEmbedding]:
+def qwen_layers(config: EngramConfig, vocab_size: int) -> list[Qwen4ExpTextNGramEmbedding]:
     """Builds transformers' own modules of this memory; they return row ids in place of rows."""
-    said = Qwen4ExpTextConfig(
-        vocab_size=vocabulary,
+    text = Qwen4ExpTextConfig(
+        vocab_size=vocab_size,
         eos_token_id=config.eos_id,
         ple_layer_ids=[layer + 1 for layer in config.layers],
         ple_embed_dim=config.memory_width,
@@ -138,19 +138,19 @@ def qwen_layers(config: EngramConfig, vocabulary: int) -> list[Qwen4ExpTextNGram
         num_hidden_layers=4,
         hidden_size=48,
     )
-    found = []
-    for place, layer in enumerate(config.layers):
+    results = []
+    for index, layer in enumerate(config.layers):
         with torch.device("meta"):  # the table would not fit
-            module = Qwen4ExpTextNGramEmbedding(said, config.memory_width, layer, place)
+            module = Qwen4ExpTextNGramEmbedding(text, config.memory_width, layer, index)
         drawn = modeling_qwen4_exp._build_layer_multipliers(
-            vocabulary, config.ngram, place, config.seed
+            vocab_size, config.ngram, index, config.seed
         )
         module.layer_multipliers = nn.Buffer(drawn)
         module.ngram_heads_vocab_sizes = nn.Buffer(torch.tensor(module.head_vocab_sizes))
         module.ngram_heads_offsets = nn.Buffer(torch.tensor(module.head_offsets))
-        module.ngram_embedding, module.said = Rows(), said
-        found.append(module)
-    return found
+        module.ngram_embedding, module.ids = Rows(), text
+        results.append(module)
+    return results
 
 
 def qwen_rows(modules: list[Qwen4ExpTextNGramEmbedding], ids: Tensor, splits: list[int]) -> Tensor:
@@ -158,9 +158,9 @@ def qwen_rows(modules: list[Qwen4ExpTextNGramEmbedding], ids: Tensor, splits: li
 
     `splits` are the lengths of the pieces.
     """
-    cache = DynamicCache(config=modules[0].said) if len(splits) > 1 else None
+    cache = DynamicCache(config=modules[0].ids) if len(splits) > 1 else None
     parts = [
-        torch.stack([module(part, cache) for module in modules]) for part in ids.split(splits, 1)
+        torch.stack([module(piece, cache) for module in modules]) for piece in ids.split(splits, 1)
     ]
     return torch.cat(parts, 2)
 
@@ -169,8 +169,8 @@ QWEN = json.loads((GOLDEN / "qwen4_exp_rows.json").read_text(encoding="utf-8"))
 
 
 def qwen_config(case: dict) -> tuple[EngramConfig, int]:
-    said = {name: _tuple(value) for name, value in case["config"].items()}
-    return EngramConfig(**said, generator="splitmix64", canonical=False), case["vocabulary"]
+    text = {name: _tuple(value) for name, value in case["config"].items()}
+    return EngramConfig(**text, generator="splitmix64", canonical=False), case["vocabulary"]
 
 
 QWENS = pytest.mark.parametrize("case", QWEN, ids=lambda case: case["name"])
@@ -184,23 +184,23 @@ def test_rows_are_those_of_qwen(case: dict, kind: str, monkeypatch: pytest.Monke
     The ids come whole, and in two pieces split at every position.
     """
     monkeypatch.setenv(kernels.VARIABLE, f"hash_rows={kind},follow_rows={kind}")
-    config, vocabulary = qwen_config(case)
-    own, theirs = Addresses(config, None, vocabulary), qwen_layers(config, vocabulary)
-    assert own.fingerprint()["multipliers"] == case["multipliers"]
-    assert own.primes.flatten(1).tolist() == [module.head_vocab_sizes for module in theirs]
+    config, vocab_size = qwen_config(case)
+    ours, theirs = Addresses(config, None, vocab_size), qwen_layers(config, vocab_size)
+    assert ours.fingerprint()["multipliers"] == case["multipliers"]
+    assert ours.primes.flatten(1).tolist() == [module.head_vocab_sizes for module in theirs]
     for recorded in case["cases"]:
         ids, rows = torch.tensor([recorded["ids"]]), torch.tensor(recorded["rows"])[:, None]
         length = ids.shape[1]
-        assert torch.equal(own(ids, context(*ids.shape, "cpu")), rows)
+        assert torch.equal(ours(ids, context(*ids.shape, "cpu")), rows)
         assert torch.equal(qwen_rows(theirs, ids, [length]), rows)
-        for at in range(1, length):
-            history, past = own.new_cache(1, 0, torch.float32, torch.device("cpu")), Past()
+        for start in range(1, length):
+            history, past = ours.new_cache(1, 0, torch.float32, torch.device("cpu")), Past()
             pieces = [
-                own(part, context(*part.shape, "cpu", past=past), history)
-                for part in ids.split([at, length - at], 1)
+                ours(piece, context(*piece.shape, "cpu", past=past), history)
+                for piece in ids.split([start, length - start], 1)
             ]
             assert torch.equal(torch.cat(pieces, 2), rows)
-            assert torch.equal(qwen_rows(theirs, ids, [at, length - at]), rows)
+            assert torch.equal(qwen_rows(theirs, ids, [start, length - start]), rows)
 
 
 @QWENS
@@ -213,22 +213,22 @@ def test_rows_of_padded_batches_are_those_of_qwen(
     They come whole and token by token, and once more from the start.
     """
     monkeypatch.setenv(kernels.VARIABLE, f"hash_rows={kind},follow_rows={kind}")
-    config, vocabulary = qwen_config(case)
-    own, theirs = Addresses(config, None, vocabulary), qwen_layers(config, vocabulary)
-    ids = torch.randint(vocabulary, (7, 40))
+    config, vocab_size = qwen_config(case)
+    ours, theirs = Addresses(config, None, vocab_size), qwen_layers(config, vocab_size)
+    ids = torch.randint(vocab_size, (7, 40))
     ids[torch.rand(ids.shape) < 0.25] = config.eos_id
     lengths = [40, 39, 38, 37, 23, 1, 35]
     valid = torch.arange(40) < torch.tensor(lengths)[:, None]
     rows = qwen_rows(theirs, ids, [40])
     junk = ids.masked_fill(~valid, -100)
-    found = own(junk, context(7, 40, "cpu", lengths=lengths))
-    assert torch.equal(found[:, valid], rows[:, valid])
-    history, past = own.new_cache(7, 0, torch.float32, torch.device("cpu")), Past(7)
+    result = ours(junk, context(7, 40, "cpu", lengths=lengths))
+    assert torch.equal(result[:, valid], rows[:, valid])
+    history, past = ours.new_cache(7, 0, torch.float32, torch.device("cpu")), Past(7)
     for t in range(40):
         ctx = context(7, 1, "cpu", lengths=valid[:, t].long(), past=past)
-        found = own(junk[:, t : t + 1], ctx, history)
-        assert torch.equal(found[:, valid[:, t], 0], rows[:, valid[:, t], t])
-    assert torch.equal(own(ids, context(7, 40, "cpu"), history), qwen_rows(theirs, ids, [40]))
+        result = ours(junk[:, t : t + 1], ctx, history)
+        assert torch.equal(result[:, valid[:, t], 0], rows[:, valid[:, t], t])
+    assert torch.equal(ours(ids, context(7, 40, "cpu"), history), qwen_rows(theirs, ids, [40]))
 
 
 @pytest.mark.parametrize("generator", ["numpy", "splitmix64"])
@@ -245,18 +245,18 @@ def test_an_end_of_text_hides_what_came_before(generator: str) -> None:
         dead_tokens=(5,),
         generator=generator,
     )
-    own = Addresses(config, torch.arange(30) // 2, 30)
+    ours = Addresses(config, torch.arange(30) // 2, 30)
     ids = torch.tensor([[11, 12, 4, 13, 14, 5, 15, 4, 4, 16]])
-    rows = own(ids, context(1, 10, "cpu"))
-    for begin, end in ((3, 6), (6, 8), (8, 9), (9, 10)):
-        alone = own(ids[:, begin:end], context(1, end - begin, "cpu"))
-        assert torch.equal(alone, rows[:, :, begin:end])
-    documents = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
+    rows = ours(ids, context(1, 10, "cpu"))
+    for start, end in ((3, 6), (6, 8), (8, 9), (9, 10)):
+        alone = ours(ids[:, start:end], context(1, end - start, "cpu"))
+        assert torch.equal(alone, rows[:, :, start:end])
+    document_ids = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
     assert torch.equal(
-        own(ids, context(1, 10, "cpu", documents=documents))[:, :, 1:],
-        own(ids[:, 1:], context(1, 9, "cpu")),
+        ours(ids, context(1, 10, "cpu", document_ids=document_ids))[:, :, 1:],
+        ours(ids[:, 1:], context(1, 9, "cpu")),
     )
-    assert torch.equal(own.lookup_mask(ids, context(1, 10, "cpu")), ids != 5)
+    assert torch.equal(ours.lookup_mask(ids, context(1, 10, "cpu")), ids != 5)
 
 
 def test_another_generator_is_another_model() -> None:
@@ -345,13 +345,15 @@ def test_two_mixes_share_few_heads() -> None:
     A shared head's prime divides the difference of the mixes, which is below 2^63, so primes with a
     larger product cannot all be shared.
     """
-    for rows, most in ((650_000, 3), (2_300_000, 2)):
+    for rows, largest in ((650_000, 3), (2_300_000, 2)):
         primes = (
             find_primes(EngramConfig(layers=(1, 14), rows_per_head=(rows, rows), heads=8))
             .flatten()
             .tolist()
         )
-        assert math.prod(sorted(primes)[: most + 1]) > 2**63 > math.prod(sorted(primes)[:most])
+        assert (
+            math.prod(sorted(primes)[: largest + 1]) > 2**63 > math.prod(sorted(primes)[:largest])
+        )
     first, second = (
         np.random.default_rng(seed).integers(0, 2**63 - 1, (500_000, 1)) for seed in (1, 2)
     )
@@ -366,9 +368,9 @@ def test_two_n_grams_share_few_heads(data: st.DataObject) -> None:
 
     The mixes differ by a multiple of as many primes as stay below 2^63.
     """
-    rows, most = data.draw(st.sampled_from([(650_000, 3), (2_300_000, 2), (16_000_000, 2)]))
+    rows, largest = data.draw(st.sampled_from([(650_000, 3), (2_300_000, 2), (16_000_000, 2)]))
     primes = find_primes(EngramConfig(rows_per_head=(rows,), heads=8)).flatten()
-    shared = math.prod(data.draw(st.permutations(primes.tolist()))[:most])
+    shared = math.prod(data.draw(st.permutations(primes.tolist()))[:largest])
     first = data.draw(st.integers(0, 2**63 - 1 - shared))
     second = first + shared * data.draw(st.integers(1, (2**63 - 1 - first) // shared))
     mixes = torch.tensor([[first, 0], [second, 0]])  # as multipliers of the id 1, two layers
@@ -380,7 +382,7 @@ def test_two_n_grams_share_few_heads(data: st.DataObject) -> None:
     got = hash_rows.reference(
         torch.tensor([[0, 1]]), None, torch.arange(2, dtype=torch.int32), *exact, 0
     )
-    assert most <= (got[0] == got[1]).sum() <= most
+    assert largest <= (got[0] == got[1]).sum() <= largest
 
 
 def test_no_pair_of_many_n_grams_shares_more_than_three_heads() -> None:
@@ -404,8 +406,8 @@ def test_no_pair_of_many_n_grams_shares_more_than_three_heads() -> None:
 
 @EVERY
 def test_rows_are_written_where_memory_is_given(rows_of) -> None:
-    own = Addresses(EngramConfig(layers=(1, 5), rows_per_head=(9001, 77), heads=5), None, 50)
-    exact = (own.canonical_map, own.multipliers, own.primes, own.offsets, 7)
+    ours = Addresses(EngramConfig(layers=(1, 5), rows_per_head=(9001, 77), heads=5), None, 50)
+    exact = (ours.canonical_map, ours.multipliers, ours.primes, ours.offsets, 7)
     ids, out = torch.randint(50, (3, 9)), torch.full((2, 3, 7, 10), -1)
     got = rows_of(ids, None, *exact, out=out)
     assert got.data_ptr() == out.data_ptr()
@@ -456,42 +458,42 @@ def test_what_a_kernel_noted_of_one_model_is_never_used_for_another(how: str) ->
 
 def test_ids_of_32_bits_are_remembered_as_any_others() -> None:
     """The history began with padding and is used again without it."""
-    own = Addresses(EngramConfig(layers=(1,), rows_per_head=(9001, 77), heads=2), None, 50)
+    ours = Addresses(EngramConfig(layers=(1,), rows_per_head=(9001, 77), heads=2), None, 50)
     ids, history = (
         torch.randint(50, (2, 6), dtype=torch.int32),
-        own.new_cache(2, 8, torch.float32, torch.device("cpu")),
+        ours.new_cache(2, 8, torch.float32, torch.device("cpu")),
     )
-    own(ids, context(2, 6, "cpu", lengths=[6, 4]), history)
+    ours(ids, context(2, 6, "cpu", lengths=[6, 4]), history)
     assert torch.equal(
-        own(ids, context(2, 6, "cpu"), history), own(ids.long(), context(2, 6, "cpu"))
+        ours(ids, context(2, 6, "cpu"), history), ours(ids.long(), context(2, 6, "cpu"))
     )
 
 
 def test_memory_of_long_calls_is_taken_again_only_when_nobody_holds_it() -> None:
     """Tests calls with and without a history, and after a call whose id was refused."""
-    own = Addresses(EngramConfig(layers=(1, 5), rows_per_head=(9001, 77), heads=5), None, 50)
+    ours = Addresses(EngramConfig(layers=(1, 5), rows_per_head=(9001, 77), heads=5), None, 50)
     first, second, third = torch.randint(50, (3, 2, WORTH_KEEPING))
     where, names = (
         context(*first.shape, "cpu"),
         ("canonical_map", "multipliers", "primes", "offsets"),
     )
     with pytest.raises(ValueError, match="got id 50"):
-        own(torch.full_like(first, 50), where)
-    kept = [
-        own(first, where),
-        own(second, where, own.new_cache(2, 0, torch.float32, torch.device("cpu"))),
+        ours(torch.full_like(first, 50), where)
+    cached = [
+        ours(first, where),
+        ours(second, where, ours.new_cache(2, 0, torch.float32, torch.device("cpu"))),
     ]
-    dropped = own(third, where).data_ptr()
-    assert len({*(rows.data_ptr() for rows in kept), dropped}) == 3
-    for ids, rows in zip((first, second), kept, strict=True):
+    dropped = ours(third, where).data_ptr()
+    assert len({*(rows.data_ptr() for rows in cached), dropped}) == 3
+    for ids, rows in zip((first, second), cached, strict=True):
         assert torch.equal(
             rows,
             hash_rows.reference(
-                F.pad(ids, (2, 0)), None, *(getattr(own, name) for name in names), 0
+                F.pad(ids, (2, 0)), None, *(getattr(ours, name) for name in names), 0
             ),
         )
-    again = kept.pop(0).data_ptr()
-    assert own(third, where).data_ptr() == again
+    again = cached.pop(0).data_ptr()
+    assert ours(third, where).data_ptr() == again
 
 
 @settings(max_examples=40, deadline=None)
@@ -517,12 +519,12 @@ def test_ids_that_follow_others_in_any_pieces(data: st.DataObject) -> None:
     assert torch.equal(
         whole, hash_rows.reference(plain, None, *(getattr(addresses, name) for name in names), 0)
     )
-    history, past, at = addresses.new_cache(1, 0, torch.float32, torch.device("cpu")), Past(), 0
+    history, past, offset = addresses.new_cache(1, 0, torch.float32, torch.device("cpu")), Past(), 0
     for length in [*lengths, 1]:
-        part = ids[:, at : at + length]
-        got = addresses(part, context(*part.shape, "cpu", past=past), history)
-        assert torch.equal(got, whole[:, :, at : at + length])
-        at += length
+        piece = ids[:, offset : offset + length]
+        got = addresses(piece, context(*piece.shape, "cpu", past=past), history)
+        assert torch.equal(got, whole[:, :, offset : offset + length])
+        offset += length
     alone = addresses(ids[-1:], context(1, ids.shape[1], "cpu"))
     assert torch.equal(alone, whole[:, -1:])
 
@@ -569,7 +571,7 @@ def test_saved_addresses_load_and_bring_the_map() -> None:
     assert json.loads(json.dumps(saved.fingerprint()))["canonical_sha256"] == digest
 
 
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("message", [True, False])
 @pytest.mark.parametrize(
     ("config", "canonical", "names"),
     [
@@ -584,11 +586,11 @@ def test_saved_addresses_load_and_bring_the_map() -> None:
     ],
 )
 def test_another_models_addresses_are_refused(
-    told: bool, config: EngramConfig, canonical: Tensor, names: str
+    message: bool, config: EngramConfig, canonical: Tensor, names: str
 ) -> None:
     saved = Addresses(config, canonical, 30)
-    ours = Addresses(EngramConfig(), torch.arange(30) if told else None, 30)
-    if not told and "canonical" in names:
+    ours = Addresses(EngramConfig(), torch.arange(30) if message else None, 30)
+    if not message and "canonical" in names:
         ours.load_state_dict(saved.state_dict())  # a model without a map takes the saved one
         return
     with pytest.raises(ValueError, match=names):
@@ -596,26 +598,26 @@ def test_another_models_addresses_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [("multipliers", "multipliers"), ("primes", "primes"), ("canonical_sha256", "canonical map")],
 )
-def test_each_of_the_three_is_named_when_it_alone_differs(name: str, said: str) -> None:
+def test_each_of_the_three_is_named_when_it_alone_differs(name: str, message: str) -> None:
     state = Addresses(EngramConfig(), torch.arange(30), 30).state_dict()
     state[name] = state[name].clone()
     state[name].view(-1)[-1] ^= 2
     with pytest.raises(
         ValueError,
-        match=rf"got a checkpoint with other {said} than this model's, .* take its tokenizer",
+        match=rf"got a checkpoint with other {message} than this model's, .* take its tokenizer",
     ):
         Addresses(EngramConfig(), torch.arange(30), 30).load_state_dict(state)
 
 
-@pytest.mark.parametrize("vocabulary", [29, 31])
-def test_a_checkpoint_of_another_vocabulary_is_refused(vocabulary: int) -> None:
+@pytest.mark.parametrize("vocab_size", [29, 31])
+def test_a_checkpoint_of_another_vocab_size_is_refused(vocab_size: int) -> None:
     state = Addresses(EngramConfig(), torch.arange(30), 30).state_dict()
     for canonical in (None, torch.arange(29)):
         with pytest.raises(ValueError, match=r"other canonical map than .* take its tokenizer"):
-            Addresses(EngramConfig(), canonical, vocabulary).load_state_dict(state)
+            Addresses(EngramConfig(), canonical, vocab_size).load_state_dict(state)
 
 
 def test_a_damaged_map_is_refused_by_its_digest() -> None:
@@ -673,7 +675,7 @@ def test_keys_a_token_has(gating: str, gates: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "canonical", "vocabulary", "reason"),
+    ("config", "canonical", "vocab_size", "reason"),
     [
         ({}, torch.arange(9), 8, "got 9 ids, expected at most"),
         ({}, torch.tensor([0, 2]), 2, "got gaps"),
@@ -694,18 +696,18 @@ def test_keys_a_token_has(gating: str, gates: int) -> None:
     ],
 )
 def test_bad_maps_are_refused(
-    config: dict, canonical: Tensor | None, vocabulary: int | None, reason: str
+    config: dict, canonical: Tensor | None, vocab_size: int | None, reason: str
 ) -> None:
     with pytest.raises(ValueError, match=reason):
-        Addresses(EngramConfig(**config), canonical, vocabulary)
+        Addresses(EngramConfig(**config), canonical, vocab_size)
 
 
 @pytest.mark.interpreted
 def test_tiles_refuse_ids_outside_the_tokenizer(tiled: torch.device) -> None:
     # On an accelerator a failed device assertion makes it unusable for the process.
     if tiled.type == "cpu":
-        own = Addresses(EngramConfig(), None, 9)
-        exact = own.canonical_map, own.multipliers, own.primes, own.offsets, own.pad
+        ours = Addresses(EngramConfig(), None, 9)
+        exact = ours.canonical_map, ours.multipliers, ours.primes, ours.offsets, ours.pad
         for bad in (-1, -100, 9, 2**40):
             with pytest.raises(IndexError, match="no canonical id"):
                 hash_rows.choice.load("triton")(torch.tensor([[3, bad, 0, 1, 2]]), None, *exact)

@@ -54,19 +54,19 @@ def test_attend_takes_any_two_widths_on_the_fused_path(widths, poisoned):
 def test_one_query_a_row_by_groups(heads, groups, length, dtype, masked, poisoned):
     """Compares outputs and gradients."""
     shapes = (2, 1, heads, 6), (2, length, groups, 6), (2, length, groups, 5)
-    given = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    arguments = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
     mask = (
         torch.rand(2, 1, 1, length) < 0.5
         if masked
         else torch.ones(2, 1, 1, length, dtype=torch.bool)
     )
     mask[..., 0] = True
-    out = attend(*given, 0.3, mask if masked else None)
-    expected = exactly(*given, 0.3, mask).to(dtype)
+    out = attend(*arguments, 0.3, mask if masked else None)
+    expected = exactly(*arguments, 0.3, mask).to(dtype)
     close = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 2e-2}
     torch.testing.assert_close(out, expected, **close)
     pull = torch.randn_like(out)
-    both = (torch.autograd.grad(each, given, pull) for each in (out, expected))
+    both = (torch.autograd.grad(each, arguments, pull) for each in (out, expected))
     for ours, theirs in zip(*both, strict=True):
         torch.testing.assert_close(ours, theirs, **close)
 

@@ -59,34 +59,35 @@ def build(name: str, dim: int = 24, rope: RopeConfig | None = None) -> nn.Module
     return layer
 
 
-def run(layer, hidden, past=None, cache=None, rope=None, **known):
+def run(layer, hidden, past=None, cache=None, rope=None, **expected):
     rope = rope or RopeConfig(base=50.0, yarn=YARN), layer.rope_dim
-    kept = BlockCache(cache) if cache is not None else None
+    cached = BlockCache(cache) if cache is not None else None
     return layer(
-        hidden, context(*hidden.shape[:2], hidden.device, past=past, rope=rope, cache=kept, **known)
+        hidden,
+        context(*hidden.shape[:2], hidden.device, past=past, rope=rope, cache=cached, **expected),
     )[0]
 
 
-def in_pieces(layer, hidden, pieces, **known):
+def in_pieces(layer, hidden, pieces, **expected):
     """Returns the layer's output when the tokens come in calls of these lengths."""
-    past, cache, begin, outs = (
+    past, cache, start, outs = (
         Past(2),
         layer.new_cache(hidden.shape[0], 8, hidden.dtype, hidden.device),
         0,
         [],
     )
     for time in pieces:
-        part = slice(begin, begin + time)
+        chunk = slice(start, start + time)
         outs.append(
             run(
                 layer,
-                hidden[:, part],
+                hidden[:, chunk],
                 past=past,
                 cache=cache,
-                **{name: x[:, part] for name, x in known.items()},
+                **{name: x[:, chunk] for name, x in expected.items()},
             )
         )
-        begin += time
+        start += time
     return torch.cat(outs, 1)
 
 
@@ -103,10 +104,12 @@ def test_the_last_token_alone_gets_what_it_gets_among_all(name, before):
         if before:
             run(layer, hidden[:, :before], past=past, cache=cache)
         rest = [length - before for length in lengths]
-        known = {"past": past, "cache": cache, "last_only": True, "lengths": rest}
-        found = run(layer, hidden[:, before:], **known)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-        assert found.shape[1] == 1
+        reference = {"past": past, "cache": cache, "last_only": True, "lengths": rest}
+        result = run(layer, hidden[:, before:], **reference)
+        torch.testing.assert_close(
+            result, expected, rtol=0, atol=1e-5 * expected.abs().max().item()
+        )
+        assert result.shape[1] == 1
 
 
 @pytest.mark.parametrize("name", RELEASES)
@@ -155,10 +158,10 @@ def test_calls_in_pieces_equal_one_call(name, pieces):
 @torch.no_grad()
 def test_calls_in_pieces_equal_one_call_with_documents(name, pieces):
     layer, hidden = build(name), torch.randn(2, 13, 24)
-    documents = torch.tensor([[0] * 4 + [1] * 9, [3] * 7 + [4] * 6])
+    document_ids = torch.tensor([[0] * 4 + [1] * 9, [3] * 7 + [4] * 6])
     torch.testing.assert_close(
-        in_pieces(layer, hidden, pieces, documents=documents),
-        run(layer, hidden, documents=documents),
+        in_pieces(layer, hidden, pieces, document_ids=document_ids),
+        run(layer, hidden, document_ids=document_ids),
         rtol=1e-5,
         atol=1e-5,
     )
@@ -179,8 +182,8 @@ def test_mla_absorbed_equals_expanded(name, form, monkeypatch):
     monkeypatch.setattr(layer, "_absorbing_is_cheaper", lambda time: form == "absorbed")
     past, cache = Past(2), layer.new_cache(2, 150, hidden.dtype, hidden.device)
     outs = [
-        run(layer, part, past=past, cache=cache, rope=rope)
-        for part in hidden.split([100, 1, 49], 1)
+        run(layer, piece, past=past, cache=cache, rope=rope)
+        for piece in hidden.split([100, 1, 49], 1)
     ]
     assert used == ["expanded"] + 2 * [form]
     whole = run(layer, hidden, rope=rope)
@@ -239,8 +242,8 @@ def test_later_tokens_and_other_documents_do_not_matter(name):
     layer, hidden = build(name), torch.randn(1, 9, 24, requires_grad=True)
     (seen,) = torch.autograd.grad(run(layer, hidden)[0, 5].sum(), hidden)
     assert not seen[0, 6:].any() and seen[0, 4:6].any()
-    documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]])
-    (seen,) = torch.autograd.grad(run(layer, hidden, documents=documents)[0, 5].sum(), hidden)
+    document_ids = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]])
+    (seen,) = torch.autograd.grad(run(layer, hidden, document_ids=document_ids)[0, 5].sum(), hidden)
     assert not seen[0, :4].any() and seen[0, 4].any()
 
 
@@ -248,7 +251,7 @@ def test_later_tokens_and_other_documents_do_not_matter(name):
 @torch.no_grad()
 def test_a_packed_document_equals_the_document_alone(name):
     layer, hidden = build(name), torch.randn(1, 9, 24)
-    packed = run(layer, hidden, documents=torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]]))
+    packed = run(layer, hidden, document_ids=torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]]))
     torch.testing.assert_close(packed[:, 4:], run(layer, hidden[:, 4:]), rtol=1e-5, atol=1e-5)
 
 
@@ -385,18 +388,28 @@ class Net(nn.Module):
         )
         make = {
             "nsa": lambda **tile: NSA(NSAConfig(**SPARSE, **tile), gqa, dim, rope),
-            "moba": lambda **tile: MoBA(MoBAConfig(block=4, chosen=4, **tile), gqa, dim, rope),
-            "dsa": lambda: DSA(DSAConfig(heads=2, dim=8, chosen=20), mla, dim, rope),
+            "moba": lambda **tile: MoBA(MoBAConfig(block=4, top_k=4, **tile), gqa, dim, rope),
+            "dsa": lambda: DSA(DSAConfig(heads=2, dim=8, top_k=20), mla, dim, rope),
         }[kind.split()[0]]
-        known = {"choice": "tile"} if kind.endswith("tile") else {}
+        expected = {"choice": "tile"} if kind.endswith("tile") else {}
         self.rope, self.embed = rope, nn.Embedding(24, dim)
-        self.layers = nn.ModuleList(make(**known) for _ in range(2))
+        self.layers = nn.ModuleList(make(**expected) for _ in range(2))
         self.norms = nn.ModuleList(RMSNorm(dim) for _ in range(3))
 
-    def forward(self, ids, past=None, caches=(None, None), indexer_losses=None, **known):
-        warm, rope = None if indexer_losses is None else False, (self.rope, self.layers[0].rope_dim)
+    def forward(self, ids, past=None, caches=(None, None), indexer_losses=None, **expected):
+        indexer_warmup, rope = (
+            None if indexer_losses is None else False,
+            (self.rope, self.layers[0].rope_dim),
+        )
         ctx, hidden = (
-            context(*ids.shape, ids.device, past=past, rope=rope, warm=warm, **known),
+            context(
+                *ids.shape,
+                ids.device,
+                past=past,
+                rope=rope,
+                indexer_warmup=indexer_warmup,
+                **expected,
+            ),
             self.embed(ids),
         )
         for attention, norm, cache in zip(self.layers, self.norms, caches, strict=False):
@@ -409,7 +422,7 @@ class Net(nn.Module):
         return self.norms[2](hidden) @ self.embed.weight.T
 
 
-SPARSE = {"block": 8, "stride": 4, "select_block": 4, "chosen": 4, "window": 6}
+SPARSE = {"block": 8, "stride": 4, "select_block": 4, "top_k": 4, "window": 6}
 
 
 @pytest.mark.parametrize("kind", ["nsa", "nsa tile", "moba", "moba tile", "dsa"])
@@ -420,18 +433,18 @@ def test_a_trained_net_decodes_what_one_call_gives(kind):
     """
     net = Net(kind)
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
-    found = []
+    results = []
     for _ in range(30):
         half = torch.randint(24, (8, 24))
         ids, indexer_losses = torch.cat([half, half], 1), []
         loss = nn.functional.cross_entropy(
             net(ids, indexer_losses=indexer_losses)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
         )
-        found.append(loss.item())
+        results.append(loss.item())
         optimiser.zero_grad()
         (loss + sum(indexer_loss.loss for indexer_loss in indexer_losses)).backward()
         optimiser.step()
-    assert found[-1] < 0.98 * found[0]
+    assert results[-1] < 0.98 * results[0]
     half = torch.randint(24, (3, 35))
     ids = torch.cat([half, half], 1)
     with torch.no_grad():
@@ -442,11 +455,11 @@ def test_a_trained_net_decodes_what_one_call_gives(kind):
                 [layer.new_cache(3, 70, torch.float32, ids.device) for layer in net.layers],
             )
             outs = net(ids[:, :30], past, caches, lengths=lengths)
-            found = [[row[:length]] for row, length in zip(outs, lengths, strict=True)]
+            results = [[row[:length]] for row, length in zip(outs, lengths, strict=True)]
             for time in [1] * 30 + [3, 2, 1, 4]:
                 rows = zip(ids, past.lengths, strict=True)
-                part = torch.stack([row[begin : begin + time] for row, begin in rows])
-                for row, out in zip(found, net(part, past, caches), strict=True):
+                piece = torch.stack([row[start : start + time] for row, start in rows])
+                for row, out in zip(results, net(piece, past, caches), strict=True):
                     row.append(out)
-            for row, length, whole in zip(found, lengths, expected, strict=True):
+            for row, length, whole in zip(results, lengths, expected, strict=True):
                 torch.testing.assert_close(torch.cat(row), whole[: length + 40], atol=1e-4, rtol=0)

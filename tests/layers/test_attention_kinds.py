@@ -27,19 +27,19 @@ from rorqual.layers.moba import MoBAConfig
 from rorqual.layers.nsa import NSAConfig
 from rorqual.model import LanguageModel, ModelConfig
 
-VOCABULARY = 40
+VOCAB_SIZE = 40
 TILE = 20  # more than the few new tokens that are read in place, so that both ways are met
 EXACTNESS = {torch.float64: 1e-10, torch.float32: 2e-5}
 
 GQA = GQAConfig(heads=4, kv_heads=2, head_dim=8, value_dim=6)
-NSA = NSAConfig(block=4, stride=2, select_block=4, chosen=3, window=5)
+NSA = NSAConfig(block=4, stride=2, select_block=4, top_k=3, window=5)
 # Small latents are absorbed and gathered as soon as there is a cache; large ones are expanded and
 # masked, until there are many keys.
 SMALL_LATENT = MLAConfig(heads=3, kv_lora_rank=4, nope_dim=8, rope_dim=4, value_dim=8)
 LARGE_LATENT = MLAConfig(
     heads=3, q_lora_rank=10, kv_lora_rank=32, nope_dim=4, rope_dim=4, value_dim=6
 )
-DSA = DSAConfig(heads=3, dim=8, chosen=5)
+DSA = DSAConfig(heads=3, dim=8, top_k=5)
 KINDS = {
     "mla": {"mla": SMALL_LATENT},
     "mla-large": {"mla": LARGE_LATENT},
@@ -49,18 +49,18 @@ KINDS = {
     "nsa": {"gqa": GQA, "nsa": NSA},
     "nsa-pieces": {
         "gqa": dataclasses.replace(GQA, kv_heads=1),
-        "nsa": NSAConfig(block=6, stride=3, select_block=3, chosen=4, window=2),
+        "nsa": NSAConfig(block=6, stride=3, select_block=3, top_k=4, window=2),
     },
     "nsa-tile": {"gqa": GQA, "nsa": dataclasses.replace(NSA, choice="tile")},
-    "moba": {"gqa": GQA, "moba": MoBAConfig(block=4, chosen=2)},
-    "moba-tile": {"gqa": GQA, "moba": MoBAConfig(block=8, chosen=2, choice="tile")},
+    "moba": {"gqa": GQA, "moba": MoBAConfig(block=4, top_k=2)},
+    "moba-tile": {"gqa": GQA, "moba": MoBAConfig(block=8, top_k=2, choice="tile")},
     "moba-full-last": {
         "gqa": dataclasses.replace(GQA, kv_heads=4),
-        "moba": MoBAConfig(block=5, chosen=3, choice="tile", full_layers=1),
+        "moba": MoBAConfig(block=5, top_k=3, choice="tile", full_layers=1),
         "layers": 2,
     },
     "dsa": {"mla": SMALL_LATENT, "dsa": DSA},
-    "dsa-large": {"mla": LARGE_LATENT, "dsa": dataclasses.replace(DSA, chosen=7)},
+    "dsa-large": {"mla": LARGE_LATENT, "dsa": dataclasses.replace(DSA, topk_indices=7)},
 }
 # How a model computes: its dtype, and RORQUAL_KERNELS. Every kernel computes in float32.
 MODES = {
@@ -101,7 +101,7 @@ def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tor
 @functools.cache
 def build(kind: str, dtype: torch.dtype) -> LanguageModel:
     """Returns a small model whose attention changes its results much."""
-    sizes = {"vocabulary": VOCABULARY, "dim": 16, "layers": 1, "dense_width": 12, "mla": None}
+    sizes = {"vocab_size": VOCAB_SIZE, "dim": 16, "layers": 1, "dense_width": 12, "mla": None}
     model = LanguageModel(ModelConfig(rope=RopeConfig(base=50.0), **sizes | KINDS[kind]))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -112,10 +112,10 @@ def build(kind: str, dtype: torch.dtype) -> LanguageModel:
     return model.to(dtype).requires_grad_(False)
 
 
-def close(found: Tensor, expected: Tensor) -> None:
+def close(result: Tensor, expected: Tensor) -> None:
     scale = max(1.0, expected.abs().max().item())
     tolerance = EXACTNESS[expected.dtype] * scale
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+    torch.testing.assert_close(result, expected, atol=tolerance, rtol=0)
 
 
 @functools.lru_cache(maxsize=64)
@@ -125,7 +125,7 @@ def alone(model: LanguageModel, ids: tuple[int, ...]) -> Tensor:
 
 
 def drawn(*shape: int) -> Tensor:
-    return torch.randint(VOCABULARY, shape)
+    return torch.randint(VOCAB_SIZE, shape)
 
 
 class Rows:
@@ -137,7 +137,7 @@ class Rows:
     def __init__(self, model: LanguageModel, batch: int):
         self.model, self.cache = model, model.new_cache(batch, capacity=8)
         self.ids: list[list[int]] = [[] for _ in range(batch)]
-        self.documents: list[list[int]] = [[] for _ in range(batch)]
+        self.document_ids: list[list[int]] = [[] for _ in range(batch)]
         self.results: list[dict[int, Tensor]] = [{} for _ in range(batch)]
 
     def append(
@@ -151,41 +151,43 @@ class Rows:
         batch = len(self.ids)
         counts = counts * batch if len(counts) == 1 else counts
         ids = drawn(batch, max(counts))
-        documents = torch.zeros_like(ids)
-        for row, own in enumerate(self.documents):
-            document = own[-1] if own else 0
+        document_ids = torch.zeros_like(ids)
+        for row, ours in enumerate(self.document_ids):
+            document = ours[-1] if ours else 0
             for t in range(ids.shape[1]):
-                document += begins is not None and t in begins[row] and (t > 0 or bool(own))
-                documents[row, t] = document
-        found, _ = self.model.hidden(
+                document += begins is not None and t in begins[row] and (t > 0 or bool(ours))
+                document_ids[row, t] = document
+        result, _ = self.model.hidden(
             ids,
-            documents=None if begins is None else documents,
+            document_ids=None if begins is None else document_ids,
             lengths=None if min(counts) == max(counts) else counts,
             cache=self.cache,
             last=last,
         )
-        assert found.isfinite().all()
+        assert result.isfinite().all()
         for row, count in enumerate(counts):
             self.ids[row] += ids[row, :count].tolist()
-            self.documents[row] += documents[row, :count].tolist()
+            self.document_ids[row] += document_ids[row, :count].tolist()
             wanted = range(count - 1, count) if last else range(count)
-            begin = len(self.ids[row]) - count
-            self.results[row] |= {begin + t: found[row, 0 if last else t] for t in wanted}
+            start = len(self.ids[row]) - count
+            self.results[row] |= {start + t: result[row, 0 if last else t] for t in wanted}
         assert self.cache.lengths == tuple(map(len, self.ids))
-        return torch.cat([found[row, : 1 if last else count] for row, count in enumerate(counts)])
+        return torch.cat([result[row, : 1 if last else count] for row, count in enumerate(counts)])
 
     def check(self) -> None:
-        for ids, documents, results in zip(self.ids, self.documents, self.results, strict=True):
+        for ids, document_ids, results in zip(
+            self.ids, self.document_ids, self.results, strict=True
+        ):
             if results:
                 close(
                     torch.stack(list(results.values())),
-                    self.expected(ids, documents)[list(results)],
+                    self.expected(ids, document_ids)[list(results)],
                 )
 
-    def expected(self, ids: list[int], documents: list[int]) -> Tensor:
-        ends = [t for t in range(1, len(ids)) if documents[t] != documents[t - 1]]
+    def expected(self, ids: list[int], document_ids: list[int]) -> Tensor:
+        ends = [t for t in range(1, len(ids)) if document_ids[t] != document_ids[t - 1]]
         spans = zip([0, *ends], [*ends, len(ids)], strict=True)
-        return torch.cat([alone(self.model, tuple(ids[begin:end])) for begin, end in spans])
+        return torch.cat([alone(self.model, tuple(ids[start:end])) for start, end in spans])
 
     def crop(self, *counts: int) -> None:
         self.check()
@@ -193,7 +195,7 @@ class Rows:
         counts = counts * len(self.ids) if len(counts) == 1 else counts
         for row, count in enumerate(counts):
             length = len(self.ids[row]) - count
-            del self.ids[row][length:], self.documents[row][length:]
+            del self.ids[row][length:], self.document_ids[row][length:]
             self.results[row] = {t: x for t, x in self.results[row].items() if t < length}
 
     def select(self, *index: int) -> None:
@@ -202,13 +204,13 @@ class Rows:
             self.check()
         self.cache.select(torch.tensor(index))
         self.ids = [list(self.ids[row]) for row in index]
-        self.documents = [list(self.documents[row]) for row in index]
+        self.document_ids = [list(self.document_ids[row]) for row in index]
         self.results = [dict(self.results[row]) for row in index]
 
     def join(self, other: "Rows") -> None:
         self.cache.join(other.cache)
         self.ids += other.ids
-        self.documents += other.documents
+        self.document_ids += other.documents
         self.results += other.results
 
 
@@ -218,7 +220,7 @@ def test_no_token_sees_what_comes_after_it(kind: str, mode: torch.dtype) -> None
     model, time = build(kind, mode), 2 * TILE + 3
     ids = drawn(1, time).expand(time, -1)
     later = torch.arange(time) >= torch.arange(time)[:, None]
-    before, after = model.hidden(ids)[0], model.hidden((ids + later) % VOCABULARY)[0]
+    before, after = model.hidden(ids)[0], model.hidden((ids + later) % VOCAB_SIZE)[0]
     for t in range(1, time):
         close(after[t, :t], before[t, :t])
         assert (after[t, t] - before[t, t]).abs().max() > 1e-2
@@ -229,32 +231,32 @@ PACKED = ([7, 1, 19, 4, 24], [2, 30, 3, 20], [TILE, TILE, 15])
 
 def packed(lengths: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Returns ids and documents [B, T] of rows that are packed differently."""
-    documents = [
+    document_ids = [
         torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths
     ]
-    return drawn(len(lengths), sum(lengths[0])), torch.stack(documents)
+    return drawn(len(lengths), sum(lengths[0])), torch.stack(document_ids)
 
 
 @every_kind
 def test_packed_documents_are_as_if_alone(kind: str, mode: torch.dtype) -> None:
-    model, (ids, documents) = build(kind, mode), packed(PACKED)
-    found = model.hidden(ids, documents=documents)[0]
+    model, (ids, document_ids) = build(kind, mode), packed(PACKED)
+    result = model.hidden(ids, document_ids=document_ids)[0]
     for row, lengths in enumerate(PACKED):
-        parts = [alone(model, tuple(part.tolist())) for part in ids[row].split(lengths)]
-        close(found[row], torch.cat(parts))
+        parts = [alone(model, tuple(piece.tolist())) for piece in ids[row].split(lengths)]
+        close(result[row], torch.cat(parts))
 
 
 @every_kind
 def test_padding_changes_nothing(kind: str, mode: torch.dtype, poisoned: None) -> None:
     """Rows are padded at the end, with and without documents."""
     model, lengths = build(kind, mode), [55, 1, 18, 40]
-    ids, documents = packed([*PACKED, PACKED[0]])
-    for known in ({}, {"documents": documents}):
-        found = model.hidden(ids, lengths=torch.tensor(lengths), **known)[0]
-        assert found.isfinite().all()
+    ids, document_ids = packed([*PACKED, PACKED[0]])
+    for expected in ({}, {"document_ids": document_ids}):
+        result = model.hidden(ids, lengths=torch.tensor(lengths), **expected)[0]
+        assert result.isfinite().all()
         for row, length in enumerate(lengths):
-            some = {name: x[row : row + 1, :length] for name, x in known.items()}
-            close(found[row, :length], model.hidden(ids[row : row + 1, :length], **some)[0][0])
+            some = {name: x[row : row + 1, :length] for name, x in expected.items()}
+            close(result[row, :length], model.hidden(ids[row : row + 1, :length], **some)[0][0])
 
 
 @every_kind
@@ -266,8 +268,8 @@ def test_padding_changes_nothing(kind: str, mode: torch.dtype, poisoned: None) -
 def test_pieces_are_one_call(kind: str, mode: torch.dtype, pieces: list[int]) -> None:
     model = build(kind, mode)
     ids, cache = drawn(2, sum(pieces)), model.new_cache(2, capacity=8)
-    found = [model.hidden(part, cache=cache)[0] for part in ids.split(pieces, dim=1)]
-    close(torch.cat(found, dim=1), model.hidden(ids)[0])
+    item = [model.hidden(piece, cache=cache)[0] for piece in ids.split(pieces, dim=1)]
+    close(torch.cat(item, dim=1), model.hidden(ids)[0])
 
 
 def grow(rows: Rows) -> Tensor:
@@ -438,18 +440,18 @@ def test_packed_rows_may_have_any_length(kind: str, mode: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_packed_rows_are_those_of_the_parts(kind: str) -> None:
     model, lengths = copy.deepcopy(build(kind, torch.float64)).requires_grad_(), [50, 55, 31]
-    ids, documents = packed(PACKED)
+    ids, document_ids = packed(PACKED)
     pull = torch.randn(*ids.shape, model.config.dim, dtype=torch.float64)
     pull[torch.arange(ids.shape[1]) >= torch.tensor(lengths)[:, None]] = 0.0
-    whole = (model.hidden(ids, documents=documents, lengths=lengths)[0] * pull).sum()
+    whole = (model.hidden(ids, document_ids=document_ids, lengths=lengths)[0] * pull).sum()
     parts = torch.zeros((), dtype=torch.float64)
     for row, sizes in enumerate(PACKED):
-        for part, own in zip(ids[row].split(sizes), pull[row].split(sizes), strict=True):
-            parts = parts + (model.hidden(part[None])[0][0] * own).sum()
+        for piece, ours in zip(ids[row].split(sizes), pull[row].split(sizes), strict=True):
+            parts = parts + (model.hidden(piece[None])[0][0] * ours).sum()
     close(whole, parts)
     names, leaves = zip(*model.named_parameters(), strict=True)
-    found, expected = (torch.autograd.grad(x, leaves, allow_unused=True) for x in (whole, parts))
-    for name, one, other in zip(names, found, expected, strict=True):
+    item, expected = (torch.autograd.grad(x, leaves, allow_unused=True) for x in (whole, parts))
+    for name, one, other in zip(names, item, expected, strict=True):
         assert (one is None) == (other is None), name
         if one is not None:
             close(one, other)
@@ -472,9 +474,9 @@ def test_bfloat16_stays_near(kind: str) -> None:
     for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True)):
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            found = grow(Rows(build(kind, dtype), 3))
+            result = grow(Rows(build(kind, dtype), 3))
         # A few tokens select other keys than in float64.
-        errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+        errors = (result - expected).norm(dim=-1) / expected.norm(dim=-1)
         assert errors.median() < 0.05
 
 
@@ -486,8 +488,8 @@ def follow(model: LanguageModel, data: st.DataObject) -> None:
         lengths = [len(ids) for ids in rows.ids]
         step = data.draw(st.sampled_from(["append", "append", "crop", "select", "join"]))
         if step == "append" and max(lengths) < 60:
-            most = data.draw(st.sampled_from([1, 4, 30]))
-            rows.append(*(data.draw(st.integers(1, min(most, 60 - n))) for n in lengths))
+            largest = data.draw(st.sampled_from([1, 4, 30]))
+            rows.append(*(data.draw(st.integers(1, min(largest, 60 - n))) for n in lengths))
         elif step == "crop":
             rows.crop(*(data.draw(st.integers(0, n)) for n in lengths))
         elif step == "select":

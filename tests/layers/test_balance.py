@@ -23,18 +23,18 @@ def uniform(batch: int, time: int, experts: int, active: int) -> Routing:
 
     Slot k of token t is expert t K + k.
     """
-    chosen = (torch.arange(time)[:, None] * active + torch.arange(active)) % experts
+    topk_indices = (torch.arange(time)[:, None] * active + torch.arange(active)) % experts
     scores = torch.full((batch, time, experts), 1 / experts)
     weights = torch.ones(batch, time, active)
-    return Routing(chosen.expand(batch, -1, -1), weights, scores, scores.log())
+    return Routing(topk_indices.expand(batch, -1, -1), weights, scores, scores.log())
 
 
 def collapsed(batch: int, time: int, experts: int, active: int) -> Routing:
     """Builds a routing of all tokens to experts 0..K-1, which share all of the score."""
-    chosen = torch.arange(active).expand(batch, time, active)
+    topk_indices = torch.arange(active).expand(batch, time, active)
     scores = torch.zeros(batch, time, experts)
     scores[..., :active] = 1 / active
-    return Routing(chosen, torch.ones(batch, time, active), scores, scores)
+    return Routing(topk_indices, torch.ones(batch, time, active), scores, scores)
 
 
 @st.composite
@@ -64,9 +64,9 @@ def test_uniform_routing_costs_the_coefficient(
     routing = uniform(batch, experts, experts, active)
     for name in NAMES:
         config = replace(OFF, **{name: coefficient}, devices=devices, device_limit=limit)
-        found = losses(routing, config, active)
-        assert list(found) == [name]
-        assert float(found[name]) == pytest.approx(coefficient, rel=1e-5)
+        result = losses(routing, config, active)
+        assert list(result) == [name]
+        assert float(result[name]) == pytest.approx(coefficient, rel=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -110,7 +110,7 @@ def test_the_gradient_of_the_sequence_loss_in_numbers() -> None:
     losses(routing, replace(OFF, sequence=0.3), 2)["sequence"].backward()
     by_hand = torch.zeros_like(router.weight)
     for b in range(2):
-        load = 6 / (2 * 7) * routing.chosen[b].flatten().bincount(minlength=6).double()
+        load = 6 / (2 * 7) * routing.topk_indices[b].flatten().bincount(minlength=6).double()
         for t in range(7):
             s = (hidden[b, t] @ router.weight.detach().T).sigmoid()
             share = s / s.sum()
@@ -122,20 +122,20 @@ def test_the_gradient_of_the_sequence_loss_in_numbers() -> None:
 def test_sending_to_all_allowed_devices_costs_the_coefficient() -> None:
     """Each token goes to M = 2 of D = 4 devices, evenly, so f'' is 1."""
     routing = uniform(1, 8, 8, 2)
-    chosen = torch.stack([torch.arange(8) % 4 * 2, (torch.arange(8) + 2) % 4 * 2], -1)[None]
+    topk_indices = torch.stack([torch.arange(8) % 4 * 2, (torch.arange(8) + 2) % 4 * 2], -1)[None]
     config = replace(OFF, communication=1.0, devices=4, device_limit=2)
     assert float(
-        losses(routing._replace(chosen=chosen), config, 2)["communication"]
+        losses(routing._replace(topk_indices=topk_indices), config, 2)["communication"]
     ) == pytest.approx(1.0)
 
 
 def by_hand(routing: Routing, name: str, active: int, devices: int, limit: int) -> float:
     """Computes the formulas of the module's docstring, one token at a time."""
-    experts, found = routing.scores.shape[-1], []
-    for b in range(len(routing.chosen)):
+    experts, result = routing.scores.shape[-1], []
+    for b in range(len(routing.topk_indices)):
         there = [
             t
-            for t in range(routing.chosen.shape[1])
+            for t in range(routing.topk_indices.shape[1])
             if routing.valid is None or bool(routing.valid[b, t])
         ]
         if not there:
@@ -147,7 +147,7 @@ def by_hand(routing: Routing, name: str, active: int, devices: int, limit: int) 
                 scores = scores / scores.sum()
             taken = [
                 int(i)
-                for i, w in zip(routing.chosen[b, t], routing.weights[b, t], strict=True)
+                for i, w in zip(routing.topk_indices[b, t], routing.weights[b, t], strict=True)
                 if w != 0
             ]
             for i in taken:
@@ -161,13 +161,13 @@ def by_hand(routing: Routing, name: str, active: int, devices: int, limit: int) 
         size = experts // devices
         groups = [slice(d * size, (d + 1) * size) for d in range(devices)]
         if name in ("sequence", "expert"):
-            found.append(sum(f * p for f, p in zip(load, probability, strict=True)))
+            result.append(sum(f * p for f, p in zip(load, probability, strict=True)))
         elif name == "device":
-            found.append(sum(sum(load[g]) / size * sum(probability[g]) for g in groups))
+            result.append(sum(sum(load[g]) / size * sum(probability[g]) for g in groups))
         else:
             share = [devices / (limit * len(there)) * s for s in sent]
-            found.append(sum(f * sum(probability[g]) for f, g in zip(share, groups, strict=True)))
-    return sum(found) / len(found)
+            result.append(sum(f * sum(probability[g]) for f, g in zip(share, groups, strict=True)))
+    return sum(result) / len(result)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -177,12 +177,12 @@ def test_softmax_factor_of_the_releases(mscale, expected):
 
 def test_rotate_takes_pairs_wherever_they_lie():
     cos, sin = rope_tables(RopeConfig(), 4, torch.arange(5)[None])
-    wide = torch.randn(1, 5, 3, 9)
+    width = torch.randn(1, 5, 3, 9)
     for time in (5, 1):
         for start in (0, 1, 2, 5):
-            part = wide[:, :time, 1, start : start + 4]
-            found = rotate(part, cos[:, :time], sin[:, :time], True)
-            assert torch.equal(found, rotate(part.clone(), cos[:, :time], sin[:, :time], True))
+            piece = width[:, :time, 1, start : start + 4]
+            result = rotate(piece, cos[:, :time], sin[:, :time], True)
+            assert torch.equal(result, rotate(piece.clone(), cos[:, :time], sin[:, :time], True))
 
 
 def test_rotate_interleaved_is_complex_multiplication():
@@ -217,10 +217,10 @@ def test_rotation_depends_on_distance_only(interleaved):
     query, key = torch.randn(2, 1, 1, 16)
     config = RopeConfig(base=100.0, interleaved=interleaved)
 
-    def score(at: int, to: int) -> torch.Tensor:
+    def score(offset: int, to: int) -> torch.Tensor:
         turned = [
-            rotate(x[None], *rope_tables(config, 16, torch.tensor([[place]])), interleaved)
-            for x, place in ((query, at), (key, to))
+            rotate(x[None], *rope_tables(config, 16, torch.tensor([[position]])), interleaved)
+            for x, position in ((query, offset), (key, to))
         ]
         return (turned[0] * turned[1]).sum()
 

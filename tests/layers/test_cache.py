@@ -27,9 +27,9 @@ def draw(time: int, seed: int, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, time, 3, generator=torch.Generator().manual_seed(seed))
 
 
-def cache_of(kept, batch: int = 2) -> Cache:
+def cache_of(cached, batch: int = 2) -> Cache:
     """Returns a model's cache that holds one container."""
-    return Cache([BlockCache(kept)], Past(batch))
+    return Cache([BlockCache(cached)], Past(batch))
 
 
 def put(cache: Cache, new: torch.Tensor, counts: list[int] | None = None, verb: str = "append"):
@@ -37,25 +37,25 @@ def put(cache: Cache, new: torch.Tensor, counts: list[int] | None = None, verb: 
     past = cache.past
     lengths = None if counts is None else torch.tensor(counts)
     span = Span(past.length, past.starts("cpu"), lengths)
-    found = getattr(cache.layers[0].attention, verb)(new, span)
+    result = getattr(cache.layers[0].attention, verb)(new, span)
     past.append([new.shape[1]] * len(new) if counts is None else counts)
-    return found
+    return result
 
 
 class Script:
     """Runs calls on a cache and on lists of each sequence's tokens."""
 
-    def __init__(self, kept, make) -> None:
-        self.cache, self.make = cache_of(kept), make
+    def __init__(self, cached, make) -> None:
+        self.cache, self.make = cache_of(cached), make
         self.rows = [torch.empty(0, 3), torch.empty(0, 3)]
 
     def feed(self, seed: int, time: int, ragged: bool, verb: str) -> None:
         new, before = draw(time, seed), [len(row) for row in self.rows]
         counts = [time, time // 2] if ragged else None
-        found = put(self.cache, new, counts, verb)
+        result = put(self.cache, new, counts, verb)
         for b, row in enumerate(self.rows):
             self.rows[b] = torch.cat([row, new[b, : time if counts is None else counts[b]]])
-        self.check(found, before, counts or [time, time])
+        self.check(result, before, counts or [time, time])
         assert self.cache.lengths == tuple(map(len, self.rows))
 
     def run(self, calls, verb: str) -> None:
@@ -100,10 +100,10 @@ class Script:
 def test_appended_is_concatenation(calls, capacity):
     script = Script(Appended(capacity), lambda: Appended(capacity))
 
-    def check(found, before, counts):
+    def check(result, before, counts):
         for b, row in enumerate(script.rows):
-            assert torch.equal(found[b, : len(row)], row)
-        assert found.isfinite().all()
+            assert torch.equal(result[b, : len(row)], row)
+        assert result.isfinite().all()
 
     script.check = check
     script.run(calls, "append")
@@ -118,15 +118,15 @@ def test_a_window_is_the_end_of_the_concatenation(calls, before):
     script = Script(make(), make)
 
     def append(new, span):
-        kept = script.cache.layers[0].attention
-        Appended.append(kept, new, span)
-        return kept.window(span, new.shape[1])
+        cached = script.cache.layers[0].attention
+        Appended.append(cached, new, span)
+        return cached.window(span, new.shape[1])
 
-    def check(found, lengths, counts):
+    def check(result, lengths, counts):
         for b, row in enumerate(script.rows):
             padded = torch.cat([torch.full((before, 3), 7.0), row])
             end = lengths[b] + counts[b]
-            assert torch.equal(found[b, : before + counts[b]], padded[lengths[b] : before + end])
+            assert torch.equal(result[b, : before + counts[b]], padded[lengths[b] : before + end])
 
     script.check = check
     for seed, (name, *values) in enumerate(calls):
@@ -143,11 +143,11 @@ def test_a_window_is_the_end_of_the_concatenation(calls, before):
 def test_recent_is_the_tail_of_the_concatenation(calls, count):
     script = Script(Recent(count, slack=5), lambda: Recent(count, slack=5))
 
-    def check(found, before, counts):
+    def check(result, before, counts):
         for b, row in enumerate(script.rows):
             padded = torch.cat([torch.zeros(count, 3), row])
             expected = padded[before[b] : before[b] + count + counts[b]]
-            assert torch.equal(found[b, : count + counts[b]], expected)
+            assert torch.equal(result[b, : count + counts[b]], expected)
 
     script.check = check
     script.run(calls, "extend")
@@ -158,7 +158,7 @@ def test_recent_goes_back_as_far_as_slack():
     put(cache, draw(50, 0), verb="extend")
     cache.crop(4)
     assert torch.equal(put(cache, draw(1, 1), verb="extend")[:, :3], draw(50, 0)[:, 43:46])
-    with pytest.raises(ValueError, match=r"got 9 tokens to forget, expected 0 to 1, or all 47"):
+    with pytest.raises(ValueError, match=r"got 9 tokens to remove, expected 0 to 1, or all 47"):
         cache.crop(9)
     with pytest.raises(ValueError, match="expected 0 to 1"):
         cache.crop([0, 2])
@@ -169,10 +169,10 @@ def test_recent_goes_back_as_far_as_slack():
 
 def test_a_cache_that_holds_more_goes_back_as_far():
     cache = cache_of(Recent(3, slack=4))
-    cache.hold(30)
+    cache.reserve_slack(30)
     put(cache, draw(50, 0), verb="extend")
     with pytest.raises(ValueError, match="hold: got a cache of 50 tokens, expected an empty one"):
-        cache.hold(40)
+        cache.reserve_slack(40)
     cache.crop(30)
     assert torch.equal(put(cache, draw(1, 1), verb="extend")[:, :3], draw(50, 0)[:, 17:20])
 
@@ -186,8 +186,8 @@ def test_a_prefilled_buffer_is_not_moved():
 
 
 def test_select_changes_the_batch():
-    for kept, verb in ((Appended(), "append"), (Recent(4), "extend")):
-        cache = cache_of(kept)
+    for cached, verb in ((Appended(), "append"), (Recent(4), "extend")):
+        cache = cache_of(cached)
         put(cache, draw(4, 0), verb=verb)
         cache.select(torch.tensor([1, 1, 0]))
         assert torch.equal(put(cache, torch.zeros(3, 0, 3), verb=verb), draw(4, 0)[[1, 1, 0]])
@@ -211,7 +211,7 @@ def test_sequences_of_different_lengths_have_starts_of_their_own():
     assert past.starts("cpu").tolist() == [3, 5]
     past.crop([0, 2])
     assert past.starts("cpu") is None and past.length == 3
-    with pytest.raises(ValueError, match="got 4 tokens to forget, expected 0 to the 3 cached"):
+    with pytest.raises(ValueError, match="got 4 tokens to remove, expected 0 to the 3 cached"):
         past.crop([4, 0])
     assert past.lengths == [3, 3]
 
@@ -243,16 +243,16 @@ def test_what_is_done_to_a_bundle_is_done_to_all_in_it():
     bundle.select(torch.tensor([1]), 4)
     bundle.join(other, (4, 4))
     expected, span = torch.cat([draw(4, 0)[[1]], draw(4, 1)]), Span(4, None)
-    for found in (bundle.keys, bundle.pair[0]):
-        assert torch.equal(found.append(torch.zeros(3, 0, 3), span), expected)
+    for item in (bundle.keys, bundle.pair[0]):
+        assert torch.equal(item.append(torch.zeros(3, 0, 3), span), expected)
     assert torch.equal(bundle.inner.attention.extend(torch.zeros(3, 0, 3), span), expected)
 
 
 def test_reserved_space_is_what_append_would_have_filled():
     first, more = torch.randn(2, 5, 3), torch.randn(2, 30, 3)
     for capacity in (1, 40):
-        kept = Appended(capacity)
-        kept.append(first, Span(0, None))
+        cached = Appended(capacity)
+        cached.append(first, Span(0, None))
         for t in range(30):
-            kept.reserve(first, 6 + t)[:, 5 + t] = more[:, t]
-        assert torch.equal(kept.buffer[:, :35], torch.cat([first, more], 1))
+            cached.reserve(first, 6 + t)[:, 5 + t] = more[:, t]
+        assert torch.equal(cached.buffer[:, :35], torch.cat([first, more], 1))

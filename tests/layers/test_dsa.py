@@ -40,24 +40,25 @@ def stirred(module, std=0.4):
     return module
 
 
-def layer(chosen=5, mla=LATENT):
-    return stirred(DSA(DSAConfig(heads=3, dim=8, chosen=chosen), mla, 20, ROPE))
+def layer(top_k=5, mla=LATENT):
+    return stirred(DSA(DSAConfig(heads=3, dim=8, top_k=top_k), mla, 20, ROPE))
 
 
-def run(attention, hidden, indexer_losses=None, **known):
+def run(attention, hidden, indexer_losses=None, **expected):
     """Returns the output; the loss of an indexer that is trained goes to `indexer_losses`."""
     out, indexer_loss = attention(
-        hidden, context(*hidden.shape[:2], hidden.device, rope=(ROPE, attention.rope_dim), **known)
+        hidden,
+        context(*hidden.shape[:2], hidden.device, rope=(ROPE, attention.rope_dim), **expected),
     )
-    assert (indexer_loss is None) == (known.get("warm") is None)
+    assert (indexer_loss is None) == (expected.get("indexer_warmup") is None)
     if indexer_loss is not None and indexer_losses is not None:
         indexer_losses.append(indexer_loss)
     return out
 
 
-def selected(attention, hidden, **known):
+def selected(attention, hidden, **expected):
     """Returns the indexer's IndexerSelection of a call."""
-    ctx = context(*hidden.shape[:2], hidden.device, rope=(ROPE, attention.rope_dim), **known)
+    ctx = context(*hidden.shape[:2], hidden.device, rope=(ROPE, attention.rope_dim), **expected)
     plain = attention.config.q_lora_rank is None
     latent = hidden if plain else attention.q_a_layernorm(attention.q_a_proj(hidden))
     return attention.indexer.select(hidden, latent, attention.indexer.keys(hidden, ctx), ctx)
@@ -82,19 +83,19 @@ def dense(attention):
     return plain
 
 
-@pytest.mark.parametrize(("batch", "time", "chosen"), [(2, 17, 5), (1, 40, 11), (2, 9, 8)])
-def test_chooses_what_transformers_chooses(batch, time, chosen):
+@pytest.mark.parametrize(("batch", "time", "top_k"), [(2, 17, 5), (1, 40, 11), (2, 9, 8)])
+def test_chooses_what_transformers_chooses(batch, time, top_k):
     config = DeepseekV32Config(
         hidden_size=20,
         index_n_heads=3,
         index_head_dim=8,
-        index_topk=chosen,
+        index_topk=top_k,
         q_lora_rank=12,
         qk_rope_head_dim=4,
     )
     reference, ours = (
         stirred(DeepseekV32Indexer(config, 0)),
-        Indexer(DSAConfig(heads=3, dim=8, chosen=chosen), LATENT, 20),
+        Indexer(DSAConfig(heads=3, dim=8, top_k=top_k), LATENT, 20),
     )
     ours.load_state_dict(reference.state_dict())
     hidden, latent = torch.randn(batch, time, 20), torch.randn(batch, time, 12)
@@ -122,8 +123,8 @@ def test_chooses_what_transformers_chooses(batch, time, chosen):
     assert differ.float().mean() < 0.2
 
 
-@pytest.mark.parametrize(("time", "chosen"), [(17, 5), (9, 20), (40, 11)])
-def test_is_the_naive_code_of_flash_linear_attention(time, chosen):
+@pytest.mark.parametrize(("time", "top_k"), [(17, 5), (9, 20), (40, 11)])
+def test_is_the_naive_code_of_flash_linear_attention(time, top_k):
     """Compares forward and backward.
 
     There are so many heads that no key scores 0, because their code may select any of those.
@@ -131,18 +132,18 @@ def test_is_the_naive_code_of_flash_linear_attention(time, chosen):
     naive = pytest.importorskip(
         "fla.ops.dsa.naive", reason="fla-core is not installed", exc_type=ImportError
     )
-    looking, weights, key = (
+    index_query, weights, key = (
         torch.randn(2, time, 16, 8),
         torch.randn(2, time, 16),
         torch.randn(2, time, 8),
     )
-    given = [torch.randn(2, time, 3, 6, requires_grad=True) for _ in range(3)]
-    ours = IndexerSelection(looking, weights, key, None, chosen).attend_masked(*given, 0.4)
-    theirs = naive.naive_dsa(*given, looking, key, weights, topk=chosen, scale=0.4)
+    arguments = [torch.randn(2, time, 3, 6, requires_grad=True) for _ in range(3)]
+    ours = IndexerSelection(index_query, weights, key, None, top_k).attend_masked(*arguments, 0.4)
+    theirs = naive.naive_dsa(*arguments, index_query, key, weights, topk=top_k, scale=0.4)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
     pull = torch.randn_like(theirs)
     for a, b in zip(
-        *(torch.autograd.grad((y * pull).sum(), given) for y in (ours, theirs)), strict=True
+        *(torch.autograd.grad((y * pull).sum(), arguments) for y in (ours, theirs)), strict=True
     ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
@@ -162,7 +163,7 @@ def test_scores_are_their_equation():
     ids=str,
 )
 @torch.no_grad()
-def test_attends_to_the_chosen_keys_alone(mla, way):
+def test_attends_to_the_selected_keys_alone(mla, way):
     attention, hidden = layer(4, mla), torch.randn(2, 13, 20)
     where = context(2, 13, "cpu", rope=(ROPE, mla.rope_dim))
     selection, plain = selected(attention, hidden), dense(attention)
@@ -172,9 +173,9 @@ def test_attends_to_the_chosen_keys_alone(mla, way):
     )
     for b in range(2):
         for t in range(13):
-            kept = sorted(range(t + 1), key=lambda s, row=scores[b, t]: (row[s].item(), s))[-4:]
+            cached = sorted(range(t + 1), key=lambda s, row=scores[b, t]: (row[s].item(), s))[-4:]
             mask = torch.zeros(2, 1, 13, 13, dtype=torch.bool)
-            mask[..., kept] = True
+            mask[..., cached] = True
             expected = plain(hidden, replace(where, mask=mask))[0]
             torch.testing.assert_close(out[b, t], expected[b, t], atol=1e-5, rtol=0)
 
@@ -236,35 +237,35 @@ def references(monkeypatch):
     monkeypatch.setenv(kernels.VARIABLE, "reference")
 
 
-def best_case(batch, time, heads, wide, length, own, narrow, most, ties=False):
+def best_case(batch, time, heads, width, length, ours, narrow, top_k, ties=False):
     """Builds the last `time` of `length` tokens, with latents and keys in longer buffers."""
     latent, key = (
-        torch.randn(batch, length + 3, wide)[:, :length],
+        torch.randn(batch, length + 3, width)[:, :length],
         torch.randn(batch, length + 5, narrow)[:, :length],
     )
     if ties:
         key = key.round()
-    looking, weights = (
-        torch.randn(batch, time, own, narrow).round(),
-        torch.randn(batch, time, own).round(),
+    index_query, weights = (
+        torch.randn(batch, time, ours, narrow).round(),
+        torch.randn(batch, time, ours).round(),
     )
-    return torch.randn(batch, time, heads, wide), latent, looking, key, weights, most, 0.4
+    return torch.randn(batch, time, heads, width), latent, index_query, key, weights, top_k, 0.4
 
 
 @pytest.mark.parametrize("lengths", [[50, 43], [4, 49], [11, 12]], ids=str)
 def test_the_kernel_reads_each_row_to_its_end(lengths, references, poisoned):
     """Some rows have fewer keys than may be selected. NaN follows the tokens of a row."""
-    given = best_case(2, 3, 3, 7, 50, 3, 5, 11)
+    arguments = best_case(2, 3, 3, 7, 50, 3, 5, 11)
     ends = torch.tensor(lengths)[:, None] - 2 + torch.arange(3)
-    expected = attend_best(*given, ends)
+    expected = attend_best(*arguments, ends)
     for row, length in enumerate(lengths):
-        query, latent, looking, key, weights = (x[row : row + 1] for x in given[:5])
+        query, latent, index_query, key, weights = (x[row : row + 1] for x in arguments[:5])
         if length - 2 > 11:
-            shorter = query, latent[:, :length], looking, key[:, :length], weights
-            alone = attend_best(*shorter, *given[5:])
+            shorter = query, latent[:, :length], index_query, key[:, :length], weights
+            alone = attend_best(*shorter, *arguments[5:])
             torch.testing.assert_close(expected[row : row + 1], alone, atol=5e-6, rtol=0)
         latent[:, length:], key[:, length:] = torch.nan, torch.nan
-    torch.testing.assert_close(kernel.attend_best(*given, ends), expected, atol=5e-6, rtol=0)
+    torch.testing.assert_close(kernel.attend_best(*arguments, ends), expected, atol=5e-6, rtol=0)
 
 
 @torch.no_grad()
@@ -289,8 +290,8 @@ def test_few_queries_copy_few_latents_at_a_time(monkeypatch, references):
             return out
 
     with Copies():
-        found = run(attention, hidden[:, 60:], past=past, cache=cache)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        result = run(attention, hidden[:, 60:], past=past, cache=cache)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
     assert sizes and max(sizes) <= 600
 
 
@@ -301,40 +302,40 @@ def test_the_kernel_takes_no_rows():
 def test_of_equal_keys_the_kernel_chooses_the_last(references):
     """Zeros of either sign are among the scores."""
     latent = torch.arange(9.0).view(1, 9, 1)
-    key, looking, weights = (
+    key, index_query, weights = (
         torch.zeros(1, 9, 1),
         torch.ones(1, 1, 2, 1),
         torch.tensor([[[-1.0, 1.0]]]),
     )
     key[0, 2] = -1.0
-    given = torch.zeros(1, 1, 1, 1), latent, looking, key, weights, 3, 1.0
+    arguments = torch.zeros(1, 1, 1, 1), latent, index_query, key, weights, 3, 1.0
     for way in (kernel.attend_best, attend_best):
-        assert way(*given).item() == pytest.approx(7.0)  # the mean of 6, 7 and 8
+        assert way(*arguments).item() == pytest.approx(7.0)  # the mean of 6, 7 and 8
 
 
-def slowly(selection, query, key, scale, warm, valid=None, visible=None):
+def slowly(selection, query, key, scale, indexer_warmup, valid=None, visible=None):
     """Computes the loss and the recall one query at a time, in float64, with a gradient."""
-    scores, terms, carried = index_scores_slowly(selection), [], []
+    scores, terms, captured = index_scores_slowly(selection), [], []
     for b in range(query.shape[0]):
         for t in range(query.shape[1]):
             if valid is not None and not valid[b, t]:
                 continue
             keys = [s for s in range(t + 1) if visible is None or visible[b, t, s]]
             order = sorted(keys, key=lambda s, row=scores[b, t]: (row[s].item(), s))
-            chosen = sorted(order[-selection.most :])
+            selected = sorted(order[-selection.top_k :])
             logits = scale * torch.einsum("hp,shp->hs", query[b, t].double(), key[b].double())
-            over = keys if warm else chosen
+            over = keys if indexer_warmup else selected
             target = logits[:, over].softmax(-1).mean(0).detach()
             terms.append((target * (target.log() - scores[b, t, over].log_softmax(-1))).sum())
-            if len(keys) > selection.most:
-                carried.append(
+            if len(keys) > selection.top_k:
+                captured.append(
                     logits[:, keys]
-                    .softmax(-1)[:, [keys.index(s) for s in chosen]]
+                    .softmax(-1)[:, [keys.index(s) for s in selected]]
                     .sum(-1)
                     .mean()
                     .item()
                 )
-    return torch.stack(terms).mean(), sum(carried) / len(carried) if carried else 1.0
+    return torch.stack(terms).mean(), sum(captured) / len(captured) if captured else 1.0
 
 
 def index_scores_slowly(selection):
@@ -344,7 +345,7 @@ def index_scores_slowly(selection):
     return torch.einsum("btj,btjl->btl", selection.weights.double(), products)
 
 
-def leaves(batch=2, time=9, most=4, mask=None, heads=3):
+def leaves(batch=2, time=9, top_k=4, mask=None, heads=3):
     """Builds a IndexerSelection whose tensors need gradients, and the attention that trains it."""
     query, weights, key = (
         torch.randn(batch, time, 2, 6),
@@ -353,41 +354,41 @@ def leaves(batch=2, time=9, most=4, mask=None, heads=3):
     )
     tensors = [x.requires_grad_() for x in (query, weights, key)]
     return (
-        IndexerSelection(*tensors, mask, most),
+        IndexerSelection(*tensors, mask, top_k),
         torch.randn(batch, time, heads, 5),
         torch.randn(batch, time, heads, 5),
     )
 
 
 class TestIndexerLoss:
-    @pytest.mark.parametrize("warm", [True, False])
-    @pytest.mark.parametrize("most", [1, 4, 20])
+    @pytest.mark.parametrize("indexer_warmup", [True, False])
+    @pytest.mark.parametrize("top_k", [1, 4, 20])
     @pytest.mark.parametrize("queries", [512, 4])
-    def test_is_the_divergence_and_its_gradient(self, warm, most, queries, monkeypatch):
+    def test_is_the_divergence_and_its_gradient(self, indexer_warmup, top_k, queries, monkeypatch):
         monkeypatch.setattr(dsa, "QUERIES", queries)
-        selection, query, key = leaves(most=most)
-        found = selection.kl_loss(query, key, 0.7, warm)
-        loss, recall = slowly(selection, query, key, 0.7, warm)
-        torch.testing.assert_close(found.loss, loss.float(), rtol=1e-5, atol=1e-6)
-        assert found.recall.item() == pytest.approx(recall, abs=1e-5)
+        selection, query, key = leaves(top_k=top_k)
+        result = selection.kl_loss(query, key, 0.7, indexer_warmup)
+        loss, recall = slowly(selection, query, key, 0.7, indexer_warmup)
+        torch.testing.assert_close(result.loss, loss.float(), rtol=1e-5, atol=1e-6)
+        assert result.recall.item() == pytest.approx(recall, abs=1e-5)
         mine, theirs = (
             torch.autograd.grad(3.0 * x, selection[:3], allow_unused=True)
-            for x in (found.loss, loss)
+            for x in (result.loss, loss)
         )
         for one, other in zip(mine, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
-    @pytest.mark.parametrize("warm", [True, False])
-    def test_documents_and_padding_are_left_out(self, warm, poisoned):
-        documents = torch.tensor([[0] * 6 + [1] * 3, [2] * 9])
-        ctx = context(2, 9, "cpu", documents=documents, lengths=[9, 7])
+    @pytest.mark.parametrize("indexer_warmup", [True, False])
+    def test_documents_and_padding_are_left_out(self, indexer_warmup, poisoned):
+        document_ids = torch.tensor([[0] * 6 + [1] * 3, [2] * 9])
+        ctx = context(2, 9, "cpu", document_ids=document_ids, lengths=[9, 7])
         mask, valid = ctx.mask, ctx.valid
-        selection, query, key = leaves(most=3, mask=mask)
-        found = selection.kl_loss(query, key, 0.7, warm, valid)
-        loss, recall = slowly(selection, query, key, 0.7, warm, valid, mask[:, 0])
-        torch.testing.assert_close(found.loss, loss.float(), rtol=1e-5, atol=1e-6)
-        assert found.recall.item() == pytest.approx(recall, abs=1e-5)
-        mine, theirs = (torch.autograd.grad(x, selection[:3]) for x in (found.loss, loss))
+        selection, query, key = leaves(top_k=3, mask=mask)
+        result = selection.kl_loss(query, key, 0.7, indexer_warmup, valid)
+        loss, recall = slowly(selection, query, key, 0.7, indexer_warmup, valid, mask[:, 0])
+        torch.testing.assert_close(result.loss, loss.float(), rtol=1e-5, atol=1e-6)
+        assert result.recall.item() == pytest.approx(recall, abs=1e-5)
+        mine, theirs = (torch.autograd.grad(x, selection[:3]) for x in (result.loss, loss))
         for one, other in zip(mine, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
         assert not mine[0][1, 7:].any()
@@ -397,21 +398,21 @@ class TestIndexerLoss:
         selection, query, key = leaves()
         expected = selection.kl_loss(query, key, 0.7, False)
         with torch.autocast("cpu", torch.bfloat16):
-            found = selection.kl_loss(query, key, 0.7, False)
+            result = selection.kl_loss(query, key, 0.7, False)
             assert torch.equal(
                 selection.select(slice(0, 9))[0],
                 IndexerSelection(*selection).select(slice(0, 9))[0],
             )
-        assert found.loss.dtype == torch.float32
-        assert torch.equal(found.loss, expected.loss)
-        assert torch.equal(found.recall, expected.recall)
+        assert result.loss.dtype == torch.float32
+        assert torch.equal(result.loss, expected.loss)
+        assert torch.equal(result.recall, expected.recall)
 
     def test_no_valid_query_costs_nothing(self):
         selection, query, key = leaves()
-        found = selection.kl_loss(query, key, 0.7, True, torch.zeros(2, 9, dtype=torch.bool))
-        assert found.loss == 0
-        assert found.recall == 1
-        assert all(not g.any() for g in torch.autograd.grad(found.loss, selection[:3]))
+        result = selection.kl_loss(query, key, 0.7, True, torch.zeros(2, 9, dtype=torch.bool))
+        assert result.loss == 0
+        assert result.recall == 1
+        assert all(not g.any() for g in torch.autograd.grad(result.loss, selection[:3]))
 
     def test_without_a_gradient_is_the_same_number(self):
         selection, query, key = leaves()
@@ -431,28 +432,30 @@ class TestIndexerLoss:
         assert mean_indexer_loss([]) is None
 
 
-@pytest.mark.parametrize("warm", [True, False])
-def test_a_call_that_trains_the_indexer_attends_densely_during_the_warm_up(warm):
+@pytest.mark.parametrize("indexer_warmup", [True, False])
+def test_a_call_that_trains_the_indexer_attends_densely_during_the_warm_up(indexer_warmup):
     attention, hidden, indexer_losses = layer(), torch.randn(2, 14, 20), []
-    out = run(attention, hidden, indexer_losses=indexer_losses, warm=warm)
-    expected = run(dense(attention) if warm else attention, hidden)
+    out = run(attention, hidden, indexer_losses=indexer_losses, indexer_warmup=indexer_warmup)
+    expected = run(dense(attention) if indexer_warmup else attention, hidden)
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
     assert len(indexer_losses) == 1
     assert indexer_losses[0].loss > 0
     assert 0 < indexer_losses[0].recall < 1
 
 
-@pytest.mark.parametrize("warm", [True, False])
+@pytest.mark.parametrize("indexer_warmup", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
-def test_the_indexer_loss_is_a_mean_over_the_queries_of_all_documents(warm, packed):
+def test_the_indexer_loss_is_a_mean_over_the_queries_of_all_documents(indexer_warmup, packed):
     """Each document counts as if alone, and padding does not count."""
     attention, hidden, losses, alone = layer(), torch.randn(2, 14, 20), [], []
-    known = {"documents": torch.arange(14).expand(2, -1) // 8} if packed else {}
-    out = run(attention, hidden, losses, warm=warm, lengths=[14, 11], **known)
+    reference = {"document_ids": torch.arange(14).expand(2, -1) // 8} if packed else {}
+    out = run(
+        attention, hidden, losses, indexer_warmup=indexer_warmup, lengths=[14, 11], **reference
+    )
     cuts = [[8, 6], [8, 3]] if packed else [[14], [11]]
     for row, sizes in enumerate(cuts):
         parts = hidden[row : row + 1, : sum(sizes)].split(sizes, 1)
-        outs = [run(attention, part, alone, warm=warm) for part in parts]
+        outs = [run(attention, piece, alone, indexer_warmup=indexer_warmup) for piece in parts]
         torch.testing.assert_close(
             out[row : row + 1, : sum(sizes)], torch.cat(outs, 1), atol=1e-5, rtol=0
         )
@@ -465,28 +468,28 @@ def test_the_indexer_loss_is_a_mean_over_the_queries_of_all_documents(warm, pack
     torch.testing.assert_close(losses[0].recall, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("warm", [True, False])
-def test_is_trained_under_autocast(warm):
-    attention, hidden, found = layer(), torch.randn(2, 30, 20), []
+@pytest.mark.parametrize("indexer_warmup", [True, False])
+def test_is_trained_under_autocast(indexer_warmup):
+    attention, hidden, result = layer(), torch.randn(2, 30, 20), []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = run(attention, hidden, indexer_losses=found, warm=warm)
+            out = run(attention, hidden, indexer_losses=result, indexer_warmup=indexer_warmup)
         assert out.dtype == (torch.bfloat16 if enabled else torch.float32)
-    assert found[1].loss.dtype == torch.float32
-    assert found[1].loss.item() == pytest.approx(found[0].loss.item(), rel=0.1)
-    assert found[1].recall.item() == pytest.approx(found[0].recall.item(), abs=0.1)
-    (out.sum() + found[1].loss).backward()
+    assert result[1].loss.dtype == torch.float32
+    assert result[1].loss.item() == pytest.approx(result[0].loss.item(), rel=0.1)
+    assert result[1].recall.item() == pytest.approx(result[0].recall.item(), abs=0.1)
+    (out.sum() + result[1].loss).backward()
     assert all(
         p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in attention.parameters()
     )
 
 
-@pytest.mark.parametrize("warm", [True, False])
-def test_the_model_learns_neither_from_the_choice_nor_from_the_indexer_loss(warm):
+@pytest.mark.parametrize("indexer_warmup", [True, False])
+def test_the_model_learns_neither_from_the_choice_nor_from_the_indexer_loss(indexer_warmup):
     attention, hidden, indexer_losses = layer(), torch.randn(1, 12, 20, requires_grad=True), []
-    run(attention, hidden, indexer_losses=indexer_losses, warm=warm).sum().backward(
-        retain_graph=True
-    )
+    run(
+        attention, hidden, indexer_losses=indexer_losses, indexer_warmup=indexer_warmup
+    ).sum().backward(retain_graph=True)
     assert all(p.grad is None for p in attention.indexer.parameters())
     before = {
         name: p.grad.clone() for name, p in attention.named_parameters() if p.grad is not None
@@ -502,21 +505,26 @@ def test_the_model_learns_neither_from_the_choice_nor_from_the_indexer_loss(warm
             assert torch.equal(p.grad, before[name]), name
 
 
-@pytest.mark.parametrize("warm", [True, False])
-def test_an_indexer_learns_to_find_what_attention_looks_at(warm):
+@pytest.mark.parametrize("indexer_warmup", [True, False])
+def test_an_indexer_learns_to_find_what_attention_looks_at(indexer_warmup):
     attention, hidden = layer(6), torch.randn(8, 32, 20)
-    attention.indexer = Indexer(DSAConfig(heads=8, dim=16, chosen=6), LATENT, 20)
-    optimiser, found = torch.optim.Adam(attention.indexer.parameters(), lr=2e-2), []
+    attention.indexer = Indexer(DSAConfig(heads=8, dim=16, top_k=6), LATENT, 20)
+    optimiser, result = torch.optim.Adam(attention.indexer.parameters(), lr=2e-2), []
     for step in range(60):
         indexer_losses = []
-        run(attention, hidden, indexer_losses=indexer_losses, warm=warm or step < 30)
+        run(
+            attention,
+            hidden,
+            indexer_losses=indexer_losses,
+            indexer_warmup=indexer_warmup or step < 30,
+        )
         optimiser.zero_grad()
         indexer_losses[0].loss.backward()
         optimiser.step()
-        found.append(indexer_losses[0])
-    assert found[29].loss < 0.6 * found[0].loss
-    assert found[59].recall > found[0].recall + 0.1
-    assert warm or found[59].loss < found[30].loss
+        result.append(indexer_losses[0])
+    assert result[29].loss < 0.6 * result[0].loss
+    assert result[59].recall > result[0].recall + 0.1
+    assert indexer_warmup or result[59].loss < result[30].loss
 
 
 @pytest.mark.compiled
@@ -530,22 +538,34 @@ def test_a_compiled_call_is_one_graph(monkeypatch):
     attention, hidden = layer(), torch.randn(2, 21, 20)
     packed = torch.arange(21) // torch.tensor([[11], [7]])
     padded = {"lengths": [21, 17]}
-    cases = [({"documents": packed}, None), (padded, None), (padded | {"documents": packed}, False)]
-    for known, warm in cases:
+    cases = [
+        ({"document_ids": packed}, None),
+        (padded, None),
+        (padded | {"document_ids": packed}, False),
+    ]
+    for reference, indexer_warmup in cases:
 
-        def call(x, known=known, warm=warm):
+        def call(x, expected=reference, indexer_warmup=indexer_warmup):
             indexer_losses = []
-            out = run(attention, x, indexer_losses=indexer_losses, warm=warm, **known)
+            out = run(
+                attention,
+                x,
+                indexer_losses=indexer_losses,
+                indexer_warmup=indexer_warmup,
+                **expected,
+            )
             return [out, *(value for indexer_loss in indexer_losses for value in indexer_loss)]
 
         torch._dynamo.reset()
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
         results = []
         for function in (compiled, call):
-            given = hidden.clone().requires_grad_()
-            outs = function(given)
+            arguments = hidden.clone().requires_grad_()
+            outs = function(arguments)
             loss = outs[0].square().sum() + sum(outs[1:2])
-            grads = torch.autograd.grad(loss, [given, *attention.parameters()], allow_unused=True)
+            grads = torch.autograd.grad(
+                loss, [arguments, *attention.parameters()], allow_unused=True
+            )
             results.append((outs, grads))
         (ours, mine), (expected, theirs) = results
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
@@ -560,7 +580,7 @@ def test_a_compiled_call_is_one_graph(monkeypatch):
 
 
 def test_refuses_what_cannot_be():
-    for name in ("heads", "dim", "chosen"):
+    for name in ("heads", "dim", "top_k"):
         with pytest.raises(ValueError, match=f"dsa.{name}: got 0, expected at least 1"):
             DSAConfig(**{name: 0})
     for name in ("warmup", "weight"):

@@ -34,7 +34,7 @@ CANONICAL = [
 CPU = torch.device("cpu")
 
 
-def recalled(
+def looked_up(
     layer: Engram, hidden: Tensor, memory: Tensor, ctx: Context, cache: BlockCache | None = None
 ) -> Tensor:
     """Computes what the layer adds to the streams.
@@ -72,18 +72,18 @@ class Rig(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, ids: Tensor, *, documents=None, lengths=None, cache: Cache | None = None
+        self, ids: Tensor, *, document_ids=None, lengths=None, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor]:
         past = cache.past if cache else None
-        where = context(*ids.shape, "cpu", documents=documents, lengths=lengths, past=past)
+        where = context(*ids.shape, "cpu", document_ids=document_ids, lengths=lengths, past=past)
         rows = self.addresses(ids, where, cache.ids if cache else None)
-        live, hidden = self.addresses.lookup_mask(ids, where), self.hidden[ids]
+        lookup_mask, hidden = self.addresses.lookup_mask(ids, where), self.hidden[ids]
         outs = [
-            recalled(
+            looked_up(
                 layer,
                 hidden,
                 table[rows[i]],
-                replace(where, lookup_mask=live),
+                replace(where, lookup_mask=lookup_mask),
                 cache and cache.layers[i],
             )
             for i, (layer, table) in enumerate(zip(self.layers, self.tables, strict=True))
@@ -116,22 +116,24 @@ def test_in_chunks_of_any_size_as_at_once(data: st.DataObject) -> None:
     rig = Rig(**data.draw(VARIANTS))
     batch, time = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 40))
     ids = torch.randint(40, (batch, time))
-    documents = torch.randint(2, (batch, time)).cumsum(1) if data.draw(st.booleans()) else None
-    rows, out = rig(ids, documents=documents)
+    document_ids = torch.randint(2, (batch, time)).cumsum(1) if data.draw(st.booleans()) else None
+    rows, out = rig(ids, document_ids=document_ids)
     cache, done = rig.new_cache(), [0] * batch
     ragged = data.draw(st.booleans())
     # Each call extends each sequence by a number of tokens of its own.
     while min(done) < time:
-        most = data.draw(st.integers(1, 8))
-        counts = [min(data.draw(st.integers(0, most)) if ragged else most, time - n) for n in done]
-        part = torch.zeros(batch, max(1, *counts), dtype=torch.long)
-        numbers = part.clone()
+        largest = data.draw(st.integers(1, 8))
+        counts = [
+            min(data.draw(st.integers(0, largest)) if ragged else largest, time - n) for n in done
+        ]
+        piece = torch.zeros(batch, max(1, *counts), dtype=torch.long)
+        numbers = piece.clone()
         for b, (start, count) in enumerate(zip(done, counts, strict=True)):
-            part[b, :count] = ids[b, start : start + count]
-            if documents is not None:
-                numbers[b, :count] = documents[b, start : start + count]
-        known = {"documents": None if documents is None else numbers, "lengths": counts}
-        got_rows, got = rig(part, cache=cache, **known)
+            piece[b, :count] = ids[b, start : start + count]
+            if document_ids is not None:
+                numbers[b, :count] = document_ids[b, start : start + count]
+        reference = {"document_ids": None if document_ids is None else numbers, "lengths": counts}
+        got_rows, got = rig(piece, cache=cache, **reference)
         for b, (start, count) in enumerate(zip(done, counts, strict=True)):
             assert torch.equal(got_rows[:, b, :count], rows[:, b, start : start + count])
             expected = out[b, start : start + count]
@@ -139,8 +141,8 @@ def test_in_chunks_of_any_size_as_at_once(data: st.DataObject) -> None:
         done = [start + count for start, count in zip(done, counts, strict=True)]
     # Each sequence alone gives the same result as in a batch.
     for row in range(batch):
-        alone = None if documents is None else documents[row : row + 1]
-        alone_rows, alone_out = rig(ids[row : row + 1], documents=alone)
+        alone = None if document_ids is None else document_ids[row : row + 1]
+        alone_rows, alone_out = rig(ids[row : row + 1], document_ids=alone)
         assert torch.equal(alone_rows, rows[:, row : row + 1])
         torch.testing.assert_close(alone_out, out[row : row + 1], atol=1e-6, rtol=1e-5)
 
@@ -150,27 +152,27 @@ def test_in_chunks_of_any_size_as_at_once(data: st.DataObject) -> None:
 def test_forgotten_tokens_and_reordered_rows_leave_no_trace(data: st.DataObject) -> None:
     torch.manual_seed(0)
     rig = Rig(**data.draw(VARIANTS))
-    ids, cache, held = (
+    ids, cache, stored = (
         torch.randint(40, (3, 60)),
         rig.new_cache(),
         torch.zeros(3, 0, dtype=torch.int64),
     )
     for _ in range(data.draw(st.integers(1, 8))):
         count = data.draw(st.integers(1, 7))
-        new = ids[:, held.shape[1] : held.shape[1] + count]
+        new = ids[:, stored.shape[1] : stored.shape[1] + count]
         if not new.shape[1]:
             break
-        held = torch.cat([held, new], 1)
+        stored = torch.cat([stored, new], 1)
         rows, out = rig(new, cache=cache)
-        whole_rows, whole = rig(held)
+        whole_rows, whole = rig(stored)
         assert torch.equal(rows, whole_rows[:, :, -new.shape[1] :])
         torch.testing.assert_close(out, whole[:, -new.shape[1] :], atol=1e-6, rtol=1e-5)
-        forget = data.draw(st.integers(0, held.shape[1]))
-        cache.crop(forget)
-        held = held[:, : held.shape[1] - forget]
+        dropped = data.draw(st.integers(0, stored.shape[1]))
+        cache.crop(dropped)
+        stored = stored[:, : stored.shape[1] - dropped]
         order = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=3, max_size=3)))
         cache.select(order)
-        held, ids = held[order], torch.randint(40, (3, 60))
+        stored, ids = stored[order], torch.randint(40, (3, 60))
     cache.reset()
     assert torch.equal(rig(ids, cache=cache)[0], rig(ids)[0])
 
@@ -182,17 +184,17 @@ def test_packed_documents_never_see_each_other(data: st.DataObject) -> None:
     rig = Rig(**{**data.draw(VARIANTS), "end_of_document": True})
     lengths = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=5))
     parts = [torch.randint(40, (1, length)) for length in lengths]
-    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
-    rows, out = rig(torch.cat(parts, 1), documents=documents)
-    alone = [rig(part) for part in parts]
+    document_ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+    rows, out = rig(torch.cat(parts, 1), document_ids=document_ids)
+    alone = [rig(piece) for piece in parts]
     assert torch.equal(rows, torch.cat([each[0] for each in alone], 2))
     torch.testing.assert_close(out, torch.cat([each[1] for each in alone], 1), atol=1e-6, rtol=1e-5)
 
 
 def test_without_resets_documents_do_see_each_other() -> None:
     rig = Rig(end_of_document=False)
-    ids, documents = torch.arange(6)[None], torch.tensor([[0, 0, 0, 1, 1, 1]])
-    assert torch.equal(rig(ids, documents=documents)[0], rig(ids)[0])
+    ids, document_ids = torch.arange(6)[None], torch.tensor([[0, 0, 0, 1, 1, 1]])
+    assert torch.equal(rig(ids, document_ids=document_ids)[0], rig(ids)[0])
 
 
 @settings(max_examples=30, deadline=None)
@@ -209,7 +211,7 @@ def test_padding_is_invisible(data: st.DataObject) -> None:
     torch.testing.assert_close(got[:, :time], out[1], atol=1e-6, rtol=1e-5)
 
 
-def test_look_back_stops_at_a_dead_token_and_it_recalls_nothing() -> None:
+def test_look_back_stops_at_a_dead_token_and_it_looks_up_nothing() -> None:
     rig = Rig(dead_tokens=(9,), conv=False)
     rows, out = rig(torch.tensor([[4, 6, 9, 8, 2]]))
     after, _ = rig(torch.tensor([[8, 2]]))
@@ -255,7 +257,7 @@ def test_layer_is_the_authors(layer: int) -> None:
     rows = Addresses(config, None, 98_627)(ids, where)[config.layers.index(layer)]
     table = golden[prefix + "multi_head_embedding.embedding.weight"].clone().requires_grad_()
     hidden = golden["input.hidden"].clone().requires_grad_()
-    out = recalled(ours, hidden, table[rows], where)
+    out = looked_up(ours, hidden, table[rows], where)
     torch.testing.assert_close(out, golden[prefix + "out"], atol=5e-6, rtol=0)
     (out * golden[prefix + "grad_out"]).sum().backward()
     for got, name in (
@@ -313,7 +315,7 @@ def test_convolution_and_its_gradients(
     """
     halo = step * (taps - 1)
     window, weight = torch.randn(batch, halo + time, streams, dim), torch.randn(streams, dim, taps)
-    documents = torch.randint(2, (batch, halo + time)).cumsum(1) // 3 if packed else None
+    document_ids = torch.randint(2, (batch, halo + time)).cumsum(1) // 3 if packed else None
     change = torch.randn(batch, time, streams, dim)
 
     def by_token(window: Tensor, weight: Tensor) -> Tensor:
@@ -323,8 +325,8 @@ def test_convolution_and_its_gradients(
             for j in range(taps):
                 same = (
                     1.0
-                    if documents is None
-                    else (documents[:, t - j * step] == documents[:, t]).double()
+                    if document_ids is None
+                    else (document_ids[:, t - j * step] == document_ids[:, t]).double()
                 )
                 total = (
                     total
@@ -336,14 +338,14 @@ def test_convolution_and_its_gradients(
         return torch.stack(tokens, 1)
 
     def run(function, dtype: torch.dtype) -> list[Tensor]:
-        given = [x.to(dtype).requires_grad_() for x in (window, weight)]
-        out = function(*given)
-        return [out, *torch.autograd.grad((out * change.to(dtype)).sum(), given)]
+        arguments = [x.to(dtype).requires_grad_() for x in (window, weight)]
+        out = function(*arguments)
+        return [out, *torch.autograd.grad((out * change.to(dtype)).sum(), arguments)]
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        got = run(lambda *given: engram.convolve(*given, documents, halo), torch.float32)
+        got = run(lambda *arguments: engram.convolve(*arguments, document_ids, halo), torch.float32)
     finally:
         torch.set_num_threads(before)
     for ours, expected in zip(got, run(by_token, torch.float64), strict=True):
@@ -372,7 +374,7 @@ def test_slope_of_the_signed_root() -> None:
 
 
 def fused_in_double(
-    hidden, key, value, query_norm, key_norm, conv_norm, live, sign, eps, conv_eps
+    hidden, key, value, query_norm, key_norm, conv_norm, lookup_mask, sign, eps, conv_eps
 ) -> list[Tensor]:
     """Computes the layer's equations without rounding; returns [v] or [v, norm(v)]."""
 
@@ -385,7 +387,7 @@ def fused_in_double(
     root = torch.where(score.abs() < 1e-6, 1e-3, score.abs().clamp_min(1e-6).sqrt())
     signs = torch.where(score < 0, -1.0, 1.0) if sign == "copysign" else score.sign()
     gates = torch.sigmoid(root * signs)
-    gates = gates if live is None else gates * live[..., None]
+    gates = gates if lookup_mask is None else gates * lookup_mask[..., None]
     gated = gates[..., None] * value[:, :, None]
     return [gated] if conv_norm is None else [gated, normed(gated, conv_norm, conv_eps)]
 
@@ -403,21 +405,27 @@ def given_to_fuse(
         torch.randn(*shape[:2], shape[3]),
         1 + 0.2 * torch.randn(3, *shape[2:]),
     )
-    live = torch.rand(shape[:2]) < 0.7 if masked else None
+    lookup_mask = torch.rand(shape[:2]) < 0.7 if masked else None
     floats = [x.to(device, dtype) for x in (hidden, key, value, query_norm, key_norm, conv_norm)]
     if not conv:
         floats[5] = None
-    return (*floats, live if live is None else live.to(device), sign, 1.1920929e-7, 1e-5)
+    return (
+        *floats,
+        lookup_mask if lookup_mask is None else lookup_mask.to(device),
+        sign,
+        1.1920929e-7,
+        1e-5,
+    )
 
 
-def with_gradients(function, given: tuple, weights: list[Tensor]) -> list[Tensor]:
+def with_gradients(function, arguments: tuple, weights: list[Tensor]) -> list[Tensor]:
     """Returns the outputs of `function` and the gradients of all of its float inputs.
 
     The gradients are those of the weighted sum of the outputs.
     """
     floats = [
         x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
-        for x in given
+        for x in arguments
     ]
     out = [x for x in function(*floats) if x is not None]
     total = sum((x * weight.to(x)).sum() for x, weight in zip(out, weights, strict=False))
@@ -426,22 +434,23 @@ def with_gradients(function, given: tuple, weights: list[Tensor]) -> list[Tensor
     )
 
 
-def check_fuse(function, given: tuple, tolerance: float) -> None:
+def check_fuse(function, arguments: tuple, tolerance: float) -> None:
     """Compares outputs and gradients with the formula in double.
 
     Errors are relative to the largest value of each.
     """
-    weights = [torch.randn(given[0].shape) for _ in range(2)]
-    got = with_gradients(function, given, weights)
+    weights = [torch.randn(arguments[0].shape) for _ in range(2)]
+    got = with_gradients(function, arguments, weights)
     exact = tuple(
-        x.cpu().double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given
+        x.cpu().double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for x in arguments
     )
     exact = tuple(x.cpu() if isinstance(x, Tensor) else x for x in exact)
     for ours, expected in zip(got, with_gradients(fused_in_double, exact, weights), strict=True):
-        assert ours.dtype == given[0].dtype and ours.shape == expected.shape
-        most = expected.abs().max().item() if expected.numel() else 0.0
+        assert ours.dtype == arguments[0].dtype and ours.shape == expected.shape
+        largest = expected.abs().max().item() if expected.numel() else 0.0
         torch.testing.assert_close(
-            ours.cpu().double(), expected, atol=tolerance * max(most, 1e-2), rtol=0
+            ours.cpu().double(), expected, atol=tolerance * max(largest, 1e-2), rtol=0
         )
 
 
@@ -483,18 +492,18 @@ def test_fusion_is_flat_near_no_score() -> None:
 
 def check_the_rest(function, device=CPU) -> None:
     """Tests non-contiguous views, a value without gradient, and no tokens at all."""
-    given = given_to_fuse((4, 3, 2, 6), True, True, "sign", device=device)
+    arguments = given_to_fuse((4, 3, 2, 6), True, True, "sign", device=device)
     views = (
-        *(x.transpose(0, 1).contiguous().transpose(0, 1) for x in given[:3]),
-        *given[3:6],
-        given[6],
-        *given[7:],
+        *(x.transpose(0, 1).contiguous().transpose(0, 1) for x in arguments[:3]),
+        *arguments[3:6],
+        arguments[6],
+        *arguments[7:],
     )
-    for ours, expected in zip(function(*views), function(*given), strict=True):
+    for ours, expected in zip(function(*views), function(*arguments), strict=True):
         assert torch.equal(ours, expected)
-    alone = given[1].clone().requires_grad_()
+    alone = arguments[1].clone().requires_grad_()
     # The gradient goes through one of two results, to one of six inputs.
-    function(given[0], alone, *given[2:])[1].sum().backward()
+    function(arguments[0], alone, *arguments[2:])[1].sum().backward()
     assert alone.grad.isfinite().all() and alone.grad.any()
     for shape in ((0, 3, 2, 5), (2, 0, 2, 5)):
         check_fuse(function, given_to_fuse(shape, True, True, "sign", device=device), 0.0)
@@ -524,10 +533,10 @@ def test_a_layer_that_is_computed_again_for_its_gradients(reentrant: bool) -> No
         out.square().sum().backward()
         return [tensor.grad for tensor in wanted]
 
-    expected = gradients(recalled(layer, hidden, memory, where))
+    expected = gradients(looked_up(layer, hidden, memory, where))
     again = gradients(
         checkpoint(
-            lambda x, e: recalled(layer, x, e, where), hidden, memory, use_reentrant=reentrant
+            lambda x, e: looked_up(layer, x, e, where), hidden, memory, use_reentrant=reentrant
         )
     )
     for ours, theirs in zip(again, expected, strict=True):
@@ -539,22 +548,22 @@ def test_what_torch_makes_by_default_does_not_matter() -> None:
 
     transformers sets another dtype while it loads; a caller may set another device.
     """
-    window, taps, given = (
+    window, taps, arguments = (
         torch.randn(2, 9, 3, 5),
         torch.randn(3, 5, 4),
         given_to_fuse((2, 7, 3, 5), True, True, "sign"),
     )
     tokens = torch.randint(40, (2, 7))
-    documents, told = torch.zeros(2, 9, dtype=torch.long), context(2, 7, "cpu")
+    document_ids, ctx = torch.zeros(2, 9, dtype=torch.long), context(2, 7, "cpu")
     addresses = Addresses(EngramConfig(rows_per_head=(31, 67)), torch.arange(40), 40)
     weights = [torch.randn(2, 7, 3, 5) for _ in range(2)]
 
     def everything() -> list[Tensor]:
-        found = with_gradients(engram.fuse, given, weights)
-        for where in (None, documents):
+        result = with_gradients(engram.fuse, arguments, weights)
+        for where in (None, document_ids):
             convolve = lambda *x, where=where: [engram.convolve(*x, where, 2)]  # noqa: E731
-            found += with_gradients(convolve, (window, taps[..., :2]), weights)
-        return [*found, addresses(tokens, told)]
+            result += with_gradients(convolve, (window, taps[..., :2]), weights)
+        return [*result, addresses(tokens, ctx)]
 
     before, expected = torch.get_default_dtype(), everything()
     try:
@@ -588,14 +597,14 @@ def test_layer_on_tiles_is_the_layer(tiled: torch.device, monkeypatch: pytest.Mo
         torch.randn(2, 4, config.memory_width),
         torch.randn(2, 4, 3, 5),
     )
-    found = []
+    results = []
     for kind in ("reference", "triton"):
         monkeypatch.setenv(kernels.VARIABLE, f"fuse={kind}")
         asked = [x.to(tiled).requires_grad_() for x in (hidden, memory)]
-        out = recalled(layer, *asked, where)
+        out = looked_up(layer, *asked, where)
         wanted = [*asked, *layer.parameters()]
-        found.append([out, *torch.autograd.grad((out * weight.to(tiled)).sum(), wanted)])
-    for ours, expected in zip(*found, strict=True):
+        results.append([out, *torch.autograd.grad((out * weight.to(tiled)).sum(), wanted)])
+    for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-4)
 
 
@@ -603,16 +612,16 @@ def test_whoever_watches_the_gate_sees_and_moves_it(monkeypatch: pytest.MonkeyPa
     layer, where = Engram(EngramConfig(conv=False), 8, 2), context(2, 5, "cpu")
     layer.reset(std=0.5)
     hidden, memory = torch.randn(2, 5, 2, 8), torch.randn(2, 5, 128)
-    alone, seen = recalled(layer, hidden, memory, where), []
+    alone, seen = looked_up(layer, hidden, memory, where), []
     hook = layer.gate.register_forward_hook(lambda module, args, out: seen.append(out))
-    torch.testing.assert_close(recalled(layer, hidden, memory, where), alone)
+    torch.testing.assert_close(looked_up(layer, hidden, memory, where), alone)
     hook.remove()
     hook = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
     monkeypatch.setattr(engram, "fuse", lambda *_: pytest.fail("fused, though somebody watches"))
-    recalled(layer, hidden, memory, where)
+    looked_up(layer, hidden, memory, where)
     hook.remove()
     hook = layer.gate.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
-    assert seen[0].shape == (2, 5, 2) and not recalled(layer, hidden, memory, where).any()
+    assert seen[0].shape == (2, 5, 2) and not looked_up(layer, hidden, memory, where).any()
     hook.remove()
 
 
@@ -659,13 +668,13 @@ def test_without_a_gate_a_stream(gating: str) -> None:
             name: value.detach().to(dtype).requires_grad_()
             for name, value in layer.named_parameters()
         }
-        given = [
+        arguments = [
             hidden.to(dtype).requires_grad_(),
             memory.to(dtype).requires_grad_(),
             *named.values(),
         ]
-        out = function(*given[:2], named)
-        wanted = given if gating == "shared" else given[1:]
+        out = function(*arguments[:2], named)
+        wanted = arguments if gating == "shared" else arguments[1:]
         return [out, *torch.autograd.grad((out * change.to(dtype)).sum(), wanted)]
 
     def ours_of(hidden: Tensor, memory: Tensor, named: dict[str, Tensor]) -> Tensor:
@@ -691,7 +700,7 @@ def test_one_gate_of_equal_streams_is_a_gate_a_stream() -> None:
         context(2, 5, "cpu"),
     )
     torch.testing.assert_close(
-        recalled(shared, hidden, memory, where), recalled(whole, hidden, memory, where)
+        looked_up(shared, hidden, memory, where), looked_up(whole, hidden, memory, where)
     )
 
 
@@ -700,7 +709,7 @@ def test_whoever_watches_sees_a_gate_a_stream_whatever_the_gating() -> None:
         layer, seen = Engram(EngramConfig(gating=gating), 8, 2).bfloat16(), []
         layer.reset(std=0.5)
         layer.gate.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
-        recalled(
+        looked_up(
             layer, torch.randn(2, 5, 2, 8).bfloat16(), torch.randn(2, 5, 128), context(2, 5, "cpu")
         )
         assert seen[0].shape == (2, 5, 2) and seen[0].dtype == torch.float32
@@ -731,7 +740,7 @@ def test_bfloat16_keeps_its_dtype_and_gates_in_float32() -> None:
     seen: list[Tensor] = []
     layer.gate.register_forward_hook(lambda module, args, out: seen.append(out))
     hidden, memory = torch.randn(1, 5, 2, 16).bfloat16(), torch.randn(1, 5, 128)
-    out = recalled(layer, hidden, memory, context(1, 5, "cpu"))
+    out = looked_up(layer, hidden, memory, context(1, 5, "cpu"))
     assert out.dtype == torch.bfloat16
     assert seen[0].dtype == torch.float32
     assert ((seen[0] > 0) & (seen[0] < 1)).all()
@@ -752,9 +761,9 @@ def test_built_on_no_device_and_moved_it_has_its_numbers() -> None:
 def test_rows_of_another_width_are_refused() -> None:
     layer = Engram(EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3), 8)
     with pytest.raises(
-        ValueError, match=r"got 16 recalled numbers a token, expected 12, 4 rows of 3"
+        ValueError, match=r"got 16 numbers looked up a token, expected 12, 4 rows of 3"
     ):
-        recalled(layer, torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 16), context(1, 2, "cpu"))
+        looked_up(layer, torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 16), context(1, 2, "cpu"))
 
 
 def test_a_layer_of_no_width_is_refused() -> None:
@@ -767,15 +776,15 @@ def test_a_layer_of_no_width_is_refused() -> None:
 @pytest.mark.compiled
 def test_compiled_as_eager() -> None:
     rig = Rig()
-    ids, documents = torch.randint(40, (2, 17)), torch.randint(2, (2, 17)).cumsum(1)
-    where = context(2, 17, "cpu", documents=documents)
+    ids, document_ids = torch.randint(40, (2, 17)), torch.randint(2, (2, 17)).cumsum(1)
+    where = context(2, 17, "cpu", document_ids=document_ids)
     rows = torch.compile(rig.addresses, fullgraph=True, backend="aot_eager")(ids, where)
     assert torch.equal(rows, rig.addresses(ids, where))
     hidden, memory = torch.randn(2, 17, 2, 8), torch.randn(2, 17, rig.config.memory_width)
     layer = rig.layers[0]
 
     def call(hidden: Tensor, memory: Tensor) -> Tensor:
-        return recalled(layer, hidden, memory, where)
+        return looked_up(layer, hidden, memory, where)
 
     out = torch.compile(call, fullgraph=True, backend="aot_eager")(hidden, memory)
-    torch.testing.assert_close(out, recalled(layer, hidden, memory, where))
+    torch.testing.assert_close(out, looked_up(layer, hidden, memory, where))

@@ -19,9 +19,9 @@ def one_by_one(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
     """Computes the experts with a plain loop."""
     out, start = [], 0
     for expert, count in enumerate(counts.tolist()):
-        own = rows[start : start + count]
-        gate, up = (own @ experts.gate_up[expert].to(own.dtype)).chunk(2, -1)
-        out.append((F.silu(gate) * up) @ experts.down[expert].to(own.dtype))
+        ours = rows[start : start + count]
+        gate, up = (ours @ experts.gate_up[expert].to(ours.dtype)).chunk(2, -1)
+        out.append((F.silu(gate) * up) @ experts.down[expert].to(ours.dtype))
         start += count
     return torch.cat(out)
 
@@ -56,14 +56,14 @@ def test_equal_to_a_loop_over_experts(
     experts = Experts(len(counts), dim, width).to(dtype)
     rows, count = torch.randn(sum(counts), dim, dtype=dtype), torch.tensor(counts)
     weights = torch.randn_like(rows)
-    found = []
+    results = []
     for run in (experts, lambda rows, count: one_by_one(experts, rows, count)):
         leaf = rows.clone().requires_grad_()
         experts.zero_grad()
         out = run(leaf, count)
         (out * weights).sum().backward()
-        found.append((out.detach(), leaf.grad, experts.gate_up.grad, experts.down.grad))
-    for one, two in zip(*found, strict=True):
+        results.append((out.detach(), leaf.grad, experts.gate_up.grad, experts.down.grad))
+    for one, two in zip(*results, strict=True):
         close(one, two, dtype)
 
 
@@ -72,7 +72,7 @@ def test_equal_to_a_loop_over_experts(
 def test_equal_at_any_size(counts: list[int], dim: int, width: int) -> None:
     rows, weight = torch.randn(sum(counts), dim), torch.randn(len(counts), dim, width)
     parts = zip(rows.split(counts), weight, strict=True)
-    expected = torch.cat([part @ own for part, own in parts])
+    expected = torch.cat([piece @ ours for piece, ours in parts])
     torch.testing.assert_close(grouped_product(rows, weight, torch.tensor(counts)), expected)
 
 
@@ -134,12 +134,12 @@ def test_compiles_without_a_break(dtype: torch.dtype) -> None:
     experts, rows = Experts(4, 16, 8).to(dtype), torch.randn(10, 16, dtype=dtype)
     counts = torch.tensor([3, 0, 6, 1])
     run = torch.compile(experts, fullgraph=True, backend="aot_eager")
-    found = []
+    results = []
     for module in (experts, run):
         leaf = rows.clone().requires_grad_()
         experts.zero_grad()
         out = module(leaf, counts)
         out.float().square().sum().backward()
-        found.append((out.detach(), leaf.grad, experts.gate_up.grad, experts.down.grad))
-    for one, two in zip(*found, strict=True):
+        results.append((out.detach(), leaf.grad, experts.gate_up.grad, experts.down.grad))
+    for one, two in zip(*results, strict=True):
         close(two, one, dtype)

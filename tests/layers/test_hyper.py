@@ -12,12 +12,12 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 from rorqual.config import from_dict
 from rorqual.layers.hyper import (
     Connection,
-    Exit,
     HyperConfig,
     Residual,
+    StreamReduction,
     Streams,
     composite_gain,
-    enter,
+    expand,
     health,
     spread,
 )
@@ -151,17 +151,20 @@ class TestDeepSeekV4:
 
     @pytest.mark.parametrize("config", RELEASED, ids=str)
     def test_exit(self, config):
-        reference, exit = stirred(theirs(24, config, DeepseekV4HyperHead)), Exit(config, 24)
-        exit.load_state_dict(
+        reference, reduction = (
+            stirred(theirs(24, config, DeepseekV4HyperHead)),
+            StreamReduction(config, 24),
+        )
+        reduction.load_state_dict(
             {name.removeprefix("hc_"): value for name, value in reference.state_dict().items()}
         )
         x = torch.randn(2, 5, config.streams, 24, requires_grad=True)
-        close(exit(Streams(x)), reference(x))
+        close(reduction(Streams(x)), reference(x))
         pull, parameters = (
             torch.randn(2, 5, 24),
-            [list(module.parameters()) for module in (exit, reference)],
+            [list(module.parameters()) for module in (reduction, reference)],
         )
-        outs = (exit(Streams(x)), parameters[0]), (reference(x), parameters[1])
+        outs = (reduction(Streams(x)), parameters[0]), (reference(x), parameters[1])
         grads = (torch.autograd.grad((y * pull).sum(), [x, *inputs]) for y, inputs in outs)
         for a, b in zip(*grads, strict=True):
             close(a, b, 3e-6)
@@ -273,15 +276,15 @@ class TestAlone:
     def test_gradients(self, name):
         config = KINDS[name]
         sites = [stirred(Connection(config, 5, n)).double() for n in range(2)]
-        exit = stirred(Exit(config, 5)).double()
+        reduction = stirred(StreamReduction(config, 5)).double()
 
         def run(hidden, *parameters):
-            streams, carried = enter(hidden, config)
+            streams, handed_on = expand(hidden, config)
             for site in sites:
-                streams, carried = through(site, streams, torch.tanh, carried)
-            return exit(Streams(streams, carried))
+                streams, handed_on = through(site, streams, torch.tanh, handed_on)
+            return reduction(Streams(streams, handed_on))
 
-        parameters = [p for module in (*sites, exit) for p in module.parameters()]
+        parameters = [p for module in (*sites, reduction) for p in module.parameters()]
         hidden = torch.randn(1, 2, 5, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(run, (hidden, *parameters), fast_mode=True)
 
@@ -298,11 +301,11 @@ class TestAlone:
     @pytest.mark.parametrize("time", [0, 1])
     def test_few_tokens(self, time):
         for config in KINDS.values():
-            out, carried = through(
+            out, handed_on = through(
                 Connection(config, 6), torch.randn(2, time, config.streams, 6), torch.tanh
             )
             assert out.shape == (2, time, config.streams, 6)
-            assert Exit(config, 6)(Streams(out, carried)).shape == (2, time, 6)
+            assert StreamReduction(config, 6)(Streams(out, handed_on)).shape == (2, time, 6)
 
 
 class TestTraps:
@@ -331,7 +334,7 @@ class TestTraps:
                 [p for m in (*sites, *layers, head) for p in m.parameters()], lr=0.5
             )
             for _ in range(30):
-                streams, hidden = enter(torch.randn(4, 8, 8), HyperConfig()).values, None
+                streams, hidden = expand(torch.randn(4, 8, 8), HyperConfig()).values, None
                 hidden = streams[:, :, 0]
                 for site, layer in zip(sites, layers, strict=True):
                     streams, _ = through(site, streams, lambda u, layer=layer: layer(u).tanh())
@@ -364,9 +367,9 @@ class TestTraps:
         assert (got.comb.sum(-2) - 1).abs().max() < 1e-5
         # In bfloat16 the sums would be this far off.
         assert (got.comb.bfloat16().float().sum(-2) - 1).abs().max() > 1e-3
-        out, carried = through(site, x, torch.tanh)
+        out, handed_on = through(site, x, torch.tanh)
         assert out.dtype == torch.bfloat16
-        assert carried.dtype == torch.float32
+        assert handed_on.dtype == torch.float32
         double = stirred(Connection(HyperConfig(), 32)).double()
         double.load_state_dict(site.state_dict())
         close(out.double(), through(double, x.double(), torch.tanh)[0], 2**-8)
@@ -374,12 +377,12 @@ class TestTraps:
     @pytest.mark.parametrize("name", KINDS)
     def test_autocast_rounds_no_coefficient(self, name):
         config = KINDS[name]
-        site, exit = stirred(Connection(config, 32)), stirred(Exit(config, 32))
+        site, reduction = stirred(Connection(config, 32)), stirred(StreamReduction(config, 32))
         x, weight = torch.randn(2, 9, config.streams, 32), torch.randn(32, 32) / 6
 
         def run():
-            out, carried = through(site, x, lambda u: (u @ weight).float())
-            return *site.coefficients(x), exit(Streams(out.detach(), carried))
+            out, handed_on = through(site, x, lambda u: (u @ weight).float())
+            return *site.coefficients(x), reduction(Streams(out.detach(), handed_on))
 
         expected = run()
         with torch.autocast("cpu", torch.bfloat16):
@@ -405,23 +408,25 @@ class TestTraps:
         for site in sites:
             site.mixer.scale.data.zero_()  # post = 1, pre sums to 1
         hidden = torch.randn(2, 5, 12)
-        streams, single = enter(hidden, config).values, enter(hidden, None).values
+        streams, single = expand(hidden, config).values, expand(hidden, None).values
         for site, layer in zip(sites, layers, strict=True):
             sublayer = lambda u, layer=layer: layer(nn.functional.rms_norm(u, (12,))).tanh()  # noqa: E731
             streams, _ = through(site, streams, sublayer)
             single, _ = through(Residual(), single, sublayer)
-        close(streams.mean(2), Exit(None, 12)(Streams(single)), 1e-5)
+        close(streams.mean(2), StreamReduction(None, 12)(Streams(single)), 1e-5)
 
     def test_the_start_is_nearly_the_plain_residual_network(self):
         hidden = torch.randn(2, 5, 64)
         for config in (HyperConfig(), HyperConfig(kind="single_pass")):
-            streams, carried = enter(hidden, config)
+            streams, handed_on = expand(hidden, config)
             for n in range(3):
-                streams, carried = through(Connection(config, 64, n), streams, torch.tanh, carried)
+                streams, handed_on = through(
+                    Connection(config, 64, n), streams, torch.tanh, handed_on
+                )
             expected = hidden
             for _ in range(3):
                 expected = expected + torch.tanh(expected)
-            close(Exit(config, 64)(Streams(streams, carried)), expected, 0.05)
+            close(StreamReduction(config, 64)(Streams(streams, handed_on)), expected, 0.05)
 
 
 class TestKinds:
@@ -429,25 +434,25 @@ class TestKinds:
         config = HyperConfig(kind="single_pass")
         sites, seen = [stirred(Connection(config, 8, n)) for n in range(2)], []
         x = torch.randn(1, 3, 4, 8)
-        first, carried = through(sites[0], x, lambda u: seen.append(u) or u.sin())
-        last, carried_on = through(sites[1], first, lambda u: seen.append(u) or u.cos(), carried)
+        first, handed_on = through(sites[0], x, lambda u: seen.append(u) or u.sin())
+        last, carried_on = through(sites[1], first, lambda u: seen.append(u) or u.cos(), handed_on)
         close(seen[0], x[:, :, 0])
         pre = sites[0].coefficients(x).pre
-        close(carried, pre)
+        close(handed_on, pre)
         close(seen[1], (pre[..., None] * first).sum(2))
-        exit = Exit(config, 8)
-        assert not list(exit.parameters())
+        reduction = StreamReduction(config, 8)
+        assert not list(reduction.parameters())
         close(
-            exit(Streams(last, carried_on)),
+            reduction(Streams(last, carried_on)),
             (sites[1].coefficients(first).pre[..., None] * last).sum(2),
         )
 
-    def test_the_carried_pre_keeps_its_gradient(self):
+    def test_the_handed_on_pre_keeps_its_gradient(self):
         config = HyperConfig(kind="single_pass")
         first, second = Connection(config, 8, 0), Connection(config, 8, 1)
-        streams, carried = through(first, torch.randn(1, 3, 4, 8), torch.tanh)
-        assert carried.requires_grad
-        out, _ = through(second, streams.detach(), torch.tanh, carried)
+        streams, handed_on = through(first, torch.randn(1, 3, 4, 8), torch.tanh)
+        assert handed_on.requires_grad
+        out, _ = through(second, streams.detach(), torch.tanh, handed_on)
         out.sum().backward()
         assert first.mixer.base.grad[:4].abs().min() > 0
 
@@ -479,19 +484,19 @@ class TestKinds:
         close(through(site, x, torch.zeros_like)[0], x)
 
     def test_exits(self):
-        x, carried = torch.randn(2, 3, 4, 8), torch.rand(2, 3, 4)
-        close(Exit(HyperConfig(kind="hc"), 8)(Streams(x)), x.sum(2))
-        single = Exit(HyperConfig(kind="single_pass"), 8)
-        close(single(Streams(x, carried)), (carried[..., None] * x).sum(2))
+        x, handed_on = torch.randn(2, 3, 4, 8), torch.rand(2, 3, 4)
+        close(StreamReduction(HyperConfig(kind="hc"), 8)(Streams(x)), x.sum(2))
+        single = StreamReduction(HyperConfig(kind="single_pass"), 8)
+        close(single(Streams(x, handed_on)), (handed_on[..., None] * x).sum(2))
         close(single(Streams(x)), x[:, :, 0])
-        learned = Exit(HyperConfig(), 8)
-        assert torch.equal(learned(Streams(x, carried)), learned(Streams(x)))
-        close(Exit(None, 8)(Streams(x[:, :, :1])), x[:, :, 0])
+        learned = StreamReduction(HyperConfig(), 8)
+        assert torch.equal(learned(Streams(x, handed_on)), learned(Streams(x)))
+        close(StreamReduction(None, 8)(Streams(x[:, :, :1])), x[:, :, 0])
 
     def test_entry(self):
         hidden = torch.randn(2, 3, 8)
         for config, streams in ((HyperConfig(streams=3), 3), (None, 1)):
-            entered = enter(hidden, config).values
+            entered = expand(hidden, config).values
             assert entered.shape == (2, 3, streams, 8)
             assert (entered == hidden[:, :, None]).all()
 
@@ -554,23 +559,23 @@ class TestHealth:
         config = HyperConfig(kind="hc", streams=3)
         block = Backwards(stirred(Connection(config, 8, n)) for n in range(3))
         x, combs = torch.randn(2, 5, 3, 8), []
-        found = health(nn.Sequential(block), lambda: block(Streams(x)))
+        result = health(nn.Sequential(block), lambda: block(Streams(x)))
         streams = x
         for site in reversed(block):
             combs.append(site.coefficients(streams).comb)
             streams, _ = through(site, streams, torch.sin)
-        assert found[:2] == pytest.approx(composite_gain(combs))
-        assert found.spread == pytest.approx(spread(streams))
-        assert found[:2] != pytest.approx(composite_gain(combs[::-1]))
+        assert result[:2] == pytest.approx(composite_gain(combs))
+        assert result.spread == pytest.approx(spread(streams))
+        assert result[:2] != pytest.approx(composite_gain(combs[::-1]))
         assert not any(module._forward_hooks for module in block.modules())
         assert health(nn.Linear(2, 2), lambda: None) is None
         still = Backwards([Connection(HyperConfig(mix="identity"), 8)])
-        found = health(still, lambda: still(enter(torch.randn(1, 2, 8), HyperConfig())))
-        assert (found.row_gain, found.column_gain) == (1, 1)
-        assert 0 < found.spread < 0.1
+        result = health(still, lambda: still(expand(torch.randn(1, 2, 8), HyperConfig())))
+        assert (result.row_gain, result.column_gain) == (1, 1)
+        assert 0 < result.spread < 0.1
 
     def test_spread(self):
-        assert spread(enter(torch.randn(1, 2, 8), HyperConfig()).values) == 0
+        assert spread(expand(torch.randn(1, 2, 8), HyperConfig()).values) == 0
         x = torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)
         assert spread(x) == pytest.approx(0.5)
 

@@ -35,7 +35,7 @@ def small_tiles() -> Iterator[None]:
         yield
 
 
-def brute(query, key, value, scale, block, chosen, choice="token"):
+def brute(query, key, value, scale, block, top_k, choice="token"):
     """Computes the definition one query head at a time.
 
     One document fills the sequence.
@@ -46,14 +46,14 @@ def brute(query, key, value, scale, block, chosen, choice="token"):
             for h in range(query.shape[2]):
                 g = h * key.shape[2] // query.shape[2]
                 chooser = t // tiles.TILE * tiles.TILE if choice == "tile" else t
-                own, asking = chooser // block, query[b, chooser, h]
+                ours, asking = chooser // block, query[b, chooser, h]
                 score = {
                     i: (asking @ key[b, i * block : (i + 1) * block, g].mean(0)).float().item()
-                    for i in range(own)
+                    for i in range(ours)
                 }
-                kept = sorted(score, key=lambda i, score=score: (score[i], i))[::-1][: chosen - 1]
-                kept += range(own, t // block + 1)
-                columns = [s for i in kept for s in range(i * block, min((i + 1) * block, t + 1))]
+                cached = sorted(score, key=lambda i, score=score: (score[i], i))[::-1][: top_k - 1]
+                cached += range(ours, t // block + 1)
+                columns = [s for i in cached for s in range(i * block, min((i + 1) * block, t + 1))]
                 weights = (key[b, columns, g] @ query[b, t, h] * scale).softmax(0)
                 out[b, t, h] = weights @ value[b, columns, g]
     return out
@@ -70,12 +70,12 @@ def moba_of(q, k, left=None, **options):
     return MoBA(MoBAConfig(**options), gqa, 20, ROPE, left)
 
 
-def call(attention, q, k, v, cache=None, history=None, **known):
+def call(attention, q, k, v, cache=None, history=None, **expected):
     """Returns what the attention makes of given queries, keys and values, at a scale of 0.4."""
     attention.project, attention.o_proj = lambda hidden, ctx: (q, k, v), Taken()
     attention.scale = 0.4
-    kept = None if cache is None else BlockCache(cache)
-    ctx = context(*q.shape[:2], q.device, past=history, cache=kept, **known)
+    cached = None if cache is None else BlockCache(cache)
+    ctx = context(*q.shape[:2], q.device, past=history, cache=cached, **expected)
     attention(torch.zeros(*q.shape[:2], 20), ctx)
     return attention.o_proj.taken.unflatten(-1, (q.shape[2], -1))
 
@@ -88,18 +88,18 @@ class Taken(torch.nn.Module):
         return x.new_zeros(*x.shape[:-1], 20)
 
 
-def layer(block=4, chosen=2, decode="sparse", kv_heads=2, choice="token"):
-    config = MoBAConfig(block=block, chosen=chosen, decode=decode, choice=choice)
+def layer(block=4, top_k=2, decode="sparse", kv_heads=2, choice="token"):
+    config = MoBAConfig(block=block, top_k=top_k, decode=decode, choice=choice)
     attention = MoBA(config, GQAConfig(heads=4, kv_heads=kv_heads, head_dim=6), 20, ROPE)
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return attention
 
 
-def run(attention, hidden, past=None, cache=None, **known):
-    kept = BlockCache(cache) if cache is not None else None
-    known |= {"past": past, "rope": (ROPE, attention.rope_dim), "cache": kept}
-    return attention(hidden, context(*hidden.shape[:2], hidden.device, **known))[0]
+def run(attention, hidden, past=None, cache=None, **expected):
+    cached = BlockCache(cache) if cache is not None else None
+    expected |= {"past": past, "rope": (ROPE, attention.rope_dim), "cache": cached}
+    return attention(hidden, context(*hidden.shape[:2], hidden.device, **expected))[0]
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -111,10 +111,10 @@ def run(attention, hidden, past=None, cache=None, **known):
     st.sampled_from([(1, 1), (4, 1), (6, 2), (3, 3), (16, 1)]),
     st.sampled_from(["token", "tile"]),
 )
-def test_is_its_definition(batch, time, block, chosen, heads, choice):
+def test_is_its_definition(batch, time, block, top_k, heads, choice):
     q, k, v = tensors(batch, time, *heads, value_width=5, dtype=torch.float64)
-    inner = moba_of(q, k, block=block, chosen=chosen, choice=choice)
-    ours, expected = call(inner, q, k, v), brute(q, k, v, 0.4, block, chosen, choice)
+    inner = moba_of(q, k, block=block, topk_indices=top_k, choice=choice)
+    ours, expected = call(inner, q, k, v), brute(q, k, v, 0.4, block, top_k, choice)
     torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
     pull = torch.randn_like(expected)
     grads = [torch.autograd.grad((y * pull).sum(), (q, k, v)) for y in (ours, expected)]
@@ -130,12 +130,12 @@ def test_choosing_everything_is_full_attention(time):
     ).transpose(1, 2)
     pull = torch.randn_like(full)
     grads = torch.autograd.grad((full * pull).sum(), (q, k, v))
-    swapped = moba_of(q, k, block=4, chosen=1)
+    swapped = moba_of(q, k, block=4, topk_indices=1)
     swapped.full = True
     every = (
-        moba_of(q, k, block=4, chosen=8),
-        moba_of(q, k, block=64, chosen=1),
-        moba_of(q, k, block=4, chosen=8, choice="tile"),
+        moba_of(q, k, block=4, topk_indices=8),
+        moba_of(q, k, block=64, topk_indices=1),
+        moba_of(q, k, block=4, topk_indices=8, choice="tile"),
     )
     for inner in (*every, swapped):
         ours = call(inner, q, k, v)
@@ -146,9 +146,9 @@ def test_choosing_everything_is_full_attention(time):
 
 def test_one_block_is_block_diagonal():
     q, k, v = tensors(1, 14)
-    ours = call(moba_of(q, k, block=4, chosen=1), q, k, v)
+    ours = call(moba_of(q, k, block=4, topk_indices=1), q, k, v)
     pieces = [
-        call(moba_of(q, k, block=4, chosen=1), *(x[:, s : s + 4] for x in (q, k, v)))
+        call(moba_of(q, k, block=4, topk_indices=1), *(x[:, s : s + 4] for x in (q, k, v)))
         for s in range(0, 14, 4)
     ]
     torch.testing.assert_close(ours, torch.cat(pieces, 1), atol=1e-6, rtol=0)
@@ -156,15 +156,15 @@ def test_one_block_is_block_diagonal():
 
 def test_the_choice_and_the_means_carry_no_gradient():
     q, k, v = tensors(1, 12, 1, 1)
-    call(moba_of(q, k, block=4, chosen=2), q, k, v)[:, -1].sum().backward()
+    call(moba_of(q, k, block=4, topk_indices=2), q, k, v)[:, -1].sum().backward()
     touched = k.grad[0].flatten(1).abs().sum(1) > 0
     # The own block and one other are read; of the third only the mean is used.
     assert touched.view(3, 4).all(1).tolist().count(True) == 2
 
 
-def test_decoding_reads_the_chosen_blocks_only():
+def test_decoding_reads_the_selected_blocks_only():
     q, k, v = (x.detach() for x in tensors(1, 41, 1, 1))
-    inner, history = moba_of(q, k, block=4, chosen=2), Past(1)
+    inner, history = moba_of(q, k, block=4, topk_indices=2), Past(1)
     cache = inner.new_cache(1, 64, q.dtype, q.device)
     call(inner, q[:, :40], k[:, :40], v[:, :40], cache=cache, history=history)
     means = k[:, :40].unflatten(1, (10, 4)).mean(2)
@@ -187,8 +187,8 @@ def test_the_last_of_a_prompt_is_no_single_new_token(choice):
     attention, hidden = layer(decode="full", choice=choice), torch.randn(2, 30, 20)
     expected = run(attention, hidden)[:, -1:]
     for cache in (None, attention.new_cache(2, 8, hidden.dtype, hidden.device)):
-        found = run(attention, hidden, None, cache, last_only=True)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        result = run(attention, hidden, None, cache, last_only=True)
+        torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
 
 @CHOICES
@@ -214,7 +214,7 @@ def test_full_decoding_after_sparse_prefill(choice, prompts):
             torch.testing.assert_close(out[row, :count], alone, atol=1e-5, rtol=0)
 
 
-def test_a_layer_is_full_while_it_is_told_to_be():
+def test_a_layer_is_full_while_it_is_given_to_be():
     """Tests full attention in one call and in pieces after a cache; then sparse attention again."""
     attention, hidden = layer(), torch.randn(2, 23, 20)
     expected, past, cache = (
@@ -228,7 +228,7 @@ def test_a_layer_is_full_while_it_is_told_to_be():
     plain.load_state_dict(attention.state_dict())
     torch.testing.assert_close(whole, run(plain, hidden), atol=1e-5, rtol=0)
     parts = torch.cat(
-        [run(attention, part, past, cache) for part in hidden.split([7, 9, 1, 6], 1)], 1
+        [run(attention, piece, past, cache) for piece in hidden.split([7, 9, 1, 6], 1)], 1
     )
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
     attention.full = False
@@ -263,7 +263,7 @@ def test_runs_of_queries_change_nothing(monkeypatch, choice):
     torch.testing.assert_close(run(attention, hidden), whole, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("wrong", [{"block": 0}, {"chosen": 0}])
+@pytest.mark.parametrize("wrong", [{"block": 0}, {"top_k": 0}])
 def test_bad_sizes_say_so(wrong):
     with pytest.raises(ValueError, match="got 0, expected at least 1"):
         MoBAConfig(**wrong)
@@ -278,11 +278,11 @@ def test_unknown_words_say_so():
 def test_the_last_layers_and_the_last_phase_are_full():
     q, k, _ = tensors(1, 2)
     model = torch.nn.ModuleList(moba_of(q, k, left, full_layers=2) for left in (3, 2, 1))
-    assert [part.full for part in model] == [False, True, True]
+    assert [piece.full for piece in model] == [False, True, True]
     switch(model, True)
-    assert all(part.full for part in model)
+    assert all(piece.full for piece in model)
     switch(model, False)
-    assert [part.full for part in model] == [False, True, True]
+    assert [piece.full for piece in model] == [False, True, True]
     # A layer that always attends fully needs no block means.
     assert model[2].new_cache(2, 8, torch.float32, torch.device("cpu")).means is None
     for wrong in ({"full_layers": -1}, {"full_from": 1.1}):
@@ -295,13 +295,13 @@ def test_the_last_layers_and_the_last_phase_are_full():
 def test_autocast_changes_no_choice(choice, packed):
     """In bfloat16, scores of neighbouring blocks would be equal."""
     query, key, _ = (x.detach() for x in tensors(3, 90))
-    inner = moba_of(query, key, block=2, chosen=4, choice=choice)
-    documents = (torch.arange(90) // 70).expand(3, -1)
-    ctx = context(3, 90, "cpu", documents=documents if packed else None)
+    inner = moba_of(query, key, block=2, topk_indices=4, choice=choice)
+    document_ids = (torch.arange(90) // 70).expand(3, -1)
+    ctx = context(3, 90, "cpu", document_ids=document_ids if packed else None)
     segment = sparse.segments(ctx, 2)
     columns = (torch.arange(90) // 2).expand(3, -1)
     means = moba.block_means(key, columns if segment is None else segment, 45)
     expected = inner.select(query, means, segment, ctx)
     with torch.autocast("cpu", torch.bfloat16):
-        found = inner.select(query, means, segment, ctx)
-    assert torch.equal(found.blocks, expected.blocks)
+        result = inner.select(query, means, segment, ctx)
+    assert torch.equal(result.blocks, expected.blocks)

@@ -40,7 +40,7 @@ def one_by_one(moe: MoE, hidden: Tensor, routing: Routing) -> Tensor:
     out = torch.zeros_like(hidden) if moe.shared is None else moe.shared(hidden)
     for expert in range(moe.config.routed):
         gate, up = (hidden @ moe.experts.gate_up[expert]).chunk(2, -1)
-        weight = (routing.weights * (routing.chosen == expert)).sum(-1, keepdim=True)
+        weight = (routing.weights * (routing.topk_indices == expert)).sum(-1, keepdim=True)
         out = out + weight * ((F.silu(gate) * up) @ moe.experts.down[expert])
     return out
 
@@ -54,21 +54,21 @@ def test_equal_to_transformers_forward_and_backward(router: RouterConfig, shared
             **SIZES, n_shared_experts=shared, topk_method="group_limited_greedy"
         )
         oracle = DeepseekV2Moe(config)
-    own = MoE(MoEConfig(routed=8, active=3, shared=shared, width=16, router=router), 24)
+    ours = MoE(MoEConfig(routed=8, active=3, shared=shared, width=16, router=router), 24)
     for name in ("gate_proj", "up_proj", "down_proj"):
         getattr(oracle.shared_experts, name).weight.data = getattr(
-            own.shared, name
+            ours.shared, name
         ).weight.data.clone()
-    oracle.gate.weight.data = own.router.weight.data.clone()
-    oracle.experts.gate_up_proj.data = own.experts.gate_up.data.transpose(1, 2).clone()
-    oracle.experts.down_proj.data = own.experts.down.data.transpose(1, 2).clone()
+    oracle.gate.weight.data = ours.router.weight.data.clone()
+    oracle.experts.gate_up_proj.data = ours.experts.gate_up.data.transpose(1, 2).clone()
+    oracle.experts.down_proj.data = ours.experts.down.data.transpose(1, 2).clone()
     if router.bias:
-        oracle.gate.e_score_correction_bias = own.router.e_score_correction_bias = (
+        oracle.gate.e_score_correction_bias = ours.router.e_score_correction_bias = (
             torch.randn(8) - 2
         )
     hidden = torch.randn(2, 23, 24)
     gradients = []
-    for run in (oracle, lambda x: own(x)[0]):
+    for run in (oracle, lambda x: ours(x)[0]):
         leaf = hidden.clone().requires_grad_()
         out = run(leaf)
         (out * hidden.flip(-1)).sum().backward()
@@ -76,10 +76,10 @@ def test_equal_to_transformers_forward_and_backward(router: RouterConfig, shared
     for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
-        own.router.weight.grad, oracle.gate.weight.grad, rtol=1e-4, atol=1e-5
+        ours.router.weight.grad, oracle.gate.weight.grad, rtol=1e-4, atol=1e-5
     )
     torch.testing.assert_close(
-        own.experts.down.grad, oracle.experts.down_proj.grad.transpose(1, 2), rtol=1e-4, atol=1e-5
+        ours.experts.down.grad, oracle.experts.down_proj.grad.transpose(1, 2), rtol=1e-4, atol=1e-5
     )
 
 
@@ -110,12 +110,12 @@ def test_equal_to_one_expert_at_a_time_at_any_size(
 
     Covers odd widths, experts without tokens, a single token, and all tokens on the same experts.
     """
-    kept = data.draw(st.integers(1, groups))
-    active = data.draw(st.integers(1, kept * size))
+    cached = data.draw(st.integers(1, groups))
+    active = data.draw(st.integers(1, cached * size))
     mass = data.draw(st.none() | st.floats(0.1, 0.9))
     score = data.draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"]))
     router = RouterConfig(
-        score=score, groups=groups, groups_kept=kept, adaptive_mass=mass, scale=1.5
+        score=score, groups=groups, groups_kept=cached, adaptive_mass=mass, scale=1.5
     )
     moe = MoE(
         MoEConfig(routed=groups * size, active=active, shared=shared, width=width, router=router),
@@ -129,14 +129,14 @@ def test_equal_to_one_expert_at_a_time_at_any_size(
 def compare(moe: MoE, hidden: Tensor) -> None:
     """Compares outputs and all gradients with the loop."""
     wish = torch.randn_like(hidden)
-    found = []
+    results = []
     for run in (lambda x: moe(x)[0], lambda x: one_by_one(moe, x, moe.router(x))):
         leaf = hidden.clone().requires_grad_()
         moe.zero_grad()
         out = run(leaf)
         (out * wish).sum().backward()
-        found.append([out.detach(), leaf.grad, *[p.grad.clone() for p in moe.parameters()]])
-    for one, two in zip(*found, strict=True):
+        results.append([out.detach(), leaf.grad, *[p.grad.clone() for p in moe.parameters()]])
+    for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
@@ -150,7 +150,7 @@ def test_gradients_are_those_of_the_formula() -> None:
 
 def test_rows_are_sorted_by_expert_and_stay_in_order_within() -> None:
     routing = Routing(
-        chosen=torch.tensor([[[2, 0], [0, 1], [2, 1]]]),
+        topk_indices=torch.tensor([[[2, 0], [0, 1], [2, 1]]]),
         weights=torch.tensor([[[0.5, 0.5], [1.0, 0.0], [0.3, 0.7]]]),
         scores=torch.zeros(1, 3, 4),
         logits=torch.zeros(1, 3, 4),
@@ -167,11 +167,11 @@ def test_rows_are_sorted_by_expert_and_stay_in_order_within() -> None:
 
 @pytest.mark.parametrize(("slots", "experts"), [(0, 3), (1, 1), (7, 3), (1000, 17)])
 def test_slots_are_sorted_by_expert_and_stay_in_order_within_one(slots: int, experts: int) -> None:
-    chosen = torch.randint(experts + 1, (slots,))  # E means no expert
-    order, rows, ends = sort_by_expert(chosen, experts)
-    assert order.tolist() == sorted(range(slots), key=lambda slot: (int(chosen[slot]), slot))
+    topk_indices = torch.randint(experts + 1, (slots,))  # E means no expert
+    order, rows, ends = sort_by_expert(topk_indices, experts)
+    assert order.tolist() == sorted(range(slots), key=lambda slot: (int(topk_indices[slot]), slot))
     assert torch.equal(order[rows], torch.arange(slots))
-    assert ends.tolist() == [int((chosen <= expert).sum()) for expert in range(experts)]
+    assert ends.tolist() == [int((topk_indices <= expert).sum()) for expert in range(experts)]
 
 
 def test_a_few_slots_are_not_sorted_and_come_out_the_same() -> None:
@@ -193,9 +193,9 @@ def test_a_few_slots_are_not_sorted_and_come_out_the_same() -> None:
 def test_slots_that_are_not_taken_cost_no_row() -> None:
     rows = []
 
-    def counted(given: Tensor, counts: Tensor, experts: Experts) -> Tensor:
-        rows.append((len(given), int(counts.sum())))
-        return experts(given, counts)
+    def counted(arguments: Tensor, counts: Tensor, experts: Experts) -> Tensor:
+        rows.append((len(arguments), int(counts.sum())))
+        return experts(arguments, counts)
 
     moe = MoE(
         MoEConfig(
@@ -241,9 +241,9 @@ def test_the_exchange_takes_the_place_of_the_experts() -> None:
 def test_without_shared_experts_and_with_a_width_of_their_own() -> None:
     assert MoE(MoEConfig(shared=0), 8).shared is None
     assert MoEConfig(shared=2, width=16).shared_hidden == 32
-    wide = MoEConfig(shared=1, width=16, shared_width=40)
-    assert wide.shared_hidden == 40
-    assert MoE(wide, 8).shared.up_proj.weight.shape == (40, 8)
+    width = MoEConfig(shared=1, width=16, shared_width=40)
+    assert width.shared_hidden == 40
+    assert MoE(width, 8).shared.up_proj.weight.shape == (40, 8)
     assert MoEConfig(shared=0).shared_hidden == 0
 
 
@@ -253,7 +253,7 @@ def test_layers_that_choose_by_token_id_do_so() -> None:
     ctx = context(1, 3, "cpu", ids=ids)
     moe = MoE(config, 8, 0, 20)
     _, routing = moe(torch.randn(1, 3, 8), ctx)
-    assert torch.equal(routing.chosen[0], moe.router.table[ids[0]])
+    assert torch.equal(routing.topk_indices[0], moe.router.table[ids[0]])
     assert not MoE(config, 8, 1, 20)(torch.randn(1, 3, 8), ctx)[1].fixed
 
 
@@ -265,11 +265,11 @@ def test_bfloat16_stays_near_float32(kind: str) -> None:
     if kind == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
             out, again = moe(hidden)
-        assert torch.equal(again.chosen, routing.chosen)
+        assert torch.equal(again.topk_indices, routing.topk_indices)
     else:
         out, again = moe.bfloat16()(hidden.bfloat16())
         assert out.dtype == torch.bfloat16
-    same = (again.chosen.sort(-1).values == routing.chosen.sort(-1).values).all(-1)
+    same = (again.topk_indices.sort(-1).values == routing.topk_indices.sort(-1).values).all(-1)
     assert same.float().mean() > 0.9
     torch.testing.assert_close(out.float()[same], expected[same], rtol=0.05, atol=0.05)
 
@@ -345,14 +345,16 @@ def test_compiles_without_a_break(router: RouterConfig, padded: bool, backend: s
     if padded:
         valid[0, 5:] = False
     where = context(2, 9, "cpu", lengths=valid.sum(1))
-    found = []
+    results = []
     for module in (moe, torch.compile(moe, fullgraph=True, backend=backend)):
         leaf = hidden.clone().requires_grad_()
         moe.zero_grad()
         out = module(leaf, where)[0]
         (out.square().sum(-1) * valid).sum().backward()
-        found.append([out.detach()[valid], leaf.grad, *[p.grad.clone() for p in moe.parameters()]])
-    for one, two in zip(*found, strict=True):
+        results.append(
+            [out.detach()[valid], leaf.grad, *[p.grad.clone() for p in moe.parameters()]]
+        )
+    for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 

@@ -65,14 +65,15 @@ def test_depths_chain_and_every_depth_learns() -> None:
 @settings(max_examples=50, deadline=None)
 @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4), times=st.integers(1, 3))
 def test_ahead_never_looks_into_another_document(lengths: list[int], times: int) -> None:
-    found = ids = torch.arange(1, sum(lengths) + 1)[None]
-    documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
+    result = ids = torch.arange(1, sum(lengths) + 1)[None]
+    document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
     for _ in range(times):
-        found = ahead(found, documents, -100)
+        result = ahead(result, document_ids, -100)
     expected = [
-        [*part[times:].tolist(), *[-100] * min(times, len(part))] for part in ids[0].split(lengths)
+        [*piece[times:].tolist(), *[-100] * min(times, len(piece))]
+        for piece in ids[0].split(lengths)
     ]
-    assert found[0].tolist() == [value for part in expected for value in part]
+    assert result[0].tolist() == [value for piece in expected for value in piece]
     assert ahead(ids)[0].tolist() == [*range(2, ids.shape[1] + 1), 0]
     assert ids[0].tolist() == list(range(1, ids.shape[1] + 1))
 

@@ -19,18 +19,18 @@ from rorqual.layers import sparse, tiles
 from rorqual.layers.attention import GQAConfig
 from rorqual.layers.basics import RopeConfig, rope_tables, rotate
 from rorqual.layers.context import context
-from rorqual.layers.nsa import NSA, Compressed, NSAConfig, attend_few, importance_of
+from rorqual.layers.nsa import NSA, Compressed, NSAConfig, attend_small_batch, importance_of
 from rorqual.layers.sparse import best_blocks
 
 ROPE = RopeConfig(base=50.0)
 BRANCHES = "compressed", "selected", "window"
-SMALL = NSAConfig(block=4, stride=2, select_block=4, chosen=3, window=5)
+SMALL = NSAConfig(block=4, stride=2, select_block=4, top_k=3, window=5)
 SIZES = [
     SMALL,
-    NSAConfig(block=6, stride=3, select_block=3, chosen=4, window=2),
-    NSAConfig(block=4, stride=4, select_block=4, chosen=3, window=1),
-    NSAConfig(block=2, stride=2, select_block=8, chosen=3, window=7),
-    NSAConfig(block=8, stride=1, select_block=2, chosen=5, window=3),
+    NSAConfig(block=6, stride=3, select_block=3, top_k=4, window=2),
+    NSAConfig(block=4, stride=4, select_block=4, top_k=3, window=1),
+    NSAConfig(block=2, stride=2, select_block=8, top_k=3, window=7),
+    NSAConfig(block=8, stride=1, select_block=2, top_k=5, window=3),
 ]
 SIZES += [replace(config, choice="tile") for config in SIZES[::2]]
 
@@ -63,9 +63,9 @@ def branches(attention, q, k, v, hidden, ctx):
     """Returns the three branches' outputs for given queries, keys and values, at a scale of 0.4."""
     outs = []
     for n in range(3):
-        own = torch.zeros(*q.shape[:2], 3, q.shape[2], dtype=q.dtype)
-        own[:, :, n] = 1.0
-        outs.append(call(attention, q, k, v, hidden, ctx, lambda hidden, own=own: own))
+        ours = torch.zeros(*q.shape[:2], 3, q.shape[2], dtype=q.dtype)
+        ours[:, :, n] = 1.0
+        outs.append(call(attention, q, k, v, hidden, ctx, lambda hidden, ours=ours: ours))
     return torch.stack(outs, 2)
 
 
@@ -118,7 +118,7 @@ def brute(inner, q, k, v, hidden, scale):
     Returns (compressed, selected, window).
     """
     c, (batch, time, heads, _) = inner.nsa, q.shape
-    own = own_pairs(inner, hidden)
+    ours = own_pairs(inner, hidden)
     outs = [q.new_zeros(batch, time, heads, v.shape[-1]) for _ in range(3)]
     group = heads // k.shape[2]
     for b, t, g in torch.cartesian_prod(
@@ -127,8 +127,8 @@ def brute(inner, q, k, v, hidden, scale):
         small = [
             x[b, :, g]
             for x in (
-                compress(inner.compress_key, own[0][0], c),
-                compress(inner.compress_value, own[0][1], c),
+                compress(inner.compress_key, ours[0][0], c),
+                compress(inner.compress_value, ours[0][1], c),
             )
         ]
         of_group = slice(g * group, (g + 1) * group)
@@ -138,12 +138,12 @@ def brute(inner, q, k, v, hidden, scale):
             for j in columns
             for s in range(j * c.select_block, min((j + 1) * c.select_block, t + 1))
         ]
-        past, near = complete(t, c), slice(max(0, t - c.window + 1), t + 1)
+        past, in_window = complete(t, c), slice(max(0, t - c.window + 1), t + 1)
         for h in range(g * group, (g + 1) * group):
             outs[0][b, t, h] = attended(q[b, t, h], small[0][:past], small[1][:past], scale)
             outs[1][b, t, h] = attended(q[b, t, h], k[b, columns, g], v[b, columns, g], scale)
             outs[2][b, t, h] = attended(
-                q[b, t, h], own[1][0][b, near, g], own[1][1][b, near, g], scale
+                q[b, t, h], ours[1][0][b, in_window, g], ours[1][1][b, in_window, g], scale
             )
     return outs
 
@@ -166,23 +166,23 @@ def blocks_of(queries, small, t, c, scale):
     Scores are compared in float32, and of equal ones the later is taken.
     """
     chooser = t // tiles.TILE * tiles.TILE if c.choice == "tile" else t
-    own, past = chooser // c.select_block, complete(chooser, c)
-    score = dict.fromkeys(range(own + 1), 0.0)
+    ours, past = chooser // c.select_block, complete(chooser, c)
+    score = dict.fromkeys(range(ours + 1), 0.0)
     for query in queries[chooser]:
         for i, weight in enumerate(
             (small[:past] @ query * scale).softmax(0).tolist() if past else []
         ):
             for piece in range(i * c.stride, i * c.stride + c.block, c.stride):
                 score[piece // c.select_block] = score.get(piece // c.select_block, 0.0) + weight
-    forced = {0, own, max(0, own - 1)}
+    forced = {0, ours, max(0, ours - 1)}
     free = sorted(
-        (j for j in range(own) if j not in forced),
+        (j for j in range(ours) if j not in forced),
         key=lambda j: (torch.tensor(score[j]).float().item(), j),
     )
-    kept = forced | set(
-        free[len(free) - (c.chosen - len(forced)) :] if len(free) > c.chosen - len(forced) else free
+    cached = forced | set(
+        free[len(free) - (c.top_k - len(forced)) :] if len(free) > c.top_k - len(forced) else free
     )
-    return sorted(kept | set(range(own, t // c.select_block + 1)))
+    return sorted(cached | set(range(ours, t // c.select_block + 1)))
 
 
 @pytest.mark.parametrize("config", SIZES, ids=str)
@@ -240,7 +240,7 @@ def test_gradients_are_the_definitions(choice):
 @pytest.mark.parametrize("time", [1, 3, 16, 29])
 def test_choosing_everything_is_full_attention(time, heads, choice):
     inner = layer(
-        NSAConfig(block=4, stride=2, select_block=4, chosen=8, window=32, choice=choice), *heads
+        NSAConfig(block=4, stride=2, select_block=4, top_k=8, window=32, choice=choice), *heads
     )
     q, k, v = (
         torch.randn(2, time, n, 6, requires_grad=True) for n in (heads[0], heads[1], heads[1])
@@ -256,8 +256,8 @@ def test_choosing_everything_is_full_attention(time, heads, choice):
     got = branches(inner, q, k, v, hidden, where)
     _, selected, window = got.unbind(2)
     torch.testing.assert_close(selected, full(k, v), atol=1e-5, rtol=0)
-    own = own_pairs(inner, hidden)[1]
-    torch.testing.assert_close(window, full(*own), atol=1e-5, rtol=0)
+    ours = own_pairs(inner, hidden)[1]
+    torch.testing.assert_close(window, full(*ours), atol=1e-5, rtol=0)
     pull = torch.randn_like(selected)
     grads = (torch.autograd.grad((y * pull).sum(), (q, k, v)) for y in (selected, full(k, v)))
     for a, b in zip(*grads, strict=True):
@@ -274,7 +274,7 @@ def test_is_the_naive_code_of_flash_linear_attention(heads, time):
     naive = pytest.importorskip(
         "fla.ops.nsa.naive", reason="fla-core is not installed", exc_type=ImportError
     )
-    inner = layer(NSAConfig(block=8, stride=8, select_block=8, chosen=4, window=1), *heads)
+    inner = layer(NSAConfig(block=8, stride=8, select_block=8, top_k=4, window=1), *heads)
     for network in (inner.compress_key, inner.compress_value):
         torch.nn.init.zeros_(network.down.weight)
     q, k, v = (
@@ -286,7 +286,7 @@ def test_is_the_naive_code_of_flash_linear_attention(heads, time):
     )
     ours = branches(inner, q, k, v, hidden, where)[:, :, :2]
     pairs = own_pairs(inner, hidden)[0]
-    small = [torch.stack([part.mean(1) for part in x.split(8, 1)], 1) for x in pairs]
+    small = [torch.stack([piece.mean(1) for piece in x.split(8, 1)], 1) for x in pairs]
     compressed, _ = naive.naive_nsa_compression(q, *small, 8, 0.4)
     selected = naive.naive_nsa_selection(
         q, k, v, naive.naive_nsa_topk(q, small[0], 4, 8, 0.4), 8, 0.4
@@ -371,7 +371,7 @@ def test_runs_of_queries_change_nothing(monkeypatch, choice):
     [
         ({"block": 24}, "block: got 24, expected a multiple of the stride, 16"),
         ({"select_block": 40}, "select_block: got 40, expected a multiple of the stride, 16"),
-        ({"chosen": 2}, "chosen: got 2, expected at least 3"),
+        ({"top_k": 2}, "chosen: got 2, expected at least 3"),
         ({"window": 0}, "window: got 0, expected at least 1"),
         ({"stride": 0}, "stride: got 0, expected at least 1"),
     ],
@@ -386,12 +386,12 @@ def test_an_unknown_choice_says_so():
         NSAConfig(choice="block")
 
 
-def compressed_means(key, documents, config):
+def compressed_means(key, document_ids, config):
     """Compresses every document of equally packed rows, whose values are not needed, to means."""
-    ctx = context(*documents.shape, "cpu", documents=documents)
+    ctx = context(*document_ids.shape, "cpu", document_ids=document_ids)
     segment, keys, ends, pieces = sparse.segments(ctx, config.select_block), [], [], []
-    for document in documents[0].unique():
-        columns = (documents[0] == document).nonzero().flatten()
+    for document in document_ids[0].unique():
+        columns = (document_ids[0] == document).nonzero().flatten()
         for first in range(0, len(columns) - config.block + 1, config.stride):
             block = columns[first : first + config.block]
             keys.append(key[:, block].mean(1))
@@ -413,19 +413,19 @@ def selection_of(attention, query, blocks, ctx):
 @pytest.mark.parametrize("packed", [False, True])
 def test_autocast_changes_no_choice(choice, packed):
     """In bfloat16, scores of neighbouring blocks would be equal."""
-    inner = layer(replace(SMALL, chosen=6, choice=choice))
+    inner = layer(replace(SMALL, topk_indices=6, choice=choice))
     query, key = torch.randn(2, 90, 4, 6), torch.randn(2, 90, 2, 6)
-    documents = (torch.arange(90) // 70).expand(2, -1)
-    ctx = context(2, 90, "cpu", documents=documents if packed else None)
+    document_ids = (torch.arange(90) // 70).expand(2, -1)
+    ctx = context(2, 90, "cpu", document_ids=document_ids if packed else None)
     if packed:
-        blocks = compressed_means(key, documents, SMALL)
+        blocks = compressed_means(key, document_ids, SMALL)
     else:
         means = sparse.windows(key, SMALL.block, SMALL.stride).mean(-2)
         blocks = Compressed(means, means)
     expected = selection_of(inner, query, blocks, ctx)
     with torch.autocast("cpu", torch.bfloat16):
-        found = selection_of(inner, query, blocks, ctx)
-    assert torch.equal(found.blocks, expected.blocks)
+        result = selection_of(inner, query, blocks, ctx)
+    assert torch.equal(result.blocks, expected.blocks)
 
 
 @pytest.fixture
@@ -434,8 +434,8 @@ def references(monkeypatch):
     monkeypatch.setenv(kernels.VARIABLE, "reference")
 
 
-def few(config, batch, time, heads, groups, widths, length, shorter=(0, 0, 0), chosen=None):
-    """Builds the arguments of `attend_few` for the last `time` of `length` tokens.
+def small_batch(config, batch, time, heads, groups, widths, length, shorter=(0, 0, 0), top_k=None):
+    """Builds the arguments of `attend_small_batch` for the last `time` of `length` tokens.
 
     A row has as many fewer as `shorter` says, and keys are in longer buffers.
     """
@@ -449,68 +449,74 @@ def few(config, batch, time, heads, groups, widths, length, shorter=(0, 0, 0), c
     ] + [(length, width) for width in widths]
     pairs = [torch.randn(batch, count + 3, groups, width)[:, :count] for count, width in shapes]
     index = None
-    if chosen is not None:
+    if top_k is not None:
         scores = torch.rand(batch, time, groups, -(-length // config.select_block))
         index = best_blocks(
-            scores, positions // config.select_block, torch.zeros_like(positions), chosen
+            scores, positions // config.select_block, torch.zeros_like(positions), top_k
         )
     query = torch.randn(batch, time, heads, widths[0])
     return query, *pairs, index, positions, config, 0.4
 
 
-@pytest.mark.parametrize("way", [kernel.attend_few, attend_few], ids=["kernel", "reference"])
+@pytest.mark.parametrize(
+    "way", [kernel.attend_small_batch, attend_small_batch], ids=["kernel", "reference"]
+)
 def test_few_tokens_read_their_blocks_and_window_only(way, references):
     """NaN replaces the selected branch's other keys, and those outside of the window."""
-    given = few(SMALL, 2, 2, 4, 2, (6, 5), 41, (0, 7), chosen=3)
-    expected = attend_few(*given)
-    _, key, value, _, _, near_key, near_value, index, positions, *_ = given
+    arguments = small_batch(SMALL, 2, 2, 4, 2, (6, 5), 41, (0, 7), top_k=3)
+    expected = attend_small_batch(*arguments)
+    _, key, value, _, _, window_key, window_value, index, positions, *_ = arguments
     read = torch.zeros(2, 41, 2, 2, dtype=torch.bool)  # of each group: its blocks, its window
     for b, t, g, k in torch.cartesian_prod(*map(torch.arange, index.shape)).tolist():
         first, end = 4 * max(0, int(index[b, t, g, k])), int(positions[b, t]) + 1
         read[b, first : first + 4, g, 0] = True
         read[b, max(0, end - SMALL.window) : end, g, 1] = True
-    for n, pair in enumerate([(key, value), (near_key, near_value)]):
+    for n, pair in enumerate([(key, value), (window_key, window_value)]):
         for x in pair:
             x[~read[..., n]] = torch.nan
-    torch.testing.assert_close(way(*given), expected, atol=5e-6, rtol=0)
+    torch.testing.assert_close(way(*arguments), expected, atol=5e-6, rtol=0)
 
 
 def test_of_equally_important_blocks_the_later(references):
     """All keys have equal scores, so every block of the sequence is equally important."""
-    config = NSAConfig(block=4, stride=2, select_block=4, chosen=5, window=1)
-    given = list(few(config, 1, 1, 2, 1, (3, 1), 40))
-    given[3] = torch.zeros_like(given[3])  # compressed keys
-    given[2] = torch.zeros(1, 40, 1, 1).scatter_(
+    config = NSAConfig(block=4, stride=2, select_block=4, top_k=5, window=1)
+    arguments = list(small_batch(config, 1, 1, 2, 1, (3, 1), 40))
+    arguments[3] = torch.zeros_like(arguments[3])  # compressed keys
+    arguments[2] = torch.zeros(1, 40, 1, 1).scatter_(
         1, torch.tensor([0, 12, 24, 28, 32, 36]).view(1, -1, 1, 1), 1.0
     )
-    given[1] = torch.zeros_like(given[1])
-    for way in (kernel.attend_few, attend_few):
+    arguments[1] = torch.zeros_like(arguments[1])
+    for way in (kernel.attend_small_batch, attend_small_batch):
         # Blocks 0, 6, 7, 8 and 9 are selected.
-        torch.testing.assert_close(way(*given)[0, 0, 1, :, 0], torch.tensor([5 / 20, 5 / 20]))
-        given[2][0, 8:20] = 9.0
-        torch.testing.assert_close(way(*given)[0, 0, 1, :, 0], torch.tensor([5 / 20, 5 / 20]))
+        torch.testing.assert_close(way(*arguments)[0, 0, 1, :, 0], torch.tensor([5 / 20, 5 / 20]))
+        arguments[2][0, 8:20] = 9.0
+        torch.testing.assert_close(way(*arguments)[0, 0, 1, :, 0], torch.tensor([5 / 20, 5 / 20]))
 
 
-def test_blocks_are_chosen_by_what_no_sum_shows(references):
+def test_blocks_are_selected_by_what_no_sum_shows(references):
     """exp(-50) next to 1 changes no mean of values and still is more than exp(-60)."""
-    config = NSAConfig(block=4, stride=4, select_block=4, chosen=4, window=1)
-    given = list(few(config, 1, 1, 2, 1, (1, 1), 40))
-    given[0], given[1] = torch.ones_like(given[0]), torch.zeros_like(given[1])
-    given[2] = (torch.arange(40.0) // 4).view(1, 40, 1, 1)
-    given[3] = (
+    config = NSAConfig(block=4, stride=4, select_block=4, top_k=4, window=1)
+    arguments = list(small_batch(config, 1, 1, 2, 1, (1, 1), 40))
+    arguments[0], arguments[1] = torch.ones_like(arguments[0]), torch.zeros_like(arguments[1])
+    arguments[2] = (torch.arange(40.0) // 4).view(1, 40, 1, 1)
+    arguments[3] = (
         torch.tensor([0.0, -60, -50, -52, -54, -56, -58, -62, -64, 0]).view(1, 10, 1, 1) / 0.4
     )
-    for way in (kernel.attend_few, attend_few):
-        out = way(*given)[0, 0, 1, :, 0]
+    for way in (kernel.attend_small_batch, attend_small_batch):
+        out = way(*arguments)[0, 0, 1, :, 0]
         torch.testing.assert_close(out, torch.full((2,), (0 + 2 + 8 + 9) / 4))
 
 
 @pytest.mark.parametrize("batch", [0, 1])
-def test_the_kernel_takes_no_rows_and_fewer_blocks_than_may_be_chosen(batch, references):
-    given = list(few(NSAConfig(), batch, 2, 4, 2, (6, 5), 300))
-    torch.testing.assert_close(kernel.attend_few(*given), attend_few(*given), atol=5e-6, rtol=0)
-    given[7] = torch.tensor([4, 0]).expand(batch, 2, 2, 2)
+def test_the_kernel_takes_no_rows_and_fewer_blocks_than_may_be_selected(batch, references):
+    arguments = list(small_batch(NSAConfig(), batch, 2, 4, 2, (6, 5), 300))
+    torch.testing.assert_close(
+        kernel.attend_small_batch(*arguments), attend_small_batch(*arguments), atol=5e-6, rtol=0
+    )
+    arguments[7] = torch.tensor([4, 0]).expand(batch, 2, 2, 2)
     for _ in range(20):
         freed = [torch.ones(n, dtype=torch.long) for n in range(8, 48)]
         del freed  # the memory that is allocated next contains block 1
-        torch.testing.assert_close(kernel.attend_few(*given), attend_few(*given), atol=5e-6, rtol=0)
+        torch.testing.assert_close(
+            kernel.attend_small_batch(*arguments), attend_small_batch(*arguments), atol=5e-6, rtol=0
+        )

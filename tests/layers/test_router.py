@@ -43,12 +43,15 @@ V4 = RouterConfig(score="sqrtsoftplus", scale=1.5)
 
 def spread(routing: Routing) -> torch.Tensor:
     """Returns the weight of every expert, [B, T, E], whatever the order of the selected ones."""
-    return torch.zeros_like(routing.scores).scatter(-1, routing.chosen, routing.weights)
+    return torch.zeros_like(routing.scores).scatter(-1, routing.topk_indices, routing.weights)
 
 
-def theirs(weights: torch.Tensor, chosen: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def theirs(weights: torch.Tensor, topk_indices: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return (
-        torch.zeros_like(like).view(-1, like.shape[-1]).scatter(-1, chosen, weights).view_as(like)
+        torch.zeros_like(like)
+        .view(-1, like.shape[-1])
+        .scatter(-1, topk_indices, weights)
+        .view_as(like)
     )
 
 
@@ -62,14 +65,14 @@ def test_v3_is_the_published_router(offset: float) -> None:
         topk_group=2,
         routed_scaling_factor=2.5,
     )
-    oracle, own = DeepseekV3TopkRouter(config), Router(V3, 24, 16, 3)
-    oracle.weight.data = own.weight.data = torch.randn(16, 24)
-    oracle.e_score_correction_bias = own.e_score_correction_bias = torch.randn(16) + offset
+    oracle, ours = DeepseekV3TopkRouter(config), Router(V3, 24, 16, 3)
+    oracle.weight.data = ours.weight.data = torch.randn(16, 24)
+    oracle.e_score_correction_bias = ours.e_score_correction_bias = torch.randn(16) + offset
     hidden = torch.randn(2, 37, 24)
-    routing = own(hidden)
-    logits, weights, chosen = oracle(hidden)
+    routing = ours(hidden)
+    logits, weights, topk_indices = oracle(hidden)
     assert torch.equal(routing.logits.view(-1, 16), logits)
-    torch.testing.assert_close(spread(routing), theirs(weights, chosen, routing.scores))
+    torch.testing.assert_close(spread(routing), theirs(weights, topk_indices, routing.scores))
 
 
 @pytest.mark.parametrize("method", ["greedy", "group_limited_greedy"])
@@ -80,15 +83,15 @@ def test_v2_is_the_published_router(method: str) -> None:
         topk_method=method, routed_scaling_factor=16.0,
     )  # fmt: skip
     limits = {} if method == "group_limited_greedy" else {"groups": 1, "groups_kept": 1}
-    own = Router(
+    ours = Router(
         RouterConfig(**{name: getattr(V2, name) for name in V2.__slots__} | limits), 24, 16, 3
     )
     oracle = DeepseekV2TopkRouter(config)
-    oracle.weight.data = own.weight.data = torch.randn(16, 24)
+    oracle.weight.data = ours.weight.data = torch.randn(16, 24)
     hidden = torch.randn(3, 19, 24)
-    routing = own(hidden)
-    _, weights, chosen = oracle(hidden)
-    torch.testing.assert_close(spread(routing), theirs(weights, chosen, routing.scores))
+    routing = ours(hidden)
+    _, weights, topk_indices = oracle(hidden)
+    torch.testing.assert_close(spread(routing), theirs(weights, topk_indices, routing.scores))
 
 
 @pytest.mark.parametrize("by_id", [False, True])
@@ -102,20 +105,20 @@ def test_v4_is_the_published_router(by_id: bool) -> None:
         "sqrtsoftplus",
     )
     hidden, ids = torch.randn(2, 13, 24), torch.randint(31, (2, 13))
-    own = Router(
+    ours = Router(
         RouterConfig(score="sqrtsoftplus", scale=1.5, token_id_layers=int(by_id)), 24, 8, 2, 0, 31
     )
     oracle = (DeepseekV4HashRouter if by_id else DeepseekV4TopKRouter)(config)
-    oracle.weight.data = own.weight.data
+    oracle.weight.data = ours.weight.data
     if by_id:
-        oracle.tid2eid = own.table
-        _, weights, chosen = oracle(hidden, ids)
+        oracle.tid2eid = ours.table
+        _, weights, topk_indices = oracle(hidden, ids)
     else:
-        oracle.e_score_correction_bias = own.e_score_correction_bias = torch.randn(8)
-        _, weights, chosen = oracle(hidden)
-    routing = own(hidden, ids)
+        oracle.e_score_correction_bias = ours.e_score_correction_bias = torch.randn(8)
+        _, weights, topk_indices = oracle(hidden)
+    routing = ours(hidden, ids)
     assert routing.fixed is by_id
-    torch.testing.assert_close(spread(routing), theirs(weights, chosen, routing.scores))
+    torch.testing.assert_close(spread(routing), theirs(weights, topk_indices, routing.scores))
 
 
 @pytest.mark.parametrize("by_id", [False, True])
@@ -133,21 +136,21 @@ def test_v4_is_the_published_router_at_extreme_logits(level: float, by_id: bool)
         8,
         "sqrtsoftplus",
     )
-    own = Router(
+    ours = Router(
         RouterConfig(score="sqrtsoftplus", scale=1.5, token_id_layers=int(by_id)), 1, 8, 3, 0, 31
     )
     oracle = (DeepseekV4HashRouter if by_id else DeepseekV4TopKRouter)(config)
-    own.weight.data = oracle.weight.data = level + torch.arange(8.0)[:, None] / 7
+    ours.weight.data = oracle.weight.data = level + torch.arange(8.0)[:, None] / 7
     hidden, ids = torch.ones(1, 5, 1), torch.arange(5)[None]
     if by_id:
-        oracle.tid2eid = own.table
-    _, weights, chosen = oracle(hidden, *([ids] if by_id else []))
-    routing = own(hidden, ids)
-    expected = theirs(weights, chosen, routing.scores)
+        oracle.tid2eid = ours.table
+    _, weights, topk_indices = oracle(hidden, *([ids] if by_id else []))
+    routing = ours(hidden, ids)
+    expected = theirs(weights, topk_indices, routing.scores)
     assert expected.isfinite().all()
     torch.testing.assert_close(spread(routing), expected, rtol=1e-6, atol=0)
     routing.weights.square().sum().backward()
-    assert own.weight.grad.isfinite().all()
+    assert ours.weight.grad.isfinite().all()
 
 
 def one_token(
@@ -171,27 +174,27 @@ def one_token(
         key=lambda group: -sum(sorted((biased[e] for e in group), reverse=True)[:best_of_group])
     )
     allowed = [e for group in groups[: config.groups_kept] for e in group]
-    chosen = sorted(allowed, key=lambda e: -biased[e])[:active]
+    topk_indices = sorted(allowed, key=lambda e: -biased[e])[:active]
     if config.adaptive_mass is not None:
         taken: list[int] = []
-        for e in chosen:
+        for e in topk_indices:
             enough = sum(scores[t] for t in taken) >= config.adaptive_mass * sum(scores)
             if not enough or len(taken) < config.min_active:
                 taken.append(e)
-        chosen = taken
-    whole = sum(scores[e] for e in chosen) if config.renormalise else 1.0
-    return {e: config.scale * scores[e] / whole for e in chosen}
+        topk_indices = taken
+    whole = sum(scores[e] for e in topk_indices) if config.renormalise else 1.0
+    return {e: config.scale * scores[e] / whole for e in topk_indices}
 
 
 @st.composite
 def routers(draw) -> tuple[RouterConfig, int, int]:
     """Draws any valid config, its number of experts and how many of them are active."""
     groups, size = draw(st.integers(1, 5)), draw(st.integers(2, 4))
-    kept = draw(st.integers(1, groups))
-    active = draw(st.integers(1, kept * size))
+    cached = draw(st.integers(1, groups))
+    active = draw(st.integers(1, cached * size))
     config = RouterConfig(
         score=draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"])), groups=groups,
-        groups_kept=kept,
+        groups_kept=cached,
         group_score=draw(st.sampled_from(["top2", "max"])), renormalise=draw(st.booleans()),
         scale=draw(st.sampled_from([1.0, 2.5, 16.0])), bias=draw(st.booleans()),
         adaptive_mass=draw(st.none() | st.floats(0.05, 0.95)), min_active=draw(st.integers(1,
@@ -261,7 +264,9 @@ def test_experts_outside_of_the_groups_are_never_taken_though_every_bias_is_nega
     ]
     router = Router(RouterConfig(groups=3, groups_kept=1), 8, 6, 2)
     router.e_score_correction_bias = torch.full((6,), -7.0)
-    assert (router(torch.randn(2, 50, 8)).chosen // 2).unique_consecutive(dim=-1).shape[-1] == 1
+    assert (router(torch.randn(2, 50, 8)).topk_indices // 2).unique_consecutive(dim=-1).shape[
+        -1
+    ] == 1
 
 
 @pytest.mark.parametrize("config", [V2, V3, V4])
@@ -270,14 +275,16 @@ def test_renormalised_weights_sum_to_the_scale(config: RouterConfig) -> None:
     if config.renormalise:
         torch.testing.assert_close(routing.weights.sum(-1), torch.full((2, 9), config.scale))
     else:
-        torch.testing.assert_close(routing.weights, 16 * routing.scores.gather(-1, routing.chosen))
+        torch.testing.assert_close(
+            routing.weights, 16 * routing.scores.gather(-1, routing.topk_indices)
+        )
 
 
 def test_the_bias_chooses_and_does_not_weigh() -> None:
     router = Router(RouterConfig(renormalise=False), 8, 4, 1)
     router.e_score_correction_bias = torch.tensor([0.0, 9.0, 0.0, 0.0])
     routing = router(torch.randn(1, 20, 8))
-    assert (routing.chosen == 1).all()
+    assert (routing.topk_indices == 1).all()
     torch.testing.assert_close(routing.weights[..., 0], routing.scores[..., 1])
 
 
@@ -316,13 +323,13 @@ def test_noise_moves_choices_in_training_only() -> None:
     router, hidden = Router(RouterConfig(noise=1.0), 16, 8, 2), torch.randn(4, 50, 16)
     noisy = router(hidden)
     again = router(hidden)
-    assert not torch.equal(noisy.chosen, again.chosen)
+    assert not torch.equal(noisy.topk_indices, again.topk_indices)
     assert torch.equal(noisy.logits, again.logits)  # returned logits have no noise
     router.eval()
     assert torch.equal(router(hidden).weights, router(hidden).weights)
     silent = Router(RouterConfig(), 16, 8, 2)
     silent.weight = router.weight
-    assert torch.equal(router(hidden).chosen, silent(hidden).chosen)
+    assert torch.equal(router(hidden).topk_indices, silent(hidden).topk_indices)
 
 
 def test_noise_has_its_standard_deviation() -> None:
@@ -337,12 +344,12 @@ def test_noise_has_its_standard_deviation() -> None:
 def test_adaptive_k_takes_the_fewest_that_hold_the_mass(seed: int, mass: float, least: int) -> None:
     scores = torch.rand(7, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     best = scores.topk(4, -1).values
-    kept = within_mass(best, scores.sum(-1), mass, least)
+    cached = within_mass(best, scores.sum(-1), mass, least)
     for row, values in enumerate(best.tolist()):
-        wanted, held = 0, 0.0
-        while wanted < 4 and (held < mass * float(scores[row].sum()) or wanted < least):
-            held, wanted = held + values[wanted], wanted + 1
-        assert kept[row].tolist() == [slot < wanted for slot in range(4)]
+        wanted, stored = 0, 0.0
+        while wanted < 4 and (stored < mass * float(scores[row].sum()) or wanted < least):
+            stored, wanted = stored + values[wanted], wanted + 1
+        assert cached[row].tolist() == [slot < wanted for slot in range(4)]
 
 
 def test_adaptive_k_weighs_only_what_it_took() -> None:
@@ -359,8 +366,8 @@ def test_token_ids_decide_in_the_first_layers_alone() -> None:
     ids = torch.tensor([[5, 6, 5, 7]])
     first = Router(config, 8, 6, 2, 1, 30)
     one, two = first(torch.randn(1, 4, 8), ids), first(torch.randn(1, 4, 8), ids)
-    assert torch.equal(one.chosen, two.chosen)
-    assert torch.equal(one.chosen[0, 0], one.chosen[0, 2])
+    assert torch.equal(one.topk_indices, two.topk_indices)
+    assert torch.equal(one.topk_indices[0, 0], one.topk_indices[0, 2])
     assert not torch.equal(one.weights, two.weights)  # the weights still come from the hidden state
     assert not Router(config, 8, 6, 2, 2, 30)(torch.randn(1, 4, 8)).fixed
     with pytest.raises(ValueError, match="token ids"):
@@ -369,7 +376,7 @@ def test_token_ids_decide_in_the_first_layers_alone() -> None:
         Router(config, 8, 6, 2, 0)
 
 
-def test_the_token_table_is_even_repeatable_and_without_twins() -> None:
+def test_the_token_table_is_even_repeatable_and_without_kernels() -> None:
     table = token_table(4000, 16, 4, 3)
     assert torch.equal(table, token_table(4000, 16, 4, 3))
     assert not torch.equal(table, token_table(4000, 16, 4, 2))
@@ -384,7 +391,7 @@ def test_padding_is_counted_nowhere() -> None:
     routing = Router(RouterConfig(), 8, 4, 2)(torch.randn(2, 3, 8), None, valid)
     assert (routing.weights[~valid] == 0).all()
     assert (routing.weights[valid] > 0).all()
-    expected = routing.chosen[valid].flatten().bincount(minlength=4)
+    expected = routing.topk_indices[valid].flatten().bincount(minlength=4)
     assert torch.equal(routing.counts(), expected)
 
 

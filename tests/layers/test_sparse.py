@@ -51,7 +51,7 @@ def case(
     width,
     value_width,
     length,
-    chosen,
+    top_k,
     block,
     dtype=torch.float32,
     shorter=(0, 0, 0),
@@ -65,7 +65,7 @@ def case(
     value = torch.randn(batch, length + 9, groups, value_width).to(dtype)[:, :length]
     ends = length - torch.tensor(shorter)[:batch, None]
     positions = ends - time + torch.arange(time)
-    index = torch.rand(batch, time, choices, -(-length // block)).argsort(-1)[..., :chosen]
+    index = torch.rand(batch, time, choices, -(-length // block)).argsort(-1)[..., :top_k]
     index = index.where(
         (torch.rand(index.shape) < 0.8) & (index * block <= positions[..., None, None]), -1
     )
@@ -83,8 +83,10 @@ def brute(query, key, value, index, positions, block, scale):
     out = query.new_zeros(*query.shape[:3], value.shape[-1])
     for b, t, h in torch.cartesian_prod(*map(torch.arange, query.shape[:3])).tolist():
         g, j = h * key.shape[2] // query.shape[2], h * index.shape[2] // query.shape[2]
-        chosen = set(index[b, t, j].tolist())
-        columns = [c for c in range(key.shape[1]) if c // block in chosen and c <= positions[b, t]]
+        selected = set(index[b, t, j].tolist())
+        columns = [
+            c for c in range(key.shape[1]) if c // block in selected and c <= positions[b, t]
+        ]
         if columns:
             out[b, t, h] = (key[b, columns, g] @ query[b, t, h] * scale).softmax(0) @ value[
                 b, columns, g
@@ -94,21 +96,23 @@ def brute(query, key, value, index, positions, block, scale):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_is_its_definition(shape):
-    given = case(*shape, dtype=torch.float64)
-    torch.testing.assert_close(selected_attention(*given), brute(*given), atol=1e-12, rtol=0)
+    arguments = case(*shape, dtype=torch.float64)
+    torch.testing.assert_close(
+        selected_attention(*arguments), brute(*arguments), atol=1e-12, rtol=0
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_columns_beyond_a_row_are_never_read(shape, poisoned):
     """Each row has a length of its own, and NaN follows; a gather multiplies it by 0."""
-    given = case(*shape, shorter=(2, 0, 1))
-    query, key, value, index, positions, *rest = given
-    expected = brute(*given)
-    torch.testing.assert_close(selected_attention(*given), expected, atol=2e-6, rtol=0)
+    arguments = case(*shape, shorter=(2, 0, 1))
+    query, key, value, index, positions, *rest = arguments
+    expected = brute(*arguments)
+    torch.testing.assert_close(selected_attention(*arguments), expected, atol=2e-6, rtol=0)
     for row, end in enumerate((positions[:, -1] + 1).tolist()):
         key[row, end:], value[row, end:] = torch.nan, torch.nan
-    found = select.selected_attention(query, key, value, index, positions, *rest)
-    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+    result = select.selected_attention(query, key, value, index, positions, *rest)
+    torch.testing.assert_close(result, expected, atol=2e-6, rtol=0)
 
 
 def test_weights_that_no_sum_shows_take_no_time_and_no_number_hides():
@@ -197,13 +201,13 @@ def test_gathered_is_masked(shape, shorter, dtype):
     query, key, value, index, positions, block, scale = case(*shape, dtype, shorter)
     ctx, run = behind(positions), slice(0, query.shape[1])
     key, value = key[:, : ctx.key_count], value[:, : ctx.key_count]
-    given = [x.clone().requires_grad_() for x in (query, key, value)]
-    masked = masked_attention(*given, index, Selection(index, block), ctx, run, scale)
-    gathered = selected_attention(*given, index, positions, block, scale)
+    arguments = [x.clone().requires_grad_() for x in (query, key, value)]
+    masked = masked_attention(*arguments, index, Selection(index, block), ctx, run, scale)
+    gathered = selected_attention(*arguments, index, positions, block, scale)
     loose = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype]
     torch.testing.assert_close(masked, gathered, atol=loose, rtol=0)
     pull = torch.randn_like(masked)
-    grads = (torch.autograd.grad((y * pull).sum(), given) for y in (masked, gathered))
+    grads = (torch.autograd.grad((y * pull).sum(), arguments) for y in (masked, gathered))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, atol=loose * max(1.0, b.abs().max().item()), rtol=0)
 
@@ -215,9 +219,9 @@ def test_few_and_many_queries_attend_alike(time, shorter, wanted, monkeypatch):
     """The cheapest way depends on how many there are; a few read their selected blocks alone."""
     monkeypatch.setenv(kernels.VARIABLE, wanted)
     monkeypatch.setattr(sparse, "QUERIES", 16)
-    given = case(2, time, 4, 2, 2, 6, 6, 64, 2, 4, shorter=shorter)
-    query, key, value, index, positions, block, scale = given
-    ctx, expected = behind(positions), brute(*given)
+    arguments = case(2, time, 4, 2, 2, 6, 6, 64, 2, 4, shorter=shorter)
+    query, key, value, index, positions, block, scale = arguments
+    ctx, expected = behind(positions), brute(*arguments)
     if time <= 2:
         read = torch.zeros(2, 64, 2, dtype=torch.bool)
         for b, t, j, k in torch.cartesian_prod(*map(torch.arange, index.shape)).tolist():
@@ -262,7 +266,7 @@ def test_of_equal_scores_the_later_block():
     assert index[0, 0].tolist() == [[7, 6, 5, 1], [7, 6, 2, 1]]
 
 
-def test_fewer_blocks_than_may_be_chosen():
+def test_fewer_blocks_than_may_be_selected():
     index = best_blocks(torch.randn(1, 2, 1, 5), torch.tensor([[0, 2]]), torch.tensor([[0, 1]]), 4)
     assert index[0, 0, 0].tolist() == [0, -1, -1, -1]
     assert index[0, 1, 0].tolist() == [2, 1, -1, -1]

@@ -13,13 +13,13 @@ from rorqual.layers.streams import sinkhorn
 pytestmark = pytest.mark.hyper
 
 
-def outcome(function, given, pulls, *rest):
+def outcome(function, arguments, pulls, *rest):
     """Returns the results of a function of tensors and the gradients of all of its inputs."""
-    given = [x if x is None else x.detach().clone().requires_grad_() for x in given]
-    made = function(*given, *rest)
+    arguments = [x if x is None else x.detach().clone().requires_grad_() for x in arguments]
+    made = function(*arguments, *rest)
     made = made if isinstance(made, tuple) else (made,)
     total = sum((x.float() * pull.to(x.device)).sum() for x, pull in zip(made, pulls, strict=True))
-    return [*made, *torch.autograd.grad(total, [x for x in given if x is not None])]
+    return [*made, *torch.autograd.grad(total, [x for x in arguments if x is not None])]
 
 
 def alike(ours, expected):
@@ -88,18 +88,18 @@ def test_without_eps_what_vanishes_is_not_divided_by_zero() -> None:
     torch.testing.assert_close(comb.sum(0), torch.ones(3, 4))
 
 
-def test_collapse_is_coefficients_and_read() -> None:
+def test_pre_mapping_is_coefficients_and_read() -> None:
     x, m, scale, base = torch.randn(6, 3, 5), torch.randn(15, 6), torch.rand(3), torch.randn(15)
-    u, pre, post, comb = streams.collapse(x, m, scale, base, None, 4, 1e-3)
+    u, pre, post, comb = streams.pre_mapping(x, m, scale, base, None, 4, 1e-3)
     logits = m * scale.repeat_interleave(torch.tensor([3, 3, 9]))[:, None] + base[:, None]
     torch.testing.assert_close(pre, logits[:3].sigmoid() + 1e-3)
     torch.testing.assert_close(post, 2 * logits[3:6].sigmoid())
     torch.testing.assert_close(comb, sinkhorn(logits[6:].view(3, 3, 6), 4, 1e-3))
     torch.testing.assert_close(u, torch.einsum("in,nid->nd", pre, x))
-    carried = torch.rand(3, 6)
+    handed_on = torch.rand(3, 6)
     torch.testing.assert_close(
-        streams.collapse(x, m, scale, base, carried, 4, 1e-3)[0],
-        torch.einsum("in,nid->nd", carried, x),
+        streams.pre_mapping(x, m, scale, base, handed_on, 4, 1e-3)[0],
+        torch.einsum("in,nid->nd", handed_on, x),
     )
 
 
@@ -111,9 +111,9 @@ def test_write_mixes_from_j_to_k() -> None:
         torch.rand(3, 3, 6),
     )
     expected = torch.einsum("jkn,njd->nkd", comb, x) + torch.einsum("kn,nd->nkd", post, out)
-    torch.testing.assert_close(streams.write(x, out, post, comb), expected)
+    torch.testing.assert_close(streams.post_mapping(x, out, post, comb), expected)
     torch.testing.assert_close(
-        streams.write(x, out, post, None), x + torch.einsum("kn,nd->nkd", post, out)
+        streams.post_mapping(x, out, post, None), x + torch.einsum("kn,nd->nkd", post, out)
     )
 
 
@@ -127,23 +127,23 @@ def test_a_site_of_tiles_is_a_site(
         Connection(HyperConfig(kind=kind, streams=3, iterations=3), 10, n).to(tiled)
         for n in range(2)
     ]
-    start, pull, found = torch.randn(2, 5, 3, 10), torch.randn(2, 3, 5, 10).transpose(1, 2), []
+    start, pull, result = torch.randn(2, 5, 3, 10), torch.randn(2, 3, 5, 10).transpose(1, 2), []
     for choice in ("reference", "triton"):
         asked = ",".join(f"{name}={choice}" for name in ("collapse", "write"))
         monkeypatch.setitem(os.environ, kernels.VARIABLE, asked)
-        assert streams.write.choice.kind(start.to(tiled)) == choice
-        given = start.to(tiled).requires_grad_()
-        x = Streams(given)
+        assert streams.post_mapping.choice.kind(start.to(tiled)) == choice
+        arguments = start.to(tiled).requires_grad_()
+        x = Streams(arguments)
         for site, sublayer in zip(sites, (torch.sin, torch.cos), strict=True):
             u, mapping = site.read(x)
             x = site.write(sublayer(u), mapping)
         made = x.values
         parameters = [p for site in sites for p in site.parameters()]
         total = (made * pull.to(tiled)).sum()
-        found.append(
-            [made, *torch.autograd.grad(total, [given, *parameters], materialize_grads=True)]
+        result.append(
+            [made, *torch.autograd.grad(total, [arguments, *parameters], materialize_grads=True)]
         )
-    alike(*found)
+    alike(*result)
 
 
 @pytest.mark.compiled

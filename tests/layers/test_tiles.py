@@ -32,15 +32,15 @@ SIZES = [  # queries, heads, groups, choices, chosen, block
 ]
 
 
-def choice_of_tiles(time, choices, chosen, block, batch=2, tile=TILE):
+def choice_of_tiles(time, choices, top_k, block, batch=2, tile=TILE):
     """Builds selections: own block first, then others before it; -1 where there are fewer.
 
     It is the format of best_blocks.
     """
-    index = torch.full((batch, -(-time // tile), choices, chosen), -1)
+    index = torch.full((batch, -(-time // tile), choices, top_k), -1)
     for b, n, j in torch.cartesian_prod(*map(torch.arange, index.shape[:3])).tolist():
-        own = n * tile // block
-        picked = torch.tensor([own, *torch.randperm(own)[: chosen - 1].tolist()])
+        ours = n * tile // block
+        picked = torch.tensor([ours, *torch.randperm(ours)[: top_k - 1].tolist()])
         index[b, n, j, : len(picked)] = picked
     return index
 
@@ -53,11 +53,11 @@ def mask_of(index, time, heads, block, tile=TILE):
         torch.arange(batch), torch.arange(heads), torch.arange(time)
     ).tolist():
         first = t // tile * tile
-        chosen = [
+        selected = [
             *index[b, t // tile, h * choices // heads].tolist(),
             *range(first // block, t // block + 1),
         ]
-        for j in set(chosen) - {-1}:
+        for j in set(selected) - {-1}:
             mask[b, h, t, j * block : min((j + 1) * block, t + 1)] = True
     return mask
 
@@ -76,33 +76,33 @@ def masked(query, key, value, mask, scale):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_the_loop_is_a_mask(size):
     """Compares forward and backward."""
-    time, heads, groups, choices, chosen, block = size
-    given = tensors(time, heads, groups, dtype=torch.float64, requires_grad=True)
-    index = choice_of_tiles(time, choices, chosen, block)
-    ours = loop_tiles(*given, index, 0, block, 0.4)
-    expected = masked(*given, mask_of(index, time, heads, block), 0.4)
+    time, heads, groups, choices, top_k, block = size
+    arguments = tensors(time, heads, groups, dtype=torch.float64, requires_grad=True)
+    index = choice_of_tiles(time, choices, top_k, block)
+    ours = loop_tiles(*arguments, index, 0, block, 0.4)
+    expected = masked(*arguments, mask_of(index, time, heads, block), 0.4)
     torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
     pull = torch.randn_like(ours)
-    grads = (torch.autograd.grad((y * pull).sum(), given) for y in (ours, expected))
+    grads = (torch.autograd.grad((y * pull).sum(), arguments) for y in (ours, expected))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
 
 
 @pytest.mark.parametrize("past", [1, 127, 128, 200])
 def test_the_loop_behind_a_cache(past):
-    time, heads, groups, choices, chosen, block = SIZES[0]
+    time, heads, groups, choices, top_k, block = SIZES[0]
     query, key, value = tensors(time, heads, groups)
-    index = choice_of_tiles(time, choices, chosen, block)
+    index = choice_of_tiles(time, choices, top_k, block)
     whole = loop_tiles(query, key, value, index, 0, block, 0.4)
-    part = loop_tiles(query[:, past:], key, value, index[:, past // TILE :], past, block, 0.4)
-    torch.testing.assert_close(part, whole[:, past:], atol=1e-6, rtol=0)
+    piece = loop_tiles(query[:, past:], key, value, index[:, past // TILE :], past, block, 0.4)
+    torch.testing.assert_close(piece, whole[:, past:], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_the_blocks_for_flex_attention(size):
     """Tests which blocks the mask of FlexAttention includes."""
-    time, heads, _, choices, chosen, block = size
-    index = choice_of_tiles(time, choices, chosen, block)
+    time, heads, _, choices, top_k, block = size
+    index = choice_of_tiles(time, choices, top_k, block)
     mask, width = mask_of(index, time, heads, block), -(-time // block)
     dense = block_mask(index, time, heads, block).to_dense()
     for b, h, n in torch.cartesian_prod(
@@ -116,13 +116,13 @@ def test_the_blocks_for_flex_attention(size):
 @pytest.mark.compiled
 def test_flex_attention_is_the_loop():
     """Tests one size only, because compiling takes most of a minute."""
-    time, heads, groups, choices, chosen, block = 300, 4, 2, 4, 3, 32
-    given = tensors(time, heads, groups, width=16)
-    index = choice_of_tiles(time, choices, chosen, block)
+    time, heads, groups, choices, top_k, block = 300, 4, 2, 4, 3, 32
+    arguments = tensors(time, heads, groups, width=16)
+    index = choice_of_tiles(time, choices, top_k, block)
     with torch.no_grad():
         ours, expected = (
-            flex_tiles(*given, index, block, 0.4),
-            loop_tiles(*given, index, 0, block, 0.4),
+            flex_tiles(*arguments, index, block, 0.4),
+            loop_tiles(*arguments, index, 0, block, 0.4),
         )
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
@@ -135,16 +135,16 @@ def test_a_compiled_call_is_one_graph():
         RopeConfig(),
         torch.randn(2, 150, 32),
     )
-    nsa = NSAConfig(block=4, stride=2, select_block=4, chosen=3, window=5)
+    nsa = NSAConfig(block=4, stride=2, select_block=4, top_k=3, window=5)
     packed = (torch.arange(150) // torch.tensor([[40], [7]])).long()
-    tile = MoBA(MoBAConfig(block=4, chosen=2, choice="tile"), gqa, 32, rope)
+    tile = MoBA(MoBAConfig(block=4, top_k=2, choice="tile"), gqa, 32, rope)
     kinds = NSA(nsa, gqa, 32, rope), tile
-    for attention, documents in itertools.product(kinds, (None, packed)):
+    for attention, document_ids in itertools.product(kinds, (None, packed)):
 
-        def call(x, attention=attention, documents=documents):
-            return attention(x, context(*x.shape[:2], "cpu", documents=documents, rope=(rope, 8)))[
-                0
-            ]
+        def call(x, attention=attention, document_ids=document_ids):
+            return attention(
+                x, context(*x.shape[:2], "cpu", document_ids=document_ids, rope=(rope, 8))
+            )[0]
 
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
         ours, theirs = (hidden.clone().requires_grad_() for _ in range(2))
@@ -195,9 +195,9 @@ def test_prefill_forms_no_square(kind, choice, kernels, monkeypatch):
     monkeypatch.setattr(sparse, "QUERIES", 64)
     monkeypatch.setenv("RORQUAL_KERNELS", kernels)
     gqa, rope, time = GQAConfig(heads=2, kv_heads=1, head_dim=4), RopeConfig(), 2048
-    attention = MoBA(MoBAConfig(block=64, chosen=3, choice=choice), gqa, 8, rope)
+    attention = MoBA(MoBAConfig(block=64, top_k=3, choice=choice), gqa, 8, rope)
     if kind == "nsa":
-        attention = NSA(NSAConfig(chosen=3, window=64, choice=choice), gqa, 8, rope)
+        attention = NSA(NSAConfig(top_k=3, window=64, choice=choice), gqa, 8, rope)
     elif kind == "full":
         attention.full = True
     with torch.no_grad(), Largest() as largest:

@@ -15,16 +15,16 @@ from rorqual.layers.moba import MoBAConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel, ModelConfig
-from rorqual.serve.decoding import Tally, decode, pad, speculate
+from rorqual.serve.decoding import AcceptanceStats, decode, pad, speculate
 from rorqual.serve.sampling import Sampling
 
 ENGRAM = EngramConfig(layers=(0,), rows_per_head=(97, 97), heads=2, head_dim=8)
 CONFIGS = {
     "mla": ModelConfig(
-        vocabulary=61, dim=32, layers=2, dense_width=32, mtp=MTPConfig(), init_std=0.2
+        vocab_size=61, dim=32, layers=2, dense_width=32, mtp=MTPConfig(), init_std=0.2
     ),
     "all": ModelConfig(
-        vocabulary=61,
+        vocab_size=61,
         dim=32,
         layers=2,
         moe=MoEConfig(routed=6, active=2, width=16),
@@ -34,7 +34,7 @@ CONFIGS = {
         init_std=0.2,
     ),
     "gqa": ModelConfig(
-        vocabulary=61,
+        vocab_size=61,
         dim=32,
         layers=2,
         dense_width=32,
@@ -51,11 +51,11 @@ def model(request):
 
 
 @torch.no_grad()
-def plainly(model, prompt, count: int, end_id=None, vocabulary=None) -> list[int]:
+def plainly(model, prompt, count: int, end_id=None, vocab_size=None) -> list[int]:
     """Decodes greedily with one whole forward a token."""
     ids = list(prompt)
     for _ in range(count):
-        ids.append(int(model(torch.tensor([ids]))[0, -1, :vocabulary].argmax()))
+        ids.append(int(model(torch.tensor([ids]))[0, -1, :vocab_size].argmax()))
         if ids[-1] == end_id:
             break
     return ids[len(prompt) :]
@@ -87,11 +87,11 @@ def test_rows_end_by_themselves_and_the_others_go_on(model):
 
 
 def test_ids_beyond_the_tokenizer_are_never_drawn(model):
-    assert together(model, PROMPTS, max_new_tokens=6, vocabulary=11) == [
-        plainly(model, p, 6, vocabulary=11) for p in PROMPTS
+    assert together(model, PROMPTS, max_new_tokens=6, vocab_size=11) == [
+        plainly(model, p, 6, vocab_size=11) for p in PROMPTS
     ]
     drawn = together(
-        model, PROMPTS, max_new_tokens=10, vocabulary=3, sampling=Sampling(temperature=50.0, seed=0)
+        model, PROMPTS, max_new_tokens=10, vocab_size=3, sampling=Sampling(temperature=50.0, seed=0)
     )
     assert {token for row in drawn for token in row} == {0, 1, 2}
 
@@ -114,9 +114,9 @@ def test_a_seed_repeats_and_rows_do_not_depend_on_neighbours(model):
 
 def test_the_penalty_counts_prompt_and_answer(model):
     strong = Sampling(temperature=0.0, repetition_penalty=1000.0)
-    said = together(model, [[1, 2, 3]], max_new_tokens=25, sampling=strong)[0]
-    assert len(set(said)) == len(said)
-    assert not {1, 2, 3} & set(said)
+    text = together(model, [[1, 2, 3]], max_new_tokens=25, sampling=strong)[0]
+    assert len(set(text)) == len(text)
+    assert not {1, 2, 3} & set(text)
 
 
 def drafted(model, prompts, **options) -> list[list[int]]:
@@ -165,27 +165,32 @@ def drafting(request):
 )
 def test_drafts_change_nothing(drafting, prompts, count, ending):
     """Holds for any depth and any batch of different lengths, whichever sequence ends where."""
-    tally, depth = Tally(), len(drafting.mtp)
-    said = drafted(drafting, prompts, max_new_tokens=count, tally=tally)
-    assert said == together(drafting, prompts, max_new_tokens=count)
-    assert 0 <= tally.accepted <= tally.drafted <= tally.rounds * depth * len(prompts)
-    assert tally.rounds < count
-    end = said[ending % len(said)][ending % count]
-    ended = drafted(drafting, prompts, max_new_tokens=count, end_id=end, vocabulary=40)
-    assert ended == together(drafting, prompts, max_new_tokens=count, end_id=end, vocabulary=40)
+    acceptance_stats, depth = AcceptanceStats(), len(drafting.mtp)
+    text = drafted(drafting, prompts, max_new_tokens=count, acceptance_stats=acceptance_stats)
+    assert text == together(drafting, prompts, max_new_tokens=count)
+    assert (
+        0
+        <= acceptance_stats.accepted
+        <= acceptance_stats.drafted
+        <= acceptance_stats.rounds * depth * len(prompts)
+    )
+    assert acceptance_stats.rounds < count
+    end = text[ending % len(text)][ending % count]
+    ended = drafted(drafting, prompts, max_new_tokens=count, end_id=end, vocab_size=40)
+    assert ended == together(drafting, prompts, max_new_tokens=count, end_id=end, vocab_size=40)
 
 
 def test_some_drafts_stand_and_some_fall(drafting):
     """Otherwise the test above would cover only one of two cases."""
-    tally = Tally()
-    said = drafted(drafting, PROMPTS, max_new_tokens=14, tally=tally)
-    assert said == [plainly(drafting, prompt, 14) for prompt in PROMPTS]
-    assert 0 < tally.accepted < tally.drafted
+    acceptance_stats = AcceptanceStats()
+    text = drafted(drafting, PROMPTS, max_new_tokens=14, acceptance_stats=acceptance_stats)
+    assert text == [plainly(drafting, prompt, 14) for prompt in PROMPTS]
+    assert 0 < acceptance_stats.accepted < acceptance_stats.drafted
 
 
 def test_a_trained_model_accepts_its_own_drafts():
     config = ModelConfig(
-        vocabulary=12, dim=32, layers=1, dense_width=64, mtp=MTPConfig(depth=2), init_std=0.1
+        vocab_size=12, dim=32, layers=1, dense_width=64, mtp=MTPConfig(depth=2), init_std=0.1
     )
     model, ids = LanguageModel(config), (torch.arange(25)[None] * 5 + torch.arange(4)[:, None]) % 12
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -194,17 +199,22 @@ def test_a_trained_model_accepts_its_own_drafts():
         optimizer.step()
         optimizer.zero_grad()
     for rows in (1, 3):
-        tally, prompts = Tally(), [row[: 4 + n].tolist() for n, row in enumerate(ids[:rows])]
-        said = drafted(model.eval(), prompts, max_new_tokens=16, tally=tally)
-        assert said == [row[4 + n : 20 + n].tolist() for n, row in enumerate(ids[:rows])]
-        assert said == [plainly(model, prompt, 16) for prompt in prompts]
+        acceptance_stats, prompts = (
+            AcceptanceStats(),
+            [row[: 4 + n].tolist() for n, row in enumerate(ids[:rows])],
+        )
+        text = drafted(model.eval(), prompts, max_new_tokens=16, acceptance_stats=acceptance_stats)
+        assert text == [row[4 + n : 20 + n].tolist() for n, row in enumerate(ids[:rows])]
+        assert text == [plainly(model, prompt, 16) for prompt in prompts]
         # 1 id, then 3 a round.
-        assert tally == Tally(drafted=2 * 5 * rows, accepted=2 * 5 * rows, rounds=5)
-        assert tally.acceptance == 1
+        assert acceptance_stats == AcceptanceStats(
+            drafted=2 * 5 * rows, accepted=2 * 5 * rows, rounds=5
+        )
+        assert acceptance_stats.acceptance == 1
 
 
 @torch.no_grad()
-def test_a_depth_is_told_in_decoding_what_it_is_told_in_training(drafting, monkeypatch):
+def test_a_depth_is_given_in_decoding_what_it_is_given_in_training(drafting, monkeypatch):
     """Each depth's outputs in the rounds are those of one call over all the text, as in a loss.
 
     A cache that kept the ids of a rejected draft, or a neighbour's padding, would not show in the
@@ -214,24 +224,24 @@ def test_a_depth_is_told_in_decoding_what_it_is_told_in_training(drafting, monke
     made: list[tuple[int, torch.Tensor, torch.Tensor]] = []
     plain = LanguageModel.draft
 
-    def watched(self, hidden, told, *, depth, lengths, **options):
-        found = plain(self, hidden, told, depth=depth, lengths=lengths, **options)
+    def watched(self, hidden, message, *, depth, lengths, **options):
+        result = plain(self, hidden, message, depth=depth, lengths=lengths, **options)
         last = slice(lengths[0] - 1, lengths[0])
-        made.append((depth, told[:1, last], found[0][:1, last]))
-        return found
+        made.append((depth, message[:1, last], result[0][:1, last]))
+        return result
 
     monkeypatch.setattr(LanguageModel, "draft", watched)
-    said = drafted(drafting, [[3], [5, 10, 3, 8]], max_new_tokens=9)[0]
+    text = drafted(drafting, [[3], [5, 10, 3, 8]], max_new_tokens=9)[0]
     monkeypatch.undo()
-    ids, depths = torch.tensor([[3, *said]]), len(drafting.mtp)
+    ids, depths = torch.tensor([[3, *text]]), len(drafting.mtp)
     beginning = 1
-    for place in range(0, len(made), depths):
+    for index in range(0, len(made), depths):
         while not torch.allclose(
-            _chain(drafting, ids[:, :beginning], made[place : place + 1])[0], made[place][2], 1e-3
+            _chain(drafting, ids[:, :beginning], made[index : index + 1])[0], made[index][2], 1e-3
         ):
             beginning += 1
             assert beginning < ids.shape[1], "says what no beginning of the text would"
-        rounds = made[place : place + depths]
+        rounds = made[index : index + depths]
         for one, (_, _, other) in zip(
             _chain(drafting, ids[:, :beginning], rounds), rounds, strict=True
         ):
@@ -241,12 +251,12 @@ def test_a_depth_is_told_in_decoding_what_it_is_told_in_training(drafting, monke
 
 def _chain(model, ids, rounds) -> list[torch.Tensor]:
     """Returns every depth's output after `ids`, if it reads all of them and last the given id."""
-    hidden, told, found = model.hidden(ids)[0], ids, []
+    hidden, text, result = model.hidden(ids)[0], ids, []
     for depth, last, _ in rounds:
-        told = torch.cat([told[:, 1:], last], 1)
-        hidden = model.draft(hidden, told, depth=depth)[0]
-        found.append(hidden[:, -1:])
-    return found
+        text = torch.cat([text[:, 1:], last], 1)
+        hidden = model.draft(hidden, text, depth=depth)[0]
+        result.append(hidden[:, -1:])
+    return result
 
 
 def test_drafts_build_no_graph(drafting, monkeypatch):
@@ -277,7 +287,7 @@ def test_drafts_build_no_graph(drafting, monkeypatch):
     assert seen == {name: [False] * len(calls) for name, calls in seen.items()}
 
 
-def test_a_model_without_mtp_is_told_so():
+def test_a_model_without_mtp_is_given_so():
     with pytest.raises(ValueError, match="got a model without MTP"):
         list(speculate(LanguageModel(CONFIGS["gqa"]), [[1]]))
 

@@ -24,7 +24,7 @@ from rorqual.serve.engine import Engine
 from rorqual.serve.sampling import Sampling
 
 ENGRAM = EngramConfig(layers=(0,), rows_per_head=(97, 97), heads=2, head_dim=8)
-SMALL = {"vocabulary": 61, "dim": 32, "layers": 2, "dense_width": 32, "init_std": 0.2}
+SMALL = {"vocab_size": 61, "dim": 32, "layers": 2, "dense_width": 32, "init_std": 0.2}
 CONFIGS = {
     "mla": ModelConfig(**SMALL, mla=MLAConfig(heads=2, q_lora_rank=8)),
     "all": ModelConfig(
@@ -52,23 +52,27 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
     return [[draw.randrange(61) for _ in range(draw.randrange(1, 14))] for _ in range(count)]
 
 
-@pytest.mark.parametrize("rows", [2, 8])
-def test_all_at_once_or_few_at_a_time(model, rows):
+@pytest.mark.parametrize("max_batch_size", [2, 8])
+def test_all_at_once_or_few_at_a_time(model, max_batch_size):
     asked = prompts(5)
-    assert Engine(model, rows=rows).run(asked, max_new_tokens=5) == [
+    assert Engine(model, max_batch_size=max_batch_size).run(asked, max_new_tokens=5) == [
         alone(model, p, max_new_tokens=5) for p in asked
     ]
 
 
 def test_requests_come_and_go(model):
-    engine, draw, asked = Engine(model, rows=3, end_id=9), random.Random(1), prompts(7, seed=2)
+    engine, draw, asked = (
+        Engine(model, max_batch_size=3, end_id=9),
+        random.Random(1),
+        prompts(7, seed=2),
+    )
     lengths = [draw.randrange(1, 9) for _ in asked]
     requests = []
     while not engine.idle or len(requests) < len(asked):
         for _ in range(draw.randrange(3)):
             if len(requests) < len(asked):
-                at = len(requests)
-                requests.append(engine.submit(asked[at], max_new_tokens=lengths[at]))
+                offset = len(requests)
+                requests.append(engine.submit(asked[offset], max_new_tokens=lengths[offset]))
         got = engine.step()
         assert len(got) <= 3
     for request, prompt, length in zip(requests, asked, lengths, strict=True):
@@ -78,7 +82,7 @@ def test_requests_come_and_go(model):
 
 def test_sampling_is_each_requests_own(model):
     asked, sampling = prompts(3, seed=4), Sampling(temperature=1.0, seed=5, repetition_penalty=1.3)
-    engine = Engine(model, rows=3)
+    engine = Engine(model, max_batch_size=3)
     mixed = [
         engine.submit(asked[0], max_new_tokens=6),
         engine.submit(asked[1], max_new_tokens=6, sampling=sampling),
@@ -90,18 +94,18 @@ def test_sampling_is_each_requests_own(model):
 
 
 GQA = {"mla": None, "gqa": GQAConfig(heads=4, kv_heads=2, head_dim=8)}
-NSA = {"block": 4, "stride": 2, "select_block": 4, "chosen": 3, "window": 5}
+NSA = {"block": 4, "stride": 2, "select_block": 4, "top_k": 3, "window": 5}
 ATTENTIONS = {
     "mla": {"mla": MLAConfig(heads=2)},
     "gqa": GQA,
     "window": {"mla": None, "gqa": GQAConfig(head_dim=8, window=4, sinks=True)},
-    "dsa": {"mla": MLAConfig(q_lora_rank=8), "dsa": DSAConfig(heads=2, dim=16, chosen=3)},
+    "dsa": {"mla": MLAConfig(q_lora_rank=8), "dsa": DSAConfig(heads=2, dim=16, top_k=3)},
     "nsa": GQA | {"nsa": NSAConfig(**NSA)},
     "nsa tile": GQA | {"nsa": NSAConfig(**NSA, choice="tile")},
-    "moba": GQA | {"moba": MoBAConfig(block=4, chosen=2)},
-    "moba tile": GQA | {"moba": MoBAConfig(block=4, chosen=2, choice="tile")},
-    "moba decodes fully": GQA | {"moba": MoBAConfig(block=4, chosen=1, decode="full")},
-    "moba and a full layer": GQA | {"moba": MoBAConfig(block=4, chosen=1, full_layers=1)},
+    "moba": GQA | {"moba": MoBAConfig(block=4, top_k=2)},
+    "moba tile": GQA | {"moba": MoBAConfig(block=4, top_k=2, choice="tile")},
+    "moba decodes fully": GQA | {"moba": MoBAConfig(block=4, top_k=1, decode="full")},
+    "moba and a full layer": GQA | {"moba": MoBAConfig(block=4, top_k=1, full_layers=1)},
 }
 PARTS = {
     "engram": {"engram": ENGRAM},
@@ -115,7 +119,7 @@ def come_and_go(model, lengths: list[int], seed: int) -> None:
 
     Each must get the ids that it gets alone.
     """
-    draw, engine, requests = random.Random(seed), Engine(model, rows=3), []
+    draw, engine, requests = random.Random(seed), Engine(model, max_batch_size=3), []
     asked = [
         ([draw.randrange(61) for _ in range(length)], draw.randrange(2, 9)) for length in lengths
     ]
@@ -139,8 +143,8 @@ def test_every_attention_can_be_joined(name):
 @pytest.mark.parametrize("count", range(len(PARTS) + 1))
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_every_attention_beside_every_part(name, count):
-    for chosen in itertools.combinations(PARTS.values(), count):
-        parts = functools.reduce(operator.or_, chosen, ATTENTIONS[name])
+    for selected in itertools.combinations(PARTS.values(), count):
+        parts = functools.reduce(operator.or_, selected, ATTENTIONS[name])
         model = LanguageModel(ModelConfig(**SMALL | parts), seed=2).eval()
         come_and_go(model, [14, 3, 126, 1, 131], seed=6)
 
@@ -158,10 +162,10 @@ def test_blocks_of_a_long_row_that_left_are_not_taken_for_those_of_a_shorter():
     model.hidden(text[:1, :12], cache=right)
     left.join(right)
     rows = text.flip(0)
-    for at in range(12, 40):
-        found = model.hidden(rows[:, at : at + 1], cache=left)[0]
-        expected = model.hidden(rows[:, : at + 1])[0][:, -1:]
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for start in range(12, 40):
+        result = model.hidden(rows[:, start : start + 1], cache=left)[0]
+        expected = model.hidden(rows[:, : start + 1])[0][:, -1:]
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
 
 BAD = 60  # an id whose embedding is NaN
@@ -183,16 +187,16 @@ def poisoned(model):
 def test_a_request_whose_logits_are_nan_ends_alone(poisoned, prompt, sampling):
     asked, options = (
         [[1, 2, 3, 4], [5, 6, 7, 8, 9]],
-        {"max_new_tokens": 6, "sampling": sampling, "vocabulary": BAD},
+        {"max_new_tokens": 6, "sampling": sampling, "vocab_size": BAD},
     )
     expected = [alone(poisoned, one, **options) for one in asked]
-    engine = Engine(poisoned, rows=3)
-    engine.vocabulary = BAD  # so that no other request samples it
+    engine = Engine(poisoned, max_batch_size=3)
+    engine.vocab_size = BAD  # so that no other request samples it
     first = engine.submit(asked[0], max_new_tokens=6, sampling=sampling)
     engine.step()
-    engine.vocabulary = BAD + 1
+    engine.vocab_size = BAD + 1
     bad = engine.submit(prompt, max_new_tokens=6, sampling=sampling)
-    engine.vocabulary = BAD
+    engine.vocab_size = BAD
     last = engine.submit(asked[1], max_new_tokens=6, sampling=sampling)
     assert bad in engine.step()
     while not engine.idle:
@@ -202,7 +206,7 @@ def test_a_request_whose_logits_are_nan_ends_alone(poisoned, prompt, sampling):
     assert (first.finish, last.finish) == ("length", "length")
 
 
-def test_a_request_whose_logits_become_nan_ends_with_what_it_said(model):
+def test_a_request_whose_logits_become_nan_ends_with_what_it_reported(model):
     asked = [
         ([1, 2, 3, 4], {"max_new_tokens": 6, "sampling": Sampling(temperature=9.0, seed=2)}),
         ([5, 6], {"max_new_tokens": 6, "sampling": Sampling(temperature=9.0, seed=3)}),
@@ -213,7 +217,7 @@ def test_a_request_whose_logits_become_nan_ends_with_what_it_said(model):
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.embed.weight[bad] = torch.nan
-    engine = Engine(broken, rows=3)
+    engine = Engine(broken, max_batch_size=3)
     requests = [engine.submit(prompt, **options) for prompt, options in asked]
     while not engine.idle:
         engine.step()
@@ -228,7 +232,7 @@ def test_a_tiny_temperature_is_greedy_and_harms_nobody(model, temperature):
     with torch.no_grad():
         loud.norm.weight.mul_(20.0)  # logits are far above 3.4
     asked, tiny = prompts(3, seed=8), Sampling(temperature=temperature, seed=1)
-    engine = Engine(loud, rows=3)
+    engine = Engine(loud, max_batch_size=3)
     requests = [engine.submit(prompt, max_new_tokens=5, sampling=tiny) for prompt in asked[:2]]
     requests.append(engine.submit(asked[2], max_new_tokens=5))
     while not engine.idle:
@@ -249,7 +253,7 @@ def test_prompts_are_prefilled_beside_those_of_like_length(monkeypatch):
         return hidden(ids, **options)
 
     monkeypatch.setattr(model, "hidden", counted)
-    engine = Engine(model, rows=9)
+    engine = Engine(model, max_batch_size=9)
     lengths = [700, 4, 250, 5, 700, 690, 4, 60, 240]
     requests = [engine.submit([1] * length, max_new_tokens=2) for length in lengths]
     assert {id(request) for request in engine.step()} == {id(request) for request in requests}
@@ -264,12 +268,12 @@ def test_prompts_are_prefilled_beside_those_of_like_length(monkeypatch):
 def test_what_a_prompt_says_does_not_depend_on_whom_it_was_prefilled_with(model, lengths):
     draw = random.Random(9)
     asked = [[draw.randrange(61) for _ in range(length)] for length in lengths]
-    found = Engine(model, rows=8).run(asked, max_new_tokens=4)
-    assert found == [alone(model, prompt, max_new_tokens=4) for prompt in asked]
+    result = Engine(model, max_batch_size=8).run(asked, max_new_tokens=4)
+    assert result == [alone(model, prompt, max_new_tokens=4) for prompt in asked]
 
 
 def test_what_nobody_waits_for_leaves(model):
-    engine, asked = Engine(model, rows=2), prompts(4, seed=6)
+    engine, asked = Engine(model, max_batch_size=2), prompts(4, seed=6)
     requests = [engine.submit(prompt, max_new_tokens=6) for prompt in asked]
     engine.step()
     engine.cancel(requests[0])
@@ -287,7 +291,7 @@ def test_what_nobody_waits_for_leaves(model):
 
 
 def test_memory_does_not_outlive_the_longest_request():
-    engine = Engine(LanguageModel(CONFIGS["mla"]).eval(), rows=2)
+    engine = Engine(LanguageModel(CONFIGS["mla"]).eval(), max_batch_size=2)
     engine.submit([1] * 40, max_new_tokens=2)
     engine.submit([2, 3], max_new_tokens=30)
     for _ in range(4):
@@ -298,7 +302,7 @@ def test_memory_does_not_outlive_the_longest_request():
 
 
 @pytest.mark.parametrize(
-    ("prompt", "options", "said"),
+    ("prompt", "options", "message"),
     [
         ([], {}, "expected at least one id"),
         ([61], {}, "each from 0 to 60"),
@@ -307,13 +311,13 @@ def test_memory_does_not_outlive_the_longest_request():
         ([1], {"max_new_tokens": 0}, "at least 1 new token"),
     ],
 )
-def test_what_cannot_be_run_is_refused_when_it_is_asked(prompt, options, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_cannot_be_run_is_refused_when_it_is_asked(prompt, options, message):
+    with pytest.raises(ValueError, match=message):
         Engine(LanguageModel(CONFIGS["mla"]), context=16).submit(prompt, **options)
 
 
 def test_drop_gives_everything_up():
-    engine = Engine(LanguageModel(CONFIGS["mla"]).eval(), rows=2)
+    engine = Engine(LanguageModel(CONFIGS["mla"]).eval(), max_batch_size=2)
     requests = [engine.submit([1, 2], max_new_tokens=5) for _ in range(3)]
     engine.step()
     assert engine.drop() == requests[:2]
@@ -326,7 +330,7 @@ def test_drop_gives_everything_up():
 def test_join_of_a_cache_with_padding_keeps_positions():
     model = LanguageModel(CONFIGS["all"], seed=3).eval()
     asked = [[1, 2, 3, 4, 5, 6, 7], [8, 9], [10, 11, 12, 13]]
-    engine = Engine(model, rows=3)
+    engine = Engine(model, max_batch_size=3)
     first = [engine.submit(prompt, max_new_tokens=8) for prompt in asked[:2]]
     engine.step()
     engine.step()
@@ -338,7 +342,7 @@ def test_join_of_a_cache_with_padding_keeps_positions():
 
 
 def test_ids_that_the_tokenizer_has_not_are_refused_alone(model):
-    engine = Engine(model, vocabulary=50)
+    engine = Engine(model, vocab_size=50)
     good = engine.submit([3, 49], max_new_tokens=2)
     for bad in ([50], [3, 60], [-1]):
         with pytest.raises(ValueError, match="each from 0 to 49"):
@@ -346,4 +350,4 @@ def test_ids_that_the_tokenizer_has_not_are_refused_alone(model):
     while not engine.idle:
         engine.step()
     assert len(good.ids) == 2
-    assert Engine(model, vocabulary=70).vocabulary == 61
+    assert Engine(model, vocab_size=70).vocab_size == 61

@@ -15,7 +15,7 @@ from rorqual.layers.engram import EngramConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.serve import generate
-from rorqual.serve.decoding import Tally
+from rorqual.serve.decoding import AcceptanceStats
 from rorqual.serve.generate import Run, TextStream, load
 from rorqual.serve.sampling import GREEDY, Sampling
 from rorqual.tables import write_table
@@ -34,7 +34,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model(tokenizer):
     config = ModelConfig(
-        vocabulary=300,
+        vocab_size=300,
         dim=32,
         layers=2,
         dense_width=32,
@@ -159,25 +159,29 @@ def test_drafts_say_the_same_and_are_counted(run):
     plain = run.complete(["A whale"], max_new_tokens=12, sampling=GREEDY)[0]
     drafted = run.complete(["A whale"], max_new_tokens=12, sampling=GREEDY, speculative=True)[0]
     assert (drafted.text, drafted.ids) == (plain.text, plain.ids)
-    assert drafted.tally.drafted > 0
-    assert 0 <= drafted.tally.acceptance <= 1
+    assert drafted.acceptance_stats.drafted > 0
+    assert 0 <= drafted.acceptance_stats.acceptance <= 1
     several = {"max_new_tokens": 12, "temperature": 0.0}
     texts = ["A whale", "The sea below is", "A"]
     assert run.generate(texts, speculative=True, **several) == [
         run.generate(text, **several) for text in texts
     ]
-    tally = Tally()
+    acceptance_stats = AcceptanceStats()
     assert (
-        "".join(run.stream("A whale", max_new_tokens=12, sampling=GREEDY, tally=tally))
+        "".join(
+            run.stream(
+                "A whale", max_new_tokens=12, sampling=GREEDY, acceptance_stats=acceptance_stats
+            )
+        )
         == plain.text
     )
-    assert tally == drafted.tally
+    assert acceptance_stats == drafted.acceptance_stats
 
 
 def test_the_object_says_what_it_is(run, folder):
-    said = repr(load(folder))
-    for part in ("whale", "2 layers of width 32", "mla + engram + mtp", "float32 on cpu"):
-        assert part in said
+    text = repr(load(folder))
+    for piece in ("whale", "2 layers of width 32", "mla + engram + mtp", "float32 on cpu"):
+        assert piece in text
     assert "in memory" in repr(run)
     assert run.config is run.model.config
 
@@ -201,7 +205,7 @@ def test_a_folder_without_a_tokenizer_says_so_when_text_is_asked_for(folder, tmp
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "message"),
     [
         (lambda run: run.generate("A", max_new_tokens=0), "max_new_tokens=0, expected at least 1"),
         (lambda run: run.generate("A", temperature=-1.0), "temperature"),
@@ -218,8 +222,8 @@ def test_a_folder_without_a_tokenizer_says_so_when_text_is_asked_for(folder, tmp
         (lambda run: run.chat([{"role": "user", "content": "hi"}]), "no chat template"),
     ],
 )
-def test_what_cannot_be_done_is_refused(run, call, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_cannot_be_done_is_refused(run, call, message):
+    with pytest.raises(ValueError, match=message):
         call(run)
 
 
@@ -290,22 +294,22 @@ def test_a_seeded_batch_row_is_its_own_draw(run):
     assert rows[0].text != rows[1].text
 
 
-def test_sixty_four_texts_are_the_same_wherever_the_rows_live(folder, model, tmp_path):
+def test_sixty_four_texts_are_the_same_wherever_the_rows_are(folder, model, tmp_path):
     """Holds on device, host and disk, with a cache of no, one and all rows, and with drafts.
 
     Also with prefetch on and off, and with hot rows that stay cached.
     """
     row = 8 * 4
     save_file({"0": torch.arange(100)}, tmp_path / "hot")
-    homes = [
-        {"tables": "host"},
-        {"tables": "host", "prefetch": False},
+    placements = [
+        {"placement": "host"},
+        {"placement": "host", "prefetch": False},
         *(
-            {"tables": "disk", "hot_bytes": hot, "prefetch": on}
+            {"placement": "disk", "hot_bytes": hot, "prefetch": on}
             for hot in (0, row, 1 << 20)
             for on in (True, False)
         ),
-        {"tables": "disk", "hot_bytes": 50 * row, "hot": str(tmp_path / "hot")},
+        {"placement": "disk", "hot_bytes": 50 * row, "hot": str(tmp_path / "hot")},
     ]
     texts = [TEXT[n % 2][: 1 + n // 2] for n in range(64)]
     resident = load(folder)
@@ -313,12 +317,14 @@ def test_sixty_four_texts_are_the_same_wherever_the_rows_live(folder, model, tmp
     drafted = [
         done.ids for done in resident.complete(texts[:4], max_new_tokens=12, speculative=True)
     ]
-    for home in homes:
-        other = load(folder, **home)
-        assert [done.ids for done in other.complete(texts, max_new_tokens=12)] == expected, home
+    for placement in placements:
+        other = load(folder, **placement)
+        assert [done.ids for done in other.complete(texts, max_new_tokens=12)] == expected, (
+            placement
+        )
         assert [
             d.ids for d in other.complete(texts[:4], max_new_tokens=12, speculative=True)
-        ] == drafted, home
+        ] == drafted, placement
         with torch.no_grad():
             ids = torch.randint(290, (3, 40))
             assert torch.equal(other.model(ids), resident.model(ids))
@@ -326,25 +332,25 @@ def test_sixty_four_texts_are_the_same_wherever_the_rows_live(folder, model, tmp
         other.model.tables[0].close()
 
 
-def test_rows_of_another_folder_and_homes_that_cannot_be(folder, model, tmp_path):
+def test_rows_of_another_folder_and_placements_that_cannot_be(folder, model, tmp_path):
     rows = model.tables[0].weight.detach()
     write_table(tmp_path / "rows" / "0", rows, dtype=torch.bfloat16)
     halved = load(folder, folder=str(tmp_path / "rows"))
     assert torch.equal(halved.model.tables[0].weight, rows.bfloat16())
-    lying = load(folder, tables="disk", folder=str(tmp_path / "rows"))
+    lying = load(folder, placement="disk", folder=str(tmp_path / "rows"))
     assert (
         lying.complete([TEXT[0]], max_new_tokens=8)[0].ids
         == halved.complete([TEXT[0]], max_new_tokens=8)[0].ids
     )
     write_table(tmp_path / "wrong" / "0", rows[1:])
     with pytest.raises(ValueError, match=r"tables: got rows by width .* as the config says"):
-        load(folder, tables="host", folder=str(tmp_path / "wrong"))
+        load(folder, placement="host", folder=str(tmp_path / "wrong"))
     with pytest.raises(ValueError, match="hot_bytes: got -1"):
-        load(folder, tables="disk", hot_bytes=-1)
+        load(folder, placement="disk", hot_bytes=-1)
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "deepseek_v3"}')
     with pytest.raises(
         ValueError, match="expected a run of rorqual's own, whose tables can lie elsewhere"
     ):
-        load(other, tables="disk")
+        load(other, placement="disk")

@@ -7,13 +7,13 @@ from rorqual.serve.sampling import Sampling
 
 
 def test_a_plain_completion():
-    ask = parse(
+    body = parse(
         {"model": "x", "prompt": "a whale", "max_tokens": 5, "temperature": 0, "stop": "."},
         chat=False,
     )
-    assert ask.prompts == ("a whale",)
-    assert (ask.max_new_tokens, ask.sampling, ask.stop) == (5, Sampling(temperature=0.0), (".",))
-    assert (ask.copies, ask.stream, ask.usage) == (1, False, False)
+    assert body.prompts == ("a whale",)
+    assert (body.max_new_tokens, body.sampling, body.stop) == (5, Sampling(temperature=0.0), (".",))
+    assert (body.copies, body.stream, body.usage) == (1, False, False)
 
 
 @pytest.mark.parametrize(
@@ -37,9 +37,15 @@ def test_a_chat_with_a_stream():
         "seed": 4,
         "n": 2,
     }
-    ask = parse(body, chat=True)
-    assert ask.messages == ({"role": "user", "content": "hi"},)
-    assert (ask.stream, ask.usage, ask.copies, ask.max_new_tokens, ask.sampling.seed) == (
+    request = parse(body, chat=True)
+    assert request.messages == ({"role": "user", "content": "hi"},)
+    assert (
+        request.stream,
+        request.usage,
+        request.copies,
+        request.max_new_tokens,
+        request.sampling.seed,
+    ) == (
         True,
         True,
         2,
@@ -63,7 +69,7 @@ def test_what_asks_for_nothing_is_accepted():
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ([], "body: got list"),
         ({}, "prompt: expected"),
@@ -91,13 +97,13 @@ def test_what_asks_for_nothing_is_accepted():
         ({"prompt": "x", "seed": 2**63}, "seed: got 9223372036854775808"),
     ],
 )
-def test_a_bad_completion_names_its_field(body, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_bad_completion_names_its_field(body, message):
+    with pytest.raises(ValueError, match=message):
         parse(body, chat=False)
 
 
 @pytest.mark.parametrize(
-    ("messages", "said"),
+    ("messages", "message"),
     [
         (None, "messages: expected"),
         ([], "messages: expected"),
@@ -122,8 +128,8 @@ def test_a_bad_completion_names_its_field(body, said):
         ),
     ],
 )
-def test_bad_messages(messages, said):
-    with pytest.raises(ValueError, match=said):
+def test_bad_messages(messages, message):
+    with pytest.raises(ValueError, match=message):
         parse({"messages": messages}, chat=True)
 
 
@@ -142,14 +148,14 @@ def test_messages_as_clients_send_them():
 
 
 def test_fields_of_other_servers():
-    ask = parse(
+    body = parse(
         {"prompt": "\udc0b", "top_k": -1, "top_p": 0, "user": "me", "priority": 3, "min_tokens": 0},
         chat=False,
     )
-    assert ask.prompts == ("\ufffd",)
-    assert ask.sampling.top_k is None
-    assert ask.sampling.top_p == 1e-6
-    assert ask.ignored == ("user", "priority")
+    assert body.prompts == ("\ufffd",)
+    assert body.sampling.top_k is None
+    assert body.sampling.top_p == 1e-6
+    assert body.ignored == ("user", "priority")
     assert parse({"prompt": "x", "top_k": 0}, chat=False).sampling.top_k is None
 
 

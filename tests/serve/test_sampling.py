@@ -46,8 +46,8 @@ def test_penalty_is_transformers():
 
 def test_top_p_keeps_the_likeliest_until_p():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    kept = narrow(logits, Sampling(temperature=1.0, top_p=0.7)).isfinite()
-    assert kept.tolist() == [[True, True, False, False]]
+    cached = narrow(logits, Sampling(temperature=1.0, top_p=0.7)).isfinite()
+    assert cached.tolist() == [[True, True, False, False]]
     assert narrow(logits, Sampling(temperature=1.0, top_p=1e-6)).isfinite().sum() == 1
 
 

@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
     tokenizer = train(["A whale lives in the sea. 🐋 é"] * 4, 280)
     engram = EngramConfig(layers=(0,), rows_per_head=(97, 97), heads=2, head_dim=8)
     config = ModelConfig(
-        vocabulary=290, dim=32, layers=2, dense_width=32, engram=engram, init_std=0.2
+        vocab_size=290, dim=32, layers=2, dense_width=32, engram=engram, init_std=0.2
     )
     model = LanguageModel(config, torch.from_numpy(tokenizer.canonical_map()), seed=1)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def run(folder):
 
 @pytest.fixture(scope="module")
 def service(run):
-    return Service(run, rows=4, context=64)
+    return Service(run, max_batch_size=4, context=64)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def client(service):
         yield client
 
 
-def ask(client, body, path="/v1/completions"):
+def post(client, body, path="/v1/completions"):
     return client.call(
         "POST", path, json.dumps(body).encode(), **{"content-type": "application/json"}
     )
@@ -165,12 +165,12 @@ def events(answer) -> list:
 
 
 def test_a_completion_is_the_runs_own(client, run):
-    answer = ask(client, {"prompt": "A whale", "max_tokens": 9, "temperature": 0}).json()
-    own = run.complete(["A whale"], max_new_tokens=9, sampling=GREEDY)[0]
+    answer = post(client, {"prompt": "A whale", "max_tokens": 9, "temperature": 0}).json()
+    ours = run.complete(["A whale"], max_new_tokens=9, sampling=GREEDY)[0]
     assert answer["object"] == "text_completion"
     assert answer["model"] == "whale"
     assert answer["choices"] == [
-        {"index": 0, "text": own.text, "logprobs": None, "finish_reason": "length"}
+        {"index": 0, "text": ours.text, "logprobs": None, "finish_reason": "length"}
     ]
     length = len(run.prompt("A whale"))
     assert answer["usage"] == {
@@ -182,47 +182,47 @@ def test_a_completion_is_the_runs_own(client, run):
 
 def test_prompts_and_copies_are_numbered_in_order(client, run):
     body = {"prompt": ["A", "the sea"], "n": 2, "max_tokens": 6, "temperature": 1.0, "seed": 4}
-    choices = ask(client, body).json()["choices"]
+    choices = post(client, body).json()["choices"]
     assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
-    own = run.complete(
+    ours = run.complete(
         ["A", "A", "the sea", "the sea"],
         max_new_tokens=6,
         sampling=Sampling(temperature=1.0, seed=4),
     )
-    assert [choice["text"] for choice in choices] == [completion.text for completion in own]
+    assert [choice["text"] for choice in choices] == [completion.text for completion in ours]
 
 
 def test_ids_are_prompts_too(client, run):
     body = {"max_tokens": 5, "temperature": 0}
-    ids = ask(client, body | {"prompt": run.prompt("A whale")}).json()
+    ids = post(client, body | {"prompt": run.prompt("A whale")}).json()
     assert (
         ids["choices"][0]["text"]
-        == ask(client, body | {"prompt": "A whale"}).json()["choices"][0]["text"]
+        == post(client, body | {"prompt": "A whale"}).json()["choices"][0]["text"]
     )
 
 
 def test_a_stream_joins_to_the_whole(client):
     body = {"prompt": ["A whale", "é"], "max_tokens": 12, "temperature": 0}
-    whole = [choice["text"] for choice in ask(client, body).json()["choices"]]
-    answer = ask(client, body | {"stream": True, "stream_options": {"include_usage": True}})
+    whole = [choice["text"] for choice in post(client, body).json()["choices"]]
+    answer = post(client, body | {"stream": True, "stream_options": {"include_usage": True}})
     assert answer.kind.startswith("text/event-stream")
     chunks = events(answer)
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["completion_tokens"] == 24
     for index in range(2):
-        own = [
+        ours = [
             choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index
         ]
-        assert "".join(choice["text"] for choice in own) == whole[index]
-        assert [choice["finish_reason"] for choice in own][-1] == "length"
-        assert all(choice["finish_reason"] is None for choice in own[:-1])
+        assert "".join(choice["text"] for choice in ours) == whole[index]
+        assert [choice["finish_reason"] for choice in ours][-1] == "length"
+        assert all(choice["finish_reason"] is None for choice in ours[:-1])
 
 
 def test_stop_strings(client):
     body = {"prompt": "A whale", "max_tokens": 12, "temperature": 0}
-    text = ask(client, body).json()["choices"][0]["text"]
+    text = post(client, body).json()["choices"][0]["text"]
     stop = text[3:5]
-    choice = ask(client, body | {"stop": [stop]}).json()["choices"][0]
+    choice = post(client, body | {"stop": [stop]}).json()["choices"][0]
     assert choice["text"] == text[: text.index(stop)]
     assert choice["finish_reason"] == "stop"
 
@@ -232,15 +232,15 @@ def test_many_at_once_are_each_themselves(client, run):
     body = {"max_tokens": 5, "temperature": 0}
     with ThreadPoolExecutor(6) as pool:
         answers = list(
-            pool.map(lambda prompt: ask(client, body | {"prompt": prompt}).json(), prompts)
+            pool.map(lambda prompt: post(client, body | {"prompt": prompt}).json(), prompts)
         )
-    own = [run.complete([prompt], max_new_tokens=5, sampling=GREEDY)[0].text for prompt in prompts]
-    assert [answer["choices"][0]["text"] for answer in answers] == own
+    ours = [run.complete([prompt], max_new_tokens=5, sampling=GREEDY)[0].text for prompt in prompts]
+    assert [answer["choices"][0]["text"] for answer in answers] == ours
 
 
 BLOCKWISE = {
-    "nsa": {"nsa": NSAConfig(block=4, stride=2, select_block=4, chosen=3, window=4)},
-    "moba": {"moba": MoBAConfig(block=4, chosen=1)},
+    "nsa": {"nsa": NSAConfig(block=4, stride=2, select_block=4, top_k=3, window=4)},
+    "moba": {"moba": MoBAConfig(block=4, top_k=1)},
 }
 
 
@@ -250,24 +250,27 @@ def test_a_model_whose_attention_is_by_blocks_answers_many_at_once(tmp_path, run
     parts = {"mla": None, "gqa": gqa, "engram": run.config.engram, "mtp": MTPConfig()} | BLOCKWISE[
         name
     ]
-    config = ModelConfig(vocabulary=290, dim=32, layers=2, dense_width=32, init_std=0.2, **parts)
+    config = ModelConfig(vocab_size=290, dim=32, layers=2, dense_width=32, init_std=0.2, **parts)
     checkpoint.save_model(
         tmp_path, LanguageModel(config, run.tokenizer.canonical_map(), seed=2), run.tokenizer
     )
     sparse = load(tmp_path, device="cpu")
     prompts = [" ".join(["whale", "sea", "é"] * count) for count in (1, 3, 2, 1, 4, 2, 3)]
-    with serving(Service(sparse, rows=3, context=64)) as client, ThreadPoolExecutor(7) as pool:
+    with (
+        serving(Service(sparse, max_batch_size=3, context=64)) as client,
+        ThreadPoolExecutor(7) as pool,
+    ):
         bodies = [
             {"prompt": prompt, "max_tokens": 3 + n, "temperature": 0}
             for n, prompt in enumerate(prompts)
         ]
-        answers = list(pool.map(lambda body: ask(client, body), bodies))
+        answers = list(pool.map(lambda body: post(client, body), bodies))
     assert [answer.status for answer in answers] == [200] * 7
     for answer, body in zip(answers, bodies, strict=True):
-        own = sparse.complete([body["prompt"]], max_new_tokens=body["max_tokens"], sampling=GREEDY)[
-            0
-        ]
-        assert answer.json()["choices"][0]["text"] == own.text
+        ours = sparse.complete(
+            [body["prompt"]], max_new_tokens=body["max_tokens"], sampling=GREEDY
+        )[0]
+        assert answer.json()["choices"][0]["text"] == ours.text
 
 
 def test_a_request_that_cannot_be_sampled_fails_alone(folder):
@@ -281,14 +284,17 @@ def test_a_request_that_cannot_be_sampled_fails_alone(folder):
         assert 7 not in broken.complete([text], max_new_tokens=20, sampling=GREEDY)[0].ids
     bodies += [{"prompt": [7], "max_tokens": 20, "seed": 1}, bodies[0] | {"temperature": 1e-320}]
     bodies += [bodies[1] | {"temperature": 1e-38}]
-    with serving(Service(broken, rows=5, context=64)) as client, ThreadPoolExecutor(5) as pool:
-        answers = list(pool.map(lambda body: ask(client, body), bodies))
+    with (
+        serving(Service(broken, max_batch_size=5, context=64)) as client,
+        ThreadPoolExecutor(5) as pool,
+    ):
+        answers = list(pool.map(lambda body: post(client, body), bodies))
         assert client.call("GET", "/health").json()["running"] <= 1
     assert [answer.status for answer in answers] == [200, 200, 500, 200, 200]
     assert "see the server's log" in answers[2].json()["error"]["message"]
-    said = [answer.json()["choices"][0]["text"] for answer in (answers[n] for n in (0, 1, 3, 4))]
+    ids = [answer.json()["choices"][0]["text"] for answer in (answers[n] for n in (0, 1, 3, 4))]
     assert (
-        said
+        ids
         == [broken.complete([text], max_new_tokens=20, sampling=GREEDY)[0].text for text in texts]
         * 2
     )
@@ -299,7 +305,7 @@ def test_leaving_a_request_that_cannot_be_sampled_harms_nobody(folder, monkeypat
     broken = load(folder, device="cpu")
     with torch.no_grad():
         broken.model.embed.weight[7] = torch.nan
-    service = Service(broken, rows=2, context=64)
+    service = Service(broken, max_batch_size=2, context=64)
     engine, asked = service.worker.engine, []
     submit, hidden = engine.submit, broken.model.hidden
 
@@ -316,16 +322,16 @@ def test_leaving_a_request_that_cannot_be_sampled_harms_nobody(folder, monkeypat
     monkeypatch.setattr(broken.model, "hidden", leaving)
     body = {"prompt": "A whale", "max_tokens": 20, "temperature": 0}
     with serving(service) as client, ThreadPoolExecutor(2) as pool:
-        kept = pool.submit(ask, client, body)
+        cached = pool.submit(post, client, body)
         until(lambda: engine.running)
-        pool.submit(ask, client, {"prompt": [7], "max_tokens": 4}).result()
-        assert kept.result().status == 200
+        pool.submit(post, client, {"prompt": [7], "max_tokens": 4}).result()
+        assert cached.result().status == 200
     alone = broken.complete(["A whale"], max_new_tokens=20, sampling=GREEDY)[0].text
-    assert kept.result().json()["choices"][0]["text"] == alone
+    assert cached.result().json()["choices"][0]["text"] == alone
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ({}, "prompt: expected"),
         ({"prompt": "A", "tempreature": 1}, "did you mean temperature"),
@@ -336,15 +342,15 @@ def test_leaving_a_request_that_cannot_be_sampled_harms_nobody(folder, monkeypat
         ({"prompt": "A", "top_p": 2}, "top_p: got 2"),
     ],
 )
-def test_a_bad_request_is_told_what_is_wrong(client, body, said):
-    answer = ask(client, body)
+def test_a_bad_request_is_given_what_is_wrong(client, body, message):
+    answer = post(client, body)
     assert answer.status == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
-    assert said in answer.json()["error"]["message"]
+    assert message in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
-    ("content", "kind", "said"),
+    ("content", "kind", "message"),
     [
         (b'{"prompt": "A"}', "text/plain", "got text/plain, expected application/json"),
         (b"{", "application/json; charset=utf-8", "body is not JSON"),
@@ -352,10 +358,10 @@ def test_a_bad_request_is_told_what_is_wrong(client, body, said):
         (b" " * (9 * 2**20), "application/json", "expected a smaller request"),
     ],
 )
-def test_only_json_is_taken(client, content, kind, said):
+def test_only_json_is_taken(client, content, kind, message):
     answer = client.call("POST", "/v1/completions", content, **{"content-type": kind})
     assert answer.status == 400
-    assert said in answer.text
+    assert message in answer.text
 
 
 def test_other_names_are_not_answered(client):
@@ -368,18 +374,18 @@ def test_health_and_models(client):
         "status": "ok",
         "running": 0,
         "waiting": 0,
-        "rows": 4,
+        "max_batch_size": 4,
     }
     assert [model["id"] for model in client.call("GET", "/v1/models").json()["data"]] == ["whale"]
     assert client.call("GET", "/v1/completions").status == 405
 
 
 def test_health_tells_of_tables_that_are_not_on_the_device(folder):
-    run = load(folder, device="cpu", tables="disk")
-    with serving(Service(run, rows=4, context=64)) as client:
+    run = load(folder, device="cpu", placement="disk")
+    with serving(Service(run, max_batch_size=4, context=64)) as client:
         assert client.call("GET", "/health").json()["tables"][0]["rows"] == 0
         for _ in range(2):  # the second time its rows are cached
-            ask(client, {"prompt": "A whale", "max_tokens": 4, "temperature": 0})
+            post(client, {"prompt": "A whale", "max_tokens": 4, "temperature": 0})
         (table,) = client.call("GET", "/health").json()["tables"]
     assert table["rows"] >= table["different"] > table["hits"] > 0
     assert table["bytes"] == (table["different"] - table["hits"]) * 8 * 4
@@ -405,40 +411,40 @@ def test_who_hangs_up_is_no_longer_worked_for(client, service, monkeypatch):
 
 def test_a_chat_needs_a_template(client, chatty):
     body = {"messages": [{"role": "user", "content": "A whale"}], "max_tokens": 6, "temperature": 0}
-    answer = ask(client, body, "/v1/chat/completions")
+    answer = post(client, body, "/v1/chat/completions")
     assert (answer.status, "has no chat template" in answer.text) == (400, True)
 
     run = load(chatty, device="cpu")
     with serving(Service(run, context=64)) as chat:
-        whole = ask(chat, body, "/v1/chat/completions").json()
-        own = run.complete(["user: A whale\nassistant:"], max_new_tokens=6, sampling=GREEDY)[0]
-        assert whole["choices"][0]["message"] == {"role": "assistant", "content": own.text}
+        whole = post(chat, body, "/v1/chat/completions").json()
+        ours = run.complete(["user: A whale\nassistant:"], max_new_tokens=6, sampling=GREEDY)[0]
+        assert whole["choices"][0]["message"] == {"role": "assistant", "content": ours.text}
         assert whole["object"] == "chat.completion"
         deltas = [
             choice["delta"]
-            for chunk in events(ask(chat, body | {"stream": True}, "/v1/chat/completions"))
+            for chunk in events(post(chat, body | {"stream": True}, "/v1/chat/completions"))
             for choice in chunk["choices"]
         ]
         assert deltas[0] == {"role": "assistant", "content": ""}
-        assert "".join(delta.get("content", "") for delta in deltas) == own.text
+        assert "".join(delta.get("content", "") for delta in deltas) == ours.text
 
 
 @pytest.fixture(scope="module")
 def chat_client(chatty):
-    with serving(Service(load(chatty, device="cpu"), rows=2, context=64)) as client:
+    with serving(Service(load(chatty, device="cpu"), max_batch_size=2, context=64)) as client:
         yield client
 
 
 def chat(client, *contents, **options):
     messages = [{"role": "user", "content": content} for content in contents]
     body = {"messages": messages, "max_tokens": 4, "temperature": 0} | options
-    return ask(client, body, "/v1/chat/completions")
+    return post(client, body, "/v1/chat/completions")
 
 
-def test_messages_are_texts_parts_of_text_or_nothing_said(chat_client):
+def test_messages_are_texts_parts_of_text_or_nothing_reported(chat_client):
     parts = [{"type": "text", "text": "A"}, {"type": "text", "text": "é"}]
-    told = chat(chat_client, parts)
-    assert told.json()["choices"] == chat(chat_client, "A\né").json()["choices"]
+    text = chat(chat_client, parts)
+    assert text.json()["choices"] == chat(chat_client, "A\né").json()["choices"]
     silent = [{"role": "assistant", "content": None}, {"role": "user", "content": "A"}]
     assert chat(chat_client, messages=silent).status == 200
     assert chat(chat_client, messages=[{"role": "user", "content": None}]).status == 400
@@ -451,17 +457,17 @@ def test_messages_are_texts_parts_of_text_or_nothing_said(chat_client):
 
 def test_half_a_character_is_a_replacement(chat_client):
     body = {"max_tokens": 4, "temperature": 0}
-    halves = ask(chat_client, body | {"prompt": "A \ud83d", "stop": "\udc0b"})
+    halves = post(chat_client, body | {"prompt": "A \ud83d", "stop": "\udc0b"})
     assert halves.status == 200
     assert (
         halves.json()["choices"]
-        == ask(chat_client, body | {"prompt": "A \ufffd"}).json()["choices"]
+        == post(chat_client, body | {"prompt": "A \ufffd"}).json()["choices"]
     )
     assert (
         chat(chat_client, "A \udc0b").json()["choices"]
         == chat(chat_client, "A \ufffd").json()["choices"]
     )
-    wrong = ask(chat_client, body | {"prompt": "A", "\ud83d": 1})
+    wrong = post(chat_client, body | {"prompt": "A", "\ud83d": 1})
     assert (wrong.status, wrong.error["type"]) == (400, "invalid_request_error")
 
 
@@ -474,7 +480,7 @@ def test_a_chat_template_that_loops_is_ended_and_holds_up_nobody(chatty, monkeyp
         ThreadPoolExecutor(3) as pool,
     ):
         stuck = [pool.submit(chat, client, content) for content in ("loop", "power", "loop")]
-        assert ask(client, body).status == 200
+        assert post(client, body).status == 200
         for answer in stuck:
             assert answer.result().status == 400
             assert "the chat template took more than 1 s" in answer.result().error["message"]
@@ -536,7 +542,7 @@ def test_a_text_is_measured_before_it_is_tokenised(chat_client, monkeypatch):
 
     monkeypatch.setattr(generate.Tokenizer, "encode_batch", spied)
     for prompt in ("whale" * 2**20, ["A", "A" * 1000]):
-        answer = ask(chat_client, {"prompt": prompt, "max_tokens": 2})
+        answer = post(chat_client, {"prompt": prompt, "max_tokens": 2})
         assert answer.status == 400
         assert answer.error["code"] == "context_length_exceeded"
         assert answer.error["param"] == "prompt"
@@ -550,7 +556,7 @@ def test_a_text_is_measured_before_it_is_tokenised(chat_client, monkeypatch):
         "messages",
     )
     # A text that fits by its bytes is tokenised, and may still be too long.
-    answer = ask(chat_client, {"prompt": "xy" * 40, "max_tokens": 2})
+    answer = post(chat_client, {"prompt": "xy" * 40, "max_tokens": 2})
     assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
     assert tokenised[-1] == "xy" * 40
 
@@ -569,10 +575,10 @@ def test_texts_are_tokenised_two_at_a_time_and_aside(client, monkeypatch):
 
     monkeypatch.setattr(Run, "prompt", slow)
     with ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(ask, client, {"prompt": "A", "max_tokens": 2}) for _ in range(4)]
+        answers = [pool.submit(post, client, {"prompt": "A", "max_tokens": 2}) for _ in range(4)]
         until(lambda: len(at_once) == 2)
         assert client.call("GET", "/health").status == 200
-        assert ask(client, {"prompt": [3, 4], "max_tokens": 2}).status == 200, (
+        assert post(client, {"prompt": [3, 4], "max_tokens": 2}).status == 200, (
             "ids need no tokeniser"
         )
         assert len(at_once) == 2
@@ -582,13 +588,13 @@ def test_texts_are_tokenised_two_at_a_time_and_aside(client, monkeypatch):
 
 def test_who_hangs_up_leaves_no_second_thread_behind(client, monkeypatch):
     """A text that is being tokenised keeps its turn, though no client waits for it."""
-    go, at_once, most, lock = threading.Event(), [], [], threading.Lock()
+    go, at_once, largest, lock = threading.Event(), [], [], threading.Lock()
     prompt = Run.prompt
 
     def slow(self, text, **options):
         with lock:
             at_once.append(1)
-            most.append(len(at_once))
+            largest.append(len(at_once))
         assert go.wait(60)
         with lock:
             at_once.pop()
@@ -603,12 +609,12 @@ def test_who_hangs_up_leaves_no_second_thread_behind(client, monkeypatch):
         seen.set()
         for one in gone:
             one.result()
-        answers = [pool.submit(ask, client, body) for _ in "ab"]
+        answers = [pool.submit(post, client, body) for _ in "ab"]
         # The two have arrived when this request, which needs no tokeniser, is answered.
-        assert ask(client, {"prompt": [3, 4], "max_tokens": 2}).status == 200
+        assert post(client, {"prompt": [3, 4], "max_tokens": 2}).status == 200
         go.set()
         assert [answer.result().status for answer in answers] == [200, 200]
-    assert max(most) == 2
+    assert max(largest) == 2
 
 
 @contextlib.contextmanager
@@ -629,7 +635,7 @@ def gated(run, monkeypatch, **sizes):
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_hangs_up_leaves_queue_and_batch(run, monkeypatch, stream):
     body = {"prompt": "A", "max_tokens": 60, "temperature": 0, "stream": stream}
-    with gated(run, monkeypatch, rows=1, context=64) as (client, engine, gate):
+    with gated(run, monkeypatch, max_batch_size=1, context=64) as (client, engine, gate):
         gate.set()
         with ThreadPoolExecutor(3) as pool:
             done = threading.Event()
@@ -657,30 +663,34 @@ def test_who_hangs_up_leaves_queue_and_batch(run, monkeypatch, stream):
 
 def test_a_full_queue_refuses_all_prompts_of_a_request_or_none(run, monkeypatch):
     body = {"prompt": "A", "max_tokens": 3, "temperature": 0}
-    with gated(run, monkeypatch, rows=1, context=64, max_waiting=2) as (client, engine, gate):
+    with gated(run, monkeypatch, max_batch_size=1, context=64, max_waiting=2) as (
+        client,
+        engine,
+        gate,
+    ):
         with ThreadPoolExecutor(2) as pool:
-            taken = [pool.submit(ask, client, body)]
+            taken = [pool.submit(post, client, body)]
             until(lambda: not engine.idle)
-            taken.append(pool.submit(ask, client, body))
+            taken.append(pool.submit(post, client, body))
             until(lambda: engine.waiting == 2)
             for more in ({"n": 2}, {"prompt": ["A", "A"]}, {"stream": True, "n": 2}):
-                full = ask(client, body | more)
+                full = post(client, body | more)
                 assert full.status == 429
                 assert full.error["type"] == "rate_limit_error"
                 assert int(full.headers["retry-after"]) >= 1
             assert engine.waiting == 2
-            never = ask(client, body | {"n": 4})
+            never = post(client, body | {"n": 4})
             assert (never.status, "at most 3 at once" in never.error["message"]) == (400, True)
             gate.set()
             assert [answer.result().status for answer in taken] == [200, 200]
-        assert ask(client, body | {"n": 3}).status == 200
+        assert post(client, body | {"n": 3}).status == 200
 
 
 def test_half_open_connections_end(run, monkeypatch):
     monkeypatch.setattr(server, "HEAD_SECONDS", 0.2)
     monkeypatch.setattr(server, "BODY_SECONDS", 0.5)
     head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-    with gated(run, monkeypatch, rows=1, context=64) as (client, engine, gate):
+    with gated(run, monkeypatch, max_batch_size=1, context=64) as (client, engine, gate):
         for half in (b"", head):
             with client.connect() as connection:
                 connection.sendall(half)
@@ -690,7 +700,7 @@ def test_half_open_connections_end(run, monkeypatch):
             assert connection.recv(100).startswith(b"HTTP/1.1 408")
         # A connection that waits for its answer is not half open.
         with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(ask, client, {"prompt": "A", "max_tokens": 2})
+            answer = pool.submit(post, client, {"prompt": "A", "max_tokens": 2})
             until(lambda: not engine.idle)
             time.sleep(1)
             gate.set()
@@ -707,7 +717,7 @@ def test_fields_without_a_meaning_here_are_noted_once(client, capsys):
         "cache_prompt": True,
     }
     for _ in range(3):
-        assert ask(client, body | {"metadata": None, "top_k": -1, "top_p": 0}).status == 200
+        assert post(client, body | {"metadata": None, "top_k": -1, "top_p": 0}).status == 200
     notes = [
         line for line in capsys.readouterr().err.splitlines() if "changes nothing here" in line
     ]
@@ -717,9 +727,9 @@ def test_fields_without_a_meaning_here_are_noted_once(client, capsys):
 
 def test_top_p_0_is_the_likeliest(client):
     body = {"prompt": "A whale", "max_tokens": 8}
-    greedy = ask(client, body | {"temperature": 0}).json()["choices"]
+    greedy = post(client, body | {"temperature": 0}).json()["choices"]
     assert (
-        ask(client, body | {"temperature": 2, "top_p": 0, "top_k": -1}).json()["choices"] == greedy
+        post(client, body | {"temperature": 2, "top_p": 0, "top_k": -1}).json()["choices"] == greedy
     )
 
 
@@ -755,7 +765,7 @@ def test_what_is_not_there_is_an_error_in_json(client, method, path, status, all
     ],
 )
 def test_an_error_never_repeats_a_megabyte(client, body):
-    answer = ask(client, body)
+    answer = post(client, body)
     assert answer.status in (400, 404)
     assert len(answer.text) < 1500
 
@@ -763,8 +773,8 @@ def test_an_error_never_repeats_a_megabyte(client, body):
 def test_another_models_name_is_not_found(client, folder):
     body = {"prompt": "A", "max_tokens": 2}
     for name in ("whale", "", None, str(folder)):
-        assert ask(client, body | {"model": name}).json()["model"] == "whale"
-    answer = ask(client, body | {"model": "gpt-4o"})
+        assert post(client, body | {"model": name}).json()["model"] == "whale"
+    answer = post(client, body | {"model": "gpt-4o"})
     assert answer.status == 404
     assert (answer.error["code"], answer.error["param"]) == ("model_not_found", "model")
     assert "'gpt-4o'" in answer.error["message"]
@@ -775,15 +785,15 @@ def test_another_models_name_is_not_found(client, folder):
 @pytest.mark.parametrize("loss", ["removed", "cut"])
 def test_health_says_which_table_cannot_be_read(folder, tmp_path, loss):
     shutil.copytree(folder, tmp_path / "run")
-    run = load(tmp_path / "run", device="cpu", tables="disk", hot_bytes=0)
+    run = load(tmp_path / "run", device="cpu", placement="disk", hot_bytes=0)
     weights = tmp_path / "run" / "model.safetensors"
-    with serving(Service(run, rows=4, context=64)) as client:
+    with serving(Service(run, max_batch_size=4, context=64)) as client:
         assert client.call("GET", "/health").status == 200
         if loss == "removed":
             weights.unlink()
         else:
             os.truncate(weights, 2000)
-            assert ask(client, {"prompt": "A whale", "max_tokens": 4}).status == 500
+            assert post(client, {"prompt": "A whale", "max_tokens": 4}).status == 500
         answer = client.call("GET", "/health")
         assert answer.status == 503
         assert answer.json()["status"] != "ok"
@@ -796,10 +806,10 @@ def test_a_port_in_use_is_a_line_before_anything_is_announced(folder, capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert main(["serve", str(folder), "--port", str(port)]) == 1
-    said = capsys.readouterr().err.strip()
-    assert len(said.splitlines()) == 1
-    assert f"port {port}" in said
-    assert "serving" not in said
+    message = capsys.readouterr().err.strip()
+    assert len(message.splitlines()) == 1
+    assert f"port {port}" in message
+    assert "serving" not in message
 
 
 @contextlib.contextmanager
@@ -822,8 +832,8 @@ def started(folder, *words):
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True) as process:
         try:
             for line in process.stderr:
-                if found := re.search(r"http://(\S+):(\d+)/v1/completions", line):
-                    yield process, found[1], int(found[2])
+                if result := re.search(r"http://(\S+):(\d+)/v1/completions", line):
+                    yield process, result[1], int(result[2])
                     break
             else:
                 raise AssertionError(f"it ended with code {process.wait()}")
@@ -835,7 +845,7 @@ def started(folder, *words):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_server_whatever_runs_and_waits(chatty, how):
-    sizes = ("--rows", "2", "--context", "1000000", "--max-waiting", "9")
+    sizes = ("--max-batch-size", "2", "--context", "1000000", "--max-waiting", "9")
     head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     with started(chatty, *sizes) as (process, _, port), ThreadPoolExecutor(9) as pool:
         client = Client(port)
@@ -847,7 +857,7 @@ def test_a_signal_ends_the_server_whatever_runs_and_waits(chatty, how):
         ):
             connection.sendall(half.encode())
         asked = [
-            pool.submit(ask, client, endless | {"stream": stream})
+            pool.submit(post, client, endless | {"stream": stream})
             for stream in (True, False, False, True)
         ]
         asked.append(pool.submit(chat, client, "loop"))
@@ -866,11 +876,11 @@ def test_a_signal_ends_the_server_whatever_runs_and_waits(chatty, how):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 def test_ctrl_c_ends_the_server_in_the_middle_of_a_long_prefill(folder):
     with (
-        started(folder, "--rows", "1", "--context", "1000000") as (process, _, port),
+        started(folder, "--max-batch-size", "1", "--context", "1000000") as (process, _, port),
         ThreadPoolExecutor(1) as pool,
     ):
         client = Client(port)
-        asked = pool.submit(ask, client, {"prompt": [3, 4, 5, 6] * 50_000, "max_tokens": 9})
+        asked = pool.submit(post, client, {"prompt": [3, 4, 5, 6] * 50_000, "max_tokens": 9})
         until(lambda: client.call("GET", "/health").json()["waiting"] == 0)
         time.sleep(1)
         process.send_signal(signal.SIGINT)
@@ -908,10 +918,10 @@ def test_openais_own_client_is_understood(chat_client, chatty):
         assert whole.usage.completion_tokens == 6
 
         messages = [{"role": "user", "content": [{"type": "text", "text": "A whale"}]}]
-        said = client.chat.completions.create(
+        text = client.chat.completions.create(
             messages=messages, **body, store=False, metadata={"a": "b"}
         )
-        answer = said.choices[0].message
+        answer = text.choices[0].message
         pieces = client.chat.completions.create(messages=messages, **body, stream=True)
         assert "".join(piece.choices[0].delta.content for piece in pieces) == answer.content
         more = [*messages, answer.model_dump(), messages[0]]
@@ -943,8 +953,8 @@ def test_a_step_that_fails_takes_no_other_request_with_it(client, service, monke
 
     monkeypatch.setattr(service.worker.engine, "step", once)
     body = {"prompt": "A whale", "max_tokens": 4, "temperature": 0}
-    broken = ask(client, body)
+    broken = post(client, body)
     assert broken.status == 500
     assert "the model failed" in broken.json()["error"]["message"]
-    assert ask(client, body).status == 200
+    assert post(client, body).status == 200
     assert client.call("GET", "/health").json()["status"] == "ok"

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(
     reason="numba is not installed",
 )
 BASE = ModelConfig(
-    vocabulary=67,
+    vocab_size=67,
     dim=20,
     layers=3,
     dense_width=23,
@@ -93,12 +93,16 @@ def ids_of(length: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def steps(model, ids, given, capacity=4):
-    """Returns the logits of the ids after the first `given`, id by id, and the resulting cache."""
+def steps(model, ids, prompt_length, capacity=4):
+    """Returns the logits of the ids after the first `prompt_length`, id by id, and the resulting
+    cache.
+    """
     cache = model.new_cache(1, capacity)
-    model.hidden(ids[:, :given], cache=cache)
+    model.hidden(ids[:, :prompt_length], cache=cache)
     step = decoder(model, cache, 1)
-    return torch.stack([step(ids[:, t : t + 1]) for t in range(given, ids.shape[1])], 1), cache
+    return torch.stack(
+        [step(ids[:, t : t + 1]) for t in range(prompt_length, ids.shape[1])], 1
+    ), cache
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -107,15 +111,15 @@ def test_every_step_equals_the_model(name, threads, poisoned, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     model, ids = build(SIZES[name]), ids_of(30)
     assert fits(model)
-    found, cache = steps(model, ids, 5)
+    result, cache = steps(model, ids, 5)
     with torch.no_grad():
         expected = model(ids)[:, 5:]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     whole = model.new_cache(1)
     with torch.no_grad():
         model.hidden(ids, cache=whole)
     for ours, theirs in zip(cache.layers, whole.layers, strict=True):
-        ours, theirs = (part.attention.latent.buffer[:, :30] for part in (ours, theirs))
+        ours, theirs = (piece.attention.latent.buffer[:, :30] for piece in (ours, theirs))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
     assert cache.length == 30
 
@@ -123,9 +127,9 @@ def test_every_step_equals_the_model(name, threads, poisoned, monkeypatch):
 @torch.inference_mode()
 def test_a_long_context_crosses_every_tile():
     model, ids = build(SIZES["even sizes"]), ids_of(331)
-    found, _ = steps(model, ids, 250, capacity=400)
+    result, _ = steps(model, ids, 250, capacity=400)
     expected = model(ids)[:, 250:]
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+    torch.testing.assert_close(result, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
 
 
 @torch.inference_mode()
@@ -155,11 +159,11 @@ def test_weights_changed_in_place_are_seen():
 
 
 @torch.inference_mode()
-def test_three_hundred_steps_while_the_cache_grows_and_forgets():
+def test_three_hundred_steps_while_the_cache_grows_and_drops():
     model, ids = build(SIZES["even sizes"]), ids_of(320)
     cache = model.new_cache(1, 2)
     model.hidden(ids[:, :20], cache=cache)
-    step, found = decoder(model, cache, 1), []
+    step, result = decoder(model, cache, 1), []
     assert isinstance(step, _Compiled)
     for t in range(20, 320):
         if t % 50 == 0:  # drafts that were rejected
@@ -167,10 +171,10 @@ def test_three_hundred_steps_while_the_cache_grows_and_forgets():
                 step(ids[:, wrong : wrong + 1])
             cache.crop(3)
             cache.select(torch.tensor([0]))
-        found.append(step(ids[:, t : t + 1]))
+        result.append(step(ids[:, t : t + 1]))
     expected = model(ids)[:, 20:]
     torch.testing.assert_close(
-        torch.stack(found, 1), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
+        torch.stack(result, 1), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
     )
 
 
@@ -178,12 +182,12 @@ def test_generations_in_several_threads_do_not_meet(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     models = [build(BASE), build(SIZES["even sizes"]), build(SIZES["dense"])]
 
-    def said(model):
+    def generated(model):
         return [token for (token,) in decode(model, [[3, 5, 7]], max_new_tokens=40)]
 
-    alone = [said(model) for model in models]
+    alone = [generated(model) for model in models]
     with ThreadPoolExecutor(3) as pool:
-        assert list(pool.map(said, models)) == alone
+        assert list(pool.map(generated, models)) == alone
 
 
 @torch.inference_mode()
@@ -197,11 +201,11 @@ def test_an_interrupt_leaves_nobody_waiting(asked, monkeypatch):
     step(ids[:, 7:8])
     submit, calls = step.step.pool.submit, []
 
-    def interrupted(*given):
-        calls.append(given)
+    def interrupted(*prompt_length):
+        calls.append(prompt_length)
         if len(calls) == asked:
             raise KeyboardInterrupt
-        return submit(*given)
+        return submit(*prompt_length)
 
     with monkeypatch.context() as patch:
         patch.setattr(step.step.pool, "submit", interrupted)
@@ -221,17 +225,17 @@ def test_weights_that_are_replaced_go_on_to_the_end_of_the_generation():
     cache = model.new_cache(1)
     model.hidden(ids[:, :7], cache=cache)
     step = decoder(model, cache, 1)
-    found = [step(ids[:, 7:8])]
+    results = [step(ids[:, 7:8])]
     model.load_state_dict(
         {name: torch.zeros_like(value) for name, value in model.state_dict().items()}, assign=True
     )
     model.double()
     # These tensors reuse the memory that was freed.
     rubbish = [torch.full_like(value, 7.0) for value in model.parameters()]
-    found.append(step(ids[:, 8:]))
+    results.append(step(ids[:, 8:]))
     assert len(rubbish)
     torch.testing.assert_close(
-        torch.stack(found, 1), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
+        torch.stack(results, 1), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
     )
 
 
@@ -243,7 +247,7 @@ def test_every_model_runs_the_same_machine_code():
 
 def test_the_first_generation_has_the_step_compiled_for_the_next(monkeypatch, capsys):
     started = []
-    monkeypatch.setattr(kernel.Step, "kept", staticmethod(lambda: False))
+    monkeypatch.setattr(kernel.Step, "is_cached", staticmethod(lambda: False))
     monkeypatch.setattr(
         serve_step.subprocess, "Popen", lambda command, **_: started.append(command)
     )
@@ -251,11 +255,11 @@ def test_the_first_generation_has_the_step_compiled_for_the_next(monkeypatch, ca
         serve_step, "_building", serve_step.functools.lru_cache(serve_step._building.__wrapped__)
     )
     model = build(BASE)
-    said = [[token for (token,) in decode(model, [[3, 5, 7]], max_new_tokens=9)] for _ in range(2)]
+    text = [[token for (token,) in decode(model, [[3, 5, 7]], max_new_tokens=9)] for _ in range(2)]
     assert len(started) == 1
     assert capsys.readouterr().err.count("compiling the decoding step") == 1
     monkeypatch.undo()
-    assert said == [[token for (token,) in decode(model, [[3, 5, 7]], max_new_tokens=9)]] * 2
+    assert text == [[token for (token,) in decode(model, [[3, 5, 7]], max_new_tokens=9)]] * 2
     code = started[0][-1].replace("step.keep()", "print(step.__name__)")
     assert (
         subprocess.run([started[0][0], "-c", code], capture_output=True, text=True).stdout
@@ -343,7 +347,7 @@ def test_what_it_does_not_know_it_leaves_alone(change):
     "config",
     [
         replace(BASE, mla=None, gqa=GQAConfig(heads=2, kv_heads=1, head_dim=4)),
-        replace(BASE, dsa=DSAConfig(heads=2, dim=8, chosen=6)),
+        replace(BASE, dsa=DSAConfig(heads=2, dim=8, top_k=6)),
         replace(BASE, hyper=HyperConfig(streams=2)),
         replace(
             BASE, engram=EngramConfig(layers=(1,), rows_per_head=(40, 50), heads=2, head_dim=4)
@@ -362,14 +366,14 @@ def test_other_architectures_are_the_models_own(config):
 @torch.inference_mode()
 def test_padding_and_documents_are_the_models_own():
     model, ids = build(BASE), ids_of(6)
-    for known in (
+    for reference in (
         {"lengths": [5]},
-        {"documents": torch.tensor([[0, 0, 0, 1, 1, 1]])},
+        {"document_ids": torch.tensor([[0, 0, 0, 1, 1, 1]])},
     ):
         cache = model.new_cache(1)
-        model.hidden(ids, cache=cache, **known)
+        model.hidden(ids, cache=cache, **reference)
         both = model.new_cache(1)
-        model.hidden(ids, cache=both, **known)
+        model.hidden(ids, cache=both, **reference)
         expected = model(ids[:, :1], cache=both)[:, 0]
         torch.testing.assert_close(decoder(model, cache, 1)(ids[:, :1]), expected)
 

@@ -76,19 +76,19 @@ def test_decoding_follows_the_definition_for_every_byte_and_scale() -> None:
     exact = np.array([number(code) for code in CODES])[:, None] * 2.0 ** (np.arange(255) - 127.0)
     with np.errstate(over="ignore"):
         expected = torch.from_numpy(exact.astype(np.float32)).flatten()
-    found = dequantise(records, 32)
-    assert torch.equal(found[:, 5], expected)
-    assert not found[:, :5].any()
-    assert not found[:, 6:].any()
+    result = dequantise(records, 32)
+    assert torch.equal(result[:, 5], expected)
+    assert not result[:, :5].any()
+    assert not result[:, 6:].any()
 
 
 def test_what_is_no_number_stays_none() -> None:
     records = torch.zeros(3, 33, dtype=torch.uint8)
     records[0, 2], records[1, 3], records[2, 32] = 0x7F, 0xFF, 255
-    found = dequantise(records, 32).isnan()
-    assert found[0].nonzero().tolist() == [[2]]
-    assert found[1].nonzero().tolist() == [[3]]
-    assert found[2].all()
+    result = dequantise(records, 32).isnan()
+    assert result[0].nonzero().tolist() == [[2]]
+    assert result[1].nonzero().tolist() == [[3]]
+    assert result[2].all()
 
 
 # The next larger number rounds to infinity.
@@ -124,14 +124,14 @@ def test_error_is_bounded_at_every_size(dtype: torch.dtype, rows: int, width: in
     """
     values = (torch.randn(rows, width) * torch.randn(rows, width).mul(8).exp2()).to(dtype)
     records = quantise(values)
-    found, exact = dequantise(records, width), values.float()
+    result, exact = dequantise(records, width), values.float()
     scale = (records[:, width:].double() - 127).exp2().repeat_interleave(32, 1)
     bound = torch.where(exact.abs() >= scale / 64, exact.abs() / 16, scale / 1024)
-    assert ((found - exact).abs() <= bound).all()
-    assert torch.equal(dequantise(quantise(found), width), found)
+    assert ((result - exact).abs() <= bound).all()
+    assert torch.equal(dequantise(quantise(result), width), result)
     for block in range(0, width, max(32, width // 4 // 32 * 32)):
         alone = dequantise(quantise(values[:, block : block + 32]), 32)
-        assert torch.equal(alone, found[:, block : block + 32])
+        assert torch.equal(alone, result[:, block : block + 32])
 
 
 def test_any_shape_of_rows_into_given_memory() -> None:
@@ -143,9 +143,9 @@ def test_any_shape_of_rows_into_given_memory() -> None:
     out = torch.full((24, 64), math.nan)
     assert dequantise(records, 64, out=out) is out
     assert torch.equal(out, flat)
-    wide = torch.zeros(24, 99, dtype=torch.uint8)
-    wide[:, :66] = records
-    assert torch.equal(dequantise(wide[::2, :66], 64), flat[::2])
+    width = torch.zeros(24, 99, dtype=torch.uint8)
+    width[:, :66] = records
+    assert torch.equal(dequantise(width[::2, :66], 64), flat[::2])
 
 
 @pytest.mark.parametrize("width", [1, 31, 33, 80])

@@ -48,7 +48,7 @@ def test_any_course_goes_back_to_any_mark_that_is_kept(
     table = Memory(tmp_path_factory.mktemp("undo"), keep=data.draw(st.integers(1, 4)))
     draw = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     table.journal.mark(0)
-    kept, step = {0: table.rows.copy()}, 0
+    cached, step = {0: table.rows.copy()}, 0
     for what in data.draw(
         st.lists(st.sampled_from(["change", "change", "mark", "rewind", "die"]), max_size=14)
     ):
@@ -58,14 +58,14 @@ def test_any_course_goes_back_to_any_mark_that_is_kept(
         elif what == "mark":
             step += int(draw.integers(1, 9))
             table.journal.mark(step)
-            kept[step] = table.rows.copy()
+            cached[step] = table.rows.copy()
         else:
             # A process that opens the journal after a kill rewinds before anything else.
             if what == "die":
                 table.killed()
             back = table.journal.marks[int(draw.integers(len(table.journal.marks)))]
             table.rewind(back)
-            assert np.array_equal(table.rows, kept[back])
+            assert np.array_equal(table.rows, cached[back])
             step = back
         assert len(table.journal.marks) <= table.keep
         assert table.journal.marks == sorted(set(table.journal.marks))
@@ -124,9 +124,9 @@ def test_damaged_notes_are_refused_and_a_cut_last_one_is_not(tmp_path: pathlib.P
     notes = tmp_path / "undo-0"
     whole, size = notes.read_bytes(), 24 + 8 + SIZE
     assert len(whole) == 40 + 3 * size
-    for place in range(40, len(whole)):
+    for index in range(40, len(whole)):
         notes.write_bytes(
-            whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :]
+            whole[:index] + bytes([whole[index] ^ 1 << index % 8]) + whole[index + 1 :]
         )
         with pytest.raises(TableError, match="undo-0: got a damaged note before byte"):
             table.rewind(0)
@@ -152,10 +152,10 @@ def test_a_disk_that_is_full_loses_no_later_note(
     table.journal.mark(0)
     table.change(np.array([1]), one)
 
-    def full(file: int, raw: memoryview, at: int) -> int:
+    def full(file: int, raw: memoryview, offset: int) -> int:
         if len(raw) < 10:
             raise OSError(28, "No space left on device")
-        return write(file, raw[:9], at)
+        return write(file, raw[:9], offset)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)

@@ -11,7 +11,7 @@ from rorqual.tables import Table, TableConfig, TableError, hot_rows, open_tables
 pytestmark = pytest.mark.engram
 
 FP8 = torch.float8_e4m3fn
-HOMES = [
+PLACEMENTS = [
     TableConfig(),
     TableConfig(placement="host"),
     TableConfig(placement="host", prefetch=False),
@@ -30,7 +30,7 @@ def run_of(folder: pathlib.Path) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, FP8])
-def test_every_home_has_the_rows_of_the_files(
+def test_every_placement_has_the_rows_of_the_files(
     dtype: torch.dtype | None, tmp_path: pathlib.Path
 ) -> None:
     values = run_of(tmp_path)
@@ -43,7 +43,7 @@ def test_every_home_has_the_rows_of_the_files(
             Table.of_file(f"{folder}/{n}").prefetch(torch.arange(len(v))).wait()
             for n, v in enumerate(values)
         ]
-    for config in HOMES:
+    for config in PLACEMENTS:
         config = TableConfig(
             placement=config.placement,
             folder=folder,
@@ -93,13 +93,13 @@ def test_rows_of_the_hot_list_are_kept_and_nothing_else(tmp_path: pathlib.Path) 
 
 def test_bad_configs_and_lists_are_refused(tmp_path: pathlib.Path) -> None:
     run_of(tmp_path)
-    for given, reason in (
+    for arguments, reason in (
         ({"hot_bytes": -1}, "got -1"),
         ({"shared": True}, "expected host"),
         ({"hot": "x"}, "expected disk"),
     ):
         with pytest.raises(ValueError, match=reason):
-            TableConfig(**given)
+            TableConfig(**arguments)
     lists = [{"1": torch.tensor([70])}, {"1": torch.tensor([1.0])}, {"rows": torch.tensor([1])}]
     for number, (content, reason) in enumerate(
         zip(

@@ -57,8 +57,8 @@ def batch(step: int, size: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
 def train(model: nn.ModuleDict, optimizer: Optimizer, step: int, micro: int = 1) -> float:
     ids, target = batch(step)
     optimizer.begin_step()
-    for part, wanted in zip(ids.chunk(micro), target.chunk(micro), strict=True):
-        loss = (model["out"](model["table"].prefetch(part).wait()) - wanted).square().mean()
+    for piece, wanted in zip(ids.chunk(micro), target.chunk(micro), strict=True):
+        loss = (model["out"](model["table"].prefetch(piece).wait()) - wanted).square().mean()
         loss.backward()
     norm = optimizer.clip()
     optimizer.step(1 / (1 + step % 4))
@@ -143,23 +143,23 @@ def test_a_table_goes_back_to_every_mark(tmp_path: pathlib.Path) -> None:
     Then it trains on other batches and rewinds again.
     """
     _, model = pair(tmp_path)
-    optimizer, kept = Optimizer(model, OptimConfig()), {0: rows(model).clone()}
+    optimizer, cached = Optimizer(model, OptimConfig()), {0: rows(model).clone()}
     for step in range(1, 7):
         if step != 4:
             train(model, optimizer, step)
         if step in (2, 3, 4):
             optimizer.mark(step)
-            kept[step] = rows(model).clone()
+            cached[step] = rows(model).clone()
     with pytest.raises(TableError, match=r"got no mark of step 0, expected one of \[2, 3, 4\]"):
         # Three marks are kept.
         optimizer.rewind(0)
     for back in (4, 3, 2):
         optimizer.rewind(back)
-        assert torch.equal(rows(model), kept[back])
+        assert torch.equal(rows(model), cached[back])
         train(model, optimizer, 10 + back)
-        assert not torch.equal(rows(model), kept[back])
+        assert not torch.equal(rows(model), cached[back])
         optimizer.rewind(back)
-        assert torch.equal(rows(model), kept[back])
+        assert torch.equal(rows(model), cached[back])
     model["table"].close()
 
 
@@ -373,9 +373,9 @@ def open_files(folder: pathlib.Path) -> list[str]:
     gc.collect()
     places = (pathlib.Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
     return [
-        str(place.readlink())
-        for place in places
-        if place.is_symlink() and str(folder) in os.readlink(place)
+        str(position.readlink())
+        for position in places
+        if position.is_symlink() and str(folder) in os.readlink(position)
     ]
 
 
@@ -400,7 +400,7 @@ def test_a_table_that_is_closed_or_dropped_keeps_no_file_open(
 def test_a_table_that_could_not_write_closes_all_the_same(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(file: int, raw: memoryview, at: int) -> int:
+    def full(file: int, raw: memoryview, offset: int) -> int:
         raise OSError(28, "No space left on device")
 
     _, model = pair(tmp_path)

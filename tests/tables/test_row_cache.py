@@ -16,27 +16,27 @@ pytestmark = pytest.mark.engram
     slots=st.integers(0, 40),
     size=st.integers(1, 9),
     far=st.sampled_from([1, 7, 2**33]),
-    most=st.sampled_from([1, 3, 12, 60]),
+    limit=st.sampled_from([1, 3, 12, 60]),
     seed=st.integers(0, 2**32),
 )
-def test_what_was_used_last_stays(slots: int, size: int, far: int, most: int, seed: int) -> None:
+def test_what_was_used_last_stays(slots: int, size: int, far: int, limit: int, seed: int) -> None:
     """Compares with a plain list of ids, oldest first.
 
     The ids are far apart and adjacent, and more than there are slots.
     """
     draw = np.random.default_rng(seed)
     values = draw.integers(256, size=(60, size), dtype=np.uint8)
-    kept, used = RowCache(slots * size, size, 2**40), []
+    cached, used = RowCache(slots * size, size, 2**40), []
     for _ in range(20):
-        wanted = draw.permutation(60)[: draw.integers(1, most + 1)].tolist()
+        wanted = draw.permutation(60)[: draw.integers(1, limit + 1)].tolist()
         ids = np.array(wanted)
-        into, missing = kept.lookup(ids * far)
-        assert missing.tolist() == [place for place, row in enumerate(wanted) if row not in used]
+        into, missing = cached.lookup(ids * far)
+        assert missing.tolist() == [index for index, row in enumerate(wanted) if row not in used]
         assert all(
             np.array_equal(into[p], values[row]) for p, row in enumerate(wanted) if row in used
         )
         used = [row for row in used if row not in wanted] + [row for row in wanted if row in used]
-        kept.insert(ids[missing] * far, torch.from_numpy(values[ids[missing]]))
+        cached.insert(ids[missing] * far, torch.from_numpy(values[ids[missing]]))
         used = (
             (used + ids[missing].tolist())[max(0, len(used) + len(missing) - slots) :]
             if slots
@@ -45,11 +45,11 @@ def test_what_was_used_last_stays(slots: int, size: int, far: int, most: int, se
 
 
 def test_what_is_frozen_stays_for_good() -> None:
-    kept = RowCache(2, 1, 2**40)
-    kept.insert(np.array([3, 5]), torch.tensor([[30], [50]], dtype=torch.uint8))
-    kept.frozen = True
-    kept.insert(np.array([7]), torch.tensor([[70]], dtype=torch.uint8))
-    rows, missing = kept.lookup(np.array([3, 5, 7]))
+    cached = RowCache(2, 1, 2**40)
+    cached.insert(np.array([3, 5]), torch.tensor([[30], [50]], dtype=torch.uint8))
+    cached.frozen = True
+    cached.insert(np.array([7]), torch.tensor([[70]], dtype=torch.uint8))
+    rows, missing = cached.lookup(np.array([3, 5, 7]))
     assert missing.tolist() == [2]
     assert rows[:2].flatten().tolist() == [30, 50]
 
@@ -61,18 +61,18 @@ def test_no_more_rows_are_kept_than_fit_or_the_table_has() -> None:
 
 
 def test_repeated_ids_are_found_and_cached_once() -> None:
-    kept = RowCache(3, 1, 2**40)
-    kept.insert(np.array([3, 5, 3]), torch.tensor([[30], [50], [30]], dtype=torch.uint8))
-    rows, missing = kept.lookup(np.array([5, 7, 5, 3, 7]))
+    cached = RowCache(3, 1, 2**40)
+    cached.insert(np.array([3, 5, 3]), torch.tensor([[30], [50], [30]], dtype=torch.uint8))
+    rows, missing = cached.lookup(np.array([5, 7, 5, 3, 7]))
     assert missing.tolist() == [1, 4]
     assert rows[[0, 2, 3]].flatten().tolist() == [50, 50, 30]
-    kept.insert(np.array([7, 7]), torch.tensor([[70], [70]], dtype=torch.uint8))
-    rows, missing = kept.lookup(np.array([3, 5, 7]))
+    cached.insert(np.array([7, 7]), torch.tensor([[70], [70]], dtype=torch.uint8))
+    rows, missing = cached.lookup(np.array([3, 5, 7]))
     assert missing.tolist() == []
     assert rows.flatten().tolist() == [30, 50, 70]
     # A row that is cached stays as it is.
-    kept.insert(np.array([9, 5]), torch.tensor([[90], [0]], dtype=torch.uint8))
-    rows, missing = kept.lookup(np.array([3, 5, 7, 9]))
+    cached.insert(np.array([9, 5]), torch.tensor([[90], [0]], dtype=torch.uint8))
+    rows, missing = cached.lookup(np.array([3, 5, 7, 9]))
     assert missing.tolist() == [0]
     assert rows[1:].flatten().tolist() == [50, 70, 90]
 

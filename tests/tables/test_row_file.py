@@ -125,10 +125,10 @@ def test_a_disk_that_cannot_read_is_a_refusal(
     for good in (0, 2):
         left = [True] * good
 
-        def failing(*given: object, left: list[bool] = left) -> int:
+        def failing(*arguments: object, left: list[bool] = left) -> int:
             if left:
                 left.pop()
-                return read(*given)
+                return read(*arguments)
             raise OSError(5, "Input/output error")
 
         with monkeypatch.context() as patch:
@@ -162,13 +162,13 @@ def test_fragments_are_refused(content: bytes, tmp_path: pathlib.Path) -> None:
 def mutated(kind: str, raw: bytes, draw: np.random.Generator) -> bytes:
     """Returns the bytes of a file of one table with one kind of damage."""
     head = 8 + struct.unpack("<Q", raw[:8])[0]
-    place, other = int(draw.integers(head)), bytearray(raw)
+    position, other = int(draw.integers(head)), bytearray(raw)
     if kind == "flip":
-        other[place] ^= 1 << int(draw.integers(8))
+        other[position] ^= 1 << int(draw.integers(8))
     elif kind == "cut within the header":
-        del other[place]
+        del other[position]
     elif kind == "insert":
-        other.insert(place, int(draw.integers(256)))
+        other.insert(position, int(draw.integers(256)))
     elif kind == "cut":
         del other[int(draw.integers(len(raw))) :]
     elif kind == "lengthen":
@@ -254,21 +254,21 @@ def test_shards_missing_doubled_or_of_another_table_are_refused(tmp_path: pathli
     assert [shard.name for shard in shards] == [
         f"table-0000{n}-of-00004.safetensors" for n in range(1, 5)
     ]
-    kept = {shard: shard.read_bytes() for shard in shards}
+    cached = {shard: shard.read_bytes() for shard in shards}
 
     def refused(reason: str) -> None:
         with pytest.raises(TableError, match=reason):
             Table.of_file(folder)
         for file in folder.glob("*"):
             file.unlink()
-        for shard, content in kept.items():
+        for shard, content in cached.items():
             shard.write_bytes(content)
 
     shards[1].unlink()
     refused("expected rows from 3: a shard missing or doubled")
     shards[3].unlink()
     refused("expected 10: the last ones are missing")
-    (folder / "table-copy.safetensors").write_bytes(kept[shards[0]])
+    (folder / "table-copy.safetensors").write_bytes(cached[shards[0]])
     refused("expected rows from 3: a shard missing or doubled")
     save_file({"rows": torch.randn(3, 3)}, shards[2])
     refused("no first_row")
@@ -320,9 +320,9 @@ def test_opening_a_refused_folder_leaves_no_file_open(tmp_path: pathlib.Path) ->
 def test_bytes_without_a_fitting_format_are_refused(
     shape: list[int], changes: dict, tmp_path: pathlib.Path
 ) -> None:
-    said = {"format": "fp8-e4m3-e8m0-32", "width": "64", "first_row": "0", "rows_in_all": "2"}
-    said = {name: word for name, word in (said | changes).items() if word is not None}
-    save_file({"rows": torch.zeros(shape, dtype=torch.uint8)}, tmp_path / "bad.safetensors", said)
+    text = {"format": "fp8-e4m3-e8m0-32", "width": "64", "first_row": "0", "rows_in_all": "2"}
+    text = {name: word for name, word in (text | changes).items() if word is not None}
+    save_file({"rows": torch.zeros(shape, dtype=torch.uint8)}, tmp_path / "bad.safetensors", text)
     with pytest.raises(
         TableError, match=r"bad.safetensors: got \d+-byte rows.*expected 'fp8-e4m3-e8m0-32'"
     ):
@@ -362,16 +362,16 @@ def test_a_flipped_bit_among_the_rows_is_found_in_its_block(
         raw = bytearray(path.read_bytes())
         raw[len(raw) - rows * 4000 + within * 4000 + bit // 8] ^= 1 << bit % 8
         path.write_bytes(raw)
-    found = verify(folder)
+    is_damaged = verify(folder)
     for row, bit in set(hits):
         block = (row % 650 * 4000 + bit // 8) >> 20
         first = row // 650 * 650 + (block << 20) // 4000
         assert any(
             each.path == files[row // 650] and each.rows.start == first and row in each.rows
-            for each in found
+            for each in is_damaged
         )
-    assert len(found) <= len(set(hits))
-    assert all(len(each.rows) <= (1 << 20) // 4000 + 2 for each in found)
+    assert len(is_damaged) <= len(set(hits))
+    assert all(len(each.rows) <= (1 << 20) // 4000 + 2 for each in is_damaged)
 
 
 def test_every_flipped_bit_of_a_file_is_found(tmp_path: pathlib.Path) -> None:
@@ -379,21 +379,21 @@ def test_every_flipped_bit_of_a_file_is_found(tmp_path: pathlib.Path) -> None:
     (path,) = write_table(tmp_path / "t", torch.randn(1, 32), dtype=FP8).glob("*")
     whole = path.read_bytes()
 
-    def found() -> bool:
+    def is_damaged() -> bool:
         try:
             return bool(verify(path.parent))
         except TableError as error:
             return str(path.parent) in str(error)
 
-    assert not found()
+    assert not is_damaged()
     missed = []
-    for place in range(len(whole)):
+    for index in range(len(whole)):
         for bit in range(8):
             raw = bytearray(whole)
-            raw[place] ^= 1 << bit
+            raw[index] ^= 1 << bit
             path.write_bytes(raw)
-            if not found():
-                missed.append((place, bit, bytes(raw[max(0, place - 9) : place + 9])))
+            if not is_damaged():
+                missed.append((index, bit, bytes(raw[max(0, index - 9) : index + 9])))
     assert missed == []
 
 
@@ -443,9 +443,10 @@ def test_systems_without_positional_reads_read_and_write_the_same(
 def test_checksums_are_those_of_each_mib_however_it_comes(cuts: list[int], size: int) -> None:
     raw = bytes(size)
     edges = sorted({0, size, *(cut for cut in cuts if cut < size)})
-    pieces = [memoryview(raw)[begin:end] for begin, end in zip(edges, edges[1:], strict=False)]
+    pieces = [memoryview(raw)[start:end] for start, end in zip(edges, edges[1:], strict=False)]
     expected = [
-        xxhash.xxh3_64_hexdigest(raw[at : at + (1 << 20)]) for at in range(0, size, 1 << 20)
+        xxhash.xxh3_64_hexdigest(raw[start : start + (1 << 20)])
+        for start in range(0, size, 1 << 20)
     ]
     assert list(checksums(pieces)) == expected
 

@@ -35,7 +35,7 @@ def rows_of(folder: pathlib.Path) -> torch.Tensor:
 def test_a_table_is_written_in_the_format_asked_for(tmp_path: pathlib.Path) -> None:
     values = torch.randn(10, 64)
     records = quantise(values)
-    for dtype, values_given, kept in [
+    for dtype, values_given, cached in [
         (None, values, values),
         (torch.bfloat16, values, values.bfloat16()),
         (FP8, values, records),
@@ -46,11 +46,11 @@ def test_a_table_is_written_in_the_format_asked_for(tmp_path: pathlib.Path) -> N
     ]:
         folder = write_table(tmp_path / "t", values_given, dtype=dtype, shard_rows=4)
         parts = [load_file(file)["rows"] for file in sorted(folder.glob("*"))]
-        assert torch.equal(torch.cat(parts), kept)
-        expected = dequantise(kept, 64) if kept.dtype == torch.uint8 else kept
+        assert torch.equal(torch.cat(parts), cached)
+        expected = dequantise(cached, 64) if cached.dtype == torch.uint8 else cached
         table = Table.of_file(folder)
         assert (table.rows, table.width) == expected.shape
-        assert torch.equal(table.prefetch(torch.arange(len(kept))).wait(), expected)
+        assert torch.equal(table.prefetch(torch.arange(len(cached))).wait(), expected)
         table.close()
         shutil.rmtree(folder)
 
@@ -78,11 +78,11 @@ def test_bad_sizes_and_places_are_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="got 0 rows a shard"):
         write_table(tmp_path / "u", torch.randn(4, 3), shard_rows=0)
     assert not (tmp_path / "u").exists()
-    for place in ("", ".", "..", "/", tmp_path / "none" / ".."):
+    for position in ("", ".", "..", "/", tmp_path / "none" / ".."):
         with pytest.raises(
             ValueError, match="has no name of its own, expected a new or empty folder's"
         ):
-            write_table(place, torch.randn(4, 3))
+            write_table(position, torch.randn(4, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8])
@@ -92,12 +92,12 @@ def test_a_table_is_converted_shard_by_shard(
 ) -> None:
     values = torch.randn(50, 64)
     stored = write_table(tmp_path / "a", values, dtype=dtype, shard_rows=17)
-    told: list[int] = []
-    folder = convert(stored, tmp_path / "b", dtype=into, shard_rows=23, progress=told.append)
+    text: list[int] = []
+    folder = convert(stored, tmp_path / "b", dtype=into, shard_rows=23, progress=text.append)
     expected = write_table(tmp_path / "c", rows_of(stored), dtype=into)
     assert torch.equal(rows_of(folder), rows_of(expected))
     row = rows_of(folder).shape[1] * rows_of(folder).itemsize
-    assert told == [23 * row, 46 * row, 50 * row]
+    assert text == [23 * row, 46 * row, 50 * row]
 
 
 def test_a_tensor_of_any_file_becomes_a_table(tmp_path: pathlib.Path) -> None:

@@ -22,34 +22,34 @@ ROWS, WIDTH = 1000, 300  # 1.2 MB in float32, the size from which memory is reus
     ("rows", "width"), [(0, 3), (3, 5), (ROWS, WIDTH), (1 << 15, 77), (1, 1 << 21)]
 )
 def test_memory_has_the_shape_and_type_asked_for(dtype: torch.dtype, rows: int, width: int) -> None:
-    given = Staging().take(rows, width, dtype)
-    assert given.shape == (rows, width)
-    assert given.dtype == dtype
-    assert given.is_contiguous()
-    assert given.data_ptr() % 64 == 0 or not rows
-    given.fill_(3)
-    assert (given == 3).all()
+    arguments = Staging().take(rows, width, dtype)
+    assert arguments.shape == (rows, width)
+    assert arguments.dtype == dtype
+    assert arguments.is_contiguous()
+    assert arguments.data_ptr() % 64 == 0 or not rows
+    arguments.fill_(3)
+    assert (arguments == 3).all()
 
 
 def test_living_tensors_never_share_memory() -> None:
     staging = Staging()
-    given = [staging.take(ROWS, WIDTH, torch.float32).fill_(n) for n in range(5)]
-    assert all((each == n).all() for n, each in enumerate(given))
+    arguments = [staging.take(ROWS, WIDTH, torch.float32).fill_(n) for n in range(5)]
+    assert all((each == n).all() for n, each in enumerate(arguments))
 
 
 def test_the_last_view_holds_the_memory() -> None:
     staging = Staging()
-    given = staging.take(ROWS, WIDTH, torch.float32)
-    place, view = given.data_ptr(), given[3:5].t().view(torch.int32)
-    del given
+    arguments = staging.take(ROWS, WIDTH, torch.float32)
+    position, view = arguments.data_ptr(), arguments[3:5].t().view(torch.int32)
+    del arguments
     other = staging.take(ROWS, WIDTH, torch.float32)
-    assert other.data_ptr() != place
+    assert other.data_ptr() != position
     array = view.numpy()
     del view
     third = staging.take(ROWS, WIDTH, torch.float32)
-    assert third.data_ptr() not in (place, other.data_ptr())
+    assert third.data_ptr() not in (position, other.data_ptr())
     del array
-    assert staging.take(ROWS, WIDTH, torch.float32).data_ptr() == place
+    assert staging.take(ROWS, WIDTH, torch.float32).data_ptr() == position
 
 
 @pytest.fixture
@@ -65,17 +65,17 @@ SMALL = 100_000
 
 def test_smaller_ones_go_where_larger_ones_were(allocated: Callable[[], int]) -> None:
     staging = Staging()
-    place = staging.take(4 * ROWS, WIDTH, torch.float32).data_ptr()
+    position = staging.take(4 * ROWS, WIDTH, torch.float32).data_ptr()
     for rows in (4 * ROWS, ROWS, 2 * ROWS):
-        assert staging.take(rows, WIDTH, torch.float32).data_ptr() == place
+        assert staging.take(rows, WIDTH, torch.float32).data_ptr() == position
     staging.take(5 * ROWS, WIDTH, torch.float32)
     assert 0 <= allocated() - 5 * ROWS * WIDTH * 4 <= SMALL
 
 
 def test_what_is_kept_is_bounded(allocated: Callable[[], int]) -> None:
     staging = Staging()
-    given = [staging.take(ROWS, WIDTH, torch.float32) for _ in range(9)]
-    del given
+    arguments = [staging.take(ROWS, WIDTH, torch.float32) for _ in range(9)]
+    del arguments
     gc.collect()
     assert allocated() <= 2 * ROWS * WIDTH * 4 + SMALL
 
@@ -94,9 +94,9 @@ def test_threads_get_memory_of_their_own() -> None:
 
     def work(number: int) -> None:
         for _ in range(200):
-            given = staging.take(ROWS, WIDTH, torch.float32)
-            given[:, 0].fill_(number)
-            if not (given[:, 0] == number).all():
+            arguments = staging.take(ROWS, WIDTH, torch.float32)
+            arguments[:, 0].fill_(number)
+            if not (arguments[:, 0] == number).all():
                 wrong.append(number)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]

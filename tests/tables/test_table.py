@@ -31,45 +31,50 @@ FP8 = torch.float8_e4m3fn
 @pytest.fixture(
     scope="module", params=[torch.float32, torch.bfloat16, FP8], ids=["float32", "bfloat16", "fp8"]
 )
-def kept(request: pytest.FixtureRequest) -> Tensor:
+def stored(request: pytest.FixtureRequest) -> Tensor:
     """Returns rows as a table stores them: numbers, or records of fp8."""
     if request.param == FP8:
         return quantise(torch.randn(ROWS, BLOCKS) * 5)
     return torch.randn(ROWS, WIDTH).to(request.param)
 
 
-def numbers(kept: Tensor) -> Tensor:
+def numbers(stored: Tensor) -> Tensor:
     """Returns the rows that a layer must get."""
-    return dequantise(kept, BLOCKS) if kept.dtype == torch.uint8 else kept
+    return dequantise(stored, BLOCKS) if stored.dtype == torch.uint8 else stored
 
 
-def on_device(kept: Tensor) -> Table:
-    fp8 = kept.dtype == torch.uint8
-    table = Table(ROWS, BLOCKS if fp8 else WIDTH, dtype=FP8 if fp8 else kept.dtype)
-    table.load_state_dict({"weight": kept})
+def on_device(stored: Tensor) -> Table:
+    fp8 = stored.dtype == torch.uint8
+    table = Table(ROWS, BLOCKS if fp8 else WIDTH, dtype=FP8 if fp8 else stored.dtype)
+    table.load_state_dict({"weight": stored})
     return table.eval()
 
 
-def homes(kept: Tensor, folder: pathlib.Path) -> list:
-    row = kept.shape[1] * kept.dtype.itemsize
+def placements(stored: Tensor, folder: pathlib.Path) -> list:
+    row = stored.shape[1] * stored.dtype.itemsize
     disks = [
         Table.of_file(folder, cache_bytes=hot, prefetch=bool(hot % 2))
         for hot in (0, 1, row, 13 * row, 1 << 20)
     ]
-    return [on_device(kept), Table.of_values(kept), Table.of_values(kept, prefetch=False), *disks]
+    return [
+        on_device(stored),
+        Table.of_values(stored),
+        Table.of_values(stored, prefetch=False),
+        *disks,
+    ]
 
 
 @settings(
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_every_home_gives_the_same_bits(
-    kept: Tensor, data: st.DataObject, tmp_path_factory
+def test_every_placement_gives_the_same_bits(
+    stored: Tensor, data: st.DataObject, tmp_path_factory
 ) -> None:
     folder = write_table(
-        tmp_path_factory.mktemp("table") / "t", kept, shard_rows=data.draw(st.integers(1, 150))
+        tmp_path_factory.mktemp("table") / "t", stored, shard_rows=data.draw(st.integers(1, 150))
     )
-    tables, values = homes(kept, folder), numbers(kept)
+    tables, values = placements(stored, folder), numbers(stored)
     for _ in range(data.draw(st.integers(1, 6))):
         shape = data.draw(st.lists(st.integers(0, 5), max_size=3))
         ids = torch.randint(ROWS, shape)
@@ -81,22 +86,22 @@ def test_every_home_gives_the_same_bits(
         table.close()
 
 
-def test_large_recalls_have_the_same_bits(tmp_path: pathlib.Path) -> None:
+def test_large_looks_up_have_the_same_bits(tmp_path: pathlib.Path) -> None:
     """Tests sizes at which memory is reused, ids that are a slice, and 32-bit ids."""
     values = torch.randn(5000, 128)
     table = Table(5000, 128)
     table.load_state_dict({"weight": values})
     disk = Table.of_file(write_table(tmp_path / "t", values, shard_rows=1999), cache_bytes=1 << 20)
     ids = torch.randint(5000, (9000, 3))[:, 1]
-    for home in (table, Table.of_values(values), disk):
+    for placement in (table, Table.of_values(values), disk):
         with torch.inference_mode():
             for some in (ids, ids[:4000], ids.int()):
-                assert torch.equal(home.prefetch(some).wait(), values[some])
+                assert torch.equal(placement.prefetch(some).wait(), values[some])
     disk.close()
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
-def test_recalls_that_are_partly_hot_have_the_same_bits(
+def test_looks_up_that_are_partly_hot_have_the_same_bits(
     prefetch: bool, tmp_path: pathlib.Path
 ) -> None:
     """Cached rows are scattered among the ids of a call.
@@ -114,9 +119,9 @@ def test_recalls_that_are_partly_hot_have_the_same_bits(
     table.close()
 
 
-def test_several_requests_on_their_way_at_once(kept: Tensor, tmp_path: pathlib.Path) -> None:
-    table = Table.of_file(write_table(tmp_path / "t", kept), cache_bytes=200)
-    values = numbers(kept)
+def test_several_requests_on_their_way_at_once(stored: Tensor, tmp_path: pathlib.Path) -> None:
+    table = Table.of_file(write_table(tmp_path / "t", stored), cache_bytes=200)
+    values = numbers(stored)
     # These are more than fit into the queue.
     ids = [torch.randint(ROWS, (5, 3)) for _ in range(40)]
     pending = [table.prefetch(each) for each in ids]
@@ -126,28 +131,28 @@ def test_several_requests_on_their_way_at_once(kept: Tensor, tmp_path: pathlib.P
     table.close()
 
 
-@pytest.mark.parametrize("home", ["device", "host", "disk"])
-def test_rows_stay_while_somebody_holds_them(home: str, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("placement", ["device", "host", "disk"])
+def test_rows_stay_while_somebody_holds_them(placement: str, tmp_path: pathlib.Path) -> None:
     """Later lookups of a table never write into the memory of earlier rows that are in use.
 
     Beams, concurrent requests and views hold such rows.
     """
     values = torch.randn(5000, 128)
-    if home == "device":
+    if placement == "device":
         table = Table(5000, 128)
         table.load_state_dict({"weight": values})
     else:
         table = (
             Table.of_values(values)
-            if home == "host"
+            if placement == "host"
             else Table.of_file(write_table(tmp_path / "t", values))
         )
     with torch.no_grad():
         ids = [torch.randint(5000, (3, 1000)) for _ in range(6)]
         pending = [table.prefetch(each) for each in ids]
         # Only a view holds the rows.
-        held = [each.wait().flatten(1)[:, 128:] for each in pending]
-        for each, rows in zip(ids, held, strict=True):
+        stored = [each.wait().flatten(1)[:, 128:] for each in pending]
+        for each, rows in zip(ids, stored, strict=True):
             assert torch.equal(rows, values[each].flatten(1)[:, 128:])
 
 
@@ -155,11 +160,11 @@ def test_memory_of_rows_that_are_gone_is_taken_again() -> None:
     table, ids = Table(5000, 128), torch.randint(5000, (3000,))
     with torch.no_grad():
         rows = table.prefetch(ids).wait()
-        place = rows.data_ptr()
+        position = rows.data_ptr()
         rows = rows[:1]
-        assert table.prefetch(ids).wait().data_ptr() != place
+        assert table.prefetch(ids).wait().data_ptr() != position
         del rows
-        assert place in {table.prefetch(ids).wait().data_ptr() for _ in range(2)}
+        assert position in {table.prefetch(ids).wait().data_ptr() for _ in range(2)}
 
 
 def test_rows_saved_for_a_backward_pass_are_not_overwritten() -> None:
@@ -172,7 +177,7 @@ def test_rows_saved_for_a_backward_pass_are_not_overwritten() -> None:
     torch.testing.assert_close(weight.grad, table.weight[ids].sum(0))
 
 
-def test_a_table_is_copied_and_pickled_after_a_recall() -> None:
+def test_a_table_is_copied_and_pickled_after_a_lookup() -> None:
     table, ids = Table(5000, 128), torch.randint(5000, (3000,))
     with torch.no_grad():
         expected = table.prefetch(ids).wait()
@@ -217,16 +222,18 @@ def test_outside_of_training_and_inside_are_the_same_rows() -> None:
     learned = table.prefetch(ids).wait()
     assert learned.requires_grad
     with torch.no_grad():
-        recalled = table.prefetch(ids).wait()
-    assert not recalled.requires_grad
-    assert torch.equal(recalled, learned)
-    assert torch.equal(recalled, F.embedding(ids, table.weight))
+        looked_up = table.prefetch(ids).wait()
+    assert not looked_up.requires_grad
+    assert torch.equal(looked_up, learned)
+    assert torch.equal(looked_up, F.embedding(ids, table.weight))
 
 
 @pytest.mark.parametrize("bad", [-1, ROWS, 2**40, -(2**62)])
-def test_ids_outside_the_table_are_refused(kept: Tensor, bad: int, tmp_path: pathlib.Path) -> None:
-    values = numbers(kept)
-    for table in homes(kept, write_table(tmp_path / "t", kept)):
+def test_ids_outside_the_table_are_refused(
+    stored: Tensor, bad: int, tmp_path: pathlib.Path
+) -> None:
+    values = numbers(stored)
+    for table in placements(stored, write_table(tmp_path / "t", stored)):
         with pytest.raises(ValueError, match=f"got row id {bad}, expected 0 to {ROWS - 1}"):
             table.prefetch(torch.tensor([[0, bad], [1, 2]]))
         assert torch.equal(table.prefetch(torch.tensor([3])).wait(), values[3:4])
@@ -240,16 +247,18 @@ def test_bad_ids_are_found_wherever_they_stand(data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
     ids = torch.randint(ROWS, [*shape, 2]).to(dtype)[..., 0]
     assert torch.equal(table.prefetch(ids).wait(), table.weight[ids.long()])
-    least, most = torch.iinfo(dtype).min, torch.iinfo(dtype).max
-    bad = data.draw(st.one_of(st.integers(least, -1), st.integers(ROWS, most)))
+    least, largest = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    bad = data.draw(st.one_of(st.integers(least, -1), st.integers(ROWS, largest)))
     ids[tuple(data.draw(st.integers(0, n - 1)) for n in shape)] = bad
     with pytest.raises(ValueError, match=f"got row id {bad}, expected 0 to {ROWS - 1}"):
         table.prefetch(ids)
 
 
 @pytest.mark.parametrize("bad", [-1, 300_000, 2**40, -(2**62)])
-@pytest.mark.parametrize("place", [0, 70_000])
-def test_ids_that_are_written_to_before_the_wait_read_no_other_memory(bad: int, place: int) -> None:
+@pytest.mark.parametrize("position", [0, 70_000])
+def test_ids_that_are_written_to_before_the_wait_read_no_other_memory(
+    bad: int, position: int
+) -> None:
     """Changing ids after the prefetch that checked them raises an error.
 
     No other memory is read.
@@ -258,15 +267,15 @@ def test_ids_that_are_written_to_before_the_wait_read_no_other_memory(bad: int, 
     for table in (Table.of_values(values), Table(300_000, 8)):
         with torch.no_grad():
             pending = table.prefetch(ids)
-            ids[place] = bad
+            ids[position] = bad
             with pytest.raises(IndexError, match="out of range"):
                 pending.wait()
-            ids[place] = 0
+            ids[position] = 0
 
 
 def test_ids_that_are_no_whole_numbers_are_refused(tmp_path: pathlib.Path) -> None:
     values = torch.randn(ROWS, WIDTH)
-    for table in homes(values, write_table(tmp_path / "t", values)):
+    for table in placements(values, write_table(tmp_path / "t", values)):
         for dtype in (torch.float32, torch.bool, torch.uint8, torch.int16):
             with pytest.raises(
                 ValueError, match=f"got row ids in {dtype}, expected torch.int64 or torch.int32"
@@ -280,7 +289,7 @@ def test_ten_thousand_bad_batches_are_refused(tmp_path: pathlib.Path) -> None:
     None is answered, in particular not with zeros.
     """
     values = torch.randn(ROWS, WIDTH)
-    tables = homes(values, write_table(tmp_path / "t", values))[:4]
+    tables = placements(values, write_table(tmp_path / "t", values))[:4]
     draw = np.random.default_rng(0)
     for turn in range(10_000):
         ids = draw.integers(ROWS, size=int(draw.integers(1, 40)))
@@ -358,9 +367,9 @@ def test_bad_sizes_are_refused(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.compiled
-def test_recall_of_fp8_rows_is_one_compiled_graph() -> None:
+def test_lookup_of_fp8_rows_is_one_compiled_graph() -> None:
     records, ids = quantise(torch.randn(ROWS, BLOCKS)), torch.randint(ROWS, (3, 5))
     table = on_device(records)
-    recall = torch.compile(lambda rows: table.prefetch(rows).wait(), fullgraph=True)
+    lookup = torch.compile(lambda rows: table.prefetch(rows).wait(), fullgraph=True)
     with torch.no_grad():
-        assert torch.equal(recall(ids), dequantise(records, BLOCKS)[ids])
+        assert torch.equal(lookup(ids), dequantise(records, BLOCKS)[ids])

@@ -34,12 +34,12 @@ def test_calls_are_made_in_order_and_their_errors_are_theirs() -> None:
 def test_one_more_than_there_is_room_for_waits() -> None:
     thread, gate, asked = BackgroundThread(2), threading.Event(), []
 
-    def ask() -> None:
+    def submit_all() -> None:
         for n in range(3):
             thread.submit(gate.wait)
             asked.append(n)
 
-    asking = threading.Thread(target=ask)
+    asking = threading.Thread(target=submit_all)
     asking.start()
     asking.join(0.2)
     assert asked == [0, 1]

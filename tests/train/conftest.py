@@ -24,7 +24,7 @@ from rorqual.train.optim import Optimizer
 from rorqual.train.step import TrainStep
 
 CONFIG = ModelConfig(
-    vocabulary=61,
+    vocab_size=61,
     dim=16,
     layers=2,
     dense_width=24,
@@ -47,15 +47,15 @@ ROWS, LENGTH = 4, 12
 def make_tokens(seed: int = 0) -> Tokens:
     """Returns forty documents of a language in which every word is followed by one of three."""
     rng = np.random.default_rng(seed)
-    documents = []
+    document_ids = []
     for _ in range(40):
         words = [int(rng.integers(1, 61))]
         for _ in range(int(rng.integers(4, 30))):
             words.append(1 + (words[-1] * 7 + int(rng.integers(3))) % 60)
-        documents.append([0, *words])
-    lengths = [len(document) for document in documents]
+        document_ids.append([0, *words])
+    lengths = [len(document) for document in document_ids]
     starts = np.cumsum([0, *lengths]).astype(np.int64)
-    ids = np.array([word for document in documents for word in document], dtype=np.uint16)
+    ids = np.array([word for document in document_ids for word in document], dtype=np.uint16)
     return Tokens(ids, starts, np.array(lengths), 0, f"{seed}")
 
 
@@ -64,7 +64,7 @@ def make_step(
 ) -> TrainStep:
     """Returns a step of a run of `steps`, whose biases are always updated by default."""
     optim = OptimConfig(kind=kind, lr=5e-3, warmup=3)
-    options = {"bias_rest": 0.0, "rows": ROWS, "length": LENGTH} | options
+    options = {"bias_rest": 0.0, "batch_size": ROWS, "seq_len": LENGTH} | options
     training = TrainConfig(model=config, optim=optim, steps=steps, **options)
     model = LanguageModel(config, seed=5)
     return TrainStep(model, Optimizer(model, optim), training)
@@ -100,8 +100,8 @@ def nan_gradient(step: TrainStep, losses: dict, value: float = torch.nan) -> Non
 def small() -> SimpleNamespace:
     return SimpleNamespace(
         config=CONFIG,
-        rows=ROWS,
-        length=LENGTH,
+        batch_size=ROWS,
+        seq_len=LENGTH,
         tokens=make_tokens,
         step=make_step,
         stream=make_stream,
@@ -112,7 +112,7 @@ def small() -> SimpleNamespace:
 
 
 MODEL = ModelConfig(
-    vocabulary=300,
+    vocab_size=300,
     dim=16,
     layers=2,
     dense_width=24,
@@ -132,13 +132,13 @@ def text(tmp_path_factory) -> Path:
     lines = [
         json.dumps(
             {
-                "text": f"{number}. A {animal} lives in {place} "
+                "text": f"{number}. A {animal} lives in {position} "
                 f"with {number % 9} young, and eats {food}."
             }
         )
         for number in range(12)
         for animal in animals
-        for place in places
+        for position in places
         for food in ("krill", "fish and frogs")
     ]
     (folder / "animals.jsonl").write_text("\n".join(lines))
@@ -147,7 +147,7 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def config(text, tmp_path) -> TrainConfig:
-    data = DataConfig(source=str(text / "animals.jsonl"), vocabulary=300, cache=str(text / "cache"))
+    data = DataConfig(source=str(text / "animals.jsonl"), vocab_size=300, cache=str(text / "cache"))
     optim = OptimConfig(lr=1e-2, warmup=2)
     return TrainConfig(
         model=MODEL,
@@ -155,7 +155,7 @@ def config(text, tmp_path) -> TrainConfig:
         data=data,
         folder=str(tmp_path / "run"),
         steps=8,
-        rows=4,
-        length=24,
+        batch_size=4,
+        seq_len=24,
         save_every=3,
     )

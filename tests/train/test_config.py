@@ -32,7 +32,7 @@ def test_the_recipe_falls_with_the_width_and_leaves_the_papers_models_alone():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"lr": 0.0}, "lr: got 0.0"),
         ({"lr": float("nan")}, "lr"),
@@ -44,27 +44,27 @@ def test_the_recipe_falls_with_the_width_and_leaves_the_papers_models_alone():
         ({"clip": 0.0}, "clip"),
     ],
 )
-def test_a_wrong_optimizer_is_refused(change, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_wrong_optimizer_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
         from_dict(OptimConfig, change)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"steps": 0}, "steps: got 0"),
-        ({"rows": -1}, "rows: got -1"),
-        ({"micro_rows": 0}, "micro_rows"),
+        ({"batch_size": -1}, "batch_size: got -1"),
+        ({"micro_batch_size": 0}, "micro_batch_size"),
         ({"bias_rest": 2.0}, "bias_rest"),
         ({"seed": -1}, "seed"),
         ({"dtype": "float8"}, "'float8', expected 'float32' or 'bfloat16'"),
         ({"data": {"limit": 1}}, "limit: got 1"),
-        ({"data": {"vocabulary": 20}}, "vocabulary: got 20"),
+        ({"data": {"vocab_size": 20}}, "vocab_size: got 20"),
         ({"data": {"sauce": "x"}}, "source"),
     ],
 )
-def test_a_wrong_training_is_refused(change, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_wrong_training_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
         from_dict(TrainConfig, change)
 
 

@@ -53,7 +53,7 @@ def run(small) -> Callable[..., int]:
         folder.mkdir(exist_ok=True)
         step.config = replace(step.config, folder=str(folder), save_every=every, keep=keep)
         metrics = MetricsCallback(MetricsWriter(step.config))
-        loader = Loader(stream or small.stream(), folder, small.config.vocabulary)
+        loader = Loader(stream or small.stream(), folder, small.config.vocab_size)
         return fit(step, loader, {"metrics": metrics, **callbacks})
 
     return run
@@ -87,10 +87,10 @@ def test_ten_steps_and_ten_more_are_twenty_to_the_last_bit(small, run, tmp_path,
     torch.nn.init.zeros_(resumed.model.head.weight)
     assert run(tmp_path / "stopped", resumed) == 2 * half
 
-    found, expected = state_of(resumed), state_of(straight)
-    assert found.keys() == expected.keys()
+    result, expected = state_of(resumed), state_of(straight)
+    assert result.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(result[name], tensor), name
     timing = {"tokens_per_second", "seconds", "seconds_left"}
     one, other = (
         [{k: v for k, v in line.items() if k not in timing} for line in lines(tmp_path / f)]
@@ -105,13 +105,13 @@ def test_a_checkpoint_written_beside_training_is_of_its_own_step(small, run, tmp
     """Training continues while copies are written."""
     torch.manual_seed(1)
     run(tmp_path / "on", small.step(steps=6), every=3)
-    found = state_of(small.step(steps=6))
-    checkpoint.load_state(tmp_path / "on" / "checkpoints" / "step3", found)
+    result = state_of(small.step(steps=6))
+    checkpoint.load_state(tmp_path / "on" / "checkpoints" / "step3", result)
     torch.manual_seed(1)
     stopped = small.step(steps=6)
     run(tmp_path / "stopped", stopped, stop=At(3, cancel))
     for name, tensor in state_of(stopped).items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(result[name], tensor), name
 
 
 class Bomb:
@@ -185,11 +185,11 @@ def test_a_skipped_step_has_a_line_without_its_load_and_the_stream_goes_on(small
     assert run(tmp_path, step, stream=stream) == 5
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
-    found = lines(tmp_path)
-    assert [line["step"] for line in found] == [1, 2, 3, 4, 5]
-    assert [line.get("skipped_steps", 0) for line in found] == [0, 0, 1, 1, 1]
-    assert ["load" in line for line in found] == [True, True, False, True, True]
-    assert "loss" in found[2] and "grad_norm" not in found[2]
+    result = lines(tmp_path)
+    assert [line["step"] for line in result] == [1, 2, 3, 4, 5]
+    assert [line.get("skipped_steps", 0) for line in result] == [0, 0, 1, 1, 1]
+    assert ["load" in line for line in result] == [True, True, False, True, True]
+    assert "loss" in result[2] and "grad_norm" not in result[2]
     for _ in range(5):
         next(read)
     assert stream.state_dict() == read.state_dict()
@@ -262,9 +262,9 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_with_its_checkpoints_intac
         Diverged, match=r"no finite loss in 4 steps in a row, the last of them 8.*lower --optim\.lr"
     ):
         run(tmp_path, small.step(skip_limit=4), every=1, keep=2, poison=At(4, poison))
-    found = checkpoint.steps(tmp_path / "checkpoints")
-    assert [step for step, _ in found][-2:] == [3, 4]
-    assert checkpoint.latest(tmp_path / "checkpoints") == found[-1][1]
+    result = checkpoint.steps(tmp_path / "checkpoints")
+    assert [step for step, _ in result][-2:] == [3, 4]
+    assert checkpoint.latest(tmp_path / "checkpoints") == result[-1][1]
     assert run(tmp_path, small.step(steps=5)) == 5
 
 
@@ -305,9 +305,9 @@ def test_a_checkpoint_that_is_not_finite_gives_way_to_the_one_before(small, run,
     assert run(tmp_path, step) == 9
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 10))
     assert checkpoint.latest(tmp_path / "checkpoints") == folder
-    said = capsys.readouterr().err.replace("\n", " ")
-    assert "got optim.embed.weight.exp_avg_sq with NaN or infinite numbers" in said
-    assert "trying the checkpoint before it" in said
+    message = capsys.readouterr().err.replace("\n", " ")
+    assert "got optim.embed.weight.exp_avg_sq with NaN or infinite numbers" in message
+    assert "trying the checkpoint before it" in message
 
 
 def test_the_newest_checkpoints_stay(small, run, tmp_path):

@@ -80,8 +80,10 @@ def test_the_best_weights_are_those_of_the_lowest_loss_after_a_resume_too(tmp_pa
             with torch.no_grad():
                 model.weight.fill_(step)
             best.offer(step, loss)
-        kept = {"model.weight": torch.zeros(1, 1)}
-        return checkpoint.load_state(tmp_path / "best", kept)["step"], kept["model.weight"].item()
+        cached = {"model.weight": torch.zeros(1, 1)}
+        return checkpoint.load_state(tmp_path / "best", cached)["step"], cached[
+            "model.weight"
+        ].item()
 
     assert best_of(
         BestCheckpoint(tmp_path / "best", model), {1: 3.0, 2: 1.0, 3: 2.0, 4: math.nan}
@@ -92,7 +94,7 @@ def test_the_best_weights_are_those_of_the_lowest_loss_after_a_resume_too(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "message"),
     [
         (0.2, "0 seconds"),
         (119, "119 seconds"),
@@ -102,8 +104,8 @@ def test_the_best_weights_are_those_of_the_lowest_loss_after_a_resume_too(tmp_pa
         (1e7, "2,778 hours"),
     ],
 )
-def test_a_duration_is_told_in_the_unit_that_suits_it(seconds, said):
-    assert format_duration(seconds) == said
+def test_a_duration_is_given_in_the_unit_that_suits_it(seconds, message):
+    assert format_duration(seconds) == message
 
 
 def test_numbers_that_are_not_finite_are_left_out_of_a_line(tmp_path):

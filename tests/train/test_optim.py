@@ -110,7 +110,7 @@ def test_tables_give_sparse_gradients_to_this_optimizer_and_dense_ones_to_others
 
 
 def test_a_dense_gradient_of_rows_gives_the_step_of_a_sparse_one():
-    found = []
+    results = []
     for dense in (False, True):
         torch.manual_seed(1)
         model = Double()
@@ -121,16 +121,16 @@ def test_a_dense_gradient_of_rows_gives_the_step_of_a_sparse_one():
                 table.grad = table.grad.to_dense()
             optimizer.clip()
             optimizer.step()
-        found.append((table.detach().clone(), optimizer.state["tables.0.weight.updates"]))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
+        results.append((table.detach().clone(), optimizer.state["tables.0.weight.updates"]))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-6)
 
 
 def test_a_tied_head_is_one_parameter():
     model = Double()
     model.head.weight = model.embed.weight
-    found = roles(model)
-    assert "head.weight" not in found
-    assert found["embed.weight"] == "decayed"
+    result = roles(model)
+    assert "head.weight" not in result
+    assert result["embed.weight"] == "decayed"
 
 
 def test_dense_parameters_follow_torch_adamw_and_only_matrices_decay():
@@ -157,8 +157,8 @@ def test_dense_parameters_follow_torch_adamw_and_only_matrices_decay():
 
 
 def choose_kernel(kind: str, monkeypatch) -> None:
-    known = kernels.available()["row_adam"]
-    if kind not in ("reference", *known) or known.get(kind, True) is not True:
+    expected = kernels.available()["row_adam"]
+    if kind not in ("reference", *expected) or expected.get(kind, True) is not True:
         pytest.skip(f"no {kind} kernel of row_adam here")
     monkeypatch.setenv(kernels.VARIABLE, f"row_adam={kind}")
 
@@ -249,12 +249,12 @@ def test_a_row_seen_late_moves_as_far_as_one_seen_first():
 @settings(max_examples=40, deadline=None)
 def test_coalesce_adds_duplicates(index):
     values = torch.arange(len(index) * 2, dtype=torch.float32).view(-1, 2)
-    place = torch.tensor(index, dtype=torch.long)[None]
-    gradient = torch.sparse_coo_tensor(place, values, (6, 2), check_invariants=False)
-    found = coalesce(gradient)
-    assert found.is_coalesced()
-    assert found._indices()[0].tolist() == sorted(set(index))
-    assert torch.equal(found.to_dense(), gradient.to_dense())
+    position = torch.tensor(index, dtype=torch.long)[None]
+    gradient = torch.sparse_coo_tensor(position, values, (6, 2), check_invariants=False)
+    result = coalesce(gradient)
+    assert result.is_coalesced()
+    assert result._indices()[0].tolist() == sorted(set(index))
+    assert torch.equal(result.to_dense(), gradient.to_dense())
 
 
 def test_an_empty_gradient_changes_nothing():
@@ -290,8 +290,8 @@ def test_gradients_really_flow_and_accumulate_over_micro_batches():
     before = float(model(ids, rows).detach())
     for _ in range(20):
         optimizer.zero_grad()
-        for part in (slice(0, 2), slice(2, 4)):
-            (model(ids[part], rows[part]) / 2).backward()
+        for chunk in (slice(0, 2), slice(2, 4)):
+            (model(ids[chunk], rows[chunk]) / 2).backward()
         optimizer.clip()
         optimizer.step()
     assert float(model(ids, rows).detach()) < before - 1
@@ -305,13 +305,13 @@ def test_orthogonalise(shape):
     matrix = torch.randn(shape)
     turned = orthogonalise(matrix)
     u, values, v = torch.linalg.svd(matrix, full_matrices=False)
-    found = torch.linalg.svdvals(turned)
-    assert found.max() < 1.3
-    assert found.median() > 0.6
+    result = torch.linalg.svdvals(turned)
+    assert result.max() < 1.3
+    assert result.median() > 0.6
     inner = u.mT @ turned @ v.mT  # diagonal, since the singular vectors do not change
     off = inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))
     assert off.abs().max() < 1e-3
-    assert values.shape == found.shape
+    assert values.shape == result.shape
 
 
 def test_orthogonalise_of_nothing_is_nothing():
@@ -397,12 +397,12 @@ def test_state_of_another_kind_is_refused():
 
 def test_schedule():
     config = OptimConfig(warmup=10, decay="cosine", decay_share=0.5)
-    found = [schedule(step, 110, config) for step in range(111)]
-    assert found[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert found[10:60] == [1.0] * 50
-    assert found[85] == pytest.approx(0.5)
-    assert found[110] == pytest.approx(0.0)
-    assert all(a >= b for a, b in zip(found[10:], found[11:], strict=False))
+    item = [schedule(step, 110, config) for step in range(111)]
+    assert item[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert item[10:60] == [1.0] * 50
+    assert item[85] == pytest.approx(0.5)
+    assert item[110] == pytest.approx(0.0)
+    assert all(a >= b for a, b in zip(item[10:], item[11:], strict=False))
     linear = OptimConfig(warmup=0, decay="linear")
     assert [schedule(step, 4, linear) for step in range(5)] == pytest.approx(
         [1, 0.75, 0.5, 0.25, 0]
@@ -447,7 +447,7 @@ def test_sum_rows_names_each_row_once(function, count, width):
 
 def test_the_order_of_duplicates_does_not_matter():
     index, values = torch.randint(0, 30, (500,)), torch.randn(500, 6)
-    found = []
+    results = []
     for order in (torch.arange(500), torch.randperm(500)):
         torch.manual_seed(1)
         model = Double()
@@ -457,8 +457,8 @@ def test_the_order_of_duplicates_does_not_matter():
         )
         optimizer.clip()
         optimizer.step()
-        found.append(table.detach().clone())
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
+        results.append(table.detach().clone())
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])

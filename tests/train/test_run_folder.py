@@ -38,8 +38,8 @@ def test_fewer_steps_than_a_finished_run_has_change_nothing_and_say_so(config, c
     before = bytes_of(folder)
     assert train(replace(config, steps=2)) == folder
     assert bytes_of(folder) == before
-    said = capsys.readouterr().err.replace("\n", " ")
-    assert "holds this run with 6 steps, 2 were asked for: nothing to do" in said
+    message = capsys.readouterr().err.replace("\n", " ")
+    assert "holds this run with 6 steps, 2 were asked for: nothing to do" in message
     with pytest.raises(ValueError, match=r"another run \(model\.dim differ\)"):
         train(replace(config, steps=2, model=replace(config.model, dim=24)))
     assert bytes_of(folder) == before
@@ -73,11 +73,11 @@ def test_one_training_a_folder(config):
 
 
 def test_a_folder_that_held_no_run_keeps_what_is_called_learning(config):
-    kept = Path(config.folder) / "learning" / "notes.txt"
-    kept.parent.mkdir(parents=True)
-    kept.write_text("somebody's")
+    cached = Path(config.folder) / "learning" / "notes.txt"
+    cached.parent.mkdir(parents=True)
+    cached.write_text("somebody's")
     train(replace(config, steps=1))
-    assert kept.read_text() == "somebody's"
+    assert cached.read_text() == "somebody's"
 
 
 def test_rows_of_another_run_that_has_no_checkpoint_are_not_taken(config, tmp_path):
@@ -89,7 +89,7 @@ def test_rows_of_another_run_that_has_no_checkpoint_are_not_taken(config, tmp_pa
     def stop(line: dict) -> None:
         raise RuntimeError("killed")
 
-    config = replace(config, tables="disk", steps=2)
+    config = replace(config, placement="disk", steps=2)
     with pytest.raises(RuntimeError, match="killed"):
         train(config, on_metrics=stop)
     assert (Path(config.folder) / "learning" / "0" / "marks.json").is_file()

@@ -13,13 +13,16 @@ from rorqual.train.scores import needle_accuracy, sample_continuation, validate
 
 
 def batches(ids: torch.Tensor, labels: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    whole = {"ids": ids, "labels": labels, "documents": torch.zeros_like(ids)}
-    return [{name: tensor[at : at + 1] for name, tensor in whole.items()} for at in range(len(ids))]
+    whole = {"ids": ids, "labels": labels, "document_ids": torch.zeros_like(ids)}
+    return [
+        {name: tensor[start : start + 1] for name, tensor in whole.items()}
+        for start in range(len(ids))
+    ]
 
 
 def test_validation_is_a_mean_over_tokens_whatever_the_batches():
     model = LanguageModel(
-        ModelConfig(vocabulary=20, dim=16, layers=1, dense_width=24, init_std=0.5)
+        ModelConfig(vocab_size=20, dim=16, layers=1, dense_width=24, init_std=0.5)
     )
     ids = torch.randint(0, 20, (3, 9))
     labels = torch.randint(0, 20, (3, 9))
@@ -28,12 +31,12 @@ def test_validation_is_a_mean_over_tokens_whatever_the_batches():
     model.train()
     model.blocks[0].eval()  # a frozen part
     modes, state = [module.training for module in model.modules()], torch.get_rng_state()
-    found = validate(model, batches(ids, labels), 2.5, torch.float32)
+    result = validate(model, batches(ids, labels), 2.5, torch.float32)
     expected = nn.functional.cross_entropy(
         model(ids).flatten(0, 1), labels.flatten(), ignore_index=-100
     )
-    assert found["validation_loss"] == pytest.approx(expected.item(), rel=1e-5)
-    assert found["bits_per_byte"] == pytest.approx(expected.item() / math.log(2) / 2.5, rel=1e-5)
+    assert result["validation_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(expected.item() / math.log(2) / 2.5, rel=1e-5)
     assert [module.training for module in model.modules()] == modes and model.training
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match="no validation documents"):
@@ -50,8 +53,8 @@ class Reader(nn.Module):
         super().__init__()
         self.choose, self.unused = choose, nn.Parameter(torch.zeros(1))
 
-    def forward(self, ids: torch.Tensor, *, documents: torch.Tensor) -> torch.Tensor:
-        return nn.functional.one_hot(self.choose(ids), NEEDLES.vocabulary).float()
+    def forward(self, ids: torch.Tensor, *, document_ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.one_hot(self.choose(ids), NEEDLES.vocab_size).float()
 
 
 def looked_up(ids: torch.Tensor) -> torch.Tensor:
@@ -65,11 +68,11 @@ def looked_up(ids: torch.Tensor) -> torch.Tensor:
             if first <= pair[0] < first + NEEDLES.keys
         ]
         values, key = [], 0
-        for place, token in enumerate(question):
+        for index, token in enumerate(question):
             if first <= token < first + NEEDLES.keys:
                 key, values = token, [value for k, value in hidden if k == token]
             if values:
-                out[row, len(text) + place] = values.pop(0)
+                out[row, len(text) + index] = values.pop(0)
         assert key
     return out
 
@@ -77,14 +80,14 @@ def looked_up(ids: torch.Tensor) -> torch.Tensor:
 def test_a_perfect_reader_finds_everything_and_a_blind_one_what_chance_gives():
     model = Reader(looked_up).train()
     state = torch.get_rng_state()
-    found = needle_accuracy(model, exams(NEEDLES, 16, 64))
+    result = needle_accuracy(model, exams(NEEDLES, 16, 64))
     lengths = (32, 64, 128)
     assert {column(task, n) for task in TASKS for n in lengths} | {"accuracy"} == {
-        n for n in found if "part" not in n
+        n for n in result if "part" not in n
     }
     assert (
-        set(found.values()) == {1.0}
-        and {column(t, 64, p) for t in TASKS for p in range(DEPTHS)} <= found.keys()
+        set(result.values()) == {1.0}
+        and {column(t, 64, p) for t in TASKS for p in range(DEPTHS)} <= result.keys()
     )
     assert model.training and torch.equal(torch.get_rng_state(), state)
 
@@ -93,28 +96,28 @@ def test_a_perfect_reader_finds_everything_and_a_blind_one_what_chance_gives():
     blind = Reader(
         lambda ids: torch.randint(first, first + NEEDLES.values, ids.shape, generator=generator)
     )
-    found = needle_accuracy(blind, exams(NEEDLES, 16, 64))
-    assert 0.5 / NEEDLES.values < found["accuracy"] < 2 / NEEDLES.values
+    result = needle_accuracy(blind, exams(NEEDLES, 16, 64))
+    assert 0.5 / NEEDLES.values < result["accuracy"] < 2 / NEEDLES.values
     assert needle_accuracy(Reader(torch.zeros_like), exams(NEEDLES, 16, 64))["accuracy"] == 0
 
 
 def test_a_needle_that_is_found_only_in_the_beginning_shows_in_the_parts():
     def near_the_beginning(ids: torch.Tensor) -> torch.Tensor:
         text = (ids == 0).long().argmax(1, keepdim=True)
-        kept = torch.where(
+        cached = torch.where(
             torch.arange(ids.shape[1]) * DEPTHS >= text + DEPTHS, ids.clamp_max(1), ids
         )
-        return looked_up(torch.where(torch.arange(ids.shape[1]) >= text, ids, kept))
+        return looked_up(torch.where(torch.arange(ids.shape[1]) >= text, ids, cached))
 
     singles = {key: made for key, made in exams(NEEDLES, 16, 64).items() if key[0] == "single"}
-    found = needle_accuracy(Reader(near_the_beginning), singles)
-    assert found[column("single", 64, 0)] > 0.9 and found[column("single", 64, 3)] == 0
-    assert 0 < found[column("single", 64)] < 0.5
+    result = needle_accuracy(Reader(near_the_beginning), singles)
+    assert result[column("single", 64, 0)] > 0.9 and result[column("single", 64, 3)] == 0
+    assert 0 < result[column("single", 64)] < 0.5
 
 
-def test_a_sample_is_the_same_each_time_and_stays_within_the_vocabulary():
+def test_a_sample_is_the_same_each_time_and_stays_within_the_vocab_size():
     model = LanguageModel(
-        ModelConfig(vocabulary=20, dim=16, layers=1, dense_width=24, init_std=0.5)
+        ModelConfig(vocab_size=20, dim=16, layers=1, dense_width=24, init_std=0.5)
     ).train()
     state = torch.get_rng_state()
     prompt = torch.tensor([3, 1])

@@ -75,12 +75,12 @@ def test_micro_batches_add_up_to_the_batch_weighted_by_tokens(small):
     batch = next(small.stream())
     batch["labels"][0, 3:] = -100
     batch["labels"][1] = -100
-    found = []
+    results = []
     for rows in (None, 1, 3):
-        step = small.step(config=config, micro_rows=rows)
+        step = small.step(config=config, micro_batch_size=rows)
         losses, counts = step.forward_backward(batch, 1)
-        found.append((step.model, losses["loss"], counts))
-    (whole, loss, counts), *others = found
+        results.append((step.model, losses["loss"], counts))
+    (whole, loss, counts), *others = results
     for model, other_loss, other_counts in others:
         assert float(other_loss) == pytest.approx(float(loss), rel=1e-5)
         assert torch.equal(other_counts, counts)
@@ -91,11 +91,11 @@ def test_micro_batches_add_up_to_the_batch_weighted_by_tokens(small):
 
 
 def test_biases_move_once_a_step_by_the_counts_of_all_micro_batches(small):
-    step = small.step(steps=1, config=small.without_noise(small.config), micro_rows=1)
+    step = small.step(steps=1, config=small.without_noise(small.config), micro_batch_size=1)
     (result,) = run(step, small.stream())
     mixtures = [module for module in step.model.modules() if isinstance(module, MoE)]
     assert len(mixtures) == 2  # the second block's and MTP's
-    assert result.expert_counts.sum(1).tolist() == [small.rows * small.length * 2] * 2
+    assert result.expert_counts.sum(1).tolist() == [small.batch_size * small.seq_len * 2] * 2
     counts = result.expert_counts.double()
     for count, mixture in zip(counts, mixtures, strict=True):
         expected = 1e-3 * (count.mean() - count).sign().float()
@@ -136,7 +136,7 @@ def test_streams_are_measured_now_and_then_and_change_nothing(small, monkeypatch
 def test_mtp_weighs_less_late(small):
     step = small.step(steps=6, mtp_late=0.1)
     batch = next(small.stream())
-    loss = step.model.loss(batch["ids"], batch["labels"], documents=batch["documents"])
+    loss = step.model.loss(batch["ids"], batch["labels"], document_ids=batch["document_ids"])
     weight = small.config.mtp.weight
     assert step.minimised(loss, 4) is loss.total
     torch.testing.assert_close(step.minimised(loss, 5), loss.total + (0.1 - weight) * loss.mtp)
@@ -144,23 +144,23 @@ def test_mtp_weighs_less_late(small):
 
 @pytest.fixture
 def indexed(small) -> ModelConfig:
-    return replace(small.config, dsa=DSAConfig(heads=2, dim=8, chosen=4, warmup=3))
+    return replace(small.config, dsa=DSAConfig(heads=2, dim=8, top_k=4, warmup=3))
 
 
 @pytest.mark.parametrize("rows", [None, 2])
 def test_in_the_warm_up_the_indexers_loss_changes_no_bit_of_the_models_gradients(
     small, indexed, rows
 ):
-    found = []
+    results = []
     for weight in (0.0, 1.0, 7.0):
         config = replace(small.without_noise(indexed), dsa=replace(indexed.dsa, weight=weight))
-        step = small.step(config=config, micro_rows=rows)
+        step = small.step(config=config, micro_batch_size=rows)
         step.forward_backward(next(small.stream()), 1)
         parameters = step.model.named_parameters()
-        found.append(
+        results.append(
             {n: None if p.grad is None else p.grad.to_dense().clone() for n, p in parameters}
         )
-    without, once, sevenfold = found
+    without, once, sevenfold = results
     indexers = [name for name in once if ".indexer." in name]
     assert len(indexers) == 3 * 5  # two blocks and MTP's
     for name, gradient in once.items():
@@ -186,13 +186,13 @@ def test_indexers_learn_alone_in_their_warm_up_where_that_is_asked(small, indexe
     assert any(not torch.equal(warmed[name], last[name]) for name in biases)
 
 
-def test_the_indexers_warm_up_is_told_by_the_number_of_the_step(small, indexed, monkeypatch):
+def test_the_indexers_warm_up_is_given_by_the_number_of_the_step(small, indexed, monkeypatch):
     phases = []
     loss = LanguageModel.loss
 
-    def spy(self, *args, warm=False, **options):
-        phases.append(warm)
-        return loss(self, *args, warm=warm, **options)
+    def spy(self, *args, indexer_warmup=False, **options):
+        phases.append(indexer_warmup)
+        return loss(self, *args, indexer_warmup=indexer_warmup, **options)
 
     monkeypatch.setattr(LanguageModel, "loss", spy)
     results = run(small.step(6, config=small.without_noise(indexed)), small.stream(), 2, 5)
@@ -212,7 +212,7 @@ def test_moba_attends_fully_in_its_last_phase(small, monkeypatch):
 
     monkeypatch.setattr(MoBA, "forward", spy)
     gqa = GQAConfig(heads=2, kv_heads=1, head_dim=8)
-    moba = MoBAConfig(block=4, chosen=2, full_from=0.5)
+    moba = MoBAConfig(block=4, top_k=2, full_from=0.5)
     config = replace(small.config, layers=1, mla=None, mtp=None, engram=None, gqa=gqa, moba=moba)
     run(small.step(6, config=config), small.stream(), 2, 6)
     assert attended == [False, False, True, True, True]
@@ -224,25 +224,28 @@ def test_training_makes_indexers_find_what_attention_looks_at(small):
     Each of the two phases has 40 steps.
     """
     config = replace(small.config, moe=None, engram=None, mtp=None, init_std=0.3)
-    found = {}
+    results = {}
     for weight in (0.0, 1.0):
-        indexed = replace(config, dsa=DSAConfig(heads=4, dim=16, chosen=4, weight=weight))
+        indexed = replace(config, dsa=DSAConfig(heads=4, dim=16, top_k=4, weight=weight))
         model = LanguageModel(indexed, seed=5).train()
-        stream, measured = Stream(small.tokens(), small.rows, 24, seed=3), []
+        stream, measured = Stream(small.tokens(), small.batch_size, 24, seed=3), []
         optimizer = Optimizer(model, OptimConfig(lr=1e-2, warmup=3))
         for step, batch in zip(range(80), stream, strict=False):
             optimizer.begin_step()
             loss = model.loss(
-                batch["ids"], batch["labels"], documents=batch["documents"], warm=step < 40
+                batch["ids"],
+                batch["labels"],
+                document_ids=batch["document_ids"],
+                indexer_warmup=step < 40,
             )
             loss.total.backward()
             optimizer.clip()
             optimizer.step()
             measured.append(torch.stack(loss.indexer_loss).detach())
-        found[weight] = [torch.stack(measured[end - 10 : end]).mean(0) for end in (40, 80)]
-    for (loss, recall), (idle_loss, idle_recall) in zip(found[1.0], found[0.0], strict=True):
+        results[weight] = [torch.stack(measured[end - 10 : end]).mean(0) for end in (40, 80)]
+    for (loss, recall), (idle_loss, idle_lookup) in zip(results[1.0], results[0.0], strict=True):
         assert loss < 0.6 * idle_loss
-        assert recall > idle_recall + 0.05
+        assert recall > idle_lookup + 0.05
 
 
 def test_every_part_of_the_model_learns(small):
@@ -286,10 +289,10 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(small, what, k
     assert skipped.expert_counts is None
     finite = skipped.means["loss"].isfinite(), skipped.values["grad_norm"].isfinite()
     assert finite == (what != "loss", what == "loss")
-    said = capsys.readouterr().err.replace("\n", " ")
+    message = capsys.readouterr().err.replace("\n", " ")
     assert (
         f"step 3: got a {'loss' if what == 'loss' else 'gradient'} "
-        "that is not finite, so nothing was" in said
+        "that is not finite, so nothing was" in message
     )
 
     (after,) = run(step, stream, 4, 4)
@@ -301,31 +304,31 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(small, what, k
     assert after.values["skipped_steps"] == 1 and after.expert_counts is not None
 
 
-@pytest.mark.parametrize("part", ["mtp", "indexer", "one micro-batch"])
-def test_nan_from_one_part_of_the_loss_skips_the_step(small, indexed, monkeypatch, part):
+@pytest.mark.parametrize("piece", ["mtp", "indexer", "one micro-batch"])
+def test_nan_from_one_part_of_the_loss_skips_the_step(small, indexed, monkeypatch, piece):
     """The forward gives NaN in MTP's loss, the indexers', or the second of two micro-batches."""
-    config = small.without_noise(indexed if part == "indexer" else small.config)
-    step, stream = small.step(steps=4, config=config, micro_rows=2), small.stream()
+    config = small.without_noise(indexed if piece == "indexer" else small.config)
+    step, stream = small.step(steps=4, config=config, micro_batch_size=2), small.stream()
     run(step, stream, 1, 2)
     before = state_of(step)
     loss, calls = LanguageModel.loss, []
 
     def spoilt(self, *args, **options):
-        found = loss(self, *args, **options)
-        calls.append(found)
-        if part == "mtp":
-            return found._replace(
-                mtp=found.mtp * torch.nan, total=found.total + found.mtp * torch.nan
+        result = loss(self, *args, **options)
+        calls.append(result)
+        if piece == "mtp":
+            return result._replace(
+                mtp=result.mtp * torch.nan, total=result.total + result.mtp * torch.nan
             )
-        if part == "indexer":
-            nan = found.indexer_loss.loss * torch.nan
-            return found._replace(
-                indexer_loss=found.indexer_loss._replace(loss=nan), total=found.total + nan
+        if piece == "indexer":
+            nan = result.indexer_loss.loss * torch.nan
+            return result._replace(
+                indexer_loss=result.indexer_loss._replace(loss=nan), total=result.total + nan
             )
         if len(calls) == 1:
-            return found
-        return found._replace(
-            next_token=found.next_token * torch.nan, total=found.total * torch.nan
+            return result
+        return result._replace(
+            next_token=result.next_token * torch.nan, total=result.total * torch.nan
         )
 
     with monkeypatch.context() as patch:

@@ -55,8 +55,8 @@ def lines(folder: Path) -> list[dict]:
 
 def test_from_text_to_a_finished_folder(config, text):
     config = replace(config, validate_every=4)
-    said: list[dict] = []
-    folder = train(config, on_metrics=said.append)
+    message: list[dict] = []
+    folder = train(config, on_metrics=message.append)
     names = {path.name for path in folder.iterdir()}
     assert names >= {
         "config.json",
@@ -65,11 +65,11 @@ def test_from_text_to_a_finished_folder(config, text):
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    assert lines(folder) == said
+    assert lines(folder) == message
     assert configs.load(TrainConfig, folder / "train.json") == config
     assert [step for step, _ in steps(folder / "checkpoints")] == [6, 8]
 
-    training = [line for line in said if "loss" in line]
+    training = [line for line in message if "loss" in line]
     assert [line["step"] for line in training] == list(range(1, 9))
     assert {"loss", "total", "lr", "grad_norm", "max_violation", "balance_sequence"} <= training[
         0
@@ -80,8 +80,8 @@ def test_from_text_to_a_finished_folder(config, text):
     assert training[-1]["loss"] < training[0]["loss"] - 0.3
     assert losses(folder) == [line["loss"] for line in training]
 
-    held = [line for line in said if "validation_loss" in line]
-    assert [line["step"] for line in held] == [4, 8]
+    stored = [line for line in message if "validation_loss" in line]
+    assert [line["step"] for line in stored] == [4, 8]
     tokens = prepare(config.data).tokens.validation
     again = validate(
         load_model(folder),
@@ -89,9 +89,9 @@ def test_from_text_to_a_finished_folder(config, text):
         tokens.bytes / len(tokens),
         torch.float32,
     )
-    assert again["validation_loss"] == pytest.approx(held[-1]["validation_loss"], rel=1e-5)
-    assert again["bits_per_byte"] == pytest.approx(held[-1]["bits_per_byte"], rel=1e-5)
-    assert Tokenizer.load(folder).vocabulary == prepare(config.data).vocabulary
+    assert again["validation_loss"] == pytest.approx(stored[-1]["validation_loss"], rel=1e-5)
+    assert again["bits_per_byte"] == pytest.approx(stored[-1]["bits_per_byte"], rel=1e-5)
+    assert Tokenizer.load(folder).vocab_size == prepare(config.data).vocab_size
 
     before = (folder / "model.safetensors").stat().st_mtime_ns
     assert finished(config)
@@ -118,7 +118,7 @@ def test_load_and_every_loss_are_reported(config):
     """
     coefficients = dict(zip(REMEDIES, (0.01, 0.02, 0.03, 0.04, 0.05), strict=True))
     asked = balanced(config, BalanceConfig(**coefficients), "all")
-    folder = train(replace(asked, micro_rows=1, log_every=2))
+    folder = train(replace(asked, micro_batch_size=1, log_every=2))
     training = [line for line in lines(folder) if "loss" in line]
     assert len(training) == 3
     for line in training:
@@ -136,8 +136,8 @@ def test_load_and_every_loss_are_reported(config):
         )
     model = load_model(folder)
     # Each load is that of its own MoE layer.
-    for place, mixture in enumerate((model.blocks[1].ffn, model.mtp[0].block.ffn)):
-        loads = torch.tensor([line["load"][place] for line in training], dtype=torch.float32)
+    for index, mixture in enumerate((model.blocks[1].ffn, model.mtp[0].block.ffn)):
+        loads = torch.tensor([line["load"][index] for line in training], dtype=torch.float32)
         moved = 1e-3 * (loads.mean(1, keepdim=True) - loads).sign().sum(0)
         torch.testing.assert_close(mixture.router.e_score_correction_bias, moved)
     bare = train(
@@ -153,7 +153,7 @@ def test_every_remedy_moves_weights(config):
 
     There are three steps, so that the bias cannot return to its start.
     """
-    found = {}
+    results = {}
     for name in ("none", "bias_rate", *REMEDIES):
         remedy = {} if name == "none" else {name: 0.5}
         model = load_model(
@@ -164,22 +164,22 @@ def test_every_remedy_moves_weights(config):
             )
         )
         mixtures = [model.blocks[1].ffn, model.mtp[0].block.ffn]
-        found[name] = [
+        results[name] = [
             (m.router.weight.detach(), m.router.e_score_correction_bias) for m in mixtures
         ]
-    for name, mixtures in found.items():
-        for (weight, bias), (plain, _) in zip(mixtures, found["none"], strict=True):
+    for name, mixtures in results.items():
+        for (weight, bias), (plain, _) in zip(mixtures, results["none"], strict=True):
             assert bias.any() == (name == "bias_rate")
             assert torch.equal(weight, plain) == (name == "none")
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(config, tmp_path):
-    found = []
+    results = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         folder = train(replace(config, folder=str(tmp_path / name), seed=seed, steps=4))
-        found.append((losses(folder), (folder / "model.safetensors").read_bytes()))
-    assert found[0] == found[1]
-    assert found[0][0][0] != found[2][0][0]
+        results.append((losses(folder), (folder / "model.safetensors").read_bytes()))
+    assert results[0] == results[1]
+    assert results[0][0][0] != results[2][0][0]
 
 
 def test_another_seed_draws_other_weights(config, tmp_path):
@@ -198,52 +198,52 @@ def test_another_seed_draws_other_weights(config, tmp_path):
 @pytest.mark.parametrize("tables", ["device", "host", "disk"])
 def test_the_trial_of_a_step_changes_nothing(config, tables, tmp_path, monkeypatch):
     """Neither losses nor weights of a run that stops and resumes change."""
-    found = []
+    results = []
     for name, trial in (("a", trainer.estimate_step_seconds), ("b", lambda *_: 1.0)):
         calls = []
 
-        def counted(*given, calls=calls, trial=trial):
+        def counted(*arguments, calls=calls, trial=trial):
             calls.append(1)
-            return trial(*given)
+            return trial(*arguments)
 
         monkeypatch.setattr(trainer, "estimate_step_seconds", counted)
         options = replace(
-            config, folder=str(tmp_path / name), tables=tables, steps=16, save_every=2
+            config, folder=str(tmp_path / name), placement=tables, steps=16, save_every=2
         )
         with pytest.raises(Stopped):
             train(options, on_metrics=stop_at(4))
         folder = train(options)
         assert len(calls) == 2
-        found.append((losses(folder), (folder / "model.safetensors").read_bytes()))
-    assert found[0] == found[1]
+        results.append((losses(folder), (folder / "model.safetensors").read_bytes()))
+    assert results[0] == results[1]
 
 
 def test_a_run_says_what_is_ahead_before_it_starts(config, capsys):
     tokens = len(prepare(config.data).tokens.train)
-    few = 4 * tokens // (4 * 24)
+    small = 4 * tokens // (4 * 24)
     with pytest.raises(Stopped):
-        train(replace(config, steps=few + 1), on_metrics=stop_at(6))
-    said = capsys.readouterr().err.splitlines()
-    total = (few + 1) * 4 * 24
+        train(replace(config, steps=small + 1), on_metrics=stop_at(6))
+    message = capsys.readouterr().err.splitlines()
+    total = (small + 1) * 4 * 24
     (ahead,) = [
         line
-        for line in said
-        if line.startswith(f"{few + 1} steps of 4 x 24 tokens: {total:,} tokens")
+        for line in message
+        if line.startswith(f"{small + 1} steps of 4 x 24 tokens: {total:,} tokens")
     ]
     assert ahead.endswith("4 epochs of the text")
-    (warning,) = [line for line in said if "more than 4 times" in line]
-    assert warning.endswith(f"try --steps {few}")
-    lasting = [line for line in said if "steps ahead take about" in line]
+    (warning,) = [line for line in message if "more than 4 times" in line]
+    assert warning.endswith(f"try --steps {small}")
+    lasting = [line for line in message if "steps ahead take about" in line]
     estimate = r"the {} steps ahead take about \d+ (seconds|minutes|hours), by {}"
     assert len(lasting) == 2
-    assert re.fullmatch(estimate.format(few + 1, "a forward pass"), lasting[0])
-    assert re.fullmatch(estimate.format(few - 4, "the first 5"), lasting[1])
+    assert re.fullmatch(estimate.format(small + 1, "a forward pass"), lasting[0])
+    assert re.fullmatch(estimate.format(small - 4, "the first 5"), lasting[1])
 
     train(replace(config, steps=3, folder=f"{config.folder}-short"))
-    said = capsys.readouterr().err
-    assert f"3 steps of 4 x 24 tokens: 288 tokens, {288 / tokens:.2g} epochs of the text" in said
-    assert "more than 4 times" not in said
-    assert "steps ahead" not in said
+    message = capsys.readouterr().err
+    assert f"3 steps of 4 x 24 tokens: 288 tokens, {288 / tokens:.2g} epochs of the text" in message
+    assert "more than 4 times" not in message
+    assert "steps ahead" not in message
 
 
 @pytest.mark.parametrize("tables", ["host", "disk"])
@@ -251,7 +251,7 @@ def test_tables_elsewhere_are_refused_for_a_model_without_any(config, tables):
     with pytest.raises(
         ValueError, match=f"got {tables} for a model without Engram.*--model.engram default"
     ):
-        train(replace(config, tables=tables, model=replace(config.model, engram=None)))
+        train(replace(config, placement=tables, model=replace(config.model, engram=None)))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -291,11 +291,11 @@ def test_rows_that_learn_on_the_disk_are_those_of_the_device(config, tmp_path):
         if line["step"] == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    config = replace(config, tables="disk", micro_rows=4)
+    config = replace(config, placement="disk", micro_batch_size=4)
     with pytest.raises(Stopped):
         train(replace(config, steps=10), on_metrics=stop)
     with pytest.raises(ValueError, match="tables differ"):
-        train(replace(config, steps=10, tables="device"))
+        train(replace(config, steps=10, placement="device"))
     folder = train(replace(config, steps=10))
     assert losses(folder) == losses(straight)
     ours, theirs = load_model(folder).state_dict(), load_model(straight).state_dict()
@@ -324,25 +324,25 @@ def test_wherever_rows_learn_a_step_that_is_not_finite_leaves_them(
             gradient._values()[2, 3] = torch.nan
         return clip(self)
 
-    def spoilt_loss(self, *args, **known):
-        found = loss(self, *args, **known)
+    def spoilt_loss(self, *args, **expected):
+        result = loss(self, *args, **expected)
         if self.training and torch.is_grad_enabled():
-            batches.append(found)
+            batches.append(result)
         spoilt = where == "loss" and len(batches) in (4, 5)
-        return found._replace(total=found.total * torch.nan) if spoilt else found
+        return result._replace(total=result.total * torch.nan) if spoilt else result
 
     monkeypatch.setattr(Optimizer, "clip", spoilt_clip)
     monkeypatch.setattr(LanguageModel, "loss", spoilt_loss)
-    found = []
+    results = []
     for tables in ("device", "host", "disk"):
         batches.clear()
-        folder = train(replace(config, tables=tables, folder=str(tmp_path / tables)))
+        folder = train(replace(config, placement=tables, folder=str(tmp_path / tables)))
         metrics = [
             (line.get("loss"), line.get("skipped_steps")) for line in lines(folder) if "lr" in line
         ]
         assert [skipped for _, skipped in metrics] == [None, None, 1, 2, 2, 2, 2, 2]
-        found.append((metrics, load_model(folder).state_dict()))
-    (first, state), *others = found
+        results.append((metrics, load_model(folder).state_dict()))
+    (first, state), *others = results
     assert all(value.isfinite().all() for value in state.values() if value.is_floating_point())
     for metrics, other in others:
         assert metrics == first
@@ -354,7 +354,7 @@ def test_a_model_whose_validation_is_not_finite_is_not_finished(config, monkeypa
 
     Fewer steps are left than would end the run.
     """
-    config = replace(config, optim=OptimConfig(lr=1e30, warmup=0), steps=4, tables="disk")
+    config = replace(config, optim=OptimConfig(lr=1e30, warmup=0), steps=4, placement="disk")
     for _ in range(2):
         with pytest.raises(
             Diverged, match=r"validation loss that is not finite after step 4.*lower --optim\.lr"
@@ -379,7 +379,7 @@ def test_rows_that_learn_in_host_memory_are_those_of_the_device(config, tmp_path
         if line["step"] == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    config = replace(config, tables="host", steps=6)
+    config = replace(config, placement="host", steps=6)
     with pytest.raises(Stopped):
         train(config, on_metrics=stop)
     folder = train(config)
@@ -394,7 +394,7 @@ def test_a_longer_run_that_was_killed_is_not_finished(config, tmp_path, monkeypa
 
     It also exists between the last checkpoint and the new model.
     """
-    config = replace(config, tables="disk")
+    config = replace(config, placement="disk")
     folder = train(replace(config, steps=3))
     straight = shutil.copytree(folder, tmp_path / "straight")
     config, save = replace(config, steps=6), checkpoint.save_model
@@ -423,7 +423,7 @@ ROOM = (
 )
 
 
-def test_tokenising_on_a_full_disk_is_said_in_a_line(config, tmp_path, no_larger_file):
+def test_tokenising_on_a_full_disk_is_reported_in_a_line(config, tmp_path, no_larger_file):
     data = replace(config.data, cache=str(tmp_path / "cache"))
     prepare(data)
     shutil.rmtree(tmp_path / "cache" / "tokens")
@@ -437,7 +437,7 @@ def test_tokenising_on_a_full_disk_is_said_in_a_line(config, tmp_path, no_larger
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_metrics_on_a_full_disk_are_said_in_a_line(config):
+def test_metrics_on_a_full_disk_are_reported_in_a_line(config):
     folder = train(replace(config, steps=2))
     (folder / "metrics.jsonl").rename(folder / "kept.jsonl")
     (folder / "metrics.jsonl").symlink_to("/dev/full")
@@ -467,10 +467,10 @@ def test_a_full_disk_is_one_line_on_the_command_line(config, tmp_path):
 
 
 def test_engram_stands_on_the_padding_of_the_tokenizer_it_is_given(config, tmp_path):
-    own = prepare(config.data).tokenizer
-    own.save(tmp_path / "foreign")
+    ours = prepare(config.data).tokenizer
+    ours.save(tmp_path / "foreign")
     named = json.loads((tmp_path / "foreign" / "tokenizer_config.json").read_text()) | {
-        "pad_token": own.token(40)
+        "pad_token": ours.token(40)
     }
     (tmp_path / "foreign" / "tokenizer_config.json").write_text(json.dumps(named))
     ended = configs.replace(config.model, "engram.eos_id", 7)
@@ -499,7 +499,7 @@ def test_killed_and_called_again_is_as_if_never_killed(config, tmp_path, tables)
     """The whole process gets kill -9, wherever it is; then the same command runs again."""
     config = replace(config, steps=60, save_every=10)
     straight = train(replace(config, folder=str(tmp_path / "straight")))
-    config = replace(config, tables=tables)
+    config = replace(config, placement=tables)
     configs.save(config, tmp_path / "wanted.json")
     code = (
         "import sys; from rorqual import config; from rorqual.train.config import TrainConfig\n"
@@ -509,12 +509,12 @@ def test_killed_and_called_again_is_as_if_never_killed(config, tmp_path, tables)
     )
     command = [sys.executable, "-c", code, str(tmp_path / "wanted.json")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    for at in ("25", "47"):
+    for offset in ("25", "47"):
         with subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, text=True
         ) as process:
             assert process.stdout is not None
-            next(line for line in process.stdout if line.strip() == at)
+            next(line for line in process.stdout if line.strip() == offset)
             process.kill()
     assert {step for step, _ in steps(Path(config.folder) / "checkpoints")} <= {20, 30, 40}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -543,7 +543,7 @@ NEEDLES = NeedleConfig(
 def test_questions_in_place_of_a_text_stop_and_go_on_too(config, tmp_path):
     """Texts grow during training, and the stop comes after they grew; Engram addresses raw ids."""
     config = replace(
-        config, needles=NEEDLES, length=32, validate_every=4, data=DataConfig(source="nowhere")
+        config, needles=NEEDLES, seq_len=32, validate_every=4, data=DataConfig(source="nowhere")
     )
     straight = train(replace(config, folder=str(tmp_path / "straight")))
 
@@ -557,28 +557,28 @@ def test_questions_in_place_of_a_text_stop_and_go_on_too(config, tmp_path):
     assert (folder / "model.safetensors").read_bytes() == (
         straight / "model.safetensors"
     ).read_bytes()
-    held = [line for line in lines(folder) if "accuracy" in line]
-    assert [line["step"] for line in held] == [4, 8]
+    stored = [line for line in lines(folder) if "accuracy" in line]
+    assert [line["step"] for line in stored] == [4, 8]
     other = [line for line in lines(straight) if "accuracy" in line]
-    assert [line | {"seconds": 0} for line in held] == [line | {"seconds": 0} for line in other]
+    assert [line | {"seconds": 0} for line in stored] == [line | {"seconds": 0} for line in other]
     again = needle_accuracy(load_model(folder), exams(NEEDLES, 4, 32))
-    assert {name: held[-1][name] for name in again} == again
+    assert {name: stored[-1][name] for name in again} == again
     assert not (folder / "tokenizer.json").exists()
     with pytest.raises(ValueError, match=r"another run \(needles\.filler differ\)"):
         train(replace(config, needles=replace(NEEDLES, filler=3)))
     with pytest.raises(
-        ValueError, match=r"model\.vocabulary: got 10, expected at least the needles' 11"
+        ValueError, match=r"model\.vocab_size: got 10, expected at least the needles' 11"
     ):
         train(
             replace(
-                config, model=replace(config.model, vocabulary=10), folder=str(tmp_path / "narrow")
+                config, model=replace(config.model, vocab_size=10), folder=str(tmp_path / "narrow")
             )
         )
 
 
-def stopping(at: int):
+def stopping(offset: int):
     def stop(line: dict) -> None:
-        if line["step"] == at:
+        if line["step"] == offset:
             os.kill(os.getpid(), signal.SIGTERM)
 
     return stop
@@ -590,7 +590,7 @@ def test_a_stopped_run_is_read_at_its_newest_step(config, tables, capsys):
 
     A finished run is its final model.
     """
-    config = replace(config, tables=tables)
+    config = replace(config, placement=tables)
     with pytest.raises(Stopped):
         train(config, on_metrics=stopping(5))
     folder = Path(config.folder)
@@ -614,7 +614,7 @@ def test_a_stopped_run_is_read_at_its_newest_step(config, tables, capsys):
     for name, tensor in earlier.model.state_dict().items():
         assert torch.equal(tensor, saved[f"model.{name}"])
 
-    for words in (["generate", "{}", "1. A"], ["eval", "{}", "--length", "24"], ["report", "{}"]):
+    for words in (["generate", "{}", "1. A"], ["eval", "{}", "--seq-len", "24"], ["report", "{}"]):
         assert main([words[0], words[1].format(folder), *words[2:]]) == 0
         assert "not finished, read at step 5 of 8" in capsys.readouterr().err.replace("\n", " ")
     assert main(["eval", str(folder / "checkpoints" / "step3"), "--json"]) == 0
@@ -659,10 +659,10 @@ def test_a_run_that_cannot_be_read_yet_says_what_to_do(config, tmp_path, capsys)
     capsys.readouterr()
     for command in ("generate", "eval", "report"):
         assert main([command, str(folder), *(["1. A"] if command == "generate" else [])]) == 1
-        said = capsys.readouterr().err
-        assert f"go on: rorqual train {folder}" in said
-        assert len(said.splitlines()) == 1
-    config = replace(config, tables="disk", folder=str(tmp_path / "disk"))
+        message = capsys.readouterr().err
+        assert f"go on: rorqual train {folder}" in message
+        assert len(message.splitlines()) == 1
+    config = replace(config, placement="disk", folder=str(tmp_path / "disk"))
     with pytest.raises(Stopped):
         train(config, on_metrics=stopping(5))
     with pytest.raises(ValueError, match="rows learn on the disk"):
@@ -709,10 +709,10 @@ def test_validation_and_samples_change_no_number_of_training(config, tmp_path):
     loud = train(replace(config, validate_every=1))
     assert losses(quiet) == losses(loud)
     assert (quiet / "model.safetensors").read_bytes() == (loud / "model.safetensors").read_bytes()
-    held = [line for line in lines(loud) if "validation_loss" in line]
-    assert [line["step"] for line in held] == list(range(1, 9))
-    assert all(isinstance(line["sample"], str) and line["prompt"] for line in held)
-    assert len({line["prompt"] for line in held}) == 1
+    stored = [line for line in lines(loud) if "validation_loss" in line]
+    assert [line["step"] for line in stored] == list(range(1, 9))
+    assert all(isinstance(line["sample"], str) and line["prompt"] for line in stored)
+    assert len({line["prompt"] for line in stored}) == 1
     assert [line["step"] for line in lines(quiet) if "validation_loss" in line] == [8]
 
 
@@ -725,22 +725,22 @@ def test_a_run_is_validated_ten_times_and_its_best_weights_are_kept(config, caps
     with pytest.raises(Stopped):
         train(config, on_metrics=stopping(15))
     folder = train(config)
-    held = {
+    stored = {
         line["step"]: line["validation_loss"] for line in lines(folder) if "validation_loss" in line
     }
-    assert list(held) == [10, 20, 30]
+    assert list(stored) == [10, 20, 30]
     assert [step for step, _ in steps(folder / "checkpoints")] == [24, 30]
     capsys.readouterr()
     best = load(folder / "checkpoints" / "best")
-    said = capsys.readouterr().err.replace("\n", " ")
+    message = capsys.readouterr().err.replace("\n", " ")
     tokens = prepare(config.data).tokens.validation
     sample = [next(iter(validation_batches(tokens, 4, 24)))]
-    found = validate(best.model, sample, tokens.bytes / len(tokens), torch.float32)[
+    result = validate(best.model, sample, tokens.bytes / len(tokens), torch.float32)[
         "validation_loss"
     ]
     final = validate(load_model(folder), sample, tokens.bytes / len(tokens), torch.float32)[
         "validation_loss"
     ]
-    lowest = min([*(loss for step, loss in held.items() if step < 30), final])
-    assert found == pytest.approx(lowest, rel=1e-5)
-    assert f"(validation loss {found:.4f})" in said
+    lowest = min([*(loss for step, loss in stored.items() if step < 30), final])
+    assert result == pytest.approx(lowest, rel=1e-5)
+    assert f"(validation loss {result:.4f})" in message
