@@ -111,7 +111,7 @@ def same_ids(got: list[list[int]], expected: list[list[int]], margins: list[list
 
     Behind it a sequence may go on with other ids.
     """
-    for row, (ids, before, left_paddings) in enumerate(zip(got, expected, margins, strict=True)):
+    for row, (ids, before, gaps) in enumerate(zip(got, expected, margins, strict=True)):
         assert len(ids) == len(before)
         index = next(
             (n for n, (new, old) in enumerate(zip(ids, before, strict=True)) if new != old),
@@ -119,7 +119,7 @@ def same_ids(got: list[list[int]], expected: list[list[int]], margins: list[list
         )
         if index is not None:
             text = f"prompt {row}, id {index}: got {ids[index]}, was {before[index]}"
-            assert EXACT is None and left_paddings[index] < MARGIN, text
+            assert EXACT is None and gaps[index] < MARGIN, text
 
 
 @pytest.mark.usefixtures("reference")

@@ -82,9 +82,12 @@ PROSE = {
     "keeper keepers": "checkpoint callback",
     "house": "architecture",
 }
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
 # What is left out of prose: keys of a keyboard, signs of a chart, the library, the function.
 PLAIN = re.compile(
-    r"arrow keys|pyarrow|apache arrow|arrows? (of|in) (the|a) (chart|figure)|(math|np|numpy)\.floor",
+    r"arrow keys|pyarrow|apache arrow|arrows? (of|in) (the|a) (chart|figure)"
+    r"|(math|np|numpy)\.floor",
     re.IGNORECASE,
 )
 
@@ -117,9 +120,7 @@ def identifiers(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.arg
         elif isinstance(node, ast.keyword) and node.arg:
             yield node.value.lineno, node.arg
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            yield node.lineno, node.name
-        elif isinstance(node, ast.ExceptHandler) and node.name:
+        elif isinstance(node, DEFINITIONS) or (isinstance(node, ast.ExceptHandler) and node.name):
             yield node.lineno, node.name
         elif isinstance(node, ast.alias):
             yield node.lineno, node.asname or node.name.rpartition(".")[2]

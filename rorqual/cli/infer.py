@@ -223,7 +223,7 @@ def serve_command(argv: list[str]) -> int:
             max_batch_size=options.max_batch_size,
             context=options.context,
             max_waiting=options.max_waiting,
-            options=options.run,
+            run_name=options.run,
         )
     except KeyboardInterrupt:
         # An orderly exit takes seconds, and crashes where a step is still running.

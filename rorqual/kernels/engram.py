@@ -35,16 +35,16 @@ _WORTH_A_THREAD = 16384  # addresses; below, starting threads takes longer than 
 
 @compiled
 def _look_up(
-    ids, stride, left_padding, time, reach, canonical, pad, canonical_ids, start, count
+    ids, stride, ids_before, time, reach, canonical, pad, canonical_ids, start, count
 ):  # pragma: no cover
     """Writes canonical_ids[k, j] = canonical id k before token start + j; False if an id has none.
 
-    `left_padding` ids precede the tokens of each sequence.
+    `ids_before` ids precede the tokens of each sequence.
     """
     strange, done, top = False, 0, len(canonical)
     row, t = start // time, start % time
     while done < count:
-        run, column = min(count - done, time - t), row * stride + left_padding + t
+        run, column = min(count - done, time - t), row * stride + ids_before + t
         for j in range(run):
             raw = ids[column + j]
             safe = raw if raw >= 0 and raw < top else 0
@@ -53,7 +53,7 @@ def _look_up(
             canonical_ids[0, done + j] = value
         for k in range(1, len(canonical_ids)):
             canonical_ids[k, done] = pad
-            if k <= t + left_padding:
+            if k <= t + ids_before:
                 raw = ids[column - k]
                 strange |= raw < 0 or raw >= top or canonical[raw] < 0
                 canonical_ids[k, done] = canonical[raw] if not strange else 0
@@ -108,7 +108,7 @@ def _mix(
 
 @compiled
 def _hash(
-    asked, new, new_stride, ids, stride, left_padding, batch, time, reach, pad, out, first, last,
+    asked, new, new_stride, ids, stride, ids_before, batch, time, reach, pad, out, first, last,
 ):  # pragma: no cover  # fmt: skip
     """Fills out[:, first:last], with tokens counted over the batch; False if an id is unknown.
 
@@ -120,7 +120,7 @@ def _hash(
         source = numba.carray(pointer(new), batch * new_stride, np.int64)
         for row in range(batch):
             for t in range(time):
-                memory[row * stride + left_padding + t] = source[row * new_stride + t]
+                memory[row * stride + ids_before + t] = source[row * new_stride + t]
     reach_rows = numba.carray(pointer(reach), batch * time if reach else 0, np.int64)
     folded = numba.carray(pointer(canonical), top, np.int32)
     factors = numba.carray(pointer(multipliers), (layers, orders + 1), np.int64)
@@ -136,7 +136,7 @@ def _hash(
     for start in range(first, last, _BLOCK):
         count = min(_BLOCK, last - start)
         if not _look_up(
-            memory, stride, left_padding, time, reach_rows, folded, pad, canonical_ids, start, count
+            memory, stride, ids_before, time, reach_rows, folded, pad, canonical_ids, start, count
         ):
             return False
         for layer in range(layers):
@@ -190,7 +190,7 @@ def hash_rows(
 
 def follow_rows(
     ids: Int[Tensor, "B T"],
-    window: Int[Tensor, "B L"] | None,
+    window_ids: Int[Tensor, "B L"] | None,
     column: int,
     canonical_map: Int[Tensor, " V"],
     multipliers: Int[Tensor, "Lm N"],
@@ -203,7 +203,7 @@ def follow_rows(
     """Computes layers.addresses.follow_rows, bit for bit."""
     asked, (batch, time) = _ask(scratch, canonical_map, multipliers, primes, offsets), ids.shape
     ids, stride = _plain(ids)
-    if window is None:
+    if window_ids is None:
         return _run(
             asked,
             0,
@@ -217,14 +217,14 @@ def follow_rows(
             int(canonical_map[pad_id]),
             out,
         )
-    width, reach_rows = window.stride()
-    assert window.dtype is torch.int64 and reach_rows == 1
-    before = window.data_ptr() + 8 * (column - asked.orders)
+    width, reach_rows = window_ids.stride()
+    assert window_ids.dtype is torch.int64 and reach_rows == 1
+    before = window_ids.data_ptr() + 8 * (column - asked.orders)
     if batch * time <= _BLOCK:
         return _run(
             asked, ids.data_ptr(), stride, before, width, asked.orders, batch, time, None, 0, out
         )
-    window[:, column : column + time] = ids
+    window_ids[:, column : column + time] = ids
     return _run(asked, 0, 0, before, width, asked.orders, batch, time, None, 0, out)
 
 
@@ -276,10 +276,10 @@ def _plain(ids: Tensor) -> tuple[Tensor, int]:
     return (ids, stride) if reach_rows == 1 else (ids.contiguous(), ids.shape[1])
 
 
-def _run(asked, new, new_stride, ids, stride, left_padding, batch, time, reach, pad, out) -> Tensor:
+def _run(asked, new, new_stride, ids, stride, ids_before, batch, time, reach, pad, out) -> Tensor:
     """Computes the rows of `batch` times `time` tokens.
 
-    The first token is `left_padding` ids after the address `ids`.
+    The first token is `ids_before` ids after the address `ids`.
     """
     if out is None:
         # This takes half the time of torch.empty.
@@ -293,7 +293,7 @@ def _run(asked, new, new_stride, ids, stride, left_padding, batch, time, reach, 
         new_stride,
         ids,
         stride,
-        left_padding,
+        ids_before,
         batch,
         time,
         reach_rows,

@@ -144,7 +144,7 @@ def read(streams: Float[Tensor, "N S D"], pre: Float[Tensor, "S N"]) -> Float[Te
     return (pre.T[:, None].contiguous() @ streams.to(pre.dtype))[:, 0].to(streams.dtype)
 
 
-@kernel(triton="rorqual.kernels.triton_hyper:collapse")
+@kernel(triton="rorqual.kernels.triton_hyper:pre_mapping")
 def pre_mapping(
     streams: Float[Tensor, "N S D"],
     m: Float[Tensor, "K N"],
@@ -166,7 +166,7 @@ def pre_mapping(
     return read(streams, pre if handed_on is None else handed_on), pre, post, comb
 
 
-@kernel(triton="rorqual.kernels.triton_hyper:write")
+@kernel(triton="rorqual.kernels.triton_hyper:post_mapping")
 def post_mapping(
     streams: Float[Tensor, "N S D"],
     out: Float[Tensor, "N D"],

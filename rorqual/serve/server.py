@@ -726,18 +726,18 @@ def serve(
     max_batch_size: int = 8,
     context: int = 4096,
     max_waiting: int = MAX_WAITING,
-    options: str | None = None,
+    run_name: str | None = None,
 ) -> None:
     """Serves requests until interrupted.
 
     There is no login: on a host other than this machine's own, anyone may send requests.
-    given: what the user called the run, a folder or a hub id; requests may use this name, too.
+    `run_name` is what the user called the run, a folder or a hub id; requests may use it, too.
     """
-    hub_id = options is not None and not Path(options).expanduser().exists()
+    hub_id = run_name is not None and not Path(run_name).expanduser().exists()
     service = Service(
         run,
-        name=options if hub_id else None,
-        aliases=[] if options is None else [options],
+        name=run_name if hub_id else None,
+        aliases=[] if run_name is None else [run_name],
         max_batch_size=max_batch_size,
         context=context,
         max_waiting=max_waiting,

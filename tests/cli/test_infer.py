@@ -30,7 +30,7 @@ def test_generate_prints_the_text_and_what_follows(
     content = json.loads(capsys.readouterr().out)
     assert content["prompt"] + content["text"] + "\n" == first
     assert len(content["ids"]) == 5
-    assert content["finish"] in ("seq_len", "stop")
+    assert content["finish"] in ("length", "stop")
 
 
 def test_generate_with_drafts_says_the_same_and_how_many_stood(
@@ -168,11 +168,11 @@ def test_serve_passes_its_options_on(small_run: Path, monkeypatch: pytest.Monkey
     )
     assert main(["serve", str(small_run), "--port", "1234", "--max-batch-size", "2"]) == 0
     assert asked.pop("run").config.layers == 2
-    assert asked.pop("given") == str(small_run)
+    assert asked.pop("run_name") == str(small_run)
     assert asked == {
         "host": "127.0.0.1",
         "port": 1234,
-        "rows": 2,
+        "max_batch_size": 2,
         "context": 4096,
         "max_waiting": 256,
     }

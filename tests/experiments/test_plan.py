@@ -53,7 +53,7 @@ def test_the_papers_models():
 
 
 @settings(max_examples=10, deadline=None)
-@given(batch_size=st.integers(30, 5000), heads=st.integers(1, 8), head_dim=st.sampled_from([4, 8]))
+@given(rows=st.integers(30, 5000), heads=st.integers(1, 8), head_dim=st.sampled_from([4, 8]))
 def test_the_rows_solved_for_are_the_closest(rows, heads, head_dim):
     memory = EngramConfig(heads=heads, head_dim=head_dim)
 

@@ -60,7 +60,7 @@ KINDS = {
         "layers": 2,
     },
     "dsa": {"mla": SMALL_LATENT, "dsa": DSA},
-    "dsa-large": {"mla": LARGE_LATENT, "dsa": dataclasses.replace(DSA, topk_indices=7)},
+    "dsa-large": {"mla": LARGE_LATENT, "dsa": dataclasses.replace(DSA, top_k=7)},
 }
 # How a model computes: its dtype, and RORQUAL_KERNELS. Every kernel computes in float32.
 MODES = {

@@ -512,7 +512,7 @@ class TestKinds:
         site = stirred(Connection(config, 8)) if config else Residual()
         x = Streams(torch.randn(2, 5, 4 if config else 1, 8))
         u, mapping = site.read(x)
-        whole, last = site.write(u.sin(), mapping), site.write(u.sin()[:, -1:], mapping.last())
+        whole, last = site.write(u.sin(), mapping), site.write(u.sin()[:, -1:], mapping.last(None))
         close(last.values, whole.values[:, -1:])
         if config:
             close(last.pre, whole.pre[:, -1:])

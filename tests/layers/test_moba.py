@@ -113,7 +113,7 @@ def run(attention, hidden, past=None, cache=None, **expected):
 )
 def test_is_its_definition(batch, time, block, top_k, heads, choice):
     q, k, v = tensors(batch, time, *heads, value_width=5, dtype=torch.float64)
-    inner = moba_of(q, k, block=block, topk_indices=top_k, choice=choice)
+    inner = moba_of(q, k, block=block, top_k=top_k, choice=choice)
     ours, expected = call(inner, q, k, v), brute(q, k, v, 0.4, block, top_k, choice)
     torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
     pull = torch.randn_like(expected)
@@ -130,12 +130,12 @@ def test_choosing_everything_is_full_attention(time):
     ).transpose(1, 2)
     pull = torch.randn_like(full)
     grads = torch.autograd.grad((full * pull).sum(), (q, k, v))
-    swapped = moba_of(q, k, block=4, topk_indices=1)
+    swapped = moba_of(q, k, block=4, top_k=1)
     swapped.full = True
     every = (
-        moba_of(q, k, block=4, topk_indices=8),
-        moba_of(q, k, block=64, topk_indices=1),
-        moba_of(q, k, block=4, topk_indices=8, choice="tile"),
+        moba_of(q, k, block=4, top_k=8),
+        moba_of(q, k, block=64, top_k=1),
+        moba_of(q, k, block=4, top_k=8, choice="tile"),
     )
     for inner in (*every, swapped):
         ours = call(inner, q, k, v)
@@ -146,9 +146,9 @@ def test_choosing_everything_is_full_attention(time):
 
 def test_one_block_is_block_diagonal():
     q, k, v = tensors(1, 14)
-    ours = call(moba_of(q, k, block=4, topk_indices=1), q, k, v)
+    ours = call(moba_of(q, k, block=4, top_k=1), q, k, v)
     pieces = [
-        call(moba_of(q, k, block=4, topk_indices=1), *(x[:, s : s + 4] for x in (q, k, v)))
+        call(moba_of(q, k, block=4, top_k=1), *(x[:, s : s + 4] for x in (q, k, v)))
         for s in range(0, 14, 4)
     ]
     torch.testing.assert_close(ours, torch.cat(pieces, 1), atol=1e-6, rtol=0)
@@ -156,7 +156,7 @@ def test_one_block_is_block_diagonal():
 
 def test_the_choice_and_the_means_carry_no_gradient():
     q, k, v = tensors(1, 12, 1, 1)
-    call(moba_of(q, k, block=4, topk_indices=2), q, k, v)[:, -1].sum().backward()
+    call(moba_of(q, k, block=4, top_k=2), q, k, v)[:, -1].sum().backward()
     touched = k.grad[0].flatten(1).abs().sum(1) > 0
     # The own block and one other are read; of the third only the mean is used.
     assert touched.view(3, 4).all(1).tolist().count(True) == 2
@@ -164,7 +164,7 @@ def test_the_choice_and_the_means_carry_no_gradient():
 
 def test_decoding_reads_the_selected_blocks_only():
     q, k, v = (x.detach() for x in tensors(1, 41, 1, 1))
-    inner, history = moba_of(q, k, block=4, topk_indices=2), Past(1)
+    inner, history = moba_of(q, k, block=4, top_k=2), Past(1)
     cache = inner.new_cache(1, 64, q.dtype, q.device)
     call(inner, q[:, :40], k[:, :40], v[:, :40], cache=cache, history=history)
     means = k[:, :40].unflatten(1, (10, 4)).mean(2)
@@ -295,7 +295,7 @@ def test_the_last_layers_and_the_last_phase_are_full():
 def test_autocast_changes_no_choice(choice, packed):
     """In bfloat16, scores of neighbouring blocks would be equal."""
     query, key, _ = (x.detach() for x in tensors(3, 90))
-    inner = moba_of(query, key, block=2, topk_indices=4, choice=choice)
+    inner = moba_of(query, key, block=2, top_k=4, choice=choice)
     document_ids = (torch.arange(90) // 70).expand(3, -1)
     ctx = context(3, 90, "cpu", document_ids=document_ids if packed else None)
     segment = sparse.segments(ctx, 2)

@@ -371,7 +371,7 @@ def test_runs_of_queries_change_nothing(monkeypatch, choice):
     [
         ({"block": 24}, "block: got 24, expected a multiple of the stride, 16"),
         ({"select_block": 40}, "select_block: got 40, expected a multiple of the stride, 16"),
-        ({"top_k": 2}, "chosen: got 2, expected at least 3"),
+        ({"top_k": 2}, "top_k: got 2, expected at least 3"),
         ({"window": 0}, "window: got 0, expected at least 1"),
         ({"stride": 0}, "stride: got 0, expected at least 1"),
     ],
@@ -413,7 +413,7 @@ def selection_of(attention, query, blocks, ctx):
 @pytest.mark.parametrize("packed", [False, True])
 def test_autocast_changes_no_choice(choice, packed):
     """In bfloat16, scores of neighbouring blocks would be equal."""
-    inner = layer(replace(SMALL, topk_indices=6, choice=choice))
+    inner = layer(replace(SMALL, top_k=6, choice=choice))
     query, key = torch.randn(2, 90, 4, 6), torch.randn(2, 90, 2, 6)
     document_ids = (torch.arange(90) // 70).expand(2, -1)
     ctx = context(2, 90, "cpu", document_ids=document_ids if packed else None)

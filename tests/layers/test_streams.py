@@ -129,7 +129,7 @@ def test_a_site_of_tiles_is_a_site(
     ]
     start, pull, result = torch.randn(2, 5, 3, 10), torch.randn(2, 3, 5, 10).transpose(1, 2), []
     for choice in ("reference", "triton"):
-        asked = ",".join(f"{name}={choice}" for name in ("collapse", "write"))
+        asked = ",".join(f"{name}={choice}" for name in ("pre_mapping", "post_mapping"))
         monkeypatch.setitem(os.environ, kernels.VARIABLE, asked)
         assert streams.post_mapping.choice.kind(start.to(tiled)) == choice
         arguments = start.to(tiled).requires_grad_()
