@@ -77,7 +77,7 @@ for step in range(101):
 cache = model.new_cache(batch=1)
 model(ids[:, :20], cache=cache)
 latent = cache.layers[0].attention.latent
-cached = latent.buffer[:, : latent.length]
+cached = latent.buffer[:, : cache.length]
 print(
     f"4. the cache after {cache.length} letters: {list(cached.shape)} a layer, latent and rope key"
 )

@@ -597,7 +597,7 @@ def _sizes(config: ModelConfig) -> Iterator[tuple[str, int, str, int]]:
         yield "gqa.kv_heads * gqa.head_dim", keys, f"{attention}.k_proj.weight", 0
     if config.hyper is not None:
         mixed = config.hyper.streams * config.dim
-        yield "hyper.streams * dim", mixed, f"{attention}_site.mixer.fn", 1
+        yield "hyper.streams * dim", mixed, f"{attention}_residual.mixer.fn", 1
     if config.engram is not None:
         engram = config.engram
         yield "engram.layers, their number,", len(engram.layers), "addresses.primes", 0

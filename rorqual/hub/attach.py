@@ -230,8 +230,6 @@ class Memory(nn.Module):
         document_ids = _documents(kwargs, ids) if columns == 0 else None
         tokens: Tensor = ids if packed is None else packed.pack(ids)
         batch, time = tokens.shape
-        if state is not None:
-            state.columns.append(batch, time, packed)
         ctx = context(
             batch,
             time,
@@ -242,6 +240,8 @@ class Memory(nn.Module):
         )
         history = None if state is None else state.cache.ids
         rows = self.addresses(tokens, ctx, history)  # [Lm, B, T, R]
+        if state is not None:
+            state.columns.append(batch, time, packed)
         pending = [
             table.prefetch(rows[table_index]) for table_index, table in enumerate(self._stores)
         ]
@@ -340,7 +340,8 @@ class MemoryCache:
 
     def crop(self, count: int) -> None:
         """Removes the last `count` columns."""
-        self.cache.crop(self.columns.crop(count, self.cache.past.batch))
+        self.cache.crop(self.columns.tokens(count, self.cache.past.batch))
+        self.columns.crop(count)
 
     def reset(self) -> None:
         """Removes all tokens."""

@@ -88,12 +88,12 @@ class RorqualConfig(PreTrainedConfig):
 class RorqualCache(HubCache):
     """Gives a model.Cache the interface of transformers' caches, as `generate` uses it."""
 
-    def __init__(self, cache: Cache, batch_size: int) -> None:
+    def __init__(self, cache: Cache) -> None:
         super().__init__(layers=[])
-        self.cache, self._batch_size, self.columns = cache, batch_size, Columns()
+        self.cache, self.columns = cache, Columns()
 
     def __repr__(self) -> str:
-        return f"RorqualCache({self._batch_size} rows, {self.columns.count} tokens)"
+        return f"RorqualCache({self.batch_size} rows, {self.columns.count} tokens)"
 
     def __len__(self) -> int:
         return len(self.cache.layers)
@@ -113,10 +113,9 @@ class RorqualCache(HubCache):
     def batch_select_indices(self, indices: Tensor) -> None:
         self.cache.select(indices)
         self.columns.select(indices)
-        self._batch_size = len(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.arange(self._batch_size).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes tokens; transformers passes a negative number: crop(-3) removes three."""
@@ -128,7 +127,8 @@ class RorqualCache(HubCache):
             raise ValueError(
                 f"crop: got {-tokens_to_remove}, expected at most the {self.columns.count} cached"
             )
-        self.cache.crop(self.columns.crop(-tokens_to_remove, self._batch_size))
+        self.cache.crop(self.columns.tokens(-tokens_to_remove, self.batch_size))
+        self.columns.crop(-tokens_to_remove)
 
     def reset(self) -> None:
         self.cache.reset()
@@ -136,7 +136,7 @@ class RorqualCache(HubCache):
 
     @property
     def batch_size(self) -> int:
-        return self._batch_size
+        return self.cache.past.batch
 
     @property
     def is_compileable(self) -> bool:
@@ -276,12 +276,11 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
             and (self.config.use_cache if use_cache is None else use_cache)
             and labels is None
         ):
-            past_key_values = RorqualCache(self.model.new_cache(len(input_ids)), len(input_ids))
-        cache = None
-        if past_key_values is not None:
-            cache = past_key_values.cache
-            past_key_values.columns.append(ids.shape[0], ids.shape[1], packed)
+            past_key_values = RorqualCache(self.model.new_cache(len(input_ids)))
+        cache = None if past_key_values is None else past_key_values.cache
         hidden = self.model.hidden(ids, lengths=lengths, cache=cache)[0]
+        if past_key_values is not None:
+            past_key_values.columns.append(ids.shape[0], ids.shape[1], packed)
         hidden = hidden if packed is None else packed.unpack(hidden)
         logits_slice = (
             slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -312,7 +311,7 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
         if elsewhere:
             raise ValueError(
                 f"tables: got rows on {elsewhere}, which no optimizer of transformers trains, "
-                "expected them on the device: rq.load(folder, tables='device'). "
+                "expected them on the device: rq.load(folder, placement='device'). "
                 "`rorqual train --placement host` or `disk` trains rows that lie elsewhere; "
                 "a model whose own weights are frozen (LoRA) keeps its tables anywhere"
             )

@@ -53,15 +53,18 @@ class Columns:
             self._valid = torch.cat([before, packing.valid], dim=1)
         self.count += time
 
-    def crop(self, count: int, batch: int) -> list[int]:
-        """Removes the last `count` columns; returns how many tokens of each row they hold."""
-        cached = self.count - count
-        self.count = cached
-        if self._valid is None or self._valid.shape[1] <= cached:
+    def tokens(self, count: int, batch: int) -> list[int]:
+        """Returns how many tokens of each row the last `count` columns hold."""
+        remaining = self.count - count
+        if self._valid is None or self._valid.shape[1] <= remaining:
             return [count] * batch
-        padding = (~self._valid[:, cached:]).sum(1)
-        self._valid = self._valid[:, :cached]
-        return (count - padding).tolist()
+        return (count - (~self._valid[:, remaining:]).sum(1)).tolist()
+
+    def crop(self, count: int) -> None:
+        """Removes the last `count` columns."""
+        self.count -= count
+        if self._valid is not None:
+            self._valid = self._valid[:, : self.count]
 
     def select(self, index: Int[Tensor, " B"]) -> None:
         """Keeps the rows `index`, in that order."""

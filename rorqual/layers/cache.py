@@ -54,6 +54,10 @@ class State(Protocol):
         """Appends the sequences of `other` to the batch; `lengths` are the longest of each."""
         ...
 
+    def clear(self) -> None:
+        """Frees the buffer."""
+        ...
+
 
 class Appended:
     """Stores all tokens since the start in a buffer [B, capacity, ...].
@@ -103,8 +107,12 @@ class Appended:
             return self.buffer[:, ctx.past : ctx.past + self.before + time]
         return self.buffer[_places(ctx.starts, 0, self.before + time)]
 
+    def clear(self) -> None:
+        self.buffer = None
+
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
         if self.buffer is not None:
+            index = index.to(self.buffer.device)
             selected = self.buffer[:, : self.before + length].index_select(0, index)
             if len(index) != len(self.buffer):
                 self.buffer = self.buffer.new_zeros(len(index), *self.buffer.shape[1:])
@@ -114,11 +122,14 @@ class Appended:
         if self.buffer is None or other.buffer is None:
             self.buffer = None
             return
-        size = self.before + max(self.capacity, *lengths)
-        pairs = zip((self.buffer, other.buffer), lengths, strict=True)
-        self.buffer = torch.cat(
-            [_widened(buffer[:, : self.before + length], size) for buffer, length in pairs]
-        )
+        # Space for more tokens, so that the next one does not copy everything again.
+        size = self.before + max(self.capacity, max(lengths) + 64)
+        rows = len(self.buffer) + len(other.buffer)
+        joined = self.buffer.new_zeros(rows, size, *self.buffer.shape[2:])
+        first, second = (self.before + length for length in lengths)
+        joined[: len(self.buffer), :first] = self.buffer[:, :first]
+        joined[len(self.buffer) :, :second] = other.buffer[:, :second]
+        self.buffer = joined
 
 
 def _places(
@@ -127,13 +138,6 @@ def _places(
     """Returns rows and columns of the `count` tokens from `first` behind the start of each row."""
     steps = torch.arange(first, first + count, device=starts.device)
     return torch.arange(len(starts), device=starts.device)[:, None], starts[:, None] + steps
-
-
-def _widened(buffer: Tensor, columns: int) -> Tensor:
-    """Returns a copy with `columns` columns; the new ones are 0."""
-    wider = buffer.new_zeros(len(buffer), columns, *buffer.shape[2:])
-    wider[:, : buffer.shape[1]] = buffer
-    return wider
 
 
 class Recent:
@@ -190,9 +194,12 @@ class Recent:
         latest = new[rows, steps.clamp_min(0)].to(buffer.dtype)
         buffer[rows, columns] = torch.where(earlier, buffer[rows, columns], latest)
 
+    def clear(self) -> None:
+        self.buffer = None
+
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
         if self.buffer is not None:
-            self.buffer = self.buffer.index_select(0, index)
+            self.buffer = self.buffer.index_select(0, index.to(self.buffer.device))
 
     def join(self, other: "Recent", lengths: tuple[int, int]) -> None:
         if self.buffer is None or other.buffer is None:
@@ -359,7 +366,10 @@ class Cache:
         self.past.select(rows, index)
         for draft in self.drafts:
             draft.select(index, draft.past.length)
-            draft.past.select(rows, index)
+            if draft.past.length:
+                draft.past.select(rows, index)
+            else:
+                draft.past.take(len(rows))
 
     def join(self, other: "Cache") -> None:
         """Appends the sequences of `other`, a cache of the same model without drafts.
@@ -394,12 +404,17 @@ class Cache:
                 expected = f"expected 0 to {max(0, slack - (longest - length))}, or all {length}"
                 raise ValueError(
                     f"crop: got {count} tokens to remove, {expected}: "
-                    f"hold({far}) an empty cache, and it can go back as far"
+                    f"reserve_slack({far}) of an empty cache, and it can go back as far"
                 )
         past.crop(counts)
         for draft in self.drafts:
+            if not draft.past.length:
+                continue
             extra = zip(draft.past.lengths, past.lengths, strict=True)
             draft.past.crop([max(0, more - length) for more, length in extra])
+
+    def _draft_states(self) -> list[Any]:
+        return [state for draft in self.drafts for state in draft.states()]
 
     def reserve_slack(self, k: int) -> None:
         """Lets `crop` go back k tokens; the default is 64. The cache must be empty.
@@ -407,12 +422,13 @@ class Cache:
         It costs the memory of k tokens of Engram's values.
         """
         if k < 0:
-            raise ValueError(f"hold: got {k}, expected at least 0 tokens")
+            raise ValueError(f"reserve_slack: got {k}, expected at least 0 tokens")
         if self.length:
             raise ValueError(
-                f"hold: got a cache of {self.length} tokens, expected an empty one: reset it first"
+                f"reserve_slack: got a cache of {self.length} tokens, expected an empty one: "
+                "reset it first"
             )
-        for state in self._states():
+        for state in [*self._states(), *self._draft_states()]:
             if isinstance(state, Recent):
                 state.slack, state.buffer = k, None
 
@@ -423,6 +439,8 @@ class Cache:
             draft.past.crop([min(pair) for pair in pairs])
 
     def reset(self) -> None:
-        """Removes all tokens; buffers stay allocated for the next sequences."""
+        """Removes all tokens and frees the buffers; the next batch may have another size."""
         for past in (self.past, *(draft.past for draft in self.drafts)):
             past.reset()
+        for state in [*self._states(), *self._draft_states()]:
+            state.clear()

@@ -97,11 +97,14 @@ class Blocks:
         `make` maps keys [B, N, G, block, P] to [B, N, G, P]. What follows the last complete block
         of a shorter sequence means nothing.
         """
-        total = self.count(ctx.key_count)
+        total, stored = self.count(ctx.key_count), self.values.buffer
+        # An emptied cache may have had a batch of another size.
+        if stored is not None and len(stored) != len(keys):
+            stored = None
         if ctx.starts is None:
             done = self.count(ctx.past)
-            if done == total and self.values.buffer is not None:
-                return self.values.buffer[:, :total]
+            if done == total and stored is not None:
+                return stored[:, :total]
             new = make(windows(keys[:, done * self.stride :], self.block, self.stride)).detach()
             buffer = self.values.reserve(new, total)
             buffer[:, done:total] = new
@@ -113,8 +116,8 @@ class Blocks:
         )
         candidates = first[:, None] + torch.arange(time // self.stride + 1, device=device)
         rows, places = (candidates < stop[:, None]).nonzero(as_tuple=True)
-        if self.values.buffer is not None and not len(rows):
-            return self.values.reserve(self.values.buffer, total)[:, :total]
+        if stored is not None and not len(rows):
+            return self.values.reserve(stored, total)[:, :total]
         blocks = candidates[rows, places]
         columns = blocks[:, None] * self.stride + torch.arange(self.block, device=device)
         new = make(keys[rows[:, None], columns].transpose(1, 2)[:, None])[:, 0].detach()
@@ -126,6 +129,10 @@ class Blocks:
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
         """Keeps the sequences `index`, in that order."""
         self.values.select(index, self.count(length))
+
+    def clear(self) -> None:
+        """Removes all blocks."""
+        self.values.clear()
 
     def join(self, other: "Blocks", lengths: tuple[int, int]) -> None:
         """Appends the sequences of another batch."""

@@ -165,7 +165,8 @@ def open_source(config: TrainConfig) -> Source:
         )
     if config.batch_size % parallel.world():
         raise ValueError(
-            f"rows: got {config.batch_size}, expected a multiple of the {parallel.world()} ranks"
+            f"batch_size: got {config.batch_size}, "
+            f"expected a multiple of the {parallel.world()} ranks"
         )
     runtime.log(str(source))
     _log_length(config, source)

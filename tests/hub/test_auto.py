@@ -143,6 +143,26 @@ def test_the_cache_knows_transformers_verbs(face, model):
         cache.crop(2)
 
 
+@torch.no_grad()
+def test_a_refused_crop_and_another_batch_leave_the_cache_right(face, model):
+    ids = torch.arange(1, 91)[None].expand(2, -1) % 250
+    cache = face(ids).past_key_values
+    if model.config.engram is not None:
+        with pytest.raises(ValueError, match="crop: got 70 tokens to remove"):
+            cache.crop(-70)
+        assert cache.get_seq_length() == cache.cache.length == 90
+    cache.reset()
+    found = face(ids[:1, :9], past_key_values=cache)
+    assert (cache.batch_size, cache.get_seq_length()) == (1, 9)
+    cache.crop(-1)
+    torch.testing.assert_close(
+        face(ids[:1, 8:9], past_key_values=cache).logits[:, -1],
+        found.logits[:, -1],
+        atol=1e-5,
+        rtol=1e-4,
+    )
+
+
 def test_loss_is_the_models(face, model):
     ids, mask = padded()
     labels = ids.masked_fill(mask == 0, -100)

@@ -363,6 +363,27 @@ def test_a_join_that_would_lose_tokens_changes_nothing() -> None:
     rows.check()
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_emptied_cache_takes_another_batch(kind: str, rows: int) -> None:
+    """A short prompt, of which no block is complete, comes after a longer one of other rows.
+
+    Nothing of the rows before is read, not even multiplied by 0.
+    """
+    model = build(kind, torch.float32)
+    ids = torch.arange(1, 31).expand(3, -1) % 7 + torch.arange(3)[:, None]
+    cache = model.new_cache(2)
+    model.hidden(ids[:2], cache=cache)
+    for empty in (cache.reset, lambda: cache.crop(cache.lengths)):
+        empty()
+        with torch.no_grad():
+            found = [model.hidden(ids[:rows, :2], lengths=[1, 2, 2][:rows], cache=cache)[0][:, :1]]
+            found += [model.hidden(ids[:rows, 1:2], cache=cache)[0]]
+            expected = model.hidden(ids[:rows, :2])[0]
+        close(found[0], expected[:, :1])
+        close(found[1][0], expected[0, 1:])
+
+
 @every_kind
 def test_forgotten_tokens_leave_nothing_behind(kind: str, mode: torch.dtype) -> None:
     """Other tokens follow where some were removed, of all rows or of each."""

@@ -171,7 +171,9 @@ def test_a_cache_that_holds_more_goes_back_as_far():
     cache = cache_of(Recent(3, slack=4))
     cache.reserve_slack(30)
     put(cache, draw(50, 0), verb="extend")
-    with pytest.raises(ValueError, match="hold: got a cache of 50 tokens, expected an empty one"):
+    with pytest.raises(
+        ValueError, match="reserve_slack: got a cache of 50 tokens, expected an empty one"
+    ):
         cache.reserve_slack(40)
     cache.crop(30)
     assert torch.equal(put(cache, draw(1, 1), verb="extend")[:, :3], draw(50, 0)[:, 17:20])
