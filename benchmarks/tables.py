@@ -271,7 +271,7 @@ torch.set_num_threads(1)
 on_disk = TableConfig(placement="disk", hot_bytes=0)
 model = tables.model_with(config, tables.opened(config, folder, on_disk))
 draw = torch.Generator().manual_seed(0)
-prompts = torch.randint(model.config.vocabulary, (1, 16), generator=draw).tolist()
+prompts = torch.randint(model.config.vocab_size, (1, 16), generator=draw).tolist()
 list(decode(model, prompts, max_new_tokens=2))
 loaded = False
 if allowed:

@@ -70,6 +70,9 @@ PARAMETERS: dict[str, str] = {
     ".inner.window": ".window",
     ".inner.gate": ".gate",
     ".inner.": ".indexer.",
+    "attention_site.": "attention_residual.",
+    "ffn_site.": "ffn_residual.",
+    "exit.": "reduction.",
 }
 
 # standard deviation of what is added to every weight, since zeros and ones hide mistakes

@@ -28,7 +28,7 @@ from rorqual.presets import preset
 DEEPEST = 4
 ROOT = Path(rorqual.__file__).parent
 GQA = {"mla": None, "gqa": GQAConfig(heads=4, kv_heads=2, head_dim=16, qk_norm=True)}
-NSA = {"block": 8, "stride": 4, "select_block": 4, "chosen": 4, "window": 6}
+NSA = {"block": 8, "stride": 4, "select_block": 4, "top_k": 4, "window": 6}
 SPARSE = {"mla": None, "gqa": GQAConfig(heads=4, kv_heads=2, head_dim=16)}
 KINDS = {
     "mla": {},

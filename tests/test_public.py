@@ -36,7 +36,7 @@ def test_what_users_may_call_is_what_is_committed() -> None:
 @pytest.mark.parametrize(
     ("path", "line"),
     [
-        (("commands", "train", 3), "-commands > train: --data.column"),
+        (("commands", "train", 3), "-commands > train: --data.cache"),
         (("json", "rorqual eval --json", 0), "-json > rorqual eval --json: bits_per_byte"),
         (("python", "load"), "-python > load"),
         (("options", "optim.lr"), "-options > optim.lr: 0.003"),

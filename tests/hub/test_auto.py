@@ -152,12 +152,12 @@ def test_a_refused_crop_and_another_batch_leave_the_cache_right(face, model):
             cache.crop(-70)
         assert cache.get_seq_length() == cache.cache.length == 90
     cache.reset()
-    found = face(ids[:1, :9], past_key_values=cache)
+    result = face(ids[:1, :9], past_key_values=cache)
     assert (cache.batch_size, cache.get_seq_length()) == (1, 9)
     cache.crop(-1)
     torch.testing.assert_close(
         face(ids[:1, 8:9], past_key_values=cache).logits[:, -1],
-        found.logits[:, -1],
+        result.logits[:, -1],
         atol=1e-5,
         rtol=1e-4,
     )

@@ -20,11 +20,11 @@ def test_tokens_come_first_and_return_to_their_places(rows, width):
     packed, time = Packing(valid), valid.shape[1]
     x = torch.arange(1, 2 * time + 1).view(2, time)
     x = x[..., None].expand(-1, -1, 3) * 1.0 if width else x
-    front = packed.pack(x)
+    packed_rows = packed.pack(x)
     for row, length in enumerate(packed.lengths):
         assert length == sum(rows[row])
-        assert torch.equal(front[row, :length], x[row, valid[row]])
-    back = packed.unpack(front)
+        assert torch.equal(packed_rows[row, :length], x[row, valid[row]])
+    back = packed.unpack(packed_rows)
     assert torch.equal(back[valid], x[valid])
     assert not back[~valid].any()
 

@@ -377,11 +377,13 @@ def test_an_emptied_cache_takes_another_batch(kind: str, rows: int) -> None:
     for empty in (cache.reset, lambda: cache.crop(cache.lengths)):
         empty()
         with torch.no_grad():
-            found = [model.hidden(ids[:rows, :2], lengths=[1, 2, 2][:rows], cache=cache)[0][:, :1]]
-            found += [model.hidden(ids[:rows, 1:2], cache=cache)[0]]
+            results = [
+                model.hidden(ids[:rows, :2], lengths=[1, 2, 2][:rows], cache=cache)[0][:, :1]
+            ]
+            results += [model.hidden(ids[:rows, 1:2], cache=cache)[0]]
             expected = model.hidden(ids[:rows, :2])[0]
-        close(found[0], expected[:, :1])
-        close(found[1][0], expected[0, 1:])
+        close(results[0], expected[:, :1])
+        close(results[1][0], expected[0, 1:])
 
 
 @every_kind

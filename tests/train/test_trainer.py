@@ -294,7 +294,7 @@ def test_rows_that_learn_on_the_disk_are_those_of_the_device(config, tmp_path):
     config = replace(config, placement="disk", micro_batch_size=4)
     with pytest.raises(Stopped):
         train(replace(config, steps=10), on_metrics=stop)
-    with pytest.raises(ValueError, match="tables differ"):
+    with pytest.raises(ValueError, match="placement differ"):
         train(replace(config, steps=10, placement="device"))
     folder = train(replace(config, steps=10))
     assert losses(folder) == losses(straight)
