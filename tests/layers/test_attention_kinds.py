@@ -210,7 +210,7 @@ class Rows:
     def join(self, other: "Rows") -> None:
         self.cache.join(other.cache)
         self.ids += other.ids
-        self.document_ids += other.documents
+        self.document_ids += other.document_ids
         self.results += other.results
 
 
@@ -403,7 +403,7 @@ def test_forgotten_tokens_leave_nothing_behind(kind: str, mode: torch.dtype) -> 
     rows.append(1)
     rows.append(5)
     rows.cache.reset()
-    rows.ids, rows.documents = [[], [], []], [[], [], []]
+    rows.ids, rows.document_ids = [[], [], []], [[], [], []]
     rows.results = [{}, {}, {}]
     rows.append(6)
     rows.append(1)
