@@ -44,8 +44,8 @@ KINDS = {
 
 def train(model: LanguageModel, ids: torch.Tensor) -> None:
     document_ids = torch.arange(ids.shape[1]).expand_as(ids) // 20
-    for expected in ({}, {"documents": document_ids}):
-        model.train().loss(ids, ids, **expected).total.backward()
+    for more in ({}, {"document_ids": document_ids}):
+        model.train().loss(ids, ids, **more).total.backward()
 
 
 @torch.no_grad()
