@@ -6,7 +6,7 @@
 
 The selection is hard: no gradient passes through scores or means. chosen >= the number of blocks is
 full causal attention, chosen = 1 is block-diagonal. Blocks are counted from the start of each
-document, without padding, so that a packed or padded document gives the same result as alone.
+document, so that a packed document gives the same result as alone.
 
 MoBA: Mixture of Block Attention, arXiv:2502.13189. `choice="tile"`, where the first of 128 queries
 selects for all of them (layers/tiles.py), is ours.

@@ -13,8 +13,8 @@
 
 Each branch has keys and values of its own: GQA's are the selected branch's, the other two are
 projected here. All keys are rotated before anything else. The selection carries no gradient. Blocks
-are counted from the start of each document, without padding, so that a packed or padded document
-gives the same result as alone.
+are counted from the start of each document, so that a packed document gives the same result as
+alone.
 
 Native Sparse Attention, arXiv:2502.11089. The mean added to the MLP is ours: compression starts as
 mean pooling. So is `choice="tile"`, where the first of 128 queries selects for all of them
@@ -57,7 +57,7 @@ from rorqual.model_config import NSAConfig as NSAConfig
 class Compressed(NamedTuple):
     """The compressed blocks of each sequence.
 
-    Without documents and padding, block i is the keys i d .. i d + l - 1.
+    Without documents, block i is the keys i d .. i d + l - 1.
     """
 
     keys: Float[Tensor, "B M G P"]

@@ -36,9 +36,9 @@ def loop_tiles(
 ) -> Float[Tensor, "B T H Q"]:
     """Attends one tile at a time to its gathered selected blocks and its own keys.
 
-    For sequences without documents or padding. In `tiles`, the own block of each tile's first query
-    comes first and, while fewer than K exist, -1 last. The blocks between lie before the tile, so
-    that every query of the tile sees all of them.
+    For sequences of one length without documents. In `tiles`, the own block of each tile's first
+    query comes first and, while fewer than K exist, -1 last. The blocks between lie before the
+    tile, so that every query of the tile sees all of them.
     """
     (batch, length, groups), choices, out = key.shape[:3], tiles.shape[2], []
     far = [_by_block(x, block) for x in (key, value)]  # [B G M, block, P or Q]

@@ -94,7 +94,7 @@ class Module(TrainModule):
 class Loader(DataLoaderBase):
     """Yields the batches of a stream, which is one endless epoch.
 
-    The ids have their own name and OLMo-core's. `vocabulary` bounds those of the dry run.
+    The ids have their own name and OLMo-core's. `vocab_size` bounds those of the dry run.
     """
 
     def __init__(self, stream: Stream | NeedleStream, work_dir: Path, vocab_size: int) -> None:
