@@ -142,7 +142,7 @@ def test_from_nothing_to_the_table_and_again(tmp_path):
     assert all(0 <= float(r["accuracy"]) <= 1 for r in read) and {
         int(r["part"]) for r in read if r["part"]
     } <= set(range(DEPTHS))
-    for name in ("seq_len", "depth", "length-engram", "depth-engram"):
+    for name in ("length", "depth", "length-engram", "depth-engram"):
         assert (folder / f"{name}.svg").read_text().startswith("<?xml")
     text = (folder / "conclusion.txt").read_text().strip()
     assert "nsa-engram against nsa" in text and text[:40] in heard.getvalue()
