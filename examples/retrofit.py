@@ -323,7 +323,8 @@ def run(
                 f"   {arm:8s}{rate:8.0e}{results['steps']:7d}{results['train_loss']:7.3f}", end=""
             )
             print(
-                f"{results['choosing']:10.3f}{results['held_out']:10.3f}{results['trained_forms']:9.3f}",
+                f"{results['choosing']:10.3f}{results['held_out']:10.3f}"
+                f"{results['trained_forms']:9.3f}",
                 end="",
             )
             print(f"{results['other_text']:12.4f}{results['forgot']:8.4f}", end="")

@@ -444,7 +444,8 @@ def _read_weights(path: Path, device: str, without_tables: bool) -> dict[str, Te
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Reads the shapes of a safetensors file from its header."""
     with _open_weights(path, "cpu") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        names = file.keys()
+        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
 
 @contextmanager

@@ -471,7 +471,8 @@ class Editor:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
                 about = json.loads(header["about"]) if header.get("format") == FORMAT else None
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                names = file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{path} cannot be read as safetensors that an Editor saved: {error}"

@@ -1,7 +1,7 @@
 """Reads rows of a file at their positions: the compiled kernel of tables.row_file.
 
-All reads of a call are made without the interpreter's lock. A read can be told not to wait for the
-disk on Linux alone (preadv2 with RWF_NOWAIT), so the kernel runs there.
+All reads of a call are made without the interpreter's lock. Only Linux has reads that do not wait
+for the disk (preadv2 with RWF_NOWAIT), so the kernel runs there.
 """
 
 import os

@@ -62,10 +62,10 @@ def _update(
         updates[row] += 1
         n = updates[row]
         if n < corrections.shape[1]:
-            size, floor = corrections[0, n], corrections[1, n]
+            size, eps = corrections[0, n], corrections[1, n]
         else:
             root = np.sqrt(1.0 - rates[2] ** n)
-            size, floor = (
+            size, eps = (
                 np.float32(rates[0] * root / (1.0 - rates[1] ** n)),
                 np.float32(rates[3] * root),
             )
@@ -75,7 +75,7 @@ def _update(
             v[i] = b2 * v[i] + c2 * g[i] * g[i]
             # np.divide does not check for 0; the check would keep the loop from using vector
             # instructions.
-            p[i] -= np.divide(size * m[i], np.sqrt(v[i]) + floor)
+            p[i] -= np.divide(size * m[i], np.sqrt(v[i]) + eps)
 
 
 def _corrections(lr: float, betas: tuple[float, float], eps: float) -> np.ndarray:

@@ -292,7 +292,8 @@ class Bundle:
     @property
     def parts(self) -> dict[str, Any]:
         """The fields by name."""
-        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}  # type: ignore[arg-type]
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return {each.name: getattr(self, each.name) for each in fields}
 
     def states(self) -> list[Any]:
         """Returns the containers, including those in tuples and bundles."""
