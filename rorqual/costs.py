@@ -313,8 +313,8 @@ def _nsa_products(nsa: NSAConfig, gqa: GQAConfig, context: int) -> int:
     blocks = max(0, (context - nsa.block) // nsa.stride + 1)
     compressing = gqa.kv_heads * blocks * (nsa.block + 1) * (gqa.head_dim**2 + value**2)
     pairs = blocks * (context - nsa.block + 1) - nsa.stride * blocks * (blocks - 1) // 2
-    in_window = _seen(context, nsa.window) + _seen(context, nsa.top_k * nsa.select_block)
-    attended = gqa.heads * _widths(gqa) * (2 * pairs + in_window)
+    selected = _seen(context, nsa.window) + _seen(context, nsa.top_k * nsa.select_block)
+    attended = gqa.heads * _widths(gqa) * (2 * pairs + selected)
     return (2 * compressing + attended) // (2 * context) + 3 * gqa.heads * value
 
 

@@ -20,14 +20,11 @@ USAGE = "[--OPTION VALUE | OPTION=VALUE ...]"
 # that the command has.
 ELSEWHERE = {
     "--batch-size": ("max-batch-size",),
-    "--rows": (
-        "batch-size",
-        "max-batch-size",
-    ),
+    "--rows": ("batch-size", "max-batch-size"),
     "--length": ("seq-len",),
     "--micro-rows": ("micro-batch-size",),
     "--tables": ("placement",),
-    "--machine.placement": ("machine.placement",),
+    "--machine.tables": ("machine.placement",),
     "--model.vocabulary": ("model.vocab-size",),
     "--data.vocabulary": ("data.vocab-size",),
     "--model.nsa.chosen": ("model.nsa.top-k",),

@@ -161,10 +161,7 @@ def _ends(text: bytes, first: int, last: int) -> list[int]:
     full stop.
     """
     places = (text.rfind(mark, first, last) + len(mark) for mark in _MARKS)
-    return [
-        position_of if position_of >= len(mark) else 0
-        for mark, position_of in zip(_MARKS, places, strict=True)
-    ]
+    return [end if end >= len(mark) else 0 for mark, end in zip(_MARKS, places, strict=True)]
 
 
 def _text(file: io.BufferedIOBase, where: str, column: str, longest: int, skip: Skip) -> Raw:
@@ -175,20 +172,20 @@ def _jsonl(file: io.BufferedIOBase, where: str, column: str, longest: int, skip:
     number = 0
     while line := file.readline(LONGEST_LINE):
         number += 1
-        position_of = f"{where} line {number}"
+        location = f"{where} line {number}"
         if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
             while (more := file.readline(LONGEST_LINE)) and not more.endswith(b"\n"):
                 pass
-            skip("giant line", f"{position_of}: over {LONGEST_LINE} bytes")
+            skip("giant line", f"{location}: over {LONGEST_LINE} bytes")
         elif line.strip():
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError:
-                skip("not UTF-8", position_of)
+                skip("not UTF-8", location)
             except (ValueError, RecursionError):
-                skip("not JSON", position_of)
+                skip("not JSON", location)
             else:
-                yield from cell(row, column, position_of, skip)
+                yield from cell(row, column, location, skip)
 
 
 def _parquet(file: io.BufferedIOBase, where: str, column: str, longest: int, skip: Skip) -> Raw:

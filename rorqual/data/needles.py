@@ -199,8 +199,8 @@ class NeedleStream:
         if self.number < self.config.alone:
             return {"multi-query": batch_size}
         shares = (
-            (batch_size + (self.number + position_of) % len(TASKS)) // len(TASKS)
-            for position_of in range(len(TASKS))
+            (batch_size + (self.number + offset) % len(TASKS)) // len(TASKS)
+            for offset in range(len(TASKS))
         )
         return {task: share for task, share in zip(TASKS, shares, strict=True) if share}
 

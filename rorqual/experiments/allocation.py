@@ -41,7 +41,7 @@ from rorqual.train.source import prepare
 Kind = Literal["allocation", "experts", "slots", "layers", "ablation"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 # Rows per head of a memory that is too small to hold anything; rounded up to different primes.
-SMALL_BATCH = 2
+FEWEST_ROWS = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +55,7 @@ class SweepConfig:
     rhos: tuple[float, ...] = (1.0, 0.7, 0.4)
     # numbers of routed experts; the number activated per token stays that of the model
     experts: tuple[int, ...] = (2, 8, 32)
-    rows_per_head: tuple[int, ...] = (SMALL_BATCH, 64, 1024, 16384)
+    rows_per_head: tuple[int, ...] = (FEWEST_ROWS, 64, 1024, 16384)
     rho: float = 0.7  # allocation ratio of the kinds slots, layers and ablation
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: recipe(preset("tiny").dim))
@@ -138,7 +138,7 @@ def _allocation(config: SweepConfig, base: ModelConfig) -> list[Point]:
     be cheaper than the others otherwise.
     """
     memory, alone = base.engram or default_memory(base), replace(base, engram=None)
-    small = replace(base, engram=with_rows(memory, SMALL_BATCH))
+    small = replace(base, engram=with_rows(memory, FEWEST_ROWS))
     more = (
         costs(small, config.seq_len).flops_per_token - costs(alone, config.seq_len).flops_per_token
     )

@@ -34,9 +34,9 @@ def _ordered(products, weights, start, end, ordered):  # pragma: no cover
     for l in range(count):
         totals[l] = weights[0] * max(totals[l], ZERO)
     for j in range(1, weights.shape[0]):
-        index_heads, share = products[j], weights[j]
+        products_of_head, share = products[j], weights[j]
         for l in range(count):
-            totals[l] += share * max(index_heads[l], ZERO)
+            totals[l] += share * max(products_of_head[l], ZERO)
     bits = totals.view(np.int32)
     for l in range(count):
         totals[l] += ZERO  # -0 becomes 0

@@ -36,14 +36,14 @@ def _read(files, starts, first_rows, ids, into, flags):  # pragma: no cover
         while end < count and ids[end] == ids[end - 1] + 1 and ids[end] < first_rows[n + 1]:
             end += 1
         length = (end - start) * size
-        matrix_at = starts[n] + (ids[start] - first_rows[n]) * size
+        offset = starts[n] + (ids[start] - first_rows[n]) * size
         vector[0], vector[1] = base + start * size, length
-        got = _preadv2(files[n], vector.ctypes.data, 1, matrix_at, flags)
+        got = _preadv2(files[n], vector.ctypes.data, 1, offset, flags)
         if got != length:
             first_missing = min(first_missing, start + max(got, 0) // size)
             if not flags:
                 break
-            _posix_fadvise(files[n], matrix_at, length, _WILL_NEED)
+            _posix_fadvise(files[n], offset, length, _WILL_NEED)
         start = end
     return first_missing
 

@@ -1,5 +1,4 @@
-"""Attends to compressed, selected and window keys in one pass: layers.nsa.attend_small_batch,
-compiled.
+"""Attends to compressed, selected and window keys in one pass: the kernel of layers.nsa.
 
 For each token the kernel scores the compressed keys of its group, selects blocks by these scores,
 and reads the selected blocks and the window in place; nothing is gathered, masked or stored in
@@ -43,21 +42,21 @@ def _importance(weights, seen, each, per, importance):  # pragma: no cover
 
 
 @_loop
-def _choose(importance, out_row, index):  # pragma: no cover
-    """Selects the forced blocks and then the most important others before `out_row`; -1 fills the
+def _choose(importance, own_block, index):  # pragma: no cover
+    """Selects the forced blocks and then the most important others before `own_block`; -1 fills the
     rest.
 
     Of equally important blocks the later one is selected.
     """
-    count = min(out_row + 1, 3)
+    count = min(own_block + 1, 3)
     for n in range(index.shape[0]):
         index[n] = -1
     for n in range(count):
-        index[n] = 0 if n == 2 else out_row - n
+        index[n] = 0 if n == 2 else own_block - n
         importance[index[n]] = np.float32(-1)
     for n in range(count, index.shape[0]):
         best, most_seen = -1, ZERO
-        for j in range(out_row):
+        for j in range(own_block):
             if importance[j] >= most_seen:
                 best, most_seen = j, importance[j]
         index[n] = best
@@ -68,19 +67,19 @@ def _choose(importance, out_row, index):  # pragma: no cover
 
 @_loop
 def _attend(
-    query, arguments, positions, places, past_length, length, sizes, scale, out, first, last
+    query, selected, positions, places, block_count, length, sizes, scale, out, first, last
 ):  # pragma: no cover
     """Computes groups first .. last of B T G.
 
     `places` of the compressed keys and values, the keys and values, and the window's: address, and
-    bytes from one sequence, column and group to the next. `past_length` is the number of compressed
+    bytes from one sequence, column and group to the next. `block_count` is the number of compressed
     blocks, `length` that of keys.
     """
     block, stride, size, top_k, window = sizes
-    time, (groups, selected_count) = out.shape[1], arguments.shape[2:]
+    time, (groups, selected_count) = out.shape[1], selected.shape[2:]
     share, limit = out.shape[3] // groups, selected_count if selected_count else top_k
-    longest = max(past_length, limit * size, window)
-    out_row, scores = (
+    longest = max(block_count, limit * size, window)
+    queries, scores = (
         np.empty((share, query.shape[3]), np.float32),
         np.empty((share, longest), np.float32),
     )
@@ -90,16 +89,16 @@ def _attend(
     for n in range(first, last):
         b, t, g = n // (time * groups), n // groups % time, n % groups
         position = positions[b, t]
-        scaled(query[b, t, g * share :], scale, out_row)
+        scaled(query[b, t, g * share :], scale, queries)
         for x in range(6):
             addresses[x] = places[x, 0] + b * places[x, 1] + g * places[x, 3]
         heads = slice(g * share, (g + 1) * share)
-        seen = max(0, min(past_length, (position + 1 - block) // stride + 1))
+        seen = max(0, min(block_count, (position + 1 - block) // stride + 1))
         over_blocks(
-            out_row,
+            queries,
             none,
             seen,
-            past_length,
+            block_count,
             addresses[0],
             places[0, 2],
             addresses[1],
@@ -110,13 +109,13 @@ def _attend(
         )
         if selected_count:
             for k in range(selected_count):
-                index[k] = arguments[b, t, g, k]
+                index[k] = selected[b, t, g, k]
         else:
             _importance(scores, seen, block // stride, size // stride, importance)
             _choose(importance, position // size, index)
         end = position + 1
         over_blocks(
-            out_row,
+            queries,
             index,
             end,
             size,
@@ -129,16 +128,16 @@ def _attend(
             out[b, t, 1, heads],
         )
         start = max(0, end - window)
-        in_window = addresses[4] + start * places[4, 2], addresses[5] + start * places[5, 2]
+        window_at = addresses[4] + start * places[4, 2], addresses[5] + start * places[5, 2]
         count = end - start
         over_blocks(
-            out_row,
+            queries,
             none,
             count,
             count,
-            in_window[0],
+            window_at[0],
             places[4, 2],
-            in_window[1],
+            window_at[1],
             places[5, 2],
             scores,
             bits,
@@ -150,8 +149,8 @@ def attend_small_batch(
     query: Float[Tensor, "B T H P"],
     key: Float[Tensor, "B L G P"],
     value: Float[Tensor, "B L G Q"],
-    small_key: Float[Tensor, "B M G P"],
-    small_value: Float[Tensor, "B M G Q"],
+    compressed_key: Float[Tensor, "B M G P"],
+    compressed_value: Float[Tensor, "B M G Q"],
     window_key: Float[Tensor, "B L G P"],
     window_value: Float[Tensor, "B L G Q"],
     index: Int[Tensor, "B T G K"] | None,
@@ -162,13 +161,13 @@ def attend_small_batch(
     """Computes layers.nsa.attend_small_batch, within float32 rounding."""
     (batch, time, heads, width), groups = query.shape, key.shape[2]
     index = positions.new_zeros(batch, time, groups, 0) if index is None else index
-    pairs = small_key, small_value, key, value, window_key, window_value
+    pairs = compressed_key, compressed_value, key, value, window_key, window_value
     # Referenced as long as their addresses are used.
     dense = [x if x.stride(-1) == 1 else x.contiguous() for x in pairs]
     places, sizes = np.array([where(x) for x in dense]), _sizes(config)
     out = query.new_empty(batch, time, 3, heads, value.shape[-1])
     arguments = [x.detach().contiguous().numpy() for x in (query, index, positions)]
-    items, block_count = batch * time * groups, small_key.shape[1]
+    items, block_count = batch * time * groups, compressed_key.shape[1]
     work = items * (heads // groups) * (block_count + sizes[3] * sizes[2] + sizes[4]) * width
     parts = min(torch.get_num_threads(), max(1, work // _WORTH_A_THREAD), items)
     rest = places, block_count, key.shape[1], sizes, np.float32(scale), out.numpy()

@@ -29,7 +29,7 @@ _KNOWN = 1024
 def _sum(several, order, starts, values, sums, start, end):  # pragma: no cover
     """Writes sums[k] = values[order[starts[k]]] + ... + values[order[starts[k + 1] - 1]].
 
-    k runs over several[begin:end]; the sums are computed in float64.
+    k runs over several[start:end]; the sums are computed in float64.
     """
     total = np.empty(values.shape[1])
     for k in several[start:end]:
@@ -45,7 +45,7 @@ def _sum(several, order, starts, values, sums, start, end):  # pragma: no cover
 def _update(
     rows, first, second, updates, touched, gradient, corrections, rates, start, end
 ):  # pragma: no cover
-    """Updates the rows touched[begin:end] in place.
+    """Updates the rows touched[start:end] in place.
 
     `rates`: float64 [lr, b1, b2, eps]. `corrections`: float32 [2, n], see `_corrections`.
     """
@@ -91,7 +91,7 @@ def _corrections(lr: float, betas: tuple[float, float], eps: float) -> np.ndarra
 
 
 def _split(work: Callable[[int, int], None], count: int) -> None:
-    """Calls work(begin, end) over 0..count, on as many of torch's threads as are worth starting."""
+    """Calls work(start, end) over 0..count, on as many of torch's threads as are worth starting."""
     parts = min(torch.get_num_threads(), max(1, count // _WORTH_A_THREAD))
     compiled.spread(lambda _, start, end: work(start, end), count, parts)
 

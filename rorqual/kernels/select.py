@@ -95,9 +95,9 @@ def _sum(weights, values, step, count, following, out):  # pragma: no cover
 
 @_loop
 def over_blocks(
-    out_row, index, end, block, key, key_step, value, value_step, scores, bits, result
+    queries, index, end, block, key, key_step, value, value_step, scores, bits, result
 ):  # pragma: no cover
-    """Writes result[h], the attention of out_row[h] to the keys before `end` in the blocks `index`.
+    """Writes result[h], the attention of queries[h] to the keys before `end` in the blocks `index`.
 
     Keys and values lie at the addresses key + l key_step and value + l value_step.
     """
@@ -111,10 +111,10 @@ def over_blocks(
                 else value + index[0] * block * value_step
             )
             _score(
-                out_row, key + index[n] * block * key_step, key_step, count, after, scores[:, seen:]
+                queries, key + index[n] * block * key_step, key_step, count, after, scores[:, seen:]
             )
             seen += count
-    for h in range(out_row.shape[0]):
+    for h in range(queries.shape[0]):
         fill(result[h], ZERO)
         if seen:
             softmax(scores[h, :seen], bits[:seen])
@@ -135,10 +135,10 @@ def over_blocks(
 
 
 @_loop
-def scaled(query, scale, out_row):  # pragma: no cover
-    for h in range(out_row.shape[0]):
-        for i in range(out_row.shape[1]):
-            out_row[h, i] = query[h, i] * scale
+def scaled(query, scale, out):  # pragma: no cover
+    for h in range(out.shape[0]):
+        for i in range(out.shape[1]):
+            out[h, i] = query[h, i] * scale
 
 
 @_loop
@@ -151,17 +151,17 @@ def _attend(
     """
     (_, time, heads, width), (choices, top_k), groups = query.shape, index.shape[2:], length[1]
     share = heads // choices
-    out_row = np.empty((share, width), np.float32)
+    queries = np.empty((share, width), np.float32)
     scores, bits = np.empty((share, top_k * block), np.float32), np.empty(top_k * block, np.int32)
     for n in range(first, last):
         b, t, j = n // (time * choices), n // choices % time, n % choices
         group, end = j * groups // choices, min(positions[b, t] + 1, length[0])
-        scaled(query[b, t, j * share :], scale, out_row)
+        scaled(query[b, t, j * share :], scale, queries)
         keys = key[0] + b * key[1] + group * key[3]
         values = value[0] + b * value[1] + group * value[3]
         result = out[b, t, j * share : (j + 1) * share]
         over_blocks(
-            out_row,
+            queries,
             index[b, t, j],
             end,
             block,

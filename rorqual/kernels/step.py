@@ -159,13 +159,15 @@ def _heads(pointer, sizes, low, latent, cos, sin, out, me, threads):  # pragma: 
     weight = matrix_at(pointer[KV_B], sizes.heads * up, sizes.rank)
     queries = np.zeros((end - start, sizes.rank + sizes.rope), np.float32)
     for h in range(start, end):
-        out_row, query = raw[h * width : (h + 1) * width], queries[h - start]
+        query_of_head, query = raw[h * width : (h + 1) * width], queries[h - start]
         for i in range(width):
-            out_row[i] *= np.float32(sizes.scale)
+            query_of_head[i] *= np.float32(sizes.scale)
         for i in range(sizes.rope):
-            query[sizes.rank + i] = out_row[sizes.nope + i]
+            query[sizes.rank + i] = query_of_head[sizes.nope + i]
         rotate(query[sizes.rank :], cos, sin, sizes.interleaved)
-        columns(weight[h * up : h * up + sizes.nope], out_row[: sizes.nope], query, 0, sizes.rank)
+        columns(
+            weight[h * up : h * up + sizes.nope], query_of_head[: sizes.nope], query, 0, sizes.rank
+        )
     summed = np.zeros((end - start, sizes.rank), np.float32)
     _attend(queries, latent, summed)
     fill(out[start * sizes.value : end * sizes.value], ZERO)
@@ -298,17 +300,17 @@ def _gated(gate, up, out, factor):  # pragma: no cover
 
 @compiled
 def _experts_in(pointer, sizes, hidden, expert_ids, weights, inner, start, end):  # pragma: no cover
-    """Writes inner[k, begin:end] = weight_k silu(gate) up.
+    """Writes inner[k, start:end] = weight_k silu(gate) up.
 
     These are this thread's columns of every selected expert.
     """
     width, both = sizes.width, np.empty(2 * sizes.width, np.float32)
     every = matrix_at(pointer[GATE_UP], sizes.experts * sizes.dim, 2 * width)
     for k in range(sizes.active):
-        out_row = every[expert_ids[k] * sizes.dim : (expert_ids[k] + 1) * sizes.dim]
+        weight = every[expert_ids[k] * sizes.dim : (expert_ids[k] + 1) * sizes.dim]
         fill(both, ZERO)
-        columns(out_row, hidden, both, start, end)
-        columns(out_row, hidden, both, width + start, width + end)
+        columns(weight, hidden, both, start, end)
+        columns(weight, hidden, both, width + start, width + end)
         _gated(both[start:end], both[width + start : width + end], inner[k, start:end], weights[k])
 
 
@@ -334,8 +336,8 @@ def _feed_forward(pointer, sizes, x, width, shared, clocks, me, phase):  # pragm
     if pointer[ROUTER]:
         every = matrix_at(pointer[EXPERTS_DOWN], sizes.experts * sizes.width, sizes.dim)
         for k in range(sizes.active):
-            out_row = every[expert_ids[k] * sizes.width : (expert_ids[k] + 1) * sizes.width]
-            columns(out_row, inner[k, : sizes.width], x, start, end)
+            weight = every[expert_ids[k] * sizes.width : (expert_ids[k] + 1) * sizes.width]
+            columns(weight, inner[k, : sizes.width], x, start, end)
     _meet(clocks, me, phase + 1)
 
 

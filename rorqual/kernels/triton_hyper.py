@@ -31,8 +31,8 @@ def _start(m, scale, base, n, tokens, eps, floor, S: tl.constexpr, P: tl.constex
     """Returns the softmax over the last axis [n, j, k] and Sinkhorn's first matrix; 0 outside."""
     j, k = tl.arange(0, P)[None, :, None], tl.arange(0, P)[None, None, :]
     inside, row = (j < S) & (k < S), (2 + j) * S + k
-    lookup_mask = inside & (n < tokens)[:, None, None]
-    logits = tl.load(m + row * tokens + n[:, None, None], mask=lookup_mask, other=0.0) * tl.load(
+    in_range = inside & (n < tokens)[:, None, None]
+    logits = tl.load(m + row * tokens + n[:, None, None], mask=in_range, other=0.0) * tl.load(
         scale + 2
     )
     logits = tl.where(k < S, logits + tl.load(base + row, mask=inside, other=0.0), float("-inf"))
@@ -47,8 +47,8 @@ def _sigmoids(m, scale, base, n, tokens, which: tl.constexpr, S: tl.constexpr, P
     """Returns the sigmoid of the logits of pre (which 0) or post (1), [n, s]."""
     s = tl.arange(0, P)
     row = which * S + s
-    lookup_mask = (s < S)[None, :] & (n < tokens)[:, None]
-    logits = tl.load(m + row[None, :] * tokens + n[:, None], mask=lookup_mask, other=0.0) * tl.load(
+    in_range = (s < S)[None, :] & (n < tokens)[:, None]
+    logits = tl.load(m + row[None, :] * tokens + n[:, None], mask=in_range, other=0.0) * tl.load(
         scale + which
     )
     return tl.sigmoid(logits + tl.load(base + row, mask=s < S, other=0.0)[None, :])
@@ -69,24 +69,24 @@ def _pre_mapping(
     WIDTH: tl.constexpr,
 ):  # fmt: skip
     n, s = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
-    lookup_mask = (s < S)[None, :] & (n < tokens)[:, None]
+    in_range = (s < S)[None, :] & (n < tokens)[:, None]
     offset = s[None, :] * tokens + n[:, None]
     weights = _sigmoids(m, scale, base, n, tokens, 0, S, P) + eps
-    tl.store(pre + offset, weights, mask=lookup_mask)
-    tl.store(post + offset, 2.0 * _sigmoids(m, scale, base, n, tokens, 1, S, P), mask=lookup_mask)
+    tl.store(pre + offset, weights, mask=in_range)
+    tl.store(post + offset, 2.0 * _sigmoids(m, scale, base, n, tokens, 1, S, P), mask=in_range)
     _, c = _start(m, scale, base, n, tokens, eps, floor, S, P)
     c = c / _divisor(c, eps, 1, S, P)[:, None, :]
     for _ in range(iterations - 1):
         c = c / _divisor(c, eps, 2, S, P)[:, :, None]
         c = c / _divisor(c, eps, 1, S, P)[:, None, :]
     offsets = (s[None, :, None] * S + s[None, None, :]) * tokens + n[:, None, None]
-    tl.store(comb + offsets, c, mask=lookup_mask[:, :, None] & (s < S)[None, None, :])
+    tl.store(comb + offsets, c, mask=in_range[:, :, None] & (s < S)[None, None, :])
     if handed_on is not None:
-        weights = tl.load(handed_on + offset, mask=lookup_mask, other=0.0)
+        weights = tl.load(handed_on + offset, mask=in_range, other=0.0)
     flat = n.to(tl.int64)  # values may be more than 2^31
     for first in range(0, dim, WIDTH):
         d = first + tl.arange(0, WIDTH)
-        inside = lookup_mask[:, :, None] & (d < dim)[None, None, :]
+        inside = in_range[:, :, None] & (d < dim)[None, None, :]
         x = tl.load(
             streams + (flat[:, None, None] * S + s[None, :, None]) * dim + d[None, None, :],
             mask=inside,
@@ -125,8 +125,8 @@ def _unwind(
         total = _divisor(c, eps, 1, S, P)
         start_sum, c = tl.where(t == 2 * i + 2, total[:, :, None], start_sum), c / total[:, None, :]
     offsets = (s[None, :, None] * S + s[None, None, :]) * tokens + n[:, None, None]
-    lookup_mask = (s < S)[None, :, None] & (s < S)[None, None, :] & (n < tokens)[:, None, None]
-    flow = c * tl.load(d_comb + offsets, mask=lookup_mask, other=0.0)
+    in_range = (s < S)[None, :, None] & (s < S)[None, None, :] & (n < tokens)[:, None, None]
+    flow = c * tl.load(d_comb + offsets, mask=in_range, other=0.0)
     for i in range(iterations - 1):
         last = 2 * (iterations - 1 - i)
         flow -= c * tl.sum(flow, axis=1)[:, None, :]
@@ -147,16 +147,16 @@ def _pre_mapping_backward(
     STEPS: tl.constexpr,
 ):  # fmt: skip
     n, s = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
-    lookup_mask = (s < S)[None, :] & (n < tokens)[:, None]
+    in_range = (s < S)[None, :] & (n < tokens)[:, None]
     offset = s[None, :] * tokens + n[:, None]
     opened = _sigmoids(m, scale, base, n, tokens, 0, S, P)
     weights = opened + eps
     if handed_on is not None:
-        weights = tl.load(handed_on + offset, mask=lookup_mask, other=0.0)
+        weights = tl.load(handed_on + offset, mask=in_range, other=0.0)
     flat, back = n.to(tl.int64), tl.zeros([ROWS, P], tl.float32)
     for first in range(0, dim, WIDTH):
         d = first + tl.arange(0, WIDTH)
-        inside = lookup_mask[:, :, None] & (d < dim)[None, None, :]
+        inside = in_range[:, :, None] & (d < dim)[None, None, :]
         where = (flat[:, None, None] * S + s[None, :, None]) * dim + d[None, None, :]
         mask = (n < tokens)[:, None] & (d < dim)[None, :]
         change = tl.load(d_u + flat[:, None] * dim + d[None, :], mask=mask, other=0.0).to(
@@ -169,20 +169,18 @@ def _pre_mapping_backward(
             (weights[:, :, None] * change).to(d_streams.dtype.element_ty),
             mask=inside,
         )
-    of_pre = tl.load(d_pre + offset, mask=lookup_mask, other=0.0)
+    of_pre = tl.load(d_pre + offset, mask=in_range, other=0.0)
     if handed_on is not None:
-        tl.store(d_handed + offset, back, mask=lookup_mask)
+        tl.store(d_handed + offset, back, mask=in_range)
     else:
         of_pre += back
-    tl.store(d_logits + offset, of_pre * opened * (1.0 - opened), mask=lookup_mask)
+    tl.store(d_logits + offset, of_pre * opened * (1.0 - opened), mask=in_range)
     opened = _sigmoids(m, scale, base, n, tokens, 1, S, P)
-    of_post = tl.load(d_post + offset, mask=lookup_mask, other=0.0)
-    tl.store(
-        d_logits + S * tokens + offset, 2.0 * of_post * opened * (1.0 - opened), mask=lookup_mask
-    )
+    of_post = tl.load(d_post + offset, mask=in_range, other=0.0)
+    tl.store(d_logits + S * tokens + offset, 2.0 * of_post * opened * (1.0 - opened), mask=in_range)
     flow = _unwind(m, scale, base, d_comb, n, tokens, eps, floor, iterations, S, P, STEPS)
     offsets = ((2 + s[None, :, None]) * S + s[None, None, :]) * tokens + n[:, None, None]
-    tl.store(d_logits + offsets, flow, mask=lookup_mask[:, :, None] & (s < S)[None, None, :])
+    tl.store(d_logits + offsets, flow, mask=in_range[:, :, None] & (s < S)[None, None, :])
 
 
 @triton.jit
@@ -193,19 +191,19 @@ def _post_mapping(
 ):  # fmt: skip
     n, s = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
     here, flat = n < tokens, n.to(tl.int64)
-    lookup_mask = (s < S)[None, :] & here[:, None]
+    in_range = (s < S)[None, :] & here[:, None]
     for first in range(0, dim, WIDTH):
         d = first + tl.arange(0, WIDTH)
         mask = here[:, None] & (d < dim)[None, :]
         where = (flat[:, None, None] * S + s[None, :, None]) * dim + d[None, None, :]
         x = tl.load(
-            streams + where, mask=lookup_mask[:, :, None] & (d < dim)[None, None, :], other=0.0
+            streams + where, mask=in_range[:, :, None] & (d < dim)[None, None, :], other=0.0
         ).to(tl.float32)
         added = tl.load(out + flat[:, None] * dim + d[None, :], mask=mask, other=0.0).to(tl.float32)
         for k in tl.static_range(S):
             if comb is not None:
                 way = tl.load(
-                    comb + (s[None, :] * S + k) * tokens + n[:, None], mask=lookup_mask, other=0.0
+                    comb + (s[None, :] * S + k) * tokens + n[:, None], mask=in_range, other=0.0
                 )
             else:
                 way = tl.where(s == k, 1.0, 0.0)[None, :]
@@ -226,12 +224,12 @@ def _post_mapping_backward(
 ):  # fmt: skip
     n, s = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
     here, flat = n < tokens, n.to(tl.int64)
-    lookup_mask = (s < S)[None, :] & here[:, None]
+    in_range = (s < S)[None, :] & here[:, None]
     of_post, of_comb = tl.zeros([ROWS, P], tl.float32), tl.zeros([ROWS, P, P], tl.float32)
     for first in range(0, dim, WIDTH):
         d = first + tl.arange(0, WIDTH)
         mask = here[:, None] & (d < dim)[None, :]
-        inside = lookup_mask[:, :, None] & (d < dim)[None, None, :]
+        inside = in_range[:, :, None] & (d < dim)[None, None, :]
         where = (flat[:, None, None] * S + s[None, :, None]) * dim + d[None, None, :]
         added = tl.load(out + flat[:, None] * dim + d[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.load(streams + where, mask=inside, other=0.0).to(tl.float32)
@@ -244,7 +242,7 @@ def _post_mapping_backward(
             of_post += tl.where(s == k, 1.0, 0.0)[None, :] * tl.sum(change * added, axis=1)[:, None]
             if comb is not None:
                 way = tl.load(
-                    comb + (s[None, :] * S + k) * tokens + n[:, None], mask=lookup_mask, other=0.0
+                    comb + (s[None, :] * S + k) * tokens + n[:, None], mask=in_range, other=0.0
                 )
                 of_comb += (
                     tl.where(s == k, 1.0, 0.0)[None, None, :]
@@ -257,10 +255,10 @@ def _post_mapping_backward(
         tl.store(
             d_out + flat[:, None] * dim + d[None, :], of_out.to(d_out.dtype.element_ty), mask=mask
         )
-    tl.store(d_post + s[None, :] * tokens + n[:, None], of_post, mask=lookup_mask)
+    tl.store(d_post + s[None, :] * tokens + n[:, None], of_post, mask=in_range)
     if comb is not None:
         offsets = (s[None, :, None] * S + s[None, None, :]) * tokens + n[:, None, None]
-        tl.store(d_comb + offsets, of_comb, mask=lookup_mask[:, :, None] & (s < S)[None, None, :])
+        tl.store(d_comb + offsets, of_comb, mask=in_range[:, :, None] & (s < S)[None, None, :])
 
 
 def _launch(kernel: Any, tensors: tuple[Any, ...], *rest: float, **constants: int) -> None:

@@ -26,10 +26,10 @@ _PIECE = 64  # keys of a block at a time
 
 @triton.jit
 @inspect.unwrap  # tests wrap every function to check its shapes
-def _rows(source, row, lookup_mask, width, PADDED: tl.constexpr):
+def _rows(source, row, in_range, width, PADDED: tl.constexpr):
     """Loads source[row], `width` values each, [len(row), PADDED]; 0 outside."""
     column = tl.arange(0, PADDED)
-    inside = lookup_mask[:, None] & (column < width)[None, :]
+    inside = in_range[:, None] & (column < width)[None, :]
     return tl.load(source + row[:, None] * width + column[None, :], mask=inside, other=0.0)
 
 
@@ -40,7 +40,7 @@ def _keys(
     batch,
     columns,
     group,
-    lookup_mask,
+    in_range,
     width,
     stride_b,
     stride_l,
@@ -56,7 +56,7 @@ def _keys(
     )
     return tl.load(
         source + matrix_at,
-        mask=lookup_mask[:, None] & (tl.arange(0, PADDED) < width)[None, :],
+        mask=in_range[:, None] & (tl.arange(0, PADDED) < width)[None, :],
         other=0.0,
     )
 
@@ -95,8 +95,8 @@ def _forward(
         choice * groups // choices,
         tl.arange(0, ROWS),
     )
-    row, lookup_mask = (token * choices + choice) * HEADS + r, r < HEADS
-    q = _rows(query, row, lookup_mask, width, WIDE)
+    row, in_range = (token * choices + choice) * HEADS + r, r < HEADS
+    q = _rows(query, row, in_range, width, WIDE)
     limit = tl.minimum(tl.load(positions + token) + 1, length)
     top, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
     summed = tl.zeros([ROWS, DEEP], tl.float32)
@@ -116,12 +116,12 @@ def _forward(
     some = total > 0
     summed = summed / tl.where(some, total, 1.0)[:, None]
     column = tl.arange(0, DEEP)[None, :]
-    inside = lookup_mask[:, None] & (column < deep)
+    inside = in_range[:, None] & (column < deep)
     tl.store(out + row[:, None] * deep + column, summed.to(out.dtype.element_ty), mask=inside)
     tl.store(
         sums + row,
         tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("inf")),
-        mask=lookup_mask,
+        mask=in_range,
     )
 
 
@@ -141,16 +141,16 @@ def _backward_queries(
         choice * groups // choices,
         tl.arange(0, ROWS),
     )
-    row, lookup_mask = (token * choices + choice) * HEADS + r, r < HEADS
+    row, in_range = (token * choices + choice) * HEADS + r, r < HEADS
     q, change = (
-        _rows(query, row, lookup_mask, width, WIDE),
-        _rows(d_out, row, lookup_mask, deep, DEEP),
+        _rows(query, row, in_range, width, WIDE),
+        _rows(d_out, row, in_range, deep, DEEP),
     )
     product = tl.sum(
-        change.to(tl.float32) * _rows(out, row, lookup_mask, deep, DEEP).to(tl.float32), axis=1
+        change.to(tl.float32) * _rows(out, row, in_range, deep, DEEP).to(tl.float32), axis=1
     )
-    tl.store(products + row, product, mask=lookup_mask)
-    sum_of = tl.load(sums + row, mask=lookup_mask, other=float("inf"))
+    tl.store(products + row, product, mask=in_range)
+    sum_of = tl.load(sums + row, mask=in_range, other=float("inf"))
     limit = tl.minimum(tl.load(positions + token) + 1, length)
     made = tl.zeros([ROWS, WIDE], tl.float32)
     for n in range(top_k):
@@ -167,7 +167,7 @@ def _backward_queries(
     column = tl.arange(0, WIDE)[None, :]
     made = (made * scale).to(d_query.dtype.element_ty)
     tl.store(
-        d_query + row[:, None] * width + column, made, mask=lookup_mask[:, None] & (column < width)
+        d_query + row[:, None] * width + column, made, mask=in_range[:, None] & (column < width)
     )
 
 
@@ -193,22 +193,22 @@ def _backward_keys(
     end = tl.load(starts + bucket + 1)
     for entry in range(tl.load(starts + bucket), end, ROWS // EACH):
         offset = entry + r // EACH
-        lookup_mask = (offset < end) & (r % EACH < HEADS)
-        pair = tl.load(order + offset, mask=lookup_mask, other=0)  # a token and a choice
+        in_range = (offset < end) & (r % EACH < HEADS)
+        pair = tl.load(order + offset, mask=in_range, other=0)  # a token and a choice
         row = pair * HEADS + r % EACH
         q, change = (
-            _rows(query, row, lookup_mask, width, WIDE),
-            _rows(d_out, row, lookup_mask, deep, DEEP),
+            _rows(query, row, in_range, width, WIDE),
+            _rows(d_out, row, in_range, deep, DEEP),
         )
-        seen = lookup_mask[:, None] & (
+        seen = in_range[:, None] & (
             columns[None, :]
-            <= tl.load(positions + pair // choices, mask=lookup_mask, other=-1)[:, None]
+            <= tl.load(positions + pair // choices, mask=in_range, other=-1)[:, None]
         )
         logits = _dot(q, tl.trans(k), EXACT) * scale
-        sum_of = tl.load(sums + row, mask=lookup_mask, other=float("inf"))
+        sum_of = tl.load(sums + row, mask=in_range, other=float("inf"))
         weights = tl.where(seen & real[None, :], tl.exp(logits - sum_of[:, None]), 0.0)
         of_value += _dot(tl.trans(weights.to(change.dtype)), change, EXACT)
-        product = tl.load(products + row, mask=lookup_mask, other=0.0)
+        product = tl.load(products + row, mask=in_range, other=0.0)
         moved = weights * (_dot(change, tl.trans(v), EXACT) - product[:, None])
         of_key += _dot(tl.trans(moved.to(q.dtype)), q, EXACT)
     line = (batch * length + columns.to(tl.int64)) * groups + group

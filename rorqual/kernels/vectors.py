@@ -64,8 +64,8 @@ def rows(weight, x, out, start, end):  # pragma: no cover
 
 @_any_order
 def columns(weight, x, out, start, end):  # pragma: no cover
-    """Adds x @ weight[:, begin:end] to out[begin:end], four rows of the weight at a time."""
-    out_row, i = out[start:end], 0
+    """Adds x @ weight[:, start:end] to out[start:end], four rows of the weight at a time."""
+    target, i = out[start:end], 0
     while i + 4 <= x.shape[0]:
         a, b, c, d = (
             weight[i, start:end],
@@ -74,12 +74,12 @@ def columns(weight, x, out, start, end):  # pragma: no cover
             weight[i + 3, start:end],
         )
         p, q, s, t = x[i], x[i + 1], x[i + 2], x[i + 3]
-        for j in range(out_row.shape[0]):
-            out_row[j] += p * a[j] + q * b[j] + s * c[j] + t * d[j]
+        for j in range(target.shape[0]):
+            target[j] += p * a[j] + q * b[j] + s * c[j] + t * d[j]
         i += 4
     for k in range(i, x.shape[0]):
-        for j in range(out_row.shape[0]):
-            out_row[j] += x[k] * weight[k, start + j]
+        for j in range(target.shape[0]):
+            target[j] += x[k] * weight[k, start + j]
 
 
 @compiled
@@ -207,9 +207,9 @@ def _dots(heads):
                 pointer = builder.mul(loop.index, ir.Constant(_WHOLE, 4 * LANES))
                 keys = [_load(builder, row, pointer) for row in (a, b, c, d)]
                 for h in range(heads):
-                    out_row = _load(builder, queries, builder.add(more[h], pointer))
+                    query = _load(builder, queries, builder.add(more[h], pointer))
                     for total, key in zip(totals[4 * h : 4 * h + 4], keys, strict=True):
-                        product = builder.fmul(out_row, key, flags=_FUSED)
+                        product = builder.fmul(query, key, flags=_FUSED)
                         builder.store(
                             builder.fadd(builder.load(total), product, flags=_FUSED), total
                         )

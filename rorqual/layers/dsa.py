@@ -167,9 +167,9 @@ class DSA(MLA):
             outs.append(early.attend_masked(*arguments, scale))
         if cut < nope.shape[1]:
             query, value_up = self.absorb(nope[:, cut:], rope[:, cut:])
-            small_batch = query, latent, late.query, late.key, late.weights
-            if late.small_batch and attend_best.choose(*small_batch) is not None:
-                out = attend_best(*small_batch, late.top_k, scale, late.ends)
+            inputs = query, latent, late.query, late.key, late.weights
+            if late.small_batch and attend_best.choose(*inputs) is not None:
+                out = attend_best(*inputs, late.top_k, scale, late.ends)
             else:
                 out = late.attend_gathered(query, latent, scale)
             outs.append(self.lift(out, value_up))

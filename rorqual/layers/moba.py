@@ -152,20 +152,20 @@ class MoBA(GQA):
 
         With tiles the selection of the incomplete tile is cached.
         """
-        size, selected = self.moba.block, self.moba.top_k
-        query_block = own_blocks(ctx, segment, size)
-        first = query_block - ctx.positions // size
+        size, top_k = self.moba.block, self.moba.top_k
+        own_block = own_blocks(ctx, segment, size)
+        first = own_block - ctx.positions // size
         if not self.tiles and ctx.key_count <= size:
             return None
         queries = tile_queries(ctx) if self.tiles else None
-        index = [query_block.new_empty(len(query_block), 0, query.shape[2], selected)]
+        index = [own_block.new_empty(len(own_block), 0, query.shape[2], top_k)]
         for run in runs(query.shape[1] if queries is None else len(queries)):
             rows, end = run if queries is None else queries[run], None
             if queries is None and ctx.mask is None:
                 # No query of the run sees later blocks.
                 end = -(-(ctx.past + run.stop) // size)
             scores = block_scores(query[:, rows], means[:, :end])
-            index.append(best_blocks(scores, query_block[:, rows], first[:, rows], selected))
+            index.append(best_blocks(scores, own_block[:, rows], first[:, rows], top_k))
         if not self.tiles:
             return Selection(torch.cat(index, dim=1), size, segment)
         choice = None if ctx.cache is None else ctx.cache.attention.choice

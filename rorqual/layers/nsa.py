@@ -98,8 +98,8 @@ class KeysAndValues(Bundle):
 class NSACache(GQACache):
     """The cache of the three branches; the selected branch's keys and values are GQA's."""
 
-    blocks: KeysAndValues  # compressed keys and values, both Blocks
-    compressed: KeysAndValues  # keys and values before compression
+    compressed: KeysAndValues  # both Blocks
+    uncompressed: KeysAndValues  # what they are made from
     window: KeysAndValues
     choice: Recent | None = None  # selection of the incomplete tile
 
@@ -130,8 +130,8 @@ class NSA(GQA):
         return NSACache(
             Appended(capacity),
             Appended(capacity),
-            blocks=KeysAndValues(Blocks(*size), Blocks(*size)),
-            compressed=KeysAndValues(Appended(capacity), Appended(capacity)),
+            compressed=KeysAndValues(Blocks(*size), Blocks(*size)),
+            uncompressed=KeysAndValues(Appended(capacity), Appended(capacity)),
             window=KeysAndValues(Appended(capacity), Appended(capacity)),
             choice=Recent(1) if self.tiles else None,
         )
@@ -145,20 +145,20 @@ class NSA(GQA):
         """
         whole, scale = ctx, self.scale
         query, key, value = self.project(hidden, ctx)
-        far, in_window = self._project_branches(hidden, ctx)
-        blocks = self._compress(*far, ctx)
+        uncompressed, window_pair = self._project_branches(hidden, ctx)
+        blocks = self._compress(*uncompressed, ctx)
         # With tiles the first query of a tile selects, even if only the last one is needed.
         if ctx.last_only and not self.tiles:
             query, ctx = ctx.last_of(query), ctx.last()
         if ctx.past and blocks.segment is None and query.shape[1] <= SMALL_BATCH:
             index = self.select(query, blocks, ctx).blocks if self.tiles else None
-            pairs = key, value, blocks.keys, blocks.values, *in_window
+            pairs = key, value, blocks.keys, blocks.values, *window_pair
             out = attend_small_batch(query, *pairs, index, ctx.positions, self.nsa, scale)
         else:
             compressed, keys = self._attend_compressed(query, blocks, ctx)
             keys = self.select(query, blocks, ctx) if keys is None else keys
             selected = attend_selected(query, key, value, keys, ctx, scale)
-            window = self._attend_window(query, *in_window, ctx)
+            window = self._attend_window(query, *window_pair, ctx)
             out = torch.stack([compressed, selected, window], dim=2)
         if whole.last_only:
             out, hidden = ctx.last_of(out), whole.last_of(hidden)
@@ -179,14 +179,14 @@ class NSA(GQA):
 
         They are those of largest p_slc. The selection of the incomplete tile is cached.
         """
-        size, selected, queries = self.nsa.select_block, self.nsa.top_k, tile_queries(ctx)
-        index = [queries.new_empty(len(query), 0, self.config.kv_heads, selected)]
+        size, top_k, queries = self.nsa.select_block, self.nsa.top_k, tile_queries(ctx)
+        index = [queries.new_empty(len(query), 0, self.config.kv_heads, top_k)]
         for run in runs(len(queries)):
             rows = queries[run]
             seen = self._seen(blocks, ctx, rows)
             keys = blocks.keys[:, : seen.shape[-1]]
             weights = _probabilities(query[:, rows], keys, seen, self.scale)
-            index.append(best_blocks(*self._importance(weights, blocks, ctx, rows), selected, 3))
+            index.append(best_blocks(*self._importance(weights, blocks, ctx, rows), top_k, 3))
         choice = None if ctx.cache is None else ctx.cache.attention.choice
         return by_tiles(torch.cat(index, dim=1), ctx, blocks.segment, size, choice)
 
@@ -200,16 +200,14 @@ class NSA(GQA):
         """
         outs, index = [], []
         for run in runs(query.shape[1]):
-            query_block, seen = query[:, run], self._seen(blocks, ctx, run)
+            queries, seen = query[:, run], self._seen(blocks, ctx, run)
             keys, values = (x[:, : seen.shape[-1]] for x in (blocks.keys, blocks.values))
-            values = values.to(query_block.dtype)
+            values = values.to(queries.dtype)
             if self.tiles:
-                outs.append(
-                    attend(query_block, keys.to(query_block.dtype), values, self.scale, seen)
-                )
+                outs.append(attend(queries, keys.to(queries.dtype), values, self.scale, seen))
                 continue
-            weights = _probabilities(query_block, keys, seen, self.scale)
-            out = torch.einsum("bghtm,bmgq->btghq", weights.to(query_block.dtype), values)
+            weights = _probabilities(queries, keys, seen, self.scale)
+            out = torch.einsum("bghtm,bmgq->btghq", weights.to(queries.dtype), values)
             outs.append(out.flatten(2, 3))
             scored = self._importance(weights, blocks, ctx, run)
             index.append(best_blocks(*scored, self.nsa.top_k, 3))
@@ -234,9 +232,9 @@ class NSA(GQA):
             return pairs
         cache = ctx.cache.attention
         stored = [
-            (query_block.keys.append(key, ctx), query_block.values.append(value, ctx))
-            for query_block, (key, value) in zip(
-                (cache.compressed, cache.window), pairs, strict=True
+            (containers.keys.append(key, ctx), containers.values.append(value, ctx))
+            for containers, (key, value) in zip(
+                (cache.uncompressed, cache.window), pairs, strict=True
             )
         ]
         return stored if ctx.past else pairs
@@ -255,7 +253,7 @@ class NSA(GQA):
             keys, values = self.compress_key(keys), self.compress_value(values)
             return Compressed(keys, values, columns[..., -1], pieces, real, segment)
         if ctx.cache is not None:
-            blocks = ctx.cache.attention.blocks
+            blocks = ctx.cache.attention.compressed
             return Compressed(
                 blocks.keys.update(keys, self.compress_key, ctx),
                 blocks.values.update(values, self.compress_value, ctx),
@@ -288,7 +286,7 @@ class NSA(GQA):
     ) -> tuple[Float[Tensor, "B T G J"], Int[Tensor, "B T"], Int[Tensor, "B T"]]:
         """Computes p_slc; returns it with each query's own block and its document's first one."""
         size, positions = self.nsa.select_block, ctx.positions[:, rows]
-        query_block = own_blocks(ctx, blocks.segment, size)[:, rows]
+        own_block = own_blocks(ctx, blocks.segment, size)[:, rows]
         probabilities = weights.detach().sum(2)  # [B, G, T, M]
         if blocks.segment is not None and blocks.pieces is not None:
             count = most_blocks(blocks.segment)
@@ -301,7 +299,7 @@ class NSA(GQA):
             if isinstance(rows, slice) and ctx.mask is None:
                 end = ctx.past + rows.stop
             importance = importance_of(probabilities, -(-end // size), self.nsa)
-        return importance.transpose(1, 2), query_block, query_block - positions // size
+        return importance.transpose(1, 2), own_block, own_block - positions // size
 
     def _attend_window(
         self, query: Tensor, key: Tensor, value: Tensor, ctx: Context
@@ -309,25 +307,25 @@ class NSA(GQA):
         """Attends to the last `window` keys of the document, up to the query."""
         window, parts = self.nsa.window, []
         for run in runs(query.shape[1]):
-            query_block = query[:, run]
+            queries = query[:, run]
             if ctx.mask is not None:
                 mask = ctx.visible(run) & ctx.within(window, run)
-                parts.append(attend(query_block, key, value, self.scale, mask))
+                parts.append(attend(queries, key, value, self.scale, mask))
                 continue
             first, last = ctx.past + run.start, ctx.past + run.stop
             # Keep the keys from the start of the window to the last query.
             start = max(0, first - window + 1)
-            in_window = key[:, start:last], value[:, start:last]
+            pair = key[:, start:last], value[:, start:last]
             back = torch.arange(first, last, device=key.device)[:, None] - torch.arange(
                 start, last, device=key.device
             )
             within = ((back >= 0) & (back < window))[None, None]
             parts.append(
                 attend(
-                    query_block,
-                    *in_window,
+                    queries,
+                    *pair,
                     self.scale,
-                    within if query_block.shape[1] > 1 else None,
+                    within if queries.shape[1] > 1 else None,
                 )
             )
         return torch.cat(parts, dim=1)
@@ -385,8 +383,8 @@ def attend_small_batch(
     query: Float[Tensor, "B T H P"],
     key: Float[Tensor, "B L G P"],
     value: Float[Tensor, "B L G Q"],
-    small_key: Float[Tensor, "B M G P"],
-    small_value: Float[Tensor, "B M G Q"],
+    compressed_key: Float[Tensor, "B M G P"],
+    compressed_value: Float[Tensor, "B M G Q"],
     window_key: Float[Tensor, "B L G P"],
     window_value: Float[Tensor, "B L G Q"],
     index: Int[Tensor, "B T G K"] | None,
@@ -396,33 +394,30 @@ def attend_small_batch(
 ) -> Float[Tensor, "B T 3 H Q"]:
     """Computes the three branches of a few tokens after a cache, before the gates.
 
-    The branches are the compressed, the selected and the window branch. `small_` are the compressed
-    keys and values, `near_` the window branch's. `index` holds the blocks selected already; if it
-    is None, each token selects. The kernel is kernels/nsa.py.
+    The branches are the compressed, the selected and the window branch. `index` holds the blocks
+    selected already; if it is None, each token selects. The kernel is kernels/nsa.py.
     """
     weights = _probabilities(
-        query, small_key, _complete(small_key.shape[1], positions, config)[:, None], scale
+        query, compressed_key, _complete(compressed_key.shape[1], positions, config)[:, None], scale
     )
     compressed = torch.einsum(
-        "bghtm,bmgq->btghq", weights.to(query.dtype), small_value.to(query.dtype)
+        "bghtm,bmgq->btghq", weights.to(query.dtype), compressed_value.to(query.dtype)
     ).flatten(2, 3)
     if index is None:
-        query_block, count = (
+        own_block, count = (
             positions // config.select_block,
             -(-key.shape[1] // config.select_block),
         )
         scores = importance_of(weights.detach().sum(2), count, config).transpose(1, 2)
-        index = best_blocks(
-            scores, query_block, torch.zeros_like(query_block), config.top_k, forced=3
-        )
+        index = best_blocks(scores, own_block, torch.zeros_like(own_block), config.top_k, forced=3)
     back = torch.arange(config.window, device=key.device)
     # Each key of the window is a block of its own.
-    in_window = (positions[..., None, None] - back).expand(-1, -1, key.shape[2], -1)
+    columns = (positions[..., None, None] - back).expand(-1, -1, key.shape[2], -1)
     size = config.select_block
     selected = selected_attention(query, key, value, index, positions, size, scale)
     # The kernel does not take blocks of one key.
     window = selected_attention.reference(
-        query, window_key, window_value, in_window, positions, 1, scale
+        query, window_key, window_value, columns, positions, 1, scale
     )
     return torch.stack([compressed, selected, window], dim=2)
 

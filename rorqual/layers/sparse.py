@@ -1,6 +1,6 @@
 """Attends to selected keys: the part that MoBA, NSA and their tiles share.
 
-    keys = select(query, key, ctx)                    which blocks of keys each query attends to
+    keys = Selection(blocks, ...)                     which blocks of keys each query attends to
     out  = attend_selected(query, key, value, keys, ctx, scale)
 
     out[t] = softmax(scale q_t . k) v over the keys up to t of the blocks that are selected for t
@@ -52,8 +52,8 @@ def runs(time: int) -> Iterator[slice]:
 def segments(ctx: Context, block: int) -> Int[Tensor, "B L"] | None:
     """Returns the block of its sequence that each key is in; None if columns say it.
 
-    Blocks are numbered through the documents of a sequence in order. Block m belongs to the
-    document of query t when own[t] - positions[t] // block <= m <= own[t].
+    Blocks are numbered through the documents of a sequence in order. With o = own_blocks(...)[t],
+    block m belongs to the document of query t when o - positions[t] // block <= m <= o.
     """
     if ctx.key_positions is None:
         return None
@@ -167,26 +167,27 @@ def full_attention(
 
 def best_blocks(
     scores: Float[Tensor, "B T J M"],
-    ours: Int[Tensor, "B T"],
+    own_block: Int[Tensor, "B T"],
     first: Int[Tensor, "B T"],
     top_k: int,
     forced: int = 1,
 ) -> Int[Tensor, "B T J K"]:
     """Selects the `top_k` blocks with the largest scores; -1 where there are fewer.
 
-    Scores are compared in float32, and of equal ones the later block is taken. Only blocks first ..
-    own can be selected, and `ours` always is; with `forced` 3 the document's `first` and the one
-    before `ours` are, too. They are sorted by column, backwards: `ours` first, -1 last.
+    Scores are compared in float32, and of equal ones the later block is taken. Only blocks from
+    `first` to `own_block` can be selected, and `own_block` always is; with `forced` 3 the first of
+    the document and the one before `own_block` are, too. They are sorted by column, backwards:
+    `own_block` first, -1 last.
     """
     block = torch.arange(scores.shape[-1], device=scores.device)
-    ours, first = ours[:, :, None, None], first[:, :, None, None]
-    always = block == ours
+    own_block, first = own_block[:, :, None, None], first[:, :, None, None]
+    always = block == own_block
     if forced == 3:
-        always = always | (block == first) | (block == ours - 1)
+        always = always | (block == first) | (block == own_block - 1)
     scores = (
         scores.float()
         .masked_fill(always, torch.inf)
-        .masked_fill((block < first) | (block > ours), -torch.inf)
+        .masked_fill((block < first) | (block > own_block), -torch.inf)
     )
     index = largest(scores, top_k)
     index = (
@@ -250,17 +251,19 @@ def by_tiles(
     return Selection(torch.cat([each, begun], dim=-1), block, segment)
 
 
-def _begun(positions: Tensor, ours: Tensor, block: int, choices: int) -> Int[Tensor, "B T J E"]:
+def _begun(
+    positions: Tensor, own_block: Tensor, block: int, choices: int
+) -> Int[Tensor, "B T J E"]:
     """Returns the blocks that a token's tile has begun since its first query.
 
     The index is -1 where it has begun fewer than it may.
     """
     aligned = block % TILE == 0 or TILE % block == 0
     back = torch.arange(
-        (TILE - 1) // block if aligned else -(-(TILE - 1) // block), device=ours.device
+        (TILE - 1) // block if aligned else -(-(TILE - 1) // block), device=own_block.device
     )
     begun = positions // block - positions // TILE * TILE // block
-    blocks = (ours[..., None] - back).where(back < begun[..., None], -1)
+    blocks = (own_block[..., None] - back).where(back < begun[..., None], -1)
     return blocks[:, :, None].expand(-1, -1, choices, -1)
 
 
@@ -280,14 +283,14 @@ def attend_selected(
         return loop_tiles(query, key, value, keys.blocks, ctx.past, keys.block, scale)
     parts = []
     for run in runs(query.shape[1]):
-        index, ours = keys.blocks[:, run], query[:, run]
+        index, queries = keys.blocks[:, run], query[:, run]
         if keys.segment is None:
-            small_batch = ours.shape[1] * index.shape[-1] * keys.block < key.shape[1]
-            if small_batch or selected_attention.choose(ours, key, value) is not None:
-                arguments = ours, key, value, index, ctx.positions[:, run]
+            gather = queries.shape[1] * index.shape[-1] * keys.block < key.shape[1]
+            if gather or selected_attention.choose(queries, key, value) is not None:
+                arguments = queries, key, value, index, ctx.positions[:, run]
                 parts.append(selected_attention(*arguments, keys.block, scale))
                 continue
-        parts.append(masked_attention(ours, key, value, index, keys, ctx, run, scale))
+        parts.append(masked_attention(queries, key, value, index, keys, ctx, run, scale))
     return torch.cat(parts, dim=1)
 
 
@@ -345,16 +348,18 @@ def masked_attention(
     seen = ctx.visible(run)[..., :length]
     key, value, out = key[:, :length], value[:, :length], []
     for j in range(choices):
-        ours, heads = (
+        blocks, heads = (
             index[:, :, j],
             slice(j * query.shape[2] // choices, (j + 1) * query.shape[2] // choices),
         )
-        cached = ours.new_zeros(*ours.shape[:2], count + 1, dtype=torch.bool)
-        cached = cached.scatter_(-1, ours.where(ours >= 0, count), True)[..., :count]  # [B, T, M]
+        selected = blocks.new_zeros(*blocks.shape[:2], count + 1, dtype=torch.bool)
+        selected = selected.scatter_(-1, blocks.where(blocks >= 0, count), True)[
+            ..., :count
+        ]  # [B, T, M]
         if segment is None:
-            mask = cached.repeat_interleave(keys.block, dim=-1)[..., :length]
+            mask = selected.repeat_interleave(keys.block, dim=-1)[..., :length]
         else:
-            mask = cached.gather(-1, segment[:, None].expand(-1, ours.shape[1], -1))
+            mask = selected.gather(-1, segment[:, None].expand(-1, blocks.shape[1], -1))
         group = slice(j * key.shape[2] // choices, j * key.shape[2] // choices + 1)
         out.append(
             attend(

@@ -47,10 +47,10 @@ def loop_tiles(
         length // block
     )
     for n, start in enumerate(range(past // TILE * TILE, length, TILE)):
-        first, end, query_block = max(start, past), min(start + TILE, length), start // block
-        places = (row + tiles[:, n, :, 1 : query_block + 1]).flatten()
+        first, end, first_block = max(start, past), min(start + TILE, length), start // block
+        places = (row + tiles[:, n, :, 1 : first_block + 1]).flatten()
         selected = [x.index_select(0, places).view(batch, choices, -1, x.shape[-1]) for x in far]
-        own_block = [x[:, query_block * block : end].transpose(1, 2) for x in (key, value)]
+        own_block = [x[:, first_block * block : end].transpose(1, 2) for x in (key, value)]
         own_block = [x.repeat_interleave(choices // groups, dim=1) for x in own_block]
         keys, values = (torch.cat(both, dim=2) for both in zip(selected, own_block, strict=True))
         mask = torch.ones(end - first, keys.shape[2], dtype=torch.bool, device=key.device)
@@ -95,14 +95,14 @@ def block_mask(tiles: Int[Tensor, "B N J K"], time: int, heads: int, block: int)
     batch, count, choices, _ = tiles.shape
     width = -(-time // block)
     start = torch.arange(count, device=tiles.device) * TILE
-    query_block, last = start // block, ((start + TILE).clamp_max(time) - 1) // block
+    first_block, last = start // block, ((start + TILE).clamp_max(time) - 1) // block
     order = torch.arange(width, device=tiles.device)
-    own_block = (query_block[:, None] + order).clamp_max(width - 1).expand(batch, heads, -1, -1)
+    own_block = (first_block[:, None] + order).clamp_max(width - 1).expand(batch, heads, -1, -1)
     far = tiles[..., 1:].transpose(1, 2).repeat_interleave(heads // choices, dim=1)
     far_count = (far >= 0).sum(-1)
     far = F.pad(far.clamp_min(0), (0, max(0, width - far.shape[-1])))[..., :width]
     return flex.BlockMask.from_kv_blocks(
-        (last - query_block + 1).expand(batch, heads, -1).int().contiguous(),
+        (last - first_block + 1).expand(batch, heads, -1).int().contiguous(),
         own_block.int().contiguous(),
         far_count.int().contiguous(),
         far.int().contiguous(),

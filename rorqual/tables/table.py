@@ -32,7 +32,7 @@ from rorqual.tables.thread import BackgroundThread
 
 Placement = Literal["device", "host", "disk"]
 
-_SMALL_BATCH = 256  # ids looked up at once if all rows are in memory: waking the thread costs more
+_READ_AT_ONCE = 256  # ids looked up at once if all rows are in memory: waking the thread costs more
 _ID_TYPES = (torch.int64, torch.int32)
 
 
@@ -229,7 +229,7 @@ class Table(nn.Module):
         None for others, which the disk starts to read. The ids are not made distinct first: that
         would take longer than to read a row twice.
         """
-        small = ids.numel() <= _SMALL_BATCH and isinstance(self.file, RowFile)
+        small = ids.numel() <= _READ_AT_ONCE and isinstance(self.file, RowFile)
         if not small or not self._background or self._lock.locked():
             return None
         wanted = ids.reshape(-1).numpy()
