@@ -10,7 +10,7 @@ only: pickles are never opened, and code in the folder is never read.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from rorqual.io import atomic_write, write_text
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig
 
+INTEGERS = ("I64", "I32")  # dtypes of token ids' experts
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")  # dtypes of weights, as safetensors names them
 # Bytes that are read of a mapped file before it is closed: until then they count as memory.
 WINDOW = 64 << 20
@@ -39,6 +40,7 @@ class Files:
 
     def __init__(self, folder: Path):
         self.folder, self.where, self.shapes, self.dtypes = folder, {}, {}, {}
+        self._stored: dict[str, str] = {}  # name in the file of each tensor that is renamed
         self._open: tuple[Path, Any] | None = None
         self._read = 0
         for path in self._paths():
@@ -83,9 +85,18 @@ class Files:
         if self._open is None or self._open[0] != path or self._read > WINDOW:
             self.close()
             self._open = path, _handle(path)
-        tensor = self._open[1].get_tensor(name)
+        tensor = self._open[1].get_tensor(self._stored.get(name, name))
         self._read += _bytes(tensor)
         return tensor
+
+    def rename(self, canonical: Callable[[str], str]) -> None:
+        """Calls every tensor by what `canonical` makes of its name in the files."""
+        names = {canonical(name): name for name in self.where}
+        self._stored = {name: stored for name, stored in names.items() if name != stored}
+        for table in (self.where, self.shapes, self.dtypes):
+            values = {name: table[stored] for name, stored in names.items()}
+            table.clear()
+            table.update(values)
 
     def close(self) -> None:
         self._open, self._read = None, 0
@@ -139,6 +150,7 @@ def load(
     folder = Path(folder)
     description, files = _json(folder / "config.json"), Files(folder)
     family = family_of(description)
+    files.rename(family.canonical)
     config = family.config_of(description, files.where)
     block = _scale_block(description)
     _check_sizes(files, config, family)
@@ -253,12 +265,17 @@ def _check(
         f"of a dtype other than {', '.join(FLOATS)}": [
             f"{name} {files.dtypes[name]}"
             for name in all_places
-            if name in stored and files.dtypes[name] not in FLOATS
+            if name in stored and files.dtypes[name] not in _dtypes(all_places[name], state)
         ],
     }
     if any(problems.values()):
         message = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
         raise ValueError(f"{files.folder}: tensors disagree with config.json. {message}")
+
+
+def _dtypes(tensor_place: Place, state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Returns the stored dtypes that a tensor of ours is read from."""
+    return FLOATS if state[tensor_place.name].is_floating_point() else INTEGERS
 
 
 def _scale_shape(shape: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, ...]:

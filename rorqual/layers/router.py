@@ -148,7 +148,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.randn(experts, dim) * dim**-0.5)
         self.e_score_correction_bias: Tensor | None
         self.register_buffer(
-            "e_score_correction_bias", torch.zeros(experts) if config.bias else None
+            "e_score_correction_bias",
+            torch.zeros(experts) if config.bias_of(layer) else None,
         )
         self.table: Tensor | None
         self.register_buffer("table", None)
