@@ -279,9 +279,7 @@ class CSAConfig:
         if self.ties not in ("last", "topk"):
             raise ValueError(f"csa.ties: got {self.ties!r}, expected last or topk")
         if wrong := [kind for kind in self.kinds if kind not in CSA_KINDS]:
-            raise ValueError(
-                f"csa.kinds: got {wrong[0]!r}, expected one of {', '.join(CSA_KINDS)}"
-            )
+            raise ValueError(f"csa.kinds: got {wrong[0]!r}, expected one of {', '.join(CSA_KINDS)}")
 
     def kind(self, index: int) -> CSAKind:
         """Returns the kind of block `index`."""
