@@ -283,6 +283,9 @@ class SharedKV(nn.Module):
         """
         keys = self.keys(self.new_keys(hidden, ctx), ctx)
         entries = self.compressed(hidden, ctx)
+        index_keys = self.index_keys(hidden, ctx)
+        if entries is not None and index_keys is not None:
+            entries = entries._replace(index_keys=index_keys)
         if ctx.last_only:
             keys = last_window(keys, self.config.window, ctx)
             hidden, ctx = ctx.last_of(hidden), ctx.last()
@@ -312,6 +315,10 @@ class SharedKV(nn.Module):
 
     def compressed(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Entries | None:
         """Returns the compressed entries of all tokens; here None, because there are none."""
+        return None
+
+    def index_keys(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Tensor | None:
+        """Returns what an indexer scores in place of the entries; here None."""
         return None
 
     def select(
@@ -363,14 +370,15 @@ class SharedKV(nn.Module):
             if selection is not None:
                 if ctx.indexer_warmup is not None:
                     scores = selection.scores(run, count)
-                    selected_mask = selection.mask(scores, seen)
+                    selected_mask = selection.mask(*selection.choose(scores, seen), count)
                     valid = None if ctx.valid is None else ctx.valid[:, run]
                     heads = queries, values, scale, ctx.indexer_warmup
                     losses.append(entry_loss(scores, seen, selected_mask, *heads, valid))
                     seen = seen if ctx.indexer_warmup else selected_mask
                 elif count > selection.top_k:
                     with torch.no_grad():
-                        seen = selection.mask(selection.scores(run, count), seen)
+                        selected = selection.choose(selection.scores(run, count), seen)
+                    seen = selection.mask(*selected, count)
             both = torch.broadcast_tensors(mask[..., :1], seen[..., :1])[0].shape[:2]
             mask = torch.cat([mask.expand(*both, -1), seen.expand(*both, -1)], dim=-1)
             key = torch.cat([key, values.to(key.dtype)], dim=1)
@@ -447,13 +455,12 @@ class CSA(HCA):
         caches = (compressor.new_cache(capacity) for compressor in compressors)
         return CSACache(Recent(self.config.window - 1), *caches)
 
-    def compressed(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Entries:
-        """Returns the compressed entries of all tokens, and the indexer's keys of these."""
+    def index_keys(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Float[Tensor, "B M I"]:
+        """Returns the indexer's keys of all entries."""
         cache, compressor = ctx.cache, self.indexer.compressor
         cache = None if cache is None else cache.attention.index
         pooled = compressor.pool(hidden.detach(), ctx, cache)
-        index_keys = compressor.store(compressor.norm(pooled.values), pooled, ctx, cache)
-        return HCA.compressed(self, hidden, ctx)._replace(index_keys=index_keys)
+        return compressor.store(compressor.norm(pooled.values), pooled, ctx, cache)
 
     def select(
         self,
@@ -507,12 +514,11 @@ class EntrySelection(NamedTuple):
         return index, scores.gather(-1, index) > -torch.inf
 
     def mask(
-        self, scores: Float[Tensor, "B T M"], visible: Bool[Tensor, "#B T M"]
+        self, index: Int[Tensor, "B T K"], real: Bool[Tensor, "B T K"], count: int
     ) -> Bool[Tensor, "B T M"]:
-        """Returns True at the entries that `choose` selects."""
-        index, real = self.choose(scores, visible)
+        """Returns True at those of the first `count` entries that `choose` selected."""
         mask = real.new_zeros(*real.shape[:2], self.keys.shape[1])
-        return mask.scatter_(-1, index, real)[..., : scores.shape[-1]]
+        return mask.scatter_(-1, index, real)[..., :count]
 
 
 class EntryLoss(NamedTuple):
