@@ -24,6 +24,7 @@ from rorqual.layers.balance import losses
 from rorqual.layers.basics import RMSNorm, SwiGLU, chunked_cross_entropy
 from rorqual.layers.cache import Appended, BlockCache, Cache, DraftCache, Past
 from rorqual.layers.context import Context, context
+from rorqual.layers.csa import SharedKV
 from rorqual.layers.dsa import DSA, IndexerLoss, mean_indexer_loss
 from rorqual.layers.engram import Addresses, Engram
 from rorqual.layers.hyper import Connection, Residual, StreamReduction, Streams, expand
@@ -61,7 +62,9 @@ class Aux(NamedTuple):
     routing: Routing | None  # routing of its mixture of experts
 
 
-def _attention(config: ModelConfig, index: int) -> MLA | GQA:
+def _attention(config: ModelConfig, index: int) -> MLA | GQA | SharedKV:
+    if config.csa is not None:
+        return SharedKV(config.csa, config.dim, config.eps)
     if config.mla is not None:
         if config.dsa is not None:
             return DSA(config.dsa, config.mla, config.dim, config.rope)
@@ -256,6 +259,7 @@ class LanguageModel(nn.Module):
             lengths=lengths,
             past=cache.past if cache is not None else None,
             rope=(self.config.rope, self.rope_dim),
+            compress_rope=self.config.csa.compress_rope if self.config.csa is not None else None,
             ids=ids,
             indexer_warmup=indexer_warmup,
         )
@@ -419,7 +423,7 @@ def init(model: LanguageModel, seed: int = 0) -> None:
                 continue
             if id(parameter) in apart:
                 apart[id(parameter)].draw(ROW_STD)
-            elif name.endswith((".conv", "bias", "sinks")):
+            elif name.endswith((".conv", "bias", "sinks", "attn_sink", ".ape")):
                 parameter.zero_()
             elif parameter.dim() == 1 or name.endswith("norm"):
                 parameter.fill_(1.0)

@@ -13,7 +13,10 @@ from typing import Literal
 ROUTER_SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("top2", "max")
 
+CSA_KINDS = ("window", "csa", "hca")
+
 Choice = Literal["token", "tile"]  # what selects the blocks of keys in NSA and MoBA
+CSAKind = Literal["window", "csa", "hca"]  # what a block of CSAConfig sees before its window
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,6 +214,72 @@ class DSAConfig:
         """Refuses a surrounding attention that rotates more than the indexer's heads hold."""
         if self.dim < rope_dim:
             raise ValueError(f"dsa.dim: got {self.dim}, expected at least mla.rope_dim, {rope_dim}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CSAConfig:
+    """Sizes of attention to a window and to compressed entries; its keys are also its values.
+
+    DeepSeek-V4-Flash: 64 heads of 512, 64 rotated, query rank 1024, 8 groups of rank 1024, window
+    128, ratios 4 and 128, an indexer of 64 heads of 128 that selects 512 entries.
+    """
+
+    heads: int = 4
+    head_dim: int = 16  # of queries and of the one key, which is also the value
+    rope_dim: int = 8  # the last values of a head, rotated
+    q_lora_rank: int = 32
+    groups: int = 2  # of heads, which share a low-rank output projection
+    o_lora_rank: int = 16  # of one group
+    window: int = 128  # keys a query sees uncompressed, itself included
+    # What each block sees before its window: nothing, the top_k entries of an indexer (csa), or all
+    # entries (hca). Blocks after the last one of this list, as MTP's, see nothing.
+    kinds: tuple[CSAKind, ...] = ()
+    ratio: int = 4  # tokens of a csa entry, which overlaps with the one before
+    heavy_ratio: int = 128  # tokens of an hca entry
+    index_heads: int = 4
+    index_dim: int = 16  # per head, at least rope_dim
+    top_k: int = 512  # entries that a query of a csa block sees
+    # Rotary positions of the blocks with entries; the model's are those of the others.
+    compress_rope: RopeConfig = field(default_factory=lambda: RopeConfig(base=160000.0))
+    warmup: int = 1000  # steps in which csa blocks see every entry and the loss is over all
+    weight: float = 1.0  # of the indexer loss
+
+    def __post_init__(self) -> None:
+        for name in (
+            "heads",
+            "head_dim",
+            "q_lora_rank",
+            "groups",
+            "o_lora_rank",
+            "window",
+            "ratio",
+            "heavy_ratio",
+            "index_heads",
+            "index_dim",
+            "top_k",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"csa.{name}: got {getattr(self, name)}, expected at least 1")
+        for name in ("warmup", "weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"csa.{name}: got {getattr(self, name)}, expected 0 or more")
+        if self.heads % self.groups:
+            raise ValueError(
+                f"csa.groups: got {self.groups}, expected a divisor of {self.heads} heads"
+            )
+        if self.rope_dim % 2 or not 2 <= self.rope_dim <= min(self.head_dim, self.index_dim):
+            raise ValueError(
+                f"csa.rope_dim: got {self.rope_dim}, expected an even width up to head_dim "
+                f"{self.head_dim} and index_dim {self.index_dim}"
+            )
+        if wrong := [kind for kind in self.kinds if kind not in CSA_KINDS]:
+            raise ValueError(
+                f"csa.kinds: got {wrong[0]!r}, expected one of {', '.join(CSA_KINDS)}"
+            )
+
+    def kind(self, index: int) -> CSAKind:
+        """Returns the kind of block `index`."""
+        return self.kinds[index] if index < len(self.kinds) else "window"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -537,7 +606,7 @@ class MTPConfig:
 class ModelConfig:
     """Every size of a model. A part is off if its config is None.
 
-    Exactly one of `mla` and `gqa` is on.
+    Exactly one of `mla`, `gqa` and `csa` is on.
     """
 
     vocab_size: int = 4096
@@ -549,6 +618,7 @@ class ModelConfig:
     nsa: NSAConfig | None = None  # selects keys of gqa
     moba: MoBAConfig | None = None  # selects keys of gqa
     dsa: DSAConfig | None = None  # selects keys of mla
+    csa: CSAConfig | None = None
     rope: RopeConfig = field(default_factory=RopeConfig)
     moe: MoEConfig | None = None
     engram: EngramConfig | None = None
@@ -562,11 +632,11 @@ class ModelConfig:
         for name in ("vocab_size", "dim", "layers", "dense_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        attention = [name for name in ("mla", "gqa") if getattr(self, name) is not None]
+        attention = [name for name in ("mla", "gqa", "csa") if getattr(self, name) is not None]
         if len(attention) != 1:
             raise ValueError(
                 f"attention: got {' and '.join(attention) or 'none'}, "
-                "expected exactly one of mla and gqa"
+                "expected exactly one of mla, gqa and csa"
             )
         for inner, outer in (("nsa", "gqa"), ("moba", "gqa"), ("dsa", "mla")):
             if getattr(self, inner) is not None and getattr(self, outer) is None:
@@ -574,6 +644,11 @@ class ModelConfig:
                     f"{inner}: got attention {attention[0]}, "
                     f"expected {outer}, which it works inside"
                 )
+        if self.csa is not None and 0 < len(self.csa.kinds) < self.layers:
+            raise ValueError(
+                f"csa.kinds: got {len(self.csa.kinds)} kinds, "
+                f"expected one for each of the {self.layers} blocks, or none"
+            )
         if self.nsa is not None and self.moba is not None:
             raise ValueError("sparse attention: got nsa and moba, expected at most one")
         if self.engram is not None and (

@@ -4,6 +4,7 @@
     past, starts                     tokens cached before the call
     key_..., mask                    the same for all keys, cached ones first; keys each query sees
     cos, sin                         rotary tables of the new tokens
+    compressed_cos, compressed_sin   the same of blocks with compressed entries (layers/csa.py)
     ids, lookup_mask, rows           token ids, where Engram looks up, the block's table rows
     cache                            the block's cache between calls
     indexer_warmup, last_only        DSA's indexer warm-up; whether only the last position is needed
@@ -29,6 +30,20 @@ from rorqual.layers.cache import Past
 from rorqual.model_config import RopeConfig
 
 
+# Fields of Context that have a value for each new token, or are None.
+PER_TOKEN = (
+    "positions",
+    "columns",
+    "document_ids",
+    "cos",
+    "sin",
+    "compressed_cos",
+    "compressed_sin",
+    "ids",
+    "lookup_mask",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """Describes the T new tokens of each sequence of a call, its keys, and the block's cache.
@@ -52,6 +67,9 @@ class Context:
     mask: Bool[Tensor, "B 1 T L"] | None = None
     cos: Float[Tensor, "B T F"] | None = None
     sin: Float[Tensor, "B T F"] | None = None
+    # The same of blocks with compressed entries, whose rotary base is another one.
+    compressed_cos: Float[Tensor, "B T F"] | None = None
+    compressed_sin: Float[Tensor, "B T F"] | None = None
     ids: Int[Tensor, "B T"] | None = None
     lookup_mask: Bool[Tensor, "B T"] | None = None  # False where Engram looks nothing up
     # Prefetched rows of the block's Engram table: `rows.wait()` is float [B, T, R, head_dim].
@@ -125,7 +143,7 @@ class Context:
             mask = self.last_of(mask.transpose(1, 2)).transpose(1, 2)
         per_token: dict[str, Any] = {
             name: value if value is None else self.last_of(value)
-            for name in ("positions", "columns", "document_ids", "cos", "sin", "ids", "lookup_mask")
+            for name in PER_TOKEN
             for value in (getattr(self, name),)
         }
         return replace(
@@ -189,14 +207,15 @@ def context(
     lengths: Int[Tensor, " B"] | Sequence[int] | None = None,
     past: Past | None = None,
     rope: tuple[RopeConfig, int] | None = None,
+    compress_rope: RopeConfig | None = None,
     **more: Any,
 ) -> Context:
     """Builds the context of `time` new tokens in each sequence and appends them to `past`.
 
     `past` counts the tokens cached before. `lengths` is the number of valid tokens in each row,
     which padding follows; None if there is no padding. `rope` is the config and the rotary width of
-    the model's attention; without it there are no cos and sin. `more` are other fields of Context.
-    New tokens without `document_ids` continue the last document of their sequence.
+    the model's attention; without it there are no cos and sin. `compress_rope` is the config of
+    blocks with compressed entries, of the same width. `more` are other fields of Context. New tokens without `document_ids` continue the last document of their sequence.
     """
     counts = checked_lengths(lengths, batch, time)
     if past is None:
@@ -225,6 +244,9 @@ def context(
         fields["mask"] = _causal(columns, length)[:, None]
     if rope is not None:
         fields["cos"], fields["sin"] = rope_tables(*rope, fields["positions"])
+        if compress_rope is not None:
+            tables = rope_tables(compress_rope, rope[1], fields["positions"])
+            fields["compressed_cos"], fields["compressed_sin"] = tables
     if counts is not None:
         fields["lengths"] = torch.tensor(counts, device=device)
     return Context(past=span.past, starts=span.starts, key_count=length, **fields, **more)
