@@ -1,0 +1,480 @@
+"""Compressed sparse attention whose entries and selections several blocks share.
+
+    l_w    = norm(W_kv x)                                            ratio 1
+    l_w    = norm(sum_j softmax_j(W_gate x_j) * W_kv x_j)      ratio r: tokens from r w on
+    k_w    = rope(l_w, r w)                  an entry: key and value, as those of the window are
+    i_w    = rope(norm(W_k l_w), r w)        the indexer's key of it
+    I[t,w] = sum_j (W_w x_t)_j (dim heads)^-1/2 relu(<rope(W_q c_t, t)_j, i_w>)
+    S[t]   = the top_k entries of largest I[t, .] among w < (t + 1) // r
+
+A source compresses tokens to entries, and selects. A later block of its ratio selects anew, by
+queries of its own and the source's keys, or it attends to the entries that were selected last. One
+source, of a long context, selects coarse blocks of entries, too, and later blocks select only
+inside of these: those with the largest maxima, and the one of the last visible entry.
+
+Queries have no norm of their own, unlike V4's. With `cache_formats` the keys of the window, the
+entries, and the queries and keys of the indexer are rounded as they are stored. The selection has
+no gradient.
+
+DeepSeek-V4.1-Flash.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from rorqual.layers.basics import RMSNorm, rope_tables
+from rorqual.layers.cache import Appended, Recent
+from rorqual.layers.cache_formats import CacheFormat, rounded
+from rorqual.layers.context import Context
+from rorqual.layers.csa import (
+    SharedKV,
+    SharedKVCache,
+    attend_with_sink,
+    last_window,
+    rotate_last,
+    window_mask,
+)
+from rorqual.layers.sparse import runs
+from rorqual.model_config import CSA2Config as CSA2Config
+from rorqual.model_config import CSAConfig
+
+SCORES = 1 << 22  # scores of the indexer's heads in memory at a time
+GATHERED = 1 << 22  # numbers of entries gathered at a time
+
+
+class Shared(NamedTuple):
+    """What a source, and the blocks that select after it, leave for later blocks.
+
+    Entries are numbered through the documents of a sequence; -1 stands for none.
+    """
+
+    entries: Float[Tensor, "B M P"]
+    index_keys: Float[Tensor, "B M C"]
+    selected: Int[Tensor, "B T K"] | None = None  # rising
+    coarse: Int[Tensor, "B T N"] | None = None  # blocks of entries, counted in the document
+
+
+class Visible(NamedTuple):
+    """The entries first .. end - 1 that each new token sees: the complete ones of its document."""
+
+    first: Int[Tensor, "#B T"]
+    end: Int[Tensor, "#B T"]
+
+    def mask(self, count: int, run: slice) -> Bool[Tensor, "#B T M"]:
+        """Returns which of `count` entries the new tokens `run` see."""
+        entry = torch.arange(count, device=self.end.device)
+        return (entry >= self.first[:, run, None]) & (entry < self.end[:, run, None])
+
+
+def visible_entries(ctx: Context, ratio: int) -> Visible:
+    """Returns the entries that the new tokens see, in blocks of this ratio."""
+    if ctx.key_positions is None:
+        # Where all sequences have the same length, one row serves the batch.
+        columns = ctx.columns if ctx.starts is not None else ctx.columns[:1]
+        end = (columns + 1) // ratio
+        return Visible(torch.zeros_like(end), end)
+    complete = (ctx.key_positions % ratio == ratio - 1).cumsum(1)
+    end = complete.gather(1, ctx.columns)
+    return Visible(end - (ctx.positions + 1) // ratio, end)
+
+
+class NewEntries(NamedTuple):
+    """Where the entries go that new tokens complete, E a sequence."""
+
+    steps: Int[Tensor, "#B E"]  # the new token that completes each
+    numbers: Int[Tensor, "#B E"]  # of the entries
+    positions: Int[Tensor, "#B E"]  # of their first tokens, in the document
+    complete: Bool[Tensor, "#B E"]  # False where a sequence completes fewer than E
+
+    def of(self, x: Float[Tensor, "B T P"]) -> Float[Tensor, "B E P"]:
+        """Returns the values of the completing tokens."""
+        index = self.steps.expand(len(x), -1)
+        return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def new_entries(ctx: Context, ratio: int) -> NewEntries:
+    """Returns which entries the new tokens complete."""
+    end = visible_entries(ctx, ratio).end
+    positions = ctx.positions[: len(end)]
+    if ratio == 1:
+        steps = torch.arange(positions.shape[1], device=end.device).expand_as(positions)
+        return NewEntries(steps, end - 1, positions, torch.ones_like(steps, dtype=torch.bool))
+    completes = positions % ratio == ratio - 1
+    if ctx.starts is None and ctx.key_positions is None:
+        steps = torch.arange((-ctx.past - 1) % ratio, end.shape[1], ratio, device=end.device)[None]
+    else:
+        # Completing tokens first, in their order.
+        count = int(completes.sum(1).max())
+        steps = (~completes).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+    return NewEntries(
+        steps,
+        end.gather(1, steps) - 1,
+        positions.gather(1, steps) - (ratio - 1),
+        completes.gather(1, steps),
+    )
+
+
+class Entries:
+    """Caches one value for each complete group of tokens of a sequence."""
+
+    def __init__(self, ratio: int, capacity: int = 0):
+        self.ratio = ratio
+        self.values = Appended(capacity // ratio)
+
+    def put(
+        self, new: Float[Tensor, "B E P"], places: NewEntries, ctx: Context
+    ) -> Float[Tensor, "B M P"]:
+        """Stores new entries and returns those of all tokens; others than a row has mean nothing."""
+        total = ctx.key_count // self.ratio
+        buffer = self.values.reserve(new, total)
+        if ctx.starts is None and ctx.key_positions is None:
+            done = ctx.past // self.ratio
+            buffer[:, done : done + new.shape[1]] = new.detach()
+        else:
+            rows, columns = places.complete.expand(len(new), -1).nonzero(as_tuple=True)
+            numbers = places.numbers.expand(len(new), -1)[rows, columns]
+            buffer[rows, numbers] = new.detach()[rows, columns].to(buffer.dtype)
+        return buffer[:, :total]
+
+    def select(self, index: Int[Tensor, " B"], length: int) -> None:
+        """Keeps the sequences `index`, in that order."""
+        self.values.select(index, length // self.ratio)
+
+    def join(self, other: "Entries", lengths: tuple[int, int]) -> None:
+        """Appends the sequences of another batch."""
+        self.values.join(other.values, (lengths[0] // self.ratio, lengths[1] // self.ratio))
+
+    def clear(self) -> None:
+        """Removes all entries."""
+        self.values.clear()
+
+
+def numbered(
+    new: Float[Tensor, "B E P"], places: NewEntries, ctx: Context, ratio: int
+) -> Float[Tensor, "B M P"]:
+    """Returns the entries by their numbers, without a cache; with their gradients."""
+    total = ctx.key_count // ratio
+    if ctx.key_positions is None:
+        return new
+    # What a sequence does not complete goes to one entry more, which is left out.
+    index = places.numbers.where(places.complete, total)[..., None].expand_as(new)
+    out = new.new_zeros(len(new), total + 1, new.shape[-1])
+    return out.scatter(1, index, new)[:, :total]
+
+
+@dataclass(eq=False)
+class SourceCache(SharedKVCache):
+    """The cache of a source: its entries, their keys, and the tokens of an incomplete entry."""
+
+    entries: Entries
+    index_keys: Entries
+    pending: Recent | None = None  # [W_kv x | W_gate x] of the last ratio - 1 tokens
+
+
+class Compressor(nn.Module):
+    """Pools groups of `ratio` tokens, which do not overlap, to one latent each."""
+
+    def __init__(self, dim: int, width: int, ratio: int, eps: float) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.wkv = nn.Linear(dim, width, bias=False)
+        self.norm = RMSNorm(width, eps)
+        self.wgate = nn.Linear(dim, width, bias=False) if ratio > 1 else None
+
+    def forward(
+        self, hidden: Float[Tensor, "B T D"], places: NewEntries, ctx: Context
+    ) -> Float[Tensor, "B E P"]:
+        """Returns the latents of the entries that the new tokens complete.
+
+        Weights and sums of a group are in float32.
+        """
+        if self.wgate is None:
+            return self.norm(self.wkv(hidden))
+        tokens = torch.cat([self._wide(self.wkv, hidden), self._wide(self.wgate, hidden)], dim=-1)
+        before = self.ratio - 1
+        if ctx.cache is None:
+            tokens = F.pad(tokens, (0, 0, before, 0))
+        else:
+            tokens = ctx.cache.attention.pending.extend(tokens, ctx)
+        groups = [places.of(tokens[:, j : j + hidden.shape[1]]) for j in range(self.ratio)]
+        values, scores = torch.stack(groups, dim=2).chunk(2, dim=-1)  # [B, E, r, P]
+        return self.norm((values * scores.softmax(2)).sum(2).to(hidden.dtype))
+
+    def _wide(self, linear: nn.Linear, hidden: Tensor) -> Tensor:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(dtype), linear.weight.to(dtype))
+
+
+class SharedIndexer(nn.Module):
+    """The indexer of a block that selects; a source has the keys, too.
+
+    The parameters are named as in DeepSeek-V4.1's checkpoints.
+    """
+
+    def __init__(self, config: CSAConfig, dim: int, eps: float, has_keys: bool) -> None:
+        super().__init__()
+        self.config = config
+        width = config.index_heads * config.index_dim
+        self.wq_b = nn.Linear(config.q_lora_rank, width, bias=False)
+        self.weights_proj = nn.Linear(dim, config.index_heads, bias=False)
+        self.wk = nn.Linear(config.head_dim, config.index_dim, bias=False) if has_keys else None
+        self.k_norm = RMSNorm(config.index_dim, eps) if has_keys else None
+
+    def queries(self, latent: Float[Tensor, "B T R"]) -> Float[Tensor, "B T J C"]:
+        """Returns the queries, not rotated yet."""
+        return self.wq_b(latent).unflatten(-1, (self.config.index_heads, -1))
+
+    def weights(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T J"]:
+        """Returns the weight of each head, with both scales."""
+        c = self.config
+        return self.weights_proj(hidden) * (c.index_dim**-0.5 * c.index_heads**-0.5)
+
+    def keys(self, latents: Float[Tensor, "B E P"]) -> Float[Tensor, "B E C"]:
+        """Returns the keys of new entries, not rotated yet."""
+        assert self.wk is not None and self.k_norm is not None
+        return self.k_norm(self.wk(latents))
+
+
+def shared_scores(
+    query: Float[Tensor, "B T J C"], key: Float[Tensor, "B M C"], weights: Float[Tensor, "B T J"]
+) -> Float[Tensor, "B T M"]:
+    """Computes sum_j w_j relu(<q_j, k>), rounded where the tensors' dtype rounds each operation.
+
+    A score that is rounded otherwise would select other entries.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        products = (query.flatten(1, 2) @ key.mT).unflatten(1, query.shape[1:3])
+        return (products.relu() * weights[..., None]).sum(2)
+
+
+def best_entries(scores: Float[Tensor, "B T M"], count: int) -> Int[Tensor, "B T K"]:
+    """Returns the `count` entries with the largest scores, rising; -1 where there are fewer."""
+    index = scores.topk(min(count, scores.shape[-1]), dim=-1, sorted=False).indices
+    index = index.sort(dim=-1).values
+    return index.where(scores.gather(-1, index) > -torch.inf, -1)
+
+
+class Coarse(NamedTuple):
+    """Coarse blocks of `block` entries, counted from the first entry of each query's document."""
+
+    block: int
+    visible: Visible
+
+    def of_entries(self, count: int, run: slice) -> Int[Tensor, "#B T M"]:
+        """Returns the coarse block of each of `count` entries; below 0 before the document."""
+        entry = torch.arange(count, device=self.visible.first.device)
+        return (entry - self.visible.first[:, run, None]).div(self.block, rounding_mode="floor")
+
+    def best(self, scores: Float[Tensor, "B T M"], run: slice, top: int) -> Int[Tensor, "B T N"]:
+        """Returns the `top` blocks of largest maximum, that of the last visible entry among them.
+
+        -1 where there are fewer.
+        """
+        count = -(-scores.shape[-1] // self.block)
+        if self.visible.first.any():
+            index = self.of_entries(scores.shape[-1], run).clamp_min(0).expand_as(scores)
+            shape = (*scores.shape[:2], count)
+            maxima = scores.new_full(shape, -torch.inf).scatter_reduce(-1, index, scores, "amax")
+        else:
+            padded = F.pad(scores, (0, count * self.block - scores.shape[-1]), value=-torch.inf)
+            maxima = padded.unflatten(-1, (count, self.block)).amax(-1)
+        seen = (self.visible.end - self.visible.first)[:, run, None]
+        last = (seen - 1).div(self.block, rounding_mode="floor")
+        maxima = maxima.masked_fill(torch.arange(count, device=scores.device) == last, torch.inf)
+        best = maxima.topk(min(top, count), dim=-1)
+        return best.indices.where(best.values > -torch.inf, -1)
+
+    def mask(self, coarse: Int[Tensor, "B T N"], count: int, run: slice) -> Bool[Tensor, "B T M"]:
+        """Returns which of `count` entries are in the blocks of each query."""
+        blocks = -(-count // self.block)
+        some = torch.zeros(*coarse.shape[:2], blocks + 1, dtype=torch.bool, device=coarse.device)
+        some.scatter_(-1, coarse.where(coarse >= 0, blocks), True)
+        some[..., blocks] = False
+        index = self.of_entries(count, run)
+        return some.gather(-1, index.where(index >= 0, blocks).expand(*coarse.shape[:2], -1))
+
+
+class CSA2(SharedKV):
+    """Attention to a window and to selected entries that a source has made."""
+
+    def __init__(
+        self, shares: CSA2Config, config: CSAConfig, dim: int, eps: float = 1e-6, index: int = 0
+    ) -> None:
+        """Builds the attention of block `index`."""
+        self.ratio = ratio = shares.ratio(index)
+        super().__init__(config, dim, eps, compresses=ratio > 0)
+        self.shares, self.ratio = shares, ratio
+        source = ratio > 0 and index in shares.kv_sources
+        self.compressor = Compressor(dim, config.head_dim, ratio, eps) if source else None
+        selects = ratio > 0 and index in shares.index_sources
+        self.indexer = SharedIndexer(config, dim, eps, source) if selects else None
+        candidate = shares.candidate_source
+        self.selects_coarse = candidate == index
+        self.within_coarse = candidate is not None and candidate < index
+
+    def new_cache(
+        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> SharedKVCache:
+        """Returns an empty cache; only a source stores more than its window."""
+        window = Recent(self.config.window - 1)
+        if self.compressor is None:
+            return SharedKVCache(window)
+        pending = Recent(self.ratio - 1) if self.ratio > 1 else None
+        entries, keys = Entries(self.ratio, capacity), Entries(self.ratio, capacity)
+        return SourceCache(window, entries, keys, pending)
+
+    def forward(
+        self, hidden: Float[Tensor, "B T D"], ctx: Context
+    ) -> tuple[Float[Tensor, "B T2 D"], None, Shared | None]:
+        """Returns the output of the new tokens, None, and what later blocks share.
+
+        With `ctx.last_only` only the last token of each sequence has an output.
+        """
+        keys = self.keys(hidden, ctx)
+        shared = self._publish(hidden, ctx) if self.compressor is not None else ctx.shared
+        if ctx.last_only:
+            keys = last_window(keys, self.config.window, ctx)
+            if shared is not None:
+                left = [None if x is None else ctx.last_of(x) for x in shared[2:]]
+                shared = Shared(*shared[:2], *left)
+            hidden, ctx = ctx.last_of(hidden), ctx.last()
+        latent = self.q_norm(self.wq_a(hidden))
+        query = self.queries(latent, ctx)
+        if self.indexer is not None:
+            shared = self._select(hidden, latent, shared, ctx)
+        out = self._attend(query, keys, shared, ctx)
+        return self.output(out, ctx), None, shared
+
+    def queries(self, latent: Float[Tensor, "B T R"], ctx: Context) -> Float[Tensor, "B T H P"]:
+        """Returns the rotated queries."""
+        return self.turn(self.wq_b(latent).unflatten(-1, (self.config.heads, -1)), ctx)
+
+    def new_keys(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Float[Tensor, "B T P"]:
+        """Returns the rotated keys of the new tokens, as they are cached."""
+        return self._stored(super().new_keys(hidden, ctx), "fp8")
+
+    def _stored(self, x: Tensor, kind: CacheFormat) -> Tensor:
+        return x if self.shares.cache_formats == "none" else rounded(x, kind)
+
+    def _publish(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Shared:
+        """Compresses the new tokens; returns the entries of all tokens and their index keys."""
+        assert self.compressor is not None and self.indexer is not None
+        places = new_entries(ctx, self.ratio)
+        latents = self.compressor(hidden, places, ctx)
+        cos, sin = rope_tables(self.config.compress_rope, self.rope_dim, places.positions)
+        new = self._stored(rotate_last(latents, cos, sin), "nvfp4")
+        with torch.no_grad():
+            keys = rotate_last(self.indexer.keys(latents), cos, sin)
+            keys = self._stored(keys, "mxfp4")
+        if ctx.cache is None:
+            return Shared(*(numbered(x, places, ctx, self.ratio) for x in (new, keys)))
+        cache = ctx.cache.attention
+        return Shared(cache.entries.put(new, places, ctx), cache.index_keys.put(keys, places, ctx))
+
+    @torch.no_grad()
+    def _select(
+        self, hidden: Tensor, latent: Tensor, shared: Shared | None, ctx: Context
+    ) -> Shared:
+        """Selects entries for each new token, and coarse blocks where this block does."""
+        assert self.indexer is not None and shared is not None
+        query = self._stored(self.turn(self.indexer.queries(latent), ctx), "mxfp4")
+        weights, visible = self.indexer.weights(hidden), visible_entries(ctx, self.ratio)
+        count = shared.entries.shape[1]
+        coarse = Coarse(self.shares.candidate_block, visible)
+        selected, kept = [], []
+        for run in self._runs(query, count):
+            scores = shared_scores(query[:, run], shared.index_keys, weights[:, run])
+            scores = scores.masked_fill(~visible.mask(count, run), -torch.inf)
+            if self.within_coarse and shared.coarse is not None:
+                inside = coarse.mask(shared.coarse[:, run], count, run)
+                scores = scores.masked_fill(~inside, -torch.inf)
+            if self.selects_coarse:
+                kept.append(coarse.best(scores, run, self.shares.candidate_blocks))
+            selected.append(best_entries(scores, self.config.top_k))
+        shared = shared._replace(selected=torch.cat(selected, dim=1))
+        return shared._replace(coarse=torch.cat(kept, dim=1)) if kept else shared
+
+    def _runs(self, query: Tensor, count: int) -> Iterator[slice]:
+        """Splits the queries into slices with at most SCORES scores of all heads."""
+        batch, time, heads = query.shape[:3]
+        step = max(1, SCORES // max(1, batch * heads * count))
+        return (slice(start, min(start + step, time)) for start in range(0, time, step))
+
+    def _attend(
+        self, query: Float[Tensor, "B T H P"], keys: Tensor, shared: Shared | None, ctx: Context
+    ) -> Float[Tensor, "B T H P"]:
+        """Attends to the window and, in a block with entries, to those that are selected."""
+        outs, window = [], self.config.window
+        selected = None
+        if self.ratio and shared is not None:
+            selected = shared.selected
+            assert selected is not None
+        for run in runs(query.shape[1]):
+            window_keys = keys[:, run.start : run.stop + window - 1]
+            mask = window_mask(ctx, window, run)
+            sink = self.attn_sink
+            if selected is None or shared is None or not selected.shape[-1]:
+                out = attend_with_sink(query[:, run], window_keys, mask, sink, self.scale)
+            elif self._gathers(selected, shared.entries):
+                index, entries = selected[:, run], shared.entries
+                out = attend_gathered(
+                    query[:, run], window_keys, mask, entries, index, sink, self.scale
+                )
+            else:
+                of_entries = entry_mask(selected[:, run], shared.entries.shape[1])
+                mask = torch.cat([mask.expand(len(query), -1, -1), of_entries], dim=-1)
+                every = torch.cat([window_keys, shared.entries.to(window_keys.dtype)], dim=1)
+                out = attend_with_sink(query[:, run], every, mask, sink, self.scale)
+            outs.append(out)
+        return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
+
+    @staticmethod
+    def _gathers(selected: Tensor, entries: Tensor) -> bool:
+        """Whether copying the selected entries costs less than masking the others."""
+        return 2 * selected.shape[-1] < entries.shape[1]
+
+
+def entry_mask(selected: Int[Tensor, "B T K"], count: int) -> Bool[Tensor, "B T M"]:
+    """Returns which of `count` entries are selected."""
+    mask = torch.zeros(*selected.shape[:2], count + 1, dtype=torch.bool, device=selected.device)
+    return mask.scatter_(-1, selected.where(selected >= 0, count), True)[..., :count]
+
+
+def attend_gathered(
+    query: Float[Tensor, "B T H P"],
+    keys: Float[Tensor, "B W P"],
+    mask: Bool[Tensor, "#B T W"],
+    entries: Float[Tensor, "B M P"],
+    selected: Int[Tensor, "B T K"],
+    sink: Float[Tensor, " H"],
+    scale: float,
+) -> Float[Tensor, "B T H P"]:
+    """Attends to the window, whose keys all queries share, and to copies of each query's entries.
+
+    Keys are also the values. At most GATHERED numbers are copied at a time.
+    """
+    batch, time = query.shape[:2]
+    step = max(1, GATHERED // (batch * selected.shape[-1] * entries.shape[-1]))
+    rows = torch.arange(batch, device=query.device)[:, None, None]
+    outs = []
+    for start in range(0, time, step):
+        some, index = query[:, start : start + step] * scale, selected[:, start : start + step]
+        copies = entries[rows, index.clamp_min(0)].to(query.dtype)  # [B, T, K, P]
+        window_logits = (some.flatten(1, 2) @ keys.mT).unflatten(1, some.shape[1:3])
+        window_logits = window_logits.masked_fill(~mask[:, start : start + step, None], -torch.inf)
+        entry_logits = (some @ copies.mT).masked_fill((index < 0)[:, :, None], -torch.inf)
+        logits = torch.cat([window_logits, entry_logits], dim=-1)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        sinks = sink.to(logits.dtype)[:, None].expand(*logits.shape[:3], 1)
+        weights = torch.cat([logits, sinks], dim=-1).softmax(-1).to(query.dtype)
+        of_keys, of_entries, _ = weights.split([keys.shape[1], index.shape[-1], 1], dim=-1)
+        out = (of_keys.flatten(1, 2) @ keys).unflatten(1, some.shape[1:3])
+        outs.append(out + of_entries @ copies)
+    return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
