@@ -132,14 +132,24 @@ def rope_tables(
 ) -> tuple[Float[Tensor, "B T F"], Float[Tensor, "B T F"]]:
     """Computes cos and sin of position * frequency in float32.
 
-    With YaRN both are multiplied by mscale(s, mscale) / mscale(s, mscale_all_dim).
+    With YaRN both are multiplied by `rope_factor`.
     """
     angles = positions.unsqueeze(-1).float() * rope_frequencies(config, dim).to(positions.device)
     if config.yarn is None:
         return angles.cos(), angles.sin()
-    yarn = config.yarn
-    factor = _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
+    factor = rope_factor(config)
     return angles.cos() * factor, angles.sin() * factor
+
+
+def rope_factor(config: RopeConfig) -> float:
+    """Returns YaRN's factor on cos and sin, or 1 without YaRN.
+
+    It is mscale(s, mscale) / mscale(s, mscale_all_dim).
+    """
+    if config.yarn is None:
+        return 1.0
+    yarn = config.yarn
+    return _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
 
 
 def rotate(

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from rorqual.layers.basics import rope_tables, rotate
+from rorqual.layers.basics import rope_factor, rope_frequencies, rope_tables, rotate
 from rorqual.layers.cache import Past
 from rorqual.model_config import RopeConfig
 
@@ -71,6 +71,9 @@ class Context:
     # The same of blocks with compressed entries, whose rotary base is another one.
     compressed_cos: Float[Tensor, "B T F"] | None = None
     compressed_sin: Float[Tensor, "B T F"] | None = None
+    # What they are made of, for entries at other positions: radians a token, YaRN's factor.
+    compressed_frequencies: Float[Tensor, " F"] | None = None
+    compressed_factor: float = 1.0
     ids: Int[Tensor, "B T"] | None = None
     lookup_mask: Bool[Tensor, "B T"] | None = None  # False where Engram looks nothing up
     # Prefetched rows of the block's Engram table: `rows.wait()` is float [B, T, R, head_dim].
@@ -250,6 +253,9 @@ def context(
         if compress_rope is not None:
             tables = rope_tables(compress_rope, rope[1], fields["positions"])
             fields["compressed_cos"], fields["compressed_sin"] = tables
+            frequencies = rope_frequencies(compress_rope, rope[1]).to(device)
+            fields["compressed_frequencies"] = frequencies
+            fields["compressed_factor"] = rope_factor(compress_rope)
     if counts is not None:
         fields["lengths"] = torch.tensor(counts, device=device)
     return Context(past=span.past, starts=span.starts, key_count=length, **fields, **more)
