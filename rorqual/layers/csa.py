@@ -30,7 +30,7 @@ DeepSeek-V4, section 2.3: compressed sparse attention (CSA) and heavily compress
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -356,9 +356,7 @@ class SharedKV(nn.Module):
             values, seen = entries.values[:, :count], entries.visible(ctx, run, count)
             if gathers:
                 index, real = selection.choose(selection.scores(run, count), seen)
-                outs.append(
-                    attend_gathered(queries, key, mask, values, index, real, sink, scale)
-                )
+                outs.append(attend_gathered(queries, key, mask, values, index, real, sink, scale))
                 continue
             if selection is not None:
                 if ctx.indexer_warmup is not None:
@@ -582,9 +580,7 @@ def window_mask(
     return inside & (behind <= columns[..., None])
 
 
-def last_window(
-    keys: Float[Tensor, "B W P"], window: int, ctx: Context
-) -> Float[Tensor, "B W2 P"]:
+def last_window(keys: Float[Tensor, "B W P"], window: int, ctx: Context) -> Float[Tensor, "B W2 P"]:
     """Returns the `window` keys up to the last valid new token of each sequence."""
     if ctx.lengths is None:
         return keys[:, -window:]

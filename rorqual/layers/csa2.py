@@ -12,9 +12,9 @@ queries of its own and the source's keys, or it attends to the entries that were
 source, of a long context, selects coarse blocks of entries, too, and later blocks select only
 inside of these: those with the largest maxima, and the one of the last visible entry.
 
-Queries have no norm of their own, unlike V4's. With `cache_formats` the keys of the window, the
-entries, and the queries and keys of the indexer are rounded as they are stored. The selection has
-no gradient.
+The indexers are trained as those of CSA are (layers/csa.py). Queries have no norm of their own,
+unlike V4's. With `cache_formats` the keys of the window, the entries, and the queries and keys of
+the indexer are rounded as they are stored.
 
 DeepSeek-V4.1-Flash.
 """
@@ -28,24 +28,29 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rorqual.layers.basics import RMSNorm, rope_tables
-from rorqual.layers.cache import Appended, Recent
+from rorqual.layers.basics import RMSNorm, rotate
+from rorqual.layers.cache import Recent
 from rorqual.layers.cache_formats import CacheFormat, rounded
 from rorqual.layers.context import Context
 from rorqual.layers.csa import (
+    COPIED,
+    GATHERING,
+    QUERIES,
     SharedKV,
     SharedKVCache,
+    attend_gathered,
     attend_with_sink,
+    entry_loss,
     last_window,
-    rotate_last,
+    mean_entry_loss,
     window_mask,
 )
-from rorqual.layers.sparse import runs
+from rorqual.layers.dsa import IndexerLoss
+from rorqual.layers.sparse import Blocks
 from rorqual.model_config import CSA2Config as CSA2Config
 from rorqual.model_config import CSAConfig
 
 SCORES = 1 << 22  # scores of the indexer's heads in memory at a time
-GATHERED = 1 << 22  # numbers of entries gathered at a time
 
 
 class Shared(NamedTuple):
@@ -59,12 +64,18 @@ class Shared(NamedTuple):
     selected: Int[Tensor, "B T K"] | None = None  # rising
     coarse: Int[Tensor, "B T N"] | None = None  # blocks of entries, counted in the document
 
+    def last(self, ctx: Context) -> "Shared":
+        """Returns what is left for the last valid new token of each sequence."""
+        left = (None if x is None else ctx.last_of(x) for x in (self.selected, self.coarse))
+        return Shared(self.entries, self.index_keys, *left)
+
 
 class Visible(NamedTuple):
     """The entries first .. end - 1 that each new token sees: the complete ones of its document."""
 
     first: Int[Tensor, "#B T"]
     end: Int[Tensor, "#B T"]
+    packed: bool = False  # whether a sequence may have several documents; else `first` is 0
 
     def mask(self, count: int, run: slice) -> Bool[Tensor, "#B T M"]:
         """Returns which of `count` entries the new tokens `run` see."""
@@ -81,7 +92,7 @@ def visible_entries(ctx: Context, ratio: int) -> Visible:
         return Visible(torch.zeros_like(end), end)
     complete = (ctx.key_positions % ratio == ratio - 1).cumsum(1)
     end = complete.gather(1, ctx.columns)
-    return Visible(end - (ctx.positions + 1) // ratio, end)
+    return Visible(end - (ctx.positions + 1) // ratio, end, packed=True)
 
 
 class NewEntries(NamedTuple):
@@ -120,64 +131,49 @@ def new_entries(ctx: Context, ratio: int) -> NewEntries:
     )
 
 
-class Entries:
-    """Caches one value for each complete group of tokens of a sequence."""
-
-    def __init__(self, ratio: int, capacity: int = 0):
-        self.ratio = ratio
-        self.values = Appended(capacity // ratio)
-
-    def put(
-        self, new: Float[Tensor, "B E P"], places: NewEntries, ctx: Context
-    ) -> Float[Tensor, "B M P"]:
-        """Stores new entries and returns those of all tokens; others than a row has mean nothing."""
-        total = ctx.key_count // self.ratio
-        buffer = self.values.reserve(new, total)
-        if ctx.starts is None and ctx.key_positions is None:
-            done = ctx.past // self.ratio
-            buffer[:, done : done + new.shape[1]] = new.detach()
-        else:
-            rows, columns = places.complete.expand(len(new), -1).nonzero(as_tuple=True)
-            numbers = places.numbers.expand(len(new), -1)[rows, columns]
-            buffer[rows, numbers] = new.detach()[rows, columns].to(buffer.dtype)
-        return buffer[:, :total]
-
-    def select(self, index: Int[Tensor, " B"], length: int) -> None:
-        """Keeps the sequences `index`, in that order."""
-        self.values.select(index, length // self.ratio)
-
-    def join(self, other: "Entries", lengths: tuple[int, int]) -> None:
-        """Appends the sequences of another batch."""
-        self.values.join(other.values, (lengths[0] // self.ratio, lengths[1] // self.ratio))
-
-    def clear(self) -> None:
-        """Removes all entries."""
-        self.values.clear()
-
-
 def numbered(
     new: Float[Tensor, "B E P"], places: NewEntries, ctx: Context, ratio: int
 ) -> Float[Tensor, "B M P"]:
     """Returns the entries by their numbers, without a cache; with their gradients."""
-    total = ctx.key_count // ratio
     if ctx.key_positions is None:
         return new
+    total = ctx.key_count // ratio
     # What a sequence does not complete goes to one entry more, which is left out.
     index = places.numbers.where(places.complete, total)[..., None].expand_as(new)
     out = new.new_zeros(len(new), total + 1, new.shape[-1])
     return out.scatter(1, index, new)[:, :total]
 
 
+def cached(
+    new: Float[Tensor, "B E P"], places: NewEntries, ctx: Context, cache: Blocks
+) -> Float[Tensor, "B M P"]:
+    """Stores new entries and returns those of all tokens.
+
+    What is beyond the last complete entry of a shorter sequence means nothing.
+    """
+    total = cache.count(ctx.key_count)
+    buffer = cache.values.reserve(new, total)
+    # The dtype may differ from that of the first call, if autocast was switched since.
+    values = new.detach().to(buffer.dtype)
+    if ctx.starts is None and ctx.key_positions is None:
+        done = cache.count(ctx.past)
+        buffer[:, done : done + new.shape[1]] = values
+    else:
+        rows, columns = places.complete.expand(len(new), -1).nonzero(as_tuple=True)
+        buffer[rows, places.numbers.expand(len(new), -1)[rows, columns]] = values[rows, columns]
+    return buffer[:, :total]
+
+
 @dataclass(eq=False)
 class SourceCache(SharedKVCache):
     """The cache of a source: its entries, their keys, and the tokens of an incomplete entry."""
 
-    entries: Entries
-    index_keys: Entries
+    entries: Blocks
+    index_keys: Blocks
     pending: Recent | None = None  # [W_kv x | W_gate x] of the last ratio - 1 tokens
 
 
-class Compressor(nn.Module):
+class PlainCompressor(nn.Module):
     """Pools groups of `ratio` tokens, which do not overlap, to one latent each."""
 
     def __init__(self, dim: int, width: int, ratio: int, eps: float) -> None:
@@ -278,7 +274,7 @@ class Coarse(NamedTuple):
         -1 where there are fewer.
         """
         count = -(-scores.shape[-1] // self.block)
-        if self.visible.first.any():
+        if self.visible.packed:
             index = self.of_entries(scores.shape[-1], run).clamp_min(0).expand_as(scores)
             shape = (*scores.shape[:2], count)
             maxima = scores.new_full(shape, -torch.inf).scatter_reduce(-1, index, scores, "amax")
@@ -308,11 +304,11 @@ class CSA2(SharedKV):
         self, shares: CSA2Config, config: CSAConfig, dim: int, eps: float = 1e-6, index: int = 0
     ) -> None:
         """Builds the attention of block `index`."""
-        self.ratio = ratio = shares.ratio(index)
+        ratio = shares.ratio(index)
         super().__init__(config, dim, eps, compresses=ratio > 0)
         self.shares, self.ratio = shares, ratio
         source = ratio > 0 and index in shares.kv_sources
-        self.compressor = Compressor(dim, config.head_dim, ratio, eps) if source else None
+        self.compressor = PlainCompressor(dim, config.head_dim, ratio, eps) if source else None
         selects = ratio > 0 and index in shares.index_sources
         self.indexer = SharedIndexer(config, dim, eps, source) if selects else None
         candidate = shares.candidate_source
@@ -327,30 +323,28 @@ class CSA2(SharedKV):
         if self.compressor is None:
             return SharedKVCache(window)
         pending = Recent(self.ratio - 1) if self.ratio > 1 else None
-        entries, keys = Entries(self.ratio, capacity), Entries(self.ratio, capacity)
+        entries, keys = (Blocks(self.ratio, self.ratio, capacity) for _ in range(2))
         return SourceCache(window, entries, keys, pending)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, hidden: Float[Tensor, "B T D"], ctx: Context
-    ) -> tuple[Float[Tensor, "B T2 D"], None, Shared | None]:
-        """Returns the output of the new tokens, None, and what later blocks share.
+    ) -> tuple[Float[Tensor, "B T2 D"], IndexerLoss | None, Shared | None]:
+        """Returns the output of the new tokens, an IndexerLoss, and what later blocks share.
 
         With `ctx.last_only` only the last token of each sequence has an output.
         """
-        keys = self.keys(hidden, ctx)
-        shared = self._publish(hidden, ctx) if self.compressor is not None else ctx.shared
+        keys = self.keys(self.new_keys(hidden, ctx), ctx)
+        shared = self.publish(hidden, ctx) if self.compressor is not None else ctx.shared
         if ctx.last_only:
             keys = last_window(keys, self.config.window, ctx)
-            if shared is not None:
-                left = [None if x is None else ctx.last_of(x) for x in shared[2:]]
-                shared = Shared(*shared[:2], *left)
+            shared = None if shared is None else shared.last(ctx)
             hidden, ctx = ctx.last_of(hidden), ctx.last()
         latent = self.q_norm(self.wq_a(hidden))
-        query = self.queries(latent, ctx)
+        query, loss = self.queries(latent, ctx), None
         if self.indexer is not None:
-            shared = self._select(hidden, latent, shared, ctx)
-        out = self._attend(query, keys, shared, ctx)
-        return self.output(out, ctx), None, shared
+            shared, loss = self.choose(hidden, latent, query, shared, ctx)
+        out = self.attend_shared(query, keys, shared if self.ratio else None, ctx)
+        return self.output(out, ctx), loss, shared
 
     def queries(self, latent: Float[Tensor, "B T R"], ctx: Context) -> Float[Tensor, "B T H P"]:
         """Returns the rotated queries."""
@@ -358,123 +352,130 @@ class CSA2(SharedKV):
 
     def new_keys(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Float[Tensor, "B T P"]:
         """Returns the rotated keys of the new tokens, as they are cached."""
-        return self._stored(super().new_keys(hidden, ctx), "fp8")
+        return self.rounded(super().new_keys(hidden, ctx), "fp8")
 
-    def _stored(self, x: Tensor, kind: CacheFormat) -> Tensor:
+    def rounded(self, x: Tensor, kind: CacheFormat) -> Tensor:
+        """Rounds x to what a cache of this kind stores, if the config says so."""
         return x if self.shares.cache_formats == "none" else rounded(x, kind)
 
-    def _publish(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Shared:
+    def publish(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Shared:
         """Compresses the new tokens; returns the entries of all tokens and their index keys."""
         assert self.compressor is not None and self.indexer is not None
         places = new_entries(ctx, self.ratio)
         latents = self.compressor(hidden, places, ctx)
-        cos, sin = rope_tables(self.config.compress_rope, self.rope_dim, places.positions)
-        new = self._stored(rotate_last(latents, cos, sin), "nvfp4")
-        with torch.no_grad():
-            keys = rotate_last(self.indexer.keys(latents), cos, sin)
-            keys = self._stored(keys, "mxfp4")
+        new = self.rounded(rotate_entries(latents, places, ctx), "nvfp4")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and ctx.indexer_warmup is not None):
+            keys = rotate_entries(self.indexer.keys(latents.detach()), places, ctx)
+            keys = self.rounded(keys, "mxfp4")
         if ctx.cache is None:
             return Shared(*(numbered(x, places, ctx, self.ratio) for x in (new, keys)))
         cache = ctx.cache.attention
-        return Shared(cache.entries.put(new, places, ctx), cache.index_keys.put(keys, places, ctx))
+        return Shared(
+            cached(new, places, ctx, cache.entries), cached(keys, places, ctx, cache.index_keys)
+        )
 
-    @torch.no_grad()
-    def _select(
-        self, hidden: Tensor, latent: Tensor, shared: Shared | None, ctx: Context
-    ) -> Shared:
-        """Selects entries for each new token, and coarse blocks where this block does."""
+    def choose(
+        self,
+        hidden: Float[Tensor, "B T D"],
+        latent: Float[Tensor, "B T R"],
+        query: Float[Tensor, "B T H P"],
+        shared: Shared | None,
+        ctx: Context,
+    ) -> tuple[Shared, IndexerLoss | None]:
+        """Selects entries for each new token, and coarse blocks where this block does.
+
+        The IndexerLoss is that of the block's attention over the entries, if it is trained.
+        """
         assert self.indexer is not None and shared is not None
-        query = self._stored(self.turn(self.indexer.queries(latent), ctx), "mxfp4")
-        weights, visible = self.indexer.weights(hidden), visible_entries(ctx, self.ratio)
-        count = shared.entries.shape[1]
-        coarse = Coarse(self.shares.candidate_block, visible)
-        selected, kept = [], []
-        for run in self._runs(query, count):
-            scores = shared_scores(query[:, run], shared.index_keys, weights[:, run])
-            scores = scores.masked_fill(~visible.mask(count, run), -torch.inf)
-            if self.within_coarse and shared.coarse is not None:
-                inside = coarse.mask(shared.coarse[:, run], count, run)
-                scores = scores.masked_fill(~inside, -torch.inf)
-            if self.selects_coarse:
-                kept.append(coarse.best(scores, run, self.shares.candidate_blocks))
-            selected.append(best_entries(scores, self.config.top_k))
+        trained = ctx.indexer_warmup is not None
+        selected, kept, losses = [], [], []
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            asked = self.indexer.queries(latent.detach())
+            asked = self.rounded(self.turn(asked, ctx), "mxfp4")
+            weights = self.indexer.weights(hidden.detach())
+            visible = visible_entries(ctx, self.ratio)
+            count = shared.entries.shape[1]
+            coarse = Coarse(self.shares.candidate_block, visible)
+            for run in self.runs(asked, count):
+                seen = visible.mask(count, run)
+                all_scores = shared_scores(asked[:, run], shared.index_keys, weights[:, run])
+                scores = all_scores.detach().masked_fill(~seen, -torch.inf)
+                if self.within_coarse and shared.coarse is not None:
+                    inside = coarse.mask(shared.coarse[:, run], count, run)
+                    scores = scores.masked_fill(~inside, -torch.inf)
+                if self.selects_coarse:
+                    kept.append(coarse.best(scores, run, self.shares.candidate_blocks))
+                selected.append(best_entries(scores, self.config.top_k))
+                if trained and count:
+                    valid = None if ctx.valid is None else ctx.valid[:, run]
+                    attended = query[:, run], shared.entries, self.scale, ctx.indexer_warmup
+                    mask = entry_mask(selected[-1], count)
+                    losses.append(entry_loss(all_scores, seen, mask, *attended, valid))
         shared = shared._replace(selected=torch.cat(selected, dim=1))
-        return shared._replace(coarse=torch.cat(kept, dim=1)) if kept else shared
+        shared = shared._replace(coarse=torch.cat(kept, dim=1)) if kept else shared
+        return shared, mean_entry_loss(losses) if losses else None
 
-    def _runs(self, query: Tensor, count: int) -> Iterator[slice]:
+    def runs(self, query: Float[Tensor, "B T J C"], count: int) -> Iterator[slice]:
         """Splits the queries into slices with at most SCORES scores of all heads."""
         batch, time, heads = query.shape[:3]
         step = max(1, SCORES // max(1, batch * heads * count))
         return (slice(start, min(start + step, time)) for start in range(0, time, step))
 
-    def _attend(
-        self, query: Float[Tensor, "B T H P"], keys: Tensor, shared: Shared | None, ctx: Context
+    def attend_shared(
+        self,
+        query: Float[Tensor, "B T H P"],
+        keys: Float[Tensor, "B W P"],
+        shared: Shared | None,
+        ctx: Context,
     ) -> Float[Tensor, "B T H P"]:
-        """Attends to the window and, in a block with entries, to those that are selected."""
-        outs, window = [], self.config.window
-        selected = None
-        if self.ratio and shared is not None:
-            selected = shared.selected
-            assert selected is not None
-        for run in runs(query.shape[1]):
-            window_keys = keys[:, run.start : run.stop + window - 1]
-            mask = window_mask(ctx, window, run)
-            sink = self.attn_sink
-            if selected is None or shared is None or not selected.shape[-1]:
-                out = attend_with_sink(query[:, run], window_keys, mask, sink, self.scale)
-            elif self._gathers(selected, shared.entries):
-                index, entries = selected[:, run], shared.entries
-                out = attend_gathered(
-                    query[:, run], window_keys, mask, entries, index, sink, self.scale
-                )
+        """Attends to the window and, in a block with entries, to those that are selected.
+
+        While the indexers warm up it attends to every visible entry. Queries that see many times
+        more entries than they select gather these; the others mask those that are not selected.
+        """
+        window, time, scale, sink = self.config.window, query.shape[1], self.scale, self.attn_sink
+        document_ids, outs, start = ctx.documents_before(window - 1), [], 0
+        count = 0 if shared is None else shared.entries.shape[1]
+        width = 0 if shared is None or shared.selected is None else shared.selected.shape[-1]
+        gathers = not torch.is_grad_enabled() and count > GATHERING * width
+        at_once = max(1, COPIED // max(1, width * query.shape[-1])) if gathers else QUERIES
+        while start < time:
+            run = slice(start, min(start + min(QUERIES, at_once), time))
+            start, queries = run.stop, query[:, run]
+            key = keys[:, run.start : run.stop + window - 1]
+            mask = window_mask(ctx, window, run, document_ids)
+            if shared is None or shared.selected is None or not count:
+                outs.append(attend_with_sink(queries, key, mask, sink, scale))
+                continue
+            selected = shared.selected[:, run]
+            if gathers:
+                places = shared.entries, selected.clamp_min(0), selected >= 0
+                outs.append(attend_gathered(queries, key, mask, *places, sink, scale))
+                continue
+            if ctx.indexer_warmup:
+                seen = visible_entries(ctx, self.ratio).mask(count, run)
             else:
-                of_entries = entry_mask(selected[:, run], shared.entries.shape[1])
-                mask = torch.cat([mask.expand(len(query), -1, -1), of_entries], dim=-1)
-                every = torch.cat([window_keys, shared.entries.to(window_keys.dtype)], dim=1)
-                out = attend_with_sink(query[:, run], every, mask, sink, self.scale)
-            outs.append(out)
+                seen = entry_mask(selected, count)
+            mask = torch.cat([x.expand(len(queries), -1, -1) for x in (mask, seen)], dim=-1)
+            every = torch.cat([key, shared.entries.to(key.dtype)], dim=1)
+            outs.append(attend_with_sink(queries, every, mask, sink, scale))
         return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
 
-    @staticmethod
-    def _gathers(selected: Tensor, entries: Tensor) -> bool:
-        """Whether copying the selected entries costs less than masking the others."""
-        return 2 * selected.shape[-1] < entries.shape[1]
+
+def rotate_entries(
+    x: Float[Tensor, "B E P"], places: NewEntries, ctx: Context
+) -> Float[Tensor, "B E P"]:
+    """Rotates the last values of entries by the positions of their first tokens."""
+    assert ctx.compressed_frequencies is not None, "a context without rope"
+    angles = places.positions[..., None].float() * ctx.compressed_frequencies
+    cos, sin = (value * ctx.compressed_factor for value in (angles.cos(), angles.sin()))
+    cos, sin = (value.expand(len(x), -1, -1) for value in (cos, sin))
+    width = 2 * cos.shape[-1]
+    rest, turned = x.split([x.shape[-1] - width, width], dim=-1)
+    return torch.cat([rest, rotate(turned, cos, sin, interleaved=True)], dim=-1)
 
 
 def entry_mask(selected: Int[Tensor, "B T K"], count: int) -> Bool[Tensor, "B T M"]:
     """Returns which of `count` entries are selected."""
     mask = torch.zeros(*selected.shape[:2], count + 1, dtype=torch.bool, device=selected.device)
     return mask.scatter_(-1, selected.where(selected >= 0, count), True)[..., :count]
-
-
-def attend_gathered(
-    query: Float[Tensor, "B T H P"],
-    keys: Float[Tensor, "B W P"],
-    mask: Bool[Tensor, "#B T W"],
-    entries: Float[Tensor, "B M P"],
-    selected: Int[Tensor, "B T K"],
-    sink: Float[Tensor, " H"],
-    scale: float,
-) -> Float[Tensor, "B T H P"]:
-    """Attends to the window, whose keys all queries share, and to copies of each query's entries.
-
-    Keys are also the values. At most GATHERED numbers are copied at a time.
-    """
-    batch, time = query.shape[:2]
-    step = max(1, GATHERED // (batch * selected.shape[-1] * entries.shape[-1]))
-    rows = torch.arange(batch, device=query.device)[:, None, None]
-    outs = []
-    for start in range(0, time, step):
-        some, index = query[:, start : start + step] * scale, selected[:, start : start + step]
-        copies = entries[rows, index.clamp_min(0)].to(query.dtype)  # [B, T, K, P]
-        window_logits = (some.flatten(1, 2) @ keys.mT).unflatten(1, some.shape[1:3])
-        window_logits = window_logits.masked_fill(~mask[:, start : start + step, None], -torch.inf)
-        entry_logits = (some @ copies.mT).masked_fill((index < 0)[:, :, None], -torch.inf)
-        logits = torch.cat([window_logits, entry_logits], dim=-1)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        sinks = sink.to(logits.dtype)[:, None].expand(*logits.shape[:3], 1)
-        weights = torch.cat([logits, sinks], dim=-1).softmax(-1).to(query.dtype)
-        of_keys, of_entries, _ = weights.split([keys.shape[1], index.shape[-1], 1], dim=-1)
-        out = (of_keys.flatten(1, 2) @ keys).unflatten(1, some.shape[1:3])
-        outs.append(out + of_entries @ copies)
-    return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
