@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from rorqual.model_config import (
+    CSAConfig,
     DSAConfig,
     EngramConfig,
     GQAConfig,
@@ -43,6 +44,7 @@ class Costs(NamedTuple):
     mtp_activated_with_embedding: int  # and the shared embedding
     flops_per_token: int  # forward, the mean over the tokens of a context
     cache_bytes_per_token: int  # of attention and of what selects its keys, in bfloat16
+    cache_bytes: int  # the same of one sequence of the whole context, with what does not grow
     longest_context: int  # tokens that the rotary base, stretched by YaRN, tells apart
 
 
@@ -74,6 +76,11 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
     # includes the shared head
     drafted = mtp - depth * _resting(config) + (embedding if depth else 0)
 
+    # Blocks with compressed entries, if there are any, see furthest.
+    rope = config.rope
+    if config.csa is not None and set(config.csa.kinds) - {"window"}:
+        rope = config.csa.compress_rope
+
     products = blocks.matrices - resting + embedding  # the head multiplies, tied or not
     products += config.layers * _attention_products(config, context)
     products += _hyper_products(config) + _engram_products(config)
@@ -87,9 +94,8 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
         mtp_activated_with_embedding=drafted + (input_embedding if depth else 0),
         flops_per_token=2 * products,
         cache_bytes_per_token=_cached_bytes(config),
-        longest_context=longest_context(
-            config.rope.base, yarn.factor if (yarn := config.rope.yarn) else 1.0
-        ),
+        cache_bytes=_cache_bytes(config, context),
+        longest_context=longest_context(rope.base, yarn.factor if (yarn := rope.yarn) else 1.0),
     )
 
 
@@ -125,14 +131,16 @@ def _backbone(config: ModelConfig) -> Parameters:
 
 def _block(config: ModelConfig, index: int) -> Parameters:
     """Counts two norms, attention and feed-forward: a block with one stream and without Engram."""
-    total = Parameters(others=2 * config.dim) + _attention(config)
+    total = Parameters(others=2 * config.dim) + _attention(config, index)
     if config.moe is not None and config.has_experts(index):
-        return total + _moe(config.moe, config.dim)
+        return total + _moe(config.moe, config.dim, index)
     return total + Parameters(matrices=_swiglu(config.dim, config.dense_width))
 
 
-def _attention(config: ModelConfig) -> Parameters:
-    """Counts MLA or GQA with its inner attention; MoBA has no parameters."""
+def _attention(config: ModelConfig, index: int) -> Parameters:
+    """Counts CSA, or MLA or GQA with its inner attention; MoBA has no parameters."""
+    if config.csa is not None:
+        return _csa(config.csa, config.dim, config.csa.kind(index))
     if config.mla is not None:
         total = _mla(config.mla, config.dim)
         return total if config.dsa is None else total + _dsa(config.dsa, config.mla, config.dim)
@@ -163,6 +171,30 @@ def _dsa(dsa: DSAConfig, mla: MLAConfig, dim: int) -> Parameters:
     return Parameters(queries + dim * dsa.dim + dim * dsa.heads, 2 * dsa.dim)
 
 
+def _csa(csa: CSAConfig, dim: int, kind: str) -> Parameters:
+    """Counts the projections of queries, keys and output, two norms, sinks, and compression.
+
+    They are W_qa and W_qb, W_kv, the blocks of W_oa and W_ob; the compressor of a block with
+    entries, and in csa blocks the indexer's W_q, W_v and compressor.
+    """
+    width, rank = csa.heads * csa.head_dim, csa.q_lora_rank
+    queries = dim * rank + rank * width
+    out = width * csa.o_lora_rank + csa.groups * csa.o_lora_rank * dim
+    total = Parameters(queries + dim * csa.head_dim + out, rank + csa.head_dim + csa.heads)
+    if kind == "hca":
+        return total + _compressor(dim, csa.head_dim, csa.heavy_ratio, 1)
+    if kind == "csa":
+        total += _compressor(dim, csa.head_dim, csa.ratio, 2)
+        total += _compressor(dim, csa.index_dim, csa.ratio, 2)
+        total += Parameters((rank * csa.index_dim + dim) * csa.index_heads)
+    return total
+
+
+def _compressor(dim: int, width: int, ratio: int, halves: int) -> Parameters:
+    """Counts the projections of values and gates, the positions' gates, and a norm."""
+    return Parameters(2 * dim * halves * width, ratio * halves * width + width)
+
+
 def _gqa(gqa: GQAConfig, dim: int) -> Parameters:
     """Counts the projections of queries, keys, values and output, query and key norms, and sinks.
 
@@ -188,11 +220,12 @@ def _nsa(nsa: NSAConfig, gqa: GQAConfig, dim: int) -> Parameters:
     return Parameters(matrices, compression + gates)
 
 
-def _moe(moe: MoEConfig, dim: int) -> Parameters:
+def _moe(moe: MoEConfig, dim: int, index: int) -> Parameters:
     """Counts the router and its selection biases, all routed experts and the shared one."""
+    biases = moe.routed if moe.router.bias_of(index) else 0
     experts = moe.routed * _swiglu(dim, moe.width)
     shared = _swiglu(dim, moe.shared_hidden) if moe.shared else 0
-    return Parameters(moe.routed * dim + experts + shared, moe.routed if moe.router.bias else 0)
+    return Parameters(moe.routed * dim + experts + shared, biases)
 
 
 def _resting(config: ModelConfig) -> int:
@@ -258,6 +291,9 @@ def _attention_products(config: ModelConfig, context: int) -> int:
 
     It is the mean over the tokens of a context and over the blocks.
     """
+    if config.csa is not None:
+        kinds = [config.csa.kind(index) for index in range(config.layers)]
+        return sum(_csa_products(config.csa, kind, context) for kind in kinds) // config.layers
     if config.mla is not None:
         scored, seen = _dsa_products(config, context)
         return scored + config.mla.heads * (
@@ -302,6 +338,31 @@ def _dsa_products(config: ModelConfig, context: int) -> tuple[int, int]:
     if config.dsa is None or context <= config.dsa.top_k:
         return 0, _seen(context)
     return config.dsa.heads * (config.dsa.dim + 1) * context // 2, _seen(context, config.dsa.top_k)
+
+
+def _csa_products(csa: CSAConfig, kind: str, context: int) -> int:
+    """Counts pooling, the indexer's scores, and attention to the window and to entries.
+
+    If no token has to choose among entries, nothing is scored.
+    """
+    ratio = csa.ratio if kind == "csa" else csa.heavy_ratio
+    pairs = 0 if kind == "window" else _entries_seen(context, ratio)
+    scored = pooled = 0
+    if kind == "hca":
+        pooled = csa.head_dim
+    elif kind == "csa":
+        pooled = 2 * (csa.head_dim + csa.index_dim)
+        if context // ratio > csa.top_k:
+            scored = csa.index_heads * (csa.index_dim + 1) * pairs
+            pairs = _entries_seen(context, ratio, csa.top_k)
+    attended = csa.heads * csa.head_dim * (_seen(context, csa.window) + 2 * pairs)
+    return pooled + (scored + attended) // context
+
+
+def _entries_seen(context: int, ratio: int, limit: int | None = None) -> int:
+    """Counts the pairs of a token and an entry that it sees, or the `limit` best of these."""
+    most = context // ratio if limit is None else min(limit, context // ratio)
+    return ratio * most * (most - 1) // 2 + most * (context - most * ratio + 1)
 
 
 def _nsa_products(nsa: NSAConfig, gqa: GQAConfig, context: int) -> int:
@@ -366,8 +427,11 @@ def _engram_products(config: ModelConfig) -> int:
 def _cached_bytes(config: ModelConfig) -> int:
     """Counts the cache bytes of all blocks for each further token.
 
-    All is bfloat16 but MoBA's float32 means. A window discards nothing.
+    All is bfloat16 but MoBA's float32 means. A window discards nothing, but that of CSA.
     """
+    if config.csa is not None:
+        far = 1 << 30  # tokens, over which entries are averaged
+        return _entry_bytes(config.csa, config.layers, far) // far
     if config.mla is not None:
         indexed = config.dsa.dim if config.dsa is not None else 0
         return 2 * config.layers * (config.mla.kv_lora_rank + config.mla.rope_dim + indexed)
@@ -381,3 +445,27 @@ def _cached_bytes(config: ModelConfig) -> int:
             + 4 * config.layers * config.gqa.kv_heads * config.gqa.head_dim // config.moba.block
         )
     return pair
+
+
+def _cache_bytes(config: ModelConfig, context: int) -> int:
+    """Counts the cache bytes of all blocks after `context` tokens, in bfloat16.
+
+    CSA has a window, what is not yet compressed or overlaps, and entries.
+    """
+    csa = config.csa
+    if csa is None:
+        return _cached_bytes(config) * context
+    total = 2 * config.layers * (csa.window - 1) * csa.head_dim
+    for index in range(config.layers):
+        if csa.kind(index) == "hca":
+            total += 4 * (csa.heavy_ratio - 1) * csa.head_dim
+        elif csa.kind(index) == "csa":
+            total += 8 * (2 * csa.ratio - 1) * (csa.head_dim + csa.index_dim)
+    return total + _entry_bytes(csa, config.layers, context)
+
+
+def _entry_bytes(csa: CSAConfig, layers: int, context: int) -> int:
+    """Counts the bytes of the entries of all blocks after `context` tokens."""
+    kinds = [csa.kind(index) for index in range(layers)]
+    sparse = kinds.count("csa") * (context // csa.ratio) * (csa.head_dim + csa.index_dim)
+    return 2 * (sparse + kinds.count("hca") * (context // csa.heavy_ratio) * csa.head_dim)

@@ -24,7 +24,7 @@ from rorqual.layers.balance import losses
 from rorqual.layers.basics import RMSNorm, SwiGLU, chunked_cross_entropy
 from rorqual.layers.cache import Appended, BlockCache, Cache, DraftCache, Past
 from rorqual.layers.context import Context, context
-from rorqual.layers.csa import SharedKV
+from rorqual.layers.csa import CSA, HCA, SharedKV
 from rorqual.layers.csa2 import CSA2
 from rorqual.layers.dsa import DSA, IndexerLoss, mean_indexer_loss
 from rorqual.layers.engram import Addresses, Engram
@@ -68,7 +68,8 @@ def _attention(config: ModelConfig, index: int) -> MLA | GQA | SharedKV:
     if config.csa is not None and config.csa2 is not None:
         return CSA2(config.csa2, config.csa, config.dim, config.eps, index)
     if config.csa is not None:
-        return SharedKV(config.csa, config.dim, config.eps)
+        cls = {"window": SharedKV, "hca": HCA, "csa": CSA}[config.csa.kind(index)]
+        return cls(config.csa, config.dim, config.eps)
     if config.mla is not None:
         if config.dsa is not None:
             return DSA(config.dsa, config.mla, config.dim, config.rope)
@@ -228,8 +229,8 @@ class LanguageModel(nn.Module):
         """Returns the last block's output before the final norm, and the Aux of each block.
 
         With `last` it is of the last position alone, T2 = 1; the other positions of a prompt skip
-        the end of the last block. If `indexer_warmup` is given, DSA's indexers are trained; while
-        it is True every key is attended to. document_ids [B, T] numbers packed documents, which
+        the end of the last block. If `indexer_warmup` is given, the indexers of DSA and CSA are
+        trained; while it is True every key is attended to. document_ids [B, T] numbers packed documents, which
         never see each other; lengths [B] is the number of valid tokens of each row, which padding
         follows.
         """
@@ -321,7 +322,7 @@ class LanguageModel(nn.Module):
         labels[t] follows ids[t]; -100 is no target. If `indexer_warmup` is True, DSA's indexers are
         in their warm-up; they are trained only in training mode.
         """
-        training = self.training and self.config.dsa is not None
+        training = self.training and self.config.indexer is not None
         shared_kwargs = {
             "document_ids": document_ids,
             "lengths": lengths,
@@ -346,8 +347,8 @@ class LanguageModel(nn.Module):
         indexer_loss = mean_indexer_loss(
             [aux.indexer_loss for aux in auxes if aux.indexer_loss is not None]
         )
-        if indexer_loss is not None and self.config.dsa is not None:
-            total = total + self.config.dsa.weight * indexer_loss.loss
+        if indexer_loss is not None and self.config.indexer is not None:
+            total = total + self.config.indexer.weight * indexer_loss.loss
         counts = torch.stack([routing.counts() for routing in routings]) if routings else None
         return Loss(total, next_token, mtp, balance, counts, tokens, indexer_loss)
 

@@ -412,6 +412,10 @@ class RouterConfig:
                     f"router.{name}: got {getattr(self, name)}, expected at least {least}"
                 )
 
+    def bias_of(self, layer: int) -> bool:
+        """Whether the router of a block has a bias: one that selects by token id has none."""
+        return self.bias and layer >= self.token_id_layers
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BalanceConfig:
@@ -455,6 +459,8 @@ class MoEConfig:
     width: int = 32  # hidden width of one expert
     shared_width: int | None = None  # width of the shared SwiGLU; None: shared * width
     first_dense: int = 0  # blocks before this one have a dense feed-forward
+    # Clips the gate of experts and of shared ones from above, and their other factor on both sides.
+    swiglu_limit: float | None = None
     router: RouterConfig = field(default_factory=RouterConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
 
@@ -472,6 +478,10 @@ class MoEConfig:
             raise ValueError(
                 f"moe.shared_width: got {self.shared_width} with shared {self.shared}, "
                 "expected at least 1 of each"
+            )
+        if self.swiglu_limit is not None and not self.swiglu_limit > 0:
+            raise ValueError(
+                f"moe.swiglu_limit: got {self.swiglu_limit}, expected more than 0 or None"
             )
         self._check_groups()
         if self.router.min_active > self.active:
@@ -782,6 +792,13 @@ class ModelConfig:
     @property
     def streams(self) -> int:
         return self.hyper.streams if self.hyper is not None else 1
+
+    @property
+    def indexer(self) -> DSAConfig | CSAConfig | None:
+        """The config of what trains indexers, its `warmup` and `weight`; None without any."""
+        if self.csa is not None and "csa" in self.csa.kinds:
+            return self.csa
+        return self.dsa
 
     def has_experts(self, index: int) -> bool:
         """Whether block `index` has experts; MTP's blocks, counted on after the last, do."""

@@ -21,6 +21,7 @@ from dataclasses import replace
 from rorqual.hints import choose
 from rorqual.model_config import (
     BalanceConfig,
+    CSAConfig,
     EngramConfig,
     GQAConfig,
     HyperConfig,
@@ -70,6 +71,13 @@ _YARN = YarnConfig(
     factor=40.0, original_length=4096, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0
 )
 
+_V4 = RouterConfig(score="sqrtsoftplus", scale=1.5, token_id_layers=3)
+# YaRN changes the frequencies alone.
+_COMPRESS_ROPE = RopeConfig(
+    base=160_000.0,
+    yarn=YarnConfig(factor=16.0, original_length=65_536, mscale=0.0, mscale_all_dim=0.0),
+)
+
 TINY = ModelConfig(
     vocab_size=4096,
     dim=64,
@@ -92,6 +100,41 @@ SMALL = ModelConfig(
     hyper=HyperConfig(),
     mtp=MTPConfig(),
     init_std=0.02,
+)
+
+# DeepSeek-V4's mechanisms at the size of `tiny`: all three kinds of blocks, a router by token id.
+V4_TINY = ModelConfig(
+    vocab_size=4096,
+    dim=64,
+    layers=4,
+    mla=None,
+    csa=CSAConfig(
+        heads=4,
+        head_dim=32,
+        rope_dim=16,
+        q_lora_rank=32,
+        groups=2,
+        o_lora_rank=32,
+        window=32,
+        kinds=("window", "csa", "hca", "csa"),
+        ratio=4,
+        heavy_ratio=16,
+        index_heads=4,
+        index_dim=16,
+        top_k=16,
+        warmup=100,
+    ),
+    moe=MoEConfig(
+        routed=16,
+        active=2,
+        shared=1,
+        width=32,
+        swiglu_limit=10.0,
+        router=RouterConfig(score="sqrtsoftplus", scale=1.5, token_id_layers=1),
+        balance=BalanceConfig(bias_rate=0.01),
+    ),
+    hyper=HyperConfig(),
+    init_std=0.1,
 )
 
 CLASSROOM = ModelConfig(
@@ -193,6 +236,48 @@ DEEPSEEK_V3 = ModelConfig(
     mtp=MTPConfig(depth=1),
 )
 
+# Multi-token prediction is left out: its block has residual streams, as those of MTPConfig have not.
+DEEPSEEK_V4_FLASH = ModelConfig(
+    vocab_size=129_280,
+    dim=4096,
+    layers=43,
+    mla=None,
+    csa=CSAConfig(
+        heads=64,
+        head_dim=512,
+        rope_dim=64,
+        q_lora_rank=1024,
+        groups=8,
+        o_lora_rank=1024,
+        window=128,
+        kinds=("window", "window", *("csa", "hca") * 20, "csa"),
+        ratio=4,
+        heavy_ratio=128,
+        index_heads=64,
+        index_dim=128,
+        top_k=512,
+        compress_rope=_COMPRESS_ROPE,
+    ),
+    moe=MoEConfig(routed=256, active=6, shared=1, width=2048, swiglu_limit=10.0, router=_V4),
+    hyper=HyperConfig(),
+    init_std=0.02,
+)
+
+DEEPSEEK_V4_PRO = replace(
+    DEEPSEEK_V4_FLASH,
+    dim=7168,
+    layers=61,
+    csa=replace(
+        DEEPSEEK_V4_FLASH.csa,
+        heads=128,
+        q_lora_rank=1536,
+        groups=16,
+        top_k=1024,
+        kinds=("hca", "hca", *("csa", "hca") * 29, "csa"),
+    ),
+    moe=replace(DEEPSEEK_V4_FLASH.moe, routed=384, width=3072, router=replace(_V4, scale=2.5)),
+)
+
 DEEPSEEK_V2 = ModelConfig(
     vocab_size=102_400,
     dim=5120,
@@ -232,6 +317,7 @@ DEEPSEEKMOE_16B = replace(
 
 PRESETS: dict[str, ModelConfig] = {
     "tiny": TINY,
+    "v4-tiny": V4_TINY,
     "small": SMALL,
     "classroom": CLASSROOM,
     "dense-4b": DENSE_4B,
@@ -241,6 +327,8 @@ PRESETS: dict[str, ModelConfig] = {
     "engram-demo": ENGRAM_DEMO,
     "deepseek-v4.1-flash": DEEPSEEK_V4_1_FLASH,
     "qwen-ple": QWEN_PLE,
+    "deepseek-v4-flash": DEEPSEEK_V4_FLASH,
+    "deepseek-v4-pro": DEEPSEEK_V4_PRO,
     "deepseek-v3": DEEPSEEK_V3,
     "deepseek-v2": DEEPSEEK_V2,
     "deepseek-v2-lite": DEEPSEEK_V2_LITE,

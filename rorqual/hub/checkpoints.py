@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from rorqual.tables import Table, TableConfig, hot_rows
 from rorqual.tables.tensor_rows import Source, TensorRows
 from rorqual.tables.thread import BackgroundThread
 
+INTEGERS = ("I64", "I32")  # dtypes of token ids' experts
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")  # dtypes of weights, as safetensors names them
 # Bytes that are read of a mapped file before it is closed: until then they count as memory.
 WINDOW = 64 << 20
@@ -58,6 +59,7 @@ class Files:
 
     def __init__(self, folder: Path):
         self.folder, self.where, self.shapes, self.dtypes = folder, {}, {}, {}
+        self._stored: dict[str, str] = {}  # name in the file of each tensor that is renamed
         self._open: tuple[Path, Any] | None = None
         self._read = 0
         for path in self._paths():
@@ -102,12 +104,25 @@ class Files:
         if self._open is None or self._open[0] != path or self._read > WINDOW:
             self.close()
             self._open = path, _handle(path)
-        tensor = self._open[1].get_tensor(name)
+        tensor = self._open[1].get_tensor(self._stored.get(name, name))
         self._read += _bytes(tensor)
         return tensor
 
+    def rename(self, canonical: Callable[[str], str]) -> None:
+        """Calls every tensor by what `canonical` makes of its name in the files."""
+        names = {canonical(name): name for name in self.where}
+        self._stored = {name: stored for name, stored in names.items() if name != stored}
+        for table in (self.where, self.shapes, self.dtypes):
+            values = {name: table[stored] for name, stored in names.items()}
+            table.clear()
+            table.update(values)
+
     def close(self) -> None:
         self._open, self._read = None, 0
+
+    def source(self, name: str, first_row: int) -> Source:
+        """Returns where a tensor of rows is stored; it begins with row `first_row` of its table."""
+        return Source(self.where[name], self._stored.get(name, name), first_row)
 
     def scale_of(self, name: str) -> str | None:
         """Returns the name of a tensor's scales: that of DeepSeek-V3, or V4's; None without any."""
@@ -171,6 +186,7 @@ def load(
     folder = Path(folder)
     description, files = _json(folder / "config.json"), Files(folder)
     family = family_of(description)
+    files.rename(family.canonical)
     config = family.config_of(description, files.where)
     block = _scale_block(description)
     if config.engram is None and tables not in (None, TableConfig()):
@@ -265,7 +281,7 @@ def open_published(
 
 def _rows_of(files: Files, shards: list[tuple[str, int]], rows: int) -> TensorRows:
     """Opens the tensors of one table, each with the number of its first row."""
-    sources = [Source(files.where[name], name, first) for name, first in shards]
+    sources = [files.source(name, first) for name, first in shards]
     scales = [(files.scale_of(name), first) for name, first in shards]
     names = [name for name, _ in scales if name is not None]
     if not names:
@@ -276,7 +292,7 @@ def _rows_of(files: Files, shards: list[tuple[str, int]], rows: int) -> TensorRo
         if len(values) == 1:
             return TensorRows(sources, scale=values.pop(), rows=rows)
         raise ValueError(f"{names[0]}: got {len(values)} scales of one table, expected one")
-    of_rows = [Source(files.where[name], name, first) for name, first in scales if name is not None]
+    of_rows = [files.source(name, first) for name, first in scales if name is not None]
     return TensorRows(sources, of_rows, rows=rows)
 
 
@@ -390,12 +406,18 @@ def _check(
             f"{name} {files.dtypes[name]}"
             for name in all_places
             if name in stored
-            and files.dtypes[name] not in (floats if name in scales.values() else FLOATS)
+            and files.dtypes[name]
+            not in (floats if name in scales.values() else _dtypes(all_places[name], state))
         ],
     }
     if any(problems.values()):
         message = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
         raise ValueError(f"{files.folder}: tensors disagree with config.json. {message}")
+
+
+def _dtypes(tensor_place: AnyPlace, state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Returns the stored dtypes that a tensor of ours is read from."""
+    return FLOATS if state[tensor_place.name].is_floating_point() else INTEGERS
 
 
 @torch.no_grad()
@@ -438,6 +460,8 @@ def export(
     """
     folder, config = Path(folder), model.config
     family = family_for(config)
+    if model.addresses is not None and model.addresses.config.canonical:
+        fields.setdefault("canonical_ids", int(model.addresses.canonical_map.max()) + 1)
     description = family.published(
         config, dtype=str(model.embed.weight.dtype).removeprefix("torch."), **fields
     )

@@ -341,7 +341,7 @@ def foreign(config: ModelConfig) -> list[str]:
     """Describes the parts of a model that DeepSeek V2 or V3 does not have."""
     differences = [
         name
-        for name in ("gqa", "nsa", "moba", "dsa", "engram", "hyper")
+        for name in ("gqa", "csa", "nsa", "moba", "dsa", "engram", "hyper")
         if getattr(config, name) is not None
     ]
     if config.mla is None:
@@ -355,6 +355,7 @@ def foreign(config: ModelConfig) -> list[str]:
         f"score {router.score}": router.score not in ("softmax", "sigmoid"),
         "adaptive_mass": router.adaptive_mass is not None,
         "token_id_layers": router.token_id_layers > 0,
+        "swiglu_limit": config.moe.swiglu_limit is not None,
         "renormalised softmax weights": v2 and router.renormalise,
         "a softmax router with a bias": v2 and router.bias,
         "a sigmoid router without a bias": not v2 and not router.bias,
@@ -468,6 +469,11 @@ def aliases(config: ModelConfig) -> dict[str, Place]:
                     f"blocks.{index}.ffn.experts.{ours}", (), transposed=True
                 )
     return table
+
+
+def canonical(name: str) -> str:
+    """Returns the name itself: all writers of such folders use the published ones."""
+    return name
 
 
 def skipped(name: str) -> bool:

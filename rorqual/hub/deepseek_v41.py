@@ -585,6 +585,11 @@ def _reference_name(name: str) -> str:
     return f"model.{name}"
 
 
+def canonical(name: str) -> str:
+    """Returns a tensor's name as `places` has it: the published one."""
+    return name
+
+
 def skipped(name: str) -> bool:
     """Whether a tensor of a folder is read past: vision, and the draft layers."""
     return name.startswith(SKIPPED)

@@ -7,7 +7,7 @@ state dict. checkpoints.py does the rest for all of them.
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol, cast
 
-from rorqual.hub import deepseek, deepseek_v41
+from rorqual.hub import deepseek, deepseek_v4, deepseek_v41
 from rorqual.hub.places import AnyPlace, Place, Sizes
 from rorqual.model_config import ModelConfig
 
@@ -49,11 +49,18 @@ class Family(Protocol):
         Their place is "", for which the state dict needs an entry.
         """
 
+    def canonical(self, name: str) -> str:
+        """Returns the published name of a tensor that another writer's folders call otherwise."""
+
     def skipped(self, name: str) -> bool:
         """Whether a tensor of a folder is read past, as vision towers are."""
 
 
-FAMILIES: tuple[Family, ...] = (cast(Family, deepseek), cast(Family, deepseek_v41))
+FAMILIES: tuple[Family, ...] = (
+    cast(Family, deepseek),
+    cast(Family, deepseek_v4),
+    cast(Family, deepseek_v41),
+)
 MODEL_TYPES = tuple(name for family in FAMILIES for name in family.MODEL_TYPES)
 
 

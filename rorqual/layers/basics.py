@@ -1,7 +1,7 @@
 """Basic functions and modules: norms, rotary positions, SwiGLU, cross-entropy and top-k indices.
 
 RMSNorm(x)     = x / sqrt(mean(x^2) + eps) * weight                 float32 inside
-swiglu(x)      = W_down (silu(W_gate x) * W_up x)
+swiglu(x)      = W_down (silu(W_gate x) * W_up x)                  both factors may be clipped
 rotate(x)      = (a cos - b sin, a sin + b cos) for each pair (a, b)
                  rotary positions, arXiv:2104.09864
 YaRN           = rotary frequencies stretched where they are slow   arXiv:2309.00071
@@ -78,17 +78,28 @@ class RMSNorm(nn.Module):
         return out.to(x.dtype)
 
 
-class SwiGLU(nn.Module):
-    """Computes W_down (silu(W_gate x) * W_up x), without biases: from dim over width to dim."""
+def gated(gate: Tensor, up: Tensor, limit: float | None = None) -> Tensor:
+    """Computes silu(gate) * up; with a limit gate is at most that, and up within plus and minus."""
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return F.silu(gate) * up
 
-    def __init__(self, dim: int, width: int):
+
+class SwiGLU(nn.Module):
+    """Computes W_down (silu(W_gate x) * W_up x), without biases: from dim over width to dim.
+
+    With a `limit` the two factors are clipped (DeepSeek-V4).
+    """
+
+    def __init__(self, dim: int, width: int, limit: float | None = None):
         super().__init__()
+        self.limit = limit
         self.gate_proj = nn.Linear(dim, width, bias=False)
         self.up_proj = nn.Linear(dim, width, bias=False)
         self.down_proj = nn.Linear(width, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.limit))
 
 
 def _mscale(factor: float, weight: float) -> float:

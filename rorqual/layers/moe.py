@@ -133,8 +133,9 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         self.router = Router(config.router, dim, config.routed, config.active, layer, vocab_size)
-        self.experts = Experts(config.routed, dim, config.width)
-        self.shared = SwiGLU(dim, config.shared_hidden) if config.shared else None
+        limit = config.swiglu_limit
+        self.experts = Experts(config.routed, dim, config.width, limit)
+        self.shared = SwiGLU(dim, config.shared_hidden, limit) if config.shared else None
         self.exchange: Exchange | None = None
 
     def forward(

@@ -148,7 +148,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.randn(experts, dim) * dim**-0.5)
         self.e_score_correction_bias: Tensor | None
         self.register_buffer(
-            "e_score_correction_bias", torch.zeros(experts) if config.bias else None
+            "e_score_correction_bias",
+            torch.zeros(experts) if config.bias_of(layer) else None,
         )
         # The bias of image tokens: it stays as it is loaded, since no image is trained on here.
         self.image_bias: Tensor | None

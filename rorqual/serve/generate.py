@@ -181,7 +181,7 @@ class Run:
 
     def __repr__(self) -> str:
         size = sum(parameter.numel() for parameter in self.model.parameters())
-        names = ("mla", "gqa", "nsa", "moba", "dsa", "moe", "engram", "hyper", "mtp")
+        names = ("mla", "gqa", "csa", "nsa", "moba", "dsa", "moe", "engram", "hyper", "mtp")
         parts = [name for name in names if getattr(self.config, name) is not None]
         where = next(self.model.parameters())
         return (

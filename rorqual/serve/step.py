@@ -110,7 +110,9 @@ def fits(model: LanguageModel) -> bool:
     ):
         return False
     if c.moe is not None and (
-        c.moe.router.adaptive_mass is not None or c.moe.router.token_id_layers
+        c.moe.router.adaptive_mass is not None
+        or c.moe.router.token_id_layers
+        or c.moe.swiglu_limit is not None
     ):
         return False
     modules = [

@@ -120,8 +120,8 @@ class TrainStep:
         """Returns the weighted sum of losses that this step minimises."""
         config = self.model.config
         if loss.indexer_loss is not None and self.only_indexers_learn(step):
-            assert config.dsa is not None
-            return config.dsa.weight * loss.indexer_loss.loss
+            assert config.indexer is not None
+            return config.indexer.weight * loss.indexer_loss.loss
         late = 3 * step > 2 * self.config.steps
         if loss.mtp is not None and self.config.mtp_late is not None and late:
             assert config.mtp is not None
@@ -129,9 +129,9 @@ class TrainStep:
         return loss.total
 
     def indexer_warmup(self, step: int) -> bool:
-        """Whether DSA's indexers warm up in this step."""
-        dsa = self.model.config.dsa
-        return dsa is not None and step <= dsa.warmup
+        """Whether the indexers of DSA or CSA warm up in this step."""
+        indexer = self.model.config.indexer
+        return indexer is not None and step <= indexer.warmup
 
     def only_indexers_learn(self, step: int) -> bool:
         """Whether only the indexers are trained, during their warm-up."""
@@ -168,8 +168,10 @@ class TrainStep:
             return
         for mixture, counts in zip(self.mixtures, expert_counts, strict=True):
             rate = mixture.config.balance.bias_rate
-            if rate:
-                update_bias(mixture.router.e_score_correction_bias, counts, rate)
+            bias = mixture.router.e_score_correction_bias
+            # A router without one selects by token id.
+            if rate and bias is not None:
+                update_bias(bias, counts, rate)
 
     def prepare_model(self, step: int) -> None:
         """Sets the model to training mode, and MoBA to full attention in its last phase."""
