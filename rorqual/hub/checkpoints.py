@@ -15,8 +15,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -175,19 +176,23 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     tables: TableConfig | None = None,
+    cache_formats: Literal["none", "published"] | None = None,
 ) -> LanguageModel:
     """Loads a folder of a published model, or of transformers' save_pretrained of one.
 
     dtype None keeps the stored one (float8 becomes bfloat16); router biases are always float32.
     Engram's tables go to the placement that `tables` names; on a disk they stay in the folder's
-    files, where their rows are read by position. ValueError, with the names, for another
-    architecture, missing files, and tensors that are missing, unknown or of the wrong shape.
+    files, where their rows are read by position. `cache_formats` replaces that of CSA2Config.
+    ValueError, with the names, for another architecture, missing files, and tensors that are
+    missing, unknown or of the wrong shape.
     """
     folder = Path(folder)
     description, files = _json(folder / "config.json"), Files(folder)
     family = family_of(description)
     files.rename(family.canonical)
     config = family.config_of(description, files.where)
+    if cache_formats is not None:
+        config = _with_cache_formats(config, cache_formats)
     block = _scale_block(description)
     if config.engram is None and tables not in (None, TableConfig()):
         raise ValueError(
@@ -223,6 +228,15 @@ def load(
     _fill(model.state_dict(), files, (places, family.copies(config)), block)
     _report(folder, files, family)
     return model.eval()
+
+
+def _with_cache_formats(config: ModelConfig, wanted: Literal["none", "published"]) -> ModelConfig:
+    if config.csa2 is None:
+        raise ValueError(
+            f"cache_formats: got {wanted!r} for a model without csa2, expected none: its caches "
+            "have the model's dtype"
+        )
+    return replace(config, csa2=replace(config.csa2, cache_formats=wanted))
 
 
 def _canonical_map(
