@@ -239,6 +239,10 @@ class CSAConfig:
     index_heads: int = 4
     index_dim: int = 16  # per head, at least rope_dim
     top_k: int = 512  # entries that a query of a csa block sees
+    # Which of equal scores are selected. last: the last ones, however tokens are split into calls;
+    # topk: those of torch.topk over all entries of a call, as transformers does. Scores of 0 are
+    # often equal.
+    ties: Literal["last", "topk"] = "last"
     # Rotary positions of the blocks with entries; the model's are those of the others.
     compress_rope: RopeConfig = field(default_factory=lambda: RopeConfig(base=160000.0))
     warmup: int = 1000  # steps in which csa blocks see every entry and the loss is over all
@@ -272,6 +276,8 @@ class CSAConfig:
                 f"csa.rope_dim: got {self.rope_dim}, expected an even width up to head_dim "
                 f"{self.head_dim} and index_dim {self.index_dim}"
             )
+        if self.ties not in ("last", "topk"):
+            raise ValueError(f"csa.ties: got {self.ties!r}, expected last or topk")
         if wrong := [kind for kind in self.kinds if kind not in CSA_KINDS]:
             raise ValueError(f"csa.kinds: got {wrong[0]!r}, expected one of {', '.join(CSA_KINDS)}")
 

@@ -129,6 +129,7 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
             index_dim=_whole(d, "index_head_dim"),
             top_k=_whole(d, "index_topk"),
             compress_rope=compress,
+            ties="topk",
         ),
         rope=main,
         moe=MoEConfig(

@@ -227,6 +227,7 @@ def _csa_of(d: Mapping[str, Any]) -> CSAConfig:
         index_dim=_whole(d, "index_head_dim", 1),
         top_k=_whole(d, "index_topk", 1),
         compress_rope=RopeConfig(base=_number(d, "compress_rope_theta"), yarn=_yarn_of(d)),
+        ties="topk",
     )
 
 

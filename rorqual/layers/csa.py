@@ -30,7 +30,7 @@ DeepSeek-V4, section 2.3: compressed sparse attention (CSA) and heavily compress
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -356,7 +356,9 @@ class SharedKV(nn.Module):
             values, seen = entries.values[:, :count], entries.visible(ctx, run, count)
             if gathers:
                 index, real = selection.choose(selection.scores(run, count), seen)
-                outs.append(attend_gathered(queries, key, mask, values, index, real, sink, scale))
+                outs.append(
+                    attend_gathered(queries, key, mask, entries.values, index, real, sink, scale)
+                )
                 continue
             if selection is not None:
                 if ctx.indexer_warmup is not None:
@@ -470,7 +472,8 @@ class CSA(HCA):
         query = indexer.wq_b(latent.detach()).unflatten(-1, (c.index_heads, -1))
         weights = indexer.weights_proj(hidden.detach()).float()
         weights = weights * (c.index_heads * c.index_dim) ** -0.5
-        return EntrySelection(self.turn(query, ctx), weights, entries.index_keys, c.top_k)
+        turned, as_topk = self.turn(query, ctx), c.ties == "topk"
+        return EntrySelection(turned, weights, entries.index_keys, c.top_k, as_topk)
 
 
 class EntrySelection(NamedTuple):
@@ -480,6 +483,7 @@ class EntrySelection(NamedTuple):
     weights: Float[Tensor, "B T J"]
     keys: Float[Tensor, "B M I"]
     top_k: int  # entries that a query may select
+    as_topk: bool = False  # of equal scores those of torch.topk are selected, not the last ones
 
     def gathers(self, count: int) -> bool:
         """Whether copying the selected ones of `count` entries costs less than masking others."""
@@ -494,7 +498,12 @@ class EntrySelection(NamedTuple):
     ) -> tuple[Int[Tensor, "B T K"], Bool[Tensor, "B T K"]]:
         """Returns the visible entries of largest score, and which of them exist."""
         scores = scores.detach().masked_fill(~visible, -torch.inf)
-        index = largest(scores.float(), self.top_k)
+        if self.as_topk:
+            # Which of equal scores torch.topk selects depends on the number of all.
+            scores = F.pad(scores, (0, self.keys.shape[1] - scores.shape[-1]), value=-torch.inf)
+            index = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1).indices
+        else:
+            index = largest(scores, self.top_k)
         return index, scores.gather(-1, index) > -torch.inf
 
     def mask(
@@ -502,7 +511,8 @@ class EntrySelection(NamedTuple):
     ) -> Bool[Tensor, "B T M"]:
         """Returns True at the entries that `choose` selects."""
         index, real = self.choose(scores, visible)
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, real)
+        mask = real.new_zeros(*real.shape[:2], self.keys.shape[1])
+        return mask.scatter_(-1, index, real)[..., : scores.shape[-1]]
 
 
 class EntryLoss(NamedTuple):
@@ -580,7 +590,9 @@ def window_mask(
     return inside & (behind <= columns[..., None])
 
 
-def last_window(keys: Float[Tensor, "B W P"], window: int, ctx: Context) -> Float[Tensor, "B W2 P"]:
+def last_window(
+    keys: Float[Tensor, "B W P"], window: int, ctx: Context
+) -> Float[Tensor, "B W2 P"]:
     """Returns the `window` keys up to the last valid new token of each sequence."""
     if ctx.lengths is None:
         return keys[:, -window:]

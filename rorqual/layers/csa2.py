@@ -21,14 +21,14 @@ DeepSeek-V4.1-Flash.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rorqual.layers.basics import RMSNorm, rotate
+from rorqual.layers.basics import RMSNorm, largest, rotate
 from rorqual.layers.cache import Recent
 from rorqual.layers.cache_formats import CacheFormat, rounded
 from rorqual.layers.context import Context
@@ -61,7 +61,7 @@ class Shared(NamedTuple):
 
     entries: Float[Tensor, "B M P"]
     index_keys: Float[Tensor, "B M C"]
-    selected: Int[Tensor, "B T K"] | None = None  # rising
+    selected: Int[Tensor, "B T K"] | None = None
     coarse: Int[Tensor, "B T N"] | None = None  # blocks of entries, counted in the document
 
     def last(self, ctx: Context) -> "Shared":
@@ -250,10 +250,14 @@ def shared_scores(
         return (products.relu() * weights[..., None]).sum(2)
 
 
-def best_entries(scores: Float[Tensor, "B T M"], count: int) -> Int[Tensor, "B T K"]:
-    """Returns the `count` entries with the largest scores, rising; -1 where there are fewer."""
-    index = scores.topk(min(count, scores.shape[-1]), dim=-1, sorted=False).indices
-    index = index.sort(dim=-1).values
+def best(
+    scores: Float[Tensor, "B T M"], count: int, ties: Literal["last", "topk"]
+) -> Int[Tensor, "B T K"]:
+    """Returns the indices of the `count` largest scores; -1 where there are fewer above -inf."""
+    if ties == "topk":
+        index = scores.topk(min(count, scores.shape[-1]), dim=-1, sorted=False).indices
+    else:
+        index = largest(scores.float(), count)
     return index.where(scores.gather(-1, index) > -torch.inf, -1)
 
 
@@ -262,13 +266,14 @@ class Coarse(NamedTuple):
 
     block: int
     visible: Visible
+    ties: Literal["last", "topk"]
 
     def of_entries(self, count: int, run: slice) -> Int[Tensor, "#B T M"]:
         """Returns the coarse block of each of `count` entries; below 0 before the document."""
         entry = torch.arange(count, device=self.visible.first.device)
         return (entry - self.visible.first[:, run, None]).div(self.block, rounding_mode="floor")
 
-    def best(self, scores: Float[Tensor, "B T M"], run: slice, top: int) -> Int[Tensor, "B T N"]:
+    def select(self, scores: Float[Tensor, "B T M"], run: slice, top: int) -> Int[Tensor, "B T N"]:
         """Returns the `top` blocks of largest maximum, that of the last visible entry among them.
 
         -1 where there are fewer.
@@ -284,8 +289,7 @@ class Coarse(NamedTuple):
         seen = (self.visible.end - self.visible.first)[:, run, None]
         last = (seen - 1).div(self.block, rounding_mode="floor")
         maxima = maxima.masked_fill(torch.arange(count, device=scores.device) == last, torch.inf)
-        best = maxima.topk(min(top, count), dim=-1)
-        return best.indices.where(best.values > -torch.inf, -1)
+        return best(maxima, top, self.ties)
 
     def mask(self, coarse: Int[Tensor, "B T N"], count: int, run: slice) -> Bool[Tensor, "B T M"]:
         """Returns which of `count` entries are in the blocks of each query."""
@@ -395,7 +399,8 @@ class CSA2(SharedKV):
             weights = self.indexer.weights(hidden.detach())
             visible = visible_entries(ctx, self.ratio)
             count = shared.entries.shape[1]
-            coarse = Coarse(self.shares.candidate_block, visible)
+            ties = self.config.ties
+            coarse = Coarse(self.shares.candidate_block, visible, ties)
             for run in self.runs(asked, count):
                 seen = visible.mask(count, run)
                 all_scores = shared_scores(asked[:, run], shared.index_keys, weights[:, run])
@@ -404,8 +409,9 @@ class CSA2(SharedKV):
                     inside = coarse.mask(shared.coarse[:, run], count, run)
                     scores = scores.masked_fill(~inside, -torch.inf)
                 if self.selects_coarse:
-                    kept.append(coarse.best(scores, run, self.shares.candidate_blocks))
-                selected.append(best_entries(scores, self.config.top_k))
+                    kept.append(coarse.select(scores, run, self.shares.candidate_blocks))
+                # They rise, none first.
+                selected.append(best(scores, self.config.top_k, ties).sort(-1).values)
                 if trained and count:
                     valid = None if ctx.valid is None else ctx.valid[:, run]
                     attended = query[:, run], shared.entries, self.scale, ctx.indexer_warmup

@@ -106,7 +106,8 @@ def check_folder(folder: Path) -> Iterator[Item]:
             "expected ids and more"
         )
     formats = cache_formats(folder)
-    model = checkpoints.load(folder, dtype=torch.float32, cache_formats=FORMATS[formats])
+    rounding: Any = {} if formats is None else {"cache_formats": FORMATS[formats]}
+    model = checkpoints.load(folder, dtype=torch.float32, **rounding)
     ids, hidden, streams = expected["ids"].long(), [], []
 
     def keep(_, arguments) -> None:

@@ -21,7 +21,8 @@ from torch import Tensor
 from rorqual import kernels
 from rorqual.layers import sparse, tiles
 from rorqual.layers.attention import GQAConfig, MLAConfig
-from rorqual.layers.basics import RopeConfig
+from rorqual.layers.basics import RopeConfig, YarnConfig
+from rorqual.layers.csa import CSAConfig
 from rorqual.layers.dsa import DSAConfig
 from rorqual.layers.moba import MoBAConfig
 from rorqual.layers.nsa import NSAConfig
@@ -40,6 +41,21 @@ LARGE_LATENT = MLAConfig(
     heads=3, q_lora_rank=10, kv_lora_rank=32, nope_dim=4, rope_dim=4, value_dim=6
 )
 DSA = DSAConfig(heads=3, dim=8, top_k=5)
+CSA = CSAConfig(
+    heads=4,
+    head_dim=8,
+    rope_dim=4,
+    q_lora_rank=10,
+    groups=2,
+    o_lora_rank=5,
+    window=6,
+    ratio=3,
+    heavy_ratio=5,
+    index_heads=3,
+    index_dim=6,
+    top_k=3,
+    compress_rope=RopeConfig(base=80.0, yarn=YarnConfig(factor=4.0, original_length=16)),
+)
 KINDS = {
     "mla": {"mla": SMALL_LATENT},
     "mla-large": {"mla": LARGE_LATENT},
@@ -61,6 +77,10 @@ KINDS = {
     },
     "dsa": {"mla": SMALL_LATENT, "dsa": DSA},
     "dsa-large": {"mla": LARGE_LATENT, "dsa": dataclasses.replace(DSA, top_k=7)},
+    "csa-window": {"csa": CSA},
+    "csa": {"csa": dataclasses.replace(CSA, kinds=("csa",))},
+    "csa-overlap": {"csa": dataclasses.replace(CSA, kinds=("csa",), ratio=1, top_k=7, window=1)},
+    "hca": {"csa": dataclasses.replace(CSA, kinds=("hca",))},
 }
 # How a model computes: its dtype, and RORQUAL_KERNELS. Every kernel computes in float32.
 MODES = {
