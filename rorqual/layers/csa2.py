@@ -118,7 +118,8 @@ def new_entries(ctx: Context, ratio: int) -> NewEntries:
         return NewEntries(steps, end - 1, positions, torch.ones_like(steps, dtype=torch.bool))
     completes = positions % ratio == ratio - 1
     if ctx.starts is None and ctx.key_positions is None:
-        steps = torch.arange((-ctx.past - 1) % ratio, end.shape[1], ratio, device=end.device)[None]
+        every = torch.arange(end.shape[1], device=end.device)
+        steps = every[None, (-ctx.past - 1) % ratio :: ratio]
     else:
         # Completing tokens first, in their order.
         count = int(completes.sum(1).max())
