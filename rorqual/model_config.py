@@ -802,7 +802,7 @@ class ModelConfig:
     @property
     def indexer(self) -> DSAConfig | CSAConfig | None:
         """The config of what trains indexers, its `warmup` and `weight`; None without any."""
-        if self.csa is not None and "csa" in self.csa.kinds:
+        if self.csa is not None and ("csa" in self.csa.kinds or self.csa2 is not None):
             return self.csa
         return self.dsa
 

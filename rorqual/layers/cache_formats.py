@@ -45,11 +45,6 @@ def e2m1_codes(x: Float[Tensor, "*B"]) -> Int[Tensor, "*B"]:
     return below + (tie & (below % 2 == 1))
 
 
-def to_e2m1(x: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-    """Rounds x, of magnitude 6 at most, to the nearest number that e2m1 has."""
-    return torch.tensor(LEVELS, device=x.device)[e2m1_codes(x)].copysign(x)
-
-
 class _Rounded(torch.autograd.Function):
     """Rounds in the forward pass and passes the gradient on in the backward pass."""
 
@@ -69,7 +64,9 @@ class _Rounded(torch.autograd.Function):
             else:
                 least = E2M1_LARGEST * 2.0**-126
                 scale = power_of_two_above(largest.clamp_min(least) * (1 / E2M1_LARGEST))
-            rounded = to_e2m1((blocks / scale).clamp(-E2M1_LARGEST, E2M1_LARGEST))
+            scaled = (blocks / scale).clamp(-E2M1_LARGEST, E2M1_LARGEST)
+            levels = torch.tensor(LEVELS, device=values.device)
+            rounded = levels[e2m1_codes(scaled)].copysign(scaled)
         return (rounded * scale).flatten(-2)[..., :width].to(values.dtype)
 
     @staticmethod

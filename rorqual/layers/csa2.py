@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from rorqual.layers.basics import RMSNorm, largest, rotate
 from rorqual.layers.cache import Recent
-from rorqual.layers.cache_formats import CacheFormat, rounded
+from rorqual.layers.cache_formats import rounded
 from rorqual.layers.context import Context
 from rorqual.layers.csa import (
     COPIED,
@@ -187,21 +187,24 @@ class PlainCompressor(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "B T D"], places: NewEntries, ctx: Context
     ) -> Float[Tensor, "B E P"]:
-        """Returns the latents of the entries that the new tokens complete.
+        """Returns the latents of the entries that the new tokens complete, before their norm.
 
         Weights and sums of a group are in float32.
         """
         if self.wgate is None:
-            return self.norm(self.wkv(hidden))
+            return self.wkv(hidden)
         tokens = torch.cat([self._wide(self.wkv, hidden), self._wide(self.wgate, hidden)], dim=-1)
         before = self.ratio - 1
         if ctx.cache is None:
             tokens = F.pad(tokens, (0, 0, before, 0))
         else:
-            tokens = ctx.cache.attention.pending.extend(tokens, ctx)
+            cache = ctx.cache.attention.pending
+            earlier = cache.before(ctx, tokens)
+            cache.store(tokens.detach(), ctx)
+            tokens = torch.cat([earlier, tokens], dim=1)
         groups = [places.of(tokens[:, j : j + hidden.shape[1]]) for j in range(self.ratio)]
         values, scores = torch.stack(groups, dim=2).chunk(2, dim=-1)  # [B, E, r, P]
-        return self.norm((values * scores.softmax(2)).sum(2).to(hidden.dtype))
+        return (values * scores.softmax(2)).sum(2).to(hidden.dtype)
 
     def _wide(self, linear: nn.Linear, hidden: Tensor) -> Tensor:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -221,8 +224,9 @@ class SharedIndexer(nn.Module):
         width = config.index_heads * config.index_dim
         self.wq_b = nn.Linear(config.q_lora_rank, width, bias=False)
         self.weights_proj = nn.Linear(dim, config.index_heads, bias=False)
-        self.wk = nn.Linear(config.head_dim, config.index_dim, bias=False) if has_keys else None
-        self.k_norm = RMSNorm(config.index_dim, eps) if has_keys else None
+        if has_keys:
+            self.wk = nn.Linear(config.head_dim, config.index_dim, bias=False)
+            self.k_norm = RMSNorm(config.index_dim, eps)
 
     def queries(self, latent: Float[Tensor, "B T R"]) -> Float[Tensor, "B T J C"]:
         """Returns the queries, not rotated yet."""
@@ -232,11 +236,6 @@ class SharedIndexer(nn.Module):
         """Returns the weight of each head, with both scales."""
         c = self.config
         return self.weights_proj(hidden) * (c.index_dim**-0.5 * c.index_heads**-0.5)
-
-    def keys(self, latents: Float[Tensor, "B E P"]) -> Float[Tensor, "B E C"]:
-        """Returns the keys of new entries, not rotated yet."""
-        assert self.wk is not None and self.k_norm is not None
-        return self.k_norm(self.wk(latents))
 
 
 def shared_scores(
@@ -311,7 +310,7 @@ class CSA2(SharedKV):
         """Builds the attention of block `index`."""
         ratio = shares.ratio(index)
         super().__init__(config, dim, eps, compresses=ratio > 0)
-        self.shares, self.ratio = shares, ratio
+        self.shares, self.ratio, self.rounds = shares, ratio, shares.cache_formats != "none"
         source = ratio > 0 and index in shares.kv_sources
         self.compressor = PlainCompressor(dim, config.head_dim, ratio, eps) if source else None
         selects = ratio > 0 and index in shares.index_sources
@@ -357,21 +356,20 @@ class CSA2(SharedKV):
 
     def new_keys(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Float[Tensor, "B T P"]:
         """Returns the rotated keys of the new tokens, as they are cached."""
-        return self.rounded(super().new_keys(hidden, ctx), "fp8")
-
-    def rounded(self, x: Tensor, kind: CacheFormat) -> Tensor:
-        """Rounds x to what a cache of this kind stores, if the config says so."""
-        return x if self.shares.cache_formats == "none" else rounded(x, kind)
+        keys = self.turn(self.kv_norm(self.wkv(hidden)), ctx)
+        return rounded(keys, "fp8") if self.rounds else keys
 
     def publish(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Shared:
         """Compresses the new tokens; returns the entries of all tokens and their index keys."""
         assert self.compressor is not None and self.indexer is not None
         places = new_entries(ctx, self.ratio)
-        latents = self.compressor(hidden, places, ctx)
-        new = self.rounded(rotate_entries(latents, places, ctx), "nvfp4")
+        latents = self.compressor.norm(self.compressor(hidden, places, ctx))
+        new = rotate_entries(latents, places, ctx)
+        new = rounded(new, "nvfp4") if self.rounds else new
         with torch.set_grad_enabled(torch.is_grad_enabled() and ctx.indexer_warmup is not None):
-            keys = rotate_entries(self.indexer.keys(latents.detach()), places, ctx)
-            keys = self.rounded(keys, "mxfp4")
+            keys = self.indexer.k_norm(self.indexer.wk(latents.detach()))
+            keys = rotate_entries(keys, places, ctx)
+            keys = rounded(keys, "mxfp4") if self.rounds else keys
         if ctx.cache is None:
             return Shared(*(numbered(x, places, ctx, self.ratio) for x in (new, keys)))
         cache = ctx.cache.attention
@@ -396,7 +394,8 @@ class CSA2(SharedKV):
         selected, kept, losses = [], [], []
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             asked = self.indexer.queries(latent.detach())
-            asked = self.rounded(self.turn(asked, ctx), "mxfp4")
+            asked = self.turn(asked, ctx)
+            asked = rounded(asked, "mxfp4") if self.rounds else asked
             weights = self.indexer.weights(hidden.detach())
             visible = visible_entries(ctx, self.ratio)
             count = shared.entries.shape[1]
