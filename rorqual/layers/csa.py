@@ -125,8 +125,8 @@ class Entries(NamedTuple):
 class Pooled(NamedTuple):
     """Entries that the new tokens complete, before their norm."""
 
-    values: Float[Tensor, "B N P"]  # [1, N, P], of any sequences, if `rows` says of which
-    positions: Int[Tensor, "#B N"]  # of each entry's first token, in its document
+    values: Float[Tensor, "S N P"]  # S = B, or 1 and of any sequences, if `rows` says of which
+    positions: Int[Tensor, "1 N"]  # of each entry's first token, in its document
     first: int  # number of the first entry, if they are the same ones in all sequences
     rows: Int[Tensor, " N"] | None = None  # the sequence of each entry, and its number
     index: Int[Tensor, " N"] | None = None
@@ -173,7 +173,7 @@ class Compressor(nn.Module):
                 empty = hidden.new_empty(len(hidden), 0, self.width)
                 return Pooled(empty, numbers[None], first)
             spans = tokens[:, start:].unfold(1, self.span, ratio).transpose(-1, -2)
-            values = self.weigh(spans, (numbers == 0)[:, None, None])
+            values = self.weigh(spans, (numbers == 0)[None, :, None, None])
             return Pooled(values, numbers[None] * ratio, first)
         rows, new = ((ctx.positions + 1) % ratio == 0).nonzero(as_tuple=True)
         spans = tokens[rows[:, None], new[:, None] + torch.arange(self.span, device=new.device)]
@@ -185,7 +185,7 @@ class Compressor(nn.Module):
         return Pooled(values[None], positions[None], 0, rows, number)
 
     def weigh(
-        self, tokens: Float[Tensor, "*B S E"], first: Bool[Tensor, "*B 1 1"]
+        self, tokens: Float[Tensor, "*B S E"], first: Bool[Tensor, "*#B 1 1"]
     ) -> Float[Tensor, "*B P"]:
         """Sums the tokens of each entry by their gates; a `first` one has none before its own."""
         ratio, width = self.ratio, self.width
@@ -203,7 +203,7 @@ class Compressor(nn.Module):
 
     def store(
         self,
-        values: Float[Tensor, "B N P"],
+        values: Float[Tensor, "S N P"],
         pooled: Pooled,
         ctx: Context,
         cache: EntryCache | None,
