@@ -242,7 +242,6 @@ def _nsa(nsa: NSAConfig, gqa: GQAConfig, dim: int) -> Parameters:
 def _moe(moe: MoEConfig, dim: int, index: int) -> Parameters:
     """Counts the router and its selection biases, all routed experts and the shared one."""
     biases = moe.routed if moe.router.bias_of(index) else 0
-    biases += moe.routed if moe.router.image_ids else 0
     experts = moe.routed * _swiglu(dim, moe.width)
     shared = _swiglu(dim, moe.shared_hidden) if moe.shared else 0
     return Parameters(moe.routed * dim + experts + shared, biases)
