@@ -153,7 +153,7 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
             cache_formats="published",
         ),
         rope=RopeConfig(base=_number(d, "rope_theta")),
-        moe=_moe_of(d, description),
+        moe=_moe_of(d, description, names),
         engram=_engram_of(d, description, layers),
         hyper=HyperConfig(
             kind="single_pass",
@@ -262,7 +262,11 @@ def _yarn_of(d: Mapping[str, Any]) -> YarnConfig | None:
     )
 
 
-def _moe_of(d: Mapping[str, Any], description: Mapping[str, Any]) -> MoEConfig:
+def _moe_of(
+    d: Mapping[str, Any], description: Mapping[str, Any], names: Collection[str]
+) -> MoEConfig:
+    # A folder without vision may lack the biases of image tokens.
+    images = not names or any(name.endswith(".gate.bias_vl") for name in names)
     limit = _number(d, "swiglu_limit")
     return MoEConfig(
         routed=_whole(d, "n_routed_experts", 1),
@@ -276,7 +280,7 @@ def _moe_of(d: Mapping[str, Any], description: Mapping[str, Any]) -> MoEConfig:
             # The weight of a single expert is never renormalised.
             renormalise=bool(d["norm_topk_prob"]) and _whole(d, "num_experts_per_tok") > 1,
             scale=_number(d, "routed_scaling_factor"),
-            image_ids=(_image_id(description),),
+            image_ids=(_image_id(description),) if images else (),
         ),
         balance=BalanceConfig(bias_rate=1e-3),
     )
@@ -549,8 +553,18 @@ def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, AnyPlace]
 
 
 def copies(config: ModelConfig) -> dict[str, Place]:
-    """Returns no names: a folder repeats no tensor."""
-    return {}
+    """Maps the biases of image tokens, which the reference asks for, to those of all tokens.
+
+    This is so in a model without them.
+    """
+    if config.moe is None or config.moe.router.image_ids:
+        return {}
+    return {
+        f"layers.{index}.ffn.gate.bias_vl": Place(
+            f"blocks.{index}.ffn.router.e_score_correction_bias"
+        )
+        for index in range(config.layers)
+    }
 
 
 def hollow(config: ModelConfig) -> dict[str, Place]:

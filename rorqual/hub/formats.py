@@ -74,7 +74,7 @@ def _numbers(weight: Tensor) -> Tensor:
 
 
 def decode(
-    weight: Shaped[Tensor, "R C"], scale: Shaped[Tensor, "r c"], block: Block | None
+    weight: Shaped[Tensor, "R C"], scale: Shaped[Tensor, "..."], block: Block | None
 ) -> Float[Tensor, "R C2"]:
     """Decodes e4m3 or packed e2m1 numbers and multiplies them by their block's scale, in float32.
 

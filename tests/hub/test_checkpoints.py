@@ -20,8 +20,8 @@ from transformers.modeling_layers import MtpModel
 
 from rorqual.hub import checkpoints
 from rorqual.hub.checkpoints import export, load
-from rorqual.hub.formats import decode
 from rorqual.hub.deepseek import copies, places
+from rorqual.hub.formats import decode
 from rorqual.layers.attention import MLAConfig
 from rorqual.layers.basics import RopeConfig, YarnConfig
 from rorqual.layers.moe import MoEConfig

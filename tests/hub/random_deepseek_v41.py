@@ -1,7 +1,7 @@
-"""Builds small DeepSeek-V4.1 models of random configurations with nemo-automodel, and folders of them.
+"""Builds small DeepSeek-V4.1 models of random configurations, and their folders.
 
-The package is a development dependency that is installed without what it asks for: its V4.1 model
-runs on a CPU with torch and transformers alone. Nothing here runs without it.
+They are those of nemo-automodel, a development dependency that is installed without what it asks
+for: its V4.1 model runs on a CPU with torch and transformers alone. Nothing here runs without it.
 """
 
 import contextlib
