@@ -121,6 +121,7 @@ print(memory("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_a_table_on_the_disk_needs_no_memory(tmp_path, description):
     """The table has 200 MiB, the rest of the model 2."""
@@ -144,12 +145,14 @@ def test_a_table_on_the_disk_needs_no_memory(tmp_path, description):
     tensors["layers.1.engram.embed.scale"] = torch.full((rows, width // 32), 127, dtype=torch.uint8)
     save_file(tensors, tmp_path / "model.safetensors")
     grown = {}
-    for placement in ("disk", "host"):
-        command = [sys.executable, "-c", MEASURE, str(tmp_path), placement]
+    for folder, placement in ((TINY, "disk"), (tmp_path, "disk"), (tmp_path, "host")):
+        command = [sys.executable, "-c", MEASURE, str(folder), placement]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        grown[placement] = int(done.stdout.split()[-1])
-    assert grown["host"] > 200 << 20
-    assert grown["disk"] < 60 << 20, grown
+        grown[folder == TINY, placement] = int(done.stdout.split()[-1])
+    # The small table has 0.2 MiB: what else grows is that of kernels, which are compiled.
+    small = grown[True, "disk"]
+    assert grown[False, "disk"] - small < 20 << 20, grown
+    assert grown[False, "host"] - small > 200 << 20, grown
 
 
 def test_what_is_left_out_is_said_in_one_line(tmp_path, capsys):
