@@ -279,13 +279,17 @@ def open_published(
             by_table.setdefault(place.name, []).append((first or 0, name))
     thread, opened = BackgroundThread(), []
     hot = hot_rows(Path(tables.hot)) if tables.hot is not None else {}
-    fetching = {"prefetch": tables.prefetch, "thread": thread}
+    fetching: dict[str, Any] = {"prefetch": tables.prefetch, "thread": thread}
     for n, rows in enumerate(row_totals(config.engram)):
         shards = sorted(by_table[f"tables.{n}.weight"])
         file = _rows_of(files, [(name, first) for first, name in shards], rows)
         if tables.placement == "disk":
-            cache = {"cache_bytes": tables.hot_bytes, "cached_rows": hot.get(str(n))}
-            opened.append(Table.of_rows(file, **cache, **fetching))
+            rows_in_memory = hot.get(str(n))
+            opened.append(
+                Table.of_rows(
+                    file, cache_bytes=tables.hot_bytes, cached_rows=rows_in_memory, **fetching
+                )
+            )
         else:
             values = file.stored(0, rows)
             file.close()

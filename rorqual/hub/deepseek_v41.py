@@ -195,9 +195,9 @@ def _number(fields: Mapping[str, Any], key: str) -> float:
 
 
 def _whole(fields: Mapping[str, Any], key: str, least: int = 0) -> int:
-    value = fields.get(key)
-    whole = not isinstance(value, bool) and isinstance(value, int | float) and value == value // 1
-    if not whole or value < least:
+    value: Any = fields.get(key)
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    if not number or value != value // 1 or value < least:
         raise ValueError(
             f"config.json: text_config.{key}: got {value!r}, "
             f"expected a whole number from {least} on"

@@ -414,7 +414,8 @@ class CSA2(SharedKV):
                 selected.append(best(scores, self.config.top_k, ties).sort(-1).values)
                 if trained and count:
                     valid = None if ctx.valid is None else ctx.valid[:, run]
-                    attended = query[:, run], shared.entries, self.scale, ctx.indexer_warmup
+                    warmup = bool(ctx.indexer_warmup)
+                    attended = query[:, run], shared.entries, self.scale, warmup
                     mask = entry_mask(selected[-1], count)
                     losses.append(entry_loss(all_scores, seen, mask, *attended, valid))
         shared = shared._replace(selected=torch.cat(selected, dim=1))

@@ -288,8 +288,9 @@ class RowFile:
 
         TableError for files that are not sound.
         """
-        self.shards = open_shards(Path(path), name)
-        first = self.shards[0]
+        shards = open_shards(Path(path), name)
+        self.shards: Sequence[TensorShard] = shards
+        first = shards[0]
         self.width = first.width
         self.dtype = first.dtype
         self.row_bytes = first.row_bytes

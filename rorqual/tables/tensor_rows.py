@@ -102,7 +102,7 @@ class TensorRows(RowFile):
         if not values:
             raise ValueError("table: got no tensor of rows, expected at least one")
         self._columns = [open_columns(values, DTYPES)]
-        self.shards = [*self._columns[0].shards]  # type: ignore[assignment]
+        self.shards = self._columns[0].shards
         self._failed = None
         self._scale = scale
         try:
@@ -117,7 +117,7 @@ class TensorRows(RowFile):
         self.width, self.dtype = first.columns, DTYPES[first.kind]
         if scales:
             self._columns.append(open_columns(scales, SCALES))
-            self.shards += self._columns[1].shards  # type: ignore[arg-type]
+            self.shards = [*self.shards, *self._columns[1].shards]
         where = f"{first.path}: got rows of {first.kind}"
         if (self.dtype == FP8) != (bool(scales) or self._scale is not None):
             expected = "scales with e4m3 rows, and no scales with others"

