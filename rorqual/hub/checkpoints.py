@@ -221,9 +221,9 @@ def load(
     if config.tied:
         model.head.weight = model.embed.weight
     places = {
-        name: place
-        for name, place in family.places(config).items()
-        if not (apart and place.name.startswith("tables."))
+        name: tensor_place
+        for name, tensor_place in family.places(config).items()
+        if not (apart and tensor_place.name.startswith("tables."))
     }
     _fill(model.state_dict(), files, (places, family.copies(config)), block)
     _report(folder, files, family)
@@ -273,10 +273,10 @@ def open_published(
     if config.engram is None:
         return []
     by_table: dict[str, list[tuple[int, str]]] = {}
-    for name, place in family.places(config).items():
-        if isinstance(place, Place) and place.name.startswith("tables."):
-            first = place.slices[0].start if place.slices else 0  # type: ignore[union-attr]
-            by_table.setdefault(place.name, []).append((first or 0, name))
+    for name, tensor_place in family.places(config).items():
+        if isinstance(tensor_place, Place) and tensor_place.name.startswith("tables."):
+            first = tensor_place.slices[0].start if tensor_place.slices else 0  # type: ignore[union-attr]
+            by_table.setdefault(tensor_place.name, []).append((first or 0, name))
     thread, opened = BackgroundThread(), []
     hot = hot_rows(Path(tables.hot)) if tables.hot is not None else {}
     fetching: dict[str, Any] = {"prefetch": tables.prefetch, "thread": thread}

@@ -547,8 +547,8 @@ def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, AnyPlace]
     for expert in range(moe.routed):
         for name in SWIGLU:
             tensor = f"{ours}.experts.{'down' if name == 'w2' else 'gate_up'}"
-            place = Place(tensor, (expert, every, columns[name]), transposed=True)
-            table[f"{theirs}.experts.{expert}.{name}.weight"] = place
+            tensor_place = Place(tensor, (expert, every, columns[name]), transposed=True)
+            table[f"{theirs}.experts.{expert}.{name}.weight"] = tensor_place
     return table
 
 
@@ -575,9 +575,9 @@ def hollow(config: ModelConfig) -> dict[str, Place]:
 def aliases(config: ModelConfig) -> dict[str, AnyPlace]:
     """Maps the reference's parameter names to places."""
     table: dict[str, AnyPlace] = {}
-    for name, place in places(config).items():
+    for name, tensor_place in places(config).items():
         if ".ffn.experts." not in name:
-            table[_reference_name(name)] = place
+            table[_reference_name(name)] = tensor_place
     for index in range(config.layers):
         for name, ours in (("gate_and_up_projs", "gate_up"), ("down_projs", "down")):
             experts = f"blocks.{index}.ffn.experts.{ours}"

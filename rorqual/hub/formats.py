@@ -96,9 +96,9 @@ def decode(
     for first in range(0, rows, step):
         target = out[first : first + step]
         scales = scale_numbers(scale[first // block[0] : -(-(first + len(target)) // block[0])])
-        wide = scales.repeat_interleave(block[0], 0)[: len(target)]
-        wide = wide.repeat_interleave(block[1], 1)[:, :columns]
-        torch.mul(_numbers(weight[first : first + step]), wide, out=target)
+        spread_scales = scales.repeat_interleave(block[0], 0)[: len(target)]
+        spread_scales = spread_scales.repeat_interleave(block[1], 1)[:, :columns]
+        torch.mul(_numbers(weight[first : first + step]), spread_scales, out=target)
     return out
 
 
@@ -112,8 +112,8 @@ def _largest(values: Float[Tensor, "R C"], block: Block) -> Float[Tensor, "r c"]
 
 def _spread(scale: Float[Tensor, "r c"], shape: torch.Size, block: Block) -> Float[Tensor, "R C"]:
     """Returns each number's scale."""
-    wide = scale.repeat_interleave(block[0], 0)[: shape[0]]
-    return wide.repeat_interleave(block[1], 1)[:, : shape[1]]
+    spread_scales = scale.repeat_interleave(block[0], 0)[: shape[0]]
+    return spread_scales.repeat_interleave(block[1], 1)[:, : shape[1]]
 
 
 def encode_e4m3(

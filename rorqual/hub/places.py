@@ -41,9 +41,9 @@ class Joined(NamedTuple):
 AnyPlace = Place | Joined
 
 
-def fill(place: AnyPlace, state: Mapping[str, Tensor], values: Tensor) -> None:
+def fill(tensor_place: AnyPlace, state: Mapping[str, Tensor], values: Tensor) -> None:
     """Copies a published tensor into our state dict."""
-    parts = place.parts if isinstance(place, Joined) else (place,)
+    parts = tensor_place.parts if isinstance(tensor_place, Joined) else (tensor_place,)
     row = 0
     for each in parts:
         target = each.of(state)

@@ -148,6 +148,15 @@ def _rows(fields: dict[str, Any]) -> list[int]:
     )
 
 
+def oracle_config(seed: int) -> dict[str, Any]:
+    """Returns the fields of a config.json."""
+    return {
+        "text_config": text_config(seed),
+        "vision_config": {"num_hidden_layers": 0},
+        "dtype": "float32",
+    }
+
+
 @contextlib.contextmanager
 def exact_caches() -> Iterator[None]:
     """Leaves cached values as they are, so that results can be compared exactly."""
@@ -182,12 +191,7 @@ def build(description: dict[str, Any]) -> Any:
 
 def random_model(seed: int) -> Any:
     """Builds a model of a random configuration with random values."""
-    description = {
-        "text_config": text_config(seed),
-        "vision_config": {"num_hidden_layers": 0},
-        "dtype": "float32",
-    }
-    model = build(description)
+    model = build(oracle_config(seed))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

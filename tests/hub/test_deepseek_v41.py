@@ -76,11 +76,11 @@ def test_published_formats_are_read_exactly(tmp_path, shards):
     )) > 20  # fmt: skip
     model = rq.load(tmp_path, dtype="float32", device="cpu").model
     assert model.embed.weight.dtype == torch.float32
-    for name, place in deepseek_v41.places(model.config).items():
-        assert torch.equal(place.of(model.state_dict()), numbers[name]), name
+    for name, tensor_place in deepseek_v41.places(model.config).items():
+        assert torch.equal(tensor_place.of(model.state_dict()), numbers[name]), name
     rounded = rq.load(tmp_path, dtype="bfloat16", device="cpu").model
-    for name, place in deepseek_v41.places(model.config).items():
-        ours = place.of(rounded.state_dict())
+    for name, tensor_place in deepseek_v41.places(model.config).items():
+        ours = tensor_place.of(rounded.state_dict())
         assert torch.equal(ours, numbers[name].to(ours.dtype)), name
 
 
