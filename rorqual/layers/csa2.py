@@ -391,7 +391,7 @@ class CSA2(SharedKV):
         """
         assert self.indexer is not None and shared is not None
         trained = ctx.indexer_warmup is not None
-        selected, kept, losses = [], [], []
+        selected, blocks, losses = [], [], []
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             asked = self.indexer.queries(latent.detach())
             asked = self.turn(asked, ctx)
@@ -409,7 +409,7 @@ class CSA2(SharedKV):
                     inside = coarse.mask(shared.coarse[:, run], count, run)
                     scores = scores.masked_fill(~inside, -torch.inf)
                 if self.selects_coarse:
-                    kept.append(coarse.select(scores, run, self.shares.candidate_blocks))
+                    blocks.append(coarse.select(scores, run, self.shares.candidate_blocks))
                 # They rise, none first.
                 selected.append(best(scores, self.config.top_k, ties).sort(-1).values)
                 if trained and count:
@@ -419,7 +419,7 @@ class CSA2(SharedKV):
                     mask = entry_mask(selected[-1], count)
                     losses.append(entry_loss(all_scores, seen, mask, *attended, valid))
         shared = shared._replace(selected=torch.cat(selected, dim=1))
-        shared = shared._replace(coarse=torch.cat(kept, dim=1)) if kept else shared
+        shared = shared._replace(coarse=torch.cat(blocks, dim=1)) if blocks else shared
         return shared, mean_entry_loss(losses) if losses else None
 
     def runs(self, query: Float[Tensor, "B T J C"], count: int) -> Iterator[slice]:

@@ -63,8 +63,8 @@ def test_shards_of_plain_rows(tmp_path):
 def test_shards_with_one_scale_for_all(tmp_path):
     stored = (torch.randn(20, 5) * 30).to(torch.float8_e4m3fn)
     sources = []
-    for n, part in enumerate(stored.split(8)):
-        save_file({"weight": part.contiguous()}, tmp_path / f"{n}.safetensors")
+    for n, rows in enumerate(stored.split(8)):
+        save_file({"weight": rows.contiguous()}, tmp_path / f"{n}.safetensors")
         sources.append(Source(tmp_path / f"{n}.safetensors", "weight", 8 * n))
     table = Table.of_rows(TensorRows(sources, scale=0.25))
     ids = torch.tensor([[19, 0], [8, 7]])
