@@ -24,7 +24,7 @@ from rorqual.layers.balance import losses
 from rorqual.layers.basics import RMSNorm, SwiGLU, chunked_cross_entropy
 from rorqual.layers.cache import Appended, BlockCache, Cache, DraftCache, Past
 from rorqual.layers.context import Context, context
-from rorqual.layers.dsa import DSA, IndexerLoss, mean_indexer_loss
+from rorqual.layers.dsa import DSA, Indexed, IndexerLoss, mean_indexer_loss
 from rorqual.layers.engram import Addresses, Engram
 from rorqual.layers.hyper import Connection, Residual, StreamReduction, Streams, expand
 from rorqual.layers.moba import MoBA
@@ -59,12 +59,14 @@ class Aux(NamedTuple):
 
     indexer_loss: IndexerLoss | None  # loss of DSA's indexer, in training
     routing: Routing | None  # routing of its mixture of experts
+    # keys that DSA selected, if the next block attends to the same
+    selected: Int[Tensor, "B T K"] | None = None
 
 
 def _attention(config: ModelConfig, index: int) -> MLA | GQA:
     if config.mla is not None:
         if config.dsa is not None:
-            return DSA(config.dsa, config.mla, config.dim, config.rope)
+            return DSA(config.dsa, config.mla, config.dim, config.rope, index)
         return MLA(config.mla, config.dim, config.rope)
     assert config.gqa is not None
     if config.nsa is not None:
@@ -111,7 +113,7 @@ class Block(nn.Module):
         h, mapping = self.attention_residual.read(
             x
         )  # [B, T, D], and how its output is written back
-        out, indexer_loss = self.attention(self.attention_norm(h), ctx)
+        out, indexed = self.attention(self.attention_norm(h), ctx)
         # The positions before the last one were needed only for their keys.
         if ctx.last_only:
             mapping, ctx = mapping.last(ctx.lengths), ctx.last()
@@ -119,7 +121,8 @@ class Block(nn.Module):
         h, mapping = self.ffn_residual.read(x)
         h = self.ffn_norm(h)
         out, routing = self.ffn(h, ctx) if isinstance(self.ffn, MoE) else (self.ffn(h), None)
-        return self.ffn_residual.write(out, mapping), Aux(indexer_loss, routing)
+        indexer_loss, selected = indexed if isinstance(indexed, Indexed) else (indexed, None)
+        return self.ffn_residual.write(out, mapping), Aux(indexer_loss, routing, selected)
 
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
@@ -229,15 +232,15 @@ class LanguageModel(nn.Module):
             ctx = replace(ctx, lookup_mask=self.addresses.lookup_mask(ids, ctx))
         pending = self._prefetch(ids, ctx, cache.ids if cache is not None else None)
         x = expand(self.embed(ids), self.config.hyper)  # [B, T, S, D]
-        auxes = []
+        auxes: list[Aux] = []
+        selected = None
         for index, block in enumerate(self.blocks):
             block_cache = cache.layers[index] if cache is not None else None
+            last_only = last and index == self.config.layers - 1
             x, aux = block(
-                x,
-                ctx.for_block(
-                    block_cache, pending.get(index), last and index == self.config.layers - 1
-                ),
+                x, ctx.for_block(block_cache, pending.get(index), last_only, selected)
             )
+            selected = selected if aux.selected is None else aux.selected
             auxes.append(aux)
         return self.reduce_streams(x), auxes
 

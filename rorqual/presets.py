@@ -1,7 +1,7 @@
 """The presets: a ModelConfig for each name, data only.
 
 `classroom` and the paper's four are built from published sizes; what a paper does not publish is
-marked `ours`. DeepSeek: arXiv 2401.06066, 2405.04434, 2412.19437. Engram's four: 2601.07372.
+marked `ours`. DeepSeek: arXiv 2401.06066, 2405.04434, 2412.19437, 2512.02556. Engram's four: 2601.07372.
 
 Three presets publish a memory and stand for that alone; everything else in them that is not named
 here is ours.
@@ -21,6 +21,7 @@ from dataclasses import replace
 from rorqual.hints import choose
 from rorqual.model_config import (
     BalanceConfig,
+    DSAConfig,
     EngramConfig,
     GQAConfig,
     HyperConfig,
@@ -193,6 +194,8 @@ DEEPSEEK_V3 = ModelConfig(
     mtp=MTPConfig(depth=1),
 )
 
+DEEPSEEK_V3_2 = replace(DEEPSEEK_V3, dsa=DSAConfig(heads=64, dim=128, top_k=2048, ties="topk"))
+
 DEEPSEEK_V2 = ModelConfig(
     vocab_size=102_400,
     dim=5120,
@@ -226,7 +229,7 @@ DEEPSEEKMOE_16B = replace(
     layers=28,
     mla=None,
     gqa=GQAConfig(heads=16, kv_heads=16, head_dim=128),
-    rope=RopeConfig(base=10_000.0),
+    rope=RopeConfig(base=10_000.0, interleaved=False),
     moe=_MOE_16B,
 )
 
@@ -242,6 +245,7 @@ PRESETS: dict[str, ModelConfig] = {
     "deepseek-v4.1-flash": DEEPSEEK_V4_1_FLASH,
     "qwen-ple": QWEN_PLE,
     "deepseek-v3": DEEPSEEK_V3,
+    "deepseek-v3.2": DEEPSEEK_V3_2,
     "deepseek-v2": DEEPSEEK_V2,
     "deepseek-v2-lite": DEEPSEEK_V2_LITE,
     "deepseekmoe-16b": DEEPSEEKMOE_16B,

@@ -233,7 +233,9 @@ def _check(
     }
     # An empty tensor (of no shared expert) has nothing to check.
     stored = {
-        name for name in files.where if not family.skipped(name) and 0 not in files.shapes[name]
+        name
+        for name in files.where
+        if (name in needed or not family.skipped(name)) and 0 not in files.shapes[name]
     }
     expected = {
         name: tuple(tensor_place.of(state).shape) for name, tensor_place in all_places.items()

@@ -6,7 +6,8 @@
     cos, sin                         rotary tables of the new tokens
     ids, lookup_mask, rows           token ids, where Engram looks up, the block's table rows
     cache                            the block's cache between calls
-    indexer_warmup, last_only        DSA's indexer warm-up; whether only the last position is needed
+    selected, indexer_warmup         keys that DSA selected in an earlier block; its indexer warm-up
+    last_only                        whether only the last position is needed
 
 A context is built once per call, and layers take `(x, ctx)`. A fact that a new layer needs is a new
 field here, not a parameter of every function on the way.
@@ -57,13 +58,24 @@ class Context:
     # Prefetched rows of the block's Engram table: `rows.wait()` is float [B, T, R, head_dim].
     rows: Any = None
     cache: Any = None  # the block's BlockCache
+    # The columns that the nearest block before selected, for a block without an indexer.
+    selected: Int[Tensor, "B T K"] | None = None
     indexer_warmup: bool | None = None  # whether the indexers warm up; None: they are not trained
     # Attention returns only its last position; the other positions serve as its keys.
     last_only: bool = False
 
-    def for_block(self, cache: Any, rows: Any = None, last_only: bool = False) -> "Context":
-        """Returns this context with the cache and the table rows of one block."""
-        return replace(self, cache=cache, rows=rows, last_only=last_only)
+    def for_block(
+        self,
+        cache: Any,
+        rows: Any = None,
+        last_only: bool = False,
+        selected: Int[Tensor, "B T K"] | None = None,
+    ) -> "Context":
+        """Returns this context with the cache and the table rows of one block.
+
+        `selected` are the keys that a block before it selected.
+        """
+        return replace(self, cache=cache, rows=rows, last_only=last_only, selected=selected)
 
     @property
     def valid(self) -> Bool[Tensor, "B T"] | None:
@@ -125,7 +137,10 @@ class Context:
             mask = self.last_of(mask.transpose(1, 2)).transpose(1, 2)
         per_token: dict[str, Any] = {
             name: value if value is None else self.last_of(value)
-            for name in ("positions", "columns", "document_ids", "cos", "sin", "ids", "lookup_mask")
+            for name in (
+                "positions", "columns", "document_ids", "cos", "sin", "ids", "lookup_mask",
+                "selected",
+            )  # fmt: skip
             for value in (getattr(self, name),)
         }
         return replace(

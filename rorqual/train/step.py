@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rorqual import parallel, runtime
+from rorqual.layers import dsa
 from rorqual.layers.balance import max_violation, update_bias
 from rorqual.layers.hyper import health
 from rorqual.layers.moba import switch
@@ -129,9 +130,9 @@ class TrainStep:
         return loss.total
 
     def indexer_warmup(self, step: int) -> bool:
-        """Whether DSA's indexers warm up in this step."""
-        dsa = self.model.config.dsa
-        return dsa is not None and step <= dsa.warmup
+        """Whether DSA's indexers warm up in this step, after the steps of dense attention."""
+        config = self.model.config.dsa
+        return config is not None and config.dense < step <= config.dense + config.warmup
 
     def only_indexers_learn(self, step: int) -> bool:
         """Whether only the indexers are trained, during their warm-up."""
@@ -172,8 +173,13 @@ class TrainStep:
                 update_bias(mixture.router.e_score_correction_bias, counts, rate)
 
     def prepare_model(self, step: int) -> None:
-        """Sets the model to training mode, and MoBA to full attention in its last phase."""
+        """Sets the model to training mode, and MoBA and DSA to the phase that the step is in.
+
+        MoBA attends fully in its last phase, DSA in its first.
+        """
         self.model.train()
+        if self.model.config.dsa is not None:
+            dsa.switch(self.model, step <= self.model.config.dsa.dense)
         moba = self.model.config.moba
         if moba is not None:
             switch(self.model, step > moba.full_from * self.config.steps)
@@ -204,7 +210,8 @@ def named_losses(loss: Loss) -> dict[str, Tensor]:
     if loss.mtp is not None:
         losses["mtp"] = loss.mtp
     if loss.indexer_loss is not None:
-        losses["indexer"] = loss.indexer_loss.loss
+        losses["indexer_kl"] = loss.indexer_loss.loss
+        losses["indexer_kl_uniform"] = loss.indexer_loss.uniform
         losses["indexer_recall"] = loss.indexer_loss.recall
     return losses | {f"balance_{name}": value for name, value in loss.balance.items()}
 
