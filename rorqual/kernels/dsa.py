@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rorqual.kernels import compiled
@@ -179,7 +179,7 @@ def attend_best(
     top_k: int,
     scale: float,
     ends: Int[Tensor, "B T"] | None = None,
-    latest: bool = True,
+    tied: Bool[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T H R"]:
     """Computes layers.dsa.attend_best, within float32 rounding."""
     (batch, time), length = query.shape[:2], key.shape[1]
@@ -192,12 +192,13 @@ def attend_best(
     if ends is None:
         ends = torch.arange(length - time + 1, length + 1).expand(batch, -1)
     arguments = [x.detach().contiguous().numpy() for x in (query, index_query, weights, ends)]
-    tied = np.zeros((batch, time), np.bool_)
-    rest = places, length, top_k, np.float32(scale), out.numpy(), tied
+    equal = np.zeros((batch, time), np.bool_)
+    rest = places, length, top_k, np.float32(scale), out.numpy(), equal
     parts = min(torch.get_num_threads(), batch * time)
     compiled.spread(lambda _, *span: _tokens(*arguments, *rest, *span), batch * time, parts)
-    if not latest:
-        for b, t in zip(*tied.nonzero(), strict=True):
+    if tied is not None:
+        tied.copy_(torch.from_numpy(equal))
+        for b, t in zip(*equal.nonzero(), strict=True):
             scores = weights[b, t] @ (index_query[b, t] @ key[b].T).relu()
             scores[ends[b, t] :] = -torch.inf
             keys = latent[b, scores.topk(top_k).indices]

@@ -168,14 +168,19 @@ def rope_frequencies(
 
 
 def rope_tables(
-    config: RopeConfig, dim: int, positions: Int[Tensor, "B T"]
+    config: RopeConfig,
+    dim: int,
+    positions: Int[Tensor, "B T"],
+    length: Int[Tensor, ""] | None = None,
 ) -> tuple[Float[Tensor, "B T F"], Float[Tensor, "B T F"]]:
     """Computes cos and sin of position * frequency in float32.
 
     With YaRN both are multiplied by mscale(s, mscale) / mscale(s, mscale_all_dim), with LongRoPE by
-    its attention factor.
+    its attention factor. `length` is one more than the longest position that counts for dynamic and
+    LongRoPE; None: of all positions.
     """
-    length = positions.max() + 1 if config.varies and positions.numel() else None
+    if config.varies and length is None and positions.numel():
+        length = positions.max() + 1
     frequencies = rope_frequencies(config, dim, length).to(positions.device)
     angles = positions.unsqueeze(-1).float() * frequencies
     if (yarn := config.yarn) is not None:

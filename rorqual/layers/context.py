@@ -30,6 +30,11 @@ from rorqual.layers.cache import Past
 from rorqual.model_config import RopeConfig
 
 
+LAST = (  # fields with a value for each new token
+    "positions", "columns", "document_ids", "cos", "sin", "ids", "lookup_mask", "selected",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """Describes the T new tokens of each sequence of a call, its keys, and the block's cache.
@@ -137,10 +142,7 @@ class Context:
             mask = self.last_of(mask.transpose(1, 2)).transpose(1, 2)
         per_token: dict[str, Any] = {
             name: value if value is None else self.last_of(value)
-            for name in (
-                "positions", "columns", "document_ids", "cos", "sin", "ids", "lookup_mask",
-                "selected",
-            )  # fmt: skip
+            for name in LAST
             for value in (getattr(self, name),)
         }
         return replace(
@@ -238,10 +240,15 @@ def context(
         }
     elif span.starts is not None:
         fields["mask"] = _causal(columns, length)[:, None]
-    if rope is not None:
-        fields["cos"], fields["sin"] = rope_tables(*rope, fields["positions"])
     if counts is not None:
         fields["lengths"] = torch.tensor(counts, device=device)
+    if rope is not None:
+        longest = None
+        if rope[0].varies and counts is not None:
+            # Padding does not count.
+            padding = torch.arange(time, device=device) >= fields["lengths"][:, None]
+            longest = fields["positions"].masked_fill(padding, 0).max() + 1
+        fields["cos"], fields["sin"] = rope_tables(*rope, fields["positions"], longest)
     return Context(past=span.past, starts=span.starts, key_count=length, **fields, **more)
 
 

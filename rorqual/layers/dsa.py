@@ -109,8 +109,11 @@ class Indexer(nn.Module):
         ragged = ctx.starts is not None and ctx.key_document_ids is None
         ends = ctx.columns + 1 if ragged else None
         asked = self._turn(query, ctx), weights, key
-        ties = key.shape[1] if self.config.ties == "topk" else None
-        return IndexerSelection(*asked, ctx.mask, self.config.top_k, ends, ties)
+        selection = IndexerSelection(*asked, ctx.mask, self.config.top_k, ends)
+        if self.config.ties == "latest":
+            return selection
+        cached = None if ctx.cache is None else ctx.cache.attention.ties
+        return selection._replace(ties=key.shape[1], cached_ties=cached)
 
     def _turn(self, x: Tensor, ctx: Context) -> Tensor:
         turned, rest = x.split([self.rope_dim, self.config.dim - self.rope_dim], dim=-1)
@@ -119,11 +122,36 @@ class Indexer(nn.Module):
         return torch.cat([turned, rest], dim=-1)
 
 
+class Ties:
+    """Remembers whether torch.topk had to choose among keys of equal score.
+
+    Which it takes depends on the number of columns. So a model that selects as transformers' models
+    do may select other keys for the cached tokens when there are more tokens; it then computes them
+    again (LanguageModel.hidden).
+    """
+
+    def __init__(self) -> None:
+        self.noted = False
+
+    def note(self, tied: Bool[Tensor, "B T"]) -> None:
+        self.noted = self.noted or bool(tied.any())
+
+    def select(self, index: Int[Tensor, " B"], length: int) -> None:
+        """Does nothing: one answer serves the whole batch."""
+
+    def join(self, other: "Ties", lengths: tuple[int, int]) -> None:
+        self.noted = self.noted or other.noted
+
+    def clear(self) -> None:
+        self.noted = False
+
+
 @dataclass(eq=False)
 class DSACache(MLACache):
     """MLA's cache and the indexer's keys, `dim` values a token; None without an indexer."""
 
     index_keys: Appended | None
+    ties: Ties | None = None  # None if the selection does not depend on the call
 
 
 class DSA(MLA):
@@ -145,7 +173,10 @@ class DSA(MLA):
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> DSACache:
         """Returns an empty cache for `capacity` tokens."""
-        return DSACache(Appended(capacity), None if self.indexer is None else Appended(capacity))
+        if self.indexer is None:
+            return DSACache(Appended(capacity), None)
+        ties = Ties() if self.indexer.config.ties == "topk" else None
+        return DSACache(Appended(capacity), Appended(capacity), ties)
 
     def forward(
         self,
@@ -159,18 +190,20 @@ class DSA(MLA):
         attended to.
         """
         latent = self.latents(hidden, ctx)
-        index_key = None if self.indexer is None else self.indexer.keys(hidden, ctx)
+        index_key = None
+        if self.indexer is not None and (ctx.cache is not None or not self.dense):
+            index_key = self.indexer.keys(hidden, ctx)
         if ctx.last_only:
             hidden, ctx = ctx.last_of(hidden), ctx.last()
         query_latent = self.query_latent(hidden)
         queries = self.queries(query_latent, ctx)
-        if self.indexer is None or index_key is None:
+        if self.indexer is None or index_key is None or self.dense:
             selection = shared_selection(latent, ctx, self.top_k)
         else:
             selection = self.indexer.select(hidden, query_latent, index_key, ctx)
         if self.publishes and not self.dense and not ctx.indexer_warmup:
             selection = selection._replace(indices=selection.topk_indices())
-        if self.dense or (ctx.indexer_warmup is None and not selection.selects):
+        if ctx.indexer_warmup is None and not selection.selects:
             form = self.absorbed if self.absorbs(ctx) else self.expanded
             out, loss = form(*queries, latent, *visibility(ctx)), None
         elif ctx.indexer_warmup is None:
@@ -178,7 +211,7 @@ class DSA(MLA):
         else:
             query, key, value = self.expand(*queries, latent)
             loss = None
-            if self.indexer is not None:
+            if self.indexer is not None and not self.dense:
                 loss = selection.kl_loss(query, key, self.scale, ctx.indexer_warmup, ctx.valid)
             if selection.selects and not ctx.indexer_warmup:
                 out = selection.attend_masked(query, key, value, self.scale)
@@ -218,7 +251,12 @@ class DSA(MLA):
             # The kernel scores and selects by itself.
             compiled = late.small_batch and late.indices is None
             if compiled and attend_best.choose(*inputs) is not None:
-                out = attend_best(*inputs, late.top_k, self.scale, late.ends, late.ties is None)
+                tied = None
+                if late.ties is not None:
+                    tied = torch.zeros(late.query.shape[:2], dtype=torch.bool)
+                out = attend_best(*inputs, late.top_k, self.scale, late.ends, tied)
+                if tied is not None and late.cached_ties is not None:
+                    late.cached_ties.note(tied)
             else:
                 out = late.attend_gathered(query, latent, self.scale)
             outs.append(self.lift(out, value_up))
@@ -252,6 +290,7 @@ class IndexerSelection(NamedTuple):
     # The columns of the selected keys, those that a query may not see among them; None: the keys of
     # largest score.
     indices: Int[Tensor, "B T K"] | None = None
+    cached_ties: "Ties | None" = None  # where queries are noted whose selection `ties` decided
 
     @property
     def selects(self) -> bool:
@@ -316,6 +355,8 @@ class IndexerSelection(NamedTuple):
             else:
                 scores = F.pad(scores, (0, self.ties - end), value=-torch.inf)
                 index = scores.topk(self.top_k, dim=-1).indices
+                if self.cached_ties is not None:
+                    self.cached_ties.note(choices_open(scores, index))
             if self.mask is None and end - count + 1 >= self.top_k:
                 return index, None
             real = scores.gather(-1, index) > -torch.inf
@@ -473,14 +514,15 @@ def attend_best(
     top_k: int,
     scale: float,
     ends: Int[Tensor, "B T"] | None = None,
-    latest: bool = True,
+    tied: Bool[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T H R"]:
     """Attends from each token to the `top_k` latents of best score among its first `ends` ones.
 
     `index_query` are the indexer's queries, and `key` and `weights` its keys and head weights.
     Without `ends` the tokens are the last of all sequences. Of equal scores the latest are taken,
-    or without `latest` those that torch.topk returns. This says what the kernel computes; where no
-    kernel runs, IndexerSelection.attend_gathered computes it in bounded memory.
+    or with `tied` those that torch.topk returns; it becomes True where it had to choose. This says
+    what the kernel computes; where no kernel runs, IndexerSelection.attend_gathered computes it in
+    bounded memory.
     """
     scores = index_scores(index_query, key, weights)
     if ends is None:
@@ -488,13 +530,26 @@ def attend_best(
         ends = torch.arange(length - query.shape[1] + 1, length + 1, device=key.device)[None]
     visible = torch.arange(key.shape[1], device=key.device) < ends[..., None]
     scores = scores.masked_fill(~visible, -torch.inf)
-    index = largest(scores, top_k) if latest else scores.topk(top_k, dim=-1).indices
+    index = largest(scores, top_k) if tied is None else scores.topk(top_k, dim=-1).indices
+    if tied is not None:
+        tied.copy_(choices_open(scores, index))
     real = visible.expand_as(scores).gather(-1, index)[:, :, None, None]
     rows = []
     for row, places in enumerate(index):
         keys = latent[row].index_select(0, places.flatten()).unflatten(0, places.shape)
         rows.append(attend_shared(query[row].unsqueeze(1), keys, scale, real[row]).squeeze(1))
     return torch.stack(rows)
+
+
+def choices_open(
+    scores: Float[Tensor, "B T L"], index: Int[Tensor, "B T K"]
+) -> Bool[Tensor, "B T"]:
+    """Returns whether a key that is not selected has the score of one that is.
+
+    Keys that a query may not see, of score -inf, do not count.
+    """
+    lowest = scores.gather(-1, index).amin(-1, keepdim=True)
+    return ((scores >= lowest).sum(-1) > index.shape[-1]) & (lowest[..., 0] > -torch.inf)
 
 
 def index_scores(
@@ -538,8 +593,8 @@ def attention_target(
 class _Divergence(torch.autograd.Function):
     """Sums the KL divergence and the recall over queries, and counts the queries of each.
 
-    The divergence is KL(target || softmax(I)), and in the last sum that of equal scores. The recall is over queries that have more keys than
-    they may select. The gradients, with s_j = <q_j, k>, are
+    The divergence is KL(target || softmax(I)), and in the last sum that of equal scores. The recall
+    is over queries that have more keys than they may select. The gradients, with s_j = <q_j, k>, are
 
         e = dKL/dI = softmax(I) - target    dw_j = sum_s e relu(s_j)    ds_j = e w_j [s_j > 0]
     """
