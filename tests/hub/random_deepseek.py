@@ -1,10 +1,13 @@
 """Draws configurations of DeepSeek's families and their relatives, for benchmarks/families.py."""
 
+import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.axk1.configuration_axk1 import AXK1Config
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
@@ -12,6 +15,7 @@ from transformers.models.deepseek_v32.configuration_deepseek_v32 import Deepseek
 from transformers.models.glm4_moe_lite.configuration_glm4_moe_lite import Glm4MoeLiteConfig
 from transformers.models.glm_moe_dsa.configuration_glm_moe_dsa import GlmMoeDsaConfig
 from transformers.models.mistral4.configuration_mistral4 import Mistral4Config
+from transformers.models.mistral4.modeling_mistral4 import Mistral4ForCausalLM
 from transformers.models.youtu.configuration_youtu import YoutuConfig
 
 
@@ -197,3 +201,17 @@ FAMILIES: dict[str, Callable[[int], PreTrainedConfig]] = {
     "youtu": youtu,
     "mistral4": mistral4,
 }
+
+
+def build(config: PreTrainedConfig) -> PreTrainedModel:
+    """Builds a model; AutoModelForCausalLM lists Mistral 4 only as a part of another model."""
+    if isinstance(config, Mistral4Config):
+        return Mistral4ForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def again(folder: Path) -> PreTrainedModel:
+    """Loads an exported folder."""
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    loader = Mistral4ForCausalLM if kind == "mistral4" else AutoModelForCausalLM
+    return loader.from_pretrained(folder, dtype=torch.float32)
