@@ -1,7 +1,8 @@
 """The presets: a ModelConfig for each name, data only.
 
 `classroom` and the paper's four are built from published sizes; what a paper does not publish is
-marked `ours`. DeepSeek: arXiv 2401.06066, 2405.04434, 2412.19437, 2512.02556. Engram's four: 2601.07372.
+marked `ours`. DeepSeek: arXiv 2401.06066, 2405.04434, 2412.19437, 2512.02556. Engram's four:
+2601.07372.
 
 Three presets publish a memory and stand for that alone; everything else in them that is not named
 here is ours.

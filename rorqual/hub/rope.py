@@ -220,7 +220,7 @@ _READERS = {
 
 
 def published_rope(rope: RopeConfig) -> dict[str, Any]:
-    """Returns rope_theta, rope_scaling and max_position_embeddings as released folders have them."""
+    """Returns the rotary fields and max_position_embeddings as released folders have them."""
     values: dict[str, Any] = {"rope_theta": rope.base}
     scaling: dict[str, Any] | None = None
     length = UNSTRETCHED

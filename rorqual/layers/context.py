@@ -29,7 +29,6 @@ from rorqual.layers.basics import rope_tables, rotate
 from rorqual.layers.cache import Past
 from rorqual.model_config import RopeConfig
 
-
 LAST = (  # fields with a value for each new token
     "positions", "columns", "document_ids", "cos", "sin", "ids", "lookup_mask", "selected",
 )  # fmt: skip

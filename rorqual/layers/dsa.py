@@ -594,7 +594,7 @@ class _Divergence(torch.autograd.Function):
     """Sums the KL divergence and the recall over queries, and counts the queries of each.
 
     The divergence is KL(target || softmax(I)), and in the last sum that of equal scores. The recall
-    is over queries that have more keys than they may select. The gradients, with s_j = <q_j, k>, are
+    is over queries that have more keys than they may select. With s_j = <q_j, k> the gradients are
 
         e = dKL/dI = softmax(I) - target    dw_j = sum_s e relu(s_j)    ds_j = e w_j [s_j > 0]
     """
