@@ -241,9 +241,7 @@ class LanguageModel(nn.Module):
         for index, block in enumerate(self.blocks):
             block_cache = cache.layers[index] if cache is not None else None
             last_only = last and index == self.config.layers - 1
-            x, aux = block(
-                x, ctx.for_block(block_cache, pending.get(index), last_only, selected)
-            )
+            x, aux = block(x, ctx.for_block(block_cache, pending.get(index), last_only, selected))
             selected = selected if aux.selected is None else aux.selected
             auxes.append(aux)
         return self.reduce_streams(x), auxes

@@ -118,7 +118,7 @@ class LongRopeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QueryScaleConfig:
-    """Multiplies queries by 1 + beta ln(1 + floor(position / original_length)), as Llama 4 does."""
+    """Multiplies queries by 1 + beta ln(1 + position // original_length), as Llama 4 does."""
 
     beta: float = 0.1
     original_length: int = 8192
@@ -725,9 +725,7 @@ class ModelConfig:
         if self.dsa is not None and (
             late := [i for i in self.dsa.shared if not 1 <= i < self.layers]
         ):
-            raise ValueError(
-                f"dsa.shared: got {late}, expected block indices 1..{self.layers - 1}"
-            )
+            raise ValueError(f"dsa.shared: got {late}, expected block indices 1..{self.layers - 1}")
         if self.moe is not None and self.moe.first_dense > self.layers:
             raise ValueError(
                 f"moe.first_dense: got {self.moe.first_dense}, "

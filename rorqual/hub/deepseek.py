@@ -581,8 +581,8 @@ def aliases(config: ModelConfig) -> dict[str, Place]:
     for index in range(config.layers):
         layer = f"model.layers.{index}"
         if config.has_experts(index) and config.moe is not None and config.moe.norm_eps is not None:
-            place = Place(f"blocks.{index}.ffn.norm.weight")
-            table[f"{layer}.mlp.post_mlp_layernorm.weight"] = place
+            norm = Place(f"blocks.{index}.ffn.norm.weight")
+            table[f"{layer}.mlp.post_mlp_layernorm.weight"] = norm
         if config.has_experts(index):
             for theirs, ours in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
                 table[f"{layer}.mlp.experts.{theirs}"] = Place(

@@ -184,7 +184,7 @@ def foreign(config: ModelConfig) -> list[str]:
     unlike = {
         "interleaved rope": rope.interleaved,
         "yarn, llama3, longrope or query_scale": any(
-            part is not None for part in (rope.yarn, rope.llama3, rope.longrope, rope.query_scale)
+            kind is not None for kind in (rope.yarn, rope.llama3, rope.longrope, rope.query_scale)
         ),
         "a window": gqa.window is not None,
         "sinks": gqa.sinks,

@@ -153,9 +153,7 @@ def rope_frequencies(
                 f"rope.longrope: got {len(longrope.short)} factors, "
                 f"expected one for each of the {dim // 2} pairs"
             )
-        short, long = (
-            exponents.new_tensor(factors) for factors in (longrope.short, longrope.long)
-        )
+        short, long = (exponents.new_tensor(factors) for factors in (longrope.short, longrope.long))
         if length is not None:
             short = torch.where(length > longrope.original_length, long, short)
         return frequencies / short

@@ -187,7 +187,8 @@ class DSA(MLA):
 
         Both are in an Indexed if the next block attends to the same keys. With `ctx.last_only` only
         the last token of each sequence has an output. During the indexer warm-up every key is
-        attended to.
+        attended to. Queries with few keys mask those that are not selected; those after them gather
+        the selected keys. The split is where one becomes cheaper.
         """
         latent = self.latents(hidden, ctx)
         index_key = None
@@ -203,12 +204,7 @@ class DSA(MLA):
             selection = self.indexer.select(hidden, query_latent, index_key, ctx)
         if self.publishes and not self.dense and not ctx.indexer_warmup:
             selection = selection._replace(indices=selection.topk_indices())
-        if ctx.indexer_warmup is None and not selection.selects:
-            form = self.absorbed if self.absorbs(ctx) else self.expanded
-            out, loss = form(*queries, latent, *visibility(ctx)), None
-        elif ctx.indexer_warmup is None:
-            out, loss = self.attend_selected(*queries, latent, selection, ctx), None
-        else:
+        if ctx.indexer_warmup is not None:
             query, key, value = self.expand(*queries, latent)
             loss = None
             if self.indexer is not None and not self.dense:
@@ -217,23 +213,12 @@ class DSA(MLA):
                 out = selection.attend_masked(query, key, value, self.scale)
             else:
                 out = attend(query, key, value, self.scale, *visibility(ctx))
-        out = self.o_proj(out.flatten(2))
-        return (out, Indexed(loss, selection.indices)) if self.publishes else (out, loss)
-
-    def attend_selected(
-        self,
-        nope: Float[Tensor, "B T H N"],
-        rope: Float[Tensor, "B T H P"],
-        latent: Float[Tensor, "B L R"],
-        selection: "IndexerSelection",
-        ctx: Context,
-    ) -> Float[Tensor, "B T H Q"]:
-        """Attends to the selected keys.
-
-        Queries with few keys mask those that are not selected; those after them gather the selected
-        keys. The split is where one becomes cheaper.
-        """
-        absorbing, outs = self.absorbs(ctx), []
+            return self._returned(out, loss, selection)
+        absorbing = self.absorbs(ctx)
+        if not selection.selects:
+            form = self.absorbed if absorbing else self.expanded
+            return self._returned(form(*queries, latent, *visibility(ctx)), None, selection)
+        (nope, rope), outs = queries, []
         graded = torch.is_grad_enabled() and latent.requires_grad
         cut = nope.shape[1] if graded else self._gathers_from(selection, absorbing)
         early, late = selection.split(cut)
@@ -260,7 +245,13 @@ class DSA(MLA):
             else:
                 out = late.attend_gathered(query, latent, self.scale)
             outs.append(self.lift(out, value_up))
-        return torch.cat(outs, dim=1)
+        return self._returned(torch.cat(outs, dim=1), None, selection)
+
+    def _returned(
+        self, out: Tensor, loss: IndexerLoss | None, selection: "IndexerSelection"
+    ) -> tuple[Tensor, IndexerLoss | Indexed | None]:
+        out = self.o_proj(out.flatten(2))
+        return (out, Indexed(loss, selection.indices)) if self.publishes else (out, loss)
 
     def _gathers_from(self, selection: "IndexerSelection", absorbing: bool) -> int:
         """Returns the first query for which copying the selected keys costs less than masking."""

@@ -708,8 +708,6 @@ def test_refuses_what_cannot_be():
             DSAConfig(**{name: -1})
     with pytest.raises(ValueError, match=r"dsa.shared: got \(0,\), expected block indices from 1"):
         DSAConfig(shared=(0,))
-    with pytest.raises(ValueError, match=r"dsa.ties: got 'first'"):
-        DSAConfig(ties="first")
     with pytest.raises(ValueError, match=r"dsa.shared: got \[3\], expected block indices 1..2"):
         ModelConfig(layers=3, dsa=DSAConfig(shared=(3,)))
     with pytest.raises(ValueError, match=r"dsa.dim: got 2, expected at least mla.rope_dim, 4"):

@@ -200,9 +200,9 @@ def test_three_stages_train_the_model_then_the_indexers_then_both(small, indexed
         assert torch.equal(result.means["loss"], expected.means["loss"])
     for name, tensor in plain.model.state_dict().items():
         assert torch.equal(step.model.state_dict()[name], tensor), name
-    second, warm = state_of(step), run(step, stream, 3, 5)
+    second, alone = state_of(step), run(step, stream, 3, 5)
     third, joint = state_of(step), run(step, stream, 6, 9)
-    for result in (*warm, *joint):
+    for result in (*alone, *joint):
         assert 0 < result.means["indexer_kl"] < 5
         assert result.means["indexer_kl_uniform"] > 0
     names = [name for name in step.model.state_dict() if ".indexer." in name]
