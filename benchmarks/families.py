@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 from rorqual.hub import checkpoints  # noqa: E402
 
 TOLERANCE = 1e-5
-SPREAD = 0.2  # standard deviation of the weights, so that logits are apart
+SPREAD = 0.15  # standard deviation of the weights, so that logits are apart
 PROMPT = 12  # ids of the greedy continuation that are given
 
 
