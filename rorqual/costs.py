@@ -96,7 +96,7 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
         flops_per_token=2 * products,
         cache_bytes_per_token=_cached_bytes(config),
         cache_bytes=_cache_bytes(config, context),
-        longest_context=longest_context(rope.base, yarn.factor if (yarn := rope.yarn) else 1.0),
+        longest_context=longest_context(rope.base, rope.factor),
     )
 
 
@@ -147,7 +147,9 @@ def _attention(config: ModelConfig, index: int) -> Parameters:
         return _csa(config.csa, config.dim, config.csa.kind(index))
     if config.mla is not None:
         total = _mla(config.mla, config.dim)
-        return total if config.dsa is None else total + _dsa(config.dsa, config.mla, config.dim)
+        if config.dsa is None or index in config.dsa.shared:
+            return total
+        return total + _dsa(config.dsa, config.mla, config.dim)
     assert config.gqa is not None
     total = _gqa(config.gqa, config.dim)
     return total if config.nsa is None else total + _nsa(config.nsa, config.gqa, config.dim)
@@ -240,11 +242,12 @@ def _nsa(nsa: NSAConfig, gqa: GQAConfig, dim: int) -> Parameters:
 
 
 def _moe(moe: MoEConfig, dim: int, index: int) -> Parameters:
-    """Counts the router and its selection biases, all routed experts and the shared one."""
+    """Counts the router and its biases, all routed experts, the shared one, and a norm if any."""
     biases = moe.routed if moe.router.bias_of(index) else 0
     experts = moe.routed * _swiglu(dim, moe.width)
     shared = _swiglu(dim, moe.shared_hidden) if moe.shared else 0
-    return Parameters(moe.routed * dim + experts + shared, biases)
+    norm = 0 if moe.norm_eps is None else dim
+    return Parameters(moe.routed * dim + experts + shared, biases + norm)
 
 
 def _resting(config: ModelConfig) -> int:
@@ -356,11 +359,13 @@ def _dsa_products(config: ModelConfig, context: int) -> tuple[int, int]:
     """Counts the indexer's products a token, and twice the query-key pairs of attention.
 
     The indexer takes each head's <q, k> and its weight over half the context. If every key is
-    selected, nothing is scored.
+    selected, nothing is scored. It is the mean over the blocks, of which some have no indexer.
     """
     if config.dsa is None or context <= config.dsa.top_k:
         return 0, _seen(context)
-    return config.dsa.heads * (config.dsa.dim + 1) * context // 2, _seen(context, config.dsa.top_k)
+    scored = config.dsa.heads * (config.dsa.dim + 1) * context // 2
+    indexers = config.layers - len(config.dsa.shared)
+    return scored * indexers // config.layers, _seen(context, config.dsa.top_k)
 
 
 def _csa_products(csa: CSAConfig, kind: str, context: int) -> int:
@@ -471,8 +476,10 @@ def _cached_bytes(config: ModelConfig) -> int:
         far = 1 << 30  # tokens, over which entries are averaged
         return _entry_bytes(config, far) // far
     if config.mla is not None:
-        indexed = config.dsa.dim if config.dsa is not None else 0
-        return 2 * config.layers * (config.mla.kv_lora_rank + config.mla.rope_dim + indexed)
+        latents = config.layers * (config.mla.kv_lora_rank + config.mla.rope_dim)
+        if config.dsa is None:
+            return 2 * latents
+        return 2 * (latents + (config.layers - len(config.dsa.shared)) * config.dsa.dim)
     assert config.gqa is not None
     pair = 2 * config.layers * config.gqa.kv_heads * _widths(config.gqa)
     if config.nsa is not None:

@@ -72,7 +72,7 @@ def _attention(config: ModelConfig, index: int) -> MLA | GQA | SharedKV:
         return cls(config.csa, config.dim, config.eps)
     if config.mla is not None:
         if config.dsa is not None:
-            return DSA(config.dsa, config.mla, config.dim, config.rope)
+            return DSA(config.dsa, config.mla, config.dim, config.rope, index)
         return MLA(config.mla, config.dim, config.rope)
     assert config.gqa is not None
     if config.nsa is not None:
@@ -234,24 +234,81 @@ class LanguageModel(nn.Module):
         documents, which never see each other; lengths [B] is the number of valid tokens of each
         row, which padding follows.
         """
+        if cache is not None and cache.length and self._cache_is_outdated(cache, ids, lengths):
+            return self._hidden_again(ids, document_ids, lengths, cache, last)
         ctx = self._context(ids, cache, document_ids, lengths, indexer_warmup)
+        if self.addresses is None and cache is not None and cache.ids is not None:
+            cache.ids.append(ids, ctx)
         if self.addresses is not None:
             ctx = replace(ctx, lookup_mask=self.addresses.lookup_mask(ids, ctx))
         pending = self._prefetch(ids, ctx, cache.ids if cache is not None else None)
         x = expand(self.embed(ids), self.config.hyper)  # [B, T, S, D]
-        auxes = []
+        auxes: list[Aux] = []
         for index, block in enumerate(self.blocks):
             block_cache = cache.layers[index] if cache is not None else None
-            x, aux = block(
-                x,
-                ctx.for_block(
-                    block_cache, pending.get(index), last and index == self.config.layers - 1
-                ),
-            )
+            last_only = last and index == self.config.layers - 1
+            x, aux = block(x, ctx.for_block(block_cache, pending.get(index), last_only))
             if aux.shared is not None:
                 ctx = replace(ctx, shared=aux.shared)
             auxes.append(aux._replace(shared=None))
         return self.reduce_streams(x), auxes
+
+    def _cache_is_outdated(self, cache: Cache, ids: Tensor, lengths) -> bool:
+        """Whether the new tokens change what an uncached call computes for the cached ones.
+
+        They do if DSA selects among keys of equal score as torch.topk does, and if the rotary
+        frequencies change with the longest position.
+        """
+        ties = (getattr(layer.attention, "ties", None) for layer in cache.layers)
+        if any(each is not None and each.noted for each in ties):
+            return True
+        rope = self.config.rope
+        if not rope.varies:
+            return False
+        counts = [ids.shape[1]] * len(ids) if lengths is None else [int(n) for n in lengths]
+        longest = max(map(sum, zip(cache.lengths, counts, strict=True)))
+        if rope.dynamic is not None:
+            return longest > rope.dynamic.original_length
+        assert rope.longrope is not None
+        original = rope.longrope.original_length
+        return longest > original and (cache.past.named or cache.length <= original)
+
+    def _hidden_again(
+        self, ids: Tensor, document_ids, lengths, cache: Cache, last: bool
+    ) -> tuple[Tensor, list[Aux]]:
+        """Computes the cached tokens again, together with the new ones, and caches them anew."""
+        assert cache.ids is not None and cache.ids.buffer is not None
+        past, time = list(cache.past.lengths), ids.shape[1]
+        counts = [time] * len(ids) if lengths is None else [int(n) for n in lengths]
+        stored, documents_of_rows = cache.ids.buffer[:, cache.ids.before :], None
+        if cache.past.named or document_ids is not None:
+            buffer = cache.past.document_ids.buffer
+            documents_of_rows = torch.zeros_like(stored) if buffer is None else buffer
+        everything, documents_of_all = [], []
+        for row, length in enumerate(past):
+            everything.append(torch.cat([stored[row, :length], ids[row]]))
+            if documents_of_rows is not None:
+                before = documents_of_rows[row, :length]
+                new = before[-1:].expand(time) if document_ids is None else document_ids[row]
+                documents_of_all.append(torch.cat([before, new]))
+        padded = nn.utils.rnn.pad_sequence
+        for state in (*cache.states(), cache.past):
+            state.clear()
+        totals = [length + count for length, count in zip(past, counts, strict=True)]
+        hidden, auxes = self.hidden(
+            padded(everything, batch_first=True),
+            document_ids=padded(documents_of_all, batch_first=True) if documents_of_all else None,
+            lengths=None if len(set(past)) == 1 and lengths is None else totals,
+            cache=cache,
+            last=last,
+        )
+        if last:
+            return hidden, auxes
+        columns = torch.tensor(past, device=ids.device)[:, None] + torch.arange(
+            time, device=ids.device
+        )
+        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        return hidden[rows, columns], auxes
 
     def reduce_streams(self, x: Streams) -> Float[Tensor, "B T D"]:
         """Reduces the residual streams of the last block to one hidden state."""
@@ -390,6 +447,9 @@ class LanguageModel(nn.Module):
         weight = self.embed.weight
         of = (batch, capacity, weight.dtype, weight.device)
         ids = self.addresses.new_cache(*of) if self.addresses is not None else None
+        ties = self.config.dsa is not None and self.config.dsa.ties == "topk"
+        if ids is None and (ties or self.config.rope.varies):
+            ids = Appended(capacity)  # of tokens that may have to be computed again
         blocks = [cast(Block, cast(MTP, module).block) for module in self.mtp]
         drafts = [
             DraftCache(past=Past(batch, capacity), **block.new_cache(*of).parts) for block in blocks

@@ -45,23 +45,144 @@ class YarnConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LinearRopeConfig:
+    """Divides every rotary frequency, which is to divide the positions."""
+
+    factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        _check_stretch("linear", self.factor)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DynamicRopeConfig:
+    """Raises the rotary base with the longest position of a call (NTK scaling).
+
+    Up to `original_length` tokens nothing changes. Beyond it the frequencies depend on the call, so
+    keys that are cached keep those of the call that computed them.
+    """
+
+    factor: float = 4.0
+    original_length: int = 4096
+
+    def __post_init__(self) -> None:
+        _check_stretch("dynamic", self.factor, self.original_length)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Llama3RopeConfig:
+    """Slows the pairs that turn seldom within `original_length` tokens, as Llama 3.1 does.
+
+    Pairs that turn less often than `low_turns` are slowed by the whole factor, those that turn more
+    often than `high_turns` are not, and between the two the frequency is interpolated.
+    """
+
+    factor: float = 8.0
+    low_turns: float = 1.0
+    high_turns: float = 4.0
+    original_length: int = 8192
+
+    def __post_init__(self) -> None:
+        _check_stretch("llama3", self.factor, self.original_length)
+        if not 0 < self.low_turns < self.high_turns:
+            raise ValueError(
+                f"rope.llama3: got low_turns {self.low_turns}, high_turns {self.high_turns}, "
+                "expected 0 < low < high"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LongRopeConfig:
+    """Divides the frequency of each pair by a factor of its own (LongRoPE, arXiv 2402.13753).
+
+    The factors are `short` where no position of a call reaches `original_length`, otherwise `long`.
+    """
+
+    short: tuple[float, ...] = (1.0,)
+    long: tuple[float, ...] = (1.0,)
+    original_length: int = 4096
+    factor: float = 1.0  # the longest context over original_length
+    # multiplies cos and sin; None: sqrt(1 + ln factor / ln original_length)
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_stretch("longrope", self.factor, self.original_length)
+        if not self.short or len(self.short) != len(self.long):
+            raise ValueError(
+                f"rope.longrope: got {len(self.short)} short and {len(self.long)} long factors, "
+                "expected one of each for every rotary pair"
+            )
+        if min(*self.short, *self.long) <= 0:
+            raise ValueError(
+                f"rope.longrope: got the factor {min(*self.short, *self.long)}, "
+                "expected factors above 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QueryScaleConfig:
+    """Multiplies queries by 1 + beta ln(1 + position // original_length), as Llama 4 does."""
+
+    beta: float = 0.1
+    original_length: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.original_length < 1:
+            raise ValueError(
+                f"rope.query_scale: got original_length {self.original_length}, expected at least 1"
+            )
+
+
+def _check_stretch(kind: str, factor: float, original_length: int = 2) -> None:
+    if factor < 1 or original_length < 2:
+        raise ValueError(
+            f"rope.{kind}: got factor {factor} and original_length {original_length}, "
+            "expected at least 1 and at least 2"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RopeConfig:
     """Rotary positions.
 
-    `interleaved`: pairs are (2i, 2i+1) as DeepSeek trains them, otherwise (i, i + dim/2).
+    `interleaved`: pairs are (2i, 2i+1) as DeepSeek trains them, otherwise (i, i + dim/2). At most
+    one of the fields that stretch the base to longer contexts is set.
     """
 
     base: float = 10000.0
     interleaved: bool = True
     yarn: YarnConfig | None = None
+    linear: LinearRopeConfig | None = None
+    dynamic: DynamicRopeConfig | None = None
+    llama3: Llama3RopeConfig | None = None
+    longrope: LongRopeConfig | None = None
+    query_scale: QueryScaleConfig | None = None  # of MLA's queries
 
     def __post_init__(self) -> None:
         if self.base <= 1:
             raise ValueError(f"got rope base {self.base}, expected more than 1")
+        if len(names := [name for name in ROPE_KINDS if getattr(self, name) is not None]) > 1:
+            raise ValueError(f"rope: got {' and '.join(names)}, expected at most one of them")
+
+    @property
+    def factor(self) -> float:
+        """How many times longer a context the positions are stretched to."""
+        for name in ROPE_KINDS:
+            if (kind := getattr(self, name)) is not None:
+                return float(kind.factor)
+        return 1.0
+
+    @property
+    def varies(self) -> bool:
+        """Whether the frequencies depend on the longest position of a call."""
+        return self.dynamic is not None or self.longrope is not None
+
+
+ROPE_KINDS = ("yarn", "linear", "dynamic", "llama3", "longrope")
 
 
 def longest_context(base: float, factor: float = 1.0) -> int:
-    """Returns how many tokens a rotary base tells apart, pi * base * YaRN factor.
+    """Returns how many tokens a rotary base tells apart, pi * base * the factor of its stretching.
 
     The slowest pair turns once in about 2 pi base tokens, and angles theta and 2 pi - theta have
     one cosine, so half a turn is usable.
@@ -201,14 +322,29 @@ class DSAConfig:
     warmup: int = 1000  # steps in which MLA attends to every key and the loss is over every key
     # of the indexer loss, a mean over layers; its gradient reaches only the indexers
     weight: float = 1.0
+    # steps before the warm-up, in which MLA attends to every key and the indexers are not trained
+    dense: int = 0
+    interleaved: bool = False  # the indexer's rope rotates pairs (2i, 2i+1), not (i, i + rope/2)
+    # blocks without an indexer, which attend to the keys that the nearest block before selected
+    shared: tuple[int, ...] = ()
+    # Of keys of equal score the latest are selected, however the tokens reach the model, or those
+    # that torch.topk returns for all keys of the call, as transformers' models do.
+    ties: Literal["latest", "topk"] = "latest"
 
     def __post_init__(self) -> None:
         for name in ("heads", "dim", "top_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"dsa.{name}: got {getattr(self, name)}, expected at least 1")
-        for name in ("warmup", "weight"):
+        for name in ("warmup", "weight", "dense"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"dsa.{name}: got {getattr(self, name)}, expected 0 or more")
+        if self.shared and min(self.shared) < 1:
+            raise ValueError(
+                f"dsa.shared: got {self.shared}, expected block indices from 1: "
+                "the first block has nothing to share"
+            )
+        if self.ties not in ("latest", "topk"):
+            raise ValueError(f"dsa.ties: got {self.ties!r}, expected 'latest' or 'topk'")
 
     def check_rope_dim(self, rope_dim: int) -> None:
         """Refuses a surrounding attention that rotates more than the indexer's heads hold."""
@@ -467,6 +603,8 @@ class MoEConfig:
     first_dense: int = 0  # blocks before this one have a dense feed-forward
     # Clips the gate of experts and of shared ones from above, and their other factor on both sides.
     swiglu_limit: float | None = None
+    dense_layers: tuple[int, ...] = ()  # blocks after these that have one too
+    norm_eps: float | None = None  # of an RMSNorm of the output (A.X-K1); None: no norm
     router: RouterConfig = field(default_factory=RouterConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
 
@@ -767,6 +905,12 @@ class ModelConfig:
                     f"{inner}: got attention {attention[0]}, "
                     f"expected {outer}, which it works inside"
                 )
+        self._check_blocks()
+        if self.nsa is not None and self.moba is not None:
+            raise ValueError("sparse attention: got nsa and moba, expected at most one")
+
+    def _check_blocks(self) -> None:
+        """Refuses settings of single blocks that do not fit the number of blocks."""
         if self.csa is not None and 0 < len(self.csa.kinds) < self.layers:
             raise ValueError(
                 f"csa.kinds: got {len(self.csa.kinds)} kinds, "
@@ -781,14 +925,18 @@ class ModelConfig:
                 f"csa2.ratios: got {len(self.csa2.ratios)}, "
                 f"expected one for each of the {self.layers} blocks"
             )
-        if self.nsa is not None and self.moba is not None:
-            raise ValueError("sparse attention: got nsa and moba, expected at most one")
         if self.engram is not None and (
             late := [i for i in self.engram.layers if not 0 <= i < self.layers]
         ):
             raise ValueError(
                 f"engram.layers: got {late}, expected block indices 0..{self.layers - 1}"
             )
+        if self.dsa is not None and len(set(self.dsa.shared)) < len(self.dsa.shared):
+            raise ValueError(f"dsa.shared: got {self.dsa.shared}, expected different blocks")
+        if self.dsa is not None and (
+            late := [i for i in self.dsa.shared if not 1 <= i < self.layers]
+        ):
+            raise ValueError(f"dsa.shared: got {late}, expected block indices 1..{self.layers - 1}")
         if self.moe is not None and self.moe.first_dense > self.layers:
             raise ValueError(
                 f"moe.first_dense: got {self.moe.first_dense}, "
@@ -808,7 +956,11 @@ class ModelConfig:
 
     def has_experts(self, index: int) -> bool:
         """Whether block `index` has experts; MTP's blocks, counted on after the last, do."""
-        return self.moe is not None and index >= self.moe.first_dense
+        return (
+            self.moe is not None
+            and index >= self.moe.first_dense
+            and index not in self.moe.dense_layers
+        )
 
     def has_engram(self, index: int) -> bool:
         return self.engram is not None and index in self.engram.layers

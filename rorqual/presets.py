@@ -1,7 +1,8 @@
 """The presets: a ModelConfig for each name, data only.
 
 `classroom` and the paper's four are built from published sizes; what a paper does not publish is
-marked `ours`. DeepSeek: arXiv 2401.06066, 2405.04434, 2412.19437. Engram's four: 2601.07372.
+marked `ours`. DeepSeek: arXiv 2401.06066, 2405.04434, 2412.19437, 2512.02556. Engram's four:
+2601.07372.
 
 Two presets publish a memory and stand for that alone; everything else in them that is not named
 here is ours.
@@ -21,6 +22,7 @@ from rorqual.model_config import (
     BalanceConfig,
     CSA2Config,
     CSAConfig,
+    DSAConfig,
     EngramConfig,
     GQAConfig,
     HyperConfig,
@@ -373,6 +375,7 @@ DEEPSEEK_V4_PRO = replace(
     ),
     moe=replace(_MOE_V4, routed=384, width=3072, router=replace(_V4, scale=2.5)),
 )
+DEEPSEEK_V3_2 = replace(DEEPSEEK_V3, dsa=DSAConfig(heads=64, dim=128, top_k=2048, ties="topk"))
 
 DEEPSEEK_V2 = ModelConfig(
     vocab_size=102_400,
@@ -407,7 +410,7 @@ DEEPSEEKMOE_16B = replace(
     layers=28,
     mla=None,
     gqa=GQAConfig(heads=16, kv_heads=16, head_dim=128),
-    rope=RopeConfig(base=10_000.0),
+    rope=RopeConfig(base=10_000.0, interleaved=False),
     moe=_MOE_16B,
 )
 
@@ -427,6 +430,7 @@ PRESETS: dict[str, ModelConfig] = {
     "deepseek-v4-flash": DEEPSEEK_V4_FLASH,
     "deepseek-v4-pro": DEEPSEEK_V4_PRO,
     "deepseek-v3": DEEPSEEK_V3,
+    "deepseek-v3.2": DEEPSEEK_V3_2,
     "deepseek-v2": DEEPSEEK_V2,
     "deepseek-v2-lite": DEEPSEEK_V2_LITE,
     "deepseekmoe-16b": DEEPSEEKMOE_16B,

@@ -393,7 +393,7 @@ def _check(
     """Raises ValueError with every disagreement between the stored tensors and the config."""
     needed = family.places(config)
     all_places = {**needed, **family.copies(config)}
-    read = {name for name in files.where if not family.skipped(name)}
+    read = {name for name in files.where if name in needed or not family.skipped(name)}
     scales = {
         files.scale_of(name) or f"{name}_scale_inv": name
         for name in read

@@ -7,7 +7,7 @@ state dict. checkpoints.py does the rest for all of them.
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol, cast, runtime_checkable
 
-from rorqual.hub import deepseek, deepseek_v4, deepseek_v41
+from rorqual.hub import deepseek, deepseek_moe, deepseek_v4, deepseek_v41
 from rorqual.hub.places import AnyPlace, Place, Sizes
 from rorqual.model_config import ModelConfig
 
@@ -59,6 +59,7 @@ class Family(Protocol):
 
 FAMILIES: tuple[Family, ...] = (
     cast(Family, deepseek),
+    cast(Family, deepseek_moe),
     cast(Family, deepseek_v4),
     cast(Family, deepseek_v41),
 )

@@ -78,7 +78,8 @@ class Context:
     # Prefetched rows of the block's Engram table: `rows.wait()` is float [B, T, R, head_dim].
     rows: Any = None
     cache: Any = None  # the block's BlockCache
-    # What the attention of an earlier block leaves for later ones (layers/csa2.py), a named tuple.
+    # What the attention of an earlier block leaves for later ones: the columns that DSA selected,
+    # or a csa2.Shared.
     shared: Any = None
     indexer_warmup: bool | None = None  # whether the indexers warm up; None: they are not trained
     # Attention returns only its last position; the other positions serve as its keys.
@@ -248,16 +249,21 @@ def context(
         }
     elif span.starts is not None:
         fields["mask"] = _causal(columns, length)[:, None]
+    if counts is not None:
+        fields["lengths"] = torch.tensor(counts, device=device)
     if rope is not None:
-        fields["cos"], fields["sin"] = rope_tables(*rope, fields["positions"])
+        longest = None
+        if rope[0].varies and counts is not None:
+            # Padding does not count.
+            padding = torch.arange(time, device=device) >= fields["lengths"][:, None]
+            longest = fields["positions"].masked_fill(padding, 0).max() + 1
+        fields["cos"], fields["sin"] = rope_tables(*rope, fields["positions"], longest)
         if compress_rope is not None:
             tables = rope_tables(compress_rope, rope[1], fields["positions"])
             fields["compressed_cos"], fields["compressed_sin"] = tables
             frequencies = rope_frequencies(compress_rope, rope[1]).to(device)
             fields["compressed_frequencies"] = frequencies
             fields["compressed_factor"] = rope_factor(compress_rope)
-    if counts is not None:
-        fields["lengths"] = torch.tensor(counts, device=device)
     return Context(past=span.past, starts=span.starts, key_count=length, **fields, **more)
 
 

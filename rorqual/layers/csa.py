@@ -526,6 +526,7 @@ class EntryLoss(NamedTuple):
 
     loss: Float[Tensor, ""]
     captured: Float[Tensor, ""]
+    uniform: Float[Tensor, ""]  # the loss of equal scores
     queries: Float[Tensor, ""]  # that see an entry
     choosing: Float[Tensor, ""]  # that see more entries than they select
 
@@ -556,9 +557,13 @@ def entry_loss(
     counts = (number > 0).expand_as(captured).float()
     counts = counts if valid is None else counts * valid
     choosing = counts * (number > selected_mask.sum(-1))
+    # A query that sees no entry counts as none.
+    equal = over.sum(-1).clamp_min(1).log()
+    uniform = torch.special.xlogy(target, target).sum(-1) + equal
     return EntryLoss(
         (counts * terms.sum(-1)).sum(),
         (choosing * captured).sum(),
+        (counts * uniform).sum(),
         counts.sum(),
         choosing.sum(),
     )
@@ -568,7 +573,8 @@ def mean_entry_loss(losses: list[EntryLoss]) -> IndexerLoss:
     """Returns the means over the queries of all runs; the recall is 1 where none had to choose."""
     total = EntryLoss(*(torch.stack(sums).sum() for sums in zip(*losses, strict=True)))
     share = torch.where(total.choosing > 0, total.captured / total.choosing.clamp_min(1), 1.0)
-    return IndexerLoss(total.loss / total.queries.clamp_min(1), share)
+    count = total.queries.clamp_min(1)
+    return IndexerLoss(total.loss / count, share, total.uniform / count)
 
 
 def unweighted_norm(x: Float[Tensor, "*B P"], eps: float) -> Float[Tensor, "*B P"]:

@@ -1,6 +1,6 @@
 """Mixture of experts: the shared experts and the few routed experts of each token.
 
-    y = shared(u) + sum over the K chosen of weight_i * expert_i(u)
+    y = shared(u) + sum over the K chosen of weight_i * expert_i(u)      norm(y) with norm_eps
 
 Tokens are copied to K slots, slots are sorted by expert so that all experts are one grouped
 product, and the results are summed for each token. DeepSeekMoE, arXiv:2401.06066.
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rorqual.layers.basics import SwiGLU
+from rorqual.layers.basics import RMSNorm, SwiGLU
 from rorqual.layers.context import Context
 from rorqual.layers.experts import Experts
 from rorqual.layers.router import Router, Routing
@@ -136,6 +136,7 @@ class MoE(nn.Module):
         limit = config.swiglu_limit
         self.experts = Experts(config.routed, dim, config.width, limit)
         self.shared = SwiGLU(dim, config.shared_hidden, limit) if config.shared else None
+        self.norm = RMSNorm(dim, config.norm_eps) if config.norm_eps is not None else None
         self.exchange: Exchange | None = None
 
     def forward(
@@ -163,7 +164,8 @@ class MoE(nn.Module):
                 run(_Scatter.apply(rows, slots), slots.counts, self.experts), weights, slots
             )
         out = out.to(hidden.dtype).view_as(hidden)
-        return (out if self.shared is None else out + self.shared(hidden)), routing
+        out = out if self.shared is None else out + self.shared(hidden)
+        return (out if self.norm is None else self.norm(out)), routing
 
     def _few(self, routing: Routing) -> bool:
         """Whether one product for each slot is cheaper than sorting.

@@ -109,10 +109,13 @@ def fits(model: LanguageModel) -> bool:
         or (c.dsa, c.engram, c.hyper) != (None, None, None)
     ):
         return False
+    if c.rope.varies or c.rope.query_scale is not None:
+        return False
     if c.moe is not None and (
         c.moe.router.adaptive_mass is not None
         or c.moe.router.token_id_layers
         or c.moe.swiglu_limit is not None
+        or c.moe.norm_eps is not None
     ):
         return False
     modules = [

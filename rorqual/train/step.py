@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rorqual import parallel, runtime
+from rorqual.layers import dsa
 from rorqual.layers.balance import max_violation, update_bias
 from rorqual.layers.hyper import health
 from rorqual.layers.moba import switch
@@ -129,9 +130,12 @@ class TrainStep:
         return loss.total
 
     def indexer_warmup(self, step: int) -> bool:
-        """Whether the indexers of DSA or CSA warm up in this step."""
+        """Whether the indexers warm up in this step, after the steps of dense attention."""
         indexer = self.model.config.indexer
-        return indexer is not None and step <= indexer.warmup
+        if indexer is None:
+            return False
+        dense = getattr(indexer, "dense", 0)
+        return dense < step <= dense + indexer.warmup
 
     def only_indexers_learn(self, step: int) -> bool:
         """Whether only the indexers are trained, during their warm-up."""
@@ -174,8 +178,13 @@ class TrainStep:
                 update_bias(bias, counts, rate)
 
     def prepare_model(self, step: int) -> None:
-        """Sets the model to training mode, and MoBA to full attention in its last phase."""
+        """Sets the model to training mode, and MoBA and DSA to the phase that the step is in.
+
+        MoBA attends fully in its last phase, DSA in its first.
+        """
         self.model.train()
+        if self.model.config.dsa is not None:
+            dsa.switch(self.model, step <= self.model.config.dsa.dense)
         moba = self.model.config.moba
         if moba is not None:
             switch(self.model, step > moba.full_from * self.config.steps)
@@ -206,7 +215,8 @@ def named_losses(loss: Loss) -> dict[str, Tensor]:
     if loss.mtp is not None:
         losses["mtp"] = loss.mtp
     if loss.indexer_loss is not None:
-        losses["indexer"] = loss.indexer_loss.loss
+        losses["indexer_kl"] = loss.indexer_loss.loss
+        losses["indexer_kl_uniform"] = loss.indexer_loss.uniform
         losses["indexer_recall"] = loss.indexer_loss.recall
     return losses | {f"balance_{name}": value for name, value in loss.balance.items()}
 

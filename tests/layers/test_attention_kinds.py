@@ -103,6 +103,22 @@ KINDS = {
             ratios=(2,), kv_sources=(0,), index_sources=(0,), cache_formats="published"
         ),
     },
+    "dsa-shared": {
+        "mla": SMALL_LATENT,
+        "dsa": dataclasses.replace(DSA, interleaved=True, shared=(1, 2)),
+        "layers": 3,
+    },
+    "dsa-shared-large": {
+        "mla": LARGE_LATENT,
+        "dsa": dataclasses.replace(DSA, top_k=7, shared=(1,)),
+        "layers": 2,
+    },
+    # So many heads that no key scores 0: which of equal keys are selected depends on the call.
+    "dsa-topk": {
+        "mla": SMALL_LATENT,
+        "dsa": dataclasses.replace(DSA, heads=24, ties="topk", shared=(1,)),
+        "layers": 2,
+    },
 }
 # How a model computes: its dtype, and RORQUAL_KERNELS. Every kernel computes in float32.
 MODES = {
