@@ -62,7 +62,7 @@ BARS = {
     "addresses": Bar(
         "engram",
         "--rounds 5",
-        "--tokens 2000 --rows 97 --recalled 64 --trained 2000 --touched 64 --rounds 1",
+        "--tokens 2000 --rows 97 --looked-up 64 --trained 2000 --touched 64 --rounds 1",
         2,
         "addresses over the numpy loop",
         least=10.0,

@@ -110,7 +110,7 @@ def decode_steps(rows: int, layers: tuple[int, ...], name: str) -> dict[str, Cal
     history, where = addresses.new_cache(32, 64, torch.float32, CPU), context(32, 1, CPU)
     ids = torch.randint(VOCAB_SIZE, (32, 1))
     addresses(ids, where, history)
-    buffer, start = history.reserve(ids)
+    buffer, start = history.reserve(ids, 64), history.before
     exact = (addresses.canonical_map, addresses.multipliers, addresses.primes, addresses.offsets)
     scratch = dict[str, Any]()
     return {
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=65_536, help="of each head")
     parser.add_argument("--width", type=int, default=64, help="of a row that is recalled")
     parser.add_argument(
-        "--recalled", type=int, default=16_384, help="tokens whose 16 rows are read"
+        "--looked-up", type=int, default=16_384, help="tokens whose 16 rows are read"
     )
     parser.add_argument(
         "--trained", type=int, default=1_000_000, help="rows of 128 in the table that is trained"

@@ -361,7 +361,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--top-k", type=int, default=16, help="blocks of 64 keys")
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--dsa-chosen", type=int, default=2048, help="keys")
+    parser.add_argument("--dsa-selected", type=int, default=2048, help="keys")
     parser.add_argument(
         "--rounds",
         type=int,

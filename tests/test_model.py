@@ -563,7 +563,8 @@ def test_state_goes_back_as_far_as_it_was_asked_to_hold() -> None:
     cache = model.new_cache(2)
     model(ids, cache=cache)
     with pytest.raises(
-        ValueError, match=r"got 150 tokens to remove, expected 0 to 64, or all 170: reserve_slack\(150\)"
+        ValueError,
+        match=r"got 150 tokens to remove, expected 0 to 64, or all 170: reserve_slack\(150\)",
     ):
         cache.crop(150)
     with pytest.raises(ValueError, match="expected an empty one"):

@@ -342,7 +342,9 @@ def read_through(page: Path, capsys: pytest.CaptureFixture[str], *, slow_too: bo
         if block.language == "python":
             if TRAINS in block.body and not slow_too:
                 continue
-            code = block.body.replace(TRAINS, "train(replace(config, steps=2, batch_size=2, seq_len=32))")
+            code = block.body.replace(
+                TRAINS, "train(replace(config, steps=2, batch_size=2, seq_len=32))"
+            )
             for number, less in SMALLER.items():
                 code = code.replace(number, less)
             exec(compile(code, page.name, "exec"), names)

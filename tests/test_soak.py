@@ -5,12 +5,27 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "texts.py"
+
+
+@cache
+def benchmark(name: str) -> ModuleType:
+    """Imports a script of benchmarks/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # A dataclass looks its module up by name.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.slow
@@ -28,12 +43,8 @@ def test_every_hostile_file_is_read_counted_or_refused():
     assert done.returncode == 0
 
 
-def test_every_mutation_fits_the_code_and_names_tests_that_are_there(monkeypatch):
-    path = ROOT / "benchmarks" / "mutations.py"
-    spec = importlib.util.spec_from_file_location("mutations", path)
-    mutations = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "mutations", mutations)
-    spec.loader.exec_module(mutations)
+def test_every_mutation_fits_the_code_and_names_tests_that_are_there():
+    mutations = benchmark("mutations")
     result = mutations.read_mutations(mutations.DATA)
     assert len(result) >= 30
     for mutation in result:
@@ -41,3 +52,11 @@ def test_every_mutation_fits_the_code_and_names_tests_that_are_there(monkeypatch
         for test in mutation.tests:
             file, *names = test.partition("[")[0].split("::")
             assert f"def {names[-1]}(" in (ROOT / file).read_text(encoding="utf-8"), test
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", benchmark("baseline").BARS)
+def test_every_figure_that_has_a_bar_can_be_measured(name: str):
+    result = benchmark("baseline").measured(name, ROOT, smallest=True)
+    assert isinstance(result, float), result
+    assert result > 0

@@ -1,24 +1,18 @@
-"""Reads folders of DeepSeek V2 and V3 models into a LanguageModel, and writes such folders.
+"""Reads folders of published models into a LanguageModel, and writes such folders.
 
-    model.layers.1.mlp.experts.7.gate_proj.weight [F, D]
-        <->  blocks.1.ffn.experts.gate_up[7, :, :F] transposed
     x.weight float8 e4m3, x.weight_scale_inv [R/128, C/128]
         ->   weight * its block's scale
-    model.layers.N (N = num_hidden_layers)
-        <->  mtp.0, whose embedding and head are the model's own
 
-`places` is that table for a whole config, used in both directions. Weights are read file by file,
-tensor by tensor, into the model's own memory. JSON and safetensors only: pickles are never opened,
-and code in the folder is never read.
-
-Released configurations of arXiv 2405.04434, 2412.19437 and 2501.12948.
+The names are those of a family (families.py), whose table of places is used in both directions.
+Weights are read file by file, tensor by tensor, into the model's own memory. JSON and safetensors
+only: pickles are never opened, and code in the folder is never read.
 """
 
 import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,148 +20,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rorqual.hub.configs import config_of, published
+from rorqual.hub.families import Family, family_for, family_of
+from rorqual.hub.places import Place
 from rorqual.io import atomic_write, write_text
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig
 
-
-class Place(NamedTuple):
-    """The place of one published tensor in our state dict: state[name][slices].
-
-    Its last two axes are exchanged if `transposed`.
-    """
-
-    name: str
-    slices: tuple[int | slice, ...] = ()
-    transposed: bool = False
-
-    def of(self, state: Mapping[str, Tensor]) -> Tensor:
-        """Returns the part of our state dict, a view, in the published shape."""
-        tensor = state[self.name][self.slices] if self.slices else state[self.name]
-        return tensor.mT if self.transposed else tensor
-
-
-ATTENTION = (
-    "q_proj",
-    "q_a_proj",
-    "q_a_layernorm",
-    "q_b_proj",
-    "kv_a_proj_with_mqa",
-    "kv_a_layernorm",
-    "kv_b_proj",
-    "o_proj",
-)
-BIASED = ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")  # biased where the config has attention_bias
-SWIGLU = ("gate_proj", "up_proj", "down_proj")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")  # dtypes of weights, as safetensors names them
 # Bytes that are read of a mapped file before it is closed: until then they count as memory.
 WINDOW = 64 << 20
-
-
-def places(config: ModelConfig) -> dict[str, Place]:
-    """Maps published names to places, for every tensor that a folder of this config must have."""
-    table = {
-        "model.embed_tokens.weight": Place("embed.weight"),
-        "model.norm.weight": Place("norm.weight"),
-    }
-    if not config.tied:
-        table["lm_head.weight"] = Place("head.weight")
-    for index in range(config.layers):
-        table |= _block(f"model.layers.{index}", f"blocks.{index}", config, index)
-    for depth in range(config.mtp.depth if config.mtp is not None else 0):
-        theirs, ours = f"model.layers.{config.layers + depth}", f"mtp.{depth}"
-        table |= _block(theirs, f"{ours}.block", config, config.layers + depth)
-        for name, our_name in (
-            ("enorm", "enorm"),
-            ("hnorm", "hnorm"),
-            ("eh_proj", "eh_proj"),
-            ("shared_head.norm", "norm"),
-        ):
-            table[f"{theirs}.{name}.weight"] = Place(f"{ours}.{our_name}.weight")
-    return table
-
-
-def copies(config: ModelConfig) -> dict[str, Place]:
-    """Maps published names to places, for tensors that a folder may repeat.
-
-    These are MTP's embedding and head, and a tied head.
-    """
-    embed, head = Place("embed.weight"), Place("embed.weight" if config.tied else "head.weight")
-    table = {"lm_head.weight": head} if config.tied else {}
-    for depth in range(config.mtp.depth if config.mtp is not None else 0):
-        theirs = f"model.layers.{config.layers + depth}"
-        table |= {f"{theirs}.embed_tokens.weight": embed, f"{theirs}.shared_head.head.weight": head}
-    return table
-
-
-def hollow(config: ModelConfig) -> dict[str, Place]:
-    """Maps published names to empty places, for the shared experts of a model without any.
-
-    The state dict needs an entry "" for them.
-    """
-    if config.moe is None or config.moe.shared:
-        return {}
-    blocks = config.layers + (config.mtp.depth if config.mtp is not None else 0)
-    return {
-        f"model.layers.{index}.mlp.shared_experts.{name}.weight": Place(
-            "", transposed=name == "down_proj"
-        )
-        for index in range(config.moe.first_dense, blocks)
-        for name in SWIGLU
-    }
-
-
-def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str, Place]:
-    assert config.mla is not None
-    absent = (
-        ("q_a_proj", "q_a_layernorm", "q_b_proj") if config.mla.q_lora_rank is None else ("q_proj",)
-    )
-    table = {
-        f"{theirs}.self_attn.{name}.weight": Place(f"{ours}.attention.{name}.weight")
-        for name in ATTENTION
-        if name not in absent
-    }
-    if config.mla.bias:
-        table |= {
-            f"{theirs}.self_attn.{name}.bias": Place(f"{ours}.attention.{name}.bias")
-            for name in BIASED
-            if name not in absent
-        }
-    table[f"{theirs}.input_layernorm.weight"] = Place(f"{ours}.attention_norm.weight")
-    table[f"{theirs}.post_attention_layernorm.weight"] = Place(f"{ours}.ffn_norm.weight")
-    if config.has_experts(index):
-        return table | _experts(f"{theirs}.mlp", f"{ours}.ffn", config)
-    return table | {
-        f"{theirs}.mlp.{name}.weight": Place(f"{ours}.ffn.{name}.weight") for name in SWIGLU
-    }
-
-
-def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
-    moe = config.moe
-    assert moe is not None
-    table = {f"{theirs}.gate.weight": Place(f"{ours}.router.weight")}
-    if moe.router.bias:
-        table[f"{theirs}.gate.e_score_correction_bias"] = Place(
-            f"{ours}.router.e_score_correction_bias"
-        )
-    if moe.shared:
-        table |= {
-            f"{theirs}.shared_experts.{name}.weight": Place(f"{ours}.shared.{name}.weight")
-            for name in SWIGLU
-        }
-    every = slice(None)
-    for expert in range(moe.routed):
-        for name, our_name, columns in (
-            ("gate_proj", "gate_up", slice(moe.width)),
-            ("up_proj", "gate_up", slice(moe.width, None)),
-            ("down_proj", "down", every),
-        ):
-            tensor_place = Place(
-                f"{ours}.experts.{our_name}", (expert, every, columns), transposed=True
-            )
-            table[f"{theirs}.experts.{expert}.{name}.weight"] = tensor_place
-    return table
 
 
 class Files:
@@ -269,7 +130,7 @@ def dequantise(
 def load(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> LanguageModel:
-    """Loads a folder of DeepSeek V2, V2-Lite, V3, R1, or of transformers' save_pretrained of one.
+    """Loads a folder of a published model, or of transformers' save_pretrained of one.
 
     dtype None keeps the stored one (float8 becomes bfloat16); router biases are always float32.
     ValueError, with the names, for another architecture, missing files, and tensors that are
@@ -277,9 +138,10 @@ def load(
     """
     folder = Path(folder)
     description, files = _json(folder / "config.json"), Files(folder)
-    config = config_of(description, mtp_depth=_mtp_depth(description, files))
+    family = family_of(description)
+    config = family.config_of(description, files.where)
     block = _scale_block(description)
-    _check_sizes(files, config)
+    _check_sizes(files, config, family)
     try:
         with torch.device("meta"):
             model = LanguageModel(config, seed=None)
@@ -289,33 +151,15 @@ def load(
             f"{folder}: config.json: no model has such sizes, "
             f"expected those of the weights: {message}"
         ) from error
-    _check(files, config, model.state_dict(), block)
-    dtype = dtype or _stored_dtype(files)
+    _check(files, config, family, model.state_dict(), block)
+    dtype = dtype or _stored_dtype(files, family)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device)
     if config.tied:
         model.head.weight = model.embed.weight
-    _fill(model.state_dict(), files, config, block)
+    _fill(model.state_dict(), files, (family.places(config), family.copies(config)), block)
     return model.eval()
-
-
-def _mtp_depth(description: Mapping[str, Any], files: Files) -> int:
-    """Counts the blocks stored after the last layer.
-
-    A folder may have them in its config and leave out their weights.
-    """
-    depth = (
-        re.match(r"model\.layers\.(\d+)\.(eh_proj|enorm|hnorm)\.", name) for name in files.where
-    )
-    layers = description.get("num_hidden_layers")
-    return len(
-        {
-            match[1]
-            for match in depth
-            if match and isinstance(layers, int) and int(match[1]) >= layers
-        }
-    )
 
 
 def _scale_block(description: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -338,30 +182,30 @@ def _scale_block(description: Mapping[str, Any]) -> tuple[int, int] | None:
     return block_size[0], block_size[1]
 
 
-def _stored_dtype(files: Files) -> torch.dtype:
-    dtype = files.tensor("model.embed_tokens.weight").dtype
+def _stored_dtype(files: Files, family: Family) -> torch.dtype:
+    dtype = files.tensor(family.EMBEDDING).dtype
     return torch.bfloat16 if dtype.itemsize == 1 else dtype
 
 
-def _check_sizes(files: Files, config: ModelConfig) -> None:
+def _check_sizes(files: Files, config: ModelConfig, family: Family) -> None:
     """Refuses a config larger than the folder, before a model or its tensors' names are made."""
 
     def count(pattern: str) -> int:
         return len({match[1] for name in files.where if (match := re.search(pattern, name))})
 
     depth = config.mtp.depth if config.mtp is not None else 0
-    largest = {"num_hidden_layers": (config.layers, count(r"^model\.layers\.(\d+)\.") - depth)}
+    largest = {"num_hidden_layers": (config.layers, count(family.SIZES.layer) - depth)}
     if config.moe is not None:
         routers = [
             shape[0]
             for name, shape in files.shapes.items()
-            if name.endswith(".mlp.gate.weight") and shape
+            if name.endswith(family.SIZES.router) and shape
         ]
         largest["n_routed_experts"] = (
             config.moe.routed,
-            max(routers, default=count(r"\.mlp\.experts\.(\d+)\.")),
+            max(routers, default=count(family.SIZES.expert)),
         )
-    embed = files.shapes.get("model.embed_tokens.weight", ())
+    embed = files.shapes.get(family.EMBEDDING, ())
     # Where the config has fewer than are stored, `_check` names the tensors that are left over.
     wrong = {name: sizes for name, sizes in largest.items() if sizes[0] > sizes[1]}
     ours = ("vocab_size", config.vocab_size), ("hidden_size", config.dim)
@@ -375,18 +219,21 @@ def _check_sizes(files: Files, config: ModelConfig) -> None:
 
 
 def _check(
-    files: Files, config: ModelConfig, state: Mapping[str, Tensor], block: tuple[int, int] | None
+    files: Files,
+    config: ModelConfig,
+    family: Family,
+    state: Mapping[str, Tensor],
+    block: tuple[int, int] | None,
 ) -> None:
     """Raises ValueError with every disagreement between the stored tensors and the config."""
-    needed, all_places = places(config), {**places(config), **copies(config)}
+    needed = family.places(config)
+    all_places = {**needed, **family.copies(config)}
     scales = {
         f"{name}_scale_inv": name for name, dtype in files.dtypes.items() if dtype == "F8_E4M3"
     }
     # An empty tensor (of no shared expert) has nothing to check.
     stored = {
-        name
-        for name in files.where
-        if not name.endswith(".rotary_emb.inv_freq") and 0 not in files.shapes[name]
+        name for name in files.where if not family.skipped(name) and 0 not in files.shapes[name]
     }
     expected = {
         name: tuple(tensor_place.of(state).shape) for name, tensor_place in all_places.items()
@@ -424,12 +271,16 @@ def _scale_shape(shape: tuple[int, ...], block: tuple[int, int] | None) -> tuple
 
 @torch.no_grad()
 def _fill(
-    state: Mapping[str, Tensor], files: Files, config: ModelConfig, block: tuple[int, int] | None
+    state: Mapping[str, Tensor],
+    files: Files,
+    tables: tuple[dict[str, Place], dict[str, Place]],
+    block: tuple[int, int] | None,
 ) -> None:
-    table = places(config)
+    """Copies the tensors of the first table, and checks those of the second, which repeat some."""
+    table, repeated = tables
     for name in sorted(table, key=lambda name: files.where[name]):
         table[name].of(state).copy_(_read(files, name, block))
-    for name, tensor_place in copies(config).items():
+    for name, tensor_place in repeated.items():
         if name in files.where and not torch.equal(
             tensor_place.of(state).cpu(), _read(files, name, block).to(tensor_place.of(state).dtype)
         ):
@@ -452,21 +303,23 @@ def _read(files: Files, name: str, block: tuple[int, int] | None) -> Tensor:
 def export(
     model: LanguageModel, folder: str | Path, *, shard_bytes: int = 4 << 30, **fields: Any
 ) -> None:
-    """Writes a folder that DeepseekV2ForCausalLM or DeepseekV3ForCausalLM loads with equal logits.
+    """Writes a folder that the class of transformers for this architecture loads with equal logits.
 
-    Both are classes of transformers. `fields` are added to config.json unchanged (eos_token_id,
+    `fields` are added to config.json unchanged (eos_token_id,
     max_position_embeddings ...). ValueError where the model has a part that the format cannot
     express, with its name, or where the folder already contains a model.
     """
     folder, config = Path(folder), model.config
-    description = published(
+    family = family_for(config)
+    description = family.published(
         config, dtype=str(model.embed.weight.dtype).removeprefix("torch."), **fields
     )
     if any(folder.glob("*.safetensors")) or (folder / "config.json").exists():
         raise ValueError(f"{folder}: already holds a model, expected a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     state = {**model.state_dict(), "": model.embed.weight.new_empty(0, config.dim)}
-    table = {**places(config), **(copies(config) if not config.tied else {}), **hollow(config)}
+    copies = family.copies(config) if not config.tied else {}
+    table = {**family.places(config), **copies, **family.hollow(config)}
     shards = list(_shards(state, table, shard_bytes))
     where: dict[str, str] = {}
     for number, names in enumerate(shards, 1):

@@ -23,6 +23,7 @@ from rorqual import checkpoint, runtime
 from rorqual.data.files import hub_reason
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.hub import checkpoints
+from rorqual.hub.families import MODEL_TYPES
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig
 from rorqual.serve.decoding import AcceptanceStats, decode, speculate
@@ -415,7 +416,6 @@ class Run:
 
 
 Placement = Literal["device", "host", "disk"]
-DEEPSEEK = ("deepseek_v2", "deepseek_v3")
 
 
 def load(
@@ -426,7 +426,7 @@ def load(
     placement: Placement = "device",
     **sizes: Any,
 ) -> Run:
-    """Loads a run folder, a DeepSeek hub folder, a folder of RorqualForCausalLM, or a hub id.
+    """Loads a run folder, a published model's, a folder of RorqualForCausalLM, or a hub id.
 
     Of a run that is not finished its newest checkpoint is read; RUN/checkpoints/stepN (or best) is
     that checkpoint. The log names the step.
@@ -535,7 +535,7 @@ def read(
 ) -> LanguageModel:
     """Reads the model of a local folder, of the kind that its config.json names.
 
-    DeepSeek's weights are read into `dtype`, or as they are stored; others keep theirs.
+    Published weights are read into `dtype`, or as they are stored; others keep theirs.
     """
     if checkpoint.is_checkpoint(folder) or checkpoint.is_run(folder):
         return checkpoint.load_model(folder, tables=tables)
@@ -545,8 +545,6 @@ def read(
             f"{folder}: got {tables}, expected a run of rorqual's own, "
             "whose tables can lie elsewhere"
         )
-    if kind in DEEPSEEK:
-        return checkpoints.load(folder, dtype=dtype)
     if kind == "rorqual":
         from rorqual.hub.auto import RorqualConfig, RorqualForCausalLM
 
@@ -555,9 +553,10 @@ def read(
             ours = {name.removeprefix("model."): shape for name, shape in stored}
             checkpoint.check_sizes(folder, RorqualConfig.from_pretrained(folder).model, ours)
         return RorqualForCausalLM.from_pretrained(folder).model
-    raise ValueError(
-        f"{folder} is a {kind} model, expected a rorqual run, or one of {', '.join(DEEPSEEK)}"
-    )
+    if kind not in MODEL_TYPES:
+        types = ", ".join(MODEL_TYPES)
+        raise ValueError(f"{folder} is a {kind} model, expected a rorqual run, or one of {types}")
+    return checkpoints.load(folder, dtype=dtype)
 
 
 def chat_template(folder: Path) -> bool:

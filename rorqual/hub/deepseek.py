@@ -1,17 +1,26 @@
-"""Converts between DeepSeek's config.json and ModelConfig.
+"""DeepSeek V2, V2-Lite, V3 and R1: config.json and tensor names, ours and theirs.
 
     deepseek_v2   softmax scores, one group (greedy) or the groups with the largest maxima
                   (group_limited_greedy)
     deepseek_v3   sigmoid scores and a bias for the selection, groups by the sum of their two best
 
+    model.layers.1.mlp.experts.7.gate_proj.weight [F, D]
+        <->  blocks.1.ffn.experts.gate_up[7, :, :F] transposed
+    model.layers.N (N = num_hidden_layers)
+        <->  mtp.0, whose embedding and head are the model's own
+
 What only one of the two can express is refused by name. Fields that transformers ignores, fields of
 training (dropout, auxiliary losses) and of deployment (ep_size) are ignored.
+
+Released configurations of arXiv 2405.04434, 2412.19437 and 2501.12948.
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from rorqual.hub.places import Place, Sizes
 from rorqual.model_config import (
     BalanceConfig,
     MLAConfig,
@@ -23,7 +32,21 @@ from rorqual.model_config import (
     YarnConfig,
 )
 
-KINDS = ("deepseek_v2", "deepseek_v3")
+MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
+EMBEDDING = "model.embed_tokens.weight"
+SIZES = Sizes(r"^model\.layers\.(\d+)\.", ".mlp.gate.weight", r"\.mlp\.experts\.(\d+)\.")
+ATTENTION = (
+    "q_proj",
+    "q_a_proj",
+    "q_a_layernorm",
+    "q_b_proj",
+    "kv_a_proj_with_mqa",
+    "kv_a_layernorm",
+    "kv_b_proj",
+    "o_proj",
+)
+BIASED = ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")  # biased where the config has attention_bias
+SWIGLU = ("gate_proj", "up_proj", "down_proj")
 WHOLE = (
     "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
     "kv_lora_rank",
@@ -74,16 +97,17 @@ ONLY_OF: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 
 
-def config_of(description: Mapping[str, Any], mtp_depth: int = 0) -> ModelConfig:
-    """Converts a published config.json; `mtp_depth` is how many MTP blocks the folder contains.
+def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> ModelConfig:
+    """Converts a published config.json; `names` are the folder's tensors, which show MTP's blocks.
 
     Missing fields have transformers' defaults; fields that transformers ignores (V2's
     norm_topk_prob and rope_interleave, moe_layer_freq) are ignored. ValueError for another
     architecture, absent sizes, or values that this architecture does not support.
     """
     kind = description.get("model_type")
-    if kind not in KINDS:
-        raise ValueError(f"model_type: got {kind!r}, expected {' or '.join(KINDS)}")
+    if kind not in MODEL_TYPES:
+        raise ValueError(f"model_type: got {kind!r}, expected {' or '.join(MODEL_TYPES)}")
+    mtp_depth = _mtp_depth(description, names)
     fields = {ALIASES[kind].get(key, key): value for key, value in description.items()}
     d = DEFAULTS_OF_BOTH | DEFAULTS[kind] | fields
     has_experts = d["n_routed_experts"] is not None and (
@@ -282,8 +306,8 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
     `fields` are added unchanged. ValueError with the parts of our model that the format cannot
     express.
     """
-    if foreign := _foreign(config):
-        raise ValueError(f"a DeepSeek folder cannot hold {', '.join(foreign)}")
+    if lacking := foreign(config):
+        raise ValueError(f"a DeepSeek folder cannot hold {', '.join(lacking)}")
     mla, moe = config.mla, config.moe
     assert mla is not None
     kind = "deepseek_v2" if moe is not None and moe.router.score == "softmax" else "deepseek_v3"
@@ -313,7 +337,7 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
     return description | _published_rope(config.rope) | _published_moe(config) | fields
 
 
-def _foreign(config: ModelConfig) -> list[str]:
+def foreign(config: ModelConfig) -> list[str]:
     """Describes the parts of a model that DeepSeek V2 or V3 does not have."""
     differences = [
         name
@@ -396,3 +420,141 @@ def _published_moe(config: ModelConfig) -> dict[str, Any]:
         "scoring_func": router.score,
         "topk_method": limited if router.score == "softmax" else "noaux_tc",
     }
+
+
+def places(config: ModelConfig) -> dict[str, Place]:
+    """Maps published names to places, for every tensor that a folder of this config must have."""
+    table = {
+        "model.embed_tokens.weight": Place("embed.weight"),
+        "model.norm.weight": Place("norm.weight"),
+    }
+    if not config.tied:
+        table["lm_head.weight"] = Place("head.weight")
+    for index in range(config.layers):
+        table |= _block(f"model.layers.{index}", f"blocks.{index}", config, index)
+    for depth in range(config.mtp.depth if config.mtp is not None else 0):
+        theirs, ours = f"model.layers.{config.layers + depth}", f"mtp.{depth}"
+        table |= _block(theirs, f"{ours}.block", config, config.layers + depth)
+        for name, our_name in (
+            ("enorm", "enorm"),
+            ("hnorm", "hnorm"),
+            ("eh_proj", "eh_proj"),
+            ("shared_head.norm", "norm"),
+        ):
+            table[f"{theirs}.{name}.weight"] = Place(f"{ours}.{our_name}.weight")
+    return table
+
+
+def copies(config: ModelConfig) -> dict[str, Place]:
+    """Maps published names to places, for tensors that a folder may repeat.
+
+    These are MTP's embedding and head, and a tied head.
+    """
+    embed, head = Place("embed.weight"), Place("embed.weight" if config.tied else "head.weight")
+    table = {"lm_head.weight": head} if config.tied else {}
+    for depth in range(config.mtp.depth if config.mtp is not None else 0):
+        theirs = f"model.layers.{config.layers + depth}"
+        table |= {f"{theirs}.embed_tokens.weight": embed, f"{theirs}.shared_head.head.weight": head}
+    return table
+
+
+def aliases(config: ModelConfig) -> dict[str, Place]:
+    """Maps transformers' parameters that no file holds, a layer's experts in one, to places."""
+    table = {}
+    for index in range(config.layers):
+        if config.has_experts(index):
+            for theirs, ours in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
+                table[f"model.layers.{index}.mlp.experts.{theirs}"] = Place(
+                    f"blocks.{index}.ffn.experts.{ours}", (), transposed=True
+                )
+    return table
+
+
+def skipped(name: str) -> bool:
+    """Whether a tensor of a folder is read past: rotary frequencies, which the config gives."""
+    return name.endswith(".rotary_emb.inv_freq")
+
+
+def hollow(config: ModelConfig) -> dict[str, Place]:
+    """Maps published names to empty places, for the shared experts of a model without any.
+
+    The state dict needs an entry "" for them.
+    """
+    if config.moe is None or config.moe.shared:
+        return {}
+    blocks = config.layers + (config.mtp.depth if config.mtp is not None else 0)
+    return {
+        f"model.layers.{index}.mlp.shared_experts.{name}.weight": Place(
+            "", transposed=name == "down_proj"
+        )
+        for index in range(config.moe.first_dense, blocks)
+        for name in SWIGLU
+    }
+
+
+def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str, Place]:
+    assert config.mla is not None
+    absent = (
+        ("q_a_proj", "q_a_layernorm", "q_b_proj") if config.mla.q_lora_rank is None else ("q_proj",)
+    )
+    table = {
+        f"{theirs}.self_attn.{name}.weight": Place(f"{ours}.attention.{name}.weight")
+        for name in ATTENTION
+        if name not in absent
+    }
+    if config.mla.bias:
+        table |= {
+            f"{theirs}.self_attn.{name}.bias": Place(f"{ours}.attention.{name}.bias")
+            for name in BIASED
+            if name not in absent
+        }
+    table[f"{theirs}.input_layernorm.weight"] = Place(f"{ours}.attention_norm.weight")
+    table[f"{theirs}.post_attention_layernorm.weight"] = Place(f"{ours}.ffn_norm.weight")
+    if config.has_experts(index):
+        return table | _experts(f"{theirs}.mlp", f"{ours}.ffn", config)
+    return table | {
+        f"{theirs}.mlp.{name}.weight": Place(f"{ours}.ffn.{name}.weight") for name in SWIGLU
+    }
+
+
+def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
+    moe = config.moe
+    assert moe is not None
+    table = {f"{theirs}.gate.weight": Place(f"{ours}.router.weight")}
+    if moe.router.bias:
+        table[f"{theirs}.gate.e_score_correction_bias"] = Place(
+            f"{ours}.router.e_score_correction_bias"
+        )
+    if moe.shared:
+        table |= {
+            f"{theirs}.shared_experts.{name}.weight": Place(f"{ours}.shared.{name}.weight")
+            for name in SWIGLU
+        }
+    every = slice(None)
+    for expert in range(moe.routed):
+        for name, our_name, columns in (
+            ("gate_proj", "gate_up", slice(moe.width)),
+            ("up_proj", "gate_up", slice(moe.width, None)),
+            ("down_proj", "down", every),
+        ):
+            tensor_place = Place(
+                f"{ours}.experts.{our_name}", (expert, every, columns), transposed=True
+            )
+            table[f"{theirs}.experts.{expert}.{name}.weight"] = tensor_place
+    return table
+
+
+def _mtp_depth(description: Mapping[str, Any], names: Collection[str]) -> int:
+    """Counts the blocks stored after the last layer.
+
+    A folder may have them in its config and leave out their weights.
+    """
+    matches = (re.match(r"model\.layers\.(\d+)\.(eh_proj|enorm|hnorm)\.", name) for name in names)
+    layers = description.get("num_hidden_layers")
+    return len(
+        {
+            match[1]
+            for match in matches
+            if match and isinstance(layers, int) and int(match[1]) >= layers
+        }
+    )
