@@ -136,17 +136,18 @@ class GQAConfig:
         return self.head_dim if self.rope_dim is None else self.rope_dim
 
     def check_sparse(self) -> None:
-        """Refuses a window and sinks, which NSA, MoBA and QSA do not have."""
+        """Refuses a window and sinks, which attention to selected keys does not have."""
         if self.window is not None or self.sinks:
             raise ValueError(
                 "got window or sinks together with sparse attention, expected one or the other"
             )
 
-    def check_whole_rope(self) -> None:
-        """Refuses heads of which only a part is rotated, which NSA does not have."""
-        if self.rotated != self.head_dim:
+    def check_plain(self) -> None:
+        """Refuses partial rope, output gates and biases, which NSA and MoBA do not have."""
+        if self.rotated != self.head_dim or self.output_gate or self.bias:
             raise ValueError(
-                f"rope_dim: got {self.rope_dim} with nsa, expected None: it rotates whole heads"
+                f"got rope_dim {self.rope_dim}, output_gate {self.output_gate}, bias {self.bias} "
+                "together with nsa or moba, expected None, False and False"
             )
 
 
@@ -748,8 +749,8 @@ class ModelConfig:
         """Refuses parts that do not fit each other, as building the model would."""
         if self.gqa is not None and (self.nsa or self.moba or self.qsa) is not None:
             self.gqa.check_sparse()
-        if self.gqa is not None and self.nsa is not None:
-            self.gqa.check_whole_rope()
+        if self.gqa is not None and (self.nsa or self.moba) is not None:
+            self.gqa.check_plain()
         if self.gqa is not None and self.qsa is not None:
             self.qsa.check_rope_dim(self.gqa.rotated)
         if self.mla is not None and self.dsa is not None:

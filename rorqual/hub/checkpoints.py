@@ -27,6 +27,7 @@ from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")  # dtypes of weights, as safetensors names them
+TEXT_MODEL = "model.language_model."  # prefix of the text model's tensors in a multimodal folder
 # Bytes that are read of a mapped file before it is closed: until then they count as memory.
 WINDOW = 64 << 20
 
@@ -34,18 +35,22 @@ WINDOW = 64 << 20
 class Files:
     """The weight files of a folder: the file, shape and dtype of each tensor.
 
-    ValueError if a file is missing.
+    The text model of a multimodal folder is named as if it were alone. ValueError if a file is
+    missing.
     """
 
     def __init__(self, folder: Path):
         self.folder, self.where, self.shapes, self.dtypes = folder, {}, {}, {}
+        self._stored: dict[str, str] = {}
         self._open: tuple[Path, Any] | None = None
         self._read = 0
         for path in self._paths():
             tensors = _handle(path)
-            for name in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                tensor = tensors.get_slice(name)
-                self.where[name] = path
+            for stored in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                tensor, name = tensors.get_slice(stored), stored
+                if stored.startswith(TEXT_MODEL):
+                    name = "model." + stored.removeprefix(TEXT_MODEL)
+                self.where[name], self._stored[name] = path, stored
                 self.shapes[name], self.dtypes[name] = tuple(tensor.get_shape()), tensor.get_dtype()
 
     def _paths(self) -> list[Path]:
@@ -83,7 +88,7 @@ class Files:
         if self._open is None or self._open[0] != path or self._read > WINDOW:
             self.close()
             self._open = path, _handle(path)
-        tensor = self._open[1].get_tensor(name)
+        tensor = self._open[1].get_tensor(self._stored[name])
         self._read += _bytes(tensor)
         return tensor
 
@@ -151,15 +156,20 @@ def load(
             f"{folder}: config.json: no model has such sizes, "
             f"expected those of the weights: {message}"
         ) from error
-    _check(files, config, family, model.state_dict(), block)
+    _check(files, config, family, _state(model), block)
     dtype = dtype or _stored_dtype(files, family)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device)
     if config.tied:
         model.head.weight = model.embed.weight
-    _fill(model.state_dict(), files, (family.places(config), family.copies(config)), block)
+    _fill(_state(model), files, (family.places(config), family.copies(config)), block)
     return model.eval()
+
+
+def _state(model: LanguageModel) -> dict[str, Tensor]:
+    """Returns the state dict, and the buffers that it leaves out."""
+    return {**dict(model.named_buffers()), **model.state_dict()}
 
 
 def _scale_block(description: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -253,7 +263,9 @@ def _check(
         f"of a dtype other than {', '.join(FLOATS)}": [
             f"{name} {files.dtypes[name]}"
             for name in all_places
-            if name in stored and files.dtypes[name] not in FLOATS
+            if name in stored
+            and all_places[name].of(state).is_floating_point()
+            and files.dtypes[name] not in FLOATS
         ],
     }
     if any(problems.values()):
@@ -317,8 +329,13 @@ def export(
     if any(folder.glob("*.safetensors")) or (folder / "config.json").exists():
         raise ValueError(f"{folder}: already holds a model, expected a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    state = {**model.state_dict(), "": model.embed.weight.new_empty(0, config.dim)}
-    copies = family.copies(config) if not config.tied else {}
+    state = {**_state(model), "": model.embed.weight.new_empty(0, config.dim)}
+    # Where the head is the embedding, a folder holds it once.
+    copies = {
+        name: tensor_place
+        for name, tensor_place in family.copies(config).items()
+        if not config.tied or tensor_place.name not in ("embed.weight", "head.weight")
+    }
     table = {**family.places(config), **copies, **family.hollow(config)}
     shards = list(_shards(state, table, shard_bytes))
     where: dict[str, str] = {}

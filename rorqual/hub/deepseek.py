@@ -341,7 +341,7 @@ def foreign(config: ModelConfig) -> list[str]:
     """Describes the parts of a model that DeepSeek V2 or V3 does not have."""
     differences = [
         name
-        for name in ("gqa", "nsa", "moba", "dsa", "engram", "hyper")
+        for name in ("gqa", "nsa", "moba", "dsa", "qsa", "delta", "engram", "hyper")
         if getattr(config, name) is not None
     ]
     if config.mla is None:
@@ -362,6 +362,7 @@ def foreign(config: ModelConfig) -> list[str]:
         and router.group_score != ("max" if v2 else "top2"),
         f"shared_width {config.moe.shared_width}": config.moe.shared_hidden
         != config.moe.shared * config.moe.width,
+        "shared_gate": config.moe.shared_gate,
         "MTP with a softmax router": v2 and config.mtp is not None,
         "a width that is no multiple of the heads, with a softmax router": v2
         and config.dim % config.mla.heads != 0,

@@ -7,7 +7,7 @@ state dict. checkpoints.py does the rest for all of them.
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol, cast
 
-from rorqual.hub import deepseek
+from rorqual.hub import deepseek, qwen4_exp
 from rorqual.hub.places import Place, Sizes
 from rorqual.model_config import ModelConfig
 
@@ -53,7 +53,7 @@ class Family(Protocol):
         """Whether a tensor of a folder is read past, as vision towers are."""
 
 
-FAMILIES: tuple[Family, ...] = (cast(Family, deepseek),)
+FAMILIES: tuple[Family, ...] = (cast(Family, deepseek), cast(Family, qwen4_exp))
 MODEL_TYPES = tuple(name for family in FAMILIES for name in family.MODEL_TYPES)
 
 

@@ -27,12 +27,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rorqual.layers.basics import as_wide, convolve
+from rorqual.layers.basics import convolve
 from rorqual.layers.cache import Bundle, NewTokens, Recent
 from rorqual.layers.context import Context
+from rorqual.layers.sparse import as_float32
 from rorqual.model_config import DeltaNetConfig as DeltaNetConfig
 
 CHUNK = 64  # tokens of a triangular solve
@@ -86,9 +87,10 @@ def step(
     state = (state * stays[..., None, None]).unflatten(1, (groups, -1))  # [B, G, R, K, V]
     key, query = (x[:, 0, :, None, None] for x in (writes.key, query))  # [B, G, 1, 1, K]
     value, beta = (x[:, 0].unflatten(1, (groups, -1)) for x in (writes.value, writes.beta))
-    written = (value - (key @ state).squeeze(-2)) * beta[..., None]
-    state = state + key.mT * written[..., None, :]
-    out = (query @ state).squeeze(-2) * query.shape[-1] ** -0.5
+    with torch.autocast(state.device.type, enabled=False):
+        written = (value - (key @ state).squeeze(-2)) * beta[..., None]
+        state = state + key.mT * written[..., None, :]
+        out = (query @ state).squeeze(-2) * query.shape[-1] ** -0.5
     return out.flatten(1, 2)[:, None], state.flatten(1, 2)
 
 
@@ -103,59 +105,54 @@ def chunked(
     Without a query only the state is computed. `between` is the state after `chunks` chunks of each
     sequence, None if that is None.
     """
-    batch, time, groups, width = writes.key.shape
+    _, time, groups, width = writes.key.shape
     size = min(CHUNK, time)
-    key, value, decay, beta = (_by_chunk(x, size, groups) for x in writes[:4])
-    key, value, decay, beta = key.mT, value.mT, decay.squeeze(-2), beta.squeeze(-2)
+    beyond = -time % size
+    # [B, G, R, N, C, X], zeros after the last token
+    key, value, decay, beta, query = (
+        None
+        if x is None
+        else F.pad(x, (0, 0, 0, 0, 0, beyond))
+        .unflatten(2, (groups, -1))
+        .unflatten(1, (-1, size))
+        .permute(0, 3, 4, 1, 2, 5)
+        for x in (writes.key, writes.value, writes.decay[..., None], writes.beta[..., None], query)
+    )
+    total = decay[..., 0].cumsum(-1)
     # Tokens are of one document if as many documents begin up to each of them, and of the state's
-    # if none begins.
-    begun = F.pad(writes.begins, (0, -time % size)).unflatten(1, (-1, size))
-    document = begun.cumsum(-1)[:, None, None]  # [B, 1, 1, N, C], counted within the chunk
-    total = decay.cumsum(-1)
-    later = torch.ones(size, size, dtype=torch.bool, device=key.device).triu(1)
-    apart = later | (document[..., None] != document[..., None, :])
-    between_tokens = (total[..., None] - total[..., None, :]).masked_fill(apart, -torch.inf).exp()
-    since_state = total.exp() * (document == 0)  # [B, G, R, N, C]
-    until_end = between_tokens[..., -1, :]
+    # document if none begins.
+    begun = F.pad(writes.begins, (0, beyond)).unflatten(1, (-1, size)).cumsum(-1)[:, None, None]
+    apart = torch.ones(size, size, dtype=torch.bool, device=key.device).triu(1)
+    apart = apart | (begun[..., None] != begun[..., None, :])
+    decays = (total[..., None] - total[..., None, :]).masked_fill(apart, -torch.inf).exp()  # D
+    since_state = (total.exp() * (begun == 0))[..., None]  # [B, G, R, N, C, 1]
 
-    raised = beta[..., None] * key  # [B, G, R, N, C, K]
-    system = (raised @ key.mT) * between_tokens
-    sides = torch.cat([beta[..., None] * value, since_state[..., None] * raised], dim=-1)
-    solved = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True)
-    written, recalled = solved.split([value.shape[-1], width], dim=-1)
-    decayed_key = (until_end[..., None] * key).mT
-    stays = since_state[..., -1, None, None]
-    if query is not None:
-        query = _by_chunk(query, size, groups).mT * width**-0.5
-        scores = (query @ key.mT) * between_tokens
-        query = query * since_state[..., None]
-
-    state, outs = state.unflatten(1, (groups, -1)), []  # [B, G, R, K, V]
-    between = state
-    for n in range(total.shape[3]):
-        if chunks is not None and n:
-            wanted = (chunks == n)[:, None, None, None, None]
-            between = torch.where(wanted, state, between)
-        new = written[:, :, :, n] - recalled[:, :, :, n] @ state
+    with torch.autocast(state.device.type, enabled=False):
+        raised = beta * key
+        sides = torch.cat([beta * value, since_state * raised], dim=-1)
+        system = (raised @ key.mT) * decays
+        solved = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True)
+        written, recalled = solved.split([value.shape[-1], width], dim=-1)
+        until_end = (decays[..., -1, :, None] * key).mT  # [B, G, R, N, K, C]
+        stays = since_state[..., -1:, :]
         if query is not None:
-            outs.append(query[:, :, :, n] @ state + scores[:, :, :, n] @ new)
-        state = stays[:, :, :, n] * state + decayed_key[:, :, :, n] @ new
-    if chunks is not None:
-        wanted = (chunks == total.shape[3])[:, None, None, None, None]
-        between = torch.where(wanted, state, between)
+            query = query * width**-0.5
+            scores, query = (query @ key.mT) * decays, query * since_state
+        state, outs = state.unflatten(1, (groups, -1)), []  # [B, G, R, K, V]
+        between = state
+        for n in range(total.shape[3]):
+            new = written[:, :, :, n] - recalled[:, :, :, n] @ state
+            if query is not None:
+                outs.append(query[:, :, :, n] @ state + scores[:, :, :, n] @ new)
+            state = stays[:, :, :, n] * state + until_end[:, :, :, n] @ new
+            if chunks is not None:
+                wanted = (chunks == n + 1)[:, None, None, None, None]
+                between = torch.where(wanted, state, between)
     out = None
     if query is not None:
         out = torch.stack(outs, dim=3).flatten(3, 4)[..., :time, :]  # [B, G, R, T, V]
         out = out.flatten(1, 2).transpose(1, 2)
     return Chunks(out, state.flatten(1, 2), None if chunks is None else between.flatten(1, 2))
-
-
-def _by_chunk(x: Tensor, size: int, groups: int) -> Float[Tensor, "B G R W N C"]:
-    """Returns values [B, T, H] or [B, T, H, W] by group of heads and by chunk, with zeros after."""
-    x = x if x.dim() == 4 else x[..., None]
-    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % size))
-    x = x.unflatten(2, (groups, -1)).unflatten(1, (-1, size))  # [B, N, C, G, R, W]
-    return x.permute(0, 3, 4, 1, 2, 5).transpose(-1, -2).transpose(3, 4)
 
 
 class Recurrent:
@@ -281,8 +278,8 @@ class GatedNorm(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T H V"], gate: Float[Tensor, "B T H V"]
     ) -> Float[Tensor, "B T H V"]:
-        normed = F.rms_norm(as_wide(x), x.shape[-1:], None, self.eps) * as_wide(self.weight)
-        return (normed * self.gate(as_wide(gate))).to(gate.dtype)
+        normed = F.rms_norm(as_float32(x), x.shape[-1:], None, self.eps) * as_float32(self.weight)
+        return (normed * self.gate(as_float32(gate))).to(gate.dtype)
 
 
 class DeltaNet(nn.Module):
@@ -332,7 +329,7 @@ class DeltaNet(nn.Module):
 
         With `ctx.last_only` only the last token of each sequence has an output.
         """
-        query, writes = self.project(hidden, ctx)
+        query, writes = self.project(hidden, self._convolve(hidden, ctx), ctx)
         cache: Any = None if ctx.cache is None else ctx.cache.attention.state
         if cache is None:
             state = writes.value.new_zeros(
@@ -353,17 +350,19 @@ class DeltaNet(nn.Module):
         return self.out_proj(self.norm(out, gate).flatten(2)), None
 
     def project(
-        self, hidden: Float[Tensor, "B T D"], ctx: Context
+        self, hidden: Float[Tensor, "B T D"], mixed: Float[Tensor, "B T F"], ctx: Context
     ) -> tuple[Float[Tensor, "B T G K"], Writes]:
-        """Returns queries of length 1 and what each token writes; padding writes nothing."""
+        """Returns queries of length 1 and what each token writes; padding writes nothing.
+
+        `mixed` are queries, keys and values after the convolution.
+        """
         c = self.config
-        mixed = F.silu(self._convolve(self.in_proj_qkv(hidden), ctx))
         keys = c.key_heads * c.key_dim
-        query, key, value = as_wide(mixed).split([keys, keys, c.value_heads * c.value_dim], dim=-1)
+        query, key, value = as_float32(mixed).split([keys, keys, c.value_heads * c.value_dim], dim=-1)
         query, key = (_unit(x.unflatten(-1, (c.key_heads, -1))) for x in (query, key))
-        step_size = F.softplus(as_wide(self.in_proj_a(hidden)) + as_wide(self.dt_bias))
-        decay = -as_wide(self.A_log).exp() * step_size
-        beta = as_wide(self.in_proj_b(hidden)).sigmoid()
+        step_size = F.softplus(as_float32(self.in_proj_a(hidden)) + as_float32(self.dt_bias))
+        decay = -as_float32(self.A_log).exp() * step_size
+        beta = as_float32(self.in_proj_b(hidden)).sigmoid()
         if ctx.valid is not None:
             decay, beta = (x.masked_fill(~ctx.valid[..., None], 0.0) for x in (decay, beta))
         begins = torch.zeros_like(decay[..., 0])
@@ -373,15 +372,16 @@ class DeltaNet(nn.Module):
         value = value.unflatten(-1, (c.value_heads, -1))
         return query, Writes(key, value, decay, beta, begins)
 
-    def _convolve(self, mixed: Float[Tensor, "B T F"], ctx: Context) -> Float[Tensor, "B T F"]:
-        halo = self.config.kernel - 1
+    def _convolve(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Float[Tensor, "B T F"]:
+        """Returns queries, keys and values after the convolution over their last tokens."""
+        halo, mixed = self.config.kernel - 1, self.in_proj_qkv(hidden)
         cache = None if ctx.cache is None else ctx.cache.attention.recent
         if cache is not None:
             mixed = cache.extend(mixed, ctx)
         elif halo:
             mixed = F.pad(mixed, (0, 0, halo, 0))
         document_ids = ctx.documents_before(halo) if halo else None
-        return convolve(mixed[:, :, None], self.conv[None], document_ids, halo)[:, :, 0]
+        return F.silu(convolve(mixed[:, :, None], self.conv[None], document_ids, halo)[:, :, 0])
 
 
 def _unit(x: Float[Tensor, "B T G K"]) -> Float[Tensor, "B T G K"]:

@@ -101,6 +101,7 @@ class MoBA(GQA):
         `left` counts the layers from this one to the model's last, itself included.
         """
         gqa.check_sparse()
+        gqa.check_plain()
         super().__init__(gqa, dim, rope)
         self.moba, self.always = config, left is not None and left <= config.full_layers
         self.full = self.always

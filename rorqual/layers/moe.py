@@ -1,6 +1,7 @@
 """Mixture of experts: the shared experts and the few routed experts of each token.
 
     y = shared(u) + sum over the K chosen of weight_i * expert_i(u)
+    y = sigmoid(<w, u>) shared(u) + ...          with shared_gate, as Qwen trains it
 
 Tokens are copied to K slots, slots are sorted by expert so that all experts are one grouped
 product, and the results are summed for each token. DeepSeekMoE, arXiv:2401.06066.
@@ -135,6 +136,7 @@ class MoE(nn.Module):
         self.router = Router(config.router, dim, config.routed, config.active, layer, vocab_size)
         self.experts = Experts(config.routed, dim, config.width)
         self.shared = SwiGLU(dim, config.shared_hidden) if config.shared else None
+        self.shared_gate = nn.Linear(dim, 1, bias=False) if config.shared_gate else None
         self.exchange: Exchange | None = None
 
     def forward(
@@ -162,7 +164,12 @@ class MoE(nn.Module):
                 run(_Scatter.apply(rows, slots), slots.counts, self.experts), weights, slots
             )
         out = out.to(hidden.dtype).view_as(hidden)
-        return (out if self.shared is None else out + self.shared(hidden)), routing
+        if self.shared is None:
+            return out, routing
+        shared = self.shared(hidden)
+        if self.shared_gate is not None:
+            shared = shared * self.shared_gate(hidden).sigmoid()
+        return out + shared, routing
 
     def _few(self, routing: Routing) -> bool:
         """Whether one product for each slot is cheaper than sorting.

@@ -112,6 +112,7 @@ class NSA(GQA):
 
     def __init__(self, config: NSAConfig, gqa: GQAConfig, dim: int, rope: RopeConfig):
         gqa.check_sparse()
+        gqa.check_plain()
         super().__init__(gqa, dim, rope)
         self.nsa, self.tiles = config, config.choice == "tile"
         width = gqa.kv_heads * (gqa.head_dim + self.value_dim)
