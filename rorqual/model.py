@@ -180,9 +180,7 @@ class LanguageModel(nn.Module):
         if config.hyper is not None:
             kind = GatedReduction if config.gated_residual else StreamReduction
             self.reduction = kind(config.hyper, config.dim)
-        self.norm = (
-            nn.Identity() if config.gated_residual else RMSNorm(config.dim, config.eps)
-        )
+        self.norm = nn.Identity() if config.gated_residual else RMSNorm(config.dim, config.eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight

@@ -269,8 +269,7 @@ class QSAConfig:
         """Refuses a surrounding attention that rotates more than the indexer's heads hold."""
         if self.dim < rope_dim:
             raise ValueError(
-                f"qsa.dim: got {self.dim}, "
-                f"expected at least the {rope_dim} values that gqa rotates"
+                f"qsa.dim: got {self.dim}, expected at least the {rope_dim} values that gqa rotates"
             )
 
 
@@ -595,9 +594,7 @@ def head_primes(config: EngramConfig) -> list[list[list[int]]]:
 def row_totals(config: EngramConfig) -> tuple[int, ...]:
     """Returns the rows of each layer's table, the sums of its primes, up to a `row_multiple`."""
     multiple = config.row_multiple
-    return tuple(
-        -(-sum(map(sum, orders)) // multiple) * multiple for orders in head_primes(config)
-    )
+    return tuple(-(-sum(map(sum, orders)) // multiple) * multiple for orders in head_primes(config))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

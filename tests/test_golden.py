@@ -24,7 +24,7 @@ from transformers import (
 from rorqual.data.tokenizer import train
 
 GOLDEN = Path(__file__).parent / "golden"
-FOLDERS = ["deepseek_v3_tiny", "deepseek_v2_lite_tiny"]
+FOLDERS = ["deepseek_v3_tiny", "deepseek_v2_lite_tiny", "qwen4_exp_tiny"]
 SIZES = {
     "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 20,
     "moe_intermediate_size": 12,

@@ -184,7 +184,8 @@ def _gqa_of(d: Mapping[str, Any], eps: float) -> GQAConfig:
     factor = _rope_fields(d).get("partial_rotary_factor", d.get("partial_rotary_factor"))
     rope_dim = head_dim
     if factor is not None:
-        rope_dim = int(head_dim * _number({"partial_rotary_factor": factor}, "partial_rotary_factor"))
+        name = "partial_rotary_factor"
+        rope_dim = int(head_dim * _number({name: factor}, name))
     if rope_dim % 2 or rope_dim < 2:
         raise ValueError(
             f"config.json: partial_rotary_factor: got {rope_dim} of {head_dim} values of a head, "
@@ -254,7 +255,8 @@ def _moe_of(d: Mapping[str, Any]) -> MoEConfig:
 
 def _engram_of(d: Mapping[str, Any], types: list[str], eps: float) -> EngramConfig:
     """Reads the fields of PLE; its layers are counted from 1."""
-    layers = tuple(sorted({_whole({"ple_layer_ids": x}, "ple_layer_ids") for x in d["ple_layer_ids"]}))
+    name = "ple_layer_ids"
+    layers = tuple(sorted({_whole({name: layer}, name) for layer in d[name]}))
     if wrong := [x for x in layers if not 1 <= x <= len(types)]:
         raise ValueError(f"config.json: ple_layer_ids: got {wrong}, expected 1 to {len(types)}")
     if wrong := [x for x in layers if types[x - 1] != "linear_attention"]:

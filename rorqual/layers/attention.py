@@ -220,9 +220,9 @@ class GQA(nn.Module):
         self.k_proj = nn.Linear(dim, config.kv_heads * config.head_dim, bias=config.bias)
         self.v_proj = nn.Linear(dim, config.kv_heads * self.value_dim, bias=config.bias)
         self.o_proj = nn.Linear(config.heads * self.value_dim, dim, bias=config.bias)
-        norm, sizes = CentredRMSNorm if config.centred else RMSNorm, (config.head_dim, config.norm_eps)
-        self.q_norm = norm(*sizes) if config.qk_norm else None
-        self.k_norm = norm(*sizes) if config.qk_norm else None
+        norm = CentredRMSNorm if config.centred else RMSNorm
+        self.q_norm = norm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = norm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.sink_bias = nn.Parameter(torch.zeros(config.heads)) if config.sinks else None
 
     def new_cache(

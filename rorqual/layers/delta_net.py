@@ -55,9 +55,7 @@ class Writes(NamedTuple):
     def pack(self) -> Float[Tensor, "B T F"]:
         """Returns the fields of each token side by side."""
         key, value, decay, beta, begins = self
-        return torch.cat(
-            [key.flatten(2), value.flatten(2), decay, beta, begins[..., None]], dim=-1
-        )
+        return torch.cat([key.flatten(2), value.flatten(2), decay, beta, begins[..., None]], dim=-1)
 
     def unpack(self, packed: Float[Tensor, "B T2 F"]) -> "Writes":
         """Returns the fields that `pack` of writes of these widths put side by side."""
@@ -357,8 +355,8 @@ class DeltaNet(nn.Module):
         `mixed` are queries, keys and values after the convolution.
         """
         c = self.config
-        keys = c.key_heads * c.key_dim
-        query, key, value = as_float32(mixed).split([keys, keys, c.value_heads * c.value_dim], dim=-1)
+        widths = [c.key_heads * c.key_dim] * 2 + [c.value_heads * c.value_dim]
+        query, key, value = as_float32(mixed).split(widths, dim=-1)
         query, key = (_unit(x.unflatten(-1, (c.key_heads, -1))) for x in (query, key))
         step_size = F.softplus(as_float32(self.in_proj_a(hidden)) + as_float32(self.dt_bias))
         decay = -as_float32(self.A_log).exp() * step_size

@@ -179,7 +179,9 @@ class QSA(GQA):
             tail = last.where(~complete, -1)[..., None]
             blocks_seen = torch.cat([tail, best], dim=-1).sort(-1, descending=True).values
             index.append(blocks_seen[:, :, None])
-        return Selection(torch.cat(index, dim=1), config.block, blocks.segment)
+        # All groups of heads see the same blocks.
+        same = torch.cat(index, dim=1).expand(-1, -1, self.config.kv_heads, -1)
+        return Selection(same, config.block, blocks.segment)
 
 
 def block_scores(
