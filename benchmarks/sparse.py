@@ -43,6 +43,7 @@ from rorqual.layers.context import Context, context
 from rorqual.layers.dsa import DSA, DSAConfig
 from rorqual.layers.moba import MoBA, MoBAConfig
 from rorqual.layers.nsa import NSA, NSAConfig
+from rorqual.layers.sparse import Blocks
 from rorqual.layers.tiles import TILE, Choice
 
 ROPE = RopeConfig()
@@ -158,8 +159,7 @@ class Runner:
         self.attention = kind.build(options).eval()
         self.bare = bare(self.attention)
         self.hidden = torch.randn(1, length, options.dim)
-        self.past, self.cache = Past(length), self.new_cache()
-        self.indexer_warmup = False
+        self.past, self.cache = Past(1, length), self.new_cache()
 
     def new_cache(self) -> Any:
         return self.attention.new_cache(
@@ -167,36 +167,31 @@ class Runner:
         )
 
     def prefill(self) -> None:
-        self.past, self.cache = Past(self.hidden.shape[1]), self.new_cache()
+        self.past, self.cache = Past(1, self.hidden.shape[1]), self.new_cache()
         call(self.attention, self.hidden, self.past, self.cache)
-        self.indexer_warmup = True
 
     def fill(self) -> None:
-        """Fills the cache with T - 1 tokens."""
-        if self.indexer_warmup:
-            self.cache.crop(1)
-            self.past.crop(1)
-            self._place()
-            return
+        """Fills the cache with random values of T - 1 tokens, unless a prefill filled it."""
         length = self.hidden.shape[1]
-        call(self.attention, self.hidden[:, :1], self.past, self.cache)
-        start = max(1, (length - 1) // TILE * TILE)
-        for container in containers(self.cache):
-            if container.buffer is not None and container.length == 1:
-                more = torch.randn(1, start - 1, *container.buffer.shape[2:]).to(
-                    container.buffer.dtype
-                )
-                container.append(more) if isinstance(container, Appended) else container.extend(
-                    more
-                )
-        self.past.length = start
-        for offset in range(start, length - 1):
-            call(self.attention, self.hidden[:, offset : offset + 1], self.past, self.cache)
+        if not self.past.length:
+            call(self.attention, self.hidden[:, :1], self.past, self.cache)
+            for container in containers(self.cache):
+                if isinstance(container, Appended) and container.buffer is not None:
+                    container.reserve(container.buffer[:, :1], length).normal_()
+            start = max(1, (length - 1) // TILE * TILE)
+            self.past.append([start - 1])
+            for offset in range(start, length - 1):
+                call(self.attention, self.hidden[:, offset : offset + 1], self.past, self.cache)
+            # A step computes the blocks that its token completes, and those before were never made.
+            for container in containers(self.cache):
+                if isinstance(container, Blocks) and container.values.buffer is not None:
+                    container.values.buffer.normal_()
+        self.past.crop([self.past.length - (length - 1)])
         self._place()
 
     def _place(self) -> None:
         self.placed = placed(self.attention, 1, self.past, self.cache)
-        self.past.crop(1)
+        self.past.crop([1])
 
     def decode(self) -> None:
         self._step(self.attention)
@@ -206,27 +201,23 @@ class Runner:
 
     def _step(self, attention: GQA | MLA) -> None:
         attention(self.hidden[:, :1], self.placed)
-        self.cache.crop(1)
 
 
-def containers(cache: Any) -> Iterator[Appended | Recent]:
-    """Yields every container of a layer's cache, including nested ones."""
-    if isinstance(cache, (Appended, Recent)):
-        yield cache
-    elif cache is not None and not isinstance(cache, (int, torch.Tensor)):
-        for container in getattr(cache, "parts", vars(cache)).values():
-            yield from containers(container)
+def containers(cache: Any) -> list[Appended | Recent | Blocks]:
+    """Returns every container of a layer's cache, including nested ones."""
+    return cache.states()
 
 
-def cache_bytes(cache: Any) -> int:
-    """Counts the cache's bytes for the tokens seen, without space reserved for more."""
+def cache_bytes(cache: Any, tokens: int) -> int:
+    """Counts the cache's bytes for so many tokens, without space reserved for more."""
     total = 0
     for container in containers(cache):
-        if container.buffer is not None:
-            columns = (
-                container.length if isinstance(container, Appended) else container.buffer.shape[1]
-            )
-            total += container.buffer[:, :columns].nbytes
+        if isinstance(container, Blocks):
+            buffer, columns = container.values.buffer, container.count(tokens)
+        else:
+            buffer = container.buffer
+            columns = tokens if isinstance(container, Appended) else container.count
+        total += 0 if buffer is None else buffer[:, :columns].nbytes
     return total
 
 
@@ -285,7 +276,7 @@ def measure(options: argparse.Namespace, length: int) -> list[dict[str, Any]]:
             peer = seconds.get(KINDS[name].peer)
             row = {"length": length, "phase": phase, "kind": name, "seconds": value,
                    "times_full": peer / value if peer is not None else None,
-                   "cache_bytes": cache_bytes(runners[name].cache)}  # fmt: skip
+                   "cache_bytes": cache_bytes(runners[name].cache, length)}  # fmt: skip
             rows.append(row | ({"peak_bytes": memory.get(name)} if phase == "prefill" else {}))
     return rows
 

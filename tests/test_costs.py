@@ -258,7 +258,7 @@ def drawn(draw: Callable[[st.SearchStrategy[Any]], Any]) -> ModelConfig:
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data(), context=st.integers(1, 200))
 def test_any_config_is_counted_as_its_model(data: st.DataObject, context: int) -> None:
     agrees(drawn(data.draw), context)

@@ -24,6 +24,7 @@ def test_there_are_examples() -> None:
     assert {path.name for path in EXAMPLES} >= {"moe.py", "engram.py", "deepseek_v3.py"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_the_example_runs(path: Path, tmp_path: Path) -> None:
     done = subprocess.run(
@@ -43,6 +44,7 @@ def test_the_example_says_how_to_run_it(path: Path) -> None:
     assert f"python examples/{path.name}" in text
 
 
+@pytest.mark.slow
 def test_retrofit_learns_with_both_arms_and_takes_them_off_again(tmp_path: Path) -> None:
     command = [sys.executable, RETROFIT, "--smoke", "--json", "found.json"]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)

@@ -96,7 +96,10 @@ SMALLER = {
     "10_000_000": "2000",
     "65_536": "509",
 }
-SLOW = {"train", "demo", "report", "params", "sweep", "plan", "serve", "explore", "make", "python"}
+SLOW = {
+    "train", "demo", "report", "params", "sweep", "plan", "serve", "explore", "make", "python",
+    "eval", "memory", "doctor",
+}  # fmt: skip
 TRAINS = "train(config)"  # the call that trains in a block of Python
 ENDLESS = {"serve", "explore"}  # commands that run until they are interrupted
 

@@ -5,13 +5,14 @@ state dict. checkpoints.py does the rest for all of them.
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from rorqual.hub import deepseek, qwen4_exp
 from rorqual.hub.places import Place, Sizes
 from rorqual.model_config import ModelConfig
 
 
+@runtime_checkable
 class Family(Protocol):
     """What a family's module defines."""
 

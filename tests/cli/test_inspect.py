@@ -81,6 +81,7 @@ def test_report_of_a_folder_of_runs(
     assert capsys.readouterr().out == f"{tmp_path / 'one.html'}: 1 run; open it in a browser\n"
 
 
+@pytest.mark.slow
 def test_a_report_leaves_the_pages_of_other_runs_alone(
     small_run: Path,
     tmp_path: Path,

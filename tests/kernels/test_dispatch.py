@@ -184,6 +184,7 @@ def test_available_says_why_not(accelerator: Callable[[torch.device | None], Non
     assert kernels.available()["fuse"] == {"triton": True}
 
 
+@pytest.mark.slow
 def test_a_model_on_the_cpu_loads_no_triton_and_needs_no_numba() -> None:
     code = """
 import sys, torch

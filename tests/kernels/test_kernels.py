@@ -367,6 +367,7 @@ def test_a_compiled_kernel_gives_the_numbers_of_its_reference(
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreted
 @every("triton")
 def test_a_triton_kernel_gives_the_numbers_of_its_reference(

@@ -702,6 +702,7 @@ def test_bad_maps_are_refused(
         Addresses(EngramConfig(**config), canonical, vocab_size)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreted
 def test_tiles_refuse_ids_outside_the_tokenizer(tiled: torch.device) -> None:
     # On an accelerator a failed device assertion makes it unusable for the process.

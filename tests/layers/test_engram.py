@@ -577,6 +577,7 @@ def test_what_torch_makes_by_default_does_not_matter() -> None:
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreted
 def test_tiles_fuse_near_no_score_and_views(tiled: torch.device, poisoned: None) -> None:
     function = engram.fuse.choice.load("triton")
@@ -584,6 +585,7 @@ def test_tiles_fuse_near_no_score_and_views(tiled: torch.device, poisoned: None)
     check_the_rest(function, tiled)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreted
 def test_layer_on_tiles_is_the_layer(tiled: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     config = EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3)

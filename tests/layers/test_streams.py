@@ -117,6 +117,7 @@ def test_write_mixes_from_j_to_k() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.interpreted
 @pytest.mark.parametrize("kind", ["mhc", "single_pass"])
 def test_a_site_of_tiles_is_a_site(

@@ -113,6 +113,7 @@ def test_the_blocks_for_flex_attention(size):
         assert dense[b, h, n].tolist() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 def test_flex_attention_is_the_loop():
     """Tests one size only, because compiling takes most of a minute."""
@@ -127,6 +128,7 @@ def test_flex_attention_is_the_loop():
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 def test_a_compiled_call_is_one_graph():
     """Compiles forward, backward and a prompt, for NSA and MoBA, with packed documents, too."""

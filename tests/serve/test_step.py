@@ -245,6 +245,7 @@ def test_every_model_runs_the_same_machine_code():
     assert len(kernel.CODE.signatures) == 1
 
 
+@pytest.mark.slow
 def test_the_first_generation_has_the_step_compiled_for_the_next(monkeypatch, capsys):
     started = []
     monkeypatch.setattr(kernel.Step, "is_cached", staticmethod(lambda: False))

@@ -175,6 +175,7 @@ def test_values_that_are_no_numbers_are_refused(bad: float) -> None:
 
 
 # 448 * 2^127 is inf, of which numpy warns.
+@pytest.mark.slow
 @pytest.mark.interpreted
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_tiles_look_up_every_byte_under_every_scale(

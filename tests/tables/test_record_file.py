@@ -180,6 +180,7 @@ for step in range(9, 10**6):
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_a_table_that_goes_back(tmp_path: pathlib.Path) -> None:
     """Kills training in the middle of steps.
 

@@ -366,6 +366,7 @@ def test_bad_sizes_are_refused(tmp_path: pathlib.Path) -> None:
         Table.of_values(torch.zeros(4, 3, dtype=torch.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 def test_lookup_of_fp8_rows_is_one_compiled_graph() -> None:
     records, ids = quantise(torch.randn(ROWS, BLOCKS)), torch.randint(ROWS, (3, 5))

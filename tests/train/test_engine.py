@@ -71,6 +71,7 @@ def cancel(trainer) -> None:
     trainer.cancel_run("enough")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "half"), [("adamw", 10), ("muon", 3)])
 def test_ten_steps_and_ten_more_are_twenty_to_the_last_bit(small, run, tmp_path, kind, half):
     """Compares parameters, optimizer state and every loss; the router's noise is random."""

@@ -218,6 +218,7 @@ def test_moba_attends_fully_in_its_last_phase(small, monkeypatch):
     assert attended == [False, False, True, True, True]
 
 
+@pytest.mark.slow
 def test_training_makes_indexers_find_what_attention_looks_at(small):
     """Compares trained indexers with untrained ones in a model that is trained as long.
 

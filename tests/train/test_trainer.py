@@ -148,6 +148,7 @@ def test_load_and_every_loss_are_reported(config):
     assert not [line for line in lines(bare) if "load" in line]
 
 
+@pytest.mark.slow
 def test_every_remedy_moves_weights(config):
     """A loss that is configured and never added would leave the bits of a training without it.
 
@@ -173,6 +174,7 @@ def test_every_remedy_moves_weights(config):
             assert torch.equal(weight, plain) == (name == "none")
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(config, tmp_path):
     results = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -195,6 +197,7 @@ def test_another_seed_draws_other_weights(config, tmp_path):
         assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 0.5, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tables", ["device", "host", "disk"])
 def test_the_trial_of_a_step_changes_nothing(config, tables, tmp_path, monkeypatch):
     """Neither losses nor weights of a run that stops and resumes change."""
@@ -389,6 +392,7 @@ def test_rows_that_learn_in_host_memory_are_those_of_the_device(config, tmp_path
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_longer_run_that_was_killed_is_not_finished(config, tmp_path, monkeypatch):
     """The shorter run's model exists all the time.
 
@@ -436,6 +440,7 @@ def test_tokenising_on_a_full_disk_is_reported_in_a_line(config, tmp_path, no_la
     assert len(losses(train(replace(config, data=data, steps=2)))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_metrics_on_a_full_disk_are_reported_in_a_line(config):
     folder = train(replace(config, steps=2))
@@ -540,6 +545,7 @@ NEEDLES = NeedleConfig(
 )
 
 
+@pytest.mark.slow
 def test_questions_in_place_of_a_text_stop_and_go_on_too(config, tmp_path):
     """Texts grow during training, and the stop comes after they grew; Engram addresses raw ids."""
     config = replace(
@@ -704,6 +710,7 @@ def test_reading_while_training_writes_sees_whole_checkpoints_only(config, tmp_p
     assert all(tensor.isfinite().all() for tensor in read)
 
 
+@pytest.mark.slow
 def test_validation_and_samples_change_no_number_of_training(config, tmp_path):
     quiet = train(replace(config, folder=str(tmp_path / "quiet"), validate_every=0))
     loud = train(replace(config, validate_every=1))
