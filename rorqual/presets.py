@@ -3,17 +3,17 @@
 `classroom` and the paper's four are built from published sizes; what a paper does not publish is
 marked `ours`. DeepSeek: arXiv 2401.06066, 2405.04434, 2412.19437. Engram's four: 2601.07372.
 
-Three presets publish a memory and stand for that alone; everything else in them that is not named
+Two presets publish a memory and stand for that alone; everything else in them that is not named
 here is ours.
 
     engram-demo           the authors' demo: memory, width 1024, 30 blocks, 4 streams; seed 0,
                           pad id 2
     deepseek-v4.1-flash   memory, width 5120, 4 streams. Set engram.dead_tokens to the image tokens
                           of your tokenizer
-    qwen-ple              Qwen3.8-Flash-Next's memory, row for row: raw ids, splitmix64, texts that
-                          end at id 248044, one layer of 320,001,446 rows x 160 (its files pad them
-                          to a multiple of 128), width 2560. Ours: the residual streams, attention
-                          and feed-forward around it
+
+`qwen3.8-flash-next` is the whole text model, with its memory row for row: raw ids, splitmix64, texts
+that end at id 248044, one table of 320,001,536 rows x 160. `qwen4-tiny` has all its mechanisms in
+sizes that are ours; it trains on a laptop.
 """
 
 from dataclasses import replace
@@ -21,6 +21,7 @@ from dataclasses import replace
 from rorqual.hints import choose
 from rorqual.model_config import (
     BalanceConfig,
+    DeltaNetConfig,
     EngramConfig,
     GQAConfig,
     HyperConfig,
@@ -28,6 +29,7 @@ from rorqual.model_config import (
     ModelConfig,
     MoEConfig,
     MTPConfig,
+    QSAConfig,
     RopeConfig,
     RouterConfig,
     YarnConfig,
@@ -160,14 +162,36 @@ DEEPSEEK_V4_1_FLASH = replace(
     ),
 )
 
-QWEN_PLE = ModelConfig(
+QWEN3_8_FLASH_NEXT = ModelConfig(
     vocab_size=248_320,
     dim=2560,
     layers=48,
-    dense_width=6144,
     mla=None,
-    gqa=GQAConfig(heads=24, kv_heads=2, head_dim=256, qk_norm=True),
-    hyper=HyperConfig(),
+    gqa=GQAConfig(
+        heads=24,
+        kv_heads=2,
+        head_dim=256,
+        qk_norm=True,
+        centred=True,
+        rope_dim=64,
+        output_gate=True,
+    ),
+    qsa=QSAConfig(heads=4, dim=128, block=4, budget=2048),
+    delta=DeltaNetConfig(
+        key_heads=16, value_heads=48, key_dim=128, value_dim=128, gate="sigmoid", full_every=4
+    ),
+    rope=RopeConfig(base=10_000_000.0, interleaved=False),
+    moe=MoEConfig(
+        routed=512,
+        active=10,
+        shared=1,
+        width=640,
+        shared_width=640,
+        shared_gate=True,
+        router=RouterConfig(score="softmax", bias=False),
+        balance=BalanceConfig(bias_rate=0.0, sequence=0.0, expert=0.001),
+    ),
+    hyper=HyperConfig(kind="gated", streams=4, rank=320),
     engram=EngramConfig(
         layers=(1,),
         rows_per_head=(20_000_000, 20_000_000),
@@ -175,11 +199,59 @@ QWEN_PLE = ModelConfig(
         head_dim=160,
         eps=1e-6,
         conv_eps=1e-6,
+        centred=True,
         seed=1234,
         generator="splitmix64",
         canonical=False,
         eos_id=248_044,
+        row_multiple=128,
+        shards=128,
     ),
+    init_std=0.02,
+)
+
+QWEN4_TINY = ModelConfig(
+    vocab_size=4096,
+    dim=64,
+    layers=4,
+    mla=None,
+    gqa=GQAConfig(
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        qk_norm=True,
+        centred=True,
+        rope_dim=8,
+        output_gate=True,
+    ),
+    qsa=QSAConfig(heads=2, dim=16, block=4, budget=64),
+    delta=DeltaNetConfig(key_heads=2, value_heads=4, key_dim=16, value_dim=16, gate="sigmoid"),
+    rope=RopeConfig(interleaved=False),
+    moe=MoEConfig(
+        routed=32,
+        active=2,
+        shared=1,
+        width=32,
+        shared_gate=True,
+        router=RouterConfig(score="softmax", bias=False),
+        balance=BalanceConfig(bias_rate=0.0, sequence=0.0, expert=0.001),
+    ),
+    hyper=HyperConfig(kind="gated", streams=4, rank=16),
+    engram=EngramConfig(
+        layers=(1,),
+        rows_per_head=(4096, 4096),
+        heads=4,
+        head_dim=8,
+        eps=1e-6,
+        conv_eps=1e-6,
+        centred=True,
+        seed=1234,
+        generator="splitmix64",
+        canonical=False,
+        eos_id=0,
+        row_multiple=128,
+    ),
+    init_std=0.05,
 )
 
 DEEPSEEK_V3 = ModelConfig(
@@ -240,7 +312,8 @@ PRESETS: dict[str, ModelConfig] = {
     "engram-40b": ENGRAM_40B,
     "engram-demo": ENGRAM_DEMO,
     "deepseek-v4.1-flash": DEEPSEEK_V4_1_FLASH,
-    "qwen-ple": QWEN_PLE,
+    "qwen3.8-flash-next": QWEN3_8_FLASH_NEXT,
+    "qwen4-tiny": QWEN4_TINY,
     "deepseek-v3": DEEPSEEK_V3,
     "deepseek-v2": DEEPSEEK_V2,
     "deepseek-v2-lite": DEEPSEEK_V2_LITE,

@@ -244,17 +244,11 @@ class GQA(nn.Module):
         With `ctx.last_only` only the last token has an output. GQA has no indexer to train. With a
         cache the new tokens are appended to it.
         """
-        query, key, value, gate = self.project_gated(hidden, ctx)
+        query, key, value, gate = self.project(hidden, ctx)
         if ctx.last_only:
             query, gate = ctx.last_of(query), None if gate is None else ctx.last_of(gate)
             ctx = ctx.last()
         return self.finish(self._attend(query, key, value, ctx), gate), None
-
-    def project(
-        self, hidden: Float[Tensor, "B T D"], ctx: Context
-    ) -> tuple[Float[Tensor, "B T H P"], Float[Tensor, "B L G P"], Float[Tensor, "B L G Q"]]:
-        """Returns rotated queries of the new tokens, and keys and values of all tokens."""
-        return self.project_gated(hidden, ctx)[:3]
 
     def finish(
         self, out: Float[Tensor, "B T H Q"], gate: Float[Tensor, "B T H Q"] | None
@@ -262,7 +256,7 @@ class GQA(nn.Module):
         """Projects the heads' outputs, each multiplied by its gate if there is one."""
         return self.o_proj((out if gate is None else out * gate.sigmoid()).flatten(2))
 
-    def project_gated(
+    def project(
         self, hidden: Float[Tensor, "B T D"], ctx: Context
     ) -> tuple[
         Float[Tensor, "B T H P"],
@@ -270,7 +264,10 @@ class GQA(nn.Module):
         Float[Tensor, "B L G Q"],
         Float[Tensor, "B T H Q"] | None,
     ]:
-        """Returns what `project` does, and the output gates' logits if the config has them."""
+        """Returns rotated queries of the new tokens, keys and values of all tokens, and gates.
+
+        The gates are logits of the new tokens, None without an output gate.
+        """
         c = self.config
         query, key = (
             projection(hidden).unflatten(-1, (heads, -1))

@@ -17,7 +17,7 @@ D_ij = e^(c_i - c_j) for i >= j, 0 above,
     O    = (e^c Q) S + (Q K^T * D) V'
     S   <- e^c_C S + (e^(c_C - c) K)^T V'
 
-Where a document begins nothing before it is recalled: D is 0 across documents, e^c for tokens of
+Where a document begins nothing before it is read: D is 0 across documents, e^c for tokens of
 another document than the state's. All of it is float32. Gated Delta Networks, arXiv:2412.06464; the
 chunked form of the delta rule, 2406.06484.
 """
@@ -130,7 +130,7 @@ def chunked(
         sides = torch.cat([beta * value, since_state * raised], dim=-1)
         system = (raised @ key.mT) * decays
         solved = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True)
-        written, recalled = solved.split([value.shape[-1], width], dim=-1)
+        written, predicted = solved.split([value.shape[-1], width], dim=-1)
         until_end = (decays[..., -1, :, None] * key).mT  # [B, G, R, N, K, C]
         stays = since_state[..., -1:, :]
         if query is not None:
@@ -139,7 +139,7 @@ def chunked(
         state, outs = state.unflatten(1, (groups, -1)), []  # [B, G, R, K, V]
         between = state
         for n in range(total.shape[3]):
-            new = written[:, :, :, n] - recalled[:, :, :, n] @ state
+            new = written[:, :, :, n] - predicted[:, :, :, n] @ state
             if query is not None:
                 outs.append(query[:, :, :, n] @ state + scores[:, :, :, n] @ new)
             state = stays[:, :, :, n] * state + until_end[:, :, :, n] @ new

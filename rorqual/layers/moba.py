@@ -122,7 +122,7 @@ class MoBA(GQA):
 
         With `ctx.last_only` only the last token of each sequence has an output.
         """
-        query, key, value = self.project(hidden, ctx)
+        query, key, value, _ = self.project(hidden, ctx)
         # A single new token after a cache; the last token of a prompt does not count as one.
         single = ctx.past > 0 and query.shape[1] == 1
         full = self.full or (single and self.moba.decode == "full")

@@ -145,7 +145,7 @@ class NSA(GQA):
         With `ctx.last_only` only the last token of each sequence has an output.
         """
         whole, scale = ctx, self.scale
-        query, key, value = self.project(hidden, ctx)
+        query, key, value, _ = self.project(hidden, ctx)
         uncompressed, window_pair = self._project_branches(hidden, ctx)
         blocks = self._compress(*uncompressed, ctx)
         # With tiles the first query of a tile selects, even if only the last one is needed.

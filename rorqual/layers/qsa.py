@@ -141,7 +141,7 @@ class QSA(GQA):
 
         With `ctx.last_only` only the last token of each sequence has an output.
         """
-        query, key, value, gate = self.project_gated(hidden, ctx)
+        query, key, value, gate = self.project(hidden, ctx)
         index_query, index_keys = self.indexer.project(hidden, ctx)
         blocks = self.indexer.blocks(index_keys, ctx)
         if ctx.last_only:
