@@ -46,7 +46,7 @@ class Costs(NamedTuple):
     mtp_activated_with_embedding: int  # and the shared embedding
     flops_per_token: int  # forward, the mean over the tokens of a context
     cache_bytes_per_token: int  # of attention and of what selects its keys, in bfloat16
-    state_bytes: int  # of delta net's states and last inputs, for each sequence
+    cache_bytes: int  # the same of one sequence of the whole context, with what does not grow
     longest_context: int  # tokens that the rotary base, stretched by YaRN, tells apart
 
 
@@ -94,7 +94,7 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
         mtp_activated_with_embedding=drafted + (input_embedding if depth else 0),
         flops_per_token=2 * products,
         cache_bytes_per_token=_cached_bytes(config),
-        state_bytes=_state_bytes(config),
+        cache_bytes=_cache_bytes(config, context),
         longest_context=longest_context(
             config.rope.base, yarn.factor if (yarn := config.rope.yarn) else 1.0
         ),
@@ -454,6 +454,11 @@ def _cached_bytes(config: ModelConfig) -> int:
             + 4 * config.layers * config.gqa.kv_heads * config.gqa.head_dim // config.moba.block
         )
     return pair
+
+
+def _cache_bytes(config: ModelConfig, context: int) -> int:
+    """Counts the cache bytes of all blocks after `context` tokens."""
+    return _cached_bytes(config) * context + _state_bytes(config)
 
 
 def _state_bytes(config: ModelConfig) -> int:

@@ -11,9 +11,9 @@ here is ours.
     deepseek-v4.1-flash   memory, width 5120, 4 streams. Set engram.dead_tokens to the image tokens
                           of your tokenizer
 
-`qwen3.8-flash-next` is the whole text model, with its memory row for row: raw ids, splitmix64, texts
-that end at id 248044, one table of 320,001,536 rows x 160. `qwen4-tiny` has all its mechanisms in
-sizes that are ours; it trains on a laptop.
+`qwen3.8-flash-next` is the whole text model, with its memory row for row: raw ids, splitmix64,
+texts that end at id 248044, one table of 320,001,536 rows x 160. `qwen4-tiny` has all its
+mechanisms in sizes that are ours; it trains on a laptop.
 """
 
 from dataclasses import replace

@@ -304,6 +304,7 @@ ROWS = (
     ("mtp_activated_with_embedding", "and with the embedding"),
     ("flops_per_token", "FLOPs a token, forward"),
     ("cache_bytes_per_token", "cache bytes a token, bfloat16"),
+    ("cache_bytes", "cache bytes of a sequence of --context tokens"),
     ("longest_context", "tokens that the rotary base tells apart"),
 )
 

@@ -2,6 +2,8 @@
 
     x.weight float8 e4m3, x.weight_scale_inv [R/128, C/128]
         ->   weight * its block's scale
+    table.shard_0.weight float8 e4m3, table.weight_scale [1]
+        ->   weight * the scale of the table
 
 The names are those of a family (families.py), whose table of places is used in both directions.
 Weights are read file by file, tensor by tensor, into the model's own memory. JSON and safetensors
@@ -27,6 +29,7 @@ from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")  # dtypes of weights, as safetensors names them
+TABLE_SCALE = ".weight_scale"  # of a table whose shards share one scale
 TEXT_MODEL = "model.language_model."  # prefix of the text model's tensors in a multimodal folder
 # Bytes that are read of a mapped file before it is closed: until then they count as memory.
 WINDOW = 64 << 20
@@ -91,6 +94,11 @@ class Files:
         tensor = self._open[1].get_tensor(self._stored[name])
         self._read += _bytes(tensor)
         return tensor
+
+    def scale_of(self, name: str) -> str:
+        """Returns the name of a float8 tensor's scales; all shards of a table have one."""
+        table = re.sub(r"\.shard_\d+\.weight$", TABLE_SCALE, name)
+        return table if table != name and table in self.where else f"{name}_scale_inv"
 
     def close(self) -> None:
         self._open, self._read = None, 0
@@ -239,7 +247,7 @@ def _check(
     needed = family.places(config)
     all_places = {**needed, **family.copies(config)}
     scales = {
-        f"{name}_scale_inv": name for name, dtype in files.dtypes.items() if dtype == "F8_E4M3"
+        files.scale_of(name): name for name, dtype in files.dtypes.items() if dtype == "F8_E4M3"
     }
     # An empty tensor (of no shared expert) has nothing to check.
     stored = {
@@ -249,7 +257,8 @@ def _check(
         name: tuple(tensor_place.of(state).shape) for name, tensor_place in all_places.items()
     }
     expected |= {scale: _scale_shape(files.shapes[name], block) for scale, name in scales.items()}
-    whole = {scale for scale in scales if block is None}  # one value, in whatever shape
+    # One value, in whatever shape.
+    whole = {scale for scale in scales if block is None or scale.endswith(TABLE_SCALE)}
     problems = {
         "missing": sorted((needed.keys() | scales.keys()) - stored),
         "not in this architecture": sorted(stored - all_places.keys() - scales.keys()),
@@ -306,8 +315,9 @@ def _fill(
 def _read(files: Files, name: str, block: tuple[int, int] | None) -> Tensor:
     if files.dtypes[name] != "F8_E4M3":
         return files.tensor(name)
-    weight, scale = files.tensor(name), files.tensor(f"{name}_scale_inv")
-    if block is None:
+    scale_name = files.scale_of(name)
+    weight, scale = files.tensor(name), files.tensor(scale_name)
+    if block is None or scale_name.endswith(TABLE_SCALE):
         block, scale = (weight.shape[0], weight.shape[1]), scale.view(1, 1)
     return dequantise(weight, scale.float(), block)
 

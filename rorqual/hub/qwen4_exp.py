@@ -564,5 +564,10 @@ def hollow(config: ModelConfig) -> dict[str, Place]:
 
 
 def skipped(name: str) -> bool:
-    """Whether a tensor of a folder is read past: the vision tower, MTP, rotary frequencies."""
-    return name.startswith(("mtp.", "model.visual.")) or name.endswith(".inv_freq")
+    """Whether a tensor of a folder is read past.
+
+    That are the vision tower, MTP, rotary frequencies, and statistics of the hash.
+    """
+    leaf = name.rpartition(".")[2]
+    aside = leaf.startswith("hashstats_") or leaf in ("token_lookup", "inv_freq")
+    return aside or name.startswith(("mtp.", "model.mtp.", "model.visual."))

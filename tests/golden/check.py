@@ -8,9 +8,9 @@
         Engram's output and gradients
 
 A folder's expected.safetensors holds `ids` [2, T] and any of: `logits`; `hidden.i`, the input of
-block i, the last after the final norm; `loss`, the next token's mean; `grad.NAME` of it, by a name
-of the folder or by transformers' own (all experts in one tensor); `greedy` [1, N], the first ids of
-sequence 0 and their continuation. Any configuration works.
+block i, or its streams side by side, the last after the final norm; `loss`, the next token's mean;
+`grad.NAME` of it, by a name of the folder or by transformers' own (all experts in one tensor);
+`greedy` [1, N], the first ids of sequence 0 and their continuation. Any configuration works.
 
 An error is the largest difference over the largest expected value, or 0 or inf where equality is
 required. What a folder's expected.safetensors lacks is listed and not compared. The exit status is
@@ -102,9 +102,7 @@ def check_folder(folder: Path) -> Iterator[Item]:
         )
     model, ids, hidden = checkpoints.load(folder, dtype=torch.float32), expected["ids"].long(), []
     hooks = [
-        block.register_forward_pre_hook(
-            lambda _, arguments: hidden.append(arguments[0].values[:, :, 0])
-        )
+        block.register_forward_pre_hook(lambda _, arguments: hidden.append(arguments[0].values))
         for block in model.blocks
     ]
     hooks.append(model.norm.register_forward_hook(lambda _, arguments, out: hidden.append(out)))
@@ -113,7 +111,12 @@ def check_folder(folder: Path) -> Iterator[Item]:
         hook.remove()
     yield against("logits", logits, expected)
     for index, state in enumerate(hidden):
-        yield against(f"hidden.{index}", state, expected)
+        name = f"hidden.{index}"
+        if state.dim() == 4:
+            # One stream, or all of them side by side, as some models have it.
+            wide = name in expected and expected[name].shape[-1] > state.shape[-1]
+            state = state.flatten(2) if wide else state[:, :, 0]
+        yield against(name, state, expected)
     for name in sorted(name for name in expected if name.startswith("hidden.")):
         if name not in {f"hidden.{index}" for index in range(len(hidden))}:
             yield Item(f"{name}, a block we lack", math.inf)

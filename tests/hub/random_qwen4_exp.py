@@ -9,6 +9,7 @@ import random
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Qwen4ExpTextConfig
 from transformers.models.qwen4_exp import modeling_qwen4_exp as modeling
 
@@ -87,20 +88,25 @@ def oracle_config(seed: int) -> Qwen4ExpTextConfig:
     return Qwen4ExpTextConfig(**fields)
 
 
-def oracle(config: Qwen4ExpTextConfig, seed: int) -> modeling.Qwen4ExpForCausalLM:
-    """Returns the model with weights of which every one changes the logits."""
+def build(config: Qwen4ExpTextConfig) -> modeling.Qwen4ExpForCausalLM:
+    """Returns a new model of the configuration."""
+    return modeling.Qwen4ExpForCausalLM._from_config(config, attn_implementation="eager")
+
+
+def stir(model: nn.Module, seed: int) -> None:
+    """Draws every parameter, so that each has an effect and logits are apart.
+
+    Larger weights would make gradients that are sums of large terms, and of few correct digits.
+    """
     torch.manual_seed(seed)
-    model = modeling.Qwen4ExpForCausalLM._from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("A_log"):
-                parameter.uniform_(-1.0, 1.0)
-            elif name.endswith("linear_attn.norm.weight"):
+            if name.endswith("norm.weight"):
                 parameter.normal_(1.0, 0.1)
-            elif parameter.dim() == 1:
-                parameter.normal_(0.0, 0.1)
-            elif "embed" in name or "conv1d" in name:
-                parameter.normal_(0.0, 0.5)
+            elif parameter.dim() == 1 or "embed" in name:
+                parameter.normal_(0.0, 0.3)
             else:
-                parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
-    return model
+                parameter.normal_(0.0, 0.5 * parameter.shape[-1] ** -0.5)
+
+
+FAMILIES = {"qwen4_exp": oracle_config}
