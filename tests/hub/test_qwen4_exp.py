@@ -1,4 +1,4 @@
-"""Tests folders of Qwen4-Exp against transformers: random configurations, formats, what is refused."""
+"""Tests folders of Qwen4-Exp against transformers: random configurations, formats, refusals."""
 
 import importlib.util
 import json
@@ -192,7 +192,7 @@ def test_what_our_model_has_not_is_refused_by_name(fields, reason):
 
 
 def test_the_published_config_is_the_preset():
-    """transformers' defaults and what the release sets beside them are the preset, field by field."""
+    """The preset is transformers' defaults and what the release sets beside them."""
     flash = preset("qwen3.8-flash-next")
     description = json.loads(
         Qwen4ExpTextConfig(
