@@ -16,12 +16,15 @@ import rorqual
 from rorqual import kernels
 from rorqual.model import LanguageModel
 from rorqual.model_config import (
+    DeltaNetConfig,
     DSAConfig,
     GQAConfig,
+    HyperConfig,
     MLAConfig,
     MoBAConfig,
     ModelConfig,
     NSAConfig,
+    QSAConfig,
 )
 from rorqual.presets import preset
 
@@ -39,6 +42,13 @@ KINDS = {
     "moba": SPARSE | {"moba": MoBAConfig(block=4, top_k=3)},
     "moba tile": SPARSE | {"moba": MoBAConfig(block=4, top_k=3, choice="tile")},
     "dsa": {"mla": MLAConfig(q_lora_rank=24), "dsa": DSAConfig(heads=2, dim=32, top_k=10)},
+    "qsa": {
+        "mla": None,
+        "gqa": GQAConfig(rope_dim=8, output_gate=True, qk_norm=True, centred=True),
+        "qsa": QSAConfig(heads=2, dim=16, block=4, budget=8),
+        "hyper": HyperConfig(kind="gated", rank=8),
+    },
+    "delta": {"mla": None, "gqa": GQAConfig(), "delta": DeltaNetConfig(layers=(0, 1, 2))},
 }
 
 
