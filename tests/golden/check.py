@@ -114,8 +114,8 @@ def check_folder(folder: Path) -> Iterator[Item]:
         name = f"hidden.{index}"
         if state.dim() == 4:
             # One stream, or all of them side by side, as some models have it.
-            wide = name in expected and expected[name].shape[-1] > state.shape[-1]
-            state = state.flatten(2) if wide else state[:, :, 0]
+            all_streams = name in expected and expected[name].shape[-1] > state.shape[-1]
+            state = state.flatten(2) if all_streams else state[:, :, 0]
         yield against(name, state, expected)
     for name in sorted(name for name in expected if name.startswith("hidden.")):
         if name not in {f"hidden.{index}" for index in range(len(hidden))}:

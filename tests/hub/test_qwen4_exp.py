@@ -99,17 +99,17 @@ def check_greedy(ours: LanguageModel, theirs, ids: Tensor) -> None:
 
 @torch.no_grad()
 def test_padded_batches_are_as_in_transformers(oracle):
-    """transformers pads in front, we at the end; a padded row is as if it were alone."""
+    """transformers pads before, we at the end; a padded row is as if it were alone."""
     theirs = oracle.modeling.Qwen4ExpForCausalLM.from_pretrained(
         GOLDEN, attn_implementation="eager"
     )
     ours, lengths = checkpoints.load(GOLDEN), [40, 7, 23]
     ids = torch.randint(2, ours.config.vocab_size, (3, 40))
-    front = torch.full_like(ids, 1)
+    padded_ids = torch.full_like(ids, 1)
     mask = torch.zeros_like(ids)
     for row, length in enumerate(lengths):
-        front[row, 40 - length :], mask[row, 40 - length :] = ids[row, :length], 1
-    expected = theirs(front, attention_mask=mask, use_cache=False).logits
+        padded_ids[row, 40 - length :], mask[row, 40 - length :] = ids[row, :length], 1
+    expected = theirs(padded_ids, attention_mask=mask, use_cache=False).logits
     result = ours(ids, lengths=lengths)
     for row, length in enumerate(lengths):
         assert error(result[row, :length], expected[row, 40 - length :]) < 1e-5

@@ -125,8 +125,8 @@ def test_a_long_sequence_goes_back_as_far_as_the_slack(slack, monkeypatch):
     cache.reserve_slack(slack)
     ids: list[list[int]] = [[], [], []]
     for number in range(40):
-        most = 130 if number % 7 == 0 else 20 if number % 3 == 0 else 1
-        counts = torch.randint(1, most + 1, (3,), generator=generator).tolist()
+        largest = 130 if number % 7 == 0 else 20 if number % 3 == 0 else 1
+        counts = torch.randint(1, largest + 1, (3,), generator=generator).tolist()
         new = torch.randint(30, (3, max(counts)), generator=generator)
         result = model.hidden(new, lengths=counts, cache=cache)[0]
         for row, count in enumerate(counts):
