@@ -5,7 +5,8 @@
 
 Attention is the mean over the tokens of a context, which see context / 2 keys, or fewer: the last
 `window`, or those that DSA, NSA or MoBA select; then the cost of selecting counts too. Additions
-alone, softmax and norms do not count. tests/test_costs.py builds models without storage and counts
+alone, softmax and norms do not count. Gated delta net reads a state of one size instead, whatever
+the context. tests/test_costs.py builds models without storage and counts
 their parameters: both must agree exactly.
 """
 
@@ -15,6 +16,7 @@ from typing import NamedTuple
 from rorqual.model_config import (
     CSA2Config,
     CSAConfig,
+    DeltaNetConfig,
     DSAConfig,
     EngramConfig,
     GQAConfig,
@@ -24,6 +26,7 @@ from rorqual.model_config import (
     ModelConfig,
     MoEConfig,
     NSAConfig,
+    QSAConfig,
     longest_context,
     row_totals,
 )
@@ -62,8 +65,8 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
     # `embedding` counts the head; where they are tied, the head is the input embedding.
     input_embedding = 0 if config.tied else embedding
     blocks, memory = _backbone(config), _rows(config)
-    # config.dim is the last norm.
-    total = embedding + input_embedding + blocks.matrices + blocks.others + config.dim + memory
+    last_norm = 0 if config.gated_residual else config.dim
+    total = embedding + input_embedding + blocks.matrices + blocks.others + last_norm + memory
 
     blocks_with_experts = sum(config.has_experts(i) for i in range(config.layers))
     resting = blocks_with_experts * _resting(config)
@@ -83,7 +86,10 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
         rope = config.csa.compress_rope
 
     products = blocks.matrices - resting + embedding  # the head multiplies, tied or not
-    products += config.layers * _attention_products(config, context)
+    deltas = sum(config.has_delta(index) for index in range(config.layers))
+    products += (config.layers - deltas) * _attention_products(config, context)
+    if config.delta is not None:
+        products += deltas * _delta_products(config.delta)
     products += _hyper_products(config) + _engram_products(config)
     return Costs(
         total=total,
@@ -120,8 +126,9 @@ def _backbone(config: ModelConfig) -> Parameters:
     total = Parameters(
         others=_reduction(config.hyper, config.dim) if config.hyper is not None else 0
     )
+    norms = 0 if config.gated_residual else 2 * config.dim
     for index in range(config.layers):
-        total += _block(config, index)
+        total += _block(config, index) + Parameters(others=norms)
         if config.engram is not None and config.has_engram(index):
             total += Parameters(others=_engram(config.engram, config.dim, config.streams))
         if config.hyper is not None:
@@ -131,8 +138,12 @@ def _backbone(config: ModelConfig) -> Parameters:
 
 
 def _block(config: ModelConfig, index: int) -> Parameters:
-    """Counts two norms, attention and feed-forward: a block with one stream and without Engram."""
-    total = Parameters(others=2 * config.dim) + _attention(config, index)
+    """Counts attention and feed-forward: a block without norms, streams and Engram."""
+    total = (
+        _delta(config.delta, config.dim)
+        if config.delta is not None and config.has_delta(index)
+        else _attention(config, index)
+    )
     if config.moe is not None and config.has_experts(index):
         return total + _moe(config.moe, config.dim, index)
     return total + Parameters(matrices=_swiglu(config.dim, config.dense_width))
@@ -152,6 +163,8 @@ def _attention(config: ModelConfig, index: int) -> Parameters:
         return total + _dsa(config.dsa, config.mla, config.dim)
     assert config.gqa is not None
     total = _gqa(config.gqa, config.dim)
+    if config.qsa is not None:
+        return total + _qsa(config.qsa, config.dim)
     return total if config.nsa is None else total + _nsa(config.nsa, config.gqa, config.dim)
 
 
@@ -219,11 +232,33 @@ def _compressor(dim: int, width: int, ratio: int, halves: int) -> Parameters:
 def _gqa(gqa: GQAConfig, dim: int) -> Parameters:
     """Counts the projections of queries, keys, values and output, query and key norms, and sinks.
 
-    W_q and W_o are of the query heads, W_k and W_v of the key heads.
+    W_q and W_o are of the query heads, W_k and W_v of the key heads, and W_g, if there is an output
+    gate, of the query heads.
     """
-    matrices = dim * (gqa.heads + gqa.kv_heads) * _widths(gqa)
-    norms = 2 * gqa.head_dim if gqa.qk_norm else 0
-    return Parameters(matrices, norms + (gqa.heads if gqa.sinks else 0))
+    value = gqa.value_dim or gqa.head_dim
+    gates = gqa.heads * value if gqa.output_gate else 0
+    matrices = dim * ((gqa.heads + gqa.kv_heads) * _widths(gqa) + gates)
+    others = (2 * gqa.head_dim if gqa.qk_norm else 0) + (gqa.heads if gqa.sinks else 0)
+    if gqa.bias:
+        others += gqa.heads * gqa.head_dim + gates + gqa.kv_heads * _widths(gqa) + dim
+    return Parameters(matrices, others)
+
+
+def _qsa(qsa: QSAConfig, dim: int) -> Parameters:
+    """Counts the indexer's projection to queries and a key, and the two norms."""
+    return Parameters(dim * (qsa.heads + 1) * qsa.dim, 2 * qsa.dim)
+
+
+def _delta(delta: DeltaNetConfig, dim: int) -> Parameters:
+    """Counts the projections, and the convolution, the decay and the norm of delta net.
+
+    The projections are W_qkv, W_z, W_b, W_a and W_o.
+    """
+    values = delta.value_heads * delta.value_dim
+    matrices = dim * (delta.conv_width + 2 * values + 2 * delta.value_heads)
+    return Parameters(
+        matrices, delta.conv_width * delta.kernel + 2 * delta.value_heads + delta.value_dim
+    )
 
 
 def _nsa(nsa: NSAConfig, gqa: GQAConfig, dim: int) -> Parameters:
@@ -247,6 +282,7 @@ def _moe(moe: MoEConfig, dim: int, index: int) -> Parameters:
     experts = moe.routed * _swiglu(dim, moe.width)
     shared = _swiglu(dim, moe.shared_hidden) if moe.shared else 0
     norm = 0 if moe.norm_eps is None else dim
+    shared += dim if moe.shared_gate else 0
     return Parameters(moe.routed * dim + experts + shared, biases + norm)
 
 
@@ -286,6 +322,8 @@ def _connection(hyper: HyperConfig, dim: int) -> int:
     Its coefficients are S of pre, S of post and those of comb.
     """
     S = hyper.streams
+    if hyper.kind == "gated":
+        return _reduction(hyper, dim) + S * S * dim
     if hyper.kind == "hc":
         # fn reads each stream by itself and computes comb's row of it
         return (2 + S) * dim + (2 * S + S * S) + 2
@@ -294,24 +332,26 @@ def _connection(hyper: HyperConfig, dim: int) -> int:
 
 
 def _reduction(hyper: HyperConfig, dim: int) -> int:
-    """Counts fn, base and scale of the exit, if it is learned."""
+    """Counts fn, base and scale of a learned exit, or the norm and W_down, W_up of a gated one."""
     S = hyper.streams
+    if hyper.kind == "gated":
+        return S * dim + 2 * S * dim * hyper.rank
     return S * S * dim + S + 1 if hyper.kind == "mhc" else 0
 
 
 def _mtp(config: ModelConfig, depth: int) -> int:
-    """Counts three norms, the projection of two hidden states to one, and a block.
+    """Counts five norms, the projection of two hidden states to one, and a block.
 
     The block comes after the model's last.
     """
     block = _block(config, config.layers + depth)
-    return 3 * config.dim + 2 * config.dim * config.dim + block.matrices + block.others
+    return 5 * config.dim + 2 * config.dim * config.dim + block.matrices + block.others
 
 
 def _attention_products(config: ModelConfig, context: int) -> int:
     """Counts the products of one token in one block besides its projections.
 
-    It is the mean over the tokens of a context and over the blocks.
+    It is the mean over the tokens of a context and over the blocks with attention.
     """
     if config.csa is not None and config.csa2 is not None:
         blocks = range(config.layers)
@@ -328,6 +368,8 @@ def _attention_products(config: ModelConfig, context: int) -> int:
     assert config.gqa is not None
     if config.nsa is not None:
         return _nsa_products(config.nsa, config.gqa, context)
+    if config.qsa is not None:
+        return _qsa_products(config.qsa, config.gqa, context)
     full = (
         _widths(config.gqa) * config.gqa.heads * _seen(context, config.gqa.window) // (2 * context)
     )
@@ -422,6 +464,28 @@ def _nsa_products(nsa: NSAConfig, gqa: GQAConfig, context: int) -> int:
     return (2 * compressing + attended) // (2 * context) + 3 * gqa.heads * value
 
 
+def _qsa_products(qsa: QSAConfig, gqa: GQAConfig, context: int) -> int:
+    """Counts the products of scoring complete blocks and of attending to the selected ones.
+
+    The incomplete block, half of one in the mean, is seen besides. If every block is selected,
+    nothing is scored.
+    """
+    limit = qsa.budget + qsa.block - 1
+    attended = gqa.heads * _widths(gqa) * _seen(context, limit) // (2 * context)
+    if context // qsa.block <= qsa.top_k:
+        return attended
+    return attended + qsa.heads * qsa.dim * context // (2 * qsa.block)
+
+
+def _delta_products(delta: DeltaNetConfig) -> int:
+    """Counts the products of one step of delta net: the state is read twice and written once.
+
+    They are k S, the write and q S; the convolution comes before.
+    """
+    state = delta.value_heads * delta.key_dim * delta.value_dim
+    return 3 * state + delta.conv_width * delta.kernel
+
+
 def _moba_products(moba: MoBAConfig, gqa: GQAConfig, context: int) -> int:
     """Counts the products of scoring block means and of attending to the selected blocks.
 
@@ -445,6 +509,9 @@ def _hyper_products(config: ModelConfig) -> int:
     if hyper is None:
         return 0
     sites = 2 * config.layers
+    if hyper.kind == "gated":
+        reading = 2 * S * D * hyper.rank + S * D
+        return sites * (reading + S * S * D + S * D) + reading
     mixed = S * S * D
     if hyper.kind == "hc":
         coefficients = S * (2 + S) * D  # fn reads every stream by itself
@@ -481,7 +548,11 @@ def _cached_bytes(config: ModelConfig) -> int:
             return 2 * latents
         return 2 * (latents + (config.layers - len(config.dsa.shared)) * config.dsa.dim)
     assert config.gqa is not None
-    pair = 2 * config.layers * config.gqa.kv_heads * _widths(config.gqa)
+    blocks = sum(not config.has_delta(index) for index in range(config.layers))
+    pair = 2 * blocks * config.gqa.kv_heads * _widths(config.gqa)
+    if (qsa := config.qsa) is not None:
+        # The indexer's key of each token, and that of each block.
+        return pair + 2 * blocks * (qsa.dim + qsa.dim // qsa.block)
     if config.nsa is not None:
         return 3 * pair + pair // config.nsa.stride
     if config.moba is not None:
@@ -499,7 +570,7 @@ def _cache_bytes(config: ModelConfig, context: int) -> int:
     """
     csa = config.csa
     if csa is None:
-        return _cached_bytes(config) * context
+        return _cached_bytes(config) * context + _state_bytes(config)
     total = 2 * config.layers * (csa.window - 1) * csa.head_dim
     for index in range(config.layers):
         if config.csa2 is not None:
@@ -523,3 +594,15 @@ def _entry_bytes(config: ModelConfig, context: int) -> int:
     kinds = [csa.kind(index) for index in range(config.layers)]
     sparse = kinds.count("csa") * (context // csa.ratio) * width
     return 2 * (sparse + kinds.count("hca") * (context // csa.heavy_ratio) * csa.head_dim)
+
+
+def _state_bytes(config: ModelConfig) -> int:
+    """Counts delta net's float32 states and the bfloat16 inputs that its convolution looks back at.
+
+    What it takes to go back some tokens is not counted.
+    """
+    if (delta := config.delta) is None:
+        return 0
+    blocks = sum(config.has_delta(index) for index in range(config.layers))
+    state = 4 * delta.value_heads * delta.key_dim * delta.value_dim
+    return blocks * (state + 2 * (delta.kernel - 1) * delta.conv_width)

@@ -6,7 +6,8 @@
     x      <- H_res x + H_post^T ffn(norm(H_pre x))           dense first, then experts
     logits  = head(norm(exit(x_n)))
 
-DeepSeek-V3 (arXiv 2412.19437), mHC (2512.24880), Engram (2601.07372).
+With gated residuals the sites of the streams norm what they read; no block has norms of its own,
+nor has the head. DeepSeek-V3 (arXiv 2412.19437), mHC (2512.24880), Engram (2601.07372).
 """
 
 from collections.abc import Sequence
@@ -21,21 +22,24 @@ from torch import Tensor, nn
 
 from rorqual.layers.attention import GQA, MLA
 from rorqual.layers.balance import losses
-from rorqual.layers.basics import RMSNorm, SwiGLU, chunked_cross_entropy
+from rorqual.layers.basics import CentredRMSNorm, RMSNorm, SwiGLU, chunked_cross_entropy
 from rorqual.layers.cache import Appended, BlockCache, Cache, DraftCache, Past
 from rorqual.layers.context import Context, context
 from rorqual.layers.csa import CSA, HCA, SharedKV
 from rorqual.layers.csa2 import CSA2
+from rorqual.layers.delta_net import DeltaNet
 from rorqual.layers.dsa import DSA, IndexerLoss, mean_indexer_loss
 from rorqual.layers.engram import Addresses, Engram
+from rorqual.layers.gated_residual import GatedReduction, GatedResidual
 from rorqual.layers.hyper import Connection, Residual, StreamReduction, Streams, expand
 from rorqual.layers.moba import MoBA
 from rorqual.layers.moe import MoE
 from rorqual.layers.mtp import MTP, ahead
 from rorqual.layers.nsa import NSA
+from rorqual.layers.qsa import QSA
 from rorqual.layers.router import Routing
+from rorqual.model_config import HyperConfig, row_totals
 from rorqual.model_config import ModelConfig as ModelConfig
-from rorqual.model_config import row_totals
 from rorqual.tables import Table
 
 IGNORED = -100  # a label that is no target
@@ -64,7 +68,9 @@ class Aux(NamedTuple):
     shared: Any = None  # what its attention leaves for later blocks: Context.shared
 
 
-def _attention(config: ModelConfig, index: int) -> MLA | GQA | SharedKV:
+def _attention(config: ModelConfig, index: int) -> MLA | GQA | SharedKV | DeltaNet:
+    if config.delta is not None and config.has_delta(index):
+        return DeltaNet(config.delta, config.dim)
     if config.csa is not None and config.csa2 is not None:
         return CSA2(config.csa2, config.csa, config.dim, config.eps, index)
     if config.csa is not None:
@@ -79,7 +85,17 @@ def _attention(config: ModelConfig, index: int) -> MLA | GQA | SharedKV:
         return NSA(config.nsa, config.gqa, config.dim, config.rope)
     if config.moba is not None:
         return MoBA(config.moba, config.gqa, config.dim, config.rope, config.layers - index)
+    if config.qsa is not None:
+        return QSA(config.qsa, config.gqa, config.dim, config.rope)
     return GQA(config.gqa, config.dim, config.rope)
+
+
+def _residual(
+    hyper: HyperConfig | None, dim: int, site: int
+) -> Residual | Connection | GatedResidual:
+    if hyper is None:
+        return Residual()
+    return GatedResidual(hyper, dim) if hyper.kind == "gated" else Connection(hyper, dim, site)
 
 
 class Block(nn.Module):
@@ -97,20 +113,17 @@ class Block(nn.Module):
             if config.engram is not None and config.has_engram(index) and not plain
             else None
         )
-        self.attention_norm = RMSNorm(config.dim, config.eps)
+        normed = config.gated_residual and not plain
+        self.attention_norm = nn.Identity() if normed else RMSNorm(config.dim, config.eps)
         self.attention = _attention(config, index)
-        self.ffn_norm = RMSNorm(config.dim, config.eps)
+        self.ffn_norm = nn.Identity() if normed else RMSNorm(config.dim, config.eps)
         self.ffn: MoE | SwiGLU = (
             MoE(config.moe, config.dim, index, config.vocab_size)
             if config.moe is not None and config.has_experts(index)
             else SwiGLU(config.dim, config.dense_width)
         )
-        self.attention_residual = (
-            Residual() if hyper is None else Connection(hyper, config.dim, 2 * index)
-        )
-        self.ffn_residual = (
-            Residual() if hyper is None else Connection(hyper, config.dim, 2 * index + 1)
-        )
+        self.attention_residual = _residual(hyper, config.dim, 2 * index)
+        self.ffn_residual = _residual(hyper, config.dim, 2 * index + 1)
 
     def forward(self, x: Streams, ctx: Context) -> tuple[Streams, Aux]:
         """Adds Engram, attention and feed-forward to the residual streams."""
@@ -172,11 +185,12 @@ class LanguageModel(nn.Module):
     def _build(self, config: ModelConfig, canonical_map, tables) -> None:
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         blocks = [Block(config, index) for index in range(config.layers)]
-        self.blocks, self.rope_dim = nn.ModuleList(blocks), blocks[0].attention.rope_dim
-        self.reduction = (
-            StreamReduction(config.hyper, config.dim) if config.hyper is not None else None
-        )
-        self.norm = RMSNorm(config.dim, config.eps)
+        self.blocks, self.rope_dim = nn.ModuleList(blocks), config.rope_dim
+        self.reduction: StreamReduction | GatedReduction | None = None
+        if config.hyper is not None:
+            kind = GatedReduction if config.gated_residual else StreamReduction
+            self.reduction = kind(config.hyper, config.dim)
+        self.norm = nn.Identity() if config.gated_residual else RMSNorm(config.dim, config.eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
@@ -471,18 +485,32 @@ def init(model: LanguageModel, seed: int = 0) -> None:
     | Engram's rows                                 | normal, standard deviation 0.02            |
     | Engram's convolution                          | 0                                          |
     | hyper-connections                             | fn normal(0, 1/(S D)), see `Connection`,   |
-    |                                               | `StreamReduction`                          |
+    |                                               | `StreamReduction`, `GatedResidual`         |
+    | delta net's decay and convolution             | see `DeltaNet`                             |
+    | norm weights that are stored less one         | 0                                          |
     """
     std = model.config.init_std
-    starts_itself = (Connection, StreamReduction)
+    starts_itself = (
+        Connection,
+        StreamReduction,
+        GatedResidual,
+        GatedReduction,
+        CentredRMSNorm,
+        DeltaNet,
+    )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for module in model.modules():
             if isinstance(module, starts_itself):
                 module.reset_parameters()
+        # Of delta net only what it has besides its projections and norm.
         reset_ids = {
-            id(p) for m in model.modules() if isinstance(m, starts_itself) for p in m.parameters()
+            id(p)
+            for m in model.modules()
+            if isinstance(m, starts_itself)
+            for p in m.parameters(recurse=not isinstance(m, DeltaNet))
         }
+        centred = model.config.engram is not None and model.config.engram.centred
         apart = {
             id(table.weight): table
             for table in model.tables
@@ -496,7 +524,7 @@ def init(model: LanguageModel, seed: int = 0) -> None:
             elif name.endswith((".conv", "bias", "sinks", "attn_sink", ".ape")):
                 parameter.zero_()
             elif parameter.dim() == 1 or name.endswith("norm"):
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if centred and name.endswith("_norm") else 1.0)
             else:
                 spread = ROW_STD if name.startswith("tables.") else std
                 parameter.copy_(torch.randn(parameter.shape, dtype=torch.float32) * spread)

@@ -224,6 +224,11 @@ class GQAConfig:
     window: int | None = None  # keys a query sees, itself included; None: all
     sinks: bool = False  # one learned logit a head that takes probability and has no value
     qk_norm: bool = False  # RMSNorm over each head's query and key, before rope
+    norm_eps: float = 1e-6  # of the norms of queries and keys
+    centred: bool = False  # the weights of those norms are stored less one, so that they start at 0
+    rope_dim: int | None = None  # first values of a head that are rotated; None: all of them
+    output_gate: bool = False  # each head's output is multiplied by sigmoid(W_g x)
+    bias: bool = False  # of all four projections
 
     def __post_init__(self) -> None:
         for name in ("heads", "kv_heads", "head_dim"):
@@ -238,15 +243,35 @@ class GQAConfig:
                 f"head_dim: got {self.head_dim}, "
                 "expected an even width, which rope rotates in pairs"
             )
+        if self.rope_dim is not None and (
+            self.rope_dim % 2 or not 1 < self.rope_dim <= self.head_dim
+        ):
+            raise ValueError(
+                f"rope_dim: got {self.rope_dim}, "
+                f"expected an even width up to head_dim, {self.head_dim}, or None"
+            )
         for name in ("value_dim", "window"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1 or None")
 
+    @property
+    def rotated(self) -> int:
+        """How many values of a head are rotated."""
+        return self.head_dim if self.rope_dim is None else self.rope_dim
+
     def check_sparse(self) -> None:
-        """Refuses a window and sinks, which NSA and MoBA do not have."""
+        """Refuses a window and sinks, which attention to selected keys does not have."""
         if self.window is not None or self.sinks:
             raise ValueError(
                 "got window or sinks together with sparse attention, expected one or the other"
+            )
+
+    def check_plain(self) -> None:
+        """Refuses partial rope, output gates and biases, which NSA and MoBA do not have."""
+        if self.rotated != self.head_dim or self.output_gate or self.bias:
+            raise ValueError(
+                f"got rope_dim {self.rope_dim}, output_gate {self.output_gate}, bias {self.bias} "
+                "together with nsa or moba, expected None, False and False"
             )
 
 
@@ -510,6 +535,89 @@ class CSA2Config:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class QSAConfig:
+    """Sizes of the indexer that selects blocks of keys for grouped-query attention.
+
+    Qwen3.8-Flash-Next: 4 heads of 128, blocks of 4 keys, a budget of 2048 keys.
+    """
+
+    heads: int = 4
+    dim: int = 32  # per head, at least the rotated width of gqa's heads
+    block: int = 4  # keys in a block
+    budget: int = 2048  # keys of the blocks that a query selects, a multiple of `block`
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "dim", "block", "budget"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"qsa.{name}: got {getattr(self, name)}, expected at least 1")
+        if self.budget % self.block:
+            raise ValueError(
+                f"qsa.budget: got {self.budget} keys, expected a multiple of the {self.block} of "
+                "a block"
+            )
+
+    @property
+    def top_k(self) -> int:
+        """Blocks that a query selects, besides the incomplete one that it is in."""
+        return self.budget // self.block
+
+    def check_rope_dim(self, rope_dim: int) -> None:
+        """Refuses a surrounding attention that rotates more than the indexer's heads hold."""
+        if self.dim < rope_dim:
+            raise ValueError(
+                f"qsa.dim: got {self.dim}, expected at least the {rope_dim} values that gqa rotates"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeltaNetConfig:
+    """Sizes of gated delta net, and the blocks that have it in place of attention.
+
+    Qwen3.8-Flash-Next: 16 key heads and 32 value heads of 128, in three of four blocks.
+    """
+
+    key_heads: int = 2
+    value_heads: int = 4  # a multiple of key_heads; each has a state [key_dim, value_dim]
+    key_dim: int = 16  # per head
+    value_dim: int = 16  # per head
+    kernel: int = 4  # taps of the convolution over queries, keys and values
+    gate: Literal["silu", "sigmoid"] = "silu"  # of the output's norm
+    norm_eps: float = 1e-6  # of that norm
+    full_every: int = 4  # every so many-th block has attention
+    layers: tuple[int, ...] | None = None  # the blocks that have delta net; None: by full_every
+
+    def __post_init__(self) -> None:
+        sizes = ("key_heads", "value_heads", "key_dim", "value_dim", "kernel", "full_every")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"delta.{name}: got {getattr(self, name)}, expected at least 1")
+        if self.value_heads % self.key_heads:
+            raise ValueError(
+                f"delta.value_heads: got {self.value_heads}, "
+                f"expected a multiple of {self.key_heads} key heads"
+            )
+        if self.gate not in ("silu", "sigmoid"):
+            raise ValueError(f"delta.gate: got {self.gate!r}, expected 'silu' or 'sigmoid'")
+        if self.layers is not None and (
+            len(set(self.layers)) < len(self.layers) or min(self.layers, default=0) < 0
+        ):
+            raise ValueError(
+                f"delta.layers: got {self.layers}, expected different block indices from 0, or None"
+            )
+
+    def replaces(self, index: int) -> bool:
+        """Whether block `index` has delta net in place of attention."""
+        if self.layers is None:
+            return (index + 1) % self.full_every != 0
+        return index in self.layers
+
+    @property
+    def conv_width(self) -> int:
+        """Width of queries, keys and values together, which the convolution is over."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RouterConfig:
     """How a token's experts are scored, selected and weighted."""
 
@@ -600,6 +708,7 @@ class MoEConfig:
     shared: int = 1  # shared experts, built as one SwiGLU; 0 for none
     width: int = 32  # hidden width of one expert
     shared_width: int | None = None  # width of the shared SwiGLU; None: shared * width
+    shared_gate: bool = False  # the shared experts' output is multiplied by sigmoid(<w, x>)
     first_dense: int = 0  # blocks before this one have a dense feed-forward
     # Clips the gate of experts and of shared ones from above, and their other factor on both sides.
     swiglu_limit: float | None = None
@@ -627,6 +736,8 @@ class MoEConfig:
             raise ValueError(
                 f"moe.swiglu_limit: got {self.swiglu_limit}, expected more than 0 or None"
             )
+        if self.shared_gate and not self.shared:
+            raise ValueError("moe.shared_gate: got no shared expert, expected one that it gates")
         self._check_groups()
         if self.router.min_active > self.active:
             raise ValueError(
@@ -687,6 +798,7 @@ class EngramConfig:
     sign: Literal["sign", "copysign"] = "sign"
     eps: float = 1.1920929e-7  # of the gate's norms; the default of torch's rms_norm
     conv_eps: float = 1e-5  # of the norm before the convolution
+    centred: bool = False  # the weights of its norms are stored less one, so that they start at 0
     seed: int = 0
     # what draws the multipliers: numpy's default generator (DeepSeek), or splitmix64 (Qwen)
     generator: Literal["numpy", "splitmix64"] = "numpy"
@@ -698,6 +810,9 @@ class EngramConfig:
     end_of_document: bool = True  # look-back and convolution stop where a document begins
     # raw ids (images) that look-back stops at and that look nothing up
     dead_tokens: tuple[int, ...] = ()
+    # a table's rows are rounded up to a multiple of it; no hash reaches the rows that this adds
+    row_multiple: int = 1
+    shards: int = 1  # tensors that a published folder splits a table into
 
     def __post_init__(self) -> None:
         if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
@@ -714,7 +829,7 @@ class EngramConfig:
                 f"engram.table_rows: got {len(self.table_rows)} tables, "
                 f"expected one for each of the {len(self.layers)} layers, or none"
             )
-        for name in ("heads", "head_dim", "kernel", "dilation"):
+        for name in ("heads", "head_dim", "kernel", "dilation", "row_multiple", "shards"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"engram.{name}: got {value}, expected at least 1")
         if self.sign not in ("sign", "copysign"):
@@ -795,12 +910,13 @@ def head_primes(config: EngramConfig) -> list[list[list[int]]]:
 
 
 def row_totals(config: EngramConfig) -> tuple[int, ...]:
-    """Returns the rows of each layer's table: the sum of its primes, or `table_rows`.
+    """Returns the rows of each table: `table_rows`, or the sum of primes up to a `row_multiple`.
 
     ValueError if the table has fewer than are looked up.
     """
+    multiple = config.row_multiple
     sums = tuple(sum(map(sum, orders)) for orders in head_primes(config))
-    rows = config.table_rows or sums
+    rows = config.table_rows or tuple(-(-rows // multiple) * multiple for rows in sums)
     for layer, got, least in zip(config.layers, rows, sums, strict=True):
         if got < least:
             raise ValueError(
@@ -814,8 +930,9 @@ def row_totals(config: EngramConfig) -> tuple[int, ...]:
 class HyperConfig:
     """How the residual is widened from one stream to several."""
 
-    kind: Literal["mhc", "single_pass", "hc"] = "mhc"
+    kind: Literal["mhc", "single_pass", "hc", "gated"] = "mhc"
     streams: int = 4
+    rank: int = 320  # of the input's weights; gated only
     iterations: int = 20  # Sinkhorn normalisations of each axis
     eps: float = 1e-6  # of the Sinkhorn sums and of pre; 0 in the paper, 1e-6 in DeepSeek-V4
     norm_eps: float = 1e-6  # inside the root of the norm
@@ -826,7 +943,7 @@ class HyperConfig:
 
     def __post_init__(self):
         for name, allowed in (
-            ("kind", ("mhc", "single_pass", "hc")),
+            ("kind", ("mhc", "single_pass", "hc", "gated")),
             ("mix", ("sinkhorn", "identity")),
         ):
             if getattr(self, name) not in allowed:
@@ -834,7 +951,7 @@ class HyperConfig:
                     f"hyper.{name}: got {getattr(self, name)!r}, "
                     f"expected one of {', '.join(allowed)}"
                 )
-        for name in ("streams", "iterations"):
+        for name in ("streams", "iterations", "rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"hyper.{name}: got {getattr(self, name)}, expected at least 1")
         if not self.eps >= 0:
@@ -880,6 +997,8 @@ class ModelConfig:
     dsa: DSAConfig | None = None  # selects keys of mla
     csa: CSAConfig | None = None
     csa2: CSA2Config | None = None  # entries of csa that blocks share
+    qsa: QSAConfig | None = None  # selects keys of gqa
+    delta: DeltaNetConfig | None = None  # in place of attention in most blocks
     rope: RopeConfig = field(default_factory=RopeConfig)
     moe: MoEConfig | None = None
     engram: EngramConfig | None = None
@@ -899,18 +1018,26 @@ class ModelConfig:
                 f"attention: got {' and '.join(attention) or 'none'}, "
                 "expected exactly one of mla, gqa and csa"
             )
-        for inner, outer in (("nsa", "gqa"), ("moba", "gqa"), ("dsa", "mla"), ("csa2", "csa")):
+        inside = ("nsa", "gqa"), ("moba", "gqa"), ("qsa", "gqa"), ("dsa", "mla"), ("csa2", "csa")
+        for inner, outer in inside:
             if getattr(self, inner) is not None and getattr(self, outer) is None:
                 raise ValueError(
                     f"{inner}: got attention {attention[0]}, "
                     f"expected {outer}, which it works inside"
                 )
         self._check_blocks()
-        if self.nsa is not None and self.moba is not None:
-            raise ValueError("sparse attention: got nsa and moba, expected at most one")
+        sparse = [name for name in ("nsa", "moba", "qsa") if getattr(self, name) is not None]
+        if len(sparse) > 1:
+            raise ValueError(f"sparse attention: got {' and '.join(sparse)}, expected at most one")
 
     def _check_blocks(self) -> None:
         """Refuses settings of single blocks that do not fit the number of blocks."""
+        if self.delta is not None and (
+            late := [i for i in self.delta.layers or () if i >= self.layers]
+        ):
+            raise ValueError(
+                f"delta.layers: got {late}, expected block indices 0..{self.layers - 1}"
+            )
         if self.csa is not None and 0 < len(self.csa.kinds) < self.layers:
             raise ValueError(
                 f"csa.kinds: got {len(self.csa.kinds)} kinds, "
@@ -954,6 +1081,25 @@ class ModelConfig:
             return self.csa
         return self.dsa
 
+    @property
+    def gated_residual(self) -> bool:
+        """Whether the sites of the residual streams norm what they read, so that no block does."""
+        return self.hyper is not None and self.hyper.kind == "gated"
+
+    @property
+    def rope_dim(self) -> int:
+        """How many values of a head's queries and keys are rotated."""
+        if self.mla is not None:
+            return self.mla.rope_dim
+        if self.csa is not None:
+            return self.csa.rope_dim
+        assert self.gqa is not None
+        return self.gqa.rotated
+
+    def has_delta(self, index: int) -> bool:
+        """Whether block `index` has gated delta net; MTP's blocks have attention."""
+        return self.delta is not None and index < self.layers and self.delta.replaces(index)
+
     def has_experts(self, index: int) -> bool:
         """Whether block `index` has experts; MTP's blocks, counted on after the last, do."""
         return (
@@ -967,8 +1113,12 @@ class ModelConfig:
 
     def check_parts(self) -> None:
         """Refuses parts that do not fit each other, as building the model would."""
-        if self.gqa is not None and (self.nsa is not None or self.moba is not None):
+        if self.gqa is not None and (self.nsa or self.moba or self.qsa) is not None:
             self.gqa.check_sparse()
+        if self.gqa is not None and (self.nsa or self.moba) is not None:
+            self.gqa.check_plain()
+        if self.gqa is not None and self.qsa is not None:
+            self.qsa.check_rope_dim(self.gqa.rotated)
         if self.mla is not None and self.dsa is not None:
             self.dsa.check_rope_dim(self.mla.rope_dim)
         if self.engram is not None and self.engram.missing_id >= self.vocab_size:

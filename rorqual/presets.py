@@ -9,10 +9,10 @@ here is ours.
 
     engram-demo           the authors' demo: memory, width 1024, 30 blocks, 4 streams; seed 0,
                           pad id 2
-    qwen-ple              Qwen3.8-Flash-Next's memory, row for row: raw ids, splitmix64, texts that
-                          end at id 248044, one layer of 320,001,446 rows x 160 (its files pad them
-                          to a multiple of 128), width 2560. Ours: the residual streams, attention
-                          and feed-forward around it
+
+`qwen3.8-flash-next` is the whole text model, with its memory row for row: raw ids, splitmix64,
+texts that end at id 248044, one table of 320,001,536 rows x 160. `qwen4-tiny` has all its
+mechanisms in sizes that are ours; it trains on a laptop.
 """
 
 from dataclasses import replace
@@ -22,6 +22,7 @@ from rorqual.model_config import (
     BalanceConfig,
     CSA2Config,
     CSAConfig,
+    DeltaNetConfig,
     DSAConfig,
     EngramConfig,
     GQAConfig,
@@ -30,6 +31,7 @@ from rorqual.model_config import (
     ModelConfig,
     MoEConfig,
     MTPConfig,
+    QSAConfig,
     RopeConfig,
     RouterConfig,
     YarnConfig,
@@ -316,14 +318,36 @@ DEEPSEEK_V4_1_FLASH = ModelConfig(
     init_std=0.02,
 )
 
-QWEN_PLE = ModelConfig(
+QWEN3_8_FLASH_NEXT = ModelConfig(
     vocab_size=248_320,
     dim=2560,
     layers=48,
-    dense_width=6144,
     mla=None,
-    gqa=GQAConfig(heads=24, kv_heads=2, head_dim=256, qk_norm=True),
-    hyper=HyperConfig(),
+    gqa=GQAConfig(
+        heads=24,
+        kv_heads=2,
+        head_dim=256,
+        qk_norm=True,
+        centred=True,
+        rope_dim=64,
+        output_gate=True,
+    ),
+    qsa=QSAConfig(heads=4, dim=128, block=4, budget=2048),
+    delta=DeltaNetConfig(
+        key_heads=16, value_heads=48, key_dim=128, value_dim=128, gate="sigmoid", full_every=4
+    ),
+    rope=RopeConfig(base=10_000_000.0, interleaved=False),
+    moe=MoEConfig(
+        routed=512,
+        active=10,
+        shared=1,
+        width=640,
+        shared_width=640,
+        shared_gate=True,
+        router=RouterConfig(score="softmax", bias=False),
+        balance=BalanceConfig(bias_rate=0.0, sequence=0.0, expert=0.001),
+    ),
+    hyper=HyperConfig(kind="gated", streams=4, rank=320),
     engram=EngramConfig(
         layers=(1,),
         rows_per_head=(20_000_000, 20_000_000),
@@ -331,11 +355,59 @@ QWEN_PLE = ModelConfig(
         head_dim=160,
         eps=1e-6,
         conv_eps=1e-6,
+        centred=True,
         seed=1234,
         generator="splitmix64",
         canonical=False,
         eos_id=248_044,
+        row_multiple=128,
+        shards=128,
     ),
+    init_std=0.02,
+)
+
+QWEN4_TINY = ModelConfig(
+    vocab_size=4096,
+    dim=64,
+    layers=4,
+    mla=None,
+    gqa=GQAConfig(
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        qk_norm=True,
+        centred=True,
+        rope_dim=8,
+        output_gate=True,
+    ),
+    qsa=QSAConfig(heads=2, dim=16, block=4, budget=64),
+    delta=DeltaNetConfig(key_heads=2, value_heads=4, key_dim=16, value_dim=16, gate="sigmoid"),
+    rope=RopeConfig(interleaved=False),
+    moe=MoEConfig(
+        routed=32,
+        active=2,
+        shared=1,
+        width=32,
+        shared_gate=True,
+        router=RouterConfig(score="softmax", bias=False),
+        balance=BalanceConfig(bias_rate=0.0, sequence=0.0, expert=0.001),
+    ),
+    hyper=HyperConfig(kind="gated", streams=4, rank=16),
+    engram=EngramConfig(
+        layers=(1,),
+        rows_per_head=(4096, 4096),
+        heads=4,
+        head_dim=8,
+        eps=1e-6,
+        conv_eps=1e-6,
+        centred=True,
+        seed=1234,
+        generator="splitmix64",
+        canonical=False,
+        eos_id=0,
+        row_multiple=128,
+    ),
+    init_std=0.05,
 )
 
 DEEPSEEK_V3 = ModelConfig(
@@ -426,9 +498,10 @@ PRESETS: dict[str, ModelConfig] = {
     "engram-40b": ENGRAM_40B,
     "engram-demo": ENGRAM_DEMO,
     "deepseek-v4.1-flash": DEEPSEEK_V4_1_FLASH,
-    "qwen-ple": QWEN_PLE,
     "deepseek-v4-flash": DEEPSEEK_V4_FLASH,
     "deepseek-v4-pro": DEEPSEEK_V4_PRO,
+    "qwen3.8-flash-next": QWEN3_8_FLASH_NEXT,
+    "qwen4-tiny": QWEN4_TINY,
     "deepseek-v3": DEEPSEEK_V3,
     "deepseek-v3.2": DEEPSEEK_V3_2,
     "deepseek-v2": DEEPSEEK_V2,

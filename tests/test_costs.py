@@ -12,10 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rorqual.costs import _attention_products, _engram_products, _hyper_products, costs
+from rorqual.costs import (
+    _attention_products,
+    _delta_products,
+    _engram_products,
+    _hyper_products,
+    costs,
+)
 from rorqual.model import LanguageModel
 from rorqual.model_config import (
     BalanceConfig,
+    DeltaNetConfig,
     DSAConfig,
     EngramConfig,
     GQAConfig,
@@ -26,6 +33,7 @@ from rorqual.model_config import (
     MoEConfig,
     MTPConfig,
     NSAConfig,
+    QSAConfig,
     RouterConfig,
 )
 from rorqual.presets import PRESETS, preset
@@ -127,7 +135,7 @@ def counted(config: ModelConfig) -> Counted:
     drafted = of_mtp - depth * resting + (embedding if depth else 0)
     apart, inside = (
         ("tables.", "mtp.", "embed.", "reduction."),
-        ("_residual.", ".engram.", ".compress_", ".ape"),
+        ("_residual.", ".engram.", ".compress_", ".ape", ".attention.conv"),
     )
     matrices = [
         parameter.numel()
@@ -152,17 +160,32 @@ def agrees(config: ModelConfig, context: int = 4096) -> None:
     result, model = costs(config, context), counted(config)
     assert result[: len(model) - 1] == model[:-1]
     assert result._fields[: len(model) - 1] == model._fields[:-1]
+    deltas = sum(map(config.has_delta, range(config.layers)))
     beside = (
-        config.layers * _attention_products(config, context)
+        (config.layers - deltas) * _attention_products(config, context)
         + _hyper_products(config)
         + _engram_products(config)
     )
+    if config.delta is not None:
+        beside += deltas * _delta_products(config.delta)
     assert result.flops_per_token == 2 * (model.matrices + beside)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_counted_as_its_model(name: str) -> None:
     agrees(preset(name))
+
+
+def drawn_delta(number: Callable[[int, int], int]) -> DeltaNetConfig:
+    key_heads = number(1, 3)
+    return DeltaNetConfig(
+        key_heads=key_heads,
+        value_heads=key_heads * number(1, 3),
+        key_dim=number(1, 5),
+        value_dim=number(1, 5),
+        kernel=number(1, 4),
+        full_every=number(1, 4),
+    )
 
 
 def drawn(draw: Callable[[st.SearchStrategy[Any]], Any]) -> ModelConfig:
@@ -175,7 +198,7 @@ def drawn(draw: Callable[[st.SearchStrategy[Any]], Any]) -> ModelConfig:
         return draw(st.sampled_from([None, value]))
 
     flag, parts, dim, layers = st.booleans(), dict[str, Any](mla=None), number(1, 33), number(1, 5)
-    attention = draw(st.sampled_from(["mla", "dsa", "gqa", "nsa", "moba"]))
+    attention = draw(st.sampled_from(["mla", "dsa", "gqa", "nsa", "moba", "qsa"]))
     if attention in ("mla", "dsa"):
         rope = 2 * number(1, 4)
         parts["mla"] = MLAConfig(
@@ -201,7 +224,15 @@ def drawn(draw: Callable[[st.SearchStrategy[Any]], Any]) -> ModelConfig:
             window=some(number(1, 9)) if plain else None,
             sinks=plain and draw(flag),
             qk_norm=draw(flag),
+            **{"rope_dim": 2, "output_gate": draw(flag), "bias": draw(flag)}
+            if attention in ("gqa", "qsa")
+            else {},
         )
+        if attention == "qsa":
+            block = number(1, 4)
+            parts["qsa"] = QSAConfig(
+                heads=number(1, 3), dim=number(2, 6), block=block, budget=block * number(1, 9)
+            )
         stride = number(1, 3)
         sizes = {"block": stride * number(1, 3), "select_block": stride * number(1, 3)}
         if attention == "nsa":
@@ -212,6 +243,7 @@ def drawn(draw: Callable[[st.SearchStrategy[Any]], Any]) -> ModelConfig:
             parts["moba"] = MoBAConfig(
                 block=number(1, 9), top_k=number(1, 4), full_layers=number(0, 6)
             )
+    parts["delta"] = some(drawn_delta(number))
     if draw(flag):
         groups, shared = number(1, 3), number(0, 2)
         routed = groups * number(2, 4)
@@ -221,6 +253,7 @@ def drawn(draw: Callable[[st.SearchStrategy[Any]], Any]) -> ModelConfig:
             shared=shared,
             width=number(1, 9),
             shared_width=some(number(1, 9)) if shared else None,
+            shared_gate=shared > 0 and draw(flag),
             first_dense=number(0, layers),
             router=RouterConfig(
                 groups=groups, groups_kept=groups, bias=draw(flag), token_id_layers=number(0, 2)
@@ -239,11 +272,12 @@ def drawn(draw: Callable[[st.SearchStrategy[Any]], Any]) -> ModelConfig:
             gating=draw(st.sampled_from(["streams", "shared", "open"])),
         )
     if draw(flag):
-        kind = draw(st.sampled_from(["mhc", "single_pass", "hc"]))
-        mixes = ["sinkhorn"] if kind == "hc" else ["sinkhorn", "identity"]
+        kind = draw(st.sampled_from(["mhc", "single_pass", "hc", "gated"]))
+        mixes = ["sinkhorn"] if kind in ("hc", "gated") else ["sinkhorn", "identity"]
         parts["hyper"] = HyperConfig(
             kind=kind,
             streams=number(1, 5),
+            rank=number(1, 9),
             mix=draw(st.sampled_from(mixes)),
         )
     if draw(flag):
@@ -336,6 +370,31 @@ def test_a_window_limits_what_is_seen_but_not_what_is_kept():
     assert products(replace(PLAIN, gqa=replace(PLAIN.gqa, window=100))) == products(PLAIN)
     far = costs(windowed, 2 * 32768).flops_per_token - costs(windowed, 32768).flops_per_token
     assert far <= 2, "more context costs nothing more"
+
+
+def test_qwen_as_published():
+    """125B parameters and 51B in the table, of which a token activates 6B."""
+    result = costs(preset("qwen3.8-flash-next"), 1 << 20)
+    assert round((result.total - result.memory) / 1e9) == 126
+    assert result.memory == 320_001_536 * 160
+    assert 6e9 < result.activated < 7e9
+    # Twelve blocks cache 2 pairs of 256, an index key of 128 and a quarter of one.
+    token = 12 * 2 * (2 * 2 * 256 + 128 + 32)
+    assert result.cache_bytes_per_token == token
+    state = 36 * (4 * 48 * 128 * 128 + 2 * 3 * 10_240)
+    assert result.cache_bytes == token * (1 << 20) + state
+
+
+def test_delta_net_and_qsa_by_hand():
+    delta = DeltaNetConfig(key_heads=1, value_heads=2, key_dim=3, value_dim=4, layers=(0, 2))
+    config = replace(PLAIN, delta=delta)
+    inner = 8 * (6 + 8 + 2 * 8 + 2 * 2)
+    change = 2 * (inner - 3 * 8 * 8) + 2 * (3 * 2 * 3 * 4 + 14 * 4 - 2 * (4 + 4) * 50)
+    assert products(config) == products(PLAIN) + change
+    qsa = replace(PLAIN, qsa=QSAConfig(heads=2, dim=4, block=4, budget=8))
+    seen = (11 * 11 / 2 + 89 * 11) / 100  # two blocks and up to three keys more
+    scored = 2 * 4 * 100 // 8
+    assert products(qsa) == MATRICES + 3 * (8 * 3 * 4 + int(2 * 8 * seen) + scored)
 
 
 def test_moba_by_hand():

@@ -18,12 +18,15 @@ from rorqual.model import LanguageModel
 from rorqual.model_config import (
     CSA2Config,
     CSAConfig,
+    DeltaNetConfig,
     DSAConfig,
     GQAConfig,
+    HyperConfig,
     MLAConfig,
     MoBAConfig,
     ModelConfig,
     NSAConfig,
+    QSAConfig,
 )
 from rorqual.presets import preset
 
@@ -50,6 +53,13 @@ KINDS = {
             ratios=(2, 2, 1), kv_sources=(0, 2), index_sources=(0, 2), cache_formats="published"
         ),
     },
+    "qsa": {
+        "mla": None,
+        "gqa": GQAConfig(rope_dim=8, output_gate=True, qk_norm=True, centred=True),
+        "qsa": QSAConfig(heads=2, dim=16, block=4, budget=8),
+        "hyper": HyperConfig(kind="gated", rank=8),
+    },
+    "delta": {"mla": None, "gqa": GQAConfig(), "delta": DeltaNetConfig(layers=(0, 1, 2))},
 }
 
 

@@ -26,6 +26,7 @@ from rorqual.data.tokenizer import train
 GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = [
     "deepseek_v3_tiny", "deepseek_v2_lite_tiny", "deepseek_v32_tiny", "deepseek_v4_tiny",
+    "qwen4_exp_tiny",
 ]  # fmt: skip
 SIZES = {
     "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 20,

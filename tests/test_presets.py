@@ -8,6 +8,7 @@ from rorqual import model_config, presets
 from rorqual.config import from_dict, to_dict
 from rorqual.layers.engram import EngramConfig, draw_multipliers, row_totals
 from rorqual.model import ModelConfig
+from rorqual.model_config import head_primes
 from rorqual.presets import PRESETS, preset
 
 
@@ -38,7 +39,7 @@ def memory(name: str) -> EngramConfig:
     ("name", "totals"),
     [
         ("deepseek-v4.1-flash", (384_006_168, 384_016_682)),
-        ("qwen-ple", (320_001_446,)),
+        ("qwen3.8-flash-next", (320_001_536,)),
     ],
 )
 def test_rows_of_the_production_memories(name, totals):
@@ -46,14 +47,15 @@ def test_rows_of_the_production_memories(name, totals):
 
 
 @pytest.mark.engram
-def test_the_memory_of_qwen_ple_is_the_published_one():
+def test_the_memory_of_qwen_is_the_published_one():
     """Compares with what its checkpoint stores.
 
     It stores multipliers, rows (padded to a multiple of 128), and its config's end of text.
     """
-    config, shape = preset("qwen-ple"), memory("qwen-ple")
+    config, shape = preset("qwen3.8-flash-next"), memory("qwen3.8-flash-next")
     (rows,) = row_totals(shape)
-    assert -(-rows // 128) * 128 == 320_001_536
+    assert rows == 320_001_536 and rows % shape.shards == 0
+    assert sum(map(sum, head_primes(shape)[0])) == 320_001_446
     drawn = draw_multipliers(shape, config.vocab_size)
     assert drawn.tolist() == [[23703573157769, 20109073645365, 8052911324071]]
     assert (config.vocab_size, shape.missing_id) == (248_320, 248_044)

@@ -2,6 +2,8 @@
 
     x.weight float8 e4m3, x.weight_scale_inv [R/128, C/128]
         ->   weight * its block's scale             (formats.py has all of these)
+    table.shard_0.weight float8 e4m3, table.weight_scale [1]
+        ->   weight * the scale of the table
     Engram's rows
         ->   a table of ours, or where they are, read by position
 
@@ -48,6 +50,8 @@ from rorqual.tables.thread import BackgroundThread
 
 INTEGERS = ("I64", "I32")  # dtypes of token ids' experts
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")  # dtypes of weights, as safetensors names them
+TABLE_SCALE = ".weight_scale"  # of a table whose shards share one scale
+TEXT_MODEL = "model.language_model."  # prefix of the text model's tensors in a multimodal folder
 # Bytes that are read of a mapped file before it is closed: until then they count as memory.
 WINDOW = 64 << 20
 
@@ -55,7 +59,8 @@ WINDOW = 64 << 20
 class Files:
     """The weight files of a folder: the file, shape and dtype of each tensor.
 
-    ValueError if a file is missing.
+    The text model of a multimodal folder is named as if it were alone. ValueError if a file is
+    missing.
     """
 
     def __init__(self, folder: Path):
@@ -65,9 +70,11 @@ class Files:
         self._read = 0
         for path in self._paths():
             tensors = _handle(path)
-            for name in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                tensor = tensors.get_slice(name)
-                self.where[name] = path
+            for stored in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                tensor, name = tensors.get_slice(stored), stored
+                if stored.startswith(TEXT_MODEL):
+                    name = "model." + stored.removeprefix(TEXT_MODEL)
+                self.where[name], self._stored[name] = path, stored
                 self.shapes[name], self.dtypes[name] = tuple(tensor.get_shape()), tensor.get_dtype()
 
     def _paths(self) -> list[Path]:
@@ -127,8 +134,12 @@ class Files:
         return Source(self.where[name], self._stored.get(name, name), first_row)
 
     def scale_of(self, name: str) -> str | None:
-        """Returns the name of a tensor's scales: that of DeepSeek-V3, or V4's; None without any."""
-        candidates = (f"{name}_scale_inv", f"{name.removesuffix('.weight')}.scale")
+        """Returns the name of a tensor's scales, by V3, V4 or for a table; None without any."""
+        candidates = (
+            f"{name}_scale_inv",
+            f"{name.removesuffix('.weight')}.scale",
+            re.sub(r"\.shard_\d+\.weight$", TABLE_SCALE, name),
+        )
         return next((scale for scale in candidates if scale in self.where and scale != name), None)
 
     def block_of(self, name: str, described: Block | None) -> Block | None:
@@ -212,7 +223,7 @@ def load(
             f"{folder}: config.json: no model has such sizes, "
             f"expected those of the weights: {message}"
         ) from error
-    _check(files, config, family, model.state_dict(), block)
+    _check(files, config, family, _state(model), block)
     if apart and tables is not None:
         model.tables = nn.ModuleList(open_published(files, config, family, tables))
     dtype = dtype or _stored_dtype(files, family)
@@ -226,9 +237,14 @@ def load(
         for name, tensor_place in family.places(config).items()
         if not (apart and tensor_place.name.startswith("tables."))
     }
-    _fill(model.state_dict(), files, (places, family.copies(config)), block)
+    _fill(_state(model), files, (places, family.copies(config)), block)
     _report(folder, files, family)
     return model.eval()
+
+
+def _state(model: LanguageModel) -> dict[str, Tensor]:
+    """Returns the state dict, and the buffers that it leaves out."""
+    return {**dict(model.named_buffers()), **model.state_dict()}
 
 
 def _with_cache_formats(config: ModelConfig, wanted: Literal["none", "published"]) -> ModelConfig:
@@ -409,7 +425,8 @@ def _check(
         shapes[name] = decoded_shape(files.shapes[name], files.dtypes[name])
         if scale in stored:
             expected[scale] = scale_shape(shapes[name], files.block_of(name, block))
-    whole = {scale for scale in scales if block is None}  # one value, in whatever shape
+    # One value, in whatever shape.
+    whole = {scale for scale in scales if block is None or scale.endswith(TABLE_SCALE)}
     floats = {*FLOATS, *(files.dtypes[name] for name in scales.values())}
     problems = {
         "missing": sorted((needed.keys() | scales.keys()) - stored),
@@ -487,8 +504,13 @@ def export(
     if any(folder.glob("*.safetensors")) or (folder / "config.json").exists():
         raise ValueError(f"{folder}: already holds a model, expected a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    state = {**model.state_dict(), "": model.embed.weight.new_empty(0, config.dim)}
-    copies = family.copies(config) if not config.tied else {}
+    state = {**_state(model), "": model.embed.weight.new_empty(0, config.dim)}
+    # Where the head is the embedding, a folder holds it once.
+    copies = {
+        name: tensor_place
+        for name, tensor_place in family.copies(config).items()
+        if not config.tied or tensor_place.name not in ("embed.weight", "head.weight")
+    }
     table = {**family.places(config), **copies, **family.hollow(config)}
     shards = list(_shards(state, table, shard_bytes))
     where: dict[str, str] = {}

@@ -453,7 +453,7 @@ def foreign(config: ModelConfig) -> list[str]:
     """Describes the parts of a model that no DeepSeek or relative of one has."""
     differences = [
         name
-        for name in ("gqa", "csa", "nsa", "moba", "engram", "hyper")
+        for name in ("gqa", "csa", "nsa", "moba", "qsa", "delta", "engram", "hyper")
         if getattr(config, name) is not None
     ]
     if config.mla is None:
@@ -501,6 +501,7 @@ def _foreign_moe(config: ModelConfig) -> list[str]:
         f"group_score {router.group_score}": router.groups > 1
         and router.group_score != ("max" if v2 else "top2"),
         f"shared_width {moe.shared_width}": moe.shared_hidden != moe.shared * moe.width,
+        "shared_gate": moe.shared_gate,
         "MTP with a softmax router": softmax and config.mtp is not None,
         "a width that is no multiple of the heads, with a softmax router": v2
         and config.dim % mla.heads != 0,

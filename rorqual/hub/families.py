@@ -7,7 +7,7 @@ state dict. checkpoints.py does the rest for all of them.
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol, cast, runtime_checkable
 
-from rorqual.hub import deepseek, deepseek_moe, deepseek_v4, deepseek_v41
+from rorqual.hub import deepseek, deepseek_moe, deepseek_v4, deepseek_v41, qwen4_exp
 from rorqual.hub.places import AnyPlace, Place, Sizes
 from rorqual.model_config import ModelConfig
 
@@ -62,6 +62,7 @@ FAMILIES: tuple[Family, ...] = (
     cast(Family, deepseek_moe),
     cast(Family, deepseek_v4),
     cast(Family, deepseek_v41),
+    cast(Family, qwen4_exp),
 )
 MODEL_TYPES = tuple(name for family in FAMILIES for name in family.MODEL_TYPES)
 

@@ -10,17 +10,19 @@ from torch import Tensor
 class Place(NamedTuple):
     """The place of one published tensor in our state dict: state[name][slices].
 
-    Its last two axes are exchanged if `transposed`.
+    Its last two axes are exchanged if `transposed`; with a `shape` it is seen in that one.
     """
 
     name: str
     slices: tuple[int | slice, ...] = ()
     transposed: bool = False
+    shape: tuple[int, ...] | None = None
 
     def of(self, state: Mapping[str, Tensor]) -> Tensor:
         """Returns the part of our state dict, a view, in the published shape."""
         tensor = state[self.name][self.slices] if self.slices else state[self.name]
-        return tensor.mT if self.transposed else tensor
+        tensor = tensor.mT if self.transposed else tensor
+        return tensor if self.shape is None else tensor.view(self.shape)
 
 
 class Joined(NamedTuple):

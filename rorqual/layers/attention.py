@@ -14,7 +14,8 @@ its one rotary key:
 
 GQA (arXiv 2305.13245): `heads` query heads share `kv_heads` key heads, optionally over the last
 `window` keys only (2004.05150), with a learned sink in the softmax's denominator (2309.17453,
-2508.10925), with normed queries and keys.
+2508.10925), with normed queries and keys, of which a part may be rotated, and with an output that
+is multiplied by sigmoid(W_g x), a gate for every value (2505.06708).
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rorqual.layers.attend import attend, attend_shared, by_head
-from rorqual.layers.basics import RMSNorm, softmax_factor
+from rorqual.layers.basics import CentredRMSNorm, RMSNorm, softmax_factor
 from rorqual.layers.cache import Appended, Bundle
 from rorqual.layers.context import Context
 from rorqual.model_config import GQAConfig as GQAConfig
@@ -207,23 +208,26 @@ class MLA(nn.Module):
 
 
 class GQA(nn.Module):
-    """Grouped-query attention; the whole width of every head is rotated.
+    """Grouped-query attention; the first `rope_dim` values of every head are rotated.
 
-    The projections are q_proj, k_proj, v_proj and o_proj. MoBA and NSA are subclasses that select
-    keys.
+    The projections are q_proj, k_proj, v_proj and o_proj. With an output gate q_proj is laid out
+    per head as [query | gate]. MoBA, NSA and QSA are subclasses that select keys.
     """
 
     def __init__(self, config: GQAConfig, dim: int, rope: RopeConfig):
         super().__init__()
         self.config, self.interleaved = config, rope.interleaved
-        self.rope_dim, self.value_dim = config.head_dim, config.value_dim or config.head_dim
+        self.rope_dim, self.value_dim = config.rotated, config.value_dim or config.head_dim
         self.scale = config.head_dim**-0.5 * softmax_factor(rope)
-        self.q_proj = nn.Linear(dim, config.heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(dim, config.kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(dim, config.kv_heads * self.value_dim, bias=False)
-        self.o_proj = nn.Linear(config.heads * self.value_dim, dim, bias=False)
-        self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else None
+        self.gate_dim = self.value_dim if config.output_gate else 0
+        widths = config.head_dim + self.gate_dim
+        self.q_proj = nn.Linear(dim, config.heads * widths, bias=config.bias)
+        self.k_proj = nn.Linear(dim, config.kv_heads * config.head_dim, bias=config.bias)
+        self.v_proj = nn.Linear(dim, config.kv_heads * self.value_dim, bias=config.bias)
+        self.o_proj = nn.Linear(config.heads * self.value_dim, dim, bias=config.bias)
+        norm = CentredRMSNorm if config.centred else RMSNorm
+        self.q_norm = norm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = norm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.sink_bias = nn.Parameter(torch.zeros(config.heads)) if config.sinks else None
 
     def new_cache(
@@ -245,31 +249,51 @@ class GQA(nn.Module):
         With `ctx.last_only` only the last token has an output. GQA has no indexer to train. With a
         cache the new tokens are appended to it.
         """
-        query, key, value = self.project(hidden, ctx)
+        query, key, value, gate = self.project(hidden, ctx)
         if ctx.last_only:
-            query, ctx = ctx.last_of(query), ctx.last()
-        out = self._attend(query, key, value, ctx)
-        return self.o_proj(out.flatten(2)), None
+            query, gate = ctx.last_of(query), None if gate is None else ctx.last_of(gate)
+            ctx = ctx.last()
+        return self.finish(self._attend(query, key, value, ctx), gate), None
+
+    def finish(
+        self, out: Float[Tensor, "B T H Q"], gate: Float[Tensor, "B T H Q"] | None
+    ) -> Float[Tensor, "B T D"]:
+        """Projects the heads' outputs, each multiplied by its gate if there is one."""
+        return self.o_proj((out if gate is None else out * gate.sigmoid()).flatten(2))
 
     def project(
         self, hidden: Float[Tensor, "B T D"], ctx: Context
-    ) -> tuple[Float[Tensor, "B T H P"], Float[Tensor, "B L G P"], Float[Tensor, "B L G Q"]]:
-        """Returns rotated queries of the new tokens, and keys and values of all tokens."""
+    ) -> tuple[
+        Float[Tensor, "B T H P"],
+        Float[Tensor, "B L G P"],
+        Float[Tensor, "B L G Q"],
+        Float[Tensor, "B T H Q"] | None,
+    ]:
+        """Returns rotated queries of the new tokens, keys and values of all tokens, and gates.
+
+        The gates are logits of the new tokens, None without an output gate.
+        """
         c = self.config
         query, key = (
             projection(hidden).unflatten(-1, (heads, -1))
             for projection, heads in ((self.q_proj, c.heads), (self.k_proj, c.kv_heads))
         )
+        gate = None
+        if self.gate_dim:
+            query, gate = query.split([c.head_dim, self.gate_dim], dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        turned = ctx.rotate(torch.cat([query, key], dim=2), self.interleaved)
+        both = torch.cat([query, key], dim=2)
+        turned = ctx.rotate(both[..., : self.rope_dim], self.interleaved)
+        if self.rope_dim < c.head_dim:
+            turned = torch.cat([turned, both[..., self.rope_dim :]], dim=-1)
         query, key = turned[:, :, : c.heads], turned[:, :, c.heads :]
         value = self.v_proj(hidden).unflatten(-1, (c.kv_heads, -1))
         if ctx.cache is not None:
             cache = ctx.cache.attention
             cached = cache.keys.append(key, ctx), cache.values.append(value, ctx)
             key, value = cached if ctx.past else (key, value)
-        return query, key, value
+        return query, key, value, gate
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, ctx: Context) -> Tensor:
         window, time = self.config.window, query.shape[1]

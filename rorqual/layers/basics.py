@@ -6,6 +6,7 @@ rotate(x)      = (a cos - b sin, a sin + b cos) for each pair (a, b)
                  rotary positions, arXiv:2104.09864
 YaRN           = rotary frequencies stretched where they are slow   arXiv:2309.00071
                  (and linear, dynamic, llama3 and longrope, see rope_frequencies)
+convolve       = a causal depthwise convolution over time
 chunked_cross_entropy = cross-entropy of hidden @ weight.T, never holding all logits
 """
 
@@ -86,6 +87,28 @@ def gated(gate: Tensor, up: Tensor, limit: float | None = None) -> Tensor:
     return F.silu(gate) * up
 
 
+class CentredRMSNorm(nn.Module):
+    """Root-mean-square norm whose weight is stored less one, so that it starts at zero.
+
+    It computes x / sqrt(mean(x^2) + eps) * (1 + weight) in float32 over groups of `group` values of
+    the last axis (all of them by default), and returns it in the dtype of x.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6, group: int | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim))
+        self.eps, self.group = eps, dim if group is None else group
+
+    def reset_parameters(self) -> None:
+        """Resets the weight to zero."""
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        groups = _wide(x).unflatten(-1, (-1, self.group))
+        normed = F.rms_norm(groups, (self.group,), None, self.eps).flatten(-2)
+        return (normed * (1.0 + _wide(self.weight))).to(x.dtype)
+
+
 class SwiGLU(nn.Module):
     """Computes W_down (silu(W_gate x) * W_up x), without biases: from dim over width to dim.
 
@@ -101,6 +124,29 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.limit))
+
+
+def convolve(
+    window: Float[Tensor, "B W S D"],
+    weight: Float[Tensor, "S D taps"],
+    document_ids: Int[Tensor, "B W"] | None,
+    halo: int,
+) -> Float[Tensor, "B T S D"]:
+    """Applies a causal depthwise convolution over the T = W - halo last tokens.
+
+    weight[..., taps-1-j] multiplies the value j dilations before. halo is (taps - 1) dilations, the
+    number of tokens before the first one. A value of another document counts as 0.
+    """
+    time, taps = window.shape[1] - halo, weight.shape[-1]
+    out = window[:, halo:] * weight[..., -1]
+    for j in range(1, taps):
+        start = halo - j * (halo // (taps - 1))
+        tap = window[:, start : start + time]
+        if document_ids is not None:
+            other = document_ids[:, start : start + time] != document_ids[:, halo:]
+            tap = tap.masked_fill(other[..., None, None], 0.0)
+        out = out + tap * weight[..., taps - 1 - j]
+    return out
 
 
 def _mscale(factor: float, weight: float) -> float:

@@ -8,6 +8,9 @@ padding in front. Columns from a sequence's length on hold nothing that is ever 
     Appended   all tokens                       keys, values, latents, token ids
     Recent     the last few tokens              values that a convolution looks back at
     Blocks     one value per complete block     layers/sparse.py
+    Recurrent  a state that all tokens change   layers/delta_net.py
+
+Containers that forget tokens have a `slack`, how many of the last tokens a crop may remove.
 
 Nothing here carries gradients: a cache is for inference. What an `append` or `extend` returns is
 valid until the next call of the same container.
@@ -400,7 +403,7 @@ class Cache:
         past = self.past
         counts = [k] * past.batch if isinstance(k, int) else list(k)
         slack = min(
-            (state.slack for state in self.states() if isinstance(state, Recent)), default=None
+            (state.slack for state in self.states() if hasattr(state, "slack")), default=None
         )
         for length, longest, count in zip(past.lengths, past.longest, counts, strict=True):
             far = longest - (length - count)
@@ -423,7 +426,7 @@ class Cache:
     def reserve_slack(self, k: int) -> None:
         """Lets `crop` go back k tokens; the default is 64. The cache must be empty.
 
-        It costs the memory of k tokens of Engram's values.
+        It costs the memory of k tokens of Engram's values, and of 2 k of what delta net reads.
         """
         if k < 0:
             raise ValueError(f"reserve_slack: got {k}, expected at least 0 tokens")
@@ -433,8 +436,9 @@ class Cache:
                 "reset it first"
             )
         for state in [*self.states(), *self._draft_states()]:
-            if isinstance(state, Recent):
-                state.slack, state.buffer = k, None
+            if hasattr(state, "slack"):
+                state.slack = k
+                state.clear()
 
     def crop_drafts(self, counts: Sequence[int]) -> None:
         """Removes the last tokens of every MTP depth, because their input was itself a draft."""

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from rorqual.kernels import kernel
@@ -24,6 +24,7 @@ from rorqual.layers.addresses import (
     find_primes,
     hash_rows,
 )
+from rorqual.layers.basics import convolve
 from rorqual.layers.cache import Recent
 from rorqual.layers.context import Context
 from rorqual.model_config import EngramConfig, row_totals
@@ -55,9 +56,10 @@ class Gate(nn.Module):
     def __init__(self, config: EngramConfig, dim: int, streams: int) -> None:
         super().__init__()
         self.gating, self.sign, self.eps = config.gating, config.sign, config.eps
+        self.offset = float(config.centred)
         if gates := config.gates(streams):
-            self.key_norm = nn.Parameter(torch.ones(gates, dim))
-            self.query_norm = nn.Parameter(torch.ones(gates, dim))
+            self.key_norm = nn.Parameter(torch.full((gates, dim), 1.0 - self.offset))
+            self.query_norm = nn.Parameter(torch.full((gates, dim), 1.0 - self.offset))
 
     def forward(
         self, hidden: Float[Tensor, "B T S D"], key: Float[Tensor, "B T G D"] | None
@@ -68,8 +70,16 @@ class Gate(nn.Module):
             return torch.ones(shape, dtype=torch.float32, device=hidden.device)
         if self.gating == "shared":
             hidden = hidden.float().mean(2, keepdim=True)
-        query = _norm(hidden, self.query_norm, self.eps)
-        return gate(query, _norm(key, self.key_norm, self.eps), self.sign).expand(shape)
+        query_norm, key_norm = (
+            norm_weight(x, self.offset) for x in (self.query_norm, self.key_norm)
+        )
+        query = _norm(hidden, query_norm, self.eps)
+        return gate(query, _norm(key, key_norm, self.eps), self.sign).expand(shape)
+
+
+def norm_weight(stored: Tensor, offset: float) -> Tensor:
+    """Returns the weight that a norm multiplies with: what is stored, or one more, in float32."""
+    return stored.float() + offset if offset else stored
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -131,29 +141,6 @@ def fuse(
     return weigh(gates, value, conv_norm, lookup_mask, conv_eps)
 
 
-def convolve(
-    window: Float[Tensor, "B W S D"],
-    weight: Float[Tensor, "S D taps"],
-    document_ids: Int[Tensor, "B W"] | None,
-    halo: int,
-) -> Float[Tensor, "B T S D"]:
-    """Applies a causal depthwise convolution over the T = W - halo last tokens.
-
-    weight[..., taps-1-j] multiplies the value j dilations before. halo is (taps - 1) dilations, the
-    number of tokens before the first one. A value of another document counts as 0.
-    """
-    time, taps = window.shape[1] - halo, weight.shape[-1]
-    out = window[:, halo:] * weight[..., -1]
-    for j in range(1, taps):
-        start = halo - j * (halo // (taps - 1))
-        tap = window[:, start : start + time]
-        if document_ids is not None:
-            other = document_ids[:, start : start + time] != document_ids[:, halo:]
-            tap = tap.masked_fill(other[..., None, None], 0.0)
-        out = out + tap * weight[..., taps - 1 - j]
-    return out
-
-
 def _hooked(module: nn.Module) -> bool:
     """Whether the module has hooks, its own or global ones."""
     hooked = (
@@ -182,20 +169,21 @@ class Engram(nn.Module):
         self.value_proj = nn.Linear(config.memory_width, dim, bias=config.bias)
         self.gate = Gate(config, dim, streams)
         if config.conv:
-            self.conv_norm = nn.Parameter(torch.ones(streams, dim))
+            self.conv_norm = nn.Parameter(torch.full((streams, dim), 1.0 - config.centred))
             self.conv = nn.Parameter(torch.zeros(streams, dim, config.kernel))
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None, std: float = 0.02) -> None:
         """Resets the parameters so that at first out = v.
 
-        Projections are normal with deviation `std`, biases 0, norm weights 1, the convolution 0.
+        Projections are normal with deviation `std`, biases 0, norms multiply by 1, the convolution
+        is 0.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("proj.weight"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
             else:
-                parameter.fill_(float(name.endswith("norm")))
+                parameter.fill_(float(name.endswith("norm") and not self.config.centred))
 
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
@@ -241,10 +229,12 @@ class Engram(nn.Module):
 
         They are one fused operation if every stream has its own gate and the gate has no hooks.
         """
-        config, conv_norm = self.config, self.conv_norm if self.config.conv else None
+        config, offset = self.config, self.gate.offset
+        conv_norm = norm_weight(self.conv_norm, offset) if config.conv else None
         if key is None or config.gating != "streams" or _hooked(self.gate):
             return weigh(self.gate(hidden, key), value, conv_norm, lookup_mask, config.conv_eps)
-        norms = (self.gate.query_norm, self.gate.key_norm, conv_norm)
+        gate_norms = (self.gate.query_norm, self.gate.key_norm)
+        norms = (*(norm_weight(x, offset) for x in gate_norms), conv_norm)
         constants = (config.sign, config.eps, config.conv_eps)
         return fuse(hidden, key, value, *norms, lookup_mask, *constants)
 

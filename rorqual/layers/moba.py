@@ -101,6 +101,7 @@ class MoBA(GQA):
         `left` counts the layers from this one to the model's last, itself included.
         """
         gqa.check_sparse()
+        gqa.check_plain()
         super().__init__(gqa, dim, rope)
         self.moba, self.always = config, left is not None and left <= config.full_layers
         self.full = self.always
@@ -121,7 +122,7 @@ class MoBA(GQA):
 
         With `ctx.last_only` only the last token of each sequence has an output.
         """
-        query, key, value = self.project(hidden, ctx)
+        query, key, value, _ = self.project(hidden, ctx)
         # A single new token after a cache; the last token of a prompt does not count as one.
         single = ctx.past > 0 and query.shape[1] == 1
         full = self.full or (single and self.moba.decode == "full")

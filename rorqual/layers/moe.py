@@ -1,6 +1,7 @@
 """Mixture of experts: the shared experts and the few routed experts of each token.
 
     y = shared(u) + sum over the K chosen of weight_i * expert_i(u)      norm(y) with norm_eps
+    y = sigmoid(<w, u>) shared(u) + ...          with shared_gate, as Qwen trains it
 
 Tokens are copied to K slots, slots are sorted by expert so that all experts are one grouped
 product, and the results are summed for each token. DeepSeekMoE, arXiv:2401.06066.
@@ -136,6 +137,7 @@ class MoE(nn.Module):
         limit = config.swiglu_limit
         self.experts = Experts(config.routed, dim, config.width, limit)
         self.shared = SwiGLU(dim, config.shared_hidden, limit) if config.shared else None
+        self.shared_gate = nn.Linear(dim, 1, bias=False) if config.shared_gate else None
         self.norm = RMSNorm(dim, config.norm_eps) if config.norm_eps is not None else None
         self.exchange: Exchange | None = None
 
@@ -164,7 +166,11 @@ class MoE(nn.Module):
                 run(_Scatter.apply(rows, slots), slots.counts, self.experts), weights, slots
             )
         out = out.to(hidden.dtype).view_as(hidden)
-        out = out if self.shared is None else out + self.shared(hidden)
+        if self.shared is not None:
+            shared = self.shared(hidden)
+            if self.shared_gate is not None:
+                shared = shared * self.shared_gate(hidden).sigmoid()
+            out = out + shared
         return (out if self.norm is None else self.norm(out)), routing
 
     def _few(self, routing: Routing) -> bool:

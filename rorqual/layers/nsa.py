@@ -112,6 +112,7 @@ class NSA(GQA):
 
     def __init__(self, config: NSAConfig, gqa: GQAConfig, dim: int, rope: RopeConfig):
         gqa.check_sparse()
+        gqa.check_plain()
         super().__init__(gqa, dim, rope)
         self.nsa, self.tiles = config, config.choice == "tile"
         width = gqa.kv_heads * (gqa.head_dim + self.value_dim)
@@ -144,7 +145,7 @@ class NSA(GQA):
         With `ctx.last_only` only the last token of each sequence has an output.
         """
         whole, scale = ctx, self.scale
-        query, key, value = self.project(hidden, ctx)
+        query, key, value, _ = self.project(hidden, ctx)
         uncompressed, window_pair = self._project_branches(hidden, ctx)
         blocks = self._compress(*uncompressed, ctx)
         # With tiles the first query of a tile selects, even if only the last one is needed.

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rorqual.kernels import kernel
@@ -124,6 +124,45 @@ class Blocks:
         buffer = self.values.reserve(new.new_empty(len(keys), 0, *new.shape[1:]), total)
         # The dtype may differ from that of the first call, if autocast was switched since.
         buffer[rows, blocks] = new.to(buffer.dtype)
+        return buffer[:, :total]
+
+    def missing(self, ctx: Context) -> tuple[Int[Tensor, "#B N"], Bool[Tensor, "B N"] | None]:
+        """Returns the blocks that the new tokens complete, and which are real (None: all are).
+
+        Where sequences have different lengths some complete fewer than others.
+        """
+        device = ctx.positions.device
+        if ctx.starts is None and ctx.lengths is None:
+            first, stop = self.count(ctx.past), self.count(ctx.key_count)
+            return torch.arange(first, stop, device=device)[None], None
+        time = ctx.positions.shape[1]
+        starts = ctx.columns[:, 0]
+        ends = starts + (time if ctx.lengths is None else ctx.lengths)
+        begun, done = (
+            ((tokens - self.block) // self.stride + 1).clamp_min(0) for tokens in (starts, ends)
+        )
+        numbers = begun[:, None] + torch.arange(time // self.stride + 1, device=device)
+        return numbers, numbers < done[:, None]
+
+    def put(
+        self,
+        new: Float[Tensor, "B N ..."],
+        numbers: Int[Tensor, "#B N"],
+        real: Bool[Tensor, "B N"] | None,
+        ctx: Context,
+    ) -> Float[Tensor, "B M ..."]:
+        """Stores the values of the blocks that are `missing` and returns those of all blocks.
+
+        What follows the last complete block of a shorter sequence means nothing.
+        """
+        total, new = self.count(ctx.key_count), new.detach()
+        buffer = self.values.reserve(new[:, :0], total)
+        if real is None:
+            buffer[:, total - new.shape[1] : total] = new
+        else:
+            rows, places = real.nonzero(as_tuple=True)
+            # The dtype may differ from that of the first call, if autocast was switched since.
+            buffer[rows, numbers[rows, places]] = new[rows, places].to(buffer.dtype)
         return buffer[:, :total]
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:

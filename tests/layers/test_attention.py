@@ -290,7 +290,7 @@ def test_gqa_equals_one_query_at_a_time(name):
     layer = build(name).double()
     c, hidden = layer.config, torch.randn(1, 11, 24, dtype=torch.float64, requires_grad=True)
     where = context(1, 11, "cpu", rope=(RopeConfig(base=50.0, yarn=YARN), c.head_dim))
-    query, key, value = layer.project(hidden, where)
+    query, key, value, _ = layer.project(hidden, where)
     gap = torch.arange(11)[:, None] - torch.arange(11)
     visible = (gap >= 0) & (gap < (c.window or 99))
     expected = layer.o_proj(

@@ -19,14 +19,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rorqual import kernels
-from rorqual.layers import sparse, tiles
+from rorqual.layers import delta_net, sparse, tiles
 from rorqual.layers.attention import GQAConfig, MLAConfig
 from rorqual.layers.basics import RopeConfig, YarnConfig
 from rorqual.layers.csa import CSAConfig
 from rorqual.layers.csa2 import CSA2Config
+from rorqual.layers.delta_net import DeltaNetConfig
 from rorqual.layers.dsa import DSAConfig
 from rorqual.layers.moba import MoBAConfig
 from rorqual.layers.nsa import NSAConfig
+from rorqual.layers.qsa import QSAConfig
 from rorqual.model import LanguageModel, ModelConfig
 
 VOCAB_SIZE = 40
@@ -66,6 +68,11 @@ CSA2 = CSA2Config(
     candidate_block=2,
     candidate_blocks=3,
 )
+GATED = GQAConfig(
+    heads=4, kv_heads=2, head_dim=8, value_dim=6, qk_norm=True, centred=True, rope_dim=4,
+    output_gate=True,
+)  # fmt: skip
+DELTA = DeltaNetConfig(key_heads=2, value_heads=4, key_dim=6, value_dim=5, kernel=3, layers=(0,))
 KINDS = {
     "mla": {"mla": SMALL_LATENT},
     "mla-large": {"mla": LARGE_LATENT},
@@ -119,6 +126,17 @@ KINDS = {
         "dsa": dataclasses.replace(DSA, heads=24, ties="topk", shared=(1,)),
         "layers": 2,
     },
+    "gqa-gated": {"gqa": GATED},
+    "qsa": {"gqa": GATED, "qsa": QSAConfig(heads=3, dim=8, block=4, budget=12)},
+    "qsa-odd": {
+        "gqa": dataclasses.replace(GATED, kv_heads=1, rope_dim=None, centred=False, bias=True),
+        "qsa": QSAConfig(heads=1, dim=10, block=3, budget=9),
+    },
+    "delta": {"gqa": GQA, "delta": DELTA},
+    "delta-chunks": {
+        "gqa": GQA,
+        "delta": dataclasses.replace(DELTA, key_heads=1, value_heads=3, kernel=1, gate="sigmoid"),
+    },
 }
 # How a model computes: its dtype, and RORQUAL_KERNELS. Every kernel computes in float32.
 MODES = {
@@ -126,7 +144,9 @@ MODES = {
     "kernels": (torch.float32, ""),
     "reference": (torch.float32, "reference"),
 }
-SPARSE = [kind for kind, parts in KINDS.items() if not {"nsa", "moba", "dsa"}.isdisjoint(parts)]
+SPARSE = [
+    kind for kind, parts in KINDS.items() if not {"nsa", "moba", "dsa", "qsa"}.isdisjoint(parts)
+]
 
 pytestmark = [pytest.mark.nsa, pytest.mark.dsa]
 every_kind = pytest.mark.parametrize(
@@ -143,9 +163,10 @@ every_kind = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes tiles small, so that a few tokens fill several."""
+    """Makes tiles and chunks small, so that a few tokens fill several."""
     for module in (sparse, tiles):
         monkeypatch.setattr(module, "TILE", TILE)
+    monkeypatch.setattr(delta_net, "CHUNK", 8)
 
 
 @pytest.fixture

@@ -1,0 +1,112 @@
+"""Makes random small models of transformers' Qwen4-Exp, the text model, to compare ours with.
+
+transformers prefers the kernels of flash-linear-attention where that is installed. They need a GPU,
+so that its own functions in torch are used here, which are what the kernels are tested with.
+"""
+
+import inspect
+import random
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Qwen4ExpTextConfig
+from transformers.models.qwen4_exp import modeling_qwen4_exp as modeling
+
+for _name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+    setattr(modeling, _name, inspect.unwrap(getattr(modeling, _name)))
+
+
+def oracle_config(seed: int) -> Qwen4ExpTextConfig:
+    """Draws a configuration: every field that changes what the text model computes."""
+    draw = random.Random(seed)
+    layers = draw.randint(1, 5)
+    kinds = draw.choice([["linear_attention", "indexed_attention"], ["linear_attention"]])
+    layer_types: list[str] | None = [draw.choice(kinds) for _ in range(layers)]
+    if draw.random() < 0.3:
+        layer_types = None
+    linear = [
+        index + 1
+        for index in range(layers)
+        if (layer_types[index] == "linear_attention" if layer_types else (index + 1) % 4)
+    ]
+    key_heads, kv_heads = draw.choice([1, 2, 3]), draw.choice([1, 2])
+    head_dim = draw.choice([4, 8, 12, 16])
+    factor = draw.choice([1.0, 1.0, 0.5, 0.25] if head_dim % 8 == 0 else [1.0, 0.5])
+    rotated = int(head_dim * factor)
+    heads_per_ngram, ngram_size = draw.randint(1, 3), draw.randint(2, 4)
+    block = draw.randint(1, 5)
+    hidden = draw.choice([12, 20, 32])
+    vocab_size = draw.randint(20, 90)
+    experts = draw.randint(1, 9)
+    fields: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "layer_types": layer_types,
+        "num_attention_heads": kv_heads * draw.randint(1, 3),
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "attention_bias": draw.random() < 0.3,
+        "rms_norm_eps": draw.choice([1e-6, 1e-5, 1e-3]),
+        "tie_word_embeddings": draw.random() < 0.3,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": draw.choice([100.0, 10_000.0]),
+            "partial_rotary_factor": factor,
+        },
+        "linear_conv_kernel_dim": draw.randint(2, 5),
+        "linear_key_head_dim": draw.choice([6, 16]),
+        "linear_value_head_dim": draw.choice([4, 7]),
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": key_heads * draw.randint(1, 3),
+        "output_gate_type": draw.choice([None, "silu", "sigmoid"]),
+        "num_experts": experts,
+        "num_experts_per_tok": draw.randint(1, experts),
+        "moe_intermediate_size": draw.choice([8, 16]),
+        "shared_expert_intermediate_size": draw.choice([8, 20]),
+        "norm_topk_prob": draw.random() < 0.7,
+        "hc_count": draw.randint(2, 4),
+        "hc_lowrank": draw.choice([3, 10]),
+        "ple_layer_ids": draw.sample(linear, min(len(linear), draw.choice([0, 1, 1, 2]))),
+        "ple_embed_dim": (ngram_size - 1) * heads_per_ngram * draw.randint(1, 6),
+        "ple_conv_kernel_size": draw.randint(2, 4),
+        "ngram_size": ngram_size,
+        "heads_per_ngram": heads_per_ngram,
+        "ngram_vocab_size_base": draw.choice([2, 30, 200]),
+        "make_ngram_vocab_size_divisible_by": draw.choice([1, 7, 128]),
+        "seed": draw.randint(0, 10_000),
+        "split_ngram_parts": draw.choice([1, 3, 16]),
+        "indexer_n_heads": draw.randint(1, 3),
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": rotated + draw.choice([0, 4]),
+        "indexer_budget": block * draw.randint(1, 4),
+        "indexer_compress_ratio": block,
+        "eos_token_id": draw.choice([0, 3, [5, 2]]),
+        "pad_token_id": draw.choice([None, 1]),
+    }
+    return Qwen4ExpTextConfig(**fields)
+
+
+def build(config: Qwen4ExpTextConfig) -> modeling.Qwen4ExpForCausalLM:
+    """Returns a new model of the configuration."""
+    return modeling.Qwen4ExpForCausalLM._from_config(config, attn_implementation="eager")
+
+
+def stir(model: nn.Module, seed: int) -> None:
+    """Draws every parameter, so that each has an effect and logits are apart.
+
+    Larger weights would make gradients that are sums of large terms, and of few correct digits.
+    """
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.normal_(1.0, 0.1)
+            elif parameter.dim() == 1 or "embed" in name:
+                parameter.normal_(0.0, 0.3)
+            else:
+                parameter.normal_(0.0, 0.5 * parameter.shape[-1] ** -0.5)
+
+
+FAMILIES = {"qwen4_exp": oracle_config}
