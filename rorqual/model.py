@@ -224,10 +224,13 @@ class LanguageModel(nn.Module):
         never see each other; lengths [B] is the number of valid tokens of each row, which padding
         follows.
         """
-        ctx = self._context(ids, cache, document_ids, lengths, indexer_warmup)
-        if self.addresses is not None:
-            ctx = replace(ctx, lookup_mask=self.addresses.lookup_mask(ids, ctx))
-        pending = self._prefetch(ids, ctx, cache.ids if cache is not None else None)
+        ctx, pending = self.prepare(
+            ids,
+            cache,
+            document_ids=document_ids,
+            lengths=lengths,
+            indexer_warmup=indexer_warmup,
+        )
         x = expand(self.embed(ids), self.config.hyper)  # [B, T, S, D]
         auxes = []
         for index, block in enumerate(self.blocks):
@@ -240,6 +243,24 @@ class LanguageModel(nn.Module):
             )
             auxes.append(aux)
         return self.reduce_streams(x), auxes
+
+    def prepare(
+        self,
+        ids: Int[Tensor, "B T"],
+        cache: Cache | None = None,
+        *,
+        document_ids=None,
+        lengths=None,
+        indexer_warmup=None,
+    ) -> tuple[Context, dict[int, object]]:
+        """Returns the context of a call, and the rows prefetched for each block with Engram.
+
+        The new tokens are counted in the cache.
+        """
+        ctx = self._context(ids, cache, document_ids, lengths, indexer_warmup)
+        if self.addresses is not None:
+            ctx = replace(ctx, lookup_mask=self.addresses.lookup_mask(ids, ctx))
+        return ctx, self._prefetch(ids, ctx, cache.ids if cache is not None else None)
 
     def reduce_streams(self, x: Streams) -> Float[Tensor, "B T D"]:
         """Reduces the residual streams of the last block to one hidden state."""
