@@ -250,12 +250,13 @@ class LanguageModel(nn.Module):
         """
         if cache is not None and cache.length and self._cache_is_outdated(cache, ids, lengths):
             return self._hidden_again(ids, document_ids, lengths, cache, last)
-        ctx = self._context(ids, cache, document_ids, lengths, indexer_warmup)
-        if self.addresses is None and cache is not None and cache.ids is not None:
-            cache.ids.append(ids, ctx)
-        if self.addresses is not None:
-            ctx = replace(ctx, lookup_mask=self.addresses.lookup_mask(ids, ctx))
-        pending = self._prefetch(ids, ctx, cache.ids if cache is not None else None)
+        ctx, pending = self.prepare(
+            ids,
+            cache,
+            document_ids=document_ids,
+            lengths=lengths,
+            indexer_warmup=indexer_warmup,
+        )
         x = expand(self.embed(ids), self.config.hyper)  # [B, T, S, D]
         auxes: list[Aux] = []
         for index, block in enumerate(self.blocks):
@@ -266,6 +267,26 @@ class LanguageModel(nn.Module):
                 ctx = replace(ctx, shared=aux.shared)
             auxes.append(aux._replace(shared=None))
         return self.reduce_streams(x), auxes
+
+    def prepare(
+        self,
+        ids: Int[Tensor, "B T"],
+        cache: Cache | None = None,
+        *,
+        document_ids=None,
+        lengths=None,
+        indexer_warmup=None,
+    ) -> tuple[Context, dict[int, object]]:
+        """Returns the context of a call, and the rows prefetched for each block with Engram.
+
+        The new tokens are counted in the cache.
+        """
+        ctx = self._context(ids, cache, document_ids, lengths, indexer_warmup)
+        if self.addresses is None and cache is not None and cache.ids is not None:
+            cache.ids.append(ids, ctx)
+        if self.addresses is not None:
+            ctx = replace(ctx, lookup_mask=self.addresses.lookup_mask(ids, ctx))
+        return ctx, self._prefetch(ids, ctx, cache.ids if cache is not None else None)
 
     def _cache_is_outdated(self, cache: Cache, ids: Tensor, lengths) -> bool:
         """Whether the new tokens change what an uncached call computes for the cached ones.
