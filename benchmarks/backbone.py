@@ -5,8 +5,9 @@
     python benchmarks/backbone.py --only decode_512 train_float32 --json
 
 It measures prefill, decoding and training. Our model is exported to a folder that transformers
-loads with its default experts and attention; logits are checked to agree to 1e-4 of their largest. Every figure is our tokens per second over transformers' tokens per
-second, the median over interleaved rounds:
+loads with its default experts and attention; logits are checked to agree to 1e-4 of their largest.
+Every figure is our tokens per second over transformers' tokens per second, the median over
+interleaved rounds:
 
     prefill_N   a prompt of N tokens into each library's own cache, logits of the last position
     decode_N    greedy, one prompt of N tokens, each library's own loop and cache;
@@ -165,7 +166,12 @@ def prefill(
 
     @torch.inference_mode()
     def peer() -> Tensor:
-        return theirs(ids, past_key_values=DynamicCache(config=theirs.config), use_cache=True, logits_to_keep=1).logits
+        return theirs(
+            ids,
+            past_key_values=DynamicCache(config=theirs.config),
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
 
     torch.testing.assert_close(one_forward(), peer(), rtol=1e-3, atol=1e-4)
     return (lambda: timed(one_forward)), {"transformers": lambda: timed(peer)}

@@ -399,8 +399,8 @@ def _csa2_products(csa2: CSA2Config, csa: CSAConfig, index: int, context: int) -
 
 def _entries_seen(context: int, ratio: int, limit: int | None = None) -> int:
     """Counts the pairs of a token and an entry that it sees, or the `limit` best of these."""
-    most = context // ratio if limit is None else min(limit, context // ratio)
-    return ratio * most * (most - 1) // 2 + most * (context - most * ratio + 1)
+    count = context // ratio if limit is None else min(limit, context // ratio)
+    return ratio * count * (count - 1) // 2 + count * (context - count * ratio + 1)
 
 
 def _nsa_products(nsa: NSAConfig, gqa: GQAConfig, context: int) -> int:

@@ -230,9 +230,9 @@ class LanguageModel(nn.Module):
 
         With `last` it is of the last position alone, T2 = 1; the other positions of a prompt skip
         the end of the last block. If `indexer_warmup` is given, the indexers of DSA and CSA are
-        trained; while it is True every key is attended to. document_ids [B, T] numbers packed documents, which
-        never see each other; lengths [B] is the number of valid tokens of each row, which padding
-        follows.
+        trained; while it is True every key is attended to. document_ids [B, T] numbers packed
+        documents, which never see each other; lengths [B] is the number of valid tokens of each
+        row, which padding follows.
         """
         ctx = self._context(ids, cache, document_ids, lengths, indexer_warmup)
         if self.addresses is not None:

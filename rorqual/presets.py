@@ -77,6 +77,24 @@ _COMPRESS_ROPE = RopeConfig(
     yarn=YarnConfig(factor=16.0, original_length=65_536, mscale=0.0, mscale_all_dim=0.0),
 )
 
+_CSA = CSAConfig(
+    heads=64,
+    head_dim=512,
+    rope_dim=64,
+    q_lora_rank=1024,
+    groups=8,
+    o_lora_rank=1024,
+    window=128,
+    kinds=("window", "window", *("csa", "hca") * 20, "csa"),
+    ratio=4,
+    heavy_ratio=128,
+    index_heads=64,
+    index_dim=128,
+    top_k=512,
+    compress_rope=_COMPRESS_ROPE,
+)
+_MOE_V4 = MoEConfig(routed=256, active=6, shared=1, width=2048, swiglu_limit=10.0, router=_V4)
+
 TINY = ModelConfig(
     vocab_size=4096,
     dim=64,
@@ -329,29 +347,14 @@ DEEPSEEK_V3 = ModelConfig(
     mtp=MTPConfig(depth=1),
 )
 
-# Multi-token prediction is left out: its block has residual streams, as those of MTPConfig have not.
+# Multi-token prediction is left out: its block has residual streams, which MTPConfig's have not.
 DEEPSEEK_V4_FLASH = ModelConfig(
     vocab_size=129_280,
     dim=4096,
     layers=43,
     mla=None,
-    csa=CSAConfig(
-        heads=64,
-        head_dim=512,
-        rope_dim=64,
-        q_lora_rank=1024,
-        groups=8,
-        o_lora_rank=1024,
-        window=128,
-        kinds=("window", "window", *("csa", "hca") * 20, "csa"),
-        ratio=4,
-        heavy_ratio=128,
-        index_heads=64,
-        index_dim=128,
-        top_k=512,
-        compress_rope=_COMPRESS_ROPE,
-    ),
-    moe=MoEConfig(routed=256, active=6, shared=1, width=2048, swiglu_limit=10.0, router=_V4),
+    csa=_CSA,
+    moe=_MOE_V4,
     hyper=HyperConfig(),
     init_std=0.02,
 )
@@ -361,14 +364,14 @@ DEEPSEEK_V4_PRO = replace(
     dim=7168,
     layers=61,
     csa=replace(
-        DEEPSEEK_V4_FLASH.csa,
+        _CSA,
         heads=128,
         q_lora_rank=1536,
         groups=16,
         top_k=1024,
         kinds=("hca", "hca", *("csa", "hca") * 29, "csa"),
     ),
-    moe=replace(DEEPSEEK_V4_FLASH.moe, routed=384, width=3072, router=replace(_V4, scale=2.5)),
+    moe=replace(_MOE_V4, routed=384, width=3072, router=replace(_V4, scale=2.5)),
 )
 
 DEEPSEEK_V2 = ModelConfig(

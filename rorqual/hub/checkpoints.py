@@ -113,7 +113,8 @@ class Files:
         """Calls every tensor by what `canonical` makes of its name in the files."""
         names = {canonical(name): name for name in self.where}
         self._stored = {name: stored for name, stored in names.items() if name != stored}
-        for table in (self.where, self.shapes, self.dtypes):
+        tables: tuple[dict[str, Any], ...] = self.where, self.shapes, self.dtypes
+        for table in tables:
             values = {name: table[stored] for name, stored in names.items()}
             table.clear()
             table.update(values)

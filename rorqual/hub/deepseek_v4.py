@@ -201,7 +201,7 @@ def _hash_layers(d: Mapping[str, Any], layers: int) -> int:
     """Reads how many first blocks select experts by token id."""
     listed = d.get("mlp_layer_types")
     if listed is None:
-        return min(layers, _whole({"num_hash_layers": 3} | d, "num_hash_layers"))
+        return min(layers, _whole({"num_hash_layers": 3, **d}, "num_hash_layers"))
     count = next((i for i, kind in enumerate(listed) if kind != "hash_moe"), len(listed))
     if len(listed) < layers or listed[count:layers] != ["moe"] * (layers - count):
         raise ValueError(
@@ -374,8 +374,8 @@ def foreign(config: ModelConfig) -> list[str]:
         if getattr(config, name) is not None
     ]
     csa, moe, hyper = config.csa, config.moe, config.hyper
-    for name, part in (("csa", csa), ("moe", moe), ("hyper", hyper)):
-        if part is None:
+    for name, value in (("csa", csa), ("moe", moe), ("hyper", hyper)):
+        if value is None:
             differences.append(f"a model without {name}")
     if csa is None or moe is None or hyper is None:
         return differences
@@ -417,8 +417,8 @@ def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str,
     }
     for site, our_site in (("attn", "attention"), ("ffn", "ffn")):
         for name in ("fn", "base", "scale"):
-            place = Place(f"{ours}.{our_site}_residual.mixer.{name}")
-            table[f"{theirs}.hc_{site}_{name}"] = place
+            tensor_place = Place(f"{ours}.{our_site}_residual.mixer.{name}")
+            table[f"{theirs}.hc_{site}_{name}"] = tensor_place
     tensors = [f"{name}.weight" for name in ATTENTION]
     compressor = ("wkv.weight", "wgate.weight", "norm.weight", "ape")
     if csa.kind(index) != "window":
@@ -440,8 +440,8 @@ def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str,
     for expert in range(moe.routed):
         for name in EXPERT:
             our_name = f"{ours}.ffn.experts.{'down' if name == 'w2' else 'gate_up'}"
-            place = Place(our_name, (expert, every, columns[name]), transposed=True)
-            table[f"{theirs}.ffn.experts.{expert}.{name}.weight"] = place
+            tensor_place = Place(our_name, (expert, every, columns[name]), transposed=True)
+            table[f"{theirs}.ffn.experts.{expert}.{name}.weight"] = tensor_place
     return table
 
 
@@ -457,8 +457,8 @@ def hollow(config: ModelConfig) -> dict[str, Place]:
 
 def aliases(config: ModelConfig) -> dict[str, Place]:
     """Maps transformers' parameter names to places."""
-    table = {_theirs(name): place for name, place in places(config).items()}
-    table |= {_theirs(name): place for name, place in copies(config).items()}
+    table = {_theirs(name): each for name, each in places(config).items()}
+    table |= {_theirs(name): each for name, each in copies(config).items()}
     for index in range(config.layers):
         for theirs, ours in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
             table[f"model.layers.{index}.mlp.experts.{theirs}"] = Place(

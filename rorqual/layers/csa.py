@@ -30,7 +30,7 @@ DeepSeek-V4, section 2.3: compressed sparse attention (CSA) and heavily compress
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +102,7 @@ class Entries(NamedTuple):
     # entry that does not exist. None: entry w ends at column ratio (w + 1) - 1.
     ends: Int[Tensor, "B M"] | None = None
 
-    def count(self, ctx: Context, run: slice) -> int:
+    def reach(self, ctx: Context, run: slice) -> int:
         """Returns the number of first entries that include all that the new tokens `run` see."""
         if ctx.starts is not None or self.ends is not None:
             return self.values.shape[1]
@@ -129,7 +129,7 @@ class Pooled(NamedTuple):
     positions: Int[Tensor, "1 N"]  # of each entry's first token, in its document
     first: int  # number of the first entry, if they are the same ones in all sequences
     rows: Int[Tensor, " N"] | None = None  # the sequence of each entry, and its number
-    index: Int[Tensor, " N"] | None = None
+    numbers: Int[Tensor, " N"] | None = None
 
 
 class Compressor(nn.Module):
@@ -194,10 +194,10 @@ class Compressor(nn.Module):
         if not self.overlap:
             weights = (gates + self.ape.to(gates.dtype)).softmax(-2)
             return (values * weights.to(values.dtype)).sum(-2)
-        before, own = gates[..., :ratio, :width], gates[..., ratio:, width:]
+        before, current = gates[..., :ratio, :width], gates[..., ratio:, width:]
         ape = self.ape.to(gates.dtype)
         before = (before + ape[:, :width]).masked_fill(first, -torch.inf)
-        weights = torch.cat([before, own + ape[:, width:]], dim=-2).softmax(-2).to(values.dtype)
+        weights = torch.cat([before, current + ape[:, width:]], dim=-2).softmax(-2).to(values.dtype)
         values = torch.cat([values[..., :ratio, :width], values[..., ratio:, width:]], dim=-2)
         return (values * weights).sum(-2)
 
@@ -220,7 +220,7 @@ class Compressor(nn.Module):
             if pooled.rows is None:
                 return values
             entries = values.new_zeros(batch, total, self.width)
-            return entries.index_put((pooled.rows, pooled.index), values[0])
+            return entries.index_put((pooled.rows, pooled.numbers), values[0])
         like = values.new_empty(batch, 0, self.width)
         buffer = cache.entries.values.reserve(like, total)
         # The dtype may differ from that of the first call, if autocast was switched since.
@@ -228,7 +228,7 @@ class Compressor(nn.Module):
         if pooled.rows is None:
             buffer[:, pooled.first : total] = new
         else:
-            buffer[pooled.rows, pooled.index] = new[0]
+            buffer[pooled.rows, pooled.numbers] = new[0]
         return values if pooled.rows is None and not ctx.past else buffer[:, :total]
 
     def numbers(self, key_positions: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
@@ -283,6 +283,9 @@ class SharedKV(nn.Module):
         """
         keys = self.keys(self.new_keys(hidden, ctx), ctx)
         entries = self.compressed(hidden, ctx)
+        index_keys = self.index_keys(hidden, ctx)
+        if entries is not None and index_keys is not None:
+            entries = entries._replace(index_keys=index_keys)
         if ctx.last_only:
             keys = last_window(keys, self.config.window, ctx)
             hidden, ctx = ctx.last_of(hidden), ctx.last()
@@ -314,6 +317,10 @@ class SharedKV(nn.Module):
         """Returns the compressed entries of all tokens; here None, because there are none."""
         return None
 
+    def index_keys(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Tensor | None:
+        """Returns what an indexer scores in place of the entries; here None."""
+        return None
+
     def select(
         self,
         hidden: Float[Tensor, "B T D"],
@@ -342,9 +349,9 @@ class SharedKV(nn.Module):
         outs, losses, start = [], [], 0
         while start < time:
             run = slice(start, min(start + QUERIES, time))
-            count = 0 if entries is None else entries.count(ctx, run)
-            gathers = selection is not None and not graded and selection.gathers(count)
-            if gathers:
+            count = 0 if entries is None else entries.reach(ctx, run)
+            gathers = not graded and selection is not None and selection.gathers(count)
+            if selection is not None and gathers:
                 at_once = max(1, COPIED // (selection.top_k * query.shape[-1]))
                 run = slice(start, min(start + at_once, run.stop))
             start, queries = run.stop, query[:, run]
@@ -354,7 +361,7 @@ class SharedKV(nn.Module):
                 outs.append(attend_with_sink(queries, key, mask, sink, scale))
                 continue
             values, seen = entries.values[:, :count], entries.visible(ctx, run, count)
-            if gathers:
+            if selection is not None and gathers:
                 index, real = selection.choose(selection.scores(run, count), seen)
                 outs.append(
                     attend_gathered(queries, key, mask, entries.values, index, real, sink, scale)
@@ -363,14 +370,15 @@ class SharedKV(nn.Module):
             if selection is not None:
                 if ctx.indexer_warmup is not None:
                     scores = selection.scores(run, count)
-                    chosen = selection.mask(scores, seen)
+                    selected_mask = selection.mask(*selection.choose(scores, seen), count)
                     valid = None if ctx.valid is None else ctx.valid[:, run]
                     heads = queries, values, scale, ctx.indexer_warmup
-                    losses.append(entry_loss(scores, seen, chosen, *heads, valid))
-                    seen = seen if ctx.indexer_warmup else chosen
+                    losses.append(entry_loss(scores, seen, selected_mask, *heads, valid))
+                    seen = seen if ctx.indexer_warmup else selected_mask
                 elif count > selection.top_k:
                     with torch.no_grad():
-                        seen = selection.mask(selection.scores(run, count), seen)
+                        selected = selection.choose(selection.scores(run, count), seen)
+                    seen = selection.mask(*selected, count)
             both = torch.broadcast_tensors(mask[..., :1], seen[..., :1])[0].shape[:2]
             mask = torch.cat([mask.expand(*both, -1), seen.expand(*both, -1)], dim=-1)
             key = torch.cat([key, values.to(key.dtype)], dim=1)
@@ -447,13 +455,12 @@ class CSA(HCA):
         caches = (compressor.new_cache(capacity) for compressor in compressors)
         return CSACache(Recent(self.config.window - 1), *caches)
 
-    def compressed(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Entries:
-        """Returns the compressed entries of all tokens, and the indexer's keys of these."""
+    def index_keys(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Float[Tensor, "B M I"]:
+        """Returns the indexer's keys of all entries."""
         cache, compressor = ctx.cache, self.indexer.compressor
         cache = None if cache is None else cache.attention.index
         pooled = compressor.pool(hidden.detach(), ctx, cache)
-        index_keys = compressor.store(compressor.norm(pooled.values), pooled, ctx, cache)
-        return HCA.compressed(self, hidden, ctx)._replace(index_keys=index_keys)
+        return compressor.store(compressor.norm(pooled.values), pooled, ctx, cache)
 
     def select(
         self,
@@ -507,12 +514,11 @@ class EntrySelection(NamedTuple):
         return index, scores.gather(-1, index) > -torch.inf
 
     def mask(
-        self, scores: Float[Tensor, "B T M"], visible: Bool[Tensor, "#B T M"]
+        self, index: Int[Tensor, "B T K"], real: Bool[Tensor, "B T K"], count: int
     ) -> Bool[Tensor, "B T M"]:
-        """Returns True at the entries that `choose` selects."""
-        index, real = self.choose(scores, visible)
+        """Returns True at those of the first `count` entries that `choose` selected."""
         mask = real.new_zeros(*real.shape[:2], self.keys.shape[1])
-        return mask.scatter_(-1, index, real)[..., : scores.shape[-1]]
+        return mask.scatter_(-1, index, real)[..., :count]
 
 
 class EntryLoss(NamedTuple):
@@ -527,7 +533,7 @@ class EntryLoss(NamedTuple):
 def entry_loss(
     scores: Float[Tensor, "B T M"],
     visible: Bool[Tensor, "#B T M"],
-    chosen: Bool[Tensor, "B T M"],
+    selected_mask: Bool[Tensor, "B T M"],
     query: Float[Tensor, "B T H P"],
     values: Float[Tensor, "B M P"],
     scale: float,
@@ -536,20 +542,20 @@ def entry_loss(
 ) -> EntryLoss:
     """Sums KL(attention over the entries || softmax(scores)) over the queries of a run.
 
-    It is over every visible entry in the warm-up, later over the chosen ones. The attention is the
-    mean of the heads' and gets no gradient.
+    It is over every visible entry in the warm-up, later over the selected ones. The
+    attention is the mean of the heads' and gets no gradient.
     """
-    over = visible if indexer_warmup else chosen
+    over = visible if indexer_warmup else selected_mask
     with torch.no_grad():
         key = values.detach()[:, :, None].expand(-1, -1, query.shape[2], -1)
-        masks = visible[:, None], chosen[:, None]
+        masks = visible[:, None], selected_mask[:, None]
         target, captured = attention_target(query.detach(), key, *masks, scale, indexer_warmup)
     log = scores.masked_fill(~over, torch.finfo(scores.dtype).min).log_softmax(-1)
     terms = torch.special.xlogy(target, target) - target * log.masked_fill(~over, 0.0)
     number = visible.sum(-1)
     counts = (number > 0).expand_as(captured).float()
     counts = counts if valid is None else counts * valid
-    choosing = counts * (number > chosen.sum(-1))
+    choosing = counts * (number > selected_mask.sum(-1))
     return EntryLoss(
         (counts * terms.sum(-1)).sum(),
         (choosing * captured).sum(),
@@ -561,8 +567,8 @@ def entry_loss(
 def mean_entry_loss(losses: list[EntryLoss]) -> IndexerLoss:
     """Returns the means over the queries of all runs; the recall is 1 where none had to choose."""
     total = EntryLoss(*(torch.stack(sums).sum() for sums in zip(*losses, strict=True)))
-    recall = torch.where(total.choosing > 0, total.captured / total.choosing.clamp_min(1), 1.0)
-    return IndexerLoss(total.loss / total.queries.clamp_min(1), recall)
+    share = torch.where(total.choosing > 0, total.captured / total.choosing.clamp_min(1), 1.0)
+    return IndexerLoss(total.loss / total.queries.clamp_min(1), share)
 
 
 def unweighted_norm(x: Float[Tensor, "*B P"], eps: float) -> Float[Tensor, "*B P"]:
@@ -590,9 +596,7 @@ def window_mask(
     return inside & (behind <= columns[..., None])
 
 
-def last_window(
-    keys: Float[Tensor, "B W P"], window: int, ctx: Context
-) -> Float[Tensor, "B W2 P"]:
+def last_window(keys: Float[Tensor, "B W P"], window: int, ctx: Context) -> Float[Tensor, "B W2 P"]:
     """Returns the `window` keys up to the last valid new token of each sequence."""
     if ctx.lengths is None:
         return keys[:, -window:]
@@ -632,8 +636,8 @@ def attend_gathered(
     copies = [row.index_select(0, i.flatten()) for row, i in zip(values, index, strict=True)]
     entries = torch.stack(copies).unflatten(1, index.shape[1:]).to(key.dtype)  # [B, T, K, P]
     query, width = query * scale, key.shape[1]
-    near = (query.flatten(1, 2) @ key.mT).unflatten(1, query.shape[1:3])
-    logits = torch.cat([near, query @ entries.mT], dim=-1)
+    logits_of_window = (query.flatten(1, 2) @ key.mT).unflatten(1, query.shape[1:3])
+    logits = torch.cat([logits_of_window, query @ entries.mT], dim=-1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     seen = torch.cat([mask.expand(len(real), -1, -1), real], dim=-1)
     logits = logits.masked_fill(~seen[:, :, None], -torch.inf)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rorqual.hub import checkpoints, deepseek_v4
 from rorqual.model import LanguageModel
@@ -14,9 +15,7 @@ from rorqual.presets import preset
 sys.path.insert(0, str(Path(__file__).parent))
 from random_deepseek_v4 import MODEL, oracle_config
 
-SEEDS = [
-    pytest.param(seed, marks=pytest.mark.slow if seed >= 3 else ()) for seed in range(13)
-]
+SEEDS = [pytest.param(seed, marks=pytest.mark.slow if seed >= 3 else ()) for seed in range(13)]
 
 
 def oracle(seed: int) -> MODEL:
@@ -103,10 +102,9 @@ def test_published_names_are_read(tmp_path: Path) -> None:
 def test_multi_token_prediction_is_read_past(tmp_path: Path) -> None:
     ours = LanguageModel(preset("v4-tiny")).eval()
     checkpoints.export(ours, tmp_path / "a")
-    state = {name: place.of(ours.state_dict()) for name, place in
-             deepseek_v4.places(ours.config).items()}
-    from safetensors.torch import save_file
-
+    state = {
+        name: each.of(ours.state_dict()) for name, each in deepseek_v4.places(ours.config).items()
+    }
     state = {name: value.clone().contiguous() for name, value in state.items()}
     save_file(state | {"mtp.0.e_proj.weight": torch.ones(2, 2)}, tmp_path / "a/model.safetensors")
     again = checkpoints.load(tmp_path / "a")
