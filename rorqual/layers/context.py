@@ -220,8 +220,8 @@ def context(
     `past` counts the tokens cached before. `lengths` is the number of valid tokens in each row,
     which padding follows; None if there is no padding. `rope` is the config and the rotary width of
     the model's attention; without it there are no cos and sin. `compress_rope` is the config of
-    blocks with compressed entries, of the same width. `more` are other fields of Context.
-    New tokens without `document_ids` continue the last document of their sequence.
+    blocks with compressed entries, of the same width. `more` are other fields of Context. New
+    tokens without `document_ids` continue the last document of their sequence.
     """
     counts = checked_lengths(lengths, batch, time)
     if past is None:

@@ -8,9 +8,10 @@
         Engram's output and gradients
 
 A folder's expected.safetensors holds `ids` [2, T] and any of: `logits`; `hidden.i`, the input of
-block i, the last after the final norm; `streams.i` [2, T, S, D], all residual streams of it; `loss`, the next token's mean; `grad.NAME` of it, by a name
-of the folder or by transformers' own (all experts in one tensor); `greedy` [1, N], the first ids of
-sequence 0 and their continuation. Any configuration works.
+block i, the last after the final norm; `streams.i` [2, T, S, D], all residual streams of it;
+`loss`, the next token's mean; `grad.NAME` of it, by a name of the folder or by transformers' own
+(all experts in one tensor); `greedy` [1, N], the first ids of sequence 0 and their continuation.
+Any configuration works.
 
 Its metadata `cache_formats` says how cached values were rounded: `identity`, or `published`, where
 99 % of the logits must agree to 1e-3 and nothing else is compared.

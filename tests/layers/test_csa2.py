@@ -64,8 +64,9 @@ def test_fewer_entries_than_are_selected(ties):
 def test_only_sources_store_entries():
     config = preset("v4.1-tiny")
     model = LanguageModel(config)
-    stored = [hasattr(block.new_cache(1, 8, torch.float32, torch.device("cpu")).attention, "entries")
-              for block in model.blocks]  # fmt: skip
+    sizes = 1, 8, torch.float32, torch.device("cpu")
+    caches = [block.new_cache(*sizes).attention for block in model.blocks]
+    stored = [hasattr(cache, "entries") for cache in caches]
     assert stored == [False, True, False, True, False]
     kinds = [(b.attention.compressor is not None, b.attention.indexer is not None)
              for b in model.blocks]  # fmt: skip
