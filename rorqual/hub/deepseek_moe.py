@@ -264,6 +264,11 @@ def hollow(config: ModelConfig) -> dict[str, Place]:
     return {}
 
 
+def canonical(name: str) -> str:
+    """Returns the name itself: all writers of such folders use the published ones."""
+    return name
+
+
 def skipped(name: str) -> bool:
     """Whether a tensor of a folder is read past: rotary frequencies, which the config gives."""
     return name.endswith(".rotary_emb.inv_freq")

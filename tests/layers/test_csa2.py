@@ -64,10 +64,8 @@ def test_fewer_entries_than_are_selected(ties):
 def test_only_sources_store_entries():
     config = preset("v4.1-tiny")
     model = LanguageModel(config)
-    caches = [
-        block.new_cache(1, 8, torch.float32, torch.device("cpu")).attention
-        for block in model.blocks
-    ]
+    sizes = 1, 8, torch.float32, torch.device("cpu")
+    caches = [block.new_cache(*sizes).attention for block in model.blocks]
     stored = [hasattr(cache, "entries") for cache in caches]
     assert stored == [False, True, False, True, False]
     kinds = [(b.attention.compressor is not None, b.attention.indexer is not None)
