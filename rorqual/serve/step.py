@@ -199,7 +199,7 @@ class _Compiled:
 
 def _ends(model: LanguageModel, names: Sequence[str]) -> list[int]:
     """Returns the addresses of the weights after the last block; 0 for a missing one."""
-    weights: dict[str, Tensor] = {"norm": model.norm.weight, "head": model.head.weight}
+    weights: dict[str, Any] = {"norm": model.norm.weight, "head": model.head.weight}
     reduction: nn.Module | None = model.reduction
     if reduction is not None:
         weights.update(reduction.named_parameters())
