@@ -107,14 +107,13 @@ def chunked(
     size = min(CHUNK, time)
     beyond = -time % size
     # [B, G, R, N, C, X], zeros after the last token
-    key, value, decay, beta, query = (
-        None
-        if x is None
-        else F.pad(x, (0, 0, 0, 0, 0, beyond))
+    inputs = writes.key, writes.value, writes.decay[..., None], writes.beta[..., None]
+    key, value, decay, beta, *queries = (
+        F.pad(x, (0, 0, 0, 0, 0, beyond))
         .unflatten(2, (groups, -1))
         .unflatten(1, (-1, size))
         .permute(0, 3, 4, 1, 2, 5)
-        for x in (writes.key, writes.value, writes.decay[..., None], writes.beta[..., None], query)
+        for x in (*inputs, *(() if query is None else (query,)))
     )
     total = decay[..., 0].cumsum(-1)
     # Tokens are of one document if as many documents begin up to each of them, and of the state's
@@ -133,15 +132,15 @@ def chunked(
         written, predicted = solved.split([value.shape[-1], width], dim=-1)
         until_end = (decays[..., -1, :, None] * key).mT  # [B, G, R, N, K, C]
         stays = since_state[..., -1:, :]
-        if query is not None:
-            query = query * width**-0.5
-            scores, query = (query @ key.mT) * decays, query * since_state
+        # Of the query, if there is one.
+        scores = [(x @ key.mT) * decays * width**-0.5 for x in queries]
+        reads = [x * since_state * width**-0.5 for x in queries]
         state, outs = state.unflatten(1, (groups, -1)), []  # [B, G, R, K, V]
         between = state
         for n in range(total.shape[3]):
             new = written[:, :, :, n] - predicted[:, :, :, n] @ state
-            if query is not None:
-                outs.append(query[:, :, :, n] @ state + scores[:, :, :, n] @ new)
+            for score, read in zip(scores, reads, strict=True):
+                outs.append(read[:, :, :, n] @ state + score[:, :, :, n] @ new)
             state = stays[:, :, :, n] * state + until_end[:, :, :, n] @ new
             if chunks is not None:
                 wanted = (chunks == n + 1)[:, None, None, None, None]
@@ -329,6 +328,7 @@ class DeltaNet(nn.Module):
         """
         query, writes = self.project(hidden, self._convolve(hidden, ctx), ctx)
         cache: Any = None if ctx.cache is None else ctx.cache.attention.state
+        out: Tensor | None
         if cache is None:
             state = writes.value.new_zeros(
                 len(hidden), *writes.value.shape[2:3], query.shape[-1], writes.value.shape[-1]
@@ -342,6 +342,7 @@ class DeltaNet(nn.Module):
             else:
                 out, after, between = chunked(query, writes, state, cache.chunks(writes, ctx))
             cache.store(writes, after, between, ctx)
+        assert out is not None
         if ctx.last_only:
             out, hidden = ctx.last_of(out), ctx.last_of(hidden)
         gate = self.in_proj_z(hidden).unflatten(-1, (self.config.value_heads, -1))

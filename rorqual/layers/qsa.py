@@ -145,9 +145,8 @@ class QSA(GQA):
         index_query, index_keys = self.indexer.project(hidden, ctx)
         blocks = self.indexer.blocks(index_keys, ctx)
         if ctx.last_only:
-            query, index_query, gate = (
-                None if x is None else ctx.last_of(x) for x in (query, index_query, gate)
-            )
+            query, index_query = ctx.last_of(query), ctx.last_of(index_query)
+            gate = None if gate is None else ctx.last_of(gate)
             ctx = ctx.last()
         keys = self.select(index_query, blocks, ctx)
         if keys is None:
